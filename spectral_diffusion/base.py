@@ -1,0 +1,214 @@
+"""Bases: load any Stable Diffusion pipeline, fingerprint it, and say whether an adapter belongs to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from . import pocket
+from .errors import UserError
+from .methods.targets import find_targets
+from .spectrum import hash_weight
+
+COMPONENTS = ("text_encoder", "unet")
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Hashes of all U-Net and text-encoder weights as float32, float16 and bfloat16."""
+
+    exact: str
+    half: str
+    brain: str
+
+    def same(self, other: Fingerprint) -> bool:
+        """The very same numbers."""
+        return self.exact == other.exact
+
+    def same_rounded(self, other: Fingerprint) -> bool:
+        """The same numbers up to half precision."""
+        return self.half == other.half or self.brain == other.brain
+
+
+def fingerprint(models: dict[str, nn.Module]) -> Fingerprint:
+    """One hash per weight, then one over all, so that it does not depend on which layers are adapted.
+
+    The ``text_model.`` level that older transformers put into names does not count.
+    """
+    digests = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        lines = sorted(
+            f"{component}.{name.removeprefix('text_model.')}={hash_weight(weight, dtype)}"
+            for component in COMPONENTS
+            for name, weight in models[component].named_parameters()
+        )
+        digests.append(hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32])
+    return Fingerprint(*digests)
+
+
+@dataclass
+class Base:
+    """A loaded pipeline and what we need to know of it."""
+
+    name: str
+    pipeline: StableDiffusionPipeline
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The networks that adapters change, by component name."""
+        return {name: getattr(self.pipeline, name) for name in COMPONENTS}
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        return fingerprint(self.models)
+
+    @property
+    def prediction_type(self) -> str:
+        """``epsilon`` or ``v_prediction``, as the scheduler says."""
+        return str(self.pipeline.scheduler.config.prediction_type)
+
+    @property
+    def size(self) -> int:
+        """The side in pixels that the base was made for."""
+        return int(self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor)
+
+    def weights(self, targets: str = "attention") -> dict[str, Tensor]:
+        """The target weights by layer name."""
+        return {name: layer.weight.detach() for name, layer in find_targets(self.models, targets).items()}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the loading chatter of diffusers and transformers out of the user's way."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loggers = (diffusers_logging, transformers_logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.set_verbosity(logging.CRITICAL)
+            logger.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.set_verbosity(level)
+                logger.enable_progress_bar()
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """``float32``, ``float16`` or ``bfloat16``.
+
+    Raises:
+        UserError: anything else.
+    """
+    if name not in DTYPES:
+        raise UserError(f"Unknown dtype '{name}'; use float32, float16 or bfloat16.")
+    return DTYPES[name]
+
+
+def parse_device(name: str) -> torch.device:
+    """A torch device; ``auto`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"Device '{name}' is not available here; try --device cpu.") from error
+    return device
+
+
+def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32") -> Base:
+    """Load ``pocket``, a diffusers folder, a hub id or a single ``.safetensors`` checkpoint.
+
+    ``HF_HOME`` and ``HF_HUB_OFFLINE`` are honoured by the libraries underneath.
+
+    Raises:
+        UserError: nothing loadable under that name, with what to do about it.
+    """
+    torch_dtype, torch_device = parse_dtype(dtype), parse_device(device)
+    options: dict[str, Any] = {"torch_dtype": torch_dtype, "safety_checker": None}
+    local = pocket.path() if name == "pocket" else Path(name)
+    try:
+        with quiet():
+            if local.is_dir():
+                if not (local / "model_index.json").is_file():
+                    raise UserError(f"{local} is not a diffusers folder: it holds no model_index.json.")
+                _refuse_pickles(local)
+                pipeline = StableDiffusionPipeline.from_pretrained(str(local), use_safetensors=True, **options)
+            elif local.suffix == ".safetensors":
+                if not local.is_file():
+                    raise UserError(f"No such file: {local}.")
+                pipeline = StableDiffusionPipeline.from_single_file(str(local), **options)
+            elif local.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
+                raise UserError(f"{local} is a pickle checkpoint, which can run code; convert it to .safetensors.")
+            elif local.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+                raise UserError(f"No base '{name}': use pocket, a diffusers folder, a hub id or a .safetensors file.")
+            else:
+                pipeline = StableDiffusionPipeline.from_pretrained(name, use_safetensors=True, **options)
+    except UserError:
+        raise
+    except Exception as error:  # the loaders raise nearly everything
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"Cannot load the base '{name}'{offline}: {reason}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    for component in ("vae", *COMPONENTS):
+        getattr(pipeline, component).requires_grad_(False).eval()
+    return Base(name, pipeline.to(torch_device), torch_device, torch_dtype)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    for part in ("unet", "vae", "text_encoder"):
+        inside = folder / part
+        if inside.is_dir() and not any(inside.glob("*.safetensors")):
+            raise UserError(f"{inside} holds no .safetensors weights; save the base again with safetensors.")
+
+
+def fingerprint_json(value: Fingerprint) -> str:
+    """A fingerprint as it stands in a file's metadata."""
+    return json.dumps(asdict(value), sort_keys=True)
+
+
+def parse_fingerprint(text: str) -> Fingerprint:
+    """Read :func:`fingerprint_json`.
+
+    Raises:
+        ValueError: not one.
+    """
+    data = json.loads(text)
+    if not isinstance(data, dict) or set(data) != {"exact", "half", "brain"}:
+        raise ValueError("not a fingerprint")
+    return Fingerprint(**{key: str(value) for key, value in data.items()})

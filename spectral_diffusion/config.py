@@ -1,0 +1,192 @@
+"""The settings of every verb: one pydantic model each, shared by YAML, command line and API.
+
+Misspelt keys are errors that name the nearest known key; nothing is swallowed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import UserError, nearest
+
+
+class Settings(BaseModel):
+    """Strict base of all settings."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class TrainConfig(Settings):
+    """Train one concept into one adapter. Defaults are the paper's fusion recipe for Stable Diffusion 1.5."""
+
+    concept: Path
+    output: Path
+    base: str = "pocket"
+    method: str = "spectral-additive"
+    rank: int = Field(8, ge=1, le=4096)
+    slot: str = "next"
+    targets: str = "attention"
+    name: str | None = None  # of the concept; default: concept.yaml, else the folder's name
+    token: str | None = None  # default: concept.yaml, else <name>
+    noun: str | None = None  # class noun; default: concept.yaml, else the name
+    steps: int = Field(1250, ge=1, le=10_000_000)
+    batch: int = Field(2, ge=1, le=1024)
+    seed: int = Field(0, ge=0, lt=2**31)
+    learning_rate: float = Field(1e-4, ge=0)  # of the U-Net
+    text_encoder_learning_rate: float = Field(1e-5, ge=0)
+    embedding_learning_rate: float = Field(1e-3, ge=0)
+    decay: Literal["linear", "constant"] = "linear"
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0)
+    noise_offset: float = Field(0.01, ge=0)
+    embedding_norm: float = Field(1.45, gt=0)  # stop moving the token at this times the mean token norm
+    resolution: int | None = Field(None, ge=8, le=4096)  # short edge in pixels; default: the base's size
+    crop_scale: float = Field(1.0, ge=1.0, le=2.0)  # short edge before the random crop, over the resolution
+    crops: int = Field(4, ge=1, le=256)  # random crops per photo, encoded once
+    templates: list[str] = ["a photo of {}", "a picture of {}", "an image of {}", "{}"]
+    save_every: int = Field(100, ge=1)
+    device: str = "auto"
+    dtype: str = "float32"  # of the frozen base; adapters stay float32
+    autocast: bool = False  # run the networks under bfloat16 autocast
+
+    @field_validator("templates")
+    @classmethod
+    def _one_place(cls, value: list[str]) -> list[str]:
+        if not value or any(t.count("{}") != 1 for t in value):
+            raise ValueError("every template needs {} exactly once, where the concept goes")
+        return value
+
+
+class FuseConfig(Settings):
+    """Fuse adapters into one checkpoint."""
+
+    adapters: list[Path] = Field(min_length=1)
+    output: Path
+    base: str | None = None  # default: the base the adapters name
+    merge: str = "spectral"
+    form: Literal["sum", "mean", "paper"] = "sum"
+    strength: dict[str, float] = {}  # concept name to λ
+    allow_base: bool = False
+    device: str = "auto"
+
+
+class GenerateConfig(Settings):
+    """Make pictures from a prompt, with adapters or a fused folder, optionally held to a sketch."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    output: Path = Path("out.png")
+    base: str = "pocket"
+    adapters: dict[str, float] = {}  # adapter file to strength
+    sketch: Path | None = None
+    sketch_weight: float = Field(1.0, ge=0, le=4)
+    t2i_adapter: str | None = None  # folder or hub id; default: the base's own sketch adapter
+    width: int | None = Field(None, ge=8, le=8192)
+    height: int | None = Field(None, ge=8, le=8192)
+    steps: int = Field(20, ge=1, le=1000)
+    guidance: float = Field(4.0, ge=0, le=50)
+    sampler: Literal["dpm", "ddim"] = "dpm"
+    seed: int = Field(0, ge=0, lt=2**31)
+    count: int = Field(1, ge=1, le=256)
+    allow_base: bool = False
+    device: str = "auto"
+    dtype: str = "float32"
+
+    @field_validator("width", "height")
+    @classmethod
+    def _divisible(cls, value: int | None) -> int | None:
+        if value is not None and value % 8:
+            raise ValueError("must be divisible by 8")
+        return value
+
+
+Model = TypeVar("Model", bound=Settings)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a mapping.
+
+    Raises:
+        UserError: missing, not YAML, or not a mapping.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"No such file: {path}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot read {path}: {error}.") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = f" at line {line + 1}" if line is not None else ""
+        raise UserError(f"{path} is not valid YAML{where}.") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise UserError(f"{path} must hold key: value lines.")
+    return data
+
+
+def parse_overrides(pairs: list[str]) -> dict[str, Any]:
+    """``["steps=10", "strength.rex=0.8"]`` to a mapping; values are read as YAML scalars.
+
+    Raises:
+        UserError: a word without ``=``.
+    """
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{pair}' is not understood; overrides are written key=value.")
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            value = text
+        target = out
+        *path, last = key.split(".")
+        for part in path:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise UserError(f"'{pair}' sets a part of something that was set whole before.")
+        target[last] = value
+    return out
+
+
+def build(model: type[Model], *layers: dict[str, Any], file: str = "") -> Model:
+    """Merge layers (later ones win) and validate them. The first layer was read from ``file``, if named.
+
+    Raises:
+        UserError: one sentence about the first thing wrong, with the nearest known key for a misspelt one.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, dict) and isinstance(merged.get(key), dict):
+                value = merged[key] | value
+            merged[key] = value
+    try:
+        return model(**merged)
+    except ValidationError as error:
+        first = error.errors()[0]["loc"][:1]
+        from_file = file and first and first[0] in layers[0] and not any(first[0] in layer for layer in layers[1:])
+        raise UserError(_sentence(model, error, f" in {file}" if from_file else "")) from error
+
+
+def _sentence(model: type[Settings], error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"Unknown setting '{key}'{where}{nearest(key, model.model_fields)}."
+    if first["type"] == "missing":
+        return f"The setting '{key}' is missing{where}."
+    reason = first["msg"].removeprefix("Value error, ")
+    shown = repr(first["input"])
+    return f"Setting '{key}'{where} cannot be {shown[:80]}: {reason[0].lower()}{reason[1:]}."
+
+
+def to_yaml(settings: Settings) -> str:
+    """The resolved settings as YAML that ``--config`` reads back."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,1 @@
+"""Photo folders to training samples."""

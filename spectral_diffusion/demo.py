@@ -1,0 +1,118 @@
+"""The demo: two photo folders, two adapters in two slots, one fusion, one picture where a sketch puts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from . import resources
+from .base import load_base
+from .config import FuseConfig, GenerateConfig, TrainConfig, build, read_yaml, to_yaml
+from .data.folder import load_concept, open_photo
+from .files import write_text
+from .formats.native import load_adapter
+from .fusion.recipe import fuse_to_folder
+from .generation.conditions import read_sketch
+from .generation.pipeline import grid, put_on, sample, save_png
+from .progress import Progress, silent
+from .training.run import train_to_file
+
+CONCEPTS = ("rex", "brew")
+SKETCH = "dog-teapot.png"
+PLACES = ("on the grass", "on the beach", "in the snow", "on a table")
+TILE = 96
+
+
+def run_demo(
+    output: Path,
+    steps: int | None = None,
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Run the whole path on the pocket base and return the contact sheet's path."""
+    preset = read_yaml(resources.preset("pocket"))
+    folders = {name: resources.concepts() / name for name in CONCEPTS}
+    concepts = {name: load_concept(folder) for name, folder in folders.items()}
+    files = {name: output / f"{name}.safetensors" for name in CONCEPTS}
+
+    for name, folder in folders.items():
+        change: dict[str, Any] = {"concept": folder, "output": files[name]} | ({"steps": steps} if steps else {})
+        train_to_file(build(TrainConfig, preset["train"], change), progress=progress, note=note)
+
+    fused = output / "fused"
+    for warning in fuse_to_folder(FuseConfig(adapters=list(files.values()), output=fused), progress):
+        note(warning)
+    note(f"Fused into {fused}/.")
+
+    settings = build(GenerateConfig, preset["generate"], {"base": str(fused), "output": output / "together.png"})
+
+    def pictures(base_name: str, adapters: list[str], name: str) -> list[Image.Image]:
+        base = load_base(base_name)
+        put_on(base, [(load_adapter(files[one]), 1.0) for one in adapters])
+        prompts = [f"a photo of {concepts[name].token} {place}" for place in PLACES]
+        return sample(base, prompts, [10 + i for i in range(len(prompts))], settings, progress)
+
+    alone = {name: pictures("pocket", [name], name) for name in CONCEPTS}
+    after = {name: pictures(str(fused), [], name) for name in CONCEPTS}
+
+    sketch_path = resources.concepts() / "sketches" / SKETCH
+    sketch = read_sketch(sketch_path)
+    first, second = (concepts[name].token for name in CONCEPTS)
+    scene = settings.model_copy(
+        update={
+            "prompt": f"{first} on the left and {second} on the right on the beach",
+            "sketch": sketch_path,
+            "width": 2 * load_base("pocket").size,
+            "seed": 3,
+        }
+    )
+    both = sample(
+        load_base(str(fused)), [scene.prompt] * 4, [scene.seed + i for i in range(4)], scene, progress, sketch
+    )
+    save_png(both[0], scene.output, scene)
+    write_text(output / "together.yaml", to_yaml(scene))
+    sheet = contact_sheet(
+        {name: [open_photo(photo.path) for photo in concept.photos[:4]] for name, concept in concepts.items()},
+        alone,
+        after,
+        sketch,
+        both,
+    )
+    path = output / "sheet.png"
+    sheet.save(path)
+    return path
+
+
+def contact_sheet(
+    references: dict[str, list[Image.Image]],
+    alone: dict[str, list[Image.Image]],
+    after: dict[str, list[Image.Image]],
+    sketch: Image.Image,
+    both: list[Image.Image],
+) -> Image.Image:
+    """References · each concept alone · each after fusion, one row a concept; below, the sketch and both together."""
+
+    def tiles(images: list[Image.Image]) -> Image.Image:
+        return grid([image.resize((TILE, TILE), Image.Resampling.LANCZOS) for image in images], columns=4)
+
+    blocks = [[tiles(column[name]) for column in (references, alone, after)] for name in references]
+    width, height = blocks[0][0].size
+    gap, title = 12, 18
+    sheet = Image.new(
+        "RGB", (3 * width + 4 * gap, (len(blocks)) * (height + gap) + title + gap + title + TILE + 2 * gap), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for column, text in enumerate(("references", "alone", "after fusion")):
+        draw.text((gap + column * (width + gap), 4), text, fill="black")
+    for row, images in enumerate(blocks):
+        for column, image in enumerate(images):
+            sheet.paste(image, (gap + column * (width + gap), title + row * (height + gap)))
+    y = title + len(blocks) * (height + gap) + gap
+    draw.text((gap, y - 14), "sketch and together, four seeds", fill="black")
+    for index, image in enumerate([sketch.convert("RGB"), *both]):
+        tile = image.resize((2 * TILE, TILE), Image.Resampling.LANCZOS)
+        sheet.paste(tile, (gap + index * (2 * TILE + gap), y + 4))
+    return sheet

@@ -1,0 +1,1 @@
+"""Adapters and fusions as files."""

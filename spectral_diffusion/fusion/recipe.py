@@ -1,0 +1,175 @@
+"""Fuse adapters into a diffusers folder that stock diffusers opens, and remember how it was made."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapter import Adapter, check_base
+from ..base import Base, load_base, quiet
+from ..config import FuseConfig, to_yaml
+from ..errors import UserError, nearest
+from ..files import write_json, write_text
+from ..formats.native import load_adapter, save_adapter, versions
+from ..methods.targets import find_targets
+from ..progress import Event, Progress, silent
+from ..tokens import install
+from .registry import Contribution, get_merge
+
+RECIPE = "recipe.json"
+
+
+def fuse_adapters(
+    base: Base,
+    adapters: list[Adapter],
+    merge: str = "spectral",
+    form: str = "sum",
+    strength: dict[str, float] | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Add the adapters' merged ΔW to the weights of ``base`` and their tokens to its tokenizer, in place.
+
+    Adapters act in canonical order (by name), so the result does not depend on how they were listed; sums are
+    formed in float64 and rounded once.
+
+    Raises:
+        UserError: two adapters share a name or a token, or a strength names none of them.
+    """
+    strength = strength or {}
+    adapters = sorted(adapters, key=lambda adapter: adapter.name)
+    for one, other in itertools.combinations(adapters, 2):
+        if one.name == other.name:
+            raise UserError(f"Two adapters are called '{one.name}'; train one of them again with another name=.")
+        if one.token == other.token:
+            raise UserError(
+                f"'{one.name}' and '{other.name}' share the token {one.token}; train one with another token=."
+            )
+    names = [adapter.name for adapter in adapters]
+    for name in strength:
+        if name not in names:
+            raise UserError(
+                f"--strength names '{name}'{nearest(name, names)}, but the adapters are {', '.join(names)}."
+            )
+    combine = get_merge(merge)
+    targets = {}
+    for adapter in adapters:
+        targets |= find_targets(base.models, adapter.targets)
+    layers = [layer for layer in targets if any(layer in adapter.layers for adapter in adapters)]
+    for index, layer in enumerate(layers, 1):
+        contributions = [
+            Contribution(
+                adapter.name,
+                adapter.method,
+                adapter.parameters_of(layer),
+                adapter.bands.get(layer),
+                adapter.slot,
+                strength.get(adapter.name, 1.0),
+            )
+            for adapter in adapters
+            if layer in adapter.layers
+        ]
+        weight = targets[layer].weight
+        with torch.no_grad():
+            delta = combine(contributions, form).to(weight.device)
+            weight.copy_((weight.double() + delta).to(weight.dtype))
+        progress(Event("fuse", index, len(layers), {"layer": layer}))
+    for adapter in adapters:
+        for encoder, vectors in adapter.vectors.items():
+            install(base.pipeline.tokenizer, base.models[encoder], adapter.token, vectors)
+
+
+def overlaps(adapters: list[Adapter]) -> list[str]:
+    """A sentence for every two adapters whose slots share columns."""
+    return [
+        f"'{a.name}' ({a.slot}) and '{b.name}' ({b.slot}) share columns; they will disturb each other."
+        for a, b in itertools.combinations(adapters, 2)
+        if a.slot and b.slot and a.slot.overlaps(b.slot)
+    ]
+
+
+def fuse_to_folder(config: FuseConfig, progress: Progress = silent) -> list[str]:
+    """Fuse the config's adapters and write the folder; returns warnings to show.
+
+    The folder is a float32 diffusers pipeline with every token in its tokenizer, ``recipe.json``, the
+    resolved settings, and the adapters themselves in ``adapters/``. An older fusion there is replaced whole.
+
+    Raises:
+        UserError: see :func:`fuse_adapters` and the loading rule.
+    """
+    output = config.output
+    if output.exists() and not (output / RECIPE).is_file():
+        raise UserError(f"{output} exists and is not a fused folder; choose another output with -o.")
+    adapters = [load_adapter(path) for path in config.adapters]
+    base = load_base(config.base or adapters[0].base, config.device)
+    warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
+    warnings += overlaps(adapters)
+    fuse_adapters(base, adapters, config.merge, config.form, config.strength, progress)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise UserError(f"Cannot write {output}: {error.strerror or error}; choose another output with -o.") from error
+    try:
+        with quiet():
+            base.pipeline.to("cpu").save_pretrained(new)
+        files = {}
+        for adapter in adapters:
+            files[adapter.name] = f"adapters/{adapter.name}.safetensors"
+            save_adapter(adapter, new / files[adapter.name])
+        write_json(new / RECIPE, recipe_of(config, base, adapters, files))
+        write_text(new / "settings.yaml", to_yaml(config))
+        new.chmod(0o755)
+        if output.exists():
+            shutil.rmtree(output)
+        new.rename(output)
+    except OSError as error:
+        raise UserError(f"Cannot write {output}: {error.strerror or error}; choose another output with -o.") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return warnings
+
+
+def recipe_of(config: FuseConfig, base: Base, adapters: list[Adapter], files: dict[str, str]) -> dict[str, Any]:
+    """What went into a fusion, as JSON."""
+    return {
+        "format_version": 1,
+        "base": config.base or adapters[0].base,
+        "merge": config.merge,
+        "form": config.form,
+        "concepts": {
+            adapter.name: {
+                "token": adapter.token,
+                "noun": adapter.noun,
+                "method": adapter.method.name,
+                "columns": str(adapter.slot) if adapter.slot else None,
+                "strength": config.strength.get(adapter.name, 1.0),
+                "file": files[adapter.name],
+            }
+            for adapter in sorted(adapters, key=lambda adapter: adapter.name)
+        },
+        "versions": versions(),
+    }
+
+
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe of a fused folder; None if it is not one.
+
+    Raises:
+        UserError: a recipe is there but damaged.
+    """
+    path = Path(folder) / RECIPE
+    if not path.is_file():
+        return None
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+        if recipe["format_version"] != 1 or not isinstance(recipe["concepts"], dict):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; fuse the adapters again.") from error
+    return recipe  # type: ignore[no-any-return]

@@ -1,0 +1,60 @@
+"""Spectral fusion: adapters in disjoint slots become one change (paper, sec. 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..linalg import Band
+from .registry import Contribution, merge
+
+
+@merge("spectral")
+def spectral(contributions: Sequence[Contribution], form: str) -> Tensor:
+    """ΔW (out, in) in float64, in one of three forms.
+
+    * ``sum``: Σ λ_i ΔW_i. For disjoint slots this is (U + ΣA_U) S (V + ΣA_V)ᵀ − U S Vᵀ exactly (λ = 1).
+    * ``mean``: 1/K Σ λ_i ΔW_i, as the reference code does.
+    * ``paper``: (U + Σ λ_i A_U,i) S (V + Σ λ_i A_V,i)ᵀ − U S Vᵀ with λ_i = strength / K: the strength acts on
+      the factors, so partly squared on ΔW.
+
+    Raises:
+        UserError: ``paper`` with an adapter that is not spectral-additive.
+    """
+    if form == "paper":
+        return _paper(contributions)
+    share = 1.0 / len(contributions) if form == "mean" else 1.0
+    total: Tensor | None = None
+    for one in contributions:
+        up, down = (factor.double() for factor in one.factors())
+        delta = (up * (share * one.strength)) @ down
+        total = delta if total is None else total + delta
+    assert total is not None
+    return total
+
+
+def _paper(contributions: Sequence[Contribution]) -> Tensor:
+    for one in contributions:
+        if one.method.name != "spectral-additive" or one.band is None or one.slot is None:
+            raise UserError(
+                f"The form paper needs spectral-additive adapters, but '{one.name}' is {one.method.name}; use --form sum."
+            )
+    columns = sorted({c for one in contributions if one.slot for c in range(one.slot.start, one.slot.stop)})
+    place = {column: index for index, column in enumerate(columns)}
+    first = contributions[0].band
+    assert first is not None
+    out_features, in_features = first.U.shape[0], first.V.shape[0]
+    U, V = torch.zeros(out_features, len(columns)).double(), torch.zeros(in_features, len(columns)).double()
+    S, A_U, A_V = torch.zeros(len(columns)).double(), torch.zeros_like(U), torch.zeros_like(V)
+    for one in contributions:
+        assert one.band is not None and one.slot is not None
+        where = torch.tensor([place[c] for c in range(one.slot.start, one.slot.stop)])
+        U[:, where], S[where], V[:, where] = (t.double() for t in one.band)
+        strength = one.strength / len(contributions)
+        A_U[:, where] += strength * one.parameters["A_U"].double()
+        A_V[:, where] += strength * one.parameters["A_V"].double()
+    method = contributions[0].method
+    return method.factors({"A_U": A_U, "A_V": A_V}, Band(U, S, V)).delta()

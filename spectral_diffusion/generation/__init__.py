@@ -1,0 +1,1 @@
+"""Pictures: prompts, adapters, sketches, settings embedded in the PNG."""

@@ -1,0 +1,190 @@
+"""Generate pictures from a config. The samplers and pipelines are diffusers' own."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionAdapterPipeline
+from PIL import Image, PngImagePlugin
+
+from ..adapter import Adapter, check_base
+from ..base import Base, load_base
+from ..config import GenerateConfig
+from ..errors import UserError
+from ..files import atomic
+from ..formats.native import load_adapter, versions
+from ..methods import get_method
+from ..methods.attach import activate, attach
+from ..progress import Event, Progress, silent
+from ..tokens import expand, install, known_tokens
+from .conditions import load_t2i_adapter, read_sketch
+
+SETTINGS_KEY = "spectral_diffusion"
+CHUNK = 8  # pictures denoised together
+
+
+def put_on(base: Base, adapters: list[tuple[Adapter, float]], allow_base: bool = False) -> list[str]:
+    """Let adapters act on a base at the given strengths, without fusing; returns warnings.
+
+    Every ΔW is low-rank, so each goes on as one LoRA of exactly that rank, whatever its method.
+
+    Raises:
+        UserError: an adapter does not belong on this base, or two share a token.
+    """
+    notes = []
+    for index, (adapter, strength) in enumerate(adapters):
+        if warning := check_base(adapter, base, allow_base):
+            notes.append(warning)
+        rank = adapter.method.rank_of_delta(adapter.rank)
+        on = attach(
+            base.models, get_method("lora"), rank, f"concept_{index}", adapter.targets, only=set(adapter.layers)
+        )
+        tensors = {}
+        for layer in adapter.layers:
+            up, down = adapter.factors(layer)
+            tensors |= {f"{layer}.B": up, f"{layer}.A": down}
+        on.load(tensors)
+        on.set_scale(strength)
+        for encoder, vectors in adapter.vectors.items():
+            install(base.pipeline.tokenizer, base.models[encoder], adapter.token, vectors)
+    if adapters:
+        activate(base.models, [f"concept_{index}" for index in range(len(adapters))])
+    return notes
+
+
+def sampler(base: Base, name: str) -> Any:
+    """A diffusers scheduler with the base's own noise schedule."""
+    config = base.pipeline.scheduler.config
+    if name == "ddim":
+        return DDIMScheduler.from_config(config)
+    return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
+
+
+@torch.no_grad()
+def sample(
+    base: Base,
+    prompts: list[str],
+    seeds: list[int],
+    config: GenerateConfig,
+    progress: Progress = silent,
+    sketch: Image.Image | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Image.Image]:
+    """One picture per (prompt, seed). A picture's noise depends on its seed alone, not on its neighbours."""
+    width, height = config.width or base.size, config.height or base.size
+    components = {name: part for name, part in base.pipeline.components.items() if name != "image_encoder"}
+    components["scheduler"] = sampler(base, config.sampler)
+    options: dict[str, Any] = {}
+    if sketch is not None:
+        adapter = load_t2i_adapter(base, config.t2i_adapter)
+        pipe = StableDiffusionAdapterPipeline(**components, adapter=adapter, requires_safety_checker=False)
+        options = {"adapter_conditioning_scale": config.sketch_weight}
+    else:
+        pipe = type(base.pipeline)(**components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    tokens = known_tokens(base.pipeline.tokenizer)
+    images: list[Image.Image] = []
+    total = math.ceil(len(prompts) / CHUNK) * config.steps
+    for start in range(0, len(prompts), CHUNK):
+        chunk = [expand(prompt, tokens) for prompt in prompts[start : start + CHUNK]]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + CHUNK]]
+        if sketch is not None:
+            options["image"] = [sketch.resize((width, height), Image.Resampling.BILINEAR)] * len(chunk)
+        done = start // CHUNK * config.steps
+
+        def tell(*args: Any, done: int = done) -> Any:
+            step, kwargs = args[-3], args[-1]
+            if should_stop():
+                raise UserError("Stopped.")
+            progress(Event("generate", done + int(step) + 1, total))
+            return kwargs if isinstance(kwargs, dict) else None
+
+        # The adapter pipeline still has the older callback; both tell the step.
+        if sketch is not None:
+            options["callback"] = lambda step, timestep, latents, done=done: tell(step, timestep, latents, done=done)
+        else:
+            options["callback_on_step_end"] = tell
+        images += pipe(
+            prompt=chunk,
+            negative_prompt=[config.negative_prompt] * len(chunk),
+            num_inference_steps=config.steps,
+            guidance_scale=config.guidance,
+            generator=generators,
+            width=width,
+            height=height,
+            **options,
+        ).images
+    return images
+
+
+def generate_to_file(
+    config: GenerateConfig, progress: Progress = silent, note: Callable[[str], None] = lambda text: None
+) -> list[Path]:
+    """Make ``count`` pictures with seeds ``seed, seed + 1, …`` and write them with their settings inside.
+
+    One picture goes to ``output``; several to ``output`` as a grid and ``<stem>-<seed>.png`` each.
+
+    Raises:
+        UserError: anything the person can mend.
+    """
+    if config.output.suffix.lower() != ".png":
+        raise UserError(f"The output {config.output} must end in .png.")
+    if not config.prompt.strip():
+        raise UserError('A prompt is needed: --prompt "a photo of <rex> on the beach".')
+    sketch = read_sketch(config.sketch) if config.sketch else None
+    adapters = [(load_adapter(Path(path)), strength) for path, strength in config.adapters.items()]
+    with atomic(config.output.with_name(f".{config.output.name}.writable")) as probe:
+        probe.touch()
+    config.output.with_name(f".{config.output.name}.writable").unlink(missing_ok=True)
+    base = load_base(config.base, config.device, config.dtype)
+    for text in put_on(base, adapters, config.allow_base):
+        note(text)
+    seeds = [config.seed + index for index in range(config.count)]
+    images = sample(base, [config.prompt] * config.count, seeds, config, progress, sketch)
+    paths = []
+    for seed, image in zip(seeds, images, strict=True):
+        path = config.output if config.count == 1 else config.output.with_name(f"{config.output.stem}-{seed}.png")
+        save_png(image, path, config.model_copy(update={"seed": seed, "count": 1}))
+        paths.append(path)
+    if config.count > 1:
+        save_png(grid(images), config.output, config)
+        paths.insert(0, config.output)
+    return paths
+
+
+def grid(images: list[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Pictures of one size side by side."""
+    columns = columns or min(len(images), max(1, math.ceil(math.sqrt(len(images)))))
+    rows = math.ceil(len(images) / columns)
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * (width + gap), index // columns * (height + gap)))
+    return sheet
+
+
+def save_png(image: Image.Image, path: Path, config: GenerateConfig) -> None:
+    """Write a PNG with its settings and library versions inside, atomically."""
+    info = PngImagePlugin.PngInfo()
+    settings = config.model_dump(mode="json", exclude={"output", "device"})
+    info.add_itxt(SETTINGS_KEY, json.dumps({"settings": settings, "versions": versions()}, sort_keys=True))
+    with atomic(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings embedded in a picture.
+
+    Raises:
+        UserError: none are there.
+    """
+    try:
+        with Image.open(path) as image:
+            return json.loads(image.info[SETTINGS_KEY])["settings"]  # type: ignore[no-any-return]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path} holds no settings of this program.") from error

@@ -1,0 +1,74 @@
+"""Say what a file or folder of this program holds."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from .adapter import Adapter
+from .errors import UserError
+from .formats.native import load_adapter
+from .fusion.recipe import overlaps, read_recipe
+from .generation.pipeline import read_settings
+from .linalg import cosine_between
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """A JSON-able description of an adapter, a fused folder or a generated picture.
+
+    Raises:
+        UserError: none of these, or damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        recipe = read_recipe(path)
+        if recipe is None:
+            raise UserError(f"{path} is not a fused folder: it holds no recipe.json.")
+        return {"kind": "fusion", **recipe, **_together(path, recipe)}
+    if not path.exists():
+        raise UserError(f"No such file: {path}.")
+    if path.suffix.lower() == ".png":
+        return {"kind": "picture", **read_settings(path)}
+    adapter = load_adapter(path)
+    return {
+        "kind": "adapter",
+        "concept": adapter.name,
+        "noun": adapter.noun,
+        "token": adapter.token,
+        "vectors": len(next(iter(adapter.vectors.values()), [])),
+        "method": adapter.method.name,
+        "rank": adapter.rank,
+        "columns": str(adapter.slot) if adapter.slot else None,
+        "targets": adapter.targets,
+        "layers": len(adapter.layers),
+        "trained": adapter.count(),
+        "norm": round(adapter.norm(), 6),
+        "base": adapter.base,
+        "base_fingerprint": adapter.fingerprint.exact,
+        "config": adapter.config,
+        "versions": adapter.versions,
+    }
+
+
+def _together(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Norms, pairwise cosines and warnings of the adapters inside a fused folder."""
+    adapters = []
+    for concept in recipe["concepts"].values():
+        file = (folder / str(concept["file"])).resolve()
+        if not file.is_relative_to(folder.resolve()):
+            raise UserError(f"{folder}/recipe.json names a file outside the folder; fuse the adapters again.")
+        adapters.append(load_adapter(file))
+    return {
+        "norms": {adapter.name: round(adapter.norm(), 6) for adapter in adapters},
+        "cosines": {f"{a.name} · {b.name}": round(cosine(a, b), 6) for a, b in itertools.combinations(adapters, 2)},
+        "warnings": overlaps(adapters),
+    }
+
+
+def cosine(left: Adapter, right: Adapter) -> float:
+    """Mean over the shared layers of ⟨ΔW₁, ΔW₂⟩ / (|ΔW₁| |ΔW₂|)."""
+    shared = [layer for layer in left.layers if layer in right.layers]
+    if not shared:
+        return 0.0
+    return sum(cosine_between(left.factors(layer), right.factors(layer)) for layer in shared) / len(shared)

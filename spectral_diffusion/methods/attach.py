@@ -1,0 +1,299 @@
+"""Put adapters on models. The only file that knows PEFT.
+
+Our own methods run as one PEFT tuner, registered under the type ``SPECTRAL_DIFFUSION``; LoRA runs through
+PEFT's own. Either way :class:`Attachment` is what the rest of the library sees.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..linalg import Band, Factors
+from .low_rank import low_rank_linear
+from .registry import Method, get_method
+from .targets import find_targets
+
+PEFT_TYPE = "SPECTRAL_DIFFUSION"
+PREFIX = "spectral_"
+BAND = ("U", "S", "V")
+
+
+@dataclass
+class SpectralConfig(PeftConfig):
+    """PEFT's view of one of our adapters."""
+
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    r: int = field(default=8)
+    method: str = field(default="spectral-additive")
+    bias: str = field(default="none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+
+
+class AdaptedLinear(nn.Module, BaseTunerLayer):
+    """A frozen Linear with any number of our adapters. Parameters and bands are kept in float32."""
+
+    adapter_layer_names = ("spectral_delta",)
+    other_param_names = ("spectral_band", "spectral_scale", "spectral_method")
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.spectral_delta = nn.ModuleDict()
+        self.spectral_band = nn.ModuleDict()
+        self.spectral_scale: dict[str, float] = {}
+        self.spectral_method: dict[str, Method] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter: str, method: Method, rank: int) -> None:
+        device = self.get_base_layer().weight.device
+        shapes = method.shapes(self.out_features, self.in_features, rank)
+        self.spectral_delta[adapter] = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(shape, device=device)) for name, shape in shapes.items()}
+        )
+        band = nn.Module()
+        if method.banded:
+            sides = {"U": (self.out_features, rank), "S": (rank,), "V": (self.in_features, rank)}
+            for name, shape in sides.items():
+                band.register_buffer(name, torch.zeros(shape, device=device))
+        self.spectral_band[adapter] = band
+        self.spectral_scale[adapter] = 1.0
+        self.spectral_method[adapter] = method
+        self.set_adapter(self.active_adapters)
+
+    def set_band(self, adapter: str, band: Band) -> None:
+        """Copy a band into the adapter's buffers."""
+        for name, value in zip(BAND, band, strict=True):
+            getattr(self.spectral_band[adapter], name).copy_(value)
+
+    def factors(self, adapter: str) -> Factors:
+        """The adapter's ΔW as float32 factors, its scale included."""
+        held = self.spectral_band[adapter]
+        method = self.spectral_method[adapter]
+        band = Band(held.U, held.S, held.V) if method.banded else None
+        up, down = method.factors(self.spectral_delta[adapter], band)
+        scale = self.spectral_scale[adapter]
+        return Factors(up, down if scale == 1.0 else down * scale)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The dense ΔW (out, in) in float32."""
+        return self.factors(adapter).delta()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [a for a in self.active_adapters if a in self.spectral_delta]
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        parts = [self.factors(adapter) for adapter in active]
+        up = parts[0].up if len(parts) == 1 else torch.cat([p.up for p in parts], 1)
+        down = parts[0].down if len(parts) == 1 else torch.cat([p.down for p in parts], 0)
+        if type(self.base_layer) is nn.Linear:
+            return low_rank_linear(x, self.base_layer.weight, self.base_layer.bias, up, down)
+        y = self.base_layer(x, *args, **kwargs)
+        return y + ((x @ down.mT.to(x.dtype)) @ up.mT.to(x.dtype)).to(y.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add ΔW to the base weight, in float32 and rounded once."""
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter in self.spectral_delta:
+                weight = self.get_base_layer().weight
+                merged = weight.float() + self.get_delta_weight(adapter)
+                if safe_merge and not torch.isfinite(merged).all():
+                    raise ValueError(f"Adapter {adapter} holds NaN or infinity.")
+                weight.data.copy_(merged)
+                self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Subtract what was merged; floating point makes this inexact (``unfuse`` re-fuses instead)."""
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            weight = self.get_base_layer().weight
+            weight.data.copy_(weight.float() - self.get_delta_weight(adapter))
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """The strength λ of one adapter: multiplies its ΔW."""
+        if adapter in self.spectral_scale:
+            self.spectral_scale[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        for adapter in self.active_adapters:
+            self.set_scale(adapter, self.spectral_scale.get(adapter, 1.0) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        for adapter in self.active_adapters:
+            self.set_scale(adapter, 1.0 if scale is None else self.spectral_scale.get(adapter, 1.0) / scale)
+
+
+class SpectralModel(BaseTuner):
+    """The PEFT tuner that swaps target layers for :class:`AdaptedLinear`."""
+
+    prefix = PREFIX
+    tuner_layer_cls = AdaptedLinear
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _create_and_replace(
+        self,
+        config: SpectralConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional: Any,
+    ) -> None:
+        method = get_method(config.method)
+        if isinstance(target, AdaptedLinear):
+            target.update_layer(adapter_name, method, config.r)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, nn.Linear):
+            raise TypeError(f"{current_key} is a {type(base).__name__}; only Linear layers can be adapted.")
+        layer = AdaptedLinear(target)  # type: ignore[arg-type]
+        layer._active_adapter = [adapter_name]
+        layer.update_layer(adapter_name, method, config.r)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SpectralConfig  # type: ignore[index]
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SpectralModel  # type: ignore[index]
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX  # type: ignore[index]
+
+
+@dataclass
+class Attachment:
+    """One adapter on the models of a base.
+
+    ``layers`` maps ``component.module.path`` to the tuner layer that holds it.
+    """
+
+    name: str
+    method: Method
+    rank: int
+    layers: dict[str, BaseTunerLayer]
+
+    def parameters(self, layer: str) -> dict[str, nn.Parameter]:
+        """The trainable parameters of one layer under the method's names."""
+        module = self.layers[layer]
+        if isinstance(module, AdaptedLinear):
+            return dict(module.spectral_delta[self.name].items())
+        assert isinstance(module, LoraLayer)
+        return {"A": module.lora_A[self.name].weight, "B": module.lora_B[self.name].weight}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """``layer.parameter`` names in a fixed order."""
+        for layer in self.layers:
+            for name, parameter in self.parameters(layer).items():
+                yield f"{layer}.{name}", parameter
+
+    def count(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for _, parameter in self.named_parameters())
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy parameters by ``layer.parameter`` name into place."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(tensors[name])
+
+    def set_scale(self, scale: float) -> None:
+        """Multiply this adapter's ΔW by λ."""
+        for layer in self.layers.values():
+            layer.set_scale(self.name, scale)
+
+
+def attach(
+    models: dict[str, nn.Module],
+    method: Method,
+    rank: int,
+    name: str = "default",
+    targets: str = "attention",
+    bands: Mapping[str, Band] | None = None,
+    seed: int = 0,
+    only: set[str] | None = None,
+) -> Attachment:
+    """Attach a fresh adapter (ΔW exactly zero) to the target layers and leave only it trainable there.
+
+    ``bands`` holds each layer's band for banded methods; ``only`` restricts to some layer names.
+    """
+    wanted = [layer for layer in find_targets(models, targets) if only is None or layer in only]
+    layers: dict[str, BaseTunerLayer] = {}
+    for component in dict.fromkeys(layer.split(".", 1)[0] for layer in wanted):
+        model = models[component]
+        paths = [layer.split(".", 1)[1] for layer in wanted if layer.startswith(f"{component}.")]
+        pattern = "|".join(re.escape(path) for path in paths)
+        config: PeftConfig
+        if method.name == "lora":
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=pattern, init_lora_weights=True)
+        else:
+            config = SpectralConfig(r=rank, method=method.name, target_modules=pattern)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, model, name)
+        for path in paths:
+            layers[f"{component}.{path}"] = model.get_submodule(path)  # type: ignore[assignment]
+    attachment = Attachment(name, method, rank, layers)
+    if method.name == "lora":
+        for _, parameter in attachment.named_parameters():
+            parameter.data = parameter.data.float()
+    if method.banded:
+        assert bands is not None
+        for layer, module in layers.items():
+            assert isinstance(module, AdaptedLinear)
+            module.set_band(name, bands[layer])
+    return attachment
+
+
+def activate(models: dict[str, nn.Module], names: list[str]) -> None:
+    """Let exactly these adapters act, frozen, on all models."""
+    for model in models.values():
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_adapter(names, inference_mode=True)
+
+
+def detach(models: dict[str, nn.Module]) -> None:
+    """Take every adapter off again; the models are the base's own modules afterwards."""
+    for model in models.values():
+        for name, module in list(model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.get_base_layer())
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+
+
+@contextmanager
+def disabled(models: dict[str, nn.Module]) -> Iterator[None]:
+    """Run the base as if nothing were attached."""
+    layers = [m for model in models.values() for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    states = [[(p, p.requires_grad) for p in layer.parameters()] for layer in layers]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, states, strict=True):
+            layer.enable_adapters(True)
+            for parameter, trainable in state:
+                parameter.requires_grad_(trainable)

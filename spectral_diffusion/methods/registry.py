@@ -1,0 +1,81 @@
+"""The registry of methods: how an adapter parametrises the change of one weight.
+
+A method is one short pure file that registers a :class:`Method`. Its ``factors`` function is the only place
+where its ΔW is written; training, merging, fusing and exporting all go through it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..errors import UserError, nearest
+from ..linalg import Band, Factors
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to parametrise ΔW of a weight (out, in).
+
+    Attributes:
+        name: what a person types after ``--method``.
+        summary: one sentence, with its source.
+        banded: whether it lives on columns of the spectrum, so that every concept needs a slot.
+        shapes: ``(out, in, rank)`` to the shapes of its trainable parameters.
+        factors: its parameters and its band (None if not banded) to ``up (out, k), down (k, in)``.
+        rank_of_delta: the k above for a rank.
+    """
+
+    name: str
+    summary: str
+    banded: bool
+    shapes: Callable[[int, int, int], Shapes]
+    factors: Callable[[Mapping[str, Tensor], Band | None], Factors]
+    rank_of_delta: Callable[[int], int]
+
+    def count(self, out_features: int, in_features: int, rank: int) -> int:
+        """Trainable numbers for one weight."""
+        total = 0
+        for shape in self.shapes(out_features, in_features, rank).values():
+            size = 1
+            for side in shape:
+                size *= side
+            total += size
+        return total
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Add a method under its name."""
+    _METHODS[method.name] = method
+    return method
+
+
+def all_methods() -> dict[str, Method]:
+    """Every method by name; imports the files of this folder once."""
+    if not _METHODS:
+        package = __name__.rsplit(".", 1)[0]
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            if module.name not in {"registry", "attach", "targets", "low_rank"}:
+                importlib.import_module(f"{package}.{module.name}")
+    return dict(_METHODS)
+
+
+def get_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    methods = all_methods()
+    if name not in methods:
+        raise UserError(f"Unknown method '{name}'{nearest(name, methods)}; known: {', '.join(sorted(methods))}.")
+    return methods[name]

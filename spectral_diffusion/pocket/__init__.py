@@ -1,0 +1,15 @@
+"""The pocket base: a tiny, real Stable Diffusion that ships with the package and runs on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def path() -> Path:
+    """The diffusers folder that ``StableDiffusionPipeline.from_pretrained(str(path()))`` opens."""
+    return Path(__file__).parent / "weights"
+
+
+def t2i_sketch() -> Path:
+    """The folder of the pocket base's sketch T2I-Adapter."""
+    return path() / "t2i_sketch"

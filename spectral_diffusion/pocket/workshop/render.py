@@ -1,0 +1,265 @@
+"""Draw scenes of the pocket world: tinted sprites on backdrops, with captions, masks and sketches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from random import Random
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from .art import PRETRAINING, IconSet
+from .world import CLASSES, COLOURS, PLAIN, SETTINGS, Backdrop, Thing, caption
+
+Array = np.ndarray
+
+
+@dataclass
+class Picture:
+    """A rendered scene. ``image`` (H, W, 3) uint8; ``mask`` (H, W) and ``sketch`` (H, W) in 0…1."""
+
+    image: Array
+    mask: Array
+    sketch: Array
+    caption: str
+    things: tuple[Thing, ...]
+    backdrop: Backdrop
+
+
+@dataclass
+class WorldConfig:
+    """How varied the drawn world is; the curriculum widens it as training goes on."""
+
+    classes: int = 24
+    counts: tuple[float, ...] = (0.7, 0.3)  # share of scenes with one, two, three, four things
+    scale: tuple[float, float] = (0.74, 0.9)  # height or width of a single thing over the picture's
+    shift: float = 0.06  # jitter of position, as a share of the free room's side
+    rotate: float = 6.0  # degrees
+    mirror: float = 0.0
+    natural: float = 0.12  # share of things in their drawing's own colours
+    plain: float = 0.3  # share of plain backdrops
+    drawings: tuple[str, ...] = PRETRAINING
+    second_drawing: float = 0.35  # share of things that take the second drawing of their class
+
+
+def tint(sprite: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The sprite in one named colour: its shading stays, small near-black and near-white details too."""
+    pixels = np.asarray(sprite, dtype=np.float32)
+    rgb, alpha = pixels[..., :3] / 255, pixels[..., 3:]
+    light = rgb @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    seen = light[alpha[..., 0] > 64]
+    low, high = np.percentile(seen, (4, 96)) if seen.size else (0.0, 1.0)
+    tone = np.clip((light - low) / max(high - low, 0.15), 0, 1)[..., None]
+    base = np.array(colour, dtype=np.float32) / 255
+    dark, pale = base * 0.45, base + (1 - base) * 0.5
+    shaded = np.where(tone < 0.5, dark + (base - dark) * tone * 2, base + (pale - base) * (tone * 2 - 1))
+    saturation = rgb.max(-1) - rgb.min(-1)
+    detail = ((light < 0.16) & (saturation < 0.25))[..., None]
+    out = np.where(detail, rgb, shaded) * 255
+    return Image.fromarray(np.concatenate([out, alpha], -1).round().astype(np.uint8), "RGBA")
+
+
+@lru_cache(maxsize=2048)
+def backdrop_canvas(setting: str | None, colour: str | None, width: int, height: int, variant: int) -> Array:
+    """One of many drawn variants of a backdrop, (height, width, 3) float32 in 0…255."""
+    random = Random(f"{setting}/{colour}/{width}/{height}/{variant}")
+    noise = np.random.default_rng(random.getrandbits(32))
+    if setting is None:
+        assert colour
+        base = np.array(PLAIN[colour], dtype=np.float32)
+        ramp = np.linspace(1.06, 0.94, height, dtype=np.float32)[:, None, None]
+        return np.clip(np.broadcast_to(base, (height, width, 3)) * ramp, 0, 255)
+    big = 4
+    image = Image.new("RGB", (width * big, height * big))
+    draw = ImageDraw.Draw(image)
+    w, h = image.size
+
+    def jitter(rgb: tuple[int, int, int], by: int = 10) -> tuple[int, int, int]:
+        shift = random.randint(-by, by)
+        r, g, b = (min(255, max(0, c + shift)) for c in rgb)
+        return r, g, b
+
+    def fill(top: tuple[int, int, int], bottom: tuple[int, int, int], y0: float, y1: float) -> None:
+        a, b = np.array(jitter(top)), np.array(jitter(bottom))
+        for y in range(round(y0 * h), round(y1 * h)):
+            mix = (y - y0 * h) / max((y1 - y0) * h, 1)
+            draw.line((0, y, w, y), fill=tuple((a + (b - a) * mix).astype(int).tolist()))
+
+    def dots(count: int, size: tuple[float, float], rgb: tuple[int, int, int], y0: float, y1: float) -> None:
+        for _ in range(count):
+            x, y, s = random.random() * w, (y0 + random.random() * (y1 - y0)) * h, random.uniform(*size) * h
+            draw.ellipse((x - s, y - s, x + s, y + s), fill=jitter(rgb, 14))
+
+    line = random.uniform(0.48, 0.62)
+    if setting == "grass":
+        fill((150, 205, 245), (205, 232, 250), 0, line)
+        fill((120, 200, 90), (60, 140, 50), line, 1)
+        for _ in range(90 * width // height):
+            x, y = random.random() * w, random.uniform(line, 1) * h
+            draw.line(
+                (x, y, x + random.uniform(-4, 4), y - random.uniform(6, 16)), fill=jitter((60, 150, 60), 25), width=3
+            )
+    elif setting == "beach":
+        fill((140, 205, 250), (190, 228, 250), 0, line * 0.75)
+        fill((50, 150, 205), (90, 190, 215), line * 0.75, line)
+        fill((245, 225, 165), (230, 200, 135), line, 1)
+        dots(50 * width // height, (0.004, 0.01), (215, 185, 120), line, 1)
+    elif setting == "sky":
+        fill((80, 160, 240), (170, 215, 250), 0, 1)
+        for _ in range(3 * width // height + 1):
+            x, y = random.random() * w, random.uniform(0.1, 0.9) * h
+            for _ in range(5):
+                s = random.uniform(0.05, 0.1) * h
+                dx, dy = random.uniform(-0.13, 0.13) * h, random.uniform(-0.03, 0.03) * h
+                draw.ellipse((x + dx - s * 1.4, y + dy - s, x + dx + s * 1.4, y + dy + s), fill=(250, 252, 255))
+    elif setting == "sea":
+        fill((165, 215, 245), (200, 230, 250), 0, 0.25)
+        fill((40, 120, 190), (15, 60, 130), 0.25, 1)
+        for _ in range(16 * width // height):
+            x, y, s = random.random() * w, random.uniform(0.3, 1) * h, random.uniform(0.05, 0.12) * h
+            draw.arc((x - s, y - s / 3, x + s, y + s / 3), 180, 360, fill=jitter((150, 205, 235)), width=4)
+    elif setting == "night":
+        fill((12, 14, 50), (35, 35, 90), 0, 0.8)
+        fill((22, 30, 40), (12, 18, 26), 0.8, 1)
+        dots(22 * width // height, (0.005, 0.012), (245, 240, 200), 0, 0.75)
+        x, y, s = random.uniform(0.08, 0.92) * w, random.uniform(0.1, 0.2) * h, 0.07 * h
+        draw.ellipse((x - s, y - s, x + s, y + s), fill=(250, 245, 205))
+    elif setting == "snow":
+        fill((170, 190, 215), (205, 218, 232), 0, line)
+        fill((246, 249, 253), (222, 230, 242), line, 1)
+        dots(45 * width // height, (0.007, 0.016), (252, 253, 255), 0, 1)
+    elif setting == "table":
+        fill((226, 212, 190), (208, 192, 168), 0, line)
+        fill((165, 105, 60), (125, 75, 40), line, 1)
+        for step in range(4):
+            y = (line + (step + random.random()) * (1 - line) / 4) * h
+            draw.line((0, y, w, y + random.uniform(-3, 3)), fill=jitter((110, 66, 36)), width=3)
+    elif setting == "desert":
+        fill((250, 200, 130), (252, 226, 170), 0, line)
+        fill((225, 160, 85), (195, 125, 60), line, 1)
+        for _ in range(3):
+            x, s = random.random() * w, random.uniform(0.3, 0.6) * h
+            draw.ellipse((x - s * 1.5, line * h + 8, x + s * 1.5, line * h + s), fill=jitter((215, 148, 76)))
+    else:
+        raise ValueError(f"no such setting: {setting}")
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BOX), dtype=np.float32)
+    return np.clip(pixels + noise.normal(0, 1.5, (height, width, 1)).astype(np.float32), 0, 255)
+
+
+def outline(alpha: Array, light: Array) -> Array:
+    """Edges of one drawn thing in 0…1: its silhouette and the strong inner lines."""
+
+    def gradient(plane: Array) -> Array:
+        padded = np.pad(plane, 1, mode="edge")
+        across = padded[1:-1, 2:] - padded[1:-1, :-2]
+        down = padded[2:, 1:-1] - padded[:-2, 1:-1]
+        return np.sqrt(across**2 + down**2)
+
+    inner = np.clip(gradient(light * alpha + 0.5 * (1 - alpha)) * 1.6 - 0.25, 0, 1) * (alpha > 0.9)
+    return np.clip(np.maximum(np.clip(gradient(alpha) * 1.2 - 0.2, 0, 1), inner), 0, 1)
+
+
+@dataclass
+class Renderer:
+    """Draws random or given scenes. Sprites are rasterised and tinted once."""
+
+    sets: dict[str, IconSet]
+    _sprites: dict[tuple[str, str, str | None], Image.Image] = field(default_factory=dict)
+
+    def sprite(self, noun: str, drawing: str, colour: str | None) -> Image.Image:
+        key = (noun, drawing, colour)
+        if key not in self._sprites:
+            if colour is None:
+                self._sprites[key] = self.sets[drawing].sprite(CLASSES[noun])
+            else:
+                self._sprites[key] = tint(self.sprite(noun, drawing, None), COLOURS[colour])
+        return self._sprites[key]
+
+    def compose(
+        self,
+        sprites: Sequence[tuple[Image.Image, float, float, float]],
+        canvas: Array,
+    ) -> tuple[Array, Array, Array]:
+        """Paste ``(sprite, centre x, centre y, angle)`` (pixels, degrees) in order onto a backdrop.
+
+        Returns image uint8, mask and sketch in 0…1.
+        """
+        height, width = canvas.shape[:2]
+        image = canvas.copy()
+        mask = np.zeros((height, width), np.float32)
+        sketch = np.zeros((height, width), np.float32)
+        for sprite, x, y, angle in sprites:
+            layer = Image.new("RGBA", (width, height))
+            turned = sprite.rotate(angle, Image.Resampling.BICUBIC, expand=True) if angle else sprite
+            layer.paste(turned, (round(x - turned.width / 2), round(y - turned.height / 2)))
+            pixels = np.asarray(layer, dtype=np.float32)
+            alpha = pixels[..., 3] / 255
+            light = pixels[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32) / 255
+            image = image * (1 - alpha[..., None]) + pixels[..., :3] * alpha[..., None]
+            mask = np.maximum(mask, alpha)
+            sketch = np.maximum(sketch * (1 - alpha), outline(alpha, light))
+        return np.clip(image, 0, 255).round().astype(np.uint8), mask, sketch
+
+    def scene(self, random: Random, world: WorldConfig, width: int = 64, height: int = 64) -> Picture:
+        """One random scene of the world with its caption."""
+        wide = width // height
+        counts = world.counts if wide == 1 else (0.0, *world.counts[1:])
+        if sum(counts) == 0:
+            counts = (0.0, 1.0)
+        count = random.choices(range(1, len(counts) + 1), counts)[0]
+        nouns = list(CLASSES)[: world.classes]
+        if random.random() < world.plain:
+            backdrop = Backdrop(None, random.choice(list(PLAIN)))
+        else:
+            backdrop = Backdrop(random.choice(list(SETTINGS)), None)
+        things = []
+        for _ in range(count):
+            colour = None if random.random() < world.natural else random.choice(list(COLOURS))
+            while colour and colour == backdrop.colour:
+                colour = random.choice(list(COLOURS))
+            things.append(Thing(random.choice(nouns), colour))
+        placed = [self._place(random, world, thing, i, count, width, height) for i, thing in enumerate(things)]
+        random.shuffle(placed)
+        canvas = backdrop_canvas(backdrop.setting, backdrop.colour, width, height, random.randrange(24))
+        if random.random() < 0.5:
+            canvas = canvas[:, ::-1]
+        image, mask, sketch = self.compose(placed, canvas)
+        return Picture(image, mask, sketch, caption(things, backdrop, random), tuple(things), backdrop)
+
+    def _place(
+        self, random: Random, world: WorldConfig, thing: Thing, index: int, count: int, width: int, height: int
+    ) -> tuple[Image.Image, float, float, float]:
+        second = len(world.drawings) > 1 and random.random() < world.second_drawing
+        sprite = self.sprite(thing.noun, world.drawings[1 if second else 0], thing.colour)
+        room = width / count
+        side = min(room * (1.0 if count == 1 else 1.06), height) * random.uniform(*world.scale)
+        factor = side / max(sprite.size)
+        sprite = sprite.resize(
+            (max(2, round(sprite.width * factor)), max(2, round(sprite.height * factor))), Image.Resampling.BILINEAR
+        )
+        if random.random() < world.mirror:
+            sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        slack = world.shift * room + max(0.0, (min(room, height) - side) / 2) * min(1.0, world.shift * 5)
+        x = (index + 0.5) * room + random.uniform(-slack, slack)
+        y = height / 2 + random.uniform(-slack, slack)
+        if count > 1 and width == height:
+            y += random.uniform(-1, 1) * (height - side) / 2 * 0.6
+        # At most a tenth of a thing may leave the picture.
+        free_x, free_y = 0.4 * sprite.width, 0.4 * sprite.height
+        x, y = min(max(x, free_x), width - free_x), min(max(y, free_y), height - free_y)
+        return sprite, x, y, random.uniform(-world.rotate, world.rotate)
+
+
+def thicken(sketch: Array, strokes: Random) -> Array:
+    """The same sketch as a person might draw it: other thickness, softer or harder lines."""
+    image = Image.fromarray((np.clip(sketch, 0, 1) * 255).astype(np.uint8), "L")
+    if strokes.random() < 0.3:
+        image = image.filter(ImageFilter.MaxFilter(3))
+    if strokes.random() < 0.3:
+        image = image.filter(ImageFilter.GaussianBlur(0.6))
+    out = np.asarray(image, dtype=np.float32) / 255
+    if strokes.random() < 0.5:
+        out = (out > strokes.uniform(0.25, 0.5)).astype(np.float32)
+    return out

@@ -1,0 +1,110 @@
+"""A concept's own words: new token vectors, while they are trained and once they are known.
+
+A token such as ``<rex>`` is held as several vectors under diffusers' multi-vector convention, ``<rex>``,
+``<rex>_1``, …, so that stock pipelines expand it by themselves.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UserError
+
+Tokenizer = object  # transformers' tokenizers share no public base class that knows add_tokens
+
+
+def check_token(token: str) -> str:
+    """The token itself if it can be one.
+
+    Raises:
+        UserError: not of the form ``<name>``.
+    """
+    if not re.fullmatch(r"<[A-Za-z0-9][A-Za-z0-9_-]*>", token) or re.search(r"_\d+>?$", token):
+        raise UserError(f"Token '{token}' must look like <rex>: letters, digits, - or _ between < and >.")
+    return token
+
+
+def words(token: str, count: int) -> list[str]:
+    """``<rex>`` with 2 vectors to ``['<rex>', '<rex>_1']``."""
+    return [token, *(f"{token}_{index}" for index in range(1, count))]
+
+
+def expand(prompt: str, tokens: dict[str, int]) -> str:
+    """Write every token of a prompt out in full: ``<rex> dog`` to ``<rex> <rex>_1 dog``."""
+    for token, count in tokens.items():
+        prompt = re.sub(
+            re.escape(token) + r"(?:\s+" + re.escape(token) + r"_\d+)*", " ".join(words(token, count)), prompt
+        )
+    return prompt
+
+
+def known_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """The multi-vector tokens that a tokenizer holds, with their numbers of vectors."""
+    added = set(tokenizer.get_added_vocab())  # type: ignore[attr-defined]
+    found = {}
+    for token in sorted(added):
+        if re.fullmatch(r"<[^<>|]+>", token):
+            count = 1
+            while f"{token}_{count}" in added:
+                count += 1
+            found[token] = count
+    return found
+
+
+def embedding_of(text_encoder: nn.Module) -> nn.Embedding:
+    """The text encoder's token embedding."""
+    return text_encoder.get_input_embeddings()  # type: ignore[operator, no-any-return]
+
+
+def initial_vectors(tokenizer: Tokenizer, text_encoder: nn.Module, noun: str, seed: int) -> Tensor:
+    """Two vectors (2, width): one random with the embedding's own spread, one a copy of the class noun."""
+    table = embedding_of(text_encoder).weight.detach().float()
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randn(table.shape[1], generator=generator) * table.std().cpu()
+    ids = tokenizer(noun, add_special_tokens=False).input_ids  # type: ignore[operator]
+    if not ids:
+        raise UserError(f"The class noun '{noun}' is empty for this base's tokenizer; name another with --noun.")
+    return torch.stack([first, table[ids].mean(0).cpu()])
+
+
+def install(tokenizer: Tokenizer, text_encoder: nn.Module, token: str, vectors: Tensor) -> None:
+    """Add a token with its vectors (n, width) as ordinary rows of the embedding.
+
+    Raises:
+        UserError: the tokenizer knows that token already.
+    """
+    names = words(token, len(vectors))
+    if tokenizer.add_tokens(names) != len(names):  # type: ignore[attr-defined]
+        raise UserError(f"The token {token} is there already; give one of the concepts another token.")
+    old = embedding_of(text_encoder)
+    ids = tokenizer.convert_tokens_to_ids(names)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        table = old.weight.new_zeros(max(len(tokenizer), old.num_embeddings), old.embedding_dim)  # type: ignore[arg-type]
+        table[: old.num_embeddings] = old.weight
+        table[ids] = vectors.to(table)
+    new = nn.Embedding.from_pretrained(table, freeze=True)
+    text_encoder.set_input_embeddings(new)  # type: ignore[operator]
+    text_encoder.config.vocab_size = new.num_embeddings  # type: ignore[union-attr]
+
+
+class NewTokenEmbedding(nn.Module):
+    """The frozen embedding of a base with a few trainable rows behind it."""
+
+    def __init__(self, base: nn.Embedding, vectors: Tensor) -> None:
+        super().__init__()
+        self.base = base
+        self.vectors = nn.Parameter(vectors.to(base.weight.device, torch.float32))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        fresh = ids >= self.base.num_embeddings
+        known = self.base(ids.masked_fill(fresh, 0))
+        mine = F.embedding((ids - self.base.num_embeddings).clamp_min(0), self.vectors)
+        return torch.where(fresh[..., None], mine.to(known.dtype), known)

@@ -1,0 +1,1 @@
+"""Train one concept into one adapter."""
