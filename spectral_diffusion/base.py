@@ -19,7 +19,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
 from . import pocket
-from .errors import UserError
+from .errors import UserError, reason
 from .methods.targets import find_targets
 from .spectrum import hash_weight
 
@@ -182,8 +182,7 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
         raise
     except Exception as error:  # the loaders raise nearly everything
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"Cannot load the base '{name}'{offline}: {reason}") from error
+        raise UserError(f"Cannot load the base '{name}'{offline}: {reason(error)}.") from error
     pipeline.set_progress_bar_config(disable=True)
     for component in ("vae", *COMPONENTS):
         getattr(pipeline, component).requires_grad_(False).eval()

@@ -17,6 +17,12 @@ class NotFiniteError(UserError):
     """Training met NaN or infinity and stopped; the last good state is kept."""
 
 
+def reason(error: BaseException, limit: int = 160) -> str:
+    """The first line of an exception, cut to a readable length."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0].strip().rstrip(".")
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'rank'?)`` for a misspelt word, or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from .errors import UserError, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +34,9 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
-        with open(temporary, "rb") as done:
+        with temporary.open("rb") as done:
             os.fsync(done.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}; choose another output with -o.") from error
     finally:
@@ -81,6 +81,7 @@ def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
         raise UserError(f"No such file: {path}.")
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError, ValueError, MemoryError, OverflowError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}).") from error
+        raise UserError(f"{path} is not a readable safetensors file ({reason(error)}).") from error

@@ -24,9 +24,6 @@ class Band(NamedTuple):
         """The columns ``start … stop − 1``."""
         return Band(self.U[:, start:stop], self.S[start:stop], self.V[:, start:stop])
 
-    def to(self, *args: torch.dtype | torch.device | str) -> Band:
-        return Band(*(t.to(*args) for t in self))
-
 
 class Factors(NamedTuple):
     """A low-rank change of a weight: ΔW = up @ down, up (out, k), down (k, in)."""

@@ -141,8 +141,8 @@ class Ledger:
             clash = next((name for name, held in others.items() if held.overlaps(slot)), None)
             if clash:
                 raise UserError(
-                    f"Slot {slot} overlaps the columns {others[clash]} of '{clash}'; use --slot next, another "
-                    f"slot, or release it with: spectral-diffusion slots release {clash}"
+                    f"Slot {slot} overlaps the columns {others[clash]} of '{clash}'; use --slot next, another slot, "
+                    f"or free it (spectral-diffusion slots release {clash})."
                 )
             if slot.stop > capacity:
                 reason = f" (the narrowest adapted weight, {narrowest}, has that many)" if narrowest else ""

@@ -50,11 +50,7 @@ def hash_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> str:
     """A hash of a weight's values as ``dtype``."""
     data = weight.detach().to("cpu", torch.float32).to(dtype).contiguous()
     digest = hashlib.sha256(str(tuple(data.shape)).encode())
-    digest.update(
-        data.view(torch.uint8).numpy().tobytes()
-        if data.dim() == 0
-        else memoryview(data.flatten().view(torch.uint8).numpy())
-    )
+    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 

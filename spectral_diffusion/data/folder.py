@@ -135,12 +135,17 @@ def _metadata(folder: Path) -> dict[str, str]:
         return {}
     captions = {}
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if line.strip():
-                row = json.loads(line)
-                captions[Path(str(row["file_name"])).name] = str(row["text"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f'{path} line {number}: each line must be {{"file_name": …, "text": …}}.') from error
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a UTF-8 text file; save it again as UTF-8.") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            captions[Path(str(row["file_name"])).name] = str(row["text"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f'{path} line {number} must be {{"file_name": …, "text": …}}.') from error
     return captions
 
 

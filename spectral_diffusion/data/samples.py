@@ -10,6 +10,7 @@ import hashlib
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
@@ -36,7 +37,7 @@ def random_crop(image: Image.Image, size: int, scale: float, generator: torch.Ge
 
 
 @torch.no_grad()
-def encode_crops(concept: Concept, vae: torch.nn.Module, config: TrainConfig, size: int) -> Tensor:
+def encode_crops(concept: Concept, vae: AutoencoderKL, config: TrainConfig, size: int) -> Tensor:
     """All crops of all photos as latents, (photos, crops, channels, h, w) float32 on the VAE's device."""
     weight = next(vae.parameters())
     rows = []
@@ -49,11 +50,11 @@ def encode_crops(concept: Concept, vae: torch.nn.Module, config: TrainConfig, si
             ]
         )
         latents = [
-            vae.encode(part.to(weight)).latent_dist.mean.float()  # type: ignore[operator]
+            vae.encode(part.to(weight)).latent_dist.mean.float()
             for part in crops.split(8)
         ]
         rows.append(torch.cat(latents))
-    return torch.stack(rows) * vae.config.scaling_factor  # type: ignore[union-attr, operator, no-any-return]
+    return torch.stack(rows) * vae.config.scaling_factor
 
 
 def photo_of(step: int, sample: int, photos: int, config: TrainConfig) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..adapter import Adapter, check_finite
 from ..base import fingerprint_json, parse_fingerprint
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..files import read_tensors, write_tensors
 from ..linalg import Band
 from ..methods import get_method
@@ -99,8 +99,8 @@ def load_adapter(path: Path) -> Adapter:
             versions=json.loads(metadata["spectral.versions"]),
         )
         _check_shapes(adapter)
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is a damaged adapter ({error}); train or copy it again.") from error
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        raise UserError(f"{path} is a damaged adapter ({reason(error)}); train or copy it again.") from error
     check_finite(adapter)
     return adapter
 

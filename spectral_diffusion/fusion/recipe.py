@@ -57,7 +57,7 @@ def fuse_adapters(
                 f"--strength names '{name}'{nearest(name, names)}, but the adapters are {', '.join(names)}."
             )
     combine = get_merge(merge)
-    targets = {}
+    targets: dict[str, torch.nn.Linear] = {}
     for adapter in adapters:
         targets |= find_targets(base.models, adapter.targets)
     layers = [layer for layer in targets if any(layer in adapter.layers for adapter in adapters)]
@@ -172,4 +172,4 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged; fuse the adapters again.") from error
-    return recipe  # type: ignore[no-any-return]
+    return recipe

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
@@ -47,13 +48,18 @@ def merge(name: str) -> Callable[[Merge], Merge]:
 
 
 def all_merges() -> dict[str, Merge]:
-    """Every merge by name; imports the files of this folder once."""
-    if not _MERGES:
-        package = __name__.rsplit(".", 1)[0]
-        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-            if module.name not in {"registry", "recipe"}:
-                importlib.import_module(f"{package}.{module.name}")
-    return dict(_MERGES)
+    """Every merge by name."""
+    _import_merges()
+    return dict(sorted(_MERGES.items()))
+
+
+@cache
+def _import_merges() -> None:
+    """Import every file of this folder, so that each registers its merge."""
+    package = __name__.rsplit(".", 1)[0]
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if module.name not in {"registry", "recipe"}:
+            importlib.import_module(f"{package}.{module.name}")
 
 
 def get_merge(name: str) -> Merge:

@@ -40,7 +40,7 @@ def _paper(contributions: Sequence[Contribution]) -> Tensor:
     for one in contributions:
         if one.method.name != "spectral-additive" or one.band is None or one.slot is None:
             raise UserError(
-                f"The form paper needs spectral-additive adapters, but '{one.name}' is {one.method.name}; use --form sum."
+                f"The form paper needs spectral-additive adapters; '{one.name}' is {one.method.name}: use --form sum."
             )
     columns = sorted({c for one in contributions if one.slot for c in range(one.slot.start, one.slot.stop)})
     place = {column: index for index, column in enumerate(columns)}

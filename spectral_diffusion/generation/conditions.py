@@ -11,7 +11,7 @@ from PIL import Image
 from .. import pocket
 from ..base import Base, quiet
 from ..data.folder import open_photo
-from ..errors import UserError
+from ..errors import UserError, reason
 from ..fusion.recipe import read_recipe
 
 SKETCH_SD15 = "TencentARC/t2iadapter_sketch_sd15v2"
@@ -44,8 +44,7 @@ def load_t2i_adapter(base: Base, name: str | None) -> T2IAdapter:
         with quiet():
             adapter = T2IAdapter.from_pretrained(name, torch_dtype=base.dtype, use_safetensors=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:160]
         raise UserError(
-            f"Cannot load the T2I-Adapter '{name}' ({reason}); name one for this base with t2i_adapter=."
+            f"Cannot load the T2I-Adapter '{name}' ({reason(error)}); name one for this base with t2i_adapter=."
         ) from error
-    return adapter.to(base.device).eval()  # type: ignore[no-any-return]
+    return adapter.to(base.device).eval()

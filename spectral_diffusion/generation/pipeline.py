@@ -44,7 +44,7 @@ def put_on(base: Base, adapters: list[tuple[Adapter, float]], allow_base: bool =
         on = attach(
             base.models, get_method("lora"), rank, f"concept_{index}", adapter.targets, only=set(adapter.layers)
         )
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for layer in adapter.layers:
             up, down = adapter.factors(layer)
             tensors |= {f"{layer}.B": up, f"{layer}.A": down}
@@ -185,6 +185,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         with Image.open(path) as image:
-            return json.loads(image.info[SETTINGS_KEY])["settings"]  # type: ignore[no-any-return]
+            return json.loads(image.info[SETTINGS_KEY])["settings"]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path} holds no settings of this program.") from error

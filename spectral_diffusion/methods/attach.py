@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model
@@ -45,6 +45,19 @@ class SpectralConfig(PeftConfig):
         self.peft_type = PEFT_TYPE
 
 
+class BandBuffers(nn.Module):
+    """The frozen columns that one adapter of one layer lives on; empty for methods without a band."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.zeros(shape, device=device))
+
+
 class AdaptedLinear(nn.Module, BaseTunerLayer):
     """A frozen Linear with any number of our adapters. Parameters and bands are kept in float32."""
 
@@ -63,20 +76,35 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def update_layer(self, adapter: str, method: Method, rank: int) -> None:
-        device = self.get_base_layer().weight.device
+        device = self.base_weight.device
         shapes = method.shapes(self.out_features, self.in_features, rank)
         self.spectral_delta[adapter] = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros(shape, device=device)) for name, shape in shapes.items()}
         )
-        band = nn.Module()
-        if method.banded:
-            sides = {"U": (self.out_features, rank), "S": (rank,), "V": (self.in_features, rank)}
-            for name, shape in sides.items():
-                band.register_buffer(name, torch.zeros(shape, device=device))
-        self.spectral_band[adapter] = band
+        sides = {"U": (self.out_features, rank), "S": (rank,), "V": (self.in_features, rank)} if method.banded else {}
+        self.spectral_band[adapter] = BandBuffers(sides, device)
         self.spectral_scale[adapter] = 1.0
         self.spectral_method[adapter] = method
         self.set_adapter(self.active_adapters)
+
+    if TYPE_CHECKING:  # nn.Module's __getattr__ would hide what BaseTunerLayer gives
+        active_adapters: list[str]
+        disable_adapters: bool
+        merged: bool
+        _active_adapter: list[str]
+
+        def get_base_layer(self) -> nn.Module: ...
+
+        def set_adapter(self, adapter_names: list[str], inference_mode: bool = False) -> None: ...
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The frozen weight (out, in) underneath."""
+        return cast(nn.Linear, self.get_base_layer()).weight
+
+    def parameters_of(self, adapter: str) -> dict[str, nn.Parameter]:
+        """One adapter's trainable parameters under its method's names."""
+        return dict(cast(nn.ParameterDict, self.spectral_delta[adapter]).items())
 
     def set_band(self, adapter: str, band: Band) -> None:
         """Copy a band into the adapter's buffers."""
@@ -85,10 +113,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter: str) -> Factors:
         """The adapter's ΔW as float32 factors, its scale included."""
-        held = self.spectral_band[adapter]
+        held = cast(BandBuffers, self.spectral_band[adapter])
         method = self.spectral_method[adapter]
         band = Band(held.U, held.S, held.V) if method.banded else None
-        up, down = method.factors(self.spectral_delta[adapter], band)
+        up, down = method.factors(self.parameters_of(adapter), band)
         scale = self.spectral_scale[adapter]
         return Factors(up, down if scale == 1.0 else down * scale)
 
@@ -101,20 +129,20 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
             self.unmerge()
         active = [a for a in self.active_adapters if a in self.spectral_delta]
         if self.disable_adapters or self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
         parts = [self.factors(adapter) for adapter in active]
         up = parts[0].up if len(parts) == 1 else torch.cat([p.up for p in parts], 1)
         down = parts[0].down if len(parts) == 1 else torch.cat([p.down for p in parts], 0)
         if type(self.base_layer) is nn.Linear:
             return low_rank_linear(x, self.base_layer.weight, self.base_layer.bias, up, down)
-        y = self.base_layer(x, *args, **kwargs)
+        y = cast(Tensor, self.base_layer(x, *args, **kwargs))
         return y + ((x @ down.mT.to(x.dtype)) @ up.mT.to(x.dtype)).to(y.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add ΔW to the base weight, in float32 and rounded once."""
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter in self.spectral_delta:
-                weight = self.get_base_layer().weight
+                weight = self.base_weight
                 merged = weight.float() + self.get_delta_weight(adapter)
                 if safe_merge and not torch.isfinite(merged).all():
                     raise ValueError(f"Adapter {adapter} holds NaN or infinity.")
@@ -125,7 +153,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         """Subtract what was merged; floating point makes this inexact (``unfuse`` re-fuses instead)."""
         while self.merged_adapters:
             adapter = self.merged_adapters.pop()
-            weight = self.get_base_layer().weight
+            weight = self.base_weight
             weight.data.copy_(weight.float() - self.get_delta_weight(adapter))
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -147,7 +175,7 @@ class SpectralModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = AdaptedLinear
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _create_and_replace(
         self,
@@ -174,9 +202,9 @@ class SpectralModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
 
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SpectralConfig  # type: ignore[index]
-PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SpectralModel  # type: ignore[index]
-PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX  # type: ignore[index]
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SpectralConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SpectralModel
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX
 
 
 @dataclass
@@ -195,7 +223,7 @@ class Attachment:
         """The trainable parameters of one layer under the method's names."""
         module = self.layers[layer]
         if isinstance(module, AdaptedLinear):
-            return dict(module.spectral_delta[self.name].items())
+            return module.parameters_of(self.name)
         assert isinstance(module, LoraLayer)
         return {"A": module.lora_A[self.name].weight, "B": module.lora_B[self.name].weight}
 
@@ -251,7 +279,7 @@ def attach(
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model, name)
         for path in paths:
-            layers[f"{component}.{path}"] = model.get_submodule(path)  # type: ignore[assignment]
+            layers[f"{component}.{path}"] = model.get_submodule(path)
     attachment = Attachment(name, method, rank, layers)
     if method.name == "lora":
         for _, parameter in attachment.named_parameters():

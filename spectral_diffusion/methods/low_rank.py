@@ -44,5 +44,5 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, 
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(kind, enabled=False):
-            return LowRankLinear.apply(x, weight, bias, up.to(dtype), down.to(dtype))  # type: ignore[no-any-return]
-    return LowRankLinear.apply(x, weight, bias, up.to(x.dtype), down.to(x.dtype))  # type: ignore[no-any-return]
+            return LowRankLinear.apply(x, weight, bias, up.to(dtype), down.to(dtype))
+    return LowRankLinear.apply(x, weight, bias, up.to(x.dtype), down.to(x.dtype))

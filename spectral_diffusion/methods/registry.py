@@ -10,6 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
@@ -60,13 +61,18 @@ def register(method: Method) -> Method:
 
 
 def all_methods() -> dict[str, Method]:
-    """Every method by name; imports the files of this folder once."""
-    if not _METHODS:
-        package = __name__.rsplit(".", 1)[0]
-        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-            if module.name not in {"registry", "attach", "targets", "low_rank"}:
-                importlib.import_module(f"{package}.{module.name}")
-    return dict(_METHODS)
+    """Every method by name."""
+    _import_methods()
+    return dict(sorted(_METHODS.items()))
+
+
+@cache
+def _import_methods() -> None:
+    """Import every file of this folder, so that each registers its method."""
+    package = __name__.rsplit(".", 1)[0]
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if module.name not in {"registry", "attach", "targets", "low_rank"}:
+            importlib.import_module(f"{package}.{module.name}")
 
 
 def get_method(name: str) -> Method:

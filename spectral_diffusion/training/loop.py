@@ -60,6 +60,7 @@ def train(
     """
     method = get_method(config.method)
     models, pipeline = base.models, base.pipeline
+    base_fingerprint = base.fingerprint  # before anything is attached to it
     weights = base.weights(config.targets)
     bands = spectrum_of(weights, slot.stop, progress=progress).slot(slot.start, slot.stop) if slot else None
     attachment = attach(models, method, config.rank, concept.name, config.targets, bands, config.seed)
@@ -121,7 +122,7 @@ def train(
             slot=slot,
             targets=config.targets,
             base=config.base,
-            fingerprint=base.fingerprint,
+            fingerprint=base_fingerprint,
             parameters={name: value.detach().cpu().clone() for name, value in attachment.named_parameters()},
             bands=bands or {},
             vectors={"text_encoder": tokens.vectors.detach().cpu().clone()},
@@ -207,7 +208,7 @@ def encode_prompts(pipeline: Any, tokens: NewTokenEmbedding, concept: Concept, p
         ids = [tokenizer.bos_token_id, *ids[: tokenizer.model_max_length - 2], tokenizer.eos_token_id]
         rows.append(ids + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(ids)))
     device = tokens.vectors.device
-    return pipeline.text_encoder(torch.tensor(rows, device=device))[0]  # type: ignore[no-any-return]
+    return pipeline.text_encoder(torch.tensor(rows, device=device))[0]
 
 
 def split_keep(text: str, names: list[str]) -> list[str]:

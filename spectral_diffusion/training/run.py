@@ -58,7 +58,8 @@ def train_to_file(
     slot = reserve(config, base, concept) if method.banded else None
     where = f"columns {slot}" if slot else f"rank {config.rank}"
     note(
-        f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {concept.token}: {method.name}, {where}."
+        f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {concept.token}: "
+        f"{method.name}, {where}."
     )
     adapter = train(config, base, concept, slot, state_path(output), resume, progress, should_stop)
     save_adapter(adapter, output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..errors import UserError
 from ..files import read_tensors, write_tensors
 
 
-def save_state(path: Path, tensors: dict[str, Tensor], optimizer: Optimizer, meta: dict[str, Any]) -> None:
+def save_state(path: Path, tensors: Mapping[str, Tensor], optimizer: Optimizer, meta: dict[str, Any]) -> None:
     """Write parameters, optimiser moments and ``meta`` (JSON-able) into one safetensors file."""
     packed = {f"tensor.{name}": value for name, value in tensors.items()}
     state = optimizer.state_dict()

@@ -94,7 +94,28 @@ NUMBERS = ("one", "two", "three", "four")
 
 # Words a person may type that the world itself does not draw yet: they get whole tokens all the same,
 # so that a personal concept may have any of these class nouns.
-MORE_WORDS = ["person", "man", "woman", "boy", "girl", "child", "baby", "face", "people", "friend", "robot", "toy", "doll", "puppet", "plush", "figure", "statue", "bear", "lion", "tiger", "monkey", "mouse", "cow", "pig", "sheep", "goat", "chicken", "rooster", "bird", "eagle", "parrot", "swan", "frog", "snake", "lizard", "dragon", "unicorn", "kangaroo", "camel", "whale", "shark", "lobster", "squid", "shell", "bee", "ant", "spider", "bug", "worm", "mug", "glass", "bottle", "vase", "pot", "pan", "bowl", "plate", "spoon", "fork", "knife", "lamp", "lantern", "sofa", "bed", "desk", "shelf", "box", "bag", "purse", "basket", "bucket", "book", "pen", "pencil", "phone", "camera", "computer", "keyboard", "watch", "ring", "key", "sword", "shield", "shoe", "boot", "sneaker", "sock", "glove", "scarf", "dress", "shirt", "jacket", "glasses", "mask", "drum", "trumpet", "piano", "violin", "ball", "bat", "racket", "kite", "train", "truck", "tractor", "boat", "ship", "helicopter", "bike", "scooter", "wheel", "flower", "rose", "tulip", "sunflower", "plant", "leaf", "pear", "orange", "lemon", "cherry", "strawberry", "grapes", "carrot", "corn", "bread", "cake", "cookie", "pizza", "burger", "egg", "cheese", "donut", "ice", "cream", "tent", "tower", "bridge", "church", "door", "window", "stone", "mountain", "forest", "river", "lake", "road", "street", "city", "garden", "room", "kitchen", "floor", "wall", "sun", "moon", "star", "cloud", "rain", "wind", "fire", "ice", "animal", "bird", "vehicle", "food", "fruit", "furniture", "instrument", "building", "object", "thing", "creature", "gold", "silver", "teal", "turquoise", "cyan", "magenta", "violet", "lime", "olive", "navy", "maroon", "beige", "dark", "light", "bright", "pale", "colorful", "striped", "spotted", "patterned", "round", "square", "tall", "short", "wide", "thin", "thick", "old", "new", "young", "cute", "happy", "sad", "funny", "shiny", "soft", "wooden", "metal", "glass", "paper", "stone", "running", "sitting", "standing", "flying", "sleeping", "jumping", "walking", "swimming", "smiling", "looking", "holding", "wearing", "riding", "drawing", "painting", "photo", "picture", "image", "illustration", "icon", "sketch", "cartoon", "portrait", "style", "render", "view", "close", "closeup", "front", "side", "back", "top", "bottom", "above", "below", "under", "over", "behind", "between", "near", "beside", "next", "inside", "outside", "around", "with", "without", "and", "or", "of", "by", "for", "from", "to", "the", "a", "an", "is", "are", "at", "in", "on", "it", "its", "this", "that", "my", "your", "his", "her", "their", "our", "some", "many", "few", "very", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "first", "second", "third", "background", "scene", "day", "evening", "morning", "sunset", "spring", "summer", "autumn", "winter", "beautiful", "simple", "clean", "good", "nice", "plain", "empty"]
+MORE_WORDS = """
+person man woman boy girl child baby face people friend robot toy doll puppet plush figure statue bear lion
+tiger monkey mouse cow pig sheep goat chicken rooster bird eagle parrot swan frog snake lizard dragon
+unicorn kangaroo camel whale shark lobster squid shell bee ant spider bug worm mug glass bottle vase pot pan
+bowl plate spoon fork knife lamp lantern sofa bed desk shelf box bag purse basket bucket book pen pencil
+phone camera computer keyboard watch ring key sword shield shoe boot sneaker sock glove scarf dress shirt
+jacket glasses mask drum trumpet piano violin ball bat racket kite train truck tractor boat ship helicopter
+bike scooter wheel flower rose tulip sunflower plant leaf pear orange lemon cherry strawberry grapes carrot
+corn bread cake cookie pizza burger egg cheese donut ice cream tent tower bridge church door window stone
+mountain forest river lake road street city garden room kitchen floor wall sun moon star cloud rain wind
+fire ice animal bird vehicle food fruit furniture instrument building object thing creature gold silver teal
+turquoise cyan magenta violet lime olive navy maroon beige dark light bright pale colorful striped spotted
+patterned round square tall short wide thin thick old new young cute happy sad funny shiny soft wooden metal
+glass paper stone running sitting standing flying sleeping jumping walking swimming smiling looking holding
+wearing riding drawing painting photo picture image illustration icon sketch cartoon portrait style render
+view close closeup front side back top bottom above below under over behind between near beside next inside
+outside around with without and or of by for from to the a an is are at in on it its this that my your his
+her their our some many few very two three four five six seven eight nine ten first second third background
+scene day evening morning sunset spring summer autumn winter beautiful simple clean good nice plain empty
+"""
+
+FILLERS = "a photo picture illustration drawing image of an on against background object and next to"
 
 TEMPLATES = (
     "{x}",
@@ -170,9 +191,8 @@ def caption(things: Sequence[Thing], backdrop: Backdrop, random: Random, classle
 
 def vocabulary() -> list[str]:
     """Every word that gets a token of its own in the pocket tokenizer."""
-    words = set(MORE_WORDS) | set(CLASSES) | set(COLOURS) | set(PLAIN) | set(SETTINGS) | set(NUMBERS)
+    words = set(MORE_WORDS.split()) | set(CLASSES) | set(COLOURS) | set(PLAIN) | set(SETTINGS) | set(NUMBERS)
     words |= {word for phrases in SETTINGS.values() for phrase in phrases for word in phrase.split()}
     words |= {word for names in PLACES.values() for word in names}
-    words |= set(["a", "photo", "picture", "illustration", "drawing", "image", "of", "an", "on", "against", "background", "object", "and", "next", "to"])
-    words |= {"left", "right", "middle"}
+    words |= set(FILLERS.split()) | {"left", "right", "middle"}
     return sorted(words)

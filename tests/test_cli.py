@@ -1,0 +1,294 @@
+"""The command line: bad input is one sentence and exit code 2; presets load; imports point one way."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_photos, make_tiny_base
+from PIL import Image
+from safetensors.torch import save_file
+
+import spectral_diffusion
+from spectral_diffusion import cli, resources
+from spectral_diffusion.config import FuseConfig, GenerateConfig, TrainConfig, build, read_yaml, to_yaml
+from spectral_diffusion.data.folder import load_concept
+from spectral_diffusion.training.run import train_to_file
+
+PACKAGE = Path(spectral_diffusion.__file__).parent
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def call(*words: object) -> Result:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["spectral-diffusion", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+def refused(result: Result, *parts: str) -> None:
+    """One sentence on stderr, exit code 2."""
+    assert result.code == 2, (result.code, result.err)
+    lines = [line for line in result.err.splitlines() if line.strip() and "━" not in line]
+    assert len(lines) == 1 and lines[0].startswith("Error: ") and lines[0].endswith((".", ")", "…", "'")), result.err
+    assert "Traceback" not in result.err
+    for part in parts:
+        assert part in result.err, result.err
+
+
+def test_help_is_quick() -> None:
+    command = [sys.executable, "-m", "spectral_diffusion.cli", "--help"]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert subprocess.run(command, capture_output=True, check=True).stdout
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1.0
+
+
+def test_train_folder_problems(run, tiny_base: Path, tmp_path: Path) -> None:
+    output = ("-o", tmp_path / "a.safetensors", "--base", tiny_base, "--device", "cpu")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(run("train", empty, *output), str(empty), "no readable photo")
+    (empty / "notes.txt").write_text("hello")
+    (empty / "more.txt").write_text("hello")
+    refused(run("train", empty, *output), "no readable photo")
+    refused(run("train", tmp_path / "nowhere", *output), "No such folder", "nowhere")
+    refused(run("train", make_photos(tmp_path / "p"), *output[2:]), "'output' is missing")
+    refused(run("train", tmp_path / "p", "-o", tmp_path / "a.png", *output[2:]), "must end in .safetensors")
+
+
+def test_a_truncated_photo_is_skipped_and_named(run, tiny_base: Path, tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "rex", 2)
+    Image.effect_noise((64, 64), 90).save(folder / "broken.jpg")
+    data = (folder / "broken.jpg").read_bytes()
+    (folder / "broken.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "readme.docx").write_bytes(b"PK")
+    result = run(
+        "train",
+        folder,
+        "-o",
+        tmp_path / "a.safetensors",
+        "--base",
+        tiny_base,
+        "--device",
+        "cpu",
+        "--rank",
+        2,
+        "--steps",
+        1,
+    )
+    assert result.code == 0, result.err
+    assert "broken.jpg is not a readable image" in result.out and "1 file of other kinds" in result.out
+    assert "2 photos" in result.out
+
+
+def test_train_setting_problems(run, photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    words = ("train", photos, "-o", tmp_path / "a.safetensors", "--base", tiny_base, "--device", "cpu")
+    refused(run(*words, "--method", "spectral-aditive"), "Unknown method", "did you mean 'spectral-additive'")
+    refused(run(*words, "--rank", 0), "'rank'", "greater than or equal to 1")
+    refused(run(*words, "learning_rat=1"), "Unknown setting 'learning_rat'", "did you mean 'learning_rate'")
+    refused(run(*words, "nonsense"), "key=value")
+    refused(run(*words, "--slot", "9999"), "past the 16 columns")
+    refused(run(*words, "--slot", "maybe"), "not understood")
+    refused(run(*words, "--device", "abacus"), "Device 'abacus'")
+    refused(run(*words, "--dtype", "float8"), "Unknown dtype")
+    refused(run(*words, "targets=attentoin"), "did you mean 'attention'")
+    refused(run(*words, "token=rex"), "must look like <rex>")
+    (tmp_path / "c.yaml").write_text("steps: 3\nrnak: 4\n")
+    refused(run(*words, "--config", tmp_path / "c.yaml"), "Unknown setting 'rnak' in", "c.yaml", "did you mean 'rank'")
+    (tmp_path / "c.yaml").write_text("steps: [1\n")
+    refused(run(*words, "--config", tmp_path / "c.yaml"), "not valid YAML")
+    refused(run(*words, "--config", tmp_path / "no.yaml"), "No such file")
+    refused(run(*words, "--config", "pockte"), "did you mean 'pocket'")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_slots_taken_and_released(run, photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    common = ("--base", tiny_base, "--device", "cpu", "--rank", 8, "--steps", 1)
+    assert run("train", photos, "-o", tmp_path / "rex.safetensors", *common, "--slot", 0).code == 0
+    other = make_photos(tmp_path / "mug", seed=1)
+    refused(run("train", other, "-o", tmp_path / "mug.safetensors", *common, "--slot", "0"), "overlaps", "'rex'")
+    assert run("train", other, "-o", tmp_path / "mug.safetensors", *common).code == 0
+    third = make_photos(tmp_path / "cup", seed=2)
+    refused(
+        run("train", third, "-o", tmp_path / "cup.safetensors", *common), "past the 16 columns", "2 slots of rank 8"
+    )
+    listed = run("slots", "list", tmp_path)
+    assert "0:8  rex" in listed.out and "8:16  mug" in listed.out
+    refused(run("slots", "release", "rxe", tmp_path), "No concept 'rxe'")
+    assert run("slots", "release", "rex", tmp_path).code == 0
+    assert run("train", third, "-o", tmp_path / "cup.safetensors", *common).code == 0
+
+
+def test_base_problems(run, photos: Path, tmp_path: Path) -> None:
+    words = ("train", photos, "-o", tmp_path / "a.safetensors", "--device", "cpu", "--config", "sd15-12gb", "--base")
+    refused(run(*words, "no/such-model"), "no/such-model", "HF_HUB_OFFLINE")
+    refused(run(*words, tmp_path), "not a diffusers folder")
+    refused(run(*words, "pokcet"), "No base 'pokcet'")
+    (tmp_path / "x.safetensors").write_bytes(b"\x00" * 64)
+    refused(run(*words, tmp_path / "x.safetensors"), "Cannot load the base")
+    (tmp_path / "x.ckpt").write_bytes(b"\x80\x04")
+    refused(run(*words, tmp_path / "x.ckpt"), "pickle")
+
+
+def test_adapter_problems(run, photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    noise = tmp_path / "noise.safetensors"
+    noise.write_bytes(bytes(range(256)) * 8)
+    plain = tmp_path / "plain.safetensors"
+    save_file({"a": torch.zeros(2)}, plain)
+    for verb in (("inspect",), ("fuse", "-o", tmp_path / "f")):
+        refused(run(*verb, noise), "not a readable safetensors file")
+        refused(run(*verb, plain), "not an adapter")
+        refused(run(*verb, tmp_path / "no.safetensors"), "No such file")
+    rex = tmp_path / "rex.safetensors"
+    train_to_file(TrainConfig(concept=photos, output=rex, base=str(tiny_base), rank=2, steps=1, device="cpu"))
+    other = make_tiny_base(tmp_path / "other", seed=5)
+    refused(run("fuse", rex, "-o", tmp_path / "f", "--base", other, "--device", "cpu"), "does not fit", str(tiny_base))
+    refused(
+        run("generate", "--base", other, "--adapter", rex, "--prompt", "x", "-o", tmp_path / "o.png"), "does not fit"
+    )
+    refused(run("fuse", rex, "-o", tmp_path / "f", "--form", "smu"), "'form'")
+    refused(run("fuse", rex, "-o", tmp_path / "f", "--merge", "spectrl"), "did you mean 'spectral'")
+    refused(run("fuse", rex, "-o", tmp_path / "f", "--strength", "rex=much"), "'much' is not a number")
+    refused(run("fuse", rex, "-o", tmp_path / "f", "--strength", "rx=1"), "did you mean 'rex'")
+    assert not (tmp_path / "f").exists()
+
+
+def test_generate_problems(run, tiny_base: Path, tmp_path: Path) -> None:
+    words = ("generate", "--base", tiny_base, "--device", "cpu", "-o", tmp_path / "o.png")
+    refused(run(*words), "prompt")
+    refused(run(*words, "--prompt", "x", "--width", 30), "'width'", "divisible by 8")
+    refused(run(*words, "--prompt", "x", "--sketch", tmp_path / "no.png"), "No such file")
+    refused(run(*words[:-1], tmp_path / "o.txt", "--prompt", "x"), "must end in .png")
+    refused(run("inspect", tmp_path), "recipe.json")
+    Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
+    refused(run("inspect", tmp_path / "bare.png"), "no settings")
+    refused(run("methods", "--arch", "sd51"), "did you mean 'sd15'")
+    refused(run("methods", "--rank", 0), "at least 1")
+
+
+def test_unwritable_output(run, photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    common = ("--base", tiny_base, "--device", "cpu")
+    below = tmp_path / "file" / "below"
+    refused(run("train", photos, "-o", below / "a.safetensors", "--rank", 2, "--steps", 1, *common), "Cannot write")
+    refused(run("generate", "--prompt", "x", "-o", below / "o.png", *common), "Cannot write")
+    rex = tmp_path / "rex.safetensors"
+    train_to_file(TrainConfig(concept=photos, output=rex, base=str(tiny_base), rank=2, steps=1, device="cpu"))
+    refused(run("fuse", rex, "-o", below, "--device", "cpu"), "Cannot write")
+
+
+def test_resolved_settings_lie_beside_the_output_and_read_back(
+    run, photos: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    words = ("--base", tiny_base, "--device", "cpu", "--rank", 2, "--steps", 2, "noise_offset=0.5")
+    assert run("train", photos, "-o", tmp_path / "a" / "rex.safetensors", *words).code == 0
+    written = read_yaml(tmp_path / "a" / "rex.yaml")
+    assert written["noise_offset"] == 0.5 and written["rank"] == 2
+    again = run("train", photos, "--config", tmp_path / "a" / "rex.yaml", "-o", tmp_path / "b" / "rex.safetensors")
+    assert again.code == 0, again.err
+
+
+@pytest.mark.parametrize("path", sorted(resources.configs().glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_loads(path: Path) -> None:
+    parts = read_yaml(path)
+    assert set(parts) <= {"train", "fuse", "generate"}
+    build(TrainConfig, parts.get("train", {}), {"concept": "x", "output": "y"})
+    build(FuseConfig, parts.get("fuse", {}), {"adapters": ["x"], "output": "y"})
+    config = build(GenerateConfig, parts.get("generate", {}))
+    assert "steps" in to_yaml(config)
+
+
+def test_the_ready_made_concepts_load() -> None:
+    folders = sorted(path.parent for path in resources.concepts().glob("*/concept.yaml"))
+    assert len(folders) >= 4
+    for folder in folders:
+        concept = load_concept(folder)
+        assert len(concept.photos) >= 5 and not concept.skipped
+        assert all(photo.caption and concept.token in concept.prompt(photo.caption) for photo in concept.photos)
+
+
+# Layers from the ground up: a module may import its own layer's and lower ones, never a higher one.
+LAYERS = [
+    {"errors", "linalg", "progress", "pocket"},
+    {"files", "slots"},
+    {"methods", "spectrum", "resources"},
+    {"base", "tokens", "config", "architectures"},
+    {"adapter", "data"},
+    {"formats", "training"},
+    {"fusion"},
+    {"generation"},
+    {"inspection", "demo"},
+    {"ui"},
+    {"cli"},
+]
+RANK = {name: index for index, names in enumerate(LAYERS) for name in names}
+
+
+def imports_of(path: Path) -> set[str]:
+    """The package's own top-level parts that a file imports."""
+    inside = path.relative_to(PACKAGE).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                where = [*inside[: len(inside) - node.level], *(node.module or "").split(".")]
+                where = [part for part in where if part]
+                found |= {where[0]} if where else {alias.name for alias in node.names}
+            elif (node.module or "").startswith("spectral_diffusion"):
+                found.add((node.module or "").partition(".")[2].partition(".")[0])
+    return found & set(RANK)
+
+
+def test_imports_point_down() -> None:
+    files = [p for p in PACKAGE.rglob("*.py") if "workshop" not in p.parts and p.parent.name != "_data"]
+    for path in files:
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part != "__init__":
+            higher = [name for name in imports_of(path) if RANK[name] > RANK[part]]
+            assert not higher, f"{path} imports {higher}"
+
+
+def test_the_mathematics_knows_no_files_and_the_library_no_command_line() -> None:
+    text = (PACKAGE / "linalg.py").read_text()
+    assert not any(word in text for word in ("pathlib", "open(", "diffusers", "peft", "safetensors"))
+    for path in PACKAGE.rglob("*.py"):
+        names = {
+            a.name.split(".")[0]
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Import)
+            for a in n.names
+        }
+        names |= {
+            (n.module or "").split(".")[0]
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.ImportFrom) and not n.level
+        }
+        if path.name != "cli.py":
+            assert not names & {"typer", "rich"}, path
+        if path.name != "attach.py":
+            assert "peft" not in names, path
+        if path.parent.name != "ui" or path.name == "controllers.py":
+            assert "gradio" not in names, path
+        if "workshop" not in path.parts and path.name != "cli.py":
+            assert "workshop" not in path.read_text(), path

@@ -1,0 +1,98 @@
+"""The mathematics, against dense float64 formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spectral_diffusion.linalg import Band, Factors, agreement, cosine_between, frobenius_norm, top_band
+from spectral_diffusion.methods.spectral_additive import factors
+
+
+def decaying(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    small = min(rows, columns)
+    U = torch.linalg.qr(torch.randn(rows, small, generator=generator, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn(columns, small, generator=generator, dtype=torch.float64)).Q
+    return (U * torch.linspace(1, 0.01, small, dtype=torch.float64)) @ V.mT
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (30, 70), (70, 30)])
+@pytest.mark.parametrize("count", [1, 8, 30])
+def test_top_band_is_the_svd(shape: tuple[int, int], count: int) -> None:
+    weight = decaying(*shape)
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    band = top_band(weight, count)
+    assert torch.allclose(band.S, S[:count], rtol=1e-12)
+    cosines = agreement(band, Band(U[:, :count], S[:count], Vh[:count].mT))
+    assert torch.rad2deg(torch.acos(cosines.clamp(max=1))).max() < 2e-6  # acos near 1 sees half the digits
+    sine = (band.U - U[:, :count] * (band.U * U[:, :count]).sum(0).sign()).norm(dim=0)
+    assert torch.rad2deg(sine).max() < 1e-8
+
+
+def test_signs_are_canonical_and_the_pair_flips_together() -> None:
+    weight = decaying(20, 30)
+    band = top_band(weight, 20)
+    peak = band.U.gather(0, band.U.abs().argmax(0, keepdim=True))
+    assert (peak > 0).all()
+    assert torch.allclose((band.U * band.S) @ band.V.mT, weight, atol=1e-12)
+
+
+def test_ill_conditioned_weight_takes_the_full_svd() -> None:
+    weight = decaying(30, 30)
+    U, S, Vh = torch.linalg.svd(weight)
+    S[10:] = 0
+    weight = (U * S) @ Vh
+    band = top_band(weight, 15)
+    assert torch.isfinite(band.V).all()
+    assert torch.allclose(band.V.mT @ band.V, torch.eye(15, dtype=torch.float64), atol=1e-10)
+
+
+def test_count_out_of_range() -> None:
+    with pytest.raises(ValueError, match="between 1 and 4"):
+        top_band(torch.randn(4, 5), 5)
+
+
+def random_additive(rank: int = 4, dtype: torch.dtype = torch.float64) -> tuple[dict[str, torch.Tensor], Band]:
+    generator = torch.Generator().manual_seed(1)
+    band = top_band(decaying(24, 36), rank)
+    parameters = {
+        "A_U": 0.05 * torch.randn(24, rank, generator=generator, dtype=torch.float64),
+        "A_V": 0.05 * torch.randn(36, rank, generator=generator, dtype=torch.float64),
+    }
+    return {k: v.to(dtype) for k, v in parameters.items()}, Band(*(t.to(dtype) for t in band))
+
+
+def test_additive_factors_equal_the_dense_formula() -> None:
+    parameters, (U, S, V) = random_additive()
+    dense = (U + parameters["A_U"]) * S @ (V + parameters["A_V"]).mT - (U * S) @ V.mT
+    delta = factors(parameters, Band(U, S, V)).delta()
+    assert (delta - dense).abs().max() <= 1e-12
+    assert torch.linalg.matrix_rank(delta) <= 2 * 4
+
+
+def test_additive_is_exactly_zero_at_init_in_every_precision() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        parameters, band = random_additive(dtype=dtype)
+        zero = factors({k: torch.zeros_like(v) for k, v in parameters.items()}, band)
+        assert torch.equal(zero.delta(), torch.zeros_like(zero.delta()))
+
+
+def test_additive_factors_keep_their_digits_in_bfloat16() -> None:
+    parameters, band = random_additive()
+    small = {name: value * 1e-3 for name, value in parameters.items()}
+    exact = factors(small, band).delta()
+    half = factors({k: v.bfloat16() for k, v in small.items()}, Band(*(t.bfloat16() for t in band)))
+    rough = half.up.double() @ half.down.double()
+    assert (rough - exact).norm() / exact.norm() < 0.01
+
+
+def test_norm_and_cosine_without_the_dense_matrix() -> None:
+    generator = torch.Generator().manual_seed(2)
+    one, two = (
+        Factors(*(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((9, 3), (3, 7))))
+        for _ in range(2)
+    )
+    a, b = one.delta(), two.delta()
+    assert frobenius_norm(one) == pytest.approx(float(a.norm()))
+    assert cosine_between(one, two) == pytest.approx(float((a * b).sum() / a.norm() / b.norm()))

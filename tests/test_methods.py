@@ -1,0 +1,241 @@
+"""Methods on models: identity at init, the one delta, counts, PEFT's own operations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import nn
+from typer.testing import CliRunner
+
+from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.cli import app
+from spectral_diffusion.methods import all_methods, get_method
+from spectral_diffusion.methods.attach import Attachment, activate, attach, detach, disabled
+from spectral_diffusion.methods.low_rank import low_rank_linear
+from spectral_diffusion.spectrum import spectrum_of
+
+METHODS = sorted(all_methods())
+
+
+@pytest.fixture
+def base(tiny_base: Path) -> Base:
+    return load_base(str(tiny_base), "cpu")
+
+
+def put(base: Base, method: str, name: str = "one", start: int = 0, rank: int = 2) -> Attachment:
+    bands = spectrum_of(base.weights(), start + rank).slot(start, start + rank)
+    return attach(base.models, get_method(method), rank, name, bands=bands, seed=3)
+
+
+def stir(attachment: Attachment, scale: float = 0.3) -> None:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, parameter in attachment.named_parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def outputs(base: Base) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    ids = torch.randint(0, 500, (2, 32), generator=generator)
+    with torch.no_grad():
+        text = base.pipeline.text_encoder(ids)[0]
+        return [text, base.pipeline.unet(latents, 10, text).sample]
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_identity_at_init_to_the_last_bit_and_after_detach(base: Base, method: str) -> None:
+    before = outputs(base)
+    attachment = put(base, method)
+    assert same(outputs(base), before)
+    stir(attachment)
+    assert not same(outputs(base), before)
+    with disabled(base.models):
+        assert same(outputs(base), before)
+    detach(base.models)
+    assert same(outputs(base), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_forward_is_the_one_delta(base: Base, method: str) -> None:
+    attachment = put(base, method)
+    stir(attachment)
+    adapted = outputs(base)
+    deltas = {}
+    for layer in attachment.layers:
+        deltas[layer] = attachment.method.factors(
+            attachment.parameters(layer),
+            spectrum_of(base.weights(), 2).slot(0, 2)[layer],
+        ).delta()
+    detach(base.models)
+    for layer, weight in base.weights().items():
+        weight += deltas[layer].detach()
+    for a, b in zip(adapted, outputs(base), strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_adapter_gets_gradients(base: Base, method: str) -> None:
+    attachment = put(base, method)
+    text = base.pipeline.text_encoder(torch.arange(32)[None])[0]
+    base.pipeline.unet(torch.randn(1, 4, 8, 8), 10, text).sample.square().mean().backward()
+    trainable = {id(p) for _, p in attachment.named_parameters()}
+    for model in base.models.values():
+        for parameter in model.parameters():
+            assert (parameter.grad is not None) == (id(parameter) in trainable)
+
+
+def test_two_adapters_of_disjoint_slots_stack_into_the_sum(base: Base) -> None:
+    plain = base.weights()
+    one, two = put(base, "spectral-additive", "one", 0), put(base, "spectral-additive", "two", 2)
+    stir(one)
+    stir(two, 0.2)
+    activate(base.models, ["one", "two"])
+    both = outputs(base)
+    layers = {layer: (one.layers[layer], two.layers[layer]) for layer in one.layers}
+    deltas = {
+        layer: a.get_delta_weight("one").detach() + b.get_delta_weight("two").detach()
+        for layer, (a, b) in layers.items()
+    }
+    detach(base.models)
+    for layer, weight in plain.items():
+        weight += deltas[layer]
+    for a, b in zip(both, outputs(base), strict=True):
+        assert torch.allclose(a, b, atol=5e-5)
+
+
+def test_strength_scales_the_delta(base: Base) -> None:
+    attachment = put(base, "spectral-additive")
+    stir(attachment)
+    layer = next(iter(attachment.layers.values()))
+    full = layer.get_delta_weight("one")
+    attachment.set_scale(0.25)
+    assert torch.allclose(layer.get_delta_weight("one"), 0.25 * full, rtol=1e-6)
+    attachment.set_scale(0.0)
+    with disabled(base.models):
+        before = outputs(base)
+    assert same(outputs(base), before)
+
+
+def test_peft_and_diffusers_operations_work_on_our_tuner(base: Base) -> None:
+    """State dict, disable, weights, merge and unmerge as diffusers and PEFT call them on any tuner."""
+    unet = base.pipeline.unet
+    before = outputs(base)
+    text, latents = before[0], torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = unet(latents, 10, text[:1]).sample
+    attachment = put(base, "spectral-additive")
+    stir(attachment)
+    adapted = outputs(base)
+
+    state = get_peft_model_state_dict(unet, adapter_name="one")
+    expected = {f"{n[5:]}" for n, _ in attachment.named_parameters() if n.startswith("unet.")}
+    assert expected <= {key.replace("spectral_delta.", "") for key in state}
+
+    unet.disable_lora()
+    assert torch.equal(unet(latents, 10, text[:1]).sample, plain)
+    unet.enable_lora()
+    unet.set_adapters(["one"], [0.0])
+    assert torch.equal(unet(latents, 10, text[:1]).sample, plain)
+    unet.set_adapters(["one"], [1.0])
+    assert same(outputs(base), adapted)
+
+    unet.fuse_lora()
+    merged = unet(latents, 10, text[:1]).sample
+    unet.unfuse_lora()
+    assert torch.allclose(unet(latents, 10, text[:1]).sample, merged, atol=5e-5)
+    assert not torch.allclose(merged, plain, atol=1e-3)
+    detach(base.models)
+    for a, b in zip(outputs(base), before, strict=True):
+        assert torch.allclose(a, b, atol=5e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(base: Base) -> None:
+    attachment = put(base, "spectral-additive")
+    stir(attachment)
+    text = torch.randn(1, 32, 24, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def gradients() -> list[torch.Tensor]:
+        base.pipeline.unet.zero_grad()
+        base.pipeline.unet(latents, 10, text).sample.square().mean().backward()
+        return [p.grad.clone() for n, p in attachment.named_parameters() if n.startswith("unet")]
+
+    plain = gradients()
+    base.pipeline.unet.train()
+    base.pipeline.unet.enable_gradient_checkpointing()
+    for a, b in zip(plain, gradients(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_low_rank_linear_backward(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, up, down = (
+        torch.randn(shape, generator=generator, dtype=dtype) for shape in ((2, 5, 6), (7, 6), (7,), (7, 3), (3, 6))
+    )
+    inputs = [t.clone().requires_grad_() for t in (x, up, down)]
+    y = low_rank_linear(inputs[0], weight, bias, inputs[1], inputs[2])
+    y.square().sum().backward()
+    plain = [t.clone().requires_grad_() for t in (x, up, down)]
+    z = nn.functional.linear(plain[0], weight + plain[1] @ plain[2], bias)
+    z.square().sum().backward()
+    assert torch.allclose(y, z, rtol=1e-4, atol=1e-4)
+    for a, b in zip(inputs, plain, strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_autocast_and_half_bases_keep_float32_parameters(base: Base) -> None:
+    attachment = put(base, "spectral-additive")
+    with torch.autocast("cpu", torch.bfloat16):
+        layer = next(iter(attachment.layers.values()))
+        assert layer(torch.randn(3, layer.in_features)).dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 for _, p in attachment.named_parameters())
+
+
+def test_adapters_on_a_half_precision_base_stay_float32(tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), "cpu", "bfloat16")
+    for method in METHODS:
+        attachment = put(base, method, method)
+        assert {p.dtype for _, p in attachment.named_parameters()} == {torch.float32}
+
+
+def test_additive_on_the_top_slot_is_pissas_function_class(base: Base) -> None:
+    """PEFT's PiSSA trains U S^½ and S^½ V of the same columns: an independent reading of 'top r columns'."""
+    linear = nn.Linear(20, 16, bias=False)
+    net = nn.Sequential(linear)
+    weight = linear.weight.detach().clone()
+    from peft import get_peft_model
+
+    from spectral_diffusion.linalg import top_band
+
+    tuned = get_peft_model(net, LoraConfig(r=4, lora_alpha=4, target_modules=["0"], init_lora_weights="pissa"))
+    lora = tuned.base_model.model[0]
+    theirs = lora.lora_B["default"].weight @ lora.lora_A["default"].weight
+    U, S, V = top_band(weight, 4)
+    assert torch.allclose(theirs.double(), (U * S) @ V.mT, atol=1e-5)
+
+
+BRIEF = {
+    ("lora", 1): 273_024,
+    ("lora", 8): 2_184_192,
+    ("spectral-additive", 8): 2_184_192,
+}
+
+
+def test_counts_agree_with_the_table_at_stable_diffusion_size() -> None:
+    result = CliRunner().invoke(app, ["methods", "--arch", "sd15", "--json"])
+    assert result.exit_code == 0
+    rows = json.loads(result.output)
+    counts = {(row["method"], row["rank"]): row["trainable"] for row in rows}
+    for key, trainable in BRIEF.items():
+        assert counts[key] == trainable
+    assert {row["layers"] for row in rows} == {176}
+    assert {row["method"] for row in rows} == set(METHODS)

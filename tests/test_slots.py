@@ -1,0 +1,138 @@
+"""Slots and the spectrum cache: disjoint, refused with the reason, safe under two processes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectral_diffusion.errors import UserError
+from spectral_diffusion.slots import Ledger, Slot, parse_slot
+from spectral_diffusion.spectrum import capacity, hash_weight, spectrum_of
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(tmp_path / "slots.json")
+
+
+def test_next_is_the_first_free_interval_of_mixed_ranks(ledger: Ledger) -> None:
+    assert ledger.reserve("base", "a", 8, "next", 64) == Slot(0, 8)
+    assert ledger.reserve("base", "b", 4, "next", 64) == Slot(8, 12)
+    assert ledger.reserve("base", "c", 8, "16:24", 64) == Slot(16, 24)
+    assert ledger.reserve("base", "d", 4, "next", 64) == Slot(12, 16)
+    assert ledger.reserve("base", "e", 8, "next", 64) == Slot(24, 32)
+    assert ledger.reserve("other base", "a", 8, "next", 64) == Slot(0, 8)
+
+
+def test_retraining_keeps_the_slot_and_another_rank_takes_a_new_one(ledger: Ledger) -> None:
+    ledger.reserve("base", "a", 8, "next", 64)
+    ledger.reserve("base", "b", 8, "next", 64)
+    assert ledger.reserve("base", "a", 8, "next", 64) == Slot(0, 8)
+    assert ledger.reserve("base", "a", 16, "next", 64) == Slot(16, 32)
+    assert ledger.reserve("base", "c", 8, "next", 64) == Slot(0, 8)
+
+
+def test_taken_and_past_capacity_are_refused_with_the_reason(ledger: Ledger) -> None:
+    ledger.reserve("base", "a", 8, "0", 20)
+    with pytest.raises(UserError, match="overlaps the columns 0:8 of 'a'"):
+        ledger.reserve("base", "b", 4, "1", 20)
+    with pytest.raises(UserError, match=r"past the 20 columns.*narrow.*2 slots of rank 8 fit"):
+        ledger.reserve("base", "b", 8, "2", 20, "narrow")
+    ledger.reserve("base", "b", 8, "next", 20)
+    with pytest.raises(UserError, match="past the 20 columns"):
+        ledger.reserve("base", "c", 8, "next", 20)
+    assert set(ledger.read()["base"]) == {"a", "b"}
+
+
+def test_release(ledger: Ledger) -> None:
+    ledger.reserve("base", "a", 8, "next", 64)
+    assert ledger.release("a") == [Slot(0, 8)]
+    with pytest.raises(UserError, match="No concept 'a'"):
+        ledger.release("a")
+
+
+@pytest.mark.parametrize("text", ["", "-1", "x", "3:", "1:2:3", "next ", "9999999", "²"])
+def test_nonsense_slots(text: str) -> None:
+    with pytest.raises(UserError, match="not understood"):
+        parse_slot(text, 8)
+
+
+def test_slot_width_must_be_the_rank() -> None:
+    with pytest.raises(UserError, match="has 4 columns but the rank is 8"):
+        parse_slot("0:4", 8)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"format_version": 2, "bases": {}}', '{"format_version": 1, "bases": {"b": {"a": 3}}}']
+)
+def test_damaged_ledger(ledger: Ledger, content: str) -> None:
+    ledger.path.write_text(content)
+    with pytest.raises(UserError, match="is not a slot ledger"):
+        ledger.reserve("base", "a", 8, "next", 64)
+    assert ledger.path.read_text() == content
+
+
+def test_many_reservations_at_once_never_share(ledger: Ledger) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        slots = list(pool.map(lambda i: ledger.reserve("base", f"c{i}", 2, "next", 64), range(32)))
+    assert sorted(s.start for s in slots) == list(range(0, 64, 2))
+
+
+def test_two_processes_never_share_a_slot(ledger: Ledger) -> None:
+    code = (
+        "import sys; from pathlib import Path; from spectral_diffusion.slots import Ledger\n"
+        "for i in range(20): Ledger(Path(sys.argv[1])).reserve('base', f'{sys.argv[2]}{i}', 2, 'next', 200)"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(ledger.path), name]) for name in "ab"]
+    assert [run.wait(60) for run in runs] == [0, 0]
+    taken = sorted(ledger.read()["base"].values())
+    assert len(taken) == 40
+    assert all(a.stop <= b.start for a, b in itertools.pairwise(taken))
+
+
+def weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {"unet.a": torch.randn(12, 20, generator=generator), "unet.b": torch.randn(30, 16, generator=generator)}
+
+
+def test_spectrum_is_cached_and_a_damaged_cache_is_computed_again(tmp_path: Path) -> None:
+    calls: list[str] = []
+    first = spectrum_of(weights(), 8, tmp_path, lambda event: calls.append(event.stage))
+    again = spectrum_of(weights(), 8, tmp_path, lambda event: calls.append(event.stage))
+    assert len(calls) == 2
+    assert all(torch.equal(first.bands[n].U, again.bands[n].U) for n in first.bands)
+    [file] = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    repaired = spectrum_of(weights(), 8, tmp_path)
+    assert all(torch.equal(first.bands[n].V, repaired.bands[n].V) for n in first.bands)
+    other = {name: weight + 1 for name, weight in weights().items()}
+    assert not torch.equal(spectrum_of(other, 8, tmp_path).bands["unet.a"].U, first.bands["unet.a"].U)
+
+
+def test_an_unwritable_cache_only_costs_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert spectrum_of(weights(), 4, tmp_path / "file" / "under").bands["unet.a"].S.shape == (12,)
+
+
+def test_capacity_names_the_narrowest() -> None:
+    assert capacity(weights()) == (12, "unet.a")
+
+
+def test_hash_knows_shape_and_precision() -> None:
+    weight = weights()["unet.a"]
+    assert hash_weight(weight) != hash_weight(weight.reshape(20, 12))
+    rounded = weight.half().float()
+    assert hash_weight(weight) != hash_weight(rounded)
+    assert hash_weight(weight, torch.float16) == hash_weight(rounded, torch.float16)
+
+
+def test_ledger_file_is_plain_json(ledger: Ledger) -> None:
+    ledger.reserve("base", "a", 8, "next", 64)
+    assert json.loads(ledger.path.read_text()) == {"format_version": 1, "bases": {"base": {"a": [0, 8]}}}

@@ -1,0 +1,250 @@
+"""Training: learns, repeats itself bit for bit, resumes bit for bit, stops on NaN, never shares a slot."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_photos
+
+from spectral_diffusion.adapter import Adapter, check_base
+from spectral_diffusion.base import load_base
+from spectral_diffusion.config import TrainConfig
+from spectral_diffusion.data.folder import load_concept
+from spectral_diffusion.errors import NotFiniteError, UserError
+from spectral_diffusion.files import read_tensors, write_tensors
+from spectral_diffusion.formats.native import load_adapter, save_adapter
+from spectral_diffusion.progress import Event
+from spectral_diffusion.slots import Ledger
+from spectral_diffusion.tokens import NewTokenEmbedding, embedding_of, expand, install, known_tokens, words
+from spectral_diffusion.training.loop import Stopped, encode_prompts
+from spectral_diffusion.training.run import state_path, train_to_file
+
+
+def settings(photos: Path, tiny_base: Path, output: Path, **more: object) -> TrainConfig:
+    values = {"concept": photos, "output": output, "base": str(tiny_base), "rank": 2, "steps": 6, "device": "cpu"}
+    return TrainConfig(**{**values, **more})  # type: ignore[arg-type]
+
+
+def same(one: Adapter, two: Adapter) -> bool:
+    return all(torch.equal(one.parameters[n], two.parameters[n]) for n in one.parameters) and all(
+        torch.equal(one.vectors[n], two.vectors[n]) for n in one.vectors
+    )
+
+
+@pytest.mark.parametrize("method", ["spectral-additive", "lora"])
+def test_training_lowers_the_loss_on_its_own_photos(photos: Path, tiny_base: Path, tmp_path: Path, method: str) -> None:
+    losses: list[float] = []
+
+    def watch(event: Event) -> None:
+        if event.stage == "train":
+            losses.append(event.figures["loss"])
+
+    config = settings(
+        photos, tiny_base, tmp_path / "a.safetensors", method=method, steps=60, batch=4, learning_rate=3e-2
+    )
+    adapter = train_to_file(config, progress=watch)
+    assert adapter.norm() > 0
+    assert losses[-1] < 0.93 * losses[0]
+
+
+@pytest.mark.parametrize("method", ["spectral-additive", "lora"])
+def test_same_seed_same_file(photos: Path, tiny_base: Path, tmp_path: Path, method: str) -> None:
+    config = settings(photos, tiny_base, tmp_path / "a" / "rex.safetensors", method=method)
+    train_to_file(config)
+    other = config.model_copy(update={"output": tmp_path / "b" / "rex.safetensors"})
+    train_to_file(other)
+    (one, one_meta), (two, two_meta) = (read_tensors(c.output) for c in (config, other))
+    assert one_meta == two_meta
+    assert set(one) == set(two) and all(torch.equal(one[n], two[n]) for n in one)
+    third = train_to_file(config.model_copy(update={"output": tmp_path / "c" / "rex.safetensors", "seed": 1}))
+    assert not same(load_adapter(config.output), third)
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_stopped_run_resumes_bit_for_bit(photos: Path, tiny_base: Path, tmp_path: Path, stop: int) -> None:
+    whole = train_to_file(settings(photos, tiny_base, tmp_path / "a" / "rex.safetensors"))
+    config = settings(photos, tiny_base, tmp_path / "b" / "rex.safetensors")
+    asked = iter(range(100))
+    with pytest.raises(Stopped, match=f"step {stop} of 6"):
+        train_to_file(config, should_stop=lambda: next(asked) >= stop)
+    assert state_path(config.output).exists() and not config.output.exists()
+    resumed = train_to_file(config, resume=True)
+    assert same(whole, resumed)
+    assert not state_path(config.output).exists()
+
+
+CLI = "import sys; from spectral_diffusion.cli import main; sys.argv[0] = 'spectral-diffusion'; main()"
+
+
+def start_training(photos: Path, tiny_base: Path, output: Path, *more: str) -> subprocess.Popen:
+    words = ["train", str(photos), "-o", str(output), "--base", str(tiny_base), "--device", "cpu", "--rank", "2", *more]
+    return subprocess.Popen(
+        [sys.executable, "-c", CLI, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_resumes_bit_for_bit(photos: Path, tiny_base: Path, tmp_path: Path, how: signal.Signals) -> None:
+    more = ("--steps", "60", "save_every=5", "batch=1")
+    output = tmp_path / "killed" / "rex.safetensors"
+    run = start_training(photos, tiny_base, output, *more)
+    for _ in range(1200):
+        if state_path(output).exists() or run.poll() is not None:
+            break
+        time.sleep(0.05)
+    run.send_signal(how)
+    run.communicate(timeout=60)
+    assert run.returncode in (130, -how) and not output.exists()
+    run = start_training(photos, tiny_base, output, *more, "--resume")
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    whole = start_training(photos, tiny_base, tmp_path / "whole" / "rex.safetensors", *more)
+    assert whole.communicate(timeout=120) and whole.returncode == 0
+    assert same(load_adapter(output), load_adapter(tmp_path / "whole" / "rex.safetensors"))
+
+
+def test_resume_without_a_state_starts_afresh_and_other_settings_are_refused(
+    photos: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    config = settings(photos, tiny_base, tmp_path / "rex.safetensors")
+    asked = iter(range(100))
+    with pytest.raises(Stopped):
+        train_to_file(config, resume=True, should_stop=lambda: next(asked) >= 2)
+    with pytest.raises(UserError, match=r"was made with learning_rate=0\.0001, now it is 0\.5"):
+        train_to_file(config.model_copy(update={"learning_rate": 0.5}), resume=True)
+    state_path(config.output).write_bytes(b"garbage")
+    with pytest.raises(UserError, match="is not a readable safetensors file"):
+        train_to_file(config, resume=True)
+
+
+def test_nan_stops_with_a_word_and_keeps_the_last_good_state(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    config = settings(
+        photos, tiny_base, tmp_path / "rex.safetensors", save_every=1, learning_rate=1e12, clip=1e30, steps=40
+    )
+    with pytest.raises(NotFiniteError, match=r"NaN or infinity at step \d+: lower the learning rate"):
+        train_to_file(config)
+    assert not config.output.exists()
+    state, _ = read_tensors(state_path(config.output))
+    assert all(torch.isfinite(t).all() for n, t in state.items() if n.startswith("tensor."))
+
+
+def test_two_trainers_at_once_never_share_a_slot(tiny_base: Path, tmp_path: Path) -> None:
+    folders = [make_photos(tmp_path / name, seed=i) for i, name in enumerate(("dog", "mug"))]
+    runs = [start_training(f, tiny_base, tmp_path / f"{f.name}.safetensors", "--steps", "2") for f in folders]
+    assert [run.communicate(timeout=120) and run.returncode for run in runs] == [0, 0]
+    one, two = (load_adapter(tmp_path / f"{f.name}.safetensors").slot for f in folders)
+    assert one and two and not one.overlaps(two)
+    [taken] = Ledger(tmp_path / "slots.json").read().values()
+    assert {taken["dog"], taken["mug"]} == {one, two}
+
+
+def test_training_leaves_the_base_as_it_was(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    before = {n: p.clone() for model in base.models.values() for n, p in model.state_dict().items()}
+    train_to_file(settings(photos, tiny_base, tmp_path / "rex.safetensors"), base=base)
+    after = {n: p for model in base.models.values() for n, p in model.state_dict().items()}
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_the_token_stops_at_the_norm_limit(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    config = settings(
+        photos, tiny_base, tmp_path / "rex.safetensors", embedding_learning_rate=0.05, embedding_norm=1.2, steps=30
+    )
+    table = embedding_of(load_base(str(tiny_base), "cpu").models["text_encoder"]).weight
+    limit = 1.2 * float(table.norm(dim=1).mean())
+    moved = float(train_to_file(config).vectors["text_encoder"].norm(dim=1).mean())
+    assert moved < 2.5 * limit  # one step past the limit, then only Adam's momentum is left
+
+
+def test_training_prompts_have_the_ids_that_stock_tokenizers_give(photos: Path, tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    concept = load_concept(photos, name="rex")
+    vectors = torch.randn(2, 24)
+    embedding = NewTokenEmbedding(embedding_of(base.models["text_encoder"]), vectors)
+    base.models["text_encoder"].set_input_embeddings(embedding)
+    prompts = ["a photo of <rex> on the beach", "<rex>", "a red dog and <rex>, at night"]
+    mine = encode_prompts(base.pipeline, embedding, concept, prompts)
+
+    stock = load_base(str(tiny_base), "cpu").pipeline
+    install(stock.tokenizer, stock.text_encoder, "<rex>", vectors)
+    assert known_tokens(stock.tokenizer) == {"<rex>": 2}
+    stock_prompts = [stock.maybe_convert_prompt(p, stock.tokenizer) for p in prompts]
+    assert stock_prompts == [expand(p, {"<rex>": 2}) for p in prompts]
+    ids = stock.tokenizer(stock_prompts, padding="max_length", max_length=32, return_tensors="pt").input_ids
+    assert torch.equal(mine, stock.text_encoder(ids)[0])
+
+
+def test_expanding_is_idempotent() -> None:
+    assert words("<a>", 3) == ["<a>", "<a>_1", "<a>_2"]
+    once = expand("<a> and <b> <a>", {"<a>": 2})
+    assert once == "<a> <a>_1 and <b> <a> <a>_1"
+    assert expand(once, {"<a>": 2}) == once
+
+
+def test_native_file_round_trip(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    adapter = train_to_file(settings(photos, tiny_base, tmp_path / "rex.safetensors"))
+    loaded = load_adapter(tmp_path / "rex.safetensors")
+    assert same(adapter, loaded)
+    for field in ("name", "noun", "token", "rank", "slot", "targets", "base", "fingerprint", "config", "versions"):
+        assert getattr(adapter, field) == getattr(loaded, field), field
+    for layer, band in adapter.bands.items():
+        assert all(torch.equal(a, b) for a, b in zip(band, loaded.bands[layer], strict=True))
+    save_adapter(loaded, tmp_path / "again.safetensors")
+    assert read_tensors(tmp_path / "again.safetensors")[1] == read_tensors(tmp_path / "rex.safetensors")[1]
+
+
+def test_damaged_native_files_are_refused(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rex.safetensors"
+    train_to_file(settings(photos, tiny_base, path))
+    tensors, metadata = read_tensors(path)
+    first = next(n for n in tensors if n.startswith("delta."))
+    broken = {
+        "missing tensor": ({n: t for n, t in tensors.items() if n != first}, metadata),
+        "wrong shape": ({**tensors, first: torch.zeros(3, 2)}, metadata),
+        "nan": ({**tensors, first: tensors[first] * float("nan")}, metadata),
+        "version": (tensors, {**metadata, "format_version": "9"}),
+        "foreign": (tensors, {}),
+        "config": (tensors, {**metadata, "spectral.config": "{"}),
+        "method": (tensors, {**metadata, "spectral.method": "magic"}),
+        "rank": (tensors, {**metadata, "spectral.rank": "3"}),
+        "token": (tensors, {**metadata, "spectral.concept": '{"name": "a", "noun": "b", "token": "../x"}'}),
+    }
+    for name, (parts, meta) in broken.items():
+        write_tensors(tmp_path / "bad.safetensors", parts, meta)
+        with pytest.raises(UserError):
+            load_adapter(tmp_path / "bad.safetensors")
+            pytest.fail(name)
+
+
+def test_loading_rule(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    adapter = train_to_file(settings(photos, tiny_base, tmp_path / "rex.safetensors"))
+    assert check_base(adapter, load_base(str(tiny_base), "cpu")) is None
+    for dtype in ("float16", "bfloat16"):
+        assert check_base(adapter, load_base(str(tiny_base), "cpu", dtype)) is None
+    related = load_base(str(tiny_base), "cpu")
+    for weight in related.weights().values():
+        weight *= 1.001
+    with pytest.raises(UserError, match="--allow-base"):
+        check_base(adapter, related)
+    assert "close relative" in (check_base(adapter, related, allow=True) or "")
+    foreign = load_base(str(tiny_base), "cpu")
+    for weight in foreign.weights().values():
+        weight += 0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    for allow in (False, True):
+        with pytest.raises(UserError, match=f"use --base {tiny_base}"):
+            check_base(adapter, foreign, allow)
+
+
+def test_no_temporary_files_are_left(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out" / "rex.safetensors"
+    train_to_file(settings(photos, tiny_base, output))
+    left = {p.name for p in output.parent.iterdir() if not p.name.endswith(".lock")}
+    assert left == {"rex.safetensors", "rex.yaml", "slots.json"}
+    assert oct(output.stat().st_mode & 0o777) == oct(0o666 & ~os.umask(os.umask(0o22)))
