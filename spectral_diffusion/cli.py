@@ -268,6 +268,19 @@ def pocket_concepts(
     say(f"Wrote {output}/.")
 
 
+@pocket_app.command("naming")
+def pocket_naming(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the sheet, the names and the key.")],
+    base: Annotated[str, typer.Option(help="The pocket base, or a folder of the same kind.")] = "pocket",
+    seed: Annotated[int, typer.Option(help="Which pictures.")] = 0,
+) -> None:
+    """Draw 32 unlabelled pictures to be named blindly from a list of 16 names."""
+    from .pocket.workshop.naming import make_naming
+
+    make_naming(output, base, seed)
+    say(f"Wrote {output}/: name the pictures of sheet.png from names.txt, then look at key.json.")
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write everything.")] = Path("demo"),

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.cli import app
-from spectral_diffusion.methods import all_methods, get_method
+from spectral_diffusion.methods import all_methods, get_method, registry
 from spectral_diffusion.methods.attach import Attachment, activate, attach, detach, disabled
 from spectral_diffusion.methods.low_rank import low_rank_linear
 from spectral_diffusion.spectrum import spectrum_of
@@ -221,6 +221,23 @@ def test_additive_on_the_top_slot_is_pissas_function_class(base: Base) -> None:
     theirs = lora.lora_B["default"].weight @ lora.lora_A["default"].weight
     U, S, V = top_band(weight, 4)
     assert torch.allclose(theirs.double(), (U * S) @ V.mT, atol=1e-5)
+
+
+def test_the_method_of_the_contributing_guide_works(base: Base) -> None:
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = text.split("```python")[1].split("```")[0]
+    known = dict(registry._METHODS)
+    try:
+        exec(code, {"__package__": "spectral_diffusion.methods", "__name__": "example"})
+        assert set(registry._METHODS) - set(known) == {"band-scale"}
+        before = outputs(base)
+        attachment = put(base, "band-scale")
+        assert same(outputs(base), before)
+        stir(attachment)
+        assert not same(outputs(base), before)
+    finally:
+        registry._METHODS.clear()
+        registry._METHODS.update(known)
 
 
 BRIEF = {

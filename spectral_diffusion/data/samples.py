@@ -49,10 +49,7 @@ def encode_crops(concept: Concept, vae: AutoencoderKL, config: TrainConfig, size
                 for crop in range(config.crops)
             ]
         )
-        latents = [
-            vae.encode(part.to(weight)).latent_dist.mean.float()
-            for part in crops.split(8)
-        ]
+        latents = [vae.encode(part.to(weight)).latent_dist.mean.float() for part in crops.split(8)]
         rows.append(torch.cat(latents))
     return torch.stack(rows) * vae.config.scaling_factor
 

@@ -1,0 +1,46 @@
+"""Blind naming: unlabelled pictures of the base, a list of names, and the key kept apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+from PIL import Image, ImageDraw
+
+from ...base import load_base
+from ...config import GenerateConfig
+from ...files import write_json, write_text
+from ...generation.pipeline import sample
+from .world import CLASSES, COLOURS, SETTINGS, Backdrop, Thing, caption
+
+TRAINED = 24  # classes of the present curriculum
+
+
+def make_naming(output: Path, base: str = "pocket", seed: int = 0, names: int = 16, pictures: int = 32) -> None:
+    """Write ``sheet.png`` (numbered pictures), ``names.txt`` (the list) and ``key.json`` (the answers)."""
+    random = Random(f"naming/{seed}")
+    nouns = sorted(random.sample(list(CLASSES)[:TRAINED], names))
+    answers = [nouns[index % names] for index in range(pictures)]
+    random.shuffle(answers)
+    prompts = []
+    for noun in answers:
+        thing = Thing(noun, random.choice(list(COLOURS)))  # the colour must not give the class away
+        prompts.append(caption([thing], Backdrop(random.choice(list(SETTINGS)), None), random))
+    config = GenerateConfig(base=base, steps=20, guidance=4.0)
+    images = sample(load_base(base), prompts, [random.randrange(2**31) for _ in prompts], config)
+    output.mkdir(parents=True, exist_ok=True)
+    naming_sheet(images).save(output / "sheet.png")
+    write_text(output / "names.txt", "\n".join(nouns) + "\n")
+    write_json(output / "key.json", [{"noun": n, "prompt": p} for n, p in zip(answers, prompts, strict=True)])
+
+
+def naming_sheet(images: list[Image.Image], columns: int = 8, side: int = 160) -> Image.Image:
+    """Numbered pictures in a grid, enlarged."""
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 24)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, image in enumerate(images):
+        x, y = index % columns * (side + 8), index // columns * (side + 24)
+        draw.text((x + 4, y + 4), str(index + 1), fill="black")
+        sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x, y + 20))
+    return sheet
