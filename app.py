@@ -1,6 +1,9 @@
 """The app for `python app.py`, `gradio app.py` and hosted Spaces."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from spectral_diffusion.ui.app import build, launch
 

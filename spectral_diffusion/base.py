@@ -163,6 +163,8 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
     local = pocket.path() if name == "pocket" else Path(name)
     try:
         with quiet():
+            if name == "pocket" and not local.is_dir():
+                raise UserError("The pocket base's weights are missing from this installation; install it again.")
             if local.is_dir():
                 if not (local / "model_index.json").is_file():
                     raise UserError(f"{local} is not a diffusers folder: it holds no model_index.json.")

@@ -6,15 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; tiny models lose time with more
+torch.set_num_threads(1)
 
 
 def make_tiny_base(folder: Path, seed: int = 0, prediction_type: str = "epsilon") -> Path:
     """A random pipeline of the pocket base's classes, 16×16 pixels to 8×8 latents."""
-    import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 

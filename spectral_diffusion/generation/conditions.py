@@ -30,16 +30,27 @@ def clean_sketch(image: Image.Image) -> Image.Image:
     return gray
 
 
+def own_sketch_adapter(base: str) -> str:
+    """The sketch adapter that belongs to a base: one inside its folder, the fused base's, or SD 1.5's."""
+    for _ in range(8):  # a fusion of a fusion of …
+        if base == "pocket":
+            return str(pocket.t2i_sketch())
+        if (inside := Path(base) / "t2i_sketch").is_dir():
+            return str(inside)
+        recipe = read_recipe(Path(base)) if Path(base).is_dir() else None
+        if recipe is None:
+            break
+        base = str(recipe["base"])
+    return SKETCH_SD15
+
+
 def load_t2i_adapter(base: Base, name: str | None) -> T2IAdapter:
     """The named T2I-Adapter (folder or hub id), or the one that belongs to the base.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    if name is None:
-        recipe = read_recipe(Path(base.name)) if Path(base.name).is_dir() else None
-        root = recipe["base"] if recipe else base.name
-        name = str(pocket.t2i_sketch()) if root == "pocket" else SKETCH_SD15
+    name = name or own_sketch_adapter(base.name)
     try:
         with quiet():
             adapter = T2IAdapter.from_pretrained(name, torch_dtype=base.dtype, use_safetensors=True)

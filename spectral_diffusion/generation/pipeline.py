@@ -123,7 +123,10 @@ def sample(
 
 
 def generate_to_file(
-    config: GenerateConfig, progress: Progress = silent, note: Callable[[str], None] = lambda text: None
+    config: GenerateConfig,
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda text: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Path]:
     """Make ``count`` pictures with seeds ``seed, seed + 1, …`` and write them with their settings inside.
 
@@ -145,7 +148,7 @@ def generate_to_file(
     for text in put_on(base, adapters, config.allow_base):
         note(text)
     seeds = [config.seed + index for index in range(config.count)]
-    images = sample(base, [config.prompt] * config.count, seeds, config, progress, sketch)
+    images = sample(base, [config.prompt] * config.count, seeds, config, progress, sketch, should_stop)
     paths = []
     for seed, image in zip(seeds, images, strict=True):
         path = config.output if config.count == 1 else config.output.with_name(f"{config.output.stem}-{seed}.png")

@@ -38,7 +38,7 @@ def told() -> Iterator[None]:
             log.exception("Unexpected error in the app")
         # The page renders messages as HTML, where a bare <rex> would vanish.
         sentence = html.escape(controllers.sentence_of(error), quote=False)
-        raise gr.Error(sentence, duration=None, title="That did not work", print_exception=False) from error
+        raise gr.Error(sentence, duration=30, title="That did not work", print_exception=False) from error
 
 
 def teller(progress: gr.Progress) -> Teller:
@@ -201,7 +201,7 @@ def build(workspace: Path) -> gr.Blocks:
                 label="Concept", info="A thing of your own that the base does not know yet.",
             )  # fmt: skip
             about = gr.Markdown()
-            photos = gr.Gallery(label="Photos", columns=8, height=200, interactive=False, buttons=[])
+            photos = gr.Gallery(label="Photos", columns=8, fit_columns=False, interactive=False, buttons=[])
             with gr.Accordion("Add your own photos", open=False):
                 with gr.Row():
                     new_name = gr.Textbox(label="Name", placeholder="rex", max_lines=1)
@@ -221,7 +221,13 @@ def build(workspace: Path) -> gr.Blocks:
                     max_lines=1,
                     info="pocket, a diffusers folder, a hub id or a .safetensors file.",
                 )
-                method = gr.Dropdown(list(all_methods()), value=first[1], label="Method", allow_custom_value=True)
+                method = gr.Dropdown(
+                    list(all_methods()),
+                    value=first[1],
+                    label="Method",
+                    info="How the change is written down.",
+                    allow_custom_value=True,
+                )
             with gr.Row():
                 rank = gr.Number(first[2], label="Rank", precision=0, minimum=1)
                 steps = gr.Number(first[3], label="Steps", precision=0, minimum=1)
@@ -259,11 +265,14 @@ def build(workspace: Path) -> gr.Blocks:
                     negative = gr.Textbox("", label="Negative prompt", placeholder="what to keep away from")
                 with gr.Column():
                     sketch = gr.ImageEditor(
-                        label="Sketch (optional): draw where things are; it is stretched to the picture's size",
+                        label="Sketch",
                         type="pil", image_mode="L", layers=False, sources=("upload", "clipboard"), transforms=(),
                         canvas_size=(512, 512), height=400,
                         brush=gr.Brush(default_size=6, colors=["#000000", "#ffffff"], default_color="#000000"),
                     )  # fmt: skip
+                    gr.Markdown(
+                        "Optional: draw or upload where things are. A sketch is stretched to the picture's size."
+                    )
             with gr.Row():
                 draw_seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 count = gr.Slider(1, 16, 4, step=1, label="Pictures")
@@ -278,8 +287,10 @@ def build(workspace: Path) -> gr.Blocks:
                 )
             generate = gr.Button("Generate", variant="primary")
             drawn = gr.Textbox(label="Result", interactive=False)
-            gallery = gr.Gallery(label="Pictures", columns=4, object_fit="contain", interactive=False)
-            downloads = gr.Files(label="Download, with the settings inside each picture", interactive=False)
+            gallery = gr.Gallery(
+                label="Pictures", columns=4, fit_columns=False, object_fit="contain", interactive=False
+            )
+            downloads = gr.Files(label="Download, with the settings inside each picture", height=140, interactive=False)
 
         lists = [concept, table, problems, to_fuse, hint, draw_with, draw_base]
         blocks.load(handlers.lists, outputs=lists, **PRIVATE)

@@ -45,13 +45,10 @@ class Stage:
 
 
 TEMPLATE = WorldConfig(classes=24, counts=(0.75, 0.25), scale=(0.78, 0.9), shift=0.04, rotate=4, second_drawing=0.15)
-VARIED = WorldConfig(
-    classes=24, counts=(0.62, 0.38), scale=(0.66, 0.92), shift=0.12, rotate=9, mirror=0.2, second_drawing=0.35
-)
+VARIED = WorldConfig(classes=24, counts=(0.65, 0.35), scale=(0.72, 0.92), shift=0.07, rotate=6, second_drawing=0.2)
 STAGES = (
-    Stage("silhouettes", 120_000, TEMPLATE, (1.5e-3, 1.5e-3)),
-    Stage("variety", 60_000, VARIED, (1.5e-3, 1.5e-3), wide=0.1, sketch=0.2),
-    Stage("sharpening", 130_000, VARIED, (1.5e-3, 3e-5), wide=0.15, sketch=0.25),
+    Stage("silhouettes", 128_000, TEMPLATE, (1.5e-3, 1.5e-3)),
+    Stage("sharpening", 145_000, VARIED, (1.5e-3, 3e-5), wide=0.12, sketch=0.2),
 )
 
 
