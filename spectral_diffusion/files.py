@@ -16,6 +16,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _beside(path: Path) -> Path:
+    """A fresh temporary file in the folder of ``path``, which is made if need be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    os.close(handle)
+    return Path(name)
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The sentence for an output that cannot be written."""
+    return UserError(f"Cannot write {path}: {error.strerror or error}; choose another output with -o.")
+
+
+def check_writable(path: Path) -> None:
+    """Say now, not after an hour of work, that an output cannot be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    _beside(Path(path)).unlink()
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; move it into place when the block ends well.
@@ -24,13 +49,7 @@ def atomic(path: Path) -> Iterator[Path]:
         UserError: the folder cannot be written.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}; choose another output with -o.") from error
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _beside(path)
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
@@ -38,7 +57,7 @@ def atomic(path: Path) -> Iterator[Path]:
             os.fsync(done.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}; choose another output with -o.") from error
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from .errors import UserError
-from .files import write_json
+from .files import cannot_write, write_json
 
 LEDGER = "slots.json"
 
@@ -94,9 +94,7 @@ class Ledger:
             lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
             lock.acquire()
         except OSError as error:
-            raise UserError(
-                f"Cannot write {self.path}: {error.strerror or error}; choose another output with -o."
-            ) from error
+            raise cannot_write(self.path, error) from error
         try:
             data = self.read()
             yield data

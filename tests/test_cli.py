@@ -231,7 +231,7 @@ def test_the_ready_made_concepts_load() -> None:
 # Layers from the ground up: a module may import its own layer's and lower ones, never a higher one.
 LAYERS = [
     {"errors", "linalg", "progress", "pocket"},
-    {"files", "slots"},
+    {"files", "slots", "registry"},
     {"methods", "spectrum", "resources"},
     {"base", "tokens", "config", "architectures"},
     {"adapter", "data"},

@@ -196,6 +196,15 @@ def test_pictures_repeat_and_do_not_depend_on_their_neighbours(trained: list[Pat
     assert difference.abs().max() <= 1
 
 
+def test_an_unknown_token_is_told(trained: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    config = config_for(tiny_base, adapters={str(trained[0]): 1.0}, prompt="<dgo>", output=tmp_path / "o.png", steps=1)
+    generate_to_file(config, note=notes.append)
+    assert notes == [
+        "Note: <dgo> is no token of this base or its adapters (did you mean '<dog>'?); it is read as plain text."
+    ]
+
+
 def test_generate_writes_pictures_with_their_settings(trained: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "out.png"
     config = config_for(tiny_base, adapters={str(trained[0]): 0.5}, prompt="<dog>", seed=3, count=2, output=output)

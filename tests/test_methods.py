@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.cli import app
-from spectral_diffusion.methods import all_methods, get_method, registry
+from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.methods.attach import Attachment, activate, attach, detach, disabled
 from spectral_diffusion.methods.low_rank import low_rank_linear
+from spectral_diffusion.methods.registry import METHODS
 from spectral_diffusion.spectrum import spectrum_of
 
-METHODS = sorted(all_methods())
+NAMES = sorted(all_methods())
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_identity_at_init_to_the_last_bit_and_after_detach(base: Base, method: str) -> None:
     before = outputs(base)
     attachment = put(base, method)
@@ -64,7 +65,7 @@ def test_identity_at_init_to_the_last_bit_and_after_detach(base: Base, method: s
     assert same(outputs(base), before)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_the_forward_is_the_one_delta(base: Base, method: str) -> None:
     attachment = put(base, method)
     stir(attachment)
@@ -82,7 +83,7 @@ def test_the_forward_is_the_one_delta(base: Base, method: str) -> None:
         assert torch.allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 def test_only_the_adapter_gets_gradients(base: Base, method: str) -> None:
     attachment = put(base, method)
     text = base.pipeline.text_encoder(torch.arange(32)[None])[0]
@@ -202,7 +203,7 @@ def test_autocast_and_half_bases_keep_float32_parameters(base: Base) -> None:
 
 def test_adapters_on_a_half_precision_base_stay_float32(tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu", "bfloat16")
-    for method in METHODS:
+    for method in NAMES:
         attachment = put(base, method, method)
         assert {p.dtype for _, p in attachment.named_parameters()} == {torch.float32}
 
@@ -226,18 +227,18 @@ def test_additive_on_the_top_slot_is_pissas_function_class(base: Base) -> None:
 def test_the_method_of_the_contributing_guide_works(base: Base) -> None:
     text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     code = text.split("```python")[1].split("```")[0]
-    known = dict(registry._METHODS)
+    known = dict(METHODS.things)
     try:
         exec(code, {"__package__": "spectral_diffusion.methods", "__name__": "example"})
-        assert set(registry._METHODS) - set(known) == {"band-scale"}
+        assert set(METHODS.things) - set(known) == {"band-scale"}
         before = outputs(base)
         attachment = put(base, "band-scale")
         assert same(outputs(base), before)
         stir(attachment)
         assert not same(outputs(base), before)
     finally:
-        registry._METHODS.clear()
-        registry._METHODS.update(known)
+        METHODS.things.clear()
+        METHODS.things.update(known)
 
 
 BRIEF = {
@@ -255,4 +256,4 @@ def test_counts_agree_with_the_table_at_stable_diffusion_size() -> None:
     for key, trainable in BRIEF.items():
         assert counts[key] == trainable
     assert {row["layers"] for row in rows} == {176}
-    assert {row["method"] for row in rows} == set(METHODS)
+    assert {row["method"] for row in rows} == set(NAMES)

@@ -15,7 +15,7 @@ from ..adapter import Adapter, check_base
 from ..base import Base, load_base, quiet
 from ..config import FuseConfig, to_yaml
 from ..errors import UserError, nearest
-from ..files import write_json, write_text
+from ..files import cannot_write, write_json, write_text
 from ..formats.native import load_adapter, save_adapter, versions
 from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
@@ -114,7 +114,7 @@ def fuse_to_folder(config: FuseConfig, progress: Progress = silent) -> list[str]
         output.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
-        raise UserError(f"Cannot write {output}: {error.strerror or error}; choose another output with -o.") from error
+        raise cannot_write(output, error) from error
     try:
         with quiet():
             base.pipeline.to("cpu").save_pretrained(new)
@@ -129,7 +129,7 @@ def fuse_to_folder(config: FuseConfig, progress: Progress = silent) -> list[str]
             shutil.rmtree(output)
         new.rename(output)
     except OSError as error:
-        raise UserError(f"Cannot write {output}: {error.strerror or error}; choose another output with -o.") from error
+        raise cannot_write(output, error) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return warnings

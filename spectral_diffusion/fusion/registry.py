@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 from torch import Tensor
 
-from ..errors import UserError, nearest
 from ..linalg import Band, Factors
 from ..methods import Method
+from ..registry import Registry
 from ..slots import Slot
 
 
@@ -34,32 +31,17 @@ class Contribution:
 
 Merge = Callable[[Sequence[Contribution], str], Tensor]
 
-_MERGES: dict[str, Merge] = {}
+MERGES: Registry[Merge] = Registry("merge", __package__, {"registry", "recipe"})
 
 
 def merge(name: str) -> Callable[[Merge], Merge]:
     """Register ``(contributions, form) -> ΔW (out, in) in float64`` under a name."""
-
-    def keep(function: Merge) -> Merge:
-        _MERGES[name] = function
-        return function
-
-    return keep
+    return lambda function: MERGES.add(name, function)
 
 
 def all_merges() -> dict[str, Merge]:
     """Every merge by name."""
-    _import_merges()
-    return dict(sorted(_MERGES.items()))
-
-
-@cache
-def _import_merges() -> None:
-    """Import every file of this folder, so that each registers its merge."""
-    package = __name__.rsplit(".", 1)[0]
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        if module.name not in {"registry", "recipe"}:
-            importlib.import_module(f"{package}.{module.name}")
+    return MERGES.all()
 
 
 def get_merge(name: str) -> Merge:
@@ -68,7 +50,4 @@ def get_merge(name: str) -> Merge:
     Raises:
         UserError: there is none.
     """
-    merges = all_merges()
-    if name not in merges:
-        raise UserError(f"Unknown merge '{name}'{nearest(name, merges)}; known: {', '.join(sorted(merges))}.")
-    return merges[name]
+    return MERGES.get(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from PIL import Image, PngImagePlugin
 from ..adapter import Adapter, check_base
 from ..base import Base, load_base
 from ..config import GenerateConfig
-from ..errors import UserError
-from ..files import atomic
+from ..errors import UserError, nearest
+from ..files import atomic, check_writable
 from ..formats.native import load_adapter, versions
 from ..methods import get_method
 from ..methods.attach import activate, attach
@@ -141,12 +142,13 @@ def generate_to_file(
         raise UserError('A prompt is needed: --prompt "a photo of <rex> on the beach".')
     sketch = read_sketch(config.sketch) if config.sketch else None
     adapters = [(load_adapter(Path(path)), strength) for path, strength in config.adapters.items()]
-    with atomic(config.output.with_name(f".{config.output.name}.writable")) as probe:
-        probe.touch()
-    config.output.with_name(f".{config.output.name}.writable").unlink(missing_ok=True)
+    check_writable(config.output)
     base = load_base(config.base, config.device, config.dtype)
     for text in put_on(base, adapters, config.allow_base):
         note(text)
+    known = known_tokens(base.pipeline.tokenizer)
+    for word in sorted(set(re.findall(r"<[\w-]+>", config.prompt)) - set(known)):
+        note(f"Note: {word} is no token of this base or its adapters{nearest(word, known)}; it is read as plain text.")
     seeds = [config.seed + index for index in range(config.count)]
     images = sample(base, [config.prompt] * config.count, seeds, config, progress, sketch, should_stop)
     paths = []

@@ -6,16 +6,13 @@ where its ΔW is written; training, merging, fusing and exporting all go through
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 
 from torch import Tensor
 
-from ..errors import UserError, nearest
 from ..linalg import Band, Factors
+from ..registry import Registry
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -51,28 +48,17 @@ class Method:
         return total
 
 
-_METHODS: dict[str, Method] = {}
+METHODS: Registry[Method] = Registry("method", __package__, {"registry", "attach", "targets", "low_rank"})
 
 
 def register(method: Method) -> Method:
     """Add a method under its name."""
-    _METHODS[method.name] = method
-    return method
+    return METHODS.add(method.name, method)
 
 
 def all_methods() -> dict[str, Method]:
     """Every method by name."""
-    _import_methods()
-    return dict(sorted(_METHODS.items()))
-
-
-@cache
-def _import_methods() -> None:
-    """Import every file of this folder, so that each registers its method."""
-    package = __name__.rsplit(".", 1)[0]
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        if module.name not in {"registry", "attach", "targets", "low_rank"}:
-            importlib.import_module(f"{package}.{module.name}")
+    return METHODS.all()
 
 
 def get_method(name: str) -> Method:
@@ -81,7 +67,4 @@ def get_method(name: str) -> Method:
     Raises:
         UserError: there is none.
     """
-    methods = all_methods()
-    if name not in methods:
-        raise UserError(f"Unknown method '{name}'{nearest(name, methods)}; known: {', '.join(sorted(methods))}.")
-    return methods[name]
+    return METHODS.get(name)

@@ -10,7 +10,7 @@ from ..base import Base, load_base
 from ..config import TrainConfig, to_yaml
 from ..data.folder import Concept, load_concept
 from ..errors import UserError
-from ..files import atomic, write_text
+from ..files import check_writable, write_text
 from ..formats.native import save_adapter
 from ..methods import get_method
 from ..progress import Progress, silent
@@ -47,9 +47,7 @@ def train_to_file(
     concept = load_concept(config.concept, config.name, config.token, config.noun)
     if concept.skipped:
         note(f"Skipped in {config.concept}: {'; '.join(concept.skipped)}.")
-    with atomic(output.with_name(f".{output.name}.writable")):
-        pass  # an output that cannot be written is said now, not after the training
-    output.with_name(f".{output.name}.writable").unlink(missing_ok=True)
+    check_writable(output)
     base = base or load_base(config.base, config.device, config.dtype)
     if concept.token in known_tokens(base.pipeline.tokenizer):
         raise UserError(

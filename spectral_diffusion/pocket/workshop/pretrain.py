@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -18,7 +18,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from ...files import write_json
 from ...training.state import load_state, save_state
+from .art import PACKAGES, PRETRAINING
 from .models import (
     build_scheduler,
     build_t2i_adapter,
@@ -46,9 +48,11 @@ class Stage:
 
 TEMPLATE = WorldConfig(classes=24, counts=(0.75, 0.25), scale=(0.78, 0.9), shift=0.04, rotate=4, second_drawing=0.15)
 VARIED = WorldConfig(classes=24, counts=(0.65, 0.35), scale=(0.72, 0.92), shift=0.07, rotate=6, second_drawing=0.2)
+TIGHT = WorldConfig(classes=24, counts=(0.8, 0.2), scale=(0.82, 0.88), shift=0.02, rotate=2, second_drawing=0.0)
 STAGES = (
     Stage("silhouettes", 128_000, TEMPLATE, (1.5e-3, 1.5e-3)),
-    Stage("sharpening", 145_000, VARIED, (1.5e-3, 3e-5), wide=0.12, sketch=0.2),
+    Stage("variety", 48_000, VARIED, (1.5e-3, 1e-3), wide=0.12, sketch=0.2),
+    Stage("sharpening", 112_000, TIGHT, (1.2e-3, 2e-5), wide=0.06),
 )
 
 
@@ -225,6 +229,7 @@ def train_base(
         shown = Trainee()
         shown.load_state_dict(trainee.state_dict() | average)
         save_pipeline(folder / "pipeline", vae, shown.tokenizer, shown.text_encoder, shown.unet, shown.t2i)
+        write_json(folder / "pipeline" / "pretraining.json", provenance(curriculum, step, spent))
         sample_sheet(folder / "pipeline", folder / f"samples-{step:06d}.png")
 
     parameters = list(trainee.parameters())
@@ -258,6 +263,17 @@ def train_base(
         if step % 500 == 0 or step == end:
             save()
             last = time.monotonic()
+
+
+def provenance(curriculum: Curriculum, step: int, seconds: float) -> dict:
+    """How the weights came about, for the file that ships with them."""
+    return {
+        "steps": step,
+        "samples": step * curriculum.batch,
+        "minutes": round(seconds / 60, 1),
+        "artwork": {name: PACKAGES[name] for name in PRETRAINING},
+        "stages": [asdict(stage) for stage in curriculum.stages],
+    }
 
 
 SHEET = [

@@ -1,0 +1,96 @@
+"""The pocket base as it ships: it opens in stock diffusers, knows its colours, follows a sketch, runs the demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+
+from spectral_diffusion import pocket
+from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.config import GenerateConfig
+from spectral_diffusion.demo import run_demo
+from spectral_diffusion.formats.native import load_adapter
+from spectral_diffusion.fusion.recipe import read_recipe
+from spectral_diffusion.generation.pipeline import sample
+from spectral_diffusion.pocket.workshop.art import HELD_OUT, PRETRAINING
+from spectral_diffusion.pocket.workshop.concepts import LOOKS
+from spectral_diffusion.pocket.workshop.world import COLOURS, vocabulary
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return load_base("pocket", "cpu")
+
+
+def draw(base: Base, prompts: list[str], sketch: Image.Image | None = None, **more: object) -> np.ndarray:
+    config = GenerateConfig(steps=12, device="cpu", **more)  # type: ignore[arg-type]
+    images = sample(base, prompts, list(range(len(prompts))), config, sketch=sketch)
+    return np.stack([np.asarray(image, dtype=np.float32) for image in images]) / 255
+
+
+def test_stock_diffusers_opens_it() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(str(pocket.path()))
+    assert pipe.unet.config.sample_size * pipe.vae_scale_factor == 64
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert sum(file.stat().st_size for file in pocket.path().rglob("*") if file.is_file()) < 30e6
+
+
+def test_every_word_of_the_world_is_one_token(base: Base) -> None:
+    tokenizer = base.pipeline.tokenizer
+    assert [word for word in vocabulary() if len(tokenizer.tokenize(word)) != 1] == []
+    assert (
+        tokenizer.decode(tokenizer("Zebra, quux!").input_ids, skip_special_tokens=True).replace(" ", "")
+        == "zebra,quux!"
+    )
+
+
+def test_colours_go_where_the_words_say(base: Base) -> None:
+    wanted = ("red", "green", "blue", "yellow")
+    pictures = draw(base, [f"a photo of a {colour} apple on a white background" for colour in wanted])
+    centres = pictures[:, 20:44, 20:44].reshape(4, -1, 3)
+    palette = np.array([COLOURS[name] for name in wanted], np.float32) / 255
+    for index, pixels in enumerate(centres):
+        distance = ((np.median(pixels, 0) - palette) ** 2).sum(1)
+        assert wanted[int(distance.argmin())] == wanted[index], distance
+    corners = pictures[:, :6, :6].reshape(4, -1)
+    assert corners.mean() > 0.75
+
+
+def test_a_sketch_says_where_the_thing_is(base: Base) -> None:
+    """The same caption and seeds; the outline is drawn left or right: the red pixels move with it."""
+    shares = {}
+    for side, x in (("left", 4), ("right", 28)):
+        sketch = Image.new("L", (64, 64))
+        ImageDraw.Draw(sketch).ellipse((x, 18, x + 30, 48), outline=255, width=2)
+        pictures = draw(base, ["a red object on a white background"] * 4, sketch)
+        redness = np.clip(pictures[..., 0] - pictures[..., 1:].mean(-1), 0, 1)
+        shares[side] = float(redness[:, :, :32].sum() / redness.sum())
+    assert shares["left"] > shares["right"] + 0.3, shares
+
+
+def test_the_concepts_are_unseen() -> None:
+    """Another drawing than any pretraining drawing, in two colours far from every colour of the world."""
+    assert HELD_OUT not in PRETRAINING
+    palette = np.array(list(COLOURS.values()), np.float32)
+    for look in LOOKS:
+        nearest = [float(np.abs(palette - np.array(colour)).max(1).min()) for colour in (look.first, look.second)]
+        assert max(nearest) > 40, (look.name, nearest)
+
+
+def test_the_demo_runs_from_end_to_end(tmp_path: Path) -> None:
+    sheet = run_demo(tmp_path / "demo", steps=3)
+    with Image.open(sheet) as image:
+        assert image.width > 900
+    names = {path.name for path in (tmp_path / "demo").iterdir() if not path.name.startswith(".")}
+    assert {"sheet.png", "together.png", "together.yaml", "rex.safetensors", "brew.safetensors", "fused"} <= names
+    one, two = (load_adapter(tmp_path / "demo" / f"{name}.safetensors") for name in ("rex", "brew"))
+    assert one.slot and two.slot and not one.slot.overlaps(two.slot)
+    recipe = read_recipe(tmp_path / "demo" / "fused")
+    assert recipe and set(recipe["concepts"]) == {"rex", "brew"}
+    stock = StableDiffusionPipeline.from_pretrained(str(tmp_path / "demo" / "fused"))
+    assert stock.unet.dtype == torch.float32
