@@ -168,7 +168,8 @@ def draw(
         generator = keyed_generator(config.seed, "step", step, sample)
         photo = photo_of(step, sample, len(latents), config)
         crop, template = (int(torch.randint(n, (), generator=generator)) for n in (config.crops, len(config.templates)))
-        times.append(torch.randint(timesteps, (), generator=generator))
+        spot = torch.rand((), generator=generator) ** config.timestep_power
+        times.append((spot * timesteps).long().clamp_max(timesteps - 1))
         noise = torch.randn(latents.shape[2:], generator=generator)
         noise += config.noise_offset * torch.randn(latents.shape[2], 1, 1, generator=generator)
         batch.append(latents[photo, crop])
