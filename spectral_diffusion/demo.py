@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from . import resources
-from .base import load_base
+from .base import Base, load_base
 from .config import FuseConfig, GenerateConfig, TrainConfig, build, read_yaml, to_yaml
 from .data.folder import load_concept, open_photo
 from .files import write_text
@@ -49,14 +49,17 @@ def run_demo(
 
     settings = build(GenerateConfig, preset["generate"], {"base": str(fused), "output": output / "together.png"})
 
-    def pictures(base_name: str, adapters: list[str], name: str) -> list[Image.Image]:
-        base = load_base(base_name)
-        put_on(base, [(load_adapter(files[one]), 1.0) for one in adapters])
+    def pictures(base: Base, name: str) -> list[Image.Image]:
         prompts = [f"a photo of {concepts[name].token} {place}" for place in PLACES]
         return sample(base, prompts, [10 + i for i in range(len(prompts))], settings, progress)
 
-    alone = {name: pictures("pocket", [name], name) for name in CONCEPTS}
-    after = {name: pictures(str(fused), [], name) for name in CONCEPTS}
+    alone = {}
+    for name in CONCEPTS:
+        with_one = load_base("pocket")
+        put_on(with_one, [(load_adapter(files[name]), 1.0)])
+        alone[name] = pictures(with_one, name)
+    with_both = load_base(str(fused))
+    after = {name: pictures(with_both, name) for name in CONCEPTS}
 
     sketch_path = resources.concepts() / "sketches" / SKETCH
     sketch = read_sketch(sketch_path)
@@ -65,13 +68,11 @@ def run_demo(
         update={
             "prompt": f"{first} on the left and {second} on the right on the beach",
             "sketch": sketch_path,
-            "width": 2 * load_base("pocket").size,
+            "width": 2 * with_both.size,
             "seed": 3,
         }
     )
-    both = sample(
-        load_base(str(fused)), [scene.prompt] * 4, [scene.seed + i for i in range(4)], scene, progress, sketch
-    )
+    both = sample(with_both, [scene.prompt] * 4, [scene.seed + i for i in range(4)], scene, progress, sketch)
     save_png(both[0], scene.output, scene)
     write_text(output / "together.yaml", to_yaml(scene))
     sheet = contact_sheet(

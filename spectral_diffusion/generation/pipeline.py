@@ -98,18 +98,16 @@ def sample(
             options["image"] = [sketch.resize((width, height), Image.Resampling.BILINEAR)] * len(chunk)
         done = start // CHUNK * config.steps
 
-        def tell(*args: Any, done: int = done) -> Any:
-            step, kwargs = args[-3], args[-1]
+        def tell(step: int, done: int = done) -> None:
             if should_stop():
                 raise UserError("Stopped.")
-            progress(Event("generate", done + int(step) + 1, total))
-            return kwargs if isinstance(kwargs, dict) else None
+            progress(Event("generate", done + step + 1, total))
 
         # The adapter pipeline still has the older callback; both tell the step.
         if sketch is not None:
-            options["callback"] = lambda step, timestep, latents, done=done: tell(step, timestep, latents, done=done)
+            options["callback"] = lambda step, timestep, latents, tell=tell: tell(step)
         else:
-            options["callback_on_step_end"] = tell
+            options["callback_on_step_end"] = lambda pipe, step, timestep, state, tell=tell: tell(step) or state
         images += pipe(
             prompt=chunk,
             negative_prompt=[config.negative_prompt] * len(chunk),
