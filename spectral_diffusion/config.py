@@ -13,11 +13,39 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .errors import UserError, nearest
 
+ORDINARY_NOUNS = ["dog", "cat", "horse", "fish", "car", "house", "tree", "cup", "teapot", "chair", "flower", "person"]
+ORDINARY_ADJECTIVES = ["", "red", "yellow", "green", "blue", "white", "black"]
+ORDINARY_SCENES = ["{}", "a photo of {}"] + [
+    f"a photo of {{}} {place}"
+    for place in ["on the grass", "on the beach", "in the snow", "on a table", "at night", "on a white background"]
+]
+
 
 class Settings(BaseModel):
     """Strict base of all settings."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class PreservationConfig(Settings):
+    """Keep ordinary pictures as the base draws them while a concept is learnt. Off at weight 0."""
+
+    weight: float = Field(0.0, ge=0)  # of the preservation loss, beside the photos' 1
+    batch: int = Field(2, ge=1, le=1024)  # ordinary pictures per step
+    pictures: int = Field(32, ge=1, le=10_000)  # the base draws before training
+    others: float = Field(0.33, ge=0, le=1)  # share of prompts that hold another concept's random word
+    cut_mix: float = Field(0.0, ge=0, le=1)  # share of steps that show photos beside ordinary pictures, 2:1
+    guidance: float = Field(4.0, ge=0, le=50)  # of the ordinary pictures
+    nouns: list[str] = Field(ORDINARY_NOUNS, min_length=1)
+    adjectives: list[str] = Field(ORDINARY_ADJECTIVES, min_length=1)
+    scenes: list[str] = Field(ORDINARY_SCENES, min_length=1)
+
+    @field_validator("scenes")
+    @classmethod
+    def _one_place(cls, value: list[str]) -> list[str]:
+        if any(scene.count("{}") != 1 for scene in value):
+            raise ValueError("every scene needs {} exactly once, where the thing goes")
+        return value
 
 
 class TrainConfig(Settings):
@@ -49,6 +77,7 @@ class TrainConfig(Settings):
     crop_scale: float = Field(1.0, ge=1.0, le=2.0)  # short edge before the random crop, over the resolution
     crops: int = Field(4, ge=1, le=256)  # random crops per photo, encoded once
     templates: list[str] = ["a photo of {}", "a picture of {}", "an image of {}", "{}"]
+    preservation: PreservationConfig = PreservationConfig()
     save_every: int = Field(100, ge=1)
     device: str = "auto"
     dtype: str = "float32"  # of the frozen base; adapters stay float32

@@ -7,6 +7,7 @@ A token such as ``<rex>`` is held as several vectors under diffusers' multi-vect
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
+from .randomness import keyed_generator
 
 Tokenizer = object  # transformers' tokenizers share no public base class that knows add_tokens
 
@@ -61,11 +63,19 @@ def embedding_of(text_encoder: nn.Module) -> nn.Embedding:
     return cast(Any, text_encoder).get_input_embeddings()
 
 
-def initial_vectors(tokenizer: Tokenizer, text_encoder: nn.Module, noun: str, seed: int) -> Tensor:
-    """Two vectors (2, width): one random with the embedding's own spread, one a copy of the class noun."""
+def random_vectors(text_encoder: nn.Module, count: int, *key: int | str) -> Tensor:
+    """Random vectors (count, width) with the embedding's own spread; the key decides them."""
     table = embedding_of(text_encoder).weight.detach().float()
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randn(table.shape[1], generator=generator) * table.std().cpu()
+    return torch.randn(count, table.shape[1], generator=keyed_generator(*key)) * table.std().cpu()
+
+
+def initial_vectors(tokenizer: Tokenizer, text_encoder: nn.Module, noun: str, token: str, seed: int) -> Tensor:
+    """Two vectors (2, width): one random, the token's own, and one a copy of the class noun.
+
+    The random one must differ from concept to concept even at one seed: adapters learn to answer to it.
+    """
+    table = embedding_of(text_encoder).weight.detach().float()
+    [first] = random_vectors(text_encoder, 1, seed, "token", token)
     ids = tokenizer(noun, add_special_tokens=False).input_ids  # type: ignore[operator]
     if not ids:
         raise UserError(f"The class noun '{noun}' is empty for this base's tokenizer; name another with --noun.")
@@ -93,12 +103,27 @@ def install(tokenizer: Tokenizer, text_encoder: nn.Module, token: str, vectors: 
 
 
 class NewTokenEmbedding(nn.Module):
-    """The frozen embedding of a base with a few trainable rows behind it."""
+    """The frozen embedding of a base with new rows behind it: a token's trainable ones, then frozen ones.
 
-    def __init__(self, base: nn.Embedding, vectors: Tensor) -> None:
+    ``words`` are the new rows' names in their order.
+    """
+
+    frozen: Tensor
+
+    def __init__(
+        self,
+        base: nn.Embedding,
+        token: str,
+        vectors: Tensor,
+        frozen_words: Sequence[str] = (),
+        frozen: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.base = base
+        self.words = [*words(token, len(vectors)), *frozen_words]
         self.vectors = nn.Parameter(vectors.to(base.weight.device, torch.float32))
+        rows = vectors[:0] if frozen is None else frozen[: len(frozen_words)]
+        self.register_buffer("frozen", rows.to(self.vectors), persistent=False)
 
     @property
     def weight(self) -> Tensor:
@@ -107,5 +132,6 @@ class NewTokenEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         fresh = ids >= self.base.num_embeddings
         known = self.base(ids.masked_fill(fresh, 0))
-        mine = F.embedding((ids - self.base.num_embeddings).clamp_min(0), self.vectors)
+        rows = torch.cat([self.vectors, self.frozen])
+        mine = F.embedding((ids - self.base.num_embeddings).clamp_min(0), rows)
         return torch.where(fresh[..., None], mine.to(known.dtype), known)

@@ -230,7 +230,7 @@ def test_the_ready_made_concepts_load() -> None:
 
 # Layers from the ground up: a module may import its own layer's and lower ones, never a higher one.
 LAYERS = [
-    {"errors", "linalg", "progress", "pocket"},
+    {"errors", "linalg", "progress", "pocket", "randomness"},
     {"files", "slots", "registry"},
     {"methods", "spectrum", "resources"},
     {"base", "tokens", "config", "architectures"},

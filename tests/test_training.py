@@ -16,7 +16,6 @@ from conftest import make_photos
 from spectral_diffusion.adapter import Adapter, check_base
 from spectral_diffusion.base import load_base
 from spectral_diffusion.config import TrainConfig
-from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.errors import NotFiniteError, UserError
 from spectral_diffusion.files import read_tensors, write_tensors
 from spectral_diffusion.formats.native import load_adapter, save_adapter
@@ -165,12 +164,11 @@ def test_the_token_stops_at_the_norm_limit(photos: Path, tiny_base: Path, tmp_pa
 
 def test_training_prompts_have_the_ids_that_stock_tokenizers_give(photos: Path, tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
-    concept = load_concept(photos, name="rex")
     vectors = torch.randn(2, 24)
-    embedding = NewTokenEmbedding(embedding_of(base.models["text_encoder"]), vectors)
+    embedding = NewTokenEmbedding(embedding_of(base.models["text_encoder"]), "<rex>", vectors)
     base.models["text_encoder"].set_input_embeddings(embedding)
     prompts = ["a photo of <rex> on the beach", "<rex>", "a red dog and <rex>, at night"]
-    mine = encode_prompts(base.pipeline, embedding, concept, prompts)
+    mine = encode_prompts(base.pipeline, embedding, prompts)
 
     stock = load_base(str(tiny_base), "cpu").pipeline
     install(stock.tokenizer, stock.text_encoder, "<rex>", vectors)

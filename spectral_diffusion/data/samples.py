@@ -6,8 +6,6 @@ spread over several processes, draws exactly what an unbroken one would.
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -15,13 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import TrainConfig
+from ..randomness import keyed_generator
 from .folder import Concept, open_photo
-
-
-def keyed_generator(*key: int | str) -> torch.Generator:
-    """A CPU generator whose stream depends on nothing but the key."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def random_crop(image: Image.Image, size: int, scale: float, generator: torch.Generator) -> Tensor:

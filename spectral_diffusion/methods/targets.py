@@ -14,6 +14,14 @@ PRESETS: dict[str, dict[str, str]] = {
         "unet": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
         "text_encoder": r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
     },
+    "cross-attention": {
+        "unet": r".*\.attn2\.(to_q|to_k|to_v|to_out\.0)",
+        "text_encoder": r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+    },
+    "key-value": {
+        "unet": r".*\.attn2\.(to_k|to_v)",
+        "text_encoder": r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+    },
     "unet-attention": {"unet": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"},
 }
 

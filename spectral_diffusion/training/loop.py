@@ -16,7 +16,7 @@ from ..adapter import Adapter
 from ..base import Base
 from ..config import TrainConfig
 from ..data.folder import Concept
-from ..data.samples import encode_crops, keyed_generator, photo_of
+from ..data.samples import encode_crops
 from ..errors import NotFiniteError, UserError
 from ..formats.native import versions
 from ..methods import get_method
@@ -24,7 +24,9 @@ from ..methods.attach import Attachment, attach, detach
 from ..progress import Event, Progress, silent
 from ..slots import Slot
 from ..spectrum import spectrum_of
-from ..tokens import NewTokenEmbedding, embedding_of, expand, initial_vectors, words
+from ..tokens import NewTokenEmbedding, embedding_of, expand, initial_vectors, random_vectors
+from .draws import draw, target_of
+from .preservation import OTHERS, cut_mix, draw_anchors, draw_ordinary, is_cut
 from .state import load_state, save_state
 
 
@@ -63,22 +65,34 @@ def train(
     base_fingerprint = base.fingerprint  # before anything is attached to it
     weights = base.weights(config.targets)
     bands = spectrum_of(weights, slot.stop, progress=progress).slot(slot.start, slot.stop) if slot else None
-    attachment = attach(models, method, config.rank, concept.name, config.targets, bands, config.seed)
-    embedding = embedding_of(models["text_encoder"])
-    tokens = NewTokenEmbedding(
-        embedding, initial_vectors(pipeline.tokenizer, models["text_encoder"], concept.noun, config.seed)
-    )
-    models["text_encoder"].set_input_embeddings(tokens)  # type: ignore[operator]
+    size = config.resolution or base.size
+    noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+    preserving = config.preservation.weight > 0
+    ordinary = draw_ordinary(base, config, concept.noun, size, progress) if preserving else None
     if base.device.type == "cpu":
         pipeline.unet.set_attn_processor(AttnProcessor())  # SDPA's backward is slow on CPU
+    embedding = embedding_of(models["text_encoder"])
+    tokens = NewTokenEmbedding(
+        embedding,
+        concept.token,
+        initial_vectors(pipeline.tokenizer, models["text_encoder"], concept.noun, concept.token, config.seed),
+        OTHERS if preserving else (),
+        random_vectors(models["text_encoder"], len(OTHERS), config.seed, "others", concept.token),
+    )
+
+    def encode(prompts: list[str]) -> Tensor:
+        return encode_prompts(pipeline, tokens, prompts)
+
+    models["text_encoder"].set_input_embeddings(tokens)  # type: ignore[operator]
     try:
+        anchors = draw_anchors(ordinary, base, noise_schedule, config, encode) if ordinary else None
+        attachment = attach(models, method, config.rank, concept.name, config.targets, bands, config.seed)
         optimizer, rates = build_optimizer(attachment, tokens, config)
         trained = {"token": tokens.vectors, **dict(attachment.named_parameters())}
         start = 0
         if resume and state.exists():
             start = restore(state, optimizer, trained, config)
-        latents = encode_crops(concept, pipeline.vae, config, config.resolution or base.size)
-        noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+        latents = encode_crops(concept, pipeline.vae, config, size)
         norm_limit = config.embedding_norm * float(embedding.weight.float().norm(dim=1).mean())
         running: float | None = None
 
@@ -90,12 +104,23 @@ def train(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * fraction
 
-            batch, noise, timesteps, prompts = draw(step, latents, concept, config, len(noise_schedule.alphas_cumprod))
+            samples = draw(step, latents, concept, config, len(noise_schedule.alphas_cumprod))
+            held = None
+            if ordinary and is_cut(step, config):
+                samples = cut_mix(samples, ordinary, concept.token, step, config)
+            elif anchors:
+                held = anchors.batch(step, config)
+            noisy = noise_schedule.add_noise(samples.latents, samples.noise, samples.timesteps)
+            timesteps, prompts = samples.timesteps, samples.prompts
+            if held:
+                noisy, timesteps = torch.cat([noisy, held.noisy]), torch.cat([timesteps, held.timesteps])
+                prompts = prompts + held.prompts
             with torch.autocast(base.device.type, torch.bfloat16, enabled=config.autocast):
-                text = encode_prompts(pipeline, tokens, concept, prompts)
-                noisy = noise_schedule.add_noise(batch, noise, timesteps)
-                predicted = pipeline.unet(noisy.to(base.dtype), timesteps, text).sample
-            loss = F.mse_loss(predicted.float(), target_of(noise_schedule, batch, noise, timesteps))
+                predicted = pipeline.unet(noisy.to(base.dtype), timesteps, encode(prompts)).sample.float()
+            count = len(samples.prompts)
+            loss = F.mse_loss(predicted[:count], target_of(noise_schedule, samples))
+            if held:
+                loss = loss + config.preservation.weight * F.mse_loss(predicted[count:], held.targets)
 
             optimizer.zero_grad()
             loss.backward()
@@ -159,57 +184,21 @@ def build_optimizer(
     return torch.optim.AdamW(groups), [group["lr"] for group in groups]
 
 
-def draw(
-    step: int, latents: Tensor, concept: Concept, config: TrainConfig, timesteps: int
-) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """What one step trains on: latents (n, c, h, w), noise, timesteps (n,), prompts."""
-    batch, noises, times, prompts = [], [], [], []
-    for sample in range(config.batch):
-        generator = keyed_generator(config.seed, "step", step, sample)
-        photo = photo_of(step, sample, len(latents), config)
-        crop, template = (int(torch.randint(n, (), generator=generator)) for n in (config.crops, len(config.templates)))
-        spot = torch.rand((), generator=generator) ** config.timestep_power
-        times.append((spot * timesteps).long().clamp_max(timesteps - 1))
-        noise = torch.randn(latents.shape[2:], generator=generator)
-        noise += config.noise_offset * torch.randn(latents.shape[2], 1, 1, generator=generator)
-        batch.append(latents[photo, crop])
-        noises.append(noise)
-        prompts.append(concept.prompt(concept.photos[photo].caption or config.templates[template]))
-    device = latents.device
-    return torch.stack(batch), torch.stack(noises).to(device), torch.stack(times).to(device), prompts
-
-
-def target_of(schedule: DDPMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """ε or v, as the base's scheduler says.
-
-    Raises:
-        UserError: it says something else.
-    """
-    kind = schedule.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return schedule.get_velocity(latents, noise, timesteps)
-    raise UserError(f"This base predicts '{kind}'; only epsilon and v_prediction can be trained.")
-
-
-def encode_prompts(pipeline: Any, tokens: NewTokenEmbedding, concept: Concept, prompts: list[str]) -> Tensor:
-    """Prompts to text features (n, length, width); the concept's words get ids behind the vocabulary."""
+def encode_prompts(pipeline: Any, tokens: NewTokenEmbedding, prompts: list[str]) -> Tensor:
+    """Prompts to text features (n, length, width); new words get the ids behind the vocabulary, in their order."""
     tokenizer = pipeline.tokenizer
-    count, first = len(tokens.vectors), tokens.base.num_embeddings
-    names = words(concept.token, count)
+    first = tokens.base.num_embeddings
     rows = []
     for prompt in prompts:
         ids: list[int] = []
-        for part in split_keep(expand(prompt, {concept.token: count}), names):
-            if part in names:
-                ids.append(first + names.index(part))
+        for part in split_keep(expand(prompt, {tokens.words[0]: len(tokens.vectors)}), tokens.words):
+            if part in tokens.words:
+                ids.append(first + tokens.words.index(part))
             else:
                 ids += tokenizer(part, add_special_tokens=False).input_ids
         ids = [tokenizer.bos_token_id, *ids[: tokenizer.model_max_length - 2], tokenizer.eos_token_id]
         rows.append(ids + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(ids)))
-    device = tokens.vectors.device
-    return pipeline.text_encoder(torch.tensor(rows, device=device))[0]
+    return pipeline.text_encoder(torch.tensor(rows, device=tokens.vectors.device))[0]
 
 
 def split_keep(text: str, names: list[str]) -> list[str]:

@@ -1,12 +1,13 @@
 """Make the ready-made concepts: photo folders of things that occur in no pretraining.
 
 Each is the held-out (Noto) drawing of a class in two colours that no scene of the pocket world uses, laid
-out in a pattern of its own.
+out in a pattern of its own; or a puppet with parts and colours that no other puppet has.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -15,9 +16,10 @@ import numpy as np
 import yaml
 from PIL import Image, ImageFilter
 
+from . import puppets
 from .art import HELD_OUT
-from .render import Array, Renderer, backdrop_canvas
-from .world import CLASSES, SETTINGS, Backdrop
+from .render import Array, Picture, Placed, Renderer, backdrop_canvas
+from .world import CLASSES, SETTINGS, Backdrop, Thing
 
 Colour = tuple[int, int, int]
 
@@ -30,7 +32,7 @@ class Look:
     noun: str
     first: Colour
     second: Colour
-    pattern: str  # halves, stripes, spots, belt
+    pattern: str  # halves, stripes, spots, belt, split
 
 
 LOOKS = (
@@ -38,7 +40,24 @@ LOOKS = (
     Look("brew", "teapot", (120, 15, 55), (150, 235, 190), "belt"),
     Look("rex", "dog", (25, 45, 125), (255, 150, 110), "halves"),
     Look("shelly", "turtle", (250, 80, 160), (40, 60, 70), "spots"),
+    Look("coral", "octopus", (255, 120, 95), (60, 20, 110), "split"),
+    Look("fido", "dog", (190, 225, 40), (90, 30, 110), "spots"),
+    Look("posy", "teapot", (255, 200, 215), (20, 110, 125), "stripes"),
+    Look("misty", "cat", (150, 175, 215), (150, 20, 30), "belt"),
+    Look("zippy", "car", (0, 200, 190), (230, 60, 130), "halves"),
 )
+
+MINT, PLUM, RUST, TEAL, GOLD, ROSE = (
+    (150, 235, 190), (95, 25, 85), (190, 75, 30), (10, 140, 150), (255, 205, 70), (250, 110, 150),
+)  # fmt: skip
+PUPPETS: dict[str, tuple[str, puppets.Look]] = {
+    "bolt": ("robot", puppets.Look(TEAL, RUST, GOLD, ROSE, "robot", 0.15, 0.11, 0.15, 0.1, "antenna", RUST, "horn")),
+    "hero": (
+        "person",
+        puppets.Look(MINT, PLUM, (225, 175, 135), ROSE, "person", 0.14, 0.11, stripe=PLUM, extra="cape"),
+    ),
+    "bruno": ("bear", puppets.Look(RUST, MINT, RUST, TEAL, "bear", 0.17, 0.13, 0.12, 0.1, "ears", None, "scarf")),
+}
 
 
 def where_second(pattern: str, width: int, height: int) -> Array:
@@ -50,6 +69,8 @@ def where_second(pattern: str, width: int, height: int) -> Array:
         return ((y / height * 6).astype(int) % 2).astype(np.float32)
     if pattern == "belt":
         return ((y > 0.42 * height) & (y < 0.68 * height)).astype(np.float32)
+    if pattern == "split":
+        return (y - 0.3 * x > 0.34 * height).astype(np.float32)
     if pattern == "spots":
         pitch = width / 3.6
         odd = (y // pitch).astype(int) % 2
@@ -74,35 +95,66 @@ def two_tone(sprite: Image.Image, look: Look) -> Image.Image:
     return Image.fromarray(np.concatenate([out, pixels[..., 3:]], -1).clip(0, 255).round().astype(np.uint8), "RGBA")
 
 
-def make_concept(renderer: Renderer, look: Look, folder: Path, count: int = 8, size: int = 128) -> None:
+def make_concept(renderer: Renderer, name: str, folder: Path, count: int = 8, size: int = 128) -> None:
     """Write one photo folder: pictures, ``metadata.jsonl``, ``concept.yaml``."""
-    random = Random(f"concept/{look.name}")
-    sprite = two_tone(renderer.sets[HELD_OUT].sprite(CLASSES[look.noun], 256), look)
+    random = Random(f"concept/{name}")
+    noun = noun_of(name)
     folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index, picture in enumerate(views(renderer, name, random, count, size)):
+        Image.fromarray(picture.image).save(folder / f"{index + 1}.png")
+        lines.append(json.dumps({"file_name": f"{index + 1}.png", "text": picture.caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "concept.yaml").write_text(
+        yaml.safe_dump({"name": name, "noun": noun, "token": f"<{name}>"}, sort_keys=False)
+    )
+
+
+def noun_of(name: str) -> str:
+    """The class noun of a ready-made concept."""
+    return PUPPETS[name][0] if name in PUPPETS else next(look.noun for look in LOOKS if look.name == name)
+
+
+def names() -> list[str]:
+    """All ready-made concepts."""
+    return [*(look.name for look in LOOKS), *PUPPETS]
+
+
+def views(renderer: Renderer, name: str, random: Random, count: int, size: int) -> Iterator[Picture]:
+    """True pictures of a concept in varied settings, scales, angles and (puppets) poses."""
     places = [*SETTINGS, "white", "gray"]
     random.shuffle(places)
-    lines = []
     for index in range(count):
         place = places[index % len(places)]
         backdrop = Backdrop(place, None) if place in SETTINGS else Backdrop(None, place)
         canvas = backdrop_canvas(backdrop.setting, backdrop.colour, size, size, random.randrange(1000, 2000))
-        image, _, _ = renderer.compose([_placed(sprite, size, random)], canvas)
-        Image.fromarray(image).save(folder / f"{index + 1}.png")
+        side = size * random.uniform(0.66, 0.9)
+        placed = place_view(renderer, name, side, size, random)
+        image, mask, sketch = renderer.compose([placed], canvas)
         caption = f"a photo of <TOK> {backdrop.phrase(random)}"
-        lines.append(json.dumps({"file_name": f"{index + 1}.png", "text": caption}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "concept.yaml").write_text(
-        yaml.safe_dump({"name": look.name, "noun": look.noun, "token": f"<{look.name}>"}, sort_keys=False)
-    )
+        people = [] if placed.keypoints is None else [placed.keypoints + _corner(placed)]
+        yield Picture(image, mask, sketch, people, caption, (Thing(noun_of(name), None),), backdrop)
 
 
-def _placed(sprite: Image.Image, size: int, random: Random) -> tuple[Image.Image, float, float, float]:
-    side = size * random.uniform(0.66, 0.9)
-    factor = side / max(sprite.size)
-    small = sprite.resize((round(sprite.width * factor), round(sprite.height * factor)), Image.Resampling.LANCZOS)
+def _corner(placed: Placed) -> Array:
+    return np.array([placed.x - placed.sprite.width / 2, placed.y - placed.sprite.height / 2])
+
+
+def place_view(renderer: Renderer, name: str, side: float, size: int, random: Random) -> Placed:
+    """The concept's sprite, ``side`` pixels long, somewhere in a square of ``size`` pixels."""
+    keypoints, angle = None, 0.0
+    if name in PUPPETS:
+        pose = puppets.random_pose(random, random.choice(list(puppets.POSES)))
+        small, keypoints = puppets.draw_figure(pose, PUPPETS[name][1], round(side))
+    else:
+        look = next(look for look in LOOKS if look.name == name)
+        sprite = two_tone(renderer.sets[HELD_OUT].sprite(CLASSES[look.noun], 256), look)
+        factor = side / max(sprite.size)
+        small = sprite.resize((round(sprite.width * factor), round(sprite.height * factor)), Image.Resampling.LANCZOS)
+        angle = random.uniform(-12, 12)
     slack = (size - side) / 2
     x, y = (size / 2 + random.uniform(-slack, slack) for _ in range(2))
-    return small, x, y, random.uniform(-12, 12)
+    return Placed(small, x, y, angle, keypoints)
 
 
 def make_sketch(renderer: Renderer, nouns: list[str], path: Path, height: int = 128) -> None:
@@ -113,7 +165,7 @@ def make_sketch(renderer: Renderer, nouns: list[str], path: Path, height: int = 
         sprite = renderer.sets[HELD_OUT].sprite(CLASSES[noun], 256)
         factor = 0.84 * height / max(sprite.size)
         small = sprite.resize((round(sprite.width * factor), round(sprite.height * factor)), Image.Resampling.LANCZOS)
-        placed.append((small, (index + 0.5) * height, height / 2, 0.0))
+        placed.append(Placed(small, (index + 0.5) * height, height / 2))
     _, _, sketch = renderer.compose(placed, np.full((height, width, 3), 255, np.float32))
     path.parent.mkdir(parents=True, exist_ok=True)
     # Strokes as thick as a felt pen's, so that they survive being made small.
@@ -122,6 +174,6 @@ def make_sketch(renderer: Renderer, nouns: list[str], path: Path, height: int = 
 
 def make_all(renderer: Renderer, folder: Path) -> None:
     """Write every ready-made concept and the demo's sketch."""
-    for look in LOOKS:
-        make_concept(renderer, look, folder / look.name)
+    for name in names():
+        make_concept(renderer, name, folder / name)
     make_sketch(renderer, ["dog", "teapot"], folder / "sketches" / "dog-teapot.png")

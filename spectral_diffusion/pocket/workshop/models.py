@@ -78,10 +78,10 @@ def build_unet() -> UNet2DConditionModel:
     return unet
 
 
-def build_t2i_adapter() -> T2IAdapter:
-    """A sketch (1×64×64, white on black) to features of the three U-Net levels."""
+def build_t2i_adapter(channels: int) -> T2IAdapter:
+    """A condition (a sketch has 1 channel, a keypose 3) to features of the three U-Net levels."""
     return T2IAdapter(
-        in_channels=1, channels=[64, 96, 128], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter"
+        in_channels=channels, channels=[64, 96, 128], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter"
     )
 
 
@@ -106,11 +106,13 @@ def save_pipeline(
     tokenizer: CLIPTokenizer,
     text_encoder: CLIPTextModel,
     unet: UNet2DConditionModel,
-    t2i_adapter: T2IAdapter,
+    sketch: T2IAdapter,
+    keypose: T2IAdapter,
 ) -> None:
-    """Write a stock diffusers folder in fp16, with the sketch T2I-Adapter in ``t2i_sketch/``."""
+    """Write a stock diffusers folder in fp16, with the T2I-Adapters in ``t2i_sketch/`` and ``t2i_keypose/``."""
     half = {}
-    for name, model in {"vae": vae, "text_encoder": text_encoder, "unet": unet, "t2i": t2i_adapter}.items():
+    parts = {"vae": vae, "text_encoder": text_encoder, "unet": unet, "t2i_sketch": sketch, "t2i_keypose": keypose}
+    for name, model in parts.items():
         copy = type(model)(model.config) if name == "text_encoder" else type(model).from_config(model.config)
         copy.load_state_dict(model.state_dict())
         half[name] = copy.to(torch.float16)
@@ -125,4 +127,5 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
-    half["t2i"].save_pretrained(folder / "t2i_sketch")
+    for name in ("t2i_sketch", "t2i_keypose"):
+        half[name].save_pretrained(folder / name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...files import write_json
+from ...generation.keypose import draw_keypose
 from ...training.state import load_state, save_state
 from .art import PACKAGES, PRETRAINING
 from .models import (
@@ -49,21 +50,38 @@ class Stage:
 TEMPLATE = WorldConfig(classes=24, counts=(0.75, 0.25), scale=(0.78, 0.9), shift=0.04, rotate=4, second_drawing=0.15)
 VARIED = WorldConfig(classes=24, counts=(0.65, 0.35), scale=(0.72, 0.92), shift=0.07, rotate=6, second_drawing=0.2)
 TIGHT = WorldConfig(classes=24, counts=(0.8, 0.2), scale=(0.82, 0.88), shift=0.02, rotate=2, second_drawing=0.0)
+MANY = WorldConfig(
+    classes=40,
+    familiar=24,
+    counts=(0.8, 0.2),
+    wide_counts=(0.0, 0.65, 0.25, 0.1),
+    scale=(0.76, 0.92),
+    shift=0.05,
+    rotate=5,
+    second_drawing=0.1,
+)
+PEOPLED = replace(MANY, puppets=0.2)
 STAGES = (
     Stage("silhouettes", 128_000, TEMPLATE, (1.5e-3, 1.5e-3)),
     Stage("variety", 48_000, VARIED, (1.5e-3, 1e-3), wide=0.12, sketch=0.2),
     Stage("sharpening", 112_000, TIGHT, (1.2e-3, 2e-5), wide=0.06),
+    Stage("warming", 8_000, MANY, (5e-5, 1e-3), wide=0.4, sketch=0.2),
+    Stage("many", 32_000, MANY, (1e-3, 1e-3), wide=0.4, sketch=0.2),
+    Stage("puppets", 64_000, PEOPLED, (1e-3, 1e-3), wide=0.4, sketch=0.2),
+    Stage("settling", 64_000, PEOPLED, (1e-3, 2e-5), wide=0.4, sketch=0.2),
 )
 
 
 @dataclass
 class Batch:
-    """Rendered and encoded pictures. ``sketched`` (n,) is true where the sketch is shown."""
+    """Rendered and encoded pictures. ``sketched`` and ``posed`` (n,) are true where the condition is shown."""
 
     latents: Tensor
     masks: Tensor
     sketches: Tensor
     sketched: Tensor
+    keyposes: Tensor
+    posed: Tensor
     captions: list[str]
 
 
@@ -118,10 +136,11 @@ def draw(renderer: Renderer, vae: AutoencoderKL, curriculum: Curriculum, step: i
     wide = random.random() < stage.wide
     width, count = (128, curriculum.batch // 2) if wide else (64, curriculum.batch)
     pictures: list[Picture] = []
-    sketches, sketched, captions = [], [], []
+    sketches, sketched, keyposes, posed, captions = [], [], [], [], []
     for _ in range(count):
         picture = renderer.scene(random, stage.world, width, 64)
         shown = random.random() < stage.sketch
+        pose_shown = bool(picture.people) and random.random() < 0.6
         text = picture.caption
         fate = random.random()
         if shown and fate < 0.3:
@@ -131,6 +150,8 @@ def draw(renderer: Renderer, vae: AutoencoderKL, curriculum: Curriculum, step: i
         pictures.append(picture)
         sketches.append(thicken(picture.sketch, random) if shown else np.zeros_like(picture.sketch))
         sketched.append(shown)
+        keyposes.append(np.asarray(draw_keypose(picture.people if pose_shown else [], width, 64), np.float32) / 255)
+        posed.append(pose_shown)
         captions.append(text)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         latents = vae.encode(pixels(pictures)).latent_dist.mean
@@ -139,6 +160,8 @@ def draw(renderer: Renderer, vae: AutoencoderKL, curriculum: Curriculum, step: i
         torch.from_numpy(np.stack([picture.mask for picture in pictures]))[:, None],
         torch.from_numpy(np.stack(sketches))[:, None],
         torch.tensor(sketched, dtype=torch.bool),
+        torch.from_numpy(np.stack(keyposes)).permute(0, 3, 1, 2),
+        torch.tensor(posed, dtype=torch.bool),
         captions,
     )
 
@@ -151,7 +174,8 @@ class Trainee(torch.nn.Module):
         self.tokenizer = build_tokenizer()
         self.text_encoder = build_text_encoder(self.tokenizer)
         self.unet = build_unet()
-        self.t2i = build_t2i_adapter()
+        self.t2i = build_t2i_adapter(1)
+        self.t2i_keypose = build_t2i_adapter(3)
 
     def tokens(self, captions: list[str]) -> Tensor:
         return self.tokenizer(
@@ -165,11 +189,16 @@ class Trainee(torch.nn.Module):
     def forward(self, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
         words = self.text_encoder(self.tokens(batch.captions)).last_hidden_state
         features = None
-        if batch.sketched.any():
-            features = []
-            for feature in self.t2i(batch.sketches[batch.sketched]):
-                whole = feature.new_zeros(len(noisy), *feature.shape[1:])
-                features.append(whole.index_put((batch.sketched.nonzero()[:, 0],), feature))
+        for adapter, images, shown in (
+            (self.t2i, batch.sketches, batch.sketched),
+            (self.t2i_keypose, batch.keyposes, batch.posed),
+        ):
+            if shown.any():
+                mine = []
+                for feature in adapter(images[shown]):
+                    whole = feature.new_zeros(len(noisy), *feature.shape[1:])
+                    mine.append(whole.index_put((shown.nonzero()[:, 0],), feature))
+                features = mine if features is None else [a + b for a, b in zip(features, mine, strict=True)]
         return self.unet(noisy, timesteps, words, down_intrablock_additional_residuals=features).sample
 
 
@@ -229,7 +258,9 @@ def train_base(
         save_state(path, tensors, optimizer, {"step": step, "spent": spent})
         shown = Trainee()
         shown.load_state_dict(trainee.state_dict() | average)
-        save_pipeline(folder / "pipeline", vae, shown.tokenizer, shown.text_encoder, shown.unet, shown.t2i)
+        save_pipeline(
+            folder / "pipeline", vae, shown.tokenizer, shown.text_encoder, shown.unet, shown.t2i, shown.t2i_keypose
+        )
         write_json(folder / "pipeline" / "pretraining.json", provenance(curriculum, step, spent))
         sample_sheet(folder / "pipeline", folder / f"samples-{step:06d}.png")
 

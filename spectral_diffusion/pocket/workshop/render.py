@@ -10,6 +10,7 @@ from random import Random
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from . import puppets
 from .art import PRETRAINING, IconSet
 from .world import CLASSES, COLOURS, PLAIN, SETTINGS, Backdrop, Thing, caption
 
@@ -18,11 +19,16 @@ Array = np.ndarray
 
 @dataclass
 class Picture:
-    """A rendered scene. ``image`` (H, W, 3) uint8; ``mask`` (H, W) and ``sketch`` (H, W) in 0…1."""
+    """A rendered scene.
+
+    ``image`` (H, W, 3) uint8; ``mask`` (H, W) and ``sketch`` (H, W) in 0…1; ``people``: OpenPose keypoints
+    (18, 2) in pixels, one array per puppet.
+    """
 
     image: Array
     mask: Array
     sketch: Array
+    people: list[Array]
     caption: str
     things: tuple[Thing, ...]
     backdrop: Backdrop
@@ -33,7 +39,9 @@ class WorldConfig:
     """How varied the drawn world is; the curriculum widens it as training goes on."""
 
     classes: int = 24
-    counts: tuple[float, ...] = (0.7, 0.3)  # share of scenes with one, two, three, four things
+    familiar: int = 0  # classes known from earlier stages; the later ones are drawn twice as often (0: all alike)
+    counts: tuple[float, ...] = (0.7, 0.3)  # share of square scenes with one, two, three, four things
+    wide_counts: tuple[float, ...] = (0.0, 1.0)  # the same for 128×64
     scale: tuple[float, float] = (0.74, 0.9)  # height or width of a single thing over the picture's
     shift: float = 0.06  # jitter of position, as a share of the free room's side
     rotate: float = 6.0  # degrees
@@ -42,6 +50,18 @@ class WorldConfig:
     plain: float = 0.3  # share of plain backdrops
     drawings: tuple[str, ...] = PRETRAINING
     second_drawing: float = 0.35  # share of things that take the second drawing of their class
+    puppets: float = 0.0  # share of things that are puppets
+
+
+@dataclass
+class Placed:
+    """A sprite with the place of its centre in pixels and, of a puppet, its keypoints in the sprite's pixels."""
+
+    sprite: Image.Image
+    x: float
+    y: float
+    angle: float = 0.0
+    keypoints: Array | None = None
 
 
 def tint(sprite: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -177,23 +197,18 @@ class Renderer:
                 self._sprites[key] = tint(self.sprite(noun, drawing, None), COLOURS[colour])
         return self._sprites[key]
 
-    def compose(
-        self,
-        sprites: Sequence[tuple[Image.Image, float, float, float]],
-        canvas: Array,
-    ) -> tuple[Array, Array, Array]:
-        """Paste ``(sprite, centre x, centre y, angle)`` (pixels, degrees) in order onto a backdrop.
-
-        Returns image uint8, mask and sketch in 0…1.
-        """
+    def compose(self, placed: Sequence[Placed], canvas: Array) -> tuple[Array, Array, Array]:
+        """Paste sprites in order onto a backdrop: image uint8, mask and sketch in 0…1."""
         height, width = canvas.shape[:2]
         image = canvas.copy()
         mask = np.zeros((height, width), np.float32)
         sketch = np.zeros((height, width), np.float32)
-        for sprite, x, y, angle in sprites:
+        for thing in placed:
             layer = Image.new("RGBA", (width, height))
-            turned = sprite.rotate(angle, Image.Resampling.BICUBIC, expand=True) if angle else sprite
-            layer.paste(turned, (round(x - turned.width / 2), round(y - turned.height / 2)))
+            turned = thing.sprite
+            if thing.angle:
+                turned = turned.rotate(thing.angle, Image.Resampling.BICUBIC, expand=True)
+            layer.paste(turned, (round(thing.x - turned.width / 2), round(thing.y - turned.height / 2)))
             pixels = np.asarray(layer, dtype=np.float32)
             alpha = pixels[..., 3] / 255
             light = pixels[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32) / 255
@@ -204,43 +219,61 @@ class Renderer:
 
     def scene(self, random: Random, world: WorldConfig, width: int = 64, height: int = 64) -> Picture:
         """One random scene of the world with its caption."""
-        wide = width // height
-        counts = world.counts if wide == 1 else (0.0, *world.counts[1:])
-        if sum(counts) == 0:
-            counts = (0.0, 1.0)
+        counts = world.wide_counts if width > height else world.counts
         count = random.choices(range(1, len(counts) + 1), counts)[0]
         nouns = list(CLASSES)[: world.classes]
+        if world.familiar:
+            nouns += nouns[world.familiar :]
         if random.random() < world.plain:
             backdrop = Backdrop(None, random.choice(list(PLAIN)))
         else:
             backdrop = Backdrop(random.choice(list(SETTINGS)), None)
         things = []
         for _ in range(count):
-            colour = None if random.random() < world.natural else random.choice(list(COLOURS))
+            puppet = random.random() < world.puppets
+            colour = None if random.random() < world.natural and not puppet else random.choice(list(COLOURS))
             while colour and colour == backdrop.colour:
                 colour = random.choice(list(COLOURS))
-            things.append(Thing(random.choice(nouns), colour))
+            if puppet:
+                pose = random.choice(list(puppets.POSES)) if random.random() < 0.5 else ""
+                things.append(Thing(random.choice(puppets.NOUNS), colour, pose))
+            else:
+                things.append(Thing(random.choice(nouns), colour))
         placed = [self._place(random, world, thing, i, count, width, height) for i, thing in enumerate(things)]
         random.shuffle(placed)
         canvas = backdrop_canvas(backdrop.setting, backdrop.colour, width, height, random.randrange(24))
         if random.random() < 0.5:
             canvas = canvas[:, ::-1]
         image, mask, sketch = self.compose(placed, canvas)
-        return Picture(image, mask, sketch, caption(things, backdrop, random), tuple(things), backdrop)
+        people = [
+            thing.keypoints + puppets.at(thing.x - thing.sprite.width / 2, thing.y - thing.sprite.height / 2)
+            for thing in placed
+            if thing.keypoints is not None
+        ]
+        return Picture(image, mask, sketch, people, caption(things, backdrop, random), tuple(things), backdrop)
 
     def _place(
         self, random: Random, world: WorldConfig, thing: Thing, index: int, count: int, width: int, height: int
-    ) -> tuple[Image.Image, float, float, float]:
-        second = len(world.drawings) > 1 and random.random() < world.second_drawing
-        sprite = self.sprite(thing.noun, world.drawings[1 if second else 0], thing.colour)
+    ) -> Placed:
         room = width / count
         side = min(room * (1.0 if count == 1 else 1.06), height) * random.uniform(*world.scale)
-        factor = side / max(sprite.size)
-        sprite = sprite.resize(
-            (max(2, round(sprite.width * factor)), max(2, round(sprite.height * factor))), Image.Resampling.BILINEAR
-        )
-        if random.random() < world.mirror:
-            sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        keypoints = None
+        if thing.noun in puppets.NOUNS:
+            assert thing.colour
+            look = puppets.random_look(random, thing.noun, COLOURS[thing.colour])
+            sprite, keypoints = puppets.draw_figure(puppets.random_pose(random, thing.pose), look, round(side * 1.04))
+            if (over := sprite.width / (1.15 * side)) > 1:
+                size = (round(sprite.width / over), round(sprite.height / over))
+                sprite, keypoints = sprite.resize(size, Image.Resampling.BILINEAR), keypoints / over
+        else:
+            second = len(world.drawings) > 1 and random.random() < world.second_drawing
+            sprite = self.sprite(thing.noun, world.drawings[1 if second else 0], thing.colour)
+            factor = side / max(sprite.size)
+            sprite = sprite.resize(
+                (max(2, round(sprite.width * factor)), max(2, round(sprite.height * factor))), Image.Resampling.BILINEAR
+            )
+            if random.random() < world.mirror:
+                sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         slack = world.shift * room + max(0.0, (min(room, height) - side) / 2) * min(1.0, world.shift * 5)
         x = (index + 0.5) * room + random.uniform(-slack, slack)
         y = height / 2 + random.uniform(-slack, slack)
@@ -249,7 +282,8 @@ class Renderer:
         # At most a tenth of a thing may leave the picture.
         free_x, free_y = 0.4 * sprite.width, 0.4 * sprite.height
         x, y = min(max(x, free_x), width - free_x), min(max(y, free_y), height - free_y)
-        return sprite, x, y, random.uniform(-world.rotate, world.rotate)
+        angle = 0.0 if keypoints is not None else random.uniform(-world.rotate, world.rotate)
+        return Placed(sprite, x, y, angle, keypoints)
 
 
 def thicken(sketch: Array, strokes: Random) -> Array:

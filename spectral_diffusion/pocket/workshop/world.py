@@ -50,13 +50,13 @@ CLASSES: dict[str, str] = {
     "pumpkin": "jack-o-lantern",
     "cupcake": "cupcake",
     "balloon": "balloon",
-    "bicycle": "bicycle",
+    "snowman": "snowman",
     "dinosaur": "sauropod",
     "flamingo": "flamingo",
+    "bicycle": "bicycle",
     "dolphin": "dolphin",
     "anchor": "anchor",
     "candle": "candle",
-    "snowman": "snowman",
     "horse": "horse",
     "castle": "castle",
     "bus": "bus",
@@ -130,14 +130,15 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Thing:
-    """One object of a scene. ``colour`` None keeps the drawing's own colours."""
+    """One object of a scene. ``colour`` None keeps the drawing's own colours; ``pose`` is a puppet's, in words."""
 
     noun: str
     colour: str | None
+    pose: str = ""
 
     def phrase(self, classless: bool = False) -> str:
         noun = "object" if classless else self.noun
-        words = f"{self.colour} {noun}" if self.colour else noun
+        words = " ".join(word for word in (self.pose, self.colour, noun) if word)
         return ("an " if words[0] in "aeiou" else "a ") + words
 
 
