@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base import Base, Fingerprint
 from .errors import UserError
-from .linalg import Band, Factors, agreement, frobenius_norm, top_band
+from .linalg import Band, Factors, agreement, bottom_band, frobenius_norm, top_band
 from .methods import Method
 from .slots import Slot
 
@@ -95,8 +95,9 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
         raise UserError(f"{refusal} A file of the same shapes can be forced with --allow-base.")
     assert adapter.slot is not None
     for layer, band in adapter.bands.items():
-        columns = band.S.shape[0]
-        found = top_band(weights[layer], adapter.slot.stop).columns(adapter.slot.start, adapter.slot.start + columns)
+        slot = adapter.slot
+        ends = bottom_band(weights[layer], slot.bottom) if slot.bottom else top_band(weights[layer], slot.top)
+        found = ends.pick(slot.columns)
         if float(agreement(band, found).min()) < MIN_COSINE:
             raise UserError(refusal)
     if not allow:

@@ -56,7 +56,8 @@ class TrainConfig(Settings):
     base: str = "pocket"
     method: str = "spectral-additive"
     rank: int = Field(8, ge=1, le=4096)
-    slot: str = "next"
+    slot: str = "next"  # next, a number, 16:24, 1,5,9, sampled, sampled:128, random, bottom
+    slot_seed: int | None = Field(None, ge=0, lt=2**31)  # of a drawn slot; default: fresh, and recorded
     targets: str = "attention"
     name: str | None = None  # of the concept; default: concept.yaml, else the folder's name
     token: str | None = None  # default: concept.yaml, else <name>

@@ -7,6 +7,7 @@ V_b (in, r).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,11 @@ class Band(NamedTuple):
     def columns(self, start: int, stop: int) -> Band:
         """The columns ``start … stop − 1``."""
         return Band(self.U[:, start:stop], self.S[start:stop], self.V[:, start:stop])
+
+    def pick(self, columns: Sequence[int]) -> Band:
+        """The given columns; negative ones count from the end."""
+        chosen = list(columns)
+        return Band(self.U[:, chosen].contiguous(), self.S[chosen].contiguous(), self.V[:, chosen].contiguous())
 
 
 class Factors(NamedTuple):
@@ -65,6 +71,20 @@ def top_band(weight: Tensor, count: int) -> Band:
         return canonical_signs(Band(U[:, :count], S[:count], Vh[:count].mT))
     other = (matrix @ vectors if tall else matrix.mT @ vectors) / S
     return canonical_signs(Band(other, S, vectors) if tall else Band(vectors, S, other))
+
+
+def bottom_band(weight: Tensor, count: int) -> Band:
+    """The ``count`` smallest singular triplets, the smallest last, from a full float64 SVD: a Gram matrix has
+    lost their digits.
+
+    Raises:
+        ValueError: ``count`` is not between 1 and the smaller side.
+    """
+    matrix = flatten(weight).detach().to(torch.float64)
+    if not 1 <= count <= min(matrix.shape):
+        raise ValueError(f"count must be between 1 and {min(matrix.shape)}, not {count}")
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    return canonical_signs(Band(U[:, -count:], S[-count:], Vh[-count:].mT))
 
 
 def _top_eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Slots: disjoint intervals of columns of the spectrum, one per concept, kept in a ledger.
+"""Slots: disjoint sets of columns of the spectrum, one per concept, kept in a ledger.
 
 The ledger is the small file ``slots.json`` beside a set of adapters. It knows, per base, which columns
 belong to which concept, so that adapters trained apart never overlap.
@@ -7,8 +7,9 @@ belong to which concept, so that adapters trained apart never overlap.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,44 +18,129 @@ from filelock import FileLock
 
 from .errors import UserError
 from .files import cannot_write, write_json
+from .randomness import keyed_random
 
 LEDGER = "slots.json"
+POOL = 64  # how many top columns ``sampled`` draws from unless told
 
 
 @dataclass(frozen=True, order=True)
 class Slot:
-    """The columns ``start … stop − 1``."""
+    """Columns in rising order: 0, 1, … from the largest singular value; −1, −2, … from the smallest."""
 
-    start: int
-    stop: int
+    columns: tuple[int, ...]
+
+    @classmethod
+    def interval(cls, start: int, stop: int) -> Slot:
+        """The columns ``start … stop − 1``."""
+        return cls(tuple(range(start, stop)))
 
     @property
     def rank(self) -> int:
-        return self.stop - self.start
+        return len(self.columns)
+
+    @property
+    def top(self) -> int:
+        """How many columns from the top it needs."""
+        return max(0, self.columns[-1] + 1)
+
+    @property
+    def bottom(self) -> int:
+        """How many columns from the bottom it needs."""
+        return max(0, -self.columns[0])
+
+    def shared(self, other: Slot) -> int:
+        """How many columns two slots have in common."""
+        return len(set(self.columns) & set(other.columns))
 
     def overlaps(self, other: Slot) -> bool:
-        return self.start < other.stop and other.start < self.stop
+        return self.shared(other) > 0
 
     def __str__(self) -> str:
-        return f"{self.start}:{self.stop}"
+        first, last = self.columns[0], self.columns[-1]
+        if last - first == self.rank - 1:
+            return f"{first}:{last + 1}"
+        return ",".join(map(str, self.columns))
 
 
-def parse_slot(text: str, rank: int) -> Slot | None:
-    """``next`` to None; ``3`` to the fourth interval of ``rank`` columns; ``16:24`` to exactly these.
+def read_columns(text: str) -> Slot:
+    """``16:24`` or ``1,5,9`` to a slot.
 
     Raises:
-        UserError: anything else, or an interval whose width is not the rank.
+        ValueError: anything else, no columns, or one named twice.
     """
-    if text == "next":
-        return None
+    if match := re.fullmatch(r"(-?\d{1,7}):(-?\d{1,7})", text):
+        start, stop = int(match[1]), int(match[2])
+        if not start < stop <= start + 100_000 or start < 0 < stop:
+            raise ValueError(text)
+        return Slot.interval(start, stop)
+    if not re.fullmatch(r"-?\d{1,7}(,-?\d{1,7})+", text):
+        raise ValueError(text)
+    columns = sorted(int(part) for part in text.split(","))
+    if len(set(columns)) < len(columns):
+        raise ValueError(text)
+    return Slot(tuple(columns))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a slot is chosen.
+
+    ``next``: the first free interval. ``fixed``: the given columns. ``sampled``: drawn from the top ``pool`` columns
+    without asking any ledger, for people who train apart. ``random``: drawn from all columns. ``bottom``: the
+    last free interval.
+    """
+
+    kind: str
+    slot: Slot | None = None
+    pool: int = POOL
+
+    @property
+    def draws(self) -> bool:
+        """Whether a seed decides the columns."""
+        return self.kind in {"sampled", "random"}
+
+
+def parse_policy(text: str, rank: int) -> Policy:
+    """Read ``next``, ``3`` (the fourth interval), ``16:24``, ``1,5,9``, ``sampled[:128]``, ``random`` or ``bottom``.
+
+    Raises:
+        UserError: anything else, or columns whose number is not the rank.
+    """
+    if rank < 1:
+        raise UserError(f"Rank must be at least 1, not {rank}.")
+    if text in {"next", "random", "bottom", "sampled"}:
+        return Policy(text)
+    if match := re.fullmatch(r"sampled:(\d{1,6})", text):
+        return Policy("sampled", pool=int(match[1]))
     if re.fullmatch(r"\d{1,6}", text):
-        return Slot(int(text) * rank, (int(text) + 1) * rank)
-    if match := re.fullmatch(r"(\d{1,7}):(\d{1,7})", text):
-        slot = Slot(int(match[1]), int(match[2]))
-        if slot.rank == rank:
-            return slot
+        return Policy("fixed", Slot.interval(int(text) * rank, (int(text) + 1) * rank))
+    try:
+        slot = read_columns(text)
+    except ValueError as error:
+        raise UserError(
+            f"Slot '{text}' is not understood; use next, a number such as 3, columns such as 16:24 or 1,5,9, "
+            "sampled, random or bottom."
+        ) from error
+    if slot.rank != rank:
         raise UserError(f"Slot {text} has {slot.rank} columns but the rank is {rank}; make them equal.")
-    raise UserError(f"Slot '{text}' is not understood; use next, a number such as 3, or columns such as 16:24.")
+    return Policy("fixed", slot)
+
+
+def drawn_slot(rank: int, pool: int, seed: int) -> Slot:
+    """``rank`` of the first ``pool`` columns; the seed decides which.
+
+    Raises:
+        UserError: the pool is too small.
+    """
+    if rank > pool:
+        raise UserError(f"{rank} columns cannot be drawn from {pool}; lower --rank or draw from more (sampled:128).")
+    return Slot(tuple(sorted(keyed_random("slot", seed).sample(range(pool), rank))))
+
+
+def collision_probability(rank: int, pool: int) -> float:
+    """The chance that two slots drawn apart share a column."""
+    return 1 - math.comb(pool - rank, rank) / math.comb(pool, rank)
 
 
 @dataclass
@@ -78,10 +164,10 @@ class Ledger:
             return {}
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
-            if data["format_version"] != 1:
+            if data["format_version"] not in (1, 2):
                 raise ValueError
             return {
-                base: {concept: Slot(int(start), int(stop)) for concept, (start, stop) in concepts.items()}
+                base: {concept: _stored(value) for concept, value in concepts.items()}
                 for base, concepts in data["bases"].items()
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -101,11 +187,9 @@ class Ledger:
             write_json(
                 self.path,
                 {
-                    "format_version": 1,
+                    "format_version": 2,
                     "bases": {
-                        base: {
-                            name: [slot.start, slot.stop] for name, slot in sorted(concepts.items(), key=lambda x: x[1])
-                        }
+                        base: {name: str(slot) for name, slot in sorted(concepts.items(), key=lambda x: x[1])}
                         for base, concepts in data.items()
                         if concepts
                     },
@@ -114,39 +198,57 @@ class Ledger:
         finally:
             lock.release()
 
-    def reserve(self, base: str, concept: str, rank: int, wanted: str, capacity: int, narrowest: str = "") -> Slot:
+    def reserve(
+        self,
+        base: str,
+        concept: str,
+        rank: int,
+        wanted: str,
+        capacity: int,
+        narrowest: str = "",
+        seed: int = 0,
+    ) -> Slot:
         """Take a slot for a concept. Retraining a concept with ``next`` and the same rank keeps its slot.
 
         Args:
             base: the base's fingerprint.
-            wanted: ``next``, a slot number or ``start:stop``.
+            wanted: a policy (see :func:`parse_policy`); ``sampled`` asks and tells the ledger nothing.
             capacity: columns that every target has; ``narrowest`` names the layer that sets it.
+            seed: decides the columns that ``sampled`` and ``random`` draw.
 
         Raises:
             UserError: the slot is taken, or past the capacity, or no room is left.
         """
-        if rank < 1:
-            raise UserError(f"Rank must be at least 1, not {rank}.")
-        slot = parse_slot(wanted, rank)
+        policy = parse_policy(wanted, rank)
+        if policy.kind == "sampled":
+            return drawn_slot(rank, min(policy.pool, capacity), seed)
         with self._locked() as data:
             taken = data.setdefault(base, {})
             mine = taken.get(concept)
-            if slot is None and mine is not None and mine.rank == rank:
+            if policy.kind == "next" and mine is not None and mine.rank == rank:
                 return mine
-            others = {name: held for name, held in taken.items() if name != concept}
-            if slot is None:
-                slot = _first_free(rank, list(others.values()))
-            clash = next((name for name, held in others.items() if held.overlaps(slot)), None)
-            if clash:
-                raise UserError(
-                    f"Slot {slot} overlaps the columns {others[clash]} of '{clash}'; use --slot next, another slot, "
-                    f"or free it (spectral-diffusion slots release {clash})."
-                )
-            if slot.stop > capacity:
+            others = {name: _from_top(held, capacity) for name, held in taken.items() if name != concept}
+            used = {column for columns in others.values() for column in columns}
+            if policy.slot is not None:
+                slot = policy.slot
+            elif policy.kind == "random":
+                slot = drawn_slot(rank, capacity, seed)
+            elif policy.kind == "bottom":
+                slot = _last_free(rank, used, capacity)
+            else:
+                slot = _first_free(rank, used)
+            if slot.top > capacity or slot.bottom > capacity:
                 reason = f" (the narrowest adapted weight, {narrowest}, has that many)" if narrowest else ""
                 raise UserError(
                     f"Slot {slot} is past the {capacity} columns of this base{reason}: "
                     f"{capacity // rank} slots of rank {rank} fit; release one or lower --rank."
+                )
+            here = _from_top(slot, capacity)
+            clash = next((name for name, held in others.items() if held & here), None)
+            if clash:
+                raise UserError(
+                    f"Slot {slot} overlaps the columns {taken[clash]} of '{clash}'; use --slot next, another slot, "
+                    f"or free it (spectral-diffusion slots release {clash})."
                 )
             taken[concept] = slot
             return slot
@@ -167,11 +269,33 @@ class Ledger:
         return freed
 
 
-def _first_free(rank: int, taken: list[Slot]) -> Slot:
+def _stored(value: object) -> Slot:
+    """A slot as the ledger holds it: a string, or [start, stop] in its first version."""
+    if isinstance(value, str):
+        return read_columns(value)
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(value)
+    return read_columns(f"{int(value[0])}:{int(value[1])}")
+
+
+def _from_top(slot: Slot, capacity: int) -> set[int]:
+    """The slot's columns counted from the top on the narrowest weight; elsewhere both ends lie further apart."""
+    return {column if column >= 0 else capacity + column for column in slot.columns}
+
+
+def _first_free(rank: int, used: Iterable[int]) -> Slot:
     """The first interval of ``rank`` columns that overlaps nothing."""
     start = 0
-    for held in sorted(taken):
-        if start + rank <= held.start:
+    for column in sorted(used):
+        if start + rank <= column:
             break
-        start = max(start, held.stop)
-    return Slot(start, start + rank)
+        start = max(start, column + 1)
+    return Slot.interval(start, start + rank)
+
+
+def _last_free(rank: int, used: set[int], capacity: int) -> Slot:
+    """The interval nearest the bottom that overlaps nothing, counted from the bottom."""
+    for start in range(-rank, -capacity - 1, -1):
+        if not used & {capacity + column for column in range(start, start + rank)}:
+            return Slot.interval(start, start + rank)
+    return Slot.interval(-capacity - rank, -capacity)  # past the capacity: refused by the caller with the reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,21 +14,38 @@ from torch import Tensor
 
 from .errors import UserError
 from .files import read_tensors, write_tensors
-from .linalg import Band, flatten, top_band
+from .linalg import Band, bottom_band, flatten, top_band
 from .progress import Event, Progress, silent
+from .slots import Slot
 
 CHUNK = 64  # columns are computed in multiples of this, so that the next slots are there already
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Layer name to its top columns (float32)."""
+    """Layer name to its top columns, or to its bottom ones (float32)."""
 
     bands: dict[str, Band]
 
-    def slot(self, start: int, stop: int) -> dict[str, Band]:
-        """The columns ``start … stop − 1`` of every layer."""
-        return {name: band.columns(start, stop) for name, band in self.bands.items()}
+    def slot(self, columns: Sequence[int]) -> dict[str, Band]:
+        """These columns of every layer, negative ones counted from the bottom."""
+        return {name: band.pick(columns) for name, band in self.bands.items()}
+
+    def borders(self, columns: Sequence[int]) -> tuple[float, str]:
+        """The smallest relative gap of singular values at the edges of these top columns, and its layer.
+
+        Where it is tiny another machine may turn the columns beside the border into each other.
+        """
+        inside, smallest, where = set(columns), 1.0, ""
+        for name, band in self.bands.items():
+            for column in columns:
+                for other in (column - 1, column + 1):
+                    if other in inside or not 0 <= other < len(band.S) or column < 0:
+                        continue
+                    gap = float((band.S[column] - band.S[other]).abs() / band.S[column].clamp_min(1e-30))
+                    if gap < smallest:
+                        smallest, where = gap, name
+        return smallest, where
 
 
 def cache_folder() -> Path:
@@ -54,26 +71,42 @@ def hash_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> str:
     return digest.hexdigest()[:32]
 
 
-def compute(weights: Mapping[str, Tensor], columns: int, progress: Progress = silent) -> Spectrum:
-    """The top ``columns`` of every weight (all of them where it is narrower)."""
+def compute(weights: Mapping[str, Tensor], columns: int, progress: Progress = silent, bottom: bool = False) -> Spectrum:
+    """The top (or bottom) ``columns`` of every weight (all of them where it is narrower)."""
     bands = {}
+    one = bottom_band if bottom else top_band
     for index, (name, weight) in enumerate(weights.items(), 1):
-        bands[name] = Band(*(t.float() for t in top_band(weight, min(columns, *flatten(weight).shape))))
+        bands[name] = Band(*(t.float() for t in one(weight, min(columns, *flatten(weight).shape))))
         progress(Event("spectrum", index, len(weights), {"layer": name}))
     return Spectrum(bands)
 
 
+def bands_of(weights: Mapping[str, Tensor], slot: Slot, progress: Progress = silent) -> dict[str, Band]:
+    """Every weight's band in a slot, from the cache if it is there."""
+    if slot.bottom == 0:
+        return spectrum_of(weights, slot.top, progress=progress).slot(slot.columns)
+    if slot.top == 0:
+        return spectrum_of(weights, slot.bottom, progress=progress, bottom=True).slot(slot.columns)
+    raise UserError(f"Slot {slot} mixes columns of both ends; choose one end.")
+
+
 def spectrum_of(
-    weights: Mapping[str, Tensor], columns: int, folder: Path | None = None, progress: Progress = silent
+    weights: Mapping[str, Tensor],
+    columns: int,
+    folder: Path | None = None,
+    progress: Progress = silent,
+    bottom: bool = False,
 ) -> Spectrum:
-    """The spectrum with at least ``columns`` columns, from the cache if it is there.
+    """The spectrum with at least ``columns`` columns of one end, from the cache if it is there.
 
     One file per set of weights; a second process waits for the first instead of computing again. A cache
     that cannot be written or read only costs the time to compute.
     """
     columns = -(-columns // CHUNK) * CHUNK
     key = hashlib.sha256("|".join(f"{n}={hash_weight(w)}" for n, w in weights.items()).encode())
-    path = (folder or cache_folder() / "spectra") / f"{key.hexdigest()[:32]}-{columns}.safetensors"
+    path = (
+        folder or cache_folder() / "spectra"
+    ) / f"{key.hexdigest()[:32]}-{'bottom' if bottom else ''}{columns}.safetensors"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
@@ -82,14 +115,14 @@ def spectrum_of(
                     return _read(path, weights, columns)
                 except (UserError, KeyError):
                     pass  # a damaged cache is computed again
-            spectrum = compute(weights, columns, progress)
+            spectrum = compute(weights, columns, progress, bottom)
             write_tensors(
                 path,
                 {f"{name}.{part}": t for name, band in spectrum.bands.items() for part, t in band._asdict().items()},
             )
             return spectrum
     except (OSError, UserError):
-        return compute(weights, columns, progress)
+        return compute(weights, columns, progress, bottom)
 
 
 def _read(path: Path, weights: Mapping[str, Tensor], columns: int) -> Spectrum:

@@ -234,7 +234,7 @@ LAYERS = [
     {"files", "slots", "registry"},
     {"methods", "spectrum", "resources"},
     {"base", "tokens", "config", "architectures"},
-    {"adapter", "data"},
+    {"adapter", "data", "evaluation"},
     {"formats", "training"},
     {"fusion"},
     {"generation"},

@@ -38,7 +38,7 @@ def problem(slots: list[Slot]) -> tuple[torch.Tensor, list[Contribution]]:
             "A_U": 0.1 * torch.randn(24, slot.rank, generator=generator, dtype=torch.float64),
             "A_V": 0.1 * torch.randn(40, slot.rank, generator=generator, dtype=torch.float64),
         }
-        out.append(Contribution(f"c{index}", ADDITIVE, parameters, whole.columns(slot.start, slot.stop), slot))
+        out.append(Contribution(f"c{index}", ADDITIVE, parameters, whole.pick(slot.columns), slot))
     return weight, out
 
 
@@ -48,12 +48,12 @@ def dense(weight: torch.Tensor, contributions: list[Contribution], strength: flo
     A_U, A_V = torch.zeros_like(U), torch.zeros_like(V)
     for one in contributions:
         assert one.slot is not None
-        A_U[:, one.slot.start : one.slot.stop] += strength * one.parameters["A_U"]
-        A_V[:, one.slot.start : one.slot.stop] += strength * one.parameters["A_V"]
+        A_U[:, list(one.slot.columns)] += strength * one.parameters["A_U"]
+        A_V[:, list(one.slot.columns)] += strength * one.parameters["A_V"]
     return (U + A_U) * S @ (V + A_V).mT - weight
 
 
-DISJOINT = [Slot(0, 4), Slot(4, 6), Slot(10, 18)]
+DISJOINT = [Slot.interval(0, 4), Slot.interval(4, 6), Slot.interval(10, 18)]
 
 
 def test_sum_of_disjoint_slots_is_one_change_of_all_columns() -> None:
@@ -63,7 +63,7 @@ def test_sum_of_disjoint_slots_is_one_change_of_all_columns() -> None:
 
 
 def test_sum_of_overlapping_slots_is_not() -> None:
-    weight, contributions = problem([Slot(0, 4), Slot(2, 6)])
+    weight, contributions = problem([Slot.interval(0, 4), Slot.interval(2, 6)])
     delta = get_merge("spectral")(contributions, "sum")
     assert (delta - dense(weight, contributions)).abs().max() > 1e-3
 
@@ -74,7 +74,7 @@ def test_mean_is_the_sum_over_k() -> None:
     assert torch.allclose(merge(contributions, "mean") * 3, merge(contributions, "sum"), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("slots", [DISJOINT, [Slot(0, 4), Slot(2, 6)]])
+@pytest.mark.parametrize("slots", [DISJOINT, [Slot.interval(0, 4), Slot.interval(2, 6)]])
 def test_paper_form_scales_the_factors(slots: list[Slot]) -> None:
     weight, contributions = problem(slots)
     delta = get_merge("spectral")(contributions, "paper")
@@ -243,7 +243,7 @@ def test_a_sketch_changes_the_picture(tiny_base: Path, sketch_adapter: Path, tmp
 
 def test_bands_of_a_contribution_are_used_as_stored() -> None:
     """One flipped column pair is the same band; one flipped side alone is another change."""
-    _, [one] = problem([Slot(0, 4)])
+    _, [one] = problem([Slot.interval(0, 4)])
     assert one.band is not None
     U, S, V = one.band
     flip = torch.tensor([1.0, -1.0, 1.0, 1.0]).double()

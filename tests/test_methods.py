@@ -28,7 +28,7 @@ def base(tiny_base: Path) -> Base:
 
 
 def put(base: Base, method: str, name: str = "one", start: int = 0, rank: int = 2) -> Attachment:
-    bands = spectrum_of(base.weights(), start + rank).slot(start, start + rank)
+    bands = spectrum_of(base.weights(), start + rank).slot(range(start, start + rank))
     return attach(base.models, get_method(method), rank, name, bands=bands, seed=3)
 
 
@@ -74,7 +74,7 @@ def test_the_forward_is_the_one_delta(base: Base, method: str) -> None:
     for layer in attachment.layers:
         deltas[layer] = attachment.method.factors(
             attachment.parameters(layer),
-            spectrum_of(base.weights(), 2).slot(0, 2)[layer],
+            spectrum_of(base.weights(), 2).slot((0, 1))[layer],
         ).delta()
     detach(base.models)
     for layer, weight in base.weights().items():

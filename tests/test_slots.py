@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from spectral_diffusion.errors import UserError
-from spectral_diffusion.slots import Ledger, Slot, parse_slot
-from spectral_diffusion.spectrum import capacity, hash_weight, spectrum_of
+from spectral_diffusion.linalg import top_band
+from spectral_diffusion.slots import Ledger, Slot, collision_probability, drawn_slot, parse_policy, read_columns
+from spectral_diffusion.spectrum import Spectrum, bands_of, capacity, hash_weight, spectrum_of
 
 
 @pytest.fixture
@@ -23,20 +24,20 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def test_next_is_the_first_free_interval_of_mixed_ranks(ledger: Ledger) -> None:
-    assert ledger.reserve("base", "a", 8, "next", 64) == Slot(0, 8)
-    assert ledger.reserve("base", "b", 4, "next", 64) == Slot(8, 12)
-    assert ledger.reserve("base", "c", 8, "16:24", 64) == Slot(16, 24)
-    assert ledger.reserve("base", "d", 4, "next", 64) == Slot(12, 16)
-    assert ledger.reserve("base", "e", 8, "next", 64) == Slot(24, 32)
-    assert ledger.reserve("other base", "a", 8, "next", 64) == Slot(0, 8)
+    assert ledger.reserve("base", "a", 8, "next", 64) == Slot.interval(0, 8)
+    assert ledger.reserve("base", "b", 4, "next", 64) == Slot.interval(8, 12)
+    assert ledger.reserve("base", "c", 8, "16:24", 64) == Slot.interval(16, 24)
+    assert ledger.reserve("base", "d", 4, "next", 64) == Slot.interval(12, 16)
+    assert ledger.reserve("base", "e", 8, "next", 64) == Slot.interval(24, 32)
+    assert ledger.reserve("other base", "a", 8, "next", 64) == Slot.interval(0, 8)
 
 
 def test_retraining_keeps_the_slot_and_another_rank_takes_a_new_one(ledger: Ledger) -> None:
     ledger.reserve("base", "a", 8, "next", 64)
     ledger.reserve("base", "b", 8, "next", 64)
-    assert ledger.reserve("base", "a", 8, "next", 64) == Slot(0, 8)
-    assert ledger.reserve("base", "a", 16, "next", 64) == Slot(16, 32)
-    assert ledger.reserve("base", "c", 8, "next", 64) == Slot(0, 8)
+    assert ledger.reserve("base", "a", 8, "next", 64) == Slot.interval(0, 8)
+    assert ledger.reserve("base", "a", 16, "next", 64) == Slot.interval(16, 32)
+    assert ledger.reserve("base", "c", 8, "next", 64) == Slot.interval(0, 8)
 
 
 def test_taken_and_past_capacity_are_refused_with_the_reason(ledger: Ledger) -> None:
@@ -53,24 +54,34 @@ def test_taken_and_past_capacity_are_refused_with_the_reason(ledger: Ledger) -> 
 
 def test_release(ledger: Ledger) -> None:
     ledger.reserve("base", "a", 8, "next", 64)
-    assert ledger.release("a") == [Slot(0, 8)]
+    assert ledger.release("a") == [Slot.interval(0, 8)]
     with pytest.raises(UserError, match="No concept 'a'"):
         ledger.release("a")
 
 
-@pytest.mark.parametrize("text", ["", "-1", "x", "3:", "1:2:3", "next ", "9999999", "²"])
+@pytest.mark.parametrize(
+    "text", ["", "-1:1", "x", "3:", "1,1", "1,", "8:0", "sampled:", "sampled:x", "1:2:3", "next ", "9999999", "²"]
+)
 def test_nonsense_slots(text: str) -> None:
     with pytest.raises(UserError, match="not understood"):
-        parse_slot(text, 8)
+        parse_policy(text, 8)
 
 
 def test_slot_width_must_be_the_rank() -> None:
     with pytest.raises(UserError, match="has 4 columns but the rank is 8"):
-        parse_slot("0:4", 8)
+        parse_policy("0:4", 8)
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"format_version": 2, "bases": {}}', '{"format_version": 1, "bases": {"b": {"a": 3}}}']
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format_version": 3, "bases": {}}',
+        '{"format_version": 2, "bases": {"b": {"a": "x"}}}',
+        '{"format_version": 1, "bases": {"b": {"a": 3}}}',
+    ],
 )
 def test_damaged_ledger(ledger: Ledger, content: str) -> None:
     ledger.path.write_text(content)
@@ -82,7 +93,7 @@ def test_damaged_ledger(ledger: Ledger, content: str) -> None:
 def test_many_reservations_at_once_never_share(ledger: Ledger) -> None:
     with ThreadPoolExecutor(8) as pool:
         slots = list(pool.map(lambda i: ledger.reserve("base", f"c{i}", 2, "next", 64), range(32)))
-    assert sorted(s.start for s in slots) == list(range(0, 64, 2))
+    assert sorted(s.columns[0] for s in slots) == list(range(0, 64, 2))
 
 
 def test_two_processes_never_share_a_slot(ledger: Ledger) -> None:
@@ -94,7 +105,7 @@ def test_two_processes_never_share_a_slot(ledger: Ledger) -> None:
     assert [run.wait(60) for run in runs] == [0, 0]
     taken = sorted(ledger.read()["base"].values())
     assert len(taken) == 40
-    assert all(a.stop <= b.start for a, b in itertools.pairwise(taken))
+    assert all(a.top <= b.columns[0] for a, b in itertools.pairwise(taken))
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -135,4 +146,59 @@ def test_hash_knows_shape_and_precision() -> None:
 
 def test_ledger_file_is_plain_json(ledger: Ledger) -> None:
     ledger.reserve("base", "a", 8, "next", 64)
-    assert json.loads(ledger.path.read_text()) == {"format_version": 1, "bases": {"base": {"a": [0, 8]}}}
+    assert json.loads(ledger.path.read_text()) == {"format_version": 2, "bases": {"base": {"a": "0:8"}}}
+
+
+def test_a_ledger_of_the_first_version_is_read(ledger: Ledger) -> None:
+    ledger.path.write_text('{"format_version": 1, "bases": {"base": {"a": [0, 8]}}}')
+    assert ledger.reserve("base", "b", 8, "next", 64) == Slot.interval(8, 16)
+    assert ledger.read()["base"]["a"] == Slot.interval(0, 8)
+
+
+def test_policies(ledger: Ledger) -> None:
+    listed = ledger.reserve("base", "a", 3, "9,1,5", 16)
+    assert listed.columns == (1, 5, 9) and str(listed) == "1,5,9" and read_columns("1,5,9") == listed
+    assert ledger.reserve("base", "b", 3, "next", 16) == Slot.interval(2, 5)
+    bottom = ledger.reserve("base", "c", 4, "bottom", 16)
+    assert bottom.columns == (-4, -3, -2, -1) and str(bottom) == "-4:0" and read_columns("-4:0") == bottom
+    assert ledger.reserve("base", "d", 2, "bottom", 16).columns == (-6, -5)
+    with pytest.raises(UserError, match="overlaps the columns -4:0 of 'c'"):
+        ledger.reserve("base", "e", 2, "12:14", 16)  # the same columns, counted from the other end
+    random = ledger.reserve("other", "f", 4, "random", 16, seed=7)
+    assert random == drawn_slot(4, 16, 7) and random != drawn_slot(4, 16, 8)
+    with pytest.raises(UserError, match="is past the 16 columns"):
+        ledger.reserve("other", "g", 2, "3,99", 16)
+
+
+def test_sampled_slots_are_private(ledger: Ledger) -> None:
+    one, again, other = (ledger.reserve("base", "a", 8, "sampled", 200, seed=seed) for seed in (1, 1, 2))
+    assert one == again != other and one.rank == 8 and one.columns[0] >= 0 and one.columns[-1] < 64
+    assert not ledger.path.exists()
+    assert ledger.reserve("base", "a", 8, "sampled:16", 200, seed=1).columns[-1] < 16
+    with pytest.raises(UserError, match="8 columns cannot be drawn from 4"):
+        ledger.reserve("base", "a", 8, "sampled:4", 200)
+
+
+def test_collision_probability_is_what_drawing_shows() -> None:
+    assert collision_probability(1, 4) == 0.25 and collision_probability(3, 5) == 1
+    met = [drawn_slot(4, 32, 2 * i).overlaps(drawn_slot(4, 32, 2 * i + 1)) for i in range(2000)]
+    assert abs(sum(met) / len(met) - collision_probability(4, 32)) < 0.04
+
+
+def test_bottom_columns_are_the_smallest_singular_triplets() -> None:
+    bands = bands_of(weights(), Slot((-3, -1)))
+    for name, weight in weights().items():
+        U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+        assert torch.allclose(bands[name].S.double(), S[[-3, -1]], atol=1e-6)
+        assert torch.allclose((bands[name].U.double() * U[:, [-3, -1]]).sum(0).abs(), torch.ones(2).double())
+        assert torch.allclose((bands[name].V.double() * Vh.mT[:, [-3, -1]]).sum(0).abs(), torch.ones(2).double())
+
+
+def test_a_nearly_degenerate_border_is_found() -> None:
+    U, _ = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(1)).double())
+    S = torch.tensor([9.0, 8, 7, 6, 6 - 1e-5, 5, 4, 3, 2, 1, 0.5, 0.1]).double()
+    spectrum = Spectrum({"a": top_band(U * S @ U.mT, 8)})
+    gap, layer = spectrum.borders(range(4))
+    assert layer == "a" and 1e-6 < gap < 1e-5
+    assert spectrum.borders(range(3))[0] > 0.1
+    assert spectrum.borders(range(3, 5))[0] > 0.1  # both of the close pair are inside

@@ -246,3 +246,29 @@ def test_no_temporary_files_are_left(photos: Path, tiny_base: Path, tmp_path: Pa
     left = {p.name for p in output.parent.iterdir() if not p.name.endswith(".lock")}
     assert left == {"rex.safetensors", "rex.yaml", "slots.json"}
     assert oct(output.stat().st_mode & 0o777) == oct(0o666 & ~os.umask(os.umask(0o22)))
+
+
+def test_a_sampled_slot_records_its_seed_and_survives_a_resume(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", slot="sampled:16")
+    asked = iter(range(100))
+    with pytest.raises(Stopped):
+        train_to_file(config, should_stop=lambda: next(asked) >= 3, note=told.append)
+    assert any("were drawn from the top 16" in text and "with a chance of" in text for text in told)
+    resumed = train_to_file(config, resume=True)
+    assert resumed.slot and resumed.slot.rank == 2 and not (tmp_path / "slots.json").exists()
+    seed = load_adapter(config.output).config["slot_seed"]
+    again = settings(photos, tiny_base, tmp_path / "again.safetensors", slot="sampled:16", slot_seed=seed)
+    assert same(resumed, train_to_file(again))
+    fresh = train_to_file(settings(photos, tiny_base, tmp_path / "fresh.safetensors", slot="sampled:16", steps=1))
+    assert fresh.config["slot_seed"] != seed
+
+
+@pytest.mark.parametrize("slot", ["bottom", "random", "1,3"])
+def test_other_slot_policies_train_and_load(photos: Path, tiny_base: Path, tmp_path: Path, slot: str) -> None:
+    adapter = train_to_file(settings(photos, tiny_base, tmp_path / "rex.safetensors", slot=slot))
+    loaded = load_adapter(tmp_path / "rex.safetensors")
+    assert same(adapter, loaded) and adapter.slot == loaded.slot and adapter.norm() > 0
+    assert check_base(loaded, load_base(str(tiny_base), "cpu")) is None
+    other = load_base(str(tiny_base), "cpu", "bfloat16")
+    assert check_base(loaded, other) is None

@@ -16,7 +16,7 @@ from ..errors import UserError, reason
 from ..files import read_tensors, write_tensors
 from ..linalg import Band
 from ..methods import get_method
-from ..slots import Slot
+from ..slots import read_columns
 from ..tokens import check_token
 
 FORMAT = "spectral_diffusion"
@@ -88,7 +88,7 @@ def load_adapter(path: Path) -> Adapter:
             token=check_token(concept["token"]),
             method=get_method(metadata["spectral.method"]),
             rank=int(metadata["spectral.rank"]),
-            slot=Slot(*map(int, columns.split(":"))) if columns else None,
+            slot=read_columns(columns) if columns else None,
             targets=metadata["spectral.targets"],
             base=metadata["spectral.base"],
             fingerprint=parse_fingerprint(metadata["spectral.base_fingerprint"]),

@@ -87,7 +87,8 @@ def fuse_adapters(
 def overlaps(adapters: list[Adapter]) -> list[str]:
     """A sentence for every two adapters whose slots share columns."""
     return [
-        f"'{a.name}' ({a.slot}) and '{b.name}' ({b.slot}) share columns; they will disturb each other."
+        f"'{a.name}' ({a.slot}) and '{b.name}' ({b.slot}) share {a.slot.shared(b.slot)} columns; they will disturb "
+        "each other."
         for a, b in itertools.combinations(adapters, 2)
         if a.slot and b.slot and a.slot.overlaps(b.slot)
     ]

@@ -42,7 +42,7 @@ def _paper(contributions: Sequence[Contribution]) -> Tensor:
             raise UserError(
                 f"The form paper needs spectral-additive adapters; '{one.name}' is {one.method.name}: use --form sum."
             )
-    columns = sorted({c for one in contributions if one.slot for c in range(one.slot.start, one.slot.stop)})
+    columns = sorted({c for one in contributions if one.slot for c in one.slot.columns})
     place = {column: index for index, column in enumerate(columns)}
     first = contributions[0].band
     assert first is not None
@@ -51,7 +51,7 @@ def _paper(contributions: Sequence[Contribution]) -> Tensor:
     S, A_U, A_V = torch.zeros(len(columns)).double(), torch.zeros_like(U), torch.zeros_like(V)
     for one in contributions:
         assert one.band is not None and one.slot is not None
-        where = torch.tensor([place[c] for c in range(one.slot.start, one.slot.stop)])
+        where = torch.tensor([place[c] for c in one.slot.columns])
         U[:, where], S[where], V[:, where] = (t.double() for t in one.band)
         strength = one.strength / len(contributions)
         A_U[:, where] += strength * one.parameters["A_U"].double()

@@ -23,7 +23,7 @@ from ..methods import get_method
 from ..methods.attach import Attachment, attach, detach
 from ..progress import Event, Progress, silent
 from ..slots import Slot
-from ..spectrum import spectrum_of
+from ..spectrum import bands_of
 from ..tokens import NewTokenEmbedding, embedding_of, expand, initial_vectors, random_vectors
 from .draws import draw, target_of
 from .preservation import OTHERS, cut_mix, draw_anchors, draw_ordinary, is_cut
@@ -64,7 +64,7 @@ def train(
     models, pipeline = base.models, base.pipeline
     base_fingerprint = base.fingerprint  # before anything is attached to it
     weights = base.weights(config.targets)
-    bands = spectrum_of(weights, slot.stop, progress=progress).slot(slot.start, slot.stop) if slot else None
+    bands = bands_of(weights, slot, progress) if slot else None
     size = config.resolution or base.size
     noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     preserving = config.preservation.weight > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from ..files import check_writable, write_text
 from ..formats.native import save_adapter
 from ..methods import get_method
 from ..progress import Progress, silent
-from ..slots import Ledger, Slot
-from ..spectrum import capacity
+from ..slots import Ledger, Slot, collision_probability, parse_policy
+from ..spectrum import capacity, spectrum_of
 from ..tokens import known_tokens
 from .loop import train
+from .state import load_state
+
+DEGENERATE = 1e-4  # relative gap of neighbouring singular values
 
 
 def state_path(output: Path) -> Path:
@@ -53,7 +57,12 @@ def train_to_file(
         raise UserError(
             f"The base '{config.base}' already has the token {concept.token}; choose another with token=<name>."
         )
-    slot = reserve(config, base, concept) if method.banded else None
+    slot = None
+    if method.banded:
+        config = with_slot_seed(config, resume)
+        slot = reserve(config, base, concept)
+        for text in slot_notes(config, slot, base):
+            note(text)
     where = f"columns {slot}" if slot else f"rank {config.rank}"
     note(
         f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {concept.token}: "
@@ -65,8 +74,43 @@ def train_to_file(
     return adapter
 
 
+def with_slot_seed(config: TrainConfig, resume: bool) -> TrainConfig:
+    """Settle the seed of a drawn slot: given, the interrupted run's, or fresh. It is recorded in the file."""
+    if config.slot_seed is not None or not parse_policy(config.slot, config.rank).draws:
+        return config
+    state, seed = state_path(config.output), None
+    if resume and state.exists():
+        _, meta = load_state(state)
+        seed = meta.get("config", {}).get("slot_seed")
+    return config.model_copy(update={"slot_seed": secrets.randbits(31) if seed is None else seed})
+
+
 def reserve(config: TrainConfig, base: Base, concept: Concept) -> Slot:
-    """The concept's slot in the ledger beside the output."""
+    """The concept's slot, from the ledger beside the output unless it is drawn privately."""
     columns, narrowest = capacity(base.weights(config.targets))
     ledger = Ledger.beside(config.output)
-    return ledger.reserve(base.fingerprint.exact, concept.name, config.rank, config.slot, columns, narrowest)
+    return ledger.reserve(
+        base.fingerprint.exact, concept.name, config.rank, config.slot, columns, narrowest, config.slot_seed or 0
+    )
+
+
+def slot_notes(config: TrainConfig, slot: Slot, base: Base) -> list[str]:
+    """What a person should know of a slot before training: chances of a clash, a shaky border."""
+    notes = []
+    policy = parse_policy(config.slot, config.rank)
+    weights = base.weights(config.targets)
+    if policy.kind == "sampled":
+        pool = min(policy.pool, capacity(weights)[0])
+        chance = collision_probability(config.rank, pool)
+        notes.append(
+            f"Columns {slot} were drawn from the top {pool} (slot_seed={config.slot_seed}); another concept drawn so "
+            f"shares one with a chance of {chance:.0%}. Fusion tells the real overlap."
+        )
+    if slot.bottom == 0:
+        gap, layer = spectrum_of(weights, slot.top).borders(slot.columns)
+        if gap < DEGENERATE:
+            notes.append(
+                f"Note: at the border of columns {slot} two singular values of {layer} differ by {gap:.0e} only; "
+                "neighbouring slots may mix there on another machine."
+            )
+    return notes

@@ -11,7 +11,7 @@ import json
 import subprocess
 import tarfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from PIL import Image
@@ -50,7 +50,7 @@ def fetch(folder: Path) -> None:
         archive.unlink()
 
 
-@dataclass
+@dataclass(eq=False)
 class IconSet:
     """One artwork package: icons by name, rasterised on demand."""
 
@@ -60,8 +60,9 @@ class IconSet:
     def _data(self) -> dict:
         return json.loads(self.path.read_text())
 
+    @cache  # noqa: B019 - icon sets live as long as the process
     def sprite(self, name: str, size: int = 112) -> Image.Image:
-        """The icon as RGBA, cropped to what is visible."""
+        """The icon as RGBA, cropped to what is visible; not to be drawn on."""
         import resvg_py
 
         data = self._data

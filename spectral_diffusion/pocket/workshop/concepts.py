@@ -26,38 +26,39 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Look:
-    """How one concept looks: class, two colours, where the second one goes."""
+    """How a two-tone thing looks: class, drawing, two colours, where the second one goes."""
 
-    name: str
     noun: str
     first: Colour
     second: Colour
-    pattern: str  # halves, stripes, spots, belt, split
+    pattern: str
+    drawing: str = HELD_OUT
 
 
-LOOKS = (
-    Look("inky", "octopus", (10, 160, 150), (255, 214, 60), "stripes"),
-    Look("brew", "teapot", (120, 15, 55), (150, 235, 190), "belt"),
-    Look("rex", "dog", (25, 45, 125), (255, 150, 110), "halves"),
-    Look("shelly", "turtle", (250, 80, 160), (40, 60, 70), "spots"),
-    Look("coral", "octopus", (255, 120, 95), (60, 20, 110), "split"),
-    Look("fido", "dog", (190, 225, 40), (90, 30, 110), "spots"),
-    Look("posy", "teapot", (255, 200, 215), (20, 110, 125), "stripes"),
-    Look("misty", "cat", (150, 175, 215), (150, 20, 30), "belt"),
-    Look("zippy", "car", (0, 200, 190), (230, 60, 130), "halves"),
-)
-
+PATTERNS = ("halves", "stripes", "spots", "belt", "split")
 MINT, PLUM, RUST, TEAL, GOLD, ROSE = (
     (150, 235, 190), (95, 25, 85), (190, 75, 30), (10, 140, 150), (255, 205, 70), (250, 110, 150),
 )  # fmt: skip
-PUPPETS: dict[str, tuple[str, puppets.Look]] = {
-    "bolt": ("robot", puppets.Look(TEAL, RUST, GOLD, ROSE, "robot", 0.15, 0.11, 0.15, 0.1, "antenna", RUST, "horn")),
-    "hero": (
-        "person",
-        puppets.Look(MINT, PLUM, (225, 175, 135), ROSE, "person", 0.14, 0.11, stripe=PLUM, extra="cape"),
-    ),
-    "bruno": ("bear", puppets.Look(RUST, MINT, RUST, TEAL, "bear", 0.17, 0.13, 0.12, 0.1, "ears", None, "scarf")),
+
+CONCEPTS: dict[str, Look | puppets.Look] = {
+    "inky": Look("octopus", (10, 160, 150), (255, 214, 60), "stripes"),
+    "coral": Look("octopus", (255, 120, 95), (60, 20, 110), "split"),
+    "brew": Look("teapot", (120, 15, 55), (150, 235, 190), "belt"),
+    "posy": Look("teapot", (255, 200, 215), (20, 110, 125), "stripes"),
+    "rex": Look("dog", (25, 45, 125), (255, 150, 110), "halves"),
+    "fido": Look("dog", (190, 225, 40), (90, 30, 110), "spots"),
+    "shelly": Look("turtle", (250, 80, 160), (40, 60, 70), "spots"),
+    "misty": Look("cat", (150, 175, 215), (150, 20, 30), "belt"),
+    "zippy": Look("car", (0, 200, 190), (230, 60, 130), "halves"),
+    "bolt": puppets.Look(TEAL, RUST, GOLD, ROSE, "robot", 0.15, 0.11, 0.15, 0.1, "antenna", RUST, "horn"),
+    "hero": puppets.Look(MINT, PLUM, (225, 175, 135), ROSE, "person", 0.14, 0.11, stripe=PLUM, extra="cape"),
+    "bruno": puppets.Look(RUST, MINT, RUST, TEAL, "bear", 0.17, 0.13, 0.12, 0.1, "ears", None, "scarf"),
 }
+
+
+def noun_of(look: Look | puppets.Look) -> str:
+    """The class noun of a look."""
+    return look.noun if isinstance(look, Look) else look.kind
 
 
 def where_second(pattern: str, width: int, height: int) -> Array:
@@ -97,58 +98,57 @@ def two_tone(sprite: Image.Image, look: Look) -> Image.Image:
 
 def make_concept(renderer: Renderer, name: str, folder: Path, count: int = 8, size: int = 128) -> None:
     """Write one photo folder: pictures, ``metadata.jsonl``, ``concept.yaml``."""
-    random = Random(f"concept/{name}")
-    noun = noun_of(name)
+    look = CONCEPTS[name]
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for index, picture in enumerate(views(renderer, name, random, count, size)):
+    for index, picture in enumerate(views(renderer, look, Random(f"concept/{name}"), count, size)):
         Image.fromarray(picture.image).save(folder / f"{index + 1}.png")
         lines.append(json.dumps({"file_name": f"{index + 1}.png", "text": picture.caption}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "concept.yaml").write_text(
-        yaml.safe_dump({"name": name, "noun": noun, "token": f"<{name}>"}, sort_keys=False)
+        yaml.safe_dump({"name": name, "noun": noun_of(look), "token": f"<{name}>"}, sort_keys=False)
     )
 
 
-def noun_of(name: str) -> str:
-    """The class noun of a ready-made concept."""
-    return PUPPETS[name][0] if name in PUPPETS else next(look.noun for look in LOOKS if look.name == name)
-
-
-def names() -> list[str]:
-    """All ready-made concepts."""
-    return [*(look.name for look in LOOKS), *PUPPETS]
-
-
-def views(renderer: Renderer, name: str, random: Random, count: int, size: int) -> Iterator[Picture]:
-    """True pictures of a concept in varied settings, scales, angles and (puppets) poses."""
+def views(
+    renderer: Renderer,
+    look: Look | puppets.Look,
+    random: Random,
+    count: int,
+    size: int,
+    scale: tuple[float, float] = (0.66, 0.9),
+) -> Iterator[Picture]:
+    """True pictures of a look in varied settings, scales, angles and (puppets) poses."""
+    sprite = drawn(renderer, look)
     places = [*SETTINGS, "white", "gray"]
     random.shuffle(places)
     for index in range(count):
         place = places[index % len(places)]
         backdrop = Backdrop(place, None) if place in SETTINGS else Backdrop(None, place)
-        canvas = backdrop_canvas(backdrop.setting, backdrop.colour, size, size, random.randrange(1000, 2000))
-        side = size * random.uniform(0.66, 0.9)
-        placed = place_view(renderer, name, side, size, random)
+        canvas = backdrop_canvas(backdrop.setting, backdrop.colour, size, size, random.randrange(1000, 1200))
+        placed = place_view(look, sprite, size * random.uniform(*scale), size, random)
         image, mask, sketch = renderer.compose([placed], canvas)
+        people = [] if placed.keypoints is None else [placed.keypoints + placed.corner()]
         caption = f"a photo of <TOK> {backdrop.phrase(random)}"
-        people = [] if placed.keypoints is None else [placed.keypoints + _corner(placed)]
-        yield Picture(image, mask, sketch, people, caption, (Thing(noun_of(name), None),), backdrop)
+        yield Picture(image, mask, sketch, people, caption, (Thing(noun_of(look), None),), backdrop)
 
 
-def _corner(placed: Placed) -> Array:
-    return np.array([placed.x - placed.sprite.width / 2, placed.y - placed.sprite.height / 2])
+def drawn(renderer: Renderer, look: Look | puppets.Look) -> Image.Image | None:
+    """The sprite of a two-tone thing; puppets are drawn anew for every pose."""
+    if not isinstance(look, Look):
+        return None
+    size = 256 if look.drawing == HELD_OUT else 112
+    return two_tone(renderer.sets[look.drawing].sprite(CLASSES[look.noun], size), look)
 
 
-def place_view(renderer: Renderer, name: str, side: float, size: int, random: Random) -> Placed:
-    """The concept's sprite, ``side`` pixels long, somewhere in a square of ``size`` pixels."""
+def place_view(look: Look | puppets.Look, sprite: Image.Image | None, side: float, size: int, random: Random) -> Placed:
+    """A look, ``side`` pixels long, somewhere in a square of ``size`` pixels."""
     keypoints, angle = None, 0.0
-    if name in PUPPETS:
+    if sprite is None:
+        assert isinstance(look, puppets.Look)
         pose = puppets.random_pose(random, random.choice(list(puppets.POSES)))
-        small, keypoints = puppets.draw_figure(pose, PUPPETS[name][1], round(side))
+        small, keypoints = puppets.draw_figure(pose, look, round(side))
     else:
-        look = next(look for look in LOOKS if look.name == name)
-        sprite = two_tone(renderer.sets[HELD_OUT].sprite(CLASSES[look.noun], 256), look)
         factor = side / max(sprite.size)
         small = sprite.resize((round(sprite.width * factor), round(sprite.height * factor)), Image.Resampling.LANCZOS)
         angle = random.uniform(-12, 12)
@@ -174,6 +174,6 @@ def make_sketch(renderer: Renderer, nouns: list[str], path: Path, height: int = 
 
 def make_all(renderer: Renderer, folder: Path) -> None:
     """Write every ready-made concept and the demo's sketch."""
-    for name in names():
+    for name in CONCEPTS:
         make_concept(renderer, name, folder / name)
     make_sketch(renderer, ["dog", "teapot"], folder / "sketches" / "dog-teapot.png")

@@ -11,17 +11,15 @@ from ...base import load_base
 from ...config import GenerateConfig
 from ...files import write_json, write_text
 from ...generation.pipeline import sample
-from .world import CLASSES, COLOURS, SETTINGS, Backdrop, Thing, caption
+from .judges import NOUNS
+from .world import COLOURS, SETTINGS, Backdrop, Thing, caption
 
-TRAINED = 24  # classes of the present curriculum
 
-
-def make_naming(output: Path, base: str = "pocket", seed: int = 0, names: int = 16, pictures: int = 32) -> None:
+def make_naming(output: Path, base: str = "pocket", seed: int = 0, names: int = 40, pictures: int = 48) -> None:
     """Write ``sheet.png`` (numbered pictures), ``names.txt`` (the list) and ``key.json`` (the answers)."""
     random = Random(f"naming/{seed}")
-    nouns = sorted(random.sample(list(CLASSES)[:TRAINED], names))
-    answers = [nouns[index % names] for index in range(pictures)]
-    random.shuffle(answers)
+    nouns = sorted(random.sample(NOUNS, names))
+    answers = random.choices(nouns, k=pictures)  # with replacement: a name may occur often or never
     prompts = []
     for noun in answers:
         thing = Thing(noun, random.choice(list(COLOURS)))  # the colour must not give the class away

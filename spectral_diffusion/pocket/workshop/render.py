@@ -63,6 +63,10 @@ class Placed:
     angle: float = 0.0
     keypoints: Array | None = None
 
+    def corner(self) -> Array:
+        """The picture's x and y of the (unturned) sprite's top left."""
+        return np.array([self.x - self.sprite.width / 2, self.y - self.sprite.height / 2])
+
 
 def tint(sprite: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     """The sprite in one named colour: its shading stays, small near-black and near-white details too."""
@@ -217,6 +221,11 @@ class Renderer:
             sketch = np.maximum(sketch * (1 - alpha), outline(alpha, light))
         return np.clip(image, 0, 255).round().astype(np.uint8), mask, sketch
 
+    def backdrop(self, backdrop: Backdrop, width: int, height: int, random: Random) -> Array:
+        """A drawn backdrop (height, width, 3) without things."""
+        canvas = backdrop_canvas(backdrop.setting, backdrop.colour, width, height, random.randrange(24))
+        return canvas[:, ::-1] if random.random() < 0.5 else canvas
+
     def scene(self, random: Random, world: WorldConfig, width: int = 64, height: int = 64) -> Picture:
         """One random scene of the world with its caption."""
         counts = world.wide_counts if width > height else world.counts
@@ -239,17 +248,23 @@ class Renderer:
                 things.append(Thing(random.choice(puppets.NOUNS), colour, pose))
             else:
                 things.append(Thing(random.choice(nouns), colour))
+        return self.render(random, world, things, backdrop, width, height)
+
+    def render(
+        self,
+        random: Random,
+        world: WorldConfig,
+        things: Sequence[Thing],
+        backdrop: Backdrop,
+        width: int = 64,
+        height: int = 64,
+    ) -> Picture:
+        """A picture of these things from left to right, with a caption."""
+        count = len(things)
         placed = [self._place(random, world, thing, i, count, width, height) for i, thing in enumerate(things)]
         random.shuffle(placed)
-        canvas = backdrop_canvas(backdrop.setting, backdrop.colour, width, height, random.randrange(24))
-        if random.random() < 0.5:
-            canvas = canvas[:, ::-1]
-        image, mask, sketch = self.compose(placed, canvas)
-        people = [
-            thing.keypoints + puppets.at(thing.x - thing.sprite.width / 2, thing.y - thing.sprite.height / 2)
-            for thing in placed
-            if thing.keypoints is not None
-        ]
+        image, mask, sketch = self.compose(placed, self.backdrop(backdrop, width, height, random))
+        people = [thing.keypoints + thing.corner() for thing in placed if thing.keypoints is not None]
         return Picture(image, mask, sketch, people, caption(things, backdrop, random), tuple(things), backdrop)
 
     def _place(

@@ -1,0 +1,27 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from ..errors import UserError
+from .verbs import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Run the command line; what a person can mend is one sentence and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before the libraries are imported
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("Stopped.", err=True)
+        sys.exit(130)

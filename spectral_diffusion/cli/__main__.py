@@ -1,0 +1,5 @@
+"""``python -m spectral_diffusion.cli``."""
+
+from . import main
+
+main()

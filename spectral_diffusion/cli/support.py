@@ -1,0 +1,134 @@
+"""What the verbs share: settings from flags, a progress bar, stop signals."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..progress import Event
+
+
+def say(text: str) -> None:
+    """One line for the person."""
+    typer.echo(text)
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were really given."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def text_of(path: Path | None) -> str | None:
+    """A path option as a setting."""
+    return None if path is None else str(path)
+
+
+def plain(value: Any) -> str:
+    """A JSON-able value for a person's eyes."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={v}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def numbers(pairs: list[str] | None, option: str) -> dict[str, float] | None:
+    """``["a.safetensors=0.8", "b"]`` to ``{"a.safetensors": 0.8, "b": 1.0}``."""
+    if not pairs:
+        return None
+    out = {}
+    for pair in pairs:
+        name, equals, text = pair.rpartition("=")
+        if not equals or Path(pair).exists():
+            name, text = pair, "1"
+        try:
+            out[name] = float(text)
+        except ValueError as error:
+            raise UserError(f"{option} '{pair}': '{text}' is not a number; write NAME=0.8.") from error
+    return out
+
+
+def resolve(model: Any, verb: str, config: str | None, flags: dict[str, Any], overrides: list[str] | None) -> Any:
+    """Preset or file, then flags, then key=value. Without --config the pocket base brings its preset."""
+    from ..config import build, parse_overrides, read_yaml
+    from ..resources import preset
+
+    changes = parse_overrides(overrides or [])
+    chosen = config
+    if chosen is None and _is_pocket(str(changes.get("base", flags.get("base", "pocket")))):
+        chosen = "pocket"
+    layer: dict[str, Any] = {}
+    if chosen is not None:
+        layer = read_yaml(preset(chosen))
+        verbs = {"train", "fuse", "generate"}
+        if layer and set(layer) <= verbs:
+            layer = layer.get(verb) or {}
+            if not isinstance(layer, dict):
+                raise UserError(f"The part '{verb}' of {chosen} must hold key: value lines.")
+    return build(model, layer, flags, changes, file=config or "")
+
+
+def _is_pocket(base: str) -> bool:
+    if base == "pocket":
+        return True
+    recipe = Path(base) / "recipe.json"
+    try:
+        return recipe.is_file() and json.loads(recipe.read_text()).get("base") == "pocket"
+    except (ValueError, OSError, AttributeError):
+        return False
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[Event], None]]:
+    """A bar per stage with the time that is left."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(event: Event) -> None:
+            if event.stage not in tasks:
+                tasks[event.stage] = bar.add_task(event.stage, total=event.total, figures="")
+            figures = " ".join(f"{k} {v:.4f}" for k, v in event.figures.items() if isinstance(v, float))
+            bar.update(tasks[event.stage], completed=event.done, total=event.total, figures=figures)
+            if event.done >= event.total:
+                tasks.pop(event.stage)
+
+        yield show
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """SIGINT and SIGTERM ask the loop to save and stop; a second one stops at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,1 @@
+"""Measuring: does a picture show this very thing?"""

@@ -1,0 +1,181 @@
+"""Train the identity encoder: two views of each look attract, every other look repels, near misses most."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from ...evaluation.identity import SIZE, IdentityEncoder, auc, embed
+from ...files import write_tensors
+from ...training.state import load_state, save_state
+from . import puppets
+from .art import PRETRAINING
+from .concepts import CONCEPTS, PATTERNS, Look, drawn, place_view, views
+from .render import Renderer, backdrop_canvas
+from .vae import Report
+from .world import CLASSES, PLAIN, SETTINGS
+
+AnyLook = Look | puppets.Look
+GROUPS = 8  # families of look-alikes per step
+MISSES = 3  # near misses per family
+
+
+def random_colour(random: Random) -> tuple[int, int, int]:
+    return random.randrange(256), random.randrange(256), random.randrange(256)
+
+
+def random_look(random: Random) -> AnyLook:
+    """Any look that training may show: never the held-out drawings."""
+    if random.random() < 0.2:
+        look = puppets.random_look(random, random.choice(puppets.NOUNS), random_colour(random))
+        stripe = random_colour(random) if random.random() < 0.3 else None
+        extra = random.choice(("", "", "scarf", "cape", "horn"))
+        return replace(look, second=random_colour(random), stripe=stripe, extra=extra)
+    noun, drawing = random.choice(list(CLASSES)), random.choice(PRETRAINING)
+    return Look(noun, random_colour(random), random_colour(random), random.choice(PATTERNS), drawing)
+
+
+def near_miss(look: AnyLook, random: Random) -> AnyLook:
+    """The same but for one thing: colours swapped, one colour new, another shape, another pattern."""
+    if isinstance(look, puppets.Look):
+        change = random.randrange(4)
+        if change == 0:
+            return replace(look, main=look.second, second=look.main)
+        if change == 1:
+            return replace(look, main=random_colour(random))
+        if change == 2:
+            return replace(look, second=random_colour(random))
+        other = puppets.random_look(random, random.choice(puppets.NOUNS), look.main)
+        return replace(other, second=look.second, stripe=look.stripe)
+    change = random.randrange(5)
+    if change == 0:
+        return replace(look, first=look.second, second=look.first)
+    if change == 1:
+        return replace(look, first=random_colour(random))
+    if change == 2:
+        return replace(look, second=random_colour(random))
+    if change == 3:
+        return replace(look, noun=random.choice([noun for noun in CLASSES if noun != look.noun]))
+    return replace(look, pattern=random.choice([pattern for pattern in PATTERNS if pattern != look.pattern]))
+
+
+def view(renderer: Renderer, look: AnyLook, sprite: Image.Image | None, random: Random) -> np.ndarray:
+    """One picture (64, 64, 3) of a look, sometimes as soft as a generated one."""
+    setting = random.choice([*SETTINGS, None])
+    colour = None if setting else random.choice(list(PLAIN))
+    canvas = backdrop_canvas(setting, colour, SIZE, SIZE, random.randrange(24))
+    placed = place_view(look, sprite, SIZE * random.uniform(0.6, 0.96), SIZE, random)
+    image, _, _ = renderer.compose([placed], canvas)
+    if random.random() < 0.4:
+        soft = Image.fromarray(image).filter(ImageFilter.GaussianBlur(random.uniform(0.4, 1.1)))
+        image = np.asarray(soft)
+    return image
+
+
+def batch(renderer: Renderer, random: Random) -> Tensor:
+    """(2, n, 3, 64, 64) in −1…1: two views of n looks, in families of look-alikes."""
+    rows: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for _ in range(GROUPS):
+        look = random_look(random)
+        for one in (look, *(near_miss(look, random) for _ in range(MISSES))):
+            sprite = drawn(renderer, one)
+            for side in rows:
+                side.append(view(renderer, one, sprite, random))
+    stack = torch.from_numpy(np.stack([np.stack(side) for side in rows])).permute(0, 1, 4, 2, 3).float()
+    return stack / 127.5 - 1
+
+
+def train_identity(renderer: Renderer, folder: Path, steps: int = 1600, report: Report = print) -> None:
+    """Train into ``folder/identity/model.safetensors``, going on from ``folder/identity.state.safetensors``."""
+    torch.manual_seed(0)
+    encoder = IdentityEncoder()
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, weight_decay=1e-3, fused=True)
+    path, step, spent = folder / "identity.state.safetensors", 0, 0.0
+    if path.exists():
+        tensors, meta = load_state(path, optimizer)
+        encoder.load_state_dict(tensors)
+        step, spent = meta["step"], meta["spent"]
+    vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
+    last = time.monotonic()
+    while step < steps:
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 100) * (1 - step / steps) + 1e-6
+        random = Random(f"identity/{step}")
+        pictures = batch(renderer, random)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            chosen = torch.tensor([random.random() < 0.4 for _ in range(pictures.shape[1])])
+            flat = pictures[1][chosen]  # one side partly through the VAE, as generated pictures come
+            pictures[1][chosen] = vae.decode(vae.encode(flat).latent_dist.mean).sample.float().clamp(-1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            vectors = encoder(pictures.flatten(0, 1)).float()
+        one, two = vectors.chunk(2)
+        logits = one @ two.mT / 0.08
+        truth = torch.arange(len(one))
+        loss = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.mT, truth)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        now = time.monotonic()
+        spent, last = spent + now - last, now
+        if step % 100 == 0 or step == steps:
+            right = float((logits.argmax(1) == truth).float().mean())
+            report(
+                f"identity step {step}/{steps} {spent / 60:.1f} min loss {float(loss.detach()):.3f} right {right:.2f}"
+            )
+        if step % 400 == 0 or step == steps:
+            save_state(path, dict(encoder.state_dict()), optimizer, {"step": step, "spent": spent})
+            report(f"identity AUC on held-out concepts {held_out_auc(encoder, renderer, vae):.4f}")
+            last = time.monotonic()
+    (folder / "identity").mkdir(exist_ok=True)
+    write_tensors(
+        folder / "identity" / "model.safetensors",
+        {name: value.half() for name, value in encoder.state_dict().items()},
+        {"steps": str(steps), "minutes": f"{spent / 60:.1f}"},
+    )
+
+
+@torch.no_grad()
+def held_out_auc(
+    encoder: IdentityEncoder, renderer: Renderer, vae: AutoencoderKL | None = None, count: int = 12
+) -> float:
+    """Same thing against same class in another look, on the ready-made concepts, whose drawings it never saw.
+
+    With a VAE every picture takes its round trip first, as generated ones do.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    positive, negative = [], []
+    for name, look in CONCEPTS.items():
+        random = Random(f"held-out/{name}")
+
+        def vectors(other: AnyLook, random: Random = random) -> Tensor:
+            images = [picture.image for picture in views(renderer, other, random, count, SIZE)]
+            if vae is not None:
+                stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+                decoded = vae.decode(vae.encode(stack).latent_dist.mean).sample.clamp(-1, 1)
+                images = list(((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+            return embed(encoder, [Image.fromarray(image) for image in images])
+
+        mine = vectors(look)
+        same = mine @ mine.mT
+        positive.append(same[~torch.eye(count, dtype=torch.bool)])
+        for _ in range(6):
+            other = near_miss(look, random)
+            while (other.noun if isinstance(other, Look) else other.kind) != (
+                look.noun if isinstance(look, Look) else look.kind
+            ):
+                other = near_miss(look, random)  # the same class, another look
+            negative.append((mine @ vectors(other).mT).flatten())
+    encoder.train(was_training)
+    return auc(torch.cat(positive), torch.cat(negative))
