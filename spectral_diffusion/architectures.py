@@ -9,6 +9,7 @@ from torch import nn
 
 from . import pocket
 from .errors import UserError, nearest
+from .linalg import sides
 from .methods import all_methods
 from .methods.targets import find_targets
 
@@ -44,12 +45,12 @@ def build_meta(arch: str) -> dict[str, nn.Module]:
 
 def count_table(arch: str, ranks: tuple[int, ...] = RANKS, targets: str = "attention") -> list[dict]:
     """Trainable numbers of every method at every rank that fits: ``{method, rank, trainable}`` rows."""
-    layers = find_targets(build_meta(arch), targets)
+    shapes = [sides(layer.weight) for layer in find_targets(build_meta(arch), targets).values()]
     rows = []
     for name, method in sorted(all_methods().items()):
         for rank in ranks:
-            if rank > min(min(layer.weight.shape) for layer in layers.values()):
+            if rank > min(min(shape) for shape in shapes):
                 continue
-            total = sum(method.count(layer.out_features, layer.in_features, rank) for layer in layers.values())
-            rows.append({"method": name, "rank": rank, "trainable": total, "layers": len(layers)})
+            total = sum(method.count(out, inside, rank) for out, inside in shapes)
+            rows.append({"method": name, "rank": rank, "trainable": total, "layers": len(shapes)})
     return rows

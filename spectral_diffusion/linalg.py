@@ -47,6 +47,12 @@ def flatten(weight: Tensor) -> Tensor:
     return weight.reshape(weight.shape[0], -1)
 
 
+def sides(weight: Tensor) -> tuple[int, int]:
+    """Rows and columns (out, in·kh·kw) of a weight as a matrix."""
+    rows, columns = flatten(weight).shape
+    return rows, columns
+
+
 def top_band(weight: Tensor, count: int) -> Band:
     """The ``count`` top singular triplets of a weight, in float64, with canonical signs.
 

@@ -182,7 +182,7 @@ def test_overlapping_slots_are_told(trained: list[Path], tmp_path: Path) -> None
     notes = fuse_to_folder(
         FuseConfig(adapters=[trained[0], tmp_path / "mug.safetensors"], output=tmp_path / "f", device="cpu")
     )
-    assert notes == ["'dog' (0:2) and 'mug' (0:2) share columns; they will disturb each other."]
+    assert notes == ["'dog' (0:2) and 'mug' (0:2) share 2 columns; they will disturb each other."]
 
 
 def test_pictures_repeat_and_do_not_depend_on_their_neighbours(trained: list[Path], tiny_base: Path) -> None:
@@ -253,3 +253,27 @@ def test_bands_of_a_contribution_are_used_as_stored() -> None:
     wrong = Contribution("x", ADDITIVE, one.parameters, Band(U * flip, S, V * flip), one.slot)
     assert torch.allclose(pair.factors().delta(), one.factors().delta())
     assert not torch.allclose(wrong.factors().delta(), one.factors().delta(), atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["spectral-additive", "lora"])
+def test_adapters_of_every_layer_kind_train_load_stack_and_fuse(
+    photos: Path, tiny_base: Path, tmp_path: Path, method: str
+) -> None:
+    config = TrainConfig(
+        concept=photos, output=tmp_path / "rex.safetensors", base=str(tiny_base), rank=2, steps=3, device="cpu",
+        method=method, targets="attention+feed-forward+projection+conv", learning_rate=1e-2,
+    )  # fmt: skip
+    train_to_file(config)
+    adapter = load_adapter(config.output)
+    assert any("resnets" in layer for layer in adapter.layers) and adapter.norm() > 0
+    pictures = []
+    unfused = load_base(str(tiny_base), "cpu")
+    put_on(unfused, [(adapter, 1.0)])
+    fused = load_base(str(tiny_base), "cpu")
+    fuse_adapters(fused, [adapter])
+    for base in (unfused, fused, load_base(str(tiny_base), "cpu")):
+        with torch.no_grad():
+            text = base.pipeline.text_encoder(torch.arange(32)[None])[0]
+            pictures.append(base.pipeline.unet(torch.ones(1, 4, 8, 8), 10, text).sample)
+    assert torch.allclose(pictures[0], pictures[1], atol=1e-4)
+    assert not torch.allclose(pictures[0], pictures[2], atol=1e-4)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.cli import app
+from spectral_diffusion.errors import UserError
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.methods.attach import Attachment, activate, attach, detach, disabled
 from spectral_diffusion.methods.low_rank import low_rank_linear
@@ -27,9 +28,14 @@ def base(tiny_base: Path) -> Base:
     return load_base(str(tiny_base), "cpu")
 
 
-def put(base: Base, method: str, name: str = "one", start: int = 0, rank: int = 2) -> Attachment:
-    bands = spectrum_of(base.weights(), start + rank).slot(range(start, start + rank))
-    return attach(base.models, get_method(method), rank, name, bands=bands, seed=3)
+EVERYTHING = "attention+feed-forward+projection+conv"  # Linears, 1×1, 3×3 and strided convolutions
+
+
+def put(
+    base: Base, method: str, name: str = "one", start: int = 0, rank: int = 2, targets: str = "attention"
+) -> Attachment:
+    bands = spectrum_of(base.weights(targets), start + rank).slot(range(start, start + rank))
+    return attach(base.models, get_method(method), rank, name, targets, bands, seed=3)
 
 
 def stir(attachment: Attachment, scale: float = 0.3) -> None:
@@ -52,10 +58,11 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+@pytest.mark.parametrize("targets", ["attention", EVERYTHING])
 @pytest.mark.parametrize("method", NAMES)
-def test_identity_at_init_to_the_last_bit_and_after_detach(base: Base, method: str) -> None:
+def test_identity_at_init_to_the_last_bit_and_after_detach(base: Base, method: str, targets: str) -> None:
     before = outputs(base)
-    attachment = put(base, method)
+    attachment = put(base, method, targets=targets)
     assert same(outputs(base), before)
     stir(attachment)
     assert not same(outputs(base), before)
@@ -65,20 +72,21 @@ def test_identity_at_init_to_the_last_bit_and_after_detach(base: Base, method: s
     assert same(outputs(base), before)
 
 
+@pytest.mark.parametrize("targets", ["attention", EVERYTHING])
 @pytest.mark.parametrize("method", NAMES)
-def test_the_forward_is_the_one_delta(base: Base, method: str) -> None:
-    attachment = put(base, method)
+def test_the_forward_is_the_one_delta(base: Base, method: str, targets: str) -> None:
+    attachment = put(base, method, targets=targets)
     stir(attachment)
     adapted = outputs(base)
     deltas = {}
     for layer in attachment.layers:
         deltas[layer] = attachment.method.factors(
             attachment.parameters(layer),
-            spectrum_of(base.weights(), 2).slot((0, 1))[layer],
+            spectrum_of(base.weights(targets), 2).slot((0, 1))[layer],
         ).delta()
     detach(base.models)
-    for layer, weight in base.weights().items():
-        weight += deltas[layer].detach()
+    for layer, weight in base.weights(targets).items():
+        weight += deltas[layer].detach().view(weight.shape)
     for a, b in zip(adapted, outputs(base), strict=True):
         assert torch.allclose(a, b, atol=2e-5)
 
@@ -92,6 +100,21 @@ def test_only_the_adapter_gets_gradients(base: Base, method: str) -> None:
     for model in base.models.values():
         for parameter in model.parameters():
             assert (parameter.grad is not None) == (id(parameter) in trainable)
+
+
+def test_targets_name_every_kind_of_layer(base: Base) -> None:
+    from spectral_diffusion.methods.targets import find_targets
+
+    everything = find_targets(base.models, EVERYTHING)
+    kinds = {(m.kernel_size, m.stride) for m in everything.values() if isinstance(m, nn.Conv2d)}
+    assert kinds == {((1, 1), (1, 1)), ((3, 3), (1, 1)), ((3, 3), (2, 2))}
+    assert not any("conv_in" in name or "conv_out" in name for name in everything)
+    assert set(find_targets(base.models)) < set(everything)
+    only = find_targets(base.models, r"re:unet\.mid_block.*to_k")
+    assert only and all("mid_block" in name and name.endswith("to_k") for name in only)
+    for wrong, message in (("atention", "did you mean 'attention'"), ("re:(", "not a regular"), ("re:x", "match no")):
+        with pytest.raises(UserError, match=message):
+            find_targets(base.models, wrong)
 
 
 def test_two_adapters_of_disjoint_slots_stack_into_the_sum(base: Base) -> None:

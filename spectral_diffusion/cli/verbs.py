@@ -165,6 +165,7 @@ def inspect(
 def methods(
     arch: Annotated[str, typer.Option(help="sd15 or pocket.")] = "sd15",
     rank: Annotated[list[int] | None, typer.Option(help="Ranks to count; may be repeated.")] = None,
+    targets: Annotated[str, typer.Option(help="attention, feed-forward, conv … joined by +.")] = "attention",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """List the methods and how many numbers each trains."""
@@ -173,7 +174,7 @@ def methods(
     from ..architectures import RANKS, count_table
     from ..methods import all_methods
 
-    rows = count_table(arch, tuple(rank) if rank else RANKS)
+    rows = count_table(arch, tuple(rank) if rank else RANKS, targets)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
         return

@@ -14,7 +14,7 @@ from ..adapter import Adapter, check_finite
 from ..base import fingerprint_json, parse_fingerprint
 from ..errors import UserError, reason
 from ..files import read_tensors, write_tensors
-from ..linalg import Band
+from ..linalg import Band, flatten
 from ..methods import get_method
 from ..slots import read_columns
 from ..tokens import check_token
@@ -120,7 +120,7 @@ def _check_shapes(adapter: Adapter) -> None:
         factors = adapter.factors(layer)
         out_features, in_features = factors.up.shape[0], factors.down.shape[1]
         shapes = adapter.method.shapes(out_features, in_features, adapter.rank)
-        if any(tuple(parameters[name].shape) != shape for name, shape in shapes.items()):
+        if any(tuple(flatten(parameters[name]).shape) != shape for name, shape in shapes.items()):
             raise ValueError(f"{layer} has a wrong shape")
         sides = ((out_features, adapter.rank), (adapter.rank,), (in_features, adapter.rank))
         if band is not None and any(tuple(t.shape) != side for t, side in zip(band, sides, strict=True)):

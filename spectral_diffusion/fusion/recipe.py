@@ -57,7 +57,7 @@ def fuse_adapters(
                 f"--strength names '{name}'{nearest(name, names)}, but the adapters are {', '.join(names)}."
             )
     combine = get_merge(merge)
-    targets: dict[str, torch.nn.Linear] = {}
+    targets: dict[str, torch.nn.Linear | torch.nn.Conv2d] = {}
     for adapter in adapters:
         targets |= find_targets(base.models, adapter.targets)
     layers = [layer for layer in targets if any(layer in adapter.layers for adapter in adapters)]
@@ -77,7 +77,7 @@ def fuse_adapters(
         weight = targets[layer].weight
         with torch.no_grad():
             delta = combine(contributions, form).to(weight.device)
-            weight.copy_((weight.double() + delta).to(weight.dtype))
+            weight.copy_((weight.double() + delta.view(weight.shape)).to(weight.dtype))
         progress(Event("fuse", index, len(layers), {"layer": layer}))
     for adapter in adapters:
         for encoder, vectors in adapter.vectors.items():

@@ -20,8 +20,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..linalg import Band, Factors
-from .low_rank import low_rank_linear
+from ..linalg import Band, Factors, flatten
+from .low_rank import low_rank_conv, low_rank_linear
 from .registry import Method, get_method
 from .targets import find_targets
 
@@ -58,16 +58,16 @@ class BandBuffers(nn.Module):
             self.register_buffer(name, torch.zeros(shape, device=device))
 
 
-class AdaptedLinear(nn.Module, BaseTunerLayer):
-    """A frozen Linear with any number of our adapters. Parameters and bands are kept in float32."""
+class AdaptedLayer(nn.Module, BaseTunerLayer):
+    """A frozen Linear or Conv2d with any number of our adapters. Parameters and bands are kept in float32."""
 
     adapter_layer_names = ("spectral_delta",)
     other_param_names = ("spectral_band", "spectral_scale", "spectral_method")
 
-    def __init__(self, base_layer: nn.Linear) -> None:
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.out_features, self.in_features = flatten(self.base_weight).shape
         self.spectral_delta = nn.ModuleDict()
         self.spectral_band = nn.ModuleDict()
         self.spectral_scale: dict[str, float] = {}
@@ -99,7 +99,7 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
     @property
     def base_weight(self) -> Tensor:
-        """The frozen weight (out, in) underneath."""
+        """The frozen weight underneath: (out, in), or (out, in, kh, kw) of a convolution."""
         return cast(nn.Linear, self.get_base_layer()).weight
 
     def parameters_of(self, adapter: str) -> dict[str, nn.Parameter]:
@@ -121,8 +121,8 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         return Factors(up, down if scale == 1.0 else down * scale)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The dense ΔW (out, in) in float32."""
-        return self.factors(adapter).delta()
+        """The dense ΔW in float32, of the weight's own shape."""
+        return self.factors(adapter).delta().view(self.base_weight.shape)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -136,6 +136,9 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
         if type(self.base_layer) is nn.Linear:
             return low_rank_linear(x, self.base_layer.weight, self.base_layer.bias, up, down)
         y = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        layer = self.get_base_layer()
+        if isinstance(layer, nn.Conv2d):
+            return y + low_rank_conv(x, layer, up, down).to(y.dtype)
         return y + ((x @ down.mT.to(x.dtype)) @ up.mT.to(x.dtype)).to(y.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -171,10 +174,10 @@ class AdaptedLinear(nn.Module, BaseTunerLayer):
 
 
 class SpectralModel(BaseTuner):
-    """The PEFT tuner that swaps target layers for :class:`AdaptedLinear`."""
+    """The PEFT tuner that swaps target layers for :class:`AdaptedLayer`."""
 
     prefix = PREFIX
-    tuner_layer_cls = AdaptedLinear
+    tuner_layer_cls = AdaptedLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _create_and_replace(
@@ -188,13 +191,13 @@ class SpectralModel(BaseTuner):
         **optional: Any,
     ) -> None:
         method = get_method(config.method)
-        if isinstance(target, AdaptedLinear):
+        if isinstance(target, AdaptedLayer):
             target.update_layer(adapter_name, method, config.r)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(base, nn.Linear):
-            raise TypeError(f"{current_key} is a {type(base).__name__}; only Linear layers can be adapted.")
-        layer = AdaptedLinear(target)  # type: ignore[arg-type]
+        if not isinstance(base, nn.Linear | nn.Conv2d):
+            raise TypeError(f"{current_key} is a {type(base).__name__}; only Linear and Conv2d can be adapted.")
+        layer = AdaptedLayer(target)
         layer._active_adapter = [adapter_name]
         layer.update_layer(adapter_name, method, config.r)
         if adapter_name not in self.active_adapters:
@@ -222,7 +225,7 @@ class Attachment:
     def parameters(self, layer: str) -> dict[str, nn.Parameter]:
         """The trainable parameters of one layer under the method's names."""
         module = self.layers[layer]
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, AdaptedLayer):
             return module.parameters_of(self.name)
         assert isinstance(module, LoraLayer)
         return {"A": module.lora_A[self.name].weight, "B": module.lora_B[self.name].weight}
@@ -241,7 +244,7 @@ class Attachment:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy parameters by ``layer.parameter`` name into place."""
         for name, parameter in self.named_parameters():
-            parameter.copy_(tensors[name])
+            parameter.copy_(tensors[name].reshape(parameter.shape))  # PEFT keeps a convolution's factors 4-D
 
     def set_scale(self, scale: float) -> None:
         """Multiply this adapter's ΔW by λ."""
@@ -287,7 +290,7 @@ def attach(
     if method.banded:
         assert bands is not None
         for layer, module in layers.items():
-            assert isinstance(module, AdaptedLinear)
+            assert isinstance(module, AdaptedLayer)
             module.set_band(name, bands[layer])
     return attachment
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..linalg import Band, Factors
+from ..linalg import Band, Factors, flatten
 from .registry import Method, Shapes, register
 
 
@@ -16,8 +16,8 @@ def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
 
 
 def factors(parameters: Mapping[str, Tensor], band: Band | None) -> Factors:
-    """ΔW = B A. We always train with alpha = rank, so the scale is 1."""
-    return Factors(parameters["B"], parameters["A"])
+    """ΔW = B A. We always train with alpha = rank, so the scale is 1. PEFT keeps a convolution's factors 4-D."""
+    return Factors(flatten(parameters["B"]), flatten(parameters["A"]))
 
 
 METHOD = register(

@@ -1,4 +1,4 @@
-"""A frozen Linear plus a low-rank change, as one autograd function."""
+"""A frozen Linear or convolution plus a low-rank change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -46,3 +46,10 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, 
         with torch.autocast(kind, enabled=False):
             return LowRankLinear.apply(x, weight, bias, up.to(dtype), down.to(dtype))
     return LowRankLinear.apply(x, weight, bias, up.to(x.dtype), down.to(x.dtype))
+
+
+def low_rank_conv(x: Tensor, layer: nn.Conv2d, up: Tensor, down: Tensor) -> Tensor:
+    """The change alone, (n, out, h, w): a thin convolution with down (k, in·kh·kw), then 1×1 with up (out, k)."""
+    kernel = down.view(len(down), *layer.weight.shape[1:]).to(x.dtype)
+    inner = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
+    return F.conv2d(inner, up[:, :, None, None].to(x.dtype))

@@ -1,4 +1,4 @@
-"""Which weights an adapter changes: presets over the layers of a base."""
+"""Which weights an adapter changes: presets over the layers of a base, joined by ``+``, or a pattern."""
 
 from __future__ import annotations
 
@@ -8,44 +8,70 @@ from torch import nn
 
 from ..errors import UserError, nearest
 
-# Per component, a pattern over module names. The reference adapts exactly these attention projections.
-PRESETS: dict[str, dict[str, str]] = {
-    "attention": {
-        "unet": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
-        "text_encoder": r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
-    },
-    "cross-attention": {
-        "unet": r".*\.attn2\.(to_q|to_k|to_v|to_out\.0)",
-        "text_encoder": r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
-    },
-    "key-value": {
-        "unet": r".*\.attn2\.(to_k|to_v)",
-        "text_encoder": r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
-    },
-    "unet-attention": {"unet": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"},
+UNET = r"unet\..*"
+TEXT = r"text_encoder(_2)?\..*"
+
+# Patterns over ``component.module.path``. The reference adapts exactly the attention projections.
+PRESETS: dict[str, tuple[str, ...]] = {
+    "attention": (
+        UNET + r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
+        TEXT + r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+    ),
+    "unet-attention": (UNET + r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",),
+    "cross-attention": (
+        UNET + r"\.attn2\.(to_q|to_k|to_v|to_out\.0)",
+        TEXT + r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+    ),
+    "key-value": (UNET + r"\.attn2\.(to_k|to_v)", TEXT + r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"),
+    "feed-forward": (UNET + r"\.ff\.net\.(0\.proj|2)", TEXT + r"\.mlp\.(fc1|fc2)"),
+    "projection": (UNET + r"\.(proj_in|proj_out)",),
+    # Never conv_in and conv_out: they have four singular values.
+    "conv": (
+        UNET + r"\.resnets\.\d+\.(conv1|conv2|conv_shortcut)",
+        UNET + r"\.(downsamplers|upsamplers)\.\d+\.conv",
+    ),
 }
 
 
-def find_targets(models: dict[str, nn.Module], preset: str = "attention") -> dict[str, nn.Linear]:
+def patterns_of(targets: str) -> list[re.Pattern[str]]:
+    """The patterns that ``attention+conv``, or ``re:`` and a regular expression, stand for.
+
+    Raises:
+        UserError: an unknown preset or a broken expression.
+    """
+    if targets.startswith("re:"):
+        try:
+            return [re.compile(targets[3:])]
+        except re.error as error:
+            raise UserError(f"The targets '{targets}' are not a regular expression: {error}.") from error
+    found = []
+    for name in targets.split("+"):
+        if name not in PRESETS:
+            raise UserError(
+                f"Unknown targets '{name}'{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}, joined by +, "
+                "or re: and a pattern."
+            )
+        found += [re.compile(pattern) for pattern in PRESETS[name]]
+    return found
+
+
+def find_targets(models: dict[str, nn.Module], targets: str = "attention") -> dict[str, nn.Linear | nn.Conv2d]:
     """Name (``component.module.path``) to layer, in a fixed order.
 
     Adapted layers are found through their adapters too: the names do not change by attaching.
 
     Raises:
-        UserError: unknown preset, or a base in which it matches nothing.
+        UserError: unknown targets, or a base in which they match nothing.
     """
-    if preset not in PRESETS:
-        raise UserError(f"Unknown targets '{preset}'{nearest(preset, PRESETS)}; known: {', '.join(PRESETS)}.")
-    found: dict[str, nn.Linear] = {}
-    for component, pattern in PRESETS[preset].items():
-        model = models.get(component)
-        if model is None:
-            continue
-        for name, module in model.named_modules():
-            if re.fullmatch(pattern, name):
+    patterns = patterns_of(targets)
+    found: dict[str, nn.Linear | nn.Conv2d] = {}
+    for component, model in models.items():
+        for path, module in model.named_modules():
+            name = f"{component}.{path}"
+            if any(pattern.fullmatch(name) for pattern in patterns):
                 layer = getattr(module, "base_layer", module)
-                if isinstance(layer, nn.Linear):
-                    found[f"{component}.{name}"] = layer
+                if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
+                    found[name] = layer
     if not found:
-        raise UserError(f"The targets '{preset}' match no layer of this base.")
+        raise UserError(f"The targets '{targets}' match no layer of this base.")
     return found

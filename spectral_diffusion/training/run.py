@@ -13,6 +13,7 @@ from ..data.folder import Concept, load_concept
 from ..errors import UserError
 from ..files import check_writable, write_text
 from ..formats.native import save_adapter
+from ..linalg import sides
 from ..methods import get_method
 from ..progress import Progress, silent
 from ..slots import Ledger, Slot, collision_probability, parse_policy
@@ -63,10 +64,12 @@ def train_to_file(
         slot = reserve(config, base, concept)
         for text in slot_notes(config, slot, base):
             note(text)
+    shapes = [sides(weight) for weight in base.weights(config.targets).values()]
+    trained = sum(method.count(out, inside, config.rank) for out, inside in shapes)
     where = f"columns {slot}" if slot else f"rank {config.rank}"
     note(
         f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {concept.token}: "
-        f"{method.name}, {where}."
+        f"{method.name}, {where}; {trained:,} numbers in {len(shapes)} layers."
     )
     adapter = train(config, base, concept, slot, state_path(output), resume, progress, should_stop)
     save_adapter(adapter, output)
