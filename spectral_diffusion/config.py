@@ -68,6 +68,8 @@ class TrainConfig(Settings):
     learning_rate: float = Field(1e-4, ge=0)  # of the U-Net
     text_encoder_learning_rate: float = Field(1e-5, ge=0)
     embedding_learning_rate: float = Field(1e-3, ge=0)
+    normalise: bool = False  # train A_U S_b / s_max, so that every slot's steps weigh alike
+    slot_rate: float = Field(0.0, ge=-2, le=2)  # a layer's rates times (s_max / mean S_b) to this power
     decay: Literal["linear", "constant"] = "linear"
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)

@@ -71,6 +71,13 @@ def test_additive_factors_equal_the_dense_formula() -> None:
     assert torch.linalg.matrix_rank(delta) <= 2 * 4
 
 
+def test_additive_factors_with_singular_values_equal_the_dense_formula() -> None:
+    parameters, (U, S, V) = random_additive()
+    parameters["A_S"] = 0.3 * torch.randn(4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    dense = (U + parameters["A_U"]) * (S + parameters["A_S"]) @ (V + parameters["A_V"]).mT - (U * S) @ V.mT
+    assert (factors(parameters, Band(U, S, V)).delta() - dense).abs().max() <= 1e-12
+
+
 def test_additive_is_exactly_zero_at_init_in_every_precision() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         parameters, band = random_additive(dtype=dtype)

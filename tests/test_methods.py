@@ -268,6 +268,7 @@ BRIEF = {
     ("lora", 1): 273_024,
     ("lora", 8): 2_184_192,
     ("spectral-additive", 8): 2_184_192,
+    ("spectral-additive-s", 8): 2_185_600,
 }
 
 
@@ -280,3 +281,19 @@ def test_counts_agree_with_the_table_at_stable_diffusion_size() -> None:
         assert counts[key] == trainable
     assert {row["layers"] for row in rows} == {176}
     assert {row["method"] for row in rows} == set(NAMES)
+
+
+def test_normalised_columns_train_the_same_function(base: Base) -> None:
+    """A = Â s_max / S: the adapter with scales is the plain one at the scaled parameters, and files hold A."""
+    bands = spectrum_of(base.weights(), 6).slot(range(4, 6))
+    scales = {layer: torch.tensor([2.0, 5.0]) for layer in bands}
+    method = get_method("spectral-additive")
+    scaled = attach(base.models, method, 2, "one", bands=bands, columns=scales)
+    stir(scaled)
+    with_scales, files = outputs(base), scaled.trained()
+    raw = dict(scaled.named_parameters())
+    assert all(torch.equal(files[name], raw[name].detach() * torch.tensor([2.0, 5.0])) for name in files)
+    detach(base.models)
+    plain = attach(base.models, method, 2, "one", bands=bands)
+    plain.load(files)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(outputs(base), with_scales, strict=True))

@@ -272,3 +272,12 @@ def test_other_slot_policies_train_and_load(photos: Path, tiny_base: Path, tmp_p
     assert check_base(loaded, load_base(str(tiny_base), "cpu")) is None
     other = load_base(str(tiny_base), "cpu", "bfloat16")
     assert check_base(loaded, other) is None
+
+
+def test_normalised_and_slot_rates_train_and_load(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    plain = train_to_file(settings(photos, tiny_base, tmp_path / "a.safetensors", slot="8:10"))
+    for name, more in (("n", {"normalise": True}), ("r", {"slot_rate": 1.0})):
+        output = tmp_path / f"{name}" / "rex.safetensors"
+        adapter = train_to_file(settings(photos, tiny_base, output, slot="8:10", **more))
+        assert same(adapter, load_adapter(output))
+        assert adapter.norm() > plain.norm()  # later columns are smaller, so their steps grow

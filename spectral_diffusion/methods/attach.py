@@ -62,7 +62,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     """A frozen Linear or Conv2d with any number of our adapters. Parameters and bands are kept in float32."""
 
     adapter_layer_names = ("spectral_delta",)
-    other_param_names = ("spectral_band", "spectral_scale", "spectral_method")
+    other_param_names = ("spectral_band", "spectral_scale", "spectral_method", "spectral_columns")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -72,6 +72,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.spectral_band = nn.ModuleDict()
         self.spectral_scale: dict[str, float] = {}
         self.spectral_method: dict[str, Method] = {}
+        self.spectral_columns: dict[str, Tensor] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
@@ -106,6 +107,14 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """One adapter's trainable parameters under its method's names."""
         return dict(cast(nn.ParameterDict, self.spectral_delta[adapter]).items())
 
+    def effective(self, adapter: str) -> dict[str, Tensor]:
+        """The parameters as the method takes them: trained columns times their scales, where they have some."""
+        parameters: dict[str, Tensor] = dict(self.parameters_of(adapter))
+        scales = self.spectral_columns.get(adapter)
+        if scales is None:
+            return parameters
+        return {name: value * scales if value.dim() == 2 else value for name, value in parameters.items()}
+
     def set_band(self, adapter: str, band: Band) -> None:
         """Copy a band into the adapter's buffers."""
         for name, value in zip(BAND, band, strict=True):
@@ -116,7 +125,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         held = cast(BandBuffers, self.spectral_band[adapter])
         method = self.spectral_method[adapter]
         band = Band(held.U, held.S, held.V) if method.banded else None
-        up, down = method.factors(self.parameters_of(adapter), band)
+        up, down = method.factors(self.effective(adapter), band)
         scale = self.spectral_scale[adapter]
         return Factors(up, down if scale == 1.0 else down * scale)
 
@@ -236,6 +245,15 @@ class Attachment:
             for name, parameter in self.parameters(layer).items():
                 yield f"{layer}.{name}", parameter
 
+    @torch.no_grad()
+    def trained(self) -> dict[str, Tensor]:
+        """What goes into a file: copies of the parameters as the method takes them, by ``layer.parameter``."""
+        out: dict[str, Tensor] = {}
+        for layer, module in self.layers.items():
+            held = module.effective(self.name) if isinstance(module, AdaptedLayer) else self.parameters(layer)
+            out |= {f"{layer}.{name}": value.detach().cpu().clone() for name, value in held.items()}
+        return out
+
     def count(self) -> int:
         """How many numbers are trained."""
         return sum(parameter.numel() for _, parameter in self.named_parameters())
@@ -261,10 +279,14 @@ def attach(
     bands: Mapping[str, Band] | None = None,
     seed: int = 0,
     only: set[str] | None = None,
+    columns: Mapping[str, Tensor] | None = None,
 ) -> Attachment:
     """Attach a fresh adapter (ΔW exactly zero) to the target layers and leave only it trainable there.
 
-    ``bands`` holds each layer's band for banded methods; ``only`` restricts to some layer names.
+    Args:
+        bands: each layer's band for banded methods.
+        only: restricts to some layer names.
+        columns: per layer a scale (r,) of the trained columns; what is trained is A / scale.
     """
     wanted = [layer for layer in find_targets(models, targets) if only is None or layer in only]
     layers: dict[str, BaseTunerLayer] = {}
@@ -292,6 +314,8 @@ def attach(
         for layer, module in layers.items():
             assert isinstance(module, AdaptedLayer)
             module.set_band(name, bands[layer])
+            if columns is not None:
+                module.spectral_columns[name] = columns[layer].to(module.base_weight.device)
     return attachment
 
 

@@ -16,16 +16,25 @@ def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
     return {"A_U": (out_features, rank), "A_V": (in_features, rank)}
 
 
-def factors(parameters: Mapping[str, Tensor], band: Band | None) -> Factors:
-    """ΔW = (U_b + A_U) S_b (V_b + A_V)ᵀ − U_b S_b V_bᵀ as ``[A_U, U_b] · [S_b (V_b + A_V)ᵀ ; S_b A_Vᵀ]``.
+def shapes_with_values(out_features: int, in_features: int, rank: int) -> Shapes:
+    """Those and A_S (r), on the singular values: the reference code has it, the paper has not."""
+    return {**shapes(out_features, in_features, rank), "A_S": (rank,)}
 
-    The naive difference loses its digits to cancellation in half precision; this form has none and is
-    exactly zero for A_U = A_V = 0. up (out, 2r), down (2r, in).
+
+def factors(parameters: Mapping[str, Tensor], band: Band | None) -> Factors:
+    """ΔW = (U_b + A_U) (S_b + A_S) (V_b + A_V)ᵀ − U_b S_b V_bᵀ without cancellation; up (out, 2r), down (2r, in).
+
+    As ``[A_U, U_b] · [S' V'ᵀ ; S_b A_Vᵀ + A_S V'ᵀ]`` with V' = V_b + A_V and S' = S_b + A_S. The naive difference
+    loses its digits in half precision; this form has none to lose and is exactly zero for zero parameters.
     """
     assert band is not None
-    A_U, A_V = parameters["A_U"], parameters["A_V"]
+    A_U, A_V, A_S = parameters["A_U"], parameters["A_V"], parameters.get("A_S")
     up = torch.cat([A_U, band.U], dim=1)
-    down = torch.cat([band.V + A_V, A_V], dim=1) * torch.cat([band.S, band.S])
+    if A_S is None:
+        down = torch.cat([band.V + A_V, A_V], dim=1) * torch.cat([band.S, band.S])
+    else:
+        V = band.V + A_V
+        down = torch.cat([V * (band.S + A_S), A_V * band.S + V * A_S], dim=1)
     return Factors(up, down.mT)
 
 
@@ -35,6 +44,16 @@ METHOD = register(
         summary="Spectral Adapter A: r columns of U and V, additively (paper, sec. 2)",
         banded=True,
         shapes=shapes,
+        factors=factors,
+        rank_of_delta=lambda rank: 2 * rank,
+    )
+)
+WITH_VALUES = register(
+    Method(
+        name="spectral-additive-s",
+        summary="Spectral Adapter A with r trained singular values too (the reference code's form)",
+        banded=True,
+        shapes=shapes_with_values,
         factors=factors,
         rank_of_delta=lambda rank: 2 * rank,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..methods import get_method
 from ..methods.attach import Attachment, attach, detach
 from ..progress import Event, Progress, silent
 from ..slots import Slot
-from ..spectrum import bands_of
+from ..spectrum import bands_of, spectrum_of
 from ..tokens import NewTokenEmbedding, embedding_of, expand, initial_vectors, random_vectors
 from .draws import draw, target_of
 from .preservation import OTHERS, cut_mix, draw_anchors, draw_ordinary, is_cut
@@ -86,8 +86,17 @@ def train(
     models["text_encoder"].set_input_embeddings(tokens)  # type: ignore[operator]
     try:
         anchors = draw_anchors(ordinary, base, noise_schedule, config, encode) if ordinary else None
-        attachment = attach(models, method, config.rank, concept.name, config.targets, bands, config.seed)
-        optimizer, rates = build_optimizer(attachment, tokens, config)
+        references = reference_values(weights) if bands and (config.normalise or config.slot_rate) else {}
+        columns = {layer: references[layer] / bands[layer].S for layer in bands} if bands and config.normalise else None
+        attachment = attach(
+            models, method, config.rank, concept.name, config.targets, bands, config.seed, columns=columns
+        )
+        factors = (
+            {layer: float((references[layer] / bands[layer].S.mean()) ** config.slot_rate) for layer in references}
+            if bands
+            else {}
+        )
+        optimizer, rates = build_optimizer(attachment, tokens, config, factors)
         trained = {"token": tokens.vectors, **dict(attachment.named_parameters())}
         start = 0
         if resume and state.exists():
@@ -148,7 +157,7 @@ def train(
             targets=config.targets,
             base=config.base,
             fingerprint=base_fingerprint,
-            parameters={name: value.detach().cpu().clone() for name, value in attachment.named_parameters()},
+            parameters=attachment.trained(),
             bands=bands or {},
             vectors={"text_encoder": tokens.vectors.detach().cpu().clone()},
             config=comparable(config),
@@ -161,27 +170,30 @@ def train(
         detach(models)
 
 
-def build_optimizer(
-    attachment: Attachment, tokens: NewTokenEmbedding, config: TrainConfig
-) -> tuple[torch.optim.Optimizer, list[float]]:
-    """AdamW with one group per component; returns it and the groups' initial rates.
+def reference_values(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The largest singular value of every weight."""
+    return {layer: band.S[0] for layer, band in spectrum_of(weights, 1).bands.items()}
 
-    The token's neutral value is not zero, so weight decay never touches it.
+
+def build_optimizer(
+    attachment: Attachment, tokens: NewTokenEmbedding, config: TrainConfig, factors: Mapping[str, float]
+) -> tuple[torch.optim.Optimizer, list[float]]:
+    """AdamW with a group per component and learning-rate factor; returns it and the groups' initial rates.
+
+    ``factors`` multiplies the rate of single layers. The token's neutral value is not zero, so weight decay never
+    touches it.
     """
-    by_component: dict[str, list[nn.Parameter]] = {"unet": [], "text_encoder": []}
-    for name, parameter in attachment.named_parameters():
-        by_component[name.split(".", 1)[0]].append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": by_component["unet"], "lr": config.learning_rate, "weight_decay": config.weight_decay},
-        {
-            "params": by_component["text_encoder"],
-            "lr": config.text_encoder_learning_rate,
-            "weight_decay": config.weight_decay,
-        },
-        {"params": [tokens.vectors], "lr": config.embedding_learning_rate, "weight_decay": 0.0},
+    rates = {"unet": config.learning_rate}
+    groups: dict[float, list[nn.Parameter]] = {}
+    for layer in attachment.layers:
+        component = layer.split(".", 1)[0]
+        rate = rates.get(component, config.text_encoder_learning_rate) * factors.get(layer, 1.0)
+        groups.setdefault(rate, []).extend(attachment.parameters(layer).values())
+    listed: list[dict[str, Any]] = [
+        {"params": parameters, "lr": rate, "weight_decay": config.weight_decay} for rate, parameters in groups.items()
     ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups), [group["lr"] for group in groups]
+    listed.append({"params": [tokens.vectors], "lr": config.embedding_learning_rate, "weight_decay": 0.0})
+    return torch.optim.AdamW(listed), [group["lr"] for group in listed]
 
 
 def encode_prompts(pipeline: Any, tokens: NewTokenEmbedding, prompts: list[str]) -> Tensor:
