@@ -68,7 +68,7 @@ STAGES = (
     Stage("warming", 8_000, MANY, (5e-5, 1e-3), wide=0.4, sketch=0.2),
     Stage("many", 32_000, MANY, (1e-3, 1e-3), wide=0.4, sketch=0.2),
     Stage("puppets", 64_000, PEOPLED, (1e-3, 1e-3), wide=0.4, sketch=0.2),
-    Stage("settling", 64_000, PEOPLED, (1e-3, 2e-5), wide=0.4, sketch=0.2),
+    Stage("settling", 104_000, PEOPLED, (1e-3, 2e-5), wide=0.45, sketch=0.2),
 )
 
 

@@ -161,11 +161,29 @@ class Backdrop:
 def caption(things: Sequence[Thing], backdrop: Backdrop, random: Random, classless: bool = False) -> str:
     """A plain-English caption of a scene; things are named from left to right."""
     phrases = [thing.phrase(classless) for thing in things]
+    places = PLACES.get(len(phrases))
+    if places and random.random() < 0.45:
+        # The side first: a causal text encoder then knows it when it reads the thing.
+        parts = [f"{_where(place)} {phrase}" for place, phrase in zip(places, phrases, strict=True)]
+        text = ", ".join(parts[:-1]) + random.choice((", ", " and ")) + parts[-1]
+    else:
+        text = random.choice(TEMPLATES).format(x=_listed(phrases, random))
+    if random.random() < 0.92:
+        text += random.choice((" ", " ", ", ")) + backdrop.phrase(random)
+    return text
+
+
+def _where(place: str) -> str:
+    return "in the middle" if place == "middle" else f"on the {place}"
+
+
+def _listed(phrases: list[str], random: Random) -> str:
+    """Things from left to right in words, with their sides or without."""
     if len(phrases) == 1:
-        objects = phrases[0]
-    elif len(phrases) == 2:
+        return phrases[0]
+    if len(phrases) == 2:
         left, right = phrases
-        objects = random.choice(
+        return random.choice(
             (
                 f"{left} on the left and {right} on the right",
                 f"{left} on the left and {right} on the right",
@@ -174,20 +192,15 @@ def caption(things: Sequence[Thing], backdrop: Backdrop, random: Random, classle
                 f"{right} on the right and {left} on the left",
             )
         )
-    elif len(phrases) == 3:
+    if len(phrases) == 3:
         left, middle, right = phrases
-        objects = random.choice(
+        return random.choice(
             (
                 f"{left} on the left, {middle} in the middle and {right} on the right",
                 f"{left}, {middle} and {right}",
             )
         )
-    else:
-        objects = ", ".join(phrases[:-1]) + f" and {phrases[-1]}"
-    text = random.choice(TEMPLATES).format(x=objects)
-    if random.random() < 0.92:
-        text += random.choice((" ", " ", ", ")) + backdrop.phrase(random)
-    return text
+    return ", ".join(phrases[:-1]) + f" and {phrases[-1]}"
 
 
 def vocabulary() -> list[str]:
