@@ -107,6 +107,22 @@ class FuseConfig(Settings):
     device: str = "auto"
 
 
+class RegionConfig(Settings):
+    """A part of the picture with a prompt of its own."""
+
+    box: tuple[float, float, float, float]  # left, top, right, bottom; fractions of the picture
+    prompt: str
+    negative_prompt: str = ""
+
+    @field_validator("box")
+    @classmethod
+    def _inside(cls, value: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        left, top, right, bottom = value
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError("a box is left, top, right, bottom with 0 <= left < right <= 1 and 0 <= top < bottom <= 1")
+        return value
+
+
 class GenerateConfig(Settings):
     """Make pictures from a prompt, with adapters or a fused folder, optionally held to a sketch."""
 
@@ -118,6 +134,8 @@ class GenerateConfig(Settings):
     sketch: Path | None = None
     sketch_weight: float = Field(1.0, ge=0, le=4)
     t2i_adapter: str | None = None  # folder or hub id; default: the base's own sketch adapter
+    regions: list[RegionConfig] = []
+    region_share: float = Field(0.0, ge=0, le=1)  # of the global prompt inside the regions
     width: int | None = Field(None, ge=8, le=8192)
     height: int | None = Field(None, ge=8, le=8192)
     steps: int = Field(20, ge=1, le=1000)

@@ -55,6 +55,23 @@ def numbers(pairs: list[str] | None, option: str) -> dict[str, float] | None:
     return out
 
 
+def regions(texts: list[str] | None) -> list[dict[str, Any]] | None:
+    """``["0,0,0.5,1:<rex> on the grass"]`` to region settings."""
+    if not texts:
+        return None
+    out = []
+    for text in texts:
+        box, colon, prompt = text.partition(":")
+        try:
+            sides = [float(side) for side in box.split(",")]
+        except ValueError:
+            sides = []
+        if not colon or len(sides) != 4 or not prompt.strip():
+            raise UserError(f"--region '{text}' is not understood; write LEFT,TOP,RIGHT,BOTTOM:PROMPT with fractions.")
+        out.append({"box": sides, "prompt": prompt.strip()})
+    return out
+
+
 def resolve(model: Any, verb: str, config: str | None, flags: dict[str, Any], overrides: list[str] | None) -> Any:
     """Preset or file, then flags, then key=value. Without --config the pocket base brings its preset."""
     from ..config import build, parse_overrides, read_yaml

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import UserError
 from .pocket import pocket_app
-from .support import given, numbers, plain, progress_bar, resolve, say, stop_signals, text_of
+from .support import given, numbers, plain, progress_bar, regions, resolve, say, stop_signals, text_of
 
 app = typer.Typer(
     name="spectral-diffusion",
@@ -112,6 +112,7 @@ def generate(
     ] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="FILE or FILE=0.8; may be repeated.")] = None,
     sketch: Annotated[Path | None, typer.Option(help="A drawing that says where things are.")] = None,
+    region: Annotated[list[str] | None, typer.Option(help='"0,0,0.5,1:PROMPT", a box in fractions; repeat.')] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The picture to write (.png).")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same picture.")] = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, …")] = None,
@@ -125,8 +126,8 @@ def generate(
     """Make pictures from a prompt, with adapters or a fused folder, held to a sketch if you like."""
     flags = given(
         prompt=prompt, base=base, adapters=numbers(adapter, "--adapter"), sketch=text_of(sketch),
-        output=text_of(output), seed=seed, count=count, width=width, height=height, device=device, dtype=dtype,
-        allow_base=allow_base or None,
+        regions=regions(region), output=text_of(output), seed=seed, count=count, width=width, height=height,
+        device=device, dtype=dtype, allow_base=allow_base or None,
     )  # fmt: skip
     from ..config import GenerateConfig, to_yaml
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..methods.attach import activate, attach
 from ..progress import Event, Progress, silent
 from ..tokens import expand, install, known_tokens
 from .conditions import load_t2i_adapter, read_sketch
+from .regions import Region, regional
 
 SETTINGS_KEY = "spectral_diffusion"
 CHUNK = 8  # pictures denoised together
@@ -89,6 +90,13 @@ def sample(
         pipe = type(base.pipeline)(**components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     tokens = known_tokens(base.pipeline.tokenizer)
+    regions = [Region(part.box, part.prompt, part.negative_prompt) for part in config.regions]
+    latent_size = (height // base.pipeline.vae_scale_factor, width // base.pipeline.vae_scale_factor)
+
+    def encode(texts: Sequence[str]) -> torch.Tensor:
+        expanded = [expand(text, tokens) for text in texts]
+        return base.pipeline.encode_prompt(expanded, base.device, 1, do_classifier_free_guidance=False)[0]
+
     images: list[Image.Image] = []
     total = math.ceil(len(prompts) / CHUNK) * config.steps
     for start in range(0, len(prompts), CHUNK):
@@ -108,16 +116,17 @@ def sample(
             options["callback"] = lambda step, timestep, latents, tell=tell: tell(step)
         else:
             options["callback_on_step_end"] = lambda pipe, step, timestep, state, tell=tell: tell(step) or state
-        images += pipe(
-            prompt=chunk,
-            negative_prompt=[config.negative_prompt] * len(chunk),
-            num_inference_steps=config.steps,
-            guidance_scale=config.guidance,
-            generator=generators,
-            width=width,
-            height=height,
-            **options,
-        ).images
+        with regional(pipe.unet, regions, encode, latent_size, len(chunk), config.region_share):
+            images += pipe(
+                prompt=chunk,
+                negative_prompt=[config.negative_prompt] * len(chunk),
+                num_inference_steps=config.steps,
+                guidance_scale=config.guidance,
+                generator=generators,
+                width=width,
+                height=height,
+                **options,
+            ).images
     return images
 
 
@@ -145,7 +154,8 @@ def generate_to_file(
     for text in put_on(base, adapters, config.allow_base):
         note(text)
     known = known_tokens(base.pipeline.tokenizer)
-    for word in sorted(set(re.findall(r"<[\w-]+>", config.prompt)) - set(known)):
+    typed = " ".join([config.prompt, *(part.prompt for part in config.regions)])
+    for word in sorted(set(re.findall(r"<[\w-]+>", typed)) - set(known)):
         note(f"Note: {word} is no token of this base or its adapters{nearest(word, known)}; it is read as plain text.")
     seeds = [config.seed + index for index in range(config.count)]
     images = sample(base, [config.prompt] * config.count, seeds, config, progress, sketch, should_stop)
