@@ -13,17 +13,18 @@ from .linalg import sides
 from .methods import all_methods
 from .methods.targets import find_targets
 
+NAMES = ("sd15", "sdxl", "pocket")
 RANKS = (1, 2, 4, 8, 16, 32)
 
 
 def build_meta(arch: str) -> dict[str, nn.Module]:
-    """The U-Net and text encoder of ``sd15`` or ``pocket`` on the meta device.
+    """The U-Net and text encoders of ``sd15``, ``sdxl`` or ``pocket`` on the meta device.
 
     Raises:
         UserError: another name.
     """
     from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.device("meta"):
         if arch == "sd15":
@@ -35,11 +36,39 @@ def build_meta(arch: str) -> dict[str, nn.Module]:
                 num_hidden_layers=12,
                 num_attention_heads=12,
             )
+        elif arch == "sdxl":
+            unet = UNet2DConditionModel(
+                sample_size=128,
+                cross_attention_dim=2048,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                block_out_channels=(320, 640, 1280),
+                transformer_layers_per_block=(1, 2, 10),
+                attention_head_dim=(5, 10, 20),
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=2816,
+            )
+            text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+            second = CLIPTextConfig(
+                hidden_size=1280,
+                intermediate_size=5120,
+                projection_dim=1280,
+                num_hidden_layers=32,
+                num_attention_heads=20,
+                hidden_act="gelu",
+            )
+            return {
+                "unet": unet,
+                "text_encoder": CLIPTextModel(text),
+                "text_encoder_2": CLIPTextModelWithProjection(second),
+            }
         elif arch == "pocket":
             unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(pocket.path() / "unet"))
             text = CLIPTextConfig(**json.loads((pocket.path() / "text_encoder" / "config.json").read_text()))
         else:
-            raise UserError(f"Unknown architecture '{arch}'{nearest(arch, ['sd15', 'pocket'])}; known: sd15, pocket.")
+            raise UserError(f"Unknown architecture '{arch}'{nearest(arch, NAMES)}; known: {', '.join(NAMES)}.")
         return {"unet": unet, "text_encoder": CLIPTextModel(text)}
 
 

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoPipelineForText2Image, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import pocket
 from .errors import UserError, reason
 from .methods.targets import find_targets
 from .spectrum import hash_weight
+from .tokens import install
 
-COMPONENTS = ("text_encoder", "unet")
+ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # and their tokenizers; SDXL has both
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -60,8 +62,8 @@ def fingerprint(models: dict[str, nn.Module]) -> Fingerprint:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         lines = sorted(
             f"{component}.{name.removeprefix('text_model.')}={hash_weight(weight, dtype)}"
-            for component in COMPONENTS
-            for name, weight in models[component].named_parameters()
+            for component, model in models.items()
+            for name, weight in model.named_parameters()
         )
         digests.append(hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32])
     return Fingerprint(*digests)
@@ -72,14 +74,32 @@ class Base:
     """A loaded pipeline and what we need to know of it."""
 
     name: str
-    pipeline: StableDiffusionPipeline
+    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
     device: torch.device
     dtype: torch.dtype
 
     @property
     def models(self) -> dict[str, nn.Module]:
         """The networks that adapters change, by component name."""
-        return {name: getattr(self.pipeline, name) for name in COMPONENTS}
+        return {name: getattr(self.pipeline, name) for name in (*self.tokenizers, "unet")}
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """Text encoder to its tokenizer."""
+        return {
+            encoder: getattr(self.pipeline, tokenizer)
+            for encoder, tokenizer in ENCODERS.items()
+            if getattr(self.pipeline, encoder, None) is not None
+        }
+
+    def install(self, token: str, vectors: dict[str, Tensor]) -> None:
+        """Add a token to every tokenizer and its vectors (n, width) to every text encoder.
+
+        Raises:
+            UserError: the token is there already.
+        """
+        for encoder, rows in vectors.items():
+            install(self.tokenizers[encoder], self.models[encoder], token, rows)
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
@@ -169,30 +189,47 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
                 if not (local / "model_index.json").is_file():
                     raise UserError(f"{local} is not a diffusers folder: it holds no model_index.json.")
                 _refuse_pickles(local)
-                pipeline = StableDiffusionPipeline.from_pretrained(str(local), use_safetensors=True, **options)
+                pipeline = AutoPipelineForText2Image.from_pretrained(str(local), use_safetensors=True, **options)
             elif local.suffix == ".safetensors":
                 if not local.is_file():
                     raise UserError(f"No such file: {local}.")
-                pipeline = StableDiffusionPipeline.from_single_file(str(local), **options)
+                kind = StableDiffusionXLPipeline if is_sdxl_file(local) else StableDiffusionPipeline
+                pipeline = kind.from_single_file(str(local), **options)
             elif local.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
                 raise UserError(f"{local} is a pickle checkpoint, which can run code; convert it to .safetensors.")
             elif local.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
                 raise UserError(f"No base '{name}': use pocket, a diffusers folder, a hub id or a .safetensors file.")
             else:
-                pipeline = StableDiffusionPipeline.from_pretrained(name, use_safetensors=True, **options)
+                pipeline = AutoPipelineForText2Image.from_pretrained(name, use_safetensors=True, **options)
     except UserError:
         raise
     except Exception as error:  # the loaders raise nearly everything
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise UserError(f"Cannot load the base '{name}'{offline}: {reason(error)}.") from error
+    if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
+        raise UserError(f"'{name}' is a {type(pipeline).__name__}; only Stable Diffusion 1.x, 2.x and XL can be used.")
     pipeline.set_progress_bar_config(disable=True)
-    for component in ("vae", *COMPONENTS):
-        getattr(pipeline, component).requires_grad_(False).eval()
-    return Base(name, pipeline.to(torch_device), torch_device, torch_dtype)
+    base = Base(name, pipeline.to(torch_device), torch_device, torch_dtype)
+    for model in (pipeline.vae, *base.models.values()):
+        model.requires_grad_(False).eval()
+    return base
+
+
+def is_sdxl_file(path: Path) -> bool:
+    """Whether a single-file checkpoint is an SDXL one, from its header alone.
+
+    Raises:
+        UserError: not a safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(name.startswith("conditioner.embedders.1.") for name in file.keys())  # noqa: SIM118
+    except Exception as error:  # the reader's error is of its own kind
+        raise UserError(f"{path} is not a readable safetensors file.") from error
 
 
 def _refuse_pickles(folder: Path) -> None:
-    for part in ("unet", "vae", "text_encoder"):
+    for part in ("unet", "vae", *ENCODERS):
         inside = folder / part
         if inside.is_dir() and not any(inside.glob("*.safetensors")):
             raise UserError(f"{inside} holds no .safetensors weights; save the base again with safetensors.")

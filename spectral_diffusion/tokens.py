@@ -45,6 +45,16 @@ def expand(prompt: str, tokens: dict[str, int]) -> str:
     return prompt
 
 
+def collapse(prompt: str, tokens: dict[str, int]) -> str:
+    """Write every token short: ``<rex> <rex>_1 dog`` to ``<rex> dog``, for pipelines that expand by themselves.
+
+    Expanding twice would not be harmless: stock pipelines would find ``<rex>`` inside ``<rex>_1`` again.
+    """
+    for token in tokens:
+        prompt = re.sub(re.escape(token) + r"(?:\s+" + re.escape(token) + r"_\d+)+", token, prompt)
+    return prompt
+
+
 def known_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """The multi-vector tokens that a tokenizer holds, with their numbers of vectors."""
     added = set(tokenizer.get_added_vocab())  # type: ignore[attr-defined]

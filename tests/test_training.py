@@ -12,17 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_photos
+from diffusers import T2IAdapter
+from PIL import Image
 
 from spectral_diffusion.adapter import Adapter, check_base
 from spectral_diffusion.base import load_base
-from spectral_diffusion.config import TrainConfig
+from spectral_diffusion.config import GenerateConfig, TrainConfig
+from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.errors import NotFiniteError, UserError
 from spectral_diffusion.files import read_tensors, write_tensors
 from spectral_diffusion.formats.native import load_adapter, save_adapter
+from spectral_diffusion.generation.pipeline import sample
 from spectral_diffusion.progress import Event
 from spectral_diffusion.slots import Ledger
-from spectral_diffusion.tokens import NewTokenEmbedding, embedding_of, expand, install, known_tokens, words
-from spectral_diffusion.training.loop import Stopped, encode_prompts
+from spectral_diffusion.tokens import collapse, embedding_of, expand, install, known_tokens, words
+from spectral_diffusion.training.conditioning import Conditioner
+from spectral_diffusion.training.loop import Stopped
 from spectral_diffusion.training.run import state_path, train_to_file
 
 
@@ -164,11 +169,10 @@ def test_the_token_stops_at_the_norm_limit(photos: Path, tiny_base: Path, tmp_pa
 
 def test_training_prompts_have_the_ids_that_stock_tokenizers_give(photos: Path, tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
-    vectors = torch.randn(2, 24)
-    embedding = NewTokenEmbedding(embedding_of(base.models["text_encoder"]), "<rex>", vectors)
-    base.models["text_encoder"].set_input_embeddings(embedding)
     prompts = ["a photo of <rex> on the beach", "<rex>", "a red dog and <rex>, at night"]
-    mine = encode_prompts(base.pipeline, embedding, prompts)
+    with Conditioner(base, load_concept(photos, name="rex"), seed=0, size=16) as condition:
+        mine = condition(prompts)["encoder_hidden_states"]
+        vectors = condition.vectors()["text_encoder"]
 
     stock = load_base(str(tiny_base), "cpu").pipeline
     install(stock.tokenizer, stock.text_encoder, "<rex>", vectors)
@@ -184,6 +188,29 @@ def test_expanding_is_idempotent() -> None:
     once = expand("<a> and <b> <a>", {"<a>": 2})
     assert once == "<a> <a>_1 and <b> <a> <a>_1"
     assert expand(once, {"<a>": 2}) == once
+    assert collapse(once, {"<a>": 2}) == collapse("<a> and <b> <a>", {"<a>": 2}) == "<a> and <b> <a>"
+
+
+@pytest.mark.parametrize("sketched", [False, True])
+def test_pictures_are_conditioned_on_the_words_that_were_trained(
+    photos: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, sketched: bool
+) -> None:
+    """Every pipeline must read <rex> <rex>_1 exactly once, whether or not it expands tokens by itself."""
+    base = load_base(str(tiny_base), "cpu")
+    with Conditioner(base, load_concept(photos, name="rex"), seed=0, size=16) as condition:
+        wanted = condition.ids("text_encoder", ["a photo of <rex> on the beach"])[0].tolist()
+        vectors = condition.vectors()
+    base.install("<rex>", vectors)
+    read: list[list[int]] = []
+    encoder = base.models["text_encoder"]
+    encoder.register_forward_pre_hook(lambda module, inputs: read.extend(inputs[0].tolist()))
+    adapter = T2IAdapter(in_channels=1, channels=[16, 24], num_res_blocks=1, downscale_factor=2)
+    monkeypatch.setattr("spectral_diffusion.generation.pipeline.load_t2i_adapter", lambda base, name: adapter)
+    for prompt in ("a photo of <rex> on the beach", "a photo of <rex> <rex>_1 on the beach"):
+        read.clear()
+        config = GenerateConfig(steps=1, guidance=3.0, device="cpu")
+        sample(base, [prompt], [0], config, sketch=Image.new("L", (16, 16)) if sketched else None)
+        assert wanted in read
 
 
 def test_native_file_round_trip(photos: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from ..files import cannot_write, write_json, write_text
 from ..formats.native import load_adapter, save_adapter, versions
 from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
-from ..tokens import install
 from .registry import Contribution, get_merge
 
 RECIPE = "recipe.json"
@@ -80,8 +79,7 @@ def fuse_adapters(
             weight.copy_((weight.double() + delta.view(weight.shape)).to(weight.dtype))
         progress(Event("fuse", index, len(layers), {"layer": layer}))
     for adapter in adapters:
-        for encoder, vectors in adapter.vectors.items():
-            install(base.pipeline.tokenizer, base.models[encoder], adapter.token, vectors)
+        base.install(adapter.token, adapter.vectors)
 
 
 def overlaps(adapters: list[Adapter]) -> list[str]:

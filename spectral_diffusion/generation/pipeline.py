@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionAdapterPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionXLAdapterPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image, PngImagePlugin
 
 from ..adapter import Adapter, check_base
@@ -22,7 +29,7 @@ from ..formats.native import load_adapter, versions
 from ..methods import get_method
 from ..methods.attach import activate, attach
 from ..progress import Event, Progress, silent
-from ..tokens import expand, install, known_tokens
+from ..tokens import collapse, expand, known_tokens
 from .conditions import load_t2i_adapter, read_sketch
 from .regions import Region, regional
 
@@ -52,8 +59,7 @@ def put_on(base: Base, adapters: list[tuple[Adapter, float]], allow_base: bool =
             tensors |= {f"{layer}.B": up, f"{layer}.A": down}
         on.load(tensors)
         on.set_scale(strength)
-        for encoder, vectors in adapter.vectors.items():
-            install(base.pipeline.tokenizer, base.models[encoder], adapter.token, vectors)
+        base.install(adapter.token, adapter.vectors)
     if adapters:
         activate(base.models, [f"concept_{index}" for index in range(len(adapters))])
     return notes
@@ -82,25 +88,33 @@ def sample(
     components = {name: part for name, part in base.pipeline.components.items() if name != "image_encoder"}
     components["scheduler"] = sampler(base, config.sampler)
     options: dict[str, Any] = {}
+    large = isinstance(base.pipeline, StableDiffusionXLPipeline)
+    unchecked: dict[str, Any] = {} if large else {"requires_safety_checker": False}
     if sketch is not None:
         adapter = load_t2i_adapter(base, config.t2i_adapter)
-        pipe = StableDiffusionAdapterPipeline(**components, adapter=adapter, requires_safety_checker=False)
+        kind = StableDiffusionXLAdapterPipeline if large else StableDiffusionAdapterPipeline
+        pipe = kind(**components, adapter=adapter, **unchecked)
         options = {"adapter_conditioning_scale": config.sketch_weight}
     else:
-        pipe = type(base.pipeline)(**components, requires_safety_checker=False)
+        pipe = type(base.pipeline)(**components, **unchecked)
     pipe.set_progress_bar_config(disable=True)
     tokens = known_tokens(base.pipeline.tokenizer)
     regions = [Region(part.box, part.prompt, part.negative_prompt) for part in config.regions]
     latent_size = (height // base.pipeline.vae_scale_factor, width // base.pipeline.vae_scale_factor)
 
+    # Pipelines with textual inversion expand <rex> to <rex> <rex>_1 by themselves; the SD sketch pipeline does not.
+    spell = collapse if isinstance(pipe, TextualInversionLoaderMixin) else expand
+
     def encode(texts: Sequence[str]) -> torch.Tensor:
-        expanded = [expand(text, tokens) for text in texts]
-        return base.pipeline.encode_prompt(expanded, base.device, 1, do_classifier_free_guidance=False)[0]
+        short = [collapse(text, tokens) for text in texts]
+        return base.pipeline.encode_prompt(
+            prompt=short, device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )[0]
 
     images: list[Image.Image] = []
     total = math.ceil(len(prompts) / CHUNK) * config.steps
     for start in range(0, len(prompts), CHUNK):
-        chunk = [expand(prompt, tokens) for prompt in prompts[start : start + CHUNK]]
+        chunk = [spell(prompt, tokens) for prompt in prompts[start : start + CHUNK]]
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + CHUNK]]
         if sketch is not None:
             options["image"] = [sketch.resize((width, height), Image.Resampling.BILINEAR)] * len(chunk)

@@ -339,6 +339,15 @@ def detach(models: dict[str, nn.Module]) -> None:
 
 
 @contextmanager
+def detaching(models: dict[str, nn.Module]) -> Iterator[None]:
+    """Take every adapter off when the context ends, whatever happens in it."""
+    try:
+        yield
+    finally:
+        detach(models)
+
+
+@contextmanager
 def disabled(models: dict[str, nn.Module]) -> Iterator[None]:
     """Run the base as if nothing were attached."""
     layers = [m for model in models.values() for m in model.modules() if isinstance(m, BaseTunerLayer)]

@@ -19,12 +19,13 @@ from ..data.folder import Concept
 from ..data.samples import encode_crops
 from ..errors import NotFiniteError, UserError
 from ..formats.native import versions
+from ..linalg import Band
 from ..methods import get_method
-from ..methods.attach import Attachment, attach, detach
+from ..methods.attach import Attachment, attach, detaching
 from ..progress import Event, Progress, silent
 from ..slots import Slot
 from ..spectrum import bands_of, spectrum_of
-from ..tokens import NewTokenEmbedding, embedding_of, expand, initial_vectors, random_vectors
+from .conditioning import Conditioner
 from .draws import draw, target_of
 from .preservation import OTHERS, cut_mix, draw_anchors, draw_ordinary, is_cut
 from .state import load_state, save_state
@@ -71,38 +72,18 @@ def train(
     ordinary = draw_ordinary(base, config, concept.noun, size, progress) if preserving else None
     if base.device.type == "cpu":
         pipeline.unet.set_attn_processor(AttnProcessor())  # SDPA's backward is slow on CPU
-    embedding = embedding_of(models["text_encoder"])
-    tokens = NewTokenEmbedding(
-        embedding,
-        concept.token,
-        initial_vectors(pipeline.tokenizer, models["text_encoder"], concept.noun, concept.token, config.seed),
-        OTHERS if preserving else (),
-        random_vectors(models["text_encoder"], len(OTHERS), config.seed, "others", concept.token),
-    )
-
-    def encode(prompts: list[str]) -> Tensor:
-        return encode_prompts(pipeline, tokens, prompts)
-
-    models["text_encoder"].set_input_embeddings(tokens)  # type: ignore[operator]
-    try:
-        anchors = draw_anchors(ordinary, base, noise_schedule, config, encode) if ordinary else None
-        references = reference_values(weights) if bands and (config.normalise or config.slot_rate) else {}
-        columns = {layer: references[layer] / bands[layer].S for layer in bands} if bands and config.normalise else None
+    with Conditioner(base, concept, config.seed, size, OTHERS if preserving else ()) as condition, detaching(models):
+        anchors = draw_anchors(ordinary, base, noise_schedule, config, condition) if ordinary else None
+        columns, factors = weigh_slot(weights, bands, config) if bands else (None, {})
         attachment = attach(
             models, method, config.rank, concept.name, config.targets, bands, config.seed, columns=columns
         )
-        factors = (
-            {layer: float((references[layer] / bands[layer].S.mean()) ** config.slot_rate) for layer in references}
-            if bands
-            else {}
-        )
-        optimizer, rates = build_optimizer(attachment, tokens, config, factors)
-        trained = {"token": tokens.vectors, **dict(attachment.named_parameters())}
+        optimizer, rates = build_optimizer(attachment, condition, config, factors)
+        trained = {**condition.named_parameters(), **dict(attachment.named_parameters())}
         start = 0
         if resume and state.exists():
             start = restore(state, optimizer, trained, config)
         latents = encode_crops(concept, pipeline.vae, config, size)
-        norm_limit = config.embedding_norm * float(embedding.weight.float().norm(dim=1).mean())
         running: float | None = None
 
         for step in range(start, config.steps):
@@ -125,7 +106,7 @@ def train(
                 noisy, timesteps = torch.cat([noisy, held.noisy]), torch.cat([timesteps, held.timesteps])
                 prompts = prompts + held.prompts
             with torch.autocast(base.device.type, torch.bfloat16, enabled=config.autocast):
-                predicted = pipeline.unet(noisy.to(base.dtype), timesteps, encode(prompts)).sample.float()
+                predicted = pipeline.unet(noisy.to(base.dtype), timesteps, **condition(prompts)).sample.float()
             count = len(samples.prompts)
             loss = F.mse_loss(predicted[:count], target_of(noise_schedule, samples))
             if held:
@@ -133,8 +114,7 @@ def train(
 
             optimizer.zero_grad()
             loss.backward()
-            if tokens.vectors.detach().norm(dim=1).mean() >= norm_limit:
-                tokens.vectors.grad = None  # the token has moved far enough (Mix-of-Show's limit)
+            condition.hold(config.embedding_norm)  # once the token has moved far enough (Mix-of-Show's limit)
             total = nn.utils.clip_grad_norm_(list(trained.values()), config.clip)
             if not torch.isfinite(loss) or not torch.isfinite(total):
                 kept = f"the last good state is kept in {state.name}" if state.exists() else "nothing was saved yet"
@@ -159,24 +139,33 @@ def train(
             fingerprint=base_fingerprint,
             parameters=attachment.trained(),
             bands=bands or {},
-            vectors={"text_encoder": tokens.vectors.detach().cpu().clone()},
+            vectors=condition.vectors(),
             config=comparable(config),
             versions=versions(),
         )
         state.unlink(missing_ok=True)
         return adapter
-    finally:
-        models["text_encoder"].set_input_embeddings(embedding)  # type: ignore[operator]
-        detach(models)
 
 
-def reference_values(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The largest singular value of every weight."""
-    return {layer: band.S[0] for layer, band in spectrum_of(weights, 1).bands.items()}
+def weigh_slot(
+    weights: Mapping[str, Tensor], bands: Mapping[str, Band], config: TrainConfig
+) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
+    """How a slot's smaller singular values are made up for, as the settings ask.
+
+    Returns the columns' scales s_max / S_b (r,) per layer for ``normalise``, else None, and per layer the factor
+    (s_max / mean S_b) ^ ``slot_rate`` of the learning rate. s_max is the weight's largest singular value.
+    """
+    if not (config.normalise or config.slot_rate):
+        return None, {}
+    largest = {layer: band.S[0] for layer, band in spectrum_of(weights, 1).bands.items()}
+    columns = {layer: largest[layer] / band.S for layer, band in bands.items()} if config.normalise else None
+    return columns, {
+        layer: float((largest[layer] / band.S.mean()) ** config.slot_rate) for layer, band in bands.items()
+    }
 
 
 def build_optimizer(
-    attachment: Attachment, tokens: NewTokenEmbedding, config: TrainConfig, factors: Mapping[str, float]
+    attachment: Attachment, condition: Conditioner, config: TrainConfig, factors: Mapping[str, float]
 ) -> tuple[torch.optim.Optimizer, list[float]]:
     """AdamW with a group per component and learning-rate factor; returns it and the groups' initial rates.
 
@@ -192,33 +181,9 @@ def build_optimizer(
     listed: list[dict[str, Any]] = [
         {"params": parameters, "lr": rate, "weight_decay": config.weight_decay} for rate, parameters in groups.items()
     ]
-    listed.append({"params": [tokens.vectors], "lr": config.embedding_learning_rate, "weight_decay": 0.0})
+    rows = list(condition.named_parameters().values())
+    listed.append({"params": rows, "lr": config.embedding_learning_rate, "weight_decay": 0.0})
     return torch.optim.AdamW(listed), [group["lr"] for group in listed]
-
-
-def encode_prompts(pipeline: Any, tokens: NewTokenEmbedding, prompts: list[str]) -> Tensor:
-    """Prompts to text features (n, length, width); new words get the ids behind the vocabulary, in their order."""
-    tokenizer = pipeline.tokenizer
-    first = tokens.base.num_embeddings
-    rows = []
-    for prompt in prompts:
-        ids: list[int] = []
-        for part in split_keep(expand(prompt, {tokens.words[0]: len(tokens.vectors)}), tokens.words):
-            if part in tokens.words:
-                ids.append(first + tokens.words.index(part))
-            else:
-                ids += tokenizer(part, add_special_tokens=False).input_ids
-        ids = [tokenizer.bos_token_id, *ids[: tokenizer.model_max_length - 2], tokenizer.eos_token_id]
-        rows.append(ids + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(ids)))
-    return pipeline.text_encoder(torch.tensor(rows, device=tokens.vectors.device))[0]
-
-
-def split_keep(text: str, names: list[str]) -> list[str]:
-    """Cut a text at the given words, keeping them as parts of their own."""
-    import re
-
-    longest_first = sorted(names, key=len, reverse=True)
-    return [p.strip() for p in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if p.strip()]
 
 
 def comparable(config: TrainConfig) -> dict[str, Any]:

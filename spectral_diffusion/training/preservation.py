@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
@@ -27,9 +28,10 @@ from .draws import Samples, draw_timestep
 
 CHUNK = 8  # pictures drawn together
 DRAWS = 8  # noise and timestep draws per ordinary picture
+PAIRS = ("{} on the left and {} on the right", "on the left {}, on the right {}")
 OTHERS = tuple(f"<other-{index}>" for index in range(64))  # random words that stand for other people's concepts
 
-Encode = Callable[[list[str]], Tensor]
+Condition = Callable[[list[str]], dict[str, Any]]
 
 
 @dataclass
@@ -100,7 +102,7 @@ def draw_ordinary(base: Base, config: TrainConfig, noun: str, size: int, progres
 
 @torch.no_grad()
 def draw_anchors(
-    ordinary: Ordinary, base: Base, schedule: DDPMScheduler, config: TrainConfig, encode: Encode
+    ordinary: Ordinary, base: Base, schedule: DDPMScheduler, config: TrainConfig, condition: Condition
 ) -> Anchors:
     """Noise the ordinary pictures and ask the untouched base what it predicts."""
     total = len(schedule.alphas_cumprod)
@@ -122,7 +124,7 @@ def draw_anchors(
     targets = []
     for start in range(0, len(prompts), CHUNK):
         part = slice(start, start + CHUNK)
-        predicted = base.pipeline.unet(noisy[part].to(base.dtype), timesteps[part], encode(prompts[part])).sample
+        predicted = base.pipeline.unet(noisy[part].to(base.dtype), timesteps[part], **condition(prompts[part])).sample
         targets.append(predicted.float())
     return Anchors(noisy, timesteps, prompts, torch.cat(targets))
 
@@ -146,5 +148,6 @@ def cut_mix(samples: Samples, ordinary: Ordinary, token: str, step: int, config:
             pictures, sides, things = pictures[::-1], sides[::-1], things[::-1]
         latents.append(torch.cat(pictures, -1))
         noises.append(torch.cat(sides, -1))
-        prompts.append(f"{things[0]} on the left and {things[1]} on the right")
+        pair = PAIRS[int(torch.randint(len(PAIRS), (), generator=generator))]
+        prompts.append(pair.format(*things))
     return Samples(torch.stack(latents), torch.stack(noises), samples.timesteps[:count], prompts)

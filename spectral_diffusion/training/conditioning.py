@@ -1,0 +1,99 @@
+"""Prompts to what a U-Net is conditioned on, while a concept's words are trained: SD 1.x, 2.x and SDXL."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base import Base
+from ..data.folder import Concept
+from ..tokens import NewTokenEmbedding, embedding_of, expand, initial_vectors, random_vectors
+
+
+class Conditioner:
+    """Called with prompts it gives the U-Net's keyword arguments. As a context it puts the concept's words in place.
+
+    Args:
+        frozen: more words, random and never trained, that prompts may hold.
+        size: side of the training pictures in pixels, which SDXL is told.
+    """
+
+    def __init__(self, base: Base, concept: Concept, seed: int, size: int, frozen: Sequence[str] = ()) -> None:
+        self.base, self.size = base, size
+        self.embeddings = {name: embedding_of(base.models[name]) for name in base.tokenizers}
+        self.tokens = {
+            name: NewTokenEmbedding(
+                embedding,
+                concept.token,
+                initial_vectors(base.tokenizers[name], base.models[name], concept.noun, concept.token, seed),
+                frozen,
+                random_vectors(base.models[name], len(frozen), seed, "others", concept.token) if frozen else None,
+            )
+            for name, embedding in self.embeddings.items()
+        }
+
+    def __enter__(self) -> Conditioner:
+        for name, tokens in self.tokens.items():
+            self.base.models[name].set_input_embeddings(tokens)  # type: ignore[operator]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for name, embedding in self.embeddings.items():
+            self.base.models[name].set_input_embeddings(embedding)  # type: ignore[operator]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The token's trained rows, ``token.<text encoder>``."""
+        return {f"token.{name}": tokens.vectors for name, tokens in self.tokens.items()}
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Copies of the token's rows by text encoder, (n, width) each."""
+        return {name: tokens.vectors.detach().cpu().clone() for name, tokens in self.tokens.items()}
+
+    def hold(self, limit: float) -> None:
+        """Drop the gradient of rows whose mean norm has reached ``limit`` times the embedding's own."""
+        for name, tokens in self.tokens.items():
+            usual = float(self.embeddings[name].weight.float().norm(dim=1).mean())
+            if tokens.vectors.detach().norm(dim=1).mean() >= limit * usual:
+                tokens.vectors.grad = None
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Any]:
+        ids = {name: self.ids(name, prompts) for name in self.tokens}
+        if len(self.tokens) == 1:
+            return {"encoder_hidden_states": self.base.models["text_encoder"](ids["text_encoder"])[0]}
+        # SDXL reads the last layer but one of both encoders, and the second one's pooled projection.
+        outputs = {name: self.base.models[name](ids[name], output_hidden_states=True) for name in ids}
+        side = (self.size, self.size)
+        times = torch.tensor([(*side, 0, 0, *side)] * len(prompts), device=self.base.device)
+        return {
+            "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs.values()], -1),
+            "added_cond_kwargs": {"text_embeds": outputs["text_encoder_2"][0], "time_ids": times},
+        }
+
+    def ids(self, name: str, prompts: Sequence[str]) -> Tensor:
+        """Token ids (n, length); new words get the ids behind the vocabulary, in their order."""
+        tokenizer, tokens = self.base.tokenizers[name], self.tokens[name]
+        first = tokens.base.num_embeddings
+        rows = []
+        for prompt in prompts:
+            row: list[int] = []
+            for part in split_keep(expand(prompt, {tokens.words[0]: len(tokens.vectors)}), tokens.words):
+                if part in tokens.words:
+                    row.append(first + tokens.words.index(part))
+                else:
+                    row += tokenizer(part, add_special_tokens=False).input_ids
+            row = [tokenizer.bos_token_id, *row[: tokenizer.model_max_length - 2], tokenizer.eos_token_id]
+            rows.append(row + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(row)))
+        return torch.tensor(rows, device=tokens.vectors.device)
+
+
+def split_keep(text: str, names: list[str]) -> list[str]:
+    """Cut a text at the given words, keeping them as parts of their own."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return [p.strip() for p in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if p.strip()]

@@ -1,0 +1,135 @@
+"""Every kind of base: Stable Diffusion 1.x, 2.x (v-prediction, linear projections) and XL (two text encoders)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from spectral_diffusion.adapter import check_base
+from spectral_diffusion.architectures import count_table
+from spectral_diffusion.base import load_base
+from spectral_diffusion.config import FuseConfig, GenerateConfig, PreservationConfig, RegionConfig, TrainConfig
+from spectral_diffusion.data.folder import load_concept
+from spectral_diffusion.errors import UserError
+from spectral_diffusion.formats.native import load_adapter
+from spectral_diffusion.fusion.recipe import fuse_to_folder
+from spectral_diffusion.generation.pipeline import put_on, sample
+from spectral_diffusion.pocket.workshop.models import build_tokenizer
+from spectral_diffusion.training.conditioning import Conditioner
+from spectral_diffusion.training.run import train_to_file
+
+
+def text_config(width: int, heads: int = 2) -> CLIPTextConfig:
+    tokenizer = build_tokenizer()
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=width,
+        num_hidden_layers=2, num_attention_heads=heads, max_position_embeddings=32,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+
+
+def tiny_unet(width: int, **more: object) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=width, attention_head_dim=(2, 4), norm_num_groups=4, use_linear_projection=True, **more,
+    )  # fmt: skip
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["sd2", "sdxl"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random base of the kind."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp(request.param)
+    if request.param == "sd2":
+        StableDiffusionPipeline(
+            vae=tiny_vae(), text_encoder=CLIPTextModel(text_config(24)), tokenizer=build_tokenizer(),
+            unet=tiny_unet(24), scheduler=EulerDiscreteScheduler(prediction_type="v_prediction"),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        ).save_pretrained(path)  # fmt: skip
+        return path
+    StableDiffusionXLPipeline(
+        vae=tiny_vae(), text_encoder=CLIPTextModel(text_config(16)), tokenizer=build_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(24)), tokenizer_2=build_tokenizer(),
+        unet=tiny_unet(
+            40, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8, transformer_layers_per_block=(1, 2),
+        ),
+        scheduler=EulerDiscreteScheduler(), add_watermarker=False,
+    ).save_pretrained(path)  # fmt: skip
+    return path
+
+
+def settings(photos: Path, folder: Path, output: Path, **more: object) -> TrainConfig:
+    values = {"concept": photos, "output": output, "base": str(folder), "rank": 2, "steps": 4, "device": "cpu"}
+    return TrainConfig(**{**values, "learning_rate": 1e-2, **more})  # type: ignore[arg-type]
+
+
+def test_train_load_fuse_and_draw(photos: Path, folder: Path, tmp_path: Path) -> None:
+    keep = PreservationConfig(weight=1.0, batch=1, pictures=2)
+    adapter = train_to_file(settings(photos, folder, tmp_path / "rex.safetensors", preservation=keep))
+    loaded = load_adapter(tmp_path / "rex.safetensors")
+    encoders = {layer.split(".")[0] for layer in loaded.layers} - {"unet"}
+    assert set(loaded.vectors) == encoders == set(load_base(str(folder), "cpu").tokenizers)
+    assert adapter.norm() > 0 and all(vectors.shape[0] == 2 for vectors in loaded.vectors.values())
+
+    fuse_to_folder(FuseConfig(adapters=[tmp_path / "rex.safetensors"], output=tmp_path / "fused", device="cpu"))
+    fused = load_base(str(tmp_path / "fused"), "cpu")
+    unfused = load_base(str(folder), "cpu")
+    put_on(unfused, [(loaded, 1.0)])
+    prompt = f"a photo of {loaded.token} on the beach"
+    config = GenerateConfig(
+        steps=2, guidance=3.0, device="cpu", regions=[RegionConfig(box=(0, 0, 0.5, 1), prompt="a cup")]
+    )
+    pictures = [
+        np.asarray(sample(base, [prompt], [1], config)[0], float)
+        for base in (fused, unfused, load_base(str(folder), "cpu"))
+    ]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert np.abs(pictures[0] - pictures[2]).max() > 1
+
+
+def test_training_is_conditioned_as_the_stock_pipeline_is(photos: Path, folder: Path) -> None:
+    base, stock = load_base(str(folder), "cpu"), load_base(str(folder), "cpu")
+    prompts = ["a photo of <rex> on the beach", "a red dog and <rex>"]
+    with Conditioner(base, load_concept(photos, name="rex"), seed=0, size=16) as condition, torch.no_grad():
+        mine = condition(prompts)
+        stock.install("<rex>", condition.vectors())
+    theirs = stock.pipeline.encode_prompt(
+        prompt=prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    assert torch.equal(mine["encoder_hidden_states"], theirs[0])
+    if "added_cond_kwargs" in mine:
+        assert torch.equal(mine["added_cond_kwargs"]["text_embeds"], theirs[2])
+        assert mine["added_cond_kwargs"]["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+
+
+def test_an_adapter_of_another_kind_of_base_is_refused(
+    photos: Path, folder: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    train_to_file(settings(photos, folder, tmp_path / "rex.safetensors", steps=1))
+    with pytest.raises(UserError, match="does not fit the base"):
+        check_base(load_adapter(tmp_path / "rex.safetensors"), load_base(str(tiny_base), "cpu"))
+
+
+def test_the_attention_layers_of_sdxl_are_counted() -> None:
+    rows = count_table("sdxl", (8,))
+    assert {row["layers"] for row in rows} == {560 + 4 * 12 + 4 * 32}  # 70 transformer layers with 8 each
