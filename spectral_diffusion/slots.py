@@ -170,7 +170,7 @@ class Ledger:
                 base: {concept: _stored(value) for concept, value in concepts.items()}
                 for base, concepts in data["bases"].items()
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{self.path} is not a slot ledger; repair or remove it.") from error
 
     @contextmanager

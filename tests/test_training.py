@@ -21,7 +21,7 @@ from spectral_diffusion.config import GenerateConfig, TrainConfig
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.errors import NotFiniteError, UserError
 from spectral_diffusion.files import read_tensors, write_tensors
-from spectral_diffusion.formats.native import load_adapter, save_adapter
+from spectral_diffusion.formats.native import DIGEST, digest, load_adapter, save_adapter
 from spectral_diffusion.generation.pipeline import sample
 from spectral_diffusion.progress import Event
 from spectral_diffusion.slots import Ledger
@@ -242,6 +242,7 @@ def test_damaged_native_files_are_refused(photos: Path, tiny_base: Path, tmp_pat
         "token": (tensors, {**metadata, "spectral.concept": '{"name": "a", "noun": "b", "token": "../x"}'}),
     }
     for name, (parts, meta) in broken.items():
+        meta = {**meta, DIGEST: digest(parts, meta)}  # a correct hash, so that it is the content that is refused
         write_tensors(tmp_path / "bad.safetensors", parts, meta)
         with pytest.raises(UserError):
             load_adapter(tmp_path / "bad.safetensors")

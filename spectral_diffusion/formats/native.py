@@ -1,14 +1,19 @@
 """The native adapter file: one safetensors with factors, band, token vectors and metadata.
 
 Tensors: ``delta.<component>.<layer>.<parameter>``, ``band.<component>.<layer>.{U,S,V}``,
-``token.<text encoder>``. The band is stored, never derived again: one flipped sign would change everything.
+``token.<text encoder>``. The band is stored, never derived again: one flipped sign would change everything. A hash
+over tensors and metadata tells a damaged or edited file from a whole one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from ..adapter import Adapter, check_finite
 from ..base import fingerprint_json, parse_fingerprint
@@ -20,7 +25,8 @@ from ..slots import read_columns
 from ..tokens import check_token
 
 FORMAT = "spectral_diffusion"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+DIGEST = "spectral.digest"
 LIBRARIES = ("spectral-diffusion", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy")
 
 
@@ -41,23 +47,32 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
     for layer, band in adapter.bands.items():
         tensors |= {f"band.{layer}.{part}": value for part, value in band._asdict().items()}
     tensors |= {f"token.{encoder}": value for encoder, value in adapter.vectors.items()}
-    write_tensors(
-        Path(path),
-        {name: value.detach().cpu().float() for name, value in tensors.items()},
-        {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "spectral.concept": json.dumps({"name": adapter.name, "noun": adapter.noun, "token": adapter.token}),
-            "spectral.method": adapter.method.name,
-            "spectral.rank": str(adapter.rank),
-            "spectral.columns": str(adapter.slot) if adapter.slot else "",
-            "spectral.targets": adapter.targets,
-            "spectral.base": adapter.base,
-            "spectral.base_fingerprint": fingerprint_json(adapter.fingerprint),
-            "spectral.config": json.dumps(adapter.config, sort_keys=True),
-            "spectral.versions": json.dumps(adapter.versions, sort_keys=True),
-        },
-    )
+    tensors = {name: value.detach().cpu().float().contiguous() for name, value in tensors.items()}
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "spectral.concept": json.dumps({"name": adapter.name, "noun": adapter.noun, "token": adapter.token}),
+        "spectral.method": adapter.method.name,
+        "spectral.rank": str(adapter.rank),
+        "spectral.columns": str(adapter.slot) if adapter.slot else "",
+        "spectral.targets": adapter.targets,
+        "spectral.base": adapter.base,
+        "spectral.base_fingerprint": fingerprint_json(adapter.fingerprint),
+        "spectral.config": json.dumps(adapter.config, sort_keys=True),
+        "spectral.versions": json.dumps(adapter.versions, sort_keys=True),
+    }
+    write_tensors(Path(path), tensors, {**metadata, DIGEST: digest(tensors, metadata)})
+
+
+def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 over names, shapes, values and metadata, whatever their order in the file."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        total.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
+        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    total.update(json.dumps({key: metadata[key] for key in sorted(metadata) if key != DIGEST}).encode())
+    return total.hexdigest()
 
 
 def load_adapter(path: Path) -> Adapter:
@@ -74,6 +89,8 @@ def load_adapter(path: Path) -> Adapter:
         raise UserError(
             f"{path} has format version {metadata.get('format_version')}; this program reads {FORMAT_VERSION}."
         )
+    if metadata.get(DIGEST) != digest(tensors, metadata):
+        raise UserError(f"{path} is damaged or was edited: its hash is not the one it was written with; copy it again.")
     try:
         concept = json.loads(metadata["spectral.concept"])
         columns = metadata["spectral.columns"]

@@ -169,6 +169,6 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
         recipe = json.loads(path.read_text(encoding="utf-8"))
         if recipe["format_version"] != 1 or not isinstance(recipe["concepts"], dict):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged; fuse the adapters again.") from error
     return recipe

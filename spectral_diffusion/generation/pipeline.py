@@ -213,5 +213,5 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         with Image.open(path) as image:
             return json.loads(image.info[SETTINGS_KEY])["settings"]
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} holds no settings of this program.") from error
