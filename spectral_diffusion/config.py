@@ -75,7 +75,7 @@ class TrainConfig(Settings):
     clip: float = Field(1.0, gt=0)
     timestep_power: float = Field(1.0, gt=0, le=4)  # t = T u^power; below 1 more steps at high noise, for shapes
     noise_offset: float = Field(0.01, ge=0)
-    embedding_norm: float = Field(1.45, gt=0)  # stop moving the token at this times the mean token norm
+    embedding_norm: float = Field(1.45, gt=0)  # stop moving the token at this times its first norm
     resolution: int | None = Field(None, ge=8, le=4096)  # short edge in pixels; default: the base's size
     crop_scale: float = Field(1.0, ge=1.0, le=2.0)  # short edge before the random crop, over the resolution
     crops: int = Field(4, ge=1, le=256)  # random crops per photo, encoded once

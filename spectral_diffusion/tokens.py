@@ -73,23 +73,34 @@ def embedding_of(text_encoder: nn.Module) -> nn.Embedding:
     return cast(Any, text_encoder).get_input_embeddings()
 
 
-def random_vectors(text_encoder: nn.Module, count: int, *key: int | str) -> Tensor:
-    """Random vectors (count, width) with the embedding's own spread; the key decides them."""
-    table = embedding_of(text_encoder).weight.detach().float()
-    return torch.randn(count, table.shape[1], generator=keyed_generator(*key)) * table.std().cpu()
+def noun_vector(tokenizer: Tokenizer, text_encoder: nn.Module, noun: str) -> Tensor:
+    """The class noun's embedding (width,), the mean of its tokens' if it has several.
+
+    Raises:
+        UserError: it has none.
+    """
+    ids = tokenizer(noun, add_special_tokens=False).input_ids  # type: ignore[operator]
+    if not ids:
+        raise UserError(f"The class noun '{noun}' is empty for this base's tokenizer; name another with --noun.")
+    return embedding_of(text_encoder).weight.detach()[ids].float().mean(0).cpu()
 
 
-def initial_vectors(tokenizer: Tokenizer, text_encoder: nn.Module, noun: str, token: str, seed: int) -> Tensor:
+def random_vectors(count: int, like: Tensor, *key: int | str) -> Tensor:
+    """Random vectors (count, width) about as long as ``like`` (width,); the key decides them.
+
+    As long as an ordinary word's: the spread of a whole embedding table may be that of its unused rows.
+    """
+    width = len(like)
+    return torch.randn(count, width, generator=keyed_generator(*key)) * like.norm() / width**0.5
+
+
+def initial_vectors(noun: Tensor, token: str, seed: int) -> Tensor:
     """Two vectors (2, width): one random, the token's own, and one a copy of the class noun.
 
     The random one must differ from concept to concept even at one seed: adapters learn to answer to it.
     """
-    table = embedding_of(text_encoder).weight.detach().float()
-    [first] = random_vectors(text_encoder, 1, seed, "token", token)
-    ids = tokenizer(noun, add_special_tokens=False).input_ids  # type: ignore[operator]
-    if not ids:
-        raise UserError(f"The class noun '{noun}' is empty for this base's tokenizer; name another with --noun.")
-    return torch.stack([first, table[ids].mean(0).cpu()])
+    [first] = random_vectors(1, noun, seed, "token", token)
+    return torch.stack([first, noun])
 
 
 def install(tokenizer: Tokenizer, text_encoder: nn.Module, token: str, vectors: Tensor) -> None:

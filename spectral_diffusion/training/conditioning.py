@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..base import Base
 from ..data.folder import Concept
-from ..tokens import NewTokenEmbedding, embedding_of, expand, initial_vectors, random_vectors
+from ..tokens import NewTokenEmbedding, embedding_of, expand, initial_vectors, noun_vector, random_vectors
 
 
 class Conditioner:
@@ -26,16 +26,13 @@ class Conditioner:
     def __init__(self, base: Base, concept: Concept, seed: int, size: int, frozen: Sequence[str] = ()) -> None:
         self.base, self.size = base, size
         self.embeddings = {name: embedding_of(base.models[name]) for name in base.tokenizers}
-        self.tokens = {
-            name: NewTokenEmbedding(
-                embedding,
-                concept.token,
-                initial_vectors(base.tokenizers[name], base.models[name], concept.noun, concept.token, seed),
-                frozen,
-                random_vectors(base.models[name], len(frozen), seed, "others", concept.token) if frozen else None,
-            )
-            for name, embedding in self.embeddings.items()
-        }
+        self.tokens: dict[str, NewTokenEmbedding] = {}
+        for name, embedding in self.embeddings.items():
+            noun = noun_vector(base.tokenizers[name], base.models[name], concept.noun)
+            others = random_vectors(len(frozen), noun, seed, "others", concept.token)
+            rows = initial_vectors(noun, concept.token, seed)
+            self.tokens[name] = NewTokenEmbedding(embedding, concept.token, rows, frozen, others)
+        self.usual = {name: float(tokens.vectors.detach().norm(dim=1).mean()) for name, tokens in self.tokens.items()}
 
     def __enter__(self) -> Conditioner:
         for name, tokens in self.tokens.items():
@@ -57,10 +54,9 @@ class Conditioner:
         return {name: tokens.vectors.detach().cpu().clone() for name, tokens in self.tokens.items()}
 
     def hold(self, limit: float) -> None:
-        """Drop the gradient of rows whose mean norm has reached ``limit`` times the embedding's own."""
+        """Drop the gradient of rows whose mean norm has reached ``limit`` times what it was at the start."""
         for name, tokens in self.tokens.items():
-            usual = float(self.embeddings[name].weight.float().norm(dim=1).mean())
-            if tokens.vectors.detach().norm(dim=1).mean() >= limit * usual:
+            if tokens.vectors.detach().norm(dim=1).mean() >= limit * self.usual[name]:
                 tokens.vectors.grad = None
 
     def __call__(self, prompts: Sequence[str]) -> dict[str, Any]:
