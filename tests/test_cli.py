@@ -146,7 +146,7 @@ def test_base_problems(run, photos: Path, tmp_path: Path) -> None:
     refused(run(*words, tmp_path), "not a diffusers folder")
     refused(run(*words, "pokcet"), "No base 'pokcet'")
     (tmp_path / "x.safetensors").write_bytes(b"\x00" * 64)
-    refused(run(*words, tmp_path / "x.safetensors"), "Cannot load the base")
+    refused(run(*words, tmp_path / "x.safetensors"), "is not a readable safetensors file")
     (tmp_path / "x.ckpt").write_bytes(b"\x80\x04")
     refused(run(*words, tmp_path / "x.ckpt"), "pickle")
 
@@ -284,11 +284,11 @@ def test_the_mathematics_knows_no_files_and_the_library_no_command_line() -> Non
             for n in ast.walk(ast.parse(path.read_text()))
             if isinstance(n, ast.ImportFrom) and not n.level
         }
-        if path.name != "cli.py":
+        if path.parent.name != "cli":
             assert not names & {"typer", "rich"}, path
         if path.name != "attach.py":
             assert "peft" not in names, path
         if path.parent.name != "ui" or path.name == "controllers.py":
             assert "gradio" not in names, path
-        if "workshop" not in path.parts and path.name != "cli.py":
+        if "workshop" not in path.parts and path.parent.name != "cli":
             assert "workshop" not in path.read_text(), path

@@ -69,7 +69,9 @@ def find_targets(models: dict[str, nn.Module], targets: str = "attention") -> di
         for path, module in model.named_modules():
             name = f"{component}.{path}"
             if any(pattern.fullmatch(name) for pattern in patterns):
-                layer = getattr(module, "base_layer", module)
+                layer = module
+                while hasattr(layer, "base_layer"):
+                    layer = layer.base_layer
                 if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
                     found[name] = layer
     if not found:

@@ -78,6 +78,8 @@ def train(
         attachment = attach(
             models, method, config.rank, concept.name, config.targets, bands, config.seed, columns=columns
         )
+        for rows in condition.named_parameters().values():
+            rows.requires_grad_(True)  # attaching froze everything but the adapter
         optimizer, rates = build_optimizer(attachment, condition, config, factors)
         trained = {**condition.named_parameters(), **dict(attachment.named_parameters())}
         start = 0
