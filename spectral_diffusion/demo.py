@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from . import resources
 from .base import Base, load_base
-from .config import FuseConfig, GenerateConfig, TrainConfig, build, read_yaml, to_yaml
+from .config import FuseConfig, GenerateConfig, RegionConfig, TrainConfig, build, read_yaml, to_yaml
 from .data.folder import load_concept, open_photo
 from .files import write_text
 from .formats.native import load_adapter
@@ -67,6 +67,10 @@ def run_demo(
     scene = settings.model_copy(
         update={
             "prompt": f"{first} on the left and {second} on the right on the beach",
+            "regions": [
+                RegionConfig(box=box, prompt=f"a photo of {token} on the beach")
+                for box, token in (((0.0, 0.0, 0.5, 1.0), first), ((0.5, 0.0, 1.0, 1.0), second))
+            ],
             "sketch": sketch_path,
             "width": 2 * with_both.size,
             "seed": 3,
