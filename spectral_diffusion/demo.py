@@ -72,6 +72,7 @@ def run_demo(
                 for box, token in (((0.0, 0.0, 0.5, 1.0), first), ((0.5, 0.0, 1.0, 1.0), second))
             ],
             "sketch": sketch_path,
+            "sketch_weight": 0.7,
             "width": 2 * with_both.size,
             "seed": 3,
         }
