@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import MultiAdapter, StableDiffusionAdapterPipeline, StableDiffusionPipeline, T2IAdapter
 from PIL import Image, ImageDraw
 
 from spectral_diffusion import pocket
@@ -16,7 +17,9 @@ from spectral_diffusion.config import GenerateConfig
 from spectral_diffusion.demo import run_demo
 from spectral_diffusion.formats.native import load_adapter
 from spectral_diffusion.fusion.recipe import read_recipe
+from spectral_diffusion.generation.keypose import draw_keypose
 from spectral_diffusion.generation.pipeline import sample
+from spectral_diffusion.pocket.workshop import puppets
 from spectral_diffusion.pocket.workshop.world import COLOURS, vocabulary
 
 
@@ -69,6 +72,27 @@ def test_a_sketch_says_where_the_thing_is(base: Base) -> None:
         redness = np.clip(pictures[..., 0] - pictures[..., 1:].mean(-1), 0, 1)
         shares[side] = float(redness[:, :, :32].sum() / redness.sum())
     assert shares["left"] > shares["right"] + 0.3, shares
+
+
+def test_sketch_and_keypose_adapters_combine_in_stock_diffusers(base: Base) -> None:
+    adapters = [T2IAdapter.from_pretrained(pocket.path() / name) for name in ("t2i_sketch", "t2i_keypose")]
+    parts = {name: part for name, part in base.pipeline.components.items() if name != "image_encoder"}
+    pipe = StableDiffusionAdapterPipeline(**parts, adapter=MultiAdapter(adapters), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    look = puppets.random_look(Random(1), "robot", COLOURS["red"])
+    _, points = puppets.draw_figure(puppets.random_pose(Random(2), "jumping"), look, 56)
+    sketch = Image.new("L", (64, 64))
+    ImageDraw.Draw(sketch).ellipse((4, 40, 24, 60), outline=255, width=2)
+    pictures = []
+    for weights in ([1.0, 1.0], [1.0, 0.0], [0.0, 1.0]):
+        out = pipe(
+            prompt="a red robot on a white background", image=[sketch, draw_keypose([points + 4], 64, 64)], height=64,
+            width=64, num_inference_steps=4, adapter_conditioning_scale=weights, output_type="np",
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        pictures.append(out.images[0])
+    assert all(np.isfinite(picture).all() for picture in pictures)
+    assert np.abs(pictures[0] - pictures[1]).mean() > 0.01 and np.abs(pictures[0] - pictures[2]).mean() > 0.01
 
 
 def test_the_demo_runs_from_end_to_end(tmp_path: Path) -> None:

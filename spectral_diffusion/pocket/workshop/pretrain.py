@@ -61,6 +61,7 @@ MANY = WorldConfig(
     second_drawing=0.1,
 )
 PEOPLED = replace(MANY, puppets=0.2)
+FULL = replace(PEOPLED, familiar=0, puppets=0.12)
 STAGES = (
     Stage("silhouettes", 128_000, TEMPLATE, (1.5e-3, 1.5e-3)),
     Stage("variety", 48_000, VARIED, (1.5e-3, 1e-3), wide=0.12, sketch=0.2),
@@ -69,6 +70,9 @@ STAGES = (
     Stage("many", 32_000, MANY, (1e-3, 1e-3), wide=0.4, sketch=0.2),
     Stage("puppets", 64_000, PEOPLED, (1e-3, 1e-3), wide=0.4, sketch=0.2),
     Stage("settling", 104_000, PEOPLED, (1e-3, 2e-5), wide=0.45, sketch=0.2),
+    Stage("warming again", 8_000, FULL, (5e-5, 8e-4), wide=0.4, sketch=0.2),
+    Stage("long", 480_000, FULL, (8e-4, 8e-4), wide=0.4, sketch=0.2),
+    Stage("finishing", 160_000, FULL, (8e-4, 1e-5), wide=0.4, sketch=0.2),
 )
 
 
