@@ -53,24 +53,28 @@ def sides(weight: Tensor) -> tuple[int, int]:
     return rows, columns
 
 
-def top_band(weight: Tensor, count: int) -> Band:
+def gram_of(weight: Tensor) -> Tensor:
+    """The float64 Gram matrix of a weight's smaller side."""
+    matrix = flatten(weight).detach().to(torch.float64)
+    return matrix.mT @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.mT
+
+
+def top_band(weight: Tensor, count: int, gram: Tensor | None = None) -> Band:
     """The ``count`` top singular triplets of a weight, in float64, with canonical signs.
 
-    A float64 Gram matrix of the smaller side and LAPACK's subset eigensolver: exact to float64 for
-    columns well above the rounding floor of the Gram matrix, at a fraction of a full SVD's time. Weights
-    too ill-conditioned for that (S_k < 1e-5 S_0) take the full float64 SVD.
+    A float64 Gram matrix of the smaller side (``gram`` if it is known already; it is overwritten) and LAPACK's subset
+    eigensolver: exact to float64 for columns well above the rounding floor of the Gram matrix, at a fraction of a
+    full SVD's time. Weights too ill-conditioned for that (S_k < 1e-5 S_0) take the full float64 SVD.
 
     Raises:
         ValueError: ``count`` is not between 1 and the smaller side.
     """
     matrix = flatten(weight).detach().to(torch.float64)
-    rows, columns = matrix.shape
-    small = min(rows, columns)
+    small = min(matrix.shape)
     if not 1 <= count <= small:
         raise ValueError(f"count must be between 1 and {small}, not {count}")
-    tall = rows >= columns
-    gram = matrix.mT @ matrix if tall else matrix @ matrix.mT
-    values, vectors = _top_eigenvectors(gram, count)
+    tall = matrix.shape[0] >= matrix.shape[1]
+    values, vectors = _top_eigenvectors(gram_of(weight) if gram is None else gram, count)
     S = values.clamp_min(0).sqrt()
     if S[-1] <= 1e-5 * S[0]:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .files import read_tensors, write_tensors
-from .linalg import Band, bottom_band, flatten, top_band
+from .linalg import Band, bottom_band, flatten, gram_of, top_band
 from .progress import Event, Progress, silent
 from .slots import Slot
 
@@ -74,11 +75,30 @@ def hash_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> str:
 def compute(weights: Mapping[str, Tensor], columns: int, progress: Progress = silent, bottom: bool = False) -> Spectrum:
     """The top (or bottom) ``columns`` of every weight (all of them where it is narrower)."""
     bands = {}
-    one = bottom_band if bottom else top_band
-    for index, (name, weight) in enumerate(weights.items(), 1):
-        bands[name] = Band(*(t.float() for t in one(weight, min(columns, *flatten(weight).shape))))
+    for index, (name, weight, gram) in enumerate(with_grams(weights, skip=bottom), 1):
+        count = min(columns, *flatten(weight).shape)
+        band = bottom_band(weight, count) if bottom else top_band(weight, count, gram)
+        bands[name] = Band(*(t.float() for t in band))
         progress(Event("spectrum", index, len(weights), {"layer": name}))
     return Spectrum(bands)
+
+
+def with_grams(weights: Mapping[str, Tensor], skip: bool = False) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Every weight with its Gram matrix, which a thread computes while the eigensolver is busy with the one before.
+
+    The eigensolver holds Python's lock and gains nothing from a second core; this is what that core is for.
+    """
+    if skip:
+        yield from ((name, weight, None) for name, weight in weights.items())
+        return
+    names = list(weights)
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(gram_of, weights[names[0]])
+        for index, name in enumerate(names):
+            gram = coming.result()
+            if index + 1 < len(names):
+                coming = ahead.submit(gram_of, weights[names[index + 1]])
+            yield name, weights[name], gram
 
 
 def bands_of(weights: Mapping[str, Tensor], slot: Slot, progress: Progress = silent) -> dict[str, Band]:
