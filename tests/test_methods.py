@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.cli import app
 from spectral_diffusion.errors import UserError
+from spectral_diffusion.linalg import Band
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.methods.attach import Attachment, activate, attach, detach, disabled
 from spectral_diffusion.methods.low_rank import low_rank_linear
@@ -214,6 +216,32 @@ def test_low_rank_linear_backward(dtype: torch.dtype) -> None:
     assert torch.allclose(y, z, rtol=1e-4, atol=1e-4)
     for a, b in zip(inputs, plain, strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-3)
+    partly = [t.clone().requires_grad_() for t in (x, up, down)]
+    low_rank_linear(partly[0], weight, bias, partly[1], partly[2], 2).square().sum().backward()
+    assert torch.equal(partly[0].grad, inputs[0].grad) and torch.equal(partly[2].grad, inputs[2].grad)
+    assert torch.allclose(partly[1].grad[:, :1], inputs[1].grad[:, :1], rtol=1e-4, atol=1e-4)
+    assert not partly[1].grad[:, 1:].any()
+
+
+def test_frozen_columns_change_no_trained_gradient(base: Base) -> None:
+    gradients = []
+    for frozen in (True, False):
+        method = replace(get_method("spectral-additive"), frozen_up=frozen)
+        attachment = attach(base.models, get_method("spectral-additive"), 2, "one", bands=bands_for(base))
+        for layer in attachment.layers.values():
+            layer.spectral_method["one"] = method
+        stir(attachment)
+        text = base.pipeline.text_encoder(torch.arange(32)[None])[0]
+        base.pipeline.unet(torch.ones(1, 4, 8, 8), 10, text).sample.square().mean().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in attachment.named_parameters()})
+        detach(base.models)
+    for name, gradient in gradients[0].items():
+        assert gradient.abs().sum() > 0
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-6), name
+
+
+def bands_for(base: Base) -> dict[str, Band]:
+    return spectrum_of(base.weights(), 2).slot((0, 1))
 
 
 def test_autocast_and_half_bases_keep_float32_parameters(base: Base) -> None:

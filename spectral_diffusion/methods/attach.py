@@ -143,7 +143,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         up = parts[0].up if len(parts) == 1 else torch.cat([p.up for p in parts], 1)
         down = parts[0].down if len(parts) == 1 else torch.cat([p.down for p in parts], 0)
         if type(self.base_layer) is nn.Linear:
-            return low_rank_linear(x, self.base_layer.weight, self.base_layer.bias, up, down)
+            single = self.spectral_method[active[0]] if len(parts) == 1 else None
+            frozen = up.shape[1] // 2 if single and single.frozen_up else 0
+            return low_rank_linear(x, self.base_layer.weight, self.base_layer.bias, up, down, frozen)
         y = cast(Tensor, self.base_layer(x, *args, **kwargs))
         layer = self.get_base_layer()
         if isinstance(layer, nn.Conv2d):

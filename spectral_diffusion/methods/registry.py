@@ -28,6 +28,7 @@ class Method:
         shapes: ``(out, in, rank)`` to the shapes of its trainable parameters.
         factors: its parameters and its band (None if not banded) to ``up (out, k), down (k, in)``.
         rank_of_delta: the k above for a rank.
+        frozen_up: whether the second half of ``up``'s columns is the band's own U, which needs no gradient.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Method:
     shapes: Callable[[int, int, int], Shapes]
     factors: Callable[[Mapping[str, Tensor], Band | None], Factors]
     rank_of_delta: Callable[[int], int]
+    frozen_up: bool = False
 
     def count(self, out_features: int, in_features: int, rank: int) -> int:
         """Trainable numbers for one weight."""

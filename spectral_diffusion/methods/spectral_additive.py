@@ -46,6 +46,7 @@ METHOD = register(
         shapes=shapes,
         factors=factors,
         rank_of_delta=lambda rank: 2 * rank,
+        frozen_up=True,
     )
 )
 WITH_VALUES = register(
@@ -56,5 +57,6 @@ WITH_VALUES = register(
         shapes=shapes_with_values,
         factors=factors,
         rank_of_delta=lambda rank: 2 * rank,
+        frozen_up=True,
     )
 )
