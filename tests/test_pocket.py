@@ -41,6 +41,11 @@ def test_stock_diffusers_opens_it() -> None:
     assert sum(file.stat().st_size for file in pocket.path().rglob("*") if file.is_file()) < 30e6
 
 
+def test_the_weights_name_no_folder_of_the_machine_that_made_them() -> None:
+    for file in pocket.path().rglob("*.json"):
+        assert '"_name_or_path": "/' not in file.read_text(encoding="utf-8"), file
+
+
 def test_every_word_of_the_world_is_one_token(base: Base) -> None:
     tokenizer = base.pipeline.tokenizer
     assert [word for word in vocabulary() if len(tokenizer.tokenize(word)) != 1] == []

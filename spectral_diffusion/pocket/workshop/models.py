@@ -113,7 +113,11 @@ def save_pipeline(
     half = {}
     parts = {"vae": vae, "text_encoder": text_encoder, "unet": unet, "t2i_sketch": sketch, "t2i_keypose": keypose}
     for name, model in parts.items():
-        copy = type(model)(model.config) if name == "text_encoder" else type(model).from_config(model.config)
+        if name == "text_encoder":
+            copy = type(model)(model.config)
+        else:  # without the folder it was loaded from
+            config = {key: value for key, value in model.config.items() if key != "_name_or_path"}
+            copy = type(model).from_config(config)
         copy.load_state_dict(model.state_dict())
         half[name] = copy.to(torch.float16)
     pipeline = StableDiffusionPipeline(
