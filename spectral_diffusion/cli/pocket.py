@@ -106,7 +106,7 @@ def pocket_report(
     weights: Annotated[Path | None, typer.Option(help="Folder with judges/ and identity/ (default: shipped).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Measure every figure of the model card again (about twenty minutes)."""
+    """Measure every figure of the model card again."""
     import json
 
     from ..pocket.workshop.art import icon_sets
