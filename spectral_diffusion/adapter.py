@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base import Base, Fingerprint
 from .errors import UserError
-from .linalg import Band, Factors, agreement, bottom_band, flatten, frobenius_norm, top_band
+from .linalg import Band, Factors, agreement, bottom_band, frobenius_norm, sides, top_band
 from .methods import Method
 from .slots import Slot
 
@@ -87,7 +87,7 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
         if layer not in weights:
             raise UserError(refusal)
         factors = adapter.factors(layer)
-        if (factors.up.shape[0], factors.down.shape[1]) != tuple(flatten(weights[layer]).shape):
+        if (factors.up.shape[0], factors.down.shape[1]) != sides(weights[layer]):
             raise UserError(refusal)
     if not adapter.bands:
         if allow:

@@ -67,7 +67,7 @@ def read_columns(text: str) -> Slot:
     """``16:24`` or ``1,5,9`` to a slot.
 
     Raises:
-        ValueError: anything else, no columns, or one named twice.
+        ValueError: anything else, no columns, one named twice, or columns of both ends.
     """
     if match := re.fullmatch(r"(-?\d{1,7}):(-?\d{1,7})", text):
         start, stop = int(match[1]), int(match[2])
@@ -77,7 +77,7 @@ def read_columns(text: str) -> Slot:
     if not re.fullmatch(r"-?\d{1,7}(,-?\d{1,7})+", text):
         raise ValueError(text)
     columns = sorted(int(part) for part in text.split(","))
-    if len(set(columns)) < len(columns):
+    if len(set(columns)) < len(columns) or columns[0] < 0 <= columns[-1]:
         raise ValueError(text)
     return Slot(tuple(columns))
 

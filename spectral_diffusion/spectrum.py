@@ -103,11 +103,8 @@ def with_grams(weights: Mapping[str, Tensor], skip: bool = False) -> Iterator[tu
 
 def bands_of(weights: Mapping[str, Tensor], slot: Slot, progress: Progress = silent) -> dict[str, Band]:
     """Every weight's band in a slot, from the cache if it is there."""
-    if slot.bottom == 0:
-        return spectrum_of(weights, slot.top, progress=progress).slot(slot.columns)
-    if slot.top == 0:
-        return spectrum_of(weights, slot.bottom, progress=progress, bottom=True).slot(slot.columns)
-    raise UserError(f"Slot {slot} mixes columns of both ends; choose one end.")
+    bottom = slot.bottom > 0  # a slot never mixes both ends
+    return spectrum_of(weights, slot.bottom or slot.top, progress=progress, bottom=bottom).slot(slot.columns)
 
 
 def spectrum_of(

@@ -60,7 +60,8 @@ def test_release(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "-1:1", "x", "3:", "1,1", "1,", "8:0", "sampled:", "sampled:x", "1:2:3", "next ", "9999999", "²"]
+    "text",
+    ["", "-1:1", "x", "3:", "1,1", "-1,0", "1,", "8:0", "sampled:", "sampled:x", "1:2:3", "next ", "9999999", "²"],
 )
 def test_nonsense_slots(text: str) -> None:
     with pytest.raises(UserError, match="not understood"):

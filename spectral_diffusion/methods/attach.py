@@ -20,7 +20,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..linalg import Band, Factors, flatten
+from ..linalg import Band, Factors, sides
 from .low_rank import low_rank_conv, low_rank_linear
 from .registry import Method, get_method
 from .targets import find_targets
@@ -67,7 +67,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.out_features, self.in_features = flatten(self.base_weight).shape
+        self.out_features, self.in_features = sides(self.base_weight)
         self.spectral_delta = nn.ModuleDict()
         self.spectral_band = nn.ModuleDict()
         self.spectral_scale: dict[str, float] = {}
