@@ -29,11 +29,7 @@ class Region:
     negative_prompt: str = ""
 
     def mask(self, height: int, width: int) -> Tensor:
-        """(height · width,) bool: the cells whose middle is in the box.
-
-        Raises:
-            UserError: none is.
-        """
+        """(height · width,) bool: the cells whose middle is in the box."""
         left, top, right, bottom = self.box
         x = (torch.arange(width) + 0.5) / width
         y = (torch.arange(height) + 0.5) / height
