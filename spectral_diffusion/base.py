@@ -193,8 +193,7 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
             elif local.suffix == ".safetensors":
                 if not local.is_file():
                     raise UserError(f"No such file: {local}.")
-                kind = StableDiffusionXLPipeline if is_sdxl_file(local) else StableDiffusionPipeline
-                pipeline = kind.from_single_file(str(local), **options)
+                pipeline = load_single_file(local, options)
             elif local.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
                 raise UserError(f"{local} is a pickle checkpoint, which can run code; convert it to .safetensors.")
             elif local.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -215,6 +214,31 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
     return base
 
 
+def load_single_file(path: Path, options: dict[str, Any]) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """A pipeline from a checkpoint, whose configs and vocabulary lie elsewhere.
+
+    They are taken from a diffusers folder beside it of the same name (weights are not needed there), else from the
+    hub's cache, else from the hub.
+
+    Raises:
+        UserError: they are nowhere to be found; the sentence names them.
+    """
+    kind = StableDiffusionXLPipeline if is_sdxl_file(path) else StableDiffusionPipeline
+    beside = path.with_suffix("")
+    if (beside / "model_index.json").is_file():
+        return kind.from_single_file(str(path), config=str(beside), **options)
+    try:
+        return kind.from_single_file(str(path), **options)
+    except Exception as error:  # the loaders raise nearly everything
+        from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+
+        repository = fetch_diffusers_config(load_single_file_checkpoint(str(path)))["pretrained_model_name_or_path"]
+        raise UserError(
+            f"Cannot load {path}: {reason(error)}. A single file holds no vocabulary and no configs; they come from "
+            f"'{repository}' on the hub. Offline, put that repository's json and txt files into the folder {beside}."
+        ) from error
+
+
 def is_sdxl_file(path: Path) -> bool:
     """Whether a single-file checkpoint is an SDXL one, from its header alone.
 
@@ -223,9 +247,12 @@ def is_sdxl_file(path: Path) -> bool:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return any(name.startswith("conditioner.embedders.1.") for name in file.keys())  # noqa: SIM118
+            names = list(file.keys())
     except Exception as error:  # the reader's error is of its own kind
         raise UserError(f"{path} is not a readable safetensors file.") from error
+    if not any(name.startswith("model.diffusion_model.") for name in names):
+        raise UserError(f"{path} is no Stable Diffusion checkpoint: it holds no U-Net.")
+    return any(name.startswith("conditioner.embedders.1.") for name in names)
 
 
 def _refuse_pickles(folder: Path) -> None:

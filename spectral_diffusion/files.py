@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +19,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ABANDONED = 24 * 3600  # seconds after which a killed program's temporary is taken away
+
+
+def _clear(path: Path) -> None:
+    """Take away what killed programs left beside ``path``."""
+    for old in path.parent.glob(f".{path.name}.*.tmp"):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > ABANDONED:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
 def _beside(path: Path) -> Path:
     """A fresh temporary file in the folder of ``path``, which is made if need be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -60,6 +75,43 @@ def atomic(path: Path) -> Iterator[Path]:
         raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; put it in the place of ``path`` when the block ends well.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if path.exists():
+            _exchange(temporary, path)
+        else:
+            temporary.rename(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders' names at once where the system can, so that no kill ever finds neither."""
+    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    if swap is None or swap(here, os.fsencode(new), here, os.fsencode(old), both) != 0:
+        aside = old.with_name(f".{old.name}.{os.getpid()}.tmp")
+        old.rename(aside)
+        new.rename(old)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _umask() -> int:

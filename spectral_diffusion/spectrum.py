@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from .progress import Event, Progress, silent
 from .slots import Slot
 
 CHUNK = 64  # columns are computed in multiples of this, so that the next slots are there already
+KEEP_EVERY = 20.0  # seconds between saves of an unfinished spectrum
 
 
 @dataclass(frozen=True)
@@ -72,15 +75,32 @@ def hash_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> str:
     return digest.hexdigest()[:32]
 
 
-def compute(weights: Mapping[str, Tensor], columns: int, progress: Progress = silent, bottom: bool = False) -> Spectrum:
-    """The top (or bottom) ``columns`` of every weight (all of them where it is narrower)."""
-    bands = {}
-    for index, (name, weight, gram) in enumerate(with_grams(weights, skip=bottom), 1):
+def compute(
+    weights: Mapping[str, Tensor],
+    columns: int,
+    progress: Progress = silent,
+    bottom: bool = False,
+    known: Mapping[str, Band] | None = None,
+    keep: Callable[[Mapping[str, Band]], None] = lambda bands: None,
+) -> Spectrum:
+    """The top (or bottom) ``columns`` of every weight (all of them where it is narrower), on the weight's device.
+
+    Args:
+        known: layers that are done already.
+        keep: called now and then with what is done, so that an interrupted computation can go on from there.
+    """
+    bands = dict(known or {})
+    left = {name: weight for name, weight in weights.items() if name not in bands}
+    kept = time.monotonic()
+    for name, weight, gram in with_grams(left, skip=bottom):
         count = min(columns, *flatten(weight).shape)
         band = bottom_band(weight, count) if bottom else top_band(weight, count, gram)
-        bands[name] = Band(*(t.float() for t in band))
-        progress(Event("spectrum", index, len(weights), {"layer": name}))
-    return Spectrum(bands)
+        bands[name] = Band(*(t.float().cpu() for t in band))
+        progress(Event("spectrum", len(bands), len(weights), {"layer": name}))
+        if time.monotonic() - kept > KEEP_EVERY and len(bands) < len(weights):
+            keep(bands)
+            kept = time.monotonic()
+    return Spectrum({name: bands[name] for name in weights})
 
 
 def with_grams(weights: Mapping[str, Tensor], skip: bool = False) -> Iterator[tuple[str, Tensor, Tensor | None]]:
@@ -92,6 +112,8 @@ def with_grams(weights: Mapping[str, Tensor], skip: bool = False) -> Iterator[tu
         yield from ((name, weight, None) for name, weight in weights.items())
         return
     names = list(weights)
+    if not names:
+        return
     with ThreadPoolExecutor(1) as ahead:
         coming = ahead.submit(gram_of, weights[names[0]])
         for index, name in enumerate(names):
@@ -116,38 +138,46 @@ def spectrum_of(
 ) -> Spectrum:
     """The spectrum with at least ``columns`` columns of one end, from the cache if it is there.
 
-    One file per set of weights; a second process waits for the first instead of computing again. A cache
-    that cannot be written or read only costs the time to compute.
+    One file per set of weights; a second process waits for the first instead of computing again, and an interrupted
+    computation goes on where it was last kept. A cache that cannot be written or read only costs the time to compute.
     """
     columns = -(-columns // CHUNK) * CHUNK
     key = hashlib.sha256("|".join(f"{n}={hash_weight(w)}" for n, w in weights.items()).encode())
     path = (
         folder or cache_folder() / "spectra"
     ) / f"{key.hexdigest()[:32]}-{'bottom' if bottom else ''}{columns}.safetensors"
+    unfinished = path.with_name(f"{path.stem}.unfinished.safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if path.exists():
-                try:
-                    return _read(path, weights, columns)
-                except (UserError, KeyError):
-                    pass  # a damaged cache is computed again
-            spectrum = compute(weights, columns, progress, bottom)
-            write_tensors(
-                path,
-                {f"{name}.{part}": t for name, band in spectrum.bands.items() for part, t in band._asdict().items()},
-            )
+            if path.exists() and set(bands := _read(path, weights, columns)) == set(weights):
+                return Spectrum(bands)
+            known = _read(unfinished, weights, columns)
+            spectrum = compute(weights, columns, progress, bottom, known, lambda bands: _write(unfinished, bands))
+            _write(path, spectrum.bands)
+            unfinished.unlink(missing_ok=True)
             return spectrum
     except (OSError, UserError):
         return compute(weights, columns, progress, bottom)
 
 
-def _read(path: Path, weights: Mapping[str, Tensor], columns: int) -> Spectrum:
-    tensors, _ = read_tensors(path)
-    bands = {name: Band(*(tensors[f"{name}.{part}"] for part in Band._fields)) for name in weights}
-    for name, band in bands.items():
-        out, width = flatten(weights[name]).shape
-        count = min(columns, out, width)
-        if band.U.shape != (out, count) or band.S.shape != (count,) or band.V.shape != (width, count):
-            raise KeyError(name)
-    return Spectrum(bands)
+def _write(path: Path, bands: Mapping[str, Band]) -> None:
+    tensors = {f"{name}.{part}": value for name, band in bands.items() for part, value in band._asdict().items()}
+    write_tensors(path, tensors, {"done": json.dumps(list(bands))})
+
+
+def _read(path: Path, weights: Mapping[str, Tensor], columns: int) -> dict[str, Band]:
+    """The bands of these weights in a cache file; none of a missing or damaged one, which is computed again."""
+    try:
+        tensors, metadata = read_tensors(path)
+        bands = {
+            name: Band(*(tensors[f"{name}.{part}"] for part in Band._fields)) for name in json.loads(metadata["done"])
+        }
+        for name, band in bands.items():
+            out, width = flatten(weights[name]).shape
+            count = min(columns, out, width)
+            if band.U.shape != (out, count) or band.S.shape != (count,) or band.V.shape != (width, count):
+                return {}
+    except (UserError, KeyError, ValueError, TypeError):
+        return {}
+    return bands

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,17 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from spectral_diffusion.adapter import check_base
-from spectral_diffusion.architectures import count_table
+from spectral_diffusion.architectures import build_meta, count_table
 from spectral_diffusion.base import load_base
 from spectral_diffusion.config import FuseConfig, GenerateConfig, PreservationConfig, RegionConfig, TrainConfig
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.errors import UserError
+from spectral_diffusion.files import read_tensors, write_tensors
+from spectral_diffusion.formats.checkpoint import checkpoint_tensors, unet_tensors
 from spectral_diffusion.formats.native import load_adapter
 from spectral_diffusion.fusion.recipe import fuse_to_folder
 from spectral_diffusion.generation.pipeline import put_on, sample
@@ -30,11 +34,11 @@ from spectral_diffusion.training.conditioning import Conditioner
 from spectral_diffusion.training.run import train_to_file
 
 
-def text_config(width: int, heads: int = 2) -> CLIPTextConfig:
+def text_config(width: int, heads: int = 2, act: str = "quick_gelu") -> CLIPTextConfig:
     tokenizer = build_tokenizer()
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=width,
-        num_hidden_layers=2, num_attention_heads=heads, max_position_embeddings=32,
+        num_hidden_layers=2, num_attention_heads=heads, max_position_embeddings=32, hidden_act=act,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
 
@@ -61,14 +65,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp(request.param)
     if request.param == "sd2":
         StableDiffusionPipeline(
-            vae=tiny_vae(), text_encoder=CLIPTextModel(text_config(24)), tokenizer=build_tokenizer(),
+            vae=tiny_vae(), text_encoder=CLIPTextModel(text_config(24, act="gelu")), tokenizer=build_tokenizer(),
             unet=tiny_unet(24), scheduler=EulerDiscreteScheduler(prediction_type="v_prediction"),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         ).save_pretrained(path)  # fmt: skip
         return path
     StableDiffusionXLPipeline(
         vae=tiny_vae(), text_encoder=CLIPTextModel(text_config(16)), tokenizer=build_tokenizer(),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(24)), tokenizer_2=build_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(24, act="gelu")), tokenizer_2=build_tokenizer(),
         unet=tiny_unet(
             40, addition_embed_type="text_time", addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=24 + 6 * 8, transformer_layers_per_block=(1, 2),
@@ -128,6 +132,65 @@ def test_an_adapter_of_another_kind_of_base_is_refused(
     train_to_file(settings(photos, folder, tmp_path / "rex.safetensors", steps=1))
     with pytest.raises(UserError, match="does not fit the base"):
         check_base(load_adapter(tmp_path / "rex.safetensors"), load_base(str(tiny_base), "cpu"))
+
+
+def single_file(folder: Path, path: Path) -> None:
+    """A base as a checkpoint in the original's spelling, its configs without weights in a folder beside it."""
+    base = load_base(str(folder), "cpu")
+    rows = {encoder: len(tokenizer) for encoder, tokenizer in base.tokenizers.items()}
+    write_tensors(path, checkpoint_tensors(base.models, base.pipeline.vae, rows))
+    shutil.copytree(folder, path.with_suffix(""), ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+def check_single_file(folder: Path, path: Path, photos: Path) -> None:
+    single_file(folder, path)
+    one, other = load_base(str(folder), "cpu"), load_base(str(path), "cpu")
+    assert one.fingerprint == other.fingerprint
+    vaes = one.pipeline.vae.state_dict(), other.pipeline.vae.state_dict()
+    assert set(vaes[0]) == set(vaes[1]) and all(torch.equal(vaes[0][name], vaes[1][name]) for name in vaes[0])
+    assert one.prediction_type == other.prediction_type
+    adapter = train_to_file(settings(photos, path, path.with_name("rex.safetensors"), steps=1))
+    assert adapter.fingerprint == one.fingerprint and check_base(adapter, one) is None
+
+
+def test_a_single_file_of_stable_diffusion_2_and_xl_is_the_same_base(
+    photos: Path, folder: Path, tmp_path: Path
+) -> None:
+    check_single_file(folder, tmp_path / "checkpoint.safetensors", photos)
+
+
+def test_a_single_file_of_stable_diffusion_1_is_the_same_base(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    check_single_file(tiny_base, tmp_path / "checkpoint.safetensors", photos)
+
+
+def test_a_single_file_without_its_configs_asks_for_them_by_name(tiny_base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    single_file(tiny_base, path)
+    shutil.rmtree(path.with_suffix(""))
+    with pytest.raises(UserError, match=r"stable-diffusion-v1-5/stable-diffusion-v1-5.* the folder .*checkpoint"):
+        load_base(str(path), "cpu")
+    write_tensors(path, {"lora_unet_x": torch.zeros(1)})
+    with pytest.raises(UserError, match="is no Stable Diffusion checkpoint"):
+        load_base(str(path), "cpu")
+
+
+@pytest.mark.parametrize("arch", ["sd15", "sdxl"])
+def test_every_weight_of_the_full_size_has_a_name_that_diffusers_reads_back(arch: str) -> None:
+    unet = build_meta(arch)["unet"]
+    back = convert_ldm_unet_checkpoint(unet_tensors(unet), unet.config)
+    assert {name: tuple(value.shape) for name, value in back.items()} == {
+        name: tuple(value.shape) for name, value in unet.state_dict().items()
+    }
+
+
+def test_keys_of_older_transformers_are_mapped(tiny_base: Path, tmp_path: Path) -> None:
+    """Before 5.6 CLIPTextModel kept everything under ``text_model.``; such folders are on every disk."""
+    old = tmp_path / "old"
+    shutil.copytree(tiny_base, old)
+    path = old / "text_encoder" / "model.safetensors"
+    tensors, metadata = read_tensors(path)
+    write_tensors(path, {f"text_model.{n.removeprefix('text_model.')}": t for n, t in tensors.items()}, metadata)
+    assert load_base(str(old), "cpu").fingerprint == load_base(str(tiny_base), "cpu").fingerprint
 
 
 def test_the_attention_layers_of_sdxl_are_counted() -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from spectral_diffusion import spectrum
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.linalg import top_band
+from spectral_diffusion.progress import Event
 from spectral_diffusion.slots import Ledger, Slot, collision_probability, drawn_slot, parse_policy, read_columns
 from spectral_diffusion.spectrum import Spectrum, bands_of, capacity, hash_weight, spectrum_of
 
@@ -126,6 +128,23 @@ def test_spectrum_is_cached_and_a_damaged_cache_is_computed_again(tmp_path: Path
     assert all(torch.equal(first.bands[n].V, repaired.bands[n].V) for n in first.bands)
     other = {name: weight + 1 for name, weight in weights().items()}
     assert not torch.equal(spectrum_of(other, 8, tmp_path).bands["unet.a"].U, first.bands["unet.a"].U)
+
+
+def test_an_interrupted_spectrum_goes_on_where_it_was_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = {str(i): torch.randn(20, 12, generator=torch.Generator().manual_seed(i)) for i in range(6)}
+    want = spectrum_of(many, 4, tmp_path / "unbroken").bands
+    monkeypatch.setattr(spectrum, "KEEP_EVERY", 0.0)
+
+    def stop(event: Event) -> None:
+        if event.done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        spectrum_of(many, 4, tmp_path / "broken", stop)
+    seen: list[str] = []
+    found = spectrum_of(many, 4, tmp_path / "broken", lambda event: seen.append(event.figures["layer"])).bands
+    assert seen == ["3", "4", "5"]  # the first three were kept
+    assert all(torch.equal(a, b) for name in many for a, b in zip(want[name], found[name], strict=True))
 
 
 def test_an_unwritable_cache_only_costs_time(tmp_path: Path) -> None:

@@ -281,6 +281,22 @@ def test_loading_rule(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
             check_base(adapter, foreign, allow)
 
 
+@pytest.mark.parametrize("method", ["spectral-additive", "lora"])
+def test_loading_rule_from_half_precision_and_back(photos: Path, tiny_base: Path, tmp_path: Path, method: str) -> None:
+    """Trained on the half-precision weights, loaded on the full ones; and on the wrong ones, with and without force."""
+    for dtype in ("bfloat16", "float16"):
+        output = tmp_path / dtype / "rex.safetensors"
+        adapter = train_to_file(settings(photos, tiny_base, output, dtype=dtype, steps=1, method=method))
+        assert check_base(adapter, load_base(str(tiny_base), "cpu")) is None
+        assert check_base(adapter, load_base(str(tiny_base), "cpu", dtype)) is None
+    related = load_base(str(tiny_base), "cpu")
+    for weight in related.weights().values():
+        weight *= 1.001
+    with pytest.raises(UserError, match="--allow-base"):
+        check_base(adapter, related)
+    assert "loaded because of --allow-base" in (check_base(adapter, related, allow=True) or "")
+
+
 def test_no_temporary_files_are_left(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "rex.safetensors"
     train_to_file(settings(photos, tiny_base, output))

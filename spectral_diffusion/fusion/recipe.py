@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from ..adapter import Adapter, check_base
 from ..base import Base, load_base, quiet
 from ..config import FuseConfig, to_yaml
 from ..errors import UserError, nearest
-from ..files import cannot_write, write_json, write_text
+from ..files import atomic_folder, write_json, write_text
 from ..formats.native import load_adapter, save_adapter, versions
 from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
@@ -109,12 +107,7 @@ def fuse_to_folder(config: FuseConfig, progress: Progress = silent) -> list[str]
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
     warnings += overlaps(adapters)
     fuse_adapters(base, adapters, config.merge, config.form, config.strength, progress)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise cannot_write(output, error) from error
-    try:
+    with atomic_folder(output) as new:
         with quiet():
             base.pipeline.to("cpu").save_pretrained(new)
         files = {}
@@ -123,14 +116,6 @@ def fuse_to_folder(config: FuseConfig, progress: Progress = silent) -> list[str]
             save_adapter(adapter, new / files[adapter.name])
         write_json(new / RECIPE, recipe_of(config, base, adapters, files))
         write_text(new / "settings.yaml", to_yaml(config))
-        new.chmod(0o755)
-        if output.exists():
-            shutil.rmtree(output)
-        new.rename(output)
-    except OSError as error:
-        raise cannot_write(output, error) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     return warnings
 
 

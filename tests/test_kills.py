@@ -1,0 +1,186 @@
+"""SIGKILL at random moments: the old file or the new one, never half of one, and a resume that is exact.
+
+Children are forked from a process that has everything loaded, so that the kill falls into the work and not into
+the start of Python.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from spectral_diffusion import spectrum
+from spectral_diffusion.base import load_base
+from spectral_diffusion.config import FuseConfig, TrainConfig
+from spectral_diffusion.errors import UserError
+from spectral_diffusion.formats.native import load_adapter, save_adapter
+from spectral_diffusion.fusion.recipe import fuse_to_folder, read_recipe
+from spectral_diffusion.progress import Event
+from spectral_diffusion.slots import LEDGER, Ledger
+from spectral_diffusion.spectrum import spectrum_of
+from spectral_diffusion.training.run import state_path, train_to_file
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+]
+KILLS = 40  # per kind of work
+
+
+def killed(work: Callable[[], object], after: float) -> bool:
+    """Run ``work`` in a forked child and kill it after some seconds; whether it had not ended by itself."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + after
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert status == 0, "the work failed by itself"
+            return False
+        time.sleep(0.0005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return True
+
+
+def moments(work: Callable[[], object], prepare: Callable[[], None]) -> list[float]:
+    """Random moments within the time that the work takes."""
+    prepare()
+    begun = time.monotonic()
+    assert not killed(work, 600)
+    whole = time.monotonic() - begun
+    drawn = random.Random(0)
+    return [drawn.uniform(0, 1.05) * whole for _ in range(KILLS)]
+
+
+def test_spectrum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectrum, "KEEP_EVERY", 0.0)
+    weights = {str(i): torch.randn(160, 96, generator=torch.Generator().manual_seed(i)) for i in range(12)}
+    want = spectrum_of(weights, 8, tmp_path / "unbroken").bands
+    folder = tmp_path / "killed"
+
+    def clean() -> None:
+        for file in folder.glob("*") if folder.exists() else ():
+            file.unlink()
+
+    kills = 0
+    for after in moments(lambda: spectrum_of(weights, 8, folder), clean):
+        clean()
+        for _ in range(3):  # killed again on the way to the end
+            kills += killed(lambda: spectrum_of(weights, 8, folder), after)
+        seen: list[Event] = []
+        found = spectrum_of(weights, 8, folder, seen.append).bands
+        assert len(seen) <= len(weights)
+        for name, band in want.items():
+            assert all(torch.equal(a, b) for a, b in zip(band, found[name], strict=True))
+        assert not list(folder.glob("*.unfinished.safetensors"))
+    assert kills >= KILLS
+
+
+def test_training(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+
+    def settings(folder: Path, steps: int = 30) -> TrainConfig:
+        return TrainConfig(
+            concept=photos, output=folder / "rex.safetensors", base=str(tiny_base), rank=2, steps=steps, save_every=1,
+            learning_rate=1e-2, device="cpu",
+        )  # fmt: skip
+
+    want = train_to_file(settings(tmp_path / "unbroken"), base=base)
+    folder = tmp_path / "killed"
+
+    def clean() -> None:
+        for file in folder.glob("*") if folder.exists() else ():
+            file.unlink()
+
+    def work() -> object:
+        return train_to_file(settings(folder), resume=True, base=base)
+
+    kills = exact = 0
+    for index, after in enumerate(moments(work, clean)):
+        output = folder / "rex.safetensors"
+        if index % 2 == 0:  # afresh; else over a finished adapter that stands there
+            clean()
+        old = load_adapter(output) if output.exists() else None
+        kills += killed(work, after)
+        if output.exists():
+            whole = load_adapter(output)  # the hash in it is right
+            reference = old or want
+            assert all(torch.equal(whole.parameters[n], t) for n, t in reference.parameters.items())
+        slots = Ledger(folder / LEDGER).read()
+        assert all(str(slot) == "0:2" for concepts in slots.values() for slot in concepts.values())
+        done = train_to_file(settings(folder), resume=True, base=base)
+        exact += all(torch.equal(done.parameters[name], value) for name, value in want.parameters.items())
+        assert not state_path(output).exists()
+    assert kills >= KILLS // 2 and exact == KILLS
+
+
+def test_fusing(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    files = []
+    for name in ("rex", "brew"):
+        config = TrainConfig(
+            concept=photos, name=name, token=f"<{name}>", output=tmp_path / f"{name}.safetensors", steps=2, rank=2,
+            base=str(tiny_base), learning_rate=1e-1, device="cpu",
+        )  # fmt: skip
+        train_to_file(config, base=base)
+        files.append(config.output)
+    output = tmp_path / "fused"
+
+    def fuse(strength: float) -> object:
+        return fuse_to_folder(FuseConfig(adapters=files, output=output, strength={"rex": strength}, device="cpu"))
+
+    fuse(1.0)
+    weights = {1.0: _unet(output)}
+    fuse(0.5)
+    weights[0.5] = _unet(output)
+    assert not torch.equal(weights[1.0], weights[0.5])
+    kills = 0
+    for index, after in enumerate(moments(lambda: fuse(0.5), lambda: None)):
+        strength = (1.0, 0.5)[index % 2]
+        kills += killed(lambda s=strength: fuse(s), after)
+        recipe = read_recipe(output)
+        assert recipe is not None
+        assert torch.equal(_unet(output), weights[recipe["concepts"]["rex"]["strength"]])
+    assert kills >= KILLS // 2
+
+
+def _unet(folder: Path) -> torch.Tensor:
+    unet = StableDiffusionPipeline.from_pretrained(folder).unet
+    return torch.cat([value.reshape(-1) for value in unet.state_dict().values()])
+
+
+def test_saving_over_an_adapter(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    config = TrainConfig(
+        concept=photos, output=tmp_path / "rex.safetensors", base=str(tiny_base), steps=1, rank=2, device="cpu"
+    )
+    adapter = train_to_file(config)
+    kills = 0
+    written = {}
+    for scale in (1.0, 2.0):
+        adapter.parameters = {name: value * 0 + scale for name, value in adapter.parameters.items()}
+        written[scale] = dict(adapter.parameters)
+    for index, after in enumerate(moments(lambda: save_adapter(adapter, config.output), lambda: None)):
+        adapter.parameters = written[(1.0, 2.0)[index % 2]]
+        kills += killed(lambda: save_adapter(adapter, config.output), after)
+        try:
+            found = load_adapter(config.output).parameters
+        except UserError as error:
+            pytest.fail(str(error))
+        assert len({float(value.mean()) for value in found.values()}) == 1
+    assert kills >= KILLS // 2
