@@ -16,7 +16,6 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 
-from spectral_diffusion.linalg import Band
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.methods.attach import Attachment, attach
 
@@ -39,15 +38,15 @@ def main() -> None:
         unets[name] = unet.requires_grad_(False)
         models = {"unet": unet}
         bands = {}
-        if get_method(name).banded:
+        if get_method(name).frozen == "band":
             from spectral_diffusion.methods.targets import find_targets
 
             for layer, module in find_targets(models, "unet-attention").items():
                 # Random orthonormal columns: the step's cost does not depend on which columns they are.
                 U = torch.linalg.qr(torch.randn(module.out_features, arguments.rank)).Q
                 V = torch.linalg.qr(torch.randn(module.in_features, arguments.rank)).Q
-                bands[layer] = Band(U, torch.ones(arguments.rank), V)
-        attachment = attach(models, get_method(name), arguments.rank, targets="unet-attention", bands=bands)
+                bands[layer] = {"U": U, "S": torch.ones(arguments.rank), "V": V}
+        attachment = attach(models, get_method(name), arguments.rank, targets="unet-attention", frozen=bands)
         attachments[name] = attachment
         optimizers[name] = torch.optim.AdamW([p for _, p in attachment.named_parameters()], lr=1e-4)
         results[name] = []

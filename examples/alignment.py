@@ -57,7 +57,7 @@ def finetune(
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     column = {"top": 0, "bottom": 1}.get(way)
     method = get_method("lora" if column is None else "spectral-additive")
-    band = None if column is None else Band(U, S, Vh.mT).columns(column, column + 1)
+    frozen = {} if column is None else Band(U, S, Vh.mT).columns(column, column + 1)._asdict()
     parameters = {name: torch.zeros(shape) for name, shape in method.shapes(2, NEURONS, 1).items()}
     if column is None:
         parameters["A"] = torch.randn(1, NEURONS, generator=generator) / NEURONS**0.5
@@ -66,7 +66,7 @@ def finetune(
     optimizer = torch.optim.Adam(list(parameters.values()), lr=0.01)
     wanted, losses = target(points, angle), []
     for _ in range(steps):
-        loss = loss_of(weight + method.factors(parameters, band).delta(), out, points, wanted)
+        loss = loss_of(weight + method.delta(parameters, frozen).delta(), out, points, wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

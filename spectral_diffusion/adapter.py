@@ -11,11 +11,13 @@ from torch import Tensor
 
 from .base import Base, Fingerprint
 from .errors import UserError
+from .frozen import Frozen, with_weight
 from .linalg import Band, Factors, agreement, bottom_band, frobenius_norm, sides, top_band
 from .methods import Method
 from .slots import Slot
 
 MIN_COSINE = 0.999
+MAX_SHIFT = 5e-3  # of singular values, relative to the largest: more than any rounding to half precision does
 
 
 @dataclass
@@ -24,8 +26,10 @@ class Adapter:
 
     Attributes:
         parameters: ``component.layer.parameter`` to tensor.
-        bands: layer to the columns it was trained on (empty for methods without a slot).
+        sizes: layer to the (out, in) of its weight as a matrix.
+        frozen: layer to the stored tensors that the parameters are built on, such as the band's U, S, V.
         vectors: the token's embedding rows by text encoder, (n, width) each.
+        earlier: tokens and vectors of the concepts that this one was trained on top of.
         config: the resolved training settings; ``versions``: of the libraries that made it.
     """
 
@@ -39,27 +43,75 @@ class Adapter:
     base: str
     fingerprint: Fingerprint
     parameters: dict[str, Tensor]
-    bands: dict[str, Band]
+    sizes: dict[str, tuple[int, int]]
+    frozen: Frozen
     vectors: dict[str, Tensor]
+    earlier: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[str]:
         """The adapted layers in a fixed order."""
-        return list(dict.fromkeys(name.rpartition(".")[0] for name in self.parameters))
+        return list(self.sizes)
+
+    @property
+    def bands(self) -> dict[str, Band]:
+        """Layer to the columns it was trained on; empty for methods without them."""
+        if self.method.frozen != "band":
+            return {}
+        return {layer: Band(held["U"], held["S"], held["V"]) for layer, held in self.frozen.items()}
+
+    @property
+    def tokens(self) -> dict[str, dict[str, Tensor]]:
+        """Every token it brings, with its vectors."""
+        return {**self.earlier, self.token: self.vectors}
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether its ΔW can only be told beside the base's own weights."""
+        return self.method.frozen in {"weight", "spectrum"}
 
     def parameters_of(self, layer: str) -> dict[str, Tensor]:
         """The trained parameters of one layer under the method's names."""
-        names = self.method.shapes(1, 1, 1)
+        names = self.method.shapes(*self.sizes[layer], self.rank)
         return {name: self.parameters[f"{layer}.{name}"] for name in names}
 
-    def factors(self, layer: str) -> Factors:
-        """The layer's ΔW."""
-        return self.method.factors(self.parameters_of(layer), self.bands.get(layer))
+    def frozen_of(self, layer: str, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """What one layer's parameters are built on; ``weight`` is the base's, for methods that need it.
 
-    def norm(self) -> float:
-        """|ΔW| over all layers."""
+        Raises:
+            UserError: the weight is needed and missing, or it is another base's.
+        """
+        stored = self.frozen.get(layer, {})
+        if self.method.frozen == "drawn":
+            assert self.method.draw is not None
+            return {**self.method.draw(*self.sizes[layer], self.rank, self.slot), **stored}
+        if not self.needs_base:
+            return dict(stored)
+        if weight is None:
+            raise UserError(
+                f"'{self.name}' is a {self.method.name} adapter: its change can only be told with its base."
+            )
+        if self.method.frozen == "weight":
+            return with_weight(self.method, stored, weight)
+        band = top_band(weight, min(self.sizes[layer]))
+        if float((band.S - stored["S"].to(band.S)).abs().max()) > MAX_SHIFT * float(band.S[0]):
+            raise UserError(f"Adapter '{self.name}' does not fit this base: the singular values of {layer} differ.")
+        return {name: value.float() for name, value in band._asdict().items()}
+
+    def factors(self, layer: str, weight: Tensor | None = None) -> Factors:
+        """The layer's ΔW.
+
+        Raises:
+            UserError: see :meth:`frozen_of`.
+        """
+        return self.method.delta(self.parameters_of(layer), self.frozen_of(layer, weight))
+
+    def norm(self) -> float | None:
+        """|ΔW| over all layers; None where the base is needed to tell."""
+        if self.needs_base:
+            return None
         return math.sqrt(sum(frobenius_norm(self.factors(layer)) ** 2 for layer in self.layers))
 
     def count(self) -> int:
@@ -86,8 +138,7 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
     for layer in adapter.layers:
         if layer not in weights:
             raise UserError(refusal)
-        factors = adapter.factors(layer)
-        if (factors.up.shape[0], factors.down.shape[1]) != sides(weights[layer]):
+        if adapter.sizes[layer] != sides(weights[layer]):
             raise UserError(refusal)
     if not adapter.bands:
         if allow:

@@ -14,7 +14,7 @@ from .methods import all_methods
 from .methods.targets import find_targets
 
 NAMES = ("sd15", "sdxl", "pocket")
-RANKS = (1, 2, 4, 8, 16, 32)
+RANKS = (1, 2, 4, 8, 16, 32, 64, 1024)
 
 
 def build_meta(arch: str) -> dict[str, nn.Module]:
@@ -77,9 +77,9 @@ def count_table(arch: str, ranks: tuple[int, ...] = RANKS, targets: str = "atten
     shapes = [sides(layer.weight) for layer in find_targets(build_meta(arch), targets).values()]
     rows = []
     for name, method in sorted(all_methods().items()):
-        for rank in ranks:
-            if rank > min(min(shape) for shape in shapes):
-                continue
-            total = sum(method.count(out, inside, rank) for out, inside in shapes)
-            rows.append({"method": name, "rank": rank, "trainable": total, "layers": len(shapes)})
+        allowed = method.ranks(shapes)
+        for rank in ranks if allowed != (1,) else allowed:
+            if rank in allowed:
+                total = sum(method.count(out, inside, rank) for out, inside in shapes)
+                rows.append({"method": name, "rank": rank, "trainable": total, "layers": len(shapes)})
     return rows

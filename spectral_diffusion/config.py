@@ -5,6 +5,7 @@ Misspelt keys are errors that name the nearest known key; nothing is swallowed.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -57,6 +58,8 @@ class TrainConfig(Settings):
     method: str = "spectral-additive"
     rank: int = Field(8, ge=1, le=4096)
     slot: str = "next"  # next, a number, 16:24, 1,5,9, sampled, sampled:128, random, bottom
+    budget: int | None = Field(None, ge=1)  # choose the largest rank that trains no more numbers than this
+    continue_from: Path | None = None  # a spectral-rotation adapter whose turned columns to go on from
     slot_seed: int | None = Field(None, ge=0, lt=2**31)  # of a drawn slot; default: fresh, and recorded
     targets: str = "attention"
     name: str | None = None  # of the concept; default: concept.yaml, else the folder's name
@@ -85,6 +88,13 @@ class TrainConfig(Settings):
     device: str = "auto"
     dtype: str = "float32"  # of the frozen base; adapters stay float32
     autocast: bool = False  # run the networks under bfloat16 autocast
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _thousands(cls, value: Any) -> Any:
+        if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)([km])", value.strip().lower())):
+            return round(float(match[1]) * {"k": 1_000, "m": 1_000_000}[match[2]])
+        return value
 
     @field_validator("templates")
     @classmethod

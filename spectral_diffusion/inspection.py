@@ -43,7 +43,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
         "targets": adapter.targets,
         "layers": len(adapter.layers),
         "trained": adapter.count(),
-        "norm": round(adapter.norm(), 6),
+        "norm": _rounded(adapter.norm()),
         "base": adapter.base,
         "base_fingerprint": adapter.fingerprint.exact,
         "config": adapter.config,
@@ -59,11 +59,16 @@ def _together(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
         if not file.is_relative_to(folder.resolve()):
             raise UserError(f"{folder}/recipe.json names a file outside the folder; fuse the adapters again.")
         adapters.append(load_adapter(file))
+    told = [adapter for adapter in adapters if not adapter.needs_base]
     return {
-        "norms": {adapter.name: round(adapter.norm(), 6) for adapter in adapters},
-        "cosines": {f"{a.name} · {b.name}": round(cosine(a, b), 6) for a, b in itertools.combinations(adapters, 2)},
+        "norms": {adapter.name: _rounded(adapter.norm()) for adapter in adapters},
+        "cosines": {f"{a.name} · {b.name}": round(cosine(a, b), 6) for a, b in itertools.combinations(told, 2)},
         "warnings": overlaps(adapters),
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
 
 
 def cosine(left: Adapter, right: Adapter) -> float:

@@ -42,6 +42,35 @@ class Factors(NamedTuple):
         return self.up @ self.down
 
 
+def dense_factors(delta: Tensor) -> Factors:
+    """A dense ΔW (out, in) as factors of its smaller side, the identity being one of them."""
+    one = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)
+    return Factors(delta, one) if delta.shape[1] <= delta.shape[0] else Factors(one, delta)
+
+
+def cayley_change(A: Tensor) -> Tensor:
+    """D = R − I of the Cayley rotation R = (I + Q)(I − Q)⁻¹ with Q = (A − Aᵀ)/2; A and D (…, r, r).
+
+    D = 2Q(I − Q)⁻¹ has no cancellation and is exactly 0 at A = 0. Always at least float32, whatever autocast says:
+    below it R is orthogonal to a few parts in a thousand only.
+    """
+    with torch.autocast(A.device.type, enabled=False):
+        A = A if A.dtype == torch.float64 else A.float()
+        Q = (A - A.mT) / 2
+        return torch.linalg.solve(torch.eye(A.shape[-1], dtype=A.dtype, device=A.device) - Q, 2 * Q, left=False)
+
+
+def compose_changes(first: Tensor, then: Tensor) -> Tensor:
+    """D of R₁R₂ from D₁ and D₂, without cancellation."""
+    return first + then + first @ then
+
+
+def orthogonal_basis(size: int, generator: torch.Generator) -> Tensor:
+    """A random orthogonal matrix (size, size) in float64."""
+    Q, R = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
+
+
 def flatten(weight: Tensor) -> Tensor:
     """A convolution kernel (out, in, kh, kw) as a matrix (out, in·kh·kw); a matrix unchanged."""
     return weight.reshape(weight.shape[0], -1)

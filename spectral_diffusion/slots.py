@@ -21,6 +21,7 @@ from .files import cannot_write, write_json
 from .randomness import keyed_random
 
 LEDGER = "slots.json"
+ROWS = "rows.json"  # the same for methods whose slots are rows of a shared basis
 POOL = 64  # how many top columns ``sampled`` draws from unless told
 
 
@@ -150,9 +151,9 @@ class Ledger:
     path: Path
 
     @classmethod
-    def beside(cls, output: Path) -> Ledger:
+    def beside(cls, output: Path, name: str = LEDGER) -> Ledger:
         """The ledger of the folder that an adapter is written to."""
-        return cls(Path(output).parent / LEDGER)
+        return cls(Path(output).parent / name)
 
     def read(self) -> dict[str, dict[str, Slot]]:
         """Base fingerprint to concept to slot.

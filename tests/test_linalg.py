@@ -5,8 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectral_diffusion.linalg import Band, Factors, agreement, cosine_between, frobenius_norm, top_band
+from spectral_diffusion.linalg import (
+    Band,
+    Factors,
+    agreement,
+    cayley_change,
+    compose_changes,
+    cosine_between,
+    frobenius_norm,
+    top_band,
+)
+from spectral_diffusion.methods import get_method
 from spectral_diffusion.methods.spectral_additive import factors
+from spectral_diffusion.methods.spectral_rotation import prepare, total
 
 
 def decaying(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -66,7 +77,7 @@ def random_additive(rank: int = 4, dtype: torch.dtype = torch.float64) -> tuple[
 def test_additive_factors_equal_the_dense_formula() -> None:
     parameters, (U, S, V) = random_additive()
     dense = (U + parameters["A_U"]) * S @ (V + parameters["A_V"]).mT - (U * S) @ V.mT
-    delta = factors(parameters, Band(U, S, V)).delta()
+    delta = factors(parameters, Band(U, S, V)._asdict()).delta()
     assert (delta - dense).abs().max() <= 1e-12
     assert torch.linalg.matrix_rank(delta) <= 2 * 4
 
@@ -75,23 +86,71 @@ def test_additive_factors_with_singular_values_equal_the_dense_formula() -> None
     parameters, (U, S, V) = random_additive()
     parameters["A_S"] = 0.3 * torch.randn(4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     dense = (U + parameters["A_U"]) * (S + parameters["A_S"]) @ (V + parameters["A_V"]).mT - (U * S) @ V.mT
-    assert (factors(parameters, Band(U, S, V)).delta() - dense).abs().max() <= 1e-12
+    assert (factors(parameters, Band(U, S, V)._asdict()).delta() - dense).abs().max() <= 1e-12
 
 
 def test_additive_is_exactly_zero_at_init_in_every_precision() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         parameters, band = random_additive(dtype=dtype)
-        zero = factors({k: torch.zeros_like(v) for k, v in parameters.items()}, band)
+        zero = factors({k: torch.zeros_like(v) for k, v in parameters.items()}, band._asdict())
         assert torch.equal(zero.delta(), torch.zeros_like(zero.delta()))
 
 
 def test_additive_factors_keep_their_digits_in_bfloat16() -> None:
     parameters, band = random_additive()
     small = {name: value * 1e-3 for name, value in parameters.items()}
-    exact = factors(small, band).delta()
-    half = factors({k: v.bfloat16() for k, v in small.items()}, Band(*(t.bfloat16() for t in band)))
+    exact = factors(small, band._asdict()).delta()
+    half = factors(
+        {k: v.bfloat16() for k, v in small.items()}, {name: t.bfloat16() for name, t in band._asdict().items()}
+    )
     rough = half.up.double() @ half.down.double()
     assert (rough - exact).norm() / exact.norm() < 0.01
+
+
+def test_cayley_is_a_rotation_and_exactly_zero_at_zero() -> None:
+    A = torch.randn(5, 6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    D = cayley_change(A)
+    R = D + torch.eye(6).double()
+    Q = (A - A.mT) / 2
+    one = torch.eye(6).double()
+    assert torch.allclose(R, (one + Q) @ torch.linalg.inv(one - Q), atol=1e-12)
+    assert torch.allclose(R.mT @ R, one.expand(5, 6, 6), atol=1e-12)
+    assert torch.equal(cayley_change(torch.zeros(2, 4, 4)), torch.zeros(2, 4, 4))
+    again = compose_changes(D[0], D[1]) + one
+    assert torch.allclose(again, R[0] @ R[1], atol=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert cayley_change(A.bfloat16()).dtype == torch.float32
+
+
+def test_rotation_factors_equal_the_dense_formula_and_compose() -> None:
+    generator = torch.Generator().manual_seed(1)
+    band = top_band(decaying(24, 36), 4)
+    first, then = (
+        {n: 0.5 * torch.randn(shape, generator=generator).double() for n, shape in
+         {"A_U": (4, 4), "A_V": (4, 4), "c": (4,)}.items()}
+        for _ in range(2)
+    )  # fmt: skip
+    one = torch.eye(4).double()
+    U, S, V = band
+
+    def turned(parameters: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return (
+            cayley_change(parameters["A_U"]) + one,
+            cayley_change(parameters["A_V"]) + one,
+            1 + parameters["c"],
+        )
+
+    R_U, R_V, scale = turned(first)
+    dense = U @ R_U * (S * scale) @ (V @ R_V).mT - (U * S) @ V.mT
+    rotation = get_method("spectral-rotation-s")
+    found = rotation.delta(first, band._asdict())
+    assert (found.delta() - dense).abs().max() <= 1e-12 and found.up.shape[1] == 4
+    D_U, D_V, c = total(prepare(first), {})
+    P_U, P_V, more = turned(then)
+    dense = U @ R_U @ P_U * (S * scale * more) @ (V @ R_V @ P_V).mT - (U * S) @ V.mT
+    assert c is not None
+    composed = rotation.delta(then, {**band._asdict(), "D_U": D_U, "D_V": D_V, "c": c}).delta()
+    assert (composed - dense).abs().max() <= 1e-12
 
 
 def test_norm_and_cosine_without_the_dense_matrix() -> None:

@@ -41,6 +41,7 @@ def train(
     ] = None,
     method: Annotated[str | None, typer.Option(help="spectral-additive, lora …")] = None,
     rank: Annotated[int | None, typer.Option(help="Columns (or LoRA rank) per concept.")] = None,
+    budget: Annotated[str | None, typer.Option(help="The largest rank that trains no more numbers: 200k, 2m.")] = None,
     slot: Annotated[
         str | None, typer.Option(help="next, a number, columns (16:24 or 1,5,9), sampled, random, bottom.")
     ] = None,
@@ -51,12 +52,15 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the state of a stopped run, if there is one.")
     ] = False,
+    continue_from: Annotated[
+        Path | None, typer.Option("--continue", help="Go on from a spectral-rotation adapter's turned columns.")
+    ] = None,
     config: ConfigOption = None,
 ) -> None:
     """Train one concept from a photo folder into an adapter in a slot of its own."""
     flags = given(
-        concept=str(concept), output=text_of(output), base=base, method=method, rank=rank, slot=slot, steps=steps,
-        seed=seed, device=device, dtype=dtype,
+        concept=str(concept), output=text_of(output), base=base, method=method, rank=rank, budget=budget,
+        slot=slot, steps=steps, seed=seed, device=device, dtype=dtype, continue_from=text_of(continue_from),
     )  # fmt: skip
     from ..config import TrainConfig
 
@@ -190,19 +194,21 @@ def slots_list(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Show the ledger of a folder."""
-    from ..slots import LEDGER, Ledger
+    from ..slots import LEDGER, ROWS, Ledger
 
-    path = folder if folder.suffix == ".json" else folder / LEDGER
-    data = Ledger(path).read()
+    paths = [folder] if folder.suffix == ".json" else [folder / LEDGER, folder / ROWS]
+    ledgers = {path: data for path in paths if any((data := Ledger(path).read()).values())}
     if as_json:
-        typer.echo(json.dumps({b: {n: str(s) for n, s in c.items()} for b, c in data.items()}, indent=2))
+        found = {b: {n: str(s) for n, s in c.items()} for data in ledgers.values() for b, c in data.items()}
+        typer.echo(json.dumps(found, indent=2))
         return
-    if not any(data.values()):
-        say(f"No slots are taken in {path}.")
-    for base, concepts in data.items():
-        say(f"base {base[:12]}")
-        for name, slot in sorted(concepts.items(), key=lambda item: item[1]):
-            say(f"  {slot}  {name}")
+    if not ledgers:
+        say(f"No slots are taken in {paths[0]}.")
+    for path, data in ledgers.items():
+        for base, concepts in data.items():
+            say(f"base {base[:12]}" + (" (rows of the orthogonal basis)" if path.name == ROWS else ""))
+            for name, slot in sorted(concepts.items(), key=lambda item: item[1]):
+                say(f"  {slot}  {name}")
 
 
 @slots_app.command("release")
@@ -211,9 +217,11 @@ def slots_release(
     folder: Annotated[Path, typer.Argument(help="The folder of the adapters.")] = Path(),
 ) -> None:
     """Free a concept's columns."""
-    from ..slots import LEDGER, Ledger
+    from ..slots import LEDGER, ROWS, Ledger
 
-    freed = Ledger(folder if folder.suffix == ".json" else folder / LEDGER).release(concept)
+    paths = [folder] if folder.suffix == ".json" else [folder / LEDGER, folder / ROWS]
+    holding = [path for path in paths if any(concept in c for c in Ledger(path).read().values())]
+    freed = [slot for path in holding or paths[:1] for slot in Ledger(path).release(concept)]
     say(f"Released {', '.join(map(str, freed))} of '{concept}'.")
 
 

@@ -1,8 +1,8 @@
-"""The native adapter file: one safetensors with factors, band, token vectors and metadata.
+"""The native adapter file: one safetensors with factors, what they are built on, token vectors and metadata.
 
-Tensors: ``delta.<component>.<layer>.<parameter>``, ``band.<component>.<layer>.{U,S,V}``,
-``token.<text encoder>``. The band is stored, never derived again: one flipped sign would change everything. A hash
-over tensors and metadata tells a damaged or edited file from a whole one.
+Tensors: ``delta.<component>.<layer>.<parameter>``, ``frozen.<component>.<layer>.<name>``, ``token.<text encoder>``, and
+``earlier.<n>.<text encoder>`` of concepts it was trained on top of. A band is stored, never derived again: one flipped
+sign would change everything. A hash over tensors and metadata tells a damaged or edited file from a whole one.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..adapter import Adapter, check_finite
 from ..base import fingerprint_json, parse_fingerprint
 from ..errors import UserError, reason
 from ..files import read_tensors, write_tensors
-from ..linalg import Band, flatten
+from ..linalg import flatten
 from ..methods import get_method
 from ..slots import read_columns
 from ..tokens import check_token
 
 FORMAT = "spectral_diffusion"
-FORMAT_VERSION = "2"
+FORMAT_VERSION = "3"
 DIGEST = "spectral.digest"
 LIBRARIES = ("spectral-diffusion", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy")
 
@@ -44,9 +44,11 @@ def versions() -> dict[str, str]:
 def save_adapter(adapter: Adapter, path: Path) -> None:
     """Write an adapter atomically."""
     tensors = {f"delta.{name}": value for name, value in adapter.parameters.items()}
-    for layer, band in adapter.bands.items():
-        tensors |= {f"band.{layer}.{part}": value for part, value in band._asdict().items()}
+    for layer, held in adapter.frozen.items():
+        tensors |= {f"frozen.{layer}.{name}": value for name, value in held.items()}
     tensors |= {f"token.{encoder}": value for encoder, value in adapter.vectors.items()}
+    for index, vectors in enumerate(adapter.earlier.values()):
+        tensors |= {f"earlier.{index}.{encoder}": value for encoder, value in vectors.items()}
     tensors = {name: value.detach().cpu().float().contiguous() for name, value in tensors.items()}
     metadata = {
         "format": FORMAT,
@@ -56,6 +58,8 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
         "spectral.rank": str(adapter.rank),
         "spectral.columns": str(adapter.slot) if adapter.slot else "",
         "spectral.targets": adapter.targets,
+        "spectral.sizes": json.dumps(adapter.sizes, sort_keys=True),
+        "spectral.earlier": json.dumps(list(adapter.earlier)),
         "spectral.base": adapter.base,
         "spectral.base_fingerprint": fingerprint_json(adapter.fingerprint),
         "spectral.config": json.dumps(adapter.config, sort_keys=True),
@@ -94,11 +98,17 @@ def load_adapter(path: Path) -> Adapter:
     try:
         concept = json.loads(metadata["spectral.concept"])
         columns = metadata["spectral.columns"]
-        bands: dict[str, dict] = {}
+        sizes, tokens = json.loads(metadata["spectral.sizes"]), json.loads(metadata["spectral.earlier"])
+        frozen: dict[str, dict[str, Tensor]] = {}
+        earlier: list[dict[str, Tensor]] = [{} for _ in tokens]
         for name, tensor in tensors.items():
-            if name.startswith("band."):
-                layer, _, part = name.removeprefix("band.").rpartition(".")
-                bands.setdefault(layer, {})[part] = tensor
+            kind, _, rest = name.partition(".")
+            if kind == "frozen":
+                layer, _, part = rest.rpartition(".")
+                frozen.setdefault(layer, {})[part] = tensor
+            elif kind == "earlier":
+                index, _, encoder = rest.partition(".")
+                earlier[int(index)][encoder] = tensor
         adapter = Adapter(
             name=str(concept["name"]),
             noun=str(concept["noun"]),
@@ -110,7 +120,9 @@ def load_adapter(path: Path) -> Adapter:
             base=metadata["spectral.base"],
             fingerprint=parse_fingerprint(metadata["spectral.base_fingerprint"]),
             parameters=dict(sorted((n[6:], t) for n, t in tensors.items() if n.startswith("delta."))),
-            bands={layer: Band(**parts) for layer, parts in sorted(bands.items())},
+            sizes={layer: (int(out), int(inside)) for layer, (out, inside) in sorted(sizes.items())},
+            frozen=dict(sorted(frozen.items())),
+            earlier={check_token(token): held for token, held in zip(tokens, earlier, strict=True)},
             vectors={n[6:]: t for n, t in tensors.items() if n.startswith("token.")},
             config=json.loads(metadata["spectral.config"]),
             versions=json.loads(metadata["spectral.versions"]),
@@ -124,24 +136,36 @@ def load_adapter(path: Path) -> Adapter:
 
 def _check_shapes(adapter: Adapter) -> None:
     """Every layer complete and of the shapes its method says, or ValueError."""
-    if not adapter.layers or adapter.rank < 1:
+    method, rank = adapter.method, adapter.rank
+    if not adapter.layers or rank < 1:
         raise ValueError("no layers")
-    if adapter.method.banded != bool(adapter.slot) or (adapter.slot and adapter.slot.rank != adapter.rank):
+    if (method.slot is not None) != bool(adapter.slot) or (adapter.slot and adapter.slot.rank != rank):
         raise ValueError("slot and rank disagree")
-    if adapter.method.banded and set(adapter.bands) != set(adapter.layers):
-        raise ValueError("bands and layers disagree")
-    if any(v.dim() != 2 or not 1 <= len(v) <= 64 for v in adapter.vectors.values()):
-        raise ValueError("token vectors have a wrong shape")
-    for layer in adapter.layers:
-        parameters, band = adapter.parameters_of(layer), adapter.bands.get(layer)
-        factors = adapter.factors(layer)
-        out_features, in_features = factors.up.shape[0], factors.down.shape[1]
-        shapes = adapter.method.shapes(out_features, in_features, adapter.rank)
-        if any(tuple(flatten(parameters[name]).shape) != shape for name, shape in shapes.items()):
-            raise ValueError(f"{layer} has a wrong shape")
-        sides = ((out_features, adapter.rank), (adapter.rank,), (in_features, adapter.rank))
-        if band is not None and any(tuple(t.shape) != side for t, side in zip(band, sides, strict=True)):
-            raise ValueError(f"the band of {layer} has a wrong shape")
-    known = {f"{layer}.{name}" for layer in adapter.layers for name in adapter.method.shapes(1, 1, 1)}
-    if set(adapter.parameters) != known:
-        raise ValueError("unknown parameters")
+    for vectors in adapter.tokens.values():
+        if not vectors or any(v.dim() != 2 or not 1 <= len(v) <= 64 for v in vectors.values()):
+            raise ValueError("token vectors have a wrong shape")
+    known = set()
+    for layer, (out, inside) in adapter.sizes.items():
+        if not 0 < out * inside <= 2**40:
+            raise ValueError(f"{layer} has a wrong size")
+        for name, shape in method.shapes(out, inside, rank).items():
+            known.add(f"{layer}.{name}")
+            if flat(adapter.parameters[f"{layer}.{name}"], len(shape)) != shape:
+                raise ValueError(f"{layer} has a wrong shape")
+        held, small = adapter.frozen.get(layer, {}), min(out, inside)
+        wanted: dict[str, tuple[int, ...]] = {}
+        if method.frozen == "band":
+            wanted = {"U": (out, rank), "S": (rank,), "V": (inside, rank)}
+            start = {"D_U": (rank, rank), "D_V": (rank, rank), "c": (rank,)}
+            wanted |= {name: shape for name, shape in start.items() if name in held}
+        elif method.frozen == "spectrum":
+            wanted = {"S": (small,)}
+        if {name: tuple(t.shape) for name, t in held.items()} != wanted:
+            raise ValueError(f"what {layer} is built on has a wrong shape")
+    if set(adapter.parameters) != known or not set(adapter.frozen) <= set(adapter.sizes):
+        raise ValueError("unknown tensors")
+
+
+def flat(tensor: Tensor, dimensions: int) -> tuple[int, ...]:
+    """A parameter's shape, a 4-D factor of a convolution seen as a matrix; DoRA's magnitude as a vector."""
+    return tuple((tensor.reshape(-1) if dimensions == 1 else flatten(tensor)).shape)

@@ -43,10 +43,11 @@ def fuse_adapters(
     for one, other in itertools.combinations(adapters, 2):
         if one.name == other.name:
             raise UserError(f"Two adapters are called '{one.name}'; train one of them again with another name=.")
-        if one.token == other.token:
-            raise UserError(
-                f"'{one.name}' and '{other.name}' share the token {one.token}; train one with another token=."
-            )
+        for token in one.tokens:
+            if token in other.tokens:
+                raise UserError(
+                    f"'{one.name}' and '{other.name}' share the token {token}; train one with another token=."
+                )
     names = [adapter.name for adapter in adapters]
     for name in strength:
         if name not in names:
@@ -59,25 +60,26 @@ def fuse_adapters(
         targets |= find_targets(base.models, adapter.targets)
     layers = [layer for layer in targets if any(layer in adapter.layers for adapter in adapters)]
     for index, layer in enumerate(layers, 1):
+        weight = targets[layer].weight
         contributions = [
             Contribution(
                 adapter.name,
                 adapter.method,
                 adapter.parameters_of(layer),
-                adapter.bands.get(layer),
+                adapter.frozen_of(layer, weight.detach().cpu()),
                 adapter.slot,
                 strength.get(adapter.name, 1.0),
             )
             for adapter in adapters
             if layer in adapter.layers
         ]
-        weight = targets[layer].weight
         with torch.no_grad():
             delta = combine(contributions, form).to(weight.device)
             weight.copy_((weight.double() + delta.view(weight.shape)).to(weight.dtype))
         progress(Event("fuse", index, len(layers), {"layer": layer}))
     for adapter in adapters:
-        base.install(adapter.token, adapter.vectors)
+        for token, vectors in adapter.tokens.items():
+            base.install(token, vectors)
 
 
 def overlaps(adapters: list[Adapter]) -> list[str]:

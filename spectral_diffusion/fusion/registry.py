@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..linalg import Band, Factors
+from ..linalg import Factors
 from ..methods import Method
 from ..registry import Registry
 from ..slots import Slot
@@ -20,13 +20,13 @@ class Contribution:
     name: str
     method: Method
     parameters: Mapping[str, Tensor]
-    band: Band | None
+    frozen: Mapping[str, Tensor]
     slot: Slot | None
     strength: float = 1.0
 
     def factors(self) -> Factors:
         """The adapter's ΔW at strength 1."""
-        return self.method.factors(self.parameters, self.band)
+        return self.method.delta(self.parameters, self.frozen)
 
 
 Merge = Callable[[Sequence[Contribution], str], Tensor]

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..linalg import Band
 from .registry import Contribution, merge
 
 
@@ -38,23 +37,21 @@ def spectral(contributions: Sequence[Contribution], form: str) -> Tensor:
 
 def _paper(contributions: Sequence[Contribution]) -> Tensor:
     for one in contributions:
-        if one.method.name != "spectral-additive" or one.band is None or one.slot is None:
+        if one.method.name != "spectral-additive" or one.slot is None:
             raise UserError(
                 f"The form paper needs spectral-additive adapters; '{one.name}' is {one.method.name}: use --form sum."
             )
     columns = sorted({c for one in contributions if one.slot for c in one.slot.columns})
     place = {column: index for index, column in enumerate(columns)}
-    first = contributions[0].band
-    assert first is not None
-    out_features, in_features = first.U.shape[0], first.V.shape[0]
-    U, V = torch.zeros(out_features, len(columns)).double(), torch.zeros(in_features, len(columns)).double()
+    first = contributions[0].frozen
+    U, V = (first[side].new_zeros(len(first[side]), len(columns)).double() for side in "UV")
     S, A_U, A_V = torch.zeros(len(columns)).double(), torch.zeros_like(U), torch.zeros_like(V)
     for one in contributions:
-        assert one.band is not None and one.slot is not None
+        assert one.slot is not None
         where = torch.tensor([place[c] for c in one.slot.columns])
-        U[:, where], S[where], V[:, where] = (t.double() for t in one.band)
+        U[:, where], S[where], V[:, where] = (one.frozen[part].double() for part in "USV")
         strength = one.strength / len(contributions)
         A_U[:, where] += strength * one.parameters["A_U"].double()
         A_V[:, where] += strength * one.parameters["A_V"].double()
     method = contributions[0].method
-    return method.factors({"A_U": A_U, "A_V": A_V}, Band(U, S, V)).delta()
+    return method.factors({"A_U": A_U, "A_V": A_V}, {"U": U, "S": S, "V": V}).delta()

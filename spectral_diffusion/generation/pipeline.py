@@ -40,7 +40,7 @@ CHUNK = 8  # pictures denoised together
 def put_on(base: Base, adapters: list[tuple[Adapter, float]], allow_base: bool = False) -> list[str]:
     """Let adapters act on a base at the given strengths, without fusing; returns warnings.
 
-    Every ΔW is low-rank, so each goes on as one LoRA of exactly that rank, whatever its method.
+    Each goes on as one LoRA of exactly its ΔW's rank, whatever its method; the few methods of full rank as a wide one.
 
     Raises:
         UserError: an adapter does not belong on this base, or two share a token.
@@ -49,17 +49,25 @@ def put_on(base: Base, adapters: list[tuple[Adapter, float]], allow_base: bool =
     for index, (adapter, strength) in enumerate(adapters):
         if warning := check_base(adapter, base, allow_base):
             notes.append(warning)
-        rank = adapter.method.rank_of_delta(adapter.rank)
+        weights = base.weights(adapter.targets) if adapter.needs_base else {}
+        factors = {layer: adapter.factors(layer, weights.get(layer)) for layer in adapter.layers}
+        ranks = {layer: up.shape[1] for layer, (up, _) in factors.items()}
         on = attach(
-            base.models, get_method("lora"), rank, f"concept_{index}", adapter.targets, only=set(adapter.layers)
+            base.models,
+            get_method("lora"),
+            max(ranks.values()),
+            f"concept_{index}",
+            adapter.targets,
+            only=set(adapter.layers),
+            ranks=ranks if len(set(ranks.values())) > 1 else None,
         )
         tensors: dict[str, torch.Tensor] = {}
-        for layer in adapter.layers:
-            up, down = adapter.factors(layer)
+        for layer, (up, down) in factors.items():
             tensors |= {f"{layer}.B": up, f"{layer}.A": down}
         on.load(tensors)
         on.set_scale(strength)
-        base.install(adapter.token, adapter.vectors)
+        for token, vectors in adapter.tokens.items():
+            base.install(token, vectors)
     if adapters:
         activate(base.models, [f"concept_{index}" for index in range(len(adapters))])
     return notes

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
-from ..linalg import Band, Factors, flatten
-from .registry import Method, Shapes, register
+from ..linalg import Factors, flatten
+from .registry import Method, Peft, Shapes, Tensors, register
 
 
 def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
@@ -15,7 +11,7 @@ def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
     return {"A": (rank, in_features), "B": (out_features, rank)}
 
 
-def factors(parameters: Mapping[str, Tensor], band: Band | None) -> Factors:
+def factors(parameters: Tensors, frozen: Tensors) -> Factors:
     """ΔW = B A. We always train with alpha = rank, so the scale is 1. PEFT keeps a convolution's factors 4-D."""
     return Factors(flatten(parameters["B"]), flatten(parameters["A"]))
 
@@ -24,9 +20,8 @@ METHOD = register(
     Method(
         name="lora",
         summary="LoRA (Hu et al. 2021) through PEFT, alpha = rank",
-        banded=False,
         shapes=shapes,
         factors=factors,
-        rank_of_delta=lambda rank: rank,
+        peft=Peft("LORA", lambda rank, steps: {"r": rank, "lora_alpha": rank}, {"A": "lora_A", "B": "lora_B"}),
     )
 )

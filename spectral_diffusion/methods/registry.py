@@ -6,15 +6,34 @@ where its ΔW is written; training, merging, fusing and exporting all go through
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from ..linalg import Band, Factors
+from ..linalg import Factors
 from ..registry import Registry
+from ..slots import Slot
 
 Shapes = dict[str, tuple[int, ...]]
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Peft:
+    """A method that PEFT trains: its configuration for a rank and some steps, and where the parameters live there."""
+
+    kind: str
+    options: Callable[[int, int], dict[str, Any]]
+    parameters: dict[str, str]  # our name to the layer's attribute
+
+
+def every_rank(sides: Sequence[tuple[int, int]]) -> Sequence[int]:
+    """All ranks that the narrowest of these weights (out, in) has room for."""
+    return range(1, min(min(side) for side in sides) + 1)
 
 
 @dataclass(frozen=True)
@@ -24,33 +43,50 @@ class Method:
     Attributes:
         name: what a person types after ``--method``.
         summary: one sentence, with its source.
-        banded: whether it lives on columns of the spectrum, so that every concept needs a slot.
         shapes: ``(out, in, rank)`` to the shapes of its trainable parameters.
-        factors: its parameters and its band (None if not banded) to ``up (out, k), down (k, in)``.
-        rank_of_delta: the k above for a rank.
+        factors: its parameters and the frozen tensors it is built on to ``up (out, k), down (k, in)``.
+        frozen: what those tensors are: ``band`` (U, S, V of the slot's columns), ``spectrum`` (U, S, V of all of
+            them), ``weight`` (W itself), ``drawn`` (what ``draw`` makes from nothing but sizes), or ``nothing``.
+        slot: ``columns`` of the spectrum or ``rows`` of a shared basis that a concept has for itself, or None.
+        draw: ``(out, in, rank, slot)`` to frozen tensors.
+        initial: the parameters to begin with; all zero by default. ΔW is zero there.
+        prepare: parameters to what ``factors`` takes, over leading dimensions, so that all layers go at once.
+        map_input: the same ΔW as a map of the input, ΔW = W (map(I) − I), where that is cheaper.
+        penalty: a layer's contribution to the loss, averaged over layers.
+        low_rank: whether k is small, so that a LoRA file holds the adapter exactly.
         frozen_up: whether the second half of ``up``'s columns is the band's own U, which needs no gradient.
+        neutral: parameters whose neutral value is not zero, so that weight decay must not touch them.
+        ranks: the ranks that weights of these sizes allow.
+        peft: how PEFT trains it, if it does.
     """
 
     name: str
     summary: str
-    banded: bool
     shapes: Callable[[int, int, int], Shapes]
-    factors: Callable[[Mapping[str, Tensor], Band | None], Factors]
-    rank_of_delta: Callable[[int], int]
+    factors: Callable[[Tensors, Tensors], Factors]
+    frozen: Literal["band", "spectrum", "weight", "drawn", "nothing"] = "nothing"
+    slot: Literal["columns", "rows"] | None = None
+    draw: Callable[[int, int, int, Slot | None], dict[str, Tensor]] | None = None
+    initial: Callable[[Shapes, torch.Generator], dict[str, Tensor]] | None = None
+    prepare: Callable[[Tensors], Tensors] | None = None
+    map_input: Callable[[Tensor, Tensors], Tensor] | None = None
+    penalty: Callable[[Tensors], Tensor] | None = None
+    low_rank: bool = True
     frozen_up: bool = False
+    neutral: frozenset[str] = field(default_factory=frozenset)
+    ranks: Callable[[Sequence[tuple[int, int]]], Sequence[int]] = every_rank
+    peft: Peft | None = None
 
     def count(self, out_features: int, in_features: int, rank: int) -> int:
         """Trainable numbers for one weight."""
-        total = 0
-        for shape in self.shapes(out_features, in_features, rank).values():
-            size = 1
-            for side in shape:
-                size *= side
-            total += size
-        return total
+        return sum(math.prod(shape) for shape in self.shapes(out_features, in_features, rank).values())
+
+    def delta(self, parameters: Tensors, frozen: Tensors) -> Factors:
+        """ΔW from the parameters as they are trained and stored."""
+        return self.factors(self.prepare(parameters) if self.prepare else parameters, frozen)
 
 
-METHODS: Registry[Method] = Registry("method", __package__, {"registry", "attach", "targets", "low_rank"})
+METHODS: Registry[Method] = Registry("method", __package__, {"registry", "attach", "tuner", "targets", "low_rank"})
 
 
 def register(method: Method) -> Method:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor
 
-from ..linalg import Band, Factors
-from .registry import Method, Shapes, register
+from ..linalg import Factors
+from .registry import Method, Shapes, Tensors, register
 
 
 def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
@@ -21,20 +18,20 @@ def shapes_with_values(out_features: int, in_features: int, rank: int) -> Shapes
     return {**shapes(out_features, in_features, rank), "A_S": (rank,)}
 
 
-def factors(parameters: Mapping[str, Tensor], band: Band | None) -> Factors:
+def factors(parameters: Tensors, frozen: Tensors) -> Factors:
     """ΔW = (U_b + A_U) (S_b + A_S) (V_b + A_V)ᵀ − U_b S_b V_bᵀ without cancellation; up (out, 2r), down (2r, in).
 
     As ``[A_U, U_b] · [S' V'ᵀ ; S_b A_Vᵀ + A_S V'ᵀ]`` with V' = V_b + A_V and S' = S_b + A_S. The naive difference
     loses its digits in half precision; this form has none to lose and is exactly zero for zero parameters.
     """
-    assert band is not None
+    U, S, V = frozen["U"], frozen["S"], frozen["V"]
     A_U, A_V, A_S = parameters["A_U"], parameters["A_V"], parameters.get("A_S")
-    up = torch.cat([A_U, band.U], dim=1)
+    up = torch.cat([A_U, U], dim=1)
     if A_S is None:
-        down = torch.cat([band.V + A_V, A_V], dim=1) * torch.cat([band.S, band.S])
+        down = torch.cat([V + A_V, A_V], dim=1) * torch.cat([S, S])
     else:
-        V = band.V + A_V
-        down = torch.cat([V * (band.S + A_S), A_V * band.S + V * A_S], dim=1)
+        V = V + A_V
+        down = torch.cat([V * (S + A_S), A_V * S + V * A_S], dim=1)
     return Factors(up, down.mT)
 
 
@@ -42,10 +39,10 @@ METHOD = register(
     Method(
         name="spectral-additive",
         summary="Spectral Adapter A: r columns of U and V, additively (paper, sec. 2)",
-        banded=True,
         shapes=shapes,
         factors=factors,
-        rank_of_delta=lambda rank: 2 * rank,
+        frozen="band",
+        slot="columns",
         frozen_up=True,
     )
 )
@@ -53,10 +50,10 @@ WITH_VALUES = register(
     Method(
         name="spectral-additive-s",
         summary="Spectral Adapter A with r trained singular values too (the reference code's form)",
-        banded=True,
         shapes=shapes_with_values,
         factors=factors,
-        rank_of_delta=lambda rank: 2 * rank,
+        frozen="band",
+        slot="columns",
         frozen_up=True,
     )
 )

@@ -19,16 +19,20 @@ from ..data.folder import Concept
 from ..data.samples import encode_crops
 from ..errors import NotFiniteError, UserError
 from ..formats.native import versions
-from ..linalg import Band
+from ..frozen import Frozen, frozen_tensors, stored_part
+from ..linalg import sides
 from ..methods import get_method
 from ..methods.attach import Attachment, attach, detaching
+from ..methods.spectral_rotation import prepare, total
 from ..progress import Event, Progress, silent
 from ..slots import Slot
-from ..spectrum import bands_of, spectrum_of
+from ..spectrum import spectrum_of
 from .conditioning import Conditioner
 from .draws import draw, target_of
 from .preservation import OTHERS, cut_mix, draw_anchors, draw_ordinary, is_cut
 from .state import load_state, save_state
+
+EXTRA = "extra|"  # before the names of what a method keeps beside its parameters
 
 
 class Stopped(Exception):
@@ -44,6 +48,7 @@ def train(
     resume: bool = False,
     progress: Progress = silent,
     should_stop: Callable[[], bool] = lambda: False,
+    start_from: Adapter | None = None,
 ) -> Adapter:
     """Train one concept (DreamBooth style) into an adapter of ``base``.
 
@@ -51,7 +56,8 @@ def train(
     k steps, a stop and ``resume`` give the same bits as an unbroken run on a CPU.
 
     Args:
-        slot: the columns of the spectrum this concept trains; None for methods without a slot.
+        slot: the columns (or rows) this concept has for itself; None for methods without a slot.
+        start_from: an adapter whose rotated columns this one goes on from, without a new decomposition (Lemma 4.1).
         state: where to save the state on interval and on a stop; removed at the end.
         resume: go on from ``state`` if it is there.
         should_stop: asked before every step.
@@ -65,7 +71,7 @@ def train(
     models, pipeline = base.models, base.pipeline
     base_fingerprint = base.fingerprint  # before anything is attached to it
     weights = base.weights(config.targets)
-    bands = bands_of(weights, slot, progress) if slot else None
+    frozen = continued(start_from) if start_from else frozen_tensors(method, weights, config.rank, slot, progress)
     size = config.resolution or base.size
     noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     preserving = config.preservation.weight > 0
@@ -74,9 +80,17 @@ def train(
         pipeline.unet.set_attn_processor(AttnProcessor())  # SDPA's backward is slow on CPU
     with Conditioner(base, concept, config.seed, size, OTHERS if preserving else ()) as condition, detaching(models):
         anchors = draw_anchors(ordinary, base, noise_schedule, config, condition) if ordinary else None
-        columns, factors = weigh_slot(weights, bands, config) if bands else (None, {})
+        columns, factors = weigh_slot(weights, frozen, config) if method.frozen == "band" else (None, {})
         attachment = attach(
-            models, method, config.rank, concept.name, config.targets, bands, config.seed, columns=columns
+            models,
+            method,
+            config.rank,
+            concept.name,
+            config.targets,
+            frozen,
+            config.seed,
+            columns=columns,
+            steps=config.steps,
         )
         for rows in condition.named_parameters().values():
             rows.requires_grad_(True)  # attaching froze everything but the adapter
@@ -84,13 +98,13 @@ def train(
         trained = {**condition.named_parameters(), **dict(attachment.named_parameters())}
         start = 0
         if resume and state.exists():
-            start = restore(state, optimizer, trained, config)
+            start = restore(state, optimizer, trained, config, attachment)
         latents = encode_crops(concept, pipeline.vae, config, size)
         running: float | None = None
 
         for step in range(start, config.steps):
             if should_stop():
-                save_state(state, trained, optimizer, {"step": step, "config": comparable(config)})
+                keep(state, trained, optimizer, step, config, attachment)
                 raise Stopped(f"Stopped at step {step} of {config.steps}; --resume goes on from there.")
             fraction = 1 - step / config.steps if config.decay == "linear" else 1.0
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -114,6 +128,10 @@ def train(
             if held:
                 loss = loss + config.preservation.weight * F.mse_loss(predicted[count:], held.targets)
 
+            penalty = attachment.penalty()
+            if penalty is not None:
+                loss = loss + penalty
+
             optimizer.zero_grad()
             loss.backward()
             condition.hold(config.embedding_norm)  # once the token has moved far enough (Mix-of-Show's limit)
@@ -122,12 +140,13 @@ def train(
                 kept = f"the last good state is kept in {state.name}" if state.exists() else "nothing was saved yet"
                 raise NotFiniteError(f"Training met NaN or infinity at step {step}: lower the learning rate ({kept}).")
             optimizer.step()
+            attachment.after_step(step + 1)
 
             value = float(loss.detach())
             running = value if running is None else 0.95 * running + 0.05 * value
             progress(Event("train", step + 1, config.steps, {"loss": running}))
             if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
-                save_state(state, trained, optimizer, {"step": step + 1, "config": comparable(config)})
+                keep(state, trained, optimizer, step + 1, config, attachment)
 
         adapter = Adapter(
             name=concept.name,
@@ -140,8 +159,10 @@ def train(
             base=config.base,
             fingerprint=base_fingerprint,
             parameters=attachment.trained(),
-            bands=bands or {},
+            sizes={layer: sides(weights[layer]) for layer in attachment.layers},
+            frozen=stored_part(method, frozen),
             vectors=condition.vectors(),
+            earlier=start_from.tokens if start_from else {},
             config=comparable(config),
             versions=versions(),
         )
@@ -149,8 +170,21 @@ def train(
         return adapter
 
 
+def continued(adapter: Adapter) -> Frozen:
+    """An adapter's band with the rotations it has learnt as the new start: U R_U and V R_V are orthonormal again.
+
+    The new start's D = R − I is composed with what the new training adds; no decomposition is made.
+    """
+    out: Frozen = {}
+    for layer in adapter.layers:
+        held = adapter.frozen_of(layer)
+        D_U, D_V, c = total(prepare(adapter.parameters_of(layer)), held)
+        out[layer] = {**held, "D_U": D_U, "D_V": D_V, **({} if c is None else {"c": c})}
+    return out
+
+
 def weigh_slot(
-    weights: Mapping[str, Tensor], bands: Mapping[str, Band], config: TrainConfig
+    weights: Mapping[str, Tensor], frozen: Frozen, config: TrainConfig
 ) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
     """How a slot's smaller singular values are made up for, as the settings ask.
 
@@ -160,9 +194,9 @@ def weigh_slot(
     if not (config.normalise or config.slot_rate):
         return None, {}
     largest = {layer: band.S[0] for layer, band in spectrum_of(weights, 1).bands.items()}
-    columns = {layer: largest[layer] / band.S for layer, band in bands.items()} if config.normalise else None
+    columns = {layer: largest[layer] / held["S"] for layer, held in frozen.items()} if config.normalise else None
     return columns, {
-        layer: float((largest[layer] / band.S.mean()) ** config.slot_rate) for layer, band in bands.items()
+        layer: float((largest[layer] / held["S"].mean()) ** config.slot_rate) for layer, held in frozen.items()
     }
 
 
@@ -171,17 +205,19 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, list[float]]:
     """AdamW with a group per component and learning-rate factor; returns it and the groups' initial rates.
 
-    ``factors`` multiplies the rate of single layers. The token's neutral value is not zero, so weight decay never
-    touches it.
+    ``factors`` multiplies the rate of single layers. Weight decay never touches what is not neutral at zero: the token,
+    DoRA's magnitudes.
     """
     rates = {"unet": config.learning_rate}
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for layer in attachment.layers:
         component = layer.split(".", 1)[0]
         rate = rates.get(component, config.text_encoder_learning_rate) * factors.get(layer, 1.0)
-        groups.setdefault(rate, []).extend(attachment.parameters(layer).values())
+        for name, parameter in attachment.parameters(layer).items():
+            decay = 0.0 if name in attachment.method.neutral else config.weight_decay
+            groups.setdefault((rate, decay), []).append(parameter)
     listed: list[dict[str, Any]] = [
-        {"params": parameters, "lr": rate, "weight_decay": config.weight_decay} for rate, parameters in groups.items()
+        {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()
     ]
     rows = list(condition.named_parameters().values())
     listed.append({"params": rows, "lr": config.embedding_learning_rate, "weight_decay": 0.0})
@@ -196,11 +232,33 @@ def comparable(config: TrainConfig) -> dict[str, Any]:
     return kept
 
 
+def keep(
+    state: Path,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    config: TrainConfig,
+    attachment: Attachment,
+) -> None:
+    """Save everything that the run needs to go on exactly here."""
+    extra, patterns = attachment.extra_state()
+    tensors = {**trained, **{f"{EXTRA}{name}": value for name, value in extra.items()}}
+    save_state(state, tensors, optimizer, {"step": step, "config": comparable(config), "extra": patterns})
+
+
 def restore(
-    state: Path, optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], config: TrainConfig
+    state: Path,
+    optimizer: torch.optim.Optimizer,
+    trained: Mapping[str, nn.Parameter],
+    config: TrainConfig,
+    attachment: Attachment,
 ) -> int:
-    """Load a saved state into place; returns the step to go on with."""
-    tensors, meta = load_state(state, optimizer)
+    """Load a saved state into place; returns the step to go on with.
+
+    Raises:
+        UserError: it was made with other settings, or by another concept or base.
+    """
+    held, meta = load_state(state, optimizer)
     before, now = meta.get("config", {}), comparable(config)
     changed = [key for key in now if before.get(key) != now[key]]
     if changed:
@@ -208,9 +266,12 @@ def restore(
             f"{state} was made with {changed[0]}={before.get(changed[0])}, now it is {now[changed[0]]}; "
             "resume with the same settings, or train without --resume."
         )
+    tensors = {name: value for name, value in held.items() if not name.startswith(EXTRA)}
     if set(tensors) != set(trained) or any(tensors[n].shape != trained[n].shape for n in trained):
         raise UserError(f"{state} belongs to another concept or base; train without --resume.")
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(tensors[name])
+    extra = {name.removeprefix(EXTRA): value for name, value in held.items() if name.startswith(EXTRA)}
+    attachment.load_extra_state(extra, meta.get("extra", {}))
     return int(meta["step"])

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..adapter import Adapter
+from ..adapter import Adapter, check_base
 from ..base import Base, load_base
 from ..config import TrainConfig, to_yaml
 from ..data.folder import Concept, load_concept
 from ..errors import UserError
 from ..files import check_writable, write_text
-from ..formats.native import save_adapter
+from ..formats.native import load_adapter, save_adapter
 from ..linalg import sides
 from ..methods import get_method
 from ..progress import Progress, silent
-from ..slots import Ledger, Slot, collision_probability, parse_policy
+from ..slots import LEDGER, ROWS, Ledger, Slot, collision_probability, parse_policy
 from ..spectrum import capacity, spectrum_of
 from ..tokens import known_tokens
 from .loop import train
@@ -58,23 +58,88 @@ def train_to_file(
         raise UserError(
             f"The base '{config.base}' already has the token {concept.token}; choose another with token=<name>."
         )
-    slot = None
-    if method.banded:
+    shapes = [sides(weight) for weight in base.weights(config.targets).values()]
+    config = with_rank(config, shapes, note)
+    start_from = None
+    if config.continue_from:
+        config, start_from = with_start(config, base, concept)
+    slot = start_from.slot if start_from else None
+    if method.slot and not start_from:
         config = with_slot_seed(config, resume)
         slot = reserve(config, base, concept)
         for text in slot_notes(config, slot, base):
             note(text)
-    shapes = [sides(weight) for weight in base.weights(config.targets).values()]
     trained = sum(method.count(out, inside, config.rank) for out, inside in shapes)
-    where = f"columns {slot}" if slot else f"rank {config.rank}"
+    where = f"{method.slot or 'columns'} {slot}" if slot else f"rank {config.rank}"
     note(
         f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {concept.token}: "
         f"{method.name}, {where}; {trained:,} numbers in {len(shapes)} layers."
     )
-    adapter = train(config, base, concept, slot, state_path(output), resume, progress, should_stop)
+    adapter = train(config, base, concept, slot, state_path(output), resume, progress, should_stop, start_from)
     save_adapter(adapter, output)
     write_text(output.with_suffix(".yaml"), to_yaml(config))
     return adapter
+
+
+def with_rank(config: TrainConfig, shapes: Sequence[tuple[int, int]], note: Callable[[str], None]) -> TrainConfig:
+    """Settle the rank: the largest within the budget if there is one, else the given one if the method allows it.
+
+    Raises:
+        UserError: no rank fits the budget, with the counts next to it; or the rank is none of the method's.
+    """
+    method = get_method(config.method)
+    allowed = method.ranks(shapes)
+    if not allowed:
+        raise UserError(f"The method {method.name} fits no rank to these layers; choose other targets.")
+
+    def count(rank: int) -> int:
+        return sum(method.count(out, inside, rank) for out, inside in shapes)
+
+    if config.budget is not None:
+        counts = sorted((count(rank), rank) for rank in allowed)
+        within = [(total, rank) for total, rank in counts if total <= config.budget]
+        steps = ", ".join(f"{total:,}" for total, _ in counts[: len(within) + 2][-4:])
+        if not within:
+            raise UserError(
+                f"{method.name} cannot train as few as {config.budget:,} numbers here: its steps are {steps} …; "
+                "raise --budget or choose another method."
+            )
+        total, rank = within[-1]
+        note(f"{method.name} at rank {rank} trains {total:,} of {config.budget:,} numbers (its steps: {steps}).")
+        return config.model_copy(update={"rank": rank})
+    if tuple(allowed) == (1,):
+        return config.model_copy(update={"rank": 1})  # a method without a rank
+    if config.rank not in allowed:
+        near = sorted(sorted(allowed, key=lambda rank: abs(rank - config.rank))[:3])
+        raise UserError(
+            f"{method.name} cannot have rank {config.rank} on these layers; near it are {', '.join(map(str, near))}."
+        )
+    return config
+
+
+def with_start(config: TrainConfig, base: Base, concept: Concept) -> tuple[TrainConfig, Adapter]:
+    """The adapter that training goes on from, and the settings that it fixes.
+
+    Raises:
+        UserError: it is of another kind or another base.
+    """
+    assert config.continue_from is not None
+    adapter = load_adapter(config.continue_from)
+    if not adapter.method.name.startswith("spectral-rotation"):
+        raise UserError(
+            f"--continue needs a spectral-rotation adapter, whose turned columns are orthonormal again; "
+            f"{config.continue_from} is {adapter.method.name}."
+        )
+    check_base(adapter, base)
+    if concept.token in adapter.tokens:
+        raise UserError(
+            f"{config.continue_from} has the token {concept.token} already; choose another with token=<name>."
+        )
+    fixed: dict[str, object] = {"method": adapter.method.name, "rank": adapter.rank, "targets": adapter.targets}
+    for key, value in fixed.items():
+        if key in config.model_fields_set and getattr(config, key) != value:
+            raise UserError(f"--continue goes on with {key}={value} of {config.continue_from}; leave {key} out.")
+    return config.model_copy(update={**fixed, "slot": str(adapter.slot)}), adapter
 
 
 def with_slot_seed(config: TrainConfig, resume: bool) -> TrainConfig:
@@ -90,8 +155,13 @@ def with_slot_seed(config: TrainConfig, resume: bool) -> TrainConfig:
 
 def reserve(config: TrainConfig, base: Base, concept: Concept) -> Slot:
     """The concept's slot, from the ledger beside the output unless it is drawn privately."""
-    columns, narrowest = capacity(base.weights(config.targets))
-    ledger = Ledger.beside(config.output)
+    weights = base.weights(config.targets)
+    columns, narrowest = capacity(weights)
+    rows = get_method(config.method).slot == "rows"
+    if rows:
+        narrowest = min(weights, key=lambda layer: sides(weights[layer])[1])
+        columns = sides(weights[narrowest])[1]
+    ledger = Ledger.beside(config.output, ROWS if rows else LEDGER)
     return ledger.reserve(
         base.fingerprint.exact, concept.name, config.rank, config.slot, columns, narrowest, config.slot_seed or 0
     )
@@ -109,7 +179,7 @@ def slot_notes(config: TrainConfig, slot: Slot, base: Base) -> list[str]:
             f"Columns {slot} were drawn from the top {pool} (slot_seed={config.slot_seed}); another concept drawn so "
             f"shares one with a chance of {chance:.0%}. Fusion tells the real overlap."
         )
-    if slot.bottom == 0:
+    if slot.bottom == 0 and get_method(config.method).slot == "columns":
         gap, layer = spectrum_of(weights, slot.top).borders(slot.columns)
         if gap < DEGENERATE:
             notes.append(

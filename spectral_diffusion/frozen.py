@@ -1,0 +1,50 @@
+"""The frozen tensors that a method's trained numbers are built on, per layer: bands, spectra, drawn matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .linalg import flatten, sides
+from .methods import Method
+from .progress import Progress, silent
+from .slots import Slot
+from .spectrum import bands_of, spectrum_of
+
+Frozen = dict[str, dict[str, Tensor]]
+STORED = {"band": ("U", "S", "V", "D_U", "D_V", "c"), "spectrum": ("S",)}  # what goes into a file, by kind
+
+
+def frozen_tensors(
+    method: Method, weights: Mapping[str, Tensor], rank: int, slot: Slot | None, progress: Progress = silent
+) -> Frozen:
+    """Layer to the method's frozen tensors, float32. The weight itself (``W``) is not among them: see ``with_weight``.
+
+    Args:
+        weights: layer to weight, (out, in) or (out, in, kh, kw).
+    """
+    if method.frozen == "band":
+        assert slot is not None
+        return {layer: dict(band._asdict()) for layer, band in bands_of(weights, slot, progress).items()}
+    if method.frozen == "spectrum":
+        most = max(min(sides(weight)) for weight in weights.values())
+        return {
+            layer: dict(band._asdict()) for layer, band in spectrum_of(weights, most, progress=progress).bands.items()
+        }
+    if method.frozen == "drawn":
+        assert method.draw is not None
+        return {layer: method.draw(*sides(weight), rank, slot) for layer, weight in weights.items()}
+    return {layer: {} for layer in weights}
+
+
+def with_weight(method: Method, frozen: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    """The frozen tensors of one layer and, where the method acts on it, the weight as a matrix ``W`` (out, in)."""
+    return {**frozen, "W": flatten(weight.detach()).float()} if method.frozen == "weight" else dict(frozen)
+
+
+def stored_part(method: Method, frozen: Frozen) -> Frozen:
+    """What of it a file must hold; the rest is made again from sizes or from the base."""
+    names = STORED.get(method.frozen, ())
+    kept = {layer: {n: t for n, t in tensors.items() if n in names} for layer, tensors in frozen.items()}
+    return {layer: tensors for layer, tensors in kept.items() if tensors}

@@ -1,0 +1,51 @@
+"""AdaLoRA (Zhang et al. 2023), trained through PEFT with its rank allocator and its orthogonality penalty."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..linalg import Factors
+from .registry import Method, Peft, Shapes, Tensors, register
+
+PENALTY = 0.5  # PEFT's orth_reg_weight
+
+
+def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
+    """A (r, in) and B (out, r), random at the start, and their singular values E (r, 1), zero at the start."""
+    return {"A": (rank, in_features), "B": (out_features, rank), "E": (rank, 1)}
+
+
+def factors(parameters: Tensors, frozen: Tensors) -> Factors:
+    """ΔW = B diag(E) A. PEFT divides alpha = r by r + 1e-5."""
+    rank = len(parameters["E"])
+    return Factors(parameters["B"], parameters["A"] * parameters["E"] * (rank / (rank + 1e-5)))
+
+
+def penalty(parameters: Tensors) -> Tensor:
+    """½ of the mean of |AAᵀ − I| and |BᵀB − I|, as AdaLoRA keeps both sides orthogonal."""
+    A, B = parameters["A"], parameters["B"]
+    one = torch.eye(len(A), device=A.device)
+    return PENALTY * ((A @ A.mT - one).norm() + (B.mT @ B - one).norm()) / 2
+
+
+def options(rank: int, steps: int) -> dict[str, Any]:
+    """Start at ``rank`` and end at half of it: warm-up for a tenth of the steps, the last three tenths fixed."""
+    return {
+        "init_r": rank, "target_r": max(1, rank // 2), "r": rank, "lora_alpha": rank, "total_step": max(steps, 2),
+        "tinit": steps // 10, "tfinal": steps * 3 // 10, "deltaT": max(1, steps // 100),
+    }  # fmt: skip
+
+
+METHOD = register(
+    Method(
+        name="adalora",
+        summary="AdaLoRA (Zhang et al. 2023) through PEFT: singular values that a schedule takes away",
+        shapes=shapes,
+        factors=factors,
+        penalty=penalty,
+        peft=Peft("ADALORA", options, {"A": "lora_A", "B": "lora_B", "E": "lora_E"}),
+    )
+)

@@ -1,0 +1,29 @@
+"""SVDiff (Han et al. 2023): all singular values, shifted."""
+
+from __future__ import annotations
+
+from ..linalg import Factors
+from .registry import Method, Shapes, Tensors, register
+
+
+def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
+    """delta (min(out, in)), zero at the start."""
+    return {"delta": (min(out_features, in_features),)}
+
+
+def factors(parameters: Tensors, frozen: Tensors) -> Factors:
+    """ΔW = U diag(δ) Vᵀ; W' = U (S + δ) Vᵀ. Of full rank."""
+    return Factors(frozen["U"] * parameters["delta"], frozen["V"].mT)
+
+
+METHOD = register(
+    Method(
+        name="svdiff",
+        summary="SVDiff (Han et al. 2023): every singular value shifted; it has no rank",
+        shapes=shapes,
+        factors=factors,
+        frozen="spectrum",
+        low_rank=False,
+        ranks=lambda sides: (1,),
+    )
+)

@@ -1,0 +1,284 @@
+"""The layer that carries our own adapters, as a tuner that PEFT and diffusers know.
+
+It is registered with PEFT under the type ``SPECTRAL_DIFFUSION``, so that PEFT's and diffusers' operations (weights,
+disable, fuse, state dict, checkpointing) work on it as on any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..linalg import Factors, flatten, sides
+from .low_rank import low_rank_conv, low_rank_linear
+from .registry import Method, get_method
+
+PEFT_TYPE = "SPECTRAL_DIFFUSION"
+PREFIX = "spectral_"
+
+
+@dataclass
+class SpectralConfig(PeftConfig):
+    """PEFT's view of one of our adapters."""
+
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    r: int = field(default=8)
+    method: str = field(default="spectral-additive")
+    bias: str = field(default="none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+
+
+class Buffers(nn.Module):
+    """The frozen tensors that one adapter of one layer is built on."""
+
+    def put(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Hold float32 copies of these."""
+        for name, value in tensors.items():
+            self.register_buffer(name, value.detach().to(device, torch.float32).contiguous())
+
+    def named(self) -> dict[str, Tensor]:
+        return dict(self.named_buffers())
+
+
+@dataclass
+class Prepared:
+    """What ``Method.prepare`` gave for the parameters as they were."""
+
+    tensors: Mapping[str, Tensor]
+    versions: list[int]
+    grad: bool
+
+
+class AdaptedLayer(nn.Module, BaseTunerLayer):
+    """A frozen Linear or Conv2d with any number of our adapters. Parameters and frozen tensors are kept in float32."""
+
+    adapter_layer_names = ("spectral_delta",)
+    other_param_names = ("spectral_frozen", "spectral_scale", "spectral_method", "spectral_columns")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.out_features, self.in_features = sides(self.base_weight)
+        self.spectral_delta = nn.ModuleDict()
+        self.spectral_frozen = nn.ModuleDict()
+        self.spectral_scale: dict[str, float] = {}
+        self.spectral_method: dict[str, Method] = {}
+        self.spectral_columns: dict[str, Tensor] = {}
+        self.prepared: dict[str, Prepared] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter: str, method: Method, rank: int) -> None:
+        device = self.base_weight.device
+        shapes = method.shapes(self.out_features, self.in_features, rank)
+        if method.initial:
+            # Drawn on the CPU by the global generator, which the caller seeds: the same on every device.
+            generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+            first = method.initial(shapes, generator)
+        else:
+            first = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        self.spectral_delta[adapter] = nn.ParameterDict(
+            {name: nn.Parameter(value.to(device)) for name, value in first.items()}
+        )
+        self.spectral_frozen[adapter] = Buffers()
+        self.spectral_scale[adapter] = 1.0
+        self.spectral_method[adapter] = method
+        self.set_adapter(self.active_adapters)
+
+    if TYPE_CHECKING:  # nn.Module's __getattr__ would hide what BaseTunerLayer gives
+        active_adapters: list[str]
+        disable_adapters: bool
+        merged: bool
+        _active_adapter: list[str]
+
+        def get_base_layer(self) -> nn.Module: ...
+
+        def set_adapter(self, adapter_names: list[str], inference_mode: bool = False) -> None: ...
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The frozen weight underneath: (out, in), or (out, in, kh, kw) of a convolution."""
+        return cast(nn.Linear, self.get_base_layer()).weight
+
+    def parameters_of(self, adapter: str) -> dict[str, nn.Parameter]:
+        """One adapter's trainable parameters under its method's names."""
+        return dict(cast(nn.ParameterDict, self.spectral_delta[adapter]).items())
+
+    def effective(self, adapter: str) -> dict[str, Tensor]:
+        """The parameters as the method takes them: trained columns times their scales, where they have some."""
+        parameters: dict[str, Tensor] = dict(self.parameters_of(adapter))
+        scales = self.spectral_columns.get(adapter)
+        if scales is None:
+            return parameters
+        return {name: value * scales if value.dim() == 2 else value for name, value in parameters.items()}
+
+    def frozen_of(self, adapter: str) -> dict[str, Tensor]:
+        """The frozen tensors under the method's names; the weight itself is read where it lies, never copied."""
+        frozen = cast(Buffers, self.spectral_frozen[adapter]).named()
+        if self.spectral_method[adapter].frozen == "weight":
+            weight = flatten(self.base_weight.detach())
+            frozen["W"] = weight if weight.dtype == torch.float64 else weight.float()
+        return frozen
+
+    def set_frozen(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+        """Hold copies of the frozen tensors."""
+        cast(Buffers, self.spectral_frozen[adapter]).put(tensors, self.base_weight.device)
+
+    def prepare(self, adapter: str) -> Mapping[str, Tensor]:
+        """The parameters as ``factors`` takes them: from the model's batched preparation if it is still true."""
+        method, parameters = self.spectral_method[adapter], self.effective(adapter)
+        if method.prepare is None:
+            return parameters
+        held = self.prepared.get(adapter)
+        versions = [value._version for value in parameters.values()]
+        if held and held.versions == versions and held.grad == torch.is_grad_enabled():
+            return held.tensors
+        return method.prepare(parameters)
+
+    def factors(self, adapter: str) -> Factors:
+        """The adapter's ΔW as float32 factors, its scale included."""
+        method, scale = self.spectral_method[adapter], self.spectral_scale[adapter]
+        up, down = method.factors(self.prepare(adapter), self.frozen_of(adapter))
+        return Factors(up, down) if scale == 1.0 else Factors(up * scale, down)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The dense ΔW in float32, of the weight's own shape."""
+        return self.factors(adapter).delta().view(self.base_weight.shape)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [a for a in self.active_adapters if a in self.spectral_delta]
+        if self.disable_adapters or self.merged or not active:
+            return cast(Tensor, self.base_layer(x, *args, **kwargs))
+        single = self.spectral_method[active[0]] if len(active) == 1 else None
+        linear = type(self.base_layer) is nn.Linear
+        if single and single.map_input and linear and self.spectral_scale[active[0]] == 1.0:
+            return cast(Tensor, self.base_layer(single.map_input(x, self.prepare(active[0])), *args, **kwargs))
+        parts = [self.factors(adapter) for adapter in active]
+        up = parts[0].up if len(parts) == 1 else torch.cat([p.up for p in parts], 1)
+        down = parts[0].down if len(parts) == 1 else torch.cat([p.down for p in parts], 0)
+        if linear:
+            frozen = up.shape[1] // 2 if single and single.frozen_up else 0
+            base = cast(nn.Linear, self.base_layer)
+            return low_rank_linear(x, base.weight, base.bias, up, down, frozen)
+        y = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        layer = self.get_base_layer()
+        if isinstance(layer, nn.Conv2d):
+            return y + low_rank_conv(x, layer, up, down).to(y.dtype)
+        return y + ((x @ down.mT.to(x.dtype)) @ up.mT.to(x.dtype)).to(y.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add ΔW to the base weight, in float32 and rounded once."""
+        chosen = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.spectral_delta]
+        deltas = {adapter: self.get_delta_weight(adapter) for adapter in chosen}  # all of the weight as it was
+        for adapter, delta in deltas.items():
+            weight = self.base_weight
+            merged = weight.float() + delta
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"Adapter {adapter} holds NaN or infinity.")
+            weight.data.copy_(merged)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Subtract what was merged; floating point makes this inexact (``unfuse`` re-fuses instead).
+
+        Raises:
+            ValueError: the change depends on the weight, which is no longer what it was.
+        """
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
+            if self.spectral_method[adapter].frozen == "weight":
+                raise ValueError(f"{self.spectral_method[adapter].name} cannot be unmerged; load the base again.")
+            weight = self.base_weight
+            weight.data.copy_(weight.float() - self.get_delta_weight(adapter))
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """The strength λ of one adapter: multiplies its ΔW."""
+        if adapter in self.spectral_scale:
+            self.spectral_scale[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        for adapter in self.active_adapters:
+            self.set_scale(adapter, self.spectral_scale.get(adapter, 1.0) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        for adapter in self.active_adapters:
+            self.set_scale(adapter, 1.0 if scale is None else self.spectral_scale.get(adapter, 1.0) / scale)
+
+
+class SpectralModel(BaseTuner):
+    """The PEFT tuner that swaps target layers for :class:`AdaptedLayer`."""
+
+    prefix = PREFIX
+    tuner_layer_cls = AdaptedLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def _create_and_replace(
+        self,
+        config: SpectralConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional: Any,
+    ) -> None:
+        method = get_method(config.method)
+        if isinstance(target, AdaptedLayer):
+            target.update_layer(adapter_name, method, config.r)
+            return
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(base, nn.Linear | nn.Conv2d):
+            raise TypeError(f"{current_key} is a {type(base).__name__}; only Linear and Conv2d can be adapted.")
+        layer = AdaptedLayer(target)
+        layer._active_adapter = [adapter_name]
+        layer.update_layer(adapter_name, method, config.r)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+class BatchedPreparation:
+    """A pre-hook that prepares the parameters of all of a model's layers at once before every forward.
+
+    The result is kept until the parameters change, so that gradient checkpointing (the non-reentrant kind) finds the
+    same tensors when it runs a layer again.
+    """
+
+    def __init__(self, adapter: str, method: Method, layers: list[AdaptedLayer]) -> None:
+        self.adapter, self.method, self.layers = adapter, method, layers
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        layers = [layer for layer in self.layers if self.adapter in layer.active_adapters]
+        if not layers or layers[0].disable_adapters or self.method.prepare is None:
+            return
+        each = [layer.effective(self.adapter) for layer in layers]
+        grouped: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+        for index, parameters in enumerate(each):
+            grouped.setdefault(tuple(tuple(value.shape) for value in parameters.values()), []).append(index)
+        for indices in grouped.values():
+            stacked = {name: torch.stack([each[index][name] for index in indices]) for name in each[indices[0]]}
+            prepared = {name: value.unbind(0) for name, value in self.method.prepare(stacked).items()}
+            for place, index in enumerate(indices):
+                layers[index].prepared[self.adapter] = Prepared(
+                    {name: values[place] for name, values in prepared.items()},
+                    [value._version for value in each[index].values()],
+                    torch.is_grad_enabled(),
+                )
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SpectralConfig
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = SpectralModel
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = PREFIX
