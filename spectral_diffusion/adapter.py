@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .base import Base, Fingerprint
 from .errors import UserError
-from .frozen import Frozen, with_weight
 from .linalg import Band, Factors, agreement, bottom_band, frobenius_norm, sides, top_band
 from .methods import Method
+from .methods.frozen import Frozen, with_weight
 from .slots import Slot
 
 MIN_COSINE = 0.999

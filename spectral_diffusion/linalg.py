@@ -61,8 +61,9 @@ def cayley_change(A: Tensor) -> Tensor:
 
 
 def compose_changes(first: Tensor, then: Tensor) -> Tensor:
-    """D of R₁R₂ from D₁ and D₂, without cancellation."""
-    return first + then + first @ then
+    """D of R₁R₂ from D₁ and D₂, without cancellation, and in full precision whatever autocast says."""
+    with torch.autocast(first.device.type, enabled=False):
+        return first + then + first @ then
 
 
 def orthogonal_basis(size: int, generator: torch.Generator) -> Tensor:

@@ -233,7 +233,7 @@ LAYERS = [
     {"errors", "linalg", "progress", "pocket", "randomness"},
     {"files", "slots", "registry"},
     {"methods", "spectrum", "resources"},
-    {"base", "tokens", "config", "architectures", "frozen"},
+    {"base", "tokens", "config", "architectures"},
     {"adapter", "data", "evaluation"},
     {"formats", "training"},
     {"fusion"},

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.cli import app
 from spectral_diffusion.errors import UserError
-from spectral_diffusion.frozen import frozen_tensors, with_weight
 from spectral_diffusion.linalg import sides
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.methods.attach import Attachment, activate, attach, detach, disabled
+from spectral_diffusion.methods.frozen import frozen_tensors, with_weight
 from spectral_diffusion.methods.low_rank import low_rank_linear
 from spectral_diffusion.methods.registry import METHODS
 from spectral_diffusion.slots import Slot

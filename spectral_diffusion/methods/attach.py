@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .registry import Method
 from .targets import find_targets
-from .tuner import AdaptedLayer, BatchedPreparation, SpectralConfig
+from .tuner import AdaptedLayer, SpectralConfig, hooks_of
 
 Frozen = Mapping[str, Mapping[str, Tensor]]
 
@@ -134,7 +134,7 @@ def attach(
     """Attach a fresh adapter (ΔW zero) to the target layers and leave only it trainable there.
 
     Args:
-        frozen: per layer the tensors that the method is built on (see ``frozen.py``).
+        frozen: per layer the tensors that the method is built on (see :func:`.frozen.frozen_tensors`).
         only: restricts to some layer names.
         columns: per layer a scale (r,) of the trained columns; what is trained is A / scale.
         ranks: ranks of single layers where they differ, for PEFT's methods.
@@ -166,10 +166,6 @@ def attach(
             layers[f"{component}.{path}"] = cast(BaseTunerLayer, model.get_submodule(path))
         if method.peft and method.peft.kind == "ADALORA" and steps:
             allocators[component] = (RankAllocator(model, config, name), model)
-        if method.prepare:
-            mine = [model.get_submodule(path) for path in paths]
-            hook = BatchedPreparation(name, method, [one for one in mine if isinstance(one, AdaptedLayer)])
-            _hooks(model).append(model.register_forward_pre_hook(hook))
     attachment = Attachment(name, method, rank, layers, allocators)
     if method.peft:
         for _, parameter in attachment.named_parameters():
@@ -181,12 +177,6 @@ def attach(
             if columns is not None:
                 module.spectral_columns[name] = columns[layer].to(module.base_weight.device)
     return attachment
-
-
-def _hooks(model: nn.Module) -> list[Any]:
-    """The handles of the hooks that ``attach`` put on a model, kept on it."""
-    held: list[Any] = model.__dict__.setdefault("_spectral_hooks", [])
-    return held
 
 
 def activate(models: dict[str, nn.Module], names: list[str]) -> None:
@@ -204,9 +194,9 @@ def detach(models: dict[str, nn.Module]) -> None:
             if isinstance(module, BaseTunerLayer):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.get_base_layer())
-        for handle in _hooks(model):
+        for handle in hooks_of(model):
             handle.remove()
-        _hooks(model).clear()
+        hooks_of(model).clear()
         if hasattr(model, "peft_config"):
             del model.peft_config
 

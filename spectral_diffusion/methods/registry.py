@@ -86,7 +86,9 @@ class Method:
         return self.factors(self.prepare(parameters) if self.prepare else parameters, frozen)
 
 
-METHODS: Registry[Method] = Registry("method", __package__, {"registry", "attach", "tuner", "targets", "low_rank"})
+METHODS: Registry[Method] = Registry(
+    "method", __package__, {"registry", "attach", "tuner", "targets", "low_rank", "frozen"}
+)
 
 
 def register(method: Method) -> Method:

@@ -14,9 +14,12 @@ import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ..linalg import Factors, flatten, sides
+from ..slots import read_columns
+from .frozen import frozen_tensors
 from .low_rank import low_rank_conv, low_rank_linear
 from .registry import Method, get_method
 
@@ -26,12 +29,17 @@ PREFIX = "spectral_"
 
 @dataclass
 class SpectralConfig(PeftConfig):
-    """PEFT's view of one of our adapters."""
+    """PEFT's view of one of our adapters.
+
+    With ``slot`` given (``0:8``, ``1,5,9``) the layers find their frozen tensors themselves, so that
+    ``get_peft_model(any_transformers_model, SpectralConfig(r=8, slot="0:8"))`` is all there is to do.
+    """
 
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
     r: int = field(default=8)
     method: str = field(default="spectral-additive")
+    slot: str | None = field(default=None)
     bias: str = field(default="none")
 
     def __post_init__(self) -> None:
@@ -223,7 +231,15 @@ class SpectralModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = AdaptedLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *arguments: Any, **options: Any) -> None:
+        super().inject_adapter(model, adapter_name, *arguments, **options)
+        method = get_method(self.peft_config[adapter_name].method)
+        if method.prepare:
+            layers = [m for m in model.modules() if isinstance(m, AdaptedLayer) and adapter_name in m.spectral_delta]
+            handle = model.register_forward_pre_hook(BatchedPreparation(adapter_name, method, layers))
+            hooks_of(model).append(handle)
 
     def _create_and_replace(
         self,
@@ -238,6 +254,7 @@ class SpectralModel(BaseTuner):
         method = get_method(config.method)
         if isinstance(target, AdaptedLayer):
             target.update_layer(adapter_name, method, config.r)
+            self._freeze(target, adapter_name, method, config)
             return
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(base, nn.Linear | nn.Conv2d):
@@ -245,9 +262,22 @@ class SpectralModel(BaseTuner):
         layer = AdaptedLayer(target)
         layer._active_adapter = [adapter_name]
         layer.update_layer(adapter_name, method, config.r)
+        self._freeze(layer, adapter_name, method, config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _freeze(self, layer: AdaptedLayer, adapter_name: str, method: Method, config: SpectralConfig) -> None:
+        if config.slot is not None:
+            slot = read_columns(config.slot) if method.slot else None
+            found = frozen_tensors(method, {"": layer.base_weight.detach()}, config.r, slot, cached=False)
+            layer.set_frozen(adapter_name, found[""])
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    """The handles of the hooks that the tuner put on a model, kept on it."""
+    held: list[Any] = model.__dict__.setdefault("_spectral_hooks", [])
+    return held
 
 
 class BatchedPreparation:

@@ -19,10 +19,10 @@ from ..data.folder import Concept
 from ..data.samples import encode_crops
 from ..errors import NotFiniteError, UserError
 from ..formats.native import versions
-from ..frozen import Frozen, frozen_tensors, stored_part
 from ..linalg import sides
 from ..methods import get_method
 from ..methods.attach import Attachment, attach, detaching
+from ..methods.frozen import Frozen, frozen_tensors, stored_part
 from ..methods.spectral_rotation import prepare, total
 from ..progress import Event, Progress, silent
 from ..slots import Slot

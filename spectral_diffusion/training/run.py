@@ -48,7 +48,7 @@ def train_to_file(
     output = config.output
     if output.suffix != ".safetensors":
         raise UserError(f"The output {output} must end in .safetensors.")
-    method = get_method(config.method)
+    get_method(config.method)  # a misspelt one is told before any loading
     concept = load_concept(config.concept, config.name, config.token, config.noun)
     if concept.skipped:
         note(f"Skipped in {config.concept}: {'; '.join(concept.skipped)}.")
@@ -58,17 +58,21 @@ def train_to_file(
         raise UserError(
             f"The base '{config.base}' already has the token {concept.token}; choose another with token=<name>."
         )
-    shapes = [sides(weight) for weight in base.weights(config.targets).values()]
-    config = with_rank(config, shapes, note)
     start_from = None
     if config.continue_from:
         config, start_from = with_start(config, base, concept)
+        note(f"Going on from {config.continue_from}: method, rank {config.rank}, targets and columns are its own.")
+    method = get_method(config.method)
+    if config.normalise and not method.name.startswith("spectral-additive"):
+        raise UserError(f"normalise=true scales the columns of spectral-additive; {method.name} has none to scale.")
+    config = with_rank(config, [sides(weight) for weight in base.weights(config.targets).values()], note)
     slot = start_from.slot if start_from else None
     if method.slot and not start_from:
         config = with_slot_seed(config, resume)
         slot = reserve(config, base, concept)
         for text in slot_notes(config, slot, base):
             note(text)
+    shapes = [sides(weight) for weight in base.weights(config.targets).values()]
     trained = sum(method.count(out, inside, config.rank) for out, inside in shapes)
     where = f"{method.slot or 'columns'} {slot}" if slot else f"rank {config.rank}"
     note(
@@ -135,10 +139,7 @@ def with_start(config: TrainConfig, base: Base, concept: Concept) -> tuple[Train
         raise UserError(
             f"{config.continue_from} has the token {concept.token} already; choose another with token=<name>."
         )
-    fixed: dict[str, object] = {"method": adapter.method.name, "rank": adapter.rank, "targets": adapter.targets}
-    for key, value in fixed.items():
-        if key in config.model_fields_set and getattr(config, key) != value:
-            raise UserError(f"--continue goes on with {key}={value} of {config.continue_from}; leave {key} out.")
+    fixed = {"method": adapter.method.name, "rank": adapter.rank, "targets": adapter.targets, "budget": None}
     return config.model_copy(update={**fixed, "slot": str(adapter.slot)}), adapter
 
 

@@ -6,36 +6,46 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .linalg import flatten, sides
-from .methods import Method
-from .progress import Progress, silent
-from .slots import Slot
-from .spectrum import bands_of, spectrum_of
+from ..linalg import Band, flatten, sides
+from ..progress import Progress, silent
+from ..slots import Slot
+from ..spectrum import bands_of, compute, spectrum_of
+from .registry import Method
 
 Frozen = dict[str, dict[str, Tensor]]
 STORED = {"band": ("U", "S", "V", "D_U", "D_V", "c"), "spectrum": ("S",)}  # what goes into a file, by kind
 
 
 def frozen_tensors(
-    method: Method, weights: Mapping[str, Tensor], rank: int, slot: Slot | None, progress: Progress = silent
+    method: Method,
+    weights: Mapping[str, Tensor],
+    rank: int,
+    slot: Slot | None,
+    progress: Progress = silent,
+    cached: bool = True,
 ) -> Frozen:
     """Layer to the method's frozen tensors, float32. The weight itself (``W``) is not among them: see ``with_weight``.
 
     Args:
         weights: layer to weight, (out, in) or (out, in, kh, kw).
+        cached: whether spectra go through the disk cache.
     """
     if method.frozen == "band":
         assert slot is not None
-        return {layer: dict(band._asdict()) for layer, band in bands_of(weights, slot, progress).items()}
+        bands = bands_of(weights, slot, progress) if cached else _bands(weights, slot)
+        return {layer: dict(band._asdict()) for layer, band in bands.items()}
     if method.frozen == "spectrum":
         most = max(min(sides(weight)) for weight in weights.values())
-        return {
-            layer: dict(band._asdict()) for layer, band in spectrum_of(weights, most, progress=progress).bands.items()
-        }
+        spectrum = spectrum_of(weights, most, progress=progress) if cached else compute(weights, most, progress)
+        return {layer: dict(band._asdict()) for layer, band in spectrum.bands.items()}
     if method.frozen == "drawn":
         assert method.draw is not None
         return {layer: method.draw(*sides(weight), rank, slot) for layer, weight in weights.items()}
     return {layer: {} for layer in weights}
+
+
+def _bands(weights: Mapping[str, Tensor], slot: Slot) -> dict[str, Band]:
+    return compute(weights, slot.bottom or slot.top, bottom=slot.bottom > 0).slot(slot.columns)
 
 
 def with_weight(method: Method, frozen: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
