@@ -104,6 +104,28 @@ class TrainConfig(Settings):
         return value
 
 
+class GradientConfig(Settings):
+    """What the merges that watch activations (``gradient``, ``ssr``) watch, and how they solve."""
+
+    anchor: float = Field(1.0, ge=0)  # weight of the base's ordinary prompts, in concepts; 0 leaves them out
+    ridge: float = Field(1e-6, ge=0)  # of the mean diagonal of the Gram matrices
+    ridge_to: Literal["zero", "mean"] = "zero"  # where directions that nothing was seen of go
+    staging: Literal["own", "fused"] = "own"  # each adapter alone, or as Mix-of-Show: on the stages fused before
+    prompts: list[str] = Field(ORDINARY_SCENES, min_length=1)
+    pictures: int = Field(8, ge=1, le=10_000)  # per concept, and of ordinary prompts
+    steps: int = Field(10, ge=1, le=1000)  # of each picture
+    guidance: float = Field(4.0, ge=0, le=50)
+    rows: int = Field(256, ge=1, le=1_000_000)  # drawn from what a layer sees at one call
+    cache: bool = True  # keep what was seen beside the spectra, per adapter
+
+    @field_validator("prompts")
+    @classmethod
+    def _one_place(cls, value: list[str]) -> list[str]:
+        if any(prompt.count("{}") != 1 for prompt in value):
+            raise ValueError("every prompt needs {} exactly once, where the concept goes")
+        return value
+
+
 class FuseConfig(Settings):
     """Fuse adapters into one checkpoint."""
 
@@ -111,8 +133,12 @@ class FuseConfig(Settings):
     output: Path
     base: str | None = None  # default: the base the adapters name
     merge: str = "spectral"
-    form: Literal["sum", "mean", "paper"] = "sum"
-    strength: dict[str, float] = {}  # concept name to λ
+    form: Literal["sum", "mean", "paper"] = "sum"  # of spectral
+    strength: dict[str, float] = {}  # concept name to λ; NAME.unet and NAME.text_encoder for one component
+    density: float = Field(0.5, gt=0, le=1)  # of ties and dare
+    svd_rank: int = Field(16, ge=1, le=4096)  # of svd
+    gradient: GradientConfig = GradientConfig()
+    seed: int = Field(0, ge=0, lt=2**31)
     allow_base: bool = False
     device: str = "auto"
 

@@ -9,7 +9,7 @@ from typing import Any
 from .adapter import Adapter
 from .errors import UserError
 from .formats.native import load_adapter
-from .fusion.recipe import overlaps, read_recipe
+from .fusion.recipe import load_adapters, overlaps, read_recipe
 from .generation.pipeline import read_settings
 from .linalg import cosine_between
 
@@ -25,7 +25,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
         recipe = read_recipe(path)
         if recipe is None:
             raise UserError(f"{path} is not a fused folder: it holds no recipe.json.")
-        return {"kind": "fusion", **recipe, **_together(path, recipe)}
+        return {"kind": "fusion", **recipe, **_together(path)}
     if not path.exists():
         raise UserError(f"No such file: {path}.")
     if path.suffix.lower() == ".png":
@@ -51,14 +51,9 @@ def inspect_path(path: Path) -> dict[str, Any]:
     }
 
 
-def _together(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+def _together(folder: Path) -> dict[str, Any]:
     """Norms, pairwise cosines and warnings of the adapters inside a fused folder."""
-    adapters = []
-    for concept in recipe["concepts"].values():
-        file = (folder / str(concept["file"])).resolve()
-        if not file.is_relative_to(folder.resolve()):
-            raise UserError(f"{folder}/recipe.json names a file outside the folder; fuse the adapters again.")
-        adapters.append(load_adapter(file))
+    adapters = load_adapters(folder)
     told = [adapter for adapter in adapters if not adapter.needs_base]
     return {
         "norms": {adapter.name: _rounded(adapter.norm()) for adapter in adapters},

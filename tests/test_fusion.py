@@ -19,7 +19,7 @@ from spectral_diffusion.fusion import Contribution, get_merge
 from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder, read_recipe
 from spectral_diffusion.generation.pipeline import generate_to_file, put_on, read_settings, sample
 from spectral_diffusion.inspection import inspect_path
-from spectral_diffusion.linalg import top_band
+from spectral_diffusion.linalg import Factors, top_band
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.slots import Slot
 from spectral_diffusion.training.run import train_to_file
@@ -53,31 +53,40 @@ def dense(weight: torch.Tensor, contributions: list[Contribution], strength: flo
     return (U + A_U) * S @ (V + A_V).mT - weight
 
 
+def settings(**more: object) -> FuseConfig:
+    return FuseConfig(adapters=[Path("a")], output=Path("b"), **more)  # type: ignore[arg-type]
+
+
+def merged(contributions: list[Contribution], form: str) -> torch.Tensor:
+    found = get_merge("spectral").combine(contributions, settings(form=form), None)
+    assert isinstance(found, Factors)
+    return found.delta()
+
+
 DISJOINT = [Slot.interval(0, 4), Slot.interval(4, 6), Slot.interval(10, 18)]
 
 
 def test_sum_of_disjoint_slots_is_one_change_of_all_columns() -> None:
     weight, contributions = problem(DISJOINT)
-    delta = get_merge("spectral")(contributions, "sum")
+    delta = merged(contributions, "sum")
     assert (delta - dense(weight, contributions)).abs().max() <= 1e-12
 
 
 def test_sum_of_overlapping_slots_is_not() -> None:
     weight, contributions = problem([Slot.interval(0, 4), Slot.interval(2, 6)])
-    delta = get_merge("spectral")(contributions, "sum")
+    delta = merged(contributions, "sum")
     assert (delta - dense(weight, contributions)).abs().max() > 1e-3
 
 
 def test_mean_is_the_sum_over_k() -> None:
     _, contributions = problem(DISJOINT)
-    merge = get_merge("spectral")
-    assert torch.allclose(merge(contributions, "mean") * 3, merge(contributions, "sum"), rtol=1e-12, atol=1e-14)
+    assert torch.allclose(merged(contributions, "mean") * 3, merged(contributions, "sum"), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("slots", [DISJOINT, [Slot.interval(0, 4), Slot.interval(2, 6)]])
 def test_paper_form_scales_the_factors(slots: list[Slot]) -> None:
     weight, contributions = problem(slots)
-    delta = get_merge("spectral")(contributions, "paper")
+    delta = merged(contributions, "paper")
     assert (delta - dense(weight, contributions, 1 / len(slots))).abs().max() <= 1e-12
 
 
@@ -85,8 +94,8 @@ def test_paper_form_needs_factors() -> None:
     _, contributions = problem(DISJOINT)
     lora = Contribution("mug", get_method("lora"), {"A": torch.zeros(2, 40), "B": torch.zeros(24, 2)}, {}, None)
     with pytest.raises(UserError, match="'mug' is lora"):
-        get_merge("spectral")([*contributions, lora], "paper")
-    assert get_merge("spectral")([*contributions, lora], "sum").shape == (24, 40)
+        merged([*contributions, lora], "paper")
+    assert merged([*contributions, lora], "sum").shape == (24, 40)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +160,7 @@ def test_fusion_does_not_depend_on_the_order_of_the_files(trained: list[Path], t
 def test_an_adapter_at_strength_zero_changes_nothing(trained: list[Path], tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
     before = {n: w.clone() for n, w in base.weights().items()}
-    fuse_adapters(base, [load_adapter(trained[0])], strength={"dog": 0.0})
+    fuse_adapters(base, [load_adapter(trained[0])], settings(strength={"dog": 0.0}))
     assert all(torch.equal(before[n], w) for n, w in base.weights().items())
 
 
@@ -159,15 +168,15 @@ def test_refusals(trained: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     dog = load_adapter(trained[0])
     base = load_base(str(tiny_base), "cpu")
     with pytest.raises(UserError, match="Two adapters are called 'dog'"):
-        fuse_adapters(base, [dog, dog])
+        fuse_adapters(base, [dog, dog], settings())
     twin = load_adapter(trained[1])
     twin.token = dog.token
     with pytest.raises(UserError, match="share the token <dog>"):
-        fuse_adapters(base, [dog, twin])
+        fuse_adapters(base, [dog, twin], settings())
     with pytest.raises(UserError, match=r"names 'dgo' \(did you mean 'dog'\?\)"):
-        fuse_adapters(base, [dog], strength={"dgo": 1})
+        fuse_adapters(base, [dog], settings(strength={"dgo": 1}))
     with pytest.raises(UserError, match="Unknown merge 'spectrl'"):
-        fuse_adapters(base, [dog], merge="spectrl")
+        fuse_adapters(base, [dog], settings(merge="spectrl"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear")
     with pytest.raises(UserError, match="is not a fused folder"):
@@ -267,7 +276,7 @@ def test_adapters_of_every_layer_kind_train_load_stack_and_fuse(
     unfused = load_base(str(tiny_base), "cpu")
     put_on(unfused, [(adapter, 1.0)])
     fused = load_base(str(tiny_base), "cpu")
-    fuse_adapters(fused, [adapter])
+    fuse_adapters(fused, [adapter], settings())
     for base in (unfused, fused, load_base(str(tiny_base), "cpu")):
         with torch.no_grad():
             text = base.pipeline.text_encoder(torch.arange(32)[None])[0]

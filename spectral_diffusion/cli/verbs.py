@@ -79,12 +79,21 @@ def train(
 
 @app.command()
 def fuse(
-    adapters: Annotated[list[str], typer.Argument(help="Adapter files; settings may follow as key=value.")],
+    adapters: Annotated[
+        list[str], typer.Argument(help="Adapter files, or fused folders for what is inside; then key=value.")
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The diffusers folder to write.")] = None,
     base: Annotated[str | None, typer.Option(help="Default: the base the adapters were trained on.")] = None,
-    merge: Annotated[str | None, typer.Option(help="How to merge: spectral.")] = None,
+    merge: Annotated[
+        str | None, typer.Option(help="spectral, gradient, fedavg, orthogonal, ssr, ties, dare, svd, cat.")
+    ] = None,
     form: Annotated[str | None, typer.Option(help="sum, mean or paper.")] = None,
-    strength: Annotated[list[str] | None, typer.Option(help="NAME=0.8; may be repeated.")] = None,
+    strength: Annotated[
+        list[str] | None, typer.Option(help="NAME=0.8, or NAME.text_encoder=0.5; may be repeated.")
+    ] = None,
+    add: Annotated[
+        list[Path] | None, typer.Option(help="One more adapter for a fused folder; may be repeated.")
+    ] = None,
     allow_base: Annotated[bool, typer.Option("--allow-base", help="Accept a close relative of the base.")] = False,
     device: DeviceOption = None,
     config: ConfigOption = None,
@@ -92,19 +101,44 @@ def fuse(
     """Fuse several adapters into one checkpoint that stock diffusers opens."""
     files = [word for word in adapters if "=" not in word or Path(word).exists()]
     overrides = [word for word in adapters if word not in files]
+    files += [str(path) for path in add or []]
     flags = given(
         adapters=files, output=text_of(output), base=base, merge=merge, form=form, device=device,
         strength=numbers(strength, "--strength"), allow_base=allow_base or None,
     )  # fmt: skip
     from ..config import FuseConfig
-
-    settings = resolve(FuseConfig, "fuse", config, flags, overrides)
     from ..fusion.recipe import fuse_to_folder
+    from ..fusion.unfuse import settings_of
 
+    folders = [Path(file) for file in files if Path(file).is_dir()]
+    if folders and config is None:  # the settings of the fusion that is added to
+        before = settings_of(folders[0], folders[:1], Path("fused")).model_dump(mode="json", exclude={"output"})
+        flags = {**before, **flags}
+        settings = resolve(FuseConfig, "fuse", None, flags, overrides)
+    else:
+        settings = resolve(FuseConfig, "fuse", config, flags, overrides)
     with progress_bar() as progress:
-        for warning in fuse_to_folder(settings, progress):
+        for warning in fuse_to_folder(settings, progress, note=say):
             say(f"Note: {warning}")
     say(f"Wrote {settings.output}/; open it with --base {settings.output} or StableDiffusionPipeline.from_pretrained.")
+
+
+@app.command()
+def unfuse(
+    folder: Annotated[Path, typer.Argument(help="A fused folder.")],
+    remove: Annotated[list[str], typer.Option(help="A concept to take out; may be repeated.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    subtract: Annotated[
+        bool, typer.Option("--subtract", help="Without the base: subtract, and say how exact.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps …")] = "auto",
+) -> None:
+    """Take concepts out of a fused folder again: the same bits as if they had never been in."""
+    from ..fusion.unfuse import unfuse as take_out
+
+    with progress_bar() as progress:
+        take_out(folder, remove, output, subtract, device, progress, note=say)
+    say(f"Wrote {output}/.")
 
 
 @app.command()

@@ -41,8 +41,19 @@ def versions() -> dict[str, str]:
     return found
 
 
+def content_hash(adapter: Adapter) -> str:
+    """The hash that the adapter's file carries."""
+    return digest(*_contents(adapter))
+
+
 def save_adapter(adapter: Adapter, path: Path) -> None:
     """Write an adapter atomically."""
+    tensors, metadata = _contents(adapter)
+    write_tensors(Path(path), tensors, {**metadata, DIGEST: digest(tensors, metadata)})
+
+
+def _contents(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The file's tensors and its metadata but for the hash."""
     tensors = {f"delta.{name}": value for name, value in adapter.parameters.items()}
     for layer, held in adapter.frozen.items():
         tensors |= {f"frozen.{layer}.{name}": value for name, value in held.items()}
@@ -65,7 +76,7 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
         "spectral.config": json.dumps(adapter.config, sort_keys=True),
         "spectral.versions": json.dumps(adapter.versions, sort_keys=True),
     }
-    write_tensors(Path(path), tensors, {**metadata, DIGEST: digest(tensors, metadata)})
+    return tensors, metadata
 
 
 def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

@@ -4,42 +4,37 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from ..adapted import strength_in
 from ..adapter import Adapter, check_base
 from ..base import Base, load_base, quiet
 from ..config import FuseConfig, to_yaml
 from ..errors import UserError, nearest
-from ..files import atomic_folder, write_json, write_text
+from ..files import atomic_folder, read_tensors, write_json, write_tensors, write_text
 from ..formats.native import load_adapter, save_adapter, versions
+from ..linalg import Factors
 from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
-from .registry import Contribution, get_merge
+from .activations import Activations
+from .collect import cached, collect, memory_of
+from .registry import Contribution, Merge, get_merge
 
-RECIPE = "recipe.json"
+RECIPE, MERGED, ADAPTERS = "recipe.json", "merged.safetensors", "adapters"
+Seen = dict[str, Activations]
 
 
-def fuse_adapters(
-    base: Base,
-    adapters: list[Adapter],
-    merge: str = "spectral",
-    form: str = "sum",
-    strength: dict[str, float] | None = None,
-    progress: Progress = silent,
-) -> None:
-    """Add the adapters' merged ΔW to the weights of ``base`` and their tokens to its tokenizer, in place.
-
-    Adapters act in canonical order (by name), so the result does not depend on how they were listed; sums are
-    formed in float64 and rounded once.
+def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> None:
+    """Names and tokens distinct, strengths of adapters that are there.
 
     Raises:
-        UserError: two adapters share a name or a token, or a strength names none of them.
+        UserError: not so.
     """
-    strength = strength or {}
-    adapters = sorted(adapters, key=lambda adapter: adapter.name)
     for one, other in itertools.combinations(adapters, 2):
         if one.name == other.name:
             raise UserError(f"Two adapters are called '{one.name}'; train one of them again with another name=.")
@@ -49,54 +44,153 @@ def fuse_adapters(
                     f"'{one.name}' and '{other.name}' share the token {token}; train one with another token=."
                 )
     names = [adapter.name for adapter in adapters]
-    for name in strength:
-        if name not in names:
+    parts = {component for adapter in adapters for component in (layer.split(".")[0] for layer in adapter.layers)}
+    for key in strength:
+        name, _, component = key.partition(".")
+        if name not in names or (component and component not in parts):
             raise UserError(
-                f"--strength names '{name}'{nearest(name, names)}, but the adapters are {', '.join(names)}."
+                f"--strength names '{key}'{nearest(key, names)}, but the adapters are {', '.join(names)} "
+                f"(and their components {', '.join(sorted(parts))})."
             )
-    combine = get_merge(merge)
-    targets: dict[str, torch.nn.Linear | torch.nn.Conv2d] = {}
+
+
+def strength_of(strength: Mapping[str, float], name: str, layer: str) -> float:
+    """λ of one adapter in one layer: its own, times that of the layer's component if there is one."""
+    own = {key.partition(".")[2]: value for key, value in strength.items() if key.startswith(f"{name}.")}
+    return strength.get(name, 1.0) * strength_in(own, layer.split(".", 1)[0])
+
+
+def fuse_adapters(
+    base: Base,
+    adapters: list[Adapter],
+    config: FuseConfig,
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda text: None,
+) -> dict[str, Factors] | None:
+    """Add the adapters' merged ΔW to the weights of ``base`` and their tokens to its tokenizer, in place.
+
+    Adapters act in canonical order (by name), so the result does not depend on how they were listed; sums are
+    formed in float64 and rounded once. Returns the merged factors by layer; None where a merge gave dense changes.
+
+    Raises:
+        UserError: two adapters share a name or a token, or a strength names none of them.
+    """
+    adapters = sorted(adapters, key=lambda adapter: adapter.name)
+    check_together(adapters, config.strength)
+    merge = get_merge(config.merge)
+    targets: dict[str, nn.Linear | nn.Conv2d] = {}
     for adapter in adapters:
         targets |= find_targets(base.models, adapter.targets)
-    layers = [layer for layer in targets if any(layer in adapter.layers for adapter in adapters)]
-    for index, layer in enumerate(layers, 1):
-        weight = targets[layer].weight
-        contributions = [
-            Contribution(
-                adapter.name,
-                adapter.method,
-                adapter.parameters_of(layer),
-                adapter.frozen_of(layer, weight.detach().cpu()),
-                adapter.slot,
-                strength.get(adapter.name, 1.0),
-            )
-            for adapter in adapters
-            if layer in adapter.layers
-        ]
-        with torch.no_grad():
-            delta = combine(contributions, form).to(weight.device)
-            weight.copy_((weight.double() + delta.view(weight.shape)).to(weight.dtype))
-        progress(Event("fuse", index, len(layers), {"layer": layer}))
-    for adapter in adapters:
         for token, vectors in adapter.tokens.items():
             base.install(token, vectors)
+    layers = [layer for layer in targets if any(layer in adapter.sizes for adapter in adapters)]
+    merged: dict[str, Factors] = {}
+    dense = False
+    done = 0
+    for stage in stages(layers, merge, config):
+        seen, ordinary = watch(base, adapters, stage, layers, merge, config, progress, note)
+        for layer in stage:
+            weight = targets[layer].weight
+            contributions = contribute(adapters, layer, weight, config, seen)
+            found = merge.combine(contributions, config, ordinary.get(layer))
+            if isinstance(found, Factors):
+                merged[layer] = found
+                delta = found.delta()
+            else:
+                dense, delta = True, found
+            with torch.no_grad():
+                weight.copy_((weight.double() + delta.view(weight.shape).to(weight.device)).to(weight.dtype))
+            done += 1
+            progress(Event("fuse", done, len(layers), {"layer": layer}))
+    return None if dense else merged
+
+
+def contribute(
+    adapters: list[Adapter], layer: str, weight: Tensor, config: FuseConfig, seen: Mapping[str, Seen]
+) -> list[Contribution]:
+    """What every adapter brings to one layer."""
+    return [
+        Contribution(
+            adapter.name,
+            adapter.method,
+            adapter.parameters_of(layer),
+            adapter.frozen_of(layer, weight.detach().cpu()),
+            adapter.slot,
+            strength_of(config.strength, adapter.name, layer),
+            seen.get(adapter.name, {}).get(layer),
+        )
+        for adapter in adapters
+        if layer in adapter.sizes
+    ]
+
+
+def stages(layers: list[str], merge: Merge, config: FuseConfig) -> list[list[str]]:
+    """The layers in the order in which they are fused: all at once, or as Mix-of-Show does."""
+    if not merge.activations or config.gradient.staging == "own":
+        return [layers]
+    return [list(stage) for _, stage in itertools.groupby(sorted(layers, key=stage_of), stage_of)]
+
+
+def stage_of(layer: str) -> int:
+    """Mix-of-Show's order: text encoders, then the keys and values that read them, then the rest."""
+    if layer.startswith("text_encoder"):
+        return 0
+    return 1 if ".attn2.to_k" in layer or ".attn2.to_v" in layer else 2
+
+
+def watch(
+    base: Base,
+    adapters: list[Adapter],
+    stage: list[str],
+    layers: list[str],
+    merge: Merge,
+    config: FuseConfig,
+    progress: Progress,
+    note: Callable[[str], None],
+) -> tuple[dict[str, Seen], Seen]:
+    """What each adapter's layers of a stage see, and what they see on ordinary prompts; nothing if nobody asks.
+
+    In a staged fusion the earlier stages are fused already and the adapter acts on this one and the later ones.
+    """
+    if not merge.activations:
+        return {}, {}
+    settings, own = config.gradient, config.gradient.staging == "own"
+    targets = "+".join(dict.fromkeys(part for adapter in adapters for part in adapter.targets.split("+")))
+    sizes = {layer: next(adapter.sizes[layer] for adapter in adapters if layer in adapter.sizes) for layer in stage}
+    note(f"Watching {len(stage)} layers needs up to {memory_of(sizes, len(adapters)) / 2**20:.0f} MiB.")
+    acting = None if own else {layer for layer in layers if stage_of(layer) >= stage_of(stage[0])}
+
+    def see(adapter: Adapter | None) -> Seen:
+        def make() -> Seen:
+            return collect(base, adapter, set(stage), targets, settings, config.seed, progress, acting)
+
+        return cached(base, adapter, settings, config.seed, make) if own and settings.cache else make()
+
+    ordinary = see(None) if settings.anchor > 0 else {}
+    return {adapter.name: see(adapter) for adapter in adapters}, ordinary
 
 
 def overlaps(adapters: list[Adapter]) -> list[str]:
     """A sentence for every two adapters whose slots share columns."""
     return [
-        f"'{a.name}' ({a.slot}) and '{b.name}' ({b.slot}) share {a.slot.shared(b.slot)} columns; they will disturb "
-        "each other."
+        f"'{a.name}' ({a.slot}) and '{b.name}' ({b.slot}) share {a.slot.shared(b.slot)} {a.method.slot}; they will "
+        "disturb each other."
         for a, b in itertools.combinations(adapters, 2)
-        if a.slot and b.slot and a.slot.overlaps(b.slot)
+        if a.slot and b.slot and a.method.slot == b.method.slot and a.slot.overlaps(b.slot)
     ]
 
 
-def fuse_to_folder(config: FuseConfig, progress: Progress = silent) -> list[str]:
+def fuse_to_folder(
+    config: FuseConfig,
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda text: None,
+    base: Base | None = None,
+) -> list[str]:
     """Fuse the config's adapters and write the folder; returns warnings to show.
 
-    The folder is a float32 diffusers pipeline with every token in its tokenizer, ``recipe.json``, the
-    resolved settings, and the adapters themselves in ``adapters/``. An older fusion there is replaced whole.
+    The folder is a float32 diffusers pipeline with every token in its tokenizer, ``recipe.json``, the resolved
+    settings, the merged factors, and the adapters themselves in ``adapters/``. An older fusion there is replaced
+    whole. A fused folder among ``adapters`` stands for the adapters inside it.
 
     Raises:
         UserError: see :func:`fuse_adapters` and the loading rule.
@@ -104,30 +198,73 @@ def fuse_to_folder(config: FuseConfig, progress: Progress = silent) -> list[str]
     output = config.output
     if output.exists() and not (output / RECIPE).is_file():
         raise UserError(f"{output} exists and is not a fused folder; choose another output with -o.")
-    adapters = [load_adapter(path) for path in config.adapters]
-    base = load_base(config.base or adapters[0].base, config.device)
+    adapters = [adapter for path in config.adapters for adapter in load_adapters(path)]
+    base = base or load_base(config.base or adapters[0].base, config.device)
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
     warnings += overlaps(adapters)
-    fuse_adapters(base, adapters, config.merge, config.form, config.strength, progress)
+    merged = fuse_adapters(base, adapters, config, progress, note)
     with atomic_folder(output) as new:
         with quiet():
             base.pipeline.to("cpu").save_pretrained(new)
         files = {}
         for adapter in adapters:
-            files[adapter.name] = f"adapters/{adapter.name}.safetensors"
+            files[adapter.name] = f"{ADAPTERS}/{adapter.name}.safetensors"
             save_adapter(adapter, new / files[adapter.name])
-        write_json(new / RECIPE, recipe_of(config, base, adapters, files))
+        if merged:
+            write_tensors(
+                new / MERGED, {f"{n}.{k}": t.float() for n, f in merged.items() for k, t in f._asdict().items()}
+            )
+        write_json(new / RECIPE, recipe_of(config, adapters, files))
         write_text(new / "settings.yaml", to_yaml(config))
     return warnings
 
 
-def recipe_of(config: FuseConfig, base: Base, adapters: list[Adapter], files: dict[str, str]) -> dict[str, Any]:
+def load_adapters(path: Path) -> list[Adapter]:
+    """The adapter of a file, or those inside a fused folder.
+
+    Raises:
+        UserError: neither.
+    """
+    if not Path(path).is_dir():
+        return [load_adapter(path)]
+    recipe = read_recipe(path)
+    if recipe is None:
+        raise UserError(f"{path} is not a fused folder: it holds no {RECIPE}.")
+    adapters = []
+    for concept in recipe["concepts"].values():
+        file = (Path(path) / str(concept["file"])).resolve()
+        if not file.is_relative_to(Path(path).resolve()):
+            raise UserError(f"{path}/{RECIPE} names a file outside the folder; fuse the adapters again.")
+        adapters.append(load_adapter(file))
+    return adapters
+
+
+def read_merged(folder: Path) -> dict[str, Factors]:
+    """The merged factors of a fused folder by layer.
+
+    Raises:
+        UserError: it holds none, because its merge gave dense changes.
+    """
+    path = Path(folder) / MERGED
+    if not path.is_file():
+        raise UserError(
+            f"{folder} was merged into dense changes, which no LoRA holds; export it as folder or checkpoint."
+        )
+    tensors, _ = read_tensors(path)
+    layers = sorted({name.rpartition(".")[0] for name in tensors})
+    return {layer: Factors(tensors[f"{layer}.up"], tensors[f"{layer}.down"]) for layer in layers}
+
+
+def recipe_of(config: FuseConfig, adapters: list[Adapter], files: dict[str, str]) -> dict[str, Any]:
     """What went into a fusion, as JSON."""
+    settings = config.model_dump(mode="json", exclude={"adapters", "output", "base", "device", "strength"})
     return {
-        "format_version": 1,
+        "format_version": 2,
         "base": config.base or adapters[0].base,
         "merge": config.merge,
         "form": config.form,
+        "settings": settings,
+        "strength": config.strength,
         "concepts": {
             adapter.name: {
                 "token": adapter.token,
@@ -154,7 +291,9 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         recipe = json.loads(path.read_text(encoding="utf-8"))
-        if recipe["format_version"] != 1 or not isinstance(recipe["concepts"], dict):
+        if recipe["format_version"] != 2 or not isinstance(recipe["concepts"], dict):
+            raise ValueError
+        if not isinstance(recipe["settings"], dict) or not isinstance(recipe["strength"], dict):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged; fuse the adapters again.") from error

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ..config import FuseConfig
 from ..linalg import Factors
 from ..methods import Method
 from ..registry import Registry
 from ..slots import Slot
+from .activations import Activations
 
 
 @dataclass(frozen=True)
@@ -23,20 +26,47 @@ class Contribution:
     frozen: Mapping[str, Tensor]
     slot: Slot | None
     strength: float = 1.0
+    inputs: Activations | None = None  # what the layer saw while this adapter acted, for merges that ask
 
     def factors(self) -> Factors:
-        """The adapter's ΔW at strength 1."""
-        return self.method.delta(self.parameters, self.frozen)
+        """The adapter's ΔW at strength 1, in float64."""
+        return Factors(*(part.double() for part in self.method.delta(self.parameters, self.frozen)))
 
 
-Merge = Callable[[Sequence[Contribution], str], Tensor]
+@dataclass(frozen=True)
+class Merge:
+    """One way to merge.
 
-MERGES: Registry[Merge] = Registry("merge", __package__, {"registry", "recipe"})
+    Attributes:
+        combine: ``(contributions, settings, ordinary)`` to ΔW in float64: factors where it is low-rank, else dense.
+            ``ordinary`` is what the layer saw on prompts without any concept, for merges that ask.
+        activations: whether it asks what layers see.
+    """
+
+    name: str
+    summary: str
+    combine: Callable[[Sequence[Contribution], FuseConfig, Activations | None], Factors | Tensor]
+    activations: bool = False
 
 
-def merge(name: str) -> Callable[[Merge], Merge]:
-    """Register ``(contributions, form) -> ΔW (out, in) in float64`` under a name."""
-    return lambda function: MERGES.add(name, function)
+MERGES: Registry[Merge] = Registry("merge", __package__, {"registry", "recipe", "activations", "collect", "unfuse"})
+
+
+def merge(name: str, summary: str, activations: bool = False) -> Callable[[Callable], Callable]:
+    """Register a ``combine`` function under a name."""
+
+    def decorate(function: Callable) -> Callable:
+        MERGES.add(name, Merge(name, summary, function, activations))
+        return function
+
+    return decorate
+
+
+def weighted_sum(contributions: Sequence[Contribution], weights: Sequence[float]) -> Factors:
+    """Σ w_i ΔW_i as factors side by side: up (out, Σk), down (Σk, in)."""
+    parts = [one.factors() for one in contributions]
+    up = torch.cat([part.up * weight for part, weight in zip(parts, weights, strict=True)], 1)
+    return Factors(up, torch.cat([part.down for part in parts], 0))
 
 
 def all_merges() -> dict[str, Merge]:

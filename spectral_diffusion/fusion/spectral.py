@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from ..config import FuseConfig
 from ..errors import UserError
-from .registry import Contribution, merge
+from ..linalg import Factors
+from .activations import Activations
+from .registry import Contribution, merge, weighted_sum
 
 
-@merge("spectral")
-def spectral(contributions: Sequence[Contribution], form: str) -> Tensor:
-    """ΔW (out, in) in float64, in one of three forms.
+@merge("spectral", "spectral fusion (paper, sec. 4.2): sum, mean or the paper's form")
+def spectral(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
+    """ΔW in one of three forms.
 
     * ``sum``: Σ λ_i ΔW_i. For disjoint slots this is (U + ΣA_U) S (V + ΣA_V)ᵀ − U S Vᵀ exactly (λ = 1).
     * ``mean``: 1/K Σ λ_i ΔW_i, as the reference code does.
@@ -23,19 +25,13 @@ def spectral(contributions: Sequence[Contribution], form: str) -> Tensor:
     Raises:
         UserError: ``paper`` with an adapter that is not spectral-additive.
     """
-    if form == "paper":
+    if config.form == "paper":
         return _paper(contributions)
-    share = 1.0 / len(contributions) if form == "mean" else 1.0
-    total: Tensor | None = None
-    for one in contributions:
-        up, down = (factor.double() for factor in one.factors())
-        delta = (up * (share * one.strength)) @ down
-        total = delta if total is None else total + delta
-    assert total is not None
-    return total
+    share = 1.0 / len(contributions) if config.form == "mean" else 1.0
+    return weighted_sum(contributions, [share * one.strength for one in contributions])
 
 
-def _paper(contributions: Sequence[Contribution]) -> Tensor:
+def _paper(contributions: Sequence[Contribution]) -> Factors:
     for one in contributions:
         if one.method.name != "spectral-additive" or one.slot is None:
             raise UserError(
@@ -53,5 +49,4 @@ def _paper(contributions: Sequence[Contribution]) -> Tensor:
         strength = one.strength / len(contributions)
         A_U[:, where] += strength * one.parameters["A_U"].double()
         A_V[:, where] += strength * one.parameters["A_V"].double()
-    method = contributions[0].method
-    return method.factors({"A_U": A_U, "A_V": A_V}, {"U": U, "S": S, "V": V}).delta()
+    return contributions[0].method.factors({"A_U": A_U, "A_V": A_V}, {"U": U, "S": S, "V": V})

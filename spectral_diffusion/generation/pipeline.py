@@ -20,14 +20,12 @@ from diffusers import (
 from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image, PngImagePlugin
 
-from ..adapter import Adapter, check_base
+from ..adapted import put_on
 from ..base import Base, load_base
 from ..config import GenerateConfig
 from ..errors import UserError, nearest
 from ..files import atomic, check_writable
 from ..formats.native import load_adapter, versions
-from ..methods import get_method
-from ..methods.attach import activate, attach
 from ..progress import Event, Progress, silent
 from ..tokens import collapse, expand, known_tokens
 from .conditions import load_t2i_adapter, read_sketch
@@ -35,42 +33,6 @@ from .regions import Region, regional
 
 SETTINGS_KEY = "spectral_diffusion"
 CHUNK = 8  # pictures denoised together
-
-
-def put_on(base: Base, adapters: list[tuple[Adapter, float]], allow_base: bool = False) -> list[str]:
-    """Let adapters act on a base at the given strengths, without fusing; returns warnings.
-
-    Each goes on as one LoRA of exactly its ΔW's rank, whatever its method; the few methods of full rank as a wide one.
-
-    Raises:
-        UserError: an adapter does not belong on this base, or two share a token.
-    """
-    notes = []
-    for index, (adapter, strength) in enumerate(adapters):
-        if warning := check_base(adapter, base, allow_base):
-            notes.append(warning)
-        weights = base.weights(adapter.targets) if adapter.needs_base else {}
-        factors = {layer: adapter.factors(layer, weights.get(layer)) for layer in adapter.layers}
-        ranks = {layer: up.shape[1] for layer, (up, _) in factors.items()}
-        on = attach(
-            base.models,
-            get_method("lora"),
-            max(ranks.values()),
-            f"concept_{index}",
-            adapter.targets,
-            only=set(adapter.layers),
-            ranks=ranks if len(set(ranks.values())) > 1 else None,
-        )
-        tensors: dict[str, torch.Tensor] = {}
-        for layer, (up, down) in factors.items():
-            tensors |= {f"{layer}.B": up, f"{layer}.A": down}
-        on.load(tensors)
-        on.set_scale(strength)
-        for token, vectors in adapter.tokens.items():
-            base.install(token, vectors)
-    if adapters:
-        activate(base.models, [f"concept_{index}" for index in range(len(adapters))])
-    return notes
 
 
 def sampler(base: Base, name: str) -> Any:

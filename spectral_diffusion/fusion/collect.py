@@ -1,0 +1,171 @@
+"""Run the base with one adapter and collect what its layers see, for the merges that ask."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from torch import Tensor, nn
+
+from ..adapted import overlay
+from ..adapter import Adapter
+from ..base import Base
+from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, GradientConfig
+from ..errors import UserError
+from ..files import read_tensors, write_tensors
+from ..formats.native import content_hash
+from ..linalg import sides
+from ..methods.attach import activate, detach
+from ..methods.targets import find_targets
+from ..progress import Event, Progress, silent
+from ..randomness import keyed_generator, keyed_random
+from ..spectrum import cache_folder
+from ..tokens import collapse, known_tokens
+from .activations import Activations
+
+CHUNK = 4  # pictures drawn together
+
+
+def rows_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """A layer's input as rows (m, in·kh·kw) that its flattened weight multiplies."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, x.shape[-1])
+    patches = F.unfold(x.float(), layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+
+
+@contextmanager
+def watching(
+    layers: Mapping[str, nn.Linear | nn.Conv2d], most: int, seed: int
+) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """Hold the last forward's rows of every layer, ``most`` of them drawn by a seed; yields what takes them."""
+    held: dict[str, list[Tensor]] = {name: [] for name in layers}
+    generator = keyed_generator("rows", seed)
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            rows = rows_of(module, inputs[0].detach())
+            if len(rows) > most:
+                rows = rows[torch.randperm(len(rows), generator=generator)[:most].to(rows.device)]
+            held[name].append(rows)
+
+        return see
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+
+    def take() -> dict[str, Tensor]:
+        found = {name: torch.cat(rows) for name, rows in held.items() if rows}
+        for rows in held.values():
+            rows.clear()
+        return found
+
+    try:
+        yield take
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def prompts_of(config: GradientConfig, token: str | None, seed: int) -> list[str]:
+    """What to draw: the concept in its prompts, or ordinary things in the same ones."""
+    random = keyed_random("gradient", token or "ordinary", seed)
+    prompts = []
+    for index in range(config.pictures):
+        thing = token or f"a {random.choice(ORDINARY_ADJECTIVES)} {random.choice(ORDINARY_NOUNS)}".replace("  ", " ")
+        prompts.append(config.prompts[index % len(config.prompts)].replace("{}", thing))
+    return prompts
+
+
+@torch.no_grad()
+def collect(
+    base: Base,
+    adapter: Adapter | None,
+    names: set[str],
+    targets: str,
+    config: GradientConfig,
+    seed: int,
+    progress: Progress = silent,
+    acting: set[str] | None = None,
+) -> dict[str, Activations]:
+    """What the layers ``names`` see while ``adapter`` (None: the base alone) draws its prompts. Its token is installed.
+
+    ``acting`` restricts the adapter to some layers.
+    """
+    layers = {name: layer for name, layer in find_targets(base.models, targets).items() if name in names}
+    seen = {name: Activations(sides(layer.weight)[1]) for name, layer in layers.items()}
+    if adapter:
+        overlay(base, adapter, 1.0, "watched", acting)
+        activate(base.models, ["watched"])
+    known = known_tokens(base.pipeline.tokenizer)
+    prompts = [collapse(text, known) for text in prompts_of(config, adapter.token if adapter else None, seed)]
+    try:
+        with watching(layers, config.rows, seed) as take:
+
+            def fold(pipe: Any = None, step: int = 0, timestep: Any = None, state: Any = None) -> Any:
+                for name, rows in take().items():
+                    seen[name].add(rows)
+                return state
+
+            for start in range(0, len(prompts), CHUNK):
+                chunk = prompts[start : start + CHUNK]
+                base.pipeline(
+                    prompt=chunk,
+                    num_inference_steps=config.steps,
+                    guidance_scale=config.guidance,
+                    width=base.size,
+                    height=base.size,
+                    generator=[keyed_generator("gradient", seed, start + i) for i in range(len(chunk))],
+                    output_type="latent",
+                    callback_on_step_end=fold,
+                )
+                progress(Event("watch", min(start + CHUNK, len(prompts)), len(prompts)))
+    finally:
+        if adapter:
+            detach(base.models)
+    return seen
+
+
+def memory_of(sizes: Mapping[str, tuple[int, int]], adapters: int) -> int:
+    """Bytes that the Gram matrices of so many adapters and of the ordinary prompts take."""
+    return (adapters + 1) * sum(8 * inside * inside for _, inside in sizes.values())
+
+
+def cached(
+    base: Base, adapter: Adapter | None, config: GradientConfig, seed: int, make: Callable[[], dict[str, Activations]]
+) -> dict[str, Activations]:
+    """What ``make`` collects, kept on disk under a hash of everything that decides it."""
+    decides = {
+        "base": base.fingerprint.exact,
+        "adapter": content_hash(adapter) if adapter else None,
+        "settings": config.model_dump(include={"prompts", "pictures", "steps", "guidance", "rows"}),
+        "seed": seed,
+    }
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
+    path = Path(cache_folder()) / "activations" / f"{key}.safetensors"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            try:
+                tensors, metadata = read_tensors(path)
+                counts = json.loads(metadata["counts"])
+                found = {name: Activations(tensors[name].shape[1]) for name in counts}
+                for name, one in found.items():
+                    one.restore(tensors[name], int(counts[name]))
+                return found
+            except (UserError, KeyError, ValueError):
+                made = make()
+                write_tensors(
+                    path,
+                    {name: one.matrix() if one.few else one.gram() for name, one in made.items()},
+                    {"counts": json.dumps({name: one.count for name, one in made.items()})},
+                )
+                return made
+    except (OSError, UserError):
+        return make()

@@ -1,0 +1,57 @@
+"""Merges that PEFT brings: TIES and DARE on the dense changes; a truncated sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from peft.utils.merge_utils import dare_linear, ties
+from torch import Tensor
+
+from ..config import FuseConfig
+from ..linalg import Factors
+from .activations import Activations
+from .registry import Contribution, merge, weighted_sum
+
+
+def _dense(contributions: Sequence[Contribution]) -> tuple[list[Tensor], Tensor]:
+    strengths = torch.tensor([one.strength for one in contributions], dtype=torch.float64)
+    return [one.factors().delta() for one in contributions], strengths
+
+
+@merge("ties", "TIES (Yadav et al. 2023) by PEFT: trim, elect signs, average what agrees")
+def ties_merge(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Tensor:
+    """Dense ΔW of PEFT's ``ties`` at the configured density."""
+    deltas, strengths = _dense(contributions)
+    return ties(deltas, strengths, config.density)
+
+
+@merge("dare", "DARE (Yu et al. 2024) by PEFT: drop at random, rescale, sum")
+def dare(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Tensor:
+    """Dense ΔW of PEFT's ``dare_linear`` at the configured density; what is dropped depends on the seed alone."""
+    deltas, strengths = _dense(contributions)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return dare_linear(deltas, strengths, config.density)
+
+
+@merge("cat", "The factors side by side: Σ λ_i ΔW_i of any methods")
+def cat(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
+    """Σ λ_i ΔW_i, exact."""
+    return weighted_sum(contributions, [one.strength for one in contributions])
+
+
+@merge("svd", "The sum, cut to rank svd_rank by a singular value decomposition")
+def svd(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
+    """The best approximation of Σ λ_i ΔW_i of rank ``svd_rank``, from the small core of its factors."""
+    return truncate(weighted_sum(contributions, [one.strength for one in contributions]), config.svd_rank)
+
+
+def truncate(factors: Factors, rank: int) -> Factors:
+    """The best rank-``rank`` approximation of up @ down, without forming it."""
+    left, core_left = torch.linalg.qr(factors.up)
+    right, core_right = torch.linalg.qr(factors.down.mT)
+    U, S, Vh = torch.linalg.svd(core_left @ core_right.mT)
+    keep = min(rank, len(S))
+    root = S[:keep].sqrt()
+    return Factors(left @ U[:, :keep] * root, root[:, None] * Vh[:keep] @ right.mT)

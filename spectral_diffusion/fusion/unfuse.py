@@ -1,0 +1,116 @@
+"""Take concepts out of a fusion again: the rest is fused anew, so that the bits are those of a fresh fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from ..base import load_base, quiet
+from ..config import FuseConfig, build
+from ..errors import UserError, nearest
+from ..files import atomic_folder, write_json
+from ..formats.native import save_adapter
+from ..methods.targets import find_targets
+from ..progress import Progress, silent
+from .recipe import ADAPTERS, RECIPE, fuse_to_folder, load_adapters, read_recipe, recipe_of, strength_of
+
+SUMS = {("spectral", "sum"), ("cat", "sum"), ("orthogonal", "sum")}  # merges in which every concept is one summand
+
+
+def settings_of(folder: Path, adapters: Sequence[Path], output: Path, device: str = "auto") -> FuseConfig:
+    """The settings that a folder was fused with, for other adapters.
+
+    Raises:
+        UserError: not a fused folder.
+    """
+    recipe = read_recipe(folder)
+    if recipe is None:
+        raise UserError(f"{folder} is not a fused folder: it holds no {RECIPE}.")
+    held = {"base": recipe["base"], "device": device, "adapters": list(adapters), "output": output}
+    return build(FuseConfig, recipe["settings"], held, {"strength": recipe["strength"]}, file=f"{folder}/{RECIPE}")
+
+
+def unfuse(
+    folder: Path,
+    remove: Sequence[str],
+    output: Path,
+    subtract: bool = False,
+    device: str = "auto",
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Write ``folder`` without some of its concepts to ``output``.
+
+    The rest is fused again from the base and the kept adapters, so the result has the bits of a fusion that never
+    knew the removed ones; without any left it has the base's. Where the base is not at hand ``subtract`` takes the
+    removed changes off the float32 weights instead and tells how far that can be from exact.
+
+    Raises:
+        UserError: an unknown concept, or a base that is not at hand.
+    """
+    config = settings_of(folder, [folder], output, device)
+    adapters = load_adapters(folder)
+    names = [adapter.name for adapter in adapters]
+    for name in remove:
+        if name not in names:
+            raise UserError(f"No concept '{name}' in {folder}{nearest(name, names)}; there are {', '.join(names)}.")
+    if output.exists() and not (output / RECIPE).is_file():
+        raise UserError(f"{output} exists and is not a fused folder; choose another output with -o.")
+    kept = [adapter for adapter in adapters if adapter.name not in remove]
+    left = {key: value for key, value in config.strength.items() if key.partition(".")[0] not in remove}
+    config = config.model_copy(update={"strength": left})
+    if subtract:
+        _subtract(folder, list(remove), config, note)
+        return
+    try:
+        base = load_base(str(config.base), device)
+    except UserError as error:
+        raise UserError(f"{error} It is needed to fuse the rest anew; without it --subtract comes close.") from error
+    if kept:
+        paths = [folder / ADAPTERS / f"{adapter.name}.safetensors" for adapter in kept]
+        fuse_to_folder(config.model_copy(update={"adapters": paths}), progress, note, base)
+        return
+    with atomic_folder(output) as new, quiet():
+        base.pipeline.to("cpu").save_pretrained(new)
+    note(f"{output} is the base again, to the last bit.")
+
+
+def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callable[[str], None]) -> None:
+    """Take the removed adapters' changes off the fused weights."""
+    if (config.merge, config.form) not in SUMS:
+        raise UserError(f"Only plain sums can be subtracted from; {folder} was merged by {config.merge}: get its base.")
+    fused = load_base(str(folder), "cpu")
+    adapters = load_adapters(folder)
+    bound = 0.0
+    for name, parameter in fused.pipeline.unet.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise UserError(f"{folder} is not float32 (unet.{name}), and rounding has eaten the rest: get its base.")
+    for adapter in adapters:
+        if adapter.name not in remove:
+            continue
+        if adapter.needs_base:
+            raise UserError(f"'{adapter.name}' is {adapter.method.name}, whose change needs the base to be told.")
+        targets = find_targets(fused.models, adapter.targets)
+        recipe = read_recipe(folder) or {}
+        for layer in adapter.layers:
+            up, down = (part.double() for part in adapter.factors(layer))
+            weight = targets[layer].weight
+            delta = strength_of(recipe["strength"], adapter.name, layer) * (up @ down).view(weight.shape)
+            with torch.no_grad():
+                bound = max(bound, float(weight.abs().max()) * torch.finfo(torch.float32).eps)
+                weight.copy_((weight.double() - delta).float())
+    kept = [adapter for adapter in adapters if adapter.name not in remove]
+    with atomic_folder(config.output) as new:
+        with quiet():
+            fused.pipeline.save_pretrained(new)
+        files = {adapter.name: f"{ADAPTERS}/{adapter.name}.safetensors" for adapter in kept}
+        for adapter in kept:
+            save_adapter(adapter, new / files[adapter.name])
+        if kept:
+            write_json(new / RECIPE, recipe_of(config, kept, files))
+    note(
+        f"Subtracted, not fused anew: every weight is within {bound:.1e} of what a fresh fusion has, and the removed "
+        "tokens stay in the tokenizer."
+    )

@@ -1,0 +1,308 @@
+"""Every merge against its definition; gradient fusion against what it minimises; concepts out and in again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectral_diffusion.base import load_base
+from spectral_diffusion.config import FuseConfig, GradientConfig, TrainConfig
+from spectral_diffusion.errors import UserError
+from spectral_diffusion.formats.native import load_adapter
+from spectral_diffusion.fusion import Contribution, all_merges, get_merge
+from spectral_diffusion.fusion.activations import Activations
+from spectral_diffusion.fusion.collect import rows_of
+from spectral_diffusion.fusion.recipe import fuse_to_folder, load_adapters, read_merged, read_recipe
+from spectral_diffusion.fusion.unfuse import unfuse
+from spectral_diffusion.linalg import Factors
+from spectral_diffusion.methods import get_method
+from spectral_diffusion.training.run import train_to_file
+
+OUT, IN, RANK = 10, 16, 2
+
+
+def settings(**more: object) -> FuseConfig:
+    return FuseConfig(adapters=[Path("a")], output=Path("b"), **more)  # type: ignore[arg-type]
+
+
+def problem(rows: int, concepts: int = 3) -> tuple[list[Contribution], Activations]:
+    generator = torch.Generator().manual_seed(rows)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def seen() -> Activations:
+        found = Activations(IN)
+        mixing = noise(IN, IN)
+        for _ in range(2):
+            found.add(noise(rows // 2, IN) @ mixing)
+        return found
+
+    contributions = [
+        Contribution(f"c{i}", get_method("lora"), {"A": noise(RANK, IN), "B": noise(OUT, RANK)}, {}, None, 1.0, seen())
+        for i in range(concepts)
+    ]
+    return contributions, seen()
+
+
+def dense(found: Factors | torch.Tensor) -> torch.Tensor:
+    return found.delta() if isinstance(found, Factors) else found
+
+
+def objective(delta: torch.Tensor, contributions: list[Contribution], anchor: float, ordinary: Activations) -> float:
+    total = 0.0
+    for one in contributions:
+        assert one.inputs is not None
+        off = delta - one.strength * one.factors().delta()
+        total += float((off @ one.inputs.gram() * off).sum())
+    mean = sum(one.inputs.count for one in contributions if one.inputs) / len(contributions)
+    return total + anchor * mean / ordinary.count * float((delta @ ordinary.gram() * delta).sum())
+
+
+@pytest.mark.parametrize("rows", [4, 60])
+@pytest.mark.parametrize("anchor", [0.0, 2.0])
+def test_gradient_is_where_its_objective_is_smallest(rows: int, anchor: float) -> None:
+    contributions, ordinary = problem(rows)
+    config = settings(gradient=GradientConfig(anchor=anchor, ridge=1e-12))
+    found = get_merge("gradient").combine(contributions, config, ordinary)
+    assert isinstance(found, Factors) and found.up.shape[1] == 3 * RANK
+    best = objective(found.delta(), contributions, anchor, ordinary)
+    guess = torch.zeros(OUT, IN, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([guess], max_iter=2000, tolerance_grad=1e-14, tolerance_change=1e-16,
+                                  line_search_fn="strong_wolfe")  # fmt: skip
+    grams = [one.inputs.gram() for one in contributions if one.inputs]
+    deltas = [one.factors().delta() for one in contributions]
+    weight = anchor * sum(one.inputs.count for one in contributions if one.inputs) / 3 / ordinary.count
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = sum(((guess - d) @ g * (guess - d)).sum() for d, g in zip(deltas, grams, strict=True))
+        loss = loss + weight * (guess @ ordinary.gram() * guess).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    theirs = objective(guess.detach(), contributions, anchor, ordinary)
+    nothing = objective(torch.zeros(OUT, IN).double(), contributions, anchor, ordinary)
+    assert best <= max(theirs * (1 + 1e-6), 1e-10 * nothing)
+
+
+@pytest.mark.parametrize("toward", ["zero", "mean"])
+def test_the_dual_form_is_the_primal_one(toward: str) -> None:
+    contributions, ordinary = problem(2)
+    config = settings(gradient=GradientConfig(anchor=1.0, ridge=1e-3, ridge_to=toward))
+    few = dense(get_merge("gradient").combine(contributions, config, ordinary))
+    for one in contributions:
+        assert one.inputs is not None and one.inputs.few
+        rows = one.inputs.matrix()
+        one.inputs._gram, one.inputs.rows = rows.mT @ rows, []
+    many = dense(get_merge("gradient").combine(contributions, config, ordinary))
+    assert torch.allclose(few, many, atol=1e-9)
+    mean = sum(one.factors().delta() for one in contributions) / 3
+    rows = torch.cat([torch.linalg.cholesky(one.inputs.gram() + 1e-12 * torch.eye(IN)).mT for one in contributions
+                      if one.inputs] + [ordinary.matrix()])  # fmt: skip
+    never = torch.linalg.svd(rows)[2][-4:]  # directions that nothing was seen of
+    goal = mean if toward == "mean" else torch.zeros_like(mean)
+    assert torch.allclose(few @ never.mT, goal @ never.mT, atol=1e-5)
+
+
+def test_one_concept_alone_stays_what_it_is() -> None:
+    contributions, _ = problem(60, concepts=1)
+    delta = contributions[0].factors().delta()
+    for name in ("gradient", "ssr", "fedavg", "cat", "spectral"):
+        config = settings(gradient=GradientConfig(anchor=0.0, ridge=0.0))
+        assert torch.allclose(dense(get_merge(name).combine(contributions, config, None)), delta, atol=1e-8), name
+
+
+def test_ssr_is_least_squares_inside_the_subspace() -> None:
+    contributions, ordinary = problem(60)
+    config = settings(gradient=GradientConfig(anchor=0.0, ridge=0.0))
+    found = get_merge("ssr").combine(contributions, config, None)
+    assert isinstance(found, Factors)
+    best = objective(found.delta(), contributions, 0.0, ordinary)
+    free = dense(get_merge("gradient").combine(contributions, config, None))
+    summed = dense(get_merge("cat").combine(contributions, config, None))
+    assert objective(free, contributions, 0.0, ordinary) <= best <= objective(summed, contributions, 0.0, ordinary)
+    up = torch.cat([one.factors().up for one in contributions], 1)
+    router = torch.linalg.lstsq(up, found.delta()).solution @ torch.linalg.pinv(
+        torch.cat([one.factors().down for one in contributions], 0)
+    )
+    for entry in range(0, 36, 5):  # no neighbouring router is better
+        for shift in (1e-4, -1e-4):
+            other = router.clone()
+            other.view(-1)[entry] += shift
+            down = torch.cat([one.factors().down for one in contributions], 0)
+            assert objective(up @ other @ down, contributions, 0.0, ordinary) >= best - 1e-9
+
+
+def test_simple_merges_are_their_formulas() -> None:
+    contributions, _ = problem(60)
+    contributions = [
+        Contribution(one.name, one.method, one.parameters, {}, None, strength, None)
+        for one, strength in zip(contributions, (1.0, 0.5, 2.0), strict=True)
+    ]
+    parts = [one.strength * one.factors().delta() for one in contributions]
+    total = sum(parts, start=torch.zeros(OUT, IN).double())
+
+    def found(name: str, **more: object) -> torch.Tensor:
+        return dense(get_merge(name).combine(contributions, settings(**more), None))
+
+    assert torch.allclose(found("cat"), total) and torch.allclose(found("fedavg"), total / 3.5)
+    U, S, Vh = torch.linalg.svd(total)
+    assert torch.allclose(found("svd", svd_rank=3), (U[:, :3] * S[:3]) @ Vh[:3])
+    assert torch.allclose(found("dare", density=1.0), total)
+    assert torch.equal(found("dare", seed=3), found("dare", seed=3))
+    assert not torch.equal(found("dare", seed=3), found("dare", seed=4))
+    assert found("ties").shape == total.shape
+    with pytest.raises(UserError, match="needs orthogonal adapters"):
+        found("orthogonal")
+
+
+def test_activations_do_not_depend_on_how_they_came() -> None:
+    rows = torch.randn(50, IN, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    few, many = Activations(IN), Activations(IN)
+    few.add(rows[:10])
+    for part in rows.split(7):
+        many.add(part)
+    assert few.few and not many.few and torch.allclose(many.gram(), rows.mT @ rows)
+    down = torch.randn(3, IN, dtype=torch.float64)
+    assert torch.allclose(few.times(down), down @ few.gram()) and torch.allclose(many.times(down), down @ many.gram())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_rows_of_a_convolution_are_what_its_kernel_multiplies(stride: int) -> None:
+    layer = torch.nn.Conv2d(3, 5, 3, stride=stride, padding=1, bias=False)
+    x = torch.randn(2, 3, 8, 8)
+    rows = rows_of(layer, x)
+    y = layer(x).permute(0, 2, 3, 1).reshape(-1, 5)
+    assert torch.allclose(rows @ layer.weight.reshape(5, -1).mT, y, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def three(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A spectral dog, a LoRA mug and a rotated hat."""
+    from conftest import make_photos
+
+    folder = tmp_path_factory.mktemp("three")
+    files = []
+    for index, (name, method) in enumerate(
+        (("dog", "spectral-additive"), ("mug", "lora"), ("hat", "spectral-rotation"))
+    ):
+        config = TrainConfig(
+            concept=make_photos(folder / name, seed=index), output=folder / f"{name}.safetensors", rank=2, steps=3,
+            base=str(tiny_base), method=method, learning_rate=3e-2, text_encoder_learning_rate=3e-2, device="cpu",
+        )  # fmt: skip
+        train_to_file(config)
+        files.append(config.output)
+    return files
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    base = load_base(str(folder), "cpu")
+    return {f"{name}.{key}": value for name, model in base.models.items() for key, value in model.state_dict().items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return set(left) == set(right) and all(torch.equal(value, right[key]) for key, value in left.items())
+
+
+QUICK = {"pictures": 2, "steps": 2}
+
+
+@pytest.mark.parametrize("merge", sorted(set(all_merges()) - {"orthogonal"}))
+def test_every_merge_fuses_any_mix_and_unfuses_to_the_same_bits(three: list[Path], tmp_path: Path, merge: str) -> None:
+    def fuse(files: list[Path], name: str) -> Path:
+        config = FuseConfig(
+            adapters=files, output=tmp_path / name, merge=merge, gradient=QUICK, strength={"dog": 0.7}
+            if any(file.stem == "dog" for file in files) else {}, device="cpu",
+        )  # fmt: skip
+        fuse_to_folder(config)
+        return tmp_path / name
+
+    whole = fuse(three, "whole")
+    unfuse(whole, ["hat"], tmp_path / "rest")
+    fresh = fuse(three[:2], "fresh")
+    assert same(weights(tmp_path / "rest"), weights(fresh)) and not same(weights(whole), weights(fresh))
+    again = FuseConfig(
+        adapters=[fresh, three[2]], output=tmp_path / "again", merge=merge, gradient=QUICK, strength={"dog": 0.7},
+        device="cpu",
+    )  # fmt: skip
+    fuse_to_folder(again)
+    assert same(weights(tmp_path / "again"), weights(whole))
+    recipe = read_recipe(tmp_path / "rest")
+    assert recipe and set(recipe["concepts"]) == {"dog", "mug"} and recipe["merge"] == merge
+
+
+def test_removing_everything_gives_the_base(three: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+    fuse_to_folder(FuseConfig(adapters=three, output=tmp_path / "fused", device="cpu"))
+    unfuse(tmp_path / "fused", ["dog", "mug", "hat"], tmp_path / "base")
+    assert same(weights(tmp_path / "base"), weights(tiny_base))
+    with pytest.raises(UserError, match=r"No concept 'hta' in .*did you mean 'hat'"):
+        unfuse(tmp_path / "fused", ["hta"], tmp_path / "x")
+
+
+def test_without_the_base_subtracting_comes_close_and_says_how_close(
+    three: list[Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    fuse_to_folder(FuseConfig(adapters=three, output=tmp_path / "fused", device="cpu"))
+    notes: list[str] = []
+    unfuse(tmp_path / "fused", ["hat"], tmp_path / "rest", subtract=True, note=notes.append)
+    fuse_to_folder(FuseConfig(adapters=three[:2], output=tmp_path / "fresh", device="cpu"))
+    bound = float(notes[-1].split("within ")[1].split()[0])
+    layers = load_base(str(tmp_path / "fresh"), "cpu").weights()
+    for name, weight in load_base(str(tmp_path / "rest"), "cpu").weights().items():
+        assert float((weight - layers[name]).abs().max()) <= bound < 1e-5
+    halved = load_base(str(tmp_path / "fused"), "cpu", "float16").pipeline
+    halved.save_pretrained(tmp_path / "half")
+    for file in ("recipe.json",):
+        (tmp_path / "half" / file).write_text((tmp_path / "fused" / file).read_text())
+    import shutil
+
+    shutil.copytree(tmp_path / "fused" / "adapters", tmp_path / "half" / "adapters")
+    averaged = FuseConfig(adapters=three, output=tmp_path / "mean", merge="fedavg", device="cpu")
+    fuse_to_folder(averaged)
+    with pytest.raises(UserError, match="Only plain sums"):
+        unfuse(tmp_path / "mean", ["hat"], tmp_path / "x", subtract=True)
+
+
+def test_merged_factors_are_kept_where_there_are_some(three: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+    fuse_to_folder(
+        FuseConfig(adapters=three, output=tmp_path / "fused", merge="gradient", gradient=QUICK, device="cpu")
+    )
+    plain, fused = load_base(str(tiny_base), "cpu").weights(), load_base(str(tmp_path / "fused"), "cpu").weights()
+    for layer, factors in read_merged(tmp_path / "fused").items():
+        assert torch.allclose(fused[layer] - plain[layer], factors.delta(), atol=1e-5)
+    assert [adapter.name for adapter in load_adapters(tmp_path / "fused")] == ["dog", "hat", "mug"]
+    fuse_to_folder(FuseConfig(adapters=three, output=tmp_path / "ties", merge="ties", device="cpu"))
+    with pytest.raises(UserError, match="dense changes"):
+        read_merged(tmp_path / "ties")
+
+
+def test_staged_fusion_and_its_own_cache(three: list[Path], tmp_path: Path) -> None:
+    found = []
+    for index, staging in enumerate(("own", "own", "fused")):
+        told: list[str] = []
+        config = FuseConfig(
+            adapters=three, output=tmp_path / str(index), merge="gradient", gradient={**QUICK, "staging": staging},
+            device="cpu",
+        )  # fmt: skip
+        stages: list[str] = []
+        fuse_to_folder(config, lambda event, stages=stages: stages.append(event.stage), told.append)
+        assert any("MiB" in text for text in told)
+        found.append((weights(tmp_path / str(index)), "watch" in stages))
+    assert same(found[0][0], found[1][0]) and not found[1][1]  # the second time nothing is watched again
+    assert not same(found[0][0], found[2][0]) and found[2][1]
+
+
+def test_strengths_of_one_component(three: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+    config = FuseConfig(adapters=three[:1], output=tmp_path / "f", strength={"dog.text_encoder": 0.0}, device="cpu")
+    fuse_to_folder(config)
+    plain, fused = load_base(str(tiny_base), "cpu").weights(), load_base(str(tmp_path / "f"), "cpu").weights()
+    adapter = load_adapter(three[0])
+    for layer, weight in fused.items():
+        delta = adapter.factors(layer).delta() * (not layer.startswith("text_encoder"))
+        assert torch.allclose(weight - plain[layer], delta, atol=1e-6)
+    with pytest.raises(UserError, match=r"names 'dog\.vae'"):
+        fuse_to_folder(config.model_copy(update={"strength": {"dog.vae": 1.0}, "output": tmp_path / "g"}))
