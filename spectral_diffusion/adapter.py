@@ -29,6 +29,7 @@ class Adapter:
         sizes: layer to the (out, in) of its weight as a matrix.
         frozen: layer to the stored tensors that the parameters are built on, such as the band's U, S, V.
         vectors: the token's embedding rows by text encoder, (n, width) each.
+        kernels: convolution to its kernel (in, kh, kw), into which a row of the matrix folds.
         earlier: tokens and vectors of the concepts that this one was trained on top of.
         config: the resolved training settings; ``versions``: of the libraries that made it.
     """
@@ -47,6 +48,7 @@ class Adapter:
     frozen: Frozen
     vectors: dict[str, Tensor]
     earlier: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    kernels: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -64,8 +66,8 @@ class Adapter:
 
     @property
     def tokens(self) -> dict[str, dict[str, Tensor]]:
-        """Every token it brings, with its vectors."""
-        return {**self.earlier, self.token: self.vectors}
+        """Every token it brings, with its vectors; none if it was imported without one."""
+        return {**self.earlier, self.token: self.vectors} if self.token else dict(self.earlier)
 
     @property
     def needs_base(self) -> bool:

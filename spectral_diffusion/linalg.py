@@ -72,6 +72,24 @@ def orthogonal_basis(size: int, generator: torch.Generator) -> Tensor:
     return Q * torch.where(R.diagonal() < 0, -1.0, 1.0)
 
 
+def balance(factors: Factors) -> Factors:
+    """The same ΔW with every column of up as long as its row of down, so that half precision loses least."""
+    up, down = factors.up.norm(dim=0), factors.down.norm(dim=1)
+    both = (up > 0) & (down > 0)
+    ratio = torch.where(both, (down / up.where(both, torch.ones_like(up))).sqrt(), torch.ones_like(up))
+    return Factors(factors.up * ratio, factors.down / ratio[:, None])
+
+
+def truncate(factors: Factors, rank: int) -> Factors:
+    """The best approximation of ΔW of a lower rank, without forming it."""
+    left, core_left = torch.linalg.qr(factors.up)
+    right, core_right = torch.linalg.qr(factors.down.mT)
+    U, S, Vh = torch.linalg.svd(core_left @ core_right.mT)
+    keep = min(rank, len(S))
+    root = S[:keep].sqrt()
+    return Factors(left @ U[:, :keep] * root, root[:, None] * Vh[:keep] @ right.mT)
+
+
 def flatten(weight: Tensor) -> Tensor:
     """A convolution kernel (out, in, kh, kw) as a matrix (out, in·kh·kw); a matrix unchanged."""
     return weight.reshape(weight.shape[0], -1)
@@ -81,6 +99,11 @@ def sides(weight: Tensor) -> tuple[int, int]:
     """Rows and columns (out, in·kh·kw) of a weight as a matrix."""
     rows, columns = flatten(weight).shape
     return rows, columns
+
+
+def kernel_of(weight: Tensor) -> tuple[int, int, int] | None:
+    """(in, kh, kw) of a convolution's weight; None of a matrix."""
+    return (weight.shape[1], weight.shape[2], weight.shape[3]) if weight.dim() == 4 else None
 
 
 def gram_of(weight: Tensor) -> Tensor:

@@ -238,7 +238,7 @@ LAYERS = [
     {"formats", "training", "adapted"},
     {"fusion"},
     {"generation"},
-    {"inspection", "demo"},
+    {"inspection", "demo", "exporting"},
     {"ui"},
     {"cli"},
 ]

@@ -180,6 +180,40 @@ def generate(
 
 
 @app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="An adapter or a fused folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file or folder to write.")],
+    kind: Annotated[str, typer.Option("--format", help="kohya, diffusers, embedding, folder or checkpoint.")] = "kohya",
+    rank: Annotated[int | None, typer.Option(help="A lower rank than the exact one; the error is told.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16 for LoRA files, float32 for the rest by default.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="A sample picture for the model card.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps …")] = "auto",
+) -> None:
+    """Write an adapter or a fusion in the formats of diffusers, ComfyUI, A1111."""
+    if rank is not None and rank < 1:
+        raise UserError("Rank must be at least 1.")
+    from ..exporting import export as write
+
+    files = write(path, output, kind, rank, dtype, picture, device, note=say)
+    say(f"Wrote {', '.join(map(str, files))}.")
+
+
+@app.command("import")
+def import_file(
+    path: Annotated[Path, typer.Argument(help="A LoRA file in kohya's or diffusers' spelling.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The adapter to write (.safetensors).")],
+    base: Annotated[str, typer.Option(help="The base it was made for.")],
+    name: Annotated[str | None, typer.Option(help="What to call it; default: the file's name.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps …")] = "auto",
+) -> None:
+    """Make an adapter of another program's LoRA file, to fuse it with your own."""
+    from ..formats.importing import import_lora
+
+    adapter = import_lora(path, output, base, name, device)
+    say(f"Wrote {output}: {len(adapter.layers)} layers at rank {adapter.rank}.")
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="An adapter, a fused folder or a picture.")],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,

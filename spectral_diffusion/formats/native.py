@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def _contents(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         "spectral.columns": str(adapter.slot) if adapter.slot else "",
         "spectral.targets": adapter.targets,
         "spectral.sizes": json.dumps(adapter.sizes, sort_keys=True),
+        "spectral.kernels": json.dumps(adapter.kernels, sort_keys=True),
         "spectral.earlier": json.dumps(list(adapter.earlier)),
         "spectral.base": adapter.base,
         "spectral.base_fingerprint": fingerprint_json(adapter.fingerprint),
@@ -88,6 +90,15 @@ def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
         total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     total.update(json.dumps({key: metadata[key] for key in sorted(metadata) if key != DIGEST}).encode())
     return total.hexdigest()
+
+
+def is_native(path: Path) -> bool:
+    """Whether a file claims to be an adapter of this program.
+
+    Raises:
+        UserError: it is no safetensors file at all.
+    """
+    return read_tensors(Path(path))[1].get("format") == FORMAT
 
 
 def load_adapter(path: Path) -> Adapter:
@@ -109,6 +120,7 @@ def load_adapter(path: Path) -> Adapter:
     try:
         concept = json.loads(metadata["spectral.concept"])
         columns = metadata["spectral.columns"]
+        kernels = json.loads(metadata["spectral.kernels"])
         sizes, tokens = json.loads(metadata["spectral.sizes"]), json.loads(metadata["spectral.earlier"])
         frozen: dict[str, dict[str, Tensor]] = {}
         earlier: list[dict[str, Tensor]] = [{} for _ in tokens]
@@ -123,7 +135,7 @@ def load_adapter(path: Path) -> Adapter:
         adapter = Adapter(
             name=str(concept["name"]),
             noun=str(concept["noun"]),
-            token=check_token(concept["token"]),
+            token=check_token(concept["token"]) if concept["token"] else "",
             method=get_method(metadata["spectral.method"]),
             rank=int(metadata["spectral.rank"]),
             slot=read_columns(columns) if columns else None,
@@ -132,6 +144,7 @@ def load_adapter(path: Path) -> Adapter:
             fingerprint=parse_fingerprint(metadata["spectral.base_fingerprint"]),
             parameters=dict(sorted((n[6:], t) for n, t in tensors.items() if n.startswith("delta."))),
             sizes={layer: (int(out), int(inside)) for layer, (out, inside) in sorted(sizes.items())},
+            kernels={layer: (int(a), int(b), int(c)) for layer, (a, b, c) in sorted(kernels.items())},
             frozen=dict(sorted(frozen.items())),
             earlier={check_token(token): held for token, held in zip(tokens, earlier, strict=True)},
             vectors={n[6:]: t for n, t in tensors.items() if n.startswith("token.")},
@@ -155,6 +168,10 @@ def _check_shapes(adapter: Adapter) -> None:
     for vectors in adapter.tokens.values():
         if not vectors or any(v.dim() != 2 or not 1 <= len(v) <= 64 for v in vectors.values()):
             raise ValueError("token vectors have a wrong shape")
+    if any(
+        layer not in adapter.sizes or math.prod(k) != adapter.sizes[layer][1] for layer, k in adapter.kernels.items()
+    ):
+        raise ValueError("a kernel has a wrong shape")
     known = set()
     for layer, (out, inside) in adapter.sizes.items():
         if not 0 < out * inside <= 2**40:

@@ -9,7 +9,7 @@ from peft.utils.merge_utils import dare_linear, ties
 from torch import Tensor
 
 from ..config import FuseConfig
-from ..linalg import Factors
+from ..linalg import Factors, truncate
 from .activations import Activations
 from .registry import Contribution, merge, weighted_sum
 
@@ -45,13 +45,3 @@ def cat(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Act
 def svd(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
     """The best approximation of Σ λ_i ΔW_i of rank ``svd_rank``, from the small core of its factors."""
     return truncate(weighted_sum(contributions, [one.strength for one in contributions]), config.svd_rank)
-
-
-def truncate(factors: Factors, rank: int) -> Factors:
-    """The best rank-``rank`` approximation of up @ down, without forming it."""
-    left, core_left = torch.linalg.qr(factors.up)
-    right, core_right = torch.linalg.qr(factors.down.mT)
-    U, S, Vh = torch.linalg.svd(core_left @ core_right.mT)
-    keep = min(rank, len(S))
-    root = S[:keep].sqrt()
-    return Factors(left @ U[:, :keep] * root, root[:, None] * Vh[:keep] @ right.mT)

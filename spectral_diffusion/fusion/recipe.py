@@ -17,7 +17,8 @@ from ..base import Base, load_base, quiet
 from ..config import FuseConfig, to_yaml
 from ..errors import UserError, nearest
 from ..files import atomic_folder, read_tensors, write_json, write_tensors, write_text
-from ..formats.native import load_adapter, save_adapter, versions
+from ..formats.importing import import_lora
+from ..formats.native import is_native, load_adapter, save_adapter, versions
 from ..linalg import Factors
 from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
@@ -190,7 +191,8 @@ def fuse_to_folder(
 
     The folder is a float32 diffusers pipeline with every token in its tokenizer, ``recipe.json``, the resolved
     settings, the merged factors, and the adapters themselves in ``adapters/``. An older fusion there is replaced
-    whole. A fused folder among ``adapters`` stands for the adapters inside it.
+    whole. A fused folder among ``adapters`` stands for the adapters inside it; LoRA files of other programs are
+    imported.
 
     Raises:
         UserError: see :func:`fuse_adapters` and the loading rule.
@@ -198,8 +200,12 @@ def fuse_to_folder(
     output = config.output
     if output.exists() and not (output / RECIPE).is_file():
         raise UserError(f"{output} exists and is not a fused folder; choose another output with -o.")
-    adapters = [adapter for path in config.adapters for adapter in load_adapters(path)]
+    ours = [path for path in config.adapters if Path(path).is_dir() or is_native(path)]
+    adapters = [adapter for path in ours for adapter in load_adapters(path)]
+    if not adapters and config.base is None:
+        raise UserError(f"{config.adapters[0]} is no adapter of this program; say with --base what it was made for.")
     base = base or load_base(config.base or adapters[0].base, config.device)
+    adapters += [import_lora(path, None, base.name, base=base) for path in config.adapters if path not in ours]
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
     warnings += overlaps(adapters)
     merged = fuse_adapters(base, adapters, config, progress, note)

@@ -19,7 +19,7 @@ from ..data.folder import Concept
 from ..data.samples import encode_crops
 from ..errors import NotFiniteError, UserError
 from ..formats.native import versions
-from ..linalg import sides
+from ..linalg import kernel_of, sides
 from ..methods import get_method
 from ..methods.attach import Attachment, attach, detaching
 from ..methods.frozen import Frozen, frozen_tensors, stored_part
@@ -160,6 +160,7 @@ def train(
             fingerprint=base_fingerprint,
             parameters=attachment.trained(),
             sizes={layer: sides(weights[layer]) for layer in attachment.layers},
+            kernels={layer: kernel for layer in attachment.layers if (kernel := kernel_of(weights[layer]))},
             frozen=stored_part(method, frozen),
             vectors=condition.vectors(),
             earlier=start_from.tokens if start_from else {},

@@ -1,0 +1,217 @@
+"""Export adapters and fusions for other programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, check_base
+from .base import Base, load_base, parse_dtype, quiet
+from .config import FuseConfig
+from .errors import UserError
+from .files import atomic_folder, check_writable, write_tensors, write_text
+from .formats.card import model_card
+from .formats.checkpoint import checkpoint_tensors
+from .formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
+from .formats.native import versions
+from .fusion.recipe import fuse_adapters, load_adapters, read_merged, read_recipe
+from .linalg import Factors, truncate
+
+FORMATS = ("kohya", "diffusers", "embedding", "folder", "checkpoint")
+
+
+@dataclass
+class Source:
+    """What is exported: one adapter, or a fusion of several.
+
+    ``load`` gives the base with everything in its weights.
+    """
+
+    title: str
+    base: str
+    adapters: list[Adapter]
+    recipe: dict[str, Any]
+    factors: Callable[[], dict[str, Factors]]
+    load: Callable[[], Base]
+    kernels: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> dict[str, dict[str, Tensor]]:
+        return {token: vectors for adapter in self.adapters for token, vectors in adapter.tokens.items()}
+
+    @property
+    def nouns(self) -> dict[str, str]:
+        named = {adapter.token: adapter.noun for adapter in self.adapters}
+        return {token: named.get(token, "") for token in self.tokens}
+
+
+def open_source(path: Path, device: str = "auto") -> Source:
+    """An adapter file or a fused folder as something to export.
+
+    Raises:
+        UserError: neither, or damaged.
+    """
+    path = Path(path)
+    adapters = load_adapters(path)
+    kernels = {layer: kernel for adapter in adapters for layer, kernel in adapter.kernels.items()}
+    if path.is_dir():
+        recipe = read_recipe(path) or {}
+        shown = {
+            "merge": recipe["merge"],
+            "concepts": ", ".join(f"{n} ({c['method']}, {c['strength']})" for n, c in recipe["concepts"].items()),
+        }
+        return Source(
+            path.resolve().name, str(recipe["base"]), adapters, shown, lambda: read_merged(path),
+            lambda: load_base(str(path), device), kernels,
+        )  # fmt: skip
+    [adapter] = adapters
+
+    def load() -> Base:
+        base = load_base(adapter.base, device)
+        check_base(adapter, base)
+        fuse_adapters(base, [adapter], FuseConfig(adapters=[path], output=path))
+        return base
+
+    def factors() -> dict[str, Factors]:
+        weights = load_base(adapter.base, device).weights(adapter.targets) if adapter.needs_base else {}
+        return {layer: adapter.factors(layer, weights.get(layer)) for layer in adapter.layers}
+
+    shown = {"method": adapter.method.name, "rank": adapter.rank, "slot": str(adapter.slot or "")}
+    return Source(adapter.name, adapter.base, adapters, shown, factors, load, kernels)
+
+
+def export(
+    path: Path,
+    output: Path,
+    kind: str,
+    rank: int | None = None,
+    dtype: str | None = None,
+    picture: Path | None = None,
+    device: str = "auto",
+    note: Callable[[str], None] = lambda text: None,
+) -> list[Path]:
+    """Write ``path`` (an adapter or a fused folder) in another program's format; returns what was written.
+
+    LoRA files are float16 unless asked otherwise, checkpoints and folders float32. A change of full rank goes out as a
+    LoRA of ``rank``, with the error told; token embeddings are written beside everything that cannot hold them.
+
+    Raises:
+        UserError: an unknown format, or a change that it cannot hold.
+    """
+    if kind not in FORMATS:
+        raise UserError(f"Unknown format '{kind}'; known: {', '.join(FORMATS)}.")
+    source, output = open_source(path, device), Path(output)
+    written: list[Path] = []
+    if kind == "folder":
+        base = source.load()
+        with atomic_folder(output) as new:
+            with quiet():
+                base.pipeline.to("cpu", parse_dtype(dtype or "float32")).save_pretrained(new)
+            write_text(new / "README.md", card(source, [output.name], picture))
+        return [output]
+    if output.suffix != ".safetensors":
+        raise UserError(f"The output {output} must end in .safetensors for the format {kind}.")
+    check_writable(output)
+    if kind == "embedding":
+        if not source.tokens:
+            raise UserError(f"{path} has no token, so there is no embedding to write.")
+        return embeddings(source, output, parse_dtype(dtype or "float32"), beside=False)
+    about = {"title": source.title, "trigger_phrase": ", ".join(source.tokens)}
+    if len(source.adapters) > 1:
+        about["merged_from"] = ", ".join(adapter.name for adapter in source.adapters)
+    if kind == "checkpoint":
+        written.append(output)
+        write_checkpoint(source, output, parse_dtype(dtype or "float32"), about)
+    else:
+        factors = cut(source, rank, note)
+        spelling = kohya_tensors if kind == "kohya" else diffusers_tensors
+        tensors = spelling(factors, source.kernels, parse_dtype(dtype or "float16"))
+        write_hashed(output, tensors, lora_metadata(factors, architecture_of(factors), about) | ours(source))
+        written.append(output)
+    if source.tokens:
+        written += embeddings(source, output, torch.float32, beside=True)
+    described = output.with_suffix(".md")
+    write_text(described, card(source, [file.name for file in written], picture))
+    return [*written, described]
+
+
+def cut(source: Source, rank: int | None, note: Callable[[str], None]) -> dict[str, Factors]:
+    """The factors at a rank that a LoRA file is sensible at: exact if nothing is asked, else with the error told."""
+    factors = source.factors()
+    full = any(not adapter.method.low_rank for adapter in source.adapters)
+    if rank is None and full:
+        rank = 32
+        note("This method's change has full rank; a LoRA file can only come near it (choose how near with --rank).")
+    if rank is None:
+        return factors
+    out, lost, whole = {}, 0.0, 0.0
+    for layer, one in factors.items():
+        exact = Factors(one.up.double(), one.down.double())
+        out[layer] = truncate(exact, rank) if rank < exact.up.shape[1] else exact
+        whole += float(exact.delta().square().sum())
+        lost += float((exact.delta() - out[layer].delta()).square().sum())
+    note(f"At rank {rank} the file is {(lost / whole) ** 0.5 if whole else 0.0:.2%} away from the exact change.")
+    return out
+
+
+def architecture_of(factors: Mapping[str, Factors]) -> str:
+    """ModelSpec's name of the architecture, as far as the layers tell."""
+    if any(layer.startswith("text_encoder_2.") for layer in factors):
+        return "stable-diffusion-xl-v1-base"
+    keys = [one.down.shape[1] for layer, one in factors.items() if layer.endswith("attn2.to_k")]
+    return "stable-diffusion-v2-768-v" if keys and keys[0] == 1024 else "stable-diffusion-v1"
+
+
+def ours(source: Source) -> dict[str, str]:
+    """Where an export came from, in our own words."""
+    return {
+        "spectral.recipe": json.dumps(source.recipe, sort_keys=True),
+        "spectral.base": source.base,
+        "spectral.base_fingerprint": source.adapters[0].fingerprint.exact,
+        "spectral.versions": json.dumps(versions(), sort_keys=True),
+    }
+
+
+def embeddings(source: Source, output: Path, dtype: torch.dtype, beside: bool) -> list[Path]:
+    """Token embeddings as textual-inversion files: ``{"<rex>": (n, width)}``, or clip_l and clip_g for SDXL."""
+    written = []
+    for token, vectors in source.tokens.items():
+        alone = not beside and len(source.tokens) == 1
+        path = output if alone else output.with_name(f"{output.stem}.{token.strip('<>')}.safetensors")
+        tensors = (
+            {"clip_l": vectors["text_encoder"], "clip_g": vectors["text_encoder_2"]}
+            if "text_encoder_2" in vectors
+            else {token: vectors["text_encoder"]}
+        )
+        write_tensors(path, {name: value.to(dtype) for name, value in tensors.items()})
+        written.append(path)
+    return written
+
+
+def write_checkpoint(source: Source, output: Path, dtype: torch.dtype, about: Mapping[str, str]) -> None:
+    """One file in the original's spelling; new tokens do not fit into it."""
+    base = source.load()
+    rows = {encoder: vocabulary(tokenizer, source) for encoder, tokenizer in base.tokenizers.items()}
+    tensors = checkpoint_tensors(base.models, base.pipeline.vae, rows)
+    metadata = {"modelspec.sai_model_spec": "1.0.1", **{f"modelspec.{k}": v for k, v in about.items() if v}}
+    write_hashed(output, {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()},
+                 metadata | ours(source))  # fmt: skip
+
+
+def vocabulary(tokenizer: Any, source: Source) -> int:
+    """How many words a tokenizer had before the source's tokens came."""
+    new = set()
+    for token, vectors in source.tokens.items():
+        new |= {token, *(f"{token}_{index}" for index in range(1, len(next(iter(vectors.values())))))}
+    return len(tokenizer) - len(new & set(tokenizer.get_added_vocab()))
+
+
+def card(source: Source, files: list[str], picture: Path | None) -> str:
+    """The model card of an export."""
+    return model_card(source.title, source.base, source.nouns, source.recipe, files, picture.name if picture else "")

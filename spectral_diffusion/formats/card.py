@@ -1,0 +1,38 @@
+"""The model card of an export: what it is, how to call it, what it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def model_card(
+    title: str, base: str, tokens: Mapping[str, str], recipe: Mapping[str, Any], files: Sequence[str], picture: str = ""
+) -> str:
+    """A Markdown card with the hub's front matter.
+
+    Args:
+        tokens: trigger word to class noun.
+        recipe: method or merge and its settings, shown as they are.
+        picture: a sample picture's file name, if there is one.
+    """
+    words = ", ".join(f"`{token}` (a {noun})" if noun else f"`{token}`" for token, noun in tokens.items()) or "none"
+    front = ["---", f"base_model: {base}", "library_name: diffusers", "tags: [text-to-image, lora, spectral-adapter]"]
+    if tokens:
+        first = next(iter(tokens))
+        front.append(f'instance_prompt: "a photo of {first}"')
+    lines = [
+        *front, "---", "", f"# {title}", "",
+        *([f"![sample]({picture})", ""] if picture else []),
+        f"Trigger words: {words}.", "",
+        "| | |", "| --- | --- |",
+        f"| base model | {base} |",
+        *(f"| {key} | {value} |" for key, value in recipe.items() if value not in (None, "", {})),
+        f"| files | {', '.join(files)} |", "",
+        "The words need their embedding files: `pipe.load_textual_inversion(…)`, or your program's `embeddings` folder."
+        if tokens else "",
+        "",
+        "**Licence.** The base model's licence applies; add your own for what is yours.", "",
+        "**Consent.** If this shows a person, or a thing somebody else made, publish it only with their consent.", "",
+    ]  # fmt: skip
+    return "\n".join(line for line in lines if line is not None)

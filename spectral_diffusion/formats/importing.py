@@ -1,0 +1,56 @@
+"""LoRA files of other programs as adapters of this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..base import Base, load_base
+from ..errors import UserError
+from ..linalg import kernel_of, sides
+from ..methods import get_method
+from ..methods.targets import find_targets
+from .lora import read_lora
+from .native import save_adapter, versions
+
+EVERYTHING = "attention+feed-forward+projection+conv"
+
+
+def import_lora(
+    path: Path,
+    output: Path | None,
+    base_name: str,
+    name: str | None = None,
+    device: str = "auto",
+    base: Base | None = None,
+) -> Adapter:
+    """A LoRA file of another program as an adapter of this one: method lora at the file's largest rank, no token.
+
+    Raises:
+        UserError: not such a file, or of another base.
+    """
+    base = base or load_base(base_name, device)
+    layers = find_targets(base.models, EVERYTHING)
+    factors, kernels = read_lora(path, layers)
+    rank = max(len(one.down) for one in factors.values())
+    parameters: dict[str, Tensor] = {}
+    for layer, (up, down) in sorted(factors.items()):
+        if (len(up), down.shape[1]) != sides(layers[layer].weight):
+            raise UserError(f"{path} is a LoRA for another base: {layer} is of another size; use --base.")
+        missing = rank - len(down)
+        parameters[f"{layer}.A"] = torch.nn.functional.pad(down, (0, 0, 0, missing))
+        parameters[f"{layer}.B"] = torch.nn.functional.pad(up, (0, missing))
+    adapter = Adapter(
+        name=name or Path(path).stem, noun="", token="", method=get_method("lora"), rank=rank, slot=None,
+        targets=EVERYTHING, base=base.name, fingerprint=base.fingerprint, parameters=parameters,
+        sizes={layer: sides(layers[layer].weight) for layer in sorted(factors)}, frozen={}, vectors={},
+        kernels={layer: cast(tuple[int, int, int], kernel_of(layers[layer].weight)) for layer in sorted(kernels)},
+        config={"imported": Path(path).name}, versions=versions(),
+    )  # fmt: skip
+    if output:
+        save_adapter(adapter, output)
+    return adapter

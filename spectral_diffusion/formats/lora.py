@@ -1,0 +1,178 @@
+"""LoRA files as other programs read them: kohya's spelling (ComfyUI, A1111) and diffusers'.
+
+One layer is ``up (out, k) @ down (k, in)``, times alpha / k for kohya; kernels are folded out for convolutions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import read_tensors, write_bytes
+from ..linalg import Factors, balance
+from .checkpoint import unet_key
+
+Kernels = Mapping[str, tuple[int, int, int]]
+ENDINGS = {  # of a key, after the layer: which factor it is
+    "lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha",
+    "lora_A.weight": "down", "lora_B.weight": "up", "lora_A.default.weight": "down", "lora_B.default.weight": "up",
+    "lora.down.weight": "down", "lora.up.weight": "up",
+}  # fmt: skip
+REFUSED = ("hada_", "lokr_", "lora_mid", "dora_scale", "oft_", "diff", "on_input", "lora_magnitude_vector")
+
+
+def kohya_name(layer: str, xl: bool = False, layers_per_block: int = 2) -> str:
+    """``unet.down_blocks.0…to_q`` to ``lora_unet_down_blocks_0_…_to_q``; SDXL's U-Net in the original's spelling.
+
+    ``layers_per_block`` is the U-Net's, which that spelling counts with.
+    """
+    component, _, path = layer.partition(".")
+    if component == "unet":
+        if xl:
+            path = unet_key(f"{path}.weight", layers_per_block, set(range(8))).removesuffix(".weight")
+        return "lora_unet_" + path.replace(".", "_")
+    prefix = {"text_encoder": "lora_te1" if xl else "lora_te", "text_encoder_2": "lora_te2"}[component]
+    return f"{prefix}_text_model_{path.removeprefix('text_model.').replace('.', '_')}"
+
+
+def diffusers_name(layer: str) -> str:
+    """The layer with the ``text_model.`` level that diffusers' files have for every version of transformers."""
+    component, _, path = layer.partition(".")
+    return layer if component == "unet" else f"{component}.text_model.{path.removeprefix('text_model.')}"
+
+
+def shaped(factors: Factors, kernel: tuple[int, int, int] | None) -> tuple[Tensor, Tensor]:
+    """(up, down) as a Linear's matrices, or as a thin convolution and a 1×1 one."""
+    up, down = factors
+    return (up, down) if kernel is None else (up[:, :, None, None], down.reshape(len(down), *kernel))
+
+
+def kohya_tensors(
+    factors: Mapping[str, Factors], kernels: Kernels, dtype: torch.dtype, layers_per_block: int = 2
+) -> dict[str, Tensor]:
+    """A kohya state dict, factors balanced and rounded to ``dtype``.
+
+    Every layer has the same alpha, the largest rank, and the scale is folded into up where a layer's rank is lower:
+    diffusers mixes the layers up where a text encoder has several alphas.
+    """
+    alpha = float(max(len(one.down) for one in factors.values()))
+    xl = any(layer.startswith("text_encoder_2.") for layer in factors) or any(
+        ".transformer_blocks.9." in layer for layer in factors
+    )
+    out = {}
+    for layer, one in factors.items():
+        name = kohya_name(layer, xl, layers_per_block)
+        even = balance(Factors(one.up * (len(one.down) / alpha), one.down))
+        up, down = shaped(even, kernels.get(layer))
+        out[f"{name}.lora_up.weight"], out[f"{name}.lora_down.weight"] = up.to(dtype), down.to(dtype)
+        out[f"{name}.alpha"] = torch.tensor(alpha, dtype=dtype)
+    return out
+
+
+def diffusers_tensors(factors: Mapping[str, Factors], kernels: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A diffusers / PEFT state dict, factors balanced and rounded to ``dtype``."""
+    out = {}
+    for layer, one in factors.items():
+        up, down = shaped(balance(one), kernels.get(layer))
+        name = diffusers_name(layer)
+        out[f"{name}.lora_B.weight"], out[f"{name}.lora_A.weight"] = up.to(dtype), down.to(dtype)
+    return out
+
+
+def write_hashed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with ModelSpec's ``modelspec.hash_sha256`` over its tensor data."""
+    from safetensors.torch import save
+
+    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    plain = save(held, None)
+    data = plain[8 + int.from_bytes(plain[:8], "little") :]
+    digest = hashlib.sha256(data).hexdigest()
+    write_bytes(path, save(held, {**metadata, "modelspec.hash_sha256": f"0x{digest}"}))
+
+
+def read_lora(path: Path, layers: Iterable[str]) -> tuple[dict[str, Factors], dict[str, tuple[int, int, int]]]:
+    """The factors of a LoRA file in kohya's or diffusers' spelling, alpha multiplied in, and convolutions' kernels.
+
+    Args:
+        layers: the layers of the base, without which underscores cannot be told from dots.
+
+    Raises:
+        UserError: no LoRA file, one of another kind, or one of another base.
+    """
+    tensors, _ = read_tensors(path)
+    known = names_of(layers)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        ending = next((e for e in ENDINGS if key.endswith(f".{e}")), None)
+        if ending is None:
+            if any(word in key for word in REFUSED):
+                raise UserError(f"{path} is no plain LoRA (it holds {key}); only LoRA and LoCon files can be imported.")
+            continue
+        parts.setdefault(key[: -len(ending) - 1], {})[ENDINGS[ending]] = value
+    if not parts:
+        raise UserError(f"{path} is not a LoRA file: it holds neither lora_down nor lora_A tensors.")
+    unknown = [name for name in parts if name not in known]
+    if unknown:
+        raise UserError(
+            f"{path} is a LoRA for another base: {len(unknown)} of its {len(parts)} layers are not in this one, "
+            f"{unknown[0]} among them; name the right one with --base."
+        )
+    factors, kernels = {}, {}
+    for name, held in parts.items():
+        if not {"up", "down"} <= set(held):
+            raise UserError(f"{path} is damaged: {name} lacks one of its two factors; get it again.")
+        up, down = held["up"].float(), held["down"].float()
+        if up.dim() not in (2, 4) or down.dim() != up.dim() or up.shape[1] != len(down) or not len(down):
+            raise UserError(f"{path} is damaged: the factors of {name} do not fit each other; get it again.")
+        alpha = held.get("alpha", torch.tensor(float(len(down))))
+        if alpha.numel() != 1 or not all(torch.isfinite(t).all() for t in (up, down, alpha)):
+            raise UserError(f"{path} is damaged: {name} holds NaN, infinity or no single alpha; get it again.")
+        if down.dim() == 4 and tuple(up.shape[2:]) != (1, 1):
+            raise UserError(f"{path} is no plain LoRA: the up factor of {name} is no 1×1 convolution.")
+        if down.dim() == 4:
+            kernels[known[name]] = (down.shape[1], down.shape[2], down.shape[3])
+        factors[known[name]] = Factors(
+            up.reshape(len(up), -1) * (float(alpha) / len(down)), down.reshape(len(down), -1)
+        )
+    return factors, kernels
+
+
+def names_of(layers: Iterable[str]) -> dict[str, str]:
+    """Every spelling of a base's layers to the layer."""
+    layers = list(layers)
+    xl = any(layer.startswith("text_encoder_2.") for layer in layers)
+    per_block = 1 + max((int(m[1]) for n in layers if (m := re.match(r"unet\.down_blocks\.\d+\.resnets\.(\d+)\.", n))),
+                        default=1)  # fmt: skip
+    out: dict[str, str] = {}
+    for layer in layers:
+        out |= {diffusers_name(layer): layer, layer: layer, kohya_name(layer): layer}
+        if xl:
+            out[kohya_name(layer, True, per_block)] = layer
+    return out
+
+
+def lora_metadata(factors: Mapping[str, Factors], base_model: str, about: Mapping[str, str]) -> dict[str, str]:
+    """What kohya's tools and ModelSpec 1.0.1 want to know. No timestamps: the same content is the same file.
+
+    diffusers' ``lora_adapter_metadata`` is left out: it names modules, and the text encoder's names changed with
+    transformers 5.6; ranks and alpha are in the tensors.
+    """
+    ranks = {len(one.down) for one in factors.values()}
+    version = {"stable-diffusion-xl-v1-base": "sdxl_base_v1-0", "stable-diffusion-v2-768-v": "sd_v2"}
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
+        "ss_base_model_version": version.get(base_model, "sd_v1"),
+        "ss_output_name": about.get("title", "adapter"),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{base_model}/lora",
+        "modelspec.implementation": "https://github.com/kohya-ss/sd-scripts",
+        **{f"modelspec.{key}": value for key, value in about.items() if value},
+    }
