@@ -33,8 +33,7 @@ ui: install
 	$(BIN)/spectral-diffusion ui
 
 bench: install
-	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/spectrum.py
+	for one in layers step spectrum fuse methods; do $(BIN)/python benchmarks/$$one.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

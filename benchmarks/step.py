@@ -1,7 +1,7 @@
-"""Time one training step of a Stable Diffusion 1.5 U-Net (random weights): spectral-additive against PEFT LoRA.
+"""Time one training step of a Stable Diffusion 1.5 U-Net (random weights): our methods against PEFT LoRA.
 
-256² pixels (32² latents), batch 1, rank 8 on the attention projections, forward + backward + AdamW. The two are
-timed in interleaved rounds on the same frozen U-Net, so that a drifting machine disturbs both alike.
+256² pixels (32² latents), batch 1, rank 8 on the attention projections, forward + backward + AdamW. Methods are timed in
+interleaved rounds, so that a drifting machine disturbs all alike. Then what the whole network keeps for backward.
 """
 
 from __future__ import annotations
@@ -12,65 +12,68 @@ import statistics
 import time
 
 import torch
+from common import RANK, put, saved_bytes
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch import nn
+from torch import Tensor, nn
 
-from spectral_diffusion.methods import get_method
-from spectral_diffusion.methods.attach import Attachment, attach
+
+def build() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    unet.set_attn_processor(AttnProcessor())
+    return unet.requires_grad_(False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=RANK)
     parser.add_argument("--latent", type=int, default=32)
+    parser.add_argument("--methods", nargs="*", default=["spectral-additive", "spectral-rotation"])
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    results = {}
-    unets: dict[str, nn.Module] = {}
-    attachments: dict[str, Attachment] = {}
-    optimizers: dict[str, torch.optim.Optimizer] = {}
-    for name in ("spectral-additive", "lora"):
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        unet.set_attn_processor(AttnProcessor())
-        unets[name] = unet.requires_grad_(False)
-        models = {"unet": unet}
-        bands = {}
-        if get_method(name).frozen == "band":
-            from spectral_diffusion.methods.targets import find_targets
-
-            for layer, module in find_targets(models, "unet-attention").items():
-                # Random orthonormal columns: the step's cost does not depend on which columns they are.
-                U = torch.linalg.qr(torch.randn(module.out_features, arguments.rank)).Q
-                V = torch.linalg.qr(torch.randn(module.in_features, arguments.rank)).Q
-                bands[layer] = {"U": U, "S": torch.ones(arguments.rank), "V": V}
-        attachment = attach(models, get_method(name), arguments.rank, targets="unet-attention", frozen=bands)
-        attachments[name] = attachment
-        optimizers[name] = torch.optim.AdamW([p for _, p in attachment.named_parameters()], lr=1e-4)
-        results[name] = []
+    names = ["lora", *arguments.methods]
     latents = torch.randn(1, 4, arguments.latent, arguments.latent)
     text = torch.randn(1, 77, 768)
 
-    def step(name: str) -> float:
-        start = time.perf_counter()
-        loss = unets[name](latents, torch.tensor([500]), text).sample.square().mean()
-        loss.backward()
-        optimizers[name].step()
-        optimizers[name].zero_grad()
-        return time.perf_counter() - start
+    def forward(unet: nn.Module, x: Tensor) -> Tensor:
+        return unet(x, torch.tensor([500]), text).sample
 
-    for name in results:
+    steps, kept, trained = {}, {}, {}
+    for name in ["frozen", *names]:
+        unet = build()
+        if name != "frozen":
+            attachment = put(name, {"unet": unet}, "unet-attention", arguments.rank)
+            parameters = [p for _, p in attachment.named_parameters()]
+            trained[name] = attachment.count()
+            steps[name] = (unet, torch.optim.AdamW(parameters, lr=1e-4))
+        kept[name] = saved_bytes(unet, lambda unet=unet: forward(unet, latents.clone().requires_grad_()))
+
+    def step(name: str) -> float:
+        unet, optimizer = steps[name]
+        begun = time.perf_counter()
+        forward(unet, latents).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - begun
+
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
         step(name)  # warm up
     for index in range(arguments.rounds):
-        for name in list(results) if index % 2 else list(results)[::-1]:
-            results[name].append(step(name))
-        print(index, {name: round(times[-1], 3) for name, times in results.items()}, flush=True)
-    ratios = [a / b for a, b in zip(results["spectral-additive"], results["lora"], strict=True)]
-    summary = {name: round(statistics.median(times), 3) for name, times in results.items()}
-    trained = {name: attachment.count() for name, attachment in attachments.items()}
-    print(json.dumps({"seconds": summary, "trained": trained, "median_ratio": round(statistics.median(ratios), 3)}))
+        for name in names if index % 2 else names[::-1]:
+            times[name].append(step(name))
+    out = {
+        name: {
+            "trained": trained[name],
+            "seconds": round(statistics.median(times[name]), 3),
+            "of_lora": round(statistics.median(a / b for a, b in zip(times[name], times["lora"], strict=True)), 3),
+            "kept_of_lora": round(kept[name] / kept["lora"], 4),
+            "kept_of_frozen": round(kept[name] / kept["frozen"], 4),
+        }
+        for name in names
+    }
+    print(json.dumps({"threads": torch.get_num_threads(), **out}, indent=1))
 
 
 if __name__ == "__main__":

@@ -203,7 +203,9 @@ def fuse_to_folder(
     ours = [path for path in config.adapters if Path(path).is_dir() or is_native(path)]
     adapters = [adapter for path in ours for adapter in load_adapters(path)]
     if not adapters and config.base is None:
-        raise UserError(f"{config.adapters[0]} is no adapter of this program; say with --base what it was made for.")
+        raise UserError(
+            f"{config.adapters[0]} is not an adapter of this program; a LoRA of another needs its base named by --base."
+        )
     base = base or load_base(config.base or adapters[0].base, config.device)
     adapters += [import_lora(path, None, base.name, base=base) for path in config.adapters if path not in ours]
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]

@@ -14,8 +14,8 @@ class LowRankLinear(torch.autograd.Function):
 
     Shapes: x (…, in), W (out, in), b (out,) or None, up (out, k), down (k, in). All of one dtype. The
     addition is folded into the second product (addmm), forward and backward, so the change costs two thin
-    products and no extra pass over y. Saved for backward: x and the (…, k) inner product. The last ``frozen``
-    columns of ``up`` get no gradient.
+    products and no extra pass over y. Saved for backward: the (…, k) inner product, and x where ``down`` is trained.
+    The last ``frozen`` columns of ``up`` get no gradient.
     """
 
     @staticmethod
@@ -25,7 +25,7 @@ class LowRankLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ down.mT
         y = F.linear(rows, weight, bias).addmm_(inner, up.mT)
-        ctx.save_for_backward(rows, weight, up, down, inner)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[4] else None, weight, up, down, inner)
         ctx.shape, ctx.frozen = x.shape, frozen
         return y.view(*x.shape[:-1], -1)
 

@@ -1,0 +1,61 @@
+"""What the benchmarks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_diffusion.linalg import sides
+from spectral_diffusion.methods import get_method
+from spectral_diffusion.methods.attach import Attachment, attach
+from spectral_diffusion.methods.frozen import frozen_tensors
+from spectral_diffusion.methods.targets import find_targets
+from spectral_diffusion.slots import Slot
+
+RANK = 8
+
+
+def put(name: str, models: dict[str, nn.Module], targets: str, rank: int = RANK) -> Attachment:
+    """A method on models, its parameters a little off zero. Bands are random: the cost does not depend on which."""
+    method = get_method(name)
+    weights = {layer: module.weight.detach() for layer, module in find_targets(models, targets).items()}
+    allowed = method.ranks([sides(weight) for weight in weights.values()])
+    rank = rank if rank in allowed else allowed[0]
+    if method.frozen == "band":
+        frozen = {
+            layer: {
+                "U": torch.linalg.qr(torch.randn(len(w), rank)).Q,
+                "S": torch.ones(rank),
+                "V": torch.linalg.qr(torch.randn(w.shape[1], rank)).Q,
+            }
+            for layer, w in weights.items()
+        }
+    else:
+        slot = Slot.interval(0, rank) if method.slot else None
+        frozen = frozen_tensors(method, {layer: w.float() for layer, w in weights.items()}, rank, slot)
+    attachment = attach(models, method, rank, targets=targets, frozen=frozen, steps=100)
+    with torch.no_grad():
+        for _, parameter in attachment.named_parameters():
+            parameter += 0.01 * torch.randn(parameter.shape)
+    return attachment
+
+
+def saved_bytes(net: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that a forward keeps for backward, parameters and frozen tensors not counted, each storage once."""
+    own = {p.untyped_storage().data_ptr() for p in (*net.parameters(), *net.buffers())}
+    seen: dict[int, int] = {}
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and storage.data_ptr() not in seen:
+            seen[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # so that no other tensor gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(seen.values())
