@@ -64,7 +64,7 @@ def step(net: Layers) -> float:
 
 
 def measure(methods: list[str], dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
-    """Per method: seconds, overhead over frozen and its share of LoRA's, bytes kept at 512² pixels, batch 2, and theirs."""
+    """Per method: seconds, overhead over frozen and as a share of LoRA's, bytes kept at 512² pixels and batch 2."""
     names = ["frozen", *dict.fromkeys(["lora", *methods])]
     nets = {name: build(name, dtype) for name in names}
     for net in nets.values():

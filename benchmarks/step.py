@@ -1,6 +1,6 @@
 """Time one training step of a Stable Diffusion 1.5 U-Net (random weights): our methods against PEFT LoRA.
 
-256² pixels (32² latents), batch 1, rank 8 on the attention projections, forward + backward + AdamW. Methods are timed in
+256² pixels (32² latents), batch 1, rank 8 on the attention projections, forward + backward + AdamW. Timed in
 interleaved rounds, so that a drifting machine disturbs all alike. Then what the whole network keeps for backward.
 """
 

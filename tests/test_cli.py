@@ -209,7 +209,11 @@ def test_resolved_settings_lie_beside_the_output_and_read_back(
     assert again.code == 0, again.err
 
 
-@pytest.mark.parametrize("path", sorted(resources.configs().glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [*sorted(resources.configs().glob("*.yaml")), resources.configs() / "paper" / "diffusion-fusion.yaml"],
+    ids=lambda path: path.stem,
+)
 def test_every_preset_loads(path: Path) -> None:
     parts = read_yaml(path)
     assert set(parts) <= {"train", "fuse", "generate"}

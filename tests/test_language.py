@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from transformers import (
 
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.methods.tuner import SpectralConfig
+from spectral_diffusion.pocket.workshop.models import build_tokenizer
 
 SMALL = {
     "vocab_size": 64,
@@ -72,3 +76,47 @@ def test_train_save_load_and_merge(kind: str, method: str, tmp_path: Path) -> No
     again = PeftModel.from_pretrained(build(kind), tmp_path).eval()
     assert torch.equal(again(ids).logits, after)
     assert torch.allclose(again.merge_and_unload()(ids).logits, after, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["classify", "generate"])
+def test_the_example_for_the_papers_tables_runs(kind: str, tmp_path: Path) -> None:
+    """On a tiny random model from a folder and JSON lines, as it would on DeBERTa and Mistral."""
+    script = Path(__file__).parent.parent / "examples" / "language.py"
+    tokenizer = build_tokenizer()
+    size = {**SMALL, "vocab_size": len(tokenizer), "max_position_embeddings": 64}
+    common = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if kind == "classify":
+        model: nn.Module = DebertaV2ForSequenceClassification(DebertaV2Config(**size, **common))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**size, **common))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [
+        {"sentence": f"a {word} dog", "label": index % 2, "question": word, "answer": "a cat"}
+        for index, word in enumerate(["red", "blue"] * 4)
+    ]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    name = "glue-deberta" if kind == "classify" else "gsm8k-mistral"
+    words = [
+        f"model={tmp_path / 'model'}", f"data={tmp_path / 'data'}", f"output={tmp_path / 'out'}", "batch=4", "epochs=1",
+        "rank=2", "accumulate=1", "dtype=float32", "method=spectral-rotation",
+    ]  # fmt: skip
+    config = script.parent.parent / "configs" / "paper" / f"{name}.yaml"
+    done = subprocess.run([sys.executable, script, config, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["trained"] > 0 and "eval_loss" in result["test"]
+    wrong = subprocess.run([sys.executable, script, config, "epochz=1"], capture_output=True, text=True)
+    assert "did you mean 'epochs'" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+def test_the_small_experiment_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parent.parent / "examples" / "top_or_bottom.py"
+    words = ["--seeds", "1", "--pretraining", "10", "--steps", "10"]
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ways = json.loads(done.stdout)["ways"]
+    assert len({ways[way]["trained"] for way in ("top", "bottom", "random", "lora")}) == 1
