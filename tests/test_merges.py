@@ -15,6 +15,7 @@ from spectral_diffusion.fusion import Contribution, all_merges, get_merge
 from spectral_diffusion.fusion.activations import Activations
 from spectral_diffusion.fusion.collect import rows_of
 from spectral_diffusion.fusion.recipe import fuse_to_folder, load_adapters, read_merged, read_recipe
+from spectral_diffusion.fusion.tune import tune
 from spectral_diffusion.fusion.unfuse import unfuse
 from spectral_diffusion.linalg import Factors
 from spectral_diffusion.methods import get_method
@@ -306,3 +307,22 @@ def test_strengths_of_one_component(three: list[Path], tiny_base: Path, tmp_path
         assert torch.allclose(weight - plain[layer], delta, atol=1e-6)
     with pytest.raises(UserError, match=r"names 'dog\.vae'"):
         fuse_to_folder(config.model_copy(update={"strength": {"dog.vae": 1.0}, "output": tmp_path / "g"}))
+
+
+def test_tune_finds_what_is_nearest_and_leaves_the_base_alone(three: list[Path], tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    before = {layer: weight.clone() for layer, weight in base.weights().items()}
+    config = settings(gradient=QUICK)
+    one = tune(base, [load_adapter(three[0])], config, (0.25, 0.6, 1.0))
+    at = {candidate.strength: candidate for candidate in one}
+    assert at[1.0].concepts < 1e-6  # alone at full strength it is itself
+    assert at[0.25].concepts > at[0.6].concepts > at[1.0].concepts and at[0.25].drift < at[1.0].drift
+    assert [candidate.score for candidate in one] == sorted(candidate.score for candidate in one)
+    assert all(torch.equal(weight, before[layer]) for layer, weight in base.weights().items())
+    base = load_base(str(tiny_base), "cpu")
+    both = tune(
+        base, [load_adapter(path) for path in three], settings(merge="gradient", gradient=QUICK), (1.0,), (0.0, 2.0)
+    )
+    assert {one.anchor for one in both} == {0.0, 2.0}
+    drift = {one.anchor: one.drift for one in both}
+    assert drift[2.0] < drift[0.0]

@@ -124,6 +124,45 @@ def fuse(
 
 
 @app.command()
+def tune(
+    adapters: Annotated[list[str], typer.Argument(help="Adapter files; settings of fuse may follow as key=value.")],
+    base: Annotated[str | None, typer.Option(help="Default: the base the adapters were trained on.")] = None,
+    merge: Annotated[str | None, typer.Option(help="Which merge to tune.")] = None,
+    strengths: Annotated[str, typer.Option(help="Strengths to try.")] = "0.5,0.65,0.8,0.9,1.0",
+    anchors: Annotated[str, typer.Option(help="Anchors to try, for gradient and ssr.")] = "",
+    device: DeviceOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Find the strength (and anchor) of a fusion on held-out prompts; use other concepts than those you report."""
+    files = [word for word in adapters if "=" not in word or Path(word).exists()]
+    overrides = [word for word in adapters if word not in files]
+    flags = given(adapters=files, output="tuned", base=base, merge=merge, device=device)
+    from ..config import FuseConfig
+
+    settings = resolve(FuseConfig, "fuse", config, flags, overrides)
+    try:
+        tries = [[float(part) for part in text.split(",") if part.strip()] for text in (strengths, anchors)]
+    except ValueError as error:
+        raise UserError("--strengths and --anchors are numbers with commas between, such as 0.5,0.8,1.") from error
+    from ..base import load_base
+    from ..fusion.recipe import load_adapters
+    from ..fusion.tune import tune as find
+
+    loaded = [adapter for file in files for adapter in load_adapters(Path(file))]
+    on = load_base(settings.base or loaded[0].base, settings.device)
+    with progress_bar() as progress:
+        found = find(on, loaded, settings, tries[0], tries[1], progress)
+    if as_json:
+        typer.echo(json.dumps([{**vars(one), "score": one.score} for one in found], indent=2))
+        return
+    for one in found:
+        say(f"strength {one.strength:g}, anchor {one.anchor:g}: concepts off {one.concepts:.3f}, drift {one.drift:.3f}")
+    names = " ".join(f"--strength {adapter.name}={found[0].strength:g}" for adapter in loaded)
+    say(f"Best: fuse {' '.join(files)} --merge {settings.merge} {names} gradient.anchor={found[0].anchor:g}")
+
+
+@app.command()
 def unfuse(
     folder: Annotated[Path, typer.Argument(help="A fused folder.")],
     remove: Annotated[list[str], typer.Option(help="A concept to take out; may be repeated.")],

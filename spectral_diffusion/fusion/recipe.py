@@ -67,11 +67,13 @@ def fuse_adapters(
     config: FuseConfig,
     progress: Progress = silent,
     note: Callable[[str], None] = lambda text: None,
+    install: bool = True,
 ) -> dict[str, Factors] | None:
     """Add the adapters' merged ΔW to the weights of ``base`` and their tokens to its tokenizer, in place.
 
     Adapters act in canonical order (by name), so the result does not depend on how they were listed; sums are
-    formed in float64 and rounded once. Returns the merged factors by layer; None where a merge gave dense changes.
+    formed in float64 and rounded once. ``install`` says whether their tokens are still to be put in. Returns the
+    merged factors by layer; None where a merge gave dense changes.
 
     Raises:
         UserError: two adapters share a name or a token, or a strength names none of them.
@@ -82,7 +84,7 @@ def fuse_adapters(
     targets: dict[str, nn.Linear | nn.Conv2d] = {}
     for adapter in adapters:
         targets |= find_targets(base.models, adapter.targets)
-        for token, vectors in adapter.tokens.items():
+        for token, vectors in adapter.tokens.items() if install else ():
             base.install(token, vectors)
     layers = [layer for layer in targets if any(layer in adapter.sizes for adapter in adapters)]
     merged: dict[str, Factors] = {}

@@ -49,7 +49,9 @@ class Merge:
     activations: bool = False
 
 
-MERGES: Registry[Merge] = Registry("merge", __package__, {"registry", "recipe", "activations", "collect", "unfuse"})
+MERGES: Registry[Merge] = Registry(
+    "merge", __package__, {"registry", "recipe", "activations", "collect", "unfuse", "tune"}
+)
 
 
 def merge(name: str, summary: str, activations: bool = False) -> Callable[[Callable], Callable]:
