@@ -12,6 +12,7 @@ adapter. ``model`` may be any folder or hub id of transformers, ``data`` any dat
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -85,8 +87,16 @@ def load_data(config: LanguageConfig) -> tuple[list[dict[str, Any]], list[dict[s
     return train[: config.limit], test[: config.limit]
 
 
-def peft_config(config: LanguageConfig) -> PeftConfig:
-    """The method as PEFT takes it; ours find their columns themselves."""
+class Allocate(TrainerCallback):
+    """Lets AdaLoRA take singular values away after every step."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+        if hasattr(model.base_model, "update_and_allocate"):
+            model.base_model.update_and_allocate(state.global_step)
+
+
+def peft_config(config: LanguageConfig, steps: int) -> PeftConfig:
+    """The method as PEFT takes it, for so many steps; ours find their columns themselves."""
     method = get_method(config.method)
     task = "SEQ_CLS" if config.kind == "classify" else "CAUSAL_LM"
     if method.name in {"lora", "dora"}:
@@ -95,7 +105,7 @@ def peft_config(config: LanguageConfig) -> PeftConfig:
     if method.peft:
         from peft import AdaLoraConfig
 
-        options = method.peft.options(config.rank, 1000)
+        options = method.peft.options(config.rank, steps)
         return AdaLoraConfig(target_modules=config.targets, task_type=task, **options)
     slot = config.slot or (f"0:{config.rank}" if method.slot else "")
     return SpectralConfig(r=config.rank, method=method.name, slot=slot, target_modules=config.targets, task_type=task)
@@ -136,7 +146,8 @@ def run(config: LanguageConfig) -> dict[str, Any]:
 
         collate = DataCollatorForSeq2Seq(tokenizer)
     encoded = [[encode(row) for row in part] for part in (train, test)]
-    tuned = get_peft_model(model, peft_config(config))
+    steps = math.ceil(len(encoded[0]) / (config.batch * config.accumulate)) * math.ceil(config.epochs)
+    tuned = get_peft_model(model, peft_config(config, steps))
     trainer = Trainer(
         tuned,
         TrainingArguments(
@@ -145,7 +156,7 @@ def run(config: LanguageConfig) -> dict[str, Any]:
             gradient_accumulation_steps=config.accumulate, warmup_steps=config.warmup, seed=config.seed,
             report_to=[], save_strategy="no", logging_steps=10, bf16=config.dtype == "bfloat16",
         ),
-        train_dataset=encoded[0], eval_dataset=encoded[1], data_collator=collate,
+        callbacks=[Allocate()], train_dataset=encoded[0], eval_dataset=encoded[1], data_collator=collate,
         compute_metrics=(lambda found: score(found, metric)) if metric else None,
     )  # fmt: skip
     trainer.train()

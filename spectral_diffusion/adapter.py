@@ -95,6 +95,7 @@ class Adapter:
             raise UserError(
                 f"'{self.name}' is a {self.method.name} adapter: its change can only be told with its base."
             )
+        weight = weight.detach().cpu()  # where the parameters are
         if self.method.frozen == "weight":
             return with_weight(self.method, stored, weight)
         band = top_band(weight, min(self.sizes[layer]))
@@ -132,8 +133,15 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
         UserError: the adapter does not belong on this base.
     """
     here = base.fingerprint
-    if adapter.fingerprint.same(here) or adapter.fingerprint.same_rounded(here):
+    if adapter.fingerprint.same(here):
         return None
+    if adapter.fingerprint.same_rounded(here):
+        if adapter.method.frozen != "spectrum":
+            return None
+        return (
+            f"'{adapter.name}' is an {adapter.method.name} adapter of the same base in another precision: its singular "
+            "vectors are found anew and near ones mix, so expect a few percent of difference; load the base as it was."
+        )
     wanted = f"it was trained on '{adapter.base}' (fingerprint {adapter.fingerprint.exact[:12]})"
     refusal = f"Adapter '{adapter.name}' does not fit the base '{base.name}': {wanted}; use --base {adapter.base}."
     weights = base.weights(adapter.targets)

@@ -229,6 +229,8 @@ def load_single_file(path: Path, options: dict[str, Any]) -> StableDiffusionPipe
         return kind.from_single_file(str(path), config=str(beside), **options)
     try:
         return kind.from_single_file(str(path), **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # the loaders raise nearly everything
         from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
 from .errors import UserError, nearest
 
@@ -134,7 +134,7 @@ class FuseConfig(Settings):
     base: str | None = None  # default: the base the adapters name
     merge: str = "spectral"
     form: Literal["sum", "mean", "paper"] = "sum"  # of spectral
-    strength: dict[str, float] = {}  # concept name to λ; NAME.unet and NAME.text_encoder for one component
+    strength: dict[str, FiniteFloat] = {}  # concept name to λ; NAME.unet and NAME.text_encoder for one component
     density: float = Field(0.5, gt=0, le=1)  # of ties and dare
     svd_rank: int = Field(16, ge=1, le=4096)  # of svd
     gradient: GradientConfig = GradientConfig()

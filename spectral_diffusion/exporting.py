@@ -16,13 +16,14 @@ from .base import Base, load_base, parse_dtype, quiet
 from .config import FuseConfig
 from .errors import UserError
 from .files import atomic_folder, check_writable, write_tensors, write_text
-from .formats.card import model_card
+from .formats.card import MARK, model_card
 from .formats.checkpoint import checkpoint_tensors
 from .formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
-from .formats.native import versions
+from .formats.native import is_native, versions
 from .fusion.recipe import fuse_adapters, load_adapters, read_merged, read_recipe
 from .linalg import Factors, truncate
 
+EXPORTED = "README.md"  # an exported folder has our card under this name
 FORMATS = ("kohya", "diffusers", "embedding", "folder", "checkpoint")
 
 
@@ -79,7 +80,11 @@ def open_source(path: Path, device: str = "auto") -> Source:
         return base
 
     def factors() -> dict[str, Factors]:
-        weights = load_base(adapter.base, device).weights(adapter.targets) if adapter.needs_base else {}
+        weights: dict[str, Tensor] = {}
+        if adapter.needs_base:
+            base = load_base(adapter.base, device)
+            check_base(adapter, base)
+            weights = base.weights(adapter.targets)
         return {layer: adapter.factors(layer, weights.get(layer)) for layer in adapter.layers}
 
     shown = {"method": adapter.method.name, "rank": adapter.rank, "slot": str(adapter.slot or "")}
@@ -107,6 +112,7 @@ def export(
     if kind not in FORMATS:
         raise UserError(f"Unknown format '{kind}'; known: {', '.join(FORMATS)}.")
     source, output = open_source(path, device), Path(output)
+    check_free(path, output, kind)
     written: list[Path] = []
     if kind == "folder":
         base = source.load()
@@ -130,15 +136,42 @@ def export(
         write_checkpoint(source, output, parse_dtype(dtype or "float32"), about)
     else:
         factors = cut(source, rank, note)
-        spelling = kohya_tensors if kind == "kohya" else diffusers_tensors
-        tensors = spelling(factors, source.kernels, parse_dtype(dtype or "float16"))
-        write_hashed(output, tensors, lora_metadata(factors, architecture_of(factors), about) | ours(source))
+        kept, architecture = parse_dtype(dtype or "float16"), architecture_of(source, factors)
+        if kind == "kohya":
+            tensors = kohya_tensors(factors, source.kernels, kept, architecture.startswith("stable-diffusion-xl"))
+        else:
+            tensors = diffusers_tensors(factors, source.kernels, kept)
+        write_hashed(output, tensors, lora_metadata(factors, architecture, about) | ours(source))
         written.append(output)
     if source.tokens:
         written += embeddings(source, output, torch.float32, beside=True)
     described = output.with_suffix(".md")
     write_text(described, card(source, [file.name for file in written], picture))
     return [*written, described]
+
+
+def check_free(path: Path, output: Path, kind: str) -> None:
+    """Refuse to write over what somebody may want to keep: the source, an adapter, a fusion, other files.
+
+    Raises:
+        UserError: the output is one of these.
+    """
+    here, there = Path(path).resolve(), Path(output).resolve()
+    if there == here or here in there.parents:
+        raise UserError(f"{output} is what is exported, or inside it; choose another output with -o.")
+    if kind == "folder" and there.exists():
+        held = {item.name for item in there.iterdir()} if there.is_dir() else {output.name}
+        if held and not (EXPORTED in held and "recipe.json" not in held):
+            raise UserError(f"{output} exists and is no earlier export; choose another output with -o.")
+    if kind != "folder" and there.is_file() and is_native(there):
+        raise UserError(f"{output} is an adapter of this program, which would be lost; choose another output with -o.")
+    described = there.with_suffix(".md")
+    if (
+        kind not in {"folder", "embedding"}
+        and described.exists()
+        and MARK not in described.read_text("utf-8", "replace")
+    ):
+        raise UserError(f"{described} is not a card of this program, and would be lost; choose another output with -o.")
 
 
 def cut(source: Source, rank: int | None, note: Callable[[str], None]) -> dict[str, Factors]:
@@ -160,12 +193,15 @@ def cut(source: Source, rank: int | None, note: Callable[[str], None]) -> dict[s
     return out
 
 
-def architecture_of(factors: Mapping[str, Factors]) -> str:
-    """ModelSpec's name of the architecture, as far as the layers tell."""
-    if any(layer.startswith("text_encoder_2.") for layer in factors):
+def architecture_of(source: Source, factors: Mapping[str, Factors]) -> str:
+    """ModelSpec's name of the architecture, as the tokens' vectors tell it, else the layers."""
+    widths = [vectors["text_encoder"].shape[1] for vectors in source.tokens.values() if "text_encoder" in vectors]
+    if any("text_encoder_2" in vectors for vectors in source.tokens.values()) or any(
+        layer.startswith("text_encoder_2.") or ".transformer_blocks.9." in layer for layer in factors
+    ):
         return "stable-diffusion-xl-v1-base"
     keys = [one.down.shape[1] for layer, one in factors.items() if layer.endswith("attn2.to_k")]
-    return "stable-diffusion-v2-768-v" if keys and keys[0] == 1024 else "stable-diffusion-v1"
+    return "stable-diffusion-v2" if 1024 in (*widths, *keys) else "stable-diffusion-v1"
 
 
 def ours(source: Source) -> dict[str, str]:

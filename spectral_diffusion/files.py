@@ -108,9 +108,13 @@ def _exchange(new: Path, old: Path) -> None:
     here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
     swap = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
     if swap is None or swap(here, os.fsencode(new), here, os.fsencode(old), both) != 0:
-        aside = old.with_name(f".{old.name}.{os.getpid()}.tmp")
+        aside = old.with_name(f".{old.name}.{os.getpid()}.old")  # never taken for a killed program's temporary
         old.rename(aside)
-        new.rename(old)
+        try:
+            new.rename(old)
+        except OSError:
+            aside.rename(old)
+            raise
         shutil.rmtree(aside, ignore_errors=True)
 
 

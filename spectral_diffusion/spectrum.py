@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,12 +154,18 @@ def spectrum_of(
             if path.exists() and set(bands := _read(path, weights, columns)) == set(weights):
                 return Spectrum(bands)
             known = _read(unfinished, weights, columns)
-            spectrum = compute(weights, columns, progress, bottom, known, lambda bands: _write(unfinished, bands))
-            _write(path, spectrum.bands)
-            unfinished.unlink(missing_ok=True)
+            spectrum = compute(weights, columns, progress, bottom, known, lambda bands: _keep(unfinished, bands))
+            with suppress(OSError, UserError):  # a full disk only costs the next run its time
+                _write(path, spectrum.bands)
+                unfinished.unlink(missing_ok=True)
             return spectrum
     except (OSError, UserError):
         return compute(weights, columns, progress, bottom)
+
+
+def _keep(path: Path, bands: Mapping[str, Band]) -> None:
+    with suppress(OSError, UserError):
+        _write(path, bands)
 
 
 def _write(path: Path, bands: Mapping[str, Band]) -> None:

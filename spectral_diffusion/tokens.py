@@ -31,6 +31,17 @@ def check_token(token: str) -> str:
     return token
 
 
+def check_name(name: str) -> str:
+    """A concept's name if it can be a file's name too.
+
+    Raises:
+        UserError: it holds anything but letters, digits, spaces and ``. _ + -``, or begins with a dot.
+    """
+    if not re.fullmatch(r"[\w+-][\w .+-]{0,99}", name) or ".." in name:
+        raise UserError(f"The name '{name[:60]}' cannot be a file's name; use letters, digits, . _ + or -.")
+    return name
+
+
 def words(token: str, count: int) -> list[str]:
     """``<rex>`` with 2 vectors to ``['<rex>', '<rex>_1']``."""
     return [token, *(f"{token}_{index}" for index in range(1, count))]

@@ -185,6 +185,29 @@ def test_metadata_and_card(trained: dict[str, Path], tmp_path: Path) -> None:
         assert part in text
 
 
+def test_nothing_that_is_there_is_lost(trained: dict[str, Path], tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "photo.txt").write_text("keep me")
+    (tmp_path / "notes.md").write_text("my own notes")
+    copy = tmp_path / "mug.safetensors"
+    copy.write_bytes(trained["mug"].read_bytes())
+    for source, output, kind in (
+        (trained["dog"], mine, "folder"),
+        (trained["fused"], trained["fused"], "folder"),
+        (trained["fused"], trained["fused"] / "inside", "folder"),
+        (trained["dog"], trained["dog"], "kohya"),
+        (trained["dog"], copy, "kohya"),
+        (trained["dog"], tmp_path / "notes.safetensors", "kohya"),
+    ):
+        with pytest.raises(UserError, match="choose another output"):
+            export(source, output, kind)
+    assert (mine / "photo.txt").read_text() == "keep me" and (tmp_path / "notes.md").read_text() == "my own notes"
+    for _ in range(2):  # an earlier export may be written again
+        export(trained["dog"], tmp_path / "out", "folder")
+        export(trained["dog"], tmp_path / "out.safetensors", "kohya")
+
+
 def test_every_token_has_its_embedding_file(trained: dict[str, Path], tmp_path: Path) -> None:
     [one] = export(trained["dog"], tmp_path / "dog-word.safetensors", "embedding")
     assert torch.equal(load_file(one)["<dog>"], load_adapter(trained["dog"]).vectors["text_encoder"])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from spectral_diffusion.base import load_base
+from spectral_diffusion.cli import app
 from spectral_diffusion.config import FuseConfig, GradientConfig, TrainConfig
 from spectral_diffusion.errors import UserError
-from spectral_diffusion.formats.native import load_adapter
+from spectral_diffusion.files import read_tensors, write_tensors
+from spectral_diffusion.formats.native import load_adapter, save_adapter
 from spectral_diffusion.fusion import Contribution, all_merges, get_merge
 from spectral_diffusion.fusion.activations import Activations
 from spectral_diffusion.fusion.collect import rows_of
@@ -255,13 +260,14 @@ def test_without_the_base_subtracting_comes_close_and_says_how_close(
     layers = load_base(str(tmp_path / "fresh"), "cpu").weights()
     for name, weight in load_base(str(tmp_path / "rest"), "cpu").weights().items():
         assert float((weight - layers[name]).abs().max()) <= bound < 1e-5
-    halved = load_base(str(tmp_path / "fused"), "cpu", "float16").pipeline
-    halved.save_pretrained(tmp_path / "half")
-    for file in ("recipe.json",):
-        (tmp_path / "half" / file).write_text((tmp_path / "fused" / file).read_text())
-    import shutil
-
-    shutil.copytree(tmp_path / "fused" / "adapters", tmp_path / "half" / "adapters")
+    half = tmp_path / "half"
+    shutil.copytree(tmp_path / "fused", half)
+    file = half / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors, metadata = read_tensors(file)
+    write_tensors(file, {name: value.half() for name, value in tensors.items()}, metadata)
+    with pytest.raises(UserError, match="is not float32"):
+        unfuse(half, ["hat"], tmp_path / "x", subtract=True)
+    assert set(read_merged(tmp_path / "rest")) == set(read_merged(tmp_path / "fresh"))
     averaged = FuseConfig(adapters=three, output=tmp_path / "mean", merge="fedavg", device="cpu")
     fuse_to_folder(averaged)
     with pytest.raises(UserError, match="Only plain sums"):
@@ -326,3 +332,69 @@ def test_tune_finds_what_is_nearest_and_leaves_the_base_alone(three: list[Path],
     assert {one.anchor for one in both} == {0.0, 2.0}
     drift = {one.anchor: one.drift for one in both}
     assert drift[2.0] < drift[0.0]
+
+
+def test_names_that_leave_the_folder_are_refused(three: list[Path], tmp_path: Path) -> None:
+    adapter = load_adapter(three[0])
+    adapter.name = "../../escaped"
+    save_adapter(adapter, tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match="cannot be a file's name"):
+        load_adapter(tmp_path / "bad.safetensors")
+
+
+def test_a_name_with_a_dot_has_its_strength(three: list[Path], tmp_path: Path) -> None:
+    adapter = load_adapter(three[0])
+    adapter.name = "dog-v1.5"
+    save_adapter(adapter, tmp_path / "dog.safetensors")
+    strength = {"dog-v1.5": 0.5, "dog-v1.5.unet": 0.0}
+    fuse_to_folder(FuseConfig(adapters=[tmp_path / "dog.safetensors"], output=tmp_path / "f", strength=strength))
+    for layer, factors in read_merged(tmp_path / "f").items():
+        wanted = 0.0 if layer.startswith("unet") else 0.5
+        assert torch.allclose(factors.delta(), wanted * adapter.factors(layer).delta(), atol=1e-7)
+
+
+def test_what_is_watched_does_not_depend_on_what_was_watched_before(
+    three: list[Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache warmed by a fusion of other layers gives the bits of a cold one, anchor included."""
+    from conftest import make_photos
+
+    wide = TrainConfig(
+        concept=make_photos(tmp_path / "wide", seed=9), output=tmp_path / "wide.safetensors", rank=2, steps=2,
+        base=str(tiny_base), targets=r"re:unet\..*\.(to_q|net\.2)", learning_rate=3e-2, device="cpu",
+    )  # fmt: skip
+    train_to_file(wide)
+    found = []
+    for cache, before in (("cold", []), ("warm", [[three[0]], [wide.output], [three[0], wide.output, three[1]]])):
+        monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path / cache))
+        for index, files in enumerate([*before, [three[0], wide.output]]):
+            output = tmp_path / f"{cache}-{index}"
+            fuse_to_folder(
+                FuseConfig(adapters=files, output=output, merge="gradient", gradient={**QUICK, "rows": 8}, device="cpu")
+            )
+        found.append(weights(output))
+    assert same(*found)
+
+
+def test_a_fusion_that_is_added_to_keeps_its_strengths(three: list[Path], tmp_path: Path) -> None:
+    def run(*words: object) -> None:
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        assert done.exit_code == 0, done.output
+
+    run("fuse", three[0], three[1], "-o", tmp_path / "two", "--strength", "dog=0.5", "--strength", "mug=0.3",
+        "--device", "cpu")  # fmt: skip
+    run("fuse", tmp_path / "two", "--add", three[2], "-o", tmp_path / "all", "--strength", "hat=0.7", "--device", "cpu")
+    recipe = read_recipe(tmp_path / "all")
+    assert recipe and recipe["strength"] == {"dog": 0.5, "mug": 0.3, "hat": 0.7}
+    run("unfuse", tmp_path / "all", "--remove", "hat", "-o", tmp_path / "again")
+    assert same(weights(tmp_path / "again"), weights(tmp_path / "two"))
+    run("export", tmp_path / "all", "-o", tmp_path / "all.safetensors")
+    run("import", tmp_path / "all.safetensors", "-o", tmp_path / "in.safetensors", "--base", recipe["base"])
+    run("tune", three[0], three[1], "--strengths", "0.5,1", "gradient.pictures=2", "gradient.steps=2")
+    broken = json.loads((tmp_path / "all" / "recipe.json").read_text())
+    del broken["base"]
+    (tmp_path / "all" / "recipe.json").write_text(json.dumps(broken))
+    for verb in (("unfuse", "--remove", "hat"), ("export",), ("inspect",)):
+        more = [] if verb[0] == "inspect" else ["-o", str(tmp_path / "x.safetensors")]
+        done = CliRunner().invoke(app, [verb[0], str(tmp_path / "all"), *verb[1:], *more])
+        assert isinstance(done.exception, UserError) and "is damaged; fuse the adapters again" in str(done.exception)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -111,12 +111,13 @@ def fuse(
     from ..fusion.unfuse import settings_of
 
     folders = [Path(file) for file in files if Path(file).is_dir()]
-    if folders and config is None:  # the settings of the fusion that is added to
-        before = settings_of(folders[0], folders[:1], Path("fused")).model_dump(mode="json", exclude={"output"})
-        flags = {**before, **flags}
-        settings = resolve(FuseConfig, "fuse", None, flags, overrides)
-    else:
-        settings = resolve(FuseConfig, "fuse", config, flags, overrides)
+    before: dict[str, Any] = {}  # the settings of the fusions that are added to
+    for folder in folders:
+        held = settings_of(folder, [folder], Path("fused")).model_dump(mode="json", exclude={"output", "adapters"})
+        before = {**held, **before, "strength": {**held["strength"], **before.get("strength", {})}}
+    if before:
+        flags = {**before, **flags, "strength": {**before["strength"], **flags.get("strength", {})}}
+    settings = resolve(FuseConfig, "fuse", config, flags, overrides)
     with progress_bar() as progress:
         for warning in fuse_to_folder(settings, progress, note=say):
             say(f"Note: {warning}")
@@ -158,8 +159,12 @@ def tune(
         return
     for one in found:
         say(f"strength {one.strength:g}, anchor {one.anchor:g}: concepts off {one.concepts:.3f}, drift {one.drift:.3f}")
-    names = " ".join(f"--strength {adapter.name}={found[0].strength:g}" for adapter in loaded)
-    say(f"Best: fuse {' '.join(files)} --merge {settings.merge} {names} gradient.anchor={found[0].anchor:g}")
+    best = found[0]
+    each = {one.name: best.strength * settings.strength.get(one.name, 1.0) for one in loaded}
+    names = " ".join(f"--strength {name}={value:g}" for name, value in each.items())
+    words = " ".join([*overrides, f"gradient.anchor={best.anchor:g}"])
+    where = f" --base {base}" if base else ""
+    say(f"Best: fuse {' '.join(files)}{where} --merge {settings.merge} {names} {words}")
 
 
 @app.command()
@@ -170,13 +175,14 @@ def unfuse(
     subtract: Annotated[
         bool, typer.Option("--subtract", help="Without the base: subtract, and say how exact.")
     ] = False,
+    base: Annotated[str | None, typer.Option(help="Where the base is, if not where it was.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps …")] = "auto",
 ) -> None:
     """Take concepts out of a fused folder again: the same bits as if they had never been in."""
     from ..fusion.unfuse import unfuse as take_out
 
     with progress_bar() as progress:
-        take_out(folder, remove, output, subtract, device, progress, note=say)
+        take_out(folder, remove, output, subtract, base, device, progress, note=say)
     say(f"Wrote {output}/.")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+MARK = "spectral-adapter"  # in every card, by which an earlier one is known
+
 
 def model_card(
     title: str, base: str, tokens: Mapping[str, str], recipe: Mapping[str, Any], files: Sequence[str], picture: str = ""
@@ -17,7 +19,7 @@ def model_card(
         picture: a sample picture's file name, if there is one.
     """
     words = ", ".join(f"`{token}` (a {noun})" if noun else f"`{token}`" for token, noun in tokens.items()) or "none"
-    front = ["---", f"base_model: {base}", "library_name: diffusers", "tags: [text-to-image, lora, spectral-adapter]"]
+    front = ["---", f"base_model: {base}", "library_name: diffusers", f"tags: [text-to-image, lora, {MARK}]"]
     if tokens:
         first = next(iter(tokens))
         front.append(f'instance_prompt: "a photo of {first}"')

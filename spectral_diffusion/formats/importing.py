@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,10 +13,11 @@ from ..errors import UserError
 from ..linalg import kernel_of, sides
 from ..methods import get_method
 from ..methods.targets import find_targets
+from ..tokens import check_name
 from .lora import read_lora
 from .native import save_adapter, versions
 
-EVERYTHING = "attention+feed-forward+projection+conv"
+EVERYTHING = "re:.*"  # foreign files adapt layers that no preset has, such as time_emb_proj
 
 
 def import_lora(
@@ -35,7 +35,7 @@ def import_lora(
     """
     base = base or load_base(base_name, device)
     layers = find_targets(base.models, EVERYTHING)
-    factors, kernels = read_lora(path, layers)
+    factors, _ = read_lora(path, layers)
     rank = max(len(one.down) for one in factors.values())
     parameters: dict[str, Tensor] = {}
     for layer, (up, down) in sorted(factors.items()):
@@ -45,10 +45,10 @@ def import_lora(
         parameters[f"{layer}.A"] = torch.nn.functional.pad(down, (0, 0, 0, missing))
         parameters[f"{layer}.B"] = torch.nn.functional.pad(up, (0, missing))
     adapter = Adapter(
-        name=name or Path(path).stem, noun="", token="", method=get_method("lora"), rank=rank, slot=None,
+        name=check_name(name or Path(path).stem), noun="", token="", method=get_method("lora"), rank=rank, slot=None,
         targets=EVERYTHING, base=base.name, fingerprint=base.fingerprint, parameters=parameters,
         sizes={layer: sides(layers[layer].weight) for layer in sorted(factors)}, frozen={}, vectors={},
-        kernels={layer: cast(tuple[int, int, int], kernel_of(layers[layer].weight)) for layer in sorted(kernels)},
+        kernels={layer: kernel for layer in sorted(factors) if (kernel := kernel_of(layers[layer].weight))},
         config={"imported": Path(path).name}, versions=versions(),
     )  # fmt: skip
     if output:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import UserError
@@ -54,7 +55,7 @@ def shaped(factors: Factors, kernel: tuple[int, int, int] | None) -> tuple[Tenso
 
 
 def kohya_tensors(
-    factors: Mapping[str, Factors], kernels: Kernels, dtype: torch.dtype, layers_per_block: int = 2
+    factors: Mapping[str, Factors], kernels: Kernels, dtype: torch.dtype, xl: bool = False
 ) -> dict[str, Tensor]:
     """A kohya state dict, factors balanced and rounded to ``dtype``.
 
@@ -62,12 +63,9 @@ def kohya_tensors(
     diffusers mixes the layers up where a text encoder has several alphas.
     """
     alpha = float(max(len(one.down) for one in factors.values()))
-    xl = any(layer.startswith("text_encoder_2.") for layer in factors) or any(
-        ".transformer_blocks.9." in layer for layer in factors
-    )
     out = {}
     for layer, one in factors.items():
-        name = kohya_name(layer, xl, layers_per_block)
+        name = kohya_name(layer, xl)
         even = balance(Factors(one.up * (len(one.down) / alpha), one.down))
         up, down = shaped(even, kernels.get(layer))
         out[f"{name}.lora_up.weight"], out[f"{name}.lora_down.weight"] = up.to(dtype), down.to(dtype)
@@ -76,10 +74,20 @@ def kohya_tensors(
 
 
 def diffusers_tensors(factors: Mapping[str, Factors], kernels: Kernels, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A diffusers / PEFT state dict, factors balanced and rounded to ``dtype``."""
+    """A diffusers / PEFT state dict, factors balanced and rounded to ``dtype``.
+
+    A component's layers are padded to one rank: where ranks differ older versions scale all by the first layer's.
+    """
+    most: dict[str, int] = {}
+    for layer, one in factors.items():
+        component = layer.partition(".")[0]
+        most[component] = max(most.get(component, 0), len(one.down))
     out = {}
     for layer, one in factors.items():
-        up, down = shaped(balance(one), kernels.get(layer))
+        missing = most[layer.partition(".")[0]] - len(one.down)
+        even = balance(one)
+        padded = Factors(F.pad(even.up, (0, missing)), F.pad(even.down, (0, 0, 0, missing)))
+        up, down = shaped(padded, kernels.get(layer))
         name = diffusers_name(layer)
         out[f"{name}.lora_B.weight"], out[f"{name}.lora_A.weight"] = up.to(dtype), down.to(dtype)
     return out
@@ -164,12 +172,13 @@ def lora_metadata(factors: Mapping[str, Factors], base_model: str, about: Mappin
     transformers 5.6; ranks and alpha are in the tensors.
     """
     ranks = {len(one.down) for one in factors.values()}
-    version = {"stable-diffusion-xl-v1-base": "sdxl_base_v1-0", "stable-diffusion-v2-768-v": "sd_v2"}
+    version = {"stable-diffusion-xl-v1-base": "sdxl_base_v1-0", "stable-diffusion-v2": "sd_v2"}
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
         "ss_base_model_version": version.get(base_model, "sd_v1"),
+        "ss_v2": str(base_model == "stable-diffusion-v2"),
         "ss_output_name": about.get("title", "adapter"),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{base_model}/lora",

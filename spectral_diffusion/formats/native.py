@@ -23,7 +23,7 @@ from ..files import read_tensors, write_tensors
 from ..linalg import flatten
 from ..methods import get_method
 from ..slots import read_columns
-from ..tokens import check_token
+from ..tokens import check_name, check_token
 
 FORMAT = "spectral_diffusion"
 FORMAT_VERSION = "3"
@@ -133,7 +133,7 @@ def load_adapter(path: Path) -> Adapter:
                 index, _, encoder = rest.partition(".")
                 earlier[int(index)][encoder] = tensor
         adapter = Adapter(
-            name=str(concept["name"]),
+            name=check_name(str(concept["name"])),
             noun=str(concept["noun"]),
             token=check_token(concept["token"]) if concept["token"] else "",
             method=get_method(metadata["spectral.method"]),

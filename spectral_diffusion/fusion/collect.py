@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from ..files import read_tensors, write_tensors
 from ..formats.native import content_hash
 from ..linalg import sides
 from ..methods.attach import activate, detach
-from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator, keyed_random
 from ..spectrum import cache_folder
@@ -47,9 +46,10 @@ def watching(
 ) -> Iterator[Callable[[], dict[str, Tensor]]]:
     """Hold the last forward's rows of every layer, ``most`` of them drawn by a seed; yields what takes them."""
     held: dict[str, list[Tensor]] = {name: [] for name in layers}
-    generator = keyed_generator("rows", seed)
 
     def hook(name: str) -> Callable[..., None]:
+        generator = keyed_generator("rows", seed, name)  # a layer's draw depends on no other layer
+
         def see(module: Any, inputs: tuple[Tensor, ...]) -> None:
             rows = rows_of(module, inputs[0].detach())
             if len(rows) > most:
@@ -87,18 +87,16 @@ def prompts_of(config: GradientConfig, token: str | None, seed: int) -> list[str
 def collect(
     base: Base,
     adapter: Adapter | None,
-    names: set[str],
-    targets: str,
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
     config: GradientConfig,
     seed: int,
     progress: Progress = silent,
     acting: set[str] | None = None,
 ) -> dict[str, Activations]:
-    """What the layers ``names`` see while ``adapter`` (None: the base alone) draws its prompts. Its token is installed.
+    """What ``layers`` see while ``adapter`` (None: the base alone) draws its prompts. Its token is installed.
 
     ``acting`` restricts the adapter to some layers.
     """
-    layers = {name: layer for name, layer in find_targets(base.models, targets).items() if name in names}
     seen = {name: Activations(sides(layer.weight)[1]) for name, layer in layers.items()}
     if adapter:
         overlay(base, adapter, 1.0, "watched", acting)
@@ -138,14 +136,24 @@ def memory_of(sizes: Mapping[str, tuple[int, int]], adapters: int) -> int:
 
 
 def cached(
-    base: Base, adapter: Adapter | None, config: GradientConfig, seed: int, make: Callable[[], dict[str, Activations]]
+    base: Base,
+    adapter: Adapter | None,
+    layers: Iterable[str],
+    config: GradientConfig,
+    seed: int,
+    make: Callable[[], dict[str, Activations]],
 ) -> dict[str, Activations]:
     """What ``make`` collects, kept on disk under a hash of everything that decides it."""
     decides = {
         "base": base.fingerprint.exact,
         "adapter": content_hash(adapter) if adapter else None,
         "settings": config.model_dump(include={"prompts", "pictures", "steps", "guidance", "rows"}),
+        "ordinary": [ORDINARY_ADJECTIVES, ORDINARY_NOUNS],
+        "layers": sorted(layers),
+        "size": base.size,
+        "scheduler": json.loads(base.pipeline.scheduler.to_json_string()),
         "seed": seed,
+        "format": 2,
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_folder()) / "activations" / f"{key}.safetensors"

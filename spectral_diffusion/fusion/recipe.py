@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapted import strength_in
 from ..adapter import Adapter, check_base
 from ..base import Base, load_base, quiet
 from ..config import FuseConfig, to_yaml
@@ -47,7 +46,7 @@ def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> No
     names = [adapter.name for adapter in adapters]
     parts = {component for adapter in adapters for component in (layer.split(".")[0] for layer in adapter.layers)}
     for key in strength:
-        name, _, component = key.partition(".")
+        name, component = owner(key, names)
         if name not in names or (component and component not in parts):
             raise UserError(
                 f"--strength names '{key}'{nearest(key, names)}, but the adapters are {', '.join(names)} "
@@ -55,10 +54,17 @@ def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> No
             )
 
 
+def owner(key: str, names: Iterable[str]) -> tuple[str, str]:
+    """``rex`` or ``rex.unet`` as (name, component); a name may hold dots itself."""
+    if key in names:
+        return key, ""
+    name, _, component = key.rpartition(".")
+    return (name, component) if name else (key, "")
+
+
 def strength_of(strength: Mapping[str, float], name: str, layer: str) -> float:
     """λ of one adapter in one layer: its own, times that of the layer's component if there is one."""
-    own = {key.partition(".")[2]: value for key, value in strength.items() if key.startswith(f"{name}.")}
-    return strength.get(name, 1.0) * strength_in(own, layer.split(".", 1)[0])
+    return strength.get(name, 1.0) * strength.get(f"{name}.{layer.split('.', 1)[0]}", 1.0)
 
 
 def fuse_adapters(
@@ -91,7 +97,9 @@ def fuse_adapters(
     dense = False
     done = 0
     for stage in stages(layers, merge, config):
-        seen, ordinary = watch(base, adapters, stage, layers, merge, config, progress, note)
+        seen, ordinary = watch(
+            base, adapters, {name: targets[name] for name in stage}, layers, merge, config, progress, note
+        )
         for layer in stage:
             weight = targets[layer].weight
             contributions = contribute(adapters, layer, weight, config, seen)
@@ -144,7 +152,7 @@ def stage_of(layer: str) -> int:
 def watch(
     base: Base,
     adapters: list[Adapter],
-    stage: list[str],
+    stage: dict[str, nn.Linear | nn.Conv2d],
     layers: list[str],
     merge: Merge,
     config: FuseConfig,
@@ -158,17 +166,20 @@ def watch(
     if not merge.activations:
         return {}, {}
     settings, own = config.gradient, config.gradient.staging == "own"
-    targets = "+".join(dict.fromkeys(part for adapter in adapters for part in adapter.targets.split("+")))
     sizes = {layer: next(adapter.sizes[layer] for adapter in adapters if layer in adapter.sizes) for layer in stage}
     note(f"Watching {len(stage)} layers needs up to {memory_of(sizes, len(adapters)) / 2**20:.0f} MiB.")
-    acting = None if own else {layer for layer in layers if stage_of(layer) >= stage_of(stage[0])}
+    first = stage_of(next(iter(stage)))
+    acting = None if own else {layer for layer in layers if stage_of(layer) >= first}
 
     def see(adapter: Adapter | None) -> Seen:
         def make() -> Seen:
-            return collect(base, adapter, set(stage), targets, settings, config.seed, progress, acting)
+            return collect(base, adapter, stage, settings, config.seed, progress, acting)
 
-        return cached(base, adapter, settings, config.seed, make) if own and settings.cache else make()
+        return cached(base, adapter, stage, settings, config.seed, make) if own and settings.cache else make()
 
+    for adapter in adapters:
+        if not adapter.token:
+            note(f"'{adapter.name}' has no word of its own, so it is watched on ordinary prompts, as the anchor is.")
     ordinary = see(None) if settings.anchor > 0 else {}
     return {adapter.name: see(adapter) for adapter in adapters}, ordinary
 
@@ -221,9 +232,7 @@ def fuse_to_folder(
             files[adapter.name] = f"{ADAPTERS}/{adapter.name}.safetensors"
             save_adapter(adapter, new / files[adapter.name])
         if merged:
-            write_tensors(
-                new / MERGED, {f"{n}.{k}": t.float() for n, f in merged.items() for k, t in f._asdict().items()}
-            )
+            write_merged(new / MERGED, merged)
         write_json(new / RECIPE, recipe_of(config, adapters, files))
         write_text(new / "settings.yaml", to_yaml(config))
     return warnings
@@ -249,6 +258,12 @@ def load_adapters(path: Path) -> list[Adapter]:
     return adapters
 
 
+def write_merged(path: Path, merged: Mapping[str, Factors]) -> None:
+    """Keep merged factors beside the weights, so that the fusion can go out as one LoRA."""
+    tensors = {f"{layer}.{part}": t.float() for layer, one in merged.items() for part, t in one._asdict().items()}
+    write_tensors(path, tensors)
+
+
 def read_merged(folder: Path) -> dict[str, Factors]:
     """The merged factors of a fused folder by layer.
 
@@ -265,12 +280,17 @@ def read_merged(folder: Path) -> dict[str, Factors]:
     return {layer: Factors(tensors[f"{layer}.up"], tensors[f"{layer}.down"]) for layer in layers}
 
 
+def lasting(base: str) -> str:
+    """A base's name that means the same from any folder: local paths in full."""
+    return str(Path(base).resolve()) if Path(base).exists() and base != "pocket" else base
+
+
 def recipe_of(config: FuseConfig, adapters: list[Adapter], files: dict[str, str]) -> dict[str, Any]:
     """What went into a fusion, as JSON."""
     settings = config.model_dump(mode="json", exclude={"adapters", "output", "base", "device", "strength"})
     return {
         "format_version": 2,
-        "base": config.base or adapters[0].base,
+        "base": lasting(config.base or adapters[0].base),
         "merge": config.merge,
         "form": config.form,
         "settings": settings,
@@ -305,6 +325,12 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
             raise ValueError
         if not isinstance(recipe["settings"], dict) or not isinstance(recipe["strength"], dict):
             raise ValueError
+        if not all(isinstance(recipe[key], str) for key in ("base", "merge", "form")):
+            raise ValueError
+        for concept in recipe["concepts"].values():
+            if not all(isinstance(concept[key], str) for key in ("file", "method", "token")):
+                raise ValueError
+            float(concept["strength"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged; fuse the adapters again.") from error
     return recipe

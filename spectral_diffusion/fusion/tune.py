@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ..adapted import overlay
-from ..adapter import Adapter
+from ..adapter import Adapter, check_base
 from ..base import Base
 from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, FuseConfig
 from ..methods.attach import activate, detach
@@ -25,7 +25,7 @@ from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator, keyed_random
 from ..tokens import collapse, known_tokens
-from .recipe import fuse_adapters
+from .recipe import check_together, fuse_adapters
 
 HELD_OUT = ("a drawing of {}", "{} in the garden", "a small picture of {}", "{} by the window")  # not among the watched
 STRENGTHS = (0.5, 0.65, 0.8, 0.9, 1.0)
@@ -60,10 +60,15 @@ class Candidate:
 @torch.no_grad()
 def predictions(base: Base, inputs: dict[str, Any]) -> Tensor:
     """The U-Net's prediction for noised latents and prompts."""
-    words = base.pipeline.encode_prompt(
+    found = base.pipeline.encode_prompt(
         inputs["prompts"], device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )[0]
-    return base.pipeline.unet(inputs["noisy"], inputs["timesteps"], words).sample.float()
+    )
+    more: dict[str, Any] = {}
+    if "text_encoder_2" in base.models:  # SDXL is told the pooled words and the sizes
+        side = (base.size, base.size)
+        times = torch.tensor([(*side, 0, 0, *side)] * len(inputs["prompts"]), device=base.device)
+        more = {"added_cond_kwargs": {"text_embeds": found[2], "time_ids": times}}
+    return base.pipeline.unet(inputs["noisy"], inputs["timesteps"], found[0], **more).sample.float()
 
 
 @torch.no_grad()
@@ -131,7 +136,13 @@ def tune(
 
     A strength multiplies what ``config.strength`` says of every concept. Tune on other concepts than those that are
     reported, and only then fuse those.
+
+    Raises:
+        UserError: an adapter does not belong on this base, or two share a name or a token.
     """
+    check_together(adapters, config.strength)
+    for adapter in adapters:
+        check_base(adapter, base, config.allow_base)
     for adapter in adapters:
         for token, vectors in adapter.tokens.items():
             base.install(token, vectors)

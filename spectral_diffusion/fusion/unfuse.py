@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from torch import Tensor, nn
 
+from ..adapter import Adapter, check_base
 from ..base import load_base, quiet
 from ..config import FuseConfig, build
 from ..errors import UserError, nearest
 from ..files import atomic_folder, write_json
 from ..formats.native import save_adapter
+from ..linalg import Factors
 from ..methods.targets import find_targets
 from ..progress import Progress, silent
-from .recipe import ADAPTERS, RECIPE, fuse_to_folder, load_adapters, read_recipe, recipe_of, strength_of
+from .recipe import (
+    ADAPTERS,
+    MERGED,
+    RECIPE,
+    fuse_to_folder,
+    load_adapters,
+    owner,
+    read_recipe,
+    recipe_of,
+    strength_of,
+    write_merged,
+)
 
 SUMS = {("spectral", "sum"), ("cat", "sum"), ("orthogonal", "sum")}  # merges in which every concept is one summand
 
@@ -37,6 +52,7 @@ def unfuse(
     remove: Sequence[str],
     output: Path,
     subtract: bool = False,
+    base_name: str | None = None,
     device: str = "auto",
     progress: Progress = silent,
     note: Callable[[str], None] = lambda text: None,
@@ -59,17 +75,23 @@ def unfuse(
     if output.exists() and not (output / RECIPE).is_file():
         raise UserError(f"{output} exists and is not a fused folder; choose another output with -o.")
     kept = [adapter for adapter in adapters if adapter.name not in remove]
-    left = {key: value for key, value in config.strength.items() if key.partition(".")[0] not in remove}
+    left = {key: value for key, value in config.strength.items() if owner(key, names)[0] not in remove}
     config = config.model_copy(update={"strength": left})
     if subtract:
         _subtract(folder, list(remove), config, note)
         return
+    config = config.model_copy(update={"base": base_name or config.base})
     try:
         base = load_base(str(config.base), device)
     except UserError as error:
-        raise UserError(f"{error} It is needed to fuse the rest anew; without it --subtract comes close.") from error
+        raise UserError(
+            f"{error} It is needed to fuse the rest anew: name it with --base; without it --subtract comes close."
+        ) from error
+    for adapter in adapters:
+        check_base(adapter, base, config.allow_base)
     if kept:
-        paths = [folder / ADAPTERS / f"{adapter.name}.safetensors" for adapter in kept]
+        files = {name: folder / concept["file"] for name, concept in (read_recipe(folder) or {})["concepts"].items()}
+        paths = [files[adapter.name] for adapter in kept]
         fuse_to_folder(config.model_copy(update={"adapters": paths}), progress, note, base)
         return
     with atomic_folder(output) as new, quiet():
@@ -81,26 +103,28 @@ def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callabl
     """Take the removed adapters' changes off the fused weights."""
     if (config.merge, config.form) not in SUMS:
         raise UserError(f"Only plain sums can be subtracted from; {folder} was merged by {config.merge}: get its base.")
+    check_float32(folder)
     fused = load_base(str(folder), "cpu")
     adapters = load_adapters(folder)
-    bound = 0.0
-    for name, parameter in fused.pipeline.unet.named_parameters():
-        if parameter.dtype != torch.float32:
-            raise UserError(f"{folder} is not float32 (unet.{name}), and rounding has eaten the rest: get its base.")
+    strength = (read_recipe(folder) or {})["strength"]
+    gone: dict[str, Tensor] = {}
+    targets: dict[str, nn.Linear | nn.Conv2d] = {}
     for adapter in adapters:
         if adapter.name not in remove:
             continue
         if adapter.needs_base:
             raise UserError(f"'{adapter.name}' is {adapter.method.name}, whose change needs the base to be told.")
-        targets = find_targets(fused.models, adapter.targets)
-        recipe = read_recipe(folder) or {}
+        targets |= find_targets(fused.models, adapter.targets)
         for layer in adapter.layers:
             up, down = (part.double() for part in adapter.factors(layer))
+            delta = strength_of(strength, adapter.name, layer) * (up @ down)
+            gone[layer] = gone[layer] + delta if layer in gone else delta
+    bound = 0.0
+    with torch.no_grad():
+        for layer, delta in gone.items():
             weight = targets[layer].weight
-            delta = strength_of(recipe["strength"], adapter.name, layer) * (up @ down).view(weight.shape)
-            with torch.no_grad():
-                bound = max(bound, float(weight.abs().max()) * torch.finfo(torch.float32).eps)
-                weight.copy_((weight.double() - delta).float())
+            bound = max(bound, float(weight.abs().max()) * torch.finfo(torch.float32).eps)
+            weight.copy_((weight.double() - delta.view(weight.shape)).float())
     kept = [adapter for adapter in adapters if adapter.name not in remove]
     with atomic_folder(config.output) as new:
         with quiet():
@@ -110,7 +134,36 @@ def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callabl
             save_adapter(adapter, new / files[adapter.name])
         if kept:
             write_json(new / RECIPE, recipe_of(config, kept, files))
+            write_merged(new / MERGED, summed(kept, strength))
     note(
         f"Subtracted, not fused anew: every weight is within {bound:.1e} of what a fresh fusion has, and the removed "
         "tokens stay in the tokenizer."
     )
+
+
+def check_float32(folder: Path) -> None:
+    """Refuse a folder whose weights are rounded: subtracting would bring the rounding's errors, not the base, back.
+
+    Raises:
+        UserError: a weight of the U-Net or a text encoder is not float32.
+    """
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        for file in sorted((folder / part).glob("*.safetensors")):
+            with safe_open(str(file), framework="pt") as held:
+                for name in held.keys():  # noqa: SIM118
+                    if held.get_slice(name).get_dtype() not in {"F32", "F64", "I64"}:
+                        raise UserError(f"{file} is not float32, and rounding has eaten the rest: get the base.")
+
+
+def summed(adapters: Sequence[Adapter], strength: Mapping[str, float]) -> dict[str, Factors]:
+    """Σ λ_i ΔW_i by layer, as factors."""
+    out: dict[str, Factors] = {}
+    for adapter in sorted(adapters, key=lambda one: one.name):
+        for layer in adapter.layers:
+            up, down = adapter.factors(layer)
+            up = up * strength_of(strength, adapter.name, layer)
+            held = out.get(layer)
+            out[layer] = (
+                Factors(torch.cat([held.up, up], 1), torch.cat([held.down, down], 0)) if held else Factors(up, down)
+            )
+    return out

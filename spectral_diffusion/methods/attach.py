@@ -20,6 +20,7 @@ from peft.tuners.adalora import RankAllocator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..linalg import flatten
 from .registry import Method
 from .targets import find_targets
 from .tuner import AdaptedLayer, SpectralConfig, hooks_of
@@ -91,6 +92,9 @@ class Attachment:
         for allocator, model in self.allocators.values():
             config = allocator.peft_config
             left = config.total_step - config.tfinal
+            for _, parameter in self.named_parameters():
+                if parameter.grad is None:  # a layer that nothing went through scores nothing
+                    parameter.grad = torch.zeros_like(parameter)
             if step < left:
                 allocator.update_and_allocate(model, step)
             elif step == left:
@@ -110,12 +114,13 @@ class Attachment:
 
     def load_extra_state(self, tensors: Mapping[str, Tensor], patterns: Mapping[str, Any]) -> None:
         """Take :meth:`extra_state` back."""
-        for component, (allocator, _) in self.allocators.items():
+        for component, (allocator, model) in self.allocators.items():
+            device = next(model.parameters()).device
             allocator.peft_config.rank_pattern = patterns.get(component)
             for key, value in tensors.items():
                 where, kind, name = key.split("|", 2)
                 if where == component:
-                    getattr(allocator, kind)[name] = value.clone()
+                    getattr(allocator, kind)[name] = value.to(device, copy=True)
 
 
 def attach(
@@ -171,6 +176,10 @@ def attach(
         for _, parameter in attachment.named_parameters():
             parameter.data = parameter.data.float()
     for layer, module in layers.items():
+        if "m" in (method.peft.parameters if method.peft else ()):
+            weight = flatten(cast(nn.Linear, module.get_base_layer()).weight.detach())
+            magnitude = attachment.parameters(layer)["m"]  # PEFT takes it in the base's precision
+            magnitude.data.copy_(weight.float().norm(dim=1).reshape(magnitude.shape))
         if isinstance(module, AdaptedLayer):
             if frozen and layer in frozen:
                 module.set_frozen(name, frozen[layer])

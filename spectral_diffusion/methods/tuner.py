@@ -72,7 +72,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     """A frozen Linear or Conv2d with any number of our adapters. Parameters and frozen tensors are kept in float32."""
 
     adapter_layer_names = ("spectral_delta",)
-    other_param_names = ("spectral_frozen", "spectral_scale", "spectral_method", "spectral_columns")
+    other_param_names = ("spectral_frozen", "spectral_scale", "spectral_method", "spectral_columns", "prepared")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -100,6 +100,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             {name: nn.Parameter(value.to(device)) for name, value in first.items()}
         )
         self.spectral_frozen[adapter] = Buffers()
+        self.prepared.pop(adapter, None)
         self.spectral_scale[adapter] = 1.0
         self.spectral_method[adapter] = method
         self.set_adapter(self.active_adapters)
@@ -143,21 +144,21 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Hold copies of the frozen tensors."""
         cast(Buffers, self.spectral_frozen[adapter]).put(tensors, self.base_weight.device)
 
-    def prepare(self, adapter: str) -> Mapping[str, Tensor]:
-        """The parameters as ``factors`` takes them: from the model's batched preparation if it is still true."""
+    def prepare(self, adapter: str, cached: bool = False) -> Mapping[str, Tensor]:
+        """The parameters as ``factors`` takes them; ``cached``: from the model's batched preparation if it holds."""
         method, parameters = self.spectral_method[adapter], self.effective(adapter)
         if method.prepare is None:
             return parameters
-        held = self.prepared.get(adapter)
+        held = self.prepared.get(adapter) if cached else None
         versions = [value._version for value in parameters.values()]
         if held and held.versions == versions and held.grad == torch.is_grad_enabled():
             return held.tensors
         return method.prepare(parameters)
 
-    def factors(self, adapter: str) -> Factors:
-        """The adapter's ΔW as float32 factors, its scale included."""
+    def factors(self, adapter: str, cached: bool = False) -> Factors:
+        """The adapter's ΔW as float32 factors, its scale included; ``cached`` inside a forward of the model."""
         method, scale = self.spectral_method[adapter], self.spectral_scale[adapter]
-        up, down = method.factors(self.prepare(adapter), self.frozen_of(adapter))
+        up, down = method.factors(self.prepare(adapter, cached), self.frozen_of(adapter))
         return Factors(up, down) if scale == 1.0 else Factors(up * scale, down)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -173,8 +174,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         single = self.spectral_method[active[0]] if len(active) == 1 else None
         linear = type(self.base_layer) is nn.Linear
         if single and single.map_input and linear and self.spectral_scale[active[0]] == 1.0:
-            return cast(Tensor, self.base_layer(single.map_input(x, self.prepare(active[0])), *args, **kwargs))
-        parts = [self.factors(adapter) for adapter in active]
+            return cast(Tensor, self.base_layer(single.map_input(x, self.prepare(active[0], True)), *args, **kwargs))
+        parts = [self.factors(adapter, True) for adapter in active]
         up = parts[0].up if len(parts) == 1 else torch.cat([p.up for p in parts], 1)
         down = parts[0].down if len(parts) == 1 else torch.cat([p.down for p in parts], 0)
         if linear:
@@ -188,16 +189,16 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return y + ((x @ down.mT.to(x.dtype)) @ up.mT.to(x.dtype)).to(y.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add ΔW to the base weight, in float32 and rounded once."""
+        """Add ΔW to the base weight, in float64 and rounded once, however many adapters there are."""
         chosen = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.spectral_delta]
         deltas = {adapter: self.get_delta_weight(adapter) for adapter in chosen}  # all of the weight as it was
         for adapter, delta in deltas.items():
-            weight = self.base_weight
-            merged = weight.float() + delta
-            if safe_merge and not torch.isfinite(merged).all():
+            if safe_merge and not torch.isfinite(delta).all():
                 raise ValueError(f"Adapter {adapter} holds NaN or infinity.")
-            weight.data.copy_(merged)
-            self.merged_adapters.append(adapter)
+        if deltas:
+            weight = self.base_weight
+            weight.data.copy_(weight.double() + sum(delta.double() for delta in deltas.values()))
+            self.merged_adapters += chosen
 
     def unmerge(self) -> None:
         """Subtract what was merged; floating point makes this inexact (``unfuse`` re-fuses instead).
@@ -205,10 +206,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: the change depends on the weight, which is no longer what it was.
         """
-        while self.merged_adapters:
-            adapter = self.merged_adapters.pop()
+        for adapter in self.merged_adapters:
             if self.spectral_method[adapter].frozen == "weight":
                 raise ValueError(f"{self.spectral_method[adapter].name} cannot be unmerged; load the base again.")
+        while self.merged_adapters:
+            adapter = self.merged_adapters.pop()
             weight = self.base_weight
             weight.data.copy_(weight.float() - self.get_delta_weight(adapter))
 
@@ -268,8 +270,10 @@ class SpectralModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _freeze(self, layer: AdaptedLayer, adapter_name: str, method: Method, config: SpectralConfig) -> None:
-        if config.slot is not None:
-            slot = read_columns(config.slot) if method.slot else None
+        if config.slot is not None or (method.slot is None and method.frozen in {"drawn", "spectrum"}):
+            slot = read_columns(config.slot or "") if method.slot else None
+            if slot and slot.rank != config.r:
+                raise ValueError(f"slot {config.slot} has {slot.rank} columns but r is {config.r}; make them equal")
             found = frozen_tensors(method, {"": layer.base_weight.detach()}, config.r, slot, cached=False)
             layer.set_frozen(adapter_name, found[""])
 
@@ -291,7 +295,11 @@ class BatchedPreparation:
         self.adapter, self.method, self.layers = adapter, method, layers
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
-        layers = [layer for layer in self.layers if self.adapter in layer.active_adapters]
+        layers = [
+            layer
+            for layer in self.layers
+            if self.adapter in layer.active_adapters and layer.spectral_method.get(self.adapter) is self.method
+        ]
         if not layers or layers[0].disable_adapters or self.method.prepare is None:
             return
         each = [layer.effective(self.adapter) for layer in layers]

@@ -18,7 +18,7 @@ from ..config import TrainConfig
 from ..data.folder import Concept
 from ..data.samples import encode_crops
 from ..errors import NotFiniteError, UserError
-from ..formats.native import versions
+from ..formats.native import content_hash, versions
 from ..linalg import kernel_of, sides
 from ..methods import get_method
 from ..methods.attach import Attachment, attach, detaching
@@ -58,7 +58,8 @@ def train(
     Args:
         slot: the columns (or rows) this concept has for itself; None for methods without a slot.
         start_from: an adapter whose rotated columns this one goes on from, without a new decomposition (Lemma 4.1).
-        state: where to save the state on interval and on a stop; removed at the end.
+        state: where to save the state on interval, on a stop and at the end; the caller removes it when the adapter
+            is written.
         resume: go on from ``state`` if it is there.
         should_stop: asked before every step.
 
@@ -96,15 +97,16 @@ def train(
             rows.requires_grad_(True)  # attaching froze everything but the adapter
         optimizer, rates = build_optimizer(attachment, condition, config, factors)
         trained = {**condition.named_parameters(), **dict(attachment.named_parameters())}
+        belongs = {"base": base_fingerprint.exact, "slot": str(slot or ""), "start": start_hash(start_from)}
         start = 0
         if resume and state.exists():
-            start = restore(state, optimizer, trained, config, attachment)
+            start = restore(state, optimizer, trained, config, attachment, belongs)
         latents = encode_crops(concept, pipeline.vae, config, size)
         running: float | None = None
 
         for step in range(start, config.steps):
             if should_stop():
-                keep(state, trained, optimizer, step, config, attachment)
+                keep(state, trained, optimizer, step, config, attachment, belongs)
                 raise Stopped(f"Stopped at step {step} of {config.steps}; --resume goes on from there.")
             fraction = 1 - step / config.steps if config.decay == "linear" else 1.0
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -146,7 +148,7 @@ def train(
             running = value if running is None else 0.95 * running + 0.05 * value
             progress(Event("train", step + 1, config.steps, {"loss": running}))
             if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
-                keep(state, trained, optimizer, step + 1, config, attachment)
+                keep(state, trained, optimizer, step + 1, config, attachment, belongs)
 
         adapter = Adapter(
             name=concept.name,
@@ -167,7 +169,7 @@ def train(
             config=comparable(config),
             versions=versions(),
         )
-        state.unlink(missing_ok=True)
+        keep(state, trained, optimizer, config.steps, config, attachment, belongs)  # until the adapter is written
         return adapter
 
 
@@ -228,9 +230,14 @@ def build_optimizer(
 def comparable(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the result: all but where things lie and how often states are saved."""
     kept = config.model_dump(mode="json")
-    for key in ("concept", "output", "save_every", "device"):
+    for key in ("concept", "output", "save_every", "device", "continue_from"):
         kept.pop(key)
     return kept
+
+
+def start_hash(adapter: Adapter | None) -> str:
+    """Which adapter training goes on from."""
+    return content_hash(adapter) if adapter else ""
 
 
 def keep(
@@ -240,11 +247,13 @@ def keep(
     step: int,
     config: TrainConfig,
     attachment: Attachment,
+    belongs: Mapping[str, str],
 ) -> None:
     """Save everything that the run needs to go on exactly here."""
     extra, patterns = attachment.extra_state()
     tensors = {**trained, **{f"{EXTRA}{name}": value for name, value in extra.items()}}
-    save_state(state, tensors, optimizer, {"step": step, "config": comparable(config), "extra": patterns})
+    meta = {"step": step, "config": comparable(config), "extra": patterns, "belongs": dict(belongs)}
+    save_state(state, tensors, optimizer, meta)
 
 
 def restore(
@@ -253,6 +262,7 @@ def restore(
     trained: Mapping[str, nn.Parameter],
     config: TrainConfig,
     attachment: Attachment,
+    belongs: Mapping[str, str],
 ) -> int:
     """Load a saved state into place; returns the step to go on with.
 
@@ -267,6 +277,8 @@ def restore(
             f"{state} was made with {changed[0]}={before.get(changed[0])}, now it is {now[changed[0]]}; "
             "resume with the same settings, or train without --resume."
         )
+    if meta.get("belongs") != belongs:
+        raise UserError(f"{state} was made on another base, slot or start; train without --resume.")
     tensors = {name: value for name, value in held.items() if not name.startswith(EXTRA)}
     if set(tensors) != set(trained) or any(tensors[n].shape != trained[n].shape for n in trained):
         raise UserError(f"{state} belongs to another concept or base; train without --resume.")

@@ -18,7 +18,7 @@ from ..methods import get_method
 from ..progress import Progress, silent
 from ..slots import LEDGER, ROWS, Ledger, Slot, collision_probability, parse_policy
 from ..spectrum import capacity, spectrum_of
-from ..tokens import known_tokens
+from ..tokens import check_name, known_tokens
 from .loop import train
 from .state import load_state
 
@@ -52,6 +52,9 @@ def train_to_file(
     concept = load_concept(config.concept, config.name, config.token, config.noun)
     if concept.skipped:
         note(f"Skipped in {config.concept}: {'; '.join(concept.skipped)}.")
+    check_name(concept.name)
+    if output.is_dir():
+        raise UserError(f"The output {output} is a folder; choose another with -o.")
     check_writable(output)
     base = base or load_base(config.base, config.device, config.dtype)
     if concept.token in known_tokens(base.pipeline.tokenizer):
@@ -82,6 +85,7 @@ def train_to_file(
     adapter = train(config, base, concept, slot, state_path(output), resume, progress, should_stop, start_from)
     save_adapter(adapter, output)
     write_text(output.with_suffix(".yaml"), to_yaml(config))
+    state_path(output).unlink(missing_ok=True)
     return adapter
 
 
