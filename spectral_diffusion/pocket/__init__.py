@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+VERSION = "pocket@1"  # frozen: other weights are another version, and its evidence is made anew
+
 
 def path() -> Path:
     """The diffusers folder that ``StableDiffusionPipeline.from_pretrained(str(path()))`` opens."""

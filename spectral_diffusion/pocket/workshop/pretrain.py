@@ -71,8 +71,8 @@ STAGES = (
     Stage("puppets", 64_000, PEOPLED, (1e-3, 1e-3), wide=0.4, sketch=0.2),
     Stage("settling", 104_000, PEOPLED, (1e-3, 2e-5), wide=0.45, sketch=0.2),
     Stage("warming again", 8_000, FULL, (5e-5, 8e-4), wide=0.4, sketch=0.2),
-    Stage("long", 480_000, FULL, (8e-4, 8e-4), wide=0.4, sketch=0.2),
-    Stage("finishing", 160_000, FULL, (8e-4, 1e-5), wide=0.4, sketch=0.2),
+    Stage("long", 48_000, FULL, (8e-4, 8e-4), wide=0.4, sketch=0.2),
+    Stage("finishing", 208_000, FULL, (8e-4, 1e-5), wide=0.4, sketch=0.2),
 )
 
 
