@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,11 @@ def sample(
             options["callback"] = lambda step, timestep, latents, tell=tell: tell(step)
         else:
             options["callback_on_step_end"] = lambda pipe, step, timestep, state, tell=tell: tell(step) or state
-        with regional(pipe.unet, regions, encode, latent_size, len(chunk), config.region_share):
+        with (
+            warnings.catch_warnings(),
+            regional(pipe.unet, regions, encode, latent_size, len(chunk), config.region_share),
+        ):
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, about itself
             images += pipe(
                 prompt=chunk,
                 negative_prompt=[config.negative_prompt] * len(chunk),
