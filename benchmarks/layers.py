@@ -63,18 +63,21 @@ def step(net: Layers) -> float:
     return spent
 
 
-def measure(methods: list[str], dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
+def measure(methods: list[str], dtype: torch.dtype, rounds: int, widen: int = 1) -> dict[str, dict[str, float]]:
     """Per method: seconds, overhead over frozen and as a share of LoRA's, bytes kept at 512² pixels and batch 2."""
     names = ["frozen", *dict.fromkeys(["lora", *methods])]
     nets = {name: build(name, dtype) for name in names}
     for net in nets.values():
+        if widen > 1:
+            net.widen(widen)
         step(net)
     times: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
         for name in names if index % 2 else names[::-1]:
             times[name].append(step(nets[name]))
     for net in nets.values():
-        net.widen(8)  # the paper's recipe: 64² latents, batch 2
+        if widen == 1:
+            net.widen(8)  # the paper's recipe: 64² latents, batch 2
     bytes_kept = {name: saved_bytes(net, net) for name, net in nets.items()}
     out = {}
     for name in names:
@@ -94,9 +97,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--methods", nargs="*", default=["spectral-additive", "spectral-rotation"])
+    parser.add_argument("--widen", type=int, default=1, help="8 times the rows are 512² pixels, batch 2")
     arguments = parser.parse_args()
     found = {
-        str(dtype).removeprefix("torch."): measure(arguments.methods, dtype, arguments.rounds)
+        str(dtype).removeprefix("torch."): measure(arguments.methods, dtype, arguments.rounds, arguments.widen)
         for dtype in (torch.float32, torch.bfloat16)
     }
     print(json.dumps(found, indent=1))
