@@ -16,7 +16,7 @@ from diffusers import T2IAdapter
 from PIL import Image
 
 from spectral_diffusion.adapter import Adapter, check_base
-from spectral_diffusion.base import load_base
+from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.config import GenerateConfig, TrainConfig
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.errors import NotFiniteError, UserError
@@ -262,14 +262,20 @@ def test_damaged_native_files_are_refused(photos: Path, tiny_base: Path, tmp_pat
             pytest.fail(name)
 
 
+def close_relative(tiny_base: Path) -> Base:
+    """The base with every adapted weight a little larger: other bits, the same singular vectors."""
+    base = load_base(str(tiny_base), "cpu")
+    for weight in base.weights().values():
+        weight *= 1.001
+    return base
+
+
 def test_loading_rule(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     adapter = train_to_file(settings(photos, tiny_base, tmp_path / "rex.safetensors"))
     assert check_base(adapter, load_base(str(tiny_base), "cpu")) is None
     for dtype in ("float16", "bfloat16"):
         assert check_base(adapter, load_base(str(tiny_base), "cpu", dtype)) is None
-    related = load_base(str(tiny_base), "cpu")
-    for weight in related.weights().values():
-        weight *= 1.001
+    related = close_relative(tiny_base)
     with pytest.raises(UserError, match="--allow-base"):
         check_base(adapter, related)
     assert "close relative" in (check_base(adapter, related, allow=True) or "")
@@ -289,9 +295,7 @@ def test_loading_rule_from_half_precision_and_back(photos: Path, tiny_base: Path
         adapter = train_to_file(settings(photos, tiny_base, output, dtype=dtype, steps=1, method=method))
         assert check_base(adapter, load_base(str(tiny_base), "cpu")) is None
         assert check_base(adapter, load_base(str(tiny_base), "cpu", dtype)) is None
-    related = load_base(str(tiny_base), "cpu")
-    for weight in related.weights().values():
-        weight *= 1.001
+    related = close_relative(tiny_base)
     with pytest.raises(UserError, match="--allow-base"):
         check_base(adapter, related)
     assert "loaded because of --allow-base" in (check_base(adapter, related, allow=True) or "")
