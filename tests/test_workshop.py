@@ -12,16 +12,17 @@ from PIL import Image, ImageFilter
 
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.evaluation.identity import IdentityEncoder, auc
+from spectral_diffusion.evaluation.judges import BACKDROPS, HEADS, JUDGES, NOUNS, TINTS, windows
 from spectral_diffusion.generation.keypose import COLOURS as POSE_COLOURS
 from spectral_diffusion.generation.keypose import POINTS, draw_keypose
 from spectral_diffusion.pocket.workshop import puppets
 from spectral_diffusion.pocket.workshop.art import HELD_OUT, PRETRAINING
 from spectral_diffusion.pocket.workshop.concepts import CONCEPTS, PATTERNS, Look, noun_of, where_second
 from spectral_diffusion.pocket.workshop.identity import near_miss, random_look
-from spectral_diffusion.pocket.workshop.judges import HEADS, KINDS, NOUNS, windows
+from spectral_diffusion.pocket.workshop.judges import TRAINED
 from spectral_diffusion.pocket.workshop.render import Renderer, WorldConfig
 from spectral_diffusion.pocket.workshop.report import edge_f1, iou, silhouette
-from spectral_diffusion.pocket.workshop.world import COLOURS, Backdrop, Thing
+from spectral_diffusion.pocket.workshop.world import CLASSES, COLOURS, PLAIN, SETTINGS, Backdrop, Thing
 
 CONCEPT_FOLDER = Path(__file__).parent.parent / "concepts"
 
@@ -114,9 +115,9 @@ def test_auc_counts_pairs() -> None:
     assert auc(torch.tensor([1.0]), torch.tensor([1.0])) == 0.5
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", JUDGES)
 def test_judges_answer_every_question(name: str) -> None:
-    answers = KINDS[name].build().eval()(torch.randn(2, 3, 64, 64))
+    answers = JUDGES[name]().eval()(torch.randn(2, 3, 64, 64))
     assert {head: tuple(logits.shape) for head, logits in answers.items()} == {h: (2, n) for h, n in HEADS.items()}
     assert len(NOUNS) >= 43
 
@@ -139,3 +140,8 @@ def test_measures_tell_right_from_wrong() -> None:
     pixels[20:50, 20:40] = (200, 30, 30)
     found = silhouette(Image.fromarray(pixels))
     assert found[20:50, 20:40].all() and found.sum() == 600
+
+
+def test_the_judges_words_are_the_worlds() -> None:
+    assert (*list(CLASSES)[:TRAINED], *puppets.NOUNS) == NOUNS
+    assert (*COLOURS, "own") == TINTS and (*SETTINGS, *PLAIN) == BACKDROPS

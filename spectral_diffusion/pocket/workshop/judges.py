@@ -1,13 +1,8 @@
-"""Two independent judges of generated pictures: which class, which colour, which backdrop.
-
-They differ in architecture, seed and augmentations. One may choose settings such as the guidance, the other
-gives the final figures, so that nothing is tuned on the figure that is reported.
-"""
+"""Training of the two judges of :mod:`spectral_diffusion.evaluation.judges`: which class, colour, backdrop."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -17,22 +12,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
-from torch import Tensor, nn
 
-from ... import pocket
-from ...files import read_tensors, write_tensors
+from ...evaluation.judges import BACKDROPS, HEADS, JUDGES, NOUNS, SIZE, TINTS, tensor_of, windows
+from ...files import write_tensors
 from ...training.state import load_state, save_state
-from . import puppets
 from .render import Picture, Renderer, WorldConfig
 from .vae import Report
-from .world import CLASSES, COLOURS, PLAIN, SETTINGS, Backdrop, Thing
+from .world import Backdrop, Thing
 
-SIZE = 64
 TRAINED = 40  # classes of the curriculum
-NOUNS = (*list(CLASSES)[:TRAINED], *puppets.NOUNS)
-TINTS = (*COLOURS, "own")
-BACKDROPS = (*SETTINGS, *PLAIN)
-HEADS = {"noun": len(NOUNS) + 1, "colour": len(TINTS), "backdrop": len(BACKDROPS)}  # the last noun is "nothing"
 SEEN = WorldConfig(
     classes=TRAINED,
     counts=(0.5, 0.5),
@@ -46,19 +34,6 @@ SEEN = WorldConfig(
 )
 
 
-def windows(picture: Image.Image, count: int) -> list[Image.Image]:
-    """The picture cut into ``count`` windows from left to right, a little wider than their share, 64×64 each."""
-    if count == 1:
-        return [picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR)]
-    room = picture.width / count
-    out = []
-    for index in range(count):
-        left, right = max(0.0, (index - 0.08) * room), min(picture.width, (index + 1.08) * room)
-        box = (left, 0.0, right, float(picture.height))
-        out.append(picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box))
-    return out
-
-
 def labels(thing: Thing | None, backdrop: Backdrop) -> tuple[int, int, int]:
     """Indices of the three heads; −100 where nothing can be said."""
     place = BACKDROPS.index(backdrop.setting or backdrop.colour)
@@ -67,79 +42,17 @@ def labels(thing: Thing | None, backdrop: Backdrop) -> tuple[int, int, int]:
     return NOUNS.index(thing.noun), TINTS.index(thing.colour or "own"), place
 
 
-class Plain(nn.Module):
-    """Convolutions in pairs, batch norm, max pooling: in the manner of VGG."""
-
-    def __init__(self, widths: tuple[int, ...] = (32, 64, 96, 160)) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        inside = 3
-        for width in widths:
-            for _ in range(2):
-                layers += [nn.Conv2d(inside, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-                inside = width
-            layers.append(nn.MaxPool2d(2))
-        self.body = nn.Sequential(*layers)
-        self.heads = nn.ModuleDict({name: nn.Linear(inside * 16, size) for name, size in HEADS.items()})
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features = F.dropout(self.body(images).flatten(1), 0.3, self.training)
-        return {name: head(features) for name, head in self.heads.items()}
-
-
-class Depthwise(nn.Module):
-    """Large depthwise kernels between pointwise layers, group norm, strided patches: in the manner of ConvNeXt."""
-
-    def __init__(self, widths: tuple[int, ...] = (48, 96, 192), depth: int = 2) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=4)]
-        for index, width in enumerate(widths):
-            if index:
-                layers += [nn.GroupNorm(1, widths[index - 1]), nn.Conv2d(widths[index - 1], width, 2, stride=2)]
-            layers += [Mixer(width) for _ in range(depth)]
-        self.body = nn.Sequential(*layers, nn.GroupNorm(1, widths[-1]))
-        self.heads = nn.ModuleDict({name: nn.Linear(widths[-1] * 16, size) for name, size in HEADS.items()})
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        features = self.body(images).flatten(1)
-        return {name: head(features) for name, head in self.heads.items()}
-
-
-class Mixer(nn.Module):
-    """A 7×7 depthwise convolution and two pointwise ones, with a skip."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(width, width, 7, padding=3, groups=width),
-            nn.GroupNorm(1, width),
-            nn.Conv2d(width, 3 * width, 1),
-            nn.GELU(),
-            nn.Conv2d(3 * width, width, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
-
-
 @dataclass(frozen=True)
 class Kind:
-    """How one judge is built and what its training pictures go through."""
+    """What one judge's training pictures go through."""
 
-    build: type[nn.Module]
     seed: int
     blur: float  # share of softened pictures
     noise: float  # standard deviation of pixel noise
     round_trip: float  # share through the VAE
 
 
-KINDS = {"chooser": Kind(Plain, 1, 0.5, 0.0, 0.4), "referee": Kind(Depthwise, 2, 0.3, 6.0, 0.6)}
-
-
-def tensor_of(images: Sequence[Image.Image]) -> Tensor:
-    """(n, 3, 64, 64) in −1…1."""
-    stack = np.stack([np.asarray(image.convert("RGB"), np.float32) for image in images])
-    return torch.from_numpy(stack).permute(0, 3, 1, 2) / 127.5 - 1
+KINDS = {"chooser": Kind(1, 0.5, 0.0, 0.4), "referee": Kind(2, 0.3, 6.0, 0.6)}
 
 
 def examples(
@@ -184,7 +97,7 @@ def train_judge(renderer: Renderer, folder: Path, name: str, steps: int = 1500, 
     """Train one judge into ``folder/judges/<name>.safetensors``, going on from its state if there is one."""
     kind = KINDS[name]
     torch.manual_seed(kind.seed)
-    judge = kind.build()
+    judge = JUDGES[name]()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
     path, step, spent = folder / f"judge-{name}.state.safetensors", 0, 0.0
     if path.exists():
@@ -233,39 +146,3 @@ def train_judge(renderer: Renderer, folder: Path, name: str, steps: int = 1500, 
         {n: v.half() if v.is_floating_point() else v for n, v in judge.state_dict().items()},
         {"steps": str(steps), "minutes": f"{spent / 60:.1f}"},
     )
-
-
-def load_judge(name: str, folder: Path | None = None) -> nn.Module:
-    """A trained judge: the shipped one, or the one in a folder."""
-    judge = KINDS[name].build()
-    tensors, _ = read_tensors((folder or pocket.path() / "judges") / f"{name}.safetensors")
-    judge.load_state_dict({n: v.float() if v.is_floating_point() else v for n, v in tensors.items()})
-    return judge.eval().requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a judge sees in one window."""
-
-    noun: str | None
-    colour: str
-    backdrop: str
-
-
-@torch.no_grad()
-def judge_pictures(judge: nn.Module, pictures: Sequence[Image.Image], counts: Sequence[int]) -> list[list[Verdict]]:
-    """Verdicts for every picture's windows from left to right, ``counts`` windows each."""
-    parts = [window for picture, count in zip(pictures, counts, strict=True) for window in windows(picture, count)]
-    answers: dict[str, list[int]] = {head: [] for head in HEADS}
-    for start in range(0, len(parts), 64):
-        for head, logits in judge(tensor_of(parts[start : start + 64])).items():
-            answers[head] += logits.argmax(1).tolist()
-    verdicts = [
-        Verdict(NOUNS[n] if n < len(NOUNS) else None, TINTS[c], BACKDROPS[b])
-        for n, c, b in zip(answers["noun"], answers["colour"], answers["backdrop"], strict=True)
-    ]
-    out = []
-    for count in counts:
-        out.append(verdicts[:count])
-        verdicts = verdicts[count:]
-    return out

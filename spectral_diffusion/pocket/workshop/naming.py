@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw
 
 from ...base import load_base
 from ...config import GenerateConfig
+from ...evaluation.judges import NOUNS
 from ...files import write_json, write_text
 from ...generation.pipeline import sample
-from .judges import NOUNS
 from .world import COLOURS, SETTINGS, Backdrop, Thing, caption
 
 

@@ -20,6 +20,7 @@ from ...base import Base, load_base
 from ...config import GenerateConfig, TrainConfig, build, read_yaml
 from ...data.folder import load_concept, open_photo
 from ...evaluation.identity import IdentityEncoder, embed, likeness, load_identity_encoder
+from ...evaluation.judges import judge_pictures, load_judge
 from ...formats.native import load_adapter
 from ...generation.keypose import draw_keypose
 from ...generation.pipeline import put_on, sample
@@ -29,7 +30,7 @@ from ...training.run import train_to_file
 from . import puppets
 from .concepts import CONCEPTS, views
 from .identity import held_out_auc
-from .judges import SEEN, judge_pictures, load_judge
+from .judges import SEEN
 from .render import Picture, Renderer, WorldConfig, thicken
 from .vae import Report
 from .world import Backdrop, Thing
