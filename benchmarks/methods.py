@@ -41,10 +41,11 @@ def main() -> None:
         parameters = [p for _, p in attachment.named_parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 
-        def forward(x: torch.Tensor, unet: torch.nn.Module = unet) -> torch.Tensor:
-            return unet(x, torch.tensor([500]), text).sample
+        def forward(x: torch.Tensor, words: torch.Tensor = text, unet: torch.nn.Module = unet) -> torch.Tensor:
+            return unet(x, torch.tensor([500]), words).sample
 
-        kept = saved_bytes(unet, lambda: forward(latents.clone().requires_grad_()))
+        inputs = latents.clone().requires_grad_(), text.clone().requires_grad_()
+        kept = saved_bytes(unet, lambda forward=forward, inputs=inputs: forward(*inputs))
         times = []
         for _ in range(arguments.rounds + 1):
             begun = time.perf_counter()

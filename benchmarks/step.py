@@ -1,7 +1,8 @@
 """Time one training step of a Stable Diffusion 1.5 U-Net (random weights): our methods against PEFT LoRA.
 
 256² pixels (32² latents), batch 1, rank 8 on the attention projections, forward + backward + AdamW. Timed in
-interleaved rounds, so that a drifting machine disturbs all alike. Then what the whole network keeps for backward.
+interleaved rounds, so that a drifting machine disturbs all alike. Then what the whole network keeps for backward, with
+gradients for latents and text, as in training, where the text encoder is trained too.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def main() -> None:
     latents = torch.randn(1, 4, arguments.latent, arguments.latent)
     text = torch.randn(1, 77, 768)
 
-    def forward(unet: nn.Module, x: Tensor) -> Tensor:
-        return unet(x, torch.tensor([500]), text).sample
+    def forward(unet: nn.Module, x: Tensor, words: Tensor = text) -> Tensor:
+        return unet(x, torch.tensor([500]), words).sample
 
     steps, kept, trained = {}, {}, {}
     for name in ["frozen", *names]:
@@ -47,7 +48,8 @@ def main() -> None:
             parameters = [p for _, p in attachment.named_parameters()]
             trained[name] = attachment.count()
             steps[name] = (unet, torch.optim.AdamW(parameters, lr=1e-4))
-        kept[name] = saved_bytes(unet, lambda unet=unet: forward(unet, latents.clone().requires_grad_()))
+        inputs = latents.clone().requires_grad_(), text.clone().requires_grad_()
+        kept[name] = saved_bytes(unet, lambda unet=unet, inputs=inputs: forward(unet, *inputs))
 
     def step(name: str) -> float:
         unet, optimizer = steps[name]

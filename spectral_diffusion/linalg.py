@@ -42,6 +42,18 @@ class Factors(NamedTuple):
         return self.up @ self.down
 
 
+class Core(NamedTuple):
+    """A change between frozen frames: ΔW = left @ middle @ right, left (out, k), middle (k, k), right (k, in)."""
+
+    left: Tensor
+    middle: Tensor
+    right: Tensor
+
+    def factors(self) -> Factors:
+        """The same change as ``up`` and ``down``."""
+        return Factors(self.left @ self.middle, self.right)
+
+
 def dense_factors(delta: Tensor) -> Factors:
     """A dense ΔW (out, in) as factors of its smaller side, the identity being one of them."""
     one = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)

@@ -22,7 +22,7 @@ from spectral_diffusion.generation.pipeline import put_on, sample
 from spectral_diffusion.inspection import inspect_path
 from spectral_diffusion.linalg import cayley_change, top_band
 from spectral_diffusion.methods import all_methods, get_method
-from spectral_diffusion.methods.spectral_rotation import prepare, total
+from spectral_diffusion.methods.spectral_rotation import prepare
 from spectral_diffusion.slots import LEDGER, ROWS, Ledger
 from spectral_diffusion.training.loop import Stopped
 from spectral_diffusion.training.run import state_path, train_to_file
@@ -160,7 +160,8 @@ def test_composed_columns_stay_orthonormal_under_bfloat16_autocast() -> None:
             loss.backward()
             optimizer.step()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            D_U, D_V, _ = total(prepare(parameters), frozen)
+            turned = prepare(parameters, frozen)
+            D_U, D_V = turned["D_U"], turned["D_V"]
         frozen |= {"D_U": D_U, "D_V": D_V}
     one = torch.eye(8)
     assert float(D_U.norm() + D_V.norm()) > 1  # it really turned

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..linalg import Core
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -37,23 +40,64 @@ class LowRankLinear(torch.autograd.Function):
         g_x = (g @ weight).addmm_(g_inner, down).view(ctx.shape) if ctx.needs_input_grad[0] else None
         g_up = None
         if ctx.needs_input_grad[3]:
-            g_up = g.mT @ inner[:, : inner.shape[1] - ctx.frozen]
+            g_up = (inner[:, : inner.shape[1] - ctx.frozen].mT @ g).mT  # thin on the left: the faster way round
             g_up = F.pad(g_up, (0, ctx.frozen)) if ctx.frozen else g_up
         g_down = g_inner.mT @ rows if ctx.needs_input_grad[4] else None
         return g_x, None, None, g_up, g_down, None
 
 
-def low_rank_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor, frozen: int = 0
-) -> Tensor:
-    """:class:`LowRankLinear` that follows autocast as ``F.linear`` would."""
+class CoreLinear(torch.autograd.Function):
+    """y = x Wᵀ + b + x rightᵀ middleᵀ leftᵀ with everything frozen but the small middle.
+
+    Shapes: x (…, in), W (out, in), left (out, k), middle (k, k), right (k, in). Saved for backward beside what is
+    frozen: the (…, k) inner product. Two thin products forward and two backward, where a LoRA has two and four.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, middle: Tensor, right: Tensor
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows @ right.mT
+        y = F.linear(rows, weight, bias).addmm_(inner @ middle.mT, left.mT)
+        ctx.save_for_backward(weight, left, middle, right, inner)
+        ctx.shape = x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None, None]:
+        weight, left, middle, right, inner = ctx.saved_tensors
+        g = grads[0].reshape(-1, grads[0].shape[-1])
+        g_left = g @ left
+        g_x = None
+        if ctx.needs_input_grad[0]:
+            g_x = (g @ weight).addmm_(g_left @ middle, right).view(ctx.shape)
+        g_middle = g_left.mT @ inner if ctx.needs_input_grad[4] else None
+        return g_x, None, None, None, g_middle, None
+
+
+def frozen_linear(function: type[torch.autograd.Function], x: Tensor, weight: Tensor, bias: Tensor | None,
+                  parts: Sequence[Tensor], *more: Any) -> Tensor:  # fmt: skip
+    """:class:`LowRankLinear` or :class:`CoreLinear` that follows autocast as ``F.linear`` would."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(kind, enabled=False):
-            return LowRankLinear.apply(x, weight, bias, up.to(dtype), down.to(dtype), frozen)
-    return LowRankLinear.apply(x, weight, bias, up.to(x.dtype), down.to(x.dtype), frozen)
+            return function.apply(x, weight, bias, *(part.to(dtype) for part in parts), *more)
+    return function.apply(x, weight, bias, *(part.to(x.dtype) for part in parts), *more)
+
+
+def low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, down: Tensor, frozen: int = 0
+) -> Tensor:
+    """A frozen Linear plus up · down; the last ``frozen`` columns of ``up`` get no gradient."""
+    return frozen_linear(LowRankLinear, x, weight, bias, (up, down), frozen)
+
+
+def core_linear(x: Tensor, weight: Tensor, bias: Tensor | None, core: Core) -> Tensor:
+    """A frozen Linear plus left · middle · right."""
+    return frozen_linear(CoreLinear, x, weight, bias, core)
 
 
 def low_rank_conv(x: Tensor, layer: nn.Conv2d, up: Tensor, down: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
     return {"A": (in_features // rank, in_features // rank)}
 
 
-def prepare(parameters: Tensors) -> dict[str, Tensor]:
+def prepare(parameters: Tensors, frozen: Tensors) -> dict[str, Tensor]:
     """D = R − I of the shared block."""
     return {"D": cayley_change(parameters["A"])}
 

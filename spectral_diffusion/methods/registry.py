@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..linalg import Factors
+from ..linalg import Core, Factors
 from ..registry import Registry
 from ..slots import Slot
 
@@ -50,7 +50,9 @@ class Method:
         slot: ``columns`` of the spectrum or ``rows`` of a shared basis that a concept has for itself, or None.
         draw: ``(out, in, rank, slot)`` to frozen tensors.
         initial: the parameters to begin with; all zero by default. ΔW is zero there.
-        prepare: parameters to what ``factors`` takes, over leading dimensions, so that all layers go at once.
+        core: the same ΔW as left · middle · right with frozen outer parts, where only the middle is trained.
+        prepare: parameters, and the frozen tensors that ``prepared_on`` names, to what ``factors`` and ``core`` take,
+            over leading dimensions, so that all layers go at once.
         map_input: the same ΔW as a map of the input, ΔW = W (map(I) − I), where that is cheaper.
         penalty: a layer's contribution to the loss, averaged over layers.
         low_rank: whether k is small, so that a LoRA file holds the adapter exactly.
@@ -68,7 +70,9 @@ class Method:
     slot: Literal["columns", "rows"] | None = None
     draw: Callable[[int, int, int, Slot | None], dict[str, Tensor]] | None = None
     initial: Callable[[Shapes, torch.Generator], dict[str, Tensor]] | None = None
-    prepare: Callable[[Tensors], Tensors] | None = None
+    core: Callable[[Tensors, Tensors], Core] | None = None
+    prepare: Callable[[Tensors, Tensors], Tensors] | None = None
+    prepared_on: tuple[str, ...] = ()
     map_input: Callable[[Tensor, Tensors], Tensor] | None = None
     penalty: Callable[[Tensors], Tensor] | None = None
     low_rank: bool = True
@@ -83,7 +87,7 @@ class Method:
 
     def delta(self, parameters: Tensors, frozen: Tensors) -> Factors:
         """ΔW from the parameters as they are trained and stored."""
-        return self.factors(self.prepare(parameters) if self.prepare else parameters, frozen)
+        return self.factors(self.prepare(parameters, frozen) if self.prepare else parameters, frozen)
 
 
 METHODS: Registry[Method] = Registry(

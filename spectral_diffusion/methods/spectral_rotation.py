@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import Factors, cayley_change, compose_changes
+from ..linalg import Core, Factors, cayley_change, compose_changes
 from .registry import Method, Shapes, Tensors, register
+
+PREPARED_ON = ("S", "D_U", "D_V", "c")
 
 
 def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
@@ -19,35 +21,37 @@ def shapes_with_values(out_features: int, in_features: int, rank: int) -> Shapes
     return {**shapes(out_features, in_features, rank), "c": (rank,)}
 
 
-def prepare(parameters: Tensors) -> dict[str, Tensor]:
-    """D = R − I of both rotations, in one batched solve over leading dimensions."""
-    turned = cayley_change(torch.stack([parameters["A_U"], parameters["A_V"]]))
-    return {**parameters, "D_U": turned[0], "D_V": turned[1]}
+def prepare(parameters: Tensors, frozen: Tensors) -> dict[str, Tensor]:
+    """D = R − I of both rotations in one batched solve, and M = R_U S' R_Vᵀ − S with S' = S (1 + c).
+
+    An earlier training's start is composed with this one's (Lemma 4.1): D_U, D_V and c are told from the band on.
+    M = D_U S' R_Vᵀ + S' D_Vᵀ + S c has no cancellation. Over leading dimensions, never below float32.
+    """
+    S = frozen["S"]
+    with torch.autocast(S.device.type, enabled=False):
+        D_U, D_V = cayley_change(torch.stack([parameters["A_U"], parameters["A_V"]]))
+        if "D_U" in frozen:
+            D_U, D_V = compose_changes(frozen["D_U"], D_U), compose_changes(frozen["D_V"], D_V)
+        c = parameters.get("c")
+        if "c" in frozen:
+            c = frozen["c"] if c is None else frozen["c"] + c + frozen["c"] * c
+        scaled = S if c is None else S * (1 + c)
+        one = torch.eye(S.shape[-1], dtype=D_V.dtype, device=D_V.device)
+        M = (D_U * scaled[..., None, :]) @ (D_V + one).mT + scaled[..., :, None] * D_V.mT
+        if c is None:
+            return {"D_U": D_U, "D_V": D_V, "M": M}
+        return {"D_U": D_U, "D_V": D_V, "c": c, "M": M + torch.diag_embed(S * c)}
 
 
-def total(prepared: Tensors, frozen: Tensors) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(D_U, D_V, c) from the band on: an earlier training's start composed with this one's (Lemma 4.1)."""
-    D_U, D_V, c = prepared["D_U"], prepared["D_V"], prepared.get("c")
-    if "D_U" in frozen:
-        D_U, D_V = compose_changes(frozen["D_U"], D_U), compose_changes(frozen["D_V"], D_V)
-    if "c" in frozen:
-        c = frozen["c"] if c is None else frozen["c"] + c + frozen["c"] * c
-    return D_U, D_V, c
+def core(prepared: Tensors, frozen: Tensors) -> Core:
+    """ΔW = U_b M V_bᵀ between frozen columns. The columns of U R_U and V R_V are orthonormal again."""
+    return Core(frozen["U"], prepared["M"], frozen["V"].mT)
 
 
 def factors(prepared: Tensors, frozen: Tensors) -> Factors:
-    """ΔW = U_b M V_bᵀ with M = R_U S' R_Vᵀ − S, S' = S (1 + c); up (out, r), down (r, in).
-
-    M = D_U S' R_Vᵀ + S' D_Vᵀ + S c, which has no cancellation. The columns of U R_U and V R_V are orthonormal again.
-    """
-    U, S, V = frozen["U"], frozen["S"], frozen["V"]
-    D_U, D_V, c = total(prepared, frozen)
-    with torch.autocast(U.device.type, enabled=False):
-        scaled = S if c is None else S * (1 + c)
-        M = (D_U * scaled) @ (D_V + torch.eye(len(S), dtype=D_V.dtype, device=D_V.device)).mT + scaled[:, None] * D_V.mT
-        if c is not None:
-            M = M + torch.diag(S * c)
-        return Factors(U @ M, V.mT)
+    """The same as up (out, r), down (r, in)."""
+    with torch.autocast(frozen["U"].device.type, enabled=False):
+        return core(prepared, frozen).factors()
 
 
 METHOD = register(
@@ -58,7 +62,9 @@ METHOD = register(
         factors=factors,
         frozen="band",
         slot="columns",
+        core=core,
         prepare=prepare,
+        prepared_on=PREPARED_ON,
     )
 )
 WITH_VALUES = register(
@@ -69,6 +75,8 @@ WITH_VALUES = register(
         factors=factors,
         frozen="band",
         slot="columns",
+        core=core,
         prepare=prepare,
+        prepared_on=PREPARED_ON,
     )
 )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..linalg import Factors, flatten, sides
 from ..slots import read_columns
 from .frozen import frozen_tensors
-from .low_rank import low_rank_conv, low_rank_linear
+from .low_rank import core_linear, low_rank_conv, low_rank_linear
 from .registry import Method, get_method
 
 PEFT_TYPE = "SPECTRAL_DIFFUSION"
@@ -48,15 +48,23 @@ class SpectralConfig(PeftConfig):
 
 
 class Buffers(nn.Module):
-    """The frozen tensors that one adapter of one layer is built on."""
+    """The frozen tensors that one adapter of one layer is built on.
+
+    Tall matrices are held turned, under ``NAME_T``: thin products along a column that lies in one piece are up to
+    three times as fast on a CPU.
+    """
 
     def put(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Hold float32 copies of these."""
         for name, value in tensors.items():
-            self.register_buffer(name, value.detach().to(device, torch.float32).contiguous())
+            tall = value.dim() == 2 and value.shape[0] > value.shape[1]
+            held = (value.mT if tall else value).detach().to(device, torch.float32).contiguous()
+            self.register_buffer(f"{name}_T" if tall else name, held)
 
     def named(self) -> dict[str, Tensor]:
-        return dict(self.named_buffers())
+        """The tensors by name, as they were put."""
+        held = cast(dict[str, Tensor], self._buffers)
+        return {n.removesuffix("_T"): value.mT if n.endswith("_T") else value for n, value in held.items()}
 
 
 @dataclass
@@ -142,6 +150,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def set_frozen(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
         """Hold copies of the frozen tensors."""
+        self.prepared.pop(adapter, None)
         cast(Buffers, self.spectral_frozen[adapter]).put(tensors, self.base_weight.device)
 
     def prepare(self, adapter: str, cached: bool = False) -> Mapping[str, Tensor]:
@@ -153,7 +162,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         versions = [value._version for value in parameters.values()]
         if held and held.versions == versions and held.grad == torch.is_grad_enabled():
             return held.tensors
-        return method.prepare(parameters)
+        return method.prepare(parameters, self.frozen_of(adapter))
 
     def factors(self, adapter: str, cached: bool = False) -> Factors:
         """The adapter's ΔW as float32 factors, its scale included; ``cached`` inside a forward of the model."""
@@ -175,6 +184,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         linear = type(self.base_layer) is nn.Linear
         if single and single.map_input and linear and self.spectral_scale[active[0]] == 1.0:
             return cast(Tensor, self.base_layer(single.map_input(x, self.prepare(active[0], True)), *args, **kwargs))
+        if single and single.core and linear and self.spectral_scale[active[0]] == 1.0:
+            base = cast(nn.Linear, self.base_layer)
+            core = single.core(self.prepare(active[0], True), self.frozen_of(active[0]))
+            return core_linear(x, base.weight, base.bias, core)
         parts = [self.factors(adapter, True) for adapter in active]
         up = parts[0].up if len(parts) == 1 else torch.cat([p.up for p in parts], 1)
         down = parts[0].down if len(parts) == 1 else torch.cat([p.down for p in parts], 0)
@@ -303,18 +316,27 @@ class BatchedPreparation:
         if not layers or layers[0].disable_adapters or self.method.prepare is None:
             return
         each = [layer.effective(self.adapter) for layer in layers]
-        grouped: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-        for index, parameters in enumerate(each):
-            grouped.setdefault(tuple(tuple(value.shape) for value in parameters.values()), []).append(index)
+        built_on = [self._built_on(layer) for layer in layers]
+        grouped: dict[tuple[Any, ...], list[int]] = {}
+        for index, (parameters, frozen) in enumerate(zip(each, built_on, strict=True)):
+            kind = (tuple(tuple(value.shape) for value in parameters.values()), tuple(frozen))
+            grouped.setdefault(kind, []).append(index)
         for indices in grouped.values():
-            stacked = {name: torch.stack([each[index][name] for index in indices]) for name in each[indices[0]]}
-            prepared = {name: value.unbind(0) for name, value in self.method.prepare(stacked).items()}
+            first = indices[0]
+            stacked = {name: torch.stack([each[index][name] for index in indices]) for name in each[first]}
+            frozen = {name: torch.stack([built_on[index][name] for index in indices]) for name in built_on[first]}
+            prepared = {name: value.unbind(0) for name, value in self.method.prepare(stacked, frozen).items()}
             for place, index in enumerate(indices):
                 layers[index].prepared[self.adapter] = Prepared(
                     {name: values[place] for name, values in prepared.items()},
                     [value._version for value in each[index].values()],
                     torch.is_grad_enabled(),
                 )
+
+    def _built_on(self, layer: AdaptedLayer) -> dict[str, Tensor]:
+        """The frozen tensors that the preparation asks for."""
+        held = cast(Buffers, layer.spectral_frozen[self.adapter]).named()
+        return {name: held[name] for name in self.method.prepared_on if name in held}
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SpectralConfig

@@ -23,7 +23,7 @@ from ..linalg import kernel_of, sides
 from ..methods import get_method
 from ..methods.attach import Attachment, attach, detaching
 from ..methods.frozen import Frozen, frozen_tensors, stored_part
-from ..methods.spectral_rotation import prepare, total
+from ..methods.spectral_rotation import PREPARED_ON, prepare
 from ..progress import Event, Progress, silent
 from ..slots import Slot
 from ..spectrum import spectrum_of
@@ -181,8 +181,8 @@ def continued(adapter: Adapter) -> Frozen:
     out: Frozen = {}
     for layer in adapter.layers:
         held = adapter.frozen_of(layer)
-        D_U, D_V, c = total(prepare(adapter.parameters_of(layer)), held)
-        out[layer] = {**held, "D_U": D_U, "D_V": D_V, **({} if c is None else {"c": c})}
+        turned = prepare(adapter.parameters_of(layer), held)
+        out[layer] = {**held, **{name: value for name, value in turned.items() if name in PREPARED_ON}}
     return out
 
 
