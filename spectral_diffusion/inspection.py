@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from PIL import Image
 
 from .adapter import Adapter
 from .errors import UserError
 from .formats.native import load_adapter
-from .fusion.recipe import load_adapters, overlaps, read_recipe
+from .fusion.recipe import load_adapters, overlaps, read_recipe, strength_of
 from .generation.pipeline import read_settings
-from .linalg import cosine_between
+from .linalg import cosine_between, frobenius_norm
+from .slot_map import draw_slots
+
+
+def inspect_paths(paths: Sequence[Path]) -> dict[str, Any]:
+    """A JSON-able description of an adapter, a fused folder or a picture; of several adapters, what they are together.
+
+    Raises:
+        UserError: none of these, or damaged.
+    """
+    if len(paths) == 1:
+        return inspect_path(paths[0])
+    adapters = [adapter for path in paths for adapter in load_adapters(path)]
+    concepts = {
+        adapter.name: {
+            "token": adapter.token,
+            "noun": adapter.noun,
+            "method": adapter.method.name,
+            "columns": str(adapter.slot) if adapter.slot else None,
+            "base": adapter.base,
+        }
+        for adapter in adapters
+    }
+    return {"kind": "adapters", "concepts": concepts, **_together(adapters)}
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -25,7 +53,8 @@ def inspect_path(path: Path) -> dict[str, Any]:
         recipe = read_recipe(path)
         if recipe is None:
             raise UserError(f"{path} is not a fused folder: it holds no recipe.json.")
-        return {"kind": "fusion", **recipe, **_together(path)}
+        strength = {str(name): float(value) for name, value in recipe["strength"].items()}
+        return {"kind": "fusion", **recipe, **_together(load_adapters(path), strength)}
     if not path.exists():
         raise UserError(f"No such file: {path}.")
     if path.suffix.lower() == ".png":
@@ -44,6 +73,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
         "layers": len(adapter.layers),
         "trained": adapter.count(),
         "norm": _rounded(adapter.norm()),
+        "layer_norms": layer_norms(adapter),
         "base": adapter.base,
         "base_fingerprint": adapter.fingerprint.exact,
         "config": adapter.config,
@@ -51,15 +81,84 @@ def inspect_path(path: Path) -> dict[str, Any]:
     }
 
 
-def _together(folder: Path) -> dict[str, Any]:
-    """Norms, pairwise cosines and warnings of the adapters inside a fused folder."""
-    adapters = load_adapters(folder)
+def _together(adapters: Sequence[Adapter], strength: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Norms, pairwise cosines, expected interference and warnings of adapters that shall act together."""
     told = [adapter for adapter in adapters if not adapter.needs_base]
+    found = interference(told, strength or {})
     return {
         "norms": {adapter.name: _rounded(adapter.norm()) for adapter in adapters},
+        "layer_norms": {adapter.name: layer_norms(adapter) for adapter in told},
         "cosines": {f"{a.name} · {b.name}": round(cosine(a, b), 6) for a, b in itertools.combinations(told, 2)},
-        "warnings": overlaps(adapters),
+        "interference": {name: round(value, 4) for name, value in found.items()},
+        "warnings": [*overlaps(list(adapters)), *clashes(adapters)],
     }
+
+
+def clashes(adapters: Sequence[Adapter]) -> list[str]:
+    """A sentence for every two adapters of different bases, or of one name or token."""
+    found = []
+    for a, b in itertools.combinations(adapters, 2):
+        if not a.fingerprint.same_rounded(b.fingerprint):
+            found.append(f"'{a.name}' was trained on '{a.base}' and '{b.name}' on another base, '{b.base}'.")
+        if a.name == b.name:
+            found.append(f"Two adapters are called '{a.name}'; fuse refuses that, train one with another name=.")
+        for token in sorted(set(a.tokens) & set(b.tokens)):
+            found.append(f"'{a.name}' and '{b.name}' share the token {token}; train one with another token=.")
+    return found
+
+
+def layer_norms(adapter: Adapter) -> dict[str, float]:
+    """|ΔW| of every layer; nothing where the base is needed to tell."""
+    if adapter.needs_base:
+        return {}
+    return {layer: round(frobenius_norm(adapter.factors(layer)), 6) for layer in adapter.layers}
+
+
+def blocks(norms: Mapping[str, float]) -> dict[str, float]:
+    """Layer norms added up by block: ``unet.down_blocks.0``, ``unet.mid_block``, ``text_encoder.layers.3``."""
+    out: dict[str, float] = {}
+    for layer, norm in norms.items():
+        component, *path = layer.removesuffix(".weight").split(".")
+        path = [part for part in path if part not in {"text_model", "encoder"}]
+        name = ".".join([component, *path[: 2 if len(path) > 1 and path[1].isdigit() else 1]])
+        out[name] = math.hypot(out.get(name, 0.0), norm)
+    return {name: round(value, 6) for name, value in out.items()}
+
+
+def interference(adapters: Sequence[Adapter], strength: Mapping[str, float]) -> dict[str, float]:
+    """How strongly the others act on what a concept's change listens to, as a share of its own action.
+
+    √(Σ |Σ_{j≠i} λ_j ΔW_j Q_i|² / Σ |λ_i ΔW_i|²) over layers, Q_i an orthonormal basis of the inputs that ΔW_i reads: 0
+    where nobody touches them, 1 where the others weigh as much as the concept itself.
+    """
+    scaled = [
+        {layer: strength_of(strength, one.name, layer) for layer in one.layers} for one in adapters
+    ]  # λ by adapter and layer
+    out = {}
+    for index, one in enumerate(adapters):
+        own = others = 0.0
+        for layer in one.layers:
+            mine = one.factors(layer)
+            basis = torch.linalg.qr(mine.down.double().mT).Q
+            own += (scaled[index][layer] * frobenius_norm(mine)) ** 2
+            acting = torch.zeros(len(mine.up), basis.shape[1], dtype=torch.float64)
+            for other, each in zip(adapters, scaled, strict=True):
+                if other is not one and layer in other.sizes:
+                    up, down = other.factors(layer)
+                    acting += each[layer] * (up.double() @ (down.double() @ basis))
+            others += float(acting.square().sum())
+        out[one.name] = math.sqrt(others / own) if own else 0.0
+    return out
+
+
+def slot_picture(adapters: Sequence[Adapter]) -> Image.Image:
+    """The slot map of these adapters."""
+    sizes = [min(size) for adapter in adapters for size in adapter.sizes.values()]
+    return draw_slots(
+        {adapter.name: adapter.slot for adapter in adapters},
+        {adapter.name: adapter.norm() for adapter in adapters},
+        min(sizes),
+    )
 
 
 def _rounded(value: float | None) -> float | None:

@@ -236,13 +236,14 @@ def test_the_ready_made_concepts_load() -> None:
 LAYERS = [
     {"errors", "linalg", "progress", "pocket", "randomness"},
     {"files", "slots", "registry"},
+    {"slot_map"},
     {"methods", "spectrum", "resources"},
     {"base", "tokens", "config", "architectures"},
     {"adapter", "data", "evaluation"},
     {"formats", "training", "adapted"},
     {"fusion"},
     {"generation"},
-    {"inspection", "demo", "exporting"},
+    {"inspection", "demo", "exporting", "experiments"},
     {"ui"},
     {"cli"},
 ]

@@ -39,6 +39,18 @@ def plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def table_of(columns: dict[str, dict[str, float]]) -> str:
+    """Numbers by column and row as text; a dash where a column has no such row."""
+    rows = list(dict.fromkeys(name for column in columns.values() for name in column))
+    first = max([len(name) for name in rows] or [0])
+    widths = {name: max(len(name), 8) for name in columns}
+    lines = [" " * (first + 2) + "  ".join(f"{name:>{widths[name]}}" for name in columns)]
+    for row in rows:
+        cells = [f"{columns[n][row]:>{w}.4f}" if row in columns[n] else f"{'–':>{w}}" for n, w in widths.items()]
+        lines.append(f"  {row:<{first}}" + "  ".join(cells))
+    return "\n".join(lines)
+
+
 def numbers(pairs: list[str] | None, option: str) -> dict[str, float] | None:
     """``["a.safetensors=0.8", "b"]`` to ``{"a.safetensors": 0.8, "b": 1.0}``."""
     if not pairs:

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
+from .experiments import experiment
 from .pocket import pocket_app
-from .support import given, numbers, plain, progress_bar, regions, resolve, say, stop_signals, text_of
+from .support import given, numbers, plain, progress_bar, regions, resolve, say, stop_signals, table_of, text_of
 
 app = typer.Typer(
     name="spectral-diffusion",
@@ -23,6 +24,7 @@ app = typer.Typer(
 slots_app = typer.Typer(help="Which columns of the spectrum belong to which concept.", no_args_is_help=True)
 app.add_typer(slots_app, name="slots")
 app.add_typer(pocket_app, name="pocket")
+app.command()(experiment)
 
 ConfigOption = Annotated[
     str | None, typer.Option("--config", help="A YAML file, or a preset by name (pocket, sd15-12gb, …).")
@@ -260,23 +262,44 @@ def import_file(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="An adapter, a fused folder or a picture.")],
+    paths: Annotated[list[Path], typer.Argument(help="An adapter, a fused folder, a picture; or several adapters.")],
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Norms of every layer, not of blocks.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Also draw who sits in which slot (.png).")] = None,
 ) -> None:
-    """Say what is in an adapter, a fused folder or a picture."""
-    from ..inspection import inspect_path
+    """Say what is in an adapter, a fused folder or a picture, and how adapters get on together."""
+    from ..inspection import blocks, inspect_paths, slot_picture
 
-    found = inspect_path(path)
+    found = inspect_paths(paths)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
+        norms = found.pop("layer_norms", {})
+        several = found["kind"] in {"fusion", "adapters"}
         for key, value in found.items():
             if isinstance(value, dict):
                 say(f"{key}:")
                 for name, inner in value.items():
                     say(f"  {name}: {plain(inner)}")
+            elif key == "warnings":
+                for warning in value:
+                    say(f"Warning: {warning}")
             else:
                 say(f"{key}: {plain(value)}")
+        if norms:
+            say("norms by layer:" if layers else "norms by block:")
+            columns = norms if several else {found["concept"]: norms}
+            say(table_of(columns if layers else {name: blocks(each) for name, each in columns.items()}))
+    if picture is not None:
+        from ..files import atomic
+        from ..fusion.recipe import load_adapters
+
+        if found["kind"] == "picture" or picture.suffix.lower() != ".png":
+            raise UserError("--picture draws the slots of adapters or a fused folder into a .png file.")
+        drawn = slot_picture([adapter for path in paths for adapter in load_adapters(path)])
+        with atomic(picture) as temporary:
+            drawn.save(temporary, format="PNG")
+        say(f"Wrote {picture}.")
 
 
 @app.command()

@@ -1,0 +1,225 @@
+"""The laboratory that studies share: adapters trained once, figures measured once, both kept by what they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .. import resources
+from ..adapted import put_on
+from ..adapter import Adapter
+from ..base import Base, load_base
+from ..config import GenerateConfig, TrainConfig, build, read_yaml
+from ..data.folder import Concept, load_concept, open_photo
+from ..errors import UserError
+from ..evaluation.identity import IdentityEncoder, likeness, load_identity_encoder
+from ..evaluation.judges import judge_pictures, load_judge
+from ..files import write_json
+from ..formats.native import load_adapter
+from ..generation.pipeline import sample
+from ..progress import Progress, silent
+from ..spectrum import cache_folder
+from ..training.run import train_to_file
+
+Figures = dict[str, Any]
+CELLS = "1"  # raised when what a cell measures changes, so that old ones are measured anew
+REPORTED = (
+    "rex",
+    "fido",
+    "brew",
+    "posy",
+    "inky",
+    "coral",
+    "bolt",
+    "zippy",
+)  # three pairs that look alike, and two more
+TUNED = ("bruno", "misty", "shelly", "hero")  # settings are chosen on these and never reported
+PLACES = {
+    "on the grass": "grass",
+    "on the beach": "beach",
+    "in the snow": "snow",
+    "on a table": "table",
+    "at night": "night",
+    "in the desert": "desert",
+}
+ORDINARY = (
+    "a red dog", "a blue teapot", "a green octopus", "a yellow car", "a white cat", "a purple fish",
+    "an orange mushroom", "a black robot", "a dog", "a teapot", "a house", "an apple",
+)  # fmt: skip
+
+
+def key_of(value: Any) -> str:
+    """A short hash of anything JSON-able."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+@dataclass
+class Lab:
+    """A base to study, and a folder that keeps adapters and measured cells.
+
+    Attributes:
+        folder: of the kept adapters and cells; the cache folder's ``experiments`` by default.
+        recipe: settings of every training and picture, ``{"train": …, "generate": …}``.
+        most: stop measuring new cells after this many seconds; a later run goes on.
+    """
+
+    base_name: str = "pocket"
+    folder: Path = field(default_factory=lambda: cache_folder() / "experiments")
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    progress: Progress = silent
+    note: Callable[[str], None] = lambda text: None
+    most: float = 6 * 3600.0
+    begun: float = field(default_factory=time.monotonic)
+
+    def fresh(self) -> Base:
+        """The base as it is shipped, loaded anew."""
+        return load_base(self.base_name)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.fresh().fingerprint.exact
+
+    @cached_property
+    def encoder(self) -> IdentityEncoder:
+        return load_identity_encoder()
+
+    @cached_property
+    def pictures_config(self) -> GenerateConfig:
+        return build(GenerateConfig, dict(self.recipe.get("generate", {})), {"base": self.base_name})
+
+    def concept(self, name: str) -> Concept:
+        """A ready-made concept."""
+        return load_concept(resources.concepts() / name)
+
+    def references(self, name: str) -> list[Image.Image]:
+        """Its photos."""
+        return [open_photo(photo.path) for photo in self.concept(name).photos]
+
+    def cell(self, kind: str, key: Mapping[str, Any], compute: Callable[[], Figures]) -> Figures:
+        """Figures measured once: read if they are kept, else computed and kept at once.
+
+        Raises:
+            UserError: the lab's time is over.
+        """
+        whole = {"kind": kind, "cells": CELLS, "base": self.fingerprint, "recipe": self.recipe, **key}
+        path = self.folder / "cells" / f"{kind}-{key_of(whole)}.json"
+        if path.is_file():
+            found: Figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
+            return found
+        if time.monotonic() - self.begun > self.most:
+            raise UserError("The time for this study is over; run it again to go on where it stopped.")
+        figures = compute()
+        write_json(path, {"key": whole, "figures": figures})
+        return figures
+
+    def settings(self, concept: str, change: Mapping[str, Any], output: Path) -> TrainConfig:
+        """The recipe's training with some settings changed."""
+        where = {"concept": resources.concepts() / concept, "output": output, "base": self.base_name}
+        return build(TrainConfig, dict(self.recipe.get("train", {})), dict(change), where)
+
+    def trained(self, concept: str, **change: Any) -> tuple[Adapter, float]:
+        """An adapter and the seconds that its training took here, from the shelf if it stands there."""
+        config = self.settings(concept, change, Path("adapter.safetensors"))
+        plain = config.model_dump(mode="json", exclude={"concept", "output", "device"})
+        photos = [hashlib.sha256(p.path.read_bytes()).hexdigest() for p in self.concept(concept).photos]
+        folder = self.folder / "adapters" / key_of([plain, self.fingerprint, concept, photos])
+        file, spent = folder / f"{concept}.safetensors", folder / "seconds.json"
+        if not (file.is_file() and spent.is_file()):
+            begun = time.monotonic()
+            train_to_file(self.settings(concept, change, file), resume=True, progress=self.progress)
+            write_json(spent, time.monotonic() - begun)
+        return load_adapter(file), float(json.loads(spent.read_text(encoding="utf-8")))
+
+    def portraits(self, base: Base, what: str, seed: int = 0) -> list[Image.Image]:
+        """One picture of a token or a noun in each place."""
+        prompts = [f"a photo of {what} {place}" for place in PLACES]
+        return sample(base, prompts, [1000 * seed + i for i in range(len(prompts))], self.pictures_config)
+
+    def ordinary(self, base: Base, seed: int = 0) -> list[Image.Image]:
+        """One picture of each ordinary prompt, which names no concept."""
+        prompts = [f"a photo of {words}" for words in ORDINARY]
+        return sample(base, prompts, [1000 * seed + 500 + i for i in range(len(prompts))], self.pictures_config)
+
+    def identity(self, pictures: Sequence[Image.Image], concept: str) -> float:
+        """Mean cosine of every picture with every photo of the concept."""
+        return float(likeness(self.encoder, pictures, self.references(concept)).mean())
+
+    @cached_property
+    def referee(self) -> Any:
+        return load_judge("referee")
+
+    def text_match(self, pictures: Sequence[Image.Image]) -> float:
+        """How many of the portraits stand where their prompts say, by the referee."""
+        verdicts = judge_pictures(self.referee, pictures, [1] * len(pictures))
+        wanted = list(PLACES.values()) * (len(pictures) // len(PLACES))
+        return sum(v[0].backdrop == place for v, place in zip(verdicts, wanted, strict=True)) / len(pictures)
+
+    def generic(self, concept: str, seed: int = 0) -> Figures:
+        """What the untouched base draws for the concept's noun: the floor of identity."""
+
+        def compute() -> Figures:
+            pictures = self.portraits(self.fresh(), f"a {self.concept(concept).noun}", seed)
+            return {"identity": self.identity(pictures, concept), "text": self.text_match(pictures)}
+
+        return self.cell("generic", {"concept": concept, "seed": seed}, compute)
+
+    def alone(self, concept: str, **change: Any) -> Figures:
+        """A concept's adapter alone: identity, text match, norm, trained numbers, seconds. Pictures take its seed."""
+        seed = int(change.get("seed", 0))
+
+        def compute() -> Figures:
+            adapter, seconds = self.trained(concept, **change)
+            base = self.fresh()
+            put_on(base, [(adapter, 1.0)])
+            pictures = self.portraits(base, adapter.token, seed)
+            return {
+                "identity": self.identity(pictures, concept),
+                "text": self.text_match(pictures),
+                "trained": adapter.count(),
+                "norm": adapter.norm(),
+                "seconds": seconds,
+            }
+
+        return self.cell("alone", {"concept": concept, "change": change}, compute)
+
+
+def scaled(lab: Lab, rate: float) -> dict[str, float]:
+    """The recipe's learning rates of both networks times a factor."""
+    train = lab.settings(TUNED[0], {}, Path("adapter.safetensors"))
+    return {
+        "learning_rate": train.learning_rate * rate,
+        "text_encoder_learning_rate": train.text_encoder_learning_rate * rate,
+    }
+
+
+def best_rate(lab: Lab, rates: Sequence[float], concepts: Iterable[str], **change: Any) -> tuple[float, list[Figures]]:
+    """The factor on the recipe's learning rates that gives the best mean identity on concepts that are not reported."""
+    concepts = list(concepts)
+    trials: list[Figures] = []
+    for rate in rates:
+        found = [lab.alone(name, **{**change, **scaled(lab, rate)})["identity"] for name in concepts]
+        trials.append({"rate": rate, "identity": sum(found) / len(found)})
+    return max(trials, key=lambda trial: trial["identity"])["rate"], trials
+
+
+def recipe(name: str, quick: bool = False) -> dict[str, Any]:
+    """The settings of the studies on a base; the quick ones make everything small."""
+    found = read_yaml(resources.configs() / "evidence" / f"{name}.yaml")
+    small = found.pop("quick", {})
+    return {part: merged(found[part], small.get(part, {}) if quick else {}) for part in found}
+
+
+def merged(settings: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with some of them changed, one level into parts that have settings of their own."""
+    out = dict(settings)
+    for key, value in change.items():
+        out[key] = {**out[key], **value} if isinstance(value, Mapping) and isinstance(out.get(key), Mapping) else value
+    return out

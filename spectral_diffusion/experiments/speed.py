@@ -1,0 +1,128 @@
+"""How soon does each method reach the same identity? Every method with its own sweep of the learning rate."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..training.run import train_to_file
+from .lab import REPORTED, TUNED, Lab, best_rate, scaled
+from .registry import Findings, Row, Table, study
+
+STEPS = (60, 120, 240, 480)
+# Method: its settings, and the middle of its sweep as a factor on the recipe's learning rates (what it turns or adds
+# has another scale in each). Every sweep has five trials, half a decade apart.
+METHODS: dict[str, tuple[dict[str, Any], float]] = {
+    "spectral-additive": ({"slot": "0:8"}, 1.0),
+    "spectral-rotation": ({"slot": "0:8"}, 10.0),
+    "lora": ({}, 1.0),
+    "dora": ({}, 1.0),
+    "adalora": ({}, 3.0),
+    "orthogonal": ({"slot": "0:8"}, 1.0),
+    "oft": ({"rank": 8}, 1.0),
+    "svdiff": ({}, 10.0),
+    "lidb": ({}, 3.0),
+    "vera": ({}, 10.0),
+}
+SPREAD = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
+PLAIN = {"preservation": {"weight": 0.0}}
+
+
+def change_for(method: str) -> dict[str, Any]:
+    """The method's settings; without preservation, which costs each the same."""
+    return {"method": method, **METHODS[method][0], **PLAIN}
+
+
+@study(
+    "speed",
+    "Figs. 7, 10",
+    "The spectral adapters train as fast as LoRA and reach a concept's identity as soon or sooner.",
+    (90, 1.0),
+)
+def run(lab: Lab, quick: bool) -> Findings:
+    """Identity over training steps, and the seconds until each method reaches the identity all can be asked for."""
+    methods = ("spectral-additive", "lora") if quick else tuple(METHODS)
+    steps = (6, 12) if quick else STEPS
+    names = REPORTED[:1] if quick else (REPORTED[0], REPORTED[2], REPORTED[6])
+    curves: dict[str, list[float]] = {}
+    rows: list[Row] = []
+    sweeps: list[Row] = []
+    for method in methods:
+        middle = METHODS[method][1]
+        rate = middle
+        if not quick:
+            rates = [middle * factor for factor in SPREAD]
+            rate, trials = best_rate(lab, rates, TUNED[:1], **change_for(method), steps=120)
+            sweeps.append(
+                {"method": method, **{f"×{f:.2g}": t["identity"] for f, t in zip(SPREAD, trials)}, "best": rate}
+            )
+        ways, seconds, trained = [], [], 0
+        for length in steps:
+            change = {**change_for(method), **scaled(lab, rate), "steps": length}
+            found = {name: lab.alone(name, **change) for name in names}
+            trained = next(iter(found.values()))["trained"]
+            ways.append(sum(found[n]["identity"] - lab.generic(n)["identity"] for n in names) / len(names))
+            seconds.append(sum(f["seconds"] for f in found.values()) / len(names))
+        curves[method] = ways
+        rows.append({"method": method, "trained": trained, **{f"gain at {s}": w for s, w in zip(steps, ways)}})
+        lab.note(f"{method}: gain in identity {', '.join(f'{w:.3f}' for w in ways)} at {steps} steps")
+    wanted = 0.6 * max(max(ways) for ways in curves.values())
+    cost = steps_seconds(lab, methods)
+    for row in rows:
+        method = row["method"]
+        need = crossing(steps, curves[method], wanted)
+        row |= {  # type: ignore[operator]
+            f"steps to {wanted:.2f}": None if need is None else round(need),
+            "ms a step": round(1000 * cost[method][1]),
+            f"seconds to {wanted:.2f}": None if need is None else round(cost[method][0] + need * cost[method][1], 1),
+        }
+    tables = [Table("Gain in identity over the untouched base, by training steps", rows)]
+    if sweeps:
+        tables.append(Table("The sweeps: identity of a concept that is not reported, 120 steps", sweeps))
+    return Findings(tables, verdict(rows, wanted))
+
+
+def crossing(steps: Sequence[int], gains: Sequence[float], wanted: float) -> float | None:
+    """The step count at which a piecewise linear curve from (0, 0) first reaches a gain; None if it never does."""
+    x0, y0 = 0.0, 0.0
+    for x1, y1 in zip(steps, gains, strict=True):
+        if y1 >= wanted:
+            return x0 + (x1 - x0) * (wanted - y0) / max(y1 - y0, 1e-9)
+        x0, y0 = float(x1), y1
+    return None
+
+
+def steps_seconds(lab: Lab, methods: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Per method the seconds before the first step and those of one step, from a short and a longer run in turn."""
+    out: dict[str, tuple[float, float]] = {}
+    for method in methods:
+
+        def measure(method: str = method) -> dict[str, float]:
+            times = {}
+            base = lab.fresh()
+            for steps in (2, 22):
+                with tempfile.TemporaryDirectory() as folder:
+                    change = {**change_for(method), "steps": steps}
+                    config = lab.settings(REPORTED[0], change, Path(folder) / "a.safetensors")
+                    begun = time.perf_counter()
+                    train_to_file(config, base=base)
+                    times[steps] = time.perf_counter() - begun
+            each = (times[22] - times[2]) / 20
+            return {"before": times[2] - 2 * each, "step": each}
+
+        found = lab.cell("step-seconds", {"method": method}, measure)
+        out[method] = (found["before"], found["step"])
+    return out
+
+
+def verdict(rows: Sequence[Row], wanted: float) -> str:
+    """Who reaches the wanted gain, soonest first."""
+    key = f"seconds to {wanted:.2f}"
+    there = sorted((row for row in rows if row[key] is not None), key=lambda row: row[key])
+    never = [row["method"] for row in rows if row[key] is None]
+    who = ", ".join(f"{r['method']} ({r[key]:.0f} s)" for r in there) or "none"
+    text = f"A gain of {wanted:.2f} is reached by {who}"
+    return text + (f"; not by {', '.join(never)} within {STEPS[-1]} steps." if never else ".")

@@ -1,0 +1,79 @@
+"""The studies: statistics, what the lab keeps, and one study from photos to its page in its quick form."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from spectral_diffusion.cli import app
+from spectral_diffusion.errors import UserError
+from spectral_diffusion.experiments.lab import REPORTED, TUNED, Lab, recipe
+from spectral_diffusion.experiments.registry import all_studies
+from spectral_diffusion.experiments.report import markdown
+from spectral_diffusion.experiments.speed import crossing
+from spectral_diffusion.experiments.statistics import interval, share, told
+
+
+def test_intervals_hold_the_mean_and_shrink_with_more_values() -> None:
+    few, many = [0.0, 1.0, 0.4, 0.6], [0.0, 1.0, 0.4, 0.6] * 25
+    low, high = interval(few)
+    assert low < 0.5 < high and interval(many)[1] - interval(many)[0] < high - low
+    assert told([0.5, 0.5]) == "0.50 [0.50, 0.50]"
+    assert share([1.0, 2.0], [2.0, 4.0]) == "0.50 [0.50, 0.50]" and share([1.0], [-1.0]) == "—"
+
+
+def test_where_a_curve_reaches_a_gain() -> None:
+    assert crossing((10, 20), (0.2, 0.4), 0.1) == pytest.approx(5)
+    assert crossing((10, 20), (0.2, 0.4), 0.3) == pytest.approx(15)
+    assert crossing((10, 20), (0.2, 0.4), 0.5) is None
+
+
+def test_tables_show_dashes_and_put_numbers_right() -> None:
+    text = markdown([{"method": "a", "n": 1200, "x": 0.5}, {"method": "b", "n": None, "x": 0.25}])
+    assert text.splitlines()[1] == "| --- | ---: | ---: |" and "| b | — | 0.250 |" in text and "1,200" in text
+
+
+def test_what_was_measured_is_kept_and_time_is_capped(tmp_path: Path) -> None:
+    lab = Lab(folder=tmp_path, recipe=recipe("pocket", True))
+    made: list[int] = []
+
+    def compute() -> dict[str, int]:
+        made.append(1)
+        return {"x": len(made)}
+
+    assert lab.cell("one", {"a": 1}, compute) == lab.cell("one", {"a": 1}, compute) == {"x": 1}
+    assert lab.cell("one", {"a": 2}, compute) == {"x": 2}
+    lab.most = -1.0
+    assert lab.cell("one", {"a": 2}, compute) == {"x": 2}
+    with pytest.raises(UserError, match="run it again"):
+        lab.cell("one", {"a": 3}, compute)
+
+
+def test_nothing_is_tuned_on_what_is_reported() -> None:
+    assert not set(TUNED) & set(REPORTED) and len(REPORTED) == 8
+    quick, whole = recipe("pocket", True), recipe("pocket")
+    assert quick["train"]["steps"] < whole["train"]["steps"]
+    assert quick["train"]["preservation"]["nouns"] == whole["train"]["preservation"]["nouns"]
+
+
+def test_a_study_from_photos_to_its_page(tmp_path: Path) -> None:
+    more = ["--quick", "-o", str(tmp_path / "out"), "--work", str(tmp_path / "lab")]
+    result = CliRunner().invoke(app, ["experiment", "speed", *more])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "speed.json").read_text())
+    [rows] = found["tables"].values()
+    assert {row["method"] for row in rows} == {"spectral-additive", "lora"} and found["quick"]
+    page = (tmp_path / "out" / "speed.md").read_text()
+    assert "it proves nothing" in page and "| lora |" in page
+
+
+def test_every_study_says_what_it_is_of_the_paper() -> None:
+    result = CliRunner().invoke(app, ["experiment"])
+    assert result.exit_code == 0
+    for study in all_studies().values():
+        assert study.name in result.output and study.claim.endswith(".")
+    missing = CliRunner().invoke(app, ["experiment", "fusoin"])
+    assert isinstance(missing.exception, UserError) and "fusion" in str(missing.exception)
