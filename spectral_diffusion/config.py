@@ -143,54 +143,6 @@ class FuseConfig(Settings):
     device: str = "auto"
 
 
-class RegionConfig(Settings):
-    """A part of the picture with a prompt of its own."""
-
-    box: tuple[float, float, float, float]  # left, top, right, bottom; fractions of the picture
-    prompt: str
-    negative_prompt: str = ""
-
-    @field_validator("box")
-    @classmethod
-    def _inside(cls, value: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-        left, top, right, bottom = value
-        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            raise ValueError("a box is left, top, right, bottom with 0 <= left < right <= 1 and 0 <= top < bottom <= 1")
-        return value
-
-
-class GenerateConfig(Settings):
-    """Make pictures from a prompt, with adapters or a fused folder, optionally held to a sketch."""
-
-    prompt: str = ""
-    negative_prompt: str = ""
-    output: Path = Path("out.png")
-    base: str = "pocket"
-    adapters: dict[str, float] = {}  # adapter file to strength
-    sketch: Path | None = None
-    sketch_weight: float = Field(1.0, ge=0, le=4)
-    t2i_adapter: str | None = None  # folder or hub id; default: the base's own sketch adapter
-    regions: list[RegionConfig] = []
-    region_share: float = Field(0.0, ge=0, le=1)  # of the global prompt inside the regions
-    width: int | None = Field(None, ge=8, le=8192)
-    height: int | None = Field(None, ge=8, le=8192)
-    steps: int = Field(20, ge=1, le=1000)
-    guidance: float = Field(4.0, ge=0, le=50)
-    sampler: Literal["dpm", "ddim"] = "dpm"
-    seed: int = Field(0, ge=0, lt=2**31)
-    count: int = Field(1, ge=1, le=256)
-    allow_base: bool = False
-    device: str = "auto"
-    dtype: str = "float32"
-
-    @field_validator("width", "height")
-    @classmethod
-    def _divisible(cls, value: int | None) -> int | None:
-        if value is not None and value % 8:
-            raise ValueError("must be divisible by 8")
-        return value
-
-
 Model = TypeVar("Model", bound=Settings)
 
 

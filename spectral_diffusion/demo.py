@@ -10,13 +10,15 @@ from PIL import Image, ImageDraw
 
 from . import resources
 from .base import Base, load_base
-from .config import FuseConfig, GenerateConfig, RegionConfig, TrainConfig, build, read_yaml, to_yaml
+from .config import FuseConfig, TrainConfig, build, read_yaml, to_yaml
 from .data.folder import load_concept, open_photo
 from .files import write_text
 from .formats.native import load_adapter
 from .fusion.recipe import fuse_to_folder
-from .generation.conditions import read_sketch
-from .generation.pipeline import grid, put_on, sample, save_png
+from .generation.conditions import read_drawing
+from .generation.pictures import grid, save_png
+from .generation.pipeline import put_on, sample
+from .generation.scene import Condition, Region, Scene
 from .progress import Progress, silent
 from .training.run import train_to_file
 
@@ -47,7 +49,7 @@ def run_demo(
         note(warning)
     note(f"Fused into {fused}/.")
 
-    settings = build(GenerateConfig, preset["generate"], {"base": str(fused), "output": output / "together.png"})
+    settings = build(Scene, preset["generate"], {"base": str(fused), "output": output / "together.png"})
 
     def pictures(base: Base, name: str) -> list[Image.Image]:
         prompts = [f"a photo of {concepts[name].token} {place}" for place in PLACES]
@@ -62,29 +64,29 @@ def run_demo(
     after = {name: pictures(with_both, name) for name in CONCEPTS}
 
     sketch_path = resources.concepts() / "sketches" / SKETCH
-    sketch = read_sketch(sketch_path)
+    condition = Condition(file=sketch_path, weight=0.7)
+    sketch = read_drawing(condition)
     first, second = (concepts[name].token for name in CONCEPTS)
     scene = settings.model_copy(
         update={
             "prompt": f"{first} on the left and {second} on the right on the beach",
             "regions": [
-                RegionConfig(box=box, prompt=f"a photo of {token} on the beach")
+                Region(box=box, prompt=f"a photo of {token} on the beach")
                 for box, token in (((0.0, 0.0, 0.5, 1.0), first), ((0.5, 0.0, 1.0, 1.0), second))
             ],
-            "sketch": sketch_path,
-            "sketch_weight": 0.7,
+            "conditions": [condition],
             "width": 2 * with_both.size,
             "seed": 3,
         }
     )
-    both = sample(with_both, [scene.prompt] * 4, [scene.seed + i for i in range(4)], scene, progress, sketch)
+    both = sample(with_both, [scene.prompt] * 4, [scene.seed + i for i in range(4)], scene, progress, [sketch])
     save_png(both[0], scene.output, scene)
     write_text(output / "together.yaml", to_yaml(scene))
     sheet = contact_sheet(
         {name: [open_photo(photo.path) for photo in concept.photos[:4]] for name, concept in concepts.items()},
         alone,
         after,
-        sketch,
+        sketch.image,
         both,
     )
     path = output / "sheet.png"

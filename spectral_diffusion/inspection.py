@@ -15,7 +15,7 @@ from .adapter import Adapter
 from .errors import UserError
 from .formats.native import load_adapter
 from .fusion.recipe import load_adapters, overlaps, read_recipe, strength_of
-from .generation.pipeline import read_settings
+from .generation.pictures import read_settings
 from .linalg import cosine_between, frobenius_norm
 from .slot_map import draw_slots
 

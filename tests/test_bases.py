@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from spectral_diffusion.adapter import check_base
 from spectral_diffusion.architectures import build_meta, count_table
 from spectral_diffusion.base import load_base
-from spectral_diffusion.config import FuseConfig, GenerateConfig, PreservationConfig, RegionConfig, TrainConfig
+from spectral_diffusion.config import FuseConfig, PreservationConfig, TrainConfig
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.files import read_tensors, write_tensors
@@ -29,6 +29,7 @@ from spectral_diffusion.formats.checkpoint import checkpoint_tensors, unet_tenso
 from spectral_diffusion.formats.native import load_adapter
 from spectral_diffusion.fusion.recipe import fuse_to_folder
 from spectral_diffusion.generation.pipeline import put_on, sample
+from spectral_diffusion.generation.scene import Region, Scene
 from spectral_diffusion.pocket.workshop.models import build_tokenizer
 from spectral_diffusion.training.conditioning import Conditioner
 from spectral_diffusion.training.run import train_to_file
@@ -100,9 +101,7 @@ def test_train_load_fuse_and_draw(photos: Path, folder: Path, tmp_path: Path) ->
     unfused = load_base(str(folder), "cpu")
     put_on(unfused, [(loaded, 1.0)])
     prompt = f"a photo of {loaded.token} on the beach"
-    config = GenerateConfig(
-        steps=2, guidance=3.0, device="cpu", regions=[RegionConfig(box=(0, 0, 0.5, 1), prompt="a cup")]
-    )
+    config = Scene(steps=2, guidance=3.0, device="cpu", regions=[Region(box=(0, 0, 0.5, 1), prompt="a cup")])
     pictures = [
         np.asarray(sample(base, [prompt], [1], config)[0], float)
         for base in (fused, unfused, load_base(str(folder), "cpu"))

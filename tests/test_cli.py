@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 
 import spectral_diffusion
 from spectral_diffusion import cli, resources
-from spectral_diffusion.config import FuseConfig, GenerateConfig, TrainConfig, build, read_yaml, to_yaml
+from spectral_diffusion.config import FuseConfig, TrainConfig, build, read_yaml, to_yaml
 from spectral_diffusion.data.folder import load_concept
+from spectral_diffusion.generation.scene import Scene
 from spectral_diffusion.training.run import train_to_file
 
 PACKAGE = Path(spectral_diffusion.__file__).parent
@@ -219,7 +220,7 @@ def test_every_preset_loads(path: Path) -> None:
     assert set(parts) <= {"train", "fuse", "generate"}
     build(TrainConfig, parts.get("train", {}), {"concept": "x", "output": "y"})
     build(FuseConfig, parts.get("fuse", {}), {"adapters": ["x"], "output": "y"})
-    config = build(GenerateConfig, parts.get("generate", {}))
+    config = build(Scene, parts.get("generate", {}))
     assert "steps" in to_yaml(config)
 
 

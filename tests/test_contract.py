@@ -13,12 +13,13 @@ from torch import nn
 
 from spectral_diffusion.adapter import Adapter, check_base
 from spectral_diffusion.base import load_base
-from spectral_diffusion.config import FuseConfig, GenerateConfig, TrainConfig
+from spectral_diffusion.config import FuseConfig, TrainConfig
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.files import read_tensors
 from spectral_diffusion.formats.native import load_adapter
 from spectral_diffusion.fusion.recipe import fuse_to_folder
 from spectral_diffusion.generation.pipeline import put_on, sample
+from spectral_diffusion.generation.scene import Scene
 from spectral_diffusion.inspection import inspect_path
 from spectral_diffusion.linalg import cayley_change, top_band
 from spectral_diffusion.methods import all_methods, get_method
@@ -66,7 +67,7 @@ def test_every_method_from_photos_to_a_picture(photos: Path, tiny_base: Path, tm
     for layer, weight in fused.weights().items():
         assert torch.allclose(weight - weights[layer], loaded.factors(layer, weights[layer]).delta(), atol=1e-5)
     put_on(unfused, [(loaded, 1.0)])
-    draw = GenerateConfig(steps=2, guidance=3.0, device="cpu")
+    draw = Scene(steps=2, guidance=3.0, device="cpu")
     pictures = [
         np.asarray(sample(one, [f"a photo of {loaded.token}"], [1], draw)[0], float) for one in (fused, unfused)
     ]

@@ -15,7 +15,6 @@ from spectral_diffusion.config import TrainConfig
 from spectral_diffusion.data.folder import load_concept, open_photo
 from spectral_diffusion.data.samples import keyed_generator, photo_of, random_crop
 from spectral_diffusion.errors import UserError
-from spectral_diffusion.generation.conditions import clean_sketch
 
 
 def test_captions_come_from_metadata_then_text_then_template(tmp_path: Path) -> None:
@@ -94,10 +93,3 @@ def test_every_photo_is_seen_once_an_epoch() -> None:
     seen = [photo_of(step, sample, 7, config) for step in range(7) for sample in range(3)]
     assert all(sorted(seen[start : start + 7]) == list(range(7)) for start in (0, 7, 14))
     assert seen[:7] != seen[7:14] or seen[7:14] != seen[14:]
-
-
-def test_a_black_on_white_sketch_is_turned_round() -> None:
-    drawing = Image.new("L", (8, 8), 255)
-    drawing.putpixel((2, 2), 0)
-    assert clean_sketch(drawing).getpixel((2, 2)) == 255
-    assert clean_sketch(clean_sketch(drawing)).getpixel((0, 0)) == 0

@@ -13,12 +13,13 @@ from PIL import Image, ImageDraw
 
 from spectral_diffusion import pocket
 from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import GenerateConfig
 from spectral_diffusion.demo import run_demo
 from spectral_diffusion.formats.native import load_adapter
 from spectral_diffusion.fusion.recipe import read_recipe
+from spectral_diffusion.generation.conditions import Drawing
 from spectral_diffusion.generation.keypose import draw_keypose
 from spectral_diffusion.generation.pipeline import sample
+from spectral_diffusion.generation.scene import Scene
 from spectral_diffusion.pocket.workshop import puppets
 from spectral_diffusion.pocket.workshop.world import COLOURS, vocabulary
 
@@ -29,8 +30,9 @@ def base() -> Base:
 
 
 def draw(base: Base, prompts: list[str], sketch: Image.Image | None = None, **more: object) -> np.ndarray:
-    config = GenerateConfig(steps=12, device="cpu", **more)  # type: ignore[arg-type]
-    images = sample(base, prompts, list(range(len(prompts))), config, sketch=sketch)
+    config = Scene(steps=12, device="cpu", **more)  # type: ignore[arg-type]
+    drawings = [Drawing(sketch)] if sketch else []
+    images = sample(base, prompts, list(range(len(prompts))), config, drawings=drawings)
     return np.stack([np.asarray(image, dtype=np.float32) for image in images]) / 255
 
 

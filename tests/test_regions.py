@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
-from PIL import Image
+from torch import nn
 
+from spectral_diffusion.adapted import put_on
 from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import GenerateConfig, RegionConfig
+from spectral_diffusion.config import TrainConfig
 from spectral_diffusion.errors import UserError
-from spectral_diffusion.generation.pipeline import generate_to_file, read_settings, sample
-from spectral_diffusion.generation.regions import Region, RegionalCrossAttention, grid_of
+from spectral_diffusion.generation.pipeline import sample
+from spectral_diffusion.generation.regions import Area, Regional, RegionalAttention, bound_hook, cells_in, grid_of
+from spectral_diffusion.generation.scene import Region, Scene
+from spectral_diffusion.linalg import Factors
+from spectral_diffusion.training.run import train_to_file
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 LEFT, RIGHT, MIDDLE = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.25, 0.0, 0.75, 1.0)
@@ -25,8 +29,8 @@ def base(tiny_base: Path) -> Base:
     return load_base(str(tiny_base), "cpu")
 
 
-def picture(base: Base, prompt: str, regions: list[RegionConfig] | None = None, **more: object) -> np.ndarray:
-    config = GenerateConfig(steps=3, device="cpu", regions=regions or [], **more)  # type: ignore[arg-type]
+def picture(base: Base, prompt: str, regions: list[Region] | None = None, **more: object) -> np.ndarray:
+    config = Scene(steps=3, device="cpu", regions=regions or [], **more)  # type: ignore[arg-type]
     return np.stack([np.asarray(image) for image in sample(base, [prompt] * 2, [1, 2], config)])
 
 
@@ -34,21 +38,23 @@ def test_one_region_over_everything_is_that_prompt_alone(base: Base) -> None:
     before = base.pipeline.unet.attn_processors
     alone = picture(base, "a red dog", guidance=3.0)
     other = picture(base, "a blue cat", guidance=3.0)
-    covered = picture(base, "a blue cat", [RegionConfig(box=WHOLE, prompt="a red dog")], guidance=3.0)
+    covered = picture(base, "a blue cat", [Region(box=WHOLE, prompt="a red dog")], guidance=3.0)
     assert np.array_equal(alone, covered) and not np.array_equal(alone, other)
     assert base.pipeline.unet.attn_processors == before
     assert np.array_equal(picture(base, "a blue cat", guidance=3.0), other)
-    shared = [RegionConfig(box=WHOLE, prompt="a red dog")]
+    shared = [Region(box=WHOLE, prompt="a red dog")]
     assert np.abs(picture(base, "a blue cat", shared, guidance=3.0, region_share=1.0).astype(int) - other).max() <= 1
 
 
-def attention(regions: list[Region], pictures: int, batch: int, cells: int = 32) -> tuple[torch.Tensor, ...]:
+def attention(areas: list[tuple[float, ...]], pictures: int, batch: int, **more: float) -> tuple[torch.Tensor, ...]:
+    """Regional cross-attention over 4 × 8 cells beside the plain one, and every area's prompts alone."""
     torch.manual_seed(0)
     attn = Attention(8, cross_attention_dim=6, heads=2, dim_head=4)
-    hidden, text = torch.randn(batch, cells, 8), torch.randn(batch, 5, 6)
-    positive, negative = torch.randn(len(regions), 1, 5, 6), torch.randn(len(regions), 1, 5, 6)
+    hidden, text = torch.randn(batch, 32, 8), torch.randn(batch, 5, 6)
+    positive, negative = torch.randn(len(areas), 5, 6), torch.randn(len(areas), 5, 6)
     plain = AttnProcessor()
-    processor = RegionalCrossAttention(plain, regions, positive, negative, (4, 8), pictures)
+    held = [Area(box, p, n) for box, p, n in zip(areas, positive, negative, strict=True)]
+    processor = RegionalAttention(plain, Regional(held, (4, 8), pictures, **more))
 
     def alone(which: torch.Tensor) -> torch.Tensor:
         return plain(attn, hidden, which.expand(batch, -1, -1))
@@ -63,7 +69,7 @@ def attention(regions: list[Region], pictures: int, batch: int, cells: int = 32)
 
 
 def test_outside_is_global_inside_is_the_regions_own_and_overlaps_are_averaged() -> None:
-    out, plain, left, middle, *_ = attention([Region(LEFT, "a"), Region(MIDDLE, "b")], pictures=2, batch=2)
+    out, plain, left, middle, *_ = attention([LEFT, MIDDLE], pictures=2, batch=2)
     out, plain, left, middle = (t.view(2, 4, 8, 8) for t in (out, plain, left, middle))
     assert torch.allclose(out[:, :, 6:], plain[:, :, 6:])
     assert torch.allclose(out[:, :, :2], left[:, :, :2], atol=1e-6)
@@ -71,12 +77,36 @@ def test_outside_is_global_inside_is_the_regions_own_and_overlaps_are_averaged()
     assert torch.allclose(out[:, :, 2:4], (left + middle)[:, :, 2:4] / 2, atol=1e-6)
 
 
+def test_a_share_of_the_global_prompt_acts_inside() -> None:
+    out, plain, left, _ = attention([LEFT], pictures=2, batch=2, share=0.25)
+    out, plain, left = (t.view(2, 4, 8, 8) for t in (out, plain, left))
+    assert torch.allclose(out[:, :, :4], 0.75 * left[:, :, :4] + 0.25 * plain[:, :, :4], atol=1e-6)
+    assert torch.allclose(out[:, :, 4:], plain[:, :, 4:])
+
+
 def test_the_unconditional_half_reads_the_negative_prompts() -> None:
-    out, plain, positive, negative = attention([Region(RIGHT, "a")], pictures=1, batch=2)
+    out, plain, positive, negative = attention([RIGHT], pictures=1, batch=2)
     out, plain, positive, negative = (t.view(2, 4, 8, 8) for t in (out, plain, positive, negative))
     assert torch.allclose(out[:, :, :4], plain[:, :, :4])
     assert torch.allclose(out[0, :, 4:], negative[0, :, 4:], atol=1e-6)
     assert torch.allclose(out[1, :, 4:], positive[1, :, 4:], atol=1e-6)
+
+
+def test_isolated_regions_attend_to_themselves_only() -> None:
+    torch.manual_seed(0)
+    attn, hidden = Attention(8, heads=2, dim_head=4), torch.randn(2, 32, 8)
+    text = torch.zeros(5, 6)
+    state = Regional([Area(LEFT, text, text)], (4, 8), 2, isolation=1.0)
+    with torch.no_grad():
+        out = RegionalAttention(AttnProcessor(), state)(attn, hidden).view(2, 4, 8, 8)
+        moved = hidden.view(2, 4, 8, 8).clone()
+        moved[:, :, 4:] += 1.0  # whatever happens outside does not reach in
+        again = RegionalAttention(AttnProcessor(), state)(attn, moved.view(2, 32, 8)).view(2, 4, 8, 8)
+        assert torch.allclose(out[:, :, :4], again[:, :, :4], atol=1e-6)
+        assert not torch.allclose(out[:, :, 4:], again[:, :, 4:], atol=1e-3)
+        state.step = 5
+        state.window = (0, 5)
+        assert torch.equal(RegionalAttention(AttnProcessor(), state)(attn, hidden), AttnProcessor()(attn, hidden))
 
 
 def test_every_level_of_an_odd_picture_finds_its_grid() -> None:
@@ -87,21 +117,76 @@ def test_every_level_of_an_odd_picture_finds_its_grid() -> None:
         grid_of(50, 14, 18)
 
 
-def test_regions_in_files_and_on_the_command_line(tiny_base: Path, tmp_path: Path) -> None:
-    config = GenerateConfig(
-        prompt="a beach", output=tmp_path / "a.png", base=str(tiny_base), steps=2, device="cpu", width=24,
-        regions=[RegionConfig(box=LEFT, prompt="<rex>"), RegionConfig(box=RIGHT, prompt="a cup")],
+def test_a_mask_is_the_box_it_paints() -> None:
+    mask = torch.zeros(64, 128)
+    mask[16:48, 64:] = 1
+    for height, width in ((16, 32), (4, 8)):
+        assert torch.equal(cells_in(mask, height, width), cells_in((0.5, 0.25, 1.0, 0.75), height, width))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (24, 40)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_any_size_and_number_of_pictures(base: Base, size: tuple[int, int], count: int) -> None:
+    regions = [Region(box=LEFT, prompt="a red dog"), Region(box=MIDDLE, prompt="a cup", negative_prompt="blue")]
+    scene = Scene(
+        steps=2, device="cpu", regions=regions, region_isolation=0.5, width=size[1], height=size[0], guidance=1.0
+    )
+    assert all(
+        image.size == (size[1], size[0]) for image in sample(base, ["a beach"] * count, list(range(count)), scene)
+    )
+
+
+def change(outside: int, inside: int, seed: int) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    return Factors(torch.randn(outside, 2, generator=generator), torch.randn(2, inside, generator=generator))
+
+
+def test_a_bound_change_touches_its_own_cells_alone_and_overlaps_are_averaged() -> None:
+    text, name = torch.zeros(5, 6), "unet.attn1.to_q"
+    one, two = change(6, 8, 1), change(6, 8, 2)
+    state = Regional([Area(LEFT, text, text, {name: one}), Area(MIDDLE, text, text, {name: two})], (4, 8), 1)
+    layer, x = nn.Linear(8, 6, bias=False), torch.randn(2, 32, 8)
+    with torch.no_grad():
+        plain = layer(x)
+        added = (bound_hook(name, state)(layer, (x,), plain) - plain).view(2, 4, 8, 6)  # type: ignore[operator]
+        first, second = ((x @ f.delta().mT).view(2, 4, 8, 6) for f in (one, two))
+    assert float(added[:, :, 6:].abs().max()) == 0
+    assert torch.allclose(added[:, :, :2], first[:, :, :2], atol=1e-5)
+    assert torch.allclose(added[:, :, 2:4], (first + second)[:, :, 2:4] / 2, atol=1e-5)
+    assert torch.allclose(added[:, :, 4:6], second[:, :, 4:6], atol=1e-5)
+
+    convolution, pixels = nn.Conv2d(8, 6, 3, padding=1, bias=False), torch.randn(1, 8, 4, 8)
+    kernel = change(6, 72, 3)
+    state = Regional([Area(LEFT, text, text, {name: kernel})], (4, 8), 1)
+    with torch.no_grad():
+        plain = convolution(pixels)
+        added = bound_hook(name, state)(convolution, (pixels,), plain) - plain  # type: ignore[operator]
+        whole = nn.functional.conv2d(pixels, kernel.delta().view(6, 8, 3, 3), padding=1)
+    assert torch.allclose(added[..., :4], whole[..., :4], atol=1e-4) and float(added[..., 4:].abs().max()) == 0
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention+feed-forward+projection+conv"])
+def test_an_adapter_bound_to_everything_is_that_adapter(tiny_base: Path, photos: Path, targets: str) -> None:
+    adapter = train_to_file(
+        TrainConfig(
+            concept=photos, output=photos / "a.safetensors", base=str(tiny_base), rank=2, steps=4, device="cpu",
+            targets=targets, learning_rate=0.1, text_encoder_learning_rate=0.1,
+        )
     )  # fmt: skip
-    notes: list[str] = []
-    generate_to_file(config, note=notes.append)
-    assert any("<rex> is no token" in note for note in notes)
-    settings = read_settings(tmp_path / "a.png")
-    again = GenerateConfig(**settings).model_copy(update={"output": tmp_path / "b.png"})
-    generate_to_file(again)
-    with Image.open(tmp_path / "a.png") as one, Image.open(tmp_path / "b.png") as two:
-        assert np.array_equal(np.asarray(one), np.asarray(two))
-    with pytest.raises(UserError, match="is too small for this picture"):
-        generate_to_file(config.model_copy(update={"regions": [RegionConfig(box=(0, 0, 0.01, 1), prompt="x")]}))
-    for box in ((0.5, 0, 0.5, 1), (0, 0, 1.5, 1), (-0.1, 0, 1, 1)):
-        with pytest.raises(ValueError, match="a box is left, top, right, bottom"):
-            RegionConfig(box=box, prompt="x")
+    prompt, plain, everywhere, bound = "a photo of <rex>", *(load_base(str(tiny_base), "cpu") for _ in range(3))
+    scene = Scene(steps=3, guidance=3.0, device="cpu")
+    put_on(everywhere, [(adapter, 0.8)])
+    for base in (plain, bound):
+        base.install(adapter.token, adapter.vectors)
+    wanted = np.asarray(sample(everywhere, [prompt], [1], scene)[0], float)
+    over = scene.model_copy(update={"regions": [Region(box=WHOLE, prompt=prompt)]})
+    found = np.asarray(sample(bound, ["a cup"], [1], over, bound=[[(adapter, 0.8)]])[0], float)
+    without = np.asarray(sample(plain, [prompt], [1], scene)[0], float)
+    assert np.abs(found - wanted).max() <= 1 and np.abs(without - wanted).max() > 3
+    again = np.asarray(sample(bound, [prompt], [1], scene)[0], float)
+    assert np.array_equal(again, without)  # nothing is left behind
+
+
+def test_too_small_regions_are_refused(base: Base) -> None:
+    with pytest.raises(UserError, match="Region 1 is too small for this picture"):
+        picture(base, "a beach", [Region(box=(0, 0, 0.01, 1), prompt="x")])

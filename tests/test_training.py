@@ -17,12 +17,14 @@ from PIL import Image
 
 from spectral_diffusion.adapter import Adapter, check_base
 from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import GenerateConfig, TrainConfig
+from spectral_diffusion.config import TrainConfig
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.errors import NotFiniteError, UserError
 from spectral_diffusion.files import read_tensors, write_tensors
 from spectral_diffusion.formats.native import DIGEST, digest, load_adapter, save_adapter
+from spectral_diffusion.generation.conditions import Drawing
 from spectral_diffusion.generation.pipeline import sample
+from spectral_diffusion.generation.scene import Scene
 from spectral_diffusion.progress import Event
 from spectral_diffusion.slots import Ledger
 from spectral_diffusion.tokens import collapse, embedding_of, expand, install, known_tokens, words
@@ -218,11 +220,11 @@ def test_pictures_are_conditioned_on_the_words_that_were_trained(
     encoder = base.models["text_encoder"]
     encoder.register_forward_pre_hook(lambda module, inputs: read.extend(inputs[0].tolist()))
     adapter = T2IAdapter(in_channels=1, channels=[16, 24], num_res_blocks=1, downscale_factor=2)
-    monkeypatch.setattr("spectral_diffusion.generation.pipeline.load_t2i_adapter", lambda base, name: adapter)
+    monkeypatch.setattr("spectral_diffusion.generation.conditions.load_t2i_adapter", lambda base, name, kind: adapter)
     for prompt in ("a photo of <rex> on the beach", "a photo of <rex> <rex>_1 on the beach"):
         read.clear()
-        config = GenerateConfig(steps=1, guidance=3.0, device="cpu")
-        sample(base, [prompt], [0], config, sketch=Image.new("L", (16, 16)) if sketched else None)
+        config = Scene(steps=1, guidance=3.0, device="cpu")
+        sample(base, [prompt], [0], config, drawings=[Drawing(Image.new("L", (16, 16)))] if sketched else [])
         assert wanted in read
 
 

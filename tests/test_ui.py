@@ -14,7 +14,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from spectral_diffusion.errors import UserError
-from spectral_diffusion.generation.pipeline import read_settings
+from spectral_diffusion.generation.pictures import read_settings
 from spectral_diffusion.progress import Event
 from spectral_diffusion.ui import controllers
 from spectral_diffusion.ui.controllers import Teller, Workspace

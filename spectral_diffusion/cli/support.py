@@ -67,31 +67,25 @@ def numbers(pairs: list[str] | None, option: str) -> dict[str, float] | None:
     return out
 
 
-def regions(texts: list[str] | None) -> list[dict[str, Any]] | None:
-    """``["0,0,0.5,1:<rex> on the grass"]`` to region settings."""
-    if not texts:
-        return None
-    out = []
-    for text in texts:
-        box, colon, prompt = text.partition(":")
-        try:
-            sides = [float(side) for side in box.split(",")]
-        except ValueError:
-            sides = []
-        if not colon or len(sides) != 4 or not prompt.strip():
-            raise UserError(f"--region '{text}' is not understood; write LEFT,TOP,RIGHT,BOTTOM:PROMPT with fractions.")
-        out.append({"box": sides, "prompt": prompt.strip()})
-    return out
+def resolve(
+    model: Any,
+    verb: str,
+    config: str | None,
+    flags: dict[str, Any],
+    overrides: list[str] | None,
+    held: dict[str, Any] | None = None,
+    source: str = "",
+) -> Any:
+    """Preset or file, then what a scene held (read from ``source``), then flags, then key=value.
 
-
-def resolve(model: Any, verb: str, config: str | None, flags: dict[str, Any], overrides: list[str] | None) -> Any:
-    """Preset or file, then flags, then key=value. Without --config the pocket base brings its preset."""
+    Without --config the pocket base brings its preset.
+    """
     from ..config import build, parse_overrides, read_yaml
     from ..resources import preset
 
     changes = parse_overrides(overrides or [])
     chosen = config
-    if chosen is None and _is_pocket(str(changes.get("base", flags.get("base", "pocket")))):
+    if chosen is None and _is_pocket(str(changes.get("base", flags.get("base", (held or {}).get("base", "pocket"))))):
         chosen = "pocket"
     layer: dict[str, Any] = {}
     if chosen is not None:
@@ -101,6 +95,8 @@ def resolve(model: Any, verb: str, config: str | None, flags: dict[str, Any], ov
             layer = layer.get(verb) or {}
             if not isinstance(layer, dict):
                 raise UserError(f"The part '{verb}' of {chosen} must hold key: value lines.")
+    if held:
+        return build(model, held, {k: v for k, v in layer.items() if k not in held}, flags, changes, file=source)
     return build(model, layer, flags, changes, file=config or "")
 
 

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
+from .conditions import train_condition
 from .experiments import experiment
 from .pocket import pocket_app
-from .support import given, numbers, plain, progress_bar, regions, resolve, say, stop_signals, table_of, text_of
+from .scenes import conditions, conditions_app, regions, scene_source, source_of
+from .support import given, numbers, plain, progress_bar, resolve, say, stop_signals, table_of, text_of
 
 app = typer.Typer(
     name="spectral-diffusion",
@@ -24,7 +26,9 @@ app = typer.Typer(
 slots_app = typer.Typer(help="Which columns of the spectrum belong to which concept.", no_args_is_help=True)
 app.add_typer(slots_app, name="slots")
 app.add_typer(pocket_app, name="pocket")
+app.add_typer(conditions_app, name="conditions")
 app.command()(experiment)
+app.command("train-condition")(train_condition)
 
 ConfigOption = Annotated[
     str | None, typer.Option("--config", help="A YAML file, or a preset by name (pocket, sd15-12gb, …).")
@@ -190,40 +194,56 @@ def unfuse(
 
 @app.command()
 def generate(
-    overrides: Overrides = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="A scene (.yaml), a picture made here (.png), a region file (.txt); then key=value."),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="What to draw; tokens such as <rex> name your concepts.")] = None,
     base: Annotated[
         str | None, typer.Option(help="pocket, a fused or diffusers folder, a hub id, a checkpoint.")
     ] = None,
     adapter: Annotated[list[str] | None, typer.Option(help="FILE or FILE=0.8; may be repeated.")] = None,
-    sketch: Annotated[Path | None, typer.Option(help="A drawing that says where things are.")] = None,
+    sketch: Annotated[list[str] | None, typer.Option(help="A drawing that says where things are: FILE[=0.8].")] = None,
+    keypose: Annotated[list[str] | None, typer.Option(help="A skeleton, drawn or as keypoints: FILE[=0.8].")] = None,
     region: Annotated[list[str] | None, typer.Option(help='"0,0,0.5,1:PROMPT", a box in fractions; repeat.')] = None,
+    mapping: Annotated[list[str] | None, typer.Option("--map", help="'<token>'='a person', in a region file.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The picture to write (.png).")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same picture.")] = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, …")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out pictures that are there already.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a scene file and stop.")] = False,
     allow_base: Annotated[bool, typer.Option("--allow-base", help="Accept a close relative of the base.")] = False,
     device: DeviceOption = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Make pictures from a prompt, with adapters or a fused folder, held to a sketch if you like."""
-    flags = given(
-        prompt=prompt, base=base, adapters=numbers(adapter, "--adapter"), sketch=text_of(sketch),
-        regions=regions(region), output=text_of(output), seed=seed, count=count, width=width, height=height,
-        device=device, dtype=dtype, allow_base=allow_base or None,
-    )  # fmt: skip
-    from ..config import GenerateConfig, to_yaml
+    """Draw a scene: a prompt, adapters or a fused folder, regions, sketches and keyposes."""
+    from ..generation.scene import Scene
 
-    settings = resolve(GenerateConfig, "generate", config, flags, overrides)
+    if schema:
+        typer.echo(json.dumps(Scene.model_json_schema(), indent=2))
+        return
+    from ..config import to_yaml
     from ..files import write_text
     from ..generation.pipeline import generate_to_file
 
-    with progress_bar() as progress:
-        paths = generate_to_file(settings, progress, note=say)
+    source, overrides = source_of(words)
+    held = scene_source(source, base, mapping) if source else {}
+    flags = given(
+        prompt=prompt, base=base, adapters=numbers(adapter, "--adapter"), regions=regions(region),
+        conditions=conditions(sketch, keypose), output=text_of(output), seed=seed, count=count, width=width,
+        height=height, device=device, dtype=dtype, allow_base=allow_base or None,
+    )  # fmt: skip
+    if (seed is not None or count is not None) and held:  # they replace the seeds that a picture was drawn with
+        held = {key: value for key, value in held.items() if key not in {"seeds", "keep"}}
+    settings = resolve(Scene, "generate", config, flags, overrides, held, str(source or ""))
+    with progress_bar() as progress, stop_signals() as should_stop:
+        paths = generate_to_file(settings, progress, say, should_stop, resume=resume)
     write_text(settings.output.with_suffix(".yaml"), to_yaml(settings))
-    say(f"Wrote {', '.join(map(str, paths))}.")
+    shown = [*paths[:1], f"{len(paths) - 1} pictures beside it"] if len(paths) > 9 else paths
+    say(f"Wrote {', '.join(map(str, shown))}.")
 
 
 @app.command()

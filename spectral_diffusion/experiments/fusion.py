@@ -14,7 +14,7 @@ from ..adapter import Adapter
 from ..config import FuseConfig
 from ..evaluation.identity import embed
 from ..fusion.recipe import fuse_adapters
-from ..generation.pipeline import grid
+from ..generation.pictures import grid
 from .lab import REPORTED, TUNED, Figures, Lab, best_rate, scaled
 from .registry import Findings, Row, Table, study
 from .statistics import share, told

@@ -17,7 +17,7 @@ from .. import resources
 from ..adapted import put_on
 from ..adapter import Adapter
 from ..base import Base, load_base
-from ..config import GenerateConfig, TrainConfig, build, read_yaml
+from ..config import TrainConfig, build, read_yaml
 from ..data.folder import Concept, load_concept, open_photo
 from ..errors import UserError
 from ..evaluation.identity import IdentityEncoder, likeness, load_identity_encoder
@@ -25,6 +25,7 @@ from ..evaluation.judges import judge_pictures, load_judge
 from ..files import write_json
 from ..formats.native import load_adapter
 from ..generation.pipeline import sample
+from ..generation.scene import Scene
 from ..progress import Progress, silent
 from ..spectrum import cache_folder
 from ..training.run import train_to_file
@@ -92,8 +93,8 @@ class Lab:
         return load_identity_encoder()
 
     @cached_property
-    def pictures_config(self) -> GenerateConfig:
-        return build(GenerateConfig, dict(self.recipe.get("generate", {})), {"base": self.base_name})
+    def pictures_config(self) -> Scene:
+        return build(Scene, dict(self.recipe.get("generate", {})), {"base": self.base_name})
 
     def concept(self, name: str) -> Concept:
         """A ready-made concept."""

@@ -1,61 +1,174 @@
-"""Conditions: a sketch, white on black, that a T2I-Adapter turns into feature maps."""
+"""Conditions: drawings that T2I-Adapters turn into feature maps, several of them with weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from diffusers import T2IAdapter
+import torch
+from diffusers import MultiAdapter, StableDiffusionXLPipeline, T2IAdapter
 from PIL import Image
+from torch import Tensor
 
 from .. import pocket
 from ..base import Base, quiet
 from ..data.folder import open_photo
 from ..errors import UserError, reason
 from ..fusion.recipe import read_recipe
+from .extract import are_fractions, clean_strokes, read_keypoints
+from .keypose import draw_keypose
+from .regions import cells_in
+from .scene import Box, Condition, Kind, Region
 
-SKETCH_SD15 = "TencentARC/t2iadapter_sketch_sd15v2"
+HUB = {  # the T2I-Adapters of Stable Diffusion 1.x and XL, by kind
+    "sketch": ("TencentARC/t2iadapter_sketch_sd15v2", "TencentARC/t2i-adapter-sketch-sdxl-1.0"),
+    "keypose": ("TencentARC/t2iadapter_openpose_sd14v1", "TencentARC/t2i-adapter-openpose-sdxl-1.0"),
+}
+
+
+@dataclass
+class Drawing:
+    """A condition whose file has been read, and its T2I-Adapter once it is loaded."""
+
+    image: Image.Image
+    kind: Kind = "sketch"
+    weight: float = 1.0
+    adapter: str | None = None
+    name: str = ""
+    network: T2IAdapter | None = None
+
+    def at(self, width: int, height: int) -> Image.Image:
+        """The drawing at a picture's size, with as many channels as its adapter reads."""
+        image = self.image.resize((width, height), Image.Resampling.BILINEAR)
+        channels = self.network.config["in_channels"] if self.network is not None else 3
+        return image.convert("L" if channels == 1 else "RGB")
+
+
+def read_drawing(condition: Condition) -> Drawing:
+    """Read a condition's file: a sketch either way round, a keypose picture, or keypoints as JSON.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = condition.file
+    if condition.kind == "sketch":
+        image = read_sketch(path)
+    elif path.suffix.lower() == ".json":
+        image = drawn_people(*read_keypoints(path))
+    else:
+        image = open_on_black(path)
+    return Drawing(image, condition.kind, condition.weight, condition.adapter, path.name)
+
+
+def drawn_people(people: Sequence[np.ndarray], size: tuple[int, int] | None, side: int = 512) -> Image.Image:
+    """Keypoints as OpenPose draws them; without a canvas on one that holds them, or that they are fractions of."""
+    if size is None:
+        furthest, fractions = np.nanmax(np.concatenate(people), axis=0), are_fractions(people)
+        size = (side, side) if fractions else (int(furthest[0]) + 1, int(furthest[1]) + 1)
+        people = [person * side for person in people] if fractions else people
+    return draw_keypose(people, *size)
+
+
+def open_on_black(path: Path) -> Image.Image:
+    """A keypose picture as RGB; transparency is black, as OpenPose draws.
+
+    Raises:
+        UserError: not a readable image.
+    """
+    open_photo(path)  # refuses what is broken or unreasonable
+    with Image.open(path) as image:
+        layered = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layered.size, "black"), layered).convert("RGB")
 
 
 def read_sketch(path: Path) -> Image.Image:
-    """A drawing as L, white strokes on black; black on white is turned round."""
-    return clean_sketch(open_photo(path))
+    """A drawing as L, white strokes on black, whichever way round it came.
+
+    Raises:
+        UserError: not a readable image.
+    """
+    open_photo(path)
+    with Image.open(path) as image:
+        return clean_strokes(image)
 
 
-def clean_sketch(image: Image.Image) -> Image.Image:
-    """White strokes on black, whichever way round the drawing came."""
-    gray = image.convert("L")
-    if float(np.asarray(gray).mean()) > 127:
-        gray = Image.eval(gray, lambda value: 255 - value)
-    return gray
-
-
-def own_sketch_adapter(base: str) -> str:
-    """The sketch adapter that belongs to a base: one inside its folder, the fused base's, or SD 1.5's."""
+def own_adapter(base: Base, kind: Kind) -> str:
+    """The T2I-Adapter that belongs to a base: one inside its folder, the fused base's, or the official one."""
+    name = base.name
     for _ in range(8):  # a fusion of a fusion of …
-        if base == "pocket":
-            return str(pocket.t2i_sketch())
-        if (inside := Path(base) / "t2i_sketch").is_dir():
+        if name == "pocket":
+            return str(pocket.path() / f"t2i_{kind}")
+        if (inside := Path(name) / f"t2i_{kind}").is_dir():
             return str(inside)
-        recipe = read_recipe(Path(base)) if Path(base).is_dir() else None
+        recipe = read_recipe(Path(name)) if Path(name).is_dir() else None
         if recipe is None:
             break
-        base = str(recipe["base"])
-    return SKETCH_SD15
+        name = str(recipe["base"])
+    return HUB[kind][isinstance(base.pipeline, StableDiffusionXLPipeline)]
 
 
-def load_t2i_adapter(base: Base, name: str | None) -> T2IAdapter:
-    """The named T2I-Adapter (folder or hub id), or the one that belongs to the base.
+def load_t2i_adapter(base: Base, name: str | None, kind: Kind = "sketch") -> T2IAdapter:
+    """The named T2I-Adapter (folder or hub id), or the one that belongs to the base; ``pocket`` is the pocket base's.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    name = name or own_sketch_adapter(base.name)
+    name = str(pocket.path() / f"t2i_{kind}") if name == "pocket" else name or own_adapter(base, kind)
     try:
         with quiet():
             adapter = T2IAdapter.from_pretrained(name, torch_dtype=base.dtype, use_safetensors=True)
     except Exception as error:
         raise UserError(
-            f"Cannot load the T2I-Adapter '{name}' ({reason(error)}); name one for this base with t2i_adapter=."
+            f"Cannot load the {kind} adapter '{name}' ({reason(error)}); name one for this base with the condition's "
+            "adapter."
         ) from error
     return adapter.to(base.device).eval()
+
+
+def adapter_of(base: Base, drawings: Sequence[Drawing]) -> tuple[T2IAdapter | MultiAdapter, Any]:
+    """The network that reads these drawings, and the weights that the pipeline takes.
+
+    Raises:
+        UserError: an adapter cannot be loaded, or they do not fit each other.
+    """
+    for drawing in drawings:
+        drawing.network = load_t2i_adapter(base, drawing.adapter, drawing.kind)
+    networks = [drawing.network for drawing in drawings]
+    if len(drawings) == 1:
+        return networks[0], drawings[0].weight
+    try:
+        return MultiAdapter(networks), [drawing.weight for drawing in drawings]
+    except ValueError as error:
+        raise UserError(f"These conditions' adapters cannot be combined: {reason(error)}.") from error
+
+
+@contextmanager
+def weighed(drawings: Sequence[Drawing], regions: Sequence[Region], places: Sequence[Box | Tensor]) -> Iterator[None]:
+    """Multiply the drawings' features by the regions' own weights, cell by cell (means where regions overlap)."""
+    with ExitStack() as stack:
+        for drawing in drawings:
+            weights = [region.weight_of(drawing.kind) for region in regions]
+            if drawing.network is not None and any(weight != 1 for weight in weights):
+                stack.callback(drawing.network.register_forward_hook(_weighing(weights, places)).remove)
+        yield
+
+
+def _weighing(weights: Sequence[float], places: Sequence[Box | Tensor]) -> Callable[..., list[Tensor]]:
+    def weigh(module: Any, inputs: Any, features: list[Tensor]) -> list[Tensor]:
+        return [feature * weight_map(weights, places, *feature.shape[-2:]).to(feature) for feature in features]
+
+    return weigh
+
+
+def weight_map(weights: Sequence[float], places: Sequence[Box | Tensor], height: int, width: int) -> Tensor:
+    """(height, width): the mean weight of the regions that cover a cell, 1 where none does."""
+    total, count = torch.zeros(height * width), torch.zeros(height * width)
+    for weight, place in zip(weights, places, strict=True):
+        inside = cells_in(place, height, width)
+        total += weight * inside
+        count += inside
+    return torch.where(count > 0, total / count.clamp_min(1), torch.ones(())).view(height, width)

@@ -1,12 +1,12 @@
-"""Generate pictures from a config. The samplers and pipelines are diffusers' own."""
+"""Draw scenes. Samplers and pipelines are diffusers' own; regions are processors and hooks on their U-Net."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,35 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionAdapterPipeline,
     StableDiffusionXLAdapterPipeline,
     StableDiffusionXLPipeline,
 )
 from diffusers.loaders import TextualInversionLoaderMixin
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from ..adapted import put_on
+from ..adapter import Adapter, check_base
 from ..base import Base, load_base
-from ..config import GenerateConfig
 from ..errors import UserError, nearest
-from ..files import atomic, check_writable
-from ..formats.native import load_adapter, versions
+from ..files import check_writable
+from ..formats.native import load_adapter
+from ..linalg import Factors
+from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
 from ..tokens import collapse, expand, known_tokens
-from .conditions import load_t2i_adapter, read_sketch
-from .regions import Region, regional
+from .conditions import Drawing, adapter_of, read_drawing, weighed
+from .pictures import is_same, labelled_sheet, save_png
+from .regions import Area, Regional, changed, regional
+from .scene import Region, Scene, region_mask, tokens_in
 
-SETTINGS_KEY = "spectral_diffusion"
-CHUNK = 8  # pictures denoised together
+Bound = Sequence[tuple[Adapter, float]]  # the adapters of one region with their strengths
+Preview = Callable[[int, list[Image.Image]], None]
+
+
+class Cancelled(UserError):
+    """Sampling was asked to stop."""
 
 
 def sampler(base: Base, name: str) -> Any:
@@ -41,152 +50,251 @@ def sampler(base: Base, name: str) -> Any:
     config = base.pipeline.scheduler.config
     if name == "ddim":
         return DDIMScheduler.from_config(config)
+    if name == "euler":
+        return EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
     return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
 
 
-@torch.no_grad()
-def sample(
+def sample(base: Base, prompts: list[str], seeds: list[int], scene: Scene, *rest: Any, **more: Any) -> list[Any]:
+    """One picture per (prompt, seed); see :func:`sample_in_turn`."""
+    return [image for images in sample_in_turn(base, prompts, seeds, scene, *rest, **more) for image in images]
+
+
+def sample_in_turn(
     base: Base,
     prompts: list[str],
     seeds: list[int],
-    config: GenerateConfig,
+    scene: Scene,
     progress: Progress = silent,
-    sketch: Image.Image | None = None,
+    drawings: Sequence[Drawing] = (),
+    bound: Sequence[Bound] = (),
     should_stop: Callable[[], bool] = lambda: False,
-) -> list[Image.Image]:
-    """One picture per (prompt, seed). A picture's noise depends on its seed alone, not on its neighbours."""
-    width, height = config.width or base.size, config.height or base.size
+    preview: Preview | None = None,
+) -> Generator[list[Image.Image], None, None]:
+    """One picture per (prompt, seed), ``scene.batch`` together. A picture's noise depends on its seed alone.
+
+    Args:
+        drawings: the conditions, read already.
+        bound: per region of the scene the adapters that act only there.
+        preview: called now and then with the step and the unfinished pictures.
+
+    Raises:
+        Cancelled: ``should_stop`` said so after a step.
+        UserError: a region or a condition that does not fit.
+    """
+    width, height = scene.width or base.size, scene.height or base.size
     components = {name: part for name, part in base.pipeline.components.items() if name != "image_encoder"}
-    components["scheduler"] = sampler(base, config.sampler)
-    options: dict[str, Any] = {}
+    components["scheduler"] = sampler(base, scene.sampler)
     large = isinstance(base.pipeline, StableDiffusionXLPipeline)
     unchecked: dict[str, Any] = {} if large else {"requires_safety_checker": False}
-    if sketch is not None:
-        adapter = load_t2i_adapter(base, config.t2i_adapter)
+    options: dict[str, Any] = {}
+    if drawings:
+        adapter, options["adapter_conditioning_scale"] = adapter_of(base, drawings)
         kind = StableDiffusionXLAdapterPipeline if large else StableDiffusionAdapterPipeline
         pipe = kind(**components, adapter=adapter, **unchecked)
-        options = {"adapter_conditioning_scale": config.sketch_weight}
     else:
         pipe = type(base.pipeline)(**components, **unchecked)
     pipe.set_progress_bar_config(disable=True)
     tokens = known_tokens(base.pipeline.tokenizer)
-    regions = [Region(part.box, part.prompt, part.negative_prompt) for part in config.regions]
     latent_size = (height // base.pipeline.vae_scale_factor, width // base.pipeline.vae_scale_factor)
-
+    with torch.no_grad():
+        areas = [
+            area_of(base, region, bound[index] if bound else (), width, height)
+            for index, region in enumerate(scene.regions)
+        ]
+    layers = unet_layers(base, areas)
+    window = (math.floor(scene.region_start * scene.steps), math.ceil(scene.region_end * scene.steps))
     # Pipelines with textual inversion expand <rex> to <rex> <rex>_1 by themselves; the SD sketch pipeline does not.
     spell = collapse if isinstance(pipe, TextualInversionLoaderMixin) else expand
 
-    def encode(texts: Sequence[str]) -> torch.Tensor:
-        short = [collapse(text, tokens) for text in texts]
-        return base.pipeline.encode_prompt(
-            prompt=short, device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )[0]
+    total = math.ceil(len(prompts) / scene.batch) * scene.steps
+    for start in range(0, len(prompts), scene.batch):
+        chunk = [spell(prompt, tokens) for prompt in prompts[start : start + scene.batch]]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + scene.batch]]
+        state = Regional(
+            areas, latent_size, len(chunk), scene.region_share, scene.region_isolation, window
+        )  # step 0 again
+        if drawings:
+            images = [[drawing.at(width, height)] * len(chunk) for drawing in drawings]
+            options["image"] = images if len(drawings) > 1 else images[0]
+        done = start // scene.batch * scene.steps
 
-    images: list[Image.Image] = []
-    total = math.ceil(len(prompts) / CHUNK) * config.steps
-    for start in range(0, len(prompts), CHUNK):
-        chunk = [spell(prompt, tokens) for prompt in prompts[start : start + CHUNK]]
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + CHUNK]]
-        if sketch is not None:
-            options["image"] = [sketch.resize((width, height), Image.Resampling.BILINEAR)] * len(chunk)
-        done = start // CHUNK * config.steps
-
-        def tell(step: int, done: int = done) -> None:
+        def tell(step: int, latents: torch.Tensor, state: Regional = state, done: int = done) -> None:
             if should_stop():
-                raise UserError("Stopped.")
+                raise Cancelled("Stopped.")
+            state.step = step + 1
             progress(Event("generate", done + step + 1, total))
+            if preview:
+                preview(step + 1, decoded(base, latents))
 
         # The adapter pipeline still has the older callback; both tell the step.
-        if sketch is not None:
-            options["callback"] = lambda step, timestep, latents, tell=tell: tell(step)
+        if drawings:
+            options["callback"] = lambda step, timestep, latents, tell=tell: tell(step, latents)
         else:
-            options["callback_on_step_end"] = lambda pipe, step, timestep, state, tell=tell: tell(step) or state
+            options["callback_on_step_end"] = lambda pipe, step, timestep, state, tell=tell: (
+                tell(step, state["latents"]) or state
+            )
         with (
+            torch.no_grad(),
             warnings.catch_warnings(),
-            regional(pipe.unet, regions, encode, latent_size, len(chunk), config.region_share),
+            regional(pipe.unet, state, layers),
+            weighed(drawings, scene.regions, [area.place for area in areas]),
         ):
             warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, about itself
-            images += pipe(
+            found = pipe(
                 prompt=chunk,
-                negative_prompt=[config.negative_prompt] * len(chunk),
-                num_inference_steps=config.steps,
-                guidance_scale=config.guidance,
+                negative_prompt=[scene.negative_prompt] * len(chunk),
+                num_inference_steps=scene.steps,
+                guidance_scale=scene.guidance,
                 generator=generators,
                 width=width,
                 height=height,
                 **options,
             ).images
-    return images
+        yield found
+
+
+def decoded(base: Base, latents: torch.Tensor) -> list[Image.Image]:
+    """Latents as pictures."""
+    vae = base.pipeline.vae
+    with torch.no_grad():
+        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    return list(base.pipeline.image_processor.postprocess(pixels.float()))
+
+
+def area_of(base: Base, region: Region, bound: Bound, width: int, height: int) -> Area:
+    """A region with its prompts encoded, by its own adapters' text encoder too, and its changes of the U-Net."""
+    text: dict[str, Factors] = {}
+    unet: dict[str, Factors] = {}
+    for adapter, strength in bound:
+        weights = base.weights(adapter.targets) if adapter.needs_base else {}
+        for layer in adapter.layers:
+            up, down = adapter.factors(layer, weights.get(layer))
+            part = unet if layer.startswith("unet.") else text
+            held = part.get(layer)
+            up = up * strength
+            part[layer] = (
+                Factors(torch.cat([held.up, up], 1), torch.cat([held.down, down], 0)) if held else Factors(up, down)
+            )
+    encoders = find_targets(base.models, "re:" + "|".join(map(re.escape, text))) if text else {}
+    tokens = known_tokens(base.pipeline.tokenizer)
+    with changed(encoders, text):
+        positive, negative = base.pipeline.encode_prompt(
+            prompt=[collapse(words, tokens) for words in (region.prompt, region.negative_prompt)],
+            device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False,
+        )[0]  # fmt: skip
+    return Area(region_mask(region, width, height), positive, negative, unet)
+
+
+def unet_layers(base: Base, areas: Sequence[Area]) -> Mapping[str, Any]:
+    """The U-Net's layers that the areas' changes name."""
+    names = dict.fromkeys(name for area in areas for name in area.deltas)
+    return find_targets(base.models, "re:" + "|".join(map(re.escape, names))) if names else {}
+
+
+def bind(base: Base, scene: Scene, note: Callable[[str], None]) -> list[Bound]:
+    """Load every region's adapters, check them against the base, and put their tokens in.
+
+    Raises:
+        UserError: an adapter does not belong on this base, or two different ones share a token.
+    """
+    loaded: dict[str, Adapter] = {}
+    owners: dict[str, str] = {}
+    for region in scene.regions:
+        for path in region.adapters:
+            if path in loaded:
+                continue
+            adapter = loaded[path] = load_adapter(Path(path))
+            if warning := check_base(adapter, base, scene.allow_base):
+                note(warning)
+            for token, vectors in adapter.tokens.items():
+                if token in owners:
+                    raise UserError(f"{path} and {owners[token]} share the token {token}; train one with another.")
+                owners[token] = path
+                base.install(token, vectors)
+    return [[(loaded[path], strength) for path, strength in region.adapters.items()] for region in scene.regions]
+
+
+def cut_words(base: Base, prompt: str) -> str:
+    """The end of a prompt that the text encoder never sees; empty if it sees everything."""
+    tokenizer = base.pipeline.tokenizer
+    written = expand(collapse(prompt, known_tokens(tokenizer)), known_tokens(tokenizer))
+    ids = tokenizer(written, truncation=False, add_special_tokens=False).input_ids
+    return str(tokenizer.decode(ids[tokenizer.model_max_length - 2 :])).strip()
+
+
+def remarks(base: Base, scene: Scene, drawings: Sequence[Drawing]) -> Iterator[str]:
+    """What a person should know before the scene is drawn: unknown tokens, cut words, stretched drawings."""
+    known = known_tokens(base.pipeline.tokenizer)
+    for word in sorted(set(tokens_in(scene)) - set(known)):
+        yield f"Note: {word} is no token of this base or its adapters{nearest(word, known)}; it is read as plain text."
+    for prompt in (scene.prompt, *(region.prompt for region in scene.regions)):
+        if lost := cut_words(base, prompt):
+            yield f"Note: '{prompt[:40]}' is longer than this base reads; cut off: '{lost}'."
+    size = (scene.width or base.size, scene.height or base.size)
+    for drawing in drawings:
+        if drawing.image.width * size[1] != drawing.image.height * size[0]:
+            was, now = "×".join(map(str, drawing.image.size)), "×".join(map(str, size))
+            yield f"Note: the {drawing.kind} {drawing.name} of {was} is stretched to the picture's {now}."
 
 
 def generate_to_file(
-    config: GenerateConfig,
+    scene: Scene,
     progress: Progress = silent,
     note: Callable[[str], None] = lambda text: None,
     should_stop: Callable[[], bool] = lambda: False,
+    preview: Preview | None = None,
+    resume: bool = False,
 ) -> list[Path]:
-    """Make ``count`` pictures with seeds ``seed, seed + 1, …`` and write them with their settings inside.
+    """Draw a scene's pictures and write each, with its scene inside, as soon as it is done.
 
-    One picture goes to ``output``; several to ``output`` as a grid and ``<stem>-<seed>.png`` each.
+    One picture goes to ``output``; several to ``<stem>-<seed>.png`` each, and a contact sheet to ``output``.
+
+    Args:
+        resume: leave out batches whose pictures are there already, made from this very scene.
 
     Raises:
         UserError: anything the person can mend.
     """
-    if config.output.suffix.lower() != ".png":
-        raise UserError(f"The output {config.output} must end in .png.")
-    if not config.prompt.strip():
+    if scene.output.suffix.lower() != ".png":
+        raise UserError(f"The output {scene.output} must end in .png.")
+    if not scene.prompt.strip():
         raise UserError('A prompt is needed: --prompt "a photo of <rex> on the beach".')
-    sketch = read_sketch(config.sketch) if config.sketch else None
-    adapters = [(load_adapter(Path(path)), strength) for path, strength in config.adapters.items()]
-    check_writable(config.output)
-    base = load_base(config.base, config.device, config.dtype)
-    for text in put_on(base, adapters, config.allow_base):
+    seeds = scene.every_seed()
+    if scene.keep is not None and scene.keep not in seeds:
+        raise UserError(f"keep={scene.keep} is none of the seeds {', '.join(map(str, seeds[:8]))}.")
+    drawings = [read_drawing(condition) for condition in scene.conditions]
+    adapters = [(load_adapter(Path(path)), strength) for path, strength in scene.adapters.items()]
+    check_writable(scene.output)
+    base = load_base(scene.base, scene.device, scene.dtype)
+    for text in put_on(base, adapters, scene.allow_base):
         note(text)
-    known = known_tokens(base.pipeline.tokenizer)
-    typed = " ".join([config.prompt, *(part.prompt for part in config.regions)])
-    for word in sorted(set(re.findall(r"<[\w-]+>", typed)) - set(known)):
-        note(f"Note: {word} is no token of this base or its adapters{nearest(word, known)}; it is read as plain text.")
-    seeds = [config.seed + index for index in range(config.count)]
-    images = sample(base, [config.prompt] * config.count, seeds, config, progress, sketch, should_stop)
-    paths = []
-    for seed, image in zip(seeds, images, strict=True):
-        path = config.output if config.count == 1 else config.output.with_name(f"{config.output.stem}-{seed}.png")
-        save_png(image, path, config.model_copy(update={"seed": seed, "count": 1}))
-        paths.append(path)
-    if config.count > 1:
-        save_png(grid(images), config.output, config)
-        paths.insert(0, config.output)
-    return paths
+    bound = bind(base, scene, note)
+    for text in remarks(base, scene, drawings):
+        note(text)
 
+    def place(seed: int) -> Path:
+        single = len(seeds) == 1 or scene.keep is not None
+        return scene.output if single else scene.output.with_name(f"{scene.output.stem}-{seed}.png")
 
-def grid(images: list[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Pictures of one size side by side."""
-    columns = columns or min(len(images), max(1, math.ceil(math.sqrt(len(images)))))
-    rows = math.ceil(len(images) / columns)
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for index, image in enumerate(images):
-        sheet.paste(image, (index % columns * (width + gap), index // columns * (height + gap)))
-    return sheet
-
-
-def save_png(image: Image.Image, path: Path, config: GenerateConfig) -> None:
-    """Write a PNG with its settings and library versions inside, atomically."""
-    info = PngImagePlugin.PngInfo()
-    settings = config.model_dump(mode="json", exclude={"output", "device"})
-    info.add_itxt(SETTINGS_KEY, json.dumps({"settings": settings, "versions": versions()}, sort_keys=True))
-    with atomic(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings embedded in a picture.
-
-    Raises:
-        UserError: none are there.
-    """
-    try:
-        with Image.open(path) as image:
-            return json.loads(image.info[SETTINGS_KEY])["settings"]
-    except (OSError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} holds no settings of this program.") from error
+    batches = [seeds[start : start + scene.batch] for start in range(0, len(seeds), scene.batch)]
+    if scene.keep is not None:  # how it was drawn decides its last bits, so its neighbours are drawn again too
+        batches = [batch for batch in batches if scene.keep in batch]
+    written: list[Path] = []
+    for batch in batches:
+        embedded = {
+            seed: scene.model_copy(update={"seeds": batch, "keep": seed, "seed": seed, "count": 1}) for seed in batch
+        }
+        paths = {seed: place(seed) for seed in batch if scene.keep in (None, seed)}
+        if not (resume and all(is_same(path, embedded[seed]) for seed, path in paths.items())):
+            prompts = [scene.prompt] * len(batch)
+            turn = sample_in_turn(base, prompts, batch, scene, progress, drawings, bound, should_stop, preview)
+            with closing(turn):
+                for seed, image in zip(batch, next(turn), strict=True):
+                    if seed in paths:
+                        save_png(image, paths[seed], embedded[seed])
+        written += paths.values()
+    if len(written) > 1:
+        save_png(labelled_sheet(written, [str(seed) for seed in seeds]), scene.output, scene)
+        written.insert(0, scene.output)
+    return written

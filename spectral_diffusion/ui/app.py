@@ -12,8 +12,9 @@ from typing import Any
 
 import gradio as gr
 
-from ..config import FuseConfig, GenerateConfig, TrainConfig
+from ..config import FuseConfig, TrainConfig
 from ..errors import UserError
+from ..generation.scene import Scene
 from ..methods import all_methods
 from . import controllers
 from .controllers import ADAPTER_COLUMNS, Teller, Workspace
@@ -172,7 +173,7 @@ class Handlers:
             changes = {
                 "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "count": count, "width": width,
                 "height": height, "steps": steps, "guidance": guidance, "sketch_weight": sketch_weight,
-                "t2i_adapter": sketch_adapter,
+                "sketch_adapter": sketch_adapter,
             }  # fmt: skip
             drawing = sketch["composite"] if sketch else None
             paths, words = controllers.generate(
@@ -343,5 +344,5 @@ def launch(blocks: gr.Blocks, port: int, **options: Any) -> Any:
         ) from error
 
 
-def _choices(model: type[FuseConfig | GenerateConfig], field: str) -> list[str]:
+def _choices(model: type[FuseConfig | Scene], field: str) -> list[str]:
     return list(model.model_fields[field].annotation.__args__)  # type: ignore[union-attr]

@@ -18,14 +18,15 @@ from PIL import Image
 
 from .. import resources
 from ..adapter import Adapter
-from ..config import FuseConfig, GenerateConfig, TrainConfig, build, read_yaml
+from ..config import FuseConfig, TrainConfig, build, read_yaml
 from ..data.folder import SUFFIXES, Concept, load_concept, open_photo
 from ..errors import UserError, nearest
 from ..files import atomic, write_text
 from ..formats.native import load_adapter
 from ..fusion.recipe import RECIPE, fuse_to_folder, read_recipe
-from ..generation.conditions import clean_sketch
+from ..generation.extract import clean_strokes
 from ..generation.pipeline import generate_to_file
+from ..generation.scene import Scene
 from ..progress import Event, Progress, silent
 from ..training.loop import Stopped
 from ..training.run import state_path, train_to_file
@@ -364,7 +365,7 @@ def drawn(image: Image.Image | None) -> Image.Image | None:
     if image is None:
         return None
     low, high = image.convert("L").getextrema()
-    return clean_sketch(image) if float(high) - float(low) > 16 else None  # type: ignore[arg-type]
+    return clean_strokes(image) if float(high) - float(low) > 16 else None  # type: ignore[arg-type]
 
 
 def generate(
@@ -398,12 +399,14 @@ def generate(
         "adapters": {str(file): strengths[name] for name, file in files.items()},
         "output": output,
     }
-    strokes = drawn(sketch)
+    strokes, held = drawn(sketch), workspace.pictures / "sketches" / f"{stamp}.png"
+    given = _given(changes)
+    weight, adapter = given.pop("sketch_weight", 1.0), given.pop("sketch_adapter", None)
     if strokes is not None:
-        layer["sketch"] = workspace.pictures / "sketches" / f"{stamp}.png"
-    settings = build(GenerateConfig, _given(changes), layer)
+        layer["conditions"] = [{"file": held, "weight": weight, "adapter": adapter}]
+    settings = build(Scene, given, layer)
     if strokes is not None:
-        with atomic(layer["sketch"]) as temporary:
+        with atomic(held) as temporary:
             strokes.save(temporary, format="PNG")
     notes = []
     if odd := sorted(set(re.findall(r"<[A-Za-z0-9][A-Za-z0-9-]*>", prompt)) - set(known)):

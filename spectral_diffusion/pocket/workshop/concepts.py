@@ -173,7 +173,9 @@ def make_sketch(renderer: Renderer, nouns: list[str], path: Path, height: int = 
 
 
 def make_all(renderer: Renderer, folder: Path) -> None:
-    """Write every ready-made concept and the demo's sketch."""
+    """Write every ready-made concept, a sketch of every class among them, and the demo's sketch."""
     for name in CONCEPTS:
         make_concept(renderer, name, folder / name)
+    for noun in sorted({look.noun for look in CONCEPTS.values() if isinstance(look, Look)}):
+        make_sketch(renderer, [noun], folder / "sketches" / f"{noun}.png")
     make_sketch(renderer, ["dog", "teapot"], folder / "sketches" / "dog-teapot.png")

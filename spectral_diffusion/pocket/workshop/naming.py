@@ -8,10 +8,10 @@ from random import Random
 from PIL import Image, ImageDraw
 
 from ...base import load_base
-from ...config import GenerateConfig
 from ...evaluation.judges import NOUNS
 from ...files import write_json, write_text
 from ...generation.pipeline import sample
+from ...generation.scene import Scene
 from .world import COLOURS, SETTINGS, Backdrop, Thing, caption
 
 
@@ -24,7 +24,7 @@ def make_naming(output: Path, base: str = "pocket", seed: int = 0, names: int = 
     for noun in answers:
         thing = Thing(noun, random.choice(list(COLOURS)))  # the colour must not give the class away
         prompts.append(caption([thing], Backdrop(random.choice(list(SETTINGS)), None), random))
-    config = GenerateConfig(base=base, steps=20, guidance=4.0)
+    config = Scene(base=base, steps=20, guidance=4.0)
     images = sample(load_base(base), prompts, [random.randrange(2**31) for _ in prompts], config)
     output.mkdir(parents=True, exist_ok=True)
     naming_sheet(images).save(output / "sheet.png")

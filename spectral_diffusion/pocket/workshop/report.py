@@ -17,13 +17,15 @@ from scipy.ndimage import distance_transform_edt, sobel
 from torch import Tensor
 
 from ...base import Base, load_base
-from ...config import GenerateConfig, TrainConfig, build, read_yaml
+from ...config import TrainConfig, build, read_yaml
 from ...data.folder import load_concept, open_photo
 from ...evaluation.identity import IdentityEncoder, embed, likeness, load_identity_encoder
 from ...evaluation.judges import judge_pictures, load_judge
 from ...formats.native import load_adapter
+from ...generation.conditions import Drawing
 from ...generation.keypose import draw_keypose
 from ...generation.pipeline import put_on, sample
+from ...generation.scene import Scene
 from ...resources import concepts as concept_folder
 from ...resources import preset
 from ...training.run import train_to_file
@@ -44,7 +46,7 @@ def scenes(renderer: Renderer, world: WorldConfig, count: int, width: int, seed:
     return [renderer.scene(random, world, width, 64) for _ in range(count)]
 
 
-def draw(base: Base, pictures: Sequence[Picture], config: GenerateConfig, seed: int = 0) -> list[Image.Image]:
+def draw(base: Base, pictures: Sequence[Picture], config: Scene, seed: int = 0) -> list[Image.Image]:
     """One generated picture per caption."""
     width = pictures[0].image.shape[1]
     return sample(
@@ -82,7 +84,7 @@ def marks(judge: torch.nn.Module, images: Sequence[Image.Image], truth: Sequence
 
 
 def captions_kept(
-    base: Base, renderer: Renderer, config: GenerateConfig, judges: dict[str, torch.nn.Module], count: int
+    base: Base, renderer: Renderer, config: Scene, judges: dict[str, torch.nn.Module], count: int
 ) -> Figures:
     """One, two and three things: what each judge finds in generated pictures and in true renders."""
     every = replace(SEEN, natural=0.0, shift=0.04, rotate=5.0, scale=(0.78, 0.92), second_drawing=0.1)
@@ -113,7 +115,7 @@ def spread(vectors: Tensor) -> float:
 
 
 def seeds_differ(
-    base: Base, renderer: Renderer, config: GenerateConfig, encoder: IdentityEncoder, captions: int = 16, seeds: int = 8
+    base: Base, renderer: Renderer, config: Scene, encoder: IdentityEncoder, captions: int = 16, seeds: int = 8
 ) -> float:
     """Spread of pictures of one caption over seeds, as a share of the spread of true renders of it."""
     random = Random("report/seeds")
@@ -144,14 +146,14 @@ def edge_f1(found: np.ndarray, wanted: np.ndarray, tolerance: float = 1.5) -> fl
     return 2 * precision * recall / max(precision + recall, 1e-9)
 
 
-def sketches_kept(base: Base, renderer: Renderer, config: GenerateConfig, count: int = 64) -> Figures:
+def sketches_kept(base: Base, renderer: Renderer, config: Scene, count: int = 64) -> Figures:
     """Edge F1 of pictures with their own sketch, minus the same with another scene's sketch."""
     world = replace(SEEN, counts=(1.0,), natural=0.0, scale=(0.6, 0.9), shift=0.12, rotate=12.0)
     truth = scenes(renderer, world, count, 64, "report/sketch")
     random = Random("report/strokes")
     strokes = [Image.fromarray((thicken(p.sketch, random) * 255).astype(np.uint8), "L") for p in truth]
     images = [
-        sample(base, [picture.caption], [index], config, sketch=stroke)[0]
+        sample(base, [picture.caption], [index], config, drawings=[Drawing(stroke)])[0]
         for index, (picture, stroke) in enumerate(zip(truth, strokes, strict=True))
     ]
     wanted = [picture.sketch > 0.4 for picture in truth]
@@ -173,19 +175,17 @@ def iou(one: np.ndarray, two: np.ndarray) -> float:
     return float((one & two).sum() / max((one | two).sum(), 1))
 
 
-def poses_kept(base: Base, renderer: Renderer, config: GenerateConfig, count: int = 64) -> Figures:
+def poses_kept(base: Base, renderer: Renderer, config: Scene, count: int = 64) -> Figures:
     """Silhouette IoU of puppets with their own keypose, minus the same with another's."""
     random = Random("report/keypose")
     world = replace(SEEN, scale=(0.75, 0.92), shift=0.05)
     truth, images = [], []
-    adapter = str(Path(_folder(base)) / "t2i_keypose")
     for index in range(count):
         colour = random.choice(["red", "blue", "green", "purple", "orange"])
         thing = Thing(random.choice(puppets.NOUNS), colour)
         picture = renderer.render(random, world, [thing], Backdrop(None, "white"))
-        keypose = draw_keypose(picture.people, 64, 64)
-        changed = config.model_copy(update={"t2i_adapter": adapter})
-        images += sample(base, [picture.caption], [index], changed, sketch=keypose)
+        keypose = Drawing(draw_keypose(picture.people, 64, 64), "keypose")
+        images += sample(base, [picture.caption], [index], config, drawings=[keypose])
         truth.append(picture.mask > 0.5)
     found = [silhouette(image) for image in images]
     own = float(np.mean([iou(f, t) for f, t in zip(found, truth, strict=True)]))
@@ -193,14 +193,8 @@ def poses_kept(base: Base, renderer: Renderer, config: GenerateConfig, count: in
     return {"own": own, "shuffled": other, "difference": own - other}
 
 
-def _folder(base: Base) -> str:
-    from ... import pocket
-
-    return str(pocket.path()) if base.name == "pocket" else base.name
-
-
 def concept_learnt(
-    base_name: str, renderer: Renderer, config: GenerateConfig, encoder: IdentityEncoder, names: Sequence[str]
+    base_name: str, renderer: Renderer, config: Scene, encoder: IdentityEncoder, names: Sequence[str]
 ) -> Figures:
     """The way from a generic thing of the class (0) to held-out views after the VAE's round trip (1)."""
     out: Figures = {}
@@ -242,7 +236,7 @@ def concept_learnt(
     return out
 
 
-def seconds_per_picture(base: Base, config: GenerateConfig) -> float:
+def seconds_per_picture(base: Base, config: Scene) -> float:
     """One 64×64 picture of a batch of eight."""
     prompts = ["a red dog on the grass"] * 8
     sample(base, prompts, list(range(8)), config)
@@ -256,7 +250,7 @@ def make_report(
 ) -> Figures:
     """Every figure, in a nested mapping. ``weights`` holds ``judges/`` and ``identity/`` if they are not shipped."""
     base = load_base(base_name)
-    config = build(GenerateConfig, read_yaml(preset("pocket"))["generate"], {"base": base_name, "guidance": 4.0})
+    config = build(Scene, read_yaml(preset("pocket"))["generate"], {"base": base_name, "guidance": 4.0})
     encoder = load_identity_encoder(weights / "identity" / "model.safetensors" if weights else None)
     judges = {name: load_judge(name, weights / "judges" if weights else None) for name in ("chooser", "referee")}
     parts: dict[str, Callable[[], Any]] = {

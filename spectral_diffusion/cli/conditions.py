@@ -1,0 +1,48 @@
+"""The verb that trains a T2I-Adapter: sketches or keyposes for a base of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .support import given, progress_bar, resolve, say, stop_signals, text_of
+
+
+def train_condition(
+    folder: Annotated[
+        Path, typer.Argument(help="Pictures, with their conditions in sketch/ or keypose/, and captions.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Any setting as key=value.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="The T2I-Adapter folder to write.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="pocket, a diffusers folder, a hub id or a .safetensors file.")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="sketch or keypose.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same adapter.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps …")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the frozen base: float32, float16, bfloat16.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the state of a stopped run, if there is one.")
+    ] = False,
+    config: Annotated[str | None, typer.Option("--config", help="A YAML file, or a preset by name.")] = None,
+) -> None:
+    """Train a T2I-Adapter that holds a base's pictures to sketches or keyposes."""
+    flags = given(
+        folder=str(folder), output=text_of(output), base=base, kind=kind, steps=steps, seed=seed,
+        device=device, dtype=dtype,
+    )  # fmt: skip
+    from ..training.condition import ConditionConfig
+    from ..training.condition import train_condition as train
+    from ..training.loop import Stopped
+
+    settings = resolve(ConditionConfig, "train-condition", config, flags, overrides)
+    with progress_bar() as progress, stop_signals() as should_stop:
+        try:
+            train(settings, None, resume, progress, should_stop, note=say)
+        except Stopped as stopped:
+            say(str(stopped))
+            raise typer.Exit(130) from stopped
+    say(f"Wrote {settings.output}/; generate takes it with t2i_adapter={settings.output}.")

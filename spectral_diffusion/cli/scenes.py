@@ -1,0 +1,136 @@
+"""Scenes on the command line: files that hold one, and flags that stand for parts of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from .support import numbers, say
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SOURCES = {".yaml", ".yml", ".png", ".txt"}
+
+
+def source_of(words: list[str] | None) -> tuple[Path | None, list[str]]:
+    """The scene file among a verb's words, and the overrides.
+
+    Raises:
+        UserError: several files.
+    """
+    files = [w for w in words or [] if Path(w).suffix.lower() in SOURCES and ("=" not in w or Path(w).exists())]
+    if len(files) > 1:
+        raise UserError(f"One scene at a time: {' and '.join(files)} were given.")
+    return (Path(files[0]) if files else None), [word for word in words or [] if word not in files]
+
+
+def scene_source(path: Path, base: str | None, mapping: list[str] | None) -> dict[str, Any]:
+    """The settings that a scene file, a picture made here or a Mix-of-Show region file holds.
+
+    Raises:
+        UserError: it is not one, or a mapping without a region file.
+    """
+    pairs = {}
+    for pair in mapping or []:
+        key, equals, words = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"--map '{pair}' is not understood; write '<token>'='a person'.")
+        pairs[key.strip()] = words.strip()
+    if path.suffix.lower() == ".txt":
+        from ..base import load_base
+        from ..generation.layouts import scene_of
+
+        return {"base": base or "pocket", **scene_of(path, load_base(base or "pocket", "cpu").size, pairs)}
+    if pairs:
+        raise UserError("--map is for Mix-of-Show's region files (.txt).")
+    if path.suffix.lower() == ".png":
+        from ..generation.pictures import read_settings
+
+        return read_settings(path)
+    from ..generation.scene import read_scene
+
+    return read_scene(path)
+
+
+def regions(texts: list[str] | None) -> list[dict[str, Any]] | None:
+    """``["0,0,0.5,1:<rex> on the grass"]`` to region settings."""
+    if not texts:
+        return None
+    out = []
+    for text in texts:
+        box, colon, prompt = text.partition(":")
+        try:
+            sides = [float(side) for side in box.split(",")]
+        except ValueError:
+            sides = []
+        if not colon or len(sides) != 4 or not prompt.strip():
+            raise UserError(f"--region '{text}' is not understood; write LEFT,TOP,RIGHT,BOTTOM:PROMPT with fractions.")
+        out.append({"box": sides, "prompt": prompt.strip()})
+    return out
+
+
+def conditions(sketches: list[str] | None, keyposes: list[str] | None) -> list[dict[str, Any]] | None:
+    """``--sketch`` and ``--keypose`` as condition settings."""
+    found = [
+        {"file": file, "kind": kind, "weight": weight}
+        for kind, files in (("sketch", sketches), ("keypose", keyposes))
+        for file, weight in (numbers(files, f"--{kind}") or {}).items()
+    ]
+    return found or None
+
+
+conditions_app = typer.Typer(help="Sketches and keyposes from photos and keypoints.", no_args_is_help=True)
+OutputOption = Annotated[Path | None, typer.Option("-o", "--output", help="Default: beside it, NAME_<kind>.png.")]
+
+
+@conditions_app.command("sketch")
+def conditions_sketch(
+    photo: Annotated[Path, typer.Argument(help="A photo.")],
+    output: OutputOption = None,
+) -> None:
+    """Draw a photo's edges, white on black."""
+    from ..data.folder import open_photo
+    from ..generation.extract import sketch_of
+
+    _write(photo, output, "sketch", lambda: sketch_of(open_photo(photo)))
+
+
+@conditions_app.command("keypose")
+def conditions_keypose(
+    photo: Annotated[Path, typer.Argument(help="A photo of people, or their keypoints as JSON.")],
+    output: OutputOption = None,
+) -> None:
+    """Draw the skeletons of a photo's people in OpenPose's colours."""
+    from ..data.folder import open_photo
+    from ..generation.conditions import read_drawing
+    from ..generation.extract import keypose_of
+    from ..generation.keypose import draw_keypose
+    from ..generation.scene import Condition
+
+    def drawn() -> Image.Image:
+        if photo.suffix.lower() == ".json":
+            return read_drawing(Condition(file=photo, kind="keypose")).image
+        image = open_photo(photo)
+        people = keypose_of(image)
+        if not people:
+            raise UserError(f"No person was found in {photo}; give keypoints as JSON instead.")
+        return draw_keypose(people, *image.size)
+
+    _write(photo, output, "keypose", drawn)
+
+
+def _write(photo: Path, output: Path | None, kind: str, drawn: Callable[[], Image.Image]) -> None:
+    from ..files import atomic
+
+    output = output or photo.with_name(f"{photo.stem}_{kind}.png")
+    if output.suffix.lower() != ".png":
+        raise UserError(f"The output {output} must end in .png.")
+    image = drawn()
+    with atomic(output) as temporary:
+        image.save(temporary, format="PNG")
+    say(f"Wrote {output}; look at it, then: generate … --{kind} {output}")

@@ -1,0 +1,183 @@
+"""A scene: everything that decides one multi-object picture; the same in YAML, command line, API and PNG."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, FiniteFloat, field_validator, model_validator
+from torch import Tensor
+
+from ..config import Settings, read_yaml
+from ..data.folder import open_photo
+from ..errors import UserError
+
+Kind = Literal["sketch", "keypose"]
+Box = tuple[float, float, float, float]
+
+
+class Region(Settings):
+    """A part of the picture with a prompt of its own, and perhaps adapters that act only there."""
+
+    box: Box | None = None  # left, top, right, bottom; fractions of the picture, or pixels if any is above 1
+    mask: Path | None = None  # instead of a box: a picture, white where the region is
+    prompt: str
+    negative_prompt: str = ""
+    adapters: dict[str, FiniteFloat] = Field(default_factory=dict)  # file to strength; they act in here only
+    condition_weight: FiniteFloat | dict[Kind, FiniteFloat] = 1.0  # times the conditions' weights in here
+
+    @field_validator("box")
+    @classmethod
+    def _some_area(cls, value: Box | None) -> Box | None:
+        if value is not None:
+            left, top, right, bottom = value
+            if not (0 <= left < right and 0 <= top < bottom):
+                raise ValueError("a box is left, top, right, bottom with 0 <= left < right and 0 <= top < bottom")
+        return value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Region:
+        if (self.box is None) == (self.mask is None):
+            raise ValueError(f"the region '{self.prompt[:40]}' needs a box or a mask, one of the two")
+        return self
+
+    def fractions(self, width: int, height: int) -> Box:
+        """The box as fractions of a picture of that size.
+
+        Raises:
+            UserError: it reaches outside.
+        """
+        assert self.box is not None
+        left, top, right, bottom = self.box
+        if max(self.box) > 1:
+            left, top, right, bottom = left / width, top / height, right / width, bottom / height
+        if max(right, bottom) > 1:
+            raise UserError(
+                f"The box {shown(self.box)} of '{self.prompt}' reaches outside the picture of {width}×{height}; "
+                "give pixels inside it, or fractions up to 1."
+            )
+        return left, top, right, bottom
+
+    def weight_of(self, kind: str) -> float:
+        """What a condition's weight is multiplied by in here."""
+        weight = self.condition_weight
+        return weight.get(kind, 1.0) if isinstance(weight, dict) else weight  # type: ignore[call-overload]
+
+
+class Condition(Settings):
+    """A drawing that the picture is held to, through a T2I-Adapter."""
+
+    file: Path
+    kind: Kind = "sketch"
+    weight: float = Field(1.0, ge=0, le=4)
+    adapter: str | None = None  # folder or hub id of the T2I-Adapter; default: the base's own of that kind
+
+
+class Scene(Settings):
+    """Pictures of one scene: prompts, regions, conditions, adapters or a fused folder, sampler, seeds."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    output: Path = Path("out.png")
+    base: str = "pocket"
+    adapters: dict[str, FiniteFloat] = Field(default_factory=dict)  # file to strength; they act everywhere
+    regions: list[Region] = Field(default_factory=list)
+    region_share: float = Field(0.0, ge=0, le=1)  # of the global prompt inside the regions
+    region_isolation: float = Field(0.0, ge=0, le=1)  # how far a region's self-attention keeps to itself
+    region_start: float = Field(0.0, ge=0, le=1)  # fraction of the steps from which
+    region_end: float = Field(1.0, ge=0, le=1)  # and up to which regions act
+    conditions: list[Condition] = Field(default_factory=list)
+    width: int | None = Field(None, ge=8, le=8192)
+    height: int | None = Field(None, ge=8, le=8192)
+    steps: int = Field(20, ge=1, le=1000)
+    guidance: float = Field(4.0, ge=0, le=50)
+    sampler: Literal["dpm", "ddim", "euler"] = "dpm"
+    seed: int = Field(0, ge=0, lt=2**31)
+    count: int = Field(1, ge=1, le=4096)  # pictures, with the seeds seed, seed + 1, …
+    seeds: list[int] = Field(default_factory=list)  # instead of seed and count
+    keep: int | None = None  # of these seeds write this one's picture only
+    batch: int = Field(8, ge=1, le=256)  # pictures denoised together
+    allow_base: bool = False
+    device: str = "auto"
+    dtype: str = "float32"
+
+    @field_validator("width", "height")
+    @classmethod
+    def _divisible(cls, value: int | None) -> int | None:
+        if value is not None and value % 8:
+            raise ValueError("must be divisible by 8")
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value) or not all(0 <= seed < 2**31 for seed in value):
+            raise ValueError("seeds are whole numbers from 0, each once")
+        return value
+
+    @model_validator(mode="after")
+    def _window(self) -> Scene:
+        if self.region_start >= self.region_end:
+            raise ValueError("region_start must be below region_end")
+        return self
+
+    def every_seed(self) -> list[int]:
+        """The seeds of the pictures in their order."""
+        return self.seeds or [self.seed + index for index in range(self.count)]
+
+
+def shown(box: Box) -> str:
+    """A box for a person's eyes."""
+    return "[" + ", ".join(f"{side:g}" for side in box) + "]"
+
+
+def region_mask(region: Region, width: int, height: int) -> Tensor | Box:
+    """A region's box as fractions, or its mask (h, w) in 0…1 of a picture's pixels.
+
+    Raises:
+        UserError: a box outside the picture, a mask that is not readable or empty.
+    """
+    if region.mask is None:
+        return region.fractions(width, height)
+    image = open_photo(region.mask).convert("L").resize((width, height), Image.Resampling.NEAREST)
+    mask = torch.from_numpy(np.asarray(image, np.float32) / 255)
+    if not bool((mask > 0.5).any()):
+        raise UserError(f"The mask {region.mask} is empty: paint white where '{region.prompt}' goes.")
+    return mask
+
+
+def read_scene(path: Path) -> dict[str, Any]:
+    """A scene file's settings, its files looked for beside it first.
+
+    Raises:
+        UserError: no such file, or not YAML.
+    """
+    data, folder = read_yaml(path), path.parent
+
+    def found(name: Any) -> Any:
+        beside = folder / str(name)
+        return str(beside) if isinstance(name, str) and not Path(name).is_absolute() and beside.exists() else name
+
+    def keys(adapters: Any) -> Any:
+        return {found(name): value for name, value in adapters.items()} if isinstance(adapters, dict) else adapters
+
+    if isinstance(data.get("base"), str) and data["base"] != "pocket":
+        data["base"] = found(data["base"])
+    if "adapters" in data:
+        data["adapters"] = keys(data["adapters"])
+    for part, name in (("conditions", "file"), ("regions", "mask")):
+        for item in data.get(part) or [] if isinstance(data.get(part), list) else []:
+            if isinstance(item, dict):
+                item.update({key: found(item[key]) for key in (name,) if key in item})
+                item.update({key: keys(item[key]) for key in ("adapters",) if key in item})
+    return data
+
+
+def tokens_in(scene: Scene) -> list[str]:
+    """Every ``<word>`` of a scene's prompts."""
+    typed = " ".join([scene.prompt, *(region.prompt for region in scene.regions)])
+    return sorted(set(re.findall(r"<[\w-]+>", typed)))
