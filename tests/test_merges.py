@@ -102,8 +102,9 @@ def test_the_dual_form_is_the_primal_one(toward: str) -> None:
     few = dense(get_merge("gradient").combine(contributions, config, ordinary))
     for one in contributions:
         assert one.inputs is not None and one.inputs.few
-        rows = one.inputs.matrix()
-        one.inputs._gram, one.inputs.rows = rows.mT @ rows, []
+        rows, count = one.inputs.matrix(), one.inputs.count
+        one.inputs.restore(rows.mT @ rows, IN)
+        one.inputs.count = count
     many = dense(get_merge("gradient").combine(contributions, config, ordinary))
     assert torch.allclose(few, many, atol=1e-9)
     mean = sum(one.factors().delta() for one in contributions) / 3

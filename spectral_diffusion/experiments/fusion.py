@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..config import FuseConfig
 from ..evaluation.identity import embed
 from ..fusion.recipe import fuse_adapters
 from ..generation.pictures import grid
-from .lab import REPORTED, TUNED, Figures, Lab, best_rate, scaled
+from .lab import REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled
 from .registry import Findings, Row, Table, study
 from .statistics import share, told
 
@@ -119,20 +120,26 @@ def run(lab: Lab, quick: bool) -> Findings:
     families = ("spectral, own slots", "lora") if quick else tuple(FAMILIES)
     rows: list[Row] = []
     sweeps: list[Row] = []
+    missing: list[str] = []
     for family in families:
-        rate, trials = family_rate(lab, family, quick)
+        try:
+            rate, trials = family_rate(lab, family, quick)
+        except TimeOver:
+            missing.append(family)
+            continue
         sweeps += [{"family": family, "rate": t["rate"], "identity, tuning concepts": t["identity"]} for t in trials]
-        for size in sizes:
-            names = REPORTED[:size]
-            for merge in ("sum", "gradient, anchored") if quick else TRIED[family]:
-                rows.append(
-                    {"family": family, "merge": merge, "K": size, **row(lab, family, merge, rate, names, seeds)}
-                )
-                lab.note(f"{family}, {merge}, K = {size}: {rows[-1]['of alone']} of alone")
+        for size, merge in itertools.product(sizes, ("sum", "gradient, anchored") if quick else TRIED[family]):
+            try:
+                found = row(lab, family, merge, rate, REPORTED[:size], seeds)
+            except TimeOver:
+                missing.append(f"{family} by {merge} at K = {size}")
+                continue
+            rows.append({"family": family, "merge": merge, "K": size, **found})
+            lab.note(f"{family}, {merge}, K = {size}: {found['of alone']} of alone")
     tables = [Table("Every family and merge", rows)]
     if sweeps:
         tables.append(Table("The sweep of the learning rate, on concepts that are not reported", sweeps))
-    return Findings(tables, verdict(rows), {} if quick else {"sheet": sheet(lab)})
+    return Findings(tables, verdict(rows), {} if quick else {"sheet": sheet(lab)}, missing)
 
 
 def row(lab: Lab, family: str, merge: str, rate: float, names: Sequence[str], seeds: Sequence[int]) -> Row:

@@ -62,6 +62,10 @@ def key_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
+class TimeOver(UserError):
+    """The lab may measure nothing new any more; what is kept can still be read."""
+
+
 @dataclass
 class Lab:
     """A base to study, and a folder that keeps adapters and measured cells.
@@ -108,7 +112,7 @@ class Lab:
         """Figures measured once: read if they are kept, else computed and kept at once.
 
         Raises:
-            UserError: the lab's time is over.
+            TimeOver: the lab's time is over.
         """
         whole = {"kind": kind, "cells": CELLS, "base": self.fingerprint, "recipe": self.recipe, **key}
         path = self.folder / "cells" / f"{kind}-{key_of(whole)}.json"
@@ -116,7 +120,7 @@ class Lab:
             found: Figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
             return found
         if time.monotonic() - self.begun > self.most:
-            raise UserError("The time for this study is over; run it again to go on where it stopped.")
+            raise TimeOver("The time for this study is over; run it again to go on where it stopped.")
         figures = compute()
         write_json(path, {"key": whole, "figures": figures})
         return figures
@@ -134,6 +138,8 @@ class Lab:
         folder = self.folder / "adapters" / key_of([plain, self.fingerprint, concept, photos])
         file, spent = folder / f"{concept}.safetensors", folder / "seconds.json"
         if not (file.is_file() and spent.is_file()):
+            if time.monotonic() - self.begun > self.most:
+                raise TimeOver("The time for this study is over; run it again to go on where it stopped.")
             begun = time.monotonic()
             train_to_file(self.settings(concept, change, file), resume=True, progress=self.progress)
             write_json(spent, time.monotonic() - begun)

@@ -24,11 +24,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a study found: tables, a verdict in words that follow from them, pictures by name."""
+    """What a study found: tables, a verdict in words that follow from them, pictures by name, what is still missing."""
 
     tables: Sequence[Table]
     verdict: str
     pictures: Mapping[str, Image.Image] = field(default_factory=dict)
+    missing: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ def page(study: Study, findings: Findings, lab: Lab, quick: bool) -> str:
         f"**The paper ({study.paper}):** {study.claim}",
         f"**We see:** {findings.verdict}",
     ]
+    if findings.missing:
+        parts.append(f"**Not measured yet:** {'; '.join(findings.missing)}.")
     for table in findings.tables:
         parts += [f"## {table.title}", markdown(table.rows)]
     parts += [f"![{name}]({study.name}-{name}.png)" for name in findings.pictures]
@@ -59,6 +61,7 @@ def write_findings(study: Study, findings: Findings, lab: Lab, folder: Path, qui
         "recipe": lab.recipe,
         "versions": versions(),
         "verdict": findings.verdict,
+        "missing": list(findings.missing),
         "tables": tables,
     }
     write_json(folder / f"{study.name}.json", found)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+BLOCK = 256  # columns of a Gram matrix that are added together
+
 
 @dataclass
 class Activations:
@@ -19,26 +21,33 @@ class Activations:
     size: int
     rows: list[Tensor] = field(default_factory=list)
     count: int = 0
-    _gram: Tensor | None = None
+    _lower: Tensor | None = None  # of the Gram matrix nothing above the diagonal's blocks is kept up
 
     def add(self, x: Tensor) -> None:
         """Take rows (m, n)."""
         x = x.detach().to("cpu", torch.float64)
         self.count += len(x)
-        if self._gram is None and self.count < self.size:
+        if self._lower is None and self.count < self.size:
             self.rows.append(x)
             return
-        if self._gram is None:
-            self._gram = torch.zeros(self.size, self.size, dtype=torch.float64)
+        if self._lower is None:
+            self._lower = torch.zeros(self.size, self.size, dtype=torch.float64)
             for held in self.rows:
-                self._gram.addmm_(held.mT, held)
+                self._add_products(held)
             self.rows = []
-        self._gram.addmm_(x.mT, x)
+        self._add_products(x)
+
+    def _add_products(self, x: Tensor) -> None:
+        """G += xᵀ x, block row by block row up to the diagonal: half of the work."""
+        assert self._lower is not None
+        for start in range(0, self.size, BLOCK):
+            stop = min(start + BLOCK, self.size)
+            self._lower[start:stop, :stop].addmm_(x[:, start:stop].mT, x[:, :stop])
 
     @property
     def few(self) -> bool:
         """Whether the rows themselves are kept."""
-        return self._gram is None
+        return self._lower is None
 
     def matrix(self) -> Tensor:
         """The kept rows (m, n)."""
@@ -46,15 +55,16 @@ class Activations:
 
     def gram(self) -> Tensor:
         """G (n, n) in float64."""
-        if self._gram is not None:
-            return self._gram
+        if self._lower is not None:
+            lower = self._lower.tril()
+            return lower + lower.tril(-1).mT
         rows = self.matrix()
         return rows.mT @ rows
 
     def times(self, down: Tensor) -> Tensor:
         """down · G, (k, n), without forming G where the rows are few."""
-        if self._gram is not None:
-            return down @ self._gram
+        if not self.few:
+            return down @ self.gram()
         rows = self.matrix()
         return (down @ rows.mT) @ rows
 
@@ -62,6 +72,6 @@ class Activations:
         """Take back what ``matrix`` (few rows) or ``gram`` gave."""
         self.count = count
         if count < self.size:
-            self.rows, self._gram = [tensor], None
+            self.rows, self._lower = [tensor], None
         else:
-            self.rows, self._gram = [], tensor
+            self.rows, self._lower = [], tensor
