@@ -33,7 +33,7 @@ ui: install
 	$(BIN)/spectral-diffusion ui
 
 bench: install
-	for one in layers step spectrum fuse gradient methods; do $(BIN)/python benchmarks/$$one.py || exit 1; done
+	for one in layers step spectrum fuse gradient regions methods; do $(BIN)/python benchmarks/$$one.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

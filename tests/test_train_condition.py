@@ -19,10 +19,11 @@ from spectral_diffusion import pocket
 from spectral_diffusion.architectures import build_meta
 from spectral_diffusion.base import load_base
 from spectral_diffusion.cli.conditions import train_condition as verb
-from spectral_diffusion.config import GenerateConfig, build, read_yaml
+from spectral_diffusion.config import build, read_yaml
 from spectral_diffusion.errors import NotFiniteError, UserError
-from spectral_diffusion.generation.conditions import clean_sketch
+from spectral_diffusion.generation.conditions import Drawing
 from spectral_diffusion.generation.pipeline import sample
+from spectral_diffusion.generation.scene import Scene
 from spectral_diffusion.progress import Event
 from spectral_diffusion.training.condition import (
     ConditionConfig,
@@ -116,10 +117,9 @@ def test_stock_diffusers_opens_the_folder_and_draws(pairs: Path, tiny_base: Path
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in trained.state_dict().items())
     assert build(ConditionConfig, read_yaml(config.output / "settings.yaml")) == config
     base = load_base(str(tiny_base), "cpu")
-    plain = GenerateConfig(steps=2, device="cpu")
-    mine = plain.model_copy(update={"t2i_adapter": str(config.output)})
-    sketch = Image.open(pairs / "sketch" / "0.png").convert("L")
-    with_sketch = sample(base, ["a red cup"], [0], mine, sketch=sketch)[0]
+    plain = Scene(steps=2, device="cpu")
+    sketch = Drawing(Image.open(pairs / "sketch" / "0.png"), adapter=str(config.output))
+    with_sketch = sample(base, ["a red cup"], [0], plain, drawings=[sketch])[0]
     assert np.abs(np.asarray(with_sketch, float) - np.asarray(sample(base, ["a red cup"], [0], plain)[0])).max() > 1
     train_condition(config.model_copy(update={"steps": 1}))  # an earlier one of ours is replaced
     assert read_yaml(config.output / "settings.yaml")["steps"] == 1
@@ -131,9 +131,9 @@ def test_other_kinds_of_bases(other_base: Path, tmp_path: Path) -> None:  # noqa
     config = settings(keyposes, other_base, tmp_path / "out", kind="keypose", steps=2, autocast=True)
     adapter = train_condition(config)
     assert adapter.config.adapter_type == "full_adapter_xl" and adapter.config.downscale_factor == 4
-    keypose = Image.open(keyposes / "keypose" / "0.png")
-    mine = GenerateConfig(steps=2, device="cpu", t2i_adapter=str(config.output))
-    assert sample(load_base(str(other_base), "cpu"), ["a red cup"], [0], mine, sketch=keypose)[0].size == (16, 16)
+    keypose = Drawing(Image.open(keyposes / "keypose" / "0.png"), "keypose", adapter=str(config.output))
+    scene = Scene(steps=2, device="cpu")
+    assert sample(load_base(str(other_base), "cpu"), ["a red cup"], [0], scene, drawings=[keypose])[0].size == (16, 16)
     with pytest.raises(UserError, match=r"resolution=18 .* multiple of 4; take resolution=16 or 20"):
         train_condition(config.model_copy(update={"resolution": 18}))
 
@@ -200,7 +200,8 @@ def test_sketches_are_read_as_they_are_generated_from(tmp_path: Path) -> None:
         image.putpixel((2, 3), 128)
         image.save(tmp_path / f"{name}.png")
         read = open_condition(tmp_path / f"{name}.png", "sketch")
-        assert np.array_equal(np.asarray(read)[..., 0], np.asarray(clean_sketch(image)))
+        bright = image if np.asarray(image).mean() <= 127 else ImageOps.invert(image)  # white strokes on black
+        assert np.array_equal(np.asarray(read)[..., 0], np.asarray(bright))
         kept = open_condition(tmp_path / f"{name}.png", "keypose")
         assert np.array_equal(np.asarray(kept)[..., 0], np.asarray(image))
 
@@ -236,7 +237,7 @@ def test_the_verb(pairs: Path, tiny_base: Path, tmp_path: Path) -> None:
     words = ["train-condition", str(pairs), "-o", str(tmp_path / "out"), "--base", str(tiny_base), "--steps", "2"]
     done = CliRunner().invoke(app, [*words, "--kind", "sketch", "--device", "cpu", "--resume", "batch=1"])
     assert done.exit_code == 0, done.exception
-    assert "3 pictures with a sketch" in done.output and f"t2i_adapter={tmp_path / 'out'}" in done.output
+    assert "3 pictures with a sketch" in done.output and f"adapter: {tmp_path / 'out'}" in done.output
     again = CliRunner().invoke(app, [*words, "--config", str(tmp_path / "out" / "settings.yaml"), "--seed", "4"])
     assert again.exit_code == 0 and read_yaml(tmp_path / "out" / "settings.yaml")["seed"] == 4
     assert isinstance(CliRunner().invoke(app, [*words, "--kind", "depth"]).exception, UserError)

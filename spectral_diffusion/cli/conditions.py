@@ -45,4 +45,4 @@ def train_condition(
         except Stopped as stopped:
             say(str(stopped))
             raise typer.Exit(130) from stopped
-    say(f"Wrote {settings.output}/; generate takes it with t2i_adapter={settings.output}.")
+    say(f"Wrote {settings.output}/; a scene's condition takes it with adapter: {settings.output}.")
