@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from .base import Base
 from .methods import get_method
 from .methods.attach import activate, attach
 
-Strength = float | Mapping[str, float]  # λ, or one per component (unet, text_encoder, …)
+Strength = float | Mapping[Any, float]  # λ, or one per component (unet, text_encoder, …)
 
 
 def strength_in(strength: Strength, component: str) -> float:

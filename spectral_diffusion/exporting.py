@@ -22,6 +22,7 @@ from .formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write
 from .formats.native import is_native, versions
 from .fusion.recipe import fuse_adapters, load_adapters, read_merged, read_recipe
 from .linalg import Factors, truncate
+from .tokens import known_tokens
 
 EXPORTED = "README.md"  # an exported folder has our card under this name
 FORMATS = ("kohya", "diffusers", "embedding", "folder", "checkpoint")
@@ -233,19 +234,16 @@ def embeddings(source: Source, output: Path, dtype: torch.dtype, beside: bool) -
 def write_checkpoint(source: Source, output: Path, dtype: torch.dtype, about: Mapping[str, str]) -> None:
     """One file in the original's spelling; new tokens do not fit into it."""
     base = source.load()
-    rows = {encoder: vocabulary(tokenizer, source) for encoder, tokenizer in base.tokenizers.items()}
+    rows = {encoder: vocabulary(tokenizer) for encoder, tokenizer in base.tokenizers.items()}
     tensors = checkpoint_tensors(base.models, base.pipeline.vae, rows)
     metadata = {"modelspec.sai_model_spec": "1.0.1", **{f"modelspec.{k}": v for k, v in about.items() if v}}
     write_hashed(output, {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()},
                  metadata | ours(source))  # fmt: skip
 
 
-def vocabulary(tokenizer: Any, source: Source) -> int:
-    """How many words a tokenizer had before the source's tokens came."""
-    new = set()
-    for token, vectors in source.tokens.items():
-        new |= {token, *(f"{token}_{index}" for index in range(1, len(next(iter(vectors.values())))))}
-    return len(tokenizer) - len(new & set(tokenizer.get_added_vocab()))
+def vocabulary(tokenizer: Any) -> int:
+    """How many words a tokenizer has without anybody's tokens, also those of concepts that were subtracted again."""
+    return len(tokenizer) - sum(known_tokens(tokenizer).values())
 
 
 def card(source: Source, files: list[str], picture: Path | None) -> str:

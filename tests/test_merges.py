@@ -14,6 +14,7 @@ from spectral_diffusion.base import load_base
 from spectral_diffusion.cli import app
 from spectral_diffusion.config import FuseConfig, GradientConfig, TrainConfig
 from spectral_diffusion.errors import UserError
+from spectral_diffusion.exporting import export
 from spectral_diffusion.files import read_tensors, write_tensors
 from spectral_diffusion.formats.native import load_adapter, save_adapter
 from spectral_diffusion.fusion import Contribution, all_merges, get_merge
@@ -269,6 +270,11 @@ def test_without_the_base_subtracting_comes_close_and_says_how_close(
     with pytest.raises(UserError, match="is not float32"):
         unfuse(half, ["hat"], tmp_path / "x", subtract=True)
     assert set(read_merged(tmp_path / "rest")) == set(read_merged(tmp_path / "fresh"))
+    for name in ("rest", "fresh"):  # the removed token stays in the tokenizer, but in no checkpoint
+        export(tmp_path / name, tmp_path / f"{name}.safetensors", "checkpoint", device="cpu")
+    checkpoints = [read_tensors(tmp_path / f"{name}.safetensors")[0] for name in ("rest", "fresh")]
+    [shapes, wanted] = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in checkpoints]
+    assert shapes == wanted
     averaged = FuseConfig(adapters=three, output=tmp_path / "mean", merge="fedavg", device="cpu")
     fuse_to_folder(averaged)
     with pytest.raises(UserError, match="Only plain sums"):

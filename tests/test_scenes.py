@@ -167,6 +167,18 @@ def test_regions_weigh_the_conditions_cell_by_cell(base_folder: Path) -> None:
     assert np.abs(halves - same)[:, 16:].sum() > np.abs(halves - same)[:, :16].sum()
 
 
+def test_strengths_of_single_components(base_folder: Path, two: list[Path], tmp_path: Path) -> None:
+    out, common = tmp_path / "a.png", ["--prompt", "<rex>", "--base", base_folder, "steps=2", "device=cpu"]
+    pictures = {}
+    for text in ("1", "unet:1,text_encoder:1", "unet:1, text_encoder:0", "text_encoder:0"):
+        run(*common, "-o", out, "--adapter", f"{two[0]}={text}")
+        pictures[text] = pixels(out)
+    assert pictures["1"] == pictures["unet:1,text_encoder:1"] != pictures["text_encoder:0"]
+    assert pictures["text_encoder:0"] == pictures["unet:1, text_encoder:0"]
+    with pytest.raises(UserError, match="adapters"):
+        run(*common, "-o", out, "--adapter", f"{two[0]}=vae:1")
+
+
 def test_samplers_by_name(tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
     found = {name: sample(base, ["a dog"], [1], Scene(steps=4, device="cpu", sampler=name))[0].tobytes()

@@ -74,6 +74,19 @@ def regions(texts: list[str] | None) -> list[dict[str, Any]] | None:
     return out
 
 
+def strengths(pairs: list[str] | None) -> dict[str, Any] | None:
+    """``--adapter``: FILE, FILE=0.8, or FILE=unet:0.8,text_encoder:0.5 for single components."""
+    out: dict[str, Any] = {}
+    for pair in pairs or []:
+        file, equals, text = pair.rpartition("=")
+        if equals and ":" in text and not Path(pair).exists():
+            parts = (part.partition(":") for part in text.split(","))
+            out[file] = numbers([f"{name.strip()}={value}" for name, _, value in parts], "--adapter")
+        else:
+            out |= numbers([pair], "--adapter") or {}
+    return out or None
+
+
 def conditions(sketches: list[str] | None, keyposes: list[str] | None) -> list[dict[str, Any]] | None:
     """``--sketch`` and ``--keypose`` as condition settings."""
     found = [

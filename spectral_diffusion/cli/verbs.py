@@ -12,7 +12,7 @@ from ..errors import UserError
 from .conditions import train_condition
 from .experiments import experiment
 from .pocket import pocket_app
-from .scenes import conditions, conditions_app, regions, scene_source, source_of
+from .scenes import conditions, conditions_app, regions, scene_source, source_of, strengths
 from .support import given, numbers, plain, progress_bar, resolve, say, stop_signals, table_of, text_of
 
 app = typer.Typer(
@@ -202,7 +202,9 @@ def generate(
     base: Annotated[
         str | None, typer.Option(help="pocket, a fused or diffusers folder, a hub id, a checkpoint.")
     ] = None,
-    adapter: Annotated[list[str] | None, typer.Option(help="FILE or FILE=0.8; may be repeated.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="FILE, FILE=0.8 or FILE=unet:0.8,text_encoder:0.5; repeat.")
+    ] = None,
     sketch: Annotated[list[str] | None, typer.Option(help="A drawing that says where things are: FILE[=0.8].")] = None,
     keypose: Annotated[list[str] | None, typer.Option(help="A skeleton, drawn or as keypoints: FILE[=0.8].")] = None,
     region: Annotated[list[str] | None, typer.Option(help='"0,0,0.5,1:PROMPT", a box in fractions; repeat.')] = None,
@@ -232,7 +234,7 @@ def generate(
     source, overrides = source_of(words)
     held = scene_source(source, base, mapping) if source else {}
     flags = given(
-        prompt=prompt, base=base, adapters=numbers(adapter, "--adapter"), regions=regions(region),
+        prompt=prompt, base=base, adapters=strengths(adapter), regions=regions(region),
         conditions=conditions(sketch, keypose), output=text_of(output), seed=seed, count=count, width=width,
         height=height, device=device, dtype=dtype, allow_base=allow_base or None,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from diffusers import (
 from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image
 
-from ..adapted import put_on
+from ..adapted import Strength, put_on, strength_in
 from ..adapter import Adapter, check_base
 from ..base import Base, load_base
 from ..errors import UserError, nearest
@@ -37,7 +37,7 @@ from .pictures import is_same, labelled_sheet, save_png
 from .regions import Area, Regional, changed, regional
 from .scene import Region, Scene, region_mask, tokens_in
 
-Bound = Sequence[tuple[Adapter, float]]  # the adapters of one region with their strengths
+Bound = Sequence[tuple[Adapter, Strength]]  # the adapters of one region with their strengths
 Preview = Callable[[int, list[Image.Image]], None]
 
 
@@ -172,7 +172,7 @@ def area_of(base: Base, region: Region, bound: Bound, width: int, height: int) -
             up, down = adapter.factors(layer, weights.get(layer))
             part = unet if layer.startswith("unet.") else text
             held = part.get(layer)
-            up = up * strength
+            up = up * strength_in(strength, layer.split(".", 1)[0])
             part[layer] = (
                 Factors(torch.cat([held.up, up], 1), torch.cat([held.down, down], 0)) if held else Factors(up, down)
             )

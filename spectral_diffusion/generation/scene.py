@@ -18,6 +18,8 @@ from ..errors import UserError
 
 Kind = Literal["sketch", "keypose"]
 Box = tuple[float, float, float, float]
+Component = Literal["unet", "text_encoder", "text_encoder_2"]
+Strength = FiniteFloat | dict[Component, FiniteFloat]  # λ, or one per component; 1 for a component left out
 
 
 class Region(Settings):
@@ -27,7 +29,7 @@ class Region(Settings):
     mask: Path | None = None  # instead of a box: a picture, white where the region is
     prompt: str
     negative_prompt: str = ""
-    adapters: dict[str, FiniteFloat] = Field(default_factory=dict)  # file to strength; they act in here only
+    adapters: dict[str, Strength] = Field(default_factory=dict)  # file to strength; they act in here only
     condition_weight: FiniteFloat | dict[Kind, FiniteFloat] = 1.0  # times the conditions' weights in here
 
     @field_validator("box")
@@ -84,7 +86,7 @@ class Scene(Settings):
     negative_prompt: str = ""
     output: Path = Path("out.png")
     base: str = "pocket"
-    adapters: dict[str, FiniteFloat] = Field(default_factory=dict)  # file to strength; they act everywhere
+    adapters: dict[str, Strength] = Field(default_factory=dict)  # file to strength; they act everywhere
     regions: list[Region] = Field(default_factory=list)
     region_share: float = Field(0.0, ge=0, le=1)  # of the global prompt inside the regions
     region_isolation: float = Field(0.0, ge=0, le=1)  # how far a region's self-attention keeps to itself
