@@ -61,20 +61,25 @@ def outputs(base: Base) -> list[torch.Tensor]:
     ids = torch.randint(0, 500, (2, 32), generator=generator)
     with torch.no_grad():
         text = base.pipeline.text_encoder(ids)[0]
-        return [text, base.pipeline.unet(latents, 10, text).sample]
+        return [text, base.pipeline.unet(latents.to(text), 10, text).sample]
 
 
 def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("targets", ["attention", EVERYTHING])
 @pytest.mark.parametrize("method", NAMES)
-def test_identity_at_init_to_the_last_bit_and_after_detach(base: Base, method: str, targets: str) -> None:
+def test_identity_at_init_to_the_last_bit_and_after_detach(
+    tiny_base: Path, method: str, targets: str, dtype: str
+) -> None:
+    base = load_base(str(tiny_base), "cpu", dtype)
     before = outputs(base)
     attachment = put(base, method, targets=targets)
     if get_method(method).peft:  # PEFT's DoRA divides by a norm and multiplies by it again
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(outputs(base), before, strict=True))
+        near = 1e-5 if dtype == "float32" else 0.1
+        assert all(torch.allclose(a, b, atol=near) for a, b in zip(outputs(base), before, strict=True))
     else:
         assert same(outputs(base), before)
     stir(attachment)
