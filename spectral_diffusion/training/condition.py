@@ -27,7 +27,7 @@ from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator
 from .draws import Samples, draw_timestep, target_of
 from .loop import Stopped
-from .state import load_state, save_state
+from .state import check_settings, load_state, save_state
 
 CHANNELS = {"sketch": 1, "keypose": 3}
 # How often each feature of diffusers' adapters was halved since the first one.
@@ -426,13 +426,7 @@ def restore(
         UserError: it was made with other settings, on another base or from other pictures.
     """
     tensors, meta = load_state(state, optimizer)
-    before, now = meta.get("config", {}), comparable(config)
-    changed = [key for key in now if before.get(key) != now[key]]
-    if changed:
-        raise UserError(
-            f"{state} was made with {changed[0]}={before.get(changed[0])}, now it is {now[changed[0]]}; "
-            "resume with the same settings, or train without --resume."
-        )
+    check_settings(state, meta, comparable(config))
     fits = set(tensors) == set(parameters) and all(tensors[n].shape == parameters[n].shape for n in parameters)
     if meta.get("belongs") != belongs or not fits:
         raise UserError(f"{state} was made on another base or from other pictures; train without --resume.")

@@ -30,7 +30,7 @@ from ..spectrum import spectrum_of
 from .conditioning import Conditioner
 from .draws import draw, target_of
 from .preservation import OTHERS, cut_mix, draw_anchors, draw_ordinary, is_cut
-from .state import load_state, save_state
+from .state import check_settings, load_state, save_state
 
 EXTRA = "extra|"  # before the names of what a method keeps beside its parameters
 
@@ -270,13 +270,7 @@ def restore(
         UserError: it was made with other settings, or by another concept or base.
     """
     held, meta = load_state(state, optimizer)
-    before, now = meta.get("config", {}), comparable(config)
-    changed = [key for key in now if before.get(key) != now[key]]
-    if changed:
-        raise UserError(
-            f"{state} was made with {changed[0]}={before.get(changed[0])}, now it is {now[changed[0]]}; "
-            "resume with the same settings, or train without --resume."
-        )
+    check_settings(state, meta, comparable(config))
     if meta.get("belongs") != belongs:
         raise UserError(f"{state} was made on another base, slot or start; train without --resume.")
     tensors = {name: value for name, value in held.items() if not name.startswith(EXTRA)}

@@ -49,3 +49,18 @@ def load_state(path: Path, optimizer: Optimizer | None = None) -> tuple[dict[str
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a training state of this run; remove it or train without --resume.") from error
     return {name[7:]: value for name, value in packed.items() if name.startswith("tensor.")}, meta
+
+
+def check_settings(path: Path, meta: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a state that was made with other settings than ``now``.
+
+    Raises:
+        UserError: it was; the sentence names the first difference.
+    """
+    before = meta.get("config", {})
+    for key, value in now.items():
+        if before.get(key) != value:
+            raise UserError(
+                f"{path} was made with {key}={before.get(key)}, now it is {value}; resume with the same settings, or "
+                "train without --resume."
+            )
