@@ -105,12 +105,15 @@ OutputOption = Annotated[Path | None, typer.Option("-o", "--output", help="Defau
 def conditions_sketch(
     photo: Annotated[Path, typer.Argument(help="A photo.")],
     output: OutputOption = None,
+    thickness: Annotated[
+        float | None, typer.Option(help="Of the strokes in the photo's pixels; more for small pictures.")
+    ] = None,
 ) -> None:
     """Draw a photo's edges, white on black."""
     from ..data.folder import open_photo
     from ..generation.extract import sketch_of
 
-    _write(photo, output, "sketch", lambda: sketch_of(open_photo(photo)))
+    _write(photo, output, "sketch", lambda: sketch_of(open_photo(photo), thickness))
 
 
 @conditions_app.command("keypose")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import MultiAdapter, StableDiffusionXLPipeline, T2IAdapter
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .. import pocket
@@ -93,7 +93,7 @@ def read_sketch(path: Path) -> Image.Image:
     """
     open_photo(path)
     with Image.open(path) as image:
-        return clean_strokes(image)
+        return clean_strokes(ImageOps.exif_transpose(image))
 
 
 def own_adapter(base: Base, kind: Kind) -> str:
