@@ -143,18 +143,28 @@ def run(lab: Lab, quick: bool) -> Findings:
 
 
 def row(lab: Lab, family: str, merge: str, rate: float, names: Sequence[str], seeds: Sequence[int]) -> Row:
-    """One row of the table: means over concepts and seeds with their 95 % bootstrap intervals."""
+    """One row of the table: means over concepts and seeds with their 95 % bootstrap intervals.
+
+    Raises:
+        TimeOver: not one seed was measured; a row of fewer seeds than asked for says how many they are.
+    """
     alone, fused, floor, text, drifts, seconds = [], [], [], [], [], []
     for seed in seeds:
-        cell = fused_cell(lab, family, merge, rate, names, seed)
-        each = {a.name: figures["identity"] for a, figures in adapters_of(lab, family, rate, names, seed)}
+        try:
+            cell = fused_cell(lab, family, merge, rate, names, seed)
+            each = {a.name: figures["identity"] for a, figures in adapters_of(lab, family, rate, names, seed)}
+        except TimeOver:
+            continue
         alone += [each[name] for name in names]
         fused += [cell["concepts"][name]["identity"] for name in names]
         floor += [lab.generic(name, seed)["identity"] for name in names]
         text += [cell["concepts"][name]["text"] for name in names]
         drifts.append(cell["drift"])
         seconds.append(cell["seconds"])
+    if not seconds:
+        raise TimeOver(f"{family} by {merge} was not measured.")
     return {
+        "seeds": len(seconds),
         "identity alone": told(alone),
         "fused": told(fused),
         "of alone": share(fused, alone),
