@@ -19,6 +19,7 @@ from spectral_diffusion import cli, resources
 from spectral_diffusion.config import FuseConfig, TrainConfig, build, read_yaml, to_yaml
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.generation.scene import Scene
+from spectral_diffusion.training.condition import ConditionConfig
 from spectral_diffusion.training.run import train_to_file
 
 PACKAGE = Path(spectral_diffusion.__file__).parent
@@ -217,7 +218,8 @@ def test_resolved_settings_lie_beside_the_output_and_read_back(
 )
 def test_every_preset_loads(path: Path) -> None:
     parts = read_yaml(path)
-    assert set(parts) <= {"train", "fuse", "generate"}
+    assert set(parts) <= {"train", "fuse", "generate", "train-condition"}
+    build(ConditionConfig, parts.get("train-condition", {}), {"folder": "x", "output": "y"})
     build(TrainConfig, parts.get("train", {}), {"concept": "x", "output": "y"})
     build(FuseConfig, parts.get("fuse", {}), {"adapters": ["x"], "output": "y"})
     config = build(Scene, parts.get("generate", {}))

@@ -21,9 +21,9 @@ from spectral_diffusion.base import load_base
 from spectral_diffusion.cli.conditions import train_condition as verb
 from spectral_diffusion.config import build, read_yaml
 from spectral_diffusion.errors import NotFiniteError, UserError
-from spectral_diffusion.generation.conditions import Drawing
+from spectral_diffusion.generation.conditions import Drawing, read_drawing
 from spectral_diffusion.generation.pipeline import sample
-from spectral_diffusion.generation.scene import Scene
+from spectral_diffusion.generation.scene import Condition, Scene
 from spectral_diffusion.progress import Event
 from spectral_diffusion.training.condition import (
     ConditionConfig,
@@ -157,7 +157,7 @@ def test_where_conditions_and_captions_lie(tmp_path: Path) -> None:
     drawing = Image.new("L", (48, 40))
     drawing.save(folder / "0.sketch.png")
     drawing.save(folder / "1.keypose.png")
-    drawing.save(folder / "image" / "3.sketch.jpg")
+    drawing.save(folder / "image" / "3_sketch.jpg")
     drawing.save(folder / "conditions" / "4.png")
     (folder / "conditions" / "2.png").write_bytes(b"no image")
     (folder / "4.txt").write_text("a cup on a <TOK>")
@@ -167,7 +167,7 @@ def test_where_conditions_and_captions_lie(tmp_path: Path) -> None:
     found = {pair.picture.stem: (pair.condition.name, pair.caption) for pair in read_pairs(config, told.append)}
     assert found == {
         "0": ("0.sketch.png", "a photo of a table"),
-        "3": ("3.sketch.jpg", "a photo of a table"),
+        "3": ("3_sketch.jpg", "a photo of a table"),
         "4": ("4.png", "a cup on a table"),
     }
     assert "2.png is not a readable image" in told[0] and "1 without a sketch" in told[0]
@@ -195,7 +195,7 @@ def test_picture_and_condition_are_cut_alike(tiny_base: Path, tmp_path: Path) ->
     assert torch.equal(latents[0], unmirrored[0]) and not torch.equal(latents[1], unmirrored[1])
 
 
-def test_sketches_are_read_as_they_are_generated_from(tmp_path: Path) -> None:
+def test_sketches_are_white_on_black_and_keyposes_as_they_are(tmp_path: Path) -> None:
     for name, image in (("w", Image.new("L", (8, 8))), ("b", Image.new("L", (8, 8), 255))):
         image.putpixel((2, 3), 128)
         image.save(tmp_path / f"{name}.png")
@@ -230,7 +230,14 @@ def test_bad_input_is_one_sentence(pairs: Path, tiny_base: Path, tmp_path: Path)
         build(ConditionConfig, given, {"stpes": 3})
 
 
-def test_the_verb(pairs: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_the_verb(pairs: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def watched(condition: Condition) -> Drawing:
+        opened.append(f"{condition.kind} {condition.file.name}")
+        return read_drawing(condition)
+
+    monkeypatch.setattr("spectral_diffusion.generation.conditions.read_drawing", watched)
     app = typer.Typer()
     app.callback()(lambda: None)
     app.command("train-condition")(verb)
@@ -238,6 +245,7 @@ def test_the_verb(pairs: Path, tiny_base: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*words, "--kind", "sketch", "--device", "cpu", "--resume", "batch=1"])
     assert done.exit_code == 0, done.exception
     assert "3 pictures with a sketch" in done.output and f"adapter: {tmp_path / 'out'}" in done.output
+    assert opened == [f"sketch {index}.png" for index in range(3)]  # training sees what generating will
     again = CliRunner().invoke(app, [*words, "--config", str(tmp_path / "out" / "settings.yaml"), "--seed", "4"])
     assert again.exit_code == 0 and read_yaml(tmp_path / "out" / "settings.yaml")["seed"] == 4
     assert isinstance(CliRunner().invoke(app, [*words, "--kind", "depth"]).exception, UserError)

@@ -34,6 +34,8 @@ def train_condition(
         folder=str(folder), output=text_of(output), base=base, kind=kind, steps=steps, seed=seed,
         device=device, dtype=dtype,
     )  # fmt: skip
+    from ..generation.conditions import read_drawing
+    from ..generation.scene import Condition
     from ..training.condition import ConditionConfig
     from ..training.condition import train_condition as train
     from ..training.loop import Stopped
@@ -41,7 +43,10 @@ def train_condition(
     settings = resolve(ConditionConfig, "train-condition", config, flags, overrides)
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
-            train(settings, None, resume, progress, should_stop, note=say)
+            train(
+                settings, None, resume, progress, should_stop, note=say,
+                read=lambda path: read_drawing(Condition(file=path, kind=settings.kind)).image,
+            )  # fmt: skip
         except Stopped as stopped:
             say(str(stopped))
             raise typer.Exit(130) from stopped

@@ -37,8 +37,19 @@ SCENES: dict[str, tuple[tuple[str, ...], ...]] = {
     "3": (("rex", "fido", "brew"), ("brew", "rex", "fido"), ("posy", "inky", "coral"), ("coral", "brew", "posy")),
     "4": (("rex", "fido", "brew", "posy"), ("brew", "inky", "posy", "coral"), ("fido", "coral", "rex", "inky")),
     "3 puppets": (("bolt", "hero", "bruno"), ("bruno", "bolt", "hero")),
+    "4, twice as wide": (
+        ("rex", "fido", "brew", "posy"),
+        ("brew", "inky", "posy", "coral"),
+        ("fido", "coral", "rex", "inky"),
+    ),
 }
-SEEDS = {"2": 48, "3": 36, "4": 36, "3 puppets": 24}  # pictures of so many concepts, over all scenes
+SEEDS = {
+    "2": 48,
+    "3": 36,
+    "4": 36,
+    "3 puppets": 24,
+    "4, twice as wide": 36,
+}  # pictures of so many concepts, over all scenes
 STANDING = (
     (0.5, 0.16), (0.5, 0.30), (0.36, 0.31), (0.28, 0.45), (0.25, 0.58), (0.64, 0.31), (0.72, 0.45), (0.75, 0.58),
     (0.43, 0.60), (0.41, 0.76), (0.40, 0.92), (0.57, 0.60), (0.59, 0.76), (0.60, 0.92), (0.46, 0.13), (0.54, 0.13),
@@ -68,18 +79,23 @@ def boxes(count: int) -> list[Box]:
     return [(index / count, 0.0, (index + 1) / count, 1.0) for index in range(count)]
 
 
-def square(box: Box) -> tuple[int, int, int, int]:
+def width_of(number: str) -> int:
+    """How wide the pictures of such scenes are."""
+    return 2 * WIDTH if number.endswith("wide") else WIDTH
+
+
+def square(box: Box, width: int) -> tuple[int, int, int, int]:
     """The largest square in the middle of a box, in the picture's pixels."""
-    left, right = box[0] * WIDTH, box[2] * WIDTH
+    left, right = box[0] * width, box[2] * width
     side = min(right - left, HEIGHT)
     x, y = (left + right) / 2, HEIGHT / 2
     return round(x - side / 2), round(y - side / 2), round(x + side / 2), round(y + side / 2)
 
 
-def drawing_of(lab: Lab, names: Sequence[str], puppets: bool) -> Drawing:
+def drawing_of(lab: Lab, names: Sequence[str], puppets: bool, width: int = WIDTH) -> Drawing:
     """The classes' sketches, or standing skeletons, one in the middle of every region."""
-    size = (WIDTH * FINE, HEIGHT * FINE)
-    squares = [tuple(side * FINE for side in square(box)) for box in boxes(len(names))]
+    size = (width * FINE, HEIGHT * FINE)
+    squares = [tuple(side * FINE for side in square(box, width)) for box in boxes(len(names))]
     if puppets:
         people = [np.array(STANDING) * (right - left) + (left, top) for left, top, right, _ in squares]
         return Drawing(draw_keypose(people, *size), "keypose")
@@ -122,11 +138,13 @@ def base_for(lab: Lab, way: Way, adapters: Sequence[Adapter]) -> Base:
     return base
 
 
-def pictures_of(lab: Lab, way: Way, names: Sequence[str], seeds: Sequence[int], puppets: bool) -> list[Image.Image]:
+def pictures_of(
+    lab: Lab, way: Way, names: Sequence[str], seeds: Sequence[int], puppets: bool, width: int = WIDTH
+) -> list[Image.Image]:
     """Pictures of one scene, the places in turn."""
     adapters = adapters_of(lab, names)
     base, tokens = base_for(lab, way, adapters), [adapter.token for adapter in adapters]
-    drawing, images = drawing_of(lab, names, puppets), []
+    drawing, images = drawing_of(lab, names, puppets, width), []
     for start, place in enumerate(PLACES):
         mine = list(seeds[start :: len(PLACES)])
         regions = [
@@ -134,7 +152,7 @@ def pictures_of(lab: Lab, way: Way, names: Sequence[str], seeds: Sequence[int], 
             for box, token in zip(boxes(len(names)), tokens, strict=True)
         ]
         scene = Scene(
-            **{**lab.pictures_config.model_dump(exclude={"regions"}), "width": WIDTH, "height": HEIGHT},
+            **{**lab.pictures_config.model_dump(exclude={"regions"}), "width": width, "height": HEIGHT},
             regions=regions if way.regions else [],
         )
         bound = [[(adapter, 1.0)] for adapter in adapters] if way.merge is None else []
@@ -147,7 +165,7 @@ def confusion(lab: Lab, images: Sequence[Image.Image], names: Sequence[str]) -> 
     references = torch.stack([embed(lab.encoder, lab.references(name)).mean(0) for name in names])
     rows = []
     for box in boxes(len(names)):
-        found = embed(lab.encoder, [image.crop(square(box)) for image in images]) @ references.mT
+        found = embed(lab.encoder, [image.crop(square(box, image.width)) for image in images]) @ references.mT
         rows.append([float((found.argmax(1) == index).double().mean()) for index in range(len(names))])
     return rows
 
@@ -155,16 +173,18 @@ def confusion(lab: Lab, images: Sequence[Image.Image], names: Sequence[str]) -> 
 def scene_cell(lab: Lab, name: str, way: str, names: Sequence[str], count: int, puppets: bool) -> Figures:
     """One scene one way: its confusion matrix and the mean likeness to the right concept."""
 
+    width = width_of(name)
+
     def compute() -> Figures:
-        images = pictures_of(lab, WAYS[way], names, range(count), puppets)
+        images = pictures_of(lab, WAYS[way], names, range(count), puppets, width)
         likeness = [
-            lab.identity([image.crop(square(box)) for image in images], concept)
+            lab.identity([image.crop(square(box, width)) for image in images], concept)
             for box, concept in zip(boxes(len(names)), names, strict=True)
         ]
         return {"confusion": confusion(lab, images, names), "identity": likeness, "pictures": len(images)}
 
     kind = {"way": vars(WAYS[way]), "names": list(names), "count": count, "puppets": puppets}
-    return lab.cell("scene", kind, compute)
+    return lab.cell("scene", kind if width == WIDTH else {**kind, "width": width}, compute)
 
 
 @study(
@@ -180,7 +200,7 @@ def run(lab: Lab, quick: bool) -> Findings:
     rows: list[Row] = []
     matrices: list[Row] = []
     for number, scenes in chosen.items():
-        for way in ways:
+        for way in ways if width_of(number) == WIDTH else ways[:1]:
             right, likeness, pictures = [], [], 0
             for names in scenes:
                 count = len(PLACES) if quick else SEEDS[number] // len(scenes)
@@ -220,6 +240,8 @@ def sheet(lab: Lab) -> Image.Image:
     """Four pictures of one scene of every number, one row a way; the drawing first."""
     blocks = []
     for number, scenes in SCENES.items():
+        if width_of(number) != WIDTH:
+            continue
         names, puppets = scenes[0], number.endswith("puppets")
         drawing = drawing_of(lab, names, puppets).at(WIDTH, HEIGHT).convert("RGB")
         tiles = []

@@ -35,6 +35,7 @@ HALVED = {"full_adapter": (0, 1, 2, 3, 4, 5), "full_adapter_xl": (0, 0, 1, 1, 1,
 SETTINGS = "settings.yaml"
 CHUNK = 8  # pictures, or captions, encoded together
 
+Read = Callable[[Path], Image.Image]
 Words = dict[str, tuple[Tensor, Tensor | None]]  # caption to its embeddings and, for SDXL, the pooled one
 
 
@@ -93,11 +94,15 @@ def train_condition(
     progress: Progress = silent,
     should_stop: Callable[[], bool] = lambda: False,
     note: Callable[[str], None] = lambda text: None,
+    read: Read | None = None,
 ) -> T2IAdapter:
     """Train a T2I-Adapter of ``base`` (default: the config's) and write ``output``; only the adapter is trained.
 
     Every random draw is keyed by (seed, step, sample) and the state beside the output holds everything else, so that
     k steps, a stop and ``resume`` give the same bits as an unbroken run on a CPU.
+
+    Args:
+        read: opens a condition; give what generating will open it with. Default: :func:`open_condition`.
 
     Raises:
         Stopped: ``should_stop`` said so; the state is saved.
@@ -126,7 +131,7 @@ def train_condition(
     belongs = {"base": base.fingerprint.exact, "pairs": digest(pairs)}
     start = restore(state, optimizer, parameters, config, belongs) if resume and state.exists() else 0
     words = encode_captions(base, [pair.caption for pair in pairs])
-    latents, conditions = encode_pairs(pairs, pipeline.vae, config, size, progress)
+    latents, conditions = encode_pairs(pairs, pipeline.vae, config, size, progress, read)
     running: float | None = None
 
     for step in range(start, config.steps):
@@ -176,24 +181,26 @@ def read_pairs(config: ConditionConfig, note: Callable[[str], None]) -> list[Pai
     """The folder's pictures that have a condition, with their captions.
 
     Pictures and captions lie as for a concept (:func:`..data.folder.load_concept`). A picture's condition has its name
-    in ``sketch/`` or ``keypose/`` or else ``conditions/``, or lies beside it as ``<name>.sketch.png``.
+    in ``sketch/`` or ``keypose/`` or else ``conditions/``, or lies beside it as ``<name>.sketch.png`` or as
+    ``<name>_sketch.png``, which ``conditions sketch`` writes.
 
     Raises:
         UserError: no picture has one, or one shows another frame than its picture.
     """
     folder, kind = config.folder, config.kind
     concept = load_concept(folder, name="it")
-    ends = tuple(f".{name}" for name in CHANNELS)
-    beside = {p.path.with_name(p.path.stem): p.path for p in concept.photos if p.path.stem.endswith(f".{kind}")}
+    drawing = re.compile(rf"(.+)[._]({'|'.join(CHANNELS)})")
+    drawn = {photo.path: found for photo in concept.photos if (found := drawing.fullmatch(photo.path.stem))}
+    beside = {path.with_name(found[1]): path for path, found in drawn.items() if found[2] == kind}
     apart: dict[str, Path] = {}
     for place in (folder / "conditions", folder / kind):
         if place.is_dir():
             apart |= {path.stem: path for path in sorted(place.iterdir()) if path.suffix.lower() in SUFFIXES}
     pairs, skipped, bare, wordless = [], list(concept.skipped), 0, 0
     for photo in concept.photos:
-        if photo.path.stem.endswith(ends):
+        if photo.path in drawn:
             continue
-        condition = beside.get(photo.path.with_name(f"{photo.path.stem}.{kind}")) or apart.get(photo.path.stem)
+        condition = beside.get(photo.path.with_suffix("")) or apart.get(photo.path.stem)
         if condition is None:
             bare += 1
             continue
@@ -246,7 +253,12 @@ def open_condition(path: Path, kind: str) -> Image.Image:
 
 @torch.no_grad()
 def encode_pairs(
-    pairs: Sequence[Pair], vae: AutoencoderKL, config: ConditionConfig, size: int, progress: Progress
+    pairs: Sequence[Pair],
+    vae: AutoencoderKL,
+    config: ConditionConfig,
+    size: int,
+    progress: Progress,
+    read: Read | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All views of all pairs; a view cuts picture and condition alike.
 
@@ -257,7 +269,8 @@ def encode_pairs(
     weight = next(vae.parameters())
     rows, shown = [], []
     for index, pair in enumerate(pairs):
-        picture, condition = open_photo(pair.picture), open_condition(pair.condition, config.kind)
+        picture = open_photo(pair.picture)
+        condition = (read(pair.condition) if read else open_condition(pair.condition, config.kind)).convert("RGB")
         if condition.size != picture.size:
             condition = condition.resize(picture.size, Image.Resampling.LANCZOS)
         views = []
