@@ -143,7 +143,7 @@ def interference(adapters: Sequence[Adapter], strength: Mapping[str, float]) -> 
             own += (scaled[index][layer] * frobenius_norm(mine)) ** 2
             acting = torch.zeros(len(mine.up), basis.shape[1], dtype=torch.float64)
             for other, each in zip(adapters, scaled, strict=True):
-                if other is not one and layer in other.sizes:
+                if other is not one and other.sizes.get(layer) == one.sizes[layer]:
                     up, down = other.factors(layer)
                     acting += each[layer] * (up.double() @ (down.double() @ basis))
             others += float(acting.square().sum())
@@ -167,7 +167,7 @@ def _rounded(value: float | None) -> float | None:
 
 def cosine(left: Adapter, right: Adapter) -> float:
     """Mean over the shared layers of ⟨ΔW₁, ΔW₂⟩ / (|ΔW₁| |ΔW₂|)."""
-    shared = [layer for layer in left.layers if layer in right.layers]
+    shared = [layer for layer in left.layers if right.sizes.get(layer) == left.sizes[layer]]
     if not shared:
         return 0.0
     return sum(cosine_between(left.factors(layer), right.factors(layer)) for layer in shared) / len(shared)

@@ -32,7 +32,7 @@ def draw_slots(slots: Mapping[str, Slot | None], norms: Mapping[str, float | Non
     width = LABEL + shown * CELL + 2 * GAP + 150
     image = Image.new("RGB", (width, GAP * 2 + ROW * (len(names) + 1)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=12)
-    shared = clashes(list(slots.values()))
+    shared = clashes([columns_of(slot, capacity) for slot in slots.values()])
     for column in range(0, shown, 8):
         draw.text((LABEL + column * CELL, GAP), str(column), fill=INK, font=font)
     draw.text((LABEL + shown * CELL + GAP, GAP), "norm", fill=INK, font=font)
@@ -48,6 +48,8 @@ def draw_slots(slots: Mapping[str, Slot | None], norms: Mapping[str, float | Non
             draw.rectangle(
                 (left, top, left + CELL - 2, top + ROW - 6), fill, CLASH if clash else LINE, 2 if clash else 1
             )
+        if beyond := sum(column >= shown for column in mine):
+            draw.text((LABEL + shown * CELL - 96, top + 4), f"+{beyond} to the right", fill=INK, font=font)
         norm = norms.get(name)
         left = LABEL + shown * CELL + GAP
         if slots[name] is None:
@@ -63,12 +65,11 @@ def columns_of(slot: Slot | None, capacity: int) -> set[int]:
     return {column % capacity if column < 0 else column for column in slot.columns} if slot else set()
 
 
-def clashes(slots: Sequence[Slot | None]) -> set[int]:
+def clashes(slots: Sequence[set[int]]) -> set[int]:
     """Columns that more than one slot holds."""
     seen: set[int] = set()
     twice: set[int] = set()
-    for slot in slots:
-        mine = set(slot.columns) if slot else set()
+    for mine in slots:
         twice |= seen & mine
         seen |= mine
     return twice

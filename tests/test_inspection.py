@@ -88,5 +88,7 @@ def test_the_slot_map_shows_columns_in_the_concepts_colour_and_clashes_in_red() 
     image = draw_slots({"a": Slot.interval(0, 2), "b": Slot((1, 4)), "c": None}, {"a": 1.0, "b": None}, 16)
     colours = {colour for _, colour in image.getcolors(100_000) or []}
     assert {colour_of(0), colour_of(1), CLASH} <= colours
+    bottom = draw_slots({"a": Slot((-2, -1)), "b": Slot((-2, -1))}, {"a": None, "b": None}, 16)
+    assert CLASH in {colour for _, colour in bottom.getcolors(100_000) or []}
     alone = draw_slots({"a": Slot.interval(0, 2)}, {"a": None}, 16)
     assert CLASH not in {colour for _, colour in alone.getcolors(100_000) or []}

@@ -186,6 +186,14 @@ def test_an_adapter_bound_to_everything_is_that_adapter(tiny_base: Path, photos:
     again = np.asarray(sample(bound, [prompt], [1], scene)[0], float)
     assert np.array_equal(again, without)  # nothing is left behind
 
+    both, twice = (load_base(str(tiny_base), "cpu") for _ in range(2))  # beside one that acts everywhere
+    put_on(both, [(adapter, 0.5)])
+    put_on(twice, [(adapter, 0.9)])
+    wanted = np.asarray(sample(twice, [prompt], [1], scene)[0], float)
+    found = np.asarray(sample(both, ["a cup"], [1], over, bound=[[(adapter, 0.4)]])[0], float)
+    half = np.asarray(sample(both, [prompt], [1], scene)[0], float)
+    assert np.abs(found - wanted).max() <= 1 < np.abs(half - wanted).max()
+
 
 def test_too_small_regions_are_refused(base: Base) -> None:
     with pytest.raises(UserError, match="Region 1 is too small for this picture"):

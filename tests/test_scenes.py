@@ -101,8 +101,12 @@ def test_a_scene_file_and_the_picture_that_makes_itself_again(
     for picture in pictures[1:]:
         run(picture, "-o", tmp_path / "again.png", "device=cpu")
         assert pixels(tmp_path / "again.png") == pixels(picture)
-    run(pictures[0], "-o", tmp_path / "other.png", "--seed", 9, "device=cpu")
-    assert pixels(tmp_path / "other.png") != pixels(pictures[0])
+    for words in (["--seed", 9], ["seed=9"], ["seeds=[9]"]):
+        run(pictures[0], "-o", tmp_path / "other.png", *words, "device=cpu")
+        assert read_settings(tmp_path / "other.png")["keep"] == 9
+    before = (tmp_path / "scene.yaml").read_text()
+    run(tmp_path / "scene.yaml", "-o", tmp_path / "scene.png", "count=1")
+    assert (tmp_path / "scene.yaml").read_text() == before  # a person's own file stays
 
 
 def test_long_batches_go_on_where_they_stopped(tiny_base: Path, tmp_path: Path) -> None:
@@ -212,6 +216,11 @@ def test_what_cannot_be_drawn_is_said_in_a_sentence(base_folder: Path, two: list
         with pytest.raises(UserError, match=message):
             generate_to_file(scene.model_copy(update={"regions": [region]}))
     Image.new("L", (8, 8)).save(tmp_path / "empty.png")
+    painted = Image.new("RGBA", (32, 16))
+    painted.paste((255, 255, 255, 255), (0, 0, 16, 16))
+    painted.save(tmp_path / "painted.png")
+    found = region_mask(Region(mask=tmp_path / "painted.png", prompt="x"), 32, 16)
+    assert isinstance(found, torch.Tensor) and float(found.mean()) == 0.5
     with pytest.raises(UserError, match="is empty: paint white"):
         region_mask(Region(mask=tmp_path / "empty.png", prompt="x"), 32, 16)
     for wrong in ({"box": (0.5, 0, 0.5, 1)}, {"box": (-0.1, 0, 1, 1)}, {}, {"box": LEFT, "mask": tmp_path / "m.png"}):

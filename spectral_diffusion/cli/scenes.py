@@ -29,7 +29,7 @@ def source_of(words: list[str] | None) -> tuple[Path | None, list[str]]:
     return (Path(files[0]) if files else None), [word for word in words or [] if word not in files]
 
 
-def scene_source(path: Path, base: str | None, mapping: list[str] | None) -> dict[str, Any]:
+def scene_source(path: Path, base: str | None, mapping: list[str] | None, layout: int = 1) -> dict[str, Any]:
     """The settings that a scene file, a picture made here or a Mix-of-Show region file holds.
 
     Raises:
@@ -45,7 +45,8 @@ def scene_source(path: Path, base: str | None, mapping: list[str] | None) -> dic
         from ..base import load_base
         from ..generation.layouts import scene_of
 
-        return {"base": base or "pocket", **scene_of(path, load_base(base or "pocket", "cpu").size, pairs)}
+        found = scene_of(path, load_base(base or "pocket", "cpu").size, pairs, layout)
+        return {"base": base, **found} if base else found
     if pairs:
         raise UserError("--map is for Mix-of-Show's region files (.txt).")
     if path.suffix.lower() == ".png":
@@ -106,7 +107,7 @@ def conditions_sketch(
     photo: Annotated[Path, typer.Argument(help="A photo.")],
     output: OutputOption = None,
     thickness: Annotated[
-        float | None, typer.Option(help="Of the strokes in the photo's pixels; more for small pictures.")
+        float | None, typer.Option(min=0.1, help="Of the strokes in the photo's pixels; more for small pictures.")
     ] = None,
 ) -> None:
     """Draw a photo's edges, white on black."""

@@ -209,6 +209,7 @@ def generate(
     keypose: Annotated[list[str] | None, typer.Option(help="A skeleton, drawn or as keypoints: FILE[=0.8].")] = None,
     region: Annotated[list[str] | None, typer.Option(help='"0,0,0.5,1:PROMPT", a box in fractions; repeat.')] = None,
     mapping: Annotated[list[str] | None, typer.Option("--map", help="'<token>'='a person', in a region file.")] = None,
+    layout: Annotated[int, typer.Option(min=1, help="Which of a region file's layouts.")] = 1,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The picture to write (.png).")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same picture.")] = None,
     count: Annotated[int | None, typer.Option(help="How many pictures, with seeds seed, seed+1, …")] = None,
@@ -232,18 +233,22 @@ def generate(
     from ..generation.pipeline import generate_to_file
 
     source, overrides = source_of(words)
-    held = scene_source(source, base, mapping) if source else {}
+    named = base or next((word[5:] for word in overrides if word.startswith("base=")), None)
+    held = scene_source(source, named, mapping, layout) if source else {}
     flags = given(
         prompt=prompt, base=base, adapters=strengths(adapter), regions=regions(region),
         conditions=conditions(sketch, keypose), output=text_of(output), seed=seed, count=count, width=width,
         height=height, device=device, dtype=dtype, allow_base=allow_base or None,
     )  # fmt: skip
-    if (seed is not None or count is not None) and held:  # they replace the seeds that a picture was drawn with
+    changed = {word.partition("=")[0] for word in overrides} & {"seed", "count", "seeds"}
+    if held and (changed or seed is not None or count is not None):  # they replace those a picture was drawn with
         held = {key: value for key, value in held.items() if key not in {"seeds", "keep"}}
     settings = resolve(Scene, "generate", config, flags, overrides, held, str(source or ""))
     with progress_bar() as progress, stop_signals() as should_stop:
         paths = generate_to_file(settings, progress, say, should_stop, resume=resume)
-    write_text(settings.output.with_suffix(".yaml"), to_yaml(settings))
+    beside = settings.output.with_suffix(".yaml")
+    if not any(Path(one).resolve() == beside.resolve() for one in (source, config) if one):  # never over a person's own
+        write_text(beside, to_yaml(settings))
     shown = [*paths[:1], f"{len(paths) - 1} pictures beside it"] if len(paths) > 9 else paths
     say(f"Wrote {', '.join(map(str, shown))}.")
 
@@ -321,7 +326,7 @@ def inspect(
         drawn = slot_picture([adapter for path in paths for adapter in load_adapters(path)])
         with atomic(picture) as temporary:
             drawn.save(temporary, format="PNG")
-        say(f"Wrote {picture}.")
+        typer.echo(f"Wrote {picture}.", err=as_json)
 
 
 @app.command()

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from .. import pocket
 from ..base import Base, quiet
-from ..data.folder import open_photo
+from ..data.folder import MAX_PIXELS, open_photo
 from ..errors import UserError, reason
 from ..fusion.recipe import read_recipe
 from .extract import are_fractions, clean_strokes, read_keypoints
 from .keypose import draw_keypose
 from .regions import cells_in
-from .scene import Box, Condition, Kind, Region
+from .scene import Box, Condition, Kind, Region, open_on_black
 
 HUB = {  # the T2I-Adapters of Stable Diffusion 1.x and XL, by kind
     "sketch": ("TencentARC/t2iadapter_sketch_sd15v2", "TencentARC/t2i-adapter-sketch-sdxl-1.0"),
@@ -70,19 +70,11 @@ def drawn_people(people: Sequence[np.ndarray], size: tuple[int, int] | None, sid
         furthest, fractions = np.nanmax(np.concatenate(people), axis=0), are_fractions(people)
         size = (side, side) if fractions else (int(furthest[0]) + 1, int(furthest[1]) + 1)
         people = [person * side for person in people] if fractions else people
+    if min(size) < 1 or size[0] * size[1] > MAX_PIXELS // 16:  # it is drawn four times as large
+        raise UserError(
+            f"These keypoints need a canvas of {size[0]}×{size[1]} pixels, which cannot be drawn; scale them."
+        )
     return draw_keypose(people, *size)
-
-
-def open_on_black(path: Path) -> Image.Image:
-    """A keypose picture as RGB; transparency is black, as OpenPose draws.
-
-    Raises:
-        UserError: not a readable image.
-    """
-    open_photo(path)  # refuses what is broken or unreasonable
-    with Image.open(path) as image:
-        layered = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layered.size, "black"), layered).convert("RGB")
 
 
 def read_sketch(path: Path) -> Image.Image:
@@ -129,14 +121,25 @@ def load_t2i_adapter(base: Base, name: str | None, kind: Kind = "sketch") -> T2I
     return adapter.to(base.device).eval()
 
 
-def adapter_of(base: Base, drawings: Sequence[Drawing]) -> tuple[T2IAdapter | MultiAdapter, Any]:
+def adapter_of(base: Base, drawings: Sequence[Drawing], size: tuple[int, int]) -> tuple[T2IAdapter | MultiAdapter, Any]:
     """The network that reads these drawings, and the weights that the pipeline takes.
 
     Raises:
-        UserError: an adapter cannot be loaded, or they do not fit each other.
+        UserError: an adapter cannot be loaded, or does not fit the base, the picture's size or the others.
     """
     for drawing in drawings:
         drawing.network = load_t2i_adapter(base, drawing.adapter, drawing.kind)
+        channels, wanted = drawing.network.config["channels"], base.pipeline.unet.config["block_out_channels"]
+        if channels[0] != wanted[0]:
+            raise UserError(
+                f"The {drawing.kind} adapter {drawing.adapter or ''} is for another U-Net (its first level has "
+                f"{channels[0]} channels, this base's {wanted[0]}); name one for it with the condition's adapter."
+            )
+        if any(side % drawing.network.config["downscale_factor"] for side in size):
+            raise UserError(
+                f"With this {drawing.kind} adapter the picture's sides must be divisible by "
+                f"{drawing.network.config['downscale_factor']}; {size[0]}×{size[1]} are not."
+            )
     networks = [drawing.network for drawing in drawings]
     if len(drawings) == 1:
         return networks[0], drawings[0].weight

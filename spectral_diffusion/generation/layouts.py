@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from ..data.folder import open_photo
 from ..errors import UserError
+from .pictures import read_settings
 
 ASSIGNMENT = re.compile(r"""([A-Za-z_]\w*)=(?:'([^'\n]*)'|"([^"\n]*)")""")
 NUMBERS = re.compile(r"\[\s*(-?\d+(?:\.\d+)?(?:\s*,\s*-?\d+(?:\.\d+)?)*)\s*\]")
@@ -126,24 +126,30 @@ def drawings_beside(path: Path) -> list[dict[str, str]]:
     for ending, kind in (("_sketch", "sketch"), ("_pose", "keypose"), ("_keypose", "keypose"), ("", "")):
         for suffix in PICTURES:
             file = path.with_name(f"{path.stem}{ending}{suffix}")
-            if file.is_file():
+            if file.is_file() and not made_here(file):
                 found.append({"file": str(file), "kind": kind or kind_of(file)})
     return found
 
 
+def made_here(file: Path) -> bool:
+    """Whether a picture is one of this program's own."""
+    try:
+        return bool(read_settings(file))
+    except UserError:
+        return False
+
+
 def kind_of(file: Path) -> str:
     """``keypose`` for a picture in colours, ``sketch`` for one without."""
-    with Image.open(file) as image:
-        bands = image.convert("RGB").resize((64, 64)).split()
-        spread = max(max(abs(a - b) for a, b in zip(bands[0].getdata(), other.getdata())) for other in bands[1:])
+    bands = open_photo(file).resize((64, 64)).split()
+    spread = max(max(abs(a - b) for a, b in zip(bands[0].getdata(), other.getdata())) for other in bands[1:])
     return "keypose" if spread > 60 else "sketch"
 
 
 def size_of(drawings: Sequence[Mapping[str, str]], spots: Sequence[Spot]) -> tuple[float, float]:
     """The picture's size in the file's pixels: that of its drawing, else 512 high and as wide as the boxes need."""
     if drawings:
-        with Image.open(drawings[0]["file"]) as image:
-            return image.size
+        return open_photo(Path(drawings[0]["file"])).size
     boxes = [spot.box for spot in spots if spot.box]
     return (1024.0 if max(box[2] for box in boxes) > 512 else 512.0), 512.0
 

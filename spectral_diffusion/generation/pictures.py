@@ -47,7 +47,8 @@ def labelled_sheet(pictures: Sequence[Path], labels: Sequence[str], side: int = 
 def save_png(image: Image.Image, path: Path, scene: Scene) -> None:
     """Write a PNG with its scene and library versions inside, atomically."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(SETTINGS_KEY, json.dumps({"settings": embedded(scene), "versions": versions()}, sort_keys=True))
+    held = {"settings": embedded(scene), "versions": versions()}
+    info.add_itxt(SETTINGS_KEY, json.dumps(held))  # in their own order: adapters act in it
     with atomic(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 

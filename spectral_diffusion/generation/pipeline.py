@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from ..errors import UserError, nearest
 from ..files import check_writable
 from ..formats.native import load_adapter
 from ..linalg import Factors
-from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
 from ..tokens import collapse, expand, known_tokens
 from .conditions import Drawing, adapter_of, read_drawing, weighed
@@ -89,7 +87,7 @@ def sample_in_turn(
     unchecked: dict[str, Any] = {} if large else {"requires_safety_checker": False}
     options: dict[str, Any] = {}
     if drawings:
-        adapter, options["adapter_conditioning_scale"] = adapter_of(base, drawings)
+        adapter, options["adapter_conditioning_scale"] = adapter_of(base, drawings, (width, height))
         kind = StableDiffusionXLAdapterPipeline if large else StableDiffusionAdapterPipeline
         pipe = kind(**components, adapter=adapter, **unchecked)
     else:
@@ -102,8 +100,9 @@ def sample_in_turn(
             area_of(base, region, bound[index] if bound else (), width, height)
             for index, region in enumerate(scene.regions)
         ]
-    layers = unet_layers(base, areas)
-    window = (math.floor(scene.region_start * scene.steps), math.ceil(scene.region_end * scene.steps))
+    layers = modules_of(base, dict.fromkeys(name for area in areas for name in area.deltas))
+    first, last = (round(share * scene.steps, 6) for share in (scene.region_start, scene.region_end))
+    window = (math.floor(first), math.ceil(last))
     # Pipelines with textual inversion expand <rex> to <rex> <rex>_1 by themselves; the SD sketch pipeline does not.
     spell = collapse if isinstance(pipe, TextualInversionLoaderMixin) else expand
 
@@ -143,7 +142,7 @@ def sample_in_turn(
             warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, about itself
             found = pipe(
                 prompt=chunk,
-                negative_prompt=[scene.negative_prompt] * len(chunk),
+                negative_prompt=[spell(scene.negative_prompt, tokens)] * len(chunk),
                 num_inference_steps=scene.steps,
                 guidance_scale=scene.guidance,
                 generator=generators,
@@ -176,7 +175,7 @@ def area_of(base: Base, region: Region, bound: Bound, width: int, height: int) -
             part[layer] = (
                 Factors(torch.cat([held.up, up], 1), torch.cat([held.down, down], 0)) if held else Factors(up, down)
             )
-    encoders = find_targets(base.models, "re:" + "|".join(map(re.escape, text))) if text else {}
+    encoders = modules_of(base, text)
     tokens = known_tokens(base.pipeline.tokenizer)
     with changed(encoders, text):
         positive, negative = base.pipeline.encode_prompt(
@@ -186,10 +185,9 @@ def area_of(base: Base, region: Region, bound: Bound, width: int, height: int) -
     return Area(region_mask(region, width, height), positive, negative, unet)
 
 
-def unet_layers(base: Base, areas: Sequence[Area]) -> Mapping[str, Any]:
-    """The U-Net's layers that the areas' changes name."""
-    names = dict.fromkeys(name for area in areas for name in area.deltas)
-    return find_targets(base.models, "re:" + "|".join(map(re.escape, names))) if names else {}
+def modules_of(base: Base, names: Iterable[str]) -> dict[str, Any]:
+    """Modules by ``component.path``, with whatever adapters are around them: those may never call what is inside."""
+    return {name: base.models[name.split(".", 1)[0]].get_submodule(name.split(".", 1)[1]) for name in names}
 
 
 def bind(base: Base, scene: Scene, note: Callable[[str], None]) -> list[Bound]:

@@ -156,9 +156,16 @@ class RegionalAttention:
         return state.mean_inside(out, read, state.share)
 
 
+def innermost(layer: Any) -> Layer:
+    """The base's own layer inside whatever adapters are around it."""
+    while hasattr(layer, "base_layer"):
+        layer = layer.base_layer
+    return layer
+
+
 def change_of(layer: Layer, x: Tensor, factors: Factors) -> Tensor:
     """What a low-rank change adds to a layer's output."""
-    up, down = factors.up.to(x), factors.down.to(x)
+    up, down, layer = factors.up.to(x), factors.down.to(x), innermost(layer)
     return low_rank_conv(x, layer, up, down) if isinstance(layer, nn.Conv2d) else (x @ down.mT) @ up.mT
 
 
@@ -188,7 +195,7 @@ def bound_hook(name: str, state: Regional) -> Callable[[Any, Any, Tensor], Tenso
             return None if factors is None else output + change_of(module, x, factors)
         if cross or x.dim() < 3:
             return None  # the global prompt; or a layer without cells, such as the time embedding's
-        convolution = isinstance(module, nn.Conv2d)
+        convolution = isinstance(innermost(module), nn.Conv2d)
         flat = output.flatten(2).mT if convolution else output
         counts = flat.new_zeros(flat.shape[1])
         total = torch.zeros_like(flat)

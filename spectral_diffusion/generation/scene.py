@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 from torch import Tensor
 
@@ -125,6 +125,8 @@ class Scene(Settings):
     def _window(self) -> Scene:
         if self.region_start >= self.region_end:
             raise ValueError("region_start must be below region_end")
+        if not self.seeds and self.seed + self.count > 2**31:
+            raise ValueError("seed + count must not be above 2147483648")
         return self
 
     def every_seed(self) -> list[int]:
@@ -145,11 +147,23 @@ def region_mask(region: Region, width: int, height: int) -> Tensor | Box:
     """
     if region.mask is None:
         return region.fractions(width, height)
-    image = open_photo(region.mask).convert("L").resize((width, height), Image.Resampling.NEAREST)
+    image = open_on_black(region.mask).convert("L").resize((width, height), Image.Resampling.NEAREST)
     mask = torch.from_numpy(np.asarray(image, np.float32) / 255)
     if not bool((mask > 0.5).any()):
         raise UserError(f"The mask {region.mask} is empty: paint white where '{region.prompt}' goes.")
     return mask
+
+
+def open_on_black(path: Path) -> Image.Image:
+    """A picture as RGB, upright; what is transparent is black, as in keyposes and masks.
+
+    Raises:
+        UserError: not a readable image.
+    """
+    open_photo(path)  # refuses what is broken or unreasonable
+    with Image.open(path) as image:
+        layered = ImageOps.exif_transpose(image).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layered.size, "black"), layered).convert("RGB")
 
 
 def read_scene(path: Path) -> dict[str, Any]:
@@ -171,10 +185,10 @@ def read_scene(path: Path) -> dict[str, Any]:
         data["base"] = found(data["base"])
     if "adapters" in data:
         data["adapters"] = keys(data["adapters"])
-    for part, name in (("conditions", "file"), ("regions", "mask")):
+    for part in ("conditions", "regions"):
         for item in data.get(part) or [] if isinstance(data.get(part), list) else []:
             if isinstance(item, dict):
-                item.update({key: found(item[key]) for key in (name,) if key in item})
+                item.update({key: found(item[key]) for key in ("file", "mask", "adapter") if key in item})
                 item.update({key: keys(item[key]) for key in ("adapters",) if key in item})
     return data
 
