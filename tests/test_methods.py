@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,31 +113,44 @@ def test_the_forward_is_the_one_delta(base: Base, method: str, targets: str) -> 
         assert torch.allclose(a, b, atol=1e-4, rtol=1e-3)
 
 
+def one_of_each_kind(layers: Iterable[str], weights: dict[str, torch.Tensor]) -> list[str]:
+    """A layer per component and kernel: Linears of text encoder and U-Net, 1×1, 3×3 and strided convolutions."""
+    kinds: dict[object, str] = {}
+    for name in layers:
+        kinds.setdefault((name.split(".")[0], tuple(weights[name].shape[2:]), "downsamplers" in name), name)
+    return list(kinds.values())
+
+
 @pytest.mark.parametrize("method", NAMES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_merging_gives_what_the_adapter_gives(tiny_base: Path, method: str, dtype: str) -> None:
     """delta = merged − base, two adapters stacked, strengths, and the parameters stay float32 whatever the base is."""
     base = load_base(str(tiny_base), "cpu", dtype)
-    plain = {layer: weight.clone() for layer, weight in base.weights().items()}
-    one, two = put(base, method, "one"), put(base, method, "two", 4)
+    plain = {layer: weight.clone() for layer, weight in base.weights(EVERYTHING).items()}
+    one = put(base, method, "one", targets=EVERYTHING)
+    two = put(base, method, "two", 4 if get_method(method).slot else 0, targets=EVERYTHING)
     assert {p.dtype for _, p in one.named_parameters()} == {torch.float32}
     stir(one, 1.0)
-    name, layer = next(iter(one.layers.items()))
-    weight, kind = base.weights()[name], get_method(method)
-    slot = Slot.interval(0, one.rank) if kind.slot else None
-    built_on = with_weight(kind, frozen_tensors(kind, plain, one.rank, slot)[name], plain[name])
-    trained = {key: one.trained()[f"{name}.{key}"] for key in kind.shapes(*sides(weight), one.rank)}
-    layer.merge(adapter_names=["one"])
-    weight = base.weights()[name]  # PEFT puts another tensor there
-    found, wanted = weight.float() - plain[name].float(), kind.delta(trained, built_on).delta()
-    rounding = float(weight.abs().max()) * torch.finfo(weight.dtype).eps
-    assert torch.allclose(found, wanted, atol=2 * rounding, rtol=1e-2) and float(wanted.abs().max()) > 4 * rounding
-    weight.copy_(plain[name])
-    layer.merged_adapters.clear()
+    kind, trained = get_method(method), one.trained()
+    frozen = frozen_tensors(kind, plain, one.rank, Slot.interval(0, one.rank) if kind.slot else None)
+    names = one_of_each_kind(one.layers, plain)
+    assert len(names) >= 4
+    for name in names:
+        layer = one.layers[name]
+        held = {key: trained[f"{name}.{key}"] for key in kind.shapes(*sides(plain[name]), one.rank)}
+        layer.merge(adapter_names=["one"])
+        weight = base.weights(EVERYTHING)[name]  # PEFT puts another tensor there
+        found = weight.float() - plain[name].float()
+        wanted = kind.delta(held, with_weight(kind, frozen[name], plain[name])).delta().view(found.shape)
+        rounding = float(weight.abs().max()) * torch.finfo(weight.dtype).eps
+        assert torch.allclose(found, wanted, atol=2 * rounding, rtol=1e-2), name
+        assert float(wanted.abs().max()) > 4 * rounding
+        weight.copy_(plain[name])
+        layer.merged_adapters.clear()
     stir(two, 0.1)
     activate(base.models, ["one", "two"])
     detach(base.models)
-    assert all(torch.equal(weight, plain[name]) for name, weight in base.weights().items())
+    assert all(torch.equal(weight, plain[name]) for name, weight in base.weights(EVERYTHING).items())
 
 
 @pytest.mark.parametrize("method", NAMES)
