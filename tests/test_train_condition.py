@@ -139,7 +139,7 @@ def test_other_kinds_of_bases(other_base: Path, tmp_path: Path) -> None:  # noqa
 
 
 def test_the_adapter_has_the_shape_that_the_unet_wants() -> None:
-    with (pocket.t2i_sketch() / "config.json").open() as file:
+    with (pocket.t2i("sketch") / "config.json").open() as file:
         shipped = {key: value for key, value in json.load(file).items() if not key.startswith("_")}
     unet = UNet2DConditionModel.from_pretrained(pocket.path() / "unet")
     assert fitting_shape(unet, 4, "sketch") == shipped

@@ -93,7 +93,7 @@ def own_adapter(base: Base, kind: Kind) -> str:
     name = base.name
     for _ in range(8):  # a fusion of a fusion of …
         if name == "pocket":
-            return str(pocket.path() / f"t2i_{kind}")
+            return str(pocket.t2i(kind))
         if (inside := Path(name) / f"t2i_{kind}").is_dir():
             return str(inside)
         recipe = read_recipe(Path(name)) if Path(name).is_dir() else None
@@ -109,7 +109,7 @@ def load_t2i_adapter(base: Base, name: str | None, kind: Kind = "sketch") -> T2I
     Raises:
         UserError: it cannot be loaded.
     """
-    name = str(pocket.path() / f"t2i_{kind}") if name == "pocket" else name or own_adapter(base, kind)
+    name = str(pocket.t2i(kind)) if name == "pocket" else name or own_adapter(base, kind)
     try:
         with quiet():
             adapter = T2IAdapter.from_pretrained(name, torch_dtype=base.dtype, use_safetensors=True)

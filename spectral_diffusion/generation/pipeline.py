@@ -74,7 +74,7 @@ def sample_in_turn(
     Args:
         drawings: the conditions, read already.
         bound: per region of the scene the adapters that act only there.
-        preview: called now and then with the step and the unfinished pictures.
+        preview: called after every step with its number and the unfinished pictures.
 
     Raises:
         Cancelled: ``should_stop`` said so after a step.

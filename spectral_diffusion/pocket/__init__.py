@@ -12,6 +12,6 @@ def path() -> Path:
     return Path(__file__).parent / "weights"
 
 
-def t2i_sketch() -> Path:
-    """The folder of the pocket base's sketch T2I-Adapter."""
-    return path() / "t2i_sketch"
+def t2i(kind: str) -> Path:
+    """The folder of its T2I-Adapter for sketches or keyposes."""
+    return path() / f"t2i_{kind}"
