@@ -20,7 +20,7 @@ from .lab import REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled
 from .registry import Findings, Row, Table, study
 from .statistics import share, told
 
-RATES = (0.4, 1.0, 2.5)  # trials of the learning rate, on concepts that are not reported
+RATES = (0.4, 1.0, 2.5, 6.25)  # trials of the learning rate, on concepts that are not reported
 SEEDS = (0, 1, 2)
 # Family: settings of training. {k} is the concept's number; the same rank, so the same number of trained factors
 # but for `orthogonal`, which trains one of two.

@@ -133,7 +133,8 @@ class Lab:
     def trained(self, concept: str, **change: Any) -> tuple[Adapter, float]:
         """An adapter and the seconds that its training took here, from the shelf if it stands there."""
         config = self.settings(concept, change, Path("adapter.safetensors"))
-        plain = config.model_dump(mode="json", exclude={"concept", "output", "device"})
+        # Only what differs from the defaults counts, so that a new setting leaves what is kept in place.
+        plain = config.model_dump(mode="json", exclude={"concept", "output", "device"}, exclude_defaults=True)
         photos = [hashlib.sha256(p.path.read_bytes()).hexdigest() for p in self.concept(concept).photos]
         folder = self.folder / "adapters" / key_of([plain, self.fingerprint, concept, photos])
         file, spent = folder / f"{concept}.safetensors", folder / "seconds.json"
