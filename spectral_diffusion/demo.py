@@ -16,7 +16,7 @@ from .files import write_text
 from .formats.native import load_adapter
 from .fusion.recipe import fuse_to_folder
 from .generation.conditions import read_drawing
-from .generation.pictures import grid, save_png
+from .generation.pictures import grid, save_png, sources_of
 from .generation.pipeline import put_on, sample
 from .generation.scene import Condition, Region, Scene
 from .progress import Progress, silent
@@ -80,7 +80,7 @@ def run_demo(
         }
     )
     both = sample(with_both, [scene.prompt] * 4, [scene.seed + i for i in range(4)], scene, progress, [sketch])
-    save_png(both[0], scene.output, scene)
+    save_png(both[0], scene.output, scene, sources_of(scene, with_both))
     write_text(output / "together.yaml", to_yaml(scene))
     sheet = contact_sheet(
         {name: [open_photo(photo.path) for photo in concept.photos[:4]] for name, concept in concepts.items()},

@@ -125,6 +125,25 @@ def test_long_batches_go_on_where_they_stopped(tiny_base: Path, tmp_path: Path) 
     assert [path.stat().st_mtime_ns for path in kept] != before
 
 
+def test_a_changed_file_is_noticed(base_folder: Path, tmp_path: Path) -> None:
+    sketch = tmp_path / "sketch.png"
+    Image.new("L", (32, 32), 255).save(sketch)
+    scene = Scene(
+        prompt="a dog", base=str(base_folder), output=tmp_path / "a.png", steps=2, conditions=[Condition(file=sketch)],
+        device="cpu",
+    )  # fmt: skip
+    generate_to_file(scene)
+    before = scene.output.stat().st_mtime_ns
+    generate_to_file(scene, resume=True)
+    assert scene.output.stat().st_mtime_ns == before
+    assert "has changed" not in run(scene.output, "-o", tmp_path / "again.png", "device=cpu")
+    Image.new("L", (32, 32), 0).save(sketch)
+    told = run(scene.output, "-o", tmp_path / "again.png", "device=cpu")
+    assert f"{sketch} has changed since that picture was made" in told
+    generate_to_file(scene, resume=True)
+    assert scene.output.stat().st_mtime_ns != before
+
+
 def test_previews_show_the_picture_as_it_comes(tiny_base: Path) -> None:
     seen: list[tuple[int, int, tuple[int, int]]] = []
     scene = Scene(steps=3, device="cpu")

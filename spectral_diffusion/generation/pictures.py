@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from ..base import Base
 from ..errors import UserError
 from ..files import atomic
 from ..formats.native import versions
 from .scene import Scene
 
 SETTINGS_KEY = "spectral_diffusion"
+BASE = "base"  # among the sources
 APART = {"output", "device"}  # of a scene: where it goes and what draws it
 
 
@@ -44,10 +47,10 @@ def labelled_sheet(pictures: Sequence[Path], labels: Sequence[str], side: int = 
     return grid(tiles, gap=6)
 
 
-def save_png(image: Image.Image, path: Path, scene: Scene) -> None:
-    """Write a PNG with its scene and library versions inside, atomically."""
+def save_png(image: Image.Image, path: Path, scene: Scene, sources: Mapping[str, str]) -> None:
+    """Write a PNG with its scene, what it was made from (see :func:`sources_of`) and library versions inside."""
     info = PngImagePlugin.PngInfo()
-    held = {"settings": embedded(scene), "versions": versions()}
+    held = {"settings": embedded(scene), "sources": dict(sources), "versions": versions()}
     info.add_itxt(SETTINGS_KEY, json.dumps(held))  # in their own order: adapters act in it
     with atomic(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
@@ -58,23 +61,56 @@ def embedded(scene: Scene) -> dict[str, Any]:
     return scene.model_dump(mode="json", exclude=APART)
 
 
+def sources_of(scene: Scene, base: Base) -> dict[str, str]:
+    """What a picture is made from beside its settings: the base's fingerprint, and a hash of every file it names.
+
+    Take it before anything is put on the base.
+    """
+    files = [*scene.adapters, *(condition.file for condition in scene.conditions)]
+    for region in scene.regions:
+        files += [*region.adapters, *([region.mask] if region.mask else [])]
+    there = [Path(file) for file in files if Path(file).is_file()]  # what is not is told where it is used
+    return {BASE: base.fingerprint.exact} | {
+        str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:32] for file in there
+    }
+
+
+def read_embedded(path: Path) -> dict[str, Any]:
+    """Everything that is embedded in a picture.
+
+    Raises:
+        UserError: nothing of this program's is there.
+    """
+    try:
+        with Image.open(path) as image:
+            found: dict[str, Any] = json.loads(image.info[SETTINGS_KEY])
+        return {"settings": dict(found["settings"]), "sources": dict(found.get("sources") or {})}
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} holds no settings of this program.") from error
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings embedded in a picture.
 
     Raises:
         UserError: none are there.
     """
-    try:
-        with Image.open(path) as image:
-            found: dict[str, Any] = json.loads(image.info[SETTINGS_KEY])["settings"]
-            return dict(found)
-    except (OSError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} holds no settings of this program.") from error
+    return dict(read_embedded(path)["settings"])
 
 
-def is_same(path: Path, scene: Scene) -> bool:
-    """Whether a picture is there that was drawn from this very scene."""
+def read_sources(path: Path) -> dict[str, str]:
+    """What a picture says that it was made from.
+
+    Raises:
+        UserError: it is none of this program's pictures.
+    """
+    return {str(name): str(value) for name, value in read_embedded(path)["sources"].items()}
+
+
+def is_same(path: Path, scene: Scene, sources: Mapping[str, str]) -> bool:
+    """Whether a picture is there that was drawn from this very scene, base and files."""
     try:
-        return read_settings(path) == embedded(scene)
+        found = read_embedded(path)
     except UserError:
         return False
+    return found["settings"] == embedded(scene) and found["sources"] == dict(sources)

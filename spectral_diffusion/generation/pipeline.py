@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from ..linalg import Factors
 from ..progress import Event, Progress, silent
 from ..tokens import collapse, expand, known_tokens
 from .conditions import Drawing, adapter_of, read_drawing, weighed
-from .pictures import is_same, labelled_sheet, save_png
+from .pictures import BASE, is_same, labelled_sheet, save_png, sources_of
 from .regions import Area, Regional, changed, regional
 from .scene import Region, Scene, region_mask, tokens_in
 
@@ -243,13 +243,15 @@ def generate_to_file(
     should_stop: Callable[[], bool] = lambda: False,
     preview: Preview | None = None,
     resume: bool = False,
+    expected: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Draw a scene's pictures and write each, with its scene inside, as soon as it is done.
 
     One picture goes to ``output``; several to ``<stem>-<seed>.png`` each, and a contact sheet to ``output``.
 
     Args:
-        resume: leave out batches whose pictures are there already, made from this very scene.
+        resume: leave out batches whose pictures are there already, made from this very scene and its files.
+        expected: what an earlier picture of the scene was made from; a note tells of every file that has changed since.
 
     Raises:
         UserError: anything the person can mend.
@@ -265,6 +267,11 @@ def generate_to_file(
     adapters = [(load_adapter(Path(path)), strength) for path, strength in scene.adapters.items()]
     check_writable(scene.output)
     base = load_base(scene.base, scene.device, scene.dtype)
+    sources = sources_of(scene, base)
+    for name, before in (expected or {}).items():
+        if name in sources and sources[name] != before:
+            what = f"The base {scene.base}" if name == BASE else name
+            note(f"Note: {what} has changed since that picture was made; this one will differ.")
     for text in put_on(base, adapters, scene.allow_base):
         note(text)
     bound = bind(base, scene, note)
@@ -284,15 +291,15 @@ def generate_to_file(
             seed: scene.model_copy(update={"seeds": batch, "keep": seed, "seed": seed, "count": 1}) for seed in batch
         }
         paths = {seed: place(seed) for seed in batch if scene.keep in (None, seed)}
-        if not (resume and all(is_same(path, embedded[seed]) for seed, path in paths.items())):
+        if not (resume and all(is_same(path, embedded[seed], sources) for seed, path in paths.items())):
             prompts = [scene.prompt] * len(batch)
             turn = sample_in_turn(base, prompts, batch, scene, progress, drawings, bound, should_stop, preview)
             with closing(turn):
                 for seed, image in zip(batch, next(turn), strict=True):
                     if seed in paths:
-                        save_png(image, paths[seed], embedded[seed])
+                        save_png(image, paths[seed], embedded[seed], sources)
         written += paths.values()
     if len(written) > 1:
-        save_png(labelled_sheet(written, [str(seed) for seed in seeds]), scene.output, scene)
+        save_png(labelled_sheet(written, [str(seed) for seed in seeds]), scene.output, scene, sources)
         written.insert(0, scene.output)
     return written
