@@ -110,6 +110,21 @@ def test_train_load_fuse_and_draw(photos: Path, folder: Path, tmp_path: Path) ->
     assert np.abs(pictures[0] - pictures[2]).max() > 1
 
 
+@pytest.mark.parametrize("negative", ["", "blurry"])
+def test_without_regions_a_picture_is_the_stock_pipelines(folder: Path, negative: str) -> None:
+    scene = Scene(steps=2, guidance=3.0, device="cpu", negative_prompt=negative)
+    base = load_base(str(folder), "cpu")
+    mine = sample(base, ["a red dog"], [7], scene)[0]
+    pipe = load_base(str(folder), "cpu").pipeline
+    pipe.scheduler = sampler(base, scene.sampler)
+    pipe.set_progress_bar_config(disable=True)
+    stock = pipe(
+        "a red dog", negative_prompt=negative or None, num_inference_steps=2, guidance_scale=3.0,
+        width=base.size, height=base.size, generator=[torch.Generator("cpu").manual_seed(7)],
+    ).images[0]  # fmt: skip
+    assert np.array_equal(np.asarray(mine), np.asarray(stock))
+
+
 def test_training_is_conditioned_as_the_stock_pipeline_is(photos: Path, folder: Path) -> None:
     base, stock = load_base(str(folder), "cpu"), load_base(str(folder), "cpu")
     prompts = ["a photo of <rex> on the beach", "a red dog and <rex>"]

@@ -106,6 +106,7 @@ def sample_in_turn(
     # Pipelines with textual inversion expand <rex> to <rex> <rex>_1 by themselves; the SD sketch pipeline does not.
     spell = collapse if isinstance(pipe, TextualInversionLoaderMixin) else expand
 
+    negative = scene.negative_prompt or None  # SDXL takes zeros, not the encoded empty prompt, where there is none
     total = math.ceil(len(prompts) / scene.batch) * scene.steps
     for start in range(0, len(prompts), scene.batch):
         chunk = [spell(prompt, tokens) for prompt in prompts[start : start + scene.batch]]
@@ -142,7 +143,7 @@ def sample_in_turn(
             warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, about itself
             found = pipe(
                 prompt=chunk,
-                negative_prompt=[spell(scene.negative_prompt, tokens)] * len(chunk),
+                negative_prompt=negative and [spell(negative, tokens)] * len(chunk),
                 num_inference_steps=scene.steps,
                 guidance_scale=scene.guidance,
                 generator=generators,
@@ -182,6 +183,8 @@ def area_of(base: Base, region: Region, bound: Bound, width: int, height: int) -
             prompt=[collapse(words, tokens) for words in (region.prompt, region.negative_prompt)],
             device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False,
         )[0]  # fmt: skip
+    if not region.negative_prompt and base.pipeline.config.get("force_zeros_for_empty_prompt"):
+        negative = torch.zeros_like(negative)
     return Area(region_mask(region, width, height), positive, negative, unet)
 
 
