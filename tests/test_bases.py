@@ -28,7 +28,7 @@ from spectral_diffusion.files import read_tensors, write_tensors
 from spectral_diffusion.formats.checkpoint import checkpoint_tensors, unet_tensors
 from spectral_diffusion.formats.native import load_adapter
 from spectral_diffusion.fusion.recipe import fuse_to_folder
-from spectral_diffusion.generation.pipeline import put_on, sample
+from spectral_diffusion.generation.pipeline import put_on, sample, sampler
 from spectral_diffusion.generation.scene import Region, Scene
 from spectral_diffusion.pocket.workshop.models import build_tokenizer
 from spectral_diffusion.training.conditioning import Conditioner

@@ -66,7 +66,7 @@ def sources_of(scene: Scene, base: Base) -> dict[str, str]:
 
     Take it before anything is put on the base.
     """
-    files = [*scene.adapters, *(condition.file for condition in scene.conditions)]
+    files: list[str | Path] = [*scene.adapters, *(condition.file for condition in scene.conditions)]
     for region in scene.regions:
         files += [*region.adapters, *([region.mask] if region.mask else [])]
     there = [Path(file) for file in files if Path(file).is_file()]  # what is not is told where it is used
