@@ -74,6 +74,19 @@ def test_every_method_from_photos_to_a_picture(photos: Path, tiny_base: Path, tm
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
 
 
+@pytest.mark.parametrize("method", NAMES)
+def test_every_method_goes_on_bit_for_bit_in_bfloat16(
+    photos: Path, tiny_base: Path, tmp_path: Path, method: str
+) -> None:
+    half = {"method": method, "dtype": "bfloat16", "autocast": True, "steps": 4}
+    whole = train_to_file(settings(photos, tiny_base, tmp_path / "whole" / "rex.safetensors", **half))
+    config = settings(photos, tiny_base, tmp_path / "broken" / "rex.safetensors", **half)
+    asked = itertools.count()
+    with pytest.raises(Stopped):
+        train_to_file(config, should_stop=lambda: next(asked) >= 2)
+    assert same(train_to_file(config, resume=True), whole) and same(load_adapter(config.output), whole)
+
+
 def test_adalora_really_takes_values_away(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     config = settings(photos, tiny_base, tmp_path / "rex.safetensors", method="adalora", rank=4, steps=30)
     adapter = train_to_file(config)

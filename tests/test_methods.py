@@ -243,23 +243,33 @@ def test_peft_and_diffusers_operations_work_on_our_tuner(base: Base) -> None:
         assert torch.allclose(a, b, atol=5e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", NAMES)
-def test_gradient_checkpointing_gives_the_same_gradients(base: Base, method: str) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(base: Base, method: str, dtype: torch.dtype) -> None:
+    for model in base.models.values():
+        model.to(dtype)
     attachment = put(base, method)
     stir(attachment)
-    text = torch.randn(1, 32, 24, generator=torch.Generator().manual_seed(0))
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(32)[None]
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+    networks = [base.pipeline.unet, base.pipeline.text_encoder]
 
-    def gradients() -> list[torch.Tensor]:
-        base.pipeline.unet.zero_grad()
-        base.pipeline.unet(latents, 10, text).sample.square().mean().backward()
-        return [p.grad.clone() for n, p in attachment.named_parameters() if n.startswith("unet")]
+    def gradients() -> dict[str, torch.Tensor]:
+        for network in networks:
+            network.zero_grad()
+        text = base.pipeline.text_encoder(ids)[0]
+        base.pipeline.unet(latents, 10, text).sample.float().square().mean().backward()
+        return {name: p.grad.clone() for name, p in attachment.named_parameters()}
 
     plain = gradients()
-    base.pipeline.unet.train()
     base.pipeline.unet.enable_gradient_checkpointing()
-    for a, b in zip(plain, gradients(), strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-8)
+    base.pipeline.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    for network in networks:
+        network.train()
+    again = gradients()
+    assert {name.split(".")[0] for name in plain} == {"unet", "text_encoder"}
+    for name, gradient in plain.items():
+        assert gradient.any() and torch.allclose(gradient, again[name], rtol=1e-5, atol=1e-8), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
