@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-slow lint ui install bench clean
+# The browser's tests run where a Chromium is; everywhere else they would only be skipped.
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+.PHONY: demo test test-ui test-slow lint ui install bench evidence clean
 
 install: $(VENV)/.installed
 
@@ -20,6 +23,12 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --maxprocesses 4
+ifneq ($(CHROMIUM),)
+	$(BIN)/python -m pytest -m browser tests/browser
+endif
+
+test-ui: install
+	$(BIN)/python -m pytest -m browser tests/browser
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
@@ -33,7 +42,11 @@ ui: install
 	$(BIN)/spectral-diffusion ui
 
 bench: install
-	for one in layers step spectrum fuse gradient regions methods; do $(BIN)/python benchmarks/$$one.py || exit 1; done
+	for one in layers step spectrum fuse gradient regions methods memory; do $(BIN)/python benchmarks/$$one.py || exit 1; done
+
+evidence: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[plots]'
+	$(BIN)/spectral-diffusion experiment all -o docs/evidence
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

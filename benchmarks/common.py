@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from spectral_diffusion.experiments.cost import saved_bytes
 from spectral_diffusion.linalg import sides
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.methods.attach import Attachment, attach
@@ -15,6 +13,7 @@ from spectral_diffusion.methods.frozen import frozen_tensors
 from spectral_diffusion.methods.targets import find_targets
 from spectral_diffusion.slots import Slot
 
+__all__ = ["RANK", "put", "saved_bytes"]
 RANK = 8
 
 
@@ -41,21 +40,3 @@ def put(name: str, models: dict[str, nn.Module], targets: str, rank: int = RANK)
         for _, parameter in attachment.named_parameters():
             parameter += 0.01 * torch.randn(parameter.shape)
     return attachment
-
-
-def saved_bytes(net: nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes that a forward keeps for backward, parameters and frozen tensors not counted, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in (*net.parameters(), *net.buffers())}
-    seen: dict[int, int] = {}
-    kept: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.data_ptr() not in seen:
-            seen[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)  # so that no other tensor gets its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(seen.values())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, ValidationInfo, field_validator
 
 from .errors import UserError, nearest
 
@@ -49,6 +49,71 @@ class PreservationConfig(Settings):
         return value
 
 
+class DataConfig(Settings):
+    """How photos become samples. The defaults: square crops at random, captions as they are."""
+
+    buckets: bool = False  # photos keep about their shape, at about resolution² pixels; a step sees one shape
+    crop: Literal["random", "center", "head"] = "random"  # head holds the top of the picture
+    flip: float = Field(0.0, ge=0, le=1)  # share of crops mirrored, but where the caption says left or right
+    mask_weight: float = Field(0.0, ge=0, le=1)  # the loss outside the masks counts 1 minus this
+    shuffle: bool = False  # put the comma-separated parts of a caption into another order at every step
+    keep: int = Field(1, ge=0, le=1000)  # the first parts stay first, and are never dropped
+    part_dropout: float = Field(0.0, ge=0, le=1)  # share of the other parts left out; never one that holds the token
+    caption_dropout: float = Field(0.0, ge=0, le=1)  # share of samples with the empty prompt
+    class_images: Path | None = None  # pictures of the class, for preservation instead of such as the base draws
+    cache_latents: bool = True  # encode the crops once; false encodes those of a step at the step
+    cache: Path | None = None  # folder of encoded crops; default: latents/ beside the spectra
+
+
+class ObjectiveConfig(Settings):
+    """What the loss is. The default is the plain mean squared error of what the base predicts, ε or v."""
+
+    loss: Literal["mse", "huber"] = "mse"
+    huber_delta: float = Field(0.1, gt=0)  # errors above about this count linearly
+    snr_gamma: float = Field(0.0, ge=0)  # min-SNR-γ weights of the timesteps (Hang et al. 2023); 0 weighs all alike
+    attention: float = Field(0.0, ge=0)  # weight of keeping the token's attention inside the masks
+
+
+class OptimiserConfig(Settings):
+    """Who takes the steps, and how many pictures each of them sees."""
+
+    name: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
+    factor: float = Field(1.0, gt=0)  # of prodigy's own step size, which takes the learning rates' place
+    warmup: int = Field(0, ge=0)  # steps in which the rates rise to what they are
+    accumulate: int = Field(1, ge=1, le=1024)  # batches per step
+    ema: float = Field(0.0, ge=0, lt=1)  # write a moving average that forgets so slowly; 0: the last numbers
+
+
+class WatchConfig(Settings):
+    """What is shown and recorded on the way. Nothing of it changes the result, but for stopping early."""
+
+    every: int = Field(0, ge=0)  # steps between two sample grids; 0 draws none
+    prompts: list[str] = Field(["a photo of {}", "{} on the beach", "{} in the snow"], min_length=1)
+    strengths: list[FiniteFloat] = Field([0.0, 0.7, 1.0], min_length=1)  # of the adapter, a column of the grid each
+    seed: int = Field(0, ge=0, lt=2**31)
+    steps: int = Field(20, ge=1, le=1000)  # of each picture
+    guidance: float = Field(4.0, ge=0, le=50)
+    patience: int = Field(0, ge=0)  # stop after so many grids without a better likeness; 0 never
+    tracker: Literal["none", "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"] = (
+        "none"
+    )
+    card: bool = False  # write <output>.md with the curve, the samples and the settings
+
+    @field_validator("prompts")
+    @classmethod
+    def _one_place(cls, value: list[str]) -> list[str]:
+        if any(prompt.count("{}") != 1 for prompt in value):
+            raise ValueError("every prompt needs {} exactly once, where the concept goes")
+        return value
+
+    @field_validator("patience")
+    @classmethod
+    def _needs_grids(cls, value: int, info: ValidationInfo) -> int:
+        if value and not info.data.get("every"):
+            raise ValueError("patience counts sample grids; set watch.every above 0 too")
+        return value
+
+
 class TrainConfig(Settings):
     """Train one concept into one adapter. Defaults are the paper's fusion recipe for Stable Diffusion 1.5."""
 
@@ -73,9 +138,11 @@ class TrainConfig(Settings):
     embedding_learning_rate: float = Field(1e-3, ge=0)
     normalise: bool = False  # train A_U S_b / s_max, so that every slot's steps weigh alike
     slot_rate: float = Field(0.0, ge=-2, le=2)  # a layer's rates times (s_max / mean S_b) to this power
-    decay: Literal["linear", "constant"] = "linear"
+    decay: Literal["linear", "constant", "cosine"] = "linear"
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, gt=0)
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
     timestep_power: float = Field(1.0, gt=0, le=4)  # t = T u^power; below 1 more steps at high noise, for shapes
     noise_offset: float = Field(0.01, ge=0)
     embedding_norm: float = Field(1.45, gt=0)  # stop moving the token at this times its first norm
@@ -84,10 +151,14 @@ class TrainConfig(Settings):
     crops: int = Field(4, ge=1, le=256)  # random crops per photo, encoded once
     templates: list[str] = ["a photo of {}", "a picture of {}", "an image of {}", "{}"]
     preservation: PreservationConfig = PreservationConfig()
+    data: DataConfig = DataConfig()
+    watch: WatchConfig = WatchConfig()
     save_every: int = Field(100, ge=1)
     device: str = "auto"
     dtype: str = "float32"  # of the frozen base; adapters stay float32
     autocast: bool = False  # run the networks under bfloat16 autocast
+    precision: Literal["bfloat16", "float16"] = "bfloat16"  # of autocast; float16 scales the loss as it has to
+    gradient_checkpointing: bool = False  # compute the U-Net's activations twice instead of keeping them
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -101,6 +172,14 @@ class TrainConfig(Settings):
     def _one_place(cls, value: list[str]) -> list[str]:
         if not value or any(t.count("{}") != 1 for t in value):
             raise ValueError("every template needs {} exactly once, where the concept goes")
+        return value
+
+    @field_validator("data")
+    @classmethod
+    def _class_images_are_for_preservation(cls, value: DataConfig, info: ValidationInfo) -> DataConfig:
+        preservation = info.data.get("preservation")
+        if value.class_images and preservation and preservation.weight == 0:
+            raise ValueError("class_images needs preservation.weight above 0")
         return value
 
 

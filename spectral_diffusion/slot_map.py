@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import colorsys
+import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -73,3 +75,23 @@ def clashes(slots: Sequence[set[int]]) -> set[int]:
         twice |= seen & mine
         seen |= mine
     return twice
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring columns ``start … stop − 1`` with the same owners: nobody, one, or several that clash."""
+
+    start: int
+    stop: int
+    owners: tuple[str, ...]
+
+
+def stretches(slots: Mapping[str, Slot | None], capacity: int) -> list[Stretch]:
+    """All columns 0 … ``capacity`` − 1 from left to right, as one strip of who sits where."""
+    held = {name: columns_of(slot, capacity) for name, slot in slots.items()}
+    owners = [tuple(name for name, mine in held.items() if column in mine) for column in range(capacity)]
+    found = []
+    for who, run in itertools.groupby(range(capacity), key=owners.__getitem__):
+        columns = list(run)
+        found.append(Stretch(columns[0], columns[-1] + 1, who))
+    return found

@@ -93,3 +93,92 @@ def test_every_photo_is_seen_once_an_epoch() -> None:
     seen = [photo_of(step, sample, 7, config) for step in range(7) for sample in range(3)]
     assert all(sorted(seen[start : start + 7]) == list(range(7)) for start in (0, 7, 14))
     assert seen[:7] != seen[7:14] or seen[7:14] != seen[14:]
+
+
+def test_hub_folders_with_metadata_in_either_form_and_folders_below(tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "rex", 2)
+    make_photos(folder / "deep" / "er", 2, seed=1)
+    make_photos(folder / "train", 1, seed=2)
+    make_photos(folder / "unnamed", 1, seed=3)
+    (folder / "metadata.csv").write_text(
+        'file_name,text,n\n0.png,"<TOK>, on\ngrass",1\ndeep/er/1.png,"a ""good"" one"\n'
+    )
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "deep/er/0.png", "text": "below", "n": 3}) + "\n")
+    (folder / "train" / "metadata.csv").write_text("\ufefffile_name,text\n0.png,of its own\n", encoding="utf-8")
+    (folder / "1.caption").write_text("kohya's ending")
+    concept = load_concept(folder)
+    assert {photo.path.relative_to(folder).as_posix(): photo.caption for photo in concept.photos} == {
+        "0.png": "<TOK>, on\ngrass",
+        "1.png": "kohya's ending",
+        "deep/er/0.png": "below",
+        "deep/er/1.png": 'a "good" one',
+        "train/0.png": "of its own",
+    }
+    assert not concept.skipped and not concept.notes
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_metadata_leads_nowhere_else(tmp_path: Path, name: str) -> None:
+    make_photos(tmp_path / "other")
+    folder = make_photos(tmp_path / "rex")
+    for outside in ("../other/0.png", str(tmp_path / "other" / "0.png"), "a/../../other/0.png"):
+        row = json.dumps({"file_name": outside, "text": "x"}) if name.endswith("l") else f"file_name,text\n{outside},x"
+        (folder / name).write_text(row)
+        with pytest.raises(UserError, match=r"line \d names a file outside of its folder"):
+            load_concept(folder)
+
+
+@pytest.mark.parametrize("text", ["name,text\n0.png,x\n", "file_name,text\n0.png\n", 'file_name,text\n0.png,"x\n'])
+def test_damaged_csv_names_the_line(tmp_path: Path, text: str) -> None:
+    folder = make_photos(tmp_path / "rex")
+    (folder / "metadata.csv").write_text(text)
+    with pytest.raises(UserError, match=r"metadata\.csv line 2 has no file_name and text"):
+        load_concept(folder)
+    (folder / "metadata.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a UTF-8 text file"):
+        load_concept(folder)
+
+
+def test_repeats_come_from_folder_names_and_from_the_concept_file(tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "rex", 1)
+    for index, place in enumerate(("10_rex", "image", "close"), 1):
+        make_photos(folder / place, 1, seed=index)
+
+    def repeats(text: str) -> dict[str, int]:
+        (folder / "concept.yaml").write_text(text)
+        return {photo.path.parent.name: photo.repeats for photo in load_concept(folder).photos}
+
+    assert repeats("noun: dog\n") == {"rex": 1, "10_rex": 10, "image": 1}
+    assert repeats("repeats: 3\n") == {"rex": 3, "10_rex": 10, "image": 3}
+    both = repeats("repeats: {close: 4, 10_rex: 2, .: 5}\n")
+    assert both == {"rex": 5, "10_rex": 2, "image": 1, "close": 4}
+
+
+def test_odd_repeats_are_told_in_a_sentence(tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "rex", 1)
+    make_photos(folder / "close", 1)
+    for odd in ("0", "-1", "1.5", "many", "[1]", "true", "1001", "{close: 0}", "{close: }"):
+        (folder / "concept.yaml").write_text(f"repeats: {odd}\n")
+        with pytest.raises(UserError, match=r"repeats in .*concept\.yaml must say a whole number from 1 to 1000, not"):
+            load_concept(folder)
+    for missing in ("clsoe", "../rex", "close/deeper", "3"):
+        (folder / "concept.yaml").write_text(f"repeats: {{{missing}: 2}}\n")
+        with pytest.raises(UserError, match=rf"name the folder '{missing}', which is not there"):
+            load_concept(folder)
+    (folder / "concept.yaml").unlink()
+    (folder / "2023_spring").mkdir()
+    with pytest.raises(UserError, match=r"The name of the folder .*2023_spring must say a whole number from 1 to 1000"):
+        load_concept(folder)
+
+
+def test_photos_that_are_the_same_are_told_and_kept(tmp_path: Path) -> None:
+    folder = make_photos(tmp_path / "rex", 3)
+    (folder / "copy.png").write_bytes((folder / "1.png").read_bytes())
+    with Image.open(folder / "1.png") as image:
+        image.save(folder / "again.bmp")  # other bytes, the same pixels
+    concept = load_concept(folder)
+    assert len(concept.photos) == 5 and not concept.skipped
+    assert concept.notes == ("3 photos are the same: 1.png, again.bmp, copy.png.",)
+    rows = [json.dumps({"file_name": name, "text": "x"}) for name in ("gone.png", "a" * 5000, "\ud800.png", "2.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    assert load_concept(folder).notes[1:] == ("Named in the metadata but not among the photos: 'gone.png' and 2 more.",)

@@ -1,8 +1,7 @@
-"""The studies: statistics, what the lab keeps, and one study from photos to its page in its quick form."""
+"""The studies: statistics, what the lab keeps, what is listed. Their quick forms are in ``test_studies.py``."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,11 @@ from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
 from spectral_diffusion.errors import UserError
+from spectral_diffusion.evaluation.statistics import interval, share, told
 from spectral_diffusion.experiments.lab import REPORTED, TUNED, Lab, recipe
 from spectral_diffusion.experiments.registry import all_studies
 from spectral_diffusion.experiments.report import markdown
 from spectral_diffusion.experiments.speed import crossing
-from spectral_diffusion.experiments.statistics import interval, share, told
 
 
 def test_intervals_hold_the_mean_and_shrink_with_more_values() -> None:
@@ -57,17 +56,6 @@ def test_nothing_is_tuned_on_what_is_reported() -> None:
     quick, whole = recipe("pocket", True), recipe("pocket")
     assert quick["train"]["steps"] < whole["train"]["steps"]
     assert quick["train"]["preservation"]["nouns"] == whole["train"]["preservation"]["nouns"]
-
-
-def test_a_study_from_photos_to_its_page(tmp_path: Path) -> None:
-    more = ["--quick", "-o", str(tmp_path / "out"), "--work", str(tmp_path / "lab")]
-    result = CliRunner().invoke(app, ["experiment", "speed", *more])
-    assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "out" / "speed.json").read_text())
-    [rows] = found["tables"].values()
-    assert {row["method"] for row in rows} == {"spectral-additive", "lora"} and found["quick"]
-    page = (tmp_path / "out" / "speed.md").read_text()
-    assert "it proves nothing" in page and "| lora |" in page
 
 
 def test_every_study_says_what_it_is_of_the_paper() -> None:

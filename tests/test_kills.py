@@ -17,16 +17,19 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from spectral_diffusion import spectrum
-from spectral_diffusion.base import load_base
-from spectral_diffusion.config import FuseConfig, TrainConfig
+from spectral_diffusion import resources, spectrum
+from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.config import FuseConfig, OptimiserConfig, TrainConfig, WatchConfig, build, read_yaml
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.formats.native import load_adapter, save_adapter
 from spectral_diffusion.fusion.recipe import fuse_to_folder, read_recipe
+from spectral_diffusion.linalg import sides
+from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.progress import Event
 from spectral_diffusion.slots import LEDGER, Ledger
 from spectral_diffusion.spectrum import spectrum_of
 from spectral_diffusion.training.run import state_path, train_to_file
+from spectral_diffusion.training.status import read_status, reporting, status_path
 
 pytestmark = [
     pytest.mark.slow,
@@ -128,6 +131,56 @@ def test_training(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
         exact += all(torch.equal(done.parameters[name], value) for name, value in want.parameters.items())
         assert not state_path(output).exists()
     assert kills >= KILLS // 2 and exact == KILLS
+
+
+def resumes_exactly(config: TrainConfig, base: Base, kills: int) -> None:
+    """Kill a training so often, at moments when it trains, and go on each time to the end: always the same bits."""
+    unbroken = config.model_copy(update={"output": config.output.parent / "unbroken" / config.output.name})
+    want = train_to_file(unbroken, base=base)
+    status, state = status_path(config.output), state_path(config.output)
+
+    def work() -> None:
+        with reporting(status) as reporter:
+            reporter.begin(config, config.output, resume=True)
+            train_to_file(config, resume=True, progress=reporter.progress, base=base)
+
+    begun = time.monotonic()
+    assert not killed(work, 600)
+    whole, drawn = time.monotonic() - begun, random.Random(1)
+    happened = 0
+    while happened < kills:
+        for file in (config.output, status, state):
+            file.unlink(missing_ok=True)
+        happened += killed(work, drawn.uniform(0.4, 1.0) * whole)
+        if not config.output.exists() and (found := read_status(status)):
+            assert found.state == "lost"
+        done = train_to_file(config, resume=True, base=base)
+        for name, value in {**want.parameters, **want.vectors}.items():
+            assert torch.equal({**done.parameters, **done.vectors}[name], value), name
+        assert not state.exists()
+
+
+@pytest.mark.parametrize("method", sorted(all_methods()))
+def test_every_method(photos: Path, tiny_base: Path, tmp_path: Path, method: str) -> None:
+    """With everything that a state holds beside parameters: averages, parts of batches, a warm-up."""
+    base, of = load_base(str(tiny_base), "cpu"), get_method(method)
+    allowed = of.ranks([sides(weight) for weight in base.weights().values()])
+    rank = 4 if 4 in allowed else allowed[0]
+    config = TrainConfig(
+        concept=photos, output=tmp_path / "rex.safetensors", base=str(tiny_base), rank=rank,
+        method=method, steps=12, save_every=1, batch=1, learning_rate=1e-2, device="cpu", decay="cosine",
+        optimiser=OptimiserConfig(warmup=3, accumulate=2, ema=0.9),
+    )  # fmt: skip
+    resumes_exactly(config, base, 2)
+
+
+def test_training_on_pocket(tmp_path: Path) -> None:
+    config = build(
+        TrainConfig, read_yaml(resources.preset("pocket"))["train"],
+        {"concept": resources.concepts() / "rex", "output": tmp_path / "rex.safetensors", "steps": 12, "save_every": 2},
+    )  # fmt: skip
+    config = config.model_copy(update={"watch": WatchConfig(every=4, steps=4)})
+    resumes_exactly(config, load_base("pocket", "cpu"), 1)
 
 
 def test_fusing(photos: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import make_photos
 from diffusers import DDPMScheduler
+from PIL import Image
 
 from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import PreservationConfig, TrainConfig
+from spectral_diffusion.config import DataConfig, PreservationConfig, TrainConfig
 from spectral_diffusion.data.folder import load_concept
+from spectral_diffusion.errors import UserError
 from spectral_diffusion.formats.native import load_adapter
 from spectral_diffusion.generation.pipeline import put_on
 from spectral_diffusion.progress import silent
@@ -26,6 +28,7 @@ from spectral_diffusion.training.preservation import (
     draw_anchors,
     draw_ordinary,
     ordinary_prompts,
+    predict,
 )
 from spectral_diffusion.training.run import train_to_file
 
@@ -112,3 +115,67 @@ def test_cut_mix_puts_photo_and_ordinary_picture_side_by_side() -> None:
             assert (prompt.index("<rex>") < prompt.index("a thing")) == left
             sides.add(left)
     assert sides == {True, False}
+
+
+def test_class_images_take_the_place_of_drawn_pictures(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    dogs = make_photos(tmp_path / "dogs", 6, seed=7)
+    (dogs / "2.txt").write_text("<TOK> on the grass")
+    (dogs / "3.txt").write_text("a sleeping dog")
+    config = settings(photos, tiny_base, tmp_path / "a.safetensors", preservation=KEEP, data={"class_images": dogs})
+    base = load_base(str(tiny_base), "cpu")
+    ordinary, again = (draw_ordinary(base, config, "dog", 16, silent) for _ in range(2))
+    assert ordinary.latents.shape == (4, 4, 8, 8) and torch.equal(ordinary.latents, again.latents)
+    assert set(ordinary.things) == {"a dog"} and len(ordinary.prompts) == 4
+    assert set(ordinary.prompts) <= {"a photo of a dog", "a dog on the grass", "a sleeping dog"}
+    every = config.model_copy(update={"preservation": KEEP.model_copy(update={"pictures": 50})})
+    assert sorted(draw_ordinary(base, every, "dog", 16, silent).prompts)[:2] == [
+        "a dog on the grass",
+        "a photo of a dog",
+    ]
+    with torch.no_grad():
+        pixels = torch.full((1, 3, 16, 16), -1.0)  # what they hold is what the files show
+        black = base.pipeline.vae.encode(pixels).latent_dist.mean * base.pipeline.vae.config.scaling_factor
+    Image.new("RGB", (40, 20)).save(tmp_path / "black.png")
+    (tmp_path / "one").mkdir()
+    (tmp_path / "black.png").rename(tmp_path / "one" / "0.png")
+    one = config.model_copy(update={"data": DataConfig(class_images=tmp_path / "one")})
+    assert torch.allclose(draw_ordinary(base, one, "dog", 16, silent).latents, black, atol=1e-5)
+    drawn = draw_ordinary(base, config.model_copy(update={"data": DataConfig()}), "dog", 16, silent)
+    assert not torch.equal(drawn.latents, ordinary.latents)
+    (tmp_path / "empty").mkdir()
+    empty = config.model_copy(update={"data": DataConfig(class_images=tmp_path / "empty")})
+    with pytest.raises(UserError, match="empty holds no readable photo"):
+        draw_ordinary(base, empty, "dog", 16, silent)
+    assert train_to_file(config).norm() > 0
+
+
+def test_anchors_of_another_shape_are_predicted_apart(photos: Path, tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    wide = Samples(torch.randn(2, 4, 4, 12), torch.randn(2, 4, 4, 12), torch.tensor([3, 500]), ["a dog", "<some>"])
+    square = Samples(torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), ["a dog", "<some>"])
+    anchors = Anchors(torch.randn(1, 4, 8, 8), torch.tensor([9]), ["a cat"], torch.randn(1, 4, 8, 8))
+    unet = base.pipeline.unet
+    with Conditioner(base, load_concept(photos, name="some"), 5, base.size) as condition, torch.no_grad():
+        for samples in (wide, square):
+            photo, held = predict(unet, base.dtype, condition, samples.latents, samples, anchors)
+            alone, none = predict(unet, base.dtype, condition, samples.latents, samples, None)
+            assert held is not None and none is None and photo.shape == samples.latents.shape
+            assert torch.allclose(photo, alone, atol=1e-5)
+            want = unet(anchors.noisy, anchors.timesteps, **condition(anchors.prompts)).sample
+            assert torch.allclose(held, want, atol=1e-5)
+
+
+def test_cut_mix_weighs_the_photos_side_by_its_mask_and_fits_other_shapes() -> None:
+    tall, ordinary = torch.ones(2, 4, 10, 6), Ordinary(torch.zeros(1, 4, 8, 8), ["a cup"], ["a cup"])
+    tall[:, :, 8:] = 7  # the foot of the photo, which is cut off
+    config = TrainConfig(concept=Path("c"), output=Path("o"))
+    weights = torch.full((2, 1, 10, 6), 0.25)
+    samples = Samples(tall, torch.zeros_like(tall), torch.tensor([1, 2]), ["x"] * 2, weights)
+    for step in range(6):
+        mixed = cut_mix(samples, ordinary, "<rex>", step, config)
+        assert mixed.latents.shape == mixed.noise.shape == (1, 4, 8, 14)
+        assert mixed.weights is not None and mixed.weights.shape == (1, 1, 8, 14)
+        assert torch.equal(mixed.weights == 0.25, mixed.latents[:, :1] == 1)
+        assert torch.equal(mixed.weights == 1, mixed.latents[:, :1] == 0)
+    samples.weights = None
+    assert cut_mix(samples, ordinary, "<rex>", 0, config).weights is None

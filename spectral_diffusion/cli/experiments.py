@@ -12,13 +12,14 @@ from .support import progress_bar, say
 
 
 def experiment(
-    name: Annotated[str | None, typer.Argument(help="Which study; without one they are listed.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Which study, or all; without one they are listed.")] = None,
     base: Annotated[str, typer.Option(help="pocket, or a base of your own.")] = "pocket",
     quick: Annotated[bool, typer.Option("--quick", help="A minute that shows that it runs, no more.")] = False,
-    hours: Annotated[float, typer.Option(help="Stop after so long; run it again to go on where it stopped.")] = 6.0,
+    hours: Annotated[float, typer.Option(help="Stop a study after so long; run it again to go on.")] = 6.0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the page.")] = Path("evidence"),
     recipe: Annotated[str | None, typer.Option(help="Settings of the studies; default: the base's own.")] = None,
     work: Annotated[Path | None, typer.Option(help="Where adapters and figures are kept; default: the cache.")] = None,
+    encoder: Annotated[str, typer.Option(help="pocket, or a CLIP or DINOv2 model here, for identity.")] = "pocket",
 ) -> None:
     """Regenerate a study of the paper: its table, its verdict, its pictures."""
     from ..experiments.registry import all_studies, get_study
@@ -29,16 +30,24 @@ def experiment(
         return
     if hours <= 0:
         raise UserError("--hours must be more than 0.")
-    study = get_study(name)
+    studies = list(all_studies().values()) if name == "all" else [get_study(name)]
     from ..experiments.lab import Lab
     from ..experiments.lab import recipe as settings
     from ..experiments.report import write_findings
 
-    minutes = study.minutes[1 if quick else 0]
-    say(f"{name}: about {minutes / 60:.1f} h with nothing kept, {hours:g} h at most; what is done is kept.")
-    with progress_bar() as progress:
-        lab = Lab(base, recipe=settings(recipe or "pocket", quick), progress=progress, note=say, most=hours * 3600)
-        if work is not None:
-            lab.folder = work
-        page = write_findings(study, study.run(lab, quick), lab, output, quick)
-    say(f"Wrote {page}.")
+    for study in studies:
+        minutes = study.minutes[1 if quick else 0]
+        say(f"{study.name}: about {minutes / 60:.1f} h with nothing kept, {hours:g} h at most; what is done is kept.")
+        with progress_bar() as progress:
+            lab = Lab(
+                base,
+                recipe=settings(recipe or "pocket", quick),
+                encoder_name=encoder,
+                progress=progress,
+                note=say,
+                most=hours * 3600,
+            )
+            if work is not None:
+                lab.folder = work
+            page = write_findings(study, study.run(lab, quick), lab, output, quick)
+        say(f"Wrote {page}.")

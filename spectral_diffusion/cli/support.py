@@ -90,7 +90,7 @@ def resolve(
     layer: dict[str, Any] = {}
     if chosen is not None:
         layer = read_yaml(preset(chosen))
-        verbs = {"train", "fuse", "generate", "train-condition"}
+        verbs = {"train", "fuse", "generate", "train-condition", "evaluate"}
         if layer and set(layer) <= verbs:
             layer = layer.get(verb) or {}
             if not isinstance(layer, dict):

@@ -9,11 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
+from .app import ui
 from .conditions import train_condition
+from .evaluation import evaluate
 from .experiments import experiment
 from .pocket import pocket_app
 from .scenes import conditions, conditions_app, regions, scene_source, source_of, strengths
 from .support import given, numbers, plain, progress_bar, resolve, say, stop_signals, table_of, text_of
+from .training import train
 
 app = typer.Typer(
     name="spectral-diffusion",
@@ -27,60 +30,16 @@ slots_app = typer.Typer(help="Which columns of the spectrum belong to which conc
 app.add_typer(slots_app, name="slots")
 app.add_typer(pocket_app, name="pocket")
 app.add_typer(conditions_app, name="conditions")
+app.command()(train)
+app.command()(evaluate)
 app.command()(experiment)
+app.command()(ui)
 app.command("train-condition")(train_condition)
 
 ConfigOption = Annotated[
     str | None, typer.Option("--config", help="A YAML file, or a preset by name (pocket, sd15-12gb, …).")
 ]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Any setting as key=value.", show_default=False)]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps …")]
-
-
-@app.command()
-def train(
-    concept: Annotated[Path, typer.Argument(help="The folder with your photos.")],
-    overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The adapter to write (.safetensors).")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="pocket, a diffusers folder, a hub id or a .safetensors file.")
-    ] = None,
-    method: Annotated[str | None, typer.Option(help="spectral-additive, lora …")] = None,
-    rank: Annotated[int | None, typer.Option(help="Columns (or LoRA rank) per concept.")] = None,
-    budget: Annotated[str | None, typer.Option(help="The largest rank that trains no more numbers: 200k, 2m.")] = None,
-    slot: Annotated[
-        str | None, typer.Option(help="next, a number, columns (16:24 or 1,5,9), sampled, random, bottom.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same adapter.")] = None,
-    device: DeviceOption = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the frozen base: float32, float16, bfloat16.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the state of a stopped run, if there is one.")
-    ] = False,
-    continue_from: Annotated[
-        Path | None, typer.Option("--continue", help="Go on from a spectral-rotation adapter's turned columns.")
-    ] = None,
-    config: ConfigOption = None,
-) -> None:
-    """Train one concept from a photo folder into an adapter in a slot of its own."""
-    flags = given(
-        concept=str(concept), output=text_of(output), base=base, method=method, rank=rank, budget=budget,
-        slot=slot, steps=steps, seed=seed, device=device, dtype=dtype, continue_from=text_of(continue_from),
-    )  # fmt: skip
-    from ..config import TrainConfig
-
-    settings = resolve(TrainConfig, "train", config, flags, overrides)
-    from ..training.loop import Stopped
-    from ..training.run import train_to_file
-
-    with progress_bar() as progress, stop_signals() as should_stop:
-        try:
-            train_to_file(settings, resume, progress, should_stop, note=say)
-        except Stopped as stopped:
-            say(str(stopped))
-            raise typer.Exit(130) from stopped
-    say(f"Wrote {settings.output}.")
 
 
 @app.command()
@@ -230,6 +189,7 @@ def generate(
         return
     from ..config import to_yaml
     from ..files import write_text
+    from ..generation.pictures import read_sources
     from ..generation.pipeline import generate_to_file
 
     source, overrides = source_of(words)
@@ -245,7 +205,8 @@ def generate(
         held = {key: value for key, value in held.items() if key not in {"seeds", "keep"}}
     settings = resolve(Scene, "generate", config, flags, overrides, held, str(source or ""))
     with progress_bar() as progress, stop_signals() as should_stop:
-        paths = generate_to_file(settings, progress, say, should_stop, resume=resume)
+        made_from = read_sources(source) if source and source.suffix.lower() == ".png" else None
+        paths = generate_to_file(settings, progress, say, should_stop, resume=resume, expected=made_from)
     beside = settings.output.with_suffix(".yaml")
     if not any(Path(one).resolve() == beside.resolve() for one in (source, config) if one):  # never over a person's own
         write_text(beside, to_yaml(settings))
@@ -401,18 +362,3 @@ def demo(
     with progress_bar() as progress:
         sheet = run_demo(output, steps, progress, note=say)
     say(f"Done. Look at {sheet}; the adapters, the fused folder and the settings are beside it in {output}/.")
-
-
-@app.command()
-def ui(
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 7860,
-    workspace: Annotated[Path, typer.Option(help="Folder for adapters and pictures.")] = Path("workspace"),
-) -> None:
-    """Open the app in a browser, on this machine only."""
-    try:
-        from ..ui.app import build
-    except ImportError as error:
-        raise UserError("The UI needs gradio: pip install 'spectral-diffusion[ui]'.") from error
-    from ..ui.app import launch
-
-    launch(build(workspace), port)

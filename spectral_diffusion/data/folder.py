@@ -1,42 +1,57 @@
-"""A photo folder as a concept: images, captions, class noun, token."""
+"""A photo folder as a concept: images, captions, masks, class noun, token."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import re
-import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image, ImageOps
+from typing import Any
 
 from ..config import read_yaml
 from ..errors import UserError, nearest
 from ..tokens import check_token
+from .captions import read_metadata, text_beside
+from .masks import find_mask, is_label
+from .pictures import MAX_PIXELS as MAX_PIXELS
+from .pictures import SUFFIXES, on_ground, open_upright
+from .pictures import open_photo as open_photo
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-QUIET = {".txt", ".yaml", ".yml", ".json", ".jsonl", ".md", ".safetensors"}
-MAX_PIXELS = 80_000_000
-CONCEPT_KEYS = {"name", "noun", "token"}
+QUIET = {".txt", ".caption", ".yaml", ".yml", ".json", ".jsonl", ".csv", ".md", ".safetensors"}
+CONCEPT_KEYS = {"name", "noun", "token", "repeats"}
+IMAGE_FOLDERS = ("image", "images", "train")
+MAX_REPEATS = 1000
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One image of a concept; ``caption`` is None where a template shall be used."""
+    """One image of a concept, ``size`` (width, height) in pixels.
+
+    ``caption`` is None where a template shall be used. ``mask`` is the photo itself where its alpha is the mask.
+    In every epoch it is seen ``repeats`` times.
+    """
 
     path: Path
     caption: str | None
+    size: tuple[int, int]
+    mask: Path | None = None
+    repeats: int = 1
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A person's own thing. ``skipped`` holds a reason per file that could not be used."""
+    """A person's own thing.
+
+    ``skipped`` holds a reason per file that could not be used, ``notes`` what else a person may want to know.
+    """
 
     name: str
     noun: str
     token: str
     photos: tuple[Photo, ...]
     skipped: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def prompt(self, text: str) -> str:
         """A caption or template with the concept's token in it.
@@ -49,42 +64,14 @@ class Concept:
         return text if self.token in text else f"{self.token}, {text}"
 
 
-def open_photo(path: Path) -> Image.Image:
-    """An image as RGB, upright, transparency on white.
-
-    Raises:
-        UserError: not a readable image, or unreasonably large.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UserError(f"{path.name} has more than {MAX_PIXELS // 1_000_000} million pixels")
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                if upright.mode.startswith("I;16") or upright.mode in {"I", "F"}:
-                    upright = upright.point(lambda v: v / 256).convert("L")
-                if upright.mode in {"RGBA", "LA", "PA"} or "transparency" in upright.info:
-                    upright = upright.convert("RGBA")
-                    white = Image.new("RGBA", upright.size, "white")
-                    return Image.alpha_composite(white, upright).convert("RGB")
-                return upright.convert("RGB")
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"No such file: {path}.") from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise UserError(f"{path.name} is too large an image") from error
-    except (OSError, SyntaxError, ValueError, MemoryError, EOFError, IndexError, TypeError) as error:
-        raise UserError(f"{path.name} is not a readable image") from error
-
-
 def load_concept(folder: Path, name: str | None = None, token: str | None = None, noun: str | None = None) -> Concept:
-    """Read a photo folder. Images lie in it, or in ``image/`` or ``images/`` inside it.
+    """Read a photo folder.
 
-    Captions come from ``metadata.jsonl`` (``file_name``, ``text``), else ``<image>.txt`` beside the image or
-    in ``caption/`` or ``captions/``, else a template. ``concept.yaml`` may give ``name``, ``noun``, ``token``.
+    Images lie in it; in ``image/``, ``images/`` or ``train/`` inside it; in folders such as ``10_name/``, whose
+    photos are seen 10 times an epoch; or where its metadata says. Captions come from ``metadata.jsonl`` or
+    ``metadata.csv`` (``file_name``, ``text``), else ``<image>.txt`` beside the image or in ``caption/`` or
+    ``captions/``, else a template. Masks: :func:`.masks.find_mask`, else the image's alpha. ``concept.yaml`` may give
+    ``name``, ``noun``, ``token`` and ``repeats``, a number or one per folder.
 
     Raises:
         UserError: no such folder, or no usable image in it.
@@ -92,70 +79,111 @@ def load_concept(folder: Path, name: str | None = None, token: str | None = None
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"No such folder: {folder}.")
-    described: dict[str, str] = {}
+    described: dict[str, Any] = {}
     if (folder / "concept.yaml").is_file():
-        for key, value in read_yaml(folder / "concept.yaml").items():
+        described = read_yaml(folder / "concept.yaml")
+        for key in described:
             if key not in CONCEPT_KEYS:
                 raise UserError(f"Unknown key '{key}' in {folder / 'concept.yaml'}{nearest(key, CONCEPT_KEYS)}.")
-            described[key] = str(value)
-    name = name or described.get("name") or folder.resolve().name
+    repeats = described.pop("repeats", 1)
+    said = {key: str(value) for key, value in described.items()}
+    name = name or said.get("name") or folder.resolve().name
     if not re.fullmatch(r"[\w .-]{1,80}", name) or name.startswith("."):
         raise UserError(f"'{name}' cannot be a concept's name; use letters, digits, - and _ (name=rex).")
-    token = check_token(
-        token or described.get("token") or f"<{re.sub(r'[^A-Za-z0-9-]+', '-', name).strip('-') or 'it'}>"
-    )
-    noun = noun or described.get("noun") or re.sub(r"[^A-Za-z]+", " ", name).strip() or "object"
+    token = check_token(token or said.get("token") or f"<{re.sub(r'[^A-Za-z0-9-]+', '-', name).strip('-') or 'it'}>")
+    noun = noun or said.get("noun") or re.sub(r"[^A-Za-z]+", " ", name).strip() or "object"
 
-    places = [folder, *(folder / sub for sub in ("image", "images") if (folder / sub).is_dir())]
-    captions = _metadata(folder)
+    places = image_folders(folder, repeats)
+    photos, skipped, notes = read_photos(folder, places)
+    if not photos:
+        broken = f" ({'; '.join(skipped)})" if skipped else ""
+        raise UserError(f"{folder} holds no readable photo{broken}; put at least one .jpg, .png or .webp there.")
+    return Concept(name, noun, token, tuple(photos), tuple(skipped), tuple(notes))
+
+
+def image_folders(folder: Path, repeats: Any) -> dict[Path, int]:
+    """Where a concept's images lie, and how often those of each place are seen in an epoch.
+
+    Args:
+        repeats: what ``concept.yaml`` says: a number for all, or a mapping from folders inside (``.`` is the concept's
+            own) to numbers. A folder's name such as ``10_name`` says it too.
+
+    Raises:
+        UserError: a folder that is not there, or a number out of range.
+    """
+    source = f"repeats in {folder / 'concept.yaml'}"
+    each: Mapping[Any, Any] = repeats if isinstance(repeats, dict) else {}
+    usual = 1 if isinstance(repeats, dict) else checked_repeats(repeats, source)
+    places = {folder: usual} | {folder / sub: usual for sub in IMAGE_FOLDERS if (folder / sub).is_dir()}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and (found := re.fullmatch(r"(\d+)_.+", path.name)):
+            places[path] = checked_repeats(int(found[1][:9]), f"The name of the folder {path}")
+    inside = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    for key, value in each.items():
+        if key != "." and key not in inside:
+            raise UserError(f"{source} name the folder '{key}', which is not there{nearest(str(key), inside)}.")
+        places[folder / key] = checked_repeats(value, source)
+    return places
+
+
+def checked_repeats(value: Any, source: str) -> int:
+    """``value`` as a number of repeats.
+
+    Raises:
+        UserError: it is not a whole number in range; the sentence begins with ``source``.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_REPEATS:
+        raise UserError(f"{source} must say a whole number from 1 to {MAX_REPEATS}, not {str(value)[:40]!r}.")
+    return value
+
+
+def read_photos(folder: Path, places: Mapping[Path, int]) -> tuple[list[Photo], list[str], list[str]]:
+    """The photos in these places and where their metadata leads, what was skipped and why, and other notes."""
+    captions: dict[Path, str] = {}
+    for place in places:
+        captions |= read_metadata(place)
+    there = {path for path in captions if _is_file(path)}
+    by_name = {path.name: text for path, text in captions.items() if path not in there}  # named from another folder
+    files = {path for place in places for path in place.iterdir() if path.is_file()}
+    files |= there
     photos, skipped, others = [], [], 0
-    for path in sorted(p for place in places for p in place.iterdir() if p.is_file()):
-        if path.name.startswith("."):
+    same: dict[str, list[str]] = {}
+    for path in sorted(files):
+        if path.name.startswith(".") or is_label(path):
             continue
         if path.suffix.lower() not in SUFFIXES:
             others += path.suffix.lower() not in QUIET
             continue
         try:
-            open_photo(path)
+            image = open_upright(path)
         except UserError as error:
             skipped.append(str(error))
             continue
-        photos.append(Photo(path, captions.get(path.name) or _text_beside(path)))
+        shown = on_ground(image, "white")
+        pixels = hashlib.sha256(f"{shown.size}".encode() + shown.tobytes()).hexdigest()
+        same.setdefault(pixels, []).append(path.relative_to(folder).as_posix())
+        caption = captions.get(path) or by_name.get(path.name) or text_beside(path)
+        mask = find_mask(path, folder) or (path if image.mode == "RGBA" else None)
+        repeats = next((places[place] for place in path.parents if place in places), 1)
+        photos.append(Photo(path, caption, image.size, mask, repeats))
     if others:
         skipped.append(f"{others} file{'s' if others > 1 else ''} of other kinds")
-    if not photos:
-        broken = f" ({'; '.join(skipped)})" if skipped else ""
-        raise UserError(f"{folder} holds no readable photo{broken}; put at least one .jpg, .png or .webp there.")
-    return Concept(name, noun, token, tuple(photos), tuple(skipped))
+    named = {photo.path.name for photo in photos}
+    gone = [path.name for path in captions if path not in there and path.name not in named]
+    return photos, skipped, notes_of(same.values(), gone)
 
 
-def _metadata(folder: Path) -> dict[str, str]:
-    path = folder / "metadata.jsonl"
-    if not path.is_file():
-        return {}
-    captions = {}
+def notes_of(same: Iterable[list[str]], gone: list[str]) -> list[str]:
+    """What a person may want to know: photos that are the same, names in the metadata that no photo has."""
+    notes = [f"{len(names)} photos are the same: {', '.join(names)}." for names in same if len(names) > 1]
+    if gone:
+        more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+        notes.append(f"Named in the metadata but not among the photos: {gone[0][:80]!r}{more}.")
+    return notes
+
+
+def _is_file(path: Path) -> bool:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a UTF-8 text file; save it again as UTF-8.") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            captions[Path(str(row["file_name"])).name] = str(row["text"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f'{path} line {number} must be {{"file_name": …, "text": …}}.') from error
-    return captions
-
-
-def _text_beside(path: Path) -> str | None:
-    for place in (path.parent, path.parent.parent / "caption", path.parent.parent / "captions"):
-        file = place / f"{path.stem}.txt"
-        if file.is_file():
-            try:
-                text = " ".join(file.read_text(encoding="utf-8").split())
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{file} is not a UTF-8 text file; save it again as UTF-8.") from error
-            return text or None
-    return None
+        return path.is_file()
+    except (OSError, ValueError):  # no name that a file can have
+        return False

@@ -1,4 +1,4 @@
-"""Photos to latents: crops, encoded once, and which of them each training step sees.
+"""Photos to latents: crops, encoded once and kept, or anew at every step.
 
 Every random choice comes from a generator keyed by (seed, step, sample), so that a resumed run, or one
 spread over several processes, draws exactly what an unbroken one would.
@@ -6,50 +6,115 @@ spread over several processes, draws exactly what an unbroken one would.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
+
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor
 
+from ..base import Base
 from ..config import TrainConfig
-from ..randomness import keyed_generator
-from .folder import Concept, open_photo
+from ..errors import UserError
+from ..progress import Event, Progress, silent
+from ..randomness import keyed_generator as keyed_generator
+from .cache import Encoded, encoder_hash, kept, key_of
+from .crops import Crop, best_frame, bucket_frames, crops_of, cut_mask, cut_photo
+from .crops import random_crop as random_crop
+from .folder import Concept, Photo
+from .masks import open_mask, reduce_mask
+from .order import Order
+from .order import photo_of as photo_of
+from .pictures import open_photo
+
+CHUNK = 8  # crops encoded together
 
 
-def random_crop(image: Image.Image, size: int, scale: float, generator: torch.Generator) -> Tensor:
-    """Resize the short edge to size × (1 … scale), crop size × size at random; (3, size, size) in −1…1."""
-    grow, right, down = torch.rand(3, generator=generator).tolist()
-    short = round(size * (1 + (scale - 1) * grow))
-    factor = short / min(image.size)
-    width, height = (max(size, round(side * factor)) for side in image.size)
-    resized = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = round(right * (width - size)), round(down * (height - size))
-    pixels = np.asarray(resized.crop((left, top, left + size, top + size)), dtype=np.float32)
-    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+class PhotoCrops:
+    """All crops of a concept's photos as latents, encoded before training or when a step asks for them.
+
+    Args:
+        size: side of square crops in pixels; with buckets, crops have about as many pixels.
+
+    Raises:
+        UserError: a photo or mask that cannot be used, masks asked for where there are none, no bucket that fits.
+    """
+
+    def __init__(
+        self, concept: Concept, base: Base, config: TrainConfig, size: int, progress: Progress = silent
+    ) -> None:
+        self.photos, self.vae = concept.photos, base.pipeline.vae
+        self.masked = config.data.mask_weight > 0 or config.objective.attention > 0
+        if self.masked and not any(photo.mask for photo in self.photos):
+            asking = "data.mask_weight" if config.data.mask_weight else "objective.attention"
+            raise UserError(
+                f"{asking} needs masks, and none of the photos of '{concept.name}' has one; put them into "
+                "masks/ as <photo's name>.png, white where the concept is."
+            )
+        frames = bucket_frames(size, side_multiple(base)) if config.data.buckets else [(size, size)]
+        shapes = [best_frame(photo.size, frames) for photo in self.photos]
+        self.crops = [
+            crops_of(photo.size, shape, photo.caption or "", config, index)
+            for index, (photo, shape) in enumerate(zip(self.photos, shapes, strict=True))
+        ]
+        self.order = Order.of(shapes, [photo.repeats for photo in self.photos], config)
+        self.ready = list(self._prepare(config, progress)) if config.data.cache_latents else None
+        if self.masked and self.ready is None:  # say now what is wrong with them, not at some step
+            for photo in self.photos:
+                mask_of(photo)
+
+    def _prepare(self, config: TrainConfig, progress: Progress) -> Iterator[Encoded]:
+        encoder = encoder_hash(self.vae)
+        for index, photo in enumerate(self.photos):
+            key = key_of(photo, self.masked, self.crops[index], encoder)
+            pairs = [(photo, crop) for crop in self.crops[index]]
+            yield kept(config.data.cache, key, partial(self._encode, pairs))
+            progress(Event("encode", index + 1, len(self.photos)))
+
+    def take(self, chosen: Sequence[tuple[int, int]]) -> Encoded:
+        """The crops (photo, number), all of one shape, on the VAE's device.
+
+        Returns:
+            Latents (n, channels, h, w) float32; masks (n, 1, h, w) in 0…1 if the settings weigh the loss by them, else
+            None. A photo without a mask counts as a whole.
+        """
+        if self.ready is None:
+            latents, masks = self._encode([(self.photos[photo], self.crops[photo][crop]) for photo, crop in chosen])
+        else:
+            latents = torch.stack([self.ready[photo][0][crop] for photo, crop in chosen])
+            covers = [(self.ready[photo][1], crop) for photo, crop in chosen]
+            masks = torch.stack([cover[crop] for cover, crop in covers if cover is not None]) if self.masked else None
+        device = self.vae.device
+        return latents.to(device) * self.vae.config.scaling_factor, None if masks is None else masks.to(device)
+
+    @torch.no_grad()
+    def _encode(self, pairs: Sequence[tuple[Photo, Crop]]) -> Encoded:
+        """The latents of these crops, not yet scaled, and their masks at the latents' size."""
+        weight = next(self.vae.parameters())
+        latents, masks = [], []
+        opened = cache(lambda photo: open_photo(photo.path))
+        covers = cache(mask_of)
+        for start in range(0, len(pairs), CHUNK):
+            part = pairs[start : start + CHUNK]
+            pixels = torch.stack([cut_photo(opened(photo), crop) for photo, crop in part])
+            latents.append(self.vae.encode(pixels.to(weight)).latent_dist.mean.float())
+            if self.masked:
+                mask = torch.stack([cut_mask(covers(photo), crop) for photo, crop in part])
+                masks.append(reduce_mask(mask, *latents[-1].shape[2:]))
+        return torch.cat(latents), torch.cat(masks) if masks else None
 
 
-@torch.no_grad()
-def encode_crops(concept: Concept, vae: AutoencoderKL, config: TrainConfig, size: int) -> Tensor:
-    """All crops of all photos as latents, (photos, crops, channels, h, w) float32 on the VAE's device."""
-    weight = next(vae.parameters())
-    rows = []
-    for index, photo in enumerate(concept.photos):
-        image = open_photo(photo.path)
-        crops = torch.stack(
-            [
-                random_crop(image, size, config.crop_scale, keyed_generator(config.seed, "crop", index, crop))
-                for crop in range(config.crops)
-            ]
-        )
-        latents = [vae.encode(part.to(weight)).latent_dist.mean.float() for part in crops.split(8)]
-        rows.append(torch.cat(latents))
-    return torch.stack(rows) * vae.config.scaling_factor
+def mask_of(photo: Photo) -> Image.Image:
+    """A photo's mask in grey, white all over where it has none.
+
+    Raises:
+        UserError: see :func:`.masks.open_mask`.
+    """
+    if photo.mask is None:
+        return Image.new("L", photo.size, "white")
+    return open_mask(photo.path, photo.mask, photo.size)
 
 
-def photo_of(step: int, sample: int, photos: int, config: TrainConfig) -> int:
-    """Which photo a sample shows: every photo once per epoch, in a shuffled order."""
-    position = step * config.batch + sample
-    epoch, place = divmod(position, photos)
-    order = torch.randperm(photos, generator=keyed_generator(config.seed, "epoch", epoch))
-    return int(order[place])
+def side_multiple(base: Base) -> int:
+    """What the sides of pictures must be divisible by, so that neither the VAE nor the U-Net has to round."""
+    halvings = sum(bool(block.downsamplers) for block in base.pipeline.unet.down_blocks)
+    return int(base.pipeline.vae_scale_factor * 2**halvings)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,23 @@ from PIL import Image, ImageDraw
 from ..adapted import put_on
 from ..adapter import Adapter
 from ..config import FuseConfig
-from ..evaluation.identity import embed
+from ..evaluation.statistics import share, told
 from ..fusion.recipe import fuse_adapters
 from ..generation.pictures import grid
 from .lab import REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled
 from .registry import Findings, Row, Table, study
-from .statistics import share, told
 
 RATES = (0.4, 1.0, 2.5, 6.25)  # trials of the learning rate, on concepts that are not reported
 SEEDS = (0, 1, 2)
+RANK = 8  # the recipe's; others are written into the settings
 # Family: settings of training. {k} is the concept's number; the same rank, so the same number of trained factors
-# but for `orthogonal`, which trains one of two.
+# but for `orthogonal`, which trains one of two. ``sampled`` slots are drawn from the top columns for each by itself.
 FAMILIES: dict[str, dict[str, Any]] = {
     "spectral, own slots": {"method": "spectral-additive", "slot": "{k}"},
     "spectral, same slot": {"method": "spectral-additive", "slot": "0"},
     "lora": {"method": "lora"},
     "orthogonal": {"method": "orthogonal", "slot": "{k}"},
+    "spectral, sampled slots": {"method": "spectral-additive", "slot": "sampled"},
 }
 MERGES: dict[str, dict[str, Any]] = {
     "sum": {"merge": "spectral", "form": "sum"},
@@ -48,38 +50,63 @@ TRIED = {
 }
 
 
-def change_for(family: str, number: int) -> dict[str, Any]:
-    """The family's settings for its concept of that number; a slot is written as columns."""
+@dataclass(frozen=True)
+class Job:
+    """One row to measure: a family of adapters of a rank, a merge, how many concepts."""
+
+    family: str
+    merge: str
+    size: int
+    rank: int = RANK
+
+    def __str__(self) -> str:
+        rank = "" if self.rank == RANK else f", rank {self.rank}"
+        return f"{self.family} by {self.merge} at K = {self.size}{rank}"
+
+
+def change_for(family: str, number: int, rank: int = RANK, seed: int = 0) -> dict[str, Any]:
+    """The family's settings for its concept of that number; a slot is written as columns, a drawn one as its seed."""
     change = dict(FAMILIES[family])
-    if "slot" in change:
+    if change.get("slot") == "sampled":
+        change["slot_seed"] = 100 * seed + number
+    elif "slot" in change:
         k = int(change["slot"].format(k=number))
-        change["slot"] = f"{8 * k}:{8 * k + 8}"
-    return change
+        change["slot"] = f"{rank * k}:{rank * k + rank}"
+    return change if rank == RANK else {**change, "rank": rank}
 
 
-def family_rate(lab: Lab, family: str, quick: bool) -> tuple[float, list[Figures]]:
+def family_rate(lab: Lab, family: str, quick: bool, rank: int = RANK) -> tuple[float, list[Figures]]:
     """The family's learning rate, chosen on the concepts that are not reported."""
     if quick:
         return 1.0, []
-    return best_rate(lab, RATES, TUNED[:2], **change_for(family, 0))
+    return best_rate(lab, RATES, TUNED[:2], **change_for(family, 0, rank))
 
 
-def adapters_of(lab: Lab, family: str, rate: float, names: Sequence[str], seed: int) -> list[tuple[Adapter, Figures]]:
+def adapters_of(
+    lab: Lab, family: str, rate: float, names: Sequence[str], seed: int, rank: int = RANK
+) -> list[tuple[Adapter, Figures]]:
     """Trained adapters with what each is alone."""
     out = []
     for number, name in enumerate(names):
-        change = {**change_for(family, number), **scaled(lab, rate), "seed": seed}
+        change = {**change_for(family, number, rank, seed), **scaled(lab, rate), "seed": seed}
         out.append((lab.trained(name, **change)[0], lab.alone(name, **change)))
     return out
 
 
 def fused_cell(
-    lab: Lab, family: str, merge: str, rate: float, names: Sequence[str], seed: int, strength: float = 1.0
+    lab: Lab,
+    family: str,
+    merge: str,
+    rate: float,
+    names: Sequence[str],
+    seed: int,
+    strength: float = 1.0,
+    rank: int = RANK,
 ) -> Figures:
     """One fusion: per concept the identity and the text match, and how far ordinary prompts drift."""
 
     def compute() -> Figures:
-        held = adapters_of(lab, family, rate, names, seed)
+        held = adapters_of(lab, family, rate, names, seed, rank)
         adapters = [adapter for adapter, _ in held]
         base = lab.fresh()
         before = lab.ordinary(base, seed)
@@ -99,12 +126,13 @@ def fused_cell(
         return {"concepts": concepts, "drift": drift(lab, before, lab.ordinary(base, seed)), "seconds": seconds}
 
     key = {"family": family, "change": FAMILIES[family], "merge": MERGES[merge], "rate": rate, "names": list(names)}
+    key |= {} if rank == RANK else {"rank": rank}
     return lab.cell("fused", {**key, "seed": seed, "strength": strength}, compute)
 
 
 def drift(lab: Lab, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
     """Mean 1 − cosine of the identity encoder's vectors of the same prompt and seed before and after."""
-    cosines = (embed(lab.encoder, before) * embed(lab.encoder, after)).sum(1)
+    cosines = (lab.encoder.embed(before) * lab.encoder.embed(after)).sum(1)
     return float((1 - cosines).mean())
 
 
@@ -117,52 +145,66 @@ def drift(lab: Lab, before: Sequence[Image.Image], after: Sequence[Image.Image])
 def run(lab: Lab, quick: bool) -> Findings:
     """Identity alone and fused, text match, drift and seconds, for every family and merge."""
     sizes, seeds = ((2,), (0,)) if quick else ((2, 4, 8), SEEDS)
-    families = ("spectral, own slots", "lora") if quick else tuple(FAMILIES)
-    rows: list[Row] = []
-    sweeps: list[Row] = []
-    missing: list[str] = []
-    for family in families:
-        try:
-            rate, trials = family_rate(lab, family, quick)
-        except TimeOver:
-            missing.append(family)
-            continue
-        sweeps += [{"family": family, "rate": t["rate"], "identity, tuning concepts": t["identity"]} for t in trials]
-        for size, merge in itertools.product(sizes, ("sum", "gradient, anchored") if quick else TRIED[family]):
-            try:
-                found = row(lab, family, merge, rate, REPORTED[:size], seeds)
-            except TimeOver:
-                missing.append(f"{family} by {merge} at K = {size}")
-                continue
-            rows.append({"family": family, "merge": merge, "K": size, **found})
-            lab.note(f"{family}, {merge}, K = {size}: {found['of alone']} of alone")
+    families = ("spectral, own slots", "lora") if quick else tuple(TRIED)
+    merges = {family: ("sum", "fedavg") if quick else TRIED[family] for family in families}
+    jobs = [Job(family, merge, size) for family in families for size in sizes for merge in merges[family]]
+    rows, sweeps, missing = measured(lab, jobs, seeds, quick)
     tables = [Table("Every family and merge", rows)]
     if sweeps:
         tables.append(Table("The sweep of the learning rate, on concepts that are not reported", sweeps))
-    return Findings(tables, verdict(rows), {} if quick else {"sheet": sheet(lab)}, missing)
+    pictures: dict[str, Image.Image] = {}
+    try:
+        pictures = {} if quick else {"sheet": sheet(lab)}
+    except TimeOver:
+        missing.append("the sheet")
+    return Findings(tables, verdict(rows), pictures, missing)
 
 
-def row(lab: Lab, family: str, merge: str, rate: float, names: Sequence[str], seeds: Sequence[int]) -> Row:
-    """One row of the table: means over concepts and seeds with their 95 % bootstrap intervals.
+def measured(
+    lab: Lab, jobs: Sequence[Job], seeds: Sequence[int], quick: bool
+) -> tuple[list[Row], list[Row], list[str]]:
+    """The rows of these jobs, the sweeps behind them, and what time did not allow; one seed after the other."""
+    rates: dict[tuple[str, int], float] = {}
+    sweeps: list[Row] = []
+    late: dict[Job, list[int]] = {}
+    for seed, job in itertools.product(seeds, jobs):
+        kind = job.family, job.rank
+        try:
+            if kind not in rates:
+                rates[kind], trials = family_rate(lab, job.family, quick, job.rank)
+                here = {"family": job.family} if job.rank == RANK else {"family": job.family, "rank": job.rank}
+                sweeps += [{**here, "rate": t["rate"], "identity, tuning concepts": t["identity"]} for t in trials]
+            fused_cell(lab, job.family, job.merge, rates[kind], REPORTED[: job.size], seed, rank=job.rank)
+        except TimeOver:
+            late.setdefault(job, []).append(seed)
+            continue
+        lab.note(f"{job}, seed {seed}")
+    rows: list[Row] = []
+    for job in jobs:
+        there = [seed for seed in seeds if seed not in late.get(job, [])]
+        if there:
+            names = REPORTED[: job.size]
+            found = row(lab, job.family, job.merge, rates[job.family, job.rank], names, there, job.rank)
+            here = {"family": job.family, "merge": job.merge, "K": job.size}
+            rows.append({**here, **({} if job.rank == RANK else {"rank": job.rank}), **found})
+    missing = [f"{job} at seed {', '.join(map(str, seeds_))}" for job, seeds_ in late.items()]
+    return rows, sweeps, missing
 
-    Raises:
-        TimeOver: not one seed was measured; a row of fewer seeds than asked for says how many they are.
-    """
+
+def row(
+    lab: Lab, family: str, merge: str, rate: float, names: Sequence[str], seeds: Sequence[int], rank: int = RANK
+) -> Row:
+    """One row of the table: means over concepts and seeds with their 95 % bootstrap intervals."""
     alone, fused, floor, text, drifts, seconds = [], [], [], [], [], []
     for seed in seeds:
-        try:
-            cell = fused_cell(lab, family, merge, rate, names, seed)
-            each = {a.name: figures["identity"] for a, figures in adapters_of(lab, family, rate, names, seed)}
-        except TimeOver:
-            continue
+        cell = fused_cell(lab, family, merge, rate, names, seed, rank=rank)
+        each = {a.name: figures["identity"] for a, figures in adapters_of(lab, family, rate, names, seed, rank)}
         alone += [each[name] for name in names]
         fused += [cell["concepts"][name]["identity"] for name in names]
         floor += [lab.generic(name, seed)["identity"] for name in names]
         text += [cell["concepts"][name]["text"] for name in names]
         drifts.append(cell["drift"])
         seconds.append(cell["seconds"])
-    if not seconds:
-        raise TimeOver(f"{family} by {merge} was not measured.")
     return {
         "seeds": len(seconds),
         "identity alone": told(alone),
@@ -185,12 +227,14 @@ def verdict(rows: Sequence[Row]) -> str:
     sentences = []
     for size in sorted({r["K"] for r in rows}):
         best = max((r for r in rows if r["K"] == size), key=lambda r: float(r["of alone"].split()[0]))
-        ours, theirs = mean("spectral, own slots", "sum", size), mean("lora", "fedavg", size)
-        same = mean("spectral, same slot", "sum", size)
-        text = f"K = {size}: own slots summed keep {ours:.2f} of what they are alone"
-        text += f", averaged LoRAs {theirs:.2f}" if theirs is not None else ""
-        text += f", adapters in one same slot {same:.2f}" if same is not None else ""
-        sentences.append(f"{text}; the best is {best['merge']} of {best['family']} with {best['of alone'].split()[0]}.")
+        told_of = {
+            "own slots summed": mean("spectral, own slots", "sum", size),
+            "averaged LoRAs": mean("lora", "fedavg", size),
+            "adapters in one same slot": mean("spectral, same slot", "sum", size),
+        }
+        text = ", ".join(f"{what} {value:.2f}" for what, value in told_of.items() if value is not None)
+        ahead = f"the best is {best['merge']} of {best['family']} with {best['of alone'].split()[0]}"
+        sentences.append(f"K = {size}, of what they are alone keep: {text}; {ahead}.")
     return " ".join(sentences)
 
 
@@ -212,12 +256,21 @@ def sheet(lab: Lab, seed: int = 0, size: int = 4) -> Image.Image:
         config = FuseConfig(adapters=[Path(n) for n in names], output=Path("fused"), seed=seed, **MERGES[merge])
         fuse_adapters(base, adapters, config)
         columns[merge] = {a.name: lab.portraits(base, a.token, seed)[:4] for a in adapters}
-    tiles = {title: [grid([i.resize((64, 64)) for i in row[n]], 2) for n in names] for title, row in columns.items()}
-    side, gap, top = tiles["photos"][0].width, 10, 16
-    out = Image.new("RGB", ((side + gap) * len(tiles) + gap, (side + gap) * len(names) + top + gap), "white")
+    return sheet_of(columns, names)
+
+
+def sheet_of(
+    columns: Mapping[str, Mapping[str, Sequence[Image.Image]]], names: Sequence[str], side: int = 64
+) -> Image.Image:
+    """Pictures by column and concept, two abreast, each ``side`` pixels; one row a concept, titles above."""
+    tiles = {
+        title: [grid([i.resize((side, side)) for i in row[n]], 2) for n in names] for title, row in columns.items()
+    }
+    width, gap, top = tiles[next(iter(tiles))][0].width, 10, 16
+    out = Image.new("RGB", ((width + gap) * len(tiles) + gap, (width + gap) * len(names) + top + gap), "white")
     draw = ImageDraw.Draw(out)
     for column, (title, images) in enumerate(tiles.items()):
-        draw.text((gap + column * (side + gap), 3), title, fill="black")
+        draw.text((gap + column * (width + gap), 3), title[: width // 6], fill="black")
         for index, image in enumerate(images):
-            out.paste(image, (gap + column * (side + gap), top + index * (side + gap)))
+            out.paste(image, (gap + column * (width + gap), top + index * (width + gap)))
     return out

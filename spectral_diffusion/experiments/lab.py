@@ -20,10 +20,11 @@ from ..base import Base, load_base
 from ..config import TrainConfig, build, read_yaml
 from ..data.folder import Concept, load_concept, open_photo
 from ..errors import UserError
-from ..evaluation.identity import IdentityEncoder, likeness, load_identity_encoder
+from ..evaluation.encoders import Clip, Encoder, load_encoder
 from ..evaluation.judges import judge_pictures, load_judge
+from ..evaluation.prompts import ORDINARY, PLACES
 from ..files import write_json
-from ..formats.native import load_adapter
+from ..formats.native import content_hash, load_adapter
 from ..generation.pipeline import sample
 from ..generation.scene import Scene
 from ..progress import Progress, silent
@@ -43,18 +44,6 @@ REPORTED = (
     "zippy",
 )  # three pairs that look alike, and two more
 TUNED = ("bruno", "misty", "shelly", "hero")  # settings are chosen on these and never reported
-PLACES = {
-    "on the grass": "grass",
-    "on the beach": "beach",
-    "in the snow": "snow",
-    "on a table": "table",
-    "at night": "night",
-    "in the desert": "desert",
-}
-ORDINARY = (
-    "a red dog", "a blue teapot", "a green octopus", "a yellow car", "a white cat", "a purple fish",
-    "an orange mushroom", "a black robot", "a dog", "a teapot", "a house", "an apple",
-)  # fmt: skip
 
 
 def key_of(value: Any) -> str:
@@ -73,12 +62,14 @@ class Lab:
     Attributes:
         folder: of the kept adapters and cells; the cache folder's ``experiments`` by default.
         recipe: settings of every training and picture, ``{"train": …, "generate": …}``.
+        encoder_name: what identity is told by: ``pocket``, or a CLIP or DINOv2 model by folder or hub id.
         most: stop measuring new cells after this many seconds; a later run goes on.
     """
 
     base_name: str = "pocket"
     folder: Path = field(default_factory=lambda: cache_folder() / "experiments")
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    encoder_name: str = "pocket"
     progress: Progress = silent
     note: Callable[[str], None] = lambda text: None
     most: float = 6 * 3600.0
@@ -93,8 +84,8 @@ class Lab:
         return self.fresh().fingerprint.exact
 
     @cached_property
-    def encoder(self) -> IdentityEncoder:
-        return load_identity_encoder()
+    def encoder(self) -> Encoder:
+        return load_encoder(self.encoder_name)
 
     @cached_property
     def pictures_config(self) -> Scene:
@@ -115,6 +106,8 @@ class Lab:
             TimeOver: the lab's time is over.
         """
         whole = {"kind": kind, "cells": CELLS, "base": self.fingerprint, "recipe": self.recipe, **key}
+        if self.encoder_name != "pocket":
+            whole["encoder"] = self.encoder_name
         path = self.folder / "cells" / f"{kind}-{key_of(whole)}.json"
         if path.is_file():
             found: Figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
@@ -130,14 +123,22 @@ class Lab:
         where = {"concept": resources.concepts() / concept, "output": output, "base": self.base_name}
         return build(TrainConfig, dict(self.recipe.get("train", {})), dict(change), where)
 
-    def trained(self, concept: str, **change: Any) -> tuple[Adapter, float]:
-        """An adapter and the seconds that its training took here, from the shelf if it stands there."""
+    def shelf(self, concept: str, **change: Any) -> Path:
+        """Where the adapter of these settings stands, or will: its place is told by all that decides it."""
         config = self.settings(concept, change, Path("adapter.safetensors"))
         # Only what differs from the defaults counts, so that a new setting leaves what is kept in place.
-        plain = config.model_dump(mode="json", exclude={"concept", "output", "device"}, exclude_defaults=True)
+        apart = {"concept", "output", "device", "base", "continue_from"}  # files count by what is in them
+        plain = config.model_dump(mode="json", exclude=apart, exclude_defaults=True)
         photos = [hashlib.sha256(p.path.read_bytes()).hexdigest() for p in self.concept(concept).photos]
-        folder = self.folder / "adapters" / key_of([plain, self.fingerprint, concept, photos])
-        file, spent = folder / f"{concept}.safetensors", folder / "seconds.json"
+        decides = [plain, self.fingerprint, concept, photos]
+        if config.continue_from:
+            decides.append(content_hash(load_adapter(config.continue_from)))
+        return self.folder / "adapters" / key_of(decides) / f"{concept}.safetensors"
+
+    def trained(self, concept: str, **change: Any) -> tuple[Adapter, float]:
+        """An adapter and the seconds that its training took here, from the shelf if it stands there."""
+        file = self.shelf(concept, **change)
+        spent = file.with_name("seconds.json")
         if not (file.is_file() and spent.is_file()):
             if time.monotonic() - self.begun > self.most:
                 raise TimeOver("The time for this study is over; run it again to go on where it stopped.")
@@ -158,17 +159,27 @@ class Lab:
 
     def identity(self, pictures: Sequence[Image.Image], concept: str) -> float:
         """Mean cosine of every picture with every photo of the concept."""
-        return float(likeness(self.encoder, pictures, self.references(concept)).mean())
+        vectors, references = self.encoder.embed(pictures), self.encoder.embed(self.references(concept))
+        return float((vectors @ references.mT).mean())
 
     @cached_property
     def referee(self) -> Any:
         return load_judge("referee")
 
     def text_match(self, pictures: Sequence[Image.Image]) -> float:
-        """How many of the portraits stand where their prompts say, by the referee."""
-        verdicts = judge_pictures(self.referee, pictures, [1] * len(pictures))
+        """How many of the portraits stand where their prompts say.
+
+        The referee tells for pocket pictures; a CLIP model by which of the places' words is nearest.
+        """
         wanted = list(PLACES.values()) * (len(pictures) // len(PLACES))
-        return sum(v[0].backdrop == place for v, place in zip(verdicts, wanted, strict=True)) / len(pictures)
+        if isinstance(self.encoder, Clip):
+            words = self.encoder.embed_text([f"a photo {place}" for place in PLACES])
+            nearest = (self.encoder.embed(pictures) @ words.mT).argmax(1).tolist()
+            seen: list[str | None] = [list(PLACES.values())[index] for index in nearest]
+        else:
+            verdicts = judge_pictures(self.referee, pictures, [1] * len(pictures))
+            seen = [one[0].backdrop for one in verdicts]
+        return sum(a == b for a, b in zip(seen, wanted, strict=True)) / len(pictures)
 
     def generic(self, concept: str, seed: int = 0) -> Figures:
         """What the untouched base draws for the concept's noun: the floor of identity."""

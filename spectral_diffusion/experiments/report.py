@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from PIL import Image
+
+from ..evaluation.tables import markdown
 from ..files import atomic, write_json, write_text
 from ..formats.native import versions
 from .lab import Lab
-from .registry import Findings, Row, Study
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table; numbers to the right."""
-    if not rows:
-        return "(nothing measured)"
-    columns = list(rows[0])
-    numeric = [all(isinstance(row[c], int | float) or row[c] is None for row in rows) for c in columns]
-    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---:" if n else "---" for n in numeric) + " |"]
-    lines += ["| " + " | ".join(_shown(row[column]) for column in columns) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "—"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+from .registry import Findings, Study
 
 
 def page(study: Study, findings: Findings, lab: Lab, quick: bool) -> str:
@@ -52,7 +34,8 @@ def write_findings(study: Study, findings: Findings, lab: Lab, folder: Path, qui
     """Write ``NAME.json``, ``NAME.md`` and pictures into a folder; returns the page."""
     for name, picture in findings.pictures.items():
         with atomic(folder / f"{study.name}-{name}.png") as temporary:
-            picture.save(temporary, format="PNG", optimize=True)
+            small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)  # a third of the bytes
+            small.save(temporary, format="PNG", optimize=True)
     tables = {table.title: [dict(row) for row in table.rows] for table in findings.tables}
     found = {
         "study": study.name,

@@ -15,7 +15,8 @@ from .. import resources
 from ..adapter import Adapter
 from ..base import Base
 from ..config import FuseConfig
-from ..evaluation.identity import embed
+from ..evaluation.prompts import PLACES
+from ..evaluation.statistics import told
 from ..fusion.recipe import fuse_adapters
 from ..generation.conditions import Drawing
 from ..generation.keypose import draw_keypose
@@ -23,9 +24,8 @@ from ..generation.pictures import grid
 from ..generation.pipeline import sample
 from ..generation.scene import Box, Region, Scene
 from .fusion import MERGES, change_for, family_rate
-from .lab import PLACES, Figures, Lab, scaled
+from .lab import Figures, Lab, scaled
 from .registry import Findings, Row, Table, study
-from .statistics import told
 
 FAMILY = "spectral, own slots"
 WIDTH, HEIGHT, FINE = 128, 64, 4  # of the pictures, and how much finer their drawings are
@@ -162,10 +162,10 @@ def pictures_of(
 
 def confusion(lab: Lab, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[float]]:
     """Per region (row) the share of pictures in which each concept (column) is nearest to what is there."""
-    references = torch.stack([embed(lab.encoder, lab.references(name)).mean(0) for name in names])
+    references = torch.stack([lab.encoder.embed(lab.references(name)).mean(0) for name in names])
     rows = []
     for box in boxes(len(names)):
-        found = embed(lab.encoder, [image.crop(square(box, image.width)) for image in images]) @ references.mT
+        found = lab.encoder.embed([image.crop(square(box, image.width)) for image in images]) @ references.mT
         rows.append([float((found.argmax(1) == index).double().mean()) for index in range(len(names))])
     return rows
 

@@ -68,13 +68,14 @@ def sample_in_turn(
     bound: Sequence[Bound] = (),
     should_stop: Callable[[], bool] = lambda: False,
     preview: Preview | None = None,
+    every: int = 1,
 ) -> Generator[list[Image.Image], None, None]:
     """One picture per (prompt, seed), ``scene.batch`` together. A picture's noise depends on its seed alone.
 
     Args:
         drawings: the conditions, read already.
         bound: per region of the scene the adapters that act only there.
-        preview: called after every step with its number and the unfinished pictures.
+        preview: called after steps 1, 1 + ``every``, …, with the step's number and the unfinished pictures.
 
     Raises:
         Cancelled: ``should_stop`` said so after a step.
@@ -124,7 +125,7 @@ def sample_in_turn(
                 raise Cancelled("Stopped.")
             state.step = step + 1
             progress(Event("generate", done + step + 1, total))
-            if preview:
+            if preview and step % every == 0:
                 preview(step + 1, decoded(base, latents))
 
         # The adapter pipeline still has the older callback; both tell the step.
@@ -247,6 +248,8 @@ def generate_to_file(
     preview: Preview | None = None,
     resume: bool = False,
     expected: Mapping[str, str] | None = None,
+    base: Base | None = None,
+    every: int = 1,
 ) -> list[Path]:
     """Draw a scene's pictures and write each, with its scene inside, as soon as it is done.
 
@@ -255,6 +258,8 @@ def generate_to_file(
     Args:
         resume: leave out batches whose pictures are there already, made from this very scene and its files.
         expected: what an earlier picture of the scene was made from; a note tells of every file that has changed since.
+        base: the scene's base if it is loaded already; what the scene puts on it stays there.
+        every: steps from one preview to the next.
 
     Raises:
         UserError: anything the person can mend.
@@ -269,7 +274,7 @@ def generate_to_file(
     drawings = [read_drawing(condition) for condition in scene.conditions]
     adapters = [(load_adapter(Path(path)), strength) for path, strength in scene.adapters.items()]
     check_writable(scene.output)
-    base = load_base(scene.base, scene.device, scene.dtype)
+    base = base or load_base(scene.base, scene.device, scene.dtype)
     sources = sources_of(scene, base)
     for name, before in (expected or {}).items():
         if name in sources and sources[name] != before:
@@ -280,6 +285,31 @@ def generate_to_file(
     bound = bind(base, scene, note)
     for text in remarks(base, scene, drawings):
         note(text)
+
+    written = draw_to_files(base, scene, sources, drawings, bound, progress, should_stop, preview, resume, every)
+    if len(written) > 1:
+        save_png(labelled_sheet(written, [str(seed) for seed in seeds]), scene.output, scene, sources)
+        written.insert(0, scene.output)
+    return written
+
+
+def draw_to_files(
+    base: Base,
+    scene: Scene,
+    sources: Mapping[str, str],
+    drawings: Sequence[Drawing] = (),
+    bound: Sequence[Bound] = (),
+    progress: Progress = silent,
+    should_stop: Callable[[], bool] = lambda: False,
+    preview: Preview | None = None,
+    resume: bool = False,
+    every: int = 1,
+) -> list[Path]:
+    """Draw and write a scene's single pictures, without a sheet, on a base on which its adapters act already.
+
+    ``sources`` is what :func:`.pictures.sources_of` told before they did; the rest as :func:`generate_to_file`.
+    """
+    seeds = scene.every_seed()
 
     def place(seed: int) -> Path:
         single = len(seeds) == 1 or scene.keep is not None
@@ -296,13 +326,10 @@ def generate_to_file(
         paths = {seed: place(seed) for seed in batch if scene.keep in (None, seed)}
         if not (resume and all(is_same(path, embedded[seed], sources) for seed, path in paths.items())):
             prompts = [scene.prompt] * len(batch)
-            turn = sample_in_turn(base, prompts, batch, scene, progress, drawings, bound, should_stop, preview)
+            turn = sample_in_turn(base, prompts, batch, scene, progress, drawings, bound, should_stop, preview, every)
             with closing(turn):
                 for seed, image in zip(batch, next(turn), strict=True):
                     if seed in paths:
                         save_png(image, paths[seed], embedded[seed], sources)
         written += paths.values()
-    if len(written) > 1:
-        save_png(labelled_sheet(written, [str(seed) for seed in seeds]), scene.output, scene, sources)
-        written.insert(0, scene.output)
     return written

@@ -72,6 +72,12 @@ class Conditioner:
             "added_cond_kwargs": {"text_embeds": outputs["text_encoder_2"][0], "time_ids": times},
         }
 
+    def own(self, prompts: Sequence[str]) -> Tensor:
+        """Which words of the prompts are the trained token's, (n, length), as the first text encoder counts them."""
+        name, tokens = next(iter(self.tokens.items()))
+        place = self.ids(name, prompts) - tokens.base.num_embeddings
+        return (place >= 0) & (place < len(tokens.vectors))
+
     def ids(self, name: str, prompts: Sequence[str]) -> Tensor:
         """Token ids (n, length); new words get the ids behind the vocabulary, in their order."""
         tokenizer, tokens = self.base.tokenizers[name], self.tokens[name]

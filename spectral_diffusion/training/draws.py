@@ -9,37 +9,48 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ..config import TrainConfig
+from ..data.captions import vary
 from ..data.folder import Concept
-from ..data.samples import photo_of
+from ..data.masks import loss_weights
+from ..data.samples import PhotoCrops
 from ..errors import UserError
 from ..randomness import keyed_generator
 
 
 @dataclass
 class Samples:
-    """Latents and their noise (n, c, h, w), timesteps (n,), prompts."""
+    """Latents and their noise (n, c, h, w), timesteps (n,), prompts.
+
+    ``weights`` says what each place counts (n, 1, h, w), None if all count 1; ``masks`` where the concept is
+    (n, 1, h, w), None if nobody asks.
+    """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     prompts: list[str]
+    weights: Tensor | None = None
+    masks: Tensor | None = None
 
 
-def draw(step: int, latents: Tensor, concept: Concept, config: TrainConfig, timesteps: int) -> Samples:
-    """The photos of one step; ``latents`` (photos, crops, c, h, w) holds all crops."""
-    batch, noises, times, prompts = [], [], [], []
-    for sample in range(config.batch):
-        generator = keyed_generator(config.seed, "step", step, sample)
-        photo = photo_of(step, sample, len(latents), config)
+def draw(step: int, crops: PhotoCrops, concept: Concept, config: TrainConfig, timesteps: int) -> Samples:
+    """The photos of one step, all of one shape."""
+    chosen, times, prompts = [], [], []
+    generators = [keyed_generator(config.seed, "step", step, sample) for sample in range(config.batch)]
+    for sample, (photo, generator) in enumerate(zip(crops.order.photos(step), generators, strict=True)):
         crop, template = (int(torch.randint(n, (), generator=generator)) for n in (config.crops, len(config.templates)))
         times.append(draw_timestep(generator, config.timestep_power, timesteps))
-        noise = torch.randn(latents.shape[2:], generator=generator)
-        noise += config.noise_offset * torch.randn(latents.shape[2], 1, 1, generator=generator)
-        batch.append(latents[photo, crop])
-        noises.append(noise)
-        prompts.append(concept.prompt(concept.photos[photo].caption or config.templates[template]))
-    device = latents.device
-    return Samples(torch.stack(batch), torch.stack(noises).to(device), torch.stack(times).to(device), prompts)
+        chosen.append((photo, crop))
+        caption = concept.prompt(concept.photos[photo].caption or config.templates[template])
+        prompts.append(vary(caption, concept.token, config.data, config.seed, "caption", step, sample))
+    latents, masks = crops.take(chosen)
+    noises = []
+    for generator in generators:
+        noise = torch.randn(latents.shape[1:], generator=generator)
+        noises.append(noise + config.noise_offset * torch.randn(latents.shape[1], 1, 1, generator=generator))
+    weights = loss_weights(masks, config.data.mask_weight) if masks is not None and config.data.mask_weight else None
+    noise, when = torch.stack(noises).to(latents), torch.stack(times).to(latents.device)
+    return Samples(latents, noise, when, prompts, weights, masks)
 
 
 def draw_timestep(generator: torch.Generator, power: float, timesteps: int) -> Tensor:

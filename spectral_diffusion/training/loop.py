@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import DDPMScheduler
-from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapter import Adapter
 from ..base import Base
 from ..config import TrainConfig
 from ..data.folder import Concept
-from ..data.samples import encode_crops
-from ..errors import NotFiniteError, UserError
-from ..formats.native import content_hash, versions
+from ..data.samples import PhotoCrops
+from ..errors import NotFiniteError
+from ..formats.native import versions
 from ..linalg import kernel_of, sides
 from ..methods import get_method
-from ..methods.attach import Attachment, attach, detaching
-from ..methods.frozen import Frozen, frozen_tensors, stored_part
-from ..methods.spectral_rotation import PREPARED_ON, prepare
+from ..methods.attach import attach, detaching
+from ..methods.frozen import frozen_tensors, stored_part
 from ..progress import Event, Progress, silent
 from ..slots import Slot
-from ..spectrum import spectrum_of
+from .attention import attention_loss, watching
 from .conditioning import Conditioner
 from .draws import draw, target_of
-from .preservation import OTHERS, cut_mix, draw_anchors, draw_ordinary, is_cut
-from .state import check_settings, load_state, save_state
-
-EXTRA = "extra|"  # before the names of what a method keeps beside its parameters
-
-
-class Stopped(Exception):
-    """Training was asked to stop; its state is saved and ``--resume`` goes on from there."""
+from .losses import objective_loss, snr_weights, weighted_mse
+from .machines import Processes, autocast, checkpointing, loss_scaler, part_of, quick_attention, take_step, whole_batch
+from .optimisers import Average, build_optimiser, rate_at
+from .preservation import OTHERS, cut_mix, draw_anchors, draw_ordinary, is_cut, predict
+from .start import continued, start_hash, weigh_slot
+from .state import Run, Stopped, comparable
+from .watch import Watcher
 
 
 def train(
@@ -49,6 +44,9 @@ def train(
     progress: Progress = silent,
     should_stop: Callable[[], bool] = lambda: False,
     start_from: Adapter | None = None,
+    note: Callable[[str], None] = lambda text: None,
+    force: bool = False,
+    among: Processes | None = None,
 ) -> Adapter:
     """Train one concept (DreamBooth style) into an adapter of ``base``.
 
@@ -57,228 +55,136 @@ def train(
 
     Args:
         slot: the columns (or rows) this concept has for itself; None for methods without a slot.
-        start_from: an adapter whose rotated columns this one goes on from, without a new decomposition (Lemma 4.1).
         state: where to save the state on interval, on a stop and at the end; the caller removes it when the adapter
             is written.
-        resume: go on from ``state`` if it is there.
+        resume: go on from ``state`` if it is there; ``force``: even with other settings.
         should_stop: asked before every step.
+        start_from: an adapter whose rotated columns this one goes on from, without a new decomposition (Lemma 4.1).
+        among: the processes that share the work; each takes its part of every batch.
 
     Raises:
         Stopped: ``should_stop`` said so.
         NotFiniteError: NaN or infinity; the last good state is kept.
         UserError: the state belongs to other settings.
     """
-    method = get_method(config.method)
-    models, pipeline = base.models, base.pipeline
+    method, among = get_method(config.method), among or Processes()
+    models, unet = base.models, base.pipeline.unet
     base_fingerprint = base.fingerprint  # before anything is attached to it
     weights = base.weights(config.targets)
-    frozen = continued(start_from) if start_from else frozen_tensors(method, weights, config.rank, slot, progress)
     size = config.resolution or base.size
-    noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+    noise_schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
     preserving = config.preservation.weight > 0
+    parts = among.count * config.optimiser.accumulate
+    whole = whole_batch(config, parts)  # the settings of one process that takes a step at once
+    with among.first():
+        frozen = continued(start_from) if start_from else frozen_tensors(method, weights, config.rank, slot, progress)
     ordinary = draw_ordinary(base, config, concept.noun, size, progress) if preserving else None
-    if base.device.type == "cpu":
-        pipeline.unet.set_attn_processor(AttnProcessor())  # SDPA's backward is slow on CPU
-    with Conditioner(base, concept, config.seed, size, OTHERS if preserving else ()) as condition, detaching(models):
+    with (
+        Conditioner(base, concept, config.seed, size, OTHERS if preserving else ()) as condition,
+        detaching(models),
+        quick_attention(base),
+        checkpointing(base, config),
+        watching(unet, config.objective.attention > 0) as maps,
+        Watcher(config, concept, base, note, among.main) as watcher,
+    ):
         anchors = draw_anchors(ordinary, base, noise_schedule, config, condition) if ordinary else None
         columns, factors = weigh_slot(weights, frozen, config) if method.frozen == "band" else (None, {})
         attachment = attach(
-            models,
-            method,
-            config.rank,
-            concept.name,
-            config.targets,
-            frozen,
-            config.seed,
-            columns=columns,
+            models, method, config.rank, concept.name, config.targets, frozen, config.seed, columns=columns,
             steps=config.steps,
-        )
+        )  # fmt: skip
         for rows in condition.named_parameters().values():
             rows.requires_grad_(True)  # attaching froze everything but the adapter
-        optimizer, rates = build_optimizer(attachment, condition, config, factors)
         trained = {**condition.named_parameters(), **dict(attachment.named_parameters())}
+        optimiser, rates = build_optimiser(attachment, condition, config, factors)
+        average, scaler = Average(trained, config.optimiser.ema), loss_scaler(base, config)
         belongs = {"base": base_fingerprint.exact, "slot": str(slot or ""), "start": start_hash(start_from)}
-        start = 0
-        if resume and state.exists():
-            start = restore(state, optimizer, trained, config, attachment, belongs)
-        latents = encode_crops(concept, pipeline.vae, config, size)
-        running: float | None = None
+        run = Run(state, config, trained, optimiser, attachment, average, scaler, watcher, belongs, among.main)
+        start = run.restore(force, note) if resume and state.exists() else 0
+        with among.first():
+            crops = PhotoCrops(concept, base, whole, size, progress)
+        running: float | None = watcher.curve[-1][1] if watcher.curve else None
 
         for step in range(start, config.steps):
-            if should_stop():
-                keep(state, trained, optimizer, step, config, attachment, belongs)
+            if among.any(should_stop()):
+                run.keep(step)
                 raise Stopped(f"Stopped at step {step} of {config.steps}; --resume goes on from there.")
-            fraction = 1 - step / config.steps if config.decay == "linear" else 1.0
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * fraction
+            for group, rate in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = rate * rate_at(step, config)
 
-            samples = draw(step, latents, concept, config, len(noise_schedule.alphas_cumprod))
-            held = None
+            samples, held = draw(step, crops, concept, whole, len(noise_schedule.alphas_cumprod)), None
             if ordinary and is_cut(step, config):
-                samples = cut_mix(samples, ordinary, concept.token, step, config)
+                samples = cut_mix(samples, ordinary, concept.token, step, whole)
             elif anchors:
-                held = anchors.batch(step, config)
-            noisy = noise_schedule.add_noise(samples.latents, samples.noise, samples.timesteps)
-            timesteps, prompts = samples.timesteps, samples.prompts
-            if held:
-                noisy, timesteps = torch.cat([noisy, held.noisy]), torch.cat([timesteps, held.timesteps])
-                prompts = prompts + held.prompts
-            with torch.autocast(base.device.type, torch.bfloat16, enabled=config.autocast):
-                predicted = pipeline.unet(noisy.to(base.dtype), timesteps, **condition(prompts)).sample.float()
-            count = len(samples.prompts)
-            loss = F.mse_loss(predicted[:count], target_of(noise_schedule, samples))
-            if held:
-                loss = loss + config.preservation.weight * F.mse_loss(predicted[count:], held.targets)
+                held = anchors.batch(step, whole)
 
-            penalty = attachment.penalty()
-            if penalty is not None:
-                loss = loss + penalty
+            for parameter in trained.values():
+                parameter.grad = None
+            total: Tensor = torch.zeros((), device=base.device)
+            for part in range(config.optimiser.accumulate):
+                number = among.rank * config.optimiser.accumulate + part
+                mine, share = part_of(samples, number, parts)
+                anchor, anchor_share = part_of(held, number, parts) if held else (None, 0.0)
+                if not mine.prompts:  # there are fewer pictures than parts
+                    continue
+                noisy = noise_schedule.add_noise(mine.latents, mine.noise, mine.timesteps)
+                if maps:
+                    maps.begin()
+                with autocast(base, config):
+                    predicted, anchored = predict(unet, base.dtype, condition, noisy, mine, anchor)
+                times = snr_weights(noise_schedule, mine.timesteps, config.objective.snr_gamma)
+                target = target_of(noise_schedule, mine)
+                loss = share * objective_loss(predicted, target, mine.weights, times, config.objective)
+                if anchor and anchored is not None:
+                    held_to = weighted_mse(anchored, anchor.targets)
+                    loss = loss + anchor_share * config.preservation.weight * held_to
+                if maps and mine.masks is not None:
+                    inside = attention_loss(maps, condition.own(mine.prompts), mine.masks)
+                    loss = loss + share * config.objective.attention * inside
+                penalty = attachment.penalty() if number == 0 else None
+                if penalty is not None:
+                    loss = loss + penalty
+                scaler.scale(loss).backward()
+                total = total + loss.detach()
+            total = among.add_gradients(trained.values(), total)
 
-            optimizer.zero_grad()
-            loss.backward()
             condition.hold(config.embedding_norm)  # once the token has moved far enough (Mix-of-Show's limit)
-            total = nn.utils.clip_grad_norm_(list(trained.values()), config.clip)
-            if not torch.isfinite(loss) or not torch.isfinite(total):
+            if not torch.isfinite(total) or not take_step(optimiser, trained.values(), scaler, config.clip):
                 kept = f"the last good state is kept in {state.name}" if state.exists() else "nothing was saved yet"
                 raise NotFiniteError(f"Training met NaN or infinity at step {step}: lower the learning rate ({kept}).")
-            optimizer.step()
             attachment.after_step(step + 1)
+            average.update(step + 1)
 
-            value = float(loss.detach())
+            value = float(total)
             running = value if running is None else 0.95 * running + 0.05 * value
-            progress(Event("train", step + 1, config.steps, {"loss": running}))
+            figures = watcher(step + 1, running, optimiser.param_groups[0]["lr"], condition, attachment, average)
+            progress(Event("train", step + 1, config.steps, figures))
+            if config.watch.patience and among.any(watcher.plateau):
+                note(f"Note: the likeness has not risen for {config.watch.patience} grids; done at step {step + 1}.")
+                break
             if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
-                keep(state, trained, optimizer, step + 1, config, attachment, belongs)
+                run.keep(step + 1)
 
-        adapter = Adapter(
-            name=concept.name,
-            noun=concept.noun,
-            token=concept.token,
-            method=method,
-            rank=config.rank,
-            slot=slot,
-            targets=config.targets,
-            base=config.base,
-            fingerprint=base_fingerprint,
-            parameters=attachment.trained(),
-            sizes={layer: sides(weights[layer]) for layer in attachment.layers},
-            kernels={layer: kernel for layer in attachment.layers if (kernel := kernel_of(weights[layer]))},
-            frozen=stored_part(method, frozen),
-            vectors=condition.vectors(),
-            earlier=start_from.tokens if start_from else {},
-            config=comparable(config),
-            versions=versions(),
-        )
-        keep(state, trained, optimizer, config.steps, config, attachment, belongs)  # until the adapter is written
+        with average.applied():
+            adapter = Adapter(
+                name=concept.name,
+                noun=concept.noun,
+                token=concept.token,
+                method=method,
+                rank=config.rank,
+                slot=slot,
+                targets=config.targets,
+                base=config.base,
+                fingerprint=base_fingerprint,
+                parameters=attachment.trained(),
+                sizes={layer: sides(weights[layer]) for layer in attachment.layers},
+                kernels={layer: kernel for layer in attachment.layers if (kernel := kernel_of(weights[layer]))},
+                frozen=stored_part(method, frozen),
+                vectors=condition.vectors(),
+                earlier=start_from.tokens if start_from else {},
+                config=comparable(config),
+                versions=versions(),
+            )
+        run.keep(config.steps)  # until the adapter is written
+        watcher.finish(adapter)
         return adapter
-
-
-def continued(adapter: Adapter) -> Frozen:
-    """An adapter's band with the rotations it has learnt as the new start: U R_U and V R_V are orthonormal again.
-
-    The new start's D = R − I is composed with what the new training adds; no decomposition is made.
-    """
-    out: Frozen = {}
-    for layer in adapter.layers:
-        held = adapter.frozen_of(layer)
-        turned = prepare(adapter.parameters_of(layer), held)
-        out[layer] = {**held, **{name: value for name, value in turned.items() if name in PREPARED_ON}}
-    return out
-
-
-def weigh_slot(
-    weights: Mapping[str, Tensor], frozen: Frozen, config: TrainConfig
-) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
-    """How a slot's smaller singular values are made up for, as the settings ask.
-
-    Returns the columns' scales s_max / S_b (r,) per layer for ``normalise``, else None, and per layer the factor
-    (s_max / mean S_b) ^ ``slot_rate`` of the learning rate. s_max is the weight's largest singular value.
-    """
-    if not (config.normalise or config.slot_rate):
-        return None, {}
-    largest = {layer: band.S[0] for layer, band in spectrum_of(weights, 1).bands.items()}
-    columns = {layer: largest[layer] / held["S"] for layer, held in frozen.items()} if config.normalise else None
-    return columns, {
-        layer: float((largest[layer] / held["S"].mean()) ** config.slot_rate) for layer, held in frozen.items()
-    }
-
-
-def build_optimizer(
-    attachment: Attachment, condition: Conditioner, config: TrainConfig, factors: Mapping[str, float]
-) -> tuple[torch.optim.Optimizer, list[float]]:
-    """AdamW with a group per component and learning-rate factor; returns it and the groups' initial rates.
-
-    ``factors`` multiplies the rate of single layers. Weight decay never touches what is not neutral at zero: the token,
-    DoRA's magnitudes.
-    """
-    rates = {"unet": config.learning_rate}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for layer in attachment.layers:
-        component = layer.split(".", 1)[0]
-        rate = rates.get(component, config.text_encoder_learning_rate) * factors.get(layer, 1.0)
-        for name, parameter in attachment.parameters(layer).items():
-            decay = 0.0 if name in attachment.method.neutral else config.weight_decay
-            groups.setdefault((rate, decay), []).append(parameter)
-    listed: list[dict[str, Any]] = [
-        {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()
-    ]
-    rows = list(condition.named_parameters().values())
-    listed.append({"params": rows, "lr": config.embedding_learning_rate, "weight_decay": 0.0})
-    return torch.optim.AdamW(listed), [group["lr"] for group in listed]
-
-
-def comparable(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide the result: all but where things lie and how often states are saved."""
-    kept = config.model_dump(mode="json")
-    for key in ("concept", "output", "save_every", "device", "continue_from"):
-        kept.pop(key)
-    return kept
-
-
-def start_hash(adapter: Adapter | None) -> str:
-    """Which adapter training goes on from."""
-    return content_hash(adapter) if adapter else ""
-
-
-def keep(
-    state: Path,
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    config: TrainConfig,
-    attachment: Attachment,
-    belongs: Mapping[str, str],
-) -> None:
-    """Save everything that the run needs to go on exactly here."""
-    extra, patterns = attachment.extra_state()
-    tensors = {**trained, **{f"{EXTRA}{name}": value for name, value in extra.items()}}
-    meta = {"step": step, "config": comparable(config), "extra": patterns, "belongs": dict(belongs)}
-    save_state(state, tensors, optimizer, meta)
-
-
-def restore(
-    state: Path,
-    optimizer: torch.optim.Optimizer,
-    trained: Mapping[str, nn.Parameter],
-    config: TrainConfig,
-    attachment: Attachment,
-    belongs: Mapping[str, str],
-) -> int:
-    """Load a saved state into place; returns the step to go on with.
-
-    Raises:
-        UserError: it was made with other settings, or by another concept or base.
-    """
-    held, meta = load_state(state, optimizer)
-    check_settings(state, meta, comparable(config))
-    if meta.get("belongs") != belongs:
-        raise UserError(f"{state} was made on another base, slot or start; train without --resume.")
-    tensors = {name: value for name, value in held.items() if not name.startswith(EXTRA)}
-    if set(tensors) != set(trained) or any(tensors[n].shape != trained[n].shape for n in trained):
-        raise UserError(f"{state} belongs to another concept or base; train without --resume.")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(tensors[name])
-    extra = {name.removeprefix(EXTRA): value for name, value in held.items() if name.startswith(EXTRA)}
-    attachment.load_extra_state(extra, meta.get("extra", {}))
-    return int(meta["step"])

@@ -8,20 +8,25 @@ adapters then draw over each other. So the base first draws ordinary pictures, a
   somebody else's concept would, so that an adapter answers to its own word and to no other new one;
 * photos are shown side by side with them (the Cut-Mix of SVDiff, Han et al. 2023, sec. 3.3), so that a concept
   keeps to its own side of a picture.
+
+With ``data.class_images`` the ordinary pictures are files of the concept's class instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..base import Base
-from ..config import PreservationConfig, TrainConfig
+from ..config import DataConfig, PreservationConfig, TrainConfig
+from ..data.folder import load_concept
+from ..data.samples import PhotoCrops
 from ..progress import Event, Progress
 from ..randomness import keyed_generator
 from .draws import Samples, draw_timestep
@@ -36,7 +41,7 @@ Condition = Callable[[list[str]], dict[str, Any]]
 
 @dataclass
 class Ordinary:
-    """Pictures the base drew: latents (n, c, h, w), what each shows, and its prompt."""
+    """Pictures the base drew, or of the class: latents (n, c, h, w), what each shows, and its prompt."""
 
     latents: Tensor
     things: list[str]
@@ -76,10 +81,34 @@ def ordinary_prompts(config: PreservationConfig, noun: str, seed: int) -> tuple[
     return things, prompts
 
 
+def read_class_images(folder: Path, base: Base, config: TrainConfig, noun: str, size: int) -> Ordinary:
+    """Square crops of a folder's pictures, ``preservation.pictures`` of them if there are more.
+
+    They are prompted with their captions, a picture without one as a photo of the noun.
+
+    Raises:
+        UserError: no readable picture there.
+    """
+    pictures = load_concept(folder, name="class", noun=noun)
+    chosen = torch.randperm(len(pictures.photos), generator=keyed_generator(config.seed, "class"))
+    photos = [pictures.photos[int(index)] for index in chosen[: config.preservation.pictures]]
+    plain = DataConfig(cache=config.data.cache)
+    settings = config.model_copy(update={"crops": 1, "data": plain})
+    crops = PhotoCrops(replace(pictures, photos=tuple(photos)), base, settings, size)
+    latents, _ = crops.take([(index, 0) for index in range(len(photos))])
+    thing = f"a {noun}"
+    captions = [photo.caption or f"a photo of {thing}" for photo in photos]
+    return Ordinary(
+        latents, [thing] * len(photos), [text.replace("<TOK>", thing).replace("{}", thing) for text in captions]
+    )
+
+
 @torch.no_grad()
 def draw_ordinary(base: Base, config: TrainConfig, noun: str, size: int, progress: Progress) -> Ordinary:
-    """Let the untouched base draw its ordinary pictures; only their latents are needed."""
+    """Let the untouched base draw its ordinary pictures, or read those of the class; only their latents are needed."""
     wanted = config.preservation
+    if config.data.class_images:
+        return read_class_images(config.data.class_images, base, config, noun, size)
     things, prompts = ordinary_prompts(wanted, noun, config.seed)
     base.pipeline.set_progress_bar_config(disable=True)
     latents = []
@@ -129,25 +158,59 @@ def draw_anchors(
     return Anchors(noisy, timesteps, prompts, torch.cat(targets))
 
 
+def predict(
+    unet: nn.Module, dtype: torch.dtype, condition: Condition, noisy: Tensor, samples: Samples, held: Anchors | None
+) -> tuple[Tensor, Tensor | None]:
+    """What the networks predict for a step's noised photos and for its anchors, in one call where the shapes allow it.
+
+    Returns:
+        Predictions (n, c, h, w) and (m, c, h, w) float32.
+    """
+
+    def ask(noisy: Tensor, timesteps: Tensor, prompts: list[str]) -> Tensor:
+        predicted: Tensor = unet(noisy.to(dtype), timesteps, **condition(prompts)).sample
+        return predicted.float()
+
+    if held is None:
+        return ask(noisy, samples.timesteps, samples.prompts), None
+    if held.noisy.shape[1:] != noisy.shape[1:]:
+        photos = ask(noisy, samples.timesteps, samples.prompts)
+        return photos, ask(held.noisy, held.timesteps, held.prompts)
+    timesteps = torch.cat([samples.timesteps, held.timesteps])
+    both = ask(torch.cat([noisy, held.noisy]), timesteps, samples.prompts + held.prompts)
+    return both[: len(noisy)], both[len(noisy) :]
+
+
 def is_cut(step: int, config: TrainConfig) -> bool:
     """Whether this step shows photos beside ordinary pictures."""
     return float(torch.rand((), generator=keyed_generator(config.seed, "cut", step))) < config.preservation.cut_mix
 
 
 def cut_mix(samples: Samples, ordinary: Ordinary, token: str, step: int, config: TrainConfig) -> Samples:
-    """Half of a step's photos, each beside an ordinary picture, twice as wide; the prompt names both sides."""
-    latents, noises, prompts = [], [], []
+    """Half of a step's photos, each beside an ordinary picture; the prompt names both sides.
+
+    Where one is taller, its top is shown. Masks weigh the photo's side alone.
+    """
+    prompts: list[str] = []
+    latents: list[Tensor] = []
+    noises: list[Tensor] = []
+    weights: list[Tensor] = []
+    height = min(samples.latents.shape[2], ordinary.latents.shape[2])
     count = max(1, len(samples.prompts) // 2)
     for index in range(count):
         generator = keyed_generator(config.seed, "cut", step, index)
         other = int(torch.randint(len(ordinary.prompts), (), generator=generator))
-        pictures = [samples.latents[index], ordinary.latents[other]]
         noise = torch.randn(ordinary.latents.shape[1:], generator=generator).to(samples.noise)
-        sides, things = [samples.noise[index], noise], [token, ordinary.things[other]]
+        whole = torch.ones_like(noise[:1])
+        weight = whole if samples.weights is None else samples.weights[index]
+        photo = (samples.latents[index], samples.noise[index], weight, token)
+        halves = [photo, (ordinary.latents[other], noise, whole, ordinary.things[other])]
         if float(torch.rand((), generator=generator)) < 0.5:
-            pictures, sides, things = pictures[::-1], sides[::-1], things[::-1]
-        latents.append(torch.cat(pictures, -1))
-        noises.append(torch.cat(sides, -1))
+            halves.reverse()
+        pictures, sides, counts, things = zip(*halves, strict=True)
+        for row, parts in ((latents, pictures), (noises, sides), (weights, counts)):
+            row.append(torch.cat([part[:, :height] for part in parts], -1))
         pair = PAIRS[int(torch.randint(len(PAIRS), (), generator=generator))]
         prompts.append(pair.format(*things))
-    return Samples(torch.stack(latents), torch.stack(noises), samples.timesteps[:count], prompts)
+    weighed = None if samples.weights is None else torch.stack(weights)
+    return Samples(torch.stack(latents), torch.stack(noises), samples.timesteps[:count], prompts, weighed)

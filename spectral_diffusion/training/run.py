@@ -20,6 +20,8 @@ from ..slots import LEDGER, ROWS, Ledger, Slot, collision_probability, parse_pol
 from ..spectrum import capacity, spectrum_of
 from ..tokens import check_name, known_tokens
 from .loop import train
+from .machines import device_of, processes
+from .memory import memory_note
 from .state import load_state
 
 DEGENERATE = 1e-4  # relative gap of neighbouring singular values
@@ -37,10 +39,15 @@ def train_to_file(
     should_stop: Callable[[], bool] = lambda: False,
     note: Callable[[str], None] = lambda text: None,
     base: Base | None = None,
+    force: bool = False,
 ) -> Adapter:
     """Train the config's concept and write ``output`` and ``output.yaml`` (the resolved settings).
 
-    The concept's slot is reserved in the ledger beside the output before training starts.
+    The concept's slot is reserved in the ledger beside the output before training starts. Of several processes, as
+    ``accelerate launch`` starts them, the main one alone writes and tells.
+
+    Args:
+        force: resume although settings have changed.
 
     Raises:
         UserError: anything the person can mend; see also :func:`.loop.train`.
@@ -49,14 +56,19 @@ def train_to_file(
     if output.suffix != ".safetensors":
         raise UserError(f"The output {output} must end in .safetensors.")
     get_method(config.method)  # a misspelt one is told before any loading
+    among = processes(config.device)
+    if not among.main:
+        progress, note = silent, ignore
     concept = load_concept(config.concept, config.name, config.token, config.noun)
     if concept.skipped:
         note(f"Skipped in {config.concept}: {'; '.join(concept.skipped)}.")
+    for text in concept.notes:
+        note(text)
     check_name(concept.name)
     if output.is_dir():
         raise UserError(f"The output {output} is a folder; choose another with -o.")
     check_writable(output)
-    base = base or load_base(config.base, config.device, config.dtype)
+    base = base or load_base(config.base, device_of(config, among), config.dtype)
     if concept.token in known_tokens(base.pipeline.tokenizer):
         raise UserError(
             f"The base '{config.base}' already has the token {concept.token}; choose another with token=<name>."
@@ -71,8 +83,9 @@ def train_to_file(
     config = with_rank(config, [sides(weight) for weight in base.weights(config.targets).values()], note)
     slot = start_from.slot if start_from else None
     if method.slot and not start_from:
-        config = with_slot_seed(config, resume)
-        slot = reserve(config, base, concept)
+        config = among.share(with_slot_seed(config, resume))
+        slot = among.share(reserve(config, base, concept) if among.main else None)
+        assert slot is not None
         for text in slot_notes(config, slot, base):
             note(text)
     shapes = [sides(weight) for weight in base.weights(config.targets).values()]
@@ -82,11 +95,20 @@ def train_to_file(
         f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {concept.token}: "
         f"{method.name}, {where}; {trained:,} numbers in {len(shapes)} layers."
     )
-    adapter = train(config, base, concept, slot, state_path(output), resume, progress, should_stop, start_from)
-    save_adapter(adapter, output)
-    write_text(output.with_suffix(".yaml"), to_yaml(config))
-    state_path(output).unlink(missing_ok=True)
+    if memory := memory_note(base, config, config.resolution or base.size):
+        note(memory)
+    adapter = train(
+        config, base, concept, slot, state_path(output), resume, progress, should_stop, start_from, note, force, among
+    )
+    if among.main:
+        save_adapter(adapter, output)
+        write_text(output.with_suffix(".yaml"), to_yaml(config))
+        state_path(output).unlink(missing_ok=True)
     return adapter
+
+
+def ignore(text: str) -> None:
+    """Tell nobody."""
 
 
 def with_rank(config: TrainConfig, shapes: Sequence[tuple[int, int]], note: Callable[[str], None]) -> TrainConfig:

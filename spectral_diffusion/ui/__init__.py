@@ -1,1 +1,1 @@
-"""The app in the browser. ``controllers`` is plain Python; only ``app`` knows gradio."""
+"""The app in the browser. Only ``app``, ``page`` and ``tabs`` know gradio; everything else is plain Python."""

@@ -28,5 +28,7 @@ def share(parts: Sequence[float], wholes: Sequence[float], digits: int = 2, draw
         return "—"
     chosen = np.random.default_rng(seed).integers(0, pairs.shape[1], (draws, pairs.shape[1]))
     sums = pairs[:, chosen].sum(2)
+    if np.quantile(sums[1], 0.025) <= 0:
+        return "—"
     low, high = np.quantile(sums[0] / np.maximum(sums[1], 1e-9), [0.025, 0.975])
     return f"{pairs[0].sum() / pairs[1].sum():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -1,0 +1,149 @@
+"""The verb that trains concepts, one or a batch of them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UserError
+from .support import given, progress_bar, resolve, say, stop_signals, text_of
+
+if TYPE_CHECKING:
+    from ..training.batch import Job
+
+OWN = ("name", "token", "noun")  # settings that no two concepts can share
+
+
+def train(
+    words: Annotated[
+        list[str], typer.Argument(metavar="FOLDER...", help="Folders with your photos; then any setting as key=value.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The adapter (.safetensors); a folder for several concepts.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="pocket, a diffusers folder, a hub id or a .safetensors file.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="spectral-additive, lora …")] = None,
+    rank: Annotated[int | None, typer.Option(help="Columns (or LoRA rank) per concept.")] = None,
+    budget: Annotated[str | None, typer.Option(help="The largest rank that trains no more numbers: 200k, 2m.")] = None,
+    slot: Annotated[
+        str | None, typer.Option(help="next, a number, columns (16:24 or 1,5,9), sampled, random, bottom.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same adapter.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps …")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the frozen base: float32, float16, bfloat16.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the state of a stopped run, if there is one.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Resume although settings have changed.")] = False,
+    continue_from: Annotated[
+        Path | None, typer.Option("--continue", help="Go on from a spectral-rotation adapter's turned columns.")
+    ] = None,
+    status: Annotated[
+        Path | None, typer.Option(help="Keep a status file (.json); 'auto' puts it beside the output.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Of several concepts, how many side by side.")] = 1,
+    config: Annotated[
+        str | None, typer.Option("--config", help="A YAML file, or a preset by name (pocket, sd15-12gb, …).")
+    ] = None,
+) -> None:
+    """Train concepts from photo folders into adapters, each in a slot of its own."""
+    folders = [Path(word) for word in words if "=" not in word or Path(word).exists()]
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    if not folders:
+        raise UserError("Which photos? Name a folder with them before the settings.")
+    if len(folders) > 1 and (strange := [folder for folder in folders if not folder.is_dir()]):
+        raise UserError(f"'{strange[0]}' is no folder with photos, and no setting either; those are written key=value.")
+    flags = given(
+        base=base, method=method, rank=rank, budget=budget, slot=slot, steps=steps, seed=seed, device=device,
+        dtype=dtype, continue_from=text_of(continue_from),
+    )  # fmt: skip
+    if len(folders) > 1:
+        if status:
+            raise UserError("Several concepts keep a status file each beside their adapters; leave out --status.")
+        train_batch(folders, output, config, flags, overrides, resume, force, jobs)
+    else:
+        flags |= given(concept=str(folders[0]), output=text_of(output))
+        train_one(output, config, flags, overrides, resume, force, status)
+
+
+def train_one(
+    output: Path | None,
+    config: str | None,
+    flags: dict[str, Any],
+    overrides: list[str],
+    resume: bool,
+    force: bool,
+    status: Path | None,
+) -> None:
+    """Train one concept in this process."""
+    from ..config import TrainConfig
+    from ..progress import silent
+    from ..training.machines import is_main
+    from ..training.run import train_to_file
+    from ..training.state import Stopped
+    from ..training.status import reporting, status_path
+
+    beside = status == Path("auto")
+    if beside:
+        status = status_path(output) if output else None
+    tell = say if is_main() else lambda text: None  # of several processes one speaks
+    with progress_bar() as bar, stop_signals() as should_stop:
+        try:
+            with reporting(status if is_main() else None, bar if is_main() else silent, tell) as reporter:
+                settings = resolve(TrainConfig, "train", config, flags, overrides)
+                if beside and is_main():
+                    reporter.path = status_path(settings.output)
+                reporter.begin(settings, settings.output, resume)
+                train_to_file(settings, resume, reporter.progress, should_stop, reporter.note, force=force)
+        except Stopped as stopped:
+            tell(str(stopped))
+            raise typer.Exit(130) from stopped
+    tell(f"Wrote {settings.output}.")
+
+
+def train_batch(
+    folders: list[Path],
+    output: Path | None,
+    config: str | None,
+    flags: dict[str, Any],
+    overrides: list[str],
+    resume: bool,
+    force: bool,
+    jobs: int,
+) -> None:
+    """Train several concepts, each in a process of its own."""
+    from ..config import TrainConfig
+    from ..training.batch import jobs_of, run_batch
+    from ..training.state import Stopped
+
+    if output is None or output.suffix == ".safetensors":
+        raise UserError("Several concepts need a folder for their adapters: -o adapters/.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("accelerate launch trains one concept; of several, run --jobs side by side without it.")
+    if own := [word for word in overrides if word.partition("=")[0] in OWN]:
+        raise UserError(f"{own[0]} cannot be every concept's; put it into the concept.yaml of its folder.")
+
+    def settings(folder: Path, file: Path) -> TrainConfig:
+        where = {"concept": str(folder), "output": str(file)}
+        resolved: TrainConfig = resolve(TrainConfig, "train", config, {**flags, **where}, overrides)
+        return resolved
+
+    def command(job: Job, file: Path) -> list[str]:
+        options = ["-o", str(job.output), "--config", str(file), "--status", "auto"]
+        goes_on = ["--resume"] * resume + ["--force"] * force
+        return [sys.executable, "-m", __package__, "train", str(job.config.concept), *options, *goes_on]
+
+    with progress_bar() as progress, stop_signals() as should_stop:
+        try:
+            run_batch(jobs_of(folders, output, settings), command, jobs, resume, force, progress, should_stop, note=say)
+        except Stopped as stopped:
+            say(str(stopped))
+            raise typer.Exit(130) from stopped
+    say(f"Wrote {len(folders)} adapters into {output}/.")

@@ -1,0 +1,72 @@
+"""Encoded crops on disk, keyed by everything that decides them. A damaged file is made again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import PIL
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from ..errors import UserError
+from ..files import read_tensors, write_tensors
+from ..spectrum import cache_folder, hash_weight
+from .crops import Crop
+from .folder import Photo
+
+FORMAT = 1
+
+Encoded = tuple[Tensor, Tensor | None]  # of one photo: latents (crops, c, h, w), masks (crops, 1, h, w)
+
+
+def encoder_hash(vae: AutoencoderKL) -> str:
+    """One hash of everything in a VAE that decides latents, its precision and device kind included."""
+    weights = {name: weight for name, weight in vae.named_parameters() if not name.startswith(("decoder", "post_"))}
+    lines = [f"{name}={hash_weight(weight)}" for name, weight in sorted(weights.items())]
+    first = next(iter(weights.values()))
+    lines += [str(first.dtype), first.device.type, torch.__version__, PIL.__version__]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def key_of(photo: Photo, masked: bool, crops: list[Crop], encoder: str) -> str:
+    """What a photo's encoded crops are kept under: its bytes, its mask's, where each crop lies, and the encoder.
+
+    Raises:
+        UserError: a file is gone.
+    """
+    try:
+        files = [photo.path.read_bytes(), photo.mask.read_bytes() if masked and photo.mask else b""]
+    except OSError as error:
+        raise UserError(f"{photo.path} or its mask can no longer be read: {error.strerror or error}.") from error
+    parts = [hashlib.sha256(data).hexdigest() for data in files]
+    whole = [FORMAT, *parts, masked and photo.mask == photo.path, crops, encoder]
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+
+
+def kept(folder: Path | None, key: str, make: Callable[[], Encoded]) -> Encoded:
+    """The encoded crops under ``key``, made and kept if they are not there whole.
+
+    A cache that cannot be written only costs the time to encode.
+    """
+    path = (folder or cache_folder() / "latents") / f"{key[:40]}.safetensors"
+    try:
+        tensors, metadata = read_tensors(path)
+        found = tensors["latents"], tensors.get("masks")
+        if (metadata["key"], metadata["digest"]) == (key, _digest(found)):
+            return found
+    except (UserError, KeyError):
+        pass
+    made = make()
+    tensors = {"latents": made[0].cpu()} | ({} if made[1] is None else {"masks": made[1].cpu()})
+    with suppress(UserError, OSError):
+        write_tensors(path, tensors, {"key": key, "digest": _digest(made)})
+    return made
+
+
+def _digest(encoded: Encoded) -> str:
+    return " ".join("" if tensor is None else hash_weight(tensor) for tensor in encoded)

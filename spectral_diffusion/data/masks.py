@@ -1,0 +1,65 @@
+"""Masks: which part of a photo is the concept. White is, black is not, grey is so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UserError
+from .pictures import on_ground, open_upright
+
+LABEL = "-masklabel.png"
+LEAST = 1 / 16  # a crop that shows less of its mask than this is not made up for any further
+
+
+def is_label(path: Path) -> bool:
+    """Whether a file is a mask that lies beside its photo."""
+    return path.name.lower().endswith(LABEL)
+
+
+def find_mask(photo: Path, folder: Path) -> Path | None:
+    """A photo's mask: ``masks/<stem>.png`` beside it or in the concept's folder, or ``<stem>-masklabel.png``."""
+    apart = [place / name / f"{photo.stem}.png" for place in (photo.parent, folder) for name in ("masks", "mask")]
+    for file in (*apart, photo.with_name(f"{photo.stem}{LABEL}")):
+        if file.is_file():
+            return file
+    return None
+
+
+def open_mask(photo: Path, mask: Path, size: tuple[int, int]) -> Image.Image:
+    """A mask in grey (mode L), of its photo's ``size`` (width, height). A photo that is its own mask gives its alpha.
+
+    Raises:
+        UserError: unreadable, of another size, or black all over.
+    """
+    image = open_upright(mask)
+    if image.size != size:
+        sides = [f"{width}×{height}" for width, height in (image.size, size)]
+        raise UserError(f"The mask {mask} has {sides[0]} pixels, its photo {photo.name} {sides[1]}; save both alike.")
+    if mask == photo:
+        grey = image.getchannel("A") if image.mode == "RGBA" else Image.new("L", size, "white")
+    else:
+        grey = on_ground(image, "black").convert("L")
+    if grey.getextrema() == (0, 0):
+        if mask == photo:
+            raise UserError(f"The photo {mask} is transparent all over; its alpha is its mask and must show something.")
+        raise UserError(f"The mask {mask} is black all over; paint what is to be learnt white, or take the file away.")
+    return grey
+
+
+def reduce_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """A mask (n, 1, H, W) in 0…1 at the latents' size: each place is the mean of the pixels it stands for."""
+    return F.adaptive_avg_pool2d(mask, (height, width))
+
+
+def loss_weights(masks: Tensor, weight: float) -> Tensor:
+    """What each place of (n, 1, h, w) counts in the loss: 1 inside the mask, 1 − ``weight`` outside.
+
+    Divided by their mean, so that a small thing is learnt as fast as one that fills the picture; a mask that is
+    white all over gives exactly 1 everywhere.
+    """
+    weights = 1 - weight * (1 - masks)
+    return weights / weights.mean((1, 2, 3), keepdim=True).clamp_min(LEAST)

@@ -1,0 +1,146 @@
+"""How few numbers does each method need? Identity over trained numbers, with dashes where a budget cannot be had."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from ..adapted import put_on
+from ..errors import UserError
+from ..evaluation.statistics import told
+from ..linalg import sides
+from ..methods import get_method
+from ..training.run import with_rank
+from .charts import WANTED, curves
+from .lab import REPORTED, Lab, TimeOver, scaled
+from .registry import Findings, Row, Table, study
+from .speed import METHODS, PLAIN, swept
+
+BUDGETS = (500, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000)
+NAMES = (REPORTED[0], REPORTED[2])
+SEEDS = (0,)
+SIDE = 48  # of a picture in the grid
+
+
+def shapes_of(lab: Lab) -> list[tuple[int, int]]:
+    """The sizes (out, in) of the adapted weights."""
+    targets = str(lab.recipe["train"].get("targets", "attention"))
+    return [sides(weight) for weight in lab.fresh().weights(targets).values()]
+
+
+def change_within(lab: Lab, method: str, budget: int, shapes: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
+    """The method's settings at the largest rank within a budget; None where even its smallest is above it."""
+    config = lab.settings(NAMES[0], {"method": method, "budget": budget}, Path("adapter.safetensors"))
+    try:
+        rank = with_rank(config, shapes, lambda text: None).rank
+    except UserError:
+        return None
+    change: dict[str, Any] = {"method": method, "rank": rank, **PLAIN}
+    return {**change, "slot": f"0:{rank}"} if get_method(method).slot else change
+
+
+def smallest(method: str, shapes: Sequence[tuple[int, int]]) -> int:
+    """The fewest numbers that the method can train in these weights."""
+    one = get_method(method)
+    return min(sum(one.count(out, inside, rank) for out, inside in shapes) for rank in one.ranks(shapes))
+
+
+@study(
+    "budget",
+    "Figs. 6, 14, 15, Table 3",
+    "The rotation reaches an identity with far fewer trained numbers than any other method, in finer steps.",
+    (60, 0.3),
+)
+def run(lab: Lab, quick: bool) -> Findings:
+    """Gain in identity over the untouched base, for every method and budget, with the rate that ``speed`` chose."""
+    methods = ("spectral-rotation", "lora") if quick else tuple(METHODS)
+    budgets, names = ((2_000, 20_000), NAMES[:1]) if quick else (BUDGETS, NAMES)
+    shapes = shapes_of(lab)
+    changes = {(m, b): change_within(lab, m, b, shapes) for m in methods for b in budgets}
+    gains: dict[tuple[str, int], list[float]] = {}
+    trained: dict[tuple[str, int], int] = {}
+    late: set[str] = set()
+    for seed, name, budget, method in itertools.product(SEEDS, names, budgets, methods):
+        change = changes[method, budget]
+        if change is None:
+            continue
+        try:
+            found = lab.alone(name, **change, **scaled(lab, METHODS[method][1] if quick else swept(lab, method)[0]))
+            gain = found["identity"] - lab.generic(name, seed)["identity"]
+        except TimeOver:
+            late.add(f"{method} within {budget:,}")
+            continue
+        gains.setdefault((method, budget), []).append(gain)
+        trained[method, budget] = found["trained"]
+        lab.note(f"{name}: {method} within {budget:,} trains {found['trained']:,}: gain {gain:.2f}")
+    rows: list[Row] = [
+        {
+            "method": method,
+            "fewest": smallest(method, shapes),
+            **{f"{b:,}": told(gains[method, b]) if (method, b) in gains else None for b in budgets},
+        }
+        for method in methods
+    ]
+    counts: list[Row] = [
+        {"method": method, **{f"{b:,}": trained.get((method, b)) for b in budgets}} for method in methods
+    ]
+    lines = {
+        method: sorted({(trained[method, b], sum(g) / len(g)) for (m, b), g in gains.items() if m == method})
+        for method in methods
+    }
+    tables = [
+        Table("Gain in identity by budget; a dash where the method cannot train so few", rows),
+        Table("Numbers really trained within each budget", counts),
+    ]
+    missing = sorted(late)
+    picture = curves(lines, "trained numbers", "gain in identity", log=True)
+    pictures = {"curves": picture} if picture else {}
+    missing += [] if picture else [WANTED]
+    if not quick:
+        try:
+            pictures["grid"] = grid_of(lab, methods, budgets, changes)
+        except TimeOver:
+            missing.append("the grid of pictures")
+    return Findings(tables, verdict(rows, budgets), pictures, missing)
+
+
+def grid_of(
+    lab: Lab, methods: Sequence[str], budgets: Sequence[int], changes: dict[tuple[str, int], dict[str, Any] | None]
+) -> Image.Image:
+    """One picture of the first concept by method (rows) and budget (columns); a dash where there is none."""
+    left, top = 120, 16
+    out = Image.new("RGB", (left + len(budgets) * (SIDE + 4), top + len(methods) * (SIDE + 4)), "white")
+    draw = ImageDraw.Draw(out)
+    for column, budget in enumerate(budgets):
+        draw.text((left + column * (SIDE + 4), 2), f"{budget:,}", fill="black")
+    for index, method in enumerate(methods):
+        draw.text((2, top + index * (SIDE + 4) + SIDE // 2 - 6), method, fill="black")
+        for column, budget in enumerate(budgets):
+            corner = (left + column * (SIDE + 4), top + index * (SIDE + 4))
+            change = changes[method, budget]
+            if change is None:
+                draw.text((corner[0] + SIDE // 2, corner[1] + SIDE // 2 - 6), "–", fill="black")
+                continue
+            adapter, _ = lab.trained(NAMES[0], **change, **scaled(lab, swept(lab, method)[0]))
+            base = lab.fresh()
+            put_on(base, [(adapter, 1.0)])
+            out.paste(lab.portraits(base, adapter.token)[0].resize((SIDE, SIDE)), corner)
+    return out
+
+
+def verdict(rows: Sequence[Row], budgets: Sequence[int]) -> str:
+    """The best method within each budget, and who cannot have it."""
+    sentences = []
+    for budget in budgets:
+        there = [row for row in rows if row[f"{budget:,}"]]
+        if there:
+            best = max(there, key=lambda row: float(row[f"{budget:,}"].split()[0]))
+            sentences.append(
+                f"Within {budget:,} numbers: best {best['method']}, a gain of {best[f'{budget:,}'].split()[0]}; "
+                f"{len(there)} of {len(rows)} methods can."
+            )
+    return " ".join(sentences)

@@ -1,0 +1,307 @@
+"""The project's question: which recipe keeps eight concepts themselves, and ordinary prompts as they were?
+
+Every recipe is tuned on concepts that are not reported; the best setting of each kind is then told for those that are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..adapted import put_on
+from ..adapter import Adapter
+from ..base import Base
+from ..config import FuseConfig
+from ..evaluation.prompts import ORDINARY
+from ..evaluation.statistics import share, told
+from ..fusion.recipe import fuse_adapters
+from .distil import Distil, distil
+from .fusion import change_for, drift, family_rate
+from .fusion import sheet_of as tiles
+from .lab import REPORTED, TUNED, Figures, Lab, TimeOver, scaled
+from .registry import Findings, Row, Table, study
+
+SEEDS = (0, 1, 2)
+FAMILY = "spectral, own slots"
+KEPT, DRIFT = 0.95, 0.05  # what is wanted: at least so much of single-concept identity, at most so much drift
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way from adapters to one model.
+
+    Attributes:
+        kind: what is tried; the best setting of a kind is reported.
+        setting: what tells it from others of its kind.
+        merge: settings of the fusion; ``strength`` is every concept's.
+        train: what is changed in training the adapters.
+        factors: ``projected`` takes what A_U and A_V have in the other concepts' bands away; ``levelled`` gives every
+            concept's change the same norm.
+        taught: how the fused base is then taught what the adapters draw alone, if it is.
+        routed: nothing is fused; a prompt is drawn with the adapter whose token it holds.
+    """
+
+    kind: str
+    setting: str
+    merge: Mapping[str, Any] = field(default_factory=lambda: {"merge": "spectral"})
+    strength: float = 1.0
+    train: Mapping[str, Any] = field(default_factory=dict)
+    factors: str = ""
+    taught: Distil | None = None
+    routed: bool = False
+
+
+def watched(merge: str = "gradient", **settings: Any) -> dict[str, Any]:
+    """A merge that watches activations, with settings of what it watches."""
+    return {"merge": merge, "gradient": settings}
+
+
+OWN_WORDS: dict[str, Any] = {"guidance": 1.0}  # no empty prompt is watched, whose answer every adapter changes its way
+CAREFUL = {"preservation": {"weight": 4.0}}
+WORDS_ONLY = {"targets": "key-value"}  # what reads words: nothing else of the network changes
+FROM_4 = watched(anchor=4.0, **OWN_WORDS)
+TRIALS: tuple[Recipe, ...] = (
+    Recipe("sum", "λ = 1.0"),
+    *(Recipe("gradient, anchored", f"μ = {m}", watched(anchor=m)) for m in (1.0, 2.0, 4.0, 8.0)),
+    *(Recipe("gradient, own words", f"μ = {m}", watched(anchor=m, **OWN_WORDS)) for m in (1.0, 4.0, 16.0)),
+    *(Recipe("taught", f"{n} steps from μ = 4", FROM_4, taught=Distil(n)) for n in (300, 900)),
+    Recipe("taught", "900 steps, 3/4 ordinary", FROM_4, taught=Distil(900, batch=24, ordinary=0.75)),
+    *(
+        Recipe("words only, gradient", f"μ = {m}", watched(anchor=m, **OWN_WORDS), train=WORDS_ONLY)
+        for m in (1.0, 4.0, 16.0)
+    ),
+    Recipe("words only, taught", "300 steps", FROM_4, train=WORDS_ONLY, taught=Distil(300, targets="key-value")),
+    Recipe("words only, sum", "λ = 1.0", train=WORDS_ONLY),
+    *(Recipe("sum", f"λ = {s}", strength=s) for s in (0.3, 0.5, 0.7)),
+    *(Recipe("sum, norms levelled", f"λ = {s}", strength=s, factors="levelled") for s in (0.5, 1.0)),
+    *(Recipe("sum, off the other bands", f"λ = {s}", strength=s, factors="projected") for s in (0.5, 1.0)),
+    *(Recipe("ssr", f"μ = {m}", watched("ssr", anchor=m, **OWN_WORDS)) for m in (1.0, 4.0)),
+    *(
+        Recipe("gradient, more watched", f"24 pictures, μ = {m}", watched(anchor=m, pictures=24, **OWN_WORDS))
+        for m in (4.0, 16.0)
+    ),
+    Recipe("gradient, ridge to the mean", "μ = 4", watched(anchor=4.0, ridge=1e-3, ridge_to="mean", **OWN_WORDS)),
+    Recipe("gradient, stage by stage", "μ = 4", watched(anchor=4.0, staging="fused", **OWN_WORDS)),
+    Recipe("routed by prompt, not fused", "", routed=True),
+    *(
+        Recipe("held to the base, gradient", f"weight 4, μ = {m}", watched(anchor=m, **OWN_WORDS), train=CAREFUL)
+        for m in (1.0, 4.0)
+    ),
+    Recipe("held to the base, taught", "300 steps", FROM_4, train=CAREFUL, taught=Distil(300)),
+    *(Recipe("S-normalised, sum", f"λ = {s}", strength=s, train={"normalise": True}) for s in (0.5, 1.0)),
+    Recipe("S-normalised, gradient", "μ = 4", FROM_4, train={"normalise": True}),
+)
+MOST = 8  # kinds that are reported, the best ones
+QUICK = (
+    Recipe("sum", "λ = 0.5", strength=0.5),
+    Recipe("sum, off the other bands", "λ = 1", factors="projected"),
+    Recipe("taught", "2 steps", watched(pictures=2, steps=2), taught=Distil(2, pictures=4, draws=2, plain=4, batch=4)),
+)
+
+
+def adapters_for(lab: Lab, recipe: Recipe, names: Sequence[str], seed: int, quick: bool) -> list[Adapter]:
+    """The adapters that a recipe starts from, their factors changed as it says."""
+    rate, _ = family_rate(lab, FAMILY, quick)
+    changes = [change_for(FAMILY, number) for number in range(len(names))]
+    found = [
+        lab.trained(name, **{**change, **scaled(lab, rate), **recipe.train, "seed": seed})[0]
+        for name, change in zip(names, changes, strict=True)
+    ]
+    return projected(found) if recipe.factors == "projected" else found
+
+
+def projected(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Every adapter's A_U and A_V without what lies in the bands of the others: A − B Bᵀ A.
+
+    The bands are columns of one decomposition, so B is orthonormal where slots are disjoint.
+    """
+    out = []
+    for adapter in adapters:
+        parameters = dict(adapter.parameters)
+        for layer, other in itertools.product(adapter.layers, adapters):
+            if other is adapter:
+                continue
+            for name, band in (("A_U", other.bands[layer].U), ("A_V", other.bands[layer].V)):
+                value = parameters[f"{layer}.{name}"]
+                parameters[f"{layer}.{name}"] = value - band @ (band.mT @ value)
+        out.append(replace(adapter, parameters=parameters))
+    return out
+
+
+def strengths(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, float]:
+    """Every concept's λ; levelled ones bring each change's norm to the mean."""
+    norms = {adapter.name: adapter.norm() or 1.0 for adapter in adapters}
+    middle = sum(norms.values()) / len(norms)
+    level = recipe.factors == "levelled"
+    return {name: recipe.strength * (middle / norm if level else 1.0) for name, norm in norms.items()}
+
+
+def fused_by(lab: Lab, recipe: Recipe, adapters: Sequence[Adapter], seed: int) -> Base:
+    """The one model that a recipe makes of the adapters."""
+    base = lab.fresh()
+    files = [Path(f"{adapter.name}.safetensors") for adapter in adapters]
+    more = {"strength": strengths(recipe, adapters), "seed": seed, **recipe.merge}
+    fuse_adapters(base, list(adapters), FuseConfig(adapters=files, output=Path("fused"), **more), lab.progress)
+    if recipe.taught:
+        plain = lab.fresh()
+        for adapter in adapters:
+            for token, vectors in adapter.tokens.items():
+                plain.install(token, vectors)
+        distil(base, plain, adapters, things(lab), recipe.taught, seed, lab.progress)
+    return base
+
+
+def things(lab: Lab) -> list[str]:
+    """What ordinary prompts speak of: the recipe's nouns and colours but for the prompts that drift is told on."""
+    words = lab.recipe["train"]["preservation"]
+    found = [f"a {colour} {noun}".replace("  ", " ") for colour in words["adjectives"] for noun in words["nouns"]]
+    return [thing for thing in found if thing not in ORDINARY]
+
+
+def recipe_cell(lab: Lab, recipe: Recipe, names: Sequence[str], seed: int, quick: bool) -> Figures:
+    """Identity and text match of every concept from the one model, drift, and the seconds to make it."""
+
+    def compute() -> Figures:
+        adapters = adapters_for(lab, recipe, names, seed, quick)
+        begun = time.monotonic()
+        base = lab.fresh() if recipe.routed else fused_by(lab, recipe, adapters, seed)
+        seconds = time.monotonic() - begun
+        moved = 0.0 if recipe.routed else drift(lab, lab.ordinary(lab.fresh(), seed), lab.ordinary(base, seed))
+        concepts: Figures = {}
+        for adapter in adapters:
+            if recipe.routed:
+                base = lab.fresh()
+                put_on(base, [(adapter, 1.0)])
+            pictures = lab.portraits(base, adapter.token, seed)
+            concepts[adapter.name] = {
+                "identity": lab.identity(pictures, adapter.name),
+                "text": lab.text_match(pictures),
+            }
+        return {"concepts": concepts, "drift": moved, "seconds": 0.0 if recipe.routed else seconds}
+
+    decides = {key: value for key, value in asdict(recipe).items() if key not in {"kind", "setting"}}
+    return lab.cell("recipe", {"recipe": decides, "family": FAMILY, "names": list(names), "seed": seed}, compute)
+
+
+def alone(lab: Lab, names: Sequence[str], seed: int, quick: bool) -> dict[str, float]:
+    """What every concept's ordinary adapter is alone: the whole that recipes are measured by, whatever they train."""
+    rate, _ = family_rate(lab, FAMILY, quick)
+    found = {}
+    for number, name in enumerate(names):
+        change = {**change_for(FAMILY, number), **scaled(lab, rate), "seed": seed}
+        found[name] = float(lab.alone(name, **change)["identity"])
+    return found
+
+
+@study(
+    "recipes",
+    "sec. 4.2 and the project's question",
+    "Concepts fused into one model stay themselves.",
+    (150, 0.7),
+)
+def run(lab: Lab, quick: bool) -> Findings:
+    """The trials on concepts that are not reported; the best of every kind on eight that are."""
+    trials, names = (QUICK, TUNED[:2]) if quick else (TRIALS, TUNED)
+    reported, seeds = (REPORTED[:2], (0,)) if quick else (REPORTED, SEEDS)
+    rows: list[Row] = []
+    missing: list[str] = []
+    best: dict[str, tuple[float, Recipe]] = {}
+    for recipe in trials:
+        try:
+            cell = recipe_cell(lab, recipe, names, 0, quick)
+            whole = alone(lab, names, 0, quick)
+        except TimeOver:
+            missing.append(f"the trial of {recipe.kind}, {recipe.setting}")
+            continue
+        kept = sum(cell["concepts"][name]["identity"] for name in names) / sum(whole.values())
+        rows.append({"kind": recipe.kind, "setting": recipe.setting, "of alone": kept, "drift": cell["drift"]})
+        lab.note(f"{recipe.kind}, {recipe.setting}: {kept:.3f} of alone, drift {cell['drift']:.3f}")
+        if recipe.kind not in best or kept - cell["drift"] > best[recipe.kind][0]:
+            best[recipe.kind] = kept - cell["drift"], recipe
+    chosen = [recipe for _, recipe in sorted(best.values(), key=lambda pair: -pair[0])][:MOST]
+    told_rows = report(lab, chosen, reported, seeds, quick, missing)
+    tables = [
+        Table(f"The best setting of each of the best kinds, K = {len(reported)}, on the reported concepts", told_rows),
+        Table(f"Every trial, K = {len(names)}, on concepts that are not reported", rows),
+    ]
+    pictures: dict[str, Image.Image] = {}
+    try:
+        pictures = {} if quick else {"sheet": sheet(lab, chosen[:3])}
+    except TimeOver:
+        missing.append("the sheet")
+    return Findings(tables, verdict(told_rows), pictures, missing)
+
+
+def report(
+    lab: Lab, recipes: Sequence[Recipe], names: Sequence[str], seeds: Sequence[int], quick: bool, missing: list[str]
+) -> list[Row]:
+    """One row a recipe, over concepts and seeds; one seed after the other."""
+    cells: dict[str, list[tuple[int, Figures, dict[str, float]]]] = {}
+    for seed, recipe in itertools.product(seeds, recipes):
+        try:
+            cell = recipe_cell(lab, recipe, names, seed, quick)
+            cells.setdefault(recipe.kind, []).append((seed, cell, alone(lab, names, seed, quick)))
+        except TimeOver:
+            missing.append(f"{recipe.kind} at seed {seed}")
+            continue
+        fused = [cell["concepts"][name]["identity"] for name in names]
+        kept = sum(fused) / sum(cells[recipe.kind][-1][2].values())
+        lab.note(f"reported, seed {seed}: {recipe.kind}: {kept:.3f} of alone, drift {cell['drift']:.3f}")
+    return [row(recipe, cells[recipe.kind], names) for recipe in recipes if recipe.kind in cells]
+
+
+def row(recipe: Recipe, cells: Sequence[tuple[int, Figures, dict[str, float]]], names: Sequence[str]) -> Row:
+    """Means over concepts and seeds with their 95 % bootstrap intervals."""
+    fused = [cell["concepts"][name]["identity"] for _, cell, _ in cells for name in names]
+    text = [cell["concepts"][name]["text"] for _, cell, _ in cells for name in names]
+    return {
+        "kind": recipe.kind,
+        "setting": recipe.setting,
+        "seeds": len(cells),
+        "identity": told(fused),
+        "of alone": share(fused, [whole[name] for _, _, whole in cells for name in names]),
+        "text match": told(text),
+        "drift": told([cell["drift"] for _, cell, _ in cells], 3),
+        "seconds": sum(cell["seconds"] for _, cell, _ in cells) / len(cells),
+    }
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """Which recipe does what is wanted; else how far the best is."""
+    if not rows:
+        return "Nothing was measured yet."
+
+    def figures(row: Row) -> tuple[float, float]:
+        return float(row["of alone"].split()[0]), float(row["drift"].split()[0])
+
+    fused = [row for row in rows if not row["kind"].startswith("routed")]
+    enough = [r for r in fused if figures(r)[0] >= KEPT and figures(r)[1] <= DRIFT]
+    best = max(enough or fused, key=lambda r: figures(r)[0] - figures(r)[1])
+    kept, moved = figures(best)
+    text = f"{best['kind']} ({best['setting']}) keeps {kept:.2f} of single-concept identity at a drift of {moved:.3f}"
+    wanted = f"at least {KEPT} at a drift of at most {DRIFT}"
+    return f"{text}; wanted was {wanted}." if enough else f"No fused model has {wanted}. The nearest: {text}."
+
+
+def sheet(lab: Lab, recipes: Sequence[Recipe], seed: int = 0) -> Image.Image:
+    """Photos, each concept alone, and from one model by the best recipes: one row a concept."""
+    columns: dict[str, dict[str, list[Image.Image]]] = {"photos": {n: lab.references(n)[:4] for n in REPORTED}}
+    plain = Recipe("", "", routed=True)
+    own = adapters_for(lab, plain, REPORTED, seed, False)
+    columns["alone"] = {}
+    for adapter in own:
+        base = lab.fresh()
+        put_on(base, [(adapter, 1.0)])
+        columns["alone"][adapter.name] = lab.portraits(base, adapter.token, seed)[:4]
+    for recipe in recipes:
+        if not recipe.routed:
+            adapters = adapters_for(lab, recipe, REPORTED, seed, False)
+            base = fused_by(lab, recipe, adapters, seed)
+            columns[recipe.kind] = {a.name: lab.portraits(base, a.token, seed)[:4] for a in adapters}
+    return tiles(columns, REPORTED, 48)

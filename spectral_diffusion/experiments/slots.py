@@ -1,0 +1,97 @@
+"""Does a slot of one's own help? Disjoint, same and sampled slots and LoRA, with equal budgets and equal sweeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import TrainConfig
+from ..linalg import sides
+from ..methods import get_method
+from .fusion import RANK, Job, change_for, measured
+from .lab import REPORTED, Lab
+from .registry import Findings, Row, Table, study
+
+SEEDS = (0, 1, 2)
+NARROW = 2  # of the pocket base's 96 columns as much as 8 of Stable Diffusion's 320
+FAMILIES = ("spectral, own slots", "spectral, same slot", "spectral, sampled slots", "lora")
+MERGES = ("sum", "fedavg", "gradient, anchored")
+# What may differ between families that are compared: how they change a weight, and what a sweep chooses.
+FREE = {"method", "slot", "slot_seed", "learning_rate", "text_encoder_learning_rate", "output"}
+TOLERANCE = 0.01  # of the trained numbers
+
+
+def check_equal(lab: Lab, changes: Mapping[str, Mapping[str, Any]], concept: str = REPORTED[0]) -> dict[str, int]:
+    """The trained numbers of trainings that are to be compared; everything else about them is the same.
+
+    Seed, steps, batch and photos decide what a step sees, so with these the same the data come in the same order.
+
+    Raises:
+        ValueError: two differ in another setting, or by more than a hundredth in what they train.
+    """
+    weights = lab.fresh().weights(str(lab.recipe["train"].get("targets", "attention")))
+    shapes = [sides(weight) for weight in weights.values()]
+    configs = {n: lab.settings(concept, change, Path("adapter.safetensors")) for n, change in changes.items()}
+    counts = {n: count_of(config, shapes) for n, config in configs.items()}
+    (first, plain), *others = ((n, config.model_dump(exclude=FREE)) for n, config in configs.items())
+    for name, settings in others:
+        differing = sorted(key for key in plain if plain[key] != settings[key])
+        if differing:
+            raise ValueError(f"'{name}' and '{first}' are not trained alike: {', '.join(differing)} differ.")
+        if abs(counts[name] - counts[first]) > TOLERANCE * counts[first]:
+            raise ValueError(f"'{name}' trains {counts[name]:,} numbers, '{first}' {counts[first]:,}.")
+    return counts
+
+
+def count_of(config: TrainConfig, shapes: Sequence[tuple[int, int]]) -> int:
+    """How many numbers a training trains in weights of these sizes (out, in)."""
+    method = get_method(config.method)
+    return sum(method.count(out, inside, config.rank) for out, inside in shapes)
+
+
+def jobs_of(quick: bool) -> list[Job]:
+    """Rank 2 to K = 8 for every family; rank 8 for those that the study ``fusion`` measures too."""
+    if quick:
+        return [Job(family, "sum", 2, NARROW) for family in FAMILIES[:3:2]]
+    narrow = [Job(f, m, size, NARROW) for size in (8, 4, 2) for f in FAMILIES for m in MERGES]
+    wide = [Job(f, m, size) for size in (8, 4, 2) for f in FAMILIES if "sampled" not in f for m in MERGES]
+    return narrow + wide
+
+
+@study(
+    "slots",
+    "sec. 4.2",
+    "Adapters in disjoint slots of the spectrum fuse without disturbing each other.",
+    (180, 0.5),
+)
+def run(lab: Lab, quick: bool) -> Findings:
+    """Identity alone and fused by where the columns lie, for every merge."""
+    jobs = jobs_of(quick)
+    for rank in {job.rank for job in jobs}:
+        counts = check_equal(lab, {job.family: change_for(job.family, 0, rank) for job in jobs if job.rank == rank})
+        lab.note(f"rank {rank}: {', '.join(f'{name} trains {count:,}' for name, count in counts.items())}")
+    rows, sweeps, missing = measured(lab, jobs, (0,) if quick else SEEDS, quick)
+    rows = [{"family": r["family"], "merge": r["merge"], "K": r["K"], "rank": r.get("rank", RANK), **r} for r in rows]
+    tables = [Table("Where the columns lie, and how adapters are merged", rows)]
+    if sweeps:
+        tables.append(
+            Table(
+                "The sweep of the learning rate, on concepts that are not reported",
+                [{"family": r["family"], "rank": r.get("rank", RANK), **r} for r in sweeps],
+            )
+        )
+    return Findings(tables, verdict(rows), missing=missing)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """What every family keeps at the most concepts, by rank and merge."""
+    sentences = []
+    for rank in sorted({row["rank"] for row in rows}):
+        most = max(row["K"] for row in rows if row["rank"] == rank)
+        for merge in dict.fromkeys(row["merge"] for row in rows):
+            found = [r for r in rows if (r["rank"], r["K"], r["merge"]) == (rank, most, merge)]
+            kept = ", ".join(f"{row['family']} {row['of alone']}" for row in found)
+            if kept:
+                sentences.append(f"Rank {rank}, K = {most}, {merge}: of what they are alone keep {kept}.")
+    return " ".join(sentences)

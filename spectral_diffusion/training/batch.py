@@ -1,0 +1,186 @@
+"""Several concepts, each trained by a process of its own into one folder: side by side, and resumable."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..config import TrainConfig, build, read_yaml, to_yaml
+from ..errors import UserError
+from ..files import write_text
+from ..progress import Event, Progress, silent
+from .state import Stopped, comparable, differences
+from .status import read_status, status_path
+
+SETTLED = {"rank", "slot", "slot_seed", "budget"}  # settings that a training settles itself
+PAUSE = 0.1  # seconds between two looks at the processes
+
+Command = Callable[["Job", Path], Sequence[str]]  # a job and its settings file to the words of a process
+
+
+@dataclass
+class Job:
+    """One concept of a batch."""
+
+    config: TrainConfig
+    state: Literal["waiting", "running", "done", "failed", "stopped"] = "waiting"
+    message: str = ""
+
+    @property
+    def output(self) -> Path:
+        return self.config.output
+
+    @property
+    def name(self) -> str:
+        return self.output.stem
+
+    @property
+    def log(self) -> Path:
+        """Where the process's own words go."""
+        return self.output.with_name(f"{self.name}.log")
+
+
+def jobs_of(folders: Sequence[Path], output: Path, settings: Callable[[Path, Path], TrainConfig]) -> list[Job]:
+    """A job per photo folder, writing ``<output>/<folder's name>.safetensors``.
+
+    Args:
+        settings: a photo folder and its output to the settings.
+
+    Raises:
+        UserError: two folders of one name, or an output that is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; several concepts go into a folder, which -o names.")
+    names = [folder.resolve().name for folder in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"Two of the folders are called '{name}', and their adapters would be too; rename one.")
+    return [Job(settings(folder, output / f"{name}.safetensors")) for folder, name in zip(folders, names, strict=True)]
+
+
+def is_done(job: Job, force: bool = False) -> bool:
+    """Whether a job's adapter is there already, from the same settings.
+
+    Raises:
+        UserError: it was made with others, and not ``force``.
+    """
+    beside = job.output.with_suffix(".yaml")
+    if not (job.output.is_file() and beside.is_file()):
+        return False
+    before, now = comparable(build(TrainConfig, read_yaml(beside), file=str(beside))), comparable(job.config)
+    settled = {key: value for key, value in before.items() if key in SETTLED}
+    changed = differences(before, {**now, **settled})
+    if changed and not force:
+        key, (old, new) = next(iter(changed.items()))
+        raise UserError(
+            f"{job.output} was made with {key}={old}, now it is {new}; keep it with --force, or train without --resume."
+        )
+    return True
+
+
+def run_batch(
+    jobs: Sequence[Job],
+    command: Command,
+    side_by_side: int = 1,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+    should_stop: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Train all jobs, ``side_by_side`` at once, each with its status file beside its output.
+
+    Slots are given in the order of the jobs, whatever their number at once. A job that fails does not stop the others.
+
+    Args:
+        command: what to run for a job; it must keep the status file, and stop with its state saved on SIGTERM.
+        resume: leave out what is done, and go on with what was stopped.
+
+    Raises:
+        Stopped: ``should_stop`` said so; the states are saved.
+        UserError: some failed, with a sentence of each; or one is being trained by another process.
+    """
+    for job in jobs:
+        status = read_status(status_path(job.output))
+        if status and status.state in {"starting", "running"}:
+            raise UserError(f"{job.output} is being trained by process {status.pid} already; wait for it or stop it.")
+        if resume and is_done(job, force):
+            job.state = "done"
+            note(f"{job.name} is done already.")
+    running: list[tuple[Job, subprocess.Popen[bytes]]] = []
+    stopping = False
+    try:
+        while running or any(job.state == "waiting" for job in jobs):
+            if should_stop() and not stopping:
+                stopping = True
+                for job in jobs:
+                    job.state = "stopped" if job.state == "waiting" else job.state
+                for _, process in running:
+                    process.terminate()
+            waiting = next((job for job in jobs if job.state == "waiting"), None)
+            if waiting and len(running) < side_by_side and all(has_its_slot(*one) for one in running):
+                running.append((waiting, start(waiting, command, side_by_side)))
+                waiting.state = "running"
+            for job, process in running:
+                if process.poll() is not None:
+                    finish(job, process.returncode)
+                    note(f"{job.name}: {job.message or job.state}")
+                elif (status := read_status(status_path(job.output))) and status.steps:
+                    figures = {} if status.loss is None else {"loss": status.loss}
+                    progress(Event(job.name, status.step, status.steps, figures))
+            running = [one for one in running if one[0].state == "running"]
+            time.sleep(PAUSE)
+    finally:
+        for _, process in running:
+            process.terminate()
+    done = sum(job.state == "done" for job in jobs)
+    failed = [job for job in jobs if job.state == "failed"]
+    told = "; ".join(f"{job.name} ({job.message.rstrip('.')})" for job in failed)
+    if any(job.state == "stopped" for job in jobs):
+        raise Stopped(f"Stopped with {done} of {len(jobs)} concepts done; --resume goes on from there.")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(jobs)} concepts failed, the others are done: {told}.")
+
+
+def start(job: Job, command: Command, side_by_side: int) -> subprocess.Popen[bytes]:
+    """Start a job's process; it shares the cores with the others."""
+    settings = settings_file(job)
+    write_text(settings, to_yaml(job.config))
+    environment = dict(os.environ)
+    if side_by_side > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
+    with job.log.open("wb") as log:  # in a session of its own, so that Ctrl-C reaches it through us alone
+        return subprocess.Popen(
+            command(job, settings), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def settings_file(job: Job) -> Path:
+    """Where the settings of a running job lie."""
+    return job.output.with_name(f".{job.name}.settings.yaml")
+
+
+def has_its_slot(job: Job, process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process has come so far that it has reserved its slot, or has ended."""
+    status = read_status(status_path(job.output))
+    return process.poll() is not None or bool(status and status.pid == process.pid and status.state != "starting")
+
+
+def finish(job: Job, code: int) -> None:
+    """Say how a job's process ended, and tidy up after it."""
+    status = read_status(status_path(job.output))
+    settings_file(job).unlink(missing_ok=True)
+    if code == 0:
+        job.state, job.message = "done", ""
+        job.log.unlink(missing_ok=True)
+        return
+    job.state = "stopped" if status and status.state == "stopped" else "failed"
+    lines = [line.strip() for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
+    told = status.message if status and status.state != "lost" else ""
+    job.message = told or (lines[-1] if lines else f"it ended with code {code}")

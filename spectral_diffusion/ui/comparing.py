@@ -1,0 +1,148 @@
+"""How chosen concepts get on together before they are fused: in figures, and in pictures of each before and after."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..progress import Progress, silent
+from .adapters import adapter_file
+from .fusing import load_chosen, settings_for, ticked
+from .wording import in_app, reworded
+from .workspace import Workspace, sentence_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..adapter import Adapter
+
+STEPS = 12  # of a compared picture
+PLACES = ("on the beach", "on the grass")  # where a compared concept is drawn
+ACTING = {0.1: "hardly", 0.3: "a little", 1.0: "much"}  # words for shares below these
+MORE = "more than itself"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One concept among the chosen ones, in words; – where nothing can be told."""
+
+    concept: str
+    columns: str  # of the spectrum that it changed
+    size: str  # |ΔW| at strength 1
+    disturbed: str  # what the others do in its place, as a share of what it does itself
+    neighbour: str  # the concept with the most similar change, and the cosine
+
+
+@dataclass(frozen=True)
+class Together:
+    """The interference table of chosen adapters, and warnings: sentences."""
+
+    rows: list[Row]
+    warnings: list[str]
+
+
+def together(workspace: Workspace, chosen: Sequence[str] | None, strengths: Mapping[str, float]) -> Together:
+    """What can be said of these adapters; one that is gone or damaged becomes a warning and hides no other."""
+    if not chosen:
+        return Together([], [])
+    from ..inspection import clashes, cosine, interference, overlaps
+
+    adapters, warnings = _readable(workspace, chosen)
+    told = {name: adapter for name, adapter in adapters.items() if not adapter.needs_base}
+    shares = interference(list(told.values()), {one.name: strengths.get(name, 1.0) for name, one in told.items()})
+    alike: dict[str, dict[str, float]] = {name: {} for name in told}
+    for one, other in itertools.combinations(told, 2):
+        alike[one][other] = alike[other][one] = cosine(told[one], told[other])
+    rows = [
+        Row(
+            name,
+            str(adapter.slot or "–"),
+            "–" if (norm := adapter.norm()) is None else f"{norm:.2f}",
+            _share(shares[adapter.name]) if alike.get(name) else "–",
+            _nearest(alike.get(name)),
+        )
+        for name, adapter in adapters.items()
+    ]
+    found = list(adapters.values())
+    untold = [name for name in adapters if name not in told]
+    warnings += [f"What {name} changes shows only beside its base, so it has no figures." for name in untold]
+    return Together(rows, [*warnings, *(in_app(text, workspace) for text in (*overlaps(found), *clashes(found)))])
+
+
+def _readable(workspace: Workspace, chosen: Sequence[str]) -> tuple[dict[str, Adapter], list[str]]:
+    """The chosen adapters by the names of their files, and a sentence for each that cannot be read."""
+    adapters, problems = {}, []
+    for name in chosen:
+        try:
+            path = adapter_file(workspace, name)
+            seen = path.stat()
+            adapters[name] = _loaded(path, seen.st_mtime_ns, seen.st_size)
+        except Exception as error:  # deleted or damaged: the others are told all the same
+            problems.append(in_app(sentence_of(error), workspace))
+    return adapters, problems
+
+
+@lru_cache(maxsize=8)
+def _loaded(path: Path, changed: int, size: int) -> Adapter:
+    """An adapter; a file is read again only when it has changed, not at every move of a slider."""
+    from ..formats.native import load_adapter
+
+    return load_adapter(path)
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}, {next((words for most, words in ACTING.items() if value < most), MORE)}"
+
+
+def _nearest(alike: Mapping[str, float] | None) -> str:
+    if not alike:
+        return "–"
+    name = max(alike, key=lambda other: abs(alike[other]))
+    return f"{name}, {round(alike[name], 2) + 0.0:.2f}"  # + 0.0: never -0.00
+
+
+def compare(
+    workspace: Workspace,
+    chosen: Sequence[str] | None,
+    strengths: Mapping[str, float],
+    seed: int = 0,
+    progress: Progress = silent,
+    **changes: Any,
+) -> list[tuple[Image.Image, str]]:
+    """Every concept alone and in the fusion, from the same seeds, with a caption each; nothing is kept.
+
+    Raises:
+        UserError: anything the person can mend.
+    """
+    chosen = ticked(chosen)
+    from ..adapted import put_on
+    from ..base import load_base
+    from ..fusion.recipe import fuse_adapters
+    from ..generation.pictures import grid
+    from ..generation.pipeline import sample
+    from ..generation.scene import Scene
+    from ..methods.attach import detach
+
+    def drawn(token: str) -> Image.Image:
+        prompts = [f"a photo of {token} {place}" for place in PLACES]
+        return grid(sample(base, prompts, [seed + index for index in range(len(PLACES))], scene, progress), len(PLACES))
+
+    with reworded(workspace, "pictures"):
+        settings = settings_for(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)
+        adapters = list(load_chosen(workspace, chosen).values())
+        base = load_base(settings.base or adapters[0].base, settings.device)
+        scene = Scene(steps=STEPS, base=base.name, device=settings.device)
+        alone = []
+        for adapter in adapters:
+            put_on(base, [(adapter, 1.0)])
+            alone.append(drawn(adapter.token))
+            detach(base.models)
+        fuse_adapters(base, adapters, settings, progress, install=False)
+        found = []
+        for adapter, before in zip(adapters, alone, strict=True):
+            found += [(before, f"{adapter.name} alone"), (drawn(adapter.token), f"{adapter.name} in the fusion")]
+    return found

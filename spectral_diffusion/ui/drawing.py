@@ -1,0 +1,223 @@
+"""What the generate tab does, without gradio: a prompt, concepts and a canvas to pictures of the workspace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import pocket
+from ..config import build
+from ..errors import UserError
+from ..files import write_bytes
+from ..formats.native import load_adapter
+from ..fusion.recipe import read_recipe
+
+# Here rather than where they are used: torch and diffusers break when two pages' threads import them at once.
+from ..generation.pipeline import Cancelled, generate_to_file
+from ..generation.scene import Scene
+from ..progress import Progress, silent
+from .adapters import adapter_file
+from .canvas import Canvas, Place
+from .fusing import base_path, parse_strengths
+from .keeper import Keeper
+from .wording import in_app, reworded
+from .workspace import Workspace, filled
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SKETCHES = "sketches"  # the folder of drawings inside that of the pictures
+PREVIEWS = 6  # of one picture, about
+USUAL_SIDE = 512
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures that were written, and what to tell."""
+
+    pictures: list[Path]
+    words: str
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What shall be drawn: the page's fields but for the scene's own.
+
+    Attributes:
+        adapters: names of adapters that act everywhere; those bound to regions need not be among them.
+        strength: one number for all, or ``rex=0.8, brew=1.2``.
+        sketch_adapter, keypose_adapter: other T2I-Adapters than the base's own, by folder or hub id.
+    """
+
+    base: str | None = None
+    adapters: Sequence[str] = ()
+    strength: str | None = None
+    canvas: Canvas = field(default_factory=Canvas)
+    sketch_weight: float = 1.0
+    keypose_weight: float = 1.0
+    sketch_adapter: str | None = None
+    keypose_adapter: str | None = None
+
+
+def tokens(workspace: Workspace, base: str | None, chosen: Sequence[str] | None) -> dict[str, str]:
+    """The tokens a prompt may use, with their class nouns.
+
+    Raises:
+        UserError: a chosen base or adapter is not there or damaged.
+    """
+    recipe = read_recipe(Path(base_path(workspace, base)))
+    found = {str(one["token"]): str(one["noun"]) for one in recipe["concepts"].values()} if recipe else {}
+    for name in chosen or []:
+        adapter = load_adapter(adapter_file(workspace, name))
+        found[adapter.token] = adapter.noun
+    return found
+
+
+def generate(
+    workspace: Workspace,
+    wish: Wish,
+    progress: Progress = silent,
+    preview: Callable[[list[Image.Image]], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    keeper: Keeper | None = None,
+    **changes: Any,
+) -> Drawn:
+    """Draw into ``pictures/``. ``changes`` are the scene's own fields; an empty one leaves the default.
+
+    A stop is no error: what was finished before it is kept.
+
+    Raises:
+        UserError: anything the person can mend.
+    """
+    stem = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    notes: list[str] = []
+    with reworded(workspace, workspace.pictures.name):
+        scene = scene_of(workspace, wish, workspace.pictures / f"{stem}.png", notes.append, **changes)
+        every = max(1, round(scene.steps / PREVIEWS))
+        show = None if preview is None else lambda step, images: preview(images)
+        with _kept(scene, _drawing_files(workspace, stem, wish.canvas)):
+            try:
+                with (keeper or Keeper()).borrowed(scene.base, scene.device, scene.dtype) as base:
+                    generate_to_file(scene, progress, notes.append, should_stop, show, base=base, every=every)
+                said = "Drew {}."
+            except Cancelled:
+                said = "Stopped; {} finished before that."
+    if len(scene.every_seed()) > 1:  # the sheet of them: the page shows the pictures themselves
+        scene.output.unlink(missing_ok=True)
+    written = [path for path in places_of(scene) if path.exists()]
+    notes.append(
+        said.format("1 picture" if len(written) == 1 else f"{len(written)} pictures") if written else "Stopped."
+    )
+    return Drawn(written, "\n".join(in_app(note, workspace) for note in notes))
+
+
+@contextmanager
+def _kept(scene: Scene, files: dict[Path, bytes]) -> Iterator[None]:
+    """Write the drawings that a scene names, and take them away again if no picture came of it."""
+    try:
+        for file, data in files.items():
+            write_bytes(file, data)
+        yield
+    finally:
+        if not any(path.exists() for path in places_of(scene)):
+            for file in files:
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
+
+
+def scene_of(
+    workspace: Workspace, wish: Wish, output: Path, note: Callable[[str], None] = lambda text: None, **changes: Any
+) -> Scene:
+    """The scene that the page's fields stand for; the canvas's drawings are files beside the output.
+
+    Raises:
+        UserError: anything the person can mend.
+    """
+    if not str(changes.get("prompt") or "").strip():
+        raise UserError("The prompt is empty; write what to draw, such as: a photo of <rex> on the beach.")
+    path = base_path(workspace, wish.base)
+    bound = list(dict.fromkeys(place.concept for place in wish.canvas.regions if place.concept))
+    everywhere = [name for name in wish.adapters if name not in bound]
+    if both := [name for name in wish.adapters if name in bound]:
+        note(f"Note: {' and '.join(both)} acts in its own regions only, not everywhere.")
+    named = [*everywhere, *bound]
+    files = {name: str(adapter_file(workspace, name)) for name in named}
+    if named and read_recipe(Path(path)) is not None:
+        raise UserError(f"{wish.base} is fused already; choose no concepts with it, or take the base pocket.")
+    strengths = parse_strengths(wish.strength if named else "", named)
+    _tell_missing_tokens(workspace, wish.canvas.regions, note)
+    layer: dict[str, Any] = {
+        "base": path,
+        "adapters": {files[name]: strengths[name] for name in everywhere},
+        "regions": [
+            {
+                "box": place.box,
+                "prompt": place.prompt,
+                "adapters": {files[place.concept]: strengths[place.concept]} if place.concept else {},
+            }
+            for place in wish.canvas.regions
+        ],
+        "conditions": _conditions(workspace, output.stem, wish),
+        "output": output,
+    }
+    # One picture at a time: each is there as soon as can be, costs no more memory, and its seed alone makes it again.
+    return build(Scene, {"batch": 1}, filled(changes), layer)
+
+
+def places_of(scene: Scene) -> list[Path]:
+    """Where a scene's pictures go, in their order."""
+    seeds = scene.every_seed()
+    if len(seeds) == 1:
+        return [scene.output]
+    return [scene.output.with_name(f"{scene.output.stem}-{seed}.png") for seed in seeds]
+
+
+def side_of(workspace: Workspace, base: str | None) -> int:
+    """The side in pixels of the pictures that a base draws by itself, without loading it; 512 if nobody knows."""
+    try:
+        name = base_path(workspace, base)
+        folder = pocket.path() if name == "pocket" else Path(name)
+        unet, vae = (json.loads((folder / part / "config.json").read_text("utf-8")) for part in ("unet", "vae"))
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return USUAL_SIDE
+
+
+def ratio_of(workspace: Workspace, base: str | None, width: float | None, height: float | None) -> float:
+    """Width to height of the picture; an empty field is the base's own side."""
+    side = side_of(workspace, base)
+    return min(8.0, max(1 / 8, (width or side) / (height or side)))
+
+
+def _drawing_files(workspace: Workspace, stem: str, canvas: Canvas) -> dict[Path, bytes]:
+    """The canvas's drawings by the files that they are kept in."""
+    folder = workspace.pictures / SKETCHES
+    named = {folder / f"{stem}.png": canvas.strokes, folder / f"{stem}-keypose.png": canvas.keypose}
+    return {file: data for file, data in named.items() if data}
+
+
+def _conditions(workspace: Workspace, stem: str, wish: Wish) -> list[dict[str, Any]]:
+    conditions = []
+    for file in _drawing_files(workspace, stem, wish.canvas):
+        keypose = file.stem.endswith("-keypose")
+        weight, adapter = (
+            (wish.keypose_weight, wish.keypose_adapter) if keypose else (wish.sketch_weight, wish.sketch_adapter)
+        )
+        conditions.append(
+            {"file": file, "kind": "keypose" if keypose else "sketch", "weight": weight, "adapter": adapter or None}
+        )
+    return conditions
+
+
+def _tell_missing_tokens(workspace: Workspace, regions: Sequence[Place], note: Callable[[str], None]) -> None:
+    """A region that has a concept but never names it looks like a failure of the concept."""
+    for number, place in enumerate(regions, 1):
+        if place.concept:
+            [token] = tokens(workspace, None, [place.concept])
+            if token not in place.prompt:
+                note(f"Note: region {number} has the concept {place.concept}, but its prompt does not name {token}.")

@@ -1,0 +1,70 @@
+"""What every tab of the app shares: the workspace, hand-overs between tabs, errors as sentences in place."""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ..errors import UserError
+from .workspace import Teller, Workspace, sentence_of
+
+log = logging.getLogger(__name__)
+
+DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}  # one job on the device at a time
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """The page under construction.
+
+    Attributes:
+        tabs: with the ids ``concepts``, ``train``, ``fuse``, ``generate``; a button leads to another tab by returning
+            ``gr.Tabs(selected="train")``.
+        concept: name of the concept to train, handed from the concepts to the training.
+        base: what to draw on (``pocket``, ``fused/<name>``), handed from the fusion to the pictures.
+        adapters: names of adapters to draw with, handed from the training to the pictures.
+    """
+
+    workspace: Workspace
+    blocks: gr.Blocks
+    tabs: gr.Tabs
+    concept: gr.State
+    base: gr.State
+    adapters: gr.State
+
+    def refreshed(self, tab: gr.Tab, fn: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Call ``fn`` when the page is loaded and whenever the tab is opened."""
+        for event in (self.blocks.load, tab.select):
+            event(fn, list(inputs), list(outputs), **PRIVATE)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Show any error as one sentence in the page; the unexpected also goes to the log, with its traceback."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except Exception as error:
+        if not isinstance(error, UserError):
+            log.exception("Unexpected error in the app")
+        raise gr.Error(
+            plain(sentence_of(error)), duration=30, title="That did not work", print_exception=False
+        ) from error
+
+
+def plain(text: str) -> str:
+    """A text for the page, which renders messages as HTML, where a bare ``<rex>`` would vanish."""
+    return html.escape(text, quote=False)
+
+
+def teller(progress: gr.Progress) -> Teller:
+    """The library's progress on gradio's bar."""
+    return Teller(lambda done, total, words: progress((done, total), desc=words))

@@ -1,0 +1,198 @@
+"""The list of trainings on the train tab, and how the chosen one is going."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from ..charts import loss_curve
+from ..jobs import Job, moving
+from ..page import plain
+from ..workspace import Workspace
+
+MARKS = {"running": "▶", "waiting": "○", "paused": "‖", "stopped": "■", "done": "✓", "failed": "✕"}
+GRIDS, MOST_PIXELS = 6, 16_000_000  # of the samples that are shown
+EMPTY = (
+    "No trainings yet. Choose a concept and press **Start training**; on the pocket base it takes a few minutes, and "
+    "this page may be closed meanwhile."
+)
+
+
+@dataclass(frozen=True)
+class List:
+    """The parts of the list, in the order in which :func:`shown` fills them."""
+
+    timer: gr.Timer
+    start: gr.Button
+    hint: gr.Markdown
+    trouble: gr.Markdown
+    jobs: gr.Radio
+    detail: gr.Column
+    progress: gr.HTML
+    curve: gr.HTML
+    caption: gr.Markdown
+    samples: gr.Gallery
+    pause: gr.Button
+    resume: gr.Button
+    stop: gr.Button
+    draw: gr.Button
+    remove: gr.Button
+    asked: gr.Column
+    clear: gr.Button
+
+    @property
+    def all(self) -> list[Any]:
+        """The components in their order."""
+        return list(vars(self).values())
+
+
+def build_list(start: gr.Button) -> tuple[List, gr.Button, gr.Button]:
+    """The list, and the two buttons that answer whether an unfinished training is removed."""
+    timer = gr.Timer(1.0, active=False)
+    gr.Markdown("### Trainings")
+    hint = gr.Markdown(EMPTY, elem_id="train-hint")
+    trouble = gr.Markdown(visible=False, elem_id="train-trouble")
+    jobs = gr.Radio([], label="Trainings", show_label=False, visible=False, elem_id="train-jobs", interactive=True)
+    with gr.Column(visible=False, elem_id="train-detail") as detail:
+        progress = gr.HTML(elem_id="train-progress", label="Progress")
+        with gr.Row():
+            pause = gr.Button("Pause", size="sm", min_width=80, elem_id="train-pause")
+            resume = gr.Button("Resume", size="sm", min_width=80, variant="primary", elem_id="train-resume")
+            stop = gr.Button("Stop", size="sm", min_width=80, elem_id="train-stop")
+            draw = gr.Button("Draw with it", size="sm", min_width=80, variant="primary", elem_id="train-draw")
+            remove = gr.Button("Remove", size="sm", min_width=80, elem_id="train-remove")
+        with gr.Column(visible=False, elem_id="train-asked") as asked:
+            gr.Markdown("Its unfinished state is deleted with it, and what was learnt so far is lost.")
+            with gr.Row():
+                sure = gr.Button("Remove it", size="sm", min_width=80, variant="stop", elem_id="train-remove-sure")
+                keep = gr.Button("Keep it", size="sm", min_width=80, elem_id="train-keep")
+        curve = gr.HTML(elem_id="train-curve", label="Loss")
+        caption = gr.Markdown(
+            "Samples on the way, the newest first; from left to right ever more of what was learnt.",
+            visible=False,
+            elem_id="train-samples-caption",
+            elem_classes="train-caption",
+        )
+        samples = gr.Gallery(
+            label="Samples on the way", show_label=False, columns=2, height="auto", object_fit="contain", buttons=[],
+            interactive=False, visible=False, elem_id="train-samples",
+        )  # fmt: skip
+    clear = gr.Button("Clear finished ones", size="sm", visible=False, elem_id="train-clear")
+    parts = List(
+        timer, start, hint, trouble, jobs, detail, progress, curve, caption, samples, pause, resume, stop, draw, remove,
+        asked, clear,
+    )  # fmt: skip
+    return parts, sure, keep
+
+
+def shown(
+    workspace: Workspace, jobs: Sequence[Job], trouble: str, chosen: str | None, seen: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """What fills the list, and what was seen; parts that are as they were are left alone, so that focus stays.
+
+    Args:
+        chosen: id of the training to show; another one's if it is gone.
+        seen: what this page was given last.
+    """
+    job = next((one for one in jobs if one.id == chosen), jobs[0] if jobs else None)
+    active = [one for one in jobs if one.active]
+    state = job.record.state if job else ""
+    held = job.record.wish if job else ""
+    grids = samples(workspace, job)
+    moved = job is None or job.id != seen.get("chosen")
+    now: dict[str, Any] = {
+        "timer": {"active": moving(jobs)},
+        "start": {"value": "Add to queue" if active else "Start training"},
+        "hint": {"visible": not jobs},
+        "trouble": {"value": f"The queue cannot go on: {plain(trouble)}", "visible": bool(trouble)},
+        "jobs": {"choices": [(label(one), one.id) for one in jobs], "visible": bool(jobs)},
+        "detail": {"visible": job is not None},
+        "progress": {"value": progress(job) if job else ""},
+        "curve": {"value": curve(job) if job else "", "visible": bool(job and job.status and job.status.curve)},
+        "caption": {"visible": bool(grids)},
+        "samples": {"value": grids},
+        "pause": {"visible": state == "running" and not held},
+        "resume": {"visible": state in {"paused", "stopped", "failed"}},
+        "stop": {"visible": state in {"running", "paused", "waiting"}, "value": _stop_word(state, held)},
+        "draw": {"visible": state == "done"},
+        "remove": {"visible": state in {"stopped", "paused", "failed", "done"}},
+        "asked": {"visible": False} if moved or state == "running" else {},
+        "clear": {"visible": sum(one.record.state == "done" for one in jobs) > 1},
+    }  # fmt: skip
+    updates: list[Any] = []
+    for name, values in now.items():
+        if name == "jobs" and moved:
+            updates.append(gr.update(**values, value=job.id if job else None))
+        elif not values or seen.get(name) == values:
+            updates.append(gr.skip())
+        elif name == "samples":
+            files = values["value"]
+            updates.append(gr.update(value=[(_opened(file), text) for file, text in files], visible=bool(files)))
+        else:
+            updates.append(gr.update(**values))
+    return updates, {**now, "chosen": job.id if job else None}
+
+
+def label(job: Job) -> str:
+    """A job's line in the list."""
+    return f"{MARKS[job.record.state]} {job.record.concept} · {job.line()}"
+
+
+def progress(job: Job) -> str:
+    """A job's name, its bar, and what is to say."""
+    record, status = job.record, job.status
+    share = min(100.0, 100 * job.steps_done / record.steps) if record.steps else 0.0
+    share = 100.0 if record.state == "done" else share
+    loss = f" · loss {status.loss:.4f}" if status and status.loss is not None and status.stage == "train" else ""
+    line = html.escape(f"{job.line()}{loss if record.state == 'running' else ''}")
+    notes = [record.message] if record.message else []
+    if status and record.state == "running":
+        notes += [note for note in status.notes if not note.startswith("Concept ")][-2:]  # who it is stands above
+    if record.state == "done":
+        notes = ["It is among your adapters below. Draw with it, or fuse it with others in step 3."]
+    told = "".join(f'<p class="train-note">{html.escape(note)}</p>' for note in notes)
+    return (
+        f'<div class="train-head"><b>{html.escape(record.concept)}</b><span>{line}</span></div>'
+        f'<div class="train-bar train-{record.state}" role="progressbar" aria-label="Progress of the training" '
+        f'aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share:.0f}"><div style="width: {share:.1f}%"></div>'
+        f"</div>{told}"
+    )
+
+
+def curve(job: Job) -> str:
+    """A job's loss curve with a heading."""
+    points = job.status.curve if job.status else []
+    return f'<p class="train-caption">Loss (it wavers; the trend counts)</p>{loss_curve(points, job.record.steps)}'
+
+
+def samples(workspace: Workspace, job: Job | None) -> list[tuple[str, str]]:
+    """The newest sample grids that lie among the workspace's adapters, with a caption each."""
+    inside, found = workspace.adapters.resolve(), []
+    for one in reversed(job.status.samples if job and job.status else []):
+        file = Path(one.file)
+        if file.suffix == ".png" and file.is_file() and file.resolve().is_relative_to(inside):
+            found.append((str(file), f"step {one.step}"))
+    return found[:GRIDS]
+
+
+def _opened(file: str) -> Image.Image:
+    """A sample grid; a blank one for what cannot be shown."""
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height <= MOST_PIXELS:
+                return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        pass
+    return Image.new("RGB", (64, 64), "grey")
+
+
+def _stop_word(state: str, held: str) -> str:
+    if state == "waiting":
+        return "Take out of the queue"
+    return "Stop at once" if held and state == "running" else "Stop"

@@ -1,0 +1,185 @@
+"""Machines: several processes are one with a larger batch; the memory that training takes is known before it starts."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectral_diffusion.base import load_base
+from spectral_diffusion.config import PreservationConfig, TrainConfig
+from spectral_diffusion.errors import UserError
+from spectral_diffusion.formats.native import load_adapter
+from spectral_diffusion.linalg import sides
+from spectral_diffusion.methods import get_method
+from spectral_diffusion.training import memory
+from spectral_diffusion.training.machines import part_of
+from spectral_diffusion.training.memory import Estimate, Peak, estimate, memory_note
+from spectral_diffusion.training.run import state_path, train_to_file
+from spectral_diffusion.training.status import read_status
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def launch(count: int, *words: object) -> subprocess.CompletedProcess[str]:
+    """``accelerate launch`` of some processes on the CPU, or the plain command for one."""
+    command = [sys.executable, "-m", "spectral_diffusion.cli", *map(str, words)]
+    if count > 1:
+        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(count)]
+        more = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command = [sys.executable, *launcher, *more, "--main_process_port", str(free_port()), *command[1:]]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+
+
+def check_alike(outputs: dict[int, Path]) -> None:
+    """The two adapters differ by roundings, and have learnt something."""
+    one, two = (load_adapter(outputs[count]) for count in (1, 2))
+    for name, value in {**one.parameters, **one.vectors}.items():
+        other = {**two.parameters, **two.vectors}[name]
+        assert torch.allclose(value, other, atol=2e-5, rtol=1e-3), name
+    assert any(value.abs().max() > 1e-3 for name, value in one.parameters.items() if name.endswith(".E"))
+
+
+MORE = {"method": "adalora", "rank": 4, "steps": 6, "learning_rate": 0.01}  # has a penalty and an allocator
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_are_one_with_twice_the_batch(
+    photos: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With preservation, cut-mix and a penalty; only one process writes and tells."""
+    base = load_base(str(tiny_base), "cpu")
+    outputs = {count: tmp_path / str(count) / "rex.safetensors" for count in (1, 2)}
+
+    def work(count: int, rank: int = 0) -> None:
+        notes: list[str] = []
+        config = TrainConfig(
+            concept=photos, output=outputs[count], base=str(tiny_base), device="cpu", batch=6 // count, **MORE,
+            preservation=PreservationConfig(weight=0.5, pictures=3, cut_mix=0.4, batch=2 // count),
+        )  # fmt: skip
+        train_to_file(config, base=base, note=notes.append)
+        assert bool(notes) == (rank == 0)
+
+    work(1)
+    port, children = str(free_port()), []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+                os.environ.update({name: str(value) for name, value in places.items()})
+                os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+                work(2, rank)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    check_alike(outputs)
+    assert sorted(path.name for path in outputs[2].parent.iterdir()) == ["rex.safetensors", "rex.yaml"]
+
+
+@pytest.mark.slow
+def test_accelerate_launch(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """The same through the launcher and the command line."""
+    common = [f"{name}={value}" for name, value in MORE.items()]
+    common += ["preservation.weight=0.5", "preservation.pictures=3", "preservation.cut_mix=0.4"]
+    outputs = {}
+    for count in (1, 2):
+        outputs[count] = tmp_path / str(count) / "rex.safetensors"
+        batch = (f"batch={6 // count}", f"preservation.batch={2 // count}")
+        where = ("--base", tiny_base, "--device", "cpu", "--status", "auto")
+        done = launch(count, "train", photos, "-o", outputs[count], *where, *common, *batch)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("Wrote") == 1 and done.stdout.count("Concept 'rex'") == 1
+        status = read_status(outputs[count].with_name("rex.status.json"))
+        assert status and status.state == "done" and status.step == 6 and not state_path(outputs[count]).exists()
+    check_alike(outputs)
+
+
+@dataclass
+class Few:
+    prompts: list[str]
+    values: torch.Tensor
+    none: None = None
+
+
+def test_parts_of_a_batch_are_all_of_it() -> None:
+    for count in (1, 2, 3, 5, 6):
+        whole = Few([str(i) for i in range(count)], torch.arange(count))
+        parts = [part_of(whole, number, 3) for number in range(3)]
+        assert [prompt for part, _ in parts for prompt in part.prompts] == whole.prompts
+        assert torch.equal(torch.cat([part.values for part, _ in parts]), whole.values)
+        assert sum(share for _, share in parts) == pytest.approx(1)
+        assert all(share == len(part.prompts) / count for part, share in parts)
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+
+def test_the_peak_is_of_what_lives_at_once() -> None:
+    there = torch.empty(5000)
+    with Peak(iter([there])) as peak:
+        first = torch.empty(1000)  # 4,000 bytes
+        second = first[:10] + 1  # a view costs nothing, its sum 40
+        del first
+        third = torch.empty(500)
+        there.view(50, 100).t()
+    assert peak.most == 4040 and peak.now == 40 + 2000 and len(second) + len(third) == 510
+
+
+def test_memory_is_computed_without_taking_any(tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    before = {name: list(model.state_dict()) for name, model in base.models.items()}
+
+    def found(**more: object) -> Estimate:
+        config = TrainConfig(concept="x", output="y", rank=4, **more)  # type: ignore[arg-type]
+        return estimate(base.models, base.pipeline.vae, config, base.size, "cpu")
+
+    plain, twice = found(batch=8), found(batch=16, watch={"every": 5}, optimiser={"name": "prodigy", "ema": 0.5})
+    checked = found(batch=8, gradient_checkpointing=True)
+    assert 1.8 < twice.phases["training"] / plain.phases["training"] < 2.1
+    assert checked.phases["training"] < 0.7 * plain.phases["training"]
+    numbers = sum(get_method("spectral-additive").count(*sides(weight), 4) for weight in base.weights().values())
+    assert twice.adapter - plain.adapter == numbers * (16 + 4 - 8)
+    assert set(plain.phases) == {"encoding photos", "training"} and "drawing samples" in twice.phases
+    assert before == {name: list(model.state_dict()) for name, model in base.models.items()}
+    parameters = [p for model in (*base.models.values(), base.pipeline.vae) for p in model.parameters()]
+    assert plain.weights == sum(4 * p.numel() for p in parameters)
+
+
+def test_too_little_memory_is_told_before_training(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, config = load_base(str(tiny_base), "cpu"), TrainConfig(concept="x", output="y", rank=2)
+    assert memory_note(base, config, 16) is None
+    assert (memory.available(base.device) or 2**30) > 2**20
+    monkeypatch.setattr(memory, "SMALL", 0)
+    takes = Estimate(weights=4 * 2**30, adapter=0, phases={"training": 2**30}, context=0)
+    monkeypatch.setattr(memory, "estimate", lambda *_: takes)
+    for free in (2**31, None):
+        monkeypatch.setattr(memory, "available", lambda device, free=free: free)
+        note = memory_note(base, config, 16)
+        assert note and "5.5 GiB at most" in note and ("6.0 GiB are there" in note) == bool(free)
+    monkeypatch.setattr(memory, "available", lambda device: 2**28)  # beside the base's 4 GiB, which are taken already
+    with pytest.raises(UserError, match="set gradient_checkpointing=true"):
+        memory_note(base, config, 16)
+
+
+@pytest.mark.slow
+def test_every_preset_fits_the_card_it_names() -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    import memory as benchmark
+
+    for name, config in benchmark.presets():
+        assert benchmark.computed("sd15", config).total < 0.95 * int(name[5:-2]) * 2**30, name

@@ -1,0 +1,283 @@
+"""Objectives, optimisers, precision: each does what it says and resumes bit for bit."""
+
+from __future__ import annotations
+
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.base import load_base
+from spectral_diffusion.config import ObjectiveConfig, TrainConfig
+from spectral_diffusion.data.folder import load_concept
+from spectral_diffusion.errors import UserError
+from spectral_diffusion.linalg import sides
+from spectral_diffusion.methods import all_methods, get_method
+from spectral_diffusion.methods.attach import attach, detaching
+from spectral_diffusion.methods.frozen import frozen_tensors
+from spectral_diffusion.progress import Event
+from spectral_diffusion.slots import Slot
+from spectral_diffusion.training.attention import AttentionMaps, attention_loss, shape_of, watching
+from spectral_diffusion.training.conditioning import Conditioner
+from spectral_diffusion.training.losses import objective_loss, snr_weights
+from spectral_diffusion.training.optimisers import build_optimiser, rate_at
+from spectral_diffusion.training.run import train_to_file
+from spectral_diffusion.training.state import Stopped
+
+
+def settings(photos: Path, tiny_base: Path, output: Path, **more: object) -> TrainConfig:
+    values = {"concept": photos, "output": output, "base": str(tiny_base), "rank": 2, "steps": 6, "device": "cpu"}
+    return TrainConfig(**{**values, **more})  # type: ignore[arg-type]
+
+
+def tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    return {**adapter.parameters, **{f"token.{name}": rows for name, rows in adapter.vectors.items()}}
+
+
+def same(one: Adapter, two: Adapter) -> bool:
+    return all(torch.equal(value, tensors(two)[name]) for name, value in tensors(one).items())
+
+
+def apart(one: Adapter, two: Adapter) -> float:
+    """How far two adapters are apart, relative to what the first has learnt; parameters start at zero."""
+    difference = sum(float((value - two.parameters[n]).square().sum()) for n, value in one.parameters.items())
+    return (difference / sum(float(value.square().sum()) for value in one.parameters.values())) ** 0.5
+
+
+# --- optimisers ----------------------------------------------------------------------------------------------
+
+KINDS = {
+    "schedule": {"decay": "cosine", "optimiser": {"warmup": 2, "accumulate": 2, "ema": 0.9}, "batch": 1},
+    "prodigy": {"optimiser": {"name": "prodigy", "ema": 0.5}, "weight_decay": 0.01},
+    "adamw8bit": {"optimiser": {"name": "adamw8bit"}, "rank": 16, "steps": 4},
+    "float16": {"autocast": True, "precision": "float16"},
+    "objective": {"objective": {"loss": "huber", "snr_gamma": 5.0}, "gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_step_resumes_bit_for_bit(photos: Path, tiny_base: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "adamw8bit":
+        pytest.importorskip("bitsandbytes")
+    base = load_base(str(tiny_base), "cpu")
+    whole = train_to_file(settings(photos, tiny_base, tmp_path / "a" / "rex.safetensors", **KINDS[kind]), base=base)
+    config = settings(photos, tiny_base, tmp_path / "b" / "rex.safetensors", **KINDS[kind])
+    asked = iter(range(100))
+    with pytest.raises(Stopped):
+        train_to_file(config, should_stop=lambda: next(asked) >= 3, base=base)
+    assert same(whole, train_to_file(config, resume=True, base=base))
+    plain = settings(photos, tiny_base, tmp_path / "c" / "rex.safetensors", rank=config.rank, steps=config.steps)
+    assert not same(whole, train_to_file(plain, base=base))
+
+
+@pytest.mark.parametrize("name", sorted(all_methods()))
+def test_weight_decay_leaves_what_is_neutral_elsewhere(photos: Path, tiny_base: Path, name: str) -> None:
+    base, method = load_base(str(tiny_base), "cpu"), get_method(name)
+    weights = {layer: weight for layer, weight in base.weights().items() if layer.endswith("to_q")}
+    rank = method.ranks([sides(weight) for weight in weights.values()])[-1]
+    slot = Slot.interval(0, rank) if method.slot else None
+    config = TrainConfig(concept=photos, output=photos, weight_decay=0.5, learning_rate=0.1)
+    with Conditioner(base, load_concept(photos), 0, 16) as condition, detaching(base.models):
+        frozen = frozen_tensors(method, weights, rank, slot, cached=False)
+        on = attach(base.models, method, rank, frozen=frozen, only=set(weights), steps=10)
+        optimiser, _ = build_optimiser(on, condition, config, {})
+        parameters = {**condition.named_parameters(), **dict(on.named_parameters())}
+        for parameter in parameters.values():
+            parameter.requires_grad_(True).grad = torch.zeros_like(parameter)
+        before = {n: p.detach().clone() for n, p in parameters.items()}
+        optimiser.step()
+        for parameter_name, parameter in parameters.items():
+            fixed = parameter_name.startswith("token.") or parameter_name.rpartition(".")[2] in method.neutral
+            factor = 1.0 if fixed else 1 - 0.1 * 0.5
+            assert torch.allclose(parameter, before[parameter_name] * factor, atol=1e-7), parameter_name
+        zero = {n: p for n, p in on.parameters(on.layers and next(iter(on.layers))).items() if n in method.neutral}
+        assert all(bool((before[f"{next(iter(on.layers))}.{n}"] != 0).any()) for n in zero)
+
+
+def test_rates_warm_up_and_decay() -> None:
+    def rates(**more: object) -> list[float]:
+        config = TrainConfig(concept="x", output="y", steps=10, **more)  # type: ignore[arg-type]
+        return [rate_at(step, config) for step in range(10)]
+
+    assert rates() == [1 - step / 10 for step in range(10)]
+    assert rates(decay="constant") == [1.0] * 10
+    cosine = rates(decay="cosine")
+    assert cosine[0] == 1.0 and cosine[5] == pytest.approx(0.5) and all(a > b for a, b in pairwise(cosine))
+    warmed = rates(decay="cosine", optimiser={"warmup": 4})
+    assert warmed[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and all(a > b for a, b in pairwise(warmed[4:]))
+    assert all(0 < rate <= 1 for rate in rates(optimiser={"warmup": 1000}))
+
+
+def test_two_accumulated_batches_are_one_of_twice_the_size(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    more = {"preservation": {"weight": 0.5, "batch": 2, "pictures": 3, "cut_mix": 0.4}, "learning_rate": 1e-2}
+    halves = {**more, "preservation": {**more["preservation"], "batch": 1}}  # type: ignore[dict-item]
+    base = load_base(str(tiny_base), "cpu")
+    one = train_to_file(settings(photos, tiny_base, tmp_path / "a.safetensors", batch=4, **more), base=base)
+    two = settings(photos, tiny_base, tmp_path / "b.safetensors", batch=2, optimiser={"accumulate": 2}, **halves)
+    assert apart(one, train_to_file(two, base=base)) < 1e-3
+
+
+def test_the_average_is_written_and_not_the_last_numbers(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    base, seen = load_base(str(tiny_base), "cpu"), []
+    first = {"steps": 1, "decay": "constant"}
+    for steps in (1, 2):
+        more = {**first, "steps": steps}
+        seen.append(train_to_file(settings(photos, tiny_base, tmp_path / f"{steps}.safetensors", **more), base=base))
+    averaged = train_to_file(
+        settings(photos, tiny_base, tmp_path / "e.safetensors", steps=2, decay="constant", optimiser={"ema": 0.999}),
+        base=base,
+    )
+    # It forgets by (1 + step) / (10 + step): 2/11 of zero and 9/11 of the first step, then 3/12 of that.
+    for name, value in averaged.parameters.items():
+        wanted = 0.25 * (9 / 11 * seen[0].parameters[name]) + 0.75 * seen[1].parameters[name]
+        assert torch.allclose(value, wanted, atol=1e-7)
+
+
+def test_prodigy_finds_its_rates_and_learns(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    losses: list[float] = []
+
+    def watch(event: Event) -> None:
+        if event.stage == "train":
+            losses.append(event.figures["loss"])
+
+    config = settings(
+        photos, tiny_base, tmp_path / "a.safetensors", steps=60, batch=4, optimiser={"name": "prodigy", "factor": 10}
+    )
+    train_to_file(config, progress=watch)
+    assert losses[-1] < 0.97 * losses[0]
+    frozen = config.model_copy(update={"text_encoder_learning_rate": 0.0, "steps": 2})
+    parameters = train_to_file(frozen).parameters
+    assert not any(value.any() for name, value in parameters.items() if name.startswith("text_encoder."))
+    with pytest.raises(UserError, match="slot_rate=0"):
+        train_to_file(config.model_copy(update={"slot_rate": 0.5, "steps": 1}))
+
+
+@pytest.mark.parametrize(("name", "package"), [("prodigy", "prodigyopt"), ("adamw8bit", "bitsandbytes.optim")])
+def test_a_missing_optimiser_is_told(
+    photos: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=r"pip install 'spectral-diffusion\[optim\]'"):
+        train_to_file(settings(photos, tiny_base, tmp_path / "a.safetensors", optimiser={"name": name}))
+
+
+def test_checkpointing_changes_only_roundings(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    plain = train_to_file(settings(photos, tiny_base, tmp_path / "a.safetensors"), base=base)
+    again = train_to_file(
+        settings(photos, tiny_base, tmp_path / "b.safetensors", gradient_checkpointing=True), base=base
+    )
+    assert apart(plain, again) < 1e-3
+    assert not base.pipeline.unet.is_gradient_checkpointing
+
+
+# --- the objective -------------------------------------------------------------------------------------------
+
+
+def test_the_smooth_huber_is_square_near_zero_and_linear_far_off() -> None:
+    def loss(error: float) -> float:
+        objective = ObjectiveConfig(loss="huber", huber_delta=0.1)
+        return float(objective_loss(torch.full((1, 1, 1, 1), error), torch.zeros(1, 1, 1, 1), None, None, objective))
+
+    assert loss(1e-3) == pytest.approx(1e-6, rel=1e-2)
+    assert loss(100.0) == pytest.approx(2 * 0.1 * (100 - 0.1), rel=1e-3)
+
+
+def test_weights_of_places_and_times_multiply() -> None:
+    predicted, target = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    weights, times = torch.rand(2, 1, 4, 4), torch.tensor([0.5, 2.0])
+    found = objective_loss(predicted, target, weights, times, ObjectiveConfig())
+    wanted = ((predicted - target) ** 2 * weights * times[:, None, None, None]).mean()
+    assert torch.allclose(found, wanted)
+    assert torch.equal(objective_loss(predicted, target, None, None, ObjectiveConfig()), F.mse_loss(predicted, target))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_min_snr_weighs_the_error_of_the_picture(kind: str) -> None:
+    """Whatever is predicted, the weight on the error of x0 is min(snr, γ)."""
+    schedule = DDPMScheduler(prediction_type=kind, rescale_betas_zero_snr=kind == "v_prediction")
+    times = torch.tensor([0, 200, 500, 800, 999])
+    alphas = schedule.alphas_cumprod[times].double()
+    snr = alphas / (1 - alphas)
+    weights = snr_weights(schedule, times, 5.0)
+    assert weights is not None and torch.isfinite(weights).all() and snr_weights(schedule, times, 0.0) is None
+    # An error e of x0 is one of e √snr in ε, and of e √(snr + 1) in v.
+    of_picture = weights.double() * (snr if kind == "epsilon" else snr + 1)
+    assert torch.allclose(of_picture, snr.clamp_max(5.0), rtol=1e-4)
+
+
+# --- attention -----------------------------------------------------------------------------------------------
+
+
+def test_attention_is_held_to_the_mask_and_never_nan() -> None:
+    own = torch.zeros(3, 5, dtype=torch.bool)
+    own[:, 2] = True
+    own[2] = False  # a prompt without the token
+    masks = torch.zeros(3, 1, 4, 8)
+    masks[0, :, :, :4] = 1  # the second mask is empty
+    inside, outside = AttentionMaps(), AttentionMaps()
+    flat = masks[0].flatten()
+    for maps, shown in ((inside, flat), (outside, 1 - flat)):
+        seen = torch.zeros(3, 32, 5)
+        seen[:, :, 2] = 0.3 * shown
+        maps.found[0] = seen.requires_grad_()
+    assert float(attention_loss(inside, own, masks)) == pytest.approx(0, abs=1e-6)
+    assert float(attention_loss(outside, own, masks)) == pytest.approx(1 / 3, abs=1e-6)
+    nothing = AttentionMaps()
+    nothing.found[0] = torch.zeros(3, 32, 5, requires_grad=True)  # its maximum is 0
+    for maps in (nothing, AttentionMaps()):
+        loss = attention_loss(maps, own, masks)
+        assert torch.isfinite(loss)
+    attention_loss(nothing, own, masks).backward()
+    assert torch.isfinite(nothing.found[0].grad).all()  # type: ignore[arg-type]
+
+
+def test_maps_know_their_shape() -> None:
+    assert shape_of(24, 6, 16) == (3, 8) and shape_of(2, 5, 5) == (1, 1) and shape_of(9, 5, 6) == (3, 3)
+
+
+def test_watching_the_attention_changes_no_prediction(photos: Path, tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    unet, latents = base.pipeline.unet, torch.randn(2, 4, 8, 8)
+    words = torch.randn(2, 6, 24)
+    plain = unet(latents, 5, words).sample
+    before = dict(unet.attn_processors)
+    with watching(unet, True) as maps:
+        assert maps and torch.equal(unet(latents, 5, words).sample, plain)
+        assert maps.found and all(seen.shape[2] == 6 for seen in maps.found.values())
+        assert all(torch.allclose(seen.sum(2), torch.ones(()), atol=1e-5) for seen in maps.found.values())
+    assert all(unet.attn_processors[name] is one for name, one in before.items())
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_masks_steer_where_the_token_is_attended_to(
+    photos: Path, tiny_base: Path, tmp_path: Path, checkpointed: bool
+) -> None:
+    with pytest.raises(UserError, match=r"objective\.attention needs masks"):
+        train_to_file(settings(photos, tiny_base, tmp_path / "x.safetensors", objective={"attention": 1.0}))
+    (photos / "masks").mkdir()
+    for photo in sorted(photos.glob("*.png")):
+        half = Image.new("L", (24, 20), 0)
+        half.paste(255, (0, 0, 12, 20))
+        half.convert("RGB").save(photo)  # white where the thing is
+        half.save(photos / "masks" / photo.name)
+    losses: dict[float, float] = {}
+
+    def watch(event: Event) -> None:
+        if event.stage == "train":
+            losses.setdefault(event.done, event.figures["loss"])
+
+    base = load_base(str(tiny_base), "cpu")
+    more = {"learning_rate": 3e-3, "steps": 24, "batch": 4, "timestep_power": 4, "decay": "constant", "rank": 8}
+    config = settings(
+        photos, tiny_base, tmp_path / "a.safetensors", objective={"attention": 50.0},
+        gradient_checkpointing=checkpointed, **more,
+    )  # fmt: skip
+    train_to_file(config, base=base, progress=watch)
+    assert losses[24] < 0.9 * losses[1]

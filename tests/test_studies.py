@@ -1,0 +1,67 @@
+"""Every study in its quick form, from photos to its page; and that what is compared is trained alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from spectral_diffusion.cli import app
+from spectral_diffusion.experiments.fusion import FAMILIES, RANK, change_for
+from spectral_diffusion.experiments.lab import Lab, recipe
+from spectral_diffusion.experiments.rank import lowest, weight_of_full_rank
+from spectral_diffusion.experiments.registry import all_studies
+from spectral_diffusion.experiments.slots import check_equal
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all studies, so that what one has trained the next one finds."""
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.mark.parametrize("name", sorted(all_studies()))
+def test_a_study_from_photos_to_its_page(name: str, work: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["experiment", name, "--quick", "-o", str(tmp_path), "--work", str(work)])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["quick"] and found["verdict"] and found["tables"]
+    for title, rows in found["tables"].items():
+        assert rows and all(list(row) == list(rows[0]) for row in rows), title
+    page = (tmp_path / f"{name}.md").read_text()
+    assert "it proves nothing" in page and all(f"## {title}" in page for title in found["tables"])
+    wanted = [item for item in found["missing"] if "matplotlib" not in item]
+    assert not wanted
+
+
+def test_what_is_measured_is_read_again_when_time_is_over(work: Path, tmp_path: Path) -> None:
+    more = ["--quick", "--work", str(work), "-o", str(tmp_path)]
+    for hours in ("1", "0.0000001"):
+        result = CliRunner().invoke(app, ["experiment", "slots", *more, "--hours", hours])
+        assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "slots.json").read_text())["missing"] == []
+
+
+def test_families_are_trained_alike_and_unlike_ones_are_refused() -> None:
+    lab = Lab(recipe=recipe("pocket"))
+    alike = [name for name in FAMILIES if name != "orthogonal"]  # which trains one factor of two
+    counts = check_equal(lab, {name: change_for(name, 3) for name in alike})
+    assert len(set(counts.values())) == 1
+    with pytest.raises(ValueError, match="numbers"):
+        check_equal(lab, {name: change_for(name, 0) for name in ("lora", "orthogonal")})
+    with pytest.raises(ValueError, match="steps differ"):
+        check_equal(lab, {"lora": change_for("lora", 0), "more": {**change_for("lora", 0), "steps": 999}})
+
+
+def test_slots_of_a_family_are_disjoint_at_every_rank() -> None:
+    for rank in (2, RANK):
+        slots = [change_for("spectral, own slots", number, rank)["slot"] for number in range(8)]
+        ends = [tuple(map(int, slot.split(":"))) for slot in slots]
+        assert all(stop - start == rank for start, stop in ends) and len({start for start, _ in ends}) == 8
+    assert change_for("lora", 0).get("rank") is None and change_for("lora", 0, 2)["rank"] == 2
+
+
+def test_tuned_columns_reach_twice_as_far_down_in_rank() -> None:
+    assert lowest(weight_of_full_rank(), 3) == (34, 37)

@@ -1,0 +1,587 @@
+"""The generate tab's controllers on a tiny random base: canvas, regions, cancel, preview, gallery, kept base."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import io
+import json
+import shutil
+import socket
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, PngImagePlugin
+
+from spectral_diffusion.config import TrainConfig
+from spectral_diffusion.errors import UserError
+from spectral_diffusion.generation.pictures import read_settings
+from spectral_diffusion.training.run import train_to_file
+from spectral_diffusion.ui import canvas, drawing, pictures, poses
+from spectral_diffusion.ui.canvas import Canvas, read_canvas
+from spectral_diffusion.ui.drawing import Drawn, Wish
+from spectral_diffusion.ui.keeper import Keeper
+from spectral_diffusion.ui.turns import Runs, in_turn
+from spectral_diffusion.ui.workspace import Workspace
+from tests.conftest import make_photos, make_tiny_base
+
+QUICK: dict[str, Any] = {"steps": 3, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base with T2I-Adapters of its own, and a folder of two adapters trained on it."""
+    from diffusers import T2IAdapter
+
+    folder = tmp_path_factory.mktemp("trained")
+    base = make_tiny_base(folder / "base")
+    torch.manual_seed(0)
+    for kind, channels in (("sketch", 1), ("keypose", 3)):
+        T2IAdapter(
+            in_channels=channels, channels=[16, 24], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter"
+        ).save_pretrained(base / f"t2i_{kind}")
+    for seed, name in enumerate(("tom", "jim")):
+        photos = make_photos(folder / name, seed=seed)
+        settings = {"rank": 2, "steps": 1, "batch": 1, "crops": 1, "device": "cpu", "autocast": False}
+        output = folder / "adapters" / f"{name}.safetensors"
+        train_to_file(TrainConfig(concept=photos, output=output, base=str(base), noun="dog", **settings))
+    return base, folder / "adapters"
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, trained: tuple[Path, Path]) -> Workspace:
+    workspace = Workspace(tmp_path / "workspace")
+    shutil.copytree(trained[1], workspace.adapters)
+    return workspace
+
+
+@pytest.fixture(scope="module")
+def keeper() -> Keeper:
+    return Keeper()
+
+
+def draw(workspace: Workspace, base: Path, keeper: Keeper | None = None, **more: Any) -> Drawn:
+    names = {"adapters", "strength", "canvas", "sketch_weight", "keypose_weight"}
+    wish = Wish(base=str(base), **{key: more.pop(key) for key in names & set(more)})
+    return drawing.generate(workspace, wish, keeper=keeper, **QUICK | {"prompt": "a <tom> and a dog"} | more)
+
+
+def pixels(path: Path) -> bytes:
+    with Image.open(path) as image:
+        return image.tobytes()
+
+
+def strokes(size: tuple[int, int] = (64, 32)) -> bytes:
+    image = Image.new("RGBA", size)
+    ImageDraw.Draw(image).line((4, 4, size[0] - 4, size[1] - 4), fill=(0, 0, 0, 255), width=4)
+    return canvas.png_of(image)
+
+
+def full_value() -> dict[str, Any]:
+    return {
+        "strokes": canvas.as_url(strokes()),
+        "keypose": canvas.as_url(canvas.keypose_preset("waving", 2, 2.0)),
+        "regions": [
+            {"box": [0.03, 0.1, 0.47, 0.97], "prompt": "a <tom> on the grass", "concept": "tom"},
+            {"box": [0.5, 0, 1, 1], "prompt": "a <jim> on the beach", "concept": "jim"},
+        ],
+    }
+
+
+# --- the canvas ----------------------------------------------------------------------------------------------
+
+
+def test_canvas_is_read_and_empty_ones_ignored() -> None:
+    for nothing in (None, "", {}, {"strokes": "", "regions": []}):
+        assert read_canvas(nothing) == Canvas()
+    assert read_canvas({"strokes": canvas.as_url(canvas.png_of(Image.new("RGBA", (8, 8))))}) == Canvas()
+    found = read_canvas(json.loads(json.dumps(full_value())))
+    assert found.strokes == strokes() and found.keypose
+    assert [place.concept for place in found.regions] == ["tom", "jim"]
+    assert found.regions[0].box == (0.03, 0.1, 0.47, 0.97)
+
+
+def bomb() -> str:
+    """A PNG that claims 60000 × 60000 pixels."""
+    data = bytearray(canvas.png_of(Image.new("L", (8, 8))))
+    data[16:24] = (60000).to_bytes(4, "big") * 2
+    return canvas.as_url(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("text", "cannot be read"),
+        ([1], "cannot be read"),
+        ({"strokes": 5}, "no PNG"),
+        ({"strokes": "data:image/svg+xml,<svg/>"}, "no PNG"),
+        ({"strokes": "file:///etc/passwd"}, "no PNG"),
+        ({"strokes": canvas.PNG + "!!!"}, "no readable PNG"),
+        ({"strokes": canvas.PNG + base64.b64encode(b"GIF89a" + bytes(40)).decode()}, "no readable PNG"),
+        ({"strokes": canvas.as_url(strokes())[:-40]}, "no readable PNG"),
+        ({"strokes": canvas.PNG + "A" * 9_000_000}, "over 8 MB"),
+        ({"strokes": canvas.as_url(strokes((3000, 10)))}, "too large"),
+        ({"keypose": bomb()}, "PNG|too large"),
+        ({"regions": "{"}, "no JSON"),
+        ({"regions": "[" * 100_000}, "no JSON"),
+        ({"regions": {"box": 1}}, "no list"),
+        ({"regions": [{"box": [0, 0, 1, 1], "prompt": "x"}] * 17}, "at most 16"),
+        ({"regions": [{"box": [0, 0, 1], "prompt": "x"}]}, "four numbers"),
+        ({"regions": [{"box": [0, 0, 1, float("nan")], "prompt": "x"}]}, "four numbers"),
+        ({"regions": '[{"box": [0, 0, 1, NaN], "prompt": "x"}]'}, "four numbers"),
+        ({"regions": [{"box": [0, 0, 1, 1e400], "prompt": "x"}]}, "four numbers"),
+        ({"regions": [{"box": [0, 0, True, 1], "prompt": "x"}]}, "four numbers"),
+        ({"regions": [{"box": [0, 0, 1.5, 1], "prompt": "x"}]}, "four numbers"),
+        ({"regions": [{"box": [0.5, 0, 0.5, 1], "prompt": "x"}]}, "no area"),
+        ({"regions": [{"box": [0, 0, 1, 1], "prompt": " "}]}, "no prompt"),
+        ({"regions": [{"box": [0, 0, 1, 1], "prompt": "x" * 2001}]}, "at most 2000"),
+        ({"regions": [{"box": [0, 0, 1, 1], "prompt": "x", "mask": "/etc/passwd"}]}, "unknown part 'mask'"),
+    ],
+)
+def test_hostile_canvas_is_one_sentence(value: Any, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as told:
+        read_canvas(value)
+    assert len(str(told.value)) < 300 and "\n" not in str(told.value)
+
+
+def test_drawings_and_photos_become_ink(tmp_path: Path) -> None:
+    paper = Image.new("RGB", (700, 350), (250, 248, 240))
+    ImageDraw.Draw(paper).ellipse((100, 60, 500, 300), outline=(30, 30, 90), width=9)
+    paper.save(tmp_path / "drawing.jpg")
+    for make in (canvas.ink_of_drawing, canvas.ink_of_photo):
+        with Image.open(io.BytesIO(make(tmp_path / "drawing.jpg"))) as ink:
+            assert ink.size == (512, 256) and ink.mode == "RGBA"
+            alpha = np.asarray(ink.getchannel("A"))
+        assert alpha[128, 220] < 30 and alpha.max() > 200
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "blank.png")
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    for make in (canvas.ink_of_drawing, canvas.ink_of_photo):
+        with pytest.raises(UserError, match="was found"):
+            make(tmp_path / "blank.png")
+        with pytest.raises(UserError, match="not a readable image"):
+            make(tmp_path / "bad.png")
+
+
+def test_ready_made_sketches_and_poses() -> None:
+    assert {"dog", "dog-teapot"} <= set(canvas.sketch_files())
+    data = canvas.ready_sketch("dog-teapot")
+    assert read_canvas({"strokes": canvas.as_url(data)}).strokes == data
+    with Image.open(io.BytesIO(canvas.ready_sketch("dog", 2.0))) as wide:  # undistorted, in the middle
+        left, _, right, _ = wide.getbbox() or (0, 0, 0, 0)
+        assert wide.size == (512, 256) and left > 128 and right < 384
+    with pytest.raises(UserError, match="No sketch"):
+        canvas.ready_sketch("../x")
+    for pose in poses.POSES:
+        for count in (1, 2, 3):
+            for width, height in ((512, 256), (256, 512), (64, 64)):
+                found = poses.people(pose, count, width, height)
+                assert len(found) == count and all(person.shape == (18, 2) for person in found)
+                assert all((person >= 0).all() and (person <= (width, height)).all() for person in found)
+    assert not np.allclose(poses.people("sitting", 1, 64, 64)[0], poses.people("standing", 1, 64, 64)[0])
+    with pytest.raises(UserError, match="No pose"):
+        canvas.keypose_preset("flying", 1, 1.0)
+    with pytest.raises(UserError, match="number of people"):
+        canvas.keypose_preset("standing", 10**9, 1.0)
+
+
+# --- drawing -------------------------------------------------------------------------------------------------
+
+
+def test_everything_at_once_and_the_round_trip(
+    workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper
+) -> None:
+    base = trained[0]
+    drawn = draw(
+        workspace, base, keeper, canvas=read_canvas(full_value()), adapters=["tom"], strength="tom=0.7, jim=1.3",
+        seed=7, count=2, width=32, height=16, sketch_weight=0.6, region_share=0.1, negative_prompt="snow",
+        prompt="a <tom> and a <nobody> on the grass",
+    )  # fmt: skip
+    assert [path.stem[-2:] for path in drawn.pictures] == ["-7", "-8"]
+    assert "<nobody>" in drawn.words and "tom acts in its own regions only" in drawn.words
+    assert {path.name for path in workspace.pictures.iterdir()} == {p.name for p in drawn.pictures} | {"sketches"}
+    settings = read_settings(drawn.pictures[0])
+    assert settings["seed"] == 7 and settings["adapters"] == {}
+    assert [list(region["adapters"].values()) for region in settings["regions"]] == [[0.7], [1.3]]
+
+    for path in drawn.pictures:
+        again = pictures.refill(workspace, path.stem)
+        assert again.notes == [] and again.canvas == full_value()
+        assert (again.base, again.strength, again.sketch_weight) == (str(base), "tom=0.7, jim=1.3", 0.6)
+        wish = Wish(
+            again.base, again.adapters, again.strength, read_canvas(again.canvas), again.sketch_weight,
+            again.keypose_weight, again.sketch_adapter, again.keypose_adapter,
+        )  # fmt: skip
+        for loaded in (keeper, None):  # also on a base that is loaded anew
+            redrawn = drawing.generate(workspace, wish, keeper=loaded, device="cpu", seed=again.seed, **again.fields)
+            assert pixels(redrawn.pictures[0]) == pixels(path)
+    plain = draw(workspace, base, keeper, seed=7, width=32, height=16)
+    assert pixels(plain.pictures[0]) != pixels(drawn.pictures[0])
+
+
+def test_kept_base_is_given_back_as_it_was(workspace: Workspace, trained: tuple[Path, Path]) -> None:
+    base, keeper = trained[0], Keeper()
+
+    def state() -> dict[str, torch.Tensor]:
+        with keeper.borrowed(str(base), "cpu") as held:
+            parts: dict[str, Any] = {**held.models, "vae": held.pipeline.vae}
+            assert len(held.pipeline.tokenizer) == held.pipeline.tokenizer.vocab_size
+            return {
+                f"{n}.{key}": value.clone() for n, part in parts.items() for key, value in part.state_dict().items()
+            }
+
+    before = state()
+    first = draw(workspace, base, keeper, adapters=["tom"], canvas=read_canvas(full_value()), width=32, height=16)
+    after = state()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(UserError, match="is there already"):  # two of one token: fails half-way
+        shutil.copy(workspace.adapters / "tom.safetensors", workspace.adapters / "twin.safetensors")
+        draw(workspace, base, keeper, adapters=["tom", "twin"])
+    with keeper.borrowed(str(base), "cpu") as held:
+        mine = held
+    second = draw(workspace, base, keeper, adapters=["tom"], canvas=read_canvas(full_value()), width=32, height=16)
+    assert pixels(first.pictures[0]) == pixels(second.pictures[0])
+    with keeper.borrowed(str(base), "cpu") as held:
+        assert held is mine  # never loaded again
+    (base / "note.txt").write_text("changed")
+    with keeper.borrowed(str(base), "cpu") as held:
+        assert held is not mine  # but for a base whose files have changed
+    (base / "note.txt").unlink()
+
+
+def test_names_are_looked_up_never_joined(workspace: Workspace) -> None:
+    for name in ("../x", "/etc/passwd", "fused/../../x"):
+        with pytest.raises(UserError, match="No adapter"):
+            drawing.generate(workspace, Wish(adapters=[name]), prompt="a dog")
+        with pytest.raises(UserError, match="No adapter"):
+            region = {"box": [0, 0, 1, 1], "prompt": "x", "concept": name}
+            drawing.generate(workspace, Wish(canvas=read_canvas({"regions": [region]})), prompt="a dog")
+        with pytest.raises(UserError, match="No fused folder"):
+            drawing.generate(workspace, Wish(base=f"fused/{name}"), prompt="a dog")
+        with pytest.raises(UserError, match="no picture"):
+            pictures.delete(workspace, name)
+    with pytest.raises(UserError, match="prompt is empty"):
+        drawing.generate(workspace, Wish(), prompt=" ")
+    assert not workspace.pictures.exists()
+
+
+def test_preview_and_cancel(workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper) -> None:
+    seen: list[tuple[int, int]] = []
+    done = draw(workspace, trained[0], keeper, steps=12, preview=lambda images: seen.append(images[0].size))
+    assert seen == [(16, 16)] * 6 and len(done.pictures) == 1
+
+    calls = iter(range(100))
+    stopped = draw(
+        workspace, trained[0], keeper, count=3, canvas=read_canvas(full_value() | {"keypose": ""}),
+        should_stop=lambda: next(calls) > 3,
+    )  # fmt: skip
+    assert stopped.words.endswith("Stopped; 1 picture finished before that.") and len(stopped.pictures) == 1
+    assert stopped.pictures[0].exists()
+    sketches = set((workspace.pictures / "sketches").iterdir())
+    nothing = draw(workspace, trained[0], keeper, canvas=Canvas(strokes()), should_stop=lambda: True)
+    assert nothing.pictures == [] and nothing.words.endswith("Stopped.")
+    assert set((workspace.pictures / "sketches").iterdir()) == sketches  # its drawing went with it
+
+
+def test_news_come_in_turn_and_leaving_stops_the_work() -> None:
+    stop, step = threading.Event(), threading.Event()
+
+    def work(tell: Any) -> str:
+        tell(1)
+        step.wait(10)
+        return "done"
+
+    turn = in_turn(work, stop)
+    assert next(turn) == 1
+    step.set()
+    assert list(turn) == ["done"]
+    with pytest.raises(ZeroDivisionError):
+        list(in_turn(lambda tell: 1 / 0, threading.Event()))
+
+    stop, ended = threading.Event(), []
+
+    def endless(tell: Any) -> None:
+        tell(1)
+        stop.wait(10)
+        ended.append(stop.is_set())
+
+    turn = in_turn(endless, stop)
+    assert next(turn) == 1
+    turn.close()  # type: ignore[attr-defined]
+    assert ended == [True]
+
+
+def test_one_browser_stops_only_its_own_run() -> None:
+    runs = Runs()
+    runs.begin("one")
+    runs.begin("two")
+    assert runs.stop("one") and not runs.stop("three")
+    one, two = runs.take("one"), runs.take("two")  # "one" was stopped while it waited
+    assert one.is_set() and not two.is_set()
+    runs.end("one", one)
+    assert not runs.stop("one")
+    runs.begin("one")
+    assert not runs.take("one").is_set()
+
+
+def test_full_disk_is_a_sentence(
+    workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    drawn = Canvas(strokes())
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "save", full)
+        with pytest.raises(UserError, match=r"No space left.*free some space"):
+            draw(workspace, trained[0], keeper, canvas=drawn)
+    assert [path for path in workspace.pictures.rglob("*") if path.is_file()] == []
+    assert draw(workspace, trained[0], keeper).pictures
+
+
+def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper) -> None:
+    from spectral_diffusion.config import FuseConfig
+    from spectral_diffusion.fusion.recipe import fuse_to_folder
+
+    assert drawing.tokens(workspace, "pocket", ["tom"]) == {"<tom>": "dog"}
+    files = [workspace.adapters / f"{name}.safetensors" for name in ("tom", "jim")]
+    fuse_to_folder(FuseConfig(adapters=files, output=workspace.fused / "pair"))
+    assert set(drawing.tokens(workspace, "fused/pair", [])) == {"<tom>", "<jim>"}
+    with pytest.raises(UserError, match="fused already"):
+        drawing.generate(workspace, Wish("fused/pair", ["tom"]), prompt="<tom>")
+    wish = Wish("fused/pair", canvas=Canvas(strokes()))
+    drawn = drawing.generate(workspace, wish, keeper=keeper, prompt="a <tom>", **QUICK)
+    assert pictures.refill(workspace, drawn.pictures[0].stem).base == "fused/pair"
+    assert drawing.side_of(workspace, "fused/pair") == 16
+    assert drawing.side_of(workspace, "pocket") == 64 and drawing.side_of(workspace, "some/hub-id") == 512
+
+
+def test_region_without_its_token_is_noted(workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper) -> None:
+    region = {"box": [0, 0, 1, 1], "prompt": "a dog", "concept": "tom"}
+    drawn = draw(workspace, trained[0], keeper, canvas=read_canvas({"regions": [region]}))
+    assert "region 1 has the concept tom, but its prompt does not name <tom>" in drawn.words
+    with pytest.raises(UserError, match="strength names 'rex'"):
+        draw(workspace, trained[0], keeper, adapters=["tom"], strength="rex=1")
+
+
+# --- the gallery ---------------------------------------------------------------------------------------------
+
+
+def test_gallery_pages_download_and_delete(workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper) -> None:
+    assert pictures.page_of(workspace, 1) == ([], 1, [])
+    with pytest.raises(UserError, match="No picture is chosen"):
+        pictures.about(workspace, None)
+    drawn = draw(
+        workspace, trained[0], keeper, count=2, adapters=["tom"], canvas=read_canvas(full_value()), width=32, height=16
+    )
+    (workspace.pictures / "odd.png").write_bytes(b"garbage")
+    Image.new("RGB", (8, 8)).save(workspace.pictures / "foreign.png")
+    (workspace.pictures / "link.png").symlink_to("/etc/passwd")
+    shown, pages, problems = pictures.page_of(workspace, 99)
+    assert {path.stem for path in shown} == {path.stem for path in drawn.pictures} | {"foreign"} and pages == 1
+    assert len(problems) == 1 and "odd.png" in problems[0]
+    with pytest.raises(UserError, match="holds no settings"):
+        pictures.about(workspace, "foreign")
+
+    name = drawn.pictures[0].stem
+    rows = dict(pictures.about(workspace, name))
+    assert rows["Prompt"] == "a <tom> and a dog" and rows["Region 2"].endswith("(with jim)") and rows["Seed"] == "0"
+    path, packed = pictures.download(workspace, name)
+    with zipfile.ZipFile(packed) as archive:
+        run = name.rpartition("-")[0]
+        assert set(archive.namelist()) == {"scene.yaml", path.name, f"{run}.png", f"{run}-keypose.png"}
+        text = archive.read("scene.yaml").decode()
+    assert "tom.safetensors, jim.safetensors" in text and str(workspace.root) not in text
+
+    pictures.delete(workspace, name)
+    assert not path.exists() and not packed.exists()
+    assert len(list((workspace.pictures / "sketches").iterdir())) == 2  # the other picture needs them
+    pictures.delete(workspace, drawn.pictures[1].stem)
+    assert list((workspace.pictures / "sketches").iterdir()) == []
+    with pytest.raises(UserError, match="any more"):
+        pictures.delete(workspace, name)
+
+
+def test_downloaded_scene_draws_the_same_picture(
+    workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper, tmp_path: Path
+) -> None:
+    from spectral_diffusion.config import build
+    from spectral_diffusion.generation.pipeline import generate_to_file
+    from spectral_diffusion.generation.scene import Scene, read_scene
+
+    [path] = draw(workspace, trained[0], keeper, canvas=read_canvas(full_value()), width=32, height=16).pictures
+    elsewhere = tmp_path / "elsewhere"
+    with zipfile.ZipFile(pictures.download(workspace, path.stem)[1]) as archive:
+        archive.extractall(elsewhere)
+    for file in workspace.adapters.glob("*.safetensors"):
+        shutil.copy(file, elsewhere)
+    shutil.copytree(trained[0], elsewhere / trained[0].name)
+    layer = {"output": elsewhere / "again.png", "device": "cpu"}
+    [again] = generate_to_file(build(Scene, read_scene(elsewhere / "scene.yaml"), layer))
+    assert pixels(again) == pixels(path)
+
+
+def hostile_picture(path: Path, settings: dict[str, Any]) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("spectral_diffusion", json.dumps({"settings": settings}))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+
+
+def test_pictures_of_others_read_nothing_outside(workspace: Workspace, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(strokes())
+    settings = {
+        "prompt": "x",
+        "adapters": {str(tmp_path / "x.safetensors"): 1.0},
+        "conditions": [{"file": str(secret)}, {"file": "/etc/passwd", "kind": "keypose"}],
+    }
+    hostile_picture(workspace.pictures / "evil.png", settings)
+    found = pictures.refill(workspace, "evil")
+    assert found.canvas == {"strokes": "", "keypose": "", "regions": []} and found.adapters == []
+    assert len(found.notes) == 3
+    with zipfile.ZipFile(pictures.download(workspace, "evil")[1]) as archive:
+        assert set(archive.namelist()) == {"scene.yaml", "evil.png"}
+    hostile_picture(workspace.pictures / "odd.png", {"prompt": ["x"], "surprise": 1})
+    with pytest.raises(UserError, match=r"odd\.png"):
+        pictures.about(workspace, "odd")
+
+
+def test_what_is_gone_is_told_on_refill(workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper) -> None:
+    value = full_value() | {"keypose": ""}
+    [path] = draw(workspace, trained[0], keeper, adapters=["tom"], canvas=read_canvas(value)).pictures
+    (workspace.adapters / "jim.safetensors").unlink()
+    shutil.rmtree(workspace.pictures / "sketches")
+    found = pictures.refill(workspace, path.stem)
+    assert any("jim" in note for note in found.notes) and any("drawing" in note for note in found.notes)
+    assert [region["concept"] for region in found.canvas["regions"]] == ["tom", ""]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On networks this small, threads cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- the tab and its endpoint --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handlers(workspace: Workspace) -> Any:
+    pytest.importorskip("gradio")
+    from spectral_diffusion.ui.tabs.generate import Handlers
+
+    return Handlers(workspace)
+
+
+class Asker:
+    """As much of a request as the handlers look at."""
+
+    def __init__(self, session_hash: str) -> None:
+        self.session_hash = session_hash
+
+
+def values_of(base: Path, **more: Any) -> list[Any]:
+    from spectral_diffusion.ui.tabs.generate import Fields
+
+    usual = {"prompt": "a <tom>", "base": str(base), "adapters": ["tom"], "strength": "1", "steps": 3, "guidance": 2.0,
+             "sampler": "dpm", "canvas": full_value(), "sketch_weight": 1.0, "keypose_weight": 1.0, "region_start": 0.0,
+             "region_end": 1.0, "count": 1, "seed": 3}  # fmt: skip
+    return [(usual | more).get(name) for name in Fields.__dataclass_fields__]
+
+
+def test_tab_draws_shows_and_refills(handlers: Any, workspace: Workspace, trained: tuple[Path, Path]) -> None:
+    from spectral_diffusion.ui.tabs.generate import Fields
+
+    news = list(handlers.draw(Asker("one"), *values_of(trained[0])))
+    assert any(isinstance(picture, Image.Image) for picture, *_ in news)
+    assert any("Drawing" in line and "of 3" in line for _, line, _ in news)
+    picture, line, name = news[-1]
+    assert "Drew 1 picture." in line and Path(picture).stem == name
+    *filled, line = handlers.refilled(name)
+    by_name = dict(zip(Fields.__dataclass_fields__, filled, strict=True))
+    assert by_name["canvas"].value == full_value() and by_name["seed"] == 3 and "fields above" in line
+    again = list(handlers.again(name, Asker("one")))[-1]
+    assert pixels(Path(again[0])) == pixels(Path(picture)) and again[0] != picture
+
+
+def test_tab_says_errors_in_place(handlers: Any, trained: tuple[Path, Path]) -> None:
+    [(_, line, _)] = list(handlers.draw(Asker("one"), *values_of(trained[0], prompt="")))
+    assert line.startswith("**That did not work.** The prompt is empty") and "&lt;rex&gt;" in line
+    [(_, line, _)] = list(handlers.draw(Asker("one"), *values_of(trained[0], canvas={"strokes": "x"})))
+    assert "no PNG" in line
+    handlers.begin(Asker("one"))
+    handlers.cancel(Asker("one"))  # while it waits for its turn
+    assert [line for _, line, _ in handlers.draw(Asker("one"), *values_of(trained[0]))] == ["Stopped."]
+    assert "Drew" in list(handlers.draw(Asker("one"), *values_of(trained[0])))[-1][1]
+
+
+def test_tab_offers_what_the_base_allows(handlers: Any, workspace: Workspace) -> None:
+    _, note, adapters, strength, _, tokens = handlers.lists("pocket", ["tom", "gone"])
+    assert adapters.value == ["tom"] and strength.visible and not note.visible
+    assert tokens == [["<jim>", "dog", "jim"], ["<tom>", "dog", "tom"]]
+    assert handlers.follow("fused/none", [])[0].visible  # no such fusion: said when it is drawn
+    shutil.rmtree(workspace.adapters)
+    _, note, adapters, *_ = handlers.lists("pocket", [])
+    assert note.visible and "step 2" in note.value and not adapters.visible
+    assert handlers.shape("Wide", "pocket") == (128, 64) and handlers.shape("Square", "pocket") == (None, None)
+    assert handlers.reshaped("pocket", 64, 128)[1] == "Tall" and handlers.reshaped("pocket", 64, 72)[1] is None
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, trained: tuple[Path, Path]) -> Iterator[tuple[Workspace, str]]:
+    pytest.importorskip("gradio")
+    from spectral_diffusion.ui.app import build, launch
+
+    workspace = Workspace(tmp_path_factory.mktemp("served") / "workspace")
+    shutil.copytree(trained[1], workspace.adapters)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    blocks = build(workspace.root)
+    launch(blocks, port, prevent_thread_lock=True, quiet=True)
+    yield workspace, f"http://127.0.0.1:{port}"
+    blocks.close()
+
+
+def test_endpoint_draws_with_sketch_and_regions(
+    served: tuple[Workspace, str], trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from gradio_client import Client, handle_file
+
+    client = Client(served[1], verbose=False, analytics_enabled=False)
+    (tmp_path / "sketch.png").write_bytes(strokes())
+    files, words = client.predict(
+        prompt="a <tom> and a <jim>", base=str(trained[0]), strength="0.8", seed=7, count=2, width=32, height=16,
+        steps=2, sketch=handle_file(tmp_path / "sketch.png"), regions=full_value()["regions"], api_name="/generate",
+    )  # fmt: skip
+    assert len(files) == 2 and "Drew 2 pictures." in words
+    settings = read_settings(Path(files[0]))
+    assert settings["seed"] == 7 and len(settings["regions"]) == 2 and settings["conditions"][0]["kind"] == "sketch"
+    for more, sentence in (
+        ({"adapters": ["nonsense"]}, "No adapter 'nonsense'"),
+        ({"regions": [{"box": [0, 0, 2, 1], "prompt": "x"}]}, "four numbers from 0 to 1"),
+        ({"base": "fused/../../x"}, "No fused folder"),
+    ):
+        with pytest.raises(Exception, match=sentence):
+            client.predict("a dog", **more, api_name="/generate")
+
+
+def test_twenty_at_once_are_all_answered(served: tuple[Workspace, str], trained: tuple[Path, Path]) -> None:
+    from gradio_client import Client
+
+    clients = [Client(served[1], verbose=False, analytics_enabled=False) for _ in range(4)]
+    jobs = [
+        clients[number % 4].submit("a dog", base=str(trained[0]), seed=number, steps=2, api_name="/generate")
+        for number in range(20)
+    ]
+    seeds = [read_settings(Path(job.result(timeout=120)[0][0]))["seed"] for job in jobs]
+    assert seeds == list(range(20))

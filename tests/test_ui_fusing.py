@@ -1,0 +1,281 @@
+"""The fuse tab's controller: what is told before, the fusion, the comparison, taking out, downloads."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_photos
+from safetensors.torch import load_file
+
+from spectral_diffusion.base import load_base
+from spectral_diffusion.config import FuseConfig, TrainConfig
+from spectral_diffusion.errors import UserError
+from spectral_diffusion.formats.importing import import_lora
+from spectral_diffusion.fusion.recipe import RECIPE, fuse_to_folder
+from spectral_diffusion.inspection import inspect_paths
+from spectral_diffusion.training.run import train_to_file
+from spectral_diffusion.ui import comparing, downloads, fusing
+from spectral_diffusion.ui.wording import in_app
+from spectral_diffusion.ui.workspace import Workspace
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters of the tiny base, in slots of their own."""
+    folder = tmp_path_factory.mktemp("trained")
+    for index, name in enumerate(("rex", "mug")):
+        train_to_file(
+            TrainConfig(
+                concept=make_photos(folder / "photos" / name, seed=index), output=folder / f"{name}.safetensors",
+                base=str(tiny_base), rank=2, steps=2, device="cpu", learning_rate=0.1,
+            )
+        )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def workspace(trained: Path, tmp_path: Path) -> Workspace:
+    place = Workspace(tmp_path / "workspace")
+    place.adapters.mkdir(parents=True)
+    for name in ("rex", "mug"):
+        (place.adapters / f"{name}.safetensors").write_bytes((trained / f"{name}.safetensors").read_bytes())
+    return place
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file may grow above 20 kB, which the system enforces."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def _full(*args: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+BOTH = {"rex": 1.0, "mug": 0.5}
+
+
+def test_what_is_told_before(workspace: Workspace) -> None:
+    found = comparing.together(workspace, ["rex", "mug"], BOTH)
+    assert [(row.concept, row.columns) for row in found.rows] == [("rex", "0:2"), ("mug", "2:4")] and not found.warnings
+    cosines = inspect_paths([workspace.adapters / "rex.safetensors", workspace.adapters / "mug.safetensors"])["cosines"]
+    expected = float(cosines["rex · mug"])
+    for row, other in zip(found.rows, ("mug", "rex"), strict=True):
+        name, number = row.neighbour.split(", ")
+        assert name == other and float(number) == pytest.approx(expected, abs=0.006)
+    more = comparing.together(workspace, ["rex", "mug"], {"rex": 1.0, "mug": 1.0})
+    share = [float(one.rows[0].disturbed.partition("%")[0]) for one in (found, more)]
+    assert share[1] > share[0]  # a stronger neighbour acts more
+    [alone] = comparing.together(workspace, ["rex"], {}).rows
+    assert (alone.disturbed, alone.neighbour) == ("–", "–") and comparing.together(workspace, [], {}).rows == []
+
+
+def test_of_three_the_most_alike_is_the_neighbour(workspace: Workspace) -> None:
+    (workspace.adapters / "rex2.safetensors").write_bytes((workspace.adapters / "rex.safetensors").read_bytes())
+    found = comparing.together(workspace, ["mug", "rex", "rex2"], {})
+    assert [row.neighbour for row in found.rows[1:]] == ["rex2, 1.00", "rex, 1.00"]
+    assert any("share" in warning for warning in found.warnings) and not any("=" in one for one in found.warnings)
+
+
+def test_one_unreadable_adapter_hides_no_other(workspace: Workspace) -> None:
+    (workspace.adapters / "bad.safetensors").write_bytes(b"garbage")
+    assert not comparing.together(workspace, ["rex", "mug"], BOTH).warnings  # nobody asked for it
+    found = comparing.together(workspace, ["rex", "bad", "mug", "gone"], BOTH)
+    assert found.rows == comparing.together(workspace, ["rex", "mug"], BOTH).rows
+    assert [warning.split()[0] for warning in found.warnings] == ["adapters/bad.safetensors", "No"]
+    with pytest.raises(UserError, match=r"^adapters/bad\.safetensors"):
+        fusing.fuse(workspace, ["rex", "bad"], "pair", {})
+
+
+@pytest.mark.parametrize("merge", ["spectral", "fedavg", "ties"])
+def test_fuse_and_take_out_again(workspace: Workspace, merge: str, tmp_path: Path) -> None:
+    told = fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH, merge=merge)
+    assert "Saved 'pair'" in told and fusing.base_choices(workspace) == ["pocket", "fused/pair"]
+    [saved] = fusing.fusions(workspace)
+    assert (saved.name, dict(saved.concepts), saved.merge) == ("pair", {"mug": 0.5, "rex": 1.0}, merge)
+    fusing.take_out(workspace, "pair", "mug", "rest")
+    fresh = FuseConfig(adapters=[workspace.adapters / "rex.safetensors"], output=tmp_path / "fresh", merge=merge)
+    fuse_to_folder(fresh)
+    one, other = load_base(str(workspace.fused / "rest"), "cpu"), load_base(str(tmp_path / "fresh"), "cpu")
+    assert one.fingerprint == other.fingerprint
+
+
+def test_before_and_after_of_every_concept(workspace: Workspace) -> None:
+    before = set(workspace.root.rglob("*"))
+    found = comparing.compare(workspace, ["rex", "mug"], {"rex": 0.0, "mug": 1.0}, seed=3)
+    assert [words for _, words in found] == ["rex alone", "rex in the fusion", "mug alone", "mug in the fusion"]
+    pictures = [image.tobytes() for image, _ in found]
+    assert pictures[0] != pictures[1] and pictures[0] != pictures[2]  # at strength 0 nothing of rex is left
+    again = comparing.compare(workspace, ["rex", "mug"], {"rex": 0.0, "mug": 1.0}, seed=3)
+    assert [image.tobytes() for image, _ in again] == pictures
+    assert set(workspace.root.rglob("*")) == before
+
+
+def test_downloads_are_read_by_others(workspace: Workspace, tiny_base: Path, tmp_path: Path) -> None:
+    fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH)
+    packed, notes = downloads.download(workspace, "pair", "kohya")
+    assert not notes and list(packed.parent.iterdir()) == [packed]
+    assert workspace.pictures in packed.parents
+    with zipfile.ZipFile(packed) as archive:
+        names = archive.namelist()
+        archive.extractall(tmp_path / "out")
+    assert "pair.safetensors" in names and any(name.endswith(".md") for name in names)
+    adapter = import_lora(tmp_path / "out" / "pair.safetensors", None, str(tiny_base), device="cpu")
+    assert len(adapter.layers) > 0 and all(torch.isfinite(value).all() for value in adapter.parameters.values())
+    words = [load_file(tmp_path / "out" / name) for name in names if "rex" in name and name != "pair.safetensors"]
+    assert any("<rex>" in held for held in words)
+    fusing.delete_fusion(workspace, "pair")
+    assert not packed.exists()
+
+
+def test_whole_weights_go_out_as_a_checkpoint_only(workspace: Workspace) -> None:
+    fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH, merge="ties")
+    for kind in ("kohya", "diffusers"):
+        with pytest.raises(UserError, match="which no LoRA holds; choose the checkpoint"):
+            downloads.download(workspace, "pair", kind)
+    packed, _ = downloads.download(workspace, "pair", "checkpoint")
+    with zipfile.ZipFile(packed) as archive:
+        assert archive.getinfo("pair.safetensors").file_size > 100_000
+
+
+def test_a_full_rank_method_is_cut_with_the_error_told(workspace: Workspace, tiny_base: Path, photos: Path) -> None:
+    output = workspace.adapters / "full.safetensors"
+    train_to_file(
+        TrainConfig(
+            concept=photos, name="full", noun="dog", output=output, base=str(tiny_base), method="oft", rank=2, steps=2,
+            device="cpu",
+        )
+    )  # fmt: skip
+    fusing.fuse(workspace, ["full"], "one", {})
+    _, notes = downloads.download(workspace, "one", "kohya")
+    assert notes[0].endswith("can only come near it.") and "% away from the exact change" in notes[1]
+    [row] = comparing.together(workspace, ["full"], {}).rows
+    assert row.disturbed == row.neighbour == "–"
+
+
+def test_a_taken_name_is_replaced_only_on_demand(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH)
+    before = load_base(str(workspace.fused / "pair"), "cpu").fingerprint
+    recipe = (workspace.fused / "pair" / RECIPE).read_bytes()
+    with pytest.raises(UserError, match="already; choose another name, or tick"):
+        fusing.fuse(workspace, ["rex"], "pair", {})
+    with pytest.raises(UserError, match="No adapter 'gone'"):
+        fusing.fuse(workspace, ["gone"], "pair", {}, replace=True)
+    assert (workspace.fused / "pair" / RECIPE).read_bytes() == recipe and not list(workspace.trash.glob("*"))
+    monkeypatch.setattr("spectral_diffusion.ui.fusing.os.link", _full)  # a disk without second names
+    fusing.fuse(workspace, ["rex"], "pair", {}, replace=True)
+    [kept] = workspace.trash.glob("*/pair")
+    assert (kept / RECIPE).read_bytes() == recipe and load_base(str(kept), "cpu").fingerprint == before
+    assert fusing.concepts_in(workspace, "pair") == ["rex"]
+
+
+def test_a_failed_replacement_leaves_all_as_it_was(workspace: Workspace, small_disk: None) -> None:
+    place = workspace.fused / "pair"
+    place.mkdir(parents=True)
+    (place / RECIPE).write_text("{}")
+    with pytest.raises(UserError, match=r"Cannot write to the workspace's folder fused: File too large.*; free some"):
+        fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH, replace=True)
+    assert [path.name for path in workspace.fused.rglob("*")] == ["pair", RECIPE]
+    assert not list(workspace.trash.iterdir())
+
+
+def test_a_full_disk_is_a_sentence(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH)
+    monkeypatch.setattr("spectral_diffusion.files.os.fsync", _full)
+    for folder, call in (
+        ("fused", lambda: fusing.take_out(workspace, "pair", "mug", "rest")),
+        ("pictures", lambda: downloads.download(workspace, "pair", "kohya")),
+    ):
+        with pytest.raises(UserError, match=f"folder {folder}: No space left on device; free some space there"):
+            call()
+    assert fusing.fused_names(workspace) == ["pair"]
+    assert [path for path in workspace.pictures.rglob("*") if path.is_file()] == []
+
+
+def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: Path) -> None:
+    for said, wanted in {
+        f"{workspace.root}/fused/pair exists and is not a fused folder; choose another output with -o.": (
+            "fused/pair exists and is not a fused folder; choose another name."
+        ),
+        "Adapter 'rex' does not fit the base '/my models/sd': trained on 'x' (fingerprint ab); use --base /a/b.c.": (
+            "Adapter 'rex' does not fit the base 'sd': trained on 'x' (fingerprint ab)."
+        ),
+        "It was so; use --base pocket. A file of the same shapes can be forced with --allow-base.": "It was so.",
+        "No such file: /home/ann/a.safetensors.": "No such file: a.safetensors.",
+        "Fine: a/b, 1/2, </s>, https://x.org/y and - or _.": "Fine: a/b, 1/2, </s>, https://x.org/y and - or _.",
+    }.items():
+        assert in_app(said, workspace) == wanted
+    fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH)
+    recipe = workspace.fused / "pair" / RECIPE
+    held = json.loads(recipe.read_text())
+    recipe.write_text(json.dumps(held | {"base": str(tmp_path / "gone" / "base")}))
+    (workspace.fused / "other").mkdir()
+    calls = {
+        "No base 'base'.*needed to fuse the rest anew": lambda: fusing.take_out(workspace, "pair", "mug", "rest"),
+        "^fused/other exists and is not": lambda: fusing.fuse(workspace, ["rex"], "other", {}),
+        "strengths, which is not positive; set one": lambda: fusing.fuse(
+            workspace, ["rex"], "none", {"rex": 0.0}, merge="fedavg"
+        ),
+    }
+    for sentence, call in calls.items():
+        with pytest.raises(UserError, match=sentence) as caught:
+            call()
+        assert str(tmp_path) not in str(caught.value) and " -" not in str(caught.value)
+
+
+def test_pages_wait_for_no_torch() -> None:
+    modules = ", ".join(f"spectral_diffusion.ui.{name}" for name in ("fusing", "comparing", "downloads", "tabs.fuse"))
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0
+    assert fusing.RECIPE == RECIPE and {"gradient", "ties"} <= fusing.merges().keys()
+
+
+def test_bad_wishes_and_damaged_files_are_sentences(workspace: Workspace) -> None:
+    for message, call in (
+        ("No concepts are chosen", lambda: fusing.fuse(workspace, [], "", {})),
+        ("No concepts are chosen", lambda: comparing.compare(workspace, None, {})),
+        ("cannot be the name", lambda: fusing.fuse(workspace, ["rex"], "../x", {})),
+        ("No adapter 'rx'.*did you mean 'rex'", lambda: fusing.fuse(workspace, ["rx"], "pair", {})),
+        ("Unknown merge", lambda: fusing.fuse(workspace, ["rex"], "pair", {}, merge="magic")),
+        ("No fused folder", lambda: fusing.take_out(workspace, "../x", "rex", "rest")),
+        ("No fused folder", lambda: downloads.download(workspace, "pair", "kohya")),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+    assert not workspace.fused.exists()
+    fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH)
+    with pytest.raises(UserError, match="choose another name"):
+        fusing.take_out(workspace, "pair", "mug", "pair")
+    fusing.fuse(workspace, ["rex"], "one", {})
+    with pytest.raises(UserError, match="all that 'one' holds; delete the fusion instead"):
+        fusing.take_out(workspace, "one", "rex", "rest")
+    fusing.delete_fusion(workspace, "one")
+    with pytest.raises(UserError, match="No format"):
+        downloads.download(workspace, "pair", "pickle")
+    (workspace.fused / "pair" / "recipe.json").write_text("{")
+    [broken] = fusing.fusions(workspace)
+    assert broken.problem == "fused/pair/recipe.json is damaged; fuse the adapters again."
+    assert "Deleted" in fusing.delete_fusion(workspace, "pair") and not fusing.fusions(workspace)
+    assert list(workspace.trash.rglob("recipe.json"))  # nothing is lost
+
+
+def test_strengths() -> None:
+    parse = fusing.parse_strengths
+    assert parse("", ["a", "b"]) == {"a": 1.0, "b": 1.0}
+    assert parse("0.5", ["a", "b"]) == {"a": 0.5, "b": 0.5}
+    assert parse("a = 0.5; b=-1", ["a", "b"]) == {"a": 0.5, "b": -1.0}
+    for text, sentence in {"rx=1": "did you mean 'rex'", "rex=x": "not a number", "nan": "not a number"}.items():
+        with pytest.raises(UserError, match=sentence):
+            parse(text, ["rex"])
