@@ -272,8 +272,13 @@ def test_names_are_looked_up_never_joined(workspace: Workspace) -> None:
 
 def test_preview_and_cancel(workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper) -> None:
     seen: list[tuple[int, int]] = []
-    done = draw(workspace, trained[0], keeper, steps=12, preview=lambda images: seen.append(images[0].size))
-    assert seen == [(16, 16)] * 6 and len(done.pictures) == 1
+    told: list[tuple[int, int]] = []
+    done = draw(
+        workspace, trained[0], keeper, steps=12, count=2, preview=lambda images: seen.append(images[0].size),
+        progress=lambda event: told.append((event.done, event.total)),
+    )  # fmt: skip
+    assert seen == [(16, 16)] * 12 and len(done.pictures) == 2
+    assert told == [(step, 24) for step in range(1, 25)]
 
     calls = iter(range(100))
     stopped = draw(
@@ -503,7 +508,7 @@ def test_tab_draws_shows_and_refills(handlers: Any, workspace: Workspace, traine
 
     news = list(handlers.draw(Asker("one"), *values_of(trained[0])))
     assert any(isinstance(picture, Image.Image) for picture, *_ in news)
-    assert any("Drawing" in line and "of 3" in line for _, line, _ in news)
+    assert any("Drawing" in line and "step 3 of 3" in line for _, line, _ in news)
     picture, line, name = news[-1]
     assert "Drew 1 picture." in line and Path(picture).stem == name
     *filled, line = handlers.refilled(name)
@@ -532,7 +537,7 @@ def test_tab_offers_what_the_base_allows(handlers: Any, workspace: Workspace) ->
     shutil.rmtree(workspace.adapters)
     _, note, adapters, *_ = handlers.lists("pocket", [])
     assert note.visible and "step 2" in note.value and not adapters.visible
-    assert handlers.shape("Wide", "pocket") == (128, 64) and handlers.shape("Square", "pocket") == (None, None)
+    assert handlers.shape("Wide", "pocket") == (128, 64) and handlers.shape("Square", "pocket") == (64, 64)
     assert handlers.reshaped("pocket", 64, 128)[1] == "Tall" and handlers.reshaped("pocket", 64, 72)[1] is None
 
 

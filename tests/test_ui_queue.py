@@ -379,6 +379,24 @@ def test_estimates(workspace: Workspace, tiny_base: Path, queue: Queue) -> None:
     assert span(20, 50) == "20 to 50 s" and span(70, 250) == "1 to 5 min" and span(9000, 40000) == "2 to 12 h"
 
 
+def test_the_time_is_taken_from_a_training_here(queue: Queue, workspace: Workspace) -> None:
+    config = train_settings(workspace, "bob", "pocket", {})
+    first, _ = queue.enqueue("ann")
+    end(queue, first)
+    file = queue.job(first).status_file
+    held = json.loads(file.read_text()) | {
+        "config": {"base": "pocket", "batch": config.batch},
+        "started": "2025-01-01T00:00:00+00:00",
+        "updated": "2025-01-01T00:01:00+00:00",
+    }
+    for steps, seconds in ((20, None), (200, 0.3)):
+        file.write_text(json.dumps(held | {"step": steps, "steps": steps}))
+        assert estimates.seconds_per_step(queue.jobs(), config) == seconds
+    assert estimate(config, queue.jobs()).time == "about 3 min"
+    other = config.model_copy(update={"batch": config.batch + 1})
+    assert estimates.seconds_per_step(queue.jobs(), other) is None
+
+
 def test_the_memory_of_a_large_base_is_counted(
     workspace: Workspace, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,7 +99,6 @@ TRIALS: tuple[Recipe, ...] = (
 )
 MOST = 8  # kinds that are reported, the best ones
 QUICK = (
-    Recipe("sum", "λ = 0.5", strength=0.5),
     Recipe("sum, off the other bands", "λ = 1", factors="projected"),
     Recipe("taught", "2 steps", watched(pictures=2, steps=2), taught=Distil(2, pictures=4, draws=2, plain=4, batch=4)),
 )

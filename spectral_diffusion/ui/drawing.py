@@ -20,7 +20,7 @@ from ..fusion.recipe import read_recipe
 # Here rather than where they are used: torch and diffusers break when two pages' threads import them at once.
 from ..generation.pipeline import Cancelled, generate_to_file
 from ..generation.scene import Scene
-from ..progress import Progress, silent
+from ..progress import Event, Progress, silent
 from .adapters import adapter_file
 from .canvas import Canvas, Place
 from .fusing import base_path, parse_strengths
@@ -103,7 +103,9 @@ def generate(
         with _kept(scene, _drawing_files(workspace, stem, wish.canvas)):
             try:
                 with (keeper or Keeper()).borrowed(scene.base, scene.device, scene.dtype) as base:
-                    generate_to_file(scene, progress, notes.append, should_stop, show, base=base, every=every)
+                    generate_to_file(
+                        scene, _of_all(scene, progress), notes.append, should_stop, show, base=base, every=every
+                    )
                 said = "Drew {}."
             except Cancelled:
                 said = "Stopped; {} finished before that."
@@ -114,6 +116,18 @@ def generate(
         said.format("1 picture" if len(written) == 1 else f"{len(written)} pictures") if written else "Stopped."
     )
     return Drawn(written, "\n".join(in_app(note, workspace) for note in notes))
+
+
+def _of_all(scene: Scene, progress: Progress) -> Progress:
+    """The progress of single pictures as that of all of them."""
+    before = [-scene.steps]
+
+    def tell(event: Event) -> None:
+        if event.done == 1:
+            before[0] += scene.steps
+        progress(Event(event.stage, before[0] + event.done, scene.steps * len(scene.every_seed()), event.figures))
+
+    return tell
 
 
 @contextmanager

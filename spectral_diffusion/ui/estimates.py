@@ -19,6 +19,7 @@ from .workspace import duration
 # Seconds per step and picture of a batch where nothing was trained yet: a quick and a slow machine.
 GPU = {"pocket": (0.004, 0.02), "sd15": (0.1, 0.5), "sdxl": (0.3, 1.5)}
 CPU = {"pocket": (0.01, 0.04), "sd15": (8.0, 40.0), "sdxl": (40.0, 200.0)}
+ENOUGH = 100  # steps of a training that tells how long others take
 SMALL = 50_000_000  # weights of a base below which it is like the pocket base
 VAE = {  # of Stable Diffusion 1.x, 2.x and XL
     "block_out_channels": (128, 256, 512, 512),
@@ -112,10 +113,13 @@ def _counted(settings: str, device: str) -> int:
 
 
 def seconds_per_step(jobs: Iterable[Job], config: TrainConfig) -> float | None:
-    """What a step took in the newest finished training on the same base with as large a batch, loading included."""
+    """What a step took in the newest finished training on the same base with as large a batch, loading included.
+
+    Short ones are left out, since they mostly load.
+    """
     for job in jobs:
         status = job.own_status
-        if job.record.state != "done" or job.record.launches != 1 or status is None or not job.steps_done:
+        if job.record.state != "done" or job.record.launches != 1 or status is None or job.steps_done < ENOUGH:
             continue
         if (status.config.get("base"), status.config.get("batch")) != (config.base, config.batch):
             continue

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE
 from PIL import Image
 
 from spectral_diffusion import resources
 from spectral_diffusion.generation.pictures import read_settings
+
+from .conftest import PATIENCE
 
 pytestmark = pytest.mark.browser
 STEPS = "3"  # of a training, which only has to go through here

@@ -113,11 +113,15 @@ class Handlers:
         name = str((event._data or {}).get("name") or "")
         return list(dict.fromkeys([*(chosen or []), *([name] if name else [])]))
 
-    def shape(self, shape: str, base: str | None) -> tuple[int | None, int | None]:
-        """Width and height of a shape; empty where the base's own size is of that shape."""
+    def shape(self, shape: str | None, base: str | None) -> tuple[int, int]:
+        """Width and height of a shape at the base's own size."""
         side = drawing.side_of(self.workspace, base)
-        across, down = SHAPES.get(shape, (1, 1))
-        return (None, None) if across == down else (side * across, side * down)
+        across, down = SHAPES.get(shape or "", (1, 1))
+        return side * across, side * down
+
+    def handed(self, base: str | None, shape: str | None) -> tuple[Any, ...]:
+        """Base, no concepts, width and height, after the fusion handed a base over."""
+        return base or "pocket", [], *self.shape(shape, base)
 
     def reshaped(self, base: str | None, width: float | None, height: float | None) -> tuple[Any, str | None]:
         """The canvas in the picture's shape, and the name of the shape if it has one."""
@@ -227,6 +231,7 @@ class Handlers:
         mine = ("base", "adapters", "strength", "sketch_weight", "sketch_adapter", "keypose_weight", "keypose_adapter")
         held = {name: given.pop(name) for name in mine}
         held["adapters"] = held["adapters"] or []
+        given |= {side: given[side] or None for side in ("width", "height")}  # the page may say 0 for an empty field
         return Wish(canvas=read_canvas(given.pop("canvas")), **held), given
 
     def _drawn(self, request: gr.Request, wished: Any) -> Iterator[tuple[Any, ...]]:
@@ -236,7 +241,7 @@ class Handlers:
 
         def work(tell: Any) -> Drawn:
             def words(done: int, total: int, text: str) -> None:
-                line[0] = f"{text} ({done} of {total})"
+                line[0] = f"{text} (step {done} of {total})"
                 tell(line[0])
 
             if stop.is_set():
@@ -268,7 +273,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     usual = read_yaml(resources.preset("pocket")).get("generate") or {}
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            words = _build_words(usual)
+            words = _build_words(usual, drawing.side_of(page.workspace, "pocket"))
         with gr.Column(scale=6, min_width=320):
             canvas = build_canvas()
             build_sources(page.workspace, canvas, [words["base"], words["width"], words["height"]])
@@ -298,8 +303,8 @@ def build(page: Page, tab: gr.Tab) -> None:
     _build_api(handlers, form)
 
 
-def _build_words(usual: dict[str, Any]) -> dict[str, Any]:
-    """What to draw: concepts, prompt, numbers."""
+def _build_words(usual: dict[str, Any], side: int) -> dict[str, Any]:
+    """What to draw: concepts, prompt, numbers. ``side`` is the pocket base's, in pixels."""
     note = gr.Markdown(visible=False, elem_id="generate-note")
     made: dict[str, Any] = {"note": note}
     made["prompt"] = gr.Textbox(
@@ -338,10 +343,10 @@ def _build_words(usual: dict[str, Any]) -> dict[str, Any]:
             )
         with gr.Row():
             made["width"] = gr.Number(
-                None, label="Width", info="Pixels; empty is the base's own.", precision=0, step=8, min_width=100
+                side, label="Width", info="In pixels.", precision=0, step=8, minimum=8, min_width=100
             )
             made["height"] = gr.Number(
-                None, label="Height", info="Pixels; empty is the base's own.", precision=0, step=8, min_width=100
+                side, label="Height", info="In pixels.", precision=0, step=8, minimum=8, min_width=100
             )
             made["sampler"] = gr.Dropdown(SAMPLERS, value="dpm", label="Sampler", info="How it walks.", min_width=130)
     with gr.Accordion("Weights of sketch, pose and boxes", open=False, elem_id="generate-held"):
@@ -377,10 +382,11 @@ def _wire_lists(
     form.base.change(handlers.follow, both, followed, **PRIVATE)
     tokens.click(handlers.pick, form.adapters, form.adapters, **PRIVATE)
     size = [form.base, form.width, form.height]
-    shape.input(handlers.shape, [shape, form.base], size[1:], **PRIVATE)
+    for changed in (shape, form.base):
+        changed.input(handlers.shape, [shape, form.base], size[1:], **PRIVATE)
     for one in size:
         one.change(handlers.reshaped, size, [form.canvas, shape], **PRIVATE)
-    page.base.change(lambda base: (base or "pocket", []), page.base, both, **PRIVATE)
+    page.base.change(handlers.handed, [page.base, shape], [*both, form.width, form.height], **PRIVATE)
     page.adapters.change(lambda names: ("pocket", names or []), page.adapters, both, **PRIVATE)
     page.blocks.load(handlers.keeper.warm_soon, queue=False, **PRIVATE)
 
@@ -415,11 +421,12 @@ def _wire_drawing(
 def _build_api(handlers: Handlers, form: Fields) -> None:
     """The endpoint ``generate``, whose sketch is a file and whose regions are JSON."""
     sketch, regions = gr.File(visible=False, label="Sketch"), gr.JSON(visible=False, label="Regions")
+    width, height = (gr.Number(None, visible=False, precision=0, label=label) for label in ("Width", "Height"))
     files, words, call = gr.Files(visible=False), gr.Textbox(visible=False), gr.Button(visible=False)
     call.click(
         handlers.generate,
-        [form.prompt, form.base, form.adapters, form.strength, form.negative_prompt, form.seed, form.count, form.width,
-         form.height, form.steps, form.guidance, sketch, form.sketch_weight, form.sketch_adapter, regions,
+        [form.prompt, form.base, form.adapters, form.strength, form.negative_prompt, form.seed, form.count, width,
+         height, form.steps, form.guidance, sketch, form.sketch_weight, form.sketch_adapter, regions,
          form.region_share, form.region_isolation, form.sampler],
         [files, words], api_name="generate", **DEVICE,
     )  # fmt: skip
