@@ -147,7 +147,7 @@ def test_prodigy_finds_its_rates_and_learns(photos: Path, tiny_base: Path, tmp_p
             losses.append(event.figures["loss"])
 
     config = settings(
-        photos, tiny_base, tmp_path / "a.safetensors", steps=60, batch=4, optimiser={"name": "prodigy", "factor": 10}
+        photos, tiny_base, tmp_path / "a.safetensors", steps=40, batch=2, optimiser={"name": "prodigy", "factor": 10}
     )
     train_to_file(config, progress=watch)
     assert losses[-1] < 0.97 * losses[0]

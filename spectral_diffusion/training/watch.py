@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -122,6 +123,7 @@ class Watcher:
         self.rested = 0  # grids since the likeness rose
         self._stride = 1
         self.encoder = self._encoder() if config.watch.every and active else None
+        self._lone = not PartialState._shared_state  # nobody else in this process has accelerate's state
         self.tracker = start_tracker(config, self.path, concept.name) if active else None
 
     def __enter__(self) -> Watcher:
@@ -130,6 +132,8 @@ class Watcher:
     def __exit__(self, *error: Any) -> None:
         if self.tracker:
             self.tracker.finish()
+            if self._lone:
+                PartialState._reset_state()
 
     @property
     def plateau(self) -> bool:
@@ -215,7 +219,6 @@ def start_tracker(config: TrainConfig, path: Path, name: str) -> Any:
     wanted = config.watch.tracker
     if wanted == "none":
         return None
-    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     if wanted not in [str(one.value) for one in get_available_trackers()]:
