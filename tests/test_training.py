@@ -17,7 +17,7 @@ from PIL import Image
 
 from spectral_diffusion.adapter import Adapter, check_base
 from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import TrainConfig
+from spectral_diffusion.config import OptimiserConfig, TrainConfig, WatchConfig
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.errors import NotFiniteError, UserError
 from spectral_diffusion.files import read_tensors, write_tensors
@@ -128,6 +128,35 @@ def test_resume_without_a_state_starts_afresh_and_other_settings_are_refused(
     state_path(config.output).write_bytes(b"garbage")
     with pytest.raises(UserError, match="is not a readable safetensors file"):
         train_to_file(config, resume=True)
+
+
+def test_an_edited_config_goes_on_only_by_force(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    base, notes = load_base(str(tiny_base), "cpu"), []
+    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", learning_rate=1e-2)
+    asked = iter(range(100))
+    with pytest.raises(Stopped):
+        train_to_file(config, should_stop=lambda: next(asked) >= 3, base=base)
+    edited = config.model_copy(
+        update={"weight_decay": 0.9, "optimiser": OptimiserConfig(ema=0.5), "watch": WatchConfig(every=100)}
+    )
+    with pytest.raises(
+        UserError, match=r"weight_decay=0\.0, now it is 0\.9, optimiser\.ema=0\.0, now it is 0\.5; .*--force"
+    ):
+        train_to_file(edited, resume=True, base=base)
+    with pytest.raises(UserError, match="another optimiser"):
+        train_to_file(
+            config.model_copy(update={"optimiser": OptimiserConfig(name="prodigy")}), resume=True, base=base, force=True
+        )
+    kept = state_path(config.output).read_bytes()
+    plain = train_to_file(config, resume=True, base=base)
+    state_path(config.output).write_bytes(kept)
+    forced = train_to_file(edited, resume=True, base=base, force=True, note=notes.append)
+    assert any("going on because of --force" in note for note in notes)
+    averaged = edited.model_copy(update={"weight_decay": 0.0})
+    state_path(config.output).write_bytes(kept)
+    other = train_to_file(averaged, resume=True, base=base, force=True)
+    # The new settings count, not those that the optimiser was saved with.
+    assert not same(plain, forced) and not same(forced, other)
 
 
 def test_nan_stops_with_a_word_and_keeps_the_last_good_state(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
