@@ -16,8 +16,9 @@ from ..shelf import look
 from ..uploads import looked_through
 
 GUIDE = (
-    "**Three steps to your first picture:** choose a concept here, press *Train this concept*, and when it is done "
-    "draw it in *4 · Generate*. The ready-made ones need no photos of yours."
+    "**Your first picture:** choose a concept here, press *Train this concept*, start it, and when it is done "
+    "draw it in *4 · Generate*. For two things in one picture train both, then give each a box in *4 · Generate*, "
+    "or put them together in *3 · Fuse*. The ready-made ones need no photos of yours."
 )
 NOTHING = "Choose a concept to see its photos and to train it, or add your own thing above."
 FILES = ["image", ".zip", ".txt"]
