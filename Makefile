@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
+# Several test processes share the cores; threads inside them would only wait for each other.
+ONE := OMP_NUM_THREADS=1
 # The browser's tests run where a Chromium is; everywhere else they would only be skipped.
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
@@ -22,7 +24,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 4
 ifneq ($(CHROMIUM),)
 	$(BIN)/python -m pytest -m browser tests/browser
 endif
