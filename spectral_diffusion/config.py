@@ -7,10 +7,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from .errors import UserError, nearest
 
@@ -20,6 +29,15 @@ ORDINARY_SCENES = ["{}", "a photo of {}"] + [
     f"a photo of {{}} {place}"
     for place in ["on the grass", "on the beach", "in the snow", "on a table", "at night", "on a white background"]
 ]
+
+
+def _one_place(texts: list[str]) -> list[str]:
+    if any(text.count("{}") != 1 for text in texts):
+        raise ValueError("every one needs {} exactly once, where the concept goes")
+    return texts
+
+
+Templates = Annotated[list[str], Field(min_length=1), AfterValidator(_one_place)]  # texts with a place for a concept
 
 
 class Settings(BaseModel):
@@ -39,14 +57,7 @@ class PreservationConfig(Settings):
     guidance: float = Field(4.0, ge=0, le=50)  # of the ordinary pictures
     nouns: list[str] = Field(ORDINARY_NOUNS, min_length=1)
     adjectives: list[str] = Field(ORDINARY_ADJECTIVES, min_length=1)
-    scenes: list[str] = Field(ORDINARY_SCENES, min_length=1)
-
-    @field_validator("scenes")
-    @classmethod
-    def _one_place(cls, value: list[str]) -> list[str]:
-        if any(scene.count("{}") != 1 for scene in value):
-            raise ValueError("every scene needs {} exactly once, where the thing goes")
-        return value
+    scenes: Templates = ORDINARY_SCENES
 
 
 class DataConfig(Settings):
@@ -88,7 +99,7 @@ class WatchConfig(Settings):
     """What is shown and recorded on the way. Nothing of it changes the result, but for stopping early."""
 
     every: int = Field(0, ge=0)  # steps between two sample grids; 0 draws none
-    prompts: list[str] = Field(["a photo of {}", "{} on the beach", "{} in the snow"], min_length=1)
+    prompts: Templates = ["a photo of {}", "{} on the beach", "{} in the snow"]
     strengths: list[FiniteFloat] = Field([0.0, 0.7, 1.0], min_length=1)  # of the adapter, a column of the grid each
     seed: int = Field(0, ge=0, lt=2**31)
     steps: int = Field(20, ge=1, le=1000)  # of each picture
@@ -98,13 +109,6 @@ class WatchConfig(Settings):
         "none"
     )
     card: bool = False  # write <output>.md with the curve, the samples and the settings
-
-    @field_validator("prompts")
-    @classmethod
-    def _one_place(cls, value: list[str]) -> list[str]:
-        if any(prompt.count("{}") != 1 for prompt in value):
-            raise ValueError("every prompt needs {} exactly once, where the concept goes")
-        return value
 
     @field_validator("patience")
     @classmethod
@@ -149,7 +153,7 @@ class TrainConfig(Settings):
     resolution: int | None = Field(None, ge=8, le=4096)  # short edge in pixels; default: the base's size
     crop_scale: float = Field(1.0, ge=1.0, le=2.0)  # short edge before the random crop, over the resolution
     crops: int = Field(4, ge=1, le=256)  # random crops per photo, encoded once
-    templates: list[str] = ["a photo of {}", "a picture of {}", "an image of {}", "{}"]
+    templates: Templates = ["a photo of {}", "a picture of {}", "an image of {}", "{}"]
     preservation: PreservationConfig = PreservationConfig()
     data: DataConfig = DataConfig()
     watch: WatchConfig = WatchConfig()
@@ -165,13 +169,6 @@ class TrainConfig(Settings):
     def _thousands(cls, value: Any) -> Any:
         if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)([km])", value.strip().lower())):
             return round(float(match[1]) * {"k": 1_000, "m": 1_000_000}[match[2]])
-        return value
-
-    @field_validator("templates")
-    @classmethod
-    def _one_place(cls, value: list[str]) -> list[str]:
-        if not value or any(t.count("{}") != 1 for t in value):
-            raise ValueError("every template needs {} exactly once, where the concept goes")
         return value
 
     @field_validator("data")
@@ -190,19 +187,12 @@ class GradientConfig(Settings):
     ridge: float = Field(1e-6, ge=0)  # of the mean diagonal of the Gram matrices
     ridge_to: Literal["zero", "mean"] = "zero"  # where directions that nothing was seen of go
     staging: Literal["own", "fused"] = "own"  # each adapter alone, or as Mix-of-Show: on the stages fused before
-    prompts: list[str] = Field(ORDINARY_SCENES, min_length=1)
+    prompts: Templates = ORDINARY_SCENES
     pictures: int = Field(8, ge=1, le=10_000)  # per concept, and of ordinary prompts
     steps: int = Field(10, ge=1, le=1000)  # of each picture
     guidance: float = Field(4.0, ge=0, le=50)
     rows: int = Field(256, ge=1, le=1_000_000)  # drawn from what a layer sees at one call
     cache: bool = True  # keep what was seen beside the spectra, per adapter
-
-    @field_validator("prompts")
-    @classmethod
-    def _one_place(cls, value: list[str]) -> list[str]:
-        if any(prompt.count("{}") != 1 for prompt in value):
-            raise ValueError("every prompt needs {} exactly once, where the concept goes")
-        return value
 
 
 class FuseConfig(Settings):

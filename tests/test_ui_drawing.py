@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import make_photos, make_tiny_base
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from spectral_diffusion.config import TrainConfig
@@ -29,7 +30,6 @@ from spectral_diffusion.ui.drawing import Drawn, Wish
 from spectral_diffusion.ui.keeper import Keeper
 from spectral_diffusion.ui.turns import Runs, in_turn
 from spectral_diffusion.ui.workspace import Workspace
-from tests.conftest import make_photos, make_tiny_base
 
 QUICK: dict[str, Any] = {"steps": 3, "device": "cpu"}
 

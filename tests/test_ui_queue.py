@@ -26,7 +26,7 @@ from spectral_diffusion.slots import LEDGER, Ledger
 from spectral_diffusion.training.run import state_path, train_to_file
 from spectral_diffusion.ui import estimates
 from spectral_diffusion.ui import jobs as jobs_module
-from spectral_diffusion.ui.adapters import adapter_files, adapter_rows, delete_adapter, readable_adapters
+from spectral_diffusion.ui.adapters import adapter_files, adapter_rows, delete_adapter
 from spectral_diffusion.ui.charts import loss_curve
 from spectral_diffusion.ui.estimates import estimate, memory, span
 from spectral_diffusion.ui.jobs import Job, last_error, trim
@@ -421,14 +421,14 @@ def test_the_loss_curve_is_a_picture_of_the_points() -> None:
 
 
 def test_a_broken_adapter_is_one_line(workspace: Workspace) -> None:
-    assert readable_adapters(workspace) == ({}, []) and adapter_rows(workspace) == ([], [])
+    assert adapter_rows(workspace) == ([], [])
     workspace.adapters.mkdir(parents=True)
     (workspace.adapters / "bad.safetensors").write_bytes(b"garbage")
     (workspace.adapters / "rex.state.safetensors").write_bytes(b"garbage")
     (workspace.adapters / "away.safetensors").symlink_to("/etc/passwd")
     assert set(adapter_files(workspace)) == {"bad"}
-    for found, problems in (readable_adapters(workspace), adapter_rows(workspace)):
-        assert not found and len(problems) == 1 and "bad.safetensors" in problems[0] and "\n" not in problems[0]
+    found, problems = adapter_rows(workspace)
+    assert not found and len(problems) == 1 and "bad.safetensors" in problems[0] and "\n" not in problems[0]
     assert "Deleted the adapter 'bad'" in delete_adapter(workspace, "bad")
     assert adapter_rows(workspace) == ([], [])
 

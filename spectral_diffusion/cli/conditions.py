@@ -7,27 +7,37 @@ from typing import Annotated
 
 import typer
 
-from .support import given, progress_bar, resolve, say, stop_signals, text_of
+from .support import (
+    BaseOption,
+    ConfigOption,
+    DeviceOption,
+    FrozenOption,
+    Overrides,
+    ResumeOption,
+    StepsOption,
+    given,
+    progress_bar,
+    resolve,
+    say,
+    stop_signals,
+    text_of,
+)
 
 
 def train_condition(
     folder: Annotated[
         Path, typer.Argument(help="Pictures, with their conditions in sketch/ or keypose/, and captions.")
     ],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Any setting as key=value.", show_default=False)] = None,
+    overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The T2I-Adapter folder to write.")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="pocket, a diffusers folder, a hub id or a .safetensors file.")
-    ] = None,
+    base: BaseOption = None,
     kind: Annotated[str | None, typer.Option(help="sketch or keypose.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    steps: StepsOption = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same adapter.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps …")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the frozen base: float32, float16, bfloat16.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the state of a stopped run, if there is one.")
-    ] = False,
-    config: Annotated[str | None, typer.Option("--config", help="A YAML file, or a preset by name.")] = None,
+    device: DeviceOption = None,
+    dtype: FrozenOption = None,
+    resume: ResumeOption = False,
+    config: ConfigOption = None,
 ) -> None:
     """Train a T2I-Adapter that holds a base's pictures to sketches or keyposes."""
     flags = given(

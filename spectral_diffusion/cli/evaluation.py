@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .support import given, numbers, progress_bar, resolve, say, stop_signals, text_of
+from .support import (
+    ConfigOption,
+    DeviceOption,
+    files_and_settings,
+    given,
+    numbers,
+    progress_bar,
+    resolve,
+    say,
+    stop_signals,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from ..evaluation.summary import Evaluation
@@ -34,15 +45,12 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Same seed, same pictures.")] = None,
     count: Annotated[int | None, typer.Option(help="Pictures per prompt.")] = None,
     allow_base: Annotated[bool, typer.Option("--allow-base", help="Accept a close relative of the base.")] = False,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps …")] = None,
+    device: DeviceOption = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    config: Annotated[
-        str | None, typer.Option("--config", help="A YAML file, or a preset by name (pocket, sd15-12gb, …).")
-    ] = None,
+    config: ConfigOption = None,
 ) -> None:
     """Measure what your concepts keep: identity, who is taken for whom, text, drift; a report with pictures."""
-    files = [word for word in words or [] if "=" not in word or Path(word).exists()]
-    overrides = [word for word in words or [] if word not in files]
+    files, overrides = files_and_settings(words or [])
     flags = given(
         adapters=files or None, references=text_of(references), others=others or None, pictures=text_of(pictures),
         scenes=scene, encoders=encoder, strength=numbers(strength, "--strength"), base=base, output=text_of(output),

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,23 @@ from ..errors import UserError
 
 if TYPE_CHECKING:
     from ..progress import Event
+
+
+BaseOption = Annotated[str | None, typer.Option(help="pocket, a diffusers folder, a hub id or a .safetensors file.")]
+ConfigOption = Annotated[
+    str | None, typer.Option("--config", help="A YAML file, or a preset by name (pocket, sd15-12gb, …).")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps …")]
+FrozenOption = Annotated[str | None, typer.Option(help="Of the frozen base: float32, float16, bfloat16.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Any setting as key=value.", show_default=False)]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the state of a stopped run, if there is one.")]
+StepsOption = Annotated[int | None, typer.Option(help="Training steps.")]
+
+
+def files_and_settings(words: list[str]) -> tuple[list[str], list[str]]:
+    """A verb's words: names of files and folders, and settings as key=value that are no such name."""
+    files = [word for word in words if "=" not in word or Path(word).exists()]
+    return files, [word for word in words if word not in files]
 
 
 def say(text: str) -> None:

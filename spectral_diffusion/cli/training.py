@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from .support import given, progress_bar, resolve, say, stop_signals, text_of
+from .support import (
+    BaseOption,
+    ConfigOption,
+    DeviceOption,
+    FrozenOption,
+    ResumeOption,
+    StepsOption,
+    files_and_settings,
+    given,
+    progress_bar,
+    resolve,
+    say,
+    stop_signals,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from ..training.batch import Job
@@ -25,22 +39,18 @@ def train(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The adapter (.safetensors); a folder for several concepts.")
     ] = None,
-    base: Annotated[
-        str | None, typer.Option(help="pocket, a diffusers folder, a hub id or a .safetensors file.")
-    ] = None,
+    base: BaseOption = None,
     method: Annotated[str | None, typer.Option(help="spectral-additive, lora …")] = None,
     rank: Annotated[int | None, typer.Option(help="Columns (or LoRA rank) per concept.")] = None,
     budget: Annotated[str | None, typer.Option(help="The largest rank that trains no more numbers: 200k, 2m.")] = None,
     slot: Annotated[
         str | None, typer.Option(help="next, a number, columns (16:24 or 1,5,9), sampled, random, bottom.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    steps: StepsOption = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same adapter.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps …")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the frozen base: float32, float16, bfloat16.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the state of a stopped run, if there is one.")
-    ] = False,
+    device: DeviceOption = None,
+    dtype: FrozenOption = None,
+    resume: ResumeOption = False,
     force: Annotated[bool, typer.Option("--force", help="Resume although settings have changed.")] = False,
     continue_from: Annotated[
         Path | None, typer.Option("--continue", help="Go on from a spectral-rotation adapter's turned columns.")
@@ -49,13 +59,11 @@ def train(
         Path | None, typer.Option(help="Keep a status file (.json); 'auto' puts it beside the output.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Of several concepts, how many side by side.")] = 1,
-    config: Annotated[
-        str | None, typer.Option("--config", help="A YAML file, or a preset by name (pocket, sd15-12gb, …).")
-    ] = None,
+    config: ConfigOption = None,
 ) -> None:
     """Train concepts from photo folders into adapters, each in a slot of its own."""
-    folders = [Path(word) for word in words if "=" not in word or Path(word).exists()]
-    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    files, overrides = files_and_settings(words)
+    folders = [Path(file) for file in files]
     if not folders:
         raise UserError("Which photos? Name a folder with them before the settings.")
     if len(folders) > 1 and (strange := [folder for folder in folders if not folder.is_dir()]):

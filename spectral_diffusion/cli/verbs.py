@@ -15,7 +15,20 @@ from .evaluation import evaluate
 from .experiments import experiment
 from .pocket import pocket_app
 from .scenes import conditions, conditions_app, regions, scene_source, source_of, strengths
-from .support import given, numbers, plain, progress_bar, resolve, say, stop_signals, table_of, text_of
+from .support import (
+    ConfigOption,
+    DeviceOption,
+    files_and_settings,
+    given,
+    numbers,
+    plain,
+    progress_bar,
+    resolve,
+    say,
+    stop_signals,
+    table_of,
+    text_of,
+)
 from .training import train
 
 app = typer.Typer(
@@ -35,11 +48,6 @@ app.command()(evaluate)
 app.command()(experiment)
 app.command()(ui)
 app.command("train-condition")(train_condition)
-
-ConfigOption = Annotated[
-    str | None, typer.Option("--config", help="A YAML file, or a preset by name (pocket, sd15-12gb, …).")
-]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps …")]
 
 
 @app.command()
@@ -64,8 +72,7 @@ def fuse(
     config: ConfigOption = None,
 ) -> None:
     """Fuse several adapters into one checkpoint that stock diffusers opens."""
-    files = [word for word in adapters if "=" not in word or Path(word).exists()]
-    overrides = [word for word in adapters if word not in files]
+    files, overrides = files_and_settings(adapters)
     files += [str(path) for path in add or []]
     flags = given(
         adapters=files, output=text_of(output), base=base, merge=merge, form=form, device=device,
@@ -101,8 +108,7 @@ def tune(
     config: ConfigOption = None,
 ) -> None:
     """Find the strength (and anchor) of a fusion on held-out prompts; use other concepts than those you report."""
-    files = [word for word in adapters if "=" not in word or Path(word).exists()]
-    overrides = [word for word in adapters if word not in files]
+    files, overrides = files_and_settings(adapters)
     flags = given(adapters=files, output="tuned", base=base, merge=merge, device=device)
     from ..config import FuseConfig
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, FiniteFloat, field_validator
+from pydantic import Field, FiniteFloat
 
-from ..config import Settings
+from ..config import Settings, Templates
 from .prompts import ORDINARY, PLACES
 
 
@@ -25,7 +25,7 @@ class EvaluateConfig(Settings):
     strength: dict[str, FiniteFloat] = Field(
         default_factory=dict
     )  # of the sum: concept name to λ; NAME.unet for one component
-    prompts: list[str] = Field([f"a photo of {{}} {place}" for place in PLACES], min_length=1)
+    prompts: Templates = Field([f"a photo of {{}} {place}" for place in PLACES])
     ordinary: list[str] = Field([f"a photo of {words}" for words in ORDINARY], min_length=1)  # name no concept
     floor: bool = True  # also draw each class noun on the untouched base
     seed: int = Field(0, ge=0, lt=2**30)
@@ -38,13 +38,6 @@ class EvaluateConfig(Settings):
     allow_base: bool = False
     device: str = "auto"
     dtype: str = "float32"
-
-    @field_validator("prompts")
-    @classmethod
-    def _one_place(cls, value: list[str]) -> list[str]:
-        if any(prompt.count("{}") != 1 for prompt in value):
-            raise ValueError("every prompt needs {} exactly once, where the concept goes")
-        return value
 
     def seeds(self, index: int) -> list[int]:
         """The seeds of the prompt with that number: other ones for every prompt, the same in every way of drawing."""

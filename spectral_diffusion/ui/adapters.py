@@ -35,17 +35,25 @@ def adapter_file(workspace: Workspace, name: str | None) -> Path:
     return pick(name, adapter_files(workspace), "adapter", "train it in step 2")
 
 
-def readable_adapters(workspace: Workspace) -> tuple[dict[str, Adapter], list[str]]:
-    """The adapters by name, and a sentence per file that cannot be read."""
+def read_adapter(workspace: Workspace, name: str | None) -> Adapter:
+    """A listed adapter, to be looked at only: the last few read are shared until their files change.
+
+    Raises:
+        UserError: there is none of that name, or it is damaged.
+    """
+    path = adapter_file(workspace, name)
+    try:
+        seen = path.stat()
+    except OSError as error:
+        raise UserError(f"Cannot read {path.name}: {error.strerror or error}.") from error
+    return _read(path, seen.st_mtime_ns, seen.st_size)
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, changed: int, size: int) -> Adapter:
     from ..formats.native import load_adapter  # brings torch and diffusers, which no page has to wait for
 
-    adapters, problems = {}, []
-    for name, path in adapter_files(workspace).items():
-        try:
-            adapters[name] = load_adapter(path)
-        except Exception as error:  # one bad file must not hide the others
-            problems.append(_told(workspace, error))
-    return adapters, problems
+    return load_adapter(path)
 
 
 def adapter_rows(workspace: Workspace) -> tuple[list[list[str]], list[str]]:
@@ -55,7 +63,7 @@ def adapter_rows(workspace: Workspace) -> tuple[list[list[str]], list[str]]:
         try:
             seen = path.stat()
             rows.append([name, *_described(path, seen.st_mtime_ns, seen.st_size)])
-        except Exception as error:  # see above
+        except Exception as error:  # one bad file must not hide the others
             problems.append(_told(workspace, error))
     return rows, problems
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..progress import Progress, silent
-from .adapters import adapter_file
+from .adapters import read_adapter
 from .fusing import load_chosen, settings_for, ticked
 from .wording import in_app, reworded
 from .workspace import Workspace, sentence_of
@@ -78,20 +76,10 @@ def _readable(workspace: Workspace, chosen: Sequence[str]) -> tuple[dict[str, Ad
     adapters, problems = {}, []
     for name in chosen:
         try:
-            path = adapter_file(workspace, name)
-            seen = path.stat()
-            adapters[name] = _loaded(path, seen.st_mtime_ns, seen.st_size)
+            adapters[name] = read_adapter(workspace, name)
         except Exception as error:  # deleted or damaged: the others are told all the same
             problems.append(in_app(sentence_of(error), workspace))
     return adapters, problems
-
-
-@lru_cache(maxsize=8)
-def _loaded(path: Path, changed: int, size: int) -> Adapter:
-    """An adapter; a file is read again only when it has changed, not at every move of a slider."""
-    from ..formats.native import load_adapter
-
-    return load_adapter(path)
 
 
 def _share(value: float) -> str:

@@ -14,14 +14,13 @@ from .. import pocket
 from ..config import build
 from ..errors import UserError
 from ..files import write_bytes
-from ..formats.native import load_adapter
 from ..fusion.recipe import read_recipe
 
 # Here rather than where they are used: torch and diffusers break when two pages' threads import them at once.
 from ..generation.pipeline import Cancelled, generate_to_file
 from ..generation.scene import Scene
 from ..progress import Event, Progress, silent
-from .adapters import adapter_file
+from .adapters import adapter_file, read_adapter
 from .canvas import Canvas, Place
 from .fusing import base_path, parse_strengths
 from .keeper import Keeper
@@ -73,7 +72,7 @@ def tokens(workspace: Workspace, base: str | None, chosen: Sequence[str] | None)
     recipe = read_recipe(Path(base_path(workspace, base)))
     found = {str(one["token"]): str(one["noun"]) for one in recipe["concepts"].values()} if recipe else {}
     for name in chosen or []:
-        adapter = load_adapter(adapter_file(workspace, name))
+        adapter = read_adapter(workspace, name)
         found[adapter.token] = adapter.noun
     return found
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import FuseConfig, build
 from ..errors import UserError, nearest
 from ..progress import Progress, silent
-from .adapters import adapter_file
+from .adapters import adapter_file, read_adapter
 from .wording import in_app, reworded
 from .workspace import Workspace, filled, pick, safe_name, sentence_of, visible
 
@@ -110,10 +110,10 @@ def load_chosen(workspace: Workspace, chosen: Sequence[str] | None) -> dict[str,
     Raises:
         UserError: none is chosen, or one of them is not there or damaged.
     """
-    files = {name: adapter_file(workspace, name) for name in ticked(chosen)}
-    from ..formats.native import load_adapter  # brings torch and diffusers, for which no refusal has to wait
-
-    return {name: load_adapter(file) for name, file in files.items()}
+    names = ticked(chosen)
+    for name in names:
+        adapter_file(workspace, name)  # a refusal does not wait for what reading brings
+    return {name: read_adapter(workspace, name) for name in names}
 
 
 def settings_for(

@@ -73,7 +73,6 @@ def test_from_photos_to_a_picture_of_two(server: Any, visit: Callable[..., Any],
     visitor.tab("Train")
     page.locator("#train-jobs", has_text=re.compile("tom.*brew|brew.*tom", re.S)).wait_for()
     visitor.context.close()
-    visitor.page = None
     server.stop()
     server.start()
     visitor = visit(server.url)
