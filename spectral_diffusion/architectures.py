@@ -80,6 +80,6 @@ def count_table(arch: str, ranks: tuple[int, ...] = RANKS, targets: str = "atten
         allowed = method.ranks(shapes)
         for rank in ranks if allowed != (1,) else allowed:
             if rank in allowed:
-                total = sum(method.count(out, inside, rank) for out, inside in shapes)
+                total = method.total(shapes, rank)
                 rows.append({"method": name, "rank": rank, "trainable": total, "layers": len(shapes)})
     return rows

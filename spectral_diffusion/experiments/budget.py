@@ -12,7 +12,6 @@ from PIL import Image, ImageDraw
 from ..adapted import put_on
 from ..errors import UserError
 from ..evaluation.statistics import told
-from ..linalg import sides
 from ..methods import get_method
 from ..training.run import with_rank
 from .charts import WANTED, curves
@@ -24,12 +23,6 @@ BUDGETS = (500, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000)
 NAMES = (REPORTED[0], REPORTED[2])
 SEEDS = (0,)
 SIDE = 48  # of a picture in the grid
-
-
-def shapes_of(lab: Lab) -> list[tuple[int, int]]:
-    """The sizes (out, in) of the adapted weights."""
-    targets = str(lab.recipe["train"].get("targets", "attention"))
-    return [sides(weight) for weight in lab.fresh().weights(targets).values()]
 
 
 def change_within(lab: Lab, method: str, budget: int, shapes: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
@@ -46,7 +39,7 @@ def change_within(lab: Lab, method: str, budget: int, shapes: Sequence[tuple[int
 def smallest(method: str, shapes: Sequence[tuple[int, int]]) -> int:
     """The fewest numbers that the method can train in these weights."""
     one = get_method(method)
-    return min(sum(one.count(out, inside, rank) for out, inside in shapes) for rank in one.ranks(shapes))
+    return min(one.total(shapes, rank) for rank in one.ranks(shapes))
 
 
 @study(
@@ -59,7 +52,7 @@ def run(lab: Lab, quick: bool) -> Findings:
     """Gain in identity over the untouched base, for every method and budget, with the rate that ``speed`` chose."""
     methods = ("spectral-rotation", "lora") if quick else tuple(METHODS)
     budgets, names = ((2_000, 20_000), NAMES[:1]) if quick else (BUDGETS, NAMES)
-    shapes = shapes_of(lab)
+    shapes = lab.sides
     changes = {(m, b): change_within(lab, m, b, shapes) for m in methods for b in budgets}
     gains: dict[tuple[str, int], list[float]] = {}
     trained: dict[tuple[str, int], int] = {}

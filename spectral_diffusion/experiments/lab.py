@@ -27,6 +27,7 @@ from ..files import write_json
 from ..formats.native import content_hash, load_adapter
 from ..generation.pipeline import sample
 from ..generation.scene import Scene
+from ..linalg import sides
 from ..progress import Progress, silent
 from ..spectrum import cache_folder
 from ..training.run import train_to_file
@@ -78,6 +79,12 @@ class Lab:
     def fresh(self) -> Base:
         """The base as it is shipped, loaded anew."""
         return load_base(self.base_name)
+
+    @cached_property
+    def sides(self) -> list[tuple[int, int]]:
+        """The sizes (out, in) of the weights that the recipe adapts."""
+        targets = str(self.recipe.get("train", {}).get("targets", "attention"))
+        return [sides(weight) for weight in self.fresh().weights(targets).values()]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import TrainConfig
-from ..linalg import sides
 from ..methods import get_method
 from .fusion import RANK, Job, change_for, measured
 from .lab import REPORTED, Lab
@@ -30,10 +28,8 @@ def check_equal(lab: Lab, changes: Mapping[str, Mapping[str, Any]], concept: str
     Raises:
         ValueError: two differ in another setting, or by more than a hundredth in what they train.
     """
-    weights = lab.fresh().weights(str(lab.recipe["train"].get("targets", "attention")))
-    shapes = [sides(weight) for weight in weights.values()]
     configs = {n: lab.settings(concept, change, Path("adapter.safetensors")) for n, change in changes.items()}
-    counts = {n: count_of(config, shapes) for n, config in configs.items()}
+    counts = {n: get_method(config.method).total(lab.sides, config.rank) for n, config in configs.items()}
     (first, plain), *others = ((n, config.model_dump(exclude=FREE)) for n, config in configs.items())
     for name, settings in others:
         differing = sorted(key for key in plain if plain[key] != settings[key])
@@ -42,12 +38,6 @@ def check_equal(lab: Lab, changes: Mapping[str, Mapping[str, Any]], concept: str
         if abs(counts[name] - counts[first]) > TOLERANCE * counts[first]:
             raise ValueError(f"'{name}' trains {counts[name]:,} numbers, '{first}' {counts[first]:,}.")
     return counts
-
-
-def count_of(config: TrainConfig, shapes: Sequence[tuple[int, int]]) -> int:
-    """How many numbers a training trains in weights of these sizes (out, in)."""
-    method = get_method(config.method)
-    return sum(method.count(out, inside, config.rank) for out, inside in shapes)
 
 
 def jobs_of(quick: bool) -> list[Job]:

@@ -7,7 +7,7 @@ where its ΔW is written; training, merging, fusing and exporting all go through
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -84,6 +84,10 @@ class Method:
     def count(self, out_features: int, in_features: int, rank: int) -> int:
         """Trainable numbers for one weight."""
         return sum(math.prod(shape) for shape in self.shapes(out_features, in_features, rank).values())
+
+    def total(self, sides: Iterable[tuple[int, int]], rank: int) -> int:
+        """Trainable numbers for weights of these sizes (out, in)."""
+        return sum(self.count(out, inside, rank) for out, inside in sides)
 
     def delta(self, parameters: Tensors, frozen: Tensors) -> Factors:
         """ΔW from the parameters as they are trained and stored."""

@@ -89,7 +89,7 @@ def train_to_file(
         for text in slot_notes(config, slot, base):
             note(text)
     shapes = [sides(weight) for weight in base.weights(config.targets).values()]
-    trained = sum(method.count(out, inside, config.rank) for out, inside in shapes)
+    trained = method.total(shapes, config.rank)
     where = f"{method.slot or 'columns'} {slot}" if slot else f"rank {config.rank}"
     note(
         f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {concept.token}: "
@@ -122,11 +122,8 @@ def with_rank(config: TrainConfig, shapes: Sequence[tuple[int, int]], note: Call
     if not allowed:
         raise UserError(f"The method {method.name} fits no rank to these layers; choose other targets.")
 
-    def count(rank: int) -> int:
-        return sum(method.count(out, inside, rank) for out, inside in shapes)
-
     if config.budget is not None:
-        counts = sorted((count(rank), rank) for rank in allowed)
+        counts = sorted((method.total(shapes, rank), rank) for rank in allowed)
         within = [(total, rank) for total, rank in counts if total <= config.budget]
         steps = ", ".join(f"{total:,}" for total, _ in counts[: len(within) + 2][-4:])
         if not within:

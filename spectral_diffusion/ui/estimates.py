@@ -61,7 +61,7 @@ def estimate(config: TrainConfig, jobs: Iterable[Job] = ()) -> Estimate:
     shape = shape_of(config.base, config.targets)
     settled = with_rank(config, shape.sides, lambda text: None)
     method = get_method(settled.method)
-    trained = sum(method.count(out, inside, settled.rank) for out, inside in shape.sides)
+    trained = method.total(shape.sides, settled.rank)
     pictures = config.batch + (config.preservation.batch if config.preservation.weight else 0)
     known = seconds_per_step(jobs, config)
     if known is not None:
