@@ -69,7 +69,7 @@ def test_from_photos_to_a_picture_of_two(server: Any, visit: Callable[..., Any],
     start_training(visitor, "tom")
     page.locator("#train-jobs", has_text="tom").wait_for()
     start_training(visitor, "brew")
-    page.reload()
+    visitor.reload()
     visitor.tab("Train")
     page.locator("#train-jobs", has_text=re.compile("tom.*brew|brew.*tom", re.S)).wait_for()
     visitor.context.close()
