@@ -138,6 +138,9 @@ def test_training_is_conditioned_as_the_stock_pipeline_is(photos: Path, folder: 
     if "added_cond_kwargs" in mine:
         assert torch.equal(mine["added_cond_kwargs"]["text_embeds"], theirs[2])
         assert mine["added_cond_kwargs"]["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+        with Conditioner(base, load_concept(photos, name="rex"), seed=0, size=16) as condition:
+            tall = condition(prompts, (12, 6))  # of a bucket
+        assert tall["added_cond_kwargs"]["time_ids"].tolist() == [[24, 12, 0, 0, 24, 12]] * 2
 
 
 def test_an_adapter_of_another_kind_of_base_is_refused(

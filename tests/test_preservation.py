@@ -16,20 +16,13 @@ from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.formats.native import load_adapter
 from spectral_diffusion.generation.pipeline import put_on
-from spectral_diffusion.progress import silent
+from spectral_diffusion.progress import Event, silent
+from spectral_diffusion.training import ordinary as ordinary_module
 from spectral_diffusion.training.conditioning import Conditioner
 from spectral_diffusion.training.draws import Samples
 from spectral_diffusion.training.loop import Stopped
-from spectral_diffusion.training.preservation import (
-    OTHERS,
-    Anchors,
-    Ordinary,
-    cut_mix,
-    draw_anchors,
-    draw_ordinary,
-    ordinary_prompts,
-    predict,
-)
+from spectral_diffusion.training.ordinary import Ordinary, draw_ordinary, ordinary_prompts
+from spectral_diffusion.training.preservation import OTHERS, Anchors, cut_mix, draw_anchors, predict
 from spectral_diffusion.training.run import train_to_file
 
 KEEP = PreservationConfig(weight=1.0, batch=2, pictures=4, others=0.5)
@@ -75,14 +68,54 @@ def test_a_stopped_run_with_preservation_resumes_bit_for_bit(
     keep = KEEP.model_copy(update={"cut_mix": 0.5})
     whole = train_to_file(settings(photos, tiny_base, tmp_path / "a" / "rex.safetensors", preservation=keep))
     config = settings(photos, tiny_base, tmp_path / "b" / "rex.safetensors", preservation=keep)
-    asked = iter(range(100))
+    done: list[int] = []
     with pytest.raises(Stopped):
-        train_to_file(config, should_stop=lambda: next(asked) >= stop)
+        train_to_file(
+            config,
+            progress=lambda event: done.append(event.done) if event.stage == "train" else None,
+            should_stop=lambda: len(done) >= stop,
+        )
     again = train_to_file(config, resume=True)
     assert all(torch.equal(whole.parameters[n], again.parameters[n]) for n in whole.parameters)
     assert torch.equal(whole.vectors["text_encoder"], again.vectors["text_encoder"])
     plain = train_to_file(settings(photos, tiny_base, tmp_path / "c" / "rex.safetensors"))
     assert any(not torch.equal(whole.parameters[n], plain.parameters[n]) for n in whole.parameters)
+
+
+def test_drawn_pictures_are_kept_and_those_of_other_classes_shared(
+    photos: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    config = settings(photos, tiny_base, tmp_path / "a.safetensors", preservation=KEEP)
+    base, calls = load_base(str(tiny_base), "cpu"), []
+    draw = ordinary_module.draw
+    monkeypatch.setattr(
+        ordinary_module, "draw", lambda base, asked, *more: calls.append(asked) or draw(base, asked, *more)
+    )
+    seen: list[Event] = []
+    first = draw_ordinary(base, config, "dog", 16, seen.append)
+    assert [len(asked) for asked in calls] == [2, 2]
+    assert seen[-1] == Event("draw", 4, 4) and {event.total for event in seen} == {4}
+    again = draw_ordinary(base, config, "dog", 16, silent)
+    assert len(calls) == 2 and torch.equal(first.latents, again.latents)
+    other = draw_ordinary(base, config, "cat", 16, silent)
+    assert [len(asked) for asked in calls] == [2, 2, 2], "only those of the concept's own class are drawn anew"
+    assert torch.equal(first.latents[1:3], other.latents[1:3]) and not torch.equal(first.latents[0], other.latents[0])
+    for file in (tmp_path / "cache" / "ordinary").iterdir():
+        file.write_bytes(b"damaged")
+    assert torch.equal(draw_ordinary(base, config, "dog", 16, silent).latents, first.latents) and len(calls) == 5
+
+
+def test_the_drawing_of_ordinary_pictures_stops_when_asked(
+    photos: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", preservation=KEEP)
+    asked = iter(range(100))
+    with pytest.raises(Stopped, match="before the first step"):
+        train_to_file(config, should_stop=lambda: next(asked) >= 3)
+    assert next(asked) == 4, "asked at every step of a picture"
+    assert train_to_file(config, resume=True).norm() > 0
 
 
 def test_two_concepts_at_one_seed_begin_with_different_words(tiny_base: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.config import DataConfig, TrainConfig, build
+from spectral_diffusion.data import cache
 from spectral_diffusion.data import samples as samples_module
 from spectral_diffusion.data.captions import vary
 from spectral_diffusion.data.crops import best_frame, bucket_frames, crops_of, cut_mask, cut_photo, place_crop
@@ -400,6 +402,32 @@ def test_what_is_kept_belongs_to_photo_mask_settings_and_encoder(
     with torch.no_grad():
         other.pipeline.vae.encoder.conv_in.bias += 1
     assert made(config, other) == 8
+
+
+def test_a_full_cache_lets_go_of_what_was_not_used_for_the_longest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def make(name: str) -> None:
+        def crops() -> tuple[torch.Tensor, None]:
+            made.append(name)
+            return torch.ones(100), None
+
+        cache.kept(tmp_path, name, crops)
+
+    size = 0
+    for age, name in enumerate(("old", "used", "new")):
+        make(name)
+        size = (tmp_path / f"{name}.safetensors").stat().st_size
+        os.utime(tmp_path / f"{name}.safetensors", (age, age))
+    monkeypatch.setattr(cache, "MOST", 3 * size + 10)
+    (tmp_path / "mine.txt").write_text("not a cache's")
+    os.utime(tmp_path / "mine.txt", (0, 0))
+    make("old")  # is there, and counts as used now
+    make("more")
+    assert made == ["old", "used", "new", "more"]
+    assert {path.stem for path in tmp_path.iterdir()} == {"old", "new", "more", "mine"}
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(base: Base, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_preview_and_cancel(workspace: Workspace, trained: tuple[Path, Path], ke
         workspace, trained[0], keeper, count=3, canvas=read_canvas(full_value() | {"keypose": ""}),
         should_stop=lambda: next(calls) > 3,
     )  # fmt: skip
-    assert stopped.words.endswith("Stopped; 1 picture finished before that.") and len(stopped.pictures) == 1
+    assert stopped.words.endswith("Stopped; 1 picture of 16×16 pixels finished before that.") and len(stopped.pictures) == 1
     assert stopped.pictures[0].exists()
     sketches = set((workspace.pictures / "sketches").iterdir())
     nothing = draw(workspace, trained[0], keeper, canvas=Canvas(strokes()), should_stop=lambda: True)
@@ -510,7 +510,7 @@ def test_tab_draws_shows_and_refills(handlers: Any, workspace: Workspace, traine
     assert any(isinstance(picture, Image.Image) for picture, *_ in news)
     assert any("Drawing" in line and "step 3 of 3" in line for _, line, _ in news)
     picture, line, name = news[-1]
-    assert "Drew 1 picture." in line and Path(picture).stem == name
+    assert "Drew 1 picture of 16×16 pixels." in line and Path(picture).stem == name
     *filled, line = handlers.refilled(name)
     by_name = dict(zip(Fields.__dataclass_fields__, filled, strict=True))
     assert by_name["canvas"].value == full_value() and by_name["seed"] == 3 and "fields above" in line
@@ -568,7 +568,7 @@ def test_endpoint_draws_with_sketch_and_regions(
         prompt="a <tom> and a <jim>", base=str(trained[0]), strength="0.8", seed=7, count=2, width=32, height=16,
         steps=2, sketch=handle_file(tmp_path / "sketch.png"), regions=full_value()["regions"], api_name="/generate",
     )  # fmt: skip
-    assert len(files) == 2 and "Drew 2 pictures." in words
+    assert len(files) == 2 and "Drew 2 pictures of " in words
     settings = read_settings(Path(files[0]))
     assert settings["seed"] == 7 and len(settings["regions"]) == 2 and settings["conditions"][0]["kind"] == "sketch"
     for more, sentence in (

@@ -397,6 +397,29 @@ def test_the_time_is_taken_from_a_training_here(queue: Queue, workspace: Workspa
     assert estimates.seconds_per_step(queue.jobs(), other) is None
 
 
+def test_the_time_follows_the_training_that_runs(queue: Queue, workspace: Workspace) -> None:
+    config = train_settings(workspace, "bob", "pocket", {})
+    first, _ = queue.enqueue("ann")
+    file = training(queue, first).status_file
+    held = json.loads(file.read_text()) | {"config": {"base": "pocket", "batch": config.batch}, "eta": 2.5}
+    file.write_text(json.dumps(held))  # five steps are left
+    found = estimate(config, queue.jobs())
+    assert found.time == f"about {round(0.5 * config.steps / 60)} min" and "runs now" in found.note
+    file.write_text(json.dumps(held | {"stage": "draw"}))
+    assert "rough guess" in estimate(config, queue.jobs()).note
+
+
+def test_the_line_counts_what_comes_before_the_first_step(queue: Queue) -> None:
+    first, _ = queue.enqueue("ann")
+    file = training(queue, first).status_file
+    held = json.loads(file.read_text()) | {"stage": "draw", "step": 8, "steps": 36, "curve": []}
+    file.write_text(json.dumps(held))
+    assert queue.job(first).line() == "first drawing ordinary pictures, which must stay as they are: 8 of 36"
+    file.write_text(json.dumps(held | {"steps": 0}))
+    assert queue.job(first).line() == "first drawing ordinary pictures, which must stay as they are"
+    assert "stops before its first step; Resume begins anew" in queue.stop(first)
+
+
 def test_the_memory_of_a_large_base_is_counted(
     workspace: Workspace, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,12 +487,16 @@ def test_the_tab_shows_what_has_changed_and_nothing_else(queue: Queue, workspace
     assert running["timer"]["active"] and running["start"]["value"] == "Add to queue"
     assert running["jobs"]["choices"][0] == ("▶ ann · step 5 of 10", first) and running["jobs"]["value"] == first
     assert "<polyline" in running["curve"]["value"] and 'aria-valuenow="1"' in running["progress"]["value"]
-    assert running["pause"]["visible"] and running["stop"]["value"] == "Stop"
+    assert running["pause"]["visible"] and running["stop"]["value"] == "Stop it, go on with the next"
+    assert (
+        running["strip"]["visible"] and "ann</b> is being trained · step 5 of 10 · 1 more" in running["strip"]["value"]
+    )
     assert look(seen) == ({}, seen), "what is as it was is left alone"
     queue.pause(first)
     until(lambda: states(queue)["ann"] == "paused")
     paused, seen = look(seen)
     assert not paused["timer"]["active"] and paused["resume"]["visible"] and not paused["pause"]["visible"]
+    assert "ann</b> paused" in paused["strip"]["value"]
     second = queue.jobs()[1].id
     assert look(seen, second)[0]["jobs"]["value"] == second
     assert look(seen, "no such job")[1]["chosen"] == first, "the first is shown instead"

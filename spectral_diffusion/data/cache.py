@@ -1,4 +1,4 @@
-"""Encoded crops on disk, keyed by everything that decides them. A damaged file is made again."""
+"""Encoded crops on disk, keyed by everything that decides them. A damaged file is made again, an old one goes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .crops import Crop
 from .folder import Photo
 
 FORMAT = 1
+MOST = 2 * 2**30  # bytes that a cache folder may hold
 
 Encoded = tuple[Tensor, Tensor | None]  # of one photo: latents (crops, c, h, w), masks (crops, 1, h, w)
 
@@ -58,6 +59,8 @@ def kept(folder: Path | None, key: str, make: Callable[[], Encoded]) -> Encoded:
         tensors, metadata = read_tensors(path)
         found = tensors["latents"], tensors.get("masks")
         if (metadata["key"], metadata["digest"]) == (key, _digest(found)):
+            with suppress(OSError):
+                path.touch()  # used just now
             return found
     except (UserError, KeyError):
         pass
@@ -65,7 +68,19 @@ def kept(folder: Path | None, key: str, make: Callable[[], Encoded]) -> Encoded:
     tensors = {"latents": made[0].cpu()} | ({} if made[1] is None else {"masks": made[1].cpu()})
     with suppress(UserError, OSError):
         write_tensors(path, tensors, {"key": key, "digest": _digest(made)})
+        prune(path.parent, MOST)
     return made
+
+
+def prune(folder: Path, most: int) -> None:
+    """Delete the files of a cache that were not used for the longest, until it holds at most so many bytes."""
+    found = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob("*.safetensors"))
+    held = sum(size for _, size, _ in found)
+    for _, size, path in found:
+        if held <= most:
+            return
+        path.unlink()
+        held -= size
 
 
 def _digest(encoded: Encoded) -> str:

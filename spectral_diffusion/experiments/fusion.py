@@ -20,7 +20,7 @@ from ..generation.pictures import grid
 from .lab import REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled
 from .registry import Findings, Row, Table, study
 
-RATES = (0.4, 1.0, 2.5, 6.25)  # trials of the learning rate, on concepts that are not reported
+RATES = (0.4, 1.0, 2.5, 6.25, 15.625)  # trials of the learning rate, on concepts that are not reported
 SEEDS = (0, 1, 2)
 RANK = 8  # the recipe's; others are written into the settings
 # Family: settings of training. {k} is the concept's number; the same rank, so the same number of trained factors

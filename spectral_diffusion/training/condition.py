@@ -27,6 +27,7 @@ from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator
 from .draws import Samples, draw_timestep, target_of
 from .loop import Stopped
+from .machines import plain_is_quicker
 from .state import check_settings, load_state, save_state
 
 CHANNELS = {"sketch": 1, "keypose": 3}
@@ -125,8 +126,9 @@ def train_condition(
         f"{sum(p.numel() for p in parameters.values()):,} numbers for {len(shape['channels'])} levels of the U-Net."
     )
     noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-    if base.device.type == "cpu":
-        unet.set_attn_processor(AttnProcessor())  # SDPA's backward is slow on CPU
+    half = config.autocast or base.dtype != torch.float32
+    if plain_is_quicker(base.device.type, half, size // pipeline.vae_scale_factor):
+        unet.set_attn_processor(AttnProcessor())
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     belongs = {"base": base.fingerprint.exact, "pairs": digest(pairs)}
     start = restore(state, optimizer, parameters, config, belongs) if resume and state.exists() else 0

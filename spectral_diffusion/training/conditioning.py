@@ -20,7 +20,7 @@ class Conditioner:
 
     Args:
         frozen: more words, random and never trained, that prompts may hold.
-        size: side of the training pictures in pixels, which SDXL is told.
+        size: side of square pictures in pixels.
     """
 
     def __init__(self, base: Base, concept: Concept, seed: int, size: int, frozen: Sequence[str] = ()) -> None:
@@ -59,14 +59,16 @@ class Conditioner:
             if tokens.vectors.detach().norm(dim=1).mean() >= limit * self.usual[name]:
                 tokens.vectors.grad = None
 
-    def __call__(self, prompts: Sequence[str]) -> dict[str, Any]:
+    def __call__(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> dict[str, Any]:
+        """What the U-Net is given beside latents of a ``shape`` (height, width); SDXL is told the picture's sides."""
         ids = {name: self.ids(name, prompts) for name in self.tokens}
         if len(self.tokens) == 1:
             return {"encoder_hidden_states": self.base.models["text_encoder"](ids["text_encoder"])[0]}
         # SDXL reads the last layer but one of both encoders, and the second one's pooled projection.
         outputs = {name: self.base.models[name](ids[name], output_hidden_states=True) for name in ids}
-        side = (self.size, self.size)
-        times = torch.tensor([(*side, 0, 0, *side)] * len(prompts), device=self.base.device)
+        scale = self.base.pipeline.vae_scale_factor
+        sides = [scale * cells for cells in shape] if shape else [self.size, self.size]
+        times = torch.tensor([(*sides, 0, 0, *sides)] * len(prompts), device=self.base.device)
         return {
             "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs.values()], -1),
             "added_cond_kwargs": {"text_embeds": outputs["text_encoder_2"][0], "time_ids": times},

@@ -28,7 +28,8 @@ from .draws import draw, target_of
 from .losses import objective_loss, snr_weights, weighted_mse
 from .machines import Processes, autocast, checkpointing, loss_scaler, part_of, quick_attention, take_step, whole_batch
 from .optimisers import Average, build_optimiser, rate_at
-from .preservation import OTHERS, cut_mix, draw_anchors, draw_ordinary, is_cut, predict
+from .ordinary import draw_ordinary
+from .preservation import OTHERS, cut_mix, draw_anchors, is_cut, predict
 from .start import continued, start_hash, weigh_slot
 from .state import Run, Stopped, comparable
 from .watch import Watcher
@@ -78,16 +79,17 @@ def train(
     whole = whole_batch(config, parts)  # the settings of one process that takes a step at once
     with among.first():
         frozen = continued(start_from) if start_from else frozen_tensors(method, weights, config.rank, slot, progress)
-    ordinary = draw_ordinary(base, config, concept.noun, size, progress) if preserving else None
+    alone = should_stop if among.count == 1 else lambda: False  # several stop together, between steps
+    ordinary = draw_ordinary(base, config, concept.noun, size, progress, alone) if preserving else None
     with (
         Conditioner(base, concept, config.seed, size, OTHERS if preserving else ()) as condition,
         detaching(models),
-        quick_attention(base),
+        quick_attention(base, config),
         checkpointing(base, config),
         watching(unet, config.objective.attention > 0) as maps,
         Watcher(config, concept, base, note, among.main) as watcher,
     ):
-        anchors = draw_anchors(ordinary, base, noise_schedule, config, condition) if ordinary else None
+        anchors = draw_anchors(ordinary, base, noise_schedule, config, condition, progress) if ordinary else None
         columns, factors = weigh_slot(weights, frozen, config) if method.frozen == "band" else (None, {})
         attachment = attach(
             models, method, config.rank, concept.name, config.targets, frozen, config.seed, columns=columns,

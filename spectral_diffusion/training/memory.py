@@ -26,7 +26,8 @@ from ..methods.attach import attach
 from ..methods.frozen import Frozen
 from ..methods.targets import find_targets
 from ..slots import Slot
-from .preservation import CHUNK as PICTURES_AT_ONCE
+from .machines import plain_is_quicker
+from .ordinary import CHUNK as PICTURES_AT_ONCE
 
 SMALL = 50_000_000  # parameters of a base below which nobody needs to be told
 STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # bytes of an optimiser's own numbers per trained one
@@ -143,7 +144,7 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
     Args:
         models: U-Net and text encoders, ``vae``: its autoencoder; they stay as they are and may be on the meta device.
         size: side of the training pictures in pixels.
-        device: ``cuda`` or ``cpu``, whose attention keeps all scores.
+        device: ``cuda`` or ``cpu``.
     """
     method, scale = get_method(config.method), 2 ** (len(vae.config.block_out_channels) - 1)  # type: ignore[union-attr, arg-type]
     weights = sum(p.numel() * p.element_size() for model in (*models.values(), vae) for p in model.parameters())
@@ -163,7 +164,8 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
         unet: Any = copies["unet"]
         side, channels = size // scale, unet.config.in_channels
         dtype = next(unet.parameters()).dtype
-        unet.set_attn_processor(AttnProcessor() if device == "cpu" else LeanAttention())
+        plain = plain_is_quicker(device, config.autocast or dtype != torch.float32, side)
+        unet.set_attn_processor(AttnProcessor() if plain else LeanAttention())
         there = [t for m in (*copies.values(), empty_vae) for t in (*m.parameters(), *m.buffers())]
         frozen = sum(t.numel() * t.element_size() for t in there) - weights - 4 * trained + apart
         adapter = frozen + trained * (4 + STATES[config.optimiser.name] + (4 if config.optimiser.ema else 0))

@@ -15,8 +15,7 @@ With ``data.class_images`` the ordinary pictures are files of the concept's clas
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,28 +23,18 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from ..base import Base
-from ..config import DataConfig, PreservationConfig, TrainConfig
-from ..data.folder import load_concept
-from ..data.samples import PhotoCrops
-from ..progress import Event, Progress
+from ..config import TrainConfig
+from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator
 from .draws import Samples, draw_timestep
+from .ordinary import Ordinary
 
-CHUNK = 8  # pictures drawn together
+CHUNK = 8  # predictions asked for together
 DRAWS = 8  # noise and timestep draws per ordinary picture
 PAIRS = ("{} on the left and {} on the right", "on the left {}, on the right {}")
 OTHERS = tuple(f"<other-{index}>" for index in range(64))  # random words that stand for other people's concepts
 
-Condition = Callable[[list[str]], dict[str, Any]]
-
-
-@dataclass
-class Ordinary:
-    """Pictures the base drew, or of the class: latents (n, c, h, w), what each shows, and its prompt."""
-
-    latents: Tensor
-    things: list[str]
-    prompts: list[str]
+Condition = Callable[..., dict[str, Any]]  # prompts, and the latents' height and width
 
 
 @dataclass
@@ -65,73 +54,14 @@ class Anchors:
         return Anchors(self.noisy[chosen], self.timesteps[chosen], prompts, self.targets[chosen])
 
 
-def ordinary_prompts(config: PreservationConfig, noun: str, seed: int) -> tuple[list[str], list[str]]:
-    """What to draw: things ("a red dog") and whole prompts, every third thing of the concept's own class."""
-    things, prompts = [], []
-    for index in range(config.pictures):
-        generator = keyed_generator(seed, "ordinary", index)
-
-        def pick(options: list[str], generator: torch.Generator = generator) -> str:
-            return options[int(torch.randint(len(options), (), generator=generator))]
-
-        words = [pick(config.adjectives), noun if index % 3 == 0 else pick(config.nouns)]
-        thing = "a " + " ".join(word for word in words if word)
-        things.append(thing)
-        prompts.append(pick(config.scenes).replace("{}", thing))
-    return things, prompts
-
-
-def read_class_images(folder: Path, base: Base, config: TrainConfig, noun: str, size: int) -> Ordinary:
-    """Square crops of a folder's pictures, ``preservation.pictures`` of them if there are more.
-
-    They are prompted with their captions, a picture without one as a photo of the noun.
-
-    Raises:
-        UserError: no readable picture there.
-    """
-    pictures = load_concept(folder, name="class", noun=noun)
-    chosen = torch.randperm(len(pictures.photos), generator=keyed_generator(config.seed, "class"))
-    photos = [pictures.photos[int(index)] for index in chosen[: config.preservation.pictures]]
-    plain = DataConfig(cache=config.data.cache)
-    settings = config.model_copy(update={"crops": 1, "data": plain})
-    crops = PhotoCrops(replace(pictures, photos=tuple(photos)), base, settings, size)
-    latents, _ = crops.take([(index, 0) for index in range(len(photos))])
-    thing = f"a {noun}"
-    captions = [photo.caption or f"a photo of {thing}" for photo in photos]
-    return Ordinary(
-        latents, [thing] * len(photos), [text.replace("<TOK>", thing).replace("{}", thing) for text in captions]
-    )
-
-
-@torch.no_grad()
-def draw_ordinary(base: Base, config: TrainConfig, noun: str, size: int, progress: Progress) -> Ordinary:
-    """Let the untouched base draw its ordinary pictures, or read those of the class; only their latents are needed."""
-    wanted = config.preservation
-    if config.data.class_images:
-        return read_class_images(config.data.class_images, base, config, noun, size)
-    things, prompts = ordinary_prompts(wanted, noun, config.seed)
-    base.pipeline.set_progress_bar_config(disable=True)
-    latents = []
-    for start in range(0, len(prompts), CHUNK):
-        chunk = prompts[start : start + CHUNK]
-        latents.append(
-            base.pipeline(
-                prompt=chunk,
-                width=size,
-                height=size,
-                num_inference_steps=20,
-                guidance_scale=wanted.guidance,
-                generator=[keyed_generator(config.seed, "drawn", start + i) for i in range(len(chunk))],
-                output_type="latent",
-            ).images.float()
-        )
-        progress(Event("draw", start + len(chunk), len(prompts)))
-    return Ordinary(torch.cat(latents), things, prompts)
-
-
 @torch.no_grad()
 def draw_anchors(
-    ordinary: Ordinary, base: Base, schedule: DDPMScheduler, config: TrainConfig, condition: Condition
+    ordinary: Ordinary,
+    base: Base,
+    schedule: DDPMScheduler,
+    config: TrainConfig,
+    condition: Condition,
+    progress: Progress = silent,
 ) -> Anchors:
     """Noise the ordinary pictures and ask the untouched base what it predicts."""
     total = len(schedule.alphas_cumprod)
@@ -153,8 +83,10 @@ def draw_anchors(
     targets = []
     for start in range(0, len(prompts), CHUNK):
         part = slice(start, start + CHUNK)
-        predicted = base.pipeline.unet(noisy[part].to(base.dtype), timesteps[part], **condition(prompts[part])).sample
+        told = condition(prompts[part], noisy.shape[-2:])
+        predicted = base.pipeline.unet(noisy[part].to(base.dtype), timesteps[part], **told).sample
         targets.append(predicted.float())
+        progress(Event("predict", min(start + CHUNK, len(prompts)), len(prompts)))
     return Anchors(noisy, timesteps, prompts, torch.cat(targets))
 
 
@@ -168,7 +100,7 @@ def predict(
     """
 
     def ask(noisy: Tensor, timesteps: Tensor, prompts: list[str]) -> Tensor:
-        predicted: Tensor = unet(noisy.to(dtype), timesteps, **condition(prompts)).sample
+        predicted: Tensor = unet(noisy.to(dtype), timesteps, **condition(prompts, noisy.shape[-2:])).sample
         return predicted.float()
 
     if held is None:

@@ -274,7 +274,7 @@ function rowOf(region, index) {
   const row = make("li", { "data-index": index, "aria-current": String(index === selected) }), name = "region " + (index + 1);
   row.style.setProperty("--mine", colour(index));
   const concept = make("select", { "aria-label": "Concept of " + name });
-  concept.append(make("option", { value: "" }, "plain"));
+  concept.append(make("option", { value: "" }, "no concept"));
   const names = known().map((one) => one[0]);
   if (region.concept && !names.includes(region.concept)) names.push(region.concept);
   for (const one of names) concept.append(make("option", { value: one }, one));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,8 +21,9 @@ from ..fusion.recipe import read_recipe
 from ..generation.pipeline import Cancelled, generate_to_file
 from ..generation.scene import Scene
 from ..progress import Event, Progress, silent
-from .adapters import adapter_file, read_adapter
+from .adapters import adapter_file, adapter_files, read_adapter
 from .canvas import Canvas, Place
+from .concepts import known_concepts
 from .fusing import base_path, parse_strengths
 from .keeper import Keeper
 from .wording import in_app, reworded
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 SKETCHES = "sketches"  # the folder of drawings inside that of the pictures
 PREVIEWS = 6  # of one picture, about
 USUAL_SIDE = 512
+UNKNOWN = re.compile(r"Note: (\S+) is no token of this base")
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,30 @@ def generate(
     if len(scene.every_seed()) > 1:  # the sheet of them: the page shows the pictures themselves
         scene.output.unlink(missing_ok=True)
     written = [path for path in places_of(scene) if path.exists()]
-    notes.append(
-        said.format("1 picture" if len(written) == 1 else f"{len(written)} pictures") if written else "Stopped."
-    )
-    return Drawn(written, "\n".join(in_app(note, workspace) for note in notes))
+    notes.append(said.format(_counted(written)) if written else "Stopped.")
+    return Drawn(written, "\n".join(in_app(_explained(workspace, note), workspace) for note in notes))
+
+
+def _counted(written: Sequence[Path]) -> str:
+    """How many pictures there are, and of what size, since a page shows small ones enlarged."""
+    from PIL import Image
+
+    with Image.open(written[0]) as image:
+        size = f"{image.width}×{image.height} pixels"
+    return f"1 picture of {size}" if len(written) == 1 else f"{len(written)} pictures of {size}"
+
+
+def _explained(workspace: Workspace, note: str) -> str:
+    """A note on a token that nothing answers to, with what to do if it is that of a concept here."""
+    found = UNKNOWN.match(note)
+    names = {token: name for name, (_, _, token) in known_concepts(workspace).items()} if found else {}
+    if not found or found[1] not in names:
+        return note
+    name = names[found[1]]
+    trained = name in adapter_files(workspace)
+    why = "is not among the concepts chosen for it" if trained else "is not trained yet"
+    what = "click its token to choose it" if trained else "train it in step 2, or wait until its training is done"
+    return f"Note: {found[1]} was read as plain text, for '{name}' {why}: {what}."
 
 
 def _of_all(scene: Scene, progress: Progress) -> Progress:

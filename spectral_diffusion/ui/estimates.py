@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import pocket
 from ..config import TrainConfig
 from .jobs import Job
 from .workspace import duration
 
+if TYPE_CHECKING:
+    from ..training.status import TrainingStatus
+
 # Seconds per step and picture of a batch where nothing was trained yet: a quick and a slow machine.
 GPU = {"pocket": (0.004, 0.02), "sd15": (0.1, 0.5), "sdxl": (0.3, 1.5)}
 CPU = {"pocket": (0.01, 0.04), "sd15": (8.0, 40.0), "sdxl": (40.0, 200.0)}
+FORWARD = 1 / 3  # of a training step's time that predicting alone takes
 ENOUGH = 100  # steps of a training that tells how long others take
 SMALL = 50_000_000  # weights of a base below which it is like the pocket base
 VAE = {  # of Stable Diffusion 1.x, 2.x and XL
@@ -63,14 +67,19 @@ def estimate(config: TrainConfig, jobs: Iterable[Job] = ()) -> Estimate:
     method = get_method(settled.method)
     trained = method.total(shape.sides, settled.rank)
     pictures = config.batch + (config.preservation.batch if config.preservation.weight else 0)
-    known = seconds_per_step(jobs, config)
-    if known is not None:
+    jobs = list(jobs)
+    if (now := present_pace(jobs, config)) is not None:
+        time, note = duration(now * config.steps), "The time is taken from the training that runs now."
+    elif (known := seconds_per_step(jobs, config)) is not None:
         time, note = duration(known * config.steps), "The time is taken from your last training on this base."
     else:
         import torch
 
         low, high = (GPU if torch.cuda.is_available() else CPU)[shape.arch]
-        time = span(low * pictures * config.steps, high * pictures * config.steps)
+        seen = pictures * config.steps
+        if config.preservation.weight and not config.data.class_images:  # drawn first, for 20 steps with guidance
+            seen += round(config.preservation.pictures * 20 * 2 * FORWARD)
+        time = span(low * seen, high * seen)
         note = "The time is a rough guess until the first training here has run."
     if shape.guessed:
         note += " The base is not on this machine, so its size is taken from Stable Diffusion's."
@@ -112,6 +121,20 @@ def _counted(settings: str, device: str) -> int:
     return memory.estimate(held, vae.to(dtype), config, size, "cpu" if device == "cpu" else "cuda").total
 
 
+def present_pace(jobs: Iterable[Job], config: TrainConfig) -> float | None:
+    """What a step takes in the training that runs now, if it is on the same base with as large a batch."""
+    for job in jobs:
+        status = job.own_status
+        if job.record.state == "running" and status and status.stage == "train" and status.eta and like(status, config):
+            return status.eta / max(1, status.steps - status.step)
+    return None
+
+
+def like(status: TrainingStatus, config: TrainConfig) -> bool:
+    """Whether a training is on the same base with as large a batch."""
+    return (status.config.get("base"), status.config.get("batch")) == (config.base, config.batch)
+
+
 def seconds_per_step(jobs: Iterable[Job], config: TrainConfig) -> float | None:
     """What a step took in the newest finished training on the same base with as large a batch, loading included.
 
@@ -121,7 +144,7 @@ def seconds_per_step(jobs: Iterable[Job], config: TrainConfig) -> float | None:
         status = job.own_status
         if job.record.state != "done" or job.record.launches != 1 or status is None or job.steps_done < ENOUGH:
             continue
-        if (status.config.get("base"), status.config.get("batch")) != (config.base, config.batch):
+        if not like(status, config):
             continue
         try:
             took = datetime.fromisoformat(status.updated) - datetime.fromisoformat(status.started)

@@ -24,7 +24,12 @@ State = Literal["waiting", "running", "paused", "stopped", "done", "failed"]
 LOG_LIMIT = 1_000_000  # bytes; of a longer log the end is kept
 LOG_KEPT = 64_000
 FULL = 2_000_000  # bytes below which a disk counts as full
-WORDS = {"encode": "Preparing the photos", "draw": "Drawing ordinary pictures", "": "Starting"}
+WORDS = {  # of what comes before the first step
+    "": "Starting",
+    "draw": "First drawing ordinary pictures, which must stay as they are:",
+    "predict": "Seeing what the base makes of them:",
+    "encode": "Preparing the photos:",
+}
 
 
 class Record(BaseModel):
@@ -156,7 +161,9 @@ class Job:
             if status is None or status.pid != record.pid:
                 return "starting"
             if status.stage != "train":
-                return WORDS.get(status.stage, STAGES.get(status.stage, status.stage)).lower()
+                words = WORDS.get(status.stage) or f"{STAGES.get(status.stage, status.stage)}:"
+                count = f" {status.step} of {status.steps}" if status.steps else ""
+                return f"{words[0].lower()}{words[1:].removesuffix(':') if not count else words[1:]}{count}"
             left = f", {duration(status.eta)} left" if status.eta is not None else ""
             return f"step {status.step} of {status.steps}{left}"
         if record.state in {"paused", "stopped", "failed"} and self.steps_done:

@@ -27,6 +27,7 @@ class Page:
     Attributes:
         tabs: with the ids ``concepts``, ``train``, ``fuse``, ``generate``; a button leads to another tab by returning
             ``gr.Tabs(selected="train")``.
+        strip: the line above the tabs that says what is trained now; ``timer`` ticks while something is.
         concept: name of the concept to train, handed from the concepts to the training.
         base: what to draw on (``pocket``, ``fused/<name>``), handed from the fusion to the pictures.
         adapters: names of adapters to draw with, handed from the training to the pictures.
@@ -35,6 +36,8 @@ class Page:
     workspace: Workspace
     blocks: gr.Blocks
     tabs: gr.Tabs
+    strip: gr.HTML
+    timer: gr.Timer
     concept: gr.State
     base: gr.State
     adapters: gr.State
@@ -56,7 +59,7 @@ def told() -> Iterator[None]:
         if not isinstance(error, UserError):
             log.exception("Unexpected error in the app")
         raise gr.Error(
-            plain(sentence_of(error)), duration=30, title="That did not work", print_exception=False
+            plain(sentence_of(error)), duration=12, title="That did not work", print_exception=False
         ) from error
 
 

@@ -55,15 +55,9 @@ class Queue:
     # --- looking -------------------------------------------------------------------------------------------------
 
     def jobs(self) -> list[Job]:
-        """All jobs: running ones, those that wait in their turn, then the others from the newest."""
+        """All jobs: those that run, are paused or wait, in their turn, then the others from the newest."""
         found = [read_job(folder) for folder in visible(self.workspace.jobs) if folder.is_dir()]
-        ranks = {"running": 0, "paused": 1, "waiting": 2}
-
-        def turn(job: Job) -> tuple[int, float]:
-            rank = ranks.get(job.record.state, 3)
-            return rank, job.record.place if rank < 3 else -job.record.created
-
-        return sorted(found, key=turn)
+        return sorted(found, key=lambda job: (0, job.record.place) if job.active else (1, -job.record.created))
 
     def job(self, name: str | None) -> Job:
         """A listed job.
@@ -155,8 +149,14 @@ class Queue:
                 if job.alive:
                     with suppress(ProcessLookupError):
                         os.kill(job.record.pid, signal.SIGTERM)
-                then = "the queue waits until you resume it" if wish == "pause" else "Resume goes on with it later"
-                said = f"The training of '{concept}' keeps its state and stops after the present step; {then}."
+                later = "goes on from there" if job.steps_done or self.resumable(job) else "begins anew"
+                kept = (
+                    "keeps its state and stops after the present step"
+                    if job.steps_done
+                    else "stops before its first step"
+                )
+                queue = ", and the queue waits until then" if wish == "pause" else ""
+                said = f"The training of '{concept}' {kept}; Resume {later}{queue}."
             else:
                 raise UserError(f"The training of '{concept}' is {state}; only a running one can be held.")
         self.start()

@@ -24,9 +24,9 @@ def start_training(visitor: Any, concept: str) -> None:
     """On the train tab: choose a concept and start."""
     page = visitor.page
     field = page.locator("#train-concept input")
-    if field.input_value() != concept:
+    if field.input_value().split(" ")[0] != concept:
         field.fill(concept)
-        page.get_by_role("option", name=concept, exact=True).click()
+        page.get_by_role("option", name=re.compile(f"^{concept} ")).click()
     page.locator("#train-about", has_text=f"<{concept}>").wait_for()
     if not page.locator("#train-steps input").is_visible():
         page.locator("#train-more > button").click()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -194,9 +194,18 @@ def poses_kept(base: Base, renderer: Renderer, config: Scene, count: int = 64) -
 
 
 def concept_learnt(
-    base_name: str, renderer: Renderer, config: Scene, encoder: IdentityEncoder, names: Sequence[str]
+    base_name: str,
+    renderer: Renderer,
+    config: Scene,
+    encoder: IdentityEncoder,
+    names: Sequence[str],
+    change: Mapping[str, Any] | None = None,
 ) -> Figures:
-    """The way from a generic thing of the class (0) to held-out views after the VAE's round trip (1)."""
+    """The way from a generic thing of the class (0) to held-out views after the VAE's round trip (1).
+
+    Args:
+        change: settings of the pocket preset's training to change.
+    """
     out: Figures = {}
     places = ("on the grass", "on the beach", "in the snow", "on a table", "at night", "in the desert")
     for name in names:
@@ -218,9 +227,11 @@ def concept_learnt(
         top = float(likeness(encoder, [Image.fromarray(array) for array in arrays], references).mean())
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / f"{name}.safetensors"
-            change = {"concept": folder, "output": file, "base": base_name}
+            where = {"concept": folder, "output": file, "base": base_name}
             begun = time.monotonic()
-            train_to_file(build(TrainConfig, read_yaml(preset("pocket"))["train"], change), base=base)
+            train_to_file(
+                build(TrainConfig, read_yaml(preset("pocket"))["train"], dict(change or {}), where), base=base
+            )
             seconds = time.monotonic() - begun
             with_it = load_base(base_name)
             put_on(with_it, [(load_adapter(file), 1.0)])

@@ -16,9 +16,9 @@ from ..shelf import look
 from ..uploads import looked_through
 
 GUIDE = (
-    "**Your first picture:** choose a concept here, press *Train this concept*, start it, and when it is done "
-    "draw it in *4 · Generate*. For two things in one picture train both, then give each a box in *4 · Generate*, "
-    "or put them together in *3 · Fuse*. The ready-made ones need no photos of yours."
+    "**Your first picture:** choose a *concept*, a thing that shall be in your pictures, and press *Train it in step "
+    "2*. When it is trained, draw it in step 4. For two things in one picture train both, then in step 4 give each a "
+    "box, or put them together in step 3 first. The ready-made ones need no photos of yours."
 )
 NOTHING = "Choose a concept to see its photos and to train it, or add your own thing above."
 FILES = ["image", ".zip", ".txt"]
@@ -128,8 +128,9 @@ def _adding() -> Adding:
                     elem_id="concepts-token",
                 )  # fmt: skip
         preview = gr.Gallery(
-            label="What will be saved", columns=6, height="auto", object_fit="cover", interactive=False, buttons=[],
-            allow_preview=False, visible=False, elem_id="concepts-preview", elem_classes="concepts-photos",
+            label="What will be saved", show_label=False, columns=6, height="auto", object_fit="cover",
+            interactive=False, buttons=[], allow_preview=False, visible=False, elem_id="concepts-preview",
+            elem_classes="concepts-photos",
         )  # fmt: skip
         found = gr.Markdown(elem_id="concepts-found")
         save = gr.Button("Save concept", variant="primary", elem_id="concepts-save")
@@ -179,12 +180,12 @@ def _detail() -> Detail:
     photo: gr.State = gr.State(None)
     about = gr.Markdown(NOTHING, elem_id="concepts-about")
     with gr.Row():
-        train = gr.Button("Train this concept", variant="primary", visible=False, elem_id="concepts-train")
+        train = gr.Button("Train it in step 2 →", variant="primary", visible=False, elem_id="concepts-train")
         copy = gr.Button("Make it mine", visible=False, elem_id="concepts-copy")
     result = gr.Markdown(elem_id="concepts-result")
     photos = gr.Gallery(
-        label="Photos", columns=4, height="auto", object_fit="cover", interactive=False, buttons=[], visible=False,
-        allow_preview=False, elem_id="concepts-photos", elem_classes="concepts-photos",
+        label="Photos", show_label=False, columns=4, height="auto", object_fit="cover", interactive=False, buttons=[],
+        visible=False, allow_preview=False, elem_id="concepts-photos", elem_classes="concepts-photos",
     )  # fmt: skip
     flags = gr.Markdown(elem_id="concepts-flags")
     with gr.Column(visible=False, elem_id="concepts-editing") as editing:
@@ -290,7 +291,7 @@ class Handlers:
             about += " Ready-made: it stays as it is, but you can change a copy."
         for label in concepts.adapters_of(self.workspace, chosen):
             place = f", {label.kind} {label.slot}" if label.slot else ""
-            about += f"\n\nTrained as `{label.path.name}`: {label.method} on {plain(label.base)}{place}."
+            about += f"\n\nTrained: {label.method} on {plain(label.base)}{place}."
         captions = self._captions(folder, concept)
         flags = [*concept.notes, *(f"{text}." for text in concept.skipped)]
         traces = False

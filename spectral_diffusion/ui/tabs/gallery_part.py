@@ -118,11 +118,11 @@ def build_details() -> dict[str, Any]:
     small: dict[str, Any] = {"size": "sm", "min_width": 100}
     about = gr.Markdown(elem_id="generate-about")
     with gr.Row():
-        canvas = gr.Button("Send to canvas", elem_id="generate-to-canvas", **small)
-        again = gr.Button("Draw again", elem_id="generate-again", **small)
+        canvas = gr.Button("Use its settings", elem_id="generate-to-canvas", **small)
+        again = gr.Button("Draw it again", elem_id="generate-again", **small)
     with gr.Row():
         file = gr.DownloadButton("Download picture", elem_id="generate-download", **small)
-        scene = gr.DownloadButton("Download scene", elem_id="generate-download-scene", **small)
+        scene = gr.DownloadButton("Download settings", elem_id="generate-download-scene", **small)
         delete = gr.Button("Delete", variant="stop", elem_id="generate-delete", **small)
     return {"about": about, "canvas": canvas, "again": again, "file": file, "scene": scene, "delete": delete}
 

@@ -12,14 +12,14 @@ import gradio as gr
 from ...data.folder import load_concept
 from ...errors import UserError
 from ..adapters import ADAPTER_COLUMNS, adapter_files, adapter_rows, delete_adapter
-from ..concepts import concept_folder, concept_folders
+from ..concepts import concept_folder, concept_folders, known_concepts
 from ..page import PRIVATE, Page, plain, told
 from ..presets import preset_settings, presets, train_settings
 from ..queue import Queue
 from ..workspace import sentence_of
 from .trainings_part import List, build_list, shown
 
-NO_ADAPTERS = "Nothing is trained yet. What you train appears here, ready for steps 3 and 4."
+NO_ADAPTERS = "None yet. What you train appears here, ready for steps 3 and 4."
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,13 @@ class Handlers:
         """The concepts and the methods there are; one handed over from the concepts' tab is chosen."""
         from ...methods import all_methods
 
-        names = list(concept_folders(self.workspace))
-        value = next((name for name in (concept, handed) if name in names), names[0] if names else None)
+        folders = concept_folders(self.workspace)
+        newest = [job.record.concept for job in self.queue.jobs()][:1]  # after the page was loaded anew
+        value = next((name for name in (concept, handed, *newest, *folders) if name in folders), None)
         choices = [(f"{name} – {one.summary.partition(' (')[0]}"[:90], name) for name, one in all_methods().items()]
-        return gr.Dropdown(choices=names, value=value), gr.Dropdown(choices=choices, value=method)
+        said = known_concepts(self.workspace)
+        shown = [(f"{name} ({said[name][1]})" if said[name][1] else name, name) for name in folders]
+        return gr.Dropdown(choices=shown, value=value), gr.Dropdown(choices=choices, value=method)
 
     def about(self, concept: str | None) -> str:
         """A line on the chosen concept."""
@@ -159,18 +162,18 @@ class Handlers:
         with told():
             return plain(str(getattr(self.queue, what)(job)))
 
-    def remove(self, job: str | None) -> tuple[str, Any]:
+    def remove(self, job: str | None) -> tuple[str, Any, Any]:
         """Take a training off the list, or ask first if it is unfinished."""
         with told():
             found = self.queue.job(job)
             if found.record.state != "done" and found.record.launches and self.queue.resumable(found):
-                return "", gr.Column(visible=True)
-            return plain(self.queue.remove(job)), gr.Column(visible=False)
+                return "", gr.Column(visible=True), gr.Row(visible=False)
+            return plain(self.queue.remove(job)), gr.Column(visible=False), gr.Row(visible=True)
 
-    def remove_surely(self, job: str | None) -> tuple[str, Any]:
+    def remove_surely(self, job: str | None) -> tuple[str, Any, Any]:
         """Take an unfinished training off the list."""
         with told():
-            return plain(self.queue.remove(job, sure=True)), gr.Column(visible=False)
+            return plain(self.queue.remove(job, sure=True)), gr.Column(visible=False), gr.Row(visible=True)
 
     def clear(self) -> str:
         """Take the finished trainings off the list."""
@@ -256,7 +259,7 @@ def build(page: Page, tab: gr.Tab) -> None:
         with gr.Column(scale=5, min_width=320):
             form, about, costs, start, said = _form()
         with gr.Column(scale=6, min_width=320):
-            parts, sure, keep = build_list(start)
+            parts, sure, keep = build_list(start, page.strip, page.timer)
     shelf, adapters_said, draw, delete = _shelf()
 
     # The id of the shown training. The radio itself is never an input: gradio refuses what was put into its list later.
@@ -333,12 +336,14 @@ def _form() -> tuple[Form, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
 
 
 def _shelf() -> tuple[Shelf, gr.Markdown, gr.Button, tuple[gr.Button, gr.Column, gr.Button, gr.Button]]:
-    gr.Markdown("### Your adapters")
+    gr.Markdown("### Trained concepts\nWhat a training learnt is kept in a small file, an *adapter*.")
     empty = gr.Markdown(NO_ADAPTERS, elem_id="train-no-adapters")
     table = gr.HTML(visible=False, label="Your adapters", padding=False, elem_id="train-adapters")
     problems = gr.Markdown(visible=False, elem_id="train-problems")
     with gr.Row(visible=False) as actions:
-        chosen = gr.Dropdown([], label="Adapter", allow_custom_value=True, elem_id="train-adapter", min_width=200)
+        chosen = gr.Dropdown(
+            [], label="Trained concept", allow_custom_value=True, elem_id="train-adapter", min_width=200
+        )
         draw = gr.Button("Draw with it", elem_id="train-adapter-draw", min_width=120)
         ask = gr.Button("Delete", elem_id="train-adapter-delete", min_width=120)
     with gr.Column(visible=False, elem_id="train-adapter-asked") as asked:
@@ -378,8 +383,9 @@ def _wire_list(
     sure, keep = answers
     for button, what in ((parts.pause, "pause"), (parts.resume, "resume"), (parts.stop, "stop")):
         button.click(lambda job, what=what: handlers.ask(what, job), chosen, said, **PRIVATE).success(**look)
-    parts.remove.click(handlers.remove, chosen, [said, parts.asked], **PRIVATE).success(**look)
-    sure.click(handlers.remove_surely, chosen, [said, parts.asked], **PRIVATE).success(**look)
-    keep.click(lambda: gr.Column(visible=False), None, parts.asked, **PRIVATE)
+    answered = [said, parts.asked, parts.buttons]
+    parts.remove.click(handlers.remove, chosen, answered, **PRIVATE).success(**look)
+    sure.click(handlers.remove_surely, chosen, answered, **PRIVATE).success(**look)
+    keep.click(lambda: (gr.Column(visible=False), gr.Row(visible=True)), None, answered[1:], **PRIVATE)
     parts.clear.click(handlers.clear, None, said, **PRIVATE).success(**look)
     parts.draw.click(handlers.draw_job, chosen, [page.adapters, page.tabs], **PRIVATE)

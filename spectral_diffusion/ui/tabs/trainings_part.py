@@ -19,7 +19,7 @@ from ..workspace import Workspace
 MARKS = {"running": "▶", "waiting": "○", "paused": "‖", "stopped": "■", "done": "✓", "failed": "✕"}
 GRIDS, MOST_PIXELS = 6, 16_000_000  # of the samples that are shown
 EMPTY = (
-    "No trainings yet. Choose a concept and press **Start training**; on the pocket base it takes a few minutes, and "
+    "No trainings yet. Choose a concept and press **Start training**; on the pocket base it takes a minute or two, and "
     "this page may be closed meanwhile."
 )
 
@@ -35,6 +35,8 @@ class List:
     jobs: gr.Radio
     detail: gr.Column
     progress: gr.HTML
+    strip: gr.HTML
+    buttons: gr.Row
     curve: gr.HTML
     caption: gr.Markdown
     samples: gr.Gallery
@@ -52,16 +54,20 @@ class List:
         return list(vars(self).values())
 
 
-def build_list(start: gr.Button) -> tuple[List, gr.Button, gr.Button]:
-    """The list, and the two buttons that answer whether an unfinished training is removed."""
-    timer = gr.Timer(1.0, active=False)
+def build_list(start: gr.Button, strip: gr.HTML, timer: gr.Timer) -> tuple[List, gr.Button, gr.Button]:
+    """The list, and the two buttons that answer whether an unfinished training is removed.
+
+    Args:
+        strip: the line above the tabs that says what is trained now.
+        timer: what looks after it, on whatever tab.
+    """
     gr.Markdown("### Trainings")
     hint = gr.Markdown(EMPTY, elem_id="train-hint")
     trouble = gr.Markdown(visible=False, elem_id="train-trouble")
     jobs = gr.Radio([], label="Trainings", show_label=False, visible=False, elem_id="train-jobs", interactive=True)
     with gr.Column(visible=False, elem_id="train-detail") as detail:
         progress = gr.HTML(elem_id="train-progress", label="Progress")
-        with gr.Row():
+        with gr.Row() as buttons:
             pause = gr.Button("Pause", size="sm", min_width=80, elem_id="train-pause")
             resume = gr.Button("Resume", size="sm", min_width=80, variant="primary", elem_id="train-resume")
             stop = gr.Button("Stop", size="sm", min_width=80, elem_id="train-stop")
@@ -85,8 +91,8 @@ def build_list(start: gr.Button) -> tuple[List, gr.Button, gr.Button]:
         )  # fmt: skip
     clear = gr.Button("Clear finished ones", size="sm", visible=False, elem_id="train-clear")
     parts = List(
-        timer, start, hint, trouble, jobs, detail, progress, curve, caption, samples, pause, resume, stop, draw, remove,
-        asked, clear,
+        timer, start, hint, trouble, jobs, detail, progress, strip, buttons, curve, caption, samples, pause, resume,
+        stop, draw, remove, asked, clear,
     )  # fmt: skip
     return parts, sure, keep
 
@@ -114,12 +120,14 @@ def shown(
         "jobs": {"choices": [(label(one), one.id) for one in jobs], "visible": bool(jobs)},
         "detail": {"visible": job is not None},
         "progress": {"value": progress(job) if job else ""},
+        "strip": {"value": strip_of(jobs), "visible": bool(active)},
+        "buttons": {"visible": True} if moved or state == "running" else {},
         "curve": {"value": curve(job) if job else "", "visible": bool(job and job.status and job.status.curve)},
         "caption": {"visible": bool(grids)},
         "samples": {"value": grids},
         "pause": {"visible": state == "running" and not held},
         "resume": {"visible": state in {"paused", "stopped", "failed"}},
-        "stop": {"visible": state in {"running", "paused", "waiting"}, "value": _stop_word(state, held)},
+        "stop": {"visible": stoppable(state, held, len(active)), "value": _stop_word(state, held)},
         "draw": {"visible": state == "done"},
         "remove": {"visible": state in {"stopped", "paused", "failed", "done"}},
         "asked": {"visible": False} if moved or state == "running" else {},
@@ -155,7 +163,7 @@ def progress(job: Job) -> str:
     if status and record.state == "running":
         notes += [note for note in status.notes if not note.startswith("Concept ")][-2:]  # who it is stands above
     if record.state == "done":
-        notes = ["It is among your adapters below. Draw with it, or fuse it with others in step 3."]
+        notes = ["It is trained. Draw with it, or fuse it with others in step 3."]
     told = "".join(f'<p class="train-note">{html.escape(note)}</p>' for note in notes)
     return (
         f'<div class="train-head"><b>{html.escape(record.concept)}</b><span>{line}</span></div>'
@@ -192,7 +200,24 @@ def _opened(file: str) -> Image.Image:
     return Image.new("RGB", (64, 64), "grey")
 
 
+def stoppable(state: str, held: str, active: int) -> bool:
+    """Whether stopping differs from pausing: others wait behind it, or it is to stop without finishing its step."""
+    return state == "waiting" or (state == "running" and bool(held)) or (state in {"running", "paused"} and active > 1)
+
+
 def _stop_word(state: str, held: str) -> str:
     if state == "waiting":
         return "Take out of the queue"
-    return "Stop at once" if held and state == "running" else "Stop"
+    return "Stop at once" if held and state == "running" else "Stop it, go on with the next"
+
+
+def strip_of(jobs: Sequence[Job]) -> str:
+    """The line above the tabs: what is trained now, and how many wait."""
+    active = [job for job in jobs if job.active]
+    if not active:
+        return ""
+    first, waiting = active[0], len(active) - 1
+    words = "is being trained" if first.record.state == "running" else first.record.state
+    line = f"{first.record.concept}</b> {words} · {html.escape(first.line())}" if words != first.line() else ""
+    line = line or f"{first.record.concept}</b> {words}"
+    return f'<p class="train-strip">{MARKS[first.record.state]} <b>{line}{f" · {waiting} more" if waiting else ""}</p>'

@@ -1,0 +1,47 @@
+"""How soon a concept is learnt on the pocket base: a sweep of the preset on concepts that are not reported.
+
+The way goes from what the base draws for the class (0) to held-out views of the thing (1), as in the model card; the
+seconds are of the whole training, reading the photos and drawing ordinary pictures included, with nothing kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from spectral_diffusion.config import build, parse_overrides, read_yaml
+from spectral_diffusion.evaluation.identity import load_identity_encoder
+from spectral_diffusion.experiments.lab import TUNED
+from spectral_diffusion.generation.scene import Scene
+from spectral_diffusion.pocket.workshop.art import icon_sets
+from spectral_diffusion.pocket.workshop.render import Renderer
+from spectral_diffusion.pocket.workshop.report import concept_learnt
+from spectral_diffusion.resources import preset
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--art", type=Path, required=True, help="folder of the artwork, fetched if it is not there")
+    parser.add_argument("--concepts", nargs="*", default=list(TUNED))
+    parser.add_argument("changes", nargs="*", help="settings of one trial each: steps=300,learning_rate=4e-3")
+    arguments = parser.parse_args()
+    config = build(Scene, read_yaml(preset("pocket"))["generate"], {"base": "pocket", "guidance": 4.0})
+    renderer, encoder = Renderer(icon_sets(arguments.art)), load_identity_encoder()
+    for text in arguments.changes or [""]:
+        change = parse_overrides([part for part in text.split(",") if part])
+        with tempfile.TemporaryDirectory() as kept:
+            os.environ["SPECTRAL_DIFFUSION_CACHE"] = kept
+            found = concept_learnt("pocket", renderer, config, encoder, arguments.concepts, change)
+        mean = found.pop("mean_way")
+        seconds = [one["seconds"] for one in found.values()]
+        ways = {name: round(one["way"], 3) for name, one in found.items()}
+        print(
+            json.dumps({"change": text, "way": round(mean, 3), "seconds": round(max(seconds), 1), **ways}), flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
