@@ -285,7 +285,8 @@ def test_preview_and_cancel(workspace: Workspace, trained: tuple[Path, Path], ke
         workspace, trained[0], keeper, count=3, canvas=read_canvas(full_value() | {"keypose": ""}),
         should_stop=lambda: next(calls) > 3,
     )  # fmt: skip
-    assert stopped.words.endswith("Stopped; 1 picture of 16×16 pixels finished before that.") and len(stopped.pictures) == 1
+    assert stopped.words.endswith("Stopped; 1 picture of 16×16 pixels finished before that.")
+    assert len(stopped.pictures) == 1
     assert stopped.pictures[0].exists()
     sketches = set((workspace.pictures / "sketches").iterdir())
     nothing = draw(workspace, trained[0], keeper, canvas=Canvas(strokes()), should_stop=lambda: True)
