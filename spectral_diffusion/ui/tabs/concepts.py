@@ -306,10 +306,12 @@ class Handlers:
 
     def _captions(self, folder: Path, concept: concepts.Concept) -> list[str]:
         """What stands under each photo."""
-        return [
-            concept.prompt(photo.caption) if photo.caption else f"{name} (no caption)"
-            for name, photo in concepts.file_names(folder, concept).items()
-        ]
+        usual = f"a photo of {concept.token} "  # what nearly all begin with would hide the photos
+        found = []
+        for name, photo in concepts.file_names(folder, concept).items():
+            words = concept.prompt(photo.caption) if photo.caption else f"{name} (no caption)"
+            found.append(f"… {words.removeprefix(usual)}" if words.startswith(usual) else words)
+        return found
 
     def _panel(
         self, about: str, chosen: str | None, own: bool = False, photos: list[Any] | None = None, flags: str = "",
