@@ -144,7 +144,7 @@ def drift(lab: Lab, before: Sequence[Image.Image], after: Sequence[Image.Image])
 )
 def run(lab: Lab, quick: bool) -> Findings:
     """Identity alone and fused, text match, drift and seconds, for every family and merge."""
-    sizes, seeds = ((2,), (0,)) if quick else ((2, 4, 8), SEEDS)
+    sizes, seeds = ((2,), (0,)) if quick else ((2, 3, 4, 8), SEEDS)
     families = ("spectral, own slots", "lora") if quick else tuple(TRIED)
     merges = {family: ("sum", "fedavg") if quick else TRIED[family] for family in families}
     jobs = [Job(family, merge, size) for family in families for size in sizes for merge in merges[family]]
