@@ -104,7 +104,7 @@ def draw_ordinary(
 
         def tell(done: int, before: int = len(found)) -> None:
             if should_stop():
-                raise Stopped("Stopped before the first step; --resume begins with what was drawn.")
+                raise Stopped("Stopped before the first step; --resume begins anew.")
             progress(Event("draw", before + done, len(prompts)))
 
         asked = [(prompts[index], index) for index in part]
