@@ -73,9 +73,11 @@ TRIALS: tuple[Recipe, ...] = (
     *(Recipe("taught", f"{n} steps from μ = 4", FROM_4, taught=Distil(n)) for n in (300, 900)),
     Recipe("taught", "300 steps from μ = 16", watched(anchor=16.0, **OWN_WORDS), taught=Distil(300)),
     Recipe(
-        "taught", "300 steps, 3/4 ordinary, from μ = 16", watched(anchor=16.0, **OWN_WORDS),
+        "taught",
+        "300 steps, 3/4 ordinary, from μ = 16",
+        watched(anchor=16.0, **OWN_WORDS),
         taught=Distil(300, ordinary=0.75),
-    ),  # fmt: skip
+    ),
     Recipe("taught", "900 steps, 3/4 ordinary", FROM_4, taught=Distil(900, batch=24, ordinary=0.75)),
     *(
         Recipe("words only, gradient", f"μ = {m}", watched(anchor=m, **OWN_WORDS), train=WORDS_ONLY)
