@@ -34,6 +34,8 @@ BUSY, IDLE = (
     5.0,
 )  # seconds between two looks of the thread: while something runs, and while it cannot
 TRAIN = (sys.executable, "-m", "spectral_diffusion.cli", "train")
+# Waiting threads sleep: beside a browser and a picture that is drawn, spinning ones take a training's own cores away.
+CALM = {"OMP_WAIT_POLICY": "PASSIVE"}
 LAUNCH = 120.0  # seconds within which a launched training must have told its process, if a killed server did not
 
 
@@ -285,10 +287,11 @@ class Queue:
         options = ["--config", str(job.settings), "--status", str(job.status_file)]
         if job.record.launches > 1:  # the first begins anew, whatever an earlier training of the concept left
             options.append("--resume")
+        environment = {**CALM, **os.environ}
         try:
             with job.log.open("ab") as log:
                 child = subprocess.Popen(
-                    [*self.program, str(folder), *options],
+                    [*self.program, str(folder), *options], env=environment,
                     stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 )  # fmt: skip
         except OSError as error:
