@@ -9,6 +9,7 @@ import torch
 
 from .adapter import Adapter, check_base
 from .base import Base
+from .layerwise import install_layerwise
 from .methods import get_method
 from .methods.attach import activate, attach
 
@@ -31,11 +32,22 @@ def put_on(base: Base, adapters: Sequence[tuple[Adapter, Strength]], allow_base:
         if warning := check_base(adapter, base, allow_base):
             notes.append(warning)
         overlay(base, adapter, strength, f"concept_{index}")
-        for token, vectors in adapter.tokens.items():
-            base.install(token, vectors)
+        install_tokens(base, adapter)
     if adapters:
         activate(base.models, [f"concept_{index}" for index in range(len(adapters))])
     return notes
+
+
+def install_tokens(base: Base, adapter: Adapter) -> None:
+    """Put every token that an adapter brings on a base, layer-wise if it is that.
+
+    Raises:
+        UserError: a token is there already, or has vectors for other layers.
+    """
+    for token, vectors in adapter.tokens.items():
+        base.install(token, vectors)
+    if adapter.layerwise:
+        install_layerwise(base, adapter.token, adapter.layerwise)
 
 
 def overlay(

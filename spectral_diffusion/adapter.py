@@ -29,6 +29,8 @@ class Adapter:
         sizes: layer to the (out, in) of its weight as a matrix.
         frozen: layer to the stored tensors that the parameters are built on, such as the band's U, S, V.
         vectors: the token's embedding rows by text encoder, (n, width) each.
+        layerwise: by text encoder the rows of every cross-attention layer, (layers, n, width) each, where they differ;
+            ``vectors`` are then their mean, for all that holds one vector only.
         kernels: convolution to its kernel (in, kh, kw), into which a row of the matrix folds.
         earlier: tokens and vectors of the concepts that this one was trained on top of.
         config: the resolved training settings; ``versions``: of the libraries that made it.
@@ -47,6 +49,7 @@ class Adapter:
     sizes: dict[str, tuple[int, int]]
     frozen: Frozen
     vectors: dict[str, Tensor]
+    layerwise: dict[str, Tensor] = field(default_factory=dict)
     earlier: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     kernels: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -175,6 +178,7 @@ def check_finite(adapter: Adapter) -> None:
     Raises:
         UserError: some are there.
     """
-    for name, tensor in {**adapter.parameters, **adapter.vectors}.items():
+    layerwise = {f"layerwise.{name}": tensor for name, tensor in adapter.layerwise.items()}
+    for name, tensor in {**adapter.parameters, **adapter.vectors, **layerwise}.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"Adapter '{adapter.name}' holds NaN or infinity in {name}; train it again.")

@@ -134,6 +134,7 @@ class TrainConfig(Settings):
     name: str | None = None  # of the concept; default: concept.yaml, else the folder's name
     token: str | None = None  # default: concept.yaml, else <name>
     noun: str | None = None  # class noun; default: concept.yaml, else the name
+    layerwise: bool = False  # the token's vectors differ for every cross-attention layer of the U-Net
     steps: int = Field(1250, ge=1, le=10_000_000)
     batch: int = Field(2, ge=1, le=1024)
     seed: int = Field(0, ge=0, lt=2**31)
@@ -195,6 +196,21 @@ class GradientConfig(Settings):
     cache: bool = True  # keep what was seen beside the spectra, per adapter
 
 
+class TeachConfig(Settings):
+    """After any merge, teach the fused base what each adapter draws alone and what the base draws. Off at 0 steps."""
+
+    steps: int = Field(0, ge=0, le=1_000_000)
+    learning_rate: float = Field(1e-4, gt=0)  # falls to nothing in a line
+    batch: int = Field(16, ge=1, le=1024)  # predictions a step
+    ordinary: float = Field(0.5, ge=0, le=1)  # share of them that are of ordinary pictures
+    pictures: int = Field(24, ge=1, le=10_000)  # drawn for a concept
+    plain: int = Field(96, ge=1, le=10_000)  # drawn of ordinary things
+    draws: int = Field(12, ge=1, le=1000)  # of noise and time for each picture
+    empty: float = Field(0.15, ge=0, le=1)  # share of the ordinary ones with the empty prompt
+    guidance: float = Field(4.0, ge=0, le=50)  # of the pictures
+    things: list[str] = []  # ordinary things such as "a red dog"; default: usual nouns in usual colours
+
+
 class FuseConfig(Settings):
     """Fuse adapters into one checkpoint."""
 
@@ -207,6 +223,7 @@ class FuseConfig(Settings):
     density: float = Field(0.5, gt=0, le=1)  # of ties and dare
     svd_rank: int = Field(16, ge=1, le=4096)  # of svd
     gradient: GradientConfig = GradientConfig()
+    teach: TeachConfig = TeachConfig()
     seed: int = Field(0, ge=0, lt=2**31)
     allow_base: bool = False
     device: str = "auto"

@@ -21,6 +21,7 @@ from .formats.checkpoint import checkpoint_tensors
 from .formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
 from .formats.native import is_native, versions
 from .fusion.recipe import fuse_adapters, load_adapters, read_merged, read_recipe
+from .layerwise import mean_note
 from .linalg import Factors, truncate
 from .tokens import known_tokens
 
@@ -114,6 +115,9 @@ def export(
         raise UserError(f"Unknown format '{kind}'; known: {', '.join(FORMATS)}.")
     source, output = open_source(path, device), Path(output)
     check_free(path, output, kind)
+    for adapter in source.adapters:
+        if adapter.layerwise:
+            note(mean_note(adapter.name))
     written: list[Path] = []
     if kind == "folder":
         base = source.load()

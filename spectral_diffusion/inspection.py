@@ -66,6 +66,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
         "noun": adapter.noun,
         "token": adapter.token,
         "vectors": len(next(iter(adapter.vectors.values()), [])),
+        "layerwise": len(next(iter(adapter.layerwise.values()), [])),  # layers with vectors of their own
         "method": adapter.method.name,
         "rank": adapter.rank,
         "columns": str(adapter.slot) if adapter.slot else None,

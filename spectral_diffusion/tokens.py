@@ -120,9 +120,17 @@ def install(tokenizer: Tokenizer, text_encoder: nn.Module, token: str, vectors: 
     Raises:
         UserError: the tokenizer knows that token already.
     """
-    names = words(token, len(vectors))
+    add_rows(tokenizer, text_encoder, words(token, len(vectors)), vectors)
+
+
+def add_rows(tokenizer: Tokenizer, text_encoder: nn.Module, names: list[str], vectors: Tensor) -> None:
+    """Add words with a vector (width,) each as rows of the embedding; the new table keeps the old one's buffers.
+
+    Raises:
+        UserError: the tokenizer knows one of them already.
+    """
     if tokenizer.add_tokens(names) != len(names):  # type: ignore[attr-defined]
-        raise UserError(f"The token {token} is there already; give one of the concepts another token.")
+        raise UserError(f"The token {names[0]} is there already; give one of the concepts another token.")
     old = embedding_of(text_encoder)
     ids = tokenizer.convert_tokens_to_ids(names)  # type: ignore[attr-defined]
     with torch.no_grad():
@@ -130,6 +138,8 @@ def install(tokenizer: Tokenizer, text_encoder: nn.Module, token: str, vectors: 
         table[: old.num_embeddings] = old.weight
         table[ids] = vectors.to(table)
     new = nn.Embedding.from_pretrained(table, freeze=True)
+    for name, buffer in old.named_buffers():
+        new.register_buffer(name, buffer, persistent=False)
     text_encoder.set_input_embeddings(new)  # type: ignore[operator]
     text_encoder.config.vocab_size = new.num_embeddings  # type: ignore[union-attr]
 
@@ -137,7 +147,8 @@ def install(tokenizer: Tokenizer, text_encoder: nn.Module, token: str, vectors: 
 class NewTokenEmbedding(nn.Module):
     """The frozen embedding of a base with new rows behind it: a token's trainable ones, then frozen ones.
 
-    ``words`` are the new rows' names in their order.
+    ``words`` are the new words: the token's ``count``, then the frozen ones. Vectors (layers, n, width) have a row for
+    every layer and word, of which the words' own ids are the first layer's (see :mod:`.layerwise`).
     """
 
     frozen: Tensor
@@ -152,18 +163,28 @@ class NewTokenEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.base = base
-        self.words = [*words(token, len(vectors)), *frozen_words]
+        self.count = vectors.shape[-2]
+        self.words = [*words(token, self.count), *frozen_words]
         self.vectors = nn.Parameter(vectors.to(base.weight.device, torch.float32))
-        rows = vectors[:0] if frozen is None else frozen[: len(frozen_words)]
+        rows = vectors.flatten(0, -2)[:0] if frozen is None else frozen[: len(frozen_words)]
         self.register_buffer("frozen", rows.to(self.vectors), persistent=False)
+        if vectors.dim() == 3:
+            ids = base.num_embeddings + torch.arange(len(vectors) * self.count).view(len(vectors), self.count)
+            self.register_buffer("ladder", torch.cat([ids[:1], ids]).mT.to(self.vectors.device), persistent=False)
 
     @property
     def weight(self) -> Tensor:
         return self.base.weight
 
+    def id_of(self, word: str) -> int:
+        """The id of one of the new words: behind the vocabulary, frozen ones behind the rows of every layer."""
+        index = self.words.index(word)
+        rows = self.vectors.shape[:-1].numel()
+        return self.base.num_embeddings + (index if index < self.count else index + rows - self.count)
+
     def forward(self, ids: Tensor) -> Tensor:
         fresh = ids >= self.base.num_embeddings
         known = self.base(ids.masked_fill(fresh, 0))
-        rows = torch.cat([self.vectors, self.frozen])
+        rows = torch.cat([self.vectors.flatten(0, -2), self.frozen])
         mine = F.embedding((ids - self.base.num_embeddings).clamp_min(0), rows)
         return torch.where(fresh[..., None], mine.to(known.dtype), known)

@@ -244,7 +244,7 @@ LAYERS = [
     {"slot_map"},
     {"methods", "spectrum", "resources"},
     {"base", "tokens", "config", "architectures"},
-    {"adapter", "data", "evaluation"},
+    {"adapter", "data", "evaluation", "layerwise"},
     {"formats", "training", "adapted"},
     {"fusion"},
     {"generation"},

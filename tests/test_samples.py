@@ -354,6 +354,16 @@ def test_cached_crops_have_the_same_bits_and_are_not_encoded_again(
     assert encodings.count == 4 * len(SHAPES)
 
 
+def test_photos_without_a_mask_are_kept_apart_from_those_that_count_as_whole(base: Base, tmp_path: Path) -> None:
+    folder = make_shapes(tmp_path / "rex", SHAPES[:2], masks=True)
+    (folder / "masks" / "0.png").unlink()
+    plain = settings(folder, cache=tmp_path / "cache")
+    everything(PhotoCrops(load_concept(folder), base, plain, 16))
+    masked = settings(folder, cache=tmp_path / "cache", mask_weight=1.0)
+    found = PhotoCrops(load_concept(folder), base, masked, 16).take([(0, 0), (1, 0)])[1]
+    assert found is not None and bool((found[0] == 1).all()) and not bool((found[1] == 1).all())
+
+
 def test_a_damaged_cache_file_is_made_again(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_shapes(tmp_path / "rex", SHAPES[:2], masks=True)
     config = settings(folder, mask_weight=1.0, cache=tmp_path / "cache")

@@ -45,7 +45,7 @@ def key_of(photo: Photo, masked: bool, crops: list[Crop], encoder: str) -> str:
     except OSError as error:
         raise UserError(f"{photo.path} or its mask can no longer be read: {error.strerror or error}.") from error
     parts = [hashlib.sha256(data).hexdigest() for data in files]
-    whole = [FORMAT, *parts, masked and photo.mask == photo.path, crops, encoder]
+    whole = [FORMAT, *parts, masked, masked and photo.mask == photo.path, crops, encoder]
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..adapted import Strength, overlay
+from ..adapted import Strength, install_tokens, overlay
 from ..adapter import Adapter, check_base
 from ..base import Base, load_base
 from ..evaluation.prompts import with_article
@@ -130,8 +130,7 @@ def draw_adapters(shelf: Shelf, held: Held, note: Callable[[str], None]) -> Draw
             note(warning)
     drawn.base = base.fingerprint.exact
     for adapter in held.adapters.values():
-        for token, vectors in adapter.tokens.items():
-            base.install(token, vectors)
+        install_tokens(base, adapter)
     before = shelf.draw(base, FLOOR, "ordinary", config.ordinary, {}, held.base)
     if config.floor:
         drawn.shown[FLOOR] = [v for a in held.adapters.values() for v in shelf.portraits(base, FLOOR, a, {}, held.base)]

@@ -17,11 +17,10 @@ from PIL import Image
 from ..adapted import put_on
 from ..adapter import Adapter
 from ..base import Base
-from ..config import FuseConfig
+from ..config import FuseConfig, TeachConfig
 from ..evaluation.prompts import ORDINARY
 from ..evaluation.statistics import share, told
 from ..fusion.recipe import fuse_adapters
-from .distil import Distil, distil
 from .fusion import change_for, drift, family_rate
 from .fusion import sheet_of as tiles
 from .lab import REPORTED, TUNED, Figures, Lab, TimeOver, scaled
@@ -43,7 +42,7 @@ class Recipe:
         train: what is changed in training the adapters.
         factors: ``projected`` takes what A_U and A_V have in the other concepts' bands away; ``levelled`` gives every
             concept's change the same norm.
-        taught: how the fused base is then taught what the adapters draw alone, if it is.
+        taught: settings of teaching the fused base what the adapters draw alone, if it is taught.
         routed: nothing is fused; a prompt is drawn with the adapter whose token it holds.
     """
 
@@ -53,7 +52,7 @@ class Recipe:
     strength: float = 1.0
     train: Mapping[str, Any] = field(default_factory=dict)
     factors: str = ""
-    taught: Distil | None = None
+    taught: Mapping[str, Any] | None = None
     routed: bool = False
 
 
@@ -62,28 +61,29 @@ def watched(merge: str = "gradient", **settings: Any) -> dict[str, Any]:
     return {"merge": merge, "gradient": settings}
 
 
+def lessons(steps: int, **settings: Any) -> dict[str, Any]:
+    """Settings of teaching; pictures are drawn with the studies' guidance."""
+    return {"steps": steps, "guidance": 2.0, **settings}
+
+
 OWN_WORDS: dict[str, Any] = {"guidance": 1.0}  # no empty prompt is watched, whose answer every adapter changes its way
 CAREFUL = {"preservation": {"weight": 4.0}}
 WORDS_ONLY = {"targets": "key-value"}  # what reads words: nothing else of the network changes
+FROM_16 = watched(anchor=16.0, **OWN_WORDS)
 FROM_4 = watched(anchor=4.0, **OWN_WORDS)
 TRIALS: tuple[Recipe, ...] = (
     Recipe("sum", "λ = 1.0"),
     *(Recipe("gradient, anchored", f"μ = {m}", watched(anchor=m)) for m in (1.0, 2.0, 4.0, 8.0)),
     *(Recipe("gradient, own words", f"μ = {m}", watched(anchor=m, **OWN_WORDS)) for m in (1.0, 4.0, 16.0)),
-    *(Recipe("taught", f"{n} steps from μ = 4", FROM_4, taught=Distil(n)) for n in (300, 900)),
-    Recipe("taught", "300 steps from μ = 16", watched(anchor=16.0, **OWN_WORDS), taught=Distil(300)),
-    Recipe(
-        "taught",
-        "300 steps, 3/4 ordinary, from μ = 16",
-        watched(anchor=16.0, **OWN_WORDS),
-        taught=Distil(300, ordinary=0.75),
-    ),
-    Recipe("taught", "900 steps, 3/4 ordinary", FROM_4, taught=Distil(900, batch=24, ordinary=0.75)),
+    *(Recipe("taught", f"{n} steps from μ = 4", FROM_4, taught=lessons(n)) for n in (300, 900)),
+    Recipe("taught", "300 steps from μ = 16", FROM_16, taught=lessons(300)),
+    Recipe("taught", "300 steps, 3/4 ordinary, from μ = 16", FROM_16, taught=lessons(300, ordinary=0.75)),
+    Recipe("taught", "900 steps, 3/4 ordinary", FROM_4, taught=lessons(900, batch=24, ordinary=0.75)),
     *(
         Recipe("words only, gradient", f"μ = {m}", watched(anchor=m, **OWN_WORDS), train=WORDS_ONLY)
         for m in (1.0, 4.0, 16.0)
     ),
-    Recipe("words only, taught", "300 steps", FROM_4, train=WORDS_ONLY, taught=Distil(300, targets="key-value")),
+    Recipe("words only, taught", "300 steps", FROM_4, train=WORDS_ONLY, taught=lessons(300)),
     Recipe("words only, sum", "λ = 1.0", train=WORDS_ONLY),
     *(Recipe("sum", f"λ = {s}", strength=s) for s in (0.3, 0.5, 0.7)),
     *(Recipe("sum, norms levelled", f"λ = {s}", strength=s, factors="levelled") for s in (0.5, 1.0)),
@@ -100,14 +100,14 @@ TRIALS: tuple[Recipe, ...] = (
         Recipe("held to the base, gradient", f"weight 4, μ = {m}", watched(anchor=m, **OWN_WORDS), train=CAREFUL)
         for m in (1.0, 4.0)
     ),
-    Recipe("held to the base, taught", "300 steps", FROM_4, train=CAREFUL, taught=Distil(300)),
+    Recipe("held to the base, taught", "300 steps", FROM_4, train=CAREFUL, taught=lessons(300)),
     *(Recipe("S-normalised, sum", f"λ = {s}", strength=s, train={"normalise": True}) for s in (0.5, 1.0)),
     Recipe("S-normalised, gradient", "μ = 4", FROM_4, train={"normalise": True}),
 )
 MOST = 8  # kinds that are reported, the best ones
 QUICK = (
     Recipe("sum, off the other bands", "λ = 1", factors="projected"),
-    Recipe("taught", "2 steps", watched(pictures=2, steps=2), taught=Distil(2, pictures=4, draws=2, plain=4, batch=4)),
+    Recipe("taught", "2 steps", watched(pictures=2, steps=2), taught=lessons(2, pictures=4, draws=2, plain=4, batch=4)),
 )
 
 
@@ -153,13 +153,9 @@ def fused_by(lab: Lab, recipe: Recipe, adapters: Sequence[Adapter], seed: int) -
     base = lab.fresh()
     files = [Path(f"{adapter.name}.safetensors") for adapter in adapters]
     more = {"strength": strengths(recipe, adapters), "seed": seed, **recipe.merge}
-    fuse_adapters(base, list(adapters), FuseConfig(adapters=files, output=Path("fused"), **more), lab.progress)
     if recipe.taught:
-        plain = lab.fresh()
-        for adapter in adapters:
-            for token, vectors in adapter.tokens.items():
-                plain.install(token, vectors)
-        distil(base, plain, adapters, things(lab), recipe.taught, seed, lab.progress)
+        more["teach"] = TeachConfig(things=things(lab), **recipe.taught)
+    fuse_adapters(base, list(adapters), FuseConfig(adapters=files, output=Path("fused"), **more), lab.progress)
     return base
 
 

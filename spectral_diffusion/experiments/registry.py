@@ -50,7 +50,7 @@ class Study:
     run: Callable[[Lab, bool], Findings]
 
 
-STUDIES: Registry[Study] = Registry("study", __package__, {"registry", "lab", "report", "charts", "distil"})
+STUDIES: Registry[Study] = Registry("study", __package__, {"registry", "lab", "report", "charts"})
 
 
 def study(

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from .. import resources
+from ..adapted import install_tokens
 from ..adapter import Adapter
 from ..base import Base
 from ..config import FuseConfig
@@ -130,8 +131,7 @@ def base_for(lab: Lab, way: Way, adapters: Sequence[Adapter]) -> Base:
     base = lab.fresh()
     if way.merge is None:
         for adapter in adapters:
-            for token, vectors in adapter.tokens.items():
-                base.install(token, vectors)
+            install_tokens(base, adapter)
         return base
     files = [Path(f"{adapter.name}.safetensors") for adapter in adapters]
     fuse_adapters(base, list(adapters), FuseConfig(adapters=files, output=Path("fused"), **MERGES[way.merge]))

@@ -1,6 +1,7 @@
 """The native adapter file: one safetensors with factors, what they are built on, token vectors and metadata.
 
-Tensors: ``delta.<component>.<layer>.<parameter>``, ``frozen.<component>.<layer>.<name>``, ``token.<text encoder>``, and
+Tensors: ``delta.<component>.<layer>.<parameter>``, ``frozen.<component>.<layer>.<name>``, ``token.<text encoder>``,
+``layerwise.<text encoder>`` of a token whose vectors differ by cross-attention layer (``token`` is their mean), and
 ``earlier.<n>.<text encoder>`` of concepts it was trained on top of. A band is stored, never derived again: one flipped
 sign would change everything. A hash over tensors and metadata tells a damaged or edited file from a whole one.
 """
@@ -59,6 +60,7 @@ def _contents(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     for layer, held in adapter.frozen.items():
         tensors |= {f"frozen.{layer}.{name}": value for name, value in held.items()}
     tensors |= {f"token.{encoder}": value for encoder, value in adapter.vectors.items()}
+    tensors |= {f"layerwise.{encoder}": value for encoder, value in adapter.layerwise.items()}
     for index, vectors in enumerate(adapter.earlier.values()):
         tensors |= {f"earlier.{index}.{encoder}": value for encoder, value in vectors.items()}
     tensors = {name: value.detach().cpu().float().contiguous() for name, value in tensors.items()}
@@ -148,6 +150,7 @@ def load_adapter(path: Path) -> Adapter:
             frozen=dict(sorted(frozen.items())),
             earlier={check_token(token): held for token, held in zip(tokens, earlier, strict=True)},
             vectors={n[6:]: t for n, t in tensors.items() if n.startswith("token.")},
+            layerwise={n[10:]: t for n, t in tensors.items() if n.startswith("layerwise.")},
             config=json.loads(metadata["spectral.config"]),
             versions=json.loads(metadata["spectral.versions"]),
         )
@@ -168,6 +171,9 @@ def _check_shapes(adapter: Adapter) -> None:
     for vectors in adapter.tokens.values():
         if not vectors or any(v.dim() != 2 or not 1 <= len(v) <= 64 for v in vectors.values()):
             raise ValueError("token vectors have a wrong shape")
+    for encoder, rows in adapter.layerwise.items():
+        if rows.dim() != 3 or not 1 <= len(rows) <= 1000 or rows.shape[1:] != adapter.vectors[encoder].shape:
+            raise ValueError("layer-wise token vectors have a wrong shape")
     if any(
         layer not in adapter.sizes or math.prod(k) != adapter.sizes[layer][1] for layer, k in adapter.kernels.items()
     ):

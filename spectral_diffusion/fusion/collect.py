@@ -130,6 +130,20 @@ def collect(
     return seen
 
 
+def predict(base: Base, prompts: list[str], noisy: Tensor, timesteps: Tensor) -> Tensor:
+    """The U-Net's predictions (n, c, h, w) float32 for noised latents of the base's own size and prompts."""
+    found = base.pipeline.encode_prompt(
+        prompts, device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    more: dict[str, Any] = {}
+    if "text_encoder_2" in base.models:  # SDXL is told the pooled words and the sizes
+        side = (base.size, base.size)
+        times = torch.tensor([(*side, 0, 0, *side)] * len(prompts), device=base.device)
+        more = {"added_cond_kwargs": {"text_embeds": found[2], "time_ids": times}}
+    predicted: Tensor = base.pipeline.unet(noisy, timesteps, found[0], **more).sample
+    return predicted.float()
+
+
 def memory_of(sizes: Mapping[str, tuple[int, int]], adapters: int) -> int:
     """Bytes that the Gram matrices of so many adapters and of the ordinary prompts take."""
     return (adapters + 1) * sum(8 * inside * inside for _, inside in sizes.values())

@@ -18,12 +18,14 @@ from ..errors import UserError, nearest
 from ..files import atomic_folder, read_tensors, write_json, write_tensors, write_text
 from ..formats.importing import import_lora
 from ..formats.native import is_native, load_adapter, save_adapter, versions
+from ..layerwise import mean_note, use_means
 from ..linalg import Factors
 from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
 from .activations import Activations
 from .collect import cached, collect, memory_of
 from .registry import Contribution, Merge, get_merge
+from .teach import prepare, teach
 
 RECIPE, MERGED, ADAPTERS = "recipe.json", "merged.safetensors", "adapters"
 Seen = dict[str, Activations]
@@ -67,6 +69,12 @@ def strength_of(strength: Mapping[str, float], name: str, layer: str) -> float:
     return strength.get(name, 1.0) * strength.get(f"{name}.{layer.split('.', 1)[0]}", 1.0)
 
 
+def strengths_of(config: FuseConfig, adapters: Iterable[Adapter]) -> dict[str, dict[str, float]]:
+    """λ of every adapter by component."""
+    components = {layer.split(".", 1)[0] for adapter in adapters for layer in adapter.layers}
+    return {a.name: {part: strength_of(config.strength, a.name, f"{part}.") for part in components} for a in adapters}
+
+
 def fuse_adapters(
     base: Base,
     adapters: list[Adapter],
@@ -78,8 +86,9 @@ def fuse_adapters(
     """Add the adapters' merged ΔW to the weights of ``base`` and their tokens to its tokenizer, in place.
 
     Adapters act in canonical order (by name), so the result does not depend on how they were listed; sums are
-    formed in float64 and rounded once. ``install`` says whether their tokens are still to be put in. Returns the
-    merged factors by layer; None where a merge gave dense changes.
+    formed in float64 and rounded once. Then the result is taught, if the config says so. ``install`` says whether
+    their tokens are still to be put in; layer-wise ones are their mean afterwards, as in a stock pipeline. Returns the
+    merged factors by layer; None where a merge gave dense changes, or teaching did.
 
     Raises:
         UserError: two adapters share a name or a token, or a strength names none of them.
@@ -87,12 +96,16 @@ def fuse_adapters(
     adapters = sorted(adapters, key=lambda adapter: adapter.name)
     check_together(adapters, config.strength)
     merge = get_merge(config.merge)
+    use_means(base)
     targets: dict[str, nn.Linear | nn.Conv2d] = {}
     for adapter in adapters:
         targets |= find_targets(base.models, adapter.targets)
         for token, vectors in adapter.tokens.items() if install else ():
             base.install(token, vectors)
     layers = [layer for layer in targets if any(layer in adapter.sizes for adapter in adapters)]
+    lessons = None
+    if config.teach.steps:  # before anything is fused: the base is one of the teachers
+        lessons = prepare(base, adapters, strengths_of(config, adapters), config.teach, config.seed, progress)
     merged: dict[str, Factors] = {}
     dense = False
     done = 0
@@ -113,7 +126,9 @@ def fuse_adapters(
                 weight.copy_((weight.double() + delta.view(weight.shape).to(weight.device)).to(weight.dtype))
             done += 1
             progress(Event("fuse", done, len(layers), {"layer": layer}))
-    return None if dense else merged
+    if lessons:
+        teach(base, lessons, [targets[layer].weight for layer in layers], config.teach, config.seed, progress)
+    return None if dense or lessons else merged
 
 
 def contribute(
@@ -223,6 +238,9 @@ def fuse_to_folder(
     adapters += [import_lora(path, None, base.name, base=base) for path in config.adapters if path not in ours]
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
     warnings += overlaps(adapters)
+    for adapter in adapters:
+        if adapter.layerwise:
+            note(mean_note(adapter.name))
     merged = fuse_adapters(base, adapters, config, progress, note)
     with atomic_folder(output) as new:
         with quiet():

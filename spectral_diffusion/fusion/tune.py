@@ -19,12 +19,13 @@ from torch import Tensor
 from ..adapted import overlay
 from ..adapter import Adapter, check_base
 from ..base import Base
-from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, FuseConfig
+from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, FuseConfig, TeachConfig
 from ..methods.attach import activate, detach
 from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator, keyed_random
 from ..tokens import collapse, known_tokens
+from .collect import predict
 from .recipe import check_together, fuse_adapters
 
 HELD_OUT = ("a drawing of {}", "{} in the garden", "a small picture of {}", "{} by the window")  # not among the watched
@@ -58,20 +59,6 @@ class Candidate:
 
 
 @torch.no_grad()
-def predictions(base: Base, inputs: dict[str, Any]) -> Tensor:
-    """The U-Net's prediction for noised latents and prompts."""
-    found = base.pipeline.encode_prompt(
-        inputs["prompts"], device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    more: dict[str, Any] = {}
-    if "text_encoder_2" in base.models:  # SDXL is told the pooled words and the sizes
-        side = (base.size, base.size)
-        times = torch.tensor([(*side, 0, 0, *side)] * len(inputs["prompts"]), device=base.device)
-        more = {"added_cond_kwargs": {"text_embeds": found[2], "time_ids": times}}
-    return base.pipeline.unet(inputs["noisy"], inputs["timesteps"], found[0], **more).sample.float()
-
-
-@torch.no_grad()
 def make_reference(base: Base, adapter: Adapter | None, config: FuseConfig) -> Reference:
     """Draw held-out prompts with one adapter (or with none), noise the pictures, and predict."""
     known = known_tokens(base.pipeline.tokenizer)
@@ -102,12 +89,10 @@ def make_reference(base: Base, adapter: Adapter | None, config: FuseConfig) -> R
         "noisy": schedule.add_noise(latents, noise, timesteps),
         "timesteps": timesteps,
     }
-    wanted = predictions(base, inputs)
+    wanted = predict(base, **inputs)
     if adapter:
         detach(base.models)
-    return Reference(
-        adapter.name if adapter else None, inputs, wanted, predictions(base, inputs) if adapter else wanted
-    )
+    return Reference(adapter.name if adapter else None, inputs, wanted, predict(base, **inputs) if adapter else wanted)
 
 
 @contextmanager
@@ -141,6 +126,7 @@ def tune(
         UserError: an adapter does not belong on this base, or two share a name or a token.
     """
     check_together(adapters, config.strength)
+    config = config.model_copy(update={"teach": TeachConfig()})  # merges are compared, not what is taught after them
     for adapter in adapters:
         check_base(adapter, base, config.allow_base)
     for adapter in adapters:
@@ -156,7 +142,8 @@ def tune(
         changed = config.model_copy(update={"strength": {**config.strength, **each}, "gradient": gradient})
         with untouched(base, adapters):
             fuse_adapters(base, adapters, changed, note=note, install=False)
-            off = [float((predictions(base, one.inputs) - one.wanted).square().mean()) for one in references]
+            with torch.no_grad():
+                off = [float((predict(base, **one.inputs) - one.wanted).square().mean()) for one in references]
         own = [max(float((one.wanted - one.plain).square().mean()), 1e-12) for one in references[:-1]]
         concepts = sum(a / b for a, b in zip(off[:-1], own, strict=True)) / len(adapters)
         tried.append(Candidate(strength, anchor, concepts, off[-1] / max(effect, 1e-12)))

@@ -103,6 +103,8 @@ def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callabl
     """Take the removed adapters' changes off the fused weights."""
     if (config.merge, config.form) not in SUMS:
         raise UserError(f"Only plain sums can be subtracted from; {folder} was merged by {config.merge}: get its base.")
+    if config.teach.steps:
+        raise UserError(f"Only plain sums can be subtracted from; {folder} was taught after the merge: get its base.")
     check_float32(folder)
     fused = load_base(str(folder), "cpu")
     adapters = load_adapters(folder)

@@ -21,7 +21,7 @@ from diffusers import (
 from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image
 
-from ..adapted import Strength, put_on, strength_in
+from ..adapted import Strength, install_tokens, put_on, strength_in
 from ..adapter import Adapter, check_base
 from ..base import Base, load_base
 from ..errors import UserError, nearest
@@ -209,11 +209,11 @@ def bind(base: Base, scene: Scene, note: Callable[[str], None]) -> list[Bound]:
             adapter = loaded[path] = load_adapter(Path(path))
             if warning := check_base(adapter, base, scene.allow_base):
                 note(warning)
-            for token, vectors in adapter.tokens.items():
+            for token in adapter.tokens:
                 if token in owners:
                     raise UserError(f"{path} and {owners[token]} share the token {token}; train one with another.")
                 owners[token] = path
-                base.install(token, vectors)
+            install_tokens(base, adapter)
     return [[(loaded[path], strength) for path, strength in region.adapters.items()] for region in scene.regions]
 
 

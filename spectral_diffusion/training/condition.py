@@ -17,7 +17,7 @@ from PIL import Image
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from ..base import Base, load_base, quiet
+from ..base import Base, load_base, plain_is_quicker, quiet
 from ..config import Settings, read_yaml, to_yaml
 from ..data.folder import SUFFIXES, load_concept, open_photo
 from ..data.samples import random_crop
@@ -27,7 +27,6 @@ from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator
 from .draws import Samples, draw_timestep, target_of
 from .loop import Stopped
-from .machines import plain_is_quicker
 from .state import check_settings, load_state, save_state
 
 CHANNELS = {"sketch": 1, "keypose": 3}

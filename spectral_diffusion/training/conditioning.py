@@ -21,9 +21,13 @@ class Conditioner:
     Args:
         frozen: more words, random and never trained, that prompts may hold.
         size: side of square pictures in pixels.
+        layers: train vectors of the token's own for so many cross-attention layers; 0 for all of them together. What is
+            given is then the long form, inside :func:`..layerwise.layered`.
     """
 
-    def __init__(self, base: Base, concept: Concept, seed: int, size: int, frozen: Sequence[str] = ()) -> None:
+    def __init__(
+        self, base: Base, concept: Concept, seed: int, size: int, frozen: Sequence[str] = (), layers: int = 0
+    ) -> None:
         self.base, self.size = base, size
         self.embeddings = {name: embedding_of(base.models[name]) for name in base.tokenizers}
         self.tokens: dict[str, NewTokenEmbedding] = {}
@@ -31,8 +35,9 @@ class Conditioner:
             noun = noun_vector(base.tokenizers[name], base.models[name], concept.noun)
             others = random_vectors(len(frozen), noun, seed, "others", concept.token)
             rows = initial_vectors(noun, concept.token, seed)
+            rows = rows.repeat(layers, 1, 1) if layers else rows
             self.tokens[name] = NewTokenEmbedding(embedding, concept.token, rows, frozen, others)
-        self.usual = {name: float(tokens.vectors.detach().norm(dim=1).mean()) for name, tokens in self.tokens.items()}
+        self.usual = {name: float(tokens.vectors.detach().norm(dim=-1).mean()) for name, tokens in self.tokens.items()}
 
     def __enter__(self) -> Conditioner:
         for name, tokens in self.tokens.items():
@@ -50,13 +55,19 @@ class Conditioner:
         return {f"token.{name}": tokens.vectors for name, tokens in self.tokens.items()}
 
     def vectors(self) -> dict[str, Tensor]:
-        """Copies of the token's rows by text encoder, (n, width) each."""
-        return {name: tokens.vectors.detach().cpu().clone() for name, tokens in self.tokens.items()}
+        """Copies of the token's rows by text encoder, (n, width) each; the mean of the layers' where they differ."""
+        held = {name: tokens.vectors.detach().cpu().clone() for name, tokens in self.tokens.items()}
+        return {name: rows.mean(0) if rows.dim() == 3 else rows for name, rows in held.items()}
+
+    def layerwise(self) -> dict[str, Tensor]:
+        """Copies of the rows of every layer by text encoder, (layers, n, width) each; none where they are the same."""
+        held = {name: tokens.vectors.detach().cpu().clone() for name, tokens in self.tokens.items()}
+        return {name: rows for name, rows in held.items() if rows.dim() == 3}
 
     def hold(self, limit: float) -> None:
         """Drop the gradient of rows whose mean norm has reached ``limit`` times what it was at the start."""
         for name, tokens in self.tokens.items():
-            if tokens.vectors.detach().norm(dim=1).mean() >= limit * self.usual[name]:
+            if tokens.vectors.detach().norm(dim=-1).mean() >= limit * self.usual[name]:
                 tokens.vectors.grad = None
 
     def __call__(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> dict[str, Any]:
@@ -78,18 +89,17 @@ class Conditioner:
         """Which words of the prompts are the trained token's, (n, length), as the first text encoder counts them."""
         name, tokens = next(iter(self.tokens.items()))
         place = self.ids(name, prompts) - tokens.base.num_embeddings
-        return (place >= 0) & (place < len(tokens.vectors))
+        return (place >= 0) & (place < tokens.count)
 
     def ids(self, name: str, prompts: Sequence[str]) -> Tensor:
         """Token ids (n, length); new words get the ids behind the vocabulary, in their order."""
         tokenizer, tokens = self.base.tokenizers[name], self.tokens[name]
-        first = tokens.base.num_embeddings
         rows = []
         for prompt in prompts:
             row: list[int] = []
-            for part in split_keep(expand(prompt, {tokens.words[0]: len(tokens.vectors)}), tokens.words):
+            for part in split_keep(expand(prompt, {tokens.words[0]: tokens.count}), tokens.words):
                 if part in tokens.words:
-                    row.append(first + tokens.words.index(part))
+                    row.append(tokens.id_of(part))
                 else:
                     row += tokenizer(part, add_special_tokens=False).input_ids
             row = [tokenizer.bos_token_id, *row[: tokenizer.model_max_length - 2], tokenizer.eos_token_id]

@@ -16,6 +16,7 @@ from ..data.folder import Concept
 from ..data.samples import PhotoCrops
 from ..errors import NotFiniteError
 from ..formats.native import versions
+from ..layerwise import cross_attention, layered
 from ..linalg import kernel_of, sides
 from ..methods import get_method
 from ..methods.attach import attach, detaching
@@ -75,6 +76,7 @@ def train(
     size = config.resolution or base.size
     noise_schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
     preserving = config.preservation.weight > 0
+    layers = len(cross_attention(unet)) if config.layerwise else 0
     parts = among.count * config.optimiser.accumulate
     whole = whole_batch(config, parts)  # the settings of one process that takes a step at once
     with among.first():
@@ -82,11 +84,12 @@ def train(
     alone = should_stop if among.count == 1 else lambda: False  # several stop together, between steps
     ordinary = draw_ordinary(base, config, concept.noun, size, progress, alone) if preserving else None
     with (
-        Conditioner(base, concept, config.seed, size, OTHERS if preserving else ()) as condition,
+        Conditioner(base, concept, config.seed, size, OTHERS if preserving else (), layers) as condition,
         detaching(models),
         quick_attention(base, config),
         checkpointing(base, config),
         watching(unet, config.objective.attention > 0) as maps,
+        layered(base, config.layerwise),
         Watcher(config, concept, base, note, among.main) as watcher,
     ):
         anchors = draw_anchors(ordinary, base, noise_schedule, config, condition, progress) if ordinary else None
@@ -183,6 +186,7 @@ def train(
                 kernels={layer: kernel for layer in attachment.layers if (kernel := kernel_of(weights[layer]))},
                 frozen=stored_part(method, frozen),
                 vectors=condition.vectors(),
+                layerwise=condition.layerwise(),
                 earlier=start_from.tokens if start_from else {},
                 config=comparable(config),
                 versions=versions(),

@@ -13,7 +13,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from ..base import Base
+from ..base import Base, plain_is_quicker
 from ..config import TrainConfig
 from .optimisers import Optimiser
 
@@ -161,14 +161,6 @@ def take_step(
         for parameter in held:
             parameter.grad = None
     return True
-
-
-def plain_is_quicker(device: str, half: bool, side: int) -> bool:
-    """Whether plain attention beats the fused one: on a CPU in half precision, for latents of less than ``side`` 64.
-
-    In float32 the fused one takes half the time where there are many places, and it never keeps the scores.
-    """
-    return device == "cpu" and half and side < 64
 
 
 @contextmanager

@@ -16,17 +16,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..base import ENCODERS, Base
+from ..base import ENCODERS, Base, plain_is_quicker
 from ..config import TrainConfig
 from ..data.samples import CHUNK as CROPS_AT_ONCE
 from ..errors import UserError
+from ..layerwise import cross_attention
 from ..linalg import sides
 from ..methods import Method, get_method
 from ..methods.attach import attach
 from ..methods.frozen import Frozen
 from ..methods.targets import find_targets
 from ..slots import Slot
-from .machines import plain_is_quicker
 from .ordinary import CHUNK as PICTURES_AT_ONCE
 
 SMALL = 50_000_000  # parameters of a base below which nobody needs to be told
@@ -167,6 +167,7 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
         plain = plain_is_quicker(device, config.autocast or dtype != torch.float32, side)
         unet.set_attn_processor(AttnProcessor() if plain else LeanAttention())
         there = [t for m in (*copies.values(), empty_vae) for t in (*m.parameters(), *m.buffers())]
+        layers = len(cross_attention(unet)) if config.layerwise else 1
         frozen = sum(t.numel() * t.element_size() for t in there) - weights - 4 * trained + apart
         adapter = frozen + trained * (4 + STATES[config.optimiser.name] + (4 if config.optimiser.ema else 0))
 
@@ -177,7 +178,7 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
 
         def predict(batch: int) -> Tensor:
             noisy = torch.empty(batch, channels, side, side, dtype=dtype)
-            predicted: Tensor = unet(noisy, torch.zeros(batch, dtype=torch.long), **words(copies, batch)).sample
+            predicted: Tensor = unet(noisy, torch.zeros(batch, dtype=torch.long), **words(copies, batch, layers)).sample
             return predicted
 
         def step() -> None:
@@ -198,14 +199,14 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
     return Estimate(weights, max(0, adapter), phases, CONTEXT[device])
 
 
-def words(models: Models, batch: int) -> dict[str, Any]:
-    """A U-Net's conditioning by prompts that hold nothing, through the text encoders."""
-    ids = torch.zeros(batch, WORDS, dtype=torch.long)
+def words(models: Models, batch: int, layers: int = 1) -> dict[str, Any]:
+    """A U-Net's conditioning by prompts that hold nothing, through the text encoders, once for every layer."""
+    ids = torch.zeros(batch * layers, WORDS, dtype=torch.long)
     encoders: list[Any] = [models[name] for name in ENCODERS if name in models]
     length = [min(WORDS, encoder.config.max_position_embeddings) for encoder in encoders]
     outputs = [encoder(ids[:, :n], output_hidden_states=True) for encoder, n in zip(encoders, length, strict=True)]
     if len(outputs) == 1:
-        return {"encoder_hidden_states": outputs[0][0]}
+        return {"encoder_hidden_states": outputs[0][0][:batch]}  # what a layer reads of them
     return {
         "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs], -1),
         "added_cond_kwargs": {"text_embeds": outputs[1][0], "time_ids": torch.zeros(batch, 6)},

@@ -13,6 +13,7 @@ from ..data.folder import Concept, load_concept
 from ..errors import UserError
 from ..files import check_writable, write_text
 from ..formats.native import load_adapter, save_adapter
+from ..layerwise import check_encoders
 from ..linalg import sides
 from ..methods import get_method
 from ..progress import Progress, silent
@@ -69,6 +70,8 @@ def train_to_file(
         raise UserError(f"The output {output} is a folder; choose another with -o.")
     check_writable(output)
     base = base or load_base(config.base, device_of(config, among), config.dtype)
+    if config.layerwise:
+        check_encoders(base)
     if concept.token in known_tokens(base.pipeline.tokenizer):
         raise UserError(
             f"The base '{config.base}' already has the token {concept.token}; choose another with token=<name>."
@@ -77,6 +80,8 @@ def train_to_file(
     if config.continue_from:
         config, start_from = with_start(config, base, concept)
         note(f"Going on from {config.continue_from}: method, rank {config.rank}, targets and columns are its own.")
+        if start_from.layerwise:
+            note(f"Note: {start_from.token} has layer-wise vectors; what goes on from it keeps their mean.")
     method = get_method(config.method)
     if config.normalise and not method.name.startswith("spectral-additive"):
         raise UserError(f"normalise=true scales the columns of spectral-additive; {method.name} has none to scale.")

@@ -1,0 +1,177 @@
+"""Teach a fused base what every adapter draws alone: no photo is needed, only the adapters and the untouched base.
+
+A merge is exact for one layer at a time; what it gets wrong adds up through the network. Here the whole fused network
+is held to each adapter's own predictions on that concept's pictures, and to the base's on ordinary ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+
+from ..adapted import Strength, overlay
+from ..adapter import Adapter
+from ..base import Base, plain_is_quicker
+from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, ORDINARY_SCENES, TeachConfig
+from ..errors import NotFiniteError
+from ..methods.attach import activate, detach
+from ..progress import Event, Progress, silent
+from ..randomness import keyed_generator, keyed_random
+from ..tokens import collapse, known_tokens
+from .collect import predict
+
+CHUNK = 16  # pictures drawn, and predictions made, together
+DRAWING = 10  # steps of each picture
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Noised pictures (n, c, h, w) of one concept, or of ordinary things, and what is right to predict there."""
+
+    prompts: list[str]
+    noisy: Tensor
+    timesteps: Tensor
+    wanted: Tensor
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """One lesson a concept, and that of ordinary things."""
+
+    concepts: list[Lesson]
+    ordinary: Lesson
+
+
+def prepare(
+    base: Base,
+    adapters: Sequence[Adapter],
+    strengths: Mapping[str, Strength],
+    config: TeachConfig,
+    seed: int,
+    progress: Progress = silent,
+) -> Lessons:
+    """What to teach, from the untouched base with every adapter's token in it; it is as it was afterwards."""
+    random = keyed_random("ordinary", seed)
+    things = config.things or [f"a {a} {n}".replace("  ", " ") for a in ORDINARY_ADJECTIVES for n in ORDINARY_NOUNS]
+    lessons = []
+    for index, adapter in enumerate(adapters):
+        strength = strengths.get(adapter.name, 1.0)
+        lessons.append(lesson_of(base, adapter, [adapter.token] * config.pictures, config, seed, strength))
+        progress(Event("lesson", index + 1, len(adapters) + 1))
+    usual = lesson_of(base, None, [random.choice(things) for _ in range(config.plain)], config, seed)
+    progress(Event("lesson", len(adapters) + 1, len(adapters) + 1))
+    return Lessons(lessons, usual)
+
+
+@torch.no_grad()
+def lesson_of(
+    base: Base, adapter: Adapter | None, things: Sequence[str], config: TeachConfig, seed: int, strength: Strength = 1.0
+) -> Lesson:
+    """What an adapter (None: the base alone) draws for each of the things, and predicts on its way there."""
+    who = adapter.name if adapter else "ordinary"
+    known = known_tokens(base.pipeline.tokenizer)
+    prompts = [
+        collapse(ORDINARY_SCENES[i % len(ORDINARY_SCENES)].replace("{}", thing), known)
+        for i, thing in enumerate(things)
+    ]
+    if adapter:
+        overlay(base, adapter, strength, "teacher")
+        activate(base.models, ["teacher"])
+    try:
+        drawn = []
+        for start in range(0, len(prompts), CHUNK):
+            chunk = prompts[start : start + CHUNK]
+            pictures = base.pipeline(
+                prompt=chunk,
+                num_inference_steps=DRAWING,
+                guidance_scale=config.guidance,
+                width=base.size,
+                height=base.size,
+                output_type="latent",
+                generator=[keyed_generator("lesson", who, seed, start + i) for i in range(len(chunk))],
+            )
+            drawn.append(pictures.images)
+        latents = torch.cat(drawn).repeat_interleave(config.draws, 0)
+        random, generator = keyed_random("lesson", who, seed), keyed_generator("noise", who, seed)
+        empty = 0.0 if adapter else config.empty
+        asked = ["" if random.random() < empty else prompt for prompt in prompts for _ in range(config.draws)]
+        schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
+        last = len(schedule.alphas_cumprod)
+        timesteps = (last * torch.rand(len(latents), generator=generator) ** 0.5).long().clamp(max=last - 1)
+        timesteps = timesteps.to(latents.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        wanted = [
+            predict(base, asked[start : start + CHUNK], noisy[start : start + CHUNK], timesteps[start : start + CHUNK])
+            for start in range(0, len(asked), CHUNK)
+        ]
+    finally:
+        if adapter:
+            detach(base.models)
+    return Lesson(asked, noisy, timesteps, torch.cat(wanted))
+
+
+def teach(
+    base: Base,
+    lessons: Lessons,
+    weights: Sequence[Tensor],
+    config: TeachConfig,
+    seed: int,
+    progress: Progress = silent,
+) -> None:
+    """Move some weights of a fused ``base`` in place until it predicts what its teachers do.
+
+    Raises:
+        NotFiniteError: the loss is NaN or infinity.
+    """
+    for model in base.models.values():
+        model.requires_grad_(False)
+    before = dict(base.pipeline.unet.attn_processors)
+    if plain_is_quicker(base.device.type, True, base.size // base.pipeline.vae_scale_factor):
+        base.pipeline.unet.set_attn_processor(AttnProcessor())
+    for weight in weights:
+        weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
+    try:
+        for step in range(config.steps):
+            optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - step / config.steps)
+            loss = loss_of(base, lessons, config, step, seed)
+            if not torch.isfinite(loss):
+                raise NotFiniteError(f"Teaching met NaN or infinity at step {step}: lower teach.learning_rate.")
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            progress(Event("teach", step + 1, config.steps, {"loss": float(loss.detach())}))
+    finally:
+        base.pipeline.unet.set_attn_processor(before)
+        for weight in weights:
+            weight.requires_grad_(False)
+            weight.grad = None
+
+
+def loss_of(base: Base, lessons: Lessons, config: TeachConfig, step: int, seed: int) -> Tensor:
+    """Mean squared error of one batch; the concepts take turns."""
+    generator = keyed_generator("distil", seed, step)
+    own = config.batch - int(config.batch * config.ordinary)
+    taken: list[tuple[Lesson, int]] = []
+    for index in range(config.batch):
+        of_concept = index < own and lessons.concepts
+        turn = (step * own + index) % max(1, len(lessons.concepts))
+        lesson = lessons.concepts[turn] if of_concept else lessons.ordinary
+        taken.append((lesson, int(torch.randint(len(lesson.prompts), (), generator=generator))))
+
+    def stacked(part: str) -> Any:
+        return torch.stack([getattr(lesson, part)[index] for lesson, index in taken])
+
+    prompts = [lesson.prompts[index] for lesson, index in taken]
+    with torch.autocast(base.device.type, torch.bfloat16):
+        found = predict(base, prompts, stacked("noisy"), stacked("timesteps"))
+    return F.mse_loss(found.float(), stacked("wanted"))

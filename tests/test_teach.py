@@ -1,0 +1,106 @@
+"""Teaching: the fused network comes nearer to what its adapters predict alone, and to the base elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_photos
+from typer.testing import CliRunner
+
+from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.cli import app
+from spectral_diffusion.config import FuseConfig, TeachConfig, TrainConfig
+from spectral_diffusion.errors import UserError
+from spectral_diffusion.exporting import export
+from spectral_diffusion.formats.native import load_adapter
+from spectral_diffusion.fusion.collect import predict
+from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder
+from spectral_diffusion.fusion.teach import Lessons, prepare
+from spectral_diffusion.fusion.unfuse import unfuse
+from spectral_diffusion.training.run import train_to_file
+
+SMALL = TeachConfig(steps=60, learning_rate=3e-3, pictures=4, plain=6, draws=4, batch=8, guidance=2.0)
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two adapters that change the tiny base a lot."""
+    folder = tmp_path_factory.mktemp("pair")
+    files = []
+    for seed, name in enumerate(("rex", "brew")):
+        config = TrainConfig(
+            concept=make_photos(folder / "photos" / name, seed=seed), output=folder / f"{name}.safetensors",
+            base=str(tiny_base), rank=2, steps=20, learning_rate=1e-1, device="cpu",
+        )  # fmt: skip
+        train_to_file(config)
+        files.append(config.output)
+    return files
+
+
+def settings(files: list[Path], output: Path, **more: object) -> FuseConfig:
+    return FuseConfig(adapters=files, output=output, device="cpu", **more)  # type: ignore[arg-type]
+
+
+def off(base: Base, lessons: Lessons) -> list[float]:
+    """Mean squared distance from what is right: of every concept, and of ordinary pictures."""
+    with torch.no_grad():
+        return [
+            float((predict(base, one.prompts, one.noisy, one.timesteps) - one.wanted).square().mean())
+            for one in (*lessons.concepts, lessons.ordinary)
+        ]
+
+
+def test_teaching_brings_concepts_and_the_base_nearer(pair: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+    adapters = [load_adapter(file) for file in pair]
+    untouched = load_base(str(tiny_base), "cpu")
+    for adapter in adapters:
+        for token, vectors in adapter.tokens.items():
+            untouched.install(token, vectors)
+    exam = prepare(untouched, sorted(adapters, key=lambda a: a.name), {}, SMALL, seed=5)  # pictures that are not taught
+    assert off(untouched, exam)[-1] < 1e-12 < min(off(untouched, exam)[:-1])
+    found = {}
+    for steps in (0, SMALL.steps):
+        base = load_base(str(tiny_base), "cpu")
+        teaching = SMALL.model_copy(update={"steps": steps})
+        factors = fuse_adapters(base, adapters, settings(pair, tmp_path, teach=teaching))
+        assert (factors is None) == (steps > 0)
+        assert not any(p.requires_grad for model in base.models.values() for p in model.parameters())
+        found[steps] = off(base, exam)
+    assert all(after < before for before, after in zip(found[0], found[SMALL.steps], strict=True)), found
+
+
+def test_strengths_are_taught(pair: list[Path], tiny_base: Path) -> None:
+    adapter = load_adapter(pair[0])
+    base = load_base(str(tiny_base), "cpu")
+    for token, vectors in adapter.tokens.items():
+        base.install(token, vectors)
+    few = SMALL.model_copy(update={"pictures": 2, "plain": 1, "draws": 1})
+    whole, none = (prepare(base, [adapter], {adapter.name: strength}, few, 0).concepts[0] for strength in (1.0, 0.0))
+    plain = predict(base, none.prompts, none.noisy, none.timesteps)
+    assert torch.allclose(none.wanted, plain, atol=1e-6) and not torch.allclose(whole.wanted, none.wanted, atol=1e-3)
+
+
+def test_a_taught_folder_has_the_same_bits_again_and_after_unfusing(pair: list[Path], tmp_path: Path) -> None:
+    few = SMALL.model_copy(update={"steps": 3})
+    folders = [tmp_path / name for name in ("one", "two", "alone", "rest")]
+    for folder, files in zip(folders, (pair, pair[::-1], pair[:1]), strict=False):
+        fuse_to_folder(settings(files, folder, merge="gradient", teach=few))
+    unfuse(folders[0], ["brew"], folders[3], device="cpu")
+    one, two, alone, rest = (load_base(str(folder), "cpu").fingerprint.exact for folder in folders)
+    assert one == two and alone == rest and one != rest
+
+
+def test_what_cannot_be_done_with_a_taught_folder_is_told(pair: list[Path], tmp_path: Path) -> None:
+    few = SMALL.model_copy(update={"steps": 2})
+    fuse_to_folder(settings(pair, tmp_path / "fused", teach=few))
+    with pytest.raises(UserError, match="was taught"):
+        unfuse(tmp_path / "fused", ["brew"], tmp_path / "rest", subtract=True, device="cpu")
+    with pytest.raises(UserError, match="export it as folder or checkpoint"):
+        export(tmp_path / "fused", tmp_path / "both.safetensors", "kohya", device="cpu")
+    export(tmp_path / "fused", tmp_path / "both", "folder", device="cpu")
+    wild = ["teach.steps=3", "teach.learning_rate=1e30", "--device", "cpu"]
+    result = CliRunner().invoke(app, ["fuse", *map(str, pair), "-o", str(tmp_path / "wild"), *wild])
+    assert result.exit_code == 1 and "lower teach.learning_rate" in str(result.exception)
+    assert not (tmp_path / "wild").exists()
