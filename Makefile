@@ -44,7 +44,7 @@ ui: install
 	$(BIN)/spectral-diffusion ui
 
 bench: install
-	for one in layers step spectrum fuse gradient regions methods memory app; do $(BIN)/python benchmarks/$$one.py || exit 1; done
+	for one in layers step spectrum fuse gradient regions methods memory trainer app; do $(BIN)/python benchmarks/$$one.py || exit 1; done
 
 evidence: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[plots]'
