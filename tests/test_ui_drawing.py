@@ -396,7 +396,7 @@ def test_gallery_pages_download_and_delete(workspace: Workspace, trained: tuple[
 
     name = drawn.pictures[0].stem
     rows = dict(pictures.about(workspace, name))
-    assert rows["Prompt"] == "a <tom> and a dog" and rows["Region 2"].endswith("(with jim)") and rows["Seed"] == "0"
+    assert rows["Prompt"] == "a <tom> and a dog" and rows["Box 2"].endswith("(with jim)") and rows["Seed"] == "0"
     path, packed = pictures.download(workspace, name)
     with zipfile.ZipFile(packed) as archive:
         run = name.rpartition("-")[0]

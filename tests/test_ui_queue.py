@@ -414,9 +414,9 @@ def test_the_line_counts_what_comes_before_the_first_step(queue: Queue) -> None:
     file = training(queue, first).status_file
     held = json.loads(file.read_text()) | {"stage": "draw", "step": 8, "steps": 36, "curve": []}
     file.write_text(json.dumps(held))
-    assert queue.job(first).line() == "first drawing ordinary pictures, which must stay as they are: 8 of 36"
+    assert queue.job(first).line() == "preparing, ordinary pictures that must stay as they are: 8 of 36"
     file.write_text(json.dumps(held | {"steps": 0}))
-    assert queue.job(first).line() == "first drawing ordinary pictures, which must stay as they are"
+    assert queue.job(first).line() == "preparing, ordinary pictures that must stay as they are"
     assert "stops before its first step; Resume begins anew" in queue.stop(first)
 
 
@@ -487,7 +487,7 @@ def test_the_tab_shows_what_has_changed_and_nothing_else(queue: Queue, workspace
     assert running["timer"]["active"] and running["start"]["value"] == "Add to queue"
     assert running["jobs"]["choices"][0] == ("▶ ann · step 5 of 10", first) and running["jobs"]["value"] == first
     assert "<polyline" in running["curve"]["value"] and 'aria-valuenow="1"' in running["progress"]["value"]
-    assert running["pause"]["visible"] and running["stop"]["value"] == "Stop it, go on with the next"
+    assert running["pause"]["visible"] and running["stop"]["value"] == "Go on with the next first"
     assert (
         running["strip"]["visible"] and "ann</b> is being trained · step 5 of 10 · 1 more" in running["strip"]["value"]
     )

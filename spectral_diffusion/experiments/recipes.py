@@ -78,6 +78,7 @@ TRIALS: tuple[Recipe, ...] = (
     *(Recipe("taught", f"{n} steps from μ = 4", FROM_4, taught=lessons(n)) for n in (300, 900)),
     Recipe("taught", "300 steps from μ = 16", FROM_16, taught=lessons(300)),
     Recipe("taught", "300 steps, 3/4 ordinary, from μ = 16", FROM_16, taught=lessons(300, ordinary=0.75)),
+    Recipe("taught", "900 steps, 3/4 ordinary, from μ = 16", FROM_16, taught=lessons(900, ordinary=0.75)),
     Recipe("taught", "900 steps, 3/4 ordinary", FROM_4, taught=lessons(900, batch=24, ordinary=0.75)),
     *(
         Recipe("words only, gradient", f"μ = {m}", watched(anchor=m, **OWN_WORDS), train=WORDS_ONLY)

@@ -26,9 +26,9 @@ LOG_KEPT = 64_000
 FULL = 2_000_000  # bytes below which a disk counts as full
 WORDS = {  # of what comes before the first step
     "": "Starting",
-    "draw": "First drawing ordinary pictures, which must stay as they are:",
-    "predict": "Seeing what the base makes of them:",
-    "encode": "Preparing the photos:",
+    "draw": "Preparing, ordinary pictures that must stay as they are:",
+    "predict": "Preparing, what is to stay in them:",
+    "encode": "Preparing, your photos:",
 }
 
 

@@ -114,7 +114,7 @@ def about(workspace: Workspace, name: str | None) -> list[tuple[str, str]]:
     rows = [("Prompt", scene.prompt)]
     for number, region in enumerate(scene.regions, 1):
         who = ", ".join(_short(file, names) for file in region.adapters)
-        rows.append((f"Region {number}", region.prompt + (f" (with {who})" if who else "")))
+        rows.append((f"Box {number}", region.prompt + (f" (with {who})" if who else "")))
     if scene.negative_prompt:
         rows.append(("Negative prompt", scene.negative_prompt))
     rows.append(("Base", _base_name(workspace, scene.base)))

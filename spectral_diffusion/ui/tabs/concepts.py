@@ -16,7 +16,7 @@ from ..shelf import look
 from ..uploads import looked_through
 
 GUIDE = (
-    "**Your first picture:** choose a *concept*, a thing that shall be in your pictures, and press *Train it in step "
+    "**Your first picture:** choose a *concept*, something you want in your pictures, and press *Train it in step "
     "2*. When it is trained, draw it in step 4. For two things in one picture train both, then in step 4 give each a "
     "box, or put them together in step 3 first. The ready-made ones need no photos of yours."
 )

@@ -31,6 +31,10 @@ NO_CONCEPTS = (
     "To draw your own things, train one in step 2."
 )
 WAITING = "Getting ready…"
+TO_PICTURE = (
+    "() => { setTimeout(() => document.getElementById('generate-go')"
+    ".scrollIntoView({behavior: 'smooth', block: 'start'}), 200) }"
+)
 
 
 @dataclass(frozen=True)
@@ -309,7 +313,7 @@ def _build_words(usual: dict[str, Any], side: int) -> dict[str, Any]:
     made: dict[str, Any] = {"note": note}
     made["prompt"] = gr.Textbox(
         label="Prompt", placeholder="a photo of a red dog on the beach", lines=3, elem_id="generate-prompt",
-        info="The whole picture in words. Click a token to put your own thing into it.",
+        info="The whole picture in words; your own things by theirs, such as <rex>.",
     )  # fmt: skip
     made["tokens"] = own_component("tokens", '<div class="tokens" role="group" aria-label="Tokens"></div>', value=[],
                                    elem_id="generate-tokens")  # fmt: skip
@@ -413,6 +417,8 @@ def _wire_drawing(
             gallery.show, gallery.number, gallery.listed, **PRIVATE
         )
         run.success(gallery.choose, gallery.chosen, gallery.details, **PRIVATE)
+    for event in (start.click, form.prompt.submit, gallery.again.click):
+        event(None, js=TO_PICTURE, **PRIVATE)
     cancel.click(handlers.cancel, queue=False, show_progress="hidden", api_name="cancel_generate")
     page.blocks.unload(handlers.left)
     gallery.canvas.click(handlers.refilled, gallery.chosen, [*form.all, status], **PRIVATE)

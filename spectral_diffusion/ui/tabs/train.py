@@ -80,10 +80,9 @@ class Handlers:
         folders = concept_folders(self.workspace)
         newest = [job.record.concept for job in self.queue.jobs()][:1]  # after the page was loaded anew
         value = next((name for name in (concept, handed, *newest, *folders) if name in folders), None)
-        choices = [(f"{name} – {one.summary.partition(' (')[0]}"[:90], name) for name, one in all_methods().items()]
         said = known_concepts(self.workspace)
         shown = [(f"{name} ({said[name][1]})" if said[name][1] else name, name) for name in folders]
-        return gr.Dropdown(choices=shown, value=value), gr.Dropdown(choices=choices, value=method)
+        return gr.Dropdown(choices=shown, value=value), gr.Dropdown(choices=list(all_methods()), value=method)
 
     def about(self, concept: str | None) -> str:
         """A line on the chosen concept."""
@@ -119,11 +118,12 @@ class Handlers:
         except Exception as error:  # in place of the figures
             yield f'<p class="train-note train-wrong">{html.escape(sentence_of(error))}</p>'
 
-    def start(self, concept: str | None, preset: str, *values: Any) -> tuple[str, str]:
+    def start(self, concept: str | None, preset: str, *values: Any) -> tuple[Any, str]:
         """Start a training, or put it into the queue; returns its id and what to tell."""
         with told():
             name, said = self.queue.enqueue(concept, preset, **Form.named(values))
-        return name, plain(said)
+            runs = self.queue.job(name).record.state == "running"
+        return (name if runs else gr.skip()), plain(said)  # one that waits does not hide the one that runs
 
     # --- the list
 
@@ -291,9 +291,7 @@ def build(page: Page, tab: gr.Tab) -> None:
 
 
 def _form() -> tuple[Form, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
-    concept = gr.Dropdown(
-        [], label="Concept", info="A thing of yours, from step 1.", elem_id="train-concept", allow_custom_value=True
-    )
+    concept = gr.Dropdown([], label="Concept", info="From step 1.", elem_id="train-concept", allow_custom_value=True)
     about = gr.Markdown(elem_id="train-about", elem_classes="muted")
     known = presets()
     preset = gr.Dropdown(list(known), value="pocket", label="Preset", info=known["pocket"], elem_id="train-preset")
@@ -336,7 +334,7 @@ def _form() -> tuple[Form, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
 
 
 def _shelf() -> tuple[Shelf, gr.Markdown, gr.Button, tuple[gr.Button, gr.Column, gr.Button, gr.Button]]:
-    gr.Markdown("### Trained concepts\nWhat a training learnt is kept in a small file, an *adapter*.")
+    gr.Markdown("### Trained concepts\nEach is kept in a small file, an *adapter*.")
     empty = gr.Markdown(NO_ADAPTERS, elem_id="train-no-adapters")
     table = gr.HTML(visible=False, label="Your adapters", padding=False, elem_id="train-adapters")
     problems = gr.Markdown(visible=False, elem_id="train-problems")

@@ -157,6 +157,9 @@ def progress(job: Job) -> str:
     record, status = job.record, job.status
     share = min(100.0, 100 * job.steps_done / record.steps) if record.steps else 0.0
     share = 100.0 if record.state == "done" else share
+    look: str = record.state
+    if record.state == "running" and status and status.stage != "train" and status.steps:  # what comes before
+        share, look = 100 * status.step / status.steps, "preparing"
     loss = f" · loss {status.loss:.4f}" if status and status.loss is not None and status.stage == "train" else ""
     line = html.escape(f"{job.line()}{loss if record.state == 'running' else ''}")
     notes = [record.message] if record.message else []
@@ -167,7 +170,7 @@ def progress(job: Job) -> str:
     told = "".join(f'<p class="train-note">{html.escape(note)}</p>' for note in notes)
     return (
         f'<div class="train-head"><b>{html.escape(record.concept)}</b><span>{line}</span></div>'
-        f'<div class="train-bar train-{record.state}" role="progressbar" aria-label="Progress of the training" '
+        f'<div class="train-bar train-{look}" role="progressbar" aria-label="Progress of the training" '
         f'aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share:.0f}"><div style="width: {share:.1f}%"></div>'
         f"</div>{told}"
     )
@@ -208,7 +211,7 @@ def stoppable(state: str, held: str, active: int) -> bool:
 def _stop_word(state: str, held: str) -> str:
     if state == "waiting":
         return "Take out of the queue"
-    return "Stop at once" if held and state == "running" else "Stop it, go on with the next"
+    return "Stop at once" if held and state == "running" else "Go on with the next first"
 
 
 def strip_of(jobs: Sequence[Job]) -> str:
