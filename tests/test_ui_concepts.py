@@ -481,7 +481,7 @@ def test_handlers_say_what_to_do(workspace: Workspace, photos: Path) -> None:
     from spectral_diffusion.ui.tabs.concepts import NOTHING, Handlers
 
     nothing: Any = None
-    handlers = Handlers(Page(workspace, *[nothing] * 7))
+    handlers = Handlers(Page(workspace, *[nothing] * 8))
     guide, problems, shelf, slots = handlers.overview(None)
     assert guide.visible and not problems.visible and 'data-name="rex"' in shelf and "Free" in slots
     assert handlers.show(None)[0] == handlers.show("../x")[0] == NOTHING
@@ -516,7 +516,9 @@ def test_add_concept_endpoint(workspace: Workspace, photos: Path) -> None:
     with gr.Blocks(analytics_enabled=False) as blocks:
         states = [gr.State(None) for _ in range(3)]
         with gr.Tabs() as tabs, gr.Tab("Concepts", id="concepts") as tab:
-            tab_of_concepts.build(Page(workspace, blocks, tabs, gr.HTML(), gr.Timer(active=False), *states), tab)
+            tab_of_concepts.build(
+                Page(workspace, blocks, tabs, gr.HTML(), gr.Timer(active=False), gr.State({}), *states), tab
+            )
     _, url, _ = blocks.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     try:
         client = Client(url, verbose=False, analytics_enabled=False)

@@ -357,10 +357,13 @@ def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path],
     assert drawing.tokens(workspace, "pocket", ["tom"]) == {"<tom>": "dog"}
     files = [workspace.adapters / f"{name}.safetensors" for name in ("tom", "jim")]
     fuse_to_folder(FuseConfig(adapters=files, output=workspace.fused / "pair"))
+    fuse_to_folder(FuseConfig(adapters=files[:1], output=workspace.fused / "one"))
     assert set(drawing.tokens(workspace, "fused/pair", [])) == {"<tom>", "<jim>"}
-    with pytest.raises(UserError, match="fused already"):
-        drawing.generate(workspace, Wish("fused/pair", ["tom"]), prompt="<tom>")
-    wish = Wish("fused/pair", canvas=Canvas(strokes()))
+    with pytest.raises(UserError, match="is not among them"):
+        drawing.generate(workspace, Wish("fused/one", ["jim"]), prompt="<jim>")
+    box = {"box": [0, 0, 1, 1], "prompt": "a <jim>", "concept": "jim"}  # chosen before they were fused
+    canvas = Canvas(strokes(), None, read_canvas({"regions": [box]}).regions)
+    wish = Wish("fused/pair", ["tom"], canvas=canvas)
     drawn = drawing.generate(workspace, wish, keeper=keeper, prompt="a <tom>", **QUICK)
     assert pictures.refill(workspace, drawn.pictures[0].stem).base == "fused/pair"
     assert drawing.side_of(workspace, "fused/pair") == 16
@@ -370,7 +373,7 @@ def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path],
 def test_region_without_its_token_is_noted(workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper) -> None:
     region = {"box": [0, 0, 1, 1], "prompt": "a dog", "concept": "tom"}
     drawn = draw(workspace, trained[0], keeper, canvas=read_canvas({"regions": [region]}))
-    assert "region 1 has the concept tom, but its prompt does not name <tom>" in drawn.words
+    assert "a box has the concept tom, but its prompt does not name <tom>" in drawn.words
     with pytest.raises(UserError, match="strength names 'rex'"):
         draw(workspace, trained[0], keeper, adapters=["tom"], strength="rex=1")
 

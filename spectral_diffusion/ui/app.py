@@ -42,8 +42,9 @@ def build(workspace: Path) -> gr.Blocks:
         gr.Markdown(f"# {TITLE}\n{INTRODUCTION}", elem_id="title")
         handed = gr.State(None), gr.State(None), gr.State(None)  # outside: gradio counts all that is among the tabs
         strip, timer = gr.HTML(visible=False, elem_id="train-strip", label="Being trained"), gr.Timer(1.0, active=False)
+        trained = gr.State({})
         with gr.Tabs(elem_id="steps") as tabs:
-            page = Page(place, blocks, tabs, strip, timer, *handed)
+            page = Page(place, blocks, tabs, strip, timer, trained, *handed)
             for name, (title, module) in TABS.items():
                 with gr.Tab(title, id=name, elem_id=f"tab-{name}") as tab:
                     module.build(page, tab)

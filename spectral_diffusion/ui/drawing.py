@@ -177,16 +177,21 @@ def scene_of(
     if not str(changes.get("prompt") or "").strip():
         raise UserError("The prompt is empty; write what to draw, such as: a photo of <rex> on the beach.")
     path = base_path(workspace, wish.base)
-    bound = list(dict.fromkeys(place.concept for place in wish.canvas.regions if place.concept))
-    everywhere = [name for name in wish.adapters if name not in bound]
+    recipe = read_recipe(Path(path))
+    inside = set(recipe["concepts"]) if recipe else set()  # fused into the base: they act already
+    bound = list(dict.fromkeys(p.concept for p in wish.canvas.regions if p.concept and p.concept not in inside))
+    everywhere = [name for name in wish.adapters if name not in bound and name not in inside]
     if both := [name for name in wish.adapters if name in bound]:
         note(f"Note: {' and '.join(both)} acts in its own regions only, not everywhere.")
     named = [*everywhere, *bound]
     files = {name: str(adapter_file(workspace, name)) for name in named}
-    if named and read_recipe(Path(path)) is not None:
-        raise UserError(f"{wish.base} is fused already; choose no concepts with it, or take the base pocket.")
+    if named and recipe:
+        raise UserError(
+            f"{wish.base} is fused from {', '.join(sorted(inside))}, and {named[0]} is not among them: take it out of "
+            "the boxes and the concepts, or take the base pocket."
+        )
     strengths = parse_strengths(wish.strength if named else "", named)
-    _tell_missing_tokens(workspace, wish.canvas.regions, note)
+    _tell_missing_tokens(workspace, [place for place in wish.canvas.regions if place.concept in bound], note)
     layer: dict[str, Any] = {
         "base": path,
         "adapters": {files[name]: strengths[name] for name in everywhere},
@@ -194,7 +199,7 @@ def scene_of(
             {
                 "box": place.box,
                 "prompt": place.prompt,
-                "adapters": {files[place.concept]: strengths[place.concept]} if place.concept else {},
+                "adapters": {files[place.concept]: strengths[place.concept]} if place.concept in bound else {},
             }
             for place in wish.canvas.regions
         ],
@@ -252,8 +257,7 @@ def _conditions(workspace: Workspace, stem: str, wish: Wish) -> list[dict[str, A
 
 def _tell_missing_tokens(workspace: Workspace, regions: Sequence[Place], note: Callable[[str], None]) -> None:
     """A region that has a concept but never names it looks like a failure of the concept."""
-    for number, place in enumerate(regions, 1):
-        if place.concept:
-            [token] = tokens(workspace, None, [place.concept])
-            if token not in place.prompt:
-                note(f"Note: region {number} has the concept {place.concept}, but its prompt does not name {token}.")
+    for place in regions:
+        [token] = tokens(workspace, None, [str(place.concept)])
+        if token not in place.prompt:
+            note(f"Note: a box has the concept {place.concept}, but its prompt does not name {token}.")

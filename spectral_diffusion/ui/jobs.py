@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 State = Literal["waiting", "running", "paused", "stopped", "done", "failed"]
 LOG_LIMIT = 1_000_000  # bytes; of a longer log the end is kept
 LOG_KEPT = 64_000
+FRESH = 600.0  # seconds
 FULL = 2_000_000  # bytes below which a disk counts as full
 WORDS = {  # of what comes before the first step
     "": "Starting",
@@ -102,6 +104,14 @@ class Job:
     def active(self) -> bool:
         """Whether it runs, or will."""
         return self.record.state in {"waiting", "running", "paused"}
+
+    @property
+    def fresh(self) -> bool:
+        """Whether its last word is a few minutes old at most."""
+        try:
+            return self.status_file.stat().st_mtime > time.time() - FRESH
+        except OSError:
+            return False
 
     def output(self, adapters: Path) -> Path:
         """The adapter that it writes."""

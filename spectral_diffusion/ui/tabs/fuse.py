@@ -33,6 +33,7 @@ TOO_FEW = {
     1: "One concept is trained. Train a second one in step 2, then put them together here.",
 }
 HIDDEN: dict[str, Any] = {"api_visibility": "private"}
+USUAL_NAME = "together"
 ENOUGH = "Tick two or more concepts, then press **Compare** or **Save**."
 
 
@@ -49,6 +50,7 @@ def build(page: Page, tab: gr.Tab) -> None:
         "fn": handlers.lists, "inputs": [bench.chosen, saved.which], "outputs": shown, **PRIVATE,
     }  # fmt: skip
     page.refreshed(tab, lists["fn"], lists["inputs"], lists["outputs"])
+    page.trained.change(lists["fn"], lists["inputs"], lists["outputs"], **PRIVATE)
     to_train.click(lambda: gr.Tabs(selected="train"), None, page.tabs, **PRIVATE)
     _wire_bench(bench, handlers, page, lists)
     _wire_saved(saved, handlers, page, lists)
@@ -147,7 +149,7 @@ class _Bench:
                 info="Another number gives other pictures to compare.",
             )  # fmt: skip
         self.name = gr.Textbox(
-            label="Name of the fusion", placeholder="together", max_lines=1, elem_id="fuse-name",
+            label="Name of the fusion", placeholder=USUAL_NAME, max_lines=1, elem_id="fuse-name",
             info="Letters, digits, - and _.",
         )  # fmt: skip
         self.replace = gr.Checkbox(label="Replace it", visible=False, elem_id="fuse-replace")
@@ -292,11 +294,12 @@ class Handlers:
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[str, str, Any]:
         """Fuse the ticked concepts; hands the result to the pictures."""
+        name = name.strip() or USUAL_NAME
         with told():
             progress(0, desc="Loading the adapters and their base")
             changes = {"merge": merge, "form": form, "anchor": anchor, "seed": seed}
             words = fusing.fuse(self.workspace, chosen, name, strengths or {}, teller(progress), replace, **changes)
-        return words, fusing.FUSED + name.strip(), gr.Button(visible=True)
+        return words, fusing.FUSED + name, gr.Button(visible=True)
 
     def fuse(
         self,

@@ -383,6 +383,7 @@ def _wire_lists(
     both = [form.base, form.adapters]
     followed = [form.adapters, form.strength, form.canvas, tokens]
     page.refreshed(tab, handlers.lists, both, [form.base, note, *followed])
+    page.trained.change(handlers.lists, both, [form.base, note, *followed], **PRIVATE)
     form.base.change(handlers.follow, both, followed, **PRIVATE)
     tokens.click(handlers.pick, form.adapters, form.adapters, **PRIVATE)
     size = [form.base, form.width, form.height]

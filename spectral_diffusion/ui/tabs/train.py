@@ -265,10 +265,9 @@ def build(page: Page, tab: gr.Tab) -> None:
     # The id of the shown training. The radio itself is never an input: gradio refuses what was put into its list later.
     chosen: gr.State = gr.State(None)
     seen: gr.State = gr.State({})
-    table: gr.State = gr.State({})
     look: dict[str, Any] = {
-        "fn": handlers.look, "inputs": [chosen, seen, table], **PRIVATE,
-        "outputs": [*parts.all, chosen, said, seen, *shelf.all, table],
+        "fn": handlers.look, "inputs": [chosen, seen, page.trained], **PRIVATE,
+        "outputs": [*parts.all, chosen, said, seen, *shelf.all, page.trained],
     }  # fmt: skip
     page.refreshed(tab, look["fn"], look["inputs"], look["outputs"])
     parts.timer.tick(**look)

@@ -120,7 +120,7 @@ def shown(
         "jobs": {"choices": [(label(one), one.id) for one in jobs], "visible": bool(jobs)},
         "detail": {"visible": job is not None},
         "progress": {"value": progress(job) if job else ""},
-        "strip": {"value": strip_of(jobs), "visible": bool(active)},
+        "strip": {"value": strip_of(jobs), "visible": bool(strip_of(jobs))},
         "buttons": {"visible": True} if moved or state == "running" else {},
         "curve": {"value": curve(job) if job else "", "visible": bool(job and job.status and job.status.curve)},
         "caption": {"visible": bool(grids)},
@@ -218,7 +218,8 @@ def strip_of(jobs: Sequence[Job]) -> str:
     """The line above the tabs: what is trained now, and how many wait."""
     active = [job for job in jobs if job.active]
     if not active:
-        return ""
+        done = [html.escape(job.record.concept) for job in jobs if job.record.state == "done" and job.fresh]
+        return f'<p class="train-strip">✓ <b>{done[0]}</b> is trained: draw it in step 4.</p>' if done else ""
     first, waiting = active[0], len(active) - 1
     words = "is being trained" if first.record.state == "running" else first.record.state
     line = f"{first.record.concept}</b> {words} · {html.escape(first.line())}" if words != first.line() else ""
