@@ -106,6 +106,15 @@ class Lab:
         """Its photos."""
         return [open_photo(photo.path) for photo in self.concept(name).photos]
 
+    def check_time(self) -> None:
+        """To be asked before anything that takes long.
+
+        Raises:
+            TimeOver: the lab's time is over.
+        """
+        if time.monotonic() - self.begun > self.most:
+            raise TimeOver("The time for this study is over; run it again to go on where it stopped.")
+
     def cell(self, kind: str, key: Mapping[str, Any], compute: Callable[[], Figures]) -> Figures:
         """Figures measured once: read if they are kept, else computed and kept at once.
 
@@ -119,8 +128,7 @@ class Lab:
         if path.is_file():
             found: Figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
             return found
-        if time.monotonic() - self.begun > self.most:
-            raise TimeOver("The time for this study is over; run it again to go on where it stopped.")
+        self.check_time()
         figures = compute()
         write_json(path, {"key": whole, "figures": figures})
         return figures
@@ -147,8 +155,7 @@ class Lab:
         file = self.shelf(concept, **change)
         spent = file.with_name("seconds.json")
         if not (file.is_file() and spent.is_file()):
-            if time.monotonic() - self.begun > self.most:
-                raise TimeOver("The time for this study is over; run it again to go on where it stopped.")
+            self.check_time()
             begun = time.monotonic()
             train_to_file(self.settings(concept, change, file), resume=True, progress=self.progress)
             write_json(spent, time.monotonic() - begun)

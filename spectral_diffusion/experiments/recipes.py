@@ -294,6 +294,7 @@ def verdict(rows: Sequence[Row]) -> str:
 
 def sheet(lab: Lab, recipes: Sequence[Recipe], seed: int = 0) -> Image.Image:
     """Photos, each concept alone, and from one model by the best recipes: one row a concept."""
+    lab.check_time()
     columns: dict[str, dict[str, list[Image.Image]]] = {"photos": {n: lab.references(n)[:4] for n in REPORTED}}
     plain = Recipe("", "", routed=True)
     own = adapters_for(lab, plain, REPORTED, seed, False)
