@@ -6,11 +6,8 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from diffusers import AutoencoderKL
-
 from spectral_diffusion import resources
-from spectral_diffusion.architectures import build_meta
+from spectral_diffusion.architectures import build_meta, build_vae_meta
 from spectral_diffusion.base import parse_dtype
 from spectral_diffusion.config import TrainConfig, build, read_yaml
 from spectral_diffusion.training.memory import Estimate, estimate
@@ -32,14 +29,9 @@ CASES: dict[str, list[dict[str, Any]]] = {
 
 def computed(arch: str, config: TrainConfig, size: int | None = None, device: str = "cuda") -> Estimate:
     """The estimate for an architecture in the settings' precision."""
-    with torch.device("meta"):
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-        )  # fmt: skip
     dtype = parse_dtype(config.dtype)
     models = {name: model.to(dtype).requires_grad_(False) for name, model in build_meta(arch).items()}
-    return estimate(models, vae.to(dtype), config, size or config.resolution or SIDES[arch], device)
+    return estimate(models, build_vae_meta().to(dtype), config, size or config.resolution or SIDES[arch], device)
 
 
 def presets() -> Iterator[tuple[str, TrainConfig]]:

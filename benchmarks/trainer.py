@@ -3,12 +3,13 @@
 Both train the same LoRA (PEFT's own for theirs) of the U-Net's and text encoder's attention on one Stable Diffusion
 1.5 with random weights, from the same photos, batch, precision and optimiser; reading the photo, the VAE and the text
 encoder count on both sides. Ours once with no cache, as the example has none, and once with its caches. The three take
-turns after every step, each on a copy of the base, so that a drifting machine disturbs all alike.
+turns after every step, each on modules of its own over the same weights, so that a drifting machine disturbs all alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
@@ -22,15 +23,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from spectral_diffusion import resources
-from spectral_diffusion.architectures import build_meta
+from spectral_diffusion.architectures import build_meta, build_vae_meta, fill_randomly
 from spectral_diffusion.base import Base
 from spectral_diffusion.config import TrainConfig, build
 from spectral_diffusion.data.folder import load_concept
@@ -48,20 +49,9 @@ ATTENTION = {
 def random_base() -> Base:
     """Every network of Stable Diffusion 1.5 at its size, weights small and random."""
     torch.manual_seed(0)
-    models = build_meta("sd15")
-    with torch.device("meta"):
-        models["vae"] = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-        )  # fmt: skip
+    models = {**build_meta("sd15"), "vae": build_vae_meta()}
     for model in models.values():
-        model.to_empty(device="cpu").requires_grad_(False)
-        for name, parameter in model.named_parameters():
-            norm = "norm" in name and name.endswith("weight")
-            parameter.data.fill_(1.0) if norm else parameter.data.normal_(std=0.02)
-        for name, buffer in model.named_buffers():
-            if name.endswith("position_ids"):
-                buffer.copy_(torch.arange(buffer.shape[-1])[None])
+        fill_randomly(model.requires_grad_(False))
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = 77
     pipeline = StableDiffusionPipeline(
@@ -69,6 +59,17 @@ def random_base() -> Base:
         feature_extractor=None, requires_safety_checker=False, **models,
     )  # fmt: skip
     return Base("random", pipeline, torch.device("cpu"), torch.float32)
+
+
+def twin(base: Base) -> Base:
+    """A base of its own modules over the same weights, which nobody changes."""
+    parts = dict(base.pipeline.components)
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            shared = {id(tensor): tensor for tensor in (*part.parameters(), *part.buffers())}
+            parts[name] = copy.deepcopy(part, shared)
+    pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+    return Base("random", pipeline, base.device, base.dtype)
 
 
 def make_photos(folder: Path, side: int = 1024) -> Path:
@@ -195,15 +196,16 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="side in pixels")
     parser.add_argument("--batch", type=int, default=1)
     arguments = parser.parse_args()
+    base = random_base()
     names = ("diffusers' loop", "ours, no caches", "ours, caches")
     turns = Turns(names)
     with tempfile.TemporaryDirectory() as place:
         folder = make_photos(Path(place) / "photos")
         shared = (folder, arguments.size, arguments.batch, arguments.steps + WARM)
         work = [
-            threading.Thread(target=their_loop, args=(random_base(), *shared, turns, names[0]), daemon=True),
-            threading.Thread(target=our_loop, args=(random_base(), *shared, False, turns, names[1]), daemon=True),
-            threading.Thread(target=our_loop, args=(random_base(), *shared, True, turns, names[2]), daemon=True),
+            threading.Thread(target=their_loop, args=(base, *shared, turns, names[0]), daemon=True),
+            threading.Thread(target=our_loop, args=(twin(base), *shared, False, turns, names[1]), daemon=True),
+            threading.Thread(target=our_loop, args=(twin(base), *shared, True, turns, names[2]), daemon=True),
         ]
         for thread in work:
             thread.start()

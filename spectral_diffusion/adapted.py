@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from .adapter import Adapter, check_base
 from .base import Base
 from .layerwise import install_layerwise
 from .methods import get_method
-from .methods.attach import activate, attach
+from .methods.attach import activate, attach, detaching
 
 Strength = float | Mapping[Any, float]  # λ, or one per component (unet, text_encoder, …)
 
@@ -36,6 +37,16 @@ def put_on(base: Base, adapters: Sequence[tuple[Adapter, Strength]], allow_base:
     if adapters:
         activate(base.models, [f"concept_{index}" for index in range(len(adapters))])
     return notes
+
+
+@contextmanager
+def acting(base: Base, adapters: Sequence[tuple[Adapter, Strength]], only: set[str] | None = None) -> Iterator[None]:
+    """Let adapters act on a base that knows their tokens while the context is open; ``only`` restricts the layers."""
+    with detaching(base.models):
+        for index, (adapter, strength) in enumerate(adapters):
+            overlay(base, adapter, strength, f"concept_{index}", only)
+        activate(base.models, [f"concept_{index}" for index in range(len(adapters))])
+        yield
 
 
 def install_tokens(base: Base, adapter: Adapter) -> None:

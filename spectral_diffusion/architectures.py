@@ -1,8 +1,9 @@
-"""Architectures without weights, on the meta device: enough to count parameters."""
+"""Architectures without weights, on the meta device: enough to count parameters, or to fill with random ones."""
 
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from .errors import UserError, nearest
 from .linalg import sides
 from .methods import all_methods
 from .methods.targets import find_targets
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 NAMES = ("sd15", "sdxl", "pocket")
 RANKS = (1, 2, 4, 8, 16, 32, 64, 1024)
@@ -70,6 +74,30 @@ def build_meta(arch: str) -> dict[str, nn.Module]:
         else:
             raise UserError(f"Unknown architecture '{arch}'{nearest(arch, NAMES)}; known: {', '.join(NAMES)}.")
         return {"unet": unet, "text_encoder": CLIPTextModel(text)}
+
+
+def build_vae_meta() -> AutoencoderKL:
+    """The autoencoder of Stable Diffusion 1.x, 2.x and XL on the meta device."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+        )  # fmt: skip
+
+
+def fill_randomly(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Give a model of the meta device small random weights on the CPU, in place: for tests and benchmarks."""
+    model.to_empty(device="cpu")
+    if dtype != torch.float32:  # diffusers warns of every cast
+        model.to(dtype)
+    for name, parameter in model.named_parameters():
+        norm = "norm" in name and name.endswith("weight")
+        parameter.data.fill_(1.0) if norm else parameter.data.normal_(std=0.02)
+    for name, buffer in model.named_buffers():
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.shape[-1])[None])
 
 
 def count_table(arch: str, ranks: tuple[int, ...] = RANKS, targets: str = "attention") -> list[dict]:

@@ -31,6 +31,11 @@ ORDINARY_SCENES = ["{}", "a photo of {}"] + [
 ]
 
 
+def ordinary_thing(adjective: str, noun: str) -> str:
+    """``a red dog``, or ``a dog`` without an adjective."""
+    return f"a {adjective} {noun}".replace("  ", " ")
+
+
 def _one_place(texts: list[str]) -> list[str]:
     if any(text.count("{}") != 1 for text in texts):
         raise ValueError("every one needs {} exactly once, where the concept goes")

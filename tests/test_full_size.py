@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from spectral_diffusion.architectures import build_meta, build_vae_meta, fill_randomly
 from spectral_diffusion.pocket.workshop.models import build_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -31,31 +31,14 @@ CHILD = (
 def make_base(folder: Path) -> Path:
     """Every network at its real size; weights small and random, half precision on disk."""
     torch.manual_seed(0)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
-        )  # fmt: skip
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49_408, hidden_size=768, intermediate_size=3072, projection_dim=768, num_hidden_layers=12,
-                num_attention_heads=12, max_position_embeddings=77,
-            )
-        )  # fmt: skip
-    for model in (unet, vae, text):
-        model.to_empty(device="cpu").half()
-        for name, parameter in model.named_parameters():
-            norm = "norm" in name and name.endswith("weight")
-            parameter.data.fill_(1.0) if norm else parameter.data.normal_(std=0.02)
-        for name, buffer in model.named_buffers():
-            if name.endswith("position_ids"):
-                buffer.copy_(torch.arange(buffer.shape[-1])[None])
+    models = {**build_meta("sd15"), "vae": build_vae_meta()}
+    for model in models.values():
+        fill_randomly(model, torch.float16)
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = 77
     StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=DDIMScheduler(clip_sample=False),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        tokenizer=tokenizer, scheduler=DDIMScheduler(clip_sample=False), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False, **models,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 

@@ -522,6 +522,9 @@ def test_samples_are_shown_from_the_workspace_only(queue: Queue, workspace: Work
 
 def test_what_is_written_into_the_page_is_escaped(queue: Queue, workspace: Workspace, part: Any) -> None:
     first, _ = queue.enqueue("ann")
+    named = queue.job(first).write(concept="<img src=x>")  # a record that somebody has written by hand
+    assert "<img" not in part.strip_of([named]) and "&lt;img" in part.strip_of([named])
+    named.write(concept="ann")
     job = training(queue, first).write(state="failed", message="<img src=x onerror=alert(1)>")
     assert "<img" not in part.progress(job) and "&lt;img" in part.progress(job)
     job.write(state="running", message="")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..adapted import Strength, install_tokens, overlay
+from ..adapted import Strength, acting, install_tokens
 from ..adapter import Adapter, check_base
 from ..base import Base, load_base
 from ..evaluation.prompts import with_article
@@ -22,7 +21,6 @@ from ..generation.crops import spoken
 from ..generation.pictures import sources_of
 from ..generation.pipeline import draw_to_files
 from ..generation.scene import Scene
-from ..methods.attach import activate, detaching
 from ..progress import Event, Progress
 from .inputs import PICTURES, Held, drawing_settings, strengths
 
@@ -136,23 +134,13 @@ def draw_adapters(shelf: Shelf, held: Held, note: Callable[[str], None]) -> Draw
         drawn.shown[FLOOR] = [v for a in held.adapters.values() for v in shelf.portraits(base, FLOOR, a, {}, held.base)]
     drawn.shown[ALONE] = []
     for path, adapter in held.adapters.items():
-        with acting(base, held, {path: 1.0}):
+        with acting(base, [(adapter, 1.0)]):
             drawn.shown[ALONE] += shelf.portraits(base, ALONE, adapter, {path: 1.0}, held.base)
     way, acts, of = held.together, strengths(config, held), held.base
     if held.fused:
         base, acts, of = load_base(str(held.fused), config.device, config.dtype), {}, str(held.fused)
-    with acting(base, held, acts):
+    with acting(base, [(held.adapters[path], strength) for path, strength in acts.items()]):
         if way != ALONE:
             drawn.shown[way] = [v for a in held.adapters.values() for v in shelf.portraits(base, way, a, acts, of)]
         drawn.ordinary = before, shelf.draw(base, way, "ordinary", config.ordinary, acts, of)
     return drawn
-
-
-@contextmanager
-def acting(base: Base, held: Held, strengths: Mapping[Path, Strength]) -> Iterator[None]:
-    """Let these adapters act on a base that knows their tokens, until the context ends."""
-    with detaching(base.models):
-        for index, (path, strength) in enumerate(strengths.items()):
-            overlay(base, held.adapters[path], strength, f"concept_{index}")
-        activate(base.models, [f"concept_{index}" for index in range(len(strengths))])
-        yield

@@ -252,9 +252,7 @@ def sheet(lab: Lab, seed: int = 0, size: int = 4) -> Image.Image:
         put_on(base, [(adapter, 1.0)])
         columns["alone"][adapter.name] = lab.portraits(base, adapter.token, seed)[:4]
     for merge in ("sum", "fedavg", "gradient, anchored"):
-        base = lab.fresh()
-        config = FuseConfig(adapters=[Path(n) for n in names], output=Path("fused"), seed=seed, **MERGES[merge])
-        fuse_adapters(base, adapters, config)
+        base = lab.fused(adapters, seed=seed, **MERGES[merge])
         columns[merge] = {a.name: lab.portraits(base, a.token, seed)[:4] for a in adapters}
     return sheet_of(columns, names)
 

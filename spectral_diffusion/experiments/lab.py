@@ -17,7 +17,7 @@ from .. import resources
 from ..adapted import put_on
 from ..adapter import Adapter
 from ..base import Base, load_base
-from ..config import TrainConfig, build, read_yaml
+from ..config import FuseConfig, TrainConfig, build, read_yaml
 from ..data.folder import Concept, load_concept, open_photo
 from ..errors import UserError
 from ..evaluation.encoders import Clip, Encoder, load_encoder
@@ -25,6 +25,7 @@ from ..evaluation.judges import judge_pictures, load_judge
 from ..evaluation.prompts import ORDINARY, PLACES
 from ..files import write_json
 from ..formats.native import content_hash, load_adapter
+from ..fusion.recipe import fuse_adapters
 from ..generation.pipeline import sample
 from ..generation.scene import Scene
 from ..linalg import sides
@@ -79,6 +80,17 @@ class Lab:
     def fresh(self) -> Base:
         """The base as it is shipped, loaded anew."""
         return load_base(self.base_name)
+
+    def fused(self, adapters: Sequence[Adapter], **settings: Any) -> Base:
+        """The base with adapters fused into it; ``settings`` are those of :class:`..config.FuseConfig`.
+
+        Raises:
+            TimeOver: the lab's time is over.
+        """
+        self.check_time()
+        base, files = self.fresh(), [Path(f"{adapter.name}.safetensors") for adapter in adapters]
+        fuse_adapters(base, list(adapters), FuseConfig(adapters=files, output=Path("fused"), **settings), self.progress)
+        return base
 
     @cached_property
     def sides(self) -> list[tuple[int, int]]:

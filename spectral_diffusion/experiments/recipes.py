@@ -9,7 +9,6 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -17,10 +16,9 @@ from PIL import Image
 from ..adapted import put_on
 from ..adapter import Adapter
 from ..base import Base
-from ..config import FuseConfig, TeachConfig
+from ..config import TeachConfig, ordinary_thing
 from ..evaluation.prompts import ORDINARY
 from ..evaluation.statistics import share, told
-from ..fusion.recipe import fuse_adapters
 from .fusion import change_for, drift, family_rate
 from .fusion import sheet_of as tiles
 from .lab import REPORTED, TUNED, Figures, Lab, TimeOver, scaled
@@ -151,19 +149,16 @@ def strengths(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, float]:
 
 def fused_by(lab: Lab, recipe: Recipe, adapters: Sequence[Adapter], seed: int) -> Base:
     """The one model that a recipe makes of the adapters."""
-    base = lab.fresh()
-    files = [Path(f"{adapter.name}.safetensors") for adapter in adapters]
     more = {"strength": strengths(recipe, adapters), "seed": seed, **recipe.merge}
     if recipe.taught:
         more["teach"] = TeachConfig(things=things(lab), **recipe.taught)
-    fuse_adapters(base, list(adapters), FuseConfig(adapters=files, output=Path("fused"), **more), lab.progress)
-    return base
+    return lab.fused(adapters, **more)
 
 
 def things(lab: Lab) -> list[str]:
     """What ordinary prompts speak of: the recipe's nouns and colours but for the prompts that drift is told on."""
     words = lab.recipe["train"]["preservation"]
-    found = [f"a {colour} {noun}".replace("  ", " ") for colour in words["adjectives"] for noun in words["nouns"]]
+    found = [ordinary_thing(colour, noun) for colour in words["adjectives"] for noun in words["nouns"]]
     return [thing for thing in found if thing not in ORDINARY]
 
 

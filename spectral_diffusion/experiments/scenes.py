@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,8 @@ from .. import resources
 from ..adapted import install_tokens
 from ..adapter import Adapter
 from ..base import Base
-from ..config import FuseConfig
 from ..evaluation.prompts import PLACES
 from ..evaluation.statistics import told
-from ..fusion.recipe import fuse_adapters
 from ..generation.conditions import Drawing
 from ..generation.keypose import draw_keypose
 from ..generation.pictures import grid
@@ -128,13 +125,11 @@ def adapters_of(lab: Lab, names: Sequence[str]) -> list[Adapter]:
 
 def base_for(lab: Lab, way: Way, adapters: Sequence[Adapter]) -> Base:
     """A base with the adapters fused in, or only their tokens."""
+    if way.merge is not None:
+        return lab.fused(adapters, **MERGES[way.merge])
     base = lab.fresh()
-    if way.merge is None:
-        for adapter in adapters:
-            install_tokens(base, adapter)
-        return base
-    files = [Path(f"{adapter.name}.safetensors") for adapter in adapters]
-    fuse_adapters(base, list(adapters), FuseConfig(adapters=files, output=Path("fused"), **MERGES[way.merge]))
+    for adapter in adapters:
+        install_tokens(base, adapter)
     return base
 
 

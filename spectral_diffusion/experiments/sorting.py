@@ -1,7 +1,7 @@
-"""Does the identity encoder see what a person sees? Unlabelled pictures of every merge, sorted by a person.
+"""Does the identity encoder see what the eye sees? Unlabelled pictures of every merge, sorted by looking at them.
 
-The first run draws numbered sheets and the concepts' photos into the lab's folder. A person writes ``answers.txt``
-there, a line ``number name`` for each picture, without having seen anything else; the next run compares.
+The first run draws numbered sheets and the concepts' photos into the lab's folder. Whoever sorts writes
+``answers.txt`` there, a line ``number name`` for each picture, having seen nothing else; the next run compares.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from ..adapted import put_on
-from ..config import FuseConfig
 from ..errors import UserError
 from ..files import atomic, write_text
-from ..fusion.recipe import fuse_adapters
 from ..generation.pictures import labelled_sheet
 from .fusion import MERGES, RANK, adapters_of, family_rate
 from .lab import REPORTED, Lab, TimeOver, key_of
@@ -66,11 +64,7 @@ def drawn(lab: Lab, way: tuple[str, str], names: Sequence[str], quick: bool) -> 
     if all(one.file.is_file() for one in shown):
         return shown
     held = [adapter for adapter, _ in adapters_of(lab, family, rate, names, 0, RANK)]
-    base = lab.fresh()
-    if merge != ALONE:
-        files = [Path(f"{name}.safetensors") for name in names]
-        config = FuseConfig(adapters=files, output=Path("fused"), **MERGES[merge])
-        fuse_adapters(base, held, config, lab.progress)
+    base = lab.fresh() if merge == ALONE else lab.fused(held, **MERGES[merge])
     for adapter in held:
         if merge == ALONE:
             base = lab.fresh()
@@ -83,7 +77,7 @@ def drawn(lab: Lab, way: tuple[str, str], names: Sequence[str], quick: bool) -> 
 
 
 def read_answers(path: Path, count: int, names: Sequence[str]) -> list[str] | None:
-    """A person's names in the order of the numbers; None if there is no such file yet.
+    """The names that were given, in the order of the numbers; None if there is no such file yet.
 
     Raises:
         UserError: a line that is none of ``number name``, a name that is no concept's, or a number left out.
@@ -107,11 +101,11 @@ def read_answers(path: Path, count: int, names: Sequence[str]) -> list[str] | No
 @study(
     "sorting",
     "Figs. 5, 12, 13",
-    "What the scores call the concept is what people see.",
+    "What the scores call the concept is what the eye sees.",
     (10, 0.5),
 )
 def run(lab: Lab, quick: bool) -> Findings:
-    """The share that a person sorts to the right concept beside the encoder's identity, for every way to fuse."""
+    """The share that is sorted to the right concept by eye beside the encoder's identity, for every way to fuse."""
     names = REPORTED[:2] if quick else REPORTED
     missing: list[str] = []
     shown: list[Shown] = []
@@ -131,9 +125,9 @@ def run(lab: Lab, quick: bool) -> Findings:
     machine = [max(names, key=lambda name: likeness[name][index]) for index in range(len(shown))]
     sheets(lab, shown, names)
     place = lab.folder / "sorting" / "answers.txt"
-    person = machine if quick else read_answers(place, len(shown), names)  # nobody is asked for the quick form
-    if person is None:
-        missing.append(f"a person's {place.name} beside the sheets in the lab's folder 'sorting'")
+    seen = machine if quick else read_answers(place, len(shown), names)  # nobody is asked for the quick form
+    if seen is None:
+        missing.append(f"{place.name}, sorted by eye, beside the sheets in the lab's folder 'sorting'")
     rows: list[Row] = []
     for way in dict.fromkeys(one.way for one in shown):
         mine = [index for index, one in enumerate(shown) if one.way == way]
@@ -148,7 +142,7 @@ def run(lab: Lab, quick: bool) -> Findings:
                 "pictures": len(mine),
                 "identity": sum(likeness[shown[i].concept][i] for i in mine) / len(mine),
                 "right by the encoder": right(machine),
-                "right by a person": right(person),
+                "right by eye": right(seen),
             }
         )
     return Findings([Table("Unlabelled pictures, sorted by concept", rows)], verdict(rows), missing=missing)
@@ -169,15 +163,15 @@ def sheets(lab: Lab, shown: Sequence[Shown], names: Sequence[str]) -> None:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Whether person and encoder put the ways into one order."""
-    person, encoder = [row["right by a person"] for row in rows], [row["identity"] for row in rows]
-    if None in person or len(rows) < 3:
+    """Whether eye and encoder put the ways into one order."""
+    eye, encoder = [row["right by eye"] for row in rows], [row["identity"] for row in rows]
+    if None in eye or len(rows) < 3:
         return "Nobody has sorted the pictures yet."
-    if len(set(person)) == 1 or len(set(encoder)) == 1:
+    if len(set(eye)) == 1 or len(set(encoder)) == 1:
         return "All ways came out alike, so there is no order to compare."
-    agreed = float(spearmanr(person, encoder).statistic)
+    agreed = float(spearmanr(eye, encoder).statistic)
     word = "as" if agreed >= WANTED else "less than"
     return (
-        f"Over {len(rows)} ways, the share that a person sorts right and the encoder's identity have a rank "
+        f"Over {len(rows)} ways, the share sorted right by eye and the encoder's identity have a rank "
         f"correlation of {agreed:.2f}, {word} wanted (at least {WANTED})."
     )

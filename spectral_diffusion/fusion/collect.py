@@ -14,15 +14,14 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor, nn
 
-from ..adapted import overlay
+from ..adapted import acting
 from ..adapter import Adapter
 from ..base import Base
-from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, GradientConfig
+from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, GradientConfig, ordinary_thing
 from ..errors import UserError
 from ..files import read_tensors, write_tensors
 from ..formats.native import content_hash
 from ..linalg import sides
-from ..methods.attach import activate, detach
 from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator, keyed_random
 from ..spectrum import cache_folder
@@ -78,7 +77,7 @@ def prompts_of(config: GradientConfig, token: str | None, seed: int) -> list[str
     random = keyed_random("gradient", token or "ordinary", seed)
     prompts = []
     for index in range(config.pictures):
-        thing = token or f"a {random.choice(ORDINARY_ADJECTIVES)} {random.choice(ORDINARY_NOUNS)}".replace("  ", " ")
+        thing = token or ordinary_thing(random.choice(ORDINARY_ADJECTIVES), random.choice(ORDINARY_NOUNS))
         prompts.append(config.prompts[index % len(config.prompts)].replace("{}", thing))
     return prompts
 
@@ -91,42 +90,35 @@ def collect(
     config: GradientConfig,
     seed: int,
     progress: Progress = silent,
-    acting: set[str] | None = None,
+    only: set[str] | None = None,
 ) -> dict[str, Activations]:
     """What ``layers`` see while ``adapter`` (None: the base alone) draws its prompts. Its token is installed.
 
-    ``acting`` restricts the adapter to some layers.
+    ``only`` restricts the adapter to some layers.
     """
     seen = {name: Activations(sides(layer.weight)[1]) for name, layer in layers.items()}
-    if adapter:
-        overlay(base, adapter, 1.0, "watched", acting)
-        activate(base.models, ["watched"])
     known = known_tokens(base.pipeline.tokenizer)
     prompts = [collapse(text, known) for text in prompts_of(config, adapter.token if adapter else None, seed)]
-    try:
-        with watching(layers, config.rows, seed) as take:
+    with acting(base, [(adapter, 1.0)] if adapter else [], only), watching(layers, config.rows, seed) as take:
 
-            def fold(pipe: Any = None, step: int = 0, timestep: Any = None, state: Any = None) -> Any:
-                for name, rows in take().items():
-                    seen[name].add(rows)
-                return state
+        def fold(pipe: Any = None, step: int = 0, timestep: Any = None, state: Any = None) -> Any:
+            for name, rows in take().items():
+                seen[name].add(rows)
+            return state
 
-            for start in range(0, len(prompts), CHUNK):
-                chunk = prompts[start : start + CHUNK]
-                base.pipeline(
-                    prompt=chunk,
-                    num_inference_steps=config.steps,
-                    guidance_scale=config.guidance,
-                    width=base.size,
-                    height=base.size,
-                    generator=[keyed_generator("gradient", seed, start + i) for i in range(len(chunk))],
-                    output_type="latent",
-                    callback_on_step_end=fold,
-                )
-                progress(Event("watch", min(start + CHUNK, len(prompts)), len(prompts)))
-    finally:
-        if adapter:
-            detach(base.models)
+        for start in range(0, len(prompts), CHUNK):
+            chunk = prompts[start : start + CHUNK]
+            base.pipeline(
+                prompt=chunk,
+                num_inference_steps=config.steps,
+                guidance_scale=config.guidance,
+                width=base.size,
+                height=base.size,
+                generator=[keyed_generator("gradient", seed, start + i) for i in range(len(chunk))],
+                output_type="latent",
+                callback_on_step_end=fold,
+            )
+            progress(Event("watch", min(start + CHUNK, len(prompts)), len(prompts)))
     return seen
 
 

@@ -16,12 +16,11 @@ from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from ..adapted import Strength, overlay
+from ..adapted import Strength, acting
 from ..adapter import Adapter
 from ..base import Base, plain_is_quicker
-from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, ORDINARY_SCENES, TeachConfig
+from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, ORDINARY_SCENES, TeachConfig, ordinary_thing
 from ..errors import NotFiniteError
-from ..methods.attach import activate, detach
 from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator, keyed_random
 from ..tokens import collapse, known_tokens
@@ -59,7 +58,7 @@ def prepare(
 ) -> Lessons:
     """What to teach, from the untouched base with every adapter's token in it; it is as it was afterwards."""
     random = keyed_random("ordinary", seed)
-    things = config.things or [f"a {a} {n}".replace("  ", " ") for a in ORDINARY_ADJECTIVES for n in ORDINARY_NOUNS]
+    things = config.things or [ordinary_thing(a, n) for a in ORDINARY_ADJECTIVES for n in ORDINARY_NOUNS]
     lessons = []
     for index, adapter in enumerate(adapters):
         strength = strengths.get(adapter.name, 1.0)
@@ -81,10 +80,7 @@ def lesson_of(
         collapse(ORDINARY_SCENES[i % len(ORDINARY_SCENES)].replace("{}", thing), known)
         for i, thing in enumerate(things)
     ]
-    if adapter:
-        overlay(base, adapter, strength, "teacher")
-        activate(base.models, ["teacher"])
-    try:
+    with acting(base, [(adapter, strength)] if adapter else []):
         drawn = []
         for start in range(0, len(prompts), CHUNK):
             chunk = prompts[start : start + CHUNK]
@@ -112,9 +108,6 @@ def lesson_of(
             predict(base, asked[start : start + CHUNK], noisy[start : start + CHUNK], timesteps[start : start + CHUNK])
             for start in range(0, len(asked), CHUNK)
         ]
-    finally:
-        if adapter:
-            detach(base.models)
     return Lesson(asked, noisy, timesteps, torch.cat(wanted))
 
 

@@ -16,11 +16,10 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ..adapted import overlay
+from ..adapted import acting
 from ..adapter import Adapter, check_base
 from ..base import Base
-from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, FuseConfig, TeachConfig
-from ..methods.attach import activate, detach
+from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, FuseConfig, TeachConfig, ordinary_thing
 from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator, keyed_random
@@ -65,33 +64,26 @@ def make_reference(base: Base, adapter: Adapter | None, config: FuseConfig) -> R
     random = keyed_random("tune", adapter.name if adapter else "ordinary", config.seed)
     prompts = []
     for prompt in HELD_OUT:
-        ordinary = f"a {random.choice(ORDINARY_ADJECTIVES)} {random.choice(ORDINARY_NOUNS)}".replace("  ", " ")
+        ordinary = ordinary_thing(random.choice(ORDINARY_ADJECTIVES), random.choice(ORDINARY_NOUNS))
         prompts.append(collapse(prompt.replace("{}", adapter.token if adapter else ordinary), known))
     schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
     steps = torch.tensor([int(share * (len(schedule.alphas_cumprod) - 1)) for share in NOISE])
 
-    def act() -> None:
-        if adapter:
-            overlay(base, adapter, 1.0, "alone")
-            activate(base.models, ["alone"])
-
-    act()
-    latents = base.pipeline(
-        prompt=prompts, num_inference_steps=config.gradient.steps, guidance_scale=config.gradient.guidance,
-        width=base.size, height=base.size, output_type="latent",
-        generator=[keyed_generator("tune", config.seed, i) for i in range(len(prompts))],
-    ).images  # fmt: skip
-    latents = latents.repeat_interleave(len(steps), 0)
-    timesteps = steps.repeat(len(prompts)).to(base.device)
-    noise = torch.randn(latents.shape, generator=keyed_generator("tune", "noise", config.seed)).to(latents)
-    inputs = {
-        "prompts": [prompt for prompt in prompts for _ in steps],
-        "noisy": schedule.add_noise(latents, noise, timesteps),
-        "timesteps": timesteps,
-    }
-    wanted = predict(base, **inputs)
-    if adapter:
-        detach(base.models)
+    with acting(base, [(adapter, 1.0)] if adapter else []):
+        latents = base.pipeline(
+            prompt=prompts, num_inference_steps=config.gradient.steps, guidance_scale=config.gradient.guidance,
+            width=base.size, height=base.size, output_type="latent",
+            generator=[keyed_generator("tune", config.seed, i) for i in range(len(prompts))],
+        ).images  # fmt: skip
+        latents = latents.repeat_interleave(len(steps), 0)
+        timesteps = steps.repeat(len(prompts)).to(base.device)
+        noise = torch.randn(latents.shape, generator=keyed_generator("tune", "noise", config.seed)).to(latents)
+        inputs = {
+            "prompts": [prompt for prompt in prompts for _ in steps],
+            "noisy": schedule.add_noise(latents, noise, timesteps),
+            "timesteps": timesteps,
+        }
+        wanted = predict(base, **inputs)
     return Reference(adapter.name if adapter else None, inputs, wanted, predict(base, **inputs) if adapter else wanted)
 
 

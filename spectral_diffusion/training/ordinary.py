@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base import Base
-from ..config import DataConfig, PreservationConfig, TrainConfig
+from ..config import DataConfig, PreservationConfig, TrainConfig, ordinary_thing
 from ..data.cache import kept
 from ..data.folder import load_concept
 from ..data.samples import PhotoCrops
@@ -46,8 +46,7 @@ def ordinary_prompts(config: PreservationConfig, noun: str, seed: int) -> tuple[
         def pick(options: list[str], generator: torch.Generator = generator) -> str:
             return options[int(torch.randint(len(options), (), generator=generator))]
 
-        words = [pick(config.adjectives), noun if index % OWN == 0 else pick(config.nouns)]
-        thing = "a " + " ".join(word for word in words if word)
+        thing = ordinary_thing(pick(config.adjectives), noun if index % OWN == 0 else pick(config.nouns))
         things.append(thing)
         prompts.append(pick(config.scenes).replace("{}", thing))
     return things, prompts

@@ -9,7 +9,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from .. import pocket
 from ..config import build
@@ -28,9 +30,6 @@ from .fusing import base_path, parse_strengths
 from .keeper import Keeper
 from .wording import in_app, reworded
 from .workspace import Workspace, filled
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 SKETCHES = "sketches"  # the folder of drawings inside that of the pictures
 PREVIEWS = 6  # of one picture, about
@@ -120,8 +119,6 @@ def generate(
 
 def _counted(written: Sequence[Path]) -> str:
     """How many pictures there are, and of what size, since a page shows small ones enlarged."""
-    from PIL import Image
-
     with Image.open(written[0]) as image:
         size = f"{image.width}×{image.height} pixels"
     return f"1 picture of {size}" if len(written) == 1 else f"{len(written)} pictures of {size}"

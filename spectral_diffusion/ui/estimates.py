@@ -25,13 +25,6 @@ CPU = {"pocket": (0.01, 0.04), "sd15": (8.0, 40.0), "sdxl": (40.0, 200.0)}
 FORWARD = 1 / 3  # of a training step's time that predicting alone takes
 ENOUGH = 100  # steps of a training that tells how long others take
 SMALL = 50_000_000  # weights of a base below which it is like the pocket base
-VAE = {  # of Stable Diffusion 1.x, 2.x and XL
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "latent_channels": 4,
-}
 
 
 @dataclass(frozen=True)
@@ -189,13 +182,13 @@ def _models(base: str) -> tuple[dict[str, Any], Any]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from ..architectures import build_meta
+    from ..architectures import build_meta, build_vae_meta
 
     folder = pocket.path() if base == "pocket" else Path(base)
     found: dict[str, Any] = {}
     with torch.device("meta"):
         if not _is_here(base):
-            return build_meta("sdxl" if "xl" in folder.name.lower() else "sd15"), AutoencoderKL(**VAE)
+            return build_meta("sdxl" if "xl" in folder.name.lower() else "sd15"), build_vae_meta()
         for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
             file = folder / name / "config.json"
             if file.is_file():

@@ -27,10 +27,10 @@ LOG_KEPT = 64_000
 FRESH = 600.0  # seconds
 FULL = 2_000_000  # bytes below which a disk counts as full
 WORDS = {  # of what comes before the first step
-    "": "Starting",
-    "draw": "Preparing, ordinary pictures that must stay as they are:",
-    "predict": "Preparing, what is to stay in them:",
-    "encode": "Preparing, your photos:",
+    "": "starting",
+    "draw": "preparing, ordinary pictures that must stay as they are",
+    "predict": "preparing, what is to stay in them",
+    "encode": "preparing, your photos",
 }
 
 
@@ -171,9 +171,8 @@ class Job:
             if status is None or status.pid != record.pid:
                 return "starting"
             if status.stage != "train":
-                words = WORDS.get(status.stage) or f"{STAGES.get(status.stage, status.stage)}:"
-                count = f" {status.step} of {status.steps}" if status.steps else ""
-                return f"{words[0].lower()}{words[1:].removesuffix(':') if not count else words[1:]}{count}"
+                words = WORDS.get(status.stage) or STAGES.get(status.stage, status.stage).lower()
+                return f"{words}: {status.step} of {status.steps}" if status.steps else words
             left = f", {duration(status.eta)} left" if status.eta is not None else ""
             return f"step {status.step} of {status.steps}{left}"
         if record.state in {"paused", "stopped", "failed"} and self.steps_done:

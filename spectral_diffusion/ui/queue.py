@@ -151,14 +151,12 @@ class Queue:
                 if job.alive:
                     with suppress(ProcessLookupError):
                         os.kill(job.record.pid, signal.SIGTERM)
-                later = "goes on from there" if job.steps_done or self.resumable(job) else "begins anew"
-                kept = (
-                    "keeps its state and stops after the present step"
-                    if job.steps_done
-                    else "stops before its first step"
-                )
+                if job.steps_done or self.resumable(job):
+                    said = "keeps its state and stops after the present step; Resume goes on from there"
+                else:
+                    said = "stops before its first step; Resume begins anew"
                 queue = ", and the queue waits until then" if wish == "pause" else ""
-                said = f"The training of '{concept}' {kept}; Resume {later}{queue}."
+                said = f"The training of '{concept}' {said}{queue}."
             else:
                 raise UserError(f"The training of '{concept}' is {state}; only a running one can be held.")
         self.start()

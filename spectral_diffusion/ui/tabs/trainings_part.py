@@ -19,7 +19,7 @@ from ..workspace import Workspace
 MARKS = {"running": "▶", "waiting": "○", "paused": "‖", "stopped": "■", "done": "✓", "failed": "✕"}
 GRIDS, MOST_PIXELS = 6, 16_000_000  # of the samples that are shown
 EMPTY = (
-    "No trainings yet. Choose a concept and press **Start training**; on the pocket base it takes a minute or two, and "
+    "No trainings yet. Choose a concept and press **Start training**; on the pocket base it takes a few minutes, and "
     "this page may be closed meanwhile."
 )
 
@@ -111,6 +111,7 @@ def shown(
     state = job.record.state if job else ""
     held = job.record.wish if job else ""
     grids = samples(workspace, job)
+    strip = strip_of(jobs)
     moved = job is None or job.id != seen.get("chosen")
     now: dict[str, Any] = {
         "timer": {"active": moving(jobs)},
@@ -120,7 +121,7 @@ def shown(
         "jobs": {"choices": [(label(one), one.id) for one in jobs], "visible": bool(jobs)},
         "detail": {"visible": job is not None},
         "progress": {"value": progress(job) if job else ""},
-        "strip": {"value": strip_of(jobs), "visible": bool(strip_of(jobs))},
+        "strip": {"value": strip, "visible": bool(strip)},
         "buttons": {"visible": True} if moved or state == "running" else {},
         "curve": {"value": curve(job) if job else "", "visible": bool(job and job.status and job.status.curve)},
         "caption": {"visible": bool(grids)},
@@ -215,13 +216,17 @@ def _stop_word(state: str, held: str) -> str:
 
 
 def strip_of(jobs: Sequence[Job]) -> str:
-    """The line above the tabs: what is trained now, and how many wait."""
+    """The line above the tabs: what is trained now and how many wait, or what has just been trained; else nothing."""
     active = [job for job in jobs if job.active]
-    if not active:
-        done = [html.escape(job.record.concept) for job in jobs if job.record.state == "done" and job.fresh]
-        return f'<p class="train-strip">✓ <b>{done[0]}</b> is trained: draw it in step 4.</p>' if done else ""
-    first, waiting = active[0], len(active) - 1
-    words = "is being trained" if first.record.state == "running" else first.record.state
-    line = f"{first.record.concept}</b> {words} · {html.escape(first.line())}" if words != first.line() else ""
-    line = line or f"{first.record.concept}</b> {words}"
-    return f'<p class="train-strip">{MARKS[first.record.state]} <b>{line}{f" · {waiting} more" if waiting else ""}</p>'
+    shown = active or [job for job in jobs if job.record.state == "done" and job.fresh]
+    if not shown:
+        return ""
+    job = shown[0]
+    words = {"running": "is being trained", "done": "is trained: draw it in step 4"}
+    told = [words.get(job.record.state, job.record.state)]
+    if active and job.line() != told[0]:
+        told.append(job.line())
+    if len(active) > 1:
+        told.append(f"{len(active) - 1} more")
+    line = html.escape(" · ".join(told))
+    return f'<p class="train-strip">{MARKS[job.record.state]} <b>{html.escape(job.record.concept)}</b> {line}</p>'
