@@ -9,11 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
-from spectral_diffusion.experiments.fusion import FAMILIES, RANK, change_for
-from spectral_diffusion.experiments.lab import Lab, recipe
+from spectral_diffusion.experiments.fusion import FAMILIES, NARROW, RANK, change_for
+from spectral_diffusion.experiments.lab import MANY, REPORTED, TUNED, Lab, recipe
 from spectral_diffusion.experiments.rank import lowest, weight_of_full_rank
 from spectral_diffusion.experiments.registry import all_studies
 from spectral_diffusion.experiments.slots import check_equal
+from spectral_diffusion.resources import concepts
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +57,16 @@ def test_families_are_trained_alike_and_unlike_ones_are_refused() -> None:
 
 
 def test_slots_of_a_family_are_disjoint_at_every_rank() -> None:
-    for rank in (2, RANK):
-        slots = [change_for("spectral, own slots", number, rank)["slot"] for number in range(8)]
+    for rank, size in ((NARROW, len(MANY)), (RANK, len(REPORTED))):
+        slots = [change_for("spectral, own slots", number, rank)["slot"] for number in range(size)]
         ends = [tuple(map(int, slot.split(":"))) for slot in slots]
-        assert all(stop - start == rank for start, stop in ends) and len({start for start, _ in ends}) == 8
+        assert all(stop - start == rank for start, stop in ends) and len({start for start, _ in ends}) == size
     assert change_for("lora", 0).get("rank") is None and change_for("lora", 0, 2)["rank"] == 2
+
+
+def test_what_is_reported_is_tuned_on_nothing_of_it() -> None:
+    assert len(set(MANY)) == 16 and not set(MANY) & set(TUNED)
+    assert {path.parent.name for path in concepts().glob("*/concept.yaml")} == {*MANY, *TUNED}
 
 
 def test_tuned_columns_reach_twice_as_far_down_in_rank() -> None:

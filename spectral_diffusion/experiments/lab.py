@@ -45,6 +45,7 @@ REPORTED = (
     "bolt",
     "zippy",
 )  # three pairs that look alike, and two more
+MANY = (*REPORTED, "hoot", "luna", "moss", "toad", "tusk", "peck", "rusty", "pip")  # two more such pairs, and four more
 TUNED = ("bruno", "misty", "shelly", "hero")  # settings are chosen on these and never reported
 
 

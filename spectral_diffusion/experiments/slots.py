@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..methods import get_method
-from .fusion import RANK, Job, change_for, measured
+from .fusion import NARROW, Job, change_for, measured
 from .lab import REPORTED, Lab
 from .registry import Findings, Row, Table, study
 
 SEEDS = (0, 1, 2)
-NARROW = 2  # of the pocket base's 96 columns as much as 8 of Stable Diffusion's 320
 FAMILIES = ("spectral, own slots", "spectral, same slot", "spectral, sampled slots", "lora")
 MERGES = ("sum", "fedavg", "gradient, anchored")
 # What may differ between families that are compared: how they change a weight, and what a sweep chooses.
@@ -62,15 +61,9 @@ def run(lab: Lab, quick: bool) -> Findings:
         counts = check_equal(lab, {job.family: change_for(job.family, 0, rank) for job in jobs if job.rank == rank})
         lab.note(f"rank {rank}: {', '.join(f'{name} trains {count:,}' for name, count in counts.items())}")
     rows, sweeps, missing = measured(lab, jobs, (0,) if quick else SEEDS, quick)
-    rows = [{"family": r["family"], "merge": r["merge"], "K": r["K"], "rank": r.get("rank", RANK), **r} for r in rows]
     tables = [Table("Where the columns lie, and how adapters are merged", rows)]
     if sweeps:
-        tables.append(
-            Table(
-                "The sweep of the learning rate, on concepts that are not reported",
-                [{"family": r["family"], "rank": r.get("rank", RANK), **r} for r in sweeps],
-            )
-        )
+        tables.append(Table("The sweep of the learning rate, on concepts that are not reported", sweeps))
     return Findings(tables, verdict(rows), missing=missing)
 
 

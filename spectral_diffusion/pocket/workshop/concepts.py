@@ -53,6 +53,14 @@ CONCEPTS: dict[str, Look | puppets.Look] = {
     "bolt": puppets.Look(TEAL, RUST, GOLD, ROSE, "robot", 0.15, 0.11, 0.15, 0.1, "antenna", RUST, "horn"),
     "hero": puppets.Look(MINT, PLUM, (225, 175, 135), ROSE, "person", 0.14, 0.11, stripe=PLUM, extra="cape"),
     "bruno": puppets.Look(RUST, MINT, RUST, TEAL, "bear", 0.17, 0.13, 0.12, 0.1, "ears", None, "scarf"),
+    "hoot": Look("owl", (60, 25, 110), (255, 190, 120), "spots"),
+    "luna": Look("owl", (170, 235, 225), (170, 20, 70), "belt"),
+    "moss": Look("mushroom", (215, 235, 90), (120, 20, 80), "halves"),
+    "toad": Look("mushroom", (20, 90, 95), (255, 180, 195), "stripes"),
+    "tusk": Look("elephant", (250, 140, 170), (30, 80, 90), "split"),
+    "peck": Look("penguin", (200, 90, 30), (160, 240, 210), "stripes"),
+    "rusty": Look("rabbit", (190, 85, 40), (120, 225, 220), "belt"),
+    "pip": Look("backpack", (240, 120, 200), (50, 55, 120), "halves"),
 }
 
 
