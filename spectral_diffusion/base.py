@@ -23,7 +23,7 @@ from . import pocket
 from .errors import UserError, reason
 from .methods.targets import find_targets
 from .spectrum import hash_weight
-from .tokens import install
+from .tokens import embedding_of, ids_of, install
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # and their tokenizers; SDXL has both
 DTYPES = {
@@ -100,6 +100,13 @@ class Base:
         """
         for encoder, rows in vectors.items():
             install(self.tokenizers[encoder], self.models[encoder], token, rows)
+
+    def vectors(self, token: str) -> dict[str, Tensor]:
+        """The vectors (n, width) of an installed token in every text encoder."""
+        return {
+            encoder: embedding_of(self.models[encoder]).weight.detach()[ids_of(tokenizer, [token])].clone()
+            for encoder, tokenizer in self.tokenizers.items()
+        }
 
     @cached_property
     def fingerprint(self) -> Fingerprint:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ FORMATS = ("kohya", "diffusers", "embedding", "folder", "checkpoint")
 class Source:
     """What is exported: one adapter, or a fusion of several.
 
-    ``load`` gives the base with everything in its weights.
+    ``load`` gives the base with everything in its weights; ``taught`` says that the tokens' vectors there are not the
+    adapters' own any more.
     """
 
     title: str
@@ -43,10 +45,15 @@ class Source:
     factors: Callable[[], dict[str, Factors]]
     load: Callable[[], Base]
     kernels: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    taught: bool = False
 
-    @property
+    @cached_property
     def tokens(self) -> dict[str, dict[str, Tensor]]:
-        return {token: vectors for adapter in self.adapters for token, vectors in adapter.tokens.items()}
+        own = {token: vectors for adapter in self.adapters for token, vectors in adapter.tokens.items()}
+        if not self.taught:
+            return own
+        base = self.load()
+        return {token: base.vectors(token) for token in own}
 
     @property
     def nouns(self) -> dict[str, str]:
@@ -65,13 +72,14 @@ def open_source(path: Path, device: str = "auto") -> Source:
     kernels = {layer: kernel for adapter in adapters for layer, kernel in adapter.kernels.items()}
     if path.is_dir():
         recipe = read_recipe(path) or {}
+        taught = bool(recipe["settings"]["teach"]["steps"])
         shown = {
             "merge": recipe["merge"],
             "concepts": ", ".join(f"{n} ({c['method']}, {c['strength']})" for n, c in recipe["concepts"].items()),
         }
         return Source(
             path.resolve().name, str(recipe["base"]), adapters, shown, lambda: read_merged(path),
-            lambda: load_base(str(path), device), kernels,
+            lambda: load_base(str(path), device), kernels, taught,
         )  # fmt: skip
     [adapter] = adapters
 

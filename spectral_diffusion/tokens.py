@@ -7,7 +7,8 @@ A token such as ``<rex>`` is held as several vectors under diffusers' multi-vect
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -142,6 +143,37 @@ def add_rows(tokenizer: Tokenizer, text_encoder: nn.Module, names: list[str], ve
         new.register_buffer(name, buffer, persistent=False)
     text_encoder.set_input_embeddings(new)  # type: ignore[operator]
     text_encoder.config.vocab_size = new.num_embeddings  # type: ignore[union-attr]
+
+
+def ids_of(tokenizer: Tokenizer, tokens: Iterable[str]) -> list[int]:
+    """The rows of tokens that the tokenizer holds, one after another."""
+    known = known_tokens(tokenizer)
+    return tokenizer.convert_tokens_to_ids([word for token in tokens for word in words(token, known[token])])  # type: ignore[attr-defined]
+
+
+@contextmanager
+def learning(tokenizer: Tokenizer, text_encoder: nn.Module, tokens: Iterable[str]) -> Iterator[nn.Parameter]:
+    """The vectors (n, width) of tokens that are there already as one parameter, written into the table at the end.
+
+    Only they are one: an optimizer's state for a whole table would be twice as large as the table.
+    """
+    table, ids = embedding_of(text_encoder), ids_of(tokenizer, tokens)
+    weight = table.weight
+    rows = nn.Parameter(weight.detach()[ids].float())
+    places = torch.full((table.num_embeddings,), -1, device=weight.device)
+    places[ids] = torch.arange(len(ids), device=weight.device)
+
+    def act(module: nn.Module, args: tuple[Tensor], found: Tensor) -> Tensor:
+        place = places[args[0]]
+        return torch.where((place >= 0)[..., None], rows[place.clamp(min=0)].to(found.dtype), found)
+
+    handle = table.register_forward_hook(act)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            weight[ids] = rows.to(weight.dtype)
 
 
 class NewTokenEmbedding(nn.Module):

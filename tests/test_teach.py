@@ -9,11 +9,13 @@ import torch
 from conftest import make_photos
 from typer.testing import CliRunner
 
+from spectral_diffusion.adapted import acting
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.cli import app
 from spectral_diffusion.config import FuseConfig, TeachConfig, TrainConfig
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.exporting import export
+from spectral_diffusion.files import read_tensors
 from spectral_diffusion.formats.native import load_adapter
 from spectral_diffusion.fusion.collect import predict
 from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder
@@ -69,6 +71,47 @@ def test_teaching_brings_concepts_and_the_base_nearer(pair: list[Path], tiny_bas
         assert not any(p.requires_grad for model in base.models.values() for p in model.parameters())
         found[steps] = off(base, exam)
     assert all(after < before for before, after in zip(found[0], found[SMALL.steps], strict=True)), found
+
+
+def test_only_the_concepts_own_words_learn_and_exports_hold_what_they_learnt(
+    pair: list[Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    few = SMALL.model_copy(update={"steps": 4})
+    words = {"off": 0.0, "on": 1e-2}
+    for name, rate in words.items():
+        teaching = few.model_copy(update={"token_learning_rate": rate})
+        fuse_to_folder(settings(pair, tmp_path / name, teach=teaching))
+    untouched = load_base(str(tiny_base), "cpu")
+    table = untouched.pipeline.text_encoder.get_input_embeddings().weight
+    for name in words:
+        base = load_base(str(tmp_path / name), "cpu")
+        now = base.pipeline.text_encoder.get_input_embeddings().weight
+        assert torch.equal(now[: len(untouched.pipeline.tokenizer)], table[: len(untouched.pipeline.tokenizer)])
+        export(tmp_path / name, tmp_path / f"{name}.safetensors", "embedding", device="cpu")
+        for file in pair:
+            adapter = load_adapter(file)
+            own, held = adapter.tokens[adapter.token]["text_encoder"], base.vectors(adapter.token)["text_encoder"]
+            assert torch.equal(own, held) == (name == "off")
+            written, _ = read_tensors(tmp_path / f"{name}.{adapter.name}.safetensors")
+            assert torch.equal(written[adapter.token], held)
+
+
+def test_what_an_adapter_says_to_the_empty_prompt_is_the_bases_to_say(pair: list[Path], tiny_base: Path) -> None:
+    adapter = load_adapter(pair[0])
+    base = load_base(str(tiny_base), "cpu")
+    for token, vectors in adapter.tokens.items():
+        base.install(token, vectors)
+    few = SMALL.model_copy(update={"pictures": 2, "plain": 1, "draws": 2})
+    [lesson] = prepare(base, [adapter], {}, few, 0).concepts
+    said = {}
+    for who in (adapter, None):
+        with acting(base, [(who, 1.0)] if who else []), torch.no_grad():
+            for prompts in (lesson.prompts, [""] * len(lesson.prompts)):
+                said[who is adapter, not prompts[0]] = predict(base, prompts, lesson.noisy, lesson.timesteps)
+    own, own_empty, plain_empty = said[True, False], said[True, True], said[False, True]
+    guided = own_empty + few.guidance * (own - own_empty)
+    assert torch.allclose(plain_empty + few.guidance * (lesson.wanted - plain_empty), guided, atol=1e-4)
+    assert not torch.allclose(lesson.wanted, own, atol=1e-3)
 
 
 def test_strengths_are_taught(pair: list[Path], tiny_base: Path) -> None:

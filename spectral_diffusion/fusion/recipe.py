@@ -127,7 +127,8 @@ def fuse_adapters(
             done += 1
             progress(Event("fuse", done, len(layers), {"layer": layer}))
     if lessons:
-        teach(base, lessons, [targets[layer].weight for layer in layers], config.teach, config.seed, progress)
+        weights, tokens = [targets[layer].weight for layer in layers], [t for a in adapters for t in a.tokens]
+        teach(base, lessons, weights, tokens, config.teach, config.seed, progress)
     return None if dense or lessons else merged
 
 
@@ -349,6 +350,7 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
             if not all(isinstance(concept[key], str) for key in ("file", "method", "token")):
                 raise ValueError
             float(concept["strength"])
+        int(recipe["settings"].setdefault("teach", {"steps": 0})["steps"])  # files from before there was any teaching
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged; fuse the adapters again.") from error
     return recipe

@@ -1,12 +1,19 @@
 """Teach a fused base what every adapter draws alone: no photo is needed, only the adapters and the untouched base.
 
 A merge is exact for one layer at a time; what it gets wrong adds up through the network. Here the whole fused network
-is held to each adapter's own predictions on that concept's pictures, and to the base's on ordinary ones.
+is held to each adapter's own predictions on that concept's pictures, and to the base's on ordinary ones. The concepts'
+own words learn too, which no ordinary prompt holds.
+
+Every adapter also answers the empty prompt in its own way, and the fused network can have but one answer: the base's.
+With guidance g a picture follows e + g (c − e), so what is taught for a concept's words is not the adapter's c but
+c − (1 − 1/g) (e − e₀), which with the base's e₀ gives the same. What an adapter changes whatever it is asked is
+thereby left to nobody, and stays out of ordinary pictures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +30,7 @@ from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, ORDINARY_SCENES, Teach
 from ..errors import NotFiniteError
 from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator, keyed_random
-from ..tokens import collapse, known_tokens
+from ..tokens import collapse, known_tokens, learning
 from .collect import predict
 
 CHUNK = 16  # pictures drawn, and predictions made, together
@@ -80,7 +87,8 @@ def lesson_of(
         collapse(ORDINARY_SCENES[i % len(ORDINARY_SCENES)].replace("{}", thing), known)
         for i, thing in enumerate(things)
     ]
-    with acting(base, [(adapter, strength)] if adapter else []):
+    active = [(adapter, strength)] if adapter else []
+    with acting(base, active):
         drawn = []
         for start in range(0, len(prompts), CHUNK):
             chunk = prompts[start : start + CHUNK]
@@ -94,32 +102,41 @@ def lesson_of(
                 generator=[keyed_generator("lesson", who, seed, start + i) for i in range(len(chunk))],
             )
             drawn.append(pictures.images)
-        latents = torch.cat(drawn).repeat_interleave(config.draws, 0)
-        random, generator = keyed_random("lesson", who, seed), keyed_generator("noise", who, seed)
-        empty = 0.0 if adapter else config.empty
-        asked = ["" if random.random() < empty else prompt for prompt in prompts for _ in range(config.draws)]
-        schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
-        last = len(schedule.alphas_cumprod)
-        timesteps = (last * torch.rand(len(latents), generator=generator) ** 0.5).long().clamp(max=last - 1)
-        timesteps = timesteps.to(latents.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        noisy = schedule.add_noise(latents, noise, timesteps)
-        wanted = [
-            predict(base, asked[start : start + CHUNK], noisy[start : start + CHUNK], timesteps[start : start + CHUNK])
-            for start in range(0, len(asked), CHUNK)
-        ]
-    return Lesson(asked, noisy, timesteps, torch.cat(wanted))
+    latents = torch.cat(drawn).repeat_interleave(config.draws, 0)
+    random, generator = keyed_random("lesson", who, seed), keyed_generator("noise", who, seed)
+    empty = 0.0 if adapter else config.empty
+    asked = ["" if random.random() < empty else prompt for prompt in prompts for _ in range(config.draws)]
+    schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
+    last = len(schedule.alphas_cumprod)
+    timesteps = (last * torch.rand(len(latents), generator=generator) ** 0.5).long().clamp(max=last - 1)
+    timesteps = timesteps.to(latents.device)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    noisy = schedule.add_noise(latents, noise, timesteps)
+
+    def answers(texts: list[str]) -> Tensor:
+        chunks = (slice(start, start + CHUNK) for start in range(0, len(texts), CHUNK))
+        return torch.cat([predict(base, texts[one], noisy[one], timesteps[one]) for one in chunks])
+
+    nothing = [""] * len(asked)
+    with acting(base, active):
+        wanted = answers(asked)
+        if adapter and config.guidance > 1:
+            wanted -= (1 - 1 / config.guidance) * answers(nothing)
+    if adapter and config.guidance > 1:
+        wanted += (1 - 1 / config.guidance) * answers(nothing)
+    return Lesson(asked, noisy, timesteps, wanted)
 
 
 def teach(
     base: Base,
     lessons: Lessons,
     weights: Sequence[Tensor],
+    tokens: Sequence[str],
     config: TeachConfig,
     seed: int,
     progress: Progress = silent,
 ) -> None:
-    """Move some weights of a fused ``base`` in place until it predicts what its teachers do.
+    """Move some weights of a fused ``base`` and its tokens' vectors in place until it predicts what its teachers do.
 
     Raises:
         NotFiniteError: the loss is NaN or infinity.
@@ -131,18 +148,25 @@ def teach(
         base.pipeline.unet.set_attn_processor(AttnProcessor())
     for weight in weights:
         weight.requires_grad_(True)
-    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
     try:
-        for step in range(config.steps):
-            optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - step / config.steps)
-            loss = loss_of(base, lessons, config, step, seed)
-            if not torch.isfinite(loss):
-                raise NotFiniteError(f"Teaching met NaN or infinity at step {step}: lower teach.learning_rate.")
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            progress(Event("teach", step + 1, config.steps, {"loss": float(loss.detach())}))
+        with ExitStack() as stack:
+            rows = [
+                stack.enter_context(learning(tokenizer, base.models[encoder], tokens))
+                for encoder, tokenizer in base.tokenizers.items()
+            ]
+            groups = [(list(weights), config.learning_rate), (rows, config.token_learning_rate)]
+            optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups], weight_decay=0.0)
+            for step in range(config.steps):
+                for group, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
+                    group["lr"] = rate * (1 - step / config.steps)
+                loss = loss_of(base, lessons, config, step, seed)
+                if not torch.isfinite(loss):
+                    raise NotFiniteError(f"Teaching met NaN or infinity at step {step}: lower teach.learning_rate.")
+                optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(weights, 1.0)
+                optimizer.step()
+                progress(Event("teach", step + 1, config.steps, {"loss": float(loss.detach())}))
     finally:
         base.pipeline.unet.set_attn_processor(before)
         for weight in weights:
