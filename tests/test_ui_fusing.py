@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,10 @@ from spectral_diffusion.errors import UserError
 from spectral_diffusion.formats.importing import import_lora
 from spectral_diffusion.fusion.recipe import RECIPE, fuse_to_folder
 from spectral_diffusion.inspection import inspect_paths
+from spectral_diffusion.progress import Event
 from spectral_diffusion.training.run import train_to_file
 from spectral_diffusion.ui import comparing, downloads, fusing
+from spectral_diffusion.ui.turns import until
 from spectral_diffusion.ui.wording import in_app
 from spectral_diffusion.ui.workspace import Workspace
 
@@ -110,6 +113,26 @@ def test_fuse_and_take_out_again(workspace: Workspace, merge: str, tmp_path: Pat
     fuse_to_folder(fresh)
     one, other = load_base(str(workspace.fused / "rest"), "cpu"), load_base(str(tmp_path / "fresh"), "cpu")
     assert one.fingerprint == other.fingerprint
+
+
+def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace) -> None:
+    seen: list[Event] = []
+    fusing.fuse(workspace, ["rex", "mug"], "clever", BOTH, seen.append, teach=2)
+    assert {"lesson", "teach"} <= {event.stage for event in seen}
+    [saved] = fusing.fusions(workspace)
+    assert (saved.taught, saved.merge, saved.problem) == (2, "spectral", "")
+
+    stop = threading.Event()
+
+    def watched(event: Event) -> None:
+        if event.stage == "teach":
+            stop.set()
+
+    with pytest.raises(UserError, match="nothing was saved"):
+        fusing.fuse(
+            workspace, ["rex", "mug"], "dull", BOTH, until(stop, watched, "Stopped; nothing was saved."), teach=9
+        )
+    assert fusing.fused_names(workspace) == ["clever"]
 
 
 def test_before_and_after_of_every_concept(workspace: Workspace) -> None:

@@ -33,6 +33,7 @@ class Fusion:
     name: str
     concepts: dict[str, float]
     merge: str
+    taught: int = 0  # steps
     problem: str = ""
 
 
@@ -121,6 +122,8 @@ def settings_for(
 ) -> FuseConfig:
     """The settings that the page's fields stand for; ``changes`` are the merge's own, an empty one its default.
 
+    ``teach`` among them is the number of steps.
+
     Raises:
         UserError: nothing is chosen, or a setting cannot be.
     """
@@ -128,8 +131,9 @@ def settings_for(
     files = [adapter_file(workspace, name) for name in adapters]
     by_concept = {adapter.name: strengths.get(name, 1.0) for name, adapter in adapters.items()}
     given = filled(changes)
-    anchor = given.pop("anchor", None)
+    anchor, steps = given.pop("anchor", None), given.pop("teach", None)
     inner = {} if anchor is None else {"gradient": {"anchor": anchor}}
+    inner |= {} if steps is None else {"teach": {"steps": steps}}
     return build(FuseConfig, given, inner, {"adapters": files, "output": output, "strength": by_concept})
 
 
@@ -203,9 +207,10 @@ def fusions(workspace: Workspace) -> list[Fusion]:
         try:
             recipe = read_recipe(folder) or {}
             concepts = {str(one): float(recipe["strength"].get(one, 1.0)) for one in recipe["concepts"]}
-            found.append(Fusion(name, concepts, str(recipe["settings"]["merge"])))
+            settings = recipe["settings"]
+            found.append(Fusion(name, concepts, str(settings["merge"]), int(settings["teach"]["steps"])))
         except Exception as error:  # one bad folder must not hide the others
-            found.append(Fusion(name, {}, "", in_app(sentence_of(error), workspace)))
+            found.append(Fusion(name, {}, "", problem=in_app(sentence_of(error), workspace)))
     return found
 
 

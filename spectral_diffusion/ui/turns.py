@@ -7,6 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from ..errors import UserError
+from ..progress import Event, Progress
+
 News = TypeVar("News")
 Result = TypeVar("Result")
 MOST_RUNS = 1000  # that are remembered; older ones have ended unseen
@@ -42,8 +45,23 @@ def in_turn(work: Callable[[Callable[[News], None]], Result], stop: threading.Ev
         thread.join()
 
 
+def until(stop: threading.Event, progress: Progress, words: str) -> Progress:
+    """The same progress, which ends the work at its next step once ``stop`` is set.
+
+    Raises:
+        UserError: then, with these words.
+    """
+
+    def show(event: Event) -> None:
+        if stop.is_set():
+            raise UserError(words)
+        progress(event)
+
+    return show
+
+
 class Runs:
-    """Who is drawing: an event per browser tab that asks its run to stop."""
+    """Whose work goes on: an event per browser tab that asks its run to stop."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -20,6 +20,8 @@ STAGES = {
     "fuse": "Fusing",
     "generate": "Drawing",
     "watch": "Seeing what each concept does",
+    "lesson": "Drawing what each concept is alone",
+    "teach": "Teaching",
 }
 
 

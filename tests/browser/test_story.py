@@ -90,6 +90,12 @@ def test_from_photos_to_a_picture_of_two(server: Any, visit: Callable[..., Any],
     page.locator("#fuse-merge input").fill("spectral")
     page.get_by_role("option", name="spectral", exact=True).click()
     page.locator("#fuse-name input, #fuse-name textarea").first.fill("pair")
+    page.get_by_label("900 steps").check()
+    page.locator("#fuse-save").click()
+    page.locator("#fuse-stop").click()
+    page.get_by_text("nothing was saved").first.wait_for(timeout=PATIENCE)
+    assert not (server.workspace / "fused" / "pair").exists()
+    page.locator("#fuse-teach").get_by_label("no", exact=True).check()
     page.locator("#fuse-save").click()
     page.locator("#fuse-draw").click(timeout=PATIENCE)
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple
 from typing import Any
 
 import gradio as gr
 
+from ...progress import Progress
 from .. import comparing, downloads, fusing
 from ..adapters import adapter_rows
 from ..page import DEVICE, PRIVATE, Page, plain, teller, told
+from ..turns import Runs, until
 
 COLUMNS = {  # the heads of the table, and what they mean
     "Concept": "",
@@ -28,6 +31,12 @@ ADVICE = (
 MERGE_INFO = (
     "gradient keeps several concepts best and takes longest; spectral adds what was trained, which is exact and quick."
 )
+TEACHING = {"no": 0, "300 steps": 300, "900 steps": 900}
+TEACHING_INFO = (
+    "After any merge, the fusion is taught what every concept draws alone. It keeps several concepts much better and "
+    "other prompts more as they were; it takes minutes."
+)
+STOPPED = "Stopped; nothing was saved."
 TOO_FEW = {
     0: "Nothing is trained yet. Train two concepts in step 2, then put them together here.",
     1: "One concept is trained. Train a second one in step 2, then put them together here.",
@@ -65,15 +74,18 @@ def _wire_bench(bench: _Bench, handlers: Handlers, page: Page, lists: dict[str, 
     bench.chosen.change(**look)
     bench.strengths.change(**look)
     bench.merge.change(handlers.about_merge, bench.merge, bench.summary, **PRIVATE)
-    bench.compare.click(
-        handlers.compare, bench.settings, [bench.pictures, bench.result], show_progress_on=bench.result,
-        **DEVICE, **HIDDEN,
-    )  # fmt: skip
-    saving = bench.save.click(
-        handlers.save, [bench.name, bench.replace, *bench.settings], [bench.result, page.base, bench.draw],
-        show_progress_on=bench.result, **DEVICE, **HIDDEN,
-    )  # fmt: skip
+    asked: dict[str, Any] = {"fn": handlers.begin, "outputs": bench.stop, "queue": False, **PRIVATE}
+    shown: dict[str, Any] = {"show_progress_on": bench.result, **DEVICE, **HIDDEN}
+    trying = bench.compare.click(**asked).then(
+        handlers.compare, bench.settings, [bench.pictures, bench.result], **shown
+    )
+    saving = bench.save.click(**asked).then(
+        handlers.save, [bench.name, bench.replace, *bench.settings], [bench.result, page.base, bench.draw], **shown
+    )
+    for running in (trying, saving):
+        running.then(lambda: gr.Button(visible=False), None, bench.stop, queue=False, **PRIVATE)
     saving.success(**lists)
+    bench.stop.click(handlers.stop, queue=False, **PRIVATE)
     for event in (bench.name.change, saving.then):  # after a refusal too
         event(handlers.taken, bench.name, bench.replace, **PRIVATE)
     bench.draw.click(lambda: gr.Tabs(selected="generate"), None, page.tabs, **PRIVATE)
@@ -126,7 +138,7 @@ class _Bench:
                     interactive=False, visible=False, elem_id="fuse-pictures", buttons=["fullscreen"],
                     fit_columns=False, height="auto",
                 )  # fmt: skip
-        self.settings = [self.chosen, self.strengths, self.merge, self.form, self.anchor, self.seed]
+        self.settings = [self.chosen, self.strengths, self.merge, self.teach, self.form, self.anchor, self.seed]
 
     def _choice(self) -> None:
         self.chosen = gr.CheckboxGroup([], label="Concepts", elem_id="fuse-concepts", show_select_all=True)
@@ -135,6 +147,9 @@ class _Bench:
             ["gradient"], value="gradient", label="How to merge", info=MERGE_INFO, elem_id="fuse-merge",
         )  # fmt: skip
         self.summary = gr.Markdown(elem_id="fuse-summary")
+        self.teach = gr.Radio(
+            list(TEACHING.items()), value=0, label="Teach it afterwards", info=TEACHING_INFO, elem_id="fuse-teach"
+        )
         with gr.Accordion("More settings", open=False):
             self.form = gr.Radio(
                 ["sum", "mean", "paper"], value="sum", label="Form of spectral", elem_id="fuse-form",
@@ -156,6 +171,7 @@ class _Bench:
         with gr.Row():
             self.compare = gr.Button("Compare", elem_id="fuse-compare")
             self.save = gr.Button("Save", variant="primary", elem_id="fuse-save")
+            self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="fuse-stop")
         self.result = gr.Textbox(label="Result", interactive=False, lines=2, elem_id="fuse-result")
         self.draw = gr.Button("Draw with it", elem_id="fuse-draw", visible=False)
 
@@ -217,6 +233,7 @@ class Handlers:
 
     def __init__(self, page: Page) -> None:
         self.workspace = page.workspace
+        self.runs = Runs()
 
     def lists(self, chosen: list[str] | None, which: str | None) -> list[Any]:
         """What there is to fuse and what is saved, with all that depends on it."""
@@ -262,23 +279,43 @@ class Handlers:
             label=f"Replace the fusion '{name.strip()}' (the old one goes to the trash)", value=False, visible=there
         )
 
+    def begin(self, request: gr.Request) -> Any:
+        """A run is asked for: it can be stopped from now on."""
+        self.runs.begin(request.session_hash or "")
+        return gr.Button(visible=True)
+
+    def stop(self, request: gr.Request) -> None:
+        """Ask this browser's run to stop."""
+        self.runs.stop(request.session_hash or "")
+
+    @contextmanager
+    def _run(self, request: gr.Request, progress: gr.Progress) -> Iterator[Progress]:
+        """The progress of a run that this browser can stop."""
+        who = request.session_hash or ""
+        stop = self.runs.take(who)
+        try:
+            yield until(stop, teller(progress), STOPPED)
+        finally:
+            self.runs.end(who, stop)
+
     def compare(
         self,
         chosen: list[str] | None,
         strengths: dict[str, float] | None,
         merge: str,
+        teach: int,
         form: str,
         anchor: float | None,
         seed: int | None,
+        request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (gradio looks for it in the defaults)
     ) -> tuple[Any, str]:
         """Before and after of every ticked concept."""
         with told():
             progress(0, desc="Loading the base")
-            changes = {"merge": merge, "form": form, "anchor": anchor}
-            pictures = comparing.compare(
-                self.workspace, chosen, strengths or {}, int(seed or 0), teller(progress), **changes
-            )
+            changes = {"merge": merge, "teach": teach, "form": form, "anchor": anchor}
+            with self._run(request, progress) as tell:
+                pictures = comparing.compare(self.workspace, chosen, strengths or {}, int(seed or 0), tell, **changes)
         return gr.Gallery(value=pictures, visible=True), "Nothing is saved yet; press Save to keep this fusion."
 
     def save(
@@ -288,17 +325,20 @@ class Handlers:
         chosen: list[str] | None,
         strengths: dict[str, float] | None,
         merge: str,
+        teach: int,
         form: str,
         anchor: float | None,
         seed: int | None,
+        request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[str, str, Any]:
         """Fuse the ticked concepts; hands the result to the pictures."""
         name = name.strip() or USUAL_NAME
         with told():
             progress(0, desc="Loading the adapters and their base")
-            changes = {"merge": merge, "form": form, "anchor": anchor, "seed": seed}
-            words = fusing.fuse(self.workspace, chosen, name, strengths or {}, teller(progress), replace, **changes)
+            changes = {"merge": merge, "teach": teach, "form": form, "anchor": anchor, "seed": seed}
+            with self._run(request, progress) as tell:
+                words = fusing.fuse(self.workspace, chosen, name, strengths or {}, tell, replace, **changes)
         return words, fusing.FUSED + name, gr.Button(visible=True)
 
     def fuse(
@@ -309,11 +349,17 @@ class Handlers:
         strength: str = "1",
         merge: str = "spectral",
         replace: bool = False,
+        teach: int = 0,
     ) -> str:
-        """Fuse adapters into one checkpoint of the workspace; ``strength`` is 0.8, or rex=0.8, brew=1.2."""
+        """Fuse adapters into one checkpoint of the workspace, and teach it for ``teach`` steps.
+
+        ``strength`` is 0.8, or rex=0.8, brew=1.2.
+        """
         with told():
             strengths = fusing.parse_strengths(strength, adapters)
-            return fusing.fuse(self.workspace, adapters, name, strengths, replace=replace, form=form, merge=merge)
+            return fusing.fuse(
+                self.workspace, adapters, name, strengths, replace=replace, form=form, merge=merge, teach=teach
+            )
 
     def show(self, which: str | None) -> list[Any]:
         """What a saved fusion is, and what can be taken out of it."""
@@ -368,4 +414,5 @@ class Handlers:
         if found is None:
             return gr.Markdown()
         inside = ", ".join(f"{name} at {strength:g}" for name, strength in found.concepts.items())
-        return gr.Markdown(f"**{plain(found.name)}** holds {plain(inside)}; merged by *{found.merge}*.")
+        taught = f", then taught for {found.taught} steps" if found.taught else ""
+        return gr.Markdown(f"**{plain(found.name)}** holds {plain(inside)}; merged by *{found.merge}*{taught}.")
