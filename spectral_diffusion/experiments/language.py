@@ -113,7 +113,7 @@ def measure(seed: int, pretraining: int, steps: int, rates: Sequence[float] = RA
     test, choose = (sequences(new, 512, torch.Generator().manual_seed(s)) for s in (7_000 + seed, 8_000 + seed))
     before = train(model, old, pretraining, 3e-3, seed, sequences(old, 512, torch.Generator().manual_seed(9)))[-1]
     out: Figures = {
-        "floor": entropy(new, test), "pretrained": before, "untuned": float(loss_of(model, test)), "ways": {}
+        "floor": entropy(new, test), "pretrained": before, "untuned": float(loss_of(model, test).detach()), "ways": {}
     }  # fmt: skip
     for way in WAYS:
         tried = []
