@@ -243,7 +243,7 @@ def run(lab: Lab, quick: bool) -> Findings:
 
 
 def worth_reporting(best: Sequence[tuple[float, Recipe]]) -> list[Recipe]:
-    """The best kinds by what they keep without drift; one that trains its adapters anew only ahead of all the others."""
+    """The best kinds by what they keep without drift; those that train adapters anew only ahead of the rest."""
     ahead = max((score for score, recipe in best if not (recipe.train or recipe.routed)), default=0.0)
     ranked = sorted(best, key=lambda pair: -pair[0])
     return [recipe for score, recipe in ranked if not recipe.train or score > ahead][:MOST]
