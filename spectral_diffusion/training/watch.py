@@ -164,7 +164,7 @@ class Watcher:
         file = samples_folder(self.path) / f"step-{step:06d}.png"
         try:
             with atomic(file) as temporary:
-                sheet(rows, [f"strength {value:g}" for value in self.config.watch.strengths]).save(temporary, "PNG")
+                sheet(rows, [f"× {value:g}" for value in self.config.watch.strengths]).save(temporary, "PNG")
             self.samples.append((step, str(file)))
             figures["sample"] = str(file)
         except (UserError, OSError) as error:

@@ -28,7 +28,7 @@ class Page:
         tabs: with the ids ``concepts``, ``train``, ``fuse``, ``generate``; a button leads to another tab by returning
             ``gr.Tabs(selected="train")``.
         trained: what the adapters are, as the training tab last saw them; its change tells that one is new.
-        strip: the line above the tabs that says what is trained now; ``timer`` ticks while something is.
+        strip: the line at the foot of the page that says what is trained now; ``timer`` ticks while something is.
         concept: name of the concept to train, handed from the concepts to the training.
         base: what to draw on (``pocket``, ``fused/<name>``), handed from the fusion to the pictures.
         adapters: names of adapters to draw with, handed from the training to the pictures.

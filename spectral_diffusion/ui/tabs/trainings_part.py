@@ -58,7 +58,7 @@ def build_list(start: gr.Button, strip: gr.HTML, timer: gr.Timer) -> tuple[List,
     """The list, and the two buttons that answer whether an unfinished training is removed.
 
     Args:
-        strip: the line above the tabs that says what is trained now.
+        strip: the line at the foot of the page that says what is trained now.
         timer: what looks after it, on whatever tab.
     """
     gr.Markdown("### Trainings")
@@ -216,7 +216,7 @@ def _stop_word(state: str, held: str) -> str:
 
 
 def strip_of(jobs: Sequence[Job]) -> str:
-    """The line above the tabs: what is trained now and how many wait, or what has just been trained; else nothing."""
+    """The line at the foot of the page: what is trained now and how many wait, or what has just been trained; else nothing."""
     active = [job for job in jobs if job.active]
     shown = active or [job for job in jobs if job.record.state == "done" and job.fresh]
     if not shown:
