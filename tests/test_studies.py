@@ -12,6 +12,7 @@ from spectral_diffusion.cli import app
 from spectral_diffusion.experiments.fusion import FAMILIES, NARROW, RANK, change_for
 from spectral_diffusion.experiments.lab import MANY, REPORTED, TUNED, Lab, recipe
 from spectral_diffusion.experiments.rank import lowest, weight_of_full_rank
+from spectral_diffusion.experiments.recipes import Recipe, worth_reporting
 from spectral_diffusion.experiments.registry import all_studies
 from spectral_diffusion.experiments.slots import check_equal
 from spectral_diffusion.resources import concepts
@@ -67,6 +68,16 @@ def test_slots_of_a_family_are_disjoint_at_every_rank() -> None:
 def test_what_is_reported_is_tuned_on_nothing_of_it() -> None:
     assert len(set(MANY)) == 16 and not set(MANY) & set(TUNED)
     assert {path.parent.name for path in concepts().glob("*/concept.yaml")} == {*MANY, *TUNED}
+
+
+def test_recipes_that_train_anew_are_reported_only_ahead_of_the_rest() -> None:
+    plain, best, anew = Recipe("plain", ""), Recipe("best", ""), Recipe("anew", "", train={"rank": 4})
+    routed = Recipe("routed", "", routed=True)
+
+    def order(score: float) -> list[str]:
+        return [recipe.kind for recipe in worth_reporting([(0.5, plain), (0.8, best), (score, anew), (1.0, routed)])]
+
+    assert order(0.7) == ["routed", "best", "plain"] and order(0.9) == ["routed", "anew", "best", "plain"]
 
 
 def test_tuned_columns_reach_twice_as_far_down_in_rank() -> None:
