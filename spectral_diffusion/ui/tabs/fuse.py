@@ -25,8 +25,8 @@ COLUMNS = {  # the heads of the table, and what they mean
     "Nearest neighbour": "The concept that changes the base most alike: 0 is nothing in common, 1 is the same.",
 }
 ADVICE = (
-    "These figures are of a plain sum: the less others act on a concept, the better it keeps its looks there. Merging by "
-    "gradient and teaching even it out; otherwise lower the strength of the others."
+    "These figures are of a plain sum: the less others act on a concept, the better it keeps its looks there. "
+    "Merging by gradient and teaching even it out; otherwise lower the strength of the others."
 )
 MERGE_INFO = (
     "gradient keeps several concepts best and takes longest; spectral adds what was trained, which is exact and quick."

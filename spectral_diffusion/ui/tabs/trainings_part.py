@@ -216,7 +216,7 @@ def _stop_word(state: str, held: str) -> str:
 
 
 def strip_of(jobs: Sequence[Job]) -> str:
-    """The line at the foot of the page: what is trained now and how many wait, or what has just been trained; else nothing."""
+    """The line at the foot of the page: what is trained now, how many wait, what has just been trained; or nothing."""
     active = [job for job in jobs if job.active]
     shown = active or [job for job in jobs if job.record.state == "done" and job.fresh]
     if not shown:
