@@ -62,7 +62,8 @@ def watched(merge: str = "gradient", **settings: Any) -> dict[str, Any]:
 
 def lessons(steps: int, **settings: Any) -> dict[str, Any]:
     """Settings of teaching; pictures are drawn with the studies' guidance."""
-    return {"steps": steps, "guidance": 2.0, "ordinary": 0.75, "token_learning_rate": 1e-3, **settings}
+    usual = {"guidance": 2.0, "learning_rate": 1e-4, "ordinary": 0.75, "token_learning_rate": 1e-3}
+    return {"steps": steps, **usual, **settings}
 
 
 OWN_WORDS: dict[str, Any] = {"guidance": 1.0}  # no empty prompt is watched, whose answer every adapter changes its way
@@ -74,11 +75,14 @@ TRIALS: tuple[Recipe, ...] = (
     Recipe("sum", "λ = 1.0"),
     *(Recipe("gradient, anchored", f"μ = {m}", watched(anchor=m)) for m in (1.0, 2.0, 4.0, 8.0)),
     *(Recipe("gradient, own words", f"μ = {m}", watched(anchor=m, **OWN_WORDS)) for m in (1.0, 4.0, 16.0)),
-    Recipe("taught", "300 steps", FROM_16, taught=lessons(300)),
-    Recipe("taught", "900 steps", FROM_16, taught=lessons(900)),
-    Recipe("taught", "900 steps, 480 ordinary pictures", FROM_16, taught=lessons(900, plain=480, draws=4)),
-    Recipe("taught", "300 steps, half ordinary", FROM_16, taught=lessons(300, ordinary=0.5)),
-    Recipe("taught", "300 steps, words left alone", FROM_16, taught=lessons(300, token_learning_rate=0.0)),
+    *(
+        Recipe(f"taught for {n:,} steps", f"rate {rate:g}", FROM_16, taught=lessons(n, learning_rate=rate))
+        for n, rate in ((300, 1e-4), (300, 3e-4), (900, 3e-4), (2700, 3e-4))
+    ),
+    Recipe("taught for 300 steps", "half ordinary", FROM_16, taught=lessons(300, ordinary=0.5)),
+    Recipe("taught for 300 steps", "words left alone", FROM_16, taught=lessons(300, token_learning_rate=0.0)),
+    Recipe("taught for 300 steps", "480 ordinary pictures", FROM_16, taught=lessons(300, plain=480, draws=4)),
+    Recipe("taught for 300 steps", "from μ = 1", watched(anchor=1.0, **OWN_WORDS), taught=lessons(300)),
     *(
         Recipe("words only, gradient", f"μ = {m}", watched(anchor=m, **OWN_WORDS), train=WORDS_ONLY)
         for m in (1.0, 4.0, 16.0)
@@ -104,8 +108,8 @@ TRIALS: tuple[Recipe, ...] = (
     *(Recipe("S-normalised, sum", f"λ = {s}", strength=s, train={"normalise": True}) for s in (0.5, 1.0)),
     Recipe("S-normalised, gradient", "μ = 4", FROM_4, train={"normalise": True}),
 )
-MOST = 5  # kinds that are reported, the best ones
-CROWD = 3  # kinds that are reported at sixteen concepts, of those whose adapters are trained as usual
+MOST = 6  # kinds that are reported, the best ones
+CROWD = 4  # kinds that are reported at sixteen concepts, of those whose adapters are trained as usual
 QUICK = (
     Recipe("sum, off the other bands", "λ = 1", factors="projected"),
     Recipe("taught", "2 steps", watched(pictures=2, steps=2), taught=lessons(2, pictures=4, draws=2, plain=4, batch=4)),
