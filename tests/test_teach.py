@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,16 @@ def test_what_an_adapter_says_to_the_empty_prompt_is_the_bases_to_say(pair: list
     guided = own_empty + few.guidance * (own - own_empty)
     assert torch.allclose(plain_empty + few.guidance * (lesson.wanted - plain_empty), guided, atol=1e-4)
     assert not torch.allclose(lesson.wanted, own, atol=1e-3)
+
+
+def test_what_has_no_word_of_its_own_is_not_taught(pair: list[Path], tiny_base: Path) -> None:
+    adapters = [load_adapter(file) for file in pair]
+    adapters[1] = replace(adapters[1], token="", tokens={})
+    base = load_base(str(tiny_base), "cpu")
+    before = {name: weight.clone() for name, weight in base.weights().items()}
+    with pytest.raises(UserError, match="'brew' has no word of its own"):
+        fuse_adapters(base, adapters, settings(pair, Path("fused"), teach=SMALL))
+    assert all(torch.equal(weight, before[name]) for name, weight in base.weights().items())
 
 
 def test_strengths_are_taught(pair: list[Path], tiny_base: Path) -> None:

@@ -69,6 +69,7 @@ def lessons(steps: int, **settings: Any) -> dict[str, Any]:
 OWN_WORDS: dict[str, Any] = {"guidance": 1.0}  # no empty prompt is watched, whose answer every adapter changes its way
 CAREFUL = {"preservation": {"weight": 4.0}}
 WORDS_ONLY = {"targets": "key-value"}  # what reads words: nothing else of the network changes
+MORE_LESSONS = {"pictures": 48, "plain": 480}
 FROM_16 = watched(anchor=16.0, **OWN_WORDS)
 FROM_4 = watched(anchor=4.0, **OWN_WORDS)
 TRIALS: tuple[Recipe, ...] = (
@@ -76,12 +77,16 @@ TRIALS: tuple[Recipe, ...] = (
     *(Recipe("gradient, anchored", f"μ = {m}", watched(anchor=m)) for m in (1.0, 2.0, 4.0, 8.0)),
     *(Recipe("gradient, own words", f"μ = {m}", watched(anchor=m, **OWN_WORDS)) for m in (1.0, 4.0, 16.0)),
     *(
-        Recipe(f"taught for {n:,} steps", f"rate {rate:g}", FROM_16, taught=lessons(n, learning_rate=rate))
-        for n, rate in ((300, 1e-4), (300, 3e-4), (900, 3e-4), (2700, 3e-4))
+        Recipe("taught for 300 steps", f"rate {rate:g}", FROM_16, taught=lessons(300, learning_rate=rate))
+        for rate in (1e-4, 3e-4)
+    ),
+    *(
+        Recipe(f"taught for {n:,} steps", setting, FROM_16, taught=lessons(n, learning_rate=3e-4, **more))
+        for n in (900, 2700)
+        for setting, more in (("", {}), ("more lessons", MORE_LESSONS))
     ),
     Recipe("taught for 300 steps", "half ordinary", FROM_16, taught=lessons(300, ordinary=0.5)),
     Recipe("taught for 300 steps", "words left alone", FROM_16, taught=lessons(300, token_learning_rate=0.0)),
-    Recipe("taught for 300 steps", "480 ordinary pictures", FROM_16, taught=lessons(300, plain=480, draws=4)),
     Recipe("taught for 300 steps", "from μ = 1", watched(anchor=1.0, **OWN_WORDS), taught=lessons(300)),
     *(
         Recipe("words only, gradient", f"μ = {m}", watched(anchor=m, **OWN_WORDS), train=WORDS_ONLY)

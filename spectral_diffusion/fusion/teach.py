@@ -27,7 +27,7 @@ from ..adapted import Strength, acting
 from ..adapter import Adapter
 from ..base import Base, plain_is_quicker
 from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, ORDINARY_SCENES, TeachConfig, ordinary_thing
-from ..errors import NotFiniteError
+from ..errors import NotFiniteError, UserError
 from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator, keyed_random
 from ..tokens import collapse, known_tokens, learning
@@ -63,7 +63,17 @@ def prepare(
     seed: int,
     progress: Progress = silent,
 ) -> Lessons:
-    """What to teach, from the untouched base with every adapter's token in it; it is as it was afterwards."""
+    """What to teach, from the untouched base with every adapter's token in it; it is as it was afterwards.
+
+    Raises:
+        UserError: an adapter has no word of its own.
+    """
+    for adapter in adapters:
+        if not adapter.token:
+            raise UserError(
+                f"'{adapter.name}' has no word of its own: it changes ordinary prompts, which teaching would take away "
+                "again. Fuse without teach.steps."
+            )
     random = keyed_random("ordinary", seed)
     things = config.things or [ordinary_thing(a, n) for a in ORDINARY_ADJECTIVES for n in ORDINARY_NOUNS]
     lessons = []
@@ -80,7 +90,7 @@ def prepare(
 def lesson_of(
     base: Base, adapter: Adapter | None, things: Sequence[str], config: TeachConfig, seed: int, strength: Strength = 1.0
 ) -> Lesson:
-    """What an adapter (None: the base alone) draws for each of the things, and predicts on its way there."""
+    """What an adapter (None: the base alone) draws for each of the things, and what is right to predict on the way."""
     who = adapter.name if adapter else "ordinary"
     known = known_tokens(base.pipeline.tokenizer)
     prompts = [
@@ -89,20 +99,7 @@ def lesson_of(
     ]
     active = [(adapter, strength)] if adapter else []
     with acting(base, active):
-        drawn = []
-        for start in range(0, len(prompts), CHUNK):
-            chunk = prompts[start : start + CHUNK]
-            pictures = base.pipeline(
-                prompt=chunk,
-                num_inference_steps=DRAWING,
-                guidance_scale=config.guidance,
-                width=base.size,
-                height=base.size,
-                output_type="latent",
-                generator=[keyed_generator("lesson", who, seed, start + i) for i in range(len(chunk))],
-            )
-            drawn.append(pictures.images)
-    latents = torch.cat(drawn).repeat_interleave(config.draws, 0)
+        latents = drawn(base, prompts, who, config.guidance, seed).repeat_interleave(config.draws, 0)
     random, generator = keyed_random("lesson", who, seed), keyed_generator("noise", who, seed)
     empty = 0.0 if adapter else config.empty
     asked = ["" if random.random() < empty else prompt for prompt in prompts for _ in range(config.draws)]
@@ -117,14 +114,32 @@ def lesson_of(
         chunks = (slice(start, start + CHUNK) for start in range(0, len(texts), CHUNK))
         return torch.cat([predict(base, texts[one], noisy[one], timesteps[one]) for one in chunks])
 
-    nothing = [""] * len(asked)
+    nothing, share = [""] * len(asked), 1 - 1 / max(config.guidance, 1.0)
     with acting(base, active):
         wanted = answers(asked)
-        if adapter and config.guidance > 1:
-            wanted -= (1 - 1 / config.guidance) * answers(nothing)
-    if adapter and config.guidance > 1:
-        wanted += (1 - 1 / config.guidance) * answers(nothing)
+        if adapter and share:
+            wanted -= share * answers(nothing)
+    if adapter and share:
+        wanted += share * answers(nothing)
     return Lesson(asked, noisy, timesteps, wanted)
+
+
+def drawn(base: Base, prompts: list[str], who: str, guidance: float, seed: int) -> Tensor:
+    """The latents (n, c, h, w) of a picture for each prompt."""
+    out = []
+    for start in range(0, len(prompts), CHUNK):
+        chunk = prompts[start : start + CHUNK]
+        pictures = base.pipeline(
+            prompt=chunk,
+            num_inference_steps=DRAWING,
+            guidance_scale=guidance,
+            width=base.size,
+            height=base.size,
+            output_type="latent",
+            generator=[keyed_generator("lesson", who, seed, start + i) for i in range(len(chunk))],
+        )
+        out.append(pictures.images)
+    return torch.cat(out)
 
 
 def teach(
