@@ -117,12 +117,23 @@ def test_what_an_adapter_says_to_the_empty_prompt_is_the_bases_to_say(pair: list
 
 def test_what_has_no_word_of_its_own_is_not_taught(pair: list[Path], tiny_base: Path) -> None:
     adapters = [load_adapter(file) for file in pair]
-    adapters[1] = replace(adapters[1], token="", tokens={})
+    adapters[1] = replace(adapters[1], token="", vectors={})
     base = load_base(str(tiny_base), "cpu")
     before = {name: weight.clone() for name, weight in base.weights().items()}
     with pytest.raises(UserError, match="'brew' has no word of its own"):
         fuse_adapters(base, adapters, settings(pair, Path("fused"), teach=SMALL))
     assert all(torch.equal(weight, before[name]) for name, weight in base.weights().items())
+
+
+def test_what_an_adapter_was_trained_on_top_of_is_taught_too(pair: list[Path], tiny_base: Path) -> None:
+    adapter = load_adapter(pair[0])
+    adapter = replace(adapter, earlier={"<old>": adapter.vectors})
+    base = load_base(str(tiny_base), "cpu")
+    for token, vectors in adapter.tokens.items():
+        base.install(token, vectors)
+    few = SMALL.model_copy(update={"pictures": 2, "plain": 1, "draws": 1})
+    lessons = prepare(base, [adapter], {}, few, 0).concepts
+    assert [lesson.prompts[0].split()[-1] for lesson in lessons] == ["<old>", adapter.token]
 
 
 def test_strengths_are_taught(pair: list[Path], tiny_base: Path) -> None:

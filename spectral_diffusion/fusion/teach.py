@@ -69,20 +69,23 @@ def prepare(
         UserError: an adapter has no word of its own.
     """
     for adapter in adapters:
-        if not adapter.token:
+        if not adapter.tokens:
             raise UserError(
                 f"'{adapter.name}' has no word of its own: it changes ordinary prompts, which teaching would take away "
                 "again. Fuse without teach.steps."
             )
     random = keyed_random("ordinary", seed)
     things = config.things or [ordinary_thing(a, n) for a in ORDINARY_ADJECTIVES for n in ORDINARY_NOUNS]
+    words = [
+        (adapter, token) for adapter in adapters for token in adapter.tokens
+    ]  # also those it was trained on top of
     lessons = []
-    for index, adapter in enumerate(adapters):
+    for adapter, token in words:
         strength = strengths.get(adapter.name, 1.0)
-        lessons.append(lesson_of(base, adapter, [adapter.token] * config.pictures, config, seed, strength))
-        progress(Event("lesson", index + 1, len(adapters) + 1))
+        lessons.append(lesson_of(base, adapter, [token] * config.pictures, config, seed, strength))
+        progress(Event("lesson", len(lessons), len(words) + 1))
     usual = lesson_of(base, None, [random.choice(things) for _ in range(config.plain)], config, seed)
-    progress(Event("lesson", len(adapters) + 1, len(adapters) + 1))
+    progress(Event("lesson", len(words) + 1, len(words) + 1))
     return Lessons(lessons, usual)
 
 
