@@ -85,6 +85,12 @@ TRIALS: tuple[Recipe, ...] = (
         for n in (900, 2700)
         for setting, more in (("", {}), ("more lessons", MORE_LESSONS))
     ),
+    Recipe(
+        "taught for 900 steps, half ordinary",
+        "more lessons",
+        FROM_16,
+        taught=lessons(900, learning_rate=3e-4, ordinary=0.5, **MORE_LESSONS),
+    ),
     Recipe("taught for 300 steps", "half ordinary", FROM_16, taught=lessons(300, ordinary=0.5)),
     Recipe("taught for 300 steps", "words left alone", FROM_16, taught=lessons(300, token_learning_rate=0.0)),
     Recipe("taught for 300 steps", "from μ = 1", watched(anchor=1.0, **OWN_WORDS), taught=lessons(300)),
