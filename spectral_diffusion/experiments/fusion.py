@@ -190,8 +190,18 @@ def measured(
             names = MANY[: job.size]
             found = row(lab, job.family, job.merge, rates[job.family, job.rank], names, there, job.rank)
             rows.append({"family": job.family, "merge": job.merge, "K": job.size, "rank": job.rank, **found})
-    missing = [f"{job} at seed {', '.join(map(str, seeds_))}" for job, seeds_ in late.items()]
-    return rows, sweeps, missing
+    return rows, sweeps, not_measured(late)
+
+
+def not_measured(late: Mapping[Job, Sequence[int]]) -> list[str]:
+    """What time did not allow, the merges of the same adapters in one line."""
+    merges: dict[tuple[str, int, int, tuple[int, ...]], list[str]] = {}
+    for job, seeds in late.items():
+        merges.setdefault((job.family, job.size, job.rank, tuple(seeds)), []).append(job.merge)
+    return [
+        f"{family}, K = {size}, rank {rank}, seed {', '.join(map(str, seeds))}: {' and '.join(found)}"
+        for (family, size, rank, seeds), found in merges.items()
+    ]
 
 
 def row(
