@@ -12,7 +12,7 @@ from spectral_diffusion.cli import app
 from spectral_diffusion.experiments.fusion import FAMILIES, NARROW, RANK, change_for
 from spectral_diffusion.experiments.lab import MANY, REPORTED, TUNED, Lab, recipe
 from spectral_diffusion.experiments.rank import lowest, weight_of_full_rank
-from spectral_diffusion.experiments.recipes import Recipe, worth_reporting
+from spectral_diffusion.experiments.recipes import Recipe, worth_reporting, worth_showing
 from spectral_diffusion.experiments.registry import all_studies
 from spectral_diffusion.experiments.slots import check_equal
 from spectral_diffusion.resources import concepts
@@ -78,6 +78,13 @@ def test_recipes_that_train_anew_are_reported_only_ahead_of_the_rest() -> None:
         return [recipe.kind for recipe in worth_reporting([(0.5, plain), (0.8, best), (score, anew), (1.0, routed)])]
 
     assert order(0.7) == ["routed", "best", "plain"] and order(0.9) == ["routed", "anew", "best", "plain"]
+
+
+def test_the_sheet_shows_what_fuses_best_and_what_only_merges_best() -> None:
+    routed, taught = Recipe("routed", "", routed=True), Recipe("taught", "", taught={"steps": 3})
+    merged = [Recipe("sum", "λ = 1"), Recipe("sum", "λ = 2")]
+    assert worth_showing([routed, taught, *merged]) == [taught, merged[0]]
+    assert worth_showing([merged[0], taught, merged[1]]) == [merged[0]]
 
 
 def test_tuned_columns_reach_twice_as_far_down_in_rank() -> None:

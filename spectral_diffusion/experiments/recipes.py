@@ -85,11 +85,14 @@ TRIALS: tuple[Recipe, ...] = (
         for n in (900, 2700)
         for setting, more in (("", {}), ("more lessons", MORE_LESSONS))
     ),
-    Recipe(
-        "taught for 900 steps, half ordinary",
-        "more lessons",
-        FROM_16,
-        taught=lessons(900, learning_rate=3e-4, ordinary=0.5, **MORE_LESSONS),
+    *(
+        Recipe(
+            f"taught for {n:,} steps, half ordinary",
+            "more lessons",
+            FROM_16,
+            taught=lessons(n, learning_rate=3e-4, ordinary=0.5, **MORE_LESSONS),
+        )
+        for n in (900, 1800)
     ),
     Recipe("taught for 300 steps", "half ordinary", FROM_16, taught=lessons(300, ordinary=0.5)),
     Recipe("taught for 300 steps", "words left alone", FROM_16, taught=lessons(300, token_learning_rate=0.0)),
@@ -251,7 +254,7 @@ def run(lab: Lab, quick: bool) -> Findings:
     ]
     pictures: dict[str, Image.Image] = {}
     try:
-        pictures = {} if quick else {"sheet": sheet(lab, chosen[:3])}
+        pictures = {} if quick else {"sheet": sheet(lab, worth_showing(chosen))}
     except TimeOver:
         missing.append("the sheet")
     return Findings(tables, verdict(told_rows), pictures, missing)
@@ -262,6 +265,13 @@ def worth_reporting(best: Sequence[tuple[float, Recipe]]) -> list[Recipe]:
     ahead = max((score for score, recipe in best if not (recipe.train or recipe.routed)), default=0.0)
     ranked = sorted(best, key=lambda pair: -pair[0])
     return [recipe for score, recipe in ranked if not recipe.train or score > ahead][:MOST]
+
+
+def worth_showing(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """The best that fuses, and the best that only merges."""
+    fused = [recipe for recipe in recipes if not recipe.routed]
+    merged = [recipe for recipe in fused if not recipe.taught]
+    return fused[:1] if fused[:1] == merged[:1] else [*fused[:1], *merged[:1]]
 
 
 def report(
