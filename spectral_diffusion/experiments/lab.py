@@ -246,6 +246,11 @@ def scaled(lab: Lab, rate: float) -> dict[str, float]:
     }
 
 
+def seeded(change: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Settings of a training with a seed; seed 0 is left out, as it is the default and studies share what is kept."""
+    return {**change, "seed": seed} if seed else dict(change)
+
+
 def best_rate(lab: Lab, rates: Sequence[float], concepts: Iterable[str], **change: Any) -> tuple[float, list[Figures]]:
     """The factor on the recipe's learning rates that gives the best mean identity on concepts that are not reported."""
     concepts = list(concepts)

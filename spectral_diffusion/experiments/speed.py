@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.statistics import told
 from ..training.run import train_to_file
-from .lab import REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled
+from .lab import REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled, seeded
 from .registry import Findings, Row, Table, study
 
 STEPS = (60, 120, 240, 480)
+NAMES = (REPORTED[0], REPORTED[2], REPORTED[6])
+SEEDS = (0, 1, 2)
 # Method: its settings, and the middle of its sweep as a factor on the recipe's learning rates (what it turns or adds
 # has another scale in each). Every sweep has five trials, half a decade apart.
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
@@ -45,31 +49,34 @@ def change_for(method: str) -> dict[str, Any]:
 def run(lab: Lab, quick: bool) -> Findings:
     """Identity over training steps, and the seconds until each method reaches the identity all can be asked for."""
     methods = ("spectral-additive", "lora") if quick else tuple(METHODS)
-    steps = (6, 12) if quick else STEPS
-    names = REPORTED[:1] if quick else (REPORTED[0], REPORTED[2], REPORTED[6])
-    curves: dict[str, list[float]] = {}
-    rows: list[Row] = []
+    steps, names, seeds = ((6, 12), NAMES[:1], (0,)) if quick else (STEPS, NAMES, SEEDS)
+    rates: dict[str, float] = {}
+    trained: dict[str, int] = {}
+    gains: dict[str, dict[int, list[float]]] = {}  # by method and steps, over seeds and concepts
     sweeps: list[Row] = []
     missing: list[str] = []
-    for method in methods:
-        rate = METHODS[method][1]
-        ways, trained = [], 0
+    for seed, method in itertools.product(seeds, methods):
+        new: dict[int, list[float]] = {}
         try:
-            if not quick:
-                rate, trials = swept(lab, method)
-                each = {f"×{f:.2g}": t["identity"] for f, t in zip(SPREAD, trials, strict=True)}
-                sweeps.append({"method": method, **each, "best": rate})
-            for length in steps:
-                change = {**change_for(method), **scaled(lab, rate), "steps": length}
-                found = {name: lab.alone(name, **change) for name in names}
-                trained = next(iter(found.values()))["trained"]
-                ways.append(sum(found[n]["identity"] - lab.generic(n)["identity"] for n in names) / len(names))
+            if method not in rates:
+                rates[method], trials = (METHODS[method][1], []) if quick else swept(lab, method)
+                each = {f"×{f:.2g}": t["identity"] for f, t in zip(SPREAD, trials)}
+                sweeps += [{"method": method, **each, "best": rates[method]}] if trials else []
+            for length, name in itertools.product(steps, names):
+                found = lab.alone(name, **seeded(change_for(method), seed), **scaled(lab, rates[method]), steps=length)
+                trained[method] = found["trained"]
+                new.setdefault(length, []).append(found["identity"] - lab.generic(name, seed)["identity"])
         except TimeOver:
-            missing.append(method)
+            missing.append(f"{method} at seed {seed}")
             continue
-        curves[method] = ways
-        rows.append({"method": method, "trained": trained, **{f"gain at {s}": w for s, w in zip(steps, ways)}})
-        lab.note(f"{method}: gain in identity {', '.join(f'{w:.3f}' for w in ways)} at {steps} steps")
+        for length, values in new.items():
+            gains.setdefault(method, {}).setdefault(length, []).extend(values)
+        lab.note(f"{method}, seed {seed}: gains {', '.join(told(v) for v in new.values())} at {steps} steps")
+    curves = {method: [sum(by[s]) / len(by[s]) for s in steps] for method, by in gains.items()}
+    rows: list[Row] = [
+        {"method": m, "trained": trained[m], "pairs": len(by[steps[0]]), **{f"gain at {s}": told(by[s]) for s in steps}}
+        for m, by in gains.items()
+    ]
     wanted = 0.6 * max((max(ways) for ways in curves.values()), default=0.0)
     cost = steps_seconds(lab, list(curves))
     missing += [f"the seconds of {method}" for method in curves if method not in cost]
@@ -82,7 +89,7 @@ def run(lab: Lab, quick: bool) -> Findings:
             "ms a step": round(1000 * pace[1]) if pace else None,
             f"seconds to {wanted:.2f}": round(pace[0] + need * pace[1], 1) if pace and need is not None else None,
         }
-    tables = [Table("Gain in identity over the untouched base, by training steps", rows)]
+    tables = [Table("Gain in identity over the untouched base, by training steps, over concepts and seeds", rows)]
     if sweeps:
         tables.append(Table("The sweeps: identity of a concept that is not reported, 120 steps", sweeps))
     return Findings(tables, verdict(rows, wanted), missing=missing)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..evaluation.statistics import told
 from .charts import WANTED, curves
-from .lab import REPORTED, TUNED, Lab, TimeOver, best_rate, scaled
+from .lab import REPORTED, TUNED, Lab, TimeOver, best_rate, scaled, seeded
 from .registry import Findings, Row, Table, study
 from .speed import PLAIN, SPREAD, STEPS
 
@@ -24,11 +24,11 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def change_for(way: str, seed: int) -> dict[str, Any]:
-    """The way's settings; random columns are drawn by the seed. Seed 0 is left out: the study ``speed`` shares it."""
+    """The way's settings; random columns are drawn by the seed."""
     change = {**WAYS[way], **PLAIN}
     if change.get("slot") == "random":
         change["slot_seed"] = seed
-    return {**change, "seed": seed} if seed else change
+    return seeded(change, seed)
 
 
 @study(
