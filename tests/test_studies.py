@@ -13,7 +13,7 @@ from spectral_diffusion.experiments.fusion import FAMILIES, NARROW, RANK, change
 from spectral_diffusion.experiments.lab import MANY, REPORTED, TUNED, Lab, recipe
 from spectral_diffusion.experiments.rank import lowest, weight_of_full_rank
 from spectral_diffusion.experiments.recipes import Recipe, worth_reporting, worth_showing
-from spectral_diffusion.experiments.registry import all_studies
+from spectral_diffusion.experiments.registry import all_studies, not_allowed
 from spectral_diffusion.experiments.slots import check_equal
 from spectral_diffusion.resources import concepts
 
@@ -89,3 +89,7 @@ def test_the_sheet_shows_what_fuses_best_and_what_only_merges_best() -> None:
 
 def test_tuned_columns_reach_twice_as_far_down_in_rank() -> None:
     assert lowest(weight_of_full_rank(), 3) == (34, 37)
+
+
+def test_what_time_did_not_allow_is_told_by_what_it_belongs_to() -> None:
+    assert not_allowed({"seed 1": ["lora"], "seed 2": ["top", "lora"]}, 2) == ["seed 1: lora", "seed 2: all"]

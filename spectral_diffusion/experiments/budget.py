@@ -16,7 +16,7 @@ from ..methods import get_method
 from ..training.run import with_rank
 from .charts import WANTED, curves
 from .lab import REPORTED, Lab, TimeOver, scaled, seeded
-from .registry import Findings, Row, Table, study
+from .registry import Findings, Row, Table, not_allowed, study
 from .speed import METHODS, PLAIN, swept
 
 BUDGETS = (500, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000, 200_000)
@@ -54,10 +54,9 @@ def run(lab: Lab, quick: bool) -> Findings:
     budgets, names, seeds = ((2_000, 20_000), NAMES[:1], (0,)) if quick else (BUDGETS, NAMES, SEEDS)
     shapes = lab.sides
     changes = {(m, b): change_within(lab, m, b, shapes) for m in methods for b in budgets}
-    possible = sum(change is not None for change in changes.values())
     gains: dict[tuple[str, int], list[float]] = {}
     trained: dict[tuple[str, int], int] = {}
-    late: dict[str, set[str]] = {}
+    late: dict[str, list[str]] = {}
     for seed, name, budget, method in itertools.product(seeds, names, budgets, methods):
         change = changes[method, budget]
         if change is None:
@@ -67,7 +66,7 @@ def run(lab: Lab, quick: bool) -> Findings:
             found = lab.alone(name, **seeded(change, seed), **scaled(lab, rate))
             gain = found["identity"] - lab.generic(name, seed)["identity"]
         except TimeOver:
-            late.setdefault(f"{name} at seed {seed}", set()).add(f"{method} within {budget:,}")
+            late.setdefault(f"{name} at seed {seed}", []).append(f"{method} within {budget:,}")
             continue
         gains.setdefault((method, budget), []).append(gain)
         trained[method, budget] = found["trained"]
@@ -91,10 +90,7 @@ def run(lab: Lab, quick: bool) -> Findings:
         Table("Gain in identity by budget; a dash where the method cannot train so few", rows),
         Table("Numbers really trained within each budget", counts),
     ]
-    missing = [
-        f"{which}: {'every method and budget' if len(what) == possible else ', '.join(sorted(what))}"
-        for which, what in late.items()
-    ]
+    missing = not_allowed(late, sum(change is not None for change in changes.values()))
     picture = curves(lines, "trained numbers", "gain in identity", log=True)
     pictures = {"curves": picture} if picture else {}
     missing += [] if picture else [WANTED]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,3 +77,8 @@ def get_study(name: str) -> Study:
         UserError: there is none.
     """
     return STUDIES.get(name)
+
+
+def not_allowed(late: Mapping[str, Collection[str]], whole: int) -> list[str]:
+    """What time did not allow, by what it is a part of; where that is all of the ``whole`` parts, it is said so."""
+    return [f"{which}: {'all' if len(parts) == whole else ', '.join(parts)}" for which, parts in late.items()]

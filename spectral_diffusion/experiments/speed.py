@@ -12,7 +12,7 @@ from typing import Any
 from ..evaluation.statistics import told
 from ..training.run import train_to_file
 from .lab import REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled, seeded
-from .registry import Findings, Row, Table, study
+from .registry import Findings, Row, Table, not_allowed, study
 
 STEPS = (60, 120, 240, 480)
 NAMES = (REPORTED[0], REPORTED[2], REPORTED[6])
@@ -54,7 +54,7 @@ def run(lab: Lab, quick: bool) -> Findings:
     trained: dict[str, int] = {}
     gains: dict[str, dict[int, list[float]]] = {}  # by method and steps, over seeds and concepts
     sweeps: list[Row] = []
-    missing: list[str] = []
+    late: dict[str, list[str]] = {}
     for seed, method in itertools.product(seeds, methods):
         new: dict[int, list[float]] = {}
         try:
@@ -67,7 +67,7 @@ def run(lab: Lab, quick: bool) -> Findings:
                 trained[method] = found["trained"]
                 new.setdefault(length, []).append(found["identity"] - lab.generic(name, seed)["identity"])
         except TimeOver:
-            missing.append(f"{method} at seed {seed}")
+            late.setdefault(f"seed {seed}", []).append(method)
             continue
         for length, values in new.items():
             gains.setdefault(method, {}).setdefault(length, []).extend(values)
@@ -79,6 +79,7 @@ def run(lab: Lab, quick: bool) -> Findings:
     ]
     wanted = 0.6 * max((max(ways) for ways in curves.values()), default=0.0)
     cost = steps_seconds(lab, list(curves))
+    missing = not_allowed(late, len(methods))
     missing += [f"the seconds of {method}" for method in curves if method not in cost]
     for row in rows:
         method = row["method"]

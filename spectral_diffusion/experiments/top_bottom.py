@@ -9,7 +9,7 @@ from typing import Any
 from ..evaluation.statistics import told
 from .charts import WANTED, curves
 from .lab import REPORTED, TUNED, Lab, TimeOver, best_rate, scaled, seeded
-from .registry import Findings, Row, Table, study
+from .registry import Findings, Row, Table, not_allowed, study
 from .speed import PLAIN, SPREAD, STEPS
 
 NAMES = (REPORTED[0], REPORTED[2], REPORTED[6])
@@ -43,7 +43,7 @@ def run(lab: Lab, quick: bool) -> Findings:
     ways = ("top", "bottom", "lora") if quick else tuple(WAYS)
     rates: dict[str, float] = {}
     sweeps: list[Row] = []
-    missing: list[str] = []
+    late: dict[str, list[str]] = {}
     gains: dict[tuple[str, int], list[float]] = {}
     trained: dict[str, int] = {}
     for seed, way in itertools.product(seeds, ways):
@@ -57,7 +57,7 @@ def run(lab: Lab, quick: bool) -> Findings:
                 trained[way] = found["trained"]
                 gains.setdefault((way, length), []).append(found["identity"] - lab.generic(name, seed)["identity"])
         except TimeOver:
-            missing.append(f"{way} at seed {seed}")
+            late.setdefault(f"seed {seed}", []).append(way)
             continue
         lab.note(f"{way}, seed {seed}: gains {', '.join(told(gains[way, s]) for s in steps)} at {steps} steps")
     rows: list[Row] = [
@@ -77,8 +77,7 @@ def run(lab: Lab, quick: bool) -> Findings:
         way: [(s, sum(gains[way, s]) / len(gains[way, s])) for s in steps] for way in ways if (way, steps[-1]) in gains
     }
     picture = curves(lines, "training step", "gain in identity")
-    if picture is None:
-        missing.append(WANTED)
+    missing = not_allowed(late, len(ways)) + ([] if picture else [WANTED])
     return Findings(tables, verdict(gains, steps), {"curves": picture} if picture else {}, missing)
 
 
