@@ -214,6 +214,7 @@ class TeachConfig(Settings):
     draws: int = Field(12, ge=1, le=1000)  # of noise and time for each picture
     empty: float = Field(0.15, ge=0, le=1)  # share of the ordinary ones with the empty prompt
     guidance: float = Field(4.0, ge=0, le=50)  # of the pictures
+    targets: str | None = None  # layers that learn besides those that the adapters change, named as in training
     things: list[str] = []  # ordinary things such as "a red dog"; default: usual nouns in usual colours
 
 

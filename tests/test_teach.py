@@ -22,6 +22,7 @@ from spectral_diffusion.fusion.collect import predict
 from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder
 from spectral_diffusion.fusion.teach import Lessons, prepare
 from spectral_diffusion.fusion.unfuse import unfuse
+from spectral_diffusion.methods.targets import find_targets
 from spectral_diffusion.training.run import train_to_file
 
 SMALL = TeachConfig(steps=60, learning_rate=3e-3, pictures=4, plain=6, draws=4, batch=8, guidance=2.0)
@@ -155,6 +156,25 @@ def test_a_taught_folder_has_the_same_bits_again_and_after_unfusing(pair: list[P
     unfuse(folders[0], ["brew"], folders[3], device="cpu")
     one, two, alone, rest = (load_base(str(folder), "cpu").fingerprint.exact for folder in folders)
     assert one == two and alone == rest and one != rest
+
+
+def test_other_layers_learn_only_where_they_are_named(pair: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+    adapters = [load_adapter(file) for file in pair]
+    few = SMALL.model_copy(update={"steps": 2, "pictures": 2, "plain": 2, "draws": 1})
+    untouched = load_base(str(tiny_base), "cpu")
+    before = {name: layer.weight for name, layer in find_targets(untouched.models, r"re:.*").items()}
+    moved = {}
+    for named in (None, "conv"):
+        base = load_base(str(tiny_base), "cpu")
+        teaching = few.model_copy(update={"targets": named})
+        fuse_adapters(base, adapters, settings(pair, tmp_path, teach=teaching))
+        now = {name: layer.weight for name, layer in find_targets(base.models, r"re:.*").items()}
+        moved[named] = {name for name, weight in now.items() if not torch.equal(weight, before[name])}
+    adapted = {layer for adapter in adapters for layer in adapter.layers}
+    assert moved[None] == adapted and moved["conv"] == adapted | set(find_targets(untouched.models, "conv"))
+    misspelt = few.model_copy(update={"targets": "convv"})
+    with pytest.raises(UserError, match=r"teach\.targets: Unknown targets 'convv'"):
+        fuse_adapters(untouched, adapters, settings(pair, tmp_path, teach=misspelt))
 
 
 def test_what_cannot_be_done_with_a_taught_folder_is_told(pair: list[Path], tmp_path: Path) -> None:

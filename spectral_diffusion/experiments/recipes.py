@@ -70,6 +70,7 @@ OWN_WORDS: dict[str, Any] = {"guidance": 1.0}  # no empty prompt is watched, who
 CAREFUL = {"preservation": {"weight": 4.0}}
 WORDS_ONLY = {"targets": "key-value"}  # what reads words: nothing else of the network changes
 MORE_LESSONS = {"pictures": 48, "plain": 480}
+ALL_OF_IT = {"targets": r"re:unet\..*"}
 FROM_16 = watched(anchor=16.0, **OWN_WORDS)
 FROM_4 = watched(anchor=4.0, **OWN_WORDS)
 TRIALS: tuple[Recipe, ...] = (
@@ -88,9 +89,18 @@ TRIALS: tuple[Recipe, ...] = (
     *(
         Recipe(
             f"taught for {n:,} steps, half ordinary",
-            "more lessons",
-            FROM_16,
+            "more lessons" + (f", from μ = {m}" if m != 16.0 else ""),
+            watched(anchor=m, **OWN_WORDS),
             taught=lessons(n, learning_rate=3e-4, ordinary=0.5, **MORE_LESSONS),
+        )
+        for n, m in ((900, 16.0), (900, 64.0), (1800, 16.0))
+    ),
+    *(
+        Recipe(
+            f"all of the U-Net taught for {n:,} steps",
+            "half ordinary, more lessons",
+            FROM_16,
+            taught=lessons(n, ordinary=0.5, **ALL_OF_IT, **MORE_LESSONS),
         )
         for n in (900, 1800)
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def fuse_adapters(
     merged factors by layer; None where a merge gave dense changes, or teaching did.
 
     Raises:
-        UserError: two adapters share a name or a token, or a strength names none of them.
+        UserError: two adapters share a name or a token, a strength names none of them, or nothing to teach is found.
     """
     adapters = sorted(adapters, key=lambda adapter: adapter.name)
     check_together(adapters, config.strength)
@@ -103,6 +103,7 @@ def fuse_adapters(
         for token, vectors in adapter.tokens.items() if install else ():
             base.install(token, vectors)
     layers = [layer for layer in targets if any(layer in adapter.sizes for adapter in adapters)]
+    learners = [targets[layer] for layer in layers] + taught_besides(base, config, set(layers))
     lessons = None
     if config.teach.steps:  # before anything is fused: the base is one of the teachers
         lessons = prepare(base, adapters, strengths_of(config, adapters), config.teach, config.seed, progress)
@@ -127,9 +128,24 @@ def fuse_adapters(
             done += 1
             progress(Event("fuse", done, len(layers), {"layer": layer}))
     if lessons:
-        weights, tokens = [targets[layer].weight for layer in layers], [t for a in adapters for t in a.tokens]
+        weights, tokens = [layer.weight for layer in learners], [t for a in adapters for t in a.tokens]
         teach(base, lessons, weights, tokens, config.teach, config.seed, progress)
     return None if dense or lessons else merged
+
+
+def taught_besides(base: Base, config: FuseConfig, adapted: Container[str]) -> list[nn.Linear | nn.Conv2d]:
+    """The layers of ``teach.targets`` that no adapter changes.
+
+    Raises:
+        UserError: unknown targets.
+    """
+    if not (config.teach.steps and config.teach.targets):
+        return []
+    try:
+        found = find_targets(base.models, config.teach.targets)
+    except UserError as error:
+        raise UserError(f"teach.targets: {error}") from error
+    return [layer for name, layer in found.items() if name not in adapted]
 
 
 def contribute(
