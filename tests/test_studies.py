@@ -9,13 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
+from spectral_diffusion.config import FuseConfig, build, read_yaml
 from spectral_diffusion.experiments.fusion import FAMILIES, NARROW, RANK, change_for
 from spectral_diffusion.experiments.lab import MANY, REPORTED, TUNED, Lab, recipe
 from spectral_diffusion.experiments.rank import lowest, weight_of_full_rank
-from spectral_diffusion.experiments.recipes import Recipe, worth_reporting, worth_showing
+from spectral_diffusion.experiments.recipes import TRIALS, Recipe, worth_reporting, worth_showing
 from spectral_diffusion.experiments.registry import all_studies, not_allowed
 from spectral_diffusion.experiments.slots import check_equal
-from spectral_diffusion.resources import concepts
+from spectral_diffusion.resources import concepts, preset
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,13 @@ def test_the_sheet_shows_what_fuses_best_and_what_only_merges_best() -> None:
     merged = [Recipe("sum", "λ = 1"), Recipe("sum", "λ = 2")]
     assert worth_showing([routed, taught, *merged]) == [taught, merged[0]]
     assert worth_showing([merged[0], taught, merged[1]]) == [merged[0]]
+
+
+def test_the_preset_for_many_concepts_is_the_recipe_that_the_study_measures() -> None:
+    [measured] = [r for r in TRIALS if r.kind == "all of the U-Net taught for 900 steps"]
+    given = read_yaml(preset("pocket-taught"))["fuse"]
+    files = {"adapters": ["a"], "output": "b"}
+    assert build(FuseConfig, given, files) == build(FuseConfig, {**measured.merge, "teach": measured.taught}, files)
 
 
 def test_tuned_columns_reach_twice_as_far_down_in_rank() -> None:
