@@ -76,9 +76,8 @@ def prepare(
             )
     random = keyed_random("ordinary", seed)
     things = config.things or [ordinary_thing(a, n) for a in ORDINARY_ADJECTIVES for n in ORDINARY_NOUNS]
-    words = [
-        (adapter, token) for adapter in adapters for token in adapter.tokens
-    ]  # also those it was trained on top of
+    # Also the words of what an adapter was trained on top of.
+    words = [(adapter, token) for adapter in adapters for token in adapter.tokens]
     lessons = []
     for adapter, token in words:
         strength = strengths.get(adapter.name, 1.0)
