@@ -81,6 +81,14 @@ def test_recipes_that_train_anew_are_reported_only_ahead_of_the_rest() -> None:
     assert order(0.7) == ["routed", "best", "plain"] and order(0.9) == ["routed", "anew", "best", "plain"]
 
 
+def test_the_best_that_only_merges_is_reported_too() -> None:
+    taught = [Recipe("taught", str(n), taught={"steps": n}) for n in range(9)]
+    plain, poor = Recipe("sum", "λ = 1"), Recipe("sum", "λ = 2")
+    scored = [(0.9, one) for one in taught]
+    assert worth_reporting([(0.4, poor), (0.5, plain), *scored]) == [*taught[:7], plain]
+    assert worth_reporting([(0.95, plain), (0.4, poor), *scored]) == [plain, *taught[:6]]
+
+
 def test_the_sheet_shows_what_fuses_best_and_what_only_merges_best() -> None:
     routed, taught = Recipe("routed", "", routed=True), Recipe("taught", "", taught={"steps": 3})
     merged = [Recipe("sum", "λ = 1"), Recipe("sum", "λ = 2")]
