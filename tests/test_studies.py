@@ -91,9 +91,13 @@ def test_the_best_that_only_merges_is_reported_too() -> None:
 
 def test_the_sheet_shows_what_fuses_best_and_what_only_merges_best() -> None:
     routed, taught = Recipe("routed", "", routed=True), Recipe("taught", "", taught={"steps": 3})
-    merged = [Recipe("sum", "λ = 1"), Recipe("sum", "λ = 2")]
-    assert worth_showing([routed, taught, *merged]) == [taught, merged[0]]
-    assert worth_showing([merged[0], taught, merged[1]]) == [merged[0]]
+    merged = [Recipe("sum", "λ = 1"), Recipe("gradient", "")]
+    rows = [
+        {"kind": kind, "of alone": f"{share} [0, 1]", "drift": "0.1 [0, 1]"}
+        for kind, share in (("routed", 1.0), ("sum", 0.4), ("gradient", 0.7), ("taught", 0.9))
+    ]
+    assert worth_showing([routed, merged[0], taught, merged[1]], rows) == [taught, merged[1]]
+    assert worth_showing([routed, taught, *merged], rows[:3]) == [merged[1]] and not worth_showing([taught], [])
 
 
 def test_the_preset_for_many_concepts_is_the_recipe_that_the_study_measures() -> None:

@@ -261,8 +261,9 @@ def run(lab: Lab, quick: bool) -> Findings:
         Table(f"Every trial, K = {len(names)}, on concepts that are not reported", rows),
     ]
     pictures: dict[str, Image.Image] = {}
+    shown = [row for row in told_rows if row["K"] == len(REPORTED)]
     try:
-        pictures = {} if quick else {"sheet": sheet(lab, worth_showing(chosen))}
+        pictures = {} if quick else {"sheet": sheet(lab, worth_showing(chosen, shown))}
     except TimeOver:
         missing.append("the sheet")
     return Findings(tables, verdict(told_rows), pictures, missing)
@@ -279,9 +280,10 @@ def worth_reporting(best: Sequence[tuple[float, Recipe]]) -> list[Recipe]:
     return ranked[:MOST] + (merged[:1] if all(r.taught or r.routed for r in ranked[:MOST]) else [])
 
 
-def worth_showing(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """The best that fuses, and the best that only merges."""
-    fused = [recipe for recipe in recipes if not recipe.routed]
+def worth_showing(recipes: Sequence[Recipe], rows: Sequence[Row]) -> list[Recipe]:
+    """The best that fuses and the best that only merges, by the rows that tell of them."""
+    score = {row["kind"]: kept(row) - moved(row) for row in rows}
+    fused = sorted((r for r in recipes if not r.routed and r.kind in score), key=lambda r: -score[r.kind])
     merged = [recipe for recipe in fused if not recipe.taught]
     return fused[:1] if fused[:1] == merged[:1] else [*fused[:1], *merged[:1]]
 
@@ -350,7 +352,7 @@ def moved(row: Row) -> float:
 
 
 def sheet(lab: Lab, recipes: Sequence[Recipe], seed: int = 0) -> Image.Image:
-    """Photos, each concept alone, and from one model by the best recipes: one row a concept."""
+    """Photos, each concept alone, and from one model by recipes of which one is taught and one not: a row a concept."""
     lab.check_time()
     columns: dict[str, dict[str, list[Image.Image]]] = {"photos": {n: lab.references(n)[:4] for n in REPORTED}}
     plain = Recipe("", "", routed=True)
@@ -361,8 +363,9 @@ def sheet(lab: Lab, recipes: Sequence[Recipe], seed: int = 0) -> Image.Image:
         put_on(base, [(adapter, 1.0)])
         columns["alone"][adapter.name] = lab.portraits(base, adapter.token, seed)[:4]
     for recipe in recipes:
-        if not recipe.routed:
-            adapters = adapters_for(lab, recipe, REPORTED, seed, False)
-            base = fused_by(lab, recipe, adapters, seed)
-            columns[recipe.kind] = {a.name: lab.portraits(base, a.token, seed)[:4] for a in adapters}
+        adapters = adapters_for(lab, recipe, REPORTED, seed, False)
+        base = fused_by(lab, recipe, adapters, seed)
+        columns["taught" if recipe.taught else "merged"] = {
+            a.name: lab.portraits(base, a.token, seed)[:4] for a in adapters
+        }
     return tiles(columns, REPORTED, 48)
