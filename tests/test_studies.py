@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
 from spectral_diffusion.config import FuseConfig, build, read_yaml
-from spectral_diffusion.experiments.fusion import FAMILIES, NARROW, RANK, change_for
+from spectral_diffusion.experiments.fusion import FAMILIES, NARROW, RANK, Job, change_for, measured
 from spectral_diffusion.experiments.lab import MANY, REPORTED, TUNED, Lab, recipe
 from spectral_diffusion.experiments.rank import lowest, weight_of_full_rank
 from spectral_diffusion.experiments.recipes import TRIALS, Recipe, worth_reporting, worth_showing
@@ -105,6 +105,16 @@ def test_the_preset_for_many_concepts_is_the_recipe_that_the_study_measures() ->
     given = read_yaml(preset("pocket-taught"))["fuse"]
     files = {"adapters": ["a"], "output": "b"}
     assert build(FuseConfig, given, files) == build(FuseConfig, {**measured.merge, "teach": measured.taught}, files)
+
+
+def test_a_row_of_which_time_left_a_part_unmeasured_is_told_as_missing(work: Path) -> None:
+    lab = Lab(recipe=recipe("pocket", quick=True), folder=work)
+    job = Job("spectral, own slots", "sum", 2)
+    assert measured(lab, [job], (0,), True)[2] == []
+    for cell in (work / "cells").glob("generic-*.json"):
+        cell.unlink()
+    lab.most = -1.0
+    assert measured(lab, [job], (0,), True) == ([], [], ["spectral, own slots, K = 2, rank 8, seed 0: sum"])
 
 
 def test_tuned_columns_reach_twice_as_far_down_in_rank() -> None:

@@ -178,7 +178,7 @@ def measured(
                 rates[kind], trials = family_rate(lab, job.family, quick, job.rank)
                 here = {"family": job.family, "rank": job.rank}
                 sweeps += [{**here, "rate": t["rate"], "identity, tuning concepts": t["identity"]} for t in trials]
-            fused_cell(lab, job.family, job.merge, rates[kind], MANY[: job.size], seed, rank=job.rank)
+            row(lab, job.family, job.merge, rates[kind], MANY[: job.size], [seed], job.rank)  # measures what it needs
         except TimeOver:
             late.setdefault(job, []).append(seed)
             continue
