@@ -207,8 +207,8 @@ class TeachConfig(Settings):
     steps: int = Field(0, ge=0, le=1_000_000)
     learning_rate: float = Field(1e-4, gt=0)  # falls to nothing in a line
     token_learning_rate: float = Field(1e-3, ge=0)  # of the concepts' own words; 0 leaves them as they are
-    batch: int = Field(16, ge=1, le=1024)  # predictions a step
-    ordinary: float = Field(0.75, ge=0, le=1)  # share of them that are of ordinary pictures
+    batch: int = Field(16, ge=2, le=1024)  # predictions a step
+    ordinary: float = Field(0.75, gt=0, lt=1)  # share of them that are of ordinary pictures
     pictures: int = Field(24, ge=1, le=10_000)  # drawn for a concept
     plain: int = Field(96, ge=1, le=10_000)  # drawn of ordinary things
     draws: int = Field(12, ge=1, le=1000)  # of noise and time for each picture

@@ -13,7 +13,7 @@ from spectral_diffusion.config import FuseConfig, build, read_yaml
 from spectral_diffusion.experiments.fusion import FAMILIES, NARROW, RANK, Job, change_for, measured
 from spectral_diffusion.experiments.lab import MANY, REPORTED, TUNED, Lab, recipe
 from spectral_diffusion.experiments.rank import lowest, weight_of_full_rank
-from spectral_diffusion.experiments.recipes import TRIALS, Recipe, worth_reporting, worth_showing
+from spectral_diffusion.experiments.recipes import TRIALS, Recipe, things, verdict, worth_reporting, worth_showing
 from spectral_diffusion.experiments.registry import all_studies, not_allowed
 from spectral_diffusion.experiments.slots import check_equal
 from spectral_diffusion.resources import concepts, preset
@@ -104,7 +104,13 @@ def test_the_preset_for_many_concepts_is_the_recipe_that_the_study_measures() ->
     [measured] = [r for r in TRIALS if r.kind == "all of the U-Net taught for 900 steps"]
     given = read_yaml(preset("pocket-taught"))["fuse"]
     files = {"adapters": ["a"], "output": "b"}
-    assert build(FuseConfig, given, files) == build(FuseConfig, {**measured.merge, "teach": measured.taught}, files)
+    taught = {**(measured.taught or {}), "things": things(Lab(recipe=recipe("pocket")))}
+    assert build(FuseConfig, given, files) == build(FuseConfig, {**measured.merge, "teach": taught}, files)
+
+
+def test_what_is_only_routed_gives_no_verdict_on_fusing() -> None:
+    row = {"kind": "routed by prompt, not fused", "setting": "", "K": 8, "of alone": "1.00 [1, 1]", "drift": "0 [0, 0]"}
+    assert verdict([row]) == "Nothing was measured yet."
 
 
 def test_a_row_of_which_time_left_a_part_unmeasured_is_told_as_missing(work: Path) -> None:

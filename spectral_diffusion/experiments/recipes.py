@@ -1,6 +1,6 @@
 """The project's question: which recipe keeps eight concepts themselves, or sixteen, and ordinary prompts as they were?
 
-Every recipe is tuned on concepts that are not reported; the best setting of each kind is then told for those that are.
+Every recipe is tuned on concepts that are not reported; the best settings of the best kinds are then told for others.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def alone(lab: Lab, names: Sequence[str], seed: int, quick: bool) -> dict[str, f
     (480, 0.7),
 )
 def run(lab: Lab, quick: bool) -> Findings:
-    """The trials on concepts that are not reported; the best of every kind on eight that are."""
+    """The trials on concepts that are not reported; the best of the best kinds on eight and sixteen that are."""
     trials, names = (QUICK, TUNED[:2]) if quick else (TRIALS, TUNED)
     reported, seeds = ((REPORTED[:2],), (0,)) if quick else ((REPORTED, MANY), SEEDS)
     rows: list[Row] = []
@@ -331,6 +331,8 @@ def verdict(rows: Sequence[Row]) -> str:
     sentences = []
     for size in sorted({row["K"] for row in rows}):
         fused = [row for row in rows if row["K"] == size and not row["kind"].startswith("routed")]
+        if not fused:
+            continue
         wanted = KEPT.get(size, max(KEPT.values()))
         enough = [r for r in fused if kept(r) >= wanted and moved(r) <= DRIFT]
         best = max(enough or fused, key=lambda r: kept(r) - moved(r))

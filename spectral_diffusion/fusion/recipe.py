@@ -91,7 +91,9 @@ def fuse_adapters(
     merged factors by layer; None where a merge gave dense changes, or teaching did.
 
     Raises:
-        UserError: two adapters share a name or a token, a strength names none of them, or nothing to teach is found.
+        UserError: two adapters share a name or a token, a strength names none of them, teaching meets an adapter
+            without a word of its own or unknown targets.
+        NotFiniteError: teaching met NaN or infinity.
     """
     adapters = sorted(adapters, key=lambda adapter: adapter.name)
     check_together(adapters, config.strength)
@@ -367,6 +369,6 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
                 raise ValueError
             float(concept["strength"])
         int(recipe["settings"].setdefault("teach", {"steps": 0})["steps"])  # files from before there was any teaching
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged; fuse the adapters again.") from error
     return recipe

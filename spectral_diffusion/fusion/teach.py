@@ -194,7 +194,7 @@ def teach(
 def loss_of(base: Base, lessons: Lessons, config: TeachConfig, step: int, seed: int) -> Tensor:
     """Mean squared error of one batch; the concepts take turns."""
     generator = keyed_generator("distil", seed, step)
-    own = config.batch - int(config.batch * config.ordinary)
+    own = min(config.batch - int(config.batch * config.ordinary), config.batch - 1)  # some are always ordinary
     taken: list[tuple[Lesson, int]] = []
     for index in range(config.batch):
         of_concept = index < own and lessons.concepts
