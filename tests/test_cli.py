@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import spectral_diffusion
 from spectral_diffusion import cli, resources
+from spectral_diffusion.cli.support import resolve
 from spectral_diffusion.config import FuseConfig, TrainConfig, build, read_yaml, to_yaml
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.evaluation.settings import EvaluateConfig
@@ -210,6 +211,17 @@ def test_resolved_settings_lie_beside_the_output_and_read_back(
     assert written["noise_offset"] == 0.5 and written["rank"] == 2
     again = run("train", photos, "--config", tmp_path / "a" / "rex.yaml", "-o", tmp_path / "b" / "rex.safetensors")
     assert again.code == 0, again.err
+
+
+def test_a_preset_without_a_part_for_training_is_refused_there(run, photos: Path, tmp_path: Path) -> None:
+    found = run("train", photos, "-o", tmp_path / "a.safetensors", "--config", "pocket-taught")
+    assert found.code == 2
+    assert "pocket-taught is a preset for fuse" in found.err
+
+
+def test_on_the_pocket_base_teaching_takes_the_guidance_of_its_pictures() -> None:
+    settings = resolve(FuseConfig, "fuse", None, {"adapters": ["a"], "output": "b"}, ["teach.steps=300"])
+    assert settings.teach.guidance == 2.0 and settings.teach.steps == 300
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def resolve(
         layer = read_yaml(preset(chosen))
         verbs = {"train", "fuse", "generate", "train-condition", "evaluate"}
         if layer and set(layer) <= verbs:
+            if verb == "train" and verb not in layer:
+                raise UserError(f"{chosen} is a preset for {', '.join(layer)}; choose another for train with --config.")
             layer = layer.get(verb) or {}
             if not isinstance(layer, dict):
                 raise UserError(f"The part '{verb}' of {chosen} must hold key: value lines.")

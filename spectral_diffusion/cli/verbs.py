@@ -87,6 +87,8 @@ def fuse(
     for folder in folders:
         held = settings_of(folder, [folder], Path("fused")).model_dump(mode="json", exclude={"output", "adapters"})
         before = {**held, **before, "strength": {**held["strength"], **before.get("strength", {})}}
+    if before and config:
+        raise UserError(f"{folders[0]} is added to with its own settings; give others as key=value, not with --config.")
     if before:
         flags = {**before, **flags, "strength": {**before["strength"], **flags.get("strength", {})}}
     settings = resolve(FuseConfig, "fuse", config, flags, overrides)
