@@ -185,6 +185,8 @@ def test_what_cannot_be_done_with_a_taught_folder_is_told(pair: list[Path], tmp_
     with pytest.raises(UserError, match="export it as folder or checkpoint"):
         export(tmp_path / "fused", tmp_path / "both.safetensors", "kohya", device="cpu")
     export(tmp_path / "fused", tmp_path / "both", "folder", device="cpu")
+    more = ["fuse", str(tmp_path / "fused"), str(pair[0]), "-o", str(tmp_path / "more"), "--config", "pocket-taught"]
+    assert "not with --config" in str(CliRunner().invoke(app, more).exception) and not (tmp_path / "more").exists()
     wild = ["teach.steps=3", "teach.learning_rate=1e30", "--device", "cpu"]
     result = CliRunner().invoke(app, ["fuse", *map(str, pair), "-o", str(tmp_path / "wild"), *wild])
     assert result.exit_code == 1 and "lower teach.learning_rate" in str(result.exception)

@@ -60,8 +60,9 @@ def run(lab: Lab, quick: bool) -> Findings:
         try:
             if method not in rates:
                 rates[method], trials = (METHODS[method][1], []) if quick else swept(lab, method)
-                each = {f"×{f:.2g}": t["identity"] for f, t in zip(SPREAD, trials)}
-                sweeps += [{"method": method, **each, "best": rates[method]}] if trials else []
+                if trials:
+                    each = {f"×{f:.2g}": t["identity"] for f, t in zip(SPREAD, trials, strict=True)}
+                    sweeps.append({"method": method, **each, "best": rates[method]})
             for length, name in itertools.product(steps, names):
                 found = lab.alone(name, **seeded(change_for(method), seed), **scaled(lab, rates[method]), steps=length)
                 trained[method] = found["trained"]
