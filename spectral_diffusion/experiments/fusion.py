@@ -1,4 +1,4 @@
-"""Does a fused concept stay itself? Adapters of several families, every merge, two to sixteen concepts."""
+"""Does a fused concept stay itself? Adapters of several families, every merge, two to eight concepts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,6 @@ TRIED = {
     "lora": ("sum", "fedavg", "gradient", "gradient, anchored", "ties"),
     "orthogonal": ("orthogonal", "gradient, anchored"),
 }
-CROWDED = ("sum", "fedavg", "gradient, anchored")  # at sixteen concepts, whose slots are of rank 2
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,14 @@ def adapters_of(
     """Trained adapters with what each is alone."""
     out = []
     for number, name in enumerate(names):
-        change = {**change_for(family, number, rank, seed), **scaled(lab, rate), "seed": seed}
+        change = trained_with(lab, family, rate, number, seed, rank)
         out.append((lab.trained(name, **change)[0], lab.alone(name, **change)))
     return out
+
+
+def trained_with(lab: Lab, family: str, rate: float, number: int, seed: int, rank: int = RANK) -> dict[str, Any]:
+    """All that the training of a family's concept of that number changes in the recipe."""
+    return {**change_for(family, number, rank, seed), **scaled(lab, rate), "seed": seed}
 
 
 def fused_cell(
@@ -150,8 +154,6 @@ def run(lab: Lab, quick: bool) -> Findings:
     families = ("spectral, own slots", "lora") if quick else tuple(TRIED)
     merges = {family: ("sum", "fedavg") if quick else TRIED[family] for family in families}
     jobs = [Job(family, merge, size) for family in families for size in sizes for merge in merges[family]]
-    if not quick:
-        jobs += [Job(f, m, len(MANY), NARROW) for f in families for m in TRIED[f] if m in (*CROWDED, "orthogonal")]
     rows, sweeps, missing = measured(lab, jobs, seeds, quick)
     tables = [Table("Every family and merge", rows)]
     if sweeps:
@@ -211,8 +213,8 @@ def row(
     alone, fused, floor, text, drifts, seconds = [], [], [], [], [], []
     for seed in seeds:
         cell = fused_cell(lab, family, merge, rate, names, seed, rank=rank)
-        each = {a.name: figures["identity"] for a, figures in adapters_of(lab, family, rate, names, seed, rank)}
-        alone += [each[name] for name in names]
+        changes = [trained_with(lab, family, rate, number, seed, rank) for number in range(len(names))]
+        alone += [lab.alone(name, **change)["identity"] for name, change in zip(names, changes, strict=True)]
         fused += [cell["concepts"][name]["identity"] for name in names]
         floor += [lab.generic(name, seed)["identity"] for name in names]
         text += [cell["concepts"][name]["text"] for name in names]

@@ -1,4 +1,4 @@
-"""Does a slot of one's own help? Disjoint, same and sampled slots and LoRA, with equal budgets and equal sweeps."""
+"""Does a slot of one's own help? Disjoint and same slots and LoRA, with equal budgets and equal sweeps."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ..methods import get_method
-from .fusion import NARROW, Job, change_for, measured
+from .fusion import Job, change_for, measured
 from .lab import REPORTED, Lab
 from .registry import Findings, Row, Table, study
 
 SEEDS = (0, 1, 2)
-FAMILIES = ("spectral, own slots", "spectral, same slot", "spectral, sampled slots", "lora")
+FAMILIES = ("spectral, own slots", "spectral, same slot", "lora")  # sampled ones: at rank 2, in the study ``narrow``
 MERGES = ("sum", "fedavg", "gradient, anchored")
 # What may differ between families that are compared: how they change a weight, and what a sweep chooses.
 FREE = {"method", "slot", "slot_seed", "learning_rate", "text_encoder_learning_rate", "output"}
@@ -40,12 +40,10 @@ def check_equal(lab: Lab, changes: Mapping[str, Mapping[str, Any]], concept: str
 
 
 def jobs_of(quick: bool) -> list[Job]:
-    """Rank 2 to K = 8 for every family; rank 8 for those that the study ``fusion`` measures too."""
+    """Every family and merge, for two to eight concepts of the recipe's rank."""
     if quick:
-        return [Job(family, "sum", 2, NARROW) for family in FAMILIES[:3:2]]
-    narrow = [Job(f, m, size, NARROW) for size in (8, 4, 2) for f in FAMILIES for m in MERGES]
-    wide = [Job(f, m, size) for size in (8, 4, 2) for f in FAMILIES if "sampled" not in f for m in MERGES]
-    return narrow + wide
+        return [Job(family, "sum", 2) for family in FAMILIES[::2]]
+    return [Job(family, merge, size) for size in (8, 4, 2) for family in FAMILIES for merge in MERGES]
 
 
 @study(
@@ -57,9 +55,8 @@ def jobs_of(quick: bool) -> list[Job]:
 def run(lab: Lab, quick: bool) -> Findings:
     """Identity alone and fused by where the columns lie, for every merge."""
     jobs = jobs_of(quick)
-    for rank in {job.rank for job in jobs}:
-        counts = check_equal(lab, {job.family: change_for(job.family, 0, rank) for job in jobs if job.rank == rank})
-        lab.note(f"rank {rank}: {', '.join(f'{name} trains {count:,}' for name, count in counts.items())}")
+    counts = check_equal(lab, {job.family: change_for(job.family, 0) for job in jobs})
+    lab.note(f"{', '.join(f'{name} trains {count:,}' for name, count in counts.items())}")
     rows, sweeps, missing = measured(lab, jobs, (0,) if quick else SEEDS, quick)
     tables = [Table("Where the columns lie, and how adapters are merged", rows)]
     if sweeps:
