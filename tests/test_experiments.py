@@ -12,7 +12,7 @@ from spectral_diffusion.errors import UserError
 from spectral_diffusion.evaluation.statistics import interval, share, told
 from spectral_diffusion.experiments.lab import REPORTED, TUNED, Lab, recipe
 from spectral_diffusion.experiments.registry import all_studies
-from spectral_diffusion.experiments.report import markdown
+from spectral_diffusion.experiments.report import markdown, read_records, record_path, write_record
 from spectral_diffusion.experiments.speed import crossing
 
 
@@ -49,6 +49,19 @@ def test_what_was_measured_is_kept_and_time_is_capped(tmp_path: Path) -> None:
     assert lab.cell("one", {"a": 2}, compute) == {"x": 2}
     with pytest.raises(UserError, match="run it again"):
         lab.cell("one", {"a": 3}, compute)
+
+
+def test_what_a_page_rests_on_is_read_from_its_record(tmp_path: Path) -> None:
+    lab = Lab(folder=tmp_path / "here", recipe=recipe("pocket", True))
+    lab.cell("one", {"a": 1}, lambda: {"x": 0.25})
+    write_record(record_path(tmp_path, "speed"), lab.used)
+    elsewhere = Lab(folder=tmp_path / "there", recipe=recipe("pocket", True), most=-1.0, known=read_records(tmp_path))
+    assert elsewhere.cell("one", {"a": 1}, lambda: {}) == {"x": 0.25} and elsewhere.used == lab.used
+    with pytest.raises(UserError, match="run it again"):  # of another recipe, so another cell
+        Lab(folder=tmp_path / "there", most=-1.0, known=lab.used).cell("one", {"a": 1}, lambda: {})
+    record_path(tmp_path, "speed").write_text("[]")
+    with pytest.raises(UserError, match=r"speed-cells\.json is no record"):
+        read_records(tmp_path)
 
 
 def test_nothing_is_tuned_on_what_is_reported() -> None:

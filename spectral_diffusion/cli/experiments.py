@@ -33,7 +33,7 @@ def experiment(
     studies = list(all_studies().values()) if name == "all" else [get_study(name)]
     from ..experiments.lab import Lab
     from ..experiments.lab import recipe as settings
-    from ..experiments.report import write_findings
+    from ..experiments.report import read_records, write_findings
 
     for study in studies:
         minutes = study.minutes[1 if quick else 0]
@@ -46,6 +46,7 @@ def experiment(
                 progress=progress,
                 note=say,
                 most=hours * 3600,
+                known=read_records(output),
             )
             if work is not None:
                 lab.folder = work

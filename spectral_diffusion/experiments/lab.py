@@ -67,6 +67,8 @@ class Lab:
         recipe: settings of every training and picture, ``{"train": …, "generate": …}``.
         encoder_name: what identity is told by: ``pocket``, or a CLIP or DINOv2 model by folder or hub id.
         most: stop measuring new cells after this many seconds; a later run goes on.
+        known: cells by name that were measured elsewhere, as a page's record holds them.
+        used: the cells that were read or measured since the lab was made.
     """
 
     base_name: str = "pocket"
@@ -77,6 +79,8 @@ class Lab:
     note: Callable[[str], None] = lambda text: None
     most: float = 6 * 3600.0
     begun: float = field(default_factory=time.monotonic)
+    known: Mapping[str, Figures] = field(default_factory=dict)
+    used: dict[str, Figures] = field(default_factory=dict)
 
     def fresh(self) -> Base:
         """The base as it is shipped, loaded anew."""
@@ -129,7 +133,7 @@ class Lab:
             raise TimeOver("The time for this study is over; run it again to go on where it stopped.")
 
     def cell(self, kind: str, key: Mapping[str, Any], compute: Callable[[], Figures]) -> Figures:
-        """Figures measured once: read if they are kept, else computed and kept at once.
+        """Figures measured once: read if they are kept or known, else computed and kept at once.
 
         Raises:
             TimeOver: the lab's time is over.
@@ -137,13 +141,17 @@ class Lab:
         whole = {"kind": kind, "cells": CELLS, "base": self.fingerprint, "recipe": self.recipe, **key}
         if self.encoder_name != "pocket":
             whole["encoder"] = self.encoder_name
-        path = self.folder / "cells" / f"{kind}-{key_of(whole)}.json"
+        name = f"{kind}-{key_of(whole)}"
+        path = self.folder / "cells" / f"{name}.json"
         if path.is_file():
-            found: Figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
-            return found
-        self.check_time()
-        figures = compute()
-        write_json(path, {"key": whole, "figures": figures})
+            figures: Figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
+        elif name in self.known:
+            figures = self.known[name]["figures"]
+        else:
+            self.check_time()
+            figures = compute()
+            write_json(path, {"key": whole, "figures": figures})
+        self.used[name] = {"key": dict(key), "figures": figures}
         return figures
 
     def settings(self, concept: str, change: Mapping[str, Any], output: Path) -> TrainConfig:

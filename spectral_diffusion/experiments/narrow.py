@@ -36,7 +36,7 @@ def jobs_of(quick: bool) -> list[Job]:
 @study(
     "narrow",
     "sec. 4.2",
-    "Slots of two columns hold a concept each, so that sixteen fit side by side and fuse without disturbing each other.",
+    "Slots of two columns hold a concept each, so that sixteen fit side by side and fuse undisturbed.",
     (180, 0.5),
 )
 def run(lab: Lab, quick: bool) -> Findings:

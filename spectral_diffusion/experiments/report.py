@@ -1,15 +1,18 @@
-"""Write what a study found: JSON for machines, a Markdown page for people, its pictures beside them."""
+"""Write what a study found: a page for people, JSON for machines, pictures, and the cells that it all rests on."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from PIL import Image
 
+from ..errors import UserError
 from ..evaluation.tables import markdown
 from ..files import atomic, write_json, write_text
 from ..formats.native import versions
-from .lab import Lab
+from .lab import Figures, Lab
 from .registry import Findings, Study
 
 
@@ -30,8 +33,43 @@ def page(study: Study, findings: Findings, lab: Lab, quick: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def record_path(folder: Path, study: str) -> Path:
+    """Where the cells that a page rests on lie beside it."""
+    return folder / f"{study}-cells.json"
+
+
+def read_record(path: Path) -> dict[str, Figures]:
+    """The cells of one record by name; none where there is no record.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: {"key": cell["key"], "figures": cell["figures"]} for name, cell in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no record of measured cells; remove it to measure them again.") from error
+
+
+def read_records(folder: Path) -> dict[str, Figures]:
+    """Every cell that the pages in a folder rest on, so that nobody has to measure it again.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    return {name: cell for path in sorted(folder.glob("*-cells.json")) for name, cell in read_record(path).items()}
+
+
+def write_record(path: Path, cells: Mapping[str, Figures]) -> None:
+    """Write cells one a line, in the order of their names."""
+    lines = (f"{json.dumps(name)}: {json.dumps(cells[name], ensure_ascii=False)}" for name in sorted(cells))
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def write_findings(study: Study, findings: Findings, lab: Lab, folder: Path, quick: bool) -> Path:
-    """Write ``NAME.json``, ``NAME.md`` and pictures into a folder; returns the page."""
+    """Write ``NAME.json``, ``NAME.md``, pictures and the record of cells into a folder; returns the page."""
     for name, picture in findings.pictures.items():
         with atomic(folder / f"{study.name}-{name}.png") as temporary:
             small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)  # a third of the bytes
@@ -48,6 +86,10 @@ def write_findings(study: Study, findings: Findings, lab: Lab, folder: Path, qui
         "tables": tables,
     }
     write_json(folder / f"{study.name}.json", found)
+    if lab.used:
+        record = record_path(folder, study.name)
+        earlier = read_record(record) if findings.missing else {}  # nothing measured is dropped half-way
+        write_record(record, {**earlier, **lab.used})
     path = folder / f"{study.name}.md"
     write_text(path, page(study, findings, lab, quick))
     return path
