@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from .errors import UserError, nearest
+from .resources import preset, preset_of
 
 ORDINARY_NOUNS = ["dog", "cat", "horse", "fish", "car", "house", "tree", "cup", "teapot", "chair", "flower", "person"]
 ORDINARY_ADJECTIVES = ["", "red", "yellow", "green", "blue", "white", "black"]
@@ -305,6 +306,12 @@ def build(model: type[Model], *layers: dict[str, Any], file: str = "") -> Model:
         first = error.errors()[0]["loc"][:1]
         from_file = file and first and first[0] in layers[0] and not any(first[0] in layer for layer in layers[1:])
         raise UserError(_sentence(model, error, f" in {file}" if from_file else "")) from error
+
+
+def usual_settings(base: str, verb: str) -> dict[str, Any]:
+    """What the preset that a base brings along says for a verb; nothing where there is none."""
+    name = preset_of(base)
+    return read_yaml(preset(name)).get(verb) or {} if name else {}
 
 
 def _sentence(model: type[Settings], error: ValidationError, where: str) -> str:

@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 class NotFiniteError(UserError):
-    """Training met NaN or infinity and stopped; the last good state is kept."""
+    """Training or teaching met NaN or infinity and stopped; nothing was written over."""
 
 
 def reason(error: BaseException, limit: int = 160) -> str:

@@ -47,18 +47,23 @@ class Source:
     kernels: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     taught: bool = False
 
-    @cached_property
-    def tokens(self) -> dict[str, dict[str, Tensor]]:
-        own = {token: vectors for adapter in self.adapters for token, vectors in adapter.tokens.items()}
-        if not self.taught:
-            return own
-        base = self.load()
-        return {token: base.vectors(token) for token in own}
-
     @property
     def nouns(self) -> dict[str, str]:
+        """Every word by its noun; that of what an adapter was trained on top of has none."""
         named = {adapter.token: adapter.noun for adapter in self.adapters}
-        return {token: named.get(token, "") for token in self.tokens}
+        return {token: named.get(token, "") for adapter in self.adapters for token in adapter.tokens}
+
+    @cached_property
+    def loaded(self) -> Base:
+        """The base with everything in its weights."""
+        return self.load()
+
+    @cached_property
+    def tokens(self) -> dict[str, dict[str, Tensor]]:
+        """The vectors of every word, by text encoder."""
+        if self.taught:
+            return {token: self.loaded.vectors(token) for token in self.nouns}
+        return {token: vectors for adapter in self.adapters for token, vectors in adapter.tokens.items()}
 
 
 def open_source(path: Path, device: str = "auto") -> Source:
@@ -128,7 +133,7 @@ def export(
             note(mean_note(adapter.name))
     written: list[Path] = []
     if kind == "folder":
-        base = source.load()
+        base = source.loaded
         with atomic_folder(output) as new:
             with quiet():
                 base.pipeline.to("cpu", parse_dtype(dtype or "float32")).save_pretrained(new)
@@ -138,10 +143,10 @@ def export(
         raise UserError(f"The output {output} must end in .safetensors for the format {kind}.")
     check_writable(output)
     if kind == "embedding":
-        if not source.tokens:
+        if not source.nouns:
             raise UserError(f"{path} has no token, so there is no embedding to write.")
         return embeddings(source, output, parse_dtype(dtype or "float32"), beside=False)
-    about = {"title": source.title, "trigger_phrase": ", ".join(source.tokens)}
+    about = {"title": source.title, "trigger_phrase": ", ".join(source.nouns)}
     if len(source.adapters) > 1:
         about["merged_from"] = ", ".join(adapter.name for adapter in source.adapters)
     if kind == "checkpoint":
@@ -156,7 +161,7 @@ def export(
             tensors = diffusers_tensors(factors, source.kernels, kept)
         write_hashed(output, tensors, lora_metadata(factors, architecture, about) | ours(source))
         written.append(output)
-    if source.tokens:
+    if source.nouns:
         written += embeddings(source, output, torch.float32, beside=True)
     described = output.with_suffix(".md")
     write_text(described, card(source, [file.name for file in written], picture))
@@ -245,7 +250,7 @@ def embeddings(source: Source, output: Path, dtype: torch.dtype, beside: bool) -
 
 def write_checkpoint(source: Source, output: Path, dtype: torch.dtype, about: Mapping[str, str]) -> None:
     """One file in the original's spelling; new tokens do not fit into it."""
-    base = source.load()
+    base = source.loaded
     rows = {encoder: vocabulary(tokenizer) for encoder, tokenizer in base.tokenizers.items()}
     tensors = checkpoint_tensors(base.models, base.pipeline.vae, rows)
     metadata = {"modelspec.sai_model_spec": "1.0.1", **{f"modelspec.{k}": v for k, v in about.items() if v}}

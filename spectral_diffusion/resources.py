@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from .errors import UserError, nearest
@@ -22,6 +23,17 @@ def concepts() -> Path:
 def configs() -> Path:
     """The folder of presets."""
     return _folder("configs")
+
+
+def preset_of(base: str) -> str | None:
+    """The preset that a base brings along: the pocket base's own, for a fusion of it too."""
+    if base == "pocket":
+        return base
+    recipe = Path(base) / "recipe.json"
+    try:
+        return "pocket" if recipe.is_file() and json.loads(recipe.read_text())["base"] == "pocket" else None
+    except (ValueError, OSError, LookupError, TypeError):
+        return None
 
 
 def preset(name: str) -> Path:

@@ -27,6 +27,7 @@ from spectral_diffusion.errors import UserError
 from spectral_diffusion.files import read_tensors, write_tensors
 from spectral_diffusion.formats.checkpoint import checkpoint_tensors, unet_tensors
 from spectral_diffusion.formats.native import load_adapter
+from spectral_diffusion.fusion.collect import predict
 from spectral_diffusion.fusion.recipe import fuse_to_folder
 from spectral_diffusion.generation.pipeline import put_on, sample, sampler
 from spectral_diffusion.generation.scene import Region, Scene
@@ -108,6 +109,20 @@ def test_train_load_fuse_and_draw(photos: Path, folder: Path, tmp_path: Path) ->
     ]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
     assert np.abs(pictures[0] - pictures[2]).max() > 1
+
+
+def test_an_empty_prompt_is_what_the_pipeline_takes_for_one(folder: Path) -> None:
+    base = load_base(str(folder), "cpu")
+    seen: list[torch.Tensor] = []
+    base.pipeline.unet.register_forward_pre_hook(
+        lambda module, inputs, named: seen.append(inputs[2] if len(inputs) > 2 else named["encoder_hidden_states"]),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        base.pipeline(["a red dog"], num_inference_steps=1, guidance_scale=3.0, output_type="latent")
+        predict(base, ["", "a red dog"], torch.zeros(2, 4, 8, 8), torch.tensor([5, 5]))
+    stock, ours = seen
+    assert torch.allclose(stock, ours, atol=1e-6) and not torch.allclose(ours[0], ours[1])
 
 
 @pytest.mark.parametrize("negative", ["", "blurry"])

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from spectral_diffusion.base import load_base
 from spectral_diffusion.cli import app
-from spectral_diffusion.config import FuseConfig, GradientConfig, TrainConfig
+from spectral_diffusion.config import FuseConfig, GradientConfig, TeachConfig, TrainConfig
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.exporting import export
 from spectral_diffusion.files import read_tensors, write_tensors
@@ -25,6 +25,7 @@ from spectral_diffusion.fusion.tune import tune
 from spectral_diffusion.fusion.unfuse import unfuse
 from spectral_diffusion.linalg import Factors
 from spectral_diffusion.methods import get_method
+from spectral_diffusion.progress import Event
 from spectral_diffusion.training.run import train_to_file
 
 OUT, IN, RANK = 10, 16, 2
@@ -164,8 +165,6 @@ def test_simple_merges_are_their_formulas() -> None:
     assert torch.equal(found("dare", seed=3), found("dare", seed=3))
     assert not torch.equal(found("dare", seed=3), found("dare", seed=4))
     assert found("ties").shape == total.shape
-    with pytest.raises(UserError, match="needs orthogonal adapters"):
-        found("orthogonal")
 
 
 def test_activations_do_not_depend_on_how_they_came() -> None:
@@ -310,6 +309,22 @@ def test_staged_fusion_and_its_own_cache(three: list[Path], tmp_path: Path) -> N
     assert not same(found[0][0], found[2][0]) and found[2][1]
 
 
+def test_a_fusion_that_is_stopped_while_it_watches_stops_at_once(three: list[Path], tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def stop(event: Event) -> None:
+        if event.stage == "watch":
+            seen.append(event.done)
+            raise UserError("Stopped.")
+
+    config = FuseConfig(
+        adapters=three, output=tmp_path / "fused", merge="gradient", gradient={**QUICK, "rows": 7}, device="cpu"
+    )
+    with pytest.raises(UserError, match=r"^Stopped\.$"):
+        fuse_to_folder(config, stop)
+    assert len(seen) == 1 and not (tmp_path / "fused").exists()
+
+
 def test_strengths_of_one_component(three: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     config = FuseConfig(adapters=three[:1], output=tmp_path / "f", strength={"dog.text_encoder": 0.0}, device="cpu")
     fuse_to_folder(config)
@@ -393,6 +408,7 @@ def test_a_fusion_that_is_added_to_keeps_its_strengths(three: list[Path], tmp_pa
     run("fuse", tmp_path / "two", "--add", three[2], "-o", tmp_path / "all", "--strength", "hat=0.7", "--device", "cpu")
     recipe = read_recipe(tmp_path / "all")
     assert recipe and recipe["strength"] == {"dog": 0.5, "mug": 0.3, "hat": 0.7}
+    assert recipe["settings"]["teach"]["guidance"] == TeachConfig().guidance  # not the pocket preset's
     run("unfuse", tmp_path / "all", "--remove", "hat", "-o", tmp_path / "again")
     assert same(weights(tmp_path / "again"), weights(tmp_path / "two"))
     run("export", tmp_path / "all", "-o", tmp_path / "all.safetensors")

@@ -10,6 +10,7 @@ import torch
 from conftest import make_photos
 from typer.testing import CliRunner
 
+from spectral_diffusion import exporting
 from spectral_diffusion.adapted import acting
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.cli import app
@@ -18,9 +19,10 @@ from spectral_diffusion.errors import UserError
 from spectral_diffusion.exporting import export
 from spectral_diffusion.files import read_tensors
 from spectral_diffusion.formats.native import load_adapter
+from spectral_diffusion.fusion import teach as teaching
 from spectral_diffusion.fusion.collect import predict
 from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder
-from spectral_diffusion.fusion.teach import Lessons, prepare
+from spectral_diffusion.fusion.teach import Lessons, loss_of, prepare
 from spectral_diffusion.fusion.unfuse import unfuse
 from spectral_diffusion.methods.targets import find_targets
 from spectral_diffusion.training.run import train_to_file
@@ -116,6 +118,51 @@ def test_what_an_adapter_says_to_the_empty_prompt_is_the_bases_to_say(pair: list
     assert not torch.allclose(lesson.wanted, own, atol=1e-3)
 
 
+def test_lessons_need_no_more_memory_at_once_than_a_step(
+    pair: list[Path], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = load_adapter(pair[0])
+    base = load_base(str(tiny_base), "cpu")
+    for token, vectors in adapter.tokens.items():
+        base.install(token, vectors)
+    asked: list[int] = []
+
+    def counted(base: Base, prompts: list[str], *rest: torch.Tensor) -> torch.Tensor:
+        asked.append(len(prompts))
+        return predict(base, prompts, *rest)
+
+    monkeypatch.setattr(teaching, "predict", counted)
+    wanted = []
+    for batch in (3, 16):
+        few = SMALL.model_copy(update={"pictures": 4, "plain": 4, "draws": 2, "batch": batch})
+        wanted.append(prepare(base, [adapter], {}, few, 0).concepts[0].wanted)
+        assert max(asked) == min(batch, 8)
+        asked.clear()
+    assert torch.allclose(*wanted, atol=1e-4)
+
+
+def test_ordinary_pictures_are_in_every_batch(pair: list[Path], tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    adapter = load_adapter(pair[0])
+    for token, vectors in adapter.tokens.items():
+        base.install(token, vectors)
+    few = SMALL.model_copy(update={"pictures": 2, "plain": 1, "draws": 1, "batch": 2, "ordinary": 0.01})
+    lessons = prepare(base, [adapter], {}, few, 0)
+    off_by = replace(lessons.ordinary, wanted=lessons.ordinary.wanted + 10.0)
+    plain, moved = (loss_of(base, replace(lessons, ordinary=one), few, 0, 0) for one in (lessons.ordinary, off_by))
+    assert moved > plain + 1
+
+
+def test_a_merge_that_is_not_for_these_adapters_is_refused_before_lessons_are_drawn(
+    pair: list[Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    seen: list[str] = []
+    wanted = settings(pair, tmp_path / "fused", merge="orthogonal", teach=SMALL)
+    with pytest.raises(UserError, match="needs orthogonal adapters"):
+        fuse_to_folder(wanted, lambda event: seen.append(event.stage), base=load_base(str(tiny_base), "cpu"))
+    assert not seen and not (tmp_path / "fused").exists()
+
+
 def test_what_has_no_word_of_its_own_is_not_taught(pair: list[Path], tiny_base: Path) -> None:
     adapters = [load_adapter(file) for file in pair]
     adapters[1] = replace(adapters[1], token="", vectors={})
@@ -175,6 +222,25 @@ def test_other_layers_learn_only_where_they_are_named(pair: list[Path], tiny_bas
     misspelt = few.model_copy(update={"targets": "convv"})
     with pytest.raises(UserError, match=r"teach\.targets: Unknown targets 'convv'"):
         fuse_adapters(untouched, adapters, settings(pair, tmp_path, teach=misspelt))
+
+
+def test_a_taught_folder_is_opened_once_to_be_exported(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuse_to_folder(settings(pair, tmp_path / "fused", teach=SMALL.model_copy(update={"steps": 2})))
+    opened: list[str] = []
+
+    def counted(name: str, *more: str) -> Base:
+        opened.append(name)
+        return load_base(name, *more)
+
+    monkeypatch.setattr(exporting, "load_base", counted)
+    found = export(tmp_path / "fused", tmp_path / "out.safetensors", "checkpoint", dtype="float16", device="cpu")
+    assert len(opened) == 1 and {"out.rex.safetensors", "out.brew.safetensors"} <= {file.name for file in found}
+    held, _ = read_tensors(next(file for file in found if ".rex." in file.name))
+    assert torch.equal(held["<rex>"], load_base(str(tmp_path / "fused"), "cpu").vectors("<rex>")["text_encoder"])
+    export(tmp_path / "fused", tmp_path / "folder", "folder", device="cpu")
+    assert len(opened) == 2
 
 
 def test_what_cannot_be_done_with_a_taught_folder_is_told(pair: list[Path], tmp_path: Path) -> None:

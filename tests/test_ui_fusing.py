@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import subprocess
 import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,14 +21,16 @@ from conftest import make_photos
 from safetensors.torch import load_file
 
 from spectral_diffusion.base import load_base
-from spectral_diffusion.config import FuseConfig, TrainConfig
+from spectral_diffusion.config import FuseConfig, GradientConfig, TeachConfig, TrainConfig, read_yaml
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.formats.importing import import_lora
 from spectral_diffusion.fusion.recipe import RECIPE, fuse_to_folder
 from spectral_diffusion.inspection import inspect_paths
 from spectral_diffusion.progress import Event
+from spectral_diffusion.resources import preset
 from spectral_diffusion.training.run import train_to_file
 from spectral_diffusion.ui import comparing, downloads, fusing
+from spectral_diffusion.ui.adapters import read_adapter
 from spectral_diffusion.ui.turns import until
 from spectral_diffusion.ui.wording import in_app
 from spectral_diffusion.ui.workspace import Workspace
@@ -135,6 +140,44 @@ def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace) -
     assert fusing.fused_names(workspace) == ["clever"]
 
 
+def test_the_page_fuses_as_the_command_line_does(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wanted(**changes: Any) -> FuseConfig:
+        return fusing.settings_for(workspace, ["rex", "mug"], workspace.fused / "pair", {}, **changes)
+
+    assert wanted().teach == TeachConfig() and wanted(teach=300, anchor=2.0).teach.steps == 300
+    monkeypatch.setattr(
+        fusing, "read_adapter", lambda workspace, name: replace(read_adapter(workspace, name), base="pocket")
+    )
+    [pocket, taught] = [read_yaml(preset(name))["fuse"] for name in ("pocket", "pocket-taught")]
+    assert wanted(teach=300).teach == TeachConfig(**pocket["teach"], steps=300)
+    whole = wanted(preset="pocket-taught")
+    assert whole.teach == TeachConfig(**taught["teach"]) and whole.merge == taught["merge"]
+    assert whole.gradient == GradientConfig(**taught["gradient"])
+
+
+def test_while_one_runs_the_other_waits(workspace: Workspace) -> None:
+    pytest.importorskip("gradio")
+    from spectral_diffusion.ui.page import Page
+    from spectral_diffusion.ui.tabs.fuse import Handlers, changes_for, ready
+    from spectral_diffusion.ui.tabs.fuse_parts import TEACHING, WHOLE
+
+    nothing: Any = None
+    handlers, visitor = Handlers(Page(workspace, *[nothing] * 8)), SimpleNamespace(session_hash="me")
+    for begin, runs in ((handlers.begin_compare, handlers.compares), (handlers.begin_save, handlers.saves)):
+        compare, save, stop = begin(visitor)
+        assert not compare.interactive and not save.interactive and stop.visible
+        event = runs.take("me")
+        handlers.left(visitor)
+        assert event.is_set() == (runs is handlers.compares)  # what is to be saved is saved all the same
+        handlers.stop(visitor)
+        assert event.is_set()
+    compare, save, stop = ready(True)
+    assert compare.interactive and save.interactive and not stop.visible
+    assert WHOLE in TEACHING.values() and changes_for("ties", WHOLE, "sum", 1.0) == {"preset": WHOLE}
+    assert changes_for("ties", 300, "sum", 1.0)["merge"] == "ties"
+    assert [one["interactive"] for one in handlers.about_teaching(WHOLE)[1:]] == [False, False]
+
+
 def test_before_and_after_of_every_concept(workspace: Workspace) -> None:
     before = set(workspace.root.rglob("*"))
     found = comparing.compare(workspace, ["rex", "mug"], {"rex": 0.0, "mug": 1.0}, seed=3)
@@ -237,6 +280,12 @@ def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: 
         ),
         "It was so; use --base pocket. A file of the same shapes can be forced with --allow-base.": "It was so.",
         "No such file: /home/ann/a.safetensors.": "No such file: a.safetensors.",
+        "It would be taken away again. Fuse without teach.steps.": (
+            "It would be taken away again. Choose no under Teach it afterwards."
+        ),
+        "Teaching met NaN or infinity at step 3: lower teach.learning_rate.": (
+            "Teaching met NaN or infinity at step 3; choose fewer steps of teaching, or none."
+        ),
         "Fine: a/b, 1/2, </s>, https://x.org/y and - or _.": "Fine: a/b, 1/2, </s>, https://x.org/y and - or _.",
     }.items():
         assert in_app(said, workspace) == wanted
@@ -287,9 +336,13 @@ def test_bad_wishes_and_damaged_files_are_sentences(workspace: Workspace) -> Non
     fusing.delete_fusion(workspace, "one")
     with pytest.raises(UserError, match="No format"):
         downloads.download(workspace, "pair", "pickle")
-    (workspace.fused / "pair" / "recipe.json").write_text("{")
-    [broken] = fusing.fusions(workspace)
-    assert broken.problem == "fused/pair/recipe.json is damaged; fuse the adapters again."
+    recipe = workspace.fused / "pair" / "recipe.json"
+    endless = json.loads(recipe.read_text())
+    endless["settings"]["teach"]["steps"] = math.inf
+    for damaged in ("{", json.dumps(endless)):
+        recipe.write_text(damaged)
+        [broken] = fusing.fusions(workspace)
+        assert broken.problem == "fused/pair/recipe.json is damaged; fuse the adapters again."
     assert "Deleted" in fusing.delete_fusion(workspace, "pair") and not fusing.fusions(workspace)
     assert list(workspace.trash.rglob("recipe.json"))  # nothing is lost
 

@@ -56,9 +56,9 @@ def evaluate(
         scenes=scene, encoders=encoder, strength=numbers(strength, "--strength"), base=base, output=text_of(output),
         seed=seed, count=count, allow_base=allow_base or None, device=device, dtype=dtype,
     )  # fmt: skip
-    from ..evaluating.inputs import base_of
     from ..evaluating.run import evaluate_to_folder
     from ..evaluation.settings import EvaluateConfig
+    from ..fusion.recipe import base_of
     from ..generation.pipeline import Cancelled
 
     if files and base is None:  # whose preset is meant

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,18 +91,17 @@ def resolve(
     overrides: list[str] | None,
     held: dict[str, Any] | None = None,
     source: str = "",
+    base: str = "pocket",
 ) -> Any:
     """Preset or file, then what a scene held (read from ``source``), then flags, then key=value.
 
-    Without --config the pocket base brings its preset.
+    Without --config the pocket base brings its preset; ``base`` is what is meant where no setting says so.
     """
     from ..config import build, parse_overrides, read_yaml
-    from ..resources import preset
+    from ..resources import preset, preset_of
 
     changes = parse_overrides(overrides or [])
-    chosen = config
-    if chosen is None and _is_pocket(str(changes.get("base", flags.get("base", (held or {}).get("base", "pocket"))))):
-        chosen = "pocket"
+    chosen = config or preset_of(str(changes.get("base", flags.get("base", (held or {}).get("base", base)))))
     layer: dict[str, Any] = {}
     if chosen is not None:
         layer = read_yaml(preset(chosen))
@@ -119,14 +117,17 @@ def resolve(
     return build(model, layer, flags, changes, file=config or "")
 
 
-def _is_pocket(base: str) -> bool:
-    if base == "pocket":
-        return True
-    recipe = Path(base) / "recipe.json"
-    try:
-        return recipe.is_file() and json.loads(recipe.read_text()).get("base") == "pocket"
-    except (ValueError, OSError, AttributeError):
-        return False
+def named_base(files: list[str]) -> str:
+    """The base that the first of these files or fused folders names; empty for a LoRA of another program.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    from ..formats.native import is_native
+    from ..fusion.recipe import base_of
+
+    first = Path(files[0]) if files else None
+    return base_of(first) if first and (first.is_dir() or is_native(first)) else ""
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .support import (
     DeviceOption,
     files_and_settings,
     given,
+    named_base,
     numbers,
     plain,
     progress_bar,
@@ -91,7 +92,7 @@ def fuse(
         raise UserError(f"{folders[0]} is added to with its own settings; give others as key=value, not with --config.")
     if before:
         flags = {**before, **flags, "strength": {**before["strength"], **flags.get("strength", {})}}
-    settings = resolve(FuseConfig, "fuse", config, flags, overrides)
+    settings = resolve(FuseConfig, "fuse", config, flags, overrides, base=named_base(files))
     with progress_bar() as progress:
         for warning in fuse_to_folder(settings, progress, note=say):
             say(f"Note: {warning}")
@@ -114,7 +115,7 @@ def tune(
     flags = given(adapters=files, output="tuned", base=base, merge=merge, device=device)
     from ..config import FuseConfig
 
-    settings = resolve(FuseConfig, "fuse", config, flags, overrides)
+    settings = resolve(FuseConfig, "fuse", config, flags, overrides, base=named_base(files))
     try:
         tries = [[float(part) for part in text.split(",") if part.strip()] for text in (strengths, anchors)]
     except ValueError as error:

@@ -78,16 +78,6 @@ def strengths(config: EvaluateConfig, held: Held) -> dict[Path, Strength]:
     return out
 
 
-def base_of(path: Path) -> str:
-    """The base that an adapter file or a fused folder names.
-
-    Raises:
-        UserError: it is neither.
-    """
-    recipe = read_recipe(path) if path.is_dir() else None
-    return str(recipe["base"]) if recipe else load_adapters(path)[0].base
-
-
 def drawing_settings(config: EvaluateConfig) -> dict[str, Any]:
     """The settings that a scene shares with an evaluation."""
     shared = {"steps", "guidance", "sampler", "negative_prompt", "batch", "allow_base", "device", "dtype"}

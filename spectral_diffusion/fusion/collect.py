@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..adapted import acting
@@ -123,16 +124,23 @@ def collect(
 
 
 def predict(base: Base, prompts: list[str], noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """The U-Net's predictions (n, c, h, w) float32 for noised latents of the base's own size and prompts."""
-    found = base.pipeline.encode_prompt(
+    """The U-Net's predictions (n, c, h, w) float32 for noised latents of the base's own size and prompts.
+
+    An empty prompt is what the base's pipeline takes for one: SDXL's are zeros, not the encoded empty words.
+    """
+    words, _, *pooled = base.pipeline.encode_prompt(
         prompts, device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
     more: dict[str, Any] = {}
     if "text_encoder_2" in base.models:  # SDXL is told the pooled words and the sizes
+        summary = pooled[0]
+        if base.pipeline.config.force_zeros_for_empty_prompt:
+            empty = torch.tensor([not prompt for prompt in prompts], device=base.device)
+            words, summary = words.masked_fill(empty[:, None, None], 0.0), summary.masked_fill(empty[:, None], 0.0)
         side = (base.size, base.size)
         times = torch.tensor([(*side, 0, 0, *side)] * len(prompts), device=base.device)
-        more = {"added_cond_kwargs": {"text_embeds": found[2], "time_ids": times}}
-    predicted: Tensor = base.pipeline.unet(noisy, timesteps, found[0], **more).sample
+        more = {"added_cond_kwargs": {"text_embeds": summary, "time_ids": times}}
+    predicted: Tensor = base.pipeline.unet(noisy, timesteps, words, **more).sample
     return predicted.float()
 
 
@@ -163,23 +171,31 @@ def cached(
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_folder()) / "activations" / f"{key}.safetensors"
+    with ExitStack() as stack:
+        with suppress(OSError):  # where nothing can be kept, nobody is waited for
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(f"{path}.lock"))
+        found = restored(path)
+        if found is not None:
+            return found
+        made = make()
+        with suppress(OSError, UserError, SafetensorError):  # a full disk takes what is kept, not what is made
+            write_tensors(
+                path,
+                {name: one.matrix() if one.few else one.gram() for name, one in made.items()},
+                {"counts": json.dumps({name: one.count for name, one in made.items()})},
+            )
+        return made
+
+
+def restored(path: Path) -> dict[str, Activations] | None:
+    """What :func:`cached` has kept; None if there is nothing that can be read."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            try:
-                tensors, metadata = read_tensors(path)
-                counts = json.loads(metadata["counts"])
-                found = {name: Activations(tensors[name].shape[1]) for name in counts}
-                for name, one in found.items():
-                    one.restore(tensors[name], int(counts[name]))
-                return found
-            except (UserError, KeyError, ValueError):
-                made = make()
-                write_tensors(
-                    path,
-                    {name: one.matrix() if one.few else one.gram() for name, one in made.items()},
-                    {"counts": json.dumps({name: one.count for name, one in made.items()})},
-                )
-                return made
-    except (OSError, UserError):
-        return make()
+        tensors, metadata = read_tensors(path)
+        counts = json.loads(metadata["counts"])
+        found = {name: Activations(tensors[name].shape[1]) for name in counts}
+        for name, one in found.items():
+            one.restore(tensors[name], int(counts[name]))
+        return found
+    except (UserError, KeyError, ValueError):
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from ..adapter import Adapter
 from ..config import FuseConfig
 from ..errors import UserError
 from ..linalg import Factors
@@ -12,20 +13,28 @@ from .activations import Activations
 from .registry import Contribution, merge, weighted_sum
 
 
-@merge("orthogonal", "Orthogonal Adaptation (Po et al. 2024): the sum, after checking that the rows are distinct")
-def orthogonal(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
-    """ΔW = Σ λ_i B_i Q_i with disjoint rows Q_i of one orthogonal basis.
+def distinct_rows(adapters: Sequence[Adapter]) -> None:
+    """Only Orthogonal Adaptation's own adapters, each with rows of its own.
 
     Raises:
         UserError: an adapter of another method, or rows that two of them share.
     """
-    for one in contributions:
+    for one in adapters:
         if one.method.name != "orthogonal":
             raise UserError(f"The merge orthogonal needs orthogonal adapters; '{one.name}' is {one.method.name}.")
-    for one, other in itertools.combinations(contributions, 2):
+    for one, other in itertools.combinations(adapters, 2):
         if one.slot and other.slot and one.slot.overlaps(other.slot):
             raise UserError(
                 f"'{one.name}' ({one.slot}) and '{other.name}' ({other.slot}) share rows; train one of them again in "
                 "the same folder as the other."
             )
+
+
+@merge(
+    "orthogonal",
+    "Orthogonal Adaptation (Po et al. 2024): the sum, after checking that the rows are distinct",
+    check=distinct_rows,
+)
+def orthogonal(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
+    """ΔW = Σ λ_i B_i Q_i with disjoint rows Q_i of one orthogonal basis."""
     return weighted_sum(contributions, [one.strength for one in contributions])

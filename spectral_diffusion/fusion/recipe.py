@@ -91,13 +91,14 @@ def fuse_adapters(
     merged factors by layer; None where a merge gave dense changes, or teaching did.
 
     Raises:
-        UserError: two adapters share a name or a token, a strength names none of them, teaching meets an adapter
-            without a word of its own or unknown targets.
+        UserError: two adapters share a name or a token, a strength names none of them, the merge is not for them,
+            teaching meets an adapter without a word of its own or unknown targets.
         NotFiniteError: teaching met NaN or infinity.
     """
     adapters = sorted(adapters, key=lambda adapter: adapter.name)
     check_together(adapters, config.strength)
     merge = get_merge(config.merge)
+    merge.check(adapters)
     use_means(base)
     targets: dict[str, nn.Linear | nn.Conv2d] = {}
     for adapter in adapters:
@@ -315,6 +316,16 @@ def read_merged(folder: Path) -> dict[str, Factors]:
     tensors, _ = read_tensors(path)
     layers = sorted({name.rpartition(".")[0] for name in tensors})
     return {layer: Factors(tensors[f"{layer}.up"], tensors[f"{layer}.down"]) for layer in layers}
+
+
+def base_of(path: Path) -> str:
+    """The base that an adapter file or a fused folder names.
+
+    Raises:
+        UserError: it is neither.
+    """
+    recipe = read_recipe(path) if path.is_dir() else None
+    return str(recipe["base"]) if recipe else load_adapters(path)[0].base
 
 
 def lasting(base: str) -> str:

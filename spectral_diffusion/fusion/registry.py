@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..adapter import Adapter
 from ..config import FuseConfig
 from ..linalg import Factors
 from ..methods import Method
@@ -40,6 +41,7 @@ class Merge:
     Attributes:
         combine: ``(contributions, settings, ordinary)`` to ΔW in float64: factors where it is low-rank, else dense.
             ``ordinary`` is what the layer saw on prompts without any concept, for merges that ask.
+        check: what has to hold of the adapters, asked before anything is drawn or changed; it raises UserError.
         activations: whether it asks what layers see.
     """
 
@@ -47,6 +49,7 @@ class Merge:
     summary: str
     combine: Callable[[Sequence[Contribution], FuseConfig, Activations | None], Factors | Tensor]
     activations: bool = False
+    check: Callable[[Sequence[Adapter]], None] = lambda adapters: None
 
 
 MERGES: Registry[Merge] = Registry(
@@ -54,11 +57,16 @@ MERGES: Registry[Merge] = Registry(
 )
 
 
-def merge(name: str, summary: str, activations: bool = False) -> Callable[[Callable], Callable]:
+def merge(
+    name: str,
+    summary: str,
+    activations: bool = False,
+    check: Callable[[Sequence[Adapter]], None] = lambda adapters: None,
+) -> Callable[[Callable], Callable]:
     """Register a ``combine`` function under a name."""
 
     def decorate(function: Callable) -> Callable:
-        MERGES.add(name, Merge(name, summary, function, activations))
+        MERGES.add(name, Merge(name, summary, function, activations, check))
         return function
 
     return decorate

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +32,16 @@ from ..randomness import keyed_generator, keyed_random
 from ..tokens import collapse, known_tokens, learning
 from .collect import predict
 
-CHUNK = 16  # pictures drawn, and predictions made, together
+CHUNK = 16  # pictures drawn, and predictions made, together; fewer where a batch is smaller, as memory may be short
 DRAWING = 10  # steps of each picture
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """Noised pictures (n, c, h, w) of one concept, or of ordinary things, and what is right to predict there."""
+    """Noised pictures (n, c, h, w) of one concept, or of ordinary things, and what is right to predict there.
+
+    They wait on the CPU; a batch goes to the base's device.
+    """
 
     prompts: list[str]
     noisy: Tensor
@@ -99,22 +101,21 @@ def lesson_of(
         collapse(ORDINARY_SCENES[i % len(ORDINARY_SCENES)].replace("{}", thing), known)
         for i, thing in enumerate(things)
     ]
-    active = [(adapter, strength)] if adapter else []
+    active, together = [(adapter, strength)] if adapter else [], min(CHUNK, config.batch)
     with acting(base, active):
-        latents = drawn(base, prompts, who, config.guidance, seed).repeat_interleave(config.draws, 0)
+        latents = drawn(base, prompts, who, config.guidance, seed, together).repeat_interleave(config.draws, 0)
     random, generator = keyed_random("lesson", who, seed), keyed_generator("noise", who, seed)
     empty = 0.0 if adapter else config.empty
     asked = ["" if random.random() < empty else prompt for prompt in prompts for _ in range(config.draws)]
     schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
     last = len(schedule.alphas_cumprod)
     timesteps = (last * torch.rand(len(latents), generator=generator) ** 0.5).long().clamp(max=last - 1)
-    timesteps = timesteps.to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     noisy = schedule.add_noise(latents, noise, timesteps)
 
     def answers(texts: list[str]) -> Tensor:
-        chunks = (slice(start, start + CHUNK) for start in range(0, len(texts), CHUNK))
-        return torch.cat([predict(base, texts[one], noisy[one], timesteps[one]) for one in chunks])
+        chunks = (slice(start, start + together) for start in range(0, len(texts), together))
+        return torch.cat([predict(base, texts[one], *moved(base, noisy[one], timesteps[one])).cpu() for one in chunks])
 
     nothing, share = [""] * len(asked), 1 - 1 / max(config.guidance, 1.0)
     with acting(base, active):
@@ -126,11 +127,16 @@ def lesson_of(
     return Lesson(asked, noisy, timesteps, wanted)
 
 
-def drawn(base: Base, prompts: list[str], who: str, guidance: float, seed: int) -> Tensor:
-    """The latents (n, c, h, w) of a picture for each prompt."""
+def moved(base: Base, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors on the base's device."""
+    return tuple(tensor.to(base.device) for tensor in tensors)
+
+
+def drawn(base: Base, prompts: list[str], who: str, guidance: float, seed: int, together: int) -> Tensor:
+    """The latents (n, c, h, w) of a picture for each prompt, on the CPU."""
     out = []
-    for start in range(0, len(prompts), CHUNK):
-        chunk = prompts[start : start + CHUNK]
+    for start in range(0, len(prompts), together):
+        chunk = prompts[start : start + together]
         pictures = base.pipeline(
             prompt=chunk,
             num_inference_steps=DRAWING,
@@ -140,7 +146,7 @@ def drawn(base: Base, prompts: list[str], who: str, guidance: float, seed: int) 
             output_type="latent",
             generator=[keyed_generator("lesson", who, seed, start + i) for i in range(len(chunk))],
         )
-        out.append(pictures.images)
+        out.append(pictures.images.cpu())
     return torch.cat(out)
 
 
@@ -202,8 +208,8 @@ def loss_of(base: Base, lessons: Lessons, config: TeachConfig, step: int, seed: 
         lesson = lessons.concepts[turn] if of_concept else lessons.ordinary
         taken.append((lesson, int(torch.randint(len(lesson.prompts), (), generator=generator))))
 
-    def stacked(part: str) -> Any:
-        return torch.stack([getattr(lesson, part)[index] for lesson, index in taken])
+    def stacked(part: str) -> Tensor:
+        return torch.stack([getattr(lesson, part)[index] for lesson, index in taken]).to(base.device)
 
     prompts = [lesson.prompts[index] for lesson, index in taken]
     with torch.autocast(base.device.type, torch.bfloat16):

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..config import build, usual_settings
 from ..progress import Progress, silent
 from .adapters import read_adapter
 from .fusing import load_chosen, settings_for, ticked
@@ -123,7 +124,9 @@ def compare(
         settings = settings_for(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)
         adapters = list(load_chosen(workspace, chosen).values())
         base = load_base(settings.base or adapters[0].base, settings.device)
-        scene = Scene(steps=STEPS, base=base.name, device=settings.device)
+        scene = build(
+            Scene, usual_settings(base.name, "generate"), {"steps": STEPS, "base": base.name, "device": settings.device}
+        )
         alone = []
         for adapter in adapters:
             put_on(base, [(adapter, 1.0)])

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import FuseConfig, build
+from .. import resources
+from ..config import FuseConfig, build, read_yaml, usual_settings
 from ..errors import UserError, nearest
 from ..progress import Progress, silent
 from .adapters import adapter_file, read_adapter
@@ -122,7 +123,7 @@ def settings_for(
 ) -> FuseConfig:
     """The settings that the page's fields stand for; ``changes`` are the merge's own, an empty one its default.
 
-    ``teach`` among them is the number of steps.
+    ``teach`` among them is the number of steps; ``preset`` is one that fuses, by default what the base brings along.
 
     Raises:
         UserError: nothing is chosen, or a setting cannot be.
@@ -134,7 +135,10 @@ def settings_for(
     anchor, steps = given.pop("anchor", None), given.pop("teach", None)
     inner = {} if anchor is None else {"gradient": {"anchor": anchor}}
     inner |= {} if steps is None else {"teach": {"steps": steps}}
-    return build(FuseConfig, given, inner, {"adapters": files, "output": output, "strength": by_concept})
+    preset = given.pop("preset", None)
+    base = next(iter(adapters.values())).base
+    layer = read_yaml(resources.preset(preset))["fuse"] if preset else usual_settings(base, "fuse")
+    return build(FuseConfig, layer, given, inner, {"adapters": files, "output": output, "strength": by_concept})
 
 
 def merges() -> dict[str, str]:

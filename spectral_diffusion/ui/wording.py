@@ -20,6 +20,9 @@ SAID = {  # what the library says of the command line, and what a person does in
     "with another name=": "under another name",
     "with another token=": "with another token",
     " (choose how near with --rank)": "",
+    "Fuse without teach.steps.": "Choose no under Teach it afterwards.",
+    ": lower teach.learning_rate.": "; choose fewer steps of teaching, or none.",
+    "teach.targets: ": "",
 }
 # Any other clause or sentence about an option, up to its full stop.
 OPTION = re.compile(r"(?:\s*[;:(]|\.\s)(?:(?!\.\s)[^;:(])*(?<![\w-])--?[a-z].*?(?=\.(?:\s|$)|$)")

@@ -15,6 +15,7 @@ from .. import comparing, downloads, fusing
 from ..adapters import adapter_rows
 from ..page import DEVICE, PRIVATE, Page, plain, teller, told
 from ..turns import Runs, until
+from .fuse_parts import USUAL_NAME, WHOLE, Bench, Saved
 
 COLUMNS = {  # the heads of the table, and what they mean
     "Concept": "",
@@ -28,21 +29,12 @@ ADVICE = (
     "These figures are of a plain sum: the less others act on a concept, the better it keeps its looks there. "
     "Merging by gradient and teaching even it out; otherwise lower the strength of the others."
 )
-MERGE_INFO = (
-    "gradient keeps several concepts best and takes longest; spectral adds what was trained, which is exact and quick."
-)
-TEACHING = {"no": 0, "300 steps": 300, "900 steps": 900}
-TEACHING_INFO = (
-    "After any merge, the fusion is taught what every concept draws alone. It keeps several concepts much better and "
-    "other prompts more as they were; it takes minutes."
-)
 STOPPED = "Stopped; nothing was saved."
 TOO_FEW = {
     0: "Nothing is trained yet. Train two concepts in step 2, then put them together here.",
     1: "One concept is trained. Train a second one in step 2, then put them together here.",
 }
 HIDDEN: dict[str, Any] = {"api_visibility": "private"}
-USUAL_NAME = "together"
 ENOUGH = "Tick two or more concepts, then press **Compare** or **Save**."
 
 
@@ -52,7 +44,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     hint = gr.Markdown(elem_id="fuse-hint")
     to_train = gr.Button("Train a concept", elem_id="fuse-to-train", visible=False)
     problems = gr.Markdown(elem_id="fuse-problems", visible=False)
-    bench, saved = _Bench(), _Saved()
+    bench, saved = Bench(), Saved()
 
     shown = [hint, to_train, problems, bench.all, bench.chosen, bench.merge, saved.all, saved.which, saved.about]
     lists: dict[str, Any] = {
@@ -66,7 +58,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     gr.api(handlers.fuse, api_name="fuse", **DEVICE)
 
 
-def _wire_bench(bench: _Bench, handlers: Handlers, page: Page, lists: dict[str, Any]) -> None:
+def _wire_bench(bench: Bench, handlers: Handlers, page: Page, lists: dict[str, Any]) -> None:
     look = {
         "fn": handlers.look, "inputs": [bench.chosen, bench.strengths], "outputs": [bench.table, bench.warnings],
         **PRIVATE,
@@ -74,24 +66,27 @@ def _wire_bench(bench: _Bench, handlers: Handlers, page: Page, lists: dict[str, 
     bench.chosen.change(**look)
     bench.strengths.change(**look)
     bench.merge.change(handlers.about_merge, bench.merge, bench.summary, **PRIVATE)
-    asked: dict[str, Any] = {"fn": handlers.begin, "outputs": bench.stop, "queue": False, **PRIVATE}
+    bench.teach.change(handlers.about_teaching, bench.teach, [bench.merge, bench.anchor, bench.form], **PRIVATE)
+    buttons = [bench.compare, bench.save, bench.stop]
+    asked: dict[str, Any] = {"outputs": buttons, "queue": False, **PRIVATE}
     shown: dict[str, Any] = {"show_progress_on": bench.result, **DEVICE, **HIDDEN}
-    trying = bench.compare.click(**asked).then(
+    trying = bench.compare.click(handlers.begin_compare, **asked).then(
         handlers.compare, bench.settings, [bench.pictures, bench.result], **shown
     )
-    saving = bench.save.click(**asked).then(
+    saving = bench.save.click(handlers.begin_save, **asked).then(
         handlers.save, [bench.name, bench.replace, *bench.settings], [bench.result, page.base, bench.draw], **shown
     )
     for running in (trying, saving):
-        running.then(lambda: gr.Button(visible=False), None, bench.stop, queue=False, **PRIVATE)
+        running.then(lambda: ready(True), None, buttons, queue=False, **PRIVATE)
     saving.success(**lists)
     bench.stop.click(handlers.stop, queue=False, **PRIVATE)
+    page.blocks.unload(handlers.left)
     for event in (bench.name.change, saving.then):  # after a refusal too
         event(handlers.taken, bench.name, bench.replace, **PRIVATE)
     bench.draw.click(lambda: gr.Tabs(selected="generate"), None, page.tabs, **PRIVATE)
 
 
-def _wire_saved(saved: _Saved, handlers: Handlers, page: Page, lists: dict[str, Any]) -> None:
+def _wire_saved(saved: Saved, handlers: Handlers, page: Page, lists: dict[str, Any]) -> None:
     saved.which.change(handlers.show, saved.which, [saved.about, saved.concept, saved.file], **PRIVATE)
     saved.draw.click(handlers.draw, saved.which, [page.base, page.tabs], **PRIVATE)
     taking = saved.take.click(
@@ -122,110 +117,16 @@ def table_of(rows: Sequence[comparing.Row]) -> str:
     )
 
 
-class _Bench:
-    """The upper half: what to fuse and how, how they get on, and pictures of it; hidden while nothing is trained."""
-
-    def __init__(self) -> None:
-        self.strengths: gr.State = gr.State({})
-        with gr.Row(visible=False, elem_id="fuse-bench") as self.all:
-            with gr.Column(min_width=320):
-                self._choice()
-            with gr.Column(min_width=320):
-                self.table = gr.HTML(visible=False, label="How they get on", elem_id="fuse-table")
-                self.warnings = gr.Markdown(elem_id="fuse-warnings", visible=False)
-                self.pictures = gr.Gallery(
-                    label="Alone, and in the fusion", columns=2, object_fit="contain",
-                    interactive=False, visible=False, elem_id="fuse-pictures", buttons=["fullscreen"],
-                    fit_columns=False, height="auto",
-                )  # fmt: skip
-        self.settings = [self.chosen, self.strengths, self.merge, self.teach, self.form, self.anchor, self.seed]
-
-    def _choice(self) -> None:
-        self.chosen = gr.CheckboxGroup([], label="Concepts", elem_id="fuse-concepts", show_select_all=True)
-        gr.render(inputs=[self.chosen, self.strengths], triggers=[self.chosen.change])(self._sliders)
-        self.merge = gr.Dropdown(
-            ["gradient"], value="gradient", label="How to merge", info=MERGE_INFO, elem_id="fuse-merge",
-        )  # fmt: skip
-        self.summary = gr.Markdown(elem_id="fuse-summary")
-        self.teach = gr.Radio(
-            list(TEACHING.items()), value=0, label="Teach it afterwards", info=TEACHING_INFO, elem_id="fuse-teach"
-        )
-        with gr.Accordion("More settings", open=False):
-            self.form = gr.Radio(
-                ["sum", "mean", "paper"], value="sum", label="Form of spectral", elem_id="fuse-form",
-                info="sum adds the changes, mean averages them, paper averages their factors.",
-            )  # fmt: skip
-            self.anchor = gr.Slider(
-                0, 8, 1, step=0.5, label="Anchor of gradient and ssr", elem_id="fuse-anchor",
-                info="How much ordinary pictures count, in concepts. More keeps other prompts as they were.",
-            )  # fmt: skip
-            self.seed = gr.Number(
-                0, label="Seed", precision=0, minimum=0, elem_id="fuse-seed",
-                info="Another number gives other pictures to compare.",
-            )  # fmt: skip
-        self.name = gr.Textbox(
-            label="Name of the fusion", placeholder=USUAL_NAME, max_lines=1, elem_id="fuse-name",
-            info="Letters, digits, - and _.",
-        )  # fmt: skip
-        self.replace = gr.Checkbox(label="Replace it", visible=False, elem_id="fuse-replace")
-        with gr.Row():
-            self.compare = gr.Button("Compare", elem_id="fuse-compare")
-            self.save = gr.Button("Save", variant="primary", elem_id="fuse-save")
-            self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="fuse-stop")
-        self.result = gr.Textbox(label="Result", interactive=False, lines=2, elem_id="fuse-result")
-        self.draw = gr.Button("Draw with it", elem_id="fuse-draw", visible=False)
-
-    def _sliders(self, names: list[str] | None, held: dict[str, float] | None) -> None:
-        """A strength for every ticked concept; it keeps what was set while others come and go."""
-        for name in names or []:
-            slider = gr.Slider(
-                0, 2, (held or {}).get(name, 1.0), step=0.05, label=f"Strength of {name}",
-                elem_id=f"fuse-strength-{name}", key=f"strength-{name}", interactive=True,
-            )  # fmt: skip
-            gr.on(  # input: by keyboard and in the box; release: by mouse, and set back
-                [slider.input, slider.release],
-                lambda value, held, name=name: {**(held or {}), name: value},
-                [slider, self.strengths],
-                self.strengths,
-                trigger_mode="always_last",
-                **PRIVATE,
-            )
+def ready(yes: bool) -> list[Any]:
+    """Compare, Save and Stop while nothing runs, or while one of the first two does."""
+    return [gr.Button(interactive=yes), gr.Button(interactive=yes), gr.Button(visible=not yes)]
 
 
-class _Saved:
-    """The lower half: what was saved before; hidden while there is nothing."""
-
-    def __init__(self) -> None:
-        with gr.Column(visible=False, elem_id="fuse-shelf") as self.all:
-            gr.Markdown("### Saved fusions")
-            with gr.Row():
-                with gr.Column(min_width=320):
-                    self.which = gr.Dropdown([], label="Fusion", elem_id="fuse-saved", interactive=True)
-                    self.about = gr.Markdown(elem_id="fuse-about")
-                    self.draw = gr.Button("Draw with it", elem_id="fuse-saved-draw")
-                    with gr.Accordion("Delete it", open=False):
-                        self.sure = gr.Checkbox(label="Yes, delete this fusion", elem_id="fuse-sure")
-                        self.delete = gr.Button("Delete", variant="stop", elem_id="fuse-delete")
-                with gr.Column(min_width=320):
-                    self._uses()
-
-    def _uses(self) -> None:
-        with gr.Row(elem_classes="fuse-line"):
-            self.concept = gr.Dropdown(
-                [], label="Take out", elem_id="fuse-take-concept", interactive=True, min_width=110
-            )
-            self.new = gr.Textbox(
-                label="Name of the rest", placeholder="rest", max_lines=1, elem_id="fuse-take-name", min_width=110
-            )
-            self.take = gr.Button("Take it out", elem_id="fuse-take", min_width=140)
-        with gr.Row(elem_classes="fuse-line"):
-            self.kind = gr.Dropdown(
-                [(words, kind) for kind, words in downloads.KINDS.items()], value="kohya",
-                label="For other programs", elem_id="fuse-kind", scale=2, min_width=220,
-            )  # fmt: skip
-            self.pack = gr.Button("Prepare the file", elem_id="fuse-pack", min_width=140)
-        self.file = gr.File(label="Download", interactive=False, visible=False, elem_id="fuse-file")
-        self.result = gr.Textbox(label="Result", interactive=False, lines=2, elem_id="fuse-saved-result")
+def changes_for(merge: str, teach: int | str, form: str, anchor: float | None) -> dict[str, Any]:
+    """What the fields change in a fusion's settings; the preset says itself how to merge."""
+    if teach == WHOLE:
+        return {"preset": WHOLE}
+    return {"merge": merge, "teach": teach, "form": form, "anchor": anchor}
 
 
 class Handlers:
@@ -233,7 +134,7 @@ class Handlers:
 
     def __init__(self, page: Page) -> None:
         self.workspace = page.workspace
-        self.runs = Runs()
+        self.compares, self.saves = Runs(), Runs()
 
     def lists(self, chosen: list[str] | None, which: str | None) -> list[Any]:
         """What there is to fuse and what is saved, with all that depends on it."""
@@ -271,6 +172,10 @@ class Handlers:
         with told():
             return plain(fusing.merges().get(merge, ""))
 
+    def about_teaching(self, teach: int | str) -> list[Any]:
+        """Fields that the preset decides are out of reach with it."""
+        return [gr.Dropdown(interactive=teach != WHOLE), *(gr.update(interactive=teach != WHOLE) for _ in range(2))]
+
     def taken(self, name: str) -> Any:
         """The tick for replacing a fusion, where there is one of that name."""
         with told():
@@ -279,31 +184,41 @@ class Handlers:
             label=f"Replace the fusion '{name.strip()}' (the old one goes to the trash)", value=False, visible=there
         )
 
-    def begin(self, request: gr.Request) -> Any:
-        """A run is asked for: it can be stopped from now on."""
-        self.runs.begin(request.session_hash or "")
-        return gr.Button(visible=True)
+    def begin_compare(self, request: gr.Request) -> list[Any]:
+        """A comparison is asked for: it can be stopped from now on."""
+        self.compares.begin(request.session_hash or "")
+        return ready(False)
+
+    def begin_save(self, request: gr.Request) -> list[Any]:
+        """A fusion is asked for: it can be stopped from now on."""
+        self.saves.begin(request.session_hash or "")
+        return ready(False)
 
     def stop(self, request: gr.Request) -> None:
         """Ask this browser's run to stop."""
-        self.runs.stop(request.session_hash or "")
+        self.compares.stop(request.session_hash or "")
+        self.saves.stop(request.session_hash or "")
+
+    def left(self, request: gr.Request) -> None:
+        """Nobody waits for the comparison any more; what is to be saved is saved all the same."""
+        self.compares.stop(request.session_hash or "")
 
     @contextmanager
-    def _run(self, request: gr.Request, progress: gr.Progress) -> Iterator[Progress]:
+    def _run(self, runs: Runs, request: gr.Request, progress: gr.Progress) -> Iterator[Progress]:
         """The progress of a run that this browser can stop."""
         who = request.session_hash or ""
-        stop = self.runs.take(who)
+        stop = runs.take(who)
         try:
             yield until(stop, teller(progress), STOPPED)
         finally:
-            self.runs.end(who, stop)
+            runs.end(who, stop)
 
     def compare(
         self,
         chosen: list[str] | None,
         strengths: dict[str, float] | None,
         merge: str,
-        teach: int,
+        teach: int | str,
         form: str,
         anchor: float | None,
         seed: int | None,
@@ -313,8 +228,8 @@ class Handlers:
         """Before and after of every ticked concept."""
         with told():
             progress(0, desc="Loading the base")
-            changes = {"merge": merge, "teach": teach, "form": form, "anchor": anchor}
-            with self._run(request, progress) as tell:
+            changes = changes_for(merge, teach, form, anchor)
+            with self._run(self.compares, request, progress) as tell:
                 pictures = comparing.compare(self.workspace, chosen, strengths or {}, int(seed or 0), tell, **changes)
         return gr.Gallery(value=pictures, visible=True), "Nothing is saved yet; press Save to keep this fusion."
 
@@ -325,7 +240,7 @@ class Handlers:
         chosen: list[str] | None,
         strengths: dict[str, float] | None,
         merge: str,
-        teach: int,
+        teach: int | str,
         form: str,
         anchor: float | None,
         seed: int | None,
@@ -336,8 +251,8 @@ class Handlers:
         name = name.strip() or USUAL_NAME
         with told():
             progress(0, desc="Loading the adapters and their base")
-            changes = {"merge": merge, "teach": teach, "form": form, "anchor": anchor, "seed": seed}
-            with self._run(request, progress) as tell:
+            changes = {**changes_for(merge, teach, form, anchor), "seed": seed}
+            with self._run(self.saves, request, progress) as tell:
                 words = fusing.fuse(self.workspace, chosen, name, strengths or {}, tell, replace, **changes)
         return words, fusing.FUSED + name, gr.Button(visible=True)
 

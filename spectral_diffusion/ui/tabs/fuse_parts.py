@@ -1,0 +1,125 @@
+"""What stands on the fuse tab: the bench where concepts are put together, and the shelf of saved fusions."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+from .. import downloads
+from ..page import PRIVATE
+
+MERGE_INFO = (
+    "gradient keeps several concepts best and takes longest; spectral adds what was trained, which is exact and quick."
+)
+WHOLE = "pocket-taught"  # the preset that says how to merge and how to teach
+TEACHING: dict[str, int | str] = {"no": 0, "300 steps": 300, "900 steps": 900, "900 steps, all of the U-Net": WHOLE}
+TEACHING_INFO = (
+    "After any merge, the fusion is taught what every concept draws alone. It keeps several concepts much better and "
+    "other prompts more as they were; it takes minutes. All of the U-Net keeps most, and brings its own way to merge."
+)
+USUAL_NAME = "together"
+
+
+class Bench:
+    """The upper half: what to fuse and how, how they get on, and pictures of it; hidden while nothing is trained."""
+
+    def __init__(self) -> None:
+        self.strengths: gr.State = gr.State({})
+        with gr.Row(visible=False, elem_id="fuse-bench") as self.all:
+            with gr.Column(min_width=320):
+                self._choice()
+            with gr.Column(min_width=320):
+                self.table = gr.HTML(visible=False, label="How they get on", elem_id="fuse-table")
+                self.warnings = gr.Markdown(elem_id="fuse-warnings", visible=False)
+                self.pictures = gr.Gallery(
+                    label="Alone, and in the fusion", columns=2, object_fit="contain",
+                    interactive=False, visible=False, elem_id="fuse-pictures", buttons=["fullscreen"],
+                    fit_columns=False, height="auto",
+                )  # fmt: skip
+        self.settings = [self.chosen, self.strengths, self.merge, self.teach, self.form, self.anchor, self.seed]
+
+    def _choice(self) -> None:
+        self.chosen = gr.CheckboxGroup([], label="Concepts", elem_id="fuse-concepts", show_select_all=True)
+        gr.render(inputs=[self.chosen, self.strengths], triggers=[self.chosen.change])(self._sliders)
+        self.merge = gr.Dropdown(
+            ["gradient"], value="gradient", label="How to merge", info=MERGE_INFO, elem_id="fuse-merge",
+        )  # fmt: skip
+        self.summary = gr.Markdown(elem_id="fuse-summary")
+        self.teach = gr.Radio(
+            list(TEACHING.items()), value=0, label="Teach it afterwards", info=TEACHING_INFO, elem_id="fuse-teach"
+        )
+        with gr.Accordion("More settings", open=False):
+            self.form = gr.Radio(
+                ["sum", "mean", "paper"], value="sum", label="Form of spectral", elem_id="fuse-form",
+                info="sum adds the changes, mean averages them, paper averages their factors.",
+            )  # fmt: skip
+            self.anchor = gr.Slider(
+                0, 8, 1, step=0.5, label="Anchor of gradient and ssr", elem_id="fuse-anchor",
+                info="How much ordinary pictures count, in concepts. More keeps other prompts as they were.",
+            )  # fmt: skip
+            self.seed = gr.Number(
+                0, label="Seed", precision=0, minimum=0, elem_id="fuse-seed",
+                info="Another number gives other pictures to compare.",
+            )  # fmt: skip
+        self.name = gr.Textbox(
+            label="Name of the fusion", placeholder=USUAL_NAME, max_lines=1, elem_id="fuse-name",
+            info="Letters, digits, - and _.",
+        )  # fmt: skip
+        self.replace = gr.Checkbox(label="Replace it", visible=False, elem_id="fuse-replace")
+        with gr.Row():
+            self.compare = gr.Button("Compare", elem_id="fuse-compare")
+            self.save = gr.Button("Save", variant="primary", elem_id="fuse-save")
+            self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="fuse-stop")
+        self.result = gr.Textbox(label="Result", interactive=False, lines=2, elem_id="fuse-result")
+        self.draw = gr.Button("Draw with it", elem_id="fuse-draw", visible=False)
+
+    def _sliders(self, names: list[str] | None, held: dict[str, float] | None) -> None:
+        """A strength for every ticked concept; it keeps what was set while others come and go."""
+        for name in names or []:
+            slider = gr.Slider(
+                0, 2, (held or {}).get(name, 1.0), step=0.05, label=f"Strength of {name}",
+                elem_id=f"fuse-strength-{name}", key=f"strength-{name}", interactive=True,
+            )  # fmt: skip
+            gr.on(  # input: by keyboard and in the box; release: by mouse, and set back
+                [slider.input, slider.release],
+                lambda value, held, name=name: {**(held or {}), name: value},
+                [slider, self.strengths],
+                self.strengths,
+                trigger_mode="always_last",
+                **PRIVATE,
+            )
+
+
+class Saved:
+    """The lower half: what was saved before; hidden while there is nothing."""
+
+    def __init__(self) -> None:
+        with gr.Column(visible=False, elem_id="fuse-shelf") as self.all:
+            gr.Markdown("### Saved fusions")
+            with gr.Row():
+                with gr.Column(min_width=320):
+                    self.which = gr.Dropdown([], label="Fusion", elem_id="fuse-saved", interactive=True)
+                    self.about = gr.Markdown(elem_id="fuse-about")
+                    self.draw = gr.Button("Draw with it", elem_id="fuse-saved-draw")
+                    with gr.Accordion("Delete it", open=False):
+                        self.sure = gr.Checkbox(label="Yes, delete this fusion", elem_id="fuse-sure")
+                        self.delete = gr.Button("Delete", variant="stop", elem_id="fuse-delete")
+                with gr.Column(min_width=320):
+                    self._uses()
+
+    def _uses(self) -> None:
+        with gr.Row(elem_classes="fuse-line"):
+            self.concept = gr.Dropdown(
+                [], label="Take out", elem_id="fuse-take-concept", interactive=True, min_width=110
+            )
+            self.new = gr.Textbox(
+                label="Name of the rest", placeholder="rest", max_lines=1, elem_id="fuse-take-name", min_width=110
+            )
+            self.take = gr.Button("Take it out", elem_id="fuse-take", min_width=140)
+        with gr.Row(elem_classes="fuse-line"):
+            self.kind = gr.Dropdown(
+                [(words, kind) for kind, words in downloads.KINDS.items()], value="kohya",
+                label="For other programs", elem_id="fuse-kind", scale=2, min_width=220,
+            )  # fmt: skip
+            self.pack = gr.Button("Prepare the file", elem_id="fuse-pack", min_width=140)
+        self.file = gr.File(label="Download", interactive=False, visible=False, elem_id="fuse-file")
+        self.result = gr.Textbox(label="Result", interactive=False, lines=2, elem_id="fuse-saved-result")
