@@ -291,7 +291,7 @@ def worth_showing(recipes: Sequence[Recipe], rows: Sequence[Row]) -> list[Recipe
 def report(
     lab: Lab, recipes: Sequence[Recipe], names: Sequence[str], seeds: Sequence[int], quick: bool, missing: list[str]
 ) -> list[Row]:
-    """One row a recipe, over concepts and seeds; one seed after the other."""
+    """One row a recipe that every seed was measured of, over concepts and seeds; one seed after the other."""
     cells: dict[str, list[tuple[int, Figures, dict[str, float]]]] = {}
     if len(names) > len(REPORTED):
         recipes = [recipe for recipe in recipes if not (recipe.train or recipe.routed)]
@@ -305,7 +305,8 @@ def report(
         told_of = row(recipe, cells[recipe.kind][-1:], names)
         both = f"{kept(told_of):.2f} of alone, drift {moved(told_of):.3f}"
         lab.note(f"reported, K = {len(names)}, seed {seed}: {recipe.kind}: {both}")
-    return [row(recipe, cells[recipe.kind], names) for recipe in recipes if recipe.kind in cells]
+    whole = [recipe for recipe in recipes if len(cells.get(recipe.kind, [])) == len(seeds)]
+    return [row(recipe, cells[recipe.kind], names) for recipe in whole]
 
 
 def row(recipe: Recipe, cells: Sequence[tuple[int, Figures, dict[str, float]]], names: Sequence[str]) -> Row:
