@@ -47,6 +47,7 @@ def run(lab: Lab, quick: bool) -> Findings:
     gains: dict[tuple[str, int], list[float]] = {}
     trained: dict[str, int] = {}
     for seed, way in itertools.product(seeds, ways):
+        new: dict[int, list[float]] = {}
         try:
             if way not in rates:
                 rates[way], trials = (1.0, []) if quick else sweep(lab, way)
@@ -55,11 +56,13 @@ def run(lab: Lab, quick: bool) -> Findings:
                 change = {**change_for(way, seed), **scaled(lab, rates[way]), "steps": length}
                 found = lab.alone(name, **change)
                 trained[way] = found["trained"]
-                gains.setdefault((way, length), []).append(found["identity"] - lab.generic(name, seed)["identity"])
+                new.setdefault(length, []).append(found["identity"] - lab.generic(name, seed)["identity"])
         except TimeOver:
             late.setdefault(f"seed {seed}", []).append(way)
             continue
-        lab.note(f"{way}, seed {seed}: gains {', '.join(told(gains[way, s]) for s in steps)} at {steps} steps")
+        for length, values in new.items():
+            gains.setdefault((way, length), []).extend(values)
+        lab.note(f"{way}, seed {seed}: gains {', '.join(told(v) for v in new.values())} at {steps} steps")
     rows: list[Row] = [
         {
             "way": way,

@@ -82,18 +82,7 @@ def sample_in_turn(
         UserError: a region or a condition that does not fit.
     """
     width, height = scene.width or base.size, scene.height or base.size
-    components = {name: part for name, part in base.pipeline.components.items() if name != "image_encoder"}
-    components["scheduler"] = sampler(base, scene.sampler)
-    large = isinstance(base.pipeline, StableDiffusionXLPipeline)
-    unchecked: dict[str, Any] = {} if large else {"requires_safety_checker": False}
-    options: dict[str, Any] = {}
-    if drawings:
-        adapter, options["adapter_conditioning_scale"] = adapter_of(base, drawings, (width, height))
-        kind = StableDiffusionXLAdapterPipeline if large else StableDiffusionAdapterPipeline
-        pipe = kind(**components, adapter=adapter, **unchecked)
-    else:
-        pipe = type(base.pipeline)(**components, **unchecked)
-    pipe.set_progress_bar_config(disable=True)
+    pipe, options = stock_pipeline(base, scene, drawings, (width, height))
     tokens = known_tokens(base.pipeline.tokenizer)
     latent_size = (height // base.pipeline.vae_scale_factor, width // base.pipeline.vae_scale_factor)
     with torch.no_grad():
@@ -153,6 +142,29 @@ def sample_in_turn(
                 **options,
             ).images
         yield found
+
+
+def stock_pipeline(
+    base: Base, scene: Scene, drawings: Sequence[Drawing], size: tuple[int, int]
+) -> tuple[Any, dict[str, Any]]:
+    """The diffusers pipeline that draws a scene with the base's own parts, and the options of its conditions.
+
+    Raises:
+        UserError: a condition that does not fit.
+    """
+    components = {name: part for name, part in base.pipeline.components.items() if name != "image_encoder"}
+    components["scheduler"] = sampler(base, scene.sampler)
+    large = isinstance(base.pipeline, StableDiffusionXLPipeline)
+    unchecked: dict[str, Any] = {} if large else {"requires_safety_checker": False}
+    options: dict[str, Any] = {}
+    if drawings:
+        adapter, options["adapter_conditioning_scale"] = adapter_of(base, drawings, size)
+        kind = StableDiffusionXLAdapterPipeline if large else StableDiffusionAdapterPipeline
+        pipe: Any = kind(**components, adapter=adapter, **unchecked)
+    else:
+        pipe = type(base.pipeline)(**components, **unchecked)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, options
 
 
 def decoded(base: Base, latents: torch.Tensor) -> list[Image.Image]:
