@@ -6,7 +6,7 @@ the joints, so a keypose always tells the truth about its picture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import cos, pi, sin
 from random import Random
@@ -17,6 +17,8 @@ from PIL import Image, ImageDraw
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
 
+BIG = 3  # times the size, before it is made smaller and smooth
+PAD = 0.2  # heights around the joints
 NOUNS = ("person", "robot", "bear")
 SKINS: tuple[RGB, ...] = ((250, 215, 185), (225, 175, 135), (175, 120, 80), (110, 75, 50))
 HAIRS: tuple[RGB, ...] = ((45, 35, 30), (110, 70, 35), (220, 180, 90), (160, 60, 30), (180, 180, 185))
@@ -156,144 +158,163 @@ def joints(pose: Pose, look: Look) -> np.ndarray:
 
 def draw_figure(pose: Pose, look: Look, height: int) -> tuple[Image.Image, np.ndarray]:
     """Draw a figure ``height`` pixels high: RGBA cropped to what is visible, keypoints (18, 2) in its pixels."""
-    big = 3
     points = joints(pose, look)
-    pad = 0.2
-    low, high = points.min(0) - pad, points.max(0) + pad
-    scale = height * big / (high[1] - low[1] - 2 * pad + 0.25)
+    low, high = points.min(0) - PAD, points.max(0) + PAD
+    scale = height * BIG / (high[1] - low[1] - 2 * PAD + 0.25)
     spots = (points - low) * scale
-    size = tuple(int(v) for v in np.ceil((high - low) * scale))
-    image = Image.new("RGBA", (size[0], size[1]))
-    pen = ImageDraw.Draw(image)
-    unit = look.limb * scale
-
-    def darker(colour: RGB, by: float = 0.8) -> RGB:
-        return int(colour[0] * by), int(colour[1] * by), int(colour[2] * by)
-
-    def disc(centre: Sequence[float], rx: float, ry: float, colour: RGB) -> None:
-        x, y = centre
-        pen.ellipse((x - rx, y - ry, x + rx, y + ry), fill=colour)
-
-    def limb(a: int, b: int, width: float, colour: RGB) -> None:
-        pen.line((*spots[a], *spots[b]), fill=colour, width=max(1, round(width)))
-        for end in (a, b):
-            disc(spots[end], width / 2, width / 2, colour)
-
-    robot, bear = look.kind == "robot", look.kind == "bear"
-    if look.extra == "cape":
-        left, right = spots[2], spots[5]
-        foot = (spots[10] + spots[13]) / 2
-        pen.polygon([*map(tuple, (left, right, foot + at(unit * 2.4, 0), foot - at(unit * 2.4, 0)))], fill=look.detail)
-    legs = look.main if bear else look.second
-    for hip, knee, ankle in ((8, 9, 10), (11, 12, 13)):
-        limb(hip, knee, unit * 1.1, legs)
-        limb(knee, ankle, unit, legs)
-        if robot:
-            disc(spots[knee], unit * 0.62, unit * 0.62, look.head)
-        disc(spots[ankle] + at(0, unit * 0.35), unit * 0.85, unit * 0.5, darker(legs, 0.6) if not bear else look.second)
-    hips_left, hips_right = spots[8], spots[11]
-    if bear:
-        middle = (spots[1] + (hips_left + hips_right) / 2) / 2
-        tall = abs(spots[1][1] - hips_left[1]) * 0.68
-        disc(middle, look.shoulders * scale * 1.15, tall, look.main)
-        disc(middle + at(0, tall * 0.15), look.shoulders * scale * 0.7, tall * 0.65, look.second)
-    else:
-        wide = unit * (0.5 if robot else 0.35)
-        corners = [
-            spots[2] - at(wide, wide),
-            spots[5] + at(wide, -wide),
-            hips_right + at(wide, wide),
-            hips_left + at(-wide, wide),
-        ]
-        pen.polygon([(float(x), float(y)) for x, y in corners], fill=look.main)
-        if robot:
-            chest = (spots[1] + (hips_left + hips_right) / 2) / 2
-            pen.rectangle((*(chest - unit * 0.8), *(chest + unit * 0.8)), fill=look.head)
-            disc(chest, unit * 0.4, unit * 0.4, look.detail)
-    if look.stripe:
-        upper, lower = 0.42, 0.72
-        a, b = (spots[2] * (1 - t) + hips_left * t for t in (upper, lower))
-        c, d = (spots[5] * (1 - t) + hips_right * t for t in (upper, lower))
-        out = np.array([unit * 0.45, 0])
-        pen.polygon([(float(x), float(y)) for x, y in (a - out, c + out, d + out, b - out)], fill=look.stripe)
-    for shoulder, elbow, wrist in ((2, 3, 4), (5, 6, 7)):
-        sleeve = darker(look.main)
-        limb(shoulder, elbow, unit * 0.95, sleeve)
-        limb(elbow, wrist, unit * 0.85, look.second if robot else sleeve)
-        if robot:
-            disc(spots[elbow], unit * 0.55, unit * 0.55, look.head)
-        disc(spots[wrist], unit * 0.6, unit * 0.6, look.head if not bear else look.second)
-
-    size_head = look.head_size * scale
-    centre = (spots[14] + spots[15]) / 2 - at(0, -0.22 * size_head)
-    if look.topping == "long":
-        disc(centre + at(0, size_head * 0.25), size_head * 1.12, size_head * 1.25, look.detail)
-    if look.topping == "ears":
-        for ear in (16, 17):
-            disc(spots[ear] - at(0, size_head * 0.65), size_head * 0.42, size_head * 0.42, look.main)
-            disc(spots[ear] - at(0, size_head * 0.65), size_head * 0.22, size_head * 0.22, look.detail)
-    if robot:
-        half = size_head * np.array([1.0, 0.85])
-        pen.rounded_rectangle((*(centre - half), *(centre + half)), size_head * 0.25, fill=look.main)
-        pen.line((*centre, centre[0], centre[1] - size_head * 1.5), fill=look.second, width=max(1, round(unit * 0.3)))
-        disc((centre[0], centre[1] - size_head * 1.5), unit * 0.35, unit * 0.35, look.detail)
-        for eye in (14, 15):
-            disc(spots[eye], size_head * 0.24, size_head * 0.24, (250, 250, 235))
-            disc(spots[eye], size_head * 0.1, size_head * 0.1, (30, 30, 40))
-        pen.line(
-            (
-                centre[0] - size_head * 0.5,
-                centre[1] + size_head * 0.45,
-                centre[0] + size_head * 0.5,
-                centre[1] + size_head * 0.45,
-            ),
-            fill=look.second,
-            width=max(1, round(size_head * 0.14)),
-        )
-    else:
-        disc(centre, size_head, size_head * 1.05, look.head)
-        if bear:
-            disc(centre + at(0, size_head * 0.4), size_head * 0.45, size_head * 0.35, look.second)
-            disc(centre + at(0, size_head * 0.25), size_head * 0.16, size_head * 0.12, (35, 30, 30))
-        if look.topping in {"hair", "long", "cap"}:
-            box = (
-                centre[0] - size_head * 1.04,
-                centre[1] - size_head * 1.12,
-                centre[0] + size_head * 1.04,
-                centre[1] + size_head * 0.75,
-            )
-            pen.pieslice(box, 180, 360, fill=look.main if look.topping == "cap" else look.detail)
-            if look.topping == "cap":
-                pen.rectangle(
-                    (
-                        centre[0] - size_head * 1.35,
-                        centre[1] - size_head * 0.3,
-                        centre[0] + size_head * 1.35,
-                        centre[1] - size_head * 0.1,
-                    ),
-                    fill=darker(look.main),
-                )
-        for eye in (14, 15):
-            disc(spots[eye] + at(0, size_head * 0.12), size_head * 0.13, size_head * 0.13, (35, 30, 35))
-    if look.extra == "horn":
-        pen.polygon(
-            [
-                (centre[0] - size_head * 0.35, centre[1] - size_head * 0.85),
-                (centre[0] + size_head * 0.35, centre[1] - size_head * 0.85),
-                (centre[0], centre[1] - size_head * 1.9),
-            ],
-            fill=look.detail,
-        )
-    if look.extra == "scarf":
-        disc(spots[1] + at(0, unit * 0.1), unit * 1.35, unit * 0.5, look.detail)
-        pen.line(
-            (*(spots[1] + at(unit * 0.7, 0)), *(spots[1] + at(unit * 1.0, unit * 2.4))),
-            fill=look.detail,
-            width=round(unit * 0.7),
-        )
+    width, tall = (int(v) for v in np.ceil((high - low) * scale))
+    image = Image.new("RGBA", (width, tall))
+    Painter(ImageDraw.Draw(image), look, spots, scale).figure()
     seen = image.getchannel("A").getbbox()
     assert seen
     image, spots = image.crop(seen), spots - np.array(seen[:2])
     factor = height / image.height
     target = (max(2, round(image.width * factor)), height)
     return image.resize(target, Image.Resampling.LANCZOS), spots * (np.array(target) / np.array(image.size))
+
+
+class Painter:
+    """Draws one figure, part by part from the back to the front.
+
+    ``spots`` are the keypoints (18, 2) in pixels, of which ``scale`` make one height.
+    """
+
+    def __init__(self, pen: ImageDraw.ImageDraw, look: Look, spots: np.ndarray, scale: float) -> None:
+        self.pen, self.look, self.spots, self.scale = pen, look, spots, scale
+        self.unit = look.limb * scale  # the width of a limb
+        self.robot, self.bear = look.kind == "robot", look.kind == "bear"
+        self.size = look.head_size * scale
+        self.centre = (spots[14] + spots[15]) / 2 - at(0, -0.22 * self.size)  # of the head
+
+    def figure(self) -> None:
+        """The whole of it."""
+        if self.look.extra == "cape":
+            self.cape()
+        self.legs()
+        self.trunk()
+        if self.look.stripe:
+            self.stripe(self.look.stripe)
+        self.arms()
+        self.behind_the_head()
+        if self.robot:
+            self.robot_head()
+        else:
+            self.round_head()
+        if self.look.extra == "horn":
+            self.horn()
+        if self.look.extra == "scarf":
+            self.scarf()
+
+    def disc(self, centre: Sequence[float], rx: float, ry: float, colour: RGB) -> None:
+        x, y = centre
+        self.pen.ellipse((x - rx, y - ry, x + rx, y + ry), fill=colour)
+
+    def limb(self, a: int, b: int, width: float, colour: RGB) -> None:
+        self.pen.line((*self.spots[a], *self.spots[b]), fill=colour, width=max(1, round(width)))
+        for end in (a, b):
+            self.disc(self.spots[end], width / 2, width / 2, colour)
+
+    def polygon(self, corners: Iterable[Sequence[float]], colour: RGB) -> None:
+        self.pen.polygon([(float(x), float(y)) for x, y in corners], fill=colour)
+
+    def cape(self) -> None:
+        left, right = self.spots[2], self.spots[5]
+        foot, out = (self.spots[10] + self.spots[13]) / 2, at(self.unit * 2.4, 0)
+        self.polygon((left, right, foot + out, foot - out), self.look.detail)
+
+    def legs(self) -> None:
+        look, unit = self.look, self.unit
+        colour = look.main if self.bear else look.second
+        foot = look.second if self.bear else darker(colour, 0.6)
+        for hip, knee, ankle in ((8, 9, 10), (11, 12, 13)):
+            self.limb(hip, knee, unit * 1.1, colour)
+            self.limb(knee, ankle, unit, colour)
+            if self.robot:
+                self.disc(self.spots[knee], unit * 0.62, unit * 0.62, look.head)
+            self.disc(self.spots[ankle] + at(0, unit * 0.35), unit * 0.85, unit * 0.5, foot)
+
+    def trunk(self) -> None:
+        look, spots, unit = self.look, self.spots, self.unit
+        left, right = spots[8], spots[11]  # hips
+        middle = (spots[1] + (left + right) / 2) / 2
+        if self.bear:
+            wide, tall = look.shoulders * self.scale, abs(spots[1][1] - left[1]) * 0.68
+            self.disc(middle, wide * 1.15, tall, look.main)
+            self.disc(middle + at(0, tall * 0.15), wide * 0.7, tall * 0.65, look.second)
+            return
+        out = unit * (0.5 if self.robot else 0.35)
+        shoulders = spots[2] - at(out, out), spots[5] + at(out, -out)
+        self.polygon((*shoulders, right + at(out, out), left + at(-out, out)), look.main)
+        if self.robot:
+            self.pen.rectangle((*(middle - unit * 0.8), *(middle + unit * 0.8)), fill=look.head)
+            self.disc(middle, unit * 0.4, unit * 0.4, look.detail)
+
+    def stripe(self, colour: RGB) -> None:
+        upper, lower = 0.42, 0.72  # of the way from shoulder to hip
+        a, b = (self.spots[2] * (1 - t) + self.spots[8] * t for t in (upper, lower))
+        c, d = (self.spots[5] * (1 - t) + self.spots[11] * t for t in (upper, lower))
+        out = at(self.unit * 0.45, 0)
+        self.polygon((a - out, c + out, d + out, b - out), colour)
+
+    def arms(self) -> None:
+        look, unit, sleeve = self.look, self.unit, darker(self.look.main)
+        for shoulder, elbow, wrist in ((2, 3, 4), (5, 6, 7)):
+            self.limb(shoulder, elbow, unit * 0.95, sleeve)
+            self.limb(elbow, wrist, unit * 0.85, look.second if self.robot else sleeve)
+            if self.robot:
+                self.disc(self.spots[elbow], unit * 0.55, unit * 0.55, look.head)
+            self.disc(self.spots[wrist], unit * 0.6, unit * 0.6, look.second if self.bear else look.head)
+
+    def behind_the_head(self) -> None:
+        look, size = self.look, self.size
+        if look.topping == "long":
+            self.disc(self.centre + at(0, size * 0.25), size * 1.12, size * 1.25, look.detail)
+        if look.topping == "ears":
+            for ear in (16, 17):
+                middle = self.spots[ear] - at(0, size * 0.65)
+                self.disc(middle, size * 0.42, size * 0.42, look.main)
+                self.disc(middle, size * 0.22, size * 0.22, look.detail)
+
+    def robot_head(self) -> None:
+        look, size, centre = self.look, self.size, self.centre
+        half = size * at(1.0, 0.85)
+        lamp = centre[0], centre[1] - size * 1.5
+        self.pen.rounded_rectangle((*(centre - half), *(centre + half)), size * 0.25, fill=look.main)
+        self.pen.line((*centre, *lamp), fill=look.second, width=max(1, round(self.unit * 0.3)))
+        self.disc(lamp, self.unit * 0.35, self.unit * 0.35, look.detail)
+        for eye in (14, 15):
+            self.disc(self.spots[eye], size * 0.24, size * 0.24, (250, 250, 235))
+            self.disc(self.spots[eye], size * 0.1, size * 0.1, (30, 30, 40))
+        mouth = centre[1] + size * 0.45
+        ends = (centre[0] - size * 0.5, mouth, centre[0] + size * 0.5, mouth)
+        self.pen.line(ends, fill=look.second, width=max(1, round(size * 0.14)))
+
+    def round_head(self) -> None:
+        look, size, (x, y) = self.look, self.size, self.centre
+        self.disc(self.centre, size, size * 1.05, look.head)
+        if self.bear:
+            self.disc(self.centre + at(0, size * 0.4), size * 0.45, size * 0.35, look.second)
+            self.disc(self.centre + at(0, size * 0.25), size * 0.16, size * 0.12, (35, 30, 30))
+        if look.topping in {"hair", "long", "cap"}:
+            box = (x - size * 1.04, y - size * 1.12, x + size * 1.04, y + size * 0.75)
+            self.pen.pieslice(box, 180, 360, fill=look.main if look.topping == "cap" else look.detail)
+        if look.topping == "cap":
+            brim = (x - size * 1.35, y - size * 0.3, x + size * 1.35, y - size * 0.1)
+            self.pen.rectangle(brim, fill=darker(look.main))
+        for eye in (14, 15):
+            self.disc(self.spots[eye] + at(0, size * 0.12), size * 0.13, size * 0.13, (35, 30, 35))
+
+    def horn(self) -> None:
+        size, (x, y) = self.size, self.centre
+        foot = y - size * 0.85
+        self.polygon(((x - size * 0.35, foot), (x + size * 0.35, foot), (x, y - size * 1.9)), self.look.detail)
+
+    def scarf(self) -> None:
+        unit, neck = self.unit, self.spots[1]
+        self.disc(neck + at(0, unit * 0.1), unit * 1.35, unit * 0.5, self.look.detail)
+        ends = (*(neck + at(unit * 0.7, 0)), *(neck + at(unit * 1.0, unit * 2.4)))
+        self.pen.line(ends, fill=self.look.detail, width=round(unit * 0.7))
+
+
+def darker(colour: RGB, by: float = 0.8) -> RGB:
+    return int(colour[0] * by), int(colour[1] * by), int(colour[2] * by)
