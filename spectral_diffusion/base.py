@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -121,6 +121,24 @@ class Base:
     def size(self) -> int:
         """The side in pixels that the base was made for."""
         return int(self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor)
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Prompts as the U-Net reads them, (n, length, width), and for SDXL their pooled form (n, width).
+
+        An empty prompt is what the pipeline guides away from: SDXL's is zeros, not the encoded empty words.
+        """
+        words, _, *pooled = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        words, *summary = self.emptied(prompts, words, *pooled[:1])
+        return words, summary[0] if summary else None
+
+    def emptied(self, prompts: Sequence[str], *encoded: Tensor) -> tuple[Tensor, ...]:
+        """Encoded prompts, with zeros for empty ones where the pipeline takes these (SDXL)."""
+        if all(prompts) or not self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            return encoded
+        empty = torch.tensor([not prompt for prompt in prompts], device=self.device)
+        return tuple(one.masked_fill(empty.view(-1, *[1] * (one.dim() - 1)), 0.0) for one in encoded)
 
     def weights(self, targets: str = "attention") -> dict[str, Tensor]:
         """The target weights by layer name."""

@@ -123,6 +123,18 @@ def test_an_empty_prompt_is_what_the_pipeline_takes_for_one(folder: Path) -> Non
         predict(base, ["", "a red dog"], torch.zeros(2, 4, 8, 8), torch.tensor([5, 5]))
     stock, ours = seen
     assert torch.allclose(stock, ours, atol=1e-6) and not torch.allclose(ours[0], ours[1])
+    zeros = not stock[0].any()
+    assert zeros == ("text_encoder_2" in base.models)
+
+
+def test_a_dropped_caption_is_the_empty_prompt_of_pictures(photos: Path, folder: Path) -> None:
+    base = load_base(str(folder), "cpu")
+    words, pooled = base.encode(["", "a red dog"])
+    with Conditioner(base, load_concept(photos, name="rex"), seed=0, size=16) as condition, torch.no_grad():
+        given = condition(["", "a red dog"])
+    assert torch.allclose(given["encoder_hidden_states"], words, atol=1e-5)
+    if pooled is not None:
+        assert torch.allclose(given["added_cond_kwargs"]["text_embeds"], pooled, atol=1e-5)
 
 
 @pytest.mark.parametrize("negative", ["", "blurry"])

@@ -124,22 +124,13 @@ def collect(
 
 
 def predict(base: Base, prompts: list[str], noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """The U-Net's predictions (n, c, h, w) float32 for noised latents of the base's own size and prompts.
-
-    An empty prompt is what the base's pipeline takes for one: SDXL's are zeros, not the encoded empty words.
-    """
-    words, _, *pooled = base.pipeline.encode_prompt(
-        prompts, device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
+    """The U-Net's predictions (n, c, h, w) float32 for noised latents of the base's own size and prompts."""
+    words, pooled = base.encode(prompts)
     more: dict[str, Any] = {}
-    if "text_encoder_2" in base.models:  # SDXL is told the pooled words and the sizes
-        summary = pooled[0]
-        if base.pipeline.config.force_zeros_for_empty_prompt:
-            empty = torch.tensor([not prompt for prompt in prompts], device=base.device)
-            words, summary = words.masked_fill(empty[:, None, None], 0.0), summary.masked_fill(empty[:, None], 0.0)
+    if pooled is not None:  # SDXL is told the pooled words and the sizes
         side = (base.size, base.size)
         times = torch.tensor([(*side, 0, 0, *side)] * len(prompts), device=base.device)
-        more = {"added_cond_kwargs": {"text_embeds": summary, "time_ids": times}}
+        more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": times}}
     predicted: Tensor = base.pipeline.unet(noisy, timesteps, words, **more).sample
     return predicted.float()
 

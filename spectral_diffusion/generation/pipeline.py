@@ -192,12 +192,8 @@ def area_of(base: Base, region: Region, bound: Bound, width: int, height: int) -
     encoders = modules_of(base, text)
     tokens = known_tokens(base.pipeline.tokenizer)
     with changed(encoders, text):
-        positive, negative = base.pipeline.encode_prompt(
-            prompt=[collapse(words, tokens) for words in (region.prompt, region.negative_prompt)],
-            device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False,
-        )[0]  # fmt: skip
-    if not region.negative_prompt and base.pipeline.config.get("force_zeros_for_empty_prompt"):
-        negative = torch.zeros_like(negative)
+        both, _ = base.encode([collapse(words, tokens) for words in (region.prompt, region.negative_prompt)])
+    positive, negative = both
     return Area(region_mask(region, width, height), positive, negative, unet)
 
 

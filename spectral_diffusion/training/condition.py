@@ -300,11 +300,9 @@ def encode_captions(base: Base, captions: Sequence[str]) -> Words:
     with quiet():
         for start in range(0, len(texts), CHUNK):
             chunk = texts[start : start + CHUNK]
-            encoded = base.pipeline.encode_prompt(
-                prompt=chunk, device=base.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-            pooled = encoded[2].cpu() if len(encoded) > 2 else [None] * len(chunk)
-            words |= dict(zip(chunk, zip(encoded[0].cpu(), pooled, strict=True), strict=True))
+            encoded, pooled = base.encode(chunk)
+            pooled_each = [None] * len(chunk) if pooled is None else pooled.cpu()
+            words |= dict(zip(chunk, zip(encoded.cpu(), pooled_each, strict=True), strict=True))
     return words
 
 

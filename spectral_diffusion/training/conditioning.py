@@ -77,12 +77,14 @@ class Conditioner:
             return {"encoder_hidden_states": self.base.models["text_encoder"](ids["text_encoder"])[0]}
         # SDXL reads the last layer but one of both encoders, and the second one's pooled projection.
         outputs = {name: self.base.models[name](ids[name], output_hidden_states=True) for name in ids}
+        words = torch.cat([output.hidden_states[-2] for output in outputs.values()], -1)
+        words, pooled = self.base.emptied(prompts, words, outputs["text_encoder_2"][0])
         scale = self.base.pipeline.vae_scale_factor
         sides = [scale * cells for cells in shape] if shape else [self.size, self.size]
         times = torch.tensor([(*sides, 0, 0, *sides)] * len(prompts), device=self.base.device)
         return {
-            "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs.values()], -1),
-            "added_cond_kwargs": {"text_embeds": outputs["text_encoder_2"][0], "time_ids": times},
+            "encoder_hidden_states": words,
+            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": times},
         }
 
     def own(self, prompts: Sequence[str]) -> Tensor:
