@@ -240,6 +240,40 @@ class FuseConfig(Settings):
 Model = TypeVar("Model", bound=Settings)
 
 
+class ConditionConfig(Settings):
+    """Train a T2I-Adapter for a base from pictures with conditions."""
+
+    folder: Path
+    output: Path  # a diffusers T2IAdapter folder
+    base: str = "pocket"
+    kind: Literal["sketch", "keypose"] = "sketch"
+    steps: int = Field(5000, ge=1, le=10_000_000)
+    batch: int = Field(8, ge=1, le=1024)
+    seed: int = Field(0, ge=0, lt=2**31)
+    learning_rate: float = Field(1e-4, ge=0)
+    decay: Literal["linear", "constant"] = "linear"
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, gt=0)
+    resolution: int | None = Field(None, ge=8, le=4096)  # short edge in pixels; default: the base's size
+    crop_scale: float = Field(1.0, ge=1.0, le=2.0)  # short edge before the random crop, over the resolution
+    crops: int = Field(1, ge=1, le=256)  # random crops per picture, encoded once
+    flip: bool = False  # half of the views mirrored, but where the caption says left or right
+    template: str = ""  # caption of a picture that has none; {} is concept.yaml's noun
+    caption_dropout: float = Field(0.3, ge=0, le=1)  # share of empty captions, so that the condition has to say it
+    timestep_power: float = Field(0.33, gt=0, le=4)  # t = T u^power; 1/3 has the mean of the paper's cubic draw
+    save_every: int = Field(500, ge=1)
+    device: str = "auto"
+    dtype: str = "float32"  # of the frozen base; the adapter stays float32
+    autocast: bool = False  # run the networks under bfloat16 autocast
+
+    @field_validator("flip")
+    @classmethod
+    def _sides(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("kind") == "keypose":
+            raise ValueError("a mirrored keypose has its left and right limbs in each other's colours")
+        return value
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file as a mapping.
 

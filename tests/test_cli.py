@@ -17,11 +17,10 @@ from safetensors.torch import save_file
 import spectral_diffusion
 from spectral_diffusion import cli, resources
 from spectral_diffusion.cli.support import resolve
-from spectral_diffusion.config import FuseConfig, TrainConfig, build, read_yaml, to_yaml
+from spectral_diffusion.config import ConditionConfig, FuseConfig, TrainConfig, build, read_yaml, to_yaml
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.evaluation.settings import EvaluateConfig
 from spectral_diffusion.generation.scene import Scene
-from spectral_diffusion.training.condition import ConditionConfig
 from spectral_diffusion.training.run import train_to_file
 
 PACKAGE = Path(spectral_diffusion.__file__).parent

@@ -19,21 +19,14 @@ from spectral_diffusion import pocket
 from spectral_diffusion.architectures import build_meta
 from spectral_diffusion.base import load_base
 from spectral_diffusion.cli.conditions import train_condition as verb
-from spectral_diffusion.config import build, read_yaml
+from spectral_diffusion.config import ConditionConfig, build, read_yaml
+from spectral_diffusion.data.conditions import encode_pairs, open_condition, read_pairs
 from spectral_diffusion.errors import NotFiniteError, UserError
 from spectral_diffusion.generation.conditions import Drawing, read_drawing
 from spectral_diffusion.generation.pipeline import sample
 from spectral_diffusion.generation.scene import Condition, Scene
 from spectral_diffusion.progress import Event
-from spectral_diffusion.training.condition import (
-    ConditionConfig,
-    encode_pairs,
-    fitting_shape,
-    open_condition,
-    read_pairs,
-    state_path,
-    train_condition,
-)
+from spectral_diffusion.training.condition import fitting_shape, state_path, train_condition
 from spectral_diffusion.training.loop import Stopped
 
 

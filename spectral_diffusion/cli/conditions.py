@@ -44,9 +44,9 @@ def train_condition(
         folder=str(folder), output=text_of(output), base=base, kind=kind, steps=steps, seed=seed,
         device=device, dtype=dtype,
     )  # fmt: skip
+    from ..config import ConditionConfig
     from ..generation.conditions import read_drawing
     from ..generation.scene import Condition
-    from ..training.condition import ConditionConfig
     from ..training.condition import train_condition as train
     from ..training.loop import Stopped
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, T2IAdapter
+from diffusers import DDPMScheduler, T2IAdapter
 from diffusers.models.attention_processor import AttnProcessor
-from PIL import Image
-from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from ..base import Base, load_base, plain_is_quicker, quiet
-from ..config import Settings, read_yaml, to_yaml
-from ..data.folder import SUFFIXES, load_concept, open_photo
-from ..data.samples import random_crop
+from ..config import ConditionConfig, read_yaml, to_yaml
+from ..data.conditions import CHANNELS, Pair, Read, digest, encode_pairs, read_pairs
 from ..errors import NotFiniteError, UserError
 from ..files import atomic_folder, check_writable, write_text
 from ..progress import Event, Progress, silent
@@ -29,57 +23,12 @@ from .draws import Samples, draw_timestep, target_of
 from .loop import Stopped
 from .state import check_settings, load_state, save_state
 
-CHANNELS = {"sketch": 1, "keypose": 3}
 # How often each feature of diffusers' adapters was halved since the first one.
 HALVED = {"full_adapter": (0, 1, 2, 3, 4, 5), "full_adapter_xl": (0, 0, 1, 1, 1, 1)}
 SETTINGS = "settings.yaml"
-CHUNK = 8  # pictures, or captions, encoded together
+CHUNK = 8  # captions encoded together
 
-Read = Callable[[Path], Image.Image]
 Words = dict[str, tuple[Tensor, Tensor | None]]  # caption to its embeddings and, for SDXL, the pooled one
-
-
-class ConditionConfig(Settings):
-    """Train a T2I-Adapter for a base from pictures with conditions."""
-
-    folder: Path
-    output: Path  # a diffusers T2IAdapter folder
-    base: str = "pocket"
-    kind: Literal["sketch", "keypose"] = "sketch"
-    steps: int = Field(5000, ge=1, le=10_000_000)
-    batch: int = Field(8, ge=1, le=1024)
-    seed: int = Field(0, ge=0, lt=2**31)
-    learning_rate: float = Field(1e-4, ge=0)
-    decay: Literal["linear", "constant"] = "linear"
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(1.0, gt=0)
-    resolution: int | None = Field(None, ge=8, le=4096)  # short edge in pixels; default: the base's size
-    crop_scale: float = Field(1.0, ge=1.0, le=2.0)  # short edge before the random crop, over the resolution
-    crops: int = Field(1, ge=1, le=256)  # random crops per picture, encoded once
-    flip: bool = False  # half of the views mirrored, but where the caption says left or right
-    template: str = ""  # caption of a picture that has none; {} is concept.yaml's noun
-    caption_dropout: float = Field(0.3, ge=0, le=1)  # share of empty captions, so that the condition has to say it
-    timestep_power: float = Field(0.33, gt=0, le=4)  # t = T u^power; 1/3 has the mean of the paper's cubic draw
-    save_every: int = Field(500, ge=1)
-    device: str = "auto"
-    dtype: str = "float32"  # of the frozen base; the adapter stays float32
-    autocast: bool = False  # run the networks under bfloat16 autocast
-
-    @field_validator("flip")
-    @classmethod
-    def _sides(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("kind") == "keypose":
-            raise ValueError("a mirrored keypose has its left and right limbs in each other's colours")
-        return value
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A picture, its condition and its caption."""
-
-    picture: Path
-    condition: Path
-    caption: str
 
 
 def state_path(output: Path) -> Path:
@@ -176,120 +125,6 @@ def train_condition(
         write_text(new / SETTINGS, to_yaml(config))
     state.unlink(missing_ok=True)
     return adapter
-
-
-def read_pairs(config: ConditionConfig, note: Callable[[str], None]) -> list[Pair]:
-    """The folder's pictures that have a condition, with their captions.
-
-    Pictures and captions lie as for a concept (:func:`..data.folder.load_concept`). A picture's condition has its name
-    in ``sketch/`` or ``keypose/`` or else ``conditions/``, or lies beside it as ``<name>.sketch.png`` or as
-    ``<name>_sketch.png``, which ``conditions sketch`` writes.
-
-    Raises:
-        UserError: no picture has one, or one shows another frame than its picture.
-    """
-    folder, kind = config.folder, config.kind
-    concept = load_concept(folder, name="it")
-    drawing = re.compile(rf"(.+)[._]({'|'.join(CHANNELS)})")
-    drawn = {photo.path: found for photo in concept.photos if (found := drawing.fullmatch(photo.path.stem))}
-    beside = {path.with_name(found[1]): path for path, found in drawn.items() if found[2] == kind}
-    apart: dict[str, Path] = {}
-    for place in (folder / "conditions", folder / kind):
-        if place.is_dir():
-            apart |= {path.stem: path for path in sorted(place.iterdir()) if path.suffix.lower() in SUFFIXES}
-    pairs, skipped, bare, wordless = [], list(concept.skipped), 0, 0
-    for photo in concept.photos:
-        if photo.path in drawn:
-            continue
-        condition = beside.get(photo.path.with_suffix("")) or apart.get(photo.path.stem)
-        if condition is None:
-            bare += 1
-            continue
-        try:
-            frames = [open_photo(path).size for path in (photo.path, condition)]
-        except UserError as error:
-            skipped.append(str(error))
-            continue
-        check_frames(photo.path, condition, *frames)
-        wordless += photo.caption is None
-        caption = photo.caption or config.template
-        pairs.append(Pair(photo.path, condition, caption.replace("<TOK>", concept.noun).replace("{}", concept.noun)))
-    if not pairs:
-        raise UserError(
-            f"{folder} holds no picture with a {kind}; put {kind} images of the pictures' names into {folder / kind}."
-        )
-    if bare:
-        skipped.append(f"{bare} without a {kind}")
-    if skipped:
-        note(f"Skipped in {folder}: {'; '.join(skipped)}.")
-    if wordless:
-        note(f"Without a caption: {wordless} pictures, read as '{config.template}'; template= says another.")
-    return pairs
-
-
-def check_frames(picture: Path, condition: Path, one: tuple[int, int], other: tuple[int, int]) -> None:
-    """Say that a condition's sides (width, height) are not in its picture's proportions, up to a pixel.
-
-    Raises:
-        UserError: they are not.
-    """
-    scale = one[0] / other[0]
-    if abs(other[1] * scale - one[1]) > max(1.0, scale):
-        sides = ["×".join(map(str, frame)) for frame in (other, one)]
-        raise UserError(
-            f"{condition} has {sides[0]} pixels, {picture.name} {sides[1]}: a condition shows the same frame as its "
-            "picture; save it in the same proportions."
-        )
-
-
-def open_condition(path: Path, kind: str) -> Image.Image:
-    """A condition as RGB; a sketch in gray, white strokes on black whichever way round it came."""
-    image = open_photo(path)
-    if kind != "sketch":
-        return image
-    gray = image.convert("L")
-    dark = sum(value * count for value, count in enumerate(gray.histogram())) <= 127 * gray.width * gray.height
-    return (gray if dark else gray.point(lambda value: 255 - value)).convert("RGB")
-
-
-@torch.no_grad()
-def encode_pairs(
-    pairs: Sequence[Pair],
-    vae: AutoencoderKL,
-    config: ConditionConfig,
-    size: int,
-    progress: Progress,
-    read: Read | None = None,
-) -> tuple[Tensor, Tensor]:
-    """All views of all pairs; a view cuts picture and condition alike.
-
-    Returns:
-        Latents (pairs, views, channels, h, w) float32 on the VAE's device; conditions (pairs, views, 1 or 3, size,
-        size) uint8 on the CPU.
-    """
-    weight = next(vae.parameters())
-    rows, shown = [], []
-    for index, pair in enumerate(pairs):
-        picture = open_photo(pair.picture)
-        condition = (read(pair.condition) if read else open_condition(pair.condition, config.kind)).convert("RGB")
-        if condition.size != picture.size:
-            condition = condition.resize(picture.size, Image.Resampling.LANCZOS)
-        views = []
-        for view in range(config.crops * (1 + config.flip)):
-            both = torch.stack(
-                [
-                    random_crop(image, size, config.crop_scale, keyed_generator(config.seed, "crop", index, view))
-                    for image in (picture, condition)
-                ]
-            )
-            mirrored = config.flip and view % 2 and not re.search(r"\b(left|right)\b", pair.caption.lower())
-            views.append(both.flip(-1) if mirrored else both)
-        pictures, conditions = torch.stack(views, 1)
-        latents = [vae.encode(part.to(weight)).latent_dist.mean.float() for part in pictures.split(CHUNK)]
-        rows.append(torch.cat(latents))
-        shown.append(((conditions + 1) * 127.5).round().to(torch.uint8)[:, : CHANNELS[config.kind]])
-        progress(Event("encode", index + 1, len(pairs)))
-    return torch.stack(rows) * vae.config.scaling_factor, torch.stack(shown)
 
 
 @torch.no_grad()
@@ -397,15 +232,6 @@ def is_ours(folder: Path) -> bool:
         return (folder / "config.json").is_file() and read_yaml(folder / SETTINGS).get("kind") in CHANNELS
     except UserError:
         return False
-
-
-def digest(pairs: Sequence[Pair]) -> str:
-    """Which pictures, conditions and captions a run sees."""
-    hashed = hashlib.sha256()
-    for pair in pairs:
-        for part in (pair.picture.read_bytes(), pair.condition.read_bytes(), pair.caption.encode()):
-            hashed.update(hashlib.sha256(part).digest())
-    return hashed.hexdigest()[:32]
 
 
 def comparable(config: ConditionConfig) -> dict[str, Any]:
