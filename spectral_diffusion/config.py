@@ -342,10 +342,19 @@ def build(model: type[Model], *layers: dict[str, Any], file: str = "") -> Model:
         raise UserError(_sentence(model, error, f" in {file}" if from_file else "")) from error
 
 
+def preset_part(name: str, verb: str) -> dict[str, Any]:
+    """What a shipped preset says for a verb.
+
+    Raises:
+        UserError: no such preset.
+    """
+    return read_yaml(preset(name)).get(verb) or {}
+
+
 def usual_settings(base: str, verb: str) -> dict[str, Any]:
     """What the preset that a base brings along says for a verb; nothing where there is none."""
     name = preset_of(base)
-    return read_yaml(preset(name)).get(verb) or {} if name else {}
+    return preset_part(name, verb) if name else {}
 
 
 def _sentence(model: type[Settings], error: ValidationError, where: str) -> str:

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from . import resources
 from .base import Base, load_base
-from .config import FuseConfig, TrainConfig, build, read_yaml, to_yaml
+from .config import FuseConfig, TrainConfig, build, to_yaml, usual_settings
 from .data.folder import load_concept, open_photo
 from .files import write_text
 from .formats.native import load_adapter
@@ -35,21 +35,21 @@ def run_demo(
     note: Callable[[str], None] = lambda text: None,
 ) -> Path:
     """Run the whole path on the pocket base and return the contact sheet's path."""
-    preset = read_yaml(resources.preset("pocket"))
+    train, draw = (usual_settings("pocket", verb) for verb in ("train", "generate"))
     folders = {name: resources.concepts() / name for name in CONCEPTS}
     concepts = {name: load_concept(folder) for name, folder in folders.items()}
     files = {name: output / f"{name}.safetensors" for name in CONCEPTS}
 
     for name, folder in folders.items():
         change: dict[str, Any] = {"concept": folder, "output": files[name]} | ({"steps": steps} if steps else {})
-        train_to_file(build(TrainConfig, preset["train"], change), progress=progress, note=note)
+        train_to_file(build(TrainConfig, train, change), progress=progress, note=note)
 
     fused = output / "fused"
     for warning in fuse_to_folder(FuseConfig(adapters=list(files.values()), output=fused), progress):
         note(warning)
     note(f"Fused into {fused}/.")
 
-    settings = build(Scene, preset["generate"], {"base": str(fused), "output": output / "together.png"})
+    settings = build(Scene, draw, {"base": str(fused), "output": output / "together.png"})
 
     def pictures(base: Base, name: str) -> list[Image.Image]:
         prompts = [f"a photo of {concepts[name].token} {place}" for place in PLACES]

@@ -26,13 +26,13 @@ def configs() -> Path:
 
 
 def preset_of(base: str) -> str | None:
-    """The preset that a base brings along: the pocket base's own, for a fusion of it too."""
+    """The preset that a base brings along: the pocket base's own, for a fusion right on it too."""
     if base == "pocket":
         return base
     recipe = Path(base) / "recipe.json"
     try:
-        return "pocket" if recipe.is_file() and json.loads(recipe.read_text())["base"] == "pocket" else None
-    except (ValueError, OSError, LookupError, TypeError):
+        return "pocket" if base and recipe.is_file() and json.loads(recipe.read_text())["base"] == "pocket" else None
+    except (ValueError, OSError, LookupError, TypeError, RecursionError):
         return None
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import spectral_diffusion
 from spectral_diffusion import cli, resources
-from spectral_diffusion.cli.support import resolve
+from spectral_diffusion.cli.support import named_base, resolve
 from spectral_diffusion.config import ConditionConfig, FuseConfig, TrainConfig, build, read_yaml, to_yaml
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.evaluation.settings import EvaluateConfig
@@ -216,6 +216,21 @@ def test_a_preset_without_a_part_for_training_is_refused_there(run, photos: Path
     found = run("train", photos, "-o", tmp_path / "a.safetensors", "--config", "pocket-taught")
     assert found.code == 2
     assert "pocket-taught is a preset for fuse" in found.err
+
+
+def test_whose_preset_is_meant_where_no_base_is_named(
+    run, photos: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, foreign = tmp_path / "rex.safetensors", tmp_path / "foreign.safetensors"
+    assert run("train", photos, "-o", ours, "--base", tiny_base, "--device", "cpu", "--rank", 2, "--steps", 1).code == 0
+    assert run("export", ours, "-o", foreign, "--device", "cpu").code == 0
+    assert named_base([str(foreign), str(ours)]) == named_base([], [f"adapters=[{ours}]"]) == str(tiny_base)
+    assert named_base([str(foreign)]) == named_base([]) == ""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.json").write_text('{"base": "pocket"}')
+    assert resources.preset_of("") is None and resources.preset_of(".") == resources.preset_of("pocket") == "pocket"
+    (tmp_path / "recipe.json").write_text("[" * 100_000)
+    assert resources.preset_of(".") is None
 
 
 def test_on_the_pocket_base_teaching_takes_the_guidance_of_its_pictures() -> None:

@@ -12,7 +12,7 @@ from spectral_diffusion.errors import UserError
 from spectral_diffusion.evaluation.statistics import interval, share, told
 from spectral_diffusion.experiments.lab import REPORTED, TUNED, Lab, recipe
 from spectral_diffusion.experiments.registry import all_studies
-from spectral_diffusion.experiments.report import markdown, read_records, record_path, write_record
+from spectral_diffusion.experiments.report import markdown, read_record, read_records, record_path, write_record
 from spectral_diffusion.experiments.speed import crossing
 
 
@@ -54,14 +54,32 @@ def test_what_was_measured_is_kept_and_time_is_capped(tmp_path: Path) -> None:
 def test_what_a_page_rests_on_is_read_from_its_record(tmp_path: Path) -> None:
     lab = Lab(folder=tmp_path / "here", recipe=recipe("pocket", True))
     lab.cell("one", {"a": 1}, lambda: {"x": 0.25})
-    write_record(record_path(tmp_path, "speed"), lab.used)
+    write_record(record_path(tmp_path, "speed"), lab.used, whole=True)
     elsewhere = Lab(folder=tmp_path / "there", recipe=recipe("pocket", True), most=-1.0, known=read_records(tmp_path))
     assert elsewhere.cell("one", {"a": 1}, lambda: {}) == {"x": 0.25} and elsewhere.used == lab.used
     with pytest.raises(UserError, match="run it again"):  # of another recipe, so another cell
         Lab(folder=tmp_path / "there", most=-1.0, known=lab.used).cell("one", {"a": 1}, lambda: {})
+    with pytest.raises(UserError, match="run it again"):  # of another machine
+        elsewhere.cell("one", {"a": 1}, lambda: {}, timed=True)
     record_path(tmp_path, "speed").write_text("[]")
     with pytest.raises(UserError, match=r"speed-cells\.json is no record"):
         read_records(tmp_path)
+
+
+def test_a_record_loses_nothing_that_was_measured(tmp_path: Path) -> None:
+    def measured(number: int, quick: bool) -> dict[str, dict[str, object]]:
+        lab = Lab(folder=tmp_path / "lab", recipe=recipe("pocket", quick))
+        lab.cell("one", {"a": number}, lambda: {"x": number})
+        return lab.used
+
+    path = tmp_path / "speed-cells.json"
+    first, second, quick = measured(1, False), measured(2, False), measured(3, True)
+    write_record(path, first, whole=True)
+    write_record(path, quick, whole=True)  # of other settings
+    write_record(path, second, whole=False)  # time was over
+    assert read_record(path) == first | second | quick
+    write_record(path, second, whole=True)
+    assert read_record(path) == second | quick
 
 
 def test_nothing_is_tuned_on_what_is_reported() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_photos
 from typer.testing import CliRunner
 
 from spectral_diffusion.base import load_base
@@ -26,6 +27,7 @@ from spectral_diffusion.fusion.unfuse import unfuse
 from spectral_diffusion.linalg import Factors
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.progress import Event
+from spectral_diffusion.tokens import known_tokens
 from spectral_diffusion.training.run import train_to_file
 
 OUT, IN, RANK = 10, 16, 2
@@ -190,7 +192,6 @@ def test_rows_of_a_convolution_are_what_its_kernel_multiplies(stride: int) -> No
 @pytest.fixture(scope="module")
 def three(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A spectral dog, a LoRA mug and a rotated hat."""
-    from conftest import make_photos
 
     folder = tmp_path_factory.mktemp("three")
     files = []
@@ -309,6 +310,26 @@ def test_staged_fusion_and_its_own_cache(three: list[Path], tmp_path: Path) -> N
     assert not same(found[0][0], found[2][0]) and found[2][1]
 
 
+def test_rows_that_two_orthogonal_adapters_share_are_told_before_anything_is_drawn(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    files = []
+    for index, name in enumerate(("dog", "mug")):
+        folder = tmp_path / name  # ledgers of their own, so both take the first rows
+        config = TrainConfig(
+            concept=make_photos(folder / "photos", seed=index), output=folder / f"{name}.safetensors", name=name,
+            token=f"<{name}>", rank=2, steps=1, base=str(tiny_base), method="orthogonal", device="cpu",
+        )  # fmt: skip
+        train_to_file(config)
+        files.append(config.output)
+    base, adapters = load_base(str(tiny_base), "cpu"), [load_adapter(file) for file in files]
+    config = FuseConfig(adapters=files, output=tmp_path / "fused", merge="orthogonal", device="cpu")
+    for call in (lambda: fuse_to_folder(config), lambda: tune(base, adapters, config)):
+        with pytest.raises(UserError, match=r"'dog' \(.*\) and 'mug' \(.*\) share rows"):
+            call()
+    assert all(adapter.token not in known_tokens(base.pipeline.tokenizer) for adapter in adapters)
+
+
 def test_a_fusion_that_is_stopped_while_it_watches_stops_at_once(three: list[Path], tmp_path: Path) -> None:
     seen: list[int] = []
 
@@ -379,7 +400,6 @@ def test_what_is_watched_does_not_depend_on_what_was_watched_before(
     three: list[Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cache warmed by a fusion of other layers gives the bits of a cold one, anchor included."""
-    from conftest import make_photos
 
     wide = TrainConfig(
         concept=make_photos(tmp_path / "wide", seed=9), output=tmp_path / "wide.safetensors", rank=2, steps=2,

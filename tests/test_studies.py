@@ -40,11 +40,19 @@ def test_a_study_from_photos_to_its_page(name: str, work: Path, tmp_path: Path) 
 
 
 def test_what_is_measured_is_read_again_when_time_is_over(work: Path, tmp_path: Path) -> None:
-    more = ["--quick", "--work", str(work), "-o", str(tmp_path)]
-    for hours in ("1", "0.0000001"):
-        result = CliRunner().invoke(app, ["experiment", "slots", *more, "--hours", hours])
+    def again(kept: Path, page: Path) -> list[str]:
+        more = ["--quick", "--work", str(kept), "-o", str(page), "--hours", "0.0000001"]
+        result = CliRunner().invoke(app, ["experiment", "slots", *more])
         assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "slots.json").read_text())["missing"] == []
+        missing: list[str] = json.loads((page / "slots.json").read_text())["missing"]
+        return missing
+
+    page = tmp_path / "page"
+    result = CliRunner().invoke(app, ["experiment", "slots", "--quick", "--work", str(work), "-o", str(page)])
+    assert result.exit_code == 0, result.output
+    assert again(work, tmp_path / "kept") == []
+    assert again(tmp_path / "elsewhere", page) == []  # from the page's own record
+    assert again(tmp_path / "elsewhere", tmp_path / "nothing") != []
 
 
 def test_families_are_trained_alike_and_unlike_ones_are_refused() -> None:

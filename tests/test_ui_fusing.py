@@ -153,6 +153,9 @@ def test_the_page_fuses_as_the_command_line_does(workspace: Workspace, monkeypat
     whole = wanted(preset="pocket-taught")
     assert whole.teach == TeachConfig(**taught["teach"]) and whole.merge == taught["merge"]
     assert whole.gradient == GradientConfig(**taught["gradient"])
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="only on the pocket base"):
+        wanted(preset="pocket-taught")
 
 
 def test_while_one_runs_the_other_waits(workspace: Workspace) -> None:
@@ -173,6 +176,10 @@ def test_while_one_runs_the_other_waits(workspace: Workspace) -> None:
         assert event.is_set()
     compare, save, stop = ready(True)
     assert compare.interactive and save.interactive and not stop.visible
+    assert not handlers.done(visitor)[0].interactive  # both have been asked for and neither has ended
+    for runs in (handlers.compares, handlers.saves):
+        runs.end("me", runs.take("me"))
+    assert handlers.done(visitor)[0].interactive
     assert WHOLE in TEACHING.values() and changes_for("ties", WHOLE, "sum", 1.0) == {"preset": WHOLE}
     assert changes_for("ties", 300, "sum", 1.0)["merge"] == "ties"
     assert [one["interactive"] for one in handlers.about_teaching(WHOLE)[1:]] == [False, False]

@@ -12,6 +12,7 @@ from .support import (
     DeviceOption,
     files_and_settings,
     given,
+    named_base,
     numbers,
     progress_bar,
     resolve,
@@ -58,12 +59,11 @@ def evaluate(
     )  # fmt: skip
     from ..evaluating.run import evaluate_to_folder
     from ..evaluation.settings import EvaluateConfig
-    from ..fusion.recipe import base_of
     from ..generation.pipeline import Cancelled
+    from ..generation.scene import read_scene
 
-    if files and base is None:  # whose preset is meant
-        flags["base"] = base_of(Path(files[0]))
-    settings = resolve(EvaluateConfig, "evaluate", config, flags, overrides)
+    meant = named_base(files) if files else str(read_scene(Path(scene[0])).get("base", "pocket")) if scene else "pocket"
+    settings = resolve(EvaluateConfig, "evaluate", config, flags, overrides, base=meant)
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
             found = evaluate_to_folder(settings, progress, say, should_stop)

@@ -117,17 +117,20 @@ def resolve(
     return build(model, layer, flags, changes, file=config or "")
 
 
-def named_base(files: list[str]) -> str:
-    """The base that the first of these files or fused folders names; empty for a LoRA of another program.
+def named_base(files: list[str], overrides: list[str] | None = None) -> str:
+    """The base that the first of these adapters or fused folders names; empty where all are LoRAs of other programs.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: one is missing or damaged.
     """
+    from ..config import parse_overrides
     from ..formats.native import is_native
     from ..fusion.recipe import base_of
 
-    first = Path(files[0]) if files else None
-    return base_of(first) if first and (first.is_dir() or is_native(first)) else ""
+    written = parse_overrides(overrides or []).get("adapters") or []
+    paths = map(Path, files or (written if isinstance(written, list) else [written]))
+    first = next((path for path in paths if path.is_dir() or is_native(path)), None)
+    return base_of(first) if first else ""
 
 
 @contextmanager

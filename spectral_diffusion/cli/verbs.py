@@ -92,7 +92,7 @@ def fuse(
         raise UserError(f"{folders[0]} is added to with its own settings; give others as key=value, not with --config.")
     if before:
         flags = {**before, **flags, "strength": {**before["strength"], **flags.get("strength", {})}}
-    settings = resolve(FuseConfig, "fuse", config, flags, overrides, base=named_base(files))
+    settings = resolve(FuseConfig, "fuse", config, flags, overrides, base=named_base(files, overrides))
     with progress_bar() as progress:
         for warning in fuse_to_folder(settings, progress, note=say):
             say(f"Note: {warning}")
@@ -115,7 +115,7 @@ def tune(
     flags = given(adapters=files, output="tuned", base=base, merge=merge, device=device)
     from ..config import FuseConfig
 
-    settings = resolve(FuseConfig, "fuse", config, flags, overrides, base=named_base(files))
+    settings = resolve(FuseConfig, "fuse", config, flags, overrides, base=named_base(files, overrides))
     try:
         tries = [[float(part) for part in text.split(",") if part.strip()] for text in (strengths, anchors)]
     except ValueError as error:

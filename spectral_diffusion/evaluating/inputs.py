@@ -19,6 +19,7 @@ from ..formats.native import load_adapter
 from ..fusion.recipe import check_together, lasting, load_adapters, read_recipe, strength_of
 from ..generation.crops import scene_in
 from ..generation.scene import Scene, read_scene, tokens_in
+from ..resources import preset_of
 from ..tokens import check_name
 
 PICTURES = "pictures"  # the folder of what is drawn, inside the output
@@ -161,7 +162,7 @@ def choose_encoders(names: Sequence[str], bases: Sequence[str]) -> list[Encoder]
     """
     if names:
         return [load_encoder(name) for name in dict.fromkeys(names)]
-    if all(base == "pocket" or (read_recipe(Path(base)) or {}).get("base") == "pocket" for base in bases):
+    if all(preset_of(base) == "pocket" for base in bases):
         return [load_encoder("pocket")]
     found = encoders_here()
     if not found:

@@ -208,7 +208,8 @@ def run(lab: Lab, quick: bool) -> Findings:
             return measure(make(), names, 1 if quick else ROUNDS, lab.note)
 
         try:
-            found = lab.cell("cost", {"size": size, "methods": names, "threads": torch.get_num_threads()}, compute)
+            key = {"size": size, "methods": names, "threads": torch.get_num_threads()}
+            found = lab.cell("cost", key, compute, timed=True)
         except TimeOver:
             missing.append(size)
             continue

@@ -20,6 +20,7 @@ from ..generation.pictures import grid
 from .lab import MANY, REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled
 from .registry import Findings, Row, Table, study
 
+NOTHING = "Nothing was measured yet."
 RATES = (0.4, 1.0, 2.5, 6.25, 15.625)  # trials of the learning rate, on concepts that are not reported
 SEEDS = (0, 1, 2)
 RANK = 8  # the recipe's; others are written into the settings
@@ -169,7 +170,10 @@ def run(lab: Lab, quick: bool) -> Findings:
 def measured(
     lab: Lab, jobs: Sequence[Job], seeds: Sequence[int], quick: bool
 ) -> tuple[list[Row], list[Row], list[str]]:
-    """The rows of these jobs, the sweeps behind them, and what time did not allow; one seed after the other."""
+    """The rows of these jobs, the sweeps behind them, and what time did not allow; one seed after the other.
+
+    A row stands only when every seed was measured.
+    """
     rates: dict[tuple[str, int], float] = {}
     sweeps: list[Row] = []
     late: dict[Job, list[int]] = {}
@@ -187,10 +191,8 @@ def measured(
         lab.note(f"{job}, seed {seed}")
     rows: list[Row] = []
     for job in jobs:
-        there = [seed for seed in seeds if seed not in late.get(job, [])]
-        if there:
-            names = MANY[: job.size]
-            found = row(lab, job.family, job.merge, rates[job.family, job.rank], names, there, job.rank)
+        if job not in late:
+            found = row(lab, job.family, job.merge, rates[job.family, job.rank], MANY[: job.size], seeds, job.rank)
             rows.append({"family": job.family, "merge": job.merge, "K": job.size, "rank": job.rank, **found})
     return rows, sweeps, not_measured(late)
 
@@ -249,9 +251,8 @@ def verdict(rows: Sequence[Row]) -> str:
         }
         text = ", ".join(f"{what} {value:.2f}" for what, value in told_of.items() if value is not None)
         ahead = f"the best is {best['merge']} of {best['family']} with {best['of alone'].split()[0]}"
-        rank = f" at rank {best['rank']}" if best["rank"] != RANK else ""
-        sentences.append(f"K = {size}{rank}, of what they are alone keep: {text}; {ahead}.")
-    return " ".join(sentences)
+        sentences.append(f"K = {size}, of what they are alone keep: {text}; {ahead}.")
+    return " ".join(sentences) or NOTHING
 
 
 def sheet(lab: Lab, seed: int = 0, size: int = 4) -> Image.Image:

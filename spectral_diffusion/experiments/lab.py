@@ -132,26 +132,32 @@ class Lab:
         if time.monotonic() - self.begun > self.most:
             raise TimeOver("The time for this study is over; run it again to go on where it stopped.")
 
-    def cell(self, kind: str, key: Mapping[str, Any], compute: Callable[[], Figures]) -> Figures:
+    @property
+    def terms(self) -> dict[str, Any]:
+        """What all cells of this lab depend on."""
+        other = {} if self.encoder_name == "pocket" else {"encoder": self.encoder_name}
+        return {"base": self.fingerprint, "recipe": self.recipe, **other}
+
+    def cell(self, kind: str, key: Mapping[str, Any], compute: Callable[[], Figures], timed: bool = False) -> Figures:
         """Figures measured once: read if they are kept or known, else computed and kept at once.
+
+        Those that are of the machine as such (``timed``) are never taken from another one's record.
 
         Raises:
             TimeOver: the lab's time is over.
         """
-        whole = {"kind": kind, "cells": CELLS, "base": self.fingerprint, "recipe": self.recipe, **key}
-        if self.encoder_name != "pocket":
-            whole["encoder"] = self.encoder_name
+        whole = {"kind": kind, "cells": CELLS, **self.terms, **key}
         name = f"{kind}-{key_of(whole)}"
         path = self.folder / "cells" / f"{name}.json"
         if path.is_file():
             figures: Figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
-        elif name in self.known:
+        elif name in self.known and not timed:
             figures = self.known[name]["figures"]
         else:
             self.check_time()
             figures = compute()
             write_json(path, {"key": whole, "figures": figures})
-        self.used[name] = {"key": dict(key), "figures": figures}
+        self.used[name] = {"of": key_of(self.terms), "key": dict(key), "figures": figures}
         return figures
 
     def settings(self, concept: str, change: Mapping[str, Any], output: Path) -> TrainConfig:

@@ -49,4 +49,4 @@ def run(lab: Lab, quick: bool) -> Findings:
     tables = [Table(f"Where the columns lie, and how adapters are merged; up to {len(MANY)} concepts", rows)]
     if sweeps:
         tables.append(Table("The sweep of the learning rate, on concepts that are not reported", sweeps))
-    return Findings(tables, verdict(rows), missing=missing)
+    return Findings(tables, verdict(rows, sorted({job.size for job in jobs})[-2:]), missing=missing)

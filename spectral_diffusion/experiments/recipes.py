@@ -19,7 +19,7 @@ from ..base import Base
 from ..config import TeachConfig, ordinary_thing
 from ..evaluation.prompts import ORDINARY
 from ..evaluation.statistics import share, told
-from .fusion import NARROW, RANK, change_for, drift, family_rate
+from .fusion import NARROW, NOTHING, RANK, change_for, drift, family_rate
 from .fusion import sheet_of as tiles
 from .lab import MANY, REPORTED, TUNED, Figures, Lab, TimeOver, scaled
 from .registry import Findings, Row, Table, study
@@ -341,7 +341,7 @@ def verdict(rows: Sequence[Row]) -> str:
         both = f"at least {wanted} at a drift of at most {DRIFT}"
         end = f"wanted was {both}." if enough else f"no fused model has {both}."
         sentences.append(f"K = {size}: {told_of} at a drift of {moved(best):.3f}; {end}")
-    return " ".join(sentences) or "Nothing was measured yet."
+    return " ".join(sentences) or NOTHING
 
 
 def kept(row: Row) -> float:

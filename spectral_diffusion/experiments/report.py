@@ -48,8 +48,8 @@ def read_record(path: Path) -> dict[str, Figures]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {name: {"key": cell["key"], "figures": cell["figures"]} for name, cell in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return {name: {part: cell[part] for part in ("of", "key", "figures")} for name, cell in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no record of measured cells; remove it to measure them again.") from error
 
 
@@ -62,8 +62,13 @@ def read_records(folder: Path) -> dict[str, Figures]:
     return {name: cell for path in sorted(folder.glob("*-cells.json")) for name, cell in read_record(path).items()}
 
 
-def write_record(path: Path, cells: Mapping[str, Figures]) -> None:
-    """Write cells one a line, in the order of their names."""
+def write_record(path: Path, used: Mapping[str, Figures], whole: bool) -> None:
+    """Write the cells of a page one a line, in the order of their names.
+
+    Earlier ones stay if they are of another base, recipe or encoder, or if this time was not enough for the ``whole``.
+    """
+    now = {cell["of"] for cell in used.values()} if whole else set()
+    cells = {name: cell for name, cell in read_record(path).items() if cell["of"] not in now} | dict(used)
     lines = (f"{json.dumps(name)}: {json.dumps(cells[name], ensure_ascii=False)}" for name in sorted(cells))
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
@@ -87,9 +92,7 @@ def write_findings(study: Study, findings: Findings, lab: Lab, folder: Path, qui
     }
     write_json(folder / f"{study.name}.json", found)
     if lab.used:
-        record = record_path(folder, study.name)
-        earlier = read_record(record) if findings.missing else {}  # nothing measured is dropped half-way
-        write_record(record, {**earlier, **lab.used})
+        write_record(record_path(folder, study.name), lab.used, whole=not findings.missing)
     path = folder / f"{study.name}.md"
     write_text(path, page(study, findings, lab, quick))
     return path

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..methods import get_method
-from .fusion import Job, change_for, measured
+from .fusion import NOTHING, Job, change_for, measured
 from .lab import REPORTED, Lab
 from .registry import Findings, Row, Table, study
 
@@ -61,17 +62,15 @@ def run(lab: Lab, quick: bool) -> Findings:
     tables = [Table("Where the columns lie, and how adapters are merged", rows)]
     if sweeps:
         tables.append(Table("The sweep of the learning rate, on concepts that are not reported", sweeps))
-    return Findings(tables, verdict(rows), missing=missing)
+    return Findings(tables, verdict(rows, [job.size for job in jobs[:1]]), missing=missing)
 
 
-def verdict(rows: Sequence[Row]) -> str:
-    """What every family keeps at the most concepts, by rank and merge."""
+def verdict(rows: Sequence[Row], sizes: Sequence[int] = (8,)) -> str:
+    """What every family keeps of so many concepts, by merge."""
     sentences = []
-    for rank in sorted({row["rank"] for row in rows}):
-        most = max(row["K"] for row in rows if row["rank"] == rank)
-        for merge in dict.fromkeys(row["merge"] for row in rows):
-            found = [r for r in rows if (r["rank"], r["K"], r["merge"]) == (rank, most, merge)]
-            kept = ", ".join(f"{row['family']} {row['of alone']}" for row in found)
-            if kept:
-                sentences.append(f"Rank {rank}, K = {most}, {merge}: of what they are alone keep {kept}.")
-    return " ".join(sentences)
+    for size, merge in itertools.product(sizes, dict.fromkeys(row["merge"] for row in rows)):
+        found = [row for row in rows if (row["K"], row["merge"]) == (size, merge)]
+        kept = ", ".join(f"{row['family']} {row['of alone']}" for row in found)
+        if kept:
+            sentences.append(f"K = {size}, {merge}: of what they are alone keep {kept}.")
+    return " ".join(sentences) or NOTHING

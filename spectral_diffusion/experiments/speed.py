@@ -135,7 +135,7 @@ def steps_seconds(lab: Lab, methods: Sequence[str]) -> dict[str, tuple[float, fl
             return {"before": times[2] - 2 * each, "step": each}
 
         try:
-            found = lab.cell("step-seconds", {"method": method}, measure)
+            found = lab.cell("step-seconds", {"method": method}, measure, timed=True)
         except TimeOver:
             continue
         out[method] = (found["before"], found["step"])

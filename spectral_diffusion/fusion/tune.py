@@ -26,6 +26,7 @@ from ..randomness import keyed_generator, keyed_random
 from ..tokens import collapse, known_tokens
 from .collect import predict
 from .recipe import check_together, fuse_adapters
+from .registry import get_merge
 
 HELD_OUT = ("a drawing of {}", "{} in the garden", "a small picture of {}", "{} by the window")  # not among the watched
 STRENGTHS = (0.5, 0.65, 0.8, 0.9, 1.0)
@@ -115,9 +116,10 @@ def tune(
     reported, and only then fuse those.
 
     Raises:
-        UserError: an adapter does not belong on this base, or two share a name or a token.
+        UserError: an adapter does not belong on this base, two share a name or a token, or the merge is not for them.
     """
     check_together(adapters, config.strength)
+    get_merge(config.merge).check(adapters)
     config = config.model_copy(update={"teach": TeachConfig()})  # merges are compared, not what is taught after them
     for adapter in adapters:
         check_base(adapter, base, config.allow_base)

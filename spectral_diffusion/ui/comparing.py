@@ -110,7 +110,8 @@ def compare(
     chosen = ticked(chosen)
     from ..adapted import put_on
     from ..base import load_base
-    from ..fusion.recipe import fuse_adapters
+    from ..fusion.recipe import check_together, fuse_adapters
+    from ..fusion.registry import get_merge
     from ..generation.pictures import grid
     from ..generation.pipeline import sample
     from ..generation.scene import Scene
@@ -123,6 +124,8 @@ def compare(
     with reworded(workspace, "pictures"):
         settings = settings_for(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)
         adapters = list(load_chosen(workspace, chosen).values())
+        check_together(adapters, settings.strength)
+        get_merge(settings.merge).check(adapters)
         base = load_base(settings.base or adapters[0].base, settings.device)
         scene = build(
             Scene, usual_settings(base.name, "generate"), {"steps": STEPS, "base": base.name, "device": settings.device}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import resources
-from ..config import FuseConfig, build, read_yaml, usual_settings
+from ..config import FuseConfig, build, preset_part, usual_settings
 from ..errors import UserError, nearest
 from ..progress import Progress, silent
 from .adapters import adapter_file, read_adapter
@@ -137,7 +137,9 @@ def settings_for(
     inner |= {} if steps is None else {"teach": {"steps": steps}}
     preset = given.pop("preset", None)
     base = next(iter(adapters.values())).base
-    layer = read_yaml(resources.preset(preset))["fuse"] if preset else usual_settings(base, "fuse")
+    if preset and resources.preset_of(base) != "pocket":
+        raise UserError("All of the U-Net is taught only on the pocket base here; choose fewer layers to teach.")
+    layer = preset_part(preset, "fuse") if preset else usual_settings(base, "fuse")
     return build(FuseConfig, layer, given, inner, {"adapters": files, "output": output, "strength": by_concept})
 
 

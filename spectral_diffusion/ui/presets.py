@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import resources
-from ..config import TrainConfig, build, read_yaml
+from ..config import TrainConfig, build, preset_part, read_yaml
 from ..errors import UserError, nearest
 from .concepts import concept_folder
 from .fusing import base_path
@@ -34,7 +34,7 @@ def preset_settings(name: str, verb: str) -> dict[str, Any]:
     known = presets()
     if name not in known:
         raise UserError(f"Unknown preset '{str(name)[:60]}'{nearest(str(name), known)}; use one of {', '.join(known)}.")
-    return read_yaml(resources.preset(name)).get(verb) or {}
+    return preset_part(name, verb)
 
 
 def train_settings(workspace: Workspace, concept: str | None, preset: str, changes: dict[str, Any]) -> TrainConfig:

@@ -86,6 +86,11 @@ class Runs:
             if self._stops.get(who) is stop:
                 del self._stops[who]
 
+    def busy(self, who: str) -> bool:
+        """Whether that one has a run."""
+        with self._lock:
+            return who in self._stops
+
     def stop(self, who: str) -> bool:
         """Ask that one's run to stop; False if there is none."""
         with self._lock:

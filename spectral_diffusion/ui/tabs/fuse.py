@@ -77,7 +77,7 @@ def _wire_bench(bench: Bench, handlers: Handlers, page: Page, lists: dict[str, A
         handlers.save, [bench.name, bench.replace, *bench.settings], [bench.result, page.base, bench.draw], **shown
     )
     for running in (trying, saving):
-        running.then(lambda: ready(True), None, buttons, queue=False, **PRIVATE)
+        running.then(handlers.done, None, buttons, queue=False, **PRIVATE)
     saving.success(**lists)
     bench.stop.click(handlers.stop, queue=False, **PRIVATE)
     page.blocks.unload(handlers.left)
@@ -194,13 +194,18 @@ class Handlers:
         self.saves.begin(request.session_hash or "")
         return ready(False)
 
+    def done(self, request: gr.Request) -> list[Any]:
+        """A run is over; another one of this browser may still go on."""
+        who = request.session_hash or ""
+        return ready(not (self.compares.busy(who) or self.saves.busy(who)))
+
     def stop(self, request: gr.Request) -> None:
         """Ask this browser's run to stop."""
         self.compares.stop(request.session_hash or "")
         self.saves.stop(request.session_hash or "")
 
     def left(self, request: gr.Request) -> None:
-        """Nobody waits for the comparison any more; what is to be saved is saved all the same."""
+        """Nobody waits for the comparison any more; a fusion that is being saved goes on."""
         self.compares.stop(request.session_hash or "")
 
     @contextmanager

@@ -9,8 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from ... import resources
-from ...config import read_yaml
+from ...config import usual_settings
 from ...errors import UserError
 from .. import drawing, pictures
 from ..adapters import adapter_rows
@@ -274,7 +273,7 @@ class Handlers:
 def build(page: Page, tab: gr.Tab) -> None:
     """Fill the tab and wire its events."""
     handlers = Handlers(page.workspace)
-    usual = read_yaml(resources.preset("pocket")).get("generate") or {}
+    usual = usual_settings("pocket", "generate")
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             words = _build_words(usual, drawing.side_of(page.workspace, "pocket"))
