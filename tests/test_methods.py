@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -162,6 +163,13 @@ def test_only_the_adapter_gets_gradients(base: Base, method: str) -> None:
     for model in base.models.values():
         for parameter in model.parameters():
             assert (parameter.grad is not None) == (id(parameter) in trainable)
+
+
+@pytest.mark.parametrize("method", NAMES)
+def test_no_library_grumbles_about_how_it_is_asked(base: Base, method: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        put(base, method, steps=10)
 
 
 def test_targets_name_every_kind_of_layer(base: Base) -> None:

@@ -34,7 +34,7 @@ def penalty(parameters: Tensors) -> Tensor:
 def options(rank: int, steps: int) -> dict[str, Any]:
     """Start at ``rank`` and end at half of it: warm-up for a tenth of the steps, the last three tenths fixed."""
     return {
-        "init_r": rank, "target_r": max(1, rank // 2), "r": rank, "lora_alpha": rank, "total_step": max(steps, 2),
+        "init_r": rank, "target_r": max(1, rank // 2), "lora_alpha": rank, "total_step": max(steps, 2),
         "tinit": steps // 10, "tfinal": steps * 3 // 10, "deltaT": max(1, steps // 100),
     }  # fmt: skip
 
