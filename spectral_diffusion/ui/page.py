@@ -50,6 +50,12 @@ class Page:
             event(fn, list(inputs), list(outputs), **PRIVATE)
 
 
+def afterwards(event: Any, fn: Callable[..., Any], inputs: Any, outputs: Any, **more: Any) -> None:
+    """Call ``fn`` once an event is over, also after a refusal, which gradio's ``then`` does not follow."""
+    for follows in (event.success, event.failure):
+        follows(fn, inputs, outputs, **more)
+
+
 @contextmanager
 def told() -> Iterator[None]:
     """Show any error as one sentence in the page; the unexpected also goes to the log, with its traceback."""

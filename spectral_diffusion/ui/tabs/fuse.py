@@ -13,7 +13,7 @@ import gradio as gr
 from ...progress import Progress
 from .. import comparing, downloads, fusing
 from ..adapters import adapter_rows
-from ..page import DEVICE, PRIVATE, Page, plain, teller, told
+from ..page import DEVICE, PRIVATE, Page, afterwards, plain, teller, told
 from ..turns import Runs, until
 from .fuse_parts import USUAL_NAME, WHOLE, Bench, Saved
 
@@ -77,12 +77,12 @@ def _wire_bench(bench: Bench, handlers: Handlers, page: Page, lists: dict[str, A
         handlers.save, [bench.name, bench.replace, *bench.settings], [bench.result, page.base, bench.draw], **shown
     )
     for running in (trying, saving):
-        running.then(handlers.done, None, buttons, queue=False, **PRIVATE)
+        afterwards(running, handlers.done, None, buttons, queue=False, **PRIVATE)
     saving.success(**lists)
     bench.stop.click(handlers.stop, queue=False, **PRIVATE)
     page.blocks.unload(handlers.left)
-    for event in (bench.name.change, saving.then):  # after a refusal too
-        event(handlers.taken, bench.name, bench.replace, **PRIVATE)
+    bench.name.change(handlers.taken, bench.name, bench.replace, **PRIVATE)
+    afterwards(saving, handlers.taken, bench.name, bench.replace, **PRIVATE)
     bench.draw.click(lambda: gr.Tabs(selected="generate"), None, page.tabs, **PRIVATE)
 
 
