@@ -24,6 +24,7 @@ from .training.run import train_to_file
 
 CONCEPTS = ("rex", "brew")
 SKETCH = "dog-teapot.png"
+TEACHING = 300  # steps
 PLACES = ("on the grass", "on the beach", "in the snow", "on a table")
 TILE = 96
 
@@ -34,18 +35,24 @@ def run_demo(
     progress: Progress = silent,
     note: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Run the whole path on the pocket base and return the contact sheet's path."""
-    train, draw = (usual_settings("pocket", verb) for verb in ("train", "generate"))
+    """Run the whole path on the pocket base and return the contact sheet's path.
+
+    Args:
+        steps: of each training, and at most so many of teaching; by default the preset's, and :data:`TEACHING`.
+    """
+    train, fuse, draw = (usual_settings("pocket", verb) for verb in ("train", "fuse", "generate"))
     folders = {name: resources.concepts() / name for name in CONCEPTS}
     concepts = {name: load_concept(folder) for name, folder in folders.items()}
     files = {name: output / f"{name}.safetensors" for name in CONCEPTS}
 
     for name, folder in folders.items():
-        change: dict[str, Any] = {"concept": folder, "output": files[name]} | ({"steps": steps} if steps else {})
-        train_to_file(build(TrainConfig, train, change), progress=progress, note=note)
+        own: dict[str, Any] = {"concept": folder, "output": files[name]} | ({"steps": steps} if steps else {})
+        train_to_file(build(TrainConfig, train, own), progress=progress, note=note)
 
     fused = output / "fused"
-    for warning in fuse_to_folder(FuseConfig(adapters=list(files.values()), output=fused), progress):
+    change = {"adapters": list(files.values()), "output": fused, "merge": "gradient"}
+    change["teach"] = {"steps": min(steps or TEACHING, TEACHING)}
+    for warning in fuse_to_folder(build(FuseConfig, fuse, change), progress):
         note(warning)
     note(f"Fused into {fused}/.")
 
