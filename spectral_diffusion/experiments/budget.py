@@ -54,7 +54,7 @@ def run(lab: Lab, quick: bool) -> Findings:
     budgets, names, seeds = ((2_000, 20_000), NAMES[:1], (0,)) if quick else (BUDGETS, NAMES, SEEDS)
     shapes = lab.sides
     changes = {(m, b): change_within(lab, m, b, shapes) for m in methods for b in budgets}
-    gains: dict[tuple[str, int], list[float]] = {}
+    found_gains: dict[tuple[str, int], dict[int, list[float]]] = {}  # by seed
     trained: dict[tuple[str, int], int] = {}
     late: dict[str, list[str]] = {}
     for seed, name, budget, method in itertools.product(seeds, names, budgets, methods):
@@ -68,12 +68,16 @@ def run(lab: Lab, quick: bool) -> Findings:
         except TimeOver:
             late.setdefault(f"{name} at seed {seed}", []).append(f"{method} within {budget:,}")
             continue
-        gains.setdefault((method, budget), []).append(gain)
+        found_gains.setdefault((method, budget), {}).setdefault(seed, []).append(gain)
         trained[method, budget] = found["trained"]
         lab.note(f"{name}, seed {seed}: {method} within {budget:,} trains {found['trained']:,}: gain {gain:.2f}")
+    # A seed counts when it was measured for every concept.
+    whole = {at: [g for g in by_seed.values() if len(g) == len(names)] for at, by_seed in found_gains.items()}
+    gains = {at: [gain for seed_gains in of_seeds for gain in seed_gains] for at, of_seeds in whole.items() if of_seeds}
     rows: list[Row] = [
         {
             "method": method,
+            "seeds": min((len(of_seeds) for (m, _), of_seeds in whole.items() if m == method), default=0),
             "fewest": smallest(method, shapes),
             **{f"{b:,}": told(gains[method, b]) if (method, b) in gains else None for b in budgets},
         }
