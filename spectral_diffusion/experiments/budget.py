@@ -121,7 +121,7 @@ def grid_of(
             corner = (left + column * (SIDE + 4), top + index * (SIDE + 4))
             change = changes[method, budget]
             if change is None:
-                draw.text((corner[0] + SIDE // 2, corner[1] + SIDE // 2 - 6), "–", fill="black")
+                draw.text((corner[0] + SIDE // 2, corner[1] + SIDE // 2 - 6), "-", fill="black")  # its font has no –
                 continue
             adapter, _ = lab.trained(NAMES[0], **change, **scaled(lab, swept(lab, method)[0]))
             base = lab.fresh()
