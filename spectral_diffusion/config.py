@@ -237,9 +237,6 @@ class FuseConfig(Settings):
     device: str = "auto"
 
 
-Model = TypeVar("Model", bound=Settings)
-
-
 class ConditionConfig(Settings):
     """Train a T2I-Adapter for a base from pictures with conditions."""
 
@@ -272,6 +269,9 @@ class ConditionConfig(Settings):
         if value and info.data.get("kind") == "keypose":
             raise ValueError("a mirrored keypose has its left and right limbs in each other's colours")
         return value
+
+
+Model = TypeVar("Model", bound=Settings)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

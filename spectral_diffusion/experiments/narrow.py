@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from .fusion import NARROW, Job, change_for, measured
-from .lab import MANY, Lab
-from .registry import Findings, Table, study
-from .slots import check_equal, verdict
+from .fusion import NARROW, Job
+from .lab import Lab
+from .registry import Findings, study
+from .slots import compared
 
-SEEDS = (0, 1, 2)
 SIZES = (2, 4, 8, 16)
 MERGES = ("sum", "fedavg", "gradient, anchored")
 # Sampled slots of sixteen concepts clash almost surely, and Orthogonal Adaptation trains one factor of two.
@@ -42,11 +41,5 @@ def jobs_of(quick: bool) -> list[Job]:
 def run(lab: Lab, quick: bool) -> Findings:
     """Identity alone and fused at rank 2, by where the columns lie, for every merge."""
     jobs = jobs_of(quick)
-    alike = {job.family: change_for(job.family, 0, NARROW) for job in jobs if job.family != "orthogonal"}
-    counts = check_equal(lab, alike)
-    lab.note(f"Rank {NARROW}: {', '.join(f'{name} trains {count:,}' for name, count in counts.items())}")
-    rows, sweeps, missing = measured(lab, jobs, (0,) if quick else SEEDS, quick)
-    tables = [Table(f"Where the columns lie, and how adapters are merged; up to {len(MANY)} concepts", rows)]
-    if sweeps:
-        tables.append(Table("The sweep of the learning rate, on concepts that are not reported", sweeps))
-    return Findings(tables, verdict(rows, sorted({job.size for job in jobs})[-2:]), missing=missing)
+    alike = {job.family for job in jobs} - {"orthogonal"}
+    return compared(lab, jobs, quick, alike, sorted({job.size for job in jobs})[-2:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +56,21 @@ def jobs_of(quick: bool) -> list[Job]:
 def run(lab: Lab, quick: bool) -> Findings:
     """Identity alone and fused by where the columns lie, for every merge."""
     jobs = jobs_of(quick)
-    counts = check_equal(lab, {job.family: change_for(job.family, 0) for job in jobs})
-    lab.note(f"{', '.join(f'{name} trains {count:,}' for name, count in counts.items())}")
+    return compared(lab, jobs, quick, {job.family for job in jobs}, [jobs[0].size])
+
+
+def compared(lab: Lab, jobs: Sequence[Job], quick: bool, alike: Collection[str], sizes: Sequence[int]) -> Findings:
+    """The rows of jobs of one rank, once these families are known to be trained alike; the verdict is on ``sizes``."""
+    counts = check_equal(lab, {job.family: change_for(job.family, 0, job.rank) for job in jobs if job.family in alike})
+    lab.note(", ".join(f"{name} trains {count:,}" for name, count in counts.items()))
     rows, sweeps, missing = measured(lab, jobs, (0,) if quick else SEEDS, quick)
     tables = [Table("Where the columns lie, and how adapters are merged", rows)]
     if sweeps:
         tables.append(Table("The sweep of the learning rate, on concepts that are not reported", sweeps))
-    return Findings(tables, verdict(rows, [job.size for job in jobs[:1]]), missing=missing)
+    return Findings(tables, verdict(rows, sizes), missing=missing)
 
 
-def verdict(rows: Sequence[Row], sizes: Sequence[int] = (8,)) -> str:
+def verdict(rows: Sequence[Row], sizes: Sequence[int]) -> str:
     """What every family keeps of so many concepts, by merge."""
     sentences = []
     for size, merge in itertools.product(sizes, dict.fromkeys(row["merge"] for row in rows)):
