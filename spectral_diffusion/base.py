@@ -23,7 +23,7 @@ from . import pocket
 from .errors import UserError, reason
 from .methods.targets import find_targets
 from .spectrum import hash_weight
-from .tokens import embedding_of, ids_of, install
+from .tokens import embedding_of, ids_of, install, pool_at_end
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # and their tokenizers; SDXL has both
 DTYPES = {
@@ -244,6 +244,8 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
     base = Base(name, pipeline.to(torch_device), torch_device, torch_dtype)
     for model in (pipeline.vae, *base.models.values()):
         model.requires_grad_(False).eval()
+    for encoder, tokenizer in base.tokenizers.items():
+        pool_at_end(tokenizer, base.models[encoder])
     return base
 
 

@@ -107,6 +107,12 @@ def flatten(weight: Tensor) -> Tensor:
     return weight.reshape(weight.shape[0], -1)
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none, as Apple's."""
+    tensor = tensor.detach()
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def sides(weight: Tensor) -> tuple[int, int]:
     """Rows and columns (out, in·kh·kw) of a weight as a matrix."""
     rows, columns = flatten(weight).shape
@@ -120,7 +126,7 @@ def kernel_of(weight: Tensor) -> tuple[int, int, int] | None:
 
 def gram_of(weight: Tensor) -> Tensor:
     """The float64 Gram matrix of a weight's smaller side."""
-    matrix = flatten(weight).detach().to(torch.float64)
+    matrix = exact(flatten(weight))
     return matrix.mT @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.mT
 
 
@@ -134,7 +140,7 @@ def top_band(weight: Tensor, count: int, gram: Tensor | None = None) -> Band:
     Raises:
         ValueError: ``count`` is not between 1 and the smaller side.
     """
-    matrix = flatten(weight).detach().to(torch.float64)
+    matrix = exact(flatten(weight))
     small = min(matrix.shape)
     if not 1 <= count <= small:
         raise ValueError(f"count must be between 1 and {small}, not {count}")
@@ -155,7 +161,7 @@ def bottom_band(weight: Tensor, count: int) -> Band:
     Raises:
         ValueError: ``count`` is not between 1 and the smaller side.
     """
-    matrix = flatten(weight).detach().to(torch.float64)
+    matrix = exact(flatten(weight))
     if not 1 <= count <= min(matrix.shape):
         raise ValueError(f"count must be between 1 and {min(matrix.shape)}, not {count}")
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
@@ -188,10 +194,10 @@ def canonical_signs(band: Band) -> Band:
 
 
 def agreement(left: Band, right: Band) -> Tensor:
-    """Per column, min(|cos(u, u')|, |cos(v, v')|): 1 where two bands hold the same directions."""
+    """Per column, min(|cos(u, u')|, |cos(v, v')|): 1 where two bands hold the same directions. Found on the CPU."""
 
     def cosine(a: Tensor, b: Tensor) -> Tensor:
-        a, b = a.double(), b.double()
+        a, b = a.cpu().double(), b.cpu().double()
         return (a * b).sum(0).abs() / (a.norm(dim=0) * b.norm(dim=0)).clamp_min(1e-30)
 
     return torch.minimum(cosine(left.U, right.U), cosine(left.V, right.V))

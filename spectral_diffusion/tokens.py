@@ -145,6 +145,19 @@ def add_rows(tokenizer: Tokenizer, text_encoder: nn.Module, names: list[str], ve
     text_encoder.config.vocab_size = new.num_embeddings  # type: ignore[union-attr]
 
 
+def pool_at_end(tokenizer: Tokenizer, text_encoder: nn.Module) -> None:
+    """Let a text encoder's pooled output be read at the tokenizer's end token.
+
+    Configs of before transformers 4.31, SDXL's among them, name another one, for which it is read at the largest id:
+    that is the end token's only as long as there are no new words.
+    """
+    end = tokenizer.eos_token_id  # type: ignore[attr-defined]
+    for module in text_encoder.modules():
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = end
+    text_encoder.config.eos_token_id = end  # type: ignore[union-attr]
+
+
 def ids_of(tokenizer: Tokenizer, tokens: Iterable[str]) -> list[int]:
     """The rows of tokens that the tokenizer holds, one after another."""
     known = known_tokens(tokenizer)

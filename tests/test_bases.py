@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,17 +11,19 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from spectral_diffusion.adapter import check_base
 from spectral_diffusion.architectures import build_meta, count_table
-from spectral_diffusion.base import load_base
+from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.config import FuseConfig, PreservationConfig, TrainConfig
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.errors import UserError
@@ -109,6 +112,37 @@ def test_train_load_fuse_and_draw(photos: Path, folder: Path, tmp_path: Path) ->
     ]
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
     assert np.abs(pictures[0] - pictures[2]).max() > 1
+
+
+def test_a_half_precision_base_draws_its_samples(photos: Path, folder: Path, tmp_path: Path) -> None:
+    watch = {"every": 1, "steps": 2}
+    config = settings(photos, folder, tmp_path / "rex.safetensors", dtype="bfloat16", steps=1, watch=watch)
+    train_to_file(config)
+    with Image.open(tmp_path / "rex-samples" / "step-000001.png") as grid:
+        assert len(grid.convert("RGB").crop((0, 18, 96, 114)).getcolors(10_000) or []) > 1
+
+
+def test_words_after_a_new_token_count_where_prompts_are_summed_up(folder: Path, tmp_path: Path) -> None:
+    """Published configs of SDXL name 2 as the end token, which lets transformers look for the largest id instead."""
+    old = shutil.copytree(folder, tmp_path / "old")
+    for file in old.glob("text_encoder*/config.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 2}))
+    base, plain = load_base(str(old), "cpu"), load_base(str(folder), "cpu")
+    assert base.fingerprint == plain.fingerprint
+    one, two = base.encode(["a red dog"])[1], plain.encode(["a red dog"])[1]
+    assert one is None or (two is not None and torch.equal(one, two))
+    base.install("<zed>", {name: rows.repeat(2, 1) for name, rows in first_rows(base).items()})
+    prompts = ["<zed> <zed>_1 on the beach", "<zed> <zed>_1 in the snow"]
+    _, pooled = base.encode(prompts)
+    assert pooled is None or not torch.allclose(pooled[0], pooled[1])
+    base.pipeline.save_pretrained(tmp_path / "new")
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "new")
+    again = stock.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    assert pooled is None or torch.equal(again[2], pooled)
+
+
+def first_rows(base: Base) -> dict[str, torch.Tensor]:
+    return {name: base.models[name].get_input_embeddings().weight[5:6].clone() for name in base.tokenizers}
 
 
 def test_an_empty_prompt_is_what_the_pipeline_takes_for_one(folder: Path) -> None:

@@ -28,7 +28,7 @@ from spectral_diffusion.training.conditioning import Conditioner
 from spectral_diffusion.training.losses import objective_loss, snr_weights
 from spectral_diffusion.training.optimisers import build_optimiser, rate_at
 from spectral_diffusion.training.run import train_to_file
-from spectral_diffusion.training.state import Stopped
+from spectral_diffusion.training.state import Stopped, load_state, save_state
 
 
 def settings(photos: Path, tiny_base: Path, output: Path, **more: object) -> TrainConfig:
@@ -74,6 +74,19 @@ def test_every_kind_of_step_resumes_bit_for_bit(photos: Path, tiny_base: Path, t
     assert same(whole, train_to_file(config, resume=True, base=base))
     plain = settings(photos, tiny_base, tmp_path / "c" / "rex.safetensors", rank=config.rank, steps=config.steps)
     assert not same(whole, train_to_file(plain, base=base))
+
+
+def test_tensors_that_parameters_share_are_kept_for_each(tmp_path: Path) -> None:
+    """As the eight-bit optimiser's maps are, which any two large parameters have in common."""
+    shared = torch.arange(8.0)
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimiser = torch.optim.SGD(weights, lr=0.1)
+    for weight in weights:
+        optimiser.state[weight] = {"qmap1": shared}
+    save_state(tmp_path / "a.state.safetensors", {"weight": weights[0]}, optimiser, {"step": 1})
+    fresh = torch.optim.SGD(weights, lr=0.1)
+    load_state(tmp_path / "a.state.safetensors", fresh)
+    assert all(torch.equal(fresh.state[weight]["qmap1"], shared) for weight in weights)
 
 
 @pytest.mark.parametrize("name", sorted(all_methods()))

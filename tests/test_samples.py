@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from conftest import make_photos
 from PIL import Image
 from pydantic import ValidationError
 
+from spectral_diffusion.autoencoder import at_once, decode, encode
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.config import DataConfig, TrainConfig, build
 from spectral_diffusion.data import cache
@@ -352,6 +354,27 @@ def test_cached_crops_have_the_same_bits_and_are_not_encoded_again(
     assert encodings.count == 0
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(first, everything(crops), strict=True))
     assert encodings.count == 4 * len(SHAPES)
+
+
+def test_an_autoencoder_that_overflows_in_float16_encodes_in_float32(tiny_base: Path, tmp_path: Path) -> None:
+    base = load_base(str(tiny_base), "cpu", "float16")
+    vae, pixels = base.pipeline.vae, torch.rand(3, 3, 16, 16) * 2 - 1
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    found = encode(vae, pixels)
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    with torch.no_grad():
+        whole = copy.deepcopy(vae).float().encode(pixels).latent_dist.mean
+    assert found.dtype == torch.float32 and torch.equal(found, whole)
+    assert decode(vae, found).dtype == torch.float32 and vae.dtype == torch.float16
+    assert [at_once(side, side) for side in (64, 512, 1024, 2048)] == [8, 2, 1, 1]
+
+
+def test_a_photo_that_cannot_be_encoded_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    base, folder = load_base(str(tiny_base), "cpu"), make_shapes(tmp_path / "rex")
+    next(base.pipeline.vae.encoder.parameters()).data.fill_(torch.nan)
+    with pytest.raises(UserError, match=r"NaN or infinity of .*0\.png"):
+        PhotoCrops(load_concept(folder), base, settings(folder, cache=tmp_path / "cache"), 16)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_photos_without_a_mask_are_kept_apart_from_those_that_count_as_whole(base: Base, tmp_path: Path) -> None:

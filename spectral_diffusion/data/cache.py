@@ -50,7 +50,7 @@ def key_of(photo: Photo, masked: bool, crops: list[Crop], encoder: str) -> str:
 
 
 def kept(folder: Path | None, key: str, make: Callable[[], Encoded]) -> Encoded:
-    """The encoded crops under ``key``, made and kept if they are not there whole.
+    """The encoded crops under ``key`` on the CPU, made and kept if they are not there whole.
 
     A cache that cannot be written only costs the time to encode.
     """
@@ -64,8 +64,9 @@ def kept(folder: Path | None, key: str, make: Callable[[], Encoded]) -> Encoded:
             return found
     except (UserError, KeyError):
         pass
-    made = make()
-    tensors = {"latents": made[0].cpu()} | ({} if made[1] is None else {"masks": made[1].cpu()})
+    latents, masks = make()
+    made = latents.cpu(), None if masks is None else masks.cpu()
+    tensors = {"latents": made[0]} | ({} if made[1] is None else {"masks": made[1]})
     with suppress(UserError, OSError):
         write_tensors(path, tensors, {"key": key, "digest": _digest(made)})
         prune(path.parent, MOST)

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from ..autoencoder import encode
 from ..config import ConditionConfig
 from ..errors import UserError
 from ..progress import Event, Progress
@@ -21,7 +22,6 @@ from .folder import SUFFIXES, load_concept, open_photo
 from .samples import random_crop
 
 CHANNELS = {"sketch": 1, "keypose": 3}
-CHUNK = 8  # pictures encoded together
 
 Read = Callable[[Path], Image.Image]
 
@@ -124,7 +124,6 @@ def encode_pairs(
         Latents (pairs, views, channels, h, w) float32 on the VAE's device; conditions (pairs, views, 1 or 3, size,
         size) uint8 on the CPU.
     """
-    weight = next(vae.parameters())
     rows, shown = [], []
     for index, pair in enumerate(pairs):
         picture = open_photo(pair.picture)
@@ -142,8 +141,7 @@ def encode_pairs(
             mirrored = config.flip and view % 2 and not re.search(r"\b(left|right)\b", pair.caption.lower())
             views.append(both.flip(-1) if mirrored else both)
         pictures, conditions = torch.stack(views, 1)
-        latents = [vae.encode(part.to(weight)).latent_dist.mean.float() for part in pictures.split(CHUNK)]
-        rows.append(torch.cat(latents))
+        rows.append(encode(vae, pictures))
         shown.append(((conditions + 1) * 127.5).round().to(torch.uint8)[:, : CHANNELS[config.kind]])
         progress(Event("encode", index + 1, len(pairs)))
     return torch.stack(rows) * vae.config.scaling_factor, torch.stack(shown)

@@ -12,6 +12,7 @@ from functools import cache, partial
 import torch
 from PIL import Image
 
+from ..autoencoder import encode
 from ..base import Base
 from ..config import TrainConfig
 from ..errors import UserError
@@ -25,8 +26,6 @@ from .masks import open_mask, reduce_mask
 from .order import Order
 from .order import photo_of as photo_of
 from .pictures import open_photo
-
-CHUNK = 8  # crops encoded together
 
 
 class PhotoCrops:
@@ -86,21 +85,21 @@ class PhotoCrops:
         device = self.vae.device
         return latents.to(device) * self.vae.config.scaling_factor, None if masks is None else masks.to(device)
 
-    @torch.no_grad()
     def _encode(self, pairs: Sequence[tuple[Photo, Crop]]) -> Encoded:
-        """The latents of these crops, not yet scaled, and their masks at the latents' size."""
-        weight = next(self.vae.parameters())
-        latents, masks = [], []
-        opened = cache(lambda photo: open_photo(photo.path))
-        covers = cache(mask_of)
-        for start in range(0, len(pairs), CHUNK):
-            part = pairs[start : start + CHUNK]
-            pixels = torch.stack([cut_photo(opened(photo), crop) for photo, crop in part])
-            latents.append(self.vae.encode(pixels.to(weight)).latent_dist.mean.float())
-            if self.masked:
-                mask = torch.stack([cut_mask(covers(photo), crop) for photo, crop in part])
-                masks.append(reduce_mask(mask, *latents[-1].shape[2:]))
-        return torch.cat(latents), torch.cat(masks) if masks else None
+        """The latents of these crops, not yet scaled, and their masks at the latents' size.
+
+        Raises:
+            UserError: the autoencoder made NaN or infinity of one.
+        """
+        opened, covers = cache(lambda photo: open_photo(photo.path)), cache(mask_of)
+        latents = encode(self.vae, torch.stack([cut_photo(opened(photo), crop) for photo, crop in pairs]))
+        for (photo, _), latent in zip(pairs, latents, strict=True):
+            if not torch.isfinite(latent).all():
+                raise UserError(f"The autoencoder made NaN or infinity of {photo.path}; use dtype=bfloat16 or float32.")
+        if not self.masked:
+            return latents, None
+        masks = torch.stack([cut_mask(covers(photo), crop) for photo, crop in pairs])
+        return latents, reduce_mask(masks, *latents.shape[2:])
 
 
 def mask_of(photo: Photo) -> Image.Image:

@@ -19,7 +19,7 @@ from ..files import atomic_folder, read_tensors, write_json, write_tensors, writ
 from ..formats.importing import import_lora
 from ..formats.native import is_native, load_adapter, save_adapter, versions
 from ..layerwise import mean_note, use_means
-from ..linalg import Factors
+from ..linalg import Factors, exact
 from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
 from .activations import Activations
@@ -127,7 +127,8 @@ def fuse_adapters(
             else:
                 dense, delta = True, found
             with torch.no_grad():
-                weight.copy_((weight.double() + delta.view(weight.shape).to(weight.device)).to(weight.dtype))
+                before = exact(weight)
+                weight.copy_((before + delta.view(weight.shape).to(before.device)).to(weight.dtype))
             done += 1
             progress(Event("fuse", done, len(layers), {"layer": layer}))
     if lessons:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from ..adapted import Strength, install_tokens, put_on, strength_in
 from ..adapter import Adapter, check_base
+from ..autoencoder import decode
 from ..base import Base, load_base
 from ..errors import UserError, nearest
 from ..files import check_writable
@@ -169,10 +170,7 @@ def stock_pipeline(
 
 def decoded(base: Base, latents: torch.Tensor) -> list[Image.Image]:
     """Latents as pictures."""
-    vae = base.pipeline.vae
-    with torch.no_grad():
-        pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
-    return list(base.pipeline.image_processor.postprocess(pixels.float()))
+    return list(base.pipeline.image_processor.postprocess(decode(base.pipeline.vae, latents)))
 
 
 def area_of(base: Base, region: Region, bound: Bound, width: int, height: int) -> Area:

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from ..linalg import Factors, flatten, sides
+from ..linalg import Factors, exact, flatten, sides
 from ..slots import read_columns
 from .frozen import frozen_tensors
 from .low_rank import core_linear, low_rank_conv, low_rank_linear
@@ -210,7 +210,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 raise ValueError(f"Adapter {adapter} holds NaN or infinity.")
         if deltas:
             weight = self.base_weight
-            weight.data.copy_(weight.double() + sum(delta.double() for delta in deltas.values()))
+            weight.data.copy_(exact(weight) + sum(exact(delta) for delta in deltas.values()))
             self.merged_adapters += chosen
 
     def unmerge(self) -> None:

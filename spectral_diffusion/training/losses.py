@@ -9,6 +9,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from ..config import ObjectiveConfig
+from ..linalg import exact
 
 
 def weighted_mse(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -48,7 +49,9 @@ def snr_weights(schedule: DDPMScheduler, timesteps: Tensor, gamma: float) -> Ten
     """
     if gamma == 0:
         return None
-    snr = compute_snr(schedule, timesteps).double()
+    snr = exact(compute_snr(schedule, timesteps))
     if schedule.config.prediction_type == "v_prediction":
-        return (snr.clamp_max(gamma) / (snr + 1)).float()
-    return (gamma / snr).clamp_max(1).float()  # γ / 0 is infinite, so 1
+        weights = snr.clamp_max(gamma) / (snr + 1)
+    else:
+        weights = (gamma / snr).clamp_max(1)  # γ / 0 is infinite, so 1
+    return weights.float().to(timesteps.device)

@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..autoencoder import at_once, upcast
 from ..base import ENCODERS, Base, plain_is_quicker
 from ..config import TrainConfig
-from ..data.samples import CHUNK as CROPS_AT_ONCE
 from ..errors import UserError
 from ..layerwise import cross_attention
 from ..linalg import sides
@@ -187,8 +187,13 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
             (predict(config.batch + anchors).float() ** 2).mean().backward()
 
         with torch.no_grad():
-            pixels = (min(CROPS_AT_ONCE, config.crops), 3, size, size)
-            measure("encoding photos", lambda: empty_vae.encode(torch.empty(pixels, dtype=dtype)))
+            pixels = (min(at_once(size, size), config.crops), 3, size, size)
+
+            def encode() -> None:
+                with upcast(empty_vae):
+                    empty_vae.encode(torch.empty(pixels, dtype=empty_vae.dtype))
+
+            measure("encoding photos", encode)
             if config.preservation.weight and not config.data.class_images:
                 count = 2 * min(PICTURES_AT_ONCE, config.preservation.pictures)
                 measure("drawing ordinary pictures", lambda: predict(count))

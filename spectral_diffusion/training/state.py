@@ -52,6 +52,11 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], optimizer: Stateful, m
                 packed[f"optimizer.{index}.{key}"] = value
             elif not isinstance(value, dict):
                 scalars.setdefault(str(index), {})[key] = value
+    seen: set[int] = set()
+    for name, value in packed.items():  # bitsandbytes shares tensors among parameters, the file's format does not
+        if value.data_ptr() in seen:
+            packed[name] = value.clone()
+        seen.add(value.data_ptr())
     header = {"meta": meta, "groups": state["param_groups"], "scalars": scalars}
     write_tensors(path, packed, {"state": json.dumps(header)})
 

@@ -59,7 +59,9 @@ def draw_samples(
 
     The networks, their processors and every random state stay as they are.
     """
+    # Without text encoders, since the words come encoded and the pipeline would take their precision for the U-Net's.
     parts = {name: part for name, part in base.pipeline.components.items() if name != "image_encoder"}
+    parts |= dict.fromkeys(base.tokenizers)
     schedule = DPMSolverMultistepScheduler.from_config(base.pipeline.scheduler.config, algorithm_type="dpmsolver++")
     large = isinstance(base.pipeline, StableDiffusionXLPipeline)
     pipe = type(base.pipeline)(

@@ -1,0 +1,49 @@
+"""The autoencoder at work: pictures to latents and back, in a precision and in portions that it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+MOST = 8  # pictures encoded together
+PIXELS = 2**19  # of them; encoding takes more memory than a training step of the same pictures
+
+
+def at_once(height: int, width: int) -> int:
+    """How many pictures of this size are encoded together: eight small ones, two of 512², one of 1024²."""
+    return max(1, min(MOST, PIXELS // (height * width)))
+
+
+@contextmanager
+def upcast(vae: AutoencoderKL) -> Iterator[AutoencoderKL]:
+    """The autoencoder in float32 if its config says that it overflows in float16 (``force_upcast``); then as it was."""
+    dtype = vae.dtype
+    needed = dtype == torch.float16 and bool(vae.config.force_upcast)
+    if needed:
+        vae.to(dtype=torch.float32)
+    try:
+        yield vae
+    finally:
+        if needed:
+            vae.to(dtype=dtype)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Pictures (n, 3, H, W) in −1…1 as latents (n, channels, h, w): the means, float32, not yet scaled."""
+    with upcast(vae):
+        weight = next(vae.parameters())
+        parts = pixels.split(at_once(*pixels.shape[-2:]))
+        return torch.cat([vae.encode(part.to(weight)).latent_dist.mean.float() for part in parts])
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Scaled latents (n, channels, h, w) as pictures (n, 3, H, W) in −1…1, float32."""
+    with upcast(vae):
+        decoded: Tensor = vae.decode(latents.to(next(vae.parameters())) / vae.config.scaling_factor).sample
+        return decoded.float()
