@@ -16,17 +16,19 @@ from .adapter import Adapter, check_base
 from .base import Base, load_base, parse_dtype, quiet
 from .config import FuseConfig
 from .errors import UserError
-from .files import atomic_folder, check_writable, write_tensors, write_text
+from .files import atomic_folder, check_replaceable, check_writable, holds, read_metadata, write_tensors, write_text
 from .formats.card import MARK, model_card
 from .formats.checkpoint import checkpoint_tensors
 from .formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
-from .formats.native import is_native, versions
+from .formats.native import versions
 from .fusion.recipe import fuse_adapters, load_adapters, read_merged, read_recipe
 from .layerwise import mean_note
 from .linalg import Factors, truncate
 from .tokens import known_tokens
 
 EXPORTED = "README.md"  # an exported folder has our card under this name
+TOKEN = "spectral.token"
+OURS = {TOKEN, "spectral.recipe"}  # one of these is in the metadata of every file that an export wrote
 FORMATS = ("kohya", "diffusers", "embedding", "folder", "checkpoint")
 
 
@@ -127,7 +129,7 @@ def export(
     if kind not in FORMATS:
         raise UserError(f"Unknown format '{kind}'; known: {', '.join(FORMATS)}.")
     source, output = open_source(path, device), Path(output)
-    check_free(path, output, kind)
+    check_free(path, source, output, kind)
     for adapter in source.adapters:
         if adapter.layerwise:
             note(mean_note(adapter.name))
@@ -145,7 +147,7 @@ def export(
     if kind == "embedding":
         if not source.nouns:
             raise UserError(f"{path} has no token, so there is no embedding to write.")
-        return embeddings(source, output, parse_dtype(dtype or "float32"), beside=False)
+        return embeddings(source, output, parse_dtype(dtype or "float32"), kind)
     about = {"title": source.title, "trigger_phrase": ", ".join(source.nouns)}
     if len(source.adapters) > 1:
         about["merged_from"] = ", ".join(adapter.name for adapter in source.adapters)
@@ -162,34 +164,42 @@ def export(
         write_hashed(output, tensors, lora_metadata(factors, architecture, about) | ours(source))
         written.append(output)
     if source.nouns:
-        written += embeddings(source, output, torch.float32, beside=True)
+        written += embeddings(source, output, torch.float32, kind)
     described = output.with_suffix(".md")
     write_text(described, card(source, [file.name for file in written], picture))
     return [*written, described]
 
 
-def check_free(path: Path, output: Path, kind: str) -> None:
-    """Refuse to write over what somebody may want to keep: the source, an adapter, a fusion, other files.
+def check_free(path: Path, source: Source, output: Path, kind: str) -> None:
+    """Refuse to write over what somebody may want to keep: the source, its base, an adapter, a fusion, other files.
 
     Raises:
-        UserError: the output is one of these.
+        UserError: the output, or a file that goes beside it, is one of these.
     """
     here, there = Path(path).resolve(), Path(output).resolve()
     if there == here or here in there.parents:
         raise UserError(f"{output} is what is exported, or inside it; choose another output with -o.")
-    if kind == "folder" and there.exists():
-        held = {item.name for item in there.iterdir()} if there.is_dir() else {output.name}
-        if held and not (EXPORTED in held and "recipe.json" not in held):
+    if kind == "folder":
+        if there.is_dir() and not any(there.iterdir()):
+            return
+        if there.exists() and (not is_ours(there / EXPORTED) or (there / "recipe.json").exists()):
             raise UserError(f"{output} exists and is no earlier export; choose another output with -o.")
-    if kind != "folder" and there.is_file() and is_native(there):
-        raise UserError(f"{output} is an adapter of this program, which would be lost; choose another output with -o.")
+        if there.exists():
+            check_replaceable(output, {EXPORTED})
+        if holds(there, here) or (source.base != "pocket" and holds(there, source.base)):
+            raise UserError(f"{output} holds what is exported, or its base; choose another output with -o.")
+        return
+    for file in dict.fromkeys([*([] if kind == "embedding" else [output]), *embedding_files(source, output, kind)]):
+        if file.exists() and not (file.is_file() and OURS & set(read_metadata(file))):
+            raise UserError(f"{file} is no earlier export, and would be lost; choose another output with -o.")
     described = there.with_suffix(".md")
-    if (
-        kind not in {"folder", "embedding"}
-        and described.exists()
-        and MARK not in described.read_text("utf-8", "replace")
-    ):
+    if kind != "embedding" and described.exists() and not is_ours(described):
         raise UserError(f"{described} is not a card of this program, and would be lost; choose another output with -o.")
+
+
+def is_ours(described: Path) -> bool:
+    """Whether a file is a card that an export wrote."""
+    return described.is_file() and MARK in described.read_text("utf-8", "replace")
 
 
 def cut(source: Source, rank: int | None, note: Callable[[str], None]) -> dict[str, Factors]:
@@ -232,20 +242,25 @@ def ours(source: Source) -> dict[str, str]:
     }
 
 
-def embeddings(source: Source, output: Path, dtype: torch.dtype, beside: bool) -> list[Path]:
+def embedding_files(source: Source, output: Path, kind: str) -> dict[Path, str]:
+    """Where the tokens of an export go: beside it, or to the output itself if that is all there is to write."""
+    if kind == "embedding" and len(source.nouns) == 1:
+        return {output: next(iter(source.nouns))}
+    return {output.with_name(f"{output.stem}.{token.strip('<>')}.safetensors"): token for token in source.nouns}
+
+
+def embeddings(source: Source, output: Path, dtype: torch.dtype, kind: str) -> list[Path]:
     """Token embeddings as textual-inversion files: ``{"<rex>": (n, width)}``, or clip_l and clip_g for SDXL."""
-    written = []
-    for token, vectors in source.tokens.items():
-        alone = not beside and len(source.tokens) == 1
-        path = output if alone else output.with_name(f"{output.stem}.{token.strip('<>')}.safetensors")
+    files = embedding_files(source, output, kind)
+    for path, token in files.items():
+        vectors = source.tokens[token]
         tensors = (
             {"clip_l": vectors["text_encoder"], "clip_g": vectors["text_encoder_2"]}
             if "text_encoder_2" in vectors
             else {token: vectors["text_encoder"]}
         )
-        write_tensors(path, {name: value.to(dtype) for name, value in tensors.items()})
-        written.append(path)
-    return written
+        write_tensors(path, {name: value.to(dtype) for name, value in tensors.items()}, {TOKEN: token})
+    return list(files)
 
 
 def write_checkpoint(source: Source, output: Path, dtype: torch.dtype, about: Mapping[str, str]) -> None:
@@ -253,6 +268,18 @@ def write_checkpoint(source: Source, output: Path, dtype: torch.dtype, about: Ma
     base = source.loaded
     rows = {encoder: vocabulary(tokenizer) for encoder, tokenizer in base.tokenizers.items()}
     tensors = checkpoint_tensors(base.models, base.pipeline.vae, rows)
+    velocity, large = base.prediction_type == "v_prediction", "text_encoder_2" in base.models
+    if velocity and large:  # the weights do not tell; programs look for these marks
+        marks = ["v_pred"] + ["ztsnr"] * bool(base.pipeline.scheduler.config.get("rescale_betas_zero_snr"))
+        tensors |= {mark: torch.zeros(0) for mark in marks}
+    second = base.pipeline.text_encoder.config.hidden_act == "gelu"
+    v2 = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
+    about = {
+        **about,
+        "architecture": "stable-diffusion-xl-v1-base" if large else v2 if second else "stable-diffusion-v1",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "prediction_type": "v" if velocity else "epsilon",
+    }
     metadata = {"modelspec.sai_model_spec": "1.0.1", **{f"modelspec.{k}": v for k, v in about.items() if v}}
     write_hashed(output, {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()},
                  metadata | ours(source))  # fmt: skip

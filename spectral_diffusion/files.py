@@ -8,10 +8,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
 
 from .errors import UserError, reason
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+PIPELINE = {
+    "model_index.json", "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
+    "feature_extractor", "image_encoder", "safety_checker",
+}  # fmt: skip
 ABANDONED = 24 * 3600  # seconds after which a killed program's temporary is taken away
 
 
@@ -42,9 +48,10 @@ def _beside(path: Path) -> Path:
     return Path(name)
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
+def cannot_write(path: Path, error: Exception) -> UserError:
     """The sentence for an output that cannot be written."""
-    return UserError(f"Cannot write {path}: {error.strerror or error}; choose another output with -o.")
+    said = error.strerror if isinstance(error, OSError) else None
+    return UserError(f"Cannot write {path}: {said or reason(error)}; choose another output with -o.")
 
 
 def check_writable(path: Path) -> None:
@@ -54,6 +61,27 @@ def check_writable(path: Path) -> None:
         UserError: it cannot.
     """
     _beside(Path(path)).unlink()
+
+
+def check_replaceable(folder: Path, own: Collection[str]) -> None:
+    """Refuse to replace a folder that holds anything but a diffusers pipeline and what is our ``own``.
+
+    Raises:
+        UserError: it does; the sentence names one such thing.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another output with -o.")
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"{folder} is the folder that you are in; name another one with -o.")
+    other = sorted(item.name for item in folder.iterdir() if item.name not in {*PIPELINE, *own})
+    if other:
+        raise UserError(f"{folder} holds {other[0]}, which would be lost; choose another output with -o.")
+
+
+def holds(folder: Path, other: Path | str) -> bool:
+    """Whether a path, if there is anything, is a folder or lies inside it."""
+    here, there = Path(folder).resolve(), Path(other).resolve()
+    return there.exists() and (there == here or here in there.parents)
 
 
 @contextmanager
@@ -71,7 +99,7 @@ def atomic(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as done:
             os.fsync(done.fileno())
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -96,7 +124,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _exchange(temporary, path)
         else:
             temporary.rename(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise cannot_write(path, error) from error
     finally:
         if temporary:
@@ -149,20 +177,33 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, str(temporary), metadata)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors.
+
+    Raises:
+        UserError: missing, unreadable or not a safetensors file.
+    """
+    with _opened(path, "cpu") as file:
+        return file.metadata() or {}
+
+
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file and its metadata.
 
     Raises:
         UserError: missing, unreadable or not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
+    with _opened(path, device) as file:
+        return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {}
 
+
+@contextmanager
+def _opened(path: Path, device: str) -> Iterator[Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No such file: {path}.")
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            yield file
     except (SafetensorError, OSError, ValueError, MemoryError, OverflowError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({reason(error)}).") from error

@@ -27,6 +27,7 @@ from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.config import FuseConfig, PreservationConfig, TrainConfig
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.errors import UserError
+from spectral_diffusion.exporting import export
 from spectral_diffusion.files import read_tensors, write_tensors
 from spectral_diffusion.formats.checkpoint import checkpoint_tensors, unet_tensors
 from spectral_diffusion.formats.native import load_adapter
@@ -250,6 +251,19 @@ def test_a_single_file_without_its_configs_asks_for_them_by_name(tiny_base: Path
     write_tensors(path, {"lora_unet_x": torch.zeros(1)})
     with pytest.raises(UserError, match="is no Stable Diffusion checkpoint"):
         load_base(str(path), "cpu")
+
+
+def test_a_checkpoint_tells_what_its_network_predicts(photos: Path, folder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(folder, tmp_path / "base")
+    file = base / "scheduler" / "scheduler_config.json"
+    scheduler = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **scheduler}))
+    train_to_file(settings(photos, base, tmp_path / "rex.safetensors", steps=1))
+    export(tmp_path / "rex.safetensors", tmp_path / "all.safetensors", "checkpoint", device="cpu")
+    tensors, metadata = read_tensors(tmp_path / "all.safetensors")
+    marks = {"v_pred", "ztsnr"} if (folder / "text_encoder_2").is_dir() else set()
+    assert {name for name, value in tensors.items() if not value.numel()} == marks
+    assert metadata["modelspec.prediction_type"] == "v" and "modelspec.architecture" in metadata
 
 
 @pytest.mark.parametrize("arch", ["sd15", "sdxl"])

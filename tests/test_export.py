@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 from diffusers.utils import convert_unet_state_dict_to_peft
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -24,8 +29,8 @@ from spectral_diffusion.errors import UserError
 from spectral_diffusion.exporting import export
 from spectral_diffusion.files import read_tensors
 from spectral_diffusion.formats.importing import import_lora
-from spectral_diffusion.formats.lora import kohya_name, kohya_tensors, names_of, read_lora
-from spectral_diffusion.formats.native import load_adapter
+from spectral_diffusion.formats.lora import diffusers_name, kohya_name, kohya_tensors, names_of, read_lora
+from spectral_diffusion.formats.native import load_adapter, save_adapter
 from spectral_diffusion.fusion.recipe import fuse_to_folder
 from spectral_diffusion.linalg import Factors, balance, truncate
 from spectral_diffusion.methods.targets import find_targets
@@ -208,6 +213,38 @@ def test_nothing_that_is_there_is_lost(trained: dict[str, Path], tmp_path: Path)
         export(trained["dog"], tmp_path / "out.safetensors", "kohya")
 
 
+def test_folders_and_files_of_others_are_not_replaced(
+    trained: dict[str, Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    project, earlier, web = tmp_path / "project", tmp_path / "earlier", tmp_path / "web.safetensors"
+    project.mkdir()
+    (project / "README.md").write_text("# My project")
+    export(trained["dog"], earlier, "folder")
+    (earlier / "notes.txt").write_text("mine")
+    save_file({"lora_unet_x.alpha": torch.ones(1)}, web)
+    (tmp_path / "words.dog.safetensors").write_bytes(trained["mug"].read_bytes())
+    base = shutil.copytree(tiny_base, tmp_path / "based" / "base")
+    card = (earlier / "README.md").read_text()
+    (base / "README.md").write_text(card)  # such as a base that came out of an export
+    adapter = load_adapter(trained["dog"])
+    save_adapter(replace(adapter, base=str(base)), tmp_path / "based.safetensors")
+    for source, output, kind, what in (
+        ("dog", project, "folder", "is no earlier export"),
+        ("dog", earlier, "folder", "holds notes.txt"),
+        ("dog", web, "checkpoint", "is no earlier export"),
+        ("dog", web, "kohya", "is no earlier export"),
+        ("fused", tmp_path / "words.safetensors", "embedding", r"words\.dog\.safetensors is no earlier export"),
+        ("dog", tmp_path / "words.safetensors", "kohya", r"words\.dog\.safetensors is no earlier export"),
+    ):
+        with pytest.raises(UserError, match=f"{what}.*choose another output"):
+            export(trained[source], output, kind)
+    with pytest.raises(UserError, match="or its base; choose another output"):
+        export(tmp_path / "based.safetensors", base, "folder")
+    assert (project / "README.md").read_text() == "# My project" and (earlier / "notes.txt").exists()
+    assert (base / "unet").is_dir() and list(load_file(web)) == ["lora_unet_x.alpha"]
+    assert load_adapter(tmp_path / "words.dog.safetensors").name == "mug"
+
+
 def test_every_token_has_its_embedding_file(trained: dict[str, Path], tmp_path: Path) -> None:
     [one] = export(trained["dog"], tmp_path / "dog-word.safetensors", "embedding")
     assert torch.equal(load_file(one)["<dog>"], load_adapter(trained["dog"]).vectors["text_encoder"])
@@ -242,6 +279,8 @@ def test_spellings_are_distinct_at_full_size() -> None:
     assert kohya_name("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", True) == (
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
     )
+    assert kohya_name("text_encoder_2.text_projection", True) == "lora_te2_text_projection"
+    assert diffusers_name("text_encoder_2.text_projection") == "text_encoder_2.text_projection"
     assert kohya_name("text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj", True) == (
         "lora_te2_text_model_encoder_layers_0_self_attn_q_proj"
     )
@@ -266,6 +305,74 @@ def test_imported_files_are_the_adapters_they_were(
     for layer in hat.layers:
         wanted = hat.factors(layer).delta() + original.factors(layer).delta()
         assert torch.allclose(fused[layer] - plain[layer], wanted, atol=1e-5)
+
+
+def test_an_import_writes_over_nothing_but_an_import(trained: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
+    web, mine = tmp_path / "web.safetensors", tmp_path / "mug.safetensors"
+    export(trained["mug"], web, "kohya", dtype="float32")
+    mine.write_bytes(trained["mug"].read_bytes())
+    for output in (web, mine, tmp_path / "words.txt", tmp_path):
+        with pytest.raises(UserError, match=r"choose another output|must end in \.safetensors"):
+            import_lora(web, output, str(tiny_base), device="cpu")
+    assert load_adapter(mine).token and any("lora_up" in name for name in load_file(web))
+    for _ in range(2):
+        import_lora(web, tmp_path / "in.safetensors", str(tiny_base), device="cpu")
+
+
+@pytest.mark.parametrize("rooted", [False, True])
+def test_alpha_in_the_config_of_diffusers_files_is_multiplied_in(tiny_base: Path, tmp_path: Path, rooted: bool) -> None:
+    """A stock training's file; the oracle is what the stock pipeline does with it."""
+    torch.manual_seed(0)
+    trainer, pipe = stock(tiny_base), stock(tiny_base)
+    config = LoraConfig(
+        r=4, lora_alpha=8, use_rslora=rooted, alpha_pattern={"attn2.to_k": 2}, target_modules=["to_q", "to_k"],
+        init_lora_weights=False,
+    )  # fmt: skip
+    trainer.unet.add_adapter(config)
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, get_peft_model_state_dict(trainer.unet), weight_name="web.safetensors",
+        unet_lora_adapter_metadata=trainer.unet.peft_config["default"].to_dict(),
+    )  # fmt: skip
+    adapter = import_lora(tmp_path / "web.safetensors", None, str(tiny_base), device="cpu")
+    before = {name: module.weight.clone() for name, module in find_targets({"unet": pipe.unet}).items()}
+    pipe.load_lora_weights(tmp_path, weight_name="web.safetensors")
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    after = {name: module.weight for name, module in find_targets({"unet": pipe.unet}).items()}
+    assert len(adapter.layers) == len(before) // 2
+    for layer in adapter.layers:
+        assert torch.allclose(adapter.factors(layer).delta(), after[layer] - before[layer], atol=1e-5), layer
+    data, metadata = read_tensors(tmp_path / "web.safetensors")
+    save_file(data, tmp_path / "bad.safetensors", {**metadata, "lora_adapter_metadata": "[1"})
+    with pytest.raises(UserError, match="lora_adapter_metadata cannot be read"):
+        import_lora(tmp_path / "bad.safetensors", None, str(tiny_base), device="cpu")
+
+
+@pytest.mark.parametrize("extra", ["lora_unet_conv_out.w_norm", "unet.conv_out.lora_B.bias", "bundle_emb.rex.x"])
+def test_what_is_more_than_a_lora_is_not_taken_for_one(
+    trained: dict[str, Path], tiny_base: Path, tmp_path: Path, extra: str
+) -> None:
+    export(trained["mug"], tmp_path / "web.safetensors", "kohya")
+    save_file({**load_file(tmp_path / "web.safetensors"), extra: torch.zeros(2)}, tmp_path / "more.safetensors")
+    with pytest.raises(UserError, match=f"no plain LoRA .it holds {extra}"):
+        import_lora(tmp_path / "more.safetensors", None, str(tiny_base), device="cpu")
+
+
+def test_a_full_disk_is_told_in_a_sentence(trained: dict[str, Path], tmp_path: Path) -> None:
+    adapter = load_adapter(trained["dog"])
+    with pytest.raises(UserError, match=r"Cannot write .*dog\.safetensors: .*No space left"), full_disk():
+        save_adapter(adapter, tmp_path / "dog.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    def fail(*args: object, **more: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("safetensors.torch.save_file", fail)
+        yield
 
 
 def test_alpha_of_foreign_files_is_multiplied_in(tiny_base: Path, tmp_path: Path) -> None:

@@ -251,6 +251,56 @@ def test_removing_everything_gives_the_base(three: list[Path], tiny_base: Path, 
         unfuse(tmp_path / "fused", ["hta"], tmp_path / "x")
 
 
+def test_a_fusion_never_replaces_what_it_is_built_on_or_what_else_lies_there(
+    three: list[Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = tmp_path / "fused"
+    config = FuseConfig(adapters=three[:2], output=fused, device="cpu")
+    fuse_to_folder(config)
+    fuse_to_folder(config)  # an earlier fusion may be made again
+    with pytest.raises(UserError, match="the base that is built on"):
+        fuse_to_folder(FuseConfig(adapters=three[2:], base=str(fused), allow_base=True, output=fused, device="cpu"))
+    with pytest.raises(UserError, match="may hold the only copy"):
+        unfuse(fused, ["dog"], fused)
+    monkeypatch.chdir(fused)
+    with pytest.raises(UserError, match="the folder that you are in"):
+        fuse_to_folder(config.model_copy(update={"output": Path()}))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(three[2], fused / "adapters" / "mine.safetensors")
+    for name in ("mine.safetensors", "notes.txt"):
+        with pytest.raises(UserError, match=f"holds {name}, which would be lost"):
+            fuse_to_folder(config)
+        (fused / "adapters" / name).unlink(missing_ok=True)
+        (fused / "notes.txt").write_text("mine")
+    assert (fused / "notes.txt").exists() and same(weights(fused), weights(fused))
+
+
+def test_unfusing_on_another_precision_says_that_bits_differ(
+    three: list[Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    fuse_to_folder(FuseConfig(adapters=three, output=tmp_path / "fused", device="cpu"))
+    half = tmp_path / "half"
+    load_base(str(tiny_base), "cpu", "float16").pipeline.save_pretrained(half)
+    notes: list[str] = []
+    unfuse(tmp_path / "fused", ["hat"], tmp_path / "a", base_name=str(tiny_base), note=notes.append)
+    assert not any("precision" in note for note in notes)
+    unfuse(tmp_path / "fused", ["dog", "mug", "hat"], tmp_path / "b", base_name=str(half), note=notes.append)
+    assert any("another precision" in note for note in notes) and not any("last bit." in note for note in notes)
+
+
+def test_subtracting_needs_nothing_of_what_stays(tiny_base: Path, three: list[Path], tmp_path: Path) -> None:
+    config = TrainConfig(
+        concept=make_photos(tmp_path / "fox"), output=tmp_path / "fox.safetensors", base=str(tiny_base), rank=2,
+        steps=1, method="dora", device="cpu",
+    )  # fmt: skip
+    train_to_file(config)
+    fuse_to_folder(FuseConfig(adapters=[three[0], config.output], output=tmp_path / "fused", device="cpu"))
+    unfuse(tmp_path / "fused", [three[0].stem], tmp_path / "rest", subtract=True)
+    assert [one.name for one in load_adapters(tmp_path / "rest")] == ["fox"]
+    with pytest.raises(UserError, match="no LoRA holds"):
+        read_merged(tmp_path / "rest")
+
+
 def test_without_the_base_subtracting_comes_close_and_says_how_close(
     three: list[Path], tiny_base: Path, tmp_path: Path
 ) -> None:

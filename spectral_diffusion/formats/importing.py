@@ -10,12 +10,13 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..base import Base, load_base
 from ..errors import UserError
+from ..files import check_writable
 from ..linalg import kernel_of, sides
 from ..methods import get_method
 from ..methods.targets import find_targets
 from ..tokens import check_name
 from .lora import read_lora
-from .native import save_adapter, versions
+from .native import is_native, load_adapter, save_adapter, versions
 
 EVERYTHING = "re:.*"  # foreign files adapt layers that no preset has, such as time_emb_proj
 
@@ -31,8 +32,10 @@ def import_lora(
     """A LoRA file of another program as an adapter of this one: method lora at the file's largest rank, no token.
 
     Raises:
-        UserError: not such a file, or of another base.
+        UserError: not such a file, or of another base; an output that cannot be written, or that would lose something.
     """
+    if output:
+        check_output(path, output)
     base = base or load_base(base_name, device)
     layers = find_targets(base.models, EVERYTHING)
     factors, _ = read_lora(path, layers)
@@ -54,3 +57,18 @@ def import_lora(
     if output:
         save_adapter(adapter, output)
     return adapter
+
+
+def check_output(path: Path, output: Path) -> None:
+    """Refuse an output that is no adapter file, or that stands there and was not imported.
+
+    Raises:
+        UserError: it is.
+    """
+    if output.suffix != ".safetensors":
+        raise UserError(f"The output {output} must end in .safetensors.")
+    if output.is_dir() or output.resolve() == Path(path).resolve():
+        raise UserError(f"{output} is a folder, or what is imported; choose another output with -o.")
+    if output.exists() and not (is_native(output) and "imported" in load_adapter(output).config):
+        raise UserError(f"{output} was not imported, and would be lost; choose another output with -o.")
+    check_writable(output)

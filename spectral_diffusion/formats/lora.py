@@ -6,16 +6,18 @@ One layer is ``up (out, k) @ down (k, in)``, times alpha / k for kohya; kernels 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import read_tensors, write_bytes
+from ..files import atomic, read_tensors
 from ..linalg import Factors, balance
 from .checkpoint import unet_key
 
@@ -25,7 +27,8 @@ ENDINGS = {  # of a key, after the layer: which factor it is
     "lora_A.weight": "down", "lora_B.weight": "up", "lora_A.default.weight": "down", "lora_B.default.weight": "up",
     "lora.down.weight": "down", "lora.up.weight": "up",
 }  # fmt: skip
-REFUSED = ("hada_", "lokr_", "lora_mid", "dora_scale", "oft_", "diff", "on_input", "lora_magnitude_vector")
+KINDRED = re.compile("hada_|lokr_|lora_|dora_|oft_|diff|on_input|norm|emb")  # in the keys of LoRA's relatives
+PROJECTION = "text_projection"  # of SDXL's second text encoder, which is beside its ``text_model``
 
 
 def kohya_name(layer: str, xl: bool = False, layers_per_block: int = 2) -> str:
@@ -39,13 +42,17 @@ def kohya_name(layer: str, xl: bool = False, layers_per_block: int = 2) -> str:
             path = unet_key(f"{path}.weight", layers_per_block, set(range(8))).removesuffix(".weight")
         return "lora_unet_" + path.replace(".", "_")
     prefix = {"text_encoder": "lora_te1" if xl else "lora_te", "text_encoder_2": "lora_te2"}[component]
+    if path == PROJECTION:
+        return f"{prefix}_{PROJECTION}"
     return f"{prefix}_text_model_{path.removeprefix('text_model.').replace('.', '_')}"
 
 
 def diffusers_name(layer: str) -> str:
     """The layer with the ``text_model.`` level that diffusers' files have for every version of transformers."""
     component, _, path = layer.partition(".")
-    return layer if component == "unet" else f"{component}.text_model.{path.removeprefix('text_model.')}"
+    if component == "unet" or path == PROJECTION:
+        return layer
+    return f"{component}.text_model.{path.removeprefix('text_model.')}"
 
 
 def shaped(factors: Factors, kernel: tuple[int, int, int] | None) -> tuple[Tensor, Tensor]:
@@ -94,14 +101,19 @@ def diffusers_tensors(factors: Mapping[str, Factors], kernels: Kernels, dtype: t
 
 
 def write_hashed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with ModelSpec's ``modelspec.hash_sha256`` over its tensor data."""
-    from safetensors.torch import save
+    """Write a safetensors file with ModelSpec's ``modelspec.hash_sha256`` over its tensor data.
 
+    It is written twice, the first time to be hashed, since a checkpoint need not fit into memory another time.
+    """
     held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    plain = save(held, None)
-    data = plain[8 + int.from_bytes(plain[:8], "little") :]
-    digest = hashlib.sha256(data).hexdigest()
-    write_bytes(path, save(held, {**metadata, "modelspec.hash_sha256": f"0x{digest}"}))
+    with atomic(path) as temporary:
+        save_file(held, temporary)
+        with temporary.open("rb") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            digest = hashlib.sha256()
+            while part := file.read(2**20):
+                digest.update(part)
+        save_file(held, temporary, {**metadata, "modelspec.hash_sha256": f"0x{digest.hexdigest()}"})
 
 
 def read_lora(path: Path, layers: Iterable[str]) -> tuple[dict[str, Factors], dict[str, tuple[int, int, int]]]:
@@ -113,18 +125,20 @@ def read_lora(path: Path, layers: Iterable[str]) -> tuple[dict[str, Factors], di
     Raises:
         UserError: no LoRA file, one of another kind, or one of another base.
     """
-    tensors, _ = read_tensors(path)
-    known = names_of(layers)
+    tensors, metadata = read_tensors(path)
+    known, scale = names_of(layers), peft_scale(path, metadata)
     parts: dict[str, dict[str, Tensor]] = {}
+    other: list[str] = []
     for key, value in tensors.items():
         ending = next((e for e in ENDINGS if key.endswith(f".{e}")), None)
         if ending is None:
-            if any(word in key for word in REFUSED):
-                raise UserError(f"{path} is no plain LoRA (it holds {key}); only LoRA and LoCon files can be imported.")
+            other.append(key)
             continue
         parts.setdefault(key[: -len(ending) - 1], {})[ENDINGS[ending]] = value
-    if not parts:
+    if not parts and not any(KINDRED.search(key) for key in other):
         raise UserError(f"{path} is not a LoRA file: it holds neither lora_down nor lora_A tensors.")
+    if other:  # norms, biases, embeddings, LyCORIS' other kinds: without them it would not be what it is
+        raise UserError(f"{path} is no plain LoRA (it holds {other[0]}); only LoRA and LoCon files can be imported.")
     unknown = [name for name in parts if name not in known]
     if unknown:
         raise UserError(
@@ -145,10 +159,36 @@ def read_lora(path: Path, layers: Iterable[str]) -> tuple[dict[str, Factors], di
             raise UserError(f"{path} is no plain LoRA: the up factor of {name} is no 1×1 convolution.")
         if down.dim() == 4:
             kernels[known[name]] = (down.shape[1], down.shape[2], down.shape[3])
-        factors[known[name]] = Factors(
-            up.reshape(len(up), -1) * (float(alpha) / len(down)), down.reshape(len(down), -1)
-        )
+        share = float(alpha) / len(down) if "alpha" in held else scale(name, len(down))
+        factors[known[name]] = Factors(up.reshape(len(up), -1) * share, down.reshape(len(down), -1))
     return factors, kernels
+
+
+def peft_scale(path: Path, metadata: Mapping[str, str]) -> Callable[[str, int], float]:
+    """What scales a layer of a rank: alpha / rank as the configs in diffusers' ``lora_adapter_metadata`` say, else 1.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    from peft.utils.other import get_pattern_key
+
+    try:
+        held = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+        alphas = {key.rpartition(".")[0]: float(value) for key, value in held.items() if key.endswith(".lora_alpha")}
+        patterns = {
+            part: {k: float(v) for k, v in (held.get(f"{part}.alpha_pattern") or {}).items()} for part in alphas
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: its lora_adapter_metadata cannot be read; get it again.") from error
+
+    def scale(name: str, rank: int) -> float:
+        part, _, layer = name.partition(".")
+        if part not in alphas:
+            return 1.0
+        alpha = patterns[part].get(get_pattern_key(patterns[part], layer), alphas[part])
+        return alpha / (rank**0.5 if held.get(f"{part}.use_rslora") else rank)
+
+    return scale
 
 
 def names_of(layers: Iterable[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from ..adapter import Adapter, check_base
 from ..base import Base, load_base, quiet
 from ..config import FuseConfig, to_yaml
 from ..errors import UserError, nearest
-from ..files import atomic_folder, read_tensors, write_json, write_tensors, write_text
+from ..files import atomic_folder, check_replaceable, holds, read_tensors, write_json, write_tensors, write_text
 from ..formats.importing import import_lora
 from ..formats.native import is_native, load_adapter, save_adapter, versions
 from ..layerwise import mean_note, use_means
@@ -27,7 +27,7 @@ from .collect import cached, collect, memory_of
 from .registry import Contribution, Merge, get_merge
 from .teach import prepare, teach
 
-RECIPE, MERGED, ADAPTERS = "recipe.json", "merged.safetensors", "adapters"
+RECIPE, MERGED, ADAPTERS, SETTINGS = "recipe.json", "merged.safetensors", "adapters", "settings.yaml"
 Seen = dict[str, Activations]
 
 
@@ -247,15 +247,16 @@ def fuse_to_folder(
         UserError: see :func:`fuse_adapters` and the loading rule.
     """
     output = config.output
-    if output.exists() and not (output / RECIPE).is_file():
-        raise UserError(f"{output} exists and is not a fused folder; choose another output with -o.")
+    check_output(output)
     ours = [path for path in config.adapters if Path(path).is_dir() or is_native(path)]
     adapters = [adapter for path in ours for adapter in load_adapters(path)]
     if not adapters and config.base is None:
         raise UserError(
             f"{config.adapters[0]} is not an adapter of this program; a LoRA of another needs its base named by --base."
         )
+    check_apart(output, config.base or adapters[0].base)
     base = base or load_base(config.base or adapters[0].base, config.device)
+    fingerprint = base.fingerprint.exact
     adapters += [import_lora(path, None, base.name, base=base) for path in config.adapters if path not in ours]
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
     warnings += overlaps(adapters)
@@ -272,8 +273,8 @@ def fuse_to_folder(
             save_adapter(adapter, new / files[adapter.name])
         if merged:
             write_merged(new / MERGED, merged)
-        write_json(new / RECIPE, recipe_of(config, adapters, files))
-        write_text(new / "settings.yaml", to_yaml(config))
+        write_json(new / RECIPE, recipe_of(config, adapters, files, fingerprint))
+        write_text(new / SETTINGS, to_yaml(config))
     return warnings
 
 
@@ -334,12 +335,41 @@ def lasting(base: str) -> str:
     return str(Path(base).resolve()) if Path(base).exists() and base != "pocket" else base
 
 
-def recipe_of(config: FuseConfig, adapters: list[Adapter], files: dict[str, str]) -> dict[str, Any]:
-    """What went into a fusion, as JSON."""
+def check_output(output: Path) -> None:
+    """Refuse to write over anything but an earlier fusion with nothing else in it.
+
+    Raises:
+        UserError: it is something else, or holds something else.
+    """
+    if not output.exists():
+        return
+    if not (output / RECIPE).is_file():
+        raise UserError(f"{output} exists and is not a fused folder; choose another output with -o.")
+    check_replaceable(output, {RECIPE, MERGED, SETTINGS, ADAPTERS})
+    known = {Path(str(one["file"])).name for one in (read_recipe(output) or {})["concepts"].values()}
+    held = output / ADAPTERS
+    other = sorted(item.name for item in held.iterdir() if item.name not in known) if held.is_dir() else []
+    if other:
+        raise UserError(f"{held} holds {other[0]}, which would be lost; choose another output with -o.")
+
+
+def check_apart(output: Path, base: str) -> None:
+    """Refuse to write a fusion over the base that it is built on.
+
+    Raises:
+        UserError: the output is that base, or holds it.
+    """
+    if base != "pocket" and output.exists() and holds(output, base):
+        raise UserError(f"{output} is the base that is built on, and would be lost; choose another output with -o.")
+
+
+def recipe_of(config: FuseConfig, adapters: list[Adapter], files: dict[str, str], fingerprint: str) -> dict[str, Any]:
+    """What went into a fusion, as JSON; ``fingerprint`` is the exact one of the base that was there."""
     settings = config.model_dump(mode="json", exclude={"adapters", "output", "base", "device", "strength"})
     return {
         "format_version": 2,
         "base": lasting(config.base or adapters[0].base),
+        "base_fingerprint": fingerprint,
         "merge": config.merge,
         "form": config.form,
         "settings": settings,

@@ -22,6 +22,8 @@ from .recipe import (
     ADAPTERS,
     MERGED,
     RECIPE,
+    check_apart,
+    check_output,
     fuse_to_folder,
     load_adapters,
     owner,
@@ -72,8 +74,9 @@ def unfuse(
     for name in remove:
         if name not in names:
             raise UserError(f"No concept '{name}' in {folder}{nearest(name, names)}; there are {', '.join(names)}.")
-    if output.exists() and not (output / RECIPE).is_file():
-        raise UserError(f"{output} exists and is not a fused folder; choose another output with -o.")
+    if output.resolve() == folder.resolve():
+        raise UserError(f"{folder} may hold the only copy of what is taken out; choose another output with -o.")
+    check_output(output)
     kept = [adapter for adapter in adapters if adapter.name not in remove]
     left = {key: value for key, value in config.strength.items() if owner(key, names)[0] not in remove}
     config = config.model_copy(update={"strength": left})
@@ -81,14 +84,19 @@ def unfuse(
         _subtract(folder, list(remove), config, note)
         return
     config = config.model_copy(update={"base": base_name or config.base})
+    check_apart(output, str(config.base))
     try:
         base = load_base(str(config.base), device)
     except UserError as error:
         raise UserError(
             f"{error} It is needed to fuse the rest anew: name it with --base; without it --subtract comes close."
         ) from error
-    for adapter in adapters:
-        check_base(adapter, base, config.allow_base)
+    for text in (check_base(adapter, base, config.allow_base) for adapter in adapters):
+        if text:
+            note(f"Warning: {text}")
+    before = (read_recipe(folder) or {}).get("base_fingerprint", base.fingerprint.exact)
+    if before != base.fingerprint.exact:
+        note(f"Note: {folder} was fused on the base in another precision, so the result has not the same last bits.")
     if kept:
         files = {name: folder / concept["file"] for name, concept in (read_recipe(folder) or {})["concepts"].items()}
         paths = [files[adapter.name] for adapter in kept]
@@ -96,7 +104,8 @@ def unfuse(
         return
     with atomic_folder(output) as new, quiet():
         base.pipeline.to("cpu").save_pretrained(new)
-    note(f"{output} is the base again, to the last bit.")
+    exactly = ", to the last bit" if before == base.fingerprint.exact else ""
+    note(f"{output} is the base again{exactly}.")
 
 
 def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callable[[str], None]) -> None:
@@ -108,7 +117,8 @@ def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callabl
     check_float32(folder)
     fused = load_base(str(folder), "cpu")
     adapters = load_adapters(folder)
-    strength = (read_recipe(folder) or {})["strength"]
+    recipe = read_recipe(folder) or {}
+    strength = recipe["strength"]
     gone: dict[str, Tensor] = {}
     targets: dict[str, nn.Linear | nn.Conv2d] = {}
     for adapter in adapters:
@@ -135,7 +145,8 @@ def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callabl
         for adapter in kept:
             save_adapter(adapter, new / files[adapter.name])
         if kept:
-            write_json(new / RECIPE, recipe_of(config, kept, files))
+            write_json(new / RECIPE, recipe_of(config, kept, files, recipe.get("base_fingerprint", "")))
+        if kept and not any(adapter.needs_base for adapter in kept):  # whose change could not be told here
             write_merged(new / MERGED, summed(kept, strength))
     note(
         f"Subtracted, not fused anew: every weight is within {bound:.1e} of what a fresh fusion has, and the removed "
