@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -50,6 +50,14 @@ class Settings(BaseModel):
     """Strict base of all settings."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
+            raise ValueError(f"needs another value than {str(value).lower()}")
+        return value
 
 
 class PreservationConfig(Settings):
@@ -171,6 +179,11 @@ class TrainConfig(Settings):
     precision: Literal["bfloat16", "float16"] = "bfloat16"  # of autocast; float16 scales the loss as it has to
     gradient_checkpointing: bool = False  # compute the U-Net's activations twice instead of keeping them
 
+    @field_validator("slot", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
     @field_validator("budget", mode="before")
     @classmethod
     def _thousands(cls, value: Any) -> Any:
@@ -274,6 +287,22 @@ class ConditionConfig(Settings):
 Model = TypeVar("Model", bound=Settings)
 
 
+def _decimal(tag: str, found: re.Pattern[str]) -> re.Pattern[str]:
+    """What YAML takes for a number, but none of base 60."""
+    number = tag.endswith((":int", ":float"))
+    return re.compile(rf"(?![-+]?[0-9][0-9_]*:){found.pattern}", re.X) if number else found
+
+
+class Loader(yaml.SafeLoader):
+    """Safe YAML in which ``16:24`` is a text, as in YAML 1.2."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, _decimal(tag, found)) for tag, found in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file as a mapping.
 
@@ -281,7 +310,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: missing, not YAML, or not a mapping.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     except FileNotFoundError as error:
         raise UserError(f"No such file: {path}.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -309,7 +338,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"'{pair}' is not understood; overrides are written key=value.")
         try:
-            value = yaml.safe_load(text) if text else ""
+            value = yaml.load(text, Loader) if text else ""
         except yaml.YAMLError:
             value = text
         target = out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,21 +161,26 @@ class Ledger:
         Raises:
             UserError: the file is not a ledger.
         """
+        return self._read()[0]
+
+    def _read(self) -> tuple[dict[str, dict[str, Slot]], dict[str, list[str]]]:
+        """The entries, and what bases hash to in half precisions where that was told."""
         if not self.path.exists():
-            return {}
+            return {}, {}
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
             if data["format_version"] not in (1, 2):
                 raise ValueError
+            rounded = {base: [str(one) for one in hashes] for base, hashes in data.get("rounded", {}).items()}
             return {
                 base: {concept: _stored(value) for concept, value in concepts.items()}
                 for base, concepts in data["bases"].items()
-            }
+            }, rounded
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{self.path} is not a slot ledger; repair or remove it.") from error
 
     @contextmanager
-    def _locked(self) -> Iterator[dict[str, dict[str, Slot]]]:
+    def _locked(self) -> Iterator[tuple[dict[str, dict[str, Slot]], dict[str, list[str]]]]:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
@@ -183,19 +188,15 @@ class Ledger:
         except OSError as error:
             raise cannot_write(self.path, error) from error
         try:
-            data = self.read()
-            yield data
-            write_json(
-                self.path,
-                {
-                    "format_version": 2,
-                    "bases": {
-                        base: {name: str(slot) for name, slot in sorted(concepts.items(), key=lambda x: x[1])}
-                        for base, concepts in data.items()
-                        if concepts
-                    },
-                },
-            )
+            data, rounded = self._read()
+            yield data, rounded
+            bases = {
+                base: {name: str(slot) for name, slot in sorted(concepts.items(), key=lambda x: x[1])}
+                for base, concepts in data.items()
+                if concepts
+            }
+            kept = {base: hashes for base, hashes in rounded.items() if base in bases}
+            write_json(self.path, {"format_version": 2, "bases": bases} | ({"rounded": kept} if kept else {}))
         finally:
             lock.release()
 
@@ -208,11 +209,14 @@ class Ledger:
         capacity: int,
         narrowest: str = "",
         seed: int = 0,
+        rounded: Sequence[str] = (),
     ) -> Slot:
         """Take a slot for a concept. Retraining a concept with ``next`` and the same rank keeps its slot.
 
         Args:
             base: the base's fingerprint.
+            rounded: its fingerprints in half precisions. A base that shares one is the same in another precision, whose
+                adapters will meet this one's: their columns are taken too.
             wanted: a policy (see :func:`parse_policy`); ``sampled`` asks and tells the ledger nothing.
             capacity: columns that every target has; ``narrowest`` names the layer that sets it.
             seed: decides the columns that ``sampled`` and ``random`` draw.
@@ -223,10 +227,15 @@ class Ledger:
         policy = parse_policy(wanted, rank)
         if policy.kind == "sampled":
             return drawn_slot(rank, min(policy.pool, capacity), seed)
-        with self._locked() as data:
-            taken = data.setdefault(base, {})
+        with self._locked() as (data, hashes):
+            if rounded:
+                hashes[base] = list(rounded)
+            own = data.setdefault(base, {})
+            alike = [held for other, held in data.items() if set(hashes.get(other, ())) & set(rounded)]
+            taken = {name: slot for held in (*alike, own) for name, slot in held.items()}
             mine = taken.get(concept)
             if policy.kind == "next" and mine is not None and mine.rank == rank:
+                own[concept] = mine
                 return mine
             others = {name: _from_top(held, capacity) for name, held in taken.items() if name != concept}
             used = {column for columns in others.values() for column in columns}
@@ -251,7 +260,7 @@ class Ledger:
                     f"Slot {slot} overlaps the columns {taken[clash]} of '{clash}'; use --slot next, another slot, "
                     f"or free it (spectral-diffusion slots release {clash})."
                 )
-            taken[concept] = slot
+            own[concept] = slot
             return slot
 
     def release(self, concept: str, base: str | None = None) -> list[Slot]:
@@ -261,7 +270,7 @@ class Ledger:
             UserError: no such concept in the ledger.
         """
         freed = []
-        with self._locked() as data:
+        with self._locked() as (data, _):
             for fingerprint, concepts in data.items():
                 if base in (None, fingerprint) and concept in concepts:
                     freed.append(concepts.pop(concept))

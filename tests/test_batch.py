@@ -106,6 +106,14 @@ def test_a_stopped_batch_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "a starting" not in events(tmp_path)
 
 
+def test_a_retraining_that_was_stopped_is_not_taken_for_done(tmp_path: Path) -> None:
+    run_batch(jobs(tmp_path, "rex", "mug"), command)
+    state_path(tmp_path / "out" / "rex.safetensors").write_text("a state")
+    notes: list[str] = []
+    run_batch(jobs(tmp_path, "rex", "mug"), command, resume=True, note=notes.append)
+    assert "mug is done already." in notes and "rex is done already." not in notes
+
+
 def test_settings_that_a_training_settles_are_no_difference(tmp_path: Path) -> None:
     [job] = jobs(tmp_path, "a", budget=5000)
     job.output.parent.mkdir(parents=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from spectral_diffusion.config import FuseConfig, TrainConfig, build, parse_overrides
+import pytest
+
+from spectral_diffusion.config import FuseConfig, TrainConfig, build, parse_overrides, read_yaml
+from spectral_diffusion.errors import UserError
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -29,3 +32,21 @@ def test_every_setting_that_the_page_on_fusing_names_is_one() -> None:
     assert len(named) > 12
     for pair in named:
         build(FuseConfig, {"adapters": ["a"]}, parse_overrides(["output=b", pair]))
+
+
+def test_columns_are_no_number_of_base_60(tmp_path: Path) -> None:
+    given = parse_overrides(["slot=16:24", "rank=8", "data.flip=0.5"])
+    assert given == {"slot": "16:24", "rank": 8, "data": {"flip": 0.5}}
+    path = tmp_path / "a.yaml"
+    path.write_text("slot: 16:24\nlearning_rate: 1.5e-3\nsteps: 1_000\n")
+    assert read_yaml(path) == {"slot": "16:24", "learning_rate": 1.5e-3, "steps": 1000}
+    files = {"concept": tmp_path, "output": tmp_path / "a.safetensors"}
+    assert build(TrainConfig, parse_overrides(["slot=3"]), files).slot == "3"
+
+
+@pytest.mark.parametrize("pair", ["data.flip=true", "noise_offset=yes", "watch.every=true", "token=no", "rank=true"])
+def test_true_and_false_are_no_numbers_and_no_words(tmp_path: Path, pair: str) -> None:
+    files = {"concept": tmp_path, "output": tmp_path / "a.safetensors"}
+    with pytest.raises(UserError, match=r"needs another value than (true|false)"):
+        build(TrainConfig, parse_overrides([pair]), files)
+    assert build(TrainConfig, parse_overrides(["data.shuffle=yes", "autocast=true"]), files).data.shuffle

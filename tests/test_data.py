@@ -49,6 +49,15 @@ def test_concept_yaml_names_things_and_a_misspelt_key_is_told(tmp_path: Path) ->
         load_concept(folder)
 
 
+def test_a_blank_key_is_not_given_and_a_word_must_be_one(tmp_path: Path) -> None:
+    make_photos(tmp_path / "rex")
+    (tmp_path / "rex" / "concept.yaml").write_text("noun:\ntoken:\n")
+    assert (load_concept(tmp_path / "rex").noun, load_concept(tmp_path / "rex").token) == ("rex", "<rex>")
+    (tmp_path / "rex" / "concept.yaml").write_text("noun: no\n")
+    with pytest.raises(UserError, match="must give noun as a word"):
+        load_concept(tmp_path / "rex")
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"file_name": "0.png"}', "3"])
 def test_damaged_metadata_names_the_line(tmp_path: Path, line: str) -> None:
     folder = make_photos(tmp_path / "rex")

@@ -169,6 +169,21 @@ def test_ledger_file_is_plain_json(ledger: Ledger) -> None:
     assert json.loads(ledger.path.read_text()) == {"format_version": 2, "bases": {"base": {"a": "0:8"}}}
 
 
+def test_a_base_in_another_precision_shares_the_columns(ledger: Ledger) -> None:
+    """Its adapters fit the same base, as the loading rule has it."""
+    whole, half, brain = ("h", "b"), ("h", "x"), ("y", "b")
+    assert str(ledger.reserve("float32", "rex", 8, "next", 96, rounded=whole)) == "0:8"
+    assert str(ledger.reserve("float16", "mug", 8, "next", 96, rounded=half)) == "8:16"
+    assert str(ledger.reserve("bfloat16", "hat", 8, "next", 96, rounded=brain)) == "8:16"  # shares with float32 alone
+    assert str(ledger.reserve("float32", "cup", 8, "next", 96, rounded=whole)) == "16:24"
+    assert str(ledger.reserve("other", "fox", 8, "next", 96, rounded=("p", "q"))) == "0:8"
+    assert str(ledger.reserve("float16", "rex", 8, "next", 96, rounded=half)) == "0:8"  # retrained
+    with pytest.raises(UserError, match="of 'rex'"):
+        ledger.reserve("bfloat16", "owl", 8, "0", 96, rounded=brain)
+    ledger.release("cup")
+    assert str(ledger.reserve("float16", "owl", 8, "next", 96, rounded=half)) == "16:24"
+
+
 def test_a_ledger_of_the_first_version_is_read(ledger: Ledger) -> None:
     ledger.path.write_text('{"format_version": 1, "bases": {"base": {"a": [0, 8]}}}')
     assert ledger.reserve("base", "b", 8, "next", 64) == Slot.interval(8, 16)

@@ -130,6 +130,30 @@ def test_resume_without_a_state_starts_afresh_and_other_settings_are_refused(
         train_to_file(config, resume=True)
 
 
+def test_other_photos_or_another_concept_do_not_go_on_with_a_state(
+    photos: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    output, other = tmp_path / "a.safetensors", make_photos(tmp_path / "other", seed=5)
+
+    def train(folder: Path, stop: int, resume: bool = False) -> None:
+        asked = iter(range(99))
+        config = settings(folder, tiny_base, output, method="lora")
+        train_to_file(config, resume=resume, should_stop=lambda: next(asked) == stop)
+
+    with pytest.raises(Stopped):
+        train(photos, 2)
+    with pytest.raises(UserError, match="other photos, captions or words"):
+        train(other, 99, resume=True)
+    picture = next(photos.glob("*.png"))
+    before = picture.read_bytes()
+    Image.new("RGB", (20, 20), "red").save(picture)
+    with pytest.raises(UserError, match="other photos, captions or words"):
+        train(photos, 99, resume=True)
+    picture.write_bytes(before)
+    train(photos, 99, resume=True)
+    assert output.is_file()
+
+
 def test_an_edited_config_goes_on_only_by_force(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     base, notes = load_base(str(tiny_base), "cpu"), []
     config = settings(photos, tiny_base, tmp_path / "rex.safetensors", learning_rate=1e-2)

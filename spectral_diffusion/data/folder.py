@@ -63,6 +63,24 @@ class Concept:
                 return text.replace(mark, self.token)
         return text if self.token in text else f"{self.token}, {text}"
 
+    def digest(self) -> str:
+        """One hash of what a training sees of it: its words, photos, captions and masks.
+
+        Raises:
+            UserError: a file is gone.
+        """
+        hashed = hashlib.sha256(f"{self.token}|{self.noun}".encode())
+        for photo in self.photos:
+            try:
+                parts = [photo.path.read_bytes(), photo.mask.read_bytes() if photo.mask else b""]
+            except OSError as error:
+                raise UserError(
+                    f"{photo.path} or its mask can no longer be read: {error.strerror or error}."
+                ) from error
+            for part in (*parts, f"{photo.caption}|{photo.repeats}".encode()):
+                hashed.update(hashlib.sha256(part).digest())
+        return hashed.hexdigest()[:32]
+
 
 def load_concept(folder: Path, name: str | None = None, token: str | None = None, noun: str | None = None) -> Concept:
     """Read a photo folder.
@@ -86,7 +104,10 @@ def load_concept(folder: Path, name: str | None = None, token: str | None = None
             if key not in CONCEPT_KEYS:
                 raise UserError(f"Unknown key '{key}' in {folder / 'concept.yaml'}{nearest(key, CONCEPT_KEYS)}.")
     repeats = described.pop("repeats", 1)
-    said = {key: str(value) for key, value in described.items()}
+    said = {key: str(value) for key, value in described.items() if value is not None}
+    for key, value in described.items():
+        if isinstance(value, bool | list | dict):
+            raise UserError(f"{folder / 'concept.yaml'} must give {key} as a word; put it into quotes.")
     name = name or said.get("name") or folder.resolve().name
     if not re.fullmatch(r"[\w .-]{1,80}", name) or name.startswith("."):
         raise UserError(f"'{name}' cannot be a concept's name; use letters, digits, - and _ (name=rex).")

@@ -14,6 +14,7 @@ from ..config import TrainConfig, build, read_yaml, to_yaml
 from ..errors import UserError
 from ..files import write_text
 from ..progress import Event, Progress, silent
+from .run import state_path
 from .state import Stopped, comparable, differences
 from .status import read_status, status_path
 
@@ -64,13 +65,13 @@ def jobs_of(folders: Sequence[Path], output: Path, settings: Callable[[Path, Pat
 
 
 def is_done(job: Job, force: bool = False) -> bool:
-    """Whether a job's adapter is there already, from the same settings.
+    """Whether a job's adapter is there already, from the same settings, and no state of a training since.
 
     Raises:
         UserError: it was made with others, and not ``force``.
     """
     beside = job.output.with_suffix(".yaml")
-    if not (job.output.is_file() and beside.is_file()):
+    if not (job.output.is_file() and beside.is_file()) or state_path(job.output).exists():
         return False
     before, now = comparable(build(TrainConfig, read_yaml(beside), file=str(beside))), comparable(job.config)
     settled = {key: value for key, value in before.items() if key in SETTLED}

@@ -103,7 +103,10 @@ def train(
         trained = {**condition.named_parameters(), **dict(attachment.named_parameters())}
         optimiser, rates = build_optimiser(attachment, condition, config, factors)
         average, scaler = Average(trained, config.optimiser.ema), loss_scaler(base, config)
-        belongs = {"base": base_fingerprint.exact, "slot": str(slot or ""), "start": start_hash(start_from)}
+        belongs = {
+            "base": base_fingerprint.exact, "slot": str(slot or ""), "start": start_hash(start_from),
+            "concept": concept.digest(),
+        }  # fmt: skip
         run = Run(state, config, trained, optimiser, attachment, average, scaler, watcher, belongs, among.main)
         start = run.restore(force, note) if resume and state.exists() else 0
         with among.first():

@@ -191,9 +191,11 @@ def reserve(config: TrainConfig, base: Base, concept: Concept) -> Slot:
         narrowest = min(weights, key=lambda layer: sides(weights[layer])[1])
         columns = sides(weights[narrowest])[1]
     ledger = Ledger.beside(config.output, ROWS if rows else LEDGER)
+    own = base.fingerprint
     return ledger.reserve(
-        base.fingerprint.exact, concept.name, config.rank, config.slot, columns, narrowest, config.slot_seed or 0
-    )
+        own.exact, concept.name, config.rank, config.slot, columns, narrowest, config.slot_seed or 0,
+        rounded=(own.half, own.brain),
+    )  # fmt: skip
 
 
 def slot_notes(config: TrainConfig, slot: Slot, base: Base) -> list[str]:

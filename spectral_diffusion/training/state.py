@@ -124,7 +124,7 @@ class Run:
     Attributes:
         path: of the saved state.
         parameters: everything that is trained, by name.
-        belongs: hashes of the base, the slot and the adapter that training goes on from.
+        belongs: hashes of the base, the slot, the adapter that training goes on from, and what the concept is.
     """
 
     path: Path
@@ -178,7 +178,12 @@ class Run:
                 f"{self.path} was made with {told}; resume with the same settings, go on with the new ones by --force, "
                 "or train without --resume."
             )
-        if meta.get("belongs") != self.belongs:
+        held = {"concept": self.belongs["concept"], **meta.get("belongs", {})}  # which early states do not say
+        if held["concept"] != self.belongs["concept"]:
+            raise UserError(
+                f"{self.path} was made with other photos, captions or words; put them back, or train without --resume."
+            )
+        if held != self.belongs:
             raise UserError(f"{self.path} was made on another base, slot or start; train without --resume.")
         if "optimiser.name" in changed:
             raise UserError(f"{self.path} was made with another optimiser, whose numbers this one cannot take over.")

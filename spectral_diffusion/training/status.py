@@ -74,12 +74,13 @@ def is_alive(status: TrainingStatus) -> bool:
     ticks = process_start(status.pid)
     if Path("/proc/self/stat").exists():
         return ticks is not None and status.pid_started in (None, ticks)
-    try:
-        os.kill(status.pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # it is there, but not ours
+    if os.name == "posix":  # Windows has no signal 0; there it would be Ctrl-C
+        try:
+            os.kill(status.pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            pass  # it is there, but not ours
     with suppress(ValueError):
         return time.time() - datetime.fromisoformat(status.updated).timestamp() < STALE
     return False
