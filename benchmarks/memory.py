@@ -8,7 +8,7 @@ from typing import Any
 
 from spectral_diffusion import resources
 from spectral_diffusion.architectures import build_meta, build_vae_meta
-from spectral_diffusion.base import parse_dtype
+from spectral_diffusion.base import parse_dtype, quiet
 from spectral_diffusion.config import TrainConfig, build, read_yaml
 from spectral_diffusion.training.memory import Estimate, estimate
 
@@ -30,8 +30,10 @@ CASES: dict[str, list[dict[str, Any]]] = {
 def computed(arch: str, config: TrainConfig, size: int | None = None, device: str = "cuda") -> Estimate:
     """The estimate for an architecture in the settings' precision."""
     dtype = parse_dtype(config.dtype)
-    models = {name: model.to(dtype).requires_grad_(False) for name, model in build_meta(arch).items()}
-    return estimate(models, build_vae_meta().to(dtype), config, size or config.resolution or SIDES[arch], device)
+    with quiet():
+        models = {name: model.to(dtype).requires_grad_(False) for name, model in build_meta(arch).items()}
+        vae = build_vae_meta().to(dtype)
+    return estimate(models, vae, config, size or config.resolution or SIDES[arch], device)
 
 
 def presets() -> Iterator[tuple[str, TrainConfig]]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 MOST = 8  # pictures encoded together
 PIXELS = 2**19  # of them; encoding takes more memory than a training step of the same pictures
@@ -18,18 +18,22 @@ def at_once(height: int, width: int) -> int:
     return max(1, min(MOST, PIXELS // (height * width)))
 
 
+def overflows(vae: AutoencoderKL) -> bool:
+    """Whether the autoencoder is in float16, and its config says that it overflows there (``force_upcast``)."""
+    return vae.dtype == torch.float16 and bool(vae.config.force_upcast)
+
+
 @contextmanager
-def upcast(vae: AutoencoderKL) -> Iterator[AutoencoderKL]:
-    """The autoencoder in float32 if its config says that it overflows in float16 (``force_upcast``); then as it was."""
-    dtype = vae.dtype
-    needed = dtype == torch.float16 and bool(vae.config.force_upcast)
+def upcast(vae: AutoencoderKL) -> Iterator[None]:
+    """An autoencoder that overflows is in float32 for a while."""
+    needed = overflows(vae)
     if needed:
-        vae.to(dtype=torch.float32)
+        nn.Module.to(vae, torch.float32)  # diffusers' own warns of layers to be kept, of which there are none
     try:
-        yield vae
+        yield
     finally:
         if needed:
-            vae.to(dtype=dtype)
+            nn.Module.to(vae, torch.float16)
 
 
 @torch.no_grad()

@@ -160,6 +160,17 @@ def test_memory_is_computed_without_taking_any(tiny_base: Path) -> None:
     assert plain.weights == sum(4 * p.numel() for p in parameters)
 
 
+def test_an_autoencoder_that_overflows_is_counted_in_float32(tiny_base: Path) -> None:
+    def photos(dtype: str) -> int:
+        base = load_base(str(tiny_base), "cpu", dtype)
+        config = TrainConfig(concept="x", output="y", rank=4, dtype=dtype)  # type: ignore[arg-type]
+        return estimate(base.models, base.pipeline.vae, config, base.size, "cpu").phases["encoding photos"]
+
+    weights = sum(4 * p.numel() for p in load_base(str(tiny_base), "cpu").pipeline.vae.parameters())
+    assert photos("float16") == pytest.approx(photos("float32") + weights, rel=0.02)
+    assert photos("bfloat16") < 0.6 * photos("float32")
+
+
 def test_too_little_memory_is_told_before_training(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, config = load_base(str(tiny_base), "cpu"), TrainConfig(concept="x", output="y", rank=2)
     assert memory_note(base, config, 16) is None

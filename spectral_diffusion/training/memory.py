@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..autoencoder import at_once, upcast
+from ..autoencoder import at_once, overflows
 from ..base import ENCODERS, Base, plain_is_quicker
 from ..config import TrainConfig
 from ..errors import UserError
@@ -107,15 +107,15 @@ class LeanAttention(AttnProcessor):
         return attn.to_out[0](out.transpose(1, 2).flatten(2).to(hidden_states.dtype))
 
 
-def hollow(models: Models, device: str) -> dict[str, nn.Module]:
-    """Copies of networks, with what is attached to them, whose tensors hold nothing.
+def hollow(models: Models, device: str, dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
+    """Copies of networks, with what is attached to them, whose tensors hold nothing, in another ``dtype`` if given.
 
     They are on the meta device, or inside a ``FakeTensorMode`` on any other.
     """
     memo: dict[int, Any] = {}
     for model in models.values():
         for parameter in model.parameters():
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            empty = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=device)
             memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
         for buffer in model.buffers():
             memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
@@ -190,8 +190,8 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
             pixels = (min(at_once(size, size), config.crops), 3, size, size)
 
             def encode() -> None:
-                with upcast(empty_vae):
-                    empty_vae.encode(torch.empty(pixels, dtype=empty_vae.dtype))
+                working = hollow({"vae": empty_vae}, "cpu", torch.float32)["vae"] if overflows(empty_vae) else empty_vae
+                working.encode(torch.empty(pixels, dtype=next(working.parameters()).dtype))  # type: ignore[operator]
 
             measure("encoding photos", encode)
             if config.preservation.weight and not config.data.class_images:
