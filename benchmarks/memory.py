@@ -37,8 +37,10 @@ def computed(arch: str, config: TrainConfig, size: int | None = None, device: st
 
 
 def presets() -> Iterator[tuple[str, TrainConfig]]:
-    """The shipped presets for Stable Diffusion 1.5 by name."""
-    for path in sorted(resources.configs().glob("sd15-*gb.yaml"), key=lambda path: int(path.stem[5:-2])):
+    """The shipped presets for Stable Diffusion 1.5 and XL by name, which begins with the architecture's."""
+    for path in sorted(
+        resources.configs().glob("sd*-*gb.yaml"), key=lambda path: (path.stem[:4], int(path.stem[5:-2]))
+    ):
         yield path.stem, build(TrainConfig, read_yaml(path)["train"], {"concept": "x", "output": "y"})
 
 
@@ -57,7 +59,7 @@ def main() -> None:
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
         if arch == "presets":
             for name, config in presets():
-                print(row(name, computed("sd15", config)), flush=True)
+                print(row(name, computed(name[:4], config)), flush=True)
             continue
         for case in CASES[arch]:
             config = build(TrainConfig, case, {"concept": "x", "output": "y"})
