@@ -49,5 +49,7 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Scaled latents (n, channels, h, w) as pictures (n, 3, H, W) in −1…1, float32."""
     with upcast(vae):
-        decoded: Tensor = vae.decode(latents.to(next(vae.parameters())) / vae.config.scaling_factor).sample
-        return decoded.float()
+        scaled = latents.to(next(vae.parameters())) / vae.config.scaling_factor
+        side = 2 ** (len(vae.config.block_out_channels) - 1)
+        parts = scaled.split(at_once(side * latents.shape[-2], side * latents.shape[-1]))
+        return torch.cat([vae.decode(part).sample.float() for part in parts])

@@ -56,7 +56,7 @@ class Settings(BaseModel):
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
-            raise ValueError(f"needs another value than {str(value).lower()}")
+            raise ValueError("yes, no, true and false are none of its values (as words they go into quotes)")
         return value
 
 

@@ -16,7 +16,7 @@ from .adapter import Adapter, check_base
 from .base import Base, load_base, parse_dtype, quiet
 from .config import FuseConfig
 from .errors import UserError
-from .files import atomic_folder, check_replaceable, check_writable, holds, read_metadata, write_tensors, write_text
+from .files import atomic_folder, check_replaceable, check_writable, holds, read_header, write_tensors, write_text
 from .formats.card import MARK, model_card
 from .formats.checkpoint import checkpoint_tensors
 from .formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
@@ -28,7 +28,7 @@ from .tokens import known_tokens
 
 EXPORTED = "README.md"  # an exported folder has our card under this name
 TOKEN = "spectral.token"
-OURS = {TOKEN, "spectral.recipe"}  # one of these is in the metadata of every file that an export wrote
+OURS = {TOKEN, "spectral.recipe"}  # in the metadata of what an export wrote
 FORMATS = ("kohya", "diffusers", "embedding", "folder", "checkpoint")
 
 
@@ -189,8 +189,12 @@ def check_free(path: Path, source: Source, output: Path, kind: str) -> None:
         if holds(there, here) or (source.base != "pocket" and holds(there, source.base)):
             raise UserError(f"{output} holds what is exported, or its base; choose another output with -o.")
         return
-    for file in dict.fromkeys([*([] if kind == "embedding" else [output]), *embedding_files(source, output, kind)]):
-        if file.exists() and not (file.is_file() and OURS & set(read_metadata(file))):
+    files: dict[Path, str | None] = {} if kind == "embedding" else {output: None}
+    for file, token in {**files, **embedding_files(source, output, kind)}.items():
+        if not file.exists():
+            continue
+        names, metadata = read_header(file)
+        if not OURS & set(metadata) and (token is None or names not in ({token}, {"clip_l", "clip_g"})):
             raise UserError(f"{file} is no earlier export, and would be lost; choose another output with -o.")
     described = there.with_suffix(".md")
     if kind != "embedding" and described.exists() and not is_ours(described):

@@ -25,6 +25,7 @@ PIPELINE = {
     "model_index.json", "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
     "feature_extractor", "image_encoder", "safety_checker",
 }  # fmt: skip
+DROPPED = {".DS_Store", "Thumbs.db", "desktop.ini"}  # by file managers
 ABANDONED = 24 * 3600  # seconds after which a killed program's temporary is taken away
 
 
@@ -73,8 +74,17 @@ def check_replaceable(folder: Path, own: Collection[str]) -> None:
         raise UserError(f"{folder} is a file; choose another output with -o.")
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"{folder} is the folder that you are in; name another one with -o.")
-    other = sorted(item.name for item in folder.iterdir() if item.name not in {*PIPELINE, *own})
-    if other:
+    check_only(folder, {*PIPELINE, *own})
+
+
+def check_only(folder: Path, own: Collection[str]) -> None:
+    """Refuse a folder that holds anything but our ``own`` and what systems drop everywhere.
+
+    Raises:
+        UserError: it does; the sentence names one such thing.
+    """
+    held = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
+    if other := sorted(held - {*own, *DROPPED}):
         raise UserError(f"{folder} holds {other[0]}, which would be lost; choose another output with -o.")
 
 
@@ -177,14 +187,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, str(temporary), metadata)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file, without its tensors.
+def read_header(path: Path) -> tuple[set[str], dict[str, str]]:
+    """The names of a safetensors file's tensors, and its metadata.
 
     Raises:
         UserError: missing, unreadable or not a safetensors file.
     """
     with _opened(path, "cpu") as file:
-        return file.metadata() or {}
+        return set(file.keys()), file.metadata() or {}
 
 
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,13 +231,16 @@ class Ledger:
             if rounded:
                 hashes[base] = list(rounded)
             own = data.setdefault(base, {})
-            alike = [held for other, held in data.items() if set(hashes.get(other, ())) & set(rounded)]
-            taken = {name: slot for held in (*alike, own) for name, slot in held.items()}
+            kin = [data[other] for other in alike(base, hashes) if other in data and other != base]
+            taken = {name: slot for held in (*kin, own) for name, slot in held.items()}
             mine = taken.get(concept)
             if policy.kind == "next" and mine is not None and mine.rank == rank:
                 own[concept] = mine
                 return mine
-            others = {name: _from_top(held, capacity) for name, held in taken.items() if name != concept}
+            others: dict[str, set[int]] = {}
+            for name, held in (pair for one in (*kin, own) for pair in one.items()):
+                if name != concept:
+                    others.setdefault(name, set()).update(_from_top(held, capacity))
             used = {column for columns in others.values() for column in columns}
             if policy.slot is not None:
                 slot = policy.slot
@@ -260,6 +263,8 @@ class Ledger:
                     f"Slot {slot} overlaps the columns {taken[clash]} of '{clash}'; use --slot next, another slot, "
                     f"or free it (spectral-diffusion slots release {clash})."
                 )
+            for held_there in kin:
+                held_there.pop(concept, None)  # it is trained anew
             own[concept] = slot
             return slot
 
@@ -277,6 +282,15 @@ class Ledger:
         if not freed:
             raise UserError(f"No concept '{concept}' in {self.path}.")
         return freed
+
+
+def alike(base: str, hashes: Mapping[str, Sequence[str]]) -> set[str]:
+    """The bases that are one in several precisions, linked by hashes that they share, ``base`` among them."""
+    found, shared = {base}, set(hashes.get(base, ()))
+    while more := {other for other, own in hashes.items() if other not in found and shared & set(own)}:
+        found |= more
+        shared.update(*(hashes[other] for other in more))
+    return found
 
 
 def _stored(value: object) -> Slot:

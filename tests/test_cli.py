@@ -269,7 +269,7 @@ LAYERS = [
     {"files", "slots", "registry"},
     {"slot_map"},
     {"methods", "spectrum", "resources"},
-    {"base", "tokens", "config", "architectures"},
+    {"autoencoder", "base", "tokens", "config", "architectures"},
     {"adapter", "data", "evaluation", "layerwise"},
     {"formats", "training", "adapted"},
     {"fusion"},

@@ -47,6 +47,6 @@ def test_columns_are_no_number_of_base_60(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pair", ["data.flip=true", "noise_offset=yes", "watch.every=true", "token=no", "rank=true"])
 def test_true_and_false_are_no_numbers_and_no_words(tmp_path: Path, pair: str) -> None:
     files = {"concept": tmp_path, "output": tmp_path / "a.safetensors"}
-    with pytest.raises(UserError, match=r"needs another value than (true|false)"):
+    with pytest.raises(UserError, match="true and false are none of its values"):
         build(TrainConfig, parse_overrides([pair]), files)
     assert build(TrainConfig, parse_overrides(["data.shuffle=yes", "autocast=true"]), files).data.shuffle

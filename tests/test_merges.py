@@ -257,7 +257,9 @@ def test_a_fusion_never_replaces_what_it_is_built_on_or_what_else_lies_there(
     fused = tmp_path / "fused"
     config = FuseConfig(adapters=three[:2], output=fused, device="cpu")
     fuse_to_folder(config)
+    (fused / ".DS_Store").write_bytes(b"")  # as a file manager leaves it
     fuse_to_folder(config)  # an earlier fusion may be made again
+    before = weights(fused)
     with pytest.raises(UserError, match="the base that is built on"):
         fuse_to_folder(FuseConfig(adapters=three[2:], base=str(fused), allow_base=True, output=fused, device="cpu"))
     with pytest.raises(UserError, match="may hold the only copy"):
@@ -272,7 +274,11 @@ def test_a_fusion_never_replaces_what_it_is_built_on_or_what_else_lies_there(
             fuse_to_folder(config)
         (fused / "adapters" / name).unlink(missing_ok=True)
         (fused / "notes.txt").write_text("mine")
-    assert (fused / "notes.txt").exists() and same(weights(fused), weights(fused))
+    assert (fused / "notes.txt").exists() and same(weights(fused), before)
+    (fused / "notes.txt").unlink()
+    (fused / "recipe.json").write_text("{")  # a damaged fusion may be made again too
+    fuse_to_folder(config)
+    assert same(weights(fused), before) and read_recipe(fused)
 
 
 def test_unfusing_on_another_precision_says_that_bits_differ(

@@ -174,14 +174,22 @@ def test_a_base_in_another_precision_shares_the_columns(ledger: Ledger) -> None:
     whole, half, brain = ("h", "b"), ("h", "x"), ("y", "b")
     assert str(ledger.reserve("float32", "rex", 8, "next", 96, rounded=whole)) == "0:8"
     assert str(ledger.reserve("float16", "mug", 8, "next", 96, rounded=half)) == "8:16"
-    assert str(ledger.reserve("bfloat16", "hat", 8, "next", 96, rounded=brain)) == "8:16"  # shares with float32 alone
-    assert str(ledger.reserve("float32", "cup", 8, "next", 96, rounded=whole)) == "16:24"
+    assert str(ledger.reserve("bfloat16", "hat", 8, "next", 96, rounded=brain)) == "16:24"  # by way of float32
+    assert str(ledger.reserve("float32", "cup", 8, "next", 96, rounded=whole)) == "24:32"
     assert str(ledger.reserve("other", "fox", 8, "next", 96, rounded=("p", "q"))) == "0:8"
-    assert str(ledger.reserve("float16", "rex", 8, "next", 96, rounded=half)) == "0:8"  # retrained
     with pytest.raises(UserError, match="of 'rex'"):
         ledger.reserve("bfloat16", "owl", 8, "0", 96, rounded=brain)
-    ledger.release("cup")
-    assert str(ledger.reserve("float16", "owl", 8, "next", 96, rounded=half)) == "16:24"
+    ledger.release("mug")
+    assert str(ledger.reserve("float16", "owl", 8, "next", 96, rounded=half)) == "8:16"
+
+
+def test_a_concept_trained_again_in_another_precision_moves(ledger: Ledger) -> None:
+    whole, half = ("h", "b"), ("h", "x")
+    ledger.reserve("float32", "rex", 8, "next", 96, rounded=whole)
+    assert str(ledger.reserve("float16", "rex", 8, "next", 96, rounded=half)) == "0:8"
+    assert str(ledger.reserve("float16", "rex", 16, "next", 96, rounded=half)) == "0:16"
+    assert str(ledger.reserve("float32", "mug", 8, "next", 96, rounded=whole)) == "16:24"
+    assert ledger.read() == {"float16": {"rex": Slot.interval(0, 16)}, "float32": {"mug": Slot.interval(16, 24)}}
 
 
 def test_a_ledger_of_the_first_version_is_read(ledger: Ledger) -> None:

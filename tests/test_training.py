@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,10 +136,10 @@ def test_other_photos_or_another_concept_do_not_go_on_with_a_state(
 ) -> None:
     output, other = tmp_path / "a.safetensors", make_photos(tmp_path / "other", seed=5)
 
-    def train(folder: Path, stop: int, resume: bool = False) -> None:
+    def train(folder: Path, stop: int, resume: bool = False, **more: Any) -> None:
         asked = iter(range(99))
         config = settings(folder, tiny_base, output, method="lora")
-        train_to_file(config, resume=resume, should_stop=lambda: next(asked) == stop)
+        train_to_file(config, resume=resume, should_stop=lambda: next(asked) == stop, **more)
 
     with pytest.raises(Stopped):
         train(photos, 2)
@@ -150,8 +151,15 @@ def test_other_photos_or_another_concept_do_not_go_on_with_a_state(
     with pytest.raises(UserError, match="other photos, captions or words"):
         train(photos, 99, resume=True)
     picture.write_bytes(before)
-    train(photos, 99, resume=True)
-    assert output.is_file()
+    notes: list[str] = []
+    train(photos, 99, resume=True, note=notes.append)
+    assert output.is_file() and not any("other photos" in note for note in notes)
+    output.unlink()
+    with pytest.raises(Stopped):
+        train(photos, 2)
+    Image.new("RGB", (20, 20), "red").save(picture)
+    train(photos, 99, resume=True, force=True, note=notes.append)
+    assert output.is_file() and any("other photos" in note for note in notes)
 
 
 def test_an_edited_config_goes_on_only_by_force(photos: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from ..autoencoder import overflows
 from ..errors import UserError
 from ..files import read_tensors, write_tensors
 from ..spectrum import cache_folder, hash_weight
@@ -30,6 +31,7 @@ def encoder_hash(vae: AutoencoderKL) -> str:
     weights = {name: weight for name, weight in vae.named_parameters() if not name.startswith(("decoder", "post_"))}
     lines = [f"{name}={hash_weight(weight)}" for name, weight in sorted(weights.items())]
     first = next(iter(weights.values()))
+    lines += ["in float32"] if overflows(vae) else []
     lines += [str(first.dtype), first.device.type, torch.__version__, PIL.__version__]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -95,7 +95,8 @@ class PhotoCrops:
         latents = encode(self.vae, torch.stack([cut_photo(opened(photo), crop) for photo, crop in pairs]))
         for (photo, _), latent in zip(pairs, latents, strict=True):
             if not torch.isfinite(latent).all():
-                raise UserError(f"The autoencoder made NaN or infinity of {photo.path}; use dtype=bfloat16 or float32.")
+                mend = "use dtype=float32" if self.vae.dtype == torch.float16 else "get the base again"
+                raise UserError(f"The base's autoencoder made NaN or infinity of {photo.path}; {mend}.")
         if not self.masked:
             return latents, None
         masks = torch.stack([cut_mask(covers(photo), crop) for photo, crop in pairs])

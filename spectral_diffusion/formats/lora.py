@@ -170,22 +170,22 @@ def peft_scale(path: Path, metadata: Mapping[str, str]) -> Callable[[str, int], 
     Raises:
         UserError: they cannot be read.
     """
-    from peft.utils.other import get_pattern_key
-
     try:
         held = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
         alphas = {key.rpartition(".")[0]: float(value) for key, value in held.items() if key.endswith(".lora_alpha")}
-        patterns = {
-            part: {k: float(v) for k, v in (held.get(f"{part}.alpha_pattern") or {}).items()} for part in alphas
+        given = {part: held.get(f"{part}.alpha_pattern") or {} for part in alphas}
+        patterns = {  # of the ends of names, as PEFT reads them
+            part: [(re.compile(rf"(.*\.)?({key})$"), float(alpha)) for key, alpha in one.items()]
+            for part, one in given.items()
         }
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, re.error) as error:
         raise UserError(f"{path} is damaged: its lora_adapter_metadata cannot be read; get it again.") from error
 
     def scale(name: str, rank: int) -> float:
         part, _, layer = name.partition(".")
         if part not in alphas:
             return 1.0
-        alpha = patterns[part].get(get_pattern_key(patterns[part], layer), alphas[part])
+        alpha = next((alpha for pattern, alpha in patterns[part] if pattern.match(layer)), alphas[part])
         return alpha / (rank**0.5 if held.get(f"{part}.use_rslora") else rank)
 
     return scale

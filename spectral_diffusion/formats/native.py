@@ -20,7 +20,7 @@ from torch import Tensor
 from ..adapter import Adapter, check_finite
 from ..base import fingerprint_json, parse_fingerprint
 from ..errors import UserError, reason
-from ..files import read_metadata, read_tensors, write_tensors
+from ..files import read_header, read_tensors, write_tensors
 from ..linalg import flatten
 from ..methods import get_method
 from ..slots import read_columns
@@ -100,7 +100,7 @@ def is_native(path: Path) -> bool:
     Raises:
         UserError: it is no safetensors file at all.
     """
-    return read_metadata(Path(path)).get("format") == FORMAT
+    return read_header(Path(path))[1].get("format") == FORMAT
 
 
 def load_adapter(path: Path) -> Adapter:

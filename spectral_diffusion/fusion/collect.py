@@ -158,7 +158,7 @@ def cached(
         "size": base.size,
         "scheduler": json.loads(base.pipeline.scheduler.to_json_string()),
         "seed": seed,
-        "format": 2,
+        "format": 3 if "text_encoder_2" in base.models else 2,  # whose prompts are summed up at their end since
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_folder()) / "activations" / f"{key}.safetensors"

@@ -15,7 +15,16 @@ from ..adapter import Adapter, check_base
 from ..base import Base, load_base, quiet
 from ..config import FuseConfig, to_yaml
 from ..errors import UserError, nearest
-from ..files import atomic_folder, check_replaceable, holds, read_tensors, write_json, write_tensors, write_text
+from ..files import (
+    atomic_folder,
+    check_only,
+    check_replaceable,
+    holds,
+    read_tensors,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from ..formats.importing import import_lora
 from ..formats.native import is_native, load_adapter, save_adapter, versions
 from ..layerwise import mean_note, use_means
@@ -346,11 +355,11 @@ def check_output(output: Path) -> None:
     if not (output / RECIPE).is_file():
         raise UserError(f"{output} exists and is not a fused folder; choose another output with -o.")
     check_replaceable(output, {RECIPE, MERGED, SETTINGS, ADAPTERS})
-    known = {Path(str(one["file"])).name for one in (read_recipe(output) or {})["concepts"].values()}
-    held = output / ADAPTERS
-    other = sorted(item.name for item in held.iterdir() if item.name not in known) if held.is_dir() else []
-    if other:
-        raise UserError(f"{held} holds {other[0]}, which would be lost; choose another output with -o.")
+    try:
+        concepts = (read_recipe(output) or {})["concepts"].values()
+    except UserError:  # a damaged recipe does not say which adapters are its own
+        return
+    check_only(output / ADAPTERS, {Path(str(one["file"])).name for one in concepts})
 
 
 def check_apart(output: Path, base: str) -> None:
@@ -363,13 +372,15 @@ def check_apart(output: Path, base: str) -> None:
         raise UserError(f"{output} is the base that is built on, and would be lost; choose another output with -o.")
 
 
-def recipe_of(config: FuseConfig, adapters: list[Adapter], files: dict[str, str], fingerprint: str) -> dict[str, Any]:
-    """What went into a fusion, as JSON; ``fingerprint`` is the exact one of the base that was there."""
+def recipe_of(
+    config: FuseConfig, adapters: list[Adapter], files: dict[str, str], fingerprint: str | None
+) -> dict[str, Any]:
+    """What went into a fusion, as JSON; ``fingerprint`` is the exact one of the base that was there, if known."""
     settings = config.model_dump(mode="json", exclude={"adapters", "output", "base", "device", "strength"})
     return {
         "format_version": 2,
         "base": lasting(config.base or adapters[0].base),
-        "base_fingerprint": fingerprint,
+        **({"base_fingerprint": fingerprint} if fingerprint else {}),
         "merge": config.merge,
         "form": config.form,
         "settings": settings,

@@ -80,11 +80,11 @@ def unfuse(
     kept = [adapter for adapter in adapters if adapter.name not in remove]
     left = {key: value for key, value in config.strength.items() if owner(key, names)[0] not in remove}
     config = config.model_copy(update={"strength": left})
+    check_apart(output, str(base_name or config.base))
     if subtract:
         _subtract(folder, list(remove), config, note)
         return
     config = config.model_copy(update={"base": base_name or config.base})
-    check_apart(output, str(config.base))
     try:
         base = load_base(str(config.base), device)
     except UserError as error:
@@ -145,7 +145,7 @@ def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callabl
         for adapter in kept:
             save_adapter(adapter, new / files[adapter.name])
         if kept:
-            write_json(new / RECIPE, recipe_of(config, kept, files, recipe.get("base_fingerprint", "")))
+            write_json(new / RECIPE, recipe_of(config, kept, files, recipe.get("base_fingerprint")))
         if kept and not any(adapter.needs_base for adapter in kept):  # whose change could not be told here
             write_merged(new / MERGED, summed(kept, strength))
     note(

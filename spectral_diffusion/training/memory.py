@@ -189,17 +189,26 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
         with torch.no_grad():
             pixels = (min(at_once(size, size), config.crops), 3, size, size)
 
+            def working() -> Any:
+                """The autoencoder as it works, which may be a copy in float32."""
+                return hollow({"vae": empty_vae}, "cpu", torch.float32)["vae"] if overflows(empty_vae) else empty_vae
+
             def encode() -> None:
-                working = hollow({"vae": empty_vae}, "cpu", torch.float32)["vae"] if overflows(empty_vae) else empty_vae
-                working.encode(torch.empty(pixels, dtype=next(working.parameters()).dtype))  # type: ignore[operator]
+                there = working()
+                there.encode(torch.empty(pixels, dtype=next(there.parameters()).dtype))
+
+            def draw() -> None:
+                predict(2 * len(config.watch.prompts))
+                there = working() if "text_encoder_2" in models else empty_vae  # diffusers' pipeline for XL does so too
+                latents = (1, empty_vae.config.latent_channels, side, side)
+                there.decode(torch.empty(latents, dtype=next(there.parameters()).dtype))
 
             measure("encoding photos", encode)
             if config.preservation.weight and not config.data.class_images:
                 count = 2 * min(PICTURES_AT_ONCE, config.preservation.pictures)
                 measure("drawing ordinary pictures", lambda: predict(count))
             if config.watch.every:
-                drawn = torch.empty(1, empty_vae.config.latent_channels, side, side, dtype=dtype)
-                measure("drawing samples", lambda: (predict(2 * len(config.watch.prompts)), empty_vae.decode(drawn)))
+                measure("drawing samples", draw)
         measure("training", step)
     return Estimate(weights, max(0, adapter), phases, CONTEXT[device])
 

@@ -180,9 +180,13 @@ class Run:
             )
         held = {"concept": self.belongs["concept"], **meta.get("belongs", {})}  # which early states do not say
         if held["concept"] != self.belongs["concept"]:
-            raise UserError(
-                f"{self.path} was made with other photos, captions or words; put them back, or train without --resume."
-            )
+            if not force:
+                raise UserError(
+                    f"{self.path} was made with other photos, captions or words; put them back, go on with these by "
+                    "--force, or train without --resume."
+                )
+            note(f"Note: {self.path.name} was made with other photos, captions or words; going on because of --force.")
+            held["concept"] = self.belongs["concept"]
         if held != self.belongs:
             raise UserError(f"{self.path} was made on another base, slot or start; train without --resume.")
         if "optimiser.name" in changed:

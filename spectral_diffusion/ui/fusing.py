@@ -245,7 +245,8 @@ def take_out(workspace: Workspace, name: str | None, concept: str | None, new: s
     with reworded(workspace, "fused"):
         unfuse(folder, [concept], workspace.fused / new, progress=progress, note=notes.append)
     told = [in_app(note, workspace) for note in notes]
-    return "\n".join([*told, f"Saved '{new}': '{name}' without {concept}, as if it had never been in."])
+    exactly = "" if told else ", as if it had never been in"
+    return "\n".join([*told, f"Saved '{new}': '{name}' without {concept}{exactly}."])
 
 
 def delete_fusion(workspace: Workspace, name: str | None) -> str:

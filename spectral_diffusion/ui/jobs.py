@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 from ..config import TrainConfig, build, read_yaml
 from ..errors import UserError
 from ..files import write_text
-from .workspace import STAGES, duration
+from .wording import in_app
+from .workspace import STAGES, Workspace, duration
 
 if TYPE_CHECKING:
     from ..training.status import TrainingStatus
@@ -196,11 +197,11 @@ def moving(jobs: Iterable[Job]) -> bool:
     return "running" in states or ("waiting" in states and "paused" not in states)
 
 
-def how_it_ended(job: Job, adapters: Path) -> dict[str, Any]:
+def how_it_ended(job: Job, workspace: Workspace) -> dict[str, Any]:
     """What to change in the record of a job whose process is gone: its state, and a sentence."""
     from ..training.run import state_path
 
-    output, record, status = job.output(adapters), job.record, job.own_status
+    output, record, status = job.output(workspace.adapters), job.record, job.own_status
     state = state_path(output)
     unwritten = status is None or status.state == "lost"  # its last word is missing
     if unwritten and output.exists() and output.stat().st_mtime >= record.launched and not state.exists():
@@ -211,7 +212,7 @@ def how_it_ended(job: Job, adapters: Path) -> dict[str, Any]:
     if record.wish or (status and status.state == "stopped"):
         return {"state": "paused" if record.wish == "pause" else "stopped", "message": f"{goes_on}."}
     if status and not unwritten:
-        return {"state": "failed", "message": status.message}
+        return {"state": "failed", "message": in_app(status.message, workspace)}
     if error := last_error(job.log):
         return {"state": "failed", "message": error}
     if shutil.disk_usage(job.folder).free < FULL:

@@ -316,7 +316,7 @@ class Queue:
             if time.time() - job.record.launched < LAUNCH:
                 return
         job = Job(job.folder, job.record)  # its last word may be newer than what was read while it lived
-        job.write(wish="", **how_it_ended(job, self.workspace.adapters))
+        job.write(wish="", **how_it_ended(job, self.workspace))
 
     def _refuse_twin(self, concept: str, job: Job | None = None) -> None:
         """Refuse a second training into the same adapter; a new one takes the place of any that left nothing.
