@@ -26,11 +26,11 @@ test: install
 	$(BIN)/mypy
 	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 4
 ifneq ($(CHROMIUM),)
-	$(BIN)/python -m pytest -m browser tests/browser
+	$(ONE) $(BIN)/python -m pytest -n 2 -m browser tests/browser
 endif
 
 test-ui: install
-	$(BIN)/python -m pytest -m browser tests/browser
+	$(ONE) $(BIN)/python -m pytest -n 2 -m browser tests/browser
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
