@@ -21,7 +21,8 @@ from .formats.card import MARK, model_card
 from .formats.checkpoint import checkpoint_tensors
 from .formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
 from .formats.native import versions
-from .fusion.recipe import fuse_adapters, load_adapters, read_merged, read_recipe
+from .fusion.folder import load_adapters, read_merged, read_recipe
+from .fusion.recipe import fuse_adapters
 from .layerwise import mean_note
 from .linalg import Factors, truncate
 from .tokens import known_tokens

@@ -14,7 +14,8 @@ from PIL import Image
 from .adapter import Adapter
 from .errors import UserError
 from .formats.native import load_adapter
-from .fusion.recipe import load_adapters, overlaps, read_recipe, strength_of
+from .fusion.folder import load_adapters, read_recipe
+from .fusion.recipe import overlaps, strength_of
 from .generation.pictures import read_settings
 from .linalg import cosine_between, frobenius_norm
 from .slot_map import draw_slots

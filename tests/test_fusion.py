@@ -16,7 +16,8 @@ from spectral_diffusion.config import FuseConfig, TrainConfig
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.formats.native import load_adapter, save_adapter
 from spectral_diffusion.fusion import Contribution, get_merge
-from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder, read_recipe
+from spectral_diffusion.fusion.folder import read_recipe
+from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder
 from spectral_diffusion.generation.pictures import read_settings
 from spectral_diffusion.generation.pipeline import generate_to_file, put_on, sample
 from spectral_diffusion.generation.scene import Condition, Scene

@@ -22,7 +22,8 @@ from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.config import FuseConfig, OptimiserConfig, TrainConfig, WatchConfig, build, read_yaml
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.formats.native import load_adapter, save_adapter
-from spectral_diffusion.fusion.recipe import fuse_to_folder, read_recipe
+from spectral_diffusion.fusion.folder import read_recipe
+from spectral_diffusion.fusion.recipe import fuse_to_folder
 from spectral_diffusion.linalg import sides
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.progress import Event

@@ -21,7 +21,8 @@ from spectral_diffusion.formats.native import load_adapter, save_adapter
 from spectral_diffusion.fusion import Contribution, all_merges, get_merge
 from spectral_diffusion.fusion.activations import Activations
 from spectral_diffusion.fusion.collect import rows_of
-from spectral_diffusion.fusion.recipe import fuse_to_folder, load_adapters, read_merged, read_recipe
+from spectral_diffusion.fusion.folder import load_adapters, read_merged, read_recipe
+from spectral_diffusion.fusion.recipe import fuse_to_folder
 from spectral_diffusion.fusion.tune import tune
 from spectral_diffusion.fusion.unfuse import unfuse
 from spectral_diffusion.linalg import Factors

@@ -15,7 +15,7 @@ from spectral_diffusion import pocket
 from spectral_diffusion.base import Base, load_base
 from spectral_diffusion.demo import run_demo
 from spectral_diffusion.formats.native import load_adapter
-from spectral_diffusion.fusion.recipe import read_recipe
+from spectral_diffusion.fusion.folder import read_recipe
 from spectral_diffusion.generation.conditions import Drawing
 from spectral_diffusion.generation.keypose import draw_keypose
 from spectral_diffusion.generation.pipeline import sample

@@ -24,7 +24,8 @@ from spectral_diffusion.base import load_base
 from spectral_diffusion.config import FuseConfig, GradientConfig, TeachConfig, TrainConfig, read_yaml
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.formats.importing import import_lora
-from spectral_diffusion.fusion.recipe import RECIPE, fuse_to_folder
+from spectral_diffusion.fusion.folder import RECIPE
+from spectral_diffusion.fusion.recipe import fuse_to_folder
 from spectral_diffusion.inspection import inspect_paths
 from spectral_diffusion.progress import Event
 from spectral_diffusion.resources import preset

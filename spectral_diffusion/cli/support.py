@@ -125,7 +125,7 @@ def named_base(files: list[str], overrides: list[str] | None = None) -> str:
     """
     from ..config import parse_overrides
     from ..formats.native import is_native
-    from ..fusion.recipe import base_of
+    from ..fusion.folder import base_of
 
     written = parse_overrides(overrides or []).get("adapters") or []
     paths = map(Path, files or (written if isinstance(written, list) else [written]))

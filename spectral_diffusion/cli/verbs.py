@@ -121,7 +121,7 @@ def tune(
     except ValueError as error:
         raise UserError("--strengths and --anchors are numbers with commas between, such as 0.5,0.8,1.") from error
     from ..base import load_base
-    from ..fusion.recipe import load_adapters
+    from ..fusion.folder import load_adapters
     from ..fusion.tune import tune as find
 
     loaded = [adapter for file in files for adapter in load_adapters(Path(file))]
@@ -289,7 +289,7 @@ def inspect(
             say(table_of(columns if layers else {name: blocks(each) for name, each in columns.items()}))
     if picture is not None:
         from ..files import atomic
-        from ..fusion.recipe import load_adapters
+        from ..fusion.folder import load_adapters
 
         if found["kind"] == "picture" or picture.suffix.lower() != ".png":
             raise UserError("--picture draws the slots of adapters or a fused folder into a .png file.")

@@ -16,7 +16,7 @@ from ..evaluation.settings import EvaluateConfig
 from ..evaluation.summary import ALONE, FLOOR
 from ..evaluation.views import View
 from ..files import write_json
-from ..fusion.recipe import lasting
+from ..fusion.folder import lasting
 from ..generation.crops import spoken
 from ..generation.pictures import sources_of
 from ..generation.pipeline import draw_to_files

@@ -16,7 +16,8 @@ from ..evaluation.references import Subject, read_references
 from ..evaluation.settings import EvaluateConfig
 from ..evaluation.summary import ALONE
 from ..formats.native import load_adapter
-from ..fusion.recipe import check_together, lasting, load_adapters, read_recipe, strength_of
+from ..fusion.folder import lasting, load_adapters, read_recipe
+from ..fusion.recipe import check_together, strength_of
 from ..generation.crops import scene_in
 from ..generation.scene import Scene, read_scene, tokens_in
 from ..resources import preset_of

@@ -18,20 +18,18 @@ from ..formats.native import save_adapter
 from ..linalg import Factors
 from ..methods.targets import find_targets
 from ..progress import Progress, silent
-from .recipe import (
+from .folder import (
     ADAPTERS,
     MERGED,
     RECIPE,
     check_apart,
     check_output,
-    fuse_to_folder,
     load_adapters,
-    owner,
     read_recipe,
     recipe_of,
-    strength_of,
     write_merged,
 )
+from .recipe import fuse_to_folder, owner, strength_of
 
 SUMS = {("spectral", "sum"), ("cat", "sum"), ("orthogonal", "sum")}  # merges in which every concept is one summand
 

@@ -18,7 +18,7 @@ from .. import pocket
 from ..base import Base, quiet
 from ..data.folder import MAX_PIXELS, open_photo
 from ..errors import UserError, reason
-from ..fusion.recipe import read_recipe
+from ..fusion.folder import read_recipe
 from .extract import are_fractions, clean_strokes, read_keypoints
 from .keypose import draw_keypose
 from .regions import cells_in

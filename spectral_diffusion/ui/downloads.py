@@ -29,7 +29,7 @@ def download(workspace: Workspace, name: str | None, kind: str) -> tuple[Path, l
     if kind not in KINDS:
         raise UserError(f"No format '{kind[:40]}'; choose one of {', '.join(KINDS)}.")
     from ..exporting import export
-    from ..fusion.recipe import MERGED
+    from ..fusion.folder import MERGED
 
     if kind != "checkpoint" and not (folder / MERGED).is_file():
         raise UserError(f"The merge of '{name}' changes whole weights, which no LoRA holds; choose the checkpoint.")

@@ -17,7 +17,7 @@ from .. import pocket
 from ..config import build
 from ..errors import UserError
 from ..files import write_bytes
-from ..fusion.recipe import read_recipe
+from ..fusion.folder import read_recipe
 
 # Here rather than where they are used: torch and diffusers break when two pages' threads import them at once.
 from ..generation.pipeline import Cancelled, generate_to_file

@@ -206,7 +206,7 @@ def _link(source: str, target: str) -> None:
 
 def fusions(workspace: Workspace) -> list[Fusion]:
     """The saved fusions; one that cannot be read hides none of the others."""
-    from ..fusion.recipe import read_recipe
+    from ..fusion.folder import read_recipe
 
     found = []
     for name, folder in fused_folders(workspace).items():
