@@ -36,6 +36,16 @@ def upcast(vae: AutoencoderKL) -> Iterator[None]:
             nn.Module.to(vae, torch.float16)
 
 
+@contextmanager
+def in_portions(vae: AutoencoderKL, height: int, width: int) -> Iterator[None]:
+    """Let a pipeline decode large pictures one by one: together they take more memory than everything before."""
+    before, vae.use_slicing = vae.use_slicing, vae.use_slicing or at_once(height, width) < MOST
+    try:
+        yield
+    finally:
+        vae.use_slicing = before
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Pictures (n, 3, H, W) in −1…1 as latents (n, channels, h, w): the means, float32, not yet scaled."""

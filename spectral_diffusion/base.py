@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoPipelineForText2Image, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoPipelineForText2Image,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -247,6 +253,22 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
     for encoder, tokenizer in base.tokenizers.items():
         pool_at_end(tokenizer, base.models[encoder])
     return base
+
+
+def size_of(name: str) -> int:
+    """The side in pixels that a base was made for: from its configs, without its weights, where they lie apart.
+
+    Raises:
+        UserError: no such base.
+    """
+    folder = str(pocket.path()) if name == "pocket" else name
+    try:
+        with quiet():
+            unet = UNet2DConditionModel.load_config(folder, subfolder="unet")
+            vae = AutoencoderKL.load_config(folder, subfolder="vae")
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except Exception:  # a single file, or nothing at all, of which loading tells
+        return load_base(name, "cpu").size
 
 
 def load_single_file(path: Path, options: dict[str, Any]) -> StableDiffusionPipeline | StableDiffusionXLPipeline:

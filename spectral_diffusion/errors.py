@@ -27,3 +27,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`` (did you mean 'rank'?)`` for a misspelt word, or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{matches[0]}'?)" if matches else ""
+
+
+def only_a_pickle(name: str, error: BaseException) -> str:
+    """Why a model of a hub does not load, if that is because it is a pickle there; else an empty string."""
+    if "safetensors" not in str(error):
+        return ""
+    return (
+        f"'{name}' holds no .safetensors weights, and pickles are not opened here; where you trust it save it anew "
+        "once (docs/evaluate.md says how) and name that folder instead."
+    )

@@ -136,6 +136,16 @@ def test_any_size_and_number_of_pictures(base: Base, size: tuple[int, int], coun
     )
 
 
+def test_a_region_without_a_negative_prompt_has_the_scenes(base: Base) -> None:
+    def drawn(own: str | None, whole: str) -> bytes:
+        region = Region(box=(0, 0, 1, 1), prompt="a red dog", negative_prompt=own)
+        scene = Scene(steps=2, device="cpu", regions=[region], width=16, height=16, negative_prompt=whole)
+        return sample(base, ["a beach"], [1], scene)[0].tobytes()
+
+    assert drawn(None, "blue") == drawn("blue", "blue") != drawn("", "blue")
+    assert drawn(None, "") == drawn("", "")
+
+
 def change(outside: int, inside: int, seed: int) -> Factors:
     generator = torch.Generator().manual_seed(seed)
     return Factors(torch.randn(outside, 2, generator=generator), torch.randn(2, inside, generator=generator))

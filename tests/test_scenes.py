@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,19 @@ import torch
 from conftest import make_photos
 from diffusers import StableDiffusionAdapterPipeline, T2IAdapter
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from spectral_diffusion.base import load_base
+from spectral_diffusion.autoencoder import in_portions
+from spectral_diffusion.base import load_base, size_of
 from spectral_diffusion.cli import app
+from spectral_diffusion.cli.scenes import base_in
 from spectral_diffusion.config import TrainConfig
 from spectral_diffusion.errors import UserError
-from spectral_diffusion.generation.conditions import Drawing, own_adapter, read_drawing, weight_map
+from spectral_diffusion.evaluation.encoders import load_encoder
+from spectral_diffusion.generation.conditions import Drawing, load_t2i_adapter, own_adapter, read_drawing, weight_map
 from spectral_diffusion.generation.layouts import mapped, read_layouts, scene_of
-from spectral_diffusion.generation.pictures import read_settings
+from spectral_diffusion.generation.pictures import read_settings, sources_of
 from spectral_diffusion.generation.pipeline import Cancelled, cut_words, generate_to_file, sample, sampler
 from spectral_diffusion.generation.scene import Condition, Region, Scene, read_scene, region_mask
 from spectral_diffusion.training.run import train_to_file
@@ -31,8 +36,6 @@ SCHEMA = Path(__file__).parent.parent / "docs" / "scene.schema.json"
 @pytest.fixture(scope="module")
 def base_folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base with a random T2I-Adapter of each kind inside, as the pocket base has."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("scenes") / "base"
     shutil.copytree(tiny_base, folder)
     torch.manual_seed(0)
@@ -207,6 +210,52 @@ def test_samplers_by_name(tiny_base: Path) -> None:
     found = {name: sample(base, ["a dog"], [1], Scene(steps=4, device="cpu", sampler=name))[0].tobytes()
              for name in ("dpm", "ddim", "euler")}  # type: ignore[arg-type]  # fmt: skip
     assert len(set(found.values())) == 3
+
+
+def test_large_pictures_are_decoded_one_by_one(tiny_base: Path) -> None:
+    vae = load_base(str(tiny_base), "cpu").pipeline.vae
+    seen = []
+    for side in (64, 1024):
+        with in_portions(vae, side, side):
+            seen.append(vae.use_slicing)
+    assert seen == [False, True] and not vae.use_slicing
+
+
+def test_a_pickle_on_the_hub_gets_a_sentence(base_folder: Path, tmp_path: Path) -> None:
+    """As the T2I-Adapters of Stable Diffusion 1.x are."""
+    folder = shutil.copytree(base_folder / "t2i_sketch", tmp_path / "pickled")
+    for file in folder.glob("*.safetensors"):
+        torch.save({}, folder / "diffusion_pytorch_model.bin")
+        file.unlink()
+    with pytest.raises(UserError, match=r"holds no \.safetensors weights, and pickles are not opened"):
+        load_t2i_adapter(load_base(str(base_folder), "cpu"), str(folder))
+    folder = tmp_path / "clip"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"holds no \.safetensors weights, and pickles are not opened"):
+        load_encoder(str(folder))
+
+
+def test_a_picture_knows_the_adapter_that_read_its_drawing(base_folder: Path, tmp_path: Path) -> None:
+    base, folder = load_base(str(base_folder), "cpu"), shutil.copytree(base_folder / "t2i_sketch", tmp_path / "t2i")
+    Image.new("L", (16, 16)).save(tmp_path / "a.png")
+    scene = Scene(prompt="a dog", conditions=[Condition(file=tmp_path / "a.png", adapter=str(folder))])
+    before = sources_of(scene, base)
+    [file] = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    save_file({name: value + 1 for name, value in tensors.items()}, file)
+    after = sources_of(scene, base)
+    assert {name for name in before if before[name] != after[name]} == {"adapter of condition 1"}
+
+
+def test_a_region_file_takes_the_size_of_the_base_that_a_preset_names(base_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "preset.yaml").write_text(f"generate:\n  base: {base_folder}\n")
+    assert base_in(str(tmp_path / "preset.yaml")) == str(base_folder)
+    assert base_in("sdxl-12gb") and base_in("pocket-taught") is None
+    assert size_of(str(base_folder)) == load_base(str(base_folder), "cpu").size == 16 and size_of("pocket") == 64
+    with pytest.raises(UserError):
+        size_of(str(tmp_path / "nowhere"))
 
 
 def test_official_adapters_are_found_by_kind_and_base(base_folder: Path, tiny_base: Path) -> None:

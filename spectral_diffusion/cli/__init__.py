@@ -22,6 +22,11 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is imported only where it is needed
+            raise
+        typer.echo("Error: The GPU's memory is full; take a smaller batch= or size, or dtype=float16.", err=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("Stopped.", err=True)
         sys.exit(130)

@@ -29,6 +29,16 @@ def source_of(words: list[str] | None) -> tuple[Path | None, list[str]]:
     return (Path(files[0]) if files else None), [word for word in words or [] if word not in files]
 
 
+def base_in(config: str) -> str | None:
+    """The base that a preset or a file of settings draws on, if it names one."""
+    from ..config import read_yaml
+    from ..resources import preset
+
+    settings = read_yaml(preset(config))
+    part = settings.get("generate", settings)
+    return str(part["base"]) if isinstance(part, dict) and part.get("base") else None
+
+
 def scene_source(path: Path, base: str | None, mapping: list[str] | None, layout: int = 1) -> dict[str, Any]:
     """The settings that a scene file, a picture made here or a Mix-of-Show region file holds.
 
@@ -42,10 +52,10 @@ def scene_source(path: Path, base: str | None, mapping: list[str] | None, layout
             raise UserError(f"--map '{pair}' is not understood; write '<token>'='a person'.")
         pairs[key.strip()] = words.strip()
     if path.suffix.lower() == ".txt":
-        from ..base import load_base
+        from ..base import size_of
         from ..generation.layouts import scene_of
 
-        found = scene_of(path, load_base(base or "pocket", "cpu").size, pairs, layout)
+        found = scene_of(path, size_of(base or "pocket"), pairs, layout)
         return {"base": base, **found} if base else found
     if pairs:
         raise UserError("--map is for Mix-of-Show's region files (.txt).")

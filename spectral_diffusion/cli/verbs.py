@@ -14,7 +14,7 @@ from .conditions import train_condition
 from .evaluation import evaluate
 from .experiments import experiment
 from .pocket import pocket_app
-from .scenes import conditions, conditions_app, regions, scene_source, source_of, strengths
+from .scenes import base_in, conditions, conditions_app, regions, scene_source, source_of, strengths
 from .support import (
     ConfigOption,
     DeviceOption,
@@ -203,6 +203,7 @@ def generate(
 
     source, overrides = source_of(words)
     named = base or next((word[5:] for word in overrides if word.startswith("base=")), None)
+    named = named or (base_in(config) if config else None)
     held = scene_source(source, named, mapping, layout) if source else {}
     flags = given(
         prompt=prompt, base=base, adapters=strengths(adapter), regions=regions(region),

@@ -138,6 +138,7 @@ def draw_adapters(shelf: Shelf, held: Held, note: Callable[[str], None]) -> Draw
             drawn.shown[ALONE] += shelf.portraits(base, ALONE, adapter, {path: 1.0}, held.base)
     way, acts, of = held.together, strengths(config, held), held.base
     if held.fused:
+        del base  # before the next one is loaded: two may not fit
         base, acts, of = load_base(str(held.fused), config.device, config.dtype), {}, str(held.fused)
     with acting(base, [(held.adapters[path], strength) for path, strength in acts.items()]):
         if way != ALONE:

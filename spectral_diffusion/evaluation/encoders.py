@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError, reason
+from ..errors import UserError, only_a_pickle, reason
 from .identity import IdentityEncoder, embed, load_identity_encoder
 
 BATCH = 16  # pictures at once, for the encoders of photographs
@@ -123,6 +123,8 @@ def load_encoder(name: str) -> Encoder:
     except UserError:
         raise
     except Exception as error:  # the loaders raise nearly everything
+        if pickled := only_a_pickle(name, error):
+            raise UserError(f"The encoder {pickled}") from error
         if Path(name).exists():
             raise UserError(f"{name} is no folder of a CLIP or DINOv2 model ({reason(error, 90)}).") from error
         raise UserError(

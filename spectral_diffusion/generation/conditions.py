@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import pocket
 from ..base import Base, quiet
 from ..data.folder import MAX_PIXELS, open_photo
-from ..errors import UserError, reason
+from ..errors import UserError, only_a_pickle, reason
 from ..fusion.folder import read_recipe
 from .extract import are_fractions, clean_strokes, read_keypoints
 from .keypose import draw_keypose
@@ -103,17 +103,24 @@ def own_adapter(base: Base, kind: Kind) -> str:
     return HUB[kind][isinstance(base.pipeline, StableDiffusionXLPipeline)]
 
 
+def t2i_name(base: Base, name: str | None, kind: Kind) -> str:
+    """The folder or hub id of a T2I-Adapter: the named one (``pocket`` is the pocket base's), or the base's own."""
+    return str(pocket.t2i(kind)) if name == "pocket" else name or own_adapter(base, kind)
+
+
 def load_t2i_adapter(base: Base, name: str | None, kind: Kind = "sketch") -> T2IAdapter:
     """The named T2I-Adapter (folder or hub id), or the one that belongs to the base; ``pocket`` is the pocket base's.
 
     Raises:
         UserError: it cannot be loaded.
     """
-    name = str(pocket.t2i(kind)) if name == "pocket" else name or own_adapter(base, kind)
+    name = t2i_name(base, name, kind)
     try:
         with quiet():
             adapter = T2IAdapter.from_pretrained(name, torch_dtype=base.dtype, use_safetensors=True)
     except Exception as error:
+        if pickled := only_a_pickle(name, error):
+            raise UserError(f"The {kind} adapter {pickled}") from error
         raise UserError(
             f"Cannot load the {kind} adapter '{name}' ({reason(error)}); name one for this base with the condition's "
             "adapter."

@@ -177,7 +177,7 @@ def scene_of(path: Path, base_size: int, mapping: Mapping[str, str], layout: int
         left, top, right, bottom = spot.box
         sides = (left / width, top / height, min(right / width, 1.0), min(bottom / height, 1.0))
         region: dict[str, Any] = {"box": [round(side, 6) for side in sides], "prompt": mapped(spot.prompt, mapping)}
-        if spot.negative:
+        if spot.negative:  # most files name the context's there, which is the scene's
             region["negative_prompt"] = spot.negative
         if spot.weights and any(weight != 1 for weight in spot.weights):
             region["condition_weight"] = sum(spot.weights) / len(spot.weights)

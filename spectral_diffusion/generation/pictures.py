@@ -15,6 +15,7 @@ from ..base import Base
 from ..errors import UserError
 from ..files import atomic
 from ..formats.native import versions
+from .conditions import t2i_name
 from .scene import Scene
 
 SETTINGS_KEY = "spectral_diffusion"
@@ -70,8 +71,12 @@ def sources_of(scene: Scene, base: Base) -> dict[str, str]:
     for region in scene.regions:
         files += [*region.adapters, *([region.mask] if region.mask else [])]
     there = [Path(file) for file in files if Path(file).is_file()]  # what is not is told where it is used
+    named = {str(file): file for file in there}
+    for number, condition in enumerate(scene.conditions, 1):
+        folder = Path(t2i_name(base, condition.adapter, condition.kind))  # of a hub id nothing more is known
+        named |= {f"adapter of condition {number}": file for file in folder.glob("*.safetensors")}
     return {BASE: base.fingerprint.exact} | {
-        str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:32] for file in there
+        name: hashlib.sha256(file.read_bytes()).hexdigest()[:32] for name, file in named.items()
     }
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from ..adapted import Strength, install_tokens, put_on, strength_in
 from ..adapter import Adapter, check_base
-from ..autoencoder import decode
+from ..autoencoder import decode, in_portions
 from ..base import Base, load_base
 from ..errors import UserError, nearest
 from ..files import check_writable
@@ -88,7 +88,7 @@ def sample_in_turn(
     latent_size = (height // base.pipeline.vae_scale_factor, width // base.pipeline.vae_scale_factor)
     with torch.no_grad():
         areas = [
-            area_of(base, region, bound[index] if bound else (), width, height)
+            area_of(base, region, bound[index] if bound else (), width, height, scene.negative_prompt)
             for index, region in enumerate(scene.regions)
         ]
     layers = modules_of(base, dict.fromkeys(name for area in areas for name in area.deltas))
@@ -130,6 +130,7 @@ def sample_in_turn(
             warnings.catch_warnings(),
             regional(pipe.unet, state, layers),
             weighed(drawings, scene.regions, [area.place for area in areas]),
+            in_portions(pipe.vae, height, width),
         ):
             warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, about itself
             found = pipe(
@@ -173,10 +174,14 @@ def decoded(base: Base, latents: torch.Tensor) -> list[Image.Image]:
     return list(base.pipeline.image_processor.postprocess(decode(base.pipeline.vae, latents)))
 
 
-def area_of(base: Base, region: Region, bound: Bound, width: int, height: int) -> Area:
-    """A region with its prompts encoded, by its own adapters' text encoder too, and its changes of the U-Net."""
+def area_of(base: Base, region: Region, bound: Bound, width: int, height: int, negative: str = "") -> Area:
+    """A region with its prompts encoded, by its own adapters' text encoder too, and its changes of the U-Net.
+
+    ``negative`` is the scene's prompt, of a region that has none of its own.
+    """
     text: dict[str, Factors] = {}
     unet: dict[str, Factors] = {}
+    like = torch.empty(0, device=base.device, dtype=base.dtype)
     for adapter, strength in bound:
         weights = base.weights(adapter.targets) if adapter.needs_base else {}
         for layer in adapter.layers:
@@ -184,15 +189,16 @@ def area_of(base: Base, region: Region, bound: Bound, width: int, height: int) -
             part = unet if layer.startswith("unet.") else text
             held = part.get(layer)
             up = up * strength_in(strength, layer.split(".", 1)[0])
+            up, down = up.to(like), down.to(like)  # once, not at every step
             part[layer] = (
                 Factors(torch.cat([held.up, up], 1), torch.cat([held.down, down], 0)) if held else Factors(up, down)
             )
+    without = negative if region.negative_prompt is None else region.negative_prompt
     encoders = modules_of(base, text)
     tokens = known_tokens(base.pipeline.tokenizer)
     with changed(encoders, text):
-        both, _ = base.encode([collapse(words, tokens) for words in (region.prompt, region.negative_prompt)])
-    positive, negative = both
-    return Area(region_mask(region, width, height), positive, negative, unet)
+        (positive, apart), _ = base.encode([collapse(words, tokens) for words in (region.prompt, without)])
+    return Area(region_mask(region, width, height), positive, apart, unet)
 
 
 def modules_of(base: Base, names: Iterable[str]) -> dict[str, Any]:

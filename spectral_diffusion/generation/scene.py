@@ -28,7 +28,7 @@ class Region(Settings):
     box: Box | None = None  # left, top, right, bottom; fractions of the picture, or pixels if any is above 1
     mask: Path | None = None  # instead of a box: a picture, white where the region is
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None  # default: the scene's
     adapters: dict[str, Strength] = Field(default_factory=dict)  # file to strength; they act in here only
     condition_weight: FiniteFloat | dict[Kind, FiniteFloat] = 1.0  # times the conditions' weights in here
 
