@@ -17,7 +17,7 @@ from .formats.native import load_adapter
 from .fusion.folder import load_adapters, read_recipe
 from .fusion.recipe import overlaps, strength_of
 from .generation.pictures import read_settings
-from .linalg import cosine_between, frobenius_norm
+from .linalg import cosine_between, frobenius_norm, row_space
 from .slot_map import draw_slots
 
 
@@ -141,7 +141,7 @@ def interference(adapters: Sequence[Adapter], strength: Mapping[str, float]) -> 
         own = others = 0.0
         for layer in one.layers:
             mine = one.factors(layer)
-            basis = torch.linalg.qr(mine.down.double().mT).Q
+            basis = row_space(mine)
             own += (scaled[index][layer] * frobenius_norm(mine)) ** 2
             acting = torch.zeros(len(mine.up), basis.shape[1], dtype=torch.float64)
             for other, each in zip(adapters, scaled, strict=True):

@@ -213,6 +213,15 @@ def cosine_between(left: Factors, right: Factors) -> float:
     return float(inner(left, right) / norm) if norm > 0 else 0.0
 
 
+def row_space(factors: Factors) -> Tensor:
+    """An orthonormal basis (in, k) of the inputs that ΔW reads, without forming it; rows of zeros add none."""
+    Q, R = torch.linalg.qr(factors.down.double().mT)
+    left = torch.linalg.qr(factors.up.double()).R
+    _, S, Vh = torch.linalg.svd(left @ R.mT)
+    kept = S.max() * max(factors.up.shape[0], factors.down.shape[1]) * torch.finfo(S.dtype).eps < S
+    return Q @ Vh[: len(S)][kept].mT
+
+
 def frobenius_norm(factors: Factors) -> float:
     """|ΔW| without forming the matrix."""
     up, down = factors.up.double(), factors.down.double()

@@ -11,12 +11,14 @@ import torch
 from peft import OFTConfig, VeraConfig, get_peft_model
 from torch import nn
 
+from spectral_diffusion.adapted import install_tokens
 from spectral_diffusion.adapter import Adapter, check_base
 from spectral_diffusion.base import load_base
-from spectral_diffusion.config import FuseConfig, TrainConfig
+from spectral_diffusion.config import FuseConfig, GradientConfig, TrainConfig
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.files import read_tensors
 from spectral_diffusion.formats.native import load_adapter
+from spectral_diffusion.fusion.collect import collect
 from spectral_diffusion.fusion.recipe import fuse_to_folder
 from spectral_diffusion.generation.pipeline import put_on, sample
 from spectral_diffusion.generation.scene import Scene
@@ -24,6 +26,8 @@ from spectral_diffusion.inspection import inspect_path
 from spectral_diffusion.linalg import cayley_change, top_band
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.methods.spectral_rotation import prepare
+from spectral_diffusion.methods.targets import find_targets
+from spectral_diffusion.progress import Event
 from spectral_diffusion.slots import LEDGER, ROWS, Ledger
 from spectral_diffusion.training.loop import Stopped
 from spectral_diffusion.training.run import state_path, train_to_file
@@ -147,6 +151,13 @@ def test_continue_goes_on_from_turned_columns(
     for layer in first.layers:
         assert torch.allclose(nothing.factors(layer).delta(), first.factors(layer).delta(), atol=1e-6)
         assert not torch.allclose(second.factors(layer).delta(), first.factors(layer).delta(), atol=1e-5)
+    base = load_base(str(tiny_base), "cpu")
+    install_tokens(base, loaded)
+    watched: list[Event] = []
+    layers = dict(list(find_targets(base.models).items())[:2])
+    quick = GradientConfig(pictures=3, steps=1)
+    collect(base, loaded, layers, quick, 0, watched.append)
+    assert watched[-1].total == 6  # both words are watched, so that a fusion by gradient keeps both
     base = load_base(str(tiny_base), "cpu")
     put_on(base, [(loaded, 1.0)])
     assert {"<rex>", "<mug>"} <= set(base.pipeline.tokenizer.get_added_vocab())

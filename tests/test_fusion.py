@@ -176,6 +176,9 @@ def test_refusals(trained: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     twin.token = dog.token
     with pytest.raises(UserError, match="share the token <dog>"):
         fuse_adapters(base, [dog, twin], settings())
+    twin.token = "<Dog>"  # which the tokenizer reads as the other
+    with pytest.raises(UserError, match="share the token <dog>"):
+        fuse_adapters(base, [dog, twin], settings())
     with pytest.raises(UserError, match=r"names 'dgo' \(did you mean 'dog'\?\)"):
         fuse_adapters(base, [dog], settings(strength={"dgo": 1}))
     with pytest.raises(UserError, match="Unknown merge 'spectrl'"):

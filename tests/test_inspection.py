@@ -15,6 +15,7 @@ from spectral_diffusion.cli import app
 from spectral_diffusion.config import TrainConfig
 from spectral_diffusion.formats.native import load_adapter, save_adapter
 from spectral_diffusion.inspection import blocks, inspect_paths, interference, layer_norms
+from spectral_diffusion.linalg import Factors, row_space
 from spectral_diffusion.slot_map import CLASH, colour_of, draw_slots
 from spectral_diffusion.slots import Slot
 from spectral_diffusion.training.run import train_to_file
@@ -42,6 +43,16 @@ def moved(adapter: Adapter, layer: str, rows: slice) -> None:
     keep = torch.zeros(adapter.sizes[layer][1], 1)
     keep[rows] = 1
     adapter.parameters[f"{layer}.A"] = adapter.parameters[f"{layer}.A"] * keep.mT
+
+
+def test_inputs_that_a_change_does_not_read_are_nobodys_interference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(*shape, generator=generator) for shape in ((9, 4), (4, 7)))
+    down[2:] = 0  # as imported files of mixed ranks are padded, and what AdaLoRA took away
+    basis = row_space(Factors(up, down))
+    assert basis.shape == (7, 2) and torch.allclose(basis.mT @ basis, torch.eye(2).double(), atol=1e-12)
+    assert torch.allclose(down.double() @ basis @ basis.mT, down.double(), atol=1e-6)
+    assert row_space(Factors(torch.zeros(9, 4), down)).shape == (7, 0)
 
 
 def test_interference_is_what_others_do_to_the_inputs_that_a_change_reads(tiny_base: Path, photos: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from spectral_diffusion.fusion.unfuse import unfuse
 from spectral_diffusion.linalg import Factors
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.progress import Event
+from spectral_diffusion.slots import Slot
 from spectral_diffusion.tokens import known_tokens
 from spectral_diffusion.training.run import train_to_file
 
@@ -98,6 +100,40 @@ def test_gradient_is_where_its_objective_is_smallest(rows: int, anchor: float) -
     theirs = objective(guess.detach(), contributions, anchor, ordinary)
     nothing = objective(torch.zeros(OUT, IN).double(), contributions, anchor, ordinary)
     assert best <= max(theirs * (1 + 1e-6), 1e-10 * nothing)
+
+
+@pytest.mark.parametrize("rows", [4, 60])
+@pytest.mark.parametrize("name", sorted({*all_merges(), "mean"} - {"orthogonal", "ssr"}))
+def test_an_adapter_without_a_layer_wants_no_change_there(name: str, rows: int) -> None:
+    contributions, ordinary = problem(rows)
+    config = settings(form="mean" if name == "mean" else "sum")
+    merge = get_merge("spectral" if name == "mean" else name)
+    B = torch.zeros(OUT, RANK, dtype=torch.float64)
+    still = replace(contributions[1], parameters={**contributions[1].parameters, "B": B})
+    absent = replace(contributions[1], parameters={}, absent=(OUT, IN))
+    found = [merge.combine([contributions[0], one, contributions[2]], config, ordinary) for one in (still, absent)]
+    assert torch.allclose(dense(found[0]), dense(found[1]), atol=1e-9) and float(dense(found[1]).norm()) > 0
+
+
+def test_ssr_silences_what_acts_where_an_adapter_has_no_layer() -> None:
+    contributions, _ = problem(60)
+    absent = replace(contributions[1], parameters={}, absent=(OUT, IN))
+    alone, beside = (
+        get_merge("ssr").combine(which, settings(), None) for which in (contributions[:1], [contributions[0], absent])
+    )
+    one, two = (dense(found) @ absent.inputs.gram() for found in (alone, beside) if absent.inputs)
+    assert float(two.norm()) < 0.9 * float(one.norm())
+
+
+def test_the_papers_form_shares_among_all_adapters() -> None:
+    parts = {"A_U": (OUT, 2), "A_V": (IN, 2)}
+    parameters = {name: torch.randn(shape, dtype=torch.float64) for name, shape in parts.items()}
+    frozen = {"U": torch.randn(OUT, 2).double(), "S": torch.rand(2).double(), "V": torch.randn(IN, 2).double()}
+    one = Contribution("a", get_method("spectral-additive"), parameters, frozen, Slot.interval(0, 2))
+    other = replace(one, name="b", parameters={}, frozen={}, absent=(OUT, IN))
+    found = dense(get_merge("spectral").combine([one, other], settings(form="paper"), None))
+    half = {name: value / 2 for name, value in parameters.items()}
+    assert torch.allclose(found, replace(one, parameters=half).factors().delta())
 
 
 @pytest.mark.parametrize("toward", ["zero", "mean"])

@@ -25,7 +25,9 @@ def main() -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is imported only where it is needed
             raise
-        typer.echo("Error: The GPU's memory is full; take a smaller batch= or size, or dtype=float16.", err=True)
+        typer.echo(
+            "Error: The GPU's memory is full; take a smaller batch= or size, dtype=float16, or --device cpu.", err=True
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("Stopped.", err=True)

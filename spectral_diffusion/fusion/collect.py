@@ -99,7 +99,8 @@ def collect(
     """
     seen = {name: Activations(sides(layer.weight)[1]) for name, layer in layers.items()}
     known = known_tokens(base.pipeline.tokenizer)
-    prompts = [collapse(text, known) for text in prompts_of(config, adapter.token if adapter else None, seed)]
+    words = list(adapter.tokens) if adapter and adapter.tokens else [None]  # also what it was trained on top of
+    prompts = [collapse(text, known) for word in words for text in prompts_of(config, word, seed)]
     with acting(base, [(adapter, 1.0)] if adapter else [], only), watching(layers, config.rows, seed) as take:
 
         def fold(pipe: Any = None, step: int = 0, timestep: Any = None, state: Any = None) -> Any:
@@ -158,6 +159,7 @@ def cached(
         "size": base.size,
         "scheduler": json.loads(base.pipeline.scheduler.to_json_string()),
         "seed": seed,
+        **({"words": len(adapter.tokens)} if adapter and len(adapter.tokens) > 1 else {}),
         "format": 3 if "text_encoder_2" in base.models else 2,  # whose prompts are summed up at their end since
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]

@@ -17,7 +17,7 @@ from ..files import atomic_folder, write_json, write_text
 from ..formats.importing import import_lora
 from ..formats.native import is_native, save_adapter
 from ..layerwise import mean_note, use_means
-from ..linalg import Factors, exact
+from ..linalg import Factors, exact, sides
 from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
 from .activations import Activations
@@ -48,8 +48,8 @@ def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> No
     for one, other in itertools.combinations(adapters, 2):
         if one.name == other.name:
             raise UserError(f"Two adapters are called '{one.name}'; train one of them again with another name=.")
-        for token in one.tokens:
-            if token in other.tokens:
+        for token, others in itertools.product(one.tokens, other.tokens):
+            if token.lower() == others.lower():  # a tokenizer does not tell upper case from lower
                 raise UserError(
                     f"'{one.name}' and '{other.name}' share the token {token}; train one with another token=."
                 )
@@ -163,20 +163,23 @@ def taught_besides(base: Base, config: FuseConfig, adapted: Container[str]) -> l
 def contribute(
     adapters: list[Adapter], layer: str, weight: Tensor, config: FuseConfig, seen: Mapping[str, Seen]
 ) -> list[Contribution]:
-    """What every adapter brings to one layer."""
-    return [
-        Contribution(
-            adapter.name,
-            adapter.method,
-            adapter.parameters_of(layer),
-            adapter.frozen_of(layer, weight.detach().cpu()),
-            adapter.slot,
-            strength_of(config.strength, adapter.name, layer),
-            seen.get(adapter.name, {}).get(layer),
+    """What every adapter brings to one layer; one without the layer wants it to stay as it is."""
+    found = []
+    for adapter in adapters:
+        there = layer in adapter.sizes
+        found.append(
+            Contribution(
+                adapter.name,
+                adapter.method,
+                adapter.parameters_of(layer) if there else {},
+                adapter.frozen_of(layer, weight.detach().cpu()) if there else {},
+                adapter.slot,
+                strength_of(config.strength, adapter.name, layer),
+                seen.get(adapter.name, {}).get(layer),
+                None if there else sides(weight),
+            )
         )
-        for adapter in adapters
-        if layer in adapter.sizes
-    ]
+    return found
 
 
 def stages(layers: list[str], merge: Merge, config: FuseConfig) -> list[list[str]]:
@@ -238,6 +241,12 @@ def overlaps(adapters: list[Adapter]) -> list[str]:
     ]
 
 
+def device_for(config: FuseConfig) -> str:
+    """Where to fuse: on the CPU if nobody said otherwise and no network has to run, since float32 may not fit a GPU."""
+    runs = get_merge(config.merge).activations or config.teach.steps > 0
+    return config.device if runs or config.device != "auto" else "cpu"
+
+
 def fuse_to_folder(
     config: FuseConfig,
     progress: Progress = silent,
@@ -263,7 +272,7 @@ def fuse_to_folder(
             f"{config.adapters[0]} is not an adapter of this program; a LoRA of another needs its base named by --base."
         )
     check_apart(output, config.base or adapters[0].base)
-    base = base or load_base(config.base or adapters[0].base, config.device)
+    base = base or load_base(config.base or adapters[0].base, device_for(config))
     fingerprint = base.fingerprint.exact
     adapters += [import_lora(path, None, base.name, base=base) for path in config.adapters if path not in ours]
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]

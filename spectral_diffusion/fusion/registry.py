@@ -28,9 +28,13 @@ class Contribution:
     slot: Slot | None
     strength: float = 1.0
     inputs: Activations | None = None  # what the layer saw while this adapter acted, for merges that ask
+    absent: tuple[int, int] | None = None  # the weight's sides, where the adapter leaves it as it is
 
     def factors(self) -> Factors:
-        """The adapter's ΔW at strength 1, in float64."""
+        """The adapter's ΔW at strength 1, in float64; of rank 0 where it has none."""
+        if self.absent:
+            rows, columns = self.absent
+            return Factors(torch.zeros(rows, 0).double(), torch.zeros(0, columns).double())
         return Factors(*(part.double() for part in self.method.delta(self.parameters, self.frozen)))
 
 

@@ -31,7 +31,8 @@ def spectral(contributions: Sequence[Contribution], config: FuseConfig, ordinary
     return weighted_sum(contributions, [share * one.strength for one in contributions])
 
 
-def _paper(contributions: Sequence[Contribution]) -> Factors:
+def _paper(everybody: Sequence[Contribution]) -> Factors:
+    contributions = [one for one in everybody if not one.absent]
     for one in contributions:
         if one.method.name != "spectral-additive" or one.slot is None:
             raise UserError(
@@ -46,7 +47,7 @@ def _paper(contributions: Sequence[Contribution]) -> Factors:
         assert one.slot is not None
         where = torch.tensor([place[c] for c in one.slot.columns])
         U[:, where], S[where], V[:, where] = (one.frozen[part].double() for part in "USV")
-        strength = one.strength / len(contributions)
+        strength = one.strength / len(everybody)
         A_U[:, where] += strength * one.parameters["A_U"].double()
         A_V[:, where] += strength * one.parameters["A_V"].double()
     return contributions[0].method.factors({"A_U": A_U, "A_V": A_V}, {"U": U, "S": S, "V": V})

@@ -64,9 +64,10 @@ def make_reference(base: Base, adapter: Adapter | None, config: FuseConfig) -> R
     known = known_tokens(base.pipeline.tokenizer)
     random = keyed_random("tune", adapter.name if adapter else "ordinary", config.seed)
     prompts = []
-    for prompt in HELD_OUT:
+    words = list(adapter.tokens) if adapter and adapter.tokens else [None]
+    for word, prompt in itertools.product(words, HELD_OUT):
         ordinary = ordinary_thing(random.choice(ORDINARY_ADJECTIVES), random.choice(ORDINARY_NOUNS))
-        prompts.append(collapse(prompt.replace("{}", adapter.token if adapter else ordinary), known))
+        prompts.append(collapse(prompt.replace("{}", word or ordinary), known))
     schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
     steps = torch.tensor([int(share * (len(schedule.alphas_cumprod) - 1)) for share in NOISE])
 

@@ -29,7 +29,7 @@ from .folder import (
     recipe_of,
     write_merged,
 )
-from .recipe import fuse_to_folder, owner, strength_of
+from .recipe import device_for, fuse_to_folder, owner, strength_of
 
 SUMS = {("spectral", "sum"), ("cat", "sum"), ("orthogonal", "sum")}  # merges in which every concept is one summand
 
@@ -84,7 +84,7 @@ def unfuse(
         return
     config = config.model_copy(update={"base": base_name or config.base})
     try:
-        base = load_base(str(config.base), device)
+        base = load_base(str(config.base), device_for(config))
     except UserError as error:
         raise UserError(
             f"{error} It is needed to fuse the rest anew: name it with --base; without it --subtract comes close."
