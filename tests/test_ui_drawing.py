@@ -12,6 +12,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from spectral_diffusion.errors import UserError
 from spectral_diffusion.generation.pictures import read_settings
 from spectral_diffusion.training.run import train_to_file
 from spectral_diffusion.ui import canvas, drawing, pictures, poses
+from spectral_diffusion.ui import keeper as keeper_module
 from spectral_diffusion.ui.canvas import Canvas, read_canvas
 from spectral_diffusion.ui.drawing import Drawn, Wish
 from spectral_diffusion.ui.keeper import Keeper
@@ -252,6 +254,25 @@ def test_kept_base_is_given_back_as_it_was(workspace: Workspace, trained: tuple[
     with keeper.borrowed(str(base), "cpu") as held:
         assert held is not mine  # but for a base whose files have changed
     (base / "note.txt").unlink()
+
+
+def test_a_large_base_leaves_its_gpu_between_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    moves: list[str] = []
+    pipeline = SimpleNamespace(to=lambda device: moves.append(device.type))
+    unet = torch.nn.Linear(10, 10)
+    for device, small, wanted in (("cuda", 1, ["cuda", "cpu"]), ("cuda", 1000, []), ("cpu", 1, [])):
+        moves.clear()
+        monkeypatch.setattr(keeper_module, "SMALL", small)
+        base: Any = SimpleNamespace(device=torch.device(device), models={"unet": unet}, pipeline=pipeline)
+        keeper_module.move(base, base.device)
+        keeper_module.move(base, torch.device("cpu"))
+        assert moves == wanted
+
+
+def test_large_bases_are_drawn_in_half_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawing.usual_dtype(1024, "cpu") == "float32"
+    monkeypatch.setattr(drawing, "parse_device", lambda name: torch.device("cuda"))
+    assert [drawing.usual_dtype(side, "auto") for side in (64, 512)] == ["float32", "float16"]
 
 
 def test_names_are_looked_up_never_joined(workspace: Workspace) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 
-from ..base import ENCODERS, Base, load_base
+from ..base import ENCODERS, Base, load_base, quiet
 from ..methods.attach import detach
 from ..tokens import embedding_of
 
@@ -40,12 +41,14 @@ class Keeper:
                 self._held = (key, load_base(name, device, dtype))
             held, base = self._held, self._held[1]
             self._held = None  # whatever goes wrong from here on, a half-changed base is never lent again
+            move(base, base.device)
             take_off = remembered(base)
             try:
                 with _fitting_threads(base):
                     yield base
             finally:
                 take_off()
+                move(base, torch.device("cpu"))
                 self._held = held
 
     def warm(self, name: str = "pocket") -> None:
@@ -59,12 +62,26 @@ class Keeper:
             threading.Thread(target=self.warm, daemon=True, name="warm base").start()
 
 
+def is_small(base: Base) -> bool:
+    """Whether a base is about as small as the pocket one."""
+    return sum(weight.numel() for weight in base.models["unet"].parameters()) < SMALL
+
+
+def move(base: Base, device: torch.device) -> None:
+    """Bring a large base to its GPU, or out of it: trainings and fusions, in processes of their own, need the room."""
+    if base.device.type == "cpu" or is_small(base):
+        return
+    with quiet():
+        base.pipeline.to(device)
+    if device.type == "cpu" and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def _fitting_threads(base: Base) -> Iterator[None]:
     """One thread for a small network on the CPU: two wait for each other, above all beside a running training."""
     before = torch.get_num_threads()
-    small = sum(weight.numel() for weight in base.models["unet"].parameters()) < SMALL
-    if small and base.device.type == "cpu":
+    if base.device.type == "cpu" and is_small(base):
         torch.set_num_threads(1)
     try:
         yield
@@ -81,9 +98,12 @@ def remembered(base: Base) -> Callable[[], None]:
     tokenizers = {name: getattr(base.pipeline, name) for name in names}
     for name, tokenizer in tokenizers.items():
         setattr(base.pipeline, name, copy.deepcopy(tokenizer))
+    precision = base.pipeline.vae.dtype
 
     def take_off() -> None:
         detach(base.models)
+        if base.pipeline.vae.dtype != precision:  # a pipeline was stopped while it decoded in float32
+            nn.Module.to(base.pipeline.vae, precision)
         for name, table in tables.items():
             cast(Any, base.models[name]).set_input_embeddings(table)
             configs[name].vocab_size = sizes[name]
