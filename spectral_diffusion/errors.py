@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -31,7 +32,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def only_a_pickle(name: str, error: BaseException) -> str:
     """Why a model of a hub does not load, if that is because it is a pickle there; else an empty string."""
-    if "safetensors" not in str(error):
+    if not re.search(r"(no file named|not appear to have a file named)\s+\S*safetensors", str(error)):
         return ""
     return (
         f"'{name}' holds no .safetensors weights, and pickles are not opened here; where you trust it save it anew "
