@@ -12,6 +12,7 @@ import torch
 from conftest import make_photos
 from typer.testing import CliRunner
 
+from spectral_diffusion.adapted import install_tokens
 from spectral_diffusion.base import load_base
 from spectral_diffusion.cli import app
 from spectral_diffusion.config import FuseConfig, GradientConfig, TeachConfig, TrainConfig
@@ -21,13 +22,14 @@ from spectral_diffusion.files import read_tensors, write_tensors
 from spectral_diffusion.formats.native import load_adapter, save_adapter
 from spectral_diffusion.fusion import Contribution, all_merges, get_merge
 from spectral_diffusion.fusion.activations import Activations
-from spectral_diffusion.fusion.collect import rows_of
+from spectral_diffusion.fusion.collect import collect, memory_of, rows_of
 from spectral_diffusion.fusion.folder import load_adapters, read_merged, read_recipe
 from spectral_diffusion.fusion.recipe import fuse_to_folder
 from spectral_diffusion.fusion.tune import tune
 from spectral_diffusion.fusion.unfuse import unfuse
-from spectral_diffusion.linalg import Factors
+from spectral_diffusion.linalg import Factors, sides
 from spectral_diffusion.methods import get_method
+from spectral_diffusion.methods.targets import find_targets
 from spectral_diffusion.progress import Event
 from spectral_diffusion.slots import Slot
 from spectral_diffusion.tokens import known_tokens
@@ -113,6 +115,25 @@ def test_an_adapter_without_a_layer_wants_no_change_there(name: str, rows: int) 
     absent = replace(contributions[1], parameters={}, absent=(OUT, IN))
     found = [merge.combine([contributions[0], one, contributions[2]], config, ordinary) for one in (still, absent)]
     assert torch.allclose(dense(found[0]), dense(found[1]), atol=1e-9) and float(dense(found[1]).norm()) > 0
+
+
+def test_what_is_watched_is_no_more_than_was_said(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = FuseConfig(adapters=three, output=tmp_path / "a", merge="gradient", gradient=QUICK, device="cpu")
+    adapters = [adapter for path in three for adapter in load_adapters(path)]
+    base = load_base(adapters[0].base, "cpu")
+    for adapter in adapters:
+        install_tokens(base, adapter)
+    layers = find_targets(base.models)
+    seen = collect(base, adapters[0], layers, config.gradient, 0)
+    held = sum(8 * (one.matrix() if one.few else one.gram()).numel() for one in seen.values())
+    need = memory_of({name: sides(layer.weight) for name, layer in layers.items()}, 1, config.gradient)
+    assert held <= need / 3 <= 2 * held  # it, the ordinary prompts, and a copy while it is written
+    monkeypatch.setattr("spectral_diffusion.fusion.recipe.available", lambda device: 1000)
+    with pytest.raises(UserError, match=r"Watching .* are free; fuse fewer adapters"):
+        fuse_to_folder(config)
+    assert not (tmp_path / "a").exists()
 
 
 def test_ssr_silences_what_acts_where_an_adapter_has_no_layer() -> None:

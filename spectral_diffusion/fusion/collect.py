@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..adapted import acting
 from ..adapter import Adapter
 from ..base import Base
 from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, GradientConfig, ordinary_thing
+from ..data.cache import prune
 from ..errors import UserError
 from ..files import read_tensors, write_tensors
 from ..formats.native import content_hash
@@ -30,6 +32,7 @@ from ..tokens import collapse, known_tokens
 from .activations import Activations
 
 CHUNK = 4  # pictures drawn together
+KEPT = 20 * 2**30  # bytes on the disk; what was not used for the longest goes first
 
 
 def rows_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
@@ -136,9 +139,15 @@ def predict(base: Base, prompts: list[str], noisy: Tensor, timesteps: Tensor) ->
     return predicted.float()
 
 
-def memory_of(sizes: Mapping[str, tuple[int, int]], adapters: int) -> int:
-    """Bytes that the Gram matrices of so many adapters and of the ordinary prompts take."""
-    return (adapters + 1) * sum(8 * inside * inside for _, inside in sizes.values())
+def memory_of(sizes: Mapping[str, tuple[int, int]], words: int, config: GradientConfig) -> int:
+    """Bytes that is kept of what is watched while so many words are drawn, and of the ordinary prompts, at most.
+
+    Of a layer that is as many rows as are drawn, or a Gram matrix; one adapter's are there a second time while they are
+    written to the disk.
+    """
+    rows = math.ceil(config.pictures / CHUNK) * config.steps * config.rows
+    once = sum(8 * inside * min(inside, rows) for _, inside in sizes.values())
+    return once * (words + 1 + config.cache)
 
 
 def cached(
@@ -170,6 +179,8 @@ def cached(
             stack.enter_context(FileLock(f"{path}.lock"))
         found = restored(path)
         if found is not None:
+            with suppress(OSError):
+                path.touch()  # used just now
             return found
         made = make()
         with suppress(OSError, UserError, SafetensorError):  # a full disk takes what is kept, not what is made
@@ -178,6 +189,7 @@ def cached(
                 {name: one.matrix() if one.few else one.gram() for name, one in made.items()},
                 {"counts": json.dumps({name: one.count for name, one in made.items()})},
             )
+            prune(path.parent, KEPT)
         return made
 
 

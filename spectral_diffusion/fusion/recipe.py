@@ -20,6 +20,7 @@ from ..layerwise import mean_note, use_means
 from ..linalg import Factors, exact, sides
 from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
+from ..training.memory import available, gib
 from .activations import Activations
 from .collect import cached, collect, memory_of
 from .folder import (
@@ -214,7 +215,14 @@ def watch(
         return {}, {}
     settings, own = config.gradient, config.gradient.staging == "own"
     sizes = {layer: next(adapter.sizes[layer] for adapter in adapters if layer in adapter.sizes) for layer in stage}
-    note(f"Watching {len(stage)} layers needs up to {memory_of(sizes, len(adapters)) / 2**20:.0f} MiB.")
+    need = memory_of(sizes, sum(max(1, len(adapter.tokens)) for adapter in adapters), settings)
+    free = available(torch.device("cpu"))
+    if free is not None and need > free:
+        raise UserError(
+            f"Watching {len(stage)} layers needs {gib(need)} of memory and {gib(free)} are free; fuse fewer adapters "
+            "at once, set gradient.staging=fused, or take a merge that watches nothing, such as spectral."
+        )
+    note(f"Watching {len(stage)} layers needs up to {need / 2**20:.0f} MiB.")
     first = stage_of(next(iter(stage)))
     acting = None if own else {layer for layer in layers if stage_of(layer) >= first}
 
