@@ -255,20 +255,25 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
     return base
 
 
-def size_of(name: str) -> int:
-    """The side in pixels that a base was made for: from its configs, without its weights, where they lie apart.
-
-    Raises:
-        UserError: no such base.
-    """
+def size_in_configs(name: str) -> int | None:
+    """The side in pixels that a base was made for, from its configs alone; None where they do not lie apart."""
     folder = str(pocket.path()) if name == "pocket" else name
     try:
         with quiet():
             unet = UNet2DConditionModel.load_config(folder, subfolder="unet")
             vae = AutoencoderKL.load_config(folder, subfolder="vae")
         return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    except Exception:  # a single file, or nothing at all, of which loading tells
-        return load_base(name, "cpu").size
+    except Exception:  # the loaders raise nearly everything
+        return None
+
+
+def size_of(name: str) -> int:
+    """The side in pixels that a base was made for; it is loaded only where its configs do not tell.
+
+    Raises:
+        UserError: no such base.
+    """
+    return size_in_configs(name) or load_base(name, "cpu").size
 
 
 def load_single_file(path: Path, options: dict[str, Any]) -> StableDiffusionPipeline | StableDiffusionXLPipeline:

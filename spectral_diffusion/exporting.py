@@ -181,12 +181,11 @@ def check_free(path: Path, source: Source, output: Path, kind: str) -> None:
     if there == here or here in there.parents:
         raise UserError(f"{output} is what is exported, or inside it; choose another output with -o.")
     if kind == "folder":
-        if there.is_dir() and not any(there.iterdir()):
+        if not there.exists() or (there.is_dir() and not any(there.iterdir())):
             return
-        if there.exists() and (not is_ours(there / EXPORTED) or (there / "recipe.json").exists()):
+        if not is_ours(there / EXPORTED) or (there / "recipe.json").exists():
             raise UserError(f"{output} exists and is no earlier export; choose another output with -o.")
-        if there.exists():
-            check_replaceable(output, {EXPORTED})
+        check_replaceable(output, {EXPORTED})
         if holds(there, here) or (source.base != "pocket" and holds(there, source.base)):
             raise UserError(f"{output} holds what is exported, or its base; choose another output with -o.")
         return

@@ -238,9 +238,9 @@ class Ledger:
                 own[concept] = mine
                 return mine
             others: dict[str, set[int]] = {}
-            for name, held in (pair for one in (*kin, own) for pair in one.items()):
-                if name != concept:
-                    others.setdefault(name, set()).update(_from_top(held, capacity))
+            for held in (*kin, own):
+                for name in held.keys() - {concept}:
+                    others.setdefault(name, set()).update(_from_top(held[name], capacity))
             used = {column for columns in others.values() for column in columns}
             if policy.slot is not None:
                 slot = policy.slot
@@ -257,14 +257,14 @@ class Ledger:
                     f"{capacity // rank} slots of rank {rank} fit; release one or lower --rank."
                 )
             here = _from_top(slot, capacity)
-            clash = next((name for name, held in others.items() if held & here), None)
+            clash = next((name for name, columns in others.items() if columns & here), None)
             if clash:
                 raise UserError(
                     f"Slot {slot} overlaps the columns {taken[clash]} of '{clash}'; use --slot next, another slot, "
                     f"or free it (spectral-diffusion slots release {clash})."
                 )
-            for held_there in kin:
-                held_there.pop(concept, None)  # it is trained anew
+            for held in kin:
+                held.pop(concept, None)  # it is trained anew
             own[concept] = slot
             return slot
 

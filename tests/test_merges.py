@@ -139,10 +139,9 @@ def test_what_is_watched_is_no_more_than_was_said(
 def test_ssr_silences_what_acts_where_an_adapter_has_no_layer() -> None:
     contributions, _ = problem(60)
     absent = replace(contributions[1], parameters={}, absent=(OUT, IN))
-    alone, beside = (
-        get_merge("ssr").combine(which, settings(), None) for which in (contributions[:1], [contributions[0], absent])
-    )
-    one, two = (dense(found) @ absent.inputs.gram() for found in (alone, beside) if absent.inputs)
+    assert absent.inputs is not None
+    ways = (contributions[:1], [contributions[0], absent])
+    one, two = (dense(get_merge("ssr").combine(way, settings(), None)) @ absent.inputs.gram() for way in ways)
     assert float(two.norm()) < 0.9 * float(one.norm())
 
 

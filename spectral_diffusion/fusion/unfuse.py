@@ -92,18 +92,17 @@ def unfuse(
     for text in (check_base(adapter, base, config.allow_base) for adapter in adapters):
         if text:
             note(f"Warning: {text}")
-    before = (read_recipe(folder) or {}).get("base_fingerprint", base.fingerprint.exact)
-    if before != base.fingerprint.exact:
+    recipe = read_recipe(folder) or {}
+    exact = recipe.get("base_fingerprint", base.fingerprint.exact) == base.fingerprint.exact
+    if not exact:
         note(f"Note: {folder} was fused on the base in another precision, so the result has not the same last bits.")
     if kept:
-        files = {name: folder / concept["file"] for name, concept in (read_recipe(folder) or {})["concepts"].items()}
-        paths = [files[adapter.name] for adapter in kept]
+        paths = [folder / recipe["concepts"][adapter.name]["file"] for adapter in kept]
         fuse_to_folder(config.model_copy(update={"adapters": paths}), progress, note, base)
         return
     with atomic_folder(output) as new, quiet():
         base.pipeline.to("cpu").save_pretrained(new)
-    exactly = ", to the last bit" if before == base.fingerprint.exact else ""
-    note(f"{output} is the base again{exactly}.")
+    note(f"{output} is the base again{', to the last bit' if exact else ''}.")
 
 
 def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callable[[str], None]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,8 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from .. import pocket
-from ..base import parse_device
+from ..base import parse_device, size_in_configs
 from ..config import build
 from ..errors import UserError
 from ..files import write_bytes
@@ -227,11 +225,10 @@ def side_of(workspace: Workspace, base: str | None) -> int:
     """The side in pixels of the pictures that a base draws by itself, without loading it; 512 if nobody knows."""
     try:
         name = base_path(workspace, base)
-        folder = pocket.path() if name == "pocket" else Path(name)
-        unet, vae = (json.loads((folder / part / "config.json").read_text("utf-8")) for part in ("unet", "vae"))
-        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
-    except (UserError, OSError, ValueError, KeyError, TypeError):
+    except UserError:
         return USUAL_SIDE
+    here = name == "pocket" or Path(name).is_dir()  # nobody waits for a hub
+    return (size_in_configs(name) if here else None) or USUAL_SIDE
 
 
 def ratio_of(workspace: Workspace, base: str | None, width: float | None, height: float | None) -> float:
