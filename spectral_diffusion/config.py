@@ -221,7 +221,9 @@ class TeachConfig(Settings):
     steps: int = Field(0, ge=0, le=1_000_000)
     learning_rate: float = Field(1e-4, gt=0)  # falls to nothing in a line
     token_learning_rate: float = Field(1e-3, ge=0)  # of the concepts' own words; 0 leaves them as they are
-    batch: int = Field(16, ge=2, le=1024)  # predictions a step
+    batch: int = Field(16, ge=2, le=1024)  # predictions at once
+    accumulate: int = Field(1, ge=1, le=1024)  # batches per step
+    gradient_checkpointing: bool = False  # compute the U-Net's activations twice instead of keeping them
     ordinary: float = Field(0.75, gt=0, lt=1)  # share of them that are of ordinary pictures
     pictures: int = Field(24, ge=1, le=10_000)  # drawn for a concept
     plain: int = Field(96, ge=1, le=10_000)  # drawn of ordinary things

@@ -22,8 +22,9 @@ from spectral_diffusion.files import read_tensors, write_tensors
 from spectral_diffusion.formats.native import load_adapter, save_adapter
 from spectral_diffusion.fusion import Contribution, all_merges, get_merge
 from spectral_diffusion.fusion.activations import Activations
-from spectral_diffusion.fusion.collect import collect, memory_of, rows_of
+from spectral_diffusion.fusion.collect import collect, rows_of
 from spectral_diffusion.fusion.folder import load_adapters, read_merged, read_recipe
+from spectral_diffusion.fusion.memory import memory_to_watch
 from spectral_diffusion.fusion.recipe import fuse_to_folder
 from spectral_diffusion.fusion.tune import tune
 from spectral_diffusion.fusion.unfuse import unfuse
@@ -128,7 +129,7 @@ def test_what_is_watched_is_no_more_than_was_said(
     layers = find_targets(base.models)
     seen = collect(base, adapters[0], layers, config.gradient, 0)
     held = sum(8 * (one.matrix() if one.few else one.gram()).numel() for one in seen.values())
-    need = memory_of({name: sides(layer.weight) for name, layer in layers.items()}, 1, config.gradient)
+    need = memory_to_watch({name: sides(layer.weight) for name, layer in layers.items()}, 1, config.gradient)
     assert held <= need / 3 <= 2 * held  # it, the ordinary prompts, and a copy while it is written
     monkeypatch.setattr("spectral_diffusion.fusion.recipe.available", lambda device: 1000)
     with pytest.raises(UserError, match=r"Watching .* are free; fuse fewer adapters"):

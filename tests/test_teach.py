@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +23,14 @@ from spectral_diffusion.files import read_tensors
 from spectral_diffusion.formats.native import load_adapter
 from spectral_diffusion.fusion import teach as teaching
 from spectral_diffusion.fusion.collect import predict
+from spectral_diffusion.fusion.memory import memory_to_teach
 from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder
-from spectral_diffusion.fusion.teach import Lessons, loss_of, prepare
+from spectral_diffusion.fusion.teach import Lessons, Question, batches, loss_of, prepare
 from spectral_diffusion.fusion.unfuse import unfuse
 from spectral_diffusion.methods.targets import find_targets
+from spectral_diffusion.progress import Event
+from spectral_diffusion.training import memory
+from spectral_diffusion.training.memory import Estimate
 from spectral_diffusion.training.run import train_to_file
 
 SMALL = TeachConfig(steps=60, learning_rate=3e-3, pictures=4, plain=6, draws=4, batch=8, guidance=2.0)
@@ -141,6 +147,66 @@ def test_lessons_need_no_more_memory_at_once_than_a_step(
     assert torch.allclose(*wanted, atol=1e-4)
 
 
+def test_a_step_in_small_batches_computed_twice_teaches_the_same(
+    pair: list[Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters, asked, taught = [load_adapter(file) for file in pair], [], []
+
+    def counted(base: Base, batch: list[Question]) -> torch.Tensor:
+        asked.append(len(batch))
+        return loss_of(base, batch)
+
+    monkeypatch.setattr(teaching, "loss_of", counted)
+    monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())  # half precision rounds every batch in its own way
+    for more in ({"batch": 8}, {"batch": 2, "accumulate": 4, "gradient_checkpointing": True}):
+        base, few = load_base(str(tiny_base), "cpu"), SMALL.model_copy(update={"steps": 3, **more})
+        before = {name: weight.clone() for name, weight in base.weights().items()}
+        losses: list[float] = []
+
+        def keep(event: Event, losses: list[float] = losses) -> None:
+            losses.extend([event.figures["loss"]] if event.stage == "teach" else [])
+
+        fuse_adapters(base, adapters, settings(pair, tmp_path, teach=few), keep)
+        assert not base.pipeline.unet.is_gradient_checkpointing
+        taught.append((losses, torch.cat([(w - before[name]).flatten() for name, w in base.weights().items()])))
+    assert asked == [8] * 3 + [2] * 12
+    assert taught[1][0] == pytest.approx(taught[0][0], rel=1e-4)
+    assert (taught[1][1] - taught[0][1]).norm() < 0.02 * taught[0][1].norm()
+
+
+def test_the_memory_of_teaching_is_told_and_what_cannot_fit_refused_before_lessons_are_drawn(
+    pair: list[Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapters = load_base(str(tiny_base), "cpu"), [load_adapter(file) for file in pair]
+    learners = [p for p in base.pipeline.unet.parameters() if p.ndim > 1]
+    state = {name: list(model.state_dict()) for name, model in base.models.items()}
+
+    def found(**more: Any) -> Estimate:
+        config = SMALL.model_copy(update=more)
+        return memory_to_teach(base.models, base.pipeline.vae, learners, config, base.size, "cpu")
+
+    whole, parts, checked = found(batch=64), found(batch=16, accumulate=4), found(batch=64, gradient_checkpointing=True)
+    assert parts.phases["teaching"] < 0.5 * whole.phases["teaching"]
+    assert checked.phases["teaching"] < 0.8 * whole.phases["teaching"]
+    assert whole.adapter == 8 * sum(p.numel() for p in learners)
+    assert state == {name: list(model.state_dict()) for name, model in base.models.items()}
+    assert not any(p.requires_grad for p in base.pipeline.unet.parameters())
+
+    monkeypatch.setattr(memory, "SMALL", 0)
+    notes: list[str] = []
+    few, seen = SMALL.model_copy(update={"steps": 1}), []
+    fuse_adapters(base, adapters, settings(pair, tmp_path, teach=few), note=notes.append)
+    assert any("at most while teaching" in one for one in notes)
+    monkeypatch.setattr(memory, "available", lambda device: 2**10)
+    monkeypatch.setitem(memory.CONTEXT, "cpu", 0)
+    with pytest.raises(UserError, match=r"Teaching needs about .* set teach\.gradient_checkpointing=true"):
+        fuse_adapters(
+            load_base(str(tiny_base), "cpu"), adapters, settings(pair, tmp_path, teach=few),
+            lambda event: seen.append(event.stage),
+        )  # fmt: skip
+    assert not seen
+
+
 def test_ordinary_pictures_are_in_every_batch(pair: list[Path], tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
     adapter = load_adapter(pair[0])
@@ -149,7 +215,9 @@ def test_ordinary_pictures_are_in_every_batch(pair: list[Path], tiny_base: Path)
     few = SMALL.model_copy(update={"pictures": 2, "plain": 1, "draws": 1, "batch": 2, "ordinary": 0.01})
     lessons = prepare(base, [adapter], {}, few, 0)
     off_by = replace(lessons.ordinary, wanted=lessons.ordinary.wanted + 10.0)
-    plain, moved = (loss_of(base, replace(lessons, ordinary=one), few, 0, 0) for one in (lessons.ordinary, off_by))
+    plain, moved = (
+        loss_of(base, *batches(replace(lessons, ordinary=one), few, 0, 0)) for one in (lessons.ordinary, off_by)
+    )
     assert moved > plain + 1
 
 

@@ -145,7 +145,8 @@ def test_the_page_fuses_as_the_command_line_does(workspace: Workspace, monkeypat
     def wanted(**changes: Any) -> FuseConfig:
         return fusing.settings_for(workspace, ["rex", "mug"], workspace.fused / "pair", {}, **changes)
 
-    assert wanted().teach == TeachConfig() and wanted(teach=300, anchor=2.0).teach.steps == 300
+    large = read_yaml(preset("sd15-12gb"))["fuse"]["teach"]
+    assert wanted().teach == TeachConfig(**large) and wanted(teach=300, anchor=2.0).teach.steps == 300
     monkeypatch.setattr(
         fusing, "read_adapter", lambda workspace, name: replace(read_adapter(workspace, name), base="pocket")
     )
@@ -279,6 +280,8 @@ def test_a_full_disk_is_a_sentence(workspace: Workspace, monkeypatch: pytest.Mon
 
 
 def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: Path) -> None:
+    from spectral_diffusion.fusion.memory import MEND
+
     for said, wanted in {
         f"{workspace.root}/fused/pair exists and is not a fused folder; choose another output with -o.": (
             "fused/pair exists and is not a fused folder; choose another name."
@@ -293,6 +296,9 @@ def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: 
         ),
         "Teaching met NaN or infinity at step 3: lower teach.learning_rate.": (
             "Teaching met NaN or infinity at step 3; choose fewer steps of teaching, or none."
+        ),
+        f"Teaching needs about 9.0 GiB and there are 7.0 GiB: {MEND}.": (
+            "Teaching needs about 9.0 GiB and there are 7.0 GiB; choose no under Teach it afterwards."
         ),
         "Fine: a/b, 1/2, </s>, https://x.org/y and - or _.": "Fine: a/b, 1/2, </s>, https://x.org/y and - or _.",
     }.items():

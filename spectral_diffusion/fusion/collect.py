@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -137,17 +136,6 @@ def predict(base: Base, prompts: list[str], noisy: Tensor, timesteps: Tensor) ->
         more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": times}}
     predicted: Tensor = base.pipeline.unet(noisy, timesteps, words, **more).sample
     return predicted.float()
-
-
-def memory_of(sizes: Mapping[str, tuple[int, int]], words: int, config: GradientConfig) -> int:
-    """Bytes that is kept of what is watched while so many words are drawn, and of the ordinary prompts, at most.
-
-    Of a layer that is as many rows as are drawn, or a Gram matrix; one adapter's are there a second time while they are
-    written to the disk.
-    """
-    rows = math.ceil(config.pictures / CHUNK) * config.steps * config.rows
-    once = sum(8 * inside * min(inside, rows) for _, inside in sizes.values())
-    return once * (words + 1 + config.cache)
 
 
 def cached(

@@ -20,9 +20,9 @@ from ..layerwise import mean_note, use_means
 from ..linalg import Factors, exact, sides
 from ..methods.targets import find_targets
 from ..progress import Event, Progress, silent
-from ..training.memory import available, gib
+from ..training.memory import available, gib, is_large
 from .activations import Activations
-from .collect import cached, collect, memory_of
+from .collect import cached, collect
 from .folder import (
     ADAPTERS,
     MERGED,
@@ -34,6 +34,7 @@ from .folder import (
     recipe_of,
     write_merged,
 )
+from .memory import memory_to_watch, room_to_teach
 from .registry import Contribution, Merge, get_merge
 from .teach import prepare, teach
 
@@ -118,6 +119,8 @@ def fuse_adapters(
     learners = [targets[layer] for layer in layers] + taught_besides(base, config, set(layers))
     lessons = None
     if config.teach.steps:  # before anything is fused: the base is one of the teachers
+        if is_large(base):
+            note(room_to_teach(base, [layer.weight for layer in learners], config.teach))
         lessons = prepare(base, adapters, strengths_of(config, adapters), config.teach, config.seed, progress)
     merged: dict[str, Factors] = {}
     dense = False
@@ -215,7 +218,7 @@ def watch(
         return {}, {}
     settings, own = config.gradient, config.gradient.staging == "own"
     sizes = {layer: next(adapter.sizes[layer] for adapter in adapters if layer in adapter.sizes) for layer in stage}
-    need = memory_of(sizes, sum(max(1, len(adapter.tokens)) for adapter in adapters), settings)
+    need = memory_to_watch(sizes, sum(max(1, len(adapter.tokens)) for adapter in adapters), settings)
     free = available(torch.device("cpu"))
     if free is not None and need > free:
         raise UserError(

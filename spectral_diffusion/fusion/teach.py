@@ -19,17 +19,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from ..adapted import Strength, acting
 from ..adapter import Adapter
-from ..base import Base, plain_is_quicker
+from ..base import Base
 from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, ORDINARY_SCENES, TeachConfig, ordinary_thing
 from ..errors import NotFiniteError, UserError
 from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator, keyed_random
 from ..tokens import collapse, known_tokens, learning
+from ..training.machines import checkpointing, quick_attention
 from .collect import predict
 
 CHUNK = 16  # pictures drawn, and predictions made, together; fewer where a batch is smaller, as memory may be short
@@ -47,6 +47,9 @@ class Lesson:
     noisy: Tensor
     timesteps: Tensor
     wanted: Tensor
+
+
+Question = tuple[Lesson, int]  # one noised picture of a lesson
 
 
 @dataclass(frozen=True)
@@ -166,13 +169,12 @@ def teach(
     """
     for model in base.models.values():
         model.requires_grad_(False)
-    before = dict(base.pipeline.unet.attn_processors)
-    if plain_is_quicker(base.device.type, True, base.size // base.pipeline.vae_scale_factor):
-        base.pipeline.unet.set_attn_processor(AttnProcessor())
     for weight in weights:
         weight.requires_grad_(True)
     try:
         with ExitStack() as stack:
+            stack.enter_context(quick_attention(base, True, base.size))
+            stack.enter_context(checkpointing(base, config.gradient_checkpointing))
             rows = [
                 stack.enter_context(learning(tokenizer, base.models[encoder], tokens))
                 for encoder, tokenizer in base.tokenizers.items()
@@ -182,36 +184,43 @@ def teach(
             for step in range(config.steps):
                 for group, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
                     group["lr"] = rate * (1 - step / config.steps)
-                loss = loss_of(base, lessons, config, step, seed)
-                if not torch.isfinite(loss):
-                    raise NotFiniteError(f"Teaching met NaN or infinity at step {step}: lower teach.learning_rate.")
                 optimizer.zero_grad()
-                loss.backward()
+                total = 0.0
+                for batch in batches(lessons, config, step, seed):
+                    loss = loss_of(base, batch) / config.accumulate
+                    if not torch.isfinite(loss):
+                        raise NotFiniteError(f"Teaching met NaN or infinity at step {step}: lower teach.learning_rate.")
+                    loss.backward()
+                    total += float(loss.detach())
                 nn.utils.clip_grad_norm_(weights, 1.0)
                 optimizer.step()
-                progress(Event("teach", step + 1, config.steps, {"loss": float(loss.detach())}))
+                progress(Event("teach", step + 1, config.steps, {"loss": total}))
     finally:
-        base.pipeline.unet.set_attn_processor(before)
         for weight in weights:
             weight.requires_grad_(False)
             weight.grad = None
 
 
-def loss_of(base: Base, lessons: Lessons, config: TeachConfig, step: int, seed: int) -> Tensor:
-    """Mean squared error of one batch; the concepts take turns."""
-    generator = keyed_generator("distil", seed, step)
-    own = min(config.batch - int(config.batch * config.ordinary), config.batch - 1)  # some are always ordinary
-    taken: list[tuple[Lesson, int]] = []
-    for index in range(config.batch):
+def batches(lessons: Lessons, config: TeachConfig, step: int, seed: int) -> list[list[Question]]:
+    """What a step asks, in ``config.accumulate`` batches; the concepts take turns, and some are always ordinary."""
+    generator, count = keyed_generator("distil", seed, step), config.batch * config.accumulate
+    own = min(count - int(count * config.ordinary), count - 1)
+    taken: list[Question] = []
+    for index in range(count):
         of_concept = index < own and lessons.concepts
         turn = (step * own + index) % max(1, len(lessons.concepts))
         lesson = lessons.concepts[turn] if of_concept else lessons.ordinary
         taken.append((lesson, int(torch.randint(len(lesson.prompts), (), generator=generator))))
+    return [taken[start : start + config.batch] for start in range(0, count, config.batch)]
+
+
+def loss_of(base: Base, batch: Sequence[Question]) -> Tensor:
+    """Mean squared error of the predictions of one batch."""
 
     def stacked(part: str) -> Tensor:
-        return torch.stack([getattr(lesson, part)[index] for lesson, index in taken]).to(base.device)
+        return torch.stack([getattr(lesson, part)[index] for lesson, index in batch]).to(base.device)
 
-    prompts = [lesson.prompts[index] for lesson, index in taken]
+    prompts = [lesson.prompts[index] for lesson, index in batch]
     with torch.autocast(base.device.type, torch.bfloat16):
         found = predict(base, prompts, stacked("noisy"), stacked("timesteps"))
     return F.mse_loss(found.float(), stacked("wanted"))

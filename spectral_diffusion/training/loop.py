@@ -86,8 +86,8 @@ def train(
     with (
         Conditioner(base, concept, config.seed, size, OTHERS if preserving else (), layers) as condition,
         detaching(models),
-        quick_attention(base, config),
-        checkpointing(base, config),
+        quick_attention(base, config.autocast or base.dtype != torch.float32, size),
+        checkpointing(base, config.gradient_checkpointing),
         watching(unet, config.objective.attention > 0) as maps,
         layered(base, config.layerwise),
         Watcher(config, concept, base, note, among.main) as watcher,

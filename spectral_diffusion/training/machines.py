@@ -164,12 +164,16 @@ def take_step(
 
 
 @contextmanager
-def quick_attention(base: Base, config: TrainConfig) -> Iterator[None]:
-    """The U-Net takes diffusers' plain attention where that is quicker than torch's fused one."""
+def quick_attention(base: Base, half: bool, size: int) -> Iterator[None]:
+    """The U-Net takes diffusers' plain attention where that is quicker than torch's fused one.
+
+    Args:
+        half: whether it works in half precision.
+        size: side of the pictures in pixels.
+    """
     unet = base.pipeline.unet
     before = dict(unet.attn_processors)
-    side = (config.resolution or base.size) // base.pipeline.vae_scale_factor
-    if plain_is_quicker(base.device.type, config.autocast or base.dtype != torch.float32, side):
+    if plain_is_quicker(base.device.type, half, size // base.pipeline.vae_scale_factor):
         unet.set_attn_processor(AttnProcessor())
     try:
         yield
@@ -178,13 +182,13 @@ def quick_attention(base: Base, config: TrainConfig) -> Iterator[None]:
 
 
 @contextmanager
-def checkpointing(base: Base, config: TrainConfig) -> Iterator[None]:
-    """The U-Net keeps only its blocks' inputs for the way back, if the settings say so."""
+def checkpointing(base: Base, on: bool) -> Iterator[None]:
+    """The U-Net keeps only its blocks' inputs for the way back, if that is ``on``."""
     unet = base.pipeline.unet
-    if config.gradient_checkpointing:
+    if on:
         unet.enable_gradient_checkpointing()
     try:
         yield
     finally:
-        if config.gradient_checkpointing:
+        if on:
             unet.disable_gradient_checkpointing()

@@ -244,18 +244,37 @@ def memory_note(base: Base, config: TrainConfig, size: int) -> str | None:
     Raises:
         UserError: it clearly does not fit.
     """
-    if sum(p.numel() for model in base.models.values() for p in model.parameters()) < SMALL:
+    if not is_large(base):
         return None
-    kind = "cpu" if base.device.type == "cpu" else "cuda"
-    found = estimate(base.models, base.pipeline.vae, config, size, kind)
+    found = estimate(base.models, base.pipeline.vae, config, size, kind_of(base))
+    mend = (
+        "set gradient_checkpointing=true, a smaller batch or resolution, dtype=bfloat16, or take a preset for less "
+        "memory"
+    )
+    return fitting(found, base, "This training", mend)
+
+
+def is_large(base: Base) -> bool:
+    """Whether its owner needs to be told what it takes."""
+    return sum(p.numel() for model in base.models.values() for p in model.parameters()) >= SMALL
+
+
+def kind_of(base: Base) -> str:
+    """The kind of device that a base is on, as estimates tell them apart."""
+    return "cpu" if base.device.type == "cpu" else "cuda"
+
+
+def fitting(found: Estimate, base: Base, what: str, mend: str) -> str:
+    """A sentence of what work on a loaded ``base`` takes and what is there.
+
+    Raises:
+        UserError: it clearly does not fit; ``what`` it is and the ``mend`` are told.
+    """
     free = available(base.device)
     text = f"Memory: about {gib(found.total)} at most ({found.told()})"
     if free is None:
         return f"{text}."
     room = free + found.weights + found.context  # the base is loaded already
     if found.total > 1.15 * room:
-        raise UserError(
-            f"This training needs about {gib(found.total)} and there are {gib(room)}: set gradient_checkpointing=true, "
-            "a smaller batch or resolution, dtype=bfloat16, or take a preset for less memory."
-        )
+        raise UserError(f"{what} needs about {gib(found.total)} and there are {gib(room)}: {mend}.")
     return f"{text}; {gib(room)} are there."

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..adapter import Adapter
 
 FUSED = "fused/"  # marks a fused folder of the workspace among the bases
+SPARING = "sd15-12gb"  # the preset for a base that brings none along
 RECIPE = "recipe.json"  # the library's own name for it is in a module that brings torch, which no page has to wait for
 
 
@@ -123,7 +124,8 @@ def settings_for(
 ) -> FuseConfig:
     """The settings that the page's fields stand for; ``changes`` are the merge's own, an empty one its default.
 
-    ``teach`` among them is the number of steps; ``preset`` is one that fuses, by default what the base brings along.
+    ``teach`` among them is the number of steps; ``preset`` is one that fuses, by default what the base brings along, or
+    what fits most graphics cards.
 
     Raises:
         UserError: nothing is chosen, or a setting cannot be.
@@ -139,7 +141,7 @@ def settings_for(
     base = next(iter(adapters.values())).base
     if preset and resources.preset_of(base) != "pocket":
         raise UserError("All of the U-Net is taught only on the pocket base here; choose fewer layers to teach.")
-    layer = preset_part(preset, "fuse") if preset else usual_settings(base, "fuse")
+    layer = preset_part(preset, "fuse") if preset else usual_settings(base, "fuse") or preset_part(SPARING, "fuse")
     return build(FuseConfig, layer, given, inner, {"adapters": files, "output": output, "strength": by_concept})
 
 

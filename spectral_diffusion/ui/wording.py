@@ -23,6 +23,8 @@ SAID = {  # what the library says of the command line, and what a person does in
     "Fuse without teach.steps.": "Choose no under Teach it afterwards.",
     ": lower teach.learning_rate.": "; choose fewer steps of teaching, or none.",
     "teach.targets: ": "",
+    ": set teach.gradient_checkpointing=true and a smaller teach.batch with more teach.accumulate, or no "
+    "teach.targets": "; choose no under Teach it afterwards",
     "; put them back, go on with these by --force, or train without --resume": "; remove it and train it anew",
 }
 # Any other clause or sentence about an option, up to its full stop.
