@@ -26,6 +26,7 @@ PIPELINE = {
     "feature_extractor", "image_encoder", "safety_checker",
 }  # fmt: skip
 DROPPED = {".DS_Store", "Thumbs.db", "desktop.ini"}  # by file managers
+RESOLVED = "# Resolved settings, written by spectral-diffusion.\n"
 ABANDONED = 24 * 3600  # seconds after which a killed program's temporary is taken away
 
 
@@ -62,6 +63,24 @@ def check_writable(path: Path) -> None:
         UserError: it cannot.
     """
     _beside(Path(path)).unlink()
+
+
+def check_settings(path: Path) -> None:
+    """Refuse to write resolved settings over a file that a person wrote.
+
+    Raises:
+        UserError: there is one.
+    """
+    if path.exists() and not (path.is_file() and path.read_text("utf-8", "replace").startswith(RESOLVED)):
+        raise UserError(
+            f"{path} would be replaced by the settings that are written beside every output; choose another output "
+            "with -o, or another name for that file."
+        )
+
+
+def write_settings(path: Path, text: str) -> None:
+    """Write resolved settings, in YAML, so that :func:`check_settings` knows them again."""
+    write_text(path, RESOLVED + text)
 
 
 def check_replaceable(folder: Path, own: Collection[str]) -> None:

@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 
 import spectral_diffusion
 from spectral_diffusion import cli, resources
+from spectral_diffusion.cli.scenes import adapters_in
 from spectral_diffusion.cli.support import named_base, resolve
 from spectral_diffusion.config import ConditionConfig, FuseConfig, TrainConfig, build, read_yaml, to_yaml
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.evaluation.settings import EvaluateConfig
+from spectral_diffusion.generation.pictures import read_settings
 from spectral_diffusion.generation.scene import Scene
 from spectral_diffusion.training.run import train_to_file
 
@@ -199,6 +201,45 @@ def test_unwritable_output(run, photos: Path, tiny_base: Path, tmp_path: Path) -
     rex = tmp_path / "rex.safetensors"
     train_to_file(TrainConfig(concept=photos, output=rex, base=str(tiny_base), rank=2, steps=1, device="cpu"))
     refused(run("fuse", rex, "-o", below, "--device", "cpu"), "Cannot write")
+
+
+def test_what_a_person_made_is_not_written_over(run, photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    common = ("--base", tiny_base, "--device", "cpu")
+    train = ("train", photos, "-o", tmp_path / "rex.safetensors", "--rank", 2, "--steps", 1, *common)
+    draw = ("generate", "--prompt", "x", "-o", tmp_path / "out.png", "steps=1", *common)
+    own = {
+        tmp_path / "rex.yaml": b"steps: 1  # as I like it\n",
+        tmp_path / "out.yaml": b"prompt: my scene\n",
+    }
+    save_file({"a": torch.zeros(1)}, tmp_path / "rex.safetensors")
+    for path, data in own.items():
+        path.write_bytes(data)
+    refused(run(*train), "rex.safetensors is no adapter of this program")
+    (tmp_path / "rex.safetensors").unlink()
+    refused(run(*train, "--config", tmp_path / "rex.yaml"), "rex.yaml would be replaced by the settings")
+    refused(run(*draw), "out.yaml would be replaced by the settings")
+    for name in ("rex.yaml", "out.yaml"):
+        assert (tmp_path / name).read_bytes() == own[tmp_path / name]
+        (tmp_path / name).unlink()
+    for name, more in {"out.png": (), "out-1.png": ("--count", 2)}.items():
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+        refused(run(*draw, *more), f"{name} was not drawn by this program")
+        refused(run("conditions", "sketch", tmp_path / name, "-o", tmp_path / name), f"{name} is there already")
+        (tmp_path / name).unlink()
+    for words in (train, draw) * 2:  # what they wrote themselves they may replace
+        assert run(*words).code == 0
+
+
+def test_a_picture_takes_the_base_of_its_adapters(run, photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    rex, out = tmp_path / "rex.safetensors", tmp_path / "out.png"
+    train_to_file(TrainConfig(concept=photos, output=rex, base=str(tiny_base), rank=2, steps=1, device="cpu"))
+    (tmp_path / "scene.yaml").write_text(
+        f"prompt: x\nregions: [{{box: [0, 0, 1, 1], prompt: x, adapters: {{{rex}: 1.0}}}}]\n"
+    )
+    for words in (("--adapter", f"{rex}=0.5", "--prompt", "x"), (tmp_path / "scene.yaml",)):
+        assert run("generate", *words, "-o", out, "--device", "cpu", "steps=1").code == 0
+        assert read_settings(out)["base"] == str(tiny_base)
+    assert adapters_in({"regions": [3, {"adapters": [1]}], "adapters": "a"}) == []
 
 
 def test_resolved_settings_lie_beside_the_output_and_read_back(

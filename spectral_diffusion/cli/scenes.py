@@ -68,6 +68,13 @@ def scene_source(path: Path, base: str | None, mapping: list[str] | None, layout
     return read_scene(path)
 
 
+def adapters_in(settings: dict[str, Any]) -> list[str]:
+    """The adapters that a scene's settings name, first those that act everywhere; what is not understood names none."""
+    parts = [settings, *(settings.get("regions") or [])]
+    held = [part.get("adapters") for part in parts if isinstance(part, dict)]
+    return [str(name) for adapters in held if isinstance(adapters, dict) for name in adapters]
+
+
 def regions(texts: list[str] | None) -> list[dict[str, Any]] | None:
     """``["0,0,0.5,1:<rex> on the grass"]`` to region settings."""
     if not texts:
@@ -157,6 +164,8 @@ def _write(photo: Path, output: Path | None, kind: str, drawn: Callable[[], Imag
     output = output or photo.with_name(f"{photo.stem}_{kind}.png")
     if output.suffix.lower() != ".png":
         raise UserError(f"The output {output} must end in .png.")
+    if output.exists():
+        raise UserError(f"{output} is there already, and would be lost; choose another output with -o, or remove it.")
     image = drawn()
     with atomic(output) as temporary:
         image.save(temporary, format="PNG")

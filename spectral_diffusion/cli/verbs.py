@@ -14,7 +14,7 @@ from .conditions import train_condition
 from .evaluation import evaluate
 from .experiments import experiment
 from .pocket import pocket_app
-from .scenes import base_in, conditions, conditions_app, regions, scene_source, source_of, strengths
+from .scenes import adapters_in, base_in, conditions, conditions_app, regions, scene_source, source_of, strengths
 from .support import (
     ConfigOption,
     DeviceOption,
@@ -197,7 +197,7 @@ def generate(
         typer.echo(json.dumps(Scene.model_json_schema(), indent=2))
         return
     from ..config import to_yaml
-    from ..files import write_text
+    from ..files import check_settings, write_settings
     from ..generation.pictures import read_sources
     from ..generation.pipeline import generate_to_file
 
@@ -205,8 +205,11 @@ def generate(
     named = base or next((word[5:] for word in overrides if word.startswith("base=")), None)
     named = named or (base_in(config) if config else None)
     held = scene_source(source, named, mapping, layout) if source else {}
+    acting = strengths(adapter)
+    if not named and "base" not in held:  # then it is the one that the adapters were trained on
+        base = named_base(list(acting or adapters_in(held))) or None
     flags = given(
-        prompt=prompt, base=base, adapters=strengths(adapter), regions=regions(region),
+        prompt=prompt, base=base, adapters=acting, regions=regions(region),
         conditions=conditions(sketch, keypose), output=text_of(output), seed=seed, count=count, width=width,
         height=height, device=device, dtype=dtype, allow_base=allow_base or None,
     )  # fmt: skip
@@ -214,12 +217,15 @@ def generate(
     if held and (changed or seed is not None or count is not None):  # they replace those a picture was drawn with
         held = {key: value for key, value in held.items() if key not in {"seeds", "keep"}}
     settings = resolve(Scene, "generate", config, flags, overrides, held, str(source or ""))
+    beside = settings.output.with_suffix(".yaml")
+    own = any(Path(one).resolve() == beside.resolve() for one in (source, config) if one)  # and stays as it is
+    if not own:
+        check_settings(beside)
     with progress_bar() as progress, stop_signals() as should_stop:
         made_from = read_sources(source) if source and source.suffix.lower() == ".png" else None
         paths = generate_to_file(settings, progress, say, should_stop, resume=resume, expected=made_from)
-    beside = settings.output.with_suffix(".yaml")
-    if not any(Path(one).resolve() == beside.resolve() for one in (source, config) if one):  # never over a person's own
-        write_text(beside, to_yaml(settings))
+    if not own:
+        write_settings(beside, to_yaml(settings))
     shown = [*paths[:1], f"{len(paths) - 1} pictures beside it"] if len(paths) > 9 else paths
     say(f"Wrote {', '.join(map(str, shown))}.")
 

@@ -17,7 +17,7 @@ from ..evaluation.report import NAME, write_report
 from ..evaluation.settings import EvaluateConfig
 from ..evaluation.summary import ALONE, Evaluation
 from ..evaluation.views import View
-from ..files import check_writable, write_text
+from ..files import check_writable, write_settings
 from ..formats.native import versions
 from ..generation.crops import scene_in, views_in
 from ..generation.pipeline import generate_to_file
@@ -75,7 +75,7 @@ def evaluate_to_folder(
         result.together = None if held.together == ALONE else held.together
         result.drift = {encoder.name: drift(encoder, *drawn.ordinary) for encoder in encoders}
         result.seconds = {way: shelf.each(way) for way in drawn.shown if shelf.each(way)}
-    write_text(config.output / f"{NAME}.yaml", to_yaml(config))
+    write_settings(config.output / f"{NAME}.yaml", to_yaml(config))
     write_report(result, config.output)
     return result
 

@@ -112,6 +112,14 @@ def read_sources(path: Path) -> dict[str, str]:
     return {str(name): str(value) for name, value in read_embedded(path)["sources"].items()}
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a file is a picture that this program drew."""
+    try:
+        return bool(read_embedded(path))
+    except UserError:
+        return False
+
+
 def is_same(path: Path, scene: Scene, sources: Mapping[str, str]) -> bool:
     """Whether a picture is there that was drawn from this very scene, base and files."""
     try:

@@ -32,7 +32,7 @@ from ..linalg import Factors
 from ..progress import Event, Progress, silent
 from ..tokens import collapse, expand, known_tokens
 from .conditions import Drawing, adapter_of, read_drawing, weighed
-from .pictures import BASE, is_same, labelled_sheet, save_png, sources_of
+from .pictures import BASE, is_ours, is_same, labelled_sheet, save_png, sources_of
 from .regions import Area, Regional, changed, regional
 from .scene import Region, Scene, region_mask, tokens_in
 
@@ -286,6 +286,9 @@ def generate_to_file(
     drawings = [read_drawing(condition) for condition in scene.conditions]
     adapters = [(load_adapter(Path(path)), strength) for path, strength in scene.adapters.items()]
     check_writable(scene.output)
+    for path in {scene.output, *places(scene).values()}:
+        if path.exists() and not is_ours(path):
+            raise UserError(f"{path} was not drawn by this program, and would be lost; choose another output with -o.")
     base = base or load_base(scene.base, scene.device, scene.dtype)
     sources = sources_of(scene, base)
     for name, before in (expected or {}).items():
@@ -305,6 +308,14 @@ def generate_to_file(
     return written
 
 
+def places(scene: Scene) -> dict[int, Path]:
+    """Where the picture of every seed goes."""
+    seeds = scene.every_seed()
+    if len(seeds) == 1 or scene.keep is not None:
+        return dict.fromkeys(seeds, scene.output)
+    return {seed: scene.output.with_name(f"{scene.output.stem}-{seed}.png") for seed in seeds}
+
+
 def draw_to_files(
     base: Base,
     scene: Scene,
@@ -321,12 +332,7 @@ def draw_to_files(
 
     ``sources`` is what :func:`.pictures.sources_of` told before they did; the rest as :func:`generate_to_file`.
     """
-    seeds = scene.every_seed()
-
-    def place(seed: int) -> Path:
-        single = len(seeds) == 1 or scene.keep is not None
-        return scene.output if single else scene.output.with_name(f"{scene.output.stem}-{seed}.png")
-
+    seeds, place = scene.every_seed(), places(scene)
     batches = [seeds[start : start + scene.batch] for start in range(0, len(seeds), scene.batch)]
     if scene.keep is not None:  # how it was drawn decides its last bits, so its neighbours are drawn again too
         batches = [batch for batch in batches if scene.keep in batch]
@@ -335,7 +341,7 @@ def draw_to_files(
         embedded = {
             seed: scene.model_copy(update={"seeds": batch, "keep": seed, "seed": seed, "count": 1}) for seed in batch
         }
-        paths = {seed: place(seed) for seed in batch if scene.keep in (None, seed)}
+        paths = {seed: place[seed] for seed in batch if scene.keep in (None, seed)}
         if not (resume and all(is_same(path, embedded[seed], sources) for seed, path in paths.items())):
             prompts = [scene.prompt] * len(batch)
             turn = sample_in_turn(base, prompts, batch, scene, progress, drawings, bound, should_stop, preview, every)

@@ -11,8 +11,8 @@ from ..base import Base, load_base
 from ..config import TrainConfig, to_yaml
 from ..data.folder import Concept, load_concept
 from ..errors import UserError
-from ..files import check_writable, write_text
-from ..formats.native import load_adapter, save_adapter
+from ..files import check_settings, check_writable, write_settings
+from ..formats.native import is_native, load_adapter, save_adapter
 from ..layerwise import check_encoders
 from ..linalg import sides
 from ..methods import get_method
@@ -69,6 +69,10 @@ def train_to_file(
     if output.is_dir():
         raise UserError(f"The output {output} is a folder; choose another with -o.")
     check_writable(output)
+    if not output.exists():
+        check_settings(output.with_suffix(".yaml"))
+    elif not is_native(output):
+        raise UserError(f"{output} is no adapter of this program, and would be lost; choose another output with -o.")
     base = base or load_base(config.base, device_of(config, among), config.dtype)
     if config.layerwise:
         check_encoders(base)
@@ -107,7 +111,7 @@ def train_to_file(
     )
     if among.main:
         save_adapter(adapter, output)
-        write_text(output.with_suffix(".yaml"), to_yaml(config))
+        write_settings(output.with_suffix(".yaml"), to_yaml(config))
         state_path(output).unlink(missing_ok=True)
     return adapter
 
