@@ -308,7 +308,7 @@ def inspect(
 
 @app.command()
 def methods(
-    arch: Annotated[str, typer.Option(help="sd15 or pocket.")] = "sd15",
+    arch: Annotated[str, typer.Option(help="sd15, sdxl or pocket.")] = "sd15",
     rank: Annotated[list[int] | None, typer.Option(help="Ranks to count; may be repeated.")] = None,
     targets: Annotated[str, typer.Option(help="attention, feed-forward, conv … joined by +.")] = "attention",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
