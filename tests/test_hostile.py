@@ -51,6 +51,19 @@ def mutate(data: bytes, dice: random.Random) -> bytes:
     return bytes(out)
 
 
+def test_a_picture_that_would_start_another_program_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import EpsImagePlugin
+
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", started)
+    Image.new("RGB", (8, 8)).save(tmp_path / "e.eps")
+    (tmp_path / "e.eps").rename(tmp_path / "e.png")
+    with pytest.raises(UserError, match=r"e\.png is not a readable image"):
+        open_photo(tmp_path / "e.png")
+
+
 def mutants(data: bytes, seed: str, early: bool = False) -> list[bytes]:
     """Changed copies; ``early`` aims half of them at a safetensors header."""
     dice = random.Random(seed)

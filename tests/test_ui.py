@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.progress import Event
 from spectral_diffusion.ui import drawing
+from spectral_diffusion.ui.device import giving_back
 from spectral_diffusion.ui.workspace import Teller, sentence_of
 
 # --- small parts ---------------------------------------------------------------------------------------------
@@ -117,6 +119,26 @@ def test_the_example_client_goes_from_photos_to_a_picture(
         "jim.safetensors",
     }
     assert (workspace / "fused" / "together" / "model_index.json").is_file()
+
+
+def test_a_foreign_pages_name_for_this_machine_is_refused(served: tuple[Any, str]) -> None:
+    port = served[1].rpartition(":")[2]
+    for host, wanted in {"evil.example": 400, "localhost": 200, "127.0.0.1": 200}.items():
+        asked = urllib.request.Request(f"{served[1]}/config", headers={"Host": f"{host}:{port}"})
+        try:
+            with urllib.request.urlopen(asked) as answer:
+                assert answer.status == wanted
+        except urllib.error.HTTPError as error:
+            assert error.code == wanted
+
+
+def test_a_full_gpu_is_told_in_a_sentence_and_emptied_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    with pytest.raises(torch.OutOfMemoryError) as caught, giving_back():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert emptied == [True] and sentence_of(caught.value).startswith("The GPU has not enough memory")
 
 
 @pytest.mark.parametrize("open_to_others", [{"host": "0.0.0.0"}, {"share": True}])

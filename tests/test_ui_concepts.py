@@ -496,7 +496,7 @@ def test_handlers_say_what_to_do(workspace: Workspace, photos: Path) -> None:
     panel = handlers.show("tom")
     assert not panel[2].visible and panel[5].visible and panel[6] == ["001.png", "002.png", "003.png"]
     assert handlers.next_photo("tom", "003.png", panel[6])[0] == "001.png"
-    assert handlers.to_training("tom")[0] == "tom"
+    assert handlers.to_training("tom")[0][0] == "tom"
     with pytest.raises(gr.Error, match="No concept is chosen"):
         handlers.to_training(None)
     bad = photos / "bad.png"

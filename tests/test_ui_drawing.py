@@ -423,8 +423,7 @@ def test_gallery_pages_download_and_delete(workspace: Workspace, trained: tuple[
     assert rows["Prompt"] == "a <tom> and a dog" and rows["Box 2"].endswith("(with jim)") and rows["Seed"] == "0"
     path, packed = pictures.download(workspace, name)
     with zipfile.ZipFile(packed) as archive:
-        run = name.rpartition("-")[0]
-        assert set(archive.namelist()) == {"scene.yaml", path.name, f"{run}.png", f"{run}-keypose.png"}
+        assert set(archive.namelist()) == {"scene.yaml", path.name, "drawing-1.png", "drawing-2.png"}
         text = archive.read("scene.yaml").decode()
     assert "tom.safetensors, jim.safetensors" in text and str(workspace.root) not in text
 
@@ -448,6 +447,8 @@ def test_downloaded_scene_draws_the_same_picture(
     elsewhere = tmp_path / "elsewhere"
     with zipfile.ZipFile(pictures.download(workspace, path.stem)[1]) as archive:
         archive.extractall(elsewhere)
+    assert {file.name for file in elsewhere.iterdir()} == {"scene.yaml", path.name, "drawing-1.png", "drawing-2.png"}
+    assert (elsewhere / path.name).read_bytes() == path.read_bytes()
     for file in workspace.adapters.glob("*.safetensors"):
         shutil.copy(file, elsewhere)
     shutil.copytree(trained[0], elsewhere / trained[0].name)
@@ -557,6 +558,7 @@ def test_tab_says_errors_in_place(handlers: Any, trained: tuple[Path, Path]) -> 
 def test_tab_offers_what_the_base_allows(handlers: Any, workspace: Workspace) -> None:
     _, note, adapters, strength, _, tokens = handlers.lists("pocket", ["tom", "gone"])
     assert adapters.value == ["tom"] and strength.visible and not note.visible
+    assert "value" not in handlers.lists("pocket", ["tom"])[2]._constructor_args[0]  # what is right is left as it is
     assert tokens == [["<jim>", "dog", "jim"], ["<tom>", "dog", "tom"]]
     assert handlers.follow("fused/none", [])[0].visible  # no such fusion: said when it is drawn
     shutil.rmtree(workspace.adapters)
@@ -564,6 +566,33 @@ def test_tab_offers_what_the_base_allows(handlers: Any, workspace: Workspace) ->
     assert note.visible and "step 2" in note.value and not adapters.visible
     assert handlers.shape("Wide", "pocket") == (128, 64) and handlers.shape("Square", "pocket") == (64, 64)
     assert handlers.reshaped("pocket", 64, 128)[1] == "Tall" and handlers.reshaped("pocket", 64, 72)[1] is None
+
+
+def test_what_is_handed_over_comes_with_its_base(
+    handlers: Any, workspace: Workspace, trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from spectral_diffusion.ui.page import hand
+    from spectral_diffusion.ui.tabs.train import Handlers as Train
+
+    pocket, large = (20, 2.0), (50, 7.5)  # steps and guidance
+    base = str(trained[0])
+    assert hand("rex") != hand("rex")  # each time it is a change
+    assert handlers.handed_adapters(hand(["tom"]), "Wide", *pocket) == (base, ["tom"], 32, 16, *large)
+    assert handlers.handed_adapters(hand(["tom"]), "Wide", 30, 2.0)[4:] == (30, 2.0)  # a person's own
+    assert handlers.handed_base(hand("pocket"), "Square", *large) == ("pocket", [], 64, 64, *pocket)
+    assert handlers.suited("fused/none", "Square", *pocket) == (512, 512, *pocket)
+    assert handlers.shape("Square", "x" * 300) == (512, 512)
+
+    train = Train.__new__(Train)
+    train.workspace, train.queue = workspace, SimpleNamespace(jobs=list)
+    for folder in ("tom", "jim"):
+        make_photos(workspace.concepts / folder)
+    first = hand("tom")
+    assert train.opened("jim", None, 0, "lora")[0].value == "jim"
+    chosen, _, taken = train.opened("jim", first, 0, "lora")
+    assert (chosen.value, taken) == ("tom", first[1])
+    assert train.opened("jim", first, taken, "lora")[0].value == "jim"  # chosen since
+    assert train.opened("jim", hand("tom"), taken, "lora")[0].value == "tom"  # handed over again
 
 
 @pytest.fixture(scope="module")

@@ -297,6 +297,13 @@ def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: 
         "Teaching met NaN or infinity at step 3: lower teach.learning_rate.": (
             "Teaching met NaN or infinity at step 3; choose fewer steps of teaching, or none."
         ),
+        "This training needs about 9.0 GiB and there are 7.0 GiB: set gradient_checkpointing=true, a smaller batch or "
+        "resolution, dtype=bfloat16, or take a preset for less memory.": (
+            "This training needs about 9.0 GiB and there are 7.0 GiB: choose a preset for less memory."
+        ),
+        "It has the token <rex> already; choose another with token=<name>.": (
+            "It has the token <rex> already; choose another token."
+        ),
         f"Teaching needs about 9.0 GiB and there are 7.0 GiB: {MEND}.": (
             "Teaching needs about 9.0 GiB and there are 7.0 GiB; choose no under Teach it afterwards."
         ),
@@ -366,6 +373,8 @@ def test_strengths() -> None:
     assert parse("", ["a", "b"]) == {"a": 1.0, "b": 1.0}
     assert parse("0.5", ["a", "b"]) == {"a": 0.5, "b": 0.5}
     assert parse("a = 0.5; b=-1", ["a", "b"]) == {"a": 0.5, "b": -1.0}
+    assert parse("my dog = 0.5, dog=2 0.25", ["cat", "dog", "my dog"]) == {"cat": 0.25, "dog": 0.25, "my dog": 0.25}
+    assert parse("my dog = 0.5, dog=2", ["dog", "my dog"]) == {"dog": 2.0, "my dog": 0.5}
     for text, sentence in {"rx=1": "did you mean 'rex'", "rex=x": "not a number", "nan": "not a number"}.items():
         with pytest.raises(UserError, match=sentence):
             parse(text, ["rex"])

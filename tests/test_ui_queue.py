@@ -325,6 +325,18 @@ def test_names_are_looked_up_never_joined(queue: Queue, workspace: Workspace, na
     assert [job.id for job in queue.jobs()] == []
 
 
+def test_an_adapter_in_training_keeps_its_columns(queue: Queue, workspace: Workspace) -> None:
+    workspace.adapters.mkdir(parents=True, exist_ok=True)
+    (workspace.adapters / "ann.safetensors").write_bytes(b"an older one")
+    other, _ = queue.enqueue("bob")
+    job, _ = queue.enqueue("ann")  # waits
+    with pytest.raises(UserError, match="'ann' is in training or waits for it; stop that"):
+        delete_adapter(workspace, "ann")
+    queue.remove(job, sure=True)
+    queue.stop(other)
+    assert "free again" in delete_adapter(workspace, "ann")
+
+
 def test_wrong_settings_are_told_before_anything_is_queued(queue: Queue) -> None:
     with pytest.raises(UserError, match="did you mean 'lora'"):
         queue.enqueue("ann", method="lara")

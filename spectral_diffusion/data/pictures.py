@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from ..errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # what a file really is; others may start other programs
 MAX_PIXELS = 80_000_000
 
 
@@ -22,7 +23,7 @@ def open_upright(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UserError(f"{path.name} has more than {MAX_PIXELS // 1_000_000} million pixels")
                 image.load()

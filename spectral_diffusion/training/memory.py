@@ -55,7 +55,7 @@ class Estimate:
     def told(self) -> str:
         """The parts, for a person."""
         phases = ", ".join(f"{gib(size)} at most while {name}" for name, size in self.phases.items())
-        return f"{gib(self.weights)} of weights, {gib(self.adapter)} of the adapter and its optimiser, {phases}"
+        return f"{gib(self.weights)} of weights, {gib(self.adapter)} of what learns and its optimiser, {phases}"
 
 
 def gib(size: float) -> str:
@@ -230,7 +230,8 @@ def words(models: Models, batch: int, layers: int = 1) -> dict[str, Any]:
 def available(device: torch.device) -> int | None:
     """Bytes that a training may still take on a device; None where that cannot be told."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # this process keeps it ready
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

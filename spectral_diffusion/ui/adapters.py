@@ -86,12 +86,14 @@ def delete_adapter(workspace: Workspace, name: str | None) -> str:
     """Delete a listed adapter, what lies beside it and its place in the ledger; returns what to tell.
 
     Raises:
-        UserError: there is none of that name, or it cannot be deleted.
+        UserError: there is none of that name, its concept is in training, or it cannot be deleted.
     """
     from ..training.run import state_path
     from ..training.watch import samples_folder
+    from .jobs import refuse_busy
 
     path = adapter_file(workspace, name)
+    refuse_busy(workspace, path.stem)  # it would lose its columns while it trains them
     try:
         path.unlink(missing_ok=True)
         if not state_path(path).exists():  # else an unfinished training of the same concept goes on with them

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..errors import UserError
 
@@ -73,10 +75,15 @@ def launch(
             css=STYLE.read_text(encoding="utf-8"),
             footer_links=["api"],
             max_file_size="50mb",
+            app_kwargs={} if password else {"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL)]},
             **more,
         )
     except OSError as error:
         raise UserError(f"Cannot serve on port {port} of {host}, perhaps it is taken; choose another port.") from error
+
+
+# What a browser on this machine calls the app. Another name that leads here is a foreign page's.
+LOCAL = ["localhost", "127.0.0.1", "::1", "[::1]"]
 
 
 def is_local(host: str) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import build, usual_settings
 from ..progress import Progress, silent
 from .adapters import read_adapter
+from .device import giving_back
 from .fusing import load_chosen, settings_for, ticked
 from .wording import in_app, reworded
 from .workspace import Workspace, sentence_of
@@ -121,7 +122,7 @@ def compare(
         prompts = [f"a photo of {token} {place}" for place in PLACES]
         return grid(sample(base, prompts, [seed + index for index in range(len(PLACES))], scene, progress), len(PLACES))
 
-    with reworded(workspace, "pictures"):
+    with giving_back(), reworded(workspace, "pictures"):
         settings = settings_for(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)
         adapters = list(load_chosen(workspace, chosen).values())
         check_together(adapters, settings.strength)

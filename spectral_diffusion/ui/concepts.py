@@ -14,11 +14,11 @@ from PIL import Image
 from .. import pocket, resources
 from ..data.folder import Concept, Photo, load_concept, open_photo
 from ..data.masks import is_label
-from ..data.pictures import SUFFIXES
+from ..data.pictures import FORMATS, SUFFIXES
 from ..errors import UserError
 from ..tokens import check_token
 from .labels import Label, labels, owner
-from .uploads import FORMATS, PHOTOS, pixels_of, small_jpeg
+from .uploads import PHOTOS, pixels_of, small_jpeg
 from .workspace import Workspace, pick, visible
 
 THUMBNAIL = 256

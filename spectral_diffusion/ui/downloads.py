@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..files import atomic
+from .device import giving_back
 from .fusing import exports_of, fused_folder
 from .wording import in_app, reworded
 from .workspace import Workspace
@@ -35,7 +36,7 @@ def download(workspace: Workspace, name: str | None, kind: str) -> tuple[Path, l
         raise UserError(f"The merge of '{name}' changes whole weights, which no LoRA holds; choose the checkpoint.")
     place, notes = exports_of(workspace, folder.name), list[str]()
     packed = place / f"{name}-{kind}.zip"
-    with reworded(workspace, "pictures"):
+    with giving_back(), reworded(workspace, "pictures"):
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export.", dir=place) as scratch:
             files = export(folder, Path(scratch) / f"{name}.safetensors", kind, note=notes.append)

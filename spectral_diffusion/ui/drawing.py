@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..base import parse_device, size_in_configs
-from ..config import build
+from ..config import build, preset_part, usual_settings
 from ..errors import UserError
 from ..files import write_bytes
 from ..fusion.folder import read_recipe
@@ -25,7 +25,7 @@ from ..progress import Event, Progress, silent
 from .adapters import adapter_file, adapter_files, read_adapter
 from .canvas import Canvas, Place
 from .concepts import known_concepts
-from .fusing import base_path, parse_strengths
+from .fusing import FUSED, SPARING, base_path, fused_names, parse_strengths
 from .keeper import Keeper
 from .wording import in_app, reworded
 from .workspace import Workspace, filled
@@ -227,8 +227,33 @@ def side_of(workspace: Workspace, base: str | None) -> int:
         name = base_path(workspace, base)
     except UserError:
         return USUAL_SIDE
-    here = name == "pocket" or Path(name).is_dir()  # nobody waits for a hub
+    try:
+        here = name == "pocket" or Path(name).is_dir()  # nobody waits for a hub
+    except OSError:  # no name of a folder
+        here = False
     return (size_in_configs(name) if here else None) or USUAL_SIDE
+
+
+def sampling_of(workspace: Workspace, base: str | None, now: tuple[int, float]) -> tuple[int, float]:
+    """Steps and guidance for a base: its usual ones in the place of another's, but what a person chose stays."""
+    large = preset_part(SPARING, "generate")
+    try:
+        suits = usual_settings(base_path(workspace, base), "generate") or large
+    except UserError:
+        return now
+    usual = [(said["steps"], said["guidance"]) for said in (usual_settings("pocket", "generate"), large)]
+    return (suits["steps"], suits["guidance"]) if now in usual else now
+
+
+def base_of(workspace: Workspace, name: str) -> str:
+    """The base that a listed adapter was trained on, as the page calls it.
+
+    Raises:
+        UserError: there is no such adapter, or it is damaged.
+    """
+    base = Path(read_adapter(workspace, name).base)
+    inside = base.parent.resolve() == workspace.fused.resolve() and base.name in fused_names(workspace)
+    return FUSED + base.name if inside else read_adapter(workspace, name).base
 
 
 def ratio_of(workspace: Workspace, base: str | None, width: float | None, height: float | None) -> float:

@@ -36,9 +36,9 @@ from .concepts import (
     read_concept,
     suggest_token,
 )
-from .jobs import read_job, saying_disk
+from .jobs import refuse_busy, saying_disk
 from .uploads import PHOTOS, copy_into, looked_through
-from .workspace import Workspace, pick, safe_name, visible
+from .workspace import Workspace, pick, safe_name
 
 CAPTION = 400  # characters
 RESERVED = {"caption", "captions", "mask", "masks"}  # folders that the trainer looks into beside others
@@ -177,7 +177,7 @@ def change_concept(workspace: Workspace, name: str | None, new: str, noun: str, 
     if new != folder.name and (new in {*concept_folders(workspace), *RESERVED} or (workspace.concepts / new).exists()):
         raise UserError(f"'{new}' is taken already; choose another name.")
     token = _free_token(workspace, token or before[2], folder.name)
-    _refuse_busy(workspace, folder.name)
+    refuse_busy(workspace, folder.name)
     trained = adapters_of(workspace, folder.name)
     with saying_disk("concepts"):
         said = yaml.safe_load((folder / ABOUT).read_text(encoding="utf-8")) if (folder / ABOUT).is_file() else {}
@@ -200,7 +200,7 @@ def delete_concept(workspace: Workspace, name: str | None, with_adapter: bool = 
         UserError: it is ready-made, in training, or cannot be moved.
     """
     folder = own_folder(workspace, name)
-    _refuse_busy(workspace, folder.name)
+    refuse_busy(workspace, folder.name)
     files, names = traces(workspace, folder.name) if with_adapter else ([], [])
     place = discard(workspace, folder.name, [folder, *files])
     for one in names:
@@ -226,17 +226,6 @@ def traces(workspace: Workspace, name: str) -> tuple[list[Path], list[str]]:
     stems = sorted({name} | {label.path.stem for label in mine})
     files = [workspace.adapters / f"{stem}{ending}" for stem in stems for ending in ADAPTER_FILES]
     return [file for file in files if file.exists()], sorted(names & held)
-
-
-def _refuse_busy(workspace: Workspace, name: str) -> None:
-    """Leave a concept alone that is being trained or waits for it.
-
-    Raises:
-        UserError: it is.
-    """
-    jobs = [read_job(folder).record for folder in visible(workspace.jobs) if folder.is_dir()]
-    if any(job.concept == name and job.state in {"waiting", "running"} for job in jobs):
-        raise UserError(f"'{name}' is in training or waits for it; stop that in step 2 first.")
 
 
 def discard(workspace: Workspace, what: str, paths: Iterable[Path]) -> Path:

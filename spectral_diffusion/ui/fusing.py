@@ -17,6 +17,7 @@ from ..config import FuseConfig, build, preset_part, usual_settings
 from ..errors import UserError, nearest
 from ..progress import Progress, silent
 from .adapters import adapter_file, read_adapter
+from .device import giving_back
 from .wording import in_app, reworded
 from .workspace import Workspace, filled, pick, safe_name, sentence_of, visible
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ..adapter import Adapter
 
 FUSED = "fused/"  # marks a fused folder of the workspace among the bases
+SPACE = "\0"  # in the place of one inside a name
 SPARING = "sd15-12gb"  # the preset for a base that brings none along
 RECIPE = "recipe.json"  # the library's own name for it is in a module that brings torch, which no page has to wait for
 
@@ -79,9 +81,11 @@ def parse_strengths(text: str | None, names: Sequence[str]) -> dict[str, float]:
     Raises:
         UserError: not a number, or a name that is not chosen.
     """
-    strengths = dict.fromkeys(names, 1.0)
-    for part in re.split(r"[\s,;]+", re.sub(r"\s*=\s*", "=", text or "")):
-        name, equals, number = part.rpartition("=")
+    strengths, text = dict.fromkeys(names, 1.0), re.sub(r"\s*=\s*", "=", text or "")
+    for name in names:
+        text = text.replace(f"{name}=", f"{name.replace(' ', SPACE)}=")
+    for part in re.split(r"[\s,;]+", text):
+        name, equals, number = part.replace(SPACE, " ").rpartition("=")
         if equals and name not in strengths:
             chosen = f"the chosen adapters are {', '.join(names)}" if names else "no adapter is chosen"
             raise UserError(f"The strength names '{name}'{nearest(name, names)}, but {chosen}.")
@@ -172,7 +176,7 @@ def fuse(
     from ..fusion.recipe import fuse_to_folder
 
     notes: list[str] = []
-    with reworded(workspace, "fused"):
+    with giving_back(), reworded(workspace, "fused"):
         settings = settings_for(workspace, chosen, workspace.fused / name, strengths, **changes)
         with _kept(workspace, name):
             notes += [f"Note: {warning}" for warning in fuse_to_folder(settings, progress, notes.append)]
@@ -244,7 +248,7 @@ def take_out(workspace: Workspace, name: str | None, concept: str | None, new: s
     from ..fusion.unfuse import unfuse
 
     notes: list[str] = []
-    with reworded(workspace, "fused"):
+    with giving_back(), reworded(workspace, "fused"):
         unfuse(folder, [concept], workspace.fused / new, progress=progress, note=notes.append)
     told = [in_app(note, workspace) for note in notes]
     exactly = "" if told else ", as if it had never been in"
@@ -259,9 +263,10 @@ def delete_fusion(workspace: Workspace, name: str | None) -> str:
     """
     from .editing import discard
 
-    discard(workspace, str(name), [fused_folder(workspace, name)])
+    place = discard(workspace, str(name), [fused_folder(workspace, name)])
     shutil.rmtree(exports_of(workspace, str(name)), ignore_errors=True)
-    return f"Deleted the fusion '{name}'; it lies in the trash of the workspace, its adapters are still there."
+    where = place.relative_to(workspace.root)
+    return f"Deleted the fusion '{name}'; it lies in {where} of the workspace, and its adapters are still there."
 
 
 def exports_of(workspace: Workspace, name: str) -> Path:

@@ -17,7 +17,7 @@ from ..config import TrainConfig, build, read_yaml
 from ..errors import UserError
 from ..files import write_text
 from .wording import in_app
-from .workspace import STAGES, Workspace, duration
+from .workspace import STAGES, Workspace, duration, visible
 
 if TYPE_CHECKING:
     from ..training.status import TrainingStatus
@@ -191,6 +191,17 @@ def read_job(folder: Path) -> Job:
         return Job(folder, Record(concept=concept or folder.name, state="failed", message=message))
 
 
+def refuse_busy(workspace: Workspace, name: str) -> None:
+    """Leave a concept alone that is being trained or waits for it.
+
+    Raises:
+        UserError: it is.
+    """
+    jobs = [read_job(folder).record for folder in visible(workspace.jobs) if folder.is_dir()]
+    if any(job.concept == name and job.state in {"waiting", "running"} for job in jobs):
+        raise UserError(f"'{name}' is in training or waits for it; stop that in step 2 first.")
+
+
 def moving(jobs: Iterable[Job]) -> bool:
     """Whether anything runs, or waits and is not held by a paused one."""
     states = {job.record.state for job in jobs}
@@ -214,7 +225,7 @@ def how_it_ended(job: Job, workspace: Workspace) -> dict[str, Any]:
     if status and not unwritten:
         return {"state": "failed", "message": in_app(status.message, workspace)}
     if error := last_error(job.log):
-        return {"state": "failed", "message": error}
+        return {"state": "failed", "message": in_app(error, workspace)}
     if shutil.disk_usage(job.folder).free < FULL:
         reason = "The disk is full; free some space"
         return {"state": "failed", "message": f"{reason}, then {goes_on}."}

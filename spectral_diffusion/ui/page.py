@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,14 @@ DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}  #
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
+Handed = tuple[Any, int]  # from one tab to another, and when
+
+
+def hand(value: Any) -> Handed:
+    """A value for another tab, a new one every time: gradio tells a page of changes only."""
+    return value, time.monotonic_ns()
+
+
 @dataclass(frozen=True)
 class Page:
     """The page under construction.
@@ -29,7 +38,7 @@ class Page:
             ``gr.Tabs(selected="train")``.
         trained: what the adapters are, as the training tab last saw them; its change tells that one is new.
         strip: the line at the foot of the page that says what is trained now; ``timer`` ticks while something is.
-        concept: name of the concept to train, handed from the concepts to the training.
+        concept: name of the concept to train, handed from the concepts to the training (:func:`hand`).
         base: what to draw on (``pocket``, ``fused/<name>``), handed from the fusion to the pictures.
         adapters: names of adapters to draw with, handed from the training to the pictures.
     """

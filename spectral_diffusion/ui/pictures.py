@@ -198,11 +198,12 @@ def download(workspace: Workspace, name: str | None) -> tuple[Path, Path]:
     for region in settings.get("regions", []):
         region["adapters"] = {Path(file).name: strength for file, strength in region.get("adapters", {}).items()}
     with_it: dict[str, bytes] = {path.name: path.read_bytes()}
-    for condition in settings.get("conditions", []):
+    for number, condition in enumerate(settings.get("conditions", [])):
         file = Path(condition["file"])
+        inside = f"drawing-{number + 1}.png"  # a drawing's own name may be the picture's
         with suppress(UserError):
-            with_it[file.name] = _kept_drawing(workspace, file)
-        condition["file"] = file.name
+            with_it[inside] = _kept_drawing(workspace, file)
+        condition["file"] = inside
     if scene.base != "pocket":
         needed.append(Path(scene.base).name)
         settings["base"] = Path(scene.base).name if Path(scene.base).is_absolute() else scene.base

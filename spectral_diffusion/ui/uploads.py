@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image, ImageOps
 
 from ..data.masks import is_label
-from ..data.pictures import SUFFIXES, open_photo
+from ..data.pictures import FORMATS, SUFFIXES, open_photo
 from ..errors import UserError, reason
 
 PHOTOS = 100  # of one concept
@@ -26,7 +26,6 @@ UNPACKED_BYTES = 400_000_000  # of one upload
 MEMBERS = 1000  # of one zip
 DIRECTORY_BYTES = 500 * MEMBERS  # of a zip's table of contents, which is read whole
 CAPTION_BYTES = 20_000
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # what a file really is, whatever its name says
 THUMBNAIL = 256
 
 

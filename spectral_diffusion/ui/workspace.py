@@ -106,6 +106,8 @@ def sentence_of(error: BaseException) -> str:
     """One sentence for any error; a UserError has its own."""
     if isinstance(error, UserError):
         return str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which no page has to wait for
+        return "The GPU has not enough memory for this: choose smaller pictures or fewer at once, or end others."
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
     return f"Something unexpected went wrong ({reason}); the app goes on, and its console has the details."

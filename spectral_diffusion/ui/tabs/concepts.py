@@ -11,7 +11,7 @@ import gradio as gr
 
 from ...errors import UserError
 from .. import cards, concepts, editing
-from ..page import PRIVATE, Page, plain, told
+from ..page import PRIVATE, Handed, Page, hand, plain, told
 from ..shelf import look
 from ..uploads import looked_through
 
@@ -361,10 +361,10 @@ class Handlers:
         left_out = f" Left out: {plain('; '.join(problems))}." if problems else ""
         return f"Added '{name}'.{left_out}", name
 
-    def to_training(self, chosen: str | None) -> tuple[str, Any]:
+    def to_training(self, chosen: str | None) -> tuple[Handed, Any]:
         """Hand the concept to the training and go there."""
         with told():
-            return concepts.concept_folder(self.workspace, chosen).name, gr.Tabs(selected="train")
+            return hand(concepts.concept_folder(self.workspace, chosen).name), gr.Tabs(selected="train")
 
     def copy(self, chosen: str | None) -> str:
         """Make a ready-made concept the person's own."""

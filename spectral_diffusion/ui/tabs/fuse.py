@@ -13,7 +13,7 @@ import gradio as gr
 from ...progress import Progress
 from .. import comparing, downloads, fusing
 from ..adapters import adapter_rows
-from ..page import DEVICE, PRIVATE, Page, afterwards, plain, teller, told
+from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, hand, plain, teller, told
 from ..turns import Runs, until
 from .fuse_parts import USUAL_NAME, WHOLE, Bench, Saved
 
@@ -30,6 +30,7 @@ ADVICE = (
     "Merging by gradient and teaching even it out; otherwise lower the strength of the others."
 )
 STOPPED = "Stopped; nothing was saved."
+STOPPING = "Stopping, as soon as its turn comes or the step is done…"
 TOO_FEW = {
     0: "Nothing is trained yet. Train two concepts in step 2, then put them together here.",
     1: "One concept is trained. Train a second one in step 2, then put them together here.",
@@ -74,16 +75,19 @@ def _wire_bench(bench: Bench, handlers: Handlers, page: Page, lists: dict[str, A
         handlers.compare, bench.settings, [bench.pictures, bench.result], **shown
     )
     saving = bench.save.click(handlers.begin_save, **asked).then(
-        handlers.save, [bench.name, bench.replace, *bench.settings], [bench.result, page.base, bench.draw], **shown
+        handlers.save,
+        [bench.name, bench.replace, *bench.settings],
+        [bench.result, page.base, bench.saved, bench.draw],
+        **shown,
     )
     for running in (trying, saving):
         afterwards(running, handlers.done, None, buttons, queue=False, **PRIVATE)
     saving.success(**lists)
-    bench.stop.click(handlers.stop, queue=False, **PRIVATE)
+    bench.stop.click(handlers.stop, None, bench.result, queue=False, **PRIVATE)
     page.blocks.unload(handlers.left)
     bench.name.change(handlers.taken, bench.name, bench.replace, **PRIVATE)
     afterwards(saving, handlers.taken, bench.name, bench.replace, **PRIVATE)
-    bench.draw.click(lambda: gr.Tabs(selected="generate"), None, page.tabs, **PRIVATE)
+    bench.draw.click(handlers.draw, bench.saved, [page.base, page.tabs], **PRIVATE)
 
 
 def _wire_saved(saved: Saved, handlers: Handlers, page: Page, lists: dict[str, Any]) -> None:
@@ -199,10 +203,11 @@ class Handlers:
         who = request.session_hash or ""
         return ready(not (self.compares.busy(who) or self.saves.busy(who)))
 
-    def stop(self, request: gr.Request) -> None:
+    def stop(self, request: gr.Request) -> str:
         """Ask this browser's run to stop."""
         self.compares.stop(request.session_hash or "")
         self.saves.stop(request.session_hash or "")
+        return STOPPING
 
     def left(self, request: gr.Request) -> None:
         """Nobody waits for the comparison any more; a fusion that is being saved goes on."""
@@ -251,7 +256,7 @@ class Handlers:
         seed: int | None,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> tuple[str, str, Any]:
+    ) -> tuple[str, Handed, str, Any]:
         """Fuse the ticked concepts; hands the result to the pictures."""
         name = name.strip() or USUAL_NAME
         with told():
@@ -259,7 +264,7 @@ class Handlers:
             changes = {**changes_for(merge, teach, form, anchor), "seed": seed}
             with self._run(self.saves, request, progress) as tell:
                 words = fusing.fuse(self.workspace, chosen, name, strengths or {}, tell, replace, **changes)
-        return words, fusing.FUSED + name, gr.Button(visible=True)
+        return words, hand(fusing.FUSED + name), name, gr.Button(visible=True)
 
     def fuse(
         self,
@@ -291,11 +296,11 @@ class Handlers:
             gr.File(value=None, visible=False),
         ]
 
-    def draw(self, which: str | None) -> tuple[str, Any]:
+    def draw(self, which: str | None) -> tuple[Handed, Any]:
         """Hand the chosen fusion to the pictures."""
         with told():
             fusing.fused_folder(self.workspace, which)
-        return f"{fusing.FUSED}{which}", gr.Tabs(selected="generate")
+        return hand(f"{fusing.FUSED}{which}"), gr.Tabs(selected="generate")
 
     def take_out(
         self,

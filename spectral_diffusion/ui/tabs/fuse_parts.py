@@ -70,6 +70,7 @@ class Bench:
             self.save = gr.Button("Save", variant="primary", elem_id="fuse-save")
             self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="fuse-stop")
         self.result = gr.Textbox(label="Result", interactive=False, lines=2, elem_id="fuse-result")
+        self.saved = gr.State("")  # the name of what was saved last
         self.draw = gr.Button("Draw with it", elem_id="fuse-draw", visible=False)
 
     def _sliders(self, names: list[str] | None, held: dict[str, float] | None) -> None:

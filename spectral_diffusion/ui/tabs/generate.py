@@ -17,7 +17,7 @@ from ..canvas import Canvas, ink_of_drawing, read_canvas, read_regions
 from ..drawing import Drawn, Wish
 from ..fusing import base_choices
 from ..keeper import Keeper
-from ..page import DEVICE, PRIVATE, Page, plain, told
+from ..page import DEVICE, PRIVATE, Handed, Page, plain, told
 from ..turns import Runs, in_turn
 from ..workspace import Teller, Workspace
 from .canvas_part import build_canvas, build_sources, own_component
@@ -29,7 +29,8 @@ NO_CONCEPTS = (
     "You have no trained concepts yet, so use the base's own words, such as *a red dog on the beach*. "
     "To draw your own things, train one in step 2."
 )
-WAITING = "Getting ready…"
+WAITING = "Getting ready… (It waits while something else is drawn or fused.)"
+STOPPING = "Stopping, as soon as its turn comes or the step is done…"
 TO_PICTURE = (
     "() => { setTimeout(() => document.getElementById('generate-go')"
     ".scrollIntoView({behavior: 'smooth', block: 'start'}), 200) }"
@@ -103,9 +104,10 @@ class Handlers:
             inside = {}
         rows = [] if inside else [row[:3] for row in adapter_rows(self.workspace)[0]]
         names = [row[0] for row in rows]
+        there = [name for name in chosen or [] if name in names]  # else as it is, which may be handed over just now
         tokens = [[token, noun, ""] for token, noun in inside.items()] or [[row[1], row[2], row[0]] for row in rows]
         return [
-            gr.Dropdown(choices=names, value=[name for name in chosen or [] if name in names], visible=bool(rows)),
+            gr.Dropdown(choices=names, visible=bool(rows), **({"value": there} if there != (chosen or []) else {})),
             gr.Textbox(visible=bool(rows)),
             gr.HTML(concepts=rows),
             tokens,
@@ -122,9 +124,19 @@ class Handlers:
         across, down = SHAPES.get(shape or "", (1, 1))
         return side * across, side * down
 
-    def handed(self, base: str | None, shape: str | None) -> tuple[Any, ...]:
-        """Base, no concepts, width and height, after the fusion handed a base over."""
-        return base or "pocket", [], *self.shape(shape, base)
+    def handed_base(self, handed: Handed, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
+        """A base that was handed over, no concepts, and what :meth:`suited` tells."""
+        return handed[0], [], *self.suited(handed[0], shape, steps, guidance)
+
+    def handed_adapters(self, handed: Handed, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
+        """The base that adapters were trained on which were handed over, these, and what :meth:`suited` tells."""
+        with told():
+            base = drawing.base_of(self.workspace, handed[0][0])
+        return base, handed[0], *self.suited(base, shape, steps, guidance)
+
+    def suited(self, base: str | None, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
+        """Width, height, steps and guidance that suit a base; a person's own steps and guidance stay."""
+        return *self.shape(shape, base), *drawing.sampling_of(self.workspace, base, (int(steps), guidance))
 
     def reshaped(self, base: str | None, width: float | None, height: float | None) -> tuple[Any, str | None]:
         """The canvas in the picture's shape, and the name of the shape if it has one."""
@@ -141,9 +153,10 @@ class Handlers:
         """Generate in its place again."""
         return [gr.Button(visible=True), gr.Button(visible=False)]
 
-    def cancel(self, request: gr.Request) -> None:
+    def cancel(self, request: gr.Request) -> str:
         """Ask this browser's run to stop."""
         self.runs.stop(request.session_hash or "")
+        return STOPPING
 
     def left(self, request: gr.Request) -> None:
         """The browser has gone: nobody waits for its picture."""
@@ -386,12 +399,14 @@ def _wire_lists(
     form.base.change(handlers.follow, both, followed, **PRIVATE)
     tokens.click(handlers.pick, form.adapters, form.adapters, **PRIVATE)
     size = [form.base, form.width, form.height]
-    for changed in (shape, form.base):
-        changed.input(handlers.shape, [shape, form.base], size[1:], **PRIVATE)
+    sampling = [form.steps, form.guidance]
+    suited = [form.width, form.height, *sampling]
+    shape.input(handlers.shape, [shape, form.base], size[1:], **PRIVATE)
+    form.base.input(handlers.suited, [form.base, shape, *sampling], suited, **PRIVATE)
     for one in size:
         one.change(handlers.reshaped, size, [form.canvas, shape], **PRIVATE)
-    page.base.change(handlers.handed, [page.base, shape], [*both, form.width, form.height], **PRIVATE)
-    page.adapters.change(lambda names: ("pocket", names or []), page.adapters, both, **PRIVATE)
+    page.base.change(handlers.handed_base, [page.base, shape, *sampling], [*both, *suited], **PRIVATE)
+    page.adapters.change(handlers.handed_adapters, [page.adapters, shape, *sampling], [*both, *suited], **PRIVATE)
     page.blocks.load(handlers.keeper.warm_soon, queue=False, **PRIVATE)
 
 
@@ -419,7 +434,7 @@ def _wire_drawing(
         run.success(gallery.choose, gallery.chosen, gallery.details, **PRIVATE)
     for event in (start.click, form.prompt.submit, gallery.again.click):
         event(None, js=TO_PICTURE, **PRIVATE)
-    cancel.click(handlers.cancel, queue=False, show_progress="hidden", api_name="cancel_generate")
+    cancel.click(handlers.cancel, None, status, queue=False, show_progress="hidden", api_name="cancel_generate")
     page.blocks.unload(handlers.left)
     gallery.canvas.click(handlers.refilled, gallery.chosen, [*form.all, status], **PRIVATE)
 

@@ -13,7 +13,7 @@ from ...data.folder import load_concept
 from ...errors import UserError
 from ..adapters import ADAPTER_COLUMNS, adapter_files, adapter_rows, delete_adapter
 from ..concepts import concept_folder, concept_folders, known_concepts
-from ..page import PRIVATE, Page, plain, told
+from ..page import PRIVATE, Handed, Page, hand, plain, told
 from ..presets import preset_settings, presets, train_settings
 from ..queue import Queue
 from ..workspace import sentence_of
@@ -73,16 +73,23 @@ class Handlers:
 
     # --- the form
 
-    def opened(self, concept: str | None, handed: str | None, method: str | None) -> tuple[Any, Any]:
-        """The concepts and the methods there are; one handed over from the concepts' tab is chosen."""
+    def opened(
+        self, concept: str | None, handed: Handed | None, taken: int, method: str | None
+    ) -> tuple[Any, Any, int]:
+        """The concepts and the methods there are; one handed over from the concepts' tab is chosen once.
+
+        ``taken`` is when the one was handed over that was chosen last.
+        """
         from ...methods import all_methods
 
         folders = concept_folders(self.workspace)
         newest = [job.record.concept for job in self.queue.jobs()][:1]  # after the page was loaded anew
-        value = next((name for name in (concept, handed, *newest, *folders) if name in folders), None)
+        name, when = handed or (None, taken)
+        first = (concept, name) if when == taken else (name, concept)
+        value = next((name for name in (*first, *newest, *folders) if name in folders), None)
         said = known_concepts(self.workspace)
         shown = [(f"{name} ({said[name][1]})" if said[name][1] else name, name) for name in folders]
-        return gr.Dropdown(choices=shown, value=value), gr.Dropdown(choices=list(all_methods()), value=method)
+        return gr.Dropdown(choices=shown, value=value), gr.Dropdown(choices=list(all_methods()), value=method), when
 
     def about(self, concept: str | None) -> str:
         """A line on the chosen concept."""
@@ -180,19 +187,19 @@ class Handlers:
         with told():
             return plain(self.queue.clear())
 
-    def draw_job(self, job: str | None) -> tuple[list[str], Any]:
+    def draw_job(self, job: str | None) -> tuple[Handed, Any]:
         """Hand a finished training's adapter to the pictures."""
         with told():
             return self.draw(self.queue.job(job).record.concept)
 
     # --- the adapters
 
-    def draw(self, name: str | None) -> tuple[list[str], Any]:
+    def draw(self, name: str | None) -> tuple[Handed, Any]:
         """Hand an adapter to the pictures."""
         with told():
             if name not in adapter_files(self.workspace):
                 raise UserError(f"The adapter '{name}' is not there any more; train it again.")
-            return [str(name)], gr.Tabs(selected="generate")
+            return hand([str(name)]), gr.Tabs(selected="generate")
 
     def delete(self, name: str | None) -> tuple[str, Any]:
         """Delete an adapter."""
@@ -358,11 +365,12 @@ def _shelf() -> tuple[Shelf, gr.Markdown, gr.Button, tuple[gr.Button, gr.Column,
 def _wire_form(page: Page, tab: gr.Tab, handlers: Handlers, form: Form, about: gr.Markdown, tiles: gr.HTML) -> None:
     """The form, its line on the concept, and the figures, which follow every change."""
     costs: dict[str, Any] = {"fn": handlers.estimate, "inputs": form.all, "outputs": tiles, **PRIVATE}
-    opened = {"fn": handlers.opened, "inputs": [form.concept, page.concept, form.method], **PRIVATE}
+    taken = gr.State(0)
+    opened = {"fn": handlers.opened, "inputs": [form.concept, page.concept, taken, form.method], **PRIVATE}
     described: dict[str, Any] = {"fn": handlers.about, "inputs": form.concept, "outputs": about, **PRIVATE}
     # Not when the page is loaded: counting brings in torch, and the first tab shall not wait for it.
-    tab.select(outputs=[form.concept, form.method], **opened).then(**described).then(**costs)
-    handed = page.concept.change(lambda name: name, page.concept, form.concept, **PRIVATE)
+    tab.select(outputs=[form.concept, form.method, taken], **opened).then(**described).then(**costs)
+    handed = page.concept.change(lambda handed: handed[0], page.concept, form.concept, **PRIVATE)
     handed.then(**described).then(**costs)
     form.concept.input(**described).then(**costs)
     form.preset.input(
