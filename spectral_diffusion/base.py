@@ -246,6 +246,12 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
         raise UserError(f"Cannot load the base '{name}'{offline}: {reason(error)}.") from error
     if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
         raise UserError(f"'{name}' is a {type(pipeline).__name__}; only Stable Diffusion 1.x, 2.x and XL can be used.")
+    channels = pipeline.unet.config.in_channels
+    if channels != pipeline.vae.config.latent_channels:
+        raise UserError(
+            f"'{name}' takes {channels} channels, as bases for inpainting do; only those that draw from words alone "
+            "can be used."
+        )
     pipeline.set_progress_bar_config(disable=True)
     base = Base(name, pipeline.to(torch_device), torch_device, torch_dtype)
     for model in (pipeline.vae, *base.models.values()):

@@ -295,6 +295,10 @@ def _decimal(tag: str, found: re.Pattern[str]) -> re.Pattern[str]:
     return re.compile(rf"(?![-+]?[0-9][0-9_]*:){found.pattern}", re.X) if number else found
 
 
+# What PyYAML raises for text that it cannot read: its constructors, of dates and numbers, nearly anything.
+UNREAD = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, TypeError, IndexError)
+
+
 class Loader(yaml.SafeLoader):
     """Safe YAML in which ``16:24`` is a text, as in YAML 1.2."""
 
@@ -317,7 +321,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"No such file: {path}.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Cannot read {path}: {error}.") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except UNREAD as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = f" at line {line + 1}" if line is not None else ""
         raise UserError(f"{path} is not valid YAML{where}.") from error
@@ -341,7 +345,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
             raise UserError(f"'{pair}' is not understood; overrides are written key=value.")
         try:
             value = yaml.load(text, Loader) if text else ""
-        except yaml.YAMLError:
+        except UNREAD:
             value = text
         target = out
         *path, last = key.split(".")

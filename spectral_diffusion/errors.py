@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 class NotFiniteError(UserError):
-    """Training or teaching met NaN or infinity and stopped; nothing was written over."""
+    """Training, teaching or drawing met NaN or infinity and stopped; nothing was written over."""
 
 
 def reason(error: BaseException, limit: int = 160) -> str:

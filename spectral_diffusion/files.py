@@ -56,6 +56,22 @@ def cannot_write(path: Path, error: Exception) -> UserError:
     return UserError(f"Cannot write {path}: {said or reason(error)}; choose another output with -o.")
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there; what cannot be the name of one is none."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def is_there(path: Path | str) -> bool:
+    """Whether a file or folder is there; what cannot be the name of one is none."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
 def check_writable(path: Path) -> None:
     """Say now, not after an hour of work, that an output cannot be written.
 
@@ -125,7 +141,7 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())
-        with temporary.open("rb") as done:
+        with temporary.open("rb+") as done:  # Windows syncs no file that is only read
             os.fsync(done.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_photos, make_tiny_base
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -18,7 +21,15 @@ import spectral_diffusion
 from spectral_diffusion import cli, resources
 from spectral_diffusion.cli.scenes import adapters_in
 from spectral_diffusion.cli.support import named_base, resolve
-from spectral_diffusion.config import ConditionConfig, FuseConfig, TrainConfig, build, read_yaml, to_yaml
+from spectral_diffusion.config import (
+    ConditionConfig,
+    FuseConfig,
+    TrainConfig,
+    build,
+    parse_overrides,
+    read_yaml,
+    to_yaml,
+)
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.evaluation.settings import EvaluateConfig
 from spectral_diffusion.generation.pictures import read_settings
@@ -203,6 +214,22 @@ def test_unwritable_output(run, photos: Path, tiny_base: Path, tmp_path: Path) -
     refused(run("fuse", rex, "-o", below, "--device", "cpu"), "Cannot write")
 
 
+def test_odd_words_get_a_sentence(run, tiny_base: Path, tmp_path: Path) -> None:
+    refused(run("evaluate", "x.safetensors", f"prompts=[{'a' * 300}]"), "x.safetensors")
+    (tmp_path / "scene.yaml").write_text("prompt: x\nname: 2024-13-01\n")
+    refused(run("generate", tmp_path / "scene.yaml"), "not valid YAML")
+    (tmp_path / "scene.yaml").write_text("prompt: x\nregions: 5\n")
+    refused(run("generate", tmp_path / "scene.yaml"), "'regions'")
+    assert parse_overrides(["prompt=2024-13-45", "a=0x_", "b=!!bool foo"]) == {
+        "prompt": "2024-13-45", "a": "0x_", "b": "!!bool foo",
+    }  # fmt: skip
+    folder = shutil.copytree(tiny_base, tmp_path / "inpainting")
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    unet = UNet2DConditionModel.from_config({**config, "in_channels": 9})
+    unet.save_pretrained(folder / "unet")
+    refused(run("generate", "--prompt", "x", "--base", folder, "-o", tmp_path / "o.png"), "takes 9 channels")
+
+
 def test_what_a_person_made_is_not_written_over(run, photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     common = ("--base", tiny_base, "--device", "cpu")
     train = ("train", photos, "-o", tmp_path / "rex.safetensors", "--rank", 2, "--steps", 1, *common)
@@ -239,6 +266,7 @@ def test_a_picture_takes_the_base_of_its_adapters(run, photos: Path, tiny_base: 
     for words in (("--adapter", f"{rex}=0.5", "--prompt", "x"), (tmp_path / "scene.yaml",)):
         assert run("generate", *words, "-o", out, "--device", "cpu", "steps=1").code == 0
         assert read_settings(out)["base"] == str(tiny_base)
+    assert adapters_in({"regions": 5}) == []
     assert adapters_in({"regions": [3, {"adapters": [1]}], "adapters": "a"}) == []
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_photos
-from PIL import Image
+from PIL import Image, ImageOps
 
 from spectral_diffusion.config import TrainConfig
 from spectral_diffusion.data.folder import load_concept, open_photo
@@ -37,6 +38,38 @@ def test_image_and_caption_folders_side_by_side(tmp_path: Path) -> None:
     concept = load_concept(tmp_path / "vase", noun="vase")
     assert [photo.caption for photo in concept.photos] == [None, "<TOK>, indoors"]
     assert (concept.name, concept.token, concept.noun) == ("vase", "<vase>", "vase")
+
+
+def test_captions_of_another_folder_are_not_taken(tmp_path: Path) -> None:
+    for name in ("rex/1.png", "mug/image/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
+    for place in ("captions", "rex/captions", "mug/captions"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "1.txt").write_text(f"<TOK> in {place}")
+    for name in ("rex", "mug"):
+        assert [photo.caption for photo in load_concept(tmp_path / name).photos] == [f"<TOK> in {name}/captions"]
+
+
+def test_odd_photos_stop_no_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "rex"
+    folder.mkdir()
+    Image.new("RGB", (8, 4), "red").save(folder / "1.png")
+    Image.new("RGB", (8, 4), "green").save(folder / f"{'x' * 245}.png")  # no caption or mask can have its name
+    line = json.dumps({"file_name": "1.png", "text": "one\u2028two"}, ensure_ascii=False)  # no line ends there
+    (folder / "metadata.jsonl").write_text(line, encoding="utf-8")
+    assert [photo.caption for photo in load_concept(folder).photos] == ["one\u2028two", None]
+
+
+def test_an_exif_that_cannot_be_read_leaves_the_photo_as_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(image: Image.Image) -> Image.Image:
+        raise struct.error("argument out of range")
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", broken)
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "a.png")
+    assert open_photo(tmp_path / "a.png").size == (8, 4)
 
 
 def test_concept_yaml_names_things_and_a_misspelt_key_is_told(tmp_path: Path) -> None:

@@ -20,12 +20,27 @@ from spectral_diffusion.base import load_base, size_of
 from spectral_diffusion.cli import app
 from spectral_diffusion.cli.scenes import base_in
 from spectral_diffusion.config import TrainConfig
-from spectral_diffusion.errors import UserError
+from spectral_diffusion.errors import NotFiniteError, UserError
 from spectral_diffusion.evaluation.encoders import load_encoder
-from spectral_diffusion.generation.conditions import Drawing, load_t2i_adapter, own_adapter, read_drawing, weight_map
+from spectral_diffusion.generation import pipeline
+from spectral_diffusion.generation.conditions import (
+    Drawing,
+    adapter_of,
+    load_t2i_adapter,
+    own_adapter,
+    read_drawing,
+    weight_map,
+)
 from spectral_diffusion.generation.layouts import mapped, read_layouts, scene_of
 from spectral_diffusion.generation.pictures import read_settings, sources_of
-from spectral_diffusion.generation.pipeline import Cancelled, cut_words, generate_to_file, sample, sampler
+from spectral_diffusion.generation.pipeline import (
+    Cancelled,
+    cut_words,
+    generate_to_file,
+    sample,
+    sample_in_turn,
+    sampler,
+)
 from spectral_diffusion.generation.scene import Condition, Region, Scene, read_scene, region_mask
 from spectral_diffusion.training.run import train_to_file
 
@@ -219,6 +234,72 @@ def test_large_pictures_are_decoded_one_by_one(tiny_base: Path) -> None:
         with in_portions(vae, side, side):
             seen.append(vae.use_slicing)
     assert seen == [False, True] and not vae.use_slicing
+
+
+def test_a_picture_of_nan_is_never_written(tiny_base: Path, tmp_path: Path) -> None:
+    scene = Scene(prompt="a dog", steps=2, device="cpu", output=tmp_path / "a.png", base=str(tiny_base))
+    for part, place in {"unet": "conv_in", "vae": "decoder.conv_in"}.items():
+        base = load_base(str(tiny_base), "cpu")
+        with torch.no_grad():
+            getattr(base.pipeline, part).get_parameter(f"{place}.weight").fill_(torch.nan)
+        with pytest.raises(NotFiniteError, match="NaN or infinity"):
+            generate_to_file(scene, base=base)
+    assert not scene.output.exists()
+
+
+@pytest.mark.parametrize("sketch", [False, True])
+def test_an_autoencoder_that_overflows_in_float16_decodes_in_float32(base_folder: Path, sketch: bool) -> None:
+    base = load_base(str(base_folder), "cpu", "float16")
+    base.pipeline.vae.register_to_config(force_upcast=True)
+    with torch.no_grad():  # what is inside grows a lot, and what comes out does not
+        base.pipeline.vae.decoder.conv_in.weight *= 1e5
+        base.pipeline.vae.decoder.conv_in.bias *= 1e5
+    seen: list[torch.dtype] = []
+    hook = base.pipeline.vae.decoder.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    Image.new("L", (16, 16)).save(base_folder / "black.png")
+    drawings = [read_drawing(Condition(file=base_folder / "black.png"))] if sketch else []
+    turn = sample_in_turn(base, ["a dog"], [1], Scene(steps=2, device="cpu", dtype="float16"), drawings=drawings)
+    assert len(next(turn)) == 1 and seen == [torch.float32]
+    hook.remove()
+    assert base.pipeline.vae.dtype == torch.float16
+
+
+def test_sketch_adapters_of_another_kind_are_refused(base_folder: Path, tmp_path: Path) -> None:
+    Image.new("L", (16, 16)).save(tmp_path / "a.png")
+    base = load_base(str(base_folder), "cpu")
+    for name, more in {"xl": {"adapter_type": "full_adapter_xl"}, "coarse": {"downscale_factor": 4}}.items():
+        kind = {"in_channels": 1, "channels": [16, 24], "num_res_blocks": 1, "downscale_factor": 2} | more
+        T2IAdapter(**kind).save_pretrained(tmp_path / name)
+        drawing = read_drawing(Condition(file=tmp_path / "a.png", adapter=str(tmp_path / name)))
+        with pytest.raises(UserError, match="is for another U-Net"):
+            adapter_of(base, [drawing], (16, 16))
+    base.pipeline.unet.register_to_config(cross_attention_dim=1024)
+    base.name = "somewhere"
+    with pytest.raises(UserError, match=r"no sketch adapter for Stable Diffusion 2\.x"):
+        load_t2i_adapter(base, None)
+
+
+def test_masks_of_more_bits_are_read_as_they_look(tmp_path: Path) -> None:
+    grey = np.full((8, 8), 600, np.uint16)  # nearly black
+    grey[:, 4:] = 65535
+    for name, image in {
+        "a.png": Image.fromarray(grey), "b.tif": Image.fromarray(grey.astype(">u2")),
+        "c.tif": Image.fromarray((grey / 65535).astype(np.float32)),
+    }.items():  # fmt: skip
+        image.save(tmp_path / name)
+        mask = region_mask(Region(prompt="x", mask=tmp_path / name), 8, 8)
+        assert isinstance(mask, torch.Tensor)
+        assert float(mask[:, :4].max()) < 0.02 and float(mask[:, 4:].min()) > 0.99, name
+
+
+def test_ctrl_c_ends_a_picture_with_130(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> list[Path]:
+        raise Cancelled("Stopped.")
+
+    monkeypatch.setattr(pipeline, "generate_to_file", stopped)
+    words = ["generate", "--prompt", "x", "--base", str(base_folder), "-o", str(tmp_path / "a.png")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 130 and "--resume goes on" in result.output
 
 
 def test_a_pickle_on_the_hub_gets_a_sentence(base_folder: Path, tmp_path: Path) -> None:

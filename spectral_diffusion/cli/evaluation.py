@@ -86,9 +86,8 @@ def show(found: Evaluation) -> None:
     from ..evaluation.tables import shown
 
     console = Console(highlight=False)
-    several = len(found.encoders) > 1
     matrices = {
-        f"Whose photos are nearest, shown as {matrix_title(matrix, several)}": matrix_rows(matrix)
+        f"Whose photos are nearest, shown as {matrix_title(matrix, found.encoders)}": matrix_rows(matrix)
         for matrix in found.confusion()
         if matrix["way"] not in (PHOTOS, FLOOR)
     }

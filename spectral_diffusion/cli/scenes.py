@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from ..files import is_there
 from .support import numbers, say
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def scene_source(path: Path, base: str | None, mapping: list[str] | None, layout
 
 def adapters_in(settings: dict[str, Any]) -> list[str]:
     """The adapters that a scene's settings name, first those that act everywhere; what is not understood names none."""
-    parts = [settings, *(settings.get("regions") or [])]
+    regions = settings.get("regions")
+    parts = [settings, *(regions if isinstance(regions, list) else [])]
     held = [part.get("adapters") for part in parts if isinstance(part, dict)]
     return [str(name) for adapters in held if isinstance(adapters, dict) for name in adapters]
 
@@ -97,7 +99,7 @@ def strengths(pairs: list[str] | None) -> dict[str, Any] | None:
     out: dict[str, Any] = {}
     for pair in pairs or []:
         file, equals, text = pair.rpartition("=")
-        if equals and ":" in text and not Path(pair).exists():
+        if equals and ":" in text and not is_there(pair):
             parts = (part.partition(":") for part in text.split(","))
             out[file] = numbers([f"{name.strip()}={value}" for name, _, value in parts], "--adapter")
         else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
+from ..files import is_there
 
 if TYPE_CHECKING:
     from ..progress import Event
@@ -29,7 +30,7 @@ StepsOption = Annotated[int | None, typer.Option(help="Training steps.")]
 
 def files_and_settings(words: list[str]) -> tuple[list[str], list[str]]:
     """A verb's words: names of files and folders, and settings as key=value that are no such name."""
-    files = [word for word in words if "=" not in word or Path(word).exists()]
+    files = [word for word in words if "=" not in word or is_there(word)]
     return files, [word for word in words if word not in files]
 
 
@@ -74,7 +75,7 @@ def numbers(pairs: list[str] | None, option: str) -> dict[str, float] | None:
     out = {}
     for pair in pairs:
         name, equals, text = pair.rpartition("=")
-        if not equals or Path(pair).exists():
+        if not equals or is_there(pair):
             name, text = pair, "1"
         try:
             out[name] = float(text)

@@ -199,7 +199,7 @@ def generate(
     from ..config import to_yaml
     from ..files import check_settings, write_settings
     from ..generation.pictures import read_sources
-    from ..generation.pipeline import generate_to_file
+    from ..generation.pipeline import Cancelled, generate_to_file
 
     source, overrides = source_of(words)
     named = base or next((word[5:] for word in overrides if word.startswith("base=")), None)
@@ -219,11 +219,15 @@ def generate(
     settings = resolve(Scene, "generate", config, flags, overrides, held, str(source or ""))
     beside = settings.output.with_suffix(".yaml")
     own = any(Path(one).resolve() == beside.resolve() for one in (source, config) if one)  # and stays as it is
-    if not own:
+    if not own and not settings.output.exists():
         check_settings(beside)
     with progress_bar() as progress, stop_signals() as should_stop:
         made_from = read_sources(source) if source and source.suffix.lower() == ".png" else None
-        paths = generate_to_file(settings, progress, say, should_stop, resume=resume, expected=made_from)
+        try:
+            paths = generate_to_file(settings, progress, say, should_stop, resume=resume, expected=made_from)
+        except Cancelled as stopped:
+            say("Stopped; what is drawn is kept, --resume goes on from there.")
+            raise typer.Exit(130) from stopped
     if not own:
         write_settings(beside, to_yaml(settings))
     shown = [*paths[:1], f"{len(paths) - 1} pictures beside it"] if len(paths) > 9 else paths

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import DataConfig
 from ..errors import UserError
+from ..files import is_file
 from ..randomness import keyed_random
 
 ENDINGS = (".txt", ".caption")
@@ -43,7 +44,7 @@ def read_metadata(folder: Path) -> dict[Path, str]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(_text_of(path).splitlines(), 1):
+    for number, line in enumerate(_text_of(path).split("\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
@@ -73,16 +74,17 @@ def _text_of(path: Path) -> str:
         raise UserError(f"{path} is not a UTF-8 text file; save it again as UTF-8.") from error
 
 
-def text_beside(path: Path) -> str | None:
-    """The caption in a text file of an image's name, beside it or in ``caption/`` or ``captions/``.
+def text_beside(path: Path, folder: Path) -> str | None:
+    """The caption in a text file of an image's name: beside it, or in ``captions/`` there or in ``folder``.
 
     Raises:
         UserError: it is not UTF-8.
     """
-    for place in (path.parent, path.parent.parent / "caption", path.parent.parent / "captions"):
+    apart = [place / name for place in (path.parent, folder) for name in ("caption", "captions")]
+    for place in (path.parent, *apart):
         for ending in ENDINGS:
             file = place / f"{path.stem}{ending}"
-            if file.is_file():
+            if is_file(file):
                 return " ".join(_text_of(file).split()) or None
     return None
 

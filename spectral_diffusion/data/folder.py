@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import read_yaml
 from ..errors import UserError, nearest
+from ..files import is_file
 from ..tokens import check_token
 from .captions import read_metadata, text_beside
 from .masks import find_mask, is_label
@@ -163,7 +164,7 @@ def read_photos(folder: Path, places: Mapping[Path, int]) -> tuple[list[Photo], 
     captions: dict[Path, str] = {}
     for place in places:
         captions |= read_metadata(place)
-    there = {path for path in captions if _is_file(path)}
+    there = {path for path in captions if is_file(path)}
     by_name = {path.name: text for path, text in captions.items() if path not in there}  # named from another folder
     files = {path for place in places for path in place.iterdir() if path.is_file()}
     files |= there
@@ -183,7 +184,7 @@ def read_photos(folder: Path, places: Mapping[Path, int]) -> tuple[list[Photo], 
         shown = on_ground(image, "white")
         pixels = hashlib.sha256(f"{shown.size}".encode() + shown.tobytes()).hexdigest()
         same.setdefault(pixels, []).append(path.relative_to(folder).as_posix())
-        caption = captions.get(path) or by_name.get(path.name) or text_beside(path)
+        caption = captions.get(path) or by_name.get(path.name) or text_beside(path, folder)
         mask = find_mask(path, folder) or (path if image.mode == "RGBA" else None)
         repeats = next((places[place] for place in path.parents if place in places), 1)
         photos.append(Photo(path, caption, image.size, mask, repeats))
@@ -201,10 +202,3 @@ def notes_of(same: Iterable[list[str]], gone: list[str]) -> list[str]:
         more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
         notes.append(f"Named in the metadata but not among the photos: {gone[0][:80]!r}{more}.")
     return notes
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # no name that a file can have
-        return False

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import is_file
 from .pictures import on_ground, open_upright
 
 LABEL = "-masklabel.png"
@@ -24,7 +25,7 @@ def find_mask(photo: Path, folder: Path) -> Path | None:
     """A photo's mask: ``masks/<stem>.png`` beside it or in the concept's folder, or ``<stem>-masklabel.png``."""
     apart = [place / name / f"{photo.stem}.png" for place in (photo.parent, folder) for name in ("masks", "mask")]
     for file in (*apart, photo.with_name(f"{photo.stem}{LABEL}")):
-        if file.is_file():
+        if is_file(file):
             return file
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import UserError
@@ -27,9 +28,7 @@ def open_upright(path: Path) -> Image.Image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UserError(f"{path.name} has more than {MAX_PIXELS // 1_000_000} million pixels")
                 image.load()
-                upright = ImageOps.exif_transpose(image)
-                if upright.mode.startswith("I;16") or upright.mode in {"I", "F"}:
-                    upright = upright.point(lambda v: v / 256).convert("L")
+                upright = in_8_bits(turned(image))
                 if upright.mode in {"RGBA", "LA", "PA"} or "transparency" in upright.info:
                     upright = upright.convert("RGBA")
                     if upright.getchannel("A").getextrema() != (255, 255):
@@ -43,6 +42,26 @@ def open_upright(path: Path) -> Image.Image:
         raise UserError(f"{path.name} is too large an image") from error
     except (OSError, SyntaxError, ValueError, MemoryError, EOFError, IndexError, TypeError) as error:
         raise UserError(f"{path.name} is not a readable image") from error
+
+
+def turned(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF says; one whose EXIF cannot be read stays as it lies."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # odd bytes there raise nearly everything
+        return image
+
+
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of more bits as mode L; any other as it is. Floating point is in 0…1, or in 0…255."""
+    if not (image.mode.startswith("I;16") or image.mode in {"I", "F"}):
+        return image
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+    if image.mode != "F":
+        values /= 256
+    elif values.max(initial=0) <= 1:
+        values *= 255
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
 def on_ground(image: Image.Image, colour: str) -> Image.Image:

@@ -62,7 +62,7 @@ def as_markdown(found: Evaluation) -> str:
         parts.append("## Whose photos are nearest (columns) to what should show a concept (rows)")
     for matrix in matrices:
         parts += [
-            f"### {matrix_title(matrix, len(found.encoders) > 1)}",
+            f"### {matrix_title(matrix, found.encoders)}",
             markdown([_plain(row) for row in matrix_rows(matrix)]),
         ]
     parts += [f"![contact sheet]({NAME}.png)", made_of(found)]
@@ -92,7 +92,7 @@ def as_html(found: Evaluation, folder: Path) -> str:
         parts += [f"<h2>{escape(title)}</h2>", html_table(rows)]
     if matrices := found.confusion():
         parts.append("<h2>Whose photos are nearest (columns) to what should show a concept (rows)</h2>")
-    drawn = (html_matrix(matrix, matrix_title(matrix, len(found.encoders) > 1)) for matrix in matrices)
+    drawn = (html_matrix(matrix, matrix_title(matrix, found.encoders)) for matrix in matrices)
     parts.append(f'<div class="matrices">{"".join(drawn)}</div>')
     for name in found.concepts:
         parts.append(f"<h2>{escape(name)}</h2>")

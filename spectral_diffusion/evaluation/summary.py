@@ -52,9 +52,10 @@ class Evaluation:
         return [one for way, found in self.scored.items() for one in confusion_of(way, found, self.concepts)]
 
 
-def short(encoder: str) -> str:
-    """An encoder's name without where it lies."""
-    return Path(encoder).name
+def short(encoder: str, others: Sequence[str] = ()) -> str:
+    """An encoder's name without where it lies, unless another of these would be called the same."""
+    name = Path(encoder).name
+    return encoder if [Path(other).name for other in others].count(name) > 1 else name
 
 
 def kept(found: Evaluation) -> list[dict[str, Any]]:
@@ -91,7 +92,7 @@ def identity_table(found: Evaluation, intervals: bool = True) -> list[Row]:
     for row in (row for way, scored in found.scored.items() for row in rows_of(way, scored)):
         cells: dict[str, Any] = {"shown": row["way"], "concept": row["concept"], "pictures": row["pictures"]}
         for encoder in found.encoders:
-            mark = f", {short(encoder)}" if several else ""
+            mark = f", {short(encoder, found.encoders)}" if several else ""
             for kind, figure in row["encoders"][encoder].items():
                 if len(found.concepts) > 1 or kind == "identity":
                     cells[kind + mark] = cell(figure)
@@ -108,16 +109,17 @@ def tables(found: Evaluation, intervals: bool = True) -> dict[str, list[Row]]:
         out[f"What is kept of the identity alone ({found.together})"] = list(left)
     if found.drift:
         out["Drift of ordinary prompts (1 − cosine with the untouched base's pictures)"] = [
-            {"encoder": short(encoder), "drift": told(figure, 3)} for encoder, figure in found.drift.items()
+            {"encoder": short(encoder, found.encoders), "drift": told(figure, 3)}
+            for encoder, figure in found.drift.items()
         ]
     if found.seconds:
         out["Seconds a picture"] = [{"shown": way, "seconds": round(value, 2)} for way, value in found.seconds.items()]
     return out
 
 
-def matrix_title(matrix: Mapping[str, Any], several: bool) -> str:
-    """What a confusion matrix is of."""
-    return f"{matrix['way']}, by {short(matrix['encoder'])}" if several else str(matrix["way"])
+def matrix_title(matrix: Mapping[str, Any], encoders: Sequence[str]) -> str:
+    """What a confusion matrix is of, by which of the encoders."""
+    return f"{matrix['way']}, by {short(matrix['encoder'], encoders)}" if len(encoders) > 1 else str(matrix["way"])
 
 
 def matrix_rows(matrix: Mapping[str, Any]) -> list[Row]:

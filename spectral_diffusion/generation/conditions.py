@@ -11,19 +11,21 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import MultiAdapter, StableDiffusionXLPipeline, T2IAdapter
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from .. import pocket
 from ..base import Base, quiet
-from ..data.folder import MAX_PIXELS, open_photo
+from ..data.pictures import MAX_PIXELS, open_upright
 from ..errors import UserError, only_a_pickle, reason
 from ..fusion.folder import read_recipe
+from ..training.condition import added_at
 from .extract import are_fractions, clean_strokes, read_keypoints
 from .keypose import draw_keypose
 from .regions import cells_in
 from .scene import Box, Condition, Kind, Region, open_on_black
 
+OTHER_WIDTH = 1024  # of the words of Stable Diffusion 2.x
 HUB = {  # the T2I-Adapters of Stable Diffusion 1.x and XL, by kind
     "sketch": ("TencentARC/t2iadapter_sketch_sd15v2", "TencentARC/t2i-adapter-sketch-sdxl-1.0"),
     "keypose": ("TencentARC/t2iadapter_openpose_sd14v1", "TencentARC/t2i-adapter-openpose-sdxl-1.0"),
@@ -83,9 +85,7 @@ def read_sketch(path: Path) -> Image.Image:
     Raises:
         UserError: not a readable image.
     """
-    open_photo(path)
-    with Image.open(path) as image:
-        return clean_strokes(ImageOps.exif_transpose(image))
+    return clean_strokes(open_upright(path))
 
 
 def own_adapter(base: Base, kind: Kind) -> str:
@@ -114,6 +114,12 @@ def load_t2i_adapter(base: Base, name: str | None, kind: Kind = "sketch") -> T2I
     Raises:
         UserError: it cannot be loaded.
     """
+    width = base.pipeline.unet.config.cross_attention_dim
+    if not name and width == OTHER_WIDTH and own_adapter(base, kind) in HUB[kind]:
+        raise UserError(
+            f"There is no {kind} adapter for Stable Diffusion 2.x on the hub; train one with train-condition, and name "
+            "it with the condition's adapter."
+        )
     name = t2i_name(base, name, kind)
     try:
         with quiet():
@@ -128,6 +134,25 @@ def load_t2i_adapter(base: Base, name: str | None, kind: Kind = "sketch") -> T2I
     return adapter.to(base.device).eval()
 
 
+def _check_features(base: Base, drawing: Drawing, network: T2IAdapter) -> None:
+    """Refuse a T2I-Adapter whose features are not of the sizes that the base's U-Net adds.
+
+    Raises:
+        UserError: they are not.
+    """
+    side = 16 * base.pipeline.vae_scale_factor * network.config["downscale_factor"]  # every level divides it
+    with torch.no_grad():
+        blank = torch.zeros(1, network.config["in_channels"], side, side, device=base.device, dtype=base.dtype)
+        given = [tuple(feature.shape[1:3]) for feature in network(blank)]
+    latents = side // base.pipeline.vae_scale_factor
+    wanted = [(channels, latents >> halvings) for channels, halvings in added_at(base.pipeline.unet)]
+    if given != wanted[: len(given)]:
+        raise UserError(
+            f"The {drawing.kind} adapter {drawing.adapter or ''} is for another U-Net, which adds other features; name "
+            "one for this base with the condition's adapter."
+        )
+
+
 def adapter_of(base: Base, drawings: Sequence[Drawing], size: tuple[int, int]) -> tuple[T2IAdapter | MultiAdapter, Any]:
     """The network that reads these drawings, and the weights that the pipeline takes.
 
@@ -136,12 +161,7 @@ def adapter_of(base: Base, drawings: Sequence[Drawing], size: tuple[int, int]) -
     """
     for drawing in drawings:
         drawing.network = load_t2i_adapter(base, drawing.adapter, drawing.kind)
-        channels, wanted = drawing.network.config["channels"], base.pipeline.unet.config["block_out_channels"]
-        if channels[0] != wanted[0]:
-            raise UserError(
-                f"The {drawing.kind} adapter {drawing.adapter or ''} is for another U-Net (its first level has "
-                f"{channels[0]} channels, this base's {wanted[0]}); name one for it with the condition's adapter."
-            )
+        _check_features(base, drawing, drawing.network)
         if any(side % drawing.network.config["downscale_factor"] for side in size):
             raise UserError(
                 f"With this {drawing.kind} adapter the picture's sides must be divisible by "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL.Image import DecompressionBombError
 
 from ..base import Base
 from ..errors import UserError
@@ -19,6 +20,9 @@ from .conditions import t2i_name
 from .scene import Scene
 
 SETTINGS_KEY = "spectral_diffusion"
+UNREAD = (
+    OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError, DecompressionBombError, SyntaxError,
+)  # fmt: skip
 BASE = "base"  # among the sources
 APART = {"output", "device"}  # of a scene: where it goes and what draws it
 
@@ -90,7 +94,7 @@ def read_embedded(path: Path) -> dict[str, Any]:
         with Image.open(path) as image:
             found: dict[str, Any] = json.loads(image.info[SETTINGS_KEY])
         return {"settings": dict(found["settings"]), "sources": dict(found.get("sources") or {})}
-    except (OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except UNREAD as error:
         raise UserError(f"{path} holds no settings of this program.") from error
 
 

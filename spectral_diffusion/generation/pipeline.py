@@ -23,9 +23,9 @@ from PIL import Image
 
 from ..adapted import Strength, install_tokens, put_on, strength_in
 from ..adapter import Adapter, check_base
-from ..autoencoder import decode, in_portions
+from ..autoencoder import decode, in_portions, upcast
 from ..base import Base, load_base
-from ..errors import UserError, nearest
+from ..errors import NotFiniteError, UserError, nearest
 from ..files import check_writable
 from ..formats.native import load_adapter
 from ..linalg import Factors
@@ -84,7 +84,7 @@ def sample_in_turn(
     """
     width, height = scene.width or base.size, scene.height or base.size
     pipe, options = stock_pipeline(base, scene, drawings, (width, height))
-    tokens = known_tokens(base.pipeline.tokenizer)
+    tokens, large = known_tokens(base.pipeline.tokenizer), isinstance(base.pipeline, StableDiffusionXLPipeline)
     latent_size = (height // base.pipeline.vae_scale_factor, width // base.pipeline.vae_scale_factor)
     with torch.no_grad():
         areas = [
@@ -113,6 +113,10 @@ def sample_in_turn(
         def tell(step: int, latents: torch.Tensor, state: Regional = state, done: int = done) -> None:
             if should_stop():
                 raise Cancelled("Stopped.")
+            if not torch.isfinite(latents).all():
+                raise NotFiniteError(
+                    f"Drawing met NaN or infinity at step {step + 1}; draw with dtype=bfloat16 or float32."
+                )
             state.step = step + 1
             progress(Event("generate", done + step + 1, total))
             if preview and step % every == 0:
@@ -133,17 +137,39 @@ def sample_in_turn(
             in_portions(pipe.vae, height, width),
         ):
             warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, about itself
-            found = pipe(
-                prompt=chunk,
-                negative_prompt=negative and [spell(negative, tokens)] * len(chunk),
-                num_inference_steps=scene.steps,
-                guidance_scale=scene.guidance,
-                generator=generators,
-                width=width,
-                height=height,
-                **options,
-            ).images
+            found = finished(
+                pipe,
+                pipe(
+                    prompt=chunk,
+                    negative_prompt=negative and [spell(negative, tokens)] * len(chunk),
+                    num_inference_steps=scene.steps,
+                    guidance_scale=scene.guidance,
+                    generator=generators,
+                    width=width,
+                    height=height,
+                    output_type="pil" if large else "latent",
+                    **options,
+                ).images,
+            )
         yield found
+
+
+def finished(pipe: Any, drawn: Any) -> list[Image.Image]:
+    """The pictures of a pipeline that gave latents, as it would have decoded them, but in float32 where that is needed.
+
+    XL's decodes in float32 by itself, and gave pictures.
+
+    Raises:
+        NotFiniteError: the autoencoder gave NaN or infinity.
+    """
+    if not isinstance(drawn, torch.Tensor):
+        return list(drawn)
+    with upcast(pipe.vae):
+        scaled = drawn.to(next(pipe.vae.parameters())) / pipe.vae.config.scaling_factor
+        pixels = pipe.vae.decode(scaled, return_dict=False)[0]
+    if not torch.isfinite(pixels).all():
+        raise NotFiniteError("The autoencoder of this base gives NaN or infinity; draw with dtype=bfloat16 or float32.")
+    return list(pipe.image_processor.postprocess(pixels))
 
 
 def stock_pipeline(

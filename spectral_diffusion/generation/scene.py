@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 from torch import Tensor
 
 from ..config import Settings, read_yaml
-from ..data.folder import open_photo
+from ..data.pictures import on_ground, open_upright
 from ..errors import UserError
 
 Kind = Literal["sketch", "keypose"]
@@ -95,7 +95,7 @@ class Scene(Settings):
     conditions: list[Condition] = Field(default_factory=list)
     width: int | None = Field(None, ge=8, le=8192)
     height: int | None = Field(None, ge=8, le=8192)
-    steps: int = Field(20, ge=1, le=1000)
+    steps: int = Field(20, ge=1, le=999)
     guidance: float = Field(4.0, ge=0, le=50)
     sampler: Literal["dpm", "ddim", "euler"] = "dpm"
     seed: int = Field(0, ge=0, lt=2**31)
@@ -160,10 +160,7 @@ def open_on_black(path: Path) -> Image.Image:
     Raises:
         UserError: not a readable image.
     """
-    open_photo(path)  # refuses what is broken or unreasonable
-    with Image.open(path) as image:
-        layered = ImageOps.exif_transpose(image).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layered.size, "black"), layered).convert("RGB")
+    return on_ground(open_upright(path), "black")
 
 
 def read_scene(path: Path) -> dict[str, Any]:

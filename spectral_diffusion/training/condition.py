@@ -170,20 +170,30 @@ def draw(
     return samples, torch.stack(shown).float() / 255
 
 
-def fitting_shape(unet: nn.Module, scale: int, kind: str) -> dict[str, Any]:
-    """The arguments of the T2IAdapter that reaches most levels of a U-Net whose VAE shrinks pictures by ``scale``.
+def added_at(unet: nn.Module) -> list[tuple[int, int]]:
+    """Channels and halvings of the latents where a U-Net adds a T2I-Adapter's features, one after the other.
 
-    A CrossAttnDownBlock2D adds a feature before it halves its input, a DownBlock2D after; so ``full_adapter`` fits
-    Stable Diffusion 1.x and 2.x and ``full_adapter_xl``, which starts at half the latents' size, fits XL.
+    A CrossAttnDownBlock2D adds a feature before it halves its input, a DownBlock2D after.
     """
-    settings: Any = unet.config
-    places, halved = [], 0  # channels and halvings where the U-Net adds a feature
-    for block, channels in zip(unet.down_blocks, settings.block_out_channels, strict=True):  # type: ignore[arg-type]
+    places, halved = [], 0
+    channels_of: Any = unet.config
+    for block, channels in zip(unet.down_blocks, channels_of.block_out_channels, strict=True):  # type: ignore[arg-type]
         after = halved + (1 if block.downsamplers else 0)
         places.append((channels, halved if getattr(block, "has_cross_attention", False) else after))
         halved = after
     if unet.mid_block is not None:
-        places.append((settings.block_out_channels[-1], halved))
+        places.append((channels_of.block_out_channels[-1], halved))
+    return places
+
+
+def fitting_shape(unet: nn.Module, scale: int, kind: str) -> dict[str, Any]:
+    """The arguments of the T2IAdapter that reaches most levels of a U-Net whose VAE shrinks pictures by ``scale``.
+
+    ``full_adapter`` fits Stable Diffusion 1.x and 2.x and ``full_adapter_xl``, which starts at half the latents' size,
+    fits XL (:func:`added_at`).
+    """
+    settings: Any = unet.config
+    places = added_at(unet)
 
     def reach(adapter: str) -> int:
         for index, ((channels, halvings), level) in enumerate(zip(places, HALVED[adapter], strict=False)):

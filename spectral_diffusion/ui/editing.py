@@ -131,7 +131,7 @@ def write_caption(workspace: Workspace, name: str | None, photo: str | None, tex
             write_text(file, words + "\n")
         else:
             file.unlink(missing_ok=True)
-    if not words and text_beside(chosen.path):
+    if not words and text_beside(chosen.path, folder):
         raise UserError(f"The caption of {photo} lies in another folder of '{name}'; take it away there.")
     return f"{'Saved' if words else 'Removed'} the caption of {photo}."
 
