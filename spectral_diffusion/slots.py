@@ -57,6 +57,10 @@ class Slot:
     def overlaps(self, other: Slot) -> bool:
         return self.shared(other) > 0
 
+    def from_top(self, count: int) -> set[int]:
+        """The columns counted from the top, where there are ``count``."""
+        return {column if column >= 0 else count + column for column in self.columns}
+
     def __str__(self) -> str:
         first, last = self.columns[0], self.columns[-1]
         if last - first == self.rank - 1:
@@ -234,13 +238,14 @@ class Ledger:
             kin = [data[other] for other in alike(base, hashes) if other in data and other != base]
             taken = {name: slot for held in (*kin, own) for name, slot in held.items()}
             mine = taken.get(concept)
-            if policy.kind == "next" and mine is not None and mine.rank == rank:
+            fits = mine is not None and mine.rank == rank and max(mine.top, mine.bottom) <= capacity
+            if policy.kind == "next" and mine is not None and fits:
                 own[concept] = mine
                 return mine
             others: dict[str, set[int]] = {}
             for held in (*kin, own):
                 for name in held.keys() - {concept}:
-                    others.setdefault(name, set()).update(_from_top(held[name], capacity))
+                    others.setdefault(name, set()).update(held[name].from_top(capacity))
             used = {column for columns in others.values() for column in columns}
             if policy.slot is not None:
                 slot = policy.slot
@@ -256,7 +261,7 @@ class Ledger:
                     f"Slot {slot} is past the {capacity} columns of this base{reason}: "
                     f"{capacity // rank} slots of rank {rank} fit; release one or lower --rank."
                 )
-            here = _from_top(slot, capacity)
+            here = slot.from_top(capacity)
             clash = next((name for name, columns in others.items() if columns & here), None)
             if clash:
                 raise UserError(
@@ -300,11 +305,6 @@ def _stored(value: object) -> Slot:
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError(value)
     return read_columns(f"{int(value[0])}:{int(value[1])}")
-
-
-def _from_top(slot: Slot, capacity: int) -> set[int]:
-    """The slot's columns counted from the top on the narrowest weight; elsewhere both ends lie further apart."""
-    return {column if column >= 0 else capacity + column for column in slot.columns}
 
 
 def _first_free(rank: int, used: Iterable[int]) -> Slot:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from spectral_diffusion.generation.scene import Scene
 from spectral_diffusion.inspection import inspect_path
 from spectral_diffusion.linalg import cayley_change, top_band
 from spectral_diffusion.methods import all_methods, get_method
+from spectral_diffusion.methods.registry import METHODS
 from spectral_diffusion.methods.spectral_rotation import prepare
 from spectral_diffusion.methods.targets import find_targets
 from spectral_diffusion.progress import Event
@@ -280,3 +283,37 @@ def test_vera_is_pefts_vera() -> None:
         layer.vera_lambda_b["default"].copy_(parameters["b"])
     x = torch.randn(5, 12)
     assert torch.allclose(tuned(x), x @ (weight + method.delta(parameters, frozen).delta()).mT + bias, atol=1e-6)
+    for rank in (1, 64):  # and its matrices are as large as PEFT's, which makes all ranks alike
+        theirs = get_peft_model(nn.Sequential(nn.Linear(768, 320)), VeraConfig(r=rank, target_modules=["0"]))
+        held = theirs.base_model.model[0]
+        ours = method.draw(320, 768, rank, None)
+        for mine, other in ((ours["A"], held.vera_A["default"]), (ours["B"], held.vera_B["default"])):
+            assert mine.shape == other.shape
+            assert float(mine.std()) == pytest.approx(float(other.std()), rel=0.15)
+
+
+def test_an_adapter_of_another_revision_of_its_method_is_refused(
+    photos: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "rex.safetensors"
+    train_to_file(settings(photos, tiny_base, file, method="vera", rank=4, steps=1))
+    assert load_adapter(file).method.revision == 2
+    monkeypatch.setitem(METHODS.things, "vera", replace(get_method("vera"), revision=3))
+    with pytest.raises(UserError, match="was trained by another version of vera"):
+        load_adapter(file)
+
+
+def test_adalora_takes_away_what_an_average_would_bring_back(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", method="adalora", rank=4, steps=30)
+    config = config.model_copy(update={"optimiser": config.optimiser.model_copy(update={"ema": 0.99})})
+    adapter = train_to_file(config)
+    values = torch.cat([value.flatten() for name, value in adapter.parameters.items() if name.endswith(".E")])
+    assert int((values == 0).sum()) == len(values) // 2
+
+
+@pytest.mark.parametrize("method", ["spectral-additive", "lora", "adalora"])
+@pytest.mark.parametrize("name", ["train", "dog-v1.5"])
+def test_any_folder_may_be_a_concepts(photos: Path, tiny_base: Path, tmp_path: Path, method: str, name: str) -> None:
+    folder = shutil.copytree(photos, tmp_path / name)
+    config = settings(folder, tiny_base, tmp_path / f"{name}.safetensors", method=method, rank=2, steps=1)
+    assert train_to_file(config).name == name

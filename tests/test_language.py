@@ -78,6 +78,22 @@ def test_train_save_load_and_merge(kind: str, method: str, tmp_path: Path) -> No
     assert torch.allclose(again.merge_and_unload()(ids).logits, after, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["spectral-additive", "spectral-rotation"])
+def test_convolutions_pad_as_they_did_and_groups_are_refused(method: str) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, padding_mode="circular"))
+    config = SpectralConfig(r=2, method=method, slot="0:2", target_modules=["0"])
+    tuned = get_peft_model(net, config)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "spectral_delta" in name:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    acting = tuned(x)
+    assert torch.allclose(tuned.merge_and_unload()(x), acting, atol=1e-5)
+    with pytest.raises(TypeError, match="a convolution in 3 groups"):
+        get_peft_model(nn.Sequential(nn.Conv2d(3, 6, 3, groups=3)), config)
+
+
 @pytest.mark.parametrize("kind", ["classify", "generate"])
 def test_the_example_for_the_papers_tables_runs(kind: str, tmp_path: Path) -> None:
     """On a tiny random model from a folder and JSON lines, as it would on DeBERTa and Mistral."""

@@ -6,6 +6,8 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,14 +27,14 @@ from spectral_diffusion.fusion.activations import Activations
 from spectral_diffusion.fusion.collect import collect, rows_of
 from spectral_diffusion.fusion.folder import load_adapters, read_merged, read_recipe
 from spectral_diffusion.fusion.memory import memory_to_watch
-from spectral_diffusion.fusion.recipe import fuse_to_folder
+from spectral_diffusion.fusion.recipe import fuse_to_folder, overlaps, shared_columns
 from spectral_diffusion.fusion.tune import tune
 from spectral_diffusion.fusion.unfuse import unfuse
 from spectral_diffusion.linalg import Factors, sides
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.methods.targets import find_targets
 from spectral_diffusion.progress import Event
-from spectral_diffusion.slots import Slot
+from spectral_diffusion.slots import Slot, read_columns
 from spectral_diffusion.tokens import known_tokens
 from spectral_diffusion.training.run import train_to_file
 
@@ -225,6 +227,49 @@ def test_simple_merges_are_their_formulas() -> None:
     assert torch.equal(found("dare", seed=3), found("dare", seed=3))
     assert not torch.equal(found("dare", seed=3), found("dare", seed=4))
     assert found("ties").shape == total.shape
+
+
+def test_columns_from_the_bottom_are_told_where_they_are_those_from_the_top() -> None:
+    def adapter(name: str, columns: str, **sizes: tuple[int, int]) -> Any:
+        method = get_method("spectral-additive")
+        return SimpleNamespace(name=name, slot=read_columns(columns), method=method, sizes=sizes)
+
+    wide = adapter("wide", "120:128", a=(128, 128), b=(64, 64))
+    assert shared_columns(wide, adapter("low", "-8:0", a=(128, 128))) == 8
+    assert shared_columns(wide, adapter("low", "-8:0", b=(64, 64))) == 0
+    assert shared_columns(wide, adapter("low", "-8:0", c=(128, 128))) == 0 == len(overlaps([wide, wide])) - 1
+    assert shared_columns(wide, adapter("lora", "124:132", a=(256, 512))) == 4
+
+
+def test_dare_drops_by_layer_and_adapter_alone() -> None:
+    contributions, _ = problem(60)
+    one, other = (replace(contribution, inputs=None) for contribution in contributions[:2])
+    dare, config = get_merge("dare").combine, settings()
+
+    def dropped(held: Contribution) -> torch.Tensor:
+        return dense(dare([held], config, None)) == 0
+
+    assert not torch.equal(dropped(replace(one, layer="a")), dropped(replace(one, layer="b")))
+    both = dense(dare([one, other], config, None))
+    assert torch.allclose(both, dense(dare([one], config, None)) + dense(dare([other], config, None)))
+
+
+def test_in_ties_the_strengths_vote() -> None:
+    contributions, _ = problem(60)
+    one, other = (replace(contribution, inputs=None, strength=1.0) for contribution in contributions[:2])
+    ties, config = get_merge("ties").combine, settings()
+    alone = dense(ties([one], config, None))
+    assert torch.equal(dense(ties([one, replace(other, strength=0.0)], config, None)), alone)
+    against = replace(other, parameters={**other.parameters, "A": -other.parameters["A"]}, strength=-1.0)
+    assert torch.equal(dense(ties([one, against], config, None)), dense(ties([one, other], config, None)))
+
+
+def test_fedavg_of_nothing_is_nothing() -> None:
+    contributions, _ = problem(60)
+    none = [replace(one, inputs=None, strength=0.0) for one in contributions]
+    assert not dense(get_merge("fedavg").combine(none, settings(), None)).any()
+    with pytest.raises(UserError, match="fedavg divides by the sum"):
+        get_merge("fedavg").combine([replace(none[0], strength=-1.0)], settings(), None)
 
 
 def test_activations_do_not_depend_on_how_they_came() -> None:

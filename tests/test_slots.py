@@ -54,6 +54,11 @@ def test_taken_and_past_capacity_are_refused_with_the_reason(ledger: Ledger) -> 
     assert set(ledger.read()["base"]) == {"a", "b"}
 
 
+def test_a_slot_of_wider_targets_is_not_kept_where_there_is_no_room_for_it(ledger: Ledger) -> None:
+    ledger.reserve("base", "a", 8, "64:72", 128)
+    assert ledger.reserve("base", "a", 8, "next", 64) == Slot.interval(0, 8)
+
+
 def test_release(ledger: Ledger) -> None:
     ledger.reserve("base", "a", 8, "next", 64)
     assert ledger.release("a") == [Slot.interval(0, 8)]

@@ -29,6 +29,7 @@ from ..fusion.recipe import fuse_adapters
 from ..generation.pipeline import sample
 from ..generation.scene import Scene
 from ..linalg import sides
+from ..methods import get_method
 from ..progress import Progress, silent
 from ..spectrum import cache_folder
 from ..training.run import train_to_file
@@ -170,7 +171,7 @@ class Lab:
         config = self.settings(concept, change, Path("adapter.safetensors"))
         # Only what differs from the defaults counts, so that a new setting leaves what is kept in place.
         apart = {"concept", "output", "device", "base", "continue_from"}  # files count by what is in them
-        plain = config.model_dump(mode="json", exclude=apart, exclude_defaults=True)
+        plain = {**config.model_dump(mode="json", exclude=apart, exclude_defaults=True), **revised(config.method)}
         photos = [hashlib.sha256(p.path.read_bytes()).hexdigest() for p in self.concept(concept).photos]
         decides = [plain, self.fingerprint, concept, photos]
         if config.continue_from:
@@ -248,7 +249,14 @@ class Lab:
                 "seconds": seconds,
             }
 
-        return self.cell("alone", {"concept": concept, "change": change}, compute)
+        method = str(change.get("method", self.recipe.get("train", {}).get("method", "")))
+        return self.cell("alone", {"concept": concept, "change": change, **revised(method)}, compute)
+
+
+def revised(method: str) -> dict[str, int]:
+    """What tells a changed method's adapters and cells from those of before."""
+    revision = get_method(method).revision if method else 1
+    return {"revision": revision} if revision > 1 else {}
 
 
 def scaled(lab: Lab, rate: float) -> dict[str, float]:

@@ -80,6 +80,8 @@ def _contents(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         "spectral.config": json.dumps(adapter.config, sort_keys=True),
         "spectral.versions": json.dumps(adapter.versions, sort_keys=True),
     }
+    if adapter.method.revision > 1:
+        metadata["spectral.revision"] = str(adapter.method.revision)
     return tensors, metadata
 
 
@@ -120,6 +122,11 @@ def load_adapter(path: Path) -> Adapter:
     if metadata.get(DIGEST) != digest(tensors, metadata):
         raise UserError(f"{path} is damaged or was edited: its hash is not the one it was written with; copy it again.")
     try:
+        if int(metadata.get("spectral.revision", "1")) != get_method(metadata["spectral.method"]).revision:
+            raise UserError(
+                f"{path} was trained by another version of {metadata['spectral.method']}, in which its numbers mean "
+                "something else; train it again."
+            )
         concept = json.loads(metadata["spectral.concept"])
         columns = metadata["spectral.columns"]
         kernels = json.loads(metadata["spectral.kernels"])

@@ -24,6 +24,7 @@ from ..errors import UserError
 from ..files import read_tensors, write_tensors
 from ..formats.native import content_hash
 from ..linalg import sides
+from ..methods.low_rank import padded
 from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator, keyed_random
 from ..spectrum import cache_folder
@@ -38,7 +39,8 @@ def rows_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """A layer's input as rows (m, in·kh·kw) that its flattened weight multiplies."""
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])
-    patches = F.unfold(x.float(), layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # type: ignore[arg-type]
+    x, padding = padded(x.float(), layer)
+    patches = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
     return patches.transpose(1, 2).reshape(-1, patches.shape[1])
 
 

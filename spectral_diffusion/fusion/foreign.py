@@ -10,29 +10,31 @@ from torch import Tensor
 
 from ..config import FuseConfig
 from ..linalg import Factors, truncate
+from ..randomness import keyed_generator
 from .activations import Activations
 from .registry import Contribution, merge, weighted_sum
 
 
-def _dense(contributions: Sequence[Contribution]) -> tuple[list[Tensor], Tensor]:
-    strengths = torch.tensor([one.strength for one in contributions], dtype=torch.float64)
-    return [one.factors().delta() for one in contributions], strengths
-
-
 @merge("ties", "TIES (Yadav et al. 2023) by PEFT: trim, elect signs, average what agrees")
 def ties_merge(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Tensor:
-    """Dense ΔW of PEFT's ``ties`` at the configured density."""
-    deltas, strengths = _dense(contributions)
-    return ties(deltas, strengths, config.density)
+    """Dense ΔW of PEFT's ``ties`` at the configured density, of the changes at their strengths: those vote too."""
+    deltas = [one.strength * one.factors().delta() for one in contributions]
+    return ties(deltas, torch.ones(len(deltas), dtype=torch.float64), config.density)
 
 
 @merge("dare", "DARE (Yu et al. 2024) by PEFT: drop at random, rescale, sum")
 def dare(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Tensor:
-    """Dense ΔW of PEFT's ``dare_linear`` at the configured density; what is dropped depends on the seed alone."""
-    deltas, strengths = _dense(contributions)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return dare_linear(deltas, strengths, config.density)
+    """Dense ΔW of PEFT's ``dare_linear`` at the configured density.
+
+    What is dropped of an adapter depends on the seed, its name and the layer alone.
+    """
+    kept = []
+    for one in contributions:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(keyed_generator("dare", config.seed, one.name, one.layer).initial_seed())
+            strength = torch.tensor([one.strength], dtype=torch.float64)
+            kept.append(dare_linear([one.factors().delta()], strength, config.density))
+    return torch.stack(kept).sum(0)
 
 
 @merge("cat", "The factors side by side: Σ λ_i ΔW_i of any methods")

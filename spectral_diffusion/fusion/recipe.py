@@ -181,6 +181,7 @@ def contribute(
                 strength_of(config.strength, adapter.name, layer),
                 seen.get(adapter.name, {}).get(layer),
                 None if there else sides(weight),
+                layer,
             )
         )
     return found
@@ -245,11 +246,23 @@ def watch(
 def overlaps(adapters: list[Adapter]) -> list[str]:
     """A sentence for every two adapters whose slots share columns."""
     return [
-        f"'{a.name}' ({a.slot}) and '{b.name}' ({b.slot}) share {a.slot.shared(b.slot)} {a.method.slot}; they will "
-        "disturb each other."
+        f"'{a.name}' ({a.slot}) and '{b.name}' ({b.slot}) share {shared} {a.method.slot}; they will disturb each other."
         for a, b in itertools.combinations(adapters, 2)
-        if a.slot and b.slot and a.method.slot == b.method.slot and a.slot.overlaps(b.slot)
+        if (shared := shared_columns(a, b))
     ]
+
+
+def shared_columns(one: Adapter, other: Adapter) -> int:
+    """How many columns (or rows) two adapters' slots have in common in a layer that both change, at most.
+
+    Columns counted from the bottom are other ones in every size of layer.
+    """
+    a, b = one.slot, other.slot
+    if not (a and b) or one.method.slot != other.method.slot:
+        return 0
+    where = {one.sizes[layer] for layer in one.sizes.keys() & other.sizes.keys()}
+    counts = {inside if one.method.slot == "rows" else min(out, inside) for out, inside in where}
+    return max((len(a.from_top(count) & b.from_top(count)) for count in counts), default=a.shared(b))
 
 
 def device_for(config: FuseConfig) -> str:

@@ -29,6 +29,7 @@ class Contribution:
     strength: float = 1.0
     inputs: Activations | None = None  # what the layer saw while this adapter acted, for merges that ask
     absent: tuple[int, int] | None = None  # the weight's sides, where the adapter leaves it as it is
+    layer: str = ""  # the weight's name
 
     def factors(self) -> Factors:
         """The adapter's ΔW at strength 1, in float64; of rank 0 where it has none."""

@@ -102,6 +102,12 @@ class Attachment:
             elif config.rank_pattern:
                 allocator.mask_using_rank_pattern(model, config.rank_pattern)
 
+    def prune(self) -> None:
+        """Take away again what a schedule took for good, where an average of the parameters brings it back."""
+        for allocator, model in self.allocators.values():
+            if allocator.peft_config.rank_pattern:
+                allocator.mask_using_rank_pattern(model, allocator.peft_config.rank_pattern)
+
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a resume needs beside parameters: tensors, and a JSON-able mapping."""
         tensors: dict[str, Tensor] = {}

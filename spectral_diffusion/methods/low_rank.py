@@ -100,8 +100,16 @@ def core_linear(x: Tensor, weight: Tensor, bias: Tensor | None, core: Core) -> T
     return frozen_linear(CoreLinear, x, weight, bias, core)
 
 
+def padded(x: Tensor, layer: nn.Conv2d) -> tuple[Tensor, Any]:
+    """A convolution's input, padded already unless with zeros, and the padding that is left to do."""
+    if layer.padding_mode == "zeros":
+        return x, layer.padding
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+
+
 def low_rank_conv(x: Tensor, layer: nn.Conv2d, up: Tensor, down: Tensor) -> Tensor:
     """The change alone, (n, out, h, w): a thin convolution with down (k, in·kh·kw), then 1×1 with up (out, k)."""
     kernel = down.view(len(down), *layer.weight.shape[1:]).to(x.dtype)
-    inner = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
+    x, padding = padded(x, layer)
+    inner = F.conv2d(x, kernel, None, layer.stride, padding, layer.dilation)
     return F.conv2d(inner, up[:, :, None, None].to(x.dtype))

@@ -60,6 +60,7 @@ class Method:
         neutral: parameters whose neutral value is not zero, so that weight decay must not touch them.
         ranks: the ranks that weights of these sizes allow.
         peft: how PEFT trains it, if it does.
+        revision: raised when the same parameters give another ΔW than before; adapters of an earlier one are refused.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Method:
     neutral: frozenset[str] = field(default_factory=frozenset)
     ranks: Callable[[Sequence[tuple[int, int]]], Sequence[int]] = every_rank
     peft: Peft | None = None
+    revision: int = 1
 
     def count(self, out_features: int, in_features: int, rank: int) -> int:
         """Trainable numbers for one weight."""

@@ -274,6 +274,8 @@ class SpectralModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(base, nn.Linear | nn.Conv2d):
             raise TypeError(f"{current_key} is a {type(base).__name__}; only Linear and Conv2d can be adapted.")
+        if isinstance(base, nn.Conv2d) and base.groups > 1:
+            raise TypeError(f"{current_key} is a convolution in {base.groups} groups; only whole ones can be adapted.")
         layer = AdaptedLayer(target)
         layer._active_adapter = [adapter_name]
         layer.update_layer(adapter_name, method, config.r)

@@ -22,15 +22,15 @@ def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
 
 
 @lru_cache(maxsize=4)
-def _uniform(name: str, features: int, rank: int) -> Tensor:
-    """Kaiming-uniform (rank, features) for an input of that width: the same for every layer of the size."""
-    bound = math.sqrt(3 / features)
+def _uniform(name: str, features: int, rank: int, fan: int) -> Tensor:
+    """Kaiming-uniform (rank, features) for ``fan`` inputs, as PEFT draws it: the same for every layer of the size."""
+    bound = math.sqrt(6 / fan)
     return (torch.rand(rank, features, generator=keyed_generator("vera", name, features)) * 2 - 1) * bound
 
 
 def draw(out_features: int, in_features: int, rank: int, slot: Slot | None) -> dict[str, Tensor]:
     """The frozen A (r, in) and B (out, r), from sizes alone."""
-    return {"A": _uniform("A", in_features, rank), "B": _uniform("B", out_features, rank).mT}
+    return {"A": _uniform("A", in_features, rank, in_features), "B": _uniform("B", out_features, rank, rank).mT}
 
 
 def factors(parameters: Tensors, frozen: Tensors) -> Factors:
@@ -54,5 +54,6 @@ METHOD = register(
         initial=initial,
         ranks=lambda sides: range(1, 4097),
         neutral=frozenset({"d"}),
+        revision=2,  # B was scaled by its outputs in the first
     )
 )

@@ -95,7 +95,7 @@ def train(
         anchors = draw_anchors(ordinary, base, noise_schedule, config, condition, progress) if ordinary else None
         columns, factors = weigh_slot(weights, frozen, config) if method.frozen == "band" else (None, {})
         attachment = attach(
-            models, method, config.rank, concept.name, config.targets, frozen, config.seed, columns=columns,
+            models, method, config.rank, "concept", config.targets, frozen, config.seed, columns=columns,
             steps=config.steps,
         )  # fmt: skip
         for rows in condition.named_parameters().values():
@@ -174,6 +174,7 @@ def train(
                 run.keep(step + 1)
 
         with average.applied():
+            attachment.prune()
             adapter = Adapter(
                 name=concept.name,
                 noun=concept.noun,

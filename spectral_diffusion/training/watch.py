@@ -153,6 +153,7 @@ class Watcher:
         every = self.config.watch.every
         if every and (step % every == 0 or step == self.config.steps):
             with average.applied():
+                attachment.prune()
                 rows = draw_samples(self.base, condition, attachment, self.concept.token, self.config.watch)
             figures |= self._keep(step, rows)
         if self.tracker:
