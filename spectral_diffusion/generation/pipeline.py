@@ -183,14 +183,19 @@ def stock_pipeline(
     components = {name: part for name, part in base.pipeline.components.items() if name != "image_encoder"}
     components["scheduler"] = sampler(base, scene.sampler)
     large = isinstance(base.pipeline, StableDiffusionXLPipeline)
-    unchecked: dict[str, Any] = {} if large else {"requires_safety_checker": False}
+    said = base.pipeline.config
+    own: dict[str, Any] = (
+        {"force_zeros_for_empty_prompt": said.force_zeros_for_empty_prompt}
+        if large
+        else {"requires_safety_checker": False}
+    )
     options: dict[str, Any] = {}
     if drawings:
         adapter, options["adapter_conditioning_scale"] = adapter_of(base, drawings, size)
         kind = StableDiffusionXLAdapterPipeline if large else StableDiffusionAdapterPipeline
-        pipe: Any = kind(**components, adapter=adapter, **unchecked)
+        pipe: Any = kind(**components, adapter=adapter, **own)
     else:
-        pipe = type(base.pipeline)(**components, **unchecked)
+        pipe = type(base.pipeline)(**components, **own)
     pipe.set_progress_bar_config(disable=True)
     return pipe, options
 
