@@ -182,3 +182,16 @@ def check_finite(adapter: Adapter) -> None:
     for name, tensor in {**adapter.parameters, **adapter.vectors, **layerwise}.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"Adapter '{adapter.name}' holds NaN or infinity in {name}; train it again.")
+
+
+def shared_columns(one: Adapter, other: Adapter) -> int:
+    """How many columns (or rows) two adapters' slots have in common in a layer that both change, at most.
+
+    Columns counted from the bottom are other ones in every size of layer.
+    """
+    a, b = one.slot, other.slot
+    if not (a and b) or one.method.slot != other.method.slot:
+        return 0
+    where = {one.sizes[layer] for layer in one.sizes.keys() & other.sizes.keys()}
+    counts = {inside if one.method.slot == "rows" else min(out, inside) for out, inside in where}
+    return max((len(a.from_top(count) & b.from_top(count)) for count in counts), default=0)

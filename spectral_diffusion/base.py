@@ -262,12 +262,12 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
 
 
 def size_in_configs(name: str) -> int | None:
-    """The side in pixels that a base was made for, from its configs alone; None where they do not lie apart."""
+    """The side in pixels that a base was made for, by its configs in a folder or the hub's cache; None without them."""
     folder = str(pocket.path()) if name == "pocket" else name
     try:
         with quiet():
-            unet = UNet2DConditionModel.load_config(folder, subfolder="unet")
-            vae = AutoencoderKL.load_config(folder, subfolder="vae")
+            unet = UNet2DConditionModel.load_config(folder, subfolder="unet", local_files_only=True)
+            vae = AutoencoderKL.load_config(folder, subfolder="vae", local_files_only=True)
         return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
     except Exception:  # the loaders raise nearly everything
         return None

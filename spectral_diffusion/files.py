@@ -27,6 +27,7 @@ PIPELINE = {
 }  # fmt: skip
 DROPPED = {".DS_Store", "Thumbs.db", "desktop.ini"}  # by file managers
 RESOLVED = "# Resolved settings, written by spectral-diffusion.\n"
+DUMPED = ("output", "base", "device", "dtype", "seed")  # keys of all resolved settings
 ABANDONED = 24 * 3600  # seconds after which a killed program's temporary is taken away
 
 
@@ -87,10 +88,14 @@ def check_settings(path: Path) -> None:
     Raises:
         UserError: there is one.
     """
-    if path.exists() and not (path.is_file() and path.read_text("utf-8", "replace").startswith(RESOLVED)):
+    if not path.exists():
+        return
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    earlier = all(f"\n{key}: " in f"\n{text}" for key in DUMPED)  # written before they had their first line
+    if not (text.startswith(RESOLVED) or earlier):
         raise UserError(
-            f"{path} would be replaced by the settings that are written beside every output; choose another output "
-            "with -o, or another name for that file."
+            f"{path} would be replaced by the settings that are written beside every output; rename it, or choose "
+            "another output with -o."
         )
 
 

@@ -251,10 +251,19 @@ def test_what_a_person_made_is_not_written_over(run, photos: Path, tiny_base: Pa
     for name, more in {"out.png": (), "out-1.png": ("--count", 2)}.items():
         Image.new("RGB", (8, 8)).save(tmp_path / name)
         refused(run(*draw, *more), f"{name} was not drawn by this program")
-        refused(run("conditions", "sketch", tmp_path / name, "-o", tmp_path / name), f"{name} is there already")
+        refused(
+            run("conditions", "sketch", tmp_path / name, "-o", tmp_path / name),
+            f"{name} was not drawn from a photo here",
+        )
         (tmp_path / name).unlink()
-    for words in (train, draw) * 2:  # what they wrote themselves they may replace
+    photo = next(photos.glob("*.png"))
+    sketch = ("conditions", "sketch", photo, "-o", tmp_path / "sketch.png")
+    for words in (train, draw, sketch) * 2:  # what they wrote themselves they may replace
         assert run(*words).code == 0
+    for name, words in {"rex.yaml": (*train, "--config", tmp_path / "rex.yaml"), "out.yaml": draw}.items():
+        (tmp_path / name).write_bytes(own[tmp_path / name])  # a person's again, beside what is there by now
+        refused(run(*words), f"{name} would be replaced by the settings")
+        assert (tmp_path / name).read_bytes() == own[tmp_path / name]
 
 
 def test_a_picture_takes_the_base_of_its_adapters(run, photos: Path, tiny_base: Path, tmp_path: Path) -> None:
@@ -264,6 +273,10 @@ def test_a_picture_takes_the_base_of_its_adapters(run, photos: Path, tiny_base: 
         f"prompt: x\nregions: [{{box: [0, 0, 1, 1], prompt: x, adapters: {{{rex}: 1.0}}}}]\n"
     )
     for words in (("--adapter", f"{rex}=0.5", "--prompt", "x"), (tmp_path / "scene.yaml",)):
+        assert run("generate", *words, "-o", out, "--device", "cpu", "steps=1").code == 0
+        assert read_settings(out)["base"] == str(tiny_base)
+    (tmp_path / "c.yaml").write_text(f"prompt: x\nadapters: {{{rex}: 1.0}}\n")
+    for words in (("--config", tmp_path / "c.yaml"), ("--prompt", "x", f"adapters={{{rex}: 1.0}}")):
         assert run("generate", *words, "-o", out, "--device", "cpu", "steps=1").code == 0
         assert read_settings(out)["base"] == str(tiny_base)
     assert adapters_in({"regions": 5}) == []

@@ -27,11 +27,13 @@ from spectral_diffusion.generation.scene import Scene
 from spectral_diffusion.inspection import inspect_path
 from spectral_diffusion.linalg import cayley_change, top_band
 from spectral_diffusion.methods import all_methods, get_method
+from spectral_diffusion.methods.attach import attach
 from spectral_diffusion.methods.registry import METHODS
 from spectral_diffusion.methods.spectral_rotation import prepare
 from spectral_diffusion.methods.targets import find_targets
 from spectral_diffusion.progress import Event
 from spectral_diffusion.slots import LEDGER, ROWS, Ledger
+from spectral_diffusion.training.batch import Job, is_done
 from spectral_diffusion.training.loop import Stopped
 from spectral_diffusion.training.run import state_path, train_to_file
 
@@ -298,9 +300,37 @@ def test_an_adapter_of_another_revision_of_its_method_is_refused(
     file = tmp_path / "rex.safetensors"
     train_to_file(settings(photos, tiny_base, file, method="vera", rank=4, steps=1))
     assert load_adapter(file).method.revision == 2
+    longer = settings(photos, tiny_base, tmp_path / "long.safetensors", method="vera", rank=4, steps=4)
+    asked = itertools.count()
+    with pytest.raises(Stopped):
+        train_to_file(longer, should_stop=lambda: next(asked) >= 2)
+    assert is_done(Job(settings(photos, tiny_base, file, method="vera", rank=4, steps=1)))
     monkeypatch.setitem(METHODS.things, "vera", replace(get_method("vera"), revision=3))
     with pytest.raises(UserError, match="was trained by another version of vera"):
         load_adapter(file)
+    with pytest.raises(UserError, match="by another version of its method"):
+        train_to_file(longer, resume=True)
+    assert not is_done(Job(settings(photos, tiny_base, file, method="vera", rank=4, steps=1)))
+
+
+def test_a_state_of_adalora_that_names_the_concept_is_gone_on_with(tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    attachment = attach(base.models, get_method("adalora"), 4, "concept", steps=30)
+    for step in range(1, 28):  # past the last allocation
+        for _, parameter in attachment.named_parameters():
+            parameter.grad = torch.ones_like(parameter)
+        attachment.after_step(step)
+    tensors, patterns = attachment.extra_state()
+    assert tensors and all(patterns.values())
+    earlier = {name.replace(".concept", ".rex"): value for name, value in tensors.items()}
+    named = {
+        part: {name.replace(".concept", ".rex"): kept for name, kept in held.items()} for part, held in patterns.items()
+    }
+    assert set(earlier) != set(tensors)
+    attachment.load_extra_state(earlier, named)
+    again, kept = attachment.extra_state()
+    assert set(again) == set(tensors) and kept == patterns
+    attachment.after_step(29)
 
 
 def test_adalora_takes_away_what_an_average_would_bring_back(photos: Path, tiny_base: Path, tmp_path: Path) -> None:

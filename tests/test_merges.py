@@ -237,8 +237,9 @@ def test_columns_from_the_bottom_are_told_where_they_are_those_from_the_top() ->
     wide = adapter("wide", "120:128", a=(128, 128), b=(64, 64))
     assert shared_columns(wide, adapter("low", "-8:0", a=(128, 128))) == 8
     assert shared_columns(wide, adapter("low", "-8:0", b=(64, 64))) == 0
-    assert shared_columns(wide, adapter("low", "-8:0", c=(128, 128))) == 0 == len(overlaps([wide, wide])) - 1
-    assert shared_columns(wide, adapter("lora", "124:132", a=(256, 512))) == 4
+    assert shared_columns(wide, adapter("other", "120:128", c=(128, 128))) == 0  # in no layer do they meet
+    assert len(overlaps([wide, adapter("low", "-8:0", a=(128, 128))])) == 1
+    assert shared_columns(wide, adapter("far", "124:132", a=(128, 128))) == 4
 
 
 def test_dare_drops_by_layer_and_adapter_alone() -> None:

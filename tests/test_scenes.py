@@ -242,7 +242,7 @@ def test_a_picture_of_nan_is_never_written(tiny_base: Path, tmp_path: Path) -> N
         base = load_base(str(tiny_base), "cpu")
         with torch.no_grad():
             getattr(base.pipeline, part).get_parameter(f"{place}.weight").fill_(torch.nan)
-        with pytest.raises(NotFiniteError, match="NaN or infinity"):
+        with pytest.raises(NotFiniteError, match="is NaN or infinite: lower the strengths"):
             generate_to_file(scene, base=base)
     assert not scene.output.exists()
 
@@ -259,7 +259,7 @@ def test_an_autoencoder_that_overflows_in_float16_decodes_in_float32(base_folder
     Image.new("L", (16, 16)).save(base_folder / "black.png")
     drawings = [read_drawing(Condition(file=base_folder / "black.png"))] if sketch else []
     turn = sample_in_turn(base, ["a dog"], [1], Scene(steps=2, device="cpu", dtype="float16"), drawings=drawings)
-    assert len(next(turn)) == 1 and seen == [torch.float32]
+    assert len(next(turn)) == 1 and seen == [torch.float16, torch.float32]
     hook.remove()
     assert base.pipeline.vae.dtype == torch.float16
 
@@ -267,6 +267,10 @@ def test_an_autoencoder_that_overflows_in_float16_decodes_in_float32(base_folder
 def test_sketch_adapters_of_another_kind_are_refused(base_folder: Path, tmp_path: Path) -> None:
     Image.new("L", (16, 16)).save(tmp_path / "a.png")
     base = load_base(str(base_folder), "cpu")
+    more = {"in_channels": 1, "num_res_blocks": 1, "downscale_factor": 2}
+    T2IAdapter(**more, channels=[16, 24, 24, 24, 24]).save_pretrained(tmp_path / "long")  # the rest is left out
+    drawing = read_drawing(Condition(file=tmp_path / "a.png", adapter=str(tmp_path / "long")))
+    assert adapter_of(base, [drawing], (16, 16))[1] == 1.0
     for name, more in {"xl": {"adapter_type": "full_adapter_xl"}, "coarse": {"downscale_factor": 4}}.items():
         kind = {"in_channels": 1, "channels": [16, 24], "num_res_blocks": 1, "downscale_factor": 2} | more
         T2IAdapter(**kind).save_pretrained(tmp_path / name)
@@ -461,13 +465,16 @@ def test_mappings_stand_for_a_tokens_whole_group() -> None:
     assert mapped("<dogA1>", {}) == "<dogA1>"
 
 
-def test_a_region_file_becomes_a_picture(base_folder: Path, tmp_path: Path) -> None:
+def test_a_region_file_becomes_a_picture(base_folder: Path, two: list[Path], tmp_path: Path) -> None:
     (tmp_path / "both.txt").write_text(REGIONS)
     Image.effect_noise((1024, 512), 90).save(tmp_path / "both_sketch.png")
     out = tmp_path / "out.png"
     run(tmp_path / "both.txt", "--map", "<token>=a person", "--base", base_folder, "-o", out, "steps=1", "device=cpu")
     settings = read_settings(out)
     assert settings["conditions"][0]["kind"] == "sketch" and settings["width"] == 32
+    assert run(tmp_path / "both.txt", "--map", "<token>=x", "--adapter", two[0], "-o", out, "steps=1", "device=cpu")
+    assert (read_settings(out)["base"], read_settings(out)["width"]) == (str(base_folder), 32)
+    run(tmp_path / "both.txt", "--map", "<token>=a person", "--base", base_folder, "-o", out, "steps=1", "device=cpu")
     assert [region["prompt"] for region in settings["regions"]] == ["a person sit on a person", "a person"]
     with pytest.raises(UserError, match="--map names '<hat>'"):
         run(tmp_path / "both.txt", "--map", "<hat>=a hat", "--base", base_folder, "-o", out)

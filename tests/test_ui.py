@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,12 +134,22 @@ def test_a_foreign_pages_name_for_this_machine_is_refused(served: tuple[Any, str
 
 
 def test_a_full_gpu_is_told_in_a_sentence_and_emptied_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    emptied: list[bool] = []
+    held: list[weakref.ref[torch.nn.Module]] = []
+    gone: list[bool] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: gone.append(held[0]() is None))
+
+    def work(fails: bool) -> None:
+        network = torch.nn.Linear(2, 2)
+        held[:] = [weakref.ref(network)]
+        if fails:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with giving_back():
+        work(fails=False)
     with pytest.raises(torch.OutOfMemoryError) as caught, giving_back():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    assert emptied == [True] and sentence_of(caught.value).startswith("The GPU has not enough memory")
+        work(fails=True)
+    assert gone == [True, True] and sentence_of(caught.value).startswith("The GPU has not enough memory")
 
 
 @pytest.mark.parametrize("open_to_others", [{"host": "0.0.0.0"}, {"share": True}])

@@ -372,8 +372,10 @@ def test_full_disk_is_a_sentence(
 
 
 def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper) -> None:
+    pytest.importorskip("gradio")
     from spectral_diffusion.config import FuseConfig
     from spectral_diffusion.fusion.recipe import fuse_to_folder
+    from spectral_diffusion.ui.tabs.generate import Handlers
 
     assert drawing.tokens(workspace, "pocket", ["tom"]) == {"<tom>": "dog"}
     files = [workspace.adapters / f"{name}.safetensors" for name in ("tom", "jim")]
@@ -382,6 +384,19 @@ def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path],
     assert set(drawing.tokens(workspace, "fused/pair", [])) == {"<tom>", "<jim>"}
     with pytest.raises(UserError, match="is not among them"):
         drawing.generate(workspace, Wish("fused/one", ["jim"]), prompt="<jim>")
+    one, photos = workspace.fused / "one", make_photos(workspace.concepts / "ann")
+    on_it = {
+        "concept": photos,
+        "output": workspace.adapters / "ann.safetensors",
+        "base": str(one),
+        "rank": 2,
+        "steps": 1,
+    }
+    train_to_file(TrainConfig(**on_it, slot="8:10", device="cpu", autocast=False))  # on top of what is fused
+    assert drawing.base_of(workspace, "ann") == "fused/one" and drawing.base_of(workspace, "tom") == str(trained[0])
+    *_, tokens = Handlers(workspace).follow("fused/one", ["ann"])
+    assert [row[0] for row in tokens] == ["<tom>", "<ann>"]
+    assert drawing.generate(workspace, Wish("fused/one", ["ann"]), keeper=keeper, prompt="<ann>", **QUICK).pictures
     box = {"box": [0, 0, 1, 1], "prompt": "a <jim>", "concept": "jim"}  # chosen before they were fused
     canvas = Canvas(strokes(), None, read_canvas({"regions": [box]}).regions)
     wish = Wish("fused/pair", ["tom"], canvas=canvas)

@@ -15,6 +15,7 @@ from .support import numbers, say
 if TYPE_CHECKING:
     from PIL import Image
 
+DRAWN = "spectral_diffusion_drawing"  # marks a sketch or a skeleton that was drawn from a photo
 SOURCES = {".yaml", ".yml", ".png", ".txt"}
 
 
@@ -24,7 +25,7 @@ def source_of(words: list[str] | None) -> tuple[Path | None, list[str]]:
     Raises:
         UserError: several files.
     """
-    files = [w for w in words or [] if Path(w).suffix.lower() in SOURCES and ("=" not in w or Path(w).exists())]
+    files = [w for w in words or [] if Path(w).suffix.lower() in SOURCES and ("=" not in w or is_there(w))]
     if len(files) > 1:
         raise UserError(f"One scene at a time: {' and '.join(files)} were given.")
     return (Path(files[0]) if files else None), [word for word in words or [] if word not in files]
@@ -32,12 +33,18 @@ def source_of(words: list[str] | None) -> tuple[Path | None, list[str]]:
 
 def base_in(config: str) -> str | None:
     """The base that a preset or a file of settings draws on, if it names one."""
+    base = generate_part(config).get("base")
+    return str(base) if base else None
+
+
+def generate_part(config: str | None) -> dict[str, Any]:
+    """What a preset or a file of settings says for pictures."""
     from ..config import read_yaml
     from ..resources import preset
 
-    settings = read_yaml(preset(config))
+    settings = read_yaml(preset(config)) if config else {}
     part = settings.get("generate", settings)
-    return str(part["base"]) if isinstance(part, dict) and part.get("base") else None
+    return part if isinstance(part, dict) else {}
 
 
 def scene_source(path: Path, base: str | None, mapping: list[str] | None, layout: int = 1) -> dict[str, Any]:
@@ -160,15 +167,29 @@ def conditions_keypose(
     _write(photo, output, "keypose", drawn)
 
 
+def _is_drawn(path: Path) -> bool:
+    """Whether a picture is what :func:`_write` wrote, and nothing else since."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return DRAWN in image.info
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
 def _write(photo: Path, output: Path | None, kind: str, drawn: Callable[[], Image.Image]) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
     from ..files import atomic
 
     output = output or photo.with_name(f"{photo.stem}_{kind}.png")
     if output.suffix.lower() != ".png":
         raise UserError(f"The output {output} must end in .png.")
-    if output.exists():
-        raise UserError(f"{output} is there already, and would be lost; choose another output with -o, or remove it.")
-    image = drawn()
+    if output.exists() and not _is_drawn(output):
+        raise UserError(f"{output} was not drawn from a photo here, and would be lost; choose another output with -o.")
+    image, info = drawn(), PngInfo()
+    info.add_text(DRAWN, kind)
     with atomic(output) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=info)
     say(f"Wrote {output}; look at it, then: generate … --{kind} {output}")

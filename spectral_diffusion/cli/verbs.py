@@ -14,7 +14,17 @@ from .conditions import train_condition
 from .evaluation import evaluate
 from .experiments import experiment
 from .pocket import pocket_app
-from .scenes import adapters_in, base_in, conditions, conditions_app, regions, scene_source, source_of, strengths
+from .scenes import (
+    adapters_in,
+    base_in,
+    conditions,
+    conditions_app,
+    generate_part,
+    regions,
+    scene_source,
+    source_of,
+    strengths,
+)
 from .support import (
     ConfigOption,
     DeviceOption,
@@ -196,7 +206,7 @@ def generate(
     if schema:
         typer.echo(json.dumps(Scene.model_json_schema(), indent=2))
         return
-    from ..config import to_yaml
+    from ..config import parse_overrides, to_yaml
     from ..files import check_settings, write_settings
     from ..generation.pictures import read_sources
     from ..generation.pipeline import Cancelled, generate_to_file
@@ -204,10 +214,13 @@ def generate(
     source, overrides = source_of(words)
     named = base or next((word[5:] for word in overrides if word.startswith("base=")), None)
     named = named or (base_in(config) if config else None)
-    held = scene_source(source, named, mapping, layout) if source else {}
     acting = strengths(adapter)
-    if not named and "base" not in held:  # then it is the one that the adapters were trained on
-        base = named_base(list(acting or adapters_in(held))) or None
+    if not named and acting:
+        named = base = named_base(list(acting)) or None  # the one that they were trained on
+    held = scene_source(source, named, mapping, layout) if source else {}
+    if not named and "base" not in held:
+        settings_of = [parse_overrides(overrides), held, generate_part(config)]
+        base = named_base([name for one in settings_of for name in adapters_in(one)]) or None
     flags = given(
         prompt=prompt, base=base, adapters=acting, regions=regions(region),
         conditions=conditions(sketch, keypose), output=text_of(output), seed=seed, count=count, width=width,
@@ -219,7 +232,7 @@ def generate(
     settings = resolve(Scene, "generate", config, flags, overrides, held, str(source or ""))
     beside = settings.output.with_suffix(".yaml")
     own = any(Path(one).resolve() == beside.resolve() for one in (source, config) if one)  # and stays as it is
-    if not own and not settings.output.exists():
+    if not own:
         check_settings(beside)
     with progress_bar() as progress, stop_signals() as should_stop:
         made_from = read_sources(source) if source and source.suffix.lower() == ".png" else None

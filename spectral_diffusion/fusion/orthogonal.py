@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from ..adapter import Adapter
+from ..adapter import Adapter, shared_columns
 from ..config import FuseConfig
 from ..errors import UserError
 from ..linalg import Factors
@@ -23,7 +23,7 @@ def distinct_rows(adapters: Sequence[Adapter]) -> None:
         if one.method.name != "orthogonal":
             raise UserError(f"The merge orthogonal needs orthogonal adapters; '{one.name}' is {one.method.name}.")
     for one, other in itertools.combinations(adapters, 2):
-        if one.slot and other.slot and one.slot.overlaps(other.slot):
+        if shared_columns(one, other):
             raise UserError(
                 f"'{one.name}' ({one.slot}) and '{other.name}' ({other.slot}) share rows; train one of them again in "
                 "the same folder as the other."

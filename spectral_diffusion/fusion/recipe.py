@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, check_base
+from ..adapter import Adapter, check_base, shared_columns
 from ..base import Base, load_base, quiet
 from ..config import FuseConfig, to_yaml
 from ..errors import UserError, nearest
@@ -250,19 +250,6 @@ def overlaps(adapters: list[Adapter]) -> list[str]:
         for a, b in itertools.combinations(adapters, 2)
         if (shared := shared_columns(a, b))
     ]
-
-
-def shared_columns(one: Adapter, other: Adapter) -> int:
-    """How many columns (or rows) two adapters' slots have in common in a layer that both change, at most.
-
-    Columns counted from the bottom are other ones in every size of layer.
-    """
-    a, b = one.slot, other.slot
-    if not (a and b) or one.method.slot != other.method.slot:
-        return 0
-    where = {one.sizes[layer] for layer in one.sizes.keys() & other.sizes.keys()}
-    counts = {inside if one.method.slot == "rows" else min(out, inside) for out, inside in where}
-    return max((len(a.from_top(count) & b.from_top(count)) for count in counts), default=a.shared(b))
 
 
 def device_for(config: FuseConfig) -> str:

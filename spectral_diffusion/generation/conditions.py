@@ -145,11 +145,14 @@ def _check_features(base: Base, drawing: Drawing, network: T2IAdapter) -> None:
         blank = torch.zeros(1, network.config["in_channels"], side, side, device=base.device, dtype=base.dtype)
         given = [tuple(feature.shape[1:3]) for feature in network(blank)]
     latents = side // base.pipeline.vae_scale_factor
-    wanted = [(channels, latents >> halvings) for channels, halvings in added_at(base.pipeline.unet)]
-    if given != wanted[: len(given)]:
+    unet = base.pipeline.unet
+    wanted = [(channels, latents >> halvings) for channels, halvings in added_at(unet)][: len(unet.down_blocks)]
+    # What is left over is added in the middle if it fits there, else nowhere.
+    if any(one != other for one, other in zip(given, wanted, strict=False)):
+        name = t2i_name(base, drawing.adapter, drawing.kind)
         raise UserError(
-            f"The {drawing.kind} adapter {drawing.adapter or ''} is for another U-Net, which adds other features; name "
-            "one for this base with the condition's adapter."
+            f"The {drawing.kind} adapter {name} is for another U-Net, which adds other features; name one for this "
+            "base with the condition's adapter."
         )
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -23,7 +24,7 @@ from PIL import Image
 
 from ..adapted import Strength, install_tokens, put_on, strength_in
 from ..adapter import Adapter, check_base
-from ..autoencoder import decode, in_portions, upcast
+from ..autoencoder import decode, in_portions, overflows, upcast
 from ..base import Base, load_base
 from ..errors import NotFiniteError, UserError, nearest
 from ..files import check_writable
@@ -114,9 +115,7 @@ def sample_in_turn(
             if should_stop():
                 raise Cancelled("Stopped.")
             if not torch.isfinite(latents).all():
-                raise NotFiniteError(
-                    f"Drawing met NaN or infinity at step {step + 1}; draw with dtype=bfloat16 or float32."
-                )
+                raise not_finite(base.dtype)
             state.step = step + 1
             progress(Event("generate", done + step + 1, total))
             if preview and step % every == 0:
@@ -135,6 +134,7 @@ def sample_in_turn(
             regional(pipe.unet, state, layers),
             weighed(drawings, scene.regions, [area.place for area in areas]),
             in_portions(pipe.vae, height, width),
+            decoding_checked(pipe.vae, base.dtype) if large else nullcontext(),
         ):
             warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, about itself
             found = finished(
@@ -155,21 +155,50 @@ def sample_in_turn(
 
 
 def finished(pipe: Any, drawn: Any) -> list[Image.Image]:
-    """The pictures of a pipeline that gave latents, as it would have decoded them, but in float32 where that is needed.
+    """The pictures of a pipeline that gave latents, as it would have decoded them; in float32 if they overflow else.
 
-    XL's decodes in float32 by itself, and gave pictures.
+    XL's decodes in float32 by itself where its autoencoder's config says so, and gave pictures.
 
     Raises:
         NotFiniteError: the autoencoder gave NaN or infinity.
     """
     if not isinstance(drawn, torch.Tensor):
         return list(drawn)
-    with upcast(pipe.vae):
-        scaled = drawn.to(next(pipe.vae.parameters())) / pipe.vae.config.scaling_factor
-        pixels = pipe.vae.decode(scaled, return_dict=False)[0]
+    pixels = pipe.vae.decode(drawn / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    if overflows(pipe.vae) and not torch.isfinite(pixels).all():
+        with upcast(pipe.vae):
+            pixels = pipe.vae.decode(drawn.float() / pipe.vae.config.scaling_factor, return_dict=False)[0]
     if not torch.isfinite(pixels).all():
-        raise NotFiniteError("The autoencoder of this base gives NaN or infinity; draw with dtype=bfloat16 or float32.")
+        raise not_finite(drawn.dtype)
     return list(pipe.image_processor.postprocess(pixels))
+
+
+def not_finite(dtype: torch.dtype) -> NotFiniteError:
+    """What is said of a picture of NaN."""
+    if dtype == torch.float32:
+        return NotFiniteError(
+            "The picture is NaN or infinite: lower the strengths of its adapters, or look at the base's weights."
+        )
+    return NotFiniteError("The picture is NaN or infinite in half precision; draw with dtype=bfloat16 or float32.")
+
+
+@contextmanager
+def decoding_checked(vae: AutoencoderKL, dtype: torch.dtype) -> Iterator[None]:
+    """Refuse NaN where a pipeline decodes by itself.
+
+    Raises:
+        NotFiniteError: the autoencoder gave NaN or infinity.
+    """
+
+    def check(module: Any, inputs: Any, out: torch.Tensor) -> None:
+        if not torch.isfinite(out).all():
+            raise not_finite(dtype)
+
+    handle = vae.decoder.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def stock_pipeline(

@@ -122,11 +122,16 @@ class Attachment:
         """Take :meth:`extra_state` back."""
         for component, (allocator, model) in self.allocators.items():
             device = next(model.parameters()).device
-            allocator.peft_config.rank_pattern = patterns.get(component)
+            pattern = patterns.get(component)
+            allocator.peft_config.rank_pattern = pattern and {self._own(name): kept for name, kept in pattern.items()}
             for key, value in tensors.items():
                 where, kind, name = key.split("|", 2)
                 if where == component:
-                    getattr(allocator, kind)[name] = value.to(device, copy=True)
+                    getattr(allocator, kind)[self._own(name)] = value.to(device, copy=True)
+
+    def _own(self, name: str) -> str:
+        """PEFT's name of a parameter with this adapter's name at its end, where earlier states have the concept's."""
+        return re.sub(r"(\.lora_[ABE])\..*$", rf"\1.{self.name}", name)
 
 
 def attach(

@@ -6,13 +6,15 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ..config import TrainConfig, build, read_yaml, to_yaml
 from ..errors import UserError
-from ..files import write_text
+from ..files import read_header, write_text
+from ..methods import get_method
 from ..progress import Event, Progress, silent
 from .run import state_path
 from .state import Stopped, comparable, differences
@@ -81,6 +83,9 @@ def is_done(job: Job, force: bool = False) -> bool:
         raise UserError(
             f"{job.output} was made with {key}={old}, now it is {new}; keep it with --force, or train without --resume."
         )
+    with suppress(UserError):  # a damaged one is told where it is used
+        revision = int(read_header(job.output)[1].get("spectral.revision", "1"))
+        return revision == get_method(job.config.method).revision  # else it would be refused there
     return True
 
 

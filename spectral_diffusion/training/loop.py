@@ -105,7 +105,7 @@ def train(
         average, scaler = Average(trained, config.optimiser.ema), loss_scaler(base, config)
         belongs = {
             "base": base_fingerprint.exact, "slot": str(slot or ""), "start": start_hash(start_from),
-            "concept": concept.digest(),
+            "concept": concept.digest(), **({"revision": str(method.revision)} if method.revision > 1 else {}),
         }  # fmt: skip
         run = Run(state, config, trained, optimiser, attachment, average, scaler, watcher, belongs, among.main)
         start = run.restore(force, note) if resume and state.exists() else 0

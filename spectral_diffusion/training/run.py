@@ -69,10 +69,8 @@ def train_to_file(
     if output.is_dir():
         raise UserError(f"The output {output} is a folder; choose another with -o.")
     check_writable(output)
-    if not output.exists():
-        check_settings(output.with_suffix(".yaml"))
-    elif not is_native(output):
-        raise UserError(f"{output} is no adapter of this program, and would be lost; choose another output with -o.")
+    check_replaceable(output)
+    check_settings(output.with_suffix(".yaml"))
     base = base or load_base(config.base, device_of(config, among), config.dtype)
     if config.layerwise:
         check_encoders(base)
@@ -114,6 +112,22 @@ def train_to_file(
         write_settings(output.with_suffix(".yaml"), to_yaml(config))
         state_path(output).unlink(missing_ok=True)
     return adapter
+
+
+def check_replaceable(output: Path) -> None:
+    """Refuse to write an adapter over anything but an adapter.
+
+    Raises:
+        UserError: it is something else, or damaged.
+    """
+    try:
+        ours = not output.exists() or is_native(output)
+    except UserError:
+        ours = False
+    if not ours:
+        raise UserError(
+            f"{output} is no adapter of this program, or a damaged one; choose another output with -o, or remove it."
+        )
 
 
 def ignore(text: str) -> None:

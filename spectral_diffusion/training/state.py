@@ -188,7 +188,10 @@ class Run:
             note(f"Note: {self.path.name} was made with other photos, captions or words; going on because of --force.")
             held["concept"] = self.belongs["concept"]
         if held != self.belongs:
-            raise UserError(f"{self.path} was made on another base, slot or start; train without --resume.")
+            raise UserError(
+                f"{self.path} was made on another base, slot or start, or by another version of its method; train "
+                "without --resume."
+            )
         if "optimiser.name" in changed:
             raise UserError(f"{self.path} was made with another optimiser, whose numbers this one cannot take over.")
         if changed:

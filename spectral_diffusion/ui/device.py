@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,12 @@ def giving_back() -> Iterator[None]:
     """Give a GPU's memory back that torch keeps ready after the work inside is done or has failed."""
     try:
         yield
+    except BaseException as failed:
+        error: BaseException | None = failed
+        while error is not None:  # what failed holds networks in the variables of its functions
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+        raise
     finally:
         torch = sys.modules.get("torch")  # never imported for this
         if torch is not None and torch.cuda.is_available():

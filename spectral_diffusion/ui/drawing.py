@@ -182,10 +182,11 @@ def scene_of(
         note(f"Note: {' and '.join(both)} acts in its own regions only, not everywhere.")
     named = [*everywhere, *bound]
     files = {name: str(adapter_file(workspace, name)) for name in named}
-    if named and recipe:
+    foreign = [name for name in named if not is_base(workspace, wish.base, read_adapter(workspace, name).base)]
+    if recipe and foreign:
         raise UserError(
-            f"{wish.base} is fused from {', '.join(sorted(inside))}, and {named[0]} is not among them: take it out of "
-            "the boxes and the concepts, or take the base pocket."
+            f"{wish.base} is fused from {', '.join(sorted(inside))}, and {foreign[0]} is not among them: take it out "
+            "of the boxes and the concepts, or take the base pocket."
         )
     strengths = parse_strengths(wish.strength if named else "", named)
     _tell_missing_tokens(workspace, [place for place in wish.canvas.regions if place.concept in bound], note)
@@ -227,11 +228,7 @@ def side_of(workspace: Workspace, base: str | None) -> int:
         name = base_path(workspace, base)
     except UserError:
         return USUAL_SIDE
-    try:
-        here = name == "pocket" or Path(name).is_dir()  # nobody waits for a hub
-    except OSError:  # no name of a folder
-        here = False
-    return (size_in_configs(name) if here else None) or USUAL_SIDE
+    return size_in_configs(name) or USUAL_SIDE
 
 
 def sampling_of(workspace: Workspace, base: str | None, now: tuple[int, float]) -> tuple[int, float]:
@@ -243,6 +240,14 @@ def sampling_of(workspace: Workspace, base: str | None, now: tuple[int, float]) 
         return now
     usual = [(said["steps"], said["guidance"]) for said in (usual_settings("pocket", "generate"), large)]
     return (suits["steps"], suits["guidance"]) if now in usual else now
+
+
+def is_base(workspace: Workspace, base: str | None, name: str) -> bool:
+    """Whether a base as the page calls it is the one of that name or path."""
+    try:
+        return base_path(workspace, base) == name
+    except UserError:
+        return False
 
 
 def base_of(workspace: Workspace, name: str) -> str:

@@ -20,6 +20,8 @@ SAID = {  # what the library says of the command line, and what a person does in
     "with another name=": "under another name",
     "with another token=": "with another token",
     "with token=<name>": "token",
+    "; rename it, or choose another output with -o": "; rename it",
+    "; draw with dtype=bfloat16 or float32": "; its base needs more precision than half of it",
     "set gradient.staging=fused, ": "",
     "set gradient_checkpointing=true, a smaller batch or resolution, dtype=bfloat16, or take": "choose",
     " (choose how near with --rank)": "",

@@ -96,16 +96,17 @@ class Handlers:
     def follow(self, base: str | None, chosen: list[str] | None) -> list[Any]:
         """What the base allows: concepts and their strength, the canvas's concepts, the tokens.
 
-        A fused base has its concepts inside; on any other the workspace's adapters can act.
+        A fused base has its concepts inside, and adapters that were trained on it can act; on any other all can.
         """
         try:
             inside = drawing.tokens(self.workspace, base, [])
         except UserError:  # it is said when it is drawn
             inside = {}
-        rows = [] if inside else [row[:3] for row in adapter_rows(self.workspace)[0]]
+        every = adapter_rows(self.workspace)[0]
+        rows = [row[:3] for row in every if not inside or drawing.is_base(self.workspace, base, row[-1])]
         names = [row[0] for row in rows]
         there = [name for name in chosen or [] if name in names]  # else as it is, which may be handed over just now
-        tokens = [[token, noun, ""] for token, noun in inside.items()] or [[row[1], row[2], row[0]] for row in rows]
+        tokens = [*([token, noun, ""] for token, noun in inside.items()), *([row[1], row[2], row[0]] for row in rows)]
         return [
             gr.Dropdown(choices=names, visible=bool(rows), **({"value": there} if there != (chosen or []) else {})),
             gr.Textbox(visible=bool(rows)),
