@@ -319,7 +319,7 @@ def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: 
         "No base 'base'.*needed to fuse the rest anew": lambda: fusing.take_out(workspace, "pair", "mug", "rest"),
         "^fused/other exists and is not": lambda: fusing.fuse(workspace, ["rex"], "other", {}),
         "strengths, which is not positive; set one": lambda: fusing.fuse(
-            workspace, ["rex"], "none", {"rex": 0.0}, merge="fedavg"
+            workspace, ["rex"], "none", {"rex": -1.0}, merge="fedavg"
         ),
     }
     for sentence, call in calls.items():
