@@ -185,7 +185,7 @@ def test_the_memory_of_teaching_is_told_and_what_cannot_fit_refused_before_lesso
         config = SMALL.model_copy(update=more)
         return memory_to_teach(base.models, base.pipeline.vae, learners, config, base.size, "cpu")
 
-    whole, parts, checked = found(batch=64), found(batch=16, accumulate=4), found(batch=64, gradient_checkpointing=True)
+    whole, parts, checked = found(batch=32), found(batch=8, accumulate=4), found(batch=32, gradient_checkpointing=True)
     assert parts.phases["teaching"] < 0.5 * whole.phases["teaching"]
     assert checked.phases["teaching"] < 0.8 * whole.phases["teaching"]
     assert whole.adapter == 8 * sum(p.numel() for p in learners)

@@ -121,7 +121,9 @@ def test_fuse_and_take_out_again(workspace: Workspace, merge: str, tmp_path: Pat
     assert one.fingerprint == other.fingerprint
 
 
-def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace) -> None:
+def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"teach": {"pictures": 2, "plain": 2, "draws": 2, "batch": 4}}
+    monkeypatch.setattr(fusing, "preset_part", lambda name, verb: few)
     seen: list[Event] = []
     fusing.fuse(workspace, ["rex", "mug"], "clever", BOTH, seen.append, teach=2)
     assert {"lesson", "teach"} <= {event.stage for event in seen}

@@ -30,7 +30,6 @@ ADVICE = (
     "Merging by gradient and teaching even it out; otherwise lower the strength of the others."
 )
 STOPPED = "Stopped; nothing was saved."
-STOPPING = "Stopping, as soon as its turn comes or the step is done…"
 TOO_FEW = {
     0: "Nothing is trained yet. Train two concepts in step 2, then put them together here.",
     1: "One concept is trained. Train a second one in step 2, then put them together here.",
@@ -83,7 +82,7 @@ def _wire_bench(bench: Bench, handlers: Handlers, page: Page, lists: dict[str, A
     for running in (trying, saving):
         afterwards(running, handlers.done, None, buttons, queue=False, **PRIVATE)
     saving.success(**lists)
-    bench.stop.click(handlers.stop, None, bench.result, queue=False, **PRIVATE)
+    bench.stop.click(handlers.stop, queue=False, **PRIVATE)
     page.blocks.unload(handlers.left)
     bench.name.change(handlers.taken, bench.name, bench.replace, **PRIVATE)
     afterwards(saving, handlers.taken, bench.name, bench.replace, **PRIVATE)
@@ -203,11 +202,10 @@ class Handlers:
         who = request.session_hash or ""
         return ready(not (self.compares.busy(who) or self.saves.busy(who)))
 
-    def stop(self, request: gr.Request) -> str:
+    def stop(self, request: gr.Request) -> None:
         """Ask this browser's run to stop."""
         self.compares.stop(request.session_hash or "")
         self.saves.stop(request.session_hash or "")
-        return STOPPING
 
     def left(self, request: gr.Request) -> None:
         """Nobody waits for the comparison any more; a fusion that is being saved goes on."""

@@ -30,7 +30,6 @@ NO_CONCEPTS = (
     "To draw your own things, train one in step 2."
 )
 WAITING = "Getting ready… (It waits while something else is drawn or fused.)"
-STOPPING = "Stopping, as soon as its turn comes or the step is done…"
 TO_PICTURE = (
     "() => { setTimeout(() => document.getElementById('generate-go')"
     ".scrollIntoView({behavior: 'smooth', block: 'start'}), 200) }"
@@ -154,10 +153,9 @@ class Handlers:
         """Generate in its place again."""
         return [gr.Button(visible=True), gr.Button(visible=False)]
 
-    def cancel(self, request: gr.Request) -> str:
-        """Ask this browser's run to stop."""
+    def cancel(self, request: gr.Request) -> None:
+        """Ask this browser's run to stop. Nothing is shown: the run's own last word may have come before."""
         self.runs.stop(request.session_hash or "")
-        return STOPPING
 
     def left(self, request: gr.Request) -> None:
         """The browser has gone: nobody waits for its picture."""
@@ -435,7 +433,7 @@ def _wire_drawing(
         run.success(gallery.choose, gallery.chosen, gallery.details, **PRIVATE)
     for event in (start.click, form.prompt.submit, gallery.again.click):
         event(None, js=TO_PICTURE, **PRIVATE)
-    cancel.click(handlers.cancel, None, status, queue=False, show_progress="hidden", api_name="cancel_generate")
+    cancel.click(handlers.cancel, queue=False, show_progress="hidden", api_name="cancel_generate")
     page.blocks.unload(handlers.left)
     gallery.canvas.click(handlers.refilled, gallery.chosen, [*form.all, status], **PRIVATE)
 
