@@ -69,7 +69,7 @@ def train_to_file(
     if output.is_dir():
         raise UserError(f"The output {output} is a folder; choose another with -o.")
     check_writable(output)
-    check_replaceable(output)
+    check_output(output)
     check_settings(output.with_suffix(".yaml"))
     base = base or load_base(config.base, device_of(config, among), config.dtype)
     if config.layerwise:
@@ -114,7 +114,7 @@ def train_to_file(
     return adapter
 
 
-def check_replaceable(output: Path) -> None:
+def check_output(output: Path) -> None:
     """Refuse to write an adapter over anything but an adapter.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..slots import LEDGER, ROWS, Ledger
+from .jobs import refuse_busy
 from .workspace import Workspace, pick, sentence_of, visible
 
 if TYPE_CHECKING:
@@ -90,7 +91,6 @@ def delete_adapter(workspace: Workspace, name: str | None) -> str:
     """
     from ..training.run import state_path
     from ..training.watch import samples_folder
-    from .jobs import refuse_busy
 
     path = adapter_file(workspace, name)
     refuse_busy(workspace, path.stem)  # it would lose its columns while it trains them

@@ -19,6 +19,8 @@ from .page import Page
 from .tabs import concepts, fuse, generate, train
 from .workspace import Workspace
 
+# What this machine calls itself, and its browsers the app; another name that leads here is a foreign page's.
+LOCAL = ["localhost", "127.0.0.1", "::1", "[::1]"]
 STYLE = Path(__file__).with_name("style.css")
 TITLE = "Spectral Diffusion"
 INTRODUCTION = "Several of your own things together in one picture, each still itself."
@@ -82,10 +84,6 @@ def launch(
         raise UserError(f"Cannot serve on port {port} of {host}, perhaps it is taken; choose another port.") from error
 
 
-# What a browser on this machine calls the app. Another name that leads here is a foreign page's.
-LOCAL = ["localhost", "127.0.0.1", "::1", "[::1]"]
-
-
 def is_local(host: str) -> bool:
     """Whether only this machine can reach that address."""
-    return host in {"127.0.0.1", "localhost", "::1"}
+    return host in LOCAL
