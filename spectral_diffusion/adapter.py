@@ -33,7 +33,7 @@ class Adapter:
             ``vectors`` are then their mean, for all that holds one vector only.
         kernels: convolution to its kernel (in, kh, kw), into which a row of the matrix folds.
         earlier: tokens and vectors of the concepts that this one was trained on top of.
-        config: the resolved training settings; ``versions``: of the libraries that made it.
+        config: the resolved training settings; ``provenance``: libraries, processor and threads that made it.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Adapter:
     earlier: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     kernels: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[str]:

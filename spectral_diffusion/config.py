@@ -43,6 +43,7 @@ def _one_place(texts: list[str]) -> list[str]:
     return texts
 
 
+Precision = Literal["auto", "no", "bf16", "fp16"]
 Templates = Annotated[list[str], Field(min_length=1), AfterValidator(_one_place)]  # texts with a place for a concept
 
 
@@ -175,8 +176,8 @@ class TrainConfig(Settings):
     save_every: int = Field(100, ge=1)
     device: str = "auto"
     dtype: str = "float32"  # of the frozen base; adapters stay float32
-    autocast: bool = False  # run the networks under bfloat16 autocast
-    precision: Literal["bfloat16", "float16"] = "bfloat16"  # of autocast; float16 scales the loss as it has to
+    mixed_precision: Precision = "auto"  # of the networks' work; auto is what this machine does quickly
+    allow_tf32: bool = False  # on CUDA, round the factors of float32 products to TensorFloat-32
     gradient_checkpointing: bool = False  # compute the U-Net's activations twice instead of keeping them
 
     @field_validator("slot", mode="before")
@@ -250,6 +251,8 @@ class FuseConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**31)
     allow_base: bool = False
     device: str = "auto"
+    mixed_precision: Precision = "auto"  # of distillation; auto is what this machine does quickly
+    allow_tf32: bool = False  # on CUDA, round the factors of float32 products to TensorFloat-32
 
 
 class ConditionConfig(Settings):
@@ -276,7 +279,8 @@ class ConditionConfig(Settings):
     save_every: int = Field(500, ge=1)
     device: str = "auto"
     dtype: str = "float32"  # of the frozen base; the adapter stays float32
-    autocast: bool = False  # run the networks under bfloat16 autocast
+    mixed_precision: Precision = "auto"  # of the networks' work; auto is what this machine does quickly
+    allow_tf32: bool = False  # on CUDA, round the factors of float32 products to TensorFloat-32
 
     @field_validator("flip")
     @classmethod

@@ -20,11 +20,11 @@ from .files import atomic_folder, check_replaceable, check_writable, holds, read
 from .formats.card import MARK, model_card
 from .formats.checkpoint import checkpoint_tensors
 from .formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
-from .formats.native import versions
 from .fusion.folder import load_adapters, read_merged, read_recipe
 from .fusion.recipe import fuse_adapters
 from .layerwise import mean_note
 from .linalg import Factors, truncate
+from .machine import provenance
 from .tokens import known_tokens
 
 EXPORTED = "README.md"  # an exported folder has our card under this name
@@ -242,7 +242,7 @@ def ours(source: Source) -> dict[str, str]:
         "spectral.recipe": json.dumps(source.recipe, sort_keys=True),
         "spectral.base": source.base,
         "spectral.base_fingerprint": source.adapters[0].fingerprint.exact,
-        "spectral.versions": json.dumps(versions(), sort_keys=True),
+        "spectral.provenance": json.dumps(provenance(), sort_keys=True),
     }
 
 

@@ -79,7 +79,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
         "base": adapter.base,
         "base_fingerprint": adapter.fingerprint.exact,
         "config": adapter.config,
-        "versions": adapter.versions,
+        "provenance": adapter.provenance,
     }
 
 

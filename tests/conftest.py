@@ -96,3 +96,11 @@ def photos(tmp_path: Path) -> Path:
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests share one spectrum cache of their own, never the user's."""
     monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def full_precision(own_cache: None) -> None:
+    """``mixed_precision=auto`` means full precision in tests, in processes that they start too."""
+    from spectral_diffusion.machine import measured
+
+    measured("precision", lambda: {"float32": 1.0, "bf16": 2.0})

@@ -350,7 +350,7 @@ LAYERS = [
     {"errors", "linalg", "progress", "pocket", "randomness"},
     {"files", "slots", "registry"},
     {"slot_map"},
-    {"methods", "spectrum", "resources"},
+    {"methods", "spectrum", "resources", "machine", "precision"},
     {"autoencoder", "base", "tokens", "config", "architectures"},
     {"adapter", "data", "evaluation", "layerwise"},
     {"formats", "training", "adapted"},

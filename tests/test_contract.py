@@ -87,7 +87,7 @@ def test_every_method_from_photos_to_a_picture(photos: Path, tiny_base: Path, tm
 def test_every_method_goes_on_bit_for_bit_in_bfloat16(
     photos: Path, tiny_base: Path, tmp_path: Path, method: str
 ) -> None:
-    half = {"method": method, "dtype": "bfloat16", "autocast": True, "steps": 4}
+    half = {"method": method, "dtype": "bfloat16", "mixed_precision": "bf16", "steps": 4}
     whole = train_to_file(settings(photos, tiny_base, tmp_path / "whole" / "rex.safetensors", **half))
     config = settings(photos, tiny_base, tmp_path / "broken" / "rex.safetensors", **half)
     asked = itertools.count()

@@ -122,7 +122,7 @@ def test_adapters_from_files_to_a_report_and_again(pair: Path, tmp_path: Path) -
     assert counts["untouched base", "rex"] == counts["alone", "brew"] == counts["sum", "rex"] == 4
     assert counts["scene two", "rex"] == counts["scene two", "brew"] == 2 and counts["photos", "all"] == 6
     assert found["drift"]["pocket"]["n"] == 4 and set(found["seconds"]) == {"untouched base", "alone", "sum"}
-    assert found["config"]["count"] == 2 and found["base"]["fingerprint"] and found["versions"]["torch"]
+    assert found["config"]["count"] == 2 and found["base"]["fingerprint"] and found["provenance"]["threads"] == "1"
     assert {row["concept"] for row in found["kept"]} == {"rex", "brew", "all"}
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "pictures").rglob("*-*-*.png")}
     assert len(files) == 3 * 8 + 2 * 4

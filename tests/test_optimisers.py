@@ -56,7 +56,7 @@ KINDS = {
     "schedule": {"decay": "cosine", "optimiser": {"warmup": 2, "accumulate": 2, "ema": 0.9}, "batch": 1},
     "prodigy": {"optimiser": {"name": "prodigy", "ema": 0.5}, "weight_decay": 0.01},
     "adamw8bit": {"optimiser": {"name": "adamw8bit"}, "rank": 16, "steps": 4},
-    "float16": {"autocast": True, "precision": "float16"},
+    "float16": {"mixed_precision": "fp16"},
     "objective": {"objective": {"loss": "huber", "snr_gamma": 5.0}, "gradient_checkpointing": True},
 }
 

@@ -121,7 +121,7 @@ def test_stock_diffusers_opens_the_folder_and_draws(pairs: Path, tiny_base: Path
 def test_other_kinds_of_bases(other_base: Path, tmp_path: Path) -> None:  # noqa: F811
     """v-prediction, text_time conditioning, and a first block that adds features behind its downsampler."""
     keyposes = make_pairs(tmp_path / "pairs", kind="keypose")
-    config = settings(keyposes, other_base, tmp_path / "out", kind="keypose", steps=2, autocast=True)
+    config = settings(keyposes, other_base, tmp_path / "out", kind="keypose", steps=2, mixed_precision="bf16")
     adapter = train_condition(config)
     assert adapter.config.adapter_type == "full_adapter_xl" and adapter.config.downscale_factor == 4
     keypose = Drawing(Image.open(keyposes / "keypose" / "0.png"), "keypose", adapter=str(config.output))

@@ -293,7 +293,7 @@ def test_native_file_round_trip(photos: Path, tiny_base: Path, tmp_path: Path) -
     adapter = train_to_file(settings(photos, tiny_base, tmp_path / "rex.safetensors"))
     loaded = load_adapter(tmp_path / "rex.safetensors")
     assert same(adapter, loaded)
-    for field in ("name", "noun", "token", "rank", "slot", "targets", "base", "fingerprint", "config", "versions"):
+    for field in ("name", "noun", "token", "rank", "slot", "targets", "base", "fingerprint", "config", "provenance"):
         assert getattr(adapter, field) == getattr(loaded, field), field
     for layer, band in adapter.bands.items():
         assert all(torch.equal(a, b) for a, b in zip(band, loaded.bands[layer], strict=True))

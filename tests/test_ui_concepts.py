@@ -457,7 +457,7 @@ def test_labels_agree_with_the_adapters_themselves(workspace: Workspace, tiny_ba
     from spectral_diffusion.training.run import train_to_file
 
     output = workspace.adapters / "rex.safetensors"
-    quick: dict[str, Any] = {"rank": 2, "steps": 1, "batch": 1, "crops": 1, "device": "cpu", "autocast": False}
+    quick: dict[str, Any] = {"rank": 2, "steps": 1, "batch": 1, "crops": 1, "device": "cpu", "mixed_precision": "no"}
     one = train_to_file(TrainConfig(concept=photos, output=output, base=str(tiny_base), **quick))
     [label], problems = labels(workspace)
     assert not problems and (label.name, label.noun, label.token) == (one.name, one.noun, one.token)

@@ -50,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ).save_pretrained(base / f"t2i_{kind}")
     for seed, name in enumerate(("tom", "jim")):
         photos = make_photos(folder / name, seed=seed)
-        settings = {"rank": 2, "steps": 1, "batch": 1, "crops": 1, "device": "cpu", "autocast": False}
+        settings = {"rank": 2, "steps": 1, "batch": 1, "crops": 1, "device": "cpu", "mixed_precision": "no"}
         output = folder / "adapters" / f"{name}.safetensors"
         train_to_file(TrainConfig(concept=photos, output=output, base=str(base), noun="dog", **settings))
     return base, folder / "adapters"
@@ -392,7 +392,7 @@ def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path],
         "rank": 2,
         "steps": 1,
     }
-    train_to_file(TrainConfig(**on_it, slot="8:10", device="cpu", autocast=False))  # on top of what is fused
+    train_to_file(TrainConfig(**on_it, slot="8:10", device="cpu", mixed_precision="no"))  # on top of what is fused
     assert drawing.base_of(workspace, "ann") == "fused/one" and drawing.base_of(workspace, "tom") == str(trained[0])
     *_, tokens = Handlers(workspace).follow("fused/one", ["ann"])
     assert [row[0] for row in tokens] == ["<tom>", "<ann>"]

@@ -35,7 +35,7 @@ from spectral_diffusion.ui.queue import Queue
 from spectral_diffusion.ui.workspace import Workspace
 
 QUICK: dict[str, Any] = {
-    "rank": 2, "batch": 1, "crops": 1, "device": "cpu", "autocast": False, "preservation": {"weight": 0.0},
+    "rank": 2, "batch": 1, "crops": 1, "device": "cpu", "mixed_precision": "no", "preservation": {"weight": 0.0},
 }  # fmt: skip
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
@@ -380,7 +380,7 @@ def test_presets_begin_with_the_pocket_base() -> None:
 
 def test_estimates(workspace: Workspace, tiny_base: Path, queue: Queue) -> None:
     pocket = train_settings(workspace, "ann", "pocket", {})
-    assert estimate(pocket).trained == "129,536" and "rough guess" in estimate(pocket).note
+    assert estimate(pocket).trained == "129,536" and "short measurement" in estimate(pocket).note
     assert memory(pocket) == ("about 0.8 GiB", "")
     large = train_settings(workspace, "ann", "sd15-8gb", {})
     assert estimate(large).trained == "2,184,192" and "not on this machine" in estimate(large).note
@@ -418,7 +418,7 @@ def test_the_time_follows_the_training_that_runs(queue: Queue, workspace: Worksp
     found = estimate(config, queue.jobs())
     assert found.time == f"about {round(0.5 * config.steps / 60)} min" and "runs now" in found.note
     file.write_text(json.dumps(held | {"stage": "draw"}))
-    assert "rough guess" in estimate(config, queue.jobs()).note
+    assert "short measurement" in estimate(config, queue.jobs()).note
 
 
 def test_the_line_counts_what_comes_before_the_first_step(queue: Queue) -> None:

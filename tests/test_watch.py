@@ -166,7 +166,7 @@ WATCH = {"every": 2, "steps": 2, "prompts": ["a photo of {}", "{} on the beach"]
     [
         {"method": "adalora", "rank": 4, "steps": 8},
         {"method": "spectral-rotation", "gradient_checkpointing": True, "optimiser": {"ema": 0.9}},
-        {"method": "dora", "preservation": {"weight": 0.5, "batch": 1, "pictures": 2}, "autocast": True},
+        {"method": "dora", "preservation": {"weight": 0.5, "batch": 1, "pictures": 2}, "mixed_precision": "bf16"},
     ],
     ids=lambda more: more["method"],
 )

@@ -210,6 +210,7 @@ def generate(
     from ..files import check_settings, write_settings
     from ..generation.pictures import read_sources
     from ..generation.pipeline import Cancelled, generate_to_file
+    from ..machine import heading
 
     source, overrides = source_of(words)
     named = base or next((word[5:] for word in overrides if word.startswith("base=")), None)
@@ -242,7 +243,7 @@ def generate(
             say("Stopped; what is drawn is kept, --resume goes on from there.")
             raise typer.Exit(130) from stopped
     if not own:
-        write_settings(beside, to_yaml(settings))
+        write_settings(beside, heading() + to_yaml(settings))
     shown = [*paths[:1], f"{len(paths) - 1} pictures beside it"] if len(paths) > 9 else paths
     say(f"Wrote {', '.join(map(str, shown))}.")
 

@@ -82,7 +82,10 @@ def strengths(config: EvaluateConfig, held: Held) -> dict[Path, Strength]:
 
 def drawing_settings(config: EvaluateConfig) -> dict[str, Any]:
     """The settings that a scene shares with an evaluation."""
-    shared = {"steps", "guidance", "sampler", "negative_prompt", "batch", "allow_base", "device", "dtype"}
+    shared = {
+        "steps", "guidance", "sampler", "negative_prompt", "batch", "allow_base", "device", "dtype", "mixed_precision",
+        "allow_tf32",
+    }  # fmt: skip
     return config.model_dump(include=shared)
 
 

@@ -18,10 +18,10 @@ from ..evaluation.settings import EvaluateConfig
 from ..evaluation.summary import ALONE, Evaluation
 from ..evaluation.views import View
 from ..files import check_writable, write_settings
-from ..formats.native import versions
 from ..generation.crops import scene_in, views_in
 from ..generation.pipeline import generate_to_file
 from ..generation.scene import Scene
+from ..machine import heading, provenance
 from ..progress import Progress, silent
 from .drawing import Drawn, Shelf, count_of, draw_adapters
 from .inputs import Held, choose_encoders, hold, read_pictures, read_scenes, subjects
@@ -75,7 +75,7 @@ def evaluate_to_folder(
         result.together = None if held.together == ALONE else held.together
         result.drift = {encoder.name: drift(encoder, *drawn.ordinary) for encoder in encoders}
         result.seconds = {way: shelf.each(way) for way in drawn.shown if shelf.each(way)}
-    write_settings(config.output / f"{NAME}.yaml", to_yaml(config))
+    write_settings(config.output / f"{NAME}.yaml", heading() + to_yaml(config))
     write_report(result, config.output)
     return result
 
@@ -95,7 +95,7 @@ def about(config: EvaluateConfig, held: Held | None, drawn: Drawn, concepts: Map
     """What an evaluation was made from, as JSON."""
     return {
         "config": config.model_dump(mode="json"),
-        "versions": versions(),
+        "provenance": provenance(),
         "base": {"name": held.base, "fingerprint": drawn.base} if held else None,
         "concepts": {
             name: {"token": one.token, "noun": one.noun, "photos": len(one.photos)} for name, one in concepts.items()

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat
 
-from ..config import Settings, Templates
+from ..config import Precision, Settings, Templates
 from .prompts import ORDINARY, PLACES
 
 
@@ -38,6 +38,8 @@ class EvaluateConfig(Settings):
     allow_base: bool = False
     device: str = "auto"
     dtype: str = "float32"
+    mixed_precision: Precision = "auto"  # of the pictures; auto is what this machine does quickly
+    allow_tf32: bool = False  # on CUDA, round the factors of float32 products to TensorFloat-32
 
     def seeds(self, index: int) -> list[int]:
         """The seeds of the prompt with that number: other ones for every prompt, the same in every way of drawing."""

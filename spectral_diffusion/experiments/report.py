@@ -11,7 +11,7 @@ from PIL import Image
 from ..errors import UserError
 from ..evaluation.tables import markdown
 from ..files import atomic, write_json, write_text
-from ..formats.native import versions
+from ..machine import provenance
 from .lab import Figures, Lab
 from .registry import Findings, Study
 
@@ -85,7 +85,7 @@ def write_findings(study: Study, findings: Findings, lab: Lab, folder: Path, qui
         "quick": quick,
         "base": lab.fingerprint,
         "recipe": lab.recipe,
-        "versions": versions(),
+        "provenance": provenance(),
         "verdict": findings.verdict,
         "missing": list(findings.missing),
         "tables": tables,

@@ -12,11 +12,12 @@ from ..base import Base, load_base
 from ..errors import UserError
 from ..files import check_writable
 from ..linalg import kernel_of, sides
+from ..machine import provenance
 from ..methods import get_method
 from ..methods.targets import find_targets
 from ..tokens import check_name
 from .lora import read_lora
-from .native import is_native, load_adapter, save_adapter, versions
+from .native import is_native, load_adapter, save_adapter
 
 EVERYTHING = "re:.*"  # foreign files adapt layers that no preset has, such as time_emb_proj
 
@@ -52,7 +53,7 @@ def import_lora(
         targets=EVERYTHING, base=base.name, fingerprint=base.fingerprint, parameters=parameters,
         sizes={layer: sides(layers[layer].weight) for layer in sorted(factors)}, frozen={}, vectors={},
         kernels={layer: kernel for layer in sorted(factors) if (kernel := kernel_of(layers[layer].weight))},
-        config={"imported": Path(path).name}, versions=versions(),
+        config={"imported": Path(path).name}, provenance=provenance(),
     )  # fmt: skip
     if output:
         save_adapter(adapter, output)

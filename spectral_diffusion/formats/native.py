@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -29,18 +28,6 @@ from ..tokens import check_name, check_token
 FORMAT = "spectral_diffusion"
 FORMAT_VERSION = "3"
 DIGEST = "spectral.digest"
-LIBRARIES = ("spectral-diffusion", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy")
-
-
-def versions() -> dict[str, str]:
-    """The installed versions of the libraries that make an adapter."""
-    found = {}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            found[library] = "unknown"
-    return found
 
 
 def content_hash(adapter: Adapter) -> str:
@@ -78,7 +65,7 @@ def _contents(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         "spectral.base": adapter.base,
         "spectral.base_fingerprint": fingerprint_json(adapter.fingerprint),
         "spectral.config": json.dumps(adapter.config, sort_keys=True),
-        "spectral.versions": json.dumps(adapter.versions, sort_keys=True),
+        "spectral.provenance": json.dumps(adapter.provenance, sort_keys=True),
     }
     if adapter.method.revision > 1:
         metadata["spectral.revision"] = str(adapter.method.revision)
@@ -159,7 +146,7 @@ def load_adapter(path: Path) -> Adapter:
             vectors={n[6:]: t for n, t in tensors.items() if n.startswith("token.")},
             layerwise={n[10:]: t for n, t in tensors.items() if n.startswith("layerwise.")},
             config=json.loads(metadata["spectral.config"]),
-            versions=json.loads(metadata["spectral.versions"]),
+            provenance=json.loads(metadata["spectral.provenance"]),
         )
         _check_shapes(adapter)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:

@@ -11,8 +11,9 @@ from ..adapter import Adapter
 from ..config import FuseConfig
 from ..errors import UserError
 from ..files import check_only, check_replaceable, holds, read_tensors, write_tensors
-from ..formats.native import load_adapter, versions
+from ..formats.native import load_adapter
 from ..linalg import Factors
+from ..machine import provenance
 
 RECIPE, MERGED, ADAPTERS, SETTINGS = "recipe.json", "merged.safetensors", "adapters", "settings.yaml"
 
@@ -126,7 +127,7 @@ def recipe_of(
             }
             for adapter in sorted(adapters, key=lambda adapter: adapter.name)
         },
-        "versions": versions(),
+        "provenance": provenance(),
     }
 
 

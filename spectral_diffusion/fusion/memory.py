@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..base import Base, plain_is_quicker
 from ..config import GradientConfig, TeachConfig
+from ..precision import MixedPrecision, autocast, is_half
 from ..training.memory import CONTEXT, Estimate, LeanAttention, Models, Peak, fitting, hollow, kind_of, words
 from .collect import CHUNK
 from .teach import CHUNK as TOGETHER
@@ -32,7 +33,13 @@ def memory_to_watch(sizes: Mapping[str, tuple[int, int]], prompts: int, config: 
 
 
 def memory_to_teach(
-    models: Models, vae: nn.Module, learners: Iterable[Tensor], config: TeachConfig, size: int, device: str = "cuda"
+    models: Models,
+    vae: nn.Module,
+    learners: Iterable[Tensor],
+    config: TeachConfig,
+    size: int,
+    device: str = "cuda",
+    precision: MixedPrecision = "bf16",
 ) -> Estimate:
     """Draw a lesson and take a step with tensors that hold nothing, and count.
 
@@ -41,6 +48,7 @@ def memory_to_teach(
         learners: those of their weights that learn.
         size: side of the pictures in pixels.
         device: ``cuda`` or ``cpu``.
+        precision: in which the networks work while they are taught.
     """
     learning = {id(weight) for weight in learners}
     trained = sum(p.numel() for model in models.values() for p in model.parameters() if id(p) in learning)
@@ -53,10 +61,11 @@ def memory_to_teach(
                 copy.requires_grad_(id(there) in learning)
         unet: Any = copies["unet"]
         side = size // scale
-        unet.set_attn_processor(AttnProcessor() if plain_is_quicker(device, True, side) else LeanAttention())
+        dtype = next(unet.parameters()).dtype
+        plain = plain_is_quicker(device, is_half(precision, dtype), side)
+        unet.set_attn_processor(AttnProcessor() if plain else LeanAttention())
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        dtype = next(unet.parameters()).dtype
 
         def predict(batch: int) -> Tensor:
             noisy = torch.empty(batch, unet.config.in_channels, side, side, dtype=dtype)
@@ -66,7 +75,7 @@ def memory_to_teach(
         held = [tensor for model in copies.values() for tensor in (*model.parameters(), *model.buffers())]
         with Peak(iter(held)) as drawing, torch.no_grad():
             predict(2 * min(TOGETHER, config.batch))
-        with Peak(iter(held)) as step, torch.autocast("cpu", torch.bfloat16):
+        with Peak(iter(held)) as step, autocast(torch.device("cpu"), precision):
             for _ in range(min(config.accumulate, 2)):  # the second finds the first one's gradients
                 (predict(config.batch).float() ** 2).mean().backward()
     # The optimiser takes its step beside the gradients, with room for one more number each.
@@ -74,11 +83,11 @@ def memory_to_teach(
     return Estimate(weights, 2 * 4 * trained, phases, CONTEXT[device])
 
 
-def room_to_teach(base: Base, learners: Iterable[Tensor], config: TeachConfig) -> str:
+def room_to_teach(base: Base, learners: Iterable[Tensor], config: TeachConfig, precision: MixedPrecision) -> str:
     """A sentence of the memory that teaching takes, and of what is there.
 
     Raises:
         UserError: there is clearly not enough.
     """
-    found = memory_to_teach(base.models, base.pipeline.vae, learners, config, base.size, kind_of(base))
+    found = memory_to_teach(base.models, base.pipeline.vae, learners, config, base.size, kind_of(base), precision)
     return fitting(found, base, "Teaching", MEND)

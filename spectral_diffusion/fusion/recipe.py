@@ -18,7 +18,9 @@ from ..formats.importing import import_lora
 from ..formats.native import is_native, save_adapter
 from ..layerwise import mean_note, use_means
 from ..linalg import Factors, exact, sides
+from ..machine import heading
 from ..methods.targets import find_targets
+from ..precision import precision_note, resolve_mixed_precision, tf32
 from ..progress import Event, Progress, silent
 from ..training.memory import available, gib, is_large
 from .activations import Activations
@@ -118,9 +120,10 @@ def fuse_adapters(
     layers = [layer for layer in targets if any(layer in adapter.sizes for adapter in adapters)]
     learners = [targets[layer] for layer in layers] + taught_besides(base, config, set(layers))
     lessons = None
+    precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
     if config.teach.steps:  # before anything is fused: the base is one of the teachers
         if is_large(base):
-            note(room_to_teach(base, [layer.weight for layer in learners], config.teach))
+            note(room_to_teach(base, [layer.weight for layer in learners], config.teach, precision))
         lessons = prepare(base, adapters, strengths_of(config, adapters), config.teach, config.seed, progress)
     merged: dict[str, Factors] = {}
     dense = False
@@ -145,7 +148,8 @@ def fuse_adapters(
             progress(Event("fuse", done, len(layers), {"layer": layer}))
     if lessons:
         weights, tokens = [layer.weight for layer in learners], [t for a in adapters for t in a.tokens]
-        teach(base, lessons, weights, tokens, config.teach, config.seed, progress)
+        with tf32(base.device, config.allow_tf32):
+            teach(base, lessons, weights, tokens, config.teach, config.seed, precision, progress)
     return None if dense or lessons else merged
 
 
@@ -284,6 +288,10 @@ def fuse_to_folder(
         )
     check_apart(output, config.base or adapters[0].base)
     base = base or load_base(config.base or adapters[0].base, device_for(config))
+    precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
+    if config.teach.steps:
+        precision_note(config.mixed_precision, precision, base.device, config.allow_tf32, note)
+    config = config.model_copy(update={"mixed_precision": precision})
     fingerprint = base.fingerprint.exact
     adapters += [import_lora(path, None, base.name, base=base) for path in config.adapters if path not in ours]
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
@@ -302,5 +310,5 @@ def fuse_to_folder(
         if merged:
             write_merged(new / MERGED, merged)
         write_json(new / RECIPE, recipe_of(config, adapters, files, fingerprint))
-        write_text(new / SETTINGS, to_yaml(config))
+        write_text(new / SETTINGS, heading() + to_yaml(config))
     return warnings

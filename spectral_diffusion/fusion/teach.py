@@ -26,6 +26,7 @@ from ..adapter import Adapter
 from ..base import Base
 from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, ORDINARY_SCENES, TeachConfig, ordinary_thing
 from ..errors import NotFiniteError, UserError
+from ..precision import MixedPrecision, autocast, is_half, loss_scaler
 from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator, keyed_random
 from ..tokens import collapse, known_tokens, learning
@@ -160,6 +161,7 @@ def teach(
     tokens: Sequence[str],
     config: TeachConfig,
     seed: int,
+    precision: MixedPrecision = "no",
     progress: Progress = silent,
 ) -> None:
     """Move some weights of a fused ``base`` and its tokens' vectors in place until it predicts what its teachers do.
@@ -173,7 +175,7 @@ def teach(
         weight.requires_grad_(True)
     try:
         with ExitStack() as stack:
-            stack.enter_context(quick_attention(base, True, base.size))
+            stack.enter_context(quick_attention(base, is_half(precision, base.dtype), base.size))
             stack.enter_context(checkpointing(base, config.gradient_checkpointing))
             rows = [
                 stack.enter_context(learning(tokenizer, base.models[encoder], tokens))
@@ -181,19 +183,22 @@ def teach(
             ]
             groups = [(list(weights), config.learning_rate), (rows, config.token_learning_rate)]
             optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups], weight_decay=0.0)
+            scaler = loss_scaler(base.device, precision, base.dtype)
             for step in range(config.steps):
                 for group, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
                     group["lr"] = rate * (1 - step / config.steps)
                 optimizer.zero_grad()
                 total = 0.0
                 for batch in batches(lessons, config, step, seed):
-                    loss = loss_of(base, batch) / config.accumulate
+                    loss = loss_of(base, batch, precision) / config.accumulate
                     if not torch.isfinite(loss):
                         raise NotFiniteError(f"Teaching met NaN or infinity at step {step}: lower teach.learning_rate.")
-                    loss.backward()
+                    scaler.scale(loss).backward()
                     total += float(loss.detach())
+                scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(weights, 1.0)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 progress(Event("teach", step + 1, config.steps, {"loss": total}))
     finally:
         for weight in weights:
@@ -214,13 +219,13 @@ def batches(lessons: Lessons, config: TeachConfig, step: int, seed: int) -> list
     return [taken[start : start + config.batch] for start in range(0, count, config.batch)]
 
 
-def loss_of(base: Base, batch: Sequence[Question]) -> Tensor:
-    """Mean squared error of the predictions of one batch."""
+def loss_of(base: Base, batch: Sequence[Question], precision: MixedPrecision = "no") -> Tensor:
+    """Mean squared error of the predictions of one batch, which are made in a mixed precision."""
 
     def stacked(part: str) -> Tensor:
         return torch.stack([getattr(lesson, part)[index] for lesson, index in batch]).to(base.device)
 
     prompts = [lesson.prompts[index] for lesson, index in batch]
-    with torch.autocast(base.device.type, torch.bfloat16):
+    with autocast(base.device, precision):
         found = predict(base, prompts, stacked("noisy"), stacked("timesteps"))
     return F.mse_loss(found.float(), stacked("wanted"))

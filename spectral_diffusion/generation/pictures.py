@@ -15,7 +15,7 @@ from PIL.Image import DecompressionBombError
 from ..base import Base
 from ..errors import UserError
 from ..files import atomic
-from ..formats.native import versions
+from ..machine import provenance
 from .conditions import t2i_name
 from .scene import Scene
 
@@ -53,9 +53,9 @@ def labelled_sheet(pictures: Sequence[Path], labels: Sequence[str], side: int = 
 
 
 def save_png(image: Image.Image, path: Path, scene: Scene, sources: Mapping[str, str]) -> None:
-    """Write a PNG with its scene, what it was made from (see :func:`sources_of`) and library versions inside."""
+    """Write a PNG with its scene, what it was made from (see :func:`sources_of`) and the machine inside."""
     info = PngImagePlugin.PngInfo()
-    held = {"settings": embedded(scene), "sources": dict(sources), "versions": versions()}
+    held = {"settings": embedded(scene), "sources": dict(sources), "provenance": provenance()}
     info.add_itxt(SETTINGS_KEY, json.dumps(held))  # in their own order: adapters act in it
     with atomic(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)

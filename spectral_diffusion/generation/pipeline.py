@@ -30,6 +30,7 @@ from ..errors import NotFiniteError, UserError, nearest
 from ..files import check_writable
 from ..formats.native import load_adapter
 from ..linalg import Factors
+from ..precision import autocast, resolve_mixed_precision, tf32
 from ..progress import Event, Progress, silent
 from ..tokens import collapse, expand, known_tokens
 from .conditions import Drawing, adapter_of, read_drawing, weighed
@@ -93,6 +94,7 @@ def sample_in_turn(
             for index, region in enumerate(scene.regions)
         ]
     layers = modules_of(base, dict.fromkeys(name for area in areas for name in area.deltas))
+    precision = resolve_mixed_precision(scene.mixed_precision, base.device, base.dtype)
     first, last = (round(share * scene.steps, 6) for share in (scene.region_start, scene.region_end))
     window = (math.floor(first), math.ceil(last))
     # Pipelines with textual inversion expand <rex> to <rex> <rex>_1 by themselves; the SD sketch pipeline does not.
@@ -130,6 +132,7 @@ def sample_in_turn(
             )
         with (
             torch.no_grad(),
+            tf32(base.device, scene.allow_tf32),
             warnings.catch_warnings(),
             regional(pipe.unet, state, layers),
             weighed(drawings, scene.regions, [area.place for area in areas]),
@@ -137,9 +140,8 @@ def sample_in_turn(
             decoding_checked(pipe.vae, base.dtype) if large else nullcontext(),
         ):
             warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, about itself
-            found = finished(
-                pipe,
-                pipe(
+            with autocast(base.device, precision):
+                drawn = pipe(
                     prompt=chunk,
                     negative_prompt=negative and [spell(negative, tokens)] * len(chunk),
                     num_inference_steps=scene.steps,
@@ -149,8 +151,8 @@ def sample_in_turn(
                     height=height,
                     output_type="pil" if large else "latent",
                     **options,
-                ).images,
-            )
+                ).images
+            found = finished(pipe, drawn)
         yield found
 
 
@@ -350,6 +352,7 @@ def generate_to_file(
         if path.exists() and not is_ours(path):
             raise UserError(f"{path} was not drawn by this program, and would be lost; choose another output with -o.")
     base = base or load_base(scene.base, scene.device, scene.dtype)
+    scene = with_precision(scene, base)
     sources = sources_of(scene, base)
     for name, before in (expected or {}).items():
         if name in sources and sources[name] != before:
@@ -366,6 +369,12 @@ def generate_to_file(
         save_png(labelled_sheet(written, [str(seed) for seed in seeds]), scene.output, scene, sources)
         written.insert(0, scene.output)
     return written
+
+
+def with_precision(scene: Scene, base: Base) -> Scene:
+    """A scene whose mixed precision is settled, so that its pictures can be made again elsewhere."""
+    precision = resolve_mixed_precision(scene.mixed_precision, base.device, base.dtype)
+    return scene.model_copy(update={"mixed_precision": precision})
 
 
 def places(scene: Scene) -> dict[int, Path]:
@@ -392,6 +401,7 @@ def draw_to_files(
 
     ``sources`` is what :func:`.pictures.sources_of` told before they did; the rest as :func:`generate_to_file`.
     """
+    scene = with_precision(scene, base)
     seeds, place = scene.every_seed(), places(scene)
     batches = [seeds[start : start + scene.batch] for start in range(0, len(seeds), scene.batch)]
     if scene.keep is not None:  # how it was drawn decides its last bits, so its neighbours are drawn again too

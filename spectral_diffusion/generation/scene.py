@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 from torch import Tensor
 
-from ..config import Settings, read_yaml
+from ..config import Precision, Settings, read_yaml
 from ..data.pictures import on_ground, open_upright
 from ..errors import UserError
 
@@ -106,6 +106,8 @@ class Scene(Settings):
     allow_base: bool = False
     device: str = "auto"
     dtype: str = "float32"
+    mixed_precision: Precision = "auto"  # of the U-Net's work; auto is what this machine does quickly
+    allow_tf32: bool = False  # on CUDA, round the factors of float32 products to TensorFloat-32
 
     @field_validator("width", "height")
     @classmethod

@@ -17,10 +17,13 @@ from ..config import ConditionConfig, read_yaml, to_yaml
 from ..data.conditions import CHANNELS, Pair, Read, digest, encode_pairs, read_pairs
 from ..errors import NotFiniteError, UserError
 from ..files import atomic_folder, check_writable, write_text
+from ..machine import heading
+from ..precision import autocast, is_half, loss_scaler, precision_note, resolve_mixed_precision, tf32
 from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator
 from .draws import Samples, draw_timestep, target_of
 from .loop import Stopped
+from .machines import take_step
 from .state import check_settings, load_state, save_state
 
 # How often each feature of diffusers' adapters was halved since the first one.
@@ -74,8 +77,13 @@ def train_condition(
         f"{sum(p.numel() for p in parameters.values()):,} numbers for {len(shape['channels'])} levels of the U-Net."
     )
     noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-    half = config.autocast or base.dtype != torch.float32
-    if plain_is_quicker(base.device.type, half, size // pipeline.vae_scale_factor):
+    resumed = load_state(state)[1].get("config", {}) if resume and state.exists() else {}
+    asked = config.mixed_precision if config.mixed_precision != "auto" else resumed.get("mixed_precision", "auto")
+    precision = resolve_mixed_precision(asked, base.device, base.dtype)
+    precision_note(asked, precision, base.device, config.allow_tf32, note)
+    config = config.model_copy(update={"mixed_precision": precision})
+    scaler = loss_scaler(base.device, precision, base.dtype)
+    if plain_is_quicker(base.device.type, is_half(precision, base.dtype), size // pipeline.vae_scale_factor):
         unet.set_attn_processor(AttnProcessor())
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     belongs = {"base": base.fingerprint.exact, "pairs": digest(pairs)}
@@ -93,7 +101,7 @@ def train_condition(
 
         samples, shown = draw(step, pairs, latents, conditions, config, len(noise_schedule.alphas_cumprod))
         noisy = noise_schedule.add_noise(samples.latents, samples.noise, samples.timesteps)
-        with torch.autocast(base.device.type, torch.bfloat16, enabled=config.autocast):
+        with tf32(base.device, config.allow_tf32), autocast(base.device, precision):
             features = [feature.to(base.dtype) for feature in adapter(shown.to(base.device))]
             predicted = unet(
                 noisy.to(base.dtype),
@@ -104,12 +112,10 @@ def train_condition(
         loss = F.mse_loss(predicted, target_of(noise_schedule, samples))
 
         optimizer.zero_grad()
-        loss.backward()
-        total = nn.utils.clip_grad_norm_(list(parameters.values()), config.clip)
-        if not torch.isfinite(loss) or not torch.isfinite(total):
+        scaler.scale(loss).backward()
+        if not torch.isfinite(loss) or not take_step(optimizer, parameters.values(), scaler, config.clip):
             kept = f"the last good state is kept in {state.name}" if state.exists() else "nothing was saved yet"
             raise NotFiniteError(f"Training met NaN or infinity at step {step}: lower the learning rate ({kept}).")
-        optimizer.step()
 
         value = float(loss.detach())
         running = value if running is None else 0.98 * running + 0.02 * value
@@ -122,7 +128,7 @@ def train_condition(
     with atomic_folder(output) as new:
         with quiet():
             adapter.save_pretrained(new)
-        write_text(new / SETTINGS, to_yaml(config))
+        write_text(new / SETTINGS, heading() + to_yaml(config))
     state.unlink(missing_ok=True)
     return adapter
 

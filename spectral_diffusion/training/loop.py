@@ -15,19 +15,20 @@ from ..config import TrainConfig
 from ..data.folder import Concept
 from ..data.samples import PhotoCrops
 from ..errors import NotFiniteError
-from ..formats.native import versions
 from ..layerwise import cross_attention, layered
 from ..linalg import kernel_of, sides
+from ..machine import provenance
 from ..methods import get_method
 from ..methods.attach import attach, detaching
 from ..methods.frozen import frozen_tensors, stored_part
+from ..precision import autocast, is_half, loss_scaler, resolve_mixed_precision, tf32
 from ..progress import Event, Progress, silent
 from ..slots import Slot
 from .attention import attention_loss, watching
 from .conditioning import Conditioner
 from .draws import draw, target_of
 from .losses import objective_loss, snr_weights, weighted_mse
-from .machines import Processes, autocast, checkpointing, loss_scaler, part_of, quick_attention, take_step, whole_batch
+from .machines import Processes, checkpointing, part_of, quick_attention, take_step, whole_batch
 from .optimisers import Average, build_optimiser, rate_at
 from .ordinary import draw_ordinary
 from .preservation import OTHERS, cut_mix, draw_anchors, is_cut, predict
@@ -77,6 +78,7 @@ def train(
     noise_schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
     preserving = config.preservation.weight > 0
     layers = len(cross_attention(unet)) if config.layerwise else 0
+    precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
     parts = among.count * config.optimiser.accumulate
     whole = whole_batch(config, parts)  # the settings of one process that takes a step at once
     with among.first():
@@ -86,7 +88,8 @@ def train(
     with (
         Conditioner(base, concept, config.seed, size, OTHERS if preserving else (), layers) as condition,
         detaching(models),
-        quick_attention(base, config.autocast or base.dtype != torch.float32, size),
+        tf32(base.device, config.allow_tf32),
+        quick_attention(base, is_half(precision, base.dtype), size),
         checkpointing(base, config.gradient_checkpointing),
         watching(unet, config.objective.attention > 0) as maps,
         layered(base, config.layerwise),
@@ -102,7 +105,7 @@ def train(
             rows.requires_grad_(True)  # attaching froze everything but the adapter
         trained = {**condition.named_parameters(), **dict(attachment.named_parameters())}
         optimiser, rates = build_optimiser(attachment, condition, config, factors)
-        average, scaler = Average(trained, config.optimiser.ema), loss_scaler(base, config)
+        average, scaler = Average(trained, config.optimiser.ema), loss_scaler(base.device, precision, base.dtype)
         belongs = {
             "base": base_fingerprint.exact, "slot": str(slot or ""), "start": start_hash(start_from),
             "concept": concept.digest(), **({"revision": str(method.revision)} if method.revision > 1 else {}),
@@ -138,7 +141,7 @@ def train(
                 noisy = noise_schedule.add_noise(mine.latents, mine.noise, mine.timesteps)
                 if maps:
                     maps.begin()
-                with autocast(base, config):
+                with autocast(base.device, precision):
                     predicted, anchored = predict(unet, base.dtype, condition, noisy, mine, anchor)
                 times = snr_weights(noise_schedule, mine.timesteps, config.objective.snr_gamma)
                 target = target_of(noise_schedule, mine)
@@ -193,7 +196,7 @@ def train(
                 layerwise=condition.layerwise(),
                 earlier=start_from.tokens if start_from else {},
                 config=comparable(config),
-                versions=versions(),
+                provenance=provenance(),
             )
         run.keep(config.steps)  # until the adapter is written
         watcher.finish(adapter)

@@ -132,18 +132,6 @@ def part_of(batch: Batch, part: int, parts: int) -> tuple[Batch, float]:
     return type(batch)(**cut), max(0, chosen.stop - chosen.start) / count
 
 
-def autocast(base: Base, config: TrainConfig) -> Any:
-    """The context of the networks' forward."""
-    return torch.autocast(base.device.type, getattr(torch, config.precision), enabled=config.autocast)
-
-
-def loss_scaler(base: Base, config: TrainConfig) -> torch.amp.GradScaler:
-    """What keeps float16's gradients from vanishing; it does nothing in any other precision."""
-    half = config.autocast and config.precision == "float16"
-    on_gpu = base.dtype == torch.float16 and base.device.type == "cuda"
-    return torch.amp.GradScaler(base.device.type, enabled=half or on_gpu)
-
-
 def take_step(
     optimiser: Optimiser, parameters: Iterable[nn.Parameter], scaler: torch.amp.GradScaler, clip: float
 ) -> bool:

@@ -26,6 +26,7 @@ from ..methods import Method, get_method
 from ..methods.attach import attach
 from ..methods.frozen import Frozen
 from ..methods.targets import find_targets
+from ..precision import autocast, is_half, resolve_mixed_precision
 from ..slots import Slot
 from .ordinary import CHUNK as PICTURES_AT_ONCE
 
@@ -164,7 +165,8 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
         unet: Any = copies["unet"]
         side, channels = size // scale, unet.config.in_channels
         dtype = next(unet.parameters()).dtype
-        plain = plain_is_quicker(device, config.autocast or dtype != torch.float32, side)
+        precision = resolve_mixed_precision(config.mixed_precision, device, dtype)
+        plain = plain_is_quicker(device, is_half(precision, dtype), side)
         unet.set_attn_processor(AttnProcessor() if plain else LeanAttention())
         there = [t for m in (*copies.values(), empty_vae) for t in (*m.parameters(), *m.buffers())]
         layers = len(cross_attention(unet)) if config.layerwise else 1
@@ -172,7 +174,7 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
         adapter = frozen + trained * (4 + STATES[config.optimiser.name] + (4 if config.optimiser.ema else 0))
 
         def measure(name: str, work: Callable[[], Any]) -> None:
-            with Peak(iter(there)) as peak, torch.autocast("cpu", torch.bfloat16, enabled=config.autocast):
+            with Peak(iter(there)) as peak, autocast(torch.device("cpu"), precision):
                 work()
             phases[name] = peak.most
 

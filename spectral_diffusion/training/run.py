@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..adapter import Adapter, check_base
 from ..base import Base, load_base
@@ -15,7 +16,9 @@ from ..files import check_settings, check_writable, write_settings
 from ..formats.native import is_native, load_adapter, save_adapter
 from ..layerwise import check_encoders
 from ..linalg import sides
+from ..machine import heading
 from ..methods import get_method
+from ..precision import precision_note, resolve_mixed_precision
 from ..progress import Progress, silent
 from ..slots import LEDGER, ROWS, Ledger, Slot, collision_probability, parse_policy
 from ..spectrum import capacity, spectrum_of
@@ -72,6 +75,7 @@ def train_to_file(
     check_output(output)
     check_settings(output.with_suffix(".yaml"))
     base = base or load_base(config.base, device_of(config, among), config.dtype)
+    config = among.share(with_precision(config, base, resume, note))
     if config.layerwise:
         check_encoders(base)
     if concept.token in known_tokens(base.pipeline.tokenizer):
@@ -109,7 +113,7 @@ def train_to_file(
     )
     if among.main:
         save_adapter(adapter, output)
-        write_settings(output.with_suffix(".yaml"), to_yaml(config))
+        write_settings(output.with_suffix(".yaml"), heading() + to_yaml(config))
         state_path(output).unlink(missing_ok=True)
     return adapter
 
@@ -189,14 +193,27 @@ def with_start(config: TrainConfig, base: Base, concept: Concept) -> tuple[Train
     return config.model_copy(update={**fixed, "slot": str(adapter.slot)}), adapter
 
 
+def with_precision(config: TrainConfig, base: Base, resume: bool, note: Callable[[str], None]) -> TrainConfig:
+    """Settle the mixed precision: given, the interrupted run's, or what is quick on this machine. It is recorded."""
+    asked = config.mixed_precision
+    if asked == "auto":
+        asked = earlier_settings(config, resume).get("mixed_precision", asked)
+    precision = resolve_mixed_precision(asked, base.device, base.dtype)
+    precision_note(asked, precision, base.device, config.allow_tf32, note)
+    return config.model_copy(update={"mixed_precision": precision})
+
+
+def earlier_settings(config: TrainConfig, resume: bool) -> dict[str, Any]:
+    """The settings of the run that is to be resumed, as its state keeps them; nothing without one."""
+    state = state_path(config.output)
+    return dict(load_state(state)[1].get("config", {})) if resume and state.exists() else {}
+
+
 def with_slot_seed(config: TrainConfig, resume: bool) -> TrainConfig:
     """Settle the seed of a drawn slot: given, the interrupted run's, or fresh. It is recorded in the file."""
     if config.slot_seed is not None or not parse_policy(config.slot, config.rank).draws:
         return config
-    state, seed = state_path(config.output), None
-    if resume and state.exists():
-        _, meta = load_state(state)
-        seed = meta.get("config", {}).get("slot_seed")
+    seed = earlier_settings(config, resume).get("slot_seed")
     return config.model_copy(update={"slot_seed": secrets.randbits(31) if seed is None else seed})
 
 

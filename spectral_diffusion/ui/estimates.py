@@ -19,9 +19,7 @@ from .workspace import duration
 if TYPE_CHECKING:
     from ..training.status import TrainingStatus
 
-# Seconds per step and picture of a batch where nothing was trained yet: a quick and a slow machine.
-GPU = {"pocket": (0.004, 0.02), "sd15": (0.1, 0.5), "sdxl": (0.3, 1.5)}
-CPU = {"pocket": (0.01, 0.04), "sd15": (8.0, 40.0), "sdxl": (40.0, 200.0)}
+BUSY = 2.0  # how much longer a step may take than it does alone: other work, photos, what the loss needs
 FORWARD = 1 / 3  # of a training step's time that predicting alone takes
 ENOUGH = 100  # steps of a training that tells how long others take
 SMALL = 50_000_000  # weights of a base below which it is like the pocket base
@@ -66,17 +64,25 @@ def estimate(config: TrainConfig, jobs: Iterable[Job] = ()) -> Estimate:
     elif (known := seconds_per_step(jobs, config)) is not None:
         time, note = duration(known * config.steps), "The time is taken from your last training on this base."
     else:
-        import torch
-
-        low, high = (GPU if torch.cuda.is_available() else CPU)[shape.arch]
         seen = pictures * config.steps
         if config.preservation.weight and not config.data.class_images:  # drawn first, for 20 steps with guidance
             seen += round(config.preservation.pictures * 20 * 2 * FORWARD)
-        time = span(low * seen, high * seen)
-        note = "The time is a rough guess until the first training here has run."
+        seconds = measured_pace(config, shape.arch) * seen
+        time, note = span(seconds, BUSY * seconds), "The time follows from a short measurement on this machine."
     if shape.guessed:
         note += " The base is not on this machine, so its size is taken from Stable Diffusion's."
     return Estimate(f"{trained:,}", time, note)
+
+
+def measured_pace(config: TrainConfig, arch: str) -> float:
+    """Seconds of a step on this machine for each picture of its batch."""
+    from ..base import parse_device, parse_dtype
+    from ..precision import resolve_mixed_precision
+    from ..training.speed import seconds_per_picture
+
+    device = parse_device(config.device)
+    precision = resolve_mixed_precision(config.mixed_precision, device, parse_dtype(config.dtype))
+    return seconds_per_picture(arch, device, precision)
 
 
 def memory(config: TrainConfig) -> tuple[str, str]:

@@ -1,0 +1,108 @@
+"""This machine: its processor, its threads, and measurements of it that are made once and kept.
+
+Results on a CPU depend on the processor and on the number of threads in their last bits, so both are recorded beside
+everything that is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError
+from .files import write_json
+from .spectrum import cache_folder
+
+FILE = "machine.json"
+LIBRARIES = ("spectral-diffusion", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy")
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in {"model name", "Model", "Processor"} and value.strip():
+                return value.strip()
+    if platform.system() == "Darwin":
+        with suppress(OSError, subprocess.SubprocessError):
+            asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+            if name:
+                return name
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def description() -> dict[str, Any]:
+    """What decides the last bits of a result on this machine, JSON-able: processor, vector unit, threads."""
+    return {
+        "cpu": cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def provenance() -> dict[str, str]:
+    """What a result was made with: versions of the libraries, processor, vector unit and number of threads."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "unknown"
+    return found | {name: str(value) for name, value in description().items()}
+
+
+def heading() -> str:
+    """The comment line of resolved settings that says where they were used."""
+    found = description()
+    return f"# Made on {found['cpu']} ({found['capability']}), {found['threads']} threads, torch {torch.__version__}.\n"
+
+
+def identity() -> str:
+    """A short hash of the machine, of the libraries' version and of what restricts their instructions."""
+    limits = {name: os.environ.get(name, "") for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")}
+    told = json.dumps({**description(), **limits, "torch": torch.__version__}, sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def measured(name: str, measure: Callable[[], Any]) -> Any:
+    """A JSON-able measurement of this machine: read where it is kept, else made now and kept in the cache folder.
+
+    A cache that cannot be read or written only means that it is measured again.
+    """
+    kept = _kept()
+    own = kept.get(identity())
+    if isinstance(own, dict) and name in own:
+        return own[name]
+    value = measure()
+    remember(name, value)
+    return value
+
+
+def remember(name: str, value: Any) -> None:
+    """Keep a measurement of this machine, in place of an earlier one."""
+    kept = _kept()
+    own = kept.get(identity())
+    kept[identity()] = {**(own if isinstance(own, dict) else {}), name: value}
+    with suppress(UserError, OSError):
+        write_json(cache_folder() / FILE, kept)
+
+
+def _kept() -> dict[str, Any]:
+    """Every machine's measurements; nothing where the file is missing or damaged."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads((cache_folder() / FILE).read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return {}
