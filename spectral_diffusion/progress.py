@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Protocol
 
 
@@ -20,6 +23,32 @@ class Progress(Protocol):
     """Called after every step of a long job."""
 
     def __call__(self, event: Event, /) -> None: ...
+
+
+class Pace:
+    """Seconds of a step: the median of the last ones, so that a single slow step changes little."""
+
+    def __init__(self, window: int = 32) -> None:
+        self._recent: deque[float] = deque(maxlen=window)
+        self._before: tuple[int, float] | None = None
+
+    def add(self, done: int, now: float) -> None:
+        """Take note that ``done`` steps are made at the time ``now`` in seconds."""
+        if self._before is not None and done > self._before[0]:
+            self._recent.append((now - self._before[1]) / (done - self._before[0]))
+        self._before = (done, now)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """None before the second step."""
+        return median(self._recent) if self._recent else None
+
+
+def brief_duration(seconds: float) -> str:
+    """A time for a person's eyes: ``40 s``, ``3 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{math.ceil(seconds / 60)} min" if seconds < 2 * 3600 else f"{seconds / 3600:.1f} h"
 
 
 def silent(event: Event, /) -> None:

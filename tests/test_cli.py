@@ -356,7 +356,7 @@ LAYERS = [
     {"formats", "training", "adapted"},
     {"fusion"},
     {"generation"},
-    {"inspection", "demo", "exporting", "experiments", "evaluating"},
+    {"inspection", "demo", "doctor", "exporting", "experiments", "evaluating"},
     {"ui"},
     {"cli"},
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 
 from ..errors import UserError
 from ..files import is_there
+from ..progress import Pace, brief_duration
 
 if TYPE_CHECKING:
     from ..progress import Event
@@ -136,8 +138,13 @@ def named_base(files: list[str], overrides: list[str] | None = None) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[Event], None]]:
-    """A bar per stage with the time that is left."""
+    """A bar per stage with the time that is left; without a terminal a line now and then."""
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield ProgressLines(lambda line: typer.echo(line, err=True))
+        return
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -151,7 +158,7 @@ def progress_bar() -> Iterator[Callable[[Event], None]]:
         TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=console) as bar:
         tasks: dict[str, Any] = {}
 
         def show(event: Event) -> None:
@@ -163,6 +170,37 @@ def progress_bar() -> Iterator[Callable[[Event], None]]:
                 tasks.pop(event.stage)
 
         yield show
+
+
+class ProgressLines:
+    """Progress for a log file: a line with step, rate and time left at most every ``every`` seconds.
+
+    Args:
+        write: takes a line.
+        clock: seconds; tests have their own.
+    """
+
+    def __init__(
+        self, write: Callable[[str], None], every: float = 15.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._write, self._every, self._clock = write, every, clock
+        self._pace = Pace()
+        self._stage, self._last = "", clock()
+
+    def __call__(self, event: Event) -> None:
+        now = self._clock()
+        if event.stage != self._stage:
+            self._stage, self._pace = event.stage, Pace()
+        self._pace.add(event.done, now)
+        if now - self._last < self._every:
+            return
+        self._last = now
+        parts = [f"{event.stage} {event.done}/{event.total}"]
+        if seconds := self._pace.seconds_per_step:
+            rate = f"{seconds:.2f} s/step" if seconds >= 0.1 else f"{1 / seconds:.0f} steps/s"
+            parts += [rate, f"{brief_duration(seconds * (event.total - event.done))} left"]
+        parts += [f"{key} {value:.4f}" for key, value in event.figures.items() if isinstance(value, float)]
+        self._write(", ".join(parts))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import typer
 from ..errors import UserError
 from .app import ui
 from .conditions import train_condition
+from .doctor import doctor
 from .evaluation import evaluate
 from .experiments import experiment
 from .pocket import pocket_app
@@ -58,6 +59,7 @@ app.command()(train)
 app.command()(evaluate)
 app.command()(experiment)
 app.command()(ui)
+app.command()(doctor)
 app.command("train-condition")(train_condition)
 
 

@@ -1,7 +1,7 @@
 """How long a training takes on this machine, measured before it starts.
 
-A small base is measured as it is, by a real step of its U-Net. A large one would take minutes to load, so its arithmetic
-is counted and divided by what the device does in a second of such work.
+A small base is measured as it is, by a real step of its U-Net. A large one would take minutes to load, so its
+arithmetic is counted and divided by what the device does in a second of such work.
 """
 
 from __future__ import annotations

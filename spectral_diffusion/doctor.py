@@ -1,0 +1,168 @@
+"""What this machine has and what suits it: versions, devices, precisions, memory, caches, what is not installed."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .machine import description, measured, provenance
+from .precision import cuda_has_bf16, measure_cpu, resolve_mixed_precision
+from .spectrum import cache_folder
+from .training.memory import available
+from .training.speed import seconds_per_picture
+
+GIB = 2**30
+PICTURES = 9  # of a step of the preset pocket: photos and prior images
+# What an optional feature needs: the module, what it is for, and the extra that installs it.
+OPTIONAL = (
+    ("gradio", "the app", "ui"),
+    ("prodigyopt", "the optimizer Prodigy", "optim"),
+    ("bitsandbytes", "8-bit AdamW", "optim"),
+    ("tensorboard", "TensorBoard logs", "log"),
+    ("skimage", "sketches of photos", "conditions"),
+    ("mediapipe", "skeletons of photos", "keypose"),
+    ("matplotlib", "figures of the studies", "plots"),
+)
+# The presets for Stable Diffusion by the GPU memory in GiB that they need.
+PRESETS = (("sd15-24gb", 22), ("sdxl-12gb", 11), ("sd15-8gb", 7.5), ("sd15-6gb", 5.5))
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found. Names of folders in the person's home begin with ``~``."""
+
+    versions: dict[str, str]
+    system: dict[str, Any]
+    devices: list[dict[str, Any]]
+    precision: dict[str, Any]
+    speed: dict[str, Any]
+    caches: dict[str, Any]
+    missing: list[dict[str, str]]
+    settings: dict[str, str]
+    problems: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The whole, JSON-able."""
+        return asdict(self)
+
+
+def examine() -> Check:
+    """Look at this machine; measurements take some seconds the first time and are kept."""
+    device = best_device()
+    precision = resolve_mixed_precision("auto", device)
+    timings = measured("precision", measure_cpu)
+    pace = seconds_per_picture("pocket", device, precision)
+    made = provenance()
+    machine = description()
+    return Check(
+        versions={name: made[name] for name in made if name not in machine} | {"python": platform.python_version()},
+        system={"platform": platform.platform(), **machine, "cores": os.cpu_count(), **memory()},
+        devices=devices(),
+        precision={"auto": precision, "cpu_seconds": timings, "tf32": torch.backends.cuda.matmul.allow_tf32},
+        speed={"device": device.type, "pocket_step_seconds": round(PICTURES * pace, 4)},
+        caches=caches(),
+        missing=missing(),
+        settings=suited(device, precision),
+        problems=problems(),
+    )
+
+
+def best_device() -> torch.device:
+    """The device that ``auto`` means."""
+    from .base import parse_device
+
+    return parse_device("auto")
+
+
+def memory() -> dict[str, float]:
+    """The machine's free memory in GiB, where the system tells."""
+    free = available(torch.device("cpu"))
+    return {} if free is None else {"memory_free_gib": round(free / GIB, 1)}
+
+
+def devices() -> list[dict[str, Any]]:
+    """Every accelerator with its memory and what it multiplies in hardware."""
+    found: list[dict[str, Any]] = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        about = torch.cuda.get_device_properties(index)
+        free = torch.cuda.mem_get_info(index)[0]
+        found.append(
+            {
+                "device": f"cuda:{index}", "name": about.name, "memory_gib": round(about.total_memory / GIB, 1),
+                "free_gib": round(free / GIB, 1), "bf16": cuda_has_bf16(), "capability": f"{about.major}.{about.minor}",
+            }
+        )  # fmt: skip
+    if torch.backends.mps.is_available():
+        found.append({"device": "mps", "name": "Apple GPU", "bf16": False})
+    return found
+
+
+def caches() -> dict[str, Any]:
+    """The cache folder and the MiB of each of its parts."""
+    folder = cache_folder()
+    parts = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return {"folder": shared_name(folder), "mib": {part.name: round(size_of(part) / 2**20, 1) for part in parts}}
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def shared_name(path: Path) -> str:
+    """A path as it may stand in a bug report: without the person's home."""
+    try:
+        return str(Path("~") / path.resolve().relative_to(Path.home().resolve()))
+    except (ValueError, RuntimeError):
+        return str(path)
+
+
+def missing(has: Callable[[str], Any] = find_spec) -> list[dict[str, str]]:
+    """Optional packages that are not installed, what each is for, and the command that installs it."""
+    return [
+        {"package": package, "for": use, "install": f"pip install 'spectral-diffusion[{extra}]'"}
+        for package, use, extra in OPTIONAL
+        if not has(package)
+    ]
+
+
+def suited(device: torch.device, precision: str) -> dict[str, str]:
+    """The quickest settings for this machine."""
+    out = {"device": device.type, "mixed_precision": precision}
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory / GIB
+        fitting = [name for name, needs in PRESETS if needs <= total]
+        out["preset"] = ", ".join(fitting) or "pocket"
+        return out
+    out["preset"] = "pocket"
+    cores = os.cpu_count() or 1
+    if device.type == "cpu" and torch.get_num_threads() < cores:
+        out["threads"] = f"{torch.get_num_threads()} of {cores} cores (OMP_NUM_THREADS={cores} takes all)"
+    return out
+
+
+def problems() -> list[str]:
+    """What is likely to surprise, a sentence each, with its fix."""
+    found = []
+    if not torch.cuda.is_available() and find_spec("nvidia") is None and _has_nvidia_card():
+        found.append(
+            "An NVIDIA GPU is here, but this PyTorch is built for CPUs; install one with CUDA (see pytorch.org)."
+        )
+    folder = cache_folder()
+    if folder.exists() and not os.access(folder, os.W_OK):
+        found.append(
+            f"The cache folder {shared_name(folder)} cannot be written, so decompositions are computed every time; "
+            "set SPECTRAL_DIFFUSION_CACHE to another folder."
+        )
+    return found
+
+
+def _has_nvidia_card() -> bool:
+    return Path("/proc/driver/nvidia/version").exists()
