@@ -57,7 +57,7 @@ class Settings(BaseModel):
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
-            raise ValueError("yes, no, true and false are none of its values (as words they go into quotes)")
+            raise ValueError("true and false are none of its values (as words they go into quotes)")
         return value
 
 
@@ -293,8 +293,10 @@ class ConditionConfig(Settings):
 Model = TypeVar("Model", bound=Settings)
 
 
-def _decimal(tag: str, found: re.Pattern[str]) -> re.Pattern[str]:
-    """What YAML takes for a number, but none of base 60."""
+def _as_in_yaml_1_2(tag: str, found: re.Pattern[str]) -> re.Pattern[str]:
+    """What YAML 1.1 takes for a number, but none of base 60; for a boolean, but true and false only."""
+    if tag.endswith(":bool"):
+        return re.compile(r"true|True|TRUE|false|False|FALSE")
     number = tag.endswith((":int", ":float"))
     return re.compile(rf"(?![-+]?[0-9][0-9_]*:){found.pattern}", re.X) if number else found
 
@@ -304,11 +306,11 @@ UNREAD = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, 
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML in which ``16:24`` is a text, as in YAML 1.2."""
+    """Safe YAML in which ``16:24``, ``no`` and ``on`` are texts, as in YAML 1.2."""
 
 
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, _decimal(tag, found)) for tag, found in resolvers]
+    first: [(tag, _as_in_yaml_1_2(tag, found)) for tag, found in resolvers]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 

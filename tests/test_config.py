@@ -44,9 +44,12 @@ def test_columns_are_no_number_of_base_60(tmp_path: Path) -> None:
     assert build(TrainConfig, parse_overrides(["slot=3"]), files).slot == "3"
 
 
-@pytest.mark.parametrize("pair", ["data.flip=true", "noise_offset=yes", "watch.every=true", "token=no", "rank=true"])
+@pytest.mark.parametrize(
+    "pair", ["data.flip=true", "noise_offset=true", "watch.every=true", "token=false", "rank=true"]
+)
 def test_true_and_false_are_no_numbers_and_no_words(tmp_path: Path, pair: str) -> None:
     files = {"concept": tmp_path, "output": tmp_path / "a.safetensors"}
     with pytest.raises(UserError, match="true and false are none of its values"):
         build(TrainConfig, parse_overrides([pair]), files)
-    assert build(TrainConfig, parse_overrides(["data.shuffle=yes", "gradient_checkpointing=true"]), files).data.shuffle
+    found = build(TrainConfig, parse_overrides(["data.shuffle=yes", "layerwise=true", "mixed_precision=no"]), files)
+    assert found.data.shuffle and found.layerwise and found.mixed_precision == "no"

@@ -9,10 +9,17 @@ from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
 from spectral_diffusion.errors import UserError
-from spectral_diffusion.evaluation.statistics import interval, share, told
+from spectral_diffusion.evaluation.statistics import difference, interval, share, told
 from spectral_diffusion.experiments.lab import REPORTED, TUNED, Lab, recipe
-from spectral_diffusion.experiments.registry import all_studies
-from spectral_diffusion.experiments.report import markdown, read_record, read_records, record_path, write_record
+from spectral_diffusion.experiments.registry import Findings, all_studies, get_study
+from spectral_diffusion.experiments.report import (
+    markdown,
+    page_name,
+    read_record,
+    read_records,
+    record_path,
+    write_record,
+)
 from spectral_diffusion.experiments.speed import crossing
 
 
@@ -22,6 +29,34 @@ def test_intervals_hold_the_mean_and_shrink_with_more_values() -> None:
     assert low < 0.5 < high and interval(many)[1] - interval(many)[0] < high - low
     assert told([0.5, 0.5]) == "0.50 [0.50, 0.50]"
     assert share([1.0, 2.0], [2.0, 4.0]) == "0.50 [0.50, 0.50]" and share([1.0], [-1.0]) == "—"
+
+
+def test_what_is_of_one_concept_is_drawn_together() -> None:
+    """Three concepts whose seeds agree are three draws, not nine."""
+    values, names = [0.2, 0.5, 0.8] * 3, ("rex", "brew", "posy")
+    plain, clustered = interval(values), interval(values, names)
+    assert clustered[1] - clustered[0] > 1.4 * (plain[1] - plain[0])
+    assert interval(values, ["rex"]) == plain  # one concept alone: between its pictures
+    assert interval([0.2, 0.5, 0.8], names) == interval([0.2, 0.5, 0.8])
+    assert share([0.1, 0.4, 0.4] * 3, [0.2, 0.5, 0.8] * 3, names).startswith("0.60 [0.50, ")
+
+
+def test_differences_are_paired() -> None:
+    """What all share with a concept cancels out."""
+    base = [0.2, 0.5, 0.8]
+    assert difference([value + 0.1 for value in base], base) == "+0.10 [0.10, 0.10]"
+    assert difference(base, [0.8, 0.5, 0.2]) == "+0.00 [-0.60, 0.60]"
+
+
+def test_a_page_is_never_replaced_by_one_that_says_less(tmp_path: Path) -> None:
+    study, whole, part = get_study("rank"), Findings([], "yes"), Findings([], "yes", missing=("seed 1",))
+    assert page_name(study, part, tmp_path, quick=False) == "rank"
+    (tmp_path / "rank.json").write_text('{"quick": false, "missing": []}')
+    assert page_name(study, part, tmp_path, quick=False) == "rank-unfinished"
+    assert page_name(study, whole, tmp_path, quick=True) == "rank-quick"
+    assert page_name(study, whole, tmp_path, quick=False) == "rank"
+    (tmp_path / "rank.json").write_text('{"quick": false, "missing": ["seed 1", "seed 2"]}')
+    assert page_name(study, part, tmp_path, quick=False) == "rank"
 
 
 def test_where_a_curve_reaches_a_gain() -> None:

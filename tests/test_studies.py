@@ -29,29 +29,30 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_study_from_photos_to_its_page(name: str, work: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["experiment", name, "--quick", "-o", str(tmp_path), "--work", str(work)])
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / f"{name}.json").read_text())
+    found = json.loads((tmp_path / f"{name}-quick.json").read_text())
     assert found["quick"] and found["verdict"] and found["tables"]
     for title, rows in found["tables"].items():
         assert rows and all(list(row) == list(rows[0]) for row in rows), title
-    page = (tmp_path / f"{name}.md").read_text()
+    page = (tmp_path / f"{name}-quick.md").read_text()
     assert "it proves nothing" in page and all(f"## {title}" in page for title in found["tables"])
     wanted = [item for item in found["missing"] if "matplotlib" not in item]
     assert not wanted
 
 
 def test_what_is_measured_is_read_again_when_time_is_over(work: Path, tmp_path: Path) -> None:
-    def again(kept: Path, page: Path) -> list[str]:
-        more = ["--quick", "--work", str(kept), "-o", str(page), "--hours", "0.0000001"]
+    def again(kept: Path, page: Path, *options: str) -> list[str]:
+        more = ["--quick", "--work", str(kept), "-o", str(page), "--hours", "0.0000001", *options]
         result = CliRunner().invoke(app, ["experiment", "slots", *more])
         assert result.exit_code == 0, result.output
-        missing: list[str] = json.loads((page / "slots.json").read_text())["missing"]
+        missing: list[str] = json.loads((page / "slots-quick.json").read_text())["missing"]
         return missing
 
     page = tmp_path / "page"
     result = CliRunner().invoke(app, ["experiment", "slots", "--quick", "--work", str(work), "-o", str(page)])
     assert result.exit_code == 0, result.output
     assert again(work, tmp_path / "kept") == []
-    assert again(tmp_path / "elsewhere", page) == []  # from the page's own record
+    assert again(tmp_path / "elsewhere", page, "--from-record") == []
+    assert again(tmp_path / "elsewhere", page) != []  # measured anew unless the record is asked for
     assert again(tmp_path / "elsewhere", tmp_path / "nothing") != []
 
 

@@ -19,6 +19,9 @@ def experiment(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the page.")] = Path("evidence"),
     recipe: Annotated[str | None, typer.Option(help="Settings of the studies; default: the base's own.")] = None,
     work: Annotated[Path | None, typer.Option(help="Where adapters and figures are kept; default: the cache.")] = None,
+    from_record: Annotated[
+        bool, typer.Option("--from-record", help="Take what the records beside the pages hold, and measure the rest.")
+    ] = False,
     encoder: Annotated[str, typer.Option(help="pocket, or a CLIP or DINOv2 model here, for identity.")] = "pocket",
 ) -> None:
     """Regenerate a study of the paper: its table, its verdict, its pictures."""
@@ -46,7 +49,7 @@ def experiment(
                 progress=progress,
                 note=say,
                 most=hours * 3600,
-                known=read_records(output),
+                known=read_records(output) if from_record else {},
             )
             if work is not None:
                 lab.folder = work

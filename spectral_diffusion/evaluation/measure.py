@@ -45,12 +45,13 @@ class Scored:
         return None if other is None else float(self.identity(encoder) > other)
 
 
-def figure(values: Sequence[float | None]) -> Figure | None:
-    """The mean with its interval, of those values that are there."""
-    there = [value for value in values if value is not None]
+def figure(values: Sequence[float | None], clusters: Sequence[str] | None = None) -> Figure | None:
+    """The mean with its interval, of those values that are there; ``clusters`` says which concept each is of."""
+    present = [index for index, value in enumerate(values) if value is not None]
+    there = [float(values[index] or 0.0) for index in present]
     if not there:
         return None
-    low, high = interval(there)
+    low, high = interval(there, [clusters[index] for index in present] if clusters else None)
     return {"mean": float(np.mean(there)), "low": low, "high": high, "n": len(there)}
 
 
@@ -96,16 +97,17 @@ def rows_of(way: str, found: Sequence[Scored]) -> list[dict[str, Any]]:
     rows = []
     for name in [*names, *([ALL] if len(names) > 1 else [])]:
         mine = [one for one in found if name in (ALL, one.view.concept)]
+        concepts = [one.view.concept for one in mine]
         by_encoder = {
             encoder: {
-                "identity": figure([one.identity(encoder) for one in mine]),
-                "nearest other": figure([one.other(encoder) for one in mine]),
-                "right concept": figure([one.right(encoder) for one in mine]),
+                "identity": figure([one.identity(encoder) for one in mine], concepts),
+                "nearest other": figure([one.other(encoder) for one in mine], concepts),
+                "right concept": figure([one.right(encoder) for one in mine], concepts),
             }
             for encoder in mine[0].scores
         }
         kinds = dict.fromkeys(kind for one in mine for kind in one.text)
-        text = {kind: figure([one.text.get(kind) for one in mine]) for kind in kinds}
+        text = {kind: figure([one.text.get(kind) for one in mine], concepts) for kind in kinds}
         rows.append({"way": way, "concept": name, "pictures": len(mine), "encoders": by_encoder, "text": text})
     return rows
 

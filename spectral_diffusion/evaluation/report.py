@@ -82,7 +82,8 @@ def made_of(found: Evaluation) -> str:
     """Base, encoders and intervals in a sentence."""
     base = found.about.get("base") or {}
     drawn = f" Base: {base['name']}, fingerprint {base['fingerprint'][:12]}." if base else ""
-    return f"Encoders: {', '.join(found.encoders)}. In brackets 95 % bootstrap intervals of the mean.{drawn}"
+    intervals = "In brackets 95 % intervals of the mean, a bootstrap over concepts."
+    return f"Encoders: {', '.join(found.encoders)}. {intervals}{drawn}"
 
 
 def as_html(found: Evaluation, folder: Path) -> str:

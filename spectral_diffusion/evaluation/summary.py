@@ -73,10 +73,12 @@ def kept(found: Evaluation) -> list[dict[str, Any]]:
     names = list(dict.fromkeys(one.view.concept for one in found.scored[ALONE]))
     for name in [*names, *([ALL] if len(names) > 1 else [])]:
         alone, together, floor = (identities(way, name) for way in (ALONE, found.together, FLOOR))
-        row: dict[str, Any] = {"concept": name, "of alone": share(together, alone)}
+        concepts = [one.view.concept for one in found.scored[ALONE] if name in (ALL, one.view.concept)]
+        row: dict[str, Any] = {"concept": name, "of alone": share(together, alone, concepts)}
         if floor:
             gained = [value - low for value, low in zip(together, floor, strict=True)]
-            row["of the way"] = share(gained, [value - low for value, low in zip(alone, floor, strict=True)])
+            whole = [value - low for value, low in zip(alone, floor, strict=True)]
+            row["of the way"] = share(gained, whole, concepts)
         rows.append(row)
     return rows
 

@@ -79,7 +79,7 @@ def run(lab: Lab, quick: bool) -> Findings:
             "method": method,
             "seeds": min((len(of_seeds) for (m, _), of_seeds in whole.items() if m == method), default=0),
             "fewest": smallest(method, shapes),
-            **{f"{b:,}": told(gains[method, b]) if (method, b) in gains else None for b in budgets},
+            **{f"{b:,}": told(gains[method, b], names) if (method, b) in gains else None for b in budgets},
         }
         for method in methods
     ]

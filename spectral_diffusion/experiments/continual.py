@@ -132,12 +132,14 @@ def mean(values: Sequence[float]) -> float | None:
 def row(way: str, length: int, found: Mapping[tuple[str, int], Sequence[Figures]]) -> Row:
     """One way after so many concepts; what an earlier one keeps is told of its gain over the untouched base."""
     cells, new, old, kept, learnt = found[way, length], [], [], [], []
+    older: list[str] = []  # the concepts of ``old`` and, as all are known then, of ``kept``
     for cell in cells:
         *before, last = cell["identity"]
         new.append(cell["identity"][last])
         for index, name in enumerate(before, 1):
             then = [c for c in found.get((way, index), []) if c["seed"] == cell["seed"]]
             old.append(cell["identity"][name])
+            older.append(name)
             if then:
                 kept.append(cell["identity"][name] - cell["floor"][name])
                 learnt.append(then[0]["identity"][name] - cell["floor"][name])
@@ -148,8 +150,8 @@ def row(way: str, length: int, found: Mapping[tuple[str, int], Sequence[Figures]
         "seeds": len(cells),
         "off orthonormal": f"{max(uneven):.0e}" if uneven else None,
         "the new one": told(new),
-        "the earlier ones": told(old) if old else None,
-        "gain kept": share(kept, learnt) if kept else None,
+        "the earlier ones": told(old, older) if old else None,
+        "gain kept": share(kept, learnt, older if len(older) == len(kept) else None) if kept else None,
     }
 
 

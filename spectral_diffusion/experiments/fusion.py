@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from ..adapted import put_on
 from ..adapter import Adapter
 from ..config import FuseConfig
-from ..evaluation.statistics import share, told
+from ..evaluation.statistics import difference, share, told
 from ..fusion.recipe import fuse_adapters
 from ..generation.pictures import grid
 from .lab import MANY, REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled
@@ -23,6 +23,7 @@ from .registry import Findings, Row, Table, study
 NOTHING = "Nothing was measured yet."
 RATES = (0.4, 1.0, 2.5, 6.25, 15.625)  # trials of the learning rate, on concepts that are not reported
 SEEDS = (0, 1, 2)
+GAP = "fused minus own slots summed"  # paired by concept and seed
 RANK = 8  # the recipe's; others are written into the settings
 NARROW = 2  # of the pocket base's 96 columns as much as 8 of Stable Diffusion's 320
 # Family: settings of training. {k} is the concept's number; the same rank, so the same number of trained factors
@@ -193,8 +194,31 @@ def measured(
     for job in jobs:
         if job not in late:
             found = row(lab, job.family, job.merge, rates[job.family, job.rank], MANY[: job.size], seeds, job.rank)
-            rows.append({"family": job.family, "merge": job.merge, "K": job.size, "rank": job.rank, **found})
+            gap = minus_sum(lab, job, jobs, late, rates, seeds)
+            rows.append({"family": job.family, "merge": job.merge, "K": job.size, "rank": job.rank, **found, GAP: gap})
     return rows, sweeps, not_measured(late)
+
+
+def minus_sum(
+    lab: Lab,
+    job: Job,
+    jobs: Sequence[Job],
+    late: Collection[Job],
+    rates: Mapping[tuple[str, int], float],
+    seeds: Sequence[int],
+) -> str | None:
+    """The fused identity less that of the slots' plain sum, concept by concept and seed by seed."""
+    reference = Job("spectral, own slots", "sum", job.size, job.rank)
+    if job == reference or reference not in jobs or reference in late:
+        return None
+    names = MANY[: job.size]
+
+    def identities(of: Job) -> list[float]:
+        rate = rates[of.family, of.rank]
+        cells = [fused_cell(lab, of.family, of.merge, rate, names, seed, rank=of.rank) for seed in seeds]
+        return [cell["concepts"][name]["identity"] for cell in cells for name in names]
+
+    return difference(identities(job), identities(reference), names)
 
 
 def not_measured(late: Mapping[Job, Sequence[int]]) -> list[str]:
@@ -211,7 +235,7 @@ def not_measured(late: Mapping[Job, Sequence[int]]) -> list[str]:
 def row(
     lab: Lab, family: str, merge: str, rate: float, names: Sequence[str], seeds: Sequence[int], rank: int = RANK
 ) -> Row:
-    """One row of the table: means over concepts and seeds with their 95 % bootstrap intervals."""
+    """One row of the table: means over concepts and seeds with their 95 % intervals, a bootstrap over concepts."""
     alone, fused, floor, text, drifts, seconds = [], [], [], [], [], []
     for seed in seeds:
         cell = fused_cell(lab, family, merge, rate, names, seed, rank=rank)
@@ -224,11 +248,11 @@ def row(
         seconds.append(cell["seconds"])
     return {
         "seeds": len(seconds),
-        "identity alone": told(alone),
-        "fused": told(fused),
-        "of alone": share(fused, alone),
-        "of the way": share([f - g for f, g in zip(fused, floor)], [a - g for a, g in zip(alone, floor)]),
-        "text match": told(text),
+        "identity alone": told(alone, names),
+        "fused": told(fused, names),
+        "of alone": share(fused, alone, names),
+        "of the way": share([f - g for f, g in zip(fused, floor)], [a - g for a, g in zip(alone, floor)], names),
+        "text match": told(text, names),
         "drift": told(drifts),
         "seconds": sum(seconds) / len(seconds),
     }

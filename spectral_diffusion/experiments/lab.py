@@ -16,7 +16,7 @@ from PIL import Image
 from .. import resources
 from ..adapted import put_on
 from ..adapter import Adapter
-from ..base import Base, load_base
+from ..base import Base, load_base, parse_device
 from ..config import FuseConfig, TrainConfig, build, read_yaml
 from ..data.folder import Concept, load_concept, open_photo
 from ..errors import UserError
@@ -30,6 +30,7 @@ from ..generation.pipeline import sample
 from ..generation.scene import Scene
 from ..linalg import sides
 from ..methods import get_method
+from ..precision import resolve_mixed_precision
 from ..progress import Progress, silent
 from ..spectrum import cache_folder
 from ..training.run import train_to_file
@@ -83,6 +84,13 @@ class Lab:
     known: Mapping[str, Figures] = field(default_factory=dict)
     used: dict[str, Figures] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # A cell counts for the precision in which it was trained, so "auto" is settled before it names one.
+        train = dict(self.recipe.get("train", {}))
+        asked = str(train.get("mixed_precision", "auto"))
+        train["mixed_precision"] = resolve_mixed_precision(asked, parse_device("auto"))
+        self.recipe = {**self.recipe, "train": train}
+
     def fresh(self) -> Base:
         """The base as it is shipped, loaded anew."""
         return load_base(self.base_name)
@@ -95,7 +103,8 @@ class Lab:
         """
         self.check_time()
         base, files = self.fresh(), [Path(f"{adapter.name}.safetensors") for adapter in adapters]
-        fuse_adapters(base, list(adapters), FuseConfig(adapters=files, output=Path("fused"), **settings), self.progress)
+        usual = {"mixed_precision": self.recipe["train"]["mixed_precision"], "output": Path("fused")}
+        fuse_adapters(base, list(adapters), FuseConfig(adapters=files, **usual, **settings), self.progress)
         return base
 
     @cached_property

@@ -310,7 +310,7 @@ def report(
 
 
 def row(recipe: Recipe, cells: Sequence[tuple[int, Figures, dict[str, float]]], names: Sequence[str]) -> Row:
-    """Means over concepts and seeds with their 95 % bootstrap intervals."""
+    """Means over concepts and seeds with their 95 % intervals, a bootstrap over concepts."""
     fused = [cell["concepts"][name]["identity"] for _, cell, _ in cells for name in names]
     text = [cell["concepts"][name]["text"] for _, cell, _ in cells for name in names]
     return {
@@ -319,10 +319,10 @@ def row(recipe: Recipe, cells: Sequence[tuple[int, Figures, dict[str, float]]], 
         "K": len(names),
         "rank": rank_for(len(names)),
         "seeds": len(cells),
-        "identity": told(fused),
-        "of alone": share(fused, [whole[name] for _, _, whole in cells for name in names]),
-        "text match": told(text),
-        "drift": told([cell["drift"] for _, cell, _ in cells], 3),
+        "identity": told(fused, names),
+        "of alone": share(fused, [whole[name] for _, _, whole in cells for name in names], names),
+        "text match": told(text, names),
+        "drift": told([cell["drift"] for _, cell, _ in cells], digits=3),
         "seconds": sum(cell["seconds"] for _, cell, _ in cells) / len(cells),
     }
 

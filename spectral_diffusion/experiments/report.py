@@ -16,8 +16,8 @@ from .lab import Figures, Lab
 from .registry import Findings, Study
 
 
-def page(study: Study, findings: Findings, lab: Lab, quick: bool) -> str:
-    """The study's page."""
+def page(study: Study, findings: Findings, lab: Lab, quick: bool, title: str) -> str:
+    """The study's page; the names of its pictures begin with ``title``."""
     parts = [
         f"# {study.name}",
         f"**The paper ({study.paper}):** {study.claim}",
@@ -27,7 +27,7 @@ def page(study: Study, findings: Findings, lab: Lab, quick: bool) -> str:
         parts.append(f"**Not measured yet:** {'; '.join(findings.missing)}.")
     for table in findings.tables:
         parts += [f"## {table.title}", markdown(table.rows)]
-    parts += [f"![{name}]({study.name}-{name}.png)" for name in findings.pictures]
+    parts += [f"![{name}]({title}-{name}.png)" for name in findings.pictures]
     how = f"spectral-diffusion experiment {study.name} --base {lab.base_name}" + (" --quick" if quick else "")
     parts.append(f"Made by `{how}`." + (" The quick form shows that it runs; it proves nothing." if quick else ""))
     return "\n\n".join(parts) + "\n"
@@ -73,10 +73,30 @@ def write_record(path: Path, used: Mapping[str, Figures], whole: bool) -> None:
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def page_name(study: Study, findings: Findings, folder: Path, quick: bool) -> str:
+    """What a page is called: ``NAME``, unless it would take the place of one that says more.
+
+    A quick page is ``NAME-quick``, and an unfinished one ``NAME-unfinished`` where a page with less missing is there.
+    """
+    if quick:
+        return f"{study.name}-quick"
+    try:
+        before = json.loads((folder / f"{study.name}.json").read_text(encoding="utf-8"))
+        missing, was_quick = len(before.get("missing", ())), bool(before.get("quick"))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # there is none that can be read
+        return study.name
+    more = not was_quick and missing < len(findings.missing)
+    return f"{study.name}-unfinished" if more else study.name
+
+
 def write_findings(study: Study, findings: Findings, lab: Lab, folder: Path, quick: bool) -> Path:
-    """Write ``NAME.json``, ``NAME.md``, pictures and the record of cells into a folder; returns the page."""
+    """Write ``NAME.json``, ``NAME.md``, pictures and the record of cells into a folder; returns the page.
+
+    The names are :func:`page_name`'s. An unfinished page's cells are added to the whole one's record.
+    """
+    title = page_name(study, findings, folder, quick)
     for name, picture in findings.pictures.items():
-        with atomic(folder / f"{study.name}-{name}.png") as temporary:
+        with atomic(folder / f"{title}-{name}.png") as temporary:
             small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)  # a third of the bytes
             small.save(temporary, format="PNG", optimize=True)
     tables = {table.title: [dict(row) for row in table.rows] for table in findings.tables}
@@ -90,9 +110,9 @@ def write_findings(study: Study, findings: Findings, lab: Lab, folder: Path, qui
         "missing": list(findings.missing),
         "tables": tables,
     }
-    write_json(folder / f"{study.name}.json", found)
+    write_json(folder / f"{title}.json", found)
     if lab.used:
-        write_record(record_path(folder, study.name), lab.used, whole=not findings.missing)
-    path = folder / f"{study.name}.md"
-    write_text(path, page(study, findings, lab, quick))
+        write_record(record_path(folder, title if quick else study.name), lab.used, whole=not findings.missing)
+    path = folder / f"{title}.md"
+    write_text(path, page(study, findings, lab, quick, title))
     return path

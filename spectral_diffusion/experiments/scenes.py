@@ -196,12 +196,13 @@ def run(lab: Lab, quick: bool) -> Findings:
     matrices: list[Row] = []
     for number, scenes in chosen.items():
         for way in ways if width_of(number) == WIDTH else ways[:1]:
-            right, likeness, pictures = [], [], 0
+            right, likeness, shown, pictures = [], [], list[str](), 0
             for names in scenes:
                 count = len(PLACES) if quick else SEEDS[number] // len(scenes)
                 cell = scene_cell(lab, number, way, names, count, number.endswith("puppets"))
                 right += [row[index] for index, row in enumerate(cell["confusion"])]
                 likeness += cell["identity"]
+                shown += names
                 pictures += cell["pictures"]
                 matrices += [
                     {"scene": ", ".join(names), "way": way, "region of": name}
@@ -209,8 +210,8 @@ def run(lab: Lab, quick: bool) -> Findings:
                     for name, row in zip(names, cell["confusion"], strict=True)
                 ]
             figures: dict[str, Any] = {
-                "right concept": told(right),
-                "likeness": told(likeness),
+                "right concept": told(right, shown),
+                "likeness": told(likeness, shown),
                 "chance": 1 / len(scenes[0]),
             }
             rows.append({"concepts": number, "way": way, "pictures": pictures, **figures})

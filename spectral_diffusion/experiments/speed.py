@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.statistics import told
+from ..evaluation.statistics import difference, told
 from ..training.run import train_to_file
 from .lab import REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled, seeded
 from .registry import Findings, Row, Table, not_allowed, study
@@ -17,6 +17,7 @@ from .registry import Findings, Row, Table, not_allowed, study
 STEPS = (60, 120, 240, 480)
 NAMES = (REPORTED[0], REPORTED[2], REPORTED[6])
 SEEDS = (0, 1, 2)
+REFERENCE = "spectral-additive"  # with which the others are compared, pair by pair
 # Method: its settings, and the middle of its sweep as a factor on the recipe's learning rates (what it turns or adds
 # has another scale in each). Every sweep has five trials, half a decade apart.
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
@@ -72,11 +73,17 @@ def run(lab: Lab, quick: bool) -> Findings:
             continue
         for length, values in new.items():
             gains.setdefault(method, {}).setdefault(length, []).extend(values)
-        lab.note(f"{method}, seed {seed}: gains {', '.join(told(v) for v in new.values())} at {steps} steps")
+        lab.note(f"{method}, seed {seed}: gains {', '.join(told(v, names) for v in new.values())} at {steps} steps")
     curves = {method: [sum(by[s]) / len(by[s]) for s in steps] for method, by in gains.items()}
     rows: list[Row] = [
-        {"method": m, "trained": trained[m], "pairs": len(by[steps[0]]), **{f"gain at {s}": told(by[s]) for s in steps}}
-        for m, by in gains.items()
+        {
+            "method": method,
+            "trained": trained[method],
+            "pairs": len(by[steps[0]]),
+            **{f"gain at {s}": told(by[s], names) for s in steps},
+            f"minus {REFERENCE} at {steps[-1]}": against(gains, method, steps[-1], names),
+        }
+        for method, by in gains.items()
     ]
     wanted = 0.6 * max((max(ways) for ways in curves.values()), default=0.0)
     cost = steps_seconds(lab, list(curves))
@@ -95,6 +102,14 @@ def run(lab: Lab, quick: bool) -> Findings:
     if sweeps:
         tables.append(Table("The sweeps: identity of a concept that is not reported, 120 steps", sweeps))
     return Findings(tables, verdict(rows, wanted), missing=missing)
+
+
+def against(
+    gains: Mapping[str, Mapping[int, Sequence[float]]], method: str, steps: int, names: Sequence[str]
+) -> str | None:
+    """A method's gain less the reference's, concept by concept and seed by seed; None where they have other seeds."""
+    own, reference = gains[method][steps], gains.get(REFERENCE, {}).get(steps, [])
+    return difference(own, reference, names) if method != REFERENCE and len(own) == len(reference) else None
 
 
 def swept(lab: Lab, method: str) -> tuple[float, list[Figures]]:

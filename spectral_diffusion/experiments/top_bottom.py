@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation.statistics import told
+from ..evaluation.statistics import difference, told
 from .charts import WANTED, curves
 from .lab import REPORTED, TUNED, Lab, TimeOver, best_rate, scaled, seeded
 from .registry import Findings, Row, Table, not_allowed, study
@@ -62,13 +62,14 @@ def run(lab: Lab, quick: bool) -> Findings:
             continue
         for length, values in new.items():
             gains.setdefault((way, length), []).extend(values)
-        lab.note(f"{way}, seed {seed}: gains {', '.join(told(v) for v in new.values())} at {steps} steps")
+        lab.note(f"{way}, seed {seed}: gains {', '.join(told(v, names) for v in new.values())} at {steps} steps")
     rows: list[Row] = [
         {
             "way": way,
             "trained": trained[way],
             "pairs": len(gains[way, steps[-1]]),
-            **{f"gain at {s}": told(gains[way, s]) for s in steps},
+            **{f"gain at {s}": told(gains[way, s], names) for s in steps},
+            **{f"minus top at {s}": against(gains, way, s, names) for s in (steps[0], steps[-1])},
         }
         for way in ways
         if (way, steps[-1]) in gains
@@ -88,6 +89,12 @@ def sweep(lab: Lab, way: str) -> tuple[float, list[dict[str, Any]]]:
     """The best factor on the recipe's rates and the five trials, half a decade apart."""
     rate, trials = best_rate(lab, SPREAD, TUNED[:1], **change_for(way, 0), steps=120)
     return rate, [{"rate": trial["rate"], "identity": trial["identity"]} for trial in trials]
+
+
+def against(gains: Mapping[tuple[str, int], Sequence[float]], way: str, steps: int, names: Sequence[str]) -> str | None:
+    """A way's gain less that of the top columns, concept by concept and seed by seed."""
+    own, top = gains[way, steps], gains.get(("top", steps), [])
+    return difference(own, top, names) if way != "top" and len(own) == len(top) else None
 
 
 def verdict(gains: dict[tuple[str, int], list[float]], steps: Sequence[int]) -> str:
