@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw
 
 from . import resources
-from .base import Base, load_base
+from .base import Base, load_base, parse_device
 from .config import FuseConfig, TrainConfig, build, to_yaml, usual_settings
 from .data.folder import load_concept, open_photo
 from .files import write_text
@@ -19,14 +18,20 @@ from .generation.conditions import read_drawing
 from .generation.pictures import grid, save_png, sources_of
 from .generation.pipeline import put_on, sample
 from .generation.scene import Condition, Region, Scene
-from .progress import Progress, silent
+from .precision import resolve_mixed_precision
+from .progress import Progress, brief_duration, silent
 from .training.run import train_to_file
+from .training.speed import seconds_per_picture, training_seconds
 
 CONCEPTS = ("rex", "brew")
 SKETCH = "dog-teapot.png"
 TEACHING = 300  # steps
 PLACES = ("on the grass", "on the beach", "in the snow", "on a table")
 TILE = 96
+# What the demo takes beside its trainings, in pictures of a training step, and in seconds; as measured.
+TAUGHT = 24  # a step of distillation, 16 pictures whose layers' weights learn
+DRAWN = 1500  # all pictures together, those that distillation draws included
+STARTING = 20.0
 
 
 def run_demo(
@@ -45,13 +50,19 @@ def run_demo(
     concepts = {name: load_concept(folder) for name, folder in folders.items()}
     files = {name: output / f"{name}.safetensors" for name in CONCEPTS}
 
-    for name, folder in folders.items():
-        own: dict[str, Any] = {"concept": folder, "output": files[name]} | ({"steps": steps} if steps else {})
-        train_to_file(build(TrainConfig, train, own), progress=progress, note=note)
+    shorter = {"steps": steps} if steps else {}
+    trainings = {
+        name: build(TrainConfig, train, {"concept": folder, "output": files[name]}, shorter)
+        for name, folder in folders.items()
+    }
+    teaching = min(steps or TEACHING, TEACHING)
+    note(f"The whole demo takes about {brief_duration(demo_seconds(list(trainings.values()), teaching))} here.")
+    for config in trainings.values():
+        train_to_file(config, progress=progress, note=note)
 
     fused = output / "fused"
     change = {"adapters": list(files.values()), "output": fused, "merge": "gradient"}
-    change["teach"] = {"steps": min(steps or TEACHING, TEACHING)}
+    change["teach"] = {"steps": teaching}
     for warning in fuse_to_folder(build(FuseConfig, fuse, change), progress):
         note(warning)
     note(f"Fused into {fused}/.")
@@ -99,6 +110,14 @@ def run_demo(
     path = output / "sheet.png"
     sheet.save(path)
     return path
+
+
+def demo_seconds(trainings: Sequence[TrainConfig], teaching: int) -> float:
+    """Seconds of the demo on this machine when it does nothing else, from a measured step."""
+    device = parse_device("auto")
+    picture = seconds_per_picture("pocket", device, resolve_mixed_precision("auto", device))
+    trained = sum(training_seconds(config, "pocket") for config in trainings)
+    return trained + (teaching * TAUGHT + DRAWN) * picture + STARTING
 
 
 def contact_sheet(

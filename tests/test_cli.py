@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import spectral_diffusion
 from spectral_diffusion import cli, resources
 from spectral_diffusion.cli.scenes import adapters_in
-from spectral_diffusion.cli.support import named_base, resolve
+from spectral_diffusion.cli.support import ProgressLines, named_base, resolve
 from spectral_diffusion.config import (
     ConditionConfig,
     FuseConfig,
@@ -34,6 +34,7 @@ from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.evaluation.settings import EvaluateConfig
 from spectral_diffusion.generation.pictures import read_settings
 from spectral_diffusion.generation.scene import Scene
+from spectral_diffusion.progress import Event, Pace, brief_duration
 from spectral_diffusion.training.run import train_to_file
 
 PACKAGE = Path(spectral_diffusion.__file__).parent
@@ -410,3 +411,21 @@ def test_the_mathematics_knows_no_files_and_the_library_no_command_line() -> Non
             assert "gradio" not in names, path
         if "workshop" not in path.parts and path.parent.name != "cli":
             assert "workshop" not in path.read_text(), path
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then() -> None:
+    lines: list[str] = []
+    now = iter([0.0] + [float(second) for second in range(1, 62)])
+    show = ProgressLines(lines.append, clock=lambda: next(now))
+    for step in range(1, 62):
+        show(Event("train", step, 100, {"loss": 0.5}))
+    assert len(lines) == 4 and lines[0] == "train 15/100, 1.00 s/step, 85 s left, loss 0.5000"
+    assert lines[3].startswith("train 60/100") and "40 s left" in lines[3]
+
+
+def test_one_slow_step_moves_the_time_left_little() -> None:
+    pace = Pace()
+    for step, now in enumerate([0.0, 0.3, 0.6, 0.9, 30.9, 31.2, 31.5]):
+        pace.add(step, now)
+    assert pace.seconds_per_step == pytest.approx(0.3)
+    assert [brief_duration(seconds) for seconds in (40, 200, 9000)] == ["40 s", "4 min", "2.5 h"]

@@ -27,7 +27,7 @@ from spectral_diffusion.fusion.activations import Activations
 from spectral_diffusion.fusion.collect import collect, rows_of
 from spectral_diffusion.fusion.folder import load_adapters, read_merged, read_recipe
 from spectral_diffusion.fusion.memory import memory_to_watch
-from spectral_diffusion.fusion.recipe import fuse_to_folder, overlaps, shared_columns
+from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder, overlaps, shared_columns
 from spectral_diffusion.fusion.tune import tune
 from spectral_diffusion.fusion.unfuse import unfuse
 from spectral_diffusion.linalg import Factors, sides
@@ -137,6 +137,30 @@ def test_what_is_watched_is_no_more_than_was_said(
     with pytest.raises(UserError, match=r"Watching .* are free; fuse fewer adapters"):
         fuse_to_folder(config)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("staging", ["own", "fused"])
+def test_what_does_not_fit_is_watched_in_passes_with_the_same_bits(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staging: str
+) -> None:
+    quick = {**QUICK, "staging": staging, "cache": False}
+    results, notes = [], list[str]()
+    for free in (None, 400_000):
+        monkeypatch.setattr("spectral_diffusion.fusion.recipe.available", lambda device, free=free: free)
+        adapters = [adapter for path in three for adapter in load_adapters(path)]
+        base = load_base(adapters[0].base, "cpu")
+        config = FuseConfig(adapters=three, output=tmp_path / "a", merge="gradient", gradient=quick, device="cpu")
+        fuse_adapters(base, adapters, config, note=notes.append)
+        results.append(base.weights())
+    assert any("passes" in note for note in notes)
+    assert all(torch.equal(weight, results[1][name]) for name, weight in results[0].items())
+
+
+def test_merges_advise_by_how_many_are_fused() -> None:
+    sum_of_slots = get_merge("spectral")
+    assert sum_of_slots.advise(1) is None
+    assert "ties" in str(sum_of_slots.advise(3)) and "gradient" in str(sum_of_slots.advise(8))
+    assert get_merge("gradient").advise(8) is None
 
 
 def test_ssr_silences_what_acts_where_an_adapter_has_no_layer() -> None:

@@ -40,6 +40,8 @@ from .memory import memory_to_watch, room_to_teach
 from .registry import Contribution, Merge, get_merge
 from .teach import prepare, teach
 
+SHARE = 0.8  # of the free memory that may be taken by what layers see
+
 Seen = dict[str, Activations]
 
 
@@ -129,28 +131,35 @@ def fuse_adapters(
     dense = False
     done = 0
     for stage in stages(layers, merge, config):
-        seen, ordinary = watch(
-            base, adapters, {name: targets[name] for name in stage}, layers, merge, config, progress, note
-        )
-        for layer in stage:
-            weight = targets[layer].weight
-            contributions = contribute(adapters, layer, weight, config, seen)
-            found = merge.combine(contributions, config, ordinary.get(layer))
+        changes: dict[str, Factors | Tensor] = {}  # a stage is watched whole before any of it changes
+        for group in groups(stage, adapters, merge, config, note):
+            seen, ordinary = watch(
+                base, adapters, {name: targets[name] for name in group}, layers, merge, config, progress, note
+            )
+            for layer in group:
+                contributions = contribute(adapters, layer, targets[layer].weight, config, seen)
+                changes[layer] = merge.combine(contributions, config, ordinary.get(layer))
+                done += 1
+                progress(Event("fuse", done, len(layers), {"layer": layer}))
+        for layer, found in changes.items():
+            add_change(targets[layer].weight, found)
             if isinstance(found, Factors):
                 merged[layer] = found
-                delta = found.delta()
             else:
-                dense, delta = True, found
-            with torch.no_grad():
-                before = exact(weight)
-                weight.copy_((before + delta.view(weight.shape).to(before.device)).to(weight.dtype))
-            done += 1
-            progress(Event("fuse", done, len(layers), {"layer": layer}))
+                dense = True
     if lessons:
         weights, tokens = [layer.weight for layer in learners], [t for a in adapters for t in a.tokens]
         with tf32(base.device, config.allow_tf32):
             teach(base, lessons, weights, tokens, config.teach, config.seed, precision, progress)
     return None if dense or lessons else merged
+
+
+@torch.no_grad()
+def add_change(weight: Tensor, change: Factors | Tensor) -> None:
+    """Add a ΔW to a weight in place, rounded once."""
+    before = exact(weight)
+    delta = change.delta() if isinstance(change, Factors) else change
+    weight.copy_((before + delta.view(weight.shape).to(before.device)).to(weight.dtype))
 
 
 def taught_besides(base: Base, config: FuseConfig, adapted: Container[str]) -> list[nn.Linear | nn.Conv2d]:
@@ -205,6 +214,43 @@ def stage_of(layer: str) -> int:
     return 1 if ".attn2.to_k" in layer or ".attn2.to_v" in layer else 2
 
 
+def groups(
+    stage: list[str], adapters: list[Adapter], merge: Merge, config: FuseConfig, note: Callable[[str], None]
+) -> list[list[str]]:
+    """The layers of a stage in groups that are watched one after the other, so that each fits into memory.
+
+    Every group draws the same pictures again. What a layer sees depends on no other layer, so neither does the result.
+
+    Raises:
+        UserError: a single layer does not fit.
+    """
+    if not merge.activations:
+        return [stage]
+    sizes = {layer: next(adapter.sizes[layer] for adapter in adapters if layer in adapter.sizes) for layer in stage}
+    words = sum(max(1, len(adapter.tokens)) for adapter in adapters)
+    needs = {layer: memory_to_watch({layer: size}, words, config.gradient) for layer, size in sizes.items()}
+    free = available(torch.device("cpu"))
+    room = sum(needs.values()) if free is None else round(SHARE * free)
+    if max(needs.values()) > room:
+        layer = max(needs, key=needs.__getitem__)
+        raise UserError(
+            f"Watching the layer {layer} needs {gib(needs[layer])} of memory and {gib(free or 0)} are free; fuse fewer "
+            "adapters at once, or take a merge that watches nothing, such as spectral."
+        )
+    out: list[list[str]] = []
+    used = room + 1
+    for layer in stage:
+        if used + needs[layer] > room:
+            out.append([])
+            used = 0
+        out[-1].append(layer)
+        used += needs[layer]
+    most = max(sum(needs[layer] for layer in group) for group in out)
+    passes = f" in {len(out)} passes, as memory is short" if len(out) > 1 else ""
+    note(f"Watching {len(stage)} layers{passes} needs up to {most / 2**20:.0f} MiB.")
+    return out
+
+
 def watch(
     base: Base,
     adapters: list[Adapter],
@@ -222,15 +268,6 @@ def watch(
     if not merge.activations:
         return {}, {}
     settings, own = config.gradient, config.gradient.staging == "own"
-    sizes = {layer: next(adapter.sizes[layer] for adapter in adapters if layer in adapter.sizes) for layer in stage}
-    need = memory_to_watch(sizes, sum(max(1, len(adapter.tokens)) for adapter in adapters), settings)
-    free = available(torch.device("cpu"))
-    if free is not None and need > free:
-        raise UserError(
-            f"Watching {len(stage)} layers needs {gib(need)} of memory and {gib(free)} are free; fuse fewer adapters "
-            "at once, set gradient.staging=fused, or take a merge that watches nothing, such as spectral."
-        )
-    note(f"Watching {len(stage)} layers needs up to {need / 2**20:.0f} MiB.")
     first = stage_of(next(iter(stage)))
     acting = None if own else {layer for layer in layers if stage_of(layer) >= first}
 
@@ -296,6 +333,8 @@ def fuse_to_folder(
     adapters += [import_lora(path, None, base.name, base=base) for path in config.adapters if path not in ours]
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
     warnings += overlaps(adapters)
+    if (advice := get_merge(config.merge).advise(len(adapters))) and not config.teach.steps:
+        note(f"Note: {advice}")
     for adapter in adapters:
         if adapter.layerwise:
             note(mean_note(adapter.name))

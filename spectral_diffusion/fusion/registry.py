@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class Merge:
             ``ordinary`` is what the layer saw on prompts without any concept, for merges that ask.
         check: what has to hold of the adapters, asked before anything is drawn or changed; it raises UserError.
         activations: whether it asks what layers see.
+        advice: by the least number of adapters, what the studies say to somebody who fuses as many.
     """
 
     name: str
@@ -55,6 +56,11 @@ class Merge:
     combine: Callable[[Sequence[Contribution], FuseConfig, Activations | None], Factors | Tensor]
     activations: bool = False
     check: Callable[[Sequence[Adapter]], None] = lambda adapters: None
+    advice: Mapping[int, str] = field(default_factory=dict)
+
+    def advise(self, count: int) -> str | None:
+        """The advice for so many adapters."""
+        return next((self.advice[least] for least in sorted(self.advice, reverse=True) if count >= least), None)
 
 
 MERGES: Registry[Merge] = Registry(
@@ -67,11 +73,12 @@ def merge(
     summary: str,
     activations: bool = False,
     check: Callable[[Sequence[Adapter]], None] = lambda adapters: None,
+    advice: Mapping[int, str] | None = None,
 ) -> Callable[[Callable], Callable]:
     """Register a ``combine`` function under a name."""
 
     def decorate(function: Callable) -> Callable:
-        MERGES.add(name, Merge(name, summary, function, activations, check))
+        MERGES.add(name, Merge(name, summary, function, activations, check, advice or {}))
         return function
 
     return decorate

@@ -12,8 +12,15 @@ from ..linalg import Factors
 from .activations import Activations
 from .registry import Contribution, merge, weighted_sum
 
+ADVICE = {  # docs/evidence/fusion.md, identity kept as a share of each adapter alone
+    2: "On the pocket base the merge ties keeps more of two to four concepts than this sum (0.90 against 0.82, 0.72 "
+    "against 0.57, 0.75 against 0.63); the sum is exact and exports as one LoRA.",
+    5: "On the pocket base the merge gradient keeps more of eight concepts than this sum (0.80 against 0.45), and "
+    "distillation after it nearly all (0.97).",
+}
 
-@merge("spectral", "spectral fusion (paper, sec. 4.2): sum, mean or the paper's form")
+
+@merge("spectral", "spectral fusion (paper, sec. 4.2): sum, mean or the paper's form", advice=ADVICE)
 def spectral(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
     """ΔW in one of three forms.
 

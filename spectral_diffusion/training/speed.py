@@ -16,9 +16,11 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from .. import pocket
-from ..base import plain_is_quicker
+from ..base import parse_device, parse_dtype, plain_is_quicker
+from ..config import TrainConfig
 from ..machine import measured
-from ..precision import MixedPrecision, autocast, is_half
+from ..precision import MixedPrecision, autocast, is_half, resolve_mixed_precision
+from .ordinary import STEPS
 
 # Arithmetic of one prediction of one picture at the base's own size (torch.utils.flop_counter).
 FLOPS = {"pocket": 0.584e9, "sd15": 803e9, "sdxl": 6761e9}
@@ -36,6 +38,17 @@ def seconds_per_picture(arch: str, device: torch.device, precision: MixedPrecisi
         return float(measured(f"step-{device.type}-{precision}", lambda: pocket_step(device, precision)))
     rate = float(measured(f"flops-{device.type}-{precision}", lambda: flops_per_second(device, precision)))
     return PASSES * FLOPS[arch] / rate
+
+
+def training_seconds(config: TrainConfig, arch: str) -> float:
+    """Seconds of a training on this machine when it does nothing else, its prior images included."""
+    device = parse_device(config.device)
+    precision = resolve_mixed_precision(config.mixed_precision, device, parse_dtype(config.dtype))
+    prior = config.preservation if config.preservation.weight else None
+    seen = float((config.batch + (prior.batch if prior else 0)) * config.steps)
+    if prior and not config.data.class_images:  # each drawn with guidance, two predictions a step
+        seen += prior.pictures * 2 * STEPS / PASSES
+    return seen * seconds_per_picture(arch, device, precision)
 
 
 def pocket_step(device: torch.device, precision: MixedPrecision) -> float:

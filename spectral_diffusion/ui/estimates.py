@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ..training.status import TrainingStatus
 
 BUSY = 2.0  # how much longer a step may take than it does alone: other work, photos, what the loss needs
-FORWARD = 1 / 3  # of a training step's time that predicting alone takes
 ENOUGH = 100  # steps of a training that tells how long others take
 SMALL = 50_000_000  # weights of a base below which it is like the pocket base
 
@@ -57,32 +56,19 @@ def estimate(config: TrainConfig, jobs: Iterable[Job] = ()) -> Estimate:
     settled = with_rank(config, shape.sides, lambda text: None)
     method = get_method(settled.method)
     trained = method.total(shape.sides, settled.rank)
-    pictures = config.batch + (config.preservation.batch if config.preservation.weight else 0)
     jobs = list(jobs)
     if (now := present_pace(jobs, config)) is not None:
         time, note = duration(now * config.steps), "The time is taken from the training that runs now."
     elif (known := seconds_per_step(jobs, config)) is not None:
         time, note = duration(known * config.steps), "The time is taken from your last training on this base."
     else:
-        seen = pictures * config.steps
-        if config.preservation.weight and not config.data.class_images:  # drawn first, for 20 steps with guidance
-            seen += round(config.preservation.pictures * 20 * 2 * FORWARD)
-        seconds = measured_pace(config, shape.arch) * seen
+        from ..training.speed import training_seconds
+
+        seconds = training_seconds(config, shape.arch)
         time, note = span(seconds, BUSY * seconds), "The time follows from a short measurement on this machine."
     if shape.guessed:
         note += " The base is not on this machine, so its size is taken from Stable Diffusion's."
     return Estimate(f"{trained:,}", time, note)
-
-
-def measured_pace(config: TrainConfig, arch: str) -> float:
-    """Seconds of a step on this machine for each picture of its batch."""
-    from ..base import parse_device, parse_dtype
-    from ..precision import resolve_mixed_precision
-    from ..training.speed import seconds_per_picture
-
-    device = parse_device(config.device)
-    precision = resolve_mixed_precision(config.mixed_precision, device, parse_dtype(config.dtype))
-    return seconds_per_picture(arch, device, precision)
 
 
 def memory(config: TrainConfig) -> tuple[str, str]:
