@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from PIL import Image
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_diffusion.adapter import Adapter
 from spectral_diffusion.base import load_base
@@ -26,7 +29,7 @@ from spectral_diffusion.slots import Slot
 from spectral_diffusion.training.attention import AttentionMaps, attention_loss, shape_of, watching
 from spectral_diffusion.training.conditioning import Conditioner
 from spectral_diffusion.training.losses import objective_loss, snr_weights
-from spectral_diffusion.training.optimisers import build_optimiser, rate_at
+from spectral_diffusion.training.optimisers import Prodigies, build_optimiser, rate_at
 from spectral_diffusion.training.run import train_to_file
 from spectral_diffusion.training.state import Stopped, load_state, save_state
 
@@ -294,3 +297,31 @@ def test_masks_steer_where_the_token_is_attended_to(
     )  # fmt: skip
     train_to_file(config, base=base, progress=watch)
     assert losses[24] < 0.9 * losses[1]
+
+
+def test_prodigy_reads_the_device_a_few_times_a_step_and_finds_the_step_size_of_its_own_class() -> None:
+    """One flat tensor a group: as many reads for a hundred parameters as for one, and the same step size."""
+    prodigyopt = pytest.importorskip("prodigyopt")
+    torch.manual_seed(0)
+    many = [nn.Parameter(torch.randn(3, 4)) for _ in range(100)]
+    plain = [nn.Parameter(parameter.detach().clone()) for parameter in many]
+    ours = Prodigies([{"params": many, "weight_decay": 0.0}], 1.0)
+    theirs = prodigyopt.Prodigy(plain, lr=1.0, safeguard_warmup=True)
+    reads: list[str] = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+                reads.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for _ in range(10):
+        for group in (many, plain):
+            for parameter in group:
+                parameter.grad = parameter.detach() * 2
+        with Reads():
+            ours.step()
+        theirs.step()
+    assert len(reads) <= 4 * 10
+    assert ours.parts[0].param_groups[0]["d"] == pytest.approx(theirs.param_groups[0]["d"], rel=1e-4)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(many, plain, strict=True))

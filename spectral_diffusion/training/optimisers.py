@@ -23,42 +23,56 @@ Groups = list[dict[str, Any]]
 class Prodigies:
     """A Prodigy for each parameter group, since each component finds a step size of its own.
 
-    It has what the training loop, torch's loss scaler and the saved state use of an optimiser.
+    Every Prodigy sees its group as one flat tensor: it estimates its step size from sums over all numbers, and reads
+    them from the device twice for each tensor it is given. It has what the training loop, torch's loss scaler and the
+    saved state use of an optimiser.
     """
+
+    OWN = ("betas", "eps", "weight_decay", "d_coef")  # of a group: as the settings say, whatever a state says
 
     def __init__(self, groups: Groups, factor: float) -> None:
         try:
             from prodigyopt import Prodigy
         except ImportError as error:
             raise UserError("Prodigy needs prodigyopt: pip install 'spectral-diffusion[optim]'.") from error
+        self.param_groups: Groups = [{**group, "lr": 1.0} for group in groups]
+        self.flat = [nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]])) for group in groups]
         with contextlib.redirect_stdout(io.StringIO()):  # it prints that it decays weights
             self.parts: list[torch.optim.Optimizer] = [
-                Prodigy([group], lr=1.0, d_coef=factor, weight_decay=group["weight_decay"], safeguard_warmup=True)
-                for group in groups
+                Prodigy([flat], lr=1.0, d_coef=factor, weight_decay=group["weight_decay"], safeguard_warmup=True)
+                for flat, group in zip(self.flat, groups, strict=True)
             ]
 
-    @property
-    def param_groups(self) -> Groups:
-        return [group for part in self.parts for group in part.param_groups]
-
     def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
+    @torch.no_grad()
     def step(self) -> None:
-        for part in self.parts:
+        for group, flat, part in zip(self.param_groups, self.flat, self.parts, strict=True):
+            parameters: list[nn.Parameter] = group["params"]
+            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+            if all(p.grad is None for p in parameters):
+                continue
+            flat.copy_(torch.cat([p.flatten() for p in parameters]))
+            flat.grad = torch.cat([grad.flatten() for grad in grads]).to(flat.dtype)
+            part.param_groups[0]["lr"] = group["lr"]
             part.step()
+            flat.grad = None
+            moved = flat.split([p.numel() for p in parameters])
+            torch._foreach_copy_(
+                list[Tensor](parameters), [value.view_as(p) for value, p in zip(moved, parameters, strict=True)]
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        """As one optimiser's, parameters numbered through."""
-        state: dict[int, Any] = {}
-        groups: Groups = []
-        for part in self.parts:
-            held = part.state_dict()
-            first = sum(len(group["params"]) for group in groups)
-            state |= {first + index: entries for index, entries in held["state"].items()}
-            groups += [{**group, "params": [first + i for i in group["params"]]} for group in held["param_groups"]]
-        return {"state": state, "param_groups": groups}
+        """As one optimiser's of the flat tensors, numbered through."""
+        held = [part.state_dict() for part in self.parts]
+        state = {index: one["state"][0] for index, one in enumerate(held) if one["state"]}
+        return {
+            "state": state,
+            "param_groups": [{**one["param_groups"][0], "params": [index]} for index, one in enumerate(held)],
+        }
 
     def load_state_dict(self, held: Mapping[str, Any]) -> None:
         """Take :meth:`state_dict` back.
@@ -66,12 +80,11 @@ class Prodigies:
         Raises:
             ValueError: of other groups.
         """
-        for part, group in zip(self.parts, held["param_groups"], strict=True):
-            first = min(group["params"])
-            state = {i - first: held["state"][i] for i in group["params"] if i in held["state"]}
-            part.load_state_dict(
-                {"state": state, "param_groups": [{**group, "params": [i - first for i in group["params"]]}]}
-            )
+        for index, (part, saved) in enumerate(zip(self.parts, held["param_groups"], strict=True)):
+            own = {key: part.param_groups[0][key] for key in self.OWN}
+            state = {0: held["state"][index]} if index in held["state"] else {}
+            part.load_state_dict({"state": state, "param_groups": [{**saved, "params": [0]}]})
+            part.param_groups[0].update(own)
 
 
 Optimiser = torch.optim.Optimizer | Prodigies
