@@ -24,7 +24,7 @@ from .fusion.folder import load_adapters, read_merged, read_recipe
 from .fusion.recipe import fuse_adapters
 from .layerwise import mean_note
 from .linalg import Factors, truncate
-from .machine import provenance
+from .machine import made_on, provenance
 from .tokens import known_tokens
 
 EXPORTED = "README.md"  # an exported folder has our card under this name
@@ -84,6 +84,8 @@ def open_source(path: Path, device: str = "auto") -> Source:
         shown = {
             "merge": recipe["merge"],
             "concepts": ", ".join(f"{n} ({c['method']}, {c['strength']})" for n, c in recipe["concepts"].items()),
+            "mixed precision": recipe["settings"].get("mixed_precision", ""),
+            "made on": made_on(recipe.get("provenance", {})),
         }
         return Source(
             path.resolve().name, str(recipe["base"]), adapters, shown, lambda: read_merged(path),
@@ -105,7 +107,10 @@ def open_source(path: Path, device: str = "auto") -> Source:
             weights = base.weights(adapter.targets)
         return {layer: adapter.factors(layer, weights.get(layer)) for layer in adapter.layers}
 
-    shown = {"method": adapter.method.name, "rank": adapter.rank, "slot": str(adapter.slot or "")}
+    shown = {
+        "method": adapter.method.name, "rank": adapter.rank, "slot": str(adapter.slot or ""),
+        "mixed precision": adapter.config.get("mixed_precision", ""), "made on": made_on(adapter.provenance),
+    }  # fmt: skip
     return Source(adapter.name, adapter.base, adapters, shown, factors, load, kernels)
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,6 +61,12 @@ def provenance() -> dict[str, str]:
         except PackageNotFoundError:
             found[library] = "unknown"
     return found | {name: str(value) for name, value in description().items()}
+
+
+def made_on(made_with: Mapping[str, str]) -> str:
+    """The machine of a :func:`provenance`, for a card; empty where none is recorded."""
+    cpu, threads = made_with.get("cpu", ""), made_with.get("threads", "")
+    return f"{cpu}, {threads} thread{'' if threads == '1' else 's'}" if cpu and threads else cpu
 
 
 def heading() -> str:

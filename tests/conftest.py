@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -92,15 +93,15 @@ def photos(tmp_path: Path) -> Path:
     return make_photos(tmp_path / "rex")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests share one spectrum cache of their own, never the user's."""
-    monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests share one cache of their own, never the user's; ``mixed_precision=auto`` means full precision there.
 
+    Processes that tests start find the same.
+    """
+    from spectral_diffusion import machine
 
-@pytest.fixture(autouse=True)
-def full_precision(own_cache: None) -> None:
-    """``mixed_precision=auto`` means full precision in tests, in processes that they start too."""
-    from spectral_diffusion.machine import measured
-
-    measured("precision", lambda: {"float32": 1.0, "bf16": 2.0})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        machine.remember("precision", {"float32": 1.0, "bf16": 2.0})
+        yield

@@ -186,7 +186,16 @@ def test_metadata_and_card(trained: dict[str, Path], tmp_path: Path) -> None:
     alphas = {float(tensors[name]) for name in tensors if name.endswith("alpha")}
     assert alphas == {8.0}  # 2 · 2 of the dog, 2 of the mug, 2 of the hat, where all three act
     text = files[-1].read_text()
-    for part in ("base_model:", "`<dog>`", "sample.png", "merge", "Licence", "Consent"):
+    for part in (
+        "base_model:",
+        "`<dog>`",
+        "sample.png",
+        "merge",
+        "Licence",
+        "Consent",
+        "1 thread",
+        "| mixed precision | no |",
+    ):
         assert part in text
 
 

@@ -13,6 +13,7 @@ from ..adapter import Adapter
 from ..config import TrainConfig, to_yaml
 from ..files import atomic, write_text
 from ..formats.card import model_card
+from ..machine import made_on
 
 SIZE = (640, 280)
 MARGIN = (56, 14, 14, 30)  # left, top, right, bottom, in pixels
@@ -61,6 +62,7 @@ def write_card(
     recipe = {
         "method": adapter.method.name, "rank": adapter.rank, "slot": str(adapter.slot or ""),
         "trained numbers": f"{adapter.count():,}", "steps": config.steps, "seed": config.seed,
+        "mixed precision": config.mixed_precision, "made on": made_on(adapter.provenance),
     }  # fmt: skip
     text = model_card(
         adapter.name, adapter.base, {adapter.token: adapter.noun}, recipe, [output.name],
