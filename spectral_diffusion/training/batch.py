@@ -6,21 +6,18 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..config import TrainConfig, build, read_yaml, to_yaml
+from ..config import TrainConfig, to_yaml
 from ..errors import UserError
-from ..files import read_header, write_text
-from ..methods import get_method
+from ..files import write_text
 from ..progress import Event, Progress, silent
-from .run import state_path
-from .state import Stopped, comparable, differences
+from .output import is_done
+from .state import Stopped
 from .status import read_status, status_path
 
-SETTLED = {"rank", "slot", "slot_seed", "budget"}  # settings that a training settles itself
 PAUSE = 0.1  # seconds between two looks at the processes
 
 Command = Callable[["Job", Path], Sequence[str]]  # a job and its settings file to the words of a process
@@ -66,29 +63,6 @@ def jobs_of(folders: Sequence[Path], output: Path, settings: Callable[[Path, Pat
     return [Job(settings(folder, output / f"{name}.safetensors")) for folder, name in zip(folders, names, strict=True)]
 
 
-def is_done(job: Job, force: bool = False) -> bool:
-    """Whether a job's adapter is there already, from the same settings, and no state of a training since.
-
-    Raises:
-        UserError: it was made with others, and not ``force``.
-    """
-    beside = job.output.with_suffix(".yaml")
-    if not (job.output.is_file() and beside.is_file()) or state_path(job.output).exists():
-        return False
-    before, now = comparable(build(TrainConfig, read_yaml(beside), file=str(beside))), comparable(job.config)
-    settled = {key: value for key, value in before.items() if key in SETTLED}
-    changed = differences(before, {**now, **settled})
-    if changed and not force:
-        key, (old, new) = next(iter(changed.items()))
-        raise UserError(
-            f"{job.output} was made with {key}={old}, now it is {new}; keep it with --force, or train without --resume."
-        )
-    with suppress(UserError):  # a damaged one is told where it is used
-        revision = int(read_header(job.output)[1].get("spectral.revision", "1"))
-        return revision == get_method(job.config.method).revision  # else it would be refused there
-    return True
-
-
 def run_batch(
     jobs: Sequence[Job],
     command: Command,
@@ -115,7 +89,7 @@ def run_batch(
         status = read_status(status_path(job.output))
         if status and status.state in {"starting", "running"}:
             raise UserError(f"{job.output} is being trained by process {status.pid} already; wait for it or stop it.")
-        if resume and is_done(job, force):
+        if resume and is_done(job.config, force):
             job.state = "done"
             note(f"{job.name} is done already.")
     running: list[tuple[Job, subprocess.Popen[bytes]]] = []

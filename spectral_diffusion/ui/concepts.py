@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from PIL import Image
 
 from .. import pocket, resources
 from ..data.folder import Concept, Photo, load_concept, open_photo
-from ..data.masks import is_label
 from ..data.pictures import FORMATS, SUFFIXES
+from ..data.sidecars import is_label
 from ..errors import UserError
-from ..tokens import check_token
+from ..tokens import check_token, slug
 from .labels import Label, labels, owner
 from .uploads import PHOTOS, pixels_of, small_jpeg
 from .workspace import Workspace, pick, visible
@@ -192,7 +191,7 @@ def about(folder: Path) -> tuple[str, str, str]:
 
 def suggest_token(workspace: Workspace, name: str | None) -> str:
     """``<name>``, or ``<name-2>`` where another concept has that token; nothing for a name without letters."""
-    word = re.sub(r"[^A-Za-z0-9-]+", "-", name or "").strip("-")[:40].strip("-")
+    word = slug(name or "")
     if not word:
         return ""
     used = {token for _, _, token in known_concepts(workspace).values()} | pocket_tokens()

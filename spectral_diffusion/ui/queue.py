@@ -283,7 +283,7 @@ class Queue:
             launches=job.record.launches + 1,
         )  # fmt: skip
         options = ["--config", str(job.settings), "--status", str(job.status_file)]
-        if job.record.launches > 1:  # the first begins anew, whatever an earlier training of the concept left
+        if job.record.launches > 1 and self.resumable(job):  # the first begins anew, and says so if it cannot
             options.append("--resume")
         environment = {**CALM, **os.environ}
         try:
