@@ -357,8 +357,6 @@ def nested_photos(folder: Path, places: Mapping[Path, int], there: Collection[Pa
     if not names:
         return ""
     photos = "1 photo in" if count == 1 else f"{count} photos in"
-    example = names[0].partition("/")[0]
-    return (
-        f"Not read: {photos} {and_more(names, 3)}; move them up, or name their folders in concept.yaml "
-        f"(repeats: {{{example}: 1}})."
-    )
+    direct = [name.rstrip("/") for name in names if name.count("/") == 1]
+    naming = f", or name their folders in concept.yaml (repeats: {{{direct[0]}: 1}})" if direct else ""
+    return f"Not read: {photos} {and_more(names, 3)}; move them up{naming}."

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ..config import TrainConfig, to_yaml
+from ..data.folder import describe
 from ..errors import UserError
 from ..files import write_text
 from ..progress import Event, Progress, silent
@@ -52,15 +54,38 @@ def jobs_of(folders: Sequence[Path], output: Path, settings: Callable[[Path, Pat
         settings: a photo folder and its output to the settings.
 
     Raises:
-        UserError: two folders of one name, or an output that is a file.
+        UserError: two folders of one name or token, or an output that is a file.
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; several concepts go into a folder, which -o names.")
-    names = [folder.resolve().name for folder in folders]
+    names = [unicodedata.normalize("NFC", folder.resolve().name) for folder in folders]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"Two of the folders are called '{name}', and their adapters would be too; rename one.")
-    return [Job(settings(folder, output / f"{name}.safetensors")) for folder, name in zip(folders, names, strict=True)]
+    jobs = [Job(settings(folder, output / f"{name}.safetensors")) for folder, name in zip(folders, names, strict=True)]
+    check_tokens(jobs)
+    return jobs
+
+
+def check_tokens(jobs: Sequence[Job]) -> None:
+    """Refuse two concepts whose token is one word, which could never be used together.
+
+    Raises:
+        UserError: there are two.
+    """
+    owners: dict[str, str] = {}
+    for job in jobs:
+        config = job.config
+        try:
+            token = describe(config.concept, config.name, config.token, config.noun).token
+        except UserError:  # what is wrong with one folder is told by its own training
+            continue
+        owner = owners.setdefault(token.lower(), job.name)
+        if owner != job.name:
+            raise UserError(
+                f"'{owner}' and '{job.name}' have one token, {token}; give one of them another in its concept.yaml "
+                "(token: <name>)."
+            )
 
 
 def run_batch(

@@ -34,7 +34,8 @@ def claimed(output: Path) -> Iterator[None]:
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output.with_name(f".{output.name}.lock"), timeout=0)
+        place = output.with_name(f".{output.name}.lock")
+        lock = FileLock(place, timeout=0)
         lock.acquire()
     except Timeout as error:
         raise UserError(
@@ -46,6 +47,8 @@ def claimed(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):
+            place.unlink()  # while it is held; Windows keeps it
         lock.release()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -20,6 +22,7 @@ from .state import Stopped
 
 State = Literal["starting", "running", "stopped", "done", "failed", "lost"]
 POINTS = 400  # of the curve at most
+RECENT = 50  # steps that the time left is told from
 EVERY = 1.0  # seconds between two writes of the same state
 STALE = 3600.0  # seconds without a word after which a process that cannot be looked up counts as gone
 
@@ -129,7 +132,8 @@ class Reporter:
         self.path, self._progress, self._note = path, progress, note
         self.status = TrainingStatus(started=now(), pid=os.getpid(), pid_started=process_start(os.getpid()))
         self._stride = 1
-        self._begun: tuple[int, float] | None = None  # step and time of the stage's first event
+        self._before: tuple[int, float] | None = None  # step and time of the stage's last event
+        self._paces: deque[float] = deque(maxlen=RECENT)  # seconds per step
         self._written = -EVERY
 
     def begin(self, settings: Settings, output: Path, resume: bool = False) -> None:
@@ -145,15 +149,17 @@ class Reporter:
         status, clock = self.status, time.monotonic()
         fresh = status.state != "running" or status.stage != event.stage
         status.state, status.stage, status.step, status.steps = "running", event.stage, event.done, event.total
-        if fresh or self._begun is None:
-            self._begun = (event.done, clock)
+        if fresh:
+            self._before, self._paces = None, deque(maxlen=RECENT)
+        if self._before and event.done > self._before[0]:
+            self._paces.append((clock - self._before[1]) / (event.done - self._before[0]))
+        self._before = (event.done, clock)
         if event.stage == "train":
             if fresh:  # an earlier run may have gone farther than its last state
                 status.curve = [point for point in status.curve if point[0] < event.done]
                 status.samples = [sample for sample in status.samples if sample.step < event.done]
-            first, since = self._begun
-            if event.done > first:
-                status.eta = round((clock - since) / (event.done - first) * (event.total - event.done), 1)
+            if self._paces:  # the median, which a slow step or a sample grid does not move
+                status.eta = round(statistics.median(self._paces) * (event.total - event.done), 1)
             if "loss" in event.figures:
                 status.loss = float(event.figures["loss"])
                 self._stride = add_point(status.curve, event.done, status.loss, self._stride)
