@@ -33,7 +33,7 @@ class Pace:
         self._last = clock
         if self.said or len(self._times) < WINDOW:
             return
-        now = statistics.median(self._times)
+        now = statistics.median_low(self._times)
         self.quickest = min(self.quickest, now)
         if now > SLOW * self.quickest:
             self.said = True

@@ -230,9 +230,16 @@ class Run:
                 f"{self.path} was made with {causes[0]}={old} and cannot go on with {new}; resume with "
                 f"{causes[0]}={old}, or {ANEW}."
             )
+        if self._other_concept(meta):
+            raise UserError(f"{self.path} was made with other photos, captions or words; {ANEW}.")
         raise UserError(
             f"{self.path} was made on another base, slot or start, or by another version of its method; {ANEW}."
         )
+
+    def _other_concept(self, meta: Mapping[str, Any]) -> bool:
+        """Whether a state was made with other photos, captions or words; early ones do not say it."""
+        own = self.belongs["concept"]
+        return bool(meta.get("belongs", {}).get("concept", own) != own)
 
     def _check_wanted(
         self, meta: Mapping[str, Any], changed: Changes, force: bool, note: Callable[[str], None]
@@ -253,8 +260,7 @@ class Run:
                 f"{self.path} was made with {told}; resume with the same settings, go on with the new ones by "
                 f"--resume --force, or {ANEW}."
             )
-        own = self.belongs["concept"]
-        other = meta.get("belongs", {}).get("concept", own) != own  # early states do not say it
+        other = self._other_concept(meta)
         if other and not force:
             raise UserError(
                 f"{self.path} was made with other photos, captions or words; put them back, go on with these by "
