@@ -92,6 +92,12 @@ def test_resume_with_nothing_to_resume_says_so(train: Train, output: Path) -> No
     assert output.read_bytes() != before
 
 
+def test_a_slot_for_a_method_without_one_is_told(train: Train) -> None:
+    notes: list[str] = []
+    train(notes=notes, method="lora", slot="3", steps=1)
+    assert "Note: lora has no slot, so slot=3 changes nothing." in notes
+
+
 def test_settings_that_a_training_settles_are_no_difference(config: TrainConfig) -> None:
     assert settled(config) == {"slot_seed"}
     assert settled(config.model_copy(update={"slot_seed": 3})) == set()

@@ -49,6 +49,12 @@ def test_captions_and_masks_are_found_in_any_case_ending_and_unicode_form(tmp_pa
         Image.new("L", (24, 20), 255).save(folder / "masks" / name, format="PNG")
     concept = load_concept(folder)
     assert [photo.caption for photo in concept.photos] == ["one", "two", "three"]
+    assert not concept.notes
+    (folder / "metadata.csv").write_text(f"file_name,text\n0.PNG,first\n{composed}.png,last\n", encoding="utf-8")
+    for text in ("0.TXT", f"{composed}.txt"):
+        (folder / text).unlink()
+    concept = load_concept(folder)
+    assert [photo.caption for photo in concept.photos] == ["first", "two", "last"]
     assert [photo.mask and photo.mask.name for photo in concept.photos] == ["0.PNG", "1.jpg", f"{composed}.png.webp"]
     assert not concept.notes
 

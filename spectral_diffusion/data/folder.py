@@ -30,6 +30,7 @@ from .sidecars import (
     Files,
     find_caption,
     find_mask,
+    folded,
     is_label,
     twin_of,
 )
@@ -245,7 +246,8 @@ def read_photos(folder: Path, places: Mapping[Path, int]) -> Found:
     for place in places:
         captions |= read_metadata(place)
     there = {path for path in captions if is_file(path)}
-    by_name = {path.name: text for path, text in captions.items() if path not in there}  # named from another folder
+    elsewhere = [path for path in captions if path not in there]
+    by_name = {folded(path.name): captions[path] for path in elsewhere}  # named from another folder, or otherwise
     paths = {path for place in places for path in Files.all(place)} | there
     images, others = sorted_out(sorted(paths))
     photos: list[Photo] = []
@@ -269,7 +271,7 @@ def read_photos(folder: Path, places: Mapping[Path, int]) -> Found:
         shown = on_ground(image, "white")
         pixels = hashlib.sha256(f"{shown.size}".encode() + shown.tobytes()).hexdigest()
         same.setdefault(pixels, []).append(path.relative_to(folder).as_posix())
-        caption = captions.get(path) or by_name.get(path.name)
+        caption = captions.get(path) or by_name.get(folded(path.name))
         if not caption and (text := find_caption(path, folder, files)):
             caption = read_caption(text)
         mask = find_mask(path, folder, files)
@@ -278,10 +280,8 @@ def read_photos(folder: Path, places: Mapping[Path, int]) -> Found:
         repeats = next((places[place] for place in path.parents if place in places), 1)
         photos.append(Photo(path, caption, image.size, mask, repeats))
     photos = [photo if photo.mask else replace(photo, mask=masks.get(photo.path)) for photo in photos]
-    named = {photo.path.name for photo in photos}
-    notes = list(
-        notes_of(same.values(), [path.name for path in captions if path not in there and path.name not in named])
-    )
+    named = {folded(photo.path.name) for photo in photos}
+    notes = list(notes_of(same.values(), [path.name for path in elsewhere if folded(path.name) not in named]))
     notes += unused(photos, folder, files)
     return Found(photos, [*skipped, *others], notes, drawings, nested_photos(folder, places, there))
 

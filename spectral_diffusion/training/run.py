@@ -117,6 +117,8 @@ def train_on(
         assert slot is not None
         for text in slot_notes(config, slot, base):
             note(text)
+    if not method.slot and config.slot != "next":
+        note(f"Note: {method.name} has no slot, so slot={config.slot} changes nothing.")
     where = f"{method.slot or 'columns'} {slot}" if slot else f"rank {config.rank}"
     note(
         f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {concept.token}: "

@@ -13,7 +13,7 @@ from PIL import Image
 from .. import pocket, resources
 from ..data.folder import Concept, Photo, load_concept, open_photo
 from ..data.pictures import FORMATS, SUFFIXES
-from ..data.sidecars import is_label
+from ..data.sidecars import DRAWING_ENDINGS, MASK_ENDINGS, is_label, twin_of
 from ..errors import UserError
 from ..tokens import check_token, slug
 from .labels import Label, labels, owner
@@ -95,7 +95,8 @@ def view_concept(workspace: Workspace, name: str | None) -> tuple[Concept, list[
 def photo_files(folder: Path) -> list[Path]:
     """The photos that lie at the top of a folder, broken ones too."""
     found = (path for path in visible(folder) if path.is_file() and path.suffix.lower() in SUFFIXES)
-    return [path for path in found if not is_label(path)]
+    images = [path for path in found if not is_label(path)]
+    return [path for path in images if not twin_of(path, (*MASK_ENDINGS, *DRAWING_ENDINGS), images)]
 
 
 def is_picture(path: Path) -> bool:
