@@ -47,7 +47,7 @@ def run_demo(
 
     for name, folder in folders.items():
         own: dict[str, Any] = {"concept": folder, "output": files[name]} | ({"steps": steps} if steps else {})
-        train_to_file(build(TrainConfig, train, own), progress=progress, note=note)
+        train_to_file(build(TrainConfig, train, own), progress=progress, note=note, force=True)
 
     fused = output / "fused"
     change = {"adapters": list(files.values()), "output": fused, "merge": "gradient"}
