@@ -164,5 +164,5 @@ def check_token_is_free(output: Path, concept: Concept) -> None:
         if token.lower() == concept.token.lower() and name != concept.name:
             raise UserError(
                 f"{path}, the adapter of '{name}', has the token {token} already, and the two could not be used "
-                f"together; choose another token for '{concept.name}' with token=<name>."
+                "together; choose another with token=<name>."
             )
