@@ -6,6 +6,7 @@ Misspelt keys are errors that name the nearest known key; nothing is swallowed.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -134,7 +135,10 @@ class WatchConfig(Settings):
 
 
 class TrainConfig(Settings):
-    """Train one concept into one adapter. Defaults are the paper's fusion recipe for Stable Diffusion 1.5."""
+    """Train one concept into one adapter. Defaults are the paper's fusion recipe for Stable Diffusion 1.5.
+
+    The command line lays the preset of the base over them; so does :func:`settings_for`.
+    """
 
     concept: Path
     output: Path
@@ -291,6 +295,7 @@ class ConditionConfig(Settings):
 
 
 Model = TypeVar("Model", bound=Settings)
+VERBS = {"train", "fuse", "generate", "train-condition", "evaluate"}  # that a preset may have a part for
 
 
 def _as_in_yaml_1_2(tag: str, found: re.Pattern[str]) -> re.Pattern[str]:
@@ -396,6 +401,46 @@ def usual_settings(base: str, verb: str) -> dict[str, Any]:
     """What the preset that a base brings along says for a verb; nothing where there is none."""
     name = preset_of(base)
     return preset_part(name, verb) if name else {}
+
+
+def settings_for(
+    model: type[Model],
+    verb: str,
+    *changes: Mapping[str, Any],
+    config: str | None = None,
+    held: Mapping[str, Any] | None = None,
+    source: str = "",
+    base: str = "pocket",
+) -> Model:
+    """The settings of a verb as the command line resolves them; with few words the same as there::
+
+        settings_for(TrainConfig, "train", {"concept": "photos/rex", "output": "rex.safetensors"})
+
+    A preset by name or a YAML file comes first, then what a scene held, then the changes, of which later ones win.
+
+    Args:
+        config: the preset or file; by default the preset that the base brings along.
+        held: what a scene held that was read from ``source``.
+        base: what is meant where nothing names one.
+
+    Raises:
+        UserError: no such preset or file, one of another verb, or a setting that cannot be.
+    """
+    named = [layer["base"] for layer in (held or {}, *changes) if layer.get("base") is not None]
+    chosen = config or preset_of(str([base, *named][-1]))
+    layer: dict[str, Any] = {}
+    if chosen is not None:
+        layer = read_yaml(preset(chosen))
+        if layer and set(layer) <= VERBS:
+            if verb == "train" and verb not in layer:
+                raise UserError(f"{chosen} is a preset for {', '.join(layer)}; choose another for train with --config.")
+            layer = layer.get(verb) or {}
+            if not isinstance(layer, dict):
+                raise UserError(f"The part '{verb}' of {chosen} must hold key: value lines.")
+    last = [dict(change) for change in changes]
+    if held:
+        return build(model, dict(held), {k: v for k, v in layer.items() if k not in held}, *last, file=source)
+    return build(model, layer, *last, file=config or "")
 
 
 def _sentence(model: type[Settings], error: ValidationError, where: str) -> str:

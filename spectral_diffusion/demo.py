@@ -58,7 +58,7 @@ def run_demo(
     teaching = min(steps or TEACHING, TEACHING)
     note(f"The whole demo takes about {brief_duration(demo_seconds(list(trainings.values()), teaching))} here.")
     for config in trainings.values():
-        train_to_file(config, progress=progress, note=note)
+        train_to_file(config, progress=progress, note=note, force=True)
 
     fused = output / "fused"
     change = {"adapters": list(files.values()), "output": fused, "merge": "gradient"}

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from spectral_diffusion.config import FuseConfig, TrainConfig, build, parse_overrides, read_yaml
+from spectral_diffusion import cli
+from spectral_diffusion.config import FuseConfig, TrainConfig, build, parse_overrides, read_yaml, settings_for
 from spectral_diffusion.errors import UserError
+from spectral_diffusion.training import run
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
 def settings_on(page: str) -> list[str]:
-    """The ``key=value`` words of a page."""
-    return re.findall(r"(?<![\w.-])([a-z_]+(?:\.[a-z_]+)?=[^\s`,;)]+)", (DOCS / page).read_text(encoding="utf-8"))
+    """The ``key=value`` words of a page, Python code apart."""
+    text = re.sub(r"```python.*?```", "", (DOCS / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.findall(r"(?<![\w.-])([a-z_]+(?:\.[a-z_]+)?=[^\s`,;)]+)", text)
 
 
 def test_every_setting_that_the_page_on_training_names_is_one() -> None:
@@ -53,3 +58,45 @@ def test_true_and_false_are_no_numbers_and_no_words(tmp_path: Path, pair: str) -
         build(TrainConfig, parse_overrides([pair]), files)
     found = build(TrainConfig, parse_overrides(["data.shuffle=yes", "layerwise=true", "mixed_precision=no"]), files)
     assert found.data.shuffle and found.layerwise and found.mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "config"),
+    [
+        ([], {}, None),
+        (["--steps", "7", "preservation.pictures=5"], {"steps": 7, "preservation": {"pictures": 5}}, None),
+        (["--config", "sd15-12gb"], {}, "sd15-12gb"),
+        (["--config", "sd15-12gb", "--base", "pocket"], {"base": "pocket"}, "sd15-12gb"),
+        (["--base", "nowhere/base"], {"base": "nowhere/base"}, None),
+        (["--config", "mine.yaml", "rank=3"], {"rank": 3}, "mine.yaml"),
+    ],
+)
+def test_python_and_the_command_line_train_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], changes: dict[str, Any], config: str | None
+) -> None:
+    """The same words give the same settings: on the pocket base, by a preset's name and from a file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rex").mkdir()
+    (tmp_path / "mine.yaml").write_text("steps: 11\npreservation: {weight: 0.5}\n")
+    asked: list[TrainConfig] = []
+    monkeypatch.setattr(run, "train_to_file", lambda settings, *rest, **more: asked.append(settings))
+    monkeypatch.setattr(sys, "argv", ["spectral-diffusion", "train", "rex", "-o", "rex.safetensors", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    where = {"concept": "rex", "output": "rex.safetensors"}
+    assert asked == [settings_for(TrainConfig, "train", where, changes, config=config)]
+    pocket = settings_for(TrainConfig, "train", where)
+    assert pocket == build(TrainConfig, read_yaml(DOCS.parent / "configs" / "pocket.yaml")["train"], where)
+    assert (asked[0] == pocket) is (not words)
+
+
+def test_settings_of_python_know_every_verb(tmp_path: Path) -> None:
+    fuse = settings_for(FuseConfig, "fuse", {"adapters": ["a"], "output": "b"})
+    assert fuse.teach.guidance == 2.0  # the pocket preset's
+    elsewhere = settings_for(FuseConfig, "fuse", {"adapters": ["a"], "output": "b"}, base=str(tmp_path))
+    assert elsewhere == FuseConfig(adapters=[Path("a")], output=Path("b"))
+    with pytest.raises(UserError, match="is a preset for fuse; choose another for train"):
+        settings_for(TrainConfig, "train", {"concept": "a", "output": "b"}, config="pocket-taught")
+    with pytest.raises(UserError, match=r"Unknown setting 'stesp' .*did you mean 'steps'"):
+        settings_for(TrainConfig, "train", {"concept": "a", "output": "b", "stesp": 1})

@@ -33,8 +33,8 @@ from spectral_diffusion.methods.spectral_rotation import prepare
 from spectral_diffusion.methods.targets import find_targets
 from spectral_diffusion.progress import Event
 from spectral_diffusion.slots import LEDGER, ROWS, Ledger
-from spectral_diffusion.training.batch import Job, is_done
 from spectral_diffusion.training.loop import Stopped
+from spectral_diffusion.training.output import is_done
 from spectral_diffusion.training.run import state_path, train_to_file
 
 NAMES = sorted(all_methods())
@@ -304,13 +304,13 @@ def test_an_adapter_of_another_revision_of_its_method_is_refused(
     asked = itertools.count()
     with pytest.raises(Stopped):
         train_to_file(longer, should_stop=lambda: next(asked) >= 2)
-    assert is_done(Job(settings(photos, tiny_base, file, method="vera", rank=4, steps=1)))
+    assert is_done(settings(photos, tiny_base, file, method="vera", rank=4, steps=1))
     monkeypatch.setitem(METHODS.things, "vera", replace(get_method("vera"), revision=3))
     with pytest.raises(UserError, match="was trained by another version of vera"):
         load_adapter(file)
     with pytest.raises(UserError, match="by another version of its method"):
         train_to_file(longer, resume=True)
-    assert not is_done(Job(settings(photos, tiny_base, file, method="vera", rank=4, steps=1)))
+    assert not is_done(settings(photos, tiny_base, file, method="vera", rank=4, steps=1))
 
 
 def test_a_state_of_adalora_that_names_the_concept_is_gone_on_with(tiny_base: Path) -> None:

@@ -156,7 +156,8 @@ def test_hub_folders_with_metadata_in_either_form_and_folders_below(tmp_path: Pa
         "deep/er/1.png": 'a "good" one',
         "train/0.png": "of its own",
     }
-    assert not concept.skipped and not concept.notes
+    assert not concept.skipped
+    assert [note.partition(";")[0] for note in concept.notes] == ["Not read: 1 photo in unnamed/"]
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])

@@ -112,8 +112,8 @@ def test_training(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
         for file in folder.glob("*") if folder.exists() else ():
             file.unlink()
 
-    def work() -> object:
-        return train_to_file(settings(folder), resume=True, base=base)
+    def work() -> object:  # a finished adapter that stands there is trained anew
+        return train_to_file(settings(folder), resume=state_path(settings(folder).output).exists(), base=base)
 
     kills = exact = 0
     for index, after in enumerate(moments(work, clean)):

@@ -311,6 +311,23 @@ def test_a_new_training_takes_the_place_of_one_that_left_nothing(queue: Queue) -
     assert [job.id for job in queue.jobs()] == [second]
 
 
+def test_a_training_that_left_no_state_begins_anew_over_an_older_adapter(queue: Queue, workspace: Workspace) -> None:
+    """--resume would keep the older adapter, or refuse it for its other settings."""
+    workspace.adapters.mkdir(parents=True, exist_ok=True)
+    (workspace.adapters / "ann.safetensors").write_bytes(b"an older one")
+    first, _ = queue.enqueue("ann")
+    end(queue, first, "Odd.")
+    queue.resume(first)
+    training(queue, first)
+    assert "--resume" not in queue.job(first).log.read_text()
+    queue.stop(first)
+    until(lambda: states(queue) == {"ann": "stopped"})
+    state_path(workspace.adapters / "ann.safetensors").write_bytes(b"state")
+    queue.resume(first)
+    training(queue, first)
+    until(lambda: "--resume" in queue.job(first).log.read_text())
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "ann/..", "", None])
 def test_names_are_looked_up_never_joined(queue: Queue, workspace: Workspace, name: str | None) -> None:
     with pytest.raises(UserError, match="oncept"):

@@ -25,6 +25,7 @@ from spectral_diffusion.progress import Event
 from spectral_diffusion.slots import Slot
 from spectral_diffusion.training.card import SIZE
 from spectral_diffusion.training.run import train_to_file
+from spectral_diffusion.training.slow_steps import SlowSteps
 from spectral_diffusion.training.state import Stopped
 from spectral_diffusion.training.status import (
     POINTS,
@@ -58,6 +59,40 @@ def test_the_curve_is_thinned_and_ends_with_the_last_step(tmp_path: Path) -> Non
     assert status.curve[-1] == (3001, 1 / 3001) and status.curve[0][0] == 1
     assert [s for s, _ in status.curve] == sorted({s for s, _ in status.curve})
     assert json.loads(path.read_text())["loss"] == status.loss
+
+
+def test_a_slow_step_does_not_move_the_time_that_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("spectral_diffusion.training.status.time.monotonic", lambda: clock[0])
+    reporter = Reporter()
+    left = {}
+    for step in range(1, 41):
+        clock[0] += 300.0 if step == 20 else 0.5  # the machine slept
+        reporter.progress(Event("train", step, 100, {"loss": 1.0}))
+        left[step] = reporter.status.eta
+    assert left[1] is None and left[2] == 49.0
+    assert left[20] == 40.0 and left[40] == 30.0
+    for step in range(41, 100):  # a lasting change counts
+        clock[0] += 2.0
+        reporter.progress(Event("train", step, 100, {"loss": 1.0}))
+    assert reporter.status.eta == 2.0
+
+
+def test_steps_that_become_slow_are_told_once() -> None:
+    def notes(threads: int, *seconds: float) -> list[str]:
+        found: list[str] = []
+        pace, clock = SlowSteps(threads, found.append), 0.0
+        for each in seconds:
+            clock += each
+            pace.step(clock)
+        return found
+
+    quick, slow = [0.3] * 30, [3.0] * 30
+    [note] = notes(2, *quick, *slow, *quick, *slow)
+    assert "10 times as long" in note and "2 threads" in note and "OMP_NUM_THREADS=1" in note
+    assert not notes(1, *quick, *slow)  # nobody to wait for
+    assert not notes(2, *quick, 60.0, 60.0, *quick)  # a grid of samples
+    assert not notes(2, *slow, *quick, *[0.9] * 30)
 
 
 def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from .support import numbers, say
 if TYPE_CHECKING:
     from PIL import Image
 
-DRAWN = "spectral_diffusion_drawing"  # marks a sketch or a skeleton that was drawn from a photo
 SOURCES = {".yaml", ".yml", ".png", ".txt"}
 
 
@@ -167,26 +166,16 @@ def conditions_keypose(
     _write(photo, output, "keypose", drawn)
 
 
-def _is_drawn(path: Path) -> bool:
-    """Whether a picture is what :func:`_write` wrote, and nothing else since."""
-    from PIL import Image
-
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            return DRAWN in image.info
-    except (OSError, ValueError, SyntaxError):
-        return False
-
-
 def _write(photo: Path, output: Path | None, kind: str, drawn: Callable[[], Image.Image]) -> None:
     from PIL.PngImagePlugin import PngInfo
 
+    from ..data.pictures import DRAWN, is_drawn
     from ..files import atomic
 
     output = output or photo.with_name(f"{photo.stem}_{kind}.png")
     if output.suffix.lower() != ".png":
         raise UserError(f"The output {output} must end in .png.")
-    if output.exists() and not _is_drawn(output):
+    if output.exists() and not is_drawn(output):
         raise UserError(f"{output} was not drawn from a photo here, and would be lost; choose another output with -o.")
     image, info = drawn(), PngInfo()
     info.add_text(DRAWN, kind)

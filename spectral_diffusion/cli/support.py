@@ -98,26 +98,12 @@ def resolve(
 ) -> Any:
     """Preset or file, then what a scene held (read from ``source``), then flags, then key=value.
 
-    Without --config the pocket base brings its preset; ``base`` is what is meant where no setting says so.
+    See :func:`..config.settings_for`; ``base`` is what is meant where no setting says so.
     """
-    from ..config import build, parse_overrides, read_yaml
-    from ..resources import preset, preset_of
+    from ..config import parse_overrides, settings_for
 
     changes = parse_overrides(overrides or [])
-    chosen = config or preset_of(str(changes.get("base", flags.get("base", (held or {}).get("base", base)))))
-    layer: dict[str, Any] = {}
-    if chosen is not None:
-        layer = read_yaml(preset(chosen))
-        verbs = {"train", "fuse", "generate", "train-condition", "evaluate"}
-        if layer and set(layer) <= verbs:
-            if verb == "train" and verb not in layer:
-                raise UserError(f"{chosen} is a preset for {', '.join(layer)}; choose another for train with --config.")
-            layer = layer.get(verb) or {}
-            if not isinstance(layer, dict):
-                raise UserError(f"The part '{verb}' of {chosen} must hold key: value lines.")
-    if held:
-        return build(model, held, {k: v for k, v in layer.items() if k not in held}, flags, changes, file=source)
-    return build(model, layer, flags, changes, file=config or "")
+    return settings_for(model, verb, flags, changes, config=config, held=held, source=source, base=base)
 
 
 def named_base(files: list[str], overrides: list[str] | None = None) -> str:

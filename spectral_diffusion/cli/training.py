@@ -51,7 +51,9 @@ def train(
     device: DeviceOption = None,
     dtype: FrozenOption = None,
     resume: ResumeOption = False,
-    force: Annotated[bool, typer.Option("--force", help="Resume although settings have changed.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Resume with other settings; else replace what --resume would go on with.")
+    ] = False,
     continue_from: Annotated[
         Path | None, typer.Option("--continue", help="Go on from a spectral-rotation adapter's turned columns.")
     ] = None,
@@ -94,6 +96,7 @@ def train_one(
     from ..config import TrainConfig
     from ..progress import silent
     from ..training.machines import is_main
+    from ..training.output import is_done
     from ..training.run import train_to_file
     from ..training.state import Stopped
     from ..training.status import reporting, status_path
@@ -109,11 +112,13 @@ def train_one(
                 if beside and is_main():
                     reporter.path = status_path(settings.output)
                 reporter.begin(settings, settings.output, resume)
+                done = resume and is_done(settings, force)
                 train_to_file(settings, resume, reporter.progress, should_stop, reporter.note, force=force)
         except Stopped as stopped:
             tell(str(stopped))
             raise typer.Exit(130) from stopped
-    tell(f"Wrote {settings.output}.")
+    if not done:
+        tell(f"Wrote {settings.output}.")
 
 
 def train_batch(

@@ -11,10 +11,7 @@ from typing import Any
 
 from ..config import DataConfig
 from ..errors import UserError
-from ..files import is_file
 from ..randomness import keyed_random
-
-ENDINGS = (".txt", ".caption")
 
 
 def read_metadata(folder: Path) -> dict[Path, str]:
@@ -74,19 +71,13 @@ def _text_of(path: Path) -> str:
         raise UserError(f"{path} is not a UTF-8 text file; save it again as UTF-8.") from error
 
 
-def text_beside(path: Path, folder: Path) -> str | None:
-    """The caption in a text file of an image's name: beside it, or in ``captions/`` there or in ``folder``.
+def read_caption(file: Path) -> str | None:
+    """The caption in a text file, on one line; None if it is empty.
 
     Raises:
         UserError: it is not UTF-8.
     """
-    apart = [place / name for place in (path.parent, folder) for name in ("caption", "captions")]
-    for place in (path.parent, *apart):
-        for ending in ENDINGS:
-            file = place / f"{path.stem}{ending}"
-            if is_file(file):
-                return " ".join(_text_of(file).split()) or None
-    return None
+    return " ".join(_text_of(file).split()) or None
 
 
 def vary(caption: str, token: str, config: DataConfig, *key: int | str) -> str:

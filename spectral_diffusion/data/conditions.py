@@ -18,8 +18,9 @@ from ..config import ConditionConfig
 from ..errors import UserError
 from ..progress import Event, Progress
 from ..randomness import keyed_generator
-from .folder import SUFFIXES, load_concept, open_photo
+from .folder import load_concept, open_photo
 from .samples import random_crop
+from .sidecars import Files, find_drawing
 
 CHANNELS = {"sketch": 1, "keypose": 3}
 
@@ -47,18 +48,10 @@ def read_pairs(config: ConditionConfig, note: Callable[[str], None]) -> list[Pai
     """
     folder, kind = config.folder, config.kind
     concept = load_concept(folder, name="it")
-    drawing = re.compile(rf"(.+)[._]({'|'.join(CHANNELS)})")
-    drawn = {photo.path: found for photo in concept.photos if (found := drawing.fullmatch(photo.path.stem))}
-    beside = {path.with_name(found[1]): path for path, found in drawn.items() if found[2] == kind}
-    apart: dict[str, Path] = {}
-    for place in (folder / "conditions", folder / kind):
-        if place.is_dir():
-            apart |= {path.stem: path for path in sorted(place.iterdir()) if path.suffix.lower() in SUFFIXES}
+    files = Files()
     pairs, skipped, bare, wordless = [], list(concept.skipped), 0, 0
     for photo in concept.photos:
-        if photo.path in drawn:
-            continue
-        condition = beside.get(photo.path.with_suffix("")) or apart.get(photo.path.stem)
+        condition = find_drawing(photo.path, folder, kind, files)
         if condition is None:
             bare += 1
             continue
@@ -79,6 +72,8 @@ def read_pairs(config: ConditionConfig, note: Callable[[str], None]) -> list[Pai
         skipped.append(f"{bare} without a {kind}")
     if skipped:
         note(f"Skipped in {folder}: {'; '.join(skipped)}.")
+    for text in concept.notes:
+        note(text)
     if wordless:
         note(f"Without a caption: {wordless} pictures, read as '{config.template}'; template= says another.")
     return pairs

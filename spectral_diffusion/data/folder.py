@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import read_yaml
 from ..errors import UserError, nearest
 from ..files import is_file
-from ..tokens import check_token
-from .captions import read_metadata, text_beside
-from .masks import find_mask, is_label
+from ..tokens import check_token, is_name, latin, slug
+from .captions import read_caption, read_metadata
+from .masks import is_mask
 from .pictures import MAX_PIXELS as MAX_PIXELS
-from .pictures import SUFFIXES, on_ground, open_upright
+from .pictures import SUFFIXES, UNREAD, is_drawn, on_ground, open_upright
 from .pictures import open_photo as open_photo
+from .sidecars import (
+    DRAWING_ENDINGS,
+    DRAWING_FOLDERS,
+    MASK_ENDINGS,
+    MASK_FOLDERS,
+    TEXT_FOLDERS,
+    TEXTS,
+    Files,
+    find_caption,
+    find_mask,
+    folded,
+    is_label,
+    twin_of,
+)
 
 QUIET = {".txt", ".caption", ".yaml", ".yml", ".json", ".jsonl", ".csv", ".md", ".safetensors"}
 CONCEPT_KEYS = {"name", "noun", "token", "repeats"}
 IMAGE_FOLDERS = ("image", "images", "train")
+APART = {*TEXT_FOLDERS, *MASK_FOLDERS, *DRAWING_FOLDERS}  # folders of what belongs to photos
+UNKNOWN = "object"  # the class noun of a name that gives none
 MAX_REPEATS = 1000
+MOST_FOLDERS = 1000  # that are looked through for photos which are not read
 
 
 @dataclass(frozen=True)
@@ -44,7 +63,8 @@ class Photo:
 class Concept:
     """A person's own thing.
 
-    ``skipped`` holds a reason per file that could not be used, ``notes`` what else a person may want to know.
+    ``skipped`` holds a reason per file that could not be used, ``notes`` what else a person may want to know, and
+    ``drawings`` the pictures that were left out because they are drawings of the photos.
     """
 
     name: str
@@ -53,16 +73,19 @@ class Concept:
     photos: tuple[Photo, ...]
     skipped: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    drawings: tuple[Path, ...] = ()
 
     def prompt(self, text: str) -> str:
         """A caption or template with the concept's token in it.
 
-        ``<TOK>`` or ``{}`` mark the place; a caption that names the token stays; any other is put after it.
+        ``<TOK>`` or ``{}`` mark the place; a caption that names the token, in upper or lower case, stays; any other is
+        put after it.
         """
         for mark in ("<TOK>", "{}"):
             if mark in text:
                 return text.replace(mark, self.token)
-        return text if self.token in text else f"{self.token}, {text}"
+        named = re.compile(re.escape(self.token), re.IGNORECASE)  # tokenizers do not tell upper case from lower
+        return named.sub(self.token, text) if named.search(text) else f"{self.token}, {text}"
 
     def digest(self) -> str:
         """One hash of what a training sees of it: its words, photos, captions and masks.
@@ -83,19 +106,56 @@ class Concept:
         return hashed.hexdigest()[:32]
 
 
+@dataclass(frozen=True)
+class About:
+    """What a concept is called, and what ``concept.yaml`` says of repeats; ``given`` if anybody gave it a name."""
+
+    name: str
+    noun: str
+    token: str
+    repeats: Any
+    given: bool
+
+
 def load_concept(folder: Path, name: str | None = None, token: str | None = None, noun: str | None = None) -> Concept:
     """Read a photo folder.
 
     Images lie in it; in ``image/``, ``images/`` or ``train/`` inside it; in folders such as ``10_name/``, whose
     photos are seen 10 times an epoch; or where its metadata says. Captions come from ``metadata.jsonl`` or
     ``metadata.csv`` (``file_name``, ``text``), else ``<image>.txt`` beside the image or in ``caption/`` or
-    ``captions/``, else a template. Masks: :func:`.masks.find_mask`, else the image's alpha. ``concept.yaml`` may give
-    ``name``, ``noun``, ``token`` and ``repeats``, a number or one per folder.
+    ``captions/``, else a template. Masks: :func:`.sidecars.find_mask`, else the image's alpha. ``concept.yaml`` may
+    give ``name``, ``noun``, ``token`` and ``repeats``, a number or one per folder.
 
     Raises:
-        UserError: no such folder, or no usable image in it.
+        UserError: no such folder, no usable image in it, or several concepts.
     """
     folder = Path(folder)
+    about = describe(folder, name, token, noun)
+    places = image_folders(folder, about.repeats)
+    if not about.given:
+        check_one_concept(folder, places)
+    found = read_photos(folder, places)
+    if not found.photos:
+        broken = f" ({'; '.join(found.skipped)})" if found.skipped else ""
+        raise UserError(
+            f"{folder} holds no readable photo{broken}; put at least one .jpg, .png or .webp there"
+            f"{f'. {found.nested}' if found.nested else '.'}"
+        )
+    notes = [*found.notes, *([found.nested] if found.nested else [])]
+    if about.noun == UNKNOWN:
+        notes.append(f"'{about.name}' gives no class noun, so it is trained as an {UNKNOWN}; noun=dog says what it is.")
+    return Concept(
+        about.name, about.noun, about.token, tuple(found.photos), tuple(found.skipped), tuple(notes),
+        tuple(found.drawings),
+    )  # fmt: skip
+
+
+def describe(folder: Path, name: str | None = None, token: str | None = None, noun: str | None = None) -> About:
+    """What a concept is called: as given, else as its ``concept.yaml`` says, else as its folder is called.
+
+    Raises:
+        UserError: no such folder, an odd ``concept.yaml``, or a name or token that cannot be one.
+    """
     if not folder.is_dir():
         raise UserError(f"No such folder: {folder}.")
     described: dict[str, Any] = {}
@@ -109,18 +169,28 @@ def load_concept(folder: Path, name: str | None = None, token: str | None = None
     for key, value in described.items():
         if isinstance(value, bool | list | dict):
             raise UserError(f"{folder / 'concept.yaml'} must give {key} as a word; put it into quotes.")
-    name = name or said.get("name") or folder.resolve().name
-    if not re.fullmatch(r"[\w .-]{1,80}", name) or name.startswith("."):
+    given = any([name, token, noun, *said.values()])
+    name = unicodedata.normalize("NFC", name or said.get("name") or folder.resolve().name)
+    if not is_name(name, 80) or name.startswith("."):
         raise UserError(f"'{name}' cannot be a concept's name; use letters, digits, - and _ (name=rex).")
-    token = check_token(token or said.get("token") or f"<{re.sub(r'[^A-Za-z0-9-]+', '-', name).strip('-') or 'it'}>")
-    noun = noun or said.get("noun") or re.sub(r"[^A-Za-z]+", " ", name).strip() or "object"
+    token = check_token(token or said.get("token") or f"<{slug(name) or 'it'}>")
+    noun = noun or said.get("noun") or re.sub(r"[^A-Za-z]+", " ", latin(name)).strip() or UNKNOWN
+    return About(name, noun, token, repeats, given)
 
-    places = image_folders(folder, repeats)
-    photos, skipped, notes = read_photos(folder, places)
-    if not photos:
-        broken = f" ({'; '.join(skipped)})" if skipped else ""
-        raise UserError(f"{folder} holds no readable photo{broken}; put at least one .jpg, .png or .webp there.")
-    return Concept(name, noun, token, tuple(photos), tuple(skipped), tuple(notes))
+
+def check_one_concept(folder: Path, places: Iterable[Path]) -> None:
+    """Refuse folders such as ``10_rex dog`` and ``5_mug cup`` beside each other: they are two concepts.
+
+    Raises:
+        UserError: they begin with different words.
+    """
+    found = [(path, match[1]) for path in places if (match := re.fullmatch(r"\d+_([^\s_-]+).*", path.name))]
+    others = [path for path, word in found if word.casefold() != found[0][1].casefold()]
+    if others:
+        raise UserError(
+            f"{folder} holds folders of two names, '{found[0][0].name}' and '{others[0].name}': train each by itself "
+            f"('{found[0][0]}'), or say by name= that they are one concept."
+        )
 
 
 def image_folders(folder: Path, repeats: Any) -> dict[Path, int]:
@@ -159,46 +229,134 @@ def checked_repeats(value: Any, source: str) -> int:
     return value
 
 
-def read_photos(folder: Path, places: Mapping[Path, int]) -> tuple[list[Photo], list[str], list[str]]:
-    """The photos in these places and where their metadata leads, what was skipped and why, and other notes."""
+@dataclass
+class Found:
+    """What lies in a photo folder; ``nested`` is a note on photos in folders that are not read, or empty."""
+
+    photos: list[Photo]
+    skipped: list[str]
+    notes: list[str]
+    drawings: list[Path]
+    nested: str = ""
+
+
+def read_photos(folder: Path, places: Mapping[Path, int]) -> Found:
+    """The photos in these places and where their metadata leads, with their captions and masks."""
     captions: dict[Path, str] = {}
     for place in places:
         captions |= read_metadata(place)
     there = {path for path in captions if is_file(path)}
-    by_name = {path.name: text for path, text in captions.items() if path not in there}  # named from another folder
-    files = {path for place in places for path in place.iterdir() if path.is_file()}
-    files |= there
-    photos, skipped, others = [], [], 0
+    elsewhere = [path for path in captions if path not in there]
+    by_name = {folded(path.name): captions[path] for path in elsewhere}  # named from another folder, or otherwise
+    paths = {path for place in places for path in Files.all(place)} | there
+    images, others = sorted_out(sorted(paths))
+    photos: list[Photo] = []
+    skipped: list[str] = []
+    drawings: list[Path] = []
+    masks: dict[Path, Path] = {}
     same: dict[str, list[str]] = {}
-    for path in sorted(files):
-        if path.name.startswith(".") or is_label(path):
-            continue
-        if path.suffix.lower() not in SUFFIXES:
-            others += path.suffix.lower() not in QUIET
+    files = Files()
+    for path in images:
+        if is_drawn(path) or twin_of(path, DRAWING_ENDINGS, images):
+            drawings.append(path)
             continue
         try:
             image = open_upright(path)
         except UserError as error:
             skipped.append(str(error))
             continue
+        if (photo := twin_of(path, MASK_ENDINGS, images)) and is_mask(image):
+            masks[photo] = path
+            continue
         shown = on_ground(image, "white")
         pixels = hashlib.sha256(f"{shown.size}".encode() + shown.tobytes()).hexdigest()
         same.setdefault(pixels, []).append(path.relative_to(folder).as_posix())
-        caption = captions.get(path) or by_name.get(path.name) or text_beside(path, folder)
-        mask = find_mask(path, folder) or (path if image.mode == "RGBA" else None)
+        caption = captions.get(path) or by_name.get(folded(path.name))
+        if not caption and (text := find_caption(path, folder, files)):
+            caption = read_caption(text)
+        mask = find_mask(path, folder, files)
+        if image.mode == "RGBA":
+            masks.setdefault(path, path)
         repeats = next((places[place] for place in path.parents if place in places), 1)
         photos.append(Photo(path, caption, image.size, mask, repeats))
+    photos = [photo if photo.mask else replace(photo, mask=masks.get(photo.path)) for photo in photos]
+    named = {folded(photo.path.name) for photo in photos}
+    notes = list(notes_of(same.values(), [path.name for path in elsewhere if folded(path.name) not in named]))
+    notes += unused(photos, folder, files)
+    return Found(photos, [*skipped, *others], notes, drawings, nested_photos(folder, places, there))
+
+
+def sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """The pictures among files, without masks that lie beside photos; and a sentence's part on other kinds of files."""
+    images, unread, others = [], [], []
+    for path in paths:
+        suffix = path.suffix.lower()
+        if path.name.startswith(".") or is_label(path):
+            continue
+        if suffix in SUFFIXES:
+            images.append(path)
+        elif suffix in UNREAD:
+            unread.append(path)
+        elif suffix not in QUIET:
+            others.append(path.name)
+    reasons = []
+    if unread:
+        kinds = " and ".join(sorted({UNREAD[path.suffix.lower()] for path in unread}))
+        verb = "is" if len(unread) == 1 else "are"
+        names = and_more([path.name for path in unread], 1)
+        reasons.append(f"{names} {verb} {kinds}, which is not read here: save as JPEG")
     if others:
-        skipped.append(f"{others} file{'s' if others > 1 else ''} of other kinds")
-    named = {photo.path.name for photo in photos}
-    gone = [path.name for path in captions if path not in there and path.name not in named]
-    return photos, skipped, notes_of(same.values(), gone)
+        reasons.append(f"{len(others)} file{'s' if len(others) > 1 else ''} of other kinds ({and_more(others, 2)})")
+    return images, reasons
 
 
-def notes_of(same: Iterable[list[str]], gone: list[str]) -> list[str]:
+def and_more(names: Sequence[str], shown: int) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{', '.join(name[:80] for name in names[:shown])}{more}"
+
+
+def notes_of(same: Iterable[list[str]], gone: list[str]) -> Iterator[str]:
     """What a person may want to know: photos that are the same, names in the metadata that no photo has."""
-    notes = [f"{len(names)} photos are the same: {', '.join(names)}." for names in same if len(names) > 1]
+    for names in same:
+        if len(names) > 1:
+            yield f"{len(names)} photos are the same: {', '.join(names)}."
     if gone:
         more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
-        notes.append(f"Named in the metadata but not among the photos: {gone[0][:80]!r}{more}.")
-    return notes
+        yield f"Named in the metadata but not among the photos: {gone[0][:80]!r}{more}."
+
+
+def unused(photos: Sequence[Photo], folder: Path, files: Files) -> Iterator[str]:
+    """Notes on captions and masks that were given and are not used."""
+    around = {photo.path.parent for photo in photos} | {folder}
+    texts = [*around, *(place / name for place in around for name in TEXT_FOLDERS)]
+    masks = [place / name for place in around for name in MASK_FOLDERS]
+    for kind, places, endings in (("captions", texts, set(TEXTS)), ("masks", masks, SUFFIXES | set(UNREAD))):
+        left = [path for place in sorted(places) for path in Files.all(place) if path.suffix.lower() in endings]
+        left = sorted(path for path in left if path not in files.used and not path.name.startswith("."))
+        if left:
+            names = [path.relative_to(folder).as_posix() for path in left]
+            why = "no photo has that name" + (", or its caption is elsewhere" if kind == "captions" else "")
+            yield f"Not used as {kind}: {and_more(names, 3)} ({why})."
+
+
+def nested_photos(folder: Path, places: Mapping[Path, int], there: Collection[Path]) -> str:
+    """A note on photos in folders below that are not read; empty if there are none."""
+    count, names = 0, []
+    for number, (where, inside, files) in enumerate(os.walk(folder)):
+        place = Path(where)
+        inside[:] = sorted(name for name in inside if not name.startswith(".") and name.lower() not in APART)
+        if number >= MOST_FOLDERS:
+            break
+        if place in places:
+            continue
+        found = [name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
+        if left := [name for name in found if place / name not in there]:
+            count += len(left)
+            names.append(place.relative_to(folder).as_posix() + "/")
+    if not names:
+        return ""
+    photos = "1 photo in" if count == 1 else f"{count} photos in"
+    direct = [name.rstrip("/") for name in names if name.count("/") == 1]
+    naming = f", or name their folders in concept.yaml (repeats: {{{direct[0]}: 1}})" if direct else ""
+    return f"Not read: {photos} {and_more(names, 3)}; move them up{naming}."

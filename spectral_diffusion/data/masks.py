@@ -4,30 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import is_file
 from .pictures import on_ground, open_upright
 
-LABEL = "-masklabel.png"
+NEAR = 24  # how far a pixel of a mask may be from black, white or gray: JPEG leaves noise
 LEAST = 1 / 16  # a crop that shows less of its mask than this is not made up for any further
 
 
-def is_label(path: Path) -> bool:
-    """Whether a file is a mask that lies beside its photo."""
-    return path.name.lower().endswith(LABEL)
-
-
-def find_mask(photo: Path, folder: Path) -> Path | None:
-    """A photo's mask: ``masks/<stem>.png`` beside it or in the concept's folder, or ``<stem>-masklabel.png``."""
-    apart = [place / name / f"{photo.stem}.png" for place in (photo.parent, folder) for name in ("masks", "mask")]
-    for file in (*apart, photo.with_name(f"{photo.stem}{LABEL}")):
-        if is_file(file):
-            return file
-    return None
+def is_mask(image: Image.Image) -> bool:
+    """Whether a picture is black and white, as a mask is and hardly any photo; a few greys of soft edges may be."""
+    pixels = np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.NEAREST), dtype=np.int16)
+    colorless = np.ptp(pixels, axis=2).max() <= NEAR
+    extreme = ((pixels <= NEAR) | (pixels >= 255 - NEAR)).mean()
+    return bool(colorless and extreme > 0.9)
 
 
 def open_mask(photo: Path, mask: Path, size: tuple[int, int]) -> Image.Image:
@@ -36,7 +30,13 @@ def open_mask(photo: Path, mask: Path, size: tuple[int, int]) -> Image.Image:
     Raises:
         UserError: unreadable, of another size, or black all over.
     """
-    image = open_upright(mask)
+    try:
+        image = open_upright(mask)
+    except UserError as error:
+        if mask == photo:
+            raise
+        what = str(error).replace(mask.name, str(mask), 1)
+        raise UserError(f"The mask {what}; paint it again, or take the file away.") from error
     if image.size != size:
         sides = [f"{width}×{height}" for width, height in (image.size, size)]
         raise UserError(f"The mask {mask} has {sides[0]} pixels, its photo {photo.name} {sides[1]}; save both alike.")

@@ -12,7 +12,12 @@ from ..errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # what a file really is; others may start other programs
+UNREAD = {
+    ".heic": "HEIC", ".heif": "HEIC", ".avif": "AVIF", ".jxl": "JPEG XL", ".dng": "raw", ".cr2": "raw", ".cr3": "raw",
+    ".nef": "raw", ".arw": "raw",
+}  # fmt: skip
 MAX_PIXELS = 80_000_000
+DRAWN = "spectral_diffusion_drawing"  # marks a sketch or a keypose that was drawn from a photo
 
 
 def open_upright(path: Path) -> Image.Image:
@@ -42,6 +47,17 @@ def open_upright(path: Path) -> Image.Image:
         raise UserError(f"{path.name} is too large an image") from error
     except (OSError, SyntaxError, ValueError, MemoryError, EOFError, IndexError, TypeError) as error:
         raise UserError(f"{path.name} is not a readable image") from error
+
+
+def is_drawn(path: Path) -> bool:
+    """Whether a picture is marked as a drawing that this program made of a photo."""
+    if path.suffix.lower() != ".png":
+        return False
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return DRAWN in image.info
+    except Exception:  # a hostile file may break a decoder in any way
+        return False
 
 
 def turned(image: Image.Image) -> Image.Image:

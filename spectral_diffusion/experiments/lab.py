@@ -193,6 +193,7 @@ class Lab:
         spent = file.with_name("seconds.json")
         if not (file.is_file() and spent.is_file()):
             self.check_time()
+            file.unlink(missing_ok=True)  # killed before its seconds were kept: they are measured anew
             begun = time.monotonic()
             train_to_file(self.settings(concept, change, file), resume=True, progress=self.progress)
             write_json(spent, time.monotonic() - begun)

@@ -284,9 +284,9 @@ def bind(base: Base, scene: Scene, note: Callable[[str], None]) -> list[Bound]:
             if warning := check_base(adapter, base, scene.allow_base):
                 note(warning)
             for token in adapter.tokens:
-                if token in owners:
-                    raise UserError(f"{path} and {owners[token]} share the token {token}; train one with another.")
-                owners[token] = path
+                if other := owners.get(token.lower()):  # a tokenizer does not tell upper case from lower
+                    raise UserError(f"{path} and {other} share the token {token}; train one with another.")
+                owners[token.lower()] = path
             install_tokens(base, adapter)
     return [[(loaded[path], strength) for path, strength in region.adapters.items()] for region in scene.regions]
 

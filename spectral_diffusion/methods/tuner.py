@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..linalg import Factors, exact, flatten, sides
 from ..slots import read_columns
 from .frozen import frozen_tensors
@@ -142,10 +143,24 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def frozen_of(self, adapter: str) -> dict[str, Tensor]:
         """The frozen tensors under the method's names; the weight itself is read where it lies, never copied."""
-        frozen = cast(Buffers, self.spectral_frozen[adapter]).named()
+        frozen = self.held(adapter)
         if self.spectral_method[adapter].frozen == "weight":
             weight = flatten(self.base_weight.detach())
             frozen["W"] = weight if weight.dtype == torch.float64 else weight.float()
+        return frozen
+
+    def held(self, adapter: str) -> dict[str, Tensor]:
+        """The frozen tensors that were put in, which are never empty where the method needs some.
+
+        Raises:
+            UserError: they are, since the config named no slot.
+        """
+        frozen = cast(Buffers, self.spectral_frozen[adapter]).named()
+        if not frozen and self.spectral_method[adapter].frozen in {"band", "drawn", "spectrum"}:
+            raise UserError(
+                f"The adapter '{adapter}' has no columns to act on; give SpectralConfig a slot of r columns, such as "
+                "slot='0:8' for r=8."
+            )
         return frozen
 
     def set_frozen(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
@@ -337,7 +352,7 @@ class BatchedPreparation:
 
     def _built_on(self, layer: AdaptedLayer) -> dict[str, Tensor]:
         """The frozen tensors that the preparation asks for."""
-        held = cast(Buffers, layer.spectral_frozen[self.adapter]).named()
+        held = layer.held(self.adapter)
         return {name: held[name] for name in self.method.prepared_on if name in held}
 
 

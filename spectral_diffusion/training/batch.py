@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..config import TrainConfig, build, read_yaml, to_yaml
+from ..config import TrainConfig, to_yaml
+from ..data.folder import describe
 from ..errors import UserError
-from ..files import read_header, write_text
-from ..methods import get_method
+from ..files import write_text
 from ..progress import Event, Progress, silent
-from .run import state_path
-from .state import Stopped, comparable, differences
+from .output import is_done
+from .state import Stopped
 from .status import read_status, status_path
 
-SETTLED = {"rank", "slot", "slot_seed", "budget"}  # settings that a training settles itself
 PAUSE = 0.1  # seconds between two looks at the processes
 
 Command = Callable[["Job", Path], Sequence[str]]  # a job and its settings file to the words of a process
@@ -55,38 +54,38 @@ def jobs_of(folders: Sequence[Path], output: Path, settings: Callable[[Path, Pat
         settings: a photo folder and its output to the settings.
 
     Raises:
-        UserError: two folders of one name, or an output that is a file.
+        UserError: two folders of one name or token, or an output that is a file.
     """
     if output.exists() and not output.is_dir():
         raise UserError(f"{output} is a file; several concepts go into a folder, which -o names.")
-    names = [folder.resolve().name for folder in folders]
+    names = [unicodedata.normalize("NFC", folder.resolve().name) for folder in folders]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"Two of the folders are called '{name}', and their adapters would be too; rename one.")
-    return [Job(settings(folder, output / f"{name}.safetensors")) for folder, name in zip(folders, names, strict=True)]
+    jobs = [Job(settings(folder, output / f"{name}.safetensors")) for folder, name in zip(folders, names, strict=True)]
+    check_tokens(jobs)
+    return jobs
 
 
-def is_done(job: Job, force: bool = False) -> bool:
-    """Whether a job's adapter is there already, from the same settings, and no state of a training since.
+def check_tokens(jobs: Sequence[Job]) -> None:
+    """Refuse two concepts whose token is one word, which could never be used together.
 
     Raises:
-        UserError: it was made with others, and not ``force``.
+        UserError: there are two.
     """
-    beside = job.output.with_suffix(".yaml")
-    if not (job.output.is_file() and beside.is_file()) or state_path(job.output).exists():
-        return False
-    before, now = comparable(build(TrainConfig, read_yaml(beside), file=str(beside))), comparable(job.config)
-    settled = {key: value for key, value in before.items() if key in SETTLED}
-    changed = differences(before, {**now, **settled})
-    if changed and not force:
-        key, (old, new) = next(iter(changed.items()))
-        raise UserError(
-            f"{job.output} was made with {key}={old}, now it is {new}; keep it with --force, or train without --resume."
-        )
-    with suppress(UserError):  # a damaged one is told where it is used
-        revision = int(read_header(job.output)[1].get("spectral.revision", "1"))
-        return revision == get_method(job.config.method).revision  # else it would be refused there
-    return True
+    owners: dict[str, str] = {}
+    for job in jobs:
+        config = job.config
+        try:
+            token = describe(config.concept, config.name, config.token, config.noun).token
+        except UserError:  # what is wrong with one folder is told by its own training
+            continue
+        owner = owners.setdefault(token.lower(), job.name)
+        if owner != job.name:
+            raise UserError(
+                f"'{owner}' and '{job.name}' have one token, {token}; give one of them another in its concept.yaml "
+                "(token: <name>)."
+            )
 
 
 def run_batch(
@@ -115,7 +114,7 @@ def run_batch(
         status = read_status(status_path(job.output))
         if status and status.state in {"starting", "running"}:
             raise UserError(f"{job.output} is being trained by process {status.pid} already; wait for it or stop it.")
-        if resume and is_done(job, force):
+        if resume and is_done(job.config, force):
             job.state = "done"
             note(f"{job.name} is done already.")
     running: list[tuple[Job, subprocess.Popen[bytes]]] = []

@@ -24,7 +24,8 @@ from ..randomness import keyed_generator
 from .draws import Samples, draw_timestep, target_of
 from .loop import Stopped
 from .machines import take_step
-from .state import check_settings, load_state, save_state
+from .output import claimed
+from .state import check_settings, load_state, save_state, step_of
 
 # How often each feature of diffusers' adapters was halved since the first one.
 HALVED = {"full_adapter": (0, 1, 2, 3, 4, 5), "full_adapter_xl": (0, 0, 1, 1, 1, 1)}
@@ -61,10 +62,42 @@ def train_condition(
         NotFiniteError: NaN or infinity; the last good state is kept.
         UserError: no pairs, conditions of another shape, an output that is not ours, a state of other settings.
     """
-    output, state = config.output, state_path(config.output)
+    with claimed(config.output):
+        prepare_output(config.output, resume, note)
+        return train_claimed(config, base, resume, progress, should_stop, note, read)
+
+
+def prepare_output(output: Path, resume: bool, note: Callable[[str], None]) -> None:
+    """Refuse to lose what is at the output: another program's folder, or a stopped training's state.
+
+    Raises:
+        UserError: so it is.
+    """
+    state = state_path(output)
     if output.exists() and not is_ours(output):
         raise UserError(f"{output} exists and is not a folder of train-condition; choose another output with -o.")
     check_writable(output)
+    if state.exists() and not resume:
+        step = step_of(state)
+        where = "A damaged state" if step is None else f"A training stopped at step {step}"
+        raise UserError(f"{where} is in {state}; go on from there with --resume, or remove that file to start anew.")
+    if resume and not state.exists():
+        if output.exists():
+            raise UserError(f"{output} is done, with no state to go on from; train without --resume to replace it.")
+        note(f"No state of a stopped training is beside {output}; starting at step 0.")
+
+
+def train_claimed(
+    config: ConditionConfig,
+    base: Base | None,
+    resume: bool,
+    progress: Progress,
+    should_stop: Callable[[], bool],
+    note: Callable[[str], None],
+    read: Read | None,
+) -> T2IAdapter:
+    """:func:`train_condition`, once its output may be written."""
+    output, state = config.output, state_path(config.output)
     pairs = read_pairs(config, note)
     base = base or load_base(config.base, config.device, config.dtype)
     pipeline, unet = base.pipeline, base.pipeline.unet

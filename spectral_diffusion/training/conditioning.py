@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from ..base import Base
 from ..data.folder import Concept
-from ..tokens import NewTokenEmbedding, embedding_of, expand, initial_vectors, noun_vector, random_vectors
+from ..tokens import (
+    NewTokenEmbedding,
+    collapse,
+    embedding_of,
+    expand,
+    initial_vectors,
+    known_tokens,
+    noun_vector,
+    random_vectors,
+)
 
 
 class Conditioner:
@@ -30,6 +39,7 @@ class Conditioner:
     ) -> None:
         self.base, self.size = base, size
         self.embeddings = {name: embedding_of(base.models[name]) for name in base.tokenizers}
+        self.known = {name: known_tokens(tokenizer) for name, tokenizer in base.tokenizers.items()}
         self.tokens: dict[str, NewTokenEmbedding] = {}
         for name, embedding in self.embeddings.items():
             noun = noun_vector(base.tokenizers[name], base.models[name], concept.noun)
@@ -95,18 +105,40 @@ class Conditioner:
 
     def ids(self, name: str, prompts: Sequence[str]) -> Tensor:
         """Token ids (n, length); new words get the ids behind the vocabulary, in their order."""
-        tokenizer, tokens = self.base.tokenizers[name], self.tokens[name]
+        tokenizer = self.base.tokenizers[name]
         rows = []
         for prompt in prompts:
-            row: list[int] = []
-            for part in split_keep(expand(prompt, {tokens.words[0]: tokens.count}), tokens.words):
-                if part in tokens.words:
-                    row.append(tokens.id_of(part))
-                else:
-                    row += tokenizer(part, add_special_tokens=False).input_ids
+            row = [number for _, numbers in self.parts(name, prompt) for number in numbers]
             row = [tokenizer.bos_token_id, *row[: tokenizer.model_max_length - 2], tokenizer.eos_token_id]
             rows.append(row + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(row)))
-        return torch.tensor(rows, device=tokens.vectors.device)
+        return torch.tensor(rows, device=self.tokens[name].vectors.device)
+
+    def parts(self, name: str, prompt: str) -> list[tuple[str, list[int]]]:
+        """A prompt cut at the new words, each part with its ids; the base's own tokens are written out in full."""
+        tokenizer, tokens = self.base.tokenizers[name], self.tokens[name]
+        known = self.known[name]
+        written = expand(collapse(prompt, known), known | {tokens.words[0]: tokens.count})
+        return [
+            (part, [tokens.id_of(part)])
+            if part in tokens.words
+            else (part, tokenizer(part, add_special_tokens=False).input_ids)
+            for part in split_keep(written, tokens.words)
+        ]
+
+    def cut_off(self, prompt: str) -> tuple[str, bool]:
+        """The end of a prompt that a text encoder never sees, and whether it sees the concept's own word."""
+        for name, tokens in self.tokens.items():
+            tokenizer = self.base.tokenizers[name]
+            room, lost, seen = tokenizer.model_max_length - 2, [], False
+            own = tokens.words[: tokens.count]
+            for part, numbers in self.parts(name, prompt):
+                seen = seen or (part == own[-1] and room > 0)
+                if rest := numbers[max(0, room) :]:
+                    lost.append(part if part in tokens.words else tokenizer.decode(rest))
+                room -= len(numbers)
+            if lost:
+                return collapse(" ".join(lost), {own[0]: len(own)}).strip(), seen
+        return "", True
 
 
 def split_keep(text: str, names: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from .machines import Processes, checkpointing, part_of, quick_attention, take_s
 from .optimisers import Average, build_optimiser, rate_at
 from .ordinary import draw_ordinary
 from .preservation import OTHERS, cut_mix, draw_anchors, is_cut, predict
+from .slow_steps import SlowSteps
 from .start import continued, start_hash, weigh_slot
 from .state import Run, Stopped, comparable
 from .watch import Watcher
@@ -84,7 +86,7 @@ def train(
     with among.first():
         frozen = continued(start_from) if start_from else frozen_tensors(method, weights, config.rank, slot, progress)
     alone = should_stop if among.count == 1 else lambda: False  # several stop together, between steps
-    ordinary = draw_ordinary(base, config, concept.noun, size, progress, alone) if preserving else None
+    ordinary = draw_ordinary(base, config, concept.noun, size, progress, alone, note) if preserving else None
     with (
         Conditioner(base, concept, config.seed, size, OTHERS if preserving else (), layers) as condition,
         detaching(models),
@@ -115,6 +117,7 @@ def train(
         with among.first():
             crops = PhotoCrops(concept, base, whole, size, progress)
         running: float | None = watcher.curve[-1][1] if watcher.curve else None
+        pace = SlowSteps(torch.get_num_threads() if base.device.type == "cpu" else 1, note)
 
         for step in range(start, config.steps):
             if among.any(should_stop()):
@@ -173,6 +176,7 @@ def train(
             if config.watch.patience and among.any(watcher.plateau):
                 note(f"Note: the likeness has not risen for {config.watch.patience} grids; done at step {step + 1}.")
                 break
+            pace.step(time.monotonic())
             if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
                 run.keep(step + 1)
 

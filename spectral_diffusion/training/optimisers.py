@@ -99,7 +99,7 @@ def build_optimiser(
     DoRA's magnitudes. Prodigy finds the rates itself, one per group; a rate of 0 still keeps a component as it is.
 
     Raises:
-        UserError: a package is missing, or single layers' rates were asked of Prodigy.
+        UserError: a package is missing, every rate is 0, or single layers' rates were asked of Prodigy.
     """
     name = config.optimiser.name
     rates = {"unet": config.learning_rate}
@@ -116,6 +116,11 @@ def build_optimiser(
         {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay, _), parameters in groups.items()
     ]
     rows = list(condition.named_parameters().values())
+    if not any(rate > 0 for rate in (*(group["lr"] for group in listed), config.embedding_learning_rate)):
+        raise UserError(
+            "Every learning rate is 0, so nothing would be trained; set learning_rate, text_encoder_learning_rate or "
+            "embedding_learning_rate above 0."
+        )
     listed.append({"params": rows, "lr": config.embedding_learning_rate, "weight_decay": 0.0})
     if name == "prodigy":
         if config.slot_rate:

@@ -52,7 +52,9 @@ def ordinary_prompts(config: PreservationConfig, noun: str, seed: int) -> tuple[
     return things, prompts
 
 
-def read_class_images(folder: Path, base: Base, config: TrainConfig, noun: str, size: int) -> Ordinary:
+def read_class_images(
+    folder: Path, base: Base, config: TrainConfig, noun: str, size: int, note: Callable[[str], None] = lambda text: None
+) -> Ordinary:
     """Square crops of a folder's pictures, ``preservation.pictures`` of them if there are more.
 
     They are prompted with their captions, a picture without one as a photo of the noun.
@@ -61,6 +63,10 @@ def read_class_images(folder: Path, base: Base, config: TrainConfig, noun: str, 
         UserError: no readable picture there.
     """
     pictures = load_concept(folder, name="class", noun=noun)
+    if pictures.skipped:
+        note(f"Skipped in {folder}: {'; '.join(pictures.skipped)}.")
+    for text in pictures.notes:
+        note(f"In {folder}: {text}")
     chosen = torch.randperm(len(pictures.photos), generator=keyed_generator(config.seed, "class"))
     photos = [pictures.photos[int(index)] for index in chosen[: config.preservation.pictures]]
     plain = DataConfig(cache=config.data.cache)
@@ -81,6 +87,7 @@ def draw_ordinary(
     size: int,
     progress: Progress,
     should_stop: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Ordinary:
     """Let the untouched base draw its ordinary pictures, or read those of the class; only their latents are needed.
 
@@ -92,7 +99,7 @@ def draw_ordinary(
     """
     wanted = config.preservation
     if config.data.class_images:
-        return read_class_images(config.data.class_images, base, config, noun, size)
+        return read_class_images(config.data.class_images, base, config, noun, size, note)
     things, prompts = ordinary_prompts(wanted, noun, config.seed)
     own = list(range(0, len(prompts), OWN))
     rest = [index for index in range(len(prompts)) if index % OWN]

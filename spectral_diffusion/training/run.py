@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from ..adapter import Adapter, check_base
@@ -12,8 +13,8 @@ from ..base import Base, load_base
 from ..config import TrainConfig, to_yaml
 from ..data.folder import Concept, load_concept
 from ..errors import UserError
-from ..files import check_settings, check_writable, write_settings
-from ..formats.native import is_native, load_adapter, save_adapter
+from ..files import write_settings
+from ..formats.native import load_adapter, save_adapter
 from ..layerwise import check_encoders
 from ..linalg import sides
 from ..machine import heading
@@ -23,17 +24,16 @@ from ..progress import Progress, silent
 from ..slots import LEDGER, ROWS, Ledger, Slot, collision_probability, parse_policy
 from ..spectrum import capacity, spectrum_of
 from ..tokens import check_name, known_tokens
+from .checks import notes_on
+from .conditioning import Conditioner
 from .loop import train
-from .machines import device_of, processes
+from .machines import Processes, device_of, processes
 from .memory import memory_note
+from .output import check_token_is_free, claimed, prepare_output
+from .output import state_path as state_path
 from .state import load_state
 
 DEGENERATE = 1e-4  # relative gap of neighbouring singular values
-
-
-def state_path(output: Path) -> Path:
-    """Where a run's resumable state lies while it is unfinished."""
-    return output.with_name(f"{output.stem}.state.safetensors")
 
 
 def train_to_file(
@@ -47,41 +47,59 @@ def train_to_file(
 ) -> Adapter:
     """Train the config's concept and write ``output`` and ``output.yaml`` (the resolved settings).
 
-    The concept's slot is reserved in the ledger beside the output before training starts. Of several processes, as
+    The settings are taken as they are; :func:`..config.settings_for` gives those of the command line. The concept's
+    slot is reserved in the ledger beside the output before training starts. Of several processes, as
     ``accelerate launch`` starts them, the main one alone writes and tells.
 
     Args:
-        force: resume although settings have changed.
+        resume: go on from a stopped training's state; an adapter that is done already stays and is returned.
+        force: resume although settings have changed; without ``resume`` replace a stopped training's state, and
+            another concept's adapter.
 
     Raises:
         UserError: anything the person can mend; see also :func:`.loop.train`.
     """
-    output = config.output
-    if output.suffix != ".safetensors":
-        raise UserError(f"The output {output} must end in .safetensors.")
+    if config.output.suffix != ".safetensors":
+        raise UserError(f"The output {config.output} must end in .safetensors.")
     get_method(config.method)  # a misspelt one is told before any loading
     among = processes(config.device)
     if not among.main:
         progress, note = silent, ignore
-    concept = load_concept(config.concept, config.name, config.token, config.noun)
-    if concept.skipped:
-        note(f"Skipped in {config.concept}: {'; '.join(concept.skipped)}.")
-    for text in concept.notes:
-        note(text)
-    check_name(concept.name)
-    if output.is_dir():
-        raise UserError(f"The output {output} is a folder; choose another with -o.")
-    check_writable(output)
-    check_output(output)
-    check_settings(output.with_suffix(".yaml"))
-    base = base or load_base(config.base, device_of(config, among), config.dtype)
+    with claimed(config.output) if among.main else nullcontext():
+        concept = load_concept(config.concept, config.name, config.token, config.noun)
+        if concept.skipped:
+            note(f"Skipped in {config.concept}: {'; '.join(concept.skipped)}.")
+        for text in concept.notes:
+            note(text)
+        check_name(concept.name)
+        if among.share(prepare_output(config, concept.name, resume, force, note) if among.main else None):
+            return load_adapter(config.output)
+        if not force:
+            check_token_is_free(config.output, concept)
+        base = base or load_base(config.base, device_of(config, among), config.dtype)
+        return train_on(base, config, concept, among, resume, force, Hooks(progress, should_stop, note))
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a training asks and tells on the way."""
+
+    progress: Progress
+    should_stop: Callable[[], bool]
+    note: Callable[[str], None]
+
+
+def train_on(
+    base: Base, config: TrainConfig, concept: Concept, among: Processes, resume: bool, force: bool, hooks: Hooks
+) -> Adapter:
+    """The part of :func:`train_to_file` that needs the base.
+
+    Raises:
+        UserError: see :func:`train_to_file`.
+    """
+    output, note = config.output, hooks.note
+    check_concept(concept, base, config)
     config = among.share(with_precision(config, base, resume, note))
-    if config.layerwise:
-        check_encoders(base)
-    if concept.token in known_tokens(base.pipeline.tokenizer):
-        raise UserError(
-            f"The base '{config.base}' already has the token {concept.token}; choose another with token=<name>."
-        )
     start_from = None
     if config.continue_from:
         config, start_from = with_start(config, base, concept)
@@ -91,7 +109,11 @@ def train_to_file(
     method = get_method(config.method)
     if config.normalise and not method.name.startswith("spectral-additive"):
         raise UserError(f"normalise=true scales the columns of spectral-additive; {method.name} has none to scale.")
-    config = with_rank(config, [sides(weight) for weight in base.weights(config.targets).values()], note)
+    size = config.resolution or base.size
+    for text in notes_on(concept, Conditioner(base, concept, config.seed, size), config):
+        note(text)
+    shapes = [sides(weight) for weight in base.weights(config.targets).values()]
+    config = with_rank(config, shapes, note)
     slot = start_from.slot if start_from else None
     if method.slot and not start_from:
         config = among.share(with_slot_seed(config, resume))
@@ -99,18 +121,19 @@ def train_to_file(
         assert slot is not None
         for text in slot_notes(config, slot, base):
             note(text)
-    shapes = [sides(weight) for weight in base.weights(config.targets).values()]
-    trained = method.total(shapes, config.rank)
+    if not method.slot and config.slot != "next":
+        note(f"Note: {method.name} has no slot, so slot={config.slot} changes nothing.")
     where = f"{method.slot or 'columns'} {slot}" if slot else f"rank {config.rank}"
     note(
         f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {concept.token}: "
-        f"{method.name}, {where}; {trained:,} numbers in {len(shapes)} layers."
+        f"{method.name}, {where}; {method.total(shapes, config.rank):,} numbers in {len(shapes)} layers."
     )
-    if memory := memory_note(base, config, config.resolution or base.size):
+    if memory := memory_note(base, config, size):
         note(memory)
     adapter = train(
-        config, base, concept, slot, state_path(output), resume, progress, should_stop, start_from, note, force, among
-    )
+        config, base, concept, slot, state_path(output), resume, hooks.progress, hooks.should_stop, start_from, note,
+        force, among,
+    )  # fmt: skip
     if among.main:
         save_adapter(adapter, output)
         write_settings(output.with_suffix(".yaml"), heading() + to_yaml(config))
@@ -118,20 +141,17 @@ def train_to_file(
     return adapter
 
 
-def check_output(output: Path) -> None:
-    """Refuse to write an adapter over anything but an adapter.
+def check_concept(concept: Concept, base: Base, config: TrainConfig) -> None:
+    """Refuse a concept whose token the base has already, and layer-wise vectors on a base that cannot have them.
 
     Raises:
-        UserError: it is something else, or damaged.
+        UserError: so it is.
     """
-    try:
-        ours = not output.exists() or is_native(output)
-    except UserError:
-        ours = False
-    if not ours:
-        raise UserError(
-            f"{output} is no adapter of this program, or a damaged one; choose another output with -o, or remove it."
-        )
+    if config.layerwise:
+        check_encoders(base)
+    known = {token.lower(): token for token in known_tokens(base.pipeline.tokenizer)}
+    if token := known.get(concept.token.lower()):  # a tokenizer does not tell upper case from lower
+        raise UserError(f"The base '{config.base}' already has the token {token}; choose another with token=<name>.")
 
 
 def ignore(text: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import TrainConfig
 from ..errors import UserError
-from ..files import read_tensors, write_tensors
+from ..files import read_header, read_tensors, write_tensors
 from ..methods.attach import Attachment
 
 if TYPE_CHECKING:
@@ -21,8 +21,14 @@ if TYPE_CHECKING:
     from .watch import Watcher
 
 EXTRA, AVERAGE = "extra|", "average|"  # before the names of what a method keeps, and of moving averages
+# Settings that decide which tensors there are, or what they mean: a state of others is of no use.
+FIXED = ("base", "method", "rank", "budget", "targets", "slot", "slot_seed", "layerwise", "optimiser.name")
+ANEW = "start anew by --force without --resume"
 KEPT = ("betas", "eps", "weight_decay", "d_coef")  # of an optimiser's groups: as the settings say, not the state
 APART = ("concept", "output", "save_every", "device", "continue_from", "watch")  # settings that decide no result
+
+
+Changes = Mapping[str, tuple[Any, Any]]  # a setting's dotted name to its earlier and its present value
 
 
 class Stopped(Exception):
@@ -81,6 +87,27 @@ def load_state(path: Path, optimizer: Stateful | None = None) -> tuple[dict[str,
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not a training state of this run; remove it or train without --resume.") from error
     return {name[7:]: value for name, value in packed.items() if name.startswith("tensor.")}, meta
+
+
+def step_of(path: Path) -> int | None:
+    """The step at which a saved state stands; None if it cannot be read."""
+    try:
+        return int(header_of(path)["meta"]["step"])
+    except (UserError, KeyError, ValueError, TypeError):
+        return None
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """What a saved state says beside its tensors.
+
+    Raises:
+        UserError: the file is missing, damaged, or no state.
+    """
+    try:
+        header: dict[str, Any] = json.loads(read_header(path)[1]["state"])
+        return header
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is not a training state; remove it or train without --resume.") from error
 
 
 def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -167,47 +194,86 @@ class Run:
         Raises:
             UserError: it was made with other settings, or by another concept or base.
         """
-        _, meta = load_state(self.path)
+        tensors, meta = load_state(self.path)
         # A state of an earlier version has no word on later settings, whose defaults change nothing.
         defaults = comparable(TrainConfig(concept=self.config.concept, output=self.config.output))
-        before = {**flat(defaults), **flat(meta.get("config", {}))}
-        changed = differences(before, comparable(self.config))
+        changed = differences({**flat(defaults), **flat(meta.get("config", {}))}, comparable(self.config))
+        self._check_fitting(tensors, meta, changed)
+        self._check_wanted(meta, changed, force, note)
+        built = [dict(group) for group in self.optimiser.param_groups]
+        load_state(self.path, self.optimiser)
+        for group, fresh in zip(self.optimiser.param_groups, built, strict=True):
+            group.update({key: fresh[key] for key in KEPT if key in fresh})
+        self._take(tensors, meta)
+        return int(meta["step"])
+
+    def _check_fitting(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], changed: Changes) -> None:
+        """Refuse a state that cannot be loaded here, whatever is forced.
+
+        Raises:
+            UserError: it is of another base, slot, method, optimiser …; the sentence names the setting.
+        """
+        own = {name: value.shape for name, value in tensors.items() if not name.startswith((EXTRA, AVERAGE))}
+        fixed = {key: value for key, value in self.belongs.items() if key != "concept"}
+        groups = [len(group["params"]) for group in header_of(self.path)["groups"]]
+        if (
+            {key: value for key, value in meta.get("belongs", {}).items() if key != "concept"} == fixed
+            and own == {name: parameter.shape for name, parameter in self.parameters.items()}
+            and groups == [len(group["params"]) for group in self.optimiser.param_groups]
+            and "optimiser.name" not in changed
+        ):
+            return
+        causes = [key for key in FIXED if key in changed] or list(changed)
+        if causes:
+            old, new = changed[causes[0]]
+            raise UserError(
+                f"{self.path} was made with {causes[0]}={old} and cannot go on with {new}; resume with "
+                f"{causes[0]}={old}, or {ANEW}."
+            )
+        if self._other_concept(meta):
+            raise UserError(f"{self.path} was made with other photos, captions or words; {ANEW}.")
+        raise UserError(
+            f"{self.path} was made on another base, slot or start, or by another version of its method; {ANEW}."
+        )
+
+    def _other_concept(self, meta: Mapping[str, Any]) -> bool:
+        """Whether a state was made with other photos, captions or words; early ones do not say it."""
+        own = self.belongs["concept"]
+        return bool(meta.get("belongs", {}).get("concept", own) != own)
+
+    def _check_wanted(
+        self, meta: Mapping[str, Any], changed: Changes, force: bool, note: Callable[[str], None]
+    ) -> None:
+        """Refuse to go on with other settings or photos unless that is forced, and past the last step ever.
+
+        Raises:
+            UserError: so it is.
+        """
+        if int(meta["step"]) > self.config.steps:
+            raise UserError(
+                f"{self.path} is at step {meta['step']} already, past steps={self.config.steps}; ask for more steps, "
+                f"or {ANEW}."
+            )
         told = ", ".join(f"{key}={old}, now it is {new}" for key, (old, new) in list(changed.items())[:3])
         if changed and not force:
             raise UserError(
-                f"{self.path} was made with {told}; resume with the same settings, go on with the new ones by --force, "
-                "or train without --resume."
+                f"{self.path} was made with {told}; resume with the same settings, go on with the new ones by "
+                f"--resume --force, or {ANEW}."
             )
-        held = {"concept": self.belongs["concept"], **meta.get("belongs", {})}  # which early states do not say
-        if held["concept"] != self.belongs["concept"]:
-            if not force:
-                raise UserError(
-                    f"{self.path} was made with other photos, captions or words; put them back, go on with these by "
-                    "--force, or train without --resume."
-                )
-            note(f"Note: {self.path.name} was made with other photos, captions or words; going on because of --force.")
-            held["concept"] = self.belongs["concept"]
-        if held != self.belongs:
+        other = self._other_concept(meta)
+        if other and not force:
             raise UserError(
-                f"{self.path} was made on another base, slot or start, or by another version of its method; train "
-                "without --resume."
+                f"{self.path} was made with other photos, captions or words; put them back, go on with these by "
+                f"--resume --force, or {ANEW}."
             )
-        if "optimiser.name" in changed:
-            raise UserError(f"{self.path} was made with another optimiser, whose numbers this one cannot take over.")
+        if other:
+            note(f"Note: {self.path.name} was made with other photos, captions or words; going on because of --force.")
         if changed:
             note(f"Note: {self.path.name} was made with {told}; going on because of --force.")
-        built = [dict(group) for group in self.optimiser.param_groups]
-        held, _ = load_state(self.path, self.optimiser)
-        for group, fresh in zip(self.optimiser.param_groups, built, strict=True):
-            group.update({key: fresh[key] for key in KEPT if key in fresh})
-        self._take(held, meta)
-        return int(meta["step"])
 
     @torch.no_grad()
     def _take(self, held: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
         own = {name: value for name, value in held.items() if not name.startswith((EXTRA, AVERAGE))}
-        if set(own) != set(self.parameters) or any(own[n].shape != p.shape for n, p in self.parameters.items()):
-            raise UserError(f"{self.path} belongs to another concept or base; train without --resume.")
         for name, parameter in self.parameters.items():
             parameter.copy_(own[name])
         averages = {name.removeprefix(AVERAGE): value for name, value in held.items() if name.startswith(AVERAGE)}

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from ..config import Settings
 from ..errors import UserError, reason
 from ..files import write_text
-from ..progress import Event, Progress, silent
+from ..progress import Event, Pace, Progress, silent
 from .state import Stopped
 
 State = Literal["starting", "running", "stopped", "done", "failed", "lost"]
@@ -129,7 +129,7 @@ class Reporter:
         self.path, self._progress, self._note = path, progress, note
         self.status = TrainingStatus(started=now(), pid=os.getpid(), pid_started=process_start(os.getpid()))
         self._stride = 1
-        self._begun: tuple[int, float] | None = None  # step and time of the stage's first event
+        self._pace = Pace()
         self._written = -EVERY
 
     def begin(self, settings: Settings, output: Path, resume: bool = False) -> None:
@@ -145,15 +145,15 @@ class Reporter:
         status, clock = self.status, time.monotonic()
         fresh = status.state != "running" or status.stage != event.stage
         status.state, status.stage, status.step, status.steps = "running", event.stage, event.done, event.total
-        if fresh or self._begun is None:
-            self._begun = (event.done, clock)
+        if fresh:
+            self._pace = Pace()
+        self._pace.add(event.done, clock)
         if event.stage == "train":
             if fresh:  # an earlier run may have gone farther than its last state
                 status.curve = [point for point in status.curve if point[0] < event.done]
                 status.samples = [sample for sample in status.samples if sample.step < event.done]
-            first, since = self._begun
-            if event.done > first:
-                status.eta = round((clock - since) / (event.done - first) * (event.total - event.done), 1)
+            if seconds := self._pace.seconds_per_step:
+                status.eta = round(seconds * (event.total - event.done), 1)
             if "loss" in event.figures:
                 status.loss = float(event.figures["loss"])
                 self._stride = add_point(status.curve, event.done, status.loss, self._stride)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,10 +12,10 @@ from PIL import Image
 
 from .. import pocket, resources
 from ..data.folder import Concept, Photo, load_concept, open_photo
-from ..data.masks import is_label
 from ..data.pictures import FORMATS, SUFFIXES
+from ..data.sidecars import DRAWING_ENDINGS, MASK_ENDINGS, is_label, twin_of
 from ..errors import UserError
-from ..tokens import check_token
+from ..tokens import check_token, slug
 from .labels import Label, labels, owner
 from .uploads import PHOTOS, pixels_of, small_jpeg
 from .workspace import Workspace, pick, visible
@@ -96,7 +95,8 @@ def view_concept(workspace: Workspace, name: str | None) -> tuple[Concept, list[
 def photo_files(folder: Path) -> list[Path]:
     """The photos that lie at the top of a folder, broken ones too."""
     found = (path for path in visible(folder) if path.is_file() and path.suffix.lower() in SUFFIXES)
-    return [path for path in found if not is_label(path)]
+    images = [path for path in found if not is_label(path)]
+    return [path for path in images if not twin_of(path, (*MASK_ENDINGS, *DRAWING_ENDINGS), images)]
 
 
 def is_picture(path: Path) -> bool:
@@ -192,7 +192,7 @@ def about(folder: Path) -> tuple[str, str, str]:
 
 def suggest_token(workspace: Workspace, name: str | None) -> str:
     """``<name>``, or ``<name-2>`` where another concept has that token; nothing for a name without letters."""
-    word = re.sub(r"[^A-Za-z0-9-]+", "-", name or "").strip("-")[:40].strip("-")
+    word = slug(name or "")
     if not word:
         return ""
     used = {token for _, _, token in known_concepts(workspace).values()} | pocket_tokens()

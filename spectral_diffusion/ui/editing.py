@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from ..data.captions import text_beside
 from ..data.folder import Concept, Photo, load_concept
+from ..data.sidecars import Files, find_caption
 from ..errors import UserError
 from ..files import write_text
 from ..slots import LEDGER, ROWS, Ledger
@@ -131,8 +131,8 @@ def write_caption(workspace: Workspace, name: str | None, photo: str | None, tex
             write_text(file, words + "\n")
         else:
             file.unlink(missing_ok=True)
-    if not words and text_beside(chosen.path, folder):
-        raise UserError(f"The caption of {photo} lies in another folder of '{name}'; take it away there.")
+    if not words and (other := find_caption(chosen.path, folder, Files())):
+        raise UserError(f"The caption of {photo} is in {other.relative_to(folder)} of '{name}'; remove that file.")
     return f"{'Saved' if words else 'Removed'} the caption of {photo}."
 
 

@@ -283,7 +283,8 @@ class Queue:
             launches=job.record.launches + 1,
         )  # fmt: skip
         options = ["--config", str(job.settings), "--status", str(job.status_file)]
-        if job.record.launches > 1:  # the first begins anew, whatever an earlier training of the concept left
+        done = job.output(self.workspace.adapters).exists()  # from an earlier training, which --resume would keep
+        if job.record.launches > 1 and (self.resumable(job) or not done):
             options.append("--resume")
         environment = {**CALM, **os.environ}
         try:

@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image, ImageOps
 
-from ..data.masks import is_label
 from ..data.pictures import FORMATS, SUFFIXES, open_photo
+from ..data.sidecars import is_label
 from ..errors import UserError, reason
 
 PHOTOS = 100  # of one concept

@@ -30,7 +30,9 @@ SAID = {  # what the library says of the command line, and what a person does in
     "teach.targets: ": "",
     ": set teach.gradient_checkpointing=true and a smaller teach.batch with more teach.accumulate, or no "
     "teach.targets": "; choose no under Teach it afterwards",
-    "; put them back, go on with these by --force, or train without --resume": "; remove it and train it anew",
+    "; put them back, go on with these by --resume --force, or start anew by --force without --resume": (
+        "; remove it and train it anew"
+    ),
 }
 # Any other clause or sentence about an option, up to its full stop.
 OPTION = re.compile(r"(?:\s*[;:(]|\.\s)(?:(?!\.\s)[^;:(])*(?<![\w-])--?[a-z].*?(?=\.(?:\s|$)|$)")

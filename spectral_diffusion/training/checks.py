@@ -1,0 +1,98 @@
+"""What is said of a concept's photos and captions before they are trained on, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from ..config import TrainConfig
+from ..data.folder import Concept, and_more
+from ..errors import UserError, nearest
+from .conditioning import Conditioner
+
+SHOWN = 3  # captions that are named one by one
+
+
+def notes_on(concept: Concept, condition: Conditioner, config: TrainConfig) -> Iterator[str]:
+    """All notes on a concept that is about to be trained.
+
+    Raises:
+        UserError: a caption whose token the base would never see.
+    """
+    yield from notes_on_photos(concept, config, condition.size)
+    yield from few(list(unknown_tokens(concept, condition)))
+    yield from few(list(cut_captions(concept, condition, config)))
+
+
+def notes_on_photos(concept: Concept, config: TrainConfig, size: int) -> Iterator[str]:
+    """Drawings that are left out, photos that lack what others have, and photos that are enlarged.
+
+    Args:
+        size: side in pixels of what is trained on.
+    """
+    photos = concept.photos
+    if concept.drawings:
+        names = and_more([path.name for path in concept.drawings], SHOWN)
+        yield f"Left out, as drawings of the photos: {names}."
+    bare = sum(photo.caption is None for photo in photos)
+    if 0 < bare < len(photos):
+        yield f"{bare} of {len(photos)} photos have no caption; the templates stand for it."
+    unmasked = sum(photo.mask is None for photo in photos)
+    if (config.data.mask_weight or config.objective.attention) and 0 < unmasked < len(photos):
+        yield f"{unmasked} of {len(photos)} photos have no mask and count as a whole."
+    small = [photo for photo in photos if is_small(photo.size, size, config.data.buckets)]
+    if small:
+        names = and_more([f"{photo.path.name} ({photo.size[0]}×{photo.size[1]})" for photo in small], SHOWN)
+        yield f"Smaller than the resolution of {size} and enlarged: {names}."
+
+
+def is_small(sides: tuple[int, int], size: int, buckets: bool) -> bool:
+    """Whether a photo (width, height) has fewer pixels than the crops that are made of it."""
+    return sides[0] * sides[1] < size * size if buckets else min(sides) < size
+
+
+def unknown_tokens(concept: Concept, condition: Conditioner) -> Iterator[str]:
+    """A sentence for every word of a caption that is written as a token and is none."""
+    known = {concept.token, "<TOK>"}.union(*condition.known.values())
+    for photo in concept.photos:
+        named = set(re.findall(r"<[^<>|\s]+>", photo.caption or "")) - known
+        for word in sorted(named):
+            if word.lower() != concept.token.lower():
+                yield (
+                    f"The caption of {photo.path.name} names {word[:40]}, which is no token of this training or its "
+                    f"base{nearest(word, known)}; it is read as plain text."
+                )
+
+
+def cut_captions(concept: Concept, condition: Conditioner, config: TrainConfig) -> Iterator[str]:
+    """A sentence for every caption and template that is longer than the base reads.
+
+    Raises:
+        UserError: the concept's own token is cut off, or may be where parts of captions are shuffled.
+    """
+    texts = {f"caption of {photo.path.name}": photo.caption for photo in concept.photos if photo.caption}
+    if any(photo.caption is None for photo in concept.photos):
+        texts |= {f"template '{text[:40]}'": text for text in config.templates}
+    for what, text in texts.items():
+        prompt = concept.prompt(text)
+        lost, seen = condition.cut_off(prompt)
+        if not lost:
+            continue
+        if not seen:
+            raise UserError(
+                f"The {what} is longer than this base reads, and {concept.token} is in the part that is cut off; move "
+                "it nearer to the front."
+            )
+        front = ", ".join(part.strip() for part in prompt.split(",")[: config.data.keep])
+        if config.data.shuffle and not (concept.token in front and condition.cut_off(front)[1]):
+            raise UserError(
+                f"The {what} is longer than this base reads, and data.shuffle can move {concept.token} into the part "
+                "that is cut off; move it into the first data.keep parts."
+            )
+        yield f"The {what} is longer than this base reads; cut off: '{lost[:80]}'."
+
+
+def few(sentences: Sequence[str]) -> list[str]:
+    """The first sentences, and how many more there are."""
+    more = len(sentences) - SHOWN
+    return [*sentences[:SHOWN], *([f"And {more} more captions like the last one."] if more > 0 else [])]

@@ -1,0 +1,168 @@
+"""What is at a training's output already, what may be replaced there, and who is writing it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..config import TrainConfig, build, read_yaml
+from ..data.folder import Concept
+from ..errors import UserError
+from ..files import cannot_write, check_settings, check_writable, read_header
+from ..formats.native import is_native
+from ..methods import get_method
+from .state import comparable, differences, step_of
+
+STATE = ".state.safetensors"
+
+
+def state_path(output: Path) -> Path:
+    """Where a run's resumable state lies while it is unfinished."""
+    return output.with_name(f"{output.stem}{STATE}")
+
+
+@contextmanager
+def claimed(output: Path) -> Iterator[None]:
+    """Hold an output while it is trained.
+
+    Raises:
+        UserError: another training holds it, or its folder cannot be written.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        place = output.with_name(f".{output.name}.lock")
+        lock = FileLock(place, timeout=0)
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{output} is being trained by another process already; wait for it, stop it, or choose another output "
+            "with -o."
+        ) from error
+    except OSError as error:
+        raise cannot_write(output, error) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            place.unlink()  # while it is held; Windows keeps it
+        lock.release()
+
+
+def prepare_output(
+    config: TrainConfig, name: str, resume: bool, force: bool, note: Callable[[str], None] = lambda text: None
+) -> bool:
+    """Whether the adapter of these settings is there already, so that nothing is left to train.
+
+    Args:
+        name: of the concept.
+        force: with ``resume`` go on although settings have changed; without it replace what is there.
+
+    Raises:
+        UserError: something would be lost: a stopped training's state, another concept's adapter, a file of another
+            kind, or with ``resume`` an adapter of other settings.
+    """
+    output, state = config.output, state_path(config.output)
+    if output.is_dir():
+        raise UserError(f"The output {output} is a folder; choose another with -o.")
+    check_writable(output)
+    check_output(output)
+    check_settings(output.with_suffix(".yaml"))
+    if state.exists():
+        if not (resume or force):
+            step = step_of(state)
+            where = "A damaged state" if step is None else f"A training stopped at step {step}"
+            raise UserError(f"{where} is in {state}; --resume goes on from there, --force starts anew.")
+        return False
+    if resume:
+        if output.exists() and is_done(config, force):
+            note(f"{output} is done already.")
+            return True
+        note(f"No state of a stopped training is beside {output}; starting at step 0.")
+    owner = name_in(output) if output.exists() else name
+    if owner != name and not force:
+        raise UserError(
+            f"{output} is the adapter of '{owner}', which training '{name}' would replace; choose another output with "
+            "-o, or replace it by --force."
+        )
+    return False
+
+
+def check_output(output: Path) -> None:
+    """Refuse to write an adapter over anything but an adapter.
+
+    Raises:
+        UserError: it is something else, or damaged.
+    """
+    try:
+        ours = not output.exists() or is_native(output)
+    except UserError:
+        ours = False
+    if not ours:
+        raise UserError(
+            f"{output} is no adapter of this program, or a damaged one; choose another output with -o, or remove it."
+        )
+
+
+def is_done(config: TrainConfig, force: bool = False) -> bool:
+    """Whether the adapter is there already, from the same settings, and no state of a training since.
+
+    Raises:
+        UserError: it was made with others, and not ``force``.
+    """
+    output, beside = config.output, config.output.with_suffix(".yaml")
+    if not (output.is_file() and beside.is_file()) or state_path(output).exists():
+        return False
+    before, now = comparable(build(TrainConfig, read_yaml(beside), file=str(beside))), comparable(config)
+    changed = differences(before, {**now, **{key: before[key] for key in settled(config)}})
+    if changed and not force:
+        key, (old, new) = next(iter(changed.items()))
+        raise UserError(
+            f"{output} was made with {key}={old}, now it is {new}; keep it with --force, or train without --resume."
+        )
+    with suppress(UserError):  # a damaged one is told where it is used
+        revision = int(read_header(output)[1].get("spectral.revision", "1"))
+        return revision == get_method(config.method).revision  # else it would be refused there
+    return True
+
+
+def settled(config: TrainConfig) -> set[str]:
+    """The settings that a training settles itself, whatever is asked."""
+    names = {"slot_seed"} if config.slot_seed is None else set()
+    if config.continue_from:
+        names |= {"method", "rank", "targets", "budget", "slot"}
+    if config.budget or tuple(get_method(config.method).ranks([(64, 64)])) == (1,):
+        names.add("rank")
+    return names
+
+
+def name_in(path: Path) -> str:
+    """The name of the concept in an adapter's file; empty if it cannot be read."""
+    return concept_in(path)[0]
+
+
+def concept_in(path: Path) -> tuple[str, str]:
+    """Name and token of the concept in an adapter's file; empty if it is none."""
+    try:
+        said = json.loads(read_header(path)[1]["spectral.concept"])
+        return str(said["name"]), str(said["token"])
+    except (UserError, ValueError, KeyError, TypeError, RecursionError):
+        return "", ""
+
+
+def check_token_is_free(output: Path, concept: Concept) -> None:
+    """Refuse a token that the adapter of another concept beside the output has, in upper or lower case.
+
+    Raises:
+        UserError: one has it; the two could never be used together.
+    """
+    for path in sorted(output.parent.glob("*.safetensors")):
+        name, token = ("", "") if path == output or path.name.endswith(STATE) else concept_in(path)
+        if token.lower() == concept.token.lower() and name != concept.name:
+            raise UserError(
+                f"{path}, the adapter of '{name}', has the token {token} already, and the two could not be used "
+                "together; choose another with token=<name>."
+            )

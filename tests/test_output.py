@@ -1,0 +1,174 @@
+"""No training loses or replaces work without a word: stopped states, finished adapters, two at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_photos
+
+from spectral_diffusion.adapter import Adapter
+from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.config import TrainConfig
+from spectral_diffusion.errors import UserError
+from spectral_diffusion.formats.native import load_adapter
+from spectral_diffusion.training.condition import prepare_output as prepare_folder
+from spectral_diffusion.training.condition import state_path as folder_state
+from spectral_diffusion.training.output import claimed, is_done, settled
+from spectral_diffusion.training.run import state_path, train_to_file
+from spectral_diffusion.training.state import Stopped, step_of
+
+Train = Callable[..., Adapter]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Path) -> Base:
+    return load_base(str(tiny_base), "cpu")
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "rex.safetensors"
+
+
+@pytest.fixture
+def config(photos: Path, tiny_base: Path, output: Path) -> TrainConfig:
+    return TrainConfig(concept=photos, output=output, base=str(tiny_base), rank=2, steps=4, device="cpu", batch=1)
+
+
+@pytest.fixture
+def train(config: TrainConfig, base: Base) -> Train:
+    def run(
+        stop: int = 99, notes: list[str] | None = None, resume: bool = False, force: bool = False, **more: Any
+    ) -> Adapter:
+        asked = itertools.count()
+        said = [] if notes is None else notes
+        changed = TrainConfig(**{**config.model_dump(), **more})
+        return train_to_file(
+            changed, resume, should_stop=lambda: next(asked) >= stop, note=said.append, base=base, force=force
+        )
+
+    return run
+
+
+def stopped(train: Train, step: int) -> None:
+    with pytest.raises(Stopped):
+        train(stop=step)
+
+
+def test_a_stopped_state_is_not_lost_where_resume_is_forgotten(train: Train, output: Path) -> None:
+    stopped(train, 2)
+    state = state_path(output)
+    before = state.read_bytes()
+    with pytest.raises(
+        UserError, match=r"stopped at step 2 is in .*rex\.state\.safetensors; --resume goes on .* --force"
+    ):
+        train()
+    assert state.read_bytes() == before and not output.exists()
+    train(force=True)
+    assert output.exists() and not state.exists()
+    state.write_bytes(b"garbage")
+    with pytest.raises(UserError, match="A damaged state is in"):
+        train()
+
+
+def test_resume_with_nothing_to_resume_says_so(train: Train, output: Path) -> None:
+    notes: list[str] = []
+    train(notes=notes, resume=True)
+    assert f"No state of a stopped training is beside {output}; starting at step 0." in notes
+    before = output.read_bytes()
+    again = train(notes=notes, resume=True)
+    assert notes[-1] == f"{output} is done already." and output.read_bytes() == before
+    assert torch.equal(*(next(iter(one.parameters.values())) for one in (again, load_adapter(output))))
+    for change, told in (({"steps": 8}, "steps=4, now it is 8"), ({"rank": 1}, "rank=2, now it is 1")):
+        with pytest.raises(UserError, match=rf"was made with {told}; keep it with --force, or train without --resume"):
+            train(resume=True, **change)
+    assert output.read_bytes() == before
+    train(steps=5)  # without --resume it is trained anew, as ever
+    assert output.read_bytes() != before
+
+
+def test_a_slot_for_a_method_without_one_is_told(train: Train) -> None:
+    notes: list[str] = []
+    train(notes=notes, method="lora", slot="3", steps=1)
+    assert "Note: lora has no slot, so slot=3 changes nothing." in notes
+
+
+def test_settings_that_a_training_settles_are_no_difference(config: TrainConfig) -> None:
+    assert settled(config) == {"slot_seed"}
+    assert settled(config.model_copy(update={"slot_seed": 3})) == set()
+    assert settled(config.model_copy(update={"budget": 5000})) == {"slot_seed", "rank"}
+    assert "rank" in settled(config.model_copy(update={"method": "svdiff"}))
+    assert not is_done(config)
+
+
+def test_another_concepts_adapter_is_not_replaced(train: Train, output: Path, tmp_path: Path) -> None:
+    train()
+    before = output.read_bytes()
+    mug = make_photos(tmp_path / "mug", seed=1)
+    with pytest.raises(UserError, match=r"is the adapter of 'rex', which training 'mug' would replace; .*--force"):
+        train(concept=mug)
+    assert output.read_bytes() == before
+    assert train(concept=mug, force=True).name == "mug" == load_adapter(output).name
+
+
+def test_an_output_is_trained_by_one_at_a_time(train: Train, output: Path) -> None:
+    with claimed(output), pytest.raises(UserError, match="is being trained by another process already"):
+        train()
+    assert not list(output.parent.iterdir())  # and the lock is gone
+    train()
+    assert sorted(path.suffix for path in output.parent.iterdir() if not path.name.startswith(".")) == [
+        ".json", ".safetensors", ".yaml",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rank": 3}, "rank=2 and cannot go on with 3; resume with rank=2"),
+        ({"method": "lora"}, "method=spectral-additive and cannot go on with lora"),
+        ({"targets": "attention+conv"}, "targets=attention and cannot go on with attention"),
+        ({"text_encoder_learning_rate": 1e-4, "embedding_learning_rate": 2e-3}, "text_encoder_learning_rate=1e-05 and"),
+    ],
+)
+def test_what_no_force_can_carry_over_is_said_at_once(
+    train: Train, output: Path, change: dict[str, Any], told: str
+) -> None:
+    stopped(train, 2)
+    before = state_path(output).read_bytes()
+    for force in (False, True):
+        with pytest.raises(UserError) as error:
+            train(resume=True, force=force, **change)
+        assert told in str(error.value) and "start anew by --force without --resume" in str(error.value)
+    assert state_path(output).read_bytes() == before
+
+
+def test_a_resume_never_writes_fewer_steps_than_were_done(train: Train, output: Path) -> None:
+    stopped(train, 3)
+    with pytest.raises(UserError, match="is at step 3 already, past steps=2; ask for more steps"):
+        train(resume=True, force=True, steps=2)
+    assert not output.exists() and step_of(state_path(output)) == 3
+
+
+def test_a_t2i_adapters_stopped_state_is_not_lost_either(tmp_path: Path) -> None:
+    notes: list[str] = []
+    folder = tmp_path / "sketcher"
+    prepare_folder(folder, resume=True, note=notes.append)
+    assert notes == [f"No state of a stopped training is beside {folder}; starting at step 0."]
+    folder_state(folder).write_bytes(b"")
+    prepare_folder(folder, resume=True, note=notes.append)
+    with pytest.raises(UserError, match=r"state is in .*sketcher\.state\.safetensors; go on from there with --resume"):
+        prepare_folder(folder, resume=False, note=notes.append)
+
+
+@pytest.mark.parametrize("name", ["adamw", "prodigy"])
+def test_rates_of_zero_are_told(train: Train, name: str) -> None:
+    if name == "prodigy":
+        pytest.importorskip("prodigyopt")
+    rates = dict.fromkeys(("learning_rate", "text_encoder_learning_rate", "embedding_learning_rate"), 0.0)
+    with pytest.raises(UserError, match="Every learning rate is 0, so nothing would be trained"):
+        train(optimiser={"name": name}, **rates)
