@@ -46,7 +46,7 @@ if output.stem == "bad":
 time.sleep(60 if output.stem == "long" else 0.3)
 output.write_text("adapter")
 shutil.copy(settings, output.with_suffix(".yaml"))
-tell("done")
+tell("done", notes=["Skipped: x."] if output.stem == "noted" else [])
 """
 
 
@@ -79,6 +79,12 @@ def test_one_after_the_other_and_side_by_side(tmp_path: Path) -> None:
     ]
     assert order.index("b starting") < order.index("a done")
     assert not list((tmp_path / "out").glob(".*.yaml")) and not list((tmp_path / "out").glob("*.log"))
+
+
+def test_the_notes_of_each_training_are_passed_on(tmp_path: Path) -> None:
+    notes: list[str] = []
+    run_batch(jobs(tmp_path, "noted", "a"), command, note=notes.append)
+    assert notes == ["noted: Skipped: x.", "noted: done", "a: done"]
 
 
 def test_one_that_fails_stops_no_other_and_is_told(tmp_path: Path) -> None:

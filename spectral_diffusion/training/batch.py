@@ -133,7 +133,8 @@ def run_batch(
                 waiting.state = "running"
             for job, process in running:
                 if process.poll() is not None:
-                    finish(job, process.returncode)
+                    for text in finish(job, process.returncode):
+                        note(f"{job.name}: {text}")
                     note(f"{job.name}: {job.message or job.state}")
                 elif (status := read_status(status_path(job.output))) and status.steps:
                     figures = {} if status.loss is None else {"loss": status.loss}
@@ -177,15 +178,16 @@ def has_its_slot(job: Job, process: subprocess.Popen[bytes]) -> bool:
     return process.poll() is not None or bool(status and status.pid == process.pid and status.state != "starting")
 
 
-def finish(job: Job, code: int) -> None:
-    """Say how a job's process ended, and tidy up after it."""
+def finish(job: Job, code: int) -> list[str]:
+    """Say how a job's process ended, and tidy up after it; returns the notes of a training that is done."""
     status = read_status(status_path(job.output))
     settings_file(job).unlink(missing_ok=True)
     if code == 0:
         job.state, job.message = "done", ""
         job.log.unlink(missing_ok=True)
-        return
+        return status.notes if status else []
     job.state = "stopped" if status and status.state == "stopped" else "failed"
     lines = [line.strip() for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
     told = status.message if status and status.state != "lost" else ""
     job.message = told or (lines[-1] if lines else f"it ended with code {code}")
+    return []

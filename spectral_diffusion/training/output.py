@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -113,11 +114,11 @@ def is_done(config: TrainConfig, force: bool = False) -> bool:
     Raises:
         UserError: it was made with others, and not ``force``.
     """
-    output, beside = config.output, config.output.with_suffix(".yaml")
-    if not (output.is_file() and beside.is_file()) or state_path(output).exists():
+    output = config.output
+    if not output.is_file() or state_path(output).exists() or not (before := settings_in(output)):
         return False
-    before, now = comparable(build(TrainConfig, read_yaml(beside), file=str(beside))), comparable(config)
-    changed = differences(before, {**now, **{key: before[key] for key in settled(config)}})
+    kept = {key: before[key] for key in settled(config) if key in before}
+    changed = differences(before, {**comparable(config), **kept})
     if changed and not force:
         key, (old, new) = next(iter(changed.items()))
         raise UserError(
@@ -127,6 +128,22 @@ def is_done(config: TrainConfig, force: bool = False) -> bool:
         revision = int(read_header(output)[1].get("spectral.revision", "1"))
         return revision == get_method(config.method).revision  # else it would be refused there
     return True
+
+
+def settings_in(output: Path) -> dict[str, Any]:
+    """The settings that an adapter was made with, as :func:`.state.comparable` gives them; empty if nothing says.
+
+    Raises:
+        UserError: the file beside it is damaged.
+    """
+    beside = output.with_suffix(".yaml")
+    if beside.is_file():
+        return comparable(build(TrainConfig, read_yaml(beside), file=str(beside)))
+    try:
+        held = json.loads(read_header(output)[1]["spectral.config"])
+        return held if isinstance(held, dict) else {}
+    except (UserError, ValueError, KeyError, RecursionError):
+        return {}
 
 
 def settled(config: TrainConfig) -> set[str]:
