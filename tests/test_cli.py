@@ -349,7 +349,7 @@ def test_the_ready_made_concepts_load() -> None:
 LAYERS = [
     {"errors", "linalg", "progress", "pocket", "randomness"},
     {"files", "slots", "registry"},
-    {"slot_map"},
+    {"slot_map", "cache"},
     {"methods", "spectrum", "resources"},
     {"autoencoder", "base", "tokens", "config", "architectures"},
     {"adapter", "data", "evaluation", "layerwise"},

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..files import is_there
+from ..files import is_file, is_there
 from .support import numbers, say
 
 if TYPE_CHECKING:
@@ -171,6 +171,8 @@ def _is_drawn(path: Path) -> bool:
     """Whether a picture is what :func:`_write` wrote, and nothing else since."""
     from PIL import Image
 
+    if not is_file(path):
+        return False
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return DRAWN in image.info

@@ -6,12 +6,13 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from ..config import read_yaml
-from ..errors import UserError, nearest
-from ..files import is_file
+from ..errors import UserError, nearest, shown
+from ..files import is_file, is_folder
 from ..tokens import check_token
 from .captions import read_metadata, text_beside
 from .masks import find_mask, is_label
@@ -96,19 +97,9 @@ def load_concept(folder: Path, name: str | None = None, token: str | None = None
         UserError: no such folder, or no usable image in it.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"No such folder: {folder}.")
-    described: dict[str, Any] = {}
-    if (folder / "concept.yaml").is_file():
-        described = read_yaml(folder / "concept.yaml")
-        for key in described:
-            if key not in CONCEPT_KEYS:
-                raise UserError(f"Unknown key '{key}' in {folder / 'concept.yaml'}{nearest(key, CONCEPT_KEYS)}.")
-    repeats = described.pop("repeats", 1)
-    said = {key: str(value) for key, value in described.items() if value is not None}
-    for key, value in described.items():
-        if isinstance(value, bool | list | dict):
-            raise UserError(f"{folder / 'concept.yaml'} must give {key} as a word; put it into quotes.")
+    said, repeats = read_about(folder)
     name = name or said.get("name") or folder.resolve().name
     if not re.fullmatch(r"[\w .-]{1,80}", name) or name.startswith("."):
         raise UserError(f"'{name}' cannot be a concept's name; use letters, digits, - and _ (name=rex).")
@@ -121,6 +112,29 @@ def load_concept(folder: Path, name: str | None = None, token: str | None = None
         broken = f" ({'; '.join(skipped)})" if skipped else ""
         raise UserError(f"{folder} holds no readable photo{broken}; put at least one .jpg, .png or .webp there.")
     return Concept(name, noun, token, tuple(photos), tuple(skipped), tuple(notes))
+
+
+def read_about(folder: Path) -> tuple[dict[str, str], Any]:
+    """The words of a folder's ``concept.yaml`` (name, noun, token), and its repeats; nothing and 1 without one.
+
+    Raises:
+        UserError: an unknown key, or a word that is none.
+    """
+    path = folder / "concept.yaml"
+    described = read_yaml(path) if path.is_file() else {}
+    for key in described:
+        if key not in CONCEPT_KEYS:
+            raise UserError(f"Unknown key {shown(key)} in {path}{nearest(key[:80], CONCEPT_KEYS)}.")
+    repeats = described.pop("repeats", 1)
+    said: dict[str, str] = {}
+    for key, value in described.items():
+        try:
+            if isinstance(value, bool) or not isinstance(value, str | int | float | date | None):
+                raise ValueError
+            said |= {} if value is None else {key: str(value)}
+        except ValueError as error:  # Python writes no number of thousands of digits
+            raise UserError(f"{path} must give {key} as a word; put it into quotes.") from error
+    return said, repeats
 
 
 def image_folders(folder: Path, repeats: Any) -> dict[Path, int]:
@@ -143,7 +157,8 @@ def image_folders(folder: Path, repeats: Any) -> dict[Path, int]:
     inside = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     for key, value in each.items():
         if key != "." and key not in inside:
-            raise UserError(f"{source} name the folder '{key}', which is not there{nearest(str(key), inside)}.")
+            near = nearest(key[:80], inside) if isinstance(key, str) else ""
+            raise UserError(f"{source} name the folder {shown(key)}, which is not there{near}.")
         places[folder / key] = checked_repeats(value, source)
     return places
 
@@ -155,7 +170,7 @@ def checked_repeats(value: Any, source: str) -> int:
         UserError: it is not a whole number in range; the sentence begins with ``source``.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_REPEATS:
-        raise UserError(f"{source} must say a whole number from 1 to {MAX_REPEATS}, not {str(value)[:40]!r}.")
+        raise UserError(f"{source} must say a whole number from 1 to {MAX_REPEATS}, not {shown(value, 40)}.")
     return value
 
 

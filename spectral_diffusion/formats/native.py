@@ -8,19 +8,18 @@ sign would change everything. A hash over tensors and metadata tells a damaged o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..adapter import Adapter, check_finite
 from ..base import fingerprint_json, parse_fingerprint
+from ..cache import DIGEST, digest
 from ..errors import UserError, reason
-from ..files import read_header, read_tensors, write_tensors
+from ..files import parse_json, read_header, read_tensors, write_tensors
 from ..linalg import flatten
 from ..methods import get_method
 from ..slots import read_columns
@@ -28,7 +27,6 @@ from ..tokens import check_name, check_token
 
 FORMAT = "spectral_diffusion"
 FORMAT_VERSION = "3"
-DIGEST = "spectral.digest"
 LIBRARIES = ("spectral-diffusion", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy")
 
 
@@ -85,17 +83,6 @@ def _contents(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
-def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """SHA-256 over names, shapes, values and metadata, whatever their order in the file."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name]
-        total.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
-        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    total.update(json.dumps({key: metadata[key] for key in sorted(metadata) if key != DIGEST}).encode())
-    return total.hexdigest()
-
-
 def is_native(path: Path) -> bool:
     """Whether a file claims to be an adapter of this program.
 
@@ -127,10 +114,10 @@ def load_adapter(path: Path) -> Adapter:
                 f"{path} was trained by another version of {metadata['spectral.method']}, in which its numbers mean "
                 "something else; train it again."
             )
-        concept = json.loads(metadata["spectral.concept"])
+        concept = parse_json(metadata["spectral.concept"])
         columns = metadata["spectral.columns"]
-        kernels = json.loads(metadata["spectral.kernels"])
-        sizes, tokens = json.loads(metadata["spectral.sizes"]), json.loads(metadata["spectral.earlier"])
+        kernels = parse_json(metadata["spectral.kernels"])
+        sizes, tokens = parse_json(metadata["spectral.sizes"]), parse_json(metadata["spectral.earlier"])
         frozen: dict[str, dict[str, Tensor]] = {}
         earlier: list[dict[str, Tensor]] = [{} for _ in tokens]
         for name, tensor in tensors.items():
@@ -158,8 +145,8 @@ def load_adapter(path: Path) -> Adapter:
             earlier={check_token(token): held for token, held in zip(tokens, earlier, strict=True)},
             vectors={n[6:]: t for n, t in tensors.items() if n.startswith("token.")},
             layerwise={n[10:]: t for n, t in tensors.items() if n.startswith("layerwise.")},
-            config=json.loads(metadata["spectral.config"]),
-            versions=json.loads(metadata["spectral.versions"]),
+            config=parse_json(metadata["spectral.config"]),
+            versions=parse_json(metadata["spectral.versions"]),
         )
         _check_shapes(adapter)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,18 @@ from typing import Any
 from ..adapter import Adapter
 from ..config import FuseConfig
 from ..errors import UserError
-from ..files import check_only, check_replaceable, holds, read_tensors, write_tensors
+from ..files import (
+    check_only,
+    check_replaceable,
+    holds,
+    is_file,
+    is_folder,
+    is_there,
+    parse_json,
+    read_tensors,
+    read_text,
+    write_tensors,
+)
 from ..formats.native import load_adapter, versions
 from ..linalg import Factors
 
@@ -23,7 +33,7 @@ def load_adapters(path: Path) -> list[Adapter]:
     Raises:
         UserError: neither.
     """
-    if not Path(path).is_dir():
+    if not is_folder(path):
         return [load_adapter(path)]
     recipe = read_recipe(path)
     if recipe is None:
@@ -65,13 +75,13 @@ def base_of(path: Path) -> str:
     Raises:
         UserError: it is neither.
     """
-    recipe = read_recipe(path) if path.is_dir() else None
+    recipe = read_recipe(path) if is_folder(path) else None
     return str(recipe["base"]) if recipe else load_adapters(path)[0].base
 
 
 def lasting(base: str) -> str:
     """A base's name that means the same from any folder: local paths in full."""
-    return str(Path(base).resolve()) if Path(base).exists() and base != "pocket" else base
+    return str(Path(base).resolve()) if is_there(base) and base != "pocket" else base
 
 
 def check_output(output: Path) -> None:
@@ -137,10 +147,10 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
         UserError: a recipe is there but damaged.
     """
     path = Path(folder) / RECIPE
-    if not path.is_file():
+    if not is_file(path):
         return None
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
+        recipe = parse_json(read_text(path))
         if recipe["format_version"] != 2 or not isinstance(recipe["concepts"], dict):
             raise ValueError
         if not isinstance(recipe["settings"], dict) or not isinstance(recipe["strength"], dict):

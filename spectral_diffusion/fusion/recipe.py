@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from ..adapter import Adapter, check_base, shared_columns
 from ..base import Base, load_base, quiet
 from ..config import FuseConfig, to_yaml
-from ..errors import UserError, nearest
-from ..files import atomic_folder, write_json, write_text
+from ..errors import NotFiniteError, UserError, nearest
+from ..files import atomic_folder, is_folder, write_json, write_text
 from ..formats.importing import import_lora
 from ..formats.native import is_native, save_adapter
 from ..layerwise import mean_note, use_means
@@ -141,6 +140,8 @@ def fuse_adapters(
             with torch.no_grad():
                 before = exact(weight)
                 weight.copy_((before + delta.view(weight.shape).to(before.device)).to(weight.dtype))
+            if not torch.isfinite(weight).all():
+                raise NotFiniteError(f"{layer} is NaN or infinite once fused; lower the strengths of its adapters.")
             done += 1
             progress(Event("fuse", done, len(layers), {"layer": layer}))
     if lessons:
@@ -276,7 +277,7 @@ def fuse_to_folder(
     """
     output = config.output
     check_output(output)
-    ours = [path for path in config.adapters if Path(path).is_dir() or is_native(path)]
+    ours = [path for path in config.adapters if is_folder(path) or is_native(path)]
     adapters = [adapter for path in ours for adapter in load_adapters(path)]
     if not adapters and config.base is None:
         raise UserError(

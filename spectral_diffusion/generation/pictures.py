@@ -14,7 +14,7 @@ from PIL.Image import DecompressionBombError
 
 from ..base import Base
 from ..errors import UserError
-from ..files import atomic
+from ..files import atomic, is_file, parse_json
 from ..formats.native import versions
 from .conditions import t2i_name
 from .scene import Scene
@@ -74,7 +74,7 @@ def sources_of(scene: Scene, base: Base) -> dict[str, str]:
     files: list[str | Path] = [*scene.adapters, *(condition.file for condition in scene.conditions)]
     for region in scene.regions:
         files += [*region.adapters, *([region.mask] if region.mask else [])]
-    there = [Path(file) for file in files if Path(file).is_file()]  # what is not is told where it is used
+    there = [Path(file) for file in files if is_file(file)]  # what is not is told where it is used
     named = {str(file): file for file in there}
     for number, condition in enumerate(scene.conditions, 1):
         folder = Path(t2i_name(base, condition.adapter, condition.kind))  # of a hub id nothing more is known
@@ -91,8 +91,10 @@ def read_embedded(path: Path) -> dict[str, Any]:
         UserError: nothing of this program's is there.
     """
     try:
-        with Image.open(path) as image:
-            found: dict[str, Any] = json.loads(image.info[SETTINGS_KEY])
+        if not is_file(path):  # opening a pipe may never end
+            raise ValueError
+        with Image.open(path, formats=["PNG"]) as image:
+            found: dict[str, Any] = parse_json(image.info[SETTINGS_KEY])
         return {"settings": dict(found["settings"]), "sources": dict(found.get("sources") or {})}
     except UNREAD as error:
         raise UserError(f"{path} holds no settings of this program.") from error

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import Settings, read_yaml
 from ..data.pictures import on_ground, open_upright
 from ..errors import UserError
+from ..files import is_there
 
 Kind = Literal["sketch", "keypose"]
 Box = tuple[float, float, float, float]
@@ -173,7 +174,7 @@ def read_scene(path: Path) -> dict[str, Any]:
 
     def found(name: Any) -> Any:
         beside = folder / str(name)
-        return str(beside) if isinstance(name, str) and not Path(name).is_absolute() and beside.exists() else name
+        return str(beside) if isinstance(name, str) and not Path(name).is_absolute() and is_there(beside) else name
 
     def keys(adapters: Any) -> Any:
         return {found(name): value for name, value in adapters.items()} if isinstance(adapters, dict) else adapters

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError, nearest
+from ..files import is_special
 from ..progress import Event
 
 Value = TypeVar("Value")
@@ -89,12 +90,15 @@ def pick(name: str | None, known: Mapping[str, Value], what: str, otherwise: str
 
 
 def visible(folder: Path) -> list[Path]:
-    """What lies in a folder, hidden things and links that lead elsewhere left out; nothing if there is no folder."""
+    """The files and folders in a folder, without hidden ones and links that lead elsewhere; nothing without a folder.
+
+    Pipes, sockets and devices are left out: reading one may never end.
+    """
     if not folder.is_dir():
         return []
     inside = folder.resolve()
     found = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in found if path.resolve().is_relative_to(inside))
+    return sorted(path for path in found if path.resolve().is_relative_to(inside) and not is_special(path))
 
 
 def filled(changes: Mapping[str, Any]) -> dict[str, Any]:
