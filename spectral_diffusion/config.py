@@ -23,6 +23,7 @@ from pydantic import (
 
 from .errors import UserError, nearest, reason, shown
 from .files import read_text
+from .paths import without_folders
 from .resources import preset, preset_of
 
 ORDINARY_NOUNS = ["dog", "cat", "horse", "fish", "car", "house", "tree", "cup", "teapot", "chair", "flower", "person"]
@@ -424,6 +425,7 @@ def _sentence(model: type[Settings], error: ValidationError, where: str) -> str:
     return f"Setting '{key}'{where} cannot be {shown(first['input'])}: {why[0].lower()}{why[1:]}."
 
 
-def to_yaml(settings: Settings) -> str:
-    """The resolved settings as YAML that ``--config`` reads back."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def to_yaml(settings: Settings, shared: bool = False) -> str:
+    """The resolved settings as YAML that ``--config`` reads back; full paths are names alone where it is ``shared``."""
+    held = settings.model_dump(mode="json")
+    return yaml.safe_dump(without_folders(held) if shared else held, sort_keys=False, allow_unicode=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, check_base
-from .base import Base, load_base, parse_dtype, quiet
+from .base import Base, load_base, parse_dtype
 from .config import FuseConfig
 from .errors import UserError
 from .files import atomic_folder, check_replaceable, check_writable, holds, read_header, write_tensors, write_text
@@ -21,10 +21,11 @@ from .formats.card import MARK, model_card
 from .formats.checkpoint import checkpoint_tensors
 from .formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
 from .formats.native import versions
-from .fusion.folder import load_adapters, read_merged, read_recipe
+from .fusion.folder import load_adapters, read_merged, read_recipe, save_pipeline
 from .fusion.recipe import fuse_adapters
 from .layerwise import mean_note
 from .linalg import Factors, truncate
+from .paths import without_folders
 from .tokens import known_tokens
 
 EXPORTED = "README.md"  # an exported folder has our card under this name
@@ -138,8 +139,7 @@ def export(
     if kind == "folder":
         base = source.loaded
         with atomic_folder(output) as new:
-            with quiet():
-                base.pipeline.to("cpu", parse_dtype(dtype or "float32")).save_pretrained(new)
+            save_pipeline(base.pipeline.to("cpu", parse_dtype(dtype or "float32")), new)
             write_text(new / "README.md", card(source, [output.name], picture))
         return [output]
     if output.suffix != ".safetensors":
@@ -240,7 +240,7 @@ def ours(source: Source) -> dict[str, str]:
     """Where an export came from, in our own words."""
     return {
         "spectral.recipe": json.dumps(source.recipe, sort_keys=True),
-        "spectral.base": source.base,
+        "spectral.base": without_folders(source.base),
         "spectral.base_fingerprint": source.adapters[0].fingerprint.exact,
         "spectral.versions": json.dumps(versions(), sort_keys=True),
     }
@@ -296,4 +296,6 @@ def vocabulary(tokenizer: Any) -> int:
 
 def card(source: Source, files: list[str], picture: Path | None) -> str:
     """The model card of an export."""
-    return model_card(source.title, source.base, source.nouns, source.recipe, files, picture.name if picture else "")
+    return model_card(
+        source.title, without_folders(source.base), source.nouns, source.recipe, files, picture.name if picture else ""
+    )

@@ -350,6 +350,7 @@ LAYERS = [
     {"errors", "linalg", "progress", "pocket", "randomness"},
     {"files", "slots", "registry"},
     {"slot_map", "cache"},
+    {"paths"},
     {"methods", "spectrum", "resources"},
     {"autoencoder", "base", "tokens", "config", "architectures"},
     {"adapter", "data", "evaluation", "layerwise"},

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from ..errors import UserError, reason
 from ..files import parse_json, read_header, read_tensors, write_tensors
 from ..linalg import flatten
 from ..methods import get_method
+from ..paths import located_base, portable_base, without_folders
 from ..slots import read_columns
 from ..tokens import check_name, check_token
 
@@ -42,18 +43,19 @@ def versions() -> dict[str, str]:
 
 
 def content_hash(adapter: Adapter) -> str:
-    """The hash that the adapter's file carries."""
-    return digest(*_contents(adapter))
+    """A hash of all that an adapter is, wherever its file and its base lie."""
+    return digest(*_contents(adapter, PurePath(adapter.base).name))
 
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
-    """Write an adapter atomically."""
-    tensors, metadata = _contents(adapter)
+    """Write an adapter atomically. Paths in it are relative to its folder, or names alone: people share it."""
+    base = portable_base(adapter.base, adapter.fingerprint.exact, Path(path).parent)
+    tensors, metadata = _contents(adapter, base)
     write_tensors(Path(path), tensors, {**metadata, DIGEST: digest(tensors, metadata)})
 
 
-def _contents(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The file's tensors and its metadata but for the hash."""
+def _contents(adapter: Adapter, base: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The file's tensors and its metadata but for the hash; ``base`` is what it is called in there."""
     tensors = {f"delta.{name}": value for name, value in adapter.parameters.items()}
     for layer, held in adapter.frozen.items():
         tensors |= {f"frozen.{layer}.{name}": value for name, value in held.items()}
@@ -73,9 +75,9 @@ def _contents(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         "spectral.sizes": json.dumps(adapter.sizes, sort_keys=True),
         "spectral.kernels": json.dumps(adapter.kernels, sort_keys=True),
         "spectral.earlier": json.dumps(list(adapter.earlier)),
-        "spectral.base": adapter.base,
+        "spectral.base": base,
         "spectral.base_fingerprint": fingerprint_json(adapter.fingerprint),
-        "spectral.config": json.dumps(adapter.config, sort_keys=True),
+        "spectral.config": json.dumps(without_folders(adapter.config), sort_keys=True),
         "spectral.versions": json.dumps(adapter.versions, sort_keys=True),
     }
     if adapter.method.revision > 1:
@@ -128,6 +130,7 @@ def load_adapter(path: Path) -> Adapter:
             elif kind == "earlier":
                 index, _, encoder = rest.partition(".")
                 earlier[int(index)][encoder] = tensor
+        made_for = parse_fingerprint(metadata["spectral.base_fingerprint"])
         adapter = Adapter(
             name=check_name(str(concept["name"])),
             noun=str(concept["noun"]),
@@ -136,8 +139,8 @@ def load_adapter(path: Path) -> Adapter:
             rank=int(metadata["spectral.rank"]),
             slot=read_columns(columns) if columns else None,
             targets=metadata["spectral.targets"],
-            base=metadata["spectral.base"],
-            fingerprint=parse_fingerprint(metadata["spectral.base_fingerprint"]),
+            base=located_base(metadata["spectral.base"], made_for.exact, path.parent),
+            fingerprint=made_for,
             parameters=dict(sorted((n[6:], t) for n, t in tensors.items() if n.startswith("delta."))),
             sizes={layer: (int(out), int(inside)) for layer, (out, inside) in sorted(sizes.items())},
             kernels={layer: (int(a), int(b), int(c)) for layer, (a, b, c) in sorted(kernels.items())},

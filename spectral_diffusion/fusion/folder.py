@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
+from ..base import quiet
 from ..config import FuseConfig
 from ..errors import UserError
 from ..files import (
@@ -19,11 +21,14 @@ from ..files import (
     parse_json,
     read_tensors,
     read_text,
+    write_json,
     write_tensors,
 )
 from ..formats.native import load_adapter, versions
 from ..linalg import Factors
+from ..paths import is_full, located_base, portable_base
 
+WHERE = ("_name_or_path", "name_or_path")  # in configs: the folder that a part was loaded from
 RECIPE, MERGED, ADAPTERS, SETTINGS = "recipe.json", "merged.safetensors", "adapters", "settings.yaml"
 
 
@@ -45,6 +50,17 @@ def load_adapters(path: Path) -> list[Adapter]:
             raise UserError(f"{path}/{RECIPE} names a file outside the folder; fuse the adapters again.")
         adapters.append(load_adapter(file))
     return adapters
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Write a diffusers folder that does not say where on this machine its parts were loaded from."""
+    with quiet():
+        pipeline.save_pretrained(folder)
+    for file in [*folder.glob("*.json"), *folder.glob("*/*.json")]:
+        held = json.loads(file.read_text(encoding="utf-8"))
+        known = {key: held[key] for key in WHERE if isinstance(held, dict) and is_full(str(held.get(key)))}
+        if known:
+            write_json(file, {key: value for key, value in held.items() if key not in known})
 
 
 def write_merged(path: Path, merged: Mapping[str, Factors]) -> None:
@@ -119,7 +135,7 @@ def recipe_of(
     settings = config.model_dump(mode="json", exclude={"adapters", "output", "base", "device", "strength"})
     return {
         "format_version": 2,
-        "base": lasting(config.base or adapters[0].base),
+        "base": portable_base(config.base or adapters[0].base, fingerprint or "", config.output),
         **({"base_fingerprint": fingerprint} if fingerprint else {}),
         "merge": config.merge,
         "form": config.form,
@@ -162,6 +178,7 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
                 raise ValueError
             float(concept["strength"])
         int(recipe["settings"].setdefault("teach", {"steps": 0})["steps"])  # files from before there was any teaching
+        recipe["base"] = located_base(recipe["base"], recipe.get("base_fingerprint", ""), path.parent)
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged; fuse the adapters again.") from error
     return recipe

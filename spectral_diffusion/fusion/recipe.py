@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, check_base, shared_columns
-from ..base import Base, load_base, quiet
+from ..base import Base, load_base
 from ..config import FuseConfig, to_yaml
 from ..errors import NotFiniteError, UserError, nearest
 from ..files import atomic_folder, is_folder, write_json, write_text
@@ -31,6 +31,7 @@ from .folder import (
     check_output,
     load_adapters,
     recipe_of,
+    save_pipeline,
     write_merged,
 )
 from .memory import memory_to_watch, room_to_teach
@@ -294,8 +295,7 @@ def fuse_to_folder(
             note(mean_note(adapter.name))
     merged = fuse_adapters(base, adapters, config, progress, note)
     with atomic_folder(output) as new:
-        with quiet():
-            base.pipeline.to("cpu").save_pretrained(new)
+        save_pipeline(base.pipeline.to("cpu"), new)
         files = {}
         for adapter in adapters:
             files[adapter.name] = f"{ADAPTERS}/{adapter.name}.safetensors"
@@ -303,5 +303,5 @@ def fuse_to_folder(
         if merged:
             write_merged(new / MERGED, merged)
         write_json(new / RECIPE, recipe_of(config, adapters, files, fingerprint))
-        write_text(new / SETTINGS, to_yaml(config))
+        write_text(new / SETTINGS, to_yaml(config, shared=True))
     return warnings

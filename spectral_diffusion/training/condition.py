@@ -122,7 +122,7 @@ def train_condition(
     with atomic_folder(output) as new:
         with quiet():
             adapter.save_pretrained(new)
-        write_text(new / SETTINGS, to_yaml(config))
+        write_text(new / SETTINGS, to_yaml(config, shared=True))
     state.unlink(missing_ok=True)
     return adapter
 
