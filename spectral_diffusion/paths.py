@@ -15,7 +15,7 @@ from .cache import cache_folder
 from .errors import UserError
 from .files import is_there, parse_json, read_text, write_json
 
-UP = 3  # folders that a relative path may climb
+UP = 6  # folders that a relative path may climb
 BASES = "bases.json"  # beside the caches: fingerprint to path
 REMEMBERED = 200  # bases
 

@@ -157,8 +157,8 @@ def image_folders(folder: Path, repeats: Any) -> dict[Path, int]:
     inside = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     for key, value in each.items():
         if key != "." and key not in inside:
-            near = nearest(key[:80], inside) if isinstance(key, str) else ""
-            raise UserError(f"{source} name the folder {shown(key)}, which is not there{near}.")
+            word = (key if isinstance(key, str) else shown(key))[:80]
+            raise UserError(f"{source} name the folder '{word}', which is not there{nearest(word, inside)}.")
         places[folder / key] = checked_repeats(value, source)
     return places
 

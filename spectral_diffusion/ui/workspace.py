@@ -69,7 +69,7 @@ def safe_name(text: str | None, what: str = "name") -> str:
     Raises:
         UserError: empty, or anything but letters, digits, ``-`` and ``_``.
     """
-    name = (text or "").strip()
+    name = text.strip() if isinstance(text, str) else ""
     if not name:
         raise UserError(f"The {what} is missing; write a short one such as rex.")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", name):
@@ -83,7 +83,7 @@ def pick(name: str | None, known: Mapping[str, Value], what: str, otherwise: str
     Raises:
         UserError: there is none of that name; the sentence says what there is, and ``otherwise`` what to do.
     """
-    if name is None or name not in known:
+    if not isinstance(name, str) or name not in known:
         there = f"there are {', '.join(known)}" if known else "there are none yet"
         raise UserError(f"No {what} '{str(name)[:60]}'{nearest(str(name), known)}: {there}; {otherwise}.")
     return known[name]
