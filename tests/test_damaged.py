@@ -29,7 +29,7 @@ from spectral_diffusion.formats.lora import read_lora
 from spectral_diffusion.formats.native import load_adapter, save_adapter
 from spectral_diffusion.fusion.activations import Activations
 from spectral_diffusion.fusion.collect import restored
-from spectral_diffusion.fusion.recipe import fuse_adapters
+from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder
 from spectral_diffusion.generation.pictures import is_ours
 from spectral_diffusion.generation.scene import Scene, read_scene
 from spectral_diffusion.methods.targets import PRESETS, patterns_of, work
@@ -174,6 +174,17 @@ def test_a_full_disk_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError, match=r"Cannot write .*No space left on device"):
         check_writable(tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_for_the_output_is_said_before_training_and_fusing(
+    trained: Path, photos: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=files.PROBE + 1000))
+    config = TrainConfig(concept=photos, output=tmp_path / "a.safetensors", base=str(tiny_base), rank=8, device="cpu")
+    with pytest.raises(UserError, match=r"a\.safetensors needs about"):
+        train_to_file(config)
+    with pytest.raises(UserError, match=r"fused needs about"):
+        fuse_to_folder(FuseConfig(adapters=[trained], output=tmp_path / "fused", device="cpu"))
 
 
 # --- caches ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from ..adapter import Adapter, check_base, shared_columns
 from ..base import Base, load_base
 from ..config import FuseConfig, to_yaml
 from ..errors import NotFiniteError, UserError, nearest
-from ..files import atomic_folder, is_folder, write_json, write_text
+from ..files import atomic_folder, check_writable, is_folder, write_json, write_text
 from ..formats.importing import import_lora
 from ..formats.native import is_native, save_adapter
 from ..layerwise import mean_note, use_means
@@ -287,6 +287,8 @@ def fuse_to_folder(
     check_apart(output, config.base or adapters[0].base)
     base = base or load_base(config.base or adapters[0].base, device_for(config))
     fingerprint = base.fingerprint.exact
+    parts = (base.pipeline.vae, *base.models.values())
+    check_writable(output, sum(weight.nbytes for part in parts for weight in part.parameters()))
     adapters += [import_lora(path, None, base.name, base=base) for path in config.adapters if path not in ours]
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
     warnings += overlaps(adapters)

@@ -97,6 +97,8 @@ def train_to_file(
             note(text)
     shapes = [sides(weight) for weight in base.weights(config.targets).values()]
     trained = method.total(shapes, config.rank)
+    if among.main:  # the adapter with its bands, and the state with two moments for every number
+        check_writable(output, 4 * (4 * trained + config.rank * sum(map(sum, shapes))))
     where = f"{method.slot or 'columns'} {slot}" if slot else f"rank {config.rank}"
     note(
         f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {concept.token}: "
