@@ -7,6 +7,7 @@ lies on this machine is remembered beside the caches, under its fingerprint.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -25,12 +26,14 @@ def is_full(name: str) -> bool:
     return PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
 
 
-def without_folders(value: Any) -> Any:
-    """JSON-able settings in which full paths are names alone."""
+def without_folders(value: Any, names: Mapping[str, str] | None = None) -> Any:
+    """JSON-able settings in which full paths are names alone; ``names`` says what some are called instead."""
     if isinstance(value, dict):
-        return {without_folders(key): without_folders(one) for key, one in value.items()}
+        return {without_folders(key, names): without_folders(one, names) for key, one in value.items()}
     if isinstance(value, list):
-        return [without_folders(one) for one in value]
+        return [without_folders(one, names) for one in value]
+    if names and isinstance(value, str) and value in names:
+        return names[value]
     return PureWindowsPath(value).name or value if isinstance(value, str) and is_full(value) else value
 
 

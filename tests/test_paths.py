@@ -33,6 +33,7 @@ def test_a_full_path_becomes_relative_or_a_name(tmp_path: Path, monkeypatch: pyt
     assert portable("/home/ann/rex.safetensors", work / "a/b/c/d/e/f") == "rex.safetensors"  # far
     assert portable("C:\\Users\\ann\\rex.safetensors", work) == "rex.safetensors"
     held = {"/home/ann/a": [1, "/home/ann/b.png"], "prompt": "a / b", "none": None}
+    assert without_folders({"/a/clip": "/b/clip"}, {"/a/clip": "/a/clip"}) == {"/a/clip": "clip"}
     assert without_folders(held) == {"a": [1, "b.png"], "prompt": "a / b", "none": None}
 
 
