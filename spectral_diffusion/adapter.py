@@ -178,8 +178,11 @@ def check_finite(adapter: Adapter) -> None:
     Raises:
         UserError: some are there.
     """
-    layerwise = {f"layerwise.{name}": tensor for name, tensor in adapter.layerwise.items()}
-    for name, tensor in {**adapter.parameters, **adapter.vectors, **layerwise}.items():
+    held = {**adapter.parameters, **adapter.vectors}
+    held |= {f"layerwise.{name}": tensor for name, tensor in adapter.layerwise.items()}
+    for outer in (adapter.frozen, adapter.earlier):
+        held |= {f"{key}.{name}": tensor for key, tensors in outer.items() for name, tensor in tensors.items()}
+    for name, tensor in held.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"Adapter '{adapter.name}' holds NaN or infinity in {name}; train it again.")
 

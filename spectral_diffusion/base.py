@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from . import pocket
 from .errors import UserError, reason
+from .files import is_file, is_folder, is_there, parse_json
 from .methods.targets import find_targets
 from .spectrum import hash_weight
 from .tokens import embedding_of, ids_of, install, pool_at_end
@@ -222,20 +223,20 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
     local = pocket.path() if name == "pocket" else Path(name)
     try:
         with quiet():
-            if name == "pocket" and not local.is_dir():
+            if name == "pocket" and not is_folder(local):
                 raise UserError("The pocket base's weights are missing from this installation; install it again.")
-            if local.is_dir():
+            if is_folder(local):
                 if not (local / "model_index.json").is_file():
                     raise UserError(f"{local} is not a diffusers folder: it holds no model_index.json.")
                 _refuse_pickles(local)
                 pipeline = AutoPipelineForText2Image.from_pretrained(str(local), use_safetensors=True, **options)
             elif local.suffix == ".safetensors":
-                if not local.is_file():
+                if not is_file(local):
                     raise UserError(f"No such file: {local}.")
                 pipeline = load_single_file(local, options)
             elif local.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
                 raise UserError(f"{local} is a pickle checkpoint, which can run code; convert it to .safetensors.")
-            elif local.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+            elif is_there(local) or name.count("/") != 1 or name.startswith((".", "/", "~")):
                 raise UserError(f"No base '{name}': use pocket, a diffusers folder, a hub id or a .safetensors file.")
             else:
                 pipeline = AutoPipelineForText2Image.from_pretrained(name, use_safetensors=True, **options)
@@ -343,7 +344,7 @@ def parse_fingerprint(text: str) -> Fingerprint:
     Raises:
         ValueError: not one.
     """
-    data = json.loads(text)
+    data = parse_json(text)
     if not isinstance(data, dict) or set(data) != {"exact", "half", "brain"}:
         raise ValueError("not a fingerprint")
     return Fingerprint(**{key: str(value) for key, value in data.items()})

@@ -22,7 +22,9 @@ from pydantic import (
     field_validator,
 )
 
-from .errors import UserError, nearest
+from .errors import UserError, nearest, reason, shown
+from .files import read_text
+from .paths import without_folders
 from .resources import preset, preset_of
 
 ORDINARY_NOUNS = ["dog", "cat", "horse", "fish", "car", "house", "tree", "cup", "teapot", "chair", "flower", "person"]
@@ -298,6 +300,9 @@ Model = TypeVar("Model", bound=Settings)
 VERBS = {"train", "fuse", "generate", "train-condition", "evaluate"}  # that a preset may have a part for
 
 
+YAML_BYTES = 1_000_000  # of a file of settings, which has some thousands
+
+
 def _as_in_yaml_1_2(tag: str, found: re.Pattern[str]) -> re.Pattern[str]:
     """What YAML 1.1 takes for a number, but none of base 60; for a boolean, but true and false only."""
     if tag.endswith(":bool"):
@@ -311,7 +316,20 @@ UNREAD = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, 
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML in which ``16:24``, ``no`` and ``on`` are texts, as in YAML 1.2."""
+    """Safe YAML in which ``16:24``, ``no`` and ``on`` are texts, as in YAML 1.2.
+
+    Aliases are refused: a few hundred bytes of them stand for a value of thousands of millions of parts.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise Alias(None, None, f"the alias *{event.anchor}", event.start_mark)
+        return super().compose_node(parent, index)
+
+
+class Alias(yaml.composer.ComposerError):
+    """A value that stands for an earlier one."""
 
 
 Loader.yaml_implicit_resolvers = {
@@ -327,11 +345,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: missing, not YAML, or not a mapping.
     """
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
+        data = yaml.load(read_text(Path(path), most=YAML_BYTES), Loader)
     except FileNotFoundError as error:
         raise UserError(f"No such file: {path}.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Cannot read {path}: {error}.") from error
+        raise UserError(f"Cannot read {path}: {getattr(error, 'strerror', None) or reason(error)}.") from error
+    except Alias as error:
+        mark = error.problem_mark
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path} uses {error.problem}{where}; write the value itself there.") from error
     except UNREAD as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = f" at line {line + 1}" if line is not None else ""
@@ -445,16 +467,16 @@ def settings_for(
 
 def _sentence(model: type[Settings], error: ValidationError, where: str) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(str(part)[:80] for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"Unknown setting '{key}'{where}{nearest(key, model.model_fields)}."
     if first["type"] == "missing":
         return f"The setting '{key}' is missing{where}."
-    reason = first["msg"].removeprefix("Value error, ")
-    shown = repr(first["input"])
-    return f"Setting '{key}'{where} cannot be {shown[:80]}: {reason[0].lower()}{reason[1:]}."
+    why = first["msg"].removeprefix("Value error, ")
+    return f"Setting '{key}'{where} cannot be {shown(first['input'])}: {why[0].lower()}{why[1:]}."
 
 
-def to_yaml(settings: Settings) -> str:
-    """The resolved settings as YAML that ``--config`` reads back."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def to_yaml(settings: Settings, shared: bool = False) -> str:
+    """The resolved settings as YAML that ``--config`` reads back; full paths are names alone where it is ``shared``."""
+    held = settings.model_dump(mode="json")
+    return yaml.safe_dump(without_folders(held) if shared else held, sort_keys=False, allow_unicode=True)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from .cache import cache_folder
 from .machine import description, measured, provenance
 from .precision import cuda_has_bf16, measure_cpu, resolve_mixed_precision
-from .spectrum import cache_folder
 from .training.memory import available
 from .training.speed import seconds_per_picture
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable
 
 
@@ -22,6 +23,18 @@ def reason(error: BaseException, limit: int = 160) -> str:
     """The first line of an exception, cut to a readable length."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0].strip().rstrip(".")
     return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """A value's ``repr`` for a sentence, cut while it is written: the whole of a large one may take minutes."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxlist, short.maxtuple, short.maxdict, short.maxset = 3, 6, 6, 6, 6
+    short.maxstring = short.maxlong = short.maxother = limit
+    try:
+        text = short.repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        text = f"this {type(value).__name__}"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

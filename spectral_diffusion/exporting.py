@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, check_base
-from .base import Base, load_base, parse_dtype, quiet
+from .base import Base, load_base, parse_dtype
 from .config import FuseConfig
 from .errors import UserError
 from .files import atomic_folder, check_replaceable, check_writable, holds, read_header, write_tensors, write_text
 from .formats.card import MARK, model_card
 from .formats.checkpoint import checkpoint_tensors
 from .formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
-from .fusion.folder import load_adapters, read_merged, read_recipe
+from .fusion.folder import load_adapters, read_merged, read_recipe, save_pipeline
 from .fusion.recipe import fuse_adapters
 from .layerwise import mean_note
 from .linalg import Factors, truncate
 from .machine import made_on, provenance
+from .paths import without_folders
 from .tokens import known_tokens
 
 EXPORTED = "README.md"  # an exported folder has our card under this name
@@ -143,8 +144,7 @@ def export(
     if kind == "folder":
         base = source.loaded
         with atomic_folder(output) as new:
-            with quiet():
-                base.pipeline.to("cpu", parse_dtype(dtype or "float32")).save_pretrained(new)
+            save_pipeline(base.pipeline.to("cpu", parse_dtype(dtype or "float32")), new)
             write_text(new / "README.md", card(source, [output.name], picture))
         return [output]
     if output.suffix != ".safetensors":
@@ -245,7 +245,7 @@ def ours(source: Source) -> dict[str, str]:
     """Where an export came from, in our own words."""
     return {
         "spectral.recipe": json.dumps(source.recipe, sort_keys=True),
-        "spectral.base": source.base,
+        "spectral.base": without_folders(source.base),
         "spectral.base_fingerprint": source.adapters[0].fingerprint.exact,
         "spectral.provenance": json.dumps(provenance(), sort_keys=True),
     }
@@ -301,4 +301,6 @@ def vocabulary(tokenizer: Any) -> int:
 
 def card(source: Source, files: list[str], picture: Path | None) -> str:
     """The model card of an export."""
-    return model_card(source.title, source.base, source.nouns, source.recipe, files, picture.name if picture else "")
+    return model_card(
+        source.title, without_folders(source.base), source.nouns, source.recipe, files, picture.name if picture else ""
+    )

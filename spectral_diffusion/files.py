@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
+import logging
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Collection, Iterator
@@ -20,6 +23,7 @@ from .errors import UserError, reason
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger(__name__)
 
 PIPELINE = {
     "model_index.json", "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
@@ -29,6 +33,10 @@ DROPPED = {".DS_Store", "Thumbs.db", "desktop.ini"}  # by file managers
 RESOLVED = "# Resolved settings, written by spectral-diffusion.\n"
 DUMPED = ("output", "base", "device", "dtype", "seed")  # keys of all resolved settings
 ABANDONED = 24 * 3600  # seconds after which a killed program's temporary is taken away
+TEXT_BYTES = 64_000_000  # of a text file that is read whole, such as the captions of a large folder
+LEVELS = 64  # of nesting in JSON
+PATIENCE = 5.0  # seconds that a lock is waited for without a word
+PROBE = 2**18  # bytes that a disk must take before work begins
 
 
 def _clear(path: Path) -> None:
@@ -57,12 +65,29 @@ def cannot_write(path: Path, error: Exception) -> UserError:
     return UserError(f"Cannot write {path}: {said or reason(error)}; choose another output with -o.")
 
 
-def is_file(path: Path) -> bool:
+def is_file(path: Path | str) -> bool:
     """Whether a file is there; what cannot be the name of one is none."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):
         return False
+
+
+def is_folder(path: Path | str) -> bool:
+    """Whether a folder is there; what cannot be the name of one is none."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def is_special(path: Path) -> bool:
+    """Whether a pipe, a socket or a device is there."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def is_there(path: Path | str) -> bool:
@@ -73,13 +98,66 @@ def is_there(path: Path | str) -> bool:
         return False
 
 
-def check_writable(path: Path) -> None:
-    """Say now, not after an hour of work, that an output cannot be written.
+def check_writable(path: Path, needed: int = PROBE) -> None:
+    """Say now, not after an hour of work, that an output cannot be written, or that its disk is full.
+
+    Args:
+        needed: about how many bytes the output will have.
 
     Raises:
         UserError: it cannot.
     """
-    _beside(Path(path)).unlink()
+    temporary = _beside(Path(path))
+    try:
+        with temporary.open("wb") as file:  # some disks report free space that a quota does not grant
+            file.write(bytes(PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+        free = shutil.disk_usage(temporary.parent).free
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    if free < needed:
+        raise UserError(
+            f"{path} needs about {needed / 2**20:,.0f} MiB and its disk has {free / 2**20:,.0f} MiB free; free some "
+            "space, or choose another output with -o."
+        )
+
+
+def read_text(path: Path, encoding: str = "utf-8", most: int = TEXT_BYTES) -> str:
+    """A text file that a person or another program wrote. A pipe or a device is refused: reading it may never end.
+
+    Raises:
+        OSError: no such file, no regular one, or one of more than ``most`` bytes.
+        ValueError: not in that encoding.
+    """
+    seen = Path(path).stat()
+    if not stat.S_ISREG(seen.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    if seen.st_size > most:
+        raise OSError(errno.EFBIG, f"it has more than {most // 1_000_000} MB")
+    return Path(path).read_text(encoding=encoding)
+
+
+def parse_json(text: str) -> Any:
+    """JSON as Python values.
+
+    Raises:
+        ValueError: not JSON, or nested deeper than any of our files: later code may walk through it recursively.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if _deeper(value, LEVELS):
+        raise ValueError("it is nested too deeply")
+    return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_deeper(one, levels - 1) for one in inside)
 
 
 def check_settings(path: Path) -> None:
@@ -132,6 +210,34 @@ def holds(folder: Path, other: Path | str) -> bool:
     """Whether a path, if there is anything, is a folder or lies inside it."""
     here, there = Path(folder).resolve(), Path(other).resolve()
     return there.exists() and (there == here or here in there.parents)
+
+
+@contextmanager
+def locked(path: Path, most: float) -> Iterator[None]:
+    """Hold the lock file ``path``. The log names a lock that is waited for longer than a moment.
+
+    Raises:
+        UserError: another process still holds it after ``most`` seconds.
+        OSError: it cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=min(PATIENCE, most))
+    except Timeout:
+        log.warning("Waiting for another process, which holds %s.", path)
+        try:
+            lock.acquire(timeout=max(0.0, most - PATIENCE))
+        except Timeout as error:
+            raise UserError(
+                f"Another process has held {path} for {most:.0f} seconds; end it if it hangs or is stopped, then try "
+                "again."
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager
@@ -250,7 +356,7 @@ def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
 @contextmanager
 def _opened(path: Path, device: str) -> Iterator[Any]:
     path = Path(path)
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"No such file: {path}.")
     try:
         with safe_open(str(path), framework="pt", device=device) as file:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from .adapter import Adapter
 from .errors import UserError
+from .files import is_folder, is_there
 from .formats.native import load_adapter
 from .fusion.folder import load_adapters, read_recipe
 from .fusion.recipe import overlaps, strength_of
@@ -50,13 +51,13 @@ def inspect_path(path: Path) -> dict[str, Any]:
         UserError: none of these, or damaged.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         recipe = read_recipe(path)
         if recipe is None:
             raise UserError(f"{path} is not a fused folder: it holds no recipe.json.")
         strength = {str(name): float(value) for name, value in recipe["strength"].items()}
         return {"kind": "fusion", **recipe, **_together(load_adapters(path), strength)}
-    if not path.exists():
+    if not is_there(path):
         raise UserError(f"No such file: {path}.")
     if path.suffix.lower() == ".png":
         return {"kind": "picture", **read_settings(path)}

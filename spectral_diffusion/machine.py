@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from .cache import cache_folder
 from .errors import UserError
 from .files import write_json
-from .spectrum import cache_folder
 
 FILE = "machine.json"
 LIBRARIES = ("spectral-diffusion", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy")

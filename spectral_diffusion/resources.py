@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from .errors import UserError, nearest
+from .files import is_file, parse_json, read_text
 
 _HERE = Path(__file__).parent
 
@@ -31,8 +31,8 @@ def preset_of(base: str) -> str | None:
         return base
     recipe = Path(base) / "recipe.json"
     try:
-        return "pocket" if base and recipe.is_file() and json.loads(recipe.read_text())["base"] == "pocket" else None
-    except (ValueError, OSError, LookupError, TypeError, RecursionError):
+        return "pocket" if base and is_file(recipe) and parse_json(read_text(recipe))["base"] == "pocket" else None
+    except (ValueError, OSError, LookupError, TypeError):
         return None
 
 

@@ -6,22 +6,20 @@ belong to which concept, so that adapters trained apart never overlap.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from .errors import UserError
-from .files import cannot_write, write_json
+from .files import cannot_write, locked, parse_json, read_text, write_json
 from .randomness import keyed_random
 
 LEDGER = "slots.json"
 ROWS = "rows.json"  # the same for methods whose slots are rows of a shared basis
+WAIT = 20.0  # seconds for the ledger's lock, which is held for a moment only
 POOL = 64  # how many top columns ``sampled`` draws from unless told
 
 
@@ -172,7 +170,7 @@ class Ledger:
         if not self.path.exists():
             return {}, {}
         try:
-            data = json.loads(self.path.read_text(encoding="utf-8"))
+            data = parse_json(read_text(self.path))
             if data["format_version"] not in (1, 2):
                 raise ValueError
             rounded = {base: [str(one) for one in hashes] for base, hashes in data.get("rounded", {}).items()}
@@ -185,13 +183,12 @@ class Ledger:
 
     @contextmanager
     def _locked(self) -> Iterator[tuple[dict[str, dict[str, Slot]], dict[str, list[str]]]]:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
-            lock.acquire()
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
-        try:
+        with ExitStack() as stack:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), WAIT))
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
             data, rounded = self._read()
             yield data, rounded
             bases = {
@@ -201,8 +198,6 @@ class Ledger:
             }
             kept = {base: hashes for base, hashes in rounded.items() if base in bases}
             write_json(self.path, {"format_version": 2, "bases": bases} | ({"rounded": kept} if kept else {}))
-        finally:
-            lock.release()
 
     def reserve(
         self,

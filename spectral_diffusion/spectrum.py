@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
+from .cache import WAIT, cache_folder, load, store
 from .errors import UserError
-from .files import read_tensors, write_tensors
+from .files import locked, parse_json
 from .linalg import Band, bottom_band, flatten, gram_of, top_band
 from .progress import Event, Progress, silent
 from .slots import Slot
@@ -53,14 +52,6 @@ class Spectrum:
         return smallest, where
 
 
-def cache_folder() -> Path:
-    """``$SPECTRAL_DIFFUSION_CACHE``, or ``spectral_diffusion`` under the user's cache folder."""
-    own = os.environ.get("SPECTRAL_DIFFUSION_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spectral_diffusion"
-
-
 def capacity(weights: Mapping[str, Tensor]) -> tuple[int, str]:
     """How many columns every weight has, and the name of the narrowest one."""
     sizes = {name: min(flatten(weight).shape) for name, weight in weights.items()}
@@ -82,7 +73,7 @@ def compute(
     progress: Progress = silent,
     bottom: bool = False,
     known: Mapping[str, Band] | None = None,
-    keep: Callable[[Mapping[str, Band]], None] = lambda bands: None,
+    keep: Callable[[Mapping[str, Band]], object] = lambda bands: None,
 ) -> Spectrum:
     """The top (or bottom) ``columns`` of every weight (all of them where it is narrower), on the weight's device.
 
@@ -144,47 +135,41 @@ def spectrum_of(
     """
     columns = -(-columns // CHUNK) * CHUNK
     key = hashlib.sha256("|".join(f"{n}={hash_weight(w)}" for n, w in weights.items()).encode())
-    path = (
-        folder or cache_folder() / "spectra"
-    ) / f"{key.hexdigest()[:32]}-{'bottom' if bottom else ''}{columns}.safetensors"
+    name = f"{key.hexdigest()[:32]}-{'bottom' if bottom else ''}{columns}.safetensors"
+    path = (folder or cache_folder() / "spectra") / name
     unfinished = path.with_name(f"{path.stem}.unfinished.safetensors")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
-            if path.exists() and set(bands := _read(path, weights, columns)) == set(weights):
+        with locked(Path(f"{path}.lock"), WAIT):
+            if set(bands := _read(path, weights, columns)) == set(weights):
                 return Spectrum(bands)
             known = _read(unfinished, weights, columns)
             spectrum = compute(weights, columns, progress, bottom, known, lambda bands: _keep(unfinished, bands))
-            with suppress(OSError, UserError):  # a full disk only costs the next run its time
-                _write(path, spectrum.bands)
-                unfinished.unlink(missing_ok=True)
+            if _keep(path, spectrum.bands):
+                with suppress(OSError):
+                    unfinished.unlink(missing_ok=True)
             return spectrum
     except (OSError, UserError):
         return compute(weights, columns, progress, bottom)
 
 
-def _keep(path: Path, bands: Mapping[str, Band]) -> None:
-    with suppress(OSError, UserError):
-        _write(path, bands)
-
-
-def _write(path: Path, bands: Mapping[str, Band]) -> None:
+def _keep(path: Path, bands: Mapping[str, Band]) -> bool:
     tensors = {f"{name}.{part}": value for name, band in bands.items() for part, value in band._asdict().items()}
-    write_tensors(path, tensors, {"done": json.dumps(list(bands))})
+    return store(path, tensors, {"done": json.dumps(list(bands))})
 
 
 def _read(path: Path, weights: Mapping[str, Tensor], columns: int) -> dict[str, Band]:
     """The bands of these weights in a cache file; none of a missing or damaged one, which is computed again."""
     try:
-        tensors, metadata = read_tensors(path)
+        tensors, metadata = load(path) or ({}, {"done": "[]"})
         bands = {
-            name: Band(*(tensors[f"{name}.{part}"] for part in Band._fields)) for name in json.loads(metadata["done"])
+            name: Band(*(tensors[f"{name}.{part}"] for part in Band._fields)) for name in parse_json(metadata["done"])
         }
         for name, band in bands.items():
             out, width = flatten(weights[name]).shape
             count = min(columns, out, width)
             if band.U.shape != (out, count) or band.S.shape != (count,) or band.V.shape != (width, count):
                 return {}
-    except (UserError, KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError):
         return {}
     return bands

@@ -350,7 +350,8 @@ def test_the_ready_made_concepts_load() -> None:
 LAYERS = [
     {"errors", "linalg", "progress", "pocket", "randomness"},
     {"files", "slots", "registry"},
-    {"slot_map"},
+    {"slot_map", "cache"},
+    {"paths"},
     {"methods", "spectrum", "resources", "machine", "precision"},
     {"autoencoder", "base", "tokens", "config", "architectures"},
     {"adapter", "data", "evaluation", "layerwise"},

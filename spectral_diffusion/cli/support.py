@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UserError
-from ..files import is_there
+from ..files import is_folder, is_there
 from ..progress import Pace, brief_duration
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def named_base(files: list[str], overrides: list[str] | None = None) -> str:
 
     written = parse_overrides(overrides or []).get("adapters") or []
     paths = map(Path, files or (written if isinstance(written, list) else [written]))
-    first = next((path for path in paths if path.is_dir() or is_native(path)), None)
+    first = next((path for path in paths if is_folder(path) or is_native(path)), None)
     return base_of(first) if first else ""
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UserError
+from ..files import is_folder
 from .app import ui
 from .conditions import train_condition
 from .doctor import doctor
@@ -95,7 +96,7 @@ def fuse(
     from ..fusion.recipe import fuse_to_folder
     from ..fusion.unfuse import settings_of
 
-    folders = [Path(file) for file in files if Path(file).is_dir()]
+    folders = [Path(file) for file in files if is_folder(file)]
     before: dict[str, Any] = {}  # the settings of the fusions that are added to
     for folder in folders:
         held = settings_of(folder, [folder], Path("fused")).model_dump(mode="json", exclude={"output", "adapters"})

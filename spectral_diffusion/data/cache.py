@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ..autoencoder import overflows
+from ..cache import cache_folder, load, store
 from ..errors import UserError
-from ..files import read_tensors, write_tensors
-from ..spectrum import cache_folder, hash_weight
+from ..spectrum import hash_weight
 from .crops import Crop
 from .folder import Photo
 
@@ -57,21 +57,17 @@ def kept(folder: Path | None, key: str, make: Callable[[], Encoded]) -> Encoded:
     A cache that cannot be written only costs the time to encode.
     """
     path = (folder or cache_folder() / "latents") / f"{key[:40]}.safetensors"
-    try:
-        tensors, metadata = read_tensors(path)
-        found = tensors["latents"], tensors.get("masks")
-        if (metadata["key"], metadata["digest"]) == (key, _digest(found)):
+    if found := load(path):
+        tensors, metadata = found
+        if metadata.get("key") == key and "latents" in tensors:
             with suppress(OSError):
                 path.touch()  # used just now
-            return found
-    except (UserError, KeyError):
-        pass
+            return tensors["latents"], tensors.get("masks")
     latents, masks = make()
     made = latents.cpu(), None if masks is None else masks.cpu()
-    tensors = {"latents": made[0]} | ({} if made[1] is None else {"masks": made[1]})
-    with suppress(UserError, OSError):
-        write_tensors(path, tensors, {"key": key, "digest": _digest(made)})
-        prune(path.parent, MOST)
+    if store(path, {"latents": made[0]} | ({} if made[1] is None else {"masks": made[1]}), {"key": key}):
+        with suppress(OSError):
+            prune(path.parent, MOST)
     return made
 
 
@@ -84,7 +80,3 @@ def prune(folder: Path, most: int) -> None:
             return
         path.unlink()
         held -= size
-
-
-def _digest(encoded: Encoded) -> str:
-    return " ".join("" if tensor is None else hash_weight(tensor) for tensor in encoded)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..config import DataConfig
 from ..errors import UserError
+from ..files import parse_json, read_text
 from ..randomness import keyed_random
 
 
@@ -44,8 +44,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(_text_of(path).split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
+                yield number, parse_json(line)
+            except ValueError as error:
                 raise _bad_line(path, number) from error
 
 
@@ -66,7 +66,7 @@ def _bad_line(path: Path, number: int) -> UserError:
 
 def _text_of(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text(path, "utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a UTF-8 text file; save it again as UTF-8.") from error
 

@@ -8,12 +8,13 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from ..config import read_yaml
-from ..errors import UserError, nearest
-from ..files import is_file
+from ..errors import UserError, nearest, shown
+from ..files import is_file, is_folder
 from ..tokens import check_token, is_name, latin, slug
 from .captions import read_caption, read_metadata
 from .masks import is_mask
@@ -156,19 +157,9 @@ def describe(folder: Path, name: str | None = None, token: str | None = None, no
     Raises:
         UserError: no such folder, an odd ``concept.yaml``, or a name or token that cannot be one.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"No such folder: {folder}.")
-    described: dict[str, Any] = {}
-    if (folder / "concept.yaml").is_file():
-        described = read_yaml(folder / "concept.yaml")
-        for key in described:
-            if key not in CONCEPT_KEYS:
-                raise UserError(f"Unknown key '{key}' in {folder / 'concept.yaml'}{nearest(key, CONCEPT_KEYS)}.")
-    repeats = described.pop("repeats", 1)
-    said = {key: str(value) for key, value in described.items() if value is not None}
-    for key, value in described.items():
-        if isinstance(value, bool | list | dict):
-            raise UserError(f"{folder / 'concept.yaml'} must give {key} as a word; put it into quotes.")
+    said, repeats = read_about(folder)
     given = any([name, token, noun, *said.values()])
     name = unicodedata.normalize("NFC", name or said.get("name") or folder.resolve().name)
     if not is_name(name, 80) or name.startswith("."):
@@ -193,6 +184,29 @@ def check_one_concept(folder: Path, places: Iterable[Path]) -> None:
         )
 
 
+def read_about(folder: Path) -> tuple[dict[str, str], Any]:
+    """The words of a folder's ``concept.yaml`` (name, noun, token), and its repeats; nothing and 1 without one.
+
+    Raises:
+        UserError: an unknown key, or a word that is none.
+    """
+    path = folder / "concept.yaml"
+    described = read_yaml(path) if path.is_file() else {}
+    for key in described:
+        if key not in CONCEPT_KEYS:
+            raise UserError(f"Unknown key {shown(key)} in {path}{nearest(key[:80], CONCEPT_KEYS)}.")
+    repeats = described.pop("repeats", 1)
+    said: dict[str, str] = {}
+    for key, value in described.items():
+        try:
+            if isinstance(value, bool) or not isinstance(value, str | int | float | date | None):
+                raise ValueError
+            said |= {} if value is None else {key: str(value)}
+        except ValueError as error:  # Python writes no number of thousands of digits
+            raise UserError(f"{path} must give {key} as a word; put it into quotes.") from error
+    return said, repeats
+
+
 def image_folders(folder: Path, repeats: Any) -> dict[Path, int]:
     """Where a concept's images lie, and how often those of each place are seen in an epoch.
 
@@ -213,7 +227,8 @@ def image_folders(folder: Path, repeats: Any) -> dict[Path, int]:
     inside = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     for key, value in each.items():
         if key != "." and key not in inside:
-            raise UserError(f"{source} name the folder '{key}', which is not there{nearest(str(key), inside)}.")
+            word = (key if isinstance(key, str) else shown(key))[:80]
+            raise UserError(f"{source} name the folder '{word}', which is not there{nearest(word, inside)}.")
         places[folder / key] = checked_repeats(value, source)
     return places
 
@@ -225,7 +240,7 @@ def checked_repeats(value: Any, source: str) -> int:
         UserError: it is not a whole number in range; the sentence begins with ``source``.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_REPEATS:
-        raise UserError(f"{source} must say a whole number from 1 to {MAX_REPEATS}, not {str(value)[:40]!r}.")
+        raise UserError(f"{source} must say a whole number from 1 to {MAX_REPEATS}, not {shown(value, 40)}.")
     return value
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import UserError
+from ..files import is_file, is_there
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # what a file really is; others may start other programs
@@ -26,6 +27,8 @@ def open_upright(path: Path) -> Image.Image:
     Raises:
         UserError: not a readable image, or unreasonably large.
     """
+    if not is_file(path):  # opening a pipe may never end
+        raise UserError(f"{path.name} is not a readable image" if is_there(path) else f"No such file: {path}.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

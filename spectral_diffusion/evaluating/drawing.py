@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from ..evaluation.prompts import with_article
 from ..evaluation.settings import EvaluateConfig
 from ..evaluation.summary import ALONE, FLOOR
 from ..evaluation.views import View
-from ..files import write_json
+from ..files import parse_json, read_text, write_json
 from ..fusion.folder import lasting
 from ..generation.crops import spoken
 from ..generation.pictures import sources_of
@@ -82,7 +81,7 @@ class Shelf:
     def earlier(self) -> dict[str, list[float]]:
         """The seconds of what was drawn here before."""
         try:
-            found = json.loads((self.folder / SECONDS).read_text(encoding="utf-8"))
+            found = parse_json(read_text(self.folder / SECONDS))
             return {str(way): [float(spent), float(pictures)] for way, (spent, pictures) in found.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}

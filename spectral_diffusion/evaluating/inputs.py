@@ -15,6 +15,7 @@ from ..evaluation.encoders import Encoder, encoders_here, load_encoder
 from ..evaluation.references import Subject, read_references
 from ..evaluation.settings import EvaluateConfig
 from ..evaluation.summary import ALONE
+from ..files import is_folder
 from ..formats.native import load_adapter
 from ..fusion.folder import lasting, load_adapters, read_recipe
 from ..fusion.recipe import check_together, strength_of
@@ -50,7 +51,7 @@ def hold(config: EvaluateConfig) -> Held | None:
     """
     if not config.adapters:
         return None
-    folders = [path for path in config.adapters if path.is_dir()]
+    folders = [path for path in config.adapters if is_folder(path)]
     if folders and len(config.adapters) > 1:
         raise UserError(f"Give adapter files, or one fused folder such as {folders[0]} alone.")
     if folders:
@@ -119,7 +120,7 @@ def read_pictures(folder: Path) -> dict[Path, Scene]:
     Raises:
         UserError: no such folder, or none in it.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"No such folder of pictures: {folder}.")
     found = {path: scene for path in sorted(folder.rglob("*.png")) if (scene := scene_in(path))}
     if not found:
@@ -155,7 +156,7 @@ def trained_on(path: Path) -> Path | None:
     if not isinstance(named, str):
         return None
     beside = settings.parent / named
-    return beside if beside.is_dir() and not Path(named).is_dir() else Path(named)
+    return beside if is_folder(beside) and not is_folder(named) else Path(named)
 
 
 def choose_encoders(names: Sequence[str], bases: Sequence[str]) -> list[Encoder]:

@@ -22,6 +22,7 @@ from ..generation.crops import scene_in, views_in
 from ..generation.pipeline import generate_to_file
 from ..generation.scene import Scene
 from ..machine import heading, provenance
+from ..paths import without_folders
 from ..progress import Progress, silent
 from .drawing import Drawn, Shelf, count_of, draw_adapters
 from .inputs import Held, choose_encoders, hold, read_pictures, read_scenes, subjects
@@ -94,9 +95,9 @@ def views_of(pictures: Mapping[Path, Scene | None], concepts: Mapping[str, Conce
 def about(config: EvaluateConfig, held: Held | None, drawn: Drawn, concepts: Mapping[str, Concept]) -> dict[str, Any]:
     """What an evaluation was made from, as JSON."""
     return {
-        "config": config.model_dump(mode="json"),
+        "config": without_folders(config.model_dump(mode="json")),
         "provenance": provenance(),
-        "base": {"name": held.base, "fingerprint": drawn.base} if held else None,
+        "base": {"name": without_folders(held.base), "fingerprint": drawn.base} if held else None,
         "concepts": {
             name: {"token": one.token, "noun": one.noun, "photos": len(one.photos)} for name, one in concepts.items()
         },

@@ -11,9 +11,10 @@ from typing import Any
 from urllib.parse import quote
 
 from ..files import atomic, write_json, write_text
+from ..paths import without_folders
 from .measure import ALL, Scored
 from .sheet import draw_sheet, spread
-from .summary import Evaluation, matrix_rows, matrix_title, sentences, tables
+from .summary import Evaluation, matrix_rows, matrix_title, sentences, short, tables
 from .tables import Row, markdown, shown
 from .views import View
 
@@ -46,7 +47,8 @@ def write_report(found: Evaluation, folder: Path) -> Path:
     views = {way: [one.view for one in scored] for way, scored in found.scored.items()}
     with atomic(folder / f"{NAME}.png") as temporary:
         draw_sheet(views, found.concepts).save(temporary, format="PNG", optimize=True)
-    write_json(folder / f"{NAME}.json", found.json())
+    names = {encoder: short(encoder, found.encoders) for encoder in found.encoders}
+    write_json(folder / f"{NAME}.json", without_folders(found.json(), names))
     write_text(folder / f"{NAME}.md", as_markdown(found))
     path = folder / f"{NAME}.html"
     write_text(path, as_html(found, folder))
@@ -82,8 +84,8 @@ def made_of(found: Evaluation) -> str:
     """Base, encoders and intervals in a sentence."""
     base = found.about.get("base") or {}
     drawn = f" Base: {base['name']}, fingerprint {base['fingerprint'][:12]}." if base else ""
-    intervals = "In brackets 95 % intervals of the mean, a bootstrap over concepts."
-    return f"Encoders: {', '.join(found.encoders)}. {intervals}{drawn}"
+    encoders = ", ".join(short(one, found.encoders) for one in found.encoders)
+    return f"Encoders: {encoders}. In brackets 95 % intervals of the mean, a bootstrap over concepts.{drawn}"
 
 
 def as_html(found: Evaluation, folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,13 +18,14 @@ from .. import resources
 from ..adapted import put_on
 from ..adapter import Adapter
 from ..base import Base, load_base, parse_device
+from ..cache import cache_folder
 from ..config import FuseConfig, TrainConfig, build, read_yaml
 from ..data.folder import Concept, load_concept, open_photo
 from ..errors import UserError
 from ..evaluation.encoders import Clip, Encoder, load_encoder
 from ..evaluation.judges import judge_pictures, load_judge
 from ..evaluation.prompts import ORDINARY, PLACES
-from ..files import write_json
+from ..files import parse_json, read_text, write_json
 from ..formats.native import content_hash, load_adapter
 from ..fusion.recipe import fuse_adapters
 from ..generation.pipeline import sample
@@ -32,8 +34,9 @@ from ..linalg import sides
 from ..methods import get_method
 from ..precision import resolve_mixed_precision
 from ..progress import Progress, silent
-from ..spectrum import cache_folder
 from ..training.run import train_to_file
+
+log = logging.getLogger(__name__)
 
 Figures = dict[str, Any]
 CELLS = "1"  # raised when what a cell measures changes, so that old ones are measured anew
@@ -49,6 +52,17 @@ REPORTED = (
 )  # three pairs that look alike, and two more
 MANY = (*REPORTED, "hoot", "luna", "moss", "toad", "tusk", "peck", "rusty", "pip")  # two more such pairs, and four more
 TUNED = ("bruno", "misty", "shelly", "hero")  # settings are chosen on these and never reported
+
+
+def kept_figures(path: Path) -> Figures | None:
+    """The figures of a cell's file; None where there is none, or a damaged one, which the log tells."""
+    if not path.is_file():
+        return None
+    try:
+        return dict(parse_json(read_text(path))["figures"])
+    except (OSError, ValueError, LookupError, TypeError):
+        log.warning("%s is damaged; it is measured again.", path)
+        return None
 
 
 def key_of(value: Any) -> str:
@@ -159,11 +173,10 @@ class Lab:
         whole = {"kind": kind, "cells": CELLS, **self.terms, **key}
         name = f"{kind}-{key_of(whole)}"
         path = self.folder / "cells" / f"{name}.json"
-        if path.is_file():
-            figures: Figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
-        elif name in self.known and not timed:
+        figures = kept_figures(path)
+        if figures is None and name in self.known and not timed:
             figures = self.known[name]["figures"]
-        else:
+        if figures is None:
             self.check_time()
             figures = compute()
             write_json(path, {"key": whole, "figures": figures})

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..evaluation.tables import markdown
-from ..files import atomic, write_json, write_text
+from ..files import atomic, parse_json, read_text, write_json, write_text
 from ..machine import provenance
 from .lab import Figures, Lab
 from .registry import Findings, Study
@@ -47,7 +47,7 @@ def read_record(path: Path) -> dict[str, Figures]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_text(path))
         return {name: {part: cell[part] for part in ("of", "key", "figures")} for name, cell in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no record of measured cells; remove it to measure them again.") from error

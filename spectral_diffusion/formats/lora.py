@@ -6,7 +6,7 @@ One layer is ``up (out, k) @ down (k, in)``, times alpha / k for kohya; kernels 
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import UserError
-from ..files import atomic, read_tensors
+from ..errors import UserError, shown
+from ..files import atomic, parse_json, read_tensors
 from ..linalg import Factors, balance
 from .checkpoint import unet_key
 
@@ -153,14 +153,17 @@ def read_lora(path: Path, layers: Iterable[str]) -> tuple[dict[str, Factors], di
         if up.dim() not in (2, 4) or down.dim() != up.dim() or up.shape[1] != len(down) or not len(down):
             raise UserError(f"{path} is damaged: the factors of {name} do not fit each other; get it again.")
         alpha = held.get("alpha", torch.tensor(float(len(down))))
-        if alpha.numel() != 1 or not all(torch.isfinite(t).all() for t in (up, down, alpha)):
-            raise UserError(f"{path} is damaged: {name} holds NaN, infinity or no single alpha; get it again.")
+        if alpha.numel() != 1:
+            raise UserError(f"{path} is damaged: {name} has no single alpha; get it again.")
+        share = float(alpha) / len(down) if "alpha" in held else scale(name, len(down))
+        up = up * share  # before the check: a share of NaN, or one that overflows, is no better than such a factor
+        if not all(torch.isfinite(t).all() for t in (up, down)) or not math.isfinite(share):
+            raise UserError(f"{path} is damaged: {name} or its alpha holds NaN or infinity; get it again.")
         if down.dim() == 4 and tuple(up.shape[2:]) != (1, 1):
             raise UserError(f"{path} is no plain LoRA: the up factor of {name} is no 1×1 convolution.")
         if down.dim() == 4:
             kernels[known[name]] = (down.shape[1], down.shape[2], down.shape[3])
-        share = float(alpha) / len(down) if "alpha" in held else scale(name, len(down))
-        factors[known[name]] = Factors(up.reshape(len(up), -1) * share, down.reshape(len(down), -1))
+        factors[known[name]] = Factors(up.reshape(len(up), -1), down.reshape(len(down), -1))
     return factors, kernels
 
 
@@ -168,27 +171,50 @@ def peft_scale(path: Path, metadata: Mapping[str, str]) -> Callable[[str, int], 
     """What scales a layer of a rank: alpha / rank as the configs in diffusers' ``lora_adapter_metadata`` say, else 1.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: they cannot be read, or name layers by regular expressions: a file from elsewhere may bring one that
+            takes for ever.
     """
     try:
-        held = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+        held = dict(parse_json(metadata.get("lora_adapter_metadata", "{}")))
         alphas = {key.rpartition(".")[0]: float(value) for key, value in held.items() if key.endswith(".lora_alpha")}
-        given = {part: held.get(f"{part}.alpha_pattern") or {} for part in alphas}
-        patterns = {  # of the ends of names, as PEFT reads them
-            part: [(re.compile(rf"(.*\.)?({key})$"), float(alpha)) for key, alpha in one.items()]
-            for part, one in given.items()
-        }
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+        given = {part: dict(held.get(f"{part}.alpha_pattern") or {}) for part in alphas}
+        named = {part: {key: float(alpha) for key, alpha in one.items()} for part, one in given.items()}
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: its lora_adapter_metadata cannot be read; get it again.") from error
+
+    ends = {part: ends_of_names(path, one) for part, one in named.items()}
 
     def scale(name: str, rank: int) -> float:
         part, _, layer = name.partition(".")
         if part not in alphas:
             return 1.0
-        alpha = next((alpha for pattern, alpha in patterns[part] if pattern.match(layer)), alphas[part])
+        words = layer.split(".")
+        tails = ["^" + layer, *(".".join(words[start:]) for start in range(len(words)))]
+        places = [ends[part][tail] for tail in tails if tail in ends[part]]
+        alpha = min(places)[1] if places else alphas[part]  # of several PEFT takes the first
         return alpha / (rank**0.5 if held.get(f"{part}.use_rslora") else rank)
 
     return scale
+
+
+def ends_of_names(path: Path, alphas: Mapping[str, float]) -> dict[str, tuple[int, float]]:
+    """PEFT's ``alpha_pattern``: the end of a layer's name to its place in the file and its alpha.
+
+    A name with ``^`` before it is whole.
+
+    Raises:
+        UserError: a pattern that is more than a name.
+    """
+    found = {}
+    for place, (key, alpha) in enumerate(alphas.items()):
+        name = key.removesuffix("$").replace("\\.", ".")
+        if not re.fullmatch(r"\^?[\w.-]+", name):
+            raise UserError(
+                f"{path} names layers by a regular expression in its alpha_pattern, {shown(key)}, which is not read "
+                "here; save it with the layers' names."
+            )
+        found[name] = (place, alpha)
+    return found
 
 
 def names_of(layers: Iterable[str]) -> dict[str, str]:

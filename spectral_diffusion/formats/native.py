@@ -8,41 +8,41 @@ sign would change everything. A hash over tensors and metadata tells a damaged o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from pathlib import Path
+from pathlib import Path, PurePath
 
-import torch
 from torch import Tensor
 
 from ..adapter import Adapter, check_finite
 from ..base import fingerprint_json, parse_fingerprint
+from ..cache import DIGEST, digest
 from ..errors import UserError, reason
-from ..files import read_header, read_tensors, write_tensors
+from ..files import parse_json, read_header, read_tensors, write_tensors
 from ..linalg import flatten
 from ..methods import get_method
+from ..paths import located_base, portable_base, without_folders
 from ..slots import read_columns
 from ..tokens import check_name, check_token
 
 FORMAT = "spectral_diffusion"
 FORMAT_VERSION = "3"
-DIGEST = "spectral.digest"
 
 
 def content_hash(adapter: Adapter) -> str:
-    """The hash that the adapter's file carries."""
-    return digest(*_contents(adapter))
+    """A hash of all that an adapter is, wherever its file and its base lie."""
+    return digest(*_contents(adapter, PurePath(adapter.base).name))
 
 
 def save_adapter(adapter: Adapter, path: Path) -> None:
-    """Write an adapter atomically."""
-    tensors, metadata = _contents(adapter)
+    """Write an adapter atomically. Paths in it are relative to its folder, or names alone: people share it."""
+    base = portable_base(adapter.base, adapter.fingerprint.exact, Path(path).parent)
+    tensors, metadata = _contents(adapter, base)
     write_tensors(Path(path), tensors, {**metadata, DIGEST: digest(tensors, metadata)})
 
 
-def _contents(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The file's tensors and its metadata but for the hash."""
+def _contents(adapter: Adapter, base: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The file's tensors and its metadata but for the hash; ``base`` is what it is called in there."""
     tensors = {f"delta.{name}": value for name, value in adapter.parameters.items()}
     for layer, held in adapter.frozen.items():
         tensors |= {f"frozen.{layer}.{name}": value for name, value in held.items()}
@@ -62,25 +62,14 @@ def _contents(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
         "spectral.sizes": json.dumps(adapter.sizes, sort_keys=True),
         "spectral.kernels": json.dumps(adapter.kernels, sort_keys=True),
         "spectral.earlier": json.dumps(list(adapter.earlier)),
-        "spectral.base": adapter.base,
+        "spectral.base": base,
         "spectral.base_fingerprint": fingerprint_json(adapter.fingerprint),
-        "spectral.config": json.dumps(adapter.config, sort_keys=True),
+        "spectral.config": json.dumps(without_folders(adapter.config), sort_keys=True),
         "spectral.provenance": json.dumps(adapter.provenance, sort_keys=True),
     }
     if adapter.method.revision > 1:
         metadata["spectral.revision"] = str(adapter.method.revision)
     return tensors, metadata
-
-
-def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
-    """SHA-256 over names, shapes, values and metadata, whatever their order in the file."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name]
-        total.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
-        total.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    total.update(json.dumps({key: metadata[key] for key in sorted(metadata) if key != DIGEST}).encode())
-    return total.hexdigest()
 
 
 def is_native(path: Path) -> bool:
@@ -114,10 +103,10 @@ def load_adapter(path: Path) -> Adapter:
                 f"{path} was trained by another version of {metadata['spectral.method']}, in which its numbers mean "
                 "something else; train it again."
             )
-        concept = json.loads(metadata["spectral.concept"])
+        concept = parse_json(metadata["spectral.concept"])
         columns = metadata["spectral.columns"]
-        kernels = json.loads(metadata["spectral.kernels"])
-        sizes, tokens = json.loads(metadata["spectral.sizes"]), json.loads(metadata["spectral.earlier"])
+        kernels = parse_json(metadata["spectral.kernels"])
+        sizes, tokens = parse_json(metadata["spectral.sizes"]), parse_json(metadata["spectral.earlier"])
         frozen: dict[str, dict[str, Tensor]] = {}
         earlier: list[dict[str, Tensor]] = [{} for _ in tokens]
         for name, tensor in tensors.items():
@@ -128,6 +117,7 @@ def load_adapter(path: Path) -> Adapter:
             elif kind == "earlier":
                 index, _, encoder = rest.partition(".")
                 earlier[int(index)][encoder] = tensor
+        made_for = parse_fingerprint(metadata["spectral.base_fingerprint"])
         adapter = Adapter(
             name=check_name(str(concept["name"])),
             noun=str(concept["noun"]),
@@ -136,8 +126,8 @@ def load_adapter(path: Path) -> Adapter:
             rank=int(metadata["spectral.rank"]),
             slot=read_columns(columns) if columns else None,
             targets=metadata["spectral.targets"],
-            base=metadata["spectral.base"],
-            fingerprint=parse_fingerprint(metadata["spectral.base_fingerprint"]),
+            base=located_base(metadata["spectral.base"], made_for.exact, path.parent),
+            fingerprint=made_for,
             parameters=dict(sorted((n[6:], t) for n, t in tensors.items() if n.startswith("delta."))),
             sizes={layer: (int(out), int(inside)) for layer, (out, inside) in sorted(sizes.items())},
             kernels={layer: (int(a), int(b), int(c)) for layer, (a, b, c) in sorted(kernels.items())},
@@ -145,8 +135,8 @@ def load_adapter(path: Path) -> Adapter:
             earlier={check_token(token): held for token, held in zip(tokens, earlier, strict=True)},
             vectors={n[6:]: t for n, t in tensors.items() if n.startswith("token.")},
             layerwise={n[10:]: t for n, t in tensors.items() if n.startswith("layerwise.")},
-            config=json.loads(metadata["spectral.config"]),
-            provenance=json.loads(metadata["spectral.provenance"]),
+            config=parse_json(metadata["spectral.config"]),
+            provenance=parse_json(metadata["spectral.provenance"]),
         )
         _check_shapes(adapter)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:

@@ -11,23 +11,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..adapted import acting
 from ..adapter import Adapter
 from ..base import Base
+from ..cache import WAIT, cache_folder, load, store
 from ..config import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, GradientConfig, ordinary_thing
 from ..data.cache import prune
 from ..errors import UserError
-from ..files import read_tensors, write_tensors
+from ..files import locked, parse_json
 from ..formats.native import content_hash
 from ..linalg import sides
 from ..methods.low_rank import padded
 from ..progress import Event, Progress, silent
 from ..randomness import keyed_generator, keyed_random
-from ..spectrum import cache_folder
 from ..tokens import collapse, known_tokens
 from .activations import Activations
 
@@ -164,33 +162,30 @@ def cached(
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_folder()) / "activations" / f"{key}.safetensors"
     with ExitStack() as stack:
-        with suppress(OSError):  # where nothing can be kept, nobody is waited for
+        with suppress(OSError, UserError):  # where nothing can be kept, nobody is waited for
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(f"{path}.lock"))
+            stack.enter_context(locked(Path(f"{path}.lock"), WAIT))
         found = restored(path)
         if found is not None:
             with suppress(OSError):
                 path.touch()  # used just now
             return found
         made = make()
-        with suppress(OSError, UserError, SafetensorError):  # a full disk takes what is kept, not what is made
-            write_tensors(
-                path,
-                {name: one.matrix() if one.few else one.gram() for name, one in made.items()},
-                {"counts": json.dumps({name: one.count for name, one in made.items()})},
-            )
-            prune(path.parent, KEPT)
+        tensors = {name: one.matrix() if one.few else one.gram() for name, one in made.items()}
+        if store(path, tensors, {"counts": json.dumps({name: one.count for name, one in made.items()})}):
+            with suppress(OSError):
+                prune(path.parent, KEPT)
         return made
 
 
 def restored(path: Path) -> dict[str, Activations] | None:
     """What :func:`cached` has kept; None if there is nothing that can be read."""
     try:
-        tensors, metadata = read_tensors(path)
-        counts = json.loads(metadata["counts"])
+        tensors, metadata = load(path) or ({}, {})
+        counts = parse_json(metadata["counts"])
         found = {name: Activations(tensors[name].shape[1]) for name in counts}
         for name, one in found.items():
             one.restore(tensors[name], int(counts[name]))
         return found
-    except (UserError, KeyError, ValueError):
+    except (KeyError, ValueError, TypeError):
         return None

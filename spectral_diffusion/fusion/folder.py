@@ -8,13 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import Adapter
+from ..base import quiet
 from ..config import FuseConfig
 from ..errors import UserError
-from ..files import check_only, check_replaceable, holds, read_tensors, write_tensors
+from ..files import (
+    check_only,
+    check_replaceable,
+    holds,
+    is_file,
+    is_folder,
+    is_there,
+    parse_json,
+    read_tensors,
+    read_text,
+    write_json,
+    write_tensors,
+)
 from ..formats.native import load_adapter
 from ..linalg import Factors
 from ..machine import provenance
+from ..paths import is_full, located_base, portable_base
 
+WHERE = ("_name_or_path", "name_or_path")  # in configs: the folder that a part was loaded from
 RECIPE, MERGED, ADAPTERS, SETTINGS = "recipe.json", "merged.safetensors", "adapters", "settings.yaml"
 
 
@@ -24,7 +39,7 @@ def load_adapters(path: Path) -> list[Adapter]:
     Raises:
         UserError: neither.
     """
-    if not Path(path).is_dir():
+    if not is_folder(path):
         return [load_adapter(path)]
     recipe = read_recipe(path)
     if recipe is None:
@@ -36,6 +51,17 @@ def load_adapters(path: Path) -> list[Adapter]:
             raise UserError(f"{path}/{RECIPE} names a file outside the folder; fuse the adapters again.")
         adapters.append(load_adapter(file))
     return adapters
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Write a diffusers folder that does not say where on this machine its parts were loaded from."""
+    with quiet():
+        pipeline.save_pretrained(folder)
+    for file in [*folder.glob("*.json"), *folder.glob("*/*.json")]:
+        held = json.loads(file.read_text(encoding="utf-8"))
+        known = {key: held[key] for key in WHERE if isinstance(held, dict) and is_full(str(held.get(key)))}
+        if known:
+            write_json(file, {key: value for key, value in held.items() if key not in known})
 
 
 def write_merged(path: Path, merged: Mapping[str, Factors]) -> None:
@@ -66,13 +92,13 @@ def base_of(path: Path) -> str:
     Raises:
         UserError: it is neither.
     """
-    recipe = read_recipe(path) if path.is_dir() else None
+    recipe = read_recipe(path) if is_folder(path) else None
     return str(recipe["base"]) if recipe else load_adapters(path)[0].base
 
 
 def lasting(base: str) -> str:
     """A base's name that means the same from any folder: local paths in full."""
-    return str(Path(base).resolve()) if Path(base).exists() and base != "pocket" else base
+    return str(Path(base).resolve()) if is_there(base) and base != "pocket" else base
 
 
 def check_output(output: Path) -> None:
@@ -110,7 +136,7 @@ def recipe_of(
     settings = config.model_dump(mode="json", exclude={"adapters", "output", "base", "device", "strength"})
     return {
         "format_version": 2,
-        "base": lasting(config.base or adapters[0].base),
+        "base": portable_base(config.base or adapters[0].base, fingerprint or "", config.output),
         **({"base_fingerprint": fingerprint} if fingerprint else {}),
         "merge": config.merge,
         "form": config.form,
@@ -138,10 +164,10 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
         UserError: a recipe is there but damaged.
     """
     path = Path(folder) / RECIPE
-    if not path.is_file():
+    if not is_file(path):
         return None
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
+        recipe = parse_json(read_text(path))
         if recipe["format_version"] != 2 or not isinstance(recipe["concepts"], dict):
             raise ValueError
         if not isinstance(recipe["settings"], dict) or not isinstance(recipe["strength"], dict):
@@ -153,6 +179,7 @@ def read_recipe(folder: Path) -> dict[str, Any] | None:
                 raise ValueError
             float(concept["strength"])
         int(recipe["settings"].setdefault("teach", {"steps": 0})["steps"])  # files from before there was any teaching
+        recipe["base"] = located_base(recipe["base"], recipe.get("base_fingerprint", ""), path.parent)
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged; fuse the adapters again.") from error
     return recipe

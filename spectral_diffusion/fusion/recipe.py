@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, check_base, shared_columns
-from ..base import Base, load_base, quiet
+from ..base import Base, load_base
 from ..config import FuseConfig, to_yaml
 from ..errors import UserError, nearest
-from ..files import atomic_folder, write_json, write_text
+from ..files import atomic_folder, check_writable, is_folder, write_json, write_text
 from ..formats.importing import import_lora
 from ..formats.native import is_native, save_adapter
 from ..layerwise import mean_note, use_means
@@ -34,6 +33,7 @@ from .folder import (
     check_output,
     load_adapters,
     recipe_of,
+    save_pipeline,
     write_merged,
 )
 from .memory import memory_to_watch, room_to_teach
@@ -317,7 +317,7 @@ def fuse_to_folder(
     """
     output = config.output
     check_output(output)
-    ours = [path for path in config.adapters if Path(path).is_dir() or is_native(path)]
+    ours = [path for path in config.adapters if is_folder(path) or is_native(path)]
     adapters = [adapter for path in ours for adapter in load_adapters(path)]
     if not adapters and config.base is None:
         raise UserError(
@@ -330,6 +330,8 @@ def fuse_to_folder(
         precision_note(config.mixed_precision, precision, base.device, config.allow_tf32, note)
     config = config.model_copy(update={"mixed_precision": precision})
     fingerprint = base.fingerprint.exact
+    parts = (base.pipeline.vae, *base.models.values())
+    check_writable(output, sum(weight.nbytes for part in parts for weight in part.parameters()))
     adapters += [import_lora(path, None, base.name, base=base) for path in config.adapters if path not in ours]
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
     warnings += overlaps(adapters)
@@ -340,8 +342,7 @@ def fuse_to_folder(
             note(mean_note(adapter.name))
     merged = fuse_adapters(base, adapters, config, progress, note)
     with atomic_folder(output) as new:
-        with quiet():
-            base.pipeline.to("cpu").save_pretrained(new)
+        save_pipeline(base.pipeline.to("cpu"), new)
         files = {}
         for adapter in adapters:
             files[adapter.name] = f"{ADAPTERS}/{adapter.name}.safetensors"
@@ -349,5 +350,5 @@ def fuse_to_folder(
         if merged:
             write_merged(new / MERGED, merged)
         write_json(new / RECIPE, recipe_of(config, adapters, files, fingerprint))
-        write_text(new / SETTINGS, heading() + to_yaml(config))
+        write_text(new / SETTINGS, heading() + to_yaml(config, shared=True))
     return warnings

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..adapter import Adapter, check_base
-from ..base import load_base, quiet
+from ..base import load_base
 from ..config import FuseConfig, build
 from ..errors import UserError, nearest
 from ..files import atomic_folder, write_json
@@ -27,6 +27,7 @@ from .folder import (
     load_adapters,
     read_recipe,
     recipe_of,
+    save_pipeline,
     write_merged,
 )
 from .recipe import device_for, fuse_to_folder, owner, strength_of
@@ -100,8 +101,8 @@ def unfuse(
         paths = [folder / recipe["concepts"][adapter.name]["file"] for adapter in kept]
         fuse_to_folder(config.model_copy(update={"adapters": paths}), progress, note, base)
         return
-    with atomic_folder(output) as new, quiet():
-        base.pipeline.to("cpu").save_pretrained(new)
+    with atomic_folder(output) as new:
+        save_pipeline(base.pipeline.to("cpu"), new)
     note(f"{output} is the base again{', to the last bit' if exact else ''}.")
 
 
@@ -136,8 +137,7 @@ def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callabl
             weight.copy_((weight.double() - delta.view(weight.shape)).float())
     kept = [adapter for adapter in adapters if adapter.name not in remove]
     with atomic_folder(config.output) as new:
-        with quiet():
-            fused.pipeline.save_pretrained(new)
+        save_pipeline(fused.pipeline, new)
         files = {adapter.name: f"{ADAPTERS}/{adapter.name}.safetensors" for adapter in kept}
         for adapter in kept:
             save_adapter(adapter, new / files[adapter.name])

@@ -18,6 +18,7 @@ from .. import pocket
 from ..base import Base, quiet
 from ..data.pictures import MAX_PIXELS, open_upright
 from ..errors import UserError, only_a_pickle, reason
+from ..files import is_folder
 from ..fusion.folder import read_recipe
 from ..training.condition import added_at
 from .extract import are_fractions, clean_strokes, read_keypoints
@@ -94,9 +95,9 @@ def own_adapter(base: Base, kind: Kind) -> str:
     for _ in range(8):  # a fusion of a fusion of …
         if name == "pocket":
             return str(pocket.t2i(kind))
-        if (inside := Path(name) / f"t2i_{kind}").is_dir():
+        if is_folder(inside := Path(name) / f"t2i_{kind}"):
             return str(inside)
-        recipe = read_recipe(Path(name)) if Path(name).is_dir() else None
+        recipe = read_recipe(Path(name)) if is_folder(name) else None
         if recipe is None:
             break
         name = str(recipe["base"])

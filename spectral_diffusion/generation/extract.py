@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
@@ -17,6 +16,7 @@ from PIL import Image
 from scipy import ndimage
 
 from ..errors import UserError, reason
+from ..files import parse_json, read_text
 from .keypose import POINTS
 
 Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
@@ -127,7 +127,7 @@ def read_keypoints(path: Path) -> tuple[list[Person], Size | None]:
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        data = parse_json(read_text(path, "utf-8-sig"))
     except FileNotFoundError as error:
         raise UserError(f"No such file: {path}.") from error
     except (OSError, ValueError, RecursionError) as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..data.folder import open_photo
 from ..errors import UserError
+from ..files import read_text
 from .pictures import read_settings
 
 ASSIGNMENT = re.compile(r"""([A-Za-z_]\w*)=(?:'([^'\n]*)'|"([^"\n]*)")""")
@@ -42,7 +43,7 @@ def read_layouts(path: Path) -> list[list[Spot]]:
         UserError: not such a file, a region without a box, or a box that is none.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError as error:
         raise UserError(f"No such file: {path}.") from error
     except (OSError, UnicodeDecodeError) as error:

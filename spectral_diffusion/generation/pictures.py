@@ -14,10 +14,11 @@ from PIL.Image import DecompressionBombError
 
 from ..base import Base
 from ..errors import UserError
-from ..files import atomic
+from ..files import atomic, is_file, parse_json
 from ..machine import provenance
+from ..paths import is_full, located, located_base, portable, portable_base
 from .conditions import t2i_name
-from .scene import Scene
+from .scene import Scene, paths_in
 
 SETTINGS_KEY = "spectral_diffusion"
 UNREAD = (
@@ -55,15 +56,22 @@ def labelled_sheet(pictures: Sequence[Path], labels: Sequence[str], side: int = 
 def save_png(image: Image.Image, path: Path, scene: Scene, sources: Mapping[str, str]) -> None:
     """Write a PNG with its scene, what it was made from (see :func:`sources_of`) and the machine inside."""
     info = PngImagePlugin.PngInfo()
-    held = {"settings": embedded(scene), "sources": dict(sources), "provenance": provenance()}
+    held = {**embedded(scene, path, sources), "provenance": provenance()}
     info.add_itxt(SETTINGS_KEY, json.dumps(held))  # in their own order: adapters act in it
     with atomic(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 
 
-def embedded(scene: Scene) -> dict[str, Any]:
-    """What of a scene a picture holds."""
-    return scene.model_dump(mode="json", exclude=APART)
+def embedded(scene: Scene, path: Path, sources: Mapping[str, str]) -> dict[str, Any]:
+    """What the picture ``path`` holds of its scene and sources.
+
+    Full paths are relative to the picture, or names alone: people share it.
+    """
+    folder = path.parent
+    settings = paths_in(scene.model_dump(mode="json", exclude=APART), lambda name: portable(name, folder))
+    if is_full(scene.base):
+        settings["base"] = portable_base(scene.base, sources.get(BASE, ""), folder)
+    return {"settings": settings, "sources": {portable(name, folder): value for name, value in sources.items()}}
 
 
 def sources_of(scene: Scene, base: Base) -> dict[str, str]:
@@ -74,7 +82,7 @@ def sources_of(scene: Scene, base: Base) -> dict[str, str]:
     files: list[str | Path] = [*scene.adapters, *(condition.file for condition in scene.conditions)]
     for region in scene.regions:
         files += [*region.adapters, *([region.mask] if region.mask else [])]
-    there = [Path(file) for file in files if Path(file).is_file()]  # what is not is told where it is used
+    there = [Path(file) for file in files if is_file(file)]  # what is not is told where it is used
     named = {str(file): file for file in there}
     for number, condition in enumerate(scene.conditions, 1):
         folder = Path(t2i_name(base, condition.adapter, condition.kind))  # of a hub id nothing more is known
@@ -91,8 +99,10 @@ def read_embedded(path: Path) -> dict[str, Any]:
         UserError: nothing of this program's is there.
     """
     try:
-        with Image.open(path) as image:
-            found: dict[str, Any] = json.loads(image.info[SETTINGS_KEY])
+        if not is_file(path):  # opening a pipe may never end
+            raise ValueError
+        with Image.open(path, formats=["PNG"]) as image:
+            found: dict[str, Any] = parse_json(image.info[SETTINGS_KEY])
         return {"settings": dict(found["settings"]), "sources": dict(found.get("sources") or {})}
     except UNREAD as error:
         raise UserError(f"{path} holds no settings of this program.") from error
@@ -104,7 +114,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         UserError: none are there.
     """
-    return dict(read_embedded(path)["settings"])
+    held = read_embedded(path)
+    settings = paths_in(held["settings"], lambda name: located(name, path.parent))
+    if isinstance(settings.get("base"), str):
+        settings["base"] = located_base(settings["base"], str(held["sources"].get(BASE)), path.parent)
+    return settings
 
 
 def read_sources(path: Path) -> dict[str, str]:
@@ -113,7 +127,7 @@ def read_sources(path: Path) -> dict[str, str]:
     Raises:
         UserError: it is none of this program's pictures.
     """
-    return {str(name): str(value) for name, value in read_embedded(path)["sources"].items()}
+    return {located(str(name), path.parent): str(value) for name, value in read_embedded(path)["sources"].items()}
 
 
 def is_ours(path: Path) -> bool:
@@ -130,4 +144,4 @@ def is_same(path: Path, scene: Scene, sources: Mapping[str, str]) -> bool:
         found = read_embedded(path)
     except UserError:
         return False
-    return found["settings"] == embedded(scene) and found["sources"] == dict(sources)
+    return found == embedded(scene, path, sources)

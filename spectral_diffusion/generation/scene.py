@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from ..config import Precision, Settings, read_yaml
 from ..data.pictures import on_ground, open_upright
 from ..errors import UserError
+from ..files import is_there
 
 Kind = Literal["sketch", "keypose"]
 Box = tuple[float, float, float, float]
@@ -171,24 +173,35 @@ def read_scene(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or not YAML.
     """
-    data, folder = read_yaml(path), path.parent
+    folder = path.parent
 
-    def found(name: Any) -> Any:
-        beside = folder / str(name)
-        return str(beside) if isinstance(name, str) and not Path(name).is_absolute() and beside.exists() else name
+    def found(name: str) -> str:
+        beside = folder / name
+        return str(beside) if not Path(name).is_absolute() and is_there(beside) else name
+
+    return paths_in(read_yaml(path), found)
+
+
+def paths_in(settings: dict[str, Any], changed: Callable[[str], str]) -> dict[str, Any]:
+    """A scene's settings with all paths changed; what is no path there stays as it is, for the sentence about it."""
+
+    def one(name: Any) -> Any:
+        return changed(name) if isinstance(name, str) and name != "pocket" else name
 
     def keys(adapters: Any) -> Any:
-        return {found(name): value for name, value in adapters.items()} if isinstance(adapters, dict) else adapters
+        return {one(name): value for name, value in adapters.items()} if isinstance(adapters, dict) else adapters
 
-    if isinstance(data.get("base"), str) and data["base"] != "pocket":
-        data["base"] = found(data["base"])
-    if "adapters" in data:
-        data["adapters"] = keys(data["adapters"])
+    data = dict(settings)
+    data |= {key: one(data[key]) for key in ("base",) if key in data}
+    data |= {key: keys(data[key]) for key in ("adapters",) if key in data}
     for part in ("conditions", "regions"):
-        for item in data.get(part) or [] if isinstance(data.get(part), list) else []:
+        if not isinstance(data.get(part), list):
+            continue
+        data[part] = [dict(item) if isinstance(item, dict) else item for item in data[part]]
+        for item in data[part]:
             if isinstance(item, dict):
-                item.update({key: found(item[key]) for key in ("file", "mask", "adapter") if key in item})
-                item.update({key: keys(item[key]) for key in ("adapters",) if key in item})
+                item |= {key: one(item[key]) for key in ("file", "mask", "adapter") if key in item}
+                item |= {key: keys(item[key]) for key in ("adapters",) if key in item}
     return data
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from torch import nn
 
-from ..errors import UserError, nearest
+from ..errors import UserError, nearest, reason, shown
 
+LENGTH = 64  # of a layer's name
+MOST_WORK = 2e7  # steps for one name: a network has some hundreds
 UNET = r"unet\..*"
 TEXT = r"text_encoder(_2)?\..*"
 
@@ -40,10 +43,14 @@ def patterns_of(targets: str) -> list[re.Pattern[str]]:
         UserError: an unknown preset or a broken expression.
     """
     if targets.startswith("re:"):
+        if work(targets[3:]) > MOST_WORK:
+            raise UserError(
+                f"The targets {shown(targets)} could take too long to match; repeat no group, use fewer of *+?{{|."
+            )
         try:
             return [re.compile(targets[3:])]
-        except re.error as error:
-            raise UserError(f"The targets '{targets}' are not a regular expression: {error}.") from error
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UserError(f"The targets {shown(targets)} are not a regular expression: {reason(error)}.") from error
     found = []
     for name in targets.split("+"):
         if name not in PRESETS:
@@ -53,6 +60,25 @@ def patterns_of(targets: str) -> list[re.Pattern[str]]:
             )
         found += [re.compile(pattern) for pattern in PRESETS[name]]
     return found
+
+
+def work(pattern: str) -> float:
+    """An upper bound of the steps in which a regular expression is matched against a layer's name; roughly.
+
+    Every repetition multiplies them by the name's length, every alternative by their number. A group that is repeated
+    may take exponentially many. The targets of an adapter from elsewhere are such a pattern too.
+    """
+    plain = re.sub(r"\\.", "a", pattern)  # escapes, then sets, then what stands after "(?", then lazy repetitions
+    plain = re.sub(r"\[\^?\]?[^\]]*\]", "a", plain)
+    plain = re.sub(r"\(\?(P?<\w+>|<?[=!]|[:>])", "(", plain)
+    plain = re.sub(r"([*+?}])[?+]", r"\1", plain)
+    plain, optional = re.subn(r"\)\?", ")", plain)
+    if re.search(r"\)[*+{]", plain):
+        return math.inf
+    steps = 2.0 ** min(optional, 100) * LENGTH ** min(len(re.findall(r"[*+?{]", plain)), 20)
+    for alternatives in re.findall(r"[^()]+", plain):
+        steps *= 1 + alternatives.count("|")
+    return steps
 
 
 def find_targets(models: dict[str, nn.Module], targets: str = "attention") -> dict[str, nn.Linear | nn.Conv2d]:

@@ -14,6 +14,7 @@ from ..config import TrainConfig, to_yaml
 from ..files import atomic, write_text
 from ..formats.card import model_card
 from ..machine import made_on
+from ..paths import without_folders
 
 SIZE = (640, 280)
 MARGIN = (56, 14, 14, 30)  # left, top, right, bottom, in pixels
@@ -65,7 +66,7 @@ def write_card(
         "mixed precision": config.mixed_precision, "made on": made_on(adapter.provenance),
     }  # fmt: skip
     text = model_card(
-        adapter.name, adapter.base, {adapter.token: adapter.noun}, recipe, [output.name],
+        adapter.name, without_folders(adapter.base), {adapter.token: adapter.noun}, recipe, [output.name],
         beside[there[-1][1]] if there else "",
     )  # fmt: skip
     parts = ["## How it was trained", "", f"![loss]({picture.name})", ""]
@@ -77,7 +78,9 @@ def write_card(
         ]
     for step, file in there[:-1]:
         parts += [f"Step {step}:", "", f"![step {step}]({beside[file]})", ""]
-    settings = "\n".join(line for line in to_yaml(config).splitlines() if not line.startswith(("concept:", "output:")))
+    settings = "\n".join(
+        line for line in to_yaml(config, shared=True).splitlines() if not line.startswith(("concept:", "output:"))
+    )
     parts += ["## Settings", "", "```yaml", settings, "```", ""]
     write_text(card, f"{text}\n" + "\n".join(parts))
     return card

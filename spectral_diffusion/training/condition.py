@@ -161,7 +161,7 @@ def train_claimed(
     with atomic_folder(output) as new:
         with quiet():
             adapter.save_pretrained(new)
-        write_text(new / SETTINGS, heading() + to_yaml(config))
+        write_text(new / SETTINGS, heading() + to_yaml(config, shared=True))
     state.unlink(missing_ok=True)
     return adapter
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..base import Base
+from ..cache import cache_folder
 from ..config import DataConfig, PreservationConfig, TrainConfig, ordinary_thing
 from ..data.cache import kept
 from ..data.folder import load_concept
 from ..data.samples import PhotoCrops
 from ..progress import Event, Progress
 from ..randomness import keyed_generator
-from ..spectrum import cache_folder
 from .state import Stopped
 
 CHUNK = 8  # pictures drawn together

@@ -13,7 +13,7 @@ from ..base import Base, load_base
 from ..config import TrainConfig, to_yaml
 from ..data.folder import Concept, load_concept
 from ..errors import UserError
-from ..files import write_settings
+from ..files import check_writable, write_settings
 from ..formats.native import load_adapter, save_adapter
 from ..layerwise import check_encoders
 from ..linalg import sides
@@ -123,6 +123,9 @@ def train_on(
             note(text)
     if not method.slot and config.slot != "next":
         note(f"Note: {method.name} has no slot, so slot={config.slot} changes nothing.")
+    if among.main:  # the adapter with its bands, and the state with two moments for every number
+        trained = method.total(shapes, config.rank)
+        check_writable(output, 4 * (4 * trained + config.rank * sum(map(sum, shapes))))
     where = f"{method.slot or 'columns'} {slot}" if slot else f"rank {config.rank}"
     note(
         f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {concept.token}: "

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..cache import DIGEST, digest
 from ..config import TrainConfig
 from ..errors import UserError
-from ..files import read_header, read_tensors, write_tensors
+from ..files import parse_json, read_header, read_tensors, write_tensors
 from ..methods.attach import Attachment
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ EXTRA, AVERAGE = "extra|", "average|"  # before the names of what a method keeps
 FIXED = ("base", "method", "rank", "budget", "targets", "slot", "slot_seed", "layerwise", "optimiser.name")
 ANEW = "start anew by --force without --resume"
 KEPT = ("betas", "eps", "weight_decay", "d_coef")  # of an optimiser's groups: as the settings say, not the state
+PARTS = ("config", "belongs", "extra", "watch", "scaler")  # of what is kept beside the tensors
 APART = ("concept", "output", "save_every", "device", "continue_from", "watch")  # settings that decide no result
 
 
@@ -63,8 +65,8 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], optimizer: Stateful, m
         if value.data_ptr() in seen:
             packed[name] = value.clone()
         seen.add(value.data_ptr())
-    header = {"meta": meta, "groups": state["param_groups"], "scalars": scalars}
-    write_tensors(path, packed, {"state": json.dumps(header)})
+    header = {"state": json.dumps({"meta": meta, "groups": state["param_groups"], "scalars": scalars})}
+    write_tensors(path, packed, {**header, DIGEST: digest(packed, header)})
 
 
 def load_state(path: Path, optimizer: Stateful | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -74,9 +76,13 @@ def load_state(path: Path, optimizer: Stateful | None = None) -> tuple[dict[str,
         UserError: the file is missing, damaged, or of a differently built optimiser.
     """
     packed, metadata = read_tensors(path)
+    if metadata.get(DIGEST) != digest(packed, metadata):
+        raise UserError(f"{path} is not a training state of this run, or damaged; remove it or train without --resume.")
     try:
-        header = json.loads(metadata["state"])
+        header = parse_json(metadata["state"])
         meta, groups = header["meta"], header["groups"]
+        if not all(isinstance(part, dict) for part in (meta, *(meta.get(key, {}) for key in PARTS))):
+            raise TypeError("not a state's parts")
         if optimizer is not None:
             moments: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in header["scalars"].items()}
             for name, value in packed.items():
@@ -84,7 +90,7 @@ def load_state(path: Path, optimizer: Stateful | None = None) -> tuple[dict[str,
                     _, index, key = name.split(".", 2)
                     moments.setdefault(int(index), {})[key] = value
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(f"{path} is not a training state of this run; remove it or train without --resume.") from error
     return {name[7:]: value for name, value in packed.items() if name.startswith("tensor.")}, meta
 
@@ -204,8 +210,11 @@ class Run:
         load_state(self.path, self.optimiser)
         for group, fresh in zip(self.optimiser.param_groups, built, strict=True):
             group.update({key: fresh[key] for key in KEPT if key in fresh})
-        self._take(tensors, meta)
-        return int(meta["step"])
+        try:
+            self._take(tensors, meta)
+            return int(meta["step"])
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{self.path} is not a training state of this run; {ANEW}.") from error
 
     def _check_fitting(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], changed: Changes) -> None:
         """Refuse a state that cannot be loaded here, whatever is forced.

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..config import Settings
 from ..errors import UserError, reason
-from ..files import write_text
+from ..files import read_text, write_text
 from ..progress import Event, Pace, Progress, silent
 from .state import Stopped
 
@@ -60,7 +60,7 @@ def status_path(output: Path) -> Path:
 def read_status(path: Path) -> TrainingStatus | None:
     """The status of a run, with ``lost`` for one whose process is gone; None if there is no readable file."""
     try:
-        status = TrainingStatus.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        status = TrainingStatus.model_validate_json(read_text(path))
     except (OSError, ValueError, ValidationError):
         return None
     if status.state in {"starting", "running"} and not is_alive(status):

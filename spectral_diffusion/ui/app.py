@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from hmac import compare_digest
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -15,6 +17,8 @@ from ..errors import UserError
 # Diffusers' lazy modules do not stand two threads that import at once: all of it is there before a page is served.
 from ..fusion import recipe  # noqa: F401
 from ..generation import pipeline  # noqa: F401
+from . import temporary
+from .guard import Guard
 from .page import Page
 from .tabs import concepts, fuse, generate, train
 from .workspace import Workspace
@@ -33,22 +37,37 @@ TABS = {
 
 
 class App(gr.Blocks):
-    """The page; it remembers the folder whose pictures it may show."""
+    """The page; it remembers the folder whose pictures it may show, and what is to be stopped for whom.
+
+    Attributes:
+        gone: called with the session of a browser or program that has gone away.
+    """
 
     pictures: Path
+    gone: list[Callable[[str], None]]
+
+    def own_hosts(self) -> list[str]:
+        """Names under which others reach the app: its public link."""
+        return [urlsplit(self.share_url).netloc] if self.share_url else []
+
+    def left(self, session: str) -> None:
+        """Stop what a client asked for that has gone away."""
+        for stop in self.gone:
+            stop(session)
 
 
-def build(workspace: Path) -> gr.Blocks:
+def build(workspace: Path) -> App:
     """The app over one workspace folder, which is made when something is first written there."""
     place = Workspace(Path(workspace).absolute())
+    temporary.choose(place.root)
     with App(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
-        blocks.pictures = place.pictures
+        blocks.pictures, blocks.gone = place.pictures, []
         gr.Markdown(f"# {TITLE}\n{INTRODUCTION}", elem_id="title")
         handed = gr.State(None), gr.State(None), gr.State(None)  # outside: gradio counts all that is among the tabs
         strip, timer = gr.HTML(visible=False, elem_id="train-strip", label="Being trained"), gr.Timer(1.0, active=False)
         trained = gr.State({})
         with gr.Tabs(elem_id="steps") as tabs:
-            page = Page(place, blocks, tabs, strip, timer, trained, *handed)
+            page = Page(place, blocks, tabs, strip, timer, trained, *handed, gone=blocks.gone)
             for name, (title, module) in TABS.items():
                 with gr.Tab(title, id=name, elem_id=f"tab-{name}") as tab:
                     module.build(page, tab)
@@ -56,7 +75,7 @@ def build(workspace: Path) -> gr.Blocks:
 
 
 def launch(
-    blocks: gr.Blocks, port: int, host: str = "127.0.0.1", share: bool = False, password: str | None = None, **more: Any
+    blocks: App, port: int, host: str = "127.0.0.1", share: bool = False, password: str | None = None, **more: Any
 ) -> Any:
     """Serve the app; of the workspace, only the pictures are served.
 
@@ -65,6 +84,10 @@ def launch(
     """
     if (share or not is_local(host)) and not password:
         raise UserError("--share and --host open the app to others: set a password with --password.")
+    guards = [Middleware(Guard, own=blocks.own_hosts, left=blocks.left)]
+    if not password:
+        guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL))
+    temporary.prepare()
     try:
         return blocks.launch(
             server_name=host,
@@ -77,7 +100,7 @@ def launch(
             css=STYLE.read_text(encoding="utf-8"),
             footer_links=["api"],
             max_file_size="50mb",
-            app_kwargs={} if password else {"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL)]},
+            app_kwargs={"middleware": guards},
             **more,
         )
     except OSError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image, ImageOps
 from .. import resources
 from ..data.pictures import open_photo, open_upright
 from ..errors import UserError
+from ..files import parse_json
 from ..generation.extract import clean_strokes, keypose_of, sketch_of
 from ..generation.keypose import draw_keypose
 from .poses import people
@@ -107,8 +107,8 @@ def read_regions(value: Any) -> tuple[Place, ...]:
     """
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else []
-        except (ValueError, RecursionError) as error:
+            value = parse_json(value) if value.strip() else []
+        except ValueError as error:
             raise UserError(f"The regions are no JSON ({str(error)[:80]}); {_FORM}") from error
     value = value or []
     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):

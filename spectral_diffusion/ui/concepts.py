@@ -7,11 +7,10 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-import yaml
 from PIL import Image
 
 from .. import pocket, resources
-from ..data.folder import Concept, Photo, load_concept, open_photo
+from ..data.folder import Concept, Photo, load_concept, open_photo, read_about
 from ..data.pictures import FORMATS, SUFFIXES
 from ..data.sidecars import DRAWING_ENDINGS, MASK_ENDINGS, is_label, twin_of
 from ..errors import UserError
@@ -183,9 +182,9 @@ def about(folder: Path) -> tuple[str, str, str]:
         UserError: see :func:`load_concept`.
     """
     try:
-        said = yaml.safe_load((folder / ABOUT).read_text(encoding="utf-8"))
-        return str(said["name"]), str(said["noun"]), check_token(str(said["token"]))
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError, UserError):
+        said, _ = read_about(folder)
+        return said["name"], said["noun"], check_token(said["token"])
+    except (KeyError, UserError):
         concept = read_concept(folder)
         return concept.name, concept.noun, concept.token
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from ..data.folder import Concept, Photo, load_concept
+from ..data.folder import Concept, Photo, load_concept, read_about
 from ..data.sidecars import Files, find_caption
 from ..errors import UserError
 from ..files import write_text
@@ -179,9 +179,9 @@ def change_concept(workspace: Workspace, name: str | None, new: str, noun: str, 
     token = _free_token(workspace, token or before[2], folder.name)
     refuse_busy(workspace, folder.name)
     trained = adapters_of(workspace, folder.name)
+    repeats = read_about(folder)[1]
     with saying_disk("concepts"):
-        said = yaml.safe_load((folder / ABOUT).read_text(encoding="utf-8")) if (folder / ABOUT).is_file() else {}
-        _write_about(folder, new, noun, token, (said or {}).get("repeats"))
+        _write_about(folder, new, noun, token, None if repeats == 1 else repeats)
         if new != folder.name:
             folder.rename(workspace.concepts / new)
     notes = [f"Saved: '{new}' is a {noun}, called {token} in prompts."]

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from ..config import TrainConfig, build, read_yaml
 from ..errors import UserError
-from ..files import write_text
+from ..files import read_text, write_text
 from .wording import in_app
 from .workspace import STAGES, Workspace, duration, visible
 
@@ -184,7 +184,7 @@ class Job:
 def read_job(folder: Path) -> Job:
     """A job; one whose record is damaged has failed, and says so."""
     try:
-        return Job(folder, Record.model_validate_json((folder / "job.json").read_text(encoding="utf-8")))
+        return Job(folder, Record.model_validate_json(read_text(folder / "job.json")))
     except (OSError, ValueError, ValidationError):
         _, _, concept = folder.name.partition("_")
         message = "Its file job.json is missing or damaged, so it cannot go on; remove it and train again."
@@ -249,6 +249,8 @@ def trim(log: Path) -> None:
 
 def last_error(log: Path) -> str:
     """The sentence of an error at the end of a log, if there is one."""
+    if not log.is_file():
+        return ""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 4000))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError, reason
+from ..files import parse_json
 from ..methods import get_method
 from ..slots import Slot, read_columns
 from .adapters import adapter_files
@@ -61,13 +61,13 @@ def _label(path: Path, changed: int, size: int) -> Label:
     try:
         with safe_open(str(path), framework="numpy") as file:
             said = file.metadata() or {}
-        concept, sizes = json.loads(said["spectral.concept"]), json.loads(said["spectral.sizes"])
+        concept, sizes = parse_json(said["spectral.concept"]), parse_json(said["spectral.sizes"])
         columns = said["spectral.columns"]
         method = get_method(said["spectral.method"])
         return Label(
             path, str(concept["name"]), str(concept["noun"]), str(concept["token"]), method.name, method.slot,
             read_columns(columns) if columns else None, Path(said["spectral.base"]).name,
-            str(json.loads(said["spectral.base_fingerprint"])["exact"]), min(min(size) for size in sizes.values()),
+            str(parse_json(said["spectral.base_fingerprint"])["exact"]), min(min(size) for size in sizes.values()),
         )  # fmt: skip
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a readable adapter ({reason(error)}).") from error

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import html
+import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
 
 import gradio as gr
+from pydantic import TypeAdapter, ValidationError
 
-from ..errors import UserError
+from ..errors import UserError, shown
 from .workspace import Teller, Workspace, sentence_of
 
 log = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ class Page:
         concept: name of the concept to train, handed from the concepts to the training (:func:`hand`).
         base: what to draw on (``pocket``, ``fused/<name>``), handed from the fusion to the pictures.
         adapters: names of adapters to draw with, handed from the training to the pictures.
+        gone: called with the session of a browser or program that has gone away.
     """
 
     workspace: Workspace
@@ -52,6 +56,7 @@ class Page:
     concept: gr.State
     base: gr.State
     adapters: gr.State
+    gone: list[Callable[[str], None]] = field(default_factory=list)
 
     def refreshed(self, tab: gr.Tab, fn: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Call ``fn`` when the page is loaded and whenever the tab is opened."""
@@ -78,6 +83,27 @@ def told() -> Iterator[None]:
         raise gr.Error(
             plain(sentence_of(error)), duration=12, title="That did not work", print_exception=False
         ) from error
+
+
+def asked(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """An endpoint for programs that refuses arguments of other types than it names, in a sentence."""
+    hints = {name: hint for name, hint in get_type_hints(fn).items() if name not in {"request", "return"}}
+    kinds = {name: TypeAdapter(hint) for name, hint in hints.items()}
+
+    @functools.wraps(fn)
+    def call(*args: Any, **more: Any) -> Any:
+        given = inspect.signature(fn).bind(*args, **more)
+        with told():
+            for name in kinds.keys() & given.arguments.keys():
+                value = given.arguments[name]
+                try:
+                    given.arguments[name] = kinds[name].validate_python(value)
+                except ValidationError as error:
+                    why = error.errors()[0]["msg"]
+                    raise UserError(f"'{name}' cannot be {shown(value)}: {why[0].lower()}{why[1:]}.") from error
+        return fn(*given.args, **given.kwargs)
+
+    return call
 
 
 def plain(text: str) -> str:

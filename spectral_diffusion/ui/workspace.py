@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError, nearest
+from ..files import is_special
 from ..progress import Event
 
 Value = TypeVar("Value")
@@ -68,7 +69,7 @@ def safe_name(text: str | None, what: str = "name") -> str:
     Raises:
         UserError: empty, or anything but letters, digits, ``-`` and ``_``.
     """
-    name = (text or "").strip()
+    name = text.strip() if isinstance(text, str) else ""
     if not name:
         raise UserError(f"The {what} is missing; write a short one such as rex.")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", name):
@@ -82,19 +83,22 @@ def pick(name: str | None, known: Mapping[str, Value], what: str, otherwise: str
     Raises:
         UserError: there is none of that name; the sentence says what there is, and ``otherwise`` what to do.
     """
-    if name is None or name not in known:
+    if not isinstance(name, str) or name not in known:
         there = f"there are {', '.join(known)}" if known else "there are none yet"
         raise UserError(f"No {what} '{str(name)[:60]}'{nearest(str(name), known)}: {there}; {otherwise}.")
     return known[name]
 
 
 def visible(folder: Path) -> list[Path]:
-    """What lies in a folder, hidden things and links that lead elsewhere left out; nothing if there is no folder."""
+    """The files and folders in a folder, without hidden ones and links that lead elsewhere; nothing without a folder.
+
+    Pipes, sockets and devices are left out: reading one may never end.
+    """
     if not folder.is_dir():
         return []
     inside = folder.resolve()
     found = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in found if path.resolve().is_relative_to(inside))
+    return sorted(path for path in found if path.resolve().is_relative_to(inside) and not is_special(path))
 
 
 def filled(changes: Mapping[str, Any]) -> dict[str, Any]:

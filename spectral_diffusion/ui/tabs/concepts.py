@@ -11,7 +11,7 @@ import gradio as gr
 
 from ...errors import UserError
 from .. import cards, concepts, editing
-from ..page import PRIVATE, Handed, Page, hand, plain, told
+from ..page import PRIVATE, Handed, Page, asked, hand, plain, told
 from ..shelf import look
 from ..uploads import looked_through
 
@@ -353,6 +353,7 @@ class Handlers:
         fresh = concepts.suggest_token(self.workspace, name)
         return (fresh if token in ("", suggested) else token), fresh
 
+    @asked
     def add(self, name: str, noun: str, files: list[str] | None, token: str = "") -> tuple[str, str]:
         """Keep photos (or a zip of them) as a concept of the workspace; returns what to tell."""
         with told():

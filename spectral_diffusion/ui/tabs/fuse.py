@@ -13,7 +13,7 @@ import gradio as gr
 from ...progress import Progress
 from .. import comparing, downloads, fusing
 from ..adapters import adapter_rows
-from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, hand, plain, teller, told
+from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, asked, hand, plain, teller, told
 from ..turns import Runs, until
 from .fuse_parts import USUAL_NAME, WHOLE, Bench, Saved
 
@@ -84,6 +84,7 @@ def _wire_bench(bench: Bench, handlers: Handlers, page: Page, lists: dict[str, A
     saving.success(**lists)
     bench.stop.click(handlers.stop, queue=False, **PRIVATE)
     page.blocks.unload(handlers.left)
+    page.gone.append(handlers.gone)
     bench.name.change(handlers.taken, bench.name, bench.replace, **PRIVATE)
     afterwards(saving, handlers.taken, bench.name, bench.replace, **PRIVATE)
     bench.draw.click(handlers.draw, bench.saved, [page.base, page.tabs], **PRIVATE)
@@ -208,8 +209,12 @@ class Handlers:
         self.saves.stop(request.session_hash or "")
 
     def left(self, request: gr.Request) -> None:
+        """The browser has gone."""
+        self.gone(request.session_hash or "")
+
+    def gone(self, session: str) -> None:
         """Nobody waits for the comparison any more; a fusion that is being saved goes on."""
-        self.compares.stop(request.session_hash or "")
+        self.compares.stop(session)
 
     @contextmanager
     def _run(self, runs: Runs, request: gr.Request, progress: gr.Progress) -> Iterator[Progress]:
@@ -264,6 +269,7 @@ class Handlers:
                 words = fusing.fuse(self.workspace, chosen, name, strengths or {}, tell, replace, **changes)
         return words, hand(fusing.FUSED + name), name, gr.Button(visible=True)
 
+    @asked
     def fuse(
         self,
         adapters: list[str],

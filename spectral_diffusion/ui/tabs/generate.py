@@ -17,7 +17,7 @@ from ..canvas import Canvas, ink_of_drawing, read_canvas, read_regions
 from ..drawing import Drawn, Wish
 from ..fusing import base_choices
 from ..keeper import Keeper
-from ..page import DEVICE, PRIVATE, Handed, Page, plain, told
+from ..page import DEVICE, PRIVATE, Handed, Page, asked, plain, told
 from ..turns import Runs, in_turn
 from ..workspace import Teller, Workspace
 from .canvas_part import build_canvas, build_sources, own_component
@@ -159,7 +159,11 @@ class Handlers:
 
     def left(self, request: gr.Request) -> None:
         """The browser has gone: nobody waits for its picture."""
-        self.runs.stop(request.session_hash or "")
+        self.gone(request.session_hash or "")
+
+    def gone(self, session: str) -> None:
+        """A browser or a program has gone."""
+        self.runs.stop(session)
 
     def draw(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Draw; yields unfinished pictures and a line, in the end the picture, the line, and the picture's name."""
@@ -180,6 +184,7 @@ class Handlers:
 
         yield from self._drawn(request, wish)
 
+    @asked
     def generate(
         self,
         prompt: str,
@@ -435,6 +440,7 @@ def _wire_drawing(
         event(None, js=TO_PICTURE, **PRIVATE)
     cancel.click(handlers.cancel, queue=False, show_progress="hidden", api_name="cancel_generate")
     page.blocks.unload(handlers.left)
+    page.gone.append(handlers.gone)
     gallery.canvas.click(handlers.refilled, gallery.chosen, [*form.all, status], **PRIVATE)
 
 

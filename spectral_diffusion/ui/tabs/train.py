@@ -13,7 +13,7 @@ from ...data.folder import load_concept
 from ...errors import UserError
 from ..adapters import ADAPTER_COLUMNS, adapter_files, adapter_rows, delete_adapter
 from ..concepts import concept_folder, concept_folders, known_concepts
-from ..page import PRIVATE, Handed, Page, hand, plain, told
+from ..page import PRIVATE, Handed, Page, asked, hand, plain, told
 from ..presets import preset_settings, presets, train_settings
 from ..queue import Queue
 from ..workspace import sentence_of
@@ -208,6 +208,7 @@ class Handlers:
 
     # --- for programs
 
+    @asked
     def api_train(
         self,
         concept: str,
@@ -234,6 +235,7 @@ class Handlers:
         with told():
             return [job.told() for job in self.queue.refresh()]
 
+    @asked
     def api_stop(self, job: str) -> str:
         """Stop a training and keep its state; returns what to tell."""
         with told():

@@ -1,0 +1,90 @@
+"""Files that only save time: where they are kept, and how a damaged one is told from a whole one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from .errors import UserError
+from .files import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+DIGEST = "spectral.digest"  # in a file's metadata: the hash of everything else in it
+WAIT = 3600.0  # seconds for another process that computes the same; then it is computed twice
+
+
+def cache_folder() -> Path:
+    """``$SPECTRAL_DIFFUSION_CACHE``, or ``spectral_diffusion`` under the user's cache folder."""
+    own = os.environ.get("SPECTRAL_DIFFUSION_CACHE")
+    if own:
+        return Path(own)
+    if user := os.environ.get("XDG_CACHE_HOME"):
+        return Path(user) / "spectral_diffusion"
+    try:
+        return Path.home() / ".cache" / "spectral_diffusion"
+    except RuntimeError:  # neither HOME nor a line in passwd, as in some containers
+        return _without_home()
+
+
+@cache
+def _without_home() -> Path:
+    """A folder in the system's temporary one that nobody else can write to; the same for every process of a user."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"spectral_diffusion-{user}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700)
+        log.warning("There is no home folder: the cache is %s; SPECTRAL_DIFFUSION_CACHE names another.", folder)
+    seen = folder.lstat()
+    if stat.S_ISDIR(seen.st_mode) and seen.st_uid == user and not seen.st_mode & 0o077:
+        return folder
+    return Path(tempfile.mkdtemp(prefix="spectral_diffusion-"))  # somebody else has made that one
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over names, shapes, values and metadata, whatever their order in the file."""
+    import torch  # here: pages and --help wait for no torch
+
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    total.update(json.dumps({key: metadata[key] for key in sorted(metadata) if key != DIGEST}).encode())
+    return total.hexdigest()
+
+
+def store(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bool:
+    """Keep tensors with a hash of them; returns whether they could be written, since a cache only saves time."""
+    held = dict(metadata or {})
+    try:
+        write_tensors(path, dict(tensors), {**held, DIGEST: digest(tensors, held)})
+    except (OSError, UserError, SafetensorError):  # a full disk, or one that is read only
+        return False
+    return True
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """What :func:`store` kept; None where there is nothing, or nothing whole, which the log tells."""
+    if not path.exists():
+        return None
+    with suppress(UserError, RuntimeError):
+        tensors, metadata = read_tensors(path)
+        if metadata.get(DIGEST) == digest(tensors, metadata):
+            return tensors, metadata
+    log.warning("%s is damaged or of an earlier version; what it held is computed again.", path)
+    return None
