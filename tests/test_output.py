@@ -114,8 +114,9 @@ def test_another_concepts_adapter_is_not_replaced(train: Train, output: Path, tm
     train()
     before = output.read_bytes()
     mug = make_photos(tmp_path / "mug", seed=1)
-    with pytest.raises(UserError, match=r"is the adapter of 'rex', which training 'mug' would replace; .*--force"):
-        train(concept=mug)
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"is the adapter of 'rex', which training 'mug' would replace; .*--force"):
+            train(concept=mug, resume=resume)
     assert output.read_bytes() == before
     assert train(concept=mug, force=True).name == "mug" == load_adapter(output).name
 

@@ -78,17 +78,17 @@ def prepare_output(
             where = "A damaged state" if step is None else f"A training stopped at step {step}"
             raise UserError(f"{where} is in {state}; --resume goes on from there, --force starts anew.")
         return False
-    if resume:
-        if output.exists() and is_done(config, force):
-            note(f"{output} is done already.")
-            return True
-        note(f"No state of a stopped training is beside {output}; starting at step 0.")
     owner = name_in(output) if output.exists() else name
     if owner != name and not force:
         raise UserError(
             f"{output} is the adapter of '{owner}', which training '{name}' would replace; choose another output with "
             "-o, or replace it by --force."
         )
+    if resume:
+        if output.exists() and owner == name and is_done(config, force):
+            note(f"{output} is done already.")
+            return True
+        note(f"No state of a stopped training is beside {output}; starting at step 0.")
     return False
 
 
