@@ -86,7 +86,7 @@ def test_a_blank_key_is_not_given_and_a_word_must_be_one(tmp_path: Path) -> None
     make_photos(tmp_path / "rex")
     (tmp_path / "rex" / "concept.yaml").write_text("noun:\ntoken:\n")
     assert (load_concept(tmp_path / "rex").noun, load_concept(tmp_path / "rex").token) == ("rex", "<rex>")
-    (tmp_path / "rex" / "concept.yaml").write_text("noun: no\n")
+    (tmp_path / "rex" / "concept.yaml").write_text("noun: true\n")
     with pytest.raises(UserError, match="must give noun as a word"):
         load_concept(tmp_path / "rex")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter, check_base, shared_columns
 from ..base import Base, load_base
 from ..config import FuseConfig, to_yaml
-from ..errors import UserError, nearest
+from ..errors import NotFiniteError, UserError, nearest
 from ..files import atomic_folder, check_writable, is_folder, write_json, write_text
 from ..formats.importing import import_lora
 from ..formats.native import is_native, save_adapter
@@ -142,7 +142,7 @@ def fuse_adapters(
                 done += 1
                 progress(Event("fuse", done, len(layers), {"layer": layer}))
         for layer, found in changes.items():
-            add_change(targets[layer].weight, found)
+            add_change(targets[layer].weight, found, layer)
             if isinstance(found, Factors):
                 merged[layer] = found
             else:
@@ -155,11 +155,17 @@ def fuse_adapters(
 
 
 @torch.no_grad()
-def add_change(weight: Tensor, change: Factors | Tensor) -> None:
-    """Add a ΔW to a weight in place, rounded once."""
+def add_change(weight: Tensor, change: Factors | Tensor, layer: str) -> None:
+    """Add a ΔW to a layer's weight in place, rounded once.
+
+    Raises:
+        NotFiniteError: the weight is NaN or infinite afterwards.
+    """
     before = exact(weight)
     delta = change.delta() if isinstance(change, Factors) else change
     weight.copy_((before + delta.view(weight.shape).to(before.device)).to(weight.dtype))
+    if not torch.isfinite(weight).all():
+        raise NotFiniteError(f"{layer} is NaN or infinite once fused; lower the strengths of its adapters.")
 
 
 def taught_besides(base: Base, config: FuseConfig, adapted: Container[str]) -> list[nn.Linear | nn.Conv2d]:
