@@ -97,7 +97,7 @@ class Method:
 
 
 METHODS: Registry[Method] = Registry(
-    "method", __package__, {"registry", "attach", "tuner", "targets", "low_rank", "frozen"}
+    "method", __package__, {"registry", "attach", "tuner", "layer", "peft_card", "targets", "low_rank", "frozen"}
 )
 
 
