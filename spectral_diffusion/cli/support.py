@@ -98,7 +98,7 @@ def resolve(
 
     Without --config the pocket base brings its preset; ``base`` is what is meant where no setting says so.
     """
-    from ..config import build, parse_overrides, read_yaml
+    from ..config import build, parse_overrides, rates_for, read_yaml, with_rates
     from ..resources import preset, preset_of
 
     changes = parse_overrides(overrides or [])
@@ -115,7 +115,10 @@ def resolve(
                 raise UserError(f"The part '{verb}' of {chosen} must hold key: value lines.")
     if held:
         return build(model, held, {k: v for k, v in layer.items() if k not in held}, flags, changes, file=source)
-    return build(model, layer, flags, changes, file=config or "")
+    if verb != "train":
+        return build(model, layer, flags, changes, file=config or "")
+    layer = rates_for(layer, changes.get("method", flags.get("method")))
+    return with_rates(build(model, layer, flags, changes, file=config or ""))
 
 
 def named_base(files: list[str], overrides: list[str] | None = None) -> str:
