@@ -21,8 +21,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from spectral_diffusion import SpectralConfig
 from spectral_diffusion.methods import all_methods, get_method
-from spectral_diffusion.methods.tuner import SpectralConfig
 from spectral_diffusion.pocket.workshop.models import build_tokenizer
 
 SMALL = {

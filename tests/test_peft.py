@@ -240,6 +240,13 @@ def test_the_default_slot_is_the_next_free_one() -> None:
     assert model.peft_config["again"].slot == "0:2"
 
 
+def test_one_config_can_serve_several_adapters() -> None:
+    settings = SpectralConfig(r=2, target_modules="all-linear")
+    model = get_peft_model(llama(), settings)
+    model.add_adapter("two", settings)
+    assert [held.slot for held in model.peft_config.values()] == ["0:2", "2:4"] and settings.slot is None
+
+
 def test_two_adapters_of_default_slots_train_apart_and_sum_up() -> None:
     model = get_peft_model(llama(), config(), "one")
     model.add_adapter("two", config())

@@ -157,7 +157,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         method, parameters = self.spectral_method[adapter], self.effective(adapter)
         if method.prepare is None:
             return parameters
-        held = self.prepared.get(adapter) if cached else None
+        held = self.prepared.get(adapter) if cached and not torch.compiler.is_compiling() else None
         if held and held.grad and not torch.is_grad_enabled():
             # Re-entrant checkpointing: this layer runs again during the backward pass, when the graph of the batched
             # preparation may be freed already. It prepares its own then.
@@ -357,6 +357,8 @@ class BatchedPreparation:
             if self.adapter in layer.active_adapters and layer.spectral_method.get(self.adapter) is self.method
         ]
         if not layers or layers[0].disable_adapters or self.method.prepare is None:
+            return
+        if torch.compiler.is_compiling():  # versions of parameters would have it compiled anew at every step
             return
         layers = [layer for layer in layers if self._whole(layer)]
         each = [layer.effective(self.adapter) for layer in layers]

@@ -6,6 +6,7 @@ checkpointing) work on it as on any other.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 import warnings
@@ -143,6 +144,8 @@ class SpectralModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *arguments: Any, **options: Any) -> None:
         """Add an adapter; merged ones are unmerged before, and after an error the model is as it was."""
         unmerge_all(model)
+        # What is settled here (slot, modules) stays this adapter's, so that one config can serve several.
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         try:
             super().inject_adapter(model, adapter_name, *arguments, **options)
         except Exception:
