@@ -31,10 +31,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from spectral_diffusion import SpectralConfig
 from spectral_diffusion.config import Settings, build, parse_overrides, read_yaml
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.methods import get_method
-from spectral_diffusion.methods.tuner import SpectralConfig
 
 # GLUE: the sentences of a task, and what is reported of it.
 GLUE = {
@@ -107,8 +107,9 @@ def peft_config(config: LanguageConfig, steps: int) -> PeftConfig:
 
         options = method.peft.options(config.rank, steps)
         return AdaLoraConfig(target_modules=config.targets, task_type=task, **options)
-    slot = config.slot or (f"0:{config.rank}" if method.slot else "")
-    return SpectralConfig(r=config.rank, method=method.name, slot=slot, target_modules=config.targets, task_type=task)
+    return SpectralConfig(
+        r=config.rank, method=method.name, slot=config.slot or None, target_modules=config.targets, task_type=task
+    )
 
 
 def run(config: LanguageConfig) -> dict[str, Any]:

@@ -4,7 +4,21 @@ After *Spectral Adapter: Fine-Tuning in Spectral Space* (Zhang & Pilanci, 2024).
 ``data`` (photos) → ``training`` (an adapter in a slot) → ``fusion`` → ``generation`` (pictures).
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import pocket
 
+if TYPE_CHECKING:
+    from .methods.tuner import SpectralConfig
+
 __version__ = "0.1.0"
-__all__ = ["pocket"]
+__all__ = ["SpectralConfig", "pocket"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load ``SpectralConfig`` when it is asked for; that adds its type to PEFT."""
+    if name == "SpectralConfig":
+        from .methods.tuner import SpectralConfig
+
+        return SpectralConfig
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -101,7 +101,7 @@ def fill_randomly(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
 
 
 def count_table(arch: str, ranks: tuple[int, ...] = RANKS, targets: str = "attention") -> list[dict]:
-    """Trainable numbers of every method at every rank that fits: ``{method, rank, trainable}`` rows."""
+    """A row for every method and rank that fits: ``{method, rank, trainable, layers, lr_scale}``."""
     shapes = [sides(layer.weight) for layer in find_targets(build_meta(arch), targets).values()]
     rows = []
     for name, method in sorted(all_methods().items()):
@@ -109,5 +109,6 @@ def count_table(arch: str, ranks: tuple[int, ...] = RANKS, targets: str = "atten
         for rank in ranks if allowed != (1,) else allowed:
             if rank in allowed:
                 total = method.total(shapes, rank)
-                rows.append({"method": name, "rank": rank, "trainable": total, "layers": len(shapes)})
+                row = {"method": name, "rank": rank, "trainable": total, "layers": len(shapes)}
+                rows.append({**row, "lr_scale": method.lr_scale})
     return rows

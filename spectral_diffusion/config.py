@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
 from pydantic import (
@@ -419,6 +419,50 @@ def preset_part(name: str, verb: str) -> dict[str, Any]:
     return read_yaml(preset(name)).get(verb) or {}
 
 
+RATES = ("learning_rate", "text_encoder_learning_rate")  # those that depend on the method
+
+
+def rates_for(settings: dict[str, Any], method: Any) -> dict[str, Any]:
+    """A preset's or file's settings, with its rates scaled where another method takes the place of its own.
+
+    Rates that stand beside a method are that method's; those of a file without a method are anybody's.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    before = settings.get("method")
+    if not (isinstance(before, str) and isinstance(method, str)) or before == method:
+        return settings
+    from .methods import get_method
+
+    ratio = get_method(method).lr_scale / get_method(before).lr_scale
+    scaled = {}
+    for name in RATES:
+        try:
+            scaled[name] = tidy(float(settings[name]) * ratio)
+        except (KeyError, TypeError, ValueError):
+            continue  # not there, or no number, which is told when the settings are checked
+    return {**settings, **scaled}
+
+
+def with_rates(config: TrainConfig) -> TrainConfig:
+    """Settle the learning rates that nobody set: the defaults, times the method's ``lr_scale``.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    from .methods import get_method
+
+    scale = get_method(config.method).lr_scale
+    unset = {name: tidy(getattr(config, name) * scale) for name in RATES if name not in config.model_fields_set}
+    return config.model_copy(update=unset)
+
+
+def tidy(rate: float) -> float:
+    """A rate without the rounding of a multiplication: 3e-4, not 0.00030000000000000003."""
+    return float(f"{rate:.12g}")
+
+
 def usual_settings(base: str, verb: str) -> dict[str, Any]:
     """What the preset that a base brings along says for a verb; nothing where there is none."""
     name = preset_of(base)
@@ -462,7 +506,11 @@ def settings_for(
     last = [dict(change) for change in changes]
     if held:
         return build(model, dict(held), {k: v for k, v in layer.items() if k not in held}, *last, file=source)
-    return build(model, layer, *last, file=config or "")
+    if verb != "train":
+        return build(model, layer, *last, file=config or "")
+    method = next((change["method"] for change in reversed(last) if change.get("method")), None)
+    settings = build(model, rates_for(layer, method), *last, file=config or "")
+    return cast(Model, with_rates(cast(TrainConfig, settings)))
 
 
 def _sentence(model: type[Settings], error: ValidationError, where: str) -> str:

@@ -23,7 +23,7 @@ from .formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write
 from .fusion.folder import load_adapters, read_merged, read_recipe, save_pipeline
 from .fusion.recipe import fuse_adapters
 from .layerwise import mean_note
-from .linalg import Factors, truncate
+from .linalg import Factors, exact, truncate
 from .machine import made_on, provenance
 from .paths import without_folders
 from .tokens import known_tokens
@@ -222,10 +222,10 @@ def cut(source: Source, rank: int | None, note: Callable[[str], None]) -> dict[s
         return factors
     out, lost, whole = {}, 0.0, 0.0
     for layer, one in factors.items():
-        exact = Factors(one.up.double(), one.down.double())
-        out[layer] = truncate(exact, rank) if rank < exact.up.shape[1] else exact
-        whole += float(exact.delta().square().sum())
-        lost += float((exact.delta() - out[layer].delta()).square().sum())
+        change = Factors(exact(one.up), exact(one.down))
+        out[layer] = truncate(change, rank) if rank < change.up.shape[1] else change
+        whole += float(change.delta().square().sum())
+        lost += float((change.delta() - out[layer].delta()).square().sum())
     note(f"At rank {rank} the file is {(lost / whole) ** 0.5 if whole else 0.0:.2%} away from the exact change.")
     return out
 

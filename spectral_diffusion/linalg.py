@@ -60,16 +60,23 @@ def dense_factors(delta: Tensor) -> Factors:
     return Factors(delta, one) if delta.shape[1] <= delta.shape[0] else Factors(one, delta)
 
 
+def solve_device(tensor: Tensor) -> torch.device:
+    """Where small systems are solved: Apple's GPUs lack the backward pass of ``solve``, so on the CPU for them."""
+    return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
+
+
 def cayley_change(A: Tensor) -> Tensor:
     """D = R − I of the Cayley rotation R = (I + Q)(I − Q)⁻¹ with Q = (A − Aᵀ)/2; A and D (…, r, r).
 
     D = 2Q(I − Q)⁻¹ has no cancellation and is exactly 0 at A = 0. Always at least float32, whatever autocast says:
     below it R is orthogonal to a few parts in a thousand only.
     """
-    with torch.autocast(A.device.type, enabled=False):
-        A = A if A.dtype == torch.float64 else A.float()
+    device = A.device
+    with torch.autocast(device.type, enabled=False):
+        A = (A if A.dtype == torch.float64 else A.float()).to(solve_device(A))
         Q = (A - A.mT) / 2
-        return torch.linalg.solve(torch.eye(A.shape[-1], dtype=A.dtype, device=A.device) - Q, 2 * Q, left=False)
+        D = torch.linalg.solve(torch.eye(A.shape[-1], dtype=A.dtype, device=A.device) - Q, 2 * Q, left=False)
+        return D.to(device)
 
 
 def compose_changes(first: Tensor, then: Tensor) -> Tensor:
@@ -207,7 +214,7 @@ def cosine_between(left: Factors, right: Factors) -> float:
     """⟨ΔW₁, ΔW₂⟩ / (|ΔW₁| |ΔW₂|) without forming either matrix; 0 where one of them is 0."""
 
     def inner(a: Factors, b: Factors) -> Tensor:
-        return ((a.up.double().mT @ b.up.double()) * (a.down.double() @ b.down.double().mT)).sum()
+        return ((exact(a.up).mT @ exact(b.up)) * (exact(a.down) @ exact(b.down).mT)).sum()
 
     norm = (inner(left, left) * inner(right, right)).clamp_min(0).sqrt()
     return float(inner(left, right) / norm) if norm > 0 else 0.0
@@ -215,8 +222,8 @@ def cosine_between(left: Factors, right: Factors) -> float:
 
 def row_space(factors: Factors) -> Tensor:
     """An orthonormal basis (in, k) of the inputs that ΔW reads, without forming it; rows of zeros add none."""
-    Q, R = torch.linalg.qr(factors.down.double().mT)
-    left = torch.linalg.qr(factors.up.double()).R
+    Q, R = torch.linalg.qr(exact(factors.down).mT)
+    left = torch.linalg.qr(exact(factors.up)).R
     _, S, Vh = torch.linalg.svd(left @ R.mT)
     kept = S.max() * max(factors.up.shape[0], factors.down.shape[1]) * torch.finfo(S.dtype).eps < S
     return Q @ Vh[: len(S)][kept].mT
@@ -224,5 +231,5 @@ def row_space(factors: Factors) -> Tensor:
 
 def frobenius_norm(factors: Factors) -> float:
     """|ΔW| without forming the matrix."""
-    up, down = factors.up.double(), factors.down.double()
+    up, down = exact(factors.up), exact(factors.down)
     return float(((up.mT @ up) * (down @ down.mT)).sum().clamp_min(0).sqrt())

@@ -406,7 +406,7 @@ def test_the_mathematics_knows_no_files_and_the_library_no_command_line() -> Non
         }
         if path.parent.name != "cli":
             assert not names & {"typer", "rich"}, path
-        if path.name not in {"attach.py", "tuner.py", "foreign.py"}:
+        if path.name not in {"attach.py", "layer.py", "tuner.py", "foreign.py"}:
             assert "peft" not in names, path
         if not (path.parent.name == "tabs" or (path.parent.name == "ui" and path.name in {"app.py", "page.py"})):
             assert "gradio" not in names, path

@@ -1,4 +1,4 @@
-"""What the docs say of settings is so."""
+"""What the docs say of settings is so, and which learning rates come out of them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,19 @@ from typing import Any
 import pytest
 
 from spectral_diffusion import cli
-from spectral_diffusion.config import FuseConfig, TrainConfig, build, parse_overrides, read_yaml, settings_for
+from spectral_diffusion.cli.support import resolve
+from spectral_diffusion.config import (
+    FuseConfig,
+    TrainConfig,
+    build,
+    parse_overrides,
+    read_yaml,
+    settings_for,
+    to_yaml,
+    with_rates,
+)
 from spectral_diffusion.errors import UserError
+from spectral_diffusion.resources import configs
 from spectral_diffusion.training import run
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -100,3 +111,41 @@ def test_settings_of_python_know_every_verb(tmp_path: Path) -> None:
         settings_for(TrainConfig, "train", {"concept": "a", "output": "b"}, config="pocket-taught")
     with pytest.raises(UserError, match=r"Unknown setting 'stesp' .*did you mean 'steps'"):
         settings_for(TrainConfig, "train", {"concept": "a", "output": "b", "stesp": 1})
+
+
+def rates(**settings: Any) -> tuple[float, float, float]:
+    config = with_rates(TrainConfig(concept=Path("a"), output=Path("a.safetensors"), **settings))
+    return config.learning_rate, config.text_encoder_learning_rate, config.embedding_learning_rate
+
+
+def test_rates_that_nobody_set_are_the_defaults_times_the_methods_scale() -> None:
+    assert rates() == rates(method="lora") == (1e-4, 1e-5, 1e-3)
+    assert rates(method="spectral-rotation") == (1e-3, 1e-4, 1e-3)
+    assert rates(method="adalora", learning_rate=0.5) == (0.5, 3e-5, 1e-3)
+    once = with_rates(TrainConfig(concept=Path("a"), output=Path("a.safetensors"), method="vera"))
+    assert with_rates(once) == once
+
+
+@pytest.mark.parametrize("preset", [path.stem for path in configs().glob("*.yaml") if read_yaml(path).get("train")])
+def test_a_presets_rates_are_its_methods(preset: str) -> None:
+    said = read_yaml(configs() / f"{preset}.yaml")["train"]
+
+    def resolved(*words: str, **flags: Any) -> tuple[float, float]:
+        where = {"concept": "a", "output": "a.safetensors"}
+        config = resolve(TrainConfig, "train", preset, {**where, **flags}, list(words))
+        return config.learning_rate, config.text_encoder_learning_rate
+
+    own = said["learning_rate"], said["text_encoder_learning_rate"]
+    assert resolved() == resolved("method=spectral-additive") == resolved(method="lora") == own
+    assert resolved(method="spectral-rotation") == pytest.approx((10 * own[0], 10 * own[1]), rel=1e-9)
+    assert resolved("method=svdiff", "learning_rate=0.5") == pytest.approx((0.5, 10 * own[1]), rel=1e-9)
+
+
+def test_a_files_rates_are_its_methods_or_anybodys(tmp_path: Path) -> None:
+    file, where = tmp_path / "own.yaml", {"concept": "a", "output": "a.safetensors"}
+    for text, wanted in (("method: vera\nlearning_rate: 1e-2\n", 1e-3), ("learning_rate: 1e-2\n", 1e-2)):
+        file.write_text(text)
+        config = resolve(TrainConfig, "train", str(file), {**where, "method": "lora"}, [])
+        assert config.learning_rate == pytest.approx(wanted, rel=1e-9)
+    file.write_text(to_yaml(with_rates(TrainConfig(**where, method="vera"))))
+    assert resolve(TrainConfig, "train", str(file), {}, []).learning_rate == 1e-3  # what came out is read back as it is

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from spectral_diffusion.fusion.activations import Activations
 from spectral_diffusion.linalg import (
     Band,
     Factors,
@@ -12,7 +18,10 @@ from spectral_diffusion.linalg import (
     cayley_change,
     compose_changes,
     cosine_between,
+    exact,
     frobenius_norm,
+    gram_of,
+    solve_device,
     top_band,
 )
 from spectral_diffusion.methods import get_method
@@ -161,3 +170,40 @@ def test_norm_and_cosine_without_the_dense_matrix() -> None:
     a, b = one.delta(), two.delta()
     assert frobenius_norm(one) == pytest.approx(float(a.norm()))
     assert cosine_between(one, two) == pytest.approx(float((a * b).sum() / a.norm() / b.norm()))
+
+
+class Devices(TorchDispatchMode):
+    """Records every operation with the devices and precisions of what goes in and comes out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[tuple[str, set[str], set[tuple[str, torch.dtype]]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [value for value in tree_leaves((args, kwargs, out)) if isinstance(value, torch.Tensor)]
+        kinds = {(value.device.type, value.dtype) for value in tensors}
+        self.ops.append((func.name(), {device for device, _ in kinds}, kinds))
+        return out
+
+
+def test_apples_gpus_are_spared_solves_and_float64() -> None:
+    """They have no backward of ``solve``, and refuse float64 even as what a copy to the CPU makes."""
+    with FakeTensorMode(), Devices() as seen:
+        A = torch.empty(3, 4, 4, device="mps")
+        assert cayley_change(A).device.type == "mps"
+        assert exact(A).device.type == gram_of(torch.empty(4, 6, device="mps")).device.type == "cpu"
+        for size in (2, 8):  # a Gram matrix, and rows
+            Activations(size).add(torch.empty(3, size, device="mps"))
+    assert any("solve" in name for name, _, _ in seen.ops)
+    for name, devices, kinds in seen.ops:
+        assert "linalg" not in name or devices == {"cpu"}, name
+        assert ("mps", torch.float64) not in kinds, name
+        assert "copy" not in name or "mps" not in devices or torch.float64 not in {dtype for _, dtype in kinds}, name
+
+
+def test_other_devices_solve_at_home() -> None:
+    assert {solve_device(torch.empty(1, device=device)) for device in ("cpu", "meta")} == {
+        torch.device("cpu"),
+        torch.device("meta"),
+    }

@@ -400,6 +400,9 @@ def test_counts_agree_with_the_table_at_stable_diffusion_size() -> None:
     assert {key: counts[key] for key in BRIEF} == BRIEF
     assert {row["layers"] for row in rows} == {176}
     assert {row["method"] for row in rows} == set(NAMES)
+    assert {row["method"]: row["lr_scale"] for row in rows} == {n: m.lr_scale for n, m in all_methods().items()}
+    shown = CliRunner().invoke(app, ["methods", "--arch", "pocket"]).output
+    assert "learning rate ×10;" in shown and "learning rate ×1;" in shown
 
 
 def test_normalised_columns_train_the_same_function(base: Base) -> None:

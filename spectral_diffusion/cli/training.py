@@ -70,6 +70,10 @@ def train(
         raise UserError("Which photos? Name a folder with them before the settings.")
     if len(folders) > 1 and (strange := [folder for folder in folders if not folder.is_dir()]):
         raise UserError(f"'{strange[0]}' is no folder with photos, and no setting either; those are written key=value.")
+    if continue_from and not method:
+        from ..formats.native import load_adapter
+
+        method = load_adapter(continue_from).method.name  # whose learning rates they are
     flags = given(
         base=base, method=method, rank=rank, budget=budget, slot=slot, steps=steps, seed=seed, device=device,
         dtype=dtype, continue_from=text_of(continue_from),

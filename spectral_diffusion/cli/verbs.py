@@ -334,7 +334,7 @@ def methods(
     targets: Annotated[str, typer.Option(help="attention, feed-forward, conv … joined by +.")] = "attention",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """List the methods and how many numbers each trains."""
+    """List the methods, what multiplies their learning rates, and how many numbers each trains."""
     if any(r < 1 for r in rank or []):
         raise UserError("Rank must be at least 1.")
     from ..architectures import RANKS, count_table
@@ -346,7 +346,7 @@ def methods(
         return
     for name, method in sorted(all_methods().items()):
         counts = ", ".join(f"r={row['rank']}: {row['trainable']:,}" for row in rows if row["method"] == name)
-        say(f"{name}: {method.summary}\n  {counts}")
+        say(f"{name}: {method.summary}\n  learning rate ×{method.lr_scale:g}; {counts}")
 
 
 @slots_app.command("list")

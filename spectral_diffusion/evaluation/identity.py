@@ -86,6 +86,6 @@ def likeness(encoder: IdentityEncoder, images: Sequence[Image.Image], references
 
 def auc(positive: Tensor, negative: Tensor) -> float:
     """The chance that a positive score is above a negative one (ties count half)."""
-    higher = (positive[:, None] > negative[None]).double().mean()
-    equal = (positive[:, None] == negative[None]).double().mean()
+    higher = (positive[:, None] > negative[None]).cpu().double().mean()
+    equal = (positive[:, None] == negative[None]).cpu().double().mean()
     return float(higher + 0.5 * equal)

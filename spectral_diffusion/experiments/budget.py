@@ -62,7 +62,7 @@ def run(lab: Lab, quick: bool) -> Findings:
         if change is None:
             continue
         try:
-            rate = METHODS[method][1] if quick else swept(lab, method)[0]
+            rate = get_method(method).lr_scale if quick else swept(lab, method)[0]
             found = lab.alone(name, **seeded(change, seed), **scaled(lab, rate))
             gain = found["identity"] - lab.generic(name, seed)["identity"]
         except TimeOver:

@@ -14,12 +14,13 @@ from ..adapter import Adapter
 from ..config import FuseConfig
 from ..evaluation.statistics import share, told
 from ..fusion.recipe import fuse_to_folder
+from ..methods import get_method
 from ..training.loop import continued
 from .fusion import change_for as family_change
 from .fusion import family_rate, fused_cell
 from .lab import REPORTED, Figures, Lab, TimeOver, key_of, scaled
 from .registry import Findings, Row, Table, study
-from .speed import METHODS, swept
+from .speed import swept
 
 NAMES = REPORTED[:5]
 SEEDS = (0, 1, 2)
@@ -29,7 +30,7 @@ CHANGE = {"method": "spectral-rotation", "slot": "0:8"}
 
 def rotation_rate(lab: Lab, quick: bool) -> float:
     """The rate that the study ``speed`` chose for the rotation, on a concept that is not reported."""
-    return METHODS["spectral-rotation"][1] if quick else swept(lab, "spectral-rotation")[0]
+    return get_method("spectral-rotation").lr_scale if quick else swept(lab, "spectral-rotation")[0]
 
 
 def unevenness(adapter: Adapter) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.statistics import difference, told
+from ..methods import get_method
 from ..training.run import train_to_file
 from .lab import REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled, seeded
 from .registry import Findings, Row, Table, not_allowed, study
@@ -18,27 +19,26 @@ STEPS = (60, 120, 240, 480)
 NAMES = (REPORTED[0], REPORTED[2], REPORTED[6])
 SEEDS = (0, 1, 2)
 REFERENCE = "spectral-additive"  # with which the others are compared, pair by pair
-# Method: its settings, and the middle of its sweep as a factor on the recipe's learning rates (what it turns or adds
-# has another scale in each). Every sweep has five trials, half a decade apart.
-METHODS: dict[str, tuple[dict[str, Any], float]] = {
-    "spectral-additive": ({"slot": "0:8"}, 1.0),
-    "spectral-rotation": ({"slot": "0:8"}, 10.0),
-    "lora": ({}, 1.0),
-    "dora": ({}, 1.0),
-    "adalora": ({}, 3.0),
-    "orthogonal": ({"slot": "0:8"}, 1.0),
-    "oft": ({"rank": 8}, 1.0),
-    "svdiff": ({}, 10.0),
-    "lidb": ({}, 3.0),
-    "vera": ({}, 10.0),
+METHODS: dict[str, dict[str, Any]] = {  # with their settings
+    "spectral-additive": {"slot": "0:8"},
+    "spectral-rotation": {"slot": "0:8"},
+    "lora": {},
+    "dora": {},
+    "adalora": {},
+    "orthogonal": {"slot": "0:8"},
+    "oft": {"rank": 8},
+    "svdiff": {},
+    "lidb": {},
+    "vera": {},
 }
+# Five trials, half a decade apart, around the method's lr_scale on the recipe's learning rates.
 SPREAD = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
 PLAIN = {"preservation": {"weight": 0.0}}
 
 
 def change_for(method: str) -> dict[str, Any]:
     """The method's settings; without preservation, which costs each the same."""
-    return {"method": method, **METHODS[method][0], **PLAIN}
+    return {"method": method, **METHODS[method], **PLAIN}
 
 
 @study(
@@ -60,7 +60,7 @@ def run(lab: Lab, quick: bool) -> Findings:
         new: dict[int, list[float]] = {}
         try:
             if method not in rates:
-                rates[method], trials = (METHODS[method][1], []) if quick else swept(lab, method)
+                rates[method], trials = (get_method(method).lr_scale, []) if quick else swept(lab, method)
                 if trials:
                     each = {f"×{f:.2g}": t["identity"] for f, t in zip(SPREAD, trials, strict=True)}
                     sweeps.append({"method": method, **each, "best": rates[method]})
@@ -114,7 +114,7 @@ def against(
 
 def swept(lab: Lab, method: str) -> tuple[float, list[Figures]]:
     """The method's factor on the recipe's rates, from five trials on a concept that is not reported."""
-    rates = [METHODS[method][1] * factor for factor in SPREAD]
+    rates = [get_method(method).lr_scale * factor for factor in SPREAD]
     return best_rate(lab, rates, TUNED[:1], **change_for(method), steps=120)
 
 

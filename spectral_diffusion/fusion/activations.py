@@ -25,7 +25,7 @@ class Activations:
 
     def add(self, x: Tensor) -> None:
         """Take rows (m, n)."""
-        x = x.detach().to("cpu", torch.float64)
+        x = x.detach().cpu().double()  # one after the other: Apple's GPUs know no float64
         self.count += len(x)
         if self._lower is None and self.count < self.size:
             self.rows.append(x)

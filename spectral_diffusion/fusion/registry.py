@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapter import Adapter
 from ..config import FuseConfig
-from ..linalg import Factors
+from ..linalg import Factors, exact
 from ..methods import Method
 from ..registry import Registry
 from ..slots import Slot
@@ -36,7 +36,7 @@ class Contribution:
         if self.absent:
             rows, columns = self.absent
             return Factors(torch.zeros(rows, 0).double(), torch.zeros(0, columns).double())
-        return Factors(*(part.double() for part in self.method.delta(self.parameters, self.frozen)))
+        return Factors(*(exact(part) for part in self.method.delta(self.parameters, self.frozen)))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ METHOD = register(
         shapes=shapes,
         factors=factors,
         penalty=penalty,
+        lr_scale=3.0,
         ranks=lambda sides: range(2, min(min(side) for side in sides) + 1),  # it ends at half
         peft=Peft("ADALORA", options, {"A": "lora_A", "B": "lora_B", "E": "lora_E"}),
     )

@@ -1,4 +1,4 @@
-"""Put adapters on models. With ``tuner.py`` the only file that knows PEFT.
+"""Put adapters on models. With ``layer.py`` and ``tuner.py`` the only file that knows PEFT.
 
 Our own methods run as one PEFT tuner, the others through PEFT's own. Either way :class:`Attachment` is what the
 rest of the library sees.
@@ -21,9 +21,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..linalg import flatten
+from .layer import AdaptedLayer, hooks_of
 from .registry import Method
 from .targets import find_targets
-from .tuner import AdaptedLayer, SpectralConfig, hooks_of
+from .tuner import SpectralConfig
 
 Frozen = Mapping[str, Mapping[str, Tensor]]
 
@@ -171,7 +172,7 @@ def attach(
                 options |= {"rank_pattern": own, "alpha_pattern": own}
             config = PEFT_TYPE_TO_CONFIG_MAPPING[method.peft.kind](target_modules=pattern, **options)
         else:
-            config = SpectralConfig(r=rank, method=method.name, target_modules=pattern)
+            config = SpectralConfig(r=rank, method=method.name, target_modules=pattern, find_frozen=False)
         for earlier in getattr(model, "peft_config", {}).values():
             earlier.inference_mode = True  # only the new one is trained
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -214,7 +215,7 @@ def detach(models: dict[str, nn.Module]) -> None:
             if isinstance(module, BaseTunerLayer):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.get_base_layer())
-        for handle in hooks_of(model):
+        for handle in hooks_of(model).values():
             handle.remove()
         hooks_of(model).clear()
         if hasattr(model, "peft_config"):

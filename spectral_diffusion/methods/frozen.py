@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from ..linalg import Band, flatten, sides
@@ -46,6 +47,18 @@ def frozen_tensors(
 
 def _bands(weights: Mapping[str, Tensor], slot: Slot) -> dict[str, Band]:
     return compute(weights, slot.bottom or slot.top, bottom=slot.bottom > 0).slot(slot.columns)
+
+
+def hollow_tensors(method: Method, size: tuple[int, int], rank: int, slot: Slot | None) -> dict[str, Tensor]:
+    """Tensors without numbers (on the meta device) in the shapes of a method's frozen ones, for a weight (out, in)."""
+    if method.frozen == "drawn":
+        assert method.draw is not None
+        return {name: value.to("meta") for name, value in method.draw(*size, rank, slot).items()}
+    count = {"band": rank, "spectrum": min(size)}.get(method.frozen)
+    if count is None:
+        return {}
+    shapes = {"U": (size[0], count), "S": (count,), "V": (size[1], count)}
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def with_weight(method: Method, frozen: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ METHOD = register(
         frozen="drawn",
         draw=draw,
         initial=initial,
+        lr_scale=3.0,
         ranks=lambda sides: range(1, LEFT + 1),
     )
 )

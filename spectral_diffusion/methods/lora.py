@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from ..linalg import Factors, flatten
 from .registry import Method, Peft, Shapes, Tensors, register
 
@@ -16,12 +19,22 @@ def factors(parameters: Tensors, frozen: Tensors) -> Factors:
     return Factors(flatten(parameters["B"]), flatten(parameters["A"]))
 
 
+def initial(shapes: Shapes, generator: torch.Generator) -> dict[str, Tensor]:
+    """A uniform in ±1/√in, as PEFT draws it, B zero."""
+    bound = shapes["A"][1] ** -0.5
+    return {
+        "A": (torch.rand(shapes["A"], generator=generator) * 2 - 1) * bound,
+        "B": torch.zeros(shapes["B"]),
+    }
+
+
 METHOD = register(
     Method(
         name="lora",
         summary="LoRA (Hu et al. 2021) through PEFT, alpha = rank",
         shapes=shapes,
         factors=factors,
+        initial=initial,
         peft=Peft("LORA", lambda rank, steps: {"r": rank, "lora_alpha": rank}, {"A": "lora_A", "B": "lora_B"}),
     )
 )

@@ -13,7 +13,7 @@ from ..linalg import Core
 
 
 class LowRankLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + (x downᵀ) upᵀ with W and b frozen.
+    """y = x Wᵀ + b + (x downᵀ) upᵀ, with W and b frozen as a rule: they get gradients only where they require them.
 
     Shapes: x (…, in), W (out, in), b (out,) or None, up (out, k), down (k, in). All of one dtype. The
     addition is folded into the second product (addmm), forward and backward, so the change costs two thin
@@ -28,12 +28,13 @@ class LowRankLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ down.mT
         y = F.linear(rows, weight, bias).addmm_(inner, up.mT)
-        ctx.save_for_backward(rows if ctx.needs_input_grad[4] else None, weight, up, down, inner)
+        kept = rows if ctx.needs_input_grad[4] or ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(kept, weight, up, down, inner)
         ctx.shape, ctx.frozen = x.shape, frozen
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, up, down, inner = ctx.saved_tensors
         g = grads[0].reshape(-1, grads[0].shape[-1])
         g_inner = g @ up
@@ -43,11 +44,11 @@ class LowRankLinear(torch.autograd.Function):
             g_up = (inner[:, : inner.shape[1] - ctx.frozen].mT @ g).mT  # thin on the left: the faster way round
             g_up = F.pad(g_up, (0, ctx.frozen)) if ctx.frozen else g_up
         g_down = g_inner.mT @ rows if ctx.needs_input_grad[4] else None
-        return g_x, None, None, g_up, g_down, None
+        return g_x, *base_gradients(ctx, rows, g), g_up, g_down, None
 
 
 class CoreLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + x rightᵀ middleᵀ leftᵀ with everything frozen but the small middle.
+    """y = x Wᵀ + b + x rightᵀ middleᵀ leftᵀ with frozen outer parts, and W and b frozen as a rule.
 
     Shapes: x (…, in), W (out, in), left (out, k), middle (k, k), right (k, in). Saved for backward beside what is
     frozen: the (…, k) inner product. Two thin products forward and two backward, where a LoRA has two and four.
@@ -60,20 +61,26 @@ class CoreLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ right.mT
         y = F.linear(rows, weight, bias).addmm_(inner @ middle.mT, left.mT)
-        ctx.save_for_backward(weight, left, middle, right, inner)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight, left, middle, right, inner)
         ctx.shape = x.shape
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, Tensor | None, None]:
-        weight, left, middle, right, inner = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, left, middle, right, inner = ctx.saved_tensors
         g = grads[0].reshape(-1, grads[0].shape[-1])
         g_left = g @ left
         g_x = None
         if ctx.needs_input_grad[0]:
             g_x = (g @ weight).addmm_(g_left @ middle, right).view(ctx.shape)
         g_middle = g_left.mT @ inner if ctx.needs_input_grad[4] else None
-        return g_x, None, None, None, g_middle, None
+        return g_x, *base_gradients(ctx, rows, g), None, g_middle, None
+
+
+def base_gradients(ctx: Any, rows: Tensor | None, g: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of W and b, where they are trained too, from x (n, in) and that of y (n, out)."""
+    g_weight = g.mT @ rows if rows is not None and ctx.needs_input_grad[1] else None
+    return g_weight, g.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def frozen_linear(function: type[torch.autograd.Function], x: Tensor, weight: Tensor, bias: Tensor | None,

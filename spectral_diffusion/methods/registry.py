@@ -57,6 +57,8 @@ class Method:
         penalty: a layer's contribution to the loss, averaged over layers.
         low_rank: whether k is small, so that a LoRA file holds the adapter exactly.
         frozen_up: whether the second half of ``up``'s columns is the band's own U, which needs no gradient.
+        lr_scale: how many times the learning rate of spectral-additive suits the method, since what it trains has
+            another scale. Training multiplies rates by it that nobody set for the method itself.
         neutral: parameters whose neutral value is not zero, so that weight decay must not touch them.
         ranks: the ranks that weights of these sizes allow.
         peft: how PEFT trains it, if it does.
@@ -78,6 +80,7 @@ class Method:
     penalty: Callable[[Tensors], Tensor] | None = None
     low_rank: bool = True
     frozen_up: bool = False
+    lr_scale: float = 1.0
     neutral: frozenset[str] = field(default_factory=frozenset)
     ranks: Callable[[Sequence[tuple[int, int]]], Sequence[int]] = every_rank
     peft: Peft | None = None
@@ -97,7 +100,7 @@ class Method:
 
 
 METHODS: Registry[Method] = Registry(
-    "method", __package__, {"registry", "attach", "tuner", "targets", "low_rank", "frozen"}
+    "method", __package__, {"registry", "attach", "tuner", "layer", "peft_card", "targets", "low_rank", "frozen"}
 )
 
 

@@ -65,6 +65,7 @@ METHOD = register(
         core=core,
         prepare=prepare,
         prepared_on=PREPARED_ON,
+        lr_scale=10.0,
     )
 )
 WITH_VALUES = register(
@@ -78,5 +79,6 @@ WITH_VALUES = register(
         core=core,
         prepare=prepare,
         prepared_on=PREPARED_ON,
+        lr_scale=10.0,
     )
 )

@@ -24,6 +24,7 @@ METHOD = register(
         factors=factors,
         frozen="spectrum",
         low_rank=False,
+        lr_scale=10.0,
         ranks=lambda sides: (1,),
     )
 )

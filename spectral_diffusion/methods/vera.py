@@ -52,6 +52,7 @@ METHOD = register(
         frozen="drawn",
         draw=draw,
         initial=initial,
+        lr_scale=10.0,
         ranks=lambda sides: range(1, 4097),
         neutral=frozenset({"d"}),
         revision=2,  # B was scaled by its outputs in the first

@@ -24,7 +24,7 @@ from ..layerwise import cross_attention
 from ..linalg import sides
 from ..methods import Method, get_method
 from ..methods.attach import attach
-from ..methods.frozen import Frozen
+from ..methods.frozen import Frozen, hollow_tensors
 from ..methods.targets import find_targets
 from ..precision import autocast, is_half, resolve_mixed_precision
 from ..slots import Slot
@@ -125,18 +125,9 @@ def hollow(models: Models, device: str, dtype: torch.dtype | None = None) -> dic
 
 def hollow_frozen(method: Method, models: Models, config: TrainConfig) -> Frozen:
     """The shapes of what a method is built on, layer by layer."""
-    out: Frozen = {}
     slot = Slot.interval(0, config.rank) if method.slot else None
-    for layer, module in find_targets(dict(models), config.targets).items():
-        rows, columns = sides(module.weight)
-        if method.frozen == "drawn":
-            assert method.draw is not None
-            out[layer] = method.draw(rows, columns, config.rank, slot)
-        else:
-            rank = {"band": config.rank, "spectrum": min(rows, columns)}.get(method.frozen, 0)
-            parts = {"U": (rows, rank), "S": (rank,), "V": (columns, rank)}
-            out[layer] = {name: torch.empty(shape, device="meta") for name, shape in parts.items()} if rank else {}
-    return out
+    layers = find_targets(dict(models), config.targets).items()
+    return {layer: hollow_tensors(method, sides(module.weight), config.rank, slot) for layer, module in layers}
 
 
 def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, device: str = "cuda") -> Estimate:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..adapter import Adapter, check_base
 from ..base import Base, load_base
-from ..config import TrainConfig, to_yaml
+from ..config import TrainConfig, to_yaml, with_rates
 from ..data.folder import Concept, load_concept
 from ..errors import UserError
 from ..files import check_writable, write_settings
@@ -106,6 +106,7 @@ def train_on(
         note(f"Going on from {config.continue_from}: method, rank {config.rank}, targets and columns are its own.")
         if start_from.layerwise:
             note(f"Note: {start_from.token} has layer-wise vectors; what goes on from it keeps their mean.")
+    config = with_rates(config)
     method = get_method(config.method)
     if config.normalise and not method.name.startswith("spectral-additive"):
         raise UserError(f"normalise=true scales the columns of spectral-additive; {method.name} has none to scale.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import resources
-from ..config import TrainConfig, build, preset_part, read_yaml
+from ..config import TrainConfig, build, preset_part, rates_for, read_yaml
 from ..errors import UserError, nearest
 from .concepts import concept_folder
 from .fusing import base_path
@@ -48,7 +48,7 @@ def train_settings(workspace: Workspace, concept: str | None, preset: str, chang
     folder = concept_folder(workspace, concept)
     given = filled(changes)
     samples = given.pop("samples", False)
-    layers = [preset_settings(preset, "train"), given]
+    layers = [rates_for(preset_settings(preset, "train"), given.get("method")), given]
     output = workspace.adapters / f"{folder.name}.safetensors"
     settings = build(TrainConfig, *layers, {"concept": folder.absolute(), "output": output.absolute()})
     if samples and not settings.watch.every:
