@@ -30,6 +30,7 @@ from .support import (
     DeviceOption,
     files_and_settings,
     given,
+    importing,
     named_base,
     numbers,
     plain,
@@ -89,9 +90,10 @@ def fuse(
         adapters=files, output=text_of(output), base=base, merge=merge, form=form, device=device,
         strength=numbers(strength, "--strength"), allow_base=allow_base or None,
     )  # fmt: skip
-    from ..config import FuseConfig
-    from ..fusion.recipe import fuse_to_folder
-    from ..fusion.unfuse import settings_of
+    with importing():
+        from ..config import FuseConfig
+        from ..fusion.recipe import fuse_to_folder
+        from ..fusion.unfuse import settings_of
 
     folders = [Path(file) for file in files if Path(file).is_dir()]
     before: dict[str, Any] = {}  # the settings of the fusions that are added to
@@ -201,15 +203,16 @@ def generate(
     config: ConfigOption = None,
 ) -> None:
     """Draw a scene: a prompt, adapters or a fused folder, regions, sketches and keyposes."""
-    from ..generation.scene import Scene
+    with importing():
+        from ..config import parse_overrides, to_yaml
+        from ..files import check_settings, write_settings
+        from ..generation.pictures import read_sources
+        from ..generation.pipeline import Cancelled, generate_to_file
+        from ..generation.scene import Scene
 
     if schema:
         typer.echo(json.dumps(Scene.model_json_schema(), indent=2))
         return
-    from ..config import parse_overrides, to_yaml
-    from ..files import check_settings, write_settings
-    from ..generation.pictures import read_sources
-    from ..generation.pipeline import Cancelled, generate_to_file
 
     source, overrides = source_of(words)
     named = base or next((word[5:] for word in overrides if word.startswith("base=")), None)
@@ -260,7 +263,8 @@ def export(
     """Write an adapter or a fusion in the formats of diffusers, ComfyUI, A1111."""
     if rank is not None and rank < 1:
         raise UserError("Rank must be at least 1.")
-    from ..exporting import export as write
+    with importing():
+        from ..exporting import export as write
 
     files = write(path, output, kind, rank, dtype, picture, device, note=say)
     say(f"Wrote {', '.join(map(str, files))}.")
@@ -275,7 +279,8 @@ def import_file(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps …")] = "auto",
 ) -> None:
     """Make an adapter of another program's LoRA file, to fuse it with your own."""
-    from ..formats.importing import import_lora
+    with importing():
+        from ..formats.importing import import_lora
 
     adapter = import_lora(path, output, base, name, device)
     say(f"Wrote {output}: {len(adapter.layers)} layers at rank {adapter.rank}.")

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from ..adapter import Adapter, check_finite
-from ..base import fingerprint_json, parse_fingerprint
 from ..errors import UserError, reason
 from ..files import read_header, read_tensors, write_tensors
+from ..fingerprint import fingerprint_json, parse_fingerprint
 from ..linalg import flatten
 from ..methods import get_method
 from ..slots import read_columns
