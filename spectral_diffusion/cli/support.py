@@ -137,12 +137,12 @@ def named_base(files: list[str], overrides: list[str] | None = None) -> str:
         UserError: one is missing or damaged.
     """
     from ..config import parse_overrides
-    from ..formats.native import is_native
+    from ..formats.reading import is_foreign
     from ..fusion.folder import base_of
 
     written = parse_overrides(overrides or []).get("adapters") or []
     paths = map(Path, files or (written if isinstance(written, list) else [written]))
-    first = next((path for path in paths if path.is_dir() or is_native(path)), None)
+    first = next((path for path in paths if not is_foreign(path)), None)
     return base_of(first) if first else ""
 
 

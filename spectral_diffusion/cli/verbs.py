@@ -272,7 +272,7 @@ def export(
 
 @app.command("import")
 def import_file(
-    path: Annotated[Path, typer.Argument(help="A LoRA file in kohya's or diffusers' spelling.")],
+    path: Annotated[Path, typer.Argument(help="A LoRA file of another program, or PEFT's or diffusers' folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The adapter to write (.safetensors).")],
     base: Annotated[str, typer.Option(help="The base it was made for.")],
     name: Annotated[str | None, typer.Option(help="What to call it; default: the file's name.")] = None,
@@ -283,7 +283,8 @@ def import_file(
         from ..formats.importing import import_lora
 
     adapter = import_lora(path, output, base, name, device)
-    say(f"Wrote {output}: {len(adapter.layers)} layers at rank {adapter.rank}.")
+    words = f", with the token {' and '.join(sorted(adapter.tokens))}" if adapter.tokens else ""
+    say(f"Wrote {output}: {len(adapter.layers)} layers at rank {adapter.rank}{words}.")
 
 
 @app.command()

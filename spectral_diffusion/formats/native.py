@@ -114,7 +114,10 @@ def load_adapter(path: Path) -> Adapter:
     path = Path(path)
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is a safetensors file but not an adapter of this program.")
+        raise UserError(
+            f"{path} is a safetensors file but not an adapter of this program; another program's LoRA becomes one by "
+            f"spectral-diffusion import {path} --base BASE -o NAME.safetensors."
+        )
     if metadata.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {metadata.get('format_version')}; this program reads {FORMAT_VERSION}."

@@ -14,8 +14,9 @@ from ..base import Base, load_base, quiet
 from ..config import FuseConfig, to_yaml
 from ..errors import UserError, nearest
 from ..files import atomic_folder, write_json, write_text
-from ..formats.importing import import_lora
-from ..formats.native import is_native, save_adapter
+from ..formats.importing import distinct, import_lora, name_of
+from ..formats.native import save_adapter
+from ..formats.reading import is_foreign
 from ..layerwise import mean_note, use_means
 from ..linalg import Factors, exact, sides
 from ..methods.targets import find_targets
@@ -52,9 +53,10 @@ def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> No
             raise UserError(f"Two adapters are called '{one.name}'; train one of them again with another name=.")
         for token, others in itertools.product(one.tokens, other.tokens):
             if token.lower() == others.lower():  # a tokenizer does not tell upper case from lower
-                raise UserError(
-                    f"'{one.name}' and '{other.name}' share the token {token}; train one with another token=."
+                mend = (
+                    "leave one out" if {"imported"} & {*one.config, *other.config} else "train one with another token="
                 )
+                raise UserError(f"'{one.name}' and '{other.name}' share the token {token}; {mend}.")
     names = [adapter.name for adapter in adapters]
     parts = {component for adapter in adapters for component in (layer.split(".")[0] for layer in adapter.layers)}
     for key in strength:
@@ -276,8 +278,8 @@ def fuse_to_folder(
     """
     output = config.output
     check_output(output)
-    ours = [path for path in config.adapters if Path(path).is_dir() or is_native(path)]
-    adapters = [adapter for path in ours for adapter in load_adapters(path)]
+    foreign = [path for path in config.adapters if is_foreign(path)]
+    adapters = [adapter for path in config.adapters if path not in foreign for adapter in load_adapters(path)]
     if not adapters and config.base is None:
         raise UserError(
             f"{config.adapters[0]} is not an adapter of this program; a LoRA of another needs its base named by --base."
@@ -285,7 +287,11 @@ def fuse_to_folder(
     check_apart(output, config.base or adapters[0].base)
     base = base or load_base(config.base or adapters[0].base, device_for(config))
     fingerprint = base.fingerprint.exact
-    adapters += [import_lora(path, None, base.name, base=base) for path in config.adapters if path not in ours]
+    for path in foreign:
+        name = distinct(name_of(path), [adapter.name for adapter in adapters])
+        adapters.append(import_lora(path, None, base.name, name, base=base))
+        if name != Path(path).stem:
+            note(f"{path} is called '{name}' here.")
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
     warnings += overlaps(adapters)
     for adapter in adapters:

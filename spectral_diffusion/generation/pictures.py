@@ -16,8 +16,9 @@ from ..base import Base
 from ..errors import UserError
 from ..files import atomic
 from ..formats.native import versions
+from ..formats.reading import lora_file
 from .conditions import t2i_name
-from .scene import Scene
+from .scene import Scene, adapter_files
 
 SETTINGS_KEY = "spectral_diffusion"
 UNREAD = (
@@ -71,11 +72,10 @@ def sources_of(scene: Scene, base: Base) -> dict[str, str]:
 
     Take it before anything is put on the base.
     """
-    files: list[str | Path] = [*scene.adapters, *(condition.file for condition in scene.conditions)]
-    for region in scene.regions:
-        files += [*region.adapters, *([region.mask] if region.mask else [])]
-    there = [Path(file) for file in files if Path(file).is_file()]  # what is not is told where it is used
-    named = {str(file): file for file in there}
+    files = [condition.file for condition in scene.conditions]
+    files += [region.mask for region in scene.regions if region.mask]
+    named = {str(file): file for file in files} | {name: lora_file(Path(name)) for name in adapter_files(scene)}
+    named = {name: file for name, file in named.items() if file.is_file()}  # what is not is told where it is used
     for number, condition in enumerate(scene.conditions, 1):
         folder = Path(t2i_name(base, condition.adapter, condition.kind))  # of a hub id nothing more is known
         named |= {f"adapter of condition {number}": file for file in folder.glob("*.safetensors")}

@@ -190,6 +190,11 @@ def read_scene(path: Path) -> dict[str, Any]:
     return data
 
 
+def adapter_files(scene: Scene) -> list[str]:
+    """Every adapter file that a scene or a region of it names, once."""
+    return list(dict.fromkeys([*scene.adapters, *(name for region in scene.regions for name in region.adapters)]))
+
+
 def tokens_in(scene: Scene) -> list[str]:
     """Every ``<word>`` of a scene's prompts."""
     typed = " ".join([scene.prompt, *(region.prompt for region in scene.regions)])
