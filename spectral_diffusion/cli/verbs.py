@@ -15,11 +15,13 @@ from .evaluation import evaluate
 from .experiments import experiment
 from .pocket import pocket_app
 from .scenes import (
+    Source,
     adapters_in,
     base_in,
     conditions,
     conditions_app,
     generate_part,
+    placed_apart,
     regions,
     scene_source,
     source_of,
@@ -206,7 +208,6 @@ def generate(
     with importing():
         from ..config import parse_overrides, to_yaml
         from ..files import check_settings, write_settings
-        from ..generation.pictures import read_sources
         from ..generation.pipeline import Cancelled, generate_to_file
         from ..generation.scene import Scene
 
@@ -218,9 +219,12 @@ def generate(
     named = base or next((word[5:] for word in overrides if word.startswith("base=")), None)
     named = named or (base_in(config) if config else None)
     acting = strengths(adapter)
-    if not named and acting:
+    drawn = source is not None and source.suffix.lower() == ".png"
+    if not named and acting and not drawn:
         named = base = named_base(list(acting)) or None  # the one that they were trained on
-    held = scene_source(source, named, mapping, layout) if source else {}
+    meant = [*(acting or {}), *adapters_in(parse_overrides(overrides))]
+    found = scene_source(source, named, mapping, layout, meant) if source else Source()
+    held, acting = found.settings, placed_apart(acting, adapter, found)
     if not named and "base" not in held:
         settings_of = [parse_overrides(overrides), held, generate_part(config)]
         base = named_base([name for one in settings_of for name in adapters_in(one)]) or None
@@ -238,9 +242,8 @@ def generate(
     if not own:
         check_settings(beside)
     with progress_bar() as progress, stop_signals() as should_stop:
-        made_from = read_sources(source) if source and source.suffix.lower() == ".png" else None
         try:
-            paths = generate_to_file(settings, progress, say, should_stop, resume=resume, expected=made_from)
+            paths = generate_to_file(settings, progress, say, should_stop, resume=resume, expected=found.made_from)
         except Cancelled as stopped:
             say("Stopped; what is drawn is kept, --resume goes on from there.")
             raise typer.Exit(130) from stopped

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from PIL.Image import DecompressionBombError
 
 from ..base import Base
 from ..errors import UserError
-from ..files import atomic
+from ..files import atomic, is_there
 from ..formats.native import versions
 from ..formats.reading import lora_file
 from .conditions import t2i_name
-from .scene import Scene, adapter_files
+from .scene import Scene, adapter_files, places_of, renamed
 
 SETTINGS_KEY = "spectral_diffusion"
 UNREAD = (
@@ -79,9 +80,7 @@ def sources_of(scene: Scene, base: Base) -> dict[str, str]:
     for number, condition in enumerate(scene.conditions, 1):
         folder = Path(t2i_name(base, condition.adapter, condition.kind))  # of a hub id nothing more is known
         named |= {f"adapter of condition {number}": file for file in folder.glob("*.safetensors")}
-    return {BASE: base.fingerprint.exact} | {
-        name: hashlib.sha256(file.read_bytes()).hexdigest()[:32] for name, file in named.items()
-    }
+    return {BASE: base.fingerprint.exact} | {name: hash_file(file) for name, file in named.items()}
 
 
 def read_embedded(path: Path) -> dict[str, Any]:
@@ -114,6 +113,64 @@ def read_sources(path: Path) -> dict[str, str]:
         UserError: it is none of this program's pictures.
     """
     return {str(name): str(value) for name, value in read_embedded(path)["sources"].items()}
+
+
+@dataclass
+class Found:
+    """A picture's settings with its files where they are now.
+
+    Attributes:
+        sources: what the picture was made from, under the same names.
+        placed: the files among those named anew that stand for some of the picture's own.
+    """
+
+    settings: dict[str, Any]
+    sources: dict[str, str]
+    placed: set[str]
+
+
+def find_again(path: Path, named: Iterable[str] = ()) -> Found:
+    """What a picture was made from, wherever its files are now: those of the same content come first.
+
+    They are looked for among ``named`` adapters, then as the picture names them: from here, beside it, and from the
+    folders above it.
+
+    Raises:
+        UserError: no picture of this program's, or an adapter of it is nowhere to be found.
+    """
+    held, folder = read_embedded(path), Path(path).parent
+    digests: dict[str, str] = {str(name): str(digest) for name, digest in held["sources"].items()}
+    anew = {name: _digest(name) for name in named}
+    moved: dict[str, str] = {}
+
+    def found(name: str) -> str:
+        digest, file = digests.get(name), Path(name).name
+        there = [str(place) for place in places_of(name, folder) if is_there(place)]
+        same = [place for place in [name, *there, str(folder / file)] if digest and _digest(place) == digest]
+        known = [other for other, its in anew.items() if digest and its == digest] + same
+        likely = [name] * is_there(name) + [other for other in anew if Path(other).name == file] + there
+        moved[name] = next(iter(known + likely), name)
+        return moved[name]
+
+    settings = renamed(held["settings"], found)
+    parts = [settings, *(settings.get("regions") or [])]
+    if lost := next((name for part in parts for name in part.get("adapters") or {} if not is_there(name)), None):
+        raise UserError(f"{path} was drawn with {lost}, which is not there any more; name it with --adapter FILE.")
+    sources = {moved.get(name, name): digest for name, digest in digests.items()}
+    return Found(settings, sources, {name for name in moved.values() if name in anew})
+
+
+def _digest(name: str | Path) -> str | None:
+    """The hash that a picture holds of such a file; None if it is not there."""
+    try:
+        return hash_file(lora_file(Path(name)))
+    except (OSError, ValueError, UserError):
+        return None
+
+
+def hash_file(path: Path) -> str:
+    """A hash of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 def is_ours(path: Path) -> bool:

@@ -36,8 +36,9 @@ from ..progress import Event, Progress, silent
 from ..tokens import collapse, expand, known_tokens
 from .conditions import Drawing, adapter_of, read_drawing, weighed
 from .pictures import BASE, is_ours, is_same, labelled_sheet, save_png, sources_of
+from .prompts import foreign_syntax, prompts_in, tokens_in
 from .regions import Area, Regional, changed, regional
-from .scene import Region, Scene, adapter_files, region_mask, tokens_in
+from .scene import Region, Scene, adapter_files, open_on_black, region_mask
 
 Bound = Sequence[tuple[Adapter, Strength]]  # the adapters of one region with their strengths
 Preview = Callable[[int, list[Image.Image]], None]
@@ -315,18 +316,23 @@ def cut_words(base: Base, prompt: str) -> str:
 
 
 def remarks(base: Base, scene: Scene, drawings: Sequence[Drawing]) -> Iterator[str]:
-    """What a person should know before the scene is drawn: unknown tokens, cut words, stretched drawings."""
-    known = known_tokens(base.pipeline.tokenizer)
-    for word in sorted(set(tokens_in(scene)) - set(known)):
-        yield f"Note: {word} is no token of this base or its adapters{nearest(word, known)}; it is read as plain text."
-    for prompt in (scene.prompt, *(region.prompt for region in scene.regions)):
+    """What a person should know before the scene is drawn: words that are not read, drawings and masks out of shape."""
+    known, prompts = known_tokens(base.pipeline.tokenizer), prompts_in(scene)
+    for word in tokens_in(prompts):
+        if word.lower() not in {token.lower() for token in known}:
+            what = f"{word} is no token of this base or its adapters{nearest(word, known)}"
+            yield f"Note: {what}; it is read as plain text."
+    yield from (f"Note: {sentence}" for sentence in foreign_syntax(prompts))
+    for prompt in prompts:
         if lost := cut_words(base, prompt):
             yield f"Note: '{prompt[:40]}' is longer than this base reads; cut off: '{lost}'."
     size = (scene.width or base.size, scene.height or base.size)
-    for drawing in drawings:
-        if drawing.image.width * size[1] != drawing.image.height * size[0]:
-            was, now = "×".join(map(str, drawing.image.size)), "×".join(map(str, size))
-            yield f"Note: the {drawing.kind} {drawing.name} of {was} is stretched to the picture's {now}."
+    shapes = [(f"{drawing.kind} {drawing.name}", drawing.image.size) for drawing in drawings]
+    shapes += [(f"mask {region.mask.name}", open_on_black(region.mask).size) for region in scene.regions if region.mask]
+    for what, shape in dict.fromkeys(shapes):
+        if shape[0] * size[1] != shape[1] * size[0]:
+            was, now = "×".join(map(str, shape)), "×".join(map(str, size))
+            yield f"Note: the {what} of {was} is stretched to the picture's {now}."
 
 
 def generate_to_file(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +15,19 @@ from torch import Tensor
 from ..config import Settings, read_yaml
 from ..data.pictures import on_ground, open_upright
 from ..errors import UserError
+from ..files import is_there
 
 Kind = Literal["sketch", "keypose"]
 Box = tuple[float, float, float, float]
 Component = Literal["unet", "text_encoder", "text_encoder_2"]
 Strength = FiniteFloat | dict[Component, FiniteFloat]  # λ, or one per component; 1 for a component left out
+MOST_FRACTION = 2  # the largest side of a box that is meant as a fraction, if too large a one
 
 
 class Region(Settings):
     """A part of the picture with a prompt of its own, and perhaps adapters that act only there."""
 
-    box: Box | None = None  # left, top, right, bottom; fractions of the picture, or pixels if any is above 1
+    box: Box | None = None  # left, top, right, bottom; fractions of the picture, or pixels if any is above 2
     mask: Path | None = None  # instead of a box: a picture, white where the region is
     prompt: str
     negative_prompt: str | None = None  # default: the scene's
@@ -55,12 +57,13 @@ class Region(Settings):
         """
         assert self.box is not None
         left, top, right, bottom = self.box
-        if max(self.box) > 1:
+        pixels = max(self.box) > MOST_FRACTION
+        if pixels:
             left, top, right, bottom = left / width, top / height, right / width, bottom / height
         if max(right, bottom) > 1:
+            mend = "give pixels inside it, or fractions up to 1" if pixels else "fractions go up to 1"
             raise UserError(
-                f"The box {shown(self.box)} of '{self.prompt}' reaches outside the picture of {width}×{height}; "
-                "give pixels inside it, or fractions up to 1."
+                f"The box {shown(self.box)} of '{self.prompt}' reaches outside the picture of {width}×{height}; {mend}."
             )
         return left, top, right, bottom
 
@@ -169,33 +172,47 @@ def read_scene(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or not YAML.
     """
-    data, folder = read_yaml(path), path.parent
 
-    def found(name: Any) -> Any:
-        beside = folder / str(name)
-        return str(beside) if isinstance(name, str) and not Path(name).is_absolute() and beside.exists() else name
+    def found(name: str) -> str:
+        return str(next((place for place in places_of(name, path.parent) if is_there(place)), name))
+
+    return renamed(read_yaml(path), found)
+
+
+def places_of(name: str, folder: Path) -> Iterator[Path | str]:
+    """Where the path in a file in ``folder`` may lead: beside that file, from here, or from a folder above it.
+
+    Such a file is often written below the folder that its paths begin in.
+    """
+    if not Path(name).is_absolute():
+        yield folder / name
+    yield name
+    if not Path(name).is_absolute():
+        yield from (parent / name for parent in folder.resolve().parents)
+
+
+def renamed(settings: dict[str, Any], found: Callable[[str], str]) -> dict[str, Any]:
+    """A scene's settings with ``found`` of every file and folder that they name; what is no settings stays as it is."""
+
+    def one(name: Any) -> Any:
+        return found(name) if isinstance(name, str) and name != "pocket" else name
 
     def keys(adapters: Any) -> Any:
-        return {found(name): value for name, value in adapters.items()} if isinstance(adapters, dict) else adapters
+        return {one(name): value for name, value in adapters.items()} if isinstance(adapters, dict) else adapters
 
-    if isinstance(data.get("base"), str) and data["base"] != "pocket":
-        data["base"] = found(data["base"])
-    if "adapters" in data:
-        data["adapters"] = keys(data["adapters"])
-    for part in ("conditions", "regions"):
-        for item in data.get(part) or [] if isinstance(data.get(part), list) else []:
-            if isinstance(item, dict):
-                item.update({key: found(item[key]) for key in ("file", "mask", "adapter") if key in item})
-                item.update({key: keys(item[key]) for key in ("adapters",) if key in item})
-    return data
+    def part(item: Any) -> Any:
+        if not isinstance(item, dict):
+            return item
+        files = {key: one(item[key]) for key in ("file", "mask", "adapter") if key in item}
+        return {**item, **files, **({"adapters": keys(item["adapters"])} if "adapters" in item else {})}
+
+    out = part(settings)
+    if "base" in out:
+        out["base"] = one(out["base"])
+    lists = {key: out[key] for key in ("conditions", "regions") if isinstance(out.get(key), list)}
+    return {**out, **{key: [part(item) for item in items] for key, items in lists.items()}}
 
 
 def adapter_files(scene: Scene) -> list[str]:
     """Every adapter file that a scene or a region of it names, once."""
     return list(dict.fromkeys([*scene.adapters, *(name for region in scene.regions for name in region.adapters)]))
-
-
-def tokens_in(scene: Scene) -> list[str]:
-    """Every ``<word>`` of a scene's prompts."""
-    typed = " ".join([scene.prompt, *(region.prompt for region in scene.regions)])
-    return sorted(set(re.findall(r"<[\w-]+>", typed)))
