@@ -18,7 +18,7 @@ from spectral_diffusion.config import FuseConfig
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.formats.importing import distinct, import_lora, name_of
 from spectral_diffusion.formats.native import load_adapter
-from spectral_diffusion.fusion.folder import load_adapters
+from spectral_diffusion.fusion.folder import load_adapters, read_recipe
 from spectral_diffusion.fusion.recipe import check_together, fuse_to_folder
 from spectral_diffusion.generation.pictures import read_sources
 from spectral_diffusion.generation.pipeline import generate_to_file
@@ -253,8 +253,12 @@ def test_pictures_are_drawn_with_foreign_loras(tiny_base: Path, tmp_path: Path) 
     a, b, c, d, e = (Image.open(tmp_path / f"{name}.png").tobytes() for name in "abcde")
     assert a == b != c and d == e
     assert str(file) in read_sources(tmp_path / "a.png")
-    words = ["generate", "--adapter", file, "--base", tiny_base, "--prompt", "a dog", "--device", "cpu", "steps=1"]
-    result = CliRunner().invoke(app, [*map(str, words), "-o", str(tmp_path / "f.png")])
-    assert result.exit_code == 0, result.output
+    folder = web(tmp_path / "folder" / "pytorch_lora_weights.safetensors")
+    for path in (file, folder.parent):
+        words = ["generate", "--adapter", path, "--base", tiny_base, "--prompt", "a dog", "--device", "cpu", "steps=1"]
+        assert CliRunner().invoke(app, [*map(str, words), "-o", str(tmp_path / "f.png")]).exit_code == 0
+        words = ["fuse", path, "--base", tiny_base, "--device", "cpu", "-o", tmp_path / "fused"]
+        assert CliRunner().invoke(app, [*map(str, words)]).exit_code == 0
+        assert read_recipe(tmp_path / "fused")["concepts"].keys() == {name_of(path)}  # type: ignore[index]
     with pytest.raises(UserError, match=f"becomes one by spectral-diffusion import {file}"):
         load_adapters(file)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from conftest import make_photos
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from typer.testing import CliRunner
 
 from spectral_diffusion.adapted import put_on
@@ -16,7 +17,7 @@ from spectral_diffusion.cli import app
 from spectral_diffusion.config import TrainConfig
 from spectral_diffusion.errors import UserError
 from spectral_diffusion.formats.native import load_adapter
-from spectral_diffusion.generation.pictures import find_again, read_settings
+from spectral_diffusion.generation.pictures import SETTINGS_KEY, find_again, read_settings
 from spectral_diffusion.generation.pipeline import remarks, sample
 from spectral_diffusion.generation.prompts import foreign_syntax
 from spectral_diffusion.generation.scene import Region, Scene, read_scene, region_mask
@@ -177,3 +178,13 @@ def test_a_scene_file_is_read_whatever_it_holds(tmp_path: Path) -> None:
         "prompt": "x", "base": "pocket", "regions": 5, "conditions": [3, {"file": str(tmp_path / "a.png")}],
         "adapters": ["a"],
     }  # fmt: skip
+
+
+def test_a_picture_with_odd_settings_is_a_sentence(tmp_path: Path) -> None:
+    for settings in ({"regions": 5}, {"regions": [3, {"adapters": 1}]}, {"adapters": [1], "conditions": {"a": 1}}):
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt(SETTINGS_KEY, json.dumps({"settings": {"prompt": "x", **settings}}))
+        Image.new("RGB", (8, 8)).save(tmp_path / "odd.png", pnginfo=info)
+        assert find_again(tmp_path / "odd.png").settings == {"prompt": "x", **settings}
+        with pytest.raises(UserError, match=r"'(regions|adapters)"):
+            run(tmp_path / "odd.png", "-o", tmp_path / "out.png")

@@ -100,20 +100,20 @@ def placed_apart(acting: dict[str, Any] | None, typed: list[str] | None, source:
 
     Such a one keeps the picture's strength where ``--adapter`` was ``typed`` without any, and gets the given one else.
     """
-    for name in source.placed & set(acting or {}):
-        parts = [source.settings, *(source.settings.get("regions") or [])]
-        for part in parts:
-            if name in (part.get("adapters") or {}) and name not in (typed or []):
-                part["adapters"][name] = (acting or {})[name]
-    return {name: value for name, value in (acting or {}).items() if name not in source.placed} or None
+    from ..generation.scene import adapters_held
+
+    acting = acting or {}
+    for adapters in adapters_held(source.settings):
+        given = source.placed & set(acting) & set(adapters) - set(typed or [])
+        adapters.update({name: acting[name] for name in given})
+    return {name: value for name, value in acting.items() if name not in source.placed} or None
 
 
 def adapters_in(settings: dict[str, Any]) -> list[str]:
     """The adapters that a scene's settings name, first those that act everywhere; what is not understood names none."""
-    regions = settings.get("regions")
-    parts = [settings, *(regions if isinstance(regions, list) else [])]
-    held = [part.get("adapters") for part in parts if isinstance(part, dict)]
-    return [str(name) for adapters in held if isinstance(adapters, dict) for name in adapters]
+    from ..generation.scene import adapters_held
+
+    return [str(name) for adapters in adapters_held(settings) for name in adapters]
 
 
 def regions(texts: list[str] | None) -> list[dict[str, Any]] | None:

@@ -94,10 +94,11 @@ def fuse(
     )  # fmt: skip
     with importing():
         from ..config import FuseConfig
+        from ..formats.reading import is_foreign
         from ..fusion.recipe import fuse_to_folder
         from ..fusion.unfuse import settings_of
 
-    folders = [Path(file) for file in files if Path(file).is_dir()]
+    folders = [path for path in map(Path, files) if path.is_dir() and not is_foreign(path)]
     before: dict[str, Any] = {}  # the settings of the fusions that are added to
     for folder in folders:
         held = settings_of(folder, [folder], Path("fused")).model_dump(mode="json", exclude={"output", "adapters"})

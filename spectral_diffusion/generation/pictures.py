@@ -19,7 +19,7 @@ from ..files import atomic, is_there
 from ..formats.native import versions
 from ..formats.reading import lora_file
 from .conditions import t2i_name
-from .scene import Scene, adapter_files, places_of, renamed
+from .scene import Scene, adapter_files, adapters_held, places_of, renamed
 
 SETTINGS_KEY = "spectral_diffusion"
 UNREAD = (
@@ -139,7 +139,7 @@ def find_again(path: Path, named: Iterable[str] = ()) -> Found:
         UserError: no picture of this program's, or an adapter of it is nowhere to be found.
     """
     held, folder = read_embedded(path), Path(path).parent
-    digests: dict[str, str] = {str(name): str(digest) for name, digest in held["sources"].items()}
+    digests = read_sources(path)
     anew = {name: _digest(name) for name in named}
     moved: dict[str, str] = {}
 
@@ -153,8 +153,7 @@ def find_again(path: Path, named: Iterable[str] = ()) -> Found:
         return moved[name]
 
     settings = renamed(held["settings"], found)
-    parts = [settings, *(settings.get("regions") or [])]
-    if lost := next((name for part in parts for name in part.get("adapters") or {} if not is_there(name)), None):
+    if lost := next((name for held in adapters_held(settings) for name in held if not is_there(name)), None):
         raise UserError(f"{path} was drawn with {lost}, which is not there any more; name it with --adapter FILE.")
     sources = {moved.get(name, name): digest for name, digest in digests.items()}
     return Found(settings, sources, {name for name in moved.values() if name in anew})

@@ -213,6 +213,14 @@ def renamed(settings: dict[str, Any], found: Callable[[str], str]) -> dict[str, 
     return {**out, **{key: [part(item) for item in items] for key, items in lists.items()}}
 
 
+def adapters_held(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The adapters of a scene's settings with their strengths, first those that act everywhere; what is odd is none."""
+    regions = settings.get("regions")
+    parts = [settings, *(regions if isinstance(regions, list) else [])]
+    held = [part.get("adapters") for part in parts if isinstance(part, dict)]
+    return [adapters for adapters in held if isinstance(adapters, dict)]
+
+
 def adapter_files(scene: Scene) -> list[str]:
     """Every adapter file that a scene or a region of it names, once."""
     return list(dict.fromkeys([*scene.adapters, *(name for region in scene.regions for name in region.adapters)]))
