@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Base, Fingerprint
+from .base import Base
 from .errors import UserError
+from .fingerprint import Fingerprint
 from .linalg import Band, Factors, agreement, bottom_band, frobenius_norm, sides, top_band
 from .methods import Method
 from .methods.frozen import Frozen, with_weight

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,19 +15,18 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    AutoPipelineForText2Image,
+    DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import pocket
 from .errors import UserError, reason
-from .files import is_file, is_folder, is_there, parse_json
+from .files import check_not_disguised, read_header
+from .fingerprint import Fingerprint, Origin, kept_fingerprint, key_of_files, state_of
 from .methods.targets import find_targets
-from .spectrum import hash_weight
 from .tokens import embedding_of, ids_of, install, pool_at_end
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # and their tokenizers; SDXL has both
@@ -43,39 +40,6 @@ DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """Hashes of all U-Net and text-encoder weights as float32, float16 and bfloat16."""
-
-    exact: str
-    half: str
-    brain: str
-
-    def same(self, other: Fingerprint) -> bool:
-        """The very same numbers."""
-        return self.exact == other.exact
-
-    def same_rounded(self, other: Fingerprint) -> bool:
-        """The same numbers up to half precision."""
-        return self.half == other.half or self.brain == other.brain
-
-
-def fingerprint(models: dict[str, nn.Module]) -> Fingerprint:
-    """One hash per weight, then one over all, so that it does not depend on which layers are adapted.
-
-    The ``text_model.`` level that older transformers put into names does not count.
-    """
-    digests = []
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        lines = sorted(
-            f"{component}.{name.removeprefix('text_model.')}={hash_weight(weight, dtype)}"
-            for component, model in models.items()
-            for name, weight in model.named_parameters()
-        )
-        digests.append(hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32])
-    return Fingerprint(*digests)
-
-
 @dataclass
 class Base:
     """A loaded pipeline and what we need to know of it."""
@@ -84,6 +48,7 @@ class Base:
     pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
     device: torch.device
     dtype: torch.dtype
+    origin: Origin | None = None  # of weights that come from files
 
     @property
     def models(self) -> dict[str, nn.Module]:
@@ -117,7 +82,7 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> Fingerprint:
-        return fingerprint(self.models)
+        return kept_fingerprint(self.models, self.origin)
 
     @property
     def prediction_type(self) -> str:
@@ -219,27 +184,9 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
         UserError: nothing loadable under that name, with what to do about it.
     """
     torch_dtype, torch_device = parse_dtype(dtype), parse_device(device)
-    options: dict[str, Any] = {"torch_dtype": torch_dtype, "safety_checker": None}
-    local = pocket.path() if name == "pocket" else Path(name)
     try:
         with quiet():
-            if name == "pocket" and not is_folder(local):
-                raise UserError("The pocket base's weights are missing from this installation; install it again.")
-            if is_folder(local):
-                if not (local / "model_index.json").is_file():
-                    raise UserError(f"{local} is not a diffusers folder: it holds no model_index.json.")
-                _refuse_pickles(local)
-                pipeline = AutoPipelineForText2Image.from_pretrained(str(local), use_safetensors=True, **options)
-            elif local.suffix == ".safetensors":
-                if not is_file(local):
-                    raise UserError(f"No such file: {local}.")
-                pipeline = load_single_file(local, options)
-            elif local.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
-                raise UserError(f"{local} is a pickle checkpoint, which can run code; convert it to .safetensors.")
-            elif is_there(local) or name.count("/") != 1 or name.startswith((".", "/", "~")):
-                raise UserError(f"No base '{name}': use pocket, a diffusers folder, a hub id or a .safetensors file.")
-            else:
-                pipeline = AutoPipelineForText2Image.from_pretrained(name, use_safetensors=True, **options)
+            pipeline, key = _load_pipeline(name, torch_dtype)
     except UserError:
         raise
     except Exception as error:  # the loaders raise nearly everything
@@ -259,7 +206,54 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
         model.requires_grad_(False).eval()
     for encoder, tokenizer in base.tokenizers.items():
         pool_at_end(tokenizer, base.models[encoder])
+    base.origin = Origin(key, state_of(base.models)) if key else None
     return base
+
+
+def _load_pipeline(name: str, dtype: torch.dtype) -> tuple[Any, str | None]:
+    """The pipeline under a base's name, and the key of the files that its weights come from."""
+    options: dict[str, Any] = {"torch_dtype": dtype, "safety_checker": None}
+    local = pocket.path() if name == "pocket" else Path(name)
+    if name == "pocket" and not local.is_dir():
+        raise UserError("The pocket base's weights are missing from this installation; install it again.")
+    if local.is_dir():
+        if not (local / "model_index.json").is_file():
+            raise UserError(f"{local} is not a diffusers folder: it holds no model_index.json.")
+        _refuse_pickles(local)
+        key = key_of_files(weight_files(local), dtype)  # before they are read, should they change meanwhile
+        return _load_diffusers(str(local), options), key
+    if local.suffix == ".safetensors":
+        if not local.is_file():
+            raise UserError(f"No such file: {local}.")
+        key = key_of_files(weight_files(local), dtype)
+        return load_single_file(local, options), key
+    if local.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
+        raise UserError(f"{local} is a pickle checkpoint, which can run code; convert it to .safetensors.")
+    if local.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"No base '{name}': use pocket, a diffusers folder, a hub id or a .safetensors file.")
+    pipeline = _load_diffusers(name, options)
+    cached = Path(pipeline.unet.config["_name_or_path"]).parent  # the snapshot in the hub's cache
+    return pipeline, key_of_files(weight_files(cached), dtype)
+
+
+def _load_diffusers(name: str, options: dict[str, Any]) -> Any:
+    """A pipeline of a diffusers folder or the hub; every other one's class is only looked up where it is needed."""
+    own: dict[str, Any] = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+    kind = own.get(DiffusionPipeline.load_config(name)["_class_name"])
+    if kind is None:
+        from diffusers import AutoPipelineForText2Image  # knows a hundred pipelines, and imports them
+
+        kind = AutoPipelineForText2Image
+    return kind.from_pretrained(name, use_safetensors=True, **options)
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The files that decide a base's U-Net and text encoders: a diffusers folder's, or a checkpoint and its configs."""
+    if source.is_file():
+        beside = source.with_suffix("")
+        return [source, *(weight_files(beside) if beside.is_dir() else [])]
+    parts = [folder for part in ("unet", *ENCODERS) if (folder := source / part).is_dir()]
+    return [file for folder in parts for file in folder.iterdir() if file.is_file()]
 
 
 def size_in_configs(name: str) -> int | None:
@@ -316,35 +310,18 @@ def is_sdxl_file(path: Path) -> bool:
     Raises:
         UserError: not a safetensors file.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-    except Exception as error:  # the reader's error is of its own kind
-        raise UserError(f"{path} is not a readable safetensors file.") from error
+    names, _ = read_header(path)
     if not any(name.startswith("model.diffusion_model.") for name in names):
         raise UserError(f"{path} is no Stable Diffusion checkpoint: it holds no U-Net.")
     return any(name.startswith("conditioner.embedders.1.") for name in names)
 
 
 def _refuse_pickles(folder: Path) -> None:
+    """Refuse weights that are no safetensors files, whatever their names."""
     for part in ("unet", "vae", *ENCODERS):
         inside = folder / part
-        if inside.is_dir() and not any(inside.glob("*.safetensors")):
+        files = sorted(inside.glob("*.safetensors"))
+        if inside.is_dir() and not files:
             raise UserError(f"{inside} holds no .safetensors weights; save the base again with safetensors.")
-
-
-def fingerprint_json(value: Fingerprint) -> str:
-    """A fingerprint as it stands in a file's metadata."""
-    return json.dumps(asdict(value), sort_keys=True)
-
-
-def parse_fingerprint(text: str) -> Fingerprint:
-    """Read :func:`fingerprint_json`.
-
-    Raises:
-        ValueError: not one.
-    """
-    data = parse_json(text)
-    if not isinstance(data, dict) or set(data) != {"exact", "half", "brain"}:
-        raise ValueError("not a fingerprint")
-    return Fingerprint(**{key: str(value) for key, value in data.items()})
+        for file in files:
+            check_not_disguised(file)

@@ -32,6 +32,14 @@ PIPELINE = {
 DROPPED = {".DS_Store", "Thumbs.db", "desktop.ini"}  # by file managers
 RESOLVED = "# Resolved settings, written by spectral-diffusion.\n"
 DUMPED = ("output", "base", "device", "dtype", "seed")  # keys of all resolved settings
+DISGUISES = {  # of what is no safetensors file by its first bytes: what it is, and what to do
+    b"version https://git-lfs": "a Git LFS pointer, which only names the file; get it with git lfs pull",
+    b"PK\x03\x04": "a pickle, which can run code and is not opened; convert it to .safetensors",
+    b"\x80": "a pickle, which can run code and is not opened; convert it to .safetensors",
+    b"GGUF": "a GGUF file, which is not read here; convert it to .safetensors",
+    b"<": "a web page; download the file again",
+    b"{": "a text, perhaps a server's error; download the file again",
+}
 ABANDONED = 24 * 3600  # seconds after which a killed program's temporary is taken away
 TEXT_BYTES = 64_000_000  # of a text file that is read whole, such as the captions of a large folder
 LEVELS = 64  # of nesting in JSON
@@ -353,6 +361,19 @@ def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
         return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {}
 
 
+def check_not_disguised(path: Path) -> None:
+    """Refuse a file under a safetensors file's name that is something else by its first bytes.
+
+    Raises:
+        UserError: it is; the sentence says what, and what to do.
+    """
+    with Path(path).open("rb") as file:
+        start = file.read(64)
+    for mark, what in DISGUISES.items():
+        if start.startswith(mark) and start[8:9] != b"{":  # a header begins there, behind its length
+            raise UserError(f"{path} is not a readable safetensors file but {what}.")
+
+
 @contextmanager
 def _opened(path: Path, device: str) -> Iterator[Any]:
     path = Path(path)
@@ -362,4 +383,6 @@ def _opened(path: Path, device: str) -> Iterator[Any]:
         with safe_open(str(path), framework="pt", device=device) as file:
             yield file
     except (SafetensorError, OSError, ValueError, MemoryError, OverflowError) as error:
+        with suppress(OSError):
+            check_not_disguised(path)
         raise UserError(f"{path} is not a readable safetensors file ({reason(error)}).") from error

@@ -22,6 +22,7 @@ from .progress import Event, Progress, silent
 from .slots import Slot
 
 CHUNK = 64  # columns are computed in multiples of this, so that the next slots are there already
+HASHED = 1 << 18  # numbers hashed at a time, which fit into a processor's cache
 KEEP_EVERY = 20.0  # seconds between saves of an unfinished spectrum
 
 
@@ -61,10 +62,18 @@ def capacity(weights: Mapping[str, Tensor]) -> tuple[int, str]:
 
 def hash_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> str:
     """A hash of a weight's values as ``dtype``."""
-    data = weight.detach().to("cpu", torch.float32).to(dtype).contiguous()
-    digest = hashlib.sha256(str(tuple(data.shape)).encode())
-    digest.update(data.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]
+    return hash_rounded(weight, [dtype])[0]
+
+
+def hash_rounded(weight: Tensor, dtypes: Sequence[torch.dtype]) -> list[str]:
+    """A hash of a weight's values as each of these dtypes, all in one pass over it."""
+    flat = weight.detach().contiguous().view(-1)
+    digests = [hashlib.sha256(str(tuple(weight.shape)).encode()) for _ in dtypes]
+    for part in flat.split(HASHED):
+        values = part.to("cpu", torch.float32)
+        for digest, dtype in zip(digests, dtypes, strict=True):
+            digest.update(values.to(dtype).view(torch.uint8).numpy().data)
+    return [digest.hexdigest()[:32] for digest in digests]
 
 
 def compute(

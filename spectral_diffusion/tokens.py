@@ -92,11 +92,9 @@ def words(token: str, count: int) -> list[str]:
 
 
 def expand(prompt: str, tokens: dict[str, int]) -> str:
-    """Write every token of a prompt out in full: ``<rex> dog`` to ``<rex> <rex>_1 dog``."""
+    """Write every token of a prompt out in full: ``<rex> dog`` or ``<REX> dog`` to ``<rex> <rex>_1 dog``."""
     for token, count in tokens.items():
-        prompt = re.sub(
-            re.escape(token) + r"(?:\s+" + re.escape(token) + r"_\d+)*", " ".join(words(token, count)), prompt
-        )
+        prompt = written(token).sub(" ".join(words(token, count)), prompt)
     return prompt
 
 
@@ -106,8 +104,19 @@ def collapse(prompt: str, tokens: dict[str, int]) -> str:
     Expanding twice would not be harmless: stock pipelines would find ``<rex>`` inside ``<rex>_1`` again.
     """
     for token in tokens:
-        prompt = re.sub(re.escape(token) + r"(?:\s+" + re.escape(token) + r"_\d+)+", token, prompt)
+        prompt = written(token).sub(token, prompt)
     return prompt
+
+
+def written(token: str) -> re.Pattern[str]:
+    """A token in a prompt, short or in full, in upper or lower case, which tokenizers do not tell apart."""
+    escaped = re.escape(token)
+    return re.compile(rf"{escaped}(?:\s+{escaped}_\d+)*", re.IGNORECASE)
+
+
+def typed_tokens(text: str) -> set[str]:
+    """Every ``<word>`` of a text, in lower case."""
+    return {word.lower() for word in re.findall(r"<[\w-]+>", text)}
 
 
 def known_tokens(tokenizer: Tokenizer) -> dict[str, int]:

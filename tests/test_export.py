@@ -29,8 +29,9 @@ from spectral_diffusion.errors import UserError
 from spectral_diffusion.exporting import export
 from spectral_diffusion.files import read_tensors
 from spectral_diffusion.formats.importing import import_lora
-from spectral_diffusion.formats.lora import diffusers_name, kohya_name, kohya_tensors, names_of, read_lora
+from spectral_diffusion.formats.lora import diffusers_name, kohya_name, kohya_tensors, names_of
 from spectral_diffusion.formats.native import load_adapter, save_adapter
+from spectral_diffusion.formats.reading import read_lora
 from spectral_diffusion.fusion.recipe import fuse_to_folder
 from spectral_diffusion.linalg import Factors, balance, truncate
 from spectral_diffusion.methods.targets import find_targets
@@ -123,9 +124,9 @@ def test_half_precision_files_lose_little(trained: dict[str, Path], tiny_base: P
     export(trained["dog"], tmp_path / "half.safetensors", "kohya")
     adapter = load_adapter(trained["dog"])
     layers = find_targets(load_base(str(tiny_base), "cpu").models, EVERYTHING)
-    found, kernels = read_lora(tmp_path / "half.safetensors", layers)
-    assert set(found) == set(adapter.layers) and kernels == adapter.kernels and kernels
-    for layer, factors in found.items():
+    found = read_lora(tmp_path / "half.safetensors", layers)
+    assert set(found.factors) == set(adapter.layers) and found.kernels == adapter.kernels and found.kernels
+    for layer, factors in found.factors.items():
         exact = adapter.factors(layer).delta()
         assert float((factors.delta() - exact).norm() / exact.norm()) < 2e-3
 
@@ -155,7 +156,7 @@ def test_a_method_of_full_rank_goes_out_with_its_error_told(
     told = float(re.search(r"is (\S+)% away", notes[-1])[1]) / 100  # type: ignore[index]
     weights = load_base(str(tiny_base), "cpu").weights()
     adapter = load_adapter(trained["fog"])
-    found, _ = read_lora(tmp_path / "near.safetensors", weights)
+    found = read_lora(tmp_path / "near.safetensors", weights).factors
     lost = whole = 0.0
     for layer, factors in found.items():
         exact = adapter.factors(layer, weights[layer]).delta()

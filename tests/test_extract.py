@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from spectral_diffusion.errors import UserError
+from spectral_diffusion.generation.conditions import read_drawing
 from spectral_diffusion.generation.extract import (
     BLAZEPOSE,
     are_fractions,
@@ -22,6 +23,7 @@ from spectral_diffusion.generation.extract import (
     read_keypoints,
     sketch_of,
 )
+from spectral_diffusion.generation.scene import Condition
 from spectral_diffusion.resources import concepts
 
 SIZE = (200, 150)
@@ -283,6 +285,40 @@ def test_fractions_are_scaled_by_the_canvas(tmp_path: Path) -> None:
     (person,), canvas = read_keypoints(written(tmp_path, file))
     assert canvas == (200, 100) and person[0].tolist() == [100, 25] and np.isnan(person[17]).all()
     assert not are_fractions([person]) and not are_fractions([])
+
+
+def test_a_limb_may_reach_outside_the_canvas(tmp_path: Path) -> None:
+    rows = [[0.5, 0.1 + 0.045 * index, 1.0] for index in range(18)]
+    rows[4][0], rows[10][1] = -0.02, 1.03
+    file = {"people": [{"pose_keypoints_2d": [value for row in rows for value in row]}]}
+    people, canvas = read_keypoints(written(tmp_path, file))
+    assert canvas is None and are_fractions(people)
+    assert read_drawing(Condition(file=tmp_path / "pose.json", kind="keypose")).image.size == (512, 512)
+    (person,), _ = read_keypoints(written(tmp_path, {**file, "canvas_width": 200, "canvas_height": 100}))
+    assert person[4, 0] == pytest.approx(-4) and person[10, 1] == pytest.approx(103) and person[0, 0] == 100
+    assert not are_fractions([person])
+
+
+@pytest.mark.parametrize("form", ["scores", "names", "flat", "results", "file"])
+def test_points_that_were_only_guessed_are_left_out(tmp_path: Path, form: str) -> None:
+    """MMPose's and transformers' files hold scores beside their points, COCO's results in them."""
+    rows = [[float(index), 50.0 + index] for index in range(1, 18)]
+    scores = [0.9] * 17
+    scores[9] = scores[15] = 0.02  # the left wrist and ankle
+    instance: dict[str, Any] = {"keypoints": rows, "keypoint_scores": scores}
+    if form == "names":
+        instance = {"keypoints": rows, "scores": scores}
+    elif form == "flat":
+        instance["keypoints"] = [value for row in rows for value in row]
+    elif form == "results":
+        instance = {"keypoints": [v for row, score in zip(rows, scores, strict=True) for v in (*row, score)]}
+    data = {"meta_info": {}, "instance_info": [instance]} if form == "file" else [instance]
+    (person,), _ = read_keypoints(written(tmp_path, data))
+    assert [index for index in range(18) if np.isnan(person[index]).any()] == [7, 13]
+    if form != "results":
+        data = [{**instance, "scores" if form == "names" else "keypoint_scores": scores[:-1]}]
+        with pytest.raises(UserError, match=r"Person 1 of .* has 17 points and 16 scores"):
+            read_keypoints(written(tmp_path, data))
 
 
 def test_empty_people_beside_others_are_left_out(tmp_path: Path) -> None:

@@ -314,6 +314,9 @@ def test_a_pickle_on_the_hub_gets_a_sentence(base_folder: Path, tmp_path: Path) 
         file.unlink()
     with pytest.raises(UserError, match=r"holds no \.safetensors weights, and pickles are not opened"):
         load_t2i_adapter(load_base(str(base_folder), "cpu"), str(folder))
+    (folder / "diffusion_pytorch_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="but a Git LFS pointer"):
+        load_t2i_adapter(load_base(str(base_folder), "cpu"), str(folder))
     folder = tmp_path / "clip"
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "clip"}')

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,8 +47,25 @@ def generate_part(config: str | None) -> dict[str, Any]:
     return part if isinstance(part, dict) else {}
 
 
-def scene_source(path: Path, base: str | None, mapping: list[str] | None, layout: int = 1) -> dict[str, Any]:
+@dataclass
+class Source:
+    """What a scene is drawn from: a file's settings, and of a picture what it was made from.
+
+    Attributes:
+        placed: adapters named on the command line that stand for the picture's own, wherever these were.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    made_from: dict[str, str] | None = None
+    placed: set[str] = field(default_factory=set)
+
+
+def scene_source(
+    path: Path, base: str | None, mapping: list[str] | None, layout: int = 1, adapters: Iterable[str] = ()
+) -> Source:
     """The settings that a scene file, a picture made here or a Mix-of-Show region file holds.
+
+    ``adapters`` are named beside it; they may be a picture's own, which have moved.
 
     Raises:
         UserError: it is not one, or a mapping without a region file.
@@ -63,24 +81,38 @@ def scene_source(path: Path, base: str | None, mapping: list[str] | None, layout
         from ..generation.layouts import scene_of
 
         found = scene_of(path, size_of(base or "pocket"), pairs, layout)
-        return {"base": base, **found} if base else found
+        return Source({"base": base, **found} if base else found)
     if pairs:
         raise UserError("--map is for Mix-of-Show's region files (.txt).")
     if path.suffix.lower() == ".png":
-        from ..generation.pictures import read_settings
+        from ..generation.pictures import find_again
 
-        return read_settings(path)
+        again = find_again(path, adapters)
+        return Source(again.settings, again.sources, again.placed)
     from ..generation.scene import read_scene
 
-    return read_scene(path)
+    return Source(read_scene(path))
+
+
+def placed_apart(acting: dict[str, Any] | None, typed: list[str] | None, source: Source) -> dict[str, Any] | None:
+    """Adapters named on the command line, without those that stand in their places in a picture already.
+
+    Such a one keeps the picture's strength where ``--adapter`` was ``typed`` without any, and gets the given one else.
+    """
+    from ..generation.scene import adapters_held
+
+    acting = acting or {}
+    for adapters in adapters_held(source.settings):
+        given = source.placed & set(acting) & set(adapters) - set(typed or [])
+        adapters.update({name: acting[name] for name in given})
+    return {name: value for name, value in acting.items() if name not in source.placed} or None
 
 
 def adapters_in(settings: dict[str, Any]) -> list[str]:
     """The adapters that a scene's settings name, first those that act everywhere; what is not understood names none."""
-    regions = settings.get("regions")
-    parts = [settings, *(regions if isinstance(regions, list) else [])]
-    held = [part.get("adapters") for part in parts if isinstance(part, dict)]
-    return [str(name) for adapters in held if isinstance(adapters, dict) for name in adapters]
+    from ..generation.scene import adapters_held
+
+    return [str(name) for adapters in adapters_held(settings) for name in adapters]
 
 
 def regions(texts: list[str] | None) -> list[dict[str, Any]] | None:

@@ -19,6 +19,7 @@ from .support import (
     StepsOption,
     files_and_settings,
     given,
+    importing,
     progress_bar,
     resolve,
     say,
@@ -97,13 +98,14 @@ def train_one(
     status: Path | None,
 ) -> None:
     """Train one concept in this process."""
-    from ..config import TrainConfig
-    from ..progress import silent
-    from ..training.machines import is_main
-    from ..training.output import is_done
-    from ..training.run import train_to_file
-    from ..training.state import Stopped
-    from ..training.status import reporting, status_path
+    with importing():
+        from ..config import TrainConfig
+        from ..progress import silent
+        from ..training.machines import is_main
+        from ..training.output import is_done
+        from ..training.run import train_to_file
+        from ..training.state import Stopped
+        from ..training.status import reporting, status_path
 
     beside = status == Path("auto")
     if beside:

@@ -17,11 +17,13 @@ from .evaluation import evaluate
 from .experiments import experiment
 from .pocket import pocket_app
 from .scenes import (
+    Source,
     adapters_in,
     base_in,
     conditions,
     conditions_app,
     generate_part,
+    placed_apart,
     regions,
     scene_source,
     source_of,
@@ -32,6 +34,7 @@ from .support import (
     DeviceOption,
     files_and_settings,
     given,
+    importing,
     named_base,
     numbers,
     plain,
@@ -92,11 +95,13 @@ def fuse(
         adapters=files, output=text_of(output), base=base, merge=merge, form=form, device=device,
         strength=numbers(strength, "--strength"), allow_base=allow_base or None,
     )  # fmt: skip
-    from ..config import FuseConfig
-    from ..fusion.recipe import fuse_to_folder
-    from ..fusion.unfuse import settings_of
+    with importing():
+        from ..config import FuseConfig
+        from ..formats.reading import is_foreign
+        from ..fusion.recipe import fuse_to_folder
+        from ..fusion.unfuse import settings_of
 
-    folders = [Path(file) for file in files if is_folder(file)]
+    folders = [path for path in map(Path, files) if is_folder(path) and not is_foreign(path)]
     before: dict[str, Any] = {}  # the settings of the fusions that are added to
     for folder in folders:
         held = settings_of(folder, [folder], Path("fused")).model_dump(mode="json", exclude={"output", "adapters"})
@@ -204,24 +209,27 @@ def generate(
     config: ConfigOption = None,
 ) -> None:
     """Draw a scene: a prompt, adapters or a fused folder, regions, sketches and keyposes."""
-    from ..generation.scene import Scene
+    with importing():
+        from ..config import parse_overrides, to_yaml
+        from ..files import check_settings, write_settings
+        from ..generation.pipeline import Cancelled, generate_to_file
+        from ..generation.scene import Scene
+        from ..machine import heading
 
     if schema:
         typer.echo(json.dumps(Scene.model_json_schema(), indent=2))
         return
-    from ..config import parse_overrides, to_yaml
-    from ..files import check_settings, write_settings
-    from ..generation.pictures import read_sources
-    from ..generation.pipeline import Cancelled, generate_to_file
-    from ..machine import heading
 
     source, overrides = source_of(words)
     named = base or next((word[5:] for word in overrides if word.startswith("base=")), None)
     named = named or (base_in(config) if config else None)
     acting = strengths(adapter)
-    if not named and acting:
+    drawn = source is not None and source.suffix.lower() == ".png"
+    if not named and acting and not drawn:
         named = base = named_base(list(acting)) or None  # the one that they were trained on
-    held = scene_source(source, named, mapping, layout) if source else {}
+    meant = [*(acting or {}), *adapters_in(parse_overrides(overrides))]
+    found = scene_source(source, named, mapping, layout, meant) if source else Source()
+    held, acting = found.settings, placed_apart(acting, adapter, found)
     if not named and "base" not in held:
         settings_of = [parse_overrides(overrides), held, generate_part(config)]
         base = named_base([name for one in settings_of for name in adapters_in(one)]) or None
@@ -239,9 +247,8 @@ def generate(
     if not own:
         check_settings(beside)
     with progress_bar() as progress, stop_signals() as should_stop:
-        made_from = read_sources(source) if source and source.suffix.lower() == ".png" else None
         try:
-            paths = generate_to_file(settings, progress, say, should_stop, resume=resume, expected=made_from)
+            paths = generate_to_file(settings, progress, say, should_stop, resume=resume, expected=found.made_from)
         except Cancelled as stopped:
             say("Stopped; what is drawn is kept, --resume goes on from there.")
             raise typer.Exit(130) from stopped
@@ -264,7 +271,8 @@ def export(
     """Write an adapter or a fusion in the formats of diffusers, ComfyUI, A1111."""
     if rank is not None and rank < 1:
         raise UserError("Rank must be at least 1.")
-    from ..exporting import export as write
+    with importing():
+        from ..exporting import export as write
 
     files = write(path, output, kind, rank, dtype, picture, device, note=say)
     say(f"Wrote {', '.join(map(str, files))}.")
@@ -272,17 +280,19 @@ def export(
 
 @app.command("import")
 def import_file(
-    path: Annotated[Path, typer.Argument(help="A LoRA file in kohya's or diffusers' spelling.")],
+    path: Annotated[Path, typer.Argument(help="A LoRA file of another program, or PEFT's or diffusers' folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The adapter to write (.safetensors).")],
     base: Annotated[str, typer.Option(help="The base it was made for.")],
     name: Annotated[str | None, typer.Option(help="What to call it; default: the file's name.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps …")] = "auto",
 ) -> None:
     """Make an adapter of another program's LoRA file, to fuse it with your own."""
-    from ..formats.importing import import_lora
+    with importing():
+        from ..formats.importing import import_lora
 
     adapter = import_lora(path, output, base, name, device)
-    say(f"Wrote {output}: {len(adapter.layers)} layers at rank {adapter.rank}.")
+    words = f", with the token {' and '.join(sorted(adapter.tokens))}" if adapter.tokens else ""
+    say(f"Wrote {output}: {len(adapter.layers)} layers at rank {adapter.rank}{words}.")
 
 
 @app.command()

@@ -20,9 +20,10 @@ from ..formats.native import load_adapter
 from ..fusion.folder import lasting, load_adapters, read_recipe
 from ..fusion.recipe import check_together, strength_of
 from ..generation.crops import scene_in
-from ..generation.scene import Scene, read_scene, tokens_in
+from ..generation.prompts import positive_prompts
+from ..generation.scene import Scene, read_scene
 from ..resources import preset_of
-from ..tokens import check_name
+from ..tokens import check_name, typed_tokens
 
 PICTURES = "pictures"  # the folder of what is drawn, inside the output
 
@@ -138,9 +139,9 @@ def subjects(config: EvaluateConfig, held: Held | None, scenes: Sequence[Scene])
         return [Subject(a.name, a.noun, a.token, trained_on(path)) for path, a in held.adapters.items()]
     if config.references is None:
         raise UserError("Pictures without their adapters need --references FOLDER, with photos of each concept.")
-    named = {token for scene in scenes for token in tokens_in(scene)}
+    named = {token for scene in scenes for token in typed_tokens(" ".join(positive_prompts(scene)))}
     concepts, _ = read_references(config.references)
-    found = [Subject(one.name, one.noun, one.token) for one in concepts if one.token in named]
+    found = [Subject(one.name, one.noun, one.token) for one in concepts if one.token.lower() in named]
     if not found:
         have, want = ", ".join(one.token for one in concepts), ", ".join(sorted(named)) or "no token"
         raise UserError(f"The pictures' prompts name {want}, but {config.references} holds {have}.")

@@ -1,4 +1,4 @@
-"""LoRA files as other programs read them: kohya's spelling (ComfyUI, A1111) and diffusers'.
+"""LoRA files as other programs read them: kohya's spelling (ComfyUI, A1111) and diffusers'; :mod:`.reading` reads them.
 
 One layer is ``up (out, k) @ down (k, in)``, times alpha / k for kohya; kernels are folded out for convolutions.
 """
@@ -6,9 +6,8 @@ One layer is ``up (out, k) @ down (k, in)``, times alpha / k for kohya; kernels 
 from __future__ import annotations
 
 import hashlib
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,18 +15,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import UserError, shown
-from ..files import atomic, parse_json, read_tensors
+from ..files import atomic
 from ..linalg import Factors, balance
 from .checkpoint import unet_key
 
 Kernels = Mapping[str, tuple[int, int, int]]
-ENDINGS = {  # of a key, after the layer: which factor it is
-    "lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha",
-    "lora_A.weight": "down", "lora_B.weight": "up", "lora_A.default.weight": "down", "lora_B.default.weight": "up",
-    "lora.down.weight": "down", "lora.up.weight": "up",
-}  # fmt: skip
-KINDRED = re.compile("hada_|lokr_|lora_|dora_|oft_|diff|on_input|norm|emb")  # in the keys of LoRA's relatives
 PROJECTION = "text_projection"  # of SDXL's second text encoder, which is beside its ``text_model``
 
 
@@ -114,107 +106,6 @@ def write_hashed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             while part := file.read(2**20):
                 digest.update(part)
         save_file(held, temporary, {**metadata, "modelspec.hash_sha256": f"0x{digest.hexdigest()}"})
-
-
-def read_lora(path: Path, layers: Iterable[str]) -> tuple[dict[str, Factors], dict[str, tuple[int, int, int]]]:
-    """The factors of a LoRA file in kohya's or diffusers' spelling, alpha multiplied in, and convolutions' kernels.
-
-    Args:
-        layers: the layers of the base, without which underscores cannot be told from dots.
-
-    Raises:
-        UserError: no LoRA file, one of another kind, or one of another base.
-    """
-    tensors, metadata = read_tensors(path)
-    known, scale = names_of(layers), peft_scale(path, metadata)
-    parts: dict[str, dict[str, Tensor]] = {}
-    other: list[str] = []
-    for key, value in tensors.items():
-        ending = next((e for e in ENDINGS if key.endswith(f".{e}")), None)
-        if ending is None:
-            other.append(key)
-            continue
-        parts.setdefault(key[: -len(ending) - 1], {})[ENDINGS[ending]] = value
-    if not parts and not any(KINDRED.search(key) for key in other):
-        raise UserError(f"{path} is not a LoRA file: it holds neither lora_down nor lora_A tensors.")
-    if other:  # norms, biases, embeddings, LyCORIS' other kinds: without them it would not be what it is
-        raise UserError(f"{path} is no plain LoRA (it holds {other[0]}); only LoRA and LoCon files can be imported.")
-    unknown = [name for name in parts if name not in known]
-    if unknown:
-        raise UserError(
-            f"{path} is a LoRA for another base: {len(unknown)} of its {len(parts)} layers are not in this one, "
-            f"{unknown[0]} among them; name the right one with --base."
-        )
-    factors, kernels = {}, {}
-    for name, held in parts.items():
-        if not {"up", "down"} <= set(held):
-            raise UserError(f"{path} is damaged: {name} lacks one of its two factors; get it again.")
-        up, down = held["up"].float(), held["down"].float()
-        if up.dim() not in (2, 4) or down.dim() != up.dim() or up.shape[1] != len(down) or not len(down):
-            raise UserError(f"{path} is damaged: the factors of {name} do not fit each other; get it again.")
-        alpha = held.get("alpha", torch.tensor(float(len(down))))
-        if alpha.numel() != 1:
-            raise UserError(f"{path} is damaged: {name} has no single alpha; get it again.")
-        share = float(alpha) / len(down) if "alpha" in held else scale(name, len(down))
-        up = up * share  # before the check: a share of NaN, or one that overflows, is no better than such a factor
-        if not all(torch.isfinite(t).all() for t in (up, down)) or not math.isfinite(share):
-            raise UserError(f"{path} is damaged: {name} or its alpha holds NaN or infinity; get it again.")
-        if down.dim() == 4 and tuple(up.shape[2:]) != (1, 1):
-            raise UserError(f"{path} is no plain LoRA: the up factor of {name} is no 1×1 convolution.")
-        if down.dim() == 4:
-            kernels[known[name]] = (down.shape[1], down.shape[2], down.shape[3])
-        factors[known[name]] = Factors(up.reshape(len(up), -1), down.reshape(len(down), -1))
-    return factors, kernels
-
-
-def peft_scale(path: Path, metadata: Mapping[str, str]) -> Callable[[str, int], float]:
-    """What scales a layer of a rank: alpha / rank as the configs in diffusers' ``lora_adapter_metadata`` say, else 1.
-
-    Raises:
-        UserError: they cannot be read, or name layers by regular expressions: a file from elsewhere may bring one that
-            takes for ever.
-    """
-    try:
-        held = dict(parse_json(metadata.get("lora_adapter_metadata", "{}")))
-        alphas = {key.rpartition(".")[0]: float(value) for key, value in held.items() if key.endswith(".lora_alpha")}
-        given = {part: dict(held.get(f"{part}.alpha_pattern") or {}) for part in alphas}
-        named = {part: {key: float(alpha) for key, alpha in one.items()} for part, one in given.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: its lora_adapter_metadata cannot be read; get it again.") from error
-
-    ends = {part: ends_of_names(path, one) for part, one in named.items()}
-
-    def scale(name: str, rank: int) -> float:
-        part, _, layer = name.partition(".")
-        if part not in alphas:
-            return 1.0
-        words = layer.split(".")
-        tails = ["^" + layer, *(".".join(words[start:]) for start in range(len(words)))]
-        places = [ends[part][tail] for tail in tails if tail in ends[part]]
-        alpha = min(places)[1] if places else alphas[part]  # of several PEFT takes the first
-        return alpha / (rank**0.5 if held.get(f"{part}.use_rslora") else rank)
-
-    return scale
-
-
-def ends_of_names(path: Path, alphas: Mapping[str, float]) -> dict[str, tuple[int, float]]:
-    """PEFT's ``alpha_pattern``: the end of a layer's name to its place in the file and its alpha.
-
-    A name with ``^`` before it is whole.
-
-    Raises:
-        UserError: a pattern that is more than a name.
-    """
-    found = {}
-    for place, (key, alpha) in enumerate(alphas.items()):
-        name = key.removesuffix("$").replace("\\.", ".")
-        if not re.fullmatch(r"\^?[\w.-]+", name):
-            raise UserError(
-                f"{path} names layers by a regular expression in its alpha_pattern, {shown(key)}, which is not read "
-                "here; save it with the layers' names."
-            )
-        found[name] = (place, alpha)
-    return found
 
 
 def names_of(layers: Iterable[str]) -> dict[str, str]:

@@ -15,10 +15,10 @@ from pathlib import Path, PurePath
 from torch import Tensor
 
 from ..adapter import Adapter, check_finite
-from ..base import fingerprint_json, parse_fingerprint
 from ..cache import DIGEST, digest
 from ..errors import UserError, reason
 from ..files import parse_json, read_header, read_tensors, write_tensors
+from ..fingerprint import fingerprint_json, parse_fingerprint
 from ..linalg import flatten
 from ..methods import get_method
 from ..paths import located_base, portable_base, without_folders
@@ -90,7 +90,10 @@ def load_adapter(path: Path) -> Adapter:
     path = Path(path)
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is a safetensors file but not an adapter of this program.")
+        raise UserError(
+            f"{path} is a safetensors file but not an adapter of this program; another program's LoRA becomes one by "
+            f"spectral-diffusion import {path} --base BASE -o NAME.safetensors."
+        )
     if metadata.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {metadata.get('format_version')}; this program reads {FORMAT_VERSION}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Container, Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from ..adapter import Adapter, check_base, shared_columns
 from ..base import Base, load_base
 from ..config import FuseConfig, to_yaml
 from ..errors import NotFiniteError, UserError, nearest
-from ..files import atomic_folder, check_writable, is_folder, write_json, write_text
-from ..formats.importing import import_lora
-from ..formats.native import is_native, save_adapter
+from ..files import atomic_folder, check_writable, write_json, write_text
+from ..formats.importing import distinct, import_lora, name_of
+from ..formats.native import save_adapter
+from ..formats.reading import is_foreign
 from ..layerwise import mean_note, use_means
 from ..linalg import Factors, exact, sides
 from ..machine import heading
@@ -56,9 +58,10 @@ def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> No
             raise UserError(f"Two adapters are called '{one.name}'; train one of them again with another name=.")
         for token, others in itertools.product(one.tokens, other.tokens):
             if token.lower() == others.lower():  # a tokenizer does not tell upper case from lower
-                raise UserError(
-                    f"'{one.name}' and '{other.name}' share the token {token}; train one with another token=."
+                mend = (
+                    "leave one out" if {"imported"} & {*one.config, *other.config} else "train one with another token="
                 )
+                raise UserError(f"'{one.name}' and '{other.name}' share the token {token}; {mend}.")
     names = [adapter.name for adapter in adapters]
     parts = {component for adapter in adapters for component in (layer.split(".")[0] for layer in adapter.layers)}
     for key in strength:
@@ -323,8 +326,8 @@ def fuse_to_folder(
     """
     output = config.output
     check_output(output)
-    ours = [path for path in config.adapters if is_folder(path) or is_native(path)]
-    adapters = [adapter for path in ours for adapter in load_adapters(path)]
+    foreign = [path for path in config.adapters if is_foreign(path)]
+    adapters = [adapter for path in config.adapters if path not in foreign for adapter in load_adapters(path)]
     if not adapters and config.base is None:
         raise UserError(
             f"{config.adapters[0]} is not an adapter of this program; a LoRA of another needs its base named by --base."
@@ -338,7 +341,11 @@ def fuse_to_folder(
     fingerprint = base.fingerprint.exact
     parts = (base.pipeline.vae, *base.models.values())
     check_writable(output, sum(weight.nbytes for part in parts for weight in part.parameters()))
-    adapters += [import_lora(path, None, base.name, base=base) for path in config.adapters if path not in ours]
+    for path in foreign:
+        name = distinct(name_of(path), [adapter.name for adapter in adapters])
+        adapters.append(import_lora(path, None, base.name, name, base=base))
+        if name != Path(path).stem:
+            note(f"{path} is called '{name}' here.")
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
     warnings += overlaps(adapters)
     if (advice := get_merge(config.merge).advise(len(adapters))) and not config.teach.steps:

@@ -18,7 +18,7 @@ from .. import pocket
 from ..base import Base, quiet
 from ..data.pictures import MAX_PIXELS, open_upright
 from ..errors import UserError, only_a_pickle, reason
-from ..files import is_folder
+from ..files import check_not_disguised, is_folder
 from ..fusion.folder import read_recipe
 from ..training.condition import added_at
 from .extract import are_fractions, clean_strokes, read_keypoints
@@ -122,6 +122,8 @@ def load_t2i_adapter(base: Base, name: str | None, kind: Kind = "sketch") -> T2I
             "it with the condition's adapter."
         )
     name = t2i_name(base, name, kind)
+    for file in sorted(Path(name).glob("*.safetensors")):
+        check_not_disguised(file)
     try:
         with quiet():
             adapter = T2IAdapter.from_pretrained(name, torch_dtype=base.dtype, use_safetensors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ..config import build
 from ..errors import UserError
 from ..evaluation.prompts import with_article
 from ..evaluation.views import View
+from ..tokens import typed_tokens, written
 from .pictures import read_settings
 from .scene import Region, Scene, region_mask
 
@@ -39,7 +39,7 @@ def views_in(path: Path, scene: Scene, tokens: Tokens, size: tuple[int, int]) ->
     places: list[tuple[str, Region | None]] = [(region.prompt, region) for region in scene.regions]
     found = []
     for prompt, region in places or [(scene.prompt, None)]:
-        named = {token for token in re.findall(r"<[\w-]+>", prompt) if token in tokens}
+        named = {token for token in tokens if token.lower() in typed_tokens(prompt)}
         if len(named) == 1:
             name, _ = tokens[named.pop()]
             box = square(bounds(region, *size)) if region else None
@@ -50,7 +50,7 @@ def views_in(path: Path, scene: Scene, tokens: Tokens, size: tuple[int, int]) ->
 def spoken(prompt: str, tokens: Tokens) -> str:
     """A prompt for those who do not know the tokens: nouns in their places, ``a photo of a dog``."""
     for token, (_, noun) in tokens.items():
-        prompt = re.sub(re.escape(token) + r"(\s+" + re.escape(token) + r"_\d+)*", with_article(noun), prompt)
+        prompt = written(token).sub(with_article(noun), prompt)
     return prompt
 
 

@@ -33,6 +33,9 @@ ORDERS: dict[int, Order] = {17: COCO, 18: tuple(range(18)), 25: BODY_25}
 EDGE_SIDE = 512  # the longer side at which edges are looked for, so that a large photo gives no finer drawing
 PAPER_SIDE = 2048  # the same for drawings, where the strokes themselves must survive
 MOST_PEOPLE = 8
+LISTS = ("people", "instances", "instance_info")  # where files hold their people: OpenPose's, then MMPose's
+SCORES = ("keypoint_scores", "scores")  # beside keypoints: MMPose's and transformers' confidences
+SURE = 0.3  # from which score on these draw a point; below it is a guess
 
 
 def sketch_of(image: Image.Image, thickness: float | None = None) -> Image.Image:
@@ -119,8 +122,9 @@ def read_keypoints(path: Path) -> tuple[list[Person], Size | None]:
     """People of a keypoint file as (18, 2) in OpenPose's order, NaN where unseen, and the canvas if the file names it.
 
     It reads OpenPose's files (18 or 25 points, also inside a list of one frame), and a list of people, each a list of
-    [x, y] or [x, y, confidence], flat or not, with 17 (COCO), 18 or 25 points. Fractions of the canvas become pixels
-    where the canvas is named, and stay fractions (see ``are_fractions``) where it is not.
+    [x, y] or [x, y, confidence], flat or not, with 17 (COCO), 18 or 25 points; MMPose's scores beside its keypoints
+    count as confidences. Fractions of the canvas become pixels where the canvas is named, and stay fractions (see
+    ``are_fractions``) where it is not.
 
     Raises:
         UserError: not JSON, no people in it, or a wrong number of points.
@@ -137,7 +141,7 @@ def read_keypoints(path: Path) -> tuple[list[Person], Size | None]:
             raise UserError(f"{path} holds {len(data)} frames; keep one.")
         data = data[0]
     canvas = _canvas(data, path) if isinstance(data, dict) else None
-    entries = data.get("people") if isinstance(data, dict) else data
+    entries = next((data[key] for key in LISTS if key in data), None) if isinstance(data, dict) else data
     if not isinstance(entries, list):
         raise UserError(f'{path} holds no people; give {{"people": [{{"pose_keypoints_2d": [x, y, confidence, …]}}]}}.')
     if isinstance(data, list) and entries and all(_is_flat(entry) for entry in entries):
@@ -152,10 +156,13 @@ def read_keypoints(path: Path) -> tuple[list[Person], Size | None]:
 
 
 def are_fractions(people: Sequence[Person]) -> bool:
-    """Whether every point lies within 0…1, so that x and y are still to be multiplied by width and height."""
+    """Whether most numbers are at most 1 in size, so that x and y are still to be multiplied by width and height.
+
+    A hand or a foot may lie outside the canvas, below 0 or above 1.
+    """
     points = np.concatenate([np.asarray(person, float).ravel() for person in people]) if people else np.zeros(0)
     points = points[np.isfinite(points)]
-    return bool(points.size and points.min() >= 0 and points.max() <= 1)
+    return bool(points.size and np.median(np.abs(points)) <= 1)
 
 
 Finder = Callable[[np.ndarray], Any]
@@ -362,9 +369,9 @@ def _is_flat(entry: Any) -> bool:
 def _person(entry: Any, where: str) -> Person:
     """One person of a keypoint file."""
     if isinstance(entry, dict):
-        entry = next((entry[key] for key in ("pose_keypoints_2d", "pose_keypoints", "keypoints") if key in entry), None)
-    if entry is None or entry == []:  # OpenPose writes such where it saw hands or a face only
-        return np.full((POINTS, 2), np.nan)
+        entry = _scored(entry, where)
+    if entry is None or (isinstance(entry, list) and all(row is None for row in entry)):
+        return np.full((POINTS, 2), np.nan)  # OpenPose writes such where it saw hands or a face only
     if not isinstance(entry, list):
         raise UserError(f"Cannot read {where}; give it as a list of [x, y, confidence].")
     if not any(isinstance(row, list) for row in entry):
@@ -375,6 +382,39 @@ def _person(entry: Any, where: str) -> Person:
     if len(entry) not in ORDERS:
         raise UserError(f"{_start(where)} has {len(entry)} points; give 17 (COCO), 18 or 25 (OpenPose).")
     return _ordered(np.array([_point(row, where) for row in entry]), ORDERS[len(entry)])
+
+
+def _scored(entry: dict[str, Any], where: str) -> Any:
+    """The points of a person's entry; where scores lie beside them, guessed ones are None.
+
+    Raises:
+        UserError: there are not as many scores as points.
+    """
+    key = next((key for key in ("pose_keypoints_2d", "pose_keypoints", "keypoints") if key in entry), None)
+    points = entry[key] if key else None
+    scores = next((entry[name] for name in SCORES if isinstance(entry.get(name), list)), None)
+    if scores is not None and isinstance(points, list):
+        if points and not any(isinstance(row, list) for row in points):
+            points = [points[at : at + 2] for at in range(0, len(points), 2)]
+        if len(scores) != len(points) or not all(isinstance(score, int | float) for score in scores):
+            raise UserError(f"{_start(where)} has {len(points)} points and {len(scores)} scores; give one for each.")
+        return [row if score >= SURE else None for row, score in zip(points, scores, strict=True)]
+    if key == "keypoints" and isinstance(points, list):  # COCO's results hold scores where its annotations hold 0, 1, 2
+        rows = points if any(isinstance(row, list) for row in points) else _in_threes(points)
+        return [None if _is_guess(row) else row for row in rows]
+    return points
+
+
+def _in_threes(numbers: list[Any]) -> list[Any]:
+    """A flat list of x, y, confidence as rows; any other one as it is."""
+    if len(numbers) % 3 or len(numbers) // 3 not in ORDERS:
+        return numbers
+    return [numbers[at : at + 3] for at in range(0, len(numbers), 3)]
+
+
+def _is_guess(row: Any) -> bool:
+    """Whether a point's score says that it was only guessed."""
+    return isinstance(row, list) and len(row) == 3 and isinstance(row[2], int | float) and row[2] < SURE
 
 
 def _start(where: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from PIL.Image import DecompressionBombError
 
 from ..base import Base
 from ..errors import UserError
-from ..files import atomic, is_file, parse_json
+from ..files import atomic, is_file, is_there, parse_json
+from ..formats.reading import lora_file
 from ..machine import provenance
 from ..paths import is_full, located, located_base, portable, portable_base
 from .conditions import t2i_name
-from .scene import Scene, paths_in
+from .scene import Scene, adapter_files, adapters_held, paths_in, places_of
 
 SETTINGS_KEY = "spectral_diffusion"
 UNREAD = (
@@ -79,17 +81,14 @@ def sources_of(scene: Scene, base: Base) -> dict[str, str]:
 
     Take it before anything is put on the base.
     """
-    files: list[str | Path] = [*scene.adapters, *(condition.file for condition in scene.conditions)]
-    for region in scene.regions:
-        files += [*region.adapters, *([region.mask] if region.mask else [])]
-    there = [Path(file) for file in files if is_file(file)]  # what is not is told where it is used
-    named = {str(file): file for file in there}
+    files = [condition.file for condition in scene.conditions]
+    files += [region.mask for region in scene.regions if region.mask]
+    named = {str(file): file for file in files} | {name: lora_file(Path(name)) for name in adapter_files(scene)}
+    named = {name: file for name, file in named.items() if is_file(file)}  # what is not is told where it is used
     for number, condition in enumerate(scene.conditions, 1):
         folder = Path(t2i_name(base, condition.adapter, condition.kind))  # of a hub id nothing more is known
         named |= {f"adapter of condition {number}": file for file in folder.glob("*.safetensors")}
-    return {BASE: base.fingerprint.exact} | {
-        name: hashlib.sha256(file.read_bytes()).hexdigest()[:32] for name, file in named.items()
-    }
+    return {BASE: base.fingerprint.exact} | {name: hash_file(file) for name, file in named.items()}
 
 
 def read_embedded(path: Path) -> dict[str, Any]:
@@ -128,6 +127,62 @@ def read_sources(path: Path) -> dict[str, str]:
         UserError: it is none of this program's pictures.
     """
     return {located(str(name), path.parent): str(value) for name, value in read_embedded(path)["sources"].items()}
+
+
+@dataclass
+class Found:
+    """A picture's settings with its files where they are now.
+
+    Attributes:
+        sources: what the picture was made from, under the same names.
+        placed: the files among those named anew that stand for some of the picture's own.
+    """
+
+    settings: dict[str, Any]
+    sources: dict[str, str]
+    placed: set[str]
+
+
+def find_again(path: Path, named: Iterable[str] = ()) -> Found:
+    """What a picture was made from, wherever its files are now: those of the same content come first.
+
+    They are looked for among ``named`` adapters, then as the picture names them: from here, beside it, and from the
+    folders above it.
+
+    Raises:
+        UserError: no picture of this program's, or an adapter of it is nowhere to be found.
+    """
+    folder, digests = Path(path).parent, read_sources(path)
+    anew = {name: _digest(name) for name in named}
+    moved: dict[str, str] = {}
+
+    def found(name: str) -> str:
+        digest, file = digests.get(name), Path(name).name
+        there = [str(place) for place in places_of(name, folder) if is_there(place)]
+        same = [place for place in [name, *there, str(folder / file)] if digest and _digest(place) == digest]
+        known = [other for other, its in anew.items() if digest and its == digest] + same
+        likely = [name] * is_there(name) + [other for other in anew if Path(other).name == file] + there
+        moved[name] = next(iter(known + likely), name)
+        return moved[name]
+
+    settings = paths_in(read_settings(path), found)
+    if lost := next((name for held in adapters_held(settings) for name in held if not is_there(name)), None):
+        raise UserError(f"{path} was drawn with {lost}, which is not there any more; name it with --adapter FILE.")
+    sources = {moved.get(name, name): digest for name, digest in digests.items()}
+    return Found(settings, sources, {name for name in moved.values() if name in anew})
+
+
+def _digest(name: str | Path) -> str | None:
+    """The hash that a picture holds of such a file; None if it is not there."""
+    try:
+        return hash_file(lora_file(Path(name)))
+    except (OSError, ValueError, UserError):
+        return None
+
+
+def hash_file(path: Path) -> str:
+    """A hash of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 def is_ours(path: Path) -> bool:

@@ -28,15 +28,18 @@ from ..autoencoder import decode, in_portions, overflows, upcast
 from ..base import Base, load_base
 from ..errors import NotFiniteError, UserError, nearest
 from ..files import check_writable
+from ..formats.importing import import_lora
 from ..formats.native import load_adapter
+from ..formats.reading import is_foreign
 from ..linalg import Factors
 from ..precision import autocast, resolve_mixed_precision, tf32
 from ..progress import Event, Progress, silent
 from ..tokens import collapse, expand, known_tokens
 from .conditions import Drawing, adapter_of, read_drawing, weighed
 from .pictures import BASE, is_ours, is_same, labelled_sheet, save_png, sources_of
+from .prompts import foreign_syntax, prompts_in, tokens_in
 from .regions import Area, Regional, changed, regional
-from .scene import Region, Scene, region_mask, tokens_in
+from .scene import Region, Scene, adapter_files, open_on_black, region_mask
 
 Bound = Sequence[tuple[Adapter, Strength]]  # the adapters of one region with their strengths
 Preview = Callable[[int, list[Image.Image]], None]
@@ -268,26 +271,41 @@ def modules_of(base: Base, names: Iterable[str]) -> dict[str, Any]:
     return {name: base.models[name.split(".", 1)[0]].get_submodule(name.split(".", 1)[1]) for name in names}
 
 
-def bind(base: Base, scene: Scene, note: Callable[[str], None]) -> list[Bound]:
-    """Load every region's adapters, check them against the base, and put their tokens in.
+def load_own(scene: Scene) -> dict[str, Adapter]:
+    """The adapters of this program that a scene and its regions name, by file.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    return {name: load_adapter(Path(name)) for name in adapter_files(scene) if not is_foreign(Path(name))}
+
+
+def load_foreign(scene: Scene, base: Base, own: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The others, which are LoRAs of other programs, read for this base.
+
+    Raises:
+        UserError: one is no LoRA for this base.
+    """
+    others = [name for name in adapter_files(scene) if name not in own]
+    return {name: import_lora(Path(name), None, base.name, base=base) for name in others}
+
+
+def bind(base: Base, scene: Scene, loaded: Mapping[str, Adapter], note: Callable[[str], None]) -> list[Bound]:
+    """Check every region's adapters against the base, and put their tokens in.
 
     Raises:
         UserError: an adapter does not belong on this base, or two different ones share a token.
     """
-    loaded: dict[str, Adapter] = {}
     owners: dict[str, str] = {}
-    for region in scene.regions:
-        for path in region.adapters:
-            if path in loaded:
-                continue
-            adapter = loaded[path] = load_adapter(Path(path))
-            if warning := check_base(adapter, base, scene.allow_base):
-                note(warning)
-            for token in adapter.tokens:
-                if other := owners.get(token.lower()):  # a tokenizer does not tell upper case from lower
-                    raise UserError(f"{path} and {other} share the token {token}; train one with another.")
-                owners[token.lower()] = path
-            install_tokens(base, adapter)
+    for path in dict.fromkeys(path for region in scene.regions for path in region.adapters):
+        adapter = loaded[path]
+        if warning := check_base(adapter, base, scene.allow_base):
+            note(warning)
+        for token in adapter.tokens:
+            if other := owners.get(token.lower()):  # a tokenizer does not tell upper case from lower
+                raise UserError(f"{path} and {other} share the token {token}; train one with another.")
+            owners[token.lower()] = path
+        install_tokens(base, adapter)
     return [[(loaded[path], strength) for path, strength in region.adapters.items()] for region in scene.regions]
 
 
@@ -300,18 +318,23 @@ def cut_words(base: Base, prompt: str) -> str:
 
 
 def remarks(base: Base, scene: Scene, drawings: Sequence[Drawing]) -> Iterator[str]:
-    """What a person should know before the scene is drawn: unknown tokens, cut words, stretched drawings."""
-    known = known_tokens(base.pipeline.tokenizer)
-    for word in sorted(set(tokens_in(scene)) - set(known)):
-        yield f"Note: {word} is no token of this base or its adapters{nearest(word, known)}; it is read as plain text."
-    for prompt in (scene.prompt, *(region.prompt for region in scene.regions)):
+    """What a person should know before the scene is drawn: words that are not read, drawings and masks out of shape."""
+    known, prompts = known_tokens(base.pipeline.tokenizer), prompts_in(scene)
+    for word in tokens_in(prompts):
+        if word.lower() not in {token.lower() for token in known}:
+            what = f"{word} is no token of this base or its adapters{nearest(word, known)}"
+            yield f"Note: {what}; it is read as plain text."
+    yield from (f"Note: {sentence}" for sentence in foreign_syntax(prompts))
+    for prompt in prompts:
         if lost := cut_words(base, prompt):
             yield f"Note: '{prompt[:40]}' is longer than this base reads; cut off: '{lost}'."
     size = (scene.width or base.size, scene.height or base.size)
-    for drawing in drawings:
-        if drawing.image.width * size[1] != drawing.image.height * size[0]:
-            was, now = "×".join(map(str, drawing.image.size)), "×".join(map(str, size))
-            yield f"Note: the {drawing.kind} {drawing.name} of {was} is stretched to the picture's {now}."
+    shapes = [(f"{drawing.kind} {drawing.name}", drawing.image.size) for drawing in drawings]
+    shapes += [(f"mask {region.mask.name}", open_on_black(region.mask).size) for region in scene.regions if region.mask]
+    for what, shape in dict.fromkeys(shapes):
+        if shape[0] * size[1] != shape[1] * size[0]:
+            was, now = "×".join(map(str, shape)), "×".join(map(str, size))
+            yield f"Note: the {what} of {was} is stretched to the picture's {now}."
 
 
 def generate_to_file(
@@ -346,7 +369,7 @@ def generate_to_file(
     if scene.keep is not None and scene.keep not in seeds:
         raise UserError(f"keep={scene.keep} is none of the seeds {', '.join(map(str, seeds[:8]))}.")
     drawings = [read_drawing(condition) for condition in scene.conditions]
-    adapters = [(load_adapter(Path(path)), strength) for path, strength in scene.adapters.items()]
+    own = load_own(scene)
     check_writable(scene.output)
     for path in {scene.output, *places(scene).values()}:
         if path.exists() and not is_ours(path):
@@ -358,9 +381,11 @@ def generate_to_file(
         if name in sources and sources[name] != before:
             what = f"The base {scene.base}" if name == BASE else name
             note(f"Note: {what} has changed since that picture was made; this one will differ.")
+    loaded = {**own, **load_foreign(scene, base, own)}
+    adapters = [(loaded[path], strength) for path, strength in scene.adapters.items()]
     for text in put_on(base, adapters, scene.allow_base):
         note(text)
-    bound = bind(base, scene, note)
+    bound = bind(base, scene, loaded, note)
     for text in remarks(base, scene, drawings):
         note(text)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +21,13 @@ Kind = Literal["sketch", "keypose"]
 Box = tuple[float, float, float, float]
 Component = Literal["unet", "text_encoder", "text_encoder_2"]
 Strength = FiniteFloat | dict[Component, FiniteFloat]  # λ, or one per component; 1 for a component left out
+MOST_FRACTION = 2  # the largest side of a box that is meant as a fraction, if too large a one
 
 
 class Region(Settings):
     """A part of the picture with a prompt of its own, and perhaps adapters that act only there."""
 
-    box: Box | None = None  # left, top, right, bottom; fractions of the picture, or pixels if any is above 1
+    box: Box | None = None  # left, top, right, bottom; fractions of the picture, or pixels if any is above 2
     mask: Path | None = None  # instead of a box: a picture, white where the region is
     prompt: str
     negative_prompt: str | None = None  # default: the scene's
@@ -57,12 +57,13 @@ class Region(Settings):
         """
         assert self.box is not None
         left, top, right, bottom = self.box
-        if max(self.box) > 1:
+        pixels = max(self.box) > MOST_FRACTION
+        if pixels:
             left, top, right, bottom = left / width, top / height, right / width, bottom / height
         if max(right, bottom) > 1:
+            mend = "give pixels inside it, or fractions up to 1" if pixels else "fractions go up to 1"
             raise UserError(
-                f"The box {shown(self.box)} of '{self.prompt}' reaches outside the picture of {width}×{height}; "
-                "give pixels inside it, or fractions up to 1."
+                f"The box {shown(self.box)} of '{self.prompt}' reaches outside the picture of {width}×{height}; {mend}."
             )
         return left, top, right, bottom
 
@@ -173,17 +174,27 @@ def read_scene(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or not YAML.
     """
-    folder = path.parent
 
     def found(name: str) -> str:
-        beside = folder / name
-        return str(beside) if not Path(name).is_absolute() and is_there(beside) else name
+        return str(next((place for place in places_of(name, path.parent) if is_there(place)), name))
 
     return paths_in(read_yaml(path), found)
 
 
+def places_of(name: str, folder: Path) -> Iterator[Path | str]:
+    """Where the path in a file in ``folder`` may lead: beside that file, from here, or from a folder above it.
+
+    Such a file is often written below the folder that its paths begin in.
+    """
+    if not Path(name).is_absolute():
+        yield folder / name
+    yield name
+    if not Path(name).is_absolute():
+        yield from (parent / name for parent in folder.resolve().parents)
+
+
 def paths_in(settings: dict[str, Any], changed: Callable[[str], str]) -> dict[str, Any]:
-    """A scene's settings with all paths changed; what is no path there stays as it is, for the sentence about it."""
+    """A scene's settings with ``changed`` of every file and folder that they name; what is odd stays as it is."""
 
     def one(name: Any) -> Any:
         return changed(name) if isinstance(name, str) and name != "pocket" else name
@@ -191,21 +202,27 @@ def paths_in(settings: dict[str, Any], changed: Callable[[str], str]) -> dict[st
     def keys(adapters: Any) -> Any:
         return {one(name): value for name, value in adapters.items()} if isinstance(adapters, dict) else adapters
 
-    data = dict(settings)
-    data |= {key: one(data[key]) for key in ("base",) if key in data}
-    data |= {key: keys(data[key]) for key in ("adapters",) if key in data}
-    for part in ("conditions", "regions"):
-        if not isinstance(data.get(part), list):
-            continue
-        data[part] = [dict(item) if isinstance(item, dict) else item for item in data[part]]
-        for item in data[part]:
-            if isinstance(item, dict):
-                item |= {key: one(item[key]) for key in ("file", "mask", "adapter") if key in item}
-                item |= {key: keys(item[key]) for key in ("adapters",) if key in item}
-    return data
+    def part(item: Any) -> Any:
+        if not isinstance(item, dict):
+            return item
+        files = {key: one(item[key]) for key in ("file", "mask", "adapter") if key in item}
+        return {**item, **files, **({"adapters": keys(item["adapters"])} if "adapters" in item else {})}
+
+    out = part(settings)
+    if "base" in out:
+        out["base"] = one(out["base"])
+    lists = {key: out[key] for key in ("conditions", "regions") if isinstance(out.get(key), list)}
+    return {**out, **{key: [part(item) for item in items] for key, items in lists.items()}}
 
 
-def tokens_in(scene: Scene) -> list[str]:
-    """Every ``<word>`` of a scene's prompts."""
-    typed = " ".join([scene.prompt, *(region.prompt for region in scene.regions)])
-    return sorted(set(re.findall(r"<[\w-]+>", typed)))
+def adapters_held(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The adapters of a scene's settings with their strengths, first those that act everywhere; what is odd is none."""
+    regions = settings.get("regions")
+    parts = [settings, *(regions if isinstance(regions, list) else [])]
+    held = [part.get("adapters") for part in parts if isinstance(part, dict)]
+    return [adapters for adapters in held if isinstance(adapters, dict)]
+
+
+def adapter_files(scene: Scene) -> list[str]:
+    """Every adapter file that a scene or a region of it names, once."""
+    return list(dict.fromkeys([*scene.adapters, *(name for region in scene.regions for name in region.adapters)]))
