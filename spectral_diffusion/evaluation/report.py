@@ -84,7 +84,8 @@ def made_of(found: Evaluation) -> str:
     """Base, encoders and intervals in a sentence."""
     base = found.about.get("base") or {}
     drawn = f" Base: {base['name']}, fingerprint {base['fingerprint'][:12]}." if base else ""
-    return f"Encoders: {', '.join(short(one, found.encoders) for one in found.encoders)}. In brackets 95 % bootstrap intervals of the mean.{drawn}"
+    names = ", ".join(short(one, found.encoders) for one in found.encoders)
+    return f"Encoders: {names}. In brackets 95 % bootstrap intervals of the mean.{drawn}"
 
 
 def as_html(found: Evaluation, folder: Path) -> str:
