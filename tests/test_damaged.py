@@ -25,8 +25,8 @@ from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.data.pictures import open_upright
 from spectral_diffusion.errors import NotFiniteError, UserError, shown
 from spectral_diffusion.files import check_writable, parse_json, read_text, write_tensors
-from spectral_diffusion.formats.lora import read_lora
 from spectral_diffusion.formats.native import load_adapter, save_adapter
+from spectral_diffusion.formats.reading import read_lora
 from spectral_diffusion.fusion.activations import Activations
 from spectral_diffusion.fusion.collect import restored
 from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder
@@ -302,7 +302,7 @@ def test_an_alpha_that_is_not_finite_is_refused(config: str, tmp_path: Path) -> 
 )
 def test_an_alpha_pattern_is_a_name_as_peft_reads_it(pattern: str, scale: float, tmp_path: Path) -> None:
     config = json.dumps({"unet.lora_alpha": 4, "unet.alpha_pattern": {pattern: 6, "q": 100}})
-    factors, _ = read_lora(lora_file(tmp_path / "a.safetensors", config), ["unet.a.to_q"])
+    factors = read_lora(lora_file(tmp_path / "a.safetensors", config), ["unet.a.to_q"]).factors
     assert float(factors["unet.a.to_q"].up[0, 0]) == scale
 
 

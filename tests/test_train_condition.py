@@ -108,9 +108,9 @@ def test_stock_diffusers_opens_the_folder_and_draws(pairs: Path, tiny_base: Path
     trained = train_condition(config)
     loaded = T2IAdapter.from_pretrained(config.output)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in trained.state_dict().items())
-    assert build(ConditionConfig, read_yaml(config.output / "settings.yaml")) == config.model_copy(
-        update={"mixed_precision": "no"}
-    )
+    named = {"folder": Path(pairs.name), "output": Path(config.output.name), "base": tiny_base.name}  # no full paths
+    named |= {"mixed_precision": "no"}
+    assert build(ConditionConfig, read_yaml(config.output / "settings.yaml")) == config.model_copy(update=named)
     base = load_base(str(tiny_base), "cpu")
     plain = Scene(steps=2, device="cpu")
     sketch = Drawing(Image.open(pairs / "sketch" / "0.png"), adapter=str(config.output))

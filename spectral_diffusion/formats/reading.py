@@ -22,7 +22,7 @@ from diffusers.utils.state_dict_utils import (
 from torch import Tensor
 
 from ..errors import UserError, shown
-from ..files import parse_json, read_tensors, read_text
+from ..files import is_folder, parse_json, read_tensors, read_text
 from ..linalg import Factors
 from .lora import names_of
 from .native import is_native
@@ -73,7 +73,7 @@ def lora_file(path: Path) -> Path:
         UserError: a folder without a LoRA, or with several files.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not is_folder(path):
         return path
     named = [file for name in NAMED for suffix in SUFFIXES if (file := path / f"{name}{suffix}").is_file()]
     files = named[:1] or sorted(path.glob("*.safetensors"))
@@ -89,7 +89,7 @@ def is_foreign(path: Path) -> bool:
         UserError: a file that is no safetensors file at all.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         return any((path / f"{name}{suffix}").is_file() for name in NAMED for suffix in SUFFIXES)
     return not is_native(path)
 

@@ -126,7 +126,8 @@ def read_sources(path: Path) -> dict[str, str]:
     Raises:
         UserError: it is none of this program's pictures.
     """
-    return {located(str(name), path.parent): str(value) for name, value in read_embedded(path)["sources"].items()}
+    found = read_embedded(path)["sources"].items()
+    return {name if name == BASE else located(str(name), path.parent): str(value) for name, value in found}
 
 
 @dataclass
