@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ...training.state import load_state, save_state
+from spectral_diffusion.training.state import load_state, save_state
+
 from .render import Picture, Renderer, WorldConfig
 
 Report = Callable[[str], None]

@@ -18,9 +18,10 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from ...files import write_json
-from ...generation.keypose import draw_keypose
-from ...training.state import load_state, save_state
+from spectral_diffusion.files import write_json
+from spectral_diffusion.generation.keypose import draw_keypose
+from spectral_diffusion.training.state import load_state, save_state
+
 from .art import PACKAGES, PRETRAINING
 from .models import (
     build_scheduler,

@@ -1,0 +1,122 @@
+"""The verbs of the pocket base's tools: ``python -m tools.pocket``, from the root of the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectral_diffusion.cli.support import say
+
+app = typer.Typer(
+    name="python -m tools.pocket",
+    help="How the pocket base is made and measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command("pretrain")
+def pretrain(
+    work: Annotated[Path, typer.Option(help="Folder for artwork, checkpoints and the result; resumable.")] = Path(
+        "pretraining"
+    ),
+    vae_minutes: Annotated[float, typer.Option(help="Minutes for the autoencoder.")] = 15,
+    until: Annotated[int | None, typer.Option(help="Stop at this step.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+) -> None:
+    """Pretrain the pocket base from openly licensed artwork (hours on a CPU; goes on where it stopped)."""
+    import torch
+
+    from .art import icon_sets
+    from .pretrain import train_base
+    from .render import Renderer
+    from .vae import train_vae
+
+    torch.set_num_threads(threads)
+    renderer = Renderer(icon_sets(work / "art"))
+    if not (work / "vae").is_dir():
+        train_vae(renderer, work, vae_minutes, report=say)
+    train_base(renderer, work, until=until, report=say)
+    say(f"The pipeline is in {work / 'pipeline'}.")
+
+
+@app.command("concepts")
+def concepts(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the photo folders.")] = Path(
+        "concepts"
+    ),
+    work: Annotated[Path, typer.Option(help="Folder for the artwork.")] = Path("pretraining"),
+) -> None:
+    """Draw the ready-made concept folders again."""
+    from .art import icon_sets
+    from .concepts import make_all
+    from .render import Renderer
+
+    make_all(Renderer(icon_sets(work / "art")), output)
+    say(f"Wrote {output}/.")
+
+
+@app.command("naming")
+def naming(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the sheet, the names and the key.")],
+    base: Annotated[str, typer.Option(help="The pocket base, or a folder of the same kind.")] = "pocket",
+    seed: Annotated[int, typer.Option(help="Which pictures.")] = 0,
+    names: Annotated[int, typer.Option(min=2, max=40, help="Names on the list.")] = 40,
+    pictures: Annotated[int, typer.Option(min=1, max=512, help="Pictures on the sheet; names may repeat.")] = 48,
+) -> None:
+    """Draw unlabelled pictures to be named blindly from a list of names."""
+    from .naming import make_naming
+
+    make_naming(output, base, seed, names, pictures)
+    say(f"Wrote {output}/: name the pictures of sheet.png from names.txt, then look at key.json.")
+
+
+@app.command("measure")
+def measure(
+    work: Annotated[Path, typer.Option(help="Folder of the pretraining.")] = Path("pretraining"),
+    identity_steps: Annotated[int, typer.Option(help="Training steps of the identity encoder.")] = 1500,
+    judge_steps: Annotated[int, typer.Option(help="Training steps of each judge.")] = 1200,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+) -> None:
+    """Train the identity encoder and the two judges (goes on where it stopped)."""
+    import torch
+
+    from .art import icon_sets
+    from .identity import train_identity
+    from .judges import KINDS, train_judge
+    from .render import Renderer
+
+    torch.set_num_threads(threads)
+    renderer = Renderer(icon_sets(work / "art"))
+    train_identity(renderer, work, identity_steps, say)
+    for name in KINDS:
+        train_judge(renderer, work, name, judge_steps, say)
+
+
+@app.command("report")
+def report(
+    base: Annotated[str, typer.Option(help="The pocket base, or a folder of the same kind.")] = "pocket",
+    count: Annotated[int, typer.Option(min=1, help="Pictures per row of the table.")] = 300,
+    work: Annotated[Path, typer.Option(help="Folder for the artwork.")] = Path("pretraining"),
+    weights: Annotated[Path | None, typer.Option(help="Folder with judges/ and identity/ (default: shipped).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Measure every figure of the model card again."""
+    import json
+
+    from .art import icon_sets
+    from .render import Renderer
+    from .report import make_report, table
+
+    figures = make_report(
+        Renderer(icon_sets(work / "art")), base, count, weights, lambda text: typer.echo(text, err=True)
+    )
+    typer.echo(json.dumps(figures, indent=2) if as_json else table(figures))
+
+
+if __name__ == "__main__":
+    app()
