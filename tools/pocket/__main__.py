@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from spectral_diffusion.cli.support import say
+
+from .base import Limits, Recipe
 
 app = typer.Typer(
     name="python -m tools.pocket",
@@ -21,27 +24,29 @@ app = typer.Typer(
 
 @app.command("pretrain")
 def pretrain(
-    work: Annotated[Path, typer.Option(help="Folder for artwork, checkpoints and the result; resumable.")] = Path(
-        "pretraining"
-    ),
-    vae_minutes: Annotated[float, typer.Option(help="Minutes for the autoencoder.")] = 15,
-    until: Annotated[int | None, typer.Option(help="Stop at this step.")] = None,
+    work: Annotated[Path, typer.Option(help="Folder for artwork, state, log and samples.")] = Path("pretraining"),
+    start: Annotated[str, typer.Option(help="The pipeline to begin with if there is no state yet.")] = "pocket",
+    minutes: Annotated[float, typer.Option(help="Minutes of this piece.")] = math.inf,
+    until_samples: Annotated[int | None, typer.Option(help="Stop at this count of samples.")] = None,
+    decay_samples: Annotated[
+        int | None, typer.Option(help="Take the rate down over so many samples, from now.")
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Learning rate before the decay.")] = Recipe.rate,
+    batch: Annotated[int, typer.Option(help="Samples per step.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    sheet_samples: Annotated[
+        int, typer.Option(help="Draw a sample sheet whenever so many were seen; 0: never.")
+    ] = 50_000,
 ) -> None:
-    """Pretrain the pocket base from openly licensed artwork (hours on a CPU; goes on where it stopped)."""
+    """Train text encoder, U-Net and T2I-Adapters for one piece (goes on where the last one stopped)."""
     import torch
 
-    from .art import icon_sets
-    from .pretrain import train_base
-    from .render import Renderer
-    from .vae import train_vae
+    from .pieces import Piece, run_base
 
     torch.set_num_threads(threads)
-    renderer = Renderer(icon_sets(work / "art"))
-    if not (work / "vae").is_dir():
-        train_vae(renderer, work, vae_minutes, report=say)
-    train_base(renderer, work, until=until, report=say)
-    say(f"The pipeline is in {work / 'pipeline'}.")
+    limits = Limits(minutes, until_samples)
+    run_base(Piece(work, start, batch, device, sheet_samples), Recipe(rate=rate), limits, decay_samples, say)
 
 
 @app.command("concepts")

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, T2IAdapter, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .world import vocabulary
 
+if TYPE_CHECKING:
+    from .batches import Batch
+
 LENGTH = 32  # text positions
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the trained networks."""
+
+    widths: tuple[int, int, int] = (64, 96, 128)  # of the U-Net's levels, and of the T2I-Adapters' features
+    heads: tuple[int, int, int] = (2, 3, 4)  # of 32 columns each
+    groups: int = 16  # of the group norms
+    text_width: int = 128
+    text_layers: int = 2
+
+
+NARROW = Sizes()
+WIDE = Sizes(widths=(96, 128, 192), heads=(3, 4, 6))
+SIZES = {"narrow": NARROW, "wide": WIDE}
 
 
 def build_tokenizer() -> CLIPTokenizer:
@@ -39,16 +61,16 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers of width 128 over 32 positions."""
+def build_text_encoder(tokenizer: CLIPTokenizer, sizes: Sizes = NARROW) -> CLIPTextModel:
+    """A CLIPTextModel over 32 positions."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            projection_dim=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
+            hidden_size=sizes.text_width,
+            intermediate_size=4 * sizes.text_width,
+            projection_dim=sizes.text_width,
+            num_hidden_layers=sizes.text_layers,
+            num_attention_heads=sizes.text_width // 32,
             max_position_embeddings=LENGTH,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -57,8 +79,8 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def build_unet() -> UNet2DConditionModel:
-    """5.7 M parameters; cross-attention at every level going down, at 8×8 and 4×4 going up.
+def build_unet(sizes: Sizes = NARROW) -> UNet2DConditionModel:
+    """5.7 M parameters (narrow); cross-attention at every level going down, at 8×8 and 4×4 going up.
 
     The first block is a CrossAttnDownBlock2D, so T2I-Adapter features act at full latent size.
     """
@@ -66,22 +88,29 @@ def build_unet() -> UNet2DConditionModel:
         sample_size=16,
         in_channels=8,
         out_channels=8,
-        block_out_channels=(64, 96, 128),
+        block_out_channels=sizes.widths,
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=128,
-        attention_head_dim=(2, 3, 4),
-        norm_num_groups=16,
+        cross_attention_dim=sizes.text_width,
+        attention_head_dim=sizes.heads,
+        norm_num_groups=sizes.groups,
     )
     unet.set_attn_processor(AttnProcessor())  # SDPA's backward is slow on CPU
     return unet
 
 
-def build_t2i_adapter(channels: int) -> T2IAdapter:
-    """A condition (a sketch has 1 channel, a keypose 3) to features of the three U-Net levels."""
+def build_t2i_adapter(channels: int, sizes: Sizes = NARROW, downscale: int = 4) -> T2IAdapter:
+    """A condition (a sketch has 1 channel, a keypose 3) to features of the three U-Net levels.
+
+    ``downscale`` is the picture's side over the latents': 4 for 64 pixels, 8 for 128.
+    """
     return T2IAdapter(
-        in_channels=channels, channels=[64, 96, 128], num_res_blocks=1, downscale_factor=4, adapter_type="full_adapter"
+        in_channels=channels,
+        channels=list(sizes.widths),
+        num_res_blocks=1,
+        downscale_factor=downscale,
+        adapter_type="full_adapter",
     )
 
 
@@ -133,3 +162,39 @@ def save_pipeline(
     pipeline.save_pretrained(folder)
     for name in ("t2i_sketch", "t2i_keypose"):
         half[name].save_pretrained(folder / name)
+
+
+class Trainee(nn.Module):
+    """The networks that are trained together."""
+
+    def __init__(self, sizes: Sizes = NARROW, downscale: int = 4) -> None:
+        super().__init__()
+        self.sizes, self.downscale = sizes, downscale
+        self.tokenizer = build_tokenizer()
+        self.text_encoder = build_text_encoder(self.tokenizer, sizes)
+        self.unet = build_unet(sizes)
+        self.t2i_sketch = build_t2i_adapter(1, sizes, downscale)
+        self.t2i_keypose = build_t2i_adapter(3, sizes, downscale)
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, batch: Batch) -> Tensor:
+        words = self.text_encoder(batch.ids).last_hidden_state
+        features: list[Tensor] | None = None
+        for adapter, images, rows in (
+            (self.t2i_sketch, batch.sketches, batch.sketch_rows),
+            (self.t2i_keypose, batch.keyposes, batch.keypose_rows),
+        ):
+            if len(rows):
+                mine = [
+                    feature.new_zeros(len(noisy), *feature.shape[1:]).index_put((rows,), feature)
+                    for feature in adapter(images)
+                ]
+                features = mine if features is None else [a + b for a, b in zip(features, mine, strict=True)]
+        return self.unet(noisy, timesteps, words, down_intrablock_additional_residuals=features).sample
+
+    @torch.no_grad()
+    def load_pipeline(self, folder: Path) -> None:
+        """Take the weights of a folder that :func:`save_pipeline` wrote."""
+        for name, module in self.named_children():
+            kind: Any = type(module)
+            loaded = kind.from_pretrained(folder / name, dtype=torch.float32)
+            module.load_state_dict(loaded.state_dict())

@@ -34,9 +34,9 @@ class Picture:
     backdrop: Backdrop
 
 
-@dataclass
+@dataclass(frozen=True)
 class WorldConfig:
-    """How varied the drawn world is; the curriculum widens it as training goes on."""
+    """How varied the drawn world is."""
 
     classes: int = 24
     familiar: int = 0  # classes known from earlier stages; the later ones are drawn twice as often (0: all alike)
