@@ -33,11 +33,13 @@ def pretrain(
     ] = None,
     rate: Annotated[float, typer.Option(help="Learning rate before the decay.")] = Recipe.rate,
     batch: Annotated[int, typer.Option(help="Samples per step.")] = 32,
+    sizes: Annotated[str, typer.Option(help="narrow or wide: the U-Net's widths.")] = "narrow",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    sheet_samples: Annotated[
-        int, typer.Option(help="Draw a sample sheet whenever so many were seen; 0: never.")
-    ] = 50_000,
+    workers: Annotated[int, typer.Option(help="Processes that plan scenes ahead.")] = 0,
+    puppets: Annotated[int, typer.Option(help="Drawings of each puppet in a colour and a pose.")] = 48,
+    reuse: Annotated[bool, typer.Option(help="See every batch twice, with other noise.")] = True,
+    sheet_samples: Annotated[int, typer.Option(help="Draw a sample sheet after so many; 0: never.")] = 50_000,
 ) -> None:
     """Train text encoder, U-Net and T2I-Adapters for one piece (goes on where the last one stopped)."""
     import torch
@@ -45,8 +47,8 @@ def pretrain(
     from .pieces import Piece, run_base
 
     torch.set_num_threads(threads)
-    limits = Limits(minutes, until_samples)
-    run_base(Piece(work, start, batch, device, sheet_samples), Recipe(rate=rate), limits, decay_samples, say)
+    piece = Piece(work, start, sizes, batch, device, workers, puppets, reuse, sheet_samples)
+    run_base(piece, Recipe(rate=rate), Limits(minutes, until_samples), decay_samples, say)
 
 
 @app.command("concepts")

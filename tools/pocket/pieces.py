@@ -1,9 +1,13 @@
-"""One piece of the base's training: from the state in a folder to the next one."""
+"""One piece of the pretraining: from the state in a folder to the next one."""
 
 from __future__ import annotations
 
+import os
 import platform
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -13,14 +17,18 @@ from spectral_diffusion import pocket
 
 from .art import icon_sets
 from .base import Limits, Recipe, Training, train_base
-from .batches import Mix, PillowSource
-from .compute import choose
-from .models import Trainee
+from .batches import Mix
+from .compute import Compute, choose
+from .device import DeviceRenderer, DeviceSource
+from .models import SIZES, Trainee
+from .plan import Planner
 from .render import Renderer
 from .sheet import export, sample_sheet
+from .sprites import Bank, build_bank, pack_artwork
 from .vae import Report
 
 STATE = "base.state.safetensors"
+ARTWORK = "artwork.safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,38 +37,55 @@ class Piece:
 
     work: Path
     start: str = "pocket"
+    sizes: str = "narrow"
     batch: int = 32
     device: str = "auto"
+    workers: int = 0  # processes that plan ahead
+    puppets: int = 48  # drawings of each puppet in a colour and a pose
+    reuse: bool = True  # see every batch twice
     sheet_samples: int = 50_000
 
 
+def frozen_vae(compute: Compute) -> AutoencoderKL:
+    """The autoencoder of pocket@1, from 64 pixels to the latents."""
+    vae = AutoencoderKL.from_pretrained(pocket.path() / "vae", dtype=torch.float32)
+    return vae.requires_grad_(False).to(compute.device)
+
+
+def bank_of(work: Path, size: int, puppets: int, compute: Compute, workers: int = 0) -> Bank:
+    """The bank of sprites; the artwork is fetched and packed the first time."""
+    artwork = work / ARTWORK
+    if not artwork.exists():
+        pack_artwork(Renderer(icon_sets(work / "art")), artwork)
+    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else nullcontext()
+    with pool as processes:
+
+        def mapped(work, *jobs):  # type: ignore[no-untyped-def]
+            return processes.map(work, *jobs, chunksize=64) if processes else map(work, *jobs)
+
+        return build_bank(artwork, size, puppets, compute.device, mapped)
+
+
 def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | None, report: Report) -> None:
-    """Train one piece in ``piece.work``; saves its state there, and a sheet of samples now and then."""
+    """Train the base for one piece in ``piece.work``; saves its state there, and a sheet of samples now and then."""
     compute, mix = choose(piece.device), Mix()
-    folder = pocket.path() if piece.start == "pocket" else Path(piece.start)
-    training = Training(Trainee(), compute, recipe)
+    training = Training(Trainee(SIZES[piece.sizes]), compute, recipe)
     state = piece.work / STATE
     if state.exists():
         training.load(state)
     else:
-        training.trainee.load_pipeline(folder)
+        training.trainee.load_pipeline(pocket.path() if piece.start == "pocket" else Path(piece.start))
         training.reset_averages()
     progress = training.progress
     if decay_samples and progress.decay_from is None:
         progress.decay_from, progress.decay_samples = progress.samples, decay_samples
-    vae = AutoencoderKL.from_pretrained(pocket.path() / "vae", dtype=torch.float32).requires_grad_(False)
-    source = PillowSource(
-        Renderer(icon_sets(piece.work / "art")),
-        vae.to(compute.device),
-        training.trainee.tokenizer,
-        compute,
-        mix,
-        piece.batch,
-    )
+    vae = frozen_vae(compute)
+    bank = bank_of(piece.work, 64, piece.puppets, compute, piece.workers)
+    planner = Planner(bank.catalogue, training.trainee.tokenizer, mix, piece.batch)
+    source = DeviceSource(DeviceRenderer(bank, compute), vae, planner, piece.workers, piece.reuse)
     report(
-        f"from {'step ' + str(progress.step) if progress.step else folder}, {progress.samples} samples; batch "
-        f"{piece.batch} on {compute.device} of {platform.processor() or platform.machine()}, "
-        f"{torch.get_num_threads()} threads, {'bfloat16' if compute.bf16 else 'float32'}"
+        f"from step {progress.step}, {progress.samples} samples; {piece.sizes}, batch {piece.batch} "
+        f"on {described(compute)}"
     )
     sheets = progress.samples // max(1, piece.sheet_samples)
 
@@ -75,3 +100,19 @@ def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | 
             sample_sheet(piece.work / "pipeline", piece.work / f"samples-{progress.samples // 1000:06d}k.png")
 
     train_base(training, source, limits, save, report)
+
+
+def described(compute: Compute) -> str:
+    """The device, its threads and its precision in words."""
+    if compute.device.type == "cuda":
+        name = torch.cuda.get_device_name(compute.device)
+    else:
+        name = f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    return f"{name}, {'bfloat16' if compute.bf16 else 'float32'}"
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
