@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from random import Random
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from spectral_diffusion.errors import UserError
-from spectral_diffusion.files import write_tensors
-from tools.pocket.base import Limits, Progress, Recipe, Training, train_base
-from tools.pocket.batches import WORLD, Batch, Mix
+from tools.pocket.base import Recipe, Training
+from tools.pocket.batches import Batch
 from tools.pocket.compute import Compute, choose
+from tools.pocket.loop import Limits, Progress, train_piece
 from tools.pocket.models import Sizes, Trainee
 
 TINY = Sizes(widths=(8, 8, 8), heads=(1, 1, 1), groups=4, text_width=32, text_layers=1)
@@ -43,9 +39,9 @@ def tiny_training(recipe: Recipe | None = None) -> Training:
     return Training(Trainee(TINY), CPU, recipe or Recipe(warmup=8, ema=(4, 40)))
 
 
-def run(training: Training, until: int, saver: Callable[[Training], None] = lambda training: None) -> list[str]:
+def run(training: Training, until: int, saver: Callable[[], None] = lambda: None) -> list[str]:
     said: list[str] = []
-    train_base(training, random_batch, Limits(until_samples=until, report_steps=3), saver, said.append)
+    train_piece(training, random_batch, Limits(until_samples=until, report_steps=3), saver, said.append)
     return said
 
 
@@ -53,7 +49,7 @@ def test_a_resumed_training_is_the_unbroken_one_bit_for_bit(tmp_path: Path) -> N
     whole = tiny_training()
     run(whole, 60)
     part = tiny_training()
-    run(part, 32, lambda training: training.save(tmp_path / "state", {"start": "noise"}))
+    run(part, 32, lambda: part.save(tmp_path / "state", {"start": "noise"}))
     rest = tiny_training()
     torch.manual_seed(99)
     assert rest.load(tmp_path / "state") == {"start": "noise"}
@@ -68,11 +64,11 @@ def test_a_piece_ends_by_time_with_a_saved_state(tmp_path: Path) -> None:
     saved: list[int] = []
     training = tiny_training()
     said: list[str] = []
-    train_base(
+    train_piece(
         training,
         random_batch,
         Limits(minutes=0.0, report_steps=2),
-        lambda t: saved.append(t.progress.step),
+        lambda: saved.append(training.progress.step),
         said.append,
     )
     assert saved == [2] and training.progress.step == 2 and "loss" in said[0]
@@ -95,7 +91,7 @@ def test_a_loss_that_is_not_finite_is_never_saved() -> None:
     with torch.no_grad():
         training.parameters[0].fill_(torch.nan)
     with pytest.raises(UserError, match="not finite"):
-        run(training, 12, lambda training: pytest.fail("saved"))
+        run(training, 12, lambda: pytest.fail("saved"))
 
 
 def test_bfloat16_is_measured_not_assumed() -> None:

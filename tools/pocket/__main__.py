@@ -10,7 +10,8 @@ import typer
 
 from spectral_diffusion.cli.support import say
 
-from .base import Limits, Recipe
+from .base import Recipe
+from .loop import Limits
 
 app = typer.Typer(
     name="python -m tools.pocket",
@@ -49,6 +50,36 @@ def pretrain(
     torch.set_num_threads(threads)
     piece = Piece(work, start, sizes, batch, device, workers, puppets, reuse, sheet_samples)
     run_base(piece, Recipe(rate=rate), Limits(minutes, until_samples), decay_samples, say)
+
+
+@app.command("vae")
+def vae(
+    work: Annotated[Path, typer.Option(help="Folder for artwork, state and the autoencoder.")] = Path("pretraining"),
+    start: Annotated[str, typer.Option(help="The pipeline whose U-Net predicts latents.")] = "pocket",
+    minutes: Annotated[float, typer.Option(help="Minutes of this piece.")] = math.inf,
+    until_samples: Annotated[int | None, typer.Option(help="Stop at this count of samples.")] = None,
+    decay_samples: Annotated[
+        int | None, typer.Option(help="Take the rate down over so many samples, from now.")
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Learning rate before the decay.")] = 1e-3,
+    batch: Annotated[int, typer.Option(help="Pictures per step.")] = 8,
+    features: Annotated[float, typer.Option(help="Weight of the error in the critic's features.")] = 0.0,
+    adversarial: Annotated[float, typer.Option(help="Weight of what the critic says.")] = 0.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    workers: Annotated[int, typer.Option(help="Processes that draw puppets.")] = 0,
+    puppets: Annotated[int, typer.Option(help="Drawings of each puppet in a colour and a pose.")] = 12,
+) -> None:
+    """Train the autoencoder for 128 pixels for one piece (goes on where the last one stopped)."""
+    import torch
+
+    from .pieces import Piece, run_vae
+    from .vae import VaeRecipe
+
+    torch.set_num_threads(threads)
+    piece = Piece(work, start, "narrow", batch, device, workers, puppets)
+    recipe = VaeRecipe(rate=rate, features=features, adversarial=adversarial)
+    run_vae(piece, recipe, Limits(minutes, until_samples), decay_samples, say)
 
 
 @app.command("concepts")

@@ -6,9 +6,6 @@ samples. Every draw is keyed by the step, so a piece that goes on from a saved s
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,22 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_diffusion.errors import UserError
 from spectral_diffusion.training.state import load_state, save_state
 
 from .batches import Batch
 from .compute import Compute
+from .loop import Progress, Rates
 from .models import Trainee, build_scheduler
-from .vae import Report
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Rates):
     """How the networks are trained on what the batches show."""
 
-    rate: float = 8e-4
-    warmup: int = 16_000  # samples
-    last_rate: float = 1e-5  # at the end of the decay
     ema: tuple[int, ...] = (30_000, 150_000)  # samples that each moving average looks back
     timestep_power: float = 0.55  # timesteps are 1000 u^power: below 1, more of them at high noise
     object_weight: float = 2.5  # added to the loss where things are
@@ -39,41 +32,6 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 1e-4
     clip: float = 1.0
-
-
-@dataclass
-class Progress:
-    """How far the training is, and where its decay begins. All of it is saved."""
-
-    step: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    warmed: int = 0  # samples at which the optimizer started anew; the rate warms up from here
-    decay_from: int | None = None
-    decay_samples: int = 0
-
-    def rate(self, recipe: Recipe) -> float:
-        """The learning rate of the next step."""
-        warm = min(1.0, (self.samples - self.warmed + 1) / max(1, recipe.warmup))
-        if self.decay_from is None:
-            return recipe.rate * warm
-        share = min(1.0, (self.samples - self.decay_from) / max(1, self.decay_samples))
-        return (recipe.rate + (recipe.last_rate - recipe.rate) * share) * warm
-
-    @property
-    def decayed(self) -> bool:
-        """Whether the decay is over, and with it the training."""
-        return self.decay_from is not None and self.samples >= self.decay_from + self.decay_samples
-
-
-@dataclass
-class Limits:
-    """When a piece ends, and how often it saves and reports."""
-
-    minutes: float = math.inf
-    until_samples: int | None = None
-    save_minutes: float = 5.0
-    report_steps: int = 20
 
 
 @dataclass
@@ -98,6 +56,10 @@ class Training:
             self.parameters, lr=recipe.rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
 
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return self.progress.rate(self.recipe)
+
     @torch.no_grad()
     def reset_averages(self) -> None:
         """Begin the moving averages with the present weights."""
@@ -107,7 +69,7 @@ class Training:
     def step(self, batch: Batch) -> Tensor:
         """One optimizer step; returns the loss, which stays on the device."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.progress.rate(self.recipe)
+            group["lr"] = self.rate()
         loss = velocity_loss(self, batch)
         self.optimizer.zero_grad()
         loss.backward()
@@ -174,44 +136,3 @@ def velocity_loss(training: Training, batch: Batch) -> Tensor:
     snr = alpha / (1 - alpha)
     where = 1 + recipe.object_weight * batch.where
     return ((predicted.float() - target).square() * where / (1 + snr / recipe.snr)).mean() / where.mean()
-
-
-def train_base(
-    training: Training,
-    source: Callable[[int], Batch],
-    limits: Limits,
-    save: Callable[[Training], None],
-    report: Report,
-) -> None:
-    """Train one piece; it ends with a saved state, by time, samples or the end of the decay.
-
-    Raises:
-        UserError: the loss is not finite; the last saved state is good.
-    """
-    progress = training.progress
-    begun = last = saved = time.monotonic()
-    loss, steps, samples = torch.zeros((), device=training.compute.device), 0, progress.samples
-    done = progress.decayed
-    while not done:
-        loss = loss + training.step(source(progress.step))
-        steps += 1
-        done = progress.decayed or progress.samples >= (limits.until_samples or math.inf)
-        if steps < limits.report_steps and not done:
-            continue
-        # The loss is read here alone: on a GPU the steps in between run without waiting.
-        mean = float(loss) / steps
-        if not math.isfinite(mean):
-            raise UserError(
-                f"The loss is not finite at step {progress.step}; go on from the last state that was saved."
-            )
-        now = time.monotonic()
-        progress.seconds += now - last
-        report(
-            f"step {progress.step} samples {progress.samples} rate {progress.rate(training.recipe):.2e} "
-            f"loss {mean:.4f} {(progress.samples - samples) / (now - last):.1f} samples/s"
-        )
-        loss, steps, samples, last = torch.zeros_like(loss), 0, progress.samples, now
-        done = done or now - begun >= 60 * limits.minutes
-        if done or now - saved >= 60 * limits.save_minutes:
-            save(training)
-            saved = last = time.monotonic()

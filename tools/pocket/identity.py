@@ -21,8 +21,8 @@ from spectral_diffusion.training.state import load_state, save_state
 from . import puppets
 from .art import PRETRAINING
 from .concepts import CONCEPTS, PATTERNS, Look, drawn, place_view, views
+from .loop import Report
 from .render import Renderer, backdrop_canvas
-from .vae import Report
 from .world import CLASSES, PLAIN, SETTINGS
 
 AnyLook = Look | puppets.Look

@@ -17,8 +17,8 @@ from spectral_diffusion.evaluation.judges import BACKDROPS, HEADS, JUDGES, NOUNS
 from spectral_diffusion.files import write_tensors
 from spectral_diffusion.training.state import load_state, save_state
 
+from .loop import Report
 from .render import Picture, Renderer, WorldConfig
-from .vae import Report
 from .world import Backdrop, Thing
 
 TRAINED = 40  # classes of the curriculum

@@ -6,7 +6,7 @@ import os
 import platform
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,18 +16,20 @@ from diffusers import AutoencoderKL
 from spectral_diffusion import pocket
 
 from .art import icon_sets
-from .base import Limits, Recipe, Training, train_base
+from .base import Recipe, Training
 from .batches import Mix
 from .compute import Compute, choose
 from .device import DeviceRenderer, DeviceSource
+from .loop import Limits, Report, train_piece
 from .models import SIZES, Trainee
 from .plan import Planner
 from .render import Renderer
 from .sheet import export, sample_sheet
 from .sprites import Bank, build_bank, pack_artwork
-from .vae import Report
+from .vae import VaeRecipe, VaeSource, VaeTraining, grown, psnr, vae_planner
 
 STATE = "base.state.safetensors"
+VAE_STATE = "vae.state.safetensors"
 ARTWORK = "artwork.safetensors"
 
 
@@ -89,7 +91,7 @@ def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | 
     )
     sheets = progress.samples // max(1, piece.sheet_samples)
 
-    def save(training: Training) -> None:
+    def save() -> None:
         nonlocal sheets
         about = {"start": piece.start, "batch": piece.batch, "mix": asdict(mix)}
         training.save(state, about)
@@ -99,7 +101,44 @@ def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | 
             export(training, vae, piece.work / "pipeline", about={"progress": asdict(progress), **about})
             sample_sheet(piece.work / "pipeline", piece.work / f"samples-{progress.samples // 1000:06d}k.png")
 
-    train_base(training, source, limits, save, report)
+    train_piece(training, source, limits, save, report)
+
+
+def run_vae(piece: Piece, recipe: VaeRecipe, limits: Limits, decay_samples: int | None, report: Report) -> None:
+    """Train the autoencoder for 128 pixels for one piece in ``piece.work``; saves its state and ``vae/`` there."""
+    compute = choose(piece.device)
+    old = frozen_vae(compute)
+    training = VaeTraining(grown(old.cpu()), compute, recipe)
+    old.to(compute.device)
+    state = piece.work / VAE_STATE
+    if state.exists():
+        training.load(state)
+    progress = training.progress
+    if decay_samples and progress.decay_from is None:
+        progress.decay_from, progress.decay_samples = progress.samples, decay_samples
+    trainee = Trainee(SIZES[piece.sizes])
+    trainee.load_pipeline(pocket.path() if piece.start == "pocket" else Path(piece.start))
+    trainee.requires_grad_(False).to(compute.device)
+    bank = bank_of(piece.work, 128, piece.puppets, compute, piece.workers)
+    planner = vae_planner(Planner(bank.catalogue, trainee.tokenizer, Mix(), piece.batch))
+    source = VaeSource(DeviceRenderer(bank, compute), planner, old, trainee, recipe)
+    held_out = VaeSource(
+        source.renderer, replace(planner, batch=48, name="pocket2-vae-validation"), old, trainee, recipe
+    )
+    validation = held_out(0)
+    report(f"vae from step {progress.step}, {progress.samples} samples; batch {piece.batch} on {described(compute)}")
+
+    def save() -> None:
+        training.save(state, {"start": piece.start, "batch": piece.batch})
+        averaged = training.averaged()
+        averaged.save_pretrained(piece.work / "vae")
+        true, predicted, through = psnr(averaged, validation)
+        report(
+            f"saved {state.name} at {progress.samples} samples; PSNR of true latents {true:.2f} dB, of predicted ones "
+            f"{predicted:.2f} dB, through its own encoder {through:.2f} dB"
+        )
+
+    train_piece(training, source, limits, save, report)
 
 
 def described(compute: Compute) -> str:

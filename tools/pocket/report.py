@@ -34,8 +34,8 @@ from . import puppets
 from .concepts import CONCEPTS, views
 from .identity import held_out_auc
 from .judges import SEEN
+from .loop import Report
 from .render import Picture, Renderer, WorldConfig, thicken
-from .vae import Report
 from .world import Backdrop, Thing
 
 Figures = dict[str, Any]

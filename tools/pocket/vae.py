@@ -1,147 +1,341 @@
-"""Pretrain the pocket base's AutoencoderKL on rendered scenes."""
+"""The autoencoder for 128 pixels: pocket@1's latents, and a decoder that draws clean edges from imperfect ones.
+
+It has one more stage than pocket@1's, which it is built from: its encoder gives the latents that pocket@1's encoder
+gives for the picture at half its size, so text encoder, U-Net and T2I-Adapters stay as they are. Its decoder learns
+from true latents and from what the U-Net makes of noisy ones.
+"""
 
 from __future__ import annotations
 
-import math
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from random import Random
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectral_diffusion.training.state import load_state, save_state
 
-from .render import Picture, Renderer, WorldConfig
+from .batches import Mix
+from .compute import Compute
+from .device import DeviceRenderer
+from .loop import Progress, Rates
+from .models import Trainee, build_scheduler
+from .plan import Planner
+from .render import WorldConfig
 
-Report = Callable[[str], None]
-WIDEST = WorldConfig(
-    classes=48, counts=(0.5, 0.35, 0.15), scale=(0.5, 0.95), shift=0.15, rotate=15, mirror=0.5, natural=0.4
+VARIED = WorldConfig(
+    classes=40,
+    counts=(0.5, 0.3, 0.2),
+    scale=(0.5, 0.95),
+    shift=0.15,
+    rotate=15,
+    natural=0.3,
+    second_drawing=0.4,
+    puppets=0.2,
 )
 
 
-def build_vae() -> AutoencoderKL:
-    """A small AutoencoderKL: 3×64×64 pixels to 8×16×16 latents."""
+def build_vae(widths: tuple[int, ...]) -> AutoencoderKL:
+    """A small AutoencoderKL with one stage for each width; each but the last halves the side."""
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 48, 64),
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
         layers_per_block=1,
         latent_channels=8,
         norm_num_groups=8,
-        sample_size=64,
+        sample_size=16 * 2 ** (len(widths) - 1),
         scaling_factor=1.0,
         mid_block_add_attention=False,
     )
 
 
-def pixels(pictures: list[Picture]) -> Tensor:
-    """(n, 3, H, W) float32 in −1…1."""
-    stack = np.stack([picture.image for picture in pictures])
-    return torch.from_numpy(stack).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+@torch.no_grad()
+def grown(old: AutoencoderKL) -> AutoencoderKL:
+    """The autoencoder for twice the side that begins as ``old`` with the picture made smaller before and larger after.
 
-
-def prefetch(make: Callable[[int], object], start: int, depth: int = 4) -> Iterator:
-    """Yield make(start), make(start + 1), … from one background thread."""
-    ready: queue.Queue = queue.Queue(depth)
-
-    def work() -> None:
-        step = start
-        while True:
-            ready.put(make(step))
-            step += 1
-
-    threading.Thread(target=work, daemon=True).start()
-    while True:
-        yield ready.get()
-
-
-def psnr(vae: AutoencoderKL, renderer: Renderer, count: int = 64) -> float:
-    """Reconstruction PSNR in dB on fixed scenes that no training step draws."""
-    random = Random("vae-validation")
-    images = pixels([renderer.scene(random, WIDEST) for _ in range(count)])
-    with torch.no_grad():
-        decoded = vae.decode(vae.encode(images).latent_dist.mean).sample
-    error = ((decoded.clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
-    return float((-10 * error.log10()).mean())
-
-
-def train_vae(renderer: Renderer, folder: Path, minutes: float, batch: int = 8, report: Report = print) -> None:
-    """Train for ``minutes`` of wall time in all, going on from ``folder/vae.state.safetensors``.
-
-    The learning rate falls linearly with the share of the time that is gone.
+    Decoding begins as exactly that but for the last convolution. Encoding does but for one of the 36 pixels that
+    each feature of the first convolution reads: its two 3×3 convolutions together reach 5×5.
     """
-    torch.manual_seed(0)
-    vae = build_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0, fused=True)
-    path = folder / "vae.state.safetensors"
-    step, spent = 0, 0.0
-    if path.exists():
-        tensors, meta = load_state(path, optimizer)
-        vae.load_state_dict(tensors)
-        step, spent = meta["step"], meta["spent"]
+    widths = tuple(old.config.block_out_channels)
+    new = build_vae((widths[0], *widths))
+    weights = new.state_dict()
+    for name, value in old.state_dict().items():
+        if name.startswith("encoder.down_blocks."):
+            number = int(name.split(".")[2])
+            name = name.replace(f"blocks.{number}.", f"blocks.{number + 1}.", 1)
+        if not name.startswith("encoder.conv_in."):
+            weights[name] = value.clone()
+    new.load_state_dict(weights)
+    encoder, decoder = new.encoder, new.decoder
+    # Channel 4c + 2a + b of the first convolution is colour c: rows r and r + 1 (a = 0) or row r − 1 (a = 1), and
+    # columns alike. The stride takes old tap −1 from a = 1 at its first row, 0 and 1 from a = 0 at its first and third.
+    taps = torch.tensor([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
+    first, stride = encoder.conv_in, encoder.down_blocks[0].downsamplers[0].conv
+    stride.weight.zero_()
+    stride.bias.copy_(old.encoder.conv_in.bias)
+    for c in range(3):
+        for a in range(2):
+            for b in range(2):
+                channel = 4 * c + 2 * a + b
+                first.weight[channel].zero_()
+                first.weight[channel, c] = torch.outer(taps[a], taps[b])
+                first.bias[channel] = 0
+        for p, (a, down) in enumerate(((1, 0), (0, 0), (0, 2))):
+            for q, (b, across) in enumerate(((1, 0), (0, 0), (0, 2))):
+                stride.weight[:, 4 * c + 2 * a + b, down, across] += old.encoder.conv_in.weight[:, c, p, q]
+    make_identity(encoder.down_blocks[0].resnets)
+    make_identity(decoder.up_blocks[-1].resnets)
+    grow = decoder.up_blocks[-2].upsamplers[0].conv
+    nn.init.dirac_(grow.weight)
+    nn.init.zeros_(grow.bias)
+    return new
 
-    def make(step: int) -> Tensor:
-        random = Random(f"vae/{step}")
-        return pixels([renderer.scene(random, WIDEST) for _ in range(batch)])
 
-    batches = prefetch(make, step)
-    last = time.monotonic()
-    loss = torch.zeros(())
-    while spent < minutes * 60:
-        share = spent / (minutes * 60)
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 200) * min(1.0, (1 - share) / 0.6)
-        images = next(batches)
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(images).latent_dist
-            decoded = vae.decode(posterior.sample()).sample.float()
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        edges = sum(F.l1_loss(decoded.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
-        loss = F.mse_loss(decoded, images) * 4 + F.l1_loss(decoded, images) + edges + 2e-4 * kl
-        optimizer.zero_grad()
+def make_identity(resnets: Any) -> None:
+    """Let residual blocks begin by giving what they get."""
+    for block in resnets:
+        nn.init.zeros_(block.conv2.weight)
+        nn.init.zeros_(block.conv2.bias)
+
+
+class Critic(nn.Module):
+    """Tells patches of true pictures from decoded ones: logits at an eighth of the side, and features on the way.
+
+    It sees the latents beside the picture, so that a patch must fit what it was decoded from.
+    """
+
+    def __init__(self, widths: tuple[int, int, int] = (24, 48, 64)) -> None:
+        super().__init__()
+        sides = (3, *widths)
+        self.stages = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in zip(sides, widths))
+        self.latents = nn.Conv2d(8, widths[-1], 1)
+        self.last = nn.Sequential(nn.Conv2d(2 * widths[-1], widths[-1], 3, 1, 1), nn.LeakyReLU(0.2))
+        self.head = nn.Conv2d(widths[-1], 1, 3, 1, 1)
+
+    def forward(self, images: Tensor, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
+        features = []
+        x = images
+        for stage in self.stages:
+            x = F.leaky_relu(stage(x), 0.2)
+            features.append(x)
+        x = self.last(torch.cat([x, self.latents(latents)], 1))
+        return self.head(x), [*features, x]
+
+
+@dataclass(frozen=True)
+class VaeRecipe(Rates):
+    """How the autoencoder is trained."""
+
+    rate: float = 1e-3
+    warmup: int = 1_000
+    ema: int = 5_000  # samples that the moving average looks back
+    predicted: float = 0.5  # share of latents that the U-Net predicted
+    timesteps: tuple[int, int] = (50, 650)  # where it predicts
+    distilled: float = 0.25  # share of the batch that the encoder learns from
+    edges: float = 1.0  # weight of the error in differences between neighbours
+    features: float = 0.0  # weight of the error in the critic's features
+    adversarial: float = 0.0  # weight of what the critic says
+    critic_rate: float = 4e-4
+    clip: float = 1.0
+
+
+@dataclass
+class VaeBatch:
+    """True pictures with the latents to decode; those of the last rows are the U-Net's predictions."""
+
+    images: Tensor  # (n, 3, 128, 128)
+    moments: Tensor  # (n, 16, 16, 16) that pocket@1's encoder gives
+    latents: Tensor  # (n, 8, 16, 16) to decode
+    predicted: int
+
+
+@dataclass
+class VaeSource:
+    """The batches of a step, keyed by it."""
+
+    renderer: DeviceRenderer
+    planner: Planner
+    old: AutoencoderKL
+    trainee: Trainee
+    recipe: VaeRecipe
+    alphas: Tensor = field(default_factory=lambda: build_scheduler().alphas_cumprod)
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> VaeBatch:
+        compute, plan = self.renderer.compute, self.planner(step)
+        images = self.renderer(plan).images
+        generator = compute.generator(step)
+        true = len(images) - round(self.recipe.predicted * len(images))
+        images = torch.cat([recolored(images[:true], generator), images[true:]])
+        with compute.autocast():
+            moments = self.old.quant_conv(self.old.encoder(F.avg_pool2d(images, 2))).float()
+        latents = moments[:, :8].clone()
+        if true < len(images):
+            ids = compute.move(torch.from_numpy(plan.ids))[true:]
+            latents[true:] = self.predict(latents[true:], ids, generator)
+        return VaeBatch(images, moments, latents, len(images) - true)
+
+    def predict(self, latents: Tensor, ids: Tensor, generator: torch.Generator) -> Tensor:
+        """What the U-Net takes noisy latents for, at random timesteps, with the right captions."""
+        compute, device = self.renderer.compute, latents.device
+        low, high = self.recipe.timesteps
+        timesteps = torch.randint(low, high, (len(latents),), generator=generator, device=device)
+        alpha = self.alphas.to(device)[timesteps][:, None, None, None]
+        noise = torch.randn(latents.shape, generator=generator, device=device)
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        with compute.autocast():
+            words = self.trainee.text_encoder(ids).last_hidden_state
+            velocity = self.trainee.unet(noisy, timesteps, words).sample.float()
+        return alpha.sqrt() * noisy - (1 - alpha).sqrt() * velocity
+
+
+def recolored(images: Tensor, generator: torch.Generator, share: float = 0.3) -> Tensor:
+    """A share of the pictures with their colours swapped around, so that colours of no caption are learnt too."""
+    orders = torch.tensor([[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]], device=images.device)
+    chosen = torch.randint(0, 5, (len(images),), generator=generator, device=images.device)
+    changed = torch.rand(len(images), generator=generator, device=images.device) < share
+    order = torch.where(changed[:, None], orders[chosen], torch.arange(3, device=images.device))
+    return images.gather(1, order[:, :, None, None].expand_as(images))
+
+
+@dataclass
+class VaeTraining:
+    """The autoencoder and its critic with their optimizers, the moving average and progress."""
+
+    vae: AutoencoderKL
+    compute: Compute
+    recipe: VaeRecipe
+    progress: Progress = field(default_factory=Progress)
+    critic: Critic = field(default_factory=Critic)
+    average: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.vae.to(self.compute.device)
+        self.critic.to(self.compute.device)
+        self.names = [name for name, _ in self.vae.named_parameters()]
+        self.parameters = [parameter for _, parameter in self.vae.named_parameters()]
+        self.average = [p.detach().clone() for p in self.parameters]
+        settings: dict[str, Any] = {"weight_decay": 0.0, "fused": True}
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.recipe.rate, betas=(0.9, 0.99), **settings)
+        self.judging = torch.optim.AdamW(
+            self.critic.parameters(), lr=self.recipe.critic_rate, betas=(0.5, 0.99), **settings
+        )
+
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return self.progress.rate(self.recipe)
+
+    def step(self, batch: VaeBatch) -> Tensor:
+        """One optimizer step; returns the squared error in pictures of −1…1, which stays on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate()
+        with self.compute.autocast():
+            decoded = self.vae.decode(batch.latents).sample.float()
+            count = max(1, round(self.recipe.distilled * len(batch.images)))
+            moments = self.vae.quant_conv(self.vae.encoder(batch.images[:count])).float()
+        squared = F.mse_loss(decoded, batch.images)
+        edges = sum(F.l1_loss(decoded.diff(dim=dim), batch.images.diff(dim=dim)) for dim in (2, 3))
+        loss = 4 * squared + F.l1_loss(decoded, batch.images) + self.recipe.edges * edges
+        loss = loss + 10 * F.mse_loss(moments[:, :8], batch.moments[:count, :8])
+        loss = loss + F.mse_loss(moments[:, 8:], batch.moments[:count, 8:])
+        judged = self.recipe.features > 0 or self.recipe.adversarial > 0
+        if judged:
+            loss = loss + self.judge(decoded, batch)
+        self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        if not math.isfinite(float(loss.detach())):
-            raise RuntimeError(f"VAE loss is not finite at step {step}.")
-        optimizer.step()
-        step += 1
-        now = time.monotonic()
-        spent, last = spent + now - last, now
-        if step % 250 == 0:
-            report(f"vae step {step} {spent / 60:.1f} min loss {float(loss.detach()):.4f}")
-        if step % 1000 == 0:
-            save_state(path, dict(vae.state_dict()), optimizer, {"step": step, "spent": spent})
-            report(f"vae step {step} psnr {psnr(vae, renderer):.2f} dB")
-            last = time.monotonic()
-    save_state(path, dict(vae.state_dict()), optimizer, {"step": step, "spent": spent})
-    report(f"vae done: step {step}, {spent / 60:.1f} min, psnr {psnr(vae, renderer):.2f} dB")
-    normalise_latents(vae, renderer)
-    vae.save_pretrained(folder / "vae")
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        self.optimizer.step()
+        if judged:
+            self.train_critic(decoded.detach(), batch)
+        count = len(batch.images)
+        self.progress.step += 1
+        self.progress.samples += count
+        with torch.no_grad():
+            length = min(self.recipe.ema, max(count, self.progress.samples / 10))
+            torch._foreach_lerp_(self.average, list(self.parameters), count / length)
+        return squared.detach()
+
+    def judge(self, decoded: Tensor, batch: VaeBatch) -> Tensor:
+        """What the critic makes of decoded pictures, as a loss of the decoder."""
+        self.critic.requires_grad_(False)
+        with self.compute.autocast():
+            said, mine = self.critic(decoded, batch.latents)
+            with torch.no_grad():
+                _, true = self.critic(batch.images, batch.latents)
+        self.critic.requires_grad_(True)
+        apart = sum((F.l1_loss(a.float(), b.float()) for a, b in zip(mine, true, strict=True)), torch.zeros(()))
+        return self.recipe.features * apart - self.recipe.adversarial * said.float().mean()
+
+    def train_critic(self, decoded: Tensor, batch: VaeBatch) -> None:
+        """One step of the critic, with the hinge loss."""
+        with self.compute.autocast():
+            fake, _ = self.critic(decoded, batch.latents)
+            real, _ = self.critic(batch.images, batch.latents)
+        loss = F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
+        self.judging.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.critic.parameters(), self.recipe.clip)
+        self.judging.step()
+
+    def save(self, path: Path, about: dict[str, Any]) -> None:
+        """Write everything that a later piece needs: the autoencoder's file last, since it says how far it is."""
+        meta = {"progress": asdict(self.progress), "recipe": asdict(self.recipe), "about": about}
+        save_state(critic_path(path), dict(self.critic.state_dict()), self.judging, meta)
+        tensors = {f"raw.{n}": p for n, p in zip(self.names, self.parameters, strict=True)}
+        tensors |= {f"ema.{n}": v for n, v in zip(self.names, self.average, strict=True)}
+        save_state(path, tensors, self.optimizer, meta)
+
+    @torch.no_grad()
+    def load(self, path: Path) -> dict[str, Any]:
+        """Go on from a saved state; returns what was saved ``about`` it."""
+        tensors, meta = load_state(path, self.optimizer)
+        self.progress = Progress(**meta["progress"])
+        for name, parameter, value in zip(self.names, self.parameters, self.average, strict=True):
+            parameter.copy_(tensors[f"raw.{name}"])
+            value.copy_(tensors[f"ema.{name}"])
+        judged, critic_meta = load_state(critic_path(path))
+        if critic_meta["progress"]["step"] == self.progress.step:
+            load_state(critic_path(path), self.judging)
+            self.critic.load_state_dict(judged)
+        return meta["about"]
+
+    def averaged(self) -> AutoencoderKL:
+        """An autoencoder with the moving averages as its weights."""
+        vae = build_vae(tuple(self.vae.config.block_out_channels)).to(self.compute.device)
+        vae.load_state_dict(dict(zip(self.names, self.average, strict=True)))
+        return vae.requires_grad_(False)
+
+
+def critic_path(path: Path) -> Path:
+    """Where the critic lies beside the autoencoder's state."""
+    return path.with_name(f"{path.name.split('.')[0]}-critic.state.safetensors")
 
 
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKL, renderer: Renderer) -> None:
-    """Fold the latents' mean and standard deviation per channel into the quant convolutions.
+def psnr(vae: AutoencoderKL, batch: VaeBatch) -> tuple[float, float, float]:
+    """Mean PSNR in dB of decoded true latents, of decoded predictions, and of the encoder's own way through."""
 
-    Afterwards latents have mean 0 and variance 1 and ``scaling_factor`` can stay 1.
-    """
-    random = Random("latent-statistics")
-    latents = vae.encode(pixels([renderer.scene(random, WIDEST) for _ in range(256)])).latent_dist.mean
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    width = mean.numel()
-    quant, post = vae.quant_conv, vae.post_quant_conv
-    quant.weight[:width] /= std[:, None, None, None]
-    quant.bias[:width] = (quant.bias[:width] - mean) / std
-    quant.bias[width:] -= 2 * std.log()
-    post.bias += (post.weight[:, :, 0, 0] * mean).sum(1)
-    post.weight *= std[None, :, None, None]
+    def decibels(images: Tensor, decoded: Tensor) -> float:
+        error = ((decoded.clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
+        return float((-10 * error.log10()).mean())
+
+    true = len(batch.images) - batch.predicted
+    images, decoded = batch.images, torch.cat([vae.decode(part).sample for part in batch.latents.split(8)])
+    through = vae.decode(vae.encode(images[:8]).latent_dist.mean).sample
+    return (
+        decibels(images[:true], decoded[:true]),
+        decibels(images[true:], decoded[true:]) if batch.predicted else float("nan"),
+        decibels(images[:8], through),
+    )
+
+
+def vae_planner(planner: Planner) -> Planner:
+    """The same planner for the autoencoder's varied world."""
+    mix = Mix(world=VARIED, wide=0.0, sketch=0.0, keypose=0.0, empty=0.0)
+    return Planner(planner.catalogue, planner.tokenizer, mix, planner.batch, "pocket2-vae")
