@@ -23,22 +23,34 @@ app = typer.Typer(
 )
 
 
+WorkOption = Annotated[Path, typer.Option(help="Folder for artwork, states and what comes of them.")]
+StartOption = Annotated[str, typer.Option(help="A pipeline or packed files to begin with if there is no state yet.")]
+MinutesOption = Annotated[float, typer.Option(help="Minutes of this piece.")]
+UntilOption = Annotated[int | None, typer.Option(help="Stop at this count of samples.")]
+DecayOption = Annotated[int | None, typer.Option(help="Take the rate down over so many samples, from now.")]
+RateOption = Annotated[float, typer.Option(help="Learning rate before the decay.")]
+BatchOption = Annotated[int, typer.Option(help="Samples per step.")]
+SizesOption = Annotated[str, typer.Option(help="narrow or wide: the U-Net's widths.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+ThreadsOption = Annotated[int, typer.Option(help="CPU threads.")]
+WorkersOption = Annotated[int, typer.Option(help="Processes that plan scenes and draw puppets.")]
+PuppetsOption = Annotated[int, typer.Option(help="Drawings of each puppet in a colour and a pose.")]
+
+
 @app.command("pretrain")
 def pretrain(
-    work: Annotated[Path, typer.Option(help="Folder for artwork, state, log and samples.")] = Path("pretraining"),
-    start: Annotated[str, typer.Option(help="The pipeline to begin with if there is no state yet.")] = "pocket",
-    minutes: Annotated[float, typer.Option(help="Minutes of this piece.")] = math.inf,
-    until_samples: Annotated[int | None, typer.Option(help="Stop at this count of samples.")] = None,
-    decay_samples: Annotated[
-        int | None, typer.Option(help="Take the rate down over so many samples, from now.")
-    ] = None,
-    rate: Annotated[float, typer.Option(help="Learning rate before the decay.")] = Recipe.rate,
-    batch: Annotated[int, typer.Option(help="Samples per step.")] = 32,
-    sizes: Annotated[str, typer.Option(help="narrow or wide: the U-Net's widths.")] = "narrow",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    workers: Annotated[int, typer.Option(help="Processes that plan scenes ahead.")] = 0,
-    puppets: Annotated[int, typer.Option(help="Drawings of each puppet in a colour and a pose.")] = 48,
+    work: WorkOption = Path("pretraining"),
+    start: StartOption = "pocket",
+    minutes: MinutesOption = math.inf,
+    until_samples: UntilOption = None,
+    decay_samples: DecayOption = None,
+    rate: RateOption = Recipe.rate,
+    batch: BatchOption = 32,
+    sizes: SizesOption = "narrow",
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 2,
+    workers: WorkersOption = 0,
+    puppets: PuppetsOption = 48,
     reuse: Annotated[bool, typer.Option(help="See every batch twice, with other noise.")] = True,
     sheet_samples: Annotated[int, typer.Option(help="Draw a sample sheet after so many; 0: never.")] = 50_000,
 ) -> None:
@@ -48,27 +60,85 @@ def pretrain(
     from .pieces import Piece, run_base
 
     torch.set_num_threads(threads)
-    piece = Piece(work, start, sizes, batch, device, workers, puppets, reuse, sheet_samples)
+    piece = Piece(work, start, sizes, batch, device, workers, puppets, reuse, sheet_samples=sheet_samples)
     run_base(piece, Recipe(rate=rate), Limits(minutes, until_samples), decay_samples, say)
+
+
+@app.command("gpu")
+def gpu(
+    work: WorkOption = Path("pretraining"),
+    start: StartOption = "pocket",
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the packed state.")] = Path("packed"),
+    minutes: MinutesOption = 8,
+    decay_samples: DecayOption = None,
+    rate: RateOption = 1.5e-3,
+    batch: BatchOption = 1024,
+    sizes: SizesOption = "narrow",
+    device: DeviceOption = "cuda",
+    workers: WorkersOption = 12,
+    puppets: PuppetsOption = 200,
+    compiled: Annotated[bool, typer.Option(help="Compile the U-Net first.")] = False,
+) -> None:
+    """One piece on a GPU, from packed files to packed files; needs artwork.safetensors in the folder, no internet."""
+    from .pieces import Piece, run_base
+    from .travel import pack
+
+    piece = Piece(work, start, sizes, batch, device, workers, puppets, False, compiled, sheet_samples=0)
+    training = run_base(piece, Recipe(rate=rate, ema=(100_000, 1_000_000)), Limits(minutes), decay_samples, say)
+    pack(training, output)
+    say(f"Wrote {output}/.")
+
+
+@app.command("pack")
+def pack_state(
+    work: WorkOption = Path("pretraining"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the packed state.")] = Path("packed"),
+    sizes: SizesOption = "narrow",
+) -> None:
+    """Write the base's weights in small files, without the optimizer's numbers and the moving averages."""
+    from .compute import choose
+    from .pieces import Piece, begin
+    from .travel import pack
+
+    pack(begin(Piece(work, sizes=sizes), choose("cpu", bf16=False), Recipe()), output, averages=False)
+    say(f"Wrote {output}/.")
+
+
+@app.command("unpack")
+def unpack_state(
+    packed: Annotated[Path, typer.Argument(help="Files that `gpu` or `pack` wrote.")],
+    work: WorkOption = Path("pretraining"),
+    sizes: SizesOption = "narrow",
+) -> None:
+    """Make packed files the state of a folder; the one before becomes base.before.safetensors."""
+    from .compute import choose
+    from .models import SIZES, Trainee
+    from .pieces import STATE, Training
+    from .travel import unpack
+
+    training = Training(Trainee(SIZES[sizes]), choose("cpu", bf16=False), Recipe())
+    unpack(training, packed)
+    if (work / STATE).exists():
+        (work / STATE).replace(work / "base.before.safetensors")
+    training.save(work / STATE)
+    say(f"Wrote {work / STATE}: {training.progress.samples} samples.")
 
 
 @app.command("vae")
 def vae(
-    work: Annotated[Path, typer.Option(help="Folder for artwork, state and the autoencoder.")] = Path("pretraining"),
+    work: WorkOption = Path("pretraining"),
     start: Annotated[str, typer.Option(help="The pipeline whose U-Net predicts latents.")] = "pocket",
-    minutes: Annotated[float, typer.Option(help="Minutes of this piece.")] = math.inf,
-    until_samples: Annotated[int | None, typer.Option(help="Stop at this count of samples.")] = None,
-    decay_samples: Annotated[
-        int | None, typer.Option(help="Take the rate down over so many samples, from now.")
-    ] = None,
-    rate: Annotated[float, typer.Option(help="Learning rate before the decay.")] = 1e-3,
-    batch: Annotated[int, typer.Option(help="Pictures per step.")] = 8,
+    minutes: MinutesOption = math.inf,
+    until_samples: UntilOption = None,
+    decay_samples: DecayOption = None,
+    rate: RateOption = 1e-3,
+    batch: BatchOption = 8,
     features: Annotated[float, typer.Option(help="Weight of the error in the critic's features.")] = 0.0,
     adversarial: Annotated[float, typer.Option(help="Weight of what the critic says.")] = 0.0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    workers: Annotated[int, typer.Option(help="Processes that draw puppets.")] = 0,
-    puppets: Annotated[int, typer.Option(help="Drawings of each puppet in a colour and a pose.")] = 12,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 2,
+    workers: WorkersOption = 0,
+    puppets: PuppetsOption = 12,
 ) -> None:
     """Train the autoencoder for 128 pixels for one piece (goes on where the last one stopped)."""
     import torch

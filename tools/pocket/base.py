@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 from spectral_diffusion.training.state import load_state, save_state
@@ -42,11 +43,14 @@ class Training:
     compute: Compute
     recipe: Recipe
     progress: Progress = field(default_factory=Progress)
+    about: dict[str, Any] = field(default_factory=dict)  # how the weights came about
     averages: list[list[Tensor]] = field(init=False)
     optimizer: torch.optim.AdamW = field(init=False)
 
     def __post_init__(self) -> None:
         self.trainee.to(self.compute.device)
+        if self.compute.device.type == "cuda":
+            self.trainee.unet.set_attn_processor(AttnProcessor2_0())
         self.names = [name for name, _ in self.trainee.named_parameters()]
         self.parameters = [parameter for _, parameter in self.trainee.named_parameters()]
         self.averages = [[p.detach().clone() for p in self.parameters] for _ in self.recipe.ema]
@@ -59,12 +63,6 @@ class Training:
     def rate(self) -> float:
         """The learning rate of the next step."""
         return self.progress.rate(self.recipe)
-
-    @torch.no_grad()
-    def reset_averages(self) -> None:
-        """Begin the moving averages with the present weights."""
-        for average in self.averages:
-            torch._foreach_copy_(average, list(self.parameters))
 
     def step(self, batch: Batch) -> Tensor:
         """One optimizer step; returns the loss, which stays on the device."""
@@ -86,34 +84,27 @@ class Training:
                 torch._foreach_lerp_(average, list(self.parameters), weight)
         return loss.detach()
 
-    def save(self, path: Path, about: dict[str, Any]) -> None:
+    def save(self, path: Path) -> None:
         """Write everything that a later piece needs, at once."""
         tensors: dict[str, Tensor] = dict(zip((f"raw.{n}" for n in self.names), self.parameters, strict=True))
         for index, average in enumerate(self.averages):
             tensors |= dict(zip((f"ema{index}.{n}" for n in self.names), average, strict=True))
-        meta = {"progress": asdict(self.progress), "recipe": asdict(self.recipe), "about": about}
+        meta = {"progress": asdict(self.progress), "recipe": asdict(self.recipe), "about": self.about}
         save_state(path, tensors, self.optimizer, meta)
 
     @torch.no_grad()
-    def load(self, path: Path) -> dict[str, Any]:
-        """Go on from a saved state; returns what was saved ``about`` it.
-
-        A state without the optimizer's numbers, packed to travel, starts them anew and warms the rate up again.
-        """
-        tensors, meta = load_state(path)
+    def load(self, path: Path) -> None:
+        """Go on from a saved state."""
+        tensors, meta = load_state(path, self.optimizer)
+        for group in self.optimizer.param_groups:
+            group.update(betas=self.recipe.betas, weight_decay=self.recipe.weight_decay)
         self.progress = Progress(**meta["progress"])
-        if meta.get("packed"):
-            self.progress.warmed = self.progress.samples
-        else:
-            load_state(path, self.optimizer)
-            for group in self.optimizer.param_groups:
-                group.update(betas=self.recipe.betas, weight_decay=self.recipe.weight_decay)
         for name, parameter in zip(self.names, self.parameters, strict=True):
             parameter.copy_(tensors[f"raw.{name}"])
         for index, average in enumerate(self.averages):
             for name, value in zip(self.names, average, strict=True):
                 value.copy_(tensors.get(f"ema{index}.{name}", tensors[f"raw.{name}"]))
-        return meta["about"]
+        self.about = meta["about"]
 
 
 def velocity_loss(training: Training, batch: Batch) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import count, islice
@@ -116,6 +117,12 @@ def grid(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]
     return tuple(torch.meshgrid(y, x, indexing="ij"))  # type: ignore[return-value]
 
 
+@cache
+def constant(values: tuple, device: torch.device) -> Tensor:
+    """Numbers that are on the device once and for all."""
+    return torch.tensor(values, device=device)
+
+
 def outline(colour: Tensor, alpha: Tensor) -> Tensor:
     """Edges of drawn things in 0…1, as :func:`render.outline` has them; ``colour`` is premultiplied."""
 
@@ -125,7 +132,7 @@ def outline(colour: Tensor, alpha: Tensor) -> Tensor:
         down = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
         return (across**2 + down**2).sqrt()
 
-    light = (colour * colour.new_tensor(LIGHT)[:, None, None]).sum(1, keepdim=True)
+    light = (colour * constant(LIGHT, colour.device)[:, None, None]).sum(1, keepdim=True)
     inner = (gradient(light + 0.5 * (1 - alpha)) * 1.6 - 0.25).clamp(0, 1) * (alpha > 0.9)
     return torch.maximum((gradient(alpha) * 1.2 - 0.2).clamp(0, 1), inner)
 
@@ -134,7 +141,7 @@ def thicken(sketches: Tensor, strokes: Tensor) -> Tensor:
     """Sketches as different people might draw them: thicker, softer, harder; see :class:`plan.Plan`."""
     thicker, softer, threshold = (strokes[:, i, None, None, None] for i in range(3))
     out = torch.where(thicker > 0, F.max_pool2d(sketches, 3, 1, 1), sketches)
-    weights = torch.exp(-torch.tensor([1.0, 0.0, 1.0], device=out.device) / (2 * 0.6**2))
+    weights = torch.exp(-constant((1.0, 0.0, 1.0), out.device) / (2 * 0.6**2))
     kernel = torch.outer(weights, weights)
     soft = F.conv2d(F.pad(out, (1, 1, 1, 1), mode="replicate"), (kernel / kernel.sum())[None, None])
     out = torch.where(softer > 0, soft, out)
@@ -143,19 +150,20 @@ def thicken(sketches: Tensor, strokes: Tensor) -> Tensor:
 
 def skeletons(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """OpenPose drawings of people (m, 18, 2) in pixels: colour, premultiplied, and alpha, as draw_keypose has them."""
-    thick = max(1.5, min(width, height) / 100)
-    limbs = torch.tensor(LIMBS, device=points.device)
-    a = torch.cat([points[:, limbs[:, 0]], points], 1)[..., None, None]  # a joint is a limb without length
-    b = torch.cat([points[:, limbs[:, 1]], points], 1)[..., None, None]
-    palette = torch.tensor(POSE_COLOURS, device=points.device) / 255
-    palette = torch.cat([palette[: len(limbs)] * 0.6, palette])
-    radius = torch.tensor([thick / 2] * len(limbs) + [thick * 0.7] * len(POSE_COLOURS), device=points.device)
-    y, x = grid(height, width, points.device)
-    ax, ay, bx, by = a[:, :, 0], a[:, :, 1], b[:, :, 0], b[:, :, 1]
+    device, thick = points.device, max(1.5, min(width, height) / 100)
+    limbs = constant(LIMBS, device)
+    starts = torch.cat([points[:, limbs[:, 0]], points], 1)[..., None, None]  # a joint is a limb without length
+    ends = torch.cat([points[:, limbs[:, 1]], points], 1)[..., None, None]
+    colours = constant(POSE_COLOURS, device) / 255
+    palette = torch.cat([colours[: len(LIMBS)] * 0.6, colours])
+    radius = constant((thick / 2,) * len(LIMBS) + (thick * 0.7,) * len(POSE_COLOURS), device)
+    y, x = grid(height, width, device)
+    ax, ay, bx, by = starts[:, :, 0], starts[:, :, 1], ends[:, :, 0], ends[:, :, 1]
     dx, dy = bx - ax, by - ay
     share = (((x - ax) * dx + (y - ay) * dy) / (dx**2 + dy**2).clamp_min(1e-6)).clamp(0, 1)
     distance = ((x - ax - share * dx) ** 2 + (y - ay - share * dy) ** 2).sqrt()
     alpha = (radius[:, None, None] + 0.5 - distance).clamp(0, 1)
+    # Of each part, what the parts drawn after it leave to be seen.
     shown = torch.cat([(1 - alpha).flip(1).cumprod(1).flip(1)[:, 1:], torch.ones_like(alpha[:, :1])], 1)
     colour = torch.einsum("mphw,pc->mchw", alpha * shown, palette)
     return colour, 1 - (1 - alpha).prod(1, keepdim=True)
@@ -177,7 +185,13 @@ class DeviceSource:
     workers: int = 0
     reuse: bool = False
     _held: dict[int, Batch] = field(default_factory=dict)
-    _plans: Iterator[tuple[int, Plan]] | None = None
+    _plans: Generator[tuple[int, Plan], None, None] | None = None
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._plans is not None:
+            self._plans.close()
+            self._plans = None
 
     def __call__(self, step: int) -> Batch:
         first = step - 16 if self.reuse and step % 32 >= 16 else step
@@ -191,7 +205,8 @@ class DeviceSource:
         if not self.workers:
             return self.planner(step)
         if self._plans is None:
-            self._plans = planned_ahead(self.planner, step, self.workers, self.reuse)
+            pool = ProcessPoolExecutor(self.workers, get_context("spawn"), begin_planning, (self.planner,))
+            self._plans = planned_ahead(pool, step, 3 * self.workers, self.reuse)
         at, plan = next(self._plans)
         assert at == step, "steps are asked for in order"
         return plan
@@ -218,7 +233,8 @@ class DeviceSource:
 _planner: Callable[[int], Plan] | None = None  # of a planning process
 
 
-def _begin_planning(planner: Planner) -> None:
+def begin_planning(planner: Planner) -> None:
+    """Make a process ready to plan."""
     global _planner
     torch.set_num_threads(1)
     _planner = planner
@@ -229,13 +245,15 @@ def _planned(step: int) -> Plan:
     return _planner(step)
 
 
-def planned_ahead(planner: Planner, start: int, workers: int, reuse: bool = False) -> Iterator[tuple[int, Plan]]:
-    """Plans in order of their steps, made by other processes a few steps ahead."""
+def planned_ahead(
+    pool: Executor, start: int, ahead: int, reuse: bool = False
+) -> Generator[tuple[int, Plan], None, None]:
+    """Plans in order of their steps, made by a pool that :func:`begin_planning` made ready, some steps ahead."""
     steps = (step for step in count(start) if not reuse or step % 32 < 16)
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin_planning, (planner,)) as pool:
-        waiting = [(step, pool.submit(_planned, step)) for step in islice(steps, 3 * workers)]
+    with pool:
+        waiting = deque((step, pool.submit(_planned, step)) for step in islice(steps, ahead))
         while True:
-            step, future = waiting.pop(0)
-            ahead = next(steps)
-            waiting.append((ahead, pool.submit(_planned, ahead)))
+            step, future = waiting.popleft()
+            later = next(steps)
+            waiting.append((later, pool.submit(_planned, later)))
             yield step, future.result()

@@ -47,6 +47,11 @@ class Progress:
         share = min(1.0, (self.samples - self.decay_from) / max(1, self.decay_samples))
         return (recipe.rate + (recipe.last_rate - recipe.rate) * share) * warm
 
+    def decay(self, samples: int | None) -> None:
+        """Let the decay begin now, if it is wanted and has not begun before."""
+        if samples and self.decay_from is None:
+            self.decay_from, self.decay_samples = self.samples, samples
+
     @property
     def decayed(self) -> bool:
         """Whether the decay is over, and with it the training."""

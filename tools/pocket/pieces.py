@@ -20,12 +20,14 @@ from .base import Recipe, Training
 from .batches import Mix
 from .compute import Compute, choose
 from .device import DeviceRenderer, DeviceSource
+from .growth import widened
 from .loop import Limits, Report, train_piece
 from .models import SIZES, Trainee
 from .plan import Planner
 from .render import Renderer
 from .sheet import export, sample_sheet
 from .sprites import Bank, build_bank, pack_artwork
+from .travel import STATE_JSON, unpack
 from .vae import VaeRecipe, VaeSource, VaeTraining, grown, psnr, vae_planner
 
 STATE = "base.state.safetensors"
@@ -45,6 +47,7 @@ class Piece:
     workers: int = 0  # processes that plan ahead
     puppets: int = 48  # drawings of each puppet in a colour and a pose
     reuse: bool = True  # see every batch twice
+    compiled: bool = False  # the U-Net, with torch.compile
     sheet_samples: int = 50_000
 
 
@@ -68,40 +71,64 @@ def bank_of(work: Path, size: int, puppets: int, compute: Compute, workers: int 
         return build_bank(artwork, size, puppets, compute.device, mapped)
 
 
-def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | None, report: Report) -> None:
+def begin(piece: Piece, compute: Compute, recipe: Recipe) -> Training:
+    """The training as the piece finds it: from its state, packed files, or a pipeline."""
+    sizes, state = SIZES[piece.sizes], piece.work / STATE
+    if state.exists() or (Path(piece.start) / STATE_JSON).exists():
+        training = Training(Trainee(sizes), compute, recipe)
+        if state.exists():
+            training.load(state)
+        else:
+            unpack(training, Path(piece.start))
+        return training
+    trainee = Trainee()
+    trainee.load_pipeline(pocket.path() if piece.start == "pocket" else Path(piece.start))
+    if sizes != trainee.sizes:
+        torch.manual_seed(0)
+        trainee = widened(trainee, sizes)
+    training = Training(trainee, compute, recipe)
+    training.about = {"start": piece.start}
+    return training
+
+
+def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | None, report: Report) -> Training:
     """Train the base for one piece in ``piece.work``; saves its state there, and a sheet of samples now and then."""
     compute, mix = choose(piece.device), Mix()
-    training = Training(Trainee(SIZES[piece.sizes]), compute, recipe)
-    state = piece.work / STATE
-    if state.exists():
-        training.load(state)
-    else:
-        training.trainee.load_pipeline(pocket.path() if piece.start == "pocket" else Path(piece.start))
-        training.reset_averages()
+    training = begin(piece, compute, recipe)
     progress = training.progress
-    if decay_samples and progress.decay_from is None:
-        progress.decay_from, progress.decay_samples = progress.samples, decay_samples
+    progress.decay(decay_samples)
     vae = frozen_vae(compute)
     bank = bank_of(piece.work, 64, piece.puppets, compute, piece.workers)
     planner = Planner(bank.catalogue, training.trainee.tokenizer, mix, piece.batch)
     source = DeviceSource(DeviceRenderer(bank, compute), vae, planner, piece.workers, piece.reuse)
+    if piece.compiled:
+        training.trainee.unet.compile()
     report(
         f"from step {progress.step}, {progress.samples} samples; {piece.sizes}, batch {piece.batch} "
         f"on {described(compute)}"
     )
+    training.about |= {"sizes": piece.sizes, "batch": piece.batch, "mix": asdict(mix)}
     sheets = progress.samples // max(1, piece.sheet_samples)
 
     def save() -> None:
         nonlocal sheets
-        about = {"start": piece.start, "batch": piece.batch, "mix": asdict(mix)}
-        training.save(state, about)
-        report(f"saved {state.name} at {progress.samples} samples")
+        training.save(piece.work / STATE)
+        report(f"saved {STATE} at {progress.samples} samples")
         if piece.sheet_samples and progress.samples // piece.sheet_samples > sheets:
             sheets = progress.samples // piece.sheet_samples
-            export(training, vae, piece.work / "pipeline", about={"progress": asdict(progress), **about})
-            sample_sheet(piece.work / "pipeline", piece.work / f"samples-{progress.samples // 1000:06d}k.png")
+            draw_sheet(training, piece.work)
 
-    train_piece(training, source, limits, save, report)
+    try:
+        train_piece(training, source, limits, save, report)
+    finally:
+        source.close()
+    return training
+
+
+def draw_sheet(training: Training, work: Path) -> None:
+    """Write the pipeline as it stands into ``work/pipeline``, and what it draws for fixed prompts beside it."""
+    export(training, frozen_vae(Compute(torch.device("cpu"), False)), work / "pipeline")
+    sample_sheet(work / "pipeline", work / f"samples-{training.progress.samples // 1000:06d}k.png")
 
 
 def run_vae(piece: Piece, recipe: VaeRecipe, limits: Limits, decay_samples: int | None, report: Report) -> None:
@@ -114,8 +141,7 @@ def run_vae(piece: Piece, recipe: VaeRecipe, limits: Limits, decay_samples: int 
     if state.exists():
         training.load(state)
     progress = training.progress
-    if decay_samples and progress.decay_from is None:
-        progress.decay_from, progress.decay_samples = progress.samples, decay_samples
+    progress.decay(decay_samples)
     trainee = Trainee(SIZES[piece.sizes])
     trainee.load_pipeline(pocket.path() if piece.start == "pocket" else Path(piece.start))
     trainee.requires_grad_(False).to(compute.device)

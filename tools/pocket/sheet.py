@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -51,14 +52,15 @@ SHEET = [
 ]
 
 
-def export(training: Training, vae: AutoencoderKL, folder: Path, average: int = 0, about: dict | None = None) -> None:
+def export(training: Training, vae: AutoencoderKL, folder: Path, average: int = 0) -> None:
     """Write the pipeline with one of the moving averages as its weights, in fp16."""
     shown = Trainee(training.trainee.sizes, training.trainee.downscale)
     names = [name for name, _ in training.trainee.named_parameters()]
     shown.load_state_dict(dict(zip(names, training.averages[average], strict=True)), strict=False)
     save_pipeline(folder, vae, shown.tokenizer, shown.text_encoder, shown.unet, shown.t2i_sketch, shown.t2i_keypose)
     artwork = {name: PACKAGES[name] for name in PRETRAINING}
-    write_json(folder / "pretraining.json", {"artwork": artwork, **(about or {})})
+    progress = asdict(training.progress)
+    write_json(folder / "pretraining.json", {"artwork": artwork, "progress": progress, **training.about})
 
 
 def sample_sheet(pipeline: Path, target: Path, prompts: list[str] | None = None, steps: int = 20) -> None:
