@@ -35,7 +35,7 @@ from tools.pocket.loop import Limits, Progress, train_piece
 from tools.pocket.models import Sizes, Trainee, build_tokenizer
 from tools.pocket.plan import Layer, Plan, Planner
 from tools.pocket.sprites import Bank, build_bank, icon_keys, tinted
-from tools.pocket.vae import VaeBatch, VaeRecipe, VaeTraining, build_vae, grown, recolored
+from tools.pocket.vae import VaeBatch, VaeRecipe, VaeTraining, build_vae, grown, quality, recolored
 
 TINY = Sizes(widths=(8, 8, 8), heads=(1, 1, 1), groups=4, text_width=32, text_layers=1)
 CPU = Compute(torch.device("cpu"), bf16=False)
@@ -272,9 +272,9 @@ def vae_batch(step: int) -> VaeBatch:
     return VaeBatch(images, moments, moments[:, :8], 2)
 
 
-def vae_training() -> VaeTraining:
+def vae_training(anchor: float | None = None) -> VaeTraining:
     torch.manual_seed(0)
-    return VaeTraining(build_vae((8, 8, 8, 8)), CPU, VaeRecipe(features=1.0, adversarial=0.1))
+    return VaeTraining(build_vae((8, 8, 8, 8)), CPU, VaeRecipe(warmup=4, features=1.0, adversarial=0.1, anchor=anchor))
 
 
 def test_a_resumed_autoencoder_is_the_unbroken_one_bit_for_bit(tmp_path: Path) -> None:
@@ -289,6 +289,19 @@ def test_a_resumed_autoencoder_is_the_unbroken_one_bit_for_bit(tmp_path: Path) -
     mine, theirs = ([*t.parameters, *t.average, *t.critic.parameters()] for t in (rest, whole))
     assert rest.progress.step == 5 and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert torch.equal(rest.averaged().decoder.conv_in.weight, rest.average[rest.names.index("decoder.conv_in.weight")])
+
+
+def test_an_anchor_lets_the_encoder_learn_from_pictures() -> None:
+    held, free = vae_training(), vae_training(anchor=0.0)
+    batch = vae_batch(0)
+    batch.moments = free.vae.quant_conv(free.vae.encoder(batch.images)).detach()  # nothing to distill
+    batch.latents = batch.moments[:, :8]
+    for training in (held, free):
+        training.step(batch)
+    gradients = [float(training.vae.encoder.conv_out.weight.grad.abs().max()) for training in (held, free)]
+    assert gradients[0] < 1e-5 < 1e-3 < gradients[1]
+    figures = quality(free.averaged(), batch)
+    assert figures["moved"] > 0 and all(np.isfinite(list(figures.values())))
 
 
 def test_the_grown_autoencoder_has_the_latents_of_the_small_one() -> None:

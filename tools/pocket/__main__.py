@@ -133,6 +133,8 @@ def vae(
     decay_samples: DecayOption = None,
     rate: RateOption = 1e-3,
     batch: BatchOption = 8,
+    anchor: Annotated[float | None, typer.Option(help="Let the encoder learn from pictures, held by this.")] = None,
+    predicted: Annotated[float, typer.Option(help="Share of latents that the U-Net predicts.")] = 0.5,
     features: Annotated[float, typer.Option(help="Weight of the error in the critic's features.")] = 0.0,
     adversarial: Annotated[float, typer.Option(help="Weight of what the critic says.")] = 0.0,
     device: DeviceOption = "auto",
@@ -148,7 +150,7 @@ def vae(
 
     torch.set_num_threads(threads)
     piece = Piece(work, start, "narrow", batch, device, workers, puppets)
-    recipe = VaeRecipe(rate=rate, features=features, adversarial=adversarial)
+    recipe = VaeRecipe(rate=rate, predicted=predicted, anchor=anchor, features=features, adversarial=adversarial)
     run_vae(piece, recipe, Limits(minutes, until_samples), decay_samples, say)
 
 

@@ -28,7 +28,7 @@ from .render import Renderer
 from .sheet import export, sample_sheet
 from .sprites import Bank, build_bank, pack_artwork
 from .travel import STATE_JSON, unpack
-from .vae import VaeRecipe, VaeSource, VaeTraining, grown, psnr, vae_planner
+from .vae import VaeRecipe, VaeSource, VaeTraining, grown, quality, vae_planner
 
 STATE = "base.state.safetensors"
 VAE_STATE = "vae.state.safetensors"
@@ -158,11 +158,8 @@ def run_vae(piece: Piece, recipe: VaeRecipe, limits: Limits, decay_samples: int 
         training.save(state, {"start": piece.start, "batch": piece.batch})
         averaged = training.averaged()
         averaged.save_pretrained(piece.work / "vae")
-        true, predicted, through = psnr(averaged, validation)
-        report(
-            f"saved {state.name} at {progress.samples} samples; PSNR of true latents {true:.2f} dB, of predicted ones "
-            f"{predicted:.2f} dB, through its own encoder {through:.2f} dB"
-        )
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in quality(averaged, validation).items())
+        report(f"saved {VAE_STATE} at {progress.samples} samples: {figures}")
 
     train_piece(training, source, limits, save, report)
 

@@ -1,8 +1,8 @@
 """The autoencoder for 128 pixels: pocket@1's latents, and a decoder that draws clean edges from imperfect ones.
 
-It has one more stage than pocket@1's, which it is built from: its encoder gives the latents that pocket@1's encoder
-gives for the picture at half its size, so text encoder, U-Net and T2I-Adapters stay as they are. Its decoder learns
-from true latents and from what the U-Net makes of noisy ones.
+It has one more stage than pocket@1's, which it is built from: its encoder begins with the latents that pocket@1's
+encoder gives for the picture at half its size, so text encoder, U-Net and T2I-Adapters go on from where they are. Its
+decoder learns from true latents and from what the U-Net makes of noisy ones.
 """
 
 from __future__ import annotations
@@ -137,7 +137,8 @@ class VaeRecipe(Rates):
     ema: int = 5_000  # samples that the moving average looks back
     predicted: float = 0.5  # share of latents that the U-Net predicted
     timesteps: tuple[int, int] = (50, 650)  # where it predicts
-    distilled: float = 0.25  # share of the batch that the encoder learns from
+    anchor: float | None = None  # None: the encoder learns pocket@1's latents alone, from a quarter of the batch; a
+    # number: it learns from the decoded pictures too, and this weight holds it to those latents
     edges: float = 1.0  # weight of the error in differences between neighbours
     features: float = 0.0  # weight of the error in the critic's features
     adversarial: float = 0.0  # weight of what the critic says
@@ -235,14 +236,18 @@ class VaeTraining:
         """One optimizer step; returns the squared error in pictures of −1…1, which stays on the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate()
+        anchor, count = self.recipe.anchor, len(batch.images) - batch.predicted
+        if anchor is None:
+            count = max(1, len(batch.images) // 4)
         with self.compute.autocast():
-            decoded = self.vae.decode(batch.latents).sample.float()
-            count = max(1, round(self.recipe.distilled * len(batch.images)))
             moments = self.vae.quant_conv(self.vae.encoder(batch.images[:count])).float()
+            latents = batch.latents if anchor is None else torch.cat([moments[:, :8], batch.latents[count:]])
+            decoded = self.vae.decode(latents).sample.float()
         squared = F.mse_loss(decoded, batch.images)
         edges = sum(F.l1_loss(decoded.diff(dim=dim), batch.images.diff(dim=dim)) for dim in (2, 3))
         loss = 4 * squared + F.l1_loss(decoded, batch.images) + self.recipe.edges * edges
-        loss = loss + 10 * F.mse_loss(moments[:, :8], batch.moments[:count, :8])
+        held = 10 if anchor is None else anchor
+        loss = loss + held * F.mse_loss(moments[:, :8], batch.moments[:count, :8])
         loss = loss + F.mse_loss(moments[:, 8:], batch.moments[:count, 8:])
         judged = self.recipe.features > 0 or self.recipe.adversarial > 0
         if judged:
@@ -318,21 +323,21 @@ def critic_path(path: Path) -> Path:
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, batch: VaeBatch) -> tuple[float, float, float]:
-    """Mean PSNR in dB of decoded true latents, of decoded predictions, and of the encoder's own way through."""
+def quality(vae: AutoencoderKL, batch: VaeBatch) -> dict[str, float]:
+    """PSNR in dB of true pictures, encoded and decoded, and of decoded predictions; how far the latents moved."""
 
     def decibels(images: Tensor, decoded: Tensor) -> float:
         error = ((decoded.clamp(-1, 1) - images) / 2).square().mean((1, 2, 3))
         return float((-10 * error.log10()).mean())
 
     true = len(batch.images) - batch.predicted
-    images, decoded = batch.images, torch.cat([vae.decode(part).sample for part in batch.latents.split(8)])
-    through = vae.decode(vae.encode(images[:8]).latent_dist.mean).sample
-    return (
-        decibels(images[:true], decoded[:true]),
-        decibels(images[true:], decoded[true:]) if batch.predicted else float("nan"),
-        decibels(images[:8], through),
-    )
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in batch.images[:true].split(8)])
+    decoded = torch.cat([vae.decode(part).sample for part in torch.cat([latents, batch.latents[true:]]).split(8)])
+    return {
+        "true": decibels(batch.images[:true], decoded[:true]),
+        "predicted": decibels(batch.images[true:], decoded[true:]) if batch.predicted else float("nan"),
+        "moved": float(F.mse_loss(latents, batch.moments[:true, :8])),
+    }
 
 
 def vae_planner(planner: Planner) -> Planner:
