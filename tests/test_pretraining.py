@@ -18,7 +18,7 @@ from spectral_diffusion.errors import UserError
 from spectral_diffusion.files import write_tensors
 from spectral_diffusion.generation.keypose import draw_keypose
 from tools.pocket import puppets, render, travel
-from tools.pocket.base import Recipe, Training, velocity_loss
+from tools.pocket.base import Recipe, Training, changed, velocity_loss
 from tools.pocket.batches import Batch, Mix
 from tools.pocket.compute import Compute, choose
 from tools.pocket.device import (
@@ -30,9 +30,9 @@ from tools.pocket.device import (
     skeletons,
     thicken,
 )
-from tools.pocket.growth import widened
+from tools.pocket.growth import for_twice_the_side, widened, with_larger_adapters
 from tools.pocket.loop import Limits, Progress, train_piece
-from tools.pocket.models import Sizes, Trainee, build_tokenizer
+from tools.pocket.models import Sizes, Trainee, build_t2i_adapter, build_tokenizer
 from tools.pocket.plan import Layer, Plan, Planner
 from tools.pocket.sprites import Bank, build_bank, icon_keys, tinted
 from tools.pocket.vae import VaeBatch, VaeRecipe, VaeTraining, build_vae, grown, quality, recolored
@@ -218,13 +218,13 @@ def test_plans_depend_on_their_step_alone_wherever_they_are_made(bank: Bank) -> 
     assert len(first.keyposes) == len(wide.keypose_rows) and torch.equal(first.keyposes, second.keyposes)
 
 
-def test_every_batch_is_seen_twice_where_drawing_costs_time(bank: Bank) -> None:
+def test_batches_are_seen_again_where_drawing_costs_time(bank: Bank) -> None:
     planner = Planner(bank.catalogue, build_tokenizer(), Mix(wide=0.0), 4)
-    source = DeviceSource(DeviceRenderer(bank, CPU), build_vae((8, 8)), planner, reuse=True)
+    source = DeviceSource(DeviceRenderer(bank, CPU), build_vae((8, 8)), planner, reuse=3)
     first = source(0)
     assert first.latents.shape == (4, 8, 16, 16) and first.where.shape == (4, 1, 16, 16) and first.samples == 4
     source(1)
-    assert source(16) is first and source(32) is not first
+    assert source(16) is first and source(32) is first and source(48) is not first
 
 
 def test_a_wider_network_begins_near_the_narrow_one() -> None:
@@ -244,6 +244,29 @@ def test_a_wider_network_begins_near_the_narrow_one() -> None:
         return float(torch.corrcoef(torch.stack([one.flatten(), wanted.flatten()]))[0, 1])
 
     assert alike(found) > 0.5 > abs(alike(other))
+
+
+def test_a_training_goes_on_in_other_networks() -> None:
+    training = tiny_training()
+    run(training, 60)
+    wide = Sizes(widths=(16, 16, 16), heads=(1, 1, 1), groups=4, text_width=32, text_layers=1)
+    larger = changed(training, lambda trainee: with_larger_adapters(widened(trainee, wide)))
+    assert larger.trainee.downscale == 8 and larger.progress.samples == larger.progress.warmed == 60
+    name = "t2i_sketch.adapter.conv_in.weight"
+    assert larger.averages[0][larger.names.index(name)].shape == (16, 64, 3, 3)
+    old, new = (t.averages[1][t.names.index("unet.conv_in.weight")] for t in (training, larger))
+    assert torch.equal(new[:8], old) and not torch.equal(larger.averages[0][0], larger.averages[1][0])
+
+
+def test_an_adapter_for_twice_the_side_gives_the_same_features() -> None:
+    torch.manual_seed(0)
+    small = build_t2i_adapter(3, TINY, 4)
+    large = for_twice_the_side(small, TINY)
+    picture = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        wanted = small(torch.nn.functional.avg_pool2d(picture, 2))
+        found = large(picture)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
 
 
 def test_a_packed_state_goes_on_with_a_fresh_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

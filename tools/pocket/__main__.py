@@ -31,6 +31,7 @@ DecayOption = Annotated[int | None, typer.Option(help="Take the rate down over s
 RateOption = Annotated[float, typer.Option(help="Learning rate before the decay.")]
 BatchOption = Annotated[int, typer.Option(help="Samples per step.")]
 SizesOption = Annotated[str, typer.Option(help="narrow or wide: the U-Net's widths.")]
+SideOption = Annotated[int, typer.Option(help="64 for pocket@1's latents, 128 for those of the folder's autoencoder.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 ThreadsOption = Annotated[int, typer.Option(help="CPU threads.")]
 WorkersOption = Annotated[int, typer.Option(help="Processes that plan scenes and draw puppets.")]
@@ -47,11 +48,12 @@ def pretrain(
     rate: RateOption = Recipe.rate,
     batch: BatchOption = 32,
     sizes: SizesOption = "narrow",
+    side: SideOption = 64,
     device: DeviceOption = "auto",
     threads: ThreadsOption = 2,
     workers: WorkersOption = 0,
     puppets: PuppetsOption = 48,
-    reuse: Annotated[bool, typer.Option(help="See every batch twice, with other noise.")] = True,
+    reuse: Annotated[int, typer.Option(help="How often every batch is seen, each time with other noise.")] = 2,
     sheet_samples: Annotated[int, typer.Option(help="Draw a sample sheet after so many; 0: never.")] = 50_000,
 ) -> None:
     """Train text encoder, U-Net and T2I-Adapters for one piece (goes on where the last one stopped)."""
@@ -60,7 +62,7 @@ def pretrain(
     from .pieces import Piece, run_base
 
     torch.set_num_threads(threads)
-    piece = Piece(work, start, sizes, batch, device, workers, puppets, reuse, sheet_samples=sheet_samples)
+    piece = Piece(work, start, sizes, side, batch, device, workers, puppets, reuse, sheet_samples=sheet_samples)
     run_base(piece, Recipe(rate=rate), Limits(minutes, until_samples), decay_samples, say)
 
 
@@ -74,6 +76,7 @@ def gpu(
     rate: RateOption = 1.5e-3,
     batch: BatchOption = 1024,
     sizes: SizesOption = "narrow",
+    side: SideOption = 64,
     device: DeviceOption = "cuda",
     workers: WorkersOption = 12,
     puppets: PuppetsOption = 200,
@@ -83,24 +86,37 @@ def gpu(
     from .pieces import Piece, run_base
     from .travel import pack
 
-    piece = Piece(work, start, sizes, batch, device, workers, puppets, False, compiled, sheet_samples=0)
+    piece = Piece(work, start, sizes, side, batch, device, workers, puppets, 1, compiled, sheet_samples=0)
     training = run_base(piece, Recipe(rate=rate, ema=(100_000, 1_000_000)), Limits(minutes), decay_samples, say)
     pack(training, output)
     say(f"Wrote {output}/.")
+
+
+@app.command("export")
+def export_pipeline(
+    work: WorkOption = Path("pretraining"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the pipeline.")] = Path("pipeline"),
+    average: Annotated[int, typer.Option(help="Which moving average; 0 is the shortest.")] = 0,
+) -> None:
+    """Write the pipeline as it stands, with the autoencoder for 128 pixels if there is one."""
+    from .pieces import as_saved, vae_of
+    from .sheet import export, sample_sheet
+
+    export(as_saved(work), vae_of(work), output, average)
+    sample_sheet(output, output / "samples.png")
+    say(f"Wrote {output}/, and what it draws in {output / 'samples.png'}.")
 
 
 @app.command("pack")
 def pack_state(
     work: WorkOption = Path("pretraining"),
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the packed state.")] = Path("packed"),
-    sizes: SizesOption = "narrow",
 ) -> None:
     """Write the base's weights in small files, without the optimizer's numbers and the moving averages."""
-    from .compute import choose
-    from .pieces import Piece, begin
+    from .pieces import as_saved
     from .travel import pack
 
-    pack(begin(Piece(work, sizes=sizes), choose("cpu", bf16=False), Recipe()), output, averages=False)
+    pack(as_saved(work), output, averages=False)
     say(f"Wrote {output}/.")
 
 
@@ -108,20 +124,11 @@ def pack_state(
 def unpack_state(
     packed: Annotated[Path, typer.Argument(help="Files that `gpu` or `pack` wrote.")],
     work: WorkOption = Path("pretraining"),
-    sizes: SizesOption = "narrow",
 ) -> None:
     """Make packed files the state of a folder; the one before becomes base.before.safetensors."""
-    from .compute import choose
-    from .models import SIZES, Trainee
-    from .pieces import STATE, Training
-    from .travel import unpack
+    from .pieces import unpack_into
 
-    training = Training(Trainee(SIZES[sizes]), choose("cpu", bf16=False), Recipe())
-    unpack(training, packed)
-    if (work / STATE).exists():
-        (work / STATE).replace(work / "base.before.safetensors")
-    training.save(work / STATE)
-    say(f"Wrote {work / STATE}: {training.progress.samples} samples.")
+    say(f"Wrote {work}/: {unpack_into(packed, work)} samples.")
 
 
 @app.command("vae")
@@ -149,7 +156,7 @@ def vae(
     from .vae import VaeRecipe
 
     torch.set_num_threads(threads)
-    piece = Piece(work, start, "narrow", batch, device, workers, puppets)
+    piece = Piece(work, start, batch=batch, device=device, workers=workers, puppets=puppets)
     recipe = VaeRecipe(rate=rate, predicted=predicted, anchor=anchor, features=features, adversarial=adversarial)
     run_vae(piece, recipe, Limits(minutes, until_samples), decay_samples, say)
 

@@ -6,6 +6,7 @@ samples. Every draw is keyed by the step, so a piece that goes on from a saved s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,24 @@ class Training:
             for name, value in zip(self.names, average, strict=True):
                 value.copy_(tensors.get(f"ema{index}.{name}", tensors[f"raw.{name}"]))
         self.about = meta["about"]
+
+
+def changed(training: Training, change: Callable[[Trainee], Trainee]) -> Training:
+    """The same training with its networks changed, moving averages too; the optimizer begins anew."""
+    old = training.trainee
+
+    def fresh(trainee: Trainee) -> Trainee:
+        torch.manual_seed(0)
+        return change(trainee)
+
+    new = Training(fresh(old.cpu()), training.compute, training.recipe, training.progress, training.about)
+    new.progress.warmed = new.progress.samples
+    for index, average in enumerate(training.averages):
+        shown = Trainee(old.sizes, old.downscale)
+        shown.load_state_dict(dict(zip(training.names, average, strict=True)), strict=False)
+        parameters = fresh(shown).parameters()
+        new.averages[index] = [p.detach().to(training.compute.device) for p in parameters]
+    return new
 
 
 def velocity_loss(training: Training, batch: Batch) -> Tensor:

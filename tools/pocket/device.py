@@ -175,15 +175,15 @@ class DeviceSource:
 
     Args:
         workers: processes that plan ahead; 0 plans when a step asks.
-        reuse: see every batch twice, 16 steps apart, each time with other noise and other timesteps. On a processor
-            drawing and encoding take a quarter of a step.
+        reuse: how often every batch is seen, 16 steps apart, each time with other noise and other timesteps. On a
+            processor drawing and encoding take a quarter of a step and more.
     """
 
     renderer: DeviceRenderer
     vae: AutoencoderKL
     planner: Planner
     workers: int = 0
-    reuse: bool = False
+    reuse: int = 1
     _held: dict[int, Batch] = field(default_factory=dict)
     _plans: Generator[tuple[int, Plan], None, None] | None = None
 
@@ -194,9 +194,9 @@ class DeviceSource:
             self._plans = None
 
     def __call__(self, step: int) -> Batch:
-        first = step - 16 if self.reuse and step % 32 >= 16 else step
+        first = first_seen(step, self.reuse)
         if first not in self._held:
-            self._held = {k: b for k, b in self._held.items() if self.reuse and k > step - 32}
+            self._held = {k: b for k, b in self._held.items() if k > first - 16 and self.reuse > 1}
             self._held[first] = self.batch(self.plan(first))
         return self._held[first]
 
@@ -230,6 +230,11 @@ class DeviceSource:
         )
 
 
+def first_seen(step: int, reuse: int) -> int:
+    """The step at which a step's pictures were first seen."""
+    return step - step % (16 * reuse) + step % 16 if reuse > 1 else step
+
+
 _planner: Callable[[int], Plan] | None = None  # of a planning process
 
 
@@ -245,11 +250,9 @@ def _planned(step: int) -> Plan:
     return _planner(step)
 
 
-def planned_ahead(
-    pool: Executor, start: int, ahead: int, reuse: bool = False
-) -> Generator[tuple[int, Plan], None, None]:
+def planned_ahead(pool: Executor, start: int, ahead: int, reuse: int = 1) -> Generator[tuple[int, Plan], None, None]:
     """Plans in order of their steps, made by a pool that :func:`begin_planning` made ready, some steps ahead."""
-    steps = (step for step in count(start) if not reuse or step % 32 < 16)
+    steps = (step for step in count(start) if first_seen(step, reuse) == step)
     with pool:
         waiting = deque((step, pool.submit(_planned, step)) for step in islice(steps, ahead))
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from concurrent.futures import ProcessPoolExecutor
@@ -14,13 +15,14 @@ import torch
 from diffusers import AutoencoderKL
 
 from spectral_diffusion import pocket
+from spectral_diffusion.files import read_header
 
 from .art import icon_sets
-from .base import Recipe, Training
+from .base import Recipe, Training, changed
 from .batches import Mix
 from .compute import Compute, choose
 from .device import DeviceRenderer, DeviceSource
-from .growth import widened
+from .growth import widened, with_larger_adapters
 from .loop import Limits, Report, train_piece
 from .models import SIZES, Trainee
 from .plan import Planner
@@ -42,11 +44,12 @@ class Piece:
     work: Path
     start: str = "pocket"
     sizes: str = "narrow"
+    side: int = 64  # of the pictures: 64 encoded by pocket@1's autoencoder, 128 by the one in the folder
     batch: int = 32
     device: str = "auto"
     workers: int = 0  # processes that plan ahead
     puppets: int = 48  # drawings of each puppet in a colour and a pose
-    reuse: bool = True  # see every batch twice
+    reuse: int = 2  # how often every batch is seen
     compiled: bool = False  # the U-Net, with torch.compile
     sheet_samples: int = 50_000
 
@@ -72,23 +75,54 @@ def bank_of(work: Path, size: int, puppets: int, compute: Compute, workers: int 
 
 
 def begin(piece: Piece, compute: Compute, recipe: Recipe) -> Training:
-    """The training as the piece finds it: from its state, packed files, or a pipeline."""
-    sizes, state = SIZES[piece.sizes], piece.work / STATE
-    if state.exists() or (Path(piece.start) / STATE_JSON).exists():
-        training = Training(Trainee(sizes), compute, recipe)
-        if state.exists():
-            training.load(state)
-        else:
-            unpack(training, Path(piece.start))
-        return training
-    trainee = Trainee()
-    trainee.load_pipeline(pocket.path() if piece.start == "pocket" else Path(piece.start))
-    if sizes != trainee.sizes:
-        torch.manual_seed(0)
-        trainee = widened(trainee, sizes)
+    """The training as the piece finds it, from its state, packed files or a pipeline, in the sizes it asks for."""
+    state, packed = piece.work / STATE, Path(piece.start)
+    if state.exists():
+        _, about = peek(state)
+    elif (packed / STATE_JSON).exists():
+        about = json.loads((packed / STATE_JSON).read_text())["about"]
+    else:
+        about = {}
+    trainee = Trainee(SIZES[about.get("sizes", "narrow")], about.get("side", 64) // 16)
+    if not about:
+        trainee.load_pipeline(pocket.path() if piece.start == "pocket" else packed)
     training = Training(trainee, compute, recipe)
-    training.about = {"start": piece.start}
+    training.about = {"start": piece.start, "side": 64}
+    if state.exists():
+        training.load(state)
+    elif about:
+        unpack(training, packed)
+    if training.trainee.sizes != SIZES[piece.sizes]:
+        training = changed(training, lambda trainee: widened(trainee, SIZES[piece.sizes]))
+    if training.trainee.downscale * 16 < piece.side:
+        training = changed(training, with_larger_adapters)
+    training.about |= {"sizes": piece.sizes, "side": piece.side, "batch": piece.batch}
     return training
+
+
+def as_saved(work: Path) -> Training:
+    """The training as a folder's state has it, on the processor."""
+    _, about = peek(work / STATE)
+    piece = Piece(work, sizes=about.get("sizes", "narrow"), side=about.get("side", 64), batch=about.get("batch", 32))
+    return begin(piece, Compute(torch.device("cpu"), False), Recipe())
+
+
+def unpack_into(packed: Path, work: Path) -> int:
+    """Make packed files a folder's state, keeping the one before as base.before.safetensors; returns its samples."""
+    about = json.loads((packed / STATE_JSON).read_text())["about"]
+    trainee = Trainee(SIZES[about.get("sizes", "narrow")], about.get("side", 64) // 16)
+    training = Training(trainee, Compute(torch.device("cpu"), False), Recipe())
+    unpack(training, packed)
+    if (work / STATE).exists():
+        (work / STATE).replace(work / "base.before.safetensors")
+    training.save(work / STATE)
+    return training.progress.samples
+
+
+def peek(state: Path) -> tuple[dict, dict]:
+    """The progress in a saved state, and what it says about the weights."""
+    meta = json.loads(read_header(state)[1]["state"])["meta"]
+    return meta["progress"], meta["about"]
 
 
 def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | None, report: Report) -> Training:
@@ -97,17 +131,17 @@ def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | 
     training = begin(piece, compute, recipe)
     progress = training.progress
     progress.decay(decay_samples)
-    vae = frozen_vae(compute)
-    bank = bank_of(piece.work, 64, piece.puppets, compute, piece.workers)
+    vae = frozen_vae(compute) if piece.side == 64 else vae_of(piece.work).requires_grad_(False).to(compute.device)
+    bank = bank_of(piece.work, piece.side, piece.puppets, compute, piece.workers)
     planner = Planner(bank.catalogue, training.trainee.tokenizer, mix, piece.batch)
     source = DeviceSource(DeviceRenderer(bank, compute), vae, planner, piece.workers, piece.reuse)
     if piece.compiled:
         training.trainee.unet.compile()
     report(
-        f"from step {progress.step}, {progress.samples} samples; {piece.sizes}, batch {piece.batch} "
+        f"from step {progress.step}, {progress.samples} samples; {piece.sizes}, {piece.side} px, batch {piece.batch} "
         f"on {described(compute)}"
     )
-    training.about |= {"sizes": piece.sizes, "batch": piece.batch, "mix": asdict(mix)}
+    training.about["mix"] = asdict(mix)
     sheets = progress.samples // max(1, piece.sheet_samples)
 
     def save() -> None:
@@ -125,9 +159,15 @@ def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | 
     return training
 
 
+def vae_of(work: Path) -> AutoencoderKL:
+    """The autoencoder for 128 pixels as far as it is trained in a folder, else that of pocket@1."""
+    folder = work / "vae" if (work / "vae").is_dir() else pocket.path() / "vae"
+    return AutoencoderKL.from_pretrained(folder, dtype=torch.float32)
+
+
 def draw_sheet(training: Training, work: Path) -> None:
     """Write the pipeline as it stands into ``work/pipeline``, and what it draws for fixed prompts beside it."""
-    export(training, frozen_vae(Compute(torch.device("cpu"), False)), work / "pipeline")
+    export(training, vae_of(work), work / "pipeline")
     sample_sheet(work / "pipeline", work / f"samples-{training.progress.samples // 1000:06d}k.png")
 
 

@@ -14,6 +14,7 @@ from spectral_diffusion.files import write_json
 
 from .art import PACKAGES, PRETRAINING
 from .base import Training
+from .growth import with_larger_adapters
 from .models import Trainee, save_pipeline
 
 SHEET = [
@@ -53,10 +54,16 @@ SHEET = [
 
 
 def export(training: Training, vae: AutoencoderKL, folder: Path, average: int = 0) -> None:
-    """Write the pipeline with one of the moving averages as its weights, in fp16."""
-    shown = Trainee(training.trainee.sizes, training.trainee.downscale)
-    names = [name for name, _ in training.trainee.named_parameters()]
+    """Write the pipeline with one of the moving averages as its weights, in fp16.
+
+    With an autoencoder for 128 pixels the T2I-Adapters are made for 128 pixels too.
+    """
+    trainee = training.trainee
+    shown = Trainee(trainee.sizes, trainee.downscale)
+    names = [name for name, _ in trainee.named_parameters()]
     shown.load_state_dict(dict(zip(names, training.averages[average], strict=True)), strict=False)
+    if 2 ** (len(vae.config.block_out_channels) - 1) == 2 * trainee.downscale:
+        shown = with_larger_adapters(shown)
     save_pipeline(folder, vae, shown.tokenizer, shown.text_encoder, shown.unet, shown.t2i_sketch, shown.t2i_keypose)
     artwork = {name: PACKAGES[name] for name in PRETRAINING}
     progress = asdict(training.progress)
