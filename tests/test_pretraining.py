@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -35,7 +36,7 @@ from tools.pocket.loop import Limits, Progress, train_piece
 from tools.pocket.models import Sizes, Trainee, build_t2i_adapter, build_tokenizer
 from tools.pocket.plan import Layer, Plan, Planner
 from tools.pocket.sprites import Bank, build_bank, icon_keys, tinted
-from tools.pocket.vae import VaeBatch, VaeRecipe, VaeTraining, build_vae, grown, quality, recolored
+from tools.pocket.vae import VaeBatch, VaeRecipe, VaeSource, VaeTraining, build_vae, grown, quality, recolored
 
 TINY = Sizes(widths=(8, 8, 8), heads=(1, 1, 1), groups=4, text_width=32, text_layers=1)
 CPU = Compute(torch.device("cpu"), bf16=False)
@@ -355,3 +356,41 @@ def test_the_loss_weighs_what_things_cover() -> None:
     with torch.no_grad():
         assert torch.allclose(velocity_loss(training, nothing), velocity_loss(training, everything), rtol=1e-4)
         assert not torch.allclose(velocity_loss(training, nothing), velocity_loss(training, batch), rtol=1e-6)
+
+
+class Shapes(Compute):
+    """A device that computes shapes alone: what reads a number, or mixes it with the processor, fails, as on a GPU."""
+
+    def autocast(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def generator(self, seed: int) -> torch.Generator:
+        return None  # type: ignore[return-value]
+
+    def move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+
+def test_no_step_waits_for_the_device(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    adamw = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, fused, **settings: adamw(parameters, **settings))
+    shapes = Shapes(torch.device("meta"), True)
+    planner = Planner(bank.catalogue, build_tokenizer(), Mix(wide=0.0, sketch=0.5, keypose=1.0), 16)
+    plan = planner(1)
+    assert plan.sketch_rows and plan.keypose_rows
+    backdrops = {wide: pictures.to("meta") for wide, pictures in bank.backdrops.items()}
+    there = replace(bank, textures=bank.textures.to("meta"), keypoints=bank.keypoints.to("meta"), backdrops=backdrops)
+    renderer, vae = DeviceRenderer(there, shapes), build_vae((8, 8)).to("meta")
+    batch = DeviceSource(renderer, vae, planner).batch(plan)
+    assert batch.latents.shape == (16, 8, 16, 16) and len(batch.keyposes) == len(plan.keypose_rows)
+    training = Training(Trainee(TINY, downscale=2), shapes, Recipe())
+    loss = training.step(batch)
+    with pytest.raises(RuntimeError, match="meta"):
+        float(loss)
+    recipe = VaeRecipe(features=1.0, adversarial=0.1, anchor=0.5)
+    source = VaeSource(renderer, planner, vae, training.trainee, recipe, training.alphas)
+    seen = source(2)
+    assert seen.predicted == 8 and seen.latents.shape == (16, 8, 8, 8)
+    seen.latents, seen.moments = (images[:, :, ::2, ::2] for images in (seen.latents, seen.moments))
+    with pytest.raises(RuntimeError, match="meta"):
+        float(VaeTraining(build_vae((8, 8, 8, 8)), shapes, recipe).step(seen))
