@@ -342,12 +342,16 @@ def test_the_grown_autoencoder_has_the_latents_of_the_small_one() -> None:
     assert float(torch.corrcoef(torch.stack([torch.nn.functional.avg_pool2d(large, 2), small]).flatten(1))[0, 1]) > 0.8
 
 
-def test_swapped_colours_are_still_whole_pictures() -> None:
-    images = torch.arange(3.0)[None, :, None, None].expand(64, 3, 2, 2)
+def test_recoloured_pictures_keep_their_grays_and_their_share() -> None:
+    images = torch.full((64, 3, 8, 8), 0.5)
+    images[:, 0, 4:] = 0.0
     changed = recolored(images, torch.Generator().manual_seed(0), share=0.5)
-    orders = changed[:, :, 0, 0].tolist()
-    assert all(sorted(order) == [0, 1, 2] for order in orders)
-    assert 16 < sum(order != [0, 1, 2] for order in orders) < 48
+    assert torch.allclose(changed[:, :, :4], images[:, :, :4], atol=1e-5)
+    others = (changed != images).flatten(1).any(1) & ((changed - images).abs().amax((1, 2, 3)) > 0.01)
+    assert 16 < int(others.sum()) < 48
+    assert float(changed[:, :, 4:].mean()) == pytest.approx(float(images[:, :, 4:].mean()), abs=1e-4)
+    halves = changed[others][:, :, 4:].flatten(2)
+    assert (halves.amax(2) - halves.amin(2)).amax(1).gt(0.05).float().mean() > 0.5  # two hues in one picture
 
 
 def test_the_loss_weighs_what_things_cover() -> None:

@@ -8,6 +8,7 @@ decoder learns from true latents and from what the U-Net makes of noisy ones.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from math import pi, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from spectral_diffusion.training.state import load_state, save_state
 
 from .batches import Mix
 from .compute import Compute
-from .device import DeviceRenderer
+from .device import DeviceRenderer, constant, grid
 from .loop import Progress, Rates
 from .models import Trainee, build_scheduler
 from .plan import Planner
@@ -196,13 +197,25 @@ class VaeSource:
         return alpha.sqrt() * noisy - (1 - alpha).sqrt() * velocity
 
 
-def recolored(images: Tensor, generator: torch.Generator, share: float = 0.3) -> Tensor:
-    """A share of the pictures with their colours swapped around, so that colours of no caption are learnt too."""
-    orders = torch.tensor([[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]], device=images.device)
-    chosen = torch.randint(0, 5, (len(images),), generator=generator, device=images.device)
-    changed = torch.rand(len(images), generator=generator, device=images.device) < share
-    order = torch.where(changed[:, None], orders[chosen], torch.arange(3, device=images.device))
-    return images.gather(1, order[:, :, None, None].expand_as(images))
+def recolored(images: Tensor, generator: torch.Generator, share: float = 0.6) -> Tensor:
+    """A share of the pictures with other hues, on either side of a line differently; grays stay.
+
+    Personal things have colours, and colours side by side, that no scene of the pocket world has.
+    """
+    count, device = len(images), images.device
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device=device)
+
+    turns = (2 * pi * uniform(2, count))[..., None, None]
+    across = constant(((0.0, -1.0, 1.0), (1.0, 0.0, -1.0), (-1.0, 1.0, 0.0)), device) / sqrt(3)
+    matrices = turns.cos() * torch.eye(3, device=device) + (1 - turns.cos()) / 3 + turns.sin() * across
+    one, two = (torch.einsum("nij,njhw->nihw", matrix, images) for matrix in matrices)
+    y, x = (2 * axis / axis.amax() - 1 for axis in grid(*images.shape[-2:], device))
+    slope, offset = 2 * pi * uniform(count, 1, 1), uniform(count, 1, 1) - 0.5
+    side = slope.cos() * x + slope.sin() * y > offset
+    changed = (uniform(count) < share)[:, None, None, None]
+    return torch.where(changed, torch.where(side[:, None], one, two).clamp(-1, 1), images)
 
 
 @dataclass
