@@ -26,6 +26,7 @@ from tools.pocket.device import (
     DeviceRenderer,
     DeviceSource,
     begin_planning,
+    label_maps,
     outline,
     planned_ahead,
     skeletons,
@@ -35,7 +36,7 @@ from tools.pocket.growth import for_twice_the_side, widened, with_larger_adapter
 from tools.pocket.loop import Limits, Progress, train_piece
 from tools.pocket.models import Sizes, Trainee, build_t2i_adapter, build_tokenizer
 from tools.pocket.plan import Layer, Plan, Planner
-from tools.pocket.sprites import Bank, build_bank, icon_keys, tinted
+from tools.pocket.sprites import NOUNS, TINTS, Bank, build_bank, icon_keys, tinted
 from tools.pocket.vae import VaeBatch, VaeRecipe, VaeSource, VaeTraining, build_vae, grown, quality, recolored
 
 TINY = Sizes(widths=(8, 8, 8), heads=(1, 1, 1), groups=4, text_width=32, text_layers=1)
@@ -52,7 +53,7 @@ def random_batch(step: int) -> Batch:
     ids = torch.randint(0, 1000, (4, 32), generator=generator)
     return Batch(
         noise(4, 8, 8, 8), noise(4, 1, 8, 8), ids, torch.tensor([1]), noise(1, 1, 32, 32),
-        torch.tensor([0, 3]), noise(2, 3, 32, 32),
+        torch.tensor([0, 3]), noise(2, 3, 32, 32), torch.randint(0, 12, (4, 2, 8, 8), generator=generator),
     )  # fmt: skip
 
 
@@ -178,6 +179,9 @@ def test_what_lies_in_front_covers_what_lies_behind(bank: Bank) -> None:
     (_, behind), (_, front) = scenes.cover
     assert behind[0, 0, 16, 8] < 0.05 and front[0, 0, 16, 8] > 0.95 and behind[0, 0, 16, 24] > 0.95
     assert torch.allclose(torch.maximum(behind, front).amax(), scenes.masks.amax(), atol=1e-5)
+    nouns, tints = label_maps(plan, scenes, 4, CPU)[0]
+    assert (nouns[4, 2], tints[4, 2]) == (1, 3) and (nouns[4, 6], tints[4, 6]) == (0, 10)
+    assert (nouns[0, 7], tints[0, 7]) == (len(NOUNS), len(TINTS))
 
 
 def test_the_device_draws_as_the_other_renderer_does() -> None:
@@ -245,6 +249,22 @@ def test_a_wider_network_begins_near_the_narrow_one() -> None:
         return float(torch.corrcoef(torch.stack([one.flatten(), wanted.flatten()]))[0, 1])
 
     assert alike(found) > 0.5 > abs(alike(other))
+
+
+def test_maps_are_learnt_beside_the_networks_and_dropped(tmp_path: Path) -> None:
+    training = tiny_training(Recipe(warmup=0, ema=(4, 40), maps=0.1))
+    begun = float(training.step(random_batch(0)))
+    for _ in range(12):
+        last = float(training.step(random_batch(0)))
+    assert last < begun and training.names[-1].startswith("head.")
+    training.save(tmp_path / "state")
+    plain, again = tiny_training(), tiny_training(Recipe(warmup=0, ema=(4, 40), maps=0.1))
+    for other in (plain, again):
+        other.load(tmp_path / "state")
+        assert all(torch.equal(a, b) for a, b in zip(other.averages[0], training.averages[0]))
+    assert plain.progress.warmed == training.progress.samples and again.progress.warmed == 0
+    assert len(plain.parameters) < len(again.parameters) == len(training.parameters)
+    run(plain, 60)
 
 
 def test_a_training_goes_on_in_other_networks() -> None:

@@ -33,6 +33,7 @@ BatchOption = Annotated[int, typer.Option(help="Samples per step.")]
 SizesOption = Annotated[str, typer.Option(help="narrow or wide: the U-Net's widths.")]
 SideOption = Annotated[int, typer.Option(help="64 for pocket@1's latents, 128 for those of the folder's autoencoder.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+MapsOption = Annotated[float, typer.Option(help="Weight of the added loss on maps of classes and colours.")]
 ThreadsOption = Annotated[int, typer.Option(help="CPU threads.")]
 WorkersOption = Annotated[int, typer.Option(help="Processes that plan scenes and draw puppets.")]
 PuppetsOption = Annotated[int, typer.Option(help="Drawings of each puppet in a colour and a pose.")]
@@ -47,6 +48,7 @@ def pretrain(
     decay_samples: DecayOption = None,
     rate: RateOption = Recipe.rate,
     batch: BatchOption = 32,
+    maps: MapsOption = 0.0,
     sizes: SizesOption = "narrow",
     side: SideOption = 64,
     device: DeviceOption = "auto",
@@ -63,7 +65,7 @@ def pretrain(
 
     torch.set_num_threads(threads)
     piece = Piece(work, start, sizes, side, batch, device, workers, puppets, reuse, sheet_samples=sheet_samples)
-    run_base(piece, Recipe(rate=rate), Limits(minutes, until_samples), decay_samples, say)
+    run_base(piece, Recipe(rate=rate, maps=maps), Limits(minutes, until_samples), decay_samples, say)
 
 
 @app.command("gpu")
@@ -75,6 +77,7 @@ def gpu(
     decay_samples: DecayOption = None,
     rate: RateOption = 1.5e-3,
     batch: BatchOption = 1024,
+    maps: MapsOption = 0.0,
     sizes: SizesOption = "narrow",
     side: SideOption = 64,
     device: DeviceOption = "cuda",
@@ -87,7 +90,9 @@ def gpu(
     from .travel import pack
 
     piece = Piece(work, start, sizes, side, batch, device, workers, puppets, 1, compiled, sheet_samples=0)
-    training = run_base(piece, Recipe(rate=rate, ema=(100_000, 1_000_000)), Limits(minutes), decay_samples, say)
+    training = run_base(
+        piece, Recipe(rate=rate, ema=(100_000, 1_000_000), maps=maps), Limits(minutes), decay_samples, say
+    )
     pack(training, output)
     say(f"Wrote {output}/.")
 

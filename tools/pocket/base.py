@@ -6,7 +6,7 @@ samples. Every draw is keyed by the step, so a piece that goes on from a saved s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from spectral_diffusion.training.state import load_state, save_state
 from .batches import Batch
 from .compute import Compute
 from .loop import Progress, Rates
-from .models import Trainee, build_scheduler
+from .models import MapHead, Trainee, build_scheduler
+from .sprites import NOUNS, TINTS
+
+HEAD = "head."  # before the names of its weights
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Recipe(Rates):
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 1e-4
     clip: float = 1.0
+    maps: float = 0.0  # weight of an added loss: which class and colour is where (see MapHead)
 
 
 @dataclass
@@ -52,8 +56,13 @@ class Training:
         self.trainee.to(self.compute.device)
         if self.compute.device.type == "cuda":
             self.trainee.unet.set_attn_processor(AttnProcessor2_0())
-        self.names = [name for name, _ in self.trainee.named_parameters()]
-        self.parameters = [parameter for _, parameter in self.trainee.named_parameters()]
+        named = list(self.trainee.named_parameters())
+        self.head: MapHead | None = None
+        if self.recipe.maps:
+            self.head = MapHead(self.trainee.unet, (len(NOUNS) + 1, len(TINTS) + 1)).to(self.compute.device)
+            named += [(f"{HEAD}{name}", parameter) for name, parameter in self.head.named_parameters()]
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
         self.averages = [[p.detach().clone() for p in self.parameters] for _ in self.recipe.ema]
         self.alphas = build_scheduler().alphas_cumprod.to(self.compute.device)
         recipe = self.recipe
@@ -96,18 +105,36 @@ class Training:
     @torch.no_grad()
     def load(self, path: Path) -> None:
         """Go on from a saved state."""
-        tensors, meta = load_state(path, self.optimizer)
-        for group in self.optimizer.param_groups:
-            group.update(betas=self.recipe.betas, weight_decay=self.recipe.weight_decay)
-        self.progress = Progress(**meta["progress"])
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            parameter.copy_(tensors[f"raw.{name}"])
-        for index, average in enumerate(self.averages):
-            for name, value in zip(self.names, average, strict=True):
-                value.copy_(tensors.get(f"ema{index}.{name}", tensors[f"raw.{name}"]))
-        self.about = meta["about"]
+        tensors, meta = load_state(path)
+        self.progress, self.about = Progress(**meta["progress"]), meta["about"]
+        if {f"raw.{name}" for name in self.names} == {name for name in tensors if name.startswith("raw.")}:
+            load_state(path, self.optimizer)
+            for group in self.optimizer.param_groups:
+                group.update(betas=self.recipe.betas, weight_decay=self.recipe.weight_decay)
+        else:  # a head was added or dropped
+            self.progress.warmed = self.progress.samples
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = value
+        self.fill(parts)
+
+    @torch.no_grad()
+    def fill(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take the weights (part raw) and the moving averages (ema0, …) by name; a head may be missing.
+
+        Raises:
+            KeyError: a weight of the networks is missing.
+        """
+        every: list[tuple[int, list[Tensor]]] = [(-1, list(self.parameters)), *enumerate(self.averages)]
+        for index, values in every:
+            part = parts.get(f"ema{index}", parts["raw"])
+            for name, value in zip(self.names, values, strict=True):
+                if name in part or not name.startswith(HEAD):
+                    value.copy_(part[name])
 
 
+@torch.no_grad()
 def changed(training: Training, change: Callable[[Trainee], Trainee]) -> Training:
     """The same training with its networks changed, moving averages too; the optimizer begins anew."""
     old = training.trainee
@@ -121,8 +148,8 @@ def changed(training: Training, change: Callable[[Trainee], Trainee]) -> Trainin
     for index, average in enumerate(training.averages):
         shown = Trainee(old.sizes, old.downscale)
         shown.load_state_dict(dict(zip(training.names, average, strict=True)), strict=False)
-        parameters = fresh(shown).parameters()
-        new.averages[index] = [p.detach().to(training.compute.device) for p in parameters]
+        for value, parameter in zip(new.averages[index], fresh(shown).parameters()):  # a head begins anew
+            value.copy_(parameter)
     return new
 
 
@@ -143,6 +170,8 @@ def velocity_loss(training: Training, batch: Batch) -> Tensor:
     target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
     with compute.autocast():
         predicted = training.trainee(noisy, timesteps, batch)
+        maps = training.head.loss(batch.labels) if training.head else 0.0
     snr = alpha / (1 - alpha)
     where = 1 + recipe.object_weight * batch.where
-    return ((predicted.float() - target).square() * where / (1 + snr / recipe.snr)).mean() / where.mean()
+    error = ((predicted.float() - target).square() * where / (1 + snr / recipe.snr)).mean() / where.mean()
+    return error + recipe.maps * maps

@@ -45,6 +45,7 @@ class Batch:
     sketches: Tensor  # (k, 1, H, W)
     keypose_rows: Tensor
     keyposes: Tensor  # (k, 3, H, W)
+    labels: Tensor  # (n, 2, h, w): which class and which colour shows most in each latent's square
 
     @property
     def samples(self) -> int:

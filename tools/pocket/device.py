@@ -22,7 +22,7 @@ from spectral_diffusion.generation.keypose import LIMBS
 from .batches import Batch
 from .compute import Compute
 from .plan import Layer, Plan, Planner
-from .sprites import LIGHT, MARGIN, Bank
+from .sprites import LIGHT, MARGIN, NOUNS, TINTS, Bank
 
 
 @dataclass
@@ -108,6 +108,19 @@ class DeviceRenderer:
         points = (torch.stack([x, y], 1)[:, None] + self.bank.keypoints[sprites] * side[:, None, None]) * height
         colour, alpha = skeletons(points, height, poses.shape[-1])
         return poses.index_copy(0, rows, poses[rows] * (1 - alpha) + colour)
+
+
+def label_maps(plan: Plan, scenes: Scenes, shrink: int, compute: Compute) -> Tensor:
+    """Which class and which colour shows most in each square of ``shrink`` pixels: (n, 2, h, w), the last is none."""
+    most = 1 - F.avg_pool2d(scenes.masks, shrink)
+    none = constant((len(NOUNS), len(TINTS)), compute.device)[None, :, None, None]
+    labels = none.expand(plan.count, 2, *most.shape[2:])
+    for layer, (rows, seen) in zip(plan.layers, scenes.cover, strict=True):
+        share, before = F.avg_pool2d(seen, shrink), most[rows]
+        mine = compute.move(torch.tensor([layer.nouns, layer.tints])).T[:, :, None, None]
+        labels = labels.index_copy(0, rows, torch.where(share > before, mine, labels[rows]))
+        most = most.index_copy(0, rows, torch.maximum(share, before))
+    return labels
 
 
 @cache
@@ -219,14 +232,16 @@ class DeviceSource:
         with compute.autocast():
             latents = self.vae.encode(scenes.images).latent_dist.mean.float()
         rows = [compute.move(torch.tensor(r, dtype=torch.long)) for r in (plan.sketch_rows, plan.keypose_rows)]
+        shrink = scenes.masks.shape[-2] // latents.shape[-2]
         return Batch(
             latents,
-            F.avg_pool2d(scenes.masks, scenes.masks.shape[-2] // latents.shape[-2]),
+            F.avg_pool2d(scenes.masks, shrink),
             compute.move(torch.from_numpy(plan.ids)),
             rows[0],
             scenes.sketches,
             rows[1],
             scenes.keyposes,
+            label_maps(plan, scenes, shrink, compute),
         )
 
 

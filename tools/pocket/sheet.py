@@ -60,8 +60,7 @@ def export(training: Training, vae: AutoencoderKL, folder: Path, average: int = 
     """
     trainee = training.trainee
     shown = Trainee(trainee.sizes, trainee.downscale)
-    names = [name for name, _ in trainee.named_parameters()]
-    shown.load_state_dict(dict(zip(names, training.averages[average], strict=True)), strict=False)
+    shown.load_state_dict(dict(zip(training.names, training.averages[average], strict=True)), strict=False)
     if 2 ** (len(vae.config.block_out_channels) - 1) == 2 * trainee.downscale:
         shown = with_larger_adapters(shown)
     save_pipeline(folder, vae, shown.tokenizer, shown.text_encoder, shown.unet, shown.t2i_sketch, shown.t2i_keypose)

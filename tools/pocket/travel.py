@@ -64,12 +64,7 @@ def unpack(training: Training, folder: Path) -> None:
     training.progress = Progress(**header["progress"])
     training.progress.warmed = training.progress.samples
     try:
-        for name, parameter in zip(training.names, training.parameters, strict=True):
-            parameter.copy_(parts["raw"][name])
-        for index, average in enumerate(training.averages):
-            values = parts.get(f"ema{index}", parts["raw"])
-            for name, value in zip(training.names, average, strict=True):
-                value.copy_(values[name])
+        training.fill(parts)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{folder} holds the state of other networks; give their sizes with --sizes.") from error
     training.about = header["about"]
