@@ -332,6 +332,8 @@ def test_a_resumed_autoencoder_is_the_unbroken_one_bit_for_bit(tmp_path: Path) -
     train_piece(rest, vae_batch, Limits(until_samples=20), lambda: None, lambda text: None)
     mine, theirs = ([*t.parameters, *t.average, *t.critic.parameters()] for t in (rest, whole))
     assert rest.progress.step == 5 and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    (tmp_path / "vae-critic.state.safetensors").unlink()
+    vae_training().load(state)
     assert torch.equal(rest.averaged().decoder.conv_in.weight, rest.average[rest.names.index("decoder.conv_in.weight")])
 
 

@@ -183,46 +183,52 @@ def skeletons(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass
+class Plans:
+    """The plans of the steps in their order, made by processes some steps ahead, or without any when asked."""
+
+    planner: Planner
+    workers: int = 0
+    reuse: int = 1  # see DeviceSource
+    _ahead: Generator[tuple[int, Plan], None, None] | None = None
+
+    def __call__(self, step: int) -> Plan:
+        if not self.workers:
+            return self.planner(step)
+        if self._ahead is None:
+            pool = ProcessPoolExecutor(self.workers, get_context("spawn"), begin_planning, (self.planner,))
+            self._ahead = planned_ahead(pool, step, 3 * self.workers, self.reuse)
+        at, plan = next(self._ahead)
+        assert at == step, "steps are asked for in order"
+        return plan
+
+    def close(self) -> None:
+        """End the processes."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+
+@dataclass
 class DeviceSource:
     """The batches of the base's training, drawn and encoded on the device.
 
     Args:
-        workers: processes that plan ahead; 0 plans when a step asks.
         reuse: how often every batch is seen, 16 steps apart, each time with other noise and other timesteps. On a
             processor drawing and encoding take a quarter of a step and more.
     """
 
     renderer: DeviceRenderer
     vae: AutoencoderKL
-    planner: Planner
-    workers: int = 0
+    plans: Callable[[int], Plan]
     reuse: int = 1
     _held: dict[int, Batch] = field(default_factory=dict)
-    _plans: Generator[tuple[int, Plan], None, None] | None = None
-
-    def close(self) -> None:
-        """End the processes."""
-        if self._plans is not None:
-            self._plans.close()
-            self._plans = None
 
     def __call__(self, step: int) -> Batch:
         first = first_seen(step, self.reuse)
         if first not in self._held:
             self._held = {k: b for k, b in self._held.items() if k > first - 16 and self.reuse > 1}
-            self._held[first] = self.batch(self.plan(first))
+            self._held[first] = self.batch(self.plans(first))
         return self._held[first]
-
-    def plan(self, step: int) -> Plan:
-        """The plan of a step, from the processes if there are any."""
-        if not self.workers:
-            return self.planner(step)
-        if self._plans is None:
-            pool = ProcessPoolExecutor(self.workers, get_context("spawn"), begin_planning, (self.planner,))
-            self._plans = planned_ahead(pool, step, 3 * self.workers, self.reuse)
-        at, plan = next(self._plans)
-        assert at == step, "steps are asked for in order"
-        return plan
 
     @torch.no_grad()
     def batch(self, plan: Plan) -> Batch:

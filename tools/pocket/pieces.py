@@ -21,7 +21,7 @@ from .art import icon_sets
 from .base import Recipe, Training, changed
 from .batches import Mix
 from .compute import Compute, choose
-from .device import DeviceRenderer, DeviceSource
+from .device import DeviceRenderer, DeviceSource, Plans
 from .growth import widened, with_larger_adapters
 from .loop import Limits, Report, train_piece
 from .models import SIZES, Trainee
@@ -134,7 +134,8 @@ def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | 
     vae = frozen_vae(compute) if piece.side == 64 else vae_of(piece.work).requires_grad_(False).to(compute.device)
     bank = bank_of(piece.work, piece.side, piece.puppets, compute, piece.workers)
     planner = Planner(bank.catalogue, training.trainee.tokenizer, mix, piece.batch)
-    source = DeviceSource(DeviceRenderer(bank, compute), vae, planner, piece.workers, piece.reuse)
+    plans = Plans(planner, piece.workers, piece.reuse)
+    source = DeviceSource(DeviceRenderer(bank, compute), vae, plans, piece.reuse)
     if piece.compiled:
         training.trainee.unet.compile()
     report(
@@ -155,7 +156,7 @@ def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | 
     try:
         train_piece(training, source, limits, save, report)
     finally:
-        source.close()
+        plans.close()
     return training
 
 
@@ -187,7 +188,8 @@ def run_vae(piece: Piece, recipe: VaeRecipe, limits: Limits, decay_samples: int 
     trainee.requires_grad_(False).to(compute.device)
     bank = bank_of(piece.work, 128, piece.puppets, compute, piece.workers)
     planner = vae_planner(Planner(bank.catalogue, trainee.tokenizer, Mix(), piece.batch))
-    source = VaeSource(DeviceRenderer(bank, compute), planner, old, trainee, recipe)
+    plans = Plans(planner, piece.workers)
+    source = VaeSource(DeviceRenderer(bank, compute), plans, old, trainee, recipe)
     held_out = VaeSource(
         source.renderer, replace(planner, batch=48, name="pocket2-vae-validation"), old, trainee, recipe
     )
@@ -201,7 +203,10 @@ def run_vae(piece: Piece, recipe: VaeRecipe, limits: Limits, decay_samples: int 
         figures = ", ".join(f"{name} {value:.3f}" for name, value in quality(averaged, validation).items())
         report(f"saved {VAE_STATE} at {progress.samples} samples: {figures}")
 
-    train_piece(training, source, limits, save, report)
+    try:
+        train_piece(training, source, limits, save, report)
+    finally:
+        plans.close()
 
 
 def described(compute: Compute) -> str:

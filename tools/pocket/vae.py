@@ -7,6 +7,7 @@ decoder learns from true latents and from what the U-Net makes of noisy ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import pi, sqrt
 from pathlib import Path
@@ -24,7 +25,7 @@ from .compute import Compute
 from .device import DeviceRenderer, constant, grid
 from .loop import Progress, Rates
 from .models import Trainee, build_scheduler
-from .plan import Planner
+from .plan import Plan, Planner
 from .render import WorldConfig
 
 VARIED = WorldConfig(
@@ -162,7 +163,7 @@ class VaeSource:
     """The batches of a step, keyed by it."""
 
     renderer: DeviceRenderer
-    planner: Planner
+    plans: Callable[[int], Plan]
     old: AutoencoderKL
     trainee: Trainee
     recipe: VaeRecipe
@@ -170,7 +171,7 @@ class VaeSource:
 
     @torch.no_grad()
     def __call__(self, step: int) -> VaeBatch:
-        compute, plan = self.renderer.compute, self.planner(step)
+        compute, plan = self.renderer.compute, self.plans(step)
         images = self.renderer(plan).images
         generator = compute.generator(step)
         true = len(images) - round(self.recipe.predicted * len(images))
@@ -317,10 +318,11 @@ class VaeTraining:
         for name, parameter, value in zip(self.names, self.parameters, self.average, strict=True):
             parameter.copy_(tensors[f"raw.{name}"])
             value.copy_(tensors[f"ema.{name}"])
-        judged, critic_meta = load_state(critic_path(path))
-        if critic_meta["progress"]["step"] == self.progress.step:
-            load_state(critic_path(path), self.judging)
-            self.critic.load_state_dict(judged)
+        if critic_path(path).exists():  # a critic that is missing or of another step begins anew
+            judged, critic_meta = load_state(critic_path(path))
+            if critic_meta["progress"]["step"] == self.progress.step:
+                load_state(critic_path(path), self.judging)
+                self.critic.load_state_dict(judged)
         return meta["about"]
 
     def averaged(self) -> AutoencoderKL:
