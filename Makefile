@@ -8,7 +8,7 @@ ONE := OMP_NUM_THREADS=1
 # The browser's tests run where a Chromium is; everywhere else they would only be skipped.
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: demo test test-ui test-slow lint ui install bench evidence clean
+.PHONY: demo test test-ui test-slow lint ui install bench evidence pocket-gpu-piece clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +49,13 @@ bench: install
 evidence: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[plots]'
 	$(BIN)/spectral-diffusion experiment all -o docs/evidence
+
+# One piece of the pocket base's pretraining on a machine with a GPU: see docs/pocket.md. Needs no internet.
+POCKET_WORK ?= pretraining/gpu
+POCKET_OUT  ?= packed
+POCKET_ARGS ?=
+pocket-gpu-piece:
+	$(PYTHON) -m tools.pocket gpu --work $(POCKET_WORK) --start $(POCKET_WORK)/packed -o $(POCKET_OUT) $(POCKET_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

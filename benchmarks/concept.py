@@ -16,10 +16,10 @@ from spectral_diffusion.config import build, parse_overrides, read_yaml
 from spectral_diffusion.evaluation.identity import load_identity_encoder
 from spectral_diffusion.experiments.lab import TUNED
 from spectral_diffusion.generation.scene import Scene
-from spectral_diffusion.pocket.workshop.art import icon_sets
-from spectral_diffusion.pocket.workshop.render import Renderer
-from spectral_diffusion.pocket.workshop.report import concept_learnt
 from spectral_diffusion.resources import preset
+from tools.pocket.art import icon_sets
+from tools.pocket.render import Renderer
+from tools.pocket.report import concept_learnt
 
 
 def main() -> None:

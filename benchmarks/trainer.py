@@ -35,9 +35,9 @@ from spectral_diffusion.architectures import build_meta, build_vae_meta, fill_ra
 from spectral_diffusion.base import Base
 from spectral_diffusion.config import TrainConfig, build
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.pocket.workshop.models import build_tokenizer
 from spectral_diffusion.progress import Event
 from spectral_diffusion.training.loop import train
+from tools.pocket.models import build_tokenizer
 
 RANK, RATE, WARM = 8, 1e-4, 2  # the first steps are not counted
 ATTENTION = {

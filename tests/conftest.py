@@ -21,7 +21,7 @@ def make_tiny_base(folder: Path, seed: int = 0, prediction_type: str = "epsilon"
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from spectral_diffusion.pocket.workshop.models import build_tokenizer
+    from tools.pocket.models import build_tokenizer
 
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()

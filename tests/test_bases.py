@@ -35,9 +35,9 @@ from spectral_diffusion.fusion.collect import predict
 from spectral_diffusion.fusion.recipe import fuse_to_folder
 from spectral_diffusion.generation.pipeline import put_on, sample, sampler
 from spectral_diffusion.generation.scene import Region, Scene
-from spectral_diffusion.pocket.workshop.models import build_tokenizer
 from spectral_diffusion.training.conditioning import Conditioner
 from spectral_diffusion.training.run import train_to_file
+from tools.pocket.models import build_tokenizer
 
 
 def text_config(width: int, heads: int = 2, act: str = "quick_gelu") -> CLIPTextConfig:

@@ -389,7 +389,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def test_imports_point_down() -> None:
-    files = [p for p in PACKAGE.rglob("*.py") if "workshop" not in p.parts and p.parent.name != "_data"]
+    files = [p for p in PACKAGE.rglob("*.py") if p.parent.name != "_data"]
     for path in files:
         part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         if part != "__init__":
@@ -418,8 +418,7 @@ def test_the_mathematics_knows_no_files_and_the_library_no_command_line() -> Non
             assert "peft" not in names, path
         if not (path.parent.name == "tabs" or (path.parent.name == "ui" and path.name in {"app.py", "page.py"})):
             assert "gradio" not in names, path
-        if "workshop" not in path.parts and path.parent.name != "cli":
-            assert "workshop" not in path.read_text(), path
+        assert "tools" not in names, path
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then() -> None:

@@ -250,7 +250,7 @@ def test_clip_and_dino_from_folders(tmp_path: Path) -> None:
         Dinov2Model,
     )  # fmt: skip
 
-    from spectral_diffusion.pocket.workshop.models import build_tokenizer
+    from tools.pocket.models import build_tokenizer
 
     torch.manual_seed(0)
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

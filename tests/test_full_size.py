@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from spectral_diffusion.architectures import build_meta, build_vae_meta, fill_randomly
-from spectral_diffusion.pocket.workshop.models import build_tokenizer
+from tools.pocket.models import build_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

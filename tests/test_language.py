@@ -23,7 +23,7 @@ from transformers import (
 
 from spectral_diffusion import SpectralConfig
 from spectral_diffusion.methods import all_methods, get_method
-from spectral_diffusion.pocket.workshop.models import build_tokenizer
+from tools.pocket.models import build_tokenizer
 
 SMALL = {
     "vocab_size": 64,

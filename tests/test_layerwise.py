@@ -38,7 +38,6 @@ from spectral_diffusion.generation.scene import Region, Scene
 from spectral_diffusion.inspection import inspect_path
 from spectral_diffusion.layerwise import LayerwiseAttention, LongForm, cross_attention, layered, spread, use_means
 from spectral_diffusion.methods.attach import detach
-from spectral_diffusion.pocket.workshop.models import build_tokenizer
 from spectral_diffusion.progress import Event
 from spectral_diffusion.tokens import known_tokens
 from spectral_diffusion.training.conditioning import Conditioner
@@ -46,6 +45,7 @@ from spectral_diffusion.training.loop import Stopped
 from spectral_diffusion.training.memory import estimate
 from spectral_diffusion.training.run import train_to_file
 from spectral_diffusion.ui.keeper import Keeper
+from tools.pocket.models import build_tokenizer
 
 PROMPT = "a photo of <rex> dog"
 

@@ -20,8 +20,8 @@ from spectral_diffusion.generation.conditions import Drawing
 from spectral_diffusion.generation.keypose import draw_keypose
 from spectral_diffusion.generation.pipeline import sample
 from spectral_diffusion.generation.scene import Scene
-from spectral_diffusion.pocket.workshop import puppets
-from spectral_diffusion.pocket.workshop.world import COLOURS, vocabulary
+from tools.pocket import puppets
+from tools.pocket.world import COLOURS, vocabulary
 
 
 @pytest.fixture(scope="module")

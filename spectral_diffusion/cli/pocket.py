@@ -1,15 +1,15 @@
-"""The verbs of the pocket base's workshop."""
+"""The verb of the pocket base."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from .support import say
+pocket_app = typer.Typer(help="The pocket base.", no_args_is_help=True)
 
-pocket_app = typer.Typer(help="The pocket base: where it lies, and how it is made.", no_args_is_help=True)
+
+@pocket_app.callback()
+def pocket_group() -> None:
+    """The pocket base."""
 
 
 @pocket_app.command("path")
@@ -18,102 +18,3 @@ def pocket_path() -> None:
     from .. import pocket
 
     typer.echo(str(pocket.path()))
-
-
-@pocket_app.command("pretrain")
-def pocket_pretrain(
-    work: Annotated[Path, typer.Option(help="Folder for artwork, checkpoints and the result; resumable.")] = Path(
-        "pretraining"
-    ),
-    vae_minutes: Annotated[float, typer.Option(help="Minutes for the autoencoder.")] = 15,
-    until: Annotated[int | None, typer.Option(help="Stop at this step.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-) -> None:
-    """Pretrain the pocket base from openly licensed artwork (hours on a CPU; goes on where it stopped)."""
-    import torch
-
-    from ..pocket.workshop.art import icon_sets
-    from ..pocket.workshop.pretrain import train_base
-    from ..pocket.workshop.render import Renderer
-    from ..pocket.workshop.vae import train_vae
-
-    torch.set_num_threads(threads)
-    renderer = Renderer(icon_sets(work / "art"))
-    if not (work / "vae").is_dir():
-        train_vae(renderer, work, vae_minutes, report=say)
-    train_base(renderer, work, until=until, report=say)
-    say(f"The pipeline is in {work / 'pipeline'}.")
-
-
-@pocket_app.command("concepts")
-def pocket_concepts(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the photo folders.")] = Path(
-        "concepts"
-    ),
-    work: Annotated[Path, typer.Option(help="Folder for the artwork.")] = Path("pretraining"),
-) -> None:
-    """Draw the ready-made concept folders again."""
-    from ..pocket.workshop.art import icon_sets
-    from ..pocket.workshop.concepts import make_all
-    from ..pocket.workshop.render import Renderer
-
-    make_all(Renderer(icon_sets(work / "art")), output)
-    say(f"Wrote {output}/.")
-
-
-@pocket_app.command("naming")
-def pocket_naming(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the sheet, the names and the key.")],
-    base: Annotated[str, typer.Option(help="The pocket base, or a folder of the same kind.")] = "pocket",
-    seed: Annotated[int, typer.Option(help="Which pictures.")] = 0,
-    names: Annotated[int, typer.Option(min=2, max=40, help="Names on the list.")] = 40,
-    pictures: Annotated[int, typer.Option(min=1, max=512, help="Pictures on the sheet; names may repeat.")] = 48,
-) -> None:
-    """Draw unlabelled pictures to be named blindly from a list of names."""
-    from ..pocket.workshop.naming import make_naming
-
-    make_naming(output, base, seed, names, pictures)
-    say(f"Wrote {output}/: name the pictures of sheet.png from names.txt, then look at key.json.")
-
-
-@pocket_app.command("measure")
-def pocket_measure(
-    work: Annotated[Path, typer.Option(help="Folder of the pretraining.")] = Path("pretraining"),
-    identity_steps: Annotated[int, typer.Option(help="Training steps of the identity encoder.")] = 1500,
-    judge_steps: Annotated[int, typer.Option(help="Training steps of each judge.")] = 1200,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-) -> None:
-    """Train the identity encoder and the two judges (goes on where it stopped)."""
-    import torch
-
-    from ..pocket.workshop.art import icon_sets
-    from ..pocket.workshop.identity import train_identity
-    from ..pocket.workshop.judges import KINDS, train_judge
-    from ..pocket.workshop.render import Renderer
-
-    torch.set_num_threads(threads)
-    renderer = Renderer(icon_sets(work / "art"))
-    train_identity(renderer, work, identity_steps, say)
-    for name in KINDS:
-        train_judge(renderer, work, name, judge_steps, say)
-
-
-@pocket_app.command("report")
-def pocket_report(
-    base: Annotated[str, typer.Option(help="The pocket base, or a folder of the same kind.")] = "pocket",
-    count: Annotated[int, typer.Option(min=1, help="Pictures per row of the table.")] = 300,
-    work: Annotated[Path, typer.Option(help="Folder for the artwork.")] = Path("pretraining"),
-    weights: Annotated[Path | None, typer.Option(help="Folder with judges/ and identity/ (default: shipped).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
-) -> None:
-    """Measure every figure of the model card again."""
-    import json
-
-    from ..pocket.workshop.art import icon_sets
-    from ..pocket.workshop.render import Renderer
-    from ..pocket.workshop.report import make_report, table
-
-    figures = make_report(
-        Renderer(icon_sets(work / "art")), base, count, weights, lambda text: typer.echo(text, err=True)
-    )
-    typer.echo(json.dumps(figures, indent=2) if as_json else table(figures))

@@ -1,7 +1,8 @@
 """The openly licensed artwork that the pocket world is drawn from.
 
 Nothing here runs when the package is used: it fetches and rasterises icons only when someone pretrains
-the pocket base or makes concept folders. Licences and attribution: ``pocket/LICENSES.md``.
+the pocket base or makes concept folders. Licences and attribution:
+``spectral_diffusion/pocket/LICENSES.md``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...errors import UserError
+from spectral_diffusion.errors import UserError
 
 PACKAGES: dict[str, str] = {
     "fluent": "@iconify-json/fluent-emoji@1.2.7",

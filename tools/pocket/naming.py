@@ -7,11 +7,12 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from ...base import load_base
-from ...evaluation.judges import NOUNS
-from ...files import write_json, write_text
-from ...generation.pipeline import sample
-from ...generation.scene import Scene
+from spectral_diffusion.base import load_base
+from spectral_diffusion.evaluation.judges import NOUNS
+from spectral_diffusion.files import write_json, write_text
+from spectral_diffusion.generation.pipeline import sample
+from spectral_diffusion.generation.scene import Scene
+
 from .world import COLOURS, SETTINGS, Backdrop, Thing, caption
 
 

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
 
-from ...evaluation.judges import BACKDROPS, HEADS, JUDGES, NOUNS, SIZE, TINTS, tensor_of, windows
-from ...files import write_tensors
-from ...training.state import load_state, save_state
+from spectral_diffusion.evaluation.judges import BACKDROPS, HEADS, JUDGES, NOUNS, SIZE, TINTS, tensor_of, windows
+from spectral_diffusion.files import write_tensors
+from spectral_diffusion.training.state import load_state, save_state
+
+from .loop import Report
 from .render import Picture, Renderer, WorldConfig
-from .vae import Report
 from .world import Backdrop, Thing
 
 TRAINED = 40  # classes of the curriculum

@@ -16,25 +16,26 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt, sobel
 from torch import Tensor
 
-from ...base import Base, load_base
-from ...config import TrainConfig, build, read_yaml
-from ...data.folder import load_concept, open_photo
-from ...evaluation.identity import IdentityEncoder, embed, likeness, load_identity_encoder
-from ...evaluation.judges import judge_pictures, load_judge
-from ...formats.native import load_adapter
-from ...generation.conditions import Drawing
-from ...generation.keypose import draw_keypose
-from ...generation.pipeline import put_on, sample
-from ...generation.scene import Scene
-from ...resources import concepts as concept_folder
-from ...resources import preset
-from ...training.run import train_to_file
+from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.config import TrainConfig, build, read_yaml
+from spectral_diffusion.data.folder import load_concept, open_photo
+from spectral_diffusion.evaluation.identity import IdentityEncoder, embed, likeness, load_identity_encoder
+from spectral_diffusion.evaluation.judges import judge_pictures, load_judge
+from spectral_diffusion.formats.native import load_adapter
+from spectral_diffusion.generation.conditions import Drawing
+from spectral_diffusion.generation.keypose import draw_keypose
+from spectral_diffusion.generation.pipeline import put_on, sample
+from spectral_diffusion.generation.scene import Scene
+from spectral_diffusion.resources import concepts as concept_folder
+from spectral_diffusion.resources import preset
+from spectral_diffusion.training.run import train_to_file
+
 from . import puppets
 from .concepts import CONCEPTS, views
 from .identity import held_out_auc
 from .judges import SEEN
+from .loop import Report
 from .render import Picture, Renderer, WorldConfig, thicken
-from .vae import Report
 from .world import Backdrop, Thing
 
 Figures = dict[str, Any]

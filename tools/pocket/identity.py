@@ -14,14 +14,15 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from ...evaluation.identity import SIZE, IdentityEncoder, auc, embed
-from ...files import write_tensors
-from ...training.state import load_state, save_state
+from spectral_diffusion.evaluation.identity import SIZE, IdentityEncoder, auc, embed
+from spectral_diffusion.files import write_tensors
+from spectral_diffusion.training.state import load_state, save_state
+
 from . import puppets
 from .art import PRETRAINING
 from .concepts import CONCEPTS, PATTERNS, Look, drawn, place_view, views
+from .loop import Report
 from .render import Renderer, backdrop_canvas
-from .vae import Report
 from .world import CLASSES, PLAIN, SETTINGS
 
 AnyLook = Look | puppets.Look

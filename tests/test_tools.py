@@ -15,14 +15,14 @@ from spectral_diffusion.evaluation.identity import IdentityEncoder, auc
 from spectral_diffusion.evaluation.judges import BACKDROPS, HEADS, JUDGES, NOUNS, TINTS, windows
 from spectral_diffusion.generation.keypose import COLOURS as POSE_COLOURS
 from spectral_diffusion.generation.keypose import POINTS, draw_keypose
-from spectral_diffusion.pocket.workshop import puppets
-from spectral_diffusion.pocket.workshop.art import HELD_OUT, PRETRAINING
-from spectral_diffusion.pocket.workshop.concepts import CONCEPTS, PATTERNS, Look, noun_of, where_second
-from spectral_diffusion.pocket.workshop.identity import near_miss, random_look
-from spectral_diffusion.pocket.workshop.judges import TRAINED
-from spectral_diffusion.pocket.workshop.render import Renderer, WorldConfig
-from spectral_diffusion.pocket.workshop.report import edge_f1, iou, silhouette
-from spectral_diffusion.pocket.workshop.world import CLASSES, COLOURS, PLAIN, SETTINGS, Backdrop, Thing
+from tools.pocket import puppets
+from tools.pocket.art import HELD_OUT, PRETRAINING
+from tools.pocket.concepts import CONCEPTS, PATTERNS, Look, noun_of, where_second
+from tools.pocket.identity import near_miss, random_look
+from tools.pocket.judges import TRAINED
+from tools.pocket.render import Renderer, WorldConfig
+from tools.pocket.report import edge_f1, iou, silhouette
+from tools.pocket.world import CLASSES, COLOURS, PLAIN, SETTINGS, Backdrop, Thing
 
 CONCEPT_FOLDER = Path(__file__).parent.parent / "concepts"
 

@@ -34,9 +34,9 @@ class Picture:
     backdrop: Backdrop
 
 
-@dataclass
+@dataclass(frozen=True)
 class WorldConfig:
-    """How varied the drawn world is; the curriculum widens it as training goes on."""
+    """How varied the drawn world is."""
 
     classes: int = 24
     familiar: int = 0  # classes known from earlier stages; the later ones are drawn twice as often (0: all alike)
@@ -185,6 +185,31 @@ def outline(alpha: Array, light: Array) -> Array:
     return np.clip(np.maximum(np.clip(gradient(alpha) * 1.2 - 0.2, 0, 1), inner), 0, 1)
 
 
+def random_things(random: Random, world: WorldConfig, wide: bool) -> tuple[list[Thing], Backdrop]:
+    """What a random scene shows, from left to right, and where."""
+    counts = world.wide_counts if wide else world.counts
+    count = random.choices(range(1, len(counts) + 1), counts)[0]
+    nouns = list(CLASSES)[: world.classes]
+    if world.familiar:
+        nouns += nouns[world.familiar :]
+    if random.random() < world.plain:
+        backdrop = Backdrop(None, random.choice(list(PLAIN)))
+    else:
+        backdrop = Backdrop(random.choice(list(SETTINGS)), None)
+    things = []
+    for _ in range(count):
+        puppet = random.random() < world.puppets
+        colour = None if random.random() < world.natural and not puppet else random.choice(list(COLOURS))
+        while colour and colour == backdrop.colour:
+            colour = random.choice(list(COLOURS))
+        if puppet:
+            pose = random.choice(list(puppets.POSES)) if random.random() < 0.5 else ""
+            things.append(Thing(random.choice(puppets.NOUNS), colour, pose))
+        else:
+            things.append(Thing(random.choice(nouns), colour))
+    return things, backdrop
+
+
 @dataclass
 class Renderer:
     """Draws random or given scenes. Sprites are rasterised and tinted once."""
@@ -228,26 +253,7 @@ class Renderer:
 
     def scene(self, random: Random, world: WorldConfig, width: int = 64, height: int = 64) -> Picture:
         """One random scene of the world with its caption."""
-        counts = world.wide_counts if width > height else world.counts
-        count = random.choices(range(1, len(counts) + 1), counts)[0]
-        nouns = list(CLASSES)[: world.classes]
-        if world.familiar:
-            nouns += nouns[world.familiar :]
-        if random.random() < world.plain:
-            backdrop = Backdrop(None, random.choice(list(PLAIN)))
-        else:
-            backdrop = Backdrop(random.choice(list(SETTINGS)), None)
-        things = []
-        for _ in range(count):
-            puppet = random.random() < world.puppets
-            colour = None if random.random() < world.natural and not puppet else random.choice(list(COLOURS))
-            while colour and colour == backdrop.colour:
-                colour = random.choice(list(COLOURS))
-            if puppet:
-                pose = random.choice(list(puppets.POSES)) if random.random() < 0.5 else ""
-                things.append(Thing(random.choice(puppets.NOUNS), colour, pose))
-            else:
-                things.append(Thing(random.choice(nouns), colour))
+        things, backdrop = random_things(random, world, width > height)
         return self.render(random, world, things, backdrop, width, height)
 
     def render(

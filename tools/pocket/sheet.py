@@ -1,0 +1,85 @@
+"""What the base draws while it is trained: the pipeline as it stands, and a sheet of fixed prompts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+
+from spectral_diffusion.files import write_json
+
+from .art import PACKAGES, PRETRAINING
+from .base import Training
+from .growth import with_larger_adapters
+from .models import Trainee, save_pipeline
+
+SHEET = [
+    "a red octopus on the beach",
+    "a blue dog on the grass",
+    "a yellow cat on a white background",
+    "a green elephant in the snow",
+    "an orange giraffe on a blue background",
+    "a purple rabbit on the grass",
+    "a black penguin in the snow",
+    "a yellow duck on the water",
+    "a brown turtle on the beach",
+    "a pink butterfly in the sky",
+    "a red fish in the sea",
+    "an orange crab on a black background",
+    "a green apple on a table",
+    "a yellow banana on a purple background",
+    "a blue car in the desert",
+    "a white airplane in the sky",
+    "a red rocket at night",
+    "an orange sailboat on the water",
+    "a purple teapot on a table",
+    "a brown house in the snow",
+    "a green tree on a pink background",
+    "a black guitar on a yellow background",
+    "a red mushroom on the grass",
+    "a blue backpack in the desert",
+    "a red dog on the left and a blue cat on the right on a white background",
+    "a yellow duck on the left and a purple teapot on the right on a table",
+    "a green car and an orange house on the grass",
+    "a white rabbit on the left and a black octopus on the right on the beach",
+    "a dog on the grass",
+    "an octopus in the sea",
+    "a mushroom on the grass",
+    "a penguin in the snow",
+]
+
+
+def export(training: Training, vae: AutoencoderKL, folder: Path, average: int = 0) -> None:
+    """Write the pipeline with one of the moving averages as its weights, in fp16.
+
+    With an autoencoder for 128 pixels the T2I-Adapters are made for 128 pixels too.
+    """
+    trainee = training.trainee
+    shown = Trainee(trainee.sizes, trainee.downscale)
+    shown.load_state_dict(dict(zip(training.names, training.averages[average], strict=True)), strict=False)
+    if 2 ** (len(vae.config.block_out_channels) - 1) == 2 * trainee.downscale:
+        shown = with_larger_adapters(shown)
+    save_pipeline(folder, vae, shown.tokenizer, shown.text_encoder, shown.unet, shown.t2i_sketch, shown.t2i_keypose)
+    artwork = {name: PACKAGES[name] for name in PRETRAINING}
+    progress = asdict(training.progress)
+    write_json(folder / "pretraining.json", {"artwork": artwork, "progress": progress, **training.about})
+
+
+def sample_sheet(pipeline: Path, target: Path, prompts: list[str] | None = None, steps: int = 20) -> None:
+    """Write a grid of pictures of fixed prompts, 8 to a row, 128 pixels each."""
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline, dtype=torch.float32, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    images: list[Image.Image] = []
+    prompts = prompts or SHEET
+    for start in range(0, len(prompts), 8):
+        chunk = prompts[start : start + 8]
+        generators = [torch.Generator().manual_seed(100 + start + i) for i in range(len(chunk))]
+        images += pipe(chunk, num_inference_steps=steps, guidance_scale=4.0, generator=generators).images
+    sheet = Image.new("RGB", (8 * 128, math.ceil(len(images) / 8) * 128))
+    for index, image in enumerate(images):
+        sheet.paste(image.resize((128, 128), Image.Resampling.NEAREST), (index % 8 * 128, index // 8 * 128))
+    sheet.save(target)
