@@ -32,6 +32,7 @@ TILE = 96
 TAUGHT = 24  # a step of distillation, 16 pictures whose layers' weights learn
 DRAWN = 1500  # all pictures together, those that distillation draws included
 STARTING = 20.0
+PREPARED = 24  # images at most that are prepared for each part, where the number of steps is given
 
 
 def run_demo(
@@ -43,14 +44,17 @@ def run_demo(
     """Run the whole path on the pocket base and return the contact sheet's path.
 
     Args:
-        steps: of each training, and at most so many of teaching; by default the preset's, and :data:`TEACHING`.
+        steps: of each training, and at most so many of teaching; by default the preset's, and :data:`TEACHING`. As
+            many images at most are prepared for each.
     """
     train, fuse, draw = (usual_settings("pocket", verb) for verb in ("train", "fuse", "generate"))
     folders = {name: resources.concepts() / name for name in CONCEPTS}
     concepts = {name: load_concept(folder) for name, folder in folders.items()}
     files = {name: output / f"{name}.safetensors" for name in CONCEPTS}
 
-    shorter = {"steps": steps} if steps else {}
+    # With a few steps only it shows that all of it runs, so that it prepares little too.
+    few = {"pictures": min(steps or PREPARED, PREPARED)}
+    shorter = {"steps": steps, "preservation": few} if steps else {}
     trainings = {
         name: build(TrainConfig, train, {"concept": folder, "output": files[name]}, shorter)
         for name, folder in folders.items()
@@ -63,6 +67,8 @@ def run_demo(
     fused = output / "fused"
     change = {"adapters": list(files.values()), "output": fused, "merge": "gradient"}
     change["teach"] = {"steps": teaching}
+    if steps:
+        change |= {"teach": {"steps": teaching, **few, "plain": few["pictures"]}, "gradient": few}
     for warning in fuse_to_folder(build(FuseConfig, fuse, change), progress):
         note(warning)
     note(f"Fused into {fused}/.")

@@ -103,9 +103,11 @@ def test_a_slot_for_a_method_without_one_is_told(train: Train) -> None:
 
 
 def test_settings_that_a_training_settles_are_no_difference(config: TrainConfig) -> None:
+    config = config.model_copy(update={"mixed_precision": "no"})
     assert settled(config) == {"slot_seed"}
     assert settled(config.model_copy(update={"slot_seed": 3})) == set()
     assert settled(config.model_copy(update={"budget": 5000})) == {"slot_seed", "rank"}
+    assert settled(config.model_copy(update={"mixed_precision": "auto"})) == {"slot_seed", "mixed_precision"}
     assert "rank" in settled(config.model_copy(update={"method": "svdiff"}))
     assert not is_done(config)
 

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..files import cannot_write, check_settings, check_writable, read_header
 from ..formats.native import is_native
 from ..methods import get_method
+from ..paths import without_folders
 from .state import comparable, differences, step_of
 
 STATE = ".state.safetensors"
@@ -118,7 +119,10 @@ def is_done(config: TrainConfig, force: bool = False) -> bool:
     if not output.is_file() or state_path(output).exists() or not (before := settings_in(output)):
         return False
     kept = {key: before[key] for key in settled(config) if key in before}
-    changed = differences(before, {**comparable(config), **kept})
+    now = {**comparable(config), **kept}
+    if not output.with_suffix(".yaml").is_file():  # an adapter's own settings name no folders
+        now = without_folders(now)
+    changed = differences(before, now)
     if changed and not force:
         key, (old, new) = next(iter(changed.items()))
         raise UserError(
@@ -149,6 +153,8 @@ def settings_in(output: Path) -> dict[str, Any]:
 def settled(config: TrainConfig) -> set[str]:
     """The settings that a training settles itself, whatever is asked."""
     names = {"slot_seed"} if config.slot_seed is None else set()
+    if config.mixed_precision == "auto":
+        names.add("mixed_precision")
     if config.continue_from:
         names |= {"method", "rank", "targets", "budget", "slot"}
     if config.budget or tuple(get_method(config.method).ranks([(64, 64)])) == (1,):

@@ -228,7 +228,7 @@ class Run:
         if (
             {key: value for key, value in meta.get("belongs", {}).items() if key != "concept"} == fixed
             and own == {name: parameter.shape for name, parameter in self.parameters.items()}
-            and groups == [len(group["params"]) for group in self.optimiser.param_groups]
+            and groups == [len(group["params"]) for group in self.optimiser.state_dict()["param_groups"]]
             and "optimiser.name" not in changed
         ):
             return
