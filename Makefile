@@ -26,7 +26,7 @@ test: install
 	$(BIN)/mypy
 	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 4
 ifneq ($(CHROMIUM),)
-	$(ONE) $(BIN)/python -m pytest -n 2 -m browser tests/browser
+	$(ONE) $(BIN)/python -m pytest -n 2 -m "browser and not slow" tests/browser
 endif
 
 test-ui: install

@@ -25,6 +25,7 @@ from .training.speed import seconds_per_picture, training_seconds
 
 CONCEPTS = ("rex", "brew")
 SKETCH = "dog-teapot.png"
+TRAINING = 400  # steps of each concept, two thirds of the preset's: the demo is to be quick on every CPU
 TEACHING = 300  # steps
 PLACES = ("on the grass", "on the beach", "in the snow", "on a table")
 TILE = 96
@@ -44,8 +45,8 @@ def run_demo(
     """Run the whole path on the pocket base and return the contact sheet's path.
 
     Args:
-        steps: of each training, and at most so many of teaching; by default the preset's, and :data:`TEACHING`. As
-            many images at most are prepared for each.
+        steps: of each training, and at most as many of distillation; by default :data:`TRAINING` and
+            :data:`TEACHING`. With a number, as many images at most are prepared for each part.
     """
     train, fuse, draw = (usual_settings("pocket", verb) for verb in ("train", "fuse", "generate"))
     folders = {name: resources.concepts() / name for name in CONCEPTS}
@@ -54,7 +55,7 @@ def run_demo(
 
     # With a few steps only it shows that all of it runs, so that it prepares little too.
     few = {"pictures": min(steps or PREPARED, PREPARED)}
-    shorter = {"steps": steps, "preservation": few} if steps else {}
+    shorter = {"steps": steps, "preservation": few} if steps else {"steps": TRAINING}
     trainings = {
         name: build(TrainConfig, train, {"concept": folder, "output": files[name]}, shorter)
         for name, folder in folders.items()

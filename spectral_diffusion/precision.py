@@ -47,10 +47,15 @@ def resolve_mixed_precision(
     if dtype != torch.float32:
         return "no"
     if kind == "cpu":
-        return "bf16" if cpu_is_quick_in_bf16() else "no"
+        return cpu_precision()
     if kind == "cuda":
         return "bf16" if cuda_has_bf16() else "fp16"
     return "no"
+
+
+def cpu_precision() -> MixedPrecision:
+    """The mixed precision that this processor is quickest in."""
+    return "bf16" if cpu_is_quick_in_bf16() else "no"
 
 
 def cuda_has_bf16() -> bool:

@@ -25,7 +25,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("lab")
 
 
-@pytest.mark.parametrize("name", sorted(all_studies()))
+QUICKEST = {"alignment", "cost", "rank", "slots", "top-bottom"}  # of the rest each takes up to a minute
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICKEST else [pytest.mark.slow]) for n in sorted(all_studies())]
+)
 def test_a_study_from_photos_to_its_page(name: str, work: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["experiment", name, "--quick", "-o", str(tmp_path), "--work", str(work)])
     assert result.exit_code == 0, result.output

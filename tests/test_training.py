@@ -98,7 +98,7 @@ def start_training(photos: Path, tiny_base: Path, output: Path, *more: str) -> s
     )
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(photos: Path, tiny_base: Path, tmp_path: Path, how: signal.Signals) -> None:
     more = ("--steps", "60", "save_every=5", "batch=1")
     output = tmp_path / "killed" / "rex.safetensors"

@@ -9,7 +9,7 @@ import pytest
 pytestmark = pytest.mark.browser
 
 
-@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize(("width", "theme"), [(1280, "light"), pytest.param(390, "dark", marks=pytest.mark.slow)])
 def test_page_fits_its_window(server: Any, visit: Any, width: int, theme: str) -> None:
     visitor = visit(f"{server.url}/?__theme={theme}", width=width)
     for tab in ("Concepts", "Train", "Fuse", "Generate"):

@@ -130,6 +130,7 @@ def test_from_photos_to_a_picture_of_two(server: Any, visit: Callable[..., Any],
     assert scene["regions"][0]["box"] == pytest.approx([0.05, 0.1, 0.45, 0.9], abs=0.03)
 
 
+@pytest.mark.slow
 def test_two_browsers_and_cancel(server: Any, visit: Callable[..., Any]) -> None:
     one, two = visit(server.url), visit(server.url)
     for visitor, steps in ((one, 100), (two, 4)):
@@ -152,6 +153,7 @@ def test_two_browsers_and_cancel(server: Any, visit: Callable[..., Any]) -> None
     )  # the other's stop was not its
 
 
+@pytest.mark.slow
 def test_what_breaks_is_said_and_the_app_goes_on(server: Any, visit: Callable[..., Any]) -> None:
     adapters = server.workspace / "adapters"
     adapters.mkdir(parents=True)

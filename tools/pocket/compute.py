@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from spectral_diffusion.precision import cpu_is_quick_in_bf16
 
 
 @dataclass(frozen=True)
@@ -41,29 +41,5 @@ def choose(device: str = "auto", bf16: bool | None = None) -> Compute:
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     if bf16 is None:
-        bf16 = quick_bf16() if chosen.type == "cpu" else chosen.type == "cuda"
+        bf16 = cpu_is_quick_in_bf16() if chosen.type == "cpu" else chosen.type == "cuda"
     return Compute(chosen, bf16)
-
-
-def quick_bf16() -> bool:
-    """Whether this processor takes a product and a convolution in bfloat16 at least as quickly as in float32."""
-    weight, rows = torch.randn(256, 256), torch.randn(1024, 256)
-    kernel, pictures = torch.randn(64, 64, 3, 3), torch.randn(8, 64, 16, 16)
-
-    def seconds(dtype: torch.dtype, work: Callable[[torch.dtype], object]) -> float:
-        work(dtype)
-        times = []
-        for _ in range(5):
-            begun = time.perf_counter()
-            work(dtype)
-            times.append(time.perf_counter() - begun)
-        return min(times)
-
-    def product(dtype: torch.dtype) -> Tensor:
-        return rows.to(dtype) @ weight.to(dtype)
-
-    def convolution(dtype: torch.dtype) -> Tensor:
-        return torch.nn.functional.conv2d(pictures.to(dtype), kernel.to(dtype), padding=1)
-
-    works = (product, convolution)
-    return sum(seconds(torch.bfloat16, w) for w in works) < sum(seconds(torch.float32, w) for w in works)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from spectral_diffusion.evaluation.identity import SIZE, IdentityEncoder, auc, embed
 from spectral_diffusion.files import write_tensors
+from spectral_diffusion.precision import autocast, cpu_precision
 from spectral_diffusion.training.state import load_state, save_state
 
 from . import puppets
@@ -112,11 +113,11 @@ def train_identity(renderer: Renderer, folder: Path, steps: int = 1600, report: 
             group["lr"] = 2e-3 * min(1.0, (step + 1) / 100) * (1 - step / steps) + 1e-6
         random = Random(f"identity/{step}")
         pictures = batch(renderer, random)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), autocast(torch.device("cpu"), cpu_precision()):
             chosen = torch.tensor([random.random() < 0.4 for _ in range(pictures.shape[1])])
             flat = pictures[1][chosen]  # one side partly through the VAE, as generated pictures come
             pictures[1][chosen] = vae.decode(vae.encode(flat).latent_dist.mean).sample.float().clamp(-1, 1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(torch.device("cpu"), cpu_precision()):
             vectors = encoder(pictures.flatten(0, 1)).float()
         one, two = vectors.chunk(2)
         logits = one @ two.mT / 0.08

@@ -15,6 +15,7 @@ from PIL import Image, ImageFilter
 
 from spectral_diffusion.evaluation.judges import BACKDROPS, HEADS, JUDGES, NOUNS, SIZE, TINTS, tensor_of, windows
 from spectral_diffusion.files import write_tensors
+from spectral_diffusion.precision import autocast, cpu_precision
 from spectral_diffusion.training.state import load_state, save_state
 
 from .loop import Report
@@ -70,7 +71,7 @@ def examples(
         stack = torch.from_numpy(np.stack([p.image for p in pictures])).permute(0, 3, 1, 2).float() / 127.5 - 1
         chosen = torch.tensor([vae is not None and random.random() < share for _ in pictures])
         if vae is not None and chosen.any():
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), autocast(torch.device("cpu"), cpu_precision()):
                 again = vae.decode(vae.encode(stack[chosen]).latent_dist.mean).sample
             stack[chosen] = again.float().clamp(-1, 1)
         arrays = ((stack + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
@@ -122,7 +123,7 @@ def train_judge(renderer: Renderer, folder: Path, name: str, steps: int = 1500, 
         generator = torch.Generator().manual_seed(step)
         inputs = inputs + torch.randn(inputs.shape, generator=generator) * kind.noise / 127.5 * random.random()
         truth = dict(zip(HEADS, torch.tensor(truths).unbind(1), strict=True))
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(torch.device("cpu"), cpu_precision()):
             answers = judge(inputs)
         loss = sum(
             (F.cross_entropy(answers[head].float(), truth[head], label_smoothing=0.05) for head in HEADS),
