@@ -247,7 +247,7 @@ def ours(source: Source) -> dict[str, str]:
         "spectral.recipe": json.dumps(source.recipe, sort_keys=True),
         "spectral.base": without_folders(source.base),
         "spectral.base_fingerprint": source.adapters[0].fingerprint.exact,
-        "spectral.provenance": json.dumps(provenance(), sort_keys=True),
+        "spectral.versions": json.dumps(provenance(), sort_keys=True),
     }
 
 

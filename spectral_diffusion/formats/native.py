@@ -65,7 +65,7 @@ def _contents(adapter: Adapter, base: str) -> tuple[dict[str, Tensor], dict[str,
         "spectral.base": base,
         "spectral.base_fingerprint": fingerprint_json(adapter.fingerprint),
         "spectral.config": json.dumps(without_folders(adapter.config), sort_keys=True),
-        "spectral.provenance": json.dumps(adapter.provenance, sort_keys=True),
+        "spectral.versions": json.dumps(adapter.provenance, sort_keys=True),
     }
     if adapter.method.revision > 1:
         metadata["spectral.revision"] = str(adapter.method.revision)
@@ -139,7 +139,7 @@ def load_adapter(path: Path) -> Adapter:
             vectors={n[6:]: t for n, t in tensors.items() if n.startswith("token.")},
             layerwise={n[10:]: t for n, t in tensors.items() if n.startswith("layerwise.")},
             config=parse_json(metadata["spectral.config"]),
-            provenance=parse_json(metadata["spectral.provenance"]),
+            provenance=parse_json(metadata["spectral.versions"]),
         )
         _check_shapes(adapter)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
