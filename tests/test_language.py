@@ -94,7 +94,8 @@ def test_convolutions_pad_as_they_did_and_groups_are_refused(method: str) -> Non
         get_peft_model(nn.Sequential(nn.Conv2d(3, 6, 3, groups=3)), config)
 
 
-@pytest.mark.parametrize("kind", ["classify", pytest.param("generate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classify", "generate"])
 def test_the_example_for_the_papers_tables_runs(kind: str, tmp_path: Path) -> None:
     """On a tiny random model from a folder and JSON lines, as it would on DeBERTa and Mistral."""
     script = Path(__file__).parent.parent / "examples" / "language.py"

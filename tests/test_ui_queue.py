@@ -600,6 +600,7 @@ def test_a_client_trains_waits_and_stops(workspace: Workspace, part: Any, monkey
 # --- real trainings -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # three processes that import torch and diffusers
 def test_stopped_and_resumed_is_the_same_to_the_bit(workspace: Workspace, tiny_base: Path) -> None:
     """Two are queued: the first is adopted by another server, stopped and resumed; the second is killed meanwhile."""
