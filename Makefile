@@ -5,8 +5,6 @@ BIN    := $(VENV)/bin
 
 # Several test processes share the cores; threads inside them would only wait for each other.
 ONE := OMP_NUM_THREADS=1
-# The browser's tests run where a Chromium is; everywhere else they would only be skipped.
-CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 .PHONY: demo test test-ui test-slow lint ui install bench evidence pocket-gpu-piece clean
 
@@ -24,10 +22,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 4
-ifneq ($(CHROMIUM),)
-	$(ONE) $(BIN)/python -m pytest -n 2 -m "browser and not slow" tests/browser
-endif
+	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
 
 test-ui: install
 	$(ONE) $(BIN)/python -m pytest -n 2 -m browser tests/browser

@@ -44,6 +44,7 @@ def test_a_study_from_photos_to_its_page(name: str, work: Path, tmp_path: Path) 
     assert not wanted
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_read_again_when_time_is_over(work: Path, tmp_path: Path) -> None:
     def again(kept: Path, page: Path, *options: str) -> list[str]:
         more = ["--quick", "--work", str(kept), "-o", str(page), "--hours", "0.0000001", *options]

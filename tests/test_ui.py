@@ -100,6 +100,7 @@ def test_endpoints_answer_in_sentences_and_stay_alive(served: tuple[Any, str], m
     assert status_of(served[1]) == 200
 
 
+@pytest.mark.slow
 def test_the_example_client_goes_from_photos_to_a_picture(
     served: tuple[Any, str], photos: Path, tiny_base: Path
 ) -> None:

@@ -46,6 +46,7 @@ def drag(page: Any, start: tuple[float, float], end: tuple[float, float]) -> Non
     page.mouse.up()
 
 
+@pytest.mark.slow
 def test_from_photos_to_a_picture_of_two(server: Any, visit: Callable[..., Any], tmp_path: Path) -> None:
     visitor = visit(server.url)
     page = visitor.page
