@@ -22,6 +22,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
 
 test-ui: install
@@ -34,6 +35,7 @@ lint: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 ui: install
 	$(BIN)/spectral-diffusion ui

@@ -5,7 +5,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from spectral_diffusion.ui.app import build, launch
+from spectral_diffusion.app.server import build, launch
 
 demo = build(Path("workspace"))
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from spectral_diffusion.experiments.cost import saved_bytes
+from spectral_diffusion.adapters.attach import Attachment, attach
+from spectral_diffusion.adapters.frozen import frozen_tensors
 from spectral_diffusion.linalg import sides
 from spectral_diffusion.methods import get_method
-from spectral_diffusion.methods.attach import Attachment, attach
-from spectral_diffusion.methods.frozen import frozen_tensors
-from spectral_diffusion.methods.targets import find_targets
-from spectral_diffusion.slots import Slot
+from spectral_diffusion.models.targets import find_targets
+from spectral_diffusion.slots.ledger import Slot
+from spectral_diffusion.studies.cost import saved_bytes
 
 __all__ = ["RANK", "put", "saved_bytes"]
 RANK = 8

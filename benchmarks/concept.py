@@ -12,11 +12,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from spectral_diffusion.config import build, parse_overrides, read_yaml
-from spectral_diffusion.evaluation.identity import load_identity_encoder
-from spectral_diffusion.experiments.lab import TUNED
-from spectral_diffusion.generation.scene import Scene
-from spectral_diffusion.resources import preset
+from spectral_diffusion.config.models import build, parse_overrides, read_yaml
+from spectral_diffusion.core.assets import preset
+from spectral_diffusion.metrics.identity import load_identity_encoder
+from spectral_diffusion.scenes.scene import Scene
+from spectral_diffusion.studies.runner import TUNED
 from tools.pocket.art import icon_sets
 from tools.pocket.render import Renderer
 from tools.pocket.report import concept_learnt

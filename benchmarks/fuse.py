@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from spectral_diffusion.config import FuseConfig
-from spectral_diffusion.fusion import Contribution, get_merge
+from spectral_diffusion.config.models import FuseConfig
+from spectral_diffusion.merging.merges import Contribution, get_merge
 from spectral_diffusion.methods import get_method
-from spectral_diffusion.slots import Slot
+from spectral_diffusion.slots.ledger import Slot
 
 SHAPES = {
     (768, 768): 48, (320, 320): 30, (640, 640): 30, (1280, 1280): 36, (320, 768): 10, (640, 768): 10, (1280, 768): 12,

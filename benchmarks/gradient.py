@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from common import RANK
 from torch import Tensor
 
-from spectral_diffusion.config import FuseConfig, GradientConfig
-from spectral_diffusion.fusion import Contribution, get_merge
-from spectral_diffusion.fusion.activations import Activations
+from spectral_diffusion.config.models import FuseConfig, GradientConfig
 from spectral_diffusion.linalg import Factors
+from spectral_diffusion.merging.activations import Activations
+from spectral_diffusion.merging.merges import Contribution, get_merge
 from spectral_diffusion.methods import get_method
 
 CONCEPTS = 4

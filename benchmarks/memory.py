@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from spectral_diffusion import resources
-from spectral_diffusion.architectures import build_meta, build_vae_meta
-from spectral_diffusion.base import parse_dtype, quiet
-from spectral_diffusion.config import FuseConfig, TrainConfig, build, read_yaml
-from spectral_diffusion.fusion.memory import memory_to_teach
-from spectral_diffusion.methods.targets import find_targets
+from spectral_diffusion.config.models import FuseConfig, TrainConfig, build, read_yaml
+from spectral_diffusion.core import assets as resources
+from spectral_diffusion.merging.memory import memory_to_teach
+from spectral_diffusion.models.architectures import build_meta, build_vae_meta
+from spectral_diffusion.models.base import parse_dtype, quiet
+from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.training.memory import Estimate, estimate
 
 TRAINING = ("encoding photos", "drawing ordinary pictures", "drawing samples", "training")

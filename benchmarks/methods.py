@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 
 from spectral_diffusion.evaluation.tables import markdown
-from spectral_diffusion.experiments.cost import measure, rows_of, sd15
 from spectral_diffusion.methods import all_methods
+from spectral_diffusion.studies.cost import measure, rows_of, sd15
 
 
 def main() -> None:

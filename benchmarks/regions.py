@@ -15,9 +15,9 @@ from contextlib import ExitStack
 import torch
 from step import build
 
-from spectral_diffusion.generation.regions import Area, Regional, regional
 from spectral_diffusion.linalg import Factors, sides
-from spectral_diffusion.methods.targets import find_targets
+from spectral_diffusion.models.targets import find_targets
+from spectral_diffusion.scenes.regions import Area, Regional, regional
 
 HEIGHT, WIDTH, REGIONS, RANK = 32, 64, 4, 16
 

@@ -13,7 +13,7 @@ import time
 import torch
 
 from spectral_diffusion.linalg import top_band
-from spectral_diffusion.spectrum import compute
+from spectral_diffusion.svd_cache import compute
 
 SHAPES = {
     (768, 768): 48,

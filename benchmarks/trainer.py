@@ -30,12 +30,12 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from spectral_diffusion import resources
-from spectral_diffusion.architectures import build_meta, build_vae_meta, fill_randomly
-from spectral_diffusion.base import Base
-from spectral_diffusion.config import TrainConfig, build
+from spectral_diffusion.config.models import TrainConfig, build
+from spectral_diffusion.core import assets as resources
+from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.progress import Event
+from spectral_diffusion.models.architectures import build_meta, build_vae_meta, fill_randomly
+from spectral_diffusion.models.base import Base
 from spectral_diffusion.training.loop import train
 from tools.pocket.models import build_tokenizer
 

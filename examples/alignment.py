@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from spectral_diffusion.experiments.alignment import measure, picture
+from spectral_diffusion.studies.alignment import measure, picture
 
 
 def main() -> None:

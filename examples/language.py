@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from spectral_diffusion import SpectralConfig
-from spectral_diffusion.config import Settings, build, parse_overrides, read_yaml
-from spectral_diffusion.errors import UserError
+from spectral_diffusion.config.models import Settings, build, parse_overrides, read_yaml
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.methods import get_method
 
 # GLUE: the sentences of a task, and what is reported of it.

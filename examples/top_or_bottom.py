@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from spectral_diffusion.experiments.language import measure, picture, table_of
+from spectral_diffusion.studies.language import measure, picture, table_of
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import pocket
 
 if TYPE_CHECKING:
-    from .methods.tuner import SpectralConfig
+    from .adapters.tuner import SpectralConfig
 
 __version__ = "0.1.0"
 __all__ = ["SpectralConfig", "pocket"]
@@ -18,7 +18,7 @@ __all__ = ["SpectralConfig", "pocket"]
 def __getattr__(name: str) -> Any:
     """Load ``SpectralConfig`` when it is asked for; that adds its type to PEFT."""
     if name == "SpectralConfig":
-        from .methods.tuner import SpectralConfig
+        from .adapters.tuner import SpectralConfig
 
         return SpectralConfig
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

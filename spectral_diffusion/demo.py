@@ -7,19 +7,19 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from . import resources
-from .base import Base, load_base, parse_device
-from .config import FuseConfig, TrainConfig, build, to_yaml, usual_settings
+from .adapters.formats.native import load_adapter
+from .config.models import FuseConfig, TrainConfig, build, to_yaml, usual_settings
+from .core import assets as resources
+from .core.files import write_text
+from .core.hooks import Progress, brief_duration, silent
+from .core.precision import resolve_mixed_precision
 from .data.folder import load_concept, open_photo
-from .files import write_text
-from .formats.native import load_adapter
-from .fusion.recipe import fuse_to_folder
-from .generation.conditions import read_drawing
-from .generation.pictures import grid, save_png, sources_of
-from .generation.pipeline import put_on, sample
-from .generation.scene import Condition, Region, Scene
-from .precision import resolve_mixed_precision
-from .progress import Progress, brief_duration, silent
+from .merging.fuse import fuse_to_folder
+from .models.base import Base, load_base, parse_device
+from .scenes.control import read_drawing
+from .scenes.generate import put_on, sample
+from .scenes.png_metadata import grid, save_png, sources_of
+from .scenes.scene import Condition, Region, Scene
 from .training.run import train_to_file
 from .training.speed import seconds_per_picture, training_seconds
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .cache import cache_folder
-from .machine import description, measured, provenance
-from .precision import cuda_has_bf16, measure_cpu, resolve_mixed_precision
+from .core.cache import cache_folder
+from .core.machine import description, measured, provenance
+from .core.precision import cuda_has_bf16, measure_cpu, resolve_mixed_precision
 from .training.memory import available
 from .training.speed import seconds_per_picture
 
@@ -76,7 +76,7 @@ def examine() -> Check:
 
 def best_device() -> torch.device:
     """The device that ``auto`` means."""
-    from .base import parse_device
+    from .models.base import parse_device
 
     return parse_device("auto")
 

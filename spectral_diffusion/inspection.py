@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from .adapter import Adapter
-from .errors import UserError
-from .files import is_folder, is_there
-from .formats.native import load_adapter
-from .fusion.folder import load_adapters, read_recipe
-from .fusion.recipe import overlaps, strength_of
-from .generation.pictures import read_settings
+from .adapters.adapter import Adapter
+from .adapters.formats.native import load_adapter
+from .core.errors import UserError
+from .core.files import is_folder, is_there
 from .linalg import cosine_between, frobenius_norm, row_space
-from .slot_map import draw_slots
+from .merging.fuse import overlaps, strength_of
+from .merging.manifest import load_adapters, read_recipe
+from .scenes.png_metadata import read_settings
+from .slots.picture import draw_slots
 
 
 def inspect_paths(paths: Sequence[Path]) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     Processes that tests start find the same.
     """
-    from spectral_diffusion import machine
+    from spectral_diffusion.core import machine
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

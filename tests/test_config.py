@@ -11,7 +11,7 @@ import pytest
 
 from spectral_diffusion import cli
 from spectral_diffusion.cli.support import resolve
-from spectral_diffusion.config import (
+from spectral_diffusion.config.models import (
     FuseConfig,
     TrainConfig,
     build,
@@ -21,8 +21,8 @@ from spectral_diffusion.config import (
     to_yaml,
     with_rates,
 )
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.resources import configs
+from spectral_diffusion.core.assets import configs
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.training import run
 
 DOCS = Path(__file__).parent.parent / "docs"

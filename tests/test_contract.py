@@ -13,26 +13,26 @@ import torch
 from peft import OFTConfig, VeraConfig, get_peft_model
 from torch import nn
 
-from spectral_diffusion.adapted import install_tokens
-from spectral_diffusion.adapter import Adapter, check_base
-from spectral_diffusion.base import load_base
-from spectral_diffusion.config import FuseConfig, GradientConfig, TrainConfig
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.files import read_tensors
-from spectral_diffusion.formats.native import load_adapter
-from spectral_diffusion.fusion.collect import collect
-from spectral_diffusion.fusion.recipe import fuse_to_folder
-from spectral_diffusion.generation.pipeline import put_on, sample
-from spectral_diffusion.generation.scene import Scene
+from spectral_diffusion.adapters.adapter import Adapter, check_base
+from spectral_diffusion.adapters.apply import install_tokens
+from spectral_diffusion.adapters.attach import attach
+from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.models import FuseConfig, GradientConfig, TrainConfig
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.files import read_tensors
+from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.inspection import inspect_path
 from spectral_diffusion.linalg import cayley_change, top_band
+from spectral_diffusion.merging.calibration import collect
+from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.methods import all_methods, get_method
-from spectral_diffusion.methods.attach import attach
 from spectral_diffusion.methods.registry import METHODS
 from spectral_diffusion.methods.spectral_rotation import prepare
-from spectral_diffusion.methods.targets import find_targets
-from spectral_diffusion.progress import Event
-from spectral_diffusion.slots import LEDGER, ROWS, Ledger
+from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.targets import find_targets
+from spectral_diffusion.scenes.generate import put_on, sample
+from spectral_diffusion.scenes.scene import Scene
+from spectral_diffusion.slots.ledger import LEDGER, ROWS, Ledger
 from spectral_diffusion.training.loop import Stopped
 from spectral_diffusion.training.output import is_done
 from spectral_diffusion.training.run import state_path, train_to_file
@@ -142,7 +142,7 @@ def test_continue_goes_on_from_turned_columns(
     first = train_to_file(
         settings(photos, tiny_base, tmp_path / "rex.safetensors", method="spectral-rotation-s", rank=3)
     )
-    from spectral_diffusion import spectrum
+    from spectral_diffusion import svd_cache as spectrum
 
     monkeypatch.setattr(spectrum, "compute", lambda *arguments, **options: pytest.fail("a new decomposition"))
     more = {"name": "mug", "token": "<mug>", "continue_from": tmp_path / "rex.safetensors"}

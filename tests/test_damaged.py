@@ -16,29 +16,32 @@ from conftest import make_photos
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from spectral_diffusion import cache, cli, files, slots
-from spectral_diffusion.adapter import check_finite
-from spectral_diffusion.base import load_base
-from spectral_diffusion.config import FuseConfig, TrainConfig, build, parse_overrides, read_yaml, to_yaml
-from spectral_diffusion.data.cache import kept
+from spectral_diffusion import cli
+from spectral_diffusion.adapters.adapter import check_finite
+from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
+from spectral_diffusion.adapters.formats.reading import read_lora
+from spectral_diffusion.app import concepts
+from spectral_diffusion.app import gallery as pictures
+from spectral_diffusion.app.overview import look
+from spectral_diffusion.app.workspace import Workspace, visible
+from spectral_diffusion.config.models import FuseConfig, TrainConfig, build, parse_overrides, read_yaml, to_yaml
+from spectral_diffusion.core import cache, files
+from spectral_diffusion.core.errors import NotFiniteError, UserError, shown
+from spectral_diffusion.core.files import check_writable, parse_json, read_text, write_tensors
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.data.pictures import open_upright
-from spectral_diffusion.errors import NotFiniteError, UserError, shown
-from spectral_diffusion.files import check_writable, parse_json, read_text, write_tensors
-from spectral_diffusion.formats.native import load_adapter, save_adapter
-from spectral_diffusion.formats.reading import read_lora
-from spectral_diffusion.fusion.activations import Activations
-from spectral_diffusion.fusion.collect import restored
-from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder
-from spectral_diffusion.generation.pictures import is_ours
-from spectral_diffusion.generation.scene import Scene, read_scene
-from spectral_diffusion.methods.targets import PRESETS, patterns_of, work
-from spectral_diffusion.slots import Ledger
-from spectral_diffusion.spectrum import spectrum_of
+from spectral_diffusion.data.image_io import open_upright
+from spectral_diffusion.data.latents_cache import kept
+from spectral_diffusion.merging.activations import Activations
+from spectral_diffusion.merging.calibration import restored
+from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
+from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.targets import PRESETS, patterns_of, work
+from spectral_diffusion.scenes.png_metadata import is_ours
+from spectral_diffusion.scenes.scene import Scene, read_scene
+from spectral_diffusion.slots import ledger as slots
+from spectral_diffusion.slots.ledger import Ledger
+from spectral_diffusion.svd_cache import spectrum_of
 from spectral_diffusion.training.run import state_path, train_to_file
-from spectral_diffusion.ui import concepts, pictures
-from spectral_diffusion.ui.shelf import look
-from spectral_diffusion.ui.workspace import Workspace, visible
 
 BOMB = "- &a [l,l,l,l,l,l,l,l,l,l]\n" + "".join(
     f"- &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 10)}]\n" for i in range(8)

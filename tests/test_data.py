@@ -12,10 +12,10 @@ import torch
 from conftest import make_photos
 from PIL import Image, ImageOps
 
-from spectral_diffusion.config import TrainConfig
+from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.folder import load_concept, open_photo
 from spectral_diffusion.data.samples import keyed_generator, photo_of, random_crop
-from spectral_diffusion.errors import UserError
 
 
 def test_captions_come_from_metadata_then_text_then_template(tmp_path: Path) -> None:

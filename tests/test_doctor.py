@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from spectral_diffusion import doctor, machine
+from spectral_diffusion import doctor
 from spectral_diffusion.cli import app
+from spectral_diffusion.core import machine
 
 
 def test_a_bug_report_has_what_matters_and_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +47,7 @@ def test_what_is_missing_comes_with_its_command() -> None:
 
 
 def test_a_damaged_measurement_is_made_again_or_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from spectral_diffusion.precision import cpu_is_quick_in_bf16
+    from spectral_diffusion.core.precision import cpu_is_quick_in_bf16
 
     monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path))
     for damaged in ("precision", {"float32": "x"}, None):

@@ -12,23 +12,23 @@ from conftest import make_photos, make_tiny_base
 from PIL import Image
 from typer.testing import CliRunner
 
-from spectral_diffusion import resources
 from spectral_diffusion.cli import app
-from spectral_diffusion.config import FuseConfig, TrainConfig
+from spectral_diffusion.config.models import FuseConfig, TrainConfig
+from spectral_diffusion.core import assets as resources
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.folder import load_concept, open_photo
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.evaluating.run import evaluate_to_folder
-from spectral_diffusion.evaluation.encoders import Clip, load_encoder
 from spectral_diffusion.evaluation.measure import PHOTOS, confusion_of, rows_of, score, with_photos
 from spectral_diffusion.evaluation.references import Subject, references_of
+from spectral_diffusion.evaluation.region_crops import spoken, square, views_in
+from spectral_diffusion.evaluation.run import evaluate_to_folder
 from spectral_diffusion.evaluation.settings import EvaluateConfig
-from spectral_diffusion.evaluation.text import text_match
-from spectral_diffusion.evaluation.views import View
-from spectral_diffusion.fusion.recipe import fuse_to_folder
-from spectral_diffusion.generation.crops import spoken, square, views_in
-from spectral_diffusion.generation.pictures import read_settings, save_png
-from spectral_diffusion.generation.pipeline import Cancelled
-from spectral_diffusion.generation.scene import Region, Scene
+from spectral_diffusion.merging.fuse import fuse_to_folder
+from spectral_diffusion.metrics.encoders import Clip, load_encoder
+from spectral_diffusion.metrics.text import text_match
+from spectral_diffusion.metrics.views import View
+from spectral_diffusion.scenes.generate import Cancelled
+from spectral_diffusion.scenes.png_metadata import read_settings, save_png
+from spectral_diffusion.scenes.scene import Region, Scene
 from spectral_diffusion.training.run import train_to_file
 
 SMALL = [

@@ -8,11 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.evaluation.statistics import difference, interval, share, told
-from spectral_diffusion.experiments.lab import REPORTED, TUNED, Lab, recipe
-from spectral_diffusion.experiments.registry import Findings, all_studies, get_study
-from spectral_diffusion.experiments.report import (
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.metrics.statistics import difference, interval, share, told
+from spectral_diffusion.studies.registry import Findings, all_studies, get_study
+from spectral_diffusion.studies.report import (
     markdown,
     page_name,
     read_record,
@@ -20,7 +19,8 @@ from spectral_diffusion.experiments.report import (
     record_path,
     write_record,
 )
-from spectral_diffusion.experiments.speed import crossing
+from spectral_diffusion.studies.runner import REPORTED, TUNED, Lab, recipe
+from spectral_diffusion.studies.speed import crossing
 
 
 def test_intervals_hold_the_mean_and_shrink_with_more_values() -> None:

@@ -21,20 +21,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from spectral_diffusion.adapted import put_on
-from spectral_diffusion.architectures import build_meta
-from spectral_diffusion.base import load_base
-from spectral_diffusion.config import FuseConfig, TrainConfig
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.exporting import export
-from spectral_diffusion.files import read_tensors
-from spectral_diffusion.formats.importing import import_lora
-from spectral_diffusion.formats.lora import diffusers_name, kohya_name, kohya_tensors, names_of
-from spectral_diffusion.formats.native import load_adapter, save_adapter
-from spectral_diffusion.formats.reading import read_lora
-from spectral_diffusion.fusion.recipe import fuse_to_folder
+from spectral_diffusion.adapters.apply import put_on
+from spectral_diffusion.adapters.formats.import_lora import import_lora
+from spectral_diffusion.adapters.formats.lora import diffusers_name, kohya_name, kohya_tensors, names_of
+from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
+from spectral_diffusion.adapters.formats.reading import read_lora
+from spectral_diffusion.config.models import FuseConfig, TrainConfig
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.files import read_tensors
 from spectral_diffusion.linalg import Factors, balance, truncate
-from spectral_diffusion.methods.targets import find_targets
+from spectral_diffusion.merging.export import export
+from spectral_diffusion.merging.fuse import fuse_to_folder
+from spectral_diffusion.models.architectures import build_meta
+from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.training.run import train_to_file
 
 EVERYTHING = "attention+feed-forward+projection+conv"

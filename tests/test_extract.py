@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.generation.conditions import read_drawing
-from spectral_diffusion.generation.extract import (
+from spectral_diffusion.core.assets import concepts
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.scenes.control import read_drawing
+from spectral_diffusion.scenes.extract import (
     BLAZEPOSE,
     are_fractions,
     clean_strokes,
@@ -23,8 +24,7 @@ from spectral_diffusion.generation.extract import (
     read_keypoints,
     sketch_of,
 )
-from spectral_diffusion.generation.scene import Condition
-from spectral_diffusion.resources import concepts
+from spectral_diffusion.scenes.scene import Condition
 
 SIZE = (200, 150)
 

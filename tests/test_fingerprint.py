@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectral_diffusion import base as bases
-from spectral_diffusion import fingerprint as fingerprints
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.fingerprint import Fingerprint, fingerprint
-from spectral_diffusion.spectrum import HASHED, hash_rounded
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.models import base as bases
+from spectral_diffusion.models import fingerprint as fingerprints
+from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.fingerprint import Fingerprint, fingerprint
+from spectral_diffusion.svd_cache import HASHED, hash_rounded
 
 
 @pytest.fixture

@@ -12,18 +12,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from spectral_diffusion.base import load_base
+from spectral_diffusion.adapters.formats.import_lora import distinct, import_lora, name_of
+from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.cli import app
-from spectral_diffusion.config import FuseConfig
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.formats.importing import distinct, import_lora, name_of
-from spectral_diffusion.formats.native import load_adapter
-from spectral_diffusion.fusion.folder import load_adapters, read_recipe
-from spectral_diffusion.fusion.recipe import check_together, fuse_to_folder
-from spectral_diffusion.generation.pictures import read_sources
-from spectral_diffusion.generation.pipeline import generate_to_file
-from spectral_diffusion.generation.scene import Region, Scene
-from spectral_diffusion.methods.targets import find_targets
+from spectral_diffusion.config.models import FuseConfig
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.merging.fuse import check_together, fuse_to_folder
+from spectral_diffusion.merging.manifest import load_adapters, read_recipe
+from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.targets import find_targets
+from spectral_diffusion.scenes.generate import generate_to_file
+from spectral_diffusion.scenes.png_metadata import read_sources
+from spectral_diffusion.scenes.scene import Region, Scene
 
 UNET = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from spectral_diffusion.architectures import build_meta, build_vae_meta, fill_randomly
+from spectral_diffusion.models.architectures import build_meta, build_vae_meta, fill_randomly
 from tools.pocket.models import build_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

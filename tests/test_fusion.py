@@ -10,21 +10,21 @@ from conftest import make_photos
 from diffusers import StableDiffusionPipeline, T2IAdapter
 from PIL import Image
 
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.base import load_base
-from spectral_diffusion.config import FuseConfig, TrainConfig
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.formats.native import load_adapter, save_adapter
-from spectral_diffusion.fusion import Contribution, get_merge
-from spectral_diffusion.fusion.folder import read_recipe
-from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder
-from spectral_diffusion.generation.pictures import read_settings
-from spectral_diffusion.generation.pipeline import generate_to_file, put_on, sample
-from spectral_diffusion.generation.scene import Condition, Scene
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
+from spectral_diffusion.config.models import FuseConfig, TrainConfig
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.inspection import inspect_path
 from spectral_diffusion.linalg import Factors, top_band
+from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
+from spectral_diffusion.merging.manifest import read_recipe
+from spectral_diffusion.merging.merges import Contribution, get_merge
 from spectral_diffusion.methods import get_method
-from spectral_diffusion.slots import Slot
+from spectral_diffusion.models.base import load_base
+from spectral_diffusion.scenes.generate import generate_to_file, put_on, sample
+from spectral_diffusion.scenes.png_metadata import read_settings
+from spectral_diffusion.scenes.scene import Condition, Scene
+from spectral_diffusion.slots.ledger import Slot
 from spectral_diffusion.training.run import train_to_file
 
 ADDITIVE = get_method("spectral-additive")

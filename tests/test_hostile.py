@@ -17,12 +17,12 @@ import torch
 from conftest import make_photos
 from PIL import Image
 
-from spectral_diffusion.config import TrainConfig, build, read_yaml, to_yaml
+from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.models import TrainConfig, build, read_yaml, to_yaml
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.folder import load_concept, open_photo
 from spectral_diffusion.data.samples import random_crop
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.formats.native import load_adapter
-from spectral_diffusion.slots import Ledger, Slot
+from spectral_diffusion.slots.ledger import Ledger, Slot
 from spectral_diffusion.training.run import train_to_file
 
 MUTANTS = 500

@@ -9,15 +9,15 @@ import torch
 from conftest import make_photos
 from typer.testing import CliRunner
 
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.base import load_base
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
 from spectral_diffusion.cli import app
-from spectral_diffusion.config import TrainConfig
-from spectral_diffusion.formats.native import load_adapter, save_adapter
+from spectral_diffusion.config.models import TrainConfig
 from spectral_diffusion.inspection import blocks, inspect_paths, interference, layer_norms
 from spectral_diffusion.linalg import Factors, row_space
-from spectral_diffusion.slot_map import CLASH, colour_of, draw_slots
-from spectral_diffusion.slots import Slot
+from spectral_diffusion.models.base import load_base
+from spectral_diffusion.slots.ledger import Slot
+from spectral_diffusion.slots.picture import CLASH, colour_of, draw_slots
 from spectral_diffusion.training.run import train_to_file
 
 

@@ -17,18 +17,26 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from spectral_diffusion import resources, spectrum
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import FuseConfig, OptimiserConfig, TrainConfig, WatchConfig, build, read_yaml
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.formats.native import load_adapter, save_adapter
-from spectral_diffusion.fusion.folder import read_recipe
-from spectral_diffusion.fusion.recipe import fuse_to_folder
+from spectral_diffusion import svd_cache as spectrum
+from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
+from spectral_diffusion.config.models import (
+    FuseConfig,
+    OptimiserConfig,
+    TrainConfig,
+    WatchConfig,
+    build,
+    read_yaml,
+)
+from spectral_diffusion.core import assets as resources
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.linalg import sides
+from spectral_diffusion.merging.fuse import fuse_to_folder
+from spectral_diffusion.merging.manifest import read_recipe
 from spectral_diffusion.methods import all_methods, get_method
-from spectral_diffusion.progress import Event
-from spectral_diffusion.slots import LEDGER, Ledger
-from spectral_diffusion.spectrum import spectrum_of
+from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.slots.ledger import LEDGER, Ledger
+from spectral_diffusion.svd_cache import spectrum_of
 from spectral_diffusion.training.run import state_path, train_to_file
 from spectral_diffusion.training.status import read_status, reporting, status_path
 

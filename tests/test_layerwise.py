@@ -14,10 +14,12 @@ from PIL import Image
 from test_bases import text_config, tiny_unet, tiny_vae
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from spectral_diffusion.adapted import install_tokens, put_on
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import (
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.apply import install_tokens, put_on
+from spectral_diffusion.adapters.attach import detach
+from spectral_diffusion.adapters.formats.native import DIGEST, digest, load_adapter, save_adapter
+from spectral_diffusion.app.base_cache import Keeper
+from spectral_diffusion.config.models import (
     DataConfig,
     FuseConfig,
     ObjectiveConfig,
@@ -26,25 +28,30 @@ from spectral_diffusion.config import (
     TrainConfig,
     WatchConfig,
 )
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.files import read_tensors, write_tensors
+from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.exporting import export
-from spectral_diffusion.files import read_tensors, write_tensors
-from spectral_diffusion.formats.native import DIGEST, digest, load_adapter, save_adapter
-from spectral_diffusion.fusion.recipe import fuse_to_folder
-from spectral_diffusion.generation.conditions import Drawing
-from spectral_diffusion.generation.pipeline import generate_to_file, sample
-from spectral_diffusion.generation.scene import Region, Scene
 from spectral_diffusion.inspection import inspect_path
-from spectral_diffusion.layerwise import LayerwiseAttention, LongForm, cross_attention, layered, spread, use_means
-from spectral_diffusion.methods.attach import detach
-from spectral_diffusion.progress import Event
-from spectral_diffusion.tokens import known_tokens
-from spectral_diffusion.training.conditioning import Conditioner
+from spectral_diffusion.merging.export import export
+from spectral_diffusion.merging.fuse import fuse_to_folder
+from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.per_layer_tokens import (
+    LayerwiseAttention,
+    LongForm,
+    cross_attention,
+    layered,
+    spread,
+    use_means,
+)
+from spectral_diffusion.models.prompt_encoder import Conditioner
+from spectral_diffusion.models.tokens import known_tokens
+from spectral_diffusion.scenes.control import Drawing
+from spectral_diffusion.scenes.generate import generate_to_file, sample
+from spectral_diffusion.scenes.scene import Region, Scene
 from spectral_diffusion.training.loop import Stopped
 from spectral_diffusion.training.memory import estimate
 from spectral_diffusion.training.run import train_to_file
-from spectral_diffusion.ui.keeper import Keeper
 from tools.pocket.models import build_tokenizer
 
 PROMPT = "a photo of <rex> dog"
@@ -122,7 +129,7 @@ def test_equal_layers_draw_what_an_ordinary_token_draws(
         more = {"regions": [region], "prompt": "a cat"}
     if way == "sketch":
         network = T2IAdapter(in_channels=1, channels=[16, 24], num_res_blocks=1, downscale_factor=2)
-        monkeypatch.setattr("spectral_diffusion.generation.conditions.load_t2i_adapter", lambda *what: network)
+        monkeypatch.setattr("spectral_diffusion.scenes.control.load_t2i_adapter", lambda *what: network)
         more = {"drawings": [Drawing(Image.new("L", (16, 16), 200))]}
     ordinary = drawn(on(loud, replace(adapter, layerwise={})), **more)
     equal = drawn(on(loud, with_rows(adapter)), **more)

@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spectral_diffusion.fusion.activations import Activations
 from spectral_diffusion.linalg import (
     Band,
     Factors,
@@ -24,6 +23,7 @@ from spectral_diffusion.linalg import (
     solve_device,
     top_band,
 )
+from spectral_diffusion.merging.activations import Activations
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.methods.spectral_additive import factors
 from spectral_diffusion.methods.spectral_rotation import prepare

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectral_diffusion.base import load_base
-from spectral_diffusion.config import PreservationConfig, TrainConfig
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.formats.native import load_adapter
+from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.models import PreservationConfig, TrainConfig
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.linalg import sides
 from spectral_diffusion.methods import get_method
+from spectral_diffusion.models.base import load_base
 from spectral_diffusion.training import memory
-from spectral_diffusion.training.machines import part_of
+from spectral_diffusion.training.distributed import part_of
 from spectral_diffusion.training.memory import Estimate, Peak, estimate, memory_note
 from spectral_diffusion.training.run import state_path, train_to_file
 from spectral_diffusion.training.status import read_status

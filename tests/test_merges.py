@@ -14,28 +14,28 @@ import torch
 from conftest import make_photos
 from typer.testing import CliRunner
 
-from spectral_diffusion.adapted import install_tokens
-from spectral_diffusion.base import load_base
+from spectral_diffusion.adapters.apply import install_tokens
+from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
 from spectral_diffusion.cli import app
-from spectral_diffusion.config import FuseConfig, GradientConfig, TeachConfig, TrainConfig
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.exporting import export
-from spectral_diffusion.files import read_tensors, write_tensors
-from spectral_diffusion.formats.native import load_adapter, save_adapter
-from spectral_diffusion.fusion import Contribution, all_merges, get_merge
-from spectral_diffusion.fusion.activations import Activations
-from spectral_diffusion.fusion.collect import collect, rows_of
-from spectral_diffusion.fusion.folder import load_adapters, read_merged, read_recipe
-from spectral_diffusion.fusion.memory import memory_to_watch
-from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder, overlaps, shared_columns
-from spectral_diffusion.fusion.tune import tune
-from spectral_diffusion.fusion.unfuse import unfuse
+from spectral_diffusion.config.models import FuseConfig, GradientConfig, TeachConfig, TrainConfig
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.files import read_tensors, write_tensors
+from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.linalg import Factors, sides
+from spectral_diffusion.merging.activations import Activations
+from spectral_diffusion.merging.calibration import collect, rows_of
+from spectral_diffusion.merging.export import export
+from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder, overlaps, shared_columns
+from spectral_diffusion.merging.manifest import load_adapters, read_merged, read_recipe
+from spectral_diffusion.merging.memory import memory_to_watch
+from spectral_diffusion.merging.merges import Contribution, all_merges, get_merge
+from spectral_diffusion.merging.search import tune
+from spectral_diffusion.merging.unfuse import unfuse
 from spectral_diffusion.methods import get_method
-from spectral_diffusion.methods.targets import find_targets
-from spectral_diffusion.progress import Event
-from spectral_diffusion.slots import Slot, read_columns
-from spectral_diffusion.tokens import known_tokens
+from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.targets import find_targets
+from spectral_diffusion.models.tokens import known_tokens
+from spectral_diffusion.slots.ledger import Slot, read_columns
 from spectral_diffusion.training.run import train_to_file
 
 OUT, IN, RANK = 10, 16, 2
@@ -133,7 +133,7 @@ def test_what_is_watched_is_no_more_than_was_said(
     held = sum(8 * (one.matrix() if one.few else one.gram()).numel() for one in seen.values())
     need = memory_to_watch({name: sides(layer.weight) for name, layer in layers.items()}, 1, config.gradient)
     assert held <= need / 3 <= 2 * held  # it, the ordinary prompts, and a copy while it is written
-    monkeypatch.setattr("spectral_diffusion.fusion.recipe.available", lambda device: 1000)
+    monkeypatch.setattr("spectral_diffusion.merging.fuse.available", lambda device: 1000)
     with pytest.raises(UserError, match=r"Watching .* are free; fuse fewer adapters"):
         fuse_to_folder(config)
     assert not (tmp_path / "a").exists()
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_watched_in_passes_with_the_same_bits(
     quick = {**QUICK, "staging": staging, "cache": False}
     results, notes = [], list[str]()
     for free in (None, 400_000):
-        monkeypatch.setattr("spectral_diffusion.fusion.recipe.available", lambda device, free=free: free)
+        monkeypatch.setattr("spectral_diffusion.merging.fuse.available", lambda device, free=free: free)
         adapters = [adapter for path in three for adapter in load_adapters(path)]
         base = load_base(adapters[0].base, "cpu")
         config = FuseConfig(adapters=three, output=tmp_path / "a", merge="gradient", gradient=quick, device="cpu")

@@ -14,16 +14,16 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 from typer.testing import CliRunner
 
-from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.adapters.attach import Attachment, activate, attach, detach, disabled
+from spectral_diffusion.adapters.frozen import frozen_tensors, with_weight
+from spectral_diffusion.adapters.low_rank import low_rank_linear
 from spectral_diffusion.cli import app
-from spectral_diffusion.errors import UserError
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.linalg import sides
 from spectral_diffusion.methods import all_methods, get_method
-from spectral_diffusion.methods.attach import Attachment, activate, attach, detach, disabled
-from spectral_diffusion.methods.frozen import frozen_tensors, with_weight
-from spectral_diffusion.methods.low_rank import low_rank_linear
 from spectral_diffusion.methods.registry import METHODS
-from spectral_diffusion.slots import Slot
+from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.slots.ledger import Slot
 
 NAMES = sorted(all_methods())
 
@@ -173,7 +173,7 @@ def test_no_library_grumbles_about_how_it_is_asked(base: Base, method: str) -> N
 
 
 def test_targets_name_every_kind_of_layer(base: Base) -> None:
-    from spectral_diffusion.methods.targets import find_targets
+    from spectral_diffusion.models.targets import find_targets
 
     everything = find_targets(base.models, EVERYTHING)
     kinds = {(m.kernel_size, m.stride) for m in everything.values() if isinstance(m, nn.Conv2d)}

@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import make_photos
 
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.base import load_base
-from spectral_diffusion.config import TrainConfig
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.errors import UserError
 from spectral_diffusion.inspection import clashes
-from spectral_diffusion.tokens import check_name, check_token, slug
-from spectral_diffusion.training.batch import jobs_of
+from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.tokens import check_name, check_token, slug
+from spectral_diffusion.training.multi_concept import jobs_of
 from spectral_diffusion.training.run import train_to_file
 
 NAMES = {

@@ -15,23 +15,23 @@ from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.base import load_base
-from spectral_diffusion.config import ObjectiveConfig, TrainConfig
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.attach import attach, detaching
+from spectral_diffusion.adapters.frozen import frozen_tensors
+from spectral_diffusion.config.models import ObjectiveConfig, TrainConfig
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.errors import UserError
 from spectral_diffusion.linalg import sides
 from spectral_diffusion.methods import all_methods, get_method
-from spectral_diffusion.methods.attach import attach, detaching
-from spectral_diffusion.methods.frozen import frozen_tensors
-from spectral_diffusion.progress import Event
-from spectral_diffusion.slots import Slot
-from spectral_diffusion.training.attention import AttentionMaps, attention_loss, shape_of, watching
-from spectral_diffusion.training.conditioning import Conditioner
+from spectral_diffusion.models.attention_maps import AttentionMaps, attention_loss, shape_of, watching
+from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.prompt_encoder import Conditioner
+from spectral_diffusion.slots.ledger import Slot
+from spectral_diffusion.training.checkpoint import Stopped, load_state, save_state
 from spectral_diffusion.training.losses import objective_loss, snr_weights
-from spectral_diffusion.training.optimisers import Prodigies, build_optimiser, rate_at
+from spectral_diffusion.training.optimizers import Prodigies, build_optimiser, rate_at
 from spectral_diffusion.training.run import train_to_file
-from spectral_diffusion.training.state import Stopped, load_state, save_state
 
 
 def settings(photos: Path, tiny_base: Path, output: Path, **more: object) -> TrainConfig:

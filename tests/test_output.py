@@ -11,16 +11,16 @@ import pytest
 import torch
 from conftest import make_photos
 
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import TrainConfig
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.formats.native import load_adapter
-from spectral_diffusion.training.condition import prepare_output as prepare_folder
-from spectral_diffusion.training.condition import state_path as folder_state
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.training.checkpoint import Stopped, step_of
+from spectral_diffusion.training.control_adapter import prepare_output as prepare_folder
+from spectral_diffusion.training.control_adapter import state_path as folder_state
 from spectral_diffusion.training.output import claimed, is_done, settled
 from spectral_diffusion.training.run import state_path, train_to_file
-from spectral_diffusion.training.state import Stopped, step_of
 
 Train = Callable[..., Adapter]
 

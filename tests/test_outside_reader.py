@@ -14,11 +14,11 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors.torch import save_file
 from torch import nn
 
-from spectral_diffusion.architectures import build_meta
-from spectral_diffusion.base import load_base
-from spectral_diffusion.formats.lora import kohya_tensors
+from spectral_diffusion.adapters.formats.lora import kohya_tensors
 from spectral_diffusion.linalg import Factors
-from spectral_diffusion.methods.targets import find_targets
+from spectral_diffusion.models.architectures import build_meta
+from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.targets import find_targets
 
 pytest.importorskip("lycoris")
 from lycoris import LycorisNetwork, create_lycoris_from_weights

@@ -9,16 +9,16 @@ import pytest
 from conftest import make_photos
 from PIL import Image
 
-from spectral_diffusion import paths
-from spectral_diffusion.config import FuseConfig, TrainConfig, build
-from spectral_diffusion.exporting import export
-from spectral_diffusion.formats.native import content_hash, load_adapter, save_adapter
-from spectral_diffusion.fusion.folder import read_recipe
-from spectral_diffusion.fusion.recipe import fuse_to_folder
-from spectral_diffusion.generation.pictures import read_embedded, read_settings, read_sources
-from spectral_diffusion.generation.pipeline import generate_to_file
-from spectral_diffusion.generation.scene import Scene
-from spectral_diffusion.paths import located, located_base, portable, portable_base, without_folders
+from spectral_diffusion.adapters.formats.native import content_hash, load_adapter, save_adapter
+from spectral_diffusion.config.models import FuseConfig, TrainConfig, build
+from spectral_diffusion.core import paths
+from spectral_diffusion.core.paths import located, located_base, portable, portable_base, without_folders
+from spectral_diffusion.merging.export import export
+from spectral_diffusion.merging.fuse import fuse_to_folder
+from spectral_diffusion.merging.manifest import read_recipe
+from spectral_diffusion.scenes.generate import generate_to_file
+from spectral_diffusion.scenes.png_metadata import read_embedded, read_settings, read_sources
+from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.training.run import train_to_file
 
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from spectral_diffusion import SpectralConfig
-from spectral_diffusion.errors import UserError
+from spectral_diffusion.adapters.layer import AdaptedLayer
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.methods import all_methods, get_method
-from spectral_diffusion.methods.layer import AdaptedLayer
-from spectral_diffusion.slots import read_columns
+from spectral_diffusion.slots.ledger import read_columns
 
 METHODS = [name for name, method in all_methods().items() if not method.peft or method.initial]
 NO_RANK = {"svdiff": 1}

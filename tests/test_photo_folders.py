@@ -11,16 +11,16 @@ from conftest import make_photos
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import ConditionConfig, DataConfig, TrainConfig
-from spectral_diffusion.data.conditions import read_pairs
+from spectral_diffusion.config.models import ConditionConfig, DataConfig, TrainConfig
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.data.control_pairs import read_pairs
 from spectral_diffusion.data.folder import load_concept
+from spectral_diffusion.data.image_io import DRAWN
 from spectral_diffusion.data.masks import is_mask, open_mask
-from spectral_diffusion.data.pictures import DRAWN
-from spectral_diffusion.errors import UserError
+from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.prompt_encoder import Conditioner
 from spectral_diffusion.training.checks import notes_on, notes_on_photos
-from spectral_diffusion.training.conditioning import Conditioner
-from spectral_diffusion.training.ordinary import read_class_images
+from spectral_diffusion.training.prior_images import read_class_images
 
 
 @pytest.fixture(scope="module")

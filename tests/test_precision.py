@@ -10,14 +10,14 @@ import torch
 from conftest import make_photos
 from torch import nn
 
-from spectral_diffusion import machine, precision
-from spectral_diffusion.config import TrainConfig, read_yaml
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.formats.native import load_adapter
-from spectral_diffusion.generation.pictures import read_settings
-from spectral_diffusion.generation.pipeline import generate_to_file
-from spectral_diffusion.generation.scene import Scene
-from spectral_diffusion.precision import loss_scaler, resolve_mixed_precision
+from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.models import TrainConfig, read_yaml
+from spectral_diffusion.core import machine, precision
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.precision import loss_scaler, resolve_mixed_precision
+from spectral_diffusion.scenes.generate import generate_to_file
+from spectral_diffusion.scenes.png_metadata import read_settings
+from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.training.loop import Stopped
 from spectral_diffusion.training.run import state_path, train_to_file
 

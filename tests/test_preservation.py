@@ -10,19 +10,19 @@ from conftest import make_photos
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import DataConfig, PreservationConfig, TrainConfig
+from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.models import DataConfig, PreservationConfig, TrainConfig
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.hooks import Event, silent
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.formats.native import load_adapter
-from spectral_diffusion.generation.pipeline import put_on
-from spectral_diffusion.progress import Event, silent
-from spectral_diffusion.training import ordinary as ordinary_module
-from spectral_diffusion.training.conditioning import Conditioner
-from spectral_diffusion.training.draws import Samples
+from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.prompt_encoder import Conditioner
+from spectral_diffusion.scenes.generate import put_on
+from spectral_diffusion.training import prior_images as ordinary_module
+from spectral_diffusion.training.batch import Samples
 from spectral_diffusion.training.loop import Stopped
-from spectral_diffusion.training.ordinary import Ordinary, draw_ordinary, ordinary_prompts
-from spectral_diffusion.training.preservation import OTHERS, Anchors, cut_mix, draw_anchors, predict
+from spectral_diffusion.training.prior_images import Ordinary, draw_ordinary, ordinary_prompts
+from spectral_diffusion.training.prior_preservation import OTHERS, Anchors, cut_mix, draw_anchors, predict
 from spectral_diffusion.training.run import train_to_file
 
 KEEP = PreservationConfig(weight=1.0, batch=2, pictures=4, others=0.5)

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.files import write_tensors
-from spectral_diffusion.generation.keypose import draw_keypose
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.files import write_tensors
+from spectral_diffusion.scenes.keypose import draw_keypose
 from tools.pocket import puppets, render, travel
 from tools.pocket.base import Recipe, Training, changed, velocity_loss
 from tools.pocket.batches import Batch, Mix

@@ -11,17 +11,17 @@ from conftest import make_photos
 from PIL import Image, PngImagePlugin
 from typer.testing import CliRunner
 
-from spectral_diffusion.adapted import put_on
-from spectral_diffusion.base import load_base
+from spectral_diffusion.adapters.apply import put_on
+from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.cli import app
-from spectral_diffusion.config import TrainConfig
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.formats.native import load_adapter
-from spectral_diffusion.generation.pictures import SETTINGS_KEY, find_again, read_settings
-from spectral_diffusion.generation.pipeline import remarks, sample
-from spectral_diffusion.generation.prompts import foreign_syntax
-from spectral_diffusion.generation.scene import Region, Scene, read_scene, region_mask
-from spectral_diffusion.tokens import collapse, expand
+from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.tokens import collapse, expand
+from spectral_diffusion.scenes.generate import remarks, sample
+from spectral_diffusion.scenes.png_metadata import SETTINGS_KEY, find_again, read_settings
+from spectral_diffusion.scenes.prompts import foreign_syntax
+from spectral_diffusion.scenes.scene import Region, Scene, read_scene, region_mask
 from spectral_diffusion.training.run import train_to_file
 
 LEFT = (0.0, 0.0, 0.5, 1.0)

@@ -10,14 +10,14 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
-from spectral_diffusion.adapted import put_on
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import TrainConfig
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.generation.pipeline import sample
-from spectral_diffusion.generation.regions import Area, Regional, RegionalAttention, bound_hook, cells_in, grid_of
-from spectral_diffusion.generation.scene import Region, Scene
+from spectral_diffusion.adapters.apply import put_on
+from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.linalg import Factors
+from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.scenes.generate import sample
+from spectral_diffusion.scenes.regions import Area, Regional, RegionalAttention, bound_hook, cells_in, grid_of
+from spectral_diffusion.scenes.scene import Region, Scene
 from spectral_diffusion.training.run import train_to_file
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)

@@ -17,10 +17,10 @@ from conftest import make_photos
 from PIL import Image
 from pydantic import ValidationError
 
-from spectral_diffusion.autoencoder import at_once, decode, encode
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import DataConfig, TrainConfig, build
-from spectral_diffusion.data import cache
+from spectral_diffusion.config.models import DataConfig, TrainConfig, build
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.rng import keyed_generator
+from spectral_diffusion.data import latents_cache as cache
 from spectral_diffusion.data import samples as samples_module
 from spectral_diffusion.data.captions import vary
 from spectral_diffusion.data.crops import best_frame, bucket_frames, crops_of, cut_mask, cut_photo, place_crop
@@ -28,9 +28,9 @@ from spectral_diffusion.data.folder import Concept, load_concept
 from spectral_diffusion.data.masks import LEAST, loss_weights, reduce_mask
 from spectral_diffusion.data.order import Order
 from spectral_diffusion.data.samples import PhotoCrops, side_multiple
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.randomness import keyed_generator
-from spectral_diffusion.training.draws import draw
+from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.vae import at_once, decode, encode
+from spectral_diffusion.training.batch import draw
 from spectral_diffusion.training.loop import Stopped
 from spectral_diffusion.training.losses import weighted_mse
 from spectral_diffusion.training.run import train_to_file

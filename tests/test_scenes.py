@@ -15,15 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from spectral_diffusion.autoencoder import in_portions
-from spectral_diffusion.base import load_base, size_of
 from spectral_diffusion.cli import app
 from spectral_diffusion.cli.scenes import base_in
-from spectral_diffusion.config import TrainConfig
-from spectral_diffusion.errors import NotFiniteError, UserError
-from spectral_diffusion.evaluation.encoders import load_encoder
-from spectral_diffusion.generation import pipeline
-from spectral_diffusion.generation.conditions import (
+from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.core.errors import NotFiniteError, UserError
+from spectral_diffusion.metrics.encoders import load_encoder
+from spectral_diffusion.models.base import load_base, size_of
+from spectral_diffusion.models.vae import in_portions
+from spectral_diffusion.scenes import generate as pipeline
+from spectral_diffusion.scenes.control import (
     Drawing,
     adapter_of,
     load_t2i_adapter,
@@ -31,9 +31,7 @@ from spectral_diffusion.generation.conditions import (
     read_drawing,
     weight_map,
 )
-from spectral_diffusion.generation.layouts import mapped, read_layouts, scene_of
-from spectral_diffusion.generation.pictures import read_settings, sources_of
-from spectral_diffusion.generation.pipeline import (
+from spectral_diffusion.scenes.generate import (
     Cancelled,
     cut_words,
     generate_to_file,
@@ -41,7 +39,9 @@ from spectral_diffusion.generation.pipeline import (
     sample_in_turn,
     sampler,
 )
-from spectral_diffusion.generation.scene import Condition, Region, Scene, read_scene, region_mask
+from spectral_diffusion.scenes.mix_of_show import mapped, read_layouts, scene_of
+from spectral_diffusion.scenes.png_metadata import read_settings, sources_of
+from spectral_diffusion.scenes.scene import Condition, Region, Scene, read_scene, region_mask
 from spectral_diffusion.training.run import train_to_file
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)

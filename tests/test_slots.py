@@ -12,12 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectral_diffusion import spectrum
-from spectral_diffusion.errors import UserError
+from spectral_diffusion import svd_cache as spectrum
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.linalg import top_band
-from spectral_diffusion.progress import Event
-from spectral_diffusion.slots import Ledger, Slot, collision_probability, drawn_slot, parse_policy, read_columns
-from spectral_diffusion.spectrum import Spectrum, bands_of, capacity, hash_weight, spectrum_of
+from spectral_diffusion.slots.ledger import (
+    Ledger,
+    Slot,
+    collision_probability,
+    drawn_slot,
+    parse_policy,
+    read_columns,
+)
+from spectral_diffusion.svd_cache import Spectrum, bands_of, capacity, hash_weight, spectrum_of
 
 
 @pytest.fixture
@@ -106,7 +113,7 @@ def test_many_reservations_at_once_never_share(ledger: Ledger) -> None:
 
 def test_two_processes_never_share_a_slot(ledger: Ledger) -> None:
     code = (
-        "import sys; from pathlib import Path; from spectral_diffusion.slots import Ledger\n"
+        "import sys; from pathlib import Path; from spectral_diffusion.slots.ledger import Ledger\n"
         "for i in range(20): Ledger(Path(sys.argv[1])).reserve('base', f'{sys.argv[2]}{i}', 2, 'next', 200)"
     )
     runs = [subprocess.Popen([sys.executable, "-c", code, str(ledger.path), name]) for name in "ab"]

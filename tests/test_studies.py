@@ -9,14 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
-from spectral_diffusion.config import FuseConfig, build, read_yaml
-from spectral_diffusion.experiments.fusion import FAMILIES, NARROW, RANK, Job, change_for, measured
-from spectral_diffusion.experiments.lab import MANY, REPORTED, TUNED, Lab, recipe
-from spectral_diffusion.experiments.rank import lowest, weight_of_full_rank
-from spectral_diffusion.experiments.recipes import TRIALS, Recipe, things, verdict, worth_reporting, worth_showing
-from spectral_diffusion.experiments.registry import all_studies, not_allowed
-from spectral_diffusion.experiments.slots import check_equal
-from spectral_diffusion.resources import concepts, preset
+from spectral_diffusion.config.models import FuseConfig, build, read_yaml
+from spectral_diffusion.core.assets import concepts, preset
+from spectral_diffusion.studies.fusion import FAMILIES, NARROW, RANK, Job, change_for, measured
+from spectral_diffusion.studies.rank import lowest, weight_of_full_rank
+from spectral_diffusion.studies.recipes import TRIALS, Recipe, things, verdict, worth_reporting, worth_showing
+from spectral_diffusion.studies.registry import all_studies, not_allowed
+from spectral_diffusion.studies.runner import MANY, REPORTED, TUNED, Lab, recipe
+from spectral_diffusion.studies.slots import check_equal
 
 
 @pytest.fixture(scope="module")

@@ -11,24 +11,24 @@ import torch
 from conftest import make_photos
 from typer.testing import CliRunner
 
-from spectral_diffusion import exporting
-from spectral_diffusion.adapted import acting
-from spectral_diffusion.base import Base, load_base
+from spectral_diffusion.adapters.apply import acting
+from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.cli import app
-from spectral_diffusion.config import FuseConfig, TeachConfig, TrainConfig
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.exporting import export
-from spectral_diffusion.files import read_tensors
-from spectral_diffusion.formats.native import load_adapter
-from spectral_diffusion.fusion import teach as teaching
-from spectral_diffusion.fusion.collect import predict
-from spectral_diffusion.fusion.memory import memory_to_teach
-from spectral_diffusion.fusion.recipe import fuse_adapters, fuse_to_folder
-from spectral_diffusion.fusion.teach import Lessons, Question, batches, loss_of, prepare
-from spectral_diffusion.fusion.unfuse import unfuse
-from spectral_diffusion.methods.targets import find_targets
-from spectral_diffusion.precision import MixedPrecision
-from spectral_diffusion.progress import Event
+from spectral_diffusion.config.models import FuseConfig, TeachConfig, TrainConfig
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.files import read_tensors
+from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.precision import MixedPrecision
+from spectral_diffusion.merging import distill as teaching
+from spectral_diffusion.merging import export as exporting
+from spectral_diffusion.merging.calibration import predict
+from spectral_diffusion.merging.distill import Lessons, Question, batches, loss_of, prepare
+from spectral_diffusion.merging.export import export
+from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
+from spectral_diffusion.merging.memory import memory_to_teach
+from spectral_diffusion.merging.unfuse import unfuse
+from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.training import memory
 from spectral_diffusion.training.memory import Estimate
 from spectral_diffusion.training.run import train_to_file

@@ -11,10 +11,10 @@ import torch
 from PIL import Image, ImageFilter
 
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.evaluation.identity import IdentityEncoder, auc
-from spectral_diffusion.evaluation.judges import BACKDROPS, HEADS, JUDGES, NOUNS, TINTS, windows
-from spectral_diffusion.generation.keypose import COLOURS as POSE_COLOURS
-from spectral_diffusion.generation.keypose import POINTS, draw_keypose
+from spectral_diffusion.metrics.classifiers import BACKDROPS, HEADS, JUDGES, NOUNS, TINTS, windows
+from spectral_diffusion.metrics.identity import IdentityEncoder, auc
+from spectral_diffusion.scenes.keypose import COLOURS as POSE_COLOURS
+from spectral_diffusion.scenes.keypose import POINTS, draw_keypose
 from tools.pocket import puppets
 from tools.pocket.art import HELD_OUT, PRETRAINING
 from tools.pocket.concepts import CONCEPTS, PATTERNS, Look, noun_of, where_second

@@ -16,17 +16,17 @@ from test_bases import folder as other_base  # noqa: F401 - of Stable Diffusion 
 from typer.testing import CliRunner
 
 from spectral_diffusion import pocket
-from spectral_diffusion.architectures import build_meta
-from spectral_diffusion.base import load_base
-from spectral_diffusion.cli.conditions import train_condition as verb
-from spectral_diffusion.config import ConditionConfig, build, read_yaml
-from spectral_diffusion.data.conditions import encode_pairs, open_condition, read_pairs
-from spectral_diffusion.errors import NotFiniteError, UserError
-from spectral_diffusion.generation.conditions import Drawing, read_drawing
-from spectral_diffusion.generation.pipeline import sample
-from spectral_diffusion.generation.scene import Condition, Scene
-from spectral_diffusion.progress import Event
-from spectral_diffusion.training.condition import fitting_shape, state_path, train_condition
+from spectral_diffusion.cli.train_control import train_condition as verb
+from spectral_diffusion.config.models import ConditionConfig, build, read_yaml
+from spectral_diffusion.core.errors import NotFiniteError, UserError
+from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.data.control_pairs import encode_pairs, open_condition, read_pairs
+from spectral_diffusion.models.architectures import build_meta
+from spectral_diffusion.models.base import load_base
+from spectral_diffusion.scenes.control import Drawing, read_drawing
+from spectral_diffusion.scenes.generate import sample
+from spectral_diffusion.scenes.scene import Condition, Scene
+from spectral_diffusion.training.control_adapter import fitting_shape, state_path, train_condition
 from spectral_diffusion.training.loop import Stopped
 
 
@@ -232,7 +232,7 @@ def test_the_verb(pairs: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pyt
         opened.append(f"{condition.kind} {condition.file.name}")
         return read_drawing(condition)
 
-    monkeypatch.setattr("spectral_diffusion.generation.conditions.read_drawing", watched)
+    monkeypatch.setattr("spectral_diffusion.scenes.control.read_drawing", watched)
     app = typer.Typer()
     app.callback()(lambda: None)
     app.command("train-condition")(verb)

@@ -16,21 +16,21 @@ from conftest import make_photos
 from diffusers import T2IAdapter
 from PIL import Image
 
-from spectral_diffusion.adapter import Adapter, check_base
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import OptimiserConfig, TrainConfig, WatchConfig
+from spectral_diffusion.adapters.adapter import Adapter, check_base
+from spectral_diffusion.adapters.formats.native import DIGEST, digest, load_adapter, save_adapter
+from spectral_diffusion.config.models import OptimiserConfig, TrainConfig, WatchConfig
+from spectral_diffusion.core.errors import NotFiniteError, UserError
+from spectral_diffusion.core.files import read_tensors, write_tensors
+from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.paths import without_folders
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.errors import NotFiniteError, UserError
-from spectral_diffusion.files import read_tensors, write_tensors
-from spectral_diffusion.formats.native import DIGEST, digest, load_adapter, save_adapter
-from spectral_diffusion.generation.conditions import Drawing
-from spectral_diffusion.generation.pipeline import sample
-from spectral_diffusion.generation.scene import Scene
-from spectral_diffusion.paths import without_folders
-from spectral_diffusion.progress import Event
-from spectral_diffusion.slots import Ledger
-from spectral_diffusion.tokens import collapse, embedding_of, expand, install, known_tokens, words
-from spectral_diffusion.training.conditioning import Conditioner
+from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.prompt_encoder import Conditioner
+from spectral_diffusion.models.tokens import collapse, embedding_of, expand, install, known_tokens, words
+from spectral_diffusion.scenes.control import Drawing
+from spectral_diffusion.scenes.generate import sample
+from spectral_diffusion.scenes.scene import Scene
+from spectral_diffusion.slots.ledger import Ledger
 from spectral_diffusion.training.loop import Stopped
 from spectral_diffusion.training.run import state_path, train_to_file
 
@@ -282,7 +282,7 @@ def test_pictures_are_conditioned_on_the_words_that_were_trained(
     encoder = base.models["text_encoder"]
     encoder.register_forward_pre_hook(lambda module, inputs: read.extend(inputs[0].tolist()))
     adapter = T2IAdapter(in_channels=1, channels=[16, 24], num_res_blocks=1, downscale_factor=2)
-    monkeypatch.setattr("spectral_diffusion.generation.conditions.load_t2i_adapter", lambda base, name, kind: adapter)
+    monkeypatch.setattr("spectral_diffusion.scenes.control.load_t2i_adapter", lambda base, name, kind: adapter)
     for prompt in ("a photo of <rex> on the beach", "a photo of <rex> <rex>_1 on the beach"):
         read.clear()
         config = Scene(steps=1, guidance=3.0, device="cpu")

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.progress import Event
-from spectral_diffusion.ui import drawing
-from spectral_diffusion.ui.device import giving_back
-from spectral_diffusion.ui.workspace import Teller, sentence_of
+from spectral_diffusion.app import generation as drawing
+from spectral_diffusion.app.device import giving_back
+from spectral_diffusion.app.workspace import Teller, sentence_of
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.hooks import Event
 
 # --- small parts ---------------------------------------------------------------------------------------------
 
@@ -49,7 +49,7 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
     pytest.importorskip("gradio")
-    from spectral_diffusion.ui.app import build, launch
+    from spectral_diffusion.app.server import build, launch
 
     port = free_port()
     blocks = build(tmp_path_factory.mktemp("ui") / "workspace")
@@ -78,7 +78,7 @@ def test_page_is_served_on_this_machine_only(served: tuple[Any, str], tmp_path: 
 
 
 def test_taken_port_is_a_sentence(served: tuple[Any, str], tmp_path: Path) -> None:
-    from spectral_diffusion.ui.app import build, launch
+    from spectral_diffusion.app.server import build, launch
 
     with pytest.raises(UserError, match="port"):
         launch(build(tmp_path), int(served[1].rpartition(":")[2]), prevent_thread_lock=True, quiet=True)
@@ -156,7 +156,7 @@ def test_a_full_gpu_is_told_in_a_sentence_and_emptied_afterwards(monkeypatch: py
 @pytest.mark.parametrize("open_to_others", [{"host": "0.0.0.0"}, {"share": True}])
 def test_only_a_password_opens_it_to_others(tmp_path: Path, open_to_others: dict[str, Any]) -> None:
     pytest.importorskip("gradio")
-    from spectral_diffusion.ui.app import launch
+    from spectral_diffusion.app.server import launch
 
     with pytest.raises(UserError, match="--password"):
         launch(None, 0, **open_to_others)  # type: ignore[arg-type]
@@ -166,7 +166,7 @@ def test_a_password_keeps_strangers_out(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     from gradio_client import Client
 
-    from spectral_diffusion.ui.app import build, launch
+    from spectral_diffusion.app.server import build, launch
 
     blocks = build(tmp_path / "workspace")
     port = free_port()

@@ -13,15 +13,16 @@ import pytest
 from conftest import make_photos
 from PIL import Image
 
+from spectral_diffusion.app import concept_html as cards
+from spectral_diffusion.app import concepts, editing, uploads
+from spectral_diffusion.app.adapter_headers import Label, labels, owner
+from spectral_diffusion.app.jobs import Record
+from spectral_diffusion.app.overview import look, slot_clashes, strips
+from spectral_diffusion.app.workspace import Workspace
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.slot_map import Stretch, stretches
-from spectral_diffusion.slots import LEDGER, Ledger, Slot
-from spectral_diffusion.ui import cards, concepts, editing, uploads
-from spectral_diffusion.ui.jobs import Record
-from spectral_diffusion.ui.labels import Label, labels, owner
-from spectral_diffusion.ui.shelf import look, slot_clashes, strips
-from spectral_diffusion.ui.workspace import Workspace
+from spectral_diffusion.slots.ledger import LEDGER, Ledger, Slot
+from spectral_diffusion.slots.picture import Stretch, stretches
 
 
 @pytest.fixture
@@ -336,7 +337,7 @@ def test_full_disk_is_a_sentence_and_leaves_nothing_half_done(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shutil, "copyfile", full)
-    monkeypatch.setattr("spectral_diffusion.files.os.fsync", full)
+    monkeypatch.setattr("spectral_diffusion.core.files.os.fsync", full)
     more = make_photos(photos.parent / "more", 1, seed=5)
     for call in (
         lambda: editing.add_concept(workspace, "tim", "cat", photos.iterdir()),
@@ -403,7 +404,7 @@ def test_tokens_are_suggested_and_clashes_told(workspace: Workspace, tom: Path, 
 def test_tokens_of_the_base_are_told(workspace: Workspace, tom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "<|endoftext|>" in concepts.pocket_tokens()
     for module in ("concepts", "shelf", "editing"):
-        monkeypatch.setattr(f"spectral_diffusion.ui.{module}.pocket_tokens", lambda: frozenset({"<tom>"}))
+        monkeypatch.setattr(f"spectral_diffusion.app.{module}.pocket_tokens", lambda: frozenset({"<tom>"}))
     [problem] = look(workspace).problems
     assert "<tom>" in problem and "pocket base" in problem
     assert concepts.suggest_token(workspace, "tom") == "<tom-2>"
@@ -453,7 +454,7 @@ def test_adapters_find_their_concept() -> None:
 
 
 def test_labels_agree_with_the_adapters_themselves(workspace: Workspace, tiny_base: Path, photos: Path) -> None:
-    from spectral_diffusion.config import TrainConfig
+    from spectral_diffusion.config.models import TrainConfig
     from spectral_diffusion.training.run import train_to_file
 
     output = workspace.adapters / "rex.safetensors"
@@ -477,8 +478,8 @@ def test_labels_agree_with_the_adapters_themselves(workspace: Workspace, tiny_ba
 
 def test_handlers_say_what_to_do(workspace: Workspace, photos: Path) -> None:
     gr = pytest.importorskip("gradio")
-    from spectral_diffusion.ui.page import Page
-    from spectral_diffusion.ui.tabs.concepts import NOTHING, Handlers
+    from spectral_diffusion.app.page import Page
+    from spectral_diffusion.app.tabs.concepts import NOTHING, Handlers
 
     nothing: Any = None
     handlers = Handlers(Page(workspace, *[nothing] * 8))
@@ -510,8 +511,8 @@ def test_add_concept_endpoint(workspace: Workspace, photos: Path) -> None:
     gr = pytest.importorskip("gradio")
     from gradio_client import Client, handle_file
 
-    from spectral_diffusion.ui.page import Page
-    from spectral_diffusion.ui.tabs import concepts as tab_of_concepts
+    from spectral_diffusion.app.page import Page
+    from spectral_diffusion.app.tabs import concepts as tab_of_concepts
 
     with gr.Blocks(analytics_enabled=False) as blocks:
         states = [gr.State(None) for _ in range(3)]

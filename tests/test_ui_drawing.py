@@ -21,17 +21,19 @@ import torch
 from conftest import make_photos, make_tiny_base
 from PIL import Image, ImageDraw, PngImagePlugin
 
-from spectral_diffusion.config import TrainConfig
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.generation.pictures import read_settings
+from spectral_diffusion.app import base_cache as keeper_module
+from spectral_diffusion.app import canvas, poses
+from spectral_diffusion.app import gallery as pictures
+from spectral_diffusion.app import generation as drawing
+from spectral_diffusion.app.base_cache import Keeper
+from spectral_diffusion.app.canvas import Canvas, read_canvas
+from spectral_diffusion.app.generation import Drawn, Wish
+from spectral_diffusion.app.streaming import Runs, in_turn
+from spectral_diffusion.app.workspace import Workspace
+from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.scenes.png_metadata import read_settings
 from spectral_diffusion.training.run import train_to_file
-from spectral_diffusion.ui import canvas, drawing, pictures, poses
-from spectral_diffusion.ui import keeper as keeper_module
-from spectral_diffusion.ui.canvas import Canvas, read_canvas
-from spectral_diffusion.ui.drawing import Drawn, Wish
-from spectral_diffusion.ui.keeper import Keeper
-from spectral_diffusion.ui.turns import Runs, in_turn
-from spectral_diffusion.ui.workspace import Workspace
 
 QUICK: dict[str, Any] = {"steps": 3, "device": "cpu"}
 
@@ -373,9 +375,9 @@ def test_full_disk_is_a_sentence(
 
 def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper) -> None:
     pytest.importorskip("gradio")
-    from spectral_diffusion.config import FuseConfig
-    from spectral_diffusion.fusion.recipe import fuse_to_folder
-    from spectral_diffusion.ui.tabs.generate import Handlers
+    from spectral_diffusion.app.tabs.generate import Handlers
+    from spectral_diffusion.config.models import FuseConfig
+    from spectral_diffusion.merging.fuse import fuse_to_folder
 
     assert drawing.tokens(workspace, "pocket", ["tom"]) == {"<tom>": "dog"}
     files = [workspace.adapters / f"{name}.safetensors" for name in ("tom", "jim")]
@@ -454,9 +456,9 @@ def test_gallery_pages_download_and_delete(workspace: Workspace, trained: tuple[
 def test_downloaded_scene_draws_the_same_picture(
     workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper, tmp_path: Path
 ) -> None:
-    from spectral_diffusion.config import build
-    from spectral_diffusion.generation.pipeline import generate_to_file
-    from spectral_diffusion.generation.scene import Scene, read_scene
+    from spectral_diffusion.config.models import build
+    from spectral_diffusion.scenes.generate import generate_to_file
+    from spectral_diffusion.scenes.scene import Scene, read_scene
 
     [path] = draw(workspace, trained[0], keeper, canvas=read_canvas(full_value()), width=32, height=16).pictures
     elsewhere = tmp_path / "elsewhere"
@@ -523,7 +525,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def handlers(workspace: Workspace) -> Any:
     pytest.importorskip("gradio")
-    from spectral_diffusion.ui.tabs.generate import Handlers
+    from spectral_diffusion.app.tabs.generate import Handlers
 
     return Handlers(workspace)
 
@@ -536,7 +538,7 @@ class Asker:
 
 
 def values_of(base: Path, **more: Any) -> list[Any]:
-    from spectral_diffusion.ui.tabs.generate import Fields
+    from spectral_diffusion.app.tabs.generate import Fields
 
     usual = {"prompt": "a <tom>", "base": str(base), "adapters": ["tom"], "strength": "1", "steps": 3, "guidance": 2.0,
              "sampler": "dpm", "canvas": full_value(), "sketch_weight": 1.0, "keypose_weight": 1.0, "region_start": 0.0,
@@ -545,7 +547,7 @@ def values_of(base: Path, **more: Any) -> list[Any]:
 
 
 def test_tab_draws_shows_and_refills(handlers: Any, workspace: Workspace, trained: tuple[Path, Path]) -> None:
-    from spectral_diffusion.ui.tabs.generate import Fields
+    from spectral_diffusion.app.tabs.generate import Fields
 
     news = list(handlers.draw(Asker("one"), *values_of(trained[0])))
     assert any(isinstance(picture, Image.Image) for picture, *_ in news)
@@ -586,8 +588,8 @@ def test_tab_offers_what_the_base_allows(handlers: Any, workspace: Workspace) ->
 def test_what_is_handed_over_comes_with_its_base(
     handlers: Any, workspace: Workspace, trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from spectral_diffusion.ui.page import hand
-    from spectral_diffusion.ui.tabs.train import Handlers as Train
+    from spectral_diffusion.app.page import hand
+    from spectral_diffusion.app.tabs.train import Handlers as Train
 
     pocket, large = (20, 2.0), (50, 7.5)  # steps and guidance
     base = str(trained[0])
@@ -613,7 +615,7 @@ def test_what_is_handed_over_comes_with_its_base(
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, trained: tuple[Path, Path]) -> Iterator[tuple[Workspace, str]]:
     pytest.importorskip("gradio")
-    from spectral_diffusion.ui.app import build, launch
+    from spectral_diffusion.app.server import build, launch
 
     workspace = Workspace(tmp_path_factory.mktemp("served") / "workspace")
     shutil.copytree(trained[1], workspace.adapters)

@@ -20,21 +20,21 @@ import torch
 from conftest import make_photos
 from safetensors.torch import load_file
 
-from spectral_diffusion.base import load_base
-from spectral_diffusion.config import FuseConfig, GradientConfig, TeachConfig, TrainConfig, read_yaml
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.formats.importing import import_lora
-from spectral_diffusion.fusion.folder import RECIPE
-from spectral_diffusion.fusion.recipe import fuse_to_folder
+from spectral_diffusion.adapters.formats.import_lora import import_lora
+from spectral_diffusion.app import comparing, downloads, fusing
+from spectral_diffusion.app.adapters import read_adapter
+from spectral_diffusion.app.streaming import until
+from spectral_diffusion.app.wording import in_app
+from spectral_diffusion.app.workspace import Workspace
+from spectral_diffusion.config.models import FuseConfig, GradientConfig, TeachConfig, TrainConfig, read_yaml
+from spectral_diffusion.core.assets import preset
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.inspection import inspect_paths
-from spectral_diffusion.progress import Event
-from spectral_diffusion.resources import preset
+from spectral_diffusion.merging.fuse import fuse_to_folder
+from spectral_diffusion.merging.manifest import RECIPE
+from spectral_diffusion.models.base import load_base
 from spectral_diffusion.training.run import train_to_file
-from spectral_diffusion.ui import comparing, downloads, fusing
-from spectral_diffusion.ui.adapters import read_adapter
-from spectral_diffusion.ui.turns import until
-from spectral_diffusion.ui.wording import in_app
-from spectral_diffusion.ui.workspace import Workspace
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +164,9 @@ def test_the_page_fuses_as_the_command_line_does(workspace: Workspace, monkeypat
 
 def test_while_one_runs_the_other_waits(workspace: Workspace) -> None:
     pytest.importorskip("gradio")
-    from spectral_diffusion.ui.page import Page
-    from spectral_diffusion.ui.tabs.fuse import Handlers, changes_for, ready
-    from spectral_diffusion.ui.tabs.fuse_parts import TEACHING, WHOLE
+    from spectral_diffusion.app.page import Page
+    from spectral_diffusion.app.tabs.fuse import Handlers, changes_for, ready
+    from spectral_diffusion.app.tabs.fuse_layout import TEACHING, WHOLE
 
     nothing: Any = None
     handlers, visitor = Handlers(Page(workspace, *[nothing] * 8)), SimpleNamespace(session_hash="me")
@@ -251,7 +251,7 @@ def test_a_taken_name_is_replaced_only_on_demand(workspace: Workspace, monkeypat
     with pytest.raises(UserError, match="No adapter 'gone'"):
         fusing.fuse(workspace, ["gone"], "pair", {}, replace=True)
     assert (workspace.fused / "pair" / RECIPE).read_bytes() == recipe and not list(workspace.trash.glob("*"))
-    monkeypatch.setattr("spectral_diffusion.ui.fusing.os.link", _full)  # a disk without second names
+    monkeypatch.setattr("spectral_diffusion.app.fusing.os.link", _full)  # a disk without second names
     fusing.fuse(workspace, ["rex"], "pair", {}, replace=True)
     [kept] = workspace.trash.glob("*/pair")
     assert (kept / RECIPE).read_bytes() == recipe and load_base(str(kept), "cpu").fingerprint == before
@@ -270,7 +270,7 @@ def test_a_failed_replacement_leaves_all_as_it_was(workspace: Workspace, small_d
 
 def test_a_full_disk_is_a_sentence(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH)
-    monkeypatch.setattr("spectral_diffusion.files.os.fsync", _full)
+    monkeypatch.setattr("spectral_diffusion.core.files.os.fsync", _full)
     for folder, call in (
         ("fused", lambda: fusing.take_out(workspace, "pair", "mug", "rest")),
         ("pictures", lambda: downloads.download(workspace, "pair", "kohya")),
@@ -282,7 +282,7 @@ def test_a_full_disk_is_a_sentence(workspace: Workspace, monkeypatch: pytest.Mon
 
 
 def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: Path) -> None:
-    from spectral_diffusion.fusion.memory import MEND
+    from spectral_diffusion.merging.memory import MEND
 
     for said, wanted in {
         f"{workspace.root}/fused/pair exists and is not a fused folder; choose another output with -o.": (
@@ -331,7 +331,7 @@ def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: 
 
 
 def test_pages_wait_for_no_torch() -> None:
-    modules = ", ".join(f"spectral_diffusion.ui.{name}" for name in ("fusing", "comparing", "downloads", "tabs.fuse"))
+    modules = ", ".join(f"spectral_diffusion.app.{name}" for name in ("fusing", "comparing", "downloads", "tabs.fuse"))
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0
     assert fusing.RECIPE == RECIPE and {"gradient", "ties"} <= fusing.merges().keys()

@@ -20,11 +20,12 @@ import pytest
 from filelock import FileLock
 from test_ui import free_port
 
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.ui import drawing, temporary
-from spectral_diffusion.ui.drawing import Drawn
-from spectral_diffusion.ui.guard import Guard, is_foreign, session_of
-from spectral_diffusion.ui.workspace import pick, safe_name
+from spectral_diffusion.app import generation as drawing
+from spectral_diffusion.app import temporary
+from spectral_diffusion.app.generation import Drawn
+from spectral_diffusion.app.guard import Guard, is_foreign, session_of
+from spectral_diffusion.app.workspace import pick, safe_name
+from spectral_diffusion.core.errors import UserError
 
 # --- the layer alone ------------------------------------------------------------------------------------------
 
@@ -154,7 +155,7 @@ def test_the_folder_of_a_run_is_its_owners_and_those_of_killed_runs_go(
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
     pytest.importorskip("gradio")
-    from spectral_diffusion.ui.app import build, launch
+    from spectral_diffusion.app.server import build, launch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(temporary.VARIABLE, raising=False)

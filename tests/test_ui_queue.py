@@ -19,20 +19,20 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from spectral_diffusion.config import TrainConfig
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.files import read_tensors, write_text
-from spectral_diffusion.slots import LEDGER, Ledger
+from spectral_diffusion.app import estimates
+from spectral_diffusion.app import jobs as jobs_module
+from spectral_diffusion.app.adapters import adapter_files, adapter_rows, delete_adapter
+from spectral_diffusion.app.charts import loss_curve
+from spectral_diffusion.app.estimates import estimate, memory, span
+from spectral_diffusion.app.jobs import Job, last_error, trim
+from spectral_diffusion.app.presets import preset_settings, presets, train_settings
+from spectral_diffusion.app.queue import Queue
+from spectral_diffusion.app.workspace import Workspace
+from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.files import read_tensors, write_text
+from spectral_diffusion.slots.ledger import LEDGER, Ledger
 from spectral_diffusion.training.run import state_path, train_to_file
-from spectral_diffusion.ui import estimates
-from spectral_diffusion.ui import jobs as jobs_module
-from spectral_diffusion.ui.adapters import adapter_files, adapter_rows, delete_adapter
-from spectral_diffusion.ui.charts import loss_curve
-from spectral_diffusion.ui.estimates import estimate, memory, span
-from spectral_diffusion.ui.jobs import Job, last_error, trim
-from spectral_diffusion.ui.presets import preset_settings, presets, train_settings
-from spectral_diffusion.ui.queue import Queue
-from spectral_diffusion.ui.workspace import Workspace
 
 QUICK: dict[str, Any] = {
     "rank": 2, "batch": 1, "crops": 1, "device": "cpu", "mixed_precision": "no", "preservation": {"weight": 0.0},
@@ -216,7 +216,7 @@ def test_a_server_killed_while_launching_is_made_up_for(queue: Queue, monkeypatc
     until(lambda: not queue.job(first).alive)
     queue.job(first).write(pid=0, pid_started=None, launched=time.time())
     assert states(queue) == {"ann": "running"}, "it may be about to say which process it is"
-    monkeypatch.setattr("spectral_diffusion.ui.queue.LAUNCH", 0.0)
+    monkeypatch.setattr("spectral_diffusion.app.queue.LAUNCH", 0.0)
     assert states(queue) == {"ann": "failed"}
 
 
@@ -491,7 +491,7 @@ def test_a_broken_adapter_is_one_line(workspace: Workspace) -> None:
 @pytest.fixture
 def part() -> Any:
     pytest.importorskip("gradio")
-    from spectral_diffusion.ui.tabs import trainings_part
+    from spectral_diffusion.app.tabs import job_list as trainings_part
 
     return trainings_part
 
@@ -562,10 +562,10 @@ def test_what_is_written_into_the_page_is_escaped(queue: Queue, workspace: Works
 def test_a_client_trains_waits_and_stops(workspace: Workspace, part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from gradio_client import Client
 
-    from spectral_diffusion.ui.app import build, launch
+    from spectral_diffusion.app.server import build, launch
 
     program = (sys.executable, "-S", "-c", STAND_IN)
-    monkeypatch.setattr("spectral_diffusion.ui.tabs.train.Queue", lambda workspace: Queue(workspace, program))
+    monkeypatch.setattr("spectral_diffusion.app.tabs.train.Queue", lambda workspace: Queue(workspace, program))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -12,21 +12,21 @@ import pytest
 import torch
 from PIL import Image
 
-from spectral_diffusion.adapter import Adapter
-from spectral_diffusion.base import load_base
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.attach import attach
+from spectral_diffusion.adapters.frozen import frozen_tensors
 from spectral_diffusion.cli import main
-from spectral_diffusion.config import TrainConfig
-from spectral_diffusion.errors import UserError
+from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.linalg import sides
 from spectral_diffusion.methods import get_method
-from spectral_diffusion.methods.attach import attach
-from spectral_diffusion.methods.frozen import frozen_tensors
-from spectral_diffusion.progress import Event
-from spectral_diffusion.slots import Slot
+from spectral_diffusion.models.base import load_base
+from spectral_diffusion.slots.ledger import Slot
 from spectral_diffusion.training.card import SIZE
+from spectral_diffusion.training.checkpoint import Stopped
 from spectral_diffusion.training.run import train_to_file
 from spectral_diffusion.training.slow_steps import SlowSteps
-from spectral_diffusion.training.state import Stopped
 from spectral_diffusion.training.status import (
     POINTS,
     Reporter,
@@ -35,7 +35,7 @@ from spectral_diffusion.training.status import (
     reporting,
     status_path,
 )
-from spectral_diffusion.training.watch import at_strength
+from spectral_diffusion.training.validation import at_strength
 
 
 def settings(photos: Path, tiny_base: Path, output: Path, **more: object) -> TrainConfig:
@@ -256,7 +256,7 @@ def test_a_plateau_of_likeness_ends_the_training(
 ) -> None:
     """The encoder knows the pocket base's world alone; here it is made to see a rise, then a rest."""
     seen = iter([0.2, 0.5, 0.5, 0.501, 0.9])
-    monkeypatch.setattr("spectral_diffusion.training.watch.likeness", lambda *_: torch.tensor([next(seen)]))
+    monkeypatch.setattr("spectral_diffusion.training.validation.likeness", lambda *_: torch.tensor([next(seen)]))
     notes: list[str] = []
     watch = {**WATCH, "every": 1, "patience": 2, "steps": 1, "prompts": ["{}"]}
     config = settings(photos, tiny_base, tmp_path / "rex.safetensors", watch=watch, steps=20, save_every=1)

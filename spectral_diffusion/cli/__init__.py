@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .verbs import app
 
 __all__ = ["app", "main"]

@@ -57,10 +57,10 @@ def evaluate(
         scenes=scene, encoders=encoder, strength=numbers(strength, "--strength"), base=base, output=text_of(output),
         seed=seed, count=count, allow_base=allow_base or None, device=device, dtype=dtype,
     )  # fmt: skip
-    from ..evaluating.run import evaluate_to_folder
+    from ..evaluation.run import evaluate_to_folder
     from ..evaluation.settings import EvaluateConfig
-    from ..generation.pipeline import Cancelled
-    from ..generation.scene import read_scene
+    from ..scenes.generate import Cancelled
+    from ..scenes.scene import read_scene
 
     meant = named_base(files) if files else str(read_scene(Path(scene[0])).get("base", "pocket")) if scene else "pocket"
     settings = resolve(EvaluateConfig, "evaluate", config, flags, overrides, base=meant)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .support import progress_bar, say
 
 
@@ -25,7 +25,7 @@ def experiment(
     encoder: Annotated[str, typer.Option(help="pocket, or a CLIP or DINOv2 model here, for identity.")] = "pocket",
 ) -> None:
     """Regenerate a study of the paper: its table, its verdict, its pictures."""
-    from ..experiments.registry import all_studies, get_study
+    from ..studies.registry import all_studies, get_study
 
     if name is None:
         for study in all_studies().values():
@@ -34,9 +34,9 @@ def experiment(
     if hours <= 0:
         raise UserError("--hours must be more than 0.")
     studies = list(all_studies().values()) if name == "all" else [get_study(name)]
-    from ..experiments.lab import Lab
-    from ..experiments.lab import recipe as settings
-    from ..experiments.report import read_records, write_findings
+    from ..studies.report import read_records, write_findings
+    from ..studies.runner import Lab
+    from ..studies.runner import recipe as settings
 
     for study in studies:
         minutes = study.minutes[1 if quick else 0]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UserError
-from ..files import is_there
+from ..core.errors import UserError
+from ..core.files import is_there
 from .support import numbers, say
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def base_in(config: str) -> str | None:
 
 def generate_part(config: str | None) -> dict[str, Any]:
     """What a preset or a file of settings says for pictures."""
-    from ..config import read_yaml
-    from ..resources import preset
+    from ..config.models import read_yaml
+    from ..core.assets import preset
 
     settings = read_yaml(preset(config)) if config else {}
     part = settings.get("generate", settings)
@@ -77,19 +77,19 @@ def scene_source(
             raise UserError(f"--map '{pair}' is not understood; write '<token>'='a person'.")
         pairs[key.strip()] = words.strip()
     if path.suffix.lower() == ".txt":
-        from ..base import size_of
-        from ..generation.layouts import scene_of
+        from ..models.base import size_of
+        from ..scenes.mix_of_show import scene_of
 
         found = scene_of(path, size_of(base or "pocket"), pairs, layout)
         return Source({"base": base, **found} if base else found)
     if pairs:
         raise UserError("--map is for Mix-of-Show's region files (.txt).")
     if path.suffix.lower() == ".png":
-        from ..generation.pictures import find_again
+        from ..scenes.png_metadata import find_again
 
         again = find_again(path, adapters)
         return Source(again.settings, again.sources, again.placed)
-    from ..generation.scene import read_scene
+    from ..scenes.scene import read_scene
 
     return Source(read_scene(path))
 
@@ -99,7 +99,7 @@ def placed_apart(acting: dict[str, Any] | None, typed: list[str] | None, source:
 
     Such a one keeps the picture's strength where ``--adapter`` was ``typed`` without any, and gets the given one else.
     """
-    from ..generation.scene import adapters_held
+    from ..scenes.scene import adapters_held
 
     acting = acting or {}
     for adapters in adapters_held(source.settings):
@@ -110,7 +110,7 @@ def placed_apart(acting: dict[str, Any] | None, typed: list[str] | None, source:
 
 def adapters_in(settings: dict[str, Any]) -> list[str]:
     """The adapters that a scene's settings name, first those that act everywhere; what is not understood names none."""
-    from ..generation.scene import adapters_held
+    from ..scenes.scene import adapters_held
 
     return [str(name) for adapters in adapters_held(settings) for name in adapters]
 
@@ -169,7 +169,7 @@ def conditions_sketch(
 ) -> None:
     """Draw a photo's edges, white on black."""
     from ..data.folder import open_photo
-    from ..generation.extract import sketch_of
+    from ..scenes.extract import sketch_of
 
     _write(photo, output, "sketch", lambda: sketch_of(open_photo(photo), thickness))
 
@@ -181,10 +181,10 @@ def conditions_keypose(
 ) -> None:
     """Draw the skeletons of a photo's people in OpenPose's colours."""
     from ..data.folder import open_photo
-    from ..generation.conditions import read_drawing
-    from ..generation.extract import keypose_of
-    from ..generation.keypose import draw_keypose
-    from ..generation.scene import Condition
+    from ..scenes.control import read_drawing
+    from ..scenes.extract import keypose_of
+    from ..scenes.keypose import draw_keypose
+    from ..scenes.scene import Condition
 
     def drawn() -> Image.Image:
         if photo.suffix.lower() == ".json":
@@ -201,8 +201,8 @@ def conditions_keypose(
 def _write(photo: Path, output: Path | None, kind: str, drawn: Callable[[], Image.Image]) -> None:
     from PIL.PngImagePlugin import PngInfo
 
-    from ..data.pictures import DRAWN, is_drawn
-    from ..files import atomic
+    from ..core.files import atomic
+    from ..data.image_io import DRAWN, is_drawn
 
     output = output or photo.with_name(f"{photo.stem}_{kind}.png")
     if output.suffix.lower() != ".png":

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UserError
-from ..files import is_there
-from ..progress import Pace, brief_duration
+from ..core.errors import UserError
+from ..core.files import is_there
+from ..core.hooks import Pace, brief_duration
 
 if TYPE_CHECKING:
-    from ..progress import Event
+    from ..core.hooks import Event
 
 
 BaseOption = Annotated[str | None, typer.Option(help="pocket, a diffusers folder, a hub id or a .safetensors file.")]
@@ -112,7 +112,7 @@ def resolve(
 
     See :func:`..config.settings_for`; ``base`` is what is meant where no setting says so.
     """
-    from ..config import parse_overrides, settings_for
+    from ..config.models import parse_overrides, settings_for
 
     changes = parse_overrides(overrides or [])
     return settings_for(model, verb, flags, changes, config=config, held=held, source=source, base=base)
@@ -124,9 +124,9 @@ def named_base(files: list[str], overrides: list[str] | None = None) -> str:
     Raises:
         UserError: one is missing or damaged.
     """
-    from ..config import parse_overrides
-    from ..formats.reading import is_foreign
-    from ..fusion.folder import base_of
+    from ..adapters.formats.reading import is_foreign
+    from ..config.models import parse_overrides
+    from ..merging.manifest import base_of
 
     written = parse_overrides(overrides or []).get("adapters") or []
     paths = map(Path, files or (written if isinstance(written, list) else [written]))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UserError
+from ..core.errors import UserError
 from .support import (
     BaseOption,
     ConfigOption,
@@ -28,7 +28,7 @@ from .support import (
 )
 
 if TYPE_CHECKING:
-    from ..training.batch import Job
+    from ..training.multi_concept import Job
 
 OWN = ("name", "token", "noun")  # settings that no two concepts can share
 
@@ -72,7 +72,7 @@ def train(
     if len(folders) > 1 and (strange := [folder for folder in folders if not folder.is_dir()]):
         raise UserError(f"'{strange[0]}' is no folder with photos, and no setting either; those are written key=value.")
     if continue_from and not method:
-        from ..formats.native import load_adapter
+        from ..adapters.formats.native import load_adapter
 
         method = load_adapter(continue_from).method.name  # whose learning rates they are
     flags = given(
@@ -99,12 +99,12 @@ def train_one(
 ) -> None:
     """Train one concept in this process."""
     with importing():
-        from ..config import TrainConfig
-        from ..progress import silent
-        from ..training.machines import is_main
+        from ..config.models import TrainConfig
+        from ..core.hooks import silent
+        from ..training.checkpoint import Stopped
+        from ..training.distributed import is_main
         from ..training.output import is_done
         from ..training.run import train_to_file
-        from ..training.state import Stopped
         from ..training.status import reporting, status_path
 
     beside = status == Path("auto")
@@ -138,9 +138,9 @@ def train_batch(
     jobs: int,
 ) -> None:
     """Train several concepts, each in a process of its own."""
-    from ..config import TrainConfig
-    from ..training.batch import jobs_of, run_batch
-    from ..training.state import Stopped
+    from ..config.models import TrainConfig
+    from ..training.checkpoint import Stopped
+    from ..training.multi_concept import jobs_of, run_batch
 
     if output is None or output.suffix == ".safetensors":
         raise UserError("Several concepts need a folder for their adapters: -o adapters/.")

@@ -8,10 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import UserError
-from ..files import is_folder
-from .app import ui
-from .conditions import train_condition
+from ..core.errors import UserError
+from ..core.files import is_folder
 from .doctor import doctor
 from .evaluation import evaluate
 from .experiments import experiment
@@ -45,7 +43,9 @@ from .support import (
     table_of,
     text_of,
 )
+from .train_control import train_condition
 from .training import train
+from .ui import ui
 
 app = typer.Typer(
     name="spectral-diffusion",
@@ -96,10 +96,10 @@ def fuse(
         strength=numbers(strength, "--strength"), allow_base=allow_base or None,
     )  # fmt: skip
     with importing():
-        from ..config import FuseConfig
-        from ..formats.reading import is_foreign
-        from ..fusion.recipe import fuse_to_folder
-        from ..fusion.unfuse import settings_of
+        from ..adapters.formats.reading import is_foreign
+        from ..config.models import FuseConfig
+        from ..merging.fuse import fuse_to_folder
+        from ..merging.unfuse import settings_of
 
     folders = [path for path in map(Path, files) if is_folder(path) and not is_foreign(path)]
     before: dict[str, Any] = {}  # the settings of the fusions that are added to
@@ -131,16 +131,16 @@ def tune(
     """Find the strength (and anchor) of a fusion on held-out prompts; use other concepts than those you report."""
     files, overrides = files_and_settings(adapters)
     flags = given(adapters=files, output="tuned", base=base, merge=merge, device=device)
-    from ..config import FuseConfig
+    from ..config.models import FuseConfig
 
     settings = resolve(FuseConfig, "fuse", config, flags, overrides, base=named_base(files, overrides))
     try:
         tries = [[float(part) for part in text.split(",") if part.strip()] for text in (strengths, anchors)]
     except ValueError as error:
         raise UserError("--strengths and --anchors are numbers with commas between, such as 0.5,0.8,1.") from error
-    from ..base import load_base
-    from ..fusion.folder import load_adapters
-    from ..fusion.tune import tune as find
+    from ..merging.manifest import load_adapters
+    from ..merging.search import tune as find
+    from ..models.base import load_base
 
     loaded = [adapter for file in files for adapter in load_adapters(Path(file))]
     on = load_base(settings.base or loaded[0].base, settings.device)
@@ -171,7 +171,7 @@ def unfuse(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps …")] = "auto",
 ) -> None:
     """Take concepts out of a fused folder again: the same bits as if they had never been in."""
-    from ..fusion.unfuse import unfuse as take_out
+    from ..merging.unfuse import unfuse as take_out
 
     with progress_bar() as progress:
         take_out(folder, remove, output, subtract, base, device, progress, note=say)
@@ -210,11 +210,11 @@ def generate(
 ) -> None:
     """Draw a scene: a prompt, adapters or a fused folder, regions, sketches and keyposes."""
     with importing():
-        from ..config import parse_overrides, to_yaml
-        from ..files import check_settings, write_settings
-        from ..generation.pipeline import Cancelled, generate_to_file
-        from ..generation.scene import Scene
-        from ..machine import heading
+        from ..config.models import parse_overrides, to_yaml
+        from ..core.files import check_settings, write_settings
+        from ..core.machine import heading
+        from ..scenes.generate import Cancelled, generate_to_file
+        from ..scenes.scene import Scene
 
     if schema:
         typer.echo(json.dumps(Scene.model_json_schema(), indent=2))
@@ -272,7 +272,7 @@ def export(
     if rank is not None and rank < 1:
         raise UserError("Rank must be at least 1.")
     with importing():
-        from ..exporting import export as write
+        from ..merging.export import export as write
 
     files = write(path, output, kind, rank, dtype, picture, device, note=say)
     say(f"Wrote {', '.join(map(str, files))}.")
@@ -288,7 +288,7 @@ def import_file(
 ) -> None:
     """Make an adapter of another program's LoRA file, to fuse it with your own."""
     with importing():
-        from ..formats.importing import import_lora
+        from ..adapters.formats.import_lora import import_lora
 
     adapter = import_lora(path, output, base, name, device)
     words = f", with the token {' and '.join(sorted(adapter.tokens))}" if adapter.tokens else ""
@@ -326,8 +326,8 @@ def inspect(
             columns = norms if several else {found["concept"]: norms}
             say(table_of(columns if layers else {name: blocks(each) for name, each in columns.items()}))
     if picture is not None:
-        from ..files import atomic
-        from ..fusion.folder import load_adapters
+        from ..core.files import atomic
+        from ..merging.manifest import load_adapters
 
         if found["kind"] == "picture" or picture.suffix.lower() != ".png":
             raise UserError("--picture draws the slots of adapters or a fused folder into a .png file.")
@@ -347,8 +347,8 @@ def methods(
     """List the methods, what multiplies their learning rates, and how many numbers each trains."""
     if any(r < 1 for r in rank or []):
         raise UserError("Rank must be at least 1.")
-    from ..architectures import RANKS, count_table
     from ..methods import all_methods
+    from ..models.architectures import RANKS, count_table
 
     rows = count_table(arch, tuple(rank) if rank else RANKS, targets)
     if as_json:
@@ -365,7 +365,7 @@ def slots_list(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Show the ledger of a folder."""
-    from ..slots import LEDGER, ROWS, Ledger
+    from ..slots.ledger import LEDGER, ROWS, Ledger
 
     paths = [folder] if folder.suffix == ".json" else [folder / LEDGER, folder / ROWS]
     ledgers = {path: data for path in paths if any((data := Ledger(path).read()).values())}
@@ -388,7 +388,7 @@ def slots_release(
     folder: Annotated[Path, typer.Argument(help="The folder of the adapters.")] = Path(),
 ) -> None:
     """Free a concept's columns."""
-    from ..slots import LEDGER, ROWS, Ledger
+    from ..slots.ledger import LEDGER, ROWS, Ledger
 
     paths = [folder] if folder.suffix == ".json" else [folder / LEDGER, folder / ROWS]
     holding = [path for path in paths if any(concept in c for c in Ledger(path).read().values())]

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..config import DataConfig
-from ..errors import UserError
-from ..files import parse_json, read_text
-from ..randomness import keyed_random
+from ..config.models import DataConfig
+from ..core.errors import UserError
+from ..core.files import parse_json, read_text
+from ..core.rng import keyed_random
 
 
 def read_metadata(folder: Path) -> dict[Path, str]:

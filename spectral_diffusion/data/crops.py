@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config import TrainConfig
-from ..errors import UserError
-from ..randomness import keyed_generator
+from ..config.models import TrainConfig
+from ..core.errors import UserError
+from ..core.rng import keyed_generator
 
 Frame = tuple[int, int]  # width, height in pixels
 

@@ -12,15 +12,15 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ..config import read_yaml
-from ..errors import UserError, nearest, shown
-from ..files import is_file, is_folder
-from ..tokens import check_token, is_name, latin, slug
+from ..config.models import read_yaml
+from ..core.errors import UserError, nearest, shown
+from ..core.files import is_file, is_folder
+from ..models.tokens import check_token, is_name, latin, slug
 from .captions import read_caption, read_metadata
+from .image_io import MAX_PIXELS as MAX_PIXELS
+from .image_io import SUFFIXES, UNREAD, is_drawn, on_ground, open_upright
+from .image_io import open_photo as open_photo
 from .masks import is_mask
-from .pictures import MAX_PIXELS as MAX_PIXELS
-from .pictures import SUFFIXES, UNREAD, is_drawn, on_ground, open_upright
-from .pictures import open_photo as open_photo
 from .sidecars import (
     DRAWING_ENDINGS,
     DRAWING_FOLDERS,

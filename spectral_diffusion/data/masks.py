@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError
-from .pictures import on_ground, open_upright
+from ..core.errors import UserError
+from .image_io import on_ground, open_upright
 
 NEAR = 24  # how far a pixel of a mask may be from black, white or gray: JPEG leaves noise
 LEAST = 1 / 16  # a crop that shows less of its mask than this is not made up for any further

@@ -8,8 +8,8 @@ from math import gcd
 
 import torch
 
-from ..config import TrainConfig
-from ..randomness import keyed_generator
+from ..config.models import TrainConfig
+from ..core.rng import keyed_generator
 
 
 def photo_of(step: int, sample: int, photos: int, config: TrainConfig) -> int:

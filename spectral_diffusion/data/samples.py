@@ -12,20 +12,20 @@ from functools import cache, partial
 import torch
 from PIL import Image
 
-from ..autoencoder import encode
-from ..base import Base
-from ..config import TrainConfig
-from ..errors import UserError
-from ..progress import Event, Progress, silent
-from ..randomness import keyed_generator as keyed_generator
-from .cache import Encoded, encoder_hash, kept, key_of
+from ..config.models import TrainConfig
+from ..core.errors import UserError
+from ..core.hooks import Event, Progress, silent
+from ..core.rng import keyed_generator as keyed_generator
+from ..models.base import Base
+from ..models.vae import encode
 from .crops import Crop, best_frame, bucket_frames, crops_of, cut_mask, cut_photo
 from .crops import random_crop as random_crop
 from .folder import Concept, Photo
+from .image_io import open_photo
+from .latents_cache import Encoded, encoder_hash, kept, key_of
 from .masks import open_mask, reduce_mask
 from .order import Order
 from .order import photo_of as photo_of
-from .pictures import open_photo
 
 
 class PhotoCrops:

@@ -7,8 +7,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..files import is_file
-from .pictures import SUFFIXES
+from ..core.files import is_file
+from .image_io import SUFFIXES
 
 TEXTS = (".txt", ".caption")
 TEXT_FOLDERS = ("caption", "captions")

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from ..core.hooks import Event, Progress, silent
 from ..data.folder import Concept
-from ..progress import Event, Progress, silent
-from .encoders import Encoder
-from .statistics import interval
-from .text import text_match
-from .views import View, embed_references, embed_views
+from ..metrics.encoders import Encoder
+from ..metrics.statistics import interval
+from ..metrics.text import text_match
+from ..metrics.views import View, embed_references, embed_views
 
 PHOTOS = "photos"  # the way of being shown that is the references themselves
 ALL = "all"  # in the place of a concept: the pictures of all of them

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..core.errors import UserError
 from ..data.folder import Concept, load_concept
-from ..errors import UserError
 
 
 @dataclass(frozen=True)

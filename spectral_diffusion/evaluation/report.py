@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..files import atomic, write_json, write_text
-from ..paths import without_folders
+from ..core.files import atomic, write_json, write_text
+from ..core.paths import without_folders
+from ..metrics.views import View
 from .measure import ALL, Scored
 from .sheet import draw_sheet, spread
 from .summary import Evaluation, matrix_rows, matrix_title, sentences, short, tables
 from .tables import Row, markdown, shown
-from .views import View
 
 NAME = "evaluation"  # of the files, before .json, .md, .html and .png
 TITLE = "Evaluation"

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat
 
-from ..config import Precision, Settings, Templates
-from .prompts import ORDINARY, PLACES
+from ..config.models import Precision, Settings, Templates
+from ..metrics.prompts import ORDINARY, PLACES
 
 
 class EvaluateConfig(Settings):

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..metrics.views import View
 from .measure import PHOTOS
-from .views import View
 
 SIDE, GAP, TOP, LEFT = 72, 12, 22, 92  # of a tile, between cells, above and beside them, in pixels
 MOST = 4  # tiles in a cell, two by two

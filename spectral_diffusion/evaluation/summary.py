@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..metrics.statistics import share
 from .measure import ALL, Figure, Scored, confusion_of, rows_of, told
-from .statistics import share
 from .tables import Row
 
 FLOOR, ALONE = "untouched base", "alone"

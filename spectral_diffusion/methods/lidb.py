@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..core.rng import keyed_generator
 from ..linalg import Factors
-from ..randomness import keyed_generator
-from ..slots import Slot
+from ..slots.ledger import Slot
 from .registry import Method, Shapes, Tensors, register
 
 LEFT, RIGHT = 50, 100  # a and b of the paper

@@ -7,9 +7,9 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from ..core.rng import keyed_generator
 from ..linalg import Factors, orthogonal_basis
-from ..randomness import keyed_generator
-from ..slots import Slot
+from ..slots.ledger import Slot
 from .registry import Method, Shapes, Tensors, register
 
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..core.registry import Registry
 from ..linalg import Core, Factors
-from ..registry import Registry
-from ..slots import Slot
+from ..slots.ledger import Slot
 
 Shapes = dict[str, tuple[int, ...]]
 Tensors = Mapping[str, Tensor]
@@ -99,9 +99,7 @@ class Method:
         return self.factors(self.prepare(parameters, frozen) if self.prepare else parameters, frozen)
 
 
-METHODS: Registry[Method] = Registry(
-    "method", __package__, {"registry", "attach", "tuner", "layer", "peft_card", "targets", "low_rank", "frozen"}
-)
+METHODS: Registry[Method] = Registry("method", __package__)
 
 
 def register(method: Method) -> Method:

@@ -8,9 +8,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..core.rng import keyed_generator
 from ..linalg import Factors
-from ..randomness import keyed_generator
-from ..slots import Slot
+from ..slots.ledger import Slot
 from .registry import Method, Shapes, Tensors, register
 
 START = 0.1  # of the vector d, as in the paper

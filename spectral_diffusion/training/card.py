@@ -9,12 +9,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..adapter import Adapter
-from ..config import TrainConfig, to_yaml
-from ..files import atomic, write_text
-from ..formats.card import model_card
-from ..machine import made_on
-from ..paths import without_folders
+from ..adapters.adapter import Adapter
+from ..adapters.formats.card import model_card
+from ..config.models import TrainConfig, to_yaml
+from ..core.files import atomic, write_text
+from ..core.machine import made_on
+from ..core.paths import without_folders
 
 SIZE = (640, 280)
 MARGIN = (56, 14, 14, 30)  # left, top, right, bottom, in pixels

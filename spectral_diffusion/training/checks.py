@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from ..config import TrainConfig
+from ..config.models import TrainConfig
+from ..core.errors import UserError, nearest
 from ..data.folder import Concept, and_more
-from ..errors import UserError, nearest
-from .conditioning import Conditioner
+from ..models.prompt_encoder import Conditioner
 
 SHOWN = 3  # captions that are named one by one
 

@@ -10,33 +10,33 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ..adapter import Adapter
-from ..base import Base
-from ..config import TrainConfig
+from ..adapters.adapter import Adapter
+from ..adapters.attach import attach, detaching
+from ..adapters.frozen import frozen_tensors, stored_part
+from ..config.models import TrainConfig
+from ..core.errors import NotFiniteError
+from ..core.hooks import Event, Progress, silent
+from ..core.machine import provenance
+from ..core.precision import autocast, is_half, loss_scaler, resolve_mixed_precision, tf32
 from ..data.folder import Concept
 from ..data.samples import PhotoCrops
-from ..errors import NotFiniteError
-from ..layerwise import cross_attention, layered
 from ..linalg import kernel_of, sides
-from ..machine import provenance
 from ..methods import get_method
-from ..methods.attach import attach, detaching
-from ..methods.frozen import frozen_tensors, stored_part
-from ..precision import autocast, is_half, loss_scaler, resolve_mixed_precision, tf32
-from ..progress import Event, Progress, silent
-from ..slots import Slot
-from .attention import attention_loss, watching
-from .conditioning import Conditioner
-from .draws import draw, target_of
+from ..models.attention_maps import attention_loss, watching
+from ..models.base import Base
+from ..models.per_layer_tokens import cross_attention, layered
+from ..models.prompt_encoder import Conditioner
+from ..slots.ledger import Slot
+from .batch import draw, target_of
+from .checkpoint import Run, Stopped, comparable
+from .continuation import continued, start_hash, weigh_slot
+from .distributed import Processes, checkpointing, part_of, quick_attention, take_step, whole_batch
 from .losses import objective_loss, snr_weights, weighted_mse
-from .machines import Processes, checkpointing, part_of, quick_attention, take_step, whole_batch
-from .optimisers import Average, build_optimiser, rate_at
-from .ordinary import draw_ordinary
-from .preservation import OTHERS, cut_mix, draw_anchors, is_cut, predict
+from .optimizers import Average, build_optimiser, rate_at
+from .prior_images import draw_ordinary
+from .prior_preservation import OTHERS, cut_mix, draw_anchors, is_cut, predict
 from .slow_steps import SlowSteps
-from .start import continued, start_hash, weigh_slot
-from .state import Run, Stopped, comparable
-from .watch import Watcher
+from .validation import Watcher
 
 
 def train(

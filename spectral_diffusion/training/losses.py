@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from ..config import ObjectiveConfig
+from ..config.models import ObjectiveConfig
 from ..linalg import exact
 
 

@@ -16,19 +16,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..autoencoder import at_once, overflows
-from ..base import ENCODERS, Base, plain_is_quicker
-from ..config import TrainConfig
-from ..errors import UserError
-from ..layerwise import cross_attention
+from ..adapters.attach import attach
+from ..adapters.frozen import Frozen, hollow_tensors
+from ..config.models import TrainConfig
+from ..core.errors import UserError
+from ..core.precision import autocast, is_half, resolve_mixed_precision
 from ..linalg import sides
 from ..methods import Method, get_method
-from ..methods.attach import attach
-from ..methods.frozen import Frozen, hollow_tensors
-from ..methods.targets import find_targets
-from ..precision import autocast, is_half, resolve_mixed_precision
-from ..slots import Slot
-from .ordinary import CHUNK as PICTURES_AT_ONCE
+from ..models.base import ENCODERS, Base, plain_is_quicker
+from ..models.per_layer_tokens import cross_attention
+from ..models.targets import find_targets
+from ..models.vae import at_once, overflows
+from ..slots.ledger import Slot
+from .prior_images import CHUNK as PICTURES_AT_ONCE
 
 SMALL = 50_000_000  # parameters of a base below which nobody needs to be told
 STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # bytes of an optimiser's own numbers per trained one

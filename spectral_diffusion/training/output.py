@@ -10,14 +10,14 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..config import TrainConfig, build, read_yaml
+from ..adapters.formats.native import is_native
+from ..config.models import TrainConfig, build, read_yaml
+from ..core.errors import UserError
+from ..core.files import cannot_write, check_settings, check_writable, read_header
+from ..core.paths import without_folders
 from ..data.folder import Concept
-from ..errors import UserError
-from ..files import cannot_write, check_settings, check_writable, read_header
-from ..formats.native import is_native
 from ..methods import get_method
-from ..paths import without_folders
-from .state import comparable, differences, step_of
+from .checkpoint import comparable, differences, step_of
 
 STATE = ".state.safetensors"
 

@@ -8,30 +8,30 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapter import Adapter, check_base
-from ..base import Base, load_base
-from ..config import TrainConfig, to_yaml, with_rates
+from ..adapters.adapter import Adapter, check_base
+from ..adapters.formats.native import load_adapter, save_adapter
+from ..config.models import TrainConfig, to_yaml, with_rates
+from ..core.errors import UserError
+from ..core.files import check_writable, write_settings
+from ..core.hooks import Progress, silent
+from ..core.machine import heading
+from ..core.precision import precision_note, resolve_mixed_precision
 from ..data.folder import Concept, load_concept
-from ..errors import UserError
-from ..files import check_writable, write_settings
-from ..formats.native import load_adapter, save_adapter
-from ..layerwise import check_encoders
 from ..linalg import sides
-from ..machine import heading
 from ..methods import get_method
-from ..precision import precision_note, resolve_mixed_precision
-from ..progress import Progress, silent
-from ..slots import LEDGER, ROWS, Ledger, Slot, collision_probability, parse_policy
-from ..spectrum import capacity, spectrum_of
-from ..tokens import check_name, known_tokens
+from ..models.base import Base, load_base
+from ..models.per_layer_tokens import check_encoders
+from ..models.prompt_encoder import Conditioner
+from ..models.tokens import check_name, known_tokens
+from ..slots.ledger import LEDGER, ROWS, Ledger, Slot, collision_probability, parse_policy
+from ..svd_cache import capacity, spectrum_of
+from .checkpoint import load_state
 from .checks import notes_on
-from .conditioning import Conditioner
+from .distributed import Processes, device_of, processes
 from .loop import train
-from .machines import Processes, device_of, processes
 from .memory import memory_note
 from .output import check_token_is_free, claimed, prepare_output
 from .output import state_path as state_path
-from .state import load_state
 
 DEGENERATE = 1e-4  # relative gap of neighbouring singular values
 

@@ -16,11 +16,11 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from .. import pocket
-from ..base import parse_device, parse_dtype, plain_is_quicker
-from ..config import TrainConfig
-from ..machine import measured
-from ..precision import MixedPrecision, autocast, is_half, resolve_mixed_precision
-from .ordinary import STEPS
+from ..config.models import TrainConfig
+from ..core.machine import measured
+from ..core.precision import MixedPrecision, autocast, is_half, resolve_mixed_precision
+from ..models.base import parse_device, parse_dtype, plain_is_quicker
+from .prior_images import STEPS
 
 # Arithmetic of one prediction of one picture at the base's own size (torch.utils.flop_counter).
 FLOPS = {"pocket": 0.584e9, "sd15": 803e9, "sdxl": 6761e9}

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from ..config import Settings
-from ..errors import UserError, reason
-from ..files import read_text, write_text
-from ..progress import Event, Pace, Progress, silent
-from .state import Stopped
+from ..config.models import Settings
+from ..core.errors import UserError, reason
+from ..core.files import read_text, write_text
+from ..core.hooks import Event, Pace, Progress, silent
+from .checkpoint import Stopped
 
 State = Literal["starting", "running", "stopped", "done", "failed", "lost"]
 POINTS = 400  # of the curve at most

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from spectral_diffusion import resources
-from spectral_diffusion.generation.pictures import read_settings
+from spectral_diffusion.core import assets as resources
+from spectral_diffusion.scenes.png_metadata import read_settings
 
 from .conftest import PATIENCE
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from spectral_diffusion.errors import UserError
+from spectral_diffusion.core.errors import UserError
 
 PACKAGES: dict[str, str] = {
     "fluent": "@iconify-json/fluent-emoji@1.2.7",

@@ -15,7 +15,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
-from spectral_diffusion.training.state import load_state, save_state
+from spectral_diffusion.training.checkpoint import load_state, save_state
 
 from .batches import Batch
 from .compute import Compute

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectral_diffusion.precision import cpu_is_quick_in_bf16
+from spectral_diffusion.core.precision import cpu_is_quick_in_bf16
 
 
 @dataclass(frozen=True)

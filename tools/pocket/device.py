@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from spectral_diffusion.generation.keypose import COLOURS as POSE_COLOURS
-from spectral_diffusion.generation.keypose import LIMBS
+from spectral_diffusion.scenes.keypose import COLOURS as POSE_COLOURS
+from spectral_diffusion.scenes.keypose import LIMBS
 
 from .batches import Batch
 from .compute import Compute

@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from spectral_diffusion.evaluation.identity import SIZE, IdentityEncoder, auc, embed
-from spectral_diffusion.files import write_tensors
-from spectral_diffusion.precision import autocast, cpu_precision
-from spectral_diffusion.training.state import load_state, save_state
+from spectral_diffusion.core.files import write_tensors
+from spectral_diffusion.core.precision import autocast, cpu_precision
+from spectral_diffusion.metrics.identity import SIZE, IdentityEncoder, auc, embed
+from spectral_diffusion.training.checkpoint import load_state, save_state
 
 from . import puppets
 from .art import PRETRAINING

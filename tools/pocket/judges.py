@@ -1,4 +1,4 @@
-"""Training of the two judges of :mod:`spectral_diffusion.evaluation.judges`: which class, colour, backdrop."""
+"""Training of the two judges of :mod:`spectral_diffusion.metrics.classifiers`: which class, colour, backdrop."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
 
-from spectral_diffusion.evaluation.judges import BACKDROPS, HEADS, JUDGES, NOUNS, SIZE, TINTS, tensor_of, windows
-from spectral_diffusion.files import write_tensors
-from spectral_diffusion.precision import autocast, cpu_precision
-from spectral_diffusion.training.state import load_state, save_state
+from spectral_diffusion.core.files import write_tensors
+from spectral_diffusion.core.precision import autocast, cpu_precision
+from spectral_diffusion.metrics.classifiers import BACKDROPS, HEADS, JUDGES, NOUNS, SIZE, TINTS, tensor_of, windows
+from spectral_diffusion.training.checkpoint import load_state, save_state
 
 from .loop import Report
 from .render import Picture, Renderer, WorldConfig

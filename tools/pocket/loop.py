@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from spectral_diffusion.errors import UserError
+from spectral_diffusion.core.errors import UserError
 
 from .compute import Compute
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from spectral_diffusion import pocket
-from spectral_diffusion.files import read_header
+from spectral_diffusion.core.files import read_header
 
 from .art import icon_sets
 from .base import Recipe, Training, changed

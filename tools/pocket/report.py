@@ -16,18 +16,18 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt, sobel
 from torch import Tensor
 
-from spectral_diffusion.base import Base, load_base
-from spectral_diffusion.config import TrainConfig, build, read_yaml
+from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.models import TrainConfig, build, read_yaml
+from spectral_diffusion.core.assets import concepts as concept_folder
+from spectral_diffusion.core.assets import preset
 from spectral_diffusion.data.folder import load_concept, open_photo
-from spectral_diffusion.evaluation.identity import IdentityEncoder, embed, likeness, load_identity_encoder
-from spectral_diffusion.evaluation.judges import judge_pictures, load_judge
-from spectral_diffusion.formats.native import load_adapter
-from spectral_diffusion.generation.conditions import Drawing
-from spectral_diffusion.generation.keypose import draw_keypose
-from spectral_diffusion.generation.pipeline import put_on, sample
-from spectral_diffusion.generation.scene import Scene
-from spectral_diffusion.resources import concepts as concept_folder
-from spectral_diffusion.resources import preset
+from spectral_diffusion.metrics.classifiers import judge_pictures, load_judge
+from spectral_diffusion.metrics.identity import IdentityEncoder, embed, likeness, load_identity_encoder
+from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.scenes.control import Drawing
+from spectral_diffusion.scenes.generate import put_on, sample
+from spectral_diffusion.scenes.keypose import draw_keypose
+from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.training.run import train_to_file
 
 from . import puppets

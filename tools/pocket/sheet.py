@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
-from spectral_diffusion.files import write_json
+from spectral_diffusion.core.files import write_json
 
 from .art import PACKAGES, PRETRAINING
 from .base import Training

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from spectral_diffusion.files import read_tensors, write_tensors
+from spectral_diffusion.core.files import read_tensors, write_tensors
 
 from . import puppets
 from .art import PRETRAINING

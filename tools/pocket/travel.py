@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spectral_diffusion.errors import UserError
-from spectral_diffusion.files import read_tensors, write_json, write_tensors
+from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.files import read_tensors, write_json, write_tensors
 
 from .base import Training
 from .loop import Progress

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from spectral_diffusion.training.state import load_state, save_state
+from spectral_diffusion.training.checkpoint import load_state, save_state
 
 from .batches import Mix
 from .compute import Compute

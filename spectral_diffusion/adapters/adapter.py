@@ -1,0 +1,201 @@
+"""An adapter: what training a concept gives, and the rule that says which base it may be put on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import UserError
+from ..linalg import Band, Factors, agreement, bottom_band, frobenius_norm, sides, top_band
+from ..methods import Method
+from ..models.base import Base
+from ..models.fingerprint import Fingerprint
+from ..slots.ledger import Slot
+from .frozen import Frozen, with_weight
+
+MIN_COSINE = 0.999
+MAX_SHIFT = 5e-3  # of singular values, relative to the largest: more than any rounding to half precision does
+
+
+@dataclass
+class Adapter:
+    """One concept in one file.
+
+    Attributes:
+        parameters: ``component.layer.parameter`` to tensor.
+        sizes: layer to the (out, in) of its weight as a matrix.
+        frozen: layer to the stored tensors that the parameters are built on, such as the band's U, S, V.
+        vectors: the token's embedding rows by text encoder, (n, width) each.
+        layerwise: by text encoder the rows of every cross-attention layer, (layers, n, width) each, where they differ;
+            ``vectors`` are then their mean, for all that holds one vector only.
+        kernels: convolution to its kernel (in, kh, kw), into which a row of the matrix folds.
+        earlier: tokens and vectors of the concepts that this one was trained on top of.
+        config: the resolved training settings; ``provenance``: libraries, processor and threads that made it.
+    """
+
+    name: str
+    noun: str
+    token: str
+    method: Method
+    rank: int
+    slot: Slot | None
+    targets: str
+    base: str
+    fingerprint: Fingerprint
+    parameters: dict[str, Tensor]
+    sizes: dict[str, tuple[int, int]]
+    frozen: Frozen
+    vectors: dict[str, Tensor]
+    layerwise: dict[str, Tensor] = field(default_factory=dict)
+    earlier: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    kernels: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        """The adapted layers in a fixed order."""
+        return list(self.sizes)
+
+    @property
+    def bands(self) -> dict[str, Band]:
+        """Layer to the columns it was trained on; empty for methods without them."""
+        if self.method.frozen != "band":
+            return {}
+        return {layer: Band(held["U"], held["S"], held["V"]) for layer, held in self.frozen.items()}
+
+    @property
+    def tokens(self) -> dict[str, dict[str, Tensor]]:
+        """Every token it brings, with its vectors; none if it was imported without one."""
+        return {**self.earlier, self.token: self.vectors} if self.token else dict(self.earlier)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether its ΔW can only be told beside the base's own weights."""
+        return self.method.frozen in {"weight", "spectrum"}
+
+    def parameters_of(self, layer: str) -> dict[str, Tensor]:
+        """The trained parameters of one layer under the method's names."""
+        names = self.method.shapes(*self.sizes[layer], self.rank)
+        return {name: self.parameters[f"{layer}.{name}"] for name in names}
+
+    def frozen_of(self, layer: str, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """What one layer's parameters are built on; ``weight`` is the base's, for methods that need it.
+
+        Raises:
+            UserError: the weight is needed and missing, or it is another base's.
+        """
+        stored = self.frozen.get(layer, {})
+        if self.method.frozen == "drawn":
+            assert self.method.draw is not None
+            return {**self.method.draw(*self.sizes[layer], self.rank, self.slot), **stored}
+        if not self.needs_base:
+            return dict(stored)
+        if weight is None:
+            raise UserError(
+                f"'{self.name}' is a {self.method.name} adapter: its change can only be told with its base."
+            )
+        weight = weight.detach().cpu()  # where the parameters are
+        if self.method.frozen == "weight":
+            return with_weight(self.method, stored, weight)
+        band = top_band(weight, min(self.sizes[layer]))
+        if float((band.S - stored["S"].to(band.S)).abs().max()) > MAX_SHIFT * float(band.S[0]):
+            raise UserError(f"Adapter '{self.name}' does not fit this base: the singular values of {layer} differ.")
+        return {name: value.float() for name, value in band._asdict().items()}
+
+    def factors(self, layer: str, weight: Tensor | None = None) -> Factors:
+        """The layer's ΔW.
+
+        Raises:
+            UserError: see :meth:`frozen_of`.
+        """
+        return self.method.delta(self.parameters_of(layer), self.frozen_of(layer, weight))
+
+    def norm(self) -> float | None:
+        """|ΔW| over all layers; None where the base is needed to tell."""
+        if self.needs_base:
+            return None
+        return math.sqrt(sum(frobenius_norm(self.factors(layer)) ** 2 for layer in self.layers))
+
+    def count(self) -> int:
+        """Trained numbers, token vectors not counted."""
+        return sum(t.numel() for t in self.parameters.values())
+
+
+def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
+    """The loading rule. Returns a warning to show, or None.
+
+    Same weights, or the same up to half precision: load. Otherwise the adapter's band is compared with
+    the base's own singular vectors: all |cos| ≥ 0.999 is a related base, which needs ``allow``; anything
+    else is refused.
+
+    Raises:
+        UserError: the adapter does not belong on this base.
+    """
+    here = base.fingerprint
+    if adapter.fingerprint.same(here):
+        return None
+    if adapter.fingerprint.same_rounded(here):
+        if adapter.method.frozen != "spectrum":
+            return None
+        return (
+            f"'{adapter.name}' is an {adapter.method.name} adapter of the same base in another precision: its singular "
+            "vectors are found anew and near ones mix, so expect a few percent of difference; load the base as it was."
+        )
+    wanted = f"it was trained on '{adapter.base}' (fingerprint {adapter.fingerprint.exact[:12]})"
+    refusal = f"Adapter '{adapter.name}' does not fit the base '{base.name}': {wanted}; use --base {adapter.base}."
+    weights = base.weights(adapter.targets)
+    for layer in adapter.layers:
+        if layer not in weights:
+            raise UserError(refusal)
+        if adapter.sizes[layer] != sides(weights[layer]):
+            raise UserError(refusal)
+    if not adapter.bands:
+        if allow:
+            return f"'{adapter.name}' was made for another base; loaded because of --allow-base."
+        raise UserError(f"{refusal} A file of the same shapes can be forced with --allow-base.")
+    assert adapter.slot is not None
+    for layer, band in adapter.bands.items():
+        slot = adapter.slot
+        ends = bottom_band(weights[layer], slot.bottom) if slot.bottom else top_band(weights[layer], slot.top)
+        found = ends.pick(slot.columns)
+        if float(agreement(band, found).min()) < MIN_COSINE:
+            raise UserError(refusal)
+    if not allow:
+        raise UserError(
+            f"Adapter '{adapter.name}' fits the base '{base.name}' only approximately: {wanted}; "
+            "if this is a close relative of it, say --allow-base."
+        )
+    return f"'{adapter.name}' was trained on a close relative of this base; loaded because of --allow-base."
+
+
+def check_finite(adapter: Adapter) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        UserError: some are there.
+    """
+    held = {**adapter.parameters, **adapter.vectors}
+    held |= {f"layerwise.{name}": tensor for name, tensor in adapter.layerwise.items()}
+    for outer in (adapter.frozen, adapter.earlier):
+        held |= {f"{key}.{name}": tensor for key, tensors in outer.items() for name, tensor in tensors.items()}
+    for name, tensor in held.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"Adapter '{adapter.name}' holds NaN or infinity in {name}; train it again.")
+
+
+def shared_columns(one: Adapter, other: Adapter) -> int:
+    """How many columns (or rows) two adapters' slots have in common in a layer that both change, at most.
+
+    Columns counted from the bottom are other ones in every size of layer.
+    """
+    a, b = one.slot, other.slot
+    if not (a and b) or one.method.slot != other.method.slot:
+        return 0
+    where = {one.sizes[layer] for layer in one.sizes.keys() & other.sizes.keys()}
+    counts = {inside if one.method.slot == "rows" else min(out, inside) for out, inside in where}
+    return max((len(a.from_top(count) & b.from_top(count)) for count in counts), default=0)

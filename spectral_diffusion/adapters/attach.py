@@ -1,0 +1,247 @@
+"""Put adapters on models. With ``layer.py`` and ``tuner.py`` the only file that knows PEFT.
+
+Our own methods run as one PEFT tuner, the others through PEFT's own. Either way :class:`Attachment` is what the
+rest of the library sees.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from peft import PeftConfig, inject_adapter_in_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.adalora import RankAllocator
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..linalg import flatten
+from ..methods.registry import Method
+from ..models.targets import find_targets
+from .layer import AdaptedLayer, hooks_of
+from .tuner import SpectralConfig
+
+Frozen = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass
+class Attachment:
+    """One adapter on the models of a base.
+
+    ``layers`` maps ``component.module.path`` to the tuner layer that holds it; ``allocators`` are AdaLoRA's, by
+    component, with the model they work on.
+    """
+
+    name: str
+    method: Method
+    rank: int
+    layers: dict[str, BaseTunerLayer]
+    allocators: dict[str, tuple[RankAllocator, nn.Module]] = field(default_factory=dict)
+
+    def parameters(self, layer: str) -> dict[str, nn.Parameter]:
+        """The trainable parameters of one layer under the method's names."""
+        module = self.layers[layer]
+        if isinstance(module, AdaptedLayer):
+            return module.parameters_of(self.name)
+        assert self.method.peft is not None
+        held = {name: getattr(module, where)[self.name] for name, where in self.method.peft.parameters.items()}
+        return {name: cast(nn.Parameter, getattr(value, "weight", value)) for name, value in held.items()}
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """``layer.parameter`` names in a fixed order."""
+        for layer in self.layers:
+            for name, parameter in self.parameters(layer).items():
+                yield f"{layer}.{name}", parameter
+
+    @torch.no_grad()
+    def trained(self) -> dict[str, Tensor]:
+        """What goes into a file: copies of the parameters as the method takes them, by ``layer.parameter``."""
+        out: dict[str, Tensor] = {}
+        for layer, module in self.layers.items():
+            held = module.effective(self.name) if isinstance(module, AdaptedLayer) else self.parameters(layer)
+            out |= {f"{layer}.{name}": value.detach().cpu().clone() for name, value in held.items()}
+        return out
+
+    def count(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for _, parameter in self.named_parameters())
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy parameters by ``layer.parameter`` name into place."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(tensors[name].reshape(parameter.shape))  # PEFT keeps a convolution's factors 4-D
+
+    def set_scale(self, scale: float) -> None:
+        """Multiply this adapter's ΔW by λ."""
+        for layer in self.layers.values():
+            layer.set_scale(self.name, scale)
+
+    def penalty(self) -> Tensor | None:
+        """The method's own part of the loss, averaged over layers; None if it has none."""
+        if self.method.penalty is None:
+            return None
+        return torch.stack([self.method.penalty(self.parameters(layer)) for layer in self.layers]).mean()
+
+    def after_step(self, step: int) -> None:
+        """What the method does after the optimiser's step ``step``: AdaLoRA takes singular values away."""
+        for allocator, model in self.allocators.values():
+            config = allocator.peft_config
+            left = config.total_step - config.tfinal
+            for _, parameter in self.named_parameters():
+                if parameter.grad is None:  # a layer that nothing went through scores nothing
+                    parameter.grad = torch.zeros_like(parameter)
+            if step < left:
+                allocator.update_and_allocate(model, step)
+            elif step == left:
+                config.rank_pattern = allocator.update_and_allocate(model, step, force_mask=True)[1]
+            elif config.rank_pattern:
+                allocator.mask_using_rank_pattern(model, config.rank_pattern)
+
+    def prune(self) -> None:
+        """Take away again what a schedule took for good, where an average of the parameters brings it back."""
+        for allocator, model in self.allocators.values():
+            if allocator.peft_config.rank_pattern:
+                allocator.mask_using_rank_pattern(model, allocator.peft_config.rank_pattern)
+
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a resume needs beside parameters: tensors, and a JSON-able mapping."""
+        tensors: dict[str, Tensor] = {}
+        patterns: dict[str, Any] = {}
+        for component, (allocator, _) in self.allocators.items():
+            for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
+                tensors |= {f"{component}|{kind}|{name}": t for name, t in getattr(allocator, kind).items()}
+            patterns[component] = allocator.peft_config.rank_pattern
+        return tensors, patterns
+
+    def load_extra_state(self, tensors: Mapping[str, Tensor], patterns: Mapping[str, Any]) -> None:
+        """Take :meth:`extra_state` back."""
+        for component, (allocator, model) in self.allocators.items():
+            device = next(model.parameters()).device
+            pattern = patterns.get(component)
+            allocator.peft_config.rank_pattern = pattern and {self._own(name): kept for name, kept in pattern.items()}
+            for key, value in tensors.items():
+                where, kind, name = key.split("|", 2)
+                if where == component:
+                    getattr(allocator, kind)[self._own(name)] = value.to(device, copy=True)
+
+    def _own(self, name: str) -> str:
+        """PEFT's name of a parameter with this adapter's name at its end, where earlier states have the concept's."""
+        return re.sub(r"(\.lora_[ABE])\..*$", rf"\1.{self.name}", name)
+
+
+def attach(
+    models: dict[str, nn.Module],
+    method: Method,
+    rank: int,
+    name: str = "default",
+    targets: str = "attention",
+    frozen: Frozen | None = None,
+    seed: int = 0,
+    only: set[str] | None = None,
+    columns: Mapping[str, Tensor] | None = None,
+    ranks: Mapping[str, int] | None = None,
+    steps: int = 0,
+) -> Attachment:
+    """Attach a fresh adapter (ΔW zero) to the target layers and leave only it trainable there.
+
+    Args:
+        frozen: per layer the tensors that the method is built on (see :func:`.frozen.frozen_tensors`).
+        only: restricts to some layer names.
+        columns: per layer a scale (r,) of the trained columns; what is trained is A / scale.
+        ranks: ranks of single layers where they differ, for PEFT's methods.
+        steps: how long training will be, for methods with a schedule.
+    """
+    wanted = [layer for layer in find_targets(models, targets) if only is None or layer in only]
+    layers: dict[str, BaseTunerLayer] = {}
+    allocators: dict[str, tuple[RankAllocator, nn.Module]] = {}
+    for component in dict.fromkeys(layer.split(".", 1)[0] for layer in wanted):
+        model = models[component]
+        paths = [layer.split(".", 1)[1] for layer in wanted if layer.startswith(f"{component}.")]
+        pattern = "|".join(re.escape(path) for path in paths)
+        config: PeftConfig
+        if method.peft:
+            options = method.peft.options(rank, steps)
+            if ranks:
+                own = {f"^{re.escape(path)}$": ranks[f"{component}.{path}"] for path in paths}
+                options |= {"rank_pattern": own, "alpha_pattern": own}
+            config = PEFT_TYPE_TO_CONFIG_MAPPING[method.peft.kind](target_modules=pattern, **options)
+        else:
+            config = SpectralConfig(r=rank, method=method.name, target_modules=pattern, find_frozen=False)
+        for earlier in getattr(model, "peft_config", {}).values():
+            earlier.inference_mode = True  # only the new one is trained
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(seed)
+            inject_adapter_in_model(config, model, name)
+        for path in paths:
+            layers[f"{component}.{path}"] = cast(BaseTunerLayer, model.get_submodule(path))
+        if method.peft and method.peft.kind == "ADALORA" and steps:
+            allocators[component] = (RankAllocator(model, config, name), model)
+    attachment = Attachment(name, method, rank, layers, allocators)
+    if method.peft:
+        for _, parameter in attachment.named_parameters():
+            parameter.data = parameter.data.float()
+    for layer, module in layers.items():
+        if "m" in (method.peft.parameters if method.peft else ()):
+            weight = flatten(cast(nn.Linear, module.get_base_layer()).weight.detach())
+            magnitude = attachment.parameters(layer)["m"]  # PEFT takes it in the base's precision
+            magnitude.data.copy_(weight.float().norm(dim=1).reshape(magnitude.shape))
+        if isinstance(module, AdaptedLayer):
+            if frozen and layer in frozen:
+                module.set_frozen(name, frozen[layer])
+            if columns is not None:
+                module.spectral_columns[name] = columns[layer].to(module.base_weight.device)
+    return attachment
+
+
+def activate(models: dict[str, nn.Module], names: list[str]) -> None:
+    """Let exactly these adapters act, frozen, on all models."""
+    for model in models.values():
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_adapter(names, inference_mode=True)
+
+
+def detach(models: dict[str, nn.Module]) -> None:
+    """Take every adapter off again; the models are the base's own modules afterwards."""
+    for model in models.values():
+        for name, module in list(model.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.get_base_layer())
+        for handle in hooks_of(model).values():
+            handle.remove()
+        hooks_of(model).clear()
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+
+
+@contextmanager
+def detaching(models: dict[str, nn.Module]) -> Iterator[None]:
+    """Take every adapter off when the context ends, whatever happens in it."""
+    try:
+        yield
+    finally:
+        detach(models)
+
+
+@contextmanager
+def disabled(models: dict[str, nn.Module]) -> Iterator[None]:
+    """Run the base as if nothing were attached."""
+    layers = [m for model in models.values() for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    states = [[(p, p.requires_grad) for p in layer.parameters()] for layer in layers]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, states, strict=True):
+            layer.enable_adapters(True)
+            for parameter, trainable in state:
+                parameter.requires_grad_(trainable)

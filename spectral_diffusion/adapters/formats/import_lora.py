@@ -1,0 +1,116 @@
+"""LoRA files of other programs as adapters of this one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...core.errors import UserError
+from ...core.files import check_writable
+from ...core.machine import provenance
+from ...linalg import kernel_of, sides
+from ...methods import get_method
+from ...models.base import Base, load_base
+from ...models.targets import find_targets
+from ...models.tokens import check_name, check_token, embedding_of
+from ..adapter import Adapter
+from .native import is_native, load_adapter, save_adapter
+from .reading import NAMED, lora_file, read_lora
+
+EVERYTHING = "re:.*"  # foreign files adapt layers that no preset has, such as time_emb_proj
+
+
+def import_lora(
+    path: Path,
+    output: Path | None,
+    base_name: str,
+    name: str | None = None,
+    device: str = "auto",
+    base: Base | None = None,
+) -> Adapter:
+    """A LoRA file of another program (or PEFT's or diffusers' folder) as an adapter of this one.
+
+    It is of method lora at the file's largest rank, and without a token but for embeddings that the file brings along.
+
+    Raises:
+        UserError: not such a file, or of another base; an output that cannot be written, or that would lose something.
+    """
+    if output:
+        check_output(path, output)
+    base = base or load_base(base_name, device)
+    layers = find_targets(base.models, EVERYTHING)
+    found = read_lora(path, layers)
+    rank = max(len(one.down) for one in found.factors.values())
+    parameters: dict[str, Tensor] = {}
+    for layer, (up, down) in sorted(found.factors.items()):
+        if (len(up), down.shape[1]) != sides(layers[layer].weight):
+            raise UserError(f"{path} is a LoRA for another base: {layer} is of another size; use --base.")
+        missing = rank - len(down)
+        parameters[f"{layer}.A"] = torch.nn.functional.pad(down, (0, 0, 0, missing))
+        parameters[f"{layer}.B"] = torch.nn.functional.pad(up, (0, missing))
+    tokens = tokens_of(path, found.embeddings, base)
+    token, vectors = next(iter(tokens.items()), ("", {}))
+    changed = sorted(found.factors)
+    adapter = Adapter(
+        name=check_name(name or name_of(path)), noun="", token=token, method=get_method("lora"), rank=rank, slot=None,
+        targets=EVERYTHING, base=base.name, fingerprint=base.fingerprint, parameters=parameters,
+        sizes={layer: sides(layers[layer].weight) for layer in changed}, frozen={}, vectors=vectors,
+        kernels={layer: kernel for layer in changed if (kernel := kernel_of(layers[layer].weight))},
+        earlier={other: rows for other, rows in tokens.items() if other != token},
+        config={"imported": Path(path).name}, provenance=provenance(),
+    )  # fmt: skip
+    if output:
+        save_adapter(adapter, output)
+    return adapter
+
+
+def name_of(path: Path) -> str:
+    """What to call a foreign LoRA: as its file, or its folder where all files have one name, without odd characters."""
+    file = lora_file(path).resolve()
+    stem = file.parent.name if file.stem in NAMED else file.stem
+    plain = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.+-]+", " ", stem)).strip(" .")
+    return plain[:100].strip(" .") or "lora"
+
+
+def distinct(name: str, taken: Collection[str]) -> str:
+    """The name, or with -2, -3, … behind it the first that is free; upper and lower case do not tell names apart."""
+    used = {one.lower() for one in taken}
+    names = (name, *(f"{name}-{number}" for number in range(2, len(used) + 3)))
+    return next(one for one in names if one.lower() not in used)
+
+
+def tokens_of(path: Path, embeddings: dict[str, dict[str, Tensor]], base: Base) -> dict[str, dict[str, Tensor]]:
+    """The embeddings that a file brings along by the tokens that they are typed as, with their vectors.
+
+    Raises:
+        UserError: one that does not fit the base's text encoders.
+    """
+    wanted = {encoder: embedding_of(base.models[encoder]).embedding_dim for encoder in base.tokenizers}
+    tokens: dict[str, dict[str, Tensor]] = {}
+    for name, rows in embeddings.items():
+        finite = all(torch.isfinite(one).all() for one in rows.values())
+        lengths = {len(one) for one in rows.values() if one.dim() == 2}
+        if {part: one.shape[-1] for part, one in rows.items()} != wanted or len(lengths) != 1 or not finite:
+            raise UserError(f"{path} brings an embedding '{name}' that does not fit this base's text encoders.")
+        plain = re.sub(r"_(\d+)$", r"-\1", re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("_-")) or "embedding"
+        tokens[check_token(f"<{distinct(plain, [token[1:-1] for token in tokens])}>")] = rows
+    return tokens
+
+
+def check_output(path: Path, output: Path) -> None:
+    """Refuse an output that is no adapter file, or that stands there and was not imported.
+
+    Raises:
+        UserError: it is.
+    """
+    if output.suffix != ".safetensors":
+        raise UserError(f"The output {output} must end in .safetensors.")
+    if output.is_dir() or output.resolve() == lora_file(path).resolve():
+        raise UserError(f"{output} is a folder, or what is imported; choose another output with -o.")
+    if output.exists() and not (is_native(output) and "imported" in load_adapter(output).config):
+        raise UserError(f"{output} was not imported, and would be lost; choose another output with -o.")
+    check_writable(output)

@@ -1,0 +1,88 @@
+"""What the adapters of the workspace say of themselves, without their tensors; and whose they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from ..core.errors import UserError, reason
+from ..core.files import parse_json
+from ..methods import get_method
+from ..slots.ledger import Slot, read_columns
+from .adapters import adapter_files
+from .workspace import Workspace, sentence_of
+
+
+@dataclass(frozen=True)
+class Label:
+    """An adapter's own words.
+
+    ``kind`` says what its slot is made of, ``columns`` or ``rows``; None for a method without slots. ``capacity`` is
+    how many the narrowest adapted weight has.
+    """
+
+    path: Path
+    name: str
+    noun: str
+    token: str
+    method: str
+    kind: str | None
+    slot: Slot | None
+    base: str
+    fingerprint: str
+    capacity: int
+
+
+def labels(workspace: Workspace) -> tuple[list[Label], list[str]]:
+    """The labels of all readable adapters, and a sentence per file that cannot be read."""
+    found, problems = [], []
+    for path in adapter_files(workspace).values():
+        try:
+            seen = path.stat()
+            found.append(_label(path, seen.st_mtime_ns, seen.st_size))
+        except Exception as error:  # one bad file must not hide the others
+            problems.append(sentence_of(error))
+    return found, problems
+
+
+@lru_cache(maxsize=256)
+def _label(path: Path, changed: int, size: int) -> Label:
+    """One label; a file is read again only when it has changed.
+
+    Only the header is read: a page must not wait for tensors, nor for the libraries that a base needs.
+
+    Raises:
+        UserError: it is no whole adapter file.
+    """
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            said = file.metadata() or {}
+        concept, sizes = parse_json(said["spectral.concept"]), parse_json(said["spectral.sizes"])
+        columns = said["spectral.columns"]
+        method = get_method(said["spectral.method"])
+        return Label(
+            path, str(concept["name"]), str(concept["noun"]), str(concept["token"]), method.name, method.slot,
+            read_columns(columns) if columns else None, Path(said["spectral.base"]).name,
+            str(parse_json(said["spectral.base_fingerprint"])["exact"]), min(min(size) for size in sizes.values()),
+        )  # fmt: skip
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is not a readable adapter ({reason(error)}).") from error
+
+
+def owner(label: Label, concepts: Mapping[str, tuple[str, str, str]]) -> str | None:
+    """The concept that an adapter was trained from: the one of its file's name, else of its name, else of its token.
+
+    Args:
+        concepts: folder name to (name, noun, token).
+    """
+    if label.path.stem in concepts:
+        return label.path.stem
+    for part, mine in ((0, label.name), (2, label.token)):
+        for folder, said in concepts.items():
+            if mine and said[part] == mine:
+                return folder
+    return None

@@ -1,0 +1,113 @@
+"""The adapters of the workspace: found by name, read one by one so that a bad file hides none of the others."""
+
+from __future__ import annotations
+
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.errors import UserError
+from ..slots.ledger import LEDGER, ROWS, Ledger
+from .jobs import refuse_busy
+from .workspace import Workspace, pick, sentence_of, visible
+
+if TYPE_CHECKING:
+    from ..adapters.adapter import Adapter
+
+ADAPTER_COLUMNS = ("Adapter", "Token", "Noun", "Method", "Columns", "Rank", "Base")
+
+
+def adapter_files(workspace: Workspace) -> dict[str, Path]:
+    """The adapter files by name; states of unfinished trainings do not count."""
+    return {
+        path.stem: path
+        for path in visible(workspace.adapters)
+        if path.suffix == ".safetensors" and not path.stem.endswith(".state")
+    }
+
+
+def adapter_file(workspace: Workspace, name: str | None) -> Path:
+    """The file of a listed adapter.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    return pick(name, adapter_files(workspace), "adapter", "train it in step 2")
+
+
+def read_adapter(workspace: Workspace, name: str | None) -> Adapter:
+    """A listed adapter, to be looked at only: the last few read are shared until their files change.
+
+    Raises:
+        UserError: there is none of that name, or it is damaged.
+    """
+    path = adapter_file(workspace, name)
+    try:
+        seen = path.stat()
+    except OSError as error:
+        raise UserError(f"Cannot read {path.name}: {error.strerror or error}.") from error
+    return _read(path, seen.st_mtime_ns, seen.st_size)
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, changed: int, size: int) -> Adapter:
+    from ..adapters.formats.native import load_adapter  # brings torch and diffusers, which no page has to wait for
+
+    return load_adapter(path)
+
+
+def adapter_rows(workspace: Workspace) -> tuple[list[list[str]], list[str]]:
+    """The table of readable adapters under ``ADAPTER_COLUMNS``, and a sentence per file that cannot be read."""
+    rows, problems = [], []
+    for name, path in adapter_files(workspace).items():
+        try:
+            seen = path.stat()
+            rows.append([name, *_described(path, seen.st_mtime_ns, seen.st_size)])
+        except Exception as error:  # one bad file must not hide the others
+            problems.append(_told(workspace, error))
+    return rows, problems
+
+
+def _told(workspace: Workspace, error: Exception) -> str:
+    """What is wrong with a file, named as it is called in the workspace."""
+    return sentence_of(error).replace(f"{workspace.adapters}/", "")
+
+
+@lru_cache(maxsize=256)
+def _described(path: Path, changed: int, size: int) -> list[str]:
+    """An adapter's row but for its name; a file is read again only when it has changed."""
+    from ..adapters.formats.native import load_adapter
+
+    one = load_adapter(path)
+    return [one.token, one.noun, one.method.name, str(one.slot or "–"), str(one.rank), one.base]
+
+
+def delete_adapter(workspace: Workspace, name: str | None) -> str:
+    """Delete a listed adapter, what lies beside it and its place in the ledger; returns what to tell.
+
+    Raises:
+        UserError: there is none of that name, its concept is in training, or it cannot be deleted.
+    """
+    from ..training.run import state_path
+    from ..training.validation import samples_folder
+
+    path = adapter_file(workspace, name)
+    refuse_busy(workspace, path.stem)  # it would lose its columns while it trains them
+    try:
+        path.unlink(missing_ok=True)
+        if not state_path(path).exists():  # else an unfinished training of the same concept goes on with them
+            for beside in (path.with_suffix(".yaml"), path.with_suffix(".md")):
+                beside.unlink(missing_ok=True)
+            shutil.rmtree(samples_folder(path), ignore_errors=True)
+            release_slot(workspace, path.stem)
+    except OSError as error:
+        raise UserError(f"Cannot delete {path.name}: {error.strerror or error}.") from error
+    return f"Deleted the adapter '{name}'; its columns are free again."
+
+
+def release_slot(workspace: Workspace, concept: str) -> None:
+    """Free a concept's columns and rows, if it has any."""
+    for ledger in (Ledger(workspace.adapters / LEDGER), Ledger(workspace.adapters / ROWS)):
+        if any(concept in held for held in ledger.read().values()):
+            ledger.release(concept)

@@ -1,0 +1,143 @@
+"""How chosen concepts get on together before they are fused: in figures, and in pictures of each before and after."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..config.models import build, usual_settings
+from ..core.hooks import Progress, silent
+from .adapters import read_adapter
+from .device import giving_back
+from .fusing import load_chosen, settings_for, ticked
+from .wording import in_app, reworded
+from .workspace import Workspace, sentence_of
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..adapters.adapter import Adapter
+
+STEPS = 12  # of a compared picture
+PLACES = ("on the beach", "on the grass")  # where a compared concept is drawn
+ACTING = {0.1: "hardly", 0.3: "a little", 1.0: "much"}  # words for shares below these
+MORE = "more than itself"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One concept among the chosen ones, in words; – where nothing can be told."""
+
+    concept: str
+    columns: str  # of the spectrum that it changed
+    size: str  # |ΔW| at strength 1
+    disturbed: str  # what the others do in its place, as a share of what it does itself
+    neighbour: str  # the concept with the most similar change, and the cosine
+
+
+@dataclass(frozen=True)
+class Together:
+    """The interference table of chosen adapters, and warnings: sentences."""
+
+    rows: list[Row]
+    warnings: list[str]
+
+
+def together(workspace: Workspace, chosen: Sequence[str] | None, strengths: Mapping[str, float]) -> Together:
+    """What can be said of these adapters; one that is gone or damaged becomes a warning and hides no other."""
+    if not chosen:
+        return Together([], [])
+    from ..inspection import clashes, cosine, interference, overlaps
+
+    adapters, warnings = _readable(workspace, chosen)
+    told = {name: adapter for name, adapter in adapters.items() if not adapter.needs_base}
+    shares = interference(list(told.values()), {one.name: strengths.get(name, 1.0) for name, one in told.items()})
+    alike: dict[str, dict[str, float]] = {name: {} for name in told}
+    for one, other in itertools.combinations(told, 2):
+        alike[one][other] = alike[other][one] = cosine(told[one], told[other])
+    rows = [
+        Row(
+            name,
+            str(adapter.slot or "–"),
+            "–" if (norm := adapter.norm()) is None else f"{norm:.2f}",
+            _share(shares[adapter.name]) if alike.get(name) else "–",
+            _nearest(alike.get(name)),
+        )
+        for name, adapter in adapters.items()
+    ]
+    found = list(adapters.values())
+    untold = [name for name in adapters if name not in told]
+    warnings += [f"What {name} changes shows only beside its base, so it has no figures." for name in untold]
+    return Together(rows, [*warnings, *(in_app(text, workspace) for text in (*overlaps(found), *clashes(found)))])
+
+
+def _readable(workspace: Workspace, chosen: Sequence[str]) -> tuple[dict[str, Adapter], list[str]]:
+    """The chosen adapters by the names of their files, and a sentence for each that cannot be read."""
+    adapters, problems = {}, []
+    for name in chosen:
+        try:
+            adapters[name] = read_adapter(workspace, name)
+        except Exception as error:  # deleted or damaged: the others are told all the same
+            problems.append(in_app(sentence_of(error), workspace))
+    return adapters, problems
+
+
+def _share(value: float) -> str:
+    return f"{value:.0%}, {next((words for most, words in ACTING.items() if value < most), MORE)}"
+
+
+def _nearest(alike: Mapping[str, float] | None) -> str:
+    if not alike:
+        return "–"
+    name = max(alike, key=lambda other: abs(alike[other]))
+    return f"{name}, {round(alike[name], 2) + 0.0:.2f}"  # + 0.0: never -0.00
+
+
+def compare(
+    workspace: Workspace,
+    chosen: Sequence[str] | None,
+    strengths: Mapping[str, float],
+    seed: int = 0,
+    progress: Progress = silent,
+    **changes: Any,
+) -> list[tuple[Image.Image, str]]:
+    """Every concept alone and in the fusion, from the same seeds, with a caption each; nothing is kept.
+
+    Raises:
+        UserError: anything the person can mend.
+    """
+    chosen = ticked(chosen)
+    from ..adapters.apply import put_on
+    from ..adapters.attach import detach
+    from ..merging.fuse import check_together, fuse_adapters
+    from ..merging.merges.registry import get_merge
+    from ..models.base import load_base
+    from ..scenes.generate import sample
+    from ..scenes.png_metadata import grid
+    from ..scenes.scene import Scene
+
+    def drawn(token: str) -> Image.Image:
+        prompts = [f"a photo of {token} {place}" for place in PLACES]
+        return grid(sample(base, prompts, [seed + index for index in range(len(PLACES))], scene, progress), len(PLACES))
+
+    with giving_back(), reworded(workspace, "pictures"):
+        settings = settings_for(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)
+        adapters = list(load_chosen(workspace, chosen).values())
+        check_together(adapters, settings.strength)
+        get_merge(settings.merge).check(adapters)
+        base = load_base(settings.base or adapters[0].base, settings.device)
+        scene = build(
+            Scene, usual_settings(base.name, "generate"), {"steps": STEPS, "base": base.name, "device": settings.device}
+        )
+        alone = []
+        for adapter in adapters:
+            put_on(base, [(adapter, 1.0)])
+            alone.append(drawn(adapter.token))
+            detach(base.models)
+        fuse_adapters(base, adapters, settings, progress, install=False)
+        found = []
+        for adapter, before in zip(adapters, alone, strict=True):
+            found += [(before, f"{adapter.name} alone"), (drawn(adapter.token), f"{adapter.name} in the fusion")]
+    return found

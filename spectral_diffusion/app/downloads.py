@@ -1,0 +1,46 @@
+"""A saved fusion as one file to take away: another program's format, its token embeddings and its card in a zip."""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from pathlib import Path
+
+from ..core.errors import UserError
+from ..core.files import atomic
+from .device import giving_back
+from .fusing import exports_of, fused_folder
+from .wording import in_app, reworded
+from .workspace import Workspace
+
+KINDS = {
+    "kohya": "LoRA for ComfyUI and A1111",
+    "diffusers": "LoRA for diffusers",
+    "checkpoint": "whole checkpoint (large)",
+}
+
+
+def download(workspace: Workspace, name: str | None, kind: str) -> tuple[Path, list[str]]:
+    """Export a saved fusion into the folder of pictures, which is served; returns the zip and what to tell of it.
+
+    Raises:
+        UserError: no such fusion or kind, one that this kind cannot hold, or a full disk.
+    """
+    folder = fused_folder(workspace, name)
+    if kind not in KINDS:
+        raise UserError(f"No format '{kind[:40]}'; choose one of {', '.join(KINDS)}.")
+    from ..merging.export import export
+    from ..merging.manifest import MERGED
+
+    if kind != "checkpoint" and not (folder / MERGED).is_file():
+        raise UserError(f"The merge of '{name}' changes whole weights, which no LoRA holds; choose the checkpoint.")
+    place, notes = exports_of(workspace, folder.name), list[str]()
+    packed = place / f"{name}-{kind}.zip"
+    with giving_back(), reworded(workspace, "pictures"):
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export.", dir=place) as scratch:
+            files = export(folder, Path(scratch) / f"{name}.safetensors", kind, note=notes.append)
+            with atomic(packed) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+                for file in files:
+                    archive.write(file, file.name)
+    return packed, [in_app(note, workspace) for note in notes]

@@ -1,0 +1,297 @@
+"""Changing the person's own concepts. The ready-made ones stay as they are; what is deleted goes into the trash."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+
+from ..core.errors import UserError
+from ..core.files import write_text
+from ..data.folder import Concept, Photo, load_concept, read_about
+from ..data.sidecars import Files, find_caption
+from ..models.tokens import check_token
+from ..slots.ledger import LEDGER, ROWS, Ledger
+from .adapters import release_slot
+from .concepts import (
+    ABOUT,
+    about,
+    adapters_of,
+    concept_folder,
+    concept_folders,
+    file_names,
+    known_concepts,
+    odd_files,
+    own_folder,
+    own_folders,
+    photo_files,
+    pixels,
+    pocket_tokens,
+    read_concept,
+    suggest_token,
+)
+from .jobs import refuse_busy, saying_disk
+from .uploads import PHOTOS, copy_into, looked_through
+from .workspace import Workspace, pick, safe_name
+
+CAPTION = 400  # characters
+RESERVED = {"caption", "captions", "mask", "masks"}  # folders that the trainer looks into beside others
+ADAPTER_FILES = (".safetensors", ".yaml", ".md", ".state.safetensors", ".status.json", "-samples")
+
+
+def add_concept(
+    workspace: Workspace, name: str, noun: str, uploads: Iterable[Path], token: str | None = None
+) -> tuple[str, list[str]]:
+    """Copy photos, or zips of them, into a new folder; returns the name and a reason per file left out.
+
+    Raises:
+        UserError: the name cannot be used or is taken, the token is another's, or no photo is readable.
+    """
+    name = safe_name(name, "name of the concept")
+    noun = _checked_noun(noun)
+    if name in concept_folders(workspace) or name in RESERVED:
+        raise UserError(f"'{name}' is taken already; choose another name.")
+    token = _free_token(workspace, token, name)
+    files = list(uploads)
+    if not files:
+        raise UserError("No photos were uploaded; add one to about ten pictures of your thing.")
+    with looked_through(files) as intake:
+        if not intake.photos:
+            raise UserError(f"None of the photos can be used: {'; '.join(intake.problems) or 'the zip is empty'}.")
+        with _new_folder(workspace, name) as folder:
+            copy_into(folder, intake.photos)
+            _write_about(folder, name, noun, token)
+    return name, list(intake.problems)
+
+
+def copy_concept(workspace: Workspace, name: str | None) -> str:
+    """Copy a ready-made concept into the workspace under its own name, where it may be changed; returns the name.
+
+    Raises:
+        UserError: it is the person's own already.
+    """
+    source = concept_folder(workspace, name)
+    if source.name in own_folders(workspace):
+        raise UserError(f"'{name}' is yours already.")
+    concept = read_concept(source)
+    with _new_folder(workspace, source.name) as folder:
+        for photo in concept.photos:
+            shutil.copyfile(photo.path, folder / photo.path.name)
+            if photo.caption:
+                (folder / photo.path.name).with_suffix(".txt").write_text(photo.caption + "\n", encoding="utf-8")
+        _write_about(folder, concept.name, concept.noun, concept.token)
+    return source.name
+
+
+def add_photos(workspace: Workspace, name: str | None, uploads: Iterable[Path]) -> tuple[int, list[str]]:
+    """Copy more photos into a concept; returns how many, and a reason per file left out.
+
+    Raises:
+        UserError: it is ready-made, or the folder cannot be written.
+    """
+    folder = own_folder(workspace, name)
+    there = photo_files(folder)
+    known = [found for path in there if (found := pixels(path))]
+    taken = [int(path.stem) for path in folder.iterdir() if re.fullmatch(r"\d{1,6}", path.stem)]
+    with (
+        looked_through(list(uploads), known, PHOTOS - len(there)) as intake,
+        saying_disk("concepts"),
+        tempfile.TemporaryDirectory(dir=folder, prefix=".") as held,  # so that a full disk leaves no half photo
+    ):
+        names = copy_into(Path(held), intake.photos, max([0, *taken]) + 1)
+        for path in sorted(Path(held).iterdir(), reverse=True):  # captions before their photos
+            path.rename(folder / path.name)
+    return len(names), list(intake.problems)
+
+
+def write_caption(workspace: Workspace, name: str | None, photo: str | None, text: str | None) -> str:
+    """Write a photo's caption beside it; an empty one removes it. Returns what to tell.
+
+    Raises:
+        UserError: the concept is ready-made, there is no such photo, or its captions lie in one table.
+    """
+    folder = own_folder(workspace, name)
+    concept = read_concept(folder)
+    chosen = _photo(folder, concept, photo)
+    for table in ("metadata.jsonl", "metadata.csv"):
+        if (chosen.path.parent / table).is_file() or (folder / table).is_file():
+            raise UserError(f"The captions of '{name}' are in its {table}; change them there, or remove that file.")
+    words = " ".join((text or "").split()).replace(concept.token, "<TOK>")  # so that it may get another token
+    if len(words) > CAPTION:
+        raise UserError(f"The caption has {len(words)} characters; say it in at most {CAPTION}.")
+    file = chosen.path.with_suffix(".txt")
+    with saying_disk("concepts"):
+        if words:
+            write_text(file, words + "\n")
+        else:
+            file.unlink(missing_ok=True)
+    if not words and (other := find_caption(chosen.path, folder, Files())):
+        raise UserError(f"The caption of {photo} is in {other.relative_to(folder)} of '{name}'; remove that file.")
+    return f"{'Saved' if words else 'Removed'} the caption of {photo}."
+
+
+def remove_photo(workspace: Workspace, name: str | None, photo: str | None) -> str:
+    """Put a photo and its caption into the trash; returns what to tell.
+
+    Raises:
+        UserError: the concept is ready-made, there is no such photo, or it is the last one.
+    """
+    folder = own_folder(workspace, name)
+    concept = read_concept(folder)
+    chosen = _photo(folder, concept, photo)
+    if len(concept.photos) == 1:
+        raise UserError(f"{photo} is the last photo of '{name}'; add another first, or delete the concept.")
+    discard(workspace, folder.name, [chosen.path, chosen.path.with_suffix(".txt")])
+    return f"Removed {photo}."
+
+
+def tidy_concept(workspace: Workspace, name: str | None) -> str:
+    """Put broken photos, and all but one of those that show the same, into the trash; returns what to tell.
+
+    Raises:
+        UserError: the concept is ready-made, or has nothing to tidy.
+    """
+    folder = own_folder(workspace, name)
+    odd = odd_files(folder)
+    if not odd:
+        raise UserError(f"'{name}' has no broken photos and no duplicates.")
+    discard(workspace, folder.name, [file for path in odd for file in (path, path.with_suffix(".txt"))])
+    return f"Removed {', '.join(path.name for path in odd)}."
+
+
+def change_concept(workspace: Workspace, name: str | None, new: str, noun: str, token: str) -> tuple[str, list[str]]:
+    """Give a concept another name, class noun or token; returns the name and what to tell.
+
+    Raises:
+        UserError: it is ready-made, in training, or the name or token is another's.
+    """
+    folder = own_folder(workspace, name)
+    before = about(folder)
+    new, noun = safe_name(new, "name of the concept"), _checked_noun(noun)
+    if new != folder.name and (new in {*concept_folders(workspace), *RESERVED} or (workspace.concepts / new).exists()):
+        raise UserError(f"'{new}' is taken already; choose another name.")
+    token = _free_token(workspace, token or before[2], folder.name)
+    refuse_busy(workspace, folder.name)
+    trained = adapters_of(workspace, folder.name)
+    repeats = read_about(folder)[1]
+    with saying_disk("concepts"):
+        _write_about(folder, new, noun, token, None if repeats == 1 else repeats)
+        if new != folder.name:
+            folder.rename(workspace.concepts / new)
+    notes = [f"Saved: '{new}' is a {noun}, called {token} in prompts."]
+    if trained:
+        notes.append(
+            f"Its adapter '{trained[0].path.stem}' stays as it was trained: in prompts it is {trained[0].token}. "
+            "Train again to give it the new name and token."
+        )
+    return new, notes
+
+
+def delete_concept(workspace: Workspace, name: str | None, with_adapter: bool = False) -> str:
+    """Put a concept into the trash, on wish with its adapter, whose slot is freed; returns what to tell.
+
+    Raises:
+        UserError: it is ready-made, in training, or cannot be moved.
+    """
+    folder = own_folder(workspace, name)
+    refuse_busy(workspace, folder.name)
+    files, names = traces(workspace, folder.name) if with_adapter else ([], [])
+    place = discard(workspace, folder.name, [folder, *files])
+    for one in names:
+        release_slot(workspace, one)
+    words = f"Deleted '{name}'"
+    if with_adapter:
+        words += " with its adapter, and freed its place in the spectrum" if files else " and freed its place"
+    return f"{words}. It is kept in {place.relative_to(workspace.root)} of the workspace, in case you want it back."
+
+
+def traces(workspace: Workspace, name: str) -> tuple[list[Path], list[str]]:
+    """What a concept's trainings left: files among the adapters, and names in the ledgers that are nobody else's.
+
+    Raises:
+        UserError: a ledger is damaged.
+    """
+    said = known_concepts(workspace)
+    others = {word for folder, (called, _, _) in said.items() if folder != name for word in (folder, called)}
+    mine = adapters_of(workspace, name)
+    names = ({name, said[name][0]} - others) | {label.name for label in mine}
+    ledgers = [Ledger(workspace.adapters / file).read() for file in (LEDGER, ROWS)]
+    held = {one for ledger in ledgers for concepts in ledger.values() for one in concepts}
+    stems = sorted({name} | {label.path.stem for label in mine})
+    files = [workspace.adapters / f"{stem}{ending}" for stem in stems for ending in ADAPTER_FILES]
+    return [file for file in files if file.exists()], sorted(names & held)
+
+
+def discard(workspace: Workspace, what: str, paths: Iterable[Path]) -> Path:
+    """Move files or folders into a new folder of the trash, and return that.
+
+    Raises:
+        UserError: they cannot be moved.
+    """
+    with saying_disk(".trash"):
+        workspace.trash.mkdir(parents=True, exist_ok=True)
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        place = Path(tempfile.mkdtemp(prefix=f"{stamp}-{what}-", dir=workspace.trash))
+        for path in paths:
+            if path.exists() or path.is_symlink():
+                path.rename(place / path.name)
+    return place
+
+
+# --- shared ---------------------------------------------------------------------------------------------------
+
+
+def _free_token(workspace: Workspace, token: str | None, name: str) -> str:
+    """The token for a concept of that name.
+
+    Raises:
+        UserError: not a token, or another concept's.
+    """
+    token = (token or "").strip()
+    if not token:
+        return suggest_token(workspace, name)
+    token = check_token(token if token.startswith("<") else f"<{token}>")
+    claims = [other for other, said in known_concepts(workspace).items() if said[2] == token and other != name]
+    claims += ["the pocket base"] if token in pocket_tokens() else []
+    if claims:
+        raise UserError(f"The token {token} belongs to {claims[0]}; take {suggest_token(workspace, token[1:-1])}.")
+    return token
+
+
+def _checked_noun(noun: str | None) -> str:
+    noun = (noun or "").strip()
+    if not re.fullmatch(r"[A-Za-z][A-Za-z -]{0,39}", noun):
+        raise UserError("The class noun is missing or odd; write what your thing is in plain words, such as dog.")
+    return noun
+
+
+@contextmanager
+def _new_folder(workspace: Workspace, name: str) -> Iterator[Path]:
+    """A new concept's folder, which appears under its name whole or not at all."""
+    with saying_disk("concepts"):
+        workspace.concepts.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=workspace.concepts))
+        try:
+            yield new
+            load_concept(new, name)
+            new.chmod(0o755)
+            new.rename(workspace.concepts / name)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def _write_about(folder: Path, name: str, noun: str, token: str, repeats: object = None) -> None:
+    said = {"name": name, "noun": noun, "token": token} | ({} if repeats is None else {"repeats": repeats})
+    write_text(folder / ABOUT, yaml.safe_dump(said, sort_keys=False))
+
+
+def _photo(folder: Path, concept: Concept, name: str | None) -> Photo:
+    if not name:
+        raise UserError("No photo is chosen; click one first.")
+    return pick(name, file_names(folder, concept), "photo", "reload the page")

@@ -1,0 +1,189 @@
+"""What a training will cost, said before it starts: trained numbers, time, memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import pocket
+from ..config.models import TrainConfig
+from .jobs import Job
+from .workspace import duration
+
+if TYPE_CHECKING:
+    from ..training.status import TrainingStatus
+
+BUSY = 2.0  # how much longer a step may take than it does alone: other work, photos, what the loss needs
+ENOUGH = 100  # steps of a training that tells how long others take
+SMALL = 50_000_000  # weights of a base below which it is like the pocket base
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Two short texts for a person's eyes, and a sentence on how far to trust them."""
+
+    trained: str
+    time: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is known of a base without loading its weights: its kind, whether that is a guess from its name, and the
+    (out, in) of the adapted weights."""
+
+    arch: str
+    guessed: bool
+    sides: tuple[tuple[int, int], ...]
+
+
+def estimate(config: TrainConfig, jobs: Iterable[Job] = ()) -> Estimate:
+    """What training will cost, from the base's shape and what trainings of this workspace took.
+
+    Raises:
+        UserError: the method cannot have that rank on this base.
+    """
+    from ..methods import get_method
+    from ..training.run import with_rank
+
+    shape = shape_of(config.base, config.targets)
+    settled = with_rank(config, shape.sides, lambda text: None)
+    method = get_method(settled.method)
+    trained = method.total(shape.sides, settled.rank)
+    jobs = list(jobs)
+    if (now := present_pace(jobs, config)) is not None:
+        time, note = duration(now * config.steps), "The time is taken from the training that runs now."
+    elif (known := seconds_per_step(jobs, config)) is not None:
+        time, note = duration(known * config.steps), "The time is taken from your last training on this base."
+    else:
+        from ..training.speed import training_seconds
+
+        seconds = training_seconds(config, shape.arch)
+        time, note = span(seconds, BUSY * seconds), "The time follows from a short measurement on this machine."
+    if shape.guessed:
+        note += " The base is not on this machine, so its size is taken from Stable Diffusion's."
+    return Estimate(f"{trained:,}", time, note)
+
+
+def memory(config: TrainConfig) -> tuple[str, str]:
+    """The memory that a training takes at most, and what to know of it; a large base takes some seconds to count.
+
+    Raises:
+        UserError: the targets match nothing.
+    """
+    from ..models.base import parse_device
+    from ..training.checkpoint import APART
+    from ..training.memory import available, gib
+
+    shape = shape_of(config.base, config.targets)
+    if shape.arch == "pocket":
+        return "about 0.8 GiB", ""
+    device = parse_device(config.device)
+    total = _counted(config.model_dump_json(exclude=set(APART)), device.type)
+    free = available(device)
+    fits = free is None or total <= free
+    return f"about {gib(total)}", "" if fits else f" There are {gib(free or 0)} free here: take a smaller preset."
+
+
+@lru_cache(maxsize=64)
+def _counted(settings: str, device: str) -> int:
+    """Bytes of a training with these settings (JSON), whose concept and output do not count."""
+    from ..models.base import parse_dtype
+    from ..training import memory
+
+    config = TrainConfig(**{**json.loads(settings), "concept": "concept", "output": "output"})
+    models, vae = _models(config.base)
+    dtype = parse_dtype(config.dtype)
+    unet: Any = models["unet"]
+    size = config.resolution or unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    held = {name: model.to(dtype) for name, model in models.items()}
+    return memory.estimate(held, vae.to(dtype), config, size, "cpu" if device == "cpu" else "cuda").total
+
+
+def present_pace(jobs: Iterable[Job], config: TrainConfig) -> float | None:
+    """What a step takes in the training that runs now, if it is on the same base with as large a batch."""
+    for job in jobs:
+        status = job.own_status
+        if job.record.state == "running" and status and status.stage == "train" and status.eta and like(status, config):
+            return status.eta / max(1, status.steps - status.step)
+    return None
+
+
+def like(status: TrainingStatus, config: TrainConfig) -> bool:
+    """Whether a training is on the same base with as large a batch."""
+    return (status.config.get("base"), status.config.get("batch")) == (config.base, config.batch)
+
+
+def seconds_per_step(jobs: Iterable[Job], config: TrainConfig) -> float | None:
+    """What a step took in the newest finished training on the same base with as large a batch, loading included.
+
+    Short ones are left out, since they mostly load.
+    """
+    for job in jobs:
+        status = job.own_status
+        if job.record.state != "done" or job.record.launches != 1 or status is None or job.steps_done < ENOUGH:
+            continue
+        if not like(status, config):
+            continue
+        try:
+            took = datetime.fromisoformat(status.updated) - datetime.fromisoformat(status.started)
+        except ValueError:
+            continue
+        return took.total_seconds() / job.steps_done
+    return None
+
+
+def span(low: float, high: float) -> str:
+    """A range of seconds for a person's eyes."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if high >= 2 * size:
+            return f"{max(1, math.floor(low / size))} to {math.ceil(high / size)} {unit}"
+    return f"{max(1, math.floor(low))} to {math.ceil(high)} s"
+
+
+@lru_cache(maxsize=32)
+def shape_of(base: str, targets: str) -> Shape:
+    """The shape of a base from its configuration files; of one that is not here, from its name.
+
+    Raises:
+        UserError: the targets match nothing.
+    """
+    from ..linalg import sides
+    from ..models.targets import find_targets
+
+    models, _ = _models(base)
+    adapted = tuple(sides(layer.weight) for layer in find_targets(models, targets).values())
+    weights = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
+    arch = "pocket" if weights < SMALL else "sdxl" if "text_encoder_2" in models else "sd15"
+    return Shape(arch, not _is_here(base), adapted)
+
+
+def _is_here(base: str) -> bool:
+    return base == "pocket" or (Path(base) / "model_index.json").is_file()
+
+
+def _models(base: str) -> tuple[dict[str, Any], Any]:
+    """U-Net and text encoders, and the autoencoder, on the meta device: shapes without weights."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from ..models.architectures import build_meta, build_vae_meta
+
+    folder = pocket.path() if base == "pocket" else Path(base)
+    found: dict[str, Any] = {}
+    with torch.device("meta"):
+        if not _is_here(base):
+            return build_meta("sdxl" if "xl" in folder.name.lower() else "sd15"), build_vae_meta()
+        for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+            file = folder / name / "config.json"
+            if file.is_file():
+                found[name] = kind(CLIPTextConfig(**json.loads(file.read_text(encoding="utf-8"))))
+        found["unet"] = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(folder / "unet")))
+        return found, AutoencoderKL.from_config(AutoencoderKL.load_config(str(folder / "vae")))

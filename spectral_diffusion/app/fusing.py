@@ -1,0 +1,274 @@
+"""What the fuse tab does, without gradio: concepts into one checkpoint of the workspace, and out of it again."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config.models import FuseConfig, build, preset_part, usual_settings
+from ..core import assets as resources
+from ..core.errors import UserError, nearest
+from ..core.hooks import Progress, silent
+from .adapters import adapter_file, read_adapter
+from .device import giving_back
+from .wording import in_app, reworded
+from .workspace import Workspace, filled, pick, safe_name, sentence_of, visible
+
+if TYPE_CHECKING:
+    from ..adapters.adapter import Adapter
+
+FUSED = "fused/"  # marks a fused folder of the workspace among the bases
+SPACE = "\0"  # in the place of one inside a name
+SPARING = "sd15-12gb"  # the preset for a base that brings none along
+RECIPE = "recipe.json"  # the library's own name for it is in a module that brings torch, which no page has to wait for
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A saved fusion; ``problem`` is a sentence where its recipe cannot be read."""
+
+    name: str
+    concepts: dict[str, float]
+    merge: str
+    taught: int = 0  # steps
+    problem: str = ""
+
+
+def fused_folders(workspace: Workspace) -> dict[str, Path]:
+    """The fused folders by name, damaged ones too."""
+    return {path.name: path for path in visible(workspace.fused) if (path / RECIPE).is_file()}
+
+
+def fused_names(workspace: Workspace) -> list[str]:
+    """The names of the fused folders."""
+    return list(fused_folders(workspace))
+
+
+def fused_folder(workspace: Workspace, name: str | None) -> Path:
+    """The folder of a listed fusion.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    return pick(name, fused_folders(workspace), "fused folder", "fuse adapters in step 3")
+
+
+def base_choices(workspace: Workspace) -> list[str]:
+    """``pocket``, then the fused folders as ``fused/<name>``."""
+    return ["pocket", *(FUSED + name for name in fused_names(workspace))]
+
+
+def base_path(workspace: Workspace, base: str | None) -> str:
+    """What to load for a choice: a fused folder of the workspace, or whatever else was written, as it is.
+
+    Raises:
+        UserError: no such fused folder.
+    """
+    base = (base or "pocket").strip()
+    return str(fused_folder(workspace, base.removeprefix(FUSED))) if base.startswith(FUSED) else base
+
+
+def parse_strengths(text: str | None, names: Sequence[str]) -> dict[str, float]:
+    """``0.8`` for all, or ``rex=0.8, brew=1.2``; who is not named gets 1.
+
+    Raises:
+        UserError: not a number, or a name that is not chosen.
+    """
+    strengths, text = dict.fromkeys(names, 1.0), re.sub(r"\s*=\s*", "=", text or "")
+    for name in names:
+        text = text.replace(f"{name}=", f"{name.replace(' ', SPACE)}=")
+    for part in re.split(r"[\s,;]+", text):
+        name, equals, number = part.replace(SPACE, " ").rpartition("=")
+        if equals and name not in strengths:
+            chosen = f"the chosen adapters are {', '.join(names)}" if names else "no adapter is chosen"
+            raise UserError(f"The strength names '{name}'{nearest(name, names)}, but {chosen}.")
+        try:
+            value = float(number) if part else 1.0
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(f"The strength '{part}' is not a number; write 0.8, or rex=0.8, brew=1.2.")
+        if part:
+            strengths.update({name: value} if equals else dict.fromkeys(names, value))
+    return strengths
+
+
+def ticked(chosen: Sequence[str] | None) -> list[str]:
+    """The chosen names, not looked up yet.
+
+    Raises:
+        UserError: none is chosen.
+    """
+    if not chosen:
+        raise UserError("No concepts are chosen; tick the ones to fuse, or train one in step 2 first.")
+    return list(chosen)
+
+
+def load_chosen(workspace: Workspace, chosen: Sequence[str] | None) -> dict[str, Adapter]:
+    """The chosen adapters by the names of their files.
+
+    Raises:
+        UserError: none is chosen, or one of them is not there or damaged.
+    """
+    names = ticked(chosen)
+    for name in names:
+        adapter_file(workspace, name)  # a refusal does not wait for what reading brings
+    return {name: read_adapter(workspace, name) for name in names}
+
+
+def settings_for(
+    workspace: Workspace, chosen: Sequence[str] | None, output: Path, strengths: Mapping[str, float], **changes: Any
+) -> FuseConfig:
+    """The settings that the page's fields stand for; ``changes`` are the merge's own, an empty one its default.
+
+    ``teach`` among them is the number of steps; ``preset`` is one that fuses, by default what the base brings along, or
+    what fits most graphics cards.
+
+    Raises:
+        UserError: nothing is chosen, or a setting cannot be.
+    """
+    adapters = load_chosen(workspace, chosen)
+    files = [adapter_file(workspace, name) for name in adapters]
+    by_concept = {adapter.name: strengths.get(name, 1.0) for name, adapter in adapters.items()}
+    given = filled(changes)
+    anchor, steps = given.pop("anchor", None), given.pop("teach", None)
+    inner = {} if anchor is None else {"gradient": {"anchor": anchor}}
+    inner |= {} if steps is None else {"teach": {"steps": steps}}
+    preset = given.pop("preset", None)
+    base = next(iter(adapters.values())).base
+    if preset and resources.preset_of(base) != "pocket":
+        raise UserError("All of the U-Net is taught only on the pocket base here; choose fewer layers to teach.")
+    layer = preset_part(preset, "fuse") if preset else usual_settings(base, "fuse") or preset_part(SPARING, "fuse")
+    return build(FuseConfig, layer, given, inner, {"adapters": files, "output": output, "strength": by_concept})
+
+
+def merges() -> dict[str, str]:
+    """What each merge does, by its name."""
+    from ..merging.merges.registry import all_merges  # see above
+
+    return {name: one.summary for name, one in all_merges().items()}
+
+
+def fuse(
+    workspace: Workspace,
+    chosen: Sequence[str] | None,
+    name: str,
+    strengths: Mapping[str, float],
+    progress: Progress = silent,
+    replace: bool = False,
+    **changes: Any,
+) -> str:
+    """Fuse listed adapters into ``fused/<name>/``; returns what to tell.
+
+    Raises:
+        UserError: anything the person can mend, such as a name that is taken unless ``replace`` is asked for.
+    """
+    chosen, name = ticked(chosen), safe_name(name, "name of the fusion")
+    if name in fused_folders(workspace) and not replace:
+        raise UserError(f"There is a fusion '{name}' already; choose another name, or tick to replace it.")
+    from ..merging.fuse import fuse_to_folder
+
+    notes: list[str] = []
+    with giving_back(), reworded(workspace, "fused"):
+        settings = settings_for(workspace, chosen, workspace.fused / name, strengths, **changes)
+        with _kept(workspace, name):
+            notes += [f"Note: {warning}" for warning in fuse_to_folder(settings, progress, notes.append)]
+    told = [in_app(note, workspace) for note in notes]
+    return "\n".join([*told, f"Saved '{name}' with {' and '.join(chosen)}. Draw with it in step 4."])
+
+
+@contextmanager
+def _kept(workspace: Workspace, name: str) -> Iterator[None]:
+    """Keep a fusion that is about to be replaced in the trash; if the new one fails, all is as it was."""
+    from .editing import discard
+
+    if name not in fused_folders(workspace):
+        yield
+        return
+    place = discard(workspace, name, [])
+    try:
+        shutil.copytree(fused_folder(workspace, name), place / name, copy_function=_link)
+        yield
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    shutil.rmtree(exports_of(workspace, name), ignore_errors=True)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file, which takes no space; a copy where the disk cannot do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def fusions(workspace: Workspace) -> list[Fusion]:
+    """The saved fusions; one that cannot be read hides none of the others."""
+    from ..merging.manifest import read_recipe
+
+    found = []
+    for name, folder in fused_folders(workspace).items():
+        try:
+            recipe = read_recipe(folder) or {}
+            concepts = {str(one): float(recipe["strength"].get(one, 1.0)) for one in recipe["concepts"]}
+            settings = recipe["settings"]
+            found.append(Fusion(name, concepts, str(settings["merge"]), int(settings["teach"]["steps"])))
+        except Exception as error:  # one bad folder must not hide the others
+            found.append(Fusion(name, {}, "", problem=in_app(sentence_of(error), workspace)))
+    return found
+
+
+def concepts_in(workspace: Workspace, name: str | None) -> list[str]:
+    """The concepts of a saved fusion; none if it cannot be read."""
+    return next((list(one.concepts) for one in fusions(workspace) if one.name == name), [])
+
+
+def take_out(workspace: Workspace, name: str | None, concept: str | None, new: str, progress: Progress = silent) -> str:
+    """Write a fusion without one of its concepts under a new name; returns what to tell.
+
+    Raises:
+        UserError: anything the person can mend.
+    """
+    folder = fused_folder(workspace, name)
+    if not concept:
+        raise UserError("No concept is chosen; choose which one to take out.")
+    if concepts_in(workspace, name) == [concept]:
+        raise UserError(f"'{concept}' is all that '{name}' holds; delete the fusion instead.")
+    new = safe_name(new, "name of what is left")
+    if new in fused_folders(workspace):
+        raise UserError(f"There is a fusion '{new}' already; choose another name for what is left.")
+    from ..merging.unfuse import unfuse
+
+    notes: list[str] = []
+    with giving_back(), reworded(workspace, "fused"):
+        unfuse(folder, [concept], workspace.fused / new, progress=progress, note=notes.append)
+    told = [in_app(note, workspace) for note in notes]
+    exactly = "" if told else ", as if it had never been in"
+    return "\n".join([*told, f"Saved '{new}': '{name}' without {concept}{exactly}."])
+
+
+def delete_fusion(workspace: Workspace, name: str | None) -> str:
+    """Put a saved fusion into the trash; returns what to tell.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    from .editing import discard
+
+    place = discard(workspace, str(name), [fused_folder(workspace, name)])
+    shutil.rmtree(exports_of(workspace, str(name)), ignore_errors=True)
+    where = place.relative_to(workspace.root)
+    return f"Deleted the fusion '{name}'; it lies in {where} of the workspace, and its adapters are still there."
+
+
+def exports_of(workspace: Workspace, name: str) -> Path:
+    """Where the downloads of a fusion are, all of which can be made again."""
+    return workspace.pictures / "exports" / name

@@ -1,0 +1,287 @@
+"""The pictures of the workspace: looked through, told about, taken apart into fields, downloaded, deleted."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from ..config.models import build
+from ..core.errors import UserError
+from ..core.files import write_bytes
+from ..scenes.png_metadata import read_settings
+from ..scenes.scene import Scene
+from .adapters import adapter_files
+from .canvas import MOST_SIDE, as_url, png_of
+from .fusing import FUSED, fused_folders
+from .generation import SKETCHES
+from .workspace import Workspace, visible
+
+PAGE = 24
+SCENES = "scenes"  # the folder of downloads inside that of the pictures
+MOST_BYTES = 50_000_000  # of a picture or drawing that is read
+FIELDS = ("prompt", "negative_prompt", "steps", "guidance", "sampler", "width", "height",
+          "region_share", "region_isolation", "region_start", "region_end")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Refill:
+    """The page's fields that draw a picture again, and what of it they cannot hold.
+
+    ``fields`` holds the scene's own; ``canvas`` is the canvas's value.
+    """
+
+    base: str
+    adapters: list[str]
+    strength: str
+    canvas: dict[str, Any]
+    sketch_weight: float
+    keypose_weight: float
+    sketch_adapter: str
+    keypose_adapter: str
+    seed: int
+    fields: dict[str, Any]
+    notes: list[str]
+
+
+def picture_files(workspace: Workspace) -> dict[str, Path]:
+    """The pictures by their files' names without ending, newest first."""
+    found = []
+    for path in visible(workspace.pictures):
+        if path.suffix == ".png":
+            with suppress(OSError):  # it has gone this very moment
+                found.append((path.stat().st_mtime_ns, path.stem, path))
+    return {stem: path for _, stem, path in sorted(found, reverse=True)}
+
+
+def picture_file(workspace: Workspace, name: str | None) -> Path:
+    """The file of a listed picture.
+
+    Raises:
+        UserError: none is chosen, or there is none of that name.
+    """
+    if not name:
+        raise UserError("No picture is chosen; click on one below.")
+    known = picture_files(workspace)
+    if name not in known:
+        raise UserError(f"There is no picture '{name[:60]}' any more; choose another.")
+    return known[name]
+
+
+def page_of(workspace: Workspace, number: int) -> tuple[list[Path], int, list[str]]:
+    """The pictures of a page (from 1), the number of pages, and a sentence per file that is no picture."""
+    good, problems = [], []
+    for path in picture_files(workspace).values():
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                if max(image.size) > 8192:
+                    raise ValueError
+            good.append(path)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            problems.append(f"{path.name} in the folder of pictures is no readable picture.")
+    pages = max(1, -(-len(good) // PAGE))
+    number = min(max(1, number), pages)
+    return good[(number - 1) * PAGE : number * PAGE], pages, problems
+
+
+def scene_inside(workspace: Workspace, name: str | None) -> Scene:
+    """The scene that a listed picture was drawn from.
+
+    Raises:
+        UserError: there is no such picture, or it holds no scene of this program.
+    """
+    path = picture_file(workspace, name)
+    if path.stat().st_size > MOST_BYTES:
+        raise UserError(f"{path.name} is too large to be read.")
+    return build(Scene, read_settings(path), file=path.name)
+
+
+def about(workspace: Workspace, name: str | None) -> list[tuple[str, str]]:
+    """What a picture was made from, for a person's eyes: pairs of a heading and a text.
+
+    Raises:
+        UserError: see :func:`scene_inside`.
+    """
+    scene = scene_inside(workspace, name)
+    names = _names(workspace)
+    rows = [("Prompt", scene.prompt)]
+    for number, region in enumerate(scene.regions, 1):
+        who = ", ".join(_short(file, names) for file in region.adapters)
+        rows.append((f"Box {number}", region.prompt + (f" (with {who})" if who else "")))
+    if scene.negative_prompt:
+        rows.append(("Negative prompt", scene.negative_prompt))
+    rows.append(("Base", _base_name(workspace, scene.base)))
+    if scene.adapters:
+        rows.append(("Concepts", ", ".join(f"{_short(f, names)} at {s}" for f, s in scene.adapters.items())))
+    if scene.conditions:
+        rows.append(("Held to", ", ".join(f"a {one.kind} at {one.weight:g}" for one in scene.conditions)))
+    rows.append(("Seed", str(scene.seed if scene.keep is None else scene.keep)))
+    size = f", {scene.width}×{scene.height}" if scene.width and scene.height else ""
+    rows.append(("Drawn in", f"{scene.steps} steps, guidance {scene.guidance:g}, {scene.sampler}{size}"))
+    return rows
+
+
+def refill(workspace: Workspace, name: str | None) -> Refill:
+    """The page's fields that draw a picture again, bit for bit if ``notes`` is empty.
+
+    Raises:
+        UserError: see :func:`scene_inside`.
+    """
+    scene = scene_inside(workspace, name)
+    names, notes = _names(workspace), list[str]()
+    strengths: dict[str, float] = {}
+
+    def known(adapters: Mapping[str, Any]) -> list[str]:
+        found = []
+        for file, strength in adapters.items():
+            short = names.get(_real(file))
+            if short is None:
+                notes.append(f"The adapter {Path(file).stem} is not in this workspace any more; it is left out.")
+                continue
+            if isinstance(strength, dict):
+                notes.append(f"{short} had strengths per network; the page has one for both.")
+                strength = strength.get("unet", 1.0)
+            if strengths.setdefault(short, strength) != strength:
+                notes.append(f"{short} had several strengths; the page has one.")
+            found.append(short)
+        return found
+
+    adapters = known(scene.adapters)
+    regions = []
+    for number, region in enumerate(scene.regions, 1):
+        if region.box is None:
+            notes.append(f"Region {number} is a painted mask, which the canvas cannot hold; it is left out.")
+            continue
+        bound = known(region.adapters)
+        if len(bound) > 1 or region.negative_prompt or region.condition_weight != 1:
+            notes.append(f"Region {number} has more settings than the canvas can hold.")
+        box = list(region.fractions(scene.width or 1, scene.height or 1))
+        regions.append({"box": box, "prompt": region.prompt, "concept": bound[0] if bound else ""})
+    canvas: dict[str, Any] = {"strokes": "", "keypose": "", "regions": regions}
+    weights, t2i = {"sketch": 1.0, "keypose": 1.0}, {"sketch": "", "keypose": ""}
+    for condition in scene.conditions:
+        place = "strokes" if condition.kind == "sketch" else "keypose"
+        if canvas[place]:
+            notes.append(f"There are several {condition.kind}es; the canvas holds the first.")
+            continue
+        try:
+            canvas[place] = as_url(_kept_drawing(workspace, condition.file))
+        except UserError as error:
+            notes.append(str(error))
+        weights[condition.kind], t2i[condition.kind] = condition.weight, condition.adapter or ""
+    if len(scene.every_seed()) > 1:
+        notes.append("It was drawn together with others; alone its last bits may differ.")
+    return Refill(
+        _base_name(workspace, scene.base), adapters, _written(strengths), canvas,
+        weights["sketch"], weights["keypose"], t2i["sketch"], t2i["keypose"],
+        scene.seed if scene.keep is None else scene.keep, {field: getattr(scene, field) for field in FIELDS}, notes,
+    )  # fmt: skip
+
+
+def download(workspace: Workspace, name: str | None) -> tuple[Path, Path]:
+    """A picture's file, and a zip beside it with picture, drawings and ``scene.yaml`` for ``generate`` elsewhere.
+
+    Raises:
+        UserError: see :func:`scene_inside`.
+    """
+    scene, path = scene_inside(workspace, name), picture_file(workspace, name)
+    settings = scene.model_dump(mode="json", exclude={"output", "device"}, exclude_defaults=True)
+    needed = [Path(file).name for file in [*scene.adapters, *(f for one in scene.regions for f in one.adapters)]]
+    settings |= {"adapters": {Path(file).name: strength for file, strength in scene.adapters.items()}}
+    for region in settings.get("regions", []):
+        region["adapters"] = {Path(file).name: strength for file, strength in region.get("adapters", {}).items()}
+    with_it: dict[str, bytes] = {path.name: path.read_bytes()}
+    for number, condition in enumerate(settings.get("conditions", [])):
+        file = Path(condition["file"])
+        inside = f"drawing-{number + 1}.png"  # a drawing's own name may be the picture's
+        with suppress(UserError):
+            with_it[inside] = _kept_drawing(workspace, file)
+        condition["file"] = inside
+    if scene.base != "pocket":
+        needed.append(Path(scene.base).name)
+        settings["base"] = Path(scene.base).name if Path(scene.base).is_absolute() else scene.base
+    beside = f" Put beside this file: {', '.join(dict.fromkeys(needed))}." if needed else ""
+    text = f"# spectral-diffusion generate scene.yaml draws this picture again.{beside}\n" + yaml.safe_dump(
+        settings, allow_unicode=True, sort_keys=False
+    )
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        for file_name, data in {"scene.yaml": text.encode(), **with_it}.items():
+            archive.writestr(zipfile.ZipInfo(file_name), data)
+    packed = workspace.pictures / SCENES / f"{path.stem}.zip"
+    write_bytes(packed, held.getvalue())
+    return path, packed
+
+
+def delete(workspace: Workspace, name: str | None) -> str:
+    """Delete a listed picture, and its drawings when no other picture was drawn from them; returns what to tell.
+
+    Raises:
+        UserError: there is none of that name, or it cannot be deleted.
+    """
+    path = picture_file(workspace, name)
+    run = "-".join(path.stem.split("-")[:3])  # day, time and thousandths; a seed may follow
+    try:
+        path.unlink(missing_ok=True)
+        (workspace.pictures / SCENES / f"{path.stem}.zip").unlink(missing_ok=True)
+        if not any(other == run or other.startswith(f"{run}-") for other in picture_files(workspace)):
+            for file in (f"{run}.png", f"{run}-keypose.png"):
+                (workspace.pictures / SKETCHES / file).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot delete {path.name}: {error.strerror or error}.") from error
+    return f"Deleted {path.stem}."
+
+
+def _kept_drawing(workspace: Workspace, file: Path) -> bytes:
+    """A drawing of the workspace as a PNG; nothing outside is read, whatever a picture says.
+
+    Raises:
+        UserError: it is not there, or not such a drawing.
+    """
+    folder = workspace.pictures / SKETCHES
+    kept = {_real(path): path for path in visible(folder)}
+    path = kept.get(_real(file))
+    if path is None:
+        raise UserError(f"The drawing {Path(file).name} is not in this workspace any more; draw it again.")
+    try:
+        data = path.read_bytes() if path.stat().st_size <= MOST_BYTES else b""
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            if max(image.size) <= MOST_SIDE:
+                return data
+            image.thumbnail((MOST_SIDE, MOST_SIDE))
+            return png_of(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"The drawing {path.name} is damaged; draw it again.") from error
+
+
+def _real(file: str | Path) -> str:
+    return str(Path(file).absolute())
+
+
+def _names(workspace: Workspace) -> dict[str, str]:
+    """The workspace's adapters by their files' paths."""
+    return {_real(path): name for name, path in adapter_files(workspace).items()}
+
+
+def _short(file: str, names: Mapping[str, str]) -> str:
+    return names.get(_real(file), Path(file).stem)
+
+
+def _base_name(workspace: Workspace, base: str) -> str:
+    """A base as the page's list of bases has it."""
+    fused = {_real(path): name for name, path in fused_folders(workspace).items()}
+    return FUSED + fused[_real(base)] if _real(base) in fused else base
+
+
+def _written(strengths: Mapping[str, float]) -> str:
+    """Strengths as :func:`.fusing.parse_strengths` reads them back."""
+    if set(strengths.values()) <= {1.0}:
+        return "1"
+    return ", ".join(f"{name}={value!r}" for name, value in strengths.items())

@@ -1,0 +1,295 @@
+"""What the generate tab does, without gradio: a prompt, concepts and a canvas to pictures of the workspace."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..config.models import build, preset_part, usual_settings
+from ..core.errors import UserError
+from ..core.files import write_bytes
+from ..core.hooks import Event, Progress, silent
+from ..merging.manifest import read_recipe
+from ..models.base import parse_device, size_in_configs
+
+# Here rather than where they are used: torch and diffusers break when two pages' threads import them at once.
+from ..scenes.generate import Cancelled, generate_to_file
+from ..scenes.scene import Scene
+from .adapters import adapter_file, adapter_files, read_adapter
+from .base_cache import Keeper
+from .canvas import Canvas, Place
+from .concepts import known_concepts
+from .fusing import FUSED, SPARING, base_path, fused_names, parse_strengths
+from .wording import in_app, reworded
+from .workspace import Workspace, filled
+
+SKETCHES = "sketches"  # the folder of drawings inside that of the pictures
+PREVIEWS = 6  # of one picture, about
+USUAL_SIDE = 512
+LARGE = 256  # pixels of a base that is drawn in half precision on a GPU
+UNKNOWN = re.compile(r"Note: (\S+) is no token of this base")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures that were written, and what to tell."""
+
+    pictures: list[Path]
+    words: str
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What shall be drawn: the page's fields but for the scene's own.
+
+    Attributes:
+        adapters: names of adapters that act everywhere; those bound to regions need not be among them.
+        strength: one number for all, or ``rex=0.8, brew=1.2``.
+        sketch_adapter, keypose_adapter: other T2I-Adapters than the base's own, by folder or hub id.
+    """
+
+    base: str | None = None
+    adapters: Sequence[str] = ()
+    strength: str | None = None
+    canvas: Canvas = field(default_factory=Canvas)
+    sketch_weight: float = 1.0
+    keypose_weight: float = 1.0
+    sketch_adapter: str | None = None
+    keypose_adapter: str | None = None
+
+
+def tokens(workspace: Workspace, base: str | None, chosen: Sequence[str] | None) -> dict[str, str]:
+    """The tokens a prompt may use, with their class nouns.
+
+    Raises:
+        UserError: a chosen base or adapter is not there or damaged.
+    """
+    recipe = read_recipe(Path(base_path(workspace, base)))
+    found = {str(one["token"]): str(one["noun"]) for one in recipe["concepts"].values()} if recipe else {}
+    for name in chosen or []:
+        adapter = read_adapter(workspace, name)
+        found[adapter.token] = adapter.noun
+    return found
+
+
+def generate(
+    workspace: Workspace,
+    wish: Wish,
+    progress: Progress = silent,
+    preview: Callable[[list[Image.Image]], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    keeper: Keeper | None = None,
+    **changes: Any,
+) -> Drawn:
+    """Draw into ``pictures/``. ``changes`` are the scene's own fields; an empty one leaves the default.
+
+    A stop is no error: what was finished before it is kept.
+
+    Raises:
+        UserError: anything the person can mend.
+    """
+    stem = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    notes: list[str] = []
+    with reworded(workspace, workspace.pictures.name):
+        scene = scene_of(workspace, wish, workspace.pictures / f"{stem}.png", notes.append, **changes)
+        every = max(1, round(scene.steps / PREVIEWS))
+        show = None if preview is None else lambda step, images: preview(images)
+        with _kept(scene, _drawing_files(workspace, stem, wish.canvas)):
+            try:
+                with (keeper or Keeper()).borrowed(scene.base, scene.device, scene.dtype) as base:
+                    generate_to_file(
+                        scene, _of_all(scene, progress), notes.append, should_stop, show, base=base, every=every
+                    )
+                said = "Drew {}."
+            except Cancelled:
+                said = "Stopped; {} finished before that."
+    if len(scene.every_seed()) > 1:  # the sheet of them: the page shows the pictures themselves
+        scene.output.unlink(missing_ok=True)
+    written = [path for path in places_of(scene) if path.exists()]
+    notes.append(said.format(_counted(written)) if written else "Stopped.")
+    return Drawn(written, "\n".join(in_app(_explained(workspace, note), workspace) for note in notes))
+
+
+def _counted(written: Sequence[Path]) -> str:
+    """How many pictures there are, and of what size, since a page shows small ones enlarged."""
+    with Image.open(written[0]) as image:
+        size = f"{image.width}×{image.height} pixels"
+    return f"1 picture of {size}" if len(written) == 1 else f"{len(written)} pictures of {size}"
+
+
+def _explained(workspace: Workspace, note: str) -> str:
+    """A note on a token that nothing answers to, with what to do if it is that of a concept here."""
+    found = UNKNOWN.match(note)
+    names = {token: name for name, (_, _, token) in known_concepts(workspace).items()} if found else {}
+    if not found or found[1] not in names:
+        return note
+    name = names[found[1]]
+    trained = name in adapter_files(workspace)
+    why = "is not among the concepts chosen for it" if trained else "is not trained yet"
+    what = "click its token to choose it" if trained else "train it in step 2, or wait until its training is done"
+    return f"Note: {found[1]} was read as plain text, for '{name}' {why}: {what}."
+
+
+def _of_all(scene: Scene, progress: Progress) -> Progress:
+    """The progress of single pictures as that of all of them."""
+    before = [-scene.steps]
+
+    def tell(event: Event) -> None:
+        if event.done == 1:
+            before[0] += scene.steps
+        progress(Event(event.stage, before[0] + event.done, scene.steps * len(scene.every_seed()), event.figures))
+
+    return tell
+
+
+@contextmanager
+def _kept(scene: Scene, files: dict[Path, bytes]) -> Iterator[None]:
+    """Write the drawings that a scene names, and take them away again if no picture came of it."""
+    try:
+        for file, data in files.items():
+            write_bytes(file, data)
+        yield
+    finally:
+        if not any(path.exists() for path in places_of(scene)):
+            for file in files:
+                with suppress(OSError):
+                    file.unlink(missing_ok=True)
+
+
+def scene_of(
+    workspace: Workspace, wish: Wish, output: Path, note: Callable[[str], None] = lambda text: None, **changes: Any
+) -> Scene:
+    """The scene that the page's fields stand for; the canvas's drawings are files beside the output.
+
+    Raises:
+        UserError: anything the person can mend.
+    """
+    if not str(changes.get("prompt") or "").strip():
+        raise UserError("The prompt is empty; write what to draw, such as: a photo of <rex> on the beach.")
+    path = base_path(workspace, wish.base)
+    recipe = read_recipe(Path(path))
+    inside = set(recipe["concepts"]) if recipe else set()  # fused into the base: they act already
+    bound = list(dict.fromkeys(p.concept for p in wish.canvas.regions if p.concept and p.concept not in inside))
+    everywhere = [name for name in wish.adapters if name not in bound and name not in inside]
+    if both := [name for name in wish.adapters if name in bound]:
+        note(f"Note: {' and '.join(both)} acts in its own regions only, not everywhere.")
+    named = [*everywhere, *bound]
+    files = {name: str(adapter_file(workspace, name)) for name in named}
+    foreign = [name for name in named if not is_base(workspace, wish.base, read_adapter(workspace, name).base)]
+    if recipe and foreign:
+        raise UserError(
+            f"{wish.base} is fused from {', '.join(sorted(inside))}, and {foreign[0]} is not among them: take it out "
+            "of the boxes and the concepts, or take the base pocket."
+        )
+    strengths = parse_strengths(wish.strength if named else "", named)
+    _tell_missing_tokens(workspace, [place for place in wish.canvas.regions if place.concept in bound], note)
+    layer: dict[str, Any] = {
+        "base": path,
+        "adapters": {files[name]: strengths[name] for name in everywhere},
+        "regions": [
+            {
+                "box": place.box,
+                "prompt": place.prompt,
+                "adapters": {files[place.concept]: strengths[place.concept]} if place.concept in bound else {},
+            }
+            for place in wish.canvas.regions
+        ],
+        "conditions": _conditions(workspace, output.stem, wish),
+        "output": output,
+    }
+    # One picture at a time: each is there as soon as can be, costs no more memory, and its seed alone makes it again.
+    usual = {"batch": 1, "dtype": usual_dtype(side_of(workspace, wish.base), str(changes.get("device") or "auto"))}
+    return build(Scene, usual, filled(changes), layer)
+
+
+def usual_dtype(side: int, device: str) -> str:
+    """Half precision for a large base on a CUDA GPU: float32 takes twice the time there, and may not fit."""
+    return "float16" if side >= LARGE and parse_device(device).type == "cuda" else "float32"
+
+
+def places_of(scene: Scene) -> list[Path]:
+    """Where a scene's pictures go, in their order."""
+    seeds = scene.every_seed()
+    if len(seeds) == 1:
+        return [scene.output]
+    return [scene.output.with_name(f"{scene.output.stem}-{seed}.png") for seed in seeds]
+
+
+def side_of(workspace: Workspace, base: str | None) -> int:
+    """The side in pixels of the pictures that a base draws by itself, without loading it; 512 if nobody knows."""
+    try:
+        name = base_path(workspace, base)
+    except UserError:
+        return USUAL_SIDE
+    return size_in_configs(name) or USUAL_SIDE
+
+
+def sampling_of(workspace: Workspace, base: str | None, now: tuple[int, float]) -> tuple[int, float]:
+    """Steps and guidance for a base: its usual ones in the place of another's, but what a person chose stays."""
+    large = preset_part(SPARING, "generate")
+    try:
+        suits = usual_settings(base_path(workspace, base), "generate") or large
+    except UserError:
+        return now
+    usual = [(said["steps"], said["guidance"]) for said in (usual_settings("pocket", "generate"), large)]
+    return (suits["steps"], suits["guidance"]) if now in usual else now
+
+
+def is_base(workspace: Workspace, base: str | None, name: str) -> bool:
+    """Whether a base as the page calls it is the one of that name or path."""
+    try:
+        return base_path(workspace, base) == name
+    except UserError:
+        return False
+
+
+def base_of(workspace: Workspace, name: str) -> str:
+    """The base that a listed adapter was trained on, as the page calls it.
+
+    Raises:
+        UserError: there is no such adapter, or it is damaged.
+    """
+    base = Path(read_adapter(workspace, name).base)
+    inside = base.parent.resolve() == workspace.fused.resolve() and base.name in fused_names(workspace)
+    return FUSED + base.name if inside else read_adapter(workspace, name).base
+
+
+def ratio_of(workspace: Workspace, base: str | None, width: float | None, height: float | None) -> float:
+    """Width to height of the picture; an empty field is the base's own side."""
+    side = side_of(workspace, base)
+    return min(8.0, max(1 / 8, (width or side) / (height or side)))
+
+
+def _drawing_files(workspace: Workspace, stem: str, canvas: Canvas) -> dict[Path, bytes]:
+    """The canvas's drawings by the files that they are kept in."""
+    folder = workspace.pictures / SKETCHES
+    named = {folder / f"{stem}.png": canvas.strokes, folder / f"{stem}-keypose.png": canvas.keypose}
+    return {file: data for file, data in named.items() if data}
+
+
+def _conditions(workspace: Workspace, stem: str, wish: Wish) -> list[dict[str, Any]]:
+    conditions = []
+    for file in _drawing_files(workspace, stem, wish.canvas):
+        keypose = file.stem.endswith("-keypose")
+        weight, adapter = (
+            (wish.keypose_weight, wish.keypose_adapter) if keypose else (wish.sketch_weight, wish.sketch_adapter)
+        )
+        conditions.append(
+            {"file": file, "kind": "keypose" if keypose else "sketch", "weight": weight, "adapter": adapter or None}
+        )
+    return conditions
+
+
+def _tell_missing_tokens(workspace: Workspace, regions: Sequence[Place], note: Callable[[str], None]) -> None:
+    """A region that has a concept but never names it looks like a failure of the concept."""
+    for place in regions:
+        [token] = tokens(workspace, None, [str(place.concept)])
+        if token not in place.prompt:
+            note(f"Note: a box has the concept {place.concept}, but its prompt does not name {token}.")

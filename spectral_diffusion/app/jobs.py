@@ -1,0 +1,277 @@
+"""A training of the queue as it lies on disk: ``jobs/<id>/`` with its record, its settings, its status and its log."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ValidationError
+
+from ..config.models import TrainConfig, build, read_yaml
+from ..core.errors import UserError
+from ..core.files import read_text, write_text
+from .wording import in_app
+from .workspace import STAGES, Workspace, duration, visible
+
+if TYPE_CHECKING:
+    from ..training.status import TrainingStatus
+
+State = Literal["waiting", "running", "paused", "stopped", "done", "failed"]
+LOG_LIMIT = 1_000_000  # bytes; of a longer log the end is kept
+LOG_KEPT = 64_000
+FRESH = 600.0  # seconds
+FULL = 2_000_000  # bytes below which a disk counts as full
+WORDS = {  # of what comes before the first step
+    "": "starting",
+    "draw": "preparing, ordinary pictures that must stay as they are",
+    "predict": "preparing, what is to stay in them",
+    "encode": "preparing, your photos",
+}
+
+
+class Record(BaseModel):
+    """What the queue knows of a job, ``job.json``. Everything else is in the status that the training writes."""
+
+    concept: str
+    preset: str = ""
+    steps: int = 0
+    state: State = "waiting"
+    wish: Literal["", "pause", "stop"] = ""  # of a running one
+    place: float = 0.0  # in the queue; the lowest is next
+    created: float = 0.0  # seconds since the epoch, as the next
+    launched: float = 0.0
+    launches: int = 0
+    pid: int = 0
+    pid_started: int | None = None  # so that a reused pid is told
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job's folder, and its record; None for one that cannot be read."""
+
+    folder: Path
+    record: Record
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @property
+    def settings(self) -> Path:
+        """The resolved settings."""
+        return self.folder / "job.yaml"
+
+    @property
+    def log(self) -> Path:
+        """What the training printed."""
+        return self.folder / "log.txt"
+
+    @property
+    def status_file(self) -> Path:
+        return self.folder / "status.json"
+
+    @cached_property
+    def status(self) -> TrainingStatus | None:
+        """What the training says of itself; None if it has said nothing, or nothing readable."""
+        if not self.status_file.is_file():
+            return None
+        from ..training.status import read_status  # brings torch, which an empty page has no need of
+
+        return read_status(self.status_file)
+
+    @property
+    def own_status(self) -> TrainingStatus | None:
+        """The status, if it is of the last launch and not of one before."""
+        return self.status if self.status and 0 < self.status.pid == self.record.pid else None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process of the last launch is there."""
+        from ..training.status import TrainingStatus, is_alive
+
+        updated = self.status.updated if self.status else ""
+        return self.record.pid > 0 and is_alive(
+            TrainingStatus(pid=self.record.pid, pid_started=self.record.pid_started, updated=updated)
+        )
+
+    @property
+    def active(self) -> bool:
+        """Whether it runs, or will."""
+        return self.record.state in {"waiting", "running", "paused"}
+
+    @property
+    def fresh(self) -> bool:
+        """Whether its last word is a few minutes old at most."""
+        try:
+            return self.status_file.stat().st_mtime > time.time() - FRESH
+        except OSError:
+            return False
+
+    def output(self, adapters: Path) -> Path:
+        """The adapter that it writes."""
+        return adapters / f"{self.record.concept}.safetensors"
+
+    @property
+    def steps_done(self) -> int:
+        """How many training steps it has behind it."""
+        if self.status is None:
+            return 0
+        done = self.status.curve[-1][0] if self.status.curve else 0
+        return max(done, self.status.step) if self.status.stage == "train" else done
+
+    def config(self) -> TrainConfig:
+        """The settings.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        return build(TrainConfig, read_yaml(self.settings), file=self.settings.name)
+
+    def write(self, **changes: Any) -> Job:
+        """The job with a changed record, which is written.
+
+        Raises:
+            UserError: it cannot be.
+        """
+        record = self.record.model_copy(update=changes)
+        write_text(self.folder / "job.json", record.model_dump_json(indent=1) + "\n")
+        return Job(self.folder, record)
+
+    def told(self) -> dict[str, Any]:
+        """What a client is told of it, JSON-able."""
+        status, record = self.status, self.record
+        running = record.state == "running" and status is not None
+        return {
+            "id": self.id,
+            "concept": record.concept,
+            "preset": record.preset,
+            "state": record.state,
+            "wish": record.wish,
+            "stage": status.stage if status and running else "",
+            "step": self.steps_done,
+            "steps": record.steps,
+            "loss": status.loss if status else None,
+            "eta": status.eta if status and running else None,
+            "message": record.message,
+            "adapter": record.concept if record.state == "done" else None,
+        }
+
+    def line(self) -> str:
+        """One line on how it is going."""
+        record, status = self.record, self.status
+        if record.state == "running" and record.wish:
+            return "pausing …" if record.wish == "pause" else "stopping …"
+        if record.state == "running":
+            if status is None or status.pid != record.pid:
+                return "starting"
+            if status.stage != "train":
+                words = WORDS.get(status.stage) or STAGES.get(status.stage, status.stage).lower()
+                return f"{words}: {status.step} of {status.steps}" if status.steps else words
+            left = f", {duration(status.eta)} left" if status.eta is not None else ""
+            return f"step {status.step} of {status.steps}{left}"
+        if record.state in {"paused", "stopped", "failed"} and self.steps_done:
+            return f"{record.state} at step {self.steps_done} of {record.steps}"
+        return record.state
+
+
+def read_job(folder: Path) -> Job:
+    """A job; one whose record is damaged has failed, and says so."""
+    try:
+        return Job(folder, Record.model_validate_json(read_text(folder / "job.json")))
+    except (OSError, ValueError, ValidationError):
+        _, _, concept = folder.name.partition("_")
+        message = "Its file job.json is missing or damaged, so it cannot go on; remove it and train again."
+        return Job(folder, Record(concept=concept or folder.name, state="failed", message=message))
+
+
+def refuse_busy(workspace: Workspace, name: str) -> None:
+    """Leave a concept alone that is being trained or waits for it.
+
+    Raises:
+        UserError: it is.
+    """
+    jobs = [read_job(folder).record for folder in visible(workspace.jobs) if folder.is_dir()]
+    if any(job.concept == name and job.state in {"waiting", "running"} for job in jobs):
+        raise UserError(f"'{name}' is in training or waits for it; stop that in step 2 first.")
+
+
+def moving(jobs: Iterable[Job]) -> bool:
+    """Whether anything runs, or waits and is not held by a paused one."""
+    states = {job.record.state for job in jobs}
+    return "running" in states or ("waiting" in states and "paused" not in states)
+
+
+def how_it_ended(job: Job, workspace: Workspace) -> dict[str, Any]:
+    """What to change in the record of a job whose process is gone: its state, and a sentence."""
+    from ..training.run import state_path
+
+    output, record, status = job.output(workspace.adapters), job.record, job.own_status
+    state = state_path(output)
+    unwritten = status is None or status.state == "lost"  # its last word is missing
+    if unwritten and output.exists() and output.stat().st_mtime >= record.launched and not state.exists():
+        return {"state": "done", "message": ""}  # all but the last word
+    goes_on = "Resume goes on from its last state" if state.exists() else "Resume begins anew"
+    if status and status.state == "done":
+        return {"state": "done", "message": ""}
+    if record.wish or (status and status.state == "stopped"):
+        return {"state": "paused" if record.wish == "pause" else "stopped", "message": f"{goes_on}."}
+    if status and not unwritten:
+        return {"state": "failed", "message": in_app(status.message, workspace)}
+    if error := last_error(job.log):
+        return {"state": "failed", "message": in_app(error, workspace)}
+    if shutil.disk_usage(job.folder).free < FULL:
+        reason = "The disk is full; free some space"
+        return {"state": "failed", "message": f"{reason}, then {goes_on}."}
+    reason = "The training's process ended without a word (killed, or out of memory)"
+    if status is None and job.status_file.exists() and job.status is None:
+        reason += ", and its status file is damaged"
+    return {"state": "failed", "message": f"{reason}; {goes_on}."}
+
+
+def trim(log: Path) -> None:
+    """Cut a long log to its end; whoever appends to it goes on after that."""
+    if not log.is_file() or log.stat().st_size <= LOG_LIMIT:
+        return
+    with log.open("r+b") as file:
+        file.seek(-LOG_KEPT, 2)
+        kept = file.read()
+        file.seek(0)
+        file.truncate()
+        file.write(kept[kept.find(b"\n") + 1 :])
+
+
+def last_error(log: Path) -> str:
+    """The sentence of an error at the end of a log, if there is one."""
+    if not log.is_file():
+        return ""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 4000))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.removeprefix("Error: ") for line in reversed(lines) if line.startswith("Error: ")), "")
+
+
+@contextmanager
+def saying_disk(where: str) -> Iterator[None]:
+    """Turn a file that cannot be written into a sentence that fits the app.
+
+    Raises:
+        UserError: it was so.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or str(cause)
+        raise UserError(f"Cannot write to the workspace's folder {where}: {reason}; free some space there.") from error

@@ -1,0 +1,212 @@
+"""The concepts tab at a glance: a card per concept, the slot map, and what is not as it should be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..core.errors import UserError
+from ..slots.ledger import LEDGER, ROWS, Ledger, Slot
+from ..slots.picture import Stretch, colour_of, stretches
+from .adapter_headers import Label, labels, owner
+from .concepts import (
+    about,
+    concept_folder,
+    concept_folders,
+    is_picture,
+    known_concepts,
+    own_folders,
+    photo_files,
+    pocket_tokens,
+    read_concept,
+    thumbnail,
+)
+from .workspace import Workspace
+
+CARD_PHOTOS = 3
+CARD_SIDE = 160  # pixels
+SHOWN = 64  # columns of the slot map, if no slot lies beyond
+
+
+@dataclass(frozen=True)
+class Card:
+    """One concept. ``photos`` are its first ones as JPEGs, ``count`` is of all; ``problem`` says what is broken."""
+
+    folder: str
+    noun: str
+    token: str
+    count: int
+    own: bool
+    photos: list[bytes]
+    adapters: list[Label]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One base's spectrum: who sits in which columns (or rows, ``kind``).
+
+    ``free`` counts those without an owner, ``beyond`` those further right that are not drawn; ``reserved`` are names
+    in the ledger that have no adapter here.
+    """
+
+    base: str
+    kind: str
+    stretches: list[Stretch]
+    slots: dict[str, Slot]
+    free: int
+    beyond: int
+    reserved: set[str]
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Everything at a glance.
+
+    ``problems`` are sentences, ``notes`` those about the slot map; ``colours`` are CSS colours by adapter name.
+    """
+
+    cards: list[Card]
+    strips: list[Strip]
+    strangers: list[Label]
+    problems: list[str]
+    notes: list[str]
+    colours: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def first_run(self) -> bool:
+        """Whether nothing has been trained yet."""
+        return not self.strangers and not any(card.adapters for card in self.cards)
+
+
+def look(workspace: Workspace) -> Shelf:
+    """The present state of the workspace; whatever cannot be read is told and left out."""
+    found, problems = labels(workspace)
+    said = known_concepts(workspace)
+    owned: dict[str | None, list[Label]] = {}
+    for label in found:
+        owned.setdefault(owner(label, said), []).append(label)
+    own = own_folders(workspace)
+    cards = [_card(workspace, name, name in own, owned.get(name, [])) for name in concept_folders(workspace)]
+    ledgers, broken = _ledgers(workspace)
+    names = sorted({label.name for label in found} | {name for held in ledgers.values() for name in held})
+    shortened = [text.replace(f"{workspace.root}/", "") for text in [*problems, *broken]]
+    return Shelf(
+        cards,
+        strips(found, ledgers),
+        owned.get(None, []),
+        [*(f"{text} Take that file away or copy it again." for text in shortened), *token_clashes(said)],
+        slot_clashes(found, ledgers),
+        {name: "#{:02x}{:02x}{:02x}".format(*colour_of(index)) for index, name in enumerate(names)},
+    )
+
+
+def _card(workspace: Workspace, name: str, own: bool, adapters: list[Label]) -> Card:
+    """A concept's card; a broken concept has one too."""
+    try:
+        folder = concept_folder(workspace, name)
+        _, noun, token = about(folder)
+        files = photo_files(folder)
+        paths = [path for path in files if is_picture(path)] or [photo.path for photo in read_concept(folder).photos]
+    except UserError as error:
+        return Card(name, "", "", 0, own, [], adapters, str(error))
+    photos: list[bytes] = []
+    broken = len(files) - len(paths) if files else 0
+    problem = f"{broken} broken photo{'' if broken == 1 else 's'}" if broken > 0 else ""
+    for path in paths:
+        if len(photos) == CARD_PHOTOS:
+            break
+        try:
+            photos.append(thumbnail(path, CARD_SIDE))
+        except UserError as error:
+            problem = f"{error}."
+    return Card(name, noun, token, len(paths), own, photos, adapters, problem)
+
+
+def _ledgers(workspace: Workspace) -> tuple[dict[tuple[str, str], dict[str, Slot]], list[str]]:
+    """(base fingerprint, kind) to the ledger's entries, and a sentence per ledger that cannot be read."""
+    found, problems = {}, []
+    for kind, file in (("columns", LEDGER), ("rows", ROWS)):
+        try:
+            for base, held in Ledger(workspace.adapters / file).read().items():
+                found[base, kind] = held
+        except UserError as error:
+            problems.append(str(error))
+    return found, problems
+
+
+def strips(found: list[Label], ledgers: dict[tuple[str, str], dict[str, Slot]]) -> list[Strip]:
+    """A strip per base and kind of slot: the adapters', and what the ledger keeps for others."""
+    groups: dict[tuple[str, str], list[Label]] = {key: [] for key in ledgers}
+    for label in found:
+        if label.kind and label.slot:
+            groups.setdefault((label.fingerprint, label.kind), []).append(label)
+    out = []
+    for (base, kind), mine in groups.items():
+        held = ledgers.get((base, kind), {})
+        slots = held | {label.name: label.slot for label in mine if label.slot}
+        if not slots:
+            continue
+        needed = max(max(slot.top, slot.bottom) for slot in slots.values())
+        capacity = min([label.capacity for label in mine] or [max(SHOWN, needed)])
+        capacity = max(capacity, needed)
+        bottom = any(slot.bottom for slot in slots.values())
+        shown = capacity if bottom else min(capacity, max(SHOWN, -(-needed // 16) * 16))
+        runs = stretches(slots, shown)
+        free = sum(run.stop - run.start for run in runs if not run.owners) + capacity - shown
+        names = {label.name for label in mine}
+        title = mine[0].base if mine else _base_name(base)
+        out.append(Strip(title, kind, runs, slots, free, capacity - shown, set(held) - names))
+    return out
+
+
+def _base_name(fingerprint: str) -> str:
+    return f"a base ({fingerprint[:8]}) that no adapter here was trained on yet"
+
+
+def token_clashes(said: dict[str, tuple[str, str, str]]) -> list[str]:
+    """A sentence for every token that two concepts claim, or that the pocket base has."""
+    claimed: dict[str, list[str]] = {}
+    for folder, (_, _, token) in said.items():
+        if token:
+            claimed.setdefault(token, []).append(folder)
+    out = [
+        f"'{names[0]}' and '{names[1]}' both use the token {token}; give one of them another under 'Name and token'."
+        for token, names in claimed.items()
+        if len(names) > 1
+    ]
+    for token in sorted(set(claimed) & pocket_tokens()):
+        out.append(f"The token {token} of '{claimed[token][0]}' belongs to the pocket base; choose another.")
+    return out
+
+
+def slot_clashes(found: list[Label], ledgers: dict[tuple[str, str], dict[str, Slot]]) -> list[str]:
+    """A sentence where two adapters of a base share columns, or an adapter and the ledger disagree."""
+    out = []
+    for index, one in enumerate(found):
+        if one.slot is None or one.kind is None:
+            continue
+        for other in found[index + 1 :]:
+            same = (one.fingerprint, one.kind) == (other.fingerprint, other.kind)
+            if same and other.slot and (shared := one.slot.shared(other.slot)):
+                out.append(
+                    f"The adapters '{one.path.stem}' ({one.slot}) and '{other.path.stem}' ({other.slot}) share "
+                    f"{shared} {one.kind}, so fused they disturb each other; train one of them again."
+                )
+        held = ledgers.get((one.fingerprint, one.kind), {})
+        trained = {label.name for label in found}
+        for name, slot in held.items():
+            if name not in trained and slot.overlaps(one.slot):
+                out.append(
+                    f"'{name}' holds the {one.kind} {slot} for its next training, but the adapter '{one.path.stem}' "
+                    f"sits in {one.slot}; train '{name}' with another slot."
+                )
+    unknown = [
+        f"'{one.path.stem}' ({one.slot})"
+        for one in found
+        if one.slot and one.kind and one.name not in ledgers.get((one.fingerprint, one.kind), {})
+    ]
+    if unknown:
+        who = "came from elsewhere: no ledger here keeps its place" if len(unknown) == 1 else ""
+        who = who or "came from elsewhere: no ledger here keeps their places"
+        out.append(f"{', '.join(unknown)} {who}, so a later training may take the same columns.")
+    return out

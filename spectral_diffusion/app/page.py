@@ -1,0 +1,116 @@
+"""What every tab of the app shares: the workspace, hand-overs between tabs, errors as sentences in place."""
+
+from __future__ import annotations
+
+import functools
+import html
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+import gradio as gr
+from pydantic import TypeAdapter, ValidationError
+
+from ..core.errors import UserError, shown
+from .workspace import Teller, Workspace, sentence_of
+
+log = logging.getLogger(__name__)
+
+DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}  # one job on the device at a time
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+Handed = tuple[Any, int]  # from one tab to another, and when
+
+
+def hand(value: Any) -> Handed:
+    """A value for another tab, a new one every time: gradio tells a page of changes only."""
+    return value, time.monotonic_ns()
+
+
+@dataclass(frozen=True)
+class Page:
+    """The page under construction.
+
+    Attributes:
+        tabs: with the ids ``concepts``, ``train``, ``fuse``, ``generate``; a button leads to another tab by returning
+            ``gr.Tabs(selected="train")``.
+        trained: what the adapters are, as the training tab last saw them; its change tells that one is new.
+        strip: the line at the foot of the page that says what is trained now; ``timer`` ticks while something is.
+        concept: name of the concept to train, handed from the concepts to the training (:func:`hand`).
+        base: what to draw on (``pocket``, ``fused/<name>``), handed from the fusion to the pictures.
+        adapters: names of adapters to draw with, handed from the training to the pictures.
+        gone: called with the session of a browser or program that has gone away.
+    """
+
+    workspace: Workspace
+    blocks: gr.Blocks
+    tabs: gr.Tabs
+    strip: gr.HTML
+    timer: gr.Timer
+    trained: gr.State
+    concept: gr.State
+    base: gr.State
+    adapters: gr.State
+    gone: list[Callable[[str], None]] = field(default_factory=list)
+
+    def refreshed(self, tab: gr.Tab, fn: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+        """Call ``fn`` when the page is loaded and whenever the tab is opened."""
+        for event in (self.blocks.load, tab.select):
+            event(fn, list(inputs), list(outputs), **PRIVATE)
+
+
+def afterwards(event: Any, fn: Callable[..., Any], inputs: Any, outputs: Any, **more: Any) -> None:
+    """Call ``fn`` once an event is over, also after a refusal, which gradio's ``then`` does not follow."""
+    for follows in (event.success, event.failure):
+        follows(fn, inputs, outputs, **more)
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Show any error as one sentence in the page; the unexpected also goes to the log, with its traceback."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except Exception as error:
+        if not isinstance(error, UserError):
+            log.exception("Unexpected error in the app")
+        raise gr.Error(
+            plain(sentence_of(error)), duration=12, title="That did not work", print_exception=False
+        ) from error
+
+
+def asked(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """An endpoint for programs that refuses arguments of other types than it names, in a sentence."""
+    hints = {name: hint for name, hint in get_type_hints(fn).items() if name not in {"request", "return"}}
+    kinds = {name: TypeAdapter(hint) for name, hint in hints.items()}
+
+    @functools.wraps(fn)
+    def call(*args: Any, **more: Any) -> Any:
+        given = inspect.signature(fn).bind(*args, **more)
+        with told():
+            for name in kinds.keys() & given.arguments.keys():
+                value = given.arguments[name]
+                try:
+                    given.arguments[name] = kinds[name].validate_python(value)
+                except ValidationError as error:
+                    why = error.errors()[0]["msg"]
+                    raise UserError(f"'{name}' cannot be {shown(value)}: {why[0].lower()}{why[1:]}.") from error
+        return fn(*given.args, **given.kwargs)
+
+    return call
+
+
+def plain(text: str) -> str:
+    """A text for the page, which renders messages as HTML, where a bare ``<rex>`` would vanish."""
+    return html.escape(text, quote=False)
+
+
+def teller(progress: gr.Progress) -> Teller:
+    """The library's progress on gradio's bar."""
+    return Teller(lambda done, total, words: progress((done, total), desc=words))

@@ -1,0 +1,60 @@
+"""The shipped presets, and what would be trained under one of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ..config.models import TrainConfig, build, preset_part, rates_for, read_yaml
+from ..core import assets as resources
+from ..core.errors import UserError, nearest
+from .concepts import concept_folder
+from .fusing import base_path
+from .workspace import Workspace, filled
+
+GRIDS = 4  # sample grids on the way, the last at the end
+
+
+def presets() -> dict[str, str]:
+    """The shipped presets that train, the pocket base's first, with what each says of itself."""
+    found = {}
+    for path in sorted(resources.configs().glob("*.yaml"), key=lambda path: (path.stem != "pocket", path.stem)):
+        if read_yaml(path).get("train"):
+            found[path.stem] = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+    return found
+
+
+def preset_settings(name: str, verb: str) -> dict[str, Any]:
+    """A shipped preset's part for ``train`` or ``generate``.
+
+    Raises:
+        UserError: no such preset.
+    """
+    known = presets()
+    if name not in known:
+        raise UserError(f"Unknown preset '{str(name)[:60]}'{nearest(str(name), known)}; use one of {', '.join(known)}.")
+    return preset_part(name, verb)
+
+
+def train_settings(workspace: Workspace, concept: str | None, preset: str, changes: dict[str, Any]) -> TrainConfig:
+    """What would be trained: a listed concept under a preset, with the changes that were filled in.
+
+    Of the changes, ``samples`` asks for a few sample grids on the way where the preset has none.
+
+    Raises:
+        UserError: anything the person can mend.
+    """
+    folder = concept_folder(workspace, concept)
+    given = filled(changes)
+    samples = given.pop("samples", False)
+    layers = [rates_for(preset_settings(preset, "train"), given.get("method")), given]
+    output = workspace.adapters / f"{folder.name}.safetensors"
+    settings = build(TrainConfig, *layers, {"concept": folder.absolute(), "output": output.absolute()})
+    if samples and not settings.watch.every:
+        watch = {"every": math.ceil(settings.steps / GRIDS), "steps": 12}
+        settings = build(TrainConfig, settings.model_dump(), {"watch": watch})
+    base = Path(base_path(workspace, settings.base))
+    if settings.base != "pocket" and base.exists():  # another server may be started in another folder
+        settings = settings.model_copy(update={"base": str(base.absolute())})
+    return settings

@@ -1,0 +1,349 @@
+"""The queue of trainings. Each runs in a process of its own, and everything known of it lies in the workspace.
+
+So nothing depends on this process: a page may be reloaded and a server restarted, and whoever looks next finds the
+running training by its process and goes on with those that wait.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..config.models import to_yaml
+from ..core.errors import UserError
+from ..core.files import atomic_folder, write_text
+from .adapters import adapter_files, release_slot
+from .concepts import concept_folder
+from .jobs import Job, Record, how_it_ended, moving, read_job, saying_disk, trim
+from .presets import train_settings
+from .workspace import Workspace, pick, sentence_of, visible
+
+BUSY, IDLE = (
+    0.5,
+    5.0,
+)  # seconds between two looks of the thread: while something runs, and while it cannot
+TRAIN = (sys.executable, "-m", "spectral_diffusion.cli", "train")
+# Waiting threads sleep: beside a browser and a picture that is drawn, spinning ones take a training's own cores away.
+CALM = {"OMP_WAIT_POLICY": "PASSIVE"}
+LAUNCH = 120.0  # seconds within which a launched training must have told its process, if a killed server did not
+
+
+class Queue:
+    """The trainings of one workspace. Any number of these, in any number of processes, may look after them.
+
+    Args:
+        program: what trains; the photo folder and the options of ``spectral-diffusion train`` are put behind it.
+    """
+
+    def __init__(self, workspace: Workspace, program: Sequence[str] = TRAIN) -> None:
+        self.workspace, self.program = workspace, program
+        self.trouble = ""  # why the queue cannot go on, such as a full disk
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
+        self._wake = threading.Event()
+
+    # --- looking -------------------------------------------------------------------------------------------------
+
+    def jobs(self) -> list[Job]:
+        """All jobs: those that run, are paused or wait, in their turn, then the others from the newest."""
+        found = [read_job(folder) for folder in visible(self.workspace.jobs) if folder.is_dir()]
+        return sorted(found, key=lambda job: (0, job.record.place) if job.active else (1, -job.record.created))
+
+    def job(self, name: str | None) -> Job:
+        """A listed job.
+
+        Raises:
+            UserError: there is none of that id.
+        """
+        return pick(name, {job.id: job for job in self.jobs()}, "training", "start one")
+
+    def resumable(self, job: Job) -> bool:
+        """Whether a job has a state on disk to go on from."""
+        from ..training.run import state_path
+
+        return state_path(job.output(self.workspace.adapters)).exists()
+
+    # --- asking --------------------------------------------------------------------------------------------------
+
+    def enqueue(self, concept: str | None, preset: str = "pocket", **changes: Any) -> tuple[str, str]:
+        """Put a training at the end of the queue; returns its id and what to tell.
+
+        Raises:
+            UserError: anything the person can mend.
+        """
+        from ..methods import get_method
+
+        settings = train_settings(self.workspace, concept, preset, changes)
+        get_method(settings.method)
+        name = settings.output.stem
+        with saying_disk("jobs"), self._locked():
+            self._refuse_twin(name)
+            now = time.time()
+            stamp = datetime.fromtimestamp(now).strftime("%Y%m%d-%H%M%S-%f")[:-3]
+            folder = self.workspace.jobs / f"{stamp}_{name}"
+            record = Record(concept=name, preset=preset, steps=settings.steps, place=now, created=now)
+            with atomic_folder(folder) as new:
+                write_text(new / "job.yaml", to_yaml(settings))
+                write_text(new / "job.json", record.model_dump_json(indent=1) + "\n")
+        return folder.name, self._go(folder.name)
+
+    def resume(self, name: str | None) -> str:
+        """Let a paused, stopped or failed job go on from its last state; a paused one is the next to run.
+
+        Raises:
+            UserError: it cannot.
+        """
+        with saying_disk("jobs"), self._locked():
+            job = self.job(name)
+            if job.record.state == "running":
+                raise UserError(f"The training of '{job.record.concept}' runs; it can go on once it has stopped.")
+            if job.record.state in {"waiting", "done"}:
+                raise UserError(f"The training of '{job.record.concept}' is {job.record.state}; nothing is to resume.")
+            job.config()  # a damaged one is told here
+            self._refuse_twin(job.record.concept, job)
+            waiting = [other.record.place for other in self.jobs() if other.record.state == "waiting"]
+            first = job.record.state == "paused" and waiting
+            job.write(state="waiting", wish="", message="", pid=0, place=min(waiting) - 1 if first else time.time())
+        return self._go(job.id)
+
+    def resume_concept(self, concept: str | None) -> tuple[str, str]:
+        """Resume the newest unfinished training of a concept; returns its id and what to tell.
+
+        Raises:
+            UserError: there is none.
+        """
+        name = concept_folder(self.workspace, concept).name
+        held = {"paused", "stopped", "failed"}
+        found = [job.id for job in self.jobs() if job.record.concept == name and job.record.state in held]
+        if not found:
+            raise UserError(f"There is no stopped training of '{name}' to go on with; train without resume.")
+        return found[0], self.resume(found[0])
+
+    def stop(self, name: str | None, wish: str = "stop") -> str:
+        """Stop a job and keep its state; the queue goes on with the next. Asked again, it stops at once.
+
+        Args:
+            wish: ``pause`` keeps the queue waiting until the job is resumed.
+
+        Raises:
+            UserError: it neither runs nor waits.
+        """
+        with saying_disk("jobs"), self._locked():
+            job = self.job(name)
+            concept, state = job.record.concept, job.record.state
+            if state in {"waiting", "paused"} and wish == "stop":
+                job.write(state="stopped", message="Taken out of the queue; Resume puts it back.")
+                said = f"The training of '{concept}' is out of the queue."
+            elif state == "running":
+                job.write(wish=wish)
+                if job.alive:
+                    with suppress(ProcessLookupError):
+                        os.kill(job.record.pid, signal.SIGTERM)
+                if job.steps_done or self.resumable(job):
+                    said = "keeps its state and stops after the present step; Resume goes on from there"
+                else:
+                    said = "stops before its first step; Resume begins anew"
+                queue = ", and the queue waits until then" if wish == "pause" else ""
+                said = f"The training of '{concept}' {said}{queue}."
+            else:
+                raise UserError(f"The training of '{concept}' is {state}; only a running one can be held.")
+        self.start()
+        return said
+
+    def pause(self, name: str | None) -> str:
+        """Stop a running job, keep its state, and hold the queue until it is resumed.
+
+        Raises:
+            UserError: it does not run.
+        """
+        return self.stop(name, "pause")
+
+    def remove(self, name: str | None, sure: bool = False) -> str:
+        """Take a job off the list. An adapter that it has made stays.
+
+        Raises:
+            UserError: it runs, or an unfinished state would be deleted and nobody is ``sure``.
+        """
+        from ..training.run import state_path
+
+        with saying_disk("jobs"), self._locked():
+            job = self.job(name)
+            concept, output = job.record.concept, job.output(self.workspace.adapters)
+            if job.record.state == "running":
+                raise UserError(f"The training of '{concept}' runs; stop it first.")
+            unfinished = job.record.state != "done" and job.record.launches > 0
+            if unfinished and self.resumable(job) and not sure:
+                raise UserError(f"This deletes the unfinished training of '{concept}'; say that you are sure.")
+            if unfinished:
+                state_path(output).unlink(missing_ok=True)
+                if concept not in adapter_files(self.workspace):
+                    release_slot(self.workspace, concept)
+            shutil.rmtree(job.folder)
+        self.start()
+        return f"Removed the training of '{concept}' from the list."
+
+    def clear(self) -> str:
+        """Take all finished jobs off the list; their adapters stay."""
+        done = [job.id for job in self.jobs() if job.record.state == "done"]
+        for name in done:
+            self.remove(name)
+        return f"Removed {len(done)} finished training{'s' if len(done) != 1 else ''} from the list."
+
+    # --- looking after -------------------------------------------------------------------------------------------
+
+    def tick(self) -> bool:
+        """Note what has ended and start what is next; returns whether anything runs or is about to.
+
+        Raises:
+            UserError: the workspace cannot be written.
+        """
+        if not self.workspace.jobs.is_dir():
+            return False
+        with saying_disk("jobs"), self._locked():
+            self._children = [child for child in self._children if child.poll() is None]
+            for job in self.jobs():
+                if job.record.state == "running":
+                    self._look_after(job)
+            jobs = self.jobs()
+            states = {job.record.state for job in jobs}
+            if "paused" in states or "running" in states:
+                return "running" in states
+            waiting = [job for job in jobs if job.record.state == "waiting"]
+            return any(self._launched(job) for job in waiting)  # up to the first that starts
+
+    def start(self) -> None:
+        """Look after the queue in a thread, which ends when nothing runs or waits. It may be running already."""
+        self._wake.set()
+        with self._starting:
+            if self._thread is None or not self._thread.is_alive():
+                if not moving(self.jobs()):
+                    return
+                self._thread = threading.Thread(target=self._work, name="trainings", daemon=True)
+                self._thread.start()
+
+    def refresh(self) -> list[Job]:
+        """One look after the queue, as a page takes it, and the jobs; what is in the way goes to ``trouble``."""
+        try:
+            self.tick()
+            self.trouble = ""
+        except Exception as error:  # the list must be shown whatever is wrong
+            self.trouble = sentence_of(error)
+        return self.jobs()
+
+    def _work(self) -> None:
+        while moving(self.refresh()):
+            running = any(job.record.state == "running" for job in self.jobs())
+            self._wake.wait(BUSY if running else IDLE)
+            self._wake.clear()
+
+    def _go(self, name: str) -> str:
+        """Start what can start, and say where a job stands."""
+        jobs = self.refresh()
+        self.start()
+        job = self.job(name)
+        if self.trouble:
+            raise UserError(self.trouble)
+        if job.record.state == "failed":
+            raise UserError(job.record.message)
+        if job.record.state == "running":
+            return f"The training of '{job.record.concept}' has started."
+        before = [other.record.concept for other in jobs[: [other.id for other in jobs].index(name)]]
+        paused = next((other.record.concept for other in jobs if other.record.state == "paused"), None)
+        held = f"; the queue waits until the paused training of '{paused}' is resumed or stopped" if paused else ""
+        return f"The training of '{job.record.concept}' waits for {len(before)} before it{held}."
+
+    def _launched(self, job: Job) -> bool:
+        """Start a job's process; False for one that cannot be started, which says why."""
+        from ..training.status import process_start
+
+        try:
+            folder = job.config().concept
+            if not folder.is_dir():
+                raise UserError(
+                    f"The photos of '{job.record.concept}' are gone (deleted or renamed); add them again in step 1."
+                )
+        except UserError as error:
+            job.write(state="failed", message=str(error))
+            return False
+        # Before the process is there, so that nobody starts it twice even if this one is killed on the next line.
+        job = job.write(
+            state="running", wish="", message="", pid=0, pid_started=None, launched=time.time(),
+            launches=job.record.launches + 1,
+        )  # fmt: skip
+        options = ["--config", str(job.settings), "--status", str(job.status_file)]
+        done = job.output(self.workspace.adapters).exists()  # from an earlier training, which --resume would keep
+        if job.record.launches > 1 and (self.resumable(job) or not done):
+            options.append("--resume")
+        environment = {**CALM, **os.environ}
+        try:
+            with job.log.open("ab") as log:
+                child = subprocess.Popen(
+                    [*self.program, str(folder), *options], env=environment,
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                )  # fmt: skip
+        except OSError as error:
+            job.write(state="failed", message=f"The training cannot be started: {error.strerror or error}.")
+            return False
+        self._children.append(child)
+        try:
+            job.write(pid=child.pid, pid_started=process_start(child.pid))
+        except UserError:
+            child.kill()  # what nobody knows of must not run
+            raise
+        return True
+
+    def _look_after(self, job: Job) -> None:
+        """Adopt a running job, or note how it has ended."""
+        with suppress(OSError):
+            trim(job.log)
+        if job.alive:
+            return
+        if job.record.pid == 0:  # whoever launched it was killed before it could note the process
+            if job.status and job.status.state in {"starting", "running"}:
+                job.write(pid=job.status.pid, pid_started=job.status.pid_started)
+                return
+            if time.time() - job.record.launched < LAUNCH:
+                return
+        job = Job(job.folder, job.record)  # its last word may be newer than what was read while it lived
+        job.write(wish="", **how_it_ended(job, self.workspace))
+
+    def _refuse_twin(self, concept: str, job: Job | None = None) -> None:
+        """Refuse a second training into the same adapter; a new one takes the place of any that left nothing.
+
+        Raises:
+            UserError: another one runs or waits, or has a state to go on from.
+        """
+        twins = [other for other in self.jobs() if other.record.concept == concept and other.record.state != "done"]
+        twins = [other for other in twins if job is None or other.id != job.id]
+        if active := next((other for other in twins if other.active), None):
+            raise UserError(f"A training of '{concept}' is {active.record.state} already; see the list.")
+        if job is None and twins:
+            if held := next((other for other in twins if other.record.launches and self.resumable(other)), None):
+                raise UserError(
+                    f"There is an unfinished training of '{concept}' (step {held.steps_done} of {held.record.steps}): "
+                    "resume it, or remove it from the list and train anew."
+                )
+            for other in twins:
+                shutil.rmtree(other.folder)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Nobody else changes the queue meanwhile, in this process or another."""
+        self.workspace.jobs.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.workspace.jobs / ".lock", timeout=20):
+                yield
+        except Timeout as error:
+            raise UserError("Another server on this workspace holds the queue; try again in a moment.") from error

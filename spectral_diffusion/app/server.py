@@ -1,0 +1,112 @@
+"""The app: four tabs over one workspace. Everything that is done is done by the modules beside it, without gradio."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hmac import compare_digest
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import gradio as gr
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from ..core.errors import UserError
+
+# Diffusers' lazy modules do not stand two threads that import at once: all of it is there before a page is served.
+from ..merging import fuse as recipe  # noqa: F401
+from ..scenes import generate as pipeline  # noqa: F401
+from . import temporary
+from .guard import Guard
+from .page import Page
+from .tabs import concepts, fuse, generate, train
+from .workspace import Workspace
+
+# What this machine calls itself, and its browsers the app; another name that leads here is a foreign page's.
+LOCAL = ["localhost", "127.0.0.1", "::1", "[::1]"]
+STYLE = Path(__file__).with_name("style.css")
+TITLE = "Spectral Diffusion"
+INTRODUCTION = "Several of your own things together in one picture, each still itself."
+TABS = {
+    "concepts": ("1 · Concepts", concepts),
+    "train": ("2 · Train", train),
+    "fuse": ("3 · Fuse", fuse),
+    "generate": ("4 · Generate", generate),
+}
+
+
+class App(gr.Blocks):
+    """The page; it remembers the folder whose pictures it may show, and what is to be stopped for whom.
+
+    Attributes:
+        gone: called with the session of a browser or program that has gone away.
+    """
+
+    pictures: Path
+    gone: list[Callable[[str], None]]
+
+    def own_hosts(self) -> list[str]:
+        """Names under which others reach the app: its public link."""
+        return [urlsplit(self.share_url).netloc] if self.share_url else []
+
+    def left(self, session: str) -> None:
+        """Stop what a client asked for that has gone away."""
+        for stop in self.gone:
+            stop(session)
+
+
+def build(workspace: Path) -> App:
+    """The app over one workspace folder, which is made when something is first written there."""
+    place = Workspace(Path(workspace).absolute())
+    temporary.choose(place.root)
+    with App(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+        blocks.pictures, blocks.gone = place.pictures, []
+        gr.Markdown(f"# {TITLE}\n{INTRODUCTION}", elem_id="title")
+        handed = gr.State(None), gr.State(None), gr.State(None)  # outside: gradio counts all that is among the tabs
+        strip, timer = gr.HTML(visible=False, elem_id="train-strip", label="Being trained"), gr.Timer(1.0, active=False)
+        trained = gr.State({})
+        with gr.Tabs(elem_id="steps") as tabs:
+            page = Page(place, blocks, tabs, strip, timer, trained, *handed, gone=blocks.gone)
+            for name, (title, module) in TABS.items():
+                with gr.Tab(title, id=name, elem_id=f"tab-{name}") as tab:
+                    module.build(page, tab)
+    return blocks
+
+
+def launch(
+    blocks: App, port: int, host: str = "127.0.0.1", share: bool = False, password: str | None = None, **more: Any
+) -> Any:
+    """Serve the app; of the workspace, only the pictures are served.
+
+    Raises:
+        UserError: the port is taken, or the app would be open to others without a password.
+    """
+    if (share or not is_local(host)) and not password:
+        raise UserError("--share and --host open the app to others: set a password with --password.")
+    guards = [Middleware(Guard, own=blocks.own_hosts, left=blocks.left)]
+    if not password:
+        guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL))
+    temporary.prepare()
+    try:
+        return blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            auth=(lambda _, given: compare_digest(given.encode(), password.encode())) if password else None,
+            auth_message="Any name will do; the password is the one that the app was started with.",
+            allowed_paths=[str(blocks.pictures.absolute())],
+            theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            css=STYLE.read_text(encoding="utf-8"),
+            footer_links=["api"],
+            max_file_size="50mb",
+            app_kwargs={"middleware": guards},
+            **more,
+        )
+    except OSError as error:
+        raise UserError(f"Cannot serve on port {port} of {host}, perhaps it is taken; choose another port.") from error
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach that address."""
+    return host in LOCAL

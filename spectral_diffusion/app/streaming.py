@@ -1,0 +1,99 @@
+"""Long work whose news is shown while it goes on, and which one person can stop without stopping another's."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from ..core.errors import UserError
+from ..core.hooks import Event, Progress
+
+News = TypeVar("News")
+Result = TypeVar("Result")
+MOST_RUNS = 1000  # that are remembered; older ones have ended unseen
+
+
+def in_turn(work: Callable[[Callable[[News], None]], Result], stop: threading.Event) -> Iterator[News | Result]:
+    """Do ``work(tell)`` in a thread; yields the latest of what it tells, and its result at the end.
+
+    If the reader goes away early, ``stop`` is set and the work's end is waited for. An error of the work is raised.
+    """
+    told: queue.SimpleQueue[tuple[str, object]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            told.put(("done", work(lambda news: told.put(("news", news)))))
+        except BaseException as error:  # it belongs to the reader
+            told.put(("failed", error))
+
+    thread = threading.Thread(target=run, daemon=True, name="drawing")
+    thread.start()
+    try:
+        while True:
+            kind, item = told.get()
+            while kind == "news" and not told.empty():  # a slow reader gets the newest
+                kind, item = told.get()
+            if kind == "failed":
+                raise item  # type: ignore[misc]
+            yield item  # type: ignore[misc]
+            if kind == "done":
+                return
+    finally:
+        stop.set()
+        thread.join()
+
+
+def until(stop: threading.Event, progress: Progress, words: str) -> Progress:
+    """The same progress, which ends the work at its next step once ``stop`` is set.
+
+    Raises:
+        UserError: then, with these words.
+    """
+
+    def show(event: Event) -> None:
+        if stop.is_set():
+            raise UserError(words)
+        progress(event)
+
+    return show
+
+
+class Runs:
+    """Whose work goes on: an event per browser tab that asks its run to stop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stops: dict[str, threading.Event] = {}
+
+    def begin(self, who: str) -> None:
+        """A new run is asked for; it may have to wait for its turn."""
+        with self._lock:
+            self._stops.pop(who, None)
+            self._stops[who] = threading.Event()
+            while len(self._stops) > MOST_RUNS:
+                self._stops.pop(next(iter(self._stops)))
+
+    def take(self, who: str) -> threading.Event:
+        """The run's event, now that its turn has come; a stop that was asked for while it waited is set already."""
+        with self._lock:
+            return self._stops.setdefault(who, threading.Event())
+
+    def end(self, who: str, stop: threading.Event) -> None:
+        """The run is over."""
+        with self._lock:
+            if self._stops.get(who) is stop:
+                del self._stops[who]
+
+    def busy(self, who: str) -> bool:
+        """Whether that one has a run."""
+        with self._lock:
+            return who in self._stops
+
+    def stop(self, who: str) -> bool:
+        """Ask that one's run to stop; False if there is none."""
+        with self._lock:
+            if who in self._stops:
+                self._stops[who].set()
+            return who in self._stops

@@ -1,0 +1,347 @@
+"""The fusion: tick concepts, weigh them, compare, save; and what was saved, to take apart or to take away."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple
+from typing import Any
+
+import gradio as gr
+
+from ...core.hooks import Progress
+from .. import comparing, downloads, fusing
+from ..adapters import adapter_rows
+from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, asked, hand, plain, teller, told
+from ..streaming import Runs, until
+from .fuse_layout import USUAL_NAME, WHOLE, Bench, Saved
+
+COLUMNS = {  # the heads of the table, and what they mean
+    "Concept": "",
+    "Columns": "The part of the base that it changed. Concepts with columns of their own disturb each other least.",
+    "Size": "How much it changes the base at strength 1.",
+    "Others act on it": "What the others do in its place, as a share of what it does itself: at 0% it stays as it was "
+    "trained, at 100% they weigh as much.",
+    "Nearest neighbour": "The concept that changes the base most alike: 0 is nothing in common, 1 is the same.",
+}
+ADVICE = (
+    "These figures are of a plain sum: the less others act on a concept, the better it keeps its looks there. "
+    "Merging by gradient and teaching even it out; otherwise lower the strength of the others."
+)
+STOPPED = "Stopped; nothing was saved."
+TOO_FEW = {
+    0: "Nothing is trained yet. Train two concepts in step 2, then put them together here.",
+    1: "One concept is trained. Train a second one in step 2, then put them together here.",
+}
+HIDDEN: dict[str, Any] = {"api_visibility": "private"}
+ENOUGH = "Tick two or more concepts, then press **Compare** or **Save**."
+
+
+def build(page: Page, tab: gr.Tab) -> None:
+    """Fill the tab and wire its events."""
+    handlers = Handlers(page)
+    hint = gr.Markdown(elem_id="fuse-hint")
+    to_train = gr.Button("Train a concept", elem_id="fuse-to-train", visible=False)
+    problems = gr.Markdown(elem_id="fuse-problems", visible=False)
+    bench, saved = Bench(), Saved()
+
+    shown = [hint, to_train, problems, bench.all, bench.chosen, bench.merge, saved.all, saved.which, saved.about]
+    lists: dict[str, Any] = {
+        "fn": handlers.lists, "inputs": [bench.chosen, saved.which], "outputs": shown, **PRIVATE,
+    }  # fmt: skip
+    page.refreshed(tab, lists["fn"], lists["inputs"], lists["outputs"])
+    page.trained.change(lists["fn"], lists["inputs"], lists["outputs"], **PRIVATE)
+    to_train.click(lambda: gr.Tabs(selected="train"), None, page.tabs, **PRIVATE)
+    _wire_bench(bench, handlers, page, lists)
+    _wire_saved(saved, handlers, page, lists)
+    gr.api(handlers.fuse, api_name="fuse", **DEVICE)
+
+
+def _wire_bench(bench: Bench, handlers: Handlers, page: Page, lists: dict[str, Any]) -> None:
+    look = {
+        "fn": handlers.look, "inputs": [bench.chosen, bench.strengths], "outputs": [bench.table, bench.warnings],
+        **PRIVATE,
+    }  # fmt: skip
+    bench.chosen.change(**look)
+    bench.strengths.change(**look)
+    bench.merge.change(handlers.about_merge, bench.merge, bench.summary, **PRIVATE)
+    bench.teach.change(handlers.about_teaching, bench.teach, [bench.merge, bench.anchor, bench.form], **PRIVATE)
+    buttons = [bench.compare, bench.save, bench.stop]
+    asked: dict[str, Any] = {"outputs": buttons, "queue": False, **PRIVATE}
+    shown: dict[str, Any] = {"show_progress_on": bench.result, **DEVICE, **HIDDEN}
+    trying = bench.compare.click(handlers.begin_compare, **asked).then(
+        handlers.compare, bench.settings, [bench.pictures, bench.result], **shown
+    )
+    saving = bench.save.click(handlers.begin_save, **asked).then(
+        handlers.save,
+        [bench.name, bench.replace, *bench.settings],
+        [bench.result, page.base, bench.saved, bench.draw],
+        **shown,
+    )
+    for running in (trying, saving):
+        afterwards(running, handlers.done, None, buttons, queue=False, **PRIVATE)
+    saving.success(**lists)
+    bench.stop.click(handlers.stop, queue=False, **PRIVATE)
+    page.blocks.unload(handlers.left)
+    page.gone.append(handlers.gone)
+    bench.name.change(handlers.taken, bench.name, bench.replace, **PRIVATE)
+    afterwards(saving, handlers.taken, bench.name, bench.replace, **PRIVATE)
+    bench.draw.click(handlers.draw, bench.saved, [page.base, page.tabs], **PRIVATE)
+
+
+def _wire_saved(saved: Saved, handlers: Handlers, page: Page, lists: dict[str, Any]) -> None:
+    saved.which.change(handlers.show, saved.which, [saved.about, saved.concept, saved.file], **PRIVATE)
+    saved.draw.click(handlers.draw, saved.which, [page.base, page.tabs], **PRIVATE)
+    taking = saved.take.click(
+        handlers.take_out, [saved.which, saved.concept, saved.new], [saved.result, saved.which],
+        show_progress_on=saved.result, **DEVICE, **HIDDEN,
+    )  # fmt: skip
+    taking.success(**lists)
+    saved.pack.click(
+        handlers.download, [saved.which, saved.kind], [saved.file, saved.result], show_progress_on=saved.result,
+        **DEVICE, **HIDDEN,
+    )  # fmt: skip
+    deleting = saved.delete.click(handlers.delete, [saved.which, saved.sure], [saved.result, saved.sure], **PRIVATE)
+    deleting.success(**lists)
+
+
+def table_of(rows: Sequence[comparing.Row]) -> str:
+    """How the chosen get on, and what the columns mean; every cell bears its head, for screens too narrow for a row."""
+    heads = "".join(f'<th scope="col">{head}</th>' for head in COLUMNS)
+    body = ""
+    for row in rows:
+        first, *cells = zip(COLUMNS, astuple(row), strict=True)
+        body += f'<tr><th scope="row">{html.escape(first[1])}</th>'
+        body += "".join(f'<td data-head="{head}">{html.escape(cell)}</td>' for head, cell in cells) + "</tr>"
+    meanings = "".join(f"<dt>{head}</dt><dd>{meaning}</dd>" for head, meaning in COLUMNS.items() if meaning)
+    return (
+        f"<table><caption>How they get on</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+        f"<p>{ADVICE}</p><details><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
+    )
+
+
+def ready(yes: bool) -> list[Any]:
+    """Compare, Save and Stop while nothing runs, or while one of the first two does."""
+    return [gr.Button(interactive=yes), gr.Button(interactive=yes), gr.Button(visible=not yes)]
+
+
+def changes_for(merge: str, teach: int | str, form: str, anchor: float | None) -> dict[str, Any]:
+    """What the fields change in a fusion's settings; the preset says itself how to merge."""
+    if teach == WHOLE:
+        return {"preset": WHOLE}
+    return {"merge": merge, "teach": teach, "form": form, "anchor": anchor}
+
+
+class Handlers:
+    """What the buttons call: arguments from the page in, updates of the page out."""
+
+    def __init__(self, page: Page) -> None:
+        self.workspace = page.workspace
+        self.compares, self.saves = Runs(), Runs()
+
+    def lists(self, chosen: list[str] | None, which: str | None) -> list[Any]:
+        """What there is to fuse and what is saved, with all that depends on it."""
+        with told():
+            rows, problems = adapter_rows(self.workspace)
+            names, saved = [row[0] for row in rows], fusing.fusions(self.workspace)
+            merges = list(fusing.merges()) if names else []
+        problems += [one.problem for one in saved if one.problem]
+        there = [one.name for one in saved if not one.problem]
+        which = which if which in there else there[0] if there else None
+        return [
+            gr.Markdown(TOO_FEW.get(len(names), ENOUGH)),
+            gr.Button(visible=len(names) < 2),
+            gr.Markdown("\n\n".join(map(plain, problems)), visible=bool(problems)),
+            gr.Row(visible=bool(names or problems)),
+            gr.CheckboxGroup(names, value=[name for name in chosen or [] if name in names]),
+            gr.Dropdown(merges) if merges else gr.skip(),
+            gr.Column(visible=bool(there)),
+            gr.Dropdown(there, value=which),
+            self._about(which),
+        ]
+
+    def look(self, chosen: list[str] | None, strengths: dict[str, float] | None) -> list[Any]:
+        """The interference table and its warnings."""
+        with told():
+            found = comparing.together(self.workspace, chosen, strengths or {})
+        words = "\n\n".join(f"⚠ {plain(warning)}" for warning in found.warnings)
+        return [
+            gr.HTML(table_of(found.rows), visible=bool(found.rows)),
+            gr.Markdown(words, visible=bool(words)),
+        ]
+
+    def about_merge(self, merge: str) -> str:
+        """What a merge does, in a line."""
+        with told():
+            return plain(fusing.merges().get(merge, ""))
+
+    def about_teaching(self, teach: int | str) -> list[Any]:
+        """Fields that the preset decides are out of reach with it."""
+        return [gr.Dropdown(interactive=teach != WHOLE), *(gr.update(interactive=teach != WHOLE) for _ in range(2))]
+
+    def taken(self, name: str) -> Any:
+        """The tick for replacing a fusion, where there is one of that name."""
+        with told():
+            there = name.strip() in fusing.fused_names(self.workspace)
+        return gr.Checkbox(
+            label=f"Replace the fusion '{name.strip()}' (the old one goes to the trash)", value=False, visible=there
+        )
+
+    def begin_compare(self, request: gr.Request) -> list[Any]:
+        """A comparison is asked for: it can be stopped from now on."""
+        self.compares.begin(request.session_hash or "")
+        return ready(False)
+
+    def begin_save(self, request: gr.Request) -> list[Any]:
+        """A fusion is asked for: it can be stopped from now on."""
+        self.saves.begin(request.session_hash or "")
+        return ready(False)
+
+    def done(self, request: gr.Request) -> list[Any]:
+        """A run is over; another one of this browser may still go on."""
+        who = request.session_hash or ""
+        return ready(not (self.compares.busy(who) or self.saves.busy(who)))
+
+    def stop(self, request: gr.Request) -> None:
+        """Ask this browser's run to stop."""
+        self.compares.stop(request.session_hash or "")
+        self.saves.stop(request.session_hash or "")
+
+    def left(self, request: gr.Request) -> None:
+        """The browser has gone."""
+        self.gone(request.session_hash or "")
+
+    def gone(self, session: str) -> None:
+        """Nobody waits for the comparison any more; a fusion that is being saved goes on."""
+        self.compares.stop(session)
+
+    @contextmanager
+    def _run(self, runs: Runs, request: gr.Request, progress: gr.Progress) -> Iterator[Progress]:
+        """The progress of a run that this browser can stop."""
+        who = request.session_hash or ""
+        stop = runs.take(who)
+        try:
+            yield until(stop, teller(progress), STOPPED)
+        finally:
+            runs.end(who, stop)
+
+    def compare(
+        self,
+        chosen: list[str] | None,
+        strengths: dict[str, float] | None,
+        merge: str,
+        teach: int | str,
+        form: str,
+        anchor: float | None,
+        seed: int | None,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 (gradio looks for it in the defaults)
+    ) -> tuple[Any, str]:
+        """Before and after of every ticked concept."""
+        with told():
+            progress(0, desc="Loading the base")
+            changes = changes_for(merge, teach, form, anchor)
+            with self._run(self.compares, request, progress) as tell:
+                pictures = comparing.compare(self.workspace, chosen, strengths or {}, int(seed or 0), tell, **changes)
+        return gr.Gallery(value=pictures, visible=True), "Nothing is saved yet; press Save to keep this fusion."
+
+    def save(
+        self,
+        name: str,
+        replace: bool,
+        chosen: list[str] | None,
+        strengths: dict[str, float] | None,
+        merge: str,
+        teach: int | str,
+        form: str,
+        anchor: float | None,
+        seed: int | None,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[str, Handed, str, Any]:
+        """Fuse the ticked concepts; hands the result to the pictures."""
+        name = name.strip() or USUAL_NAME
+        with told():
+            progress(0, desc="Loading the adapters and their base")
+            changes = {**changes_for(merge, teach, form, anchor), "seed": seed}
+            with self._run(self.saves, request, progress) as tell:
+                words = fusing.fuse(self.workspace, chosen, name, strengths or {}, tell, replace, **changes)
+        return words, hand(fusing.FUSED + name), name, gr.Button(visible=True)
+
+    @asked
+    def fuse(
+        self,
+        adapters: list[str],
+        name: str,
+        form: str = "sum",
+        strength: str = "1",
+        merge: str = "spectral",
+        replace: bool = False,
+        teach: int = 0,
+    ) -> str:
+        """Fuse adapters into one checkpoint of the workspace, and teach it for ``teach`` steps.
+
+        ``strength`` is 0.8, or rex=0.8, brew=1.2.
+        """
+        with told():
+            strengths = fusing.parse_strengths(strength, adapters)
+            return fusing.fuse(
+                self.workspace, adapters, name, strengths, replace=replace, form=form, merge=merge, teach=teach
+            )
+
+    def show(self, which: str | None) -> list[Any]:
+        """What a saved fusion is, and what can be taken out of it."""
+        with told():
+            inside = fusing.concepts_in(self.workspace, which)
+        return [
+            self._about(which),
+            gr.Dropdown(inside, value=inside[-1] if inside else None),
+            gr.File(value=None, visible=False),
+        ]
+
+    def draw(self, which: str | None) -> tuple[Handed, Any]:
+        """Hand the chosen fusion to the pictures."""
+        with told():
+            fusing.fused_folder(self.workspace, which)
+        return hand(f"{fusing.FUSED}{which}"), gr.Tabs(selected="generate")
+
+    def take_out(
+        self,
+        which: str | None,
+        concept: str | None,
+        new: str,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[str, Any]:
+        """Write the chosen fusion without one concept."""
+        with told():
+            progress(0, desc="Fusing the rest")
+            words = fusing.take_out(self.workspace, which, concept, new, teller(progress))
+        return words, gr.Dropdown(fusing.fused_names(self.workspace), value=new.strip())
+
+    def download(
+        self,
+        which: str | None,
+        kind: str,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[Any, str]:
+        """Pack the chosen fusion for another program."""
+        with told():
+            progress(0, desc="Writing the file")
+            path, notes = downloads.download(self.workspace, which, kind)
+        return gr.File(value=str(path), visible=True), "\n".join([f"{path.name} is ready.", *notes])
+
+    def delete(self, which: str | None, sure: bool) -> tuple[str, bool]:
+        """Put the chosen fusion away once that was confirmed."""
+        if not sure:
+            return "Tick 'Yes, delete this fusion' first.", False
+        with told():
+            return fusing.delete_fusion(self.workspace, which), False
+
+    def _about(self, which: str | None) -> Any:
+        found = next((one for one in fusing.fusions(self.workspace) if one.name == which), None)
+        if found is None:
+            return gr.Markdown()
+        inside = ", ".join(f"{name} at {strength:g}" for name, strength in found.concepts.items())
+        taught = f", then taught for {found.taught} steps" if found.taught else ""
+        return gr.Markdown(f"**{plain(found.name)}** holds {plain(inside)}; merged by *{found.merge}*{taught}.")

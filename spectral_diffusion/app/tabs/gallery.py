@@ -1,0 +1,151 @@
+"""The pictures on the page: page after page, one of them chosen, with its settings and what can be done with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ...core.errors import UserError
+from .. import gallery as pictures
+from ..page import PRIVATE, Page, plain, told
+from ..workspace import Workspace
+
+EMPTY = "No pictures yet. Write a prompt above and press **Generate**; everything you draw is kept here."
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The components; ``chosen`` holds the chosen picture's name, ``names`` those of the page."""
+
+    workspace: Workspace
+    shown: gr.Row
+    picture: gr.Image
+    about: gr.Markdown
+    canvas: gr.Button
+    again: gr.Button
+    file: gr.DownloadButton
+    scene: gr.DownloadButton
+    delete: gr.Button
+    wall: gr.Gallery
+    note: gr.Markdown
+    number: gr.Number
+    paging: gr.Row
+    pages: gr.Markdown
+    chosen: gr.State
+    names: gr.State
+
+    @property
+    def details(self) -> list[Any]:
+        """What :meth:`choose` fills."""
+        shown = [self.shown, self.chosen, self.picture, self.about]
+        return [*shown, self.canvas, self.again, self.file, self.scene, self.delete]
+
+    @property
+    def listed(self) -> list[Any]:
+        """What :meth:`show` fills."""
+        return [self.wall, self.names, self.note, self.number, self.paging, self.pages]
+
+    def show(self, number: float | None) -> list[Any]:
+        """A page of the gallery."""
+        with told():
+            shown, pages, problems = pictures.page_of(self.workspace, int(number or 1))
+        lines = [plain(problem) for problem in problems]
+        return [
+            gr.Gallery(value=[str(path) for path in shown], visible=bool(shown)),
+            [path.stem for path in shown],
+            gr.Markdown("\n\n".join([*([] if shown else [EMPTY]), *lines]), visible=bool(problems) or not shown),
+            gr.Number(maximum=pages, value=min(max(1, int(number or 1)), pages)),
+            gr.Row(visible=pages > 1),
+            f"of {pages} pages",
+        ]
+
+    def choose(self, name: str | None) -> list[Any]:
+        """A picture by its name with its settings; nothing for None."""
+        if not name:
+            return [gr.Row(visible=False), None, None, "", *[gr.skip()] * 5]
+        with told():
+            path = pictures.picture_file(self.workspace, name)
+            scene: Path | None = None
+            try:
+                rows = pictures.about(self.workspace, name)
+                scene = pictures.download(self.workspace, name)[1]
+            except UserError as error:  # a picture from elsewhere can still be looked at and deleted
+                rows = [("", str(error))]
+        words = "\n\n".join(f"**{head}** {verbatim(text)}" if head else verbatim(text) for head, text in rows)
+        known: dict[str, Any] = {"interactive": scene is not None}
+        return [
+            gr.Row(visible=True),
+            name,
+            str(path),
+            words,
+            gr.Button(**known),
+            gr.Button(**known),
+            gr.DownloadButton(value=str(path)),
+            gr.DownloadButton(value=str(scene) if scene else None, **known),
+            gr.skip(),
+        ]
+
+    def clicked(self, names: list[str], event: gr.SelectData) -> list[Any]:
+        """The picture that was clicked on."""
+        index = event.index if isinstance(event.index, int) else 0
+        return self.choose(names[index] if 0 <= index < len(names) else None)
+
+    def remove(self, name: str | None) -> list[Any]:
+        """Delete the chosen picture."""
+        with told():
+            gr.Info(plain(pictures.delete(self.workspace, name)), duration=4)
+        return self.choose(None)
+
+
+def verbatim(text: str) -> str:
+    """A text inside Markdown that shows as it was written."""
+    return plain(text).translate({ord(mark): f"\\{mark}" for mark in "\\`*_[]#|~$"})
+
+
+def build_picture() -> gr.Image:
+    """Where the picture appears, first unfinished, then done."""
+    return gr.Image(
+        label="Picture", show_label=False, type="filepath", format="png", interactive=False, height=360,
+        buttons=["fullscreen"], elem_id="generate-picture",
+    )  # fmt: skip
+
+
+def build_details() -> dict[str, Any]:
+    """The chosen picture's settings and buttons."""
+    small: dict[str, Any] = {"size": "sm", "min_width": 100}
+    about = gr.Markdown(elem_id="generate-about")
+    with gr.Row():
+        canvas = gr.Button("Use its settings", elem_id="generate-to-canvas", **small)
+        again = gr.Button("Draw it again", elem_id="generate-again", **small)
+    with gr.Row():
+        file = gr.DownloadButton("Download picture", elem_id="generate-download", **small)
+        scene = gr.DownloadButton("Download settings", elem_id="generate-download-scene", **small)
+        delete = gr.Button("Delete", variant="stop", elem_id="generate-delete", **small)
+    return {"about": about, "canvas": canvas, "again": again, "file": file, "scene": scene, "delete": delete}
+
+
+def build_wall() -> dict[str, Any]:
+    """All pictures, page by page."""
+    gr.Markdown("### Your pictures")
+    note = gr.Markdown(EMPTY, elem_id="generate-gallery-note")
+    wall = gr.Gallery(
+        label="Pictures, newest first", show_label=False, columns=6, fit_columns=False, object_fit="contain",
+        height="auto", allow_preview=False, interactive=False, visible=False, buttons=[], elem_id="generate-gallery",
+    )  # fmt: skip
+    with gr.Row(visible=False, elem_id="generate-pages") as paging:
+        number = gr.Number(1, label="Page", precision=0, minimum=1, min_width=80, scale=0)
+        pages = gr.Markdown()
+    return {"note": note, "wall": wall, "number": number, "paging": paging, "pages": pages}
+
+
+def wire(page: Page, tab: gr.Tab, gallery: Gallery) -> None:
+    """Paging, choosing and deleting."""
+    page.refreshed(tab, gallery.show, [gallery.number], gallery.listed)
+    gallery.number.input(gallery.show, gallery.number, gallery.listed, **PRIVATE)
+    gallery.wall.select(gallery.clicked, gallery.names, gallery.details, **PRIVATE)
+    gallery.delete.click(gallery.remove, gallery.chosen, gallery.details, **PRIVATE).then(
+        gallery.show, gallery.number, gallery.listed, **PRIVATE
+    )

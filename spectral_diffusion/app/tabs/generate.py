@@ -1,0 +1,459 @@
+"""The generate tab: what to draw on the left, where on the right, the picture and all pictures below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ...config.models import usual_settings
+from ...core.errors import UserError
+from .. import gallery as pictures
+from .. import generation as drawing
+from ..adapters import adapter_rows
+from ..base_cache import Keeper
+from ..canvas import Canvas, ink_of_drawing, read_canvas, read_regions
+from ..fusing import base_choices
+from ..generation import Drawn, Wish
+from ..page import DEVICE, PRIVATE, Handed, Page, asked, plain, told
+from ..streaming import Runs, in_turn
+from ..workspace import Teller, Workspace
+from .canvas import build_canvas, build_sources, own_component
+from .gallery import Gallery, build_details, build_picture, build_wall, wire
+
+SHAPES = {"Square": (1, 1), "Wide": (2, 1), "Tall": (1, 2)}
+SAMPLERS = [("DPM-Solver++", "dpm"), ("DDIM", "ddim"), ("Euler", "euler")]
+NO_CONCEPTS = (
+    "You have no trained concepts yet, so use the base's own words, such as *a red dog on the beach*. "
+    "To draw your own things, train one in step 2."
+)
+WAITING = "Getting ready… (It waits while something else is drawn or fused.)"
+TO_PICTURE = (
+    "() => { setTimeout(() => document.getElementById('generate-go')"
+    ".scrollIntoView({behavior: 'smooth', block: 'start'}), 200) }"
+)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a picture is made from, as components, in the order in which :meth:`Handlers.draw` takes their values."""
+
+    prompt: gr.Textbox
+    base: gr.Dropdown
+    adapters: gr.Dropdown
+    strength: gr.Textbox
+    negative_prompt: gr.Textbox
+    seed: gr.Number
+    count: gr.Slider
+    width: gr.Number
+    height: gr.Number
+    steps: gr.Slider
+    guidance: gr.Slider
+    canvas: gr.HTML
+    sketch_weight: gr.Slider
+    sketch_adapter: gr.Textbox
+    keypose_weight: gr.Slider
+    keypose_adapter: gr.Textbox
+    sampler: gr.Dropdown
+    region_share: gr.Slider
+    region_isolation: gr.Slider
+    region_start: gr.Slider
+    region_end: gr.Slider
+
+    @property
+    def all(self) -> list[Any]:
+        """The components in their order."""
+        return [getattr(self, one.name) for one in fields(self)]
+
+    @staticmethod
+    def named(values: tuple[Any, ...]) -> dict[str, Any]:
+        """The components' values by name."""
+        return dict(zip((one.name for one in fields(Fields)), values, strict=True))
+
+
+@dataclass
+class Handlers:
+    """What the buttons call: arguments from the page in, updates of the page out."""
+
+    workspace: Workspace
+    keeper: Keeper = field(default_factory=Keeper)
+    runs: Runs = field(default_factory=Runs)
+
+    def lists(self, base: str | None, chosen: list[str] | None) -> list[Any]:
+        """Bases, a note on what there is, and all that :meth:`follow` tells."""
+        with told():
+            rows, problems = adapter_rows(self.workspace)
+            lines = [*([] if rows else [NO_CONCEPTS]), *map(plain, problems)]
+            return [
+                gr.Dropdown(choices=base_choices(self.workspace)),
+                gr.Markdown("\n\n".join(lines), visible=bool(lines)),
+                *self.follow(base, chosen),
+            ]
+
+    def follow(self, base: str | None, chosen: list[str] | None) -> list[Any]:
+        """What the base allows: concepts and their strength, the canvas's concepts, the tokens.
+
+        A fused base has its concepts inside, and adapters that were trained on it can act; on any other all can.
+        """
+        try:
+            inside = drawing.tokens(self.workspace, base, [])
+        except UserError:  # it is said when it is drawn
+            inside = {}
+        every = adapter_rows(self.workspace)[0]
+        rows = [row[:3] for row in every if not inside or drawing.is_base(self.workspace, base, row[-1])]
+        names = [row[0] for row in rows]
+        there = [name for name in chosen or [] if name in names]  # else as it is, which may be handed over just now
+        tokens = [*([token, noun, ""] for token, noun in inside.items()), *([row[1], row[2], row[0]] for row in rows)]
+        return [
+            gr.Dropdown(choices=names, visible=bool(rows), **({"value": there} if there != (chosen or []) else {})),
+            gr.Textbox(visible=bool(rows)),
+            gr.HTML(concepts=rows),
+            tokens,
+        ]
+
+    def pick(self, chosen: list[str] | None, event: gr.EventData) -> list[str]:
+        """The concepts with the one whose token went into the prompt."""
+        name = str((event._data or {}).get("name") or "")
+        return list(dict.fromkeys([*(chosen or []), *([name] if name else [])]))
+
+    def shape(self, shape: str | None, base: str | None) -> tuple[int, int]:
+        """Width and height of a shape at the base's own size."""
+        side = drawing.side_of(self.workspace, base)
+        across, down = SHAPES.get(shape or "", (1, 1))
+        return side * across, side * down
+
+    def handed_base(self, handed: Handed, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
+        """A base that was handed over, no concepts, and what :meth:`suited` tells."""
+        return handed[0], [], *self.suited(handed[0], shape, steps, guidance)
+
+    def handed_adapters(self, handed: Handed, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
+        """The base that adapters were trained on which were handed over, these, and what :meth:`suited` tells."""
+        with told():
+            base = drawing.base_of(self.workspace, handed[0][0])
+        return base, handed[0], *self.suited(base, shape, steps, guidance)
+
+    def suited(self, base: str | None, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
+        """Width, height, steps and guidance that suit a base; a person's own steps and guidance stay."""
+        return *self.shape(shape, base), *drawing.sampling_of(self.workspace, base, (int(steps), guidance))
+
+    def reshaped(self, base: str | None, width: float | None, height: float | None) -> tuple[Any, str | None]:
+        """The canvas in the picture's shape, and the name of the shape if it has one."""
+        ratio = drawing.ratio_of(self.workspace, base, width, height)
+        names = {across / down: name for name, (across, down) in SHAPES.items()}
+        return gr.HTML(ratio=ratio), names.get(ratio)
+
+    def begin(self, request: gr.Request) -> list[Any]:
+        """A run is asked for: Cancel in the place of Generate, at once."""
+        self.runs.begin(request.session_hash or "")
+        return [gr.Button(visible=False), gr.Button(visible=True), WAITING, gr.Row(visible=True)]
+
+    def ended(self) -> list[Any]:
+        """Generate in its place again."""
+        return [gr.Button(visible=True), gr.Button(visible=False)]
+
+    def cancel(self, request: gr.Request) -> None:
+        """Ask this browser's run to stop. Nothing is shown: the run's own last word may have come before."""
+        self.runs.stop(request.session_hash or "")
+
+    def left(self, request: gr.Request) -> None:
+        """The browser has gone: nobody waits for its picture."""
+        self.gone(request.session_hash or "")
+
+    def gone(self, session: str) -> None:
+        """A browser or a program has gone."""
+        self.runs.stop(session)
+
+    def draw(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """Draw; yields unfinished pictures and a line, in the end the picture, the line, and the picture's name."""
+        yield from self._drawn(request, lambda: self._wish(Fields.named(values)))
+
+    def again(self, name: str | None, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        """Draw a picture of the gallery again, from its own settings."""
+
+        def wish() -> tuple[Wish, dict[str, Any]]:
+            found = pictures.refill(self.workspace, name)
+            if found.notes:
+                raise UserError(f"It cannot be drawn again as it was: {found.notes[0]}")
+            held = Wish(
+                found.base, found.adapters, found.strength, read_canvas(found.canvas), found.sketch_weight,
+                found.keypose_weight, found.sketch_adapter, found.keypose_adapter,
+            )  # fmt: skip
+            return held, {"seed": found.seed, **found.fields}
+
+        yield from self._drawn(request, wish)
+
+    @asked
+    def generate(
+        self,
+        prompt: str,
+        base: str | None = "pocket",
+        adapters: list[str] | None = None,
+        strength: str | None = "1",
+        negative_prompt: str | None = "",
+        seed: int | None = None,
+        count: int | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sketch: str | None = None,
+        sketch_weight: float | None = None,
+        sketch_adapter: str | None = "",
+        regions: Any = None,
+        region_share: float | None = None,
+        region_isolation: float | None = None,
+        sampler: str | None = None,
+        request: gr.Request | None = None,
+    ) -> tuple[list[str], str]:
+        """Draw pictures from fields alone; returns their files and what to tell.
+
+        ``sketch`` is a picture file; ``regions`` a list such as
+        ``[{"box": [0, 0, 0.5, 1], "prompt": "a photo of <rex>", "concept": "rex"}]``, boxes in fractions.
+        """
+        who = (request.session_hash if request else "") or ""
+        with told():
+            held = Canvas(ink_of_drawing(Path(sketch)) if sketch else None, None, read_regions(regions))
+            wish = Wish(
+                base, adapters or [], strength, held, 1.0 if sketch_weight is None else sketch_weight,
+                sketch_adapter=sketch_adapter,
+            )  # fmt: skip
+            scene: dict[str, Any] = {
+                "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "count": count, "width": width,
+                "height": height, "steps": steps, "guidance": guidance, "sampler": sampler,
+                "region_share": region_share, "region_isolation": region_isolation,
+            }  # fmt: skip
+            stop = self.runs.take(who)
+            try:
+                drawn = drawing.generate(self.workspace, wish, should_stop=stop.is_set, keeper=self.keeper, **scene)
+            finally:
+                self.runs.end(who, stop)
+        return [str(path) for path in drawn.pictures], drawn.words
+
+    def refilled(self, name: str | None) -> list[Any]:
+        """The fields filled from a picture of the gallery, and the line."""
+        with told():
+            found = pictures.refill(self.workspace, name)
+        values = {
+            **found.fields, "base": found.base, "adapters": found.adapters, "strength": found.strength,
+            "seed": found.seed, "count": 1, "sketch_weight": found.sketch_weight,
+            "sketch_adapter": found.sketch_adapter, "keypose_weight": found.keypose_weight,
+            "keypose_adapter": found.keypose_adapter,
+        }  # fmt: skip
+        ratio = drawing.ratio_of(self.workspace, found.base, found.fields["width"], found.fields["height"])
+        values["canvas"] = gr.HTML(value=found.canvas, ratio=ratio)
+        line = " ".join(["The picture's settings are in the fields above; change what you like.", *found.notes])
+        return [*(values[one.name] for one in fields(Fields)), plain(line)]
+
+    def _wish(self, given: dict[str, Any]) -> tuple[Wish, dict[str, Any]]:
+        """The page's fields as what to draw, and the scene's own settings."""
+        mine = ("base", "adapters", "strength", "sketch_weight", "sketch_adapter", "keypose_weight", "keypose_adapter")
+        held = {name: given.pop(name) for name in mine}
+        held["adapters"] = held["adapters"] or []
+        given |= {side: given[side] or None for side in ("width", "height")}  # the page may say 0 for an empty field
+        return Wish(canvas=read_canvas(given.pop("canvas")), **held), given
+
+    def _drawn(self, request: gr.Request, wished: Any) -> Iterator[tuple[Any, ...]]:
+        who = request.session_hash or ""
+        stop = self.runs.take(who)
+        line = [WAITING]
+
+        def work(tell: Any) -> Drawn:
+            def words(done: int, total: int, text: str) -> None:
+                line[0] = f"{text} (step {done} of {total})"
+                tell(line[0])
+
+            if stop.is_set():
+                return Drawn([], "Stopped.")
+            wish, scene = wished()
+            return drawing.generate(
+                self.workspace, wish, Teller(words), lambda images: tell(images[0]), stop.is_set, self.keeper, **scene
+            )
+
+        try:
+            with told():
+                for news in in_turn(work, stop):
+                    if isinstance(news, Drawn):
+                        first = news.pictures[0] if news.pictures else None
+                        yield str(first) if first else gr.skip(), plain(news.words), first.stem if first else gr.skip()
+                    elif isinstance(news, str):
+                        yield gr.skip(), plain(news), gr.skip()
+                    else:
+                        yield news, plain(line[0]), gr.skip()
+        except gr.Error as error:  # said where the person looks, and the page goes on
+            yield gr.skip(), f"**That did not work.** {error.message}", gr.skip()
+        finally:
+            self.runs.end(who, stop)
+
+
+def build(page: Page, tab: gr.Tab) -> None:
+    """Fill the tab and wire its events."""
+    handlers = Handlers(page.workspace)
+    usual = usual_settings("pocket", "generate")
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            words = _build_words(usual, drawing.side_of(page.workspace, "pocket"))
+        with gr.Column(scale=6, min_width=320):
+            canvas = build_canvas()
+            build_sources(page.workspace, canvas, [words["base"], words["width"], words["height"]])
+    note, tokens, shape = words.pop("note"), words.pop("tokens"), words.pop("shape")
+    form = Fields(canvas=canvas, **words)
+    with gr.Row(elem_id="generate-go"):
+        start = gr.Button("Generate", variant="primary", size="lg", elem_id="generate-start")
+        cancel = gr.Button("Cancel", variant="stop", size="lg", visible=False, elem_id="generate-cancel")
+    status = gr.Markdown(elem_id="generate-status")
+    with gr.Row(equal_height=False, visible=False, elem_id="generate-shown") as shown:
+        with gr.Column(scale=6, min_width=320):
+            picture = build_picture()
+        with gr.Column(scale=5, min_width=320):
+            details = build_details()
+    gallery = Gallery(
+        workspace=page.workspace,
+        shown=shown,
+        picture=picture,
+        chosen=gr.State(None),
+        names=gr.State([]),
+        **details,
+        **build_wall(),
+    )
+    wire(page, tab, gallery)
+    _wire_lists(page, tab, handlers, form, note, tokens, shape)
+    _wire_drawing(page, handlers, form, gallery, start, cancel, status)
+    _build_api(handlers, form)
+
+
+def _build_words(usual: dict[str, Any], side: int) -> dict[str, Any]:
+    """What to draw: concepts, prompt, numbers. ``side`` is the pocket base's, in pixels."""
+    note = gr.Markdown(visible=False, elem_id="generate-note")
+    made: dict[str, Any] = {"note": note}
+    made["prompt"] = gr.Textbox(
+        label="Prompt", placeholder="a photo of a red dog on the beach", lines=3, elem_id="generate-prompt",
+        info="The whole picture in words; your own things by theirs, such as <rex>.",
+    )  # fmt: skip
+    made["tokens"] = own_component("tokens", '<div class="tokens" role="group" aria-label="Tokens"></div>', value=[],
+                                   elem_id="generate-tokens")  # fmt: skip
+    with gr.Row(equal_height=False):
+        made["adapters"] = gr.Dropdown(
+            [], multiselect=True, allow_custom_value=True, label="Concepts", visible=False, min_width=180,
+            info="Act everywhere. A concept chosen for a box acts only there.", elem_id="generate-adapters",
+        )  # fmt: skip
+        made["strength"] = gr.Textbox(
+            "1", label="Strength", info="One number, or rex=0.8, brew=1.2.", visible=False, min_width=120,
+            max_lines=1, elem_id="generate-strength",
+        )  # fmt: skip
+    made["shape"] = gr.Radio(list(SHAPES), value="Square", label="Shape", elem_id="generate-shape")
+    with gr.Row(equal_height=False):
+        made["count"] = gr.Slider(1, 16, 1, step=1, label="Pictures", elem_id="generate-count", min_width=120)
+        made["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="generate-seed", min_width=120)
+    with gr.Accordion("Base, size and sampling", open=False, elem_id="generate-more"):
+        made["base"] = gr.Dropdown(
+            ["pocket"], value="pocket", allow_custom_value=True, label="Base", elem_id="generate-base",
+            info="What draws: pocket, one of your fusions, or the folder or hub id of another Stable Diffusion.",
+        )  # fmt: skip
+        made["negative_prompt"] = gr.Textbox(
+            "", label="Negative prompt", placeholder="what to keep away from", max_lines=2, elem_id="generate-negative"
+        )
+        with gr.Row():
+            made["steps"] = gr.Slider(
+                1, 100, usual.get("steps", 20), step=1, label="Steps", info="More take longer and are finer."
+            )
+            made["guidance"] = gr.Slider(
+                0, 20, usual.get("guidance", 4.0), step=0.1, label="Guidance", info="How closely it follows the words."
+            )
+        with gr.Row():
+            made["width"] = gr.Number(
+                side, label="Width", info="In pixels.", precision=0, step=8, minimum=8, min_width=100
+            )
+            made["height"] = gr.Number(
+                side, label="Height", info="In pixels.", precision=0, step=8, minimum=8, min_width=100
+            )
+            made["sampler"] = gr.Dropdown(SAMPLERS, value="dpm", label="Sampler", info="How it walks.", min_width=130)
+    with gr.Accordion("Weights of sketch, pose and boxes", open=False, elem_id="generate-held"):
+        for kind in ("sketch", "keypose"):
+            with gr.Row():
+                made[f"{kind}_weight"] = gr.Slider(
+                    0, 4, 1.0, step=0.1, label=f"{kind.capitalize()} weight", info="How firmly it is held to."
+                )
+                made[f"{kind}_adapter"] = gr.Textbox(
+                    "", label=f"{kind.capitalize()} adapter", max_lines=1,
+                    info="Folder or hub id of a T2I-Adapter; empty is the base's own.",
+                )  # fmt: skip
+        with gr.Row():
+            made["region_share"] = gr.Slider(
+                0, 1, 0.0, step=0.05, label="Prompt inside boxes", info="Share of the main prompt there."
+            )
+            made["region_isolation"] = gr.Slider(
+                0, 1, 0.0, step=0.05, label="Isolation", info="How far a box keeps to itself."
+            )
+        with gr.Row():
+            made["region_start"] = gr.Slider(0, 0.95, 0.0, step=0.05, label="Boxes from", info="Share of the steps.")
+            made["region_end"] = gr.Slider(0.05, 1, 1.0, step=0.05, label="Boxes until", info="Share of the steps.")
+    return made
+
+
+def _wire_lists(
+    page: Page, tab: gr.Tab, handlers: Handlers, form: Fields, note: Any, tokens: Any, shape: gr.Radio
+) -> None:
+    """What follows the workspace and other fields: choices, tokens, the canvas's shape, and the hand-overs."""
+    both = [form.base, form.adapters]
+    followed = [form.adapters, form.strength, form.canvas, tokens]
+    page.refreshed(tab, handlers.lists, both, [form.base, note, *followed])
+    page.trained.change(handlers.lists, both, [form.base, note, *followed], **PRIVATE)
+    form.base.change(handlers.follow, both, followed, **PRIVATE)
+    tokens.click(handlers.pick, form.adapters, form.adapters, **PRIVATE)
+    size = [form.base, form.width, form.height]
+    sampling = [form.steps, form.guidance]
+    suited = [form.width, form.height, *sampling]
+    shape.input(handlers.shape, [shape, form.base], size[1:], **PRIVATE)
+    form.base.input(handlers.suited, [form.base, shape, *sampling], suited, **PRIVATE)
+    for one in size:
+        one.change(handlers.reshaped, size, [form.canvas, shape], **PRIVATE)
+    page.base.change(handlers.handed_base, [page.base, shape, *sampling], [*both, *suited], **PRIVATE)
+    page.adapters.change(handlers.handed_adapters, [page.adapters, shape, *sampling], [*both, *suited], **PRIVATE)
+    page.blocks.load(handlers.keeper.warm_soon, queue=False, **PRIVATE)
+
+
+def _wire_drawing(
+    page: Page, handlers: Handlers, form: Fields, gallery: Gallery, start: gr.Button, cancel: gr.Button, status: Any
+) -> None:
+    """Generate, cancel, draw again, and a picture back into the fields."""
+    asked: dict[str, Any] = {
+        "fn": handlers.begin,
+        "outputs": [start, cancel, status, gallery.shown],
+        "queue": False,
+        **PRIVATE,
+    }
+    shown = [gallery.picture, status, gallery.chosen]
+    for event, work, inputs in (
+        (start.click, handlers.draw, form.all),
+        (form.prompt.submit, handlers.draw, form.all),
+        (gallery.again.click, handlers.again, [gallery.chosen]),
+    ):
+        run = event(**asked).then(work, inputs, shown, **PRIVATE, **DEVICE)
+        ended = run.then(handlers.ended, None, [start, cancel], queue=False, **PRIVATE)
+        ended.then(lambda: 1, None, gallery.number, queue=False, **PRIVATE).then(
+            gallery.show, gallery.number, gallery.listed, **PRIVATE
+        )
+        run.success(gallery.choose, gallery.chosen, gallery.details, **PRIVATE)
+    for event in (start.click, form.prompt.submit, gallery.again.click):
+        event(None, js=TO_PICTURE, **PRIVATE)
+    cancel.click(handlers.cancel, queue=False, show_progress="hidden", api_name="cancel_generate")
+    page.blocks.unload(handlers.left)
+    page.gone.append(handlers.gone)
+    gallery.canvas.click(handlers.refilled, gallery.chosen, [*form.all, status], **PRIVATE)
+
+
+def _build_api(handlers: Handlers, form: Fields) -> None:
+    """The endpoint ``generate``, whose sketch is a file and whose regions are JSON."""
+    sketch, regions = gr.File(visible=False, label="Sketch"), gr.JSON(visible=False, label="Regions")
+    width, height = (gr.Number(None, visible=False, precision=0, label=label) for label in ("Width", "Height"))
+    files, words, call = gr.Files(visible=False), gr.Textbox(visible=False), gr.Button(visible=False)
+    call.click(
+        handlers.generate,
+        [form.prompt, form.base, form.adapters, form.strength, form.negative_prompt, form.seed, form.count, width,
+         height, form.steps, form.guidance, sketch, form.sketch_weight, form.sketch_adapter, regions,
+         form.region_share, form.region_isolation, form.sampler],
+        [files, words], api_name="generate", **DEVICE,
+    )  # fmt: skip

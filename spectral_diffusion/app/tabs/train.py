@@ -1,0 +1,398 @@
+"""The train tab: what to train and what it will cost, the trainings, and the adapters that they gave."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import gradio as gr
+
+from ...core.errors import UserError
+from ...data.folder import load_concept
+from ..adapters import ADAPTER_COLUMNS, adapter_files, adapter_rows, delete_adapter
+from ..concepts import concept_folder, concept_folders, known_concepts
+from ..page import PRIVATE, Handed, Page, asked, hand, plain, told
+from ..presets import preset_settings, presets, train_settings
+from ..queue import Queue
+from ..workspace import sentence_of
+from .job_list import List, build_list, shown
+
+NO_ADAPTERS = "None yet. What you train appears here, ready for steps 3 and 4."
+
+
+@dataclass(frozen=True)
+class Form:
+    """What to train, in the order in which :meth:`Handlers.start` takes the values."""
+
+    concept: gr.Dropdown
+    preset: gr.Dropdown
+    base: gr.Textbox
+    method: gr.Dropdown
+    rank: gr.Number
+    steps: gr.Number
+    seed: gr.Number
+    slot: gr.Textbox
+    samples: gr.Checkbox
+
+    @property
+    def all(self) -> list[Any]:
+        """The components in their order."""
+        return [getattr(self, one.name) for one in fields(self)]
+
+    @staticmethod
+    def named(values: tuple[Any, ...]) -> dict[str, Any]:
+        """The components' values by name, without the concept and the preset."""
+        return dict(zip((one.name for one in fields(Form)[2:]), values, strict=True))
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The adapters."""
+
+    empty: gr.Markdown
+    table: gr.HTML
+    problems: gr.Markdown
+    actions: gr.Row
+    chosen: gr.Dropdown
+
+    @property
+    def all(self) -> list[Any]:
+        """The components in their order."""
+        return [getattr(self, one.name) for one in fields(self)]
+
+
+class Handlers:
+    """What the tab's buttons call: values from the page in, updates of the page out."""
+
+    def __init__(self, page: Page) -> None:
+        self.workspace = page.workspace
+        self.queue = Queue(page.workspace)
+        self.queue.start()  # what waits goes on when the server is there, without any page
+
+    # --- the form
+
+    def opened(
+        self, concept: str | None, handed: Handed | None, taken: int, method: str | None
+    ) -> tuple[Any, Any, int]:
+        """The concepts and the methods there are; one handed over from the concepts' tab is chosen once.
+
+        ``taken`` is when the one was handed over that was chosen last.
+        """
+        from ...methods import all_methods
+
+        folders = concept_folders(self.workspace)
+        newest = [job.record.concept for job in self.queue.jobs()][:1]  # after the page was loaded anew
+        name, when = handed or (None, taken)
+        first = (concept, name) if when == taken else (name, concept)
+        value = next((name for name in (*first, *newest, *folders) if name in folders), None)
+        said = known_concepts(self.workspace)
+        shown = [(f"{name} ({said[name][1]})" if said[name][1] else name, name) for name in folders]
+        return gr.Dropdown(choices=shown, value=value), gr.Dropdown(choices=list(all_methods()), value=method), when
+
+    def about(self, concept: str | None) -> str:
+        """A line on the chosen concept."""
+        try:
+            found = load_concept(concept_folder(self.workspace, concept))
+        except UserError as error:
+            return plain(str(error))
+        count = f"{len(found.photos)} photo{'s' if len(found.photos) != 1 else ''}"
+        line = f"{count} of a {plain(found.noun)}. In prompts it is called `{found.token}`."
+        if concept in adapter_files(self.workspace):
+            line += " It is trained already; training it again replaces its adapter and keeps its place."
+        return line
+
+    def preset(self, name: str) -> list[Any]:
+        """A preset's own settings for the fields."""
+        from ...config.models import TrainConfig
+
+        with told():
+            held = preset_settings(name, "train")
+        values = [held.get(key, TrainConfig.model_fields[key].default) for key in ("base", "method", "rank", "steps")]
+        return [gr.Dropdown(info=presets().get(name, "")), *values]
+
+    def estimate(self, concept: str | None, preset: str, *values: Any) -> Iterator[str]:
+        """What it will cost, or why it cannot be; the memory of a large base takes a moment longer."""
+        from ..estimates import estimate, memory
+
+        try:
+            config = train_settings(self.workspace, concept, preset, Form.named(values))
+            found = estimate(config, self.queue.jobs())
+            yield figures(found.trained, "counting …", found.time, found.note)
+            most, more = memory(config)
+            yield figures(found.trained, most, found.time, found.note + more)
+        except Exception as error:  # in place of the figures
+            yield f'<p class="train-note train-wrong">{html.escape(sentence_of(error))}</p>'
+
+    def start(self, concept: str | None, preset: str, *values: Any) -> tuple[Any, str]:
+        """Start a training, or put it into the queue; returns its id and what to tell."""
+        with told():
+            name, said = self.queue.enqueue(concept, preset, **Form.named(values))
+            runs = self.queue.job(name).record.state == "running"
+        return (name if runs else gr.skip()), plain(said)  # one that waits does not hide the one that runs
+
+    # --- the list
+
+    def look(self, chosen: str | None, seen: dict[str, Any], table: dict[str, Any]) -> list[Any]:
+        """Look after the queue and show it; the adapters too if they have changed."""
+        jobs = self.queue.refresh()
+        before, (updates, seen) = seen, shown(self.workspace, jobs, self.queue.trouble, chosen, seen)
+        ended = before.get("timer") == {"active": True} and seen["timer"] == {"active": False}
+        said = "" if ended else gr.skip()  # what was said of the queue is no longer so
+        moved = gr.skip() if seen["chosen"] == chosen else seen["chosen"]
+        now = self.adapters()
+        shelf = [gr.skip()] * 5 if table == now else self.shelf(now)
+        return [*updates, moved, said, seen, *shelf, now]
+
+    def adapters(self) -> dict[str, Any]:
+        """The adapters: the table's rows, the sentences on unreadable ones, all names."""
+        try:
+            rows, problems = adapter_rows(self.workspace)
+        except OSError as error:
+            rows, problems = [], [sentence_of(error)]
+        return {"rows": rows, "problems": problems, "names": list(adapter_files(self.workspace))}
+
+    def shelf(self, now: dict[str, Any]) -> list[Any]:
+        """What fills the adapters."""
+        problems = "\n".join(f"- {plain(text)}" for text in now["problems"])
+        return [
+            gr.Markdown(visible=not now["names"]),
+            gr.HTML(table_of(now["rows"]), visible=bool(now["rows"])),
+            gr.Markdown(problems, visible=bool(problems)),
+            gr.Row(visible=bool(now["names"])),
+            gr.Dropdown(choices=now["names"], value=now["names"][-1] if now["names"] else None),
+        ]
+
+    def ask(self, what: str, job: str | None) -> str:
+        """Pause, stop or resume a training; returns what to tell."""
+        with told():
+            return plain(str(getattr(self.queue, what)(job)))
+
+    def remove(self, job: str | None) -> tuple[str, Any, Any]:
+        """Take a training off the list, or ask first if it is unfinished."""
+        with told():
+            found = self.queue.job(job)
+            if found.record.state != "done" and found.record.launches and self.queue.resumable(found):
+                return "", gr.Column(visible=True), gr.Row(visible=False)
+            return plain(self.queue.remove(job)), gr.Column(visible=False), gr.Row(visible=True)
+
+    def remove_surely(self, job: str | None) -> tuple[str, Any, Any]:
+        """Take an unfinished training off the list."""
+        with told():
+            return plain(self.queue.remove(job, sure=True)), gr.Column(visible=False), gr.Row(visible=True)
+
+    def clear(self) -> str:
+        """Take the finished trainings off the list."""
+        with told():
+            return plain(self.queue.clear())
+
+    def draw_job(self, job: str | None) -> tuple[Handed, Any]:
+        """Hand a finished training's adapter to the pictures."""
+        with told():
+            return self.draw(self.queue.job(job).record.concept)
+
+    # --- the adapters
+
+    def draw(self, name: str | None) -> tuple[Handed, Any]:
+        """Hand an adapter to the pictures."""
+        with told():
+            if name not in adapter_files(self.workspace):
+                raise UserError(f"The adapter '{name}' is not there any more; train it again.")
+            return hand([str(name)]), gr.Tabs(selected="generate")
+
+    def delete(self, name: str | None) -> tuple[str, Any]:
+        """Delete an adapter."""
+        with told():
+            return plain(delete_adapter(self.workspace, name)), gr.Column(visible=False)
+
+    # --- for programs
+
+    @asked
+    def api_train(
+        self,
+        concept: str,
+        preset: str = "pocket",
+        base: str | None = None,
+        method: str | None = None,
+        rank: int | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        resume: bool = False,
+    ) -> tuple[str, str]:
+        """Put a training into the queue; returns its id, to look for in ``jobs``, and what to tell.
+
+        What is left out is as the preset says. ``resume`` goes on with the concept's unfinished training.
+        """
+        with told():
+            if resume:
+                return self.queue.resume_concept(concept)
+            changes = {"base": base, "method": method, "rank": rank, "steps": steps, "seed": seed}
+            return self.queue.enqueue(concept, preset, samples=True, **changes)
+
+    def api_jobs(self) -> list[dict[str, Any]]:
+        """All trainings: running, waiting in their turn, then the others from the newest."""
+        with told():
+            return [job.told() for job in self.queue.refresh()]
+
+    @asked
+    def api_stop(self, job: str) -> str:
+        """Stop a training and keep its state; returns what to tell."""
+        with told():
+            return self.queue.stop(job)
+
+
+def choose(event: gr.SelectData) -> str:
+    """The id of a training that was clicked in the list."""
+    return str(event.value)
+
+
+def figures(trained: str, memory: str, time: str, note: str) -> str:
+    """What a training will cost, as tiles."""
+    named = {"Trained numbers": trained, "Memory": memory, "Time": time}
+    tiles = "".join(f"<div><dt>{name}</dt><dd>{html.escape(text)}</dd></div>" for name, text in named.items())
+    return f'<dl class="train-figures">{tiles}</dl><p class="train-note">{html.escape(note)}</p>'
+
+
+def table_of(rows: list[list[str]]) -> str:
+    """The adapters as a table."""
+    head = "".join(f'<th scope="col">{name}</th>' for name in ADAPTER_COLUMNS)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="train-table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def build(page: Page, tab: gr.Tab) -> None:
+    """Fill the tab and wire its events."""
+    handlers = Handlers(page)
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            form, about, costs, start, said = _form()
+        with gr.Column(scale=6, min_width=320):
+            parts, sure, keep = build_list(start, page.strip, page.timer)
+    shelf, adapters_said, draw, delete = _shelf()
+
+    # The id of the shown training. The radio itself is never an input: gradio refuses what was put into its list later.
+    chosen: gr.State = gr.State(None)
+    seen: gr.State = gr.State({})
+    look: dict[str, Any] = {
+        "fn": handlers.look, "inputs": [chosen, seen, page.trained], **PRIVATE,
+        "outputs": [*parts.all, chosen, said, seen, *shelf.all, page.trained],
+    }  # fmt: skip
+    page.refreshed(tab, look["fn"], look["inputs"], look["outputs"])
+    parts.timer.tick(**look)
+    parts.jobs.select(choose, None, chosen, **PRIVATE).then(**look)
+
+    _wire_form(page, tab, handlers, form, about, costs)
+    start.click(handlers.start, form.all, [chosen, said], **PRIVATE).success(**look)
+    _wire_list(page, handlers, parts, chosen, (sure, keep), said, look)
+    draw.click(handlers.draw, [shelf.chosen], [page.adapters, page.tabs], **PRIVATE)
+    ask, asked, really, no = delete
+    ask.click(lambda: gr.Column(visible=True), None, asked, **PRIVATE)
+    no.click(lambda: gr.Column(visible=False), None, asked, **PRIVATE)
+    really.click(handlers.delete, [shelf.chosen], [adapters_said, asked], **PRIVATE).success(**look)
+
+    for fn, name in ((handlers.api_train, "train"), (handlers.api_jobs, "jobs"), (handlers.api_stop, "stop")):
+        gr.api(fn, api_name=name)
+
+
+# --- layout --------------------------------------------------------------------------------------------------
+
+
+def _form() -> tuple[Form, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
+    concept = gr.Dropdown([], label="Concept", info="From step 1.", elem_id="train-concept", allow_custom_value=True)
+    about = gr.Markdown(elem_id="train-about", elem_classes="muted")
+    known = presets()
+    preset = gr.Dropdown(list(known), value="pocket", label="Preset", info=known["pocket"], elem_id="train-preset")
+    held = preset_settings("pocket", "train")
+    with gr.Accordion("More settings", open=False, elem_id="train-more"):
+        base = gr.Textbox(
+            held["base"], label="Base", info="pocket, a diffusers folder, a hub id or a .safetensors file.",
+            max_lines=1, elem_id="train-base",
+        )  # fmt: skip
+        method = gr.Dropdown(
+            [held["method"]], value=held["method"], label="Method", info="How the change of the base is written down.",
+            allow_custom_value=True, elem_id="train-method",
+        )  # fmt: skip
+        with gr.Row():
+            rank = gr.Number(
+                held["rank"], label="Rank", info="Room per concept: more learns more, fewer concepts fit.",
+                precision=0, minimum=1, min_width=120, elem_id="train-rank",
+            )  # fmt: skip
+            steps = gr.Number(
+                held["steps"], label="Steps", info="How long it learns.", precision=0, minimum=1, min_width=120,
+                elem_id="train-steps",
+            )  # fmt: skip
+        with gr.Row():
+            seed = gr.Number(
+                0, label="Seed", info="The same seed gives the same adapter.", precision=0, minimum=0, min_width=120,
+                elem_id="train-seed",
+            )  # fmt: skip
+            slot = gr.Textbox(
+                "next", label="Slot", info="Its place among the base's directions; next is the first free one.",
+                max_lines=1, min_width=120, elem_id="train-slot",
+            )  # fmt: skip
+        samples = gr.Checkbox(
+            True, label="Draw samples on the way", info="A few small pictures; they cost some time.",
+            elem_id="train-with-samples",
+        )  # fmt: skip
+    costs = gr.HTML(elem_id="train-estimate", label="What it will cost", padding=False)
+    start = gr.Button("Start training", variant="primary", elem_id="train-start")
+    said = gr.Markdown(elem_id="train-said")
+    return Form(concept, preset, base, method, rank, steps, seed, slot, samples), about, costs, start, said
+
+
+def _shelf() -> tuple[Shelf, gr.Markdown, gr.Button, tuple[gr.Button, gr.Column, gr.Button, gr.Button]]:
+    gr.Markdown("### Trained concepts\nEach is kept in a small file, an *adapter*.")
+    empty = gr.Markdown(NO_ADAPTERS, elem_id="train-no-adapters")
+    table = gr.HTML(visible=False, label="Your adapters", padding=False, elem_id="train-adapters")
+    problems = gr.Markdown(visible=False, elem_id="train-problems")
+    with gr.Row(visible=False) as actions:
+        chosen = gr.Dropdown(
+            [], label="Trained concept", allow_custom_value=True, elem_id="train-adapter", min_width=200
+        )
+        draw = gr.Button("Draw with it", elem_id="train-adapter-draw", min_width=120)
+        ask = gr.Button("Delete", elem_id="train-adapter-delete", min_width=120)
+    with gr.Column(visible=False, elem_id="train-adapter-asked") as asked:
+        gr.Markdown("The adapter is deleted for good; fusions that hold it stay.")
+        with gr.Row():
+            really = gr.Button("Delete it", size="sm", variant="stop", elem_id="train-adapter-delete-sure")
+            no = gr.Button("Keep it", size="sm", elem_id="train-adapter-keep")
+    said = gr.Markdown(elem_id="train-adapters-said")
+    return Shelf(empty, table, problems, actions, chosen), said, draw, (ask, asked, really, no)
+
+
+# --- wiring --------------------------------------------------------------------------------------------------
+
+
+def _wire_form(page: Page, tab: gr.Tab, handlers: Handlers, form: Form, about: gr.Markdown, tiles: gr.HTML) -> None:
+    """The form, its line on the concept, and the figures, which follow every change."""
+    costs: dict[str, Any] = {"fn": handlers.estimate, "inputs": form.all, "outputs": tiles, **PRIVATE}
+    taken = gr.State(0)
+    opened = {"fn": handlers.opened, "inputs": [form.concept, page.concept, taken, form.method], **PRIVATE}
+    described: dict[str, Any] = {"fn": handlers.about, "inputs": form.concept, "outputs": about, **PRIVATE}
+    # Not when the page is loaded: counting brings in torch, and the first tab shall not wait for it.
+    tab.select(outputs=[form.concept, form.method, taken], **opened).then(**described).then(**costs)
+    handed = page.concept.change(lambda handed: handed[0], page.concept, form.concept, **PRIVATE)
+    handed.then(**described).then(**costs)
+    form.concept.input(**described).then(**costs)
+    form.preset.input(
+        handlers.preset, form.preset, [form.preset, form.base, form.method, form.rank, form.steps], **PRIVATE
+    ).success(**costs)
+    for part in form.all[2:]:
+        part.input(trigger_mode="always_last", **costs)
+
+
+def _wire_list(
+    page: Page, handlers: Handlers, parts: List, chosen: gr.State, answers: tuple[gr.Button, gr.Button],
+    said: gr.Markdown, look: dict[str, Any],
+) -> None:  # fmt: skip
+    """The buttons of the chosen training."""
+    sure, keep = answers
+    for button, what in ((parts.pause, "pause"), (parts.resume, "resume"), (parts.stop, "stop")):
+        button.click(lambda job, what=what: handlers.ask(what, job), chosen, said, **PRIVATE).success(**look)
+    answered = [said, parts.asked, parts.buttons]
+    parts.remove.click(handlers.remove, chosen, answered, **PRIVATE).success(**look)
+    sure.click(handlers.remove_surely, chosen, answered, **PRIVATE).success(**look)
+    keep.click(lambda: (gr.Column(visible=False), gr.Row(visible=True)), None, answered[1:], **PRIVATE)
+    parts.clear.click(handlers.clear, None, said, **PRIVATE).success(**look)
+    parts.draw.click(handlers.draw_job, chosen, [page.adapters, page.tabs], **PRIVATE)

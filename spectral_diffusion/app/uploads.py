@@ -1,0 +1,257 @@
+"""Uploads: photos, captions and zips from anywhere, looked through before anything of them is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from PIL import Image, ImageOps
+
+from ..core.errors import UserError, reason
+from ..data.image_io import FORMATS, SUFFIXES, open_photo
+from ..data.sidecars import is_label
+
+PHOTOS = 100  # of one concept
+PIXELS = 50_000_000  # of one photo
+FILE_BYTES = 50_000_000  # of one file, also inside a zip
+UNPACKED_BYTES = 400_000_000  # of one upload
+MEMBERS = 1000  # of one zip
+DIRECTORY_BYTES = 500 * MEMBERS  # of a zip's table of contents, which is read whole
+CAPTION_BYTES = 20_000
+THUMBNAIL = 256
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file of an upload: where it lies now, and what the person knows it as (with its folder inside a zip)."""
+
+    path: Path
+    label: PurePosixPath
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A photo that can be used; ``pixels`` is the hash of what it shows, ``small`` a JPEG of at most 256 pixels."""
+
+    path: Path
+    label: str
+    caption: str
+    pixels: str
+    small: bytes
+
+
+@dataclass(frozen=True)
+class Intake:
+    """The usable photos of an upload, and a reason per file that was left out."""
+
+    photos: tuple[Upload, ...]
+    problems: tuple[str, ...]
+
+
+@contextmanager
+def looked_through(files: Iterable[Path], known: Iterable[str] = (), room: int = PHOTOS) -> Iterator[Intake]:
+    """The photos of an upload while the block runs; zips are unpacked into a temporary folder.
+
+    Args:
+        known: hashes of the photos that are there already.
+        room: how many more photos may be kept.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        problems: list[str] = []
+        found = _found([Path(file) for file in files], Path(folder), problems)
+        captions = _captions([one for one in found if one.label.suffix.lower() == ".txt"], problems)
+        seen = dict.fromkeys(known, "a photo that is there already")
+        photos: list[Upload] = []
+        for one in found:
+            if one.label.suffix.lower() == ".txt":
+                continue
+            try:
+                if len(photos) >= room:
+                    raise UserError(f"{one.label.name} is one too many: a concept may have {PHOTOS} photos")
+                caption = captions.get(one.label.with_suffix("")) or captions.get(PurePosixPath(one.label.stem)) or ""
+                photo = _looked_at(one, caption)
+                if photo.pixels in seen:
+                    raise UserError(f"{one.label.name} is the same picture as {seen[photo.pixels]}")
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            seen[photo.pixels] = one.label.name
+            photos.append(photo)
+        yield Intake(tuple(photos), tuple(problems))
+
+
+def pixels_of(image: Image.Image) -> str:
+    """The hash of what an image shows."""
+    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+
+
+def small_jpeg(image: Image.Image, side: int = THUMBNAIL) -> bytes:
+    """A copy of at most ``side`` × ``side`` pixels as a JPEG file."""
+    held = io.BytesIO()
+    small = ImageOps.contain(image, (side, side)) if max(image.size) > side else image
+    small.save(held, "JPEG", quality=85)
+    return held.getvalue()
+
+
+def _looked_at(one: Found, caption: str) -> Upload:
+    """One photo, read whole.
+
+    Raises:
+        UserError: not a photo, or unreasonably large.
+    """
+    name = one.label.name
+    if one.label.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{name} is not a .jpg, .png, .webp, .bmp, .tif or .gif")
+    if is_label(Path(name)):
+        raise UserError(f"{name} is a mask, which this page does not take")
+    if one.path.stat().st_size > FILE_BYTES:
+        raise UserError(f"{name} has more than {FILE_BYTES // 1_000_000} MB")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(one.path, formats=FORMATS) as image:
+                width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name} has more than {PIXELS // 1_000_000} million pixels") from error
+    except Exception as error:  # a hostile file may break a decoder in any way
+        raise UserError(f"{name} is not a readable image") from error
+    if width * height > PIXELS:
+        raise UserError(f"{name} has more than {PIXELS // 1_000_000} million pixels")
+    try:
+        photo = open_photo(one.path)
+    except UserError as error:
+        raise UserError(str(error).replace(one.path.name, name)) from error
+    return Upload(one.path, name, caption, pixels_of(photo), small_jpeg(photo))
+
+
+def _captions(texts: list[Found], problems: list[str]) -> dict[PurePosixPath, str]:
+    """Captions by their file's name without ending, with its folder and, for those in other folders, without."""
+    captions: dict[PurePosixPath, str] = {}
+    for one in texts:
+        try:
+            data = one.path.read_bytes()
+            if len(data) > CAPTION_BYTES:
+                raise ValueError
+            text = " ".join(data.decode("utf-8-sig").split())
+        except (OSError, ValueError):
+            problems.append(f"{one.label.name} is not a caption in UTF-8")
+            continue
+        captions[one.label.with_suffix("")] = text
+        captions.setdefault(PurePosixPath(one.label.stem), text)
+    return captions
+
+
+def _found(files: list[Path], folder: Path, problems: list[str]) -> list[Found]:
+    """The single files of an upload; zips are unpacked into ``folder``."""
+    found: list[Found] = []
+    for file in files:
+        if file.suffix.lower() != ".zip":
+            found.append(Found(file, PurePosixPath(file.name)))
+            continue
+        try:
+            _unpack(file, folder, found, problems)
+        except UserError as error:
+            problems.append(str(error))
+        except Exception as error:  # a hostile zip may break the reader in any way
+            problems.append(f"{file.name} is not a readable zip ({reason(error)})")
+    return found
+
+
+def _unpack(file: Path, folder: Path, found: list[Found], problems: list[str]) -> None:
+    """Unpack photos and captions under names of our own; what a zip calls them never becomes a path."""
+    _check_directory(file)
+    with zipfile.ZipFile(file) as archive:
+        members = [member for member in archive.infolist() if not member.is_dir()]
+        if len(members) > MEMBERS:
+            raise UserError(f"{file.name} holds more than {MEMBERS} files; pack only the photos")
+        unpacked = sum(one.path.stat().st_size for one in found if one.path.parent == folder)
+        for member in members:
+            label = PurePosixPath(member.filename.replace("\\", "/"))
+            if label.name.startswith(".") or "__MACOSX" in label.parts:
+                continue
+            try:
+                _check_member(label, member, file.name)
+                path = folder / f"{len(found):05}{label.suffix.lower()}"
+                unpacked += _copy(archive, member, path, unpacked)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            found.append(Found(path, label))
+
+
+def _check_directory(file: Path) -> None:
+    """Refuse a zip whose table of contents is too large to be read at all.
+
+    Raises:
+        UserError: it is.
+    """
+    with file.open("rb") as opened:
+        size = opened.seek(0, 2)
+        opened.seek(max(0, size - 66_000))
+        tail = opened.read()
+    at = tail.find(b"PK\5\6")
+    while at >= 0:
+        if int.from_bytes(tail[at + 12 : at + 16], "little") > DIRECTORY_BYTES or b"PK\6\7" in tail:
+            raise UserError(f"{file.name} holds too many files; pack only the photos")
+        at = tail.find(b"PK\5\6", at + 1)
+
+
+def _check_member(label: PurePosixPath, member: zipfile.ZipInfo, zip_name: str) -> None:
+    """Refuse what does not belong into a zip of photos.
+
+    Raises:
+        UserError: a way out of the zip, a link, something locked, or another kind of file.
+    """
+    shown = f"'{str(label)[:60]}' in {zip_name}"
+    if label.is_absolute() or ".." in label.parts or ":" in label.parts[0]:
+        raise UserError(f"{shown} leads out of the zip")
+    if (member.external_attr >> 16) & 0o170000 == 0o120000:
+        raise UserError(f"{shown} is a link")
+    if member.flag_bits & 1:
+        raise UserError(f"{shown} is locked with a password")
+    if label.suffix.lower() not in SUFFIXES | {".txt"}:
+        raise UserError(f"{shown} is neither a photo nor a caption")
+
+
+def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, before: int) -> int:
+    """Unpack one member and return its bytes, counting what really comes out rather than what the zip promises.
+
+    Raises:
+        UserError: too large, or damaged.
+    """
+    name = PurePosixPath(member.filename).name
+    try:
+        with archive.open(member) as source, path.open("wb") as out:
+            while piece := source.read(1 << 20):
+                if out.tell() + len(piece) > FILE_BYTES:
+                    raise UserError(f"{name} unpacks to more than {FILE_BYTES // 1_000_000} MB")
+                if before + out.tell() + len(piece) > UNPACKED_BYTES:
+                    raise UserError(f"{name} is too much: the upload unpacks to over {UNPACKED_BYTES // 1_000_000} MB")
+                out.write(piece)
+            return out.tell()
+    except UserError:
+        path.unlink()
+        raise
+    except Exception as error:  # damaged, or packed in a way that this Python does not know
+        path.unlink(missing_ok=True)
+        raise UserError(f"{name} cannot be unpacked ({reason(error)})") from error
+
+
+def copy_into(folder: Path, photos: Iterable[Upload], first: int = 1) -> list[str]:
+    """Copy photos as ``001.jpg``, ``002.png``, … with their captions beside them; returns the names."""
+    names = []
+    for number, photo in enumerate(photos, first):
+        file = folder / f"{number:03}{photo.path.suffix.lower()}"
+        shutil.copyfile(photo.path, file)
+        if photo.caption:
+            file.with_suffix(".txt").write_text(photo.caption + "\n", encoding="utf-8")
+        names.append(file.name)
+    return names

@@ -1,0 +1,52 @@
+"""Where the files lie that come with the package: ready-made concepts and presets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import UserError, nearest
+from .files import is_file, parse_json, read_text
+
+_HERE = Path(__file__).parent.parent
+
+
+def _folder(name: str) -> Path:
+    installed = _HERE / "_data" / name  # inside a wheel
+    return installed if installed.is_dir() else _HERE.parent / name  # in a checkout
+
+
+def concepts() -> Path:
+    """The folder of ready-made concepts for the pocket base."""
+    return _folder("concepts")
+
+
+def configs() -> Path:
+    """The folder of presets."""
+    return _folder("configs")
+
+
+def preset_of(base: str) -> str | None:
+    """The preset that a base brings along: the pocket base's own, for a fusion right on it too."""
+    if base == "pocket":
+        return base
+    recipe = Path(base) / "recipe.json"
+    try:
+        return "pocket" if base and is_file(recipe) and parse_json(read_text(recipe))["base"] == "pocket" else None
+    except (ValueError, OSError, LookupError, TypeError):
+        return None
+
+
+def preset(name: str) -> Path:
+    """A preset by name (``pocket``, ``sd15-12gb``, …) or any YAML file by path.
+
+    Raises:
+        UserError: neither.
+    """
+    if Path(name).suffix in {".yaml", ".yml"}:
+        return Path(name)
+    known = {path.stem: path for path in sorted(configs().glob("*.yaml"))}
+    if name not in known:
+        raise UserError(
+            f"Unknown preset '{name}'{nearest(name, known)}; use a .yaml file or one of {', '.join(known)}."
+        )
+    return known[name]

@@ -1,0 +1,50 @@
+"""A registry of things by name, filled by importing the files of one folder."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Collection, Iterator
+from typing import Generic, TypeVar
+
+from .errors import UserError, nearest
+
+Thing = TypeVar("Thing")
+
+
+class Registry(Generic[Thing]):
+    """Every file of ``package`` but the ``apart`` ones registers its thing when it is imported."""
+
+    def __init__(self, kind: str, package: str, apart: Collection[str] = ("registry",)) -> None:
+        self.kind, self.package, self.apart = kind, package, apart
+        self.things: dict[str, Thing] = {}
+        self._imported = False
+
+    def add(self, name: str, thing: Thing) -> Thing:
+        """Register a thing under its name."""
+        self.things[name] = thing
+        return thing
+
+    def all(self) -> dict[str, Thing]:
+        """Everything by name, sorted; imports the folder's files once."""
+        if not self._imported:
+            for name in self._files():
+                importlib.import_module(f"{self.package}.{name}")
+            self._imported = True
+        return dict(sorted(self.things.items()))
+
+    def get(self, name: str) -> Thing:
+        """The thing of that name.
+
+        Raises:
+            UserError: there is none.
+        """
+        known = self.all()
+        if name not in known:
+            raise UserError(f"Unknown {self.kind} '{name}'{nearest(name, known)}; known: {', '.join(known)}.")
+        return known[name]
+
+    def _files(self) -> Iterator[str]:
+        for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
+            if module.name not in self.apart:
+                yield module.name

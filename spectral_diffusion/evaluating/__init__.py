@@ -1,1 +1,0 @@
-"""Evaluating adapters: what is drawn for it, and how it goes from settings to a report; measures: ``evaluation``."""

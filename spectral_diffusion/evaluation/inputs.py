@@ -1,0 +1,179 @@
+"""What an evaluation is asked for: adapters or a fusion, scenes, pictures, references, encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..adapters.adapter import Adapter
+from ..adapters.apply import Strength
+from ..adapters.formats.native import load_adapter
+from ..config.models import build, read_yaml
+from ..core.assets import preset_of
+from ..core.errors import UserError
+from ..core.files import is_folder
+from ..merging.fuse import check_together, strength_of
+from ..merging.manifest import lasting, load_adapters, read_recipe
+from ..metrics.encoders import Encoder, encoders_here, load_encoder
+from ..models.tokens import check_name, typed_tokens
+from ..scenes.prompts import positive_prompts
+from ..scenes.scene import Scene, read_scene
+from .references import Subject, read_references
+from .region_crops import scene_in
+from .settings import EvaluateConfig
+from .summary import ALONE
+
+PICTURES = "pictures"  # the folder of what is drawn, inside the output
+
+
+@dataclass(frozen=True)
+class Held:
+    """The adapters to evaluate by the file each lies in, and their base; ``fused`` is the folder if they were fused."""
+
+    adapters: Mapping[Path, Adapter]
+    base: str
+    fused: Path | None = None
+
+    @property
+    def together(self) -> str:
+        """What it is called when all of them act."""
+        if self.fused:
+            return "fused"
+        return "sum" if len(self.adapters) > 1 else ALONE
+
+
+def hold(config: EvaluateConfig) -> Held | None:
+    """The adapters that the settings name; None if they name none.
+
+    Raises:
+        UserError: they do not go together, or one has no word to ask for it by.
+    """
+    if not config.adapters:
+        return None
+    folders = [path for path in config.adapters if is_folder(path)]
+    if folders and len(config.adapters) > 1:
+        raise UserError(f"Give adapter files, or one fused folder such as {folders[0]} alone.")
+    if folders:
+        [fused] = folders
+        loaded, recipe = load_adapters(fused), read_recipe(fused)
+        assert recipe is not None
+        files = [fused / concept["file"] for concept in recipe["concepts"].values()]
+        held = Held(dict(zip(files, loaded, strict=True)), config.base or recipe["base"], fused)
+    else:
+        found = {path: load_adapter(path) for path in config.adapters}
+        held = Held(found, config.base or next(iter(found.values())).base)
+    check_together(list(held.adapters.values()), config.strength)
+    for path, adapter in held.adapters.items():
+        check_name(adapter.name)
+        if not adapter.token:
+            raise UserError(f"{path} has no token of its own, so no prompt can ask for it; train it with one.")
+    return held
+
+
+def strengths(config: EvaluateConfig, held: Held) -> dict[Path, Strength]:
+    """By file the strength at which each adapter acts in the sum."""
+    out: dict[Path, Strength] = {}
+    for path, adapter in held.adapters.items():
+        parts = dict.fromkeys(layer.split(".", 1)[0] for layer in adapter.layers)
+        each = {part: strength_of(config.strength, adapter.name, f"{part}.") for part in parts}
+        out[path] = each if len(set(each.values())) > 1 else next(iter(each.values()), 1.0)
+    return out
+
+
+def drawing_settings(config: EvaluateConfig) -> dict[str, Any]:
+    """The settings that a scene shares with an evaluation."""
+    shared = {
+        "steps", "guidance", "sampler", "negative_prompt", "batch", "allow_base", "device", "dtype", "mixed_precision",
+        "allow_tf32",
+    }  # fmt: skip
+    return config.model_dump(include=shared)
+
+
+def read_scenes(config: EvaluateConfig, held: Held | None) -> dict[str, Scene]:
+    """The scene files by what they are called; one that names no base and no adapters is drawn by all of ours.
+
+    Raises:
+        UserError: no scene, or nothing to draw it with.
+    """
+    out: dict[str, Scene] = {}
+    for path in config.scenes:
+        layer = read_scene(path)
+        regions = layer.get("regions") if isinstance(layer.get("regions"), list) else []
+        bound = any(isinstance(region, dict) and region.get("adapters") for region in regions or [])
+        ours: dict[str, Any] = {}
+        if held and "base" not in layer:
+            named = bool(layer.get("adapters")) or bound
+            ours["base"] = lasting(str(held.fused) if held.fused and not named else held.base)
+            if not named and not held.fused:
+                ours["adapters"] = {str(file): strength for file, strength in strengths(config, held).items()}
+        name = f"scene {path.stem}" if f"scene {path.stem}" not in out else f"scene {path.stem} {len(out)}"
+        usual = {**drawing_settings(config), "seed": config.seed, "count": config.count}
+        where = {"output": config.output / PICTURES / name.replace(" ", "-") / "scene.png"}
+        out[name] = build(Scene, layer, {**usual, **ours, **layer}, where, file=str(path))
+    return out
+
+
+def read_pictures(folder: Path) -> dict[Path, Scene]:
+    """The single pictures of a folder that were made here, with their scenes.
+
+    Raises:
+        UserError: no such folder, or none in it.
+    """
+    if not is_folder(folder):
+        raise UserError(f"No such folder of pictures: {folder}.")
+    found = {path: scene for path in sorted(folder.rglob("*.png")) if (scene := scene_in(path))}
+    if not found:
+        raise UserError(f"{folder} holds no picture made by this program; only its PNGs tell where each concept is.")
+    return found
+
+
+def subjects(config: EvaluateConfig, held: Held | None, scenes: Sequence[Scene]) -> list[Subject]:
+    """The concepts to measure: the adapters', else those of the references that a prompt names.
+
+    Raises:
+        UserError: there are no references, or no prompt names one of them.
+    """
+    if held:
+        return [Subject(a.name, a.noun, a.token, trained_on(path)) for path, a in held.adapters.items()]
+    if config.references is None:
+        raise UserError("Pictures without their adapters need --references FOLDER, with photos of each concept.")
+    named = {token for scene in scenes for token in typed_tokens(" ".join(positive_prompts(scene)))}
+    concepts, _ = read_references(config.references)
+    found = [Subject(one.name, one.noun, one.token) for one in concepts if one.token.lower() in named]
+    if not found:
+        have, want = ", ".join(one.token for one in concepts), ", ".join(sorted(named)) or "no token"
+        raise UserError(f"The pictures' prompts name {want}, but {config.references} holds {have}.")
+    return found
+
+
+def trained_on(path: Path) -> Path | None:
+    """The photo folder that the settings beside an adapter name; paths in them begin here, or beside them."""
+    settings = path.with_suffix(".yaml")
+    if not settings.is_file():
+        return None
+    named = read_yaml(settings).get("concept")
+    if not isinstance(named, str):
+        return None
+    beside = settings.parent / named
+    return beside if is_folder(beside) and not is_folder(named) else Path(named)
+
+
+def choose_encoders(names: Sequence[str], bases: Sequence[str]) -> list[Encoder]:
+    """The encoders of those names; without names the pocket one for the pocket base, else CLIP and DINOv2 if here.
+
+    Raises:
+        UserError: one is not here, or none is known to see what these bases draw.
+    """
+    if names:
+        return [load_encoder(name) for name in dict.fromkeys(names)]
+    if all(preset_of(base) == "pocket" for base in bases):
+        return [load_encoder("pocket")]
+    found = encoders_here()
+    if not found:
+        raise UserError(
+            "No encoder that knows photographs is on this machine; download a CLIP or DINOv2 model and name it with "
+            "--encoder."
+        )
+    return found

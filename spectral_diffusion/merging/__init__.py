@@ -1,0 +1,1 @@
+"""Fusion: several adapters into one model, and back."""

@@ -1,0 +1,191 @@
+"""Run the base with one adapter and collect what its layers see, for the merges that ask."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter
+from ..adapters.apply import acting
+from ..adapters.formats.native import content_hash
+from ..adapters.low_rank import padded
+from ..config.models import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, GradientConfig, ordinary_thing
+from ..core.cache import WAIT, cache_folder, load, store
+from ..core.errors import UserError
+from ..core.files import locked, parse_json
+from ..core.hooks import Event, Progress, silent
+from ..core.rng import keyed_generator, keyed_random
+from ..data.latents_cache import prune
+from ..linalg import sides
+from ..models.base import Base
+from ..models.tokens import collapse, known_tokens
+from .activations import Activations
+
+CHUNK = 4  # pictures drawn together
+KEPT = 20 * 2**30  # bytes on the disk; what was not used for the longest goes first
+
+
+def rows_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """A layer's input as rows (m, in·kh·kw) that its flattened weight multiplies."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, x.shape[-1])
+    x, padding = padded(x.float(), layer)
+    patches = F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
+    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+
+
+@contextmanager
+def watching(
+    layers: Mapping[str, nn.Linear | nn.Conv2d], most: int, seed: int
+) -> Iterator[Callable[[], dict[str, Tensor]]]:
+    """Hold the last forward's rows of every layer, ``most`` of them drawn by a seed; yields what takes them."""
+    held: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def hook(name: str) -> Callable[..., None]:
+        generator = keyed_generator("rows", seed, name)  # a layer's draw depends on no other layer
+
+        def see(module: Any, inputs: tuple[Tensor, ...]) -> None:
+            rows = rows_of(module, inputs[0].detach())
+            if len(rows) > most:
+                rows = rows[torch.randperm(len(rows), generator=generator)[:most].to(rows.device)]
+            held[name].append(rows)
+
+        return see
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+
+    def take() -> dict[str, Tensor]:
+        found = {name: torch.cat(rows) for name, rows in held.items() if rows}
+        for rows in held.values():
+            rows.clear()
+        return found
+
+    try:
+        yield take
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def prompts_of(config: GradientConfig, token: str | None, seed: int) -> list[str]:
+    """What to draw: the concept in its prompts, or ordinary things in the same ones."""
+    random = keyed_random("gradient", token or "ordinary", seed)
+    prompts = []
+    for index in range(config.pictures):
+        thing = token or ordinary_thing(random.choice(ORDINARY_ADJECTIVES), random.choice(ORDINARY_NOUNS))
+        prompts.append(config.prompts[index % len(config.prompts)].replace("{}", thing))
+    return prompts
+
+
+@torch.no_grad()
+def collect(
+    base: Base,
+    adapter: Adapter | None,
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    config: GradientConfig,
+    seed: int,
+    progress: Progress = silent,
+    only: set[str] | None = None,
+) -> dict[str, Activations]:
+    """What ``layers`` see while ``adapter`` (None: the base alone) draws its prompts. Its token is installed.
+
+    ``only`` restricts the adapter to some layers.
+    """
+    seen = {name: Activations(sides(layer.weight)[1]) for name, layer in layers.items()}
+    known = known_tokens(base.pipeline.tokenizer)
+    words = list(adapter.tokens) if adapter and adapter.tokens else [None]  # also what it was trained on top of
+    prompts = [collapse(text, known) for word in words for text in prompts_of(config, word, seed)]
+    with acting(base, [(adapter, 1.0)] if adapter else [], only), watching(layers, config.rows, seed) as take:
+
+        def fold(pipe: Any = None, step: int = 0, timestep: Any = None, state: Any = None) -> Any:
+            for name, rows in take().items():
+                seen[name].add(rows)
+            return state
+
+        for start in range(0, len(prompts), CHUNK):
+            chunk = prompts[start : start + CHUNK]
+            base.pipeline(
+                prompt=chunk,
+                num_inference_steps=config.steps,
+                guidance_scale=config.guidance,
+                width=base.size,
+                height=base.size,
+                generator=[keyed_generator("gradient", seed, start + i) for i in range(len(chunk))],
+                output_type="latent",
+                callback_on_step_end=fold,
+            )
+            progress(Event("watch", min(start + CHUNK, len(prompts)), len(prompts)))
+    return seen
+
+
+def predict(base: Base, prompts: list[str], noisy: Tensor, timesteps: Tensor) -> Tensor:
+    """The U-Net's predictions (n, c, h, w) float32 for noised latents of the base's own size and prompts."""
+    words, pooled = base.encode(prompts)
+    more: dict[str, Any] = {}
+    if pooled is not None:  # SDXL is told the pooled words and the sizes
+        side = (base.size, base.size)
+        times = torch.tensor([(*side, 0, 0, *side)] * len(prompts), device=base.device)
+        more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": times}}
+    predicted: Tensor = base.pipeline.unet(noisy, timesteps, words, **more).sample
+    return predicted.float()
+
+
+def cached(
+    base: Base,
+    adapter: Adapter | None,
+    layers: Iterable[str],
+    config: GradientConfig,
+    seed: int,
+    make: Callable[[], dict[str, Activations]],
+) -> dict[str, Activations]:
+    """What ``make`` collects, kept on disk under a hash of everything that decides it."""
+    decides = {
+        "base": base.fingerprint.exact,
+        "adapter": content_hash(adapter) if adapter else None,
+        "settings": config.model_dump(include={"prompts", "pictures", "steps", "guidance", "rows"}),
+        "ordinary": [ORDINARY_ADJECTIVES, ORDINARY_NOUNS],
+        "layers": sorted(layers),
+        "size": base.size,
+        "scheduler": json.loads(base.pipeline.scheduler.to_json_string()),
+        "seed": seed,
+        **({"words": len(adapter.tokens)} if adapter and len(adapter.tokens) > 1 else {}),
+        "format": 3 if "text_encoder_2" in base.models else 2,  # whose prompts are summed up at their end since
+    }
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
+    path = Path(cache_folder()) / "activations" / f"{key}.safetensors"
+    with ExitStack() as stack:
+        with suppress(OSError, UserError):  # where nothing can be kept, nobody is waited for
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(Path(f"{path}.lock"), WAIT))
+        found = restored(path)
+        if found is not None:
+            with suppress(OSError):
+                path.touch()  # used just now
+            return found
+        made = make()
+        tensors = {name: one.matrix() if one.few else one.gram() for name, one in made.items()}
+        if store(path, tensors, {"counts": json.dumps({name: one.count for name, one in made.items()})}):
+            with suppress(OSError):
+                prune(path.parent, KEPT)
+        return made
+
+
+def restored(path: Path) -> dict[str, Activations] | None:
+    """What :func:`cached` has kept; None if there is nothing that can be read."""
+    try:
+        tensors, metadata = load(path) or ({}, {})
+        counts = parse_json(metadata["counts"])
+        found = {name: Activations(tensors[name].shape[1]) for name in counts}
+        for name, one in found.items():
+            one.restore(tensors[name], int(counts[name]))
+        return found
+    except (KeyError, ValueError, TypeError):
+        return None

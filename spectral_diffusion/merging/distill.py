@@ -1,0 +1,231 @@
+"""Teach a fused base what every adapter draws alone: no photo is needed, only the adapters and the untouched base.
+
+A merge is exact for one layer at a time; what it gets wrong adds up through the network. Here the whole fused network
+is held to each adapter's own predictions on that concept's pictures, and to the base's on ordinary ones. The concepts'
+own words learn too, which no ordinary prompt holds.
+
+Every adapter also answers the empty prompt in its own way, and the fused network can have but one answer: the base's.
+With guidance g a picture follows e + g (c − e), so what is taught for a concept's words is not the adapter's c but
+c − (1 − 1/g) (e − e₀), which with the base's e₀ gives the same. What an adapter changes whatever it is asked is
+thereby left to nobody, and stays out of ordinary pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter
+from ..adapters.apply import Strength, acting
+from ..config.models import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, ORDINARY_SCENES, TeachConfig, ordinary_thing
+from ..core.errors import NotFiniteError, UserError
+from ..core.hooks import Event, Progress, silent
+from ..core.precision import MixedPrecision, autocast, is_half, loss_scaler
+from ..core.rng import keyed_generator, keyed_random
+from ..models.base import Base
+from ..models.tokens import collapse, known_tokens, learning
+from ..training.distributed import checkpointing, quick_attention
+from .calibration import predict
+
+CHUNK = 16  # pictures drawn, and predictions made, together; fewer where a batch is smaller, as memory may be short
+DRAWING = 10  # steps of each picture
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Noised pictures (n, c, h, w) of one concept, or of ordinary things, and what is right to predict there.
+
+    They wait on the CPU; a batch goes to the base's device.
+    """
+
+    prompts: list[str]
+    noisy: Tensor
+    timesteps: Tensor
+    wanted: Tensor
+
+
+Question = tuple[Lesson, int]  # one noised picture of a lesson
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """One lesson a concept, and that of ordinary things."""
+
+    concepts: list[Lesson]
+    ordinary: Lesson
+
+
+def prepare(
+    base: Base,
+    adapters: Sequence[Adapter],
+    strengths: Mapping[str, Strength],
+    config: TeachConfig,
+    seed: int,
+    progress: Progress = silent,
+) -> Lessons:
+    """What to teach, from the untouched base with every adapter's token in it; it is as it was afterwards.
+
+    Raises:
+        UserError: an adapter has no word of its own.
+    """
+    for adapter in adapters:
+        if not adapter.tokens:
+            raise UserError(
+                f"'{adapter.name}' has no word of its own: it changes ordinary prompts, which teaching would take away "
+                "again. Fuse without teach.steps."
+            )
+    random = keyed_random("ordinary", seed)
+    things = config.things or [ordinary_thing(a, n) for a in ORDINARY_ADJECTIVES for n in ORDINARY_NOUNS]
+    # Also the words of what an adapter was trained on top of.
+    words = [(adapter, token) for adapter in adapters for token in adapter.tokens]
+    lessons = []
+    for adapter, token in words:
+        strength = strengths.get(adapter.name, 1.0)
+        lessons.append(lesson_of(base, adapter, [token] * config.pictures, config, seed, strength))
+        progress(Event("lesson", len(lessons), len(words) + 1))
+    usual = lesson_of(base, None, [random.choice(things) for _ in range(config.plain)], config, seed)
+    progress(Event("lesson", len(words) + 1, len(words) + 1))
+    return Lessons(lessons, usual)
+
+
+@torch.no_grad()
+def lesson_of(
+    base: Base, adapter: Adapter | None, things: Sequence[str], config: TeachConfig, seed: int, strength: Strength = 1.0
+) -> Lesson:
+    """What an adapter (None: the base alone) draws for each of the things, and what is right to predict on the way."""
+    who = adapter.name if adapter else "ordinary"
+    known = known_tokens(base.pipeline.tokenizer)
+    prompts = [
+        collapse(ORDINARY_SCENES[i % len(ORDINARY_SCENES)].replace("{}", thing), known)
+        for i, thing in enumerate(things)
+    ]
+    active, together = [(adapter, strength)] if adapter else [], min(CHUNK, config.batch)
+    with acting(base, active):
+        latents = drawn(base, prompts, who, config.guidance, seed, together).repeat_interleave(config.draws, 0)
+    random, generator = keyed_random("lesson", who, seed), keyed_generator("noise", who, seed)
+    empty = 0.0 if adapter else config.empty
+    asked = ["" if random.random() < empty else prompt for prompt in prompts for _ in range(config.draws)]
+    schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
+    last = len(schedule.alphas_cumprod)
+    timesteps = (last * torch.rand(len(latents), generator=generator) ** 0.5).long().clamp(max=last - 1)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    noisy = schedule.add_noise(latents, noise, timesteps)
+
+    def answers(texts: list[str]) -> Tensor:
+        chunks = (slice(start, start + together) for start in range(0, len(texts), together))
+        return torch.cat([predict(base, texts[one], *moved(base, noisy[one], timesteps[one])).cpu() for one in chunks])
+
+    nothing, share = [""] * len(asked), 1 - 1 / max(config.guidance, 1.0)
+    with acting(base, active):
+        wanted = answers(asked)
+        if adapter and share:
+            wanted -= share * answers(nothing)
+    if adapter and share:
+        wanted += share * answers(nothing)
+    return Lesson(asked, noisy, timesteps, wanted)
+
+
+def moved(base: Base, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors on the base's device."""
+    return tuple(tensor.to(base.device) for tensor in tensors)
+
+
+def drawn(base: Base, prompts: list[str], who: str, guidance: float, seed: int, together: int) -> Tensor:
+    """The latents (n, c, h, w) of a picture for each prompt, on the CPU."""
+    out = []
+    for start in range(0, len(prompts), together):
+        chunk = prompts[start : start + together]
+        pictures = base.pipeline(
+            prompt=chunk,
+            num_inference_steps=DRAWING,
+            guidance_scale=guidance,
+            width=base.size,
+            height=base.size,
+            output_type="latent",
+            generator=[keyed_generator("lesson", who, seed, start + i) for i in range(len(chunk))],
+        )
+        out.append(pictures.images.cpu())
+    return torch.cat(out)
+
+
+def teach(
+    base: Base,
+    lessons: Lessons,
+    weights: Sequence[Tensor],
+    tokens: Sequence[str],
+    config: TeachConfig,
+    seed: int,
+    precision: MixedPrecision = "no",
+    progress: Progress = silent,
+) -> None:
+    """Move some weights of a fused ``base`` and its tokens' vectors in place until it predicts what its teachers do.
+
+    Raises:
+        NotFiniteError: the loss is NaN or infinity.
+    """
+    for model in base.models.values():
+        model.requires_grad_(False)
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(quick_attention(base, is_half(precision, base.dtype), base.size))
+            stack.enter_context(checkpointing(base, config.gradient_checkpointing))
+            rows = [
+                stack.enter_context(learning(tokenizer, base.models[encoder], tokens))
+                for encoder, tokenizer in base.tokenizers.items()
+            ]
+            groups = [(list(weights), config.learning_rate), (rows, config.token_learning_rate)]
+            optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups], weight_decay=0.0)
+            scaler = loss_scaler(base.device, precision, base.dtype)
+            for step in range(config.steps):
+                for group, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
+                    group["lr"] = rate * (1 - step / config.steps)
+                optimizer.zero_grad()
+                total = 0.0
+                for batch in batches(lessons, config, step, seed):
+                    loss = loss_of(base, batch, precision) / config.accumulate
+                    if not torch.isfinite(loss):
+                        raise NotFiniteError(f"Teaching met NaN or infinity at step {step}: lower teach.learning_rate.")
+                    scaler.scale(loss).backward()
+                    total += float(loss.detach())
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(weights, 1.0)
+                scaler.step(optimizer)
+                scaler.update()
+                progress(Event("teach", step + 1, config.steps, {"loss": total}))
+    finally:
+        for weight in weights:
+            weight.requires_grad_(False)
+            weight.grad = None
+
+
+def batches(lessons: Lessons, config: TeachConfig, step: int, seed: int) -> list[list[Question]]:
+    """What a step asks, in ``config.accumulate`` batches; the concepts take turns, and some are always ordinary."""
+    generator, count = keyed_generator("distil", seed, step), config.batch * config.accumulate
+    own = min(count - int(count * config.ordinary), count - 1)
+    taken: list[Question] = []
+    for index in range(count):
+        of_concept = index < own and lessons.concepts
+        turn = (step * own + index) % max(1, len(lessons.concepts))
+        lesson = lessons.concepts[turn] if of_concept else lessons.ordinary
+        taken.append((lesson, int(torch.randint(len(lesson.prompts), (), generator=generator))))
+    return [taken[start : start + config.batch] for start in range(0, count, config.batch)]
+
+
+def loss_of(base: Base, batch: Sequence[Question], precision: MixedPrecision = "no") -> Tensor:
+    """Mean squared error of the predictions of one batch, which are made in a mixed precision."""
+
+    def stacked(part: str) -> Tensor:
+        return torch.stack([getattr(lesson, part)[index] for lesson, index in batch]).to(base.device)
+
+    prompts = [lesson.prompts[index] for lesson, index in batch]
+    with autocast(base.device, precision):
+        found = predict(base, prompts, stacked("noisy"), stacked("timesteps"))
+    return F.mse_loss(found.float(), stacked("wanted"))

@@ -1,0 +1,306 @@
+"""Export adapters and fusions for other programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.adapter import Adapter, check_base
+from ..adapters.formats.card import MARK, model_card
+from ..adapters.formats.checkpoint import checkpoint_tensors
+from ..adapters.formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
+from ..config.models import FuseConfig
+from ..core.errors import UserError
+from ..core.files import atomic_folder, check_replaceable, check_writable, holds, read_header, write_tensors, write_text
+from ..core.machine import made_on, provenance
+from ..core.paths import without_folders
+from ..linalg import Factors, exact, truncate
+from ..models.base import Base, load_base, parse_dtype
+from ..models.per_layer_tokens import mean_note
+from ..models.tokens import known_tokens
+from .fuse import fuse_adapters
+from .manifest import load_adapters, read_merged, read_recipe, save_pipeline
+
+EXPORTED = "README.md"  # an exported folder has our card under this name
+TOKEN = "spectral.token"
+OURS = {TOKEN, "spectral.recipe"}  # in the metadata of what an export wrote
+FORMATS = ("kohya", "diffusers", "embedding", "folder", "checkpoint")
+
+
+@dataclass
+class Source:
+    """What is exported: one adapter, or a fusion of several.
+
+    ``load`` gives the base with everything in its weights; ``taught`` says that the tokens' vectors there are not the
+    adapters' own any more.
+    """
+
+    title: str
+    base: str
+    adapters: list[Adapter]
+    recipe: dict[str, Any]
+    factors: Callable[[], dict[str, Factors]]
+    load: Callable[[], Base]
+    kernels: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    taught: bool = False
+
+    @property
+    def nouns(self) -> dict[str, str]:
+        """Every word by its noun; that of what an adapter was trained on top of has none."""
+        named = {adapter.token: adapter.noun for adapter in self.adapters}
+        return {token: named.get(token, "") for adapter in self.adapters for token in adapter.tokens}
+
+    @cached_property
+    def loaded(self) -> Base:
+        """The base with everything in its weights."""
+        return self.load()
+
+    @cached_property
+    def tokens(self) -> dict[str, dict[str, Tensor]]:
+        """The vectors of every word, by text encoder."""
+        if self.taught:
+            return {token: self.loaded.vectors(token) for token in self.nouns}
+        return {token: vectors for adapter in self.adapters for token, vectors in adapter.tokens.items()}
+
+
+def open_source(path: Path, device: str = "auto") -> Source:
+    """An adapter file or a fused folder as something to export.
+
+    Raises:
+        UserError: neither, or damaged.
+    """
+    path = Path(path)
+    adapters = load_adapters(path)
+    kernels = {layer: kernel for adapter in adapters for layer, kernel in adapter.kernels.items()}
+    if path.is_dir():
+        recipe = read_recipe(path) or {}
+        taught = bool(recipe["settings"]["teach"]["steps"])
+        shown = {
+            "merge": recipe["merge"],
+            "concepts": ", ".join(f"{n} ({c['method']}, {c['strength']})" for n, c in recipe["concepts"].items()),
+            "mixed precision": recipe["settings"].get("mixed_precision", ""),
+            "made on": made_on(recipe.get("provenance", {})),
+        }
+        return Source(
+            path.resolve().name, str(recipe["base"]), adapters, shown, lambda: read_merged(path),
+            lambda: load_base(str(path), device), kernels, taught,
+        )  # fmt: skip
+    [adapter] = adapters
+
+    def load() -> Base:
+        base = load_base(adapter.base, device)
+        check_base(adapter, base)
+        fuse_adapters(base, [adapter], FuseConfig(adapters=[path], output=path))
+        return base
+
+    def factors() -> dict[str, Factors]:
+        weights: dict[str, Tensor] = {}
+        if adapter.needs_base:
+            base = load_base(adapter.base, device)
+            check_base(adapter, base)
+            weights = base.weights(adapter.targets)
+        return {layer: adapter.factors(layer, weights.get(layer)) for layer in adapter.layers}
+
+    shown = {
+        "method": adapter.method.name, "rank": adapter.rank, "slot": str(adapter.slot or ""),
+        "mixed precision": adapter.config.get("mixed_precision", ""), "made on": made_on(adapter.provenance),
+    }  # fmt: skip
+    return Source(adapter.name, adapter.base, adapters, shown, factors, load, kernels)
+
+
+def export(
+    path: Path,
+    output: Path,
+    kind: str,
+    rank: int | None = None,
+    dtype: str | None = None,
+    picture: Path | None = None,
+    device: str = "auto",
+    note: Callable[[str], None] = lambda text: None,
+) -> list[Path]:
+    """Write ``path`` (an adapter or a fused folder) in another program's format; returns what was written.
+
+    LoRA files are float16 unless asked otherwise, checkpoints and folders float32. A change of full rank goes out as a
+    LoRA of ``rank``, with the error told; token embeddings are written beside everything that cannot hold them.
+
+    Raises:
+        UserError: an unknown format, or a change that it cannot hold.
+    """
+    if kind not in FORMATS:
+        raise UserError(f"Unknown format '{kind}'; known: {', '.join(FORMATS)}.")
+    source, output = open_source(path, device), Path(output)
+    check_free(path, source, output, kind)
+    for adapter in source.adapters:
+        if adapter.layerwise:
+            note(mean_note(adapter.name))
+    written: list[Path] = []
+    if kind == "folder":
+        base = source.loaded
+        with atomic_folder(output) as new:
+            save_pipeline(base.pipeline.to("cpu", parse_dtype(dtype or "float32")), new)
+            write_text(new / "README.md", card(source, [output.name], picture))
+        return [output]
+    if output.suffix != ".safetensors":
+        raise UserError(f"The output {output} must end in .safetensors for the format {kind}.")
+    check_writable(output)
+    if kind == "embedding":
+        if not source.nouns:
+            raise UserError(f"{path} has no token, so there is no embedding to write.")
+        return embeddings(source, output, parse_dtype(dtype or "float32"), kind)
+    about = {"title": source.title, "trigger_phrase": ", ".join(source.nouns)}
+    if len(source.adapters) > 1:
+        about["merged_from"] = ", ".join(adapter.name for adapter in source.adapters)
+    if kind == "checkpoint":
+        written.append(output)
+        write_checkpoint(source, output, parse_dtype(dtype or "float32"), about)
+    else:
+        factors = cut(source, rank, note)
+        kept, architecture = parse_dtype(dtype or "float16"), architecture_of(source, factors)
+        if kind == "kohya":
+            tensors = kohya_tensors(factors, source.kernels, kept, architecture.startswith("stable-diffusion-xl"))
+        else:
+            tensors = diffusers_tensors(factors, source.kernels, kept)
+        write_hashed(output, tensors, lora_metadata(factors, architecture, about) | ours(source))
+        written.append(output)
+    if source.nouns:
+        written += embeddings(source, output, torch.float32, kind)
+    described = output.with_suffix(".md")
+    write_text(described, card(source, [file.name for file in written], picture))
+    return [*written, described]
+
+
+def check_free(path: Path, source: Source, output: Path, kind: str) -> None:
+    """Refuse to write over what somebody may want to keep: the source, its base, an adapter, a fusion, other files.
+
+    Raises:
+        UserError: the output, or a file that goes beside it, is one of these.
+    """
+    here, there = Path(path).resolve(), Path(output).resolve()
+    if there == here or here in there.parents:
+        raise UserError(f"{output} is what is exported, or inside it; choose another output with -o.")
+    if kind == "folder":
+        if not there.exists() or (there.is_dir() and not any(there.iterdir())):
+            return
+        if not is_ours(there / EXPORTED) or (there / "recipe.json").exists():
+            raise UserError(f"{output} exists and is no earlier export; choose another output with -o.")
+        check_replaceable(output, {EXPORTED})
+        if holds(there, here) or (source.base != "pocket" and holds(there, source.base)):
+            raise UserError(f"{output} holds what is exported, or its base; choose another output with -o.")
+        return
+    files: dict[Path, str | None] = {} if kind == "embedding" else {output: None}
+    for file, token in {**files, **embedding_files(source, output, kind)}.items():
+        if not file.exists():
+            continue
+        names, metadata = read_header(file)
+        if not OURS & set(metadata) and (token is None or names not in ({token}, {"clip_l", "clip_g"})):
+            raise UserError(f"{file} is no earlier export, and would be lost; choose another output with -o.")
+    described = there.with_suffix(".md")
+    if kind != "embedding" and described.exists() and not is_ours(described):
+        raise UserError(f"{described} is not a card of this program, and would be lost; choose another output with -o.")
+
+
+def is_ours(described: Path) -> bool:
+    """Whether a file is a card that an export wrote."""
+    return described.is_file() and MARK in described.read_text("utf-8", "replace")
+
+
+def cut(source: Source, rank: int | None, note: Callable[[str], None]) -> dict[str, Factors]:
+    """The factors at a rank that a LoRA file is sensible at: exact if nothing is asked, else with the error told."""
+    factors = source.factors()
+    full = any(not adapter.method.low_rank for adapter in source.adapters)
+    if rank is None and full:
+        rank = 32
+        note("This method's change has full rank; a LoRA file can only come near it (choose how near with --rank).")
+    if rank is None:
+        return factors
+    out, lost, whole = {}, 0.0, 0.0
+    for layer, one in factors.items():
+        change = Factors(exact(one.up), exact(one.down))
+        out[layer] = truncate(change, rank) if rank < change.up.shape[1] else change
+        whole += float(change.delta().square().sum())
+        lost += float((change.delta() - out[layer].delta()).square().sum())
+    note(f"At rank {rank} the file is {(lost / whole) ** 0.5 if whole else 0.0:.2%} away from the exact change.")
+    return out
+
+
+def architecture_of(source: Source, factors: Mapping[str, Factors]) -> str:
+    """ModelSpec's name of the architecture, as the tokens' vectors tell it, else the layers."""
+    widths = [vectors["text_encoder"].shape[1] for vectors in source.tokens.values() if "text_encoder" in vectors]
+    if any("text_encoder_2" in vectors for vectors in source.tokens.values()) or any(
+        layer.startswith("text_encoder_2.") or ".transformer_blocks.9." in layer for layer in factors
+    ):
+        return "stable-diffusion-xl-v1-base"
+    keys = [one.down.shape[1] for layer, one in factors.items() if layer.endswith("attn2.to_k")]
+    return "stable-diffusion-v2" if 1024 in (*widths, *keys) else "stable-diffusion-v1"
+
+
+def ours(source: Source) -> dict[str, str]:
+    """Where an export came from, in our own words."""
+    return {
+        "spectral.recipe": json.dumps(source.recipe, sort_keys=True),
+        "spectral.base": without_folders(source.base),
+        "spectral.base_fingerprint": source.adapters[0].fingerprint.exact,
+        "spectral.versions": json.dumps(provenance(), sort_keys=True),
+    }
+
+
+def embedding_files(source: Source, output: Path, kind: str) -> dict[Path, str]:
+    """Where the tokens of an export go: beside it, or to the output itself if that is all there is to write."""
+    if kind == "embedding" and len(source.nouns) == 1:
+        return {output: next(iter(source.nouns))}
+    return {output.with_name(f"{output.stem}.{token.strip('<>')}.safetensors"): token for token in source.nouns}
+
+
+def embeddings(source: Source, output: Path, dtype: torch.dtype, kind: str) -> list[Path]:
+    """Token embeddings as textual-inversion files: ``{"<rex>": (n, width)}``, or clip_l and clip_g for SDXL."""
+    files = embedding_files(source, output, kind)
+    for path, token in files.items():
+        vectors = source.tokens[token]
+        tensors = (
+            {"clip_l": vectors["text_encoder"], "clip_g": vectors["text_encoder_2"]}
+            if "text_encoder_2" in vectors
+            else {token: vectors["text_encoder"]}
+        )
+        write_tensors(path, {name: value.to(dtype) for name, value in tensors.items()}, {TOKEN: token})
+    return list(files)
+
+
+def write_checkpoint(source: Source, output: Path, dtype: torch.dtype, about: Mapping[str, str]) -> None:
+    """One file in the original's spelling; new tokens do not fit into it."""
+    base = source.loaded
+    rows = {encoder: vocabulary(tokenizer) for encoder, tokenizer in base.tokenizers.items()}
+    tensors = checkpoint_tensors(base.models, base.pipeline.vae, rows)
+    velocity, large = base.prediction_type == "v_prediction", "text_encoder_2" in base.models
+    if velocity and large:  # the weights do not tell; programs look for these marks
+        marks = ["v_pred"] + ["ztsnr"] * bool(base.pipeline.scheduler.config.get("rescale_betas_zero_snr"))
+        tensors |= {mark: torch.zeros(0) for mark in marks}
+    second = base.pipeline.text_encoder.config.hidden_act == "gelu"
+    v2 = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
+    about = {
+        **about,
+        "architecture": "stable-diffusion-xl-v1-base" if large else v2 if second else "stable-diffusion-v1",
+        "implementation": "https://github.com/Stability-AI/generative-models",
+        "prediction_type": "v" if velocity else "epsilon",
+    }
+    metadata = {"modelspec.sai_model_spec": "1.0.1", **{f"modelspec.{k}": v for k, v in about.items() if v}}
+    write_hashed(output, {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()},
+                 metadata | ours(source))  # fmt: skip
+
+
+def vocabulary(tokenizer: Any) -> int:
+    """How many words a tokenizer has without anybody's tokens, also those of concepts that were subtracted again."""
+    return len(tokenizer) - sum(known_tokens(tokenizer).values())
+
+
+def card(source: Source, files: list[str], picture: Path | None) -> str:
+    """The model card of an export."""
+    return model_card(
+        source.title, without_folders(source.base), source.nouns, source.recipe, files, picture.name if picture else ""
+    )

@@ -1,0 +1,367 @@
+"""Fuse adapters into a diffusers folder that stock diffusers opens, and remember how it was made."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Container, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter, check_base, shared_columns
+from ..adapters.formats.import_lora import distinct, import_lora, name_of
+from ..adapters.formats.native import save_adapter
+from ..adapters.formats.reading import is_foreign
+from ..config.models import FuseConfig, to_yaml
+from ..core.errors import NotFiniteError, UserError, nearest
+from ..core.files import atomic_folder, check_writable, write_json, write_text
+from ..core.hooks import Event, Progress, silent
+from ..core.machine import heading
+from ..core.precision import precision_note, resolve_mixed_precision, tf32
+from ..linalg import Factors, exact, sides
+from ..models.base import Base, load_base
+from ..models.per_layer_tokens import mean_note, use_means
+from ..models.targets import find_targets
+from ..training.memory import available, gib, is_large
+from .activations import Activations
+from .calibration import cached, collect
+from .distill import prepare, teach
+from .manifest import (
+    ADAPTERS,
+    MERGED,
+    RECIPE,
+    SETTINGS,
+    check_apart,
+    check_output,
+    load_adapters,
+    recipe_of,
+    save_pipeline,
+    write_merged,
+)
+from .memory import memory_to_watch, room_to_teach
+from .merges.registry import Contribution, Merge, get_merge
+
+SHARE = 0.8  # of the free memory that may be taken by what layers see
+
+Seen = dict[str, Activations]
+
+
+def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> None:
+    """Names and tokens distinct, strengths of adapters that are there.
+
+    Raises:
+        UserError: not so.
+    """
+    for one, other in itertools.combinations(adapters, 2):
+        if one.name == other.name:
+            raise UserError(f"Two adapters are called '{one.name}'; train one of them again with another name=.")
+        for token, others in itertools.product(one.tokens, other.tokens):
+            if token.lower() == others.lower():  # a tokenizer does not tell upper case from lower
+                mend = (
+                    "leave one out" if {"imported"} & {*one.config, *other.config} else "train one with another token="
+                )
+                raise UserError(f"'{one.name}' and '{other.name}' share the token {token}; {mend}.")
+    names = [adapter.name for adapter in adapters]
+    parts = {component for adapter in adapters for component in (layer.split(".")[0] for layer in adapter.layers)}
+    for key in strength:
+        name, component = owner(key, names)
+        if name not in names or (component and component not in parts):
+            raise UserError(
+                f"--strength names '{key}'{nearest(key, names)}, but the adapters are {', '.join(names)} "
+                f"(and their components {', '.join(sorted(parts))})."
+            )
+
+
+def owner(key: str, names: Iterable[str]) -> tuple[str, str]:
+    """``rex`` or ``rex.unet`` as (name, component); a name may hold dots itself."""
+    if key in names:
+        return key, ""
+    name, _, component = key.rpartition(".")
+    return (name, component) if name else (key, "")
+
+
+def strength_of(strength: Mapping[str, float], name: str, layer: str) -> float:
+    """λ of one adapter in one layer: its own, times that of the layer's component if there is one."""
+    return strength.get(name, 1.0) * strength.get(f"{name}.{layer.split('.', 1)[0]}", 1.0)
+
+
+def strengths_of(config: FuseConfig, adapters: Iterable[Adapter]) -> dict[str, dict[str, float]]:
+    """λ of every adapter by component."""
+    components = {layer.split(".", 1)[0] for adapter in adapters for layer in adapter.layers}
+    return {a.name: {part: strength_of(config.strength, a.name, f"{part}.") for part in components} for a in adapters}
+
+
+def fuse_adapters(
+    base: Base,
+    adapters: list[Adapter],
+    config: FuseConfig,
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda text: None,
+    install: bool = True,
+) -> dict[str, Factors] | None:
+    """Add the adapters' merged ΔW to the weights of ``base`` and their tokens to its tokenizer, in place.
+
+    Adapters act in canonical order (by name), so the result does not depend on how they were listed; sums are
+    formed in float64 and rounded once. Then the result is taught, if the config says so. ``install`` says whether
+    their tokens are still to be put in; layer-wise ones are their mean afterwards, as in a stock pipeline. Returns the
+    merged factors by layer; None where a merge gave dense changes, or teaching did.
+
+    Raises:
+        UserError: two adapters share a name or a token, a strength names none of them, the merge is not for them,
+            teaching meets an adapter without a word of its own or unknown targets.
+        NotFiniteError: teaching met NaN or infinity.
+    """
+    adapters = sorted(adapters, key=lambda adapter: adapter.name)
+    check_together(adapters, config.strength)
+    merge = get_merge(config.merge)
+    merge.check(adapters)
+    use_means(base)
+    targets: dict[str, nn.Linear | nn.Conv2d] = {}
+    for adapter in adapters:
+        targets |= find_targets(base.models, adapter.targets)
+        for token, vectors in adapter.tokens.items() if install else ():
+            base.install(token, vectors)
+    layers = [layer for layer in targets if any(layer in adapter.sizes for adapter in adapters)]
+    learners = [targets[layer] for layer in layers] + taught_besides(base, config, set(layers))
+    lessons = None
+    precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
+    if config.teach.steps:  # before anything is fused: the base is one of the teachers
+        if is_large(base):
+            note(room_to_teach(base, [layer.weight for layer in learners], config.teach, precision))
+        lessons = prepare(base, adapters, strengths_of(config, adapters), config.teach, config.seed, progress)
+    merged: dict[str, Factors] = {}
+    dense = False
+    done = 0
+    for stage in stages(layers, merge, config):
+        changes: dict[str, Factors | Tensor] = {}  # a stage is watched whole before any of it changes
+        for group in groups(stage, adapters, merge, config, note):
+            seen, ordinary = watch(
+                base, adapters, {name: targets[name] for name in group}, layers, merge, config, progress, note
+            )
+            for layer in group:
+                contributions = contribute(adapters, layer, targets[layer].weight, config, seen)
+                changes[layer] = merge.combine(contributions, config, ordinary.get(layer))
+                done += 1
+                progress(Event("fuse", done, len(layers), {"layer": layer}))
+        for layer, found in changes.items():
+            add_change(targets[layer].weight, found, layer)
+            if isinstance(found, Factors):
+                merged[layer] = found
+            else:
+                dense = True
+    if lessons:
+        weights, tokens = [layer.weight for layer in learners], [t for a in adapters for t in a.tokens]
+        with tf32(base.device, config.allow_tf32):
+            teach(base, lessons, weights, tokens, config.teach, config.seed, precision, progress)
+    return None if dense or lessons else merged
+
+
+@torch.no_grad()
+def add_change(weight: Tensor, change: Factors | Tensor, layer: str) -> None:
+    """Add a ΔW to a layer's weight in place, rounded once.
+
+    Raises:
+        NotFiniteError: the weight is NaN or infinite afterwards.
+    """
+    before = exact(weight)
+    delta = change.delta() if isinstance(change, Factors) else change
+    weight.copy_((before + delta.view(weight.shape).to(before.device)).to(weight.dtype))
+    if not torch.isfinite(weight).all():
+        raise NotFiniteError(f"{layer} is NaN or infinite once fused; lower the strengths of its adapters.")
+
+
+def taught_besides(base: Base, config: FuseConfig, adapted: Container[str]) -> list[nn.Linear | nn.Conv2d]:
+    """The layers of ``teach.targets`` that no adapter changes.
+
+    Raises:
+        UserError: unknown targets.
+    """
+    if not (config.teach.steps and config.teach.targets):
+        return []
+    try:
+        found = find_targets(base.models, config.teach.targets)
+    except UserError as error:
+        raise UserError(f"teach.targets: {error}") from error
+    return [layer for name, layer in found.items() if name not in adapted]
+
+
+def contribute(
+    adapters: list[Adapter], layer: str, weight: Tensor, config: FuseConfig, seen: Mapping[str, Seen]
+) -> list[Contribution]:
+    """What every adapter brings to one layer; one without the layer wants it to stay as it is."""
+    found = []
+    for adapter in adapters:
+        there = layer in adapter.sizes
+        found.append(
+            Contribution(
+                adapter.name,
+                adapter.method,
+                adapter.parameters_of(layer) if there else {},
+                adapter.frozen_of(layer, weight.detach().cpu()) if there else {},
+                adapter.slot,
+                strength_of(config.strength, adapter.name, layer),
+                seen.get(adapter.name, {}).get(layer),
+                None if there else sides(weight),
+                layer,
+            )
+        )
+    return found
+
+
+def stages(layers: list[str], merge: Merge, config: FuseConfig) -> list[list[str]]:
+    """The layers in the order in which they are fused: all at once, or as Mix-of-Show does."""
+    if not merge.activations or config.gradient.staging == "own":
+        return [layers]
+    return [list(stage) for _, stage in itertools.groupby(sorted(layers, key=stage_of), stage_of)]
+
+
+def stage_of(layer: str) -> int:
+    """Mix-of-Show's order: text encoders, then the keys and values that read them, then the rest."""
+    if layer.startswith("text_encoder"):
+        return 0
+    return 1 if ".attn2.to_k" in layer or ".attn2.to_v" in layer else 2
+
+
+def groups(
+    stage: list[str], adapters: list[Adapter], merge: Merge, config: FuseConfig, note: Callable[[str], None]
+) -> list[list[str]]:
+    """The layers of a stage in groups that are watched one after the other, so that each fits into memory.
+
+    Every group draws the same pictures again. What a layer sees depends on no other layer, so neither does the result.
+
+    Raises:
+        UserError: a single layer does not fit.
+    """
+    if not merge.activations:
+        return [stage]
+    sizes = {layer: next(adapter.sizes[layer] for adapter in adapters if layer in adapter.sizes) for layer in stage}
+    words = sum(max(1, len(adapter.tokens)) for adapter in adapters)
+    needs = {layer: memory_to_watch({layer: size}, words, config.gradient) for layer, size in sizes.items()}
+    free = available(torch.device("cpu"))
+    room = sum(needs.values()) if free is None else round(SHARE * free)
+    if max(needs.values()) > room:
+        layer = max(needs, key=needs.__getitem__)
+        raise UserError(
+            f"Watching the layer {layer} needs {gib(needs[layer])} of memory and {gib(free or 0)} are free; fuse fewer "
+            "adapters at once, or take a merge that watches nothing, such as spectral."
+        )
+    out: list[list[str]] = []
+    used = room + 1
+    for layer in stage:
+        if used + needs[layer] > room:
+            out.append([])
+            used = 0
+        out[-1].append(layer)
+        used += needs[layer]
+    most = max(sum(needs[layer] for layer in group) for group in out)
+    passes = f" in {len(out)} passes, as memory is short" if len(out) > 1 else ""
+    note(f"Watching {len(stage)} layers{passes} needs up to {most / 2**20:.0f} MiB.")
+    return out
+
+
+def watch(
+    base: Base,
+    adapters: list[Adapter],
+    stage: dict[str, nn.Linear | nn.Conv2d],
+    layers: list[str],
+    merge: Merge,
+    config: FuseConfig,
+    progress: Progress,
+    note: Callable[[str], None],
+) -> tuple[dict[str, Seen], Seen]:
+    """What each adapter's layers of a stage see, and what they see on ordinary prompts; nothing if nobody asks.
+
+    In a staged fusion the earlier stages are fused already and the adapter acts on this one and the later ones.
+    """
+    if not merge.activations:
+        return {}, {}
+    settings, own = config.gradient, config.gradient.staging == "own"
+    first = stage_of(next(iter(stage)))
+    acting = None if own else {layer for layer in layers if stage_of(layer) >= first}
+
+    def see(adapter: Adapter | None) -> Seen:
+        def make() -> Seen:
+            return collect(base, adapter, stage, settings, config.seed, progress, acting)
+
+        return cached(base, adapter, stage, settings, config.seed, make) if own and settings.cache else make()
+
+    for adapter in adapters:
+        if not adapter.token:
+            note(f"'{adapter.name}' has no word of its own, so it is watched on ordinary prompts, as the anchor is.")
+    ordinary = see(None) if settings.anchor > 0 else {}
+    return {adapter.name: see(adapter) for adapter in adapters}, ordinary
+
+
+def overlaps(adapters: list[Adapter]) -> list[str]:
+    """A sentence for every two adapters whose slots share columns."""
+    return [
+        f"'{a.name}' ({a.slot}) and '{b.name}' ({b.slot}) share {shared} {a.method.slot}; they will disturb each other."
+        for a, b in itertools.combinations(adapters, 2)
+        if (shared := shared_columns(a, b))
+    ]
+
+
+def device_for(config: FuseConfig) -> str:
+    """Where to fuse: on the CPU if nobody said otherwise and no network has to run, since float32 may not fit a GPU."""
+    runs = get_merge(config.merge).activations or config.teach.steps > 0
+    return config.device if runs or config.device != "auto" else "cpu"
+
+
+def fuse_to_folder(
+    config: FuseConfig,
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda text: None,
+    base: Base | None = None,
+) -> list[str]:
+    """Fuse the config's adapters and write the folder; returns warnings to show.
+
+    The folder is a float32 diffusers pipeline with every token in its tokenizer, ``recipe.json``, the resolved
+    settings, the merged factors, and the adapters themselves in ``adapters/``. An older fusion there is replaced
+    whole. A fused folder among ``adapters`` stands for the adapters inside it; LoRA files of other programs are
+    imported.
+
+    Raises:
+        UserError: see :func:`fuse_adapters` and the loading rule.
+    """
+    output = config.output
+    check_output(output)
+    foreign = [path for path in config.adapters if is_foreign(path)]
+    adapters = [adapter for path in config.adapters if path not in foreign for adapter in load_adapters(path)]
+    if not adapters and config.base is None:
+        raise UserError(
+            f"{config.adapters[0]} is not an adapter of this program; a LoRA of another needs its base named by --base."
+        )
+    check_apart(output, config.base or adapters[0].base)
+    base = base or load_base(config.base or adapters[0].base, device_for(config))
+    precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
+    if config.teach.steps:
+        precision_note(config.mixed_precision, precision, base.device, config.allow_tf32, note)
+    config = config.model_copy(update={"mixed_precision": precision})
+    fingerprint = base.fingerprint.exact
+    parts = (base.pipeline.vae, *base.models.values())
+    check_writable(output, sum(weight.nbytes for part in parts for weight in part.parameters()))
+    for path in foreign:
+        name = distinct(name_of(path), [adapter.name for adapter in adapters])
+        adapters.append(import_lora(path, None, base.name, name, base=base))
+        if name != Path(path).stem:
+            note(f"{path} is called '{name}' here.")
+    warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
+    warnings += overlaps(adapters)
+    if (advice := get_merge(config.merge).advise(len(adapters))) and not config.teach.steps:
+        note(f"Note: {advice}")
+    for adapter in adapters:
+        if adapter.layerwise:
+            note(mean_note(adapter.name))
+    merged = fuse_adapters(base, adapters, config, progress, note)
+    with atomic_folder(output) as new:
+        save_pipeline(base.pipeline.to("cpu"), new)
+        files = {}
+        for adapter in adapters:
+            files[adapter.name] = f"{ADAPTERS}/{adapter.name}.safetensors"
+            save_adapter(adapter, new / files[adapter.name])
+        if merged:
+            write_merged(new / MERGED, merged)
+        write_json(new / RECIPE, recipe_of(config, adapters, files, fingerprint))
+        write_text(new / SETTINGS, heading() + to_yaml(config, shared=True))
+    return warnings

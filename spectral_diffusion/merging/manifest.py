@@ -1,0 +1,185 @@
+"""A fused folder on disk: its adapters, its recipe, its merged factors, and when one may take another's place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..adapters.adapter import Adapter
+from ..adapters.formats.native import load_adapter
+from ..config.models import FuseConfig
+from ..core.errors import UserError
+from ..core.files import (
+    check_only,
+    check_replaceable,
+    holds,
+    is_file,
+    is_folder,
+    is_there,
+    parse_json,
+    read_tensors,
+    read_text,
+    write_json,
+    write_tensors,
+)
+from ..core.machine import provenance
+from ..core.paths import is_full, located_base, portable_base
+from ..linalg import Factors
+from ..models.base import quiet
+
+WHERE = ("_name_or_path", "name_or_path")  # in configs: the folder that a part was loaded from
+RECIPE, MERGED, ADAPTERS, SETTINGS = "recipe.json", "merged.safetensors", "adapters", "settings.yaml"
+
+
+def load_adapters(path: Path) -> list[Adapter]:
+    """The adapter of a file, or those inside a fused folder.
+
+    Raises:
+        UserError: neither.
+    """
+    if not is_folder(path):
+        return [load_adapter(path)]
+    recipe = read_recipe(path)
+    if recipe is None:
+        raise UserError(f"{path} is not a fused folder: it holds no {RECIPE}.")
+    adapters = []
+    for concept in recipe["concepts"].values():
+        file = (Path(path) / str(concept["file"])).resolve()
+        if not file.is_relative_to(Path(path).resolve()):
+            raise UserError(f"{path}/{RECIPE} names a file outside the folder; fuse the adapters again.")
+        adapters.append(load_adapter(file))
+    return adapters
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Write a diffusers folder that does not say where on this machine its parts were loaded from."""
+    with quiet():
+        pipeline.save_pretrained(folder)
+    for file in [*folder.glob("*.json"), *folder.glob("*/*.json")]:
+        held = json.loads(file.read_text(encoding="utf-8"))
+        known = {key: held[key] for key in WHERE if isinstance(held, dict) and is_full(str(held.get(key)))}
+        if known:
+            write_json(file, {key: value for key, value in held.items() if key not in known})
+
+
+def write_merged(path: Path, merged: Mapping[str, Factors]) -> None:
+    """Keep merged factors beside the weights, so that the fusion can go out as one LoRA."""
+    tensors = {f"{layer}.{part}": t.float() for layer, one in merged.items() for part, t in one._asdict().items()}
+    write_tensors(path, tensors)
+
+
+def read_merged(folder: Path) -> dict[str, Factors]:
+    """The merged factors of a fused folder by layer.
+
+    Raises:
+        UserError: it holds none, because its merge gave dense changes.
+    """
+    path = Path(folder) / MERGED
+    if not path.is_file():
+        raise UserError(
+            f"{folder} was merged into dense changes, which no LoRA holds; export it as folder or checkpoint."
+        )
+    tensors, _ = read_tensors(path)
+    layers = sorted({name.rpartition(".")[0] for name in tensors})
+    return {layer: Factors(tensors[f"{layer}.up"], tensors[f"{layer}.down"]) for layer in layers}
+
+
+def base_of(path: Path) -> str:
+    """The base that an adapter file or a fused folder names.
+
+    Raises:
+        UserError: it is neither.
+    """
+    recipe = read_recipe(path) if is_folder(path) else None
+    return str(recipe["base"]) if recipe else load_adapters(path)[0].base
+
+
+def lasting(base: str) -> str:
+    """A base's name that means the same from any folder: local paths in full."""
+    return str(Path(base).resolve()) if is_there(base) and base != "pocket" else base
+
+
+def check_output(output: Path) -> None:
+    """Refuse to write over anything but an earlier fusion with nothing else in it.
+
+    Raises:
+        UserError: it is something else, or holds something else.
+    """
+    if not output.exists():
+        return
+    if not (output / RECIPE).is_file():
+        raise UserError(f"{output} exists and is not a fused folder; choose another output with -o.")
+    check_replaceable(output, {RECIPE, MERGED, SETTINGS, ADAPTERS})
+    try:
+        concepts = (read_recipe(output) or {})["concepts"].values()
+    except UserError:  # a damaged recipe does not say which adapters are its own
+        return
+    check_only(output / ADAPTERS, {Path(str(one["file"])).name for one in concepts})
+
+
+def check_apart(output: Path, base: str) -> None:
+    """Refuse to write a fusion over the base that it is built on.
+
+    Raises:
+        UserError: the output is that base, or holds it.
+    """
+    if base != "pocket" and output.exists() and holds(output, base):
+        raise UserError(f"{output} is the base that is built on, and would be lost; choose another output with -o.")
+
+
+def recipe_of(
+    config: FuseConfig, adapters: list[Adapter], files: dict[str, str], fingerprint: str | None
+) -> dict[str, Any]:
+    """What went into a fusion, as JSON; ``fingerprint`` is the exact one of the base that was there, if known."""
+    settings = config.model_dump(mode="json", exclude={"adapters", "output", "base", "device", "strength"})
+    return {
+        "format_version": 2,
+        "base": portable_base(config.base or adapters[0].base, fingerprint or "", config.output),
+        **({"base_fingerprint": fingerprint} if fingerprint else {}),
+        "merge": config.merge,
+        "form": config.form,
+        "settings": settings,
+        "strength": config.strength,
+        "concepts": {
+            adapter.name: {
+                "token": adapter.token,
+                "noun": adapter.noun,
+                "method": adapter.method.name,
+                "columns": str(adapter.slot) if adapter.slot else None,
+                "strength": config.strength.get(adapter.name, 1.0),
+                "file": files[adapter.name],
+            }
+            for adapter in sorted(adapters, key=lambda adapter: adapter.name)
+        },
+        "provenance": provenance(),
+    }
+
+
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe of a fused folder; None if it is not one.
+
+    Raises:
+        UserError: a recipe is there but damaged.
+    """
+    path = Path(folder) / RECIPE
+    if not is_file(path):
+        return None
+    try:
+        recipe = parse_json(read_text(path))
+        if recipe["format_version"] != 2 or not isinstance(recipe["concepts"], dict):
+            raise ValueError
+        if not isinstance(recipe["settings"], dict) or not isinstance(recipe["strength"], dict):
+            raise ValueError
+        if not all(isinstance(recipe[key], str) for key in ("base", "merge", "form")):
+            raise ValueError
+        for concept in recipe["concepts"].values():
+            if not all(isinstance(concept[key], str) for key in ("file", "method", "token")):
+                raise ValueError
+            float(concept["strength"])
+        int(recipe["settings"].setdefault("teach", {"steps": 0})["steps"])  # files from before there was any teaching
+        recipe["base"] = located_base(recipe["base"], recipe.get("base_fingerprint", ""), path.parent)
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged; fuse the adapters again.") from error
+    return recipe

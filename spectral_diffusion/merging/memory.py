@@ -1,0 +1,93 @@
+"""How much memory a fusion takes that watches layers or teaches, computed before it starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..config.models import GradientConfig, TeachConfig
+from ..core.precision import MixedPrecision, autocast, is_half
+from ..models.base import Base, plain_is_quicker
+from ..training.memory import CONTEXT, Estimate, LeanAttention, Models, Peak, fitting, hollow, kind_of, words
+from .calibration import CHUNK
+from .distill import CHUNK as TOGETHER
+
+MEND = "set teach.gradient_checkpointing=true and a smaller teach.batch with more teach.accumulate, or no teach.targets"
+
+
+def memory_to_watch(sizes: Mapping[str, tuple[int, int]], prompts: int, config: GradientConfig) -> int:
+    """Bytes that is kept of what is watched while so many words are drawn, and of the ordinary prompts, at most.
+
+    Of a layer that is as many rows as are drawn, or a Gram matrix; one adapter's are there a second time while they are
+    written to the disk.
+    """
+    rows = math.ceil(config.pictures / CHUNK) * config.steps * config.rows
+    once = sum(8 * inside * min(inside, rows) for _, inside in sizes.values())
+    return once * (prompts + 1 + config.cache)
+
+
+def memory_to_teach(
+    models: Models,
+    vae: nn.Module,
+    learners: Iterable[Tensor],
+    config: TeachConfig,
+    size: int,
+    device: str = "cuda",
+    precision: MixedPrecision = "bf16",
+) -> Estimate:
+    """Draw a lesson and take a step with tensors that hold nothing, and count.
+
+    Args:
+        models: U-Net and text encoders, ``vae``: its autoencoder; they stay as they are and may be on the meta device.
+        learners: those of their weights that learn.
+        size: side of the pictures in pixels.
+        device: ``cuda`` or ``cpu``.
+        precision: in which the networks work while they are taught.
+    """
+    learning = {id(weight) for weight in learners}
+    trained = sum(p.numel() for model in models.values() for p in model.parameters() if id(p) in learning)
+    weights = sum(p.numel() * p.element_size() for model in (*models.values(), vae) for p in model.parameters())
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)  # type: ignore[union-attr, arg-type]
+    with FakeTensorMode(allow_non_fake_inputs=True):  # on a pretended CPU, so that autocast acts as it does
+        copies = hollow(models, "cpu")
+        for name, model in models.items():
+            for there, copy in zip(model.parameters(), copies[name].parameters(), strict=True):
+                copy.requires_grad_(id(there) in learning)
+        unet: Any = copies["unet"]
+        side = size // scale
+        dtype = next(unet.parameters()).dtype
+        plain = plain_is_quicker(device, is_half(precision, dtype), side)
+        unet.set_attn_processor(AttnProcessor() if plain else LeanAttention())
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+
+        def predict(batch: int) -> Tensor:
+            noisy = torch.empty(batch, unet.config.in_channels, side, side, dtype=dtype)
+            found: Tensor = unet(noisy, torch.zeros(batch, dtype=torch.long), **words(copies, batch)).sample
+            return found
+
+        held = [tensor for model in copies.values() for tensor in (*model.parameters(), *model.buffers())]
+        with Peak(iter(held)) as drawing, torch.no_grad():
+            predict(2 * min(TOGETHER, config.batch))
+        with Peak(iter(held)) as step, autocast(torch.device("cpu"), precision):
+            for _ in range(min(config.accumulate, 2)):  # the second finds the first one's gradients
+                (predict(config.batch).float() ** 2).mean().backward()
+    # The optimiser takes its step beside the gradients, with room for one more number each.
+    phases = {"drawing lessons": drawing.most, "teaching": max(step.most, 2 * 4 * trained)}
+    return Estimate(weights, 2 * 4 * trained, phases, CONTEXT[device])
+
+
+def room_to_teach(base: Base, learners: Iterable[Tensor], config: TeachConfig, precision: MixedPrecision) -> str:
+    """A sentence of the memory that teaching takes, and of what is there.
+
+    Raises:
+        UserError: there is clearly not enough.
+    """
+    found = memory_to_teach(base.models, base.pipeline.vae, learners, config, base.size, kind_of(base), precision)
+    return fitting(found, base, "Teaching", MEND)

@@ -1,0 +1,87 @@
+"""Gradient fusion (Gu et al. 2023, Mix-of-Show) in closed form, with an anchor on ordinary prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...config.models import FuseConfig
+from ...linalg import Factors
+from ..activations import Activations
+from .registry import Contribution, merge
+
+
+@merge("gradient", "Gradient Fusion (Gu et al. 2023) in closed form: every concept as its own adapter draws it", True)
+def gradient(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
+    """argmin over ΔW of Σ_i |(ΔW − λ_i ΔW_i) X_i|² + μ |ΔW X_0|² + ρ |ΔW − T|².
+
+    X_i (n, rows) is what the layer sees while adapter i draws its concept, X_0 what it sees on ordinary prompts, T is
+    0 or the mean change. With G = X Xᵀ the answer is ΔW = (Σ λ_i ΔW_i G_i + ρ T)(Σ G_i + μ G_0 + ρ I)⁻¹, which is
+    low-rank: up = [up_1 … up_K], down = [λ_i down_i (G_i + ρ/K I)]_i (Σ G_i + μ G_0 + ρ I)⁻¹.
+    """
+    settings = config.gradient
+    parts = [one.factors() for one in contributions]
+    inputs = [one.inputs for one in contributions]
+    assert all(held is not None for held in inputs)
+    seen = [held for held in inputs if held is not None]
+    downs = [one.strength * part.down for one, part in zip(contributions, parts, strict=True)]
+    sources = [(held, 1.0) for held in seen]
+    if ordinary is not None and settings.anchor > 0:
+        # as much as ``anchor`` concepts weigh, however many ordinary rows there were
+        weight = settings.anchor * sum(held.count for held in seen) / len(seen) / max(ordinary.count, 1)
+        sources.append((ordinary, weight))
+    ridge = settings.ridge * mean_diagonal(sources)
+    toward = ridge / len(contributions) if settings.ridge_to == "mean" else 0.0
+    if all(held.few for held, _ in sources) and sum(held.count for held, _ in sources) < seen[0].size:
+        down = dual(downs, sources, ridge, toward)
+    else:
+        total = sum((weight * held.gram() for held, weight in sources), start=torch.zeros(1, 1, dtype=torch.float64))
+        right = torch.cat([held.times(down) + toward * down for down, held in zip(downs, seen, strict=True)])
+        down = solve(total, right, ridge)
+    return Factors(torch.cat([part.up for part in parts], 1), down)
+
+
+def mean_diagonal(sources: Sequence[tuple[Activations, float]]) -> float:
+    """The mean diagonal entry of the weighted Gram matrices' sum."""
+    total = 0.0
+    for held, weight in sources:
+        trace = held.matrix().square().sum() if held.few else held.gram().diagonal().sum()
+        total += weight * float(trace) / held.size
+    return total
+
+
+def solve(total: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """right (total + ρ I)⁻¹ by Cholesky; by eigenvalues where the matrix is singular and there is no ridge."""
+    shifted = total + ridge * torch.eye(len(total), dtype=total.dtype)
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    diagonal = factor.diagonal()
+    if not failed and float(diagonal.min()) > 1e-7 * float(diagonal.max()):
+        return torch.cholesky_solve(right.mT, factor).mT
+    values, vectors = torch.linalg.eigh(shifted)
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values.max()
+    inverse = torch.where(kept, 1 / values.where(kept, torch.ones_like(values)), torch.zeros_like(values))
+    return ((right @ vectors) * inverse) @ vectors.mT
+
+
+def dual(downs: Sequence[Tensor], sources: Sequence[tuple[Activations, float]], ridge: float, toward: float) -> Tensor:
+    """The same answer from the rows themselves: with fewer rows than inputs the Gram matrix is singular.
+
+    With X the weighted rows stacked (m, n), (XᵀX + ρ I)⁻¹ Xᵀ = Xᵀ (X Xᵀ + ρ I)⁻¹, and what is orthogonal to all rows
+    keeps only the ridge's target.
+    """
+    rows = torch.cat([weight**0.5 * held.matrix() for held, weight in sources])
+    wanted = []
+    for index, down in enumerate(downs):
+        block = torch.zeros(len(down), len(rows), dtype=torch.float64)
+        start = sum(len(held.matrix()) for held, _ in sources[:index])
+        own = sources[index][0].matrix()
+        block[:, start : start + len(own)] = down @ own.mT
+        wanted.append(block)
+    answers = torch.cat(wanted)  # what each row should become, (k, m)
+    goal = torch.cat(list(downs)) * (toward / ridge) if toward else None
+    if goal is not None:
+        answers = answers - goal @ rows.mT
+    found = solve(rows @ rows.mT, answers, ridge) @ rows
+    return found if goal is None else found + goal

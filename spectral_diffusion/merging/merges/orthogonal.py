@@ -1,0 +1,40 @@
+"""Orthogonal Adaptation (Po et al. 2024): the sum, exact because the rows are distinct."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from ...adapters.adapter import Adapter, shared_columns
+from ...config.models import FuseConfig
+from ...core.errors import UserError
+from ...linalg import Factors
+from ..activations import Activations
+from .registry import Contribution, merge, weighted_sum
+
+
+def distinct_rows(adapters: Sequence[Adapter]) -> None:
+    """Only Orthogonal Adaptation's own adapters, each with rows of its own.
+
+    Raises:
+        UserError: an adapter of another method, or rows that two of them share.
+    """
+    for one in adapters:
+        if one.method.name != "orthogonal":
+            raise UserError(f"The merge orthogonal needs orthogonal adapters; '{one.name}' is {one.method.name}.")
+    for one, other in itertools.combinations(adapters, 2):
+        if shared_columns(one, other):
+            raise UserError(
+                f"'{one.name}' ({one.slot}) and '{other.name}' ({other.slot}) share rows; train one of them again in "
+                "the same folder as the other."
+            )
+
+
+@merge(
+    "orthogonal",
+    "Orthogonal Adaptation (Po et al. 2024): the sum, after checking that the rows are distinct",
+    check=distinct_rows,
+)
+def orthogonal(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
+    """ΔW = Σ λ_i B_i Q_i with disjoint rows Q_i of one orthogonal basis."""
+    return weighted_sum(contributions, [one.strength for one in contributions])

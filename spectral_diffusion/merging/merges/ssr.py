@@ -1,0 +1,41 @@
+"""Subspace Signal Routing (SSR-Merge, arXiv 2606.10617): a router between the adapters' inner signals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ...config.models import FuseConfig
+from ...linalg import Factors
+from ..activations import Activations
+from .gradient import mean_diagonal, solve
+from .registry import Contribution, merge
+
+
+@merge("ssr", "Subspace Signal Routing (arXiv 2606.10617): least squares inside the adapters' own subspace", True)
+def ssr(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
+    """ΔW = up R down with all factors side by side and the router R that least squares gives.
+
+    z = down x is the inner signal; R = (Σ λ_i P_i C_i)(Σ C_i + μ C_0 + ρ I)⁻¹ with C_i = down G_i downᵀ and P_i keeping
+    adapter i's rows: its own signals pass while it draws, the others' are silenced.
+    """
+    parts = [one.factors() for one in contributions]
+    up, down = torch.cat([part.up for part in parts], 1), torch.cat([part.down for part in parts], 0)
+    total = torch.zeros(len(down), len(down), dtype=torch.float64)
+    wanted = torch.zeros_like(total)
+    start = 0
+    seen = []
+    for one, part in zip(contributions, parts, strict=True):
+        assert one.inputs is not None
+        C = one.inputs.times(down) @ down.mT
+        total += C
+        stop = start + len(part.down)
+        wanted[start:stop] += one.strength * C[start:stop]
+        start = stop
+        seen.append(one.inputs)
+    if ordinary is not None and config.gradient.anchor > 0:
+        weight = config.gradient.anchor * sum(held.count for held in seen) / len(seen) / max(ordinary.count, 1)
+        total += weight * ordinary.times(down) @ down.mT
+    scale = float(total.diagonal().mean()) or mean_diagonal([(held, 1.0) for held in seen])
+    return Factors(up, solve(total, wanted, config.gradient.ridge * scale) @ down)

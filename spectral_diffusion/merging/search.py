@@ -1,0 +1,146 @@
+"""Find the strengths (and the anchor) of a fusion on held-out prompts.
+
+No encoder is asked: the fused networks' predictions are compared with those of each adapter alone on its own concept,
+and with the base's on ordinary prompts, on noised pictures that those drew themselves.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from ..adapters.adapter import Adapter, check_base
+from ..adapters.apply import acting
+from ..config.models import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, FuseConfig, TeachConfig, ordinary_thing
+from ..core.hooks import Event, Progress, silent
+from ..core.rng import keyed_generator, keyed_random
+from ..models.base import Base
+from ..models.targets import find_targets
+from ..models.tokens import collapse, known_tokens
+from .calibration import predict
+from .fuse import check_together, fuse_adapters
+from .merges.registry import get_merge
+
+HELD_OUT = ("a drawing of {}", "{} in the garden", "a small picture of {}", "{} by the window")  # not among the watched
+STRENGTHS = (0.5, 0.65, 0.8, 0.9, 1.0)
+NOISE = (0.3, 0.6, 0.9)  # of the schedule
+
+
+@dataclass
+class Reference:
+    """Noised pictures of one concept (None: ordinary ones) and what is right to predict there."""
+
+    name: str | None
+    inputs: dict[str, Any]
+    wanted: Tensor
+    plain: Tensor  # what the base predicts
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting and how far its fusion is from right: 0 is every adapter alone and the base untouched."""
+
+    strength: float
+    anchor: float
+    concepts: float  # mean over concepts of |fused − alone|² / |alone − base|²
+    drift: float  # |fused − base|² on ordinary prompts, over the mean |alone − base|²
+
+    @property
+    def score(self) -> float:
+        """What is made small: concepts and drift weigh alike."""
+        return self.concepts + self.drift
+
+
+@torch.no_grad()
+def make_reference(base: Base, adapter: Adapter | None, config: FuseConfig) -> Reference:
+    """Draw held-out prompts with one adapter (or with none), noise the pictures, and predict."""
+    known = known_tokens(base.pipeline.tokenizer)
+    random = keyed_random("tune", adapter.name if adapter else "ordinary", config.seed)
+    prompts = []
+    words = list(adapter.tokens) if adapter and adapter.tokens else [None]
+    for word, prompt in itertools.product(words, HELD_OUT):
+        ordinary = ordinary_thing(random.choice(ORDINARY_ADJECTIVES), random.choice(ORDINARY_NOUNS))
+        prompts.append(collapse(prompt.replace("{}", word or ordinary), known))
+    schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
+    steps = torch.tensor([int(share * (len(schedule.alphas_cumprod) - 1)) for share in NOISE])
+
+    with acting(base, [(adapter, 1.0)] if adapter else []):
+        latents = base.pipeline(
+            prompt=prompts, num_inference_steps=config.gradient.steps, guidance_scale=config.gradient.guidance,
+            width=base.size, height=base.size, output_type="latent",
+            generator=[keyed_generator("tune", config.seed, i) for i in range(len(prompts))],
+        ).images  # fmt: skip
+        latents = latents.repeat_interleave(len(steps), 0)
+        timesteps = steps.repeat(len(prompts)).to(base.device)
+        noise = torch.randn(latents.shape, generator=keyed_generator("tune", "noise", config.seed)).to(latents)
+        inputs = {
+            "prompts": [prompt for prompt in prompts for _ in steps],
+            "noisy": schedule.add_noise(latents, noise, timesteps),
+            "timesteps": timesteps,
+        }
+        wanted = predict(base, **inputs)
+    return Reference(adapter.name if adapter else None, inputs, wanted, predict(base, **inputs) if adapter else wanted)
+
+
+@contextmanager
+def untouched(base: Base, adapters: Sequence[Adapter]) -> Iterator[None]:
+    """Give the target weights back when the context ends."""
+    layers = {name: layer for adapter in adapters for name, layer in find_targets(base.models, adapter.targets).items()}
+    held = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.weight.copy_(held[name])
+
+
+def tune(
+    base: Base,
+    adapters: list[Adapter],
+    config: FuseConfig,
+    strengths: Sequence[float] = STRENGTHS,
+    anchors: Sequence[float] = (),
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda text: None,
+) -> list[Candidate]:
+    """Try every strength (and anchor, for merges that have one), best first; the base is as it was afterwards.
+
+    A strength multiplies what ``config.strength`` says of every concept. Tune on other concepts than those that are
+    reported, and only then fuse those.
+
+    Raises:
+        UserError: an adapter does not belong on this base, two share a name or a token, or the merge is not for them.
+    """
+    check_together(adapters, config.strength)
+    get_merge(config.merge).check(adapters)
+    config = config.model_copy(update={"teach": TeachConfig()})  # merges are compared, not what is taught after them
+    for adapter in adapters:
+        check_base(adapter, base, config.allow_base)
+    for adapter in adapters:
+        for token, vectors in adapter.tokens.items():
+            base.install(token, vectors)
+    references = [make_reference(base, adapter, config) for adapter in (*adapters, None)]
+    effect = sum(float((one.wanted - one.plain).square().mean()) for one in references[:-1]) / len(adapters)
+    tried = []
+    grid = list(itertools.product(strengths, anchors or (config.gradient.anchor,)))
+    for index, (strength, anchor) in enumerate(grid, 1):
+        each = {adapter.name: strength * config.strength.get(adapter.name, 1.0) for adapter in adapters}
+        gradient = config.gradient.model_copy(update={"anchor": anchor})
+        changed = config.model_copy(update={"strength": {**config.strength, **each}, "gradient": gradient})
+        with untouched(base, adapters):
+            fuse_adapters(base, adapters, changed, note=note, install=False)
+            with torch.no_grad():
+                off = [float((predict(base, **one.inputs) - one.wanted).square().mean()) for one in references]
+        own = [max(float((one.wanted - one.plain).square().mean()), 1e-12) for one in references[:-1]]
+        concepts = sum(a / b for a, b in zip(off[:-1], own, strict=True)) / len(adapters)
+        tried.append(Candidate(strength, anchor, concepts, off[-1] / max(effect, 1e-12)))
+        progress(Event("tune", index, len(grid), {"score": tried[-1].score}))
+    return sorted(tried, key=lambda one: one.score)

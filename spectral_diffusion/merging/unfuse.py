@@ -1,0 +1,179 @@
+"""Take concepts out of a fusion again: the rest is fused anew, so that the bits are those of a fresh fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..adapters.adapter import Adapter, check_base
+from ..adapters.formats.native import save_adapter
+from ..config.models import FuseConfig, build
+from ..core.errors import UserError, nearest
+from ..core.files import atomic_folder, write_json
+from ..core.hooks import Progress, silent
+from ..linalg import Factors
+from ..models.base import load_base
+from ..models.targets import find_targets
+from .fuse import device_for, fuse_to_folder, owner, strength_of
+from .manifest import (
+    ADAPTERS,
+    MERGED,
+    RECIPE,
+    check_apart,
+    check_output,
+    load_adapters,
+    read_recipe,
+    recipe_of,
+    save_pipeline,
+    write_merged,
+)
+
+SUMS = {("spectral", "sum"), ("cat", "sum"), ("orthogonal", "sum")}  # merges in which every concept is one summand
+
+
+def settings_of(folder: Path, adapters: Sequence[Path], output: Path, device: str = "auto") -> FuseConfig:
+    """The settings that a folder was fused with, for other adapters.
+
+    Raises:
+        UserError: not a fused folder.
+    """
+    recipe = read_recipe(folder)
+    if recipe is None:
+        raise UserError(f"{folder} is not a fused folder: it holds no {RECIPE}.")
+    held = {"base": recipe["base"], "device": device, "adapters": list(adapters), "output": output}
+    return build(FuseConfig, recipe["settings"], held, {"strength": recipe["strength"]}, file=f"{folder}/{RECIPE}")
+
+
+def unfuse(
+    folder: Path,
+    remove: Sequence[str],
+    output: Path,
+    subtract: bool = False,
+    base_name: str | None = None,
+    device: str = "auto",
+    progress: Progress = silent,
+    note: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Write ``folder`` without some of its concepts to ``output``.
+
+    The rest is fused again from the base and the kept adapters, so the result has the bits of a fusion that never
+    knew the removed ones; without any left it has the base's. Where the base is not at hand ``subtract`` takes the
+    removed changes off the float32 weights instead and tells how far that can be from exact.
+
+    Raises:
+        UserError: an unknown concept, or a base that is not at hand.
+    """
+    config = settings_of(folder, [folder], output, device)
+    adapters = load_adapters(folder)
+    names = [adapter.name for adapter in adapters]
+    for name in remove:
+        if name not in names:
+            raise UserError(f"No concept '{name}' in {folder}{nearest(name, names)}; there are {', '.join(names)}.")
+    if output.resolve() == folder.resolve():
+        raise UserError(f"{folder} may hold the only copy of what is taken out; choose another output with -o.")
+    check_output(output)
+    kept = [adapter for adapter in adapters if adapter.name not in remove]
+    left = {key: value for key, value in config.strength.items() if owner(key, names)[0] not in remove}
+    config = config.model_copy(update={"strength": left})
+    check_apart(output, str(base_name or config.base))
+    if subtract:
+        _subtract(folder, list(remove), config, note)
+        return
+    config = config.model_copy(update={"base": base_name or config.base})
+    try:
+        base = load_base(str(config.base), device_for(config))
+    except UserError as error:
+        raise UserError(
+            f"{error} It is needed to fuse the rest anew: name it with --base; without it --subtract comes close."
+        ) from error
+    for text in (check_base(adapter, base, config.allow_base) for adapter in adapters):
+        if text:
+            note(f"Warning: {text}")
+    recipe = read_recipe(folder) or {}
+    exact = recipe.get("base_fingerprint", base.fingerprint.exact) == base.fingerprint.exact
+    if not exact:
+        note(f"Note: {folder} was fused on the base in another precision, so the result has not the same last bits.")
+    if kept:
+        paths = [folder / recipe["concepts"][adapter.name]["file"] for adapter in kept]
+        fuse_to_folder(config.model_copy(update={"adapters": paths}), progress, note, base)
+        return
+    with atomic_folder(output) as new:
+        save_pipeline(base.pipeline.to("cpu"), new)
+    note(f"{output} is the base again{', to the last bit' if exact else ''}.")
+
+
+def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callable[[str], None]) -> None:
+    """Take the removed adapters' changes off the fused weights."""
+    if (config.merge, config.form) not in SUMS:
+        raise UserError(f"Only plain sums can be subtracted from; {folder} was merged by {config.merge}: get its base.")
+    if config.teach.steps:
+        raise UserError(f"Only plain sums can be subtracted from; {folder} was taught after the merge: get its base.")
+    check_float32(folder)
+    fused = load_base(str(folder), "cpu")
+    adapters = load_adapters(folder)
+    recipe = read_recipe(folder) or {}
+    strength = recipe["strength"]
+    gone: dict[str, Tensor] = {}
+    targets: dict[str, nn.Linear | nn.Conv2d] = {}
+    for adapter in adapters:
+        if adapter.name not in remove:
+            continue
+        if adapter.needs_base:
+            raise UserError(f"'{adapter.name}' is {adapter.method.name}, whose change needs the base to be told.")
+        targets |= find_targets(fused.models, adapter.targets)
+        for layer in adapter.layers:
+            up, down = (part.double() for part in adapter.factors(layer))
+            delta = strength_of(strength, adapter.name, layer) * (up @ down)
+            gone[layer] = gone[layer] + delta if layer in gone else delta
+    bound = 0.0
+    with torch.no_grad():
+        for layer, delta in gone.items():
+            weight = targets[layer].weight
+            bound = max(bound, float(weight.abs().max()) * torch.finfo(torch.float32).eps)
+            weight.copy_((weight.double() - delta.view(weight.shape)).float())
+    kept = [adapter for adapter in adapters if adapter.name not in remove]
+    with atomic_folder(config.output) as new:
+        save_pipeline(fused.pipeline, new)
+        files = {adapter.name: f"{ADAPTERS}/{adapter.name}.safetensors" for adapter in kept}
+        for adapter in kept:
+            save_adapter(adapter, new / files[adapter.name])
+        if kept:
+            write_json(new / RECIPE, recipe_of(config, kept, files, recipe.get("base_fingerprint")))
+        if kept and not any(adapter.needs_base for adapter in kept):  # whose change could not be told here
+            write_merged(new / MERGED, summed(kept, strength))
+    note(
+        f"Subtracted, not fused anew: every weight is within {bound:.1e} of what a fresh fusion has, and the removed "
+        "tokens stay in the tokenizer."
+    )
+
+
+def check_float32(folder: Path) -> None:
+    """Refuse a folder whose weights are rounded: subtracting would bring the rounding's errors, not the base, back.
+
+    Raises:
+        UserError: a weight of the U-Net or a text encoder is not float32.
+    """
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        for file in sorted((folder / part).glob("*.safetensors")):
+            with safe_open(str(file), framework="pt") as held:
+                for name in held.keys():  # noqa: SIM118
+                    if held.get_slice(name).get_dtype() not in {"F32", "F64", "I64"}:
+                        raise UserError(f"{file} is not float32, and rounding has eaten the rest: get the base.")
+
+
+def summed(adapters: Sequence[Adapter], strength: Mapping[str, float]) -> dict[str, Factors]:
+    """Σ λ_i ΔW_i by layer, as factors."""
+    out: dict[str, Factors] = {}
+    for adapter in sorted(adapters, key=lambda one: one.name):
+        for layer in adapter.layers:
+            up, down = adapter.factors(layer)
+            up = up * strength_of(strength, adapter.name, layer)
+            held = out.get(layer)
+            out[layer] = (
+                Factors(torch.cat([held.up, up], 1), torch.cat([held.down, down], 0)) if held else Factors(up, down)
+            )
+    return out

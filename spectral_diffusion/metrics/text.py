@@ -1,0 +1,48 @@
+"""Does a picture show what its prompt says? By a judge of pocket pictures, or by CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .classifiers import judge_pictures, load_judge
+from .encoders import Clip, Encoder
+from .prompts import backdrop_of
+from .views import CHUNK, View, embed_views
+
+Values = list[float | None]  # one a view, None where it cannot be told
+
+
+def text_match(views: Sequence[View], encoders: Sequence[Encoder]) -> dict[str, Values]:
+    """The measures that these encoders allow: ``backdrop`` beside the pocket encoder, ``CLIP-T`` by the first CLIP."""
+    found = {}
+    if any(encoder.name == "pocket" for encoder in encoders):
+        found["backdrop"] = backdrops(views)
+    reader = next((encoder for encoder in encoders if isinstance(encoder, Clip)), None)
+    if reader is not None:
+        found["CLIP-T"] = cosines(views, reader)
+    return found
+
+
+def backdrops(views: Sequence[View]) -> Values:
+    """1 where the referee sees the backdrop that a whole picture's prompt asks for, else 0."""
+    values: Values = [None] * len(views)
+    told = [index for index, view in enumerate(views) if view.box is None and backdrop_of(view.prompt)]
+    judge = load_judge("referee")
+    for start in range(0, len(told), CHUNK):
+        part = told[start : start + CHUNK]
+        verdicts = judge_pictures(judge, [views[index].open() for index in part], [1] * len(part))
+        for index, [verdict] in zip(part, verdicts, strict=True):
+            values[index] = float(verdict.backdrop == backdrop_of(views[index].prompt))
+    return values
+
+
+def cosines(views: Sequence[View], reader: Clip) -> Values:
+    """The cosine of what is seen with its prompt."""
+    values: Values = [None] * len(views)
+    told = [index for index, view in enumerate(views) if view.prompt]
+    if told:
+        texts = reader.embed_text([views[index].prompt for index in told])
+        found = (embed_views(reader, [views[index] for index in told]) * texts).sum(1)
+        for index, value in zip(told, found.tolist(), strict=True):
+            values[index] = value
+    return values

@@ -1,0 +1,1 @@
+"""Bases and what runs them: loading, fingerprints, tokens, prompt encoding, the autoencoder, target layers."""

@@ -1,0 +1,327 @@
+"""Bases: load any Stable Diffusion pipeline, fingerprint it, and say whether an adapter belongs to it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+
+from .. import pocket
+from ..core.errors import UserError, reason
+from ..core.files import check_not_disguised, read_header
+from .fingerprint import Fingerprint, Origin, kept_fingerprint, key_of_files, state_of
+from .targets import find_targets
+from .tokens import embedding_of, ids_of, install, pool_at_end
+
+ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # and their tokenizers; SDXL has both
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+
+@dataclass
+class Base:
+    """A loaded pipeline and what we need to know of it."""
+
+    name: str
+    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
+    device: torch.device
+    dtype: torch.dtype
+    origin: Origin | None = None  # of weights that come from files
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """The networks that adapters change, by component name."""
+        return {name: getattr(self.pipeline, name) for name in (*self.tokenizers, "unet")}
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """Text encoder to its tokenizer."""
+        return {
+            encoder: getattr(self.pipeline, tokenizer)
+            for encoder, tokenizer in ENCODERS.items()
+            if getattr(self.pipeline, encoder, None) is not None
+        }
+
+    def install(self, token: str, vectors: dict[str, Tensor]) -> None:
+        """Add a token to every tokenizer and its vectors (n, width) to every text encoder.
+
+        Raises:
+            UserError: the token is there already.
+        """
+        for encoder, rows in vectors.items():
+            install(self.tokenizers[encoder], self.models[encoder], token, rows)
+
+    def vectors(self, token: str) -> dict[str, Tensor]:
+        """The vectors (n, width) of an installed token in every text encoder."""
+        return {
+            encoder: embedding_of(self.models[encoder]).weight.detach()[ids_of(tokenizer, [token])].clone()
+            for encoder, tokenizer in self.tokenizers.items()
+        }
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        return kept_fingerprint(self.models, self.origin)
+
+    @property
+    def prediction_type(self) -> str:
+        """``epsilon`` or ``v_prediction``, as the scheduler says."""
+        return str(self.pipeline.scheduler.config.prediction_type)
+
+    @property
+    def size(self) -> int:
+        """The side in pixels that the base was made for."""
+        return int(self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor)
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """Prompts as the U-Net reads them, (n, length, width), and for SDXL their pooled form (n, width).
+
+        An empty prompt is what the pipeline guides away from: SDXL's is zeros, not the encoded empty words.
+        """
+        words, _, *pooled = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        words, *summary = self.emptied(prompts, words, *pooled[:1])
+        return words, summary[0] if summary else None
+
+    def emptied(self, prompts: Sequence[str], *encoded: Tensor) -> tuple[Tensor, ...]:
+        """Encoded prompts, with zeros for empty ones where the pipeline takes these (SDXL)."""
+        if all(prompts) or not self.pipeline.config.get("force_zeros_for_empty_prompt"):
+            return encoded
+        empty = torch.tensor([not prompt for prompt in prompts], device=self.device)
+        return tuple(one.masked_fill(empty.view(-1, *[1] * (one.dim() - 1)), 0.0) for one in encoded)
+
+    def weights(self, targets: str = "attention") -> dict[str, Tensor]:
+        """The target weights by layer name."""
+        return {name: layer.weight.detach() for name, layer in find_targets(self.models, targets).items()}
+
+
+def plain_is_quicker(device: str, half: bool, side: int) -> bool:
+    """Whether plain attention beats the fused one: on a CPU in half precision, for latents of less than ``side`` 64.
+
+    In float32 the fused one takes half the time where there are many places, and it never keeps the scores.
+    """
+    return device == "cpu" and half and side < 64
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the loading chatter of diffusers and transformers out of the user's way."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loggers = (diffusers_logging, transformers_logging)
+    levels = [logger.get_verbosity() for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.set_verbosity(logging.CRITICAL)
+            logger.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.set_verbosity(level)
+                logger.enable_progress_bar()
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """``float32``, ``float16`` or ``bfloat16``.
+
+    Raises:
+        UserError: anything else.
+    """
+    if name not in DTYPES:
+        raise UserError(f"Unknown dtype '{name}'; use float32, float16 or bfloat16.")
+    return DTYPES[name]
+
+
+def parse_device(name: str) -> torch.device:
+    """A torch device; ``auto`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"Device '{name}' is not available here; try --device cpu.") from error
+    return device
+
+
+def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32") -> Base:
+    """Load ``pocket``, a diffusers folder, a hub id or a single ``.safetensors`` checkpoint.
+
+    ``HF_HOME`` and ``HF_HUB_OFFLINE`` are honoured by the libraries underneath.
+
+    Raises:
+        UserError: nothing loadable under that name, with what to do about it.
+    """
+    torch_dtype, torch_device = parse_dtype(dtype), parse_device(device)
+    try:
+        with quiet():
+            pipeline, key = _load_pipeline(name, torch_dtype)
+    except UserError:
+        raise
+    except Exception as error:  # the loaders raise nearly everything
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        raise UserError(f"Cannot load the base '{name}'{offline}: {reason(error)}.") from error
+    if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
+        raise UserError(f"'{name}' is a {type(pipeline).__name__}; only Stable Diffusion 1.x, 2.x and XL can be used.")
+    channels = pipeline.unet.config.in_channels
+    if channels != pipeline.vae.config.latent_channels:
+        raise UserError(
+            f"'{name}' takes {channels} channels, as bases for inpainting do; only those that draw from words alone "
+            "can be used."
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    base = Base(name, pipeline.to(torch_device), torch_device, torch_dtype)
+    for model in (pipeline.vae, *base.models.values()):
+        model.requires_grad_(False).eval()
+    for encoder, tokenizer in base.tokenizers.items():
+        pool_at_end(tokenizer, base.models[encoder])
+    base.origin = Origin(key, state_of(base.models)) if key else None
+    return base
+
+
+def _load_pipeline(name: str, dtype: torch.dtype) -> tuple[Any, str | None]:
+    """The pipeline under a base's name, and the key of the files that its weights come from."""
+    options: dict[str, Any] = {"torch_dtype": dtype, "safety_checker": None}
+    local = pocket.path() if name == "pocket" else Path(name)
+    if name == "pocket" and not local.is_dir():
+        raise UserError("The pocket base's weights are missing from this installation; install it again.")
+    if local.is_dir():
+        if not (local / "model_index.json").is_file():
+            raise UserError(f"{local} is not a diffusers folder: it holds no model_index.json.")
+        _refuse_pickles(local)
+        key = key_of_files(weight_files(local), dtype)  # before they are read, should they change meanwhile
+        return _load_diffusers(str(local), options), key
+    if local.suffix == ".safetensors":
+        if not local.is_file():
+            raise UserError(f"No such file: {local}.")
+        key = key_of_files(weight_files(local), dtype)
+        return load_single_file(local, options), key
+    if local.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
+        raise UserError(f"{local} is a pickle checkpoint, which can run code; convert it to .safetensors.")
+    if local.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"No base '{name}': use pocket, a diffusers folder, a hub id or a .safetensors file.")
+    pipeline = _load_diffusers(name, options)
+    cached = Path(pipeline.unet.config["_name_or_path"]).parent  # the snapshot in the hub's cache
+    return pipeline, key_of_files(weight_files(cached), dtype)
+
+
+def _load_diffusers(name: str, options: dict[str, Any]) -> Any:
+    """A pipeline of a diffusers folder or the hub; every other one's class is only looked up where it is needed."""
+    own: dict[str, Any] = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+    kind = own.get(DiffusionPipeline.load_config(name)["_class_name"])
+    if kind is None:
+        from diffusers import AutoPipelineForText2Image  # knows a hundred pipelines, and imports them
+
+        kind = AutoPipelineForText2Image
+    return kind.from_pretrained(name, use_safetensors=True, **options)
+
+
+def weight_files(source: Path) -> list[Path]:
+    """The files that decide a base's U-Net and text encoders: a diffusers folder's, or a checkpoint and its configs."""
+    if source.is_file():
+        beside = source.with_suffix("")
+        return [source, *(weight_files(beside) if beside.is_dir() else [])]
+    parts = [folder for part in ("unet", *ENCODERS) if (folder := source / part).is_dir()]
+    return [file for folder in parts for file in folder.iterdir() if file.is_file()]
+
+
+def size_in_configs(name: str) -> int | None:
+    """The side in pixels that a base was made for, by its configs in a folder or the hub's cache; None without them."""
+    folder = str(pocket.path()) if name == "pocket" else name
+    try:
+        with quiet():
+            unet = UNet2DConditionModel.load_config(folder, subfolder="unet", local_files_only=True)
+            vae = AutoencoderKL.load_config(folder, subfolder="vae", local_files_only=True)
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except Exception:  # the loaders raise nearly everything
+        return None
+
+
+def size_of(name: str) -> int:
+    """The side in pixels that a base was made for; it is loaded only where its configs do not tell.
+
+    Raises:
+        UserError: no such base.
+    """
+    return size_in_configs(name) or load_base(name, "cpu").size
+
+
+def load_single_file(path: Path, options: dict[str, Any]) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """A pipeline from a checkpoint, whose configs and vocabulary lie elsewhere.
+
+    They are taken from a diffusers folder beside it of the same name (weights are not needed there), else from the
+    hub's cache, else from the hub.
+
+    Raises:
+        UserError: they are nowhere to be found; the sentence names them.
+    """
+    kind = StableDiffusionXLPipeline if is_sdxl_file(path) else StableDiffusionPipeline
+    beside = path.with_suffix("")
+    if (beside / "model_index.json").is_file():
+        return kind.from_single_file(str(path), config=str(beside), **options)
+    try:
+        return kind.from_single_file(str(path), **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the loaders raise nearly everything
+        from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+
+        repository = fetch_diffusers_config(load_single_file_checkpoint(str(path)))["pretrained_model_name_or_path"]
+        raise UserError(
+            f"Cannot load {path}: {reason(error)}. A single file holds no vocabulary and no configs; they come from "
+            f"'{repository}' on the hub. Offline, put that repository's json and txt files into the folder {beside}."
+        ) from error
+
+
+def is_sdxl_file(path: Path) -> bool:
+    """Whether a single-file checkpoint is an SDXL one, from its header alone.
+
+    Raises:
+        UserError: not a safetensors file.
+    """
+    names, _ = read_header(path)
+    if not any(name.startswith("model.diffusion_model.") for name in names):
+        raise UserError(f"{path} is no Stable Diffusion checkpoint: it holds no U-Net.")
+    return any(name.startswith("conditioner.embedders.1.") for name in names)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Refuse weights that are no safetensors files, whatever their names."""
+    for part in ("unet", "vae", *ENCODERS):
+        inside = folder / part
+        files = sorted(inside.glob("*.safetensors"))
+        if inside.is_dir() and not files:
+            raise UserError(f"{inside} holds no .safetensors weights; save the base again with safetensors.")
+        for file in files:
+            check_not_disguised(file)

@@ -1,0 +1,210 @@
+"""Conditions: drawings that T2I-Adapters turn into feature maps, several of them with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import MultiAdapter, StableDiffusionXLPipeline, T2IAdapter
+from PIL import Image
+from torch import Tensor
+
+from .. import pocket
+from ..core.errors import UserError, only_a_pickle, reason
+from ..core.files import check_not_disguised, is_folder
+from ..data.image_io import MAX_PIXELS, open_upright
+from ..merging.manifest import read_recipe
+from ..models.base import Base, quiet
+from ..training.control_adapter import added_at
+from .extract import are_fractions, clean_strokes, read_keypoints
+from .keypose import draw_keypose
+from .regions import cells_in
+from .scene import Box, Condition, Kind, Region, open_on_black
+
+OTHER_WIDTH = 1024  # of the words of Stable Diffusion 2.x
+HUB = {  # the T2I-Adapters of Stable Diffusion 1.x and XL, by kind
+    "sketch": ("TencentARC/t2iadapter_sketch_sd15v2", "TencentARC/t2i-adapter-sketch-sdxl-1.0"),
+    "keypose": ("TencentARC/t2iadapter_openpose_sd14v1", "TencentARC/t2i-adapter-openpose-sdxl-1.0"),
+}
+
+
+@dataclass
+class Drawing:
+    """A condition whose file has been read, and its T2I-Adapter once it is loaded."""
+
+    image: Image.Image
+    kind: Kind = "sketch"
+    weight: float = 1.0
+    adapter: str | None = None
+    name: str = ""
+    network: T2IAdapter | None = None
+
+    def at(self, width: int, height: int) -> Image.Image:
+        """The drawing at a picture's size, with as many channels as its adapter reads."""
+        image = self.image.resize((width, height), Image.Resampling.BILINEAR)
+        channels = self.network.config["in_channels"] if self.network is not None else 3
+        return image.convert("L" if channels == 1 else "RGB")
+
+
+def read_drawing(condition: Condition) -> Drawing:
+    """Read a condition's file: a sketch either way round, a keypose picture, or keypoints as JSON.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = condition.file
+    if condition.kind == "sketch":
+        image = read_sketch(path)
+    elif path.suffix.lower() == ".json":
+        image = drawn_people(*read_keypoints(path))
+    else:
+        image = open_on_black(path)
+    return Drawing(image, condition.kind, condition.weight, condition.adapter, path.name)
+
+
+def drawn_people(people: Sequence[np.ndarray], size: tuple[int, int] | None, side: int = 512) -> Image.Image:
+    """Keypoints as OpenPose draws them; without a canvas on one that holds them, or that they are fractions of."""
+    if size is None:
+        furthest, fractions = np.nanmax(np.concatenate(people), axis=0), are_fractions(people)
+        size = (side, side) if fractions else (int(furthest[0]) + 1, int(furthest[1]) + 1)
+        people = [person * side for person in people] if fractions else people
+    if min(size) < 1 or size[0] * size[1] > MAX_PIXELS // 16:  # it is drawn four times as large
+        raise UserError(
+            f"These keypoints need a canvas of {size[0]}×{size[1]} pixels, which cannot be drawn; scale them."
+        )
+    return draw_keypose(people, *size)
+
+
+def read_sketch(path: Path) -> Image.Image:
+    """A drawing as L, white strokes on black, whichever way round it came.
+
+    Raises:
+        UserError: not a readable image.
+    """
+    return clean_strokes(open_upright(path))
+
+
+def own_adapter(base: Base, kind: Kind) -> str:
+    """The T2I-Adapter that belongs to a base: one inside its folder, the fused base's, or the official one."""
+    name = base.name
+    for _ in range(8):  # a fusion of a fusion of …
+        if name == "pocket":
+            return str(pocket.t2i(kind))
+        if is_folder(inside := Path(name) / f"t2i_{kind}"):
+            return str(inside)
+        recipe = read_recipe(Path(name)) if is_folder(name) else None
+        if recipe is None:
+            break
+        name = str(recipe["base"])
+    return HUB[kind][isinstance(base.pipeline, StableDiffusionXLPipeline)]
+
+
+def t2i_name(base: Base, name: str | None, kind: Kind) -> str:
+    """The folder or hub id of a T2I-Adapter: the named one (``pocket`` is the pocket base's), or the base's own."""
+    return str(pocket.t2i(kind)) if name == "pocket" else name or own_adapter(base, kind)
+
+
+def load_t2i_adapter(base: Base, name: str | None, kind: Kind = "sketch") -> T2IAdapter:
+    """The named T2I-Adapter (folder or hub id), or the one that belongs to the base; ``pocket`` is the pocket base's.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    width = base.pipeline.unet.config.cross_attention_dim
+    if not name and width == OTHER_WIDTH and own_adapter(base, kind) in HUB[kind]:
+        raise UserError(
+            f"There is no {kind} adapter for Stable Diffusion 2.x on the hub; train one with train-condition, and name "
+            "it with the condition's adapter."
+        )
+    name = t2i_name(base, name, kind)
+    for file in sorted(Path(name).glob("*.safetensors")):
+        check_not_disguised(file)
+    try:
+        with quiet():
+            adapter = T2IAdapter.from_pretrained(name, torch_dtype=base.dtype, use_safetensors=True)
+    except Exception as error:
+        if pickled := only_a_pickle(name, error):
+            raise UserError(f"The {kind} adapter {pickled}") from error
+        raise UserError(
+            f"Cannot load the {kind} adapter '{name}' ({reason(error)}); name one for this base with the condition's "
+            "adapter."
+        ) from error
+    return adapter.to(base.device).eval()
+
+
+def _check_features(base: Base, drawing: Drawing, network: T2IAdapter) -> None:
+    """Refuse a T2I-Adapter whose features are not of the sizes that the base's U-Net adds.
+
+    Raises:
+        UserError: they are not.
+    """
+    side = 16 * base.pipeline.vae_scale_factor * network.config["downscale_factor"]  # every level divides it
+    with torch.no_grad():
+        blank = torch.zeros(1, network.config["in_channels"], side, side, device=base.device, dtype=base.dtype)
+        given = [tuple(feature.shape[1:3]) for feature in network(blank)]
+    latents = side // base.pipeline.vae_scale_factor
+    unet = base.pipeline.unet
+    wanted = [(channels, latents >> halvings) for channels, halvings in added_at(unet)][: len(unet.down_blocks)]
+    # What is left over is added in the middle if it fits there, else nowhere.
+    if any(one != other for one, other in zip(given, wanted, strict=False)):
+        name = t2i_name(base, drawing.adapter, drawing.kind)
+        raise UserError(
+            f"The {drawing.kind} adapter {name} is for another U-Net, which adds other features; name one for this "
+            "base with the condition's adapter."
+        )
+
+
+def adapter_of(base: Base, drawings: Sequence[Drawing], size: tuple[int, int]) -> tuple[T2IAdapter | MultiAdapter, Any]:
+    """The network that reads these drawings, and the weights that the pipeline takes.
+
+    Raises:
+        UserError: an adapter cannot be loaded, or does not fit the base, the picture's size or the others.
+    """
+    for drawing in drawings:
+        drawing.network = load_t2i_adapter(base, drawing.adapter, drawing.kind)
+        _check_features(base, drawing, drawing.network)
+        if any(side % drawing.network.config["downscale_factor"] for side in size):
+            raise UserError(
+                f"With this {drawing.kind} adapter the picture's sides must be divisible by "
+                f"{drawing.network.config['downscale_factor']}; {size[0]}×{size[1]} are not."
+            )
+    networks = [drawing.network for drawing in drawings]
+    if len(drawings) == 1:
+        return networks[0], drawings[0].weight
+    try:
+        return MultiAdapter(networks), [drawing.weight for drawing in drawings]
+    except ValueError as error:
+        raise UserError(f"These conditions' adapters cannot be combined: {reason(error)}.") from error
+
+
+@contextmanager
+def weighed(drawings: Sequence[Drawing], regions: Sequence[Region], places: Sequence[Box | Tensor]) -> Iterator[None]:
+    """Multiply the drawings' features by the regions' own weights, cell by cell (means where regions overlap)."""
+    with ExitStack() as stack:
+        for drawing in drawings:
+            weights = [region.weight_of(drawing.kind) for region in regions]
+            if drawing.network is not None and any(weight != 1 for weight in weights):
+                stack.callback(drawing.network.register_forward_hook(_weighing(weights, places)).remove)
+        yield
+
+
+def _weighing(weights: Sequence[float], places: Sequence[Box | Tensor]) -> Callable[..., list[Tensor]]:
+    def weigh(module: Any, inputs: Any, features: list[Tensor]) -> list[Tensor]:
+        return [feature * weight_map(weights, places, *feature.shape[-2:]).to(feature) for feature in features]
+
+    return weigh
+
+
+def weight_map(weights: Sequence[float], places: Sequence[Box | Tensor], height: int, width: int) -> Tensor:
+    """(height, width): the mean weight of the regions that cover a cell, 1 where none does."""
+    total, count = torch.zeros(height * width), torch.zeros(height * width)
+    for weight, place in zip(weights, places, strict=True):
+        inside = cells_in(place, height, width)
+        total += weight * inside
+        count += inside
+    return torch.where(count > 0, total / count.clamp_min(1), torch.ones(())).view(height, width)

@@ -1,0 +1,203 @@
+"""Finished pictures: PNGs with their scene inside, contact sheets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL.Image import DecompressionBombError
+
+from ..adapters.formats.reading import lora_file
+from ..core.errors import UserError
+from ..core.files import atomic, is_file, is_there, parse_json
+from ..core.machine import provenance
+from ..core.paths import is_full, located, located_base, portable, portable_base
+from ..models.base import Base
+from .control import t2i_name
+from .scene import Scene, adapter_files, adapters_held, paths_in, places_of
+
+SETTINGS_KEY = "spectral_diffusion"
+UNREAD = (
+    OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError, DecompressionBombError, SyntaxError,
+)  # fmt: skip
+BASE = "base"  # among the sources
+APART = {"output", "device"}  # of a scene: where it goes and what draws it
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Pictures of one size side by side."""
+    columns = columns or min(len(images), max(1, math.ceil(math.sqrt(len(images)))))
+    rows = math.ceil(len(images) / columns)
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, image in enumerate(images):
+        sheet.paste(image, (index % columns * (width + gap), index // columns * (height + gap)))
+    return sheet
+
+
+def labelled_sheet(pictures: Sequence[Path], labels: Sequence[str], side: int = 128, most: int = 64) -> Image.Image:
+    """A contact sheet of picture files, each at least ``side`` pixels high with its label below; the first ``most``."""
+    font, tiles = ImageFont.load_default(size=12), []
+    for path, label in zip(pictures[:most], labels, strict=False):
+        with Image.open(path) as image:
+            factor = max(1, side // image.height)
+            shown = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        tile = Image.new("RGB", (shown.width, shown.height + 16), "white")
+        tile.paste(shown, (0, 0))
+        ImageDraw.Draw(tile).text((2, shown.height + 1), label, fill=(60, 60, 60), font=font)
+        tiles.append(tile)
+    return grid(tiles, gap=6)
+
+
+def save_png(image: Image.Image, path: Path, scene: Scene, sources: Mapping[str, str]) -> None:
+    """Write a PNG with its scene, what it was made from (see :func:`sources_of`) and the machine inside."""
+    info = PngImagePlugin.PngInfo()
+    held = {**embedded(scene, path, sources), "provenance": provenance()}
+    info.add_itxt(SETTINGS_KEY, json.dumps(held))  # in their own order: adapters act in it
+    with atomic(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def embedded(scene: Scene, path: Path, sources: Mapping[str, str]) -> dict[str, Any]:
+    """What the picture ``path`` holds of its scene and sources.
+
+    Full paths are relative to the picture, or names alone: people share it.
+    """
+    folder = path.parent
+    settings = paths_in(scene.model_dump(mode="json", exclude=APART), lambda name: portable(name, folder))
+    if is_full(scene.base):
+        settings["base"] = portable_base(scene.base, sources.get(BASE, ""), folder)
+    return {"settings": settings, "sources": {portable(name, folder): value for name, value in sources.items()}}
+
+
+def sources_of(scene: Scene, base: Base) -> dict[str, str]:
+    """What a picture is made from beside its settings: the base's fingerprint, and a hash of every file it names.
+
+    Take it before anything is put on the base.
+    """
+    files = [condition.file for condition in scene.conditions]
+    files += [region.mask for region in scene.regions if region.mask]
+    named = {str(file): file for file in files} | {name: lora_file(Path(name)) for name in adapter_files(scene)}
+    named = {name: file for name, file in named.items() if is_file(file)}  # what is not is told where it is used
+    for number, condition in enumerate(scene.conditions, 1):
+        folder = Path(t2i_name(base, condition.adapter, condition.kind))  # of a hub id nothing more is known
+        named |= {f"adapter of condition {number}": file for file in folder.glob("*.safetensors")}
+    return {BASE: base.fingerprint.exact} | {name: hash_file(file) for name, file in named.items()}
+
+
+def read_embedded(path: Path) -> dict[str, Any]:
+    """Everything that is embedded in a picture.
+
+    Raises:
+        UserError: nothing of this program's is there.
+    """
+    try:
+        if not is_file(path):  # opening a pipe may never end
+            raise ValueError
+        with Image.open(path, formats=["PNG"]) as image:
+            found: dict[str, Any] = parse_json(image.info[SETTINGS_KEY])
+        return {"settings": dict(found["settings"]), "sources": dict(found.get("sources") or {})}
+    except UNREAD as error:
+        raise UserError(f"{path} holds no settings of this program.") from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings embedded in a picture.
+
+    Raises:
+        UserError: none are there.
+    """
+    held = read_embedded(path)
+    settings = paths_in(held["settings"], lambda name: located(name, path.parent))
+    if isinstance(settings.get("base"), str):
+        settings["base"] = located_base(settings["base"], str(held["sources"].get(BASE)), path.parent)
+    return settings
+
+
+def read_sources(path: Path) -> dict[str, str]:
+    """What a picture says that it was made from.
+
+    Raises:
+        UserError: it is none of this program's pictures.
+    """
+    found = read_embedded(path)["sources"].items()
+    return {name if name == BASE else located(str(name), path.parent): str(value) for name, value in found}
+
+
+@dataclass
+class Found:
+    """A picture's settings with its files where they are now.
+
+    Attributes:
+        sources: what the picture was made from, under the same names.
+        placed: the files among those named anew that stand for some of the picture's own.
+    """
+
+    settings: dict[str, Any]
+    sources: dict[str, str]
+    placed: set[str]
+
+
+def find_again(path: Path, named: Iterable[str] = ()) -> Found:
+    """What a picture was made from, wherever its files are now: those of the same content come first.
+
+    They are looked for among ``named`` adapters, then as the picture names them: from here, beside it, and from the
+    folders above it.
+
+    Raises:
+        UserError: no picture of this program's, or an adapter of it is nowhere to be found.
+    """
+    folder, digests = Path(path).parent, read_sources(path)
+    anew = {name: _digest(name) for name in named}
+    moved: dict[str, str] = {}
+
+    def found(name: str) -> str:
+        digest, file = digests.get(name), Path(name).name
+        there = [str(place) for place in places_of(name, folder) if is_there(place)]
+        same = [place for place in [name, *there, str(folder / file)] if digest and _digest(place) == digest]
+        known = [other for other, its in anew.items() if digest and its == digest] + same
+        likely = [name] * is_there(name) + [other for other in anew if Path(other).name == file] + there
+        moved[name] = next(iter(known + likely), name)
+        return moved[name]
+
+    settings = paths_in(read_settings(path), found)
+    if lost := next((name for held in adapters_held(settings) for name in held if not is_there(name)), None):
+        raise UserError(f"{path} was drawn with {lost}, which is not there any more; name it with --adapter FILE.")
+    sources = {moved.get(name, name): digest for name, digest in digests.items()}
+    return Found(settings, sources, {name for name in moved.values() if name in anew})
+
+
+def _digest(name: str | Path) -> str | None:
+    """The hash that a picture holds of such a file; None if it is not there."""
+    try:
+        return hash_file(lora_file(Path(name)))
+    except (OSError, ValueError, UserError):
+        return None
+
+
+def hash_file(path: Path) -> str:
+    """A hash of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a picture that this program drew."""
+    try:
+        return bool(read_embedded(path))
+    except UserError:
+        return False
+
+
+def is_same(path: Path, scene: Scene, sources: Mapping[str, str]) -> bool:
+    """Whether a picture is there that was drawn from this very scene, base and files."""
+    try:
+        found = read_embedded(path)
+    except UserError:
+        return False
+    return found == embedded(scene, path, sources)

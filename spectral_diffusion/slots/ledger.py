@@ -1,0 +1,320 @@
+"""Slots: disjoint sets of columns of the spectrum, one per concept, kept in a ledger.
+
+The ledger is the small file ``slots.json`` beside a set of adapters. It knows, per base, which columns
+belong to which concept, so that adapters trained apart never overlap.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.errors import UserError
+from ..core.files import cannot_write, locked, parse_json, read_text, write_json
+from ..core.rng import keyed_random
+
+LEDGER = "slots.json"
+ROWS = "rows.json"  # the same for methods whose slots are rows of a shared basis
+WAIT = 20.0  # seconds for the ledger's lock, which is held for a moment only
+POOL = 64  # how many top columns ``sampled`` draws from unless told
+
+
+@dataclass(frozen=True, order=True)
+class Slot:
+    """Columns in rising order: 0, 1, … from the largest singular value; −1, −2, … from the smallest."""
+
+    columns: tuple[int, ...]
+
+    @classmethod
+    def interval(cls, start: int, stop: int) -> Slot:
+        """The columns ``start … stop − 1``."""
+        return cls(tuple(range(start, stop)))
+
+    @property
+    def rank(self) -> int:
+        return len(self.columns)
+
+    @property
+    def top(self) -> int:
+        """How many columns from the top it needs."""
+        return max(0, self.columns[-1] + 1)
+
+    @property
+    def bottom(self) -> int:
+        """How many columns from the bottom it needs."""
+        return max(0, -self.columns[0])
+
+    def shared(self, other: Slot) -> int:
+        """How many columns two slots have in common."""
+        return len(set(self.columns) & set(other.columns))
+
+    def overlaps(self, other: Slot) -> bool:
+        return self.shared(other) > 0
+
+    def from_top(self, count: int) -> set[int]:
+        """The columns counted from the top, where there are ``count``."""
+        return {column if column >= 0 else count + column for column in self.columns}
+
+    def __str__(self) -> str:
+        first, last = self.columns[0], self.columns[-1]
+        if last - first == self.rank - 1:
+            return f"{first}:{last + 1}"
+        return ",".join(map(str, self.columns))
+
+
+def read_columns(text: str) -> Slot:
+    """``16:24`` or ``1,5,9`` to a slot.
+
+    Raises:
+        ValueError: anything else, no columns, one named twice, or columns of both ends.
+    """
+    if match := re.fullmatch(r"(-?\d{1,7}):(-?\d{1,7})", text):
+        start, stop = int(match[1]), int(match[2])
+        if not start < stop <= start + 100_000 or start < 0 < stop:
+            raise ValueError(text)
+        return Slot.interval(start, stop)
+    if not re.fullmatch(r"-?\d{1,7}(,-?\d{1,7})+", text):
+        raise ValueError(text)
+    columns = sorted(int(part) for part in text.split(","))
+    if len(set(columns)) < len(columns) or columns[0] < 0 <= columns[-1]:
+        raise ValueError(text)
+    return Slot(tuple(columns))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a slot is chosen.
+
+    ``next``: the first free interval. ``fixed``: the given columns. ``sampled``: drawn from the top ``pool`` columns
+    without asking any ledger, for people who train apart. ``random``: drawn from all columns. ``bottom``: the
+    last free interval.
+    """
+
+    kind: str
+    slot: Slot | None = None
+    pool: int = POOL
+
+    @property
+    def draws(self) -> bool:
+        """Whether a seed decides the columns."""
+        return self.kind in {"sampled", "random"}
+
+
+def parse_policy(text: str, rank: int) -> Policy:
+    """Read ``next``, ``3`` (the fourth interval), ``16:24``, ``1,5,9``, ``sampled[:128]``, ``random`` or ``bottom``.
+
+    Raises:
+        UserError: anything else, or columns whose number is not the rank.
+    """
+    if rank < 1:
+        raise UserError(f"Rank must be at least 1, not {rank}.")
+    if text in {"next", "random", "bottom", "sampled"}:
+        return Policy(text)
+    if match := re.fullmatch(r"sampled:(\d{1,6})", text):
+        return Policy("sampled", pool=int(match[1]))
+    if re.fullmatch(r"\d{1,6}", text):
+        return Policy("fixed", Slot.interval(int(text) * rank, (int(text) + 1) * rank))
+    try:
+        slot = read_columns(text)
+    except ValueError as error:
+        raise UserError(
+            f"Slot '{text}' is not understood; use next, a number such as 3, columns such as 16:24 or 1,5,9, "
+            "sampled, random or bottom."
+        ) from error
+    if slot.rank != rank:
+        raise UserError(f"Slot {text} has {slot.rank} columns but the rank is {rank}; make them equal.")
+    return Policy("fixed", slot)
+
+
+def drawn_slot(rank: int, pool: int, seed: int) -> Slot:
+    """``rank`` of the first ``pool`` columns; the seed decides which.
+
+    Raises:
+        UserError: the pool is too small.
+    """
+    if rank > pool:
+        raise UserError(f"{rank} columns cannot be drawn from {pool}; lower --rank or draw from more (sampled:128).")
+    return Slot(tuple(sorted(keyed_random("slot", seed).sample(range(pool), rank))))
+
+
+def collision_probability(rank: int, pool: int) -> float:
+    """The chance that two slots drawn apart share a column."""
+    return 1 - math.comb(pool - rank, rank) / math.comb(pool, rank)
+
+
+@dataclass
+class Ledger:
+    """The columns in use beside one set of adapters. Every change holds a file lock."""
+
+    path: Path
+
+    @classmethod
+    def beside(cls, output: Path, name: str = LEDGER) -> Ledger:
+        """The ledger of the folder that an adapter is written to."""
+        return cls(Path(output).parent / name)
+
+    def read(self) -> dict[str, dict[str, Slot]]:
+        """Base fingerprint to concept to slot.
+
+        Raises:
+            UserError: the file is not a ledger.
+        """
+        return self._read()[0]
+
+    def _read(self) -> tuple[dict[str, dict[str, Slot]], dict[str, list[str]]]:
+        """The entries, and what bases hash to in half precisions where that was told."""
+        if not self.path.exists():
+            return {}, {}
+        try:
+            data = parse_json(read_text(self.path))
+            if data["format_version"] not in (1, 2):
+                raise ValueError
+            rounded = {base: [str(one) for one in hashes] for base, hashes in data.get("rounded", {}).items()}
+            return {
+                base: {concept: _stored(value) for concept, value in concepts.items()}
+                for base, concepts in data["bases"].items()
+            }, rounded
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{self.path} is not a slot ledger; repair or remove it.") from error
+
+    @contextmanager
+    def _locked(self) -> Iterator[tuple[dict[str, dict[str, Slot]], dict[str, list[str]]]]:
+        with ExitStack() as stack:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.path.with_name(f".{self.path.name}.lock"), WAIT))
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
+            data, rounded = self._read()
+            yield data, rounded
+            bases = {
+                base: {name: str(slot) for name, slot in sorted(concepts.items(), key=lambda x: x[1])}
+                for base, concepts in data.items()
+                if concepts
+            }
+            kept = {base: hashes for base, hashes in rounded.items() if base in bases}
+            write_json(self.path, {"format_version": 2, "bases": bases} | ({"rounded": kept} if kept else {}))
+
+    def reserve(
+        self,
+        base: str,
+        concept: str,
+        rank: int,
+        wanted: str,
+        capacity: int,
+        narrowest: str = "",
+        seed: int = 0,
+        rounded: Sequence[str] = (),
+    ) -> Slot:
+        """Take a slot for a concept. Retraining a concept with ``next`` and the same rank keeps its slot.
+
+        Args:
+            base: the base's fingerprint.
+            rounded: its fingerprints in half precisions. A base that shares one is the same in another precision, whose
+                adapters will meet this one's: their columns are taken too.
+            wanted: a policy (see :func:`parse_policy`); ``sampled`` asks and tells the ledger nothing.
+            capacity: columns that every target has; ``narrowest`` names the layer that sets it.
+            seed: decides the columns that ``sampled`` and ``random`` draw.
+
+        Raises:
+            UserError: the slot is taken, or past the capacity, or no room is left.
+        """
+        policy = parse_policy(wanted, rank)
+        if policy.kind == "sampled":
+            return drawn_slot(rank, min(policy.pool, capacity), seed)
+        with self._locked() as (data, hashes):
+            if rounded:
+                hashes[base] = list(rounded)
+            own = data.setdefault(base, {})
+            kin = [data[other] for other in alike(base, hashes) if other in data and other != base]
+            taken = {name: slot for held in (*kin, own) for name, slot in held.items()}
+            mine = taken.get(concept)
+            fits = mine is not None and mine.rank == rank and max(mine.top, mine.bottom) <= capacity
+            if policy.kind == "next" and mine is not None and fits:
+                own[concept] = mine
+                return mine
+            others: dict[str, set[int]] = {}
+            for held in (*kin, own):
+                for name in held.keys() - {concept}:
+                    others.setdefault(name, set()).update(held[name].from_top(capacity))
+            used = {column for columns in others.values() for column in columns}
+            if policy.slot is not None:
+                slot = policy.slot
+            elif policy.kind == "random":
+                slot = drawn_slot(rank, capacity, seed)
+            elif policy.kind == "bottom":
+                slot = _last_free(rank, used, capacity)
+            else:
+                slot = _first_free(rank, used)
+            if slot.top > capacity or slot.bottom > capacity:
+                reason = f" (the narrowest adapted weight, {narrowest}, has that many)" if narrowest else ""
+                raise UserError(
+                    f"Slot {slot} is past the {capacity} columns of this base{reason}: "
+                    f"{capacity // rank} slots of rank {rank} fit; release one or lower --rank."
+                )
+            here = slot.from_top(capacity)
+            clash = next((name for name, columns in others.items() if columns & here), None)
+            if clash:
+                raise UserError(
+                    f"Slot {slot} overlaps the columns {taken[clash]} of '{clash}'; use --slot next, another slot, "
+                    f"or free it (spectral-diffusion slots release {clash})."
+                )
+            for held in kin:
+                held.pop(concept, None)  # it is trained anew
+            own[concept] = slot
+            return slot
+
+    def release(self, concept: str, base: str | None = None) -> list[Slot]:
+        """Free a concept's columns (on every base unless one is named).
+
+        Raises:
+            UserError: no such concept in the ledger.
+        """
+        freed = []
+        with self._locked() as (data, _):
+            for fingerprint, concepts in data.items():
+                if base in (None, fingerprint) and concept in concepts:
+                    freed.append(concepts.pop(concept))
+        if not freed:
+            raise UserError(f"No concept '{concept}' in {self.path}.")
+        return freed
+
+
+def alike(base: str, hashes: Mapping[str, Sequence[str]]) -> set[str]:
+    """The bases that are one in several precisions, linked by hashes that they share, ``base`` among them."""
+    found, shared = {base}, set(hashes.get(base, ()))
+    while more := {other for other, own in hashes.items() if other not in found and shared & set(own)}:
+        found |= more
+        shared.update(*(hashes[other] for other in more))
+    return found
+
+
+def _stored(value: object) -> Slot:
+    """A slot as the ledger holds it: a string, or [start, stop] in its first version."""
+    if isinstance(value, str):
+        return read_columns(value)
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(value)
+    return read_columns(f"{int(value[0])}:{int(value[1])}")
+
+
+def _first_free(rank: int, used: Iterable[int]) -> Slot:
+    """The first interval of ``rank`` columns that overlaps nothing."""
+    start = 0
+    for column in sorted(used):
+        if start + rank <= column:
+            break
+        start = max(start, column + 1)
+    return Slot.interval(start, start + rank)
+
+
+def _last_free(rank: int, used: set[int], capacity: int) -> Slot:
+    """The interval nearest the bottom that overlaps nothing, counted from the bottom."""
+    for start in range(-rank, -capacity - 1, -1):
+        if not used & {capacity + column for column in range(start, start + rank)}:
+            return Slot.interval(start, start + rank)
+    return Slot.interval(-capacity - rank, -capacity)  # past the capacity: refused by the caller with the reason

@@ -1,0 +1,144 @@
+"""How few numbers does each method need? Identity over trained numbers, with dashes where a budget cannot be had."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from ..adapters.apply import put_on
+from ..core.errors import UserError
+from ..methods import get_method
+from ..metrics.statistics import told
+from ..training.run import with_rank
+from .charts import WANTED, curves
+from .registry import Findings, Row, Table, not_allowed, study
+from .runner import REPORTED, Lab, TimeOver, scaled, seeded
+from .speed import METHODS, PLAIN, swept
+
+BUDGETS = (500, 2_000, 6_000, 20_000, 60_000, 200_000)  # half a decade apart
+NAMES = (REPORTED[0], REPORTED[2])
+SEEDS = (0, 1, 2)
+SIDE = 48  # of a picture in the grid
+
+
+def change_within(lab: Lab, method: str, budget: int, shapes: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
+    """The method's settings at the largest rank within a budget; None where even its smallest is above it."""
+    config = lab.settings(NAMES[0], {"method": method, "budget": budget}, Path("adapter.safetensors"))
+    try:
+        rank = with_rank(config, shapes, lambda text: None).rank
+    except UserError:
+        return None
+    change: dict[str, Any] = {"method": method, "rank": rank, **PLAIN}
+    return {**change, "slot": f"0:{rank}"} if get_method(method).slot else change
+
+
+def smallest(method: str, shapes: Sequence[tuple[int, int]]) -> int:
+    """The fewest numbers that the method can train in these weights."""
+    one = get_method(method)
+    return min(one.total(shapes, rank) for rank in one.ranks(shapes))
+
+
+@study(
+    "budget",
+    "Figs. 6, 14, 15, Table 3",
+    "The rotation reaches an identity with far fewer trained numbers than any other method, in finer steps.",
+    (60, 0.3),
+)
+def run(lab: Lab, quick: bool) -> Findings:
+    """Gain in identity over the untouched base, for every method and budget, with the rate that ``speed`` chose."""
+    methods = ("spectral-rotation", "lora") if quick else tuple(METHODS)
+    budgets, names, seeds = ((2_000, 20_000), NAMES[:1], (0,)) if quick else (BUDGETS, NAMES, SEEDS)
+    shapes = lab.sides
+    changes = {(m, b): change_within(lab, m, b, shapes) for m in methods for b in budgets}
+    found_gains: dict[tuple[str, int], dict[int, list[float]]] = {}  # by seed
+    trained: dict[tuple[str, int], int] = {}
+    late: dict[str, list[str]] = {}
+    for seed, name, budget, method in itertools.product(seeds, names, budgets, methods):
+        change = changes[method, budget]
+        if change is None:
+            continue
+        try:
+            rate = get_method(method).lr_scale if quick else swept(lab, method)[0]
+            found = lab.alone(name, **seeded(change, seed), **scaled(lab, rate))
+            gain = found["identity"] - lab.generic(name, seed)["identity"]
+        except TimeOver:
+            late.setdefault(f"{name} at seed {seed}", []).append(f"{method} within {budget:,}")
+            continue
+        found_gains.setdefault((method, budget), {}).setdefault(seed, []).append(gain)
+        trained[method, budget] = found["trained"]
+        lab.note(f"{name}, seed {seed}: {method} within {budget:,} trains {found['trained']:,}: gain {gain:.2f}")
+    # A seed counts when it was measured for every concept.
+    whole = {at: [g for g in by_seed.values() if len(g) == len(names)] for at, by_seed in found_gains.items()}
+    gains = {at: [gain for seed_gains in of_seeds for gain in seed_gains] for at, of_seeds in whole.items() if of_seeds}
+    rows: list[Row] = [
+        {
+            "method": method,
+            "seeds": min((len(of_seeds) for (m, _), of_seeds in whole.items() if m == method), default=0),
+            "fewest": smallest(method, shapes),
+            **{f"{b:,}": told(gains[method, b], names) if (method, b) in gains else None for b in budgets},
+        }
+        for method in methods
+    ]
+    counts: list[Row] = [
+        {"method": method, **{f"{b:,}": trained.get((method, b)) for b in budgets}} for method in methods
+    ]
+    lines = {
+        method: sorted({(trained[method, b], sum(g) / len(g)) for (m, b), g in gains.items() if m == method})
+        for method in methods
+    }
+    tables = [
+        Table("Gain in identity by budget; a dash where the method cannot train so few", rows),
+        Table("Numbers really trained within each budget", counts),
+    ]
+    missing = not_allowed(late, sum(change is not None for change in changes.values()))
+    picture = curves(lines, "trained numbers", "gain in identity", log=True)
+    pictures = {"curves": picture} if picture else {}
+    missing += [] if picture else [WANTED]
+    if not quick:
+        try:
+            pictures["grid"] = grid_of(lab, methods, budgets, changes)
+        except TimeOver:
+            missing.append("the grid of pictures")
+    return Findings(tables, verdict(rows, budgets), pictures, missing)
+
+
+def grid_of(
+    lab: Lab, methods: Sequence[str], budgets: Sequence[int], changes: dict[tuple[str, int], dict[str, Any] | None]
+) -> Image.Image:
+    """One picture of the first concept by method (rows) and budget (columns); a dash where there is none."""
+    left, top = 120, 16
+    out = Image.new("RGB", (left + len(budgets) * (SIDE + 4), top + len(methods) * (SIDE + 4)), "white")
+    draw = ImageDraw.Draw(out)
+    for column, budget in enumerate(budgets):
+        draw.text((left + column * (SIDE + 4), 2), f"{budget:,}", fill="black")
+    for index, method in enumerate(methods):
+        draw.text((2, top + index * (SIDE + 4) + SIDE // 2 - 6), method, fill="black")
+        for column, budget in enumerate(budgets):
+            corner = (left + column * (SIDE + 4), top + index * (SIDE + 4))
+            change = changes[method, budget]
+            if change is None:
+                draw.text((corner[0] + SIDE // 2, corner[1] + SIDE // 2 - 6), "-", fill="black")  # its font has no –
+                continue
+            adapter, _ = lab.trained(NAMES[0], **change, **scaled(lab, swept(lab, method)[0]))
+            base = lab.fresh()
+            put_on(base, [(adapter, 1.0)])
+            out.paste(lab.portraits(base, adapter.token)[0].resize((SIDE, SIDE)), corner)
+    return out
+
+
+def verdict(rows: Sequence[Row], budgets: Sequence[int]) -> str:
+    """The best method within each budget, and who cannot have it."""
+    sentences = []
+    for budget in budgets:
+        there = [row for row in rows if row[f"{budget:,}"]]
+        if there:
+            best = max(there, key=lambda row: float(row[f"{budget:,}"].split()[0]))
+            sentences.append(
+                f"Within {budget:,} numbers: best {best['method']}, a gain of {best[f'{budget:,}'].split()[0]}; "
+                f"{len(there)} of {len(rows)} methods can."
+            )
+    return " ".join(sentences)

@@ -1,0 +1,165 @@
+"""One concept after another in the same columns: five rotations composed without a new decomposition (Lemma 4.1)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..adapters.adapter import Adapter
+from ..adapters.apply import put_on
+from ..config.models import FuseConfig
+from ..merging.fuse import fuse_to_folder
+from ..methods import get_method
+from ..metrics.statistics import share, told
+from ..training.loop import continued
+from .fusion import change_for as family_change
+from .fusion import family_rate, fused_cell
+from .registry import Findings, Row, Table, study
+from .runner import REPORTED, Figures, Lab, TimeOver, key_of, scaled
+from .speed import swept
+
+NAMES = REPORTED[:5]
+SEEDS = (0, 1, 2)
+ROTATION, NEW, SUMMED = "rotation, same columns", "rotation, a new SVD each time", "additive, same slot, summed"
+CHANGE = {"method": "spectral-rotation", "slot": "0:8"}
+
+
+def rotation_rate(lab: Lab, quick: bool) -> float:
+    """The rate that the study ``speed`` chose for the rotation, on a concept that is not reported."""
+    return get_method("spectral-rotation").lr_scale if quick else swept(lab, "spectral-rotation")[0]
+
+
+def unevenness(adapter: Adapter) -> float:
+    """The largest entry of |RᵀR − I| over all layers and both sides, R the whole rotation since the decomposition."""
+    worst = 0.0
+    for held in continued(adapter).values():
+        for change in (held["D_U"].double(), held["D_V"].double()):
+            R = change + torch.eye(len(change), dtype=torch.float64)
+            worst = max(worst, float((R.mT @ R - torch.eye(len(R), dtype=torch.float64)).abs().max()))
+    return worst
+
+
+def trained(lab: Lab, way: str, names: Sequence[str], rate: float, seed: int) -> tuple[Lab, Adapter, Path]:
+    """The last concept's adapter after the others were learnt, its file, and the lab whose base it fits."""
+    change = {**CHANGE, **scaled(lab, rate), "seed": seed}
+    if way == ROTATION:
+        if len(names) > 1:
+            change["continue_from"] = trained(lab, way, names[:-1], rate, seed)[2]
+    elif len(names) > 1:
+        under, _, file = trained(lab, way, names[:-1], rate, seed)
+        folder = lab.folder / "bases" / key_of([lab.fingerprint, lab.recipe, change, list(names[:-1])])
+        if not folder.is_dir():
+            fuse_to_folder(FuseConfig(adapters=[file], output=folder, base=under.base_name))
+        lab = replace(lab, base_name=str(folder))
+    adapter, _ = lab.trained(names[-1], **change)
+    return lab, adapter, lab.shelf(names[-1], **change)
+
+
+def chain_cell(lab: Lab, way: str, names: Sequence[str], rate: float, seed: int) -> Figures:
+    """After the last of these concepts: how orthonormal its columns are, and the identity of each of them."""
+
+    def compute() -> Figures:
+        under, adapter, _ = trained(lab, way, names, rate, seed)
+        base = under.fresh()
+        put_on(base, [(adapter, 1.0)])
+        identity = {n: lab.identity(lab.portraits(base, lab.concept(n).token, seed), n) for n in names}
+        return {"identity": identity, "unevenness": unevenness(adapter) if way == ROTATION else None}
+
+    return lab.cell("chain", {"way": way, "change": CHANGE, "names": list(names), "rate": rate, "seed": seed}, compute)
+
+
+def summed_cell(lab: Lab, names: Sequence[str], seed: int) -> Figures:
+    """The control: additive adapters, each trained on the untouched base in one and the same slot, summed."""
+    family = "spectral, same slot"
+    rate, _ = family_rate(lab, family, lab.recipe["train"]["steps"] < 100)
+    if len(names) == 1:
+        change = {**family_change(family, 0), **scaled(lab, rate), "seed": seed}
+        return {"identity": {names[0]: lab.alone(names[0], **change)["identity"]}, "unevenness": None}
+    found = fused_cell(lab, family, "sum", rate, names, seed)["concepts"]
+    return {"identity": {name: found[name]["identity"] for name in names}, "unevenness": None}
+
+
+@study(
+    "continual",
+    "Lemma 4.1",
+    "Rotated columns are orthonormal again, so one concept after another is learnt without a new decomposition.",
+    (60, 0.5),
+)
+def run(lab: Lab, quick: bool) -> Findings:
+    """After each of five concepts: the columns' orthonormality, and what is left of every concept learnt before."""
+    count, seeds = (2, (0,)) if quick else (len(NAMES), SEEDS)
+    ways = (ROTATION, NEW) if quick else (ROTATION, NEW, SUMMED)
+    found: dict[tuple[str, int], list[Figures]] = {}
+    missing: list[str] = []
+    for seed, way, length in itertools.product(seeds, ways, range(1, count + 1)):
+        try:
+            names = NAMES[:length]
+            if way == SUMMED:
+                cell = summed_cell(lab, names, seed)
+            else:
+                cell = chain_cell(lab, way, names, rotation_rate(lab, quick), seed)
+        except TimeOver:
+            missing.append(f"{way}, {length} concepts, seed {seed}")
+            continue
+        floor = {name: lab.generic(name, seed)["identity"] for name in names}
+        found.setdefault((way, length), []).append({**cell, "floor": floor, "seed": seed})
+        lab.note(f"{way}, seed {seed}: {', '.join(f'{n} {v:.2f}' for n, v in cell['identity'].items())}")
+    rows = [row(way, length, found) for way in ways for length in range(1, count + 1) if (way, length) in found]
+    last: list[Row] = [
+        {
+            "way": way,
+            "concept": name,
+            "untouched base": mean([c["floor"][name] for c in cells]),
+            "when learnt": mean([c["identity"][name] for c in found.get((way, NAMES.index(name) + 1), [])]),
+            f"after {length}": mean([c["identity"][name] for c in cells]),
+        }
+        for (way, length), cells in found.items()
+        if length == count
+        for name in NAMES[:count]
+    ]
+    tables = [Table("After each concept", rows), Table("What is left of each at the end: identity", last)]
+    return Findings(tables, verdict(rows), missing=missing)
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Their mean; None of none."""
+    return sum(values) / len(values) if values else None
+
+
+def row(way: str, length: int, found: Mapping[tuple[str, int], Sequence[Figures]]) -> Row:
+    """One way after so many concepts; what an earlier one keeps is told of its gain over the untouched base."""
+    cells, new, old, kept, learnt = found[way, length], [], [], [], []
+    older: list[str] = []  # the concepts of ``old`` and, as all are known then, of ``kept``
+    for cell in cells:
+        *before, last = cell["identity"]
+        new.append(cell["identity"][last])
+        for index, name in enumerate(before, 1):
+            then = [c for c in found.get((way, index), []) if c["seed"] == cell["seed"]]
+            old.append(cell["identity"][name])
+            older.append(name)
+            if then:
+                kept.append(cell["identity"][name] - cell["floor"][name])
+                learnt.append(then[0]["identity"][name] - cell["floor"][name])
+    uneven = [cell["unevenness"] for cell in cells if cell["unevenness"] is not None]
+    return {
+        "way": way,
+        "concepts": length,
+        "seeds": len(cells),
+        "off orthonormal": f"{max(uneven):.0e}" if uneven else None,
+        "the new one": told(new),
+        "the earlier ones": told(old, older) if old else None,
+        "gain kept": share(kept, learnt, older if len(older) == len(kept) else None) if kept else None,
+    }
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """How orthonormal the columns stay, and what the earlier concepts keep."""
+    uneven = [float(row["off orthonormal"]) for row in rows if row["off orthonormal"]]
+    text = f"Composed frames stay orthonormal to {max(uneven):.0e}. " if uneven else ""
+    most = max((row["concepts"] for row in rows), default=0)
+    ends = [f"{row['way']} {row['gain kept']}" for row in rows if row["concepts"] == most and row["gain kept"]]
+    return f"{text}After {most} concepts the earlier ones keep of their gain in identity: {'; '.join(ends)}."

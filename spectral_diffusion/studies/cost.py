@@ -1,0 +1,227 @@
+"""What does every method cost? Preparation, a step, what it keeps, its file, merging: the paper's Fig. 7 and more."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+
+from ..adapters.attach import attach, detach
+from ..adapters.frozen import Frozen, frozen_tensors, stored_part, with_weight
+from ..linalg import sides
+from ..methods import all_methods, get_method
+from ..models.architectures import build_meta
+from ..models.targets import find_targets
+from ..slots.ledger import Slot
+from .registry import Findings, Row, Table, study
+from .runner import Figures, Lab, TimeOver
+
+TARGETS = "unet-attention"
+ROUNDS = 3
+RANKS = {"oft": 64, "svdiff": 1}  # of methods whose rank is of another kind; else 8
+MIB = 2**20
+RATIO = "step, of LoRA's"
+
+
+@dataclass
+class Subject:
+    """A U-Net to adapt and one batch for it."""
+
+    unet: Any
+    latents: Tensor
+    text: Tensor
+
+    def forward(self, latents: Tensor | None = None, text: Tensor | None = None) -> Tensor:
+        """Its prediction for the batch."""
+        x, words = self.latents if latents is None else latents, self.text if text is None else text
+        found: Tensor = self.unet(x, torch.tensor([500]), words).sample
+        return found
+
+
+@dataclass
+class Held:
+    """A method with what it is built on, and its measured seconds a step."""
+
+    rank: int
+    frozen: Frozen
+    figures: Figures
+    steps: list[float] = field(default_factory=list)
+
+
+def sd15() -> Subject:
+    """A U-Net of Stable Diffusion 1.5's sizes with random weights, at 256² pixels and batch 1."""
+    unet: Any = build_meta("sd15")["unet"].to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.02, generator=generator)
+            else:
+                parameter.fill_(1.0)
+    unet.set_attn_processor(AttnProcessor())
+    return Subject(unet.requires_grad_(False), torch.randn(1, 4, 32, 32), torch.randn(1, 77, 768))
+
+
+def pocket(lab: Lab) -> Subject:
+    """The studies' own U-Net with the batch that they train at."""
+    base = lab.fresh()
+    unet = base.pipeline.unet
+    unet.set_attn_processor(AttnProcessor())
+    batch, side = int(lab.recipe["train"]["batch"]), int(unet.config.sample_size)
+    latents = torch.randn(batch, unet.config.in_channels, side, side)
+    return Subject(unet.requires_grad_(False), latents, torch.randn(batch, 32, unet.config.cross_attention_dim))
+
+
+def saved_bytes(net: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that a forward keeps for backward, parameters and frozen tensors not counted, each storage once."""
+    own = {p.untyped_storage().data_ptr() for p in (*net.parameters(), *net.buffers())}
+    seen: dict[int, int] = {}
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and storage.data_ptr() not in seen:
+            seen[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # so that no other tensor gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(seen.values())
+
+
+def kept_bytes(subject: Subject) -> int:
+    """What a forward keeps, with gradients for latents and text, as where the text encoder is trained too."""
+    inputs = subject.latents.clone().requires_grad_(), subject.text.clone().requires_grad_()
+    return saved_bytes(subject.unet, lambda: subject.forward(*inputs))
+
+
+def prepare(subject: Subject, name: str) -> Held:
+    """The method's frozen tensors without any cache, and everything about it that no step needs: bytes, merging."""
+    method = get_method(name)
+    weights = {layer: m.weight.detach() for layer, m in find_targets({"unet": subject.unet}, TARGETS).items()}
+    shapes = [sides(weight) for weight in weights.values()]
+    allowed = method.ranks(shapes)
+    rank = min(allowed, key=lambda one: abs(one - RANKS.get(name, 8)))
+    begun = time.perf_counter()
+    frozen = frozen_tensors(method, weights, rank, Slot.interval(0, rank) if method.slot else None, cached=False)
+    seconds = time.perf_counter() - begun
+    attachment = attach({"unet": subject.unet}, method, rank, targets=TARGETS, frozen=frozen, steps=100)
+    kept, trained = kept_bytes(subject), attachment.trained()
+    count = attachment.count()
+    detach({"unet": subject.unet})
+    stored = sum(t.numel() for tensors in stored_part(method, frozen).values() for t in tensors.values())
+    begun = time.perf_counter()
+    with torch.no_grad():
+        for layer, weight in weights.items():
+            held = {key: trained[f"{layer}.{key}"] for key in method.shapes(*sides(weight), rank)}
+            weight + method.delta(held, with_weight(method, frozen[layer], weight)).delta().view(weight.shape)
+    figures = {
+        "trained": count,
+        "spectrum, s": seconds,
+        "kept, MiB": kept / MIB,
+        "file, MiB": 4 * (sum(t.numel() for t in trained.values()) + stored) / MIB,
+        "merge, s": time.perf_counter() - begun,
+    }
+    return Held(rank, frozen, figures)
+
+
+def timed_step(subject: Subject, name: str, held: Held) -> float:
+    """Seconds of forward, backward and AdamW, after one to warm up; the method is put on and taken off again."""
+    attachment = attach(
+        {"unet": subject.unet}, get_method(name), held.rank, targets=TARGETS, frozen=held.frozen, steps=100
+    )
+    optimizer = torch.optim.AdamW([p for _, p in attachment.named_parameters()], lr=1e-4)
+    seconds = 0.0
+    for _ in range(2):
+        begun = time.perf_counter()
+        subject.forward().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = time.perf_counter() - begun
+    detach({"unet": subject.unet})
+    return seconds
+
+
+def measure(subject: Subject, names: Sequence[str], rounds: int, note: Callable[[str], None]) -> dict[str, Figures]:
+    """Every method's figures. Steps are timed in rounds, there and back, so that a drifting machine bothers all alike.
+
+    The ratio to LoRA's step is the median over rounds of the ratio within one.
+    """
+    plain = kept_bytes(subject)
+    held: dict[str, Held] = {}
+    for name in names:
+        held[name] = prepare(subject, name)
+        note(f"{name}: {held[name].figures['spectrum, s']:.1f} s to prepare")
+    for index in range(rounds):
+        for name in names if index % 2 else names[::-1]:
+            held[name].steps.append(timed_step(subject, name, held[name]))
+        note(f"round {index + 1} of {rounds}")
+    first = held["lora"].steps if "lora" in held else None
+    out = {}
+    for name, one in held.items():
+        ratios = [mine / theirs for mine, theirs in zip(one.steps, first, strict=True)] if first else []
+        out[name] = {
+            **one.figures,
+            "step, s": statistics.median(one.steps),
+            RATIO: statistics.median(ratios) if ratios else None,
+            "kept, of the frozen network's": one.figures["kept, MiB"] * MIB / plain,
+        }
+    return out
+
+
+COLUMNS = (
+    "trained", "spectrum, s", "step, s", RATIO, "kept, MiB", "kept, of the frozen network's", "file, MiB",
+    "merge, s",
+)  # fmt: skip
+
+
+def rows_of(found: Mapping[str, Figures]) -> list[Row]:
+    """One row a method, the columns in reading order."""
+    return [{"method": name, **{column: figures[column] for column in COLUMNS}} for name, figures in found.items()]
+
+
+@study(
+    "cost",
+    "Fig. 7, App. E",
+    "A spectral adapter costs no more than LoRA but for the spectrum, which is computed once.",
+    (25, 0.2),
+)
+def run(lab: Lab, quick: bool) -> Findings:
+    """What every method costs on the pocket U-Net and on one of Stable Diffusion 1.5's size."""
+    names = ["spectral-additive", "spectral-rotation", "lora"] if quick else sorted(all_methods())
+    sizes: dict[str, Callable[[], Subject]] = {"pocket": lambda: pocket(lab)}
+    if not quick:
+        sizes["Stable Diffusion 1.5"] = sd15
+    tables: list[Table] = []
+    missing: list[str] = []
+    sentences: list[str] = []
+    for size, make in sizes.items():
+
+        def compute(make: Callable[[], Subject] = make) -> Figures:
+            return measure(make(), names, 1 if quick else ROUNDS, lab.note)
+
+        try:
+            key = {"size": size, "methods": names, "threads": torch.get_num_threads()}
+            found = lab.cell("cost", key, compute, timed=True)
+        except TimeOver:
+            missing.append(size)
+            continue
+        tables.append(Table(f"The U-Net's attention projections, {size} size", rows_of(found)))
+        sentences.append(verdict(size, found))
+    return Findings(tables, " ".join(sentences), missing=missing)
+
+
+def verdict(size: str, found: Mapping[str, Figures]) -> str:
+    """The two spectral methods against LoRA."""
+    ours = ", ".join(
+        f"{name} takes {found[name][RATIO]:.2f} of LoRA's step and {found[name]['spectrum, s']:.1f} s for the spectrum"
+        for name in ("spectral-additive", "spectral-rotation")
+    )
+    return f"{size} size: {ours}."

@@ -1,0 +1,315 @@
+"""Does a fused concept stay itself? Adapters of several families, every merge, two to eight concepts."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from ..adapters.adapter import Adapter
+from ..adapters.apply import put_on
+from ..config.models import FuseConfig
+from ..merging.fuse import fuse_adapters
+from ..metrics.statistics import difference, share, told
+from ..scenes.png_metadata import grid
+from .registry import Findings, Row, Table, study
+from .runner import MANY, REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled
+
+NOTHING = "Nothing was measured yet."
+RATES = (0.4, 1.0, 2.5, 6.25, 15.625)  # trials of the learning rate, on concepts that are not reported
+SEEDS = (0, 1, 2)
+GAP = "fused minus own slots summed"  # paired by concept and seed
+RANK = 8  # the recipe's; others are written into the settings
+NARROW = 2  # of the pocket base's 96 columns as much as 8 of Stable Diffusion's 320
+# Family: settings of training. {k} is the concept's number; the same rank, so the same number of trained factors
+# but for `orthogonal`, which trains one of two. ``sampled`` slots are drawn from the top columns for each by itself.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "spectral, own slots": {"method": "spectral-additive", "slot": "{k}"},
+    "spectral, same slot": {"method": "spectral-additive", "slot": "0"},
+    "lora": {"method": "lora"},
+    "orthogonal": {"method": "orthogonal", "slot": "{k}"},
+    "spectral, sampled slots": {"method": "spectral-additive", "slot": "sampled"},
+}
+MERGES: dict[str, dict[str, Any]] = {
+    "sum": {"merge": "spectral", "form": "sum"},
+    "fedavg": {"merge": "fedavg"},
+    "paper": {"merge": "spectral", "form": "paper"},
+    "gradient": {"merge": "gradient", "gradient": {"anchor": 0.0}},
+    "gradient, anchored": {"merge": "gradient"},
+    "ssr": {"merge": "ssr"},
+    "ties": {"merge": "ties"},
+    "orthogonal": {"merge": "orthogonal"},
+}
+TRIED = {
+    "spectral, own slots": ("sum", "fedavg", "paper", "gradient", "gradient, anchored", "ssr", "ties"),
+    "spectral, same slot": ("sum", "fedavg", "gradient, anchored"),
+    "lora": ("sum", "fedavg", "gradient", "gradient, anchored", "ties"),
+    "orthogonal": ("orthogonal", "gradient, anchored"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to measure: a family of adapters of a rank, a merge, how many concepts."""
+
+    family: str
+    merge: str
+    size: int
+    rank: int = RANK
+
+    def __str__(self) -> str:
+        rank = "" if self.rank == RANK else f", rank {self.rank}"
+        return f"{self.family} by {self.merge} at K = {self.size}{rank}"
+
+
+def change_for(family: str, number: int, rank: int = RANK, seed: int = 0) -> dict[str, Any]:
+    """The family's settings for its concept of that number; a slot is written as columns, a drawn one as its seed."""
+    change = dict(FAMILIES[family])
+    if change.get("slot") == "sampled":
+        change["slot_seed"] = 100 * seed + number
+    elif "slot" in change:
+        k = int(change["slot"].format(k=number))
+        change["slot"] = f"{rank * k}:{rank * k + rank}"
+    return change if rank == RANK else {**change, "rank": rank}
+
+
+def family_rate(lab: Lab, family: str, quick: bool, rank: int = RANK) -> tuple[float, list[Figures]]:
+    """The family's learning rate, chosen on the concepts that are not reported."""
+    if quick:
+        return 1.0, []
+    return best_rate(lab, RATES, TUNED[:2], **change_for(family, 0, rank))
+
+
+def adapters_of(
+    lab: Lab, family: str, rate: float, names: Sequence[str], seed: int, rank: int = RANK
+) -> list[tuple[Adapter, Figures]]:
+    """Trained adapters with what each is alone."""
+    out = []
+    for number, name in enumerate(names):
+        change = trained_with(lab, family, rate, number, seed, rank)
+        out.append((lab.trained(name, **change)[0], lab.alone(name, **change)))
+    return out
+
+
+def trained_with(lab: Lab, family: str, rate: float, number: int, seed: int, rank: int = RANK) -> dict[str, Any]:
+    """All that the training of a family's concept of that number changes in the recipe."""
+    return {**change_for(family, number, rank, seed), **scaled(lab, rate), "seed": seed}
+
+
+def fused_cell(
+    lab: Lab,
+    family: str,
+    merge: str,
+    rate: float,
+    names: Sequence[str],
+    seed: int,
+    strength: float = 1.0,
+    rank: int = RANK,
+) -> Figures:
+    """One fusion: per concept the identity and the text match, and how far ordinary prompts drift."""
+
+    def compute() -> Figures:
+        held = adapters_of(lab, family, rate, names, seed, rank)
+        adapters = [adapter for adapter, _ in held]
+        base = lab.fresh()
+        before = lab.ordinary(base, seed)
+        files = [Path(f"{name}.safetensors") for name in names]
+        strengths = {} if strength == 1.0 else dict.fromkeys(names, strength)
+        config = FuseConfig(adapters=files, output=Path("fused"), strength=strengths, seed=seed, **MERGES[merge])
+        begun = time.monotonic()
+        fuse_adapters(base, adapters, config, lab.progress)
+        seconds = time.monotonic() - begun
+        concepts: Figures = {}
+        for adapter in adapters:
+            pictures = lab.portraits(base, adapter.token, seed)
+            concepts[adapter.name] = {
+                "identity": lab.identity(pictures, adapter.name),
+                "text": lab.text_match(pictures),
+            }
+        return {"concepts": concepts, "drift": drift(lab, before, lab.ordinary(base, seed)), "seconds": seconds}
+
+    key = {"family": family, "change": FAMILIES[family], "merge": MERGES[merge], "rate": rate, "names": list(names)}
+    key |= {} if rank == RANK else {"rank": rank}
+    return lab.cell("fused", {**key, "seed": seed, "strength": strength}, compute)
+
+
+def drift(lab: Lab, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
+    """Mean 1 − cosine of the identity encoder's vectors of the same prompt and seed before and after."""
+    cosines = (lab.encoder.embed(before) * lab.encoder.embed(after)).sum(1)
+    return float((1 - cosines).mean())
+
+
+@study(
+    "fusion",
+    "Figs. 5, 12, 13",
+    "Adapters in disjoint slots fuse by addition and keep every concept's identity better than averaging LoRAs.",
+    (240, 2.0),
+)
+def run(lab: Lab, quick: bool) -> Findings:
+    """Identity alone and fused, text match, drift and seconds, for every family and merge."""
+    sizes, seeds = ((2,), (0,)) if quick else ((2, 3, 4, 8), SEEDS)
+    families = ("spectral, own slots", "lora") if quick else tuple(TRIED)
+    merges = {family: ("sum", "fedavg") if quick else TRIED[family] for family in families}
+    jobs = [Job(family, merge, size) for family in families for size in sizes for merge in merges[family]]
+    rows, sweeps, missing = measured(lab, jobs, seeds, quick)
+    tables = [Table("Every family and merge", rows)]
+    if sweeps:
+        tables.append(Table("The sweep of the learning rate, on concepts that are not reported", sweeps))
+    pictures: dict[str, Image.Image] = {}
+    try:
+        pictures = {} if quick else {"sheet": sheet(lab)}
+    except TimeOver:
+        missing.append("the sheet")
+    return Findings(tables, verdict(rows), pictures, missing)
+
+
+def measured(
+    lab: Lab, jobs: Sequence[Job], seeds: Sequence[int], quick: bool
+) -> tuple[list[Row], list[Row], list[str]]:
+    """The rows of these jobs, the sweeps behind them, and what time did not allow; one seed after the other.
+
+    A row stands only when every seed was measured.
+    """
+    rates: dict[tuple[str, int], float] = {}
+    sweeps: list[Row] = []
+    late: dict[Job, list[int]] = {}
+    for seed, job in itertools.product(seeds, jobs):
+        kind = job.family, job.rank
+        try:
+            if kind not in rates:
+                rates[kind], trials = family_rate(lab, job.family, quick, job.rank)
+                here = {"family": job.family, "rank": job.rank}
+                sweeps += [{**here, "rate": t["rate"], "identity, tuning concepts": t["identity"]} for t in trials]
+            row(lab, job.family, job.merge, rates[kind], MANY[: job.size], [seed], job.rank)  # measures what it needs
+        except TimeOver:
+            late.setdefault(job, []).append(seed)
+            continue
+        lab.note(f"{job}, seed {seed}")
+    rows: list[Row] = []
+    for job in jobs:
+        if job not in late:
+            found = row(lab, job.family, job.merge, rates[job.family, job.rank], MANY[: job.size], seeds, job.rank)
+            gap = minus_sum(lab, job, jobs, late, rates, seeds)
+            rows.append({"family": job.family, "merge": job.merge, "K": job.size, "rank": job.rank, **found, GAP: gap})
+    return rows, sweeps, not_measured(late)
+
+
+def minus_sum(
+    lab: Lab,
+    job: Job,
+    jobs: Sequence[Job],
+    late: Collection[Job],
+    rates: Mapping[tuple[str, int], float],
+    seeds: Sequence[int],
+) -> str | None:
+    """The fused identity less that of the slots' plain sum, concept by concept and seed by seed."""
+    reference = Job("spectral, own slots", "sum", job.size, job.rank)
+    if job == reference or reference not in jobs or reference in late:
+        return None
+    names = MANY[: job.size]
+
+    def identities(of: Job) -> list[float]:
+        rate = rates[of.family, of.rank]
+        cells = [fused_cell(lab, of.family, of.merge, rate, names, seed, rank=of.rank) for seed in seeds]
+        return [cell["concepts"][name]["identity"] for cell in cells for name in names]
+
+    return difference(identities(job), identities(reference), names)
+
+
+def not_measured(late: Mapping[Job, Sequence[int]]) -> list[str]:
+    """What time did not allow, the merges of the same adapters in one line."""
+    merges: dict[tuple[str, int, int, tuple[int, ...]], list[str]] = {}
+    for job, seeds in late.items():
+        merges.setdefault((job.family, job.size, job.rank, tuple(seeds)), []).append(job.merge)
+    return [
+        f"{family}, K = {size}, rank {rank}, seed {', '.join(map(str, seeds))}: {' and '.join(found)}"
+        for (family, size, rank, seeds), found in merges.items()
+    ]
+
+
+def row(
+    lab: Lab, family: str, merge: str, rate: float, names: Sequence[str], seeds: Sequence[int], rank: int = RANK
+) -> Row:
+    """One row of the table: means over concepts and seeds with their 95 % intervals, a bootstrap over concepts."""
+    alone, fused, floor, text, drifts, seconds = [], [], [], [], [], []
+    for seed in seeds:
+        cell = fused_cell(lab, family, merge, rate, names, seed, rank=rank)
+        changes = [trained_with(lab, family, rate, number, seed, rank) for number in range(len(names))]
+        alone += [lab.alone(name, **change)["identity"] for name, change in zip(names, changes, strict=True)]
+        fused += [cell["concepts"][name]["identity"] for name in names]
+        floor += [lab.generic(name, seed)["identity"] for name in names]
+        text += [cell["concepts"][name]["text"] for name in names]
+        drifts.append(cell["drift"])
+        seconds.append(cell["seconds"])
+    return {
+        "seeds": len(seconds),
+        "identity alone": told(alone, names),
+        "fused": told(fused, names),
+        "of alone": share(fused, alone, names),
+        "of the way": share([f - g for f, g in zip(fused, floor)], [a - g for a, g in zip(alone, floor)], names),
+        "text match": told(text, names),
+        "drift": told(drifts),
+        "seconds": sum(seconds) / len(seconds),
+    }
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """What the table says of the claim, by rule: the share kept by sums of slots against averaged LoRAs."""
+
+    def mean(family: str, merge: str, size: int) -> float | None:
+        found = [r for r in rows if (r["family"], r["merge"], r["K"]) == (family, merge, size)]
+        return float(found[0]["of alone"].split()[0]) if found else None
+
+    sentences = []
+    for size in sorted({r["K"] for r in rows}):
+        best = max((r for r in rows if r["K"] == size), key=lambda r: float(r["of alone"].split()[0]))
+        told_of = {
+            "own slots summed": mean("spectral, own slots", "sum", size),
+            "averaged LoRAs": mean("lora", "fedavg", size),
+            "adapters in one same slot": mean("spectral, same slot", "sum", size),
+        }
+        text = ", ".join(f"{what} {value:.2f}" for what, value in told_of.items() if value is not None)
+        ahead = f"the best is {best['merge']} of {best['family']} with {best['of alone'].split()[0]}"
+        sentences.append(f"K = {size}, of what they are alone keep: {text}; {ahead}.")
+    return " ".join(sentences) or NOTHING
+
+
+def sheet(lab: Lab, seed: int = 0, size: int = 4) -> Image.Image:
+    """References, each concept alone, and after the main merges: one row a concept."""
+    rate, _ = family_rate(lab, "spectral, own slots", False)
+    names = REPORTED[:size]
+    adapters = [adapter for adapter, _ in adapters_of(lab, "spectral, own slots", rate, names, seed)]
+    columns: dict[str, dict[str, list[Image.Image]]] = {
+        "photos": {n: lab.references(n)[:4] for n in names},
+        "alone": {},
+    }
+    for adapter in adapters:
+        base = lab.fresh()
+        put_on(base, [(adapter, 1.0)])
+        columns["alone"][adapter.name] = lab.portraits(base, adapter.token, seed)[:4]
+    for merge in ("sum", "fedavg", "gradient, anchored"):
+        base = lab.fused(adapters, seed=seed, **MERGES[merge])
+        columns[merge] = {a.name: lab.portraits(base, a.token, seed)[:4] for a in adapters}
+    return sheet_of(columns, names)
+
+
+def sheet_of(
+    columns: Mapping[str, Mapping[str, Sequence[Image.Image]]], names: Sequence[str], side: int = 64
+) -> Image.Image:
+    """Pictures by column and concept, two abreast, each ``side`` pixels; one row a concept, titles above."""
+    tiles = {
+        title: [grid([i.resize((side, side)) for i in row[n]], 2) for n in names] for title, row in columns.items()
+    }
+    width, gap, top = tiles[next(iter(tiles))][0].width, 10, 16
+    out = Image.new("RGB", ((width + gap) * len(tiles) + gap, (width + gap) * len(names) + top + gap), "white")
+    draw = ImageDraw.Draw(out)
+    for column, (title, images) in enumerate(tiles.items()):
+        draw.text((gap + column * (width + gap), 3), title[: width // 6], fill="black")
+        for index, image in enumerate(images):
+            out.paste(image, (gap + column * (width + gap), top + index * (width + gap)))
+    return out

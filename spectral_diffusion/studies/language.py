@@ -1,0 +1,200 @@
+"""Top, bottom or random columns, or LoRA? The paper's Appendix F.3 as a small honest experiment on a CPU.
+
+A tiny Llama learns to continue sequences whose next word depends on the last two; then a third of those rules change
+and it is fine-tuned on the new language, with the same number of trained values each way. Every way has the same three
+learning rates to choose from, on sequences that are not reported; three seeds.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ..adapters.attach import attach
+from ..adapters.frozen import frozen_tensors
+from ..methods import get_method
+from ..models.targets import find_targets
+from ..slots.ledger import Slot
+from .charts import WANTED, drawn, plotting
+from .registry import Findings, Row, Table, study
+from .runner import Figures, Lab, TimeOver
+
+WORDS, LENGTH, BATCH, RANK = 24, 32, 48, 2
+CHANGED = 0.35  # of the rules
+RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+WAYS = ("top", "bottom", "random", "lora", "rotation")
+TARGETS = r"re:model\..*\.(q|k|v|o|gate|up|down)_proj"
+
+
+def language(seed: int, before: Tensor | None = None) -> Tensor:
+    """Next-word probabilities (words, words, words) after two words; some rules of ``before`` drawn anew."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.softmax(2.5 * torch.randn(WORDS, WORDS, WORDS, generator=generator), -1)
+    if before is None:
+        return table
+    new = torch.rand(WORDS, WORDS, 1, generator=generator) < CHANGED
+    return torch.where(new, table, before)
+
+
+def sequences(table: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """(count, LENGTH) words drawn from a language."""
+    words = [torch.randint(WORDS, (count,), generator=generator) for _ in range(2)]
+    while len(words) < LENGTH:
+        chances = table[words[-2], words[-1]]
+        words.append(torch.multinomial(chances, 1, generator=generator)[:, 0])
+    return torch.stack(words, 1)
+
+
+def entropy(table: Tensor, batch: Tensor) -> float:
+    """What no model can do better than, in nats per word."""
+    chances = table[batch[:, :-2], batch[:, 1:-1]].gather(-1, batch[:, 2:, None])
+    return float(-chances.log().mean())
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    """Cross entropy of every word after the second, in nats."""
+    logits = model(input_ids=batch).logits[:, 1:-1]
+    return F.cross_entropy(logits.reshape(-1, WORDS), batch[:, 2:].reshape(-1))
+
+
+def train(model: nn.Module, table: Tensor, steps: int, rate: float, seed: int, held_out: Tensor) -> list[float]:
+    """Held-out loss every tenth of the way, after AdamW with a linear decay."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    curve = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 - step / steps)
+        loss = loss_of(model, sequences(table, BATCH, generator))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % max(1, steps // 10) == 0:
+            with torch.no_grad():
+                curve.append(float(loss_of(model, held_out)))
+    return curve
+
+
+def put_on(model: nn.Module, way: str, seed: int) -> list[nn.Parameter]:
+    """Attach the way's rank-2 change (rank 16 of a rotation) to a model; returns what is trained."""
+    columns = torch.randperm(32, generator=torch.Generator().manual_seed(seed))[:RANK].sort().values.tolist()
+    slot = {
+        "top": Slot.interval(0, RANK),
+        "bottom": Slot.interval(-RANK, 0),
+        "random": Slot(tuple(columns)),
+        "rotation": Slot.interval(0, 16),
+    }.get(way)
+    method = get_method({"lora": "lora", "rotation": "spectral-rotation"}.get(way, "spectral-additive"))
+    rank = slot.rank if slot else RANK
+    models: dict[str, nn.Module] = {"model": model}
+    weights = {layer: module.weight.detach() for layer, module in find_targets(models, TARGETS).items()}
+    frozen = frozen_tensors(method, weights, rank, slot, cached=False)
+    attachment = attach(models, method, rank, targets=TARGETS, frozen=frozen, seed=seed)
+    return [parameter for _, parameter in attachment.named_parameters()]
+
+
+def measure(seed: int, pretraining: int, steps: int, rates: Sequence[float] = RATES) -> Figures:
+    """One seed: the loss to reach, before fine-tuning, and every way's best curve."""
+    torch.manual_seed(seed)
+    old = language(seed)
+    new = language(1000 + seed, old)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=WORDS, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=LENGTH)
+    )  # fmt: skip
+    test, choose = (sequences(new, 512, torch.Generator().manual_seed(s)) for s in (7_000 + seed, 8_000 + seed))
+    before = train(model, old, pretraining, 3e-3, seed, sequences(old, 512, torch.Generator().manual_seed(9)))[-1]
+    out: Figures = {
+        "floor": entropy(new, test), "pretrained": before, "untuned": float(loss_of(model, test).detach()), "ways": {}
+    }  # fmt: skip
+    for way in WAYS:
+        tried = []
+        for rate in rates:
+            tuned = copy.deepcopy(model).requires_grad_(False)
+            trained = sum(parameter.numel() for parameter in put_on(tuned, way, seed))
+            curve = train(tuned, new, steps, rate, 100 + seed, test)
+            with torch.no_grad():
+                end = float(loss_of(tuned, choose))
+            tried.append((end if math.isfinite(end) else math.inf, rate, curve, trained))
+        best = min(tried)
+        out["ways"][way] = {"rate": best[1], "curve": best[2], "trained": best[3]}
+    return out
+
+
+def table_of(runs: Sequence[Figures]) -> list[Row]:
+    """One row a way: the loss above what any model could reach, mean and each seed."""
+    rows: list[Row] = []
+    for way in WAYS:
+        ends = [one["ways"][way]["curve"][-1] - one["floor"] for one in runs]
+        rows.append(
+            {
+                "way": way,
+                "trained": runs[0]["ways"][way]["trained"],
+                "above the floor": statistics.mean(ends),
+                "each seed": ", ".join(f"{end:.3f}" for end in ends),
+                "rates chosen": ", ".join(f"{one['ways'][way]['rate']:g}" for one in runs),
+            }
+        )
+    return rows
+
+
+def picture(runs: Sequence[Mapping[str, Any]], steps: int) -> Image.Image | None:
+    """Every way's loss above what is possible: the mean over seeds, and the seeds. None without matplotlib."""
+    pyplot = plotting()
+    if pyplot is None:
+        return None
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for index, way in enumerate(WAYS):
+        curves = torch.tensor([[v - one["floor"] for v in one["ways"][way]["curve"]] for one in runs])
+        at = torch.arange(1, curves.shape[1] + 1) * (steps // 10)
+        axes.plot(at, curves.mean(0), color=f"C{index}", label=f"{way} ({runs[0]['ways'][way]['trained']:,})")
+        for curve in curves:
+            axes.plot(at, curve, color=f"C{index}", alpha=0.25, linewidth=0.8)
+    axes.set(xlabel="step", ylabel="held-out loss above the language's entropy, nats", yscale="log")
+    axes.legend(title="way (trained values)", fontsize=8)
+    return drawn(figure)
+
+
+@study(
+    "language",
+    "Figs. 1, 9, Appendix F.3",
+    "Tuning the top columns of a language model beats LoRA and bottom columns.",
+    (20, 0.1),
+)
+def run(lab: Lab, quick: bool) -> Findings:
+    """Held-out loss above the language's entropy, for every way."""
+    pretraining, steps, seeds, rates = (4, 4, (0,), RATES[:1]) if quick else (1000, 200, (0, 1, 2), RATES)
+    runs: list[Figures] = []
+    missing: list[str] = []
+    for seed in seeds:
+        key = {"seed": seed, "pretraining": pretraining, "steps": steps, "rates": rates}
+        try:
+            runs.append(lab.cell("language", key, lambda seed=seed: measure(seed, pretraining, steps, rates)))  # type: ignore[misc]
+        except TimeOver:
+            missing.append(f"seed {seed}")
+    if not runs:
+        return Findings([], "Nothing was measured yet.", missing=missing)
+    rows = table_of(runs)
+    image = picture(runs, steps)
+    if image is None:
+        missing.append(WANTED)
+    untuned = statistics.mean(one["untuned"] - one["floor"] for one in runs)
+    title = f"Held-out loss above the language's entropy, nats per word; untuned {untuned:.3f}"
+    return Findings([Table(title, rows)], verdict(rows), {"curves": image} if image else {}, missing)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """The ways, best first."""
+    order = sorted(rows, key=lambda row: float(row["above the floor"]))
+    return (
+        "Nats above the floor, best first: " + ", ".join(f"{r['way']} {r['above the floor']:.3f}" for r in order) + "."
+    )

@@ -1,0 +1,118 @@
+"""Write what a study found: a page for people, JSON for machines, pictures, and the cells that it all rests on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image
+
+from ..core.errors import UserError
+from ..core.files import atomic, parse_json, read_text, write_json, write_text
+from ..core.machine import provenance
+from ..evaluation.tables import markdown
+from .registry import Findings, Study
+from .runner import Figures, Lab
+
+
+def page(study: Study, findings: Findings, lab: Lab, quick: bool, title: str) -> str:
+    """The study's page; the names of its pictures begin with ``title``."""
+    parts = [
+        f"# {study.name}",
+        f"**The paper ({study.paper}):** {study.claim}",
+        f"**We see:** {findings.verdict}",
+    ]
+    if findings.missing:
+        parts.append(f"**Not measured yet:** {'; '.join(findings.missing)}.")
+    for table in findings.tables:
+        parts += [f"## {table.title}", markdown(table.rows)]
+    parts += [f"![{name}]({title}-{name}.png)" for name in findings.pictures]
+    how = f"spectral-diffusion experiment {study.name} --base {lab.base_name}" + (" --quick" if quick else "")
+    parts.append(f"Made by `{how}`." + (" The quick form shows that it runs; it proves nothing." if quick else ""))
+    return "\n\n".join(parts) + "\n"
+
+
+def record_path(folder: Path, study: str) -> Path:
+    """Where the cells that a page rests on lie beside it."""
+    return folder / f"{study}-cells.json"
+
+
+def read_record(path: Path) -> dict[str, Figures]:
+    """The cells of one record by name; none where there is no record.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = parse_json(read_text(path))
+        return {name: {part: cell[part] for part in ("of", "key", "figures")} for name, cell in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is no record of measured cells; remove it to measure them again.") from error
+
+
+def read_records(folder: Path) -> dict[str, Figures]:
+    """Every cell that the pages in a folder rest on, so that nobody has to measure it again.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    return {name: cell for path in sorted(folder.glob("*-cells.json")) for name, cell in read_record(path).items()}
+
+
+def write_record(path: Path, used: Mapping[str, Figures], whole: bool) -> None:
+    """Write the cells of a page one a line, in the order of their names.
+
+    Earlier ones stay if they are of another base, recipe or encoder, or if this time was not enough for the ``whole``.
+    """
+    now = {cell["of"] for cell in used.values()} if whole else set()
+    cells = {name: cell for name, cell in read_record(path).items() if cell["of"] not in now} | dict(used)
+    lines = (f"{json.dumps(name)}: {json.dumps(cells[name], ensure_ascii=False)}" for name in sorted(cells))
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def page_name(study: Study, findings: Findings, folder: Path, quick: bool) -> str:
+    """What a page is called: ``NAME``, unless it would take the place of one that says more.
+
+    A quick page is ``NAME-quick``, and an unfinished one ``NAME-unfinished`` where a page with less missing is there.
+    """
+    if quick:
+        return f"{study.name}-quick"
+    try:
+        before = json.loads((folder / f"{study.name}.json").read_text(encoding="utf-8"))
+        missing, was_quick = len(before.get("missing", ())), bool(before.get("quick"))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # there is none that can be read
+        return study.name
+    more = not was_quick and missing < len(findings.missing)
+    return f"{study.name}-unfinished" if more else study.name
+
+
+def write_findings(study: Study, findings: Findings, lab: Lab, folder: Path, quick: bool) -> Path:
+    """Write ``NAME.json``, ``NAME.md``, pictures and the record of cells into a folder; returns the page.
+
+    The names are :func:`page_name`'s. An unfinished page's cells are added to the whole one's record.
+    """
+    title = page_name(study, findings, folder, quick)
+    for name, picture in findings.pictures.items():
+        with atomic(folder / f"{title}-{name}.png") as temporary:
+            small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)  # a third of the bytes
+            small.save(temporary, format="PNG", optimize=True)
+    tables = {table.title: [dict(row) for row in table.rows] for table in findings.tables}
+    found = {
+        "study": study.name,
+        "quick": quick,
+        "base": lab.fingerprint,
+        "recipe": lab.recipe,
+        "provenance": provenance(),
+        "verdict": findings.verdict,
+        "missing": list(findings.missing),
+        "tables": tables,
+    }
+    write_json(folder / f"{title}.json", found)
+    if lab.used:
+        write_record(record_path(folder, title if quick else study.name), lab.used, whole=not findings.missing)
+    path = folder / f"{title}.md"
+    write_text(path, page(study, findings, lab, quick, title))
+    return path

@@ -1,0 +1,321 @@
+"""The laboratory that studies share: adapters trained once, figures measured once, both kept by what they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..adapters.adapter import Adapter
+from ..adapters.apply import put_on
+from ..adapters.formats.native import content_hash, load_adapter
+from ..config.models import FuseConfig, TrainConfig, build, read_yaml
+from ..core import assets as resources
+from ..core.cache import cache_folder
+from ..core.errors import UserError
+from ..core.files import parse_json, read_text, write_json
+from ..core.hooks import Progress, silent
+from ..core.precision import resolve_mixed_precision
+from ..data.folder import Concept, load_concept, open_photo
+from ..linalg import sides
+from ..merging.fuse import fuse_adapters
+from ..methods import get_method
+from ..metrics.classifiers import judge_pictures, load_judge
+from ..metrics.encoders import Clip, Encoder, load_encoder
+from ..metrics.prompts import ORDINARY, PLACES
+from ..models.base import Base, load_base, parse_device
+from ..scenes.generate import sample
+from ..scenes.scene import Scene
+from ..training.run import train_to_file
+
+log = logging.getLogger(__name__)
+
+Figures = dict[str, Any]
+CELLS = "1"  # raised when what a cell measures changes, so that old ones are measured anew
+REPORTED = (
+    "rex",
+    "fido",
+    "brew",
+    "posy",
+    "inky",
+    "coral",
+    "bolt",
+    "zippy",
+)  # three pairs that look alike, and two more
+MANY = (*REPORTED, "hoot", "luna", "moss", "toad", "tusk", "peck", "rusty", "pip")  # two more such pairs, and four more
+TUNED = ("bruno", "misty", "shelly", "hero")  # settings are chosen on these and never reported
+
+
+def kept_figures(path: Path) -> Figures | None:
+    """The figures of a cell's file; None where there is none, or a damaged one, which the log tells."""
+    if not path.is_file():
+        return None
+    try:
+        return dict(parse_json(read_text(path))["figures"])
+    except (OSError, ValueError, LookupError, TypeError):
+        log.warning("%s is damaged; it is measured again.", path)
+        return None
+
+
+def key_of(value: Any) -> str:
+    """A short hash of anything JSON-able."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+class TimeOver(UserError):
+    """The lab may measure nothing new any more; what is kept can still be read."""
+
+
+@dataclass
+class Lab:
+    """A base to study, and a folder that keeps adapters and measured cells.
+
+    Attributes:
+        folder: of the kept adapters and cells; the cache folder's ``experiments`` by default.
+        recipe: settings of every training and picture, ``{"train": …, "generate": …}``.
+        encoder_name: what identity is told by: ``pocket``, or a CLIP or DINOv2 model by folder or hub id.
+        most: stop measuring new cells after this many seconds; a later run goes on.
+        known: cells by name that were measured elsewhere, as a page's record holds them.
+        used: the cells that were read or measured since the lab was made.
+    """
+
+    base_name: str = "pocket"
+    folder: Path = field(default_factory=lambda: cache_folder() / "experiments")
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    encoder_name: str = "pocket"
+    progress: Progress = silent
+    note: Callable[[str], None] = lambda text: None
+    most: float = 6 * 3600.0
+    begun: float = field(default_factory=time.monotonic)
+    known: Mapping[str, Figures] = field(default_factory=dict)
+    used: dict[str, Figures] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # A cell counts for the precision in which it was trained, so "auto" is settled before it names one.
+        train = dict(self.recipe.get("train", {}))
+        asked = str(train.get("mixed_precision", "auto"))
+        train["mixed_precision"] = resolve_mixed_precision(asked, parse_device("auto"))
+        self.recipe = {**self.recipe, "train": train}
+
+    def fresh(self) -> Base:
+        """The base as it is shipped, loaded anew."""
+        return load_base(self.base_name)
+
+    def fused(self, adapters: Sequence[Adapter], **settings: Any) -> Base:
+        """The base with adapters fused into it; ``settings`` are those of :class:`..config.FuseConfig`.
+
+        Raises:
+            TimeOver: the lab's time is over.
+        """
+        self.check_time()
+        base, files = self.fresh(), [Path(f"{adapter.name}.safetensors") for adapter in adapters]
+        usual = {"mixed_precision": self.recipe["train"]["mixed_precision"], "output": Path("fused")}
+        fuse_adapters(base, list(adapters), FuseConfig(adapters=files, **usual, **settings), self.progress)
+        return base
+
+    @cached_property
+    def sides(self) -> list[tuple[int, int]]:
+        """The sizes (out, in) of the weights that the recipe adapts."""
+        targets = str(self.recipe.get("train", {}).get("targets", "attention"))
+        return [sides(weight) for weight in self.fresh().weights(targets).values()]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return self.fresh().fingerprint.exact
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return load_encoder(self.encoder_name)
+
+    @cached_property
+    def pictures_config(self) -> Scene:
+        return build(Scene, dict(self.recipe.get("generate", {})), {"base": self.base_name})
+
+    def concept(self, name: str) -> Concept:
+        """A ready-made concept."""
+        return load_concept(resources.concepts() / name)
+
+    def references(self, name: str) -> list[Image.Image]:
+        """Its photos."""
+        return [open_photo(photo.path) for photo in self.concept(name).photos]
+
+    def check_time(self) -> None:
+        """To be asked before anything that takes long.
+
+        Raises:
+            TimeOver: the lab's time is over.
+        """
+        if time.monotonic() - self.begun > self.most:
+            raise TimeOver("The time for this study is over; run it again to go on where it stopped.")
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """What all cells of this lab depend on."""
+        other = {} if self.encoder_name == "pocket" else {"encoder": self.encoder_name}
+        return {"base": self.fingerprint, "recipe": self.recipe, **other}
+
+    def cell(self, kind: str, key: Mapping[str, Any], compute: Callable[[], Figures], timed: bool = False) -> Figures:
+        """Figures measured once: read if they are kept or known, else computed and kept at once.
+
+        Those that are of the machine as such (``timed``) are never taken from another one's record.
+
+        Raises:
+            TimeOver: the lab's time is over.
+        """
+        whole = {"kind": kind, "cells": CELLS, **self.terms, **key}
+        name = f"{kind}-{key_of(whole)}"
+        path = self.folder / "cells" / f"{name}.json"
+        figures = kept_figures(path)
+        if figures is None and name in self.known and not timed:
+            figures = self.known[name]["figures"]
+        if figures is None:
+            self.check_time()
+            figures = compute()
+            write_json(path, {"key": whole, "figures": figures})
+        self.used[name] = {"of": key_of(self.terms), "key": dict(key), "figures": figures}
+        return figures
+
+    def settings(self, concept: str, change: Mapping[str, Any], output: Path) -> TrainConfig:
+        """The recipe's training with some settings changed."""
+        where = {"concept": resources.concepts() / concept, "output": output, "base": self.base_name}
+        return build(TrainConfig, dict(self.recipe.get("train", {})), dict(change), where)
+
+    def shelf(self, concept: str, **change: Any) -> Path:
+        """Where the adapter of these settings stands, or will: its place is told by all that decides it."""
+        config = self.settings(concept, change, Path("adapter.safetensors"))
+        # Only what differs from the defaults counts, so that a new setting leaves what is kept in place.
+        apart = {"concept", "output", "device", "base", "continue_from"}  # files count by what is in them
+        plain = {**config.model_dump(mode="json", exclude=apart, exclude_defaults=True), **revised(config.method)}
+        photos = [hashlib.sha256(p.path.read_bytes()).hexdigest() for p in self.concept(concept).photos]
+        decides = [plain, self.fingerprint, concept, photos]
+        if config.continue_from:
+            decides.append(content_hash(load_adapter(config.continue_from)))
+        return self.folder / "adapters" / key_of(decides) / f"{concept}.safetensors"
+
+    def trained(self, concept: str, **change: Any) -> tuple[Adapter, float]:
+        """An adapter and the seconds that its training took here, from the shelf if it stands there."""
+        file = self.shelf(concept, **change)
+        spent = file.with_name("seconds.json")
+        if not (file.is_file() and spent.is_file()):
+            self.check_time()
+            file.unlink(missing_ok=True)  # killed before its seconds were kept: they are measured anew
+            begun = time.monotonic()
+            train_to_file(self.settings(concept, change, file), resume=True, progress=self.progress)
+            write_json(spent, time.monotonic() - begun)
+        return load_adapter(file), float(json.loads(spent.read_text(encoding="utf-8")))
+
+    def portraits(self, base: Base, what: str, seed: int = 0) -> list[Image.Image]:
+        """One picture of a token or a noun in each place."""
+        prompts = [f"a photo of {what} {place}" for place in PLACES]
+        return sample(base, prompts, [1000 * seed + i for i in range(len(prompts))], self.pictures_config)
+
+    def ordinary(self, base: Base, seed: int = 0) -> list[Image.Image]:
+        """One picture of each ordinary prompt, which names no concept."""
+        prompts = [f"a photo of {words}" for words in ORDINARY]
+        return sample(base, prompts, [1000 * seed + 500 + i for i in range(len(prompts))], self.pictures_config)
+
+    def identity(self, pictures: Sequence[Image.Image], concept: str) -> float:
+        """Mean cosine of every picture with every photo of the concept."""
+        vectors, references = self.encoder.embed(pictures), self.encoder.embed(self.references(concept))
+        return float((vectors @ references.mT).mean())
+
+    @cached_property
+    def referee(self) -> Any:
+        return load_judge("referee")
+
+    def text_match(self, pictures: Sequence[Image.Image]) -> float:
+        """How many of the portraits stand where their prompts say.
+
+        The referee tells for pocket pictures; a CLIP model by which of the places' words is nearest.
+        """
+        wanted = list(PLACES.values()) * (len(pictures) // len(PLACES))
+        if isinstance(self.encoder, Clip):
+            words = self.encoder.embed_text([f"a photo {place}" for place in PLACES])
+            nearest = (self.encoder.embed(pictures) @ words.mT).argmax(1).tolist()
+            seen: list[str | None] = [list(PLACES.values())[index] for index in nearest]
+        else:
+            verdicts = judge_pictures(self.referee, pictures, [1] * len(pictures))
+            seen = [one[0].backdrop for one in verdicts]
+        return sum(a == b for a, b in zip(seen, wanted, strict=True)) / len(pictures)
+
+    def generic(self, concept: str, seed: int = 0) -> Figures:
+        """What the untouched base draws for the concept's noun: the floor of identity."""
+
+        def compute() -> Figures:
+            pictures = self.portraits(self.fresh(), f"a {self.concept(concept).noun}", seed)
+            return {"identity": self.identity(pictures, concept), "text": self.text_match(pictures)}
+
+        return self.cell("generic", {"concept": concept, "seed": seed}, compute)
+
+    def alone(self, concept: str, **change: Any) -> Figures:
+        """A concept's adapter alone: identity, text match, norm, trained numbers, seconds. Pictures take its seed."""
+        seed = int(change.get("seed", 0))
+
+        def compute() -> Figures:
+            adapter, seconds = self.trained(concept, **change)
+            base = self.fresh()
+            put_on(base, [(adapter, 1.0)])
+            pictures = self.portraits(base, adapter.token, seed)
+            return {
+                "identity": self.identity(pictures, concept),
+                "text": self.text_match(pictures),
+                "trained": adapter.count(),
+                "norm": adapter.norm(),
+                "seconds": seconds,
+            }
+
+        method = str(change.get("method", self.recipe.get("train", {}).get("method", "")))
+        return self.cell("alone", {"concept": concept, "change": change, **revised(method)}, compute)
+
+
+def revised(method: str) -> dict[str, int]:
+    """What tells a changed method's adapters and cells from those of before."""
+    revision = get_method(method).revision if method else 1
+    return {"revision": revision} if revision > 1 else {}
+
+
+def scaled(lab: Lab, rate: float) -> dict[str, float]:
+    """The recipe's learning rates of both networks times a factor."""
+    train = lab.settings(TUNED[0], {}, Path("adapter.safetensors"))
+    return {
+        "learning_rate": train.learning_rate * rate,
+        "text_encoder_learning_rate": train.text_encoder_learning_rate * rate,
+    }
+
+
+def seeded(change: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Settings of a training with a seed; seed 0 is left out, as it is the default and studies share what is kept."""
+    return {**change, "seed": seed} if seed else dict(change)
+
+
+def best_rate(lab: Lab, rates: Sequence[float], concepts: Iterable[str], **change: Any) -> tuple[float, list[Figures]]:
+    """The factor on the recipe's learning rates that gives the best mean identity on concepts that are not reported."""
+    concepts = list(concepts)
+    trials: list[Figures] = []
+    for rate in rates:
+        found = [lab.alone(name, **{**change, **scaled(lab, rate)})["identity"] for name in concepts]
+        trials.append({"rate": rate, "identity": sum(found) / len(found)})
+    return max(trials, key=lambda trial: trial["identity"])["rate"], trials
+
+
+def recipe(name: str, quick: bool = False) -> dict[str, Any]:
+    """The settings of the studies on a base; the quick ones make everything small."""
+    found = read_yaml(resources.configs() / "evidence" / f"{name}.yaml")
+    small = found.pop("quick", {})
+    return {part: merged(found[part], small.get(part, {}) if quick else {}) for part in found}
+
+
+def merged(settings: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with some of them changed, one level into parts that have settings of their own."""
+    out = dict(settings)
+    for key, value in change.items():
+        out[key] = {**out[key], **value} if isinstance(value, Mapping) and isinstance(out.get(key), Mapping) else value
+    return out

@@ -1,0 +1,253 @@
+"""Who is where? Scenes of two, three and four look-alikes, held to a sketch or a keypose, by region and by fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..adapters.adapter import Adapter
+from ..adapters.apply import install_tokens
+from ..core import assets as resources
+from ..metrics.prompts import PLACES
+from ..metrics.statistics import told
+from ..models.base import Base
+from ..scenes.control import Drawing
+from ..scenes.generate import sample
+from ..scenes.keypose import draw_keypose
+from ..scenes.png_metadata import grid
+from ..scenes.scene import Box, Region, Scene
+from .fusion import MERGES, change_for, family_rate
+from .registry import Findings, Row, Table, study
+from .runner import Figures, Lab, scaled
+
+FAMILY = "spectral, own slots"
+WIDTH, HEIGHT, FINE = 128, 64, 4  # of the pictures, and how much finer their drawings are
+SLOTS = {  # of the adapters; hero and bruno take those of concepts that are in no scene with them
+    "rex": 0, "fido": 1, "brew": 2, "posy": 3, "inky": 4, "coral": 5, "bolt": 6, "hero": 0, "bruno": 1,
+}  # fmt: skip
+SCENES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "2": (("rex", "fido"), ("fido", "rex"), ("brew", "posy"), ("posy", "brew"), ("inky", "coral"), ("coral", "inky")),
+    "3": (("rex", "fido", "brew"), ("brew", "rex", "fido"), ("posy", "inky", "coral"), ("coral", "brew", "posy")),
+    "4": (("rex", "fido", "brew", "posy"), ("brew", "inky", "posy", "coral"), ("fido", "coral", "rex", "inky")),
+    "3 puppets": (("bolt", "hero", "bruno"), ("bruno", "bolt", "hero")),
+    "4, twice as wide": (
+        ("rex", "fido", "brew", "posy"),
+        ("brew", "inky", "posy", "coral"),
+        ("fido", "coral", "rex", "inky"),
+    ),
+}
+SEEDS = {
+    "2": 48,
+    "3": 36,
+    "4": 36,
+    "3 puppets": 24,
+    "4, twice as wide": 36,
+}  # pictures of so many concepts, over all scenes
+STANDING = (
+    (0.5, 0.16), (0.5, 0.30), (0.36, 0.31), (0.28, 0.45), (0.25, 0.58), (0.64, 0.31), (0.72, 0.45), (0.75, 0.58),
+    (0.43, 0.60), (0.41, 0.76), (0.40, 0.92), (0.57, 0.60), (0.59, 0.76), (0.60, 0.92), (0.46, 0.13), (0.54, 0.13),
+    (0.41, 0.15), (0.59, 0.15),
+)  # of a person in a square, in OpenPose's order  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to make a scene: bound to regions, or from a fused base, with the regions' prompts or without."""
+
+    merge: str | None
+    regions: bool = True
+
+
+WAYS = {
+    "bound to regions": Way(None),
+    "fused by sum, regions": Way("sum"),
+    "fused by sum, no regions": Way("sum", False),
+    "fused by gradient, regions": Way("gradient, anchored"),
+    "fused by gradient, no regions": Way("gradient, anchored", False),
+}
+
+
+def boxes(count: int) -> list[Box]:
+    """So many columns of the picture, from left to right."""
+    return [(index / count, 0.0, (index + 1) / count, 1.0) for index in range(count)]
+
+
+def width_of(number: str) -> int:
+    """How wide the pictures of such scenes are."""
+    return 2 * WIDTH if number.endswith("wide") else WIDTH
+
+
+def square(box: Box, width: int) -> tuple[int, int, int, int]:
+    """The largest square in the middle of a box, in the picture's pixels."""
+    left, right = box[0] * width, box[2] * width
+    side = min(right - left, HEIGHT)
+    x, y = (left + right) / 2, HEIGHT / 2
+    return round(x - side / 2), round(y - side / 2), round(x + side / 2), round(y + side / 2)
+
+
+def drawing_of(lab: Lab, names: Sequence[str], puppets: bool, width: int = WIDTH) -> Drawing:
+    """The classes' sketches, or standing skeletons, one in the middle of every region."""
+    size = (width * FINE, HEIGHT * FINE)
+    squares = [tuple(side * FINE for side in square(box, width)) for box in boxes(len(names))]
+    if puppets:
+        people = [np.array(STANDING) * (right - left) + (left, top) for left, top, right, _ in squares]
+        return Drawing(draw_keypose(people, *size), "keypose")
+    canvas = Image.new("L", size)
+    for name, (left, top, right, bottom) in zip(names, squares, strict=True):
+        with Image.open(resources.concepts() / "sketches" / f"{lab.concept(name).noun}.png") as stroke:
+            canvas.paste(
+                stroke.convert("L").resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top)
+            )
+    return Drawing(canvas, weight=0.8)
+
+
+def prompt_of(tokens: Sequence[str], place: str) -> str:
+    """The whole scene in one prompt, in the words that the base was shown."""
+    if len(tokens) == 2:
+        return f"{tokens[0]} on the left and {tokens[1]} on the right {place}"
+    if len(tokens) == 3:
+        return f"{tokens[0]} on the left, {tokens[1]} in the middle and {tokens[2]} on the right {place}"
+    return ", ".join(tokens[:-1]) + f" and {tokens[-1]} {place}"
+
+
+def adapters_of(lab: Lab, names: Sequence[str]) -> list[Adapter]:
+    """The study ``fusion``'s adapters of these concepts, trained here if they are not on the shelf."""
+    rate, _ = family_rate(lab, FAMILY, False)
+    quick = lab.recipe["train"]["steps"] < 100
+    change = scaled(lab, 1.0 if quick else rate)
+    return [lab.trained(name, **change_for(FAMILY, SLOTS[name]), **change, seed=0)[0] for name in names]
+
+
+def base_for(lab: Lab, way: Way, adapters: Sequence[Adapter]) -> Base:
+    """A base with the adapters fused in, or only their tokens."""
+    if way.merge is not None:
+        return lab.fused(adapters, **MERGES[way.merge])
+    base = lab.fresh()
+    for adapter in adapters:
+        install_tokens(base, adapter)
+    return base
+
+
+def pictures_of(
+    lab: Lab, way: Way, names: Sequence[str], seeds: Sequence[int], puppets: bool, width: int = WIDTH
+) -> list[Image.Image]:
+    """Pictures of one scene, the places in turn."""
+    adapters = adapters_of(lab, names)
+    base, tokens = base_for(lab, way, adapters), [adapter.token for adapter in adapters]
+    drawing, images = drawing_of(lab, names, puppets, width), []
+    for start, place in enumerate(PLACES):
+        mine = list(seeds[start :: len(PLACES)])
+        regions = [
+            Region(box=box, prompt=f"a photo of {token} {place}")
+            for box, token in zip(boxes(len(names)), tokens, strict=True)
+        ]
+        scene = Scene(
+            **{**lab.pictures_config.model_dump(exclude={"regions"}), "width": width, "height": HEIGHT},
+            regions=regions if way.regions else [],
+        )
+        bound = [[(adapter, 1.0)] for adapter in adapters] if way.merge is None else []
+        images += sample(base, [prompt_of(tokens, place)] * len(mine), mine, scene, drawings=[drawing], bound=bound)
+    return images
+
+
+def confusion(lab: Lab, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[float]]:
+    """Per region (row) the share of pictures in which each concept (column) is nearest to what is there."""
+    references = torch.stack([lab.encoder.embed(lab.references(name)).mean(0) for name in names])
+    rows = []
+    for box in boxes(len(names)):
+        found = lab.encoder.embed([image.crop(square(box, image.width)) for image in images]) @ references.mT
+        rows.append([float((found.argmax(1) == index).double().mean()) for index in range(len(names))])
+    return rows
+
+
+def scene_cell(lab: Lab, name: str, way: str, names: Sequence[str], count: int, puppets: bool) -> Figures:
+    """One scene one way: its confusion matrix and the mean likeness to the right concept."""
+
+    width = width_of(name)
+
+    def compute() -> Figures:
+        images = pictures_of(lab, WAYS[way], names, range(count), puppets, width)
+        likeness = [
+            lab.identity([image.crop(square(box, width)) for image in images], concept)
+            for box, concept in zip(boxes(len(names)), names, strict=True)
+        ]
+        return {"confusion": confusion(lab, images, names), "identity": likeness, "pictures": len(images)}
+
+    kind = {"way": vars(WAYS[way]), "names": list(names), "count": count, "puppets": puppets}
+    return lab.cell("scene", kind if width == WIDTH else {**kind, "width": width}, compute)
+
+
+@study(
+    "scenes",
+    "Figs. 5, 12, 13",
+    "With sketches or keyposes and regions every concept appears in its own place as itself.",
+    (40, 1.0),
+)
+def run(lab: Lab, quick: bool) -> Findings:
+    """How often the right concept is in its region, for look-alikes, by way and by number."""
+    chosen = {"2": SCENES["2"][:1]} if quick else SCENES
+    ways = ("bound to regions", "fused by sum, regions") if quick else tuple(WAYS)
+    rows: list[Row] = []
+    matrices: list[Row] = []
+    for number, scenes in chosen.items():
+        for way in ways if width_of(number) == WIDTH else ways[:1]:
+            right, likeness, shown, pictures = [], [], list[str](), 0
+            for names in scenes:
+                count = len(PLACES) if quick else SEEDS[number] // len(scenes)
+                cell = scene_cell(lab, number, way, names, count, number.endswith("puppets"))
+                right += [row[index] for index, row in enumerate(cell["confusion"])]
+                likeness += cell["identity"]
+                shown += names
+                pictures += cell["pictures"]
+                matrices += [
+                    {"scene": ", ".join(names), "way": way, "region of": name}
+                    | {f"{i + 1}": row[i] if i < len(row) else None for i in range(4)}
+                    for name, row in zip(names, cell["confusion"], strict=True)
+                ]
+            figures: dict[str, Any] = {
+                "right concept": told(right, shown),
+                "likeness": told(likeness, shown),
+                "chance": 1 / len(scenes[0]),
+            }
+            rows.append({"concepts": number, "way": way, "pictures": pictures, **figures})
+            lab.note(f"{number}, {way}: {rows[-1]['right concept']} of regions hold the right concept")
+    tables = [
+        Table("The right concept in its region, by the identity encoder", rows),
+        Table("Confusion: which concept of the scene (1st, 2nd, …) is nearest to what a region shows", matrices),
+    ]
+    return Findings(tables, verdict(rows), {} if quick else {"sheet": sheet(lab)})
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """The best way for every number of concepts."""
+    sentences = []
+    for number in dict.fromkeys(row["concepts"] for row in rows):
+        best = max((r for r in rows if r["concepts"] == number), key=lambda r: float(r["right concept"].split()[0]))
+        sentences.append(f"{number}: best {best['way']}, {best['right concept']} of regions hold the right concept.")
+    return " ".join(sentences)
+
+
+def sheet(lab: Lab) -> Image.Image:
+    """Four pictures of one scene of every number, one row a way; the drawing first."""
+    blocks = []
+    for number, scenes in SCENES.items():
+        if width_of(number) != WIDTH:
+            continue
+        names, puppets = scenes[0], number.endswith("puppets")
+        drawing = drawing_of(lab, names, puppets).at(WIDTH, HEIGHT).convert("RGB")
+        tiles = []
+        for way in WAYS.values():
+            tiles += [drawing, *pictures_of(lab, way, names, range(4), puppets)]
+        blocks.append(grid(tiles, 5, gap=3))
+    width = max(block.width for block in blocks)
+    out = Image.new("RGB", (width, sum(block.height + 12 for block in blocks)), "white")
+    top = 0
+    for block in blocks:
+        out.paste(block, (0, top))
+        top += block.height + 12
+    return out

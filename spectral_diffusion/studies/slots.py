@@ -1,0 +1,81 @@
+"""Does a slot of one's own help? Disjoint and same slots and LoRA, with equal budgets and equal sweeps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..methods import get_method
+from .fusion import NOTHING, Job, change_for, measured
+from .registry import Findings, Row, Table, study
+from .runner import REPORTED, Lab
+
+SEEDS = (0, 1, 2)
+FAMILIES = ("spectral, own slots", "spectral, same slot", "lora")  # sampled ones: at rank 2, in the study ``narrow``
+MERGES = ("sum", "fedavg", "gradient, anchored")
+# What may differ between families that are compared: how they change a weight, and what a sweep chooses.
+FREE = {"method", "slot", "slot_seed", "learning_rate", "text_encoder_learning_rate", "output"}
+TOLERANCE = 0.01  # of the trained numbers
+
+
+def check_equal(lab: Lab, changes: Mapping[str, Mapping[str, Any]], concept: str = REPORTED[0]) -> dict[str, int]:
+    """The trained numbers of trainings that are to be compared; everything else about them is the same.
+
+    Seed, steps, batch and photos decide what a step sees, so with these the same the data come in the same order.
+
+    Raises:
+        ValueError: two differ in another setting, or by more than a hundredth in what they train.
+    """
+    configs = {n: lab.settings(concept, change, Path("adapter.safetensors")) for n, change in changes.items()}
+    counts = {n: get_method(config.method).total(lab.sides, config.rank) for n, config in configs.items()}
+    (first, plain), *others = ((n, config.model_dump(exclude=FREE)) for n, config in configs.items())
+    for name, settings in others:
+        differing = sorted(key for key in plain if plain[key] != settings[key])
+        if differing:
+            raise ValueError(f"'{name}' and '{first}' are not trained alike: {', '.join(differing)} differ.")
+        if abs(counts[name] - counts[first]) > TOLERANCE * counts[first]:
+            raise ValueError(f"'{name}' trains {counts[name]:,} numbers, '{first}' {counts[first]:,}.")
+    return counts
+
+
+def jobs_of(quick: bool) -> list[Job]:
+    """Every family and merge, for two to eight concepts of the recipe's rank."""
+    if quick:
+        return [Job(family, "sum", 2) for family in FAMILIES[::2]]
+    return [Job(family, merge, size) for size in (8, 4, 2) for family in FAMILIES for merge in MERGES]
+
+
+@study(
+    "slots",
+    "sec. 4.2",
+    "Adapters in disjoint slots of the spectrum fuse without disturbing each other.",
+    (180, 0.5),
+)
+def run(lab: Lab, quick: bool) -> Findings:
+    """Identity alone and fused by where the columns lie, for every merge."""
+    jobs = jobs_of(quick)
+    return compared(lab, jobs, quick, {job.family for job in jobs}, [jobs[0].size])
+
+
+def compared(lab: Lab, jobs: Sequence[Job], quick: bool, alike: Collection[str], sizes: Sequence[int]) -> Findings:
+    """The rows of jobs of one rank, once these families are known to be trained alike; the verdict is on ``sizes``."""
+    counts = check_equal(lab, {job.family: change_for(job.family, 0, job.rank) for job in jobs if job.family in alike})
+    lab.note(", ".join(f"{name} trains {count:,}" for name, count in counts.items()))
+    rows, sweeps, missing = measured(lab, jobs, (0,) if quick else SEEDS, quick)
+    tables = [Table("Where the columns lie, and how adapters are merged", rows)]
+    if sweeps:
+        tables.append(Table("The sweep of the learning rate, on concepts that are not reported", sweeps))
+    return Findings(tables, verdict(rows, sizes), missing=missing)
+
+
+def verdict(rows: Sequence[Row], sizes: Sequence[int]) -> str:
+    """What every family keeps of so many concepts, by merge."""
+    sentences = []
+    for size, merge in itertools.product(sizes, dict.fromkeys(row["merge"] for row in rows)):
+        found = [row for row in rows if (row["K"], row["merge"]) == (size, merge)]
+        kept = ", ".join(f"{row['family']} {row['of alone']}" for row in found)
+        if kept:
+            sentences.append(f"K = {size}, {merge}: of what they are alone keep {kept}.")
+    return " ".join(sentences) or NOTHING

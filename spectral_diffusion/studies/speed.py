@@ -1,0 +1,167 @@
+"""How soon does each method reach the same identity? Every method with its own sweep of the learning rate."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..methods import get_method
+from ..metrics.statistics import difference, told
+from ..training.run import train_to_file
+from .registry import Findings, Row, Table, not_allowed, study
+from .runner import REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled, seeded
+
+STEPS = (60, 120, 240, 480)
+NAMES = (REPORTED[0], REPORTED[2], REPORTED[6])
+SEEDS = (0, 1, 2)
+REFERENCE = "spectral-additive"  # with which the others are compared, pair by pair
+METHODS: dict[str, dict[str, Any]] = {  # with their settings
+    "spectral-additive": {"slot": "0:8"},
+    "spectral-rotation": {"slot": "0:8"},
+    "lora": {},
+    "dora": {},
+    "adalora": {},
+    "orthogonal": {"slot": "0:8"},
+    "oft": {"rank": 8},
+    "svdiff": {},
+    "lidb": {},
+    "vera": {},
+}
+# Five trials, half a decade apart, around the method's lr_scale on the recipe's learning rates.
+SPREAD = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
+PLAIN = {"preservation": {"weight": 0.0}}
+
+
+def change_for(method: str) -> dict[str, Any]:
+    """The method's settings; without preservation, which costs each the same."""
+    return {"method": method, **METHODS[method], **PLAIN}
+
+
+@study(
+    "speed",
+    "Figs. 7, 10",
+    "The spectral adapters train as fast as LoRA and reach a concept's identity as soon or sooner.",
+    (90, 1.0),
+)
+def run(lab: Lab, quick: bool) -> Findings:
+    """Identity over training steps, and the seconds until each method reaches the identity all can be asked for."""
+    methods = ("spectral-additive", "lora") if quick else tuple(METHODS)
+    steps, names, seeds = ((6, 12), NAMES[:1], (0,)) if quick else (STEPS, NAMES, SEEDS)
+    rates: dict[str, float] = {}
+    trained: dict[str, int] = {}
+    gains: dict[str, dict[int, list[float]]] = {}  # by method and steps, over seeds and concepts
+    sweeps: list[Row] = []
+    late: dict[str, list[str]] = {}
+    for seed, method in itertools.product(seeds, methods):
+        new: dict[int, list[float]] = {}
+        try:
+            if method not in rates:
+                rates[method], trials = (get_method(method).lr_scale, []) if quick else swept(lab, method)
+                if trials:
+                    each = {f"×{f:.2g}": t["identity"] for f, t in zip(SPREAD, trials, strict=True)}
+                    sweeps.append({"method": method, **each, "best": rates[method]})
+            for length, name in itertools.product(steps, names):
+                found = lab.alone(name, **seeded(change_for(method), seed), **scaled(lab, rates[method]), steps=length)
+                trained[method] = found["trained"]
+                new.setdefault(length, []).append(found["identity"] - lab.generic(name, seed)["identity"])
+        except TimeOver:
+            late.setdefault(f"seed {seed}", []).append(method)
+            continue
+        for length, values in new.items():
+            gains.setdefault(method, {}).setdefault(length, []).extend(values)
+        lab.note(f"{method}, seed {seed}: gains {', '.join(told(v, names) for v in new.values())} at {steps} steps")
+    curves = {method: [sum(by[s]) / len(by[s]) for s in steps] for method, by in gains.items()}
+    rows: list[Row] = [
+        {
+            "method": method,
+            "trained": trained[method],
+            "pairs": len(by[steps[0]]),
+            **{f"gain at {s}": told(by[s], names) for s in steps},
+            f"minus {REFERENCE} at {steps[-1]}": against(gains, method, steps[-1], names),
+        }
+        for method, by in gains.items()
+    ]
+    wanted = 0.6 * max((max(ways) for ways in curves.values()), default=0.0)
+    cost = steps_seconds(lab, list(curves))
+    missing = not_allowed(late, len(methods))
+    missing += [f"the seconds of {method}" for method in curves if method not in cost]
+    for row in rows:
+        method = row["method"]
+        need = crossing(steps, curves[method], wanted)
+        pace = cost.get(method)
+        row |= {  # type: ignore[operator]
+            f"steps to {wanted:.2f}": None if need is None else round(need),
+            "ms a step": round(1000 * pace[1]) if pace else None,
+            f"seconds to {wanted:.2f}": round(pace[0] + need * pace[1], 1) if pace and need is not None else None,
+        }
+    tables = [Table("Gain in identity over the untouched base, by training steps, over concepts and seeds", rows)]
+    if sweeps:
+        tables.append(Table("The sweeps: identity of a concept that is not reported, 120 steps", sweeps))
+    return Findings(tables, verdict(rows, wanted), missing=missing)
+
+
+def against(
+    gains: Mapping[str, Mapping[int, Sequence[float]]], method: str, steps: int, names: Sequence[str]
+) -> str | None:
+    """A method's gain less the reference's, concept by concept and seed by seed; None where they have other seeds."""
+    own, reference = gains[method][steps], gains.get(REFERENCE, {}).get(steps, [])
+    return difference(own, reference, names) if method != REFERENCE and len(own) == len(reference) else None
+
+
+def swept(lab: Lab, method: str) -> tuple[float, list[Figures]]:
+    """The method's factor on the recipe's rates, from five trials on a concept that is not reported."""
+    rates = [get_method(method).lr_scale * factor for factor in SPREAD]
+    return best_rate(lab, rates, TUNED[:1], **change_for(method), steps=120)
+
+
+def crossing(steps: Sequence[int], gains: Sequence[float], wanted: float) -> float | None:
+    """The step count at which a piecewise linear curve from (0, 0) first reaches a gain; None if it never does."""
+    x0, y0 = 0.0, 0.0
+    for x1, y1 in zip(steps, gains, strict=True):
+        if y1 >= wanted:
+            return x0 + (x1 - x0) * (wanted - y0) / max(y1 - y0, 1e-9)
+        x0, y0 = float(x1), y1
+    return None
+
+
+def steps_seconds(lab: Lab, methods: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Per method the seconds before the first step and those of one step, from a short and a longer run in turn.
+
+    A method that time did not allow is left out.
+    """
+    out: dict[str, tuple[float, float]] = {}
+    for method in methods:
+
+        def measure(method: str = method) -> dict[str, float]:
+            times = {}
+            base = lab.fresh()
+            for steps in (2, 22):
+                with tempfile.TemporaryDirectory() as folder:
+                    change = {**change_for(method), "steps": steps}
+                    config = lab.settings(REPORTED[0], change, Path(folder) / "a.safetensors")
+                    begun = time.perf_counter()
+                    train_to_file(config, base=base)
+                    times[steps] = time.perf_counter() - begun
+            each = (times[22] - times[2]) / 20
+            return {"before": times[2] - 2 * each, "step": each}
+
+        try:
+            found = lab.cell("step-seconds", {"method": method}, measure, timed=True)
+        except TimeOver:
+            continue
+        out[method] = (found["before"], found["step"])
+    return out
+
+
+def verdict(rows: Sequence[Row], wanted: float) -> str:
+    """Who reaches the wanted gain, soonest first."""
+    key = f"seconds to {wanted:.2f}"
+    there = sorted((row for row in rows if row[key] is not None), key=lambda row: row[key])
+    never = [row["method"] for row in rows if row[key] is None]
+    who = ", ".join(f"{r['method']} ({r[key]:.0f} s)" for r in there) or "none"
+    text = f"A gain of {wanted:.2f} is reached by {who}"
+    return text + (f"; not by {', '.join(never)} within {STEPS[-1]} steps." if never else ".")

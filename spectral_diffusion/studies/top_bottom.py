@@ -1,0 +1,108 @@
+"""Which columns are worth tuning? Top, bottom or random ones, LoRA and Orthogonal: identity over training steps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..metrics.statistics import difference, told
+from .charts import WANTED, curves
+from .registry import Findings, Row, Table, not_allowed, study
+from .runner import REPORTED, TUNED, Lab, TimeOver, best_rate, scaled, seeded
+from .speed import PLAIN, SPREAD, STEPS
+
+NAMES = (REPORTED[0], REPORTED[2], REPORTED[6])
+SEEDS = (0, 1, 2)
+WAYS: dict[str, dict[str, Any]] = {
+    "top": {"method": "spectral-additive", "slot": "0:8"},
+    "bottom": {"method": "spectral-additive", "slot": "bottom"},
+    "random": {"method": "spectral-additive", "slot": "random"},
+    "lora": {"method": "lora"},
+    "orthogonal": {"method": "orthogonal", "slot": "0:8"},
+}
+
+
+def change_for(way: str, seed: int) -> dict[str, Any]:
+    """The way's settings; random columns are drawn by the seed."""
+    change = {**WAYS[way], **PLAIN}
+    if change.get("slot") == "random":
+        change["slot_seed"] = seed
+    return seeded(change, seed)
+
+
+@study(
+    "top-bottom",
+    "Figs. 9 right, 10, 11",
+    "Tuning the top columns learns a concept sooner and better than tuning bottom or random ones, LoRA or Orthogonal.",
+    (120, 0.5),
+)
+def run(lab: Lab, quick: bool) -> Findings:
+    """Gain in identity over the untouched base, by steps, for every way; the rate chosen on another concept."""
+    steps, names, seeds = ((6, 12), NAMES[:1], (0,)) if quick else (STEPS, NAMES, SEEDS)
+    ways = ("top", "bottom", "lora") if quick else tuple(WAYS)
+    rates: dict[str, float] = {}
+    sweeps: list[Row] = []
+    late: dict[str, list[str]] = {}
+    gains: dict[tuple[str, int], list[float]] = {}
+    trained: dict[str, int] = {}
+    for seed, way in itertools.product(seeds, ways):
+        new: dict[int, list[float]] = {}
+        try:
+            if way not in rates:
+                rates[way], trials = (1.0, []) if quick else sweep(lab, way)
+                sweeps += [{"way": way, **trial} for trial in trials]
+            for name, length in itertools.product(names, steps):
+                change = {**change_for(way, seed), **scaled(lab, rates[way]), "steps": length}
+                found = lab.alone(name, **change)
+                trained[way] = found["trained"]
+                new.setdefault(length, []).append(found["identity"] - lab.generic(name, seed)["identity"])
+        except TimeOver:
+            late.setdefault(f"seed {seed}", []).append(way)
+            continue
+        for length, values in new.items():
+            gains.setdefault((way, length), []).extend(values)
+        lab.note(f"{way}, seed {seed}: gains {', '.join(told(v, names) for v in new.values())} at {steps} steps")
+    rows: list[Row] = [
+        {
+            "way": way,
+            "trained": trained[way],
+            "pairs": len(gains[way, steps[-1]]),
+            **{f"gain at {s}": told(gains[way, s], names) for s in steps},
+            **{f"minus top at {s}": against(gains, way, s, names) for s in (steps[0], steps[-1])},
+        }
+        for way in ways
+        if (way, steps[-1]) in gains
+    ]
+    tables = [Table("Gain in identity over the untouched base, over concepts and seeds", rows)]
+    if sweeps:
+        tables.append(Table("The sweep of the learning rate: a concept that is not reported, 120 steps", sweeps))
+    lines = {
+        way: [(s, sum(gains[way, s]) / len(gains[way, s])) for s in steps] for way in ways if (way, steps[-1]) in gains
+    }
+    picture = curves(lines, "training step", "gain in identity")
+    missing = not_allowed(late, len(ways)) + ([] if picture else [WANTED])
+    return Findings(tables, verdict(gains, steps), {"curves": picture} if picture else {}, missing)
+
+
+def sweep(lab: Lab, way: str) -> tuple[float, list[dict[str, Any]]]:
+    """The best factor on the recipe's rates and the five trials, half a decade apart."""
+    rate, trials = best_rate(lab, SPREAD, TUNED[:1], **change_for(way, 0), steps=120)
+    return rate, [{"rate": trial["rate"], "identity": trial["identity"]} for trial in trials]
+
+
+def against(gains: Mapping[tuple[str, int], Sequence[float]], way: str, steps: int, names: Sequence[str]) -> str | None:
+    """A way's gain less that of the top columns, concept by concept and seed by seed."""
+    own, top = gains[way, steps], gains.get(("top", steps), [])
+    return difference(own, top, names) if way != "top" and len(own) == len(top) else None
+
+
+def verdict(gains: dict[tuple[str, int], list[float]], steps: Sequence[int]) -> str:
+    """The order of the ways early and at the end."""
+
+    def order(at: int) -> str:
+        means = {way: sum(found) / len(found) for (way, length), found in gains.items() if length == at}
+        return ", ".join(f"{way} {mean:.2f}" for way, mean in sorted(means.items(), key=lambda item: -item[1]))
+
+    early, late = steps[0], steps[-1]
+    return f"Gain in identity after {early} steps: {order(early)}; after {late}: {order(late)}."

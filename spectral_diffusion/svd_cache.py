@@ -1,0 +1,184 @@
+"""The spectrum of a base: top singular triplets of every adapted weight, computed once, cached on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .core.cache import WAIT, cache_folder, load, store
+from .core.errors import UserError
+from .core.files import locked, parse_json
+from .core.hooks import Event, Progress, silent
+from .linalg import Band, bottom_band, flatten, gram_of, top_band
+from .slots.ledger import Slot
+
+CHUNK = 64  # columns are computed in multiples of this, so that the next slots are there already
+HASHED = 1 << 18  # numbers hashed at a time, which fit into a processor's cache
+KEEP_EVERY = 20.0  # seconds between saves of an unfinished spectrum
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Layer name to its top columns, or to its bottom ones (float32)."""
+
+    bands: dict[str, Band]
+
+    def slot(self, columns: Sequence[int]) -> dict[str, Band]:
+        """These columns of every layer, negative ones counted from the bottom."""
+        return {name: band.pick(columns) for name, band in self.bands.items()}
+
+    def borders(self, columns: Sequence[int]) -> tuple[float, str]:
+        """The smallest relative gap of singular values at the edges of these top columns, and its layer.
+
+        Where it is tiny another machine may turn the columns beside the border into each other.
+        """
+        inside, smallest, where = set(columns), 1.0, ""
+        for name, band in self.bands.items():
+            for column in columns:
+                for other in (column - 1, column + 1):
+                    if other in inside or not 0 <= other < len(band.S) or column < 0:
+                        continue
+                    gap = float((band.S[column] - band.S[other]).abs() / band.S[column].clamp_min(1e-30))
+                    if gap < smallest:
+                        smallest, where = gap, name
+        return smallest, where
+
+
+def capacity(weights: Mapping[str, Tensor]) -> tuple[int, str]:
+    """How many columns every weight has, and the name of the narrowest one."""
+    sizes = {name: min(flatten(weight).shape) for name, weight in weights.items()}
+    narrowest = min(sizes, key=lambda name: sizes[name])
+    return sizes[narrowest], narrowest
+
+
+def hash_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> str:
+    """A hash of a weight's values as ``dtype``."""
+    return hash_rounded(weight, [dtype])[0]
+
+
+def hash_rounded(weight: Tensor, dtypes: Sequence[torch.dtype]) -> list[str]:
+    """A hash of a weight's values as each of these dtypes, all in one pass over it."""
+    flat = weight.detach().contiguous().view(-1)
+    digests = [hashlib.sha256(str(tuple(weight.shape)).encode()) for _ in dtypes]
+    for part in flat.split(HASHED):
+        values = part.to("cpu", torch.float32)
+        for digest, dtype in zip(digests, dtypes, strict=True):
+            digest.update(values.to(dtype).view(torch.uint8).numpy().data)
+    return [digest.hexdigest()[:32] for digest in digests]
+
+
+def compute(
+    weights: Mapping[str, Tensor],
+    columns: int,
+    progress: Progress = silent,
+    bottom: bool = False,
+    known: Mapping[str, Band] | None = None,
+    keep: Callable[[Mapping[str, Band]], object] = lambda bands: None,
+) -> Spectrum:
+    """The top (or bottom) ``columns`` of every weight (all of them where it is narrower), on the weight's device.
+
+    Args:
+        known: layers that are done already.
+        keep: called now and then with what is done, so that an interrupted computation can go on from there.
+    """
+    bands = dict(known or {})
+    left = {name: weight for name, weight in weights.items() if name not in bands}
+    kept = time.monotonic()
+    for name, weight, gram in with_grams(left, skip=bottom):
+        count = min(columns, *flatten(weight).shape)
+        band = bottom_band(weight, count) if bottom else top_band(weight, count, gram)
+        bands[name] = Band(*(t.float().cpu() for t in band))
+        progress(Event("spectrum", len(bands), len(weights), {"layer": name}))
+        if time.monotonic() - kept > KEEP_EVERY and len(bands) < len(weights):
+            keep(bands)
+            kept = time.monotonic()
+    return Spectrum({name: bands[name] for name in weights})
+
+
+def with_grams(weights: Mapping[str, Tensor], skip: bool = False) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """Every weight with its Gram matrix, which a thread computes while the eigensolver is busy with the one before.
+
+    The eigensolver holds Python's lock and gains nothing from a second core; this is what that core is for.
+    """
+    if skip:
+        yield from ((name, weight, None) for name, weight in weights.items())
+        return
+    names = list(weights)
+    if not names:
+        return
+    with ThreadPoolExecutor(1) as ahead:
+        coming = ahead.submit(gram_of, weights[names[0]])
+        for index, name in enumerate(names):
+            gram = coming.result()
+            if index + 1 < len(names):
+                coming = ahead.submit(gram_of, weights[names[index + 1]])
+            yield name, weights[name], gram
+
+
+def bands_of(weights: Mapping[str, Tensor], slot: Slot, progress: Progress = silent) -> dict[str, Band]:
+    """Every weight's band in a slot, from the cache if it is there."""
+    bottom = slot.bottom > 0  # a slot never mixes both ends
+    return spectrum_of(weights, slot.bottom or slot.top, progress=progress, bottom=bottom).slot(slot.columns)
+
+
+def spectrum_of(
+    weights: Mapping[str, Tensor],
+    columns: int,
+    folder: Path | None = None,
+    progress: Progress = silent,
+    bottom: bool = False,
+) -> Spectrum:
+    """The spectrum with at least ``columns`` columns of one end, from the cache if it is there.
+
+    One file per set of weights; a second process waits for the first instead of computing again, and an interrupted
+    computation goes on where it was last kept. A cache that cannot be written or read only costs the time to compute.
+    """
+    columns = -(-columns // CHUNK) * CHUNK
+    key = hashlib.sha256("|".join(f"{n}={hash_weight(w)}" for n, w in weights.items()).encode())
+    name = f"{key.hexdigest()[:32]}-{'bottom' if bottom else ''}{columns}.safetensors"
+    path = (folder or cache_folder() / "spectra") / name
+    unfinished = path.with_name(f"{path.stem}.unfinished.safetensors")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(Path(f"{path}.lock"), WAIT):
+            if set(bands := _read(path, weights, columns)) == set(weights):
+                return Spectrum(bands)
+            known = _read(unfinished, weights, columns)
+            spectrum = compute(weights, columns, progress, bottom, known, lambda bands: _keep(unfinished, bands))
+            if _keep(path, spectrum.bands):
+                with suppress(OSError):
+                    unfinished.unlink(missing_ok=True)
+            return spectrum
+    except (OSError, UserError):
+        return compute(weights, columns, progress, bottom)
+
+
+def _keep(path: Path, bands: Mapping[str, Band]) -> bool:
+    tensors = {f"{name}.{part}": value for name, band in bands.items() for part, value in band._asdict().items()}
+    return store(path, tensors, {"done": json.dumps(list(bands))})
+
+
+def _read(path: Path, weights: Mapping[str, Tensor], columns: int) -> dict[str, Band]:
+    """The bands of these weights in a cache file; none of a missing or damaged one, which is computed again."""
+    try:
+        tensors, metadata = load(path) or ({}, {"done": "[]"})
+        bands = {
+            name: Band(*(tensors[f"{name}.{part}"] for part in Band._fields)) for name in parse_json(metadata["done"])
+        }
+        for name, band in bands.items():
+            out, width = flatten(weights[name]).shape
+            count = min(columns, out, width)
+            if band.U.shape != (out, count) or band.S.shape != (count,) or band.V.shape != (width, count):
+                return {}
+    except (KeyError, ValueError, TypeError):
+        return {}
+    return bands

@@ -1,0 +1,294 @@
+"""Training state on disk: everything a run needs to go on exactly where it stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.attach import Attachment
+from ..config.models import TrainConfig
+from ..core.cache import DIGEST, digest
+from ..core.errors import UserError
+from ..core.files import parse_json, read_header, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from .optimizers import Average
+    from .validation import Watcher
+
+EXTRA, AVERAGE = "extra|", "average|"  # before the names of what a method keeps, and of moving averages
+# Settings that decide which tensors there are, or what they mean: a state of others is of no use.
+FIXED = ("base", "method", "rank", "budget", "targets", "slot", "slot_seed", "layerwise", "optimiser.name")
+ANEW = "start anew by --force without --resume"
+KEPT = ("betas", "eps", "weight_decay", "d_coef")  # of an optimiser's groups: as the settings say, not the state
+PARTS = ("config", "belongs", "extra", "watch", "scaler")  # of what is kept beside the tensors
+APART = ("concept", "output", "save_every", "device", "continue_from", "watch")  # settings that decide no result
+
+
+Changes = Mapping[str, tuple[Any, Any]]  # a setting's dotted name to its earlier and its present value
+
+
+class Stopped(Exception):
+    """Training was asked to stop; its state is saved and ``--resume`` goes on from there."""
+
+
+class Stateful(Protocol):
+    """What is saved of an optimiser."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], optimizer: Stateful, meta: dict[str, Any]) -> None:
+    """Write parameters, optimiser moments and ``meta`` (JSON-able) into one safetensors file."""
+    packed = {f"tensor.{name}": value for name, value in tensors.items()}
+    state = optimizer.state_dict()
+    scalars: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        inner = [value for value in entries.values() if isinstance(value, dict)]  # bitsandbytes wraps its numbers
+        for key, value in {**entries, **{k: v for one in inner for k, v in one.items()}}.items():
+            if isinstance(value, Tensor):
+                packed[f"optimizer.{index}.{key}"] = value
+            elif not isinstance(value, dict):
+                scalars.setdefault(str(index), {})[key] = value
+    seen: set[int] = set()
+    for name, value in packed.items():  # bitsandbytes shares tensors among parameters, the file's format does not
+        if value.data_ptr() in seen:
+            packed[name] = value.clone()
+        seen.add(value.data_ptr())
+    header = {"state": json.dumps({"meta": meta, "groups": state["param_groups"], "scalars": scalars})}
+    write_tensors(path, packed, {**header, DIGEST: digest(packed, header)})
+
+
+def load_state(path: Path, optimizer: Stateful | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a state written by :func:`save_state`; fills the optimiser, returns tensors and meta.
+
+    Raises:
+        UserError: the file is missing, damaged, or of a differently built optimiser.
+    """
+    packed, metadata = read_tensors(path)
+    if metadata.get(DIGEST) != digest(packed, metadata):
+        raise UserError(f"{path} is not a training state of this run, or damaged; remove it or train without --resume.")
+    try:
+        header = parse_json(metadata["state"])
+        meta, groups = header["meta"], header["groups"]
+        if not all(isinstance(part, dict) for part in (meta, *(meta.get(key, {}) for key in PARTS))):
+            raise TypeError("not a state's parts")
+        if optimizer is not None:
+            moments: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in header["scalars"].items()}
+            for name, value in packed.items():
+                if name.startswith("optimizer."):
+                    _, index, key = name.split(".", 2)
+                    moments.setdefault(int(index), {})[key] = value
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(f"{path} is not a training state of this run; remove it or train without --resume.") from error
+    return {name[7:]: value for name, value in packed.items() if name.startswith("tensor.")}, meta
+
+
+def step_of(path: Path) -> int | None:
+    """The step at which a saved state stands; None if it cannot be read."""
+    try:
+        return int(header_of(path)["meta"]["step"])
+    except (UserError, KeyError, ValueError, TypeError):
+        return None
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """What a saved state says beside its tensors.
+
+    Raises:
+        UserError: the file is missing, damaged, or no state.
+    """
+    try:
+        header: dict[str, Any] = json.loads(read_header(path)[1]["state"])
+        return header
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is not a training state; remove it or train without --resume.") from error
+
+
+def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Settings by dotted name."""
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        out |= flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
+    return out
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted names of settings that differ, with their earlier and their present value."""
+    old, new = flat(before), flat(now)
+    return {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
+
+
+def check_settings(path: Path, meta: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a state that was made with other settings than ``now``.
+
+    Raises:
+        UserError: it was; the sentence names the first difference.
+    """
+    for key, (old, new) in differences(meta.get("config", {}), now).items():
+        raise UserError(
+            f"{path} was made with {key}={old}, now it is {new}; resume with the same settings, or train without "
+            "--resume."
+        )
+
+
+def comparable(config: TrainConfig) -> dict[str, Any]:
+    """The settings that decide the result: all but where things lie, what is shown and how often states are saved."""
+    kept = config.model_dump(mode="json", exclude=set(APART))
+    kept["data"].pop("cache")
+    return kept
+
+
+@dataclass
+class Run:
+    """What of a training changes with its steps, and which training it is.
+
+    Attributes:
+        path: of the saved state.
+        parameters: everything that is trained, by name.
+        belongs: hashes of the base, the slot, the adapter that training goes on from, and what the concept is.
+    """
+
+    path: Path
+    config: TrainConfig
+    parameters: Mapping[str, nn.Parameter]
+    optimiser: Stateful
+    attachment: Attachment
+    average: Average
+    scaler: torch.amp.GradScaler
+    watcher: Watcher
+    belongs: Mapping[str, str]
+    writes: bool = True  # of several processes one does
+
+    def keep(self, step: int) -> None:
+        """Save everything that the run needs to go on exactly here."""
+        if not self.writes:
+            return
+        extra, patterns = self.attachment.extra_state()
+        tensors = {
+            **self.parameters,
+            **{f"{EXTRA}{name}": value for name, value in extra.items()},
+            **{f"{AVERAGE}{name}": value for name, value in self.average.held.items()},
+        }
+        meta = {
+            "step": step,
+            "config": comparable(self.config),
+            "extra": patterns,
+            "belongs": dict(self.belongs),
+            "scaler": self.scaler.state_dict(),
+            "watch": self.watcher.state(),
+        }
+        save_state(self.path, tensors, self.optimiser, meta)
+
+    def restore(self, force: bool = False, note: Callable[[str], None] = lambda text: None) -> int:
+        """Load the saved state into place; returns the step to go on with.
+
+        Args:
+            force: go on although settings have changed, and note which.
+
+        Raises:
+            UserError: it was made with other settings, or by another concept or base.
+        """
+        tensors, meta = load_state(self.path)
+        # A state of an earlier version has no word on later settings, whose defaults change nothing.
+        defaults = comparable(TrainConfig(concept=self.config.concept, output=self.config.output))
+        changed = differences({**flat(defaults), **flat(meta.get("config", {}))}, comparable(self.config))
+        self._check_fitting(tensors, meta, changed)
+        self._check_wanted(meta, changed, force, note)
+        built = [dict(group) for group in self.optimiser.param_groups]
+        load_state(self.path, self.optimiser)
+        for group, fresh in zip(self.optimiser.param_groups, built, strict=True):
+            group.update({key: fresh[key] for key in KEPT if key in fresh})
+        try:
+            self._take(tensors, meta)
+            return int(meta["step"])
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{self.path} is not a training state of this run; {ANEW}.") from error
+
+    def _check_fitting(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], changed: Changes) -> None:
+        """Refuse a state that cannot be loaded here, whatever is forced.
+
+        Raises:
+            UserError: it is of another base, slot, method, optimiser …; the sentence names the setting.
+        """
+        own = {name: value.shape for name, value in tensors.items() if not name.startswith((EXTRA, AVERAGE))}
+        fixed = {key: value for key, value in self.belongs.items() if key != "concept"}
+        groups = [len(group["params"]) for group in header_of(self.path)["groups"]]
+        if (
+            {key: value for key, value in meta.get("belongs", {}).items() if key != "concept"} == fixed
+            and own == {name: parameter.shape for name, parameter in self.parameters.items()}
+            and groups == [len(group["params"]) for group in self.optimiser.state_dict()["param_groups"]]
+            and "optimiser.name" not in changed
+        ):
+            return
+        causes = [key for key in FIXED if key in changed] or list(changed)
+        if causes:
+            old, new = changed[causes[0]]
+            raise UserError(
+                f"{self.path} was made with {causes[0]}={old} and cannot go on with {new}; resume with "
+                f"{causes[0]}={old}, or {ANEW}."
+            )
+        if self._other_concept(meta):
+            raise UserError(f"{self.path} was made with other photos, captions or words; {ANEW}.")
+        raise UserError(
+            f"{self.path} was made on another base, slot or start, or by another version of its method; {ANEW}."
+        )
+
+    def _other_concept(self, meta: Mapping[str, Any]) -> bool:
+        """Whether a state was made with other photos, captions or words; early ones do not say it."""
+        own = self.belongs["concept"]
+        return bool(meta.get("belongs", {}).get("concept", own) != own)
+
+    def _check_wanted(
+        self, meta: Mapping[str, Any], changed: Changes, force: bool, note: Callable[[str], None]
+    ) -> None:
+        """Refuse to go on with other settings or photos unless that is forced, and past the last step ever.
+
+        Raises:
+            UserError: so it is.
+        """
+        if int(meta["step"]) > self.config.steps:
+            raise UserError(
+                f"{self.path} is at step {meta['step']} already, past steps={self.config.steps}; ask for more steps, "
+                f"or {ANEW}."
+            )
+        told = ", ".join(f"{key}={old}, now it is {new}" for key, (old, new) in list(changed.items())[:3])
+        if changed and not force:
+            raise UserError(
+                f"{self.path} was made with {told}; resume with the same settings, go on with the new ones by "
+                f"--resume --force, or {ANEW}."
+            )
+        other = self._other_concept(meta)
+        if other and not force:
+            raise UserError(
+                f"{self.path} was made with other photos, captions or words; put them back, go on with these by "
+                f"--resume --force, or {ANEW}."
+            )
+        if other:
+            note(f"Note: {self.path.name} was made with other photos, captions or words; going on because of --force.")
+        if changed:
+            note(f"Note: {self.path.name} was made with {told}; going on because of --force.")
+
+    @torch.no_grad()
+    def _take(self, held: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        own = {name: value for name, value in held.items() if not name.startswith((EXTRA, AVERAGE))}
+        for name, parameter in self.parameters.items():
+            parameter.copy_(own[name])
+        averages = {name.removeprefix(AVERAGE): value for name, value in held.items() if name.startswith(AVERAGE)}
+        self.average.load(averages or own)  # --force may ask for an average that the run had not
+        extra = {name.removeprefix(EXTRA): value for name, value in held.items() if name.startswith(EXTRA)}
+        self.attachment.load_extra_state(extra, meta.get("extra", {}))
+        if meta.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(meta["scaler"])
+        self.watcher.load_state(meta.get("watch", {}))

@@ -1,0 +1,182 @@
+"""Several processes that train together (``accelerate launch``), mixed precision and gradient checkpointing."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+
+from ..config.models import TrainConfig
+from ..models.base import Base, plain_is_quicker
+from .optimizers import Optimiser
+
+Value = TypeVar("Value")
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a training; one, unless a launcher started several. ``state`` is accelerate's."""
+
+    rank: int = 0
+    count: int = 1
+    state: Any = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes."""
+        return self.rank == 0
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Let the main process go first; the others may then find in caches what it has computed."""
+        if self.count == 1:
+            yield
+        else:
+            with self.state.main_process_first():
+                yield
+
+    def share(self, value: Value) -> Value:
+        """The main process's value, in all of them."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        told = [value]
+        broadcast_object_list(told, from_process=0)
+        return told[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        if self.count == 1:
+            return flag
+        total = torch.tensor([float(flag)], device=self.state.device)
+        self._sum(total)
+        return bool(total.item())
+
+    def add_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
+        """Sum gradients over the processes, in place; returns the sum of their losses."""
+        if self.count == 1:
+            return loss
+        parameters = list(parameters)
+        # A parameter that no process used has no gradient anywhere; the samples decide that, so it must be asked.
+        used = torch.tensor([float(p.grad is not None) for p in parameters], device=loss.device)
+        self._sum(used)
+        held = [p for p, users in zip(parameters, used.tolist(), strict=True) if users]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in held]
+        flat = torch.cat([loss.detach().reshape(1), *(part.reshape(-1) for part in parts)])
+        self._sum(flat)
+        for parameter, part in zip(held, flat[1:].split([part.numel() for part in parts]), strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+        return flat[0]
+
+    def _sum(self, tensor: Tensor) -> None:
+        from accelerate.utils import reduce
+
+        tensor.copy_(reduce(tensor.clone(), "sum"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that tells and writes, before any other is asked."""
+    return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", "1")) < 2
+
+
+def processes(device: str = "auto") -> Processes:
+    """This process's place among those that ``accelerate launch`` or ``torchrun`` started."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return Processes()
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    if on_cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate reads it again when others ask for its state
+    from accelerate import PartialState
+
+    state = PartialState(cpu=on_cpu)
+    return Processes(state.process_index, state.num_processes, state)
+
+
+def device_of(config: TrainConfig, among: Processes) -> str:
+    """The device of this process: of several, each has a GPU of its own."""
+    return str(among.state.device) if among.count > 1 and config.device in {"auto", "cuda"} else config.device
+
+
+def whole_batch(config: TrainConfig, parts: int) -> TrainConfig:
+    """The settings of a step whose batch is not in parts: it has so many times the pictures."""
+    if parts == 1:
+        return config
+    preservation = config.preservation.model_copy(update={"batch": config.preservation.batch * parts})
+    return config.model_copy(update={"batch": config.batch * parts, "preservation": preservation})
+
+
+def part_of(batch: Batch, part: int, parts: int) -> tuple[Batch, float]:
+    """One of ``parts`` even parts of a dataclass of lists and tensors over samples, and its share of the whole.
+
+    The last parts are shorter, or empty, where the samples do not go up.
+    """
+    if parts == 1:
+        return batch, 1.0
+    count = len(batch.prompts)  # type: ignore[attr-defined]
+    size = -(-count // parts)
+    chosen = slice(part * size, min((part + 1) * size, count))
+    cut = {
+        field.name: value[chosen] if isinstance(value, Tensor | list) else value
+        for field in dataclasses.fields(batch)  # type: ignore[arg-type]
+        for value in [getattr(batch, field.name)]
+    }
+    return type(batch)(**cut), max(0, chosen.stop - chosen.start) / count
+
+
+def take_step(
+    optimiser: Optimiser, parameters: Iterable[nn.Parameter], scaler: torch.amp.GradScaler, clip: float
+) -> bool:
+    """Clip the gradients and take a step, unless they are not finite; returns whether they were, or were only scaled
+    too far up, which the scaler mends by itself."""
+    scaler.unscale_(optimiser)  # type: ignore[arg-type]
+    held = list(parameters)
+    total = nn.utils.clip_grad_norm_(held, clip)
+    finite = bool(torch.isfinite(total))
+    if not finite and scaler.get_scale() <= 1.0:
+        return False
+    scaler.step(optimiser)  # type: ignore[arg-type]
+    scaler.update()
+    if not finite:
+        for parameter in held:
+            parameter.grad = None
+    return True
+
+
+@contextmanager
+def quick_attention(base: Base, half: bool, size: int) -> Iterator[None]:
+    """The U-Net takes diffusers' plain attention where that is quicker than torch's fused one.
+
+    Args:
+        half: whether it works in half precision.
+        size: side of the pictures in pixels.
+    """
+    unet = base.pipeline.unet
+    before = dict(unet.attn_processors)
+    if plain_is_quicker(base.device.type, half, size // base.pipeline.vae_scale_factor):
+        unet.set_attn_processor(AttnProcessor())
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(before)
+
+
+@contextmanager
+def checkpointing(base: Base, on: bool) -> Iterator[None]:
+    """The U-Net keeps only its blocks' inputs for the way back, if that is ``on``."""
+    unet = base.pipeline.unet
+    if on:
+        unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if on:
+            unet.disable_gradient_checkpointing()

@@ -1,0 +1,193 @@
+"""Several concepts, each trained by a process of its own into one folder: side by side, and resumable."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..config.models import TrainConfig, to_yaml
+from ..core.errors import UserError
+from ..core.files import write_text
+from ..core.hooks import Event, Progress, silent
+from ..data.folder import describe
+from .checkpoint import Stopped
+from .output import is_done
+from .status import read_status, status_path
+
+PAUSE = 0.1  # seconds between two looks at the processes
+
+Command = Callable[["Job", Path], Sequence[str]]  # a job and its settings file to the words of a process
+
+
+@dataclass
+class Job:
+    """One concept of a batch."""
+
+    config: TrainConfig
+    state: Literal["waiting", "running", "done", "failed", "stopped"] = "waiting"
+    message: str = ""
+
+    @property
+    def output(self) -> Path:
+        return self.config.output
+
+    @property
+    def name(self) -> str:
+        return self.output.stem
+
+    @property
+    def log(self) -> Path:
+        """Where the process's own words go."""
+        return self.output.with_name(f"{self.name}.log")
+
+
+def jobs_of(folders: Sequence[Path], output: Path, settings: Callable[[Path, Path], TrainConfig]) -> list[Job]:
+    """A job per photo folder, writing ``<output>/<folder's name>.safetensors``.
+
+    Args:
+        settings: a photo folder and its output to the settings.
+
+    Raises:
+        UserError: two folders of one name or token, or an output that is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output} is a file; several concepts go into a folder, which -o names.")
+    names = [unicodedata.normalize("NFC", folder.resolve().name) for folder in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"Two of the folders are called '{name}', and their adapters would be too; rename one.")
+    jobs = [Job(settings(folder, output / f"{name}.safetensors")) for folder, name in zip(folders, names, strict=True)]
+    check_tokens(jobs)
+    return jobs
+
+
+def check_tokens(jobs: Sequence[Job]) -> None:
+    """Refuse two concepts whose token is one word, which could never be used together.
+
+    Raises:
+        UserError: there are two.
+    """
+    owners: dict[str, str] = {}
+    for job in jobs:
+        config = job.config
+        try:
+            token = describe(config.concept, config.name, config.token, config.noun).token
+        except UserError:  # what is wrong with one folder is told by its own training
+            continue
+        owner = owners.setdefault(token.lower(), job.name)
+        if owner != job.name:
+            raise UserError(
+                f"'{owner}' and '{job.name}' have one token, {token}; give one of them another in its concept.yaml "
+                "(token: <name>)."
+            )
+
+
+def run_batch(
+    jobs: Sequence[Job],
+    command: Command,
+    side_by_side: int = 1,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress = silent,
+    should_stop: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Train all jobs, ``side_by_side`` at once, each with its status file beside its output.
+
+    Slots are given in the order of the jobs, whatever their number at once. A job that fails does not stop the others.
+
+    Args:
+        command: what to run for a job; it must keep the status file, and stop with its state saved on SIGTERM.
+        resume: leave out what is done, and go on with what was stopped.
+
+    Raises:
+        Stopped: ``should_stop`` said so; the states are saved.
+        UserError: some failed, with a sentence of each; or one is being trained by another process.
+    """
+    for job in jobs:
+        status = read_status(status_path(job.output))
+        if status and status.state in {"starting", "running"}:
+            raise UserError(f"{job.output} is being trained by process {status.pid} already; wait for it or stop it.")
+        if resume and is_done(job.config, force):
+            job.state = "done"
+            note(f"{job.name} is done already.")
+    running: list[tuple[Job, subprocess.Popen[bytes]]] = []
+    stopping = False
+    try:
+        while running or any(job.state == "waiting" for job in jobs):
+            if should_stop() and not stopping:
+                stopping = True
+                for job in jobs:
+                    job.state = "stopped" if job.state == "waiting" else job.state
+                for _, process in running:
+                    process.terminate()
+            waiting = next((job for job in jobs if job.state == "waiting"), None)
+            if waiting and len(running) < side_by_side and all(has_its_slot(*one) for one in running):
+                running.append((waiting, start(waiting, command, side_by_side)))
+                waiting.state = "running"
+            for job, process in running:
+                if process.poll() is not None:
+                    for text in finish(job, process.returncode):
+                        note(f"{job.name}: {text}")
+                    note(f"{job.name}: {job.message or job.state}")
+                elif (status := read_status(status_path(job.output))) and status.steps:
+                    figures = {} if status.loss is None else {"loss": status.loss}
+                    progress(Event(job.name, status.step, status.steps, figures))
+            running = [one for one in running if one[0].state == "running"]
+            time.sleep(PAUSE)
+    finally:
+        for _, process in running:
+            process.terminate()
+    done = sum(job.state == "done" for job in jobs)
+    failed = [job for job in jobs if job.state == "failed"]
+    told = "; ".join(f"{job.name} ({job.message.rstrip('.')})" for job in failed)
+    if any(job.state == "stopped" for job in jobs):
+        raise Stopped(f"Stopped with {done} of {len(jobs)} concepts done; --resume goes on from there.")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(jobs)} concepts failed, the others are done: {told}.")
+
+
+def start(job: Job, command: Command, side_by_side: int) -> subprocess.Popen[bytes]:
+    """Start a job's process; it shares the cores with the others."""
+    settings = settings_file(job)
+    write_text(settings, to_yaml(job.config))
+    environment = dict(os.environ)
+    if side_by_side > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
+    with job.log.open("wb") as log:  # in a session of its own, so that Ctrl-C reaches it through us alone
+        return subprocess.Popen(
+            command(job, settings), stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def settings_file(job: Job) -> Path:
+    """Where the settings of a running job lie."""
+    return job.output.with_name(f".{job.name}.settings.yaml")
+
+
+def has_its_slot(job: Job, process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process has come so far that it has reserved its slot, or has ended."""
+    status = read_status(status_path(job.output))
+    return process.poll() is not None or bool(status and status.pid == process.pid and status.state != "starting")
+
+
+def finish(job: Job, code: int) -> list[str]:
+    """Say how a job's process ended, and tidy up after it; returns the notes of a training that is done."""
+    status = read_status(status_path(job.output))
+    settings_file(job).unlink(missing_ok=True)
+    if code == 0:
+        job.state, job.message = "done", ""
+        job.log.unlink(missing_ok=True)
+        return status.notes if status else []
+    job.state = "stopped" if status and status.state == "stopped" else "failed"
+    lines = [line.strip() for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
+    told = status.message if status and status.state != "lost" else ""
+    job.message = told or (lines[-1] if lines else f"it ended with code {code}")
+    return []

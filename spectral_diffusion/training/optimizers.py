@@ -1,0 +1,190 @@
+"""Who takes the steps: AdamW, 8-bit AdamW or Prodigy; their rates over time; a moving average of what is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.attach import Attachment
+from ..config.models import TrainConfig
+from ..core.errors import UserError
+from ..models.prompt_encoder import Conditioner
+
+Groups = list[dict[str, Any]]
+
+
+class Prodigies:
+    """A Prodigy for each parameter group, since each component finds a step size of its own.
+
+    Every Prodigy sees its group as one flat tensor: it estimates its step size from sums over all numbers, and reads
+    them from the device twice for each tensor it is given. It has what the training loop, torch's loss scaler and the
+    saved state use of an optimiser.
+    """
+
+    OWN = ("betas", "eps", "weight_decay", "d_coef")  # of a group: as the settings say, whatever a state says
+
+    def __init__(self, groups: Groups, factor: float) -> None:
+        try:
+            from prodigyopt import Prodigy
+        except ImportError as error:
+            raise UserError("Prodigy needs prodigyopt: pip install 'spectral-diffusion[optim]'.") from error
+        self.param_groups: Groups = [{**group, "lr": 1.0} for group in groups]
+        self.flat = [nn.Parameter(torch.cat([p.detach().flatten() for p in group["params"]])) for group in groups]
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it decays weights
+            self.parts: list[torch.optim.Optimizer] = [
+                Prodigy([flat], lr=1.0, d_coef=factor, weight_decay=group["weight_decay"], safeguard_warmup=True)
+                for flat, group in zip(self.flat, groups, strict=True)
+            ]
+
+    def zero_grad(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group, flat, part in zip(self.param_groups, self.flat, self.parts, strict=True):
+            parameters: list[nn.Parameter] = group["params"]
+            grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+            if all(p.grad is None for p in parameters):
+                continue
+            flat.copy_(torch.cat([p.flatten() for p in parameters]))
+            flat.grad = torch.cat([grad.flatten() for grad in grads]).to(flat.dtype)
+            part.param_groups[0]["lr"] = group["lr"]
+            part.step()
+            flat.grad = None
+            moved = flat.split([p.numel() for p in parameters])
+            torch._foreach_copy_(
+                list[Tensor](parameters), [value.view_as(p) for value, p in zip(moved, parameters, strict=True)]
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As one optimiser's of the flat tensors, numbered through."""
+        held = [part.state_dict() for part in self.parts]
+        state = {index: one["state"][0] for index, one in enumerate(held) if one["state"]}
+        return {
+            "state": state,
+            "param_groups": [{**one["param_groups"][0], "params": [index]} for index, one in enumerate(held)],
+        }
+
+    def load_state_dict(self, held: Mapping[str, Any]) -> None:
+        """Take :meth:`state_dict` back.
+
+        Raises:
+            ValueError: of other groups.
+        """
+        for index, (part, saved) in enumerate(zip(self.parts, held["param_groups"], strict=True)):
+            own = {key: part.param_groups[0][key] for key in self.OWN}
+            state = {0: held["state"][index]} if index in held["state"] else {}
+            part.load_state_dict({"state": state, "param_groups": [{**saved, "params": [0]}]})
+            part.param_groups[0].update(own)
+
+
+Optimiser = torch.optim.Optimizer | Prodigies
+
+
+def build_optimiser(
+    attachment: Attachment, condition: Conditioner, config: TrainConfig, factors: Mapping[str, float]
+) -> tuple[Optimiser, list[float]]:
+    """An optimiser with a group per component and learning-rate factor; returns it and the groups' initial rates.
+
+    ``factors`` multiplies the rate of single layers. Weight decay never touches what is not neutral at zero: the token,
+    DoRA's magnitudes. Prodigy finds the rates itself, one per group; a rate of 0 still keeps a component as it is.
+
+    Raises:
+        UserError: a package is missing, every rate is 0, or single layers' rates were asked of Prodigy.
+    """
+    name = config.optimiser.name
+    rates = {"unet": config.learning_rate}
+    groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
+    for layer in attachment.layers:
+        component = layer.split(".", 1)[0]
+        rate = rates.get(component, config.text_encoder_learning_rate) * factors.get(layer, 1.0)
+        for parameter_name, parameter in attachment.parameters(layer).items():
+            decay = 0.0 if parameter_name in attachment.method.neutral else config.weight_decay
+            # Components of one rate stay one group, as ever, except where each finds its own.
+            apart = component if name == "prodigy" else ""
+            groups.setdefault((rate, decay, apart), []).append(parameter)
+    listed: Groups = [
+        {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay, _), parameters in groups.items()
+    ]
+    rows = list(condition.named_parameters().values())
+    if not any(rate > 0 for rate in (*(group["lr"] for group in listed), config.embedding_learning_rate)):
+        raise UserError(
+            "Every learning rate is 0, so nothing would be trained; set learning_rate, text_encoder_learning_rate or "
+            "embedding_learning_rate above 0."
+        )
+    listed.append({"params": rows, "lr": config.embedding_learning_rate, "weight_decay": 0.0})
+    if name == "prodigy":
+        if config.slot_rate:
+            raise UserError("Prodigy finds every rate itself: use slot_rate=0 with optimiser.name=prodigy.")
+        for group in listed:
+            group["lr"] = float(group["lr"] > 0)
+        prodigies = Prodigies([group for group in listed if group["lr"] > 0], config.optimiser.factor)
+        return prodigies, [group["lr"] for group in prodigies.param_groups]
+    if name == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise UserError("8-bit AdamW needs bitsandbytes: pip install 'spectral-diffusion[optim]'.") from error
+        return AdamW8bit(listed), [group["lr"] for group in listed]
+    return torch.optim.AdamW(listed), [group["lr"] for group in listed]
+
+
+def rate_at(step: int, config: TrainConfig) -> float:
+    """The factor on every learning rate at a step: a linear warm-up, then the decay over what is left."""
+    warmup = min(config.optimiser.warmup, config.steps - 1)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / (config.steps - warmup)
+    if config.decay == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1 - done if config.decay == "linear" else 1.0
+
+
+class Average:
+    """A moving average of parameters by name; with a decay of 0 there is none and nothing costs anything.
+
+    At the beginning it forgets faster, so that it never holds much of where training began.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay, self.parameters = decay, dict(parameters)
+        self.held = {n: p.detach().clone() for n, p in parameters.items()} if decay else {}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in what the parameters are after ``step`` steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in self.held.items():
+            value.lerp_(self.parameters[name], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let the parameters be their averages for a while."""
+        if not self.held:
+            yield
+            return
+        now = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._put(self.held)
+        try:
+            yield
+        finally:
+            self._put(now)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Take saved averages back."""
+        for name, value in self.held.items():
+            value.copy_(values[name])

@@ -1,0 +1,164 @@
+"""Ordinary pictures: what the base itself draws of many things, or a folder of pictures of the concept's class."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from ..config.models import DataConfig, PreservationConfig, TrainConfig, ordinary_thing
+from ..core.cache import cache_folder
+from ..core.hooks import Event, Progress
+from ..core.rng import keyed_generator
+from ..data.folder import load_concept
+from ..data.latents_cache import kept
+from ..data.samples import PhotoCrops
+from ..models.base import Base
+from .checkpoint import Stopped
+
+CHUNK = 8  # pictures drawn together
+STEPS = 20  # of each
+OWN = 3  # every third shows the concept's own class
+
+
+@dataclass
+class Ordinary:
+    """Pictures the base drew, or of the class: latents (n, c, h, w), what each shows, and its prompt."""
+
+    latents: Tensor
+    things: list[str]
+    prompts: list[str]
+
+
+def ordinary_prompts(config: PreservationConfig, noun: str, seed: int) -> tuple[list[str], list[str]]:
+    """What to draw: things ("a red dog") and whole prompts, every third thing of the concept's own class."""
+    things, prompts = [], []
+    for index in range(config.pictures):
+        generator = keyed_generator(seed, "ordinary", index)
+
+        def pick(options: list[str], generator: torch.Generator = generator) -> str:
+            return options[int(torch.randint(len(options), (), generator=generator))]
+
+        thing = ordinary_thing(pick(config.adjectives), noun if index % OWN == 0 else pick(config.nouns))
+        things.append(thing)
+        prompts.append(pick(config.scenes).replace("{}", thing))
+    return things, prompts
+
+
+def read_class_images(
+    folder: Path, base: Base, config: TrainConfig, noun: str, size: int, note: Callable[[str], None] = lambda text: None
+) -> Ordinary:
+    """Square crops of a folder's pictures, ``preservation.pictures`` of them if there are more.
+
+    They are prompted with their captions, a picture without one as a photo of the noun.
+
+    Raises:
+        UserError: no readable picture there.
+    """
+    pictures = load_concept(folder, name="class", noun=noun)
+    if pictures.skipped:
+        note(f"Skipped in {folder}: {'; '.join(pictures.skipped)}.")
+    for text in pictures.notes:
+        note(f"In {folder}: {text}")
+    chosen = torch.randperm(len(pictures.photos), generator=keyed_generator(config.seed, "class"))
+    photos = [pictures.photos[int(index)] for index in chosen[: config.preservation.pictures]]
+    plain = DataConfig(cache=config.data.cache)
+    settings = config.model_copy(update={"crops": 1, "data": plain})
+    crops = PhotoCrops(replace(pictures, photos=tuple(photos)), base, settings, size)
+    latents, _ = crops.take([(index, 0) for index in range(len(photos))])
+    thing = f"a {noun}"
+    captions = [photo.caption or f"a photo of {thing}" for photo in photos]
+    return Ordinary(
+        latents, [thing] * len(photos), [text.replace("<TOK>", thing).replace("{}", thing) for text in captions]
+    )
+
+
+def draw_ordinary(
+    base: Base,
+    config: TrainConfig,
+    noun: str,
+    size: int,
+    progress: Progress,
+    should_stop: Callable[[], bool] = lambda: False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Ordinary:
+    """Let the untouched base draw its ordinary pictures, or read those of the class; only their latents are needed.
+
+    What was drawn is kept beside the spectra: those of the class, and those of everything else, which the next concept
+    needs again.
+
+    Raises:
+        Stopped: ``should_stop``, asked at every step of every picture, said so.
+    """
+    wanted = config.preservation
+    if config.data.class_images:
+        return read_class_images(config.data.class_images, base, config, noun, size, note)
+    things, prompts = ordinary_prompts(wanted, noun, config.seed)
+    own = list(range(0, len(prompts), OWN))
+    rest = [index for index in range(len(prompts)) if index % OWN]
+    found: dict[int, Tensor] = {}
+    for part in (rest, own):
+        if not part:
+            continue
+
+        def tell(done: int, before: int = len(found)) -> None:
+            if should_stop():
+                raise Stopped("Stopped before the first step; --resume begins anew.")
+            progress(Event("draw", before + done, len(prompts)))
+
+        asked = [(prompts[index], index) for index in part]
+        latents = drawn(base, asked, config.seed, size, wanted.guidance, tell)
+        found |= dict(zip(part, latents, strict=True))
+    return Ordinary(torch.stack([found[index] for index in range(len(prompts))]), things, prompts)
+
+
+def drawn(
+    base: Base, asked: Sequence[tuple[str, int]], seed: int, size: int, guidance: float, tell: Callable[[int], None]
+) -> Tensor:
+    """Latents (n, c, h, w) of pictures by prompt and number, as kept, or drawn now and then kept.
+
+    Args:
+        tell: is called with how many are done, at every step of every chunk; what it raises ends the drawing.
+    """
+    scheduler = {key: value for key, value in base.pipeline.scheduler.config.items() if not key.startswith("_")}
+    decides = [base.fingerprint.exact, str(base.dtype), base.device.type, torch.__version__, diffusers.__version__]
+    whole = [*decides, scheduler, list(asked), seed, size, guidance, STEPS, CHUNK]
+    key = hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()
+    latents, _ = kept(cache_folder() / "ordinary", key, lambda: (draw(base, asked, seed, size, guidance, tell), None))
+    tell(len(asked))
+    return latents.to(base.device)
+
+
+@torch.no_grad()
+def draw(
+    base: Base, asked: Sequence[tuple[str, int]], seed: int, size: int, guidance: float, tell: Callable[[int], None]
+) -> Tensor:
+    """The drawing of :func:`drawn`."""
+    base.pipeline.set_progress_bar_config(disable=True)
+    latents = []
+    for start in range(0, len(asked), CHUNK):
+        chunk = asked[start : start + CHUNK]
+
+        def step(pipeline: Any, number: int, time: Any, tensors: dict[str, Any], start: int = start) -> dict[str, Any]:
+            tell(start)
+            return tensors
+
+        pictures = base.pipeline(
+            prompt=[prompt for prompt, _ in chunk],
+            width=size,
+            height=size,
+            num_inference_steps=STEPS,
+            guidance_scale=guidance,
+            generator=[keyed_generator(seed, "drawn", index) for _, index in chunk],
+            output_type="latent",
+            callback_on_step_end=step,
+        )
+        latents.append(pictures.images.float())
+    return torch.cat(latents)

@@ -1,0 +1,148 @@
+"""Keep everything else as the base draws it while one concept is learnt.
+
+An adapter trained on photos of one thing alone changes every picture, whatever the prompt says, and fused
+adapters then draw over each other. So the base first draws ordinary pictures, and two things are done with them:
+
+* the adapted networks are held to the base's own predictions on them: DreamBooth's prior preservation (Ruiz et
+  al. 2023, sec. 3.3) with the base's output as the target. Part of their prompts carry a random word, as
+  somebody else's concept would, so that an adapter answers to its own word and to no other new one;
+* photos are shown side by side with them (the Cut-Mix of SVDiff, Han et al. 2023, sec. 3.3), so that a concept
+  keeps to its own side of a picture.
+
+With ``data.class_images`` the ordinary pictures are files of the concept's class instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from ..config.models import TrainConfig
+from ..core.hooks import Event, Progress, silent
+from ..core.rng import keyed_generator
+from ..models.base import Base
+from .batch import Samples, draw_timestep
+from .prior_images import Ordinary
+
+CHUNK = 8  # predictions asked for together
+DRAWS = 8  # noise and timestep draws per ordinary picture
+PAIRS = ("{} on the left and {} on the right", "on the left {}, on the right {}")
+OTHERS = tuple(f"<other-{index}>" for index in range(64))  # random words that stand for other people's concepts
+
+Condition = Callable[..., dict[str, Any]]  # prompts, and the latents' height and width
+
+
+@dataclass
+class Anchors:
+    """Where the adapted networks must predict what the base predicts: n noised pictures with their targets."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    prompts: list[str]
+    targets: Tensor
+
+    def batch(self, step: int, config: TrainConfig) -> Anchors:
+        """A few of them for one step."""
+        generator = keyed_generator(config.seed, "anchors", step)
+        chosen = torch.randint(len(self.prompts), (config.preservation.batch,), generator=generator)
+        prompts = [self.prompts[int(index)] for index in chosen]
+        return Anchors(self.noisy[chosen], self.timesteps[chosen], prompts, self.targets[chosen])
+
+
+@torch.no_grad()
+def draw_anchors(
+    ordinary: Ordinary,
+    base: Base,
+    schedule: DDPMScheduler,
+    config: TrainConfig,
+    condition: Condition,
+    progress: Progress = silent,
+) -> Anchors:
+    """Noise the ordinary pictures and ask the untouched base what it predicts."""
+    total = len(schedule.alphas_cumprod)
+    noises, times, prompts = [], [], []
+    for index in range(len(ordinary.prompts) * DRAWS):
+        generator = keyed_generator(config.seed, "anchor", index)
+        picture = index % len(ordinary.prompts)
+        times.append(draw_timestep(generator, config.timestep_power, total))
+        noises.append(torch.randn(ordinary.latents.shape[1:], generator=generator))
+        prompt = ordinary.prompts[picture]
+        if float(torch.rand((), generator=generator)) < config.preservation.others:
+            word = OTHERS[int(torch.randint(len(OTHERS), (), generator=generator))]
+            thing = ordinary.things[picture]
+            prompt = prompt.replace(thing, f"{word} {thing.split()[-1]}")
+        prompts.append(prompt)
+    latents = ordinary.latents.repeat(DRAWS, 1, 1, 1)
+    timesteps = torch.stack(times).to(latents.device)
+    noisy = schedule.add_noise(latents, torch.stack(noises).to(latents), timesteps)
+    targets = []
+    for start in range(0, len(prompts), CHUNK):
+        part = slice(start, start + CHUNK)
+        told = condition(prompts[part], noisy.shape[-2:])
+        predicted = base.pipeline.unet(noisy[part].to(base.dtype), timesteps[part], **told).sample
+        targets.append(predicted.float())
+        progress(Event("predict", min(start + CHUNK, len(prompts)), len(prompts)))
+    return Anchors(noisy, timesteps, prompts, torch.cat(targets))
+
+
+def predict(
+    unet: nn.Module, dtype: torch.dtype, condition: Condition, noisy: Tensor, samples: Samples, held: Anchors | None
+) -> tuple[Tensor, Tensor | None]:
+    """What the networks predict for a step's noised photos and for its anchors, in one call where the shapes allow it.
+
+    Returns:
+        Predictions (n, c, h, w) and (m, c, h, w) float32.
+    """
+
+    def ask(noisy: Tensor, timesteps: Tensor, prompts: list[str]) -> Tensor:
+        predicted: Tensor = unet(noisy.to(dtype), timesteps, **condition(prompts, noisy.shape[-2:])).sample
+        return predicted.float()
+
+    if held is None:
+        return ask(noisy, samples.timesteps, samples.prompts), None
+    if held.noisy.shape[1:] != noisy.shape[1:]:
+        photos = ask(noisy, samples.timesteps, samples.prompts)
+        return photos, ask(held.noisy, held.timesteps, held.prompts)
+    timesteps = torch.cat([samples.timesteps, held.timesteps])
+    both = ask(torch.cat([noisy, held.noisy]), timesteps, samples.prompts + held.prompts)
+    return both[: len(noisy)], both[len(noisy) :]
+
+
+def is_cut(step: int, config: TrainConfig) -> bool:
+    """Whether this step shows photos beside ordinary pictures."""
+    return float(torch.rand((), generator=keyed_generator(config.seed, "cut", step))) < config.preservation.cut_mix
+
+
+def cut_mix(samples: Samples, ordinary: Ordinary, token: str, step: int, config: TrainConfig) -> Samples:
+    """Half of a step's photos, each beside an ordinary picture; the prompt names both sides.
+
+    Where one is taller, its top is shown. Masks weigh the photo's side alone.
+    """
+    prompts: list[str] = []
+    latents: list[Tensor] = []
+    noises: list[Tensor] = []
+    weights: list[Tensor] = []
+    height = min(samples.latents.shape[2], ordinary.latents.shape[2])
+    count = max(1, len(samples.prompts) // 2)
+    for index in range(count):
+        generator = keyed_generator(config.seed, "cut", step, index)
+        other = int(torch.randint(len(ordinary.prompts), (), generator=generator))
+        noise = torch.randn(ordinary.latents.shape[1:], generator=generator).to(samples.noise)
+        whole = torch.ones_like(noise[:1])
+        weight = whole if samples.weights is None else samples.weights[index]
+        photo = (samples.latents[index], samples.noise[index], weight, token)
+        halves = [photo, (ordinary.latents[other], noise, whole, ordinary.things[other])]
+        if float(torch.rand((), generator=generator)) < 0.5:
+            halves.reverse()
+        pictures, sides, counts, things = zip(*halves, strict=True)
+        for row, parts in ((latents, pictures), (noises, sides), (weights, counts)):
+            row.append(torch.cat([part[:, :height] for part in parts], -1))
+        pair = PAIRS[int(torch.randint(len(PAIRS), (), generator=generator))]
+        prompts.append(pair.format(*things))
+    weighed = None if samples.weights is None else torch.stack(weights)
+    return Samples(torch.stack(latents), torch.stack(noises), samples.timesteps[:count], prompts, weighed)

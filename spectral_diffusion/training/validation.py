@@ -1,0 +1,238 @@
+"""What is shown and recorded while a concept trains: sample grids, a tracker, likeness, a card. Training feels none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..adapters.adapter import Adapter
+from ..adapters.attach import Attachment
+from ..config.models import TrainConfig, WatchConfig
+from ..core.errors import UserError, reason
+from ..core.files import atomic
+from ..data.folder import Concept, open_photo
+from ..metrics.identity import IdentityEncoder, likeness, load_identity_encoder
+from ..models.base import Base
+from ..models.prompt_encoder import Conditioner
+from .card import write_card
+from .optimizers import Average
+from .status import add_point
+
+BETTER = 0.005  # how much more alike the samples must be to count as better
+
+
+def samples_folder(output: Path) -> Path:
+    """Where the sample grids of a training lie."""
+    return output.with_name(f"{output.stem}-samples")
+
+
+@contextmanager
+def at_strength(attachment: Attachment, strength: float) -> Iterator[None]:
+    """Let ΔW act times λ, whatever the method: each layer's output moves from its base's by so much."""
+
+    def scale(layer: Any, inputs: Any, keywords: Any, output: Tensor) -> Tensor:
+        plain: Tensor = layer.get_base_layer()(*inputs, **keywords)
+        return plain + strength * (output - plain)
+
+    layers: list[Any] = [] if strength == 1 else list(attachment.layers.values())
+    handles = [layer.register_forward_hook(scale, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def draw_samples(
+    base: Base, condition: Conditioner, attachment: Attachment, token: str, config: WatchConfig
+) -> list[list[Image.Image]]:
+    """A row per prompt, a picture per strength, from the seeds seed, seed + 1, … of the rows.
+
+    The networks, their processors and every random state stay as they are.
+    """
+    # Without text encoders, since the words come encoded and the pipeline would take their precision for the U-Net's.
+    parts = {name: part for name, part in base.pipeline.components.items() if name != "image_encoder"}
+    parts |= dict.fromkeys(base.tokenizers)
+    schedule = DPMSolverMultistepScheduler.from_config(base.pipeline.scheduler.config, algorithm_type="dpmsolver++")
+    large = isinstance(base.pipeline, StableDiffusionXLPipeline)
+    pipe = type(base.pipeline)(
+        **{**parts, "scheduler": schedule}, **({} if large else {"requires_safety_checker": False})
+    )
+    pipe.set_progress_bar_config(disable=True)
+    slicing, pipe.vae.use_slicing = pipe.vae.use_slicing, True  # decoded one by one: they would take the most memory
+    prompts = [prompt.replace("{}", token) for prompt in config.prompts]
+    columns = []
+    for strength in config.strengths:
+        with torch.no_grad(), torch.random.fork_rng([]), at_strength(attachment, strength):
+            words = {"": condition(prompts), "negative_": condition([""] * len(prompts))}
+            options = {f"{kind}prompt_embeds": one["encoder_hidden_states"] for kind, one in words.items()}
+            if large:
+                pooled = {kind: one["added_cond_kwargs"]["text_embeds"] for kind, one in words.items()}
+                options |= {f"{kind}pooled_prompt_embeds": value for kind, value in pooled.items()}
+            columns.append(
+                pipe(
+                    width=condition.size, height=condition.size, num_inference_steps=config.steps,
+                    guidance_scale=config.guidance,
+                    generator=[torch.Generator("cpu").manual_seed(config.seed + row) for row in range(len(prompts))],
+                    **options,
+                ).images
+            )  # fmt: skip
+    pipe.vae.use_slicing = slicing
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
+    """Pictures of one size in rows, a title above each column."""
+    width, height = rows[0][0].size
+    factor = max(1, 96 // height)
+    width, height = width * factor, height * factor
+    out = Image.new("RGB", (len(titles) * (width + 4) - 4, 18 + len(rows) * (height + 4) - 4), "white")
+    pen, font = ImageDraw.Draw(out), ImageFont.load_default(size=12)
+    for column, title in enumerate(titles):
+        pen.text((column * (width + 4) + 2, 2), title, fill=(60, 60, 60), font=font)
+        for row, images in enumerate(rows):
+            shown = images[column].resize((width, height), Image.Resampling.NEAREST)
+            out.paste(shown, (column * (width + 4), 18 + row * (height + 4)))
+    return out
+
+
+class Watcher:
+    """Asked after every step; it draws, records, and says when the likeness has stopped rising.
+
+    Grids and records go beside the adapter's file.
+
+    Args:
+        active: whether this process is the one that writes.
+    """
+
+    def __init__(
+        self, config: TrainConfig, concept: Concept, base: Base, note: Callable[[str], None], active: bool = True
+    ) -> None:
+        self.path, self.config, self.concept, self.base, self.note = config.output, config, concept, base, note
+        self.active = active
+        self.curve: list[tuple[int, float]] = []
+        self.samples: list[tuple[int, str]] = []
+        self.likeness: list[tuple[int, float]] = []
+        self.rested = 0  # grids since the likeness rose
+        self._stride = 1
+        self.encoder = self._encoder() if config.watch.every and active else None
+        self._lone = not PartialState._shared_state  # nobody else in this process has accelerate's state
+        self.tracker = start_tracker(config, self.path, concept.name) if active else None
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.tracker:
+            self.tracker.finish()
+            if self._lone:
+                PartialState._reset_state()
+
+    @property
+    def plateau(self) -> bool:
+        """Whether training may stop: so many grids in a row were not more like the photos than the best."""
+        return 0 < self.config.watch.patience <= self.rested
+
+    def __call__(
+        self, step: int, loss: float, rate: float, condition: Conditioner, attachment: Attachment, average: Average
+    ) -> dict[str, Any]:
+        """Look at the networks after a step; returns the figures to show."""
+        figures: dict[str, Any] = {"loss": loss}
+        if not self.active:
+            return figures
+        self._stride = add_point(self.curve, step, loss, self._stride)
+        every = self.config.watch.every
+        if every and (step % every == 0 or step == self.config.steps):
+            with average.applied():
+                attachment.prune()
+                rows = draw_samples(self.base, condition, attachment, self.concept.token, self.config.watch)
+            figures |= self._keep(step, rows)
+        if self.tracker:
+            numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
+            self.tracker.log({**numbers, "rate": rate}, step=step)
+        return figures
+
+    def _keep(self, step: int, rows: list[list[Image.Image]]) -> dict[str, Any]:
+        """Write a grid; one that cannot be written is no reason to stop."""
+        figures: dict[str, Any] = {}
+        file = samples_folder(self.path) / f"step-{step:06d}.png"
+        try:
+            with atomic(file) as temporary:
+                sheet(rows, [f"× {value:g}" for value in self.config.watch.strengths]).save(temporary, "PNG")
+            self.samples.append((step, str(file)))
+            figures["sample"] = str(file)
+        except (UserError, OSError) as error:
+            self.note(f"Note: the samples of step {step} could not be written ({reason(error)}).")
+        if self.encoder:
+            strongest = max(range(len(self.config.watch.strengths)), key=self.config.watch.strengths.__getitem__)
+            alike = float(likeness(self.encoder, [row[strongest] for row in rows], self.references).mean())
+            best = max((value for _, value in self.likeness), default=-1.0)
+            self.rested = 0 if alike > best + BETTER else self.rested + 1
+            self.likeness.append((step, alike))
+            figures["likeness"] = alike
+        return figures
+
+    def _encoder(self) -> IdentityEncoder | None:
+        """The pocket base's identity encoder, which knows its world; there is none for others."""
+        if self.base.name != "pocket":
+            if self.config.watch.patience:
+                self.note("Note: only the pocket base has an identity encoder, so watch.patience stops nothing here.")
+            return None
+        self.references = [open_photo(photo.path) for photo in self.concept.photos]
+        return load_identity_encoder()
+
+    def finish(self, adapter: Adapter) -> None:
+        """Write the card, if one is wanted; a full disk is no reason to lose the adapter."""
+        if self.active and self.config.watch.card:
+            try:
+                write_card(adapter, self.config, self.curve, self.samples, self.likeness)
+            except UserError as error:
+                self.note(f"Note: {error}")
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs, JSON-able."""
+        return {
+            "curve": self.curve, "stride": self._stride, "samples": self.samples, "likeness": self.likeness,
+            "rested": self.rested,
+        }  # fmt: skip
+
+    def load_state(self, held: dict[str, Any]) -> None:
+        """Take :meth:`state` back."""
+        self.curve = [(int(step), float(value)) for step, value in held.get("curve", [])]
+        self.samples = [(int(step), str(file)) for step, file in held.get("samples", [])]
+        self.likeness = [(int(step), float(value)) for step, value in held.get("likeness", [])]
+        self._stride, self.rested = int(held.get("stride", 1)), int(held.get("rested", 0))
+
+
+def start_tracker(config: TrainConfig, path: Path, name: str) -> Any:
+    """One of accelerate's trackers, logging into ``<stem>-log/``; None if none is wanted.
+
+    Raises:
+        UserError: its package is not installed, or it cannot start.
+    """
+    wanted = config.watch.tracker
+    if wanted == "none":
+        return None
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    if wanted not in [str(one.value) for one in get_available_trackers()]:
+        extra = "pip install 'spectral-diffusion[log]'" if wanted == "tensorboard" else f"pip install {wanted}"
+        raise UserError(f"The tracker {wanted} is not installed: {extra}, or use watch.tracker=none.")
+    PartialState(cpu=not torch.cuda.is_available())  # the trackers ask it who is the main process
+    kind = LOGGER_TYPE_TO_CLASS[wanted]
+    folder = {"logging_dir": str(path.with_name(f"{path.stem}-log"))} if kind.requires_logging_directory else {}
+    try:
+        tracker = kind(re.sub(r"[^\w.-]+", "-", name), **folder)
+        tracker.start()
+    except Exception as error:  # each has its own ways to fail: no key, no network
+        raise UserError(f"The tracker {wanted} could not start: {reason(error)}.") from error
+    return tracker
