@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from spectral_diffusion.adapters.attach import Attachment, attach
+from spectral_diffusion.adapters.attach import InjectedAdapter, inject_adapter
 from spectral_diffusion.adapters.frozen import frozen_tensors
-from spectral_diffusion.linalg import sides
+from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.slots.ledger import Slot
@@ -17,13 +17,13 @@ __all__ = ["RANK", "put", "saved_bytes"]
 RANK = 8
 
 
-def put(name: str, models: dict[str, nn.Module], targets: str, rank: int = RANK) -> Attachment:
+def put(name: str, models: dict[str, nn.Module], targets: str, rank: int = RANK) -> InjectedAdapter:
     """A method on models, its parameters a little off zero. Bands are random: the cost does not depend on which."""
     method = get_method(name)
     weights = {layer: module.weight.detach() for layer, module in find_targets(models, targets).items()}
-    allowed = method.ranks([sides(weight) for weight in weights.values()])
+    allowed = method.ranks([matrix_shape(weight) for weight in weights.values()])
     rank = rank if rank in allowed else allowed[0]
-    if method.frozen == "band":
+    if method.builds_on == "band":
         frozen = {
             layer: {
                 "U": torch.linalg.qr(torch.randn(len(w), rank)).Q,
@@ -35,7 +35,7 @@ def put(name: str, models: dict[str, nn.Module], targets: str, rank: int = RANK)
     else:
         slot = Slot.interval(0, rank) if method.slot else None
         frozen = frozen_tensors(method, {layer: w.float() for layer, w in weights.items()}, rank, slot)
-    attachment = attach(models, method, rank, targets=targets, frozen=frozen, steps=100)
+    attachment = inject_adapter(models, method, rank, targets=targets, frozen=frozen, steps=100)
     with torch.no_grad():
         for _, parameter in attachment.named_parameters():
             parameter += 0.01 * torch.randn(parameter.shape)

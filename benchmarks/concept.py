@@ -12,11 +12,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from spectral_diffusion.config.models import build, parse_overrides, read_yaml
+from spectral_diffusion.config.settings import build, parse_overrides, read_yaml
 from spectral_diffusion.core.assets import preset
 from spectral_diffusion.metrics.identity import load_identity_encoder
 from spectral_diffusion.scenes.scene import Scene
-from spectral_diffusion.studies.runner import TUNED
+from spectral_diffusion.studies.runner import TUNING_CONCEPTS
 from tools.pocket.art import icon_sets
 from tools.pocket.render import Renderer
 from tools.pocket.report import concept_learnt
@@ -25,10 +25,10 @@ from tools.pocket.report import concept_learnt
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--art", type=Path, required=True, help="folder of the artwork, fetched if it is not there")
-    parser.add_argument("--concepts", nargs="*", default=list(TUNED))
+    parser.add_argument("--concepts", nargs="*", default=list(TUNING_CONCEPTS))
     parser.add_argument("changes", nargs="*", help="settings of one trial each: steps=300,learning_rate=4e-3")
     arguments = parser.parse_args()
-    config = build(Scene, read_yaml(preset("pocket"))["generate"], {"base": "pocket", "guidance": 4.0})
+    config = build(Scene, read_yaml(preset("pocket"))["generate"], {"base": "pocket", "guidance_scale": 4.0})
     renderer, encoder = Renderer(icon_sets(arguments.art)), load_identity_encoder()
     for text in arguments.changes or [""]:
         change = parse_overrides([part for part in text.split(",") if part])

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from spectral_diffusion.config.models import FuseConfig
+from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.merging.merges import Contribution, get_merge
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.slots.ledger import Slot

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from common import RANK
 from torch import Tensor
 
-from spectral_diffusion.config.models import FuseConfig, GradientConfig
+from spectral_diffusion.config.fuse import CalibrationConfig, FuseConfig
 from spectral_diffusion.linalg import Factors
-from spectral_diffusion.merging.activations import Activations
+from spectral_diffusion.merging.activations import GramAccumulator
 from spectral_diffusion.merging.merges import Contribution, get_merge
 from spectral_diffusion.methods import get_method
 
@@ -63,7 +63,7 @@ def closed_form(case: Case, config: FuseConfig) -> Tensor:
     """ΔW from the rows, streamed."""
     method, brought = get_method("lora"), []
     for index, (change, rows) in enumerate(zip(case.changes, case.rows, strict=True)):
-        seen = Activations(rows.shape[1])
+        seen = GramAccumulator(rows.shape[1])
         for part in rows.split(STREAMED):
             seen.add(part)
         parameters = {"A": change.down, "B": change.up}
@@ -109,7 +109,7 @@ def objective(delta: Tensor, case: Case) -> float:
 def measure(width: int, rows: int, rounds: int, iterations: int, search: str | None, clock: str) -> dict[str, Any]:
     """Median seconds of both over interleaved rounds, and what each reaches."""
     case = make_case(width, rows)
-    config = FuseConfig(adapters=[Path("a")], output=Path("b"), gradient=GradientConfig(anchor=0.0))
+    config = FuseConfig(adapters=[Path("a")], output=Path("b"), calibration=CalibrationConfig(prior_weight=0.0))
     every = torch.cat(case.rows)
     pairs = zip(case.changes, case.rows, strict=True)
     wanted = torch.cat([F.linear(x, case.weight + change.delta()) for change, x in pairs])

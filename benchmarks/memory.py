@@ -6,11 +6,13 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from spectral_diffusion.config.models import FuseConfig, TrainConfig, build, read_yaml
+from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.settings import build, read_yaml
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import assets as resources
-from spectral_diffusion.merging.memory import memory_to_teach
+from spectral_diffusion.merging.memory import distillation_memory
 from spectral_diffusion.models.architectures import build_meta, build_vae_meta
-from spectral_diffusion.models.base import parse_dtype, quiet
+from spectral_diffusion.models.base import parse_dtype, quiet_loading
 from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.training.memory import Estimate, estimate
 
@@ -19,12 +21,12 @@ TEACHING = ("drawing lessons", "teaching")
 SIDES = {"sd15": 512, "sdxl": 1024}
 CASES: dict[str, list[dict[str, Any]]] = {
     "sd15": [
-        {"batch": 1, "dtype": dtype, "gradient_checkpointing": ck}
+        {"batch_size": 1, "dtype": dtype, "gradient_checkpointing": ck}
         for dtype in ("float32", "float16")
         for ck in (False, True)
     ],
     "sdxl": [
-        {"batch": 1, "dtype": "float16", "gradient_checkpointing": ck, "method": method}
+        {"batch_size": 1, "dtype": "float16", "gradient_checkpointing": ck, "method": method}
         for method in ("spectral-additive", "spectral-rotation")
         for ck in (False, True)
     ],
@@ -34,7 +36,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
 def computed(arch: str, config: TrainConfig, size: int | None = None, device: str = "cuda") -> Estimate:
     """The estimate for an architecture in the settings' precision."""
     dtype = parse_dtype(config.dtype)
-    with quiet():
+    with quiet_loading():
         models = {name: model.to(dtype).requires_grad_(False) for name, model in build_meta(arch).items()}
         vae = build_vae_meta().to(dtype)
     return estimate(models, vae, config, size or config.resolution or SIDES[arch], device)
@@ -51,12 +53,12 @@ def presets() -> Iterator[tuple[str, TrainConfig]]:
 def taught(name: str, targets: str = "attention") -> Estimate:
     """The estimate for teaching a fusion as a preset does, or by its defaults if none is named."""
     settings = read_yaml(resources.configs() / f"{name}.yaml").get("fuse", {}) if name else {}
-    config = build(FuseConfig, settings, {"adapters": ["x"], "output": "y"}).teach
-    with quiet():
+    config = build(FuseConfig, settings, {"adapters": ["x"], "output": "y"}).distill
+    with quiet_loading():
         models = {name: model.requires_grad_(False) for name, model in build_meta("sd15").items()}
         vae = build_vae_meta()
     learners = [layer.weight for layer in find_targets(models, targets).values()]
-    return memory_to_teach(models, vae, learners, config, SIDES["sd15"])
+    return distillation_memory(models, vae, learners, config, SIDES["sd15"])
 
 
 def teachers() -> list[str]:

@@ -15,23 +15,23 @@ from contextlib import ExitStack
 import torch
 from step import build
 
-from spectral_diffusion.linalg import Factors, sides
+from spectral_diffusion.linalg import Factors, matrix_shape
 from spectral_diffusion.models.targets import find_targets
-from spectral_diffusion.scenes.regions import Area, Regional, regional
+from spectral_diffusion.scenes.regions import EncodedRegion, RegionalPrompts, regional
 
 HEIGHT, WIDTH, REGIONS, RANK = 32, 64, 4, 16
 
 
-def areas(layers: dict[str, torch.nn.Module], bound: bool) -> list[Area]:
+def areas(layers: dict[str, torch.nn.Module], bound: bool) -> list[EncodedRegion]:
     """Four columns of the picture, each with random prompts and, if asked, random changes of every layer."""
     found = []
     for index in range(REGIONS):
         deltas = {}
         for name, layer in layers.items() if bound else ():
-            out, inside = sides(layer.weight)  # type: ignore[arg-type]
+            out, inside = matrix_shape(layer.weight)  # type: ignore[arg-type]
             deltas[name] = Factors(0.01 * torch.randn(out, RANK), 0.01 * torch.randn(RANK, inside))
         box = (index / REGIONS, 0.0, (index + 1) / REGIONS, 1.0)
-        found.append(Area(box, torch.randn(77, 768), torch.randn(77, 768), deltas))
+        found.append(EncodedRegion(box, torch.randn(77, 768), torch.randn(77, 768), deltas))
     return found
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     for index in range(rounds + 1):
         for name in list(ways) if index % 2 else list(ways)[::-1]:
             with ExitStack() as stack:
-                stack.enter_context(regional(unet, Regional(ways[name], (HEIGHT, WIDTH), 1), layers))
+                stack.enter_context(regional(unet, RegionalPrompts(ways[name], (HEIGHT, WIDTH), 1), layers))
                 begun = time.perf_counter()
                 unet(latents, torch.tensor([500]), text)
                 times[name].append(time.perf_counter() - begun)

@@ -30,7 +30,8 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from spectral_diffusion.config.models import TrainConfig, build
+from spectral_diffusion.config.settings import build
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import assets as resources
 from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.data.folder import load_concept
@@ -175,9 +176,9 @@ def our_loop(
     with tempfile.TemporaryDirectory() as kept:
         config = build(TrainConfig, {
             "concept": folder, "output": Path(kept) / "rex.safetensors", "method": "lora", "rank": RANK,
-            "resolution": size, "batch": batch, "steps": steps, "learning_rate": RATE, "noise_offset": 0.0,
-            "save_every": steps, "text_encoder_learning_rate": RATE, "crops": 1,
-            "data": {"cache_latents": cached, "cache": Path(kept) / "latents"},
+            "resolution": size, "batch_size": batch, "steps": steps, "learning_rate": RATE, "noise_offset": 0.0,
+            "checkpointing_steps": steps, "text_encoder_learning_rate": RATE, "crops_per_image": 1,
+            "data": {"cache_latents": cached, "latents_cache_dir": Path(kept) / "latents"},
         })  # fmt: skip
         first = iter([True])
 

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from spectral_diffusion import SpectralConfig
-from spectral_diffusion.config.models import Settings, build, parse_overrides, read_yaml
+from spectral_diffusion.config.settings import Settings, build, parse_overrides, read_yaml
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.methods import get_method
 

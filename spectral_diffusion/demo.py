@@ -8,7 +8,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from .adapters.formats.native import load_adapter
-from .config.models import FuseConfig, TrainConfig, build, to_yaml, usual_settings
+from .config.fuse import FuseConfig
+from .config.presets import preset_settings
+from .config.settings import build, to_yaml
+from .config.train import TrainConfig
 from .core import assets as resources
 from .core.files import write_text
 from .core.hooks import Progress, brief_duration, silent
@@ -16,10 +19,10 @@ from .core.precision import resolve_mixed_precision
 from .data.folder import load_concept, open_photo
 from .merging.fuse import fuse_to_folder
 from .models.base import Base, load_base, parse_device
-from .scenes.control import read_drawing
-from .scenes.generate import put_on, sample
+from .scenes.control import read_control_image
+from .scenes.generate import load_adapters, sample
 from .scenes.png_metadata import grid, save_png, sources_of
-from .scenes.scene import Condition, Region, Scene
+from .scenes.scene import ControlImage, Region, Scene
 from .training.run import train_to_file
 from .training.speed import seconds_per_picture, training_seconds
 
@@ -48,14 +51,14 @@ def run_demo(
         steps: of each training, and at most as many of distillation; by default :data:`TRAINING` and
             :data:`TEACHING`. With a number, as many images at most are prepared for each part.
     """
-    train, fuse, draw = (usual_settings("pocket", verb) for verb in ("train", "fuse", "generate"))
+    train, fuse, draw = (preset_settings("pocket", verb) for verb in ("train", "fuse", "generate"))
     folders = {name: resources.concepts() / name for name in CONCEPTS}
     concepts = {name: load_concept(folder) for name, folder in folders.items()}
     files = {name: output / f"{name}.safetensors" for name in CONCEPTS}
 
     # With a few steps only it shows that all of it runs, so that it prepares little too.
-    few = {"pictures": min(steps or PREPARED, PREPARED)}
-    shorter = {"steps": steps, "preservation": few} if steps else {"steps": TRAINING}
+    few = {"num_images": min(steps or PREPARED, PREPARED)}
+    shorter = {"steps": steps, "prior": few} if steps else {"steps": TRAINING}
     trainings = {
         name: build(TrainConfig, train, {"concept": folder, "output": files[name]}, shorter)
         for name, folder in folders.items()
@@ -67,9 +70,9 @@ def run_demo(
 
     fused = output / "fused"
     change = {"adapters": list(files.values()), "output": fused, "merge": "gradient"}
-    change["teach"] = {"steps": teaching}
+    change["distill"] = {"steps": teaching}
     if steps:
-        change |= {"teach": {"steps": teaching, **few, "plain": few["pictures"]}, "gradient": few}
+        change |= {"distill": {"steps": teaching, **few, "num_prior_images": few["num_images"]}, "calibration": few}
     for warning in fuse_to_folder(build(FuseConfig, fuse, change), progress):
         note(warning)
     note(f"Fused into {fused}/.")
@@ -83,14 +86,14 @@ def run_demo(
     alone = {}
     for name in CONCEPTS:
         with_one = load_base("pocket")
-        put_on(with_one, [(load_adapter(files[name]), 1.0)])
+        load_adapters(with_one, [(load_adapter(files[name]), 1.0)])
         alone[name] = pictures(with_one, name)
     with_both = load_base(str(fused))
     after = {name: pictures(with_both, name) for name in CONCEPTS}
 
     sketch_path = resources.concepts() / "sketches" / SKETCH
-    condition = Condition(file=sketch_path, weight=0.7)
-    sketch = read_drawing(condition)
+    condition = ControlImage(file=sketch_path, conditioning_scale=0.7)
+    sketch = read_control_image(condition)
     first, second = (concepts[name].token for name in CONCEPTS)
     scene = settings.model_copy(
         update={
@@ -99,7 +102,7 @@ def run_demo(
                 Region(box=box, prompt=f"a photo of {token} on the beach")
                 for box, token in (((0.0, 0.0, 0.5, 1.0), first), ((0.5, 0.0, 1.0, 1.0), second))
             ],
-            "conditions": [condition],
+            "controls": [condition],
             "width": 2 * with_both.size,
             "seed": 3,
         }

@@ -16,10 +16,10 @@ from .adapters.formats.native import load_adapter
 from .core.errors import UserError
 from .core.files import is_folder, is_there
 from .linalg import cosine_between, frobenius_norm, row_space
-from .merging.fuse import overlaps, strength_of
-from .merging.manifest import load_adapters, read_recipe
+from .merging.fuse import overlaps, scale_of
+from .merging.manifest import load_adapters, read_manifest
 from .scenes.png_metadata import read_settings
-from .slots.picture import draw_slots
+from .slots.picture import slot_map
 
 
 def inspect_paths(paths: Sequence[Path]) -> dict[str, Any]:
@@ -52,10 +52,10 @@ def inspect_path(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     if is_folder(path):
-        recipe = read_recipe(path)
+        recipe = read_manifest(path)
         if recipe is None:
-            raise UserError(f"{path} is not a fused folder: it holds no recipe.json.")
-        strength = {str(name): float(value) for name, value in recipe["strength"].items()}
+            raise UserError(f"{path} is not a fused folder: it holds no manifest.json.")
+        strength = {str(name): float(value) for name, value in recipe["scales"].items()}
         return {"kind": "fusion", **recipe, **_together(load_adapters(path), strength)}
     if not is_there(path):
         raise UserError(f"No such file: {path}.")
@@ -68,7 +68,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
         "noun": adapter.noun,
         "token": adapter.token,
         "vectors": len(next(iter(adapter.vectors.values()), [])),
-        "layerwise": len(next(iter(adapter.layerwise.values()), [])),  # layers with vectors of their own
+        "per_layer_tokens": len(next(iter(adapter.per_layer_vectors.values()), [])),  # layers with vectors of their own
         "method": adapter.method.name,
         "rank": adapter.rank,
         "columns": str(adapter.slot) if adapter.slot else None,
@@ -136,7 +136,7 @@ def interference(adapters: Sequence[Adapter], strength: Mapping[str, float]) -> 
     where nobody touches them, 1 where the others weigh as much as the concept itself.
     """
     scaled = [
-        {layer: strength_of(strength, one.name, layer) for layer in one.layers} for one in adapters
+        {layer: scale_of(strength, one.name, layer) for layer in one.layers} for one in adapters
     ]  # λ by adapter and layer
     out = {}
     for index, one in enumerate(adapters):
@@ -158,7 +158,7 @@ def interference(adapters: Sequence[Adapter], strength: Mapping[str, float]) -> 
 def slot_picture(adapters: Sequence[Adapter]) -> Image.Image:
     """The slot map of these adapters."""
     sizes = [min(size) for adapter in adapters for size in adapter.sizes.values()]
-    return draw_slots(
+    return slot_map(
         {adapter.name: adapter.slot for adapter in adapters},
         {adapter.name: adapter.norm() for adapter in adapters},
         min(sizes),

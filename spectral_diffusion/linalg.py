@@ -14,21 +14,23 @@ import torch
 from torch import Tensor
 
 
-class Band(NamedTuple):
+class SingularTriplets(NamedTuple):
     """Columns of a singular value decomposition: U (out, r), S (r,), V (in, r)."""
 
     U: Tensor
     S: Tensor
     V: Tensor
 
-    def columns(self, start: int, stop: int) -> Band:
+    def columns(self, start: int, stop: int) -> SingularTriplets:
         """The columns ``start … stop − 1``."""
-        return Band(self.U[:, start:stop], self.S[start:stop], self.V[:, start:stop])
+        return SingularTriplets(self.U[:, start:stop], self.S[start:stop], self.V[:, start:stop])
 
-    def pick(self, columns: Sequence[int]) -> Band:
+    def select(self, columns: Sequence[int]) -> SingularTriplets:
         """The given columns; negative ones count from the end."""
         chosen = list(columns)
-        return Band(self.U[:, chosen].contiguous(), self.S[chosen].contiguous(), self.V[:, chosen].contiguous())
+        return SingularTriplets(
+            self.U[:, chosen].contiguous(), self.S[chosen].contiguous(), self.V[:, chosen].contiguous()
+        )
 
 
 class Factors(NamedTuple):
@@ -42,7 +44,7 @@ class Factors(NamedTuple):
         return self.up @ self.down
 
 
-class Core(NamedTuple):
+class SandwichFactors(NamedTuple):
     """A change between frozen frames: ΔW = left @ middle @ right, left (out, k), middle (k, k), right (k, in)."""
 
     left: Tensor
@@ -114,30 +116,30 @@ def flatten(weight: Tensor) -> Tensor:
     return weight.reshape(weight.shape[0], -1)
 
 
-def exact(tensor: Tensor) -> Tensor:
+def to_float64(tensor: Tensor) -> Tensor:
     """In float64; on the CPU where the device has none, as Apple's."""
     tensor = tensor.detach()
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
-def sides(weight: Tensor) -> tuple[int, int]:
+def matrix_shape(weight: Tensor) -> tuple[int, int]:
     """Rows and columns (out, in·kh·kw) of a weight as a matrix."""
     rows, columns = flatten(weight).shape
     return rows, columns
 
 
-def kernel_of(weight: Tensor) -> tuple[int, int, int] | None:
+def kernel_size(weight: Tensor) -> tuple[int, int, int] | None:
     """(in, kh, kw) of a convolution's weight; None of a matrix."""
     return (weight.shape[1], weight.shape[2], weight.shape[3]) if weight.dim() == 4 else None
 
 
 def gram_of(weight: Tensor) -> Tensor:
     """The float64 Gram matrix of a weight's smaller side."""
-    matrix = exact(flatten(weight))
+    matrix = to_float64(flatten(weight))
     return matrix.mT @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.mT
 
 
-def top_band(weight: Tensor, count: int, gram: Tensor | None = None) -> Band:
+def top_band(weight: Tensor, count: int, gram: Tensor | None = None) -> SingularTriplets:
     """The ``count`` top singular triplets of a weight, in float64, with canonical signs.
 
     A float64 Gram matrix of the smaller side (``gram`` if it is known already; it is overwritten) and LAPACK's subset
@@ -147,7 +149,7 @@ def top_band(weight: Tensor, count: int, gram: Tensor | None = None) -> Band:
     Raises:
         ValueError: ``count`` is not between 1 and the smaller side.
     """
-    matrix = exact(flatten(weight))
+    matrix = to_float64(flatten(weight))
     small = min(matrix.shape)
     if not 1 <= count <= small:
         raise ValueError(f"count must be between 1 and {small}, not {count}")
@@ -156,23 +158,23 @@ def top_band(weight: Tensor, count: int, gram: Tensor | None = None) -> Band:
     S = values.clamp_min(0).sqrt()
     if S[-1] <= 1e-5 * S[0]:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-        return canonical_signs(Band(U[:, :count], S[:count], Vh[:count].mT))
+        return canonical_signs(SingularTriplets(U[:, :count], S[:count], Vh[:count].mT))
     other = (matrix @ vectors if tall else matrix.mT @ vectors) / S
-    return canonical_signs(Band(other, S, vectors) if tall else Band(vectors, S, other))
+    return canonical_signs(SingularTriplets(other, S, vectors) if tall else SingularTriplets(vectors, S, other))
 
 
-def bottom_band(weight: Tensor, count: int) -> Band:
+def bottom_band(weight: Tensor, count: int) -> SingularTriplets:
     """The ``count`` smallest singular triplets, the smallest last, from a full float64 SVD: a Gram matrix has
     lost their digits.
 
     Raises:
         ValueError: ``count`` is not between 1 and the smaller side.
     """
-    matrix = exact(flatten(weight))
+    matrix = to_float64(flatten(weight))
     if not 1 <= count <= min(matrix.shape):
         raise ValueError(f"count must be between 1 and {min(matrix.shape)}, not {count}")
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return canonical_signs(Band(U[:, -count:], S[-count:], Vh[-count:].mT))
+    return canonical_signs(SingularTriplets(U[:, -count:], S[-count:], Vh[-count:].mT))
 
 
 def _top_eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -193,14 +195,14 @@ def _top_eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return found.flip(0)[:count], basis.flip(1)[:, :count]
 
 
-def canonical_signs(band: Band) -> Band:
+def canonical_signs(band: SingularTriplets) -> SingularTriplets:
     """Flip column pairs so that the largest |entry| of each column of U is positive."""
     peak = band.U.abs().argmax(0, keepdim=True)
     signs = torch.where(band.U.gather(0, peak) < 0, -1.0, 1.0).to(band.U.dtype)
-    return Band((band.U * signs).contiguous(), band.S.contiguous(), (band.V * signs).contiguous())
+    return SingularTriplets((band.U * signs).contiguous(), band.S.contiguous(), (band.V * signs).contiguous())
 
 
-def agreement(left: Band, right: Band) -> Tensor:
+def min_abs_cosine(left: SingularTriplets, right: SingularTriplets) -> Tensor:
     """Per column, min(|cos(u, u')|, |cos(v, v')|): 1 where two bands hold the same directions. Found on the CPU."""
 
     def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -214,7 +216,7 @@ def cosine_between(left: Factors, right: Factors) -> float:
     """⟨ΔW₁, ΔW₂⟩ / (|ΔW₁| |ΔW₂|) without forming either matrix; 0 where one of them is 0."""
 
     def inner(a: Factors, b: Factors) -> Tensor:
-        return ((exact(a.up).mT @ exact(b.up)) * (exact(a.down) @ exact(b.down).mT)).sum()
+        return ((to_float64(a.up).mT @ to_float64(b.up)) * (to_float64(a.down) @ to_float64(b.down).mT)).sum()
 
     norm = (inner(left, left) * inner(right, right)).clamp_min(0).sqrt()
     return float(inner(left, right) / norm) if norm > 0 else 0.0
@@ -222,8 +224,8 @@ def cosine_between(left: Factors, right: Factors) -> float:
 
 def row_space(factors: Factors) -> Tensor:
     """An orthonormal basis (in, k) of the inputs that ΔW reads, without forming it; rows of zeros add none."""
-    Q, R = torch.linalg.qr(exact(factors.down).mT)
-    left = torch.linalg.qr(exact(factors.up)).R
+    Q, R = torch.linalg.qr(to_float64(factors.down).mT)
+    left = torch.linalg.qr(to_float64(factors.up)).R
     _, S, Vh = torch.linalg.svd(left @ R.mT)
     kept = S.max() * max(factors.up.shape[0], factors.down.shape[1]) * torch.finfo(S.dtype).eps < S
     return Q @ Vh[: len(S)][kept].mT
@@ -231,5 +233,5 @@ def row_space(factors: Factors) -> Tensor:
 
 def frobenius_norm(factors: Factors) -> float:
     """|ΔW| without forming the matrix."""
-    up, down = exact(factors.up), exact(factors.down)
+    up, down = to_float64(factors.up), to_float64(factors.down)
     return float(((up.mT @ up) * (down @ down.mT)).sum().clamp_min(0).sqrt())

@@ -18,7 +18,7 @@ from .core.cache import WAIT, cache_folder, load, store
 from .core.errors import UserError
 from .core.files import locked, parse_json
 from .core.hooks import Event, Progress, silent
-from .linalg import Band, bottom_band, flatten, gram_of, top_band
+from .linalg import SingularTriplets, bottom_band, flatten, gram_of, top_band
 from .slots.ledger import Slot
 
 CHUNK = 64  # columns are computed in multiples of this, so that the next slots are there already
@@ -30,13 +30,13 @@ KEEP_EVERY = 20.0  # seconds between saves of an unfinished spectrum
 class Spectrum:
     """Layer name to its top columns, or to its bottom ones (float32)."""
 
-    bands: dict[str, Band]
+    bands: dict[str, SingularTriplets]
 
-    def slot(self, columns: Sequence[int]) -> dict[str, Band]:
+    def slot(self, columns: Sequence[int]) -> dict[str, SingularTriplets]:
         """These columns of every layer, negative ones counted from the bottom."""
-        return {name: band.pick(columns) for name, band in self.bands.items()}
+        return {name: band.select(columns) for name, band in self.bands.items()}
 
-    def borders(self, columns: Sequence[int]) -> tuple[float, str]:
+    def smallest_gap(self, columns: Sequence[int]) -> tuple[float, str]:
         """The smallest relative gap of singular values at the edges of these top columns, and its layer.
 
         Where it is tiny another machine may turn the columns beside the border into each other.
@@ -81,8 +81,8 @@ def compute(
     columns: int,
     progress: Progress = silent,
     bottom: bool = False,
-    known: Mapping[str, Band] | None = None,
-    keep: Callable[[Mapping[str, Band]], object] = lambda bands: None,
+    known: Mapping[str, SingularTriplets] | None = None,
+    keep: Callable[[Mapping[str, SingularTriplets]], object] = lambda bands: None,
 ) -> Spectrum:
     """The top (or bottom) ``columns`` of every weight (all of them where it is narrower), on the weight's device.
 
@@ -96,7 +96,7 @@ def compute(
     for name, weight, gram in with_grams(left, skip=bottom):
         count = min(columns, *flatten(weight).shape)
         band = bottom_band(weight, count) if bottom else top_band(weight, count, gram)
-        bands[name] = Band(*(t.float().cpu() for t in band))
+        bands[name] = SingularTriplets(*(t.float().cpu() for t in band))
         progress(Event("spectrum", len(bands), len(weights), {"layer": name}))
         if time.monotonic() - kept > KEEP_EVERY and len(bands) < len(weights):
             keep(bands)
@@ -124,7 +124,7 @@ def with_grams(weights: Mapping[str, Tensor], skip: bool = False) -> Iterator[tu
             yield name, weights[name], gram
 
 
-def bands_of(weights: Mapping[str, Tensor], slot: Slot, progress: Progress = silent) -> dict[str, Band]:
+def triplets_of(weights: Mapping[str, Tensor], slot: Slot, progress: Progress = silent) -> dict[str, SingularTriplets]:
     """Every weight's band in a slot, from the cache if it is there."""
     bottom = slot.bottom > 0  # a slot never mixes both ends
     return spectrum_of(weights, slot.bottom or slot.top, progress=progress, bottom=bottom).slot(slot.columns)
@@ -162,17 +162,18 @@ def spectrum_of(
         return compute(weights, columns, progress, bottom)
 
 
-def _keep(path: Path, bands: Mapping[str, Band]) -> bool:
+def _keep(path: Path, bands: Mapping[str, SingularTriplets]) -> bool:
     tensors = {f"{name}.{part}": value for name, band in bands.items() for part, value in band._asdict().items()}
     return store(path, tensors, {"done": json.dumps(list(bands))})
 
 
-def _read(path: Path, weights: Mapping[str, Tensor], columns: int) -> dict[str, Band]:
+def _read(path: Path, weights: Mapping[str, Tensor], columns: int) -> dict[str, SingularTriplets]:
     """The bands of these weights in a cache file; none of a missing or damaged one, which is computed again."""
     try:
         tensors, metadata = load(path) or ({}, {"done": "[]"})
         bands = {
-            name: Band(*(tensors[f"{name}.{part}"] for part in Band._fields)) for name in parse_json(metadata["done"])
+            name: SingularTriplets(*(tensors[f"{name}.{part}"] for part in SingularTriplets._fields))
+            for name in parse_json(metadata["done"])
         }
         for name, band in bands.items():
             out, width = flatten(weights[name]).shape

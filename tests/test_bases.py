@@ -24,7 +24,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from spectral_diffusion.adapters.adapter import check_base
 from spectral_diffusion.adapters.formats.checkpoint import checkpoint_tensors, unet_tensors
 from spectral_diffusion.adapters.formats.native import load_adapter
-from spectral_diffusion.config.models import FuseConfig, PreservationConfig, TrainConfig
+from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.train import PriorPreservationConfig, TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors, write_tensors
 from spectral_diffusion.data.folder import load_concept
@@ -33,8 +34,8 @@ from spectral_diffusion.merging.export import export
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.models.architectures import build_meta, count_table
 from spectral_diffusion.models.base import Base, load_base
-from spectral_diffusion.models.prompt_encoder import Conditioner
-from spectral_diffusion.scenes.generate import put_on, sample, sampler
+from spectral_diffusion.models.prompt_encoder import PromptEncoder
+from spectral_diffusion.scenes.generate import load_adapters, sample, sampler
 from spectral_diffusion.scenes.scene import Region, Scene
 from spectral_diffusion.training.run import train_to_file
 from tools.pocket.models import build_tokenizer
@@ -94,8 +95,8 @@ def settings(photos: Path, folder: Path, output: Path, **more: object) -> TrainC
 
 
 def test_train_load_fuse_and_draw(photos: Path, folder: Path, tmp_path: Path) -> None:
-    keep = PreservationConfig(weight=1.0, batch=1, pictures=2)
-    adapter = train_to_file(settings(photos, folder, tmp_path / "rex.safetensors", preservation=keep))
+    keep = PriorPreservationConfig(loss_weight=1.0, batch_size=1, num_images=2)
+    adapter = train_to_file(settings(photos, folder, tmp_path / "rex.safetensors", prior=keep))
     loaded = load_adapter(tmp_path / "rex.safetensors")
     encoders = {layer.split(".")[0] for layer in loaded.layers} - {"unet"}
     assert set(loaded.vectors) == encoders == set(load_base(str(folder), "cpu").tokenizers)
@@ -104,9 +105,11 @@ def test_train_load_fuse_and_draw(photos: Path, folder: Path, tmp_path: Path) ->
     fuse_to_folder(FuseConfig(adapters=[tmp_path / "rex.safetensors"], output=tmp_path / "fused", device="cpu"))
     fused = load_base(str(tmp_path / "fused"), "cpu")
     unfused = load_base(str(folder), "cpu")
-    put_on(unfused, [(loaded, 1.0)])
+    load_adapters(unfused, [(loaded, 1.0)])
     prompt = f"a photo of {loaded.token} on the beach"
-    config = Scene(steps=2, guidance=3.0, device="cpu", regions=[Region(box=(0, 0, 0.5, 1), prompt="a cup")])
+    config = Scene(
+        num_inference_steps=2, guidance_scale=3.0, device="cpu", regions=[Region(box=(0, 0, 0.5, 1), prompt="a cup")]
+    )
     pictures = [
         np.asarray(sample(base, [prompt], [1], config)[0], float)
         for base in (fused, unfused, load_base(str(folder), "cpu"))
@@ -117,7 +120,7 @@ def test_train_load_fuse_and_draw(photos: Path, folder: Path, tmp_path: Path) ->
 
 def test_a_half_precision_base_draws_its_samples(photos: Path, folder: Path, tmp_path: Path) -> None:
     watch = {"every": 1, "steps": 2}
-    config = settings(photos, folder, tmp_path / "rex.safetensors", dtype="bfloat16", steps=1, watch=watch)
+    config = settings(photos, folder, tmp_path / "rex.safetensors", dtype="bfloat16", steps=1, validation=watch)
     train_to_file(config)
     with Image.open(tmp_path / "rex-samples" / "step-000001.png") as grid:
         assert len(grid.convert("RGB").crop((0, 18, 96, 114)).getcolors(10_000) or []) > 1
@@ -132,7 +135,7 @@ def test_words_after_a_new_token_count_where_prompts_are_summed_up(folder: Path,
     assert base.fingerprint == plain.fingerprint
     one, two = base.encode(["a red dog"])[1], plain.encode(["a red dog"])[1]
     assert one is None or (two is not None and torch.equal(one, two))
-    base.install("<zed>", {name: rows.repeat(2, 1) for name, rows in first_rows(base).items()})
+    base.add_token("<zed>", {name: rows.repeat(2, 1) for name, rows in first_rows(base).items()})
     prompts = ["<zed> <zed>_1 on the beach", "<zed> <zed>_1 in the snow"]
     _, pooled = base.encode(prompts)
     assert pooled is None or not torch.allclose(pooled[0], pooled[1])
@@ -165,7 +168,7 @@ def test_an_empty_prompt_is_what_the_pipeline_takes_for_one(folder: Path) -> Non
 def test_a_dropped_caption_is_the_empty_prompt_of_pictures(photos: Path, folder: Path) -> None:
     base = load_base(str(folder), "cpu")
     words, pooled = base.encode(["", "a red dog"])
-    with Conditioner(base, load_concept(photos, name="rex"), seed=0, size=16) as condition, torch.no_grad():
+    with PromptEncoder(base, load_concept(photos, name="rex"), seed=0, size=16) as condition, torch.no_grad():
         given = condition(["", "a red dog"])
     assert torch.allclose(given["encoder_hidden_states"], words, atol=1e-5)
     if pooled is not None:
@@ -174,7 +177,7 @@ def test_a_dropped_caption_is_the_empty_prompt_of_pictures(photos: Path, folder:
 
 @pytest.mark.parametrize("negative", ["", "blurry"])
 def test_without_regions_a_picture_is_the_stock_pipelines(folder: Path, negative: str) -> None:
-    scene = Scene(steps=2, guidance=3.0, device="cpu", negative_prompt=negative)
+    scene = Scene(num_inference_steps=2, guidance_scale=3.0, device="cpu", negative_prompt=negative)
     base = load_base(str(folder), "cpu")
     mine = sample(base, ["a red dog"], [7], scene)[0]
     pipe = load_base(str(folder), "cpu").pipeline
@@ -190,9 +193,9 @@ def test_without_regions_a_picture_is_the_stock_pipelines(folder: Path, negative
 def test_training_is_conditioned_as_the_stock_pipeline_is(photos: Path, folder: Path) -> None:
     base, stock = load_base(str(folder), "cpu"), load_base(str(folder), "cpu")
     prompts = ["a photo of <rex> on the beach", "a red dog and <rex>"]
-    with Conditioner(base, load_concept(photos, name="rex"), seed=0, size=16) as condition, torch.no_grad():
+    with PromptEncoder(base, load_concept(photos, name="rex"), seed=0, size=16) as condition, torch.no_grad():
         mine = condition(prompts)
-        stock.install("<rex>", condition.vectors())
+        stock.add_token("<rex>", condition.vectors())
     theirs = stock.pipeline.encode_prompt(
         prompt=prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
     )
@@ -200,7 +203,7 @@ def test_training_is_conditioned_as_the_stock_pipeline_is(photos: Path, folder: 
     if "added_cond_kwargs" in mine:
         assert torch.equal(mine["added_cond_kwargs"]["text_embeds"], theirs[2])
         assert mine["added_cond_kwargs"]["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
-        with Conditioner(base, load_concept(photos, name="rex"), seed=0, size=16) as condition:
+        with PromptEncoder(base, load_concept(photos, name="rex"), seed=0, size=16) as condition:
             tall = condition(prompts, (12, 6))  # of a bucket
         assert tall["added_cond_kwargs"]["time_ids"].tolist() == [[24, 12, 0, 0, 24, 12]] * 2
 

@@ -11,13 +11,14 @@ from conftest import make_photos
 
 from spectral_diffusion import cli
 from spectral_diffusion.adapters.formats.native import load_adapter
-from spectral_diffusion.config.models import TrainConfig, to_yaml
+from spectral_diffusion.config.settings import to_yaml
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import write_text
 from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.slots.ledger import Ledger
 from spectral_diffusion.training.checkpoint import Stopped
-from spectral_diffusion.training.multi_concept import Job, jobs_of, run_batch
+from spectral_diffusion.training.multi_concept import BatchJob, jobs_of, run_batch
 from spectral_diffusion.training.run import state_path
 from spectral_diffusion.training.status import status_path
 
@@ -50,11 +51,11 @@ tell("done", notes=["Skipped: x."] if output.stem == "noted" else [])
 """
 
 
-def command(job: Job, settings: Path) -> list[str]:
+def command(job: BatchJob, settings: Path) -> list[str]:
     return [sys.executable, "-S", "-c", WORKER, str(job.output), str(settings)]
 
 
-def jobs(folder: Path, *names: str, **more: object) -> list[Job]:
+def jobs(folder: Path, *names: str, **more: object) -> list[BatchJob]:
     def settings(photos: Path, output: Path) -> TrainConfig:
         return TrainConfig(concept=photos, output=output, **more)  # type: ignore[arg-type]
 
@@ -69,7 +70,7 @@ def test_one_after_the_other_and_side_by_side(tmp_path: Path) -> None:
     seen: list[Event] = []
     run_batch(jobs(tmp_path, "a", "b", "c"), command, progress=seen.append)
     assert events(tmp_path) == [f"{name} {state}" for name in "abc" for state in ("starting", "running", "done")]
-    assert {event.stage for event in seen} == {"a", "b", "c"} and seen[0].figures == {"loss": 0.5}
+    assert {event.stage for event in seen} == {"a", "b", "c"} and seen[0].metrics == {"loss": 0.5}
     (tmp_path / "out" / "events").unlink()
     run_batch(jobs(tmp_path, "a", "b", "c"), command, side_by_side=3)
     order = events(tmp_path)

@@ -19,15 +19,10 @@ import spectral_diffusion
 from spectral_diffusion import cli
 from spectral_diffusion.cli.scenes import adapters_in
 from spectral_diffusion.cli.support import ProgressLines, named_base, resolve
-from spectral_diffusion.config.models import (
-    ConditionConfig,
-    FuseConfig,
-    TrainConfig,
-    build,
-    parse_overrides,
-    read_yaml,
-    to_yaml,
-)
+from spectral_diffusion.config.control import ControlConfig
+from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.settings import build, parse_overrides, read_yaml, to_yaml
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import assets as resources
 from spectral_diffusion.core.hooks import Event, Pace, brief_duration
 from spectral_diffusion.data.folder import load_concept
@@ -137,7 +132,7 @@ def test_train_setting_problems(run, photos: Path, tiny_base: Path, tmp_path: Pa
     refused(run(*words, "--slot", "maybe"), "not understood")
     refused(run(*words, "--device", "abacus"), "Device 'abacus'")
     refused(run(*words, "--dtype", "float8"), "Unknown dtype")
-    refused(run(*words, "targets=attentoin"), "did you mean 'attention'")
+    refused(run(*words, "target_modules=attentoin"), "did you mean 'attention'")
     refused(run(*words, "token=rex"), "must look like <rex>")
     (tmp_path / "c.yaml").write_text("steps: 3\nrnak: 4\n")
     refused(run(*words, "--config", tmp_path / "c.yaml"), "Unknown setting 'rnak' in", "c.yaml", "did you mean 'rank'")
@@ -205,7 +200,7 @@ def test_generate_problems(run, tiny_base: Path, tmp_path: Path) -> None:
     refused(run(*words, "--prompt", "x", "--width", 30), "'width'", "divisible by 8")
     refused(run(*words, "--prompt", "x", "--sketch", tmp_path / "no.png"), "No such file")
     refused(run(*words[:-1], tmp_path / "o.txt", "--prompt", "x"), "must end in .png")
-    refused(run("inspect", tmp_path), "recipe.json")
+    refused(run("inspect", tmp_path), "manifest.json")
     Image.new("RGB", (8, 8)).save(tmp_path / "bare.png")
     refused(run("inspect", tmp_path / "bare.png"), "no settings")
     refused(run("methods", "--arch", "sd51"), "did you mean 'sd15'")
@@ -242,7 +237,7 @@ def test_odd_words_get_a_sentence(run, tiny_base: Path, tmp_path: Path) -> None:
 def test_what_a_person_made_is_not_written_over(run, photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     common = ("--base", tiny_base, "--device", "cpu")
     train = ("train", photos, "-o", tmp_path / "rex.safetensors", "--rank", 2, "--steps", 1, *common)
-    draw = ("generate", "--prompt", "x", "-o", tmp_path / "out.png", "steps=1", *common)
+    draw = ("generate", "--prompt", "x", "-o", tmp_path / "out.png", "num_inference_steps=1", *common)
     own = {
         tmp_path / "rex.yaml": b"steps: 1  # as I like it\n",
         tmp_path / "out.yaml": b"prompt: my scene\n",
@@ -282,11 +277,11 @@ def test_a_picture_takes_the_base_of_its_adapters(run, photos: Path, tiny_base: 
         f"prompt: x\nregions: [{{box: [0, 0, 1, 1], prompt: x, adapters: {{{rex}: 1.0}}}}]\n"
     )
     for words in (("--adapter", f"{rex}=0.5", "--prompt", "x"), (tmp_path / "scene.yaml",)):
-        assert run("generate", *words, "-o", out, "--device", "cpu", "steps=1").code == 0
+        assert run("generate", *words, "-o", out, "--device", "cpu", "num_inference_steps=1").code == 0
         assert read_settings(out)["base"] == str(tiny_base)
     (tmp_path / "c.yaml").write_text(f"prompt: x\nadapters: {{{rex}: 1.0}}\n")
     for words in (("--config", tmp_path / "c.yaml"), ("--prompt", "x", f"adapters={{{rex}: 1.0}}")):
-        assert run("generate", *words, "-o", out, "--device", "cpu", "steps=1").code == 0
+        assert run("generate", *words, "-o", out, "--device", "cpu", "num_inference_steps=1").code == 0
         assert read_settings(out)["base"] == str(tiny_base)
     assert adapters_in({"regions": 5}) == []
     assert adapters_in({"regions": [3, {"adapters": [1]}], "adapters": "a"}) == []
@@ -304,9 +299,9 @@ def test_resolved_settings_lie_beside_the_output_and_read_back(
 
 
 def test_a_preset_without_a_part_for_training_is_refused_there(run, photos: Path, tmp_path: Path) -> None:
-    found = run("train", photos, "-o", tmp_path / "a.safetensors", "--config", "pocket-taught")
+    found = run("train", photos, "-o", tmp_path / "a.safetensors", "--config", "pocket-distilled")
     assert found.code == 2
-    assert "pocket-taught is a preset for fuse" in found.err
+    assert "pocket-distilled is a preset for fuse" in found.err
 
 
 def test_whose_preset_is_meant_where_no_base_is_named(
@@ -318,14 +313,14 @@ def test_whose_preset_is_meant_where_no_base_is_named(
     assert named_base([str(foreign), str(ours)]) == named_base([], [f"adapters=[{ours}]"]) == str(tiny_base)
     assert named_base([str(foreign)]) == named_base([]) == ""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipe.json").write_text('{"base": "pocket"}')
+    (tmp_path / "manifest.json").write_text('{"base": "pocket"}')
     assert resources.preset_of("") is None and resources.preset_of(".") == resources.preset_of("pocket") == "pocket"
-    (tmp_path / "recipe.json").write_text("[" * 100_000)
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
     assert resources.preset_of(".") is None
 
 
 def test_on_the_pocket_base_teaching_takes_the_guidance_of_its_pictures() -> None:
-    settings = resolve(FuseConfig, "fuse", None, {"adapters": ["a"], "output": "b"}, ["teach.steps=300"])
+    settings = resolve(FuseConfig, "fuse", None, {"adapters": ["a"], "output": "b"}, ["distill.steps=300"])
     assert settings.teach.guidance == 2.0 and settings.teach.steps == 300
 
 
@@ -336,8 +331,8 @@ def test_on_the_pocket_base_teaching_takes_the_guidance_of_its_pictures() -> Non
 )
 def test_every_preset_loads(path: Path) -> None:
     parts = read_yaml(path)
-    assert set(parts) <= {"train", "fuse", "generate", "evaluate", "train-condition"}
-    build(ConditionConfig, parts.get("train-condition", {}), {"folder": "x", "output": "y"})
+    assert set(parts) <= {"train", "fuse", "generate", "evaluate", "train-control"}
+    build(ControlConfig, parts.get("train-control", {}), {"folder": "x", "output": "y"})
     build(TrainConfig, parts.get("train", {}), {"concept": "x", "output": "y"})
     build(FuseConfig, parts.get("fuse", {}), {"adapters": ["x"], "output": "y"})
     build(EvaluateConfig, parts.get("evaluate", {}))

@@ -11,16 +11,10 @@ import pytest
 
 from spectral_diffusion import cli
 from spectral_diffusion.cli.support import resolve
-from spectral_diffusion.config.models import (
-    FuseConfig,
-    TrainConfig,
-    build,
-    parse_overrides,
-    read_yaml,
-    settings_for,
-    to_yaml,
-    with_rates,
-)
+from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.presets import settings_for, with_rates
+from spectral_diffusion.config.settings import build, parse_overrides, read_yaml, to_yaml
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.assets import configs
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.training import run
@@ -38,9 +32,14 @@ def test_every_setting_that_the_page_on_training_names_is_one() -> None:
     named = settings_on("training.md")
     assert len(named) > 25
     for pair in named:
-        if not pair.startswith(("key=", "config=")) and pair != "watch.patience=3":  # which needs grids
-            build(TrainConfig, parse_overrides(["concept=a", "output=b", "preservation.weight=1", pair]))
-    build(TrainConfig, parse_overrides(["concept=a", "output=b", "watch.every=100", "watch.patience=3"]))
+        if (
+            not pair.startswith(("key=", "config=")) and pair != "validation.early_stopping_patience=3"
+        ):  # which needs grids
+            build(TrainConfig, parse_overrides(["concept=a", "output=b", "prior.loss_weight=1", pair]))
+    build(
+        TrainConfig,
+        parse_overrides(["concept=a", "output=b", "validation.every=100", "validation.early_stopping_patience=3"]),
+    )
 
 
 def test_every_setting_that_the_page_on_fusing_names_is_one() -> None:
@@ -61,21 +60,23 @@ def test_columns_are_no_number_of_base_60(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "pair", ["data.flip=true", "noise_offset=true", "watch.every=true", "token=false", "rank=true"]
+    "pair", ["data.flip=true", "noise_offset=true", "validation.every=true", "token=false", "rank=true"]
 )
 def test_true_and_false_are_no_numbers_and_no_words(tmp_path: Path, pair: str) -> None:
     files = {"concept": tmp_path, "output": tmp_path / "a.safetensors"}
     with pytest.raises(UserError, match="true and false are none of its values"):
         build(TrainConfig, parse_overrides([pair]), files)
-    found = build(TrainConfig, parse_overrides(["data.shuffle=yes", "layerwise=true", "mixed_precision=no"]), files)
-    assert found.data.shuffle and found.layerwise and found.mixed_precision == "no"
+    found = build(
+        TrainConfig, parse_overrides(["data.shuffle_caption=yes", "per_layer_tokens=true", "mixed_precision=no"]), files
+    )
+    assert found.data.shuffle_caption and found.per_layer_tokens and found.mixed_precision == "no"
 
 
 @pytest.mark.parametrize(
     ("words", "changes", "config"),
     [
         ([], {}, None),
-        (["--steps", "7", "preservation.pictures=5"], {"steps": 7, "preservation": {"pictures": 5}}, None),
+        (["--steps", "7", "prior.num_images=5"], {"steps": 7, "prior": {"num_images": 5}}, None),
         (["--config", "sd15-12gb"], {}, "sd15-12gb"),
         (["--config", "sd15-12gb", "--base", "pocket"], {"base": "pocket"}, "sd15-12gb"),
         (["--base", "nowhere/base"], {"base": "nowhere/base"}, None),
@@ -104,11 +105,11 @@ def test_python_and_the_command_line_train_alike(
 
 def test_settings_of_python_know_every_verb(tmp_path: Path) -> None:
     fuse = settings_for(FuseConfig, "fuse", {"adapters": ["a"], "output": "b"})
-    assert fuse.teach.guidance == 2.0  # the pocket preset's
+    assert fuse.distill.guidance_scale == 2.0  # the pocket preset's
     elsewhere = settings_for(FuseConfig, "fuse", {"adapters": ["a"], "output": "b"}, base=str(tmp_path))
     assert elsewhere == FuseConfig(adapters=[Path("a")], output=Path("b"))
     with pytest.raises(UserError, match="is a preset for fuse; choose another for train"):
-        settings_for(TrainConfig, "train", {"concept": "a", "output": "b"}, config="pocket-taught")
+        settings_for(TrainConfig, "train", {"concept": "a", "output": "b"}, config="pocket-distilled")
     with pytest.raises(UserError, match=r"Unknown setting 'stesp' .*did you mean 'steps'"):
         settings_for(TrainConfig, "train", {"concept": "a", "output": "b", "stesp": 1})
 

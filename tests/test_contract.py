@@ -15,22 +15,23 @@ from torch import nn
 
 from spectral_diffusion.adapters.adapter import Adapter, check_base
 from spectral_diffusion.adapters.apply import install_tokens
-from spectral_diffusion.adapters.attach import attach
+from spectral_diffusion.adapters.attach import inject_adapter
 from spectral_diffusion.adapters.formats.native import load_adapter
-from spectral_diffusion.config.models import FuseConfig, GradientConfig, TrainConfig
+from spectral_diffusion.config.fuse import CalibrationConfig, FuseConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors
 from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.inspection import inspect_path
 from spectral_diffusion.linalg import cayley_change, top_band
-from spectral_diffusion.merging.calibration import collect
+from spectral_diffusion.merging.calibration import calibrate
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.methods.registry import METHODS
 from spectral_diffusion.methods.spectral_rotation import prepare
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.targets import find_targets
-from spectral_diffusion.scenes.generate import put_on, sample
+from spectral_diffusion.scenes.generate import load_adapters, sample
 from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.slots.ledger import LEDGER, ROWS, Ledger
 from spectral_diffusion.training.loop import Stopped
@@ -75,8 +76,8 @@ def test_every_method_from_photos_to_a_picture(photos: Path, tiny_base: Path, tm
     fused, unfused = load_base(str(tmp_path / "fused"), "cpu"), load_base(str(tiny_base), "cpu")
     for layer, weight in fused.weights().items():
         assert torch.allclose(weight - weights[layer], loaded.factors(layer, weights[layer]).delta(), atol=1e-5)
-    put_on(unfused, [(loaded, 1.0)])
-    draw = Scene(steps=2, guidance=3.0, device="cpu")
+    load_adapters(unfused, [(loaded, 1.0)])
+    draw = Scene(num_inference_steps=2, guidance_scale=3.0, device="cpu")
     pictures = [
         np.asarray(sample(one, [f"a photo of {loaded.token}"], [1], draw)[0], float) for one in (fused, unfused)
     ]
@@ -145,7 +146,7 @@ def test_continue_goes_on_from_turned_columns(
     from spectral_diffusion import svd_cache as spectrum
 
     monkeypatch.setattr(spectrum, "compute", lambda *arguments, **options: pytest.fail("a new decomposition"))
-    more = {"name": "mug", "token": "<mug>", "continue_from": tmp_path / "rex.safetensors"}
+    more = {"name": "mug", "token": "<mug>", "init_from_adapter": tmp_path / "rex.safetensors"}
     nothing = train_to_file(
         settings(photos, tiny_base, tmp_path / "still.safetensors", **more, learning_rate=0.0,
                  text_encoder_learning_rate=0.0)
@@ -160,14 +161,16 @@ def test_continue_goes_on_from_turned_columns(
     install_tokens(base, loaded)
     watched: list[Event] = []
     layers = dict(list(find_targets(base.models).items())[:2])
-    quick = GradientConfig(pictures=3, steps=1)
-    collect(base, loaded, layers, quick, 0, watched.append)
+    quick = CalibrationConfig(num_images=3, num_inference_steps=1)
+    calibrate(base, loaded, layers, quick, 0, watched.append)
     assert watched[-1].total == 6  # both words are watched, so that a fusion by gradient keeps both
     base = load_base(str(tiny_base), "cpu")
-    put_on(base, [(loaded, 1.0)])
+    load_adapters(base, [(loaded, 1.0)])
     assert {"<rex>", "<mug>"} <= set(base.pipeline.tokenizer.get_added_vocab())
     with pytest.raises(UserError, match="has the token <rex> already"):
-        train_to_file(settings(photos, tiny_base, tmp_path / "x.safetensors", continue_from=more["continue_from"]))
+        train_to_file(
+            settings(photos, tiny_base, tmp_path / "x.safetensors", init_from_adapter=more["init_from_adapter"])
+        )
     assert second.rank == 3 and second.method.name == "spectral-rotation-s"
 
 
@@ -205,22 +208,22 @@ def test_a_budget_chooses_the_largest_rank_within_it(
     photos: Path, tiny_base: Path, tmp_path: Path, method: str, budget: object
 ) -> None:
     notes: list[str] = []
-    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", method=method, budget=budget, steps=1)
+    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", method=method, param_budget=budget, steps=1)
     adapter = train_to_file(config, note=notes.append)
-    assert config.budget and adapter.count() <= config.budget and any("its steps" in note for note in notes)
+    assert config.param_budget and adapter.count() <= config.param_budget and any("its steps" in note for note in notes)
     counts = [
         sum(get_method(method).count(*size, rank) for size in adapter.sizes.values())
         for rank in get_method(method).ranks(list(adapter.sizes.values()))
     ]
-    assert adapter.count() == max(count for count in counts if count <= config.budget)
+    assert adapter.count() == max(count for count in counts if count <= config.param_budget)
 
 
 def test_impossible_budgets_and_ranks_say_what_would_do(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     for more, message in (
-        ({"budget": 10}, r"cannot train as few as 10 numbers here: its steps are \d"),
+        ({"param_budget": 10}, r"cannot train as few as 10 numbers here: its steps are \d"),
         ({"method": "oft", "rank": 5}, "cannot have rank 5 on these layers; near it are"),
         ({"rank": 999}, "cannot have rank 999"),
-        ({"method": "lora", "continue_from": Path("missing.safetensors")}, "No such file"),
+        ({"method": "lora", "init_from_adapter": Path("missing.safetensors")}, "No such file"),
     ):
         with pytest.raises(UserError, match=message):
             train_to_file(settings(photos, tiny_base, tmp_path / "rex.safetensors", **more))
@@ -275,8 +278,8 @@ def test_vera_is_pefts_vera() -> None:
     tuned = get_peft_model(net, VeraConfig(r=3, target_modules=["0"]))
     layer = tuned.base_model.model[0]
     method = get_method("vera")
-    assert method.draw is not None
-    frozen = method.draw(7, 12, 3, None)
+    assert method.init_frozen is not None
+    frozen = method.init_frozen(7, 12, 3, None)
     parameters = {"d": torch.randn(3), "b": torch.randn(7)}
     with torch.no_grad():
         layer.vera_A["default"].copy_(frozen["A"])
@@ -288,7 +291,7 @@ def test_vera_is_pefts_vera() -> None:
     for rank in (1, 64):  # and its matrices are as large as PEFT's, which makes all ranks alike
         theirs = get_peft_model(nn.Sequential(nn.Linear(768, 320)), VeraConfig(r=rank, target_modules=["0"]))
         held = theirs.base_model.model[0]
-        ours = method.draw(320, 768, rank, None)
+        ours = method.init_frozen(320, 768, rank, None)
         for mine, other in ((ours["A"], held.vera_A["default"]), (ours["B"], held.vera_B["default"])):
             assert mine.shape == other.shape
             assert float(mine.std()) == pytest.approx(float(other.std()), rel=0.15)
@@ -315,11 +318,11 @@ def test_an_adapter_of_another_revision_of_its_method_is_refused(
 
 def test_a_state_of_adalora_that_names_the_concept_is_gone_on_with(tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
-    attachment = attach(base.models, get_method("adalora"), 4, "concept", steps=30)
+    attachment = inject_adapter(base.models, get_method("adalora"), 4, "concept", steps=30)
     for step in range(1, 28):  # past the last allocation
         for _, parameter in attachment.named_parameters():
             parameter.grad = torch.ones_like(parameter)
-        attachment.after_step(step)
+        attachment.on_step(step)
     tensors, patterns = attachment.extra_state()
     assert tensors and all(patterns.values())
     earlier = {name.replace(".concept", ".rex"): value for name, value in tensors.items()}
@@ -330,12 +333,12 @@ def test_a_state_of_adalora_that_names_the_concept_is_gone_on_with(tiny_base: Pa
     attachment.load_extra_state(earlier, named)
     again, kept = attachment.extra_state()
     assert set(again) == set(tensors) and kept == patterns
-    attachment.after_step(29)
+    attachment.on_step(29)
 
 
 def test_adalora_takes_away_what_an_average_would_bring_back(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     config = settings(photos, tiny_base, tmp_path / "rex.safetensors", method="adalora", rank=4, steps=30)
-    config = config.model_copy(update={"optimiser": config.optimiser.model_copy(update={"ema": 0.99})})
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"ema": 0.99})})
     adapter = train_to_file(config)
     values = torch.cat([value.flatten() for name, value in adapter.parameters.items() if name.endswith(".E")])
     assert int((values == 0).sum()) == len(values) // 2

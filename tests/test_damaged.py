@@ -24,19 +24,21 @@ from spectral_diffusion.app import concepts
 from spectral_diffusion.app import gallery as pictures
 from spectral_diffusion.app.overview import look
 from spectral_diffusion.app.workspace import Workspace, visible
-from spectral_diffusion.config.models import FuseConfig, TrainConfig, build, parse_overrides, read_yaml, to_yaml
+from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.settings import build, parse_overrides, read_yaml, to_yaml
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import cache, files
 from spectral_diffusion.core.errors import NotFiniteError, UserError, shown
 from spectral_diffusion.core.files import check_writable, parse_json, read_text, write_tensors
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.data.image_io import open_upright
-from spectral_diffusion.data.latents_cache import kept
-from spectral_diffusion.merging.activations import Activations
+from spectral_diffusion.data.latents_cache import cached_latents
+from spectral_diffusion.merging.activations import GramAccumulator
 from spectral_diffusion.merging.calibration import restored
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.targets import PRESETS, patterns_of, work
-from spectral_diffusion.scenes.png_metadata import is_ours
+from spectral_diffusion.scenes.png_metadata import is_our_png
 from spectral_diffusion.scenes.scene import Scene, read_scene
 from spectral_diffusion.slots import ledger as slots
 from spectral_diffusion.slots.ledger import Ledger
@@ -119,7 +121,7 @@ def test_a_name_that_is_too_long_for_a_file_is_a_missing_file(
         {"adapters": {LONG: 1.0}},
         {"regions": [{"box": [0, 0, 0.5, 1], "prompt": "x", "adapters": {LONG: 1.0}}]},
         {"regions": [{"mask": LONG, "prompt": "x"}]},
-        {"conditions": [{"file": LONG, "kind": "sketch"}]},
+        {"controls": [{"file": LONG, "kind": "sketch"}]},
         {"base": LONG},
     ):
         (tmp_path / "s.yaml").write_text(json.dumps({"prompt": "x", **whole, **part}))
@@ -155,7 +157,7 @@ def test_pipes_among_the_files_hang_nothing(tmp_path: Path) -> None:
     assert len(concepts.view_concept(workspace, "rex")[1]) == 1
     [card] = [card for card in look(workspace).cards if card.folder == "rex"]
     assert card.count == 1 and not card.problem
-    assert not is_ours(pipes[0])
+    assert not is_our_png(pipes[0])
     with pytest.raises(UserError, match=r"a\.png is not a readable image"):
         open_upright(pipes[0])
     with pytest.raises(OSError, match="no regular file"):
@@ -205,7 +207,7 @@ def spectrum_file(folder: Path) -> tuple[Callable[[], torch.Tensor], Path]:
 
 def latents_file(folder: Path) -> tuple[Callable[[], torch.Tensor], Path]:
     def read() -> torch.Tensor:
-        return kept(folder, "key", lambda: (torch.arange(12.0).view(3, 4), None))[0]
+        return cached_latents(folder, "key", lambda: (torch.arange(12.0).view(3, 4), None))[0]
 
     read()
     return read, next(folder.glob("*.safetensors"))
@@ -226,7 +228,7 @@ def test_what_a_damaged_cache_held_is_computed_again_with_a_note(
 
 
 def test_damaged_activations_are_not_restored(tmp_path: Path) -> None:
-    seen, path = Activations(4), tmp_path / "a.safetensors"
+    seen, path = GramAccumulator(4), tmp_path / "a.safetensors"
     seen.add(torch.ones(2, 4))
     assert cache.store(path, {"a": seen.matrix()}, {"counts": '{"a": 2}'})
     found = restored(path)
@@ -365,7 +367,7 @@ def test_a_fusion_never_writes_infinite_weights(trained: Path, tiny_base: Path) 
 
 def test_a_damaged_training_state_is_refused(tiny_base: Path, photos: Path, tmp_path: Path) -> None:
     config = TrainConfig(
-        concept=photos, output=tmp_path / "a.safetensors", base=str(tiny_base), rank=2, steps=3, save_every=1,
+        concept=photos, output=tmp_path / "a.safetensors", base=str(tiny_base), rank=2, steps=3, checkpointing_steps=1,
         device="cpu",
     )  # fmt: skip
     asked = iter([False, False, True, True, True, True])

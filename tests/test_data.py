@@ -12,7 +12,7 @@ import torch
 from conftest import make_photos
 from PIL import Image, ImageOps
 
-from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.folder import load_concept, open_photo
 from spectral_diffusion.data.samples import keyed_generator, photo_of, random_crop
@@ -131,7 +131,7 @@ def test_crops_are_keyed_and_in_range() -> None:
 
 
 def test_every_photo_is_seen_once_an_epoch() -> None:
-    config = TrainConfig(concept=Path("x"), output=Path("y"), batch=3)
+    config = TrainConfig(concept=Path("x"), output=Path("y"), batch_size=3)
     seen = [photo_of(step, sample, 7, config) for step in range(7) for sample in range(3)]
     assert all(sorted(seen[start : start + 7]) == list(range(7)) for start in (0, 7, 14))
     assert seen[:7] != seen[7:14] or seen[7:14] != seen[14:]

@@ -13,7 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
-from spectral_diffusion.config.models import FuseConfig, TrainConfig
+from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import assets as resources
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.folder import load_concept, open_photo
@@ -32,7 +33,7 @@ from spectral_diffusion.scenes.scene import Region, Scene
 from spectral_diffusion.training.run import train_to_file
 
 SMALL = [
-    "--encoder", "pocket", "count=2", "steps=2", "prompts=['a photo of {} on the grass', 'a photo of {} at night']",
+    "--encoder", "pocket", "num_images=2", "steps=2", "prompts=['a photo of {} on the grass', 'a photo of {} at night']",
     "ordinary=[a photo of a dog, a photo of a cat]",
 ]  # fmt: skip
 
@@ -58,7 +59,7 @@ def pair(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("rex", "brew")):
         photos = make_photos(folder / "photos" / name, seed=seed)
         adapter = folder / f"{name}.safetensors"
-        settings = {"rank": 2, "steps": 3, "crops": 1, "noun": "dog <i>& co</i>", "learning_rate": 0.05}
+        settings = {"rank": 2, "steps": 3, "crops_per_image": 1, "noun": "dog <i>& co</i>", "learning_rate": 0.05}
         train_to_file(TrainConfig(concept=photos, output=adapter, base=str(tiny_base), **settings))
     files = [folder / "rex.safetensors", folder / "brew.safetensors"]
     fuse_to_folder(FuseConfig(adapters=files, output=folder / "fused"))
@@ -95,7 +96,7 @@ def test_pictures_made_here_are_measured_by_their_regions(tmp_path: Path) -> Non
     for seed, (left, right) in enumerate([("<rex>", "<fido>"), ("<fido>", "<rex>")]):
         places = [((0, 0, 0.5, 1), left), ((64, 0, 128, 64), right)]
         regions = [Region(box=box, prompt=f"a photo of {token}") for box, token in places]
-        scene = Scene(prompt="two dogs", regions=regions, width=128, height=64, seeds=[seed], keep=seed)
+        scene = Scene(prompt="two dogs", regions=regions, width=128, height=64, seeds=[seed], only_seed=seed)
         save_png(picture, tmp_path / "in" / f"{seed}.png", scene, {})
     sheet = Scene(prompt="<rex>", seeds=[0, 1])
     save_png(picture, tmp_path / "in" / "sheet.png", sheet, {})
@@ -122,14 +123,14 @@ def test_adapters_from_files_to_a_report_and_again(pair: Path, tmp_path: Path) -
     assert counts["untouched base", "rex"] == counts["alone", "brew"] == counts["sum", "rex"] == 4
     assert counts["scene two", "rex"] == counts["scene two", "brew"] == 2 and counts["photos", "all"] == 6
     assert found["drift"]["pocket"]["n"] == 4 and set(found["seconds"]) == {"untouched base", "alone", "sum"}
-    assert found["config"]["count"] == 2 and found["base"]["fingerprint"] and found["provenance"]["threads"] == "1"
+    assert found["config"]["num_images"] == 2 and found["base"]["fingerprint"] and found["provenance"]["threads"] == "1"
     assert {row["concept"] for row in found["kept"]} == {"rex", "brew", "all"}
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "pictures").rglob("*-*-*.png")}
     assert len(files) == 3 * 8 + 2 * 4
     evaluate(*words, "-o", tmp_path / "out")
     assert files == {path: path.stat().st_mtime_ns for path in files}
     assert found_in(tmp_path / "out")["measures"] == found["measures"]
-    evaluate(words[0], *SMALL, "-o", tmp_path / "out", "guidance=1.5", "floor=false")
+    evaluate(words[0], *SMALL, "-o", tmp_path / "out", "guidance_scale=1.5", "noun_baseline=false")
     anew = {path for path, before in files.items() if path.stat().st_mtime_ns > before}
     kept = {path for path in files if "-rex-" not in f"-{path.name}" and "ordinary" not in path.name}
     assert anew and not anew & kept and {path for path in files if path.match("alone/rex-*")} <= anew
@@ -146,7 +147,7 @@ def test_pictures_hold_the_scene_that_makes_them_again(pair: Path, tmp_path: Pat
 
 def test_a_fusion_and_what_its_report_holds(pair: Path, tmp_path: Path) -> None:
     """The fused folder against the untouched base; the page holds its pictures and escapes every word."""
-    evaluate(pair / "fused", "--references", pair / "photos", *SMALL, "floor=false", "-o", tmp_path / "out")
+    evaluate(pair / "fused", "--references", pair / "photos", *SMALL, "noun_baseline=false", "-o", tmp_path / "out")
     found = found_in(tmp_path / "out")
     assert {row["way"] for row in found["measures"]} == {"photos", "alone", "fused"}
     page = (tmp_path / "out" / "evaluation.html").read_text()
@@ -160,7 +161,7 @@ def test_a_fusion_and_what_its_report_holds(pair: Path, tmp_path: Path) -> None:
 
 def test_adapters_at_strength_nothing_do_not_drift(pair: Path, tmp_path: Path) -> None:
     """Both adapters at 0 are the untouched base; at 1 they are not."""
-    few = ["count=1", "floor=false", "prompts=['{}']"]
+    few = ["num_images=1", "noun_baseline=false", "prompts=['{}']"]
     words = [pair / "rex.safetensors", pair / "brew.safetensors", *SMALL, *few]
     evaluate(*words, "--strength", "rex=0", "--strength", "brew=0", "-o", tmp_path / "none")
     evaluate(*words, "-o", tmp_path / "full")
@@ -176,7 +177,9 @@ def test_a_stopped_evaluation_keeps_what_it_drew(pair: Path, tmp_path: Path) -> 
         return len(asked) == 4
 
     files, out = [pair / "rex.safetensors"], tmp_path / "out"
-    config = EvaluateConfig(adapters=files, output=out, encoders=["pocket"], count=2, steps=2, batch=2)
+    config = EvaluateConfig(
+        adapters=files, output=out, encoders=["pocket"], num_images=2, num_inference_steps=2, batch_size=2
+    )
     with pytest.raises(Cancelled):
         evaluate_to_folder(config, should_stop=stop)
     assert len(list(out.rglob("*.png"))) == 2 and not (out / "evaluation.json").exists()

@@ -21,12 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from spectral_diffusion.adapters.apply import put_on
+from spectral_diffusion.adapters.apply import load_adapters
 from spectral_diffusion.adapters.formats.import_lora import import_lora
 from spectral_diffusion.adapters.formats.lora import diffusers_name, kohya_name, kohya_tensors, names_of
 from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
 from spectral_diffusion.adapters.formats.reading import read_lora
-from spectral_diffusion.config.models import FuseConfig, TrainConfig
+from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors
 from spectral_diffusion.linalg import Factors, balance, truncate
@@ -51,15 +52,22 @@ def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
          ("hat", "spectral-rotation", "attention"), ("fog", "oft", "attention"))
     ):  # fmt: skip
         config = TrainConfig(
-            concept=make_photos(folder / name, seed=index), output=folder / f"{name}.safetensors", rank=2, steps=3,
-            base=str(tiny_base), method=method, targets=targets, learning_rate=3e-2, text_encoder_learning_rate=3e-2,
+            concept=make_photos(folder / name, seed=index),
+            output=folder / f"{name}.safetensors",
+            rank=2,
+            steps=3,
+            base=str(tiny_base),
+            method=method,
+            target_modules=targets,
+            learning_rate=3e-2,
+            text_encoder_learning_rate=3e-2,
             device="cpu",
-        )  # fmt: skip
+        )
         train_to_file(config)
         out[name] = config.output
     fuse_to_folder(
         FuseConfig(adapters=[out["dog"], out["mug"], out["hat"]], output=folder / "fused",
-                   strength={"mug": 0.6, "hat.unet": 0.5}, device="cpu")
+                   scales={"mug": 0.6, "hat.unet": 0.5}, device="cpu")
     )  # fmt: skip
     return {**out, "fused": folder / "fused"}
 
@@ -81,7 +89,7 @@ def draw(pipe: StableDiffusionPipeline, prompt: str) -> torch.Tensor:
 def reference(tiny_base: Path, path: Path) -> StableDiffusionPipeline:
     base = load_base(str(path) if path.is_dir() else str(tiny_base), "cpu")
     if path.is_file():
-        put_on(base, [(load_adapter(path), 1.0)])
+        load_adapters(base, [(load_adapter(path), 1.0)])
     base.pipeline.set_progress_bar_config(disable=True)
     return base.pipeline
 
@@ -112,7 +120,7 @@ def test_one_forward_in_float64_is_exact(trained: dict[str, Path], tiny_base: Pa
     pipe = stock(tiny_base)
     pipe.load_lora_weights(str(tmp_path / "out.safetensors"))
     base = load_base(str(tiny_base), "cpu")
-    put_on(base, [(load_adapter(trained["dog"]), 1.0)])
+    load_adapters(base, [(load_adapter(trained["dog"]), 1.0)])
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64)
     text = torch.randn(1, 32, 24, generator=generator, dtype=torch.float64)

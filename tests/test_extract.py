@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from spectral_diffusion.core.assets import concepts
 from spectral_diffusion.core.errors import UserError
-from spectral_diffusion.scenes.control import read_drawing
+from spectral_diffusion.scenes.control import read_control_image
 from spectral_diffusion.scenes.extract import (
     BLAZEPOSE,
     are_fractions,
@@ -24,7 +24,7 @@ from spectral_diffusion.scenes.extract import (
     read_keypoints,
     sketch_of,
 )
-from spectral_diffusion.scenes.scene import Condition
+from spectral_diffusion.scenes.scene import ControlImage
 
 SIZE = (200, 150)
 
@@ -293,7 +293,7 @@ def test_a_limb_may_reach_outside_the_canvas(tmp_path: Path) -> None:
     file = {"people": [{"pose_keypoints_2d": [value for row in rows for value in row]}]}
     people, canvas = read_keypoints(written(tmp_path, file))
     assert canvas is None and are_fractions(people)
-    assert read_drawing(Condition(file=tmp_path / "pose.json", kind="keypose")).image.size == (512, 512)
+    assert read_control_image(ControlImage(file=tmp_path / "pose.json", kind="keypose")).image.size == (512, 512)
     (person,), _ = read_keypoints(written(tmp_path, {**file, "canvas_width": 200, "canvas_height": 100}))
     assert person[4, 0] == pytest.approx(-4) and person[10, 1] == pytest.approx(103) and person[0, 0] == 100
     assert not are_fractions([person])

@@ -92,7 +92,7 @@ def test_changed_weights_have_their_own(tiny_base: Path, measured: list[None]) -
         base.pipeline.unet.conv_in.bias.add_(1)
     assert base.fingerprint != wanted and base.fingerprint == fingerprint(base.models)
     base = load_base(str(tiny_base), "cpu")
-    base.install("<rex>", {"text_encoder": torch.ones(2, 24)})
+    base.add_token("<rex>", {"text_encoder": torch.ones(2, 24)})
     assert base.fingerprint != wanted
     assert load_base(str(tiny_base), "cpu").fingerprint == wanted and len(measured) == 3
 

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from spectral_diffusion.adapters.formats.import_lora import distinct, import_lora, name_of
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.cli import app
-from spectral_diffusion.config.models import FuseConfig
+from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.merging.fuse import check_together, fuse_to_folder
-from spectral_diffusion.merging.manifest import load_adapters, read_recipe
+from spectral_diffusion.merging.manifest import load_adapters, read_manifest
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.scenes.generate import generate_to_file
@@ -201,7 +201,13 @@ def test_a_bundled_embedding_becomes_a_token(tiny_base: Path, tmp_path: Path) ->
     adapter = load_adapter(tmp_path / "in.safetensors")
     assert set(adapter.tokens) == {"<my-rex-1>", "<fido>"}
     assert torch.equal(adapter.tokens["<my-rex-1>"]["text_encoder"], rows)
-    scene = Scene(prompt="<fido>", base=str(tiny_base), adapters={str(file): 1.0}, steps=1, output=tmp_path / "a.png")
+    scene = Scene(
+        prompt="<fido>",
+        base=str(tiny_base),
+        adapters={str(file): 1.0},
+        num_inference_steps=1,
+        output=tmp_path / "a.png",
+    )
     notes: list[str] = []
     generate_to_file(scene.model_copy(update={"device": "cpu"}), note=notes.append)
     assert not any("no token" in note for note in notes)
@@ -238,7 +244,12 @@ def test_pictures_are_drawn_with_foreign_loras(tiny_base: Path, tmp_path: Path) 
 
     def drawn(name: str, **more: object) -> bytes:
         scene = Scene(
-            prompt="a dog", base=str(tiny_base), steps=2, device="cpu", output=tmp_path / f"{name}.png", **more
+            prompt="a dog",
+            base=str(tiny_base),
+            num_inference_steps=2,
+            device="cpu",
+            output=tmp_path / f"{name}.png",
+            **more,
         )
         [path] = generate_to_file(scene)
         return path.read_bytes()
@@ -255,10 +266,21 @@ def test_pictures_are_drawn_with_foreign_loras(tiny_base: Path, tmp_path: Path) 
     assert str(file) in read_sources(tmp_path / "a.png")
     folder = web(tmp_path / "folder" / "pytorch_lora_weights.safetensors")
     for path in (file, folder.parent):
-        words = ["generate", "--adapter", path, "--base", tiny_base, "--prompt", "a dog", "--device", "cpu", "steps=1"]
+        words = [
+            "generate",
+            "--adapter",
+            path,
+            "--base",
+            tiny_base,
+            "--prompt",
+            "a dog",
+            "--device",
+            "cpu",
+            "num_inference_steps=1",
+        ]
         assert CliRunner().invoke(app, [*map(str, words), "-o", str(tmp_path / "f.png")]).exit_code == 0
         words = ["fuse", path, "--base", tiny_base, "--device", "cpu", "-o", tmp_path / "fused"]
         assert CliRunner().invoke(app, [*map(str, words)]).exit_code == 0
-        assert read_recipe(tmp_path / "fused")["concepts"].keys() == {name_of(path)}  # type: ignore[index]
+        assert read_manifest(tmp_path / "fused")["concepts"].keys() == {name_of(path)}  # type: ignore[index]
     with pytest.raises(UserError, match=f"becomes one by spectral-diffusion import {file}"):
         load_adapters(file)

@@ -63,11 +63,11 @@ def test_train_fuse_export_and_draw_at_full_size(photos: Path, tmp_path: Path) -
     for name in ("rex", "mug"):
         files.append(tmp_path / f"{name}.safetensors")
         run("train", photos, "-o", files[-1], "--base", base, "--rank", 8, "--steps", 2, "--device", "cpu",
-            f"name={name}", f"token=<{name}>", "resolution=64", "batch=1", "crops=1")  # fmt: skip
+            f"name={name}", f"token=<{name}>", "resolution=64", "batch_size=1", "crops_per_image=1")  # fmt: skip
     run("fuse", *files, "-o", tmp_path / "fused", "--device", "cpu")
     run("export", tmp_path / "fused", "-o", tmp_path / "both.safetensors", "--format", "kohya", "--device", "cpu")
     run("generate", "--base", tmp_path / "fused", "--prompt", "<rex> and <mug>", "-o", tmp_path / "out.png",
-        "--width", 64, "--height", 64, "--device", "cpu", "steps=1")  # fmt: skip
+        "--width", 64, "--height", 64, "--device", "cpu", "num_inference_steps=1")  # fmt: skip
     assert (tmp_path / "out.png").is_file() and (tmp_path / "both.safetensors").stat().st_size > 10 * 2**20
     print(json.dumps(figures))
     assert all(one["peak_mib"] < 9_000 for one in figures.values())

@@ -12,18 +12,19 @@ from PIL import Image
 
 from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
-from spectral_diffusion.config.models import FuseConfig, TrainConfig
+from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.inspection import inspect_path
 from spectral_diffusion.linalg import Factors, top_band
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
-from spectral_diffusion.merging.manifest import read_recipe
+from spectral_diffusion.merging.manifest import read_manifest
 from spectral_diffusion.merging.merges import Contribution, get_merge
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.models.base import load_base
-from spectral_diffusion.scenes.generate import generate_to_file, put_on, sample
+from spectral_diffusion.scenes.generate import generate_to_file, load_adapters, sample
 from spectral_diffusion.scenes.png_metadata import read_settings
-from spectral_diffusion.scenes.scene import Condition, Scene
+from spectral_diffusion.scenes.scene import ControlImage, Scene
 from spectral_diffusion.slots.ledger import Slot
 from spectral_diffusion.training.run import train_to_file
 
@@ -41,7 +42,7 @@ def problem(slots: list[Slot]) -> tuple[torch.Tensor, list[Contribution]]:
             "A_U": 0.1 * torch.randn(24, slot.rank, generator=generator, dtype=torch.float64),
             "A_V": 0.1 * torch.randn(40, slot.rank, generator=generator, dtype=torch.float64),
         }
-        out.append(Contribution(f"c{index}", ADDITIVE, parameters, whole.pick(slot.columns)._asdict(), slot))
+        out.append(Contribution(f"c{index}", ADDITIVE, parameters, whole.select(slot.columns)._asdict(), slot))
     return weight, out
 
 
@@ -121,21 +122,21 @@ def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[P
 
 
 def config_for(base: Path | str, **more: object) -> Scene:
-    return Scene(**{"base": str(base), "steps": 3, "prompt": "<dog> and <mug>", "device": "cpu", **more})  # type: ignore[arg-type]
+    return Scene(**{"base": str(base), "num_inference_steps": 3, "prompt": "<dog> and <mug>", "device": "cpu", **more})  # type: ignore[arg-type]
 
 
 def test_fused_folder_opens_in_stock_diffusers_and_draws_what_the_adapters_draw(
     trained: list[Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     fused = tmp_path / "fused"
-    assert fuse_to_folder(FuseConfig(adapters=trained, output=fused, strength={"mug": 0.5}, device="cpu")) == []
+    assert fuse_to_folder(FuseConfig(adapters=trained, output=fused, scales={"mug": 0.5}, device="cpu")) == []
     stock = StableDiffusionPipeline.from_pretrained(fused)
     assert stock.unet.dtype == torch.float32
     assert all(len(stock.tokenizer.tokenize(word)) == 1 for word in ("<dog>", "<dog>_1", "<mug>", "<cup>_1"))
 
     base = load_base(str(tiny_base), "cpu")
     adapters = [(load_adapter(path), 0.5 if path.stem == "mug" else 1.0) for path in trained]
-    put_on(base, adapters)
+    load_adapters(base, adapters)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     ids = {}
     for name, pipe in (("stock", stock), ("live", base.pipeline)):
@@ -147,7 +148,7 @@ def test_fused_folder_opens_in_stock_diffusers_and_draws_what_the_adapters_draw(
     plain = load_base(str(tiny_base), "cpu").pipeline.unet.state_dict()
     assert any(not torch.equal(plain[n], w) for n, w in stock.unet.state_dict().items())
 
-    recipe = read_recipe(fused)
+    recipe = read_manifest(fused)
     assert recipe and set(recipe["concepts"]) == {"dog", "mug", "cup"}
     found = inspect_path(fused)
     assert abs(found["cosines"]["dog · mug"]) < 1 and found["norms"]["dog"] > 0
@@ -202,7 +203,7 @@ def test_overlapping_slots_are_told(trained: list[Path], tmp_path: Path) -> None
 
 def test_pictures_repeat_and_do_not_depend_on_their_neighbours(trained: list[Path], tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
-    put_on(base, [(load_adapter(trained[0]), 1.0)])
+    load_adapters(base, [(load_adapter(trained[0]), 1.0)])
     config = config_for(tiny_base)
     first = sample(base, ["<dog>"] * 3, [5, 6, 7], config)
     again = sample(base, ["<dog>"], [6], config)
@@ -248,9 +249,15 @@ def test_a_sketch_changes_the_picture(tiny_base: Path, sketch_adapter: Path, tmp
     pictures = []
     for name, weight in (("none", 0.0), ("half", 0.5), ("full", 1.0)):
         config = config_for(
-            tiny_base, prompt="a dog", width=32, height=16, output=tmp_path / f"{name}.png",
-            conditions=[Condition(file=tmp_path / "sketch.png", weight=weight, adapter=str(sketch_adapter))],
-        )  # fmt: skip
+            tiny_base,
+            prompt="a dog",
+            width=32,
+            height=16,
+            output=tmp_path / f"{name}.png",
+            conditions=[
+                ControlImage(file=tmp_path / "sketch.png", conditioning_scale=weight, adapter=str(sketch_adapter))
+            ],
+        )
         with Image.open(generate_to_file(config)[0]) as picture:
             assert picture.size == (32, 16)
             pictures.append(picture.tobytes())
@@ -274,14 +281,14 @@ def test_adapters_of_every_layer_kind_train_load_stack_and_fuse(
 ) -> None:
     config = TrainConfig(
         concept=photos, output=tmp_path / "rex.safetensors", base=str(tiny_base), rank=2, steps=3, device="cpu",
-        method=method, targets="attention+feed-forward+projection+conv", learning_rate=1e-2,
+        method=method, target_modules="attention+feed-forward+projection+conv", learning_rate=1e-2,
     )  # fmt: skip
     train_to_file(config)
     adapter = load_adapter(config.output)
     assert any("resnets" in layer for layer in adapter.layers) and adapter.norm() > 0
     pictures = []
     unfused = load_base(str(tiny_base), "cpu")
-    put_on(unfused, [(adapter, 1.0)])
+    load_adapters(unfused, [(adapter, 1.0)])
     fused = load_base(str(tiny_base), "cpu")
     fuse_adapters(fused, [adapter], settings())
     for base in (unfused, fused, load_base(str(tiny_base), "cpu")):

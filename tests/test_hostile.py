@@ -18,7 +18,8 @@ from conftest import make_photos
 from PIL import Image
 
 from spectral_diffusion.adapters.formats.native import load_adapter
-from spectral_diffusion.config.models import TrainConfig, build, read_yaml, to_yaml
+from spectral_diffusion.config.settings import build, read_yaml, to_yaml
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.folder import load_concept, open_photo
 from spectral_diffusion.data.samples import random_crop

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
 from spectral_diffusion.cli import app
-from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.inspection import blocks, inspect_paths, interference, layer_norms
 from spectral_diffusion.linalg import Factors, row_space
 from spectral_diffusion.models.base import load_base

@@ -19,20 +19,15 @@ from diffusers import StableDiffusionPipeline
 
 from spectral_diffusion import svd_cache as spectrum
 from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
-from spectral_diffusion.config.models import (
-    FuseConfig,
-    OptimiserConfig,
-    TrainConfig,
-    WatchConfig,
-    build,
-    read_yaml,
-)
+from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.settings import build, read_yaml
+from spectral_diffusion.config.train import OptimizerConfig, TrainConfig, ValidationConfig
 from spectral_diffusion.core import assets as resources
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.hooks import Event
-from spectral_diffusion.linalg import sides
+from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.merging.fuse import fuse_to_folder
-from spectral_diffusion.merging.manifest import read_recipe
+from spectral_diffusion.merging.manifest import read_manifest
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.slots.ledger import LEDGER, Ledger
@@ -109,9 +104,15 @@ def test_training(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
 
     def settings(folder: Path, steps: int = 30) -> TrainConfig:
         return TrainConfig(
-            concept=photos, output=folder / "rex.safetensors", base=str(tiny_base), rank=2, steps=steps, save_every=1,
-            learning_rate=1e-2, device="cpu",
-        )  # fmt: skip
+            concept=photos,
+            output=folder / "rex.safetensors",
+            base=str(tiny_base),
+            rank=2,
+            steps=steps,
+            checkpointing_steps=1,
+            learning_rate=1e-2,
+            device="cpu",
+        )
 
     want = train_to_file(settings(tmp_path / "unbroken"), base=base)
     folder = tmp_path / "killed"
@@ -173,22 +174,31 @@ def resumes_exactly(config: TrainConfig, base: Base, kills: int) -> None:
 def test_every_method(photos: Path, tiny_base: Path, tmp_path: Path, method: str) -> None:
     """With everything that a state holds beside parameters: averages, parts of batches, a warm-up."""
     base, of = load_base(str(tiny_base), "cpu"), get_method(method)
-    allowed = of.ranks([sides(weight) for weight in base.weights().values()])
+    allowed = of.ranks([matrix_shape(weight) for weight in base.weights().values()])
     rank = 4 if 4 in allowed else allowed[0]
     config = TrainConfig(
-        concept=photos, output=tmp_path / "rex.safetensors", base=str(tiny_base), rank=rank,
-        method=method, steps=12, save_every=1, batch=1, learning_rate=1e-2, device="cpu", decay="cosine",
-        optimiser=OptimiserConfig(warmup=3, accumulate=2, ema=0.9),
-    )  # fmt: skip
+        concept=photos,
+        output=tmp_path / "rex.safetensors",
+        base=str(tiny_base),
+        rank=rank,
+        method=method,
+        steps=12,
+        checkpointing_steps=1,
+        batch_size=1,
+        learning_rate=1e-2,
+        device="cpu",
+        lr_scheduler="cosine",
+        optimizer=OptimizerConfig(lr_warmup_steps=3, gradient_accumulation_steps=2, ema_decay=0.9),
+    )
     resumes_exactly(config, base, 2)
 
 
 def test_training_on_pocket(tmp_path: Path) -> None:
     config = build(
         TrainConfig, read_yaml(resources.preset("pocket"))["train"],
-        {"concept": resources.concepts() / "rex", "output": tmp_path / "rex.safetensors", "steps": 12, "save_every": 2},
+        {"concept": resources.concepts() / "rex", "output": tmp_path / "rex.safetensors", "steps": 12, "checkpointing_steps": 2},
     )  # fmt: skip
-    config = config.model_copy(update={"watch": WatchConfig(every=4, steps=4)})
+    config = config.model_copy(update={"validation": ValidationConfig(every=4, num_inference_steps=4)})
     resumes_exactly(config, load_base("pocket", "cpu"), 1)
 
 
@@ -205,7 +215,7 @@ def test_fusing(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     output = tmp_path / "fused"
 
     def fuse(strength: float) -> object:
-        return fuse_to_folder(FuseConfig(adapters=files, output=output, strength={"rex": strength}, device="cpu"))
+        return fuse_to_folder(FuseConfig(adapters=files, output=output, scales={"rex": strength}, device="cpu"))
 
     fuse(1.0)
     weights = {1.0: _unet(output)}
@@ -216,7 +226,7 @@ def test_fusing(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     for index, after in enumerate(moments(lambda: fuse(0.5), lambda: None)):
         strength = (1.0, 0.5)[index % 2]
         kills += killed(lambda s=strength: fuse(s), after)
-        recipe = read_recipe(output)
+        recipe = read_manifest(output)
         assert recipe is not None
         assert torch.equal(_unet(output), weights[recipe["concepts"]["rex"]["strength"]])
     assert kills >= KILLS // 2

@@ -117,7 +117,7 @@ def test_the_example_for_the_papers_tables_runs(kind: str, tmp_path: Path) -> No
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     name = "glue-deberta" if kind == "classify" else "gsm8k-mistral"
     words = [
-        f"model={tmp_path / 'model'}", f"data={tmp_path / 'data'}", f"output={tmp_path / 'out'}", "batch=4", "epochs=1",
+        f"model={tmp_path / 'model'}", f"data={tmp_path / 'data'}", f"output={tmp_path / 'out'}", "batch_size=4", "epochs=1",
         "rank=2", "accumulate=1", "dtype=float32", "method=spectral-rotation",
     ]  # fmt: skip
     config = script.parent.parent / "configs" / "paper" / f"{name}.yaml"

@@ -15,18 +15,18 @@ from test_bases import text_config, tiny_unet, tiny_vae
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from spectral_diffusion.adapters.adapter import Adapter
-from spectral_diffusion.adapters.apply import install_tokens, put_on
-from spectral_diffusion.adapters.attach import detach
+from spectral_diffusion.adapters.apply import install_tokens, load_adapters
+from spectral_diffusion.adapters.attach import unload_adapters
 from spectral_diffusion.adapters.formats.native import DIGEST, digest, load_adapter, save_adapter
-from spectral_diffusion.app.base_cache import Keeper
-from spectral_diffusion.config.models import (
+from spectral_diffusion.app.base_cache import BaseCache
+from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.train import (
     DataConfig,
-    FuseConfig,
     ObjectiveConfig,
-    OptimiserConfig,
-    PreservationConfig,
+    OptimizerConfig,
+    PriorPreservationConfig,
     TrainConfig,
-    WatchConfig,
+    ValidationConfig,
 )
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors, write_tensors
@@ -37,16 +37,16 @@ from spectral_diffusion.merging.export import export
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.models.per_layer_tokens import (
-    LayerwiseAttention,
     LongForm,
+    PerLayerAttention,
     cross_attention,
-    layered,
+    per_layer_attention,
     spread,
     use_means,
 )
-from spectral_diffusion.models.prompt_encoder import Conditioner
+from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.models.tokens import known_tokens
-from spectral_diffusion.scenes.control import Drawing
+from spectral_diffusion.scenes.control import ControlMap
 from spectral_diffusion.scenes.generate import generate_to_file, sample
 from spectral_diffusion.scenes.scene import Region, Scene
 from spectral_diffusion.training.loop import Stopped
@@ -78,7 +78,7 @@ def base(loud: Path) -> Base:
 def settings(photos: Path, loud: Path, output: Path, **more: object) -> TrainConfig:
     values = {
         "concept": photos, "output": output, "base": str(loud), "rank": 2, "steps": 4, "device": "cpu",
-        "layerwise": True, "embedding_learning_rate": 1e-2,
+        "per_layer_tokens": True, "embedding_learning_rate": 1e-2,
     }  # fmt: skip
     return TrainConfig(**{**values, **more})  # type: ignore[arg-type]
 
@@ -96,7 +96,7 @@ def trained(loud: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def with_rows(adapter: Adapter, change: float = 0.0, layer: int | None = None) -> Adapter:
     """The adapter with its mean in every layer, moved in one of them."""
-    rows = {name: mean.repeat(len(adapter.layerwise[name]), 1, 1) for name, mean in adapter.vectors.items()}
+    rows = {name: mean.repeat(len(adapter.per_layer_vectors[name]), 1, 1) for name, mean in adapter.vectors.items()}
     if layer is not None:
         for one in rows.values():
             one[layer] += change * torch.randn(one.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -105,14 +105,14 @@ def with_rows(adapter: Adapter, change: float = 0.0, layer: int | None = None) -
 
 def drawn(base: Base, prompt: str = PROMPT, regions: list[Region] | None = None, **more: object) -> np.ndarray:
     drawings: Any = more.pop("drawings", ())
-    scene = Scene(steps=3, guidance=3.0, device="cpu", regions=regions or [], **more)  # type: ignore[arg-type]
+    scene = Scene(num_inference_steps=3, guidance_scale=3.0, device="cpu", regions=regions or [], **more)  # type: ignore[arg-type]
     images = sample(base, [prompt] * 2, [1, 2], scene, drawings=drawings)
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 
 def on(loud: Path, adapter: Adapter) -> Base:
     base = load_base(str(loud), "cpu")
-    put_on(base, [(adapter, 1.0)])
+    load_adapters(base, [(adapter, 1.0)])
     return base
 
 
@@ -130,7 +130,7 @@ def test_equal_layers_draw_what_an_ordinary_token_draws(
     if way == "sketch":
         network = T2IAdapter(in_channels=1, channels=[16, 24], num_res_blocks=1, downscale_factor=2)
         monkeypatch.setattr("spectral_diffusion.scenes.control.load_t2i_adapter", lambda *what: network)
-        more = {"drawings": [Drawing(Image.new("L", (16, 16), 200))]}
+        more = {"drawings": [ControlMap(Image.new("L", (16, 16), 200))]}
     ordinary = drawn(on(loud, replace(adapter, layerwise={})), **more)
     equal = drawn(on(loud, with_rows(adapter)), **more)
     assert np.abs(ordinary - equal).max() <= 1
@@ -164,7 +164,7 @@ def test_several_tokens_layerwise_and_not_act_together(loud: Path, trained: Path
         install_tokens(base, adapter)
     encoder, processors = base.pipeline.text_encoder, base.pipeline.unet.attn_processors
     assert len(encoder._forward_hooks) == len(before) + 1
-    assert not any(isinstance(getattr(one, "inner", None), LayerwiseAttention) for one in processors.values())
+    assert not any(isinstance(getattr(one, "inner", None), PerLayerAttention) for one in processors.values())
     known = known_tokens(base.pipeline.tokenizer)
     assert set(known) == {"<rex>", "<tom>", "<ann>"} and set(known.values()) == {2}
     both = drawn(base, "<rex> dog and <tom> dog and <ann>")
@@ -191,10 +191,13 @@ def test_training_begins_as_an_ordinary_token_and_is_undone(base: Base, photos: 
     prompts = ["a photo of <rex>", "a photo of <other-1> dog"]
     found = []
     for count in (0, layers):
-        with Conditioner(base, concept, 0, 16, ("<other-1>",), count) as condition, layered(base, count > 0):
+        with (
+            PromptEncoder(base, concept, 0, 16, ("<other-1>",), count) as condition,
+            per_layer_attention(base, count > 0),
+        ):
             told = condition(prompts)
             found.append(base.pipeline.unet(noisy, torch.tensor([5, 9]), **told).sample.detach())
-            assert condition.own(prompts).sum(1).tolist() == [2, 0]
+            assert condition.token_mask(prompts).sum(1).tolist() == [2, 0]
     assert torch.allclose(*found, atol=1e-5)
     assert told["encoder_hidden_states"].shape[1] == layers * base.pipeline.tokenizer.model_max_length
     assert base.pipeline.unet.attn_processors == before
@@ -203,17 +206,17 @@ def test_training_begins_as_an_ordinary_token_and_is_undone(base: Base, photos: 
 
 def test_training_moves_the_layers_apart_and_is_kept_in_the_file(trained: Path, loud: Path) -> None:
     adapter, layers = load_adapter(trained), len(cross_attention(load_base(str(loud), "cpu").pipeline.unet))
-    [rows], [mean] = adapter.layerwise.values(), adapter.vectors.values()
+    [rows], [mean] = adapter.per_layer_vectors.values(), adapter.vectors.values()
     assert rows.shape == (layers, *mean.shape) and torch.equal(rows.mean(0), mean)
     assert all(not torch.equal(rows[a], rows[b]) for a in range(layers) for b in range(a))
-    assert inspect_path(trained)["layerwise"] == layers and inspect_path(trained)["vectors"] == 2
+    assert inspect_path(trained)["per_layer_tokens"] == layers and inspect_path(trained)["vectors"] == 2
 
 
 EVERYTHING = {
-    "preservation": PreservationConfig(weight=1.0, pictures=2, cut_mix=0.5, batch=1),
-    "objective": ObjectiveConfig(attention=0.1),
+    "prior": PriorPreservationConfig(loss_weight=1.0, num_images=2, cut_mix_prob=0.5, batch_size=1),
+    "objective": ObjectiveConfig(attention_loss_weight=0.1),
     "data": DataConfig(mask_weight=0.5),
-    "optimiser": OptimiserConfig(ema=0.9),
+    "optimizer": OptimizerConfig(ema_decay=0.9),
     "gradient_checkpointing": True,
 }
 
@@ -240,16 +243,20 @@ def test_a_stopped_run_resumes_bit_for_bit(photos: Path, loud: Path, tmp_path: P
         train_to_file(config, progress=watch, should_stop=lambda: len(steps) >= 2, base=base)
     resumed = train_to_file(config, resume=True, base=base)
     assert all(torch.equal(whole.parameters[name], resumed.parameters[name]) for name in whole.parameters)
-    assert all(torch.equal(whole.layerwise[name], resumed.layerwise[name]) for name in whole.layerwise)
-    [rows] = whole.layerwise.values()
+    assert all(
+        torch.equal(whole.per_layer_vectors[name], resumed.per_layer_vectors[name]) for name in whole.per_layer_vectors
+    )
+    [rows] = whole.per_layer_vectors.values()
     assert not torch.equal(rows[0], rows[1])
 
 
 def test_samples_on_the_way_change_nothing(photos: Path, loud: Path, tmp_path: Path) -> None:
     plain = train_to_file(settings(photos, loud, tmp_path / "a" / "rex.safetensors"))
-    watch = WatchConfig(every=2, steps=2, prompts=["{}"], card=True)
-    watched = train_to_file(settings(photos, loud, tmp_path / "b" / "rex.safetensors", watch=watch))
-    assert all(torch.equal(plain.layerwise[name], watched.layerwise[name]) for name in plain.layerwise)
+    watch = ValidationConfig(every=2, num_inference_steps=2, prompts=["{}"], model_card=True)
+    watched = train_to_file(settings(photos, loud, tmp_path / "b" / "rex.safetensors", validation=watch))
+    assert all(
+        torch.equal(plain.per_layer_vectors[name], watched.per_layer_vectors[name]) for name in plain.per_layer_vectors
+    )
     assert len(list((tmp_path / "b").rglob("step-*.png"))) == 2
 
 
@@ -265,9 +272,9 @@ def test_files_go_round_and_damaged_ones_are_told(trained: Path, tmp_path: Path)
             load_adapter(again)
     changed = {name: value for name, value in tensors.items() if not name.startswith("layerwise.")}
     write_tensors(again, changed, {**metadata, DIGEST: digest(changed, metadata)})  # as a file of an ordinary token
-    assert load_adapter(again).layerwise == {}
+    assert load_adapter(again).per_layer_vectors == {}
     with pytest.raises(UserError, match="has vectors for 1 layers"):
-        on(Path(adapter.base), replace(adapter, layerwise={n: t[:1] for n, t in adapter.layerwise.items()}))
+        on(Path(adapter.base), replace(adapter, layerwise={n: t[:1] for n, t in adapter.per_layer_vectors.items()}))
 
 
 def test_it_draws_as_an_adapter_and_as_a_regions(trained: Path, loud: Path, tmp_path: Path) -> None:
@@ -283,7 +290,12 @@ def test_it_draws_as_an_adapter_and_as_a_regions(trained: Path, loud: Path, tmp_
             {"prompt": "a cat", "regions": [Region(box=(0, 0, 0.5, 1), prompt=PROMPT, adapters={str(file): 1.0})]},
         ):
             scene = Scene(
-                steps=2, device="cpu", base=str(loud), output=tmp_path / f"{len(pictures)}.png", seed=1, **more
+                num_inference_steps=2,
+                device="cpu",
+                base=str(loud),
+                output=tmp_path / f"{len(pictures)}.png",
+                seed=1,
+                **more,
             )  # type: ignore[arg-type]
             [path] = generate_to_file(scene)
             pictures.append(np.asarray(Image.open(path)).astype(int))
@@ -291,21 +303,21 @@ def test_it_draws_as_an_adapter_and_as_a_regions(trained: Path, loud: Path, tmp_
 
 
 def test_a_kept_base_is_lent_as_it_was(trained: Path, loud: Path) -> None:
-    keeper, adapter = Keeper(), load_adapter(trained)
+    keeper, adapter = BaseCache(), load_adapter(trained)
     adapter = with_rows(adapter, 1.0, 1)
-    with keeper.borrowed(str(loud), "cpu") as base:
+    with keeper.acquire(str(loud), "cpu") as base:
         plain = drawn(base, "a red dog")
     pictures = []
     for _ in range(2):
-        with keeper.borrowed(str(loud), "cpu") as base:
-            put_on(base, [(adapter, 1.0)])
+        with keeper.acquire(str(loud), "cpu") as base:
+            load_adapters(base, [(adapter, 1.0)])
             pictures.append(drawn(base))
-            detach(base.models)  # tokens stay, as for ordinary ones
+            unload_adapters(base.models)  # tokens stay, as for ordinary ones
             assert np.array_equal(drawn(base, "a red dog"), plain)
     assert np.array_equal(*pictures)
-    with keeper.borrowed(str(loud), "cpu") as base:
+    with keeper.acquire(str(loud), "cpu") as base:
         assert np.array_equal(drawn(base, "a red dog"), plain) and not known_tokens(base.pipeline.tokenizer)
-        put_on(base, [(replace(adapter, layerwise={}), 1.0)])
+        load_adapters(base, [(replace(adapter, layerwise={}), 1.0)])
         assert np.array_equal(drawn(base), drawn(on(loud, replace(adapter, layerwise={}))))
 
 
@@ -329,7 +341,9 @@ def test_fusions_and_exports_hold_the_mean_and_say_so(trained: Path, loud: Path,
 
 def test_memory_counts_every_encoding(loud: Path, base: Base, photos: Path, tmp_path: Path) -> None:
     whole, part = (
-        estimate(base.models, base.pipeline.vae, settings(photos, loud, tmp_path / "a.safetensors", layerwise=on), 16)
+        estimate(
+            base.models, base.pipeline.vae, settings(photos, loud, tmp_path / "a.safetensors", per_layer_tokens=on), 16
+        )
         for on in (True, False)
     )
     assert whole.phases["training"] > part.phases["training"] and whole.weights == part.weights

@@ -11,19 +11,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spectral_diffusion.linalg import (
-    Band,
     Factors,
-    agreement,
+    SingularTriplets,
     cayley_change,
     compose_changes,
     cosine_between,
-    exact,
     frobenius_norm,
     gram_of,
+    min_abs_cosine,
     solve_device,
+    to_float64,
     top_band,
 )
-from spectral_diffusion.merging.activations import Activations
+from spectral_diffusion.merging.activations import GramAccumulator
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.methods.spectral_additive import factors
 from spectral_diffusion.methods.spectral_rotation import prepare
@@ -44,7 +44,7 @@ def test_top_band_is_the_svd(shape: tuple[int, int], count: int) -> None:
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     band = top_band(weight, count)
     assert torch.allclose(band.S, S[:count], rtol=1e-12)
-    cosines = agreement(band, Band(U[:, :count], S[:count], Vh[:count].mT))
+    cosines = min_abs_cosine(band, SingularTriplets(U[:, :count], S[:count], Vh[:count].mT))
     assert torch.rad2deg(torch.acos(cosines.clamp(max=1))).max() < 2e-6  # acos near 1 sees half the digits
     sine = (band.U - U[:, :count] * (band.U * U[:, :count]).sum(0).sign()).norm(dim=0)
     assert torch.rad2deg(sine).max() < 1e-8
@@ -73,20 +73,22 @@ def test_count_out_of_range() -> None:
         top_band(torch.randn(4, 5), 5)
 
 
-def random_additive(rank: int = 4, dtype: torch.dtype = torch.float64) -> tuple[dict[str, torch.Tensor], Band]:
+def random_additive(
+    rank: int = 4, dtype: torch.dtype = torch.float64
+) -> tuple[dict[str, torch.Tensor], SingularTriplets]:
     generator = torch.Generator().manual_seed(1)
     band = top_band(decaying(24, 36), rank)
     parameters = {
         "A_U": 0.05 * torch.randn(24, rank, generator=generator, dtype=torch.float64),
         "A_V": 0.05 * torch.randn(36, rank, generator=generator, dtype=torch.float64),
     }
-    return {k: v.to(dtype) for k, v in parameters.items()}, Band(*(t.to(dtype) for t in band))
+    return {k: v.to(dtype) for k, v in parameters.items()}, SingularTriplets(*(t.to(dtype) for t in band))
 
 
 def test_additive_factors_equal_the_dense_formula() -> None:
     parameters, (U, S, V) = random_additive()
     dense = (U + parameters["A_U"]) * S @ (V + parameters["A_V"]).mT - (U * S) @ V.mT
-    delta = factors(parameters, Band(U, S, V)._asdict()).delta()
+    delta = factors(parameters, SingularTriplets(U, S, V)._asdict()).delta()
     assert (delta - dense).abs().max() <= 1e-12
     assert torch.linalg.matrix_rank(delta) <= 2 * 4
 
@@ -95,7 +97,7 @@ def test_additive_factors_with_singular_values_equal_the_dense_formula() -> None
     parameters, (U, S, V) = random_additive()
     parameters["A_S"] = 0.3 * torch.randn(4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     dense = (U + parameters["A_U"]) * (S + parameters["A_S"]) @ (V + parameters["A_V"]).mT - (U * S) @ V.mT
-    assert (factors(parameters, Band(U, S, V)._asdict()).delta() - dense).abs().max() <= 1e-12
+    assert (factors(parameters, SingularTriplets(U, S, V)._asdict()).delta() - dense).abs().max() <= 1e-12
 
 
 def test_additive_is_exactly_zero_at_init_in_every_precision() -> None:
@@ -192,9 +194,9 @@ def test_apples_gpus_are_spared_solves_and_float64() -> None:
     with FakeTensorMode(), Devices() as seen:
         A = torch.empty(3, 4, 4, device="mps")
         assert cayley_change(A).device.type == "mps"
-        assert exact(A).device.type == gram_of(torch.empty(4, 6, device="mps")).device.type == "cpu"
+        assert to_float64(A).device.type == gram_of(torch.empty(4, 6, device="mps")).device.type == "cpu"
         for size in (2, 8):  # a Gram matrix, and rows
-            Activations(size).add(torch.empty(3, size, device="mps"))
+            GramAccumulator(size).add(torch.empty(3, size, device="mps"))
     assert any("solve" in name for name, _, _ in seen.ops)
     for name, devices, kinds in seen.ops:
         assert "linalg" not in name or devices == {"cpu"}, name

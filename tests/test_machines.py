@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from spectral_diffusion.adapters.formats.native import load_adapter
-from spectral_diffusion.config.models import PreservationConfig, TrainConfig
+from spectral_diffusion.config.train import PriorPreservationConfig, TrainConfig
 from spectral_diffusion.core.errors import UserError
-from spectral_diffusion.linalg import sides
+from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.training import memory
-from spectral_diffusion.training.distributed import part_of
+from spectral_diffusion.training.distributed import microbatch
 from spectral_diffusion.training.memory import Estimate, Peak, estimate, memory_note
 from spectral_diffusion.training.run import state_path, train_to_file
 from spectral_diffusion.training.status import read_status
@@ -65,8 +65,8 @@ def test_two_processes_are_one_with_twice_the_batch(
     def work(count: int, rank: int = 0) -> None:
         notes: list[str] = []
         config = TrainConfig(
-            concept=photos, output=outputs[count], base=str(tiny_base), device="cpu", batch=6 // count, **MORE,
-            preservation=PreservationConfig(weight=0.5, pictures=3, cut_mix=0.4, batch=2 // count),
+            concept=photos, output=outputs[count], base=str(tiny_base), device="cpu", batch_size=6 // count, **MORE,
+            prior=PriorPreservationConfig(loss_weight=0.5, num_images=3, cut_mix_prob=0.4, batch_size=2 // count),
         )  # fmt: skip
         train_to_file(config, base=base, note=notes.append)
         assert bool(notes) == (rank == 0)
@@ -95,11 +95,11 @@ def test_two_processes_are_one_with_twice_the_batch(
 def test_accelerate_launch(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     """The same through the launcher and the command line."""
     common = [f"{name}={value}" for name, value in MORE.items()]
-    common += ["preservation.weight=0.5", "preservation.pictures=3", "preservation.cut_mix=0.4"]
+    common += ["prior.loss_weight=0.5", "prior.num_images=3", "prior.cut_mix_prob=0.4"]
     outputs = {}
     for count in (1, 2):
         outputs[count] = tmp_path / str(count) / "rex.safetensors"
-        batch = (f"batch={6 // count}", f"preservation.batch={2 // count}")
+        batch = (f"batch_size={6 // count}", f"prior.batch_size={2 // count}")
         where = ("--base", tiny_base, "--device", "cpu", "--status", "auto")
         done = launch(count, "train", photos, "-o", outputs[count], *where, *common, *batch)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -119,7 +119,7 @@ class Few:
 def test_parts_of_a_batch_are_all_of_it() -> None:
     for count in (1, 2, 3, 5, 6):
         whole = Few([str(i) for i in range(count)], torch.arange(count))
-        parts = [part_of(whole, number, 3) for number in range(3)]
+        parts = [microbatch(whole, number, 3) for number in range(3)]
         assert [prompt for part, _ in parts for prompt in part.prompts] == whole.prompts
         assert torch.equal(torch.cat([part.values for part, _ in parts]), whole.values)
         assert sum(share for _, share in parts) == pytest.approx(1)
@@ -148,11 +148,11 @@ def test_memory_is_computed_without_taking_any(tiny_base: Path) -> None:
         config = TrainConfig(concept="x", output="y", rank=4, **more)  # type: ignore[arg-type]
         return estimate(base.models, base.pipeline.vae, config, base.size, "cpu")
 
-    plain, twice = found(batch=8), found(batch=16, watch={"every": 5}, optimiser={"name": "prodigy", "ema": 0.5})
+    plain, twice = found(batch=8), found(batch=16, watch={"every": 5}, optimiser={"name": "prodigy", "ema_decay": 0.5})
     checked = found(batch=8, gradient_checkpointing=True)
     assert 1.8 < twice.phases["training"] / plain.phases["training"] < 2.1
     assert checked.phases["training"] < 0.7 * plain.phases["training"]
-    numbers = sum(get_method("spectral-additive").count(*sides(weight), 4) for weight in base.weights().values())
+    numbers = sum(get_method("spectral-additive").count(*matrix_shape(weight), 4) for weight in base.weights().values())
     assert twice.adapter - plain.adapter == numbers * (16 + 4 - 8)
     assert set(plain.phases) == {"encoding photos", "training"} and "drawing samples" in twice.phases
     assert before == {name: list(model.state_dict()) for name, model in base.models.items()}

@@ -17,19 +17,20 @@ from typer.testing import CliRunner
 from spectral_diffusion.adapters.apply import install_tokens
 from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
 from spectral_diffusion.cli import app
-from spectral_diffusion.config.models import FuseConfig, GradientConfig, TeachConfig, TrainConfig
+from spectral_diffusion.config.fuse import CalibrationConfig, DistillConfig, FuseConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors, write_tensors
 from spectral_diffusion.core.hooks import Event
-from spectral_diffusion.linalg import Factors, sides
-from spectral_diffusion.merging.activations import Activations
-from spectral_diffusion.merging.calibration import collect, rows_of
+from spectral_diffusion.linalg import Factors, matrix_shape
+from spectral_diffusion.merging.activations import GramAccumulator
+from spectral_diffusion.merging.calibration import calibrate, tokens_of_call
 from spectral_diffusion.merging.export import export
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder, overlaps, shared_columns
-from spectral_diffusion.merging.manifest import load_adapters, read_merged, read_recipe
-from spectral_diffusion.merging.memory import memory_to_watch
+from spectral_diffusion.merging.manifest import load_adapters, read_manifest, read_merged
+from spectral_diffusion.merging.memory import calibration_memory
 from spectral_diffusion.merging.merges import Contribution, all_merges, get_merge
-from spectral_diffusion.merging.search import tune
+from spectral_diffusion.merging.search import search_scales
 from spectral_diffusion.merging.unfuse import unfuse
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.models.base import load_base
@@ -45,14 +46,14 @@ def settings(**more: object) -> FuseConfig:
     return FuseConfig(adapters=[Path("a")], output=Path("b"), **more)  # type: ignore[arg-type]
 
 
-def problem(rows: int, concepts: int = 3) -> tuple[list[Contribution], Activations]:
+def problem(rows: int, concepts: int = 3) -> tuple[list[Contribution], GramAccumulator]:
     generator = torch.Generator().manual_seed(rows)
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    def seen() -> Activations:
-        found = Activations(IN)
+    def seen() -> GramAccumulator:
+        found = GramAccumulator(IN)
         mixing = noise(IN, IN)
         for _ in range(2):
             found.add(noise(rows // 2, IN) @ mixing)
@@ -69,11 +70,13 @@ def dense(found: Factors | torch.Tensor) -> torch.Tensor:
     return found.delta() if isinstance(found, Factors) else found
 
 
-def objective(delta: torch.Tensor, contributions: list[Contribution], anchor: float, ordinary: Activations) -> float:
+def objective(
+    delta: torch.Tensor, contributions: list[Contribution], anchor: float, ordinary: GramAccumulator
+) -> float:
     total = 0.0
     for one in contributions:
         assert one.inputs is not None
-        off = delta - one.strength * one.factors().delta()
+        off = delta - one.scale * one.factors().delta()
         total += float((off @ one.inputs.gram() * off).sum())
     mean = sum(one.inputs.count for one in contributions if one.inputs) / len(contributions)
     return total + anchor * mean / ordinary.count * float((delta @ ordinary.gram() * delta).sum())
@@ -83,7 +86,7 @@ def objective(delta: torch.Tensor, contributions: list[Contribution], anchor: fl
 @pytest.mark.parametrize("anchor", [0.0, 2.0])
 def test_gradient_is_where_its_objective_is_smallest(rows: int, anchor: float) -> None:
     contributions, ordinary = problem(rows)
-    config = settings(gradient=GradientConfig(anchor=anchor, ridge=1e-12))
+    config = settings(calibration=CalibrationConfig(prior_weight=anchor, ridge=1e-12))
     found = get_merge("gradient").combine(contributions, config, ordinary)
     assert isinstance(found, Factors) and found.up.shape[1] == 3 * RANK
     best = objective(found.delta(), contributions, anchor, ordinary)
@@ -123,15 +126,17 @@ def test_an_adapter_without_a_layer_wants_no_change_there(name: str, rows: int) 
 def test_what_is_watched_is_no_more_than_was_said(
     three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = FuseConfig(adapters=three, output=tmp_path / "a", merge="gradient", gradient=QUICK, device="cpu")
+    config = FuseConfig(adapters=three, output=tmp_path / "a", merge="gradient", calibration=QUICK, device="cpu")
     adapters = [adapter for path in three for adapter in load_adapters(path)]
     base = load_base(adapters[0].base, "cpu")
     for adapter in adapters:
         install_tokens(base, adapter)
     layers = find_targets(base.models)
-    seen = collect(base, adapters[0], layers, config.gradient, 0)
-    held = sum(8 * (one.matrix() if one.few else one.gram()).numel() for one in seen.values())
-    need = memory_to_watch({name: sides(layer.weight) for name, layer in layers.items()}, 1, config.gradient)
+    seen = calibrate(base, adapters[0], layers, config.calibration, 0)
+    held = sum(8 * (one.matrix() if one.is_raw else one.gram()).numel() for one in seen.values())
+    need = calibration_memory(
+        {name: matrix_shape(layer.weight) for name, layer in layers.items()}, 1, config.calibration
+    )
     assert held <= need / 3 <= 2 * held  # it, the ordinary prompts, and a copy while it is written
     monkeypatch.setattr("spectral_diffusion.merging.fuse.available", lambda device: 1000)
     with pytest.raises(UserError, match=r"Watching .* are free; fuse fewer adapters"):
@@ -149,7 +154,7 @@ def test_what_does_not_fit_is_watched_in_passes_with_the_same_bits(
         monkeypatch.setattr("spectral_diffusion.merging.fuse.available", lambda device, free=free: free)
         adapters = [adapter for path in three for adapter in load_adapters(path)]
         base = load_base(adapters[0].base, "cpu")
-        config = FuseConfig(adapters=three, output=tmp_path / "a", merge="gradient", gradient=quick, device="cpu")
+        config = FuseConfig(adapters=three, output=tmp_path / "a", merge="gradient", calibration=quick, device="cpu")
         fuse_adapters(base, adapters, config, note=notes.append)
         results.append(base.weights())
     assert any("passes" in note for note in notes)
@@ -186,10 +191,10 @@ def test_the_papers_form_shares_among_all_adapters() -> None:
 @pytest.mark.parametrize("toward", ["zero", "mean"])
 def test_the_dual_form_is_the_primal_one(toward: str) -> None:
     contributions, ordinary = problem(2)
-    config = settings(gradient=GradientConfig(anchor=1.0, ridge=1e-3, ridge_to=toward))
+    config = settings(calibration=CalibrationConfig(prior_weight=1.0, ridge=1e-3, ridge_to=toward))
     few = dense(get_merge("gradient").combine(contributions, config, ordinary))
     for one in contributions:
-        assert one.inputs is not None and one.inputs.few
+        assert one.inputs is not None and one.inputs.is_raw
         rows, count = one.inputs.matrix(), one.inputs.count
         one.inputs.restore(rows.mT @ rows, IN)
         one.inputs.count = count
@@ -207,13 +212,13 @@ def test_one_concept_alone_stays_what_it_is() -> None:
     contributions, _ = problem(60, concepts=1)
     delta = contributions[0].factors().delta()
     for name in ("gradient", "ssr", "fedavg", "cat", "spectral"):
-        config = settings(gradient=GradientConfig(anchor=0.0, ridge=0.0))
+        config = settings(calibration=CalibrationConfig(prior_weight=0.0, ridge=0.0))
         assert torch.allclose(dense(get_merge(name).combine(contributions, config, None)), delta, atol=1e-8), name
 
 
 def test_ssr_is_least_squares_inside_the_subspace() -> None:
     contributions, ordinary = problem(60)
-    config = settings(gradient=GradientConfig(anchor=0.0, ridge=0.0))
+    config = settings(calibration=CalibrationConfig(prior_weight=0.0, ridge=0.0))
     found = get_merge("ssr").combine(contributions, config, None)
     assert isinstance(found, Factors)
     best = objective(found.delta(), contributions, 0.0, ordinary)
@@ -238,7 +243,7 @@ def test_simple_merges_are_their_formulas() -> None:
         Contribution(one.name, one.method, one.parameters, {}, None, strength, None)
         for one, strength in zip(contributions, (1.0, 0.5, 2.0), strict=True)
     ]
-    parts = [one.strength * one.factors().delta() for one in contributions]
+    parts = [one.scale * one.factors().delta() for one in contributions]
     total = sum(parts, start=torch.zeros(OUT, IN).double())
 
     def found(name: str, **more: object) -> torch.Tensor:
@@ -299,20 +304,20 @@ def test_fedavg_of_nothing_is_nothing() -> None:
 
 def test_activations_do_not_depend_on_how_they_came() -> None:
     rows = torch.randn(50, IN, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    few, many = Activations(IN), Activations(IN)
+    few, many = GramAccumulator(IN), GramAccumulator(IN)
     few.add(rows[:10])
     for part in rows.split(7):
         many.add(part)
-    assert few.few and not many.few and torch.allclose(many.gram(), rows.mT @ rows)
+    assert few.is_raw and not many.is_raw and torch.allclose(many.gram(), rows.mT @ rows)
     down = torch.randn(3, IN, dtype=torch.float64)
-    assert torch.allclose(few.times(down), down @ few.gram()) and torch.allclose(many.times(down), down @ many.gram())
+    assert torch.allclose(few.matmul(down), down @ few.gram()) and torch.allclose(many.matmul(down), down @ many.gram())
 
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_rows_of_a_convolution_are_what_its_kernel_multiplies(stride: int) -> None:
     layer = torch.nn.Conv2d(3, 5, 3, stride=stride, padding=1, bias=False)
     x = torch.randn(2, 3, 8, 8)
-    rows = rows_of(layer, x)
+    rows = tokens_of_call(layer, x)
     y = layer(x).permute(0, 2, 3, 1).reshape(-1, 5)
     assert torch.allclose(rows @ layer.weight.reshape(5, -1).mT, y, atol=1e-5)
 
@@ -351,7 +356,7 @@ QUICK = {"pictures": 2, "steps": 2}
 def test_every_merge_fuses_any_mix_and_unfuses_to_the_same_bits(three: list[Path], tmp_path: Path, merge: str) -> None:
     def fuse(files: list[Path], name: str) -> Path:
         config = FuseConfig(
-            adapters=files, output=tmp_path / name, merge=merge, gradient=QUICK, strength={"dog": 0.7}
+            adapters=files, output=tmp_path / name, merge=merge, calibration=QUICK, scales={"dog": 0.7}
             if any(file.stem == "dog" for file in files) else {}, device="cpu",
         )  # fmt: skip
         fuse_to_folder(config)
@@ -362,12 +367,12 @@ def test_every_merge_fuses_any_mix_and_unfuses_to_the_same_bits(three: list[Path
     fresh = fuse(three[:2], "fresh")
     assert same(weights(tmp_path / "rest"), weights(fresh)) and not same(weights(whole), weights(fresh))
     again = FuseConfig(
-        adapters=[fresh, three[2]], output=tmp_path / "again", merge=merge, gradient=QUICK, strength={"dog": 0.7},
+        adapters=[fresh, three[2]], output=tmp_path / "again", merge=merge, calibration=QUICK, scales={"dog": 0.7},
         device="cpu",
     )  # fmt: skip
     fuse_to_folder(again)
     assert same(weights(tmp_path / "again"), weights(whole))
-    recipe = read_recipe(tmp_path / "rest")
+    recipe = read_manifest(tmp_path / "rest")
     assert recipe and set(recipe["concepts"]) == {"dog", "mug"} and recipe["merge"] == merge
 
 
@@ -404,9 +409,9 @@ def test_a_fusion_never_replaces_what_it_is_built_on_or_what_else_lies_there(
         (fused / "notes.txt").write_text("mine")
     assert (fused / "notes.txt").exists() and same(weights(fused), before)
     (fused / "notes.txt").unlink()
-    (fused / "recipe.json").write_text("{")  # a damaged fusion may be made again too
+    (fused / "manifest.json").write_text("{")  # a damaged fusion may be made again too
     fuse_to_folder(config)
-    assert same(weights(fused), before) and read_recipe(fused)
+    assert same(weights(fused), before) and read_manifest(fused)
 
 
 def test_unfusing_on_another_precision_says_that_bits_differ(
@@ -467,7 +472,7 @@ def test_without_the_base_subtracting_comes_close_and_says_how_close(
 
 def test_merged_factors_are_kept_where_there_are_some(three: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     fuse_to_folder(
-        FuseConfig(adapters=three, output=tmp_path / "fused", merge="gradient", gradient=QUICK, device="cpu")
+        FuseConfig(adapters=three, output=tmp_path / "fused", merge="gradient", calibration=QUICK, device="cpu")
     )
     plain, fused = load_base(str(tiny_base), "cpu").weights(), load_base(str(tmp_path / "fused"), "cpu").weights()
     for layer, factors in read_merged(tmp_path / "fused").items():
@@ -483,7 +488,7 @@ def test_staged_fusion_and_its_own_cache(three: list[Path], tmp_path: Path) -> N
     for index, staging in enumerate(("own", "own", "fused")):
         told: list[str] = []
         config = FuseConfig(
-            adapters=three, output=tmp_path / str(index), merge="gradient", gradient={**QUICK, "staging": staging},
+            adapters=three, output=tmp_path / str(index), merge="gradient", calibration={**QUICK, "calibrate_on": staging},
             device="cpu",
         )  # fmt: skip
         stages: list[str] = []
@@ -508,7 +513,7 @@ def test_rows_that_two_orthogonal_adapters_share_are_told_before_anything_is_dra
         files.append(config.output)
     base, adapters = load_base(str(tiny_base), "cpu"), [load_adapter(file) for file in files]
     config = FuseConfig(adapters=files, output=tmp_path / "fused", merge="orthogonal", device="cpu")
-    for call in (lambda: fuse_to_folder(config), lambda: tune(base, adapters, config)):
+    for call in (lambda: fuse_to_folder(config), lambda: search_scales(base, adapters, config)):
         with pytest.raises(UserError, match=r"'dog' \(.*\) and 'mug' \(.*\) share rows"):
             call()
     assert all(adapter.token not in known_tokens(base.pipeline.tokenizer) for adapter in adapters)
@@ -523,7 +528,11 @@ def test_a_fusion_that_is_stopped_while_it_watches_stops_at_once(three: list[Pat
             raise UserError("Stopped.")
 
     config = FuseConfig(
-        adapters=three, output=tmp_path / "fused", merge="gradient", gradient={**QUICK, "rows": 7}, device="cpu"
+        adapters=three,
+        output=tmp_path / "fused",
+        merge="gradient",
+        calibration={**QUICK, "tokens_per_call": 7},
+        device="cpu",
     )
     with pytest.raises(UserError, match=r"^Stopped\.$"):
         fuse_to_folder(config, stop)
@@ -531,7 +540,7 @@ def test_a_fusion_that_is_stopped_while_it_watches_stops_at_once(three: list[Pat
 
 
 def test_strengths_of_one_component(three: list[Path], tiny_base: Path, tmp_path: Path) -> None:
-    config = FuseConfig(adapters=three[:1], output=tmp_path / "f", strength={"dog.text_encoder": 0.0}, device="cpu")
+    config = FuseConfig(adapters=three[:1], output=tmp_path / "f", scales={"dog.text_encoder": 0.0}, device="cpu")
     fuse_to_folder(config)
     plain, fused = load_base(str(tiny_base), "cpu").weights(), load_base(str(tmp_path / "f"), "cpu").weights()
     adapter = load_adapter(three[0])
@@ -539,22 +548,22 @@ def test_strengths_of_one_component(three: list[Path], tiny_base: Path, tmp_path
         delta = adapter.factors(layer).delta() * (not layer.startswith("text_encoder"))
         assert torch.allclose(weight - plain[layer], delta, atol=1e-6)
     with pytest.raises(UserError, match=r"names 'dog\.vae'"):
-        fuse_to_folder(config.model_copy(update={"strength": {"dog.vae": 1.0}, "output": tmp_path / "g"}))
+        fuse_to_folder(config.model_copy(update={"scales": {"dog.vae": 1.0}, "output": tmp_path / "g"}))
 
 
 def test_tune_finds_what_is_nearest_and_leaves_the_base_alone(three: list[Path], tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
     before = {layer: weight.clone() for layer, weight in base.weights().items()}
-    config = settings(gradient=QUICK)
-    one = tune(base, [load_adapter(three[0])], config, (0.25, 0.6, 1.0))
+    config = settings(calibration=QUICK)
+    one = search_scales(base, [load_adapter(three[0])], config, (0.25, 0.6, 1.0))
     at = {candidate.strength: candidate for candidate in one}
     assert at[1.0].concepts < 1e-6  # alone at full strength it is itself
     assert at[0.25].concepts > at[0.6].concepts > at[1.0].concepts and at[0.25].drift < at[1.0].drift
     assert [candidate.score for candidate in one] == sorted(candidate.score for candidate in one)
     assert all(torch.equal(weight, before[layer]) for layer, weight in base.weights().items())
     base = load_base(str(tiny_base), "cpu")
-    both = tune(
-        base, [load_adapter(path) for path in three], settings(merge="gradient", gradient=QUICK), (1.0,), (0.0, 2.0)
+    both = search_scales(
+        base, [load_adapter(path) for path in three], settings(merge="gradient", calibration=QUICK), (1.0,), (0.0, 2.0)
     )
     assert {one.anchor for one in both} == {0.0, 2.0}
     drift = {one.anchor: one.drift for one in both}
@@ -574,7 +583,7 @@ def test_a_name_with_a_dot_has_its_strength(three: list[Path], tmp_path: Path) -
     adapter.name = "dog-v1.5"
     save_adapter(adapter, tmp_path / "dog.safetensors")
     strength = {"dog-v1.5": 0.5, "dog-v1.5.unet": 0.0}
-    fuse_to_folder(FuseConfig(adapters=[tmp_path / "dog.safetensors"], output=tmp_path / "f", strength=strength))
+    fuse_to_folder(FuseConfig(adapters=[tmp_path / "dog.safetensors"], output=tmp_path / "f", scales=strength))
     for layer, factors in read_merged(tmp_path / "f").items():
         wanted = 0.0 if layer.startswith("unet") else 0.5
         assert torch.allclose(factors.delta(), wanted * adapter.factors(layer).delta(), atol=1e-7)
@@ -587,7 +596,7 @@ def test_what_is_watched_does_not_depend_on_what_was_watched_before(
 
     wide = TrainConfig(
         concept=make_photos(tmp_path / "wide", seed=9), output=tmp_path / "wide.safetensors", rank=2, steps=2,
-        base=str(tiny_base), targets=r"re:unet\..*\.(to_q|net\.2)", learning_rate=3e-2, device="cpu",
+        base=str(tiny_base), target_modules=r"re:unet\..*\.(to_q|net\.2)", learning_rate=3e-2, device="cpu",
     )  # fmt: skip
     train_to_file(wide)
     found = []
@@ -596,7 +605,13 @@ def test_what_is_watched_does_not_depend_on_what_was_watched_before(
         for index, files in enumerate([*before, [three[0], wide.output]]):
             output = tmp_path / f"{cache}-{index}"
             fuse_to_folder(
-                FuseConfig(adapters=files, output=output, merge="gradient", gradient={**QUICK, "rows": 8}, device="cpu")
+                FuseConfig(
+                    adapters=files,
+                    output=output,
+                    merge="gradient",
+                    calibration={**QUICK, "tokens_per_call": 8},
+                    device="cpu",
+                )
             )
         found.append(weights(output))
     assert same(*found)
@@ -610,17 +625,25 @@ def test_a_fusion_that_is_added_to_keeps_its_strengths(three: list[Path], tmp_pa
     run("fuse", three[0], three[1], "-o", tmp_path / "two", "--strength", "dog=0.5", "--strength", "mug=0.3",
         "--device", "cpu")  # fmt: skip
     run("fuse", tmp_path / "two", "--add", three[2], "-o", tmp_path / "all", "--strength", "hat=0.7", "--device", "cpu")
-    recipe = read_recipe(tmp_path / "all")
+    recipe = read_manifest(tmp_path / "all")
     assert recipe and recipe["strength"] == {"dog": 0.5, "mug": 0.3, "hat": 0.7}
-    assert recipe["settings"]["teach"]["guidance"] == TeachConfig().guidance  # not the pocket preset's
+    assert recipe["settings"]["distill"]["guidance_scale"] == DistillConfig().guidance_scale  # not the pocket preset's
     run("unfuse", tmp_path / "all", "--remove", "hat", "-o", tmp_path / "again")
     assert same(weights(tmp_path / "again"), weights(tmp_path / "two"))
     run("export", tmp_path / "all", "-o", tmp_path / "all.safetensors")
     run("import", tmp_path / "all.safetensors", "-o", tmp_path / "in.safetensors", "--base", recipe["base"])
-    run("tune", three[0], three[1], "--strengths", "0.5,1", "gradient.pictures=2", "gradient.steps=2")
-    broken = json.loads((tmp_path / "all" / "recipe.json").read_text())
+    run(
+        "tune",
+        three[0],
+        three[1],
+        "--strengths",
+        "0.5,1",
+        "calibration.num_images=2",
+        "calibration.num_inference_steps=2",
+    )
+    broken = json.loads((tmp_path / "all" / "manifest.json").read_text())
     del broken["base"]
-    (tmp_path / "all" / "recipe.json").write_text(json.dumps(broken))
+    (tmp_path / "all" / "manifest.json").write_text(json.dumps(broken))
     for verb in (("unfuse", "--remove", "hat"), ("export",), ("inspect",)):
         more = [] if verb[0] == "inspect" else ["-o", str(tmp_path / "x.safetensors")]
         done = CliRunner().invoke(app, [verb[0], str(tmp_path / "all"), *verb[1:], *more])

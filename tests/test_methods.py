@@ -14,12 +14,18 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 from typer.testing import CliRunner
 
-from spectral_diffusion.adapters.attach import Attachment, activate, attach, detach, disabled
+from spectral_diffusion.adapters.attach import (
+    InjectedAdapter,
+    disabled_adapters,
+    inject_adapter,
+    set_adapters,
+    unload_adapters,
+)
 from spectral_diffusion.adapters.frozen import frozen_tensors, with_weight
 from spectral_diffusion.adapters.low_rank import low_rank_linear
 from spectral_diffusion.cli import app
 from spectral_diffusion.core.errors import UserError
-from spectral_diffusion.linalg import sides
+from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.methods.registry import METHODS
 from spectral_diffusion.models.base import Base, load_base
@@ -38,19 +44,19 @@ EVERYTHING = "attention+feed-forward+projection+conv"  # Linears, 1×1, 3×3 and
 
 def allowed_rank(method: str, weights: dict[str, torch.Tensor]) -> int:
     """2, or the 1 of a method without a rank."""
-    return 2 if 2 in get_method(method).ranks([sides(weight) for weight in weights.values()]) else 1
+    return 2 if 2 in get_method(method).ranks([matrix_shape(weight) for weight in weights.values()]) else 1
 
 
 def put(
     base: Base, method: str, name: str = "one", start: int = 0, targets: str = "attention", steps: int = 0
-) -> Attachment:
+) -> InjectedAdapter:
     weights, kind = base.weights(targets), get_method(method)
     rank = allowed_rank(method, weights)
     frozen = frozen_tensors(kind, weights, rank, Slot.interval(start, start + rank) if kind.slot else None)
-    return attach(base.models, kind, rank, name, targets, frozen, seed=3, steps=steps)
+    return inject_adapter(base.models, kind, rank, name, targets, frozen, seed=3, steps=steps)
 
 
-def stir(attachment: Attachment, scale: float = 0.3) -> None:
+def stir(attachment: InjectedAdapter, scale: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for _, parameter in attachment.named_parameters():
@@ -86,9 +92,9 @@ def test_identity_at_init_to_the_last_bit_and_after_detach(
         assert same(outputs(base), before)
     stir(attachment)
     assert not same(outputs(base), before)
-    with disabled(base.models):
+    with disabled_adapters(base.models):
         assert same(outputs(base), before)
-    detach(base.models)
+    unload_adapters(base.models)
     assert same(outputs(base), before)
 
 
@@ -99,15 +105,15 @@ def test_the_forward_is_the_one_delta(base: Base, method: str, targets: str) -> 
     stir(attachment)
     adapted = outputs(base)
     weights = {layer: weight.clone() for layer, weight in base.weights(targets).items()}
-    kind, trained = get_method(method), attachment.trained()
+    kind, trained = get_method(method), attachment.state_dict()
     slot = Slot.interval(0, attachment.rank) if kind.slot else None
     frozen = frozen_tensors(kind, weights, attachment.rank, slot)
     deltas = {}
     for layer, weight in weights.items():
-        names = kind.shapes(*sides(weight), attachment.rank)
+        names = kind.shapes(*matrix_shape(weight), attachment.rank)
         built_on = with_weight(kind, frozen[layer], weight)
         deltas[layer] = kind.delta({name: trained[f"{layer}.{name}"] for name in names}, built_on).delta()
-    detach(base.models)
+    unload_adapters(base.models)
     for layer, weight in base.weights(targets).items():
         weight += deltas[layer].detach().view(weight.shape)
     for a, b in zip(adapted, outputs(base), strict=True):
@@ -132,13 +138,13 @@ def test_merging_gives_what_the_adapter_gives(tiny_base: Path, method: str, dtyp
     two = put(base, method, "two", 4 if get_method(method).slot else 0, targets=EVERYTHING)
     assert {p.dtype for _, p in one.named_parameters()} == {torch.float32}
     stir(one, 1.0)
-    kind, trained = get_method(method), one.trained()
+    kind, trained = get_method(method), one.state_dict()
     frozen = frozen_tensors(kind, plain, one.rank, Slot.interval(0, one.rank) if kind.slot else None)
     names = one_of_each_kind(one.layers, plain)
     assert len(names) >= 4
     for name in names:
         layer = one.layers[name]
-        held = {key: trained[f"{name}.{key}"] for key in kind.shapes(*sides(plain[name]), one.rank)}
+        held = {key: trained[f"{name}.{key}"] for key in kind.shapes(*matrix_shape(plain[name]), one.rank)}
         layer.merge(adapter_names=["one"])
         weight = base.weights(EVERYTHING)[name]  # PEFT puts another tensor there
         found = weight.float() - plain[name].float()
@@ -149,8 +155,8 @@ def test_merging_gives_what_the_adapter_gives(tiny_base: Path, method: str, dtyp
         weight.copy_(plain[name])
         layer.merged_adapters.clear()
     stir(two, 0.1)
-    activate(base.models, ["one", "two"])
-    detach(base.models)
+    set_adapters(base.models, ["one", "two"])
+    unload_adapters(base.models)
     assert all(torch.equal(weight, plain[name]) for name, weight in base.weights(EVERYTHING).items())
 
 
@@ -192,14 +198,14 @@ def test_two_adapters_of_disjoint_slots_stack_into_the_sum(base: Base) -> None:
     one, two = put(base, "spectral-additive", "one", 0), put(base, "spectral-additive", "two", 2)
     stir(one)
     stir(two, 0.2)
-    activate(base.models, ["one", "two"])
+    set_adapters(base.models, ["one", "two"])
     both = outputs(base)
     layers = {layer: (one.layers[layer], two.layers[layer]) for layer in one.layers}
     deltas = {
         layer: a.get_delta_weight("one").detach() + b.get_delta_weight("two").detach()
         for layer, (a, b) in layers.items()
     }
-    detach(base.models)
+    unload_adapters(base.models)
     for layer, weight in plain.items():
         weight += deltas[layer]
     for a, b in zip(both, outputs(base), strict=True):
@@ -214,7 +220,7 @@ def test_strength_scales_the_delta(base: Base) -> None:
     attachment.set_scale(0.25)
     assert torch.allclose(layer.get_delta_weight("one"), 0.25 * full, rtol=1e-6)
     attachment.set_scale(0.0)
-    with disabled(base.models):
+    with disabled_adapters(base.models):
         before = outputs(base)
     assert same(outputs(base), before)
 
@@ -246,7 +252,7 @@ def test_peft_and_diffusers_operations_work_on_our_tuner(base: Base) -> None:
     unet.unfuse_lora()
     assert torch.allclose(unet(latents, 10, text[:1]).sample, merged, atol=5e-5)
     assert not torch.allclose(merged, plain, atol=1e-3)
-    detach(base.models)
+    unload_adapters(base.models)
     for a, b in zip(outputs(base), before, strict=True):
         assert torch.allclose(a, b, atol=5e-5)
 
@@ -306,14 +312,14 @@ def test_frozen_columns_change_no_trained_gradient(base: Base) -> None:
     gradients = []
     for frozen in (True, False):
         method = replace(get_method("spectral-additive"), frozen_up=frozen)
-        attachment = attach(base.models, get_method("spectral-additive"), 2, "one", frozen=bands_for(base))
+        attachment = inject_adapter(base.models, get_method("spectral-additive"), 2, "one", frozen=bands_for(base))
         for layer in attachment.layers.values():
             layer.spectral_method["one"] = method
         stir(attachment)
         text = base.pipeline.text_encoder(torch.arange(32)[None])[0]
         base.pipeline.unet(torch.ones(1, 4, 8, 8), 10, text).sample.square().mean().backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in attachment.named_parameters()})
-        detach(base.models)
+        unload_adapters(base.models)
     for name, gradient in gradients[0].items():
         assert gradient.abs().sum() > 0
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-6), name
@@ -410,12 +416,12 @@ def test_normalised_columns_train_the_same_function(base: Base) -> None:
     bands = frozen_tensors(get_method("spectral-additive"), base.weights(), 2, Slot.interval(4, 6))
     scales = {layer: torch.tensor([2.0, 5.0]) for layer in bands}
     method = get_method("spectral-additive")
-    scaled = attach(base.models, method, 2, "one", frozen=bands, columns=scales)
+    scaled = inject_adapter(base.models, method, 2, "one", frozen=bands, columns=scales)
     stir(scaled)
-    with_scales, files = outputs(base), scaled.trained()
+    with_scales, files = outputs(base), scaled.state_dict()
     raw = dict(scaled.named_parameters())
     assert all(torch.equal(files[name], raw[name].detach() * torch.tensor([2.0, 5.0])) for name in files)
-    detach(base.models)
-    plain = attach(base.models, method, 2, "one", frozen=bands)
-    plain.load(files)
+    unload_adapters(base.models)
+    plain = inject_adapter(base.models, method, 2, "one", frozen=bands)
+    plain.load_state_dict(files)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(outputs(base), with_scales, strict=True))

@@ -10,7 +10,7 @@ import torch
 from conftest import make_photos
 
 from spectral_diffusion.adapters.adapter import Adapter
-from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.inspection import clashes
@@ -44,7 +44,7 @@ def test_names_of_any_alphabet_are_names(name: str, tmp_path: Path) -> None:
 def test_a_name_that_is_no_noun_says_so(tmp_path: Path) -> None:
     assert load_concept(make_photos(tmp_path / "café", 1)).noun == "cafe"
     concept = load_concept(make_photos(tmp_path / "собака", 1))
-    assert concept.noun == "object" and "noun=dog" in concept.notes[0]
+    assert concept.noun == "object" and "class_noun=dog" in concept.notes[0]
     assert not load_concept(tmp_path / "собака", noun="dog").notes
 
 
@@ -87,8 +87,8 @@ def test_a_token_in_another_case_is_the_same_token(photos: Path, tiny_base: Path
     assert any("share the token" in text for text in clashes([big, small]))
     width = base.models["text_encoder"].config.hidden_size
     fresh = load_base(str(tiny_base), "cpu")
-    fresh.install("<Rex>", {"text_encoder": torch.zeros(2, width)})
+    fresh.add_token("<Rex>", {"text_encoder": torch.zeros(2, width)})
     with pytest.raises(UserError, match="The token <Rex> is there already"):
-        fresh.install("<rex>", {"text_encoder": torch.zeros(2, width)})
+        fresh.add_token("<rex>", {"text_encoder": torch.zeros(2, width)})
     with pytest.raises(UserError, match="already has the token <Rex>"):
         train_to_file(TrainConfig(concept=photos, output=tmp_path / "x.safetensors", base=str(tiny_base)), base=fresh)

@@ -16,21 +16,21 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_diffusion.adapters.adapter import Adapter
-from spectral_diffusion.adapters.attach import attach, detaching
+from spectral_diffusion.adapters.attach import inject_adapter, unloading
 from spectral_diffusion.adapters.frozen import frozen_tensors
-from spectral_diffusion.config.models import ObjectiveConfig, TrainConfig
+from spectral_diffusion.config.train import ObjectiveConfig, TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.linalg import sides
+from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import all_methods, get_method
-from spectral_diffusion.models.attention_maps import AttentionMaps, attention_loss, shape_of, watching
+from spectral_diffusion.models.attention_maps import AttentionMaps, attention_loss, capture_attention_maps, shape_of
 from spectral_diffusion.models.base import load_base
-from spectral_diffusion.models.prompt_encoder import Conditioner
+from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.slots.ledger import Slot
 from spectral_diffusion.training.checkpoint import Stopped, load_state, save_state
-from spectral_diffusion.training.losses import objective_loss, snr_weights
-from spectral_diffusion.training.optimizers import Prodigies, build_optimiser, rate_at
+from spectral_diffusion.training.losses import diffusion_loss, timestep_weights
+from spectral_diffusion.training.optimizers import ProdigyGroups, build_optimizer, lr_factor
 from spectral_diffusion.training.run import train_to_file
 
 
@@ -56,11 +56,15 @@ def apart(one: Adapter, two: Adapter) -> float:
 # --- optimisers ----------------------------------------------------------------------------------------------
 
 KINDS = {
-    "schedule": {"decay": "cosine", "optimiser": {"warmup": 2, "accumulate": 2, "ema": 0.9}, "batch": 1},
-    "prodigy": {"optimiser": {"name": "prodigy", "ema": 0.5}, "weight_decay": 0.01},
-    "adamw8bit": {"optimiser": {"name": "adamw8bit"}, "rank": 16, "steps": 4},
+    "schedule": {
+        "lr_scheduler": "cosine",
+        "optimizer": {"lr_warmup_steps": 2, "gradient_accumulation_steps": 2, "ema_decay": 0.9},
+        "batch_size": 1,
+    },
+    "prodigy": {"optimizer": {"name": "prodigy", "ema_decay": 0.5}, "weight_decay": 0.01},
+    "adamw8bit": {"optimizer": {"name": "adamw8bit"}, "rank": 16, "steps": 4},
     "float16": {"mixed_precision": "fp16"},
-    "objective": {"objective": {"loss": "huber", "snr_gamma": 5.0}, "gradient_checkpointing": True},
+    "objective": {"objective": {"loss_type": "huber", "snr_gamma": 5.0}, "gradient_checkpointing": True},
 }
 
 
@@ -96,13 +100,13 @@ def test_tensors_that_parameters_share_are_kept_for_each(tmp_path: Path) -> None
 def test_weight_decay_leaves_what_is_neutral_elsewhere(photos: Path, tiny_base: Path, name: str) -> None:
     base, method = load_base(str(tiny_base), "cpu"), get_method(name)
     weights = {layer: weight for layer, weight in base.weights().items() if layer.endswith("to_q")}
-    rank = method.ranks([sides(weight) for weight in weights.values()])[-1]
+    rank = method.ranks([matrix_shape(weight) for weight in weights.values()])[-1]
     slot = Slot.interval(0, rank) if method.slot else None
     config = TrainConfig(concept=photos, output=photos, weight_decay=0.5, learning_rate=0.1)
-    with Conditioner(base, load_concept(photos), 0, 16) as condition, detaching(base.models):
+    with PromptEncoder(base, load_concept(photos), 0, 16) as condition, unloading(base.models):
         frozen = frozen_tensors(method, weights, rank, slot, cached=False)
-        on = attach(base.models, method, rank, frozen=frozen, only=set(weights), steps=10)
-        optimiser, _ = build_optimiser(on, condition, config, {})
+        on = inject_adapter(base.models, method, rank, frozen=frozen, only=set(weights), steps=10)
+        optimiser, _ = build_optimizer(on, condition, config, {})
         parameters = {**condition.named_parameters(), **dict(on.named_parameters())}
         for parameter in parameters.values():
             parameter.requires_grad_(True).grad = torch.zeros_like(parameter)
@@ -119,34 +123,48 @@ def test_weight_decay_leaves_what_is_neutral_elsewhere(photos: Path, tiny_base: 
 def test_rates_warm_up_and_decay() -> None:
     def rates(**more: object) -> list[float]:
         config = TrainConfig(concept="x", output="y", steps=10, **more)  # type: ignore[arg-type]
-        return [rate_at(step, config) for step in range(10)]
+        return [lr_factor(step, config) for step in range(10)]
 
     assert rates() == [1 - step / 10 for step in range(10)]
-    assert rates(decay="constant") == [1.0] * 10
-    cosine = rates(decay="cosine")
+    assert rates(lr_scheduler="constant") == [1.0] * 10
+    cosine = rates(lr_scheduler="cosine")
     assert cosine[0] == 1.0 and cosine[5] == pytest.approx(0.5) and all(a > b for a, b in pairwise(cosine))
-    warmed = rates(decay="cosine", optimiser={"warmup": 4})
+    warmed = rates(lr_scheduler="cosine", optimizer={"lr_warmup_steps": 4})
     assert warmed[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and all(a > b for a, b in pairwise(warmed[4:]))
-    assert all(0 < rate <= 1 for rate in rates(optimiser={"warmup": 1000}))
+    assert all(0 < rate <= 1 for rate in rates(optimizer={"lr_warmup_steps": 1000}))
 
 
 def test_two_accumulated_batches_are_one_of_twice_the_size(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
-    more = {"preservation": {"weight": 0.5, "batch": 2, "pictures": 3, "cut_mix": 0.4}, "learning_rate": 1e-2}
-    halves = {**more, "preservation": {**more["preservation"], "batch": 1}}  # type: ignore[dict-item]
+    more = {"prior": {"loss_weight": 0.5, "batch_size": 2, "num_images": 3, "cut_mix_prob": 0.4}, "learning_rate": 1e-2}
+    halves = {**more, "prior": {**more["prior"], "batch_size": 1}}  # type: ignore[dict-item]
     base = load_base(str(tiny_base), "cpu")
-    one = train_to_file(settings(photos, tiny_base, tmp_path / "a.safetensors", batch=4, **more), base=base)
-    two = settings(photos, tiny_base, tmp_path / "b.safetensors", batch=2, optimiser={"accumulate": 2}, **halves)
+    one = train_to_file(settings(photos, tiny_base, tmp_path / "a.safetensors", batch_size=4, **more), base=base)
+    two = settings(
+        photos,
+        tiny_base,
+        tmp_path / "b.safetensors",
+        batch_size=2,
+        optimizer={"gradient_accumulation_steps": 2},
+        **halves,
+    )
     assert apart(one, train_to_file(two, base=base)) < 1e-3
 
 
 def test_the_average_is_written_and_not_the_last_numbers(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     base, seen = load_base(str(tiny_base), "cpu"), []
-    first = {"steps": 1, "decay": "constant"}
+    first = {"steps": 1, "lr_scheduler": "constant"}
     for steps in (1, 2):
         more = {**first, "steps": steps}
         seen.append(train_to_file(settings(photos, tiny_base, tmp_path / f"{steps}.safetensors", **more), base=base))
     averaged = train_to_file(
-        settings(photos, tiny_base, tmp_path / "e.safetensors", steps=2, decay="constant", optimiser={"ema": 0.999}),
+        settings(
+            photos,
+            tiny_base,
+            tmp_path / "e.safetensors",
+            steps=2,
+            lr_scheduler="constant",
+            optimizer={"ema_decay": 0.999},
+        ),
         base=base,
     )
     # It forgets by (1 + step) / (10 + step): 2/11 of zero and 9/11 of the first step, then 3/12 of that.
@@ -159,17 +177,19 @@ def test_prodigy_finds_its_rates_and_learns(photos: Path, tiny_base: Path, tmp_p
     def last_loss(factor: float) -> float:
         losses: list[float] = []
         prodigy = {"name": "prodigy", "factor": factor}
-        config = settings(photos, tiny_base, tmp_path / f"{factor}.safetensors", steps=30, batch=2, optimiser=prodigy)
-        train_to_file(config, progress=lambda event: losses.append(event.figures.get("loss", 0.0)))
+        config = settings(
+            photos, tiny_base, tmp_path / f"{factor}.safetensors", steps=30, batch_size=2, optimizer=prodigy
+        )
+        train_to_file(config, progress=lambda event: losses.append(event.metrics.get("loss", 0.0)))
         return losses[-1]
 
     assert last_loss(10) < 0.99 * last_loss(1e-6)  # the same photos and noise, without learning
-    config = settings(photos, tiny_base, tmp_path / "a.safetensors", optimiser={"name": "prodigy", "factor": 10})
+    config = settings(photos, tiny_base, tmp_path / "a.safetensors", optimizer={"name": "prodigy", "d_coef": 10})
     frozen = config.model_copy(update={"text_encoder_learning_rate": 0.0, "steps": 2})
     parameters = train_to_file(frozen).parameters
     assert not any(value.any() for name, value in parameters.items() if name.startswith("text_encoder."))
-    with pytest.raises(UserError, match="slot_rate=0"):
-        train_to_file(config.model_copy(update={"slot_rate": 0.5, "steps": 1}))
+    with pytest.raises(UserError, match="slot_lr_power=0"):
+        train_to_file(config.model_copy(update={"slot_lr_power": 0.5, "steps": 1}))
 
 
 @pytest.mark.parametrize(("name", "package"), [("prodigy", "prodigyopt"), ("adamw8bit", "bitsandbytes.optim")])
@@ -178,7 +198,7 @@ def test_a_missing_optimiser_is_told(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=r"pip install 'spectral-diffusion\[optim\]'"):
-        train_to_file(settings(photos, tiny_base, tmp_path / "a.safetensors", optimiser={"name": name}))
+        train_to_file(settings(photos, tiny_base, tmp_path / "a.safetensors", optimizer={"name": name}))
 
 
 def test_checkpointing_changes_only_roundings(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
@@ -196,8 +216,8 @@ def test_checkpointing_changes_only_roundings(photos: Path, tiny_base: Path, tmp
 
 def test_the_smooth_huber_is_square_near_zero_and_linear_far_off() -> None:
     def loss(error: float) -> float:
-        objective = ObjectiveConfig(loss="huber", huber_delta=0.1)
-        return float(objective_loss(torch.full((1, 1, 1, 1), error), torch.zeros(1, 1, 1, 1), None, None, objective))
+        objective = ObjectiveConfig(loss_type="huber", huber_delta=0.1)
+        return float(diffusion_loss(torch.full((1, 1, 1, 1), error), torch.zeros(1, 1, 1, 1), None, None, objective))
 
     assert loss(1e-3) == pytest.approx(1e-6, rel=1e-2)
     assert loss(100.0) == pytest.approx(2 * 0.1 * (100 - 0.1), rel=1e-3)
@@ -206,10 +226,10 @@ def test_the_smooth_huber_is_square_near_zero_and_linear_far_off() -> None:
 def test_weights_of_places_and_times_multiply() -> None:
     predicted, target = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     weights, times = torch.rand(2, 1, 4, 4), torch.tensor([0.5, 2.0])
-    found = objective_loss(predicted, target, weights, times, ObjectiveConfig())
+    found = diffusion_loss(predicted, target, weights, times, ObjectiveConfig())
     wanted = ((predicted - target) ** 2 * weights * times[:, None, None, None]).mean()
     assert torch.allclose(found, wanted)
-    assert torch.equal(objective_loss(predicted, target, None, None, ObjectiveConfig()), F.mse_loss(predicted, target))
+    assert torch.equal(diffusion_loss(predicted, target, None, None, ObjectiveConfig()), F.mse_loss(predicted, target))
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -219,8 +239,8 @@ def test_min_snr_weighs_the_error_of_the_picture(kind: str) -> None:
     times = torch.tensor([0, 200, 500, 800, 999])
     alphas = schedule.alphas_cumprod[times].double()
     snr = alphas / (1 - alphas)
-    weights = snr_weights(schedule, times, 5.0)
-    assert weights is not None and torch.isfinite(weights).all() and snr_weights(schedule, times, 0.0) is None
+    weights = timestep_weights(schedule, times, 5.0)
+    assert weights is not None and torch.isfinite(weights).all() and timestep_weights(schedule, times, 0.0) is None
     # An error e of x0 is one of e √snr in ε, and of e √(snr + 1) in v.
     of_picture = weights.double() * (snr if kind == "epsilon" else snr + 1)
     assert torch.allclose(of_picture, snr.clamp_max(5.0), rtol=1e-4)
@@ -262,7 +282,7 @@ def test_watching_the_attention_changes_no_prediction(photos: Path, tiny_base: P
     words = torch.randn(2, 6, 24)
     plain = unet(latents, 5, words).sample
     before = dict(unet.attn_processors)
-    with watching(unet, True) as maps:
+    with capture_attention_maps(unet, True) as maps:
         assert maps and torch.equal(unet(latents, 5, words).sample, plain)
         assert maps.found and all(seen.shape[2] == 6 for seen in maps.found.values())
         assert all(torch.allclose(seen.sum(2), torch.ones(()), atol=1e-5) for seen in maps.found.values())
@@ -274,7 +294,7 @@ def test_masks_steer_where_the_token_is_attended_to(
     photos: Path, tiny_base: Path, tmp_path: Path, checkpointed: bool
 ) -> None:
     with pytest.raises(UserError, match=r"objective\.attention needs masks"):
-        train_to_file(settings(photos, tiny_base, tmp_path / "x.safetensors", objective={"attention": 1.0}))
+        train_to_file(settings(photos, tiny_base, tmp_path / "x.safetensors", objective={"attention_loss_weight": 1.0}))
     (photos / "masks").mkdir()
     for photo in sorted(photos.glob("*.png")):
         half = Image.new("L", (24, 20), 0)
@@ -285,12 +305,19 @@ def test_masks_steer_where_the_token_is_attended_to(
 
     def watch(event: Event) -> None:
         if event.stage == "train":
-            losses.setdefault(event.done, event.figures["loss"])
+            losses.setdefault(event.done, event.metrics["loss"])
 
     base = load_base(str(tiny_base), "cpu")
-    more = {"learning_rate": 3e-3, "steps": 24, "batch": 4, "timestep_power": 4, "decay": "constant", "rank": 8}
+    more = {
+        "learning_rate": 3e-3,
+        "steps": 24,
+        "batch_size": 4,
+        "timestep_power": 4,
+        "lr_scheduler": "constant",
+        "rank": 8,
+    }
     config = settings(
-        photos, tiny_base, tmp_path / "a.safetensors", objective={"attention": 50.0},
+        photos, tiny_base, tmp_path / "a.safetensors", objective={"attention_loss_weight": 50.0},
         gradient_checkpointing=checkpointed, **more,
     )  # fmt: skip
     train_to_file(config, base=base, progress=watch)
@@ -303,7 +330,7 @@ def test_prodigy_reads_the_device_a_few_times_a_step_and_finds_the_step_size_of_
     torch.manual_seed(0)
     many = [nn.Parameter(torch.randn(3, 4)) for _ in range(100)]
     plain = [nn.Parameter(parameter.detach().clone()) for parameter in many]
-    ours = Prodigies([{"params": many, "weight_decay": 0.0}], 1.0)
+    ours = ProdigyGroups([{"params": many, "weight_decay": 0.0}], 1.0)
     theirs = prodigyopt.Prodigy(plain, lr=1.0, safeguard_warmup=True)
     reads: list[str] = []
 

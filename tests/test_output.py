@@ -13,7 +13,7 @@ from conftest import make_photos
 
 from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.formats.native import load_adapter
-from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.training.checkpoint import Stopped, step_of
@@ -37,7 +37,7 @@ def output(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(photos: Path, tiny_base: Path, output: Path) -> TrainConfig:
-    return TrainConfig(concept=photos, output=output, base=str(tiny_base), rank=2, steps=4, device="cpu", batch=1)
+    return TrainConfig(concept=photos, output=output, base=str(tiny_base), rank=2, steps=4, device="cpu", batch_size=1)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_settings_that_a_training_settles_are_no_difference(config: TrainConfig)
     config = config.model_copy(update={"mixed_precision": "no"})
     assert settled(config) == {"slot_seed"}
     assert settled(config.model_copy(update={"slot_seed": 3})) == set()
-    assert settled(config.model_copy(update={"budget": 5000})) == {"slot_seed", "rank"}
+    assert settled(config.model_copy(update={"param_budget": 5000})) == {"slot_seed", "rank"}
     assert settled(config.model_copy(update={"mixed_precision": "auto"})) == {"slot_seed", "mixed_precision"}
     assert "rank" in settled(config.model_copy(update={"method": "svdiff"}))
     assert not is_done(config)
@@ -138,7 +138,7 @@ def test_an_output_is_trained_by_one_at_a_time(train: Train, output: Path) -> No
     [
         ({"rank": 3}, "rank=2 and cannot go on with 3; resume with rank=2"),
         ({"method": "lora"}, "method=spectral-additive and cannot go on with lora"),
-        ({"targets": "attention+conv"}, "targets=attention and cannot go on with attention"),
+        ({"targets": "attention+conv"}, "target_modules=attention and cannot go on with attention"),
         ({"text_encoder_learning_rate": 1e-4, "embedding_learning_rate": 2e-3}, "text_encoder_learning_rate=1e-05 and"),
     ],
 )
@@ -178,4 +178,4 @@ def test_rates_of_zero_are_told(train: Train, name: str) -> None:
         pytest.importorskip("prodigyopt")
     rates = dict.fromkeys(("learning_rate", "text_encoder_learning_rate", "embedding_learning_rate"), 0.0)
     with pytest.raises(UserError, match="Every learning rate is 0, so nothing would be trained"):
-        train(optimiser={"name": name}, **rates)
+        train(optimizer={"name": name}, **rates)

@@ -10,12 +10,14 @@ from conftest import make_photos
 from PIL import Image
 
 from spectral_diffusion.adapters.formats.native import content_hash, load_adapter, save_adapter
-from spectral_diffusion.config.models import FuseConfig, TrainConfig, build
+from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.settings import build
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import paths
 from spectral_diffusion.core.paths import located, located_base, portable, portable_base, without_folders
 from spectral_diffusion.merging.export import export
 from spectral_diffusion.merging.fuse import fuse_to_folder
-from spectral_diffusion.merging.manifest import read_recipe
+from spectral_diffusion.merging.manifest import read_manifest
 from spectral_diffusion.scenes.generate import generate_to_file
 from spectral_diffusion.scenes.png_metadata import read_embedded, read_settings, read_sources
 from spectral_diffusion.scenes.scene import Scene
@@ -74,16 +76,20 @@ def test_nothing_that_is_shared_names_a_folder_and_all_of_it_works_elsewhere(
     photos, adapter = make_photos(work / "photos" / "rex"), work / "adapters" / "rex.safetensors"
     settings = {
         "concept": photos, "output": adapter, "base": str(base), "rank": 2, "steps": 1, "device": "cpu",
-        "watch": {"card": True},
+        "validation": {"model_card": True},
     }  # fmt: skip
     train_to_file(build(TrainConfig, settings))
     fuse_to_folder(FuseConfig(adapters=[adapter], output=work / "fused", device="cpu"))
     export(adapter, work / "out" / "rex.safetensors", "kohya", device="cpu")
     export(work / "fused", work / "whole", "folder", device="cpu")
     scene = Scene(
-        prompt="a <rex>", output=work / "out" / "p.png", base=str(base), adapters={str(adapter): 1.0}, steps=1,
+        prompt="a <rex>",
+        output=work / "out" / "p.png",
+        base=str(base),
+        adapters={str(adapter): 1.0},
+        num_inference_steps=1,
         device="cpu",
-    )  # fmt: skip
+    )
     generate_to_file(scene)
     shutil.rmtree(work / "photos")
     assert held_in(work, str(tmp_path)) == ["rex.yaml"]  # the settings beside the adapter are not shared
@@ -99,7 +105,7 @@ def test_nothing_that_is_shared_names_a_folder_and_all_of_it_works_elsewhere(
     monkeypatch.chdir(tmp_path)
     found = load_adapter(moved / "adapters" / "rex.safetensors")
     assert found.base == str(moved / "base") and content_hash(found) == before
-    assert (read_recipe(moved / "fused") or {})["base"] == str(moved / "base")
+    assert (read_manifest(moved / "fused") or {})["base"] == str(moved / "base")
     again = read_settings(moved / "out" / "p.png")
     assert again["base"] == str(moved / "base") and set(again["adapters"]) < set(read_sources(moved / "out" / "p.png"))
     notes: list[str] = []

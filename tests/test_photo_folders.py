@@ -11,14 +11,15 @@ from conftest import make_photos
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from spectral_diffusion.config.models import ConditionConfig, DataConfig, TrainConfig
+from spectral_diffusion.config.control import ControlConfig
+from spectral_diffusion.config.train import DataConfig, TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.control_pairs import read_pairs
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.data.image_io import DRAWN
 from spectral_diffusion.data.masks import is_mask, open_mask
 from spectral_diffusion.models.base import Base, load_base
-from spectral_diffusion.models.prompt_encoder import Conditioner
+from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.training.checks import notes_on, notes_on_photos
 from spectral_diffusion.training.prior_images import read_class_images
 
@@ -34,7 +35,7 @@ def settings(folder: Path, **more: object) -> TrainConfig:
 
 def said(folder: Path, base: Base, **more: object) -> list[str]:
     concept = load_concept(folder, name="rex")
-    return list(notes_on(concept, Conditioner(base, concept, 0, 16), settings(folder, **more)))
+    return list(notes_on(concept, PromptEncoder(base, concept, 0, 16), settings(folder, **more)))
 
 
 def test_captions_and_masks_are_found_in_any_case_ending_and_unicode_form(tmp_path: Path) -> None:
@@ -109,7 +110,7 @@ def test_drawings_of_photos_and_masks_beside_them_are_no_photos(tmp_path: Path) 
     [note] = notes_on_photos(load_concept(folder, name="rex"), settings(folder), 16)
     assert note.startswith("Left out, as drawings of the photos: ") and note.endswith(" and 1 more.")
     told: list[str] = []
-    config = ConditionConfig(folder=folder, output=tmp_path / "out")
+    config = ControlConfig(folder=folder, output=tmp_path / "out")
     assert [pair.condition.name for pair in read_pairs(config, told.append)] == ["0_sketch.png"]
 
 
@@ -200,7 +201,7 @@ def test_a_caption_that_is_cut_is_told_and_one_that_loses_its_token_refused(tmp_
     [note] = said(folder, base)
     assert note.startswith("The caption of 0.png is longer than this base reads; cut off: '") and "grass" in note
     with pytest.raises(UserError, match=r"data\.shuffle can move <rex>"):
-        said(folder, base, data={"shuffle": True, "keep": 0})
+        said(folder, base, data={"shuffle_caption": True, "keep_tokens": 0})
     (folder / "0.txt").write_text(f"{long} and <TOK>")
     with pytest.raises(UserError, match=r"caption of 0\.png is longer .* <rex> is in the part that is cut off"):
         said(folder, base)
@@ -212,12 +213,12 @@ def test_a_caption_that_is_cut_is_told_and_one_that_loses_its_token_refused(tmp_
 
 def test_what_is_cut_off_is_what_training_never_sees(tmp_path: Path, base: Base) -> None:
     concept = load_concept(make_photos(tmp_path / "rex", 1))
-    condition = Conditioner(base, concept, 0, 16)
+    condition = PromptEncoder(base, concept, 0, 16)
     room = base.pipeline.tokenizer.model_max_length - 2
     fits = "<rex>" + " dog" * (room - 2)
-    assert condition.cut_off(fits) == ("", True)
-    assert condition.cut_off(f"{fits} cat") == ("cat", True)
-    assert condition.cut_off("dog " * (room - 1) + "<rex>")[1] is False  # its second vector is lost
+    assert condition.truncated_text(fits) == ("", True)
+    assert condition.truncated_text(f"{fits} cat") == ("cat", True)
+    assert condition.truncated_text("dog " * (room - 1) + "<rex>")[1] is False  # its second vector is lost
 
 
 def test_words_that_only_look_like_tokens_are_told(tmp_path: Path, base: Base) -> None:
@@ -236,9 +237,9 @@ def test_tokens_of_a_fused_base_are_written_out_in_training_too(tmp_path: Path, 
     width = fused.models["text_encoder"].config.hidden_size
     import torch
 
-    fused.install("<mug>", {"text_encoder": torch.zeros(2, width)})
-    condition = Conditioner(fused, load_concept(make_photos(tmp_path / "rex", 1)), 0, 16)
+    fused.add_token("<mug>", {"text_encoder": torch.zeros(2, width)})
+    condition = PromptEncoder(fused, load_concept(make_photos(tmp_path / "rex", 1)), 0, 16)
     own = fused.pipeline.tokenizer.convert_tokens_to_ids(["<mug>", "<mug>_1"])
     for prompt in ("<rex> beside <mug>", "<rex> beside <mug> <mug>_1"):
-        row = condition.ids("text_encoder", [prompt])[0].tolist()
+        row = condition.token_ids("text_encoder", [prompt])[0].tolist()
         assert [row[4], row[5]] == own and own[1] not in row[6:]

@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 from spectral_diffusion import pocket
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.demo import run_demo
-from spectral_diffusion.merging.manifest import read_recipe
+from spectral_diffusion.merging.manifest import read_manifest
 from spectral_diffusion.models.base import Base, load_base
-from spectral_diffusion.scenes.control import Drawing
+from spectral_diffusion.scenes.control import ControlMap
 from spectral_diffusion.scenes.generate import sample
 from spectral_diffusion.scenes.keypose import draw_keypose
 from spectral_diffusion.scenes.scene import Scene
@@ -30,8 +30,8 @@ def base() -> Base:
 
 
 def draw(base: Base, prompts: list[str], sketch: Image.Image | None = None, **more: object) -> np.ndarray:
-    config = Scene(steps=12, device="cpu", **more)  # type: ignore[arg-type]
-    drawings = [Drawing(sketch)] if sketch else []
+    config = Scene(num_inference_steps=12, device="cpu", **more)  # type: ignore[arg-type]
+    drawings = [ControlMap(sketch)] if sketch else []
     images = sample(base, prompts, list(range(len(prompts))), config, drawings=drawings)
     return np.stack([np.asarray(image, dtype=np.float32) for image in images]) / 255
 
@@ -110,7 +110,7 @@ def test_the_demo_runs_from_end_to_end(tmp_path: Path) -> None:
     assert {"sheet.png", "together.png", "together.yaml", "rex.safetensors", "brew.safetensors", "fused"} <= names
     one, two = (load_adapter(tmp_path / "demo" / f"{name}.safetensors") for name in ("rex", "brew"))
     assert one.slot and two.slot and not one.slot.overlaps(two.slot)
-    recipe = read_recipe(tmp_path / "demo" / "fused")
+    recipe = read_manifest(tmp_path / "demo" / "fused")
     assert recipe and set(recipe["concepts"]) == {"rex", "brew"}
     stock = StableDiffusionPipeline.from_pretrained(str(tmp_path / "demo" / "fused"))
     assert stock.unet.dtype == torch.float32

@@ -11,7 +11,8 @@ from conftest import make_photos
 from torch import nn
 
 from spectral_diffusion.adapters.formats.native import load_adapter
-from spectral_diffusion.config.models import TrainConfig, read_yaml
+from spectral_diffusion.config.settings import read_yaml
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import machine, precision
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.precision import loss_scaler, resolve_mixed_precision
@@ -88,7 +89,14 @@ def test_a_float16_base_on_a_cpu_loses_no_gradients() -> None:
 def test_what_is_made_says_precision_and_machine(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     timed(0.5)
     output, notes = tmp_path / "rex.safetensors", list[str]()
-    settings = {"concept": photos, "output": output, "base": str(tiny_base), "rank": 2, "steps": 2, "crops": 1}
+    settings = {
+        "concept": photos,
+        "output": output,
+        "base": str(tiny_base),
+        "rank": 2,
+        "steps": 2,
+        "crops_per_image": 1,
+    }
     train_to_file(TrainConfig(**settings), note=notes.append)
     adapter = load_adapter(output)
     assert adapter.config["mixed_precision"] == "bf16" and adapter.provenance["threads"] == "1"
@@ -97,7 +105,7 @@ def test_what_is_made_says_precision_and_machine(photos: Path, tiny_base: Path, 
     text = output.with_suffix(".yaml").read_text(encoding="utf-8")
     assert machine.cpu_name() in text and read_yaml(output.with_suffix(".yaml"))["mixed_precision"] == "bf16"
     picture = tmp_path / "a.png"
-    generate_to_file(Scene(base=str(tiny_base), prompt="a dog", output=picture, steps=2))
+    generate_to_file(Scene(base=str(tiny_base), prompt="a dog", output=picture, num_inference_steps=2))
     assert read_settings(picture)["mixed_precision"] == "bf16"
 
 
@@ -105,7 +113,7 @@ def test_a_resumed_run_keeps_its_precision(tiny_base: Path, tmp_path: Path) -> N
     """On a machine that would choose another one, too."""
     timed(0.5)
     asked = {"concept": make_photos(tmp_path / "rex"), "output": tmp_path / "rex.safetensors", "base": str(tiny_base)}
-    config = TrainConfig(**asked, rank=2, steps=4, crops=1)
+    config = TrainConfig(**asked, rank=2, steps=4, crops_per_image=1)
     turns = iter([False, False, True])
     with pytest.raises(Stopped):
         train_to_file(config, should_stop=lambda: next(turns))

@@ -10,22 +10,28 @@ from conftest import make_photos
 from diffusers import DDPMScheduler
 from PIL import Image
 
+from spectral_diffusion.adapters.apply import load_adapters
 from spectral_diffusion.adapters.formats.native import load_adapter
-from spectral_diffusion.config.models import DataConfig, PreservationConfig, TrainConfig
+from spectral_diffusion.config.train import DataConfig, PriorPreservationConfig, TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.hooks import Event, silent
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.models.base import Base, load_base
-from spectral_diffusion.models.prompt_encoder import Conditioner
-from spectral_diffusion.scenes.generate import put_on
+from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.training import prior_images as ordinary_module
 from spectral_diffusion.training.batch import Samples
 from spectral_diffusion.training.loop import Stopped
-from spectral_diffusion.training.prior_images import Ordinary, draw_ordinary, ordinary_prompts
-from spectral_diffusion.training.prior_preservation import OTHERS, Anchors, cut_mix, draw_anchors, predict
+from spectral_diffusion.training.prior_images import PriorImages, make_prior_images, prior_prompts
+from spectral_diffusion.training.prior_preservation import (
+    OTHER_TOKENS,
+    PriorTargets,
+    cut_mix,
+    predict,
+    predict_prior_targets,
+)
 from spectral_diffusion.training.run import train_to_file
 
-KEEP = PreservationConfig(weight=1.0, batch=2, pictures=4, others=0.5)
+KEEP = PriorPreservationConfig(weight=1.0, batch_size=2, pictures=4, others=0.5)
 
 
 def settings(photos: Path, base: Path, output: Path, **more: object) -> TrainConfig:
@@ -34,7 +40,7 @@ def settings(photos: Path, base: Path, output: Path, **more: object) -> TrainCon
 
 
 @torch.no_grad()
-def drift(base: Base, condition: Conditioner, anchors: Anchors) -> float:
+def drift(base: Base, condition: PromptEncoder, anchors: PriorTargets) -> float:
     """How far the networks, as they are, predict from what the untouched base predicted."""
     predicted = base.pipeline.unet(anchors.noisy, anchors.timesteps, **condition(anchors.prompts)).sample
     return float((predicted - anchors.targets).square().mean())
@@ -45,18 +51,18 @@ def test_preservation_holds_the_base_while_a_concept_is_learnt(photos: Path, tin
     for weight in (0.0, 3.0):
         keep = KEEP.model_copy(update={"weight": weight})
         output = tmp_path / f"{weight}" / "rex.safetensors"
-        config = settings(photos, tiny_base, output, steps=60, learning_rate=3e-2, preservation=keep)
+        config = settings(photos, tiny_base, output, steps=60, learning_rate=3e-2, prior=keep)
         adapter = train_to_file(config)
         assert adapter.norm() > 0
         base = load_base(str(tiny_base), "cpu")
         schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
         others = config.model_copy(update={"seed": 5})  # pictures and words that training did not see
-        ordinary = draw_ordinary(base, others, "dog", base.size, silent)
-        with Conditioner(base, load_concept(photos, name="some"), 5, base.size, OTHERS) as condition:
-            anchors = draw_anchors(ordinary, base, schedule, others, condition)
+        ordinary = make_prior_images(base, others, "dog", base.size, silent)
+        with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size, OTHER_TOKENS) as condition:
+            anchors = predict_prior_targets(ordinary, base, schedule, others, condition)
             assert drift(base, condition, anchors) < 1e-9
-        put_on(base, [(load_adapter(output), 1.0)])
-        with Conditioner(base, load_concept(photos, name="some"), 5, base.size, OTHERS) as condition:
+        load_adapters(base, [(load_adapter(output), 1.0)])
+        with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size, OTHER_TOKENS) as condition:
             drifts[weight] = drift(base, condition, anchors)
     assert drifts[3.0] < 0.5 * drifts[0.0]
 
@@ -66,8 +72,8 @@ def test_a_stopped_run_with_preservation_resumes_bit_for_bit(
     photos: Path, tiny_base: Path, tmp_path: Path, stop: int
 ) -> None:
     keep = KEEP.model_copy(update={"cut_mix": 0.5})
-    whole = train_to_file(settings(photos, tiny_base, tmp_path / "a" / "rex.safetensors", preservation=keep))
-    config = settings(photos, tiny_base, tmp_path / "b" / "rex.safetensors", preservation=keep)
+    whole = train_to_file(settings(photos, tiny_base, tmp_path / "a" / "rex.safetensors", prior=keep))
+    config = settings(photos, tiny_base, tmp_path / "b" / "rex.safetensors", prior=keep)
     done: list[int] = []
     with pytest.raises(Stopped):
         train_to_file(
@@ -86,31 +92,31 @@ def test_drawn_pictures_are_kept_and_those_of_other_classes_shared(
     photos: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path / "cache"))
-    config = settings(photos, tiny_base, tmp_path / "a.safetensors", preservation=KEEP)
+    config = settings(photos, tiny_base, tmp_path / "a.safetensors", prior=KEEP)
     base, calls = load_base(str(tiny_base), "cpu"), []
-    draw = ordinary_module.draw
+    draw = ordinary_module.sample_prior_latents
     monkeypatch.setattr(
         ordinary_module, "draw", lambda base, asked, *more: calls.append(asked) or draw(base, asked, *more)
     )
     seen: list[Event] = []
-    first = draw_ordinary(base, config, "dog", 16, seen.append)
+    first = make_prior_images(base, config, "dog", 16, seen.append)
     assert [len(asked) for asked in calls] == [2, 2]
     assert seen[-1] == Event("draw", 4, 4) and {event.total for event in seen} == {4}
-    again = draw_ordinary(base, config, "dog", 16, silent)
+    again = make_prior_images(base, config, "dog", 16, silent)
     assert len(calls) == 2 and torch.equal(first.latents, again.latents)
-    other = draw_ordinary(base, config, "cat", 16, silent)
+    other = make_prior_images(base, config, "cat", 16, silent)
     assert [len(asked) for asked in calls] == [2, 2, 2], "only those of the concept's own class are drawn anew"
     assert torch.equal(first.latents[1:3], other.latents[1:3]) and not torch.equal(first.latents[0], other.latents[0])
     for file in (tmp_path / "cache" / "ordinary").iterdir():
         file.write_bytes(b"damaged")
-    assert torch.equal(draw_ordinary(base, config, "dog", 16, silent).latents, first.latents) and len(calls) == 5
+    assert torch.equal(make_prior_images(base, config, "dog", 16, silent).latents, first.latents) and len(calls) == 5
 
 
 def test_the_drawing_of_ordinary_pictures_stops_when_asked(
     photos: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path / "cache"))
-    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", preservation=KEEP)
+    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", prior=KEEP)
     asked = iter(range(100))
     with pytest.raises(Stopped, match="before the first step"):
         train_to_file(config, should_stop=lambda: next(asked) >= 3)
@@ -128,7 +134,7 @@ def test_two_concepts_at_one_seed_begin_with_different_words(tiny_base: Path, tm
 
 
 def test_ordinary_prompts_hold_the_concepts_own_class_and_others() -> None:
-    things, prompts = ordinary_prompts(PreservationConfig(pictures=30), "octopus", seed=0)
+    things, prompts = prior_prompts(PriorPreservationConfig(num_images=30), "octopus", seed=0)
     assert sum("octopus" in thing for thing in things) == 10
     assert all(thing in prompt for thing, prompt in zip(things, prompts, strict=True))
     assert len(set(prompts)) > 20
@@ -136,7 +142,7 @@ def test_ordinary_prompts_hold_the_concepts_own_class_and_others() -> None:
 
 def test_cut_mix_puts_photo_and_ordinary_picture_side_by_side() -> None:
     photos = Samples(torch.ones(4, 2, 3, 3), torch.zeros(4, 2, 3, 3), torch.tensor([1, 2, 3, 4]), ["x"] * 4)
-    ordinary = Ordinary(torch.zeros(5, 2, 3, 3), [f"a thing{i}" for i in range(5)], ["p"] * 5)
+    ordinary = PriorImages(torch.zeros(5, 2, 3, 3), [f"a thing{i}" for i in range(5)], ["p"] * 5)
     config = TrainConfig(concept=Path("c"), output=Path("o"))
     sides = set()
     for step in range(6):
@@ -154,14 +160,14 @@ def test_class_images_take_the_place_of_drawn_pictures(photos: Path, tiny_base: 
     dogs = make_photos(tmp_path / "dogs", 6, seed=7)
     (dogs / "2.txt").write_text("<TOK> on the grass")
     (dogs / "3.txt").write_text("a sleeping dog")
-    config = settings(photos, tiny_base, tmp_path / "a.safetensors", preservation=KEEP, data={"class_images": dogs})
+    config = settings(photos, tiny_base, tmp_path / "a.safetensors", prior=KEEP, data={"class_images_dir": dogs})
     base = load_base(str(tiny_base), "cpu")
-    ordinary, again = (draw_ordinary(base, config, "dog", 16, silent) for _ in range(2))
+    ordinary, again = (make_prior_images(base, config, "dog", 16, silent) for _ in range(2))
     assert ordinary.latents.shape == (4, 4, 8, 8) and torch.equal(ordinary.latents, again.latents)
     assert set(ordinary.things) == {"a dog"} and len(ordinary.prompts) == 4
     assert set(ordinary.prompts) <= {"a photo of a dog", "a dog on the grass", "a sleeping dog"}
-    every = config.model_copy(update={"preservation": KEEP.model_copy(update={"pictures": 50})})
-    assert sorted(draw_ordinary(base, every, "dog", 16, silent).prompts)[:2] == [
+    every = config.model_copy(update={"prior": KEEP.model_copy(update={"pictures": 50})})
+    assert sorted(make_prior_images(base, every, "dog", 16, silent).prompts)[:2] == [
         "a dog on the grass",
         "a photo of a dog",
     ]
@@ -171,14 +177,14 @@ def test_class_images_take_the_place_of_drawn_pictures(photos: Path, tiny_base: 
     Image.new("RGB", (40, 20)).save(tmp_path / "black.png")
     (tmp_path / "one").mkdir()
     (tmp_path / "black.png").rename(tmp_path / "one" / "0.png")
-    one = config.model_copy(update={"data": DataConfig(class_images=tmp_path / "one")})
-    assert torch.allclose(draw_ordinary(base, one, "dog", 16, silent).latents, black, atol=1e-5)
-    drawn = draw_ordinary(base, config.model_copy(update={"data": DataConfig()}), "dog", 16, silent)
+    one = config.model_copy(update={"data": DataConfig(class_images_dir=tmp_path / "one")})
+    assert torch.allclose(make_prior_images(base, one, "dog", 16, silent).latents, black, atol=1e-5)
+    drawn = make_prior_images(base, config.model_copy(update={"data": DataConfig()}), "dog", 16, silent)
     assert not torch.equal(drawn.latents, ordinary.latents)
     (tmp_path / "empty").mkdir()
-    empty = config.model_copy(update={"data": DataConfig(class_images=tmp_path / "empty")})
+    empty = config.model_copy(update={"data": DataConfig(class_images_dir=tmp_path / "empty")})
     with pytest.raises(UserError, match="empty holds no readable photo"):
-        draw_ordinary(base, empty, "dog", 16, silent)
+        make_prior_images(base, empty, "dog", 16, silent)
     assert train_to_file(config).norm() > 0
 
 
@@ -186,9 +192,9 @@ def test_anchors_of_another_shape_are_predicted_apart(photos: Path, tiny_base: P
     base = load_base(str(tiny_base), "cpu")
     wide = Samples(torch.randn(2, 4, 4, 12), torch.randn(2, 4, 4, 12), torch.tensor([3, 500]), ["a dog", "<some>"])
     square = Samples(torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), ["a dog", "<some>"])
-    anchors = Anchors(torch.randn(1, 4, 8, 8), torch.tensor([9]), ["a cat"], torch.randn(1, 4, 8, 8))
+    anchors = PriorTargets(torch.randn(1, 4, 8, 8), torch.tensor([9]), ["a cat"], torch.randn(1, 4, 8, 8))
     unet = base.pipeline.unet
-    with Conditioner(base, load_concept(photos, name="some"), 5, base.size) as condition, torch.no_grad():
+    with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size) as condition, torch.no_grad():
         for samples in (wide, square):
             photo, held = predict(unet, base.dtype, condition, samples.latents, samples, anchors)
             alone, none = predict(unet, base.dtype, condition, samples.latents, samples, None)
@@ -199,7 +205,7 @@ def test_anchors_of_another_shape_are_predicted_apart(photos: Path, tiny_base: P
 
 
 def test_cut_mix_weighs_the_photos_side_by_its_mask_and_fits_other_shapes() -> None:
-    tall, ordinary = torch.ones(2, 4, 10, 6), Ordinary(torch.zeros(1, 4, 8, 8), ["a cup"], ["a cup"])
+    tall, ordinary = torch.ones(2, 4, 10, 6), PriorImages(torch.zeros(1, 4, 8, 8), ["a cup"], ["a cup"])
     tall[:, :, 8:] = 7  # the foot of the photo, which is cut off
     config = TrainConfig(concept=Path("c"), output=Path("o"))
     weights = torch.full((2, 1, 10, 6), 0.25)

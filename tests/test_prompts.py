@@ -11,10 +11,10 @@ from conftest import make_photos
 from PIL import Image, PngImagePlugin
 from typer.testing import CliRunner
 
-from spectral_diffusion.adapters.apply import put_on
+from spectral_diffusion.adapters.apply import load_adapters
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.cli import app
-from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.tokens import collapse, expand
@@ -72,8 +72,8 @@ def test_a_token_is_itself_in_upper_case(tiny_base: Path, rex: Path) -> None:
     assert expand("a <REX> <Rex>_1 dog", {"<rex>": 2}) == "a <rex> <rex>_1 dog"
     assert collapse("a <REX> dog", {"<rex>": 2}) == "a <rex> dog" and collapse("<REX2>", {"<rex>": 2}) == "<REX2>"
     base = load_base(str(tiny_base), "cpu")
-    put_on(base, [(load_adapter(rex), 1.0)])
-    scene = Scene(steps=2, device="cpu", guidance=3.0)
+    load_adapters(base, [(load_adapter(rex), 1.0)])
+    scene = Scene(num_inference_steps=2, device="cpu", guidance_scale=3.0)
     small, large, region = (
         sample(base, [prompt], [1], scene.model_copy(update={"regions": regions}))[0].tobytes()
         for prompt, regions in (
@@ -175,13 +175,13 @@ def test_a_scene_file_is_read_whatever_it_holds(tmp_path: Path) -> None:
     (tmp_path / "pocket").mkdir()
     (tmp_path / "a.png").write_bytes(b"")
     assert read_scene(tmp_path / "s.yaml") == {
-        "prompt": "x", "base": "pocket", "regions": 5, "conditions": [3, {"file": str(tmp_path / "a.png")}],
+        "prompt": "x", "base": "pocket", "regions": 5, "controls": [3, {"file": str(tmp_path / "a.png")}],
         "adapters": ["a"],
     }  # fmt: skip
 
 
 def test_a_picture_with_odd_settings_is_a_sentence(tmp_path: Path) -> None:
-    for settings in ({"regions": 5}, {"regions": [3, {"adapters": 1}]}, {"adapters": [1], "conditions": {"a": 1}}):
+    for settings in ({"regions": 5}, {"regions": [3, {"adapters": 1}]}, {"adapters": [1], "controls": {"a": 1}}):
         info = PngImagePlugin.PngInfo()
         info.add_itxt(SETTINGS_KEY, json.dumps({"settings": {"prompt": "x", **settings}}))
         Image.new("RGB", (8, 8)).save(tmp_path / "odd.png", pnginfo=info)

@@ -10,13 +10,20 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
-from spectral_diffusion.adapters.apply import put_on
-from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.adapters.apply import load_adapters
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.linalg import Factors
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.scenes.generate import sample
-from spectral_diffusion.scenes.regions import Area, Regional, RegionalAttention, bound_hook, cells_in, grid_of
+from spectral_diffusion.scenes.regions import (
+    EncodedRegion,
+    RegionalAttention,
+    RegionalPrompts,
+    bound_hook,
+    cells_in,
+    grid_of,
+)
 from spectral_diffusion.scenes.scene import Region, Scene
 from spectral_diffusion.training.run import train_to_file
 
@@ -30,7 +37,7 @@ def base(tiny_base: Path) -> Base:
 
 
 def picture(base: Base, prompt: str, regions: list[Region] | None = None, **more: object) -> np.ndarray:
-    config = Scene(steps=3, device="cpu", regions=regions or [], **more)  # type: ignore[arg-type]
+    config = Scene(num_inference_steps=3, device="cpu", regions=regions or [], **more)  # type: ignore[arg-type]
     return np.stack([np.asarray(image) for image in sample(base, [prompt] * 2, [1, 2], config)])
 
 
@@ -53,8 +60,8 @@ def attention(areas: list[tuple[float, ...]], pictures: int, batch: int, **more:
     hidden, text = torch.randn(batch, 32, 8), torch.randn(batch, 5, 6)
     positive, negative = torch.randn(len(areas), 5, 6), torch.randn(len(areas), 5, 6)
     plain = AttnProcessor()
-    held = [Area(box, p, n) for box, p, n in zip(areas, positive, negative, strict=True)]
-    processor = RegionalAttention(plain, Regional(held, (4, 8), pictures, **more))
+    held = [EncodedRegion(box, p, n) for box, p, n in zip(areas, positive, negative, strict=True)]
+    processor = RegionalAttention(plain, RegionalPrompts(held, (4, 8), pictures, **more))
 
     def alone(which: torch.Tensor) -> torch.Tensor:
         return plain(attn, hidden, which.expand(batch, -1, -1))
@@ -96,7 +103,7 @@ def test_isolated_regions_attend_to_themselves_only() -> None:
     torch.manual_seed(0)
     attn, hidden = Attention(8, heads=2, dim_head=4), torch.randn(2, 32, 8)
     text = torch.zeros(5, 6)
-    state = Regional([Area(LEFT, text, text)], (4, 8), 2, isolation=1.0)
+    state = RegionalPrompts([EncodedRegion(LEFT, text, text)], (4, 8), 2, isolation=1.0)
     with torch.no_grad():
         out = RegionalAttention(AttnProcessor(), state)(attn, hidden).view(2, 4, 8, 8)
         moved = hidden.view(2, 4, 8, 8).clone()
@@ -129,7 +136,13 @@ def test_a_mask_is_the_box_it_paints() -> None:
 def test_any_size_and_number_of_pictures(base: Base, size: tuple[int, int], count: int) -> None:
     regions = [Region(box=LEFT, prompt="a red dog"), Region(box=MIDDLE, prompt="a cup", negative_prompt="blue")]
     scene = Scene(
-        steps=2, device="cpu", regions=regions, region_isolation=0.5, width=size[1], height=size[0], guidance=1.0
+        num_inference_steps=2,
+        device="cpu",
+        regions=regions,
+        region_isolation=0.5,
+        width=size[1],
+        height=size[0],
+        guidance_scale=1.0,
     )
     assert all(
         image.size == (size[1], size[0]) for image in sample(base, ["a beach"] * count, list(range(count)), scene)
@@ -139,7 +152,7 @@ def test_any_size_and_number_of_pictures(base: Base, size: tuple[int, int], coun
 def test_a_region_without_a_negative_prompt_has_the_scenes(base: Base) -> None:
     def drawn(own: str | None, whole: str) -> bytes:
         region = Region(box=(0, 0, 1, 1), prompt="a red dog", negative_prompt=own)
-        scene = Scene(steps=2, device="cpu", regions=[region], width=16, height=16, negative_prompt=whole)
+        scene = Scene(num_inference_steps=2, device="cpu", regions=[region], width=16, height=16, negative_prompt=whole)
         return sample(base, ["a beach"], [1], scene)[0].tobytes()
 
     assert drawn(None, "blue") == drawn("blue", "blue") != drawn("", "blue")
@@ -154,7 +167,9 @@ def change(outside: int, inside: int, seed: int) -> Factors:
 def test_a_bound_change_touches_its_own_cells_alone_and_overlaps_are_averaged() -> None:
     text, name = torch.zeros(5, 6), "unet.attn1.to_q"
     one, two = change(6, 8, 1), change(6, 8, 2)
-    state = Regional([Area(LEFT, text, text, {name: one}), Area(MIDDLE, text, text, {name: two})], (4, 8), 1)
+    state = RegionalPrompts(
+        [EncodedRegion(LEFT, text, text, {name: one}), EncodedRegion(MIDDLE, text, text, {name: two})], (4, 8), 1
+    )
     layer, x = nn.Linear(8, 6, bias=False), torch.randn(2, 32, 8)
     with torch.no_grad():
         plain = layer(x)
@@ -167,7 +182,7 @@ def test_a_bound_change_touches_its_own_cells_alone_and_overlaps_are_averaged() 
 
     convolution, pixels = nn.Conv2d(8, 6, 3, padding=1, bias=False), torch.randn(1, 8, 4, 8)
     kernel = change(6, 72, 3)
-    state = Regional([Area(LEFT, text, text, {name: kernel})], (4, 8), 1)
+    state = RegionalPrompts([EncodedRegion(LEFT, text, text, {name: kernel})], (4, 8), 1)
     with torch.no_grad():
         plain = convolution(pixels)
         added = bound_hook(name, state)(convolution, (pixels,), plain) - plain  # type: ignore[operator]
@@ -180,14 +195,14 @@ def test_an_adapter_bound_to_everything_is_that_adapter(tiny_base: Path, photos:
     adapter = train_to_file(
         TrainConfig(
             concept=photos, output=photos / "a.safetensors", base=str(tiny_base), rank=2, steps=4, device="cpu",
-            targets=targets, learning_rate=0.1, text_encoder_learning_rate=0.1,
+            target_modules=targets, learning_rate=0.1, text_encoder_learning_rate=0.1,
         )
     )  # fmt: skip
     prompt, plain, everywhere, bound = "a photo of <rex>", *(load_base(str(tiny_base), "cpu") for _ in range(3))
-    scene = Scene(steps=3, guidance=3.0, device="cpu")
-    put_on(everywhere, [(adapter, 0.8)])
+    scene = Scene(num_inference_steps=3, guidance_scale=3.0, device="cpu")
+    load_adapters(everywhere, [(adapter, 0.8)])
     for base in (plain, bound):
-        base.install(adapter.token, adapter.vectors)
+        base.add_token(adapter.token, adapter.vectors)
     wanted = np.asarray(sample(everywhere, [prompt], [1], scene)[0], float)
     over = scene.model_copy(update={"regions": [Region(box=WHOLE, prompt=prompt)]})
     found = np.asarray(sample(bound, ["a cup"], [1], over, bound=[[(adapter, 0.8)]])[0], float)
@@ -197,8 +212,8 @@ def test_an_adapter_bound_to_everything_is_that_adapter(tiny_base: Path, photos:
     assert np.array_equal(again, without)  # nothing is left behind
 
     both, twice = (load_base(str(tiny_base), "cpu") for _ in range(2))  # beside one that acts everywhere
-    put_on(both, [(adapter, 0.5)])
-    put_on(twice, [(adapter, 0.9)])
+    load_adapters(both, [(adapter, 0.5)])
+    load_adapters(twice, [(adapter, 0.9)])
     wanted = np.asarray(sample(twice, [prompt], [1], scene)[0], float)
     found = np.asarray(sample(both, ["a cup"], [1], over, bound=[[(adapter, 0.4)]])[0], float)
     half = np.asarray(sample(both, [prompt], [1], scene)[0], float)

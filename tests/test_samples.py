@@ -17,7 +17,8 @@ from conftest import make_photos
 from PIL import Image
 from pydantic import ValidationError
 
-from spectral_diffusion.config.models import DataConfig, TrainConfig, build
+from spectral_diffusion.config.settings import build
+from spectral_diffusion.config.train import DataConfig, TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.rng import keyed_generator
 from spectral_diffusion.data import latents_cache as cache
@@ -77,7 +78,7 @@ def test_a_mask_goes_with_its_photo_under_every_crop_and_flip(where: str, frame:
         size = (int(dice.integers(10, 90)), int(dice.integers(10, 90)))
         cells = Image.fromarray((dice.random((4, 4)) > 0.5).astype(np.uint8) * 255)
         mask = cells.resize(size, Image.Resampling.NEAREST)
-        config = settings(Path("x"), crops=3, crop_scale=1.4, flip=0.5, crop=where, seed=case)
+        config = settings(Path("x"), crops_per_image=3, resize_ratio=1.4, flip=0.5, crop=where, seed=case)
         for crop in crops_of(size, frame, "", config, 0):
             photo, cover = cut_photo(mask.convert("RGB"), crop), cut_mask(mask, crop)
             assert photo.shape[1:] == cover.shape[1:] == (frame[1], frame[0])
@@ -103,10 +104,10 @@ def test_crops_lie_where_they_are_asked_for() -> None:
 
 def test_photos_are_mirrored_as_often_as_asked_but_not_where_the_caption_names_a_side() -> None:
     for share in (0.0, 0.3, 1.0):
-        config = settings(Path("x"), crops=200, flip=share)
+        config = settings(Path("x"), crops_per_image=200, flip=share)
         crops = [crop for index in range(5) for crop in crops_of((20, 20), (16, 16), "", config, index)]
         assert abs(sum(crop.mirrored for crop in crops) / len(crops) - share) < 0.06
-    config = settings(Path("x"), crops=50, flip=1.0)
+    config = settings(Path("x"), crops_per_image=50, flip=1.0)
     assert not any(crop.mirrored for crop in crops_of((20, 20), (16, 16), "its Left ear", config, 0))
     assert all(crop.mirrored for crop in crops_of((20, 20), (16, 16), "leftovers", config, 0))
 
@@ -140,7 +141,7 @@ def test_the_weights_of_a_step_stand_where_the_thing_is(base: Base, tmp_path: Pa
     (folder / "masks" / "1.png").unlink()  # a photo without a mask counts as a whole
     concept = load_concept(folder)
     config = settings(
-        folder, mask_weight=0.75, flip=0.5, batch=4, buckets=True, cache_latents=not live, cache=tmp_path / "c"
+        folder, mask_weight=0.75, flip=0.5, batch_size=4, buckets=True, cache_latents=not live, cache=tmp_path / "c"
     )
     crops = PhotoCrops(concept, base, config, 16)
     shapes = set()
@@ -258,7 +259,7 @@ def test_every_bucket_fits_the_networks_and_is_as_large_as_asked(base: Base) -> 
 @pytest.mark.parametrize("repeats", [(1,) * 12, (1, 2, 3, 1, 1, 5, 1, 1, 1, 1, 2, 1)])
 def test_no_photo_is_lost_and_every_photo_is_seen_equally_often(batch: int, repeats: tuple[int, ...]) -> None:
     for seed in range(3):
-        config = settings(Path("x"), batch=batch, seed=seed)
+        config = settings(Path("x"), batch_size=batch, seed=seed)
         shapes = [SHAPES[index % 5 % 3] for index in range(12)]
         order = Order.of(shapes, repeats, config)
         steps = sum(order.turns)
@@ -278,7 +279,7 @@ def test_no_photo_is_lost_and_every_photo_is_seen_equally_often(batch: int, repe
 
 
 def test_one_bucket_is_the_plain_epoch_in_its_plain_order() -> None:
-    config = settings(Path("x"), batch=3)
+    config = settings(Path("x"), batch_size=3)
     one = Order.of([(16, 16)] * 7, [1] * 7, config)
     flat = [photo for step in range(14) for photo in one.photos(step)]
     assert all(sorted(flat[start : start + 7]) == list(range(7)) for start in range(0, 42, 7))
@@ -287,7 +288,7 @@ def test_one_bucket_is_the_plain_epoch_in_its_plain_order() -> None:
 
 def test_with_buckets_photos_keep_their_shape_and_train(tiny_base: Path, base: Base, tmp_path: Path) -> None:
     folder = make_shapes(tmp_path / "rex")
-    config = settings(folder, buckets=True, batch=2, cache=tmp_path / "c")
+    config = settings(folder, buckets=True, batch_size=2, cache=tmp_path / "c")
     concept = load_concept(folder)
     crops = PhotoCrops(concept, base, config, 16)
     for step in range(40):
@@ -296,8 +297,8 @@ def test_with_buckets_photos_keep_their_shape_and_train(tiny_base: Path, base: B
             (width, height), (rows, columns) = concept.photos[photo].size, latents.shape[2:]
             assert (width > height) == (columns > rows) or abs(width - height) < 5
             assert rows % 2 == columns % 2 == 0 and rows * columns <= 64
-    keep = {"weight": 1.0, "batch": 2, "pictures": 3, "cut_mix": 0.5}
-    more = {"base": str(tiny_base), "preservation": keep, "buckets": True, "mask_weight": 0.5, "flip": 0.5}
+    keep = {"weight": 1.0, "batch_size": 2, "pictures": 3, "cut_mix": 0.5}
+    more = {"base": str(tiny_base), "prior": keep, "buckets": True, "mask_weight": 0.5, "flip": 0.5}
     make_shapes(tmp_path / "masked", masks=True)
     folder = tmp_path / "masked"
     whole = train_to_file(settings(folder, output=tmp_path / "w" / "a.safetensors", **more))
@@ -339,7 +340,7 @@ def test_cached_crops_have_the_same_bits_and_are_not_encoded_again(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_shapes(tmp_path / "rex", masks=True)
-    config = settings(folder, mask_weight=1.0, buckets=True, flip=0.5, crop_scale=1.3, cache=tmp_path / "cache")
+    config = settings(folder, mask_weight=1.0, buckets=True, flip=0.5, resize_ratio=1.3, cache=tmp_path / "cache")
     encodings = Encodings(base, monkeypatch)
     first = everything(PhotoCrops(load_concept(folder), base, config, 16))
     assert encodings.count == 4 * len(SHAPES) and len(first) == 2 * len(SHAPES)
@@ -408,7 +409,7 @@ def test_what_is_kept_belongs_to_photo_mask_settings_and_encoder(
     base: Base, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_shapes(tmp_path / "rex", SHAPES[:2], masks=True)
-    config = settings(folder, mask_weight=1.0, crop_scale=1.2, cache=tmp_path / "cache")
+    config = settings(folder, mask_weight=1.0, resize_ratio=1.2, cache=tmp_path / "cache")
     everything(PhotoCrops(load_concept(folder), base, config, 16))
     encodings = Encodings(base, monkeypatch)
 
@@ -418,9 +419,9 @@ def test_what_is_kept_belongs_to_photo_mask_settings_and_encoder(
         return encodings.count
 
     assert made(config) == 0
-    assert made(config.model_copy(update={"steps": 9, "batch": 7})) == 0  # they decide nothing here
+    assert made(config.model_copy(update={"steps": 9, "batch_size": 7})) == 0  # they decide nothing here
     assert made(config.model_copy(update={"seed": 1})) == 8
-    assert made(config.model_copy(update={"crops": 5})) == 10
+    assert made(config.model_copy(update={"crops_per_image": 5})) == 10
     assert made(config.model_copy(update={"data": config.data.model_copy(update={"crop": "head"})})) == 8
     Image.effect_noise(SHAPES[0], 90).convert("RGB").save(folder / "0.png")
     assert made(config) == 4 and made(config) == 0
@@ -448,7 +449,7 @@ def test_a_full_cache_lets_go_of_what_was_not_used_for_the_longest(
             made.append(name)
             return torch.ones(100), None
 
-        cache.kept(tmp_path, name, crops)
+        cache.cached_latents(tmp_path, name, crops)
 
     size = 0
     for age, name in enumerate(("old", "used", "new")):
@@ -541,14 +542,14 @@ def test_a_step_draws_its_captions_by_key(base: Base, tmp_path: Path) -> None:
     folder = make_photos(tmp_path / "rex", 2)
     for index in range(2):
         (folder / f"{index}.txt").write_text("couch, <TOK>, lamp, book, chair")
-    config = settings(folder, batch=4, shuffle=True, caption_dropout=0.2, part_dropout=0.2, cache=tmp_path / "c")
+    config = settings(folder, batch_size=4, shuffle=True, caption_dropout=0.2, part_dropout=0.2, cache=tmp_path / "c")
     concept = load_concept(folder)
     crops = PhotoCrops(concept, base, config, 16)
     first, again = ([draw(step, crops, concept, config, 1000) for step in range(20)] for _ in range(2))
     assert [one.prompts for one in first] == [two.prompts for two in again]
     prompts = [prompt for one in first for prompt in one.prompts]
     assert len(set(prompts)) > 20 and all("<rex>" in prompt for prompt in prompts if prompt) and "" in prompts
-    plain = draw(3, crops, concept, settings(folder, batch=4), 1000)  # captions take nothing from the other draws
+    plain = draw(3, crops, concept, settings(folder, batch_size=4), 1000)  # captions take nothing from the other draws
     assert torch.equal(plain.noise, first[3].noise) and torch.equal(plain.timesteps, first[3].timesteps)
     assert torch.equal(plain.latents, first[3].latents)
 
@@ -567,16 +568,16 @@ def test_settings_of_the_data_are_checked() -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             build(TrainConfig, known, {"data": change})
-    build(TrainConfig, known, {"data": {"class_images": "dogs"}, "preservation": {"weight": 1.0}})
+    build(TrainConfig, known, {"data": {"class_images_dir": "dogs"}, "prior": {"loss_weight": 1.0}})
     with pytest.raises(ValidationError):
-        DataConfig(keep=-1)
+        DataConfig(keep_tokens=-1)
 
 
 def test_repeats_change_how_often_photos_are_seen(base: Base, tmp_path: Path) -> None:
     folder = make_photos(tmp_path / "rex", 2)
     make_photos(folder / "3_close", 1, seed=5)
     concept: Concept = load_concept(folder)
-    config = settings(folder, batch=5, cache=tmp_path / "c")
+    config = settings(folder, batch_size=5, cache=tmp_path / "c")
     crops = PhotoCrops(concept, base, config, 16)
     counts = Counter(concept.photos[p].path.parent.name for step in range(20) for p in crops.order.photos(step))
     assert counts == {"rex": 40, "3_close": 60}

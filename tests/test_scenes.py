@@ -17,18 +17,18 @@ from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
 from spectral_diffusion.cli.scenes import base_in
-from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import NotFiniteError, UserError
 from spectral_diffusion.metrics.encoders import load_encoder
-from spectral_diffusion.models.base import load_base, size_of
+from spectral_diffusion.models.base import load_base, native_size
 from spectral_diffusion.models.vae import in_portions
 from spectral_diffusion.scenes import generate as pipeline
 from spectral_diffusion.scenes.control import (
-    Drawing,
+    ControlMap,
     adapter_of,
     load_t2i_adapter,
     own_adapter,
-    read_drawing,
+    read_control_image,
     weight_map,
 )
 from spectral_diffusion.scenes.generate import (
@@ -41,7 +41,7 @@ from spectral_diffusion.scenes.generate import (
 )
 from spectral_diffusion.scenes.mix_of_show import mapped, read_layouts, scene_of
 from spectral_diffusion.scenes.png_metadata import read_settings, sources_of
-from spectral_diffusion.scenes.scene import Condition, Region, Scene, read_scene, region_mask
+from spectral_diffusion.scenes.scene import ControlImage, Region, Scene, read_scene, region_mask
 from spectral_diffusion.training.run import train_to_file
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)
@@ -111,11 +111,11 @@ def test_a_scene_file_and_the_picture_that_makes_itself_again(
         """
     )
     output = tmp_path / "out.png"
-    told = run(tmp_path / "scene.yaml", "-o", output, "guidance=3.0")
+    told = run(tmp_path / "scene.yaml", "-o", output, "guidance_scale=3.0")
     assert "is stretched" not in told and "no token" not in told
     pictures = [tmp_path / f"out-{seed}.png" for seed in range(3)]
     assert all(picture.is_file() for picture in pictures) and len({pixels(p) for p in pictures}) == 3
-    assert read_settings(pictures[1])["guidance"] == 3.0
+    assert read_settings(pictures[1])["guidance_scale"] == 3.0
     for picture in pictures[1:]:
         run(picture, "-o", tmp_path / "again.png", "device=cpu")
         assert pixels(tmp_path / "again.png") == pixels(picture)
@@ -123,13 +123,19 @@ def test_a_scene_file_and_the_picture_that_makes_itself_again(
         run(pictures[0], "-o", tmp_path / "other.png", *words, "device=cpu")
         assert read_settings(tmp_path / "other.png")["keep"] == 9
     before = (tmp_path / "scene.yaml").read_text()
-    run(tmp_path / "scene.yaml", "-o", tmp_path / "scene.png", "count=1")
+    run(tmp_path / "scene.yaml", "-o", tmp_path / "scene.png", "num_images=1")
     assert (tmp_path / "scene.yaml").read_text() == before  # a person's own file stays
 
 
 def test_long_batches_go_on_where_they_stopped(tiny_base: Path, tmp_path: Path) -> None:
     scene = Scene(
-        prompt="a dog", base=str(tiny_base), output=tmp_path / "a.png", steps=2, count=4, batch=2, device="cpu"
+        prompt="a dog",
+        base=str(tiny_base),
+        output=tmp_path / "a.png",
+        num_inference_steps=2,
+        num_images=4,
+        batch_size=2,
+        device="cpu",
     )
     steps: list[int] = []
     with pytest.raises(Cancelled):
@@ -147,9 +153,13 @@ def test_a_changed_file_is_noticed(base_folder: Path, tmp_path: Path) -> None:
     sketch = tmp_path / "sketch.png"
     Image.new("L", (32, 32), 255).save(sketch)
     scene = Scene(
-        prompt="a dog", base=str(base_folder), output=tmp_path / "a.png", steps=2, conditions=[Condition(file=sketch)],
+        prompt="a dog",
+        base=str(base_folder),
+        output=tmp_path / "a.png",
+        num_inference_steps=2,
+        controls=[ControlImage(file=sketch)],
         device="cpu",
-    )  # fmt: skip
+    )
     generate_to_file(scene)
     before = scene.output.stat().st_mtime_ns
     generate_to_file(scene, resume=True)
@@ -164,7 +174,7 @@ def test_a_changed_file_is_noticed(base_folder: Path, tmp_path: Path) -> None:
 
 def test_previews_show_the_picture_as_it_comes(tiny_base: Path) -> None:
     seen: list[tuple[int, int, tuple[int, int]]] = []
-    scene = Scene(steps=3, device="cpu")
+    scene = Scene(num_inference_steps=3, device="cpu")
     sample(
         load_base(str(tiny_base), "cpu"), ["a dog"] * 2, [1, 2], scene,
         preview=lambda step, images: seen.append((step, len(images), images[0].size)),
@@ -173,8 +183,8 @@ def test_previews_show_the_picture_as_it_comes(tiny_base: Path) -> None:
 
 
 def test_without_regions_it_is_the_stock_pipeline_to_the_last_bit(base_folder: Path) -> None:
-    base, scene = load_base(str(base_folder), "cpu"), Scene(steps=3, device="cpu", width=32, height=16)
-    drawing = Drawing(Image.effect_noise((32, 16), 90), weight=0.7)
+    base, scene = load_base(str(base_folder), "cpu"), Scene(num_inference_steps=3, device="cpu", width=32, height=16)
+    drawing = ControlMap(Image.effect_noise((32, 16), 90), weight=0.7)
     ours = sample(base, ["a red dog"], [5], scene, drawings=[drawing])[0]
     parts = {name: part for name, part in base.pipeline.components.items() if name != "image_encoder"}
     stock = StableDiffusionAdapterPipeline(
@@ -194,12 +204,15 @@ def test_regions_weigh_the_conditions_cell_by_cell(base_folder: Path) -> None:
     assert weights.tolist() == [[0.0, 1.0, 2.0, 1.0]] * 2
     base = load_base(str(base_folder), "cpu")
     base.pipeline.set_progress_bar_config(disable=True)
-    drawings = [Drawing(Image.effect_noise((32, 16), 90)), Drawing(Image.new("RGB", (32, 16), "red"), "keypose", 0.5)]
+    drawings = [
+        ControlMap(Image.effect_noise((32, 16), 90)),
+        ControlMap(Image.new("RGB", (32, 16), "red"), "keypose", 0.5),
+    ]
 
     def drawn(*weights: object) -> np.ndarray:
         places = zip((LEFT, RIGHT), weights, strict=True)
-        regions = [Region(box=box, prompt="a dog", condition_weight=weight) for box, weight in places]  # type: ignore[arg-type]
-        scene = Scene(steps=2, device="cpu", width=32, height=16, regions=regions)
+        regions = [Region(box=box, prompt="a dog", conditioning_scale=weight) for box, weight in places]  # type: ignore[arg-type]
+        scene = Scene(num_inference_steps=2, device="cpu", width=32, height=16, regions=regions)
         return np.asarray(sample(base, ["a dog"], [1], scene, drawings=drawings)[0], float)
 
     same = drawn(1.0, 1.0)
@@ -222,7 +235,7 @@ def test_strengths_of_single_components(base_folder: Path, two: list[Path], tmp_
 
 def test_samplers_by_name(tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
-    found = {name: sample(base, ["a dog"], [1], Scene(steps=4, device="cpu", sampler=name))[0].tobytes()
+    found = {name: sample(base, ["a dog"], [1], Scene(num_inference_steps=4, device="cpu", sampler=name))[0].tobytes()
              for name in ("dpm", "ddim", "euler")}  # type: ignore[arg-type]  # fmt: skip
     assert len(set(found.values())) == 3
 
@@ -237,7 +250,7 @@ def test_large_pictures_are_decoded_one_by_one(tiny_base: Path) -> None:
 
 
 def test_a_picture_of_nan_is_never_written(tiny_base: Path, tmp_path: Path) -> None:
-    scene = Scene(prompt="a dog", steps=2, device="cpu", output=tmp_path / "a.png", base=str(tiny_base))
+    scene = Scene(prompt="a dog", num_inference_steps=2, device="cpu", output=tmp_path / "a.png", base=str(tiny_base))
     for part, place in {"unet": "conv_in", "vae": "decoder.conv_in"}.items():
         base = load_base(str(tiny_base), "cpu")
         with torch.no_grad():
@@ -257,8 +270,10 @@ def test_an_autoencoder_that_overflows_in_float16_decodes_in_float32(base_folder
     seen: list[torch.dtype] = []
     hook = base.pipeline.vae.decoder.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
     Image.new("L", (16, 16)).save(base_folder / "black.png")
-    drawings = [read_drawing(Condition(file=base_folder / "black.png"))] if sketch else []
-    turn = sample_in_turn(base, ["a dog"], [1], Scene(steps=2, device="cpu", dtype="float16"), drawings=drawings)
+    drawings = [read_control_image(ControlImage(file=base_folder / "black.png"))] if sketch else []
+    turn = sample_in_turn(
+        base, ["a dog"], [1], Scene(num_inference_steps=2, device="cpu", dtype="float16"), drawings=drawings
+    )
     assert len(next(turn)) == 1 and seen == [torch.float16, torch.float32]
     hook.remove()
     assert base.pipeline.vae.dtype == torch.float16
@@ -269,12 +284,12 @@ def test_sketch_adapters_of_another_kind_are_refused(base_folder: Path, tmp_path
     base = load_base(str(base_folder), "cpu")
     more = {"in_channels": 1, "num_res_blocks": 1, "downscale_factor": 2}
     T2IAdapter(**more, channels=[16, 24, 24, 24, 24]).save_pretrained(tmp_path / "long")  # the rest is left out
-    drawing = read_drawing(Condition(file=tmp_path / "a.png", adapter=str(tmp_path / "long")))
+    drawing = read_control_image(ControlImage(file=tmp_path / "a.png", adapter=str(tmp_path / "long")))
     assert adapter_of(base, [drawing], (16, 16))[1] == 1.0
     for name, more in {"xl": {"adapter_type": "full_adapter_xl"}, "coarse": {"downscale_factor": 4}}.items():
         kind = {"in_channels": 1, "channels": [16, 24], "num_res_blocks": 1, "downscale_factor": 2} | more
         T2IAdapter(**kind).save_pretrained(tmp_path / name)
-        drawing = read_drawing(Condition(file=tmp_path / "a.png", adapter=str(tmp_path / name)))
+        drawing = read_control_image(ControlImage(file=tmp_path / "a.png", adapter=str(tmp_path / name)))
         with pytest.raises(UserError, match="is for another U-Net"):
             adapter_of(base, [drawing], (16, 16))
     base.pipeline.unet.register_to_config(cross_attention_dim=1024)
@@ -328,7 +343,7 @@ def test_a_pickle_on_the_hub_gets_a_sentence(base_folder: Path, tmp_path: Path) 
 def test_a_picture_knows_the_adapter_that_read_its_drawing(base_folder: Path, tmp_path: Path) -> None:
     base, folder = load_base(str(base_folder), "cpu"), shutil.copytree(base_folder / "t2i_sketch", tmp_path / "t2i")
     Image.new("L", (16, 16)).save(tmp_path / "a.png")
-    scene = Scene(prompt="a dog", conditions=[Condition(file=tmp_path / "a.png", adapter=str(folder))])
+    scene = Scene(prompt="a dog", controls=[ControlImage(file=tmp_path / "a.png", adapter=str(folder))])
     before = sources_of(scene, base)
     [file] = folder.glob("*.safetensors")
     tensors = load_file(file)
@@ -340,10 +355,12 @@ def test_a_picture_knows_the_adapter_that_read_its_drawing(base_folder: Path, tm
 def test_a_region_file_takes_the_size_of_the_base_that_a_preset_names(base_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "preset.yaml").write_text(f"generate:\n  base: {base_folder}\n")
     assert base_in(str(tmp_path / "preset.yaml")) == str(base_folder)
-    assert base_in("sdxl-12gb") and base_in("pocket-taught") is None
-    assert size_of(str(base_folder)) == load_base(str(base_folder), "cpu").size == 16 and size_of("pocket") == 64
+    assert base_in("sdxl-12gb") and base_in("pocket-distilled") is None
+    assert (
+        native_size(str(base_folder)) == load_base(str(base_folder), "cpu").size == 16 and native_size("pocket") == 64
+    )
     with pytest.raises(UserError):
-        size_of(str(tmp_path / "nowhere"))
+        native_size(str(tmp_path / "nowhere"))
 
 
 def test_official_adapters_are_found_by_kind_and_base(base_folder: Path, tiny_base: Path) -> None:
@@ -355,12 +372,14 @@ def test_official_adapters_are_found_by_kind_and_base(base_folder: Path, tiny_ba
 def test_keypoints_are_drawn_as_openpose_draws_them(tmp_path: Path) -> None:
     points = [[0.5, 0.1 + 0.04 * index] for index in range(18)]
     (tmp_path / "pose.json").write_text(json.dumps([points]))
-    drawing = read_drawing(Condition(file=tmp_path / "pose.json", kind="keypose"))
+    drawing = read_control_image(ControlImage(file=tmp_path / "pose.json", kind="keypose"))
     assert drawing.image.mode == "RGB" and len(drawing.image.getcolors(100_000) or []) > 10
 
 
 def test_what_cannot_be_drawn_is_said_in_a_sentence(base_folder: Path, two: list[Path], tmp_path: Path) -> None:
-    scene = Scene(prompt="a dog", base=str(base_folder), output=tmp_path / "a.png", steps=1, device="cpu", width=32)
+    scene = Scene(
+        prompt="a dog", base=str(base_folder), output=tmp_path / "a.png", num_inference_steps=1, device="cpu", width=32
+    )
     for region, message in (
         (
             Region(box=(0, 0, 40, 16), prompt="a cup"),
@@ -382,7 +401,7 @@ def test_what_cannot_be_drawn_is_said_in_a_sentence(base_folder: Path, two: list
     for wrong in ({"box": (0.5, 0, 0.5, 1)}, {"box": (-0.1, 0, 1, 1)}, {}, {"box": LEFT, "mask": tmp_path / "m.png"}):
         with pytest.raises(ValueError, match=r"a box is left|needs a box or a mask"):
             Region(prompt="x", **wrong)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="keep=7 is none of the seeds"):
+    with pytest.raises(UserError, match="only_seed=7 is none of the seeds"):
         generate_to_file(scene.model_copy(update={"keep": 7}))
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(two[0].read_bytes())
@@ -398,7 +417,7 @@ def test_remarks_name_what_is_cut_off_and_stretched(base_folder: Path, tmp_path:
     generate_to_file(
         Scene(
             prompt="a dog " * 20 + "and the very last banana", base=str(base_folder), output=tmp_path / "a.png",
-            width=32, steps=1, device="cpu", conditions=[Condition(file=tmp_path / "square.png")],
+            width=32, num_inference_steps=1, device="cpu", controls=[ControlImage(file=tmp_path / "square.png")],
             regions=[Region(box=LEFT, prompt="<rexx>")],
         ),
         note=notes.append,
@@ -440,7 +459,9 @@ def test_region_files_are_read_exactly(tmp_path: Path) -> None:
         ("a <rexA1> <rexA2>, near a lake", "", (1.0, 0.5)), ("a <vase1>, near a lake", "ugly", ()),
     ]  # fmt: skip
     scene = scene_of(path, 64, {"<rexA>": "a person", "<token>": "a cup"}, layout=2)
-    assert scene["regions"][0]["prompt"] == "a person, near a lake" and scene["regions"][0]["condition_weight"] == 0.75
+    assert (
+        scene["regions"][0]["prompt"] == "a person, near a lake" and scene["regions"][0]["conditioning_scale"] == 0.75
+    )
     assert (scene["width"], scene["height"]) == (128, 64) and scene["regions"][1]["box"][2] == 1.0
     path.write_text('prompt_rewrite="[a dog]-*-[ugly]-*-[4, 6, 33, 512]|[a cup]-*-[]-*-[22, 100, 512, 200]"')
     assert [spot.box for spot in read_layouts(path)[0]] == [(6, 4, 512, 33), (100, 22, 200, 512)]

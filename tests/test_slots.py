@@ -20,11 +20,11 @@ from spectral_diffusion.slots.ledger import (
     Ledger,
     Slot,
     collision_probability,
-    drawn_slot,
     parse_policy,
+    random_slot,
     read_columns,
 )
-from spectral_diffusion.svd_cache import Spectrum, bands_of, capacity, hash_weight, spectrum_of
+from spectral_diffusion.svd_cache import Spectrum, capacity, hash_weight, spectrum_of, triplets_of
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_an_interrupted_spectrum_goes_on_where_it_was_kept(tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt):
         spectrum_of(many, 4, tmp_path / "broken", stop)
     seen: list[str] = []
-    found = spectrum_of(many, 4, tmp_path / "broken", lambda event: seen.append(event.figures["layer"])).bands
+    found = spectrum_of(many, 4, tmp_path / "broken", lambda event: seen.append(event.metrics["layer"])).bands
     assert seen == ["3", "4", "5"]  # the first three were kept
     assert all(torch.equal(a, b) for name in many for a, b in zip(want[name], found[name], strict=True))
 
@@ -220,7 +220,7 @@ def test_policies(ledger: Ledger) -> None:
     with pytest.raises(UserError, match="overlaps the columns -4:0 of 'c'"):
         ledger.reserve("base", "e", 2, "12:14", 16)  # the same columns, counted from the other end
     random = ledger.reserve("other", "f", 4, "random", 16, seed=7)
-    assert random == drawn_slot(4, 16, 7) and random != drawn_slot(4, 16, 8)
+    assert random == random_slot(4, 16, 7) and random != random_slot(4, 16, 8)
     with pytest.raises(UserError, match="is past the 16 columns"):
         ledger.reserve("other", "g", 2, "3,99", 16)
 
@@ -236,12 +236,12 @@ def test_sampled_slots_are_private(ledger: Ledger) -> None:
 
 def test_collision_probability_is_what_drawing_shows() -> None:
     assert collision_probability(1, 4) == 0.25 and collision_probability(3, 5) == 1
-    met = [drawn_slot(4, 32, 2 * i).overlaps(drawn_slot(4, 32, 2 * i + 1)) for i in range(2000)]
+    met = [random_slot(4, 32, 2 * i).overlaps(random_slot(4, 32, 2 * i + 1)) for i in range(2000)]
     assert abs(sum(met) / len(met) - collision_probability(4, 32)) < 0.04
 
 
 def test_bottom_columns_are_the_smallest_singular_triplets() -> None:
-    bands = bands_of(weights(), Slot((-3, -1)))
+    bands = triplets_of(weights(), Slot((-3, -1)))
     for name, weight in weights().items():
         U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
         assert torch.allclose(bands[name].S.double(), S[[-3, -1]], atol=1e-6)
@@ -253,7 +253,7 @@ def test_a_nearly_degenerate_border_is_found() -> None:
     U, _ = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(1)).double())
     S = torch.tensor([9.0, 8, 7, 6, 6 - 1e-5, 5, 4, 3, 2, 1, 0.5, 0.1]).double()
     spectrum = Spectrum({"a": top_band(U * S @ U.mT, 8)})
-    gap, layer = spectrum.borders(range(4))
+    gap, layer = spectrum.smallest_gap(range(4))
     assert layer == "a" and 1e-6 < gap < 1e-5
-    assert spectrum.borders(range(3))[0] > 0.1
-    assert spectrum.borders(range(3, 5))[0] > 0.1  # both of the close pair are inside
+    assert spectrum.smallest_gap(range(3))[0] > 0.1
+    assert spectrum.smallest_gap(range(3, 5))[0] > 0.1  # both of the close pair are inside

@@ -9,13 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
-from spectral_diffusion.config.models import FuseConfig, build, read_yaml
+from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.settings import build, read_yaml
 from spectral_diffusion.core.assets import concepts, preset
-from spectral_diffusion.studies.fusion import FAMILIES, NARROW, RANK, Job, change_for, measured
+from spectral_diffusion.studies.fusion import FAMILIES, NARROW, RANK, FusionCell, change_for, measured
 from spectral_diffusion.studies.rank import lowest, weight_of_full_rank
 from spectral_diffusion.studies.recipes import TRIALS, Recipe, things, verdict, worth_reporting, worth_showing
 from spectral_diffusion.studies.registry import all_studies, not_allowed
-from spectral_diffusion.studies.runner import MANY, REPORTED, TUNED, Lab, recipe
+from spectral_diffusion.studies.runner import MANY, TEST_CONCEPTS, TUNING_CONCEPTS, StudyRunner, recipe
 from spectral_diffusion.studies.slots import check_equal
 
 
@@ -63,7 +64,7 @@ def test_what_is_measured_is_read_again_when_time_is_over(work: Path, tmp_path: 
 
 
 def test_families_are_trained_alike_and_unlike_ones_are_refused() -> None:
-    lab = Lab(recipe=recipe("pocket"))
+    lab = StudyRunner(recipe=recipe("pocket"))
     alike = [name for name in FAMILIES if name != "orthogonal"]  # which trains one factor of two
     counts = check_equal(lab, {name: change_for(name, 3) for name in alike})
     assert len(set(counts.values())) == 1
@@ -74,7 +75,7 @@ def test_families_are_trained_alike_and_unlike_ones_are_refused() -> None:
 
 
 def test_slots_of_a_family_are_disjoint_at_every_rank() -> None:
-    for rank, size in ((NARROW, len(MANY)), (RANK, len(REPORTED))):
+    for rank, size in ((NARROW, len(MANY)), (RANK, len(TEST_CONCEPTS))):
         slots = [change_for("spectral, own slots", number, rank)["slot"] for number in range(size)]
         ends = [tuple(map(int, slot.split(":"))) for slot in slots]
         assert all(stop - start == rank for start, stop in ends) and len({start for start, _ in ends}) == size
@@ -82,8 +83,8 @@ def test_slots_of_a_family_are_disjoint_at_every_rank() -> None:
 
 
 def test_what_is_reported_is_tuned_on_nothing_of_it() -> None:
-    assert len(set(MANY)) == 16 and not set(MANY) & set(TUNED)
-    assert {path.parent.name for path in concepts().glob("*/concept.yaml")} == {*MANY, *TUNED}
+    assert len(set(MANY)) == 16 and not set(MANY) & set(TUNING_CONCEPTS)
+    assert {path.parent.name for path in concepts().glob("*/concept.yaml")} == {*MANY, *TUNING_CONCEPTS}
 
 
 def test_recipes_that_train_anew_are_reported_only_ahead_of_the_rest() -> None:
@@ -117,10 +118,10 @@ def test_the_sheet_shows_what_fuses_best_and_what_only_merges_best() -> None:
 
 def test_the_preset_for_many_concepts_is_the_recipe_that_the_study_measures() -> None:
     [measured] = [r for r in TRIALS if r.kind == "all of the U-Net taught for 900 steps"]
-    given = read_yaml(preset("pocket-taught"))["fuse"]
+    given = read_yaml(preset("pocket-distilled"))["fuse"]
     files = {"adapters": ["a"], "output": "b"}
-    taught = {**(measured.taught or {}), "things": things(Lab(recipe=recipe("pocket")))}
-    assert build(FuseConfig, given, files) == build(FuseConfig, {**measured.merge, "teach": taught}, files)
+    taught = {**(measured.taught or {}), "things": things(StudyRunner(recipe=recipe("pocket")))}
+    assert build(FuseConfig, given, files) == build(FuseConfig, {**measured.merge, "distill": taught}, files)
 
 
 def test_what_is_only_routed_gives_no_verdict_on_fusing() -> None:
@@ -129,8 +130,8 @@ def test_what_is_only_routed_gives_no_verdict_on_fusing() -> None:
 
 
 def test_a_row_of_which_time_left_a_part_unmeasured_is_told_as_missing(work: Path) -> None:
-    lab = Lab(recipe=recipe("pocket", quick=True), folder=work)
-    job = Job("spectral, own slots", "sum", 2)
+    lab = StudyRunner(recipe=recipe("pocket", quick=True), folder=work)
+    job = FusionCell("spectral, own slots", "sum", 2)
     assert measured(lab, [job], (0,), True)[2] == []
     for cell in (work / "cells").glob("generic-*.json"):
         cell.unlink()

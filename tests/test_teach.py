@@ -11,10 +11,11 @@ import torch
 from conftest import make_photos
 from typer.testing import CliRunner
 
-from spectral_diffusion.adapters.apply import acting
+from spectral_diffusion.adapters.apply import enabled_adapters
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.cli import app
-from spectral_diffusion.config.models import FuseConfig, TeachConfig, TrainConfig
+from spectral_diffusion.config.fuse import DistillConfig, FuseConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors
 from spectral_diffusion.core.hooks import Event
@@ -22,10 +23,10 @@ from spectral_diffusion.core.precision import MixedPrecision
 from spectral_diffusion.merging import distill as teaching
 from spectral_diffusion.merging import export as exporting
 from spectral_diffusion.merging.calibration import predict
-from spectral_diffusion.merging.distill import Lessons, Question, batches, loss_of, prepare
+from spectral_diffusion.merging.distill import DistillTargets, Question, batches, loss_of, prepare_targets
 from spectral_diffusion.merging.export import export
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
-from spectral_diffusion.merging.memory import memory_to_teach
+from spectral_diffusion.merging.memory import distillation_memory
 from spectral_diffusion.merging.unfuse import unfuse
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.models.targets import find_targets
@@ -33,7 +34,9 @@ from spectral_diffusion.training import memory
 from spectral_diffusion.training.memory import Estimate
 from spectral_diffusion.training.run import train_to_file
 
-SMALL = TeachConfig(steps=60, learning_rate=3e-3, pictures=4, plain=6, draws=4, batch=8, guidance=2.0)
+SMALL = DistillConfig(
+    steps=60, learning_rate=3e-3, num_images=4, num_prior_images=6, noises_per_image=4, batch_size=8, guidance_scale=2.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def settings(files: list[Path], output: Path, **more: object) -> FuseConfig:
     return FuseConfig(adapters=files, output=output, device="cpu", **more)  # type: ignore[arg-type]
 
 
-def off(base: Base, lessons: Lessons) -> list[float]:
+def off(base: Base, lessons: DistillTargets) -> list[float]:
     """Mean squared distance from what is right: of every concept, and of ordinary pictures."""
     with torch.no_grad():
         return [
@@ -69,14 +72,16 @@ def test_teaching_brings_concepts_and_the_base_nearer(pair: list[Path], tiny_bas
     untouched = load_base(str(tiny_base), "cpu")
     for adapter in adapters:
         for token, vectors in adapter.tokens.items():
-            untouched.install(token, vectors)
-    exam = prepare(untouched, sorted(adapters, key=lambda a: a.name), {}, SMALL, seed=5)  # pictures that are not taught
+            untouched.add_token(token, vectors)
+    exam = prepare_targets(
+        untouched, sorted(adapters, key=lambda a: a.name), {}, SMALL, seed=5
+    )  # pictures that are not taught
     assert off(untouched, exam)[-1] < 1e-12 < min(off(untouched, exam)[:-1])
     found = {}
     for steps in (0, SMALL.steps):
         base = load_base(str(tiny_base), "cpu")
         teaching = SMALL.model_copy(update={"steps": steps})
-        factors = fuse_adapters(base, adapters, settings(pair, tmp_path, teach=teaching))
+        factors = fuse_adapters(base, adapters, settings(pair, tmp_path, distill=teaching))
         assert (factors is None) == (steps > 0)
         assert not any(p.requires_grad for model in base.models.values() for p in model.parameters())
         found[steps] = off(base, exam)
@@ -90,7 +95,7 @@ def test_only_the_concepts_own_words_learn_and_exports_hold_what_they_learnt(
     words = {"off": 0.0, "on": 1e-2}
     for name, rate in words.items():
         teaching = few.model_copy(update={"token_learning_rate": rate})
-        fuse_to_folder(settings(pair, tmp_path / name, teach=teaching))
+        fuse_to_folder(settings(pair, tmp_path / name, distill=teaching))
     untouched = load_base(str(tiny_base), "cpu")
     table = untouched.pipeline.text_encoder.get_input_embeddings().weight
     for name in words:
@@ -110,17 +115,17 @@ def test_what_an_adapter_says_to_the_empty_prompt_is_the_bases_to_say(pair: list
     adapter = load_adapter(pair[0])
     base = load_base(str(tiny_base), "cpu")
     for token, vectors in adapter.tokens.items():
-        base.install(token, vectors)
+        base.add_token(token, vectors)
     few = SMALL.model_copy(update={"pictures": 2, "plain": 1, "draws": 2})
-    [lesson] = prepare(base, [adapter], {}, few, 0).concepts
+    [lesson] = prepare_targets(base, [adapter], {}, few, 0).concepts
     said = {}
     for who in (adapter, None):
-        with acting(base, [(who, 1.0)] if who else []), torch.no_grad():
+        with enabled_adapters(base, [(who, 1.0)] if who else []), torch.no_grad():
             for prompts in (lesson.prompts, [""] * len(lesson.prompts)):
                 said[who is adapter, not prompts[0]] = predict(base, prompts, lesson.noisy, lesson.timesteps)
     own, own_empty, plain_empty = said[True, False], said[True, True], said[False, True]
-    guided = own_empty + few.guidance * (own - own_empty)
-    assert torch.allclose(plain_empty + few.guidance * (lesson.wanted - plain_empty), guided, atol=1e-4)
+    guided = own_empty + few.guidance_scale * (own - own_empty)
+    assert torch.allclose(plain_empty + few.guidance_scale * (lesson.wanted - plain_empty), guided, atol=1e-4)
     assert not torch.allclose(lesson.wanted, own, atol=1e-3)
 
 
@@ -130,7 +135,7 @@ def test_lessons_need_no_more_memory_at_once_than_a_step(
     adapter = load_adapter(pair[0])
     base = load_base(str(tiny_base), "cpu")
     for token, vectors in adapter.tokens.items():
-        base.install(token, vectors)
+        base.add_token(token, vectors)
     asked: list[int] = []
 
     def counted(base: Base, prompts: list[str], *rest: torch.Tensor) -> torch.Tensor:
@@ -140,8 +145,8 @@ def test_lessons_need_no_more_memory_at_once_than_a_step(
     monkeypatch.setattr(teaching, "predict", counted)
     wanted = []
     for batch in (3, 16):
-        few = SMALL.model_copy(update={"pictures": 4, "plain": 4, "draws": 2, "batch": batch})
-        wanted.append(prepare(base, [adapter], {}, few, 0).concepts[0].wanted)
+        few = SMALL.model_copy(update={"pictures": 4, "plain": 4, "draws": 2, "batch_size": batch})
+        wanted.append(prepare_targets(base, [adapter], {}, few, 0).concepts[0].wanted)
         assert max(asked) == min(batch, 8)
         asked.clear()
     assert torch.allclose(*wanted, atol=1e-4)
@@ -157,15 +162,15 @@ def test_a_step_in_small_batches_computed_twice_teaches_the_same(
         return loss_of(base, batch, precision)
 
     monkeypatch.setattr(teaching, "loss_of", counted)
-    for more in ({"batch": 8}, {"batch": 2, "accumulate": 4, "gradient_checkpointing": True}):
+    for more in ({"batch_size": 8}, {"batch_size": 2, "accumulate": 4, "gradient_checkpointing": True}):
         base, few = load_base(str(tiny_base), "cpu"), SMALL.model_copy(update={"steps": 3, **more})
         before = {name: weight.clone() for name, weight in base.weights().items()}
         losses: list[float] = []
 
         def keep(event: Event, losses: list[float] = losses) -> None:
-            losses.extend([event.figures["loss"]] if event.stage == "teach" else [])
+            losses.extend([event.metrics["loss"]] if event.stage == "teach" else [])
 
-        fuse_adapters(base, adapters, settings(pair, tmp_path, teach=few), keep)
+        fuse_adapters(base, adapters, settings(pair, tmp_path, distill=few), keep)
         assert not base.pipeline.unet.is_gradient_checkpointing
         taught.append((losses, torch.cat([(w - before[name]).flatten() for name, w in base.weights().items()])))
     assert asked == [8] * 3 + [2] * 12
@@ -182,7 +187,7 @@ def test_the_memory_of_teaching_is_told_and_what_cannot_fit_refused_before_lesso
 
     def found(**more: Any) -> Estimate:
         config = SMALL.model_copy(update=more)
-        return memory_to_teach(base.models, base.pipeline.vae, learners, config, base.size, "cpu")
+        return distillation_memory(base.models, base.pipeline.vae, learners, config, base.size, "cpu")
 
     whole, parts, checked = found(batch=32), found(batch=8, accumulate=4), found(batch=32, gradient_checkpointing=True)
     assert parts.phases["teaching"] < 0.5 * whole.phases["teaching"]
@@ -194,13 +199,13 @@ def test_the_memory_of_teaching_is_told_and_what_cannot_fit_refused_before_lesso
     monkeypatch.setattr(memory, "SMALL", 0)
     notes: list[str] = []
     few, seen = SMALL.model_copy(update={"steps": 1}), []
-    fuse_adapters(base, adapters, settings(pair, tmp_path, teach=few), note=notes.append)
+    fuse_adapters(base, adapters, settings(pair, tmp_path, distill=few), note=notes.append)
     assert any("at most while teaching" in one for one in notes)
     monkeypatch.setattr(memory, "available", lambda device: 2**10)
     monkeypatch.setitem(memory.CONTEXT, "cpu", 0)
     with pytest.raises(UserError, match=r"Teaching needs about .* set teach\.gradient_checkpointing=true"):
         fuse_adapters(
-            load_base(str(tiny_base), "cpu"), adapters, settings(pair, tmp_path, teach=few),
+            load_base(str(tiny_base), "cpu"), adapters, settings(pair, tmp_path, distill=few),
             lambda event: seen.append(event.stage),
         )  # fmt: skip
     assert not seen
@@ -210,9 +215,9 @@ def test_ordinary_pictures_are_in_every_batch(pair: list[Path], tiny_base: Path)
     base = load_base(str(tiny_base), "cpu")
     adapter = load_adapter(pair[0])
     for token, vectors in adapter.tokens.items():
-        base.install(token, vectors)
-    few = SMALL.model_copy(update={"pictures": 2, "plain": 1, "draws": 1, "batch": 2, "ordinary": 0.01})
-    lessons = prepare(base, [adapter], {}, few, 0)
+        base.add_token(token, vectors)
+    few = SMALL.model_copy(update={"pictures": 2, "plain": 1, "draws": 1, "batch_size": 2, "ordinary": 0.01})
+    lessons = prepare_targets(base, [adapter], {}, few, 0)
     off_by = replace(lessons.ordinary, wanted=lessons.ordinary.wanted + 10.0)
     plain, moved = (
         loss_of(base, *batches(replace(lessons, ordinary=one), few, 0, 0)) for one in (lessons.ordinary, off_by)
@@ -224,7 +229,7 @@ def test_a_merge_that_is_not_for_these_adapters_is_refused_before_lessons_are_dr
     pair: list[Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     seen: list[str] = []
-    wanted = settings(pair, tmp_path / "fused", merge="orthogonal", teach=SMALL)
+    wanted = settings(pair, tmp_path / "fused", merge="orthogonal", distill=SMALL)
     with pytest.raises(UserError, match="needs orthogonal adapters"):
         fuse_to_folder(wanted, lambda event: seen.append(event.stage), base=load_base(str(tiny_base), "cpu"))
     assert not seen and not (tmp_path / "fused").exists()
@@ -236,7 +241,7 @@ def test_what_has_no_word_of_its_own_is_not_taught(pair: list[Path], tiny_base: 
     base = load_base(str(tiny_base), "cpu")
     before = {name: weight.clone() for name, weight in base.weights().items()}
     with pytest.raises(UserError, match="'brew' has no word of its own"):
-        fuse_adapters(base, adapters, settings(pair, Path("fused"), teach=SMALL))
+        fuse_adapters(base, adapters, settings(pair, Path("fused"), distill=SMALL))
     assert all(torch.equal(weight, before[name]) for name, weight in base.weights().items())
 
 
@@ -245,9 +250,9 @@ def test_what_an_adapter_was_trained_on_top_of_is_taught_too(pair: list[Path], t
     adapter = replace(adapter, earlier={"<old>": adapter.vectors})
     base = load_base(str(tiny_base), "cpu")
     for token, vectors in adapter.tokens.items():
-        base.install(token, vectors)
+        base.add_token(token, vectors)
     few = SMALL.model_copy(update={"pictures": 2, "plain": 1, "draws": 1})
-    lessons = prepare(base, [adapter], {}, few, 0).concepts
+    lessons = prepare_targets(base, [adapter], {}, few, 0).concepts
     assert [lesson.prompts[0].split()[-1] for lesson in lessons] == ["<old>", adapter.token]
 
 
@@ -255,9 +260,11 @@ def test_strengths_are_taught(pair: list[Path], tiny_base: Path) -> None:
     adapter = load_adapter(pair[0])
     base = load_base(str(tiny_base), "cpu")
     for token, vectors in adapter.tokens.items():
-        base.install(token, vectors)
+        base.add_token(token, vectors)
     few = SMALL.model_copy(update={"pictures": 2, "plain": 1, "draws": 1})
-    whole, none = (prepare(base, [adapter], {adapter.name: strength}, few, 0).concepts[0] for strength in (1.0, 0.0))
+    whole, none = (
+        prepare_targets(base, [adapter], {adapter.name: strength}, few, 0).concepts[0] for strength in (1.0, 0.0)
+    )
     plain = predict(base, none.prompts, none.noisy, none.timesteps)
     assert torch.allclose(none.wanted, plain, atol=1e-6) and not torch.allclose(whole.wanted, none.wanted, atol=1e-3)
 
@@ -266,7 +273,7 @@ def test_a_taught_folder_has_the_same_bits_again_and_after_unfusing(pair: list[P
     few = SMALL.model_copy(update={"steps": 3})
     folders = [tmp_path / name for name in ("one", "two", "alone", "rest")]
     for folder, files in zip(folders, (pair, pair[::-1], pair[:1]), strict=False):
-        fuse_to_folder(settings(files, folder, merge="gradient", teach=few))
+        fuse_to_folder(settings(files, folder, merge="gradient", distill=few))
     unfuse(folders[0], ["brew"], folders[3], device="cpu")
     one, two, alone, rest = (load_base(str(folder), "cpu").fingerprint.exact for folder in folders)
     assert one == two and alone == rest and one != rest
@@ -281,20 +288,20 @@ def test_other_layers_learn_only_where_they_are_named(pair: list[Path], tiny_bas
     for named in (None, "conv"):
         base = load_base(str(tiny_base), "cpu")
         teaching = few.model_copy(update={"targets": named})
-        fuse_adapters(base, adapters, settings(pair, tmp_path, teach=teaching))
+        fuse_adapters(base, adapters, settings(pair, tmp_path, distill=teaching))
         now = {name: layer.weight for name, layer in find_targets(base.models, r"re:.*").items()}
         moved[named] = {name for name, weight in now.items() if not torch.equal(weight, before[name])}
     adapted = {layer for adapter in adapters for layer in adapter.layers}
     assert moved[None] == adapted and moved["conv"] == adapted | set(find_targets(untouched.models, "conv"))
     misspelt = few.model_copy(update={"targets": "convv"})
     with pytest.raises(UserError, match=r"teach\.targets: Unknown targets 'convv'"):
-        fuse_adapters(untouched, adapters, settings(pair, tmp_path, teach=misspelt))
+        fuse_adapters(untouched, adapters, settings(pair, tmp_path, distill=misspelt))
 
 
 def test_a_taught_folder_is_opened_once_to_be_exported(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fuse_to_folder(settings(pair, tmp_path / "fused", teach=SMALL.model_copy(update={"steps": 2})))
+    fuse_to_folder(settings(pair, tmp_path / "fused", distill=SMALL.model_copy(update={"steps": 2})))
     opened: list[str] = []
 
     def counted(name: str, *more: str) -> Base:
@@ -312,15 +319,15 @@ def test_a_taught_folder_is_opened_once_to_be_exported(
 
 def test_what_cannot_be_done_with_a_taught_folder_is_told(pair: list[Path], tmp_path: Path) -> None:
     few = SMALL.model_copy(update={"steps": 2})
-    fuse_to_folder(settings(pair, tmp_path / "fused", teach=few))
+    fuse_to_folder(settings(pair, tmp_path / "fused", distill=few))
     with pytest.raises(UserError, match="was taught"):
         unfuse(tmp_path / "fused", ["brew"], tmp_path / "rest", subtract=True, device="cpu")
     with pytest.raises(UserError, match="export it as folder or checkpoint"):
         export(tmp_path / "fused", tmp_path / "both.safetensors", "kohya", device="cpu")
     export(tmp_path / "fused", tmp_path / "both", "folder", device="cpu")
-    more = ["fuse", str(tmp_path / "fused"), str(pair[0]), "-o", str(tmp_path / "more"), "--config", "pocket-taught"]
+    more = ["fuse", str(tmp_path / "fused"), str(pair[0]), "-o", str(tmp_path / "more"), "--config", "pocket-distilled"]
     assert "not with --config" in str(CliRunner().invoke(app, more).exception) and not (tmp_path / "more").exists()
-    wild = ["teach.steps=3", "teach.learning_rate=1e30", "--device", "cpu"]
+    wild = ["distill.steps=3", "distill.learning_rate=1e30", "--device", "cpu"]
     result = CliRunner().invoke(app, ["fuse", *map(str, pair), "-o", str(tmp_path / "wild"), *wild])
     assert result.exit_code == 1 and "lower teach.learning_rate" in str(result.exception)
     assert not (tmp_path / "wild").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spectral_diffusion.linalg import Band
+from spectral_diffusion.linalg import SingularTriplets
 from spectral_diffusion.methods import get_method
 
 ADDITIVE, LORA = get_method("spectral-additive"), get_method("lora")
@@ -18,9 +18,9 @@ def weight_of_rank(rank: int, rows: int = 20, columns: int = 30) -> torch.Tensor
     return (U * torch.linspace(3, 1, rank, dtype=torch.float64)) @ V.mT
 
 
-def svd(weight: torch.Tensor) -> Band:
+def svd(weight: torch.Tensor) -> SingularTriplets:
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    return Band(U, S, Vh.mT)
+    return SingularTriplets(U, S, Vh.mT)
 
 
 def rank_of(weight: torch.Tensor) -> int:

@@ -11,9 +11,9 @@ import torch
 from PIL import Image, ImageFilter
 
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.metrics.classifiers import BACKDROPS, HEADS, JUDGES, NOUNS, TINTS, windows
+from spectral_diffusion.metrics.classifiers import BACKDROPS, CLASSIFIERS, HEADS, NOUNS, TINTS, windows
 from spectral_diffusion.metrics.identity import IdentityEncoder, auc
-from spectral_diffusion.scenes.keypose import COLOURS as POSE_COLOURS
+from spectral_diffusion.scenes.keypose import COLORS as POSE_COLOURS
 from spectral_diffusion.scenes.keypose import POINTS, draw_keypose
 from tools.pocket import puppets
 from tools.pocket.art import HELD_OUT, PRETRAINING
@@ -115,9 +115,9 @@ def test_auc_counts_pairs() -> None:
     assert auc(torch.tensor([1.0]), torch.tensor([1.0])) == 0.5
 
 
-@pytest.mark.parametrize("name", JUDGES)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_judges_answer_every_question(name: str) -> None:
-    answers = JUDGES[name]().eval()(torch.randn(2, 3, 64, 64))
+    answers = CLASSIFIERS[name]().eval()(torch.randn(2, 3, 64, 64))
     assert {head: tuple(logits.shape) for head, logits in answers.items()} == {h: (2, n) for h, n in HEADS.items()}
     assert len(NOUNS) >= 43
 

@@ -17,16 +17,17 @@ from typer.testing import CliRunner
 
 from spectral_diffusion import pocket
 from spectral_diffusion.cli.train_control import train_condition as verb
-from spectral_diffusion.config.models import ConditionConfig, build, read_yaml
+from spectral_diffusion.config.control import ControlConfig
+from spectral_diffusion.config.settings import build, read_yaml
 from spectral_diffusion.core.errors import NotFiniteError, UserError
 from spectral_diffusion.core.hooks import Event
-from spectral_diffusion.data.control_pairs import encode_pairs, open_condition, read_pairs
+from spectral_diffusion.data.control_pairs import encode_pairs, open_control_image, read_pairs
 from spectral_diffusion.models.architectures import build_meta
 from spectral_diffusion.models.base import load_base
-from spectral_diffusion.scenes.control import Drawing, read_drawing
+from spectral_diffusion.scenes.control import ControlMap, read_control_image
 from spectral_diffusion.scenes.generate import sample
-from spectral_diffusion.scenes.scene import Condition, Scene
-from spectral_diffusion.training.control_adapter import fitting_shape, state_path, train_condition
+from spectral_diffusion.scenes.scene import ControlImage, Scene
+from spectral_diffusion.training.control_adapter import fitting_shape, state_path, train_control
 from spectral_diffusion.training.loop import Stopped
 
 
@@ -47,9 +48,9 @@ def pairs(tmp_path: Path) -> Path:
     return make_pairs(tmp_path / "pairs")
 
 
-def settings(pairs: Path, base: Path, output: Path, **more: object) -> ConditionConfig:
-    values = {"folder": pairs, "output": output, "base": str(base), "steps": 6, "batch": 2, "device": "cpu"}
-    return ConditionConfig(**{**values, "learning_rate": 1e-3, **more})  # type: ignore[arg-type]
+def settings(pairs: Path, base: Path, output: Path, **more: object) -> ControlConfig:
+    values = {"folder": pairs, "output": output, "base": str(base), "steps": 6, "batch_size": 2, "device": "cpu"}
+    return ControlConfig(**{**values, "learning_rate": 1e-3, **more})  # type: ignore[arg-type]
 
 
 def same(one: Path, two: Path) -> bool:
@@ -63,13 +64,13 @@ def test_training_lowers_the_loss(pairs: Path, tmp_path: Path) -> None:
 
     def watch(event: Event) -> None:
         if event.stage == "train":
-            losses.append(event.figures["loss"])
+            losses.append(event.metrics["loss"])
 
     base = load_base(str(make_tiny_base(tmp_path / "base", prediction_type="v_prediction")), "cpu")
     before = {n: p.clone() for model in base.models.values() for n, p in model.state_dict().items()}
-    views = {"crops": 2, "crop_scale": 1.2, "flip": True}
-    config = settings(pairs, tmp_path / "base", tmp_path / "out", steps=60, batch=4, timestep_power=0.05, **views)
-    train_condition(config.model_copy(update={"learning_rate": 1e-2}), base, progress=watch)
+    views = {"crops_per_image": 2, "resize_ratio": 1.2, "flip": True}
+    config = settings(pairs, tmp_path / "base", tmp_path / "out", steps=60, batch_size=4, timestep_power=0.05, **views)
+    train_control(config.model_copy(update={"learning_rate": 1e-2}), base, progress=watch)
     assert losses[-1] < 0.6 * losses[0]
     after = {n: p for model in base.models.values() for n, p in model.state_dict().items()}
     assert all(torch.equal(before[n], after[n]) for n in before)  # the base is frozen
@@ -78,17 +79,17 @@ def test_training_lowers_the_loss(pairs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_stopped_run_resumes_bit_for_bit(pairs: Path, tiny_base: Path, tmp_path: Path, stop: int) -> None:
     whole, halves, other = (tmp_path / name for name in ("whole", "halves", "other"))
-    train_condition(settings(pairs, tiny_base, whole))
-    config = settings(pairs, tiny_base, halves, save_every=2)
+    train_control(settings(pairs, tiny_base, whole))
+    config = settings(pairs, tiny_base, halves, checkpointing_steps=2)
     asked = iter(range(100))
     with pytest.raises(Stopped, match=f"step {stop} of 6"):
-        train_condition(config, should_stop=lambda: next(asked) >= stop)
+        train_control(config, should_stop=lambda: next(asked) >= stop)
     assert state_path(halves).exists() and not halves.exists()
-    with pytest.raises(UserError, match="batch=2, now it is 3"):
-        train_condition(config.model_copy(update={"batch": 3}), resume=True)
-    train_condition(config, resume=True)
+    with pytest.raises(UserError, match="batch_size=2, now it is 3"):
+        train_control(config.model_copy(update={"batch_size": 3}), resume=True)
+    train_control(config, resume=True)
     assert same(whole, halves) and not state_path(halves).exists()
-    train_condition(settings(pairs, tiny_base, other, seed=1))
+    train_control(settings(pairs, tiny_base, other, seed=1))
     assert not same(whole, other)
     assert {path.name for path in tmp_path.iterdir()} == {"pairs", "whole", "halves", "other"}
 
@@ -97,26 +98,26 @@ def test_a_state_of_other_pictures_is_refused(pairs: Path, tiny_base: Path, tmp_
     config = settings(pairs, tiny_base, tmp_path / "out")
     asked = iter(range(100))
     with pytest.raises(Stopped):
-        train_condition(config, should_stop=lambda: next(asked) >= 2)
+        train_control(config, should_stop=lambda: next(asked) >= 2)
     (pairs / "2.txt").write_text("a caption that was not there")
     with pytest.raises(UserError, match="from other pictures"):
-        train_condition(config, resume=True)
+        train_control(config, resume=True)
 
 
 def test_stock_diffusers_opens_the_folder_and_draws(pairs: Path, tiny_base: Path, tmp_path: Path) -> None:
     config = settings(pairs, tiny_base, tmp_path / "out", steps=3)
-    trained = train_condition(config)
+    trained = train_control(config)
     loaded = T2IAdapter.from_pretrained(config.output)
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in trained.state_dict().items())
     named = {"folder": Path(pairs.name), "output": Path(config.output.name), "base": tiny_base.name}  # no full paths
     named |= {"mixed_precision": "no"}
-    assert build(ConditionConfig, read_yaml(config.output / "settings.yaml")) == config.model_copy(update=named)
+    assert build(ControlConfig, read_yaml(config.output / "settings.yaml")) == config.model_copy(update=named)
     base = load_base(str(tiny_base), "cpu")
-    plain = Scene(steps=2, device="cpu")
-    sketch = Drawing(Image.open(pairs / "sketch" / "0.png"), adapter=str(config.output))
+    plain = Scene(num_inference_steps=2, device="cpu")
+    sketch = ControlMap(Image.open(pairs / "sketch" / "0.png"), adapter=str(config.output))
     with_sketch = sample(base, ["a red cup"], [0], plain, drawings=[sketch])[0]
     assert np.abs(np.asarray(with_sketch, float) - np.asarray(sample(base, ["a red cup"], [0], plain)[0])).max() > 1
-    train_condition(config.model_copy(update={"steps": 1}))  # an earlier one of ours is replaced
+    train_control(config.model_copy(update={"steps": 1}))  # an earlier one of ours is replaced
     assert read_yaml(config.output / "settings.yaml")["steps"] == 1
 
 
@@ -124,13 +125,13 @@ def test_other_kinds_of_bases(other_base: Path, tmp_path: Path) -> None:  # noqa
     """v-prediction, text_time conditioning, and a first block that adds features behind its downsampler."""
     keyposes = make_pairs(tmp_path / "pairs", kind="keypose")
     config = settings(keyposes, other_base, tmp_path / "out", kind="keypose", steps=2, mixed_precision="bf16")
-    adapter = train_condition(config)
+    adapter = train_control(config)
     assert adapter.config.adapter_type == "full_adapter_xl" and adapter.config.downscale_factor == 4
-    keypose = Drawing(Image.open(keyposes / "keypose" / "0.png"), "keypose", adapter=str(config.output))
-    scene = Scene(steps=2, device="cpu")
+    keypose = ControlMap(Image.open(keyposes / "keypose" / "0.png"), "keypose", adapter=str(config.output))
+    scene = Scene(num_inference_steps=2, device="cpu")
     assert sample(load_base(str(other_base), "cpu"), ["a red cup"], [0], scene, drawings=[keypose])[0].size == (16, 16)
     with pytest.raises(UserError, match=r"resolution=18 .* multiple of 4; take resolution=16 or 20"):
-        train_condition(config.model_copy(update={"resolution": 18}))
+        train_control(config.model_copy(update={"resolution": 18}))
 
 
 def test_the_adapter_has_the_shape_that_the_unet_wants() -> None:
@@ -176,7 +177,7 @@ def test_picture_and_condition_are_cut_alike(tiny_base: Path, tmp_path: Path) ->
     (folder / "0.txt").write_text("a cup on the left")
     for path in folder.glob("*.png"):
         (folder / "keypose" / path.name).write_bytes(path.read_bytes())
-    config = settings(folder, tiny_base, tmp_path / "out", kind="keypose", crops=2, crop_scale=1.5)
+    config = settings(folder, tiny_base, tmp_path / "out", kind="keypose", crops_per_image=2, resize_ratio=1.5)
     config = config.model_copy(update={"flip": True})  # what no keypose should have, for its colours
     vae = load_base(str(tiny_base), "cpu").pipeline.vae
     seen: list[torch.Tensor] = []
@@ -185,7 +186,11 @@ def test_picture_and_condition_are_cut_alike(tiny_base: Path, tmp_path: Path) ->
     assert latents.shape == (2, 4, 4, 8, 8) and conditions.shape == (2, 4, 3, 16, 16)
     assert torch.allclose(torch.stack(seen), conditions.float() / 127.5 - 1, atol=1e-5)
     unmirrored, _ = encode_pairs(
-        read_pairs(config, print), vae, config.model_copy(update={"flip": False, "crops": 4}), 16, lambda event: None
+        read_pairs(config, print),
+        vae,
+        config.model_copy(update={"flip": False, "crops_per_image": 4}),
+        16,
+        lambda event: None,
     )
     assert torch.equal(latents[0], unmirrored[0]) and not torch.equal(latents[1], unmirrored[1])
 
@@ -194,25 +199,25 @@ def test_sketches_are_white_on_black_and_keyposes_as_they_are(tmp_path: Path) ->
     for name, image in (("w", Image.new("L", (8, 8))), ("b", Image.new("L", (8, 8), 255))):
         image.putpixel((2, 3), 128)
         image.save(tmp_path / f"{name}.png")
-        read = open_condition(tmp_path / f"{name}.png", "sketch")
+        read = open_control_image(tmp_path / f"{name}.png", "sketch")
         bright = image if np.asarray(image).mean() <= 127 else ImageOps.invert(image)  # white strokes on black
         assert np.array_equal(np.asarray(read)[..., 0], np.asarray(bright))
-        kept = open_condition(tmp_path / f"{name}.png", "keypose")
+        kept = open_control_image(tmp_path / f"{name}.png", "keypose")
         assert np.array_equal(np.asarray(kept)[..., 0], np.asarray(image))
 
 
 def test_bad_input_is_one_sentence(pairs: Path, tiny_base: Path, tmp_path: Path) -> None:
     def refused(match: str, error: type[UserError] = UserError, **more: object) -> None:
         with pytest.raises(error, match=match) as caught:
-            train_condition(settings(**{"pairs": pairs, "base": tiny_base, "output": tmp_path / "out", **more}))  # type: ignore[arg-type]
+            train_control(settings(**{"pairs": pairs, "base": tiny_base, "output": tmp_path / "out", **more}))  # type: ignore[arg-type]
         assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
     refused("No such folder", pairs=tmp_path / "nowhere")
     refused("no picture with a keypose; put .*pairs/keypose", kind="keypose")
     refused("no picture with a sketch", pairs=make_photos(tmp_path / "bare"))
-    refused("lower the learning rate .*nothing was saved", NotFiniteError, learning_rate=1e30, clip=1e30)
-    refused("exists and is not a folder of train-condition", output=pairs)
-    refused("exists and is not a folder of train-condition", output=tiny_base / "unet")
+    refused("lower the learning rate .*nothing was saved", NotFiniteError, learning_rate=1e30, max_grad_norm=1e30)
+    refused("exists and is not a folder of train-control", output=pairs)
+    refused("exists and is not a folder of train-control", output=tiny_base / "unet")
     refused("Cannot write", output=pairs / "0.png" / "out")
     sketch = pairs / "sketch" / "1.png"
     ImageOps.expand(Image.open(sketch), (0, 0, 5, 0)).save(sketch)
@@ -220,24 +225,24 @@ def test_bad_input_is_one_sentence(pairs: Path, tiny_base: Path, tmp_path: Path)
     assert not (tmp_path / "out").exists()
     given = {"folder": "a", "output": "b"}
     with pytest.raises(UserError, match="'flip' cannot be True: a mirrored keypose"):
-        build(ConditionConfig, given, {"kind": "keypose", "flip": True})
+        build(ControlConfig, given, {"kind": "keypose", "flip": True})
     with pytest.raises(UserError, match="did you mean 'steps'"):
-        build(ConditionConfig, given, {"stpes": 3})
+        build(ControlConfig, given, {"stpes": 3})
 
 
 def test_the_verb(pairs: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 
-    def watched(condition: Condition) -> Drawing:
+    def watched(condition: ControlImage) -> ControlMap:
         opened.append(f"{condition.kind} {condition.file.name}")
-        return read_drawing(condition)
+        return read_control_image(condition)
 
     monkeypatch.setattr("spectral_diffusion.scenes.control.read_drawing", watched)
     app = typer.Typer()
     app.callback()(lambda: None)
-    app.command("train-condition")(verb)
-    words = ["train-condition", str(pairs), "-o", str(tmp_path / "out"), "--base", str(tiny_base), "--steps", "2"]
-    done = CliRunner().invoke(app, [*words, "--kind", "sketch", "--device", "cpu", "--resume", "batch=1"])
+    app.command("train-control")(verb)
+    words = ["train-control", str(pairs), "-o", str(tmp_path / "out"), "--base", str(tiny_base), "--steps", "2"]
+    done = CliRunner().invoke(app, [*words, "--kind", "sketch", "--device", "cpu", "--resume", "batch_size=1"])
     assert done.exit_code == 0, done.exception
     assert "3 pictures with a sketch" in done.output and f"adapter: {tmp_path / 'out'}" in done.output
     assert opened == [f"sketch {index}.png" for index in range(3)]  # training sees what generating will

@@ -18,16 +18,16 @@ from PIL import Image
 
 from spectral_diffusion.adapters.adapter import Adapter, check_base
 from spectral_diffusion.adapters.formats.native import DIGEST, digest, load_adapter, save_adapter
-from spectral_diffusion.config.models import OptimiserConfig, TrainConfig, WatchConfig
+from spectral_diffusion.config.train import OptimizerConfig, TrainConfig, ValidationConfig
 from spectral_diffusion.core.errors import NotFiniteError, UserError
 from spectral_diffusion.core.files import read_tensors, write_tensors
 from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.core.paths import without_folders
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.models.base import Base, load_base
-from spectral_diffusion.models.prompt_encoder import Conditioner
-from spectral_diffusion.models.tokens import collapse, embedding_of, expand, install, known_tokens, words
-from spectral_diffusion.scenes.control import Drawing
+from spectral_diffusion.models.prompt_encoder import PromptEncoder
+from spectral_diffusion.models.tokens import add_token_rows, collapse, embedding_of, expand, known_tokens, split_words
+from spectral_diffusion.scenes.control import ControlMap
 from spectral_diffusion.scenes.generate import sample
 from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.slots.ledger import Ledger
@@ -52,10 +52,10 @@ def test_training_lowers_the_loss_on_its_own_photos(photos: Path, tiny_base: Pat
 
     def watch(event: Event) -> None:
         if event.stage == "train":
-            losses.append(event.figures["loss"])
+            losses.append(event.metrics["loss"])
 
     config = settings(
-        photos, tiny_base, tmp_path / "a.safetensors", method=method, steps=60, batch=4, learning_rate=3e-2
+        photos, tiny_base, tmp_path / "a.safetensors", method=method, steps=60, batch_size=4, learning_rate=3e-2
     )
     adapter = train_to_file(config, progress=watch)
     assert adapter.norm() > 0
@@ -100,7 +100,7 @@ def start_training(photos: Path, tiny_base: Path, output: Path, *more: str) -> s
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_bit_for_bit(photos: Path, tiny_base: Path, tmp_path: Path, how: signal.Signals) -> None:
-    more = ("--steps", "60", "save_every=5", "batch=1")
+    more = ("--steps", "60", "checkpointing_steps=5", "batch_size=1")
     output = tmp_path / "killed" / "rex.safetensors"
     run = start_training(photos, tiny_base, output, *more)
     for _ in range(1200):
@@ -170,7 +170,11 @@ def test_an_edited_config_goes_on_only_by_force(photos: Path, tiny_base: Path, t
     with pytest.raises(Stopped):
         train_to_file(config, should_stop=lambda: next(asked) >= 3, base=base)
     edited = config.model_copy(
-        update={"weight_decay": 0.9, "optimiser": OptimiserConfig(ema=0.5), "watch": WatchConfig(every=100)}
+        update={
+            "weight_decay": 0.9,
+            "optimizer": OptimizerConfig(ema_decay=0.5),
+            "validation": ValidationConfig(every=100),
+        }
     )
     with pytest.raises(
         UserError, match=r"weight_decay=0\.0, now it is 0\.9, optimiser\.ema=0\.0, now it is 0\.5; .*--force"
@@ -178,7 +182,7 @@ def test_an_edited_config_goes_on_only_by_force(photos: Path, tiny_base: Path, t
         train_to_file(edited, resume=True, base=base)
     with pytest.raises(UserError, match=r"optimiser\.name=adamw and cannot go on with prodigy; resume with"):
         train_to_file(
-            config.model_copy(update={"optimiser": OptimiserConfig(name="prodigy")}), resume=True, base=base, force=True
+            config.model_copy(update={"optimizer": OptimizerConfig(name="prodigy")}), resume=True, base=base, force=True
         )
     kept = state_path(config.output).read_bytes()
     plain = train_to_file(config, resume=True, base=base)
@@ -194,7 +198,13 @@ def test_an_edited_config_goes_on_only_by_force(photos: Path, tiny_base: Path, t
 
 def test_nan_stops_with_a_word_and_keeps_the_last_good_state(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     config = settings(
-        photos, tiny_base, tmp_path / "rex.safetensors", save_every=1, learning_rate=1e12, clip=1e30, steps=40
+        photos,
+        tiny_base,
+        tmp_path / "rex.safetensors",
+        checkpointing_steps=1,
+        learning_rate=1e12,
+        max_grad_norm=1e30,
+        steps=40,
     )
     with pytest.raises(NotFiniteError, match=r"NaN or infinity at step \d+: lower the learning rate"):
         train_to_file(config)
@@ -223,9 +233,14 @@ def test_training_leaves_the_base_as_it_was(photos: Path, tiny_base: Path, tmp_p
 
 def test_the_token_stops_at_the_norm_limit(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     config = settings(
-        photos, tiny_base, tmp_path / "rex.safetensors", embedding_learning_rate=2e-3, embedding_norm=1.2, steps=40
+        photos,
+        tiny_base,
+        tmp_path / "rex.safetensors",
+        embedding_learning_rate=2e-3,
+        max_embedding_norm_ratio=1.2,
+        steps=40,
     )
-    with Conditioner(load_base(str(tiny_base), "cpu"), load_concept(photos), seed=0, size=16) as condition:
+    with PromptEncoder(load_base(str(tiny_base), "cpu"), load_concept(photos), seed=0, size=16) as condition:
         first = float(condition.vectors()["text_encoder"].norm(dim=1).mean())
     moved = float(train_to_file(config).vectors["text_encoder"].norm(dim=1).mean())
     assert 1.2 * first < moved < 2 * first  # one step past the limit, then it rests
@@ -237,22 +252,22 @@ def test_a_token_whose_class_noun_is_long_is_trained_too(photos: Path, tiny_base
     [noun] = base.pipeline.tokenizer("dog", add_special_tokens=False).input_ids
     with torch.no_grad():
         embedding_of(base.models["text_encoder"]).weight[noun] *= 10
-    with Conditioner(base, load_concept(photos, noun="dog"), seed=0, size=16) as condition:
+    with PromptEncoder(base, load_concept(photos, noun="dog"), seed=0, size=16) as condition:
         first = condition.vectors()["text_encoder"]
     assert 0.5 < float(first[0].norm() / first[1].norm()) < 2  # the random word is as long as the noun
-    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", noun="dog")
+    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", class_noun="dog")
     assert not torch.equal(train_to_file(config, base=base).vectors["text_encoder"], first)
 
 
 def test_training_prompts_have_the_ids_that_stock_tokenizers_give(photos: Path, tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
     prompts = ["a photo of <rex> on the beach", "<rex>", "a red dog and <rex>, at night"]
-    with Conditioner(base, load_concept(photos, name="rex"), seed=0, size=16) as condition:
+    with PromptEncoder(base, load_concept(photos, name="rex"), seed=0, size=16) as condition:
         mine = condition(prompts)["encoder_hidden_states"]
         vectors = condition.vectors()["text_encoder"]
 
     stock = load_base(str(tiny_base), "cpu").pipeline
-    install(stock.tokenizer, stock.text_encoder, "<rex>", vectors)
+    add_token_rows(stock.tokenizer, stock.text_encoder, "<rex>", vectors)
     assert known_tokens(stock.tokenizer) == {"<rex>": 2}
     stock_prompts = [stock.maybe_convert_prompt(p, stock.tokenizer) for p in prompts]
     assert stock_prompts == [expand(p, {"<rex>": 2}) for p in prompts]
@@ -261,7 +276,7 @@ def test_training_prompts_have_the_ids_that_stock_tokenizers_give(photos: Path, 
 
 
 def test_expanding_is_idempotent() -> None:
-    assert words("<a>", 3) == ["<a>", "<a>_1", "<a>_2"]
+    assert split_words("<a>", 3) == ["<a>", "<a>_1", "<a>_2"]
     once = expand("<a> and <b> <a>", {"<a>": 2})
     assert once == "<a> <a>_1 and <b> <a> <a>_1"
     assert expand(once, {"<a>": 2}) == once
@@ -274,10 +289,10 @@ def test_pictures_are_conditioned_on_the_words_that_were_trained(
 ) -> None:
     """Every pipeline must read <rex> <rex>_1 exactly once, whether or not it expands tokens by itself."""
     base = load_base(str(tiny_base), "cpu")
-    with Conditioner(base, load_concept(photos, name="rex"), seed=0, size=16) as condition:
-        wanted = condition.ids("text_encoder", ["a photo of <rex> on the beach"])[0].tolist()
+    with PromptEncoder(base, load_concept(photos, name="rex"), seed=0, size=16) as condition:
+        wanted = condition.token_ids("text_encoder", ["a photo of <rex> on the beach"])[0].tolist()
         vectors = condition.vectors()
-    base.install("<rex>", vectors)
+    base.add_token("<rex>", vectors)
     read: list[list[int]] = []
     encoder = base.models["text_encoder"]
     encoder.register_forward_pre_hook(lambda module, inputs: read.extend(inputs[0].tolist()))
@@ -285,8 +300,8 @@ def test_pictures_are_conditioned_on_the_words_that_were_trained(
     monkeypatch.setattr("spectral_diffusion.scenes.control.load_t2i_adapter", lambda base, name, kind: adapter)
     for prompt in ("a photo of <rex> on the beach", "a photo of <rex> <rex>_1 on the beach"):
         read.clear()
-        config = Scene(steps=1, guidance=3.0, device="cpu")
-        sample(base, [prompt], [0], config, drawings=[Drawing(Image.new("L", (16, 16)))] if sketched else [])
+        config = Scene(num_inference_steps=1, guidance_scale=3.0, device="cpu")
+        sample(base, [prompt], [0], config, drawings=[ControlMap(Image.new("L", (16, 16)))] if sketched else [])
         assert wanted in read
 
 
@@ -402,7 +417,7 @@ def test_other_slot_policies_train_and_load(photos: Path, tiny_base: Path, tmp_p
 
 def test_normalised_and_slot_rates_train_and_load(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     plain = train_to_file(settings(photos, tiny_base, tmp_path / "a.safetensors", slot="8:10"))
-    for name, more in (("n", {"normalise": True}), ("r", {"slot_rate": 1.0})):
+    for name, more in (("n", {"normalize": True}), ("r", {"slot_lr_power": 1.0})):
         output = tmp_path / f"{name}" / "rex.safetensors"
         adapter = train_to_file(settings(photos, tiny_base, output, slot="8:10", **more))
         assert same(adapter, load_adapter(output))

@@ -15,7 +15,7 @@ import torch
 
 from spectral_diffusion.app import generation as drawing
 from spectral_diffusion.app.device import giving_back
-from spectral_diffusion.app.workspace import Teller, sentence_of
+from spectral_diffusion.app.workspace import ProgressLine, sentence_of
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.hooks import Event
 
@@ -25,7 +25,7 @@ from spectral_diffusion.core.hooks import Event
 def test_teller_says_what_is_left() -> None:
     lines: list[str] = []
     clock = iter([0.0, 10.0])
-    tell = Teller(lambda done, total, words: lines.append(words), lambda: next(clock))
+    tell = ProgressLine(lambda done, total, words: lines.append(words), lambda: next(clock))
     tell(Event("train", 1, 100))
     tell(Event("train", 11, 100, {"loss": 0.25}))
     assert lines == ["Training", "Training, loss 0.2500, 89 s left"]

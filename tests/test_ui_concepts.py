@@ -15,7 +15,7 @@ from PIL import Image
 
 from spectral_diffusion.app import concept_html as cards
 from spectral_diffusion.app import concepts, editing, uploads
-from spectral_diffusion.app.adapter_headers import Label, labels, owner
+from spectral_diffusion.app.adapter_headers import AdapterInfo, adapter_headers, owner
 from spectral_diffusion.app.jobs import Record
 from spectral_diffusion.app.overview import look, slot_clashes, strips
 from spectral_diffusion.app.workspace import Workspace
@@ -41,8 +41,8 @@ def files_in(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if path.is_file()}
 
 
-def label_of(name: str, slot: Slot | None, kind: str = "columns", base: str = "b", capacity: int = 32) -> Label:
-    return Label(Path(f"{name}.safetensors"), name, "dog", f"<{name}>", "m", kind, slot, "pocket", base, capacity)
+def label_of(name: str, slot: Slot | None, kind: str = "columns", base: str = "b", capacity: int = 32) -> AdapterInfo:
+    return AdapterInfo(Path(f"{name}.safetensors"), name, "dog", f"<{name}>", "m", kind, slot, "pocket", base, capacity)
 
 
 # --- adding --------------------------------------------------------------------------------------------------
@@ -454,13 +454,20 @@ def test_adapters_find_their_concept() -> None:
 
 
 def test_labels_agree_with_the_adapters_themselves(workspace: Workspace, tiny_base: Path, photos: Path) -> None:
-    from spectral_diffusion.config.models import TrainConfig
+    from spectral_diffusion.config.train import TrainConfig
     from spectral_diffusion.training.run import train_to_file
 
     output = workspace.adapters / "rex.safetensors"
-    quick: dict[str, Any] = {"rank": 2, "steps": 1, "batch": 1, "crops": 1, "device": "cpu", "mixed_precision": "no"}
+    quick: dict[str, Any] = {
+        "rank": 2,
+        "steps": 1,
+        "batch_size": 1,
+        "crops_per_image": 1,
+        "device": "cpu",
+        "mixed_precision": "no",
+    }
     one = train_to_file(TrainConfig(concept=photos, output=output, base=str(tiny_base), **quick))
-    [label], problems = labels(workspace)
+    [label], problems = adapter_headers(workspace)
     assert not problems and (label.name, label.noun, label.token) == (one.name, one.noun, one.token)
     assert (label.slot, label.method, label.kind) == (one.slot, one.method.name, "columns")
     assert label.fingerprint == one.fingerprint.exact and label.base == tiny_base.name
@@ -470,7 +477,7 @@ def test_labels_agree_with_the_adapters_themselves(workspace: Workspace, tiny_ba
     assert next(card for card in shelf.cards if card.folder == "rex").adapters == [label]
     assert "columns 0:2" in cards.cards(shelf) and "rex" in cards.slot_map(shelf)
     output.write_bytes(output.read_bytes()[:-100])  # the file breaks under our feet
-    assert labels(workspace)[0] == [] and "rex.safetensors" in labels(workspace)[1][0]
+    assert adapter_headers(workspace)[0] == [] and "rex.safetensors" in adapter_headers(workspace)[1][0]
 
 
 # --- the page ------------------------------------------------------------------------------------------------

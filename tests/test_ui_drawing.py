@@ -25,12 +25,12 @@ from spectral_diffusion.app import base_cache as keeper_module
 from spectral_diffusion.app import canvas, poses
 from spectral_diffusion.app import gallery as pictures
 from spectral_diffusion.app import generation as drawing
-from spectral_diffusion.app.base_cache import Keeper
+from spectral_diffusion.app.base_cache import BaseCache
 from spectral_diffusion.app.canvas import Canvas, read_canvas
-from spectral_diffusion.app.generation import Drawn, Wish
-from spectral_diffusion.app.streaming import Runs, in_turn
+from spectral_diffusion.app.generation import Drawn, GenerateRequest
+from spectral_diffusion.app.streaming import CancelTokens, stream
 from spectral_diffusion.app.workspace import Workspace
-from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.scenes.png_metadata import read_settings
 from spectral_diffusion.training.run import train_to_file
@@ -52,9 +52,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ).save_pretrained(base / f"t2i_{kind}")
     for seed, name in enumerate(("tom", "jim")):
         photos = make_photos(folder / name, seed=seed)
-        settings = {"rank": 2, "steps": 1, "batch": 1, "crops": 1, "device": "cpu", "mixed_precision": "no"}
+        settings = {
+            "rank": 2,
+            "steps": 1,
+            "batch_size": 1,
+            "crops_per_image": 1,
+            "device": "cpu",
+            "mixed_precision": "no",
+        }
         output = folder / "adapters" / f"{name}.safetensors"
-        train_to_file(TrainConfig(concept=photos, output=output, base=str(base), noun="dog", **settings))
+        train_to_file(TrainConfig(concept=photos, output=output, base=str(base), class_noun="dog", **settings))
     return base, folder / "adapters"
 
 
@@ -66,13 +73,13 @@ def workspace(tmp_path: Path, trained: tuple[Path, Path]) -> Workspace:
 
 
 @pytest.fixture(scope="module")
-def keeper() -> Keeper:
-    return Keeper()
+def keeper() -> BaseCache:
+    return BaseCache()
 
 
-def draw(workspace: Workspace, base: Path, keeper: Keeper | None = None, **more: Any) -> Drawn:
+def draw(workspace: Workspace, base: Path, keeper: BaseCache | None = None, **more: Any) -> Drawn:
     names = {"adapters", "strength", "canvas", "sketch_weight", "keypose_weight"}
-    wish = Wish(base=str(base), **{key: more.pop(key) for key in names & set(more)})
+    wish = GenerateRequest(base=str(base), **{key: more.pop(key) for key in names & set(more)})
     return drawing.generate(workspace, wish, keeper=keeper, **QUICK | {"prompt": "a <tom> and a dog"} | more)
 
 
@@ -198,7 +205,7 @@ def test_ready_made_sketches_and_poses() -> None:
 
 
 def test_everything_at_once_and_the_round_trip(
-    workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper
+    workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache
 ) -> None:
     base = trained[0]
     drawn = draw(
@@ -217,7 +224,7 @@ def test_everything_at_once_and_the_round_trip(
         again = pictures.refill(workspace, path.stem)
         assert again.notes == [] and again.canvas == full_value()
         assert (again.base, again.strength, again.sketch_weight) == (str(base), "tom=0.7, jim=1.3", 0.6)
-        wish = Wish(
+        wish = GenerateRequest(
             again.base, again.adapters, again.strength, read_canvas(again.canvas), again.sketch_weight,
             again.keypose_weight, again.sketch_adapter, again.keypose_adapter,
         )  # fmt: skip
@@ -229,10 +236,10 @@ def test_everything_at_once_and_the_round_trip(
 
 
 def test_kept_base_is_given_back_as_it_was(workspace: Workspace, trained: tuple[Path, Path]) -> None:
-    base, keeper = trained[0], Keeper()
+    base, keeper = trained[0], BaseCache()
 
     def state() -> dict[str, torch.Tensor]:
-        with keeper.borrowed(str(base), "cpu") as held:
+        with keeper.acquire(str(base), "cpu") as held:
             parts: dict[str, Any] = {**held.models, "vae": held.pipeline.vae}
             assert len(held.pipeline.tokenizer) == held.pipeline.tokenizer.vocab_size
             return {
@@ -246,14 +253,14 @@ def test_kept_base_is_given_back_as_it_was(workspace: Workspace, trained: tuple[
     with pytest.raises(UserError, match="is there already"):  # two of one token: fails half-way
         shutil.copy(workspace.adapters / "tom.safetensors", workspace.adapters / "twin.safetensors")
         draw(workspace, base, keeper, adapters=["tom", "twin"])
-    with keeper.borrowed(str(base), "cpu") as held:
+    with keeper.acquire(str(base), "cpu") as held:
         mine = held
     second = draw(workspace, base, keeper, adapters=["tom"], canvas=read_canvas(full_value()), width=32, height=16)
     assert pixels(first.pictures[0]) == pixels(second.pictures[0])
-    with keeper.borrowed(str(base), "cpu") as held:
+    with keeper.acquire(str(base), "cpu") as held:
         assert held is mine  # never loaded again
     (base / "note.txt").write_text("changed")
-    with keeper.borrowed(str(base), "cpu") as held:
+    with keeper.acquire(str(base), "cpu") as held:
         assert held is not mine  # but for a base whose files have changed
     (base / "note.txt").unlink()
 
@@ -280,20 +287,20 @@ def test_large_bases_are_drawn_in_half_precision_on_a_gpu(monkeypatch: pytest.Mo
 def test_names_are_looked_up_never_joined(workspace: Workspace) -> None:
     for name in ("../x", "/etc/passwd", "fused/../../x"):
         with pytest.raises(UserError, match="No adapter"):
-            drawing.generate(workspace, Wish(adapters=[name]), prompt="a dog")
+            drawing.generate(workspace, GenerateRequest(adapters=[name]), prompt="a dog")
         with pytest.raises(UserError, match="No adapter"):
             region = {"box": [0, 0, 1, 1], "prompt": "x", "concept": name}
-            drawing.generate(workspace, Wish(canvas=read_canvas({"regions": [region]})), prompt="a dog")
+            drawing.generate(workspace, GenerateRequest(canvas=read_canvas({"regions": [region]})), prompt="a dog")
         with pytest.raises(UserError, match="No fused folder"):
-            drawing.generate(workspace, Wish(base=f"fused/{name}"), prompt="a dog")
+            drawing.generate(workspace, GenerateRequest(base=f"fused/{name}"), prompt="a dog")
         with pytest.raises(UserError, match="no picture"):
             pictures.delete(workspace, name)
     with pytest.raises(UserError, match="prompt is empty"):
-        drawing.generate(workspace, Wish(), prompt=" ")
+        drawing.generate(workspace, GenerateRequest(), prompt=" ")
     assert not workspace.pictures.exists()
 
 
-def test_preview_and_cancel(workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper) -> None:
+def test_preview_and_cancel(workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache) -> None:
     seen: list[tuple[int, int]] = []
     told: list[tuple[int, int]] = []
     done = draw(
@@ -325,12 +332,12 @@ def test_news_come_in_turn_and_leaving_stops_the_work() -> None:
         step.wait(10)
         return "done"
 
-    turn = in_turn(work, stop)
+    turn = stream(work, stop)
     assert next(turn) == 1
     step.set()
     assert list(turn) == ["done"]
     with pytest.raises(ZeroDivisionError):
-        list(in_turn(lambda tell: 1 / 0, threading.Event()))
+        list(stream(lambda tell: 1 / 0, threading.Event()))
 
     stop, ended = threading.Event(), []
 
@@ -339,14 +346,14 @@ def test_news_come_in_turn_and_leaving_stops_the_work() -> None:
         stop.wait(10)
         ended.append(stop.is_set())
 
-    turn = in_turn(endless, stop)
+    turn = stream(endless, stop)
     assert next(turn) == 1
     turn.close()  # type: ignore[attr-defined]
     assert ended == [True]
 
 
 def test_one_browser_stops_only_its_own_run() -> None:
-    runs = Runs()
+    runs = CancelTokens()
     runs.begin("one")
     runs.begin("two")
     assert runs.stop("one") and not runs.stop("three")
@@ -359,7 +366,7 @@ def test_one_browser_stops_only_its_own_run() -> None:
 
 
 def test_full_disk_is_a_sentence(
-    workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **more: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -373,10 +380,10 @@ def test_full_disk_is_a_sentence(
     assert draw(workspace, trained[0], keeper).pictures
 
 
-def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper) -> None:
+def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache) -> None:
     pytest.importorskip("gradio")
     from spectral_diffusion.app.tabs.generate import Handlers
-    from spectral_diffusion.config.models import FuseConfig
+    from spectral_diffusion.config.fuse import FuseConfig
     from spectral_diffusion.merging.fuse import fuse_to_folder
 
     assert drawing.tokens(workspace, "pocket", ["tom"]) == {"<tom>": "dog"}
@@ -385,7 +392,7 @@ def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path],
     fuse_to_folder(FuseConfig(adapters=files[:1], output=workspace.fused / "one"))
     assert set(drawing.tokens(workspace, "fused/pair", [])) == {"<tom>", "<jim>"}
     with pytest.raises(UserError, match="is not among them"):
-        drawing.generate(workspace, Wish("fused/one", ["jim"]), prompt="<jim>")
+        drawing.generate(workspace, GenerateRequest("fused/one", ["jim"]), prompt="<jim>")
     one, photos = workspace.fused / "one", make_photos(workspace.concepts / "ann")
     on_it = {
         "concept": photos,
@@ -398,17 +405,19 @@ def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path],
     assert drawing.base_of(workspace, "ann") == "fused/one" and drawing.base_of(workspace, "tom") == str(trained[0])
     *_, tokens = Handlers(workspace).follow("fused/one", ["ann"])
     assert [row[0] for row in tokens] == ["<tom>", "<ann>"]
-    assert drawing.generate(workspace, Wish("fused/one", ["ann"]), keeper=keeper, prompt="<ann>", **QUICK).pictures
+    assert drawing.generate(
+        workspace, GenerateRequest("fused/one", ["ann"]), keeper=keeper, prompt="<ann>", **QUICK
+    ).pictures
     box = {"box": [0, 0, 1, 1], "prompt": "a <jim>", "concept": "jim"}  # chosen before they were fused
     canvas = Canvas(strokes(), None, read_canvas({"regions": [box]}).regions)
-    wish = Wish("fused/pair", ["tom"], canvas=canvas)
+    wish = GenerateRequest("fused/pair", ["tom"], canvas=canvas)
     drawn = drawing.generate(workspace, wish, keeper=keeper, prompt="a <tom>", **QUICK)
     assert pictures.refill(workspace, drawn.pictures[0].stem).base == "fused/pair"
     assert drawing.side_of(workspace, "fused/pair") == 16
     assert drawing.side_of(workspace, "pocket") == 64 and drawing.side_of(workspace, "some/hub-id") == 512
 
 
-def test_region_without_its_token_is_noted(workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper) -> None:
+def test_region_without_its_token_is_noted(workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache) -> None:
     region = {"box": [0, 0, 1, 1], "prompt": "a dog", "concept": "tom"}
     drawn = draw(workspace, trained[0], keeper, canvas=read_canvas({"regions": [region]}))
     assert "a box has the concept tom, but its prompt does not name <tom>" in drawn.words
@@ -419,7 +428,7 @@ def test_region_without_its_token_is_noted(workspace: Workspace, trained: tuple[
 # --- the gallery ---------------------------------------------------------------------------------------------
 
 
-def test_gallery_pages_download_and_delete(workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper) -> None:
+def test_gallery_pages_download_and_delete(workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache) -> None:
     assert pictures.page_of(workspace, 1) == ([], 1, [])
     with pytest.raises(UserError, match="No picture is chosen"):
         pictures.about(workspace, None)
@@ -454,9 +463,9 @@ def test_gallery_pages_download_and_delete(workspace: Workspace, trained: tuple[
 
 
 def test_downloaded_scene_draws_the_same_picture(
-    workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper, tmp_path: Path
+    workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache, tmp_path: Path
 ) -> None:
-    from spectral_diffusion.config.models import build
+    from spectral_diffusion.config.settings import build
     from spectral_diffusion.scenes.generate import generate_to_file
     from spectral_diffusion.scenes.scene import Scene, read_scene
 
@@ -487,7 +496,7 @@ def test_pictures_of_others_read_nothing_outside(workspace: Workspace, tmp_path:
     settings = {
         "prompt": "x",
         "adapters": {str(tmp_path / "x.safetensors"): 1.0},
-        "conditions": [{"file": str(secret)}, {"file": "/etc/passwd", "kind": "keypose"}],
+        "controls": [{"file": str(secret)}, {"file": "/etc/passwd", "kind": "keypose"}],
     }
     hostile_picture(workspace.pictures / "evil.png", settings)
     found = pictures.refill(workspace, "evil")
@@ -500,7 +509,7 @@ def test_pictures_of_others_read_nothing_outside(workspace: Workspace, tmp_path:
         pictures.about(workspace, "odd")
 
 
-def test_what_is_gone_is_told_on_refill(workspace: Workspace, trained: tuple[Path, Path], keeper: Keeper) -> None:
+def test_what_is_gone_is_told_on_refill(workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache) -> None:
     value = full_value() | {"keypose": ""}
     [path] = draw(workspace, trained[0], keeper, adapters=["tom"], canvas=read_canvas(value)).pictures
     (workspace.adapters / "jim.safetensors").unlink()
@@ -540,9 +549,9 @@ class Asker:
 def values_of(base: Path, **more: Any) -> list[Any]:
     from spectral_diffusion.app.tabs.generate import Fields
 
-    usual = {"prompt": "a <tom>", "base": str(base), "adapters": ["tom"], "strength": "1", "steps": 3, "guidance": 2.0,
+    usual = {"prompt": "a <tom>", "base": str(base), "adapters": ["tom"], "scales": "1", "num_inference_steps": 3, "guidance_scale": 2.0,
              "sampler": "dpm", "canvas": full_value(), "sketch_weight": 1.0, "keypose_weight": 1.0, "region_start": 0.0,
-             "region_end": 1.0, "count": 1, "seed": 3}  # fmt: skip
+             "region_end": 1.0, "num_images": 1, "seed": 3}  # fmt: skip
     return [(usual | more).get(name) for name in Fields.__dataclass_fields__]
 
 

@@ -23,16 +23,18 @@ from safetensors.torch import load_file
 from spectral_diffusion.adapters.formats.import_lora import import_lora
 from spectral_diffusion.app import comparing, downloads, fusing
 from spectral_diffusion.app.adapters import read_adapter
-from spectral_diffusion.app.streaming import until
+from spectral_diffusion.app.streaming import cancellable
 from spectral_diffusion.app.wording import in_app
 from spectral_diffusion.app.workspace import Workspace
-from spectral_diffusion.config.models import FuseConfig, GradientConfig, TeachConfig, TrainConfig, read_yaml
+from spectral_diffusion.config.fuse import CalibrationConfig, DistillConfig, FuseConfig
+from spectral_diffusion.config.settings import read_yaml
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.assets import preset
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.inspection import inspect_paths
 from spectral_diffusion.merging.fuse import fuse_to_folder
-from spectral_diffusion.merging.manifest import RECIPE
+from spectral_diffusion.merging.manifest import MANIFEST
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.training.run import train_to_file
 
@@ -122,7 +124,7 @@ def test_fuse_and_take_out_again(workspace: Workspace, merge: str, tmp_path: Pat
 
 
 def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = {"teach": {"pictures": 2, "plain": 2, "draws": 2, "batch": 4}}
+    few = {"distill": {"num_images": 2, "num_prior_images": 2, "noises_per_image": 2, "batch_size": 4}}
     monkeypatch.setattr(fusing, "preset_part", lambda name, verb: few)
     seen: list[Event] = []
     fusing.fuse(workspace, ["rex", "mug"], "clever", BOTH, seen.append, teach=2)
@@ -138,7 +140,7 @@ def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace, m
 
     with pytest.raises(UserError, match="nothing was saved"):
         fusing.fuse(
-            workspace, ["rex", "mug"], "dull", BOTH, until(stop, watched, "Stopped; nothing was saved."), teach=9
+            workspace, ["rex", "mug"], "dull", BOTH, cancellable(stop, watched, "Stopped; nothing was saved."), teach=9
         )
     assert fusing.fused_names(workspace) == ["clever"]
 
@@ -147,19 +149,19 @@ def test_the_page_fuses_as_the_command_line_does(workspace: Workspace, monkeypat
     def wanted(**changes: Any) -> FuseConfig:
         return fusing.settings_for(workspace, ["rex", "mug"], workspace.fused / "pair", {}, **changes)
 
-    large = read_yaml(preset("sd15-12gb"))["fuse"]["teach"]
-    assert wanted().teach == TeachConfig(**large) and wanted(teach=300, anchor=2.0).teach.steps == 300
+    large = read_yaml(preset("sd15-12gb"))["fuse"]["distill"]
+    assert wanted().distill == DistillConfig(**large) and wanted(teach=300, anchor=2.0).distill.steps == 300
     monkeypatch.setattr(
         fusing, "read_adapter", lambda workspace, name: replace(read_adapter(workspace, name), base="pocket")
     )
-    [pocket, taught] = [read_yaml(preset(name))["fuse"] for name in ("pocket", "pocket-taught")]
-    assert wanted(teach=300).teach == TeachConfig(**pocket["teach"], steps=300)
-    whole = wanted(preset="pocket-taught")
-    assert whole.teach == TeachConfig(**taught["teach"]) and whole.merge == taught["merge"]
-    assert whole.gradient == GradientConfig(**taught["gradient"])
+    [pocket, taught] = [read_yaml(preset(name))["fuse"] for name in ("pocket", "pocket-distilled")]
+    assert wanted(teach=300).distill == DistillConfig(**pocket["distill"], steps=300)
+    whole = wanted(preset="pocket-distilled")
+    assert whole.distill == DistillConfig(**taught["distill"]) and whole.merge == taught["merge"]
+    assert whole.calibration == CalibrationConfig(**taught["calibration"])
     monkeypatch.undo()
     with pytest.raises(UserError, match="only on the pocket base"):
-        wanted(preset="pocket-taught")
+        wanted(preset="pocket-distilled")
 
 
 def test_while_one_runs_the_other_waits(workspace: Workspace) -> None:
@@ -231,10 +233,17 @@ def test_a_full_rank_method_is_cut_with_the_error_told(workspace: Workspace, tin
     output = workspace.adapters / "full.safetensors"
     train_to_file(
         TrainConfig(
-            concept=photos, name="full", noun="dog", output=output, base=str(tiny_base), method="oft", rank=2, steps=2,
+            concept=photos,
+            name="full",
+            class_noun="dog",
+            output=output,
+            base=str(tiny_base),
+            method="oft",
+            rank=2,
+            steps=2,
             device="cpu",
         )
-    )  # fmt: skip
+    )
     fusing.fuse(workspace, ["full"], "one", {})
     _, notes = downloads.download(workspace, "one", "kohya")
     assert notes[0].endswith("can only come near it.") and "% away from the exact change" in notes[1]
@@ -245,26 +254,26 @@ def test_a_full_rank_method_is_cut_with_the_error_told(workspace: Workspace, tin
 def test_a_taken_name_is_replaced_only_on_demand(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH)
     before = load_base(str(workspace.fused / "pair"), "cpu").fingerprint
-    recipe = (workspace.fused / "pair" / RECIPE).read_bytes()
+    recipe = (workspace.fused / "pair" / MANIFEST).read_bytes()
     with pytest.raises(UserError, match="already; choose another name, or tick"):
         fusing.fuse(workspace, ["rex"], "pair", {})
     with pytest.raises(UserError, match="No adapter 'gone'"):
         fusing.fuse(workspace, ["gone"], "pair", {}, replace=True)
-    assert (workspace.fused / "pair" / RECIPE).read_bytes() == recipe and not list(workspace.trash.glob("*"))
+    assert (workspace.fused / "pair" / MANIFEST).read_bytes() == recipe and not list(workspace.trash.glob("*"))
     monkeypatch.setattr("spectral_diffusion.app.fusing.os.link", _full)  # a disk without second names
     fusing.fuse(workspace, ["rex"], "pair", {}, replace=True)
     [kept] = workspace.trash.glob("*/pair")
-    assert (kept / RECIPE).read_bytes() == recipe and load_base(str(kept), "cpu").fingerprint == before
+    assert (kept / MANIFEST).read_bytes() == recipe and load_base(str(kept), "cpu").fingerprint == before
     assert fusing.concepts_in(workspace, "pair") == ["rex"]
 
 
 def test_a_failed_replacement_leaves_all_as_it_was(workspace: Workspace, small_disk: None) -> None:
     place = workspace.fused / "pair"
     place.mkdir(parents=True)
-    (place / RECIPE).write_text("{}")
+    (place / MANIFEST).write_text("{}")
     with pytest.raises(UserError, match=r"Cannot write to the workspace's folder fused: File too large.*; free some"):
         fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH, replace=True)
-    assert [path.name for path in workspace.fused.rglob("*")] == ["pair", RECIPE]
+    assert [path.name for path in workspace.fused.rglob("*")] == ["pair", MANIFEST]
     assert not list(workspace.trash.iterdir())
 
 
@@ -313,7 +322,7 @@ def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: 
     }.items():
         assert in_app(said, workspace) == wanted
     fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH)
-    recipe = workspace.fused / "pair" / RECIPE
+    recipe = workspace.fused / "pair" / MANIFEST
     held = json.loads(recipe.read_text())
     recipe.write_text(json.dumps(held | {"base": str(tmp_path / "gone" / "base")}))
     (workspace.fused / "other").mkdir()
@@ -334,7 +343,7 @@ def test_pages_wait_for_no_torch() -> None:
     modules = ", ".join(f"spectral_diffusion.app.{name}" for name in ("fusing", "comparing", "downloads", "tabs.fuse"))
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0
-    assert fusing.RECIPE == RECIPE and {"gradient", "ties"} <= fusing.merges().keys()
+    assert fusing.RECIPE == MANIFEST and {"gradient", "ties"} <= fusing.merges().keys()
 
 
 def test_bad_wishes_and_damaged_files_are_sentences(workspace: Workspace) -> None:
@@ -359,15 +368,15 @@ def test_bad_wishes_and_damaged_files_are_sentences(workspace: Workspace) -> Non
     fusing.delete_fusion(workspace, "one")
     with pytest.raises(UserError, match="No format"):
         downloads.download(workspace, "pair", "pickle")
-    recipe = workspace.fused / "pair" / "recipe.json"
+    recipe = workspace.fused / "pair" / "manifest.json"
     endless = json.loads(recipe.read_text())
-    endless["settings"]["teach"]["steps"] = math.inf
+    endless["settings"]["distill"]["steps"] = math.inf
     for damaged in ("{", json.dumps(endless)):
         recipe.write_text(damaged)
         [broken] = fusing.fusions(workspace)
-        assert broken.problem == "fused/pair/recipe.json is damaged; fuse the adapters again."
+        assert broken.problem == "fused/pair/manifest.json is damaged; fuse the adapters again."
     assert "Deleted" in fusing.delete_fusion(workspace, "pair") and not fusing.fusions(workspace)
-    assert list(workspace.trash.rglob("recipe.json"))  # nothing is lost
+    assert list(workspace.trash.rglob("manifest.json"))  # nothing is lost
 
 
 def test_strengths() -> None:

@@ -24,18 +24,18 @@ from spectral_diffusion.app import jobs as jobs_module
 from spectral_diffusion.app.adapters import adapter_files, adapter_rows, delete_adapter
 from spectral_diffusion.app.charts import loss_curve
 from spectral_diffusion.app.estimates import estimate, memory, span
-from spectral_diffusion.app.jobs import Job, last_error, trim
+from spectral_diffusion.app.jobs import QueueJob, last_error, trim
 from spectral_diffusion.app.presets import preset_settings, presets, train_settings
 from spectral_diffusion.app.queue import Queue
 from spectral_diffusion.app.workspace import Workspace
-from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors, write_text
 from spectral_diffusion.slots.ledger import LEDGER, Ledger
 from spectral_diffusion.training.run import state_path, train_to_file
 
 QUICK: dict[str, Any] = {
-    "rank": 2, "batch": 1, "crops": 1, "device": "cpu", "mixed_precision": "no", "preservation": {"weight": 0.0},
+    "rank": 2, "batch_size": 1, "crops_per_image": 1, "device": "cpu", "mixed_precision": "no", "prior": {"loss_weight": 0.0},
 }  # fmt: skip
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
@@ -97,7 +97,7 @@ def states(queue: Queue) -> dict[str, str]:
     return {job.record.concept: job.record.state for job in queue.jobs()}
 
 
-def training(queue: Queue, name: str) -> Job:
+def training(queue: Queue, name: str) -> QueueJob:
     """The running job once it has said that it trains."""
     until(lambda: (found := queue.job(name).own_status) and found.stage == "train")
     return queue.job(name)
@@ -414,7 +414,7 @@ def test_the_time_is_taken_from_a_training_here(queue: Queue, workspace: Workspa
     end(queue, first)
     file = queue.job(first).status_file
     held = json.loads(file.read_text()) | {
-        "config": {"base": "pocket", "batch": config.batch},
+        "config": {"base": "pocket", "batch_size": config.batch_size},
         "started": "2025-01-01T00:00:00+00:00",
         "updated": "2025-01-01T00:01:00+00:00",
     }
@@ -422,7 +422,7 @@ def test_the_time_is_taken_from_a_training_here(queue: Queue, workspace: Workspa
         file.write_text(json.dumps(held | {"step": steps, "steps": steps}))
         assert estimates.seconds_per_step(queue.jobs(), config) == seconds
     assert estimate(config, queue.jobs()).time == "about 3 min"
-    other = config.model_copy(update={"batch": config.batch + 1})
+    other = config.model_copy(update={"batch_size": config.batch_size + 1})
     assert estimates.seconds_per_step(queue.jobs(), other) is None
 
 
@@ -430,7 +430,7 @@ def test_the_time_follows_the_training_that_runs(queue: Queue, workspace: Worksp
     config = train_settings(workspace, "bob", "pocket", {})
     first, _ = queue.enqueue("ann")
     file = training(queue, first).status_file
-    held = json.loads(file.read_text()) | {"config": {"base": "pocket", "batch": config.batch}, "eta": 2.5}
+    held = json.loads(file.read_text()) | {"config": {"base": "pocket", "batch_size": config.batch_size}, "eta": 2.5}
     file.write_text(json.dumps(held))  # five steps are left
     found = estimate(config, queue.jobs())
     assert found.time == f"about {round(0.5 * config.steps / 60)} min" and "runs now" in found.note
@@ -604,7 +604,7 @@ def test_a_client_trains_waits_and_stops(workspace: Workspace, part: Any, monkey
 @pytest.mark.timeout(600)  # three processes that import torch and diffusers
 def test_stopped_and_resumed_is_the_same_to_the_bit(workspace: Workspace, tiny_base: Path) -> None:
     """Two are queued: the first is adopted by another server, stopped and resumed; the second is killed meanwhile."""
-    changes = {**QUICK, "base": str(tiny_base), "steps": 100, "save_every": 1}
+    changes = {**QUICK, "base": str(tiny_base), "steps": 100, "checkpointing_steps": 1}
     queue = Queue(workspace)
     first, _ = queue.enqueue("ann", **changes)
     second, _ = queue.enqueue("bob", **changes)

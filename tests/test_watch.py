@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 from spectral_diffusion.adapters.adapter import Adapter
-from spectral_diffusion.adapters.attach import attach
+from spectral_diffusion.adapters.attach import inject_adapter
 from spectral_diffusion.adapters.frozen import frozen_tensors
 from spectral_diffusion.cli import main
-from spectral_diffusion.config.models import TrainConfig
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.hooks import Event
-from spectral_diffusion.linalg import sides
+from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.slots.ledger import Slot
@@ -200,8 +200,8 @@ WATCH = {"every": 2, "steps": 2, "prompts": ["a photo of {}", "{} on the beach"]
     "more",
     [
         {"method": "adalora", "rank": 4, "steps": 8},
-        {"method": "spectral-rotation", "gradient_checkpointing": True, "optimiser": {"ema": 0.9}},
-        {"method": "dora", "preservation": {"weight": 0.5, "batch": 1, "pictures": 2}, "mixed_precision": "bf16"},
+        {"method": "spectral-rotation", "gradient_checkpointing": True, "optimizer": {"ema_decay": 0.9}},
+        {"method": "dora", "prior": {"loss_weight": 0.5, "batch_size": 1, "num_images": 2}, "mixed_precision": "bf16"},
     ],
     ids=lambda more: more["method"],
 )
@@ -209,7 +209,7 @@ def test_watching_changes_no_bit(photos: Path, tiny_base: Path, tmp_path: Path, 
     base = load_base(str(tiny_base), "cpu")
     plain = train_to_file(settings(photos, tiny_base, tmp_path / "a" / "rex.safetensors", **more), base=base)
     before = torch.random.get_rng_state()
-    config = settings(photos, tiny_base, tmp_path / "b" / "rex.safetensors", watch=WATCH, **more)
+    config = settings(photos, tiny_base, tmp_path / "b" / "rex.safetensors", validation=WATCH, **more)
     with reporting(tmp_path / "status.json") as reporter:
         watched = train_to_file(config, base=base, progress=reporter.progress)
     assert same(plain, watched) and torch.equal(before, torch.random.get_rng_state())
@@ -227,7 +227,7 @@ def test_watching_changes_no_bit(photos: Path, tiny_base: Path, tmp_path: Path, 
 def test_strengths_go_from_the_base_to_the_adapter(photos: Path, tiny_base: Path, method: str) -> None:
     base, of = load_base(str(tiny_base), "cpu"), get_method(method)
     weights = base.weights()
-    rank = of.ranks([sides(weight) for weight in weights.values()])[1]
+    rank = of.ranks([matrix_shape(weight) for weight in weights.values()])[1]
     slot = Slot.interval(0, rank) if of.slot else None
     words, latents = torch.randn(1, 6, 24), torch.randn(1, 4, 8, 8)
 
@@ -236,7 +236,7 @@ def test_strengths_go_from_the_base_to_the_adapter(photos: Path, tiny_base: Path
             return base.pipeline.unet(latents, 5, words).sample
 
     plain = predict()
-    on = attach(base.models, of, rank, frozen=frozen_tensors(of, weights, rank, slot, cached=False), steps=10)
+    on = inject_adapter(base.models, of, rank, frozen=frozen_tensors(of, weights, rank, slot, cached=False), steps=10)
     with torch.no_grad():
         for _, parameter in on.named_parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
@@ -259,7 +259,9 @@ def test_a_plateau_of_likeness_ends_the_training(
     monkeypatch.setattr("spectral_diffusion.training.validation.likeness", lambda *_: torch.tensor([next(seen)]))
     notes: list[str] = []
     watch = {**WATCH, "every": 1, "patience": 2, "steps": 1, "prompts": ["{}"]}
-    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", watch=watch, steps=20, save_every=1)
+    config = settings(
+        photos, tiny_base, tmp_path / "rex.safetensors", validation=watch, steps=20, checkpointing_steps=1
+    )
     base = load_base(str(tiny_base), "cpu")
     train_to_file(config.model_copy(update={"steps": 1}), base=base, note=notes.append)
     assert any("only the pocket base has an identity encoder" in note for note in notes)
@@ -271,12 +273,12 @@ def test_a_plateau_of_likeness_ends_the_training(
     assert "done at step 4" in notes[-1] and config.output.is_file()
     assert "0.501 at the end" in config.output.with_suffix(".md").read_text()
     with pytest.raises(ValueError, match=r"watch\.every"):
-        TrainConfig(concept=photos, output=photos, watch={"patience": 2})  # type: ignore[arg-type]
+        TrainConfig(concept=photos, output=photos, validation={"early_stopping_patience": 2})  # type: ignore[arg-type]
 
 
 def test_tensorboard_gets_the_loss(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", watch={"tracker": "tensorboard"}, steps=3)
+    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", validation={"log_with": "tensorboard"}, steps=3)
     train_to_file(config)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -287,12 +289,12 @@ def test_tensorboard_gets_the_loss(photos: Path, tiny_base: Path, tmp_path: Path
 
 def test_a_missing_tracker_is_told(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="swanlab is not installed"):
-        train_to_file(settings(photos, tiny_base, tmp_path / "a.safetensors", watch={"tracker": "swanlab"}))
+        train_to_file(settings(photos, tiny_base, tmp_path / "a.safetensors", validation={"log_with": "swanlab"}))
 
 
 def test_samples_that_cannot_be_written_stop_nothing(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "rex-samples").write_text("in the way")
     notes: list[str] = []
-    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", watch={**WATCH, "every": 6})
+    config = settings(photos, tiny_base, tmp_path / "rex.safetensors", validation={**WATCH, "every": 6})
     train_to_file(config, note=notes.append)
     assert any("samples of step 6 could not be written" in note for note in notes)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
-from ..linalg import Band, Factors, agreement, bottom_band, frobenius_norm, sides, top_band
+from ..linalg import Factors, SingularTriplets, bottom_band, frobenius_norm, matrix_shape, min_abs_cosine, top_band
 from ..methods import Method
 from ..models.base import Base
 from ..models.fingerprint import Fingerprint
@@ -50,7 +50,7 @@ class Adapter:
     sizes: dict[str, tuple[int, int]]
     frozen: Frozen
     vectors: dict[str, Tensor]
-    layerwise: dict[str, Tensor] = field(default_factory=dict)
+    per_layer_vectors: dict[str, Tensor] = field(default_factory=dict)
     earlier: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     kernels: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -62,11 +62,11 @@ class Adapter:
         return list(self.sizes)
 
     @property
-    def bands(self) -> dict[str, Band]:
+    def bands(self) -> dict[str, SingularTriplets]:
         """Layer to the columns it was trained on; empty for methods without them."""
-        if self.method.frozen != "band":
+        if self.method.builds_on != "band":
             return {}
-        return {layer: Band(held["U"], held["S"], held["V"]) for layer, held in self.frozen.items()}
+        return {layer: SingularTriplets(held["U"], held["S"], held["V"]) for layer, held in self.frozen.items()}
 
     @property
     def tokens(self) -> dict[str, dict[str, Tensor]]:
@@ -76,7 +76,7 @@ class Adapter:
     @property
     def needs_base(self) -> bool:
         """Whether its ΔW can only be told beside the base's own weights."""
-        return self.method.frozen in {"weight", "spectrum"}
+        return self.method.builds_on in {"weight", "spectrum"}
 
     def parameters_of(self, layer: str) -> dict[str, Tensor]:
         """The trained parameters of one layer under the method's names."""
@@ -90,9 +90,9 @@ class Adapter:
             UserError: the weight is needed and missing, or it is another base's.
         """
         stored = self.frozen.get(layer, {})
-        if self.method.frozen == "drawn":
-            assert self.method.draw is not None
-            return {**self.method.draw(*self.sizes[layer], self.rank, self.slot), **stored}
+        if self.method.builds_on == "drawn":
+            assert self.method.init_frozen is not None
+            return {**self.method.init_frozen(*self.sizes[layer], self.rank, self.slot), **stored}
         if not self.needs_base:
             return dict(stored)
         if weight is None:
@@ -100,7 +100,7 @@ class Adapter:
                 f"'{self.name}' is a {self.method.name} adapter: its change can only be told with its base."
             )
         weight = weight.detach().cpu()  # where the parameters are
-        if self.method.frozen == "weight":
+        if self.method.builds_on == "weight":
             return with_weight(self.method, stored, weight)
         band = top_band(weight, min(self.sizes[layer]))
         if float((band.S - stored["S"].to(band.S)).abs().max()) > MAX_SHIFT * float(band.S[0]):
@@ -140,7 +140,7 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
     if adapter.fingerprint.same(here):
         return None
     if adapter.fingerprint.same_rounded(here):
-        if adapter.method.frozen != "spectrum":
+        if adapter.method.builds_on != "spectrum":
             return None
         return (
             f"'{adapter.name}' is an {adapter.method.name} adapter of the same base in another precision: its singular "
@@ -152,7 +152,7 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
     for layer in adapter.layers:
         if layer not in weights:
             raise UserError(refusal)
-        if adapter.sizes[layer] != sides(weights[layer]):
+        if adapter.sizes[layer] != matrix_shape(weights[layer]):
             raise UserError(refusal)
     if not adapter.bands:
         if allow:
@@ -162,8 +162,8 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
     for layer, band in adapter.bands.items():
         slot = adapter.slot
         ends = bottom_band(weights[layer], slot.bottom) if slot.bottom else top_band(weights[layer], slot.top)
-        found = ends.pick(slot.columns)
-        if float(agreement(band, found).min()) < MIN_COSINE:
+        found = ends.select(slot.columns)
+        if float(min_abs_cosine(band, found).min()) < MIN_COSINE:
             raise UserError(refusal)
     if not allow:
         raise UserError(
@@ -180,7 +180,7 @@ def check_finite(adapter: Adapter) -> None:
         UserError: some are there.
     """
     held = {**adapter.parameters, **adapter.vectors}
-    held |= {f"layerwise.{name}": tensor for name, tensor in adapter.layerwise.items()}
+    held |= {f"layerwise.{name}": tensor for name, tensor in adapter.per_layer_vectors.items()}
     for outer in (adapter.frozen, adapter.earlier):
         held |= {f"{key}.{name}": tensor for key, tensors in outer.items() for name, tensor in tensors.items()}
     for name, tensor in held.items():

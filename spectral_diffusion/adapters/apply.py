@@ -10,19 +10,19 @@ import torch
 
 from ..methods import get_method
 from ..models.base import Base
-from ..models.per_layer_tokens import install_layerwise
+from ..models.per_layer_tokens import install_per_layer
 from .adapter import Adapter, check_base
-from .attach import activate, attach, detaching
+from .attach import inject_adapter, set_adapters, unloading
 
 Strength = float | Mapping[Any, float]  # λ, or one per component (unet, text_encoder, …)
 
 
-def strength_in(strength: Strength, component: str) -> float:
+def component_scale(strength: Strength, component: str) -> float:
     """λ of one component; 1 for a component that a mapping leaves out."""
     return float(strength.get(component, 1.0)) if isinstance(strength, Mapping) else float(strength)
 
 
-def put_on(base: Base, adapters: Sequence[tuple[Adapter, Strength]], allow_base: bool = False) -> list[str]:
+def load_adapters(base: Base, adapters: Sequence[tuple[Adapter, Strength]], allow_base: bool = False) -> list[str]:
     """Let adapters act on a base at the given strengths, tokens included, without fusing; returns warnings.
 
     Raises:
@@ -32,20 +32,22 @@ def put_on(base: Base, adapters: Sequence[tuple[Adapter, Strength]], allow_base:
     for index, (adapter, strength) in enumerate(adapters):
         if warning := check_base(adapter, base, allow_base):
             notes.append(warning)
-        overlay(base, adapter, strength, f"concept_{index}")
+        add_deltas(base, adapter, strength, f"concept_{index}")
         install_tokens(base, adapter)
     if adapters:
-        activate(base.models, [f"concept_{index}" for index in range(len(adapters))])
+        set_adapters(base.models, [f"concept_{index}" for index in range(len(adapters))])
     return notes
 
 
 @contextmanager
-def acting(base: Base, adapters: Sequence[tuple[Adapter, Strength]], only: set[str] | None = None) -> Iterator[None]:
+def enabled_adapters(
+    base: Base, adapters: Sequence[tuple[Adapter, Strength]], only: set[str] | None = None
+) -> Iterator[None]:
     """Let adapters act on a base that knows their tokens while the context is open; ``only`` restricts the layers."""
-    with detaching(base.models):
+    with unloading(base.models):
         for index, (adapter, strength) in enumerate(adapters):
-            overlay(base, adapter, strength, f"concept_{index}", only)
-        activate(base.models, [f"concept_{index}" for index in range(len(adapters))])
+            add_deltas(base, adapter, strength, f"concept_{index}", only)
+        set_adapters(base.models, [f"concept_{index}" for index in range(len(adapters))])
         yield
 
 
@@ -56,12 +58,12 @@ def install_tokens(base: Base, adapter: Adapter) -> None:
         UserError: a token is there already, or has vectors for other layers.
     """
     for token, vectors in adapter.tokens.items():
-        base.install(token, vectors)
-    if adapter.layerwise:
-        install_layerwise(base, adapter.token, adapter.layerwise)
+        base.add_token(token, vectors)
+    if adapter.per_layer_vectors:
+        install_per_layer(base, adapter.token, adapter.per_layer_vectors)
 
 
-def overlay(
+def add_deltas(
     base: Base, adapter: Adapter, strength: Strength = 1.0, name: str = "concept", only: set[str] | None = None
 ) -> None:
     """Attach an adapter's ΔW as one LoRA of exactly its rank, whatever its method; one of full rank as a wide LoRA.
@@ -75,11 +77,11 @@ def overlay(
         return
     ranks = {layer: up.shape[1] for layer, (up, _) in factors.items()}
     rank, mixed = max(ranks.values()), len(set(ranks.values())) > 1
-    on = attach(
+    on = inject_adapter(
         base.models, get_method("lora"), rank, name, adapter.targets, only=set(factors), ranks=ranks if mixed else None
     )
     tensors: dict[str, torch.Tensor] = {}
     for layer, (up, down) in factors.items():
         tensors |= {f"{layer}.B": up, f"{layer}.A": down}
-        on.layers[layer].set_scale(name, strength_in(strength, layer.split(".", 1)[0]))
-    on.load(tensors)
+        on.layers[layer].set_scale(name, component_scale(strength, layer.split(".", 1)[0]))
+    on.load_state_dict(tensors)

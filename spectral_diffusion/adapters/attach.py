@@ -30,7 +30,7 @@ Frozen = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass
-class Attachment:
+class InjectedAdapter:
     """One adapter on the models of a base.
 
     ``layers`` maps ``component.module.path`` to the tuner layer that holds it; ``allocators`` are AdaLoRA's, by
@@ -59,7 +59,7 @@ class Attachment:
                 yield f"{layer}.{name}", parameter
 
     @torch.no_grad()
-    def trained(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """What goes into a file: copies of the parameters as the method takes them, by ``layer.parameter``."""
         out: dict[str, Tensor] = {}
         for layer, module in self.layers.items():
@@ -72,7 +72,7 @@ class Attachment:
         return sum(parameter.numel() for _, parameter in self.named_parameters())
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy parameters by ``layer.parameter`` name into place."""
         for name, parameter in self.named_parameters():
             parameter.copy_(tensors[name].reshape(parameter.shape))  # PEFT keeps a convolution's factors 4-D
@@ -88,7 +88,7 @@ class Attachment:
             return None
         return torch.stack([self.method.penalty(self.parameters(layer)) for layer in self.layers]).mean()
 
-    def after_step(self, step: int) -> None:
+    def on_step(self, step: int) -> None:
         """What the method does after the optimiser's step ``step``: AdaLoRA takes singular values away."""
         for allocator, model in self.allocators.values():
             config = allocator.peft_config
@@ -135,7 +135,7 @@ class Attachment:
         return re.sub(r"(\.lora_[ABE])\..*$", rf"\1.{self.name}", name)
 
 
-def attach(
+def inject_adapter(
     models: dict[str, nn.Module],
     method: Method,
     rank: int,
@@ -147,7 +147,7 @@ def attach(
     columns: Mapping[str, Tensor] | None = None,
     ranks: Mapping[str, int] | None = None,
     steps: int = 0,
-) -> Attachment:
+) -> InjectedAdapter:
     """Attach a fresh adapter (ΔW zero) to the target layers and leave only it trainable there.
 
     Args:
@@ -183,7 +183,7 @@ def attach(
             layers[f"{component}.{path}"] = cast(BaseTunerLayer, model.get_submodule(path))
         if method.peft and method.peft.kind == "ADALORA" and steps:
             allocators[component] = (RankAllocator(model, config, name), model)
-    attachment = Attachment(name, method, rank, layers, allocators)
+    attachment = InjectedAdapter(name, method, rank, layers, allocators)
     if method.peft:
         for _, parameter in attachment.named_parameters():
             parameter.data = parameter.data.float()
@@ -200,7 +200,7 @@ def attach(
     return attachment
 
 
-def activate(models: dict[str, nn.Module], names: list[str]) -> None:
+def set_adapters(models: dict[str, nn.Module], names: list[str]) -> None:
     """Let exactly these adapters act, frozen, on all models."""
     for model in models.values():
         for module in model.modules():
@@ -208,7 +208,7 @@ def activate(models: dict[str, nn.Module], names: list[str]) -> None:
                 module.set_adapter(names, inference_mode=True)
 
 
-def detach(models: dict[str, nn.Module]) -> None:
+def unload_adapters(models: dict[str, nn.Module]) -> None:
     """Take every adapter off again; the models are the base's own modules afterwards."""
     for model in models.values():
         for name, module in list(model.named_modules()):
@@ -223,16 +223,16 @@ def detach(models: dict[str, nn.Module]) -> None:
 
 
 @contextmanager
-def detaching(models: dict[str, nn.Module]) -> Iterator[None]:
+def unloading(models: dict[str, nn.Module]) -> Iterator[None]:
     """Take every adapter off when the context ends, whatever happens in it."""
     try:
         yield
     finally:
-        detach(models)
+        unload_adapters(models)
 
 
 @contextmanager
-def disabled(models: dict[str, nn.Module]) -> Iterator[None]:
+def disabled_adapters(models: dict[str, nn.Module]) -> Iterator[None]:
     """Run the base as if nothing were attached."""
     layers = [m for model in models.values() for m in model.modules() if isinstance(m, BaseTunerLayer)]
     states = [[(p, p.requires_grad) for p in layer.parameters()] for layer in layers]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..core.hooks import Progress, silent
-from ..linalg import Band, flatten, sides
+from ..linalg import SingularTriplets, flatten, matrix_shape
 from ..methods.registry import Method
 from ..slots.ledger import Slot
-from ..svd_cache import bands_of, compute, spectrum_of
+from ..svd_cache import compute, spectrum_of, triplets_of
 
 Frozen = dict[str, dict[str, Tensor]]
 STORED = {"band": ("U", "S", "V", "D_U", "D_V", "c"), "spectrum": ("S",)}  # what goes into a file, by kind
@@ -31,30 +31,30 @@ def frozen_tensors(
         weights: layer to weight, (out, in) or (out, in, kh, kw).
         cached: whether spectra go through the disk cache.
     """
-    if method.frozen == "band":
+    if method.builds_on == "band":
         assert slot is not None
-        bands = bands_of(weights, slot, progress) if cached else _bands(weights, slot)
+        bands = triplets_of(weights, slot, progress) if cached else _bands(weights, slot)
         return {layer: dict(band._asdict()) for layer, band in bands.items()}
-    if method.frozen == "spectrum":
-        most = max(min(sides(weight)) for weight in weights.values())
+    if method.builds_on == "spectrum":
+        most = max(min(matrix_shape(weight)) for weight in weights.values())
         spectrum = spectrum_of(weights, most, progress=progress) if cached else compute(weights, most, progress)
         return {layer: dict(band._asdict()) for layer, band in spectrum.bands.items()}
-    if method.frozen == "drawn":
-        assert method.draw is not None
-        return {layer: method.draw(*sides(weight), rank, slot) for layer, weight in weights.items()}
+    if method.builds_on == "drawn":
+        assert method.init_frozen is not None
+        return {layer: method.init_frozen(*matrix_shape(weight), rank, slot) for layer, weight in weights.items()}
     return {layer: {} for layer in weights}
 
 
-def _bands(weights: Mapping[str, Tensor], slot: Slot) -> dict[str, Band]:
+def _bands(weights: Mapping[str, Tensor], slot: Slot) -> dict[str, SingularTriplets]:
     return compute(weights, slot.bottom or slot.top, bottom=slot.bottom > 0).slot(slot.columns)
 
 
 def hollow_tensors(method: Method, size: tuple[int, int], rank: int, slot: Slot | None) -> dict[str, Tensor]:
     """Tensors without numbers (on the meta device) in the shapes of a method's frozen ones, for a weight (out, in)."""
-    if method.frozen == "drawn":
-        assert method.draw is not None
-        return {name: value.to("meta") for name, value in method.draw(*size, rank, slot).items()}
-    count = {"band": rank, "spectrum": min(size)}.get(method.frozen)
+    if method.builds_on == "drawn":
+        assert method.init_frozen is not None
+        return {name: value.to("meta") for name, value in method.init_frozen(*size, rank, slot).items()}
+    count = {"band": rank, "spectrum": min(size)}.get(method.builds_on)
     if count is None:
         return {}
     shapes = {"U": (size[0], count), "S": (count,), "V": (size[1], count)}
@@ -63,11 +63,11 @@ def hollow_tensors(method: Method, size: tuple[int, int], rank: int, slot: Slot 
 
 def with_weight(method: Method, frozen: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
     """The frozen tensors of one layer and, where the method acts on it, the weight as a matrix ``W`` (out, in)."""
-    return {**frozen, "W": flatten(weight.detach()).float()} if method.frozen == "weight" else dict(frozen)
+    return {**frozen, "W": flatten(weight.detach()).float()} if method.builds_on == "weight" else dict(frozen)
 
 
 def stored_part(method: Method, frozen: Frozen) -> Frozen:
     """What of it a file must hold; the rest is made again from sizes or from the base."""
-    names = STORED.get(method.frozen, ())
+    names = STORED.get(method.builds_on, ())
     kept = {layer: {n: t for n, t in tensors.items() if n in names} for layer, tensors in frozen.items()}
     return {layer: tensors for layer, tensors in kept.items() if tensors}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import UserError
-from ..linalg import Factors, exact, flatten, sides
+from ..linalg import Factors, flatten, matrix_shape, to_float64
 from ..methods.registry import Method
 from .low_rank import core_linear, low_rank_conv, low_rank_linear
 
@@ -73,7 +73,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.out_features, self.in_features = sides(self.base_weight)
+        self.out_features, self.in_features = matrix_shape(self.base_weight)
         self.spectral_delta = nn.ModuleDict()
         self.spectral_frozen = nn.ModuleDict()
         self.spectral_scale: dict[str, float] = {}
@@ -137,7 +137,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def frozen_of(self, adapter: str) -> dict[str, Tensor]:
         """The frozen tensors under the method's names; the weight itself is read where it lies, never copied."""
         frozen = cast(Buffers, self.spectral_frozen[adapter]).named()
-        if self.spectral_method[adapter].frozen == "weight":
+        if self.spectral_method[adapter].builds_on == "weight":
             held = self.base_weight if self.unmerged_weight is None else self.unmerged_weight
             weight = flatten(held.detach())
             frozen["W"] = weight if weight.dtype == torch.float64 else weight.float()
@@ -214,8 +214,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         linear = type(self.base_layer) in (nn.Linear, Conv1D)
         if single and single.map_input and linear and self.spectral_scale[active[0]] == 1.0:
             return cast(Tensor, self.base_layer(single.map_input(x, self.prepare(active[0], True)), *args, **kwargs))
-        if single and single.core and linear and self.spectral_scale[active[0]] == 1.0:
-            core = single.core(self.prepare(active[0], True), self.frozen_of(active[0]))
+        if single and single.sandwich and linear and self.spectral_scale[active[0]] == 1.0:
+            core = single.sandwich(self.prepare(active[0], True), self.frozen_of(active[0]))
             return core_linear(x, self.base_weight, cast(nn.Linear, self.base_layer).bias, core)
         parts = [self.factors(adapter, True) for adapter in active]
         up = parts[0].up if len(parts) == 1 else torch.cat([p.up for p in parts], 1)
@@ -238,7 +238,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         chosen = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.spectral_delta]
         if not chosen:
             return
-        if self.unmerged_weight is None and any(self.spectral_method[a].frozen == "weight" for a in chosen):
+        if self.unmerged_weight is None and any(self.spectral_method[a].builds_on == "weight" for a in chosen):
             self.unmerged_weight = self._without_merged()
         deltas = {adapter: self.get_delta_weight(adapter) for adapter in chosen}  # all of the weight as it was
         for adapter, delta in deltas.items():
@@ -246,7 +246,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 self.unmerged_weight = self.unmerged_weight if self.merged else None
                 raise TunerError(f"The adapter '{adapter}' holds NaN or infinity; nothing was merged.")
         weight = cast(nn.Linear, self.get_base_layer()).weight
-        weight.data.copy_(exact(weight) + sum(exact(delta) for delta in deltas.values()))
+        weight.data.copy_(to_float64(weight) + sum(to_float64(delta) for delta in deltas.values()))
         self.merged_adapters += chosen
 
     def unmerge(self) -> None:
@@ -269,7 +269,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         weight = cast(nn.Linear, self.get_base_layer()).weight.detach()
         plain = weight.clone()
         if self.merged:
-            plain.copy_(exact(weight) - sum(exact(self.get_delta_weight(adapter)) for adapter in self.merged_adapters))
+            plain.copy_(
+                to_float64(weight) - sum(to_float64(self.get_delta_weight(adapter)) for adapter in self.merged_adapters)
+            )
         return plain.mT if isinstance(self.get_base_layer(), Conv1D) else plain
 
     def set_scale(self, adapter: str, scale: float) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..linalg import Core
+from ..linalg import SandwichFactors
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -102,7 +102,7 @@ def low_rank_linear(
     return frozen_linear(LowRankLinear, x, weight, bias, (up, down), frozen)
 
 
-def core_linear(x: Tensor, weight: Tensor, bias: Tensor | None, core: Core) -> Tensor:
+def core_linear(x: Tensor, weight: Tensor, bias: Tensor | None, core: SandwichFactors) -> Tensor:
     """A frozen Linear plus left · middle · right."""
     return frozen_linear(CoreLinear, x, weight, bias, core)
 

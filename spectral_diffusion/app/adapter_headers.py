@@ -18,7 +18,7 @@ from .workspace import Workspace, sentence_of
 
 
 @dataclass(frozen=True)
-class Label:
+class AdapterInfo:
     """An adapter's own words.
 
     ``kind`` says what its slot is made of, ``columns`` or ``rows``; None for a method without slots. ``capacity`` is
@@ -37,7 +37,7 @@ class Label:
     capacity: int
 
 
-def labels(workspace: Workspace) -> tuple[list[Label], list[str]]:
+def adapter_headers(workspace: Workspace) -> tuple[list[AdapterInfo], list[str]]:
     """The labels of all readable adapters, and a sentence per file that cannot be read."""
     found, problems = [], []
     for path in adapter_files(workspace).values():
@@ -50,7 +50,7 @@ def labels(workspace: Workspace) -> tuple[list[Label], list[str]]:
 
 
 @lru_cache(maxsize=256)
-def _label(path: Path, changed: int, size: int) -> Label:
+def _label(path: Path, changed: int, size: int) -> AdapterInfo:
     """One label; a file is read again only when it has changed.
 
     Only the header is read: a page must not wait for tensors, nor for the libraries that a base needs.
@@ -64,7 +64,7 @@ def _label(path: Path, changed: int, size: int) -> Label:
         concept, sizes = parse_json(said["spectral.concept"]), parse_json(said["spectral.sizes"])
         columns = said["spectral.columns"]
         method = get_method(said["spectral.method"])
-        return Label(
+        return AdapterInfo(
             path, str(concept["name"]), str(concept["noun"]), str(concept["token"]), method.name, method.slot,
             read_columns(columns) if columns else None, Path(said["spectral.base"]).name,
             str(parse_json(said["spectral.base_fingerprint"])["exact"]), min(min(size) for size in sizes.values()),
@@ -73,7 +73,7 @@ def _label(path: Path, changed: int, size: int) -> Label:
         raise UserError(f"{path} is not a readable adapter ({reason(error)}).") from error
 
 
-def owner(label: Label, concepts: Mapping[str, tuple[str, str, str]]) -> str | None:
+def owner(label: AdapterInfo, concepts: Mapping[str, tuple[str, str, str]]) -> str | None:
     """The concept that an adapter was trained from: the one of its file's name, else of its name, else of its token.
 
     Args:

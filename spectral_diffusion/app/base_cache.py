@@ -12,15 +12,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..adapters.attach import detach
-from ..models.base import ENCODERS, Base, load_base, quiet
+from ..adapters.attach import unload_adapters
+from ..models.base import ENCODERS, Base, load_base, quiet_loading
 from ..models.tokens import embedding_of
 
 SMALL = 50_000_000  # parameters of a U-Net; the pocket base's has 6 million, SD 1.5's 860 million
 Key = tuple[str, str, str, tuple[tuple[str, int, int], ...]]
 
 
-class Keeper:
+class BaseCache:
     """Lends a base to one user at a time, and takes it back as it was."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Keeper:
         self._held: tuple[Key, Base] | None = None
 
     @contextmanager
-    def borrowed(self, name: str, device: str = "auto", dtype: str = "float32") -> Iterator[Base]:
+    def acquire(self, name: str, device: str = "auto", dtype: str = "float32") -> Iterator[Base]:
         """A base that may be changed by adapters and tokens while the block runs; others wait for its end.
 
         Raises:
@@ -42,7 +42,7 @@ class Keeper:
             held, base = self._held, self._held[1]
             self._held = None  # whatever goes wrong from here on, a half-changed base is never lent again
             move(base, base.device)
-            take_off = remembered(base)
+            take_off = snapshot(base)
             try:
                 with _fitting_threads(base):
                     yield base
@@ -53,7 +53,7 @@ class Keeper:
 
     def warm(self, name: str = "pocket") -> None:
         """Load a base ahead of its first use, with all that takes time at the first picture."""
-        with suppress(Exception), self.borrowed(name) as base:  # who uses it will be told
+        with suppress(Exception), self.acquire(name) as base:  # who uses it will be told
             base.fingerprint  # noqa: B018 (it is kept)
 
     def warm_soon(self) -> None:
@@ -71,7 +71,7 @@ def move(base: Base, device: torch.device) -> None:
     """Bring a large base to its GPU, or out of it: trainings and fusions, in processes of their own, need the room."""
     if base.device.type == "cpu" or is_small(base):
         return
-    with quiet():
+    with quiet_loading():
         base.pipeline.to(device)
     if device.type == "cpu" and torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -89,7 +89,7 @@ def _fitting_threads(base: Base) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def remembered(base: Base) -> Callable[[], None]:
+def snapshot(base: Base) -> Callable[[], None]:
     """How a base is now: calling what is returned takes off all adapters and tokens that came later, bit for bit."""
     tables = {name: embedding_of(base.models[name]) for name in base.tokenizers}
     configs: dict[str, Any] = {name: base.models[name].config for name in tables}
@@ -101,7 +101,7 @@ def remembered(base: Base) -> Callable[[], None]:
     precision = base.pipeline.vae.dtype
 
     def take_off() -> None:
-        detach(base.models)
+        unload_adapters(base.models)
         if base.pipeline.vae.dtype != precision:  # a pipeline was stopped while it decoded in float32
             nn.Module.to(base.pipeline.vae, precision)
         for name, table in tables.items():

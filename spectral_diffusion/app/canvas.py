@@ -31,7 +31,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Place:
+class CanvasRegion:
     """A region: its box as fractions (left, top, right, bottom), its prompt, and the adapter bound to it or ""."""
 
     box: Box
@@ -45,7 +45,7 @@ class Canvas:
 
     strokes: bytes | None = None
     keypose: bytes | None = None
-    regions: tuple[Place, ...] = ()
+    regions: tuple[CanvasRegion, ...] = ()
 
 
 def read_canvas(value: Any) -> Canvas:
@@ -99,7 +99,7 @@ def has_strokes(image: Image.Image) -> bool:
     return any(high - low > 16 for low, high in ranges)
 
 
-def read_regions(value: Any) -> tuple[Place, ...]:
+def read_regions(value: Any) -> tuple[CanvasRegion, ...]:
     """Regions as a list of ``{"box": [left, top, right, bottom], "prompt": …, "concept": …}``, or that as JSON text.
 
     Raises:
@@ -121,7 +121,7 @@ def read_regions(value: Any) -> tuple[Place, ...]:
 _FORM = 'write [{"box": [0, 0, 0.5, 1], "prompt": "a dog", "concept": "rex"}].'
 
 
-def _place(one: dict[str, Any], number: int) -> Place:
+def _place(one: dict[str, Any], number: int) -> CanvasRegion:
     if odd := sorted(map(str, set(one) - {"box", "prompt", "concept"})):
         raise UserError(f"Region {number} has an unknown part '{odd[0][:40]}'; {_FORM}")
     box, prompt, concept = one.get("box"), one.get("prompt") or "", one.get("concept") or ""
@@ -134,7 +134,7 @@ def _place(one: dict[str, Any], number: int) -> Place:
         raise UserError(f"The prompt of region {number} must be a text of at most {MOST_WORDS} characters.")
     if not prompt.strip():
         raise UserError(f"Region {number} has no prompt; write what goes there, or delete its box.")
-    return Place((left, top, right, bottom), prompt.strip(), concept)
+    return CanvasRegion((left, top, right, bottom), prompt.strip(), concept)
 
 
 def _is_share(side: Any) -> bool:

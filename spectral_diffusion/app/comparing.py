@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..config.models import build, usual_settings
+from ..config.presets import preset_settings
+from ..config.settings import build
 from ..core.hooks import Progress, silent
 from .adapters import read_adapter
 from .device import giving_back
@@ -109,8 +110,8 @@ def compare(
         UserError: anything the person can mend.
     """
     chosen = ticked(chosen)
-    from ..adapters.apply import put_on
-    from ..adapters.attach import detach
+    from ..adapters.apply import load_adapters
+    from ..adapters.attach import unload_adapters
     from ..merging.fuse import check_together, fuse_adapters
     from ..merging.merges.registry import get_merge
     from ..models.base import load_base
@@ -125,17 +126,19 @@ def compare(
     with giving_back(), reworded(workspace, "pictures"):
         settings = settings_for(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)
         adapters = list(load_chosen(workspace, chosen).values())
-        check_together(adapters, settings.strength)
+        check_together(adapters, settings.scales)
         get_merge(settings.merge).check(adapters)
         base = load_base(settings.base or adapters[0].base, settings.device)
         scene = build(
-            Scene, usual_settings(base.name, "generate"), {"steps": STEPS, "base": base.name, "device": settings.device}
+            Scene,
+            preset_settings(base.name, "generate"),
+            {"num_inference_steps": STEPS, "base": base.name, "device": settings.device},
         )
         alone = []
         for adapter in adapters:
-            put_on(base, [(adapter, 1.0)])
+            load_adapters(base, [(adapter, 1.0)])
             alone.append(drawn(adapter.token))
-            detach(base.models)
+            unload_adapters(base.models)
         fuse_adapters(base, adapters, settings, progress, install=False)
         found = []
         for adapter, before in zip(adapters, alone, strict=True):

@@ -6,14 +6,14 @@ import base64
 from html import escape
 
 from ..slots.picture import Stretch
-from .adapter_headers import Label
-from .overview import Card, Shelf, Strip
+from .adapter_headers import AdapterInfo
+from .overview import Card, ConceptOverview, Strip
 
 KINDS = {"columns": "directions of the spectrum", "rows": "rows of the shared basis"}
 PALE = "#c9c9c4"  # kept in the ledger, nothing trained yet
 
 
-def cards(shelf: Shelf, chosen: str | None = None) -> str:
+def cards(shelf: ConceptOverview, chosen: str | None = None) -> str:
     """All cards as buttons that carry their folder's name in ``data-name``; the person's own come first."""
     own = [one for one in shelf.cards if one.own]
     ready = [one for one in shelf.cards if not one.own]
@@ -27,7 +27,7 @@ def cards(shelf: Shelf, chosen: str | None = None) -> str:
     )
 
 
-def card(one: Card, shelf: Shelf, chosen: bool) -> str:
+def card(one: Card, shelf: ConceptOverview, chosen: bool) -> str:
     """One concept: its first photos, what it is, and what it has been trained into."""
     name = escape(one.folder)
     pictures = "".join(f'<img alt="" src="{data_url(photo)}">' for photo in one.photos)
@@ -46,7 +46,7 @@ def card(one: Card, shelf: Shelf, chosen: bool) -> str:
     )
 
 
-def adapter_line(label: Label, shelf: Shelf) -> str:
+def adapter_line(label: AdapterInfo, shelf: ConceptOverview) -> str:
     """An adapter in a line: its colour in the map, its columns, its method and its base."""
     colour = shelf.colours.get(label.name, PALE)
     place = f"{label.kind} {label.slot}" if label.slot else "no slot"
@@ -56,7 +56,7 @@ def adapter_line(label: Label, shelf: Shelf) -> str:
     )
 
 
-def slot_map(shelf: Shelf) -> str:
+def slot_map(shelf: ConceptOverview) -> str:
     """The slot map: a strip per base, then who is who."""
     if not shelf.strips:
         return '<p class="muted">Free from end to end: nothing has been trained here yet.</p>'

@@ -36,7 +36,7 @@ from .concepts import (
     read_concept,
     suggest_token,
 )
-from .jobs import refuse_busy, saying_disk
+from .jobs import disk_errors_as_sentence, refuse_busy
 from .uploads import PHOTOS, copy_into, looked_through
 from .workspace import Workspace, pick, safe_name
 
@@ -101,7 +101,7 @@ def add_photos(workspace: Workspace, name: str | None, uploads: Iterable[Path]) 
     taken = [int(path.stem) for path in folder.iterdir() if re.fullmatch(r"\d{1,6}", path.stem)]
     with (
         looked_through(list(uploads), known, PHOTOS - len(there)) as intake,
-        saying_disk("concepts"),
+        disk_errors_as_sentence("concepts"),
         tempfile.TemporaryDirectory(dir=folder, prefix=".") as held,  # so that a full disk leaves no half photo
     ):
         names = copy_into(Path(held), intake.photos, max([0, *taken]) + 1)
@@ -126,7 +126,7 @@ def write_caption(workspace: Workspace, name: str | None, photo: str | None, tex
     if len(words) > CAPTION:
         raise UserError(f"The caption has {len(words)} characters; say it in at most {CAPTION}.")
     file = chosen.path.with_suffix(".txt")
-    with saying_disk("concepts"):
+    with disk_errors_as_sentence("concepts"):
         if words:
             write_text(file, words + "\n")
         else:
@@ -180,7 +180,7 @@ def change_concept(workspace: Workspace, name: str | None, new: str, noun: str, 
     refuse_busy(workspace, folder.name)
     trained = adapters_of(workspace, folder.name)
     repeats = read_about(folder)[1]
-    with saying_disk("concepts"):
+    with disk_errors_as_sentence("concepts"):
         _write_about(folder, new, noun, token, None if repeats == 1 else repeats)
         if new != folder.name:
             folder.rename(workspace.concepts / new)
@@ -234,7 +234,7 @@ def discard(workspace: Workspace, what: str, paths: Iterable[Path]) -> Path:
     Raises:
         UserError: they cannot be moved.
     """
-    with saying_disk(".trash"):
+    with disk_errors_as_sentence(".trash"):
         workspace.trash.mkdir(parents=True, exist_ok=True)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         place = Path(tempfile.mkdtemp(prefix=f"{stamp}-{what}-", dir=workspace.trash))
@@ -274,7 +274,7 @@ def _checked_noun(noun: str | None) -> str:
 @contextmanager
 def _new_folder(workspace: Workspace, name: str) -> Iterator[Path]:
     """A new concept's folder, which appears under its name whole or not at all."""
-    with saying_disk("concepts"):
+    with disk_errors_as_sentence("concepts"):
         workspace.concepts.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=workspace.concepts))
         try:

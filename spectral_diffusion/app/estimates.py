@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import pocket
-from ..config.models import TrainConfig
-from .jobs import Job
+from ..config.train import TrainConfig
+from .jobs import QueueJob
 from .workspace import duration
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Shape:
     sides: tuple[tuple[int, int], ...]
 
 
-def estimate(config: TrainConfig, jobs: Iterable[Job] = ()) -> Estimate:
+def estimate(config: TrainConfig, jobs: Iterable[QueueJob] = ()) -> Estimate:
     """What training will cost, from the base's shape and what trainings of this workspace took.
 
     Raises:
@@ -52,7 +52,7 @@ def estimate(config: TrainConfig, jobs: Iterable[Job] = ()) -> Estimate:
     from ..methods import get_method
     from ..training.run import with_rank
 
-    shape = shape_of(config.base, config.targets)
+    shape = shape_of(config.base, config.target_modules)
     settled = with_rank(config, shape.sides, lambda text: None)
     method = get_method(settled.method)
     trained = method.total(shape.sides, settled.rank)
@@ -81,7 +81,7 @@ def memory(config: TrainConfig) -> tuple[str, str]:
     from ..training.checkpoint import APART
     from ..training.memory import available, gib
 
-    shape = shape_of(config.base, config.targets)
+    shape = shape_of(config.base, config.target_modules)
     if shape.arch == "pocket":
         return "about 0.8 GiB", ""
     device = parse_device(config.device)
@@ -106,7 +106,7 @@ def _counted(settings: str, device: str) -> int:
     return memory.estimate(held, vae.to(dtype), config, size, "cpu" if device == "cpu" else "cuda").total
 
 
-def present_pace(jobs: Iterable[Job], config: TrainConfig) -> float | None:
+def present_pace(jobs: Iterable[QueueJob], config: TrainConfig) -> float | None:
     """What a step takes in the training that runs now, if it is on the same base with as large a batch."""
     for job in jobs:
         status = job.own_status
@@ -117,10 +117,10 @@ def present_pace(jobs: Iterable[Job], config: TrainConfig) -> float | None:
 
 def like(status: TrainingStatus, config: TrainConfig) -> bool:
     """Whether a training is on the same base with as large a batch."""
-    return (status.config.get("base"), status.config.get("batch")) == (config.base, config.batch)
+    return (status.config.get("base"), status.config.get("batch_size")) == (config.base, config.batch_size)
 
 
-def seconds_per_step(jobs: Iterable[Job], config: TrainConfig) -> float | None:
+def seconds_per_step(jobs: Iterable[QueueJob], config: TrainConfig) -> float | None:
     """What a step took in the newest finished training on the same base with as large a batch, loading included.
 
     Short ones are left out, since they mostly load.
@@ -154,11 +154,11 @@ def shape_of(base: str, targets: str) -> Shape:
     Raises:
         UserError: the targets match nothing.
     """
-    from ..linalg import sides
+    from ..linalg import matrix_shape
     from ..models.targets import find_targets
 
     models, _ = _models(base)
-    adapted = tuple(sides(layer.weight) for layer in find_targets(models, targets).values())
+    adapted = tuple(matrix_shape(layer.weight) for layer in find_targets(models, targets).values())
     weights = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
     arch = "pocket" if weights < SMALL else "sdxl" if "text_encoder_2" in models else "sd15"
     return Shape(arch, not _is_here(base), adapted)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.models import FuseConfig, build, preset_part, usual_settings
+from ..config.fuse import FuseConfig
+from ..config.presets import preset_part, preset_settings
+from ..config.settings import build
 from ..core import assets as resources
 from ..core.errors import UserError, nearest
 from ..core.hooks import Progress, silent
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 FUSED = "fused/"  # marks a fused folder of the workspace among the bases
 SPACE = "\0"  # in the place of one inside a name
 SPARING = "sd15-12gb"  # the preset for a base that brings none along
-RECIPE = "recipe.json"  # the library's own name for it is in a module that brings torch, which no page has to wait for
+RECIPE = (
+    "manifest.json"  # the library's own name for it is in a module that brings torch, which no page has to wait for
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def settings_for(
 ) -> FuseConfig:
     """The settings that the page's fields stand for; ``changes`` are the merge's own, an empty one its default.
 
-    ``teach`` among them is the number of steps; ``preset`` is one that fuses, by default what the base brings along, or
+    ``distill_steps``, ``prior_weight`` and ``form`` among them; ``preset`` is one that fuses, by default what the base brings along, or
     what fits most graphics cards.
 
     Raises:
@@ -138,15 +142,16 @@ def settings_for(
     files = [adapter_file(workspace, name) for name in adapters]
     by_concept = {adapter.name: strengths.get(name, 1.0) for name, adapter in adapters.items()}
     given = filled(changes)
-    anchor, steps = given.pop("anchor", None), given.pop("teach", None)
-    inner = {} if anchor is None else {"gradient": {"anchor": anchor}}
-    inner |= {} if steps is None else {"teach": {"steps": steps}}
+    anchor, steps, form = (given.pop(name, None) for name in ("prior_weight", "distill_steps", "form"))
+    inner = {} if anchor is None else {"calibration": {"prior_weight": anchor}}
+    inner |= {} if steps is None else {"distill": {"steps": steps}}
+    inner |= {} if form is None or given.get("merge", "spectral") != "spectral" else {"options": {"form": form}}
     preset = given.pop("preset", None)
     base = next(iter(adapters.values())).base
     if preset and resources.preset_of(base) != "pocket":
         raise UserError("All of the U-Net is taught only on the pocket base here; choose fewer layers to teach.")
-    layer = preset_part(preset, "fuse") if preset else usual_settings(base, "fuse") or preset_part(SPARING, "fuse")
-    return build(FuseConfig, layer, given, inner, {"adapters": files, "output": output, "strength": by_concept})
+    layer = preset_part(preset, "fuse") if preset else preset_settings(base, "fuse") or preset_part(SPARING, "fuse")
+    return build(FuseConfig, layer, given, inner, {"adapters": files, "output": output, "scales": by_concept})
 
 
 def merges() -> dict[str, str]:
@@ -212,15 +217,15 @@ def _link(source: str, target: str) -> None:
 
 def fusions(workspace: Workspace) -> list[Fusion]:
     """The saved fusions; one that cannot be read hides none of the others."""
-    from ..merging.manifest import read_recipe
+    from ..merging.manifest import read_manifest
 
     found = []
     for name, folder in fused_folders(workspace).items():
         try:
-            recipe = read_recipe(folder) or {}
-            concepts = {str(one): float(recipe["strength"].get(one, 1.0)) for one in recipe["concepts"]}
+            recipe = read_manifest(folder) or {}
+            concepts = {str(one): float(recipe["scales"].get(one, 1.0)) for one in recipe["concepts"]}
             settings = recipe["settings"]
-            found.append(Fusion(name, concepts, str(settings["merge"]), int(settings["teach"]["steps"])))
+            found.append(Fusion(name, concepts, str(settings["merge"]), int(settings["distill"]["steps"])))
         except Exception as error:  # one bad folder must not hide the others
             found.append(Fusion(name, {}, "", problem=in_app(sentence_of(error), workspace)))
     return found

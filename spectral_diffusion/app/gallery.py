@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
-from ..config.models import build
+from ..config.settings import build
 from ..core.errors import UserError
 from ..core.files import write_bytes
 from ..scenes.png_metadata import read_settings
@@ -27,8 +27,8 @@ from .workspace import Workspace, visible
 PAGE = 24
 SCENES = "scenes"  # the folder of downloads inside that of the pictures
 MOST_BYTES = 50_000_000  # of a picture or drawing that is read
-FIELDS = ("prompt", "negative_prompt", "steps", "guidance", "sampler", "width", "height",
-          "region_share", "region_isolation", "region_start", "region_end")  # fmt: skip
+FIELDS = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "sampler", "width", "height",
+          "global_prompt_weight", "region_isolation", "region_start", "region_end")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,13 @@ def about(workspace: Workspace, name: str | None) -> list[tuple[str, str]]:
     rows.append(("Base", _base_name(workspace, scene.base)))
     if scene.adapters:
         rows.append(("Concepts", ", ".join(f"{_short(f, names)} at {s}" for f, s in scene.adapters.items())))
-    if scene.conditions:
-        rows.append(("Held to", ", ".join(f"a {one.kind} at {one.weight:g}" for one in scene.conditions)))
-    rows.append(("Seed", str(scene.seed if scene.keep is None else scene.keep)))
+    if scene.controls:
+        rows.append(("Held to", ", ".join(f"a {one.kind} at {one.conditioning_scale:g}" for one in scene.controls)))
+    rows.append(("Seed", str(scene.seed if scene.only_seed is None else scene.only_seed)))
     size = f", {scene.width}×{scene.height}" if scene.width and scene.height else ""
-    rows.append(("Drawn in", f"{scene.steps} steps, guidance {scene.guidance:g}, {scene.sampler}{size}"))
+    rows.append(
+        ("Drawn in", f"{scene.num_inference_steps} steps, guidance {scene.guidance_scale:g}, {scene.sampler}{size}")
+    )
     return rows
 
 
@@ -160,13 +162,13 @@ def refill(workspace: Workspace, name: str | None) -> Refill:
             notes.append(f"Region {number} is a painted mask, which the canvas cannot hold; it is left out.")
             continue
         bound = known(region.adapters)
-        if len(bound) > 1 or region.negative_prompt or region.condition_weight != 1:
+        if len(bound) > 1 or region.negative_prompt or region.conditioning_scale != 1:
             notes.append(f"Region {number} has more settings than the canvas can hold.")
         box = list(region.fractions(scene.width or 1, scene.height or 1))
         regions.append({"box": box, "prompt": region.prompt, "concept": bound[0] if bound else ""})
     canvas: dict[str, Any] = {"strokes": "", "keypose": "", "regions": regions}
     weights, t2i = {"sketch": 1.0, "keypose": 1.0}, {"sketch": "", "keypose": ""}
-    for condition in scene.conditions:
+    for condition in scene.controls:
         place = "strokes" if condition.kind == "sketch" else "keypose"
         if canvas[place]:
             notes.append(f"There are several {condition.kind}es; the canvas holds the first.")
@@ -175,14 +177,22 @@ def refill(workspace: Workspace, name: str | None) -> Refill:
             canvas[place] = as_url(_kept_drawing(workspace, condition.file))
         except UserError as error:
             notes.append(str(error))
-        weights[condition.kind], t2i[condition.kind] = condition.weight, condition.adapter or ""
+        weights[condition.kind], t2i[condition.kind] = condition.conditioning_scale, condition.adapter or ""
     if len(scene.every_seed()) > 1:
         notes.append("It was drawn together with others; alone its last bits may differ.")
     return Refill(
-        _base_name(workspace, scene.base), adapters, _written(strengths), canvas,
-        weights["sketch"], weights["keypose"], t2i["sketch"], t2i["keypose"],
-        scene.seed if scene.keep is None else scene.keep, {field: getattr(scene, field) for field in FIELDS}, notes,
-    )  # fmt: skip
+        _base_name(workspace, scene.base),
+        adapters,
+        _written(strengths),
+        canvas,
+        weights["sketch"],
+        weights["keypose"],
+        t2i["sketch"],
+        t2i["keypose"],
+        scene.seed if scene.only_seed is None else scene.only_seed,
+        {field: getattr(scene, field) for field in FIELDS},
+        notes,
+    )
 
 
 def download(workspace: Workspace, name: str | None) -> tuple[Path, Path]:
@@ -198,7 +208,7 @@ def download(workspace: Workspace, name: str | None) -> tuple[Path, Path]:
     for region in settings.get("regions", []):
         region["adapters"] = {Path(file).name: strength for file, strength in region.get("adapters", {}).items()}
     with_it: dict[str, bytes] = {path.name: path.read_bytes()}
-    for number, condition in enumerate(settings.get("conditions", [])):
+    for number, condition in enumerate(settings.get("controls", [])):
         file = Path(condition["file"])
         inside = f"drawing-{number + 1}.png"  # a drawing's own name may be the picture's
         with suppress(UserError):

@@ -12,19 +12,20 @@ from typing import Any
 
 from PIL import Image
 
-from ..config.models import build, preset_part, usual_settings
+from ..config.presets import preset_part, preset_settings
+from ..config.settings import build
 from ..core.errors import UserError
 from ..core.files import write_bytes
 from ..core.hooks import Event, Progress, silent
-from ..merging.manifest import read_recipe
-from ..models.base import parse_device, size_in_configs
+from ..merging.manifest import read_manifest
+from ..models.base import parse_device, size_from_configs
 
 # Here rather than where they are used: torch and diffusers break when two pages' threads import them at once.
 from ..scenes.generate import Cancelled, generate_to_file
 from ..scenes.scene import Scene
 from .adapters import adapter_file, adapter_files, read_adapter
-from .base_cache import Keeper
-from .canvas import Canvas, Place
+from .base_cache import BaseCache
+from .canvas import Canvas, CanvasRegion
 from .concepts import known_concepts
 from .fusing import FUSED, SPARING, base_path, fused_names, parse_strengths
 from .wording import in_app, reworded
@@ -46,7 +47,7 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Wish:
+class GenerateRequest:
     """What shall be drawn: the page's fields but for the scene's own.
 
     Attributes:
@@ -71,7 +72,7 @@ def tokens(workspace: Workspace, base: str | None, chosen: Sequence[str] | None)
     Raises:
         UserError: a chosen base or adapter is not there or damaged.
     """
-    recipe = read_recipe(Path(base_path(workspace, base)))
+    recipe = read_manifest(Path(base_path(workspace, base)))
     found = {str(one["token"]): str(one["noun"]) for one in recipe["concepts"].values()} if recipe else {}
     for name in chosen or []:
         adapter = read_adapter(workspace, name)
@@ -81,11 +82,11 @@ def tokens(workspace: Workspace, base: str | None, chosen: Sequence[str] | None)
 
 def generate(
     workspace: Workspace,
-    wish: Wish,
+    wish: GenerateRequest,
     progress: Progress = silent,
     preview: Callable[[list[Image.Image]], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-    keeper: Keeper | None = None,
+    keeper: BaseCache | None = None,
     **changes: Any,
 ) -> Drawn:
     """Draw into ``pictures/``. ``changes`` are the scene's own fields; an empty one leaves the default.
@@ -99,11 +100,11 @@ def generate(
     notes: list[str] = []
     with reworded(workspace, workspace.pictures.name):
         scene = scene_of(workspace, wish, workspace.pictures / f"{stem}.png", notes.append, **changes)
-        every = max(1, round(scene.steps / PREVIEWS))
+        every = max(1, round(scene.num_inference_steps / PREVIEWS))
         show = None if preview is None else lambda step, images: preview(images)
         with _kept(scene, _drawing_files(workspace, stem, wish.canvas)):
             try:
-                with (keeper or Keeper()).borrowed(scene.base, scene.device, scene.dtype) as base:
+                with (keeper or BaseCache()).acquire(scene.base, scene.device, scene.dtype) as base:
                     generate_to_file(
                         scene, _of_all(scene, progress), notes.append, should_stop, show, base=base, every=every
                     )
@@ -139,12 +140,16 @@ def _explained(workspace: Workspace, note: str) -> str:
 
 def _of_all(scene: Scene, progress: Progress) -> Progress:
     """The progress of single pictures as that of all of them."""
-    before = [-scene.steps]
+    before = [-scene.num_inference_steps]
 
     def tell(event: Event) -> None:
         if event.done == 1:
-            before[0] += scene.steps
-        progress(Event(event.stage, before[0] + event.done, scene.steps * len(scene.every_seed()), event.figures))
+            before[0] += scene.num_inference_steps
+        progress(
+            Event(
+                event.stage, before[0] + event.done, scene.num_inference_steps * len(scene.every_seed()), event.metrics
+            )
+        )
 
     return tell
 
@@ -164,7 +169,11 @@ def _kept(scene: Scene, files: dict[Path, bytes]) -> Iterator[None]:
 
 
 def scene_of(
-    workspace: Workspace, wish: Wish, output: Path, note: Callable[[str], None] = lambda text: None, **changes: Any
+    workspace: Workspace,
+    wish: GenerateRequest,
+    output: Path,
+    note: Callable[[str], None] = lambda text: None,
+    **changes: Any,
 ) -> Scene:
     """The scene that the page's fields stand for; the canvas's drawings are files beside the output.
 
@@ -174,7 +183,7 @@ def scene_of(
     if not str(changes.get("prompt") or "").strip():
         raise UserError("The prompt is empty; write what to draw, such as: a photo of <rex> on the beach.")
     path = base_path(workspace, wish.base)
-    recipe = read_recipe(Path(path))
+    recipe = read_manifest(Path(path))
     inside = set(recipe["concepts"]) if recipe else set()  # fused into the base: they act already
     bound = list(dict.fromkeys(p.concept for p in wish.canvas.regions if p.concept and p.concept not in inside))
     everywhere = [name for name in wish.adapters if name not in bound and name not in inside]
@@ -201,11 +210,11 @@ def scene_of(
             }
             for place in wish.canvas.regions
         ],
-        "conditions": _conditions(workspace, output.stem, wish),
+        "controls": _conditions(workspace, output.stem, wish),
         "output": output,
     }
     # One picture at a time: each is there as soon as can be, costs no more memory, and its seed alone makes it again.
-    usual = {"batch": 1, "dtype": usual_dtype(side_of(workspace, wish.base), str(changes.get("device") or "auto"))}
+    usual = {"batch_size": 1, "dtype": usual_dtype(side_of(workspace, wish.base), str(changes.get("device") or "auto"))}
     return build(Scene, usual, filled(changes), layer)
 
 
@@ -228,18 +237,20 @@ def side_of(workspace: Workspace, base: str | None) -> int:
         name = base_path(workspace, base)
     except UserError:
         return USUAL_SIDE
-    return size_in_configs(name) or USUAL_SIDE
+    return size_from_configs(name) or USUAL_SIDE
 
 
 def sampling_of(workspace: Workspace, base: str | None, now: tuple[int, float]) -> tuple[int, float]:
     """Steps and guidance for a base: its usual ones in the place of another's, but what a person chose stays."""
     large = preset_part(SPARING, "generate")
     try:
-        suits = usual_settings(base_path(workspace, base), "generate") or large
+        suits = preset_settings(base_path(workspace, base), "generate") or large
     except UserError:
         return now
-    usual = [(said["steps"], said["guidance"]) for said in (usual_settings("pocket", "generate"), large)]
-    return (suits["steps"], suits["guidance"]) if now in usual else now
+    usual = [
+        (said["num_inference_steps"], said["guidance_scale"]) for said in (preset_settings("pocket", "generate"), large)
+    ]
+    return (suits["num_inference_steps"], suits["guidance_scale"]) if now in usual else now
 
 
 def is_base(workspace: Workspace, base: str | None, name: str) -> bool:
@@ -274,7 +285,7 @@ def _drawing_files(workspace: Workspace, stem: str, canvas: Canvas) -> dict[Path
     return {file: data for file, data in named.items() if data}
 
 
-def _conditions(workspace: Workspace, stem: str, wish: Wish) -> list[dict[str, Any]]:
+def _conditions(workspace: Workspace, stem: str, wish: GenerateRequest) -> list[dict[str, Any]]:
     conditions = []
     for file in _drawing_files(workspace, stem, wish.canvas):
         keypose = file.stem.endswith("-keypose")
@@ -282,12 +293,17 @@ def _conditions(workspace: Workspace, stem: str, wish: Wish) -> list[dict[str, A
             (wish.keypose_weight, wish.keypose_adapter) if keypose else (wish.sketch_weight, wish.sketch_adapter)
         )
         conditions.append(
-            {"file": file, "kind": "keypose" if keypose else "sketch", "weight": weight, "adapter": adapter or None}
+            {
+                "file": file,
+                "kind": "keypose" if keypose else "sketch",
+                "conditioning_scale": weight,
+                "adapter": adapter or None,
+            }
         )
     return conditions
 
 
-def _tell_missing_tokens(workspace: Workspace, regions: Sequence[Place], note: Callable[[str], None]) -> None:
+def _tell_missing_tokens(workspace: Workspace, regions: Sequence[CanvasRegion], note: Callable[[str], None]) -> None:
     """A region that has a concept but never names it looks like a failure of the concept."""
     for place in regions:
         [token] = tokens(workspace, None, [str(place.concept)])

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from ..config.models import TrainConfig, build, read_yaml
+from ..config.settings import build, read_yaml
+from ..config.train import TrainConfig
 from ..core.errors import UserError
 from ..core.files import read_text, write_text
 from .wording import in_app
@@ -53,7 +54,7 @@ class Record(BaseModel):
 
 
 @dataclass(frozen=True)
-class Job:
+class QueueJob:
     """A job's folder, and its record; None for one that cannot be read."""
 
     folder: Path
@@ -134,7 +135,7 @@ class Job:
         """
         return build(TrainConfig, read_yaml(self.settings), file=self.settings.name)
 
-    def write(self, **changes: Any) -> Job:
+    def write(self, **changes: Any) -> QueueJob:
         """The job with a changed record, which is written.
 
         Raises:
@@ -142,7 +143,7 @@ class Job:
         """
         record = self.record.model_copy(update=changes)
         write_text(self.folder / "job.json", record.model_dump_json(indent=1) + "\n")
-        return Job(self.folder, record)
+        return QueueJob(self.folder, record)
 
     def told(self) -> dict[str, Any]:
         """What a client is told of it, JSON-able."""
@@ -181,14 +182,14 @@ class Job:
         return record.state
 
 
-def read_job(folder: Path) -> Job:
+def read_job(folder: Path) -> QueueJob:
     """A job; one whose record is damaged has failed, and says so."""
     try:
-        return Job(folder, Record.model_validate_json(read_text(folder / "job.json")))
+        return QueueJob(folder, Record.model_validate_json(read_text(folder / "job.json")))
     except (OSError, ValueError, ValidationError):
         _, _, concept = folder.name.partition("_")
         message = "Its file job.json is missing or damaged, so it cannot go on; remove it and train again."
-        return Job(folder, Record(concept=concept or folder.name, state="failed", message=message))
+        return QueueJob(folder, Record(concept=concept or folder.name, state="failed", message=message))
 
 
 def refuse_busy(workspace: Workspace, name: str) -> None:
@@ -202,13 +203,13 @@ def refuse_busy(workspace: Workspace, name: str) -> None:
         raise UserError(f"'{name}' is in training or waits for it; stop that in step 2 first.")
 
 
-def moving(jobs: Iterable[Job]) -> bool:
+def moving(jobs: Iterable[QueueJob]) -> bool:
     """Whether anything runs, or waits and is not held by a paused one."""
     states = {job.record.state for job in jobs}
     return "running" in states or ("waiting" in states and "paused" not in states)
 
 
-def how_it_ended(job: Job, workspace: Workspace) -> dict[str, Any]:
+def how_it_ended(job: QueueJob, workspace: Workspace) -> dict[str, Any]:
     """What to change in the record of a job whose process is gone: its state, and a sentence."""
     from ..training.run import state_path
 
@@ -261,7 +262,7 @@ def last_error(log: Path) -> str:
 
 
 @contextmanager
-def saying_disk(where: str) -> Iterator[None]:
+def disk_errors_as_sentence(where: str) -> Iterator[None]:
     """Turn a file that cannot be written into a sentence that fits the app.
 
     Raises:

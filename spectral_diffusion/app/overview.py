@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from ..core.errors import UserError
 from ..slots.ledger import LEDGER, ROWS, Ledger, Slot
-from ..slots.picture import Stretch, colour_of, stretches
-from .adapter_headers import Label, labels, owner
+from ..slots.picture import Stretch, color_of, stretches
+from .adapter_headers import AdapterInfo, adapter_headers, owner
 from .concepts import (
     about,
     concept_folder,
@@ -37,7 +37,7 @@ class Card:
     count: int
     own: bool
     photos: list[bytes]
-    adapters: list[Label]
+    adapters: list[AdapterInfo]
     problem: str = ""
 
 
@@ -59,7 +59,7 @@ class Strip:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class ConceptOverview:
     """Everything at a glance.
 
     ``problems`` are sentences, ``notes`` those about the slot map; ``colours`` are CSS colours by adapter name.
@@ -67,7 +67,7 @@ class Shelf:
 
     cards: list[Card]
     strips: list[Strip]
-    strangers: list[Label]
+    strangers: list[AdapterInfo]
     problems: list[str]
     notes: list[str]
     colours: dict[str, str] = field(default_factory=dict)
@@ -78,11 +78,11 @@ class Shelf:
         return not self.strangers and not any(card.adapters for card in self.cards)
 
 
-def look(workspace: Workspace) -> Shelf:
+def look(workspace: Workspace) -> ConceptOverview:
     """The present state of the workspace; whatever cannot be read is told and left out."""
-    found, problems = labels(workspace)
+    found, problems = adapter_headers(workspace)
     said = known_concepts(workspace)
-    owned: dict[str | None, list[Label]] = {}
+    owned: dict[str | None, list[AdapterInfo]] = {}
     for label in found:
         owned.setdefault(owner(label, said), []).append(label)
     own = own_folders(workspace)
@@ -90,17 +90,17 @@ def look(workspace: Workspace) -> Shelf:
     ledgers, broken = _ledgers(workspace)
     names = sorted({label.name for label in found} | {name for held in ledgers.values() for name in held})
     shortened = [text.replace(f"{workspace.root}/", "") for text in [*problems, *broken]]
-    return Shelf(
+    return ConceptOverview(
         cards,
         strips(found, ledgers),
         owned.get(None, []),
         [*(f"{text} Take that file away or copy it again." for text in shortened), *token_clashes(said)],
         slot_clashes(found, ledgers),
-        {name: "#{:02x}{:02x}{:02x}".format(*colour_of(index)) for index, name in enumerate(names)},
+        {name: "#{:02x}{:02x}{:02x}".format(*color_of(index)) for index, name in enumerate(names)},
     )
 
 
-def _card(workspace: Workspace, name: str, own: bool, adapters: list[Label]) -> Card:
+def _card(workspace: Workspace, name: str, own: bool, adapters: list[AdapterInfo]) -> Card:
     """A concept's card; a broken concept has one too."""
     try:
         folder = concept_folder(workspace, name)
@@ -134,9 +134,9 @@ def _ledgers(workspace: Workspace) -> tuple[dict[tuple[str, str], dict[str, Slot
     return found, problems
 
 
-def strips(found: list[Label], ledgers: dict[tuple[str, str], dict[str, Slot]]) -> list[Strip]:
+def strips(found: list[AdapterInfo], ledgers: dict[tuple[str, str], dict[str, Slot]]) -> list[Strip]:
     """A strip per base and kind of slot: the adapters', and what the ledger keeps for others."""
-    groups: dict[tuple[str, str], list[Label]] = {key: [] for key in ledgers}
+    groups: dict[tuple[str, str], list[AdapterInfo]] = {key: [] for key in ledgers}
     for label in found:
         if label.kind and label.slot:
             groups.setdefault((label.fingerprint, label.kind), []).append(label)
@@ -179,7 +179,7 @@ def token_clashes(said: dict[str, tuple[str, str, str]]) -> list[str]:
     return out
 
 
-def slot_clashes(found: list[Label], ledgers: dict[tuple[str, str], dict[str, Slot]]) -> list[str]:
+def slot_clashes(found: list[AdapterInfo], ledgers: dict[tuple[str, str], dict[str, Slot]]) -> list[str]:
     """A sentence where two adapters of a base share columns, or an adapter and the ledger disagree."""
     out = []
     for index, one in enumerate(found):

@@ -16,7 +16,7 @@ import gradio as gr
 from pydantic import TypeAdapter, ValidationError
 
 from ..core.errors import UserError, shown
-from .workspace import Teller, Workspace, sentence_of
+from .workspace import ProgressLine, Workspace, sentence_of
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def afterwards(event: Any, fn: Callable[..., Any], inputs: Any, outputs: Any, **
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def errors_as_toast() -> Iterator[None]:
     """Show any error as one sentence in the page; the unexpected also goes to the log, with its traceback."""
     try:
         yield
@@ -93,7 +93,7 @@ def asked(fn: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(fn)
     def call(*args: Any, **more: Any) -> Any:
         given = inspect.signature(fn).bind(*args, **more)
-        with told():
+        with errors_as_toast():
             for name in kinds.keys() & given.arguments.keys():
                 value = given.arguments[name]
                 try:
@@ -111,6 +111,6 @@ def plain(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-def teller(progress: gr.Progress) -> Teller:
+def teller(progress: gr.Progress) -> ProgressLine:
     """The library's progress on gradio's bar."""
-    return Teller(lambda done, total, words: progress((done, total), desc=words))
+    return ProgressLine(lambda done, total, words: progress((done, total), desc=words))

@@ -6,7 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ..config.models import TrainConfig, build, preset_part, rates_for, read_yaml
+from ..config.presets import preset_part, rates_for
+from ..config.settings import build, read_yaml
+from ..config.train import TrainConfig
 from ..core import assets as resources
 from ..core.errors import UserError, nearest
 from .concepts import concept_folder
@@ -51,9 +53,9 @@ def train_settings(workspace: Workspace, concept: str | None, preset: str, chang
     layers = [rates_for(preset_settings(preset, "train"), given.get("method")), given]
     output = workspace.adapters / f"{folder.name}.safetensors"
     settings = build(TrainConfig, *layers, {"concept": folder.absolute(), "output": output.absolute()})
-    if samples and not settings.watch.every:
-        watch = {"every": math.ceil(settings.steps / GRIDS), "steps": 12}
-        settings = build(TrainConfig, settings.model_dump(), {"watch": watch})
+    if samples and not settings.validation.every:
+        validation = {"every": math.ceil(settings.steps / GRIDS), "num_inference_steps": 12}
+        settings = build(TrainConfig, settings.model_dump(), {"validation": validation})
     base = Path(base_path(workspace, settings.base))
     if settings.base != "pocket" and base.exists():  # another server may be started in another folder
         settings = settings.model_copy(update={"base": str(base.absolute())})

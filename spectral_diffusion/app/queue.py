@@ -20,12 +20,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..config.models import to_yaml
+from ..config.settings import to_yaml
 from ..core.errors import UserError
 from ..core.files import atomic_folder, write_text
 from .adapters import adapter_files, release_slot
 from .concepts import concept_folder
-from .jobs import Job, Record, how_it_ended, moving, read_job, saying_disk, trim
+from .jobs import QueueJob, Record, disk_errors_as_sentence, how_it_ended, moving, read_job, trim
 from .presets import train_settings
 from .workspace import Workspace, pick, sentence_of, visible
 
@@ -56,12 +56,12 @@ class Queue:
 
     # --- looking -------------------------------------------------------------------------------------------------
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[QueueJob]:
         """All jobs: those that run, are paused or wait, in their turn, then the others from the newest."""
         found = [read_job(folder) for folder in visible(self.workspace.jobs) if folder.is_dir()]
         return sorted(found, key=lambda job: (0, job.record.place) if job.active else (1, -job.record.created))
 
-    def job(self, name: str | None) -> Job:
+    def job(self, name: str | None) -> QueueJob:
         """A listed job.
 
         Raises:
@@ -69,7 +69,7 @@ class Queue:
         """
         return pick(name, {job.id: job for job in self.jobs()}, "training", "start one")
 
-    def resumable(self, job: Job) -> bool:
+    def resumable(self, job: QueueJob) -> bool:
         """Whether a job has a state on disk to go on from."""
         from ..training.run import state_path
 
@@ -88,7 +88,7 @@ class Queue:
         settings = train_settings(self.workspace, concept, preset, changes)
         get_method(settings.method)
         name = settings.output.stem
-        with saying_disk("jobs"), self._locked():
+        with disk_errors_as_sentence("jobs"), self._locked():
             self._refuse_twin(name)
             now = time.time()
             stamp = datetime.fromtimestamp(now).strftime("%Y%m%d-%H%M%S-%f")[:-3]
@@ -105,7 +105,7 @@ class Queue:
         Raises:
             UserError: it cannot.
         """
-        with saying_disk("jobs"), self._locked():
+        with disk_errors_as_sentence("jobs"), self._locked():
             job = self.job(name)
             if job.record.state == "running":
                 raise UserError(f"The training of '{job.record.concept}' runs; it can go on once it has stopped.")
@@ -140,7 +140,7 @@ class Queue:
         Raises:
             UserError: it neither runs nor waits.
         """
-        with saying_disk("jobs"), self._locked():
+        with disk_errors_as_sentence("jobs"), self._locked():
             job = self.job(name)
             concept, state = job.record.concept, job.record.state
             if state in {"waiting", "paused"} and wish == "stop":
@@ -178,7 +178,7 @@ class Queue:
         """
         from ..training.run import state_path
 
-        with saying_disk("jobs"), self._locked():
+        with disk_errors_as_sentence("jobs"), self._locked():
             job = self.job(name)
             concept, output = job.record.concept, job.output(self.workspace.adapters)
             if job.record.state == "running":
@@ -211,7 +211,7 @@ class Queue:
         """
         if not self.workspace.jobs.is_dir():
             return False
-        with saying_disk("jobs"), self._locked():
+        with disk_errors_as_sentence("jobs"), self._locked():
             self._children = [child for child in self._children if child.poll() is None]
             for job in self.jobs():
                 if job.record.state == "running":
@@ -233,7 +233,7 @@ class Queue:
                 self._thread = threading.Thread(target=self._work, name="trainings", daemon=True)
                 self._thread.start()
 
-    def refresh(self) -> list[Job]:
+    def refresh(self) -> list[QueueJob]:
         """One look after the queue, as a page takes it, and the jobs; what is in the way goes to ``trouble``."""
         try:
             self.tick()
@@ -264,7 +264,7 @@ class Queue:
         held = f"; the queue waits until the paused training of '{paused}' is resumed or stopped" if paused else ""
         return f"The training of '{job.record.concept}' waits for {len(before)} before it{held}."
 
-    def _launched(self, job: Job) -> bool:
+    def _launched(self, job: QueueJob) -> bool:
         """Start a job's process; False for one that cannot be started, which says why."""
         from ..training.status import process_start
 
@@ -304,7 +304,7 @@ class Queue:
             raise
         return True
 
-    def _look_after(self, job: Job) -> None:
+    def _look_after(self, job: QueueJob) -> None:
         """Adopt a running job, or note how it has ended."""
         with suppress(OSError):
             trim(job.log)
@@ -316,10 +316,10 @@ class Queue:
                 return
             if time.time() - job.record.launched < LAUNCH:
                 return
-        job = Job(job.folder, job.record)  # its last word may be newer than what was read while it lived
+        job = QueueJob(job.folder, job.record)  # its last word may be newer than what was read while it lived
         job.write(wish="", **how_it_ended(job, self.workspace))
 
-    def _refuse_twin(self, concept: str, job: Job | None = None) -> None:
+    def _refuse_twin(self, concept: str, job: QueueJob | None = None) -> None:
         """Refuse a second training into the same adapter; a new one takes the place of any that left nothing.
 
         Raises:

@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 MOST_RUNS = 1000  # that are remembered; older ones have ended unseen
 
 
-def in_turn(work: Callable[[Callable[[News], None]], Result], stop: threading.Event) -> Iterator[News | Result]:
+def stream(work: Callable[[Callable[[News], None]], Result], stop: threading.Event) -> Iterator[News | Result]:
     """Do ``work(tell)`` in a thread; yields the latest of what it tells, and its result at the end.
 
     If the reader goes away early, ``stop`` is set and the work's end is waited for. An error of the work is raised.
@@ -45,7 +45,7 @@ def in_turn(work: Callable[[Callable[[News], None]], Result], stop: threading.Ev
         thread.join()
 
 
-def until(stop: threading.Event, progress: Progress, words: str) -> Progress:
+def cancellable(stop: threading.Event, progress: Progress, words: str) -> Progress:
     """The same progress, which ends the work at its next step once ``stop`` is set.
 
     Raises:
@@ -60,7 +60,7 @@ def until(stop: threading.Event, progress: Progress, words: str) -> Progress:
     return show
 
 
-class Runs:
+class CancelTokens:
     """Whose work goes on: an event per browser tab that asks its run to stop."""
 
     def __init__(self) -> None:

@@ -117,7 +117,7 @@ def sentence_of(error: BaseException) -> str:
     return f"Something unexpected went wrong ({reason}); the app goes on, and its console has the details."
 
 
-class Teller:
+class ProgressLine:
     """Turns progress events into a line to show: what is done, the loss, and the time that is left."""
 
     def __init__(self, show: Callable[[int, int, str], None], now: Callable[[], float] = time.monotonic) -> None:
@@ -128,7 +128,7 @@ class Teller:
         if event.stage != self._stage:
             self._stage, self._began, self._first = event.stage, self._now(), event.done
         words = STAGES.get(event.stage, event.stage)
-        if isinstance(loss := event.figures.get("loss"), float):
+        if isinstance(loss := event.metrics.get("loss"), float):
             words += f", loss {loss:.4f}"
         steps = event.done - self._first
         if steps > 0 and event.done < event.total:

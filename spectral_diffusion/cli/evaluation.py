@@ -54,8 +54,8 @@ def evaluate(
     files, overrides = files_and_settings(words or [])
     flags = given(
         adapters=files or None, references=text_of(references), others=others or None, pictures=text_of(pictures),
-        scenes=scene, encoders=encoder, strength=numbers(strength, "--strength"), base=base, output=text_of(output),
-        seed=seed, count=count, allow_base=allow_base or None, device=device, dtype=dtype,
+        scenes=scene, encoders=encoder, scales=numbers(strength, "--strength"), base=base, output=text_of(output),
+        seed=seed, num_images=count, allow_base=allow_base or None, device=device, dtype=dtype,
     )  # fmt: skip
     from ..evaluation.run import evaluate_to_folder
     from ..evaluation.settings import EvaluateConfig

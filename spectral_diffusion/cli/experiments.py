@@ -35,14 +35,14 @@ def experiment(
         raise UserError("--hours must be more than 0.")
     studies = list(all_studies().values()) if name == "all" else [get_study(name)]
     from ..studies.report import read_records, write_findings
-    from ..studies.runner import Lab
+    from ..studies.runner import StudyRunner
     from ..studies.runner import recipe as settings
 
     for study in studies:
         minutes = study.minutes[1 if quick else 0]
         say(f"{study.name}: about {minutes / 60:.1f} h with nothing kept, {hours:g} h at most; what is done is kept.")
         with progress_bar() as progress:
-            lab = Lab(
+            lab = StudyRunner(
                 base,
                 recipe=settings(recipe or "pocket", quick),
                 encoder_name=encoder,

@@ -39,7 +39,7 @@ def base_in(config: str) -> str | None:
 
 def generate_part(config: str | None) -> dict[str, Any]:
     """What a preset or a file of settings says for pictures."""
-    from ..config.models import read_yaml
+    from ..config.settings import read_yaml
     from ..core.assets import preset
 
     settings = read_yaml(preset(config)) if config else {}
@@ -77,10 +77,10 @@ def scene_source(
             raise UserError(f"--map '{pair}' is not understood; write '<token>'='a person'.")
         pairs[key.strip()] = words.strip()
     if path.suffix.lower() == ".txt":
-        from ..models.base import size_of
+        from ..models.base import native_size
         from ..scenes.mix_of_show import scene_of
 
-        found = scene_of(path, size_of(base or "pocket"), pairs, layout)
+        found = scene_of(path, native_size(base or "pocket"), pairs, layout)
         return Source({"base": base, **found} if base else found)
     if pairs:
         raise UserError("--map is for Mix-of-Show's region files (.txt).")
@@ -148,19 +148,19 @@ def strengths(pairs: list[str] | None) -> dict[str, Any] | None:
 def conditions(sketches: list[str] | None, keyposes: list[str] | None) -> list[dict[str, Any]] | None:
     """``--sketch`` and ``--keypose`` as condition settings."""
     found = [
-        {"file": file, "kind": kind, "weight": weight}
+        {"file": file, "kind": kind, "conditioning_scale": weight}
         for kind, files in (("sketch", sketches), ("keypose", keyposes))
         for file, weight in (numbers(files, f"--{kind}") or {}).items()
     ]
     return found or None
 
 
-conditions_app = typer.Typer(help="Sketches and keyposes from photos and keypoints.", no_args_is_help=True)
+extract_app = typer.Typer(help="Control images (sketches, keyposes) from photos and keypoints.", no_args_is_help=True)
 OutputOption = Annotated[Path | None, typer.Option("-o", "--output", help="Default: beside it, NAME_<kind>.png.")]
 
 
-@conditions_app.command("sketch")
-def conditions_sketch(
+@extract_app.command("sketch")
+def extract_sketch(
     photo: Annotated[Path, typer.Argument(help="A photo.")],
     output: OutputOption = None,
     thickness: Annotated[
@@ -174,21 +174,21 @@ def conditions_sketch(
     _write(photo, output, "sketch", lambda: sketch_of(open_photo(photo), thickness))
 
 
-@conditions_app.command("keypose")
-def conditions_keypose(
+@extract_app.command("keypose")
+def extract_keypose(
     photo: Annotated[Path, typer.Argument(help="A photo of people, or their keypoints as JSON.")],
     output: OutputOption = None,
 ) -> None:
     """Draw the skeletons of a photo's people in OpenPose's colours."""
     from ..data.folder import open_photo
-    from ..scenes.control import read_drawing
+    from ..scenes.control import read_control_image
     from ..scenes.extract import keypose_of
     from ..scenes.keypose import draw_keypose
-    from ..scenes.scene import Condition
+    from ..scenes.scene import ControlImage
 
     def drawn() -> Image.Image:
         if photo.suffix.lower() == ".json":
-            return read_drawing(Condition(file=photo, kind="keypose")).image
+            return read_control_image(ControlImage(file=photo, kind="keypose")).image
         image = open_photo(photo)
         people = keypose_of(image)
         if not people:

@@ -112,7 +112,8 @@ def resolve(
 
     See :func:`..config.settings_for`; ``base`` is what is meant where no setting says so.
     """
-    from ..config.models import parse_overrides, settings_for
+    from ..config.presets import settings_for
+    from ..config.settings import parse_overrides
 
     changes = parse_overrides(overrides or [])
     return settings_for(model, verb, flags, changes, config=config, held=held, source=source, base=base)
@@ -125,7 +126,7 @@ def named_base(files: list[str], overrides: list[str] | None = None) -> str:
         UserError: one is missing or damaged.
     """
     from ..adapters.formats.reading import is_foreign
-    from ..config.models import parse_overrides
+    from ..config.settings import parse_overrides
     from ..merging.manifest import base_of
 
     written = parse_overrides(overrides or []).get("adapters") or []
@@ -162,7 +163,7 @@ def progress_bar() -> Iterator[Callable[[Event], None]]:
         def show(event: Event) -> None:
             if event.stage not in tasks:
                 tasks[event.stage] = bar.add_task(event.stage, total=event.total, figures="")
-            figures = " ".join(f"{k} {v:.4f}" for k, v in event.figures.items() if isinstance(v, float))
+            figures = " ".join(f"{k} {v:.4f}" for k, v in event.metrics.items() if isinstance(v, float))
             bar.update(tasks[event.stage], completed=event.done, total=event.total, figures=figures)
             if event.done >= event.total:
                 tasks.pop(event.stage)
@@ -197,7 +198,7 @@ class ProgressLines:
         if seconds := self._pace.seconds_per_step:
             rate = f"{seconds:.2f} s/step" if seconds >= 0.1 else f"{1 / seconds:.0f} steps/s"
             parts += [rate, f"{brief_duration(seconds * (event.total - event.done))} left"]
-        parts += [f"{key} {value:.4f}" for key, value in event.figures.items() if isinstance(value, float)]
+        parts += [f"{key} {value:.4f}" for key, value in event.metrics.items() if isinstance(value, float)]
         self._write(", ".join(parts))
 
 

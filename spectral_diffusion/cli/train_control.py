@@ -24,7 +24,7 @@ from .support import (
 )
 
 
-def train_condition(
+def train_control(
     folder: Annotated[
         Path, typer.Argument(help="Pictures, with their conditions in sketch/ or keypose/, and captions.")
     ],
@@ -44,18 +44,18 @@ def train_condition(
         folder=str(folder), output=text_of(output), base=base, kind=kind, steps=steps, seed=seed,
         device=device, dtype=dtype,
     )  # fmt: skip
-    from ..config.models import ConditionConfig
-    from ..scenes.control import read_drawing
-    from ..scenes.scene import Condition
-    from ..training.control_adapter import train_condition as train
+    from ..config.control import ControlConfig
+    from ..scenes.control import read_control_image
+    from ..scenes.scene import ControlImage
+    from ..training.control_adapter import train_control as train
     from ..training.loop import Stopped
 
-    settings = resolve(ConditionConfig, "train-condition", config, flags, overrides)
+    settings = resolve(ControlConfig, "train-control", config, flags, overrides)
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
             train(
                 settings, None, resume, progress, should_stop, note=say,
-                read=lambda path: read_drawing(Condition(file=path, kind=settings.kind)).image,
+                read=lambda path: read_control_image(ControlImage(file=path, kind=settings.kind)).image,
             )  # fmt: skip
         except Stopped as stopped:
             say(str(stopped))

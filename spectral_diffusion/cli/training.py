@@ -28,9 +28,9 @@ from .support import (
 )
 
 if TYPE_CHECKING:
-    from ..training.multi_concept import Job
+    from ..training.multi_concept import BatchJob
 
-OWN = ("name", "token", "noun")  # settings that no two concepts can share
+OWN = ("name", "token", "class_noun")  # settings that no two concepts can share
 
 
 def train(
@@ -76,8 +76,8 @@ def train(
 
         method = load_adapter(continue_from).method.name  # whose learning rates they are
     flags = given(
-        base=base, method=method, rank=rank, budget=budget, slot=slot, steps=steps, seed=seed, device=device,
-        dtype=dtype, continue_from=text_of(continue_from),
+        base=base, method=method, rank=rank, param_budget=budget, slot=slot, steps=steps, seed=seed, device=device,
+        dtype=dtype, init_from_adapter=text_of(continue_from),
     )  # fmt: skip
     if len(folders) > 1:
         if status:
@@ -99,10 +99,10 @@ def train_one(
 ) -> None:
     """Train one concept in this process."""
     with importing():
-        from ..config.models import TrainConfig
+        from ..config.train import TrainConfig
         from ..core.hooks import silent
         from ..training.checkpoint import Stopped
-        from ..training.distributed import is_main
+        from ..training.distributed import is_main_process
         from ..training.output import is_done
         from ..training.run import train_to_file
         from ..training.status import reporting, status_path
@@ -110,12 +110,14 @@ def train_one(
     beside = status == Path("auto")
     if beside:
         status = status_path(output) if output else None
-    tell = say if is_main() else lambda text: None  # of several processes one speaks
+    tell = say if is_main_process() else lambda text: None  # of several processes one speaks
     with progress_bar() as bar, stop_signals() as should_stop:
         try:
-            with reporting(status if is_main() else None, bar if is_main() else silent, tell) as reporter:
+            with reporting(
+                status if is_main_process() else None, bar if is_main_process() else silent, tell
+            ) as reporter:
                 settings = resolve(TrainConfig, "train", config, flags, overrides)
-                if beside and is_main():
+                if beside and is_main_process():
                     reporter.path = status_path(settings.output)
                 reporter.begin(settings, settings.output, resume)
                 done = resume and is_done(settings, force)
@@ -138,7 +140,7 @@ def train_batch(
     jobs: int,
 ) -> None:
     """Train several concepts, each in a process of its own."""
-    from ..config.models import TrainConfig
+    from ..config.train import TrainConfig
     from ..training.checkpoint import Stopped
     from ..training.multi_concept import jobs_of, run_batch
 
@@ -154,7 +156,7 @@ def train_batch(
         resolved: TrainConfig = resolve(TrainConfig, "train", config, {**flags, **where}, overrides)
         return resolved
 
-    def command(job: Job, file: Path) -> list[str]:
+    def command(job: BatchJob, file: Path) -> list[str]:
         options = ["-o", str(job.output), "--config", str(file), "--status", "auto"]
         goes_on = ["--resume"] * resume + ["--force"] * force
         return [sys.executable, "-m", __package__, "train", str(job.config.concept), *options, *goes_on]

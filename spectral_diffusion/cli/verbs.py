@@ -19,7 +19,7 @@ from .scenes import (
     adapters_in,
     base_in,
     conditions,
-    conditions_app,
+    extract_app,
     generate_part,
     placed_apart,
     regions,
@@ -43,7 +43,7 @@ from .support import (
     table_of,
     text_of,
 )
-from .train_control import train_condition
+from .train_control import train_control
 from .training import train
 from .ui import ui
 
@@ -58,13 +58,13 @@ app = typer.Typer(
 slots_app = typer.Typer(help="Which columns of the spectrum belong to which concept.", no_args_is_help=True)
 app.add_typer(slots_app, name="slots")
 app.add_typer(pocket_app, name="pocket")
-app.add_typer(conditions_app, name="conditions")
+app.add_typer(extract_app, name="extract")
 app.command()(train)
 app.command()(evaluate)
 app.command()(experiment)
 app.command()(ui)
 app.command()(doctor)
-app.command("train-condition")(train_condition)
+app.command("train-control")(train_control)
 
 
 @app.command()
@@ -92,12 +92,12 @@ def fuse(
     files, overrides = files_and_settings(adapters)
     files += [str(path) for path in add or []]
     flags = given(
-        adapters=files, output=text_of(output), base=base, merge=merge, form=form, device=device,
-        strength=numbers(strength, "--strength"), allow_base=allow_base or None,
+        adapters=files, output=text_of(output), base=base, merge=merge, device=device,
+        options={"form": form} if form else None, scales=numbers(strength, "--strength"), allow_base=allow_base or None,
     )  # fmt: skip
     with importing():
         from ..adapters.formats.reading import is_foreign
-        from ..config.models import FuseConfig
+        from ..config.fuse import FuseConfig
         from ..merging.fuse import fuse_to_folder
         from ..merging.unfuse import settings_of
 
@@ -105,11 +105,11 @@ def fuse(
     before: dict[str, Any] = {}  # the settings of the fusions that are added to
     for folder in folders:
         held = settings_of(folder, [folder], Path("fused")).model_dump(mode="json", exclude={"output", "adapters"})
-        before = {**held, **before, "strength": {**held["strength"], **before.get("strength", {})}}
+        before = {**held, **before, "scales": {**held["scales"], **before.get("scales", {})}}
     if before and config:
         raise UserError(f"{folders[0]} is added to with its own settings; give others as key=value, not with --config.")
     if before:
-        flags = {**before, **flags, "strength": {**before["strength"], **flags.get("strength", {})}}
+        flags = {**before, **flags, "scales": {**before["scales"], **flags.get("scales", {})}}
     settings = resolve(FuseConfig, "fuse", config, flags, overrides, base=named_base(files, overrides))
     with progress_bar() as progress:
         for warning in fuse_to_folder(settings, progress, note=say):
@@ -131,7 +131,7 @@ def tune(
     """Find the strength (and anchor) of a fusion on held-out prompts; use other concepts than those you report."""
     files, overrides = files_and_settings(adapters)
     flags = given(adapters=files, output="tuned", base=base, merge=merge, device=device)
-    from ..config.models import FuseConfig
+    from ..config.fuse import FuseConfig
 
     settings = resolve(FuseConfig, "fuse", config, flags, overrides, base=named_base(files, overrides))
     try:
@@ -139,7 +139,7 @@ def tune(
     except ValueError as error:
         raise UserError("--strengths and --anchors are numbers with commas between, such as 0.5,0.8,1.") from error
     from ..merging.manifest import load_adapters
-    from ..merging.search import tune as find
+    from ..merging.search import search_scales as find
     from ..models.base import load_base
 
     loaded = [adapter for file in files for adapter in load_adapters(Path(file))]
@@ -152,9 +152,9 @@ def tune(
     for one in found:
         say(f"strength {one.strength:g}, anchor {one.anchor:g}: concepts off {one.concepts:.3f}, drift {one.drift:.3f}")
     best = found[0]
-    each = {one.name: best.strength * settings.strength.get(one.name, 1.0) for one in loaded}
+    each = {one.name: best.strength * settings.scales.get(one.name, 1.0) for one in loaded}
     names = " ".join(f"--strength {name}={value:g}" for name, value in each.items())
-    words = " ".join([*overrides, f"gradient.anchor={best.anchor:g}"])
+    words = " ".join([*overrides, f"calibration.prior_weight={best.anchor:g}"])
     where = f" --base {base}" if base else ""
     say(f"Best: fuse {' '.join(files)}{where} --merge {settings.merge} {names} {words}")
 
@@ -210,8 +210,8 @@ def generate(
 ) -> None:
     """Draw a scene: a prompt, adapters or a fused folder, regions, sketches and keyposes."""
     with importing():
-        from ..config.models import parse_overrides, to_yaml
-        from ..core.files import check_settings, write_settings
+        from ..config.settings import parse_overrides, to_yaml
+        from ..core.files import refuse_overwriting_settings, write_settings
         from ..core.machine import heading
         from ..scenes.generate import Cancelled, generate_to_file
         from ..scenes.scene import Scene
@@ -235,17 +235,17 @@ def generate(
         base = named_base([name for one in settings_of for name in adapters_in(one)]) or None
     flags = given(
         prompt=prompt, base=base, adapters=acting, regions=regions(region),
-        conditions=conditions(sketch, keypose), output=text_of(output), seed=seed, count=count, width=width,
+        controls=conditions(sketch, keypose), output=text_of(output), seed=seed, num_images=count, width=width,
         height=height, device=device, dtype=dtype, allow_base=allow_base or None,
     )  # fmt: skip
-    changed = {word.partition("=")[0] for word in overrides} & {"seed", "count", "seeds"}
+    changed = {word.partition("=")[0] for word in overrides} & {"seed", "num_images", "seeds"}
     if held and (changed or seed is not None or count is not None):  # they replace those a picture was drawn with
-        held = {key: value for key, value in held.items() if key not in {"seeds", "keep"}}
+        held = {key: value for key, value in held.items() if key not in {"seeds", "only_seed"}}
     settings = resolve(Scene, "generate", config, flags, overrides, held, str(source or ""))
     beside = settings.output.with_suffix(".yaml")
     own = any(Path(one).resolve() == beside.resolve() for one in (source, config) if one)  # and stays as it is
     if not own:
-        check_settings(beside)
+        refuse_overwriting_settings(beside)
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
             paths = generate_to_file(settings, progress, say, should_stop, resume=resume, expected=found.made_from)

@@ -29,7 +29,7 @@ def preset_of(base: str) -> str | None:
     """The preset that a base brings along: the pocket base's own, for a fusion right on it too."""
     if base == "pocket":
         return base
-    recipe = Path(base) / "recipe.json"
+    recipe = Path(base) / "manifest.json"
     try:
         return "pocket" if base and is_file(recipe) and parse_json(read_text(recipe))["base"] == "pocket" else None
     except (ValueError, OSError, LookupError, TypeError):

@@ -5,14 +5,48 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fix:
+    """What puts an error right: an option, and the value to give it.
+
+    It names a setting or a parameter as Python does. The command line shows the flag instead, the app the field.
+
+    Attributes:
+        option: such as ``rank``, ``device`` or ``resume``.
+        value: such as ``"8"``; ``"true"`` and ``"false"`` for switches; empty where any other value would do.
+        so: what it does, as a clause: ``"to go on with the new settings"``.
+    """
+
+    option: str
+    value: str = ""
+    so: str = ""
 
 
 class UserError(Exception):
-    """Something the caller can put right. The message is one sentence that says what and how.
+    """Something the caller can put right.
 
-    The command line prints it and exits with code 2; the UI shows it in place.
+    Args:
+        message: one sentence on what is wrong. It names no flag and no field.
+        fix: what to do about it; of several, one is enough.
     """
+
+    def __init__(self, message: str, *fix: Fix) -> None:
+        super().__init__(message)
+        self.message, self.fixes = message, fix
+
+    def __str__(self) -> str:
+        return self.render(lambda fix: f"{fix.option}={fix.value or '…'}")
+
+    def render(self, spell: Callable[[Fix], str]) -> str:
+        """The message and its fixes, each option spelt as the caller's user knows it."""
+        if not self.fixes:
+            return self.message
+        ways = [f"{spell(fix)} {fix.so}".strip() for fix in self.fixes]
+        return f"{self.message} Use {', or '.join(ways)}."
 
 
 class NotFiniteError(UserError):

@@ -168,7 +168,7 @@ def _deeper(value: Any, levels: int) -> bool:
     return levels == 0 or any(_deeper(one, levels - 1) for one in inside)
 
 
-def check_settings(path: Path) -> None:
+def refuse_overwriting_settings(path: Path) -> None:
     """Refuse to write resolved settings over a file that a person wrote.
 
     Raises:

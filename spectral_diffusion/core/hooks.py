@@ -16,7 +16,7 @@ class Event:
     stage: str
     done: int
     total: int
-    figures: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 class Progress(Protocol):

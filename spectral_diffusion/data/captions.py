@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..config.models import DataConfig
+from ..config.train import DataConfig
 from ..core.errors import UserError
 from ..core.files import parse_json, read_text
 from ..core.rng import keyed_random
@@ -86,14 +86,14 @@ def vary(caption: str, token: str, config: DataConfig, *key: int | str) -> str:
     The first ``keep`` of its comma-separated parts stay where they are, and what holds the token is never left out.
     The draws depend on nothing but the key.
     """
-    if not (config.shuffle or config.part_dropout or config.caption_dropout):
+    if not (config.shuffle_caption or config.tag_dropout or config.caption_dropout):
         return caption
     random = keyed_random(*key)
     if random.random() < config.caption_dropout:
         return ""
     parts = [part.strip() for part in caption.split(",")]
-    held, others = parts[: config.keep], parts[config.keep :]
-    others = [part for part in others if random.random() >= config.part_dropout or token in part]
-    if config.shuffle:
+    held, others = parts[: config.keep_tokens], parts[config.keep_tokens :]
+    others = [part for part in others if random.random() >= config.tag_dropout or token in part]
+    if config.shuffle_caption:
         random.shuffle(others)
     return ", ".join(held + others)

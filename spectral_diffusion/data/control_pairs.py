@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from ..config.models import ConditionConfig
+from ..config.control import ControlConfig
 from ..core.errors import UserError
 from ..core.hooks import Event, Progress
 from ..core.rng import keyed_generator
@@ -28,7 +28,7 @@ Read = Callable[[Path], Image.Image]
 
 
 @dataclass(frozen=True)
-class Pair:
+class ControlPair:
     """A picture, its condition and its caption."""
 
     picture: Path
@@ -36,7 +36,7 @@ class Pair:
     caption: str
 
 
-def read_pairs(config: ConditionConfig, note: Callable[[str], None]) -> list[Pair]:
+def read_pairs(config: ControlConfig, note: Callable[[str], None]) -> list[ControlPair]:
     """The folder's pictures that have a condition, with their captions.
 
     Pictures and captions lie as for a concept (:func:`..data.folder.load_concept`). A picture's condition has its name
@@ -63,7 +63,9 @@ def read_pairs(config: ConditionConfig, note: Callable[[str], None]) -> list[Pai
         check_frames(photo.path, condition, *frames)
         wordless += photo.caption is None
         caption = photo.caption or config.template
-        pairs.append(Pair(photo.path, condition, caption.replace("<TOK>", concept.noun).replace("{}", concept.noun)))
+        pairs.append(
+            ControlPair(photo.path, condition, caption.replace("<TOK>", concept.noun).replace("{}", concept.noun))
+        )
     if not pairs:
         raise UserError(
             f"{folder} holds no picture with a {kind}; put {kind} images of the pictures' names into {folder / kind}."
@@ -94,7 +96,7 @@ def check_frames(picture: Path, condition: Path, one: tuple[int, int], other: tu
         )
 
 
-def open_condition(path: Path, kind: str) -> Image.Image:
+def open_control_image(path: Path, kind: str) -> Image.Image:
     """A condition as RGB; a sketch in gray, white strokes on black whichever way round it came."""
     image = open_photo(path)
     if kind != "sketch":
@@ -106,9 +108,9 @@ def open_condition(path: Path, kind: str) -> Image.Image:
 
 @torch.no_grad()
 def encode_pairs(
-    pairs: Sequence[Pair],
+    pairs: Sequence[ControlPair],
     vae: AutoencoderKL,
-    config: ConditionConfig,
+    config: ControlConfig,
     size: int,
     progress: Progress,
     read: Read | None = None,
@@ -122,14 +124,14 @@ def encode_pairs(
     rows, shown = [], []
     for index, pair in enumerate(pairs):
         picture = open_photo(pair.picture)
-        condition = (read(pair.condition) if read else open_condition(pair.condition, config.kind)).convert("RGB")
+        condition = (read(pair.condition) if read else open_control_image(pair.condition, config.kind)).convert("RGB")
         if condition.size != picture.size:
             condition = condition.resize(picture.size, Image.Resampling.LANCZOS)
         views = []
-        for view in range(config.crops * (1 + config.flip)):
+        for view in range(config.crops_per_image * (1 + config.flip)):
             both = torch.stack(
                 [
-                    random_crop(image, size, config.crop_scale, keyed_generator(config.seed, "crop", index, view))
+                    random_crop(image, size, config.resize_ratio, keyed_generator(config.seed, "crop", index, view))
                     for image in (picture, condition)
                 ]
             )
@@ -142,7 +144,7 @@ def encode_pairs(
     return torch.stack(rows) * vae.config.scaling_factor, torch.stack(shown)
 
 
-def digest(pairs: Sequence[Pair]) -> str:
+def digest(pairs: Sequence[ControlPair]) -> str:
     """Which pictures, conditions and captions a run sees."""
     hashed = hashlib.sha256()
     for pair in pairs:

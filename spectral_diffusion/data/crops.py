@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..config.models import TrainConfig
+from ..config.train import TrainConfig
 from ..core.errors import UserError
 from ..core.rng import keyed_generator
 
@@ -74,9 +74,9 @@ def crops_of(size: Frame, frame: Frame, caption: str, config: TrainConfig, index
     """All crops of photo number ``index``, keyed by it; a photo whose caption names a side is not mirrored."""
     sided = re.search(r"\b(left|right)\b", caption.lower())
     crops = []
-    for number in range(config.crops):
+    for number in range(config.crops_per_image):
         generator = keyed_generator(config.seed, "crop", index, number)
-        crop = place_crop(size, frame, config.crop_scale, generator, config.data.crop)
+        crop = place_crop(size, frame, config.resize_ratio, generator, config.data.crop)
         mirrored = float(torch.rand((), generator=generator)) < config.data.flip and not sided
         crops.append(crop._replace(mirrored=bool(mirrored)))
     return crops

@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ..config.models import read_yaml
+from ..config.settings import read_yaml
 from ..core.errors import UserError, nearest, shown
 from ..core.files import is_file, is_folder
 from ..models.tokens import check_token, is_name, latin, slug

@@ -51,7 +51,7 @@ def key_of(photo: Photo, masked: bool, crops: list[Crop], encoder: str) -> str:
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
 
-def kept(folder: Path | None, key: str, make: Callable[[], Encoded]) -> Encoded:
+def cached_latents(folder: Path | None, key: str, make: Callable[[], Encoded]) -> Encoded:
     """The encoded crops under ``key`` on the CPU, made and kept if they are not there whole.
 
     A cache that cannot be written only costs the time to encode.

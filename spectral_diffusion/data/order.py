@@ -8,13 +8,13 @@ from math import gcd
 
 import torch
 
-from ..config.models import TrainConfig
+from ..config.train import TrainConfig
 from ..core.rng import keyed_generator
 
 
 def photo_of(step: int, sample: int, photos: int, config: TrainConfig) -> int:
     """Which photo a sample shows: every photo once per epoch, in a shuffled order."""
-    position = step * config.batch + sample
+    position = step * config.batch_size + sample
     epoch, place = divmod(position, photos)
     order = torch.randperm(photos, generator=keyed_generator(config.seed, "epoch", epoch))
     return int(order[place])
@@ -43,14 +43,14 @@ class Order:
     @property
     def turns(self) -> list[int]:
         """How many steps of a cycle show each group."""
-        shared = gcd(self.config.batch, *(len(group) for group in self.groups))
+        shared = gcd(self.config.batch_size, *(len(group) for group in self.groups))
         return [len(group) // shared for group in self.groups]
 
     def photos(self, step: int) -> list[int]:
         """The photo that each sample of a step shows."""
         index, turn = self._group(step)
         group = self.groups[index]
-        return [group[photo_of(turn, sample, len(group), self.config)] for sample in range(self.config.batch)]
+        return [group[photo_of(turn, sample, len(group), self.config)] for sample in range(self.config.batch_size)]
 
     def _group(self, step: int) -> tuple[int, int]:
         """Which group a step shows, and how many steps have shown it before."""

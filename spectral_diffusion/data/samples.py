@@ -12,7 +12,7 @@ from functools import cache, partial
 import torch
 from PIL import Image
 
-from ..config.models import TrainConfig
+from ..config.train import TrainConfig
 from ..core.errors import UserError
 from ..core.hooks import Event, Progress, silent
 from ..core.rng import keyed_generator as keyed_generator
@@ -22,7 +22,7 @@ from .crops import Crop, best_frame, bucket_frames, crops_of, cut_mask, cut_phot
 from .crops import random_crop as random_crop
 from .folder import Concept, Photo
 from .image_io import open_photo
-from .latents_cache import Encoded, encoder_hash, kept, key_of
+from .latents_cache import Encoded, cached_latents, encoder_hash, key_of
 from .masks import open_mask, reduce_mask
 from .order import Order
 from .order import photo_of as photo_of
@@ -42,14 +42,14 @@ class PhotoCrops:
         self, concept: Concept, base: Base, config: TrainConfig, size: int, progress: Progress = silent
     ) -> None:
         self.photos, self.vae = concept.photos, base.pipeline.vae
-        self.masked = config.data.mask_weight > 0 or config.objective.attention > 0
+        self.masked = config.data.mask_weight > 0 or config.objective.attention_loss_weight > 0
         if self.masked and not any(photo.mask for photo in self.photos):
-            asking = "data.mask_weight" if config.data.mask_weight else "objective.attention"
+            asking = "data.mask_weight" if config.data.mask_weight else "objective.attention_loss_weight"
             raise UserError(
                 f"{asking} needs masks, and none of the photos of '{concept.name}' has one; put them into "
                 "masks/ as <photo's name>.png, white where the concept is."
             )
-        frames = bucket_frames(size, side_multiple(base)) if config.data.buckets else [(size, size)]
+        frames = bucket_frames(size, side_multiple(base)) if config.data.aspect_buckets else [(size, size)]
         shapes = [best_frame(photo.size, frames) for photo in self.photos]
         self.crops = [
             crops_of(photo.size, shape, photo.caption or "", config, index)
@@ -66,7 +66,7 @@ class PhotoCrops:
         for index, photo in enumerate(self.photos):
             key = key_of(photo, self.masked, self.crops[index], encoder)
             pairs = [(photo, crop) for crop in self.crops[index]]
-            yield kept(config.data.cache, key, partial(self._encode, pairs))
+            yield cached_latents(config.data.latents_cache_dir, key, partial(self._encode, pairs))
             progress(Event("encode", index + 1, len(self.photos)))
 
     def take(self, chosen: Sequence[tuple[int, int]]) -> Encoded:

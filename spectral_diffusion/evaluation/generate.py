@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..adapters.adapter import Adapter, check_base
-from ..adapters.apply import Strength, acting, install_tokens
+from ..adapters.apply import Strength, enabled_adapters, install_tokens
 from ..core.files import parse_json, read_text, write_json
 from ..core.hooks import Event, Progress
 from ..merging.manifest import lasting
@@ -27,7 +27,7 @@ SECONDS = "seconds.json"
 
 
 @dataclass
-class Shelf:
+class EvaluationImages:
     """Draws what is not there yet, and counts; ``seconds`` holds by way those spent, and the pictures made in them."""
 
     config: EvaluateConfig
@@ -75,7 +75,8 @@ class Shelf:
         paths = self.draw(base, way, adapter.name, prompts, adapters, of)
         tokens = {adapter.token: (adapter.name, adapter.noun)}
         return [
-            View(adapter.name, path, spoken(prompts[i // self.config.count], tokens)) for i, path in enumerate(paths)
+            View(adapter.name, path, spoken(prompts[i // self.config.num_images], tokens))
+            for i, path in enumerate(paths)
         ]
 
     def earlier(self) -> dict[str, list[float]]:
@@ -110,11 +111,11 @@ def count_of(config: EvaluateConfig, held: Held | None) -> int:
     """How many pictures are drawn of the adapters."""
     if held is None:
         return 0
-    ways = config.floor + 1 + (held.together != ALONE)
-    return config.count * (ways * len(held.adapters) * len(config.prompts) + 2 * len(config.ordinary))
+    ways = config.noun_baseline + 1 + (held.together != ALONE)
+    return config.num_images * (ways * len(held.adapters) * len(config.prompts) + 2 * len(config.prior_prompts))
 
 
-def draw_adapters(shelf: Shelf, held: Held, note: Callable[[str], None]) -> Drawn:
+def draw_adapters(shelf: EvaluationImages, held: Held, note: Callable[[str], None]) -> Drawn:
     """Each concept as its noun on the untouched base, alone, and together with the others; ordinary prompts beside.
 
     Raises:
@@ -128,19 +129,19 @@ def draw_adapters(shelf: Shelf, held: Held, note: Callable[[str], None]) -> Draw
     drawn.base = base.fingerprint.exact
     for adapter in held.adapters.values():
         install_tokens(base, adapter)
-    before = shelf.draw(base, FLOOR, "ordinary", config.ordinary, {}, held.base)
-    if config.floor:
+    before = shelf.draw(base, FLOOR, "ordinary", config.prior_prompts, {}, held.base)
+    if config.noun_baseline:
         drawn.shown[FLOOR] = [v for a in held.adapters.values() for v in shelf.portraits(base, FLOOR, a, {}, held.base)]
     drawn.shown[ALONE] = []
     for path, adapter in held.adapters.items():
-        with acting(base, [(adapter, 1.0)]):
+        with enabled_adapters(base, [(adapter, 1.0)]):
             drawn.shown[ALONE] += shelf.portraits(base, ALONE, adapter, {path: 1.0}, held.base)
     way, acts, of = held.together, strengths(config, held), held.base
     if held.fused:
         del base  # before the next one is loaded: two may not fit
         base, acts, of = load_base(str(held.fused), config.device, config.dtype), {}, str(held.fused)
-    with acting(base, [(held.adapters[path], strength) for path, strength in acts.items()]):
+    with enabled_adapters(base, [(held.adapters[path], strength) for path, strength in acts.items()]):
         if way != ALONE:
             drawn.shown[way] = [v for a in held.adapters.values() for v in shelf.portraits(base, way, a, acts, of)]
-        drawn.ordinary = before, shelf.draw(base, way, "ordinary", config.ordinary, acts, of)
+        drawn.ordinary = before, shelf.draw(base, way, "ordinary", config.prior_prompts, acts, of)
     return drawn

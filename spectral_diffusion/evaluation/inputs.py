@@ -10,12 +10,12 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..adapters.apply import Strength
 from ..adapters.formats.native import load_adapter
-from ..config.models import build, read_yaml
+from ..config.settings import build, read_yaml
 from ..core.assets import preset_of
 from ..core.errors import UserError
 from ..core.files import is_folder
-from ..merging.fuse import check_together, strength_of
-from ..merging.manifest import lasting, load_adapters, read_recipe
+from ..merging.fuse import check_together, scale_of
+from ..merging.manifest import lasting, load_adapters, read_manifest
 from ..metrics.encoders import Encoder, encoders_here, load_encoder
 from ..models.tokens import check_name, typed_tokens
 from ..scenes.prompts import positive_prompts
@@ -57,14 +57,14 @@ def hold(config: EvaluateConfig) -> Held | None:
         raise UserError(f"Give adapter files, or one fused folder such as {folders[0]} alone.")
     if folders:
         [fused] = folders
-        loaded, recipe = load_adapters(fused), read_recipe(fused)
+        loaded, recipe = load_adapters(fused), read_manifest(fused)
         assert recipe is not None
         files = [fused / concept["file"] for concept in recipe["concepts"].values()]
         held = Held(dict(zip(files, loaded, strict=True)), config.base or recipe["base"], fused)
     else:
         found = {path: load_adapter(path) for path in config.adapters}
         held = Held(found, config.base or next(iter(found.values())).base)
-    check_together(list(held.adapters.values()), config.strength)
+    check_together(list(held.adapters.values()), config.scales)
     for path, adapter in held.adapters.items():
         check_name(adapter.name)
         if not adapter.token:
@@ -77,7 +77,7 @@ def strengths(config: EvaluateConfig, held: Held) -> dict[Path, Strength]:
     out: dict[Path, Strength] = {}
     for path, adapter in held.adapters.items():
         parts = dict.fromkeys(layer.split(".", 1)[0] for layer in adapter.layers)
-        each = {part: strength_of(config.strength, adapter.name, f"{part}.") for part in parts}
+        each = {part: scale_of(config.scales, adapter.name, f"{part}.") for part in parts}
         out[path] = each if len(set(each.values())) > 1 else next(iter(each.values()), 1.0)
     return out
 
@@ -85,7 +85,7 @@ def strengths(config: EvaluateConfig, held: Held) -> dict[Path, Strength]:
 def drawing_settings(config: EvaluateConfig) -> dict[str, Any]:
     """The settings that a scene shares with an evaluation."""
     shared = {
-        "steps", "guidance", "sampler", "negative_prompt", "batch", "allow_base", "device", "dtype", "mixed_precision",
+        "num_inference_steps", "guidance_scale", "sampler", "negative_prompt", "batch_size", "allow_base", "device", "dtype", "mixed_precision",
         "allow_tf32",
     }  # fmt: skip
     return config.model_dump(include=shared)
@@ -109,7 +109,7 @@ def read_scenes(config: EvaluateConfig, held: Held | None) -> dict[str, Scene]:
             if not named and not held.fused:
                 ours["adapters"] = {str(file): strength for file, strength in strengths(config, held).items()}
         name = f"scene {path.stem}" if f"scene {path.stem}" not in out else f"scene {path.stem} {len(out)}"
-        usual = {**drawing_settings(config), "seed": config.seed, "count": config.count}
+        usual = {**drawing_settings(config), "seed": config.seed, "num_images": config.num_images}
         where = {"output": config.output / PICTURES / name.replace(" ", "-") / "scene.png"}
         out[name] = build(Scene, layer, {**usual, **ours, **layer}, where, file=str(path))
     return out

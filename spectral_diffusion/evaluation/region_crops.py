@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from ..config.models import build
+from ..config.settings import build
 from ..core.errors import UserError
 from ..metrics.prompts import with_article
 from ..metrics.views import View
-from ..models.tokens import typed_tokens, written
+from ..models.tokens import token_text, typed_tokens
 from ..scenes.png_metadata import read_settings
 from ..scenes.scene import Region, Scene, region_mask
 
@@ -25,7 +25,7 @@ def scene_in(path: Path) -> Scene | None:
         scene = build(Scene, read_settings(path))
     except UserError:
         return None
-    return scene if scene.keep is not None or len(scene.every_seed()) == 1 else None
+    return scene if scene.only_seed is not None or len(scene.every_seed()) == 1 else None
 
 
 def views_in(path: Path, scene: Scene, tokens: Tokens, size: tuple[int, int]) -> list[View]:
@@ -50,7 +50,7 @@ def views_in(path: Path, scene: Scene, tokens: Tokens, size: tuple[int, int]) ->
 def spoken(prompt: str, tokens: Tokens) -> str:
     """A prompt for those who do not know the tokens: nouns in their places, ``a photo of a dog``."""
     for token, (_, noun) in tokens.items():
-        prompt = written(token).sub(with_article(noun), prompt)
+        prompt = token_text(token).sub(with_article(noun), prompt)
     return prompt
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..config.models import to_yaml
+from ..config.settings import to_yaml
 from ..core.errors import UserError
 from ..core.files import check_writable, write_settings
 from ..core.hooks import Progress, silent
@@ -18,7 +18,7 @@ from ..data.folder import Concept
 from ..metrics.views import View
 from ..scenes.generate import generate_to_file
 from ..scenes.scene import Scene
-from .generate import Drawn, Shelf, count_of, draw_adapters
+from .generate import Drawn, EvaluationImages, count_of, draw_adapters
 from .inputs import Held, choose_encoders, hold, read_pictures, read_scenes, subjects
 from .measure import drift, score, with_photos
 from .references import references_of
@@ -55,7 +55,7 @@ def evaluate_to_folder(
     check_writable(config.output / f"{NAME}.json")
 
     of_scenes = sum(len(scene.every_seed()) for scene in scenes.values())
-    shelf = Shelf(config, count_of(config, held) + of_scenes, progress, should_stop)
+    shelf = EvaluationImages(config, count_of(config, held) + of_scenes, progress, should_stop)
     drawn = draw_adapters(shelf, held, note) if held else Drawn()
     for name, scene in scenes.items():
         paths = generate_to_file(scene, silent, note, should_stop, resume=True)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat
 
-from ..config.models import Precision, Settings, Templates
+from ..config.settings import Precision, Settings, Templates
 from ..metrics.prompts import ORDINARY, PLACES
 
 
@@ -22,19 +22,19 @@ class EvaluateConfig(Settings):
     scenes: list[Path] = Field(default_factory=list)  # scene files; what is in their regions is measured
     base: str | None = None  # default: the base the adapters name
     encoders: list[str] = Field(default_factory=list)  # pocket, CLIP or DINOv2 models; default: what suits the base
-    strength: dict[str, FiniteFloat] = Field(
+    scales: dict[str, FiniteFloat] = Field(
         default_factory=dict
     )  # of the sum: concept name to λ; NAME.unet for one component
     prompts: Templates = Field([f"a photo of {{}} {place}" for place in PLACES])
-    ordinary: list[str] = Field([f"a photo of {words}" for words in ORDINARY], min_length=1)  # name no concept
-    floor: bool = True  # also draw each class noun on the untouched base
+    prior_prompts: list[str] = Field([f"a photo of {words}" for words in ORDINARY], min_length=1)  # name no concept
+    noun_baseline: bool = True  # also draw each class noun on the untouched base
     seed: int = Field(0, ge=0, lt=2**30)
-    count: int = Field(4, ge=1, le=256)  # pictures per prompt
-    steps: int = Field(20, ge=1, le=1000)
-    guidance: float = Field(4.0, ge=0, le=50)
+    num_images: int = Field(4, ge=1, le=256)  # pictures per prompt
+    num_inference_steps: int = Field(20, ge=1, le=1000)
+    guidance_scale: float = Field(4.0, ge=0, le=50)
     sampler: Literal["dpm", "ddim", "euler"] = "dpm"
     negative_prompt: str = ""
-    batch: int = Field(8, ge=1, le=256)
+    batch_size: int = Field(8, ge=1, le=256)
     allow_base: bool = False
     device: str = "auto"
     dtype: str = "float32"
@@ -43,4 +43,4 @@ class EvaluateConfig(Settings):
 
     def seeds(self, index: int) -> list[int]:
         """The seeds of the prompt with that number: other ones for every prompt, the same in every way of drawing."""
-        return [self.seed + index + 1000 * picture for picture in range(self.count)]
+        return [self.seed + index + 1000 * picture for picture in range(self.num_images)]

@@ -11,7 +11,7 @@ BLOCK = 256  # columns of a Gram matrix that are added together
 
 
 @dataclass
-class Activations:
+class GramAccumulator:
     """Rows x (n,) that a layer was given, summed up so that memory does not depend on how many there were.
 
     While there are fewer rows than inputs the rows are kept (the dual form is exact and small); after that only
@@ -45,7 +45,7 @@ class Activations:
             self._lower[start:stop, :stop].addmm_(x[:, start:stop].mT, x[:, :stop])
 
     @property
-    def few(self) -> bool:
+    def is_raw(self) -> bool:
         """Whether the rows themselves are kept."""
         return self._lower is None
 
@@ -61,9 +61,9 @@ class Activations:
         rows = self.matrix()
         return rows.mT @ rows
 
-    def times(self, down: Tensor) -> Tensor:
+    def matmul(self, down: Tensor) -> Tensor:
         """down · G, (k, n), without forming G where the rows are few."""
-        if not self.few:
+        if not self.is_raw:
             return down @ self.gram()
         rows = self.matrix()
         return (down @ rows.mT) @ rows

@@ -14,26 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.apply import acting
+from ..adapters.apply import enabled_adapters
 from ..adapters.formats.native import content_hash
 from ..adapters.low_rank import padded
-from ..config.models import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, GradientConfig, ordinary_thing
+from ..config.fuse import CalibrationConfig
+from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, generic_subject
 from ..core.cache import WAIT, cache_folder, load, store
 from ..core.errors import UserError
 from ..core.files import locked, parse_json
 from ..core.hooks import Event, Progress, silent
 from ..core.rng import keyed_generator, keyed_random
 from ..data.latents_cache import prune
-from ..linalg import sides
+from ..linalg import matrix_shape
 from ..models.base import Base
 from ..models.tokens import collapse, known_tokens
-from .activations import Activations
+from .activations import GramAccumulator
 
 CHUNK = 4  # pictures drawn together
 KEPT = 20 * 2**30  # bytes on the disk; what was not used for the longest goes first
 
 
-def rows_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+def tokens_of_call(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     """A layer's input as rows (m, in·kh·kw) that its flattened weight multiplies."""
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])
@@ -43,7 +44,7 @@ def rows_of(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def watching(
+def record_activations(
     layers: Mapping[str, nn.Linear | nn.Conv2d], most: int, seed: int
 ) -> Iterator[Callable[[], dict[str, Tensor]]]:
     """Hold the last forward's rows of every layer, ``most`` of them drawn by a seed; yields what takes them."""
@@ -53,7 +54,7 @@ def watching(
         generator = keyed_generator("rows", seed, name)  # a layer's draw depends on no other layer
 
         def see(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            rows = rows_of(module, inputs[0].detach())
+            rows = tokens_of_call(module, inputs[0].detach())
             if len(rows) > most:
                 rows = rows[torch.randperm(len(rows), generator=generator)[:most].to(rows.device)]
             held[name].append(rows)
@@ -75,35 +76,38 @@ def watching(
             handle.remove()
 
 
-def prompts_of(config: GradientConfig, token: str | None, seed: int) -> list[str]:
+def calibration_prompts(config: CalibrationConfig, token: str | None, seed: int) -> list[str]:
     """What to draw: the concept in its prompts, or ordinary things in the same ones."""
     random = keyed_random("gradient", token or "ordinary", seed)
     prompts = []
-    for index in range(config.pictures):
-        thing = token or ordinary_thing(random.choice(ORDINARY_ADJECTIVES), random.choice(ORDINARY_NOUNS))
+    for index in range(config.num_images):
+        thing = token or generic_subject(random.choice(GENERIC_ADJECTIVES), random.choice(GENERIC_NOUNS))
         prompts.append(config.prompts[index % len(config.prompts)].replace("{}", thing))
     return prompts
 
 
 @torch.no_grad()
-def collect(
+def calibrate(
     base: Base,
     adapter: Adapter | None,
     layers: Mapping[str, nn.Linear | nn.Conv2d],
-    config: GradientConfig,
+    config: CalibrationConfig,
     seed: int,
     progress: Progress = silent,
     only: set[str] | None = None,
-) -> dict[str, Activations]:
+) -> dict[str, GramAccumulator]:
     """What ``layers`` see while ``adapter`` (None: the base alone) draws its prompts. Its token is installed.
 
     ``only`` restricts the adapter to some layers.
     """
-    seen = {name: Activations(sides(layer.weight)[1]) for name, layer in layers.items()}
+    seen = {name: GramAccumulator(matrix_shape(layer.weight)[1]) for name, layer in layers.items()}
     known = known_tokens(base.pipeline.tokenizer)
     words = list(adapter.tokens) if adapter and adapter.tokens else [None]  # also what it was trained on top of
-    prompts = [collapse(text, known) for word in words for text in prompts_of(config, word, seed)]
-    with acting(base, [(adapter, 1.0)] if adapter else [], only), watching(layers, config.rows, seed) as take:
+    prompts = [collapse(text, known) for word in words for text in calibration_prompts(config, word, seed)]
+    with (
+        enabled_adapters(base, [(adapter, 1.0)] if adapter else [], only),
+        record_activations(layers, config.tokens_per_call, seed) as take,
+    ):
 
         def fold(pipe: Any = None, step: int = 0, timestep: Any = None, state: Any = None) -> Any:
             for name, rows in take().items():
@@ -114,8 +118,8 @@ def collect(
             chunk = prompts[start : start + CHUNK]
             base.pipeline(
                 prompt=chunk,
-                num_inference_steps=config.steps,
-                guidance_scale=config.guidance,
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
                 width=base.size,
                 height=base.size,
                 generator=[keyed_generator("gradient", seed, start + i) for i in range(len(chunk))],
@@ -142,16 +146,18 @@ def cached(
     base: Base,
     adapter: Adapter | None,
     layers: Iterable[str],
-    config: GradientConfig,
+    config: CalibrationConfig,
     seed: int,
-    make: Callable[[], dict[str, Activations]],
-) -> dict[str, Activations]:
+    make: Callable[[], dict[str, GramAccumulator]],
+) -> dict[str, GramAccumulator]:
     """What ``make`` collects, kept on disk under a hash of everything that decides it."""
     decides = {
         "base": base.fingerprint.exact,
         "adapter": content_hash(adapter) if adapter else None,
-        "settings": config.model_dump(include={"prompts", "pictures", "steps", "guidance", "rows"}),
-        "ordinary": [ORDINARY_ADJECTIVES, ORDINARY_NOUNS],
+        "settings": config.model_dump(
+            include={"prompts", "num_images", "num_inference_steps", "guidance_scale", "tokens_per_call"}
+        ),
+        "ordinary": [GENERIC_ADJECTIVES, GENERIC_NOUNS],
         "layers": sorted(layers),
         "size": base.size,
         "scheduler": json.loads(base.pipeline.scheduler.to_json_string()),
@@ -171,19 +177,19 @@ def cached(
                 path.touch()  # used just now
             return found
         made = make()
-        tensors = {name: one.matrix() if one.few else one.gram() for name, one in made.items()}
+        tensors = {name: one.matrix() if one.is_raw else one.gram() for name, one in made.items()}
         if store(path, tensors, {"counts": json.dumps({name: one.count for name, one in made.items()})}):
             with suppress(OSError):
                 prune(path.parent, KEPT)
         return made
 
 
-def restored(path: Path) -> dict[str, Activations] | None:
+def restored(path: Path) -> dict[str, GramAccumulator] | None:
     """What :func:`cached` has kept; None if there is nothing that can be read."""
     try:
         tensors, metadata = load(path) or ({}, {})
         counts = parse_json(metadata["counts"])
-        found = {name: Activations(tensors[name].shape[1]) for name in counts}
+        found = {name: GramAccumulator(tensors[name].shape[1]) for name in counts}
         for name, one in found.items():
             one.restore(tensors[name], int(counts[name]))
         return found

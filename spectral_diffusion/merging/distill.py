@@ -22,14 +22,15 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.apply import Strength, acting
-from ..config.models import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, ORDINARY_SCENES, TeachConfig, ordinary_thing
+from ..adapters.apply import Strength, enabled_adapters
+from ..config.fuse import DistillConfig
+from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, GENERIC_TEMPLATES, generic_subject
 from ..core.errors import NotFiniteError, UserError
 from ..core.hooks import Event, Progress, silent
 from ..core.precision import MixedPrecision, autocast, is_half, loss_scaler
 from ..core.rng import keyed_generator, keyed_random
 from ..models.base import Base
-from ..models.tokens import collapse, known_tokens, learning
+from ..models.tokens import collapse, known_tokens, trainable_rows
 from ..training.distributed import checkpointing, quick_attention
 from .calibration import predict
 
@@ -38,7 +39,7 @@ DRAWING = 10  # steps of each picture
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherTargets:
     """Noised pictures (n, c, h, w) of one concept, or of ordinary things, and what is right to predict there.
 
     They wait on the CPU; a batch goes to the base's device.
@@ -50,25 +51,25 @@ class Lesson:
     wanted: Tensor
 
 
-Question = tuple[Lesson, int]  # one noised picture of a lesson
+Question = tuple[TeacherTargets, int]  # one noised picture of a lesson
 
 
 @dataclass(frozen=True)
-class Lessons:
+class DistillTargets:
     """One lesson a concept, and that of ordinary things."""
 
-    concepts: list[Lesson]
-    ordinary: Lesson
+    concepts: list[TeacherTargets]
+    ordinary: TeacherTargets
 
 
-def prepare(
+def prepare_targets(
     base: Base,
     adapters: Sequence[Adapter],
     strengths: Mapping[str, Strength],
-    config: TeachConfig,
+    config: DistillConfig,
     seed: int,
     progress: Progress = silent,
-) -> Lessons:
+) -> DistillTargets:
     """What to teach, from the untouched base with every adapter's token in it; it is as it was afterwards.
 
     Raises:
@@ -81,36 +82,43 @@ def prepare(
                 "again. Fuse without teach.steps."
             )
     random = keyed_random("ordinary", seed)
-    things = config.things or [ordinary_thing(a, n) for a in ORDINARY_ADJECTIVES for n in ORDINARY_NOUNS]
+    things = config.prior_subjects or [generic_subject(a, n) for a in GENERIC_ADJECTIVES for n in GENERIC_NOUNS]
     # Also the words of what an adapter was trained on top of.
     words = [(adapter, token) for adapter in adapters for token in adapter.tokens]
     lessons = []
     for adapter, token in words:
         strength = strengths.get(adapter.name, 1.0)
-        lessons.append(lesson_of(base, adapter, [token] * config.pictures, config, seed, strength))
+        lessons.append(targets_of(base, adapter, [token] * config.num_images, config, seed, strength))
         progress(Event("lesson", len(lessons), len(words) + 1))
-    usual = lesson_of(base, None, [random.choice(things) for _ in range(config.plain)], config, seed)
+    usual = targets_of(base, None, [random.choice(things) for _ in range(config.num_prior_images)], config, seed)
     progress(Event("lesson", len(words) + 1, len(words) + 1))
-    return Lessons(lessons, usual)
+    return DistillTargets(lessons, usual)
 
 
 @torch.no_grad()
-def lesson_of(
-    base: Base, adapter: Adapter | None, things: Sequence[str], config: TeachConfig, seed: int, strength: Strength = 1.0
-) -> Lesson:
+def targets_of(
+    base: Base,
+    adapter: Adapter | None,
+    things: Sequence[str],
+    config: DistillConfig,
+    seed: int,
+    strength: Strength = 1.0,
+) -> TeacherTargets:
     """What an adapter (None: the base alone) draws for each of the things, and what is right to predict on the way."""
     who = adapter.name if adapter else "ordinary"
     known = known_tokens(base.pipeline.tokenizer)
     prompts = [
-        collapse(ORDINARY_SCENES[i % len(ORDINARY_SCENES)].replace("{}", thing), known)
+        collapse(GENERIC_TEMPLATES[i % len(GENERIC_TEMPLATES)].replace("{}", thing), known)
         for i, thing in enumerate(things)
     ]
-    active, together = [(adapter, strength)] if adapter else [], min(CHUNK, config.batch)
-    with acting(base, active):
-        latents = drawn(base, prompts, who, config.guidance, seed, together).repeat_interleave(config.draws, 0)
+    active, together = [(adapter, strength)] if adapter else [], min(CHUNK, config.batch_size)
+    with enabled_adapters(base, active):
+        latents = sample_latents(base, prompts, who, config.guidance_scale, seed, together).repeat_interleave(
+            config.noises_per_image, 0
+        )
     random, generator = keyed_random("lesson", who, seed), keyed_generator("noise", who, seed)
-    empty = 0.0 if adapter else config.empty
-    asked = ["" if random.random() < empty else prompt for prompt in prompts for _ in range(config.draws)]
+    empty = 0.0 if adapter else config.empty_prompt_prob
+    asked = ["" if random.random() < empty else prompt for prompt in prompts for _ in range(config.noises_per_image)]
     schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
     last = len(schedule.alphas_cumprod)
     timesteps = (last * torch.rand(len(latents), generator=generator) ** 0.5).long().clamp(max=last - 1)
@@ -121,14 +129,14 @@ def lesson_of(
         chunks = (slice(start, start + together) for start in range(0, len(texts), together))
         return torch.cat([predict(base, texts[one], *moved(base, noisy[one], timesteps[one])).cpu() for one in chunks])
 
-    nothing, share = [""] * len(asked), 1 - 1 / max(config.guidance, 1.0)
-    with acting(base, active):
+    nothing, share = [""] * len(asked), 1 - 1 / max(config.guidance_scale, 1.0)
+    with enabled_adapters(base, active):
         wanted = answers(asked)
         if adapter and share:
             wanted -= share * answers(nothing)
     if adapter and share:
         wanted += share * answers(nothing)
-    return Lesson(asked, noisy, timesteps, wanted)
+    return TeacherTargets(asked, noisy, timesteps, wanted)
 
 
 def moved(base: Base, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -136,7 +144,7 @@ def moved(base: Base, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(base.device) for tensor in tensors)
 
 
-def drawn(base: Base, prompts: list[str], who: str, guidance: float, seed: int, together: int) -> Tensor:
+def sample_latents(base: Base, prompts: list[str], who: str, guidance: float, seed: int, together: int) -> Tensor:
     """The latents (n, c, h, w) of a picture for each prompt, on the CPU."""
     out = []
     for start in range(0, len(prompts), together):
@@ -154,12 +162,12 @@ def drawn(base: Base, prompts: list[str], who: str, guidance: float, seed: int, 
     return torch.cat(out)
 
 
-def teach(
+def distill(
     base: Base,
-    lessons: Lessons,
+    lessons: DistillTargets,
     weights: Sequence[Tensor],
     tokens: Sequence[str],
-    config: TeachConfig,
+    config: DistillConfig,
     seed: int,
     precision: MixedPrecision = "no",
     progress: Progress = silent,
@@ -178,7 +186,7 @@ def teach(
             stack.enter_context(quick_attention(base, is_half(precision, base.dtype), base.size))
             stack.enter_context(checkpointing(base, config.gradient_checkpointing))
             rows = [
-                stack.enter_context(learning(tokenizer, base.models[encoder], tokens))
+                stack.enter_context(trainable_rows(tokenizer, base.models[encoder], tokens))
                 for encoder, tokenizer in base.tokenizers.items()
             ]
             groups = [(list(weights), config.learning_rate), (rows, config.token_learning_rate)]
@@ -190,7 +198,7 @@ def teach(
                 optimizer.zero_grad()
                 total = 0.0
                 for batch in batches(lessons, config, step, seed):
-                    loss = loss_of(base, batch, precision) / config.accumulate
+                    loss = loss_of(base, batch, precision) / config.gradient_accumulation_steps
                     if not torch.isfinite(loss):
                         raise NotFiniteError(f"Teaching met NaN or infinity at step {step}: lower teach.learning_rate.")
                     scaler.scale(loss).backward()
@@ -206,17 +214,17 @@ def teach(
             weight.grad = None
 
 
-def batches(lessons: Lessons, config: TeachConfig, step: int, seed: int) -> list[list[Question]]:
+def batches(lessons: DistillTargets, config: DistillConfig, step: int, seed: int) -> list[list[Question]]:
     """What a step asks, in ``config.accumulate`` batches; the concepts take turns, and some are always ordinary."""
-    generator, count = keyed_generator("distil", seed, step), config.batch * config.accumulate
-    own = min(count - int(count * config.ordinary), count - 1)
+    generator, count = keyed_generator("distil", seed, step), config.batch_size * config.gradient_accumulation_steps
+    own = min(count - int(count * config.prior_share), count - 1)
     taken: list[Question] = []
     for index in range(count):
         of_concept = index < own and lessons.concepts
         turn = (step * own + index) % max(1, len(lessons.concepts))
         lesson = lessons.concepts[turn] if of_concept else lessons.ordinary
         taken.append((lesson, int(torch.randint(len(lesson.prompts), (), generator=generator))))
-    return [taken[start : start + config.batch] for start in range(0, count, config.batch)]
+    return [taken[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
 
 
 def loss_of(base: Base, batch: Sequence[Question], precision: MixedPrecision = "no") -> Tensor:

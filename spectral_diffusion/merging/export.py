@@ -16,17 +16,17 @@ from ..adapters.adapter import Adapter, check_base
 from ..adapters.formats.card import MARK, model_card
 from ..adapters.formats.checkpoint import checkpoint_tensors
 from ..adapters.formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
-from ..config.models import FuseConfig
+from ..config.fuse import FuseConfig
 from ..core.errors import UserError
 from ..core.files import atomic_folder, check_replaceable, check_writable, holds, read_header, write_tensors, write_text
 from ..core.machine import made_on, provenance
 from ..core.paths import without_folders
-from ..linalg import Factors, exact, truncate
+from ..linalg import Factors, to_float64, truncate
 from ..models.base import Base, load_base, parse_dtype
 from ..models.per_layer_tokens import mean_note
 from ..models.tokens import known_tokens
 from .fuse import fuse_adapters
-from .manifest import load_adapters, read_merged, read_recipe, save_pipeline
+from .manifest import load_adapters, read_manifest, read_merged, save_pipeline
 
 EXPORTED = "README.md"  # an exported folder has our card under this name
 TOKEN = "spectral.token"
@@ -80,11 +80,11 @@ def open_source(path: Path, device: str = "auto") -> Source:
     adapters = load_adapters(path)
     kernels = {layer: kernel for adapter in adapters for layer, kernel in adapter.kernels.items()}
     if path.is_dir():
-        recipe = read_recipe(path) or {}
-        taught = bool(recipe["settings"]["teach"]["steps"])
+        recipe = read_manifest(path) or {}
+        taught = bool(recipe["settings"]["distill"]["steps"])
         shown = {
             "merge": recipe["merge"],
-            "concepts": ", ".join(f"{n} ({c['method']}, {c['strength']})" for n, c in recipe["concepts"].items()),
+            "concepts": ", ".join(f"{n} ({c['method']}, {c['scale']})" for n, c in recipe["concepts"].items()),
             "mixed precision": recipe["settings"].get("mixed_precision", ""),
             "made on": made_on(recipe.get("provenance", {})),
         }
@@ -138,7 +138,7 @@ def export(
     source, output = open_source(path, device), Path(output)
     check_free(path, source, output, kind)
     for adapter in source.adapters:
-        if adapter.layerwise:
+        if adapter.per_layer_vectors:
             note(mean_note(adapter.name))
     written: list[Path] = []
     if kind == "folder":
@@ -188,7 +188,7 @@ def check_free(path: Path, source: Source, output: Path, kind: str) -> None:
     if kind == "folder":
         if not there.exists() or (there.is_dir() and not any(there.iterdir())):
             return
-        if not is_ours(there / EXPORTED) or (there / "recipe.json").exists():
+        if not is_our_export(there / EXPORTED) or (there / "manifest.json").exists():
             raise UserError(f"{output} exists and is no earlier export; choose another output with -o.")
         check_replaceable(output, {EXPORTED})
         if holds(there, here) or (source.base != "pocket" and holds(there, source.base)):
@@ -202,11 +202,11 @@ def check_free(path: Path, source: Source, output: Path, kind: str) -> None:
         if not OURS & set(metadata) and (token is None or names not in ({token}, {"clip_l", "clip_g"})):
             raise UserError(f"{file} is no earlier export, and would be lost; choose another output with -o.")
     described = there.with_suffix(".md")
-    if kind != "embedding" and described.exists() and not is_ours(described):
+    if kind != "embedding" and described.exists() and not is_our_export(described):
         raise UserError(f"{described} is not a card of this program, and would be lost; choose another output with -o.")
 
 
-def is_ours(described: Path) -> bool:
+def is_our_export(described: Path) -> bool:
     """Whether a file is a card that an export wrote."""
     return described.is_file() and MARK in described.read_text("utf-8", "replace")
 
@@ -222,7 +222,7 @@ def cut(source: Source, rank: int | None, note: Callable[[str], None]) -> dict[s
         return factors
     out, lost, whole = {}, 0.0, 0.0
     for layer, one in factors.items():
-        change = Factors(exact(one.up), exact(one.down))
+        change = Factors(to_float64(one.up), to_float64(one.down))
         out[layer] = truncate(change, rank) if rank < change.up.shape[1] else change
         whole += float(change.delta().square().sum())
         lost += float((change.delta() - out[layer].delta()).square().sum())

@@ -13,38 +13,39 @@ from ..adapters.adapter import Adapter, check_base, shared_columns
 from ..adapters.formats.import_lora import distinct, import_lora, name_of
 from ..adapters.formats.native import save_adapter
 from ..adapters.formats.reading import is_foreign
-from ..config.models import FuseConfig, to_yaml
+from ..config.fuse import FuseConfig
+from ..config.settings import to_yaml
 from ..core.errors import NotFiniteError, UserError, nearest
 from ..core.files import atomic_folder, check_writable, write_json, write_text
 from ..core.hooks import Event, Progress, silent
 from ..core.machine import heading
 from ..core.precision import precision_note, resolve_mixed_precision, tf32
-from ..linalg import Factors, exact, sides
+from ..linalg import Factors, matrix_shape, to_float64
 from ..models.base import Base, load_base
 from ..models.per_layer_tokens import mean_note, use_means
 from ..models.targets import find_targets
 from ..training.memory import available, gib, is_large
-from .activations import Activations
-from .calibration import cached, collect
-from .distill import prepare, teach
+from .activations import GramAccumulator
+from .calibration import cached, calibrate
+from .distill import distill, prepare_targets
 from .manifest import (
     ADAPTERS,
+    MANIFEST,
     MERGED,
-    RECIPE,
     SETTINGS,
     check_apart,
-    check_output,
+    check_fusion_output,
     load_adapters,
-    recipe_of,
+    manifest_of,
     save_pipeline,
     write_merged,
 )
-from .memory import memory_to_watch, room_to_teach
-from .merges.registry import Contribution, Merge, get_merge
+from .memory import calibration_memory, check_distillation_memory
+from .merges.registry import Contribution, Merge, MergeContext, get_merge
 
 SHARE = 0.8  # of the free memory that may be taken by what layers see
 
-Seen = dict[str, Activations]
+Seen = dict[str, GramAccumulator]
 
 
 def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> None:
@@ -81,15 +82,15 @@ def owner(key: str, names: Iterable[str]) -> tuple[str, str]:
     return (name, component) if name else (key, "")
 
 
-def strength_of(strength: Mapping[str, float], name: str, layer: str) -> float:
+def scale_of(strength: Mapping[str, float], name: str, layer: str) -> float:
     """λ of one adapter in one layer: its own, times that of the layer's component if there is one."""
     return strength.get(name, 1.0) * strength.get(f"{name}.{layer.split('.', 1)[0]}", 1.0)
 
 
-def strengths_of(config: FuseConfig, adapters: Iterable[Adapter]) -> dict[str, dict[str, float]]:
+def scales_of(config: FuseConfig, adapters: Iterable[Adapter]) -> dict[str, dict[str, float]]:
     """λ of every adapter by component."""
     components = {layer.split(".", 1)[0] for adapter in adapters for layer in adapter.layers}
-    return {a.name: {part: strength_of(config.strength, a.name, f"{part}.") for part in components} for a in adapters}
+    return {a.name: {part: scale_of(config.scales, a.name, f"{part}.") for part in components} for a in adapters}
 
 
 def fuse_adapters(
@@ -113,35 +114,37 @@ def fuse_adapters(
         NotFiniteError: teaching met NaN or infinity.
     """
     adapters = sorted(adapters, key=lambda adapter: adapter.name)
-    check_together(adapters, config.strength)
+    check_together(adapters, config.scales)
     merge = get_merge(config.merge)
+    options = merge.settings(config.options)
     merge.check(adapters)
     use_means(base)
     targets: dict[str, nn.Linear | nn.Conv2d] = {}
     for adapter in adapters:
         targets |= find_targets(base.models, adapter.targets)
         for token, vectors in adapter.tokens.items() if install else ():
-            base.install(token, vectors)
+            base.add_token(token, vectors)
     layers = [layer for layer in targets if any(layer in adapter.sizes for adapter in adapters)]
-    learners = [targets[layer] for layer in layers] + taught_besides(base, config, set(layers))
+    learners = [targets[layer] for layer in layers] + extra_modules(base, config, set(layers))
     lessons = None
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
-    if config.teach.steps:  # before anything is fused: the base is one of the teachers
+    if config.distill.steps:  # before anything is fused: the base is one of the teachers
         if is_large(base):
-            note(room_to_teach(base, [layer.weight for layer in learners], config.teach, precision))
-        lessons = prepare(base, adapters, strengths_of(config, adapters), config.teach, config.seed, progress)
+            note(check_distillation_memory(base, [layer.weight for layer in learners], config.distill, precision))
+        lessons = prepare_targets(base, adapters, scales_of(config, adapters), config.distill, config.seed, progress)
     merged: dict[str, Factors] = {}
     dense = False
     done = 0
     for stage in stages(layers, merge, config):
         changes: dict[str, Factors | Tensor] = {}  # a stage is watched whole before any of it changes
         for group in groups(stage, adapters, merge, config, note):
-            seen, ordinary = watch(
+            seen, ordinary = calibrate_stage(
                 base, adapters, {name: targets[name] for name in group}, layers, merge, config, progress, note
             )
             for layer in group:
                 contributions = contribute(adapters, layer, targets[layer].weight, config, seen)
-                changes[layer] = merge.combine(contributions, config, ordinary.get(layer))
+                context = MergeContext(options, config.seed, ordinary.get(layer), config.calibration.prior_weight)
+                changes[layer] = merge.combine(contributions, context)
                 done += 1
                 progress(Event("fuse", done, len(layers), {"layer": layer}))
         for layer, found in changes.items():
@@ -153,7 +156,7 @@ def fuse_adapters(
     if lessons:
         weights, tokens = [layer.weight for layer in learners], [t for a in adapters for t in a.tokens]
         with tf32(base.device, config.allow_tf32):
-            teach(base, lessons, weights, tokens, config.teach, config.seed, precision, progress)
+            distill(base, lessons, weights, tokens, config.distill, config.seed, precision, progress)
     return None if dense or lessons else merged
 
 
@@ -164,23 +167,23 @@ def add_change(weight: Tensor, change: Factors | Tensor, layer: str) -> None:
     Raises:
         NotFiniteError: the weight is NaN or infinite afterwards.
     """
-    before = exact(weight)
+    before = to_float64(weight)
     delta = change.delta() if isinstance(change, Factors) else change
     weight.copy_((before + delta.view(weight.shape).to(before.device)).to(weight.dtype))
     if not torch.isfinite(weight).all():
         raise NotFiniteError(f"{layer} is NaN or infinite once fused; lower the strengths of its adapters.")
 
 
-def taught_besides(base: Base, config: FuseConfig, adapted: Container[str]) -> list[nn.Linear | nn.Conv2d]:
+def extra_modules(base: Base, config: FuseConfig, adapted: Container[str]) -> list[nn.Linear | nn.Conv2d]:
     """The layers of ``teach.targets`` that no adapter changes.
 
     Raises:
         UserError: unknown targets.
     """
-    if not (config.teach.steps and config.teach.targets):
+    if not (config.distill.steps and config.distill.target_modules):
         return []
     try:
-        found = find_targets(base.models, config.teach.targets)
+        found = find_targets(base.models, config.distill.target_modules)
     except UserError as error:
         raise UserError(f"teach.targets: {error}") from error
     return [layer for name, layer in found.items() if name not in adapted]
@@ -200,9 +203,9 @@ def contribute(
                 adapter.parameters_of(layer) if there else {},
                 adapter.frozen_of(layer, weight.detach().cpu()) if there else {},
                 adapter.slot,
-                strength_of(config.strength, adapter.name, layer),
+                scale_of(config.scales, adapter.name, layer),
                 seen.get(adapter.name, {}).get(layer),
-                None if there else sides(weight),
+                None if there else matrix_shape(weight),
                 layer,
             )
         )
@@ -211,7 +214,7 @@ def contribute(
 
 def stages(layers: list[str], merge: Merge, config: FuseConfig) -> list[list[str]]:
     """The layers in the order in which they are fused: all at once, or as Mix-of-Show does."""
-    if not merge.activations or config.gradient.staging == "own":
+    if not merge.needs_activations or config.calibration.calibrate_on == "adapter":
         return [layers]
     return [list(stage) for _, stage in itertools.groupby(sorted(layers, key=stage_of), stage_of)]
 
@@ -233,11 +236,11 @@ def groups(
     Raises:
         UserError: a single layer does not fit.
     """
-    if not merge.activations:
+    if not merge.needs_activations:
         return [stage]
     sizes = {layer: next(adapter.sizes[layer] for adapter in adapters if layer in adapter.sizes) for layer in stage}
     words = sum(max(1, len(adapter.tokens)) for adapter in adapters)
-    needs = {layer: memory_to_watch({layer: size}, words, config.gradient) for layer, size in sizes.items()}
+    needs = {layer: calibration_memory({layer: size}, words, config.calibration) for layer, size in sizes.items()}
     free = available(torch.device("cpu"))
     room = sum(needs.values()) if free is None else round(SHARE * free)
     if max(needs.values()) > room:
@@ -260,7 +263,7 @@ def groups(
     return out
 
 
-def watch(
+def calibrate_stage(
     base: Base,
     adapters: list[Adapter],
     stage: dict[str, nn.Linear | nn.Conv2d],
@@ -274,22 +277,22 @@ def watch(
 
     In a staged fusion the earlier stages are fused already and the adapter acts on this one and the later ones.
     """
-    if not merge.activations:
+    if not merge.needs_activations:
         return {}, {}
-    settings, own = config.gradient, config.gradient.staging == "own"
+    settings, own = config.calibration, config.calibration.calibrate_on == "adapter"
     first = stage_of(next(iter(stage)))
     acting = None if own else {layer for layer in layers if stage_of(layer) >= first}
 
     def see(adapter: Adapter | None) -> Seen:
         def make() -> Seen:
-            return collect(base, adapter, stage, settings, config.seed, progress, acting)
+            return calibrate(base, adapter, stage, settings, config.seed, progress, acting)
 
         return cached(base, adapter, stage, settings, config.seed, make) if own and settings.cache else make()
 
     for adapter in adapters:
         if not adapter.token:
             note(f"'{adapter.name}' has no word of its own, so it is watched on ordinary prompts, as the anchor is.")
-    ordinary = see(None) if settings.anchor > 0 else {}
+    ordinary = see(None) if settings.prior_weight > 0 else {}
     return {adapter.name: see(adapter) for adapter in adapters}, ordinary
 
 
@@ -304,7 +307,7 @@ def overlaps(adapters: list[Adapter]) -> list[str]:
 
 def device_for(config: FuseConfig) -> str:
     """Where to fuse: on the CPU if nobody said otherwise and no network has to run, since float32 may not fit a GPU."""
-    runs = get_merge(config.merge).activations or config.teach.steps > 0
+    runs = get_merge(config.merge).needs_activations or config.distill.steps > 0
     return config.device if runs or config.device != "auto" else "cpu"
 
 
@@ -316,7 +319,7 @@ def fuse_to_folder(
 ) -> list[str]:
     """Fuse the config's adapters and write the folder; returns warnings to show.
 
-    The folder is a float32 diffusers pipeline with every token in its tokenizer, ``recipe.json``, the resolved
+    The folder is a float32 diffusers pipeline with every token in its tokenizer, ``manifest.json``, the resolved
     settings, the merged factors, and the adapters themselves in ``adapters/``. An older fusion there is replaced
     whole. A fused folder among ``adapters`` stands for the adapters inside it; LoRA files of other programs are
     imported.
@@ -325,7 +328,7 @@ def fuse_to_folder(
         UserError: see :func:`fuse_adapters` and the loading rule.
     """
     output = config.output
-    check_output(output)
+    check_fusion_output(output)
     foreign = [path for path in config.adapters if is_foreign(path)]
     adapters = [adapter for path in config.adapters if path not in foreign for adapter in load_adapters(path)]
     if not adapters and config.base is None:
@@ -335,7 +338,7 @@ def fuse_to_folder(
     check_apart(output, config.base or adapters[0].base)
     base = base or load_base(config.base or adapters[0].base, device_for(config))
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
-    if config.teach.steps:
+    if config.distill.steps:
         precision_note(config.mixed_precision, precision, base.device, config.allow_tf32, note)
     config = config.model_copy(update={"mixed_precision": precision})
     fingerprint = base.fingerprint.exact
@@ -348,10 +351,10 @@ def fuse_to_folder(
             note(f"{path} is called '{name}' here.")
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
     warnings += overlaps(adapters)
-    if (advice := get_merge(config.merge).advise(len(adapters))) and not config.teach.steps:
+    if (advice := get_merge(config.merge).advise(len(adapters))) and not config.distill.steps:
         note(f"Note: {advice}")
     for adapter in adapters:
-        if adapter.layerwise:
+        if adapter.per_layer_vectors:
             note(mean_note(adapter.name))
     merged = fuse_adapters(base, adapters, config, progress, note)
     with atomic_folder(output) as new:
@@ -362,6 +365,6 @@ def fuse_to_folder(
             save_adapter(adapter, new / files[adapter.name])
         if merged:
             write_merged(new / MERGED, merged)
-        write_json(new / RECIPE, recipe_of(config, adapters, files, fingerprint))
+        write_json(new / MANIFEST, manifest_of(config, adapters, files, fingerprint))
         write_text(new / SETTINGS, heading() + to_yaml(config, shared=True))
     return warnings

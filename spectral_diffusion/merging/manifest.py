@@ -9,7 +9,7 @@ from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats.native import load_adapter
-from ..config.models import FuseConfig
+from ..config.fuse import FuseConfig
 from ..core.errors import UserError
 from ..core.files import (
     check_only,
@@ -27,10 +27,10 @@ from ..core.files import (
 from ..core.machine import provenance
 from ..core.paths import is_full, located_base, portable_base
 from ..linalg import Factors
-from ..models.base import quiet
+from ..models.base import quiet_loading
 
 WHERE = ("_name_or_path", "name_or_path")  # in configs: the folder that a part was loaded from
-RECIPE, MERGED, ADAPTERS, SETTINGS = "recipe.json", "merged.safetensors", "adapters", "settings.yaml"
+MANIFEST, MERGED, ADAPTERS, SETTINGS = "manifest.json", "merged.safetensors", "adapters", "settings.yaml"
 
 
 def load_adapters(path: Path) -> list[Adapter]:
@@ -41,21 +41,21 @@ def load_adapters(path: Path) -> list[Adapter]:
     """
     if not is_folder(path):
         return [load_adapter(path)]
-    recipe = read_recipe(path)
+    recipe = read_manifest(path)
     if recipe is None:
-        raise UserError(f"{path} is not a fused folder: it holds no {RECIPE}.")
+        raise UserError(f"{path} is not a fused folder: it holds no {MANIFEST}.")
     adapters = []
     for concept in recipe["concepts"].values():
         file = (Path(path) / str(concept["file"])).resolve()
         if not file.is_relative_to(Path(path).resolve()):
-            raise UserError(f"{path}/{RECIPE} names a file outside the folder; fuse the adapters again.")
+            raise UserError(f"{path}/{MANIFEST} names a file outside the folder; fuse the adapters again.")
         adapters.append(load_adapter(file))
     return adapters
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
     """Write a diffusers folder that does not say where on this machine its parts were loaded from."""
-    with quiet():
+    with quiet_loading():
         pipeline.save_pretrained(folder)
     for file in [*folder.glob("*.json"), *folder.glob("*/*.json")]:
         held = json.loads(file.read_text(encoding="utf-8"))
@@ -92,7 +92,7 @@ def base_of(path: Path) -> str:
     Raises:
         UserError: it is neither.
     """
-    recipe = read_recipe(path) if is_folder(path) else None
+    recipe = read_manifest(path) if is_folder(path) else None
     return str(recipe["base"]) if recipe else load_adapters(path)[0].base
 
 
@@ -101,7 +101,7 @@ def lasting(base: str) -> str:
     return str(Path(base).resolve()) if is_there(base) and base != "pocket" else base
 
 
-def check_output(output: Path) -> None:
+def check_fusion_output(output: Path) -> None:
     """Refuse to write over anything but an earlier fusion with nothing else in it.
 
     Raises:
@@ -109,11 +109,11 @@ def check_output(output: Path) -> None:
     """
     if not output.exists():
         return
-    if not (output / RECIPE).is_file():
+    if not (output / MANIFEST).is_file():
         raise UserError(f"{output} exists and is not a fused folder; choose another output with -o.")
-    check_replaceable(output, {RECIPE, MERGED, SETTINGS, ADAPTERS})
+    check_replaceable(output, {MANIFEST, MERGED, SETTINGS, ADAPTERS})
     try:
-        concepts = (read_recipe(output) or {})["concepts"].values()
+        concepts = (read_manifest(output) or {})["concepts"].values()
     except UserError:  # a damaged recipe does not say which adapters are its own
         return
     check_only(output / ADAPTERS, {Path(str(one["file"])).name for one in concepts})
@@ -129,26 +129,25 @@ def check_apart(output: Path, base: str) -> None:
         raise UserError(f"{output} is the base that is built on, and would be lost; choose another output with -o.")
 
 
-def recipe_of(
+def manifest_of(
     config: FuseConfig, adapters: list[Adapter], files: dict[str, str], fingerprint: str | None
 ) -> dict[str, Any]:
     """What went into a fusion, as JSON; ``fingerprint`` is the exact one of the base that was there, if known."""
-    settings = config.model_dump(mode="json", exclude={"adapters", "output", "base", "device", "strength"})
+    settings = config.model_dump(mode="json", exclude={"adapters", "output", "base", "device", "scales"})
     return {
         "format_version": 2,
         "base": portable_base(config.base or adapters[0].base, fingerprint or "", config.output),
         **({"base_fingerprint": fingerprint} if fingerprint else {}),
         "merge": config.merge,
-        "form": config.form,
         "settings": settings,
-        "strength": config.strength,
+        "scales": config.scales,
         "concepts": {
             adapter.name: {
                 "token": adapter.token,
                 "noun": adapter.noun,
                 "method": adapter.method.name,
                 "columns": str(adapter.slot) if adapter.slot else None,
-                "strength": config.strength.get(adapter.name, 1.0),
+                "scale": config.scales.get(adapter.name, 1.0),
                 "file": files[adapter.name],
             }
             for adapter in sorted(adapters, key=lambda adapter: adapter.name)
@@ -157,28 +156,28 @@ def recipe_of(
     }
 
 
-def read_recipe(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The recipe of a fused folder; None if it is not one.
 
     Raises:
         UserError: a recipe is there but damaged.
     """
-    path = Path(folder) / RECIPE
+    path = Path(folder) / MANIFEST
     if not is_file(path):
         return None
     try:
         recipe = parse_json(read_text(path))
         if recipe["format_version"] != 2 or not isinstance(recipe["concepts"], dict):
             raise ValueError
-        if not isinstance(recipe["settings"], dict) or not isinstance(recipe["strength"], dict):
+        if not isinstance(recipe["settings"], dict) or not isinstance(recipe["scales"], dict):
             raise ValueError
-        if not all(isinstance(recipe[key], str) for key in ("base", "merge", "form")):
+        if not all(isinstance(recipe[key], str) for key in ("base", "merge")):
             raise ValueError
         for concept in recipe["concepts"].values():
             if not all(isinstance(concept[key], str) for key in ("file", "method", "token")):
                 raise ValueError
-            float(concept["strength"])
-        int(recipe["settings"].setdefault("teach", {"steps": 0})["steps"])  # files from before there was any teaching
+            float(concept["scale"])
+        int(recipe["settings"]["distill"]["steps"])
         recipe["base"] = located_base(recipe["base"], recipe.get("base_fingerprint", ""), path.parent)
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged; fuse the adapters again.") from error

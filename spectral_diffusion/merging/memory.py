@@ -11,32 +11,32 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..config.models import GradientConfig, TeachConfig
+from ..config.fuse import CalibrationConfig, DistillConfig
 from ..core.precision import MixedPrecision, autocast, is_half
-from ..models.base import Base, plain_is_quicker
-from ..training.memory import CONTEXT, Estimate, LeanAttention, Models, Peak, fitting, hollow, kind_of, words
+from ..models.base import Base, plain_attention_is_faster
+from ..training.memory import CONTEXT, Estimate, LeanAttention, Models, Peak, base_kind, fitting, hollow, words
 from .calibration import CHUNK
 from .distill import CHUNK as TOGETHER
 
 MEND = "set teach.gradient_checkpointing=true and a smaller teach.batch with more teach.accumulate, or no teach.targets"
 
 
-def memory_to_watch(sizes: Mapping[str, tuple[int, int]], prompts: int, config: GradientConfig) -> int:
+def calibration_memory(sizes: Mapping[str, tuple[int, int]], prompts: int, config: CalibrationConfig) -> int:
     """Bytes that is kept of what is watched while so many words are drawn, and of the ordinary prompts, at most.
 
     Of a layer that is as many rows as are drawn, or a Gram matrix; one adapter's are there a second time while they are
     written to the disk.
     """
-    rows = math.ceil(config.pictures / CHUNK) * config.steps * config.rows
+    rows = math.ceil(config.num_images / CHUNK) * config.num_inference_steps * config.tokens_per_call
     once = sum(8 * inside * min(inside, rows) for _, inside in sizes.values())
     return once * (prompts + 1 + config.cache)
 
 
-def memory_to_teach(
+def distillation_memory(
     models: Models,
     vae: nn.Module,
     learners: Iterable[Tensor],
-    config: TeachConfig,
+    config: DistillConfig,
     size: int,
     device: str = "cuda",
     precision: MixedPrecision = "bf16",
@@ -62,7 +62,7 @@ def memory_to_teach(
         unet: Any = copies["unet"]
         side = size // scale
         dtype = next(unet.parameters()).dtype
-        plain = plain_is_quicker(device, is_half(precision, dtype), side)
+        plain = plain_attention_is_faster(device, is_half(precision, dtype), side)
         unet.set_attn_processor(AttnProcessor() if plain else LeanAttention())
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
@@ -74,20 +74,22 @@ def memory_to_teach(
 
         held = [tensor for model in copies.values() for tensor in (*model.parameters(), *model.buffers())]
         with Peak(iter(held)) as drawing, torch.no_grad():
-            predict(2 * min(TOGETHER, config.batch))
+            predict(2 * min(TOGETHER, config.batch_size))
         with Peak(iter(held)) as step, autocast(torch.device("cpu"), precision):
-            for _ in range(min(config.accumulate, 2)):  # the second finds the first one's gradients
-                (predict(config.batch).float() ** 2).mean().backward()
+            for _ in range(min(config.gradient_accumulation_steps, 2)):  # the second finds the first one's gradients
+                (predict(config.batch_size).float() ** 2).mean().backward()
     # The optimiser takes its step beside the gradients, with room for one more number each.
     phases = {"drawing lessons": drawing.most, "teaching": max(step.most, 2 * 4 * trained)}
     return Estimate(weights, 2 * 4 * trained, phases, CONTEXT[device])
 
 
-def room_to_teach(base: Base, learners: Iterable[Tensor], config: TeachConfig, precision: MixedPrecision) -> str:
+def check_distillation_memory(
+    base: Base, learners: Iterable[Tensor], config: DistillConfig, precision: MixedPrecision
+) -> str:
     """A sentence of the memory that teaching takes, and of what is there.
 
     Raises:
         UserError: there is clearly not enough.
     """
-    found = memory_to_teach(base.models, base.pipeline.vae, learners, config, base.size, kind_of(base), precision)
+    found = distillation_memory(base.models, base.pipeline.vae, learners, config, base.size, base_kind(base), precision)
     return fitting(found, base, "Teaching", MEND)

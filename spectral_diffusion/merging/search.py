@@ -17,8 +17,9 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, check_base
-from ..adapters.apply import acting
-from ..config.models import ORDINARY_ADJECTIVES, ORDINARY_NOUNS, FuseConfig, TeachConfig, ordinary_thing
+from ..adapters.apply import enabled_adapters
+from ..config.fuse import DistillConfig, FuseConfig
+from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, generic_subject
 from ..core.hooks import Event, Progress, silent
 from ..core.rng import keyed_generator, keyed_random
 from ..models.base import Base
@@ -66,17 +67,21 @@ def make_reference(base: Base, adapter: Adapter | None, config: FuseConfig) -> R
     prompts = []
     words = list(adapter.tokens) if adapter and adapter.tokens else [None]
     for word, prompt in itertools.product(words, HELD_OUT):
-        ordinary = ordinary_thing(random.choice(ORDINARY_ADJECTIVES), random.choice(ORDINARY_NOUNS))
+        ordinary = generic_subject(random.choice(GENERIC_ADJECTIVES), random.choice(GENERIC_NOUNS))
         prompts.append(collapse(prompt.replace("{}", word or ordinary), known))
     schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
     steps = torch.tensor([int(share * (len(schedule.alphas_cumprod) - 1)) for share in NOISE])
 
-    with acting(base, [(adapter, 1.0)] if adapter else []):
+    with enabled_adapters(base, [(adapter, 1.0)] if adapter else []):
         latents = base.pipeline(
-            prompt=prompts, num_inference_steps=config.gradient.steps, guidance_scale=config.gradient.guidance,
-            width=base.size, height=base.size, output_type="latent",
+            prompt=prompts,
+            num_inference_steps=config.calibration.num_inference_steps,
+            guidance_scale=config.calibration.guidance_scale,
+            width=base.size,
+            height=base.size,
+            output_type="latent",
             generator=[keyed_generator("tune", config.seed, i) for i in range(len(prompts))],
-        ).images  # fmt: skip
+        ).images
         latents = latents.repeat_interleave(len(steps), 0)
         timesteps = steps.repeat(len(prompts)).to(base.device)
         noise = torch.randn(latents.shape, generator=keyed_generator("tune", "noise", config.seed)).to(latents)
@@ -102,7 +107,7 @@ def untouched(base: Base, adapters: Sequence[Adapter]) -> Iterator[None]:
                 layer.weight.copy_(held[name])
 
 
-def tune(
+def search_scales(
     base: Base,
     adapters: list[Adapter],
     config: FuseConfig,
@@ -119,22 +124,24 @@ def tune(
     Raises:
         UserError: an adapter does not belong on this base, two share a name or a token, or the merge is not for them.
     """
-    check_together(adapters, config.strength)
+    check_together(adapters, config.scales)
     get_merge(config.merge).check(adapters)
-    config = config.model_copy(update={"teach": TeachConfig()})  # merges are compared, not what is taught after them
+    config = config.model_copy(
+        update={"distill": DistillConfig()}
+    )  # merges are compared, not what is taught after them
     for adapter in adapters:
         check_base(adapter, base, config.allow_base)
     for adapter in adapters:
         for token, vectors in adapter.tokens.items():
-            base.install(token, vectors)
+            base.add_token(token, vectors)
     references = [make_reference(base, adapter, config) for adapter in (*adapters, None)]
     effect = sum(float((one.wanted - one.plain).square().mean()) for one in references[:-1]) / len(adapters)
     tried = []
-    grid = list(itertools.product(strengths, anchors or (config.gradient.anchor,)))
+    grid = list(itertools.product(strengths, anchors or (config.calibration.prior_weight,)))
     for index, (strength, anchor) in enumerate(grid, 1):
-        each = {adapter.name: strength * config.strength.get(adapter.name, 1.0) for adapter in adapters}
-        gradient = config.gradient.model_copy(update={"anchor": anchor})
-        changed = config.model_copy(update={"strength": {**config.strength, **each}, "gradient": gradient})
+        each = {adapter.name: strength * config.scales.get(adapter.name, 1.0) for adapter in adapters}
+        gradient = config.calibration.model_copy(update={"anchor": anchor})
+        changed = config.model_copy(update={"scales": {**config.scales, **each}, "calibration": gradient})
         with untouched(base, adapters):
             fuse_adapters(base, adapters, changed, note=note, install=False)
             with torch.no_grad():

@@ -11,28 +11,28 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, check_base
 from ..adapters.formats.native import save_adapter
-from ..config.models import FuseConfig, build
+from ..config.fuse import FuseConfig
+from ..config.settings import build
 from ..core.errors import UserError, nearest
 from ..core.files import atomic_folder, write_json
 from ..core.hooks import Progress, silent
 from ..linalg import Factors
 from ..models.base import load_base
 from ..models.targets import find_targets
-from .fuse import device_for, fuse_to_folder, owner, strength_of
+from .fuse import device_for, fuse_to_folder, owner, scale_of
 from .manifest import (
     ADAPTERS,
+    MANIFEST,
     MERGED,
-    RECIPE,
     check_apart,
-    check_output,
+    check_fusion_output,
     load_adapters,
-    read_recipe,
-    recipe_of,
+    manifest_of,
+    read_manifest,
     save_pipeline,
     write_merged,
 )
-
-SUMS = {("spectral", "sum"), ("cat", "sum"), ("orthogonal", "sum")}  # merges in which every concept is one summand
+from .merges import get_merge
 
 
 def settings_of(folder: Path, adapters: Sequence[Path], output: Path, device: str = "auto") -> FuseConfig:
@@ -41,11 +41,11 @@ def settings_of(folder: Path, adapters: Sequence[Path], output: Path, device: st
     Raises:
         UserError: not a fused folder.
     """
-    recipe = read_recipe(folder)
+    recipe = read_manifest(folder)
     if recipe is None:
-        raise UserError(f"{folder} is not a fused folder: it holds no {RECIPE}.")
+        raise UserError(f"{folder} is not a fused folder: it holds no {MANIFEST}.")
     held = {"base": recipe["base"], "device": device, "adapters": list(adapters), "output": output}
-    return build(FuseConfig, recipe["settings"], held, {"strength": recipe["strength"]}, file=f"{folder}/{RECIPE}")
+    return build(FuseConfig, recipe["settings"], held, {"scales": recipe["scales"]}, file=f"{folder}/{MANIFEST}")
 
 
 def unfuse(
@@ -75,10 +75,10 @@ def unfuse(
             raise UserError(f"No concept '{name}' in {folder}{nearest(name, names)}; there are {', '.join(names)}.")
     if output.resolve() == folder.resolve():
         raise UserError(f"{folder} may hold the only copy of what is taken out; choose another output with -o.")
-    check_output(output)
+    check_fusion_output(output)
     kept = [adapter for adapter in adapters if adapter.name not in remove]
-    left = {key: value for key, value in config.strength.items() if owner(key, names)[0] not in remove}
-    config = config.model_copy(update={"strength": left})
+    left = {key: value for key, value in config.scales.items() if owner(key, names)[0] not in remove}
+    config = config.model_copy(update={"scales": left})
     check_apart(output, str(base_name or config.base))
     if subtract:
         _subtract(folder, list(remove), config, note)
@@ -93,7 +93,7 @@ def unfuse(
     for text in (check_base(adapter, base, config.allow_base) for adapter in adapters):
         if text:
             note(f"Warning: {text}")
-    recipe = read_recipe(folder) or {}
+    recipe = read_manifest(folder) or {}
     exact = recipe.get("base_fingerprint", base.fingerprint.exact) == base.fingerprint.exact
     if not exact:
         note(f"Note: {folder} was fused on the base in another precision, so the result has not the same last bits.")
@@ -108,15 +108,16 @@ def unfuse(
 
 def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callable[[str], None]) -> None:
     """Take the removed adapters' changes off the fused weights."""
-    if (config.merge, config.form) not in SUMS:
+    merge = get_merge(config.merge)
+    if not merge.is_sum(merge.settings(config.options)):
         raise UserError(f"Only plain sums can be subtracted from; {folder} was merged by {config.merge}: get its base.")
-    if config.teach.steps:
+    if config.distill.steps:
         raise UserError(f"Only plain sums can be subtracted from; {folder} was taught after the merge: get its base.")
     check_float32(folder)
     fused = load_base(str(folder), "cpu")
     adapters = load_adapters(folder)
-    recipe = read_recipe(folder) or {}
-    strength = recipe["strength"]
+    recipe = read_manifest(folder) or {}
+    strength = recipe["scales"]
     gone: dict[str, Tensor] = {}
     targets: dict[str, nn.Linear | nn.Conv2d] = {}
     for adapter in adapters:
@@ -127,7 +128,7 @@ def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callabl
         targets |= find_targets(fused.models, adapter.targets)
         for layer in adapter.layers:
             up, down = (part.double() for part in adapter.factors(layer))
-            delta = strength_of(strength, adapter.name, layer) * (up @ down)
+            delta = scale_of(strength, adapter.name, layer) * (up @ down)
             gone[layer] = gone[layer] + delta if layer in gone else delta
     bound = 0.0
     with torch.no_grad():
@@ -142,7 +143,7 @@ def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callabl
         for adapter in kept:
             save_adapter(adapter, new / files[adapter.name])
         if kept:
-            write_json(new / RECIPE, recipe_of(config, kept, files, recipe.get("base_fingerprint")))
+            write_json(new / MANIFEST, manifest_of(config, kept, files, recipe.get("base_fingerprint")))
         if kept and not any(adapter.needs_base for adapter in kept):  # whose change could not be told here
             write_merged(new / MERGED, summed(kept, strength))
     note(
@@ -171,7 +172,7 @@ def summed(adapters: Sequence[Adapter], strength: Mapping[str, float]) -> dict[s
     for adapter in sorted(adapters, key=lambda one: one.name):
         for layer in adapter.layers:
             up, down = adapter.factors(layer)
-            up = up * strength_of(strength, adapter.name, layer)
+            up = up * scale_of(strength, adapter.name, layer)
             held = out.get(layer)
             out[layer] = (
                 Factors(torch.cat([held.up, up], 1), torch.cat([held.down, down], 0)) if held else Factors(up, down)

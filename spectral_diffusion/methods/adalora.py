@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import Factors
-from .registry import Method, Peft, Shapes, Tensors, register
+from .registry import Method, Peft, Shapes, Tensors, register_method
 
 PENALTY = 0.5  # PEFT's orth_reg_weight
 
@@ -39,7 +39,7 @@ def options(rank: int, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-METHOD = register(
+METHOD = register_method(
     Method(
         name="adalora",
         summary="AdaLoRA (Zhang et al. 2023) through PEFT: singular values that a schedule takes away",

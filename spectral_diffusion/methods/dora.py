@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..linalg import Factors, dense_factors, flatten
-from .registry import Method, Peft, Shapes, Tensors, register
+from .registry import Method, Peft, Shapes, Tensors, register_method
 
 
 def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
@@ -19,13 +19,13 @@ def factors(parameters: Tensors, frozen: Tensors) -> Factors:
     return dense_factors(scaled - W)
 
 
-METHOD = register(
+METHOD = register_method(
     Method(
         name="dora",
         summary="DoRA (Liu et al. 2024) through PEFT, alpha = rank",
         shapes=shapes,
         factors=factors,
-        frozen="weight",
+        builds_on="weight",
         low_rank=False,
         neutral=frozenset({"m"}),
         peft=Peft(

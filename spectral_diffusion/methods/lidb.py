@@ -8,7 +8,7 @@ from torch import Tensor
 from ..core.rng import keyed_generator
 from ..linalg import Factors
 from ..slots.ledger import Slot
-from .registry import Method, Shapes, Tensors, register
+from .registry import Method, Shapes, Tensors, register_method
 
 LEFT, RIGHT = 50, 100  # a and b of the paper
 
@@ -41,14 +41,14 @@ def initial(shapes: Shapes, generator: torch.Generator) -> dict[str, Tensor]:
     return {"A": torch.randn(shapes["A"], generator=generator) / LEFT**0.5, "B": torch.zeros(shapes["B"])}
 
 
-METHOD = register(
+METHOD = register_method(
     Method(
         name="lidb",
         summary="LiDB (Ruiz et al. 2023): a small LoRA between frozen random frames, a = 50 and b = 100",
         shapes=shapes,
         factors=factors,
-        frozen="drawn",
-        draw=draw,
+        builds_on="drawn",
+        init_frozen=draw,
         initial=initial,
         lr_scale=3.0,
         ranks=lambda sides: range(1, LEFT + 1),

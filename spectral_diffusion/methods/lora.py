@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import Factors, flatten
-from .registry import Method, Peft, Shapes, Tensors, register
+from .registry import Method, Peft, Shapes, Tensors, register_method
 
 
 def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
@@ -28,7 +28,7 @@ def initial(shapes: Shapes, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-METHOD = register(
+METHOD = register_method(
     Method(
         name="lora",
         summary="LoRA (Hu et al. 2021) through PEFT, alpha = rank",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import Factors, cayley_change
-from .registry import Method, Shapes, Tensors, register
+from .registry import Method, Shapes, Tensors, register_method
 
 
 def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
@@ -48,13 +48,13 @@ def ranks(sides: Sequence[tuple[int, int]]) -> Sequence[int]:
     return [blocks for blocks in range(1, min(inputs) // 2 + 1) if common % blocks == 0]
 
 
-METHOD = register(
+METHOD = register_method(
     Method(
         name="oft",
         summary="OFT (Qiu et al. 2023) with a shared block; the rank is the number of blocks",
         shapes=shapes,
         factors=factors,
-        frozen="weight",
+        builds_on="weight",
         prepare=prepare,
         map_input=map_input,
         low_rank=False,

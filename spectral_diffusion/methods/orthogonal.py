@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.rng import keyed_generator
 from ..linalg import Factors, orthogonal_basis
 from ..slots.ledger import Slot
-from .registry import Method, Shapes, Tensors, register
+from .registry import Method, Shapes, Tensors, register_method
 
 
 def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
@@ -39,15 +39,15 @@ def ranks(sides: Sequence[tuple[int, int]]) -> Sequence[int]:
     return range(1, min(side[1] for side in sides) + 1)
 
 
-METHOD = register(
+METHOD = register_method(
     Method(
         name="orthogonal",
         summary="Orthogonal Adaptation (Po et al. 2024): rows of a shared orthogonal basis, distinct per concept",
         shapes=shapes,
         factors=factors,
-        frozen="drawn",
+        builds_on="drawn",
         slot="rows",
-        draw=draw,
+        init_frozen=draw,
         ranks=ranks,
     )
 )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.registry import Registry
-from ..linalg import Core, Factors
+from ..linalg import Factors, SandwichFactors
 from ..slots.ledger import Slot
 
 Shapes = dict[str, tuple[int, ...]]
@@ -69,11 +69,11 @@ class Method:
     summary: str
     shapes: Callable[[int, int, int], Shapes]
     factors: Callable[[Tensors, Tensors], Factors]
-    frozen: Literal["band", "spectrum", "weight", "drawn", "nothing"] = "nothing"
+    builds_on: Literal["band", "spectrum", "weight", "drawn", "nothing"] = "nothing"
     slot: Literal["columns", "rows"] | None = None
-    draw: Callable[[int, int, int, Slot | None], dict[str, Tensor]] | None = None
+    init_frozen: Callable[[int, int, int, Slot | None], dict[str, Tensor]] | None = None
     initial: Callable[[Shapes, torch.Generator], dict[str, Tensor]] | None = None
-    core: Callable[[Tensors, Tensors], Core] | None = None
+    sandwich: Callable[[Tensors, Tensors], SandwichFactors] | None = None
     prepare: Callable[[Tensors, Tensors], Tensors] | None = None
     prepared_on: tuple[str, ...] = ()
     map_input: Callable[[Tensor, Tensors], Tensor] | None = None
@@ -102,7 +102,7 @@ class Method:
 METHODS: Registry[Method] = Registry("method", __package__)
 
 
-def register(method: Method) -> Method:
+def register_method(method: Method) -> Method:
     """Add a method under its name."""
     return METHODS.add(method.name, method)
 

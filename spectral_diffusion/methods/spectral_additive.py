@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..linalg import Factors
-from .registry import Method, Shapes, Tensors, register
+from .registry import Method, Shapes, Tensors, register_method
 
 
 def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
@@ -35,24 +35,24 @@ def factors(parameters: Tensors, frozen: Tensors) -> Factors:
     return Factors(up, down.mT)
 
 
-METHOD = register(
+METHOD = register_method(
     Method(
         name="spectral-additive",
         summary="Spectral Adapter A: r columns of U and V, additively (paper, sec. 2)",
         shapes=shapes,
         factors=factors,
-        frozen="band",
+        builds_on="band",
         slot="columns",
         frozen_up=True,
     )
 )
-WITH_VALUES = register(
+WITH_VALUES = register_method(
     Method(
         name="spectral-additive-s",
         summary="Spectral Adapter A with r trained singular values too (the reference code's form)",
         shapes=shapes_with_values,
         factors=factors,
-        frozen="band",
+        builds_on="band",
         slot="columns",
         frozen_up=True,
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import Core, Factors, cayley_change, compose_changes
-from .registry import Method, Shapes, Tensors, register
+from ..linalg import Factors, SandwichFactors, cayley_change, compose_changes
+from .registry import Method, Shapes, Tensors, register_method
 
 PREPARED_ON = ("S", "D_U", "D_V", "c")
 
@@ -43,9 +43,9 @@ def prepare(parameters: Tensors, frozen: Tensors) -> dict[str, Tensor]:
         return {"D_U": D_U, "D_V": D_V, "c": c, "M": M + torch.diag_embed(S * c)}
 
 
-def core(prepared: Tensors, frozen: Tensors) -> Core:
+def core(prepared: Tensors, frozen: Tensors) -> SandwichFactors:
     """ΔW = U_b M V_bᵀ between frozen columns. The columns of U R_U and V R_V are orthonormal again."""
-    return Core(frozen["U"], prepared["M"], frozen["V"].mT)
+    return SandwichFactors(frozen["U"], prepared["M"], frozen["V"].mT)
 
 
 def factors(prepared: Tensors, frozen: Tensors) -> Factors:
@@ -54,29 +54,29 @@ def factors(prepared: Tensors, frozen: Tensors) -> Factors:
         return core(prepared, frozen).factors()
 
 
-METHOD = register(
+METHOD = register_method(
     Method(
         name="spectral-rotation",
         summary="Spectral Adapter R: r columns of U and V, rotated by Cayley maps (paper, sec. 2)",
         shapes=shapes,
         factors=factors,
-        frozen="band",
+        builds_on="band",
         slot="columns",
-        core=core,
+        sandwich=core,
         prepare=prepare,
         prepared_on=PREPARED_ON,
         lr_scale=10.0,
     )
 )
-WITH_VALUES = register(
+WITH_VALUES = register_method(
     Method(
         name="spectral-rotation-s",
         summary="Spectral Adapter R with r trained scales of the singular values too",
         shapes=shapes_with_values,
         factors=factors,
-        frozen="band",
+        builds_on="band",
         slot="columns",
-        core=core,
+        sandwich=core,
         prepare=prepare,
         prepared_on=PREPARED_ON,
         lr_scale=10.0,

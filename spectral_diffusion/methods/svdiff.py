@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..linalg import Factors
-from .registry import Method, Shapes, Tensors, register
+from .registry import Method, Shapes, Tensors, register_method
 
 
 def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
@@ -16,13 +16,13 @@ def factors(parameters: Tensors, frozen: Tensors) -> Factors:
     return Factors(frozen["U"] * parameters["delta"], frozen["V"].mT)
 
 
-METHOD = register(
+METHOD = register_method(
     Method(
         name="svdiff",
         summary="SVDiff (Han et al. 2023): every singular value shifted; it has no rank",
         shapes=shapes,
         factors=factors,
-        frozen="spectrum",
+        builds_on="spectrum",
         low_rank=False,
         lr_scale=10.0,
         ranks=lambda sides: (1,),

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.rng import keyed_generator
 from ..linalg import Factors
 from ..slots.ledger import Slot
-from .registry import Method, Shapes, Tensors, register
+from .registry import Method, Shapes, Tensors, register_method
 
 START = 0.1  # of the vector d, as in the paper
 
@@ -43,14 +43,14 @@ def initial(shapes: Shapes, generator: torch.Generator) -> dict[str, Tensor]:
     return {"d": torch.full(shapes["d"], START), "b": torch.zeros(shapes["b"])}
 
 
-METHOD = register(
+METHOD = register_method(
     Method(
         name="vera",
         summary="VeRA (Kopiczko et al. 2024): shared random matrices, trained scales",
         shapes=shapes,
         factors=factors,
-        frozen="drawn",
-        draw=draw,
+        builds_on="drawn",
+        init_frozen=draw,
         initial=initial,
         lr_scale=10.0,
         ranks=lambda sides: range(1, 4097),

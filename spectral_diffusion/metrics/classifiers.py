@@ -104,7 +104,7 @@ class Mixer(nn.Module):
         return x + self.layers(x)
 
 
-JUDGES: dict[str, type[nn.Module]] = {"chooser": Plain, "referee": Depthwise}
+CLASSIFIERS: dict[str, type[nn.Module]] = {"chooser": Plain, "referee": Depthwise}
 
 
 def tensor_of(images: Sequence[Image.Image]) -> Tensor:
@@ -113,16 +113,16 @@ def tensor_of(images: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(stack).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def load_judge(name: str, folder: Path | None = None) -> nn.Module:
+def load_classifier(name: str, folder: Path | None = None) -> nn.Module:
     """A trained judge, ``chooser`` or ``referee``: the shipped one, or the one in a folder."""
-    judge = JUDGES[name]()
+    judge = CLASSIFIERS[name]()
     tensors, _ = read_tensors((folder or pocket.path() / "judges") / f"{name}.safetensors")
     judge.load_state_dict({n: v.float() if v.is_floating_point() else v for n, v in tensors.items()})
     return judge.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Prediction:
     """What a judge sees in one window."""
 
     noun: str | None
@@ -131,7 +131,7 @@ class Verdict:
 
 
 @torch.no_grad()
-def judge_pictures(judge: nn.Module, pictures: Sequence[Image.Image], counts: Sequence[int]) -> list[list[Verdict]]:
+def classify_images(judge: nn.Module, pictures: Sequence[Image.Image], counts: Sequence[int]) -> list[list[Prediction]]:
     """Verdicts for every picture's windows from left to right, ``counts`` windows each."""
     parts = [window for picture, count in zip(pictures, counts, strict=True) for window in windows(picture, count)]
     answers: dict[str, list[int]] = {head: [] for head in HEADS}
@@ -139,7 +139,7 @@ def judge_pictures(judge: nn.Module, pictures: Sequence[Image.Image], counts: Se
         for head, logits in judge(tensor_of(parts[start : start + 64])).items():
             answers[head] += logits.argmax(1).tolist()
     verdicts = [
-        Verdict(NOUNS[n] if n < len(NOUNS) else None, TINTS[c], BACKDROPS[b])
+        Prediction(NOUNS[n] if n < len(NOUNS) else None, TINTS[c], BACKDROPS[b])
         for n, c, b in zip(answers["noun"], answers["colour"], answers["backdrop"], strict=True)
     ]
     out = []

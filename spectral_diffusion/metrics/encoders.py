@@ -107,11 +107,11 @@ def load_encoder(name: str) -> Encoder:
         return Pocket()
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-    from ..models.base import quiet
+    from ..models.base import quiet_loading
 
     here = {"local_files_only": True}
     try:
-        with quiet():
+        with quiet_loading():
             kind = AutoConfig.from_pretrained(name, **here).model_type
             if kind not in {"clip", "dinov2"}:
                 raise UserError(f"The encoder '{name}' is a {kind} model; use pocket, a CLIP or a DINOv2 model.")

@@ -79,7 +79,9 @@ def embed(encoder: IdentityEncoder, images: Sequence[Image.Image]) -> Tensor:
     return torch.cat([encoder(part / 127.5 - 1) for part in stack.split(64)])
 
 
-def likeness(encoder: IdentityEncoder, images: Sequence[Image.Image], references: Sequence[Image.Image]) -> Tensor:
+def identity_score(
+    encoder: IdentityEncoder, images: Sequence[Image.Image], references: Sequence[Image.Image]
+) -> Tensor:
     """Mean cosine (n,) of every picture with all references."""
     return (embed(encoder, images) @ embed(encoder, references).mT).mean(1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .classifiers import judge_pictures, load_judge
+from .classifiers import classify_images, load_classifier
 from .encoders import Clip, Encoder
 from .prompts import backdrop_of
 from .views import CHUNK, View, embed_views
@@ -27,10 +27,10 @@ def backdrops(views: Sequence[View]) -> Values:
     """1 where the referee sees the backdrop that a whole picture's prompt asks for, else 0."""
     values: Values = [None] * len(views)
     told = [index for index, view in enumerate(views) if view.box is None and backdrop_of(view.prompt)]
-    judge = load_judge("referee")
+    judge = load_classifier("referee")
     for start in range(0, len(told), CHUNK):
         part = told[start : start + CHUNK]
-        verdicts = judge_pictures(judge, [views[index].open() for index in part], [1] * len(part))
+        verdicts = classify_images(judge, [views[index].open() for index in part], [1] * len(part))
         for index, [verdict] in zip(part, verdicts, strict=True):
             values[index] = float(verdict.backdrop == backdrop_of(views[index].prompt))
     return values

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import pocket
 from ..core.errors import UserError, nearest
-from ..linalg import sides
+from ..linalg import matrix_shape
 from ..methods import all_methods
 from .targets import find_targets
 
@@ -102,7 +102,7 @@ def fill_randomly(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
 
 def count_table(arch: str, ranks: tuple[int, ...] = RANKS, targets: str = "attention") -> list[dict]:
     """A row for every method and rank that fits: ``{method, rank, trainable, layers, lr_scale}``."""
-    shapes = [sides(layer.weight) for layer in find_targets(build_meta(arch), targets).values()]
+    shapes = [matrix_shape(layer.weight) for layer in find_targets(build_meta(arch), targets).values()]
     rows = []
     for name, method in sorted(all_methods().items()):
         allowed = method.ranks(shapes)

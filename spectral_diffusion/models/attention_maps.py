@@ -18,7 +18,7 @@ LARGEST = 32 * 32  # places of a map at most: finer ones cost much and say littl
 TINY = 1e-6  # a map without a maximum is left as it is
 
 
-class Watched:
+class CapturingProcessor:
     """An attention processor that also says what its layer attends to; its output is the inner one's."""
 
     def __init__(self, inner: Any, maps: AttentionMaps) -> None:
@@ -55,14 +55,14 @@ class AttentionMaps:
 
 
 @contextmanager
-def watching(unet: nn.Module, wanted: bool) -> Iterator[AttentionMaps | None]:
+def capture_attention_maps(unet: nn.Module, wanted: bool) -> Iterator[AttentionMaps | None]:
     """Watch a U-Net's cross-attention, or leave it as it is and yield None."""
     if not wanted:
         yield None
         return
     before = dict(unet.attn_processors)  # type: ignore[arg-type]
     maps = AttentionMaps()
-    watched = {name: Watched(one, maps) if ".attn2." in name else one for name, one in before.items()}
+    watched = {name: CapturingProcessor(one, maps) if ".attn2." in name else one for name, one in before.items()}
     unet.set_attn_processor(watched)  # type: ignore[operator]
     try:
         yield maps

@@ -27,7 +27,7 @@ from ..core.errors import UserError, reason
 from ..core.files import check_not_disguised, read_header
 from .fingerprint import Fingerprint, Origin, kept_fingerprint, key_of_files, state_of
 from .targets import find_targets
-from .tokens import embedding_of, ids_of, install, pool_at_end
+from .tokens import add_token_rows, embedding_of, ids_of, pool_at_end
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # and their tokenizers; SDXL has both
 DTYPES = {
@@ -64,14 +64,14 @@ class Base:
             if getattr(self.pipeline, encoder, None) is not None
         }
 
-    def install(self, token: str, vectors: dict[str, Tensor]) -> None:
+    def add_token(self, token: str, vectors: dict[str, Tensor]) -> None:
         """Add a token to every tokenizer and its vectors (n, width) to every text encoder.
 
         Raises:
             UserError: the token is there already.
         """
         for encoder, rows in vectors.items():
-            install(self.tokenizers[encoder], self.models[encoder], token, rows)
+            add_token_rows(self.tokenizers[encoder], self.models[encoder], token, rows)
 
     def vectors(self, token: str) -> dict[str, Tensor]:
         """The vectors (n, width) of an installed token in every text encoder."""
@@ -102,10 +102,10 @@ class Base:
         words, _, *pooled = self.pipeline.encode_prompt(
             list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-        words, *summary = self.emptied(prompts, words, *pooled[:1])
+        words, *summary = self.zero_empty_prompts(prompts, words, *pooled[:1])
         return words, summary[0] if summary else None
 
-    def emptied(self, prompts: Sequence[str], *encoded: Tensor) -> tuple[Tensor, ...]:
+    def zero_empty_prompts(self, prompts: Sequence[str], *encoded: Tensor) -> tuple[Tensor, ...]:
         """Encoded prompts, with zeros for empty ones where the pipeline takes these (SDXL)."""
         if all(prompts) or not self.pipeline.config.get("force_zeros_for_empty_prompt"):
             return encoded
@@ -117,7 +117,7 @@ class Base:
         return {name: layer.weight.detach() for name, layer in find_targets(self.models, targets).items()}
 
 
-def plain_is_quicker(device: str, half: bool, side: int) -> bool:
+def plain_attention_is_faster(device: str, half: bool, side: int) -> bool:
     """Whether plain attention beats the fused one: on a CPU in half precision, for latents of less than ``side`` 64.
 
     In float32 the fused one takes half the time where there are many places, and it never keeps the scores.
@@ -126,7 +126,7 @@ def plain_is_quicker(device: str, half: bool, side: int) -> bool:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Keep the loading chatter of diffusers and transformers out of the user's way."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -185,7 +185,7 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
     """
     torch_dtype, torch_device = parse_dtype(dtype), parse_device(device)
     try:
-        with quiet():
+        with quiet_loading():
             pipeline, key = _load_pipeline(name, torch_dtype)
     except UserError:
         raise
@@ -256,11 +256,11 @@ def weight_files(source: Path) -> list[Path]:
     return [file for folder in parts for file in folder.iterdir() if file.is_file()]
 
 
-def size_in_configs(name: str) -> int | None:
+def size_from_configs(name: str) -> int | None:
     """The side in pixels that a base was made for, by its configs in a folder or the hub's cache; None without them."""
     folder = str(pocket.path()) if name == "pocket" else name
     try:
-        with quiet():
+        with quiet_loading():
             unet = UNet2DConditionModel.load_config(folder, subfolder="unet", local_files_only=True)
             vae = AutoencoderKL.load_config(folder, subfolder="vae", local_files_only=True)
         return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
@@ -268,13 +268,13 @@ def size_in_configs(name: str) -> int | None:
         return None
 
 
-def size_of(name: str) -> int:
+def native_size(name: str) -> int:
     """The side in pixels that a base was made for; it is loaded only where its configs do not tell.
 
     Raises:
         UserError: no such base.
     """
-    return size_in_configs(name) or load_base(name, "cpu").size
+    return size_from_configs(name) or load_base(name, "cpu").size
 
 
 def load_single_file(path: Path, options: dict[str, Any]) -> StableDiffusionPipeline | StableDiffusionXLPipeline:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..core.errors import UserError
 from .base import Base
-from .tokens import add_rows, embedding_of, words
+from .tokens import add_rows, embedding_of, split_words
 
 ORDER = ("down_blocks", "mid_block", "up_blocks")  # in which a U-Net's parts run; they are not registered so
 
@@ -31,7 +31,7 @@ def check_encoders(base: Base) -> None:
     """
     if len(base.tokenizers) > 1:
         raise UserError(
-            f"layerwise=true needs a base with one text encoder, and '{base.name}' has two: use layerwise=false."
+            f"per_layer_tokens=true needs a base with one text encoder, and '{base.name}' has two: use layerwise=false."
         )
 
 
@@ -41,7 +41,7 @@ def cross_attention(unet: Any) -> list[str]:
     return sorted(names, key=lambda name: ORDER.index(name.split(".", 1)[0]))
 
 
-class LayerwiseAttention:
+class PerLayerAttention:
     """A diffusers attention processor that hands the part of layer ``index`` of ``count`` to the inner one.
 
     What is not ``count`` times as long as one prompt's ``length`` passes as it is.
@@ -65,8 +65,8 @@ def wrapped(unet: Any, length: int) -> dict[str, Any]:
     """The U-Net's processors by name, those of cross-attention wrapped once."""
     names, found = cross_attention(unet), dict(unet.attn_processors)
     for index, name in enumerate(names):
-        if not isinstance(found[name], LayerwiseAttention):
-            found[name] = LayerwiseAttention(found[name], index, len(names), length)
+        if not isinstance(found[name], PerLayerAttention):
+            found[name] = PerLayerAttention(found[name], index, len(names), length)
     return found
 
 
@@ -145,7 +145,7 @@ def lengthen(base: Base, encoder: str) -> list[Any]:
 
 
 @contextmanager
-def layered(base: Base, wanted: bool) -> Iterator[None]:
+def per_layer_attention(base: Base, wanted: bool) -> Iterator[None]:
     """Let layer-wise tokens act on a base while the context is open, over whatever processors it has now."""
     if not wanted:
         yield
@@ -161,7 +161,7 @@ def layered(base: Base, wanted: bool) -> Iterator[None]:
             handle.remove()
 
 
-def install_layerwise(base: Base, token: str, vectors: Mapping[str, Tensor]) -> None:
+def install_per_layer(base: Base, token: str, vectors: Mapping[str, Tensor]) -> None:
     """Let an installed token have vectors (layers, n, width) of its own in every cross-attention layer.
 
     Raises:
@@ -177,9 +177,9 @@ def install_layerwise(base: Base, token: str, vectors: Mapping[str, Tensor]) -> 
             )
         model, tokenizer = base.models[encoder], base.tokenizers[encoder]
         # A | between the brackets makes them no tokens that anybody writes; they only keep the rows' ids from others.
-        names = [word for layer in range(count) for word in words(f"{token[:-1]}|{layer}>", rows.shape[1])]
+        names = [word for layer in range(count) for word in split_words(f"{token[:-1]}|{layer}>", rows.shape[1])]
         add_rows(tokenizer, model, names, rows.flatten(0, 1))
-        own = torch.tensor(tokenizer.convert_tokens_to_ids(words(token, rows.shape[1])))
+        own = torch.tensor(tokenizer.convert_tokens_to_ids(split_words(token, rows.shape[1])))
         each = torch.tensor(tokenizer.convert_tokens_to_ids(names)).view(count, -1)
         table = embedding_of(model)
         ladder = torch.cat([own[None], each]).mT.to(table.weight.device)

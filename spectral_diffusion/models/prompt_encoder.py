@@ -18,7 +18,7 @@ from .tokens import (
     expand,
     initial_vectors,
     known_tokens,
-    noun_vector,
+    mean_noun_vector,
     random_vectors,
 )
 
@@ -33,7 +33,7 @@ class Words(Protocol):
     def noun(self) -> str: ...
 
 
-class Conditioner:
+class PromptEncoder:
     """Called with prompts it gives the U-Net's keyword arguments. As a context it puts the concept's words in place.
 
     Args:
@@ -51,14 +51,16 @@ class Conditioner:
         self.known = {name: known_tokens(tokenizer) for name, tokenizer in base.tokenizers.items()}
         self.tokens: dict[str, NewTokenEmbedding] = {}
         for name, embedding in self.embeddings.items():
-            noun = noun_vector(base.tokenizers[name], base.models[name], concept.noun)
+            noun = mean_noun_vector(base.tokenizers[name], base.models[name], concept.noun)
             others = random_vectors(len(frozen), noun, seed, "others", concept.token)
             rows = initial_vectors(noun, concept.token, seed)
             rows = rows.repeat(layers, 1, 1) if layers else rows
             self.tokens[name] = NewTokenEmbedding(embedding, concept.token, rows, frozen, others)
-        self.usual = {name: float(tokens.vectors.detach().norm(dim=-1).mean()) for name, tokens in self.tokens.items()}
+        self.initial_norm = {
+            name: float(tokens.vectors.detach().norm(dim=-1).mean()) for name, tokens in self.tokens.items()
+        }
 
-    def __enter__(self) -> Conditioner:
+    def __enter__(self) -> PromptEncoder:
         for name, tokens in self.tokens.items():
             self.base.models[name].set_input_embeddings(tokens)  # type: ignore[operator]
         return self
@@ -78,26 +80,26 @@ class Conditioner:
         held = {name: tokens.vectors.detach().cpu().clone() for name, tokens in self.tokens.items()}
         return {name: rows.mean(0) if rows.dim() == 3 else rows for name, rows in held.items()}
 
-    def layerwise(self) -> dict[str, Tensor]:
+    def per_layer_vectors(self) -> dict[str, Tensor]:
         """Copies of the rows of every layer by text encoder, (layers, n, width) each; none where they are the same."""
         held = {name: tokens.vectors.detach().cpu().clone() for name, tokens in self.tokens.items()}
         return {name: rows for name, rows in held.items() if rows.dim() == 3}
 
-    def hold(self, limit: float) -> None:
+    def freeze_beyond_norm(self, limit: float) -> None:
         """Drop the gradient of rows whose mean norm has reached ``limit`` times what it was at the start."""
         for name, tokens in self.tokens.items():
-            if tokens.vectors.detach().norm(dim=-1).mean() >= limit * self.usual[name]:
+            if tokens.vectors.detach().norm(dim=-1).mean() >= limit * self.initial_norm[name]:
                 tokens.vectors.grad = None
 
     def __call__(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> dict[str, Any]:
         """What the U-Net is given beside latents of a ``shape`` (height, width); SDXL is told the picture's sides."""
-        ids = {name: self.ids(name, prompts) for name in self.tokens}
+        ids = {name: self.token_ids(name, prompts) for name in self.tokens}
         if len(self.tokens) == 1:
             return {"encoder_hidden_states": self.base.models["text_encoder"](ids["text_encoder"])[0]}
         # SDXL reads the last layer but one of both encoders, and the second one's pooled projection.
         outputs = {name: self.base.models[name](ids[name], output_hidden_states=True) for name in ids}
         words = torch.cat([output.hidden_states[-2] for output in outputs.values()], -1)
-        words, pooled = self.base.emptied(prompts, words, outputs["text_encoder_2"][0])
+        words, pooled = self.base.zero_empty_prompts(prompts, words, outputs["text_encoder_2"][0])
         scale = self.base.pipeline.vae_scale_factor
         sides = [scale * cells for cells in shape] if shape else [self.size, self.size]
         times = torch.tensor([(*sides, 0, 0, *sides)] * len(prompts), device=self.base.device)
@@ -106,23 +108,23 @@ class Conditioner:
             "added_cond_kwargs": {"text_embeds": pooled, "time_ids": times},
         }
 
-    def own(self, prompts: Sequence[str]) -> Tensor:
+    def token_mask(self, prompts: Sequence[str]) -> Tensor:
         """Which words of the prompts are the trained token's, (n, length), as the first text encoder counts them."""
         name, tokens = next(iter(self.tokens.items()))
-        place = self.ids(name, prompts) - tokens.base.num_embeddings
+        place = self.token_ids(name, prompts) - tokens.base.num_embeddings
         return (place >= 0) & (place < tokens.count)
 
-    def ids(self, name: str, prompts: Sequence[str]) -> Tensor:
+    def token_ids(self, name: str, prompts: Sequence[str]) -> Tensor:
         """Token ids (n, length); new words get the ids behind the vocabulary, in their order."""
         tokenizer = self.base.tokenizers[name]
         rows = []
         for prompt in prompts:
-            row = [number for _, numbers in self.parts(name, prompt) for number in numbers]
+            row = [number for _, numbers in self.split_prompt(name, prompt) for number in numbers]
             row = [tokenizer.bos_token_id, *row[: tokenizer.model_max_length - 2], tokenizer.eos_token_id]
             rows.append(row + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(row)))
         return torch.tensor(rows, device=self.tokens[name].vectors.device)
 
-    def parts(self, name: str, prompt: str) -> list[tuple[str, list[int]]]:
+    def split_prompt(self, name: str, prompt: str) -> list[tuple[str, list[int]]]:
         """A prompt cut at the new words, each part with its ids; the base's own tokens are written out in full."""
         tokenizer, tokens = self.base.tokenizers[name], self.tokens[name]
         known = self.known[name]
@@ -134,13 +136,13 @@ class Conditioner:
             for part in split_keep(written, tokens.words)
         ]
 
-    def cut_off(self, prompt: str) -> tuple[str, bool]:
+    def truncated_text(self, prompt: str) -> tuple[str, bool]:
         """The end of a prompt that a text encoder never sees, and whether it sees the concept's own word."""
         for name, tokens in self.tokens.items():
             tokenizer = self.base.tokenizers[name]
             room, lost, seen = tokenizer.model_max_length - 2, [], False
             own = tokens.words[: tokens.count]
-            for part, numbers in self.parts(name, prompt):
+            for part, numbers in self.split_prompt(name, prompt):
                 seen = seen or (part == own[-1] and room > 0)
                 if rest := numbers[max(0, room) :]:
                     lost.append(part if part in tokens.words else tokenizer.decode(rest))

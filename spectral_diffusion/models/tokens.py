@@ -86,7 +86,7 @@ def _spelled(sign: str) -> str:
     return word.rpartition("-")[2].lower() if sign.isalnum() else "-"
 
 
-def words(token: str, count: int) -> list[str]:
+def split_words(token: str, count: int) -> list[str]:
     """``<rex>`` with 2 vectors to ``['<rex>', '<rex>_1']``."""
     return [token, *(f"{token}_{index}" for index in range(1, count))]
 
@@ -94,7 +94,7 @@ def words(token: str, count: int) -> list[str]:
 def expand(prompt: str, tokens: dict[str, int]) -> str:
     """Write every token of a prompt out in full: ``<rex> dog`` or ``<REX> dog`` to ``<rex> <rex>_1 dog``."""
     for token, count in tokens.items():
-        prompt = written(token).sub(" ".join(words(token, count)), prompt)
+        prompt = token_text(token).sub(" ".join(split_words(token, count)), prompt)
     return prompt
 
 
@@ -104,11 +104,11 @@ def collapse(prompt: str, tokens: dict[str, int]) -> str:
     Expanding twice would not be harmless: stock pipelines would find ``<rex>`` inside ``<rex>_1`` again.
     """
     for token in tokens:
-        prompt = written(token).sub(token, prompt)
+        prompt = token_text(token).sub(token, prompt)
     return prompt
 
 
-def written(token: str) -> re.Pattern[str]:
+def token_text(token: str) -> re.Pattern[str]:
     """A token in a prompt, short or in full, in upper or lower case, which tokenizers do not tell apart."""
     escaped = re.escape(token)
     return re.compile(rf"{escaped}(?:\s+{escaped}_\d+)*", re.IGNORECASE)
@@ -137,7 +137,7 @@ def embedding_of(text_encoder: nn.Module) -> nn.Embedding:
     return cast(Any, text_encoder).get_input_embeddings()
 
 
-def noun_vector(tokenizer: Tokenizer, text_encoder: nn.Module, noun: str) -> Tensor:
+def mean_noun_vector(tokenizer: Tokenizer, text_encoder: nn.Module, noun: str) -> Tensor:
     """The class noun's embedding (width,), the mean of its tokens' if it has several.
 
     Raises:
@@ -167,13 +167,13 @@ def initial_vectors(noun: Tensor, token: str, seed: int) -> Tensor:
     return torch.stack([first, noun])
 
 
-def install(tokenizer: Tokenizer, text_encoder: nn.Module, token: str, vectors: Tensor) -> None:
+def add_token_rows(tokenizer: Tokenizer, text_encoder: nn.Module, token: str, vectors: Tensor) -> None:
     """Add a token with its vectors (n, width) as ordinary rows of the embedding.
 
     Raises:
         UserError: the tokenizer knows that token already.
     """
-    add_rows(tokenizer, text_encoder, words(token, len(vectors)), vectors)
+    add_rows(tokenizer, text_encoder, split_words(token, len(vectors)), vectors)
 
 
 def add_rows(tokenizer: Tokenizer, text_encoder: nn.Module, names: list[str], vectors: Tensor) -> None:
@@ -216,11 +216,11 @@ def pool_at_end(tokenizer: Tokenizer, text_encoder: nn.Module) -> None:
 def ids_of(tokenizer: Tokenizer, tokens: Iterable[str]) -> list[int]:
     """The rows of tokens that the tokenizer holds, one after another."""
     known = known_tokens(tokenizer)
-    return tokenizer.convert_tokens_to_ids([word for token in tokens for word in words(token, known[token])])  # type: ignore[attr-defined]
+    return tokenizer.convert_tokens_to_ids([word for token in tokens for word in split_words(token, known[token])])  # type: ignore[attr-defined]
 
 
 @contextmanager
-def learning(tokenizer: Tokenizer, text_encoder: nn.Module, tokens: Iterable[str]) -> Iterator[nn.Parameter]:
+def trainable_rows(tokenizer: Tokenizer, text_encoder: nn.Module, tokens: Iterable[str]) -> Iterator[nn.Parameter]:
     """The vectors (n, width) of tokens that are there already as one parameter, written into the table at the end.
 
     Only they are one: an optimizer's state for a whole table would be twice as large as the table.
@@ -264,7 +264,7 @@ class NewTokenEmbedding(nn.Module):
         super().__init__()
         self.base = base
         self.count = vectors.shape[-2]
-        self.words = [*words(token, self.count), *frozen_words]
+        self.words = [*split_words(token, self.count), *frozen_words]
         self.vectors = nn.Parameter(vectors.to(base.weight.device, torch.float32))
         rows = vectors.flatten(0, -2)[:0] if frozen is None else frozen[: len(frozen_words)]
         self.register_buffer("frozen", rows.to(self.vectors), persistent=False)

@@ -18,13 +18,13 @@ from .. import pocket
 from ..core.errors import UserError, only_a_pickle, reason
 from ..core.files import check_not_disguised, is_folder
 from ..data.image_io import MAX_PIXELS, open_upright
-from ..merging.manifest import read_recipe
-from ..models.base import Base, quiet
-from ..training.control_adapter import added_at
+from ..merging.manifest import read_manifest
+from ..models.base import Base, quiet_loading
+from ..training.control_adapter import feature_shapes_of
 from .extract import are_fractions, clean_strokes, read_keypoints
 from .keypose import draw_keypose
 from .regions import cells_in
-from .scene import Box, Condition, Kind, Region, open_on_black
+from .scene import Box, ControlImage, Kind, Region, open_on_black
 
 OTHER_WIDTH = 1024  # of the words of Stable Diffusion 2.x
 HUB = {  # the T2I-Adapters of Stable Diffusion 1.x and XL, by kind
@@ -34,7 +34,7 @@ HUB = {  # the T2I-Adapters of Stable Diffusion 1.x and XL, by kind
 
 
 @dataclass
-class Drawing:
+class ControlMap:
     """A condition whose file has been read, and its T2I-Adapter once it is loaded."""
 
     image: Image.Image
@@ -51,7 +51,7 @@ class Drawing:
         return image.convert("L" if channels == 1 else "RGB")
 
 
-def read_drawing(condition: Condition) -> Drawing:
+def read_control_image(condition: ControlImage) -> ControlMap:
     """Read a condition's file: a sketch either way round, a keypose picture, or keypoints as JSON.
 
     Raises:
@@ -64,7 +64,7 @@ def read_drawing(condition: Condition) -> Drawing:
         image = drawn_people(*read_keypoints(path))
     else:
         image = open_on_black(path)
-    return Drawing(image, condition.kind, condition.weight, condition.adapter, path.name)
+    return ControlMap(image, condition.kind, condition.conditioning_scale, condition.adapter, path.name)
 
 
 def drawn_people(people: Sequence[np.ndarray], size: tuple[int, int] | None, side: int = 512) -> Image.Image:
@@ -97,7 +97,7 @@ def own_adapter(base: Base, kind: Kind) -> str:
             return str(pocket.t2i(kind))
         if is_folder(inside := Path(name) / f"t2i_{kind}"):
             return str(inside)
-        recipe = read_recipe(Path(name)) if is_folder(name) else None
+        recipe = read_manifest(Path(name)) if is_folder(name) else None
         if recipe is None:
             break
         name = str(recipe["base"])
@@ -118,14 +118,14 @@ def load_t2i_adapter(base: Base, name: str | None, kind: Kind = "sketch") -> T2I
     width = base.pipeline.unet.config.cross_attention_dim
     if not name and width == OTHER_WIDTH and own_adapter(base, kind) in HUB[kind]:
         raise UserError(
-            f"There is no {kind} adapter for Stable Diffusion 2.x on the hub; train one with train-condition, and name "
+            f"There is no {kind} adapter for Stable Diffusion 2.x on the hub; train one with train-control, and name "
             "it with the condition's adapter."
         )
     name = t2i_name(base, name, kind)
     for file in sorted(Path(name).glob("*.safetensors")):
         check_not_disguised(file)
     try:
-        with quiet():
+        with quiet_loading():
             adapter = T2IAdapter.from_pretrained(name, torch_dtype=base.dtype, use_safetensors=True)
     except Exception as error:
         if pickled := only_a_pickle(name, error):
@@ -137,7 +137,7 @@ def load_t2i_adapter(base: Base, name: str | None, kind: Kind = "sketch") -> T2I
     return adapter.to(base.device).eval()
 
 
-def _check_features(base: Base, drawing: Drawing, network: T2IAdapter) -> None:
+def _check_features(base: Base, drawing: ControlMap, network: T2IAdapter) -> None:
     """Refuse a T2I-Adapter whose features are not of the sizes that the base's U-Net adds.
 
     Raises:
@@ -149,7 +149,9 @@ def _check_features(base: Base, drawing: Drawing, network: T2IAdapter) -> None:
         given = [tuple(feature.shape[1:3]) for feature in network(blank)]
     latents = side // base.pipeline.vae_scale_factor
     unet = base.pipeline.unet
-    wanted = [(channels, latents >> halvings) for channels, halvings in added_at(unet)][: len(unet.down_blocks)]
+    wanted = [(channels, latents >> halvings) for channels, halvings in feature_shapes_of(unet)][
+        : len(unet.down_blocks)
+    ]
     # What is left over is added in the middle if it fits there, else nowhere.
     if any(one != other for one, other in zip(given, wanted, strict=False)):
         name = t2i_name(base, drawing.adapter, drawing.kind)
@@ -159,7 +161,9 @@ def _check_features(base: Base, drawing: Drawing, network: T2IAdapter) -> None:
         )
 
 
-def adapter_of(base: Base, drawings: Sequence[Drawing], size: tuple[int, int]) -> tuple[T2IAdapter | MultiAdapter, Any]:
+def adapter_of(
+    base: Base, drawings: Sequence[ControlMap], size: tuple[int, int]
+) -> tuple[T2IAdapter | MultiAdapter, Any]:
     """The network that reads these drawings, and the weights that the pipeline takes.
 
     Raises:
@@ -183,7 +187,9 @@ def adapter_of(base: Base, drawings: Sequence[Drawing], size: tuple[int, int]) -
 
 
 @contextmanager
-def weighed(drawings: Sequence[Drawing], regions: Sequence[Region], places: Sequence[Box | Tensor]) -> Iterator[None]:
+def weighed(
+    drawings: Sequence[ControlMap], regions: Sequence[Region], places: Sequence[Box | Tensor]
+) -> Iterator[None]:
     """Multiply the drawings' features by the regions' own weights, cell by cell (means where regions overlap)."""
     with ExitStack() as stack:
         for drawing in drawings:

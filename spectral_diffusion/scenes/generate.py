@@ -23,7 +23,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image
 
 from ..adapters.adapter import Adapter, check_base
-from ..adapters.apply import Strength, install_tokens, put_on, strength_in
+from ..adapters.apply import Strength, component_scale, install_tokens, load_adapters
 from ..adapters.formats.import_lora import import_lora
 from ..adapters.formats.native import load_adapter
 from ..adapters.formats.reading import is_foreign
@@ -35,10 +35,10 @@ from ..linalg import Factors
 from ..models.base import Base, load_base
 from ..models.tokens import collapse, expand, known_tokens
 from ..models.vae import decode, in_portions, overflows, upcast
-from .control import Drawing, adapter_of, read_drawing, weighed
-from .png_metadata import BASE, is_ours, is_same, labelled_sheet, save_png, sources_of
+from .control import ControlMap, adapter_of, read_control_image, weighed
+from .png_metadata import BASE, is_our_png, is_same, labelled_sheet, save_png, sources_of
 from .prompts import foreign_syntax, prompts_in, tokens_in
-from .regions import Area, Regional, changed, regional
+from .regions import EncodedRegion, RegionalPrompts, changed, regional
 from .scene import Region, Scene, adapter_files, open_on_black, region_mask
 
 Bound = Sequence[tuple[Adapter, Strength]]  # the adapters of one region with their strengths
@@ -70,7 +70,7 @@ def sample_in_turn(
     seeds: list[int],
     scene: Scene,
     progress: Progress = silent,
-    drawings: Sequence[Drawing] = (),
+    drawings: Sequence[ControlMap] = (),
     bound: Sequence[Bound] = (),
     should_stop: Callable[[], bool] = lambda: False,
     preview: Preview | None = None,
@@ -98,25 +98,25 @@ def sample_in_turn(
         ]
     layers = modules_of(base, dict.fromkeys(name for area in areas for name in area.deltas))
     precision = resolve_mixed_precision(scene.mixed_precision, base.device, base.dtype)
-    first, last = (round(share * scene.steps, 6) for share in (scene.region_start, scene.region_end))
+    first, last = (round(share * scene.num_inference_steps, 6) for share in (scene.region_start, scene.region_end))
     window = (math.floor(first), math.ceil(last))
     # Pipelines with textual inversion expand <rex> to <rex> <rex>_1 by themselves; the SD sketch pipeline does not.
     spell = collapse if isinstance(pipe, TextualInversionLoaderMixin) else expand
 
     negative = scene.negative_prompt or None  # SDXL takes zeros, not the encoded empty prompt, where there is none
-    total = math.ceil(len(prompts) / scene.batch) * scene.steps
-    for start in range(0, len(prompts), scene.batch):
-        chunk = [spell(prompt, tokens) for prompt in prompts[start : start + scene.batch]]
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + scene.batch]]
-        state = Regional(
-            areas, latent_size, len(chunk), scene.region_share, scene.region_isolation, window
+    total = math.ceil(len(prompts) / scene.batch_size) * scene.num_inference_steps
+    for start in range(0, len(prompts), scene.batch_size):
+        chunk = [spell(prompt, tokens) for prompt in prompts[start : start + scene.batch_size]]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[start : start + scene.batch_size]]
+        state = RegionalPrompts(
+            areas, latent_size, len(chunk), scene.global_prompt_weight, scene.region_isolation, window
         )  # step 0 again
         if drawings:
             images = [[drawing.at(width, height)] * len(chunk) for drawing in drawings]
             options["image"] = images if len(drawings) > 1 else images[0]
-        done = start // scene.batch * scene.steps
+        done = start // scene.batch_size * scene.num_inference_steps
 
-        def tell(step: int, latents: torch.Tensor, state: Regional = state, done: int = done) -> None:
+        def tell(step: int, latents: torch.Tensor, state: RegionalPrompts = state, done: int = done) -> None:
             if should_stop():
                 raise Cancelled("Stopped.")
             if not torch.isfinite(latents).all():
@@ -147,8 +147,8 @@ def sample_in_turn(
                 drawn = pipe(
                     prompt=chunk,
                     negative_prompt=negative and [spell(negative, tokens)] * len(chunk),
-                    num_inference_steps=scene.steps,
-                    guidance_scale=scene.guidance,
+                    num_inference_steps=scene.num_inference_steps,
+                    guidance_scale=scene.guidance_scale,
                     generator=generators,
                     width=width,
                     height=height,
@@ -207,7 +207,7 @@ def decoding_checked(vae: AutoencoderKL, dtype: torch.dtype) -> Iterator[None]:
 
 
 def stock_pipeline(
-    base: Base, scene: Scene, drawings: Sequence[Drawing], size: tuple[int, int]
+    base: Base, scene: Scene, drawings: Sequence[ControlMap], size: tuple[int, int]
 ) -> tuple[Any, dict[str, Any]]:
     """The diffusers pipeline that draws a scene with the base's own parts, and the options of its conditions.
 
@@ -239,7 +239,7 @@ def decoded(base: Base, latents: torch.Tensor) -> list[Image.Image]:
     return list(base.pipeline.image_processor.postprocess(decode(base.pipeline.vae, latents)))
 
 
-def area_of(base: Base, region: Region, bound: Bound, width: int, height: int, negative: str = "") -> Area:
+def area_of(base: Base, region: Region, bound: Bound, width: int, height: int, negative: str = "") -> EncodedRegion:
     """A region with its prompts encoded, by its own adapters' text encoder too, and its changes of the U-Net.
 
     ``negative`` is the scene's prompt, of a region that has none of its own.
@@ -253,7 +253,7 @@ def area_of(base: Base, region: Region, bound: Bound, width: int, height: int, n
             up, down = adapter.factors(layer, weights.get(layer))
             part = unet if layer.startswith("unet.") else text
             held = part.get(layer)
-            up = up * strength_in(strength, layer.split(".", 1)[0])
+            up = up * component_scale(strength, layer.split(".", 1)[0])
             up, down = up.to(like), down.to(like)  # once, not at every step
             part[layer] = (
                 Factors(torch.cat([held.up, up], 1), torch.cat([held.down, down], 0)) if held else Factors(up, down)
@@ -263,7 +263,7 @@ def area_of(base: Base, region: Region, bound: Bound, width: int, height: int, n
     tokens = known_tokens(base.pipeline.tokenizer)
     with changed(encoders, text):
         (positive, apart), _ = base.encode([collapse(words, tokens) for words in (region.prompt, without)])
-    return Area(region_mask(region, width, height), positive, apart, unet)
+    return EncodedRegion(region_mask(region, width, height), positive, apart, unet)
 
 
 def modules_of(base: Base, names: Iterable[str]) -> dict[str, Any]:
@@ -317,7 +317,7 @@ def cut_words(base: Base, prompt: str) -> str:
     return str(tokenizer.decode(ids[tokenizer.model_max_length - 2 :])).strip()
 
 
-def remarks(base: Base, scene: Scene, drawings: Sequence[Drawing]) -> Iterator[str]:
+def remarks(base: Base, scene: Scene, drawings: Sequence[ControlMap]) -> Iterator[str]:
     """What a person should know before the scene is drawn: words that are not read, drawings and masks out of shape."""
     known, prompts = known_tokens(base.pipeline.tokenizer), prompts_in(scene)
     for word in tokens_in(prompts):
@@ -366,13 +366,13 @@ def generate_to_file(
     if not scene.prompt.strip():
         raise UserError('A prompt is needed: --prompt "a photo of <rex> on the beach".')
     seeds = scene.every_seed()
-    if scene.keep is not None and scene.keep not in seeds:
-        raise UserError(f"keep={scene.keep} is none of the seeds {', '.join(map(str, seeds[:8]))}.")
-    drawings = [read_drawing(condition) for condition in scene.conditions]
+    if scene.only_seed is not None and scene.only_seed not in seeds:
+        raise UserError(f"only_seed={scene.only_seed} is none of the seeds {', '.join(map(str, seeds[:8]))}.")
+    drawings = [read_control_image(condition) for condition in scene.controls]
     own = load_own(scene)
     check_writable(scene.output)
-    for path in {scene.output, *places(scene).values()}:
-        if path.exists() and not is_ours(path):
+    for path in {scene.output, *encoded_regions(scene).values()}:
+        if path.exists() and not is_our_png(path):
             raise UserError(f"{path} was not drawn by this program, and would be lost; choose another output with -o.")
     base = base or load_base(scene.base, scene.device, scene.dtype)
     scene = with_precision(scene, base)
@@ -383,7 +383,7 @@ def generate_to_file(
             note(f"Note: {what} has changed since that picture was made; this one will differ.")
     loaded = {**own, **load_foreign(scene, base, own)}
     adapters = [(loaded[path], strength) for path, strength in scene.adapters.items()]
-    for text in put_on(base, adapters, scene.allow_base):
+    for text in load_adapters(base, adapters, scene.allow_base):
         note(text)
     bound = bind(base, scene, loaded, note)
     for text in remarks(base, scene, drawings):
@@ -402,10 +402,10 @@ def with_precision(scene: Scene, base: Base) -> Scene:
     return scene.model_copy(update={"mixed_precision": precision})
 
 
-def places(scene: Scene) -> dict[int, Path]:
+def encoded_regions(scene: Scene) -> dict[int, Path]:
     """Where the picture of every seed goes."""
     seeds = scene.every_seed()
-    if len(seeds) == 1 or scene.keep is not None:
+    if len(seeds) == 1 or scene.only_seed is not None:
         return dict.fromkeys(seeds, scene.output)
     return {seed: scene.output.with_name(f"{scene.output.stem}-{seed}.png") for seed in seeds}
 
@@ -414,7 +414,7 @@ def draw_to_files(
     base: Base,
     scene: Scene,
     sources: Mapping[str, str],
-    drawings: Sequence[Drawing] = (),
+    drawings: Sequence[ControlMap] = (),
     bound: Sequence[Bound] = (),
     progress: Progress = silent,
     should_stop: Callable[[], bool] = lambda: False,
@@ -427,16 +427,17 @@ def draw_to_files(
     ``sources`` is what :func:`.pictures.sources_of` told before they did; the rest as :func:`generate_to_file`.
     """
     scene = with_precision(scene, base)
-    seeds, place = scene.every_seed(), places(scene)
-    batches = [seeds[start : start + scene.batch] for start in range(0, len(seeds), scene.batch)]
-    if scene.keep is not None:  # how it was drawn decides its last bits, so its neighbours are drawn again too
-        batches = [batch for batch in batches if scene.keep in batch]
+    seeds, place = scene.every_seed(), encoded_regions(scene)
+    batches = [seeds[start : start + scene.batch_size] for start in range(0, len(seeds), scene.batch_size)]
+    if scene.only_seed is not None:  # how it was drawn decides its last bits, so its neighbours are drawn again too
+        batches = [batch for batch in batches if scene.only_seed in batch]
     written: list[Path] = []
     for batch in batches:
         embedded = {
-            seed: scene.model_copy(update={"seeds": batch, "keep": seed, "seed": seed, "count": 1}) for seed in batch
+            seed: scene.model_copy(update={"seeds": batch, "only_seed": seed, "seed": seed, "num_images": 1})
+            for seed in batch
         }
-        paths = {seed: place[seed] for seed in batch if scene.keep in (None, seed)}
+        paths = {seed: place[seed] for seed in batch if scene.only_seed in (None, seed)}
         if not (resume and all(is_same(path, embedded[seed], sources) for seed, path in paths.items())):
             prompts = [scene.prompt] * len(batch)
             turn = sample_in_turn(base, prompts, batch, scene, progress, drawings, bound, should_stop, preview, every)

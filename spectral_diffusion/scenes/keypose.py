@@ -16,7 +16,7 @@ LIMBS = (
     (1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13),
     (1, 0), (0, 14), (14, 16), (0, 15), (15, 17),
 )  # fmt: skip
-COLOURS = (
+COLORS = (
     (255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0), (0, 255, 0), (0, 255, 85),
     (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255), (0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255),
     (255, 0, 170), (255, 0, 85),
@@ -42,9 +42,9 @@ def draw_keypose(people: Sequence[np.ndarray], width: int, height: int, thicknes
         points = np.asarray(person, dtype=float) * big
         for index, (a, b) in enumerate(LIMBS):
             if np.isfinite(points[[a, b]]).all():
-                colour = tuple(int(0.6 * c) for c in COLOURS[index])
+                colour = tuple(int(0.6 * c) for c in COLORS[index])
                 draw.line((*points[a], *points[b]), fill=colour, width=round(thick))
         for index, (x, y) in enumerate(points[:POINTS]):
             if np.isfinite(x + y):
-                dot(x, y, thick * 0.7, COLOURS[index])
+                dot(x, y, thick * 0.7, COLORS[index])
     return image.resize((width, height), Image.Resampling.BOX)

@@ -27,7 +27,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass
-class Spot:
+class MixOfShowRegion:
     """One region as written: prompt, pixels (left, top, right, bottom), negative prompt, condition weights."""
 
     prompt: str
@@ -36,7 +36,7 @@ class Spot:
     weights: tuple[float, ...] = field(default=())
 
 
-def read_layouts(path: Path) -> list[list[Spot]]:
+def read_layouts(path: Path) -> list[list[MixOfShowRegion]]:
     """Every layout of a region file.
 
     Raises:
@@ -58,9 +58,9 @@ def read_layouts(path: Path) -> list[list[Spot]]:
     return layouts
 
 
-def spots_of(text: str, path: Path) -> list[Spot]:
+def spots_of(text: str, path: Path) -> list[MixOfShowRegion]:
     """The regions of one layout, in their order."""
-    spots: list[Spot] = []
+    spots: list[MixOfShowRegion] = []
     for match in ASSIGNMENT.finditer(text):
         name, value = match[1], (match[2] if match[2] is not None else match[3]).strip()
         numbers = NUMBERS.fullmatch(value)
@@ -77,20 +77,20 @@ def spots_of(text: str, path: Path) -> list[Spot]:
             if spots:
                 spots[-1].negative = unwrapped(value)
         else:
-            spots.append(Spot(unwrapped(value)))
+            spots.append(MixOfShowRegion(unwrapped(value)))
     for spot in spots:
         if spot.box is None:
             raise UserError(f"{path}: the region '{spot.prompt[:40]}' has no box='[top, left, bottom, right]'.")
     return spots
 
 
-def rewritten(text: str, path: Path) -> Spot:
+def rewritten(text: str, path: Path) -> MixOfShowRegion:
     """One ``[prompt]-*-[negative]-*-[box]``."""
     parts = [part.strip() for part in text.split("-*-")]
     numbers = NUMBERS.fullmatch(parts[-1])
     if len(parts) != 3 or not numbers:
         raise UserError(f"{path}: '{text[:60]}' is not [prompt]-*-[negative]-*-[top, left, bottom, right].")
-    return Spot(unwrapped(parts[0]), box_of(numbers[1], parts[-1], path), unwrapped(parts[1]))
+    return MixOfShowRegion(unwrapped(parts[0]), box_of(numbers[1], parts[-1], path), unwrapped(parts[1]))
 
 
 def box_of(text: str, shown: str, path: Path) -> tuple[float, float, float, float]:
@@ -147,7 +147,7 @@ def kind_of(file: Path) -> str:
     return "keypose" if spread > 60 else "sketch"
 
 
-def size_of(drawings: Sequence[Mapping[str, str]], spots: Sequence[Spot]) -> tuple[float, float]:
+def size_of(drawings: Sequence[Mapping[str, str]], spots: Sequence[MixOfShowRegion]) -> tuple[float, float]:
     """The picture's size in the file's pixels: that of its drawing, else 512 high and as wide as the boxes need."""
     if drawings:
         return open_photo(Path(drawings[0]["file"])).size
@@ -181,7 +181,7 @@ def scene_of(path: Path, base_size: int, mapping: Mapping[str, str], layout: int
         if spot.negative:  # most files name the context's there, which is the scene's
             region["negative_prompt"] = spot.negative
         if spot.weights and any(weight != 1 for weight in spot.weights):
-            region["condition_weight"] = sum(spot.weights) / len(spot.weights)
+            region["conditioning_scale"] = sum(spot.weights) / len(spot.weights)
         regions.append(region)
     factor = base_size / height
     return {
@@ -189,5 +189,5 @@ def scene_of(path: Path, base_size: int, mapping: Mapping[str, str], layout: int
         "width": max(8, round(width * factor / 8) * 8),
         "height": max(8, round(height * factor / 8) * 8),
         "regions": regions,
-        "conditions": drawings,
+        "controls": drawings,
     }

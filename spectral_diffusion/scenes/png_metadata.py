@@ -81,11 +81,11 @@ def sources_of(scene: Scene, base: Base) -> dict[str, str]:
 
     Take it before anything is put on the base.
     """
-    files = [condition.file for condition in scene.conditions]
+    files = [condition.file for condition in scene.controls]
     files += [region.mask for region in scene.regions if region.mask]
     named = {str(file): file for file in files} | {name: lora_file(Path(name)) for name in adapter_files(scene)}
     named = {name: file for name, file in named.items() if is_file(file)}  # what is not is told where it is used
-    for number, condition in enumerate(scene.conditions, 1):
+    for number, condition in enumerate(scene.controls, 1):
         folder = Path(t2i_name(base, condition.adapter, condition.kind))  # of a hub id nothing more is known
         named |= {f"adapter of condition {number}": file for file in folder.glob("*.safetensors")}
     return {BASE: base.fingerprint.exact} | {name: hash_file(file) for name, file in named.items()}
@@ -186,7 +186,7 @@ def hash_file(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
-def is_ours(path: Path) -> bool:
+def is_our_png(path: Path) -> bool:
     """Whether a file is a picture that this program drew."""
     try:
         return bool(read_embedded(path))

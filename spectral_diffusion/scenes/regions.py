@@ -25,7 +25,7 @@ Layer = nn.Linear | nn.Conv2d
 
 
 @dataclass
-class Area:
+class EncodedRegion:
     """A region ready for a U-Net.
 
     Attributes:
@@ -70,7 +70,7 @@ def grid_of(cells: int, height: int, width: int) -> tuple[int, int]:
 
 
 @dataclass
-class Regional:
+class RegionalPrompts:
     """What the processors and hooks of one sampling share.
 
     Attributes:
@@ -81,7 +81,7 @@ class Regional:
         current: the area that attention is computed for just now.
     """
 
-    areas: Sequence[Area]
+    areas: Sequence[EncodedRegion]
     size: tuple[int, int]
     pictures: int
     share: float = 0.0
@@ -121,7 +121,7 @@ class Regional:
 class RegionalAttention:
     """A diffusers attention processor over another one: regions read their own prompts, or keep to themselves."""
 
-    def __init__(self, inner: Any, state: Regional) -> None:
+    def __init__(self, inner: Any, state: RegionalPrompts) -> None:
         self.inner, self.state = inner, state
 
     def __call__(
@@ -182,7 +182,7 @@ def changed(layers: Mapping[str, Layer], deltas: Mapping[str, Factors]) -> Itera
         yield
 
 
-def bound_hook(name: str, state: Regional) -> Callable[[Any, Any, Tensor], Tensor | None]:
+def bound_hook(name: str, state: RegionalPrompts) -> Callable[[Any, Any, Tensor], Tensor | None]:
     """The forward hook of one U-Net layer that adds every area's change at its own cells."""
     cross = ".attn2." in name
 
@@ -213,7 +213,7 @@ def bound_hook(name: str, state: Regional) -> Callable[[Any, Any, Tensor], Tenso
 
 
 @contextmanager
-def regional(unet: Any, state: Regional, layers: Mapping[str, Layer]) -> Iterator[None]:
+def regional(unet: Any, state: RegionalPrompts, layers: Mapping[str, Layer]) -> Iterator[None]:
     """Let every area's prompt and adapters act on a U-Net while the context is open; without areas nothing is touched.
 
     Args:

@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 from torch import Tensor
 
-from ..config.models import Precision, Settings, read_yaml
+from ..config.settings import Precision, Settings, read_yaml
 from ..core.errors import UserError
 from ..core.files import is_there
 from ..data.image_io import on_ground, open_upright
@@ -32,7 +32,7 @@ class Region(Settings):
     prompt: str
     negative_prompt: str | None = None  # default: the scene's
     adapters: dict[str, Strength] = Field(default_factory=dict)  # file to strength; they act in here only
-    condition_weight: FiniteFloat | dict[Kind, FiniteFloat] = 1.0  # times the conditions' weights in here
+    conditioning_scale: FiniteFloat | dict[Kind, FiniteFloat] = 1.0  # times the conditions' weights in here
 
     @field_validator("box")
     @classmethod
@@ -69,16 +69,16 @@ class Region(Settings):
 
     def weight_of(self, kind: str) -> float:
         """What a condition's weight is multiplied by in here."""
-        weight = self.condition_weight
+        weight = self.conditioning_scale
         return weight.get(kind, 1.0) if isinstance(weight, dict) else weight  # type: ignore[call-overload]
 
 
-class Condition(Settings):
+class ControlImage(Settings):
     """A drawing that the picture is held to, through a T2I-Adapter."""
 
     file: Path
     kind: Kind = "sketch"
-    weight: float = Field(1.0, ge=0, le=4)
+    conditioning_scale: float = Field(1.0, ge=0, le=4)
     adapter: str | None = None  # folder or hub id of the T2I-Adapter; default: the base's own of that kind
 
 
@@ -91,21 +91,21 @@ class Scene(Settings):
     base: str = "pocket"
     adapters: dict[str, Strength] = Field(default_factory=dict)  # file to strength; they act everywhere
     regions: list[Region] = Field(default_factory=list)
-    region_share: float = Field(0.0, ge=0, le=1)  # of the global prompt inside the regions
+    global_prompt_weight: float = Field(0.0, ge=0, le=1)  # of the global prompt inside the regions
     region_isolation: float = Field(0.0, ge=0, le=1)  # how far a region's self-attention keeps to itself
     region_start: float = Field(0.0, ge=0, le=1)  # fraction of the steps from which
     region_end: float = Field(1.0, ge=0, le=1)  # and up to which regions act
-    conditions: list[Condition] = Field(default_factory=list)
+    controls: list[ControlImage] = Field(default_factory=list)
     width: int | None = Field(None, ge=8, le=8192)
     height: int | None = Field(None, ge=8, le=8192)
-    steps: int = Field(20, ge=1, le=999)
-    guidance: float = Field(4.0, ge=0, le=50)
+    num_inference_steps: int = Field(20, ge=1, le=999)
+    guidance_scale: float = Field(4.0, ge=0, le=50)
     sampler: Literal["dpm", "ddim", "euler"] = "dpm"
     seed: int = Field(0, ge=0, lt=2**31)
-    count: int = Field(1, ge=1, le=4096)  # pictures, with the seeds seed, seed + 1, …
+    num_images: int = Field(1, ge=1, le=4096)  # pictures, with the seeds seed, seed + 1, …
     seeds: list[int] = Field(default_factory=list)  # instead of seed and count
-    keep: int | None = None  # of these seeds write this one's picture only
-    batch: int = Field(8, ge=1, le=256)  # pictures denoised together
+    only_seed: int | None = None  # of these seeds write this one's picture only
+    batch_size: int = Field(8, ge=1, le=256)  # pictures denoised together
     allow_base: bool = False
     device: str = "auto"
     dtype: str = "float32"
@@ -130,13 +130,13 @@ class Scene(Settings):
     def _window(self) -> Scene:
         if self.region_start >= self.region_end:
             raise ValueError("region_start must be below region_end")
-        if not self.seeds and self.seed + self.count > 2**31:
+        if not self.seeds and self.seed + self.num_images > 2**31:
             raise ValueError("seed + count must not be above 2147483648")
         return self
 
     def every_seed(self) -> list[int]:
         """The seeds of the pictures in their order."""
-        return self.seeds or [self.seed + index for index in range(self.count)]
+        return self.seeds or [self.seed + index for index in range(self.num_images)]
 
 
 def shown(box: Box) -> str:
@@ -211,7 +211,7 @@ def paths_in(settings: dict[str, Any], changed: Callable[[str], str]) -> dict[st
     out = part(settings)
     if "base" in out:
         out["base"] = one(out["base"])
-    lists = {key: out[key] for key in ("conditions", "regions") if isinstance(out.get(key), list)}
+    lists = {key: out[key] for key in ("controls", "regions") if isinstance(out.get(key), list)}
     return {**out, **{key: [part(item) for item in items] for key, items in lists.items()}}
 
 

@@ -99,7 +99,7 @@ class Policy:
     pool: int = POOL
 
     @property
-    def draws(self) -> bool:
+    def is_random(self) -> bool:
         """Whether a seed decides the columns."""
         return self.kind in {"sampled", "random"}
 
@@ -130,7 +130,7 @@ def parse_policy(text: str, rank: int) -> Policy:
     return Policy("fixed", slot)
 
 
-def drawn_slot(rank: int, pool: int, seed: int) -> Slot:
+def random_slot(rank: int, pool: int, seed: int) -> Slot:
     """``rank`` of the first ``pool`` columns; the seed decides which.
 
     Raises:
@@ -225,7 +225,7 @@ class Ledger:
         """
         policy = parse_policy(wanted, rank)
         if policy.kind == "sampled":
-            return drawn_slot(rank, min(policy.pool, capacity), seed)
+            return random_slot(rank, min(policy.pool, capacity), seed)
         with self._locked() as (data, hashes):
             if rounded:
                 hashes[base] = list(rounded)
@@ -245,7 +245,7 @@ class Ledger:
             if policy.slot is not None:
                 slot = policy.slot
             elif policy.kind == "random":
-                slot = drawn_slot(rank, capacity, seed)
+                slot = random_slot(rank, capacity, seed)
             elif policy.kind == "bottom":
                 slot = _last_free(rank, used, capacity)
             else:

@@ -15,13 +15,13 @@ CELL, ROW, LABEL, GAP = 12, 26, 132, 10
 FREE, LINE, INK, CLASH = (244, 244, 242), (214, 214, 210), (40, 40, 44), (200, 30, 30)
 
 
-def colour_of(index: int) -> tuple[int, int, int]:
+def color_of(index: int) -> tuple[int, int, int]:
     """A colour for the n-th concept, far from its neighbours'."""
     red, green, blue = colorsys.hls_to_rgb((0.58 + index * 0.618034) % 1, 0.55, 0.55)
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-def draw_slots(slots: Mapping[str, Slot | None], norms: Mapping[str, float | None], capacity: int) -> Image.Image:
+def slot_map(slots: Mapping[str, Slot | None], norms: Mapping[str, float | None], capacity: int) -> Image.Image:
     """The slot map of these concepts; columns that two of them share are outlined in red.
 
     Args:
@@ -45,7 +45,7 @@ def draw_slots(slots: Mapping[str, Slot | None], norms: Mapping[str, float | Non
         mine = columns_of(slots[name], capacity)
         for column in range(shown):
             left = LABEL + column * CELL
-            fill = colour_of(row) if column in mine else FREE
+            fill = color_of(row) if column in mine else FREE
             clash = column in mine and column in shared
             draw.rectangle(
                 (left, top, left + CELL - 2, top + ROW - 6), fill, CLASH if clash else LINE, 2 if clash else 1
@@ -57,7 +57,7 @@ def draw_slots(slots: Mapping[str, Slot | None], norms: Mapping[str, float | Non
         if slots[name] is None:
             draw.text((LABEL + 4, top + 4), "no slot: acts on every column", fill=INK, font=font)
         if norm is not None:
-            draw.rectangle((left, top + 3, left + 80 * norm / largest, top + ROW - 9), fill=colour_of(row))
+            draw.rectangle((left, top + 3, left + 80 * norm / largest, top + ROW - 9), fill=color_of(row))
             draw.text((left + 86, top + 4), f"{norm:.2f}", fill=INK, font=font)
     return image
 

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..linalg import Band
+from ..linalg import SingularTriplets
 from ..methods import get_method
 from .charts import WANTED, drawn, plotting
 from .registry import Findings, Table, study
-from .runner import Figures, Lab
+from .runner import Figures, StudyRunner
 
 NEURONS, POINTS = 10, 200
 TURN = math.radians(25)
@@ -58,7 +58,7 @@ def finetune(
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     column = {"top": 0, "bottom": 1}.get(way)
     method = get_method("lora" if column is None else "spectral-additive")
-    frozen = {} if column is None else Band(U, S, Vh.mT).columns(column, column + 1)._asdict()
+    frozen = {} if column is None else SingularTriplets(U, S, Vh.mT).columns(column, column + 1)._asdict()
     parameters = {name: torch.zeros(shape) for name, shape in method.shapes(2, NEURONS, 1).items()}
     if column is None:
         parameters["A"] = torch.randn(1, NEURONS, generator=generator) / NEURONS**0.5
@@ -149,7 +149,7 @@ def picture(shown: Mapping[str, Any]) -> Image.Image | None:
     "The top singular vector points at the ideal neuron, and tuning the top column follows a new target best.",
     (1, 0.1),
 )
-def run(lab: Lab, quick: bool) -> Findings:
+def run(lab: StudyRunner, quick: bool) -> Findings:
     """Degrees off, and losses after the target turns; medians over seeds."""
     figures, shown = measure(3 if quick else 50)
     off, early, late = figures["degrees_off"], figures["loss_after_30_steps"], figures["loss_after_turn"]

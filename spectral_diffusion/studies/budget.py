@@ -9,25 +9,27 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from ..adapters.apply import put_on
+from ..adapters.apply import load_adapters
 from ..core.errors import UserError
 from ..methods import get_method
 from ..metrics.statistics import told
 from ..training.run import with_rank
 from .charts import WANTED, curves
 from .registry import Findings, Row, Table, not_allowed, study
-from .runner import REPORTED, Lab, TimeOver, scaled, seeded
+from .runner import TEST_CONCEPTS, StudyRunner, TimeOver, scaled, seeded
 from .speed import METHODS, PLAIN, swept
 
 BUDGETS = (500, 2_000, 6_000, 20_000, 60_000, 200_000)  # half a decade apart
-NAMES = (REPORTED[0], REPORTED[2])
+NAMES = (TEST_CONCEPTS[0], TEST_CONCEPTS[2])
 SEEDS = (0, 1, 2)
 SIDE = 48  # of a picture in the grid
 
 
-def change_within(lab: Lab, method: str, budget: int, shapes: Sequence[tuple[int, int]]) -> dict[str, Any] | None:
+def change_within(
+    lab: StudyRunner, method: str, budget: int, shapes: Sequence[tuple[int, int]]
+) -> dict[str, Any] | None:
     """The method's settings at the largest rank within a budget; None where even its smallest is above it."""
-    config = lab.settings(NAMES[0], {"method": method, "budget": budget}, Path("adapter.safetensors"))
+    config = lab.settings(NAMES[0], {"method": method, "param_budget": budget}, Path("adapter.safetensors"))
     try:
         rank = with_rank(config, shapes, lambda text: None).rank
     except UserError:
@@ -48,7 +50,7 @@ def smallest(method: str, shapes: Sequence[tuple[int, int]]) -> int:
     "The rotation reaches an identity with far fewer trained numbers than any other method, in finer steps.",
     (60, 0.3),
 )
-def run(lab: Lab, quick: bool) -> Findings:
+def run(lab: StudyRunner, quick: bool) -> Findings:
     """Gain in identity over the untouched base, for every method and budget, with the rate that ``speed`` chose."""
     methods = ("spectral-rotation", "lora") if quick else tuple(METHODS)
     budgets, names, seeds = ((2_000, 20_000), NAMES[:1], (0,)) if quick else (BUDGETS, NAMES, SEEDS)
@@ -107,7 +109,10 @@ def run(lab: Lab, quick: bool) -> Findings:
 
 
 def grid_of(
-    lab: Lab, methods: Sequence[str], budgets: Sequence[int], changes: dict[tuple[str, int], dict[str, Any] | None]
+    lab: StudyRunner,
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    changes: dict[tuple[str, int], dict[str, Any] | None],
 ) -> Image.Image:
     """One picture of the first concept by method (rows) and budget (columns); a dash where there is none."""
     left, top = 120, 16
@@ -125,7 +130,7 @@ def grid_of(
                 continue
             adapter, _ = lab.trained(NAMES[0], **change, **scaled(lab, swept(lab, method)[0]))
             base = lab.fresh()
-            put_on(base, [(adapter, 1.0)])
+            load_adapters(base, [(adapter, 1.0)])
             out.paste(lab.portraits(base, adapter.token)[0].resize((SIDE, SIDE)), corner)
     return out
 

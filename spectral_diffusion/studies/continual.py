@@ -10,25 +10,25 @@ from pathlib import Path
 import torch
 
 from ..adapters.adapter import Adapter
-from ..adapters.apply import put_on
-from ..config.models import FuseConfig
+from ..adapters.apply import load_adapters
+from ..config.fuse import FuseConfig
 from ..merging.fuse import fuse_to_folder
 from ..methods import get_method
 from ..metrics.statistics import share, told
-from ..training.loop import continued
+from ..training.loop import continued_triplets
 from .fusion import change_for as family_change
 from .fusion import family_rate, fused_cell
 from .registry import Findings, Row, Table, study
-from .runner import REPORTED, Figures, Lab, TimeOver, key_of, scaled
+from .runner import TEST_CONCEPTS, Figures, StudyRunner, TimeOver, key_of, scaled
 from .speed import swept
 
-NAMES = REPORTED[:5]
+NAMES = TEST_CONCEPTS[:5]
 SEEDS = (0, 1, 2)
 ROTATION, NEW, SUMMED = "rotation, same columns", "rotation, a new SVD each time", "additive, same slot, summed"
 CHANGE = {"method": "spectral-rotation", "slot": "0:8"}
 
 
-def rotation_rate(lab: Lab, quick: bool) -> float:
+def rotation_rate(lab: StudyRunner, quick: bool) -> float:
     """The rate that the study ``speed`` chose for the rotation, on a concept that is not reported."""
     return get_method("spectral-rotation").lr_scale if quick else swept(lab, "spectral-rotation")[0]
 
@@ -36,19 +36,21 @@ def rotation_rate(lab: Lab, quick: bool) -> float:
 def unevenness(adapter: Adapter) -> float:
     """The largest entry of |RᵀR − I| over all layers and both sides, R the whole rotation since the decomposition."""
     worst = 0.0
-    for held in continued(adapter).values():
+    for held in continued_triplets(adapter).values():
         for change in (held["D_U"].double(), held["D_V"].double()):
             R = change + torch.eye(len(change), dtype=torch.float64)
             worst = max(worst, float((R.mT @ R - torch.eye(len(R), dtype=torch.float64)).abs().max()))
     return worst
 
 
-def trained(lab: Lab, way: str, names: Sequence[str], rate: float, seed: int) -> tuple[Lab, Adapter, Path]:
+def trained(
+    lab: StudyRunner, way: str, names: Sequence[str], rate: float, seed: int
+) -> tuple[StudyRunner, Adapter, Path]:
     """The last concept's adapter after the others were learnt, its file, and the lab whose base it fits."""
     change = {**CHANGE, **scaled(lab, rate), "seed": seed}
     if way == ROTATION:
         if len(names) > 1:
-            change["continue_from"] = trained(lab, way, names[:-1], rate, seed)[2]
+            change["init_from_adapter"] = trained(lab, way, names[:-1], rate, seed)[2]
     elif len(names) > 1:
         under, _, file = trained(lab, way, names[:-1], rate, seed)
         folder = lab.folder / "bases" / key_of([lab.fingerprint, lab.recipe, change, list(names[:-1])])
@@ -56,23 +58,23 @@ def trained(lab: Lab, way: str, names: Sequence[str], rate: float, seed: int) ->
             fuse_to_folder(FuseConfig(adapters=[file], output=folder, base=under.base_name))
         lab = replace(lab, base_name=str(folder))
     adapter, _ = lab.trained(names[-1], **change)
-    return lab, adapter, lab.shelf(names[-1], **change)
+    return lab, adapter, lab.adapter_path(names[-1], **change)
 
 
-def chain_cell(lab: Lab, way: str, names: Sequence[str], rate: float, seed: int) -> Figures:
+def chain_cell(lab: StudyRunner, way: str, names: Sequence[str], rate: float, seed: int) -> Figures:
     """After the last of these concepts: how orthonormal its columns are, and the identity of each of them."""
 
     def compute() -> Figures:
         under, adapter, _ = trained(lab, way, names, rate, seed)
         base = under.fresh()
-        put_on(base, [(adapter, 1.0)])
+        load_adapters(base, [(adapter, 1.0)])
         identity = {n: lab.identity(lab.portraits(base, lab.concept(n).token, seed), n) for n in names}
         return {"identity": identity, "unevenness": unevenness(adapter) if way == ROTATION else None}
 
     return lab.cell("chain", {"way": way, "change": CHANGE, "names": list(names), "rate": rate, "seed": seed}, compute)
 
 
-def summed_cell(lab: Lab, names: Sequence[str], seed: int) -> Figures:
+def summed_cell(lab: StudyRunner, names: Sequence[str], seed: int) -> Figures:
     """The control: additive adapters, each trained on the untouched base in one and the same slot, summed."""
     family = "spectral, same slot"
     rate, _ = family_rate(lab, family, lab.recipe["train"]["steps"] < 100)
@@ -89,7 +91,7 @@ def summed_cell(lab: Lab, names: Sequence[str], seed: int) -> Figures:
     "Rotated columns are orthonormal again, so one concept after another is learnt without a new decomposition.",
     (60, 0.5),
 )
-def run(lab: Lab, quick: bool) -> Findings:
+def run(lab: StudyRunner, quick: bool) -> Findings:
     """After each of five concepts: the columns' orthonormality, and what is left of every concept learnt before."""
     count, seeds = (2, (0,)) if quick else (len(NAMES), SEEDS)
     ways = (ROTATION, NEW) if quick else (ROTATION, NEW, SUMMED)

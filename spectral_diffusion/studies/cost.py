@@ -12,15 +12,15 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from ..adapters.attach import attach, detach
+from ..adapters.attach import inject_adapter, unload_adapters
 from ..adapters.frozen import Frozen, frozen_tensors, stored_part, with_weight
-from ..linalg import sides
+from ..linalg import matrix_shape
 from ..methods import all_methods, get_method
 from ..models.architectures import build_meta
 from ..models.targets import find_targets
 from ..slots.ledger import Slot
 from .registry import Findings, Row, Table, study
-from .runner import Figures, Lab, TimeOver
+from .runner import Figures, StudyRunner, TimeOver
 
 TARGETS = "unet-attention"
 ROUNDS = 3
@@ -68,12 +68,12 @@ def sd15() -> Subject:
     return Subject(unet.requires_grad_(False), torch.randn(1, 4, 32, 32), torch.randn(1, 77, 768))
 
 
-def pocket(lab: Lab) -> Subject:
+def pocket(lab: StudyRunner) -> Subject:
     """The studies' own U-Net with the batch that they train at."""
     base = lab.fresh()
     unet = base.pipeline.unet
     unet.set_attn_processor(AttnProcessor())
-    batch, side = int(lab.recipe["train"]["batch"]), int(unet.config.sample_size)
+    batch, side = int(lab.recipe["train"]["batch_size"]), int(unet.config.sample_size)
     latents = torch.randn(batch, unet.config.in_channels, side, side)
     return Subject(unet.requires_grad_(False), latents, torch.randn(batch, 32, unet.config.cross_attention_dim))
 
@@ -106,21 +106,21 @@ def prepare(subject: Subject, name: str) -> Held:
     """The method's frozen tensors without any cache, and everything about it that no step needs: bytes, merging."""
     method = get_method(name)
     weights = {layer: m.weight.detach() for layer, m in find_targets({"unet": subject.unet}, TARGETS).items()}
-    shapes = [sides(weight) for weight in weights.values()]
+    shapes = [matrix_shape(weight) for weight in weights.values()]
     allowed = method.ranks(shapes)
     rank = min(allowed, key=lambda one: abs(one - RANKS.get(name, 8)))
     begun = time.perf_counter()
     frozen = frozen_tensors(method, weights, rank, Slot.interval(0, rank) if method.slot else None, cached=False)
     seconds = time.perf_counter() - begun
-    attachment = attach({"unet": subject.unet}, method, rank, targets=TARGETS, frozen=frozen, steps=100)
-    kept, trained = kept_bytes(subject), attachment.trained()
+    attachment = inject_adapter({"unet": subject.unet}, method, rank, targets=TARGETS, frozen=frozen, steps=100)
+    kept, trained = kept_bytes(subject), attachment.state_dict()
     count = attachment.count()
-    detach({"unet": subject.unet})
+    unload_adapters({"unet": subject.unet})
     stored = sum(t.numel() for tensors in stored_part(method, frozen).values() for t in tensors.values())
     begun = time.perf_counter()
     with torch.no_grad():
         for layer, weight in weights.items():
-            held = {key: trained[f"{layer}.{key}"] for key in method.shapes(*sides(weight), rank)}
+            held = {key: trained[f"{layer}.{key}"] for key in method.shapes(*matrix_shape(weight), rank)}
             weight + method.delta(held, with_weight(method, frozen[layer], weight)).delta().view(weight.shape)
     figures = {
         "trained": count,
@@ -134,7 +134,7 @@ def prepare(subject: Subject, name: str) -> Held:
 
 def timed_step(subject: Subject, name: str, held: Held) -> float:
     """Seconds of forward, backward and AdamW, after one to warm up; the method is put on and taken off again."""
-    attachment = attach(
+    attachment = inject_adapter(
         {"unet": subject.unet}, get_method(name), held.rank, targets=TARGETS, frozen=held.frozen, steps=100
     )
     optimizer = torch.optim.AdamW([p for _, p in attachment.named_parameters()], lr=1e-4)
@@ -145,7 +145,7 @@ def timed_step(subject: Subject, name: str, held: Held) -> float:
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - begun
-    detach({"unet": subject.unet})
+    unload_adapters({"unet": subject.unet})
     return seconds
 
 
@@ -193,7 +193,7 @@ def rows_of(found: Mapping[str, Figures]) -> list[Row]:
     "A spectral adapter costs no more than LoRA but for the spectrum, which is computed once.",
     (25, 0.2),
 )
-def run(lab: Lab, quick: bool) -> Findings:
+def run(lab: StudyRunner, quick: bool) -> Findings:
     """What every method costs on the pocket U-Net and on one of Stable Diffusion 1.5's size."""
     names = ["spectral-additive", "spectral-rotation", "lora"] if quick else sorted(all_methods())
     sizes: dict[str, Callable[[], Subject]] = {"pocket": lambda: pocket(lab)}

@@ -12,13 +12,13 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from ..adapters.adapter import Adapter
-from ..adapters.apply import put_on
-from ..config.models import FuseConfig
+from ..adapters.apply import load_adapters
+from ..config.fuse import FuseConfig
 from ..merging.fuse import fuse_adapters
 from ..metrics.statistics import difference, share, told
 from ..scenes.png_metadata import grid
 from .registry import Findings, Row, Table, study
-from .runner import MANY, REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled
+from .runner import MANY, TEST_CONCEPTS, TUNING_CONCEPTS, Figures, StudyRunner, TimeOver, best_rate, scaled
 
 NOTHING = "Nothing was measured yet."
 RATES = (0.4, 1.0, 2.5, 6.25, 15.625)  # trials of the learning rate, on concepts that are not reported
@@ -36,10 +36,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "spectral, sampled slots": {"method": "spectral-additive", "slot": "sampled"},
 }
 MERGES: dict[str, dict[str, Any]] = {
-    "sum": {"merge": "spectral", "form": "sum"},
+    "sum": {"merge": "spectral"},
     "fedavg": {"merge": "fedavg"},
-    "paper": {"merge": "spectral", "form": "paper"},
-    "gradient": {"merge": "gradient", "gradient": {"anchor": 0.0}},
+    "paper": {"merge": "spectral", "options": {"form": "paper"}},
+    "gradient": {"merge": "gradient", "calibration": {"prior_weight": 0.0}},
     "gradient, anchored": {"merge": "gradient"},
     "ssr": {"merge": "ssr"},
     "ties": {"merge": "ties"},
@@ -54,7 +54,7 @@ TRIED = {
 
 
 @dataclass(frozen=True)
-class Job:
+class FusionCell:
     """One row to measure: a family of adapters of a rank, a merge, how many concepts."""
 
     family: str
@@ -78,15 +78,15 @@ def change_for(family: str, number: int, rank: int = RANK, seed: int = 0) -> dic
     return change if rank == RANK else {**change, "rank": rank}
 
 
-def family_rate(lab: Lab, family: str, quick: bool, rank: int = RANK) -> tuple[float, list[Figures]]:
+def family_rate(lab: StudyRunner, family: str, quick: bool, rank: int = RANK) -> tuple[float, list[Figures]]:
     """The family's learning rate, chosen on the concepts that are not reported."""
     if quick:
         return 1.0, []
-    return best_rate(lab, RATES, TUNED[:2], **change_for(family, 0, rank))
+    return best_rate(lab, RATES, TUNING_CONCEPTS[:2], **change_for(family, 0, rank))
 
 
 def adapters_of(
-    lab: Lab, family: str, rate: float, names: Sequence[str], seed: int, rank: int = RANK
+    lab: StudyRunner, family: str, rate: float, names: Sequence[str], seed: int, rank: int = RANK
 ) -> list[tuple[Adapter, Figures]]:
     """Trained adapters with what each is alone."""
     out = []
@@ -96,13 +96,15 @@ def adapters_of(
     return out
 
 
-def trained_with(lab: Lab, family: str, rate: float, number: int, seed: int, rank: int = RANK) -> dict[str, Any]:
+def trained_with(
+    lab: StudyRunner, family: str, rate: float, number: int, seed: int, rank: int = RANK
+) -> dict[str, Any]:
     """All that the training of a family's concept of that number changes in the recipe."""
     return {**change_for(family, number, rank, seed), **scaled(lab, rate), "seed": seed}
 
 
 def fused_cell(
-    lab: Lab,
+    lab: StudyRunner,
     family: str,
     merge: str,
     rate: float,
@@ -120,7 +122,7 @@ def fused_cell(
         before = lab.ordinary(base, seed)
         files = [Path(f"{name}.safetensors") for name in names]
         strengths = {} if strength == 1.0 else dict.fromkeys(names, strength)
-        config = FuseConfig(adapters=files, output=Path("fused"), strength=strengths, seed=seed, **MERGES[merge])
+        config = FuseConfig(adapters=files, output=Path("fused"), scales=strengths, seed=seed, **MERGES[merge])
         begun = time.monotonic()
         fuse_adapters(base, adapters, config, lab.progress)
         seconds = time.monotonic() - begun
@@ -135,10 +137,10 @@ def fused_cell(
 
     key = {"family": family, "change": FAMILIES[family], "merge": MERGES[merge], "rate": rate, "names": list(names)}
     key |= {} if rank == RANK else {"rank": rank}
-    return lab.cell("fused", {**key, "seed": seed, "strength": strength}, compute)
+    return lab.cell("fused", {**key, "seed": seed, "scales": strength}, compute)
 
 
-def drift(lab: Lab, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
+def drift(lab: StudyRunner, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
     """Mean 1 − cosine of the identity encoder's vectors of the same prompt and seed before and after."""
     cosines = (lab.encoder.embed(before) * lab.encoder.embed(after)).sum(1)
     return float((1 - cosines).mean())
@@ -150,12 +152,12 @@ def drift(lab: Lab, before: Sequence[Image.Image], after: Sequence[Image.Image])
     "Adapters in disjoint slots fuse by addition and keep every concept's identity better than averaging LoRAs.",
     (240, 2.0),
 )
-def run(lab: Lab, quick: bool) -> Findings:
+def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity alone and fused, text match, drift and seconds, for every family and merge."""
     sizes, seeds = ((2,), (0,)) if quick else ((2, 3, 4, 8), SEEDS)
     families = ("spectral, own slots", "lora") if quick else tuple(TRIED)
     merges = {family: ("sum", "fedavg") if quick else TRIED[family] for family in families}
-    jobs = [Job(family, merge, size) for family in families for size in sizes for merge in merges[family]]
+    jobs = [FusionCell(family, merge, size) for family in families for size in sizes for merge in merges[family]]
     rows, sweeps, missing = measured(lab, jobs, seeds, quick)
     tables = [Table("Every family and merge", rows)]
     if sweeps:
@@ -169,7 +171,7 @@ def run(lab: Lab, quick: bool) -> Findings:
 
 
 def measured(
-    lab: Lab, jobs: Sequence[Job], seeds: Sequence[int], quick: bool
+    lab: StudyRunner, jobs: Sequence[FusionCell], seeds: Sequence[int], quick: bool
 ) -> tuple[list[Row], list[Row], list[str]]:
     """The rows of these jobs, the sweeps behind them, and what time did not allow; one seed after the other.
 
@@ -177,7 +179,7 @@ def measured(
     """
     rates: dict[tuple[str, int], float] = {}
     sweeps: list[Row] = []
-    late: dict[Job, list[int]] = {}
+    late: dict[FusionCell, list[int]] = {}
     for seed, job in itertools.product(seeds, jobs):
         kind = job.family, job.rank
         try:
@@ -200,20 +202,20 @@ def measured(
 
 
 def minus_sum(
-    lab: Lab,
-    job: Job,
-    jobs: Sequence[Job],
-    late: Collection[Job],
+    lab: StudyRunner,
+    job: FusionCell,
+    jobs: Sequence[FusionCell],
+    late: Collection[FusionCell],
     rates: Mapping[tuple[str, int], float],
     seeds: Sequence[int],
 ) -> str | None:
     """The fused identity less that of the slots' plain sum, concept by concept and seed by seed."""
-    reference = Job("spectral, own slots", "sum", job.size, job.rank)
+    reference = FusionCell("spectral, own slots", "sum", job.size, job.rank)
     if job == reference or reference not in jobs or reference in late:
         return None
     names = MANY[: job.size]
 
-    def identities(of: Job) -> list[float]:
+    def identities(of: FusionCell) -> list[float]:
         rate = rates[of.family, of.rank]
         cells = [fused_cell(lab, of.family, of.merge, rate, names, seed, rank=of.rank) for seed in seeds]
         return [cell["concepts"][name]["identity"] for cell in cells for name in names]
@@ -221,7 +223,7 @@ def minus_sum(
     return difference(identities(job), identities(reference), names)
 
 
-def not_measured(late: Mapping[Job, Sequence[int]]) -> list[str]:
+def not_measured(late: Mapping[FusionCell, Sequence[int]]) -> list[str]:
     """What time did not allow, the merges of the same adapters in one line."""
     merges: dict[tuple[str, int, int, tuple[int, ...]], list[str]] = {}
     for job, seeds in late.items():
@@ -233,7 +235,7 @@ def not_measured(late: Mapping[Job, Sequence[int]]) -> list[str]:
 
 
 def row(
-    lab: Lab, family: str, merge: str, rate: float, names: Sequence[str], seeds: Sequence[int], rank: int = RANK
+    lab: StudyRunner, family: str, merge: str, rate: float, names: Sequence[str], seeds: Sequence[int], rank: int = RANK
 ) -> Row:
     """One row of the table: means over concepts and seeds with their 95 % intervals, a bootstrap over concepts."""
     alone, fused, floor, text, drifts, seconds = [], [], [], [], [], []
@@ -279,10 +281,10 @@ def verdict(rows: Sequence[Row]) -> str:
     return " ".join(sentences) or NOTHING
 
 
-def sheet(lab: Lab, seed: int = 0, size: int = 4) -> Image.Image:
+def sheet(lab: StudyRunner, seed: int = 0, size: int = 4) -> Image.Image:
     """References, each concept alone, and after the main merges: one row a concept."""
     rate, _ = family_rate(lab, "spectral, own slots", False)
-    names = REPORTED[:size]
+    names = TEST_CONCEPTS[:size]
     adapters = [adapter for adapter, _ in adapters_of(lab, "spectral, own slots", rate, names, seed)]
     columns: dict[str, dict[str, list[Image.Image]]] = {
         "photos": {n: lab.references(n)[:4] for n in names},
@@ -290,7 +292,7 @@ def sheet(lab: Lab, seed: int = 0, size: int = 4) -> Image.Image:
     }
     for adapter in adapters:
         base = lab.fresh()
-        put_on(base, [(adapter, 1.0)])
+        load_adapters(base, [(adapter, 1.0)])
         columns["alone"][adapter.name] = lab.portraits(base, adapter.token, seed)[:4]
     for merge in ("sum", "fedavg", "gradient, anchored"):
         base = lab.fused(adapters, seed=seed, **MERGES[merge])

@@ -19,14 +19,14 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..adapters.attach import attach
+from ..adapters.attach import inject_adapter
 from ..adapters.frozen import frozen_tensors
 from ..methods import get_method
 from ..models.targets import find_targets
 from ..slots.ledger import Slot
 from .charts import WANTED, drawn, plotting
 from .registry import Findings, Row, Table, study
-from .runner import Figures, Lab, TimeOver
+from .runner import Figures, StudyRunner, TimeOver
 
 WORDS, LENGTH, BATCH, RANK = 24, 32, 48, 2
 CHANGED = 0.35  # of the rules
@@ -98,7 +98,7 @@ def put_on(model: nn.Module, way: str, seed: int) -> list[nn.Parameter]:
     models: dict[str, nn.Module] = {"model": model}
     weights = {layer: module.weight.detach() for layer, module in find_targets(models, TARGETS).items()}
     frozen = frozen_tensors(method, weights, rank, slot, cached=False)
-    attachment = attach(models, method, rank, targets=TARGETS, frozen=frozen, seed=seed)
+    attachment = inject_adapter(models, method, rank, targets=TARGETS, frozen=frozen, seed=seed)
     return [parameter for _, parameter in attachment.named_parameters()]
 
 
@@ -170,7 +170,7 @@ def picture(runs: Sequence[Mapping[str, Any]], steps: int) -> Image.Image | None
     "Tuning the top columns of a language model beats LoRA and bottom columns.",
     (20, 0.1),
 )
-def run(lab: Lab, quick: bool) -> Findings:
+def run(lab: StudyRunner, quick: bool) -> Findings:
     """Held-out loss above the language's entropy, for every way."""
     pretraining, steps, seeds, rates = (4, 4, (0,), RATES[:1]) if quick else (1000, 200, (0, 1, 2), RATES)
     runs: list[Figures] = []

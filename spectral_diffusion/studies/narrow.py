@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .fusion import NARROW, Job
+from .fusion import NARROW, FusionCell
 from .registry import Findings, study
-from .runner import Lab
+from .runner import StudyRunner
 from .slots import compared
 
 SIZES = (2, 4, 8, 16)
@@ -19,12 +19,12 @@ FAMILIES = {
 }
 
 
-def jobs_of(quick: bool) -> list[Job]:
+def jobs_of(quick: bool) -> list[FusionCell]:
     """Every family's rows, the most concepts last: their adapters are those of fewer and some more."""
     if quick:
-        return [Job(family, "sum", 2, NARROW) for family in ("spectral, own slots", "lora")]
+        return [FusionCell(family, "sum", 2, NARROW) for family in ("spectral, own slots", "lora")]
     return [
-        Job(family, merge, size, NARROW)
+        FusionCell(family, merge, size, NARROW)
         for size in SIZES
         for family, (merges, sizes) in FAMILIES.items()
         if size in sizes
@@ -38,7 +38,7 @@ def jobs_of(quick: bool) -> list[Job]:
     "Slots of two columns hold a concept each, so that sixteen fit side by side and fuse undisturbed.",
     (180, 0.5),
 )
-def run(lab: Lab, quick: bool) -> Findings:
+def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity alone and fused at rank 2, by where the columns lie, for every merge."""
     jobs = jobs_of(quick)
     alike = {job.family for job in jobs} - {"orthogonal"}

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..linalg import Band
+from ..linalg import SingularTriplets
 from ..methods import get_method
 from .registry import Findings, Row, Table, study
-from .runner import Lab
+from .runner import StudyRunner
 
 SIDES = (40, 60)  # out and in of the weight
 
@@ -36,7 +36,7 @@ def lowest(weight: Tensor, rank: int) -> tuple[int, int]:
     is to take one term of each of its ranks away.
     """
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    whole = Band(U, S, Vh.mT)
+    whole = SingularTriplets(U, S, Vh.mT)
     band, other = whole.columns(0, rank), whole.columns(rank, 2 * rank)
     turned = {"A_U": -band.U - other.U * (other.S / band.S), "A_V": other.V - band.V}
     taken = {"B": -band.U * band.S, "A": band.V.mT.contiguous()}
@@ -50,7 +50,7 @@ def lowest(weight: Tensor, rank: int) -> tuple[int, int]:
     "With as many trained numbers a spectral adapter reaches twice as far down in rank as LoRA.",
     (0.1, 0.1),
 )
-def run(lab: Lab, quick: bool) -> Findings:
+def run(lab: StudyRunner, quick: bool) -> Findings:
     """The lowest rank each reaches, and how many numbers it trains for that."""
     weight, rows = weight_of_full_rank(), list[Row]()
     for rank in (1, 2, 4, 8, 16):

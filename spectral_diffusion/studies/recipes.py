@@ -14,15 +14,16 @@ from typing import Any
 from PIL import Image
 
 from ..adapters.adapter import Adapter
-from ..adapters.apply import put_on
-from ..config.models import TeachConfig, ordinary_thing
+from ..adapters.apply import load_adapters
+from ..config.fuse import DistillConfig
+from ..config.train import generic_subject
 from ..metrics.prompts import ORDINARY
 from ..metrics.statistics import share, told
 from ..models.base import Base
 from .fusion import NARROW, NOTHING, RANK, change_for, drift, family_rate
 from .fusion import sheet_of as tiles
 from .registry import Findings, Row, Table, study
-from .runner import MANY, REPORTED, TUNED, Figures, Lab, TimeOver, scaled
+from .runner import MANY, TEST_CONCEPTS, TUNING_CONCEPTS, Figures, StudyRunner, TimeOver, scaled
 
 SEEDS = (0, 1, 2)
 FAMILY = "spectral, own slots"
@@ -57,26 +58,27 @@ class Recipe:
 
 def watched(merge: str = "gradient", **settings: Any) -> dict[str, Any]:
     """A merge that watches activations, with settings of what it watches."""
-    return {"merge": merge, "gradient": settings}
+    return {"merge": merge, "calibration": settings}
 
 
 def lessons(steps: int, **settings: Any) -> dict[str, Any]:
     """Settings of teaching; pictures are drawn with the studies' guidance."""
-    usual = {"guidance": 2.0, "learning_rate": 1e-4, "ordinary": 0.75, "token_learning_rate": 1e-3}
+    usual = {"guidance_scale": 2.0, "learning_rate": 1e-4, "prior_share": 0.75, "token_learning_rate": 1e-3}
     return {"steps": steps, **usual, **settings}
 
 
-OWN_WORDS: dict[str, Any] = {"guidance": 1.0}  # no empty prompt is watched, whose answer every adapter changes its way
-CAREFUL = {"preservation": {"weight": 4.0}}
-WORDS_ONLY = {"targets": "key-value"}  # what reads words: nothing else of the network changes
-MORE_LESSONS = {"pictures": 48, "plain": 480}
-ALL_OF_IT = {"targets": r"re:unet\..*"}
-FROM_16 = watched(anchor=16.0, **OWN_WORDS)
-FROM_4 = watched(anchor=4.0, **OWN_WORDS)
+# No activations of the empty prompt, whose answer every adapter changes in its own way.
+OWN_WORDS: dict[str, Any] = {"guidance_scale": 1.0}
+CAREFUL = {"prior": {"loss_weight": 4.0}}
+WORDS_ONLY = {"target_modules": "key-value"}  # what reads words: nothing else of the network changes
+MORE_LESSONS = {"num_images": 48, "num_prior_images": 480}
+ALL_OF_IT = {"target_modules": r"re:unet\..*"}
+FROM_16 = watched(prior_weight=16.0, **OWN_WORDS)
+FROM_4 = watched(prior_weight=4.0, **OWN_WORDS)
 TRIALS: tuple[Recipe, ...] = (
     Recipe("sum", "λ = 1.0"),
-    *(Recipe("gradient, anchored", f"μ = {m}", watched(anchor=m)) for m in (1.0, 2.0, 4.0, 8.0)),
-    *(Recipe("gradient, own words", f"μ = {m}", watched(anchor=m, **OWN_WORDS)) for m in (1.0, 4.0, 16.0)),
+    *(Recipe("gradient, anchored", f"μ = {m}", watched(prior_weight=m)) for m in (1.0, 2.0, 4.0, 8.0)),
+    *(Recipe("gradient, own words", f"μ = {m}", watched(prior_weight=m, **OWN_WORDS)) for m in (1.0, 4.0, 16.0)),
     *(
         Recipe("taught for 300 steps", f"rate {rate:g}", FROM_16, taught=lessons(300, learning_rate=rate))
         for rate in (1e-4, 3e-4)
@@ -89,8 +91,8 @@ TRIALS: tuple[Recipe, ...] = (
         Recipe(
             f"taught for {n:,} steps, half ordinary",
             "more lessons" + (f", from μ = {m}" if m != 16.0 else ""),
-            watched(anchor=m, **OWN_WORDS),
-            taught=lessons(n, learning_rate=3e-4, ordinary=0.5, **MORE_LESSONS),
+            watched(prior_weight=m, **OWN_WORDS),
+            taught=lessons(n, learning_rate=3e-4, prior_share=0.5, **MORE_LESSONS),
         )
         for n, m in ((900, 16.0), (900, 64.0), (1800, 16.0))
     ),
@@ -99,15 +101,15 @@ TRIALS: tuple[Recipe, ...] = (
             f"all of the U-Net taught for {n:,} steps",
             "half ordinary, more lessons",
             FROM_16,
-            taught=lessons(n, ordinary=0.5, **ALL_OF_IT, **MORE_LESSONS),
+            taught=lessons(n, prior_share=0.5, **ALL_OF_IT, **MORE_LESSONS),
         )
         for n in (900, 1800)
     ),
-    Recipe("taught for 300 steps", "half ordinary", FROM_16, taught=lessons(300, ordinary=0.5)),
+    Recipe("taught for 300 steps", "half ordinary", FROM_16, taught=lessons(300, prior_share=0.5)),
     Recipe("taught for 300 steps", "words left alone", FROM_16, taught=lessons(300, token_learning_rate=0.0)),
-    Recipe("taught for 300 steps", "from μ = 1", watched(anchor=1.0, **OWN_WORDS), taught=lessons(300)),
+    Recipe("taught for 300 steps", "from μ = 1", watched(prior_weight=1.0, **OWN_WORDS), taught=lessons(300)),
     *(
-        Recipe("words only, gradient", f"μ = {m}", watched(anchor=m, **OWN_WORDS), train=WORDS_ONLY)
+        Recipe("words only, gradient", f"μ = {m}", watched(prior_weight=m, **OWN_WORDS), train=WORDS_ONLY)
         for m in (1.0, 4.0, 16.0)
     ),
     Recipe("words only, taught", "300 steps", FROM_4, train=WORDS_ONLY, taught=lessons(300)),
@@ -115,42 +117,51 @@ TRIALS: tuple[Recipe, ...] = (
     *(Recipe("sum", f"λ = {s}", strength=s) for s in (0.3, 0.5, 0.7)),
     *(Recipe("sum, norms levelled", f"λ = {s}", strength=s, factors="levelled") for s in (0.5, 1.0)),
     *(Recipe("sum, off the other bands", f"λ = {s}", strength=s, factors="projected") for s in (0.5, 1.0)),
-    *(Recipe("ssr", f"μ = {m}", watched("ssr", anchor=m, **OWN_WORDS)) for m in (1.0, 4.0)),
+    *(Recipe("ssr", f"μ = {m}", watched("ssr", prior_weight=m, **OWN_WORDS)) for m in (1.0, 4.0)),
     *(
-        Recipe("gradient, more watched", f"24 pictures, μ = {m}", watched(anchor=m, pictures=24, **OWN_WORDS))
+        Recipe("gradient, more watched", f"24 pictures, μ = {m}", watched(prior_weight=m, num_images=24, **OWN_WORDS))
         for m in (4.0, 16.0)
     ),
-    Recipe("gradient, ridge to the mean", "μ = 4", watched(anchor=4.0, ridge=1e-3, ridge_to="mean", **OWN_WORDS)),
-    Recipe("gradient, stage by stage", "μ = 4", watched(anchor=4.0, staging="fused", **OWN_WORDS)),
+    Recipe(
+        "gradient, ridge to the mean",
+        "μ = 4",
+        {**watched(prior_weight=4.0, **OWN_WORDS), "options": {"ridge": 1e-3, "ridge_to": "mean"}},
+    ),
+    Recipe("gradient, stage by stage", "μ = 4", watched(prior_weight=4.0, calibrate_on="previous_stages", **OWN_WORDS)),
     Recipe("routed by prompt, not fused", "", routed=True),
     *(
-        Recipe("held to the base, gradient", f"weight 4, μ = {m}", watched(anchor=m, **OWN_WORDS), train=CAREFUL)
+        Recipe("held to the base, gradient", f"weight 4, μ = {m}", watched(prior_weight=m, **OWN_WORDS), train=CAREFUL)
         for m in (1.0, 4.0)
     ),
     Recipe("held to the base, taught", "300 steps", FROM_4, train=CAREFUL, taught=lessons(300)),
-    *(Recipe("S-normalised, sum", f"λ = {s}", strength=s, train={"normalise": True}) for s in (0.5, 1.0)),
-    Recipe("S-normalised, gradient", "μ = 4", FROM_4, train={"normalise": True}),
+    *(Recipe("S-normalised, sum", f"λ = {s}", strength=s, train={"normalize": True}) for s in (0.5, 1.0)),
+    Recipe("S-normalised, gradient", "μ = 4", FROM_4, train={"normalize": True}),
 )
 MOST = 7  # kinds that are reported, the best ones
 QUICK = (
     Recipe("sum, off the other bands", "λ = 1", factors="projected"),
-    Recipe("taught", "2 steps", watched(pictures=2, steps=2), taught=lessons(2, pictures=4, draws=2, plain=4, batch=4)),
+    Recipe(
+        "taught",
+        "2 steps",
+        watched(num_images=2, num_inference_steps=2),
+        taught=lessons(2, num_images=4, noises_per_image=2, num_prior_images=4, batch_size=4),
+    ),
 )
 
 
 def rank_for(size: int) -> int:
     """The rank of so many concepts' slots."""
-    return RANK if size <= len(REPORTED) else NARROW
+    return RANK if size <= len(TEST_CONCEPTS) else NARROW
 
 
-def changes_for(lab: Lab, names: Sequence[str], seed: int, quick: bool) -> list[dict[str, Any]]:
+def changes_for(lab: StudyRunner, names: Sequence[str], seed: int, quick: bool) -> list[dict[str, Any]]:
     """Settings of every concept's ordinary training."""
     rank = rank_for(len(names))
     rate, _ = family_rate(lab, FAMILY, quick, rank)
     return [{**change_for(FAMILY, n, rank), **scaled(lab, rate), "seed": seed} for n in range(len(names))]
 
 
-def adapters_for(lab: Lab, recipe: Recipe, names: Sequence[str], seed: int, quick: bool) -> list[Adapter]:
+def adapters_for(lab: StudyRunner, recipe: Recipe, names: Sequence[str], seed: int, quick: bool) -> list[Adapter]:
     """The adapters that a recipe starts from, their factors changed as it says."""
     changes = changes_for(lab, names, seed, quick)
     found = [lab.trained(name, **{**change, **recipe.train})[0] for name, change in zip(names, changes, strict=True)]
@@ -183,22 +194,22 @@ def strengths(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, float]:
     return {name: recipe.strength * (middle / norm if level else 1.0) for name, norm in norms.items()}
 
 
-def fused_by(lab: Lab, recipe: Recipe, adapters: Sequence[Adapter], seed: int) -> Base:
+def fused_by(lab: StudyRunner, recipe: Recipe, adapters: Sequence[Adapter], seed: int) -> Base:
     """The one model that a recipe makes of the adapters."""
-    more = {"strength": strengths(recipe, adapters), "seed": seed, **recipe.merge}
+    more = {"scales": strengths(recipe, adapters), "seed": seed, **recipe.merge}
     if recipe.taught:
-        more["teach"] = TeachConfig(things=things(lab), **recipe.taught)
+        more["distill"] = DistillConfig(prior_subjects=things(lab), **recipe.taught)
     return lab.fused(adapters, **more)
 
 
-def things(lab: Lab) -> list[str]:
+def things(lab: StudyRunner) -> list[str]:
     """What ordinary prompts speak of: the recipe's nouns and colours but for the prompts that drift is told on."""
-    words = lab.recipe["train"]["preservation"]
-    found = [ordinary_thing(colour, noun) for colour in words["adjectives"] for noun in words["nouns"]]
+    words = lab.recipe["train"]["prior"]
+    found = [generic_subject(colour, noun) for colour in words["adjectives"] for noun in words["nouns"]]
     return [thing for thing in found if thing not in ORDINARY]
 
 
-def recipe_cell(lab: Lab, recipe: Recipe, names: Sequence[str], seed: int, quick: bool) -> Figures:
+def recipe_cell(lab: StudyRunner, recipe: Recipe, names: Sequence[str], seed: int, quick: bool) -> Figures:
     """Identity and text match of every concept from the one model, drift, and the seconds to make it."""
 
     def compute() -> Figures:
@@ -211,7 +222,7 @@ def recipe_cell(lab: Lab, recipe: Recipe, names: Sequence[str], seed: int, quick
         for adapter in adapters:
             if recipe.routed:
                 base = lab.fresh()
-                put_on(base, [(adapter, 1.0)])
+                load_adapters(base, [(adapter, 1.0)])
             pictures = lab.portraits(base, adapter.token, seed)
             concepts[adapter.name] = {
                 "identity": lab.identity(pictures, adapter.name),
@@ -223,7 +234,7 @@ def recipe_cell(lab: Lab, recipe: Recipe, names: Sequence[str], seed: int, quick
     return lab.cell("recipe", {"recipe": decides, "family": FAMILY, "names": list(names), "seed": seed}, compute)
 
 
-def alone(lab: Lab, names: Sequence[str], seed: int, quick: bool) -> dict[str, float]:
+def alone(lab: StudyRunner, names: Sequence[str], seed: int, quick: bool) -> dict[str, float]:
     """What every concept's ordinary adapter is alone: the whole that recipes are measured by, whatever they train."""
     changes = changes_for(lab, names, seed, quick)
     return {name: float(lab.alone(name, **change)["identity"]) for name, change in zip(names, changes, strict=True)}
@@ -235,10 +246,10 @@ def alone(lab: Lab, names: Sequence[str], seed: int, quick: bool) -> dict[str, f
     "Concepts fused into one model stay themselves.",
     (480, 0.7),
 )
-def run(lab: Lab, quick: bool) -> Findings:
+def run(lab: StudyRunner, quick: bool) -> Findings:
     """The trials on concepts that are not reported; the best of the best kinds on eight and sixteen that are."""
-    trials, names = (QUICK, TUNED[:2]) if quick else (TRIALS, TUNED)
-    reported, seeds = ((REPORTED[:2],), (0,)) if quick else ((REPORTED, MANY), SEEDS)
+    trials, names = (QUICK, TUNING_CONCEPTS[:2]) if quick else (TRIALS, TUNING_CONCEPTS)
+    reported, seeds = ((TEST_CONCEPTS[:2],), (0,)) if quick else ((TEST_CONCEPTS, MANY), SEEDS)
     rows: list[Row] = []
     missing: list[str] = []
     best: dict[str, tuple[float, Recipe]] = {}
@@ -261,7 +272,7 @@ def run(lab: Lab, quick: bool) -> Findings:
         Table(f"Every trial, K = {len(names)}, on concepts that are not reported", rows),
     ]
     pictures: dict[str, Image.Image] = {}
-    shown = [row for row in told_rows if row["K"] == len(REPORTED)]
+    shown = [row for row in told_rows if row["K"] == len(TEST_CONCEPTS)]
     try:
         pictures = {} if quick else {"sheet": sheet(lab, worth_showing(chosen, shown))}
     except TimeOver:
@@ -289,11 +300,16 @@ def worth_showing(recipes: Sequence[Recipe], rows: Sequence[Row]) -> list[Recipe
 
 
 def report(
-    lab: Lab, recipes: Sequence[Recipe], names: Sequence[str], seeds: Sequence[int], quick: bool, missing: list[str]
+    lab: StudyRunner,
+    recipes: Sequence[Recipe],
+    names: Sequence[str],
+    seeds: Sequence[int],
+    quick: bool,
+    missing: list[str],
 ) -> list[Row]:
     """One row a recipe that every seed was measured of, over concepts and seeds; one seed after the other."""
     cells: dict[str, list[tuple[int, Figures, dict[str, float]]]] = {}
-    if len(names) > len(REPORTED):
+    if len(names) > len(TEST_CONCEPTS):
         recipes = [recipe for recipe in recipes if not (recipe.train or recipe.routed)]
     for seed, recipe in itertools.product(seeds, recipes):
         try:
@@ -354,21 +370,21 @@ def moved(row: Row) -> float:
     return float(row["drift"].split()[0])
 
 
-def sheet(lab: Lab, recipes: Sequence[Recipe], seed: int = 0) -> Image.Image:
+def sheet(lab: StudyRunner, recipes: Sequence[Recipe], seed: int = 0) -> Image.Image:
     """Photos, each concept alone, and from one model by recipes of which one is taught and one not: a row a concept."""
     lab.check_time()
-    columns: dict[str, dict[str, list[Image.Image]]] = {"photos": {n: lab.references(n)[:4] for n in REPORTED}}
+    columns: dict[str, dict[str, list[Image.Image]]] = {"photos": {n: lab.references(n)[:4] for n in TEST_CONCEPTS}}
     plain = Recipe("", "", routed=True)
-    own = adapters_for(lab, plain, REPORTED, seed, False)
+    own = adapters_for(lab, plain, TEST_CONCEPTS, seed, False)
     columns["alone"] = {}
     for adapter in own:
         base = lab.fresh()
-        put_on(base, [(adapter, 1.0)])
+        load_adapters(base, [(adapter, 1.0)])
         columns["alone"][adapter.name] = lab.portraits(base, adapter.token, seed)[:4]
     for recipe in recipes:
-        adapters = adapters_for(lab, recipe, REPORTED, seed, False)
+        adapters = adapters_for(lab, recipe, TEST_CONCEPTS, seed, False)
         base = fused_by(lab, recipe, adapters, seed)
         columns["taught" if recipe.taught else "merged"] = {
             a.name: lab.portraits(base, a.token, seed)[:4] for a in adapters
         }
-    return tiles(columns, REPORTED, 48)
+    return tiles(columns, TEST_CONCEPTS, 48)

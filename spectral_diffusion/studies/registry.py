@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..core.registry import Registry
-from .runner import Lab
+from .runner import StudyRunner
 
 Row = Mapping[str, Any]
 
@@ -47,7 +47,7 @@ class Study:
     paper: str
     claim: str
     minutes: tuple[float, float]
-    run: Callable[[Lab, bool], Findings]
+    run: Callable[[StudyRunner, bool], Findings]
 
 
 STUDIES: Registry[Study] = Registry("study", __package__, {"registry", "lab", "report", "charts"})
@@ -55,10 +55,10 @@ STUDIES: Registry[Study] = Registry("study", __package__, {"registry", "lab", "r
 
 def study(
     name: str, paper: str, claim: str, minutes: tuple[float, float]
-) -> Callable[[Callable[[Lab, bool], Findings]], Callable[[Lab, bool], Findings]]:
+) -> Callable[[Callable[[StudyRunner, bool], Findings]], Callable[[StudyRunner, bool], Findings]]:
     """Register a study's ``run`` under a name."""
 
-    def decorate(function: Callable[[Lab, bool], Findings]) -> Callable[[Lab, bool], Findings]:
+    def decorate(function: Callable[[StudyRunner, bool], Findings]) -> Callable[[StudyRunner, bool], Findings]:
         STUDIES.add(name, Study(name, paper, claim, minutes, function))
         return function
 

@@ -13,10 +13,10 @@ from ..core.files import atomic, parse_json, read_text, write_json, write_text
 from ..core.machine import provenance
 from ..evaluation.tables import markdown
 from .registry import Findings, Study
-from .runner import Figures, Lab
+from .runner import Figures, StudyRunner
 
 
-def page(study: Study, findings: Findings, lab: Lab, quick: bool, title: str) -> str:
+def page(study: Study, findings: Findings, lab: StudyRunner, quick: bool, title: str) -> str:
     """The study's page; the names of its pictures begin with ``title``."""
     parts = [
         f"# {study.name}",
@@ -89,7 +89,7 @@ def page_name(study: Study, findings: Findings, folder: Path, quick: bool) -> st
     return f"{study.name}-unfinished" if more else study.name
 
 
-def write_findings(study: Study, findings: Findings, lab: Lab, folder: Path, quick: bool) -> Path:
+def write_findings(study: Study, findings: Findings, lab: StudyRunner, folder: Path, quick: bool) -> Path:
     """Write ``NAME.json``, ``NAME.md``, pictures and the record of cells into a folder; returns the page.
 
     The names are :func:`page_name`'s. An unfinished page's cells are added to the whole one's record.

@@ -15,9 +15,11 @@ from typing import Any
 from PIL import Image
 
 from ..adapters.adapter import Adapter
-from ..adapters.apply import put_on
+from ..adapters.apply import load_adapters
 from ..adapters.formats.native import content_hash, load_adapter
-from ..config.models import FuseConfig, TrainConfig, build, read_yaml
+from ..config.fuse import FuseConfig
+from ..config.settings import build, read_yaml
+from ..config.train import TrainConfig
 from ..core import assets as resources
 from ..core.cache import cache_folder
 from ..core.errors import UserError
@@ -25,10 +27,10 @@ from ..core.files import parse_json, read_text, write_json
 from ..core.hooks import Progress, silent
 from ..core.precision import resolve_mixed_precision
 from ..data.folder import Concept, load_concept, open_photo
-from ..linalg import sides
+from ..linalg import matrix_shape
 from ..merging.fuse import fuse_adapters
 from ..methods import get_method
-from ..metrics.classifiers import judge_pictures, load_judge
+from ..metrics.classifiers import classify_images, load_classifier
 from ..metrics.encoders import Clip, Encoder, load_encoder
 from ..metrics.prompts import ORDINARY, PLACES
 from ..models.base import Base, load_base, parse_device
@@ -40,7 +42,7 @@ log = logging.getLogger(__name__)
 
 Figures = dict[str, Any]
 CELLS = "1"  # raised when what a cell measures changes, so that old ones are measured anew
-REPORTED = (
+TEST_CONCEPTS = (
     "rex",
     "fido",
     "brew",
@@ -50,8 +52,18 @@ REPORTED = (
     "bolt",
     "zippy",
 )  # three pairs that look alike, and two more
-MANY = (*REPORTED, "hoot", "luna", "moss", "toad", "tusk", "peck", "rusty", "pip")  # two more such pairs, and four more
-TUNED = ("bruno", "misty", "shelly", "hero")  # settings are chosen on these and never reported
+MANY = (
+    *TEST_CONCEPTS,
+    "hoot",
+    "luna",
+    "moss",
+    "toad",
+    "tusk",
+    "peck",
+    "rusty",
+    "pip",
+)  # two more such pairs, and four more
+TUNING_CONCEPTS = ("bruno", "misty", "shelly", "hero")  # settings are chosen on these and never reported
 
 
 def kept_figures(path: Path) -> Figures | None:
@@ -75,7 +87,7 @@ class TimeOver(UserError):
 
 
 @dataclass
-class Lab:
+class StudyRunner:
     """A base to study, and a folder that keeps adapters and measured cells.
 
     Attributes:
@@ -125,7 +137,7 @@ class Lab:
     def sides(self) -> list[tuple[int, int]]:
         """The sizes (out, in) of the weights that the recipe adapts."""
         targets = str(self.recipe.get("train", {}).get("targets", "attention"))
-        return [sides(weight) for weight in self.fresh().weights(targets).values()]
+        return [matrix_shape(weight) for weight in self.fresh().weights(targets).values()]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -188,7 +200,7 @@ class Lab:
         where = {"concept": resources.concepts() / concept, "output": output, "base": self.base_name}
         return build(TrainConfig, dict(self.recipe.get("train", {})), dict(change), where)
 
-    def shelf(self, concept: str, **change: Any) -> Path:
+    def adapter_path(self, concept: str, **change: Any) -> Path:
         """Where the adapter of these settings stands, or will: its place is told by all that decides it."""
         config = self.settings(concept, change, Path("adapter.safetensors"))
         # Only what differs from the defaults counts, so that a new setting leaves what is kept in place.
@@ -196,13 +208,13 @@ class Lab:
         plain = {**config.model_dump(mode="json", exclude=apart, exclude_defaults=True), **revised(config.method)}
         photos = [hashlib.sha256(p.path.read_bytes()).hexdigest() for p in self.concept(concept).photos]
         decides = [plain, self.fingerprint, concept, photos]
-        if config.continue_from:
-            decides.append(content_hash(load_adapter(config.continue_from)))
+        if config.init_from_adapter:
+            decides.append(content_hash(load_adapter(config.init_from_adapter)))
         return self.folder / "adapters" / key_of(decides) / f"{concept}.safetensors"
 
     def trained(self, concept: str, **change: Any) -> tuple[Adapter, float]:
         """An adapter and the seconds that its training took here, from the shelf if it stands there."""
-        file = self.shelf(concept, **change)
+        file = self.adapter_path(concept, **change)
         spent = file.with_name("seconds.json")
         if not (file.is_file() and spent.is_file()):
             self.check_time()
@@ -229,7 +241,7 @@ class Lab:
 
     @cached_property
     def referee(self) -> Any:
-        return load_judge("referee")
+        return load_classifier("referee")
 
     def text_match(self, pictures: Sequence[Image.Image]) -> float:
         """How many of the portraits stand where their prompts say.
@@ -242,7 +254,7 @@ class Lab:
             nearest = (self.encoder.embed(pictures) @ words.mT).argmax(1).tolist()
             seen: list[str | None] = [list(PLACES.values())[index] for index in nearest]
         else:
-            verdicts = judge_pictures(self.referee, pictures, [1] * len(pictures))
+            verdicts = classify_images(self.referee, pictures, [1] * len(pictures))
             seen = [one[0].backdrop for one in verdicts]
         return sum(a == b for a, b in zip(seen, wanted, strict=True)) / len(pictures)
 
@@ -262,7 +274,7 @@ class Lab:
         def compute() -> Figures:
             adapter, seconds = self.trained(concept, **change)
             base = self.fresh()
-            put_on(base, [(adapter, 1.0)])
+            load_adapters(base, [(adapter, 1.0)])
             pictures = self.portraits(base, adapter.token, seed)
             return {
                 "identity": self.identity(pictures, concept),
@@ -282,9 +294,9 @@ def revised(method: str) -> dict[str, int]:
     return {"revision": revision} if revision > 1 else {}
 
 
-def scaled(lab: Lab, rate: float) -> dict[str, float]:
+def scaled(lab: StudyRunner, rate: float) -> dict[str, float]:
     """The recipe's learning rates of both networks times a factor."""
-    train = lab.settings(TUNED[0], {}, Path("adapter.safetensors"))
+    train = lab.settings(TUNING_CONCEPTS[0], {}, Path("adapter.safetensors"))
     return {
         "learning_rate": train.learning_rate * rate,
         "text_encoder_learning_rate": train.text_encoder_learning_rate * rate,
@@ -296,7 +308,9 @@ def seeded(change: Mapping[str, Any], seed: int) -> dict[str, Any]:
     return {**change, "seed": seed} if seed else dict(change)
 
 
-def best_rate(lab: Lab, rates: Sequence[float], concepts: Iterable[str], **change: Any) -> tuple[float, list[Figures]]:
+def best_rate(
+    lab: StudyRunner, rates: Sequence[float], concepts: Iterable[str], **change: Any
+) -> tuple[float, list[Figures]]:
     """The factor on the recipe's learning rates that gives the best mean identity on concepts that are not reported."""
     concepts = list(concepts)
     trials: list[Figures] = []

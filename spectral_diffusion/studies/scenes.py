@@ -16,14 +16,14 @@ from ..core import assets as resources
 from ..metrics.prompts import PLACES
 from ..metrics.statistics import told
 from ..models.base import Base
-from ..scenes.control import Drawing
+from ..scenes.control import ControlMap
 from ..scenes.generate import sample
 from ..scenes.keypose import draw_keypose
 from ..scenes.png_metadata import grid
 from ..scenes.scene import Box, Region, Scene
 from .fusion import MERGES, change_for, family_rate
 from .registry import Findings, Row, Table, study
-from .runner import Figures, Lab, scaled
+from .runner import Figures, StudyRunner, scaled
 
 FAMILY = "spectral, own slots"
 WIDTH, HEIGHT, FINE = 128, 64, 4  # of the pictures, and how much finer their drawings are
@@ -90,20 +90,20 @@ def square(box: Box, width: int) -> tuple[int, int, int, int]:
     return round(x - side / 2), round(y - side / 2), round(x + side / 2), round(y + side / 2)
 
 
-def drawing_of(lab: Lab, names: Sequence[str], puppets: bool, width: int = WIDTH) -> Drawing:
+def drawing_of(lab: StudyRunner, names: Sequence[str], puppets: bool, width: int = WIDTH) -> ControlMap:
     """The classes' sketches, or standing skeletons, one in the middle of every region."""
     size = (width * FINE, HEIGHT * FINE)
     squares = [tuple(side * FINE for side in square(box, width)) for box in boxes(len(names))]
     if puppets:
         people = [np.array(STANDING) * (right - left) + (left, top) for left, top, right, _ in squares]
-        return Drawing(draw_keypose(people, *size), "keypose")
+        return ControlMap(draw_keypose(people, *size), "keypose")
     canvas = Image.new("L", size)
     for name, (left, top, right, bottom) in zip(names, squares, strict=True):
         with Image.open(resources.concepts() / "sketches" / f"{lab.concept(name).noun}.png") as stroke:
             canvas.paste(
                 stroke.convert("L").resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top)
             )
-    return Drawing(canvas, weight=0.8)
+    return ControlMap(canvas, weight=0.8)
 
 
 def prompt_of(tokens: Sequence[str], place: str) -> str:
@@ -115,7 +115,7 @@ def prompt_of(tokens: Sequence[str], place: str) -> str:
     return ", ".join(tokens[:-1]) + f" and {tokens[-1]} {place}"
 
 
-def adapters_of(lab: Lab, names: Sequence[str]) -> list[Adapter]:
+def adapters_of(lab: StudyRunner, names: Sequence[str]) -> list[Adapter]:
     """The study ``fusion``'s adapters of these concepts, trained here if they are not on the shelf."""
     rate, _ = family_rate(lab, FAMILY, False)
     quick = lab.recipe["train"]["steps"] < 100
@@ -123,7 +123,7 @@ def adapters_of(lab: Lab, names: Sequence[str]) -> list[Adapter]:
     return [lab.trained(name, **change_for(FAMILY, SLOTS[name]), **change, seed=0)[0] for name in names]
 
 
-def base_for(lab: Lab, way: Way, adapters: Sequence[Adapter]) -> Base:
+def base_for(lab: StudyRunner, way: Way, adapters: Sequence[Adapter]) -> Base:
     """A base with the adapters fused in, or only their tokens."""
     if way.merge is not None:
         return lab.fused(adapters, **MERGES[way.merge])
@@ -134,7 +134,7 @@ def base_for(lab: Lab, way: Way, adapters: Sequence[Adapter]) -> Base:
 
 
 def pictures_of(
-    lab: Lab, way: Way, names: Sequence[str], seeds: Sequence[int], puppets: bool, width: int = WIDTH
+    lab: StudyRunner, way: Way, names: Sequence[str], seeds: Sequence[int], puppets: bool, width: int = WIDTH
 ) -> list[Image.Image]:
     """Pictures of one scene, the places in turn."""
     adapters = adapters_of(lab, names)
@@ -155,7 +155,7 @@ def pictures_of(
     return images
 
 
-def confusion(lab: Lab, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[float]]:
+def confusion(lab: StudyRunner, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[float]]:
     """Per region (row) the share of pictures in which each concept (column) is nearest to what is there."""
     references = torch.stack([lab.encoder.embed(lab.references(name)).mean(0) for name in names])
     rows = []
@@ -165,7 +165,7 @@ def confusion(lab: Lab, images: Sequence[Image.Image], names: Sequence[str]) -> 
     return rows
 
 
-def scene_cell(lab: Lab, name: str, way: str, names: Sequence[str], count: int, puppets: bool) -> Figures:
+def scene_cell(lab: StudyRunner, name: str, way: str, names: Sequence[str], count: int, puppets: bool) -> Figures:
     """One scene one way: its confusion matrix and the mean likeness to the right concept."""
 
     width = width_of(name)
@@ -178,7 +178,7 @@ def scene_cell(lab: Lab, name: str, way: str, names: Sequence[str], count: int, 
         ]
         return {"confusion": confusion(lab, images, names), "identity": likeness, "pictures": len(images)}
 
-    kind = {"way": vars(WAYS[way]), "names": list(names), "count": count, "puppets": puppets}
+    kind = {"way": vars(WAYS[way]), "names": list(names), "num_images": count, "puppets": puppets}
     return lab.cell("scene", kind if width == WIDTH else {**kind, "width": width}, compute)
 
 
@@ -188,7 +188,7 @@ def scene_cell(lab: Lab, name: str, way: str, names: Sequence[str], count: int, 
     "With sketches or keyposes and regions every concept appears in its own place as itself.",
     (40, 1.0),
 )
-def run(lab: Lab, quick: bool) -> Findings:
+def run(lab: StudyRunner, quick: bool) -> Findings:
     """How often the right concept is in its region, for look-alikes, by way and by number."""
     chosen = {"2": SCENES["2"][:1]} if quick else SCENES
     ways = ("bound to regions", "fused by sum, regions") if quick else tuple(WAYS)
@@ -232,7 +232,7 @@ def verdict(rows: Sequence[Row]) -> str:
     return " ".join(sentences)
 
 
-def sheet(lab: Lab) -> Image.Image:
+def sheet(lab: StudyRunner) -> Image.Image:
     """Four pictures of one scene of every number, one row a way; the drawing first."""
     blocks = []
     for number, scenes in SCENES.items():

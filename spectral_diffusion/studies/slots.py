@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..methods import get_method
-from .fusion import NOTHING, Job, change_for, measured
+from .fusion import NOTHING, FusionCell, change_for, measured
 from .registry import Findings, Row, Table, study
-from .runner import REPORTED, Lab
+from .runner import TEST_CONCEPTS, StudyRunner
 
 SEEDS = (0, 1, 2)
 FAMILIES = ("spectral, own slots", "spectral, same slot", "lora")  # sampled ones: at rank 2, in the study ``narrow``
@@ -20,7 +20,9 @@ FREE = {"method", "slot", "slot_seed", "learning_rate", "text_encoder_learning_r
 TOLERANCE = 0.01  # of the trained numbers
 
 
-def check_equal(lab: Lab, changes: Mapping[str, Mapping[str, Any]], concept: str = REPORTED[0]) -> dict[str, int]:
+def check_equal(
+    lab: StudyRunner, changes: Mapping[str, Mapping[str, Any]], concept: str = TEST_CONCEPTS[0]
+) -> dict[str, int]:
     """The trained numbers of trainings that are to be compared; everything else about them is the same.
 
     Seed, steps, batch and photos decide what a step sees, so with these the same the data come in the same order.
@@ -40,11 +42,11 @@ def check_equal(lab: Lab, changes: Mapping[str, Mapping[str, Any]], concept: str
     return counts
 
 
-def jobs_of(quick: bool) -> list[Job]:
+def jobs_of(quick: bool) -> list[FusionCell]:
     """Every family and merge, for two to eight concepts of the recipe's rank."""
     if quick:
-        return [Job(family, "sum", 2) for family in FAMILIES[::2]]
-    return [Job(family, merge, size) for size in (8, 4, 2) for family in FAMILIES for merge in MERGES]
+        return [FusionCell(family, "sum", 2) for family in FAMILIES[::2]]
+    return [FusionCell(family, merge, size) for size in (8, 4, 2) for family in FAMILIES for merge in MERGES]
 
 
 @study(
@@ -53,13 +55,15 @@ def jobs_of(quick: bool) -> list[Job]:
     "Adapters in disjoint slots of the spectrum fuse without disturbing each other.",
     (180, 0.5),
 )
-def run(lab: Lab, quick: bool) -> Findings:
+def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity alone and fused by where the columns lie, for every merge."""
     jobs = jobs_of(quick)
     return compared(lab, jobs, quick, {job.family for job in jobs}, [jobs[0].size])
 
 
-def compared(lab: Lab, jobs: Sequence[Job], quick: bool, alike: Collection[str], sizes: Sequence[int]) -> Findings:
+def compared(
+    lab: StudyRunner, jobs: Sequence[FusionCell], quick: bool, alike: Collection[str], sizes: Sequence[int]
+) -> Findings:
     """The rows of jobs of one rank, once these families are known to be trained alike; the verdict is on ``sizes``."""
     counts = check_equal(lab, {job.family: change_for(job.family, 0, job.rank) for job in jobs if job.family in alike})
     lab.note(", ".join(f"{name} trains {count:,}" for name, count in counts.items()))

@@ -14,13 +14,13 @@ from random import Random
 from PIL import Image
 from scipy.stats import spearmanr
 
-from ..adapters.apply import put_on
+from ..adapters.apply import load_adapters
 from ..core.errors import UserError
 from ..core.files import atomic, write_text
 from ..scenes.png_metadata import labelled_sheet
 from .fusion import MERGES, RANK, adapters_of, family_rate
 from .registry import Findings, Row, Table, study
-from .runner import REPORTED, Lab, TimeOver, key_of
+from .runner import TEST_CONCEPTS, StudyRunner, TimeOver, key_of
 
 ALONE = "alone"
 WAYS: tuple[tuple[str, str], ...] = (
@@ -49,7 +49,7 @@ class Shown:
     file: Path
 
 
-def drawn(lab: Lab, way: tuple[str, str], names: Sequence[str], quick: bool) -> list[Shown]:
+def drawn(lab: StudyRunner, way: tuple[str, str], names: Sequence[str], quick: bool) -> list[Shown]:
     """A way's pictures, as kept in the lab's folder or drawn now.
 
     Raises:
@@ -68,7 +68,7 @@ def drawn(lab: Lab, way: tuple[str, str], names: Sequence[str], quick: bool) -> 
     for adapter in held:
         if merge == ALONE:
             base = lab.fresh()
-            put_on(base, [(adapter, 1.0)])
+            load_adapters(base, [(adapter, 1.0)])
         pictures = lab.portraits(base, adapter.token)
         for index, picture in enumerate(places.sample(pictures, EACH)):
             with atomic(folder / f"{adapter.name}-{index}.png") as temporary:
@@ -104,9 +104,9 @@ def read_answers(path: Path, count: int, names: Sequence[str]) -> list[str] | No
     "What the scores call the concept is what the eye sees.",
     (10, 0.5),
 )
-def run(lab: Lab, quick: bool) -> Findings:
+def run(lab: StudyRunner, quick: bool) -> Findings:
     """The share that is sorted to the right concept by eye beside the encoder's identity, for every way to fuse."""
-    names = REPORTED[:2] if quick else REPORTED
+    names = TEST_CONCEPTS[:2] if quick else TEST_CONCEPTS
     missing: list[str] = []
     shown: list[Shown] = []
     for way in WAYS[:3] if quick else WAYS:
@@ -148,7 +148,7 @@ def run(lab: Lab, quick: bool) -> Findings:
     return Findings([Table("Unlabelled pictures, sorted by concept", rows)], verdict(rows), missing=missing)
 
 
-def sheets(lab: Lab, shown: Sequence[Shown], names: Sequence[str]) -> None:
+def sheets(lab: StudyRunner, shown: Sequence[Shown], names: Sequence[str]) -> None:
     """Write the numbered sheets, the concepts' photos and their names into the lab's folder."""
     folder = lab.folder / "sorting"
     for start in range(0, len(shown), SHEET):

@@ -13,10 +13,10 @@ from ..methods import get_method
 from ..metrics.statistics import difference, told
 from ..training.run import train_to_file
 from .registry import Findings, Row, Table, not_allowed, study
-from .runner import REPORTED, TUNED, Figures, Lab, TimeOver, best_rate, scaled, seeded
+from .runner import TEST_CONCEPTS, TUNING_CONCEPTS, Figures, StudyRunner, TimeOver, best_rate, scaled, seeded
 
 STEPS = (60, 120, 240, 480)
-NAMES = (REPORTED[0], REPORTED[2], REPORTED[6])
+NAMES = (TEST_CONCEPTS[0], TEST_CONCEPTS[2], TEST_CONCEPTS[6])
 SEEDS = (0, 1, 2)
 REFERENCE = "spectral-additive"  # with which the others are compared, pair by pair
 METHODS: dict[str, dict[str, Any]] = {  # with their settings
@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {  # with their settings
 }
 # Five trials, half a decade apart, around the method's lr_scale on the recipe's learning rates.
 SPREAD = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
-PLAIN = {"preservation": {"weight": 0.0}}
+PLAIN = {"prior": {"loss_weight": 0.0}}
 
 
 def change_for(method: str) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def change_for(method: str) -> dict[str, Any]:
     "The spectral adapters train as fast as LoRA and reach a concept's identity as soon or sooner.",
     (90, 1.0),
 )
-def run(lab: Lab, quick: bool) -> Findings:
+def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity over training steps, and the seconds until each method reaches the identity all can be asked for."""
     methods = ("spectral-additive", "lora") if quick else tuple(METHODS)
     steps, names, seeds = ((6, 12), NAMES[:1], (0,)) if quick else (STEPS, NAMES, SEEDS)
@@ -112,10 +112,10 @@ def against(
     return difference(own, reference, names) if method != REFERENCE and len(own) == len(reference) else None
 
 
-def swept(lab: Lab, method: str) -> tuple[float, list[Figures]]:
+def swept(lab: StudyRunner, method: str) -> tuple[float, list[Figures]]:
     """The method's factor on the recipe's rates, from five trials on a concept that is not reported."""
     rates = [get_method(method).lr_scale * factor for factor in SPREAD]
-    return best_rate(lab, rates, TUNED[:1], **change_for(method), steps=120)
+    return best_rate(lab, rates, TUNING_CONCEPTS[:1], **change_for(method), steps=120)
 
 
 def crossing(steps: Sequence[int], gains: Sequence[float], wanted: float) -> float | None:
@@ -128,7 +128,7 @@ def crossing(steps: Sequence[int], gains: Sequence[float], wanted: float) -> flo
     return None
 
 
-def steps_seconds(lab: Lab, methods: Sequence[str]) -> dict[str, tuple[float, float]]:
+def steps_seconds(lab: StudyRunner, methods: Sequence[str]) -> dict[str, tuple[float, float]]:
     """Per method the seconds before the first step and those of one step, from a short and a longer run in turn.
 
     A method that time did not allow is left out.
@@ -142,7 +142,7 @@ def steps_seconds(lab: Lab, methods: Sequence[str]) -> dict[str, tuple[float, fl
             for steps in (2, 22):
                 with tempfile.TemporaryDirectory() as folder:
                     change = {**change_for(method), "steps": steps}
-                    config = lab.settings(REPORTED[0], change, Path(folder) / "a.safetensors")
+                    config = lab.settings(TEST_CONCEPTS[0], change, Path(folder) / "a.safetensors")
                     begun = time.perf_counter()
                     train_to_file(config, base=base)
                     times[steps] = time.perf_counter() - begun

@@ -9,10 +9,10 @@ from typing import Any
 from ..metrics.statistics import difference, told
 from .charts import WANTED, curves
 from .registry import Findings, Row, Table, not_allowed, study
-from .runner import REPORTED, TUNED, Lab, TimeOver, best_rate, scaled, seeded
+from .runner import TEST_CONCEPTS, TUNING_CONCEPTS, StudyRunner, TimeOver, best_rate, scaled, seeded
 from .speed import PLAIN, SPREAD, STEPS
 
-NAMES = (REPORTED[0], REPORTED[2], REPORTED[6])
+NAMES = (TEST_CONCEPTS[0], TEST_CONCEPTS[2], TEST_CONCEPTS[6])
 SEEDS = (0, 1, 2)
 WAYS: dict[str, dict[str, Any]] = {
     "top": {"method": "spectral-additive", "slot": "0:8"},
@@ -37,7 +37,7 @@ def change_for(way: str, seed: int) -> dict[str, Any]:
     "Tuning the top columns learns a concept sooner and better than tuning bottom or random ones, LoRA or Orthogonal.",
     (120, 0.5),
 )
-def run(lab: Lab, quick: bool) -> Findings:
+def run(lab: StudyRunner, quick: bool) -> Findings:
     """Gain in identity over the untouched base, by steps, for every way; the rate chosen on another concept."""
     steps, names, seeds = ((6, 12), NAMES[:1], (0,)) if quick else (STEPS, NAMES, SEEDS)
     ways = ("top", "bottom", "lora") if quick else tuple(WAYS)
@@ -85,9 +85,9 @@ def run(lab: Lab, quick: bool) -> Findings:
     return Findings(tables, verdict(gains, steps), {"curves": picture} if picture else {}, missing)
 
 
-def sweep(lab: Lab, way: str) -> tuple[float, list[dict[str, Any]]]:
+def sweep(lab: StudyRunner, way: str) -> tuple[float, list[dict[str, Any]]]:
     """The best factor on the recipe's rates and the five trials, half a decade apart."""
-    rate, trials = best_rate(lab, SPREAD, TUNED[:1], **change_for(way, 0), steps=120)
+    rate, trials = best_rate(lab, SPREAD, TUNING_CONCEPTS[:1], **change_for(way, 0), steps=120)
     return rate, [{"rate": trial["rate"], "identity": trial["identity"]} for trial in trials]
 
 

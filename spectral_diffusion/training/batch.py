@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from ..config.models import TrainConfig
+from ..config.train import TrainConfig
 from ..core.errors import UserError
 from ..core.rng import keyed_generator
 from ..data.captions import vary
@@ -18,7 +18,7 @@ from ..data.samples import PhotoCrops
 
 
 @dataclass
-class Samples:
+class Batch:
     """Latents and their noise (n, c, h, w), timesteps (n,), prompts.
 
     ``weights`` says what each place counts (n, 1, h, w), None if all count 1; ``masks`` where the concept is
@@ -33,13 +33,15 @@ class Samples:
     masks: Tensor | None = None
 
 
-def draw(step: int, crops: PhotoCrops, concept: Concept, config: TrainConfig, timesteps: int) -> Samples:
+def sample_batch(step: int, crops: PhotoCrops, concept: Concept, config: TrainConfig, timesteps: int) -> Batch:
     """The photos of one step, all of one shape."""
     chosen, times, prompts = [], [], []
-    generators = [keyed_generator(config.seed, "step", step, sample) for sample in range(config.batch)]
+    generators = [keyed_generator(config.seed, "step", step, sample) for sample in range(config.batch_size)]
     for sample, (photo, generator) in enumerate(zip(crops.order.photos(step), generators, strict=True)):
-        crop, template = (int(torch.randint(n, (), generator=generator)) for n in (config.crops, len(config.templates)))
-        times.append(draw_timestep(generator, config.timestep_power, timesteps))
+        crop, template = (
+            int(torch.randint(n, (), generator=generator)) for n in (config.crops_per_image, len(config.templates))
+        )
+        times.append(sample_timestep(generator, config.timestep_power, timesteps))
         chosen.append((photo, crop))
         caption = concept.prompt(concept.photos[photo].caption or config.templates[template])
         prompts.append(vary(caption, concept.token, config.data, config.seed, "caption", step, sample))
@@ -50,15 +52,15 @@ def draw(step: int, crops: PhotoCrops, concept: Concept, config: TrainConfig, ti
         noises.append(noise + config.noise_offset * torch.randn(latents.shape[1], 1, 1, generator=generator))
     weights = loss_weights(masks, config.data.mask_weight) if masks is not None and config.data.mask_weight else None
     noise, when = torch.stack(noises).to(latents), torch.stack(times).to(latents.device)
-    return Samples(latents, noise, when, prompts, weights, masks)
+    return Batch(latents, noise, when, prompts, weights, masks)
 
 
-def draw_timestep(generator: torch.Generator, power: float, timesteps: int) -> Tensor:
+def sample_timestep(generator: torch.Generator, power: float, timesteps: int) -> Tensor:
     """t = T u^power with u uniform in 0…1."""
     return (torch.rand((), generator=generator) ** power * timesteps).long().clamp_max(timesteps - 1)
 
 
-def target_of(schedule: DDPMScheduler, samples: Samples) -> Tensor:
+def target_of(schedule: DDPMScheduler, samples: Batch) -> Tensor:
     """ε or v, as the base's scheduler says.
 
     Raises:

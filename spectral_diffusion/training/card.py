@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..adapters.adapter import Adapter
 from ..adapters.formats.card import model_card
-from ..config.models import TrainConfig, to_yaml
+from ..config.settings import to_yaml
+from ..config.train import TrainConfig
 from ..core.files import atomic, write_text
 from ..core.machine import made_on
 from ..core.paths import without_folders

@@ -11,23 +11,40 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..adapters.attach import Attachment
-from ..config.models import TrainConfig
+from ..adapters.attach import InjectedAdapter
+from ..config.train import TrainConfig
 from ..core.cache import DIGEST, digest
 from ..core.errors import UserError
 from ..core.files import parse_json, read_header, read_tensors, write_tensors
 
 if TYPE_CHECKING:
-    from .optimizers import Average
-    from .validation import Watcher
+    from .optimizers import EMA
+    from .validation import Validator
 
 EXTRA, AVERAGE = "extra|", "average|"  # before the names of what a method keeps, and of moving averages
 # Settings that decide which tensors there are, or what they mean: a state of others is of no use.
-FIXED = ("base", "method", "rank", "budget", "targets", "slot", "slot_seed", "layerwise", "optimiser.name")
+FIXED = (
+    "base",
+    "method",
+    "rank",
+    "param_budget",
+    "target_modules",
+    "slot",
+    "slot_seed",
+    "per_layer_tokens",
+    "optimizer.name",
+)
 ANEW = "start anew by --force without --resume"
 KEPT = ("betas", "eps", "weight_decay", "d_coef")  # of an optimiser's groups: as the settings say, not the state
-PARTS = ("config", "belongs", "extra", "watch", "scaler")  # of what is kept beside the tensors
-APART = ("concept", "output", "save_every", "device", "continue_from", "watch")  # settings that decide no result
+PARTS = ("config", "belongs", "extra", "validation", "scaler")  # of what is kept beside the tensors
+APART = (
+    "concept",
+    "output",
+    "checkpointing_steps",
+    "device",
+    "init_from_adapter",
+    "validation",
+)  # settings that decide no result
 
 
 Changes = Mapping[str, tuple[Any, Any]]  # a setting's dotted name to its earlier and its present value
@@ -130,7 +147,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     return {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
 
 
-def check_settings(path: Path, meta: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_changed_settings(path: Path, meta: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse a state that was made with other settings than ``now``.
 
     Raises:
@@ -143,15 +160,15 @@ def check_settings(path: Path, meta: Mapping[str, Any], now: Mapping[str, Any]) 
         )
 
 
-def comparable(config: TrainConfig) -> dict[str, Any]:
+def comparable_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the result: all but where things lie, what is shown and how often states are saved."""
     kept = config.model_dump(mode="json", exclude=set(APART))
-    kept["data"].pop("cache")
+    kept["data"].pop("latents_cache_dir")
     return kept
 
 
 @dataclass
-class Run:
+class TrainingState:
     """What of a training changes with its steps, and which training it is.
 
     Attributes:
@@ -164,14 +181,14 @@ class Run:
     config: TrainConfig
     parameters: Mapping[str, nn.Parameter]
     optimiser: Stateful
-    attachment: Attachment
-    average: Average
+    attachment: InjectedAdapter
+    average: EMA
     scaler: torch.amp.GradScaler
-    watcher: Watcher
+    watcher: Validator
     belongs: Mapping[str, str]
     writes: bool = True  # of several processes one does
 
-    def keep(self, step: int) -> None:
+    def save(self, step: int) -> None:
         """Save everything that the run needs to go on exactly here."""
         if not self.writes:
             return
@@ -183,11 +200,11 @@ class Run:
         }
         meta = {
             "step": step,
-            "config": comparable(self.config),
+            "config": comparable_settings(self.config),
             "extra": patterns,
             "belongs": dict(self.belongs),
             "scaler": self.scaler.state_dict(),
-            "watch": self.watcher.state(),
+            "validation": self.watcher.state(),
         }
         save_state(self.path, tensors, self.optimiser, meta)
 
@@ -202,8 +219,8 @@ class Run:
         """
         tensors, meta = load_state(self.path)
         # A state of an earlier version has no word on later settings, whose defaults change nothing.
-        defaults = comparable(TrainConfig(concept=self.config.concept, output=self.config.output))
-        changed = differences({**flat(defaults), **flat(meta.get("config", {}))}, comparable(self.config))
+        defaults = comparable_settings(TrainConfig(concept=self.config.concept, output=self.config.output))
+        changed = differences({**flat(defaults), **flat(meta.get("config", {}))}, comparable_settings(self.config))
         self._check_fitting(tensors, meta, changed)
         self._check_wanted(meta, changed, force, note)
         built = [dict(group) for group in self.optimiser.param_groups]
@@ -229,7 +246,7 @@ class Run:
             {key: value for key, value in meta.get("belongs", {}).items() if key != "concept"} == fixed
             and own == {name: parameter.shape for name, parameter in self.parameters.items()}
             and groups == [len(group["params"]) for group in self.optimiser.state_dict()["param_groups"]]
-            and "optimiser.name" not in changed
+            and "optimizer.name" not in changed
         ):
             return
         causes = [key for key in FIXED if key in changed] or list(changed)
@@ -291,4 +308,4 @@ class Run:
         self.attachment.load_extra_state(extra, meta.get("extra", {}))
         if meta.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(meta["scaler"])
-        self.watcher.load_state(meta.get("watch", {}))
+        self.watcher.load_state(meta.get("validation", {}))

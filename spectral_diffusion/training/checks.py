@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from ..config.models import TrainConfig
+from ..config.train import TrainConfig
 from ..core.errors import UserError, nearest
 from ..data.folder import Concept, and_more
-from ..models.prompt_encoder import Conditioner
+from ..models.prompt_encoder import PromptEncoder
 
 SHOWN = 3  # captions that are named one by one
 
 
-def notes_on(concept: Concept, condition: Conditioner, config: TrainConfig) -> Iterator[str]:
+def notes_on(concept: Concept, condition: PromptEncoder, config: TrainConfig) -> Iterator[str]:
     """All notes on a concept that is about to be trained.
 
     Raises:
@@ -38,9 +38,9 @@ def notes_on_photos(concept: Concept, config: TrainConfig, size: int) -> Iterato
     if 0 < bare < len(photos):
         yield f"{bare} of {len(photos)} photos have no caption; the templates stand for it."
     unmasked = sum(photo.mask is None for photo in photos)
-    if (config.data.mask_weight or config.objective.attention) and 0 < unmasked < len(photos):
+    if (config.data.mask_weight or config.objective.attention_loss_weight) and 0 < unmasked < len(photos):
         yield f"{unmasked} of {len(photos)} photos have no mask and count as a whole."
-    small = [photo for photo in photos if is_small(photo.size, size, config.data.buckets)]
+    small = [photo for photo in photos if is_small(photo.size, size, config.data.aspect_buckets)]
     if small:
         names = and_more([f"{photo.path.name} ({photo.size[0]}×{photo.size[1]})" for photo in small], SHOWN)
         yield f"Smaller than the resolution of {size} and enlarged: {names}."
@@ -51,7 +51,7 @@ def is_small(sides: tuple[int, int], size: int, buckets: bool) -> bool:
     return sides[0] * sides[1] < size * size if buckets else min(sides) < size
 
 
-def unknown_tokens(concept: Concept, condition: Conditioner) -> Iterator[str]:
+def unknown_tokens(concept: Concept, condition: PromptEncoder) -> Iterator[str]:
     """A sentence for every word of a caption that is written as a token and is none."""
     known = {concept.token, "<TOK>"}.union(*condition.known.values())
     for photo in concept.photos:
@@ -64,7 +64,7 @@ def unknown_tokens(concept: Concept, condition: Conditioner) -> Iterator[str]:
                 )
 
 
-def cut_captions(concept: Concept, condition: Conditioner, config: TrainConfig) -> Iterator[str]:
+def cut_captions(concept: Concept, condition: PromptEncoder, config: TrainConfig) -> Iterator[str]:
     """A sentence for every caption and template that is longer than the base reads.
 
     Raises:
@@ -75,7 +75,7 @@ def cut_captions(concept: Concept, condition: Conditioner, config: TrainConfig) 
         texts |= {f"template '{text[:40]}'": text for text in config.templates}
     for what, text in texts.items():
         prompt = concept.prompt(text)
-        lost, seen = condition.cut_off(prompt)
+        lost, seen = condition.truncated_text(prompt)
         if not lost:
             continue
         if not seen:
@@ -83,8 +83,8 @@ def cut_captions(concept: Concept, condition: Conditioner, config: TrainConfig) 
                 f"The {what} is longer than this base reads, and {concept.token} is in the part that is cut off; move "
                 "it nearer to the front."
             )
-        front = ", ".join(part.strip() for part in prompt.split(",")[: config.data.keep])
-        if config.data.shuffle and not (concept.token in front and condition.cut_off(front)[1]):
+        front = ", ".join(part.strip() for part in prompt.split(",")[: config.data.keep_tokens])
+        if config.data.shuffle_caption and not (concept.token in front and condition.truncated_text(front)[1]):
             raise UserError(
                 f"The {what} is longer than this base reads, and data.shuffle can move {concept.token} into the part "
                 "that is cut off; move it into the first data.keep parts."

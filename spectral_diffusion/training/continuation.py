@@ -9,12 +9,12 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..adapters.formats.native import content_hash
 from ..adapters.frozen import Frozen
-from ..config.models import TrainConfig
+from ..config.train import TrainConfig
 from ..methods.spectral_rotation import PREPARED_ON, prepare
 from ..svd_cache import spectrum_of
 
 
-def continued(adapter: Adapter) -> Frozen:
+def continued_triplets(adapter: Adapter) -> Frozen:
     """An adapter's band with the rotations it has learnt as the new start: U R_U and V R_V are orthonormal again.
 
     The new start's D = R − I is composed with what the new training adds; no decomposition is made.
@@ -27,7 +27,7 @@ def continued(adapter: Adapter) -> Frozen:
     return out
 
 
-def weigh_slot(
+def slot_lr_scaling(
     weights: Mapping[str, Tensor], frozen: Frozen, config: TrainConfig
 ) -> tuple[dict[str, Tensor] | None, dict[str, float]]:
     """How a slot's smaller singular values are made up for, as the settings ask.
@@ -35,12 +35,12 @@ def weigh_slot(
     Returns the columns' scales s_max / S_b (r,) per layer for ``normalise``, else None, and per layer the factor
     (s_max / mean S_b) ^ ``slot_rate`` of the learning rate. s_max is the weight's largest singular value.
     """
-    if not (config.normalise or config.slot_rate):
+    if not (config.normalize or config.slot_lr_power):
         return None, {}
     largest = {layer: band.S[0] for layer, band in spectrum_of(weights, 1).bands.items()}
-    columns = {layer: largest[layer] / held["S"] for layer, held in frozen.items()} if config.normalise else None
+    columns = {layer: largest[layer] / held["S"] for layer, held in frozen.items()} if config.normalize else None
     return columns, {
-        layer: float((largest[layer] / held["S"].mean()) ** config.slot_rate) for layer, held in frozen.items()
+        layer: float((largest[layer] / held["S"].mean()) ** config.slot_lr_power) for layer, held in frozen.items()
     }
 
 

@@ -12,17 +12,18 @@ from diffusers import DDPMScheduler, T2IAdapter
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from ..config.models import ConditionConfig, read_yaml, to_yaml
+from ..config.control import ControlConfig
+from ..config.settings import read_yaml, to_yaml
 from ..core.errors import NotFiniteError, UserError
 from ..core.files import atomic_folder, check_writable, write_text
 from ..core.hooks import Event, Progress, silent
 from ..core.machine import heading
 from ..core.precision import autocast, is_half, loss_scaler, precision_note, resolve_mixed_precision, tf32
 from ..core.rng import keyed_generator
-from ..data.control_pairs import CHANNELS, Pair, Read, digest, encode_pairs, read_pairs
-from ..models.base import Base, load_base, plain_is_quicker, quiet
-from .batch import Samples, draw_timestep, target_of
-from .checkpoint import check_settings, load_state, save_state, step_of
+from ..data.control_pairs import CHANNELS, ControlPair, Read, digest, encode_pairs, read_pairs
+from ..models.base import Base, load_base, plain_attention_is_faster, quiet_loading
+from .batch import Batch, sample_timestep, target_of
+from .checkpoint import load_state, refuse_changed_settings, save_state, step_of
 from .distributed import take_step
 from .loop import Stopped
 from .output import claimed
@@ -40,8 +41,8 @@ def state_path(output: Path) -> Path:
     return output.with_name(f"{output.name}.state.safetensors")
 
 
-def train_condition(
-    config: ConditionConfig,
+def train_control(
+    config: ControlConfig,
     base: Base | None = None,
     resume: bool = False,
     progress: Progress = silent,
@@ -74,8 +75,8 @@ def prepare_output(output: Path, resume: bool, note: Callable[[str], None]) -> N
         UserError: so it is.
     """
     state = state_path(output)
-    if output.exists() and not is_ours(output):
-        raise UserError(f"{output} exists and is not a folder of train-condition; choose another output with -o.")
+    if output.exists() and not is_our_t2i_adapter(output):
+        raise UserError(f"{output} exists and is not a folder of train-control; choose another output with -o.")
     check_writable(output)
     if state.exists() and not resume:
         step = step_of(state)
@@ -88,7 +89,7 @@ def prepare_output(output: Path, resume: bool, note: Callable[[str], None]) -> N
 
 
 def train_claimed(
-    config: ConditionConfig,
+    config: ControlConfig,
     base: Base | None,
     resume: bool,
     progress: Progress,
@@ -116,7 +117,7 @@ def train_claimed(
     precision_note(asked, precision, base.device, config.allow_tf32, note)
     config = config.model_copy(update={"mixed_precision": precision})
     scaler = loss_scaler(base.device, precision, base.dtype)
-    if plain_is_quicker(base.device.type, is_half(precision, base.dtype), size // pipeline.vae_scale_factor):
+    if plain_attention_is_faster(base.device.type, is_half(precision, base.dtype), size // pipeline.vae_scale_factor):
         unet.set_attn_processor(AttnProcessor())
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     belongs = {"base": base.fingerprint.exact, "pairs": digest(pairs)}
@@ -130,7 +131,7 @@ def train_claimed(
             keep(state, parameters, optimizer, step, config, belongs)
             raise Stopped(f"Stopped at step {step} of {config.steps}; --resume goes on from there.")
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (1 - step / config.steps if config.decay == "linear" else 1.0)
+            group["lr"] = config.learning_rate * (1 - step / config.steps if config.lr_scheduler == "linear" else 1.0)
 
         samples, shown = draw(step, pairs, latents, conditions, config, len(noise_schedule.alphas_cumprod))
         noisy = noise_schedule.add_noise(samples.latents, samples.noise, samples.timesteps)
@@ -146,20 +147,20 @@ def train_claimed(
 
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        if not torch.isfinite(loss) or not take_step(optimizer, parameters.values(), scaler, config.clip):
+        if not torch.isfinite(loss) or not take_step(optimizer, parameters.values(), scaler, config.max_grad_norm):
             kept = f"the last good state is kept in {state.name}" if state.exists() else "nothing was saved yet"
             raise NotFiniteError(f"Training met NaN or infinity at step {step}: lower the learning rate ({kept}).")
 
         value = float(loss.detach())
         running = value if running is None else 0.98 * running + 0.02 * value
         progress(Event("train", step + 1, config.steps, {"loss": running}))
-        if (step + 1) % config.save_every == 0 and step + 1 < config.steps:
+        if (step + 1) % config.checkpointing_steps == 0 and step + 1 < config.steps:
             keep(state, parameters, optimizer, step + 1, config, belongs)
 
     keep(state, parameters, optimizer, config.steps, config, belongs)  # until the folder is written
     adapter.eval().requires_grad_(False)
     with atomic_folder(output) as new:
-        with quiet():
+        with quiet_loading():
             adapter.save_pretrained(new)
         write_text(new / SETTINGS, heading() + to_yaml(config, shared=True))
     state.unlink(missing_ok=True)
@@ -171,7 +172,7 @@ def encode_captions(base: Base, captions: Sequence[str]) -> Words:
     """Each caption, and the empty one, through the frozen text encoders once; kept on the CPU."""
     words: Words = {}
     texts = list(dict.fromkeys(["", *captions]))
-    with quiet():
+    with quiet_loading():
         for start in range(0, len(texts), CHUNK):
             chunk = texts[start : start + CHUNK]
             encoded, pooled = base.encode(chunk)
@@ -191,25 +192,25 @@ def conditioning(words: Words, prompts: Sequence[str], base: Base, size: int) ->
 
 
 def draw(
-    step: int, pairs: Sequence[Pair], latents: Tensor, conditions: Tensor, config: ConditionConfig, timesteps: int
-) -> tuple[Samples, Tensor]:
+    step: int, pairs: Sequence[ControlPair], latents: Tensor, conditions: Tensor, config: ControlConfig, timesteps: int
+) -> tuple[Batch, Tensor]:
     """What one step sees: pictures with noise, timesteps and captions; and their conditions (n, 1 or 3, h, w), 0…1."""
     batch, noises, times, prompts, shown = [], [], [], [], []
-    for sample in range(config.batch):
+    for sample in range(config.batch_size):
         generator = keyed_generator(config.seed, "condition", step, sample)
         pair, view = (int(torch.randint(n, (), generator=generator)) for n in latents.shape[:2])
-        times.append(draw_timestep(generator, config.timestep_power, timesteps))
+        times.append(sample_timestep(generator, config.timestep_power, timesteps))
         dropped = float(torch.rand((), generator=generator)) < config.caption_dropout
         noises.append(torch.randn(latents.shape[2:], generator=generator))
         batch.append(latents[pair, view])
         shown.append(conditions[pair, view])
         prompts.append("" if dropped else pairs[pair].caption)
     device = latents.device
-    samples = Samples(torch.stack(batch), torch.stack(noises).to(device), torch.stack(times).to(device), prompts)
+    samples = Batch(torch.stack(batch), torch.stack(noises).to(device), torch.stack(times).to(device), prompts)
     return samples, torch.stack(shown).float() / 255
 
 
-def added_at(unet: nn.Module) -> list[tuple[int, int]]:
+def feature_shapes_of(unet: nn.Module) -> list[tuple[int, int]]:
     """Channels and halvings of the latents where a U-Net adds a T2I-Adapter's features, one after the other.
 
     A CrossAttnDownBlock2D adds a feature before it halves its input, a DownBlock2D after.
@@ -232,7 +233,7 @@ def fitting_shape(unet: nn.Module, scale: int, kind: str) -> dict[str, Any]:
     fits XL (:func:`added_at`).
     """
     settings: Any = unet.config
-    places = added_at(unet)
+    places = feature_shapes_of(unet)
 
     def reach(adapter: str) -> int:
         for index, ((channels, halvings), level) in enumerate(zip(places, HALVED[adapter], strict=False)):
@@ -252,7 +253,7 @@ def fitting_shape(unet: nn.Module, scale: int, kind: str) -> dict[str, Any]:
     }
 
 
-def fitting_size(config: ConditionConfig, base: Base, step: int) -> int:
+def fitting_size(config: ControlConfig, base: Base, step: int) -> int:
     """The side of the training pictures in pixels.
 
     Raises:
@@ -275,7 +276,7 @@ def new_adapter(shape: Mapping[str, Any], seed: int) -> T2IAdapter:
         return T2IAdapter(**shape)
 
 
-def is_ours(folder: Path) -> bool:
+def is_our_t2i_adapter(folder: Path) -> bool:
     """Whether a folder was written here before, so that it may be replaced."""
     try:
         return (folder / "config.json").is_file() and read_yaml(folder / SETTINGS).get("kind") in CHANNELS
@@ -283,9 +284,9 @@ def is_ours(folder: Path) -> bool:
         return False
 
 
-def comparable(config: ConditionConfig) -> dict[str, Any]:
+def comparable_control_settings(config: ControlConfig) -> dict[str, Any]:
     """The settings that decide the result: all but where things lie and how often states are saved."""
-    return config.model_dump(mode="json", exclude={"folder", "output", "save_every", "device"})
+    return config.model_dump(mode="json", exclude={"folder", "output", "checkpointing_steps", "device"})
 
 
 def keep(
@@ -293,18 +294,23 @@ def keep(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     step: int,
-    config: ConditionConfig,
+    config: ControlConfig,
     belongs: Mapping[str, str],
 ) -> None:
     """Save everything that the run needs to go on exactly here."""
-    save_state(state, parameters, optimizer, {"step": step, "config": comparable(config), "belongs": dict(belongs)})
+    save_state(
+        state,
+        parameters,
+        optimizer,
+        {"step": step, "config": comparable_control_settings(config), "belongs": dict(belongs)},
+    )
 
 
 def restore(
     state: Path,
     optimizer: torch.optim.Optimizer,
     parameters: Mapping[str, nn.Parameter],
-    config: ConditionConfig,
+    config: ControlConfig,
     belongs: Mapping[str, str],
 ) -> int:
     """Load a saved state into place; returns the step to go on with.
@@ -313,7 +319,7 @@ def restore(
         UserError: it was made with other settings, on another base or from other pictures.
     """
     tensors, meta = load_state(state, optimizer)
-    check_settings(state, meta, comparable(config))
+    refuse_changed_settings(state, meta, comparable_control_settings(config))
     fits = set(tensors) == set(parameters) and all(tensors[n].shape == parameters[n].shape for n in parameters)
     if meta.get("belongs") != belongs or not fits:
         raise UserError(f"{state} was made on another base or from other pictures; train without --resume.")

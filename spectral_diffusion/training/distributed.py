@@ -13,8 +13,8 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from ..config.models import TrainConfig
-from ..models.base import Base, plain_is_quicker
+from ..config.train import TrainConfig
+from ..models.base import Base, plain_attention_is_faster
 from .optimizers import Optimiser
 
 Value = TypeVar("Value")
@@ -22,7 +22,7 @@ Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
-class Processes:
+class World:
     """The processes of a training; one, unless a launcher started several. ``state`` is accelerate's."""
 
     rank: int = 0
@@ -30,12 +30,12 @@ class Processes:
     state: Any = None
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that writes."""
         return self.rank == 0
 
     @contextmanager
-    def first(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """Let the main process go first; the others may then find in caches what it has computed."""
         if self.count == 1:
             yield
@@ -43,7 +43,7 @@ class Processes:
             with self.state.main_process_first():
                 yield
 
-    def share(self, value: Value) -> Value:
+    def broadcast(self, value: Value) -> Value:
         """The main process's value, in all of them."""
         if self.count == 1:
             return value
@@ -53,7 +53,7 @@ class Processes:
         broadcast_object_list(told, from_process=0)
         return told[0]
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Whether any process says so."""
         if self.count == 1:
             return flag
@@ -61,7 +61,7 @@ class Processes:
         self._sum(total)
         return bool(total.item())
 
-    def add_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
+    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
         """Sum gradients over the processes, in place; returns the sum of their losses."""
         if self.count == 1:
             return loss
@@ -83,38 +83,38 @@ class Processes:
         tensor.copy_(reduce(tensor.clone(), "sum"))
 
 
-def is_main() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that tells and writes, before any other is asked."""
     return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", "1")) < 2
 
 
-def processes(device: str = "auto") -> Processes:
+def current_world(device: str = "auto") -> World:
     """This process's place among those that ``accelerate launch`` or ``torchrun`` started."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return Processes()
+        return World()
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if on_cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate reads it again when others ask for its state
     from accelerate import PartialState
 
     state = PartialState(cpu=on_cpu)
-    return Processes(state.process_index, state.num_processes, state)
+    return World(state.process_index, state.num_processes, state)
 
 
-def device_of(config: TrainConfig, among: Processes) -> str:
+def device_of(config: TrainConfig, among: World) -> str:
     """The device of this process: of several, each has a GPU of its own."""
     return str(among.state.device) if among.count > 1 and config.device in {"auto", "cuda"} else config.device
 
 
-def whole_batch(config: TrainConfig, parts: int) -> TrainConfig:
+def global_batch(config: TrainConfig, parts: int) -> TrainConfig:
     """The settings of a step whose batch is not in parts: it has so many times the pictures."""
     if parts == 1:
         return config
-    preservation = config.preservation.model_copy(update={"batch": config.preservation.batch * parts})
-    return config.model_copy(update={"batch": config.batch * parts, "preservation": preservation})
+    preservation = config.prior.model_copy(update={"batch_size": config.prior.batch_size * parts})
+    return config.model_copy(update={"batch_size": config.batch_size * parts, "prior": preservation})
 
 
-def part_of(batch: Batch, part: int, parts: int) -> tuple[Batch, float]:
+def microbatch(batch: Batch, part: int, parts: int) -> tuple[Batch, float]:
     """One of ``parts`` even parts of a dataclass of lists and tensors over samples, and its share of the whole.
 
     The last parts are shorter, or empty, where the samples do not go up.
@@ -161,7 +161,7 @@ def quick_attention(base: Base, half: bool, size: int) -> Iterator[None]:
     """
     unet = base.pipeline.unet
     before = dict(unet.attn_processors)
-    if plain_is_quicker(base.device.type, half, size // base.pipeline.vae_scale_factor):
+    if plain_attention_is_faster(base.device.type, half, size // base.pipeline.vae_scale_factor):
         unet.set_attn_processor(AttnProcessor())
     try:
         yield

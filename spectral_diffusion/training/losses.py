@@ -8,8 +8,8 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from ..config.models import ObjectiveConfig
-from ..linalg import exact
+from ..config.train import ObjectiveConfig
+from ..linalg import to_float64
 
 
 def weighted_mse(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -22,16 +22,16 @@ def weighted_mse(predicted: Tensor, target: Tensor, weights: Tensor | None = Non
     return (weights * F.mse_loss(predicted, target, reduction="none")).mean()
 
 
-def objective_loss(
+def diffusion_loss(
     predicted: Tensor, target: Tensor, weights: Tensor | None, times: Tensor | None, objective: ObjectiveConfig
 ) -> Tensor:
     """The mean error that the settings ask for, each place times ``weights`` (n, 1, h, w), each sample times ``times``.
 
     Huber's is the smooth one, 2δ(√(e² + δ²) − δ): e² for small errors e, 2δ|e| for large ones.
     """
-    if objective.loss == "mse" and times is None:
+    if objective.loss_type == "mse" and times is None:
         return weighted_mse(predicted, target, weights)
-    if objective.loss == "huber":
+    if objective.loss_type == "huber":
         delta = objective.huber_delta
         error = 2 * delta * (torch.sqrt((predicted - target) ** 2 + delta**2) - delta)
     else:
@@ -41,7 +41,7 @@ def objective_loss(
     return (error if times is None else times[:, None, None, None] * error).mean()
 
 
-def snr_weights(schedule: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor | None:
+def timestep_weights(schedule: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor | None:
     """Min-SNR-γ weights (n,) of the timesteps (Hang et al. 2023); None where γ is 0.
 
     min(snr, γ) / snr where ε is predicted and min(snr, γ) / (snr + 1) where v is, so that both weigh the error of the
@@ -49,7 +49,7 @@ def snr_weights(schedule: DDPMScheduler, timesteps: Tensor, gamma: float) -> Ten
     """
     if gamma == 0:
         return None
-    snr = exact(compute_snr(schedule, timesteps))
+    snr = to_float64(compute_snr(schedule, timesteps))
     if schedule.config.prediction_type == "v_prediction":
         weights = snr.clamp_max(gamma) / (snr + 1)
     else:

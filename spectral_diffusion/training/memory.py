@@ -16,14 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..adapters.attach import attach
+from ..adapters.attach import inject_adapter
 from ..adapters.frozen import Frozen, hollow_tensors
-from ..config.models import TrainConfig
+from ..config.train import TrainConfig
 from ..core.errors import UserError
 from ..core.precision import autocast, is_half, resolve_mixed_precision
-from ..linalg import sides
+from ..linalg import matrix_shape
 from ..methods import Method, get_method
-from ..models.base import ENCODERS, Base, plain_is_quicker
+from ..models.base import ENCODERS, Base, plain_attention_is_faster
 from ..models.per_layer_tokens import cross_attention
 from ..models.targets import find_targets
 from ..models.vae import at_once, overflows
@@ -126,8 +126,8 @@ def hollow(models: Models, device: str, dtype: torch.dtype | None = None) -> dic
 def hollow_frozen(method: Method, models: Models, config: TrainConfig) -> Frozen:
     """The shapes of what a method is built on, layer by layer."""
     slot = Slot.interval(0, config.rank) if method.slot else None
-    layers = find_targets(dict(models), config.targets).items()
-    return {layer: hollow_tensors(method, sides(module.weight), config.rank, slot) for layer, module in layers}
+    layers = find_targets(dict(models), config.target_modules).items()
+    return {layer: hollow_tensors(method, matrix_shape(module.weight), config.rank, slot) for layer, module in layers}
 
 
 def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, device: str = "cuda") -> Estimate:
@@ -143,11 +143,11 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
     phases: dict[str, int] = {}
     attached, built_on = hollow(models, "meta"), hollow_frozen(method, models, config)
     apart = 0
-    if method.frozen == "spectrum":  # attaching would decompose what is not there: a LoRA stands for it
+    if method.builds_on == "spectrum":  # attaching would decompose what is not there: a LoRA stands for it
         apart = sum(tensor.nbytes for held in built_on.values() for tensor in held.values())
         method, built_on = get_method("lora"), {}
-    attachment = attach(
-        attached, method, config.rank, "adapter", config.targets, built_on, config.seed, steps=config.steps
+    attachment = inject_adapter(
+        attached, method, config.rank, "adapter", config.target_modules, built_on, config.seed, steps=config.steps
     )
     trained = attachment.count()
     with FakeTensorMode(allow_non_fake_inputs=True):  # on a pretended CPU, so that autocast acts as it does
@@ -157,12 +157,12 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
         side, channels = size // scale, unet.config.in_channels
         dtype = next(unet.parameters()).dtype
         precision = resolve_mixed_precision(config.mixed_precision, device, dtype)
-        plain = plain_is_quicker(device, is_half(precision, dtype), side)
+        plain = plain_attention_is_faster(device, is_half(precision, dtype), side)
         unet.set_attn_processor(AttnProcessor() if plain else LeanAttention())
         there = [t for m in (*copies.values(), empty_vae) for t in (*m.parameters(), *m.buffers())]
-        layers = len(cross_attention(unet)) if config.layerwise else 1
+        layers = len(cross_attention(unet)) if config.per_layer_tokens else 1
         frozen = sum(t.numel() * t.element_size() for t in there) - weights - 4 * trained + apart
-        adapter = frozen + trained * (4 + STATES[config.optimiser.name] + (4 if config.optimiser.ema else 0))
+        adapter = frozen + trained * (4 + STATES[config.optimizer.name] + (4 if config.optimizer.ema_decay else 0))
 
         def measure(name: str, work: Callable[[], Any]) -> None:
             with Peak(iter(there)) as peak, autocast(torch.device("cpu"), precision):
@@ -176,11 +176,11 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
 
         def step() -> None:
             unet.enable_gradient_checkpointing() if config.gradient_checkpointing else None
-            anchors = config.preservation.batch if config.preservation.weight else 0
-            (predict(config.batch + anchors).float() ** 2).mean().backward()
+            anchors = config.prior.batch_size if config.prior.loss_weight else 0
+            (predict(config.batch_size + anchors).float() ** 2).mean().backward()
 
         with torch.no_grad():
-            pixels = (min(at_once(size, size), config.crops), 3, size, size)
+            pixels = (min(at_once(size, size), config.crops_per_image), 3, size, size)
 
             def working() -> Any:
                 """The autoencoder as it works, which may be a copy in float32."""
@@ -191,16 +191,16 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
                 there.encode(torch.empty(pixels, dtype=next(there.parameters()).dtype))
 
             def draw() -> None:
-                predict(2 * len(config.watch.prompts))
+                predict(2 * len(config.validation.prompts))
                 there = working() if "text_encoder_2" in models else empty_vae  # diffusers' pipeline for XL does so too
                 latents = (1, empty_vae.config.latent_channels, side, side)
                 there.decode(torch.empty(latents, dtype=next(there.parameters()).dtype))
 
             measure("encoding photos", encode)
-            if config.preservation.weight and not config.data.class_images:
-                count = 2 * min(PICTURES_AT_ONCE, config.preservation.pictures)
+            if config.prior.loss_weight and not config.data.class_images_dir:
+                count = 2 * min(PICTURES_AT_ONCE, config.prior.num_images)
                 measure("drawing ordinary pictures", lambda: predict(count))
-            if config.watch.every:
+            if config.validation.every:
                 measure("drawing samples", draw)
         measure("training", step)
     return Estimate(weights, max(0, adapter), phases, CONTEXT[device])
@@ -240,7 +240,7 @@ def memory_note(base: Base, config: TrainConfig, size: int) -> str | None:
     """
     if not is_large(base):
         return None
-    found = estimate(base.models, base.pipeline.vae, config, size, kind_of(base))
+    found = estimate(base.models, base.pipeline.vae, config, size, base_kind(base))
     mend = (
         "set gradient_checkpointing=true, a smaller batch or resolution, dtype=bfloat16, or take a preset for less "
         "memory"
@@ -253,7 +253,7 @@ def is_large(base: Base) -> bool:
     return sum(p.numel() for model in base.models.values() for p in model.parameters()) >= SMALL
 
 
-def kind_of(base: Base) -> str:
+def base_kind(base: Base) -> str:
     """The kind of device that a base is on, as estimates tell them apart."""
     return "cpu" if base.device.type == "cpu" else "cuda"
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..config.models import TrainConfig, to_yaml
+from ..config.settings import to_yaml
+from ..config.train import TrainConfig
 from ..core.errors import UserError
 from ..core.files import write_text
 from ..core.hooks import Event, Progress, silent
@@ -22,11 +23,11 @@ from .status import read_status, status_path
 
 PAUSE = 0.1  # seconds between two looks at the processes
 
-Command = Callable[["Job", Path], Sequence[str]]  # a job and its settings file to the words of a process
+Command = Callable[["BatchJob", Path], Sequence[str]]  # a job and its settings file to the words of a process
 
 
 @dataclass
-class Job:
+class BatchJob:
     """One concept of a batch."""
 
     config: TrainConfig
@@ -47,7 +48,7 @@ class Job:
         return self.output.with_name(f"{self.name}.log")
 
 
-def jobs_of(folders: Sequence[Path], output: Path, settings: Callable[[Path, Path], TrainConfig]) -> list[Job]:
+def jobs_of(folders: Sequence[Path], output: Path, settings: Callable[[Path, Path], TrainConfig]) -> list[BatchJob]:
     """A job per photo folder, writing ``<output>/<folder's name>.safetensors``.
 
     Args:
@@ -62,12 +63,14 @@ def jobs_of(folders: Sequence[Path], output: Path, settings: Callable[[Path, Pat
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"Two of the folders are called '{name}', and their adapters would be too; rename one.")
-    jobs = [Job(settings(folder, output / f"{name}.safetensors")) for folder, name in zip(folders, names, strict=True)]
+    jobs = [
+        BatchJob(settings(folder, output / f"{name}.safetensors")) for folder, name in zip(folders, names, strict=True)
+    ]
     check_tokens(jobs)
     return jobs
 
 
-def check_tokens(jobs: Sequence[Job]) -> None:
+def check_tokens(jobs: Sequence[BatchJob]) -> None:
     """Refuse two concepts whose token is one word, which could never be used together.
 
     Raises:
@@ -77,7 +80,7 @@ def check_tokens(jobs: Sequence[Job]) -> None:
     for job in jobs:
         config = job.config
         try:
-            token = describe(config.concept, config.name, config.token, config.noun).token
+            token = describe(config.concept, config.name, config.token, config.class_noun).token
         except UserError:  # what is wrong with one folder is told by its own training
             continue
         owner = owners.setdefault(token.lower(), job.name)
@@ -89,7 +92,7 @@ def check_tokens(jobs: Sequence[Job]) -> None:
 
 
 def run_batch(
-    jobs: Sequence[Job],
+    jobs: Sequence[BatchJob],
     command: Command,
     side_by_side: int = 1,
     resume: bool = False,
@@ -117,7 +120,7 @@ def run_batch(
         if resume and is_done(job.config, force):
             job.state = "done"
             note(f"{job.name} is done already.")
-    running: list[tuple[Job, subprocess.Popen[bytes]]] = []
+    running: list[tuple[BatchJob, subprocess.Popen[bytes]]] = []
     stopping = False
     try:
         while running or any(job.state == "waiting" for job in jobs):
@@ -153,7 +156,7 @@ def run_batch(
         raise UserError(f"{len(failed)} of {len(jobs)} concepts failed, the others are done: {told}.")
 
 
-def start(job: Job, command: Command, side_by_side: int) -> subprocess.Popen[bytes]:
+def start(job: BatchJob, command: Command, side_by_side: int) -> subprocess.Popen[bytes]:
     """Start a job's process; it shares the cores with the others."""
     settings = settings_file(job)
     write_text(settings, to_yaml(job.config))
@@ -167,18 +170,18 @@ def start(job: Job, command: Command, side_by_side: int) -> subprocess.Popen[byt
         )  # fmt: skip
 
 
-def settings_file(job: Job) -> Path:
+def settings_file(job: BatchJob) -> Path:
     """Where the settings of a running job lie."""
     return job.output.with_name(f".{job.name}.settings.yaml")
 
 
-def has_its_slot(job: Job, process: subprocess.Popen[bytes]) -> bool:
+def has_its_slot(job: BatchJob, process: subprocess.Popen[bytes]) -> bool:
     """Whether a process has come so far that it has reserved its slot, or has ended."""
     status = read_status(status_path(job.output))
     return process.poll() is not None or bool(status and status.pid == process.pid and status.state != "starting")
 
 
-def finish(job: Job, code: int) -> list[str]:
+def finish(job: BatchJob, code: int) -> list[str]:
     """Say how a job's process ended, and tidy up after it; returns the notes of a training that is done."""
     status = read_status(status_path(job.output))
     settings_file(job).unlink(missing_ok=True)

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.attach import Attachment
-from ..config.models import TrainConfig
+from ..adapters.attach import InjectedAdapter
+from ..config.train import TrainConfig
 from ..core.errors import UserError
-from ..models.prompt_encoder import Conditioner
+from ..models.prompt_encoder import PromptEncoder
 
 Groups = list[dict[str, Any]]
 
 
-class Prodigies:
+class ProdigyGroups:
     """A Prodigy for each parameter group, since each component finds a step size of its own.
 
     Every Prodigy sees its group as one flat tensor: it estimates its step size from sums over all numbers, and reads
@@ -87,11 +87,11 @@ class Prodigies:
             part.param_groups[0].update(own)
 
 
-Optimiser = torch.optim.Optimizer | Prodigies
+Optimiser = torch.optim.Optimizer | ProdigyGroups
 
 
-def build_optimiser(
-    attachment: Attachment, condition: Conditioner, config: TrainConfig, factors: Mapping[str, float]
+def build_optimizer(
+    attachment: InjectedAdapter, condition: PromptEncoder, config: TrainConfig, factors: Mapping[str, float]
 ) -> tuple[Optimiser, list[float]]:
     """An optimiser with a group per component and learning-rate factor; returns it and the groups' initial rates.
 
@@ -101,7 +101,7 @@ def build_optimiser(
     Raises:
         UserError: a package is missing, every rate is 0, or single layers' rates were asked of Prodigy.
     """
-    name = config.optimiser.name
+    name = config.optimizer.name
     rates = {"unet": config.learning_rate}
     groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
     for layer in attachment.layers:
@@ -123,11 +123,11 @@ def build_optimiser(
         )
     listed.append({"params": rows, "lr": config.embedding_learning_rate, "weight_decay": 0.0})
     if name == "prodigy":
-        if config.slot_rate:
+        if config.slot_lr_power:
             raise UserError("Prodigy finds every rate itself: use slot_rate=0 with optimiser.name=prodigy.")
         for group in listed:
             group["lr"] = float(group["lr"] > 0)
-        prodigies = Prodigies([group for group in listed if group["lr"] > 0], config.optimiser.factor)
+        prodigies = ProdigyGroups([group for group in listed if group["lr"] > 0], config.optimizer.d_coef)
         return prodigies, [group["lr"] for group in prodigies.param_groups]
     if name == "adamw8bit":
         try:
@@ -138,18 +138,18 @@ def build_optimiser(
     return torch.optim.AdamW(listed), [group["lr"] for group in listed]
 
 
-def rate_at(step: int, config: TrainConfig) -> float:
+def lr_factor(step: int, config: TrainConfig) -> float:
     """The factor on every learning rate at a step: a linear warm-up, then the decay over what is left."""
-    warmup = min(config.optimiser.warmup, config.steps - 1)
+    warmup = min(config.optimizer.lr_warmup_steps, config.steps - 1)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / (config.steps - warmup)
-    if config.decay == "cosine":
+    if config.lr_scheduler == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
-    return 1 - done if config.decay == "linear" else 1.0
+    return 1 - done if config.lr_scheduler == "linear" else 1.0
 
 
-class Average:
+class EMA:
     """A moving average of parameters by name; with a decay of 0 there is none and nothing costs anything.
 
     At the beginning it forgets faster, so that it never holds much of where training began.

@@ -11,13 +11,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..adapters.formats.native import is_native
-from ..config.models import TrainConfig, build, read_yaml
+from ..config.settings import build, read_yaml
+from ..config.train import TrainConfig
 from ..core.errors import UserError
-from ..core.files import cannot_write, check_settings, check_writable, read_header
+from ..core.files import cannot_write, check_writable, read_header, refuse_overwriting_settings
 from ..core.paths import without_folders
 from ..data.folder import Concept
 from ..methods import get_method
-from .checkpoint import comparable, differences, step_of
+from .checkpoint import comparable_settings, differences, step_of
 
 STATE = ".state.safetensors"
 
@@ -72,7 +73,7 @@ def prepare_output(
         raise UserError(f"The output {output} is a folder; choose another with -o.")
     check_writable(output)
     check_output(output)
-    check_settings(output.with_suffix(".yaml"))
+    refuse_overwriting_settings(output.with_suffix(".yaml"))
     if state.exists():
         if not (resume or force):
             step = step_of(state)
@@ -119,7 +120,7 @@ def is_done(config: TrainConfig, force: bool = False) -> bool:
     if not output.is_file() or state_path(output).exists() or not (before := settings_in(output)):
         return False
     kept = {key: before[key] for key in settled(config) if key in before}
-    now = {**comparable(config), **kept}
+    now = {**comparable_settings(config), **kept}
     if not output.with_suffix(".yaml").is_file():  # an adapter's own settings name no folders
         now = without_folders(now)
     changed = differences(before, now)
@@ -142,7 +143,7 @@ def settings_in(output: Path) -> dict[str, Any]:
     """
     beside = output.with_suffix(".yaml")
     if beside.is_file():
-        return comparable(build(TrainConfig, read_yaml(beside), file=str(beside)))
+        return comparable_settings(build(TrainConfig, read_yaml(beside), file=str(beside)))
     try:
         held = json.loads(read_header(output)[1]["spectral.config"])
         return held if isinstance(held, dict) else {}
@@ -155,9 +156,9 @@ def settled(config: TrainConfig) -> set[str]:
     names = {"slot_seed"} if config.slot_seed is None else set()
     if config.mixed_precision == "auto":
         names.add("mixed_precision")
-    if config.continue_from:
-        names |= {"method", "rank", "targets", "budget", "slot"}
-    if config.budget or tuple(get_method(config.method).ranks([(64, 64)])) == (1,):
+    if config.init_from_adapter:
+        names |= {"method", "rank", "target_modules", "param_budget", "slot"}
+    if config.param_budget or tuple(get_method(config.method).ranks([(64, 64)])) == (1,):
         names.add("rank")
     return names
 

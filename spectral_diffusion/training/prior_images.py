@@ -13,12 +13,12 @@ import diffusers
 import torch
 from torch import Tensor
 
-from ..config.models import DataConfig, PreservationConfig, TrainConfig, ordinary_thing
+from ..config.train import DataConfig, PriorPreservationConfig, TrainConfig, generic_subject
 from ..core.cache import cache_folder
 from ..core.hooks import Event, Progress
 from ..core.rng import keyed_generator
 from ..data.folder import load_concept
-from ..data.latents_cache import kept
+from ..data.latents_cache import cached_latents
 from ..data.samples import PhotoCrops
 from ..models.base import Base
 from .checkpoint import Stopped
@@ -29,7 +29,7 @@ OWN = 3  # every third shows the concept's own class
 
 
 @dataclass
-class Ordinary:
+class PriorImages:
     """Pictures the base drew, or of the class: latents (n, c, h, w), what each shows, and its prompt."""
 
     latents: Tensor
@@ -37,16 +37,16 @@ class Ordinary:
     prompts: list[str]
 
 
-def ordinary_prompts(config: PreservationConfig, noun: str, seed: int) -> tuple[list[str], list[str]]:
+def prior_prompts(config: PriorPreservationConfig, noun: str, seed: int) -> tuple[list[str], list[str]]:
     """What to draw: things ("a red dog") and whole prompts, every third thing of the concept's own class."""
     things, prompts = [], []
-    for index in range(config.pictures):
+    for index in range(config.num_images):
         generator = keyed_generator(seed, "ordinary", index)
 
         def pick(options: list[str], generator: torch.Generator = generator) -> str:
             return options[int(torch.randint(len(options), (), generator=generator))]
 
-        thing = ordinary_thing(pick(config.adjectives), noun if index % OWN == 0 else pick(config.nouns))
+        thing = generic_subject(pick(config.adjectives), noun if index % OWN == 0 else pick(config.nouns))
         things.append(thing)
         prompts.append(pick(config.scenes).replace("{}", thing))
     return things, prompts
@@ -54,7 +54,7 @@ def ordinary_prompts(config: PreservationConfig, noun: str, seed: int) -> tuple[
 
 def read_class_images(
     folder: Path, base: Base, config: TrainConfig, noun: str, size: int, note: Callable[[str], None] = lambda text: None
-) -> Ordinary:
+) -> PriorImages:
     """Square crops of a folder's pictures, ``preservation.pictures`` of them if there are more.
 
     They are prompted with their captions, a picture without one as a photo of the noun.
@@ -68,19 +68,19 @@ def read_class_images(
     for text in pictures.notes:
         note(f"In {folder}: {text}")
     chosen = torch.randperm(len(pictures.photos), generator=keyed_generator(config.seed, "class"))
-    photos = [pictures.photos[int(index)] for index in chosen[: config.preservation.pictures]]
-    plain = DataConfig(cache=config.data.cache)
-    settings = config.model_copy(update={"crops": 1, "data": plain})
+    photos = [pictures.photos[int(index)] for index in chosen[: config.prior.num_images]]
+    plain = DataConfig(latents_cache_dir=config.data.latents_cache_dir)
+    settings = config.model_copy(update={"crops_per_image": 1, "data": plain})
     crops = PhotoCrops(replace(pictures, photos=tuple(photos)), base, settings, size)
     latents, _ = crops.take([(index, 0) for index in range(len(photos))])
     thing = f"a {noun}"
     captions = [photo.caption or f"a photo of {thing}" for photo in photos]
-    return Ordinary(
+    return PriorImages(
         latents, [thing] * len(photos), [text.replace("<TOK>", thing).replace("{}", thing) for text in captions]
     )
 
 
-def draw_ordinary(
+def make_prior_images(
     base: Base,
     config: TrainConfig,
     noun: str,
@@ -88,7 +88,7 @@ def draw_ordinary(
     progress: Progress,
     should_stop: Callable[[], bool] = lambda: False,
     note: Callable[[str], None] = lambda text: None,
-) -> Ordinary:
+) -> PriorImages:
     """Let the untouched base draw its ordinary pictures, or read those of the class; only their latents are needed.
 
     What was drawn is kept beside the spectra: those of the class, and those of everything else, which the next concept
@@ -97,10 +97,10 @@ def draw_ordinary(
     Raises:
         Stopped: ``should_stop``, asked at every step of every picture, said so.
     """
-    wanted = config.preservation
-    if config.data.class_images:
-        return read_class_images(config.data.class_images, base, config, noun, size, note)
-    things, prompts = ordinary_prompts(wanted, noun, config.seed)
+    wanted = config.prior
+    if config.data.class_images_dir:
+        return read_class_images(config.data.class_images_dir, base, config, noun, size, note)
+    things, prompts = prior_prompts(wanted, noun, config.seed)
     own = list(range(0, len(prompts), OWN))
     rest = [index for index in range(len(prompts)) if index % OWN]
     found: dict[int, Tensor] = {}
@@ -114,12 +114,12 @@ def draw_ordinary(
             progress(Event("draw", before + done, len(prompts)))
 
         asked = [(prompts[index], index) for index in part]
-        latents = drawn(base, asked, config.seed, size, wanted.guidance, tell)
+        latents = cached_prior_latents(base, asked, config.seed, size, wanted.guidance_scale, tell)
         found |= dict(zip(part, latents, strict=True))
-    return Ordinary(torch.stack([found[index] for index in range(len(prompts))]), things, prompts)
+    return PriorImages(torch.stack([found[index] for index in range(len(prompts))]), things, prompts)
 
 
-def drawn(
+def cached_prior_latents(
     base: Base, asked: Sequence[tuple[str, int]], seed: int, size: int, guidance: float, tell: Callable[[int], None]
 ) -> Tensor:
     """Latents (n, c, h, w) of pictures by prompt and number, as kept, or drawn now and then kept.
@@ -131,13 +131,15 @@ def drawn(
     decides = [base.fingerprint.exact, str(base.dtype), base.device.type, torch.__version__, diffusers.__version__]
     whole = [*decides, scheduler, list(asked), seed, size, guidance, STEPS, CHUNK]
     key = hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()
-    latents, _ = kept(cache_folder() / "ordinary", key, lambda: (draw(base, asked, seed, size, guidance, tell), None))
+    latents, _ = cached_latents(
+        cache_folder() / "ordinary", key, lambda: (sample_prior_latents(base, asked, seed, size, guidance, tell), None)
+    )
     tell(len(asked))
     return latents.to(base.device)
 
 
 @torch.no_grad()
-def draw(
+def sample_prior_latents(
     base: Base, asked: Sequence[tuple[str, int]], seed: int, size: int, guidance: float, tell: Callable[[int], None]
 ) -> Tensor:
     """The drawing of :func:`drawn`."""

@@ -22,23 +22,23 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from ..config.models import TrainConfig
+from ..config.train import TrainConfig
 from ..core.hooks import Event, Progress, silent
 from ..core.rng import keyed_generator
 from ..models.base import Base
-from .batch import Samples, draw_timestep
-from .prior_images import Ordinary
+from .batch import Batch, sample_timestep
+from .prior_images import PriorImages
 
 CHUNK = 8  # predictions asked for together
 DRAWS = 8  # noise and timestep draws per ordinary picture
 PAIRS = ("{} on the left and {} on the right", "on the left {}, on the right {}")
-OTHERS = tuple(f"<other-{index}>" for index in range(64))  # random words that stand for other people's concepts
+OTHER_TOKENS = tuple(f"<other-{index}>" for index in range(64))  # random words that stand for other people's concepts
 
 Condition = Callable[..., dict[str, Any]]  # prompts, and the latents' height and width
 
 
 @dataclass
-class Anchors:
+class PriorTargets:
     """Where the adapted networks must predict what the base predicts: n noised pictures with their targets."""
 
     noisy: Tensor
@@ -46,34 +46,34 @@ class Anchors:
     prompts: list[str]
     targets: Tensor
 
-    def batch(self, step: int, config: TrainConfig) -> Anchors:
+    def batch(self, step: int, config: TrainConfig) -> PriorTargets:
         """A few of them for one step."""
         generator = keyed_generator(config.seed, "anchors", step)
-        chosen = torch.randint(len(self.prompts), (config.preservation.batch,), generator=generator)
+        chosen = torch.randint(len(self.prompts), (config.prior.batch_size,), generator=generator)
         prompts = [self.prompts[int(index)] for index in chosen]
-        return Anchors(self.noisy[chosen], self.timesteps[chosen], prompts, self.targets[chosen])
+        return PriorTargets(self.noisy[chosen], self.timesteps[chosen], prompts, self.targets[chosen])
 
 
 @torch.no_grad()
-def draw_anchors(
-    ordinary: Ordinary,
+def predict_prior_targets(
+    ordinary: PriorImages,
     base: Base,
     schedule: DDPMScheduler,
     config: TrainConfig,
     condition: Condition,
     progress: Progress = silent,
-) -> Anchors:
+) -> PriorTargets:
     """Noise the ordinary pictures and ask the untouched base what it predicts."""
     total = len(schedule.alphas_cumprod)
     noises, times, prompts = [], [], []
     for index in range(len(ordinary.prompts) * DRAWS):
         generator = keyed_generator(config.seed, "anchor", index)
         picture = index % len(ordinary.prompts)
-        times.append(draw_timestep(generator, config.timestep_power, total))
+        times.append(sample_timestep(generator, config.timestep_power, total))
         noises.append(torch.randn(ordinary.latents.shape[1:], generator=generator))
         prompt = ordinary.prompts[picture]
-        if float(torch.rand((), generator=generator)) < config.preservation.others:
-            word = OTHERS[int(torch.randint(len(OTHERS), (), generator=generator))]
+        if float(torch.rand((), generator=generator)) < config.prior.other_token_prob:
+            word = OTHER_TOKENS[int(torch.randint(len(OTHER_TOKENS), (), generator=generator))]
             thing = ordinary.things[picture]
             prompt = prompt.replace(thing, f"{word} {thing.split()[-1]}")
         prompts.append(prompt)
@@ -87,11 +87,11 @@ def draw_anchors(
         predicted = base.pipeline.unet(noisy[part].to(base.dtype), timesteps[part], **told).sample
         targets.append(predicted.float())
         progress(Event("predict", min(start + CHUNK, len(prompts)), len(prompts)))
-    return Anchors(noisy, timesteps, prompts, torch.cat(targets))
+    return PriorTargets(noisy, timesteps, prompts, torch.cat(targets))
 
 
 def predict(
-    unet: nn.Module, dtype: torch.dtype, condition: Condition, noisy: Tensor, samples: Samples, held: Anchors | None
+    unet: nn.Module, dtype: torch.dtype, condition: Condition, noisy: Tensor, samples: Batch, held: PriorTargets | None
 ) -> tuple[Tensor, Tensor | None]:
     """What the networks predict for a step's noised photos and for its anchors, in one call where the shapes allow it.
 
@@ -113,12 +113,12 @@ def predict(
     return both[: len(noisy)], both[len(noisy) :]
 
 
-def is_cut(step: int, config: TrainConfig) -> bool:
+def is_cut_mix_step(step: int, config: TrainConfig) -> bool:
     """Whether this step shows photos beside ordinary pictures."""
-    return float(torch.rand((), generator=keyed_generator(config.seed, "cut", step))) < config.preservation.cut_mix
+    return float(torch.rand((), generator=keyed_generator(config.seed, "cut", step))) < config.prior.cut_mix_prob
 
 
-def cut_mix(samples: Samples, ordinary: Ordinary, token: str, step: int, config: TrainConfig) -> Samples:
+def cut_mix(samples: Batch, ordinary: PriorImages, token: str, step: int, config: TrainConfig) -> Batch:
     """Half of a step's photos, each beside an ordinary picture; the prompt names both sides.
 
     Where one is taller, its top is shown. Masks weigh the photo's side alone.
@@ -145,4 +145,4 @@ def cut_mix(samples: Samples, ordinary: Ordinary, token: str, step: int, config:
         pair = PAIRS[int(torch.randint(len(PAIRS), (), generator=generator))]
         prompts.append(pair.format(*things))
     weighed = None if samples.weights is None else torch.stack(weights)
-    return Samples(torch.stack(latents), torch.stack(noises), samples.timesteps[:count], prompts, weighed)
+    return Batch(torch.stack(latents), torch.stack(noises), samples.timesteps[:count], prompts, weighed)

@@ -10,24 +10,26 @@ from typing import Any
 
 from ..adapters.adapter import Adapter, check_base
 from ..adapters.formats.native import load_adapter, save_adapter
-from ..config.models import TrainConfig, to_yaml, with_rates
+from ..config.presets import with_rates
+from ..config.settings import to_yaml
+from ..config.train import TrainConfig
 from ..core.errors import UserError
 from ..core.files import check_writable, write_settings
 from ..core.hooks import Progress, silent
 from ..core.machine import heading
 from ..core.precision import precision_note, resolve_mixed_precision
 from ..data.folder import Concept, load_concept
-from ..linalg import sides
+from ..linalg import matrix_shape
 from ..methods import get_method
 from ..models.base import Base, load_base
 from ..models.per_layer_tokens import check_encoders
-from ..models.prompt_encoder import Conditioner
+from ..models.prompt_encoder import PromptEncoder
 from ..models.tokens import check_name, known_tokens
 from ..slots.ledger import LEDGER, ROWS, Ledger, Slot, collision_probability, parse_policy
 from ..svd_cache import capacity, spectrum_of
 from .checkpoint import load_state
 from .checks import notes_on
-from .distributed import Processes, device_of, processes
+from .distributed import World, current_world, device_of
 from .loop import train
 from .memory import memory_note
 from .output import check_token_is_free, claimed, prepare_output
@@ -62,17 +64,17 @@ def train_to_file(
     if config.output.suffix != ".safetensors":
         raise UserError(f"The output {config.output} must end in .safetensors.")
     get_method(config.method)  # a misspelt one is told before any loading
-    among = processes(config.device)
-    if not among.main:
+    among = current_world(config.device)
+    if not among.is_main:
         progress, note = silent, ignore
-    with claimed(config.output) if among.main else nullcontext():
-        concept = load_concept(config.concept, config.name, config.token, config.noun)
+    with claimed(config.output) if among.is_main else nullcontext():
+        concept = load_concept(config.concept, config.name, config.token, config.class_noun)
         if concept.skipped:
             note(f"Skipped in {config.concept}: {'; '.join(concept.skipped)}.")
         for text in concept.notes:
             note(text)
         check_name(concept.name)
-        if among.share(prepare_output(config, concept.name, resume, force, note) if among.main else None):
+        if among.broadcast(prepare_output(config, concept.name, resume, force, note) if among.is_main else None):
             return load_adapter(config.output)
         if not force:
             check_token_is_free(config.output, concept)
@@ -90,7 +92,7 @@ class Hooks:
 
 
 def train_on(
-    base: Base, config: TrainConfig, concept: Concept, among: Processes, resume: bool, force: bool, hooks: Hooks
+    base: Base, config: TrainConfig, concept: Concept, among: World, resume: bool, force: bool, hooks: Hooks
 ) -> Adapter:
     """The part of :func:`train_to_file` that needs the base.
 
@@ -99,32 +101,32 @@ def train_on(
     """
     output, note = config.output, hooks.note
     check_concept(concept, base, config)
-    config = among.share(with_precision(config, base, resume, note))
+    config = among.broadcast(with_precision(config, base, resume, note))
     start_from = None
-    if config.continue_from:
+    if config.init_from_adapter:
         config, start_from = with_start(config, base, concept)
-        note(f"Going on from {config.continue_from}: method, rank {config.rank}, targets and columns are its own.")
-        if start_from.layerwise:
+        note(f"Going on from {config.init_from_adapter}: method, rank {config.rank}, targets and columns are its own.")
+        if start_from.per_layer_vectors:
             note(f"Note: {start_from.token} has layer-wise vectors; what goes on from it keeps their mean.")
     config = with_rates(config)
     method = get_method(config.method)
-    if config.normalise and not method.name.startswith("spectral-additive"):
-        raise UserError(f"normalise=true scales the columns of spectral-additive; {method.name} has none to scale.")
+    if config.normalize and not method.name.startswith("spectral-additive"):
+        raise UserError(f"normalize=true scales the columns of spectral-additive; {method.name} has none to scale.")
     size = config.resolution or base.size
-    for text in notes_on(concept, Conditioner(base, concept, config.seed, size), config):
+    for text in notes_on(concept, PromptEncoder(base, concept, config.seed, size), config):
         note(text)
-    shapes = [sides(weight) for weight in base.weights(config.targets).values()]
+    shapes = [matrix_shape(weight) for weight in base.weights(config.target_modules).values()]
     config = with_rank(config, shapes, note)
     slot = start_from.slot if start_from else None
     if method.slot and not start_from:
-        config = among.share(with_slot_seed(config, resume))
-        slot = among.share(reserve(config, base, concept) if among.main else None)
+        config = among.broadcast(with_slot_seed(config, resume))
+        slot = among.broadcast(reserve(config, base, concept) if among.is_main else None)
         assert slot is not None
         for text in slot_notes(config, slot, base):
             note(text)
     if not method.slot and config.slot != "next":
         note(f"Note: {method.name} has no slot, so slot={config.slot} changes nothing.")
-    if among.main:  # the adapter with its bands, and the state with two moments for every number
+    if among.is_main:  # the adapter with its bands, and the state with two moments for every number
         trained = method.total(shapes, config.rank)
         check_writable(output, 4 * (4 * trained + config.rank * sum(map(sum, shapes))))
     where = f"{method.slot or 'columns'} {slot}" if slot else f"rank {config.rank}"
@@ -138,7 +140,7 @@ def train_on(
         config, base, concept, slot, state_path(output), resume, hooks.progress, hooks.should_stop, start_from, note,
         force, among,
     )  # fmt: skip
-    if among.main:
+    if among.is_main:
         save_adapter(adapter, output)
         write_settings(output.with_suffix(".yaml"), heading() + to_yaml(config))
         state_path(output).unlink(missing_ok=True)
@@ -151,7 +153,7 @@ def check_concept(concept: Concept, base: Base, config: TrainConfig) -> None:
     Raises:
         UserError: so it is.
     """
-    if config.layerwise:
+    if config.per_layer_tokens:
         check_encoders(base)
     known = {token.lower(): token for token in known_tokens(base.pipeline.tokenizer)}
     if token := known.get(concept.token.lower()):  # a tokenizer does not tell upper case from lower
@@ -173,17 +175,17 @@ def with_rank(config: TrainConfig, shapes: Sequence[tuple[int, int]], note: Call
     if not allowed:
         raise UserError(f"The method {method.name} fits no rank to these layers; choose other targets.")
 
-    if config.budget is not None:
+    if config.param_budget is not None:
         counts = sorted((method.total(shapes, rank), rank) for rank in allowed)
-        within = [(total, rank) for total, rank in counts if total <= config.budget]
+        within = [(total, rank) for total, rank in counts if total <= config.param_budget]
         steps = ", ".join(f"{total:,}" for total, _ in counts[: len(within) + 2][-4:])
         if not within:
             raise UserError(
-                f"{method.name} cannot train as few as {config.budget:,} numbers here: its steps are {steps} …; "
+                f"{method.name} cannot train as few as {config.param_budget:,} numbers here: its steps are {steps} …; "
                 "raise --budget or choose another method."
             )
         total, rank = within[-1]
-        note(f"{method.name} at rank {rank} trains {total:,} of {config.budget:,} numbers (its steps: {steps}).")
+        note(f"{method.name} at rank {rank} trains {total:,} of {config.param_budget:,} numbers (its steps: {steps}).")
         return config.model_copy(update={"rank": rank})
     if tuple(allowed) == (1,):
         return config.model_copy(update={"rank": 1})  # a method without a rank
@@ -201,19 +203,24 @@ def with_start(config: TrainConfig, base: Base, concept: Concept) -> tuple[Train
     Raises:
         UserError: it is of another kind or another base.
     """
-    assert config.continue_from is not None
-    adapter = load_adapter(config.continue_from)
+    assert config.init_from_adapter is not None
+    adapter = load_adapter(config.init_from_adapter)
     if not adapter.method.name.startswith("spectral-rotation"):
         raise UserError(
             f"--continue needs a spectral-rotation adapter, whose turned columns are orthonormal again; "
-            f"{config.continue_from} is {adapter.method.name}."
+            f"{config.init_from_adapter} is {adapter.method.name}."
         )
     check_base(adapter, base)
     if concept.token in adapter.tokens:
         raise UserError(
-            f"{config.continue_from} has the token {concept.token} already; choose another with token=<name>."
+            f"{config.init_from_adapter} has the token {concept.token} already; choose another with token=<name>."
         )
-    fixed = {"method": adapter.method.name, "rank": adapter.rank, "targets": adapter.targets, "budget": None}
+    fixed = {
+        "method": adapter.method.name,
+        "rank": adapter.rank,
+        "target_modules": adapter.targets,
+        "param_budget": None,
+    }
     return config.model_copy(update={**fixed, "slot": str(adapter.slot)}), adapter
 
 
@@ -235,7 +242,7 @@ def earlier_settings(config: TrainConfig, resume: bool) -> dict[str, Any]:
 
 def with_slot_seed(config: TrainConfig, resume: bool) -> TrainConfig:
     """Settle the seed of a drawn slot: given, the interrupted run's, or fresh. It is recorded in the file."""
-    if config.slot_seed is not None or not parse_policy(config.slot, config.rank).draws:
+    if config.slot_seed is not None or not parse_policy(config.slot, config.rank).is_random:
         return config
     seed = earlier_settings(config, resume).get("slot_seed")
     return config.model_copy(update={"slot_seed": secrets.randbits(31) if seed is None else seed})
@@ -243,12 +250,12 @@ def with_slot_seed(config: TrainConfig, resume: bool) -> TrainConfig:
 
 def reserve(config: TrainConfig, base: Base, concept: Concept) -> Slot:
     """The concept's slot, from the ledger beside the output unless it is drawn privately."""
-    weights = base.weights(config.targets)
+    weights = base.weights(config.target_modules)
     columns, narrowest = capacity(weights)
     rows = get_method(config.method).slot == "rows"
     if rows:
-        narrowest = min(weights, key=lambda layer: sides(weights[layer])[1])
-        columns = sides(weights[narrowest])[1]
+        narrowest = min(weights, key=lambda layer: matrix_shape(weights[layer])[1])
+        columns = matrix_shape(weights[narrowest])[1]
     ledger = Ledger.beside(config.output, ROWS if rows else LEDGER)
     own = base.fingerprint
     return ledger.reserve(
@@ -261,7 +268,7 @@ def slot_notes(config: TrainConfig, slot: Slot, base: Base) -> list[str]:
     """What a person should know of a slot before training: chances of a clash, a shaky border."""
     notes = []
     policy = parse_policy(config.slot, config.rank)
-    weights = base.weights(config.targets)
+    weights = base.weights(config.target_modules)
     if policy.kind == "sampled":
         pool = min(policy.pool, capacity(weights)[0])
         chance = collision_probability(config.rank, pool)
@@ -270,7 +277,7 @@ def slot_notes(config: TrainConfig, slot: Slot, base: Base) -> list[str]:
             f"shares one with a chance of {chance:.0%}. Fusion tells the real overlap."
         )
     if slot.bottom == 0 and get_method(config.method).slot == "columns":
-        gap, layer = spectrum_of(weights, slot.top).borders(slot.columns)
+        gap, layer = spectrum_of(weights, slot.top).smallest_gap(slot.columns)
         if gap < DEGENERATE:
             notes.append(
                 f"Note: at the border of columns {slot} two singular values of {layer} differ by {gap:.0e} only; "

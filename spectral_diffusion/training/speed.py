@@ -16,10 +16,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
 from .. import pocket
-from ..config.models import TrainConfig
+from ..config.train import TrainConfig
 from ..core.machine import measured
 from ..core.precision import MixedPrecision, autocast, is_half, resolve_mixed_precision
-from ..models.base import parse_device, parse_dtype, plain_is_quicker
+from ..models.base import parse_device, parse_dtype, plain_attention_is_faster
 from .prior_images import STEPS
 
 # Arithmetic of one prediction of one picture at the base's own size (torch.utils.flop_counter).
@@ -44,10 +44,10 @@ def training_seconds(config: TrainConfig, arch: str) -> float:
     """Seconds of a training on this machine when it does nothing else, its prior images included."""
     device = parse_device(config.device)
     precision = resolve_mixed_precision(config.mixed_precision, device, parse_dtype(config.dtype))
-    prior = config.preservation if config.preservation.weight else None
-    seen = float((config.batch + (prior.batch if prior else 0)) * config.steps)
-    if prior and not config.data.class_images:  # each drawn with guidance, two predictions a step
-        seen += prior.pictures * 2 * STEPS / PASSES
+    prior = config.prior if config.prior.loss_weight else None
+    seen = float((config.batch_size + (prior.batch_size if prior else 0)) * config.steps)
+    if prior and not config.data.class_images_dir:  # each drawn with guidance, two predictions a step
+        seen += prior.num_images * 2 * STEPS / PASSES
     return seen * seconds_per_picture(arch, device, precision)
 
 
@@ -56,7 +56,7 @@ def pocket_step(device: torch.device, precision: MixedPrecision) -> float:
     unet = UNet2DConditionModel.from_pretrained(str(pocket.path() / "unet"), torch_dtype=torch.float32).to(device)
     unet.requires_grad_(False)
     side = unet.config.sample_size
-    if plain_is_quicker(device.type, is_half(precision, torch.float32), side):
+    if plain_attention_is_faster(device.type, is_half(precision, torch.float32), side):
         unet.set_attn_processor(AttnProcessor())
     noisy = torch.zeros(BATCH, unet.config.in_channels, side, side, device=device, requires_grad=True)
     words = torch.zeros(BATCH, 32, unet.config.cross_attention_dim, device=device, requires_grad=True)

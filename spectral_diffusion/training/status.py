@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 
-from ..config.models import Settings
+from ..config.settings import Settings
 from ..core.errors import UserError, reason
 from ..core.files import read_text, write_text
 from ..core.hooks import Event, Pace, Progress, silent
@@ -154,10 +154,10 @@ class Reporter:
                 status.samples = [sample for sample in status.samples if sample.step < event.done]
             if seconds := self._pace.seconds_per_step:
                 status.eta = round(seconds * (event.total - event.done), 1)
-            if "loss" in event.figures:
-                status.loss = float(event.figures["loss"])
+            if "loss" in event.metrics:
+                status.loss = float(event.metrics["loss"])
                 self._stride = add_point(status.curve, event.done, status.loss, self._stride)
-            if sample := event.figures.get("sample"):
+            if sample := event.metrics.get("sample"):
                 status.samples.append(Sample(step=event.done, file=str(sample)))
                 fresh = True
         else:

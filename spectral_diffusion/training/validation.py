@@ -15,16 +15,16 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import Attachment
-from ..config.models import TrainConfig, WatchConfig
+from ..adapters.attach import InjectedAdapter
+from ..config.train import TrainConfig, ValidationConfig
 from ..core.errors import UserError, reason
 from ..core.files import atomic
 from ..data.folder import Concept, open_photo
-from ..metrics.identity import IdentityEncoder, likeness, load_identity_encoder
+from ..metrics.identity import IdentityEncoder, identity_score, load_identity_encoder
 from ..models.base import Base
-from ..models.prompt_encoder import Conditioner
+from ..models.prompt_encoder import PromptEncoder
 from .card import write_card
-from .optimizers import Average
+from .optimizers import EMA
 from .status import add_point
 
 BETTER = 0.005  # how much more alike the samples must be to count as better
@@ -36,7 +36,7 @@ def samples_folder(output: Path) -> Path:
 
 
 @contextmanager
-def at_strength(attachment: Attachment, strength: float) -> Iterator[None]:
+def at_strength(attachment: InjectedAdapter, strength: float) -> Iterator[None]:
     """Let ΔW act times λ, whatever the method: each layer's output moves from its base's by so much."""
 
     def scale(layer: Any, inputs: Any, keywords: Any, output: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ def at_strength(attachment: Attachment, strength: float) -> Iterator[None]:
             handle.remove()
 
 
-def draw_samples(
-    base: Base, condition: Conditioner, attachment: Attachment, token: str, config: WatchConfig
+def validation_images(
+    base: Base, condition: PromptEncoder, attachment: InjectedAdapter, token: str, config: ValidationConfig
 ) -> list[list[Image.Image]]:
     """A row per prompt, a picture per strength, from the seeds seed, seed + 1, … of the rows.
 
@@ -71,7 +71,7 @@ def draw_samples(
     slicing, pipe.vae.use_slicing = pipe.vae.use_slicing, True  # decoded one by one: they would take the most memory
     prompts = [prompt.replace("{}", token) for prompt in config.prompts]
     columns = []
-    for strength in config.strengths:
+    for strength in config.scales:
         with torch.no_grad(), torch.random.fork_rng([]), at_strength(attachment, strength):
             words = {"": condition(prompts), "negative_": condition([""] * len(prompts))}
             options = {f"{kind}prompt_embeds": one["encoder_hidden_states"] for kind, one in words.items()}
@@ -80,8 +80,8 @@ def draw_samples(
                 options |= {f"{kind}pooled_prompt_embeds": value for kind, value in pooled.items()}
             columns.append(
                 pipe(
-                    width=condition.size, height=condition.size, num_inference_steps=config.steps,
-                    guidance_scale=config.guidance,
+                    width=condition.size, height=condition.size, num_inference_steps=config.num_inference_steps,
+                    guidance_scale=config.guidance_scale,
                     generator=[torch.Generator("cpu").manual_seed(config.seed + row) for row in range(len(prompts))],
                     **options,
                 ).images
@@ -105,7 +105,7 @@ def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image
     return out
 
 
-class Watcher:
+class Validator:
     """Asked after every step; it draws, records, and says when the likeness has stopped rising.
 
     Grids and records go beside the adapter's file.
@@ -124,11 +124,11 @@ class Watcher:
         self.likeness: list[tuple[int, float]] = []
         self.rested = 0  # grids since the likeness rose
         self._stride = 1
-        self.encoder = self._encoder() if config.watch.every and active else None
+        self.encoder = self._encoder() if config.validation.every and active else None
         self._lone = not PartialState._shared_state  # nobody else in this process has accelerate's state
         self.tracker = start_tracker(config, self.path, concept.name) if active else None
 
-    def __enter__(self) -> Watcher:
+    def __enter__(self) -> Validator:
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -140,21 +140,21 @@ class Watcher:
     @property
     def plateau(self) -> bool:
         """Whether training may stop: so many grids in a row were not more like the photos than the best."""
-        return 0 < self.config.watch.patience <= self.rested
+        return 0 < self.config.validation.early_stopping_patience <= self.rested
 
     def __call__(
-        self, step: int, loss: float, rate: float, condition: Conditioner, attachment: Attachment, average: Average
+        self, step: int, loss: float, rate: float, condition: PromptEncoder, attachment: InjectedAdapter, average: EMA
     ) -> dict[str, Any]:
         """Look at the networks after a step; returns the figures to show."""
         figures: dict[str, Any] = {"loss": loss}
         if not self.active:
             return figures
         self._stride = add_point(self.curve, step, loss, self._stride)
-        every = self.config.watch.every
+        every = self.config.validation.every
         if every and (step % every == 0 or step == self.config.steps):
             with average.applied():
                 attachment.prune()
-                rows = draw_samples(self.base, condition, attachment, self.concept.token, self.config.watch)
+                rows = validation_images(self.base, condition, attachment, self.concept.token, self.config.validation)
             figures |= self._keep(step, rows)
         if self.tracker:
             numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
@@ -167,14 +167,14 @@ class Watcher:
         file = samples_folder(self.path) / f"step-{step:06d}.png"
         try:
             with atomic(file) as temporary:
-                sheet(rows, [f"× {value:g}" for value in self.config.watch.strengths]).save(temporary, "PNG")
+                sheet(rows, [f"× {value:g}" for value in self.config.validation.scales]).save(temporary, "PNG")
             self.samples.append((step, str(file)))
             figures["sample"] = str(file)
         except (UserError, OSError) as error:
             self.note(f"Note: the samples of step {step} could not be written ({reason(error)}).")
         if self.encoder:
-            strongest = max(range(len(self.config.watch.strengths)), key=self.config.watch.strengths.__getitem__)
-            alike = float(likeness(self.encoder, [row[strongest] for row in rows], self.references).mean())
+            strongest = max(range(len(self.config.validation.scales)), key=self.config.validation.scales.__getitem__)
+            alike = float(identity_score(self.encoder, [row[strongest] for row in rows], self.references).mean())
             best = max((value for _, value in self.likeness), default=-1.0)
             self.rested = 0 if alike > best + BETTER else self.rested + 1
             self.likeness.append((step, alike))
@@ -184,7 +184,7 @@ class Watcher:
     def _encoder(self) -> IdentityEncoder | None:
         """The pocket base's identity encoder, which knows its world; there is none for others."""
         if self.base.name != "pocket":
-            if self.config.watch.patience:
+            if self.config.validation.early_stopping_patience:
                 self.note("Note: only the pocket base has an identity encoder, so watch.patience stops nothing here.")
             return None
         self.references = [open_photo(photo.path) for photo in self.concept.photos]
@@ -192,7 +192,7 @@ class Watcher:
 
     def finish(self, adapter: Adapter) -> None:
         """Write the card, if one is wanted; a full disk is no reason to lose the adapter."""
-        if self.active and self.config.watch.card:
+        if self.active and self.config.validation.model_card:
             try:
                 write_card(adapter, self.config, self.curve, self.samples, self.likeness)
             except UserError as error:
@@ -219,7 +219,7 @@ def start_tracker(config: TrainConfig, path: Path, name: str) -> Any:
     Raises:
         UserError: its package is not installed, or it cannot start.
     """
-    wanted = config.watch.tracker
+    wanted = config.validation.log_with
     if wanted == "none":
         return None
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from spectral_diffusion.scenes.keypose import COLOURS as POSE_COLOURS
+from spectral_diffusion.scenes.keypose import COLORS as POSE_COLOURS
 from spectral_diffusion.scenes.keypose import LIMBS
 
 from .batches import Batch

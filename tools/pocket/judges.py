@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 
 from spectral_diffusion.core.files import write_tensors
 from spectral_diffusion.core.precision import autocast, cpu_precision
-from spectral_diffusion.metrics.classifiers import BACKDROPS, HEADS, JUDGES, NOUNS, SIZE, TINTS, tensor_of, windows
+from spectral_diffusion.metrics.classifiers import BACKDROPS, CLASSIFIERS, HEADS, NOUNS, SIZE, TINTS, tensor_of, windows
 from spectral_diffusion.training.checkpoint import load_state, save_state
 
 from .loop import Report
@@ -99,7 +99,7 @@ def train_judge(renderer: Renderer, folder: Path, name: str, steps: int = 1500, 
     """Train one judge into ``folder/judges/<name>.safetensors``, going on from its state if there is one."""
     kind = KINDS[name]
     torch.manual_seed(kind.seed)
-    judge = JUDGES[name]()
+    judge = CLASSIFIERS[name]()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
     path, step, spent = folder / f"judge-{name}.state.safetensors", 0, 0.0
     if path.exists():

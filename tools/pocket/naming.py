@@ -25,7 +25,7 @@ def make_naming(output: Path, base: str = "pocket", seed: int = 0, names: int = 
     for noun in answers:
         thing = Thing(noun, random.choice(list(COLOURS)))  # the colour must not give the class away
         prompts.append(caption([thing], Backdrop(random.choice(list(SETTINGS)), None), random))
-    config = Scene(base=base, steps=20, guidance=4.0)
+    config = Scene(base=base, num_inference_steps=20, guidance_scale=4.0)
     images = sample(load_base(base), prompts, [random.randrange(2**31) for _ in prompts], config)
     output.mkdir(parents=True, exist_ok=True)
     naming_sheet(images).save(output / "sheet.png")

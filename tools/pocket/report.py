@@ -17,15 +17,16 @@ from scipy.ndimage import distance_transform_edt, sobel
 from torch import Tensor
 
 from spectral_diffusion.adapters.formats.native import load_adapter
-from spectral_diffusion.config.models import TrainConfig, build, read_yaml
+from spectral_diffusion.config.settings import build, read_yaml
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.assets import concepts as concept_folder
 from spectral_diffusion.core.assets import preset
 from spectral_diffusion.data.folder import load_concept, open_photo
-from spectral_diffusion.metrics.classifiers import judge_pictures, load_judge
-from spectral_diffusion.metrics.identity import IdentityEncoder, embed, likeness, load_identity_encoder
+from spectral_diffusion.metrics.classifiers import classify_images, load_classifier
+from spectral_diffusion.metrics.identity import IdentityEncoder, embed, identity_score, load_identity_encoder
 from spectral_diffusion.models.base import Base, load_base
-from spectral_diffusion.scenes.control import Drawing
-from spectral_diffusion.scenes.generate import put_on, sample
+from spectral_diffusion.scenes.control import ControlMap
+from spectral_diffusion.scenes.generate import load_adapters, sample
 from spectral_diffusion.scenes.keypose import draw_keypose
 from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.training.run import train_to_file
@@ -61,7 +62,7 @@ def draw(base: Base, pictures: Sequence[Picture], config: Scene, seed: int = 0) 
 def marks(judge: torch.nn.Module, images: Sequence[Image.Image], truth: Sequence[Picture]) -> Figures:
     """How many of the captions' things, colours and backdrops a judge finds."""
     counts = [len(picture.things) for picture in truth]
-    verdicts = judge_pictures(judge, images, counts)
+    verdicts = classify_images(judge, images, counts)
     nouns = colours = backdrops = every = tinted = 0
     for seen, picture in zip(verdicts, truth, strict=True):
         right = [v.noun == thing.noun for v, thing in zip(seen, picture.things, strict=True)]
@@ -154,7 +155,7 @@ def sketches_kept(base: Base, renderer: Renderer, config: Scene, count: int = 64
     random = Random("report/strokes")
     strokes = [Image.fromarray((thicken(p.sketch, random) * 255).astype(np.uint8), "L") for p in truth]
     images = [
-        sample(base, [picture.caption], [index], config, drawings=[Drawing(stroke)])[0]
+        sample(base, [picture.caption], [index], config, drawings=[ControlMap(stroke)])[0]
         for index, (picture, stroke) in enumerate(zip(truth, strokes, strict=True))
     ]
     wanted = [picture.sketch > 0.4 for picture in truth]
@@ -185,7 +186,7 @@ def poses_kept(base: Base, renderer: Renderer, config: Scene, count: int = 64) -
         colour = random.choice(["red", "blue", "green", "purple", "orange"])
         thing = Thing(random.choice(puppets.NOUNS), colour)
         picture = renderer.render(random, world, [thing], Backdrop(None, "white"))
-        keypose = Drawing(draw_keypose(picture.people, 64, 64), "keypose")
+        keypose = ControlMap(draw_keypose(picture.people, 64, 64), "keypose")
         images += sample(base, [picture.caption], [index], config, drawings=[keypose])
         truth.append(picture.mask > 0.5)
     found = [silhouette(image) for image in images]
@@ -218,14 +219,14 @@ def concept_learnt(
         def pictures(base: Base, what: str) -> list[Image.Image]:
             return sample(base, [f"a photo of {what} {place}" for place in places], list(range(6)), config)
 
-        generic = float(likeness(encoder, pictures(base, f"a {concept.noun}"), references).mean())
+        generic = float(identity_score(encoder, pictures(base, f"a {concept.noun}"), references).mean())
         held = [picture.image for picture in views(renderer, CONCEPTS[name], Random(f"report/{name}"), 12, 64)]
         stack = torch.from_numpy(np.stack(held)).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.no_grad():
             vae = base.pipeline.vae
             decoded = vae.decode(vae.encode(stack).latent_dist.mean).sample.clamp(-1, 1)
         arrays = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        top = float(likeness(encoder, [Image.fromarray(array) for array in arrays], references).mean())
+        top = float(identity_score(encoder, [Image.fromarray(array) for array in arrays], references).mean())
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / f"{name}.safetensors"
             where = {"concept": folder, "output": file, "base": base_name}
@@ -235,8 +236,8 @@ def concept_learnt(
             )
             seconds = time.monotonic() - begun
             with_it = load_base(base_name)
-            put_on(with_it, [(load_adapter(file), 1.0)])
-        mine = float(likeness(encoder, pictures(with_it, concept.token), references).mean())
+            load_adapters(with_it, [(load_adapter(file), 1.0)])
+        mine = float(identity_score(encoder, pictures(with_it, concept.token), references).mean())
         out[name] = {
             "generic": generic,
             "learnt": mine,
@@ -262,9 +263,9 @@ def make_report(
 ) -> Figures:
     """Every figure, in a nested mapping. ``weights`` holds ``judges/`` and ``identity/`` if they are not shipped."""
     base = load_base(base_name)
-    config = build(Scene, read_yaml(preset("pocket"))["generate"], {"base": base_name, "guidance": 4.0})
+    config = build(Scene, read_yaml(preset("pocket"))["generate"], {"base": base_name, "guidance_scale": 4.0})
     encoder = load_identity_encoder(weights / "identity" / "model.safetensors" if weights else None)
-    judges = {name: load_judge(name, weights / "judges" if weights else None) for name in ("chooser", "referee")}
+    judges = {name: load_classifier(name, weights / "judges" if weights else None) for name in ("chooser", "referee")}
     parts: dict[str, Callable[[], Any]] = {
         "captions": lambda: captions_kept(base, renderer, config, judges, count),
         "seeds": lambda: seeds_differ(base, renderer, config, encoder),
@@ -277,7 +278,7 @@ def make_report(
         "seconds_per_picture": lambda: seconds_per_picture(base, config),
         "concept": lambda: concept_learnt(base_name, renderer, config, encoder, ("rex", "brew", "inky", "bolt")),
     }
-    out: Figures = {"base": base.fingerprint.exact, "pictures_per_row": count, "guidance": config.guidance}
+    out: Figures = {"base": base.fingerprint.exact, "pictures_per_row": count, "guidance_scale": config.guidance_scale}
     for name, measure in parts.items():
         begun = time.monotonic()
         out[name] = measure()

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core.errors import UserError
 from ...core.files import check_writable
 from ...core.machine import provenance
-from ...linalg import kernel_of, sides
+from ...linalg import kernel_size, matrix_shape
 from ...methods import get_method
 from ...models.base import Base, load_base
 from ...models.targets import find_targets
@@ -47,7 +47,7 @@ def import_lora(
     rank = max(len(one.down) for one in found.factors.values())
     parameters: dict[str, Tensor] = {}
     for layer, (up, down) in sorted(found.factors.items()):
-        if (len(up), down.shape[1]) != sides(layers[layer].weight):
+        if (len(up), down.shape[1]) != matrix_shape(layers[layer].weight):
             raise UserError(f"{path} is a LoRA for another base: {layer} is of another size; use --base.")
         missing = rank - len(down)
         parameters[f"{layer}.A"] = torch.nn.functional.pad(down, (0, 0, 0, missing))
@@ -58,8 +58,8 @@ def import_lora(
     adapter = Adapter(
         name=check_name(name or name_of(path)), noun="", token=token, method=get_method("lora"), rank=rank, slot=None,
         targets=EVERYTHING, base=base.name, fingerprint=base.fingerprint, parameters=parameters,
-        sizes={layer: sides(layers[layer].weight) for layer in changed}, frozen={}, vectors=vectors,
-        kernels={layer: kernel for layer in changed if (kernel := kernel_of(layers[layer].weight))},
+        sizes={layer: matrix_shape(layers[layer].weight) for layer in changed}, frozen={}, vectors=vectors,
+        kernels={layer: kernel for layer in changed if (kernel := kernel_size(layers[layer].weight))},
         earlier={other: rows for other, rows in tokens.items() if other != token},
         config={"imported": Path(path).name}, provenance=provenance(),
     )  # fmt: skip

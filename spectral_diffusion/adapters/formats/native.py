@@ -47,7 +47,7 @@ def _contents(adapter: Adapter, base: str) -> tuple[dict[str, Tensor], dict[str,
     for layer, held in adapter.frozen.items():
         tensors |= {f"frozen.{layer}.{name}": value for name, value in held.items()}
     tensors |= {f"token.{encoder}": value for encoder, value in adapter.vectors.items()}
-    tensors |= {f"layerwise.{encoder}": value for encoder, value in adapter.layerwise.items()}
+    tensors |= {f"layerwise.{encoder}": value for encoder, value in adapter.per_layer_vectors.items()}
     for index, vectors in enumerate(adapter.earlier.values()):
         tensors |= {f"earlier.{index}.{encoder}": value for encoder, value in vectors.items()}
     tensors = {name: value.detach().cpu().float().contiguous() for name, value in tensors.items()}
@@ -137,7 +137,7 @@ def load_adapter(path: Path) -> Adapter:
             frozen=dict(sorted(frozen.items())),
             earlier={check_token(token): held for token, held in zip(tokens, earlier, strict=True)},
             vectors={n[6:]: t for n, t in tensors.items() if n.startswith("token.")},
-            layerwise={n[10:]: t for n, t in tensors.items() if n.startswith("layerwise.")},
+            per_layer_vectors={n[10:]: t for n, t in tensors.items() if n.startswith("layerwise.")},
             config=parse_json(metadata["spectral.config"]),
             provenance=parse_json(metadata["spectral.versions"]),
         )
@@ -158,7 +158,7 @@ def _check_shapes(adapter: Adapter) -> None:
     for vectors in adapter.tokens.values():
         if not vectors or any(v.dim() != 2 or not 1 <= len(v) <= 64 for v in vectors.values()):
             raise ValueError("token vectors have a wrong shape")
-    for encoder, rows in adapter.layerwise.items():
+    for encoder, rows in adapter.per_layer_vectors.items():
         if rows.dim() != 3 or not 1 <= len(rows) <= 1000 or rows.shape[1:] != adapter.vectors[encoder].shape:
             raise ValueError("layer-wise token vectors have a wrong shape")
     if any(
@@ -175,11 +175,11 @@ def _check_shapes(adapter: Adapter) -> None:
                 raise ValueError(f"{layer} has a wrong shape")
         held, small = adapter.frozen.get(layer, {}), min(out, inside)
         wanted: dict[str, tuple[int, ...]] = {}
-        if method.frozen == "band":
+        if method.builds_on == "band":
             wanted = {"U": (out, rank), "S": (rank,), "V": (inside, rank)}
             start = {"D_U": (rank, rank), "D_V": (rank, rank), "c": (rank,)}
             wanted |= {name: shape for name, shape in start.items() if name in held}
-        elif method.frozen == "spectrum":
+        elif method.builds_on == "spectrum":
             wanted = {"S": (small,)}
         if {name: tuple(t.shape) for name, t in held.items()} != wanted:
             raise ValueError(f"what {layer} is built on has a wrong shape")

@@ -12,7 +12,7 @@ import gradio as gr
 from ...core.errors import UserError
 from .. import canvas
 from ..generation import ratio_of
-from ..page import PRIVATE, told
+from ..page import PRIVATE, errors_as_toast
 from ..poses import MOST_PEOPLE, POSES
 from ..workspace import Workspace
 
@@ -74,7 +74,7 @@ def build_sources(workspace: Workspace, drawing: gr.HTML, size: list[Any]) -> No
 
 def put(workspace: Workspace, place: str, make: Maker, file: str | None, value: Value, *size: Any) -> Value:
     """The canvas with an upload on it."""
-    with told():
+    with errors_as_toast():
         if not file:
             raise UserError("No picture was chosen.")
         return changed(value, place, make(Path(file), ratio_of(workspace, *size)))
@@ -82,13 +82,13 @@ def put(workspace: Workspace, place: str, make: Maker, file: str | None, value: 
 
 def put_sketch(workspace: Workspace, name: str, value: Value, *size: Any) -> Value:
     """The canvas with a ready-made sketch on it."""
-    with told():
+    with errors_as_toast():
         return changed(value, "strokes", canvas.ready_sketch(name, ratio_of(workspace, *size)) if name else None)
 
 
 def put_pose(workspace: Workspace, pose: str, count: int, value: Value, *size: Any) -> Value:
     """The canvas with people in a ready-made pose on it."""
-    with told():
+    with errors_as_toast():
         return changed(value, "keypose", canvas.keypose_preset(pose, int(count or 1), ratio_of(workspace, *size)))
 
 

@@ -13,7 +13,7 @@ from ...core.errors import UserError
 from .. import concept_html as cards
 from .. import concepts, editing
 from ..overview import look
-from ..page import PRIVATE, Handed, Page, asked, hand, plain, told
+from ..page import PRIVATE, Handed, Page, asked, errors_as_toast, hand, plain
 from ..uploads import looked_through
 
 GUIDE = (
@@ -255,7 +255,7 @@ class Handlers:
 
     def overview(self, chosen: str | None) -> list[Any]:
         """The guided line, problems, cards and slot map."""
-        with told():
+        with errors_as_toast():
             shelf = look(self.workspace)
             lines = list(shelf.problems)
             if shelf.strangers:
@@ -340,7 +340,7 @@ class Handlers:
         """Thumbnails of uploaded files before they are saved, and what is left out."""
         if not files:
             return gr.Gallery([], visible=False), ""
-        with told(), looked_through([Path(file) for file in files]) as intake:
+        with errors_as_toast(), looked_through([Path(file) for file in files]) as intake:
             small = [(concepts.opened(photo.small), photo.label) for photo in intake.photos]
             for image, _ in small:
                 image.load()
@@ -357,7 +357,7 @@ class Handlers:
     @asked
     def add(self, name: str, noun: str, files: list[str] | None, token: str = "") -> tuple[str, str]:
         """Keep photos (or a zip of them) as a concept of the workspace; returns what to tell."""
-        with told():
+        with errors_as_toast():
             uploads = [Path(file) for file in files or []]
             name, problems = editing.add_concept(self.workspace, name, noun, uploads, token)
         left_out = f" Left out: {plain('; '.join(problems))}." if problems else ""
@@ -365,12 +365,12 @@ class Handlers:
 
     def to_training(self, chosen: str | None) -> tuple[Handed, Any]:
         """Hand the concept to the training and go there."""
-        with told():
+        with errors_as_toast():
             return hand(concepts.concept_folder(self.workspace, chosen).name), gr.Tabs(selected="train")
 
     def copy(self, chosen: str | None) -> str:
         """Make a ready-made concept the person's own."""
-        with told():
+        with errors_as_toast():
             return f"'{editing.copy_concept(self.workspace, chosen)}' is yours now; change what you like."
 
     def pick_photo(self, chosen: str | None, names: list[str], event: gr.SelectData) -> tuple[str | None, Any]:
@@ -384,7 +384,7 @@ class Handlers:
         return self._photo(chosen, names[index] if names else None)
 
     def _photo(self, chosen: str | None, name: str | None) -> tuple[str | None, Any]:
-        with told():
+        with errors_as_toast():
             folder = concepts.concept_folder(self.workspace, chosen)
             concept = concepts.read_concept(folder)
             photo = concepts.file_names(folder, concept).get(name or "")
@@ -395,7 +395,7 @@ class Handlers:
 
     def save_caption(self, chosen: str | None, photo: str | None, text: str) -> tuple[str, Any]:
         """Write a caption and show it under its photo."""
-        with told():
+        with errors_as_toast():
             words = editing.write_caption(self.workspace, chosen, photo, text)
             concept, small = concepts.view_concept(self.workspace, chosen)
             folder = concepts.concept_folder(self.workspace, chosen)
@@ -403,28 +403,28 @@ class Handlers:
 
     def remove(self, chosen: str | None, photo: str | None) -> str:
         """Take a photo out."""
-        with told():
+        with errors_as_toast():
             return editing.remove_photo(self.workspace, chosen, photo)
 
     def more(self, chosen: str | None, files: list[str] | None) -> str:
         """Put more photos in."""
-        with told():
+        with errors_as_toast():
             count, problems = editing.add_photos(self.workspace, chosen, [Path(file) for file in files or []])
         left_out = f" Left out: {plain('; '.join(problems))}." if problems else ""
         return f"Added {_photos(count)}.{left_out}"
 
     def tidy(self, chosen: str | None) -> str:
         """Take broken photos and duplicates out."""
-        with told():
+        with errors_as_toast():
             return editing.tidy_concept(self.workspace, chosen)
 
     def change(self, chosen: str | None, name: str, noun: str, token: str) -> tuple[str, str]:
         """Give it another name, noun or token."""
-        with told():
+        with errors_as_toast():
             name, notes = editing.change_concept(self.workspace, chosen, name, noun, token)
             return name, plain(" ".join(notes))
 
     def delete(self, chosen: str | None, with_adapter: bool) -> tuple[None, str]:
         """Put the concept into the trash."""
-        with told():
+        with errors_as_toast():
             return None, editing.delete_concept(self.workspace, chosen, with_adapter)

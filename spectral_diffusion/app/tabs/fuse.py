@@ -13,8 +13,8 @@ import gradio as gr
 from ...core.hooks import Progress
 from .. import comparing, downloads, fusing
 from ..adapters import adapter_rows
-from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, asked, hand, plain, teller, told
-from ..streaming import Runs, until
+from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, asked, errors_as_toast, hand, plain, teller
+from ..streaming import CancelTokens, cancellable
 from .fuse_layout import USUAL_NAME, WHOLE, Bench, Saved
 
 COLUMNS = {  # the heads of the table, and what they mean
@@ -66,7 +66,9 @@ def _wire_bench(bench: Bench, handlers: Handlers, page: Page, lists: dict[str, A
     bench.chosen.change(**look)
     bench.strengths.change(**look)
     bench.merge.change(handlers.about_merge, bench.merge, bench.summary, **PRIVATE)
-    bench.teach.change(handlers.about_teaching, bench.teach, [bench.merge, bench.anchor, bench.form], **PRIVATE)
+    bench.distill.change(
+        handlers.about_teaching, bench.distill, [bench.merge, bench.prior_weight, bench.form], **PRIVATE
+    )
     buttons = [bench.compare, bench.save, bench.stop]
     asked: dict[str, Any] = {"outputs": buttons, "queue": False, **PRIVATE}
     shown: dict[str, Any] = {"show_progress_on": bench.result, **DEVICE, **HIDDEN}
@@ -126,11 +128,11 @@ def ready(yes: bool) -> list[Any]:
     return [gr.Button(interactive=yes), gr.Button(interactive=yes), gr.Button(visible=not yes)]
 
 
-def changes_for(merge: str, teach: int | str, form: str, anchor: float | None) -> dict[str, Any]:
+def changes_for(merge: str, distill: int | str, form: str, prior_weight: float | None) -> dict[str, Any]:
     """What the fields change in a fusion's settings; the preset says itself how to merge."""
-    if teach == WHOLE:
+    if distill == WHOLE:
         return {"preset": WHOLE}
-    return {"merge": merge, "teach": teach, "form": form, "anchor": anchor}
+    return {"merge": merge, "distill_steps": distill, "form": form, "prior_weight": prior_weight}
 
 
 class Handlers:
@@ -138,11 +140,11 @@ class Handlers:
 
     def __init__(self, page: Page) -> None:
         self.workspace = page.workspace
-        self.compares, self.saves = Runs(), Runs()
+        self.compares, self.saves = CancelTokens(), CancelTokens()
 
     def lists(self, chosen: list[str] | None, which: str | None) -> list[Any]:
         """What there is to fuse and what is saved, with all that depends on it."""
-        with told():
+        with errors_as_toast():
             rows, problems = adapter_rows(self.workspace)
             names, saved = [row[0] for row in rows], fusing.fusions(self.workspace)
             merges = list(fusing.merges()) if names else []
@@ -163,7 +165,7 @@ class Handlers:
 
     def look(self, chosen: list[str] | None, strengths: dict[str, float] | None) -> list[Any]:
         """The interference table and its warnings."""
-        with told():
+        with errors_as_toast():
             found = comparing.together(self.workspace, chosen, strengths or {})
         words = "\n\n".join(f"⚠ {plain(warning)}" for warning in found.warnings)
         return [
@@ -173,16 +175,16 @@ class Handlers:
 
     def about_merge(self, merge: str) -> str:
         """What a merge does, in a line."""
-        with told():
+        with errors_as_toast():
             return plain(fusing.merges().get(merge, ""))
 
-    def about_teaching(self, teach: int | str) -> list[Any]:
+    def about_teaching(self, distill: int | str) -> list[Any]:
         """Fields that the preset decides are out of reach with it."""
-        return [gr.Dropdown(interactive=teach != WHOLE), *(gr.update(interactive=teach != WHOLE) for _ in range(2))]
+        return [gr.Dropdown(interactive=distill != WHOLE), *(gr.update(interactive=distill != WHOLE) for _ in range(2))]
 
     def taken(self, name: str) -> Any:
         """The tick for replacing a fusion, where there is one of that name."""
-        with told():
+        with errors_as_toast():
             there = name.strip() in fusing.fused_names(self.workspace)
         return gr.Checkbox(
             label=f"Replace the fusion '{name.strip()}' (the old one goes to the trash)", value=False, visible=there
@@ -217,12 +219,12 @@ class Handlers:
         self.compares.stop(session)
 
     @contextmanager
-    def _run(self, runs: Runs, request: gr.Request, progress: gr.Progress) -> Iterator[Progress]:
+    def _run(self, runs: CancelTokens, request: gr.Request, progress: gr.Progress) -> Iterator[Progress]:
         """The progress of a run that this browser can stop."""
         who = request.session_hash or ""
         stop = runs.take(who)
         try:
-            yield until(stop, teller(progress), STOPPED)
+            yield cancellable(stop, teller(progress), STOPPED)
         finally:
             runs.end(who, stop)
 
@@ -231,17 +233,17 @@ class Handlers:
         chosen: list[str] | None,
         strengths: dict[str, float] | None,
         merge: str,
-        teach: int | str,
+        distill: int | str,
         form: str,
-        anchor: float | None,
+        prior_weight: float | None,
         seed: int | None,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (gradio looks for it in the defaults)
     ) -> tuple[Any, str]:
         """Before and after of every ticked concept."""
-        with told():
+        with errors_as_toast():
             progress(0, desc="Loading the base")
-            changes = changes_for(merge, teach, form, anchor)
+            changes = changes_for(merge, distill, form, prior_weight)
             with self._run(self.compares, request, progress) as tell:
                 pictures = comparing.compare(self.workspace, chosen, strengths or {}, int(seed or 0), tell, **changes)
         return gr.Gallery(value=pictures, visible=True), "Nothing is saved yet; press Save to keep this fusion."
@@ -253,18 +255,18 @@ class Handlers:
         chosen: list[str] | None,
         strengths: dict[str, float] | None,
         merge: str,
-        teach: int | str,
+        distill: int | str,
         form: str,
-        anchor: float | None,
+        prior_weight: float | None,
         seed: int | None,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[str, Handed, str, Any]:
         """Fuse the ticked concepts; hands the result to the pictures."""
         name = name.strip() or USUAL_NAME
-        with told():
+        with errors_as_toast():
             progress(0, desc="Loading the adapters and their base")
-            changes = {**changes_for(merge, teach, form, anchor), "seed": seed}
+            changes = {**changes_for(merge, distill, form, prior_weight), "seed": seed}
             with self._run(self.saves, request, progress) as tell:
                 words = fusing.fuse(self.workspace, chosen, name, strengths or {}, tell, replace, **changes)
         return words, hand(fusing.FUSED + name), name, gr.Button(visible=True)
@@ -278,21 +280,28 @@ class Handlers:
         strength: str = "1",
         merge: str = "spectral",
         replace: bool = False,
-        teach: int = 0,
+        distill: int = 0,
     ) -> str:
-        """Fuse adapters into one checkpoint of the workspace, and teach it for ``teach`` steps.
+        """Fuse adapters into one checkpoint of the workspace, and teach it for ``distill`` steps.
 
         ``strength`` is 0.8, or rex=0.8, brew=1.2.
         """
-        with told():
+        with errors_as_toast():
             strengths = fusing.parse_strengths(strength, adapters)
             return fusing.fuse(
-                self.workspace, adapters, name, strengths, replace=replace, form=form, merge=merge, teach=teach
+                self.workspace,
+                adapters,
+                name,
+                strengths,
+                replace=replace,
+                form=form,
+                merge=merge,
+                distill_steps=distill,
             )
 
     def show(self, which: str | None) -> list[Any]:
         """What a saved fusion is, and what can be taken out of it."""
-        with told():
+        with errors_as_toast():
             inside = fusing.concepts_in(self.workspace, which)
         return [
             self._about(which),
@@ -302,7 +311,7 @@ class Handlers:
 
     def draw(self, which: str | None) -> tuple[Handed, Any]:
         """Hand the chosen fusion to the pictures."""
-        with told():
+        with errors_as_toast():
             fusing.fused_folder(self.workspace, which)
         return hand(f"{fusing.FUSED}{which}"), gr.Tabs(selected="generate")
 
@@ -314,7 +323,7 @@ class Handlers:
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[str, Any]:
         """Write the chosen fusion without one concept."""
-        with told():
+        with errors_as_toast():
             progress(0, desc="Fusing the rest")
             words = fusing.take_out(self.workspace, which, concept, new, teller(progress))
         return words, gr.Dropdown(fusing.fused_names(self.workspace), value=new.strip())
@@ -326,7 +335,7 @@ class Handlers:
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, str]:
         """Pack the chosen fusion for another program."""
-        with told():
+        with errors_as_toast():
             progress(0, desc="Writing the file")
             path, notes = downloads.download(self.workspace, which, kind)
         return gr.File(value=str(path), visible=True), "\n".join([f"{path.name} is ready.", *notes])
@@ -335,7 +344,7 @@ class Handlers:
         """Put the chosen fusion away once that was confirmed."""
         if not sure:
             return "Tick 'Yes, delete this fusion' first.", False
-        with told():
+        with errors_as_toast():
             return fusing.delete_fusion(self.workspace, which), False
 
     def _about(self, which: str | None) -> Any:

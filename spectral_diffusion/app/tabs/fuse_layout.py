@@ -10,7 +10,7 @@ from ..page import PRIVATE
 MERGE_INFO = (
     "gradient keeps several concepts best and takes longest; spectral adds what was trained, which is exact and quick."
 )
-WHOLE = "pocket-taught"  # the preset that says how to merge and how to teach
+WHOLE = "pocket-distilled"  # the preset that says how to merge and how to distill
 TEACHING: dict[str, int | str] = {"no": 0, "300 steps": 300, "900 steps": 900, "900 steps, all of the U-Net": WHOLE}
 TEACHING_INFO = (
     "After any merge, the fusion is taught what every concept draws alone. It keeps several concepts much better and "
@@ -35,7 +35,7 @@ class Bench:
                     interactive=False, visible=False, elem_id="fuse-pictures", buttons=["fullscreen"],
                     fit_columns=False, height="auto",
                 )  # fmt: skip
-        self.settings = [self.chosen, self.strengths, self.merge, self.teach, self.form, self.anchor, self.seed]
+        self.settings = [self.chosen, self.strengths, self.merge, self.distill, self.form, self.prior_weight, self.seed]
 
     def _choice(self) -> None:
         self.chosen = gr.CheckboxGroup([], label="Concepts", elem_id="fuse-concepts", show_select_all=True)
@@ -44,15 +44,15 @@ class Bench:
             ["gradient"], value="gradient", label="How to merge", info=MERGE_INFO, elem_id="fuse-merge",
         )  # fmt: skip
         self.summary = gr.Markdown(elem_id="fuse-summary")
-        self.teach = gr.Radio(
-            list(TEACHING.items()), value=0, label="Teach it afterwards", info=TEACHING_INFO, elem_id="fuse-teach"
+        self.distill = gr.Radio(
+            list(TEACHING.items()), value=0, label="Teach it afterwards", info=TEACHING_INFO, elem_id="fuse-distill"
         )
         with gr.Accordion("More settings", open=False):
             self.form = gr.Radio(
                 ["sum", "mean", "paper"], value="sum", label="Form of spectral", elem_id="fuse-form",
                 info="sum adds the changes, mean averages them, paper averages their factors.",
             )  # fmt: skip
-            self.anchor = gr.Slider(
+            self.prior_weight = gr.Slider(
                 0, 8, 1, step=0.5, label="Anchor of gradient and ssr", elem_id="fuse-anchor",
                 info="How much ordinary pictures count, in concepts. More keeps other prompts as they were.",
             )  # fmt: skip

@@ -10,7 +10,7 @@ import gradio as gr
 
 from ...core.errors import UserError
 from .. import gallery as pictures
-from ..page import PRIVATE, Page, plain, told
+from ..page import PRIVATE, Page, errors_as_toast, plain
 from ..workspace import Workspace
 
 EMPTY = "No pictures yet. Write a prompt above and press **Generate**; everything you draw is kept here."
@@ -50,7 +50,7 @@ class Gallery:
 
     def show(self, number: float | None) -> list[Any]:
         """A page of the gallery."""
-        with told():
+        with errors_as_toast():
             shown, pages, problems = pictures.page_of(self.workspace, int(number or 1))
         lines = [plain(problem) for problem in problems]
         return [
@@ -66,7 +66,7 @@ class Gallery:
         """A picture by its name with its settings; nothing for None."""
         if not name:
             return [gr.Row(visible=False), None, None, "", *[gr.skip()] * 5]
-        with told():
+        with errors_as_toast():
             path = pictures.picture_file(self.workspace, name)
             scene: Path | None = None
             try:
@@ -95,7 +95,7 @@ class Gallery:
 
     def remove(self, name: str | None) -> list[Any]:
         """Delete the chosen picture."""
-        with told():
+        with errors_as_toast():
             gr.Info(plain(pictures.delete(self.workspace, name)), duration=4)
         return self.choose(None)
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import gradio as gr
 
-from ...config.models import usual_settings
+from ...config.presets import preset_settings
 from ...core.errors import UserError
 from .. import gallery as pictures
 from .. import generation as drawing
 from ..adapters import adapter_rows
-from ..base_cache import Keeper
+from ..base_cache import BaseCache
 from ..canvas import Canvas, ink_of_drawing, read_canvas, read_regions
 from ..fusing import base_choices
-from ..generation import Drawn, Wish
-from ..page import DEVICE, PRIVATE, Handed, Page, asked, plain, told
-from ..streaming import Runs, in_turn
-from ..workspace import Teller, Workspace
+from ..generation import Drawn, GenerateRequest
+from ..page import DEVICE, PRIVATE, Handed, Page, asked, errors_as_toast, plain
+from ..streaming import CancelTokens, stream
+from ..workspace import ProgressLine, Workspace
 from .canvas import build_canvas, build_sources, own_component
 from .gallery import Gallery, build_details, build_picture, build_wall, wire
 
@@ -47,18 +47,18 @@ class Fields:
     strength: gr.Textbox
     negative_prompt: gr.Textbox
     seed: gr.Number
-    count: gr.Slider
+    num_images: gr.Slider
     width: gr.Number
     height: gr.Number
-    steps: gr.Slider
-    guidance: gr.Slider
+    num_inference_steps: gr.Slider
+    guidance_scale: gr.Slider
     canvas: gr.HTML
     sketch_weight: gr.Slider
     sketch_adapter: gr.Textbox
     keypose_weight: gr.Slider
     keypose_adapter: gr.Textbox
     sampler: gr.Dropdown
-    region_share: gr.Slider
+    global_prompt_weight: gr.Slider
     region_isolation: gr.Slider
     region_start: gr.Slider
     region_end: gr.Slider
@@ -79,12 +79,12 @@ class Handlers:
     """What the buttons call: arguments from the page in, updates of the page out."""
 
     workspace: Workspace
-    keeper: Keeper = field(default_factory=Keeper)
-    runs: Runs = field(default_factory=Runs)
+    keeper: BaseCache = field(default_factory=BaseCache)
+    runs: CancelTokens = field(default_factory=CancelTokens)
 
     def lists(self, base: str | None, chosen: list[str] | None) -> list[Any]:
         """Bases, a note on what there is, and all that :meth:`follow` tells."""
-        with told():
+        with errors_as_toast():
             rows, problems = adapter_rows(self.workspace)
             lines = [*([] if rows else [NO_CONCEPTS]), *map(plain, problems)]
             return [
@@ -131,7 +131,7 @@ class Handlers:
 
     def handed_adapters(self, handed: Handed, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
         """The base that adapters were trained on which were handed over, these, and what :meth:`suited` tells."""
-        with told():
+        with errors_as_toast():
             base = drawing.base_of(self.workspace, handed[0][0])
         return base, handed[0], *self.suited(base, shape, steps, guidance)
 
@@ -173,11 +173,11 @@ class Handlers:
     def again(self, name: str | None, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """Draw a picture of the gallery again, from its own settings."""
 
-        def wish() -> tuple[Wish, dict[str, Any]]:
+        def wish() -> tuple[GenerateRequest, dict[str, Any]]:
             found = pictures.refill(self.workspace, name)
             if found.notes:
                 raise UserError(f"It cannot be drawn again as it was: {found.notes[0]}")
-            held = Wish(
+            held = GenerateRequest(
                 found.base, found.adapters, found.strength, read_canvas(found.canvas), found.sketch_weight,
                 found.keypose_weight, found.sketch_adapter, found.keypose_adapter,
             )  # fmt: skip
@@ -194,16 +194,16 @@ class Handlers:
         strength: str | None = "1",
         negative_prompt: str | None = "",
         seed: int | None = None,
-        count: int | None = None,
+        num_images: int | None = None,
         width: int | None = None,
         height: int | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         sketch: str | None = None,
         sketch_weight: float | None = None,
         sketch_adapter: str | None = "",
         regions: Any = None,
-        region_share: float | None = None,
+        global_prompt_weight: float | None = None,
         region_isolation: float | None = None,
         sampler: str | None = None,
         request: gr.Request | None = None,
@@ -214,16 +214,17 @@ class Handlers:
         ``[{"box": [0, 0, 0.5, 1], "prompt": "a photo of <rex>", "concept": "rex"}]``, boxes in fractions.
         """
         who = (request.session_hash if request else "") or ""
-        with told():
+        with errors_as_toast():
             held = Canvas(ink_of_drawing(Path(sketch)) if sketch else None, None, read_regions(regions))
-            wish = Wish(
+            wish = GenerateRequest(
                 base, adapters or [], strength, held, 1.0 if sketch_weight is None else sketch_weight,
                 sketch_adapter=sketch_adapter,
             )  # fmt: skip
             scene: dict[str, Any] = {
-                "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "count": count, "width": width,
-                "height": height, "steps": steps, "guidance": guidance, "sampler": sampler,
-                "region_share": region_share, "region_isolation": region_isolation,
+                "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "num_images": num_images, "width": width,
+                "height": height, "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale, "sampler": sampler,
+                "global_prompt_weight": global_prompt_weight, "region_isolation": region_isolation,
             }  # fmt: skip
             stop = self.runs.take(who)
             try:
@@ -234,11 +235,11 @@ class Handlers:
 
     def refilled(self, name: str | None) -> list[Any]:
         """The fields filled from a picture of the gallery, and the line."""
-        with told():
+        with errors_as_toast():
             found = pictures.refill(self.workspace, name)
         values = {
             **found.fields, "base": found.base, "adapters": found.adapters, "strength": found.strength,
-            "seed": found.seed, "count": 1, "sketch_weight": found.sketch_weight,
+            "seed": found.seed, "num_images": 1, "sketch_weight": found.sketch_weight,
             "sketch_adapter": found.sketch_adapter, "keypose_weight": found.keypose_weight,
             "keypose_adapter": found.keypose_adapter,
         }  # fmt: skip
@@ -247,13 +248,13 @@ class Handlers:
         line = " ".join(["The picture's settings are in the fields above; change what you like.", *found.notes])
         return [*(values[one.name] for one in fields(Fields)), plain(line)]
 
-    def _wish(self, given: dict[str, Any]) -> tuple[Wish, dict[str, Any]]:
+    def _wish(self, given: dict[str, Any]) -> tuple[GenerateRequest, dict[str, Any]]:
         """The page's fields as what to draw, and the scene's own settings."""
         mine = ("base", "adapters", "strength", "sketch_weight", "sketch_adapter", "keypose_weight", "keypose_adapter")
         held = {name: given.pop(name) for name in mine}
         held["adapters"] = held["adapters"] or []
         given |= {side: given[side] or None for side in ("width", "height")}  # the page may say 0 for an empty field
-        return Wish(canvas=read_canvas(given.pop("canvas")), **held), given
+        return GenerateRequest(canvas=read_canvas(given.pop("canvas")), **held), given
 
     def _drawn(self, request: gr.Request, wished: Any) -> Iterator[tuple[Any, ...]]:
         who = request.session_hash or ""
@@ -269,12 +270,18 @@ class Handlers:
                 return Drawn([], "Stopped.")
             wish, scene = wished()
             return drawing.generate(
-                self.workspace, wish, Teller(words), lambda images: tell(images[0]), stop.is_set, self.keeper, **scene
+                self.workspace,
+                wish,
+                ProgressLine(words),
+                lambda images: tell(images[0]),
+                stop.is_set,
+                self.keeper,
+                **scene,
             )
 
         try:
-            with told():
-                for news in in_turn(work, stop):
+            with errors_as_toast():
+                for news in stream(work, stop):
                     if isinstance(news, Drawn):
                         first = news.pictures[0] if news.pictures else None
                         yield str(first) if first else gr.skip(), plain(news.words), first.stem if first else gr.skip()
@@ -291,7 +298,7 @@ class Handlers:
 def build(page: Page, tab: gr.Tab) -> None:
     """Fill the tab and wire its events."""
     handlers = Handlers(page.workspace)
-    usual = usual_settings("pocket", "generate")
+    usual = preset_settings("pocket", "generate")
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             words = _build_words(usual, drawing.side_of(page.workspace, "pocket"))
@@ -345,7 +352,7 @@ def _build_words(usual: dict[str, Any], side: int) -> dict[str, Any]:
         )  # fmt: skip
     made["shape"] = gr.Radio(list(SHAPES), value="Square", label="Shape", elem_id="generate-shape")
     with gr.Row(equal_height=False):
-        made["count"] = gr.Slider(1, 16, 1, step=1, label="Pictures", elem_id="generate-count", min_width=120)
+        made["num_images"] = gr.Slider(1, 16, 1, step=1, label="Pictures", elem_id="generate-count", min_width=120)
         made["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="generate-seed", min_width=120)
     with gr.Accordion("Base, size and sampling", open=False, elem_id="generate-more"):
         made["base"] = gr.Dropdown(
@@ -356,11 +363,21 @@ def _build_words(usual: dict[str, Any], side: int) -> dict[str, Any]:
             "", label="Negative prompt", placeholder="what to keep away from", max_lines=2, elem_id="generate-negative"
         )
         with gr.Row():
-            made["steps"] = gr.Slider(
-                1, 100, usual.get("steps", 20), step=1, label="Steps", info="More take longer and are finer."
+            made["num_inference_steps"] = gr.Slider(
+                1,
+                100,
+                usual.get("num_inference_steps", 20),
+                step=1,
+                label="Steps",
+                info="More take longer and are finer.",
             )
-            made["guidance"] = gr.Slider(
-                0, 20, usual.get("guidance", 4.0), step=0.1, label="Guidance", info="How closely it follows the words."
+            made["guidance_scale"] = gr.Slider(
+                0,
+                20,
+                usual.get("guidance_scale", 4.0),
+                step=0.1,
+                label="Guidance",
+                info="How closely it follows the words.",
             )
         with gr.Row():
             made["width"] = gr.Number(
@@ -381,7 +398,7 @@ def _build_words(usual: dict[str, Any], side: int) -> dict[str, Any]:
                     info="Folder or hub id of a T2I-Adapter; empty is the base's own.",
                 )  # fmt: skip
         with gr.Row():
-            made["region_share"] = gr.Slider(
+            made["global_prompt_weight"] = gr.Slider(
                 0, 1, 0.0, step=0.05, label="Prompt inside boxes", info="Share of the main prompt there."
             )
             made["region_isolation"] = gr.Slider(
@@ -404,7 +421,7 @@ def _wire_lists(
     form.base.change(handlers.follow, both, followed, **PRIVATE)
     tokens.click(handlers.pick, form.adapters, form.adapters, **PRIVATE)
     size = [form.base, form.width, form.height]
-    sampling = [form.steps, form.guidance]
+    sampling = [form.num_inference_steps, form.guidance_scale]
     suited = [form.width, form.height, *sampling]
     shape.input(handlers.shape, [shape, form.base], size[1:], **PRIVATE)
     form.base.input(handlers.suited, [form.base, shape, *sampling], suited, **PRIVATE)
@@ -452,8 +469,8 @@ def _build_api(handlers: Handlers, form: Fields) -> None:
     files, words, call = gr.Files(visible=False), gr.Textbox(visible=False), gr.Button(visible=False)
     call.click(
         handlers.generate,
-        [form.prompt, form.base, form.adapters, form.strength, form.negative_prompt, form.seed, form.count, width,
-         height, form.steps, form.guidance, sketch, form.sketch_weight, form.sketch_adapter, regions,
-         form.region_share, form.region_isolation, form.sampler],
+        [form.prompt, form.base, form.adapters, form.strength, form.negative_prompt, form.seed, form.num_images, width,
+         height, form.num_inference_steps, form.guidance_scale, sketch, form.sketch_weight, form.sketch_adapter, regions,
+         form.global_prompt_weight, form.region_isolation, form.sampler],
         [files, words], api_name="generate", **DEVICE,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import gradio as gr
 from PIL import Image
 
 from ..charts import loss_curve
-from ..jobs import Job, moving
+from ..jobs import QueueJob, moving
 from ..page import plain
 from ..workspace import Workspace
 
@@ -98,7 +98,7 @@ def build_list(start: gr.Button, strip: gr.HTML, timer: gr.Timer) -> tuple[List,
 
 
 def shown(
-    workspace: Workspace, jobs: Sequence[Job], trouble: str, chosen: str | None, seen: dict[str, Any]
+    workspace: Workspace, jobs: Sequence[QueueJob], trouble: str, chosen: str | None, seen: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
     """What fills the list, and what was seen; parts that are as they were are left alone, so that focus stays.
 
@@ -148,12 +148,12 @@ def shown(
     return updates, {**now, "chosen": job.id if job else None}
 
 
-def label(job: Job) -> str:
+def label(job: QueueJob) -> str:
     """A job's line in the list."""
     return f"{MARKS[job.record.state]} {job.record.concept} · {job.line()}"
 
 
-def progress(job: Job) -> str:
+def progress(job: QueueJob) -> str:
     """A job's name, its bar, and what is to say."""
     record, status = job.record, job.status
     share = min(100.0, 100 * job.steps_done / record.steps) if record.steps else 0.0
@@ -177,13 +177,13 @@ def progress(job: Job) -> str:
     )
 
 
-def curve(job: Job) -> str:
+def curve(job: QueueJob) -> str:
     """A job's loss curve with a heading."""
     points = job.status.curve if job.status else []
     return f'<p class="train-caption">Loss (it wavers; the trend counts)</p>{loss_curve(points, job.record.steps)}'
 
 
-def samples(workspace: Workspace, job: Job | None) -> list[tuple[str, str]]:
+def samples(workspace: Workspace, job: QueueJob | None) -> list[tuple[str, str]]:
     """The newest sample grids that lie among the workspace's adapters, with a caption each."""
     inside, found = workspace.adapters.resolve(), []
     for one in reversed(job.status.samples if job and job.status else []):
@@ -215,7 +215,7 @@ def _stop_word(state: str, held: str) -> str:
     return "Stop at once" if held and state == "running" else "Go on with the next first"
 
 
-def strip_of(jobs: Sequence[Job]) -> str:
+def strip_of(jobs: Sequence[QueueJob]) -> str:
     """The line at the foot of the page: what is trained now, how many wait, what has just been trained; or nothing."""
     active = [job for job in jobs if job.active]
     shown = active or [job for job in jobs if job.record.state == "done" and job.fresh]

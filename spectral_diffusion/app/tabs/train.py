@@ -13,7 +13,7 @@ from ...core.errors import UserError
 from ...data.folder import load_concept
 from ..adapters import ADAPTER_COLUMNS, adapter_files, adapter_rows, delete_adapter
 from ..concepts import concept_folder, concept_folders, known_concepts
-from ..page import PRIVATE, Handed, Page, asked, hand, plain, told
+from ..page import PRIVATE, Handed, Page, asked, errors_as_toast, hand, plain
 from ..presets import preset_settings, presets, train_settings
 from ..queue import Queue
 from ..workspace import sentence_of
@@ -48,7 +48,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Shelf:
+class AdapterTable:
     """The adapters."""
 
     empty: gr.Markdown
@@ -105,9 +105,9 @@ class Handlers:
 
     def preset(self, name: str) -> list[Any]:
         """A preset's own settings for the fields."""
-        from ...config.models import TrainConfig
+        from ...config.train import TrainConfig
 
-        with told():
+        with errors_as_toast():
             held = preset_settings(name, "train")
         values = [held.get(key, TrainConfig.model_fields[key].default) for key in ("base", "method", "rank", "steps")]
         return [gr.Dropdown(info=presets().get(name, "")), *values]
@@ -127,7 +127,7 @@ class Handlers:
 
     def start(self, concept: str | None, preset: str, *values: Any) -> tuple[Any, str]:
         """Start a training, or put it into the queue; returns its id and what to tell."""
-        with told():
+        with errors_as_toast():
             name, said = self.queue.enqueue(concept, preset, **Form.named(values))
             runs = self.queue.job(name).record.state == "running"
         return (name if runs else gr.skip()), plain(said)  # one that waits does not hide the one that runs
@@ -166,12 +166,12 @@ class Handlers:
 
     def ask(self, what: str, job: str | None) -> str:
         """Pause, stop or resume a training; returns what to tell."""
-        with told():
+        with errors_as_toast():
             return plain(str(getattr(self.queue, what)(job)))
 
     def remove(self, job: str | None) -> tuple[str, Any, Any]:
         """Take a training off the list, or ask first if it is unfinished."""
-        with told():
+        with errors_as_toast():
             found = self.queue.job(job)
             if found.record.state != "done" and found.record.launches and self.queue.resumable(found):
                 return "", gr.Column(visible=True), gr.Row(visible=False)
@@ -179,31 +179,31 @@ class Handlers:
 
     def remove_surely(self, job: str | None) -> tuple[str, Any, Any]:
         """Take an unfinished training off the list."""
-        with told():
+        with errors_as_toast():
             return plain(self.queue.remove(job, sure=True)), gr.Column(visible=False), gr.Row(visible=True)
 
     def clear(self) -> str:
         """Take the finished trainings off the list."""
-        with told():
+        with errors_as_toast():
             return plain(self.queue.clear())
 
     def draw_job(self, job: str | None) -> tuple[Handed, Any]:
         """Hand a finished training's adapter to the pictures."""
-        with told():
+        with errors_as_toast():
             return self.draw(self.queue.job(job).record.concept)
 
     # --- the adapters
 
     def draw(self, name: str | None) -> tuple[Handed, Any]:
         """Hand an adapter to the pictures."""
-        with told():
+        with errors_as_toast():
             if name not in adapter_files(self.workspace):
                 raise UserError(f"The adapter '{name}' is not there any more; train it again.")
             return hand([str(name)]), gr.Tabs(selected="generate")
 
     def delete(self, name: str | None) -> tuple[str, Any]:
         """Delete an adapter."""
-        with told():
+        with errors_as_toast():
             return plain(delete_adapter(self.workspace, name)), gr.Column(visible=False)
 
     # --- for programs
@@ -224,7 +224,7 @@ class Handlers:
 
         What is left out is as the preset says. ``resume`` goes on with the concept's unfinished training.
         """
-        with told():
+        with errors_as_toast():
             if resume:
                 return self.queue.resume_concept(concept)
             changes = {"base": base, "method": method, "rank": rank, "steps": steps, "seed": seed}
@@ -232,13 +232,13 @@ class Handlers:
 
     def api_jobs(self) -> list[dict[str, Any]]:
         """All trainings: running, waiting in their turn, then the others from the newest."""
-        with told():
+        with errors_as_toast():
             return [job.told() for job in self.queue.refresh()]
 
     @asked
     def api_stop(self, job: str) -> str:
         """Stop a training and keep its state; returns what to tell."""
-        with told():
+        with errors_as_toast():
             return self.queue.stop(job)
 
 
@@ -341,7 +341,7 @@ def _form() -> tuple[Form, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
     return Form(concept, preset, base, method, rank, steps, seed, slot, samples), about, costs, start, said
 
 
-def _shelf() -> tuple[Shelf, gr.Markdown, gr.Button, tuple[gr.Button, gr.Column, gr.Button, gr.Button]]:
+def _shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button, gr.Column, gr.Button, gr.Button]]:
     gr.Markdown("### Trained concepts\nEach is kept in a small file, an *adapter*.")
     empty = gr.Markdown(NO_ADAPTERS, elem_id="train-no-adapters")
     table = gr.HTML(visible=False, label="Your adapters", padding=False, elem_id="train-adapters")
@@ -358,7 +358,7 @@ def _shelf() -> tuple[Shelf, gr.Markdown, gr.Button, tuple[gr.Button, gr.Column,
             really = gr.Button("Delete it", size="sm", variant="stop", elem_id="train-adapter-delete-sure")
             no = gr.Button("Keep it", size="sm", elem_id="train-adapter-keep")
     said = gr.Markdown(elem_id="train-adapters-said")
-    return Shelf(empty, table, problems, actions, chosen), said, draw, (ask, asked, really, no)
+    return AdapterTable(empty, table, problems, actions, chosen), said, draw, (ask, asked, really, no)
 
 
 # --- wiring --------------------------------------------------------------------------------------------------

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...config.models import FuseConfig
 from ...core.errors import UserError
 from ...linalg import Factors
-from ..activations import Activations
-from .registry import Contribution, merge, weighted_sum
+from .registry import Contribution, MergeContext, register_merge, weighted_sum
 
 
-@merge("fedavg", "FedAvg (McMahan et al. 2017): the mean, weighted by the strengths")
-def fedavg(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
+@register_merge("fedavg", "FedAvg: the mean, weighted by the scales", paper="McMahan et al. 2017, arXiv:1602.05629")
+def fedavg(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
     """ΔW = Σ λ_i ΔW_i / Σ λ_i; nothing where all λ_i are 0, as of a component that is left out.
 
     Raises:
-        UserError: the strengths sum to nothing.
+        UserError: the scales sum to 0.
     """
-    total = sum(one.strength for one in contributions)
-    if not any(one.strength for one in contributions):
+    total = sum(one.scale for one in contributions)
+    if not any(one.scale for one in contributions):
         return weighted_sum(contributions, [0.0] * len(contributions))
     if total <= 0:
         raise UserError(
-            "fedavg divides by the sum of the strengths, which is not positive; give one --strength above 0."
+            "fedavg divides by the sum of the scales, which is not positive; give one concept a scale above 0."
         )
-    return weighted_sum(contributions, [one.strength / total for one in contributions])
+    return weighted_sum(contributions, [one.scale / total for one in contributions])

@@ -3,51 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from ...config.models import FuseConfig
+from ...config.settings import Settings
 from ...linalg import Factors
-from ..activations import Activations
-from .registry import Contribution, merge
+from ..activations import GramAccumulator
+from .registry import Contribution, MergeContext, register_merge
 
 
-@merge("gradient", "Gradient Fusion (Gu et al. 2023) in closed form: every concept as its own adapter draws it", True)
-def gradient(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
+class GradientOptions(Settings):
+    """How the least squares problem is solved."""
+
+    ridge: float = Field(1e-6, ge=0, description="Ridge, as a share of the Gram matrices' mean diagonal.")
+    ridge_to: Literal["zero", "mean"] = Field(
+        "zero", description="Where directions without activations go: no change, or the mean change."
+    )
+
+
+@register_merge(
+    "gradient",
+    "Gradient Fusion in closed form: every concept as its own adapter draws it",
+    options=GradientOptions,
+    needs_activations=True,
+    paper="Gu et al. 2023 (Mix-of-Show), arXiv:2305.18292",
+)
+def gradient(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
     """argmin over ΔW of Σ_i |(ΔW − λ_i ΔW_i) X_i|² + μ |ΔW X_0|² + ρ |ΔW − T|².
 
     X_i (n, rows) is what the layer sees while adapter i draws its concept, X_0 what it sees on ordinary prompts, T is
     0 or the mean change. With G = X Xᵀ the answer is ΔW = (Σ λ_i ΔW_i G_i + ρ T)(Σ G_i + μ G_0 + ρ I)⁻¹, which is
     low-rank: up = [up_1 … up_K], down = [λ_i down_i (G_i + ρ/K I)]_i (Σ G_i + μ G_0 + ρ I)⁻¹.
     """
-    settings = config.gradient
+    options = context.get(GradientOptions)
     parts = [one.factors() for one in contributions]
     inputs = [one.inputs for one in contributions]
     assert all(held is not None for held in inputs)
     seen = [held for held in inputs if held is not None]
-    downs = [one.strength * part.down for one, part in zip(contributions, parts, strict=True)]
+    downs = [one.scale * part.down for one, part in zip(contributions, parts, strict=True)]
     sources = [(held, 1.0) for held in seen]
-    if ordinary is not None and settings.anchor > 0:
-        # as much as ``anchor`` concepts weigh, however many ordinary rows there were
-        weight = settings.anchor * sum(held.count for held in seen) / len(seen) / max(ordinary.count, 1)
-        sources.append((ordinary, weight))
-    ridge = settings.ridge * mean_diagonal(sources)
-    toward = ridge / len(contributions) if settings.ridge_to == "mean" else 0.0
-    if all(held.few for held, _ in sources) and sum(held.count for held, _ in sources) < seen[0].size:
+    if context.prior is not None and context.prior_weight > 0:
+        # as much as ``prior_weight`` concepts weigh, however many rows were recorded
+        weight = context.prior_weight * sum(held.count for held in seen) / len(seen) / max(context.prior.count, 1)
+        sources.append((context.prior, weight))
+    ridge = options.ridge * mean_diagonal(sources)
+    toward = ridge / len(contributions) if options.ridge_to == "mean" else 0.0
+    if all(held.is_raw for held, _ in sources) and sum(held.count for held, _ in sources) < seen[0].size:
         down = dual(downs, sources, ridge, toward)
     else:
         total = sum((weight * held.gram() for held, weight in sources), start=torch.zeros(1, 1, dtype=torch.float64))
-        right = torch.cat([held.times(down) + toward * down for down, held in zip(downs, seen, strict=True)])
+        right = torch.cat([held.matmul(down) + toward * down for down, held in zip(downs, seen, strict=True)])
         down = solve(total, right, ridge)
     return Factors(torch.cat([part.up for part in parts], 1), down)
 
 
-def mean_diagonal(sources: Sequence[tuple[Activations, float]]) -> float:
+def mean_diagonal(sources: Sequence[tuple[GramAccumulator, float]]) -> float:
     """The mean diagonal entry of the weighted Gram matrices' sum."""
     total = 0.0
     for held, weight in sources:
-        trace = held.matrix().square().sum() if held.few else held.gram().diagonal().sum()
+        trace = held.matrix().square().sum() if held.is_raw else held.gram().diagonal().sum()
         total += weight * float(trace) / held.size
     return total
 
@@ -65,7 +82,9 @@ def solve(total: Tensor, right: Tensor, ridge: float) -> Tensor:
     return ((right @ vectors) * inverse) @ vectors.mT
 
 
-def dual(downs: Sequence[Tensor], sources: Sequence[tuple[Activations, float]], ridge: float, toward: float) -> Tensor:
+def dual(
+    downs: Sequence[Tensor], sources: Sequence[tuple[GramAccumulator, float]], ridge: float, toward: float
+) -> Tensor:
     """The same answer from the rows themselves: with fewer rows than inputs the Gram matrix is singular.
 
     With X the weighted rows stacked (m, n), (XᵀX + ρ I)⁻¹ Xᵀ = Xᵀ (X Xᵀ + ρ I)⁻¹, and what is orthogonal to all rows

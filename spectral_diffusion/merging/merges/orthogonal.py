@@ -6,11 +6,9 @@ import itertools
 from collections.abc import Sequence
 
 from ...adapters.adapter import Adapter, shared_columns
-from ...config.models import FuseConfig
 from ...core.errors import UserError
 from ...linalg import Factors
-from ..activations import Activations
-from .registry import Contribution, merge, weighted_sum
+from .registry import Contribution, MergeContext, register_merge, weighted_sum
 
 
 def distinct_rows(adapters: Sequence[Adapter]) -> None:
@@ -20,7 +18,7 @@ def distinct_rows(adapters: Sequence[Adapter]) -> None:
         UserError: an adapter of another method, or rows that two of them share.
     """
     for one in adapters:
-        if one.method.name != "orthogonal":
+        if one.method.slot != "rows":
             raise UserError(f"The merge orthogonal needs orthogonal adapters; '{one.name}' is {one.method.name}.")
     for one, other in itertools.combinations(adapters, 2):
         if shared_columns(one, other):
@@ -30,11 +28,13 @@ def distinct_rows(adapters: Sequence[Adapter]) -> None:
             )
 
 
-@merge(
+@register_merge(
     "orthogonal",
-    "Orthogonal Adaptation (Po et al. 2024): the sum, after checking that the rows are distinct",
+    "Orthogonal Adaptation: the sum, after checking that the rows are distinct",
     check=distinct_rows,
+    is_sum=lambda options: True,
+    paper="Po et al. 2024, arXiv:2312.02432",
 )
-def orthogonal(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
+def orthogonal(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
     """ΔW = Σ λ_i B_i Q_i with disjoint rows Q_i of one orthogonal basis."""
-    return weighted_sum(contributions, [one.strength for one in contributions])
+    return weighted_sum(contributions, [one.scale for one in contributions])

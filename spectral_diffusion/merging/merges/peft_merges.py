@@ -6,24 +6,46 @@ from collections.abc import Sequence
 
 import torch
 from peft.utils.merge_utils import dare_linear, ties
+from pydantic import Field
 from torch import Tensor
 
-from ...config.models import FuseConfig
+from ...config.settings import Settings
 from ...core.rng import keyed_generator
 from ...linalg import Factors, truncate
-from ..activations import Activations
-from .registry import Contribution, merge, weighted_sum
+from .registry import Contribution, MergeContext, register_merge, weighted_sum
 
 
-@merge("ties", "TIES (Yadav et al. 2023) by PEFT: trim, elect signs, average what agrees")
-def ties_merge(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Tensor:
+class DensityOptions(Settings):
+    """What share of each change is kept."""
+
+    density: float = Field(0.5, gt=0, le=1, description="Share of each change's entries that is kept.")
+
+
+class RankOptions(Settings):
+    """The rank of the result."""
+
+    svd_rank: int = Field(16, ge=1, le=4096, description="Rank of the result.")
+
+
+@register_merge(
+    "ties",
+    "TIES by PEFT: trim, elect signs, average what agrees",
+    options=DensityOptions,
+    paper="Yadav et al. 2023, arXiv:2306.01708",
+)
+def ties_merge(contributions: Sequence[Contribution], context: MergeContext) -> Tensor:
     """Dense ΔW of PEFT's ``ties`` at the configured density, of the changes at their strengths: those vote too."""
-    deltas = [one.strength * one.factors().delta() for one in contributions]
-    return ties(deltas, torch.ones(len(deltas), dtype=torch.float64), config.density)
+    deltas = [one.scale * one.factors().delta() for one in contributions]
+    return ties(deltas, torch.ones(len(deltas), dtype=torch.float64), context.get(DensityOptions).density)
 
 
-@merge("dare", "DARE (Yu et al. 2024) by PEFT: drop at random, rescale, sum")
-def dare(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Tensor:
+@register_merge(
+    "dare",
+    "DARE by PEFT: drop at random, rescale, sum",
+    options=DensityOptions,
+    paper="Yu et al. 2024, arXiv:2311.03099",
+)
+def dare(contributions: Sequence[Contribution], context: MergeContext) -> Tensor:
     """Dense ΔW of PEFT's ``dare_linear`` at the configured density.
 
     What is dropped of an adapter depends on the seed, its name and the layer alone.
@@ -31,19 +53,21 @@ def dare(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Ac
     kept = []
     for one in contributions:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_generator("dare", config.seed, one.name, one.layer).initial_seed())
-            strength = torch.tensor([one.strength], dtype=torch.float64)
-            kept.append(dare_linear([one.factors().delta()], strength, config.density))
+            torch.manual_seed(keyed_generator("dare", context.seed, one.name, one.layer).initial_seed())
+            strength = torch.tensor([one.scale], dtype=torch.float64)
+            kept.append(dare_linear([one.factors().delta()], strength, context.get(DensityOptions).density))
     return torch.stack(kept).sum(0)
 
 
-@merge("cat", "The factors side by side: Σ λ_i ΔW_i of any methods")
-def cat(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
+@register_merge("cat", "The factors side by side: Σ λ_i ΔW_i of any methods", is_sum=lambda options: True)
+def cat(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
     """Σ λ_i ΔW_i, exact."""
-    return weighted_sum(contributions, [one.strength for one in contributions])
+    return weighted_sum(contributions, [one.scale for one in contributions])
 
 
-@merge("svd", "The sum, cut to rank svd_rank by a singular value decomposition")
-def svd(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
+@register_merge("svd", "The sum, cut to rank svd_rank by a singular value decomposition", options=RankOptions)
+def svd(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
     """The best approximation of Σ λ_i ΔW_i of rank ``svd_rank``, from the small core of its factors."""
-    return truncate(weighted_sum(contributions, [one.strength for one in contributions]), config.svd_rank)
+    return truncate(
+        weighted_sum(contributions, [one.scale for one in contributions]), context.get(RankOptions).svd_rank
+    )

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
-from ...config.models import FuseConfig
+from ...config.settings import Settings, build
 from ...core.registry import Registry
-from ...linalg import Factors, exact
+from ...linalg import Factors, to_float64
 from ...methods import Method
 from ...slots.ledger import Slot
-from ..activations import Activations
+from ..activations import GramAccumulator
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Contribution:
     parameters: Mapping[str, Tensor]
     frozen: Mapping[str, Tensor]
     slot: Slot | None
-    strength: float = 1.0
-    inputs: Activations | None = None  # what the layer saw while this adapter acted, for merges that ask
+    scale: float = 1.0
+    inputs: GramAccumulator | None = None  # what the layer saw while this adapter acted, for merges that ask
     absent: tuple[int, int] | None = None  # the weight's sides, where the adapter leaves it as it is
     layer: str = ""  # the weight's name
 
@@ -36,27 +37,80 @@ class Contribution:
         if self.absent:
             rows, columns = self.absent
             return Factors(torch.zeros(rows, 0).double(), torch.zeros(0, columns).double())
-        return Factors(*(exact(part) for part in self.method.delta(self.parameters, self.frozen)))
+        return Factors(*(to_float64(part) for part in self.method.delta(self.parameters, self.frozen)))
+
+
+class NoOptions(Settings):
+    """A merge without settings of its own."""
+
+
+Options = TypeVar("Options", bound=Settings)
+
+
+@dataclass(frozen=True)
+class MergeContext:
+    """What a merge is given besides the contributions to one weight.
+
+    Attributes:
+        options: the merge's own settings; read them with :meth:`get`.
+        prior: what the layer saw on prompts without any concept, for merges that need activations.
+        prior_weight: how much ``prior`` counts, in concepts.
+    """
+
+    options: Settings = field(default_factory=NoOptions)
+    seed: int = 0
+    prior: GramAccumulator | None = None
+    prior_weight: float = 0.0
+
+    def get(self, kind: type[Options]) -> Options:
+        """The options, which are of this kind."""
+        assert isinstance(self.options, kind)
+        return self.options
+
+
+Combine = Callable[[Sequence[Contribution], MergeContext], Factors | Tensor]
+
+
+def _no_check(adapters: Sequence[Adapter]) -> None:
+    """Any adapters will do."""
+
+
+def _no_sum(options: Settings) -> bool:
+    """Concepts cannot be subtracted again."""
+    return False
 
 
 @dataclass(frozen=True)
 class Merge:
-    """One way to merge.
+    """One way to merge, and all that the library and the apps need to know about it.
 
     Attributes:
-        combine: ``(contributions, settings, ordinary)`` to ΔW in float64: factors where it is low-rank, else dense.
-            ``ordinary`` is what the layer saw on prompts without any concept, for merges that ask.
-        check: what has to hold of the adapters, asked before anything is drawn or changed; it raises UserError.
-        activations: whether it asks what layers see.
+        combine: contributions and context to ΔW in float64: factors where it is low-rank, else dense.
+        options: the model of its own settings, ``options.NAME`` in YAML and on the command line.
+        needs_activations: whether it needs what layers see.
+        check: what has to hold of the adapters, asked before anything is generated or changed; it raises UserError.
+        is_sum: whether, with these options, every concept is one summand, which can be subtracted again.
         advice: by the least number of adapters, what the studies say to somebody who fuses as many.
+        paper: where it is from.
     """
 
     name: str
     summary: str
-    combine: Callable[[Sequence[Contribution], FuseConfig, Activations | None], Factors | Tensor]
-    activations: bool = False
-    check: Callable[[Sequence[Adapter]], None] = lambda adapters: None
+    combine: Combine
+    options: type[Settings] = NoOptions
+    needs_activations: bool = False
+    check: Callable[[Sequence[Adapter]], None] = _no_check
+    is_sum: Callable[[Settings], bool] = _no_sum
     advice: Mapping[int, str] = field(default_factory=dict)
+    paper: str = ""
+
+    def settings(self, given: Mapping[str, object]) -> Settings:
+        """Its own settings, validated.
+
+        Raises:
+            UserError: an unknown one, or a value that it cannot have.
+        """
+        return build(self.options, dict(given), prefix="options.")
 
     def advise(self, count: int) -> str | None:
         """The advice for so many adapters."""
@@ -66,17 +120,11 @@ class Merge:
 MERGES: Registry[Merge] = Registry("merge", __package__)
 
 
-def merge(
-    name: str,
-    summary: str,
-    activations: bool = False,
-    check: Callable[[Sequence[Adapter]], None] = lambda adapters: None,
-    advice: Mapping[int, str] | None = None,
-) -> Callable[[Callable], Callable]:
-    """Register a ``combine`` function under a name."""
+def register_merge(name: str, summary: str, **attributes: Any) -> Callable[[Combine], Combine]:
+    """Register a ``combine`` function under a name; the attributes are those of :class:`Merge`."""
 
-    def decorate(function: Callable) -> Callable:
-        MERGES.add(name, Merge(name, summary, function, activations, check, advice or {}))
+    def decorate(function: Combine) -> Combine:
+        MERGES.add(name, Merge(name, summary, function, **attributes))
         return function
 
     return decorate

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+from pydantic import Field
 
-from ...config.models import FuseConfig
-from ...core.errors import UserError
+from ...config.settings import Settings
+from ...core.errors import Fix, UserError
 from ...linalg import Factors
-from ..activations import Activations
-from .registry import Contribution, merge, weighted_sum
+from .registry import Contribution, MergeContext, register_merge, weighted_sum
 
 ADVICE = {  # docs/evidence/fusion.md, identity kept as a share of each adapter alone
     2: "On the pocket base the merge ties keeps more of two to four concepts than this sum (0.90 against 0.82, 0.72 "
@@ -20,8 +21,21 @@ ADVICE = {  # docs/evidence/fusion.md, identity kept as a share of each adapter 
 }
 
 
-@merge("spectral", "spectral fusion (paper, sec. 4.2): sum, mean or the paper's form", advice=ADVICE)
-def spectral(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
+class SpectralOptions(Settings):
+    """Which of the three forms."""
+
+    form: Literal["sum", "mean", "paper"] = Field("sum", description="Sum, mean, or the form of the paper.")
+
+
+@register_merge(
+    "spectral",
+    "spectral fusion: sum, mean or the paper's form",
+    options=SpectralOptions,
+    advice=ADVICE,
+    is_sum=lambda options: isinstance(options, SpectralOptions) and options.form == "sum",
+    paper="Zhang & Pilanci 2024, arXiv:2405.13952, sec. 4.2",
+)
+def spectral(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
     """ΔW in one of three forms.
 
     * ``sum``: Σ λ_i ΔW_i. For disjoint slots this is (U + ΣA_U) S (V + ΣA_V)ᵀ − U S Vᵀ exactly (λ = 1).
@@ -32,18 +46,21 @@ def spectral(contributions: Sequence[Contribution], config: FuseConfig, ordinary
     Raises:
         UserError: ``paper`` with an adapter that is not spectral-additive.
     """
-    if config.form == "paper":
+    form = context.get(SpectralOptions).form
+    if form == "paper":
         return _paper(contributions)
-    share = 1.0 / len(contributions) if config.form == "mean" else 1.0
-    return weighted_sum(contributions, [share * one.strength for one in contributions])
+    share = 1.0 / len(contributions) if form == "mean" else 1.0
+    return weighted_sum(contributions, [share * one.scale for one in contributions])
 
 
 def _paper(everybody: Sequence[Contribution]) -> Factors:
     contributions = [one for one in everybody if not one.absent]
     for one in contributions:
-        if one.method.name != "spectral-additive" or one.slot is None:
+        additive = set(one.parameters) == {"A_U", "A_V"} and one.parameters["A_U"].shape == one.frozen["U"].shape
+        if not additive or one.slot is None:
             raise UserError(
-                f"The form paper needs spectral-additive adapters; '{one.name}' is {one.method.name}: use --form sum."
+                f"The form paper needs spectral-additive adapters; '{one.name}' is {one.method.name}.",
+                Fix("form", "sum"),
             )
     columns = sorted({c for one in contributions if one.slot for c in one.slot.columns})
     place = {column: index for index, column in enumerate(columns)}
@@ -54,7 +71,7 @@ def _paper(everybody: Sequence[Contribution]) -> Factors:
         assert one.slot is not None
         where = torch.tensor([place[c] for c in one.slot.columns])
         U[:, where], S[where], V[:, where] = (one.frozen[part].double() for part in "USV")
-        strength = one.strength / len(everybody)
+        strength = one.scale / len(everybody)
         A_U[:, where] += strength * one.parameters["A_U"].double()
         A_V[:, where] += strength * one.parameters["A_V"].double()
     return contributions[0].method.factors({"A_U": A_U, "A_V": A_V}, {"U": U, "S": S, "V": V})

@@ -5,16 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from pydantic import Field
 
-from ...config.models import FuseConfig
+from ...config.settings import Settings
 from ...linalg import Factors
-from ..activations import Activations
 from .gradient import mean_diagonal, solve
-from .registry import Contribution, merge
+from .registry import Contribution, MergeContext, register_merge
 
 
-@merge("ssr", "Subspace Signal Routing (arXiv 2606.10617): least squares inside the adapters' own subspace", True)
-def ssr(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Activations | None) -> Factors:
+class SubspaceOptions(Settings):
+    """How the least squares problem is solved."""
+
+    ridge: float = Field(1e-6, ge=0, description="Ridge, as a share of the Gram matrices' mean diagonal.")
+
+
+@register_merge(
+    "ssr",
+    "Subspace Signal Routing: least squares inside the adapters' own subspace",
+    options=SubspaceOptions,
+    needs_activations=True,
+    paper="SSR-Merge, arXiv:2606.10617",
+)
+def ssr(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
     """ΔW = up R down with all factors side by side and the router R that least squares gives.
 
     z = down x is the inner signal; R = (Σ λ_i P_i C_i)(Σ C_i + μ C_0 + ρ I)⁻¹ with C_i = down G_i downᵀ and P_i keeping
@@ -28,14 +40,14 @@ def ssr(contributions: Sequence[Contribution], config: FuseConfig, ordinary: Act
     seen = []
     for one, part in zip(contributions, parts, strict=True):
         assert one.inputs is not None
-        C = one.inputs.times(down) @ down.mT
+        C = one.inputs.matmul(down) @ down.mT
         total += C
         stop = start + len(part.down)
-        wanted[start:stop] += one.strength * C[start:stop]
+        wanted[start:stop] += one.scale * C[start:stop]
         start = stop
         seen.append(one.inputs)
-    if ordinary is not None and config.gradient.anchor > 0:
-        weight = config.gradient.anchor * sum(held.count for held in seen) / len(seen) / max(ordinary.count, 1)
-        total += weight * ordinary.times(down) @ down.mT
+    if context.prior is not None and context.prior_weight > 0:
+        weight = context.prior_weight * sum(held.count for held in seen) / len(seen) / max(context.prior.count, 1)
+        total += weight * context.prior.matmul(down) @ down.mT
     scale = float(total.diagonal().mean()) or mean_diagonal([(held, 1.0) for held in seen])
-    return Factors(up, solve(total, wanted, config.gradient.ridge * scale) @ down)
+    return Factors(up, solve(total, wanted, context.get(SubspaceOptions).ridge * scale) @ down)
