@@ -31,7 +31,7 @@ def run(url: str, concepts: list[str], base: str = "pocket", steps: int | None =
             raise SystemExit(f"{told['concept']}: {told['message']}")
     client.predict(concepts, "together", merge="spectral", api_name="/fuse")
     prompt = " and ".join(f"<{one}>" for one in concepts) + " on the beach"
-    files, _ = client.predict(prompt, base="fused/together", steps=draw, api_name="/generate")
+    files, _ = client.predict(prompt, base="fused/together", num_inference_steps=draw, api_name="/generate")
     return [str(file) for file in files]
 
 

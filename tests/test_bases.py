@@ -29,7 +29,7 @@ from spectral_diffusion.config.train import PriorPreservationConfig, TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors, write_tensors
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.merging.calibration import predict
+from spectral_diffusion.merging.distill import predict
 from spectral_diffusion.merging.export import export
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.models.architectures import build_meta, count_table
@@ -119,7 +119,7 @@ def test_train_load_fuse_and_draw(photos: Path, folder: Path, tmp_path: Path) ->
 
 
 def test_a_half_precision_base_draws_its_samples(photos: Path, folder: Path, tmp_path: Path) -> None:
-    watch = {"every": 1, "steps": 2}
+    watch = {"every": 1, "num_inference_steps": 2}
     config = settings(photos, folder, tmp_path / "rex.safetensors", dtype="bfloat16", steps=1, validation=watch)
     train_to_file(config)
     with Image.open(tmp_path / "rex-samples" / "step-000001.png") as grid:
@@ -133,11 +133,11 @@ def test_words_after_a_new_token_count_where_prompts_are_summed_up(folder: Path,
         file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 2}))
     base, plain = load_base(str(old), "cpu"), load_base(str(folder), "cpu")
     assert base.fingerprint == plain.fingerprint
-    one, two = base.encode(["a red dog"])[1], plain.encode(["a red dog"])[1]
+    one, two = (each.denoiser.encode(["a red dog"]).tensors.get("text_embeds") for each in (base, plain))
     assert one is None or (two is not None and torch.equal(one, two))
     base.add_token("<zed>", {name: rows.repeat(2, 1) for name, rows in first_rows(base).items()})
     prompts = ["<zed> <zed>_1 on the beach", "<zed> <zed>_1 in the snow"]
-    _, pooled = base.encode(prompts)
+    pooled = base.denoiser.encode(prompts).tensors.get("text_embeds")
     assert pooled is None or not torch.allclose(pooled[0], pooled[1])
     base.pipeline.save_pretrained(tmp_path / "new")
     stock = DiffusionPipeline.from_pretrained(tmp_path / "new")
@@ -167,12 +167,12 @@ def test_an_empty_prompt_is_what_the_pipeline_takes_for_one(folder: Path) -> Non
 
 def test_a_dropped_caption_is_the_empty_prompt_of_pictures(photos: Path, folder: Path) -> None:
     base = load_base(str(folder), "cpu")
-    words, pooled = base.encode(["", "a red dog"])
+    wanted = base.denoiser.encode(["", "a red dog"]).tensors
     with PromptEncoder(base, load_concept(photos, name="rex"), seed=0, size=16) as condition, torch.no_grad():
-        given = condition(["", "a red dog"])
-    assert torch.allclose(given["encoder_hidden_states"], words, atol=1e-5)
-    if pooled is not None:
-        assert torch.allclose(given["added_cond_kwargs"]["text_embeds"], pooled, atol=1e-5)
+        given = condition(["", "a red dog"]).tensors
+    assert torch.allclose(given["encoder_hidden_states"], wanted["encoder_hidden_states"], atol=1e-5)
+    if "text_embeds" in wanted:
+        assert torch.allclose(given["text_embeds"], wanted["text_embeds"], atol=1e-5)
 
 
 @pytest.mark.parametrize("negative", ["", "blurry"])
@@ -194,18 +194,18 @@ def test_training_is_conditioned_as_the_stock_pipeline_is(photos: Path, folder: 
     base, stock = load_base(str(folder), "cpu"), load_base(str(folder), "cpu")
     prompts = ["a photo of <rex> on the beach", "a red dog and <rex>"]
     with PromptEncoder(base, load_concept(photos, name="rex"), seed=0, size=16) as condition, torch.no_grad():
-        mine = condition(prompts)
+        mine = condition(prompts).tensors
         stock.add_token("<rex>", condition.vectors())
     theirs = stock.pipeline.encode_prompt(
         prompt=prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
     )
     assert torch.equal(mine["encoder_hidden_states"], theirs[0])
-    if "added_cond_kwargs" in mine:
-        assert torch.equal(mine["added_cond_kwargs"]["text_embeds"], theirs[2])
-        assert mine["added_cond_kwargs"]["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
+    if "text_embeds" in mine:
+        assert torch.equal(mine["text_embeds"], theirs[2])
+        assert mine["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
         with PromptEncoder(base, load_concept(photos, name="rex"), seed=0, size=16) as condition:
-            tall = condition(prompts, (12, 6))  # of a bucket
-        assert tall["added_cond_kwargs"]["time_ids"].tolist() == [[24, 12, 0, 0, 24, 12]] * 2
+            tall = condition(prompts, (12, 6)).tensors  # of a bucket
+        assert tall["time_ids"].tolist() == [[24, 12, 0, 0, 24, 12]] * 2
 
 
 def test_an_adapter_of_another_kind_of_base_is_refused(

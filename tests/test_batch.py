@@ -13,11 +13,10 @@ from spectral_diffusion import cli
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.settings import to_yaml
 from spectral_diffusion.config.train import TrainConfig
-from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.files import write_text
 from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.slots.ledger import Ledger
-from spectral_diffusion.training.checkpoint import Stopped
 from spectral_diffusion.training.multi_concept import BatchJob, jobs_of, run_batch
 from spectral_diffusion.training.run import state_path
 from spectral_diffusion.training.status import status_path
@@ -100,7 +99,7 @@ def test_a_stopped_batch_goes_on_where_it_was(tmp_path: Path) -> None:
     def the_long_one_runs() -> bool:
         return (tmp_path / "out" / "events").exists() and "long running" in events(tmp_path)
 
-    with pytest.raises(Stopped, match="1 of 3 concepts done"):
+    with pytest.raises(Cancelled, match="1 of 3 concepts done"):
         run_batch(jobs(tmp_path, "a", "long", "b"), command, should_stop=the_long_one_runs)
     assert events(tmp_path)[-1] == "long stopped" and "b starting" not in events(tmp_path)
     (tmp_path / "out" / "events").unlink()
@@ -122,7 +121,7 @@ def test_a_retraining_that_was_stopped_is_not_taken_for_done(tmp_path: Path) -> 
 
 
 def test_settings_that_a_training_settles_are_no_difference(tmp_path: Path) -> None:
-    [job] = jobs(tmp_path, "a", budget=5000)
+    [job] = jobs(tmp_path, "a", param_budget=5000)
     job.output.parent.mkdir(parents=True)
     job.output.write_text("adapter")
     write_text(job.output.with_suffix(".yaml"), to_yaml(job.config.model_copy(update={"rank": 3, "slot_seed": 5})))

@@ -187,7 +187,7 @@ def test_adapter_problems(run, photos: Path, tiny_base: Path, tmp_path: Path) ->
     refused(
         run("generate", "--base", other, "--adapter", rex, "--prompt", "x", "-o", tmp_path / "o.png"), "does not fit"
     )
-    refused(run("fuse", rex, "-o", tmp_path / "f", "--form", "smu"), "'form'")
+    refused(run("fuse", rex, "-o", tmp_path / "f", "--form", "smu"), "'options.form'")
     refused(run("fuse", rex, "-o", tmp_path / "f", "--merge", "spectrl"), "did you mean 'spectral'")
     refused(run("fuse", rex, "-o", tmp_path / "f", "--strength", "rex=much"), "'much' is not a number")
     refused(run("fuse", rex, "-o", tmp_path / "f", "--strength", "rx=1"), "did you mean 'rex'")
@@ -231,7 +231,10 @@ def test_odd_words_get_a_sentence(run, tiny_base: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "unet" / "config.json").read_text())
     unet = UNet2DConditionModel.from_config({**config, "in_channels": 9})
     unet.save_pretrained(folder / "unet")
-    refused(run("generate", "--prompt", "x", "--base", folder, "-o", tmp_path / "o.png"), "takes 9 channels")
+    refused(
+        run("generate", "--prompt", "x", "--base", folder, "-o", tmp_path / "o.png"),
+        "is an inpainting model (9 input channels)",
+    )
 
 
 def test_what_a_person_made_is_not_written_over(run, photos: Path, tiny_base: Path, tmp_path: Path) -> None:
@@ -256,12 +259,12 @@ def test_what_a_person_made_is_not_written_over(run, photos: Path, tiny_base: Pa
         Image.new("RGB", (8, 8)).save(tmp_path / name)
         refused(run(*draw, *more), f"{name} was not drawn by this program")
         refused(
-            run("conditions", "sketch", tmp_path / name, "-o", tmp_path / name),
+            run("extract", "sketch", tmp_path / name, "-o", tmp_path / name),
             f"{name} was not drawn from a photo here",
         )
         (tmp_path / name).unlink()
     photo = next(photos.glob("*.png"))
-    sketch = ("conditions", "sketch", photo, "-o", tmp_path / "sketch.png")
+    sketch = ("extract", "sketch", photo, "-o", tmp_path / "sketch.png")
     for words in (train, draw, sketch) * 2:  # what they wrote themselves they may replace
         assert run(*words).code == 0
     for name, words in {"rex.yaml": (*train, "--config", tmp_path / "rex.yaml"), "out.yaml": draw}.items():
@@ -321,7 +324,7 @@ def test_whose_preset_is_meant_where_no_base_is_named(
 
 def test_on_the_pocket_base_teaching_takes_the_guidance_of_its_pictures() -> None:
     settings = resolve(FuseConfig, "fuse", None, {"adapters": ["a"], "output": "b"}, ["distill.steps=300"])
-    assert settings.teach.guidance == 2.0 and settings.teach.steps == 300
+    assert settings.distill.guidance_scale == 2.0 and settings.distill.steps == 300
 
 
 @pytest.mark.parametrize(
@@ -337,7 +340,7 @@ def test_every_preset_loads(path: Path) -> None:
     build(FuseConfig, parts.get("fuse", {}), {"adapters": ["x"], "output": "y"})
     build(EvaluateConfig, parts.get("evaluate", {}))
     config = build(Scene, parts.get("generate", {}))
-    assert "steps" in to_yaml(config)
+    assert "num_inference_steps" in to_yaml(config)
 
 
 def test_the_ready_made_concepts_load() -> None:

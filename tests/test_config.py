@@ -89,7 +89,7 @@ def test_python_and_the_command_line_train_alike(
     """The same words give the same settings: on the pocket base, by a preset's name and from a file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rex").mkdir()
-    (tmp_path / "mine.yaml").write_text("steps: 11\npreservation: {weight: 0.5}\n")
+    (tmp_path / "mine.yaml").write_text("steps: 11\nprior: {loss_weight: 0.5}\n")
     asked: list[TrainConfig] = []
     monkeypatch.setattr(run, "train_to_file", lambda settings, *rest, **more: asked.append(settings))
     monkeypatch.setattr(sys, "argv", ["spectral-diffusion", "train", "rex", "-o", "rex.safetensors", *words])

@@ -87,8 +87,8 @@ def test_a_wrong_value_of_any_size_is_cut_while_it_is_written(tmp_path: Path) ->
     for _ in range(8):
         deep = [deep] * 10  # a thousand million words
     for value in (deep, 10**5000, "x" * 10**6):
-        with pytest.raises(UserError, match="Setting 'steps' cannot be") as error:
-            build(Scene, {"steps": value})
+        with pytest.raises(UserError, match="Setting 'num_inference_steps' cannot be") as error:
+            build(Scene, {"num_inference_steps": value})
         assert len(str(error.value)) < 300
     assert shown(["a"]) == "['a']"
     folder = make_photos(tmp_path / "rex", 1)
@@ -116,7 +116,7 @@ def test_json_is_read_to_a_depth_that_later_code_can_walk_through() -> None:
 def test_a_name_that_is_too_long_for_a_file_is_a_missing_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = {"base": "pocket", "steps": 1, "output": str(tmp_path / "o.png")}
+    whole = {"base": "pocket", "num_inference_steps": 1, "output": str(tmp_path / "o.png")}
     for part in (
         {"adapters": {LONG: 1.0}},
         {"regions": [{"box": [0, 0, 0.5, 1], "prompt": "x", "adapters": {LONG: 1.0}}]},

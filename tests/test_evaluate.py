@@ -16,7 +16,7 @@ from spectral_diffusion.cli import app
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import assets as resources
-from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.data.folder import load_concept, open_photo
 from spectral_diffusion.evaluation.measure import PHOTOS, confusion_of, rows_of, score, with_photos
 from spectral_diffusion.evaluation.references import Subject, references_of
@@ -27,14 +27,14 @@ from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.metrics.encoders import Clip, load_encoder
 from spectral_diffusion.metrics.text import text_match
 from spectral_diffusion.metrics.views import View
-from spectral_diffusion.scenes.generate import Cancelled
 from spectral_diffusion.scenes.png_metadata import read_settings, save_png
 from spectral_diffusion.scenes.scene import Region, Scene
 from spectral_diffusion.training.run import train_to_file
 
 SMALL = [
-    "--encoder", "pocket", "num_images=2", "steps=2", "prompts=['a photo of {} on the grass', 'a photo of {} at night']",
-    "ordinary=[a photo of a dog, a photo of a cat]",
+    "--encoder", "pocket", "num_images=2", "num_inference_steps=2",
+    "prompts=['a photo of {} on the grass', 'a photo of {} at night']",
+    "prior_prompts=[a photo of a dog, a photo of a cat]",
 ]  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def pair(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("rex", "brew")):
         photos = make_photos(folder / "photos" / name, seed=seed)
         adapter = folder / f"{name}.safetensors"
-        settings = {"rank": 2, "steps": 3, "crops_per_image": 1, "noun": "dog <i>& co</i>", "learning_rate": 0.05}
+        settings = {"rank": 2, "steps": 3, "crops_per_image": 1, "class_noun": "dog <i>& co</i>", "learning_rate": 0.05}
         train_to_file(TrainConfig(concept=photos, output=adapter, base=str(tiny_base), **settings))
     files = [folder / "rex.safetensors", folder / "brew.safetensors"]
     fuse_to_folder(FuseConfig(adapters=files, output=folder / "fused"))

@@ -20,6 +20,7 @@ from spectral_diffusion.linalg import Factors, top_band
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
 from spectral_diffusion.merging.manifest import read_manifest
 from spectral_diffusion.merging.merges import Contribution, get_merge
+from spectral_diffusion.merging.merges.registry import MergeContext
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.scenes.generate import generate_to_file, load_adapters, sample
@@ -62,7 +63,7 @@ def settings(**more: object) -> FuseConfig:
 
 
 def merged(contributions: list[Contribution], form: str) -> torch.Tensor:
-    found = get_merge("spectral").combine(contributions, settings(form=form), None)
+    found = get_merge("spectral").combine(contributions, MergeContext(get_merge("spectral").settings({"form": form})))
     assert isinstance(found, Factors)
     return found.delta()
 
@@ -164,7 +165,7 @@ def test_fusion_does_not_depend_on_the_order_of_the_files(trained: list[Path], t
 def test_an_adapter_at_strength_zero_changes_nothing(trained: list[Path], tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
     before = {n: w.clone() for n, w in base.weights().items()}
-    fuse_adapters(base, [load_adapter(trained[0])], settings(strength={"dog": 0.0}))
+    fuse_adapters(base, [load_adapter(trained[0])], settings(scales={"dog": 0.0}))
     assert all(torch.equal(before[n], w) for n, w in base.weights().items())
 
 
@@ -181,7 +182,7 @@ def test_refusals(trained: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="share the token <dog>"):
         fuse_adapters(base, [dog, twin], settings())
     with pytest.raises(UserError, match=r"names 'dgo' \(did you mean 'dog'\?\)"):
-        fuse_adapters(base, [dog], settings(strength={"dgo": 1}))
+        fuse_adapters(base, [dog], settings(scales={"dgo": 1}))
     with pytest.raises(UserError, match="Unknown merge 'spectrl'"):
         fuse_adapters(base, [dog], settings(merge="spectrl"))
     (tmp_path / "mine").mkdir()
@@ -214,7 +215,9 @@ def test_pictures_repeat_and_do_not_depend_on_their_neighbours(trained: list[Pat
 
 def test_an_unknown_token_is_told(trained: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     notes: list[str] = []
-    config = config_for(tiny_base, adapters={str(trained[0]): 1.0}, prompt="<dgo>", output=tmp_path / "o.png", steps=1)
+    config = config_for(
+        tiny_base, adapters={str(trained[0]): 1.0}, prompt="<dgo>", output=tmp_path / "o.png", num_inference_steps=1
+    )
     generate_to_file(config, note=notes.append)
     assert notes == [
         "Note: <dgo> is no token of this base or its adapters (did you mean '<dog>'?); it is read as plain text."
@@ -223,12 +226,12 @@ def test_an_unknown_token_is_told(trained: list[Path], tiny_base: Path, tmp_path
 
 def test_generate_writes_pictures_with_their_settings(trained: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "out.png"
-    config = config_for(tiny_base, adapters={str(trained[0]): 0.5}, prompt="<dog>", seed=3, count=2, output=output)
+    config = config_for(tiny_base, adapters={str(trained[0]): 0.5}, prompt="<dog>", seed=3, num_images=2, output=output)
     paths = generate_to_file(config)
     assert [p.name for p in paths] == ["out.png", "out-3.png", "out-4.png"]
     settings = read_settings(paths[2])
     assert settings["seed"] == 4 and settings["adapters"] == {str(trained[0]): 0.5}
-    assert settings["seeds"] == [3, 4] and settings["keep"] == 4
+    assert settings["seeds"] == [3, 4] and settings["only_seed"] == 4
     single = generate_to_file(Scene(**settings, output=tmp_path / "again.png", device="cpu"))
     with Image.open(single[0]) as again, Image.open(paths[2]) as before:
         assert again.tobytes() == before.tobytes()  # its neighbours were drawn again too
@@ -254,7 +257,7 @@ def test_a_sketch_changes_the_picture(tiny_base: Path, sketch_adapter: Path, tmp
             width=32,
             height=16,
             output=tmp_path / f"{name}.png",
-            conditions=[
+            controls=[
                 ControlImage(file=tmp_path / "sketch.png", conditioning_scale=weight, adapter=str(sketch_adapter))
             ],
         )

@@ -17,7 +17,7 @@ from spectral_diffusion.inspection import blocks, inspect_paths, interference, l
 from spectral_diffusion.linalg import Factors, row_space
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.slots.ledger import Slot
-from spectral_diffusion.slots.picture import CLASH, colour_of, draw_slots
+from spectral_diffusion.slots.picture import CLASH, color_of, slot_map
 from spectral_diffusion.training.run import train_to_file
 
 
@@ -96,10 +96,10 @@ def test_other_bases_and_shared_words_are_told(two: list[Path], tiny_base: Path,
 
 
 def test_the_slot_map_shows_columns_in_the_concepts_colour_and_clashes_in_red() -> None:
-    image = draw_slots({"a": Slot.interval(0, 2), "b": Slot((1, 4)), "c": None}, {"a": 1.0, "b": None}, 16)
+    image = slot_map({"a": Slot.interval(0, 2), "b": Slot((1, 4)), "c": None}, {"a": 1.0, "b": None}, 16)
     colours = {colour for _, colour in image.getcolors(100_000) or []}
-    assert {colour_of(0), colour_of(1), CLASH} <= colours
-    bottom = draw_slots({"a": Slot((-2, -1)), "b": Slot((-2, -1))}, {"a": None, "b": None}, 16)
+    assert {color_of(0), color_of(1), CLASH} <= colours
+    bottom = slot_map({"a": Slot((-2, -1)), "b": Slot((-2, -1))}, {"a": None, "b": None}, 16)
     assert CLASH in {colour for _, colour in bottom.getcolors(100_000) or []}
-    alone = draw_slots({"a": Slot.interval(0, 2)}, {"a": None}, 16)
+    alone = slot_map({"a": Slot.interval(0, 2)}, {"a": None}, 16)
     assert CLASH not in {colour for _, colour in alone.getcolors(100_000) or []}

@@ -196,7 +196,8 @@ def test_every_method(photos: Path, tiny_base: Path, tmp_path: Path, method: str
 def test_training_on_pocket(tmp_path: Path) -> None:
     config = build(
         TrainConfig, read_yaml(resources.preset("pocket"))["train"],
-        {"concept": resources.concepts() / "rex", "output": tmp_path / "rex.safetensors", "steps": 12, "checkpointing_steps": 2},
+        {"concept": resources.concepts() / "rex", "output": tmp_path / "rex.safetensors", "steps": 12,
+         "checkpointing_steps": 2},
     )  # fmt: skip
     config = config.model_copy(update={"validation": ValidationConfig(every=4, num_inference_steps=4)})
     resumes_exactly(config, load_base("pocket", "cpu"), 1)
@@ -228,7 +229,7 @@ def test_fusing(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
         kills += killed(lambda s=strength: fuse(s), after)
         recipe = read_manifest(output)
         assert recipe is not None
-        assert torch.equal(_unet(output), weights[recipe["concepts"]["rex"]["strength"]])
+        assert torch.equal(_unet(output), weights[recipe["concepts"]["rex"]["scale"]])
     assert kills >= KILLS // 2
 
 

@@ -28,7 +28,7 @@ from spectral_diffusion.config.train import (
     TrainConfig,
     ValidationConfig,
 )
-from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.files import read_tensors, write_tensors
 from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.data.folder import load_concept
@@ -49,7 +49,6 @@ from spectral_diffusion.models.tokens import known_tokens
 from spectral_diffusion.scenes.control import ControlMap
 from spectral_diffusion.scenes.generate import generate_to_file, sample
 from spectral_diffusion.scenes.scene import Region, Scene
-from spectral_diffusion.training.loop import Stopped
 from spectral_diffusion.training.memory import estimate
 from spectral_diffusion.training.run import train_to_file
 from tools.pocket.models import build_tokenizer
@@ -100,7 +99,7 @@ def with_rows(adapter: Adapter, change: float = 0.0, layer: int | None = None) -
     if layer is not None:
         for one in rows.values():
             one[layer] += change * torch.randn(one.shape[1:], generator=torch.Generator().manual_seed(0))
-    return replace(adapter, layerwise=rows)
+    return replace(adapter, per_layer_vectors=rows)
 
 
 def drawn(base: Base, prompt: str = PROMPT, regions: list[Region] | None = None, **more: object) -> np.ndarray:
@@ -131,7 +130,7 @@ def test_equal_layers_draw_what_an_ordinary_token_draws(
         network = T2IAdapter(in_channels=1, channels=[16, 24], num_res_blocks=1, downscale_factor=2)
         monkeypatch.setattr("spectral_diffusion.scenes.control.load_t2i_adapter", lambda *what: network)
         more = {"drawings": [ControlMap(Image.new("L", (16, 16), 200))]}
-    ordinary = drawn(on(loud, replace(adapter, layerwise={})), **more)
+    ordinary = drawn(on(loud, replace(adapter, per_layer_vectors={})), **more)
     equal = drawn(on(loud, with_rows(adapter)), **more)
     assert np.abs(ordinary - equal).max() <= 1
     moved = drawn(on(loud, with_rows(adapter, 1.0, 1)), **more)
@@ -157,7 +156,7 @@ def test_rows_act_through_their_own_layer_alone(loud: Path, trained: Path) -> No
 def test_several_tokens_layerwise_and_not_act_together(loud: Path, trained: Path) -> None:
     rex = with_rows(load_adapter(trained), 1.0, 0)
     tom = replace(with_rows(load_adapter(trained), -1.0, 3), name="tom", token="<tom>")
-    plain = replace(load_adapter(trained), name="ann", token="<ann>", layerwise={})
+    plain = replace(load_adapter(trained), name="ann", token="<ann>", per_layer_vectors={})
     base = load_base(str(loud), "cpu")
     before = dict(base.pipeline.text_encoder._forward_hooks)
     for adapter in (rex, plain, tom):
@@ -192,14 +191,14 @@ def test_training_begins_as_an_ordinary_token_and_is_undone(base: Base, photos: 
     found = []
     for count in (0, layers):
         with (
-            PromptEncoder(base, concept, 0, 16, ("<other-1>",), count) as condition,
+            PromptEncoder(base, concept, 0, 16, ("<other-1>",), count) as encode,
             per_layer_attention(base, count > 0),
         ):
-            told = condition(prompts)
-            found.append(base.pipeline.unet(noisy, torch.tensor([5, 9]), **told).sample.detach())
-            assert condition.token_mask(prompts).sum(1).tolist() == [2, 0]
+            told = encode(prompts)
+            found.append(base.denoiser.predict(noisy, torch.tensor([5, 9]), told).detach())
+            assert encode.token_mask(prompts).sum(1).tolist() == [2, 0]
     assert torch.allclose(*found, atol=1e-5)
-    assert told["encoder_hidden_states"].shape[1] == layers * base.pipeline.tokenizer.model_max_length
+    assert told.tensors["encoder_hidden_states"].shape[1] == layers * base.pipeline.tokenizer.model_max_length
     assert base.pipeline.unet.attn_processors == before
     assert not base.pipeline.text_encoder._forward_hooks and not base.pipeline.text_encoder._forward_pre_hooks
 
@@ -239,7 +238,7 @@ def test_a_stopped_run_resumes_bit_for_bit(photos: Path, loud: Path, tmp_path: P
         if event.stage == "train":
             steps.append(event)
 
-    with pytest.raises(Stopped, match="step 2 of 4"):
+    with pytest.raises(Cancelled, match="step 2 of 4"):
         train_to_file(config, progress=watch, should_stop=lambda: len(steps) >= 2, base=base)
     resumed = train_to_file(config, resume=True, base=base)
     assert all(torch.equal(whole.parameters[name], resumed.parameters[name]) for name in whole.parameters)
@@ -274,7 +273,10 @@ def test_files_go_round_and_damaged_ones_are_told(trained: Path, tmp_path: Path)
     write_tensors(again, changed, {**metadata, DIGEST: digest(changed, metadata)})  # as a file of an ordinary token
     assert load_adapter(again).per_layer_vectors == {}
     with pytest.raises(UserError, match="has vectors for 1 layers"):
-        on(Path(adapter.base), replace(adapter, layerwise={n: t[:1] for n, t in adapter.per_layer_vectors.items()}))
+        on(
+            Path(adapter.base),
+            replace(adapter, per_layer_vectors={n: t[:1] for n, t in adapter.per_layer_vectors.items()}),
+        )
 
 
 def test_it_draws_as_an_adapter_and_as_a_regions(trained: Path, loud: Path, tmp_path: Path) -> None:
@@ -282,7 +284,7 @@ def test_it_draws_as_an_adapter_and_as_a_regions(trained: Path, loud: Path, tmp_
     moved = tmp_path / "moved.safetensors"
     save_adapter(with_rows(adapter, 1.0, 1), moved)
     mean = tmp_path / "mean.safetensors"
-    save_adapter(replace(adapter, layerwise={}), mean)
+    save_adapter(replace(adapter, per_layer_vectors={}), mean)
     pictures = []
     for file in (moved, mean):
         for more in (
@@ -317,8 +319,8 @@ def test_a_kept_base_is_lent_as_it_was(trained: Path, loud: Path) -> None:
     assert np.array_equal(*pictures)
     with keeper.acquire(str(loud), "cpu") as base:
         assert np.array_equal(drawn(base, "a red dog"), plain) and not known_tokens(base.pipeline.tokenizer)
-        load_adapters(base, [(replace(adapter, layerwise={}), 1.0)])
-        assert np.array_equal(drawn(base), drawn(on(loud, replace(adapter, layerwise={}))))
+        load_adapters(base, [(replace(adapter, per_layer_vectors={}), 1.0)])
+        assert np.array_equal(drawn(base), drawn(on(loud, replace(adapter, per_layer_vectors={}))))
 
 
 def test_fusions_and_exports_hold_the_mean_and_say_so(trained: Path, loud: Path, tmp_path: Path) -> None:
@@ -336,7 +338,7 @@ def test_fusions_and_exports_hold_the_mean_and_say_so(trained: Path, loud: Path,
     assert torch.equal(read_tensors(written)[0]["<rex>"], adapter.vectors["text_encoder"])
     base = on(loud, adapter)
     use_means(base)
-    assert np.array_equal(drawn(base), drawn(on(loud, replace(adapter, layerwise={}))))
+    assert np.array_equal(drawn(base), drawn(on(loud, replace(adapter, per_layer_vectors={}))))
 
 
 def test_memory_counts_every_encoding(loud: Path, base: Base, photos: Path, tmp_path: Path) -> None:

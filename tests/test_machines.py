@@ -148,8 +148,11 @@ def test_memory_is_computed_without_taking_any(tiny_base: Path) -> None:
         config = TrainConfig(concept="x", output="y", rank=4, **more)  # type: ignore[arg-type]
         return estimate(base.models, base.pipeline.vae, config, base.size, "cpu")
 
-    plain, twice = found(batch=8), found(batch=16, watch={"every": 5}, optimiser={"name": "prodigy", "ema_decay": 0.5})
-    checked = found(batch=8, gradient_checkpointing=True)
+    plain, twice = (
+        found(batch_size=8),
+        found(batch_size=16, validation={"every": 5}, optimizer={"name": "prodigy", "ema_decay": 0.5}),
+    )
+    checked = found(batch_size=8, gradient_checkpointing=True)
     assert 1.8 < twice.phases["training"] / plain.phases["training"] < 2.1
     assert checked.phases["training"] < 0.7 * plain.phases["training"]
     numbers = sum(get_method("spectral-additive").count(*matrix_shape(weight), 4) for weight in base.weights().values())

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from spectral_diffusion.adapters.apply import install_tokens
 from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
 from spectral_diffusion.cli import app
-from spectral_diffusion.config.fuse import CalibrationConfig, DistillConfig, FuseConfig
+from spectral_diffusion.config.fuse import DistillConfig, FuseConfig
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors, write_tensors
@@ -30,6 +30,7 @@ from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder, overl
 from spectral_diffusion.merging.manifest import load_adapters, read_manifest, read_merged
 from spectral_diffusion.merging.memory import calibration_memory
 from spectral_diffusion.merging.merges import Contribution, all_merges, get_merge
+from spectral_diffusion.merging.merges.registry import MergeContext
 from spectral_diffusion.merging.search import search_scales
 from spectral_diffusion.merging.unfuse import unfuse
 from spectral_diffusion.methods import get_method
@@ -44,6 +45,19 @@ OUT, IN, RANK = 10, 16, 2
 
 def settings(**more: object) -> FuseConfig:
     return FuseConfig(adapters=[Path("a")], output=Path("b"), **more)  # type: ignore[arg-type]
+
+
+def combined(
+    name: str,
+    contributions: list[Contribution],
+    options: dict[str, object] | None = None,
+    prior: GramAccumulator | None = None,
+    prior_weight: float = 1.0,
+    seed: int = 0,
+) -> torch.Tensor:
+    """ΔW of a merge with its options."""
+    merge = get_merge(name)
+    return dense(merge.combine(contributions, MergeContext(merge.settings(options or {}), seed, prior, prior_weight)))
 
 
 def problem(rows: int, concepts: int = 3) -> tuple[list[Contribution], GramAccumulator]:
@@ -86,8 +100,8 @@ def objective(
 @pytest.mark.parametrize("anchor", [0.0, 2.0])
 def test_gradient_is_where_its_objective_is_smallest(rows: int, anchor: float) -> None:
     contributions, ordinary = problem(rows)
-    config = settings(calibration=CalibrationConfig(prior_weight=anchor, ridge=1e-12))
-    found = get_merge("gradient").combine(contributions, config, ordinary)
+    merge = get_merge("gradient")
+    found = merge.combine(contributions, MergeContext(merge.settings({"ridge": 1e-12}), 0, ordinary, anchor))
     assert isinstance(found, Factors) and found.up.shape[1] == 3 * RANK
     best = objective(found.delta(), contributions, anchor, ordinary)
     guess = torch.zeros(OUT, IN, dtype=torch.float64, requires_grad=True)
@@ -114,13 +128,13 @@ def test_gradient_is_where_its_objective_is_smallest(rows: int, anchor: float) -
 @pytest.mark.parametrize("name", sorted({*all_merges(), "mean"} - {"orthogonal", "ssr"}))
 def test_an_adapter_without_a_layer_wants_no_change_there(name: str, rows: int) -> None:
     contributions, ordinary = problem(rows)
-    config = settings(form="mean" if name == "mean" else "sum")
-    merge = get_merge("spectral" if name == "mean" else name)
+    options: dict[str, object] = {"form": "mean"} if name == "mean" else {}
+    merge = "spectral" if name == "mean" else name
     B = torch.zeros(OUT, RANK, dtype=torch.float64)
     still = replace(contributions[1], parameters={**contributions[1].parameters, "B": B})
     absent = replace(contributions[1], parameters={}, absent=(OUT, IN))
-    found = [merge.combine([contributions[0], one, contributions[2]], config, ordinary) for one in (still, absent)]
-    assert torch.allclose(dense(found[0]), dense(found[1]), atol=1e-9) and float(dense(found[1]).norm()) > 0
+    found = [combined(merge, [contributions[0], one, contributions[2]], options, ordinary) for one in (still, absent)]
+    assert torch.allclose(found[0], found[1], atol=1e-9) and float(found[1].norm()) > 0
 
 
 def test_what_is_watched_is_no_more_than_was_said(
@@ -144,11 +158,11 @@ def test_what_is_watched_is_no_more_than_was_said(
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("staging", ["own", "fused"])
+@pytest.mark.parametrize("staging", ["adapter", "previous_stages"])
 def test_what_does_not_fit_is_watched_in_passes_with_the_same_bits(
     three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staging: str
 ) -> None:
-    quick = {**QUICK, "staging": staging, "cache": False}
+    quick = {**QUICK, "calibrate_on": staging, "cache": False}
     results, notes = [], list[str]()
     for free in (None, 400_000):
         monkeypatch.setattr("spectral_diffusion.merging.fuse.available", lambda device, free=free: free)
@@ -173,7 +187,7 @@ def test_ssr_silences_what_acts_where_an_adapter_has_no_layer() -> None:
     absent = replace(contributions[1], parameters={}, absent=(OUT, IN))
     assert absent.inputs is not None
     ways = (contributions[:1], [contributions[0], absent])
-    one, two = (dense(get_merge("ssr").combine(way, settings(), None)) @ absent.inputs.gram() for way in ways)
+    one, two = (combined("ssr", way) @ absent.inputs.gram() for way in ways)
     assert float(two.norm()) < 0.9 * float(one.norm())
 
 
@@ -183,7 +197,7 @@ def test_the_papers_form_shares_among_all_adapters() -> None:
     frozen = {"U": torch.randn(OUT, 2).double(), "S": torch.rand(2).double(), "V": torch.randn(IN, 2).double()}
     one = Contribution("a", get_method("spectral-additive"), parameters, frozen, Slot.interval(0, 2))
     other = replace(one, name="b", parameters={}, frozen={}, absent=(OUT, IN))
-    found = dense(get_merge("spectral").combine([one, other], settings(form="paper"), None))
+    found = combined("spectral", [one, other], {"form": "paper"})
     half = {name: value / 2 for name, value in parameters.items()}
     assert torch.allclose(found, replace(one, parameters=half).factors().delta())
 
@@ -191,14 +205,14 @@ def test_the_papers_form_shares_among_all_adapters() -> None:
 @pytest.mark.parametrize("toward", ["zero", "mean"])
 def test_the_dual_form_is_the_primal_one(toward: str) -> None:
     contributions, ordinary = problem(2)
-    config = settings(calibration=CalibrationConfig(prior_weight=1.0, ridge=1e-3, ridge_to=toward))
-    few = dense(get_merge("gradient").combine(contributions, config, ordinary))
+    options: dict[str, object] = {"ridge": 1e-3, "ridge_to": toward}
+    few = combined("gradient", contributions, options, ordinary)
     for one in contributions:
         assert one.inputs is not None and one.inputs.is_raw
         rows, count = one.inputs.matrix(), one.inputs.count
         one.inputs.restore(rows.mT @ rows, IN)
         one.inputs.count = count
-    many = dense(get_merge("gradient").combine(contributions, config, ordinary))
+    many = combined("gradient", contributions, options, ordinary)
     assert torch.allclose(few, many, atol=1e-9)
     mean = sum(one.factors().delta() for one in contributions) / 3
     rows = torch.cat([torch.linalg.cholesky(one.inputs.gram() + 1e-12 * torch.eye(IN)).mT for one in contributions
@@ -212,18 +226,18 @@ def test_one_concept_alone_stays_what_it_is() -> None:
     contributions, _ = problem(60, concepts=1)
     delta = contributions[0].factors().delta()
     for name in ("gradient", "ssr", "fedavg", "cat", "spectral"):
-        config = settings(calibration=CalibrationConfig(prior_weight=0.0, ridge=0.0))
-        assert torch.allclose(dense(get_merge(name).combine(contributions, config, None)), delta, atol=1e-8), name
+        options: dict[str, object] = {"ridge": 0.0} if get_merge(name).needs_activations else {}
+        assert torch.allclose(combined(name, contributions, options), delta, atol=1e-8), name
 
 
 def test_ssr_is_least_squares_inside_the_subspace() -> None:
     contributions, ordinary = problem(60)
-    config = settings(calibration=CalibrationConfig(prior_weight=0.0, ridge=0.0))
-    found = get_merge("ssr").combine(contributions, config, None)
+    merge = get_merge("ssr")
+    found = merge.combine(contributions, MergeContext(merge.settings({"ridge": 0.0})))
     assert isinstance(found, Factors)
     best = objective(found.delta(), contributions, 0.0, ordinary)
-    free = dense(get_merge("gradient").combine(contributions, config, None))
-    summed = dense(get_merge("cat").combine(contributions, config, None))
+    free = combined("gradient", contributions, {"ridge": 0.0})
+    summed = combined("cat", contributions)
     assert objective(free, contributions, 0.0, ordinary) <= best <= objective(summed, contributions, 0.0, ordinary)
     up = torch.cat([one.factors().up for one in contributions], 1)
     router = torch.linalg.lstsq(up, found.delta()).solution @ torch.linalg.pinv(
@@ -246,8 +260,8 @@ def test_simple_merges_are_their_formulas() -> None:
     parts = [one.scale * one.factors().delta() for one in contributions]
     total = sum(parts, start=torch.zeros(OUT, IN).double())
 
-    def found(name: str, **more: object) -> torch.Tensor:
-        return dense(get_merge(name).combine(contributions, settings(**more), None))
+    def found(name: str, seed: int = 0, **options: object) -> torch.Tensor:
+        return combined(name, contributions, options, seed=seed)
 
     assert torch.allclose(found("cat"), total) and torch.allclose(found("fedavg"), total / 3.5)
     U, S, Vh = torch.linalg.svd(total)
@@ -274,32 +288,30 @@ def test_columns_from_the_bottom_are_told_where_they_are_those_from_the_top() ->
 def test_dare_drops_by_layer_and_adapter_alone() -> None:
     contributions, _ = problem(60)
     one, other = (replace(contribution, inputs=None) for contribution in contributions[:2])
-    dare, config = get_merge("dare").combine, settings()
 
     def dropped(held: Contribution) -> torch.Tensor:
-        return dense(dare([held], config, None)) == 0
+        return combined("dare", [held]) == 0
 
     assert not torch.equal(dropped(replace(one, layer="a")), dropped(replace(one, layer="b")))
-    both = dense(dare([one, other], config, None))
-    assert torch.allclose(both, dense(dare([one], config, None)) + dense(dare([other], config, None)))
+    both = combined("dare", [one, other])
+    assert torch.allclose(both, combined("dare", [one]) + combined("dare", [other]))
 
 
 def test_in_ties_the_strengths_vote() -> None:
     contributions, _ = problem(60)
-    one, other = (replace(contribution, inputs=None, strength=1.0) for contribution in contributions[:2])
-    ties, config = get_merge("ties").combine, settings()
-    alone = dense(ties([one], config, None))
-    assert torch.equal(dense(ties([one, replace(other, strength=0.0)], config, None)), alone)
-    against = replace(other, parameters={**other.parameters, "A": -other.parameters["A"]}, strength=-1.0)
-    assert torch.equal(dense(ties([one, against], config, None)), dense(ties([one, other], config, None)))
+    one, other = (replace(contribution, inputs=None, scale=1.0) for contribution in contributions[:2])
+    alone = combined("ties", [one])
+    assert torch.equal(combined("ties", [one, replace(other, scale=0.0)]), alone)
+    against = replace(other, parameters={**other.parameters, "A": -other.parameters["A"]}, scale=-1.0)
+    assert torch.equal(combined("ties", [one, against]), combined("ties", [one, other]))
 
 
 def test_fedavg_of_nothing_is_nothing() -> None:
     contributions, _ = problem(60)
-    none = [replace(one, inputs=None, strength=0.0) for one in contributions]
-    assert not dense(get_merge("fedavg").combine(none, settings(), None)).any()
+    none = [replace(one, inputs=None, scale=0.0) for one in contributions]
+    assert not combined("fedavg", none).any()
     with pytest.raises(UserError, match="fedavg divides by the sum"):
-        get_merge("fedavg").combine([replace(none[0], strength=-1.0)], settings(), None)
+        combined("fedavg", [replace(none[0], scale=-1.0)])
 
 
 def test_activations_do_not_depend_on_how_they_came() -> None:
@@ -349,7 +361,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return set(left) == set(right) and all(torch.equal(value, right[key]) for key, value in left.items())
 
 
-QUICK = {"pictures": 2, "steps": 2}
+QUICK = {"num_images": 2, "num_inference_steps": 2}
 
 
 @pytest.mark.parametrize("merge", sorted(set(all_merges()) - {"orthogonal"}))
@@ -485,11 +497,11 @@ def test_merged_factors_are_kept_where_there_are_some(three: list[Path], tiny_ba
 
 def test_staged_fusion_and_its_own_cache(three: list[Path], tmp_path: Path) -> None:
     found = []
-    for index, staging in enumerate(("own", "own", "fused")):
+    for index, staging in enumerate(("adapter", "adapter", "previous_stages")):
         told: list[str] = []
         config = FuseConfig(
-            adapters=three, output=tmp_path / str(index), merge="gradient", calibration={**QUICK, "calibrate_on": staging},
-            device="cpu",
+            adapters=three, output=tmp_path / str(index), merge="gradient",
+            calibration={**QUICK, "calibrate_on": staging}, device="cpu",
         )  # fmt: skip
         stages: list[str] = []
         fuse_to_folder(config, lambda event, stages=stages: stages.append(event.stage), told.append)
@@ -626,7 +638,7 @@ def test_a_fusion_that_is_added_to_keeps_its_strengths(three: list[Path], tmp_pa
         "--device", "cpu")  # fmt: skip
     run("fuse", tmp_path / "two", "--add", three[2], "-o", tmp_path / "all", "--strength", "hat=0.7", "--device", "cpu")
     recipe = read_manifest(tmp_path / "all")
-    assert recipe and recipe["strength"] == {"dog": 0.5, "mug": 0.3, "hat": 0.7}
+    assert recipe and recipe["scales"] == {"dog": 0.5, "mug": 0.3, "hat": 0.7}
     assert recipe["settings"]["distill"]["guidance_scale"] == DistillConfig().guidance_scale  # not the pocket preset's
     run("unfuse", tmp_path / "all", "--remove", "hat", "-o", tmp_path / "again")
     assert same(weights(tmp_path / "again"), weights(tmp_path / "two"))

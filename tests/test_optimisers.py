@@ -19,17 +19,18 @@ from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.attach import inject_adapter, unloading
 from spectral_diffusion.adapters.frozen import frozen_tensors
 from spectral_diffusion.config.train import ObjectiveConfig, TrainConfig
-from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.models.attention_maps import AttentionMaps, attention_loss, capture_attention_maps, shape_of
 from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.denoiser import min_snr_weights
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.slots.ledger import Slot
-from spectral_diffusion.training.checkpoint import Stopped, load_state, save_state
-from spectral_diffusion.training.losses import diffusion_loss, timestep_weights
+from spectral_diffusion.training.checkpoint import load_state, save_state
+from spectral_diffusion.training.losses import diffusion_loss
 from spectral_diffusion.training.optimizers import ProdigyGroups, build_optimizer, lr_factor
 from spectral_diffusion.training.run import train_to_file
 
@@ -76,7 +77,7 @@ def test_every_kind_of_step_resumes_bit_for_bit(photos: Path, tiny_base: Path, t
     whole = train_to_file(settings(photos, tiny_base, tmp_path / "a" / "rex.safetensors", **KINDS[kind]), base=base)
     config = settings(photos, tiny_base, tmp_path / "b" / "rex.safetensors", **KINDS[kind])
     asked = iter(range(100))
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         train_to_file(config, should_stop=lambda: next(asked) >= 3, base=base)
     assert same(whole, train_to_file(config, resume=True, base=base))
     plain = settings(photos, tiny_base, tmp_path / "c" / "rex.safetensors", rank=config.rank, steps=config.steps)
@@ -176,7 +177,7 @@ def test_the_average_is_written_and_not_the_last_numbers(photos: Path, tiny_base
 def test_prodigy_finds_its_rates_and_learns(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     def last_loss(factor: float) -> float:
         losses: list[float] = []
-        prodigy = {"name": "prodigy", "factor": factor}
+        prodigy = {"name": "prodigy", "d_coef": factor}
         config = settings(
             photos, tiny_base, tmp_path / f"{factor}.safetensors", steps=30, batch_size=2, optimizer=prodigy
         )
@@ -239,8 +240,8 @@ def test_min_snr_weighs_the_error_of_the_picture(kind: str) -> None:
     times = torch.tensor([0, 200, 500, 800, 999])
     alphas = schedule.alphas_cumprod[times].double()
     snr = alphas / (1 - alphas)
-    weights = timestep_weights(schedule, times, 5.0)
-    assert weights is not None and torch.isfinite(weights).all() and timestep_weights(schedule, times, 0.0) is None
+    weights = min_snr_weights(schedule, times, 5.0)
+    assert weights is not None and torch.isfinite(weights).all() and min_snr_weights(schedule, times, 0.0) is None
     # An error e of x0 is one of e √snr in ε, and of e √(snr + 1) in v.
     of_picture = weights.double() * (snr if kind == "epsilon" else snr + 1)
     assert torch.allclose(of_picture, snr.clamp_max(5.0), rtol=1e-4)
@@ -293,7 +294,7 @@ def test_watching_the_attention_changes_no_prediction(photos: Path, tiny_base: P
 def test_masks_steer_where_the_token_is_attended_to(
     photos: Path, tiny_base: Path, tmp_path: Path, checkpointed: bool
 ) -> None:
-    with pytest.raises(UserError, match=r"objective\.attention needs masks"):
+    with pytest.raises(UserError, match=r"objective\.attention_loss_weight needs masks"):
         train_to_file(settings(photos, tiny_base, tmp_path / "x.safetensors", objective={"attention_loss_weight": 1.0}))
     (photos / "masks").mkdir()
     for photo in sorted(photos.glob("*.png")):

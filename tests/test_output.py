@@ -14,9 +14,9 @@ from conftest import make_photos
 from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.train import TrainConfig
-from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.models.base import Base, load_base
-from spectral_diffusion.training.checkpoint import Stopped, step_of
+from spectral_diffusion.training.checkpoint import step_of
 from spectral_diffusion.training.control_adapter import prepare_output as prepare_folder
 from spectral_diffusion.training.control_adapter import state_path as folder_state
 from spectral_diffusion.training.output import claimed, is_done, settled
@@ -56,7 +56,7 @@ def train(config: TrainConfig, base: Base) -> Train:
 
 
 def stopped(train: Train, step: int) -> None:
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         train(stop=step)
 
 
@@ -138,7 +138,7 @@ def test_an_output_is_trained_by_one_at_a_time(train: Train, output: Path) -> No
     [
         ({"rank": 3}, "rank=2 and cannot go on with 3; resume with rank=2"),
         ({"method": "lora"}, "method=spectral-additive and cannot go on with lora"),
-        ({"targets": "attention+conv"}, "target_modules=attention and cannot go on with attention"),
+        ({"target_modules": "attention+conv"}, "target_modules=attention and cannot go on with attention"),
         ({"text_encoder_learning_rate": 1e-4, "embedding_learning_rate": 2e-3}, "text_encoder_learning_rate=1e-05 and"),
     ],
 )

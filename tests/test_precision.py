@@ -14,12 +14,11 @@ from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.settings import read_yaml
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import machine, precision
-from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.precision import loss_scaler, resolve_mixed_precision
 from spectral_diffusion.scenes.generate import generate_to_file
 from spectral_diffusion.scenes.png_metadata import read_settings
 from spectral_diffusion.scenes.scene import Scene
-from spectral_diffusion.training.loop import Stopped
 from spectral_diffusion.training.run import state_path, train_to_file
 
 
@@ -115,7 +114,7 @@ def test_a_resumed_run_keeps_its_precision(tiny_base: Path, tmp_path: Path) -> N
     asked = {"concept": make_photos(tmp_path / "rex"), "output": tmp_path / "rex.safetensors", "base": str(tiny_base)}
     config = TrainConfig(**asked, rank=2, steps=4, crops_per_image=1)
     turns = iter([False, False, True])
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         train_to_file(config, should_stop=lambda: next(turns))
     assert state_path(config.output).exists()
     timed(2.0)

@@ -7,31 +7,29 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_photos
-from diffusers import DDPMScheduler
 from PIL import Image
 
 from spectral_diffusion.adapters.apply import load_adapters
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.train import DataConfig, PriorPreservationConfig, TrainConfig
-from spectral_diffusion.core.errors import UserError
-from spectral_diffusion.core.hooks import Event, silent
+from spectral_diffusion.core.errors import Cancelled, UserError
+from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.training import prior_images as ordinary_module
-from spectral_diffusion.training.batch import Samples
-from spectral_diffusion.training.loop import Stopped
+from spectral_diffusion.training.batch import Batch
 from spectral_diffusion.training.prior_images import PriorImages, make_prior_images, prior_prompts
 from spectral_diffusion.training.prior_preservation import (
     OTHER_TOKENS,
     PriorTargets,
     cut_mix,
-    predict,
+    predict_both,
     predict_prior_targets,
 )
 from spectral_diffusion.training.run import train_to_file
 
-KEEP = PriorPreservationConfig(weight=1.0, batch_size=2, pictures=4, others=0.5)
+KEEP = PriorPreservationConfig(loss_weight=1.0, batch_size=2, num_images=4, other_token_prob=0.5)
 
 
 def settings(photos: Path, base: Path, output: Path, **more: object) -> TrainConfig:
@@ -40,30 +38,29 @@ def settings(photos: Path, base: Path, output: Path, **more: object) -> TrainCon
 
 
 @torch.no_grad()
-def drift(base: Base, condition: PromptEncoder, anchors: PriorTargets) -> float:
+def drift(base: Base, encode: PromptEncoder, anchors: PriorTargets) -> float:
     """How far the networks, as they are, predict from what the untouched base predicted."""
-    predicted = base.pipeline.unet(anchors.noisy, anchors.timesteps, **condition(anchors.prompts)).sample
+    predicted = base.denoiser.predict(anchors.noisy, anchors.timesteps, encode(anchors.prompts))
     return float((predicted - anchors.targets).square().mean())
 
 
 def test_preservation_holds_the_base_while_a_concept_is_learnt(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     drifts = {}
     for weight in (0.0, 3.0):
-        keep = KEEP.model_copy(update={"weight": weight})
+        keep = KEEP.model_copy(update={"loss_weight": weight})
         output = tmp_path / f"{weight}" / "rex.safetensors"
         config = settings(photos, tiny_base, output, steps=60, learning_rate=3e-2, prior=keep)
         adapter = train_to_file(config)
         assert adapter.norm() > 0
         base = load_base(str(tiny_base), "cpu")
-        schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
         others = config.model_copy(update={"seed": 5})  # pictures and words that training did not see
-        ordinary = make_prior_images(base, others, "dog", base.size, silent)
-        with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size, OTHER_TOKENS) as condition:
-            anchors = predict_prior_targets(ordinary, base, schedule, others, condition)
-            assert drift(base, condition, anchors) < 1e-9
+        ordinary = make_prior_images(base, others, "dog", base.size)
+        with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size, OTHER_TOKENS) as encode:
+            anchors = predict_prior_targets(ordinary, base.denoiser, others, encode)
+            assert drift(base, encode, anchors) < 1e-9
         load_adapters(base, [(load_adapter(output), 1.0)])
-        with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size, OTHER_TOKENS) as condition:
-            drifts[weight] = drift(base, condition, anchors)
+        with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size, OTHER_TOKENS) as encode:
+            drifts[weight] = drift(base, encode, anchors)
     assert drifts[3.0] < 0.5 * drifts[0.0]
 
 
@@ -71,11 +68,11 @@ def test_preservation_holds_the_base_while_a_concept_is_learnt(photos: Path, tin
 def test_a_stopped_run_with_preservation_resumes_bit_for_bit(
     photos: Path, tiny_base: Path, tmp_path: Path, stop: int
 ) -> None:
-    keep = KEEP.model_copy(update={"cut_mix": 0.5})
+    keep = KEEP.model_copy(update={"cut_mix_prob": 0.5})
     whole = train_to_file(settings(photos, tiny_base, tmp_path / "a" / "rex.safetensors", prior=keep))
     config = settings(photos, tiny_base, tmp_path / "b" / "rex.safetensors", prior=keep)
     done: list[int] = []
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         train_to_file(
             config,
             progress=lambda event: done.append(event.done) if event.stage == "train" else None,
@@ -96,20 +93,22 @@ def test_drawn_pictures_are_kept_and_those_of_other_classes_shared(
     base, calls = load_base(str(tiny_base), "cpu"), []
     draw = ordinary_module.sample_prior_latents
     monkeypatch.setattr(
-        ordinary_module, "draw", lambda base, asked, *more: calls.append(asked) or draw(base, asked, *more)
+        ordinary_module,
+        "sample_prior_latents",
+        lambda base, asked, *more: calls.append(asked) or draw(base, asked, *more),
     )
     seen: list[Event] = []
-    first = make_prior_images(base, config, "dog", 16, seen.append)
+    first = make_prior_images(base, config, "dog", 16, Hooks(seen.append))
     assert [len(asked) for asked in calls] == [2, 2]
     assert seen[-1] == Event("draw", 4, 4) and {event.total for event in seen} == {4}
-    again = make_prior_images(base, config, "dog", 16, silent)
+    again = make_prior_images(base, config, "dog", 16)
     assert len(calls) == 2 and torch.equal(first.latents, again.latents)
-    other = make_prior_images(base, config, "cat", 16, silent)
+    other = make_prior_images(base, config, "cat", 16)
     assert [len(asked) for asked in calls] == [2, 2, 2], "only those of the concept's own class are drawn anew"
     assert torch.equal(first.latents[1:3], other.latents[1:3]) and not torch.equal(first.latents[0], other.latents[0])
     for file in (tmp_path / "cache" / "ordinary").iterdir():
         file.write_bytes(b"damaged")
-    assert torch.equal(make_prior_images(base, config, "dog", 16, silent).latents, first.latents) and len(calls) == 5
+    assert torch.equal(make_prior_images(base, config, "dog", 16).latents, first.latents) and len(calls) == 5
 
 
 def test_the_drawing_of_ordinary_pictures_stops_when_asked(
@@ -118,7 +117,7 @@ def test_the_drawing_of_ordinary_pictures_stops_when_asked(
     monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path / "cache"))
     config = settings(photos, tiny_base, tmp_path / "rex.safetensors", prior=KEEP)
     asked = iter(range(100))
-    with pytest.raises(Stopped, match="before the first step"):
+    with pytest.raises(Cancelled, match="before the first step"):
         train_to_file(config, should_stop=lambda: next(asked) >= 3)
     assert next(asked) == 4, "asked at every step of a picture"
     assert train_to_file(config, resume=True).norm() > 0
@@ -141,7 +140,7 @@ def test_ordinary_prompts_hold_the_concepts_own_class_and_others() -> None:
 
 
 def test_cut_mix_puts_photo_and_ordinary_picture_side_by_side() -> None:
-    photos = Samples(torch.ones(4, 2, 3, 3), torch.zeros(4, 2, 3, 3), torch.tensor([1, 2, 3, 4]), ["x"] * 4)
+    photos = Batch(torch.ones(4, 2, 3, 3), torch.zeros(4, 2, 3, 3), torch.tensor([1, 2, 3, 4]), ["x"] * 4)
     ordinary = PriorImages(torch.zeros(5, 2, 3, 3), [f"a thing{i}" for i in range(5)], ["p"] * 5)
     config = TrainConfig(concept=Path("c"), output=Path("o"))
     sides = set()
@@ -162,12 +161,12 @@ def test_class_images_take_the_place_of_drawn_pictures(photos: Path, tiny_base: 
     (dogs / "3.txt").write_text("a sleeping dog")
     config = settings(photos, tiny_base, tmp_path / "a.safetensors", prior=KEEP, data={"class_images_dir": dogs})
     base = load_base(str(tiny_base), "cpu")
-    ordinary, again = (make_prior_images(base, config, "dog", 16, silent) for _ in range(2))
+    ordinary, again = (make_prior_images(base, config, "dog", 16) for _ in range(2))
     assert ordinary.latents.shape == (4, 4, 8, 8) and torch.equal(ordinary.latents, again.latents)
     assert set(ordinary.things) == {"a dog"} and len(ordinary.prompts) == 4
     assert set(ordinary.prompts) <= {"a photo of a dog", "a dog on the grass", "a sleeping dog"}
-    every = config.model_copy(update={"prior": KEEP.model_copy(update={"pictures": 50})})
-    assert sorted(make_prior_images(base, every, "dog", 16, silent).prompts)[:2] == [
+    every = config.model_copy(update={"prior": KEEP.model_copy(update={"num_images": 50})})
+    assert sorted(make_prior_images(base, every, "dog", 16).prompts)[:2] == [
         "a dog on the grass",
         "a photo of a dog",
     ]
@@ -178,29 +177,29 @@ def test_class_images_take_the_place_of_drawn_pictures(photos: Path, tiny_base: 
     (tmp_path / "one").mkdir()
     (tmp_path / "black.png").rename(tmp_path / "one" / "0.png")
     one = config.model_copy(update={"data": DataConfig(class_images_dir=tmp_path / "one")})
-    assert torch.allclose(make_prior_images(base, one, "dog", 16, silent).latents, black, atol=1e-5)
-    drawn = make_prior_images(base, config.model_copy(update={"data": DataConfig()}), "dog", 16, silent)
+    assert torch.allclose(make_prior_images(base, one, "dog", 16).latents, black, atol=1e-5)
+    drawn = make_prior_images(base, config.model_copy(update={"data": DataConfig()}), "dog", 16)
     assert not torch.equal(drawn.latents, ordinary.latents)
     (tmp_path / "empty").mkdir()
     empty = config.model_copy(update={"data": DataConfig(class_images_dir=tmp_path / "empty")})
     with pytest.raises(UserError, match="empty holds no readable photo"):
-        make_prior_images(base, empty, "dog", 16, silent)
+        make_prior_images(base, empty, "dog", 16)
     assert train_to_file(config).norm() > 0
 
 
 def test_anchors_of_another_shape_are_predicted_apart(photos: Path, tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
-    wide = Samples(torch.randn(2, 4, 4, 12), torch.randn(2, 4, 4, 12), torch.tensor([3, 500]), ["a dog", "<some>"])
-    square = Samples(torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), ["a dog", "<some>"])
+    wide = Batch(torch.randn(2, 4, 4, 12), torch.randn(2, 4, 4, 12), torch.tensor([3, 500]), ["a dog", "<some>"])
+    square = Batch(torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), ["a dog", "<some>"])
     anchors = PriorTargets(torch.randn(1, 4, 8, 8), torch.tensor([9]), ["a cat"], torch.randn(1, 4, 8, 8))
-    unet = base.pipeline.unet
-    with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size) as condition, torch.no_grad():
+    denoiser = base.denoiser
+    with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size) as encode, torch.no_grad():
         for samples in (wide, square):
-            photo, held = predict(unet, base.dtype, condition, samples.latents, samples, anchors)
-            alone, none = predict(unet, base.dtype, condition, samples.latents, samples, None)
+            photo, held = predict_both(denoiser, encode, samples.latents, samples, anchors)
+            alone, none = predict_both(denoiser, encode, samples.latents, samples, None)
             assert held is not None and none is None and photo.shape == samples.latents.shape
             assert torch.allclose(photo, alone, atol=1e-5)
-            want = unet(anchors.noisy, anchors.timesteps, **condition(anchors.prompts)).sample
+            want = denoiser.predict(anchors.noisy, anchors.timesteps, encode(anchors.prompts))
             assert torch.allclose(held, want, atol=1e-5)
 
 
@@ -209,7 +208,7 @@ def test_cut_mix_weighs_the_photos_side_by_its_mask_and_fits_other_shapes() -> N
     tall[:, :, 8:] = 7  # the foot of the photo, which is cut off
     config = TrainConfig(concept=Path("c"), output=Path("o"))
     weights = torch.full((2, 1, 10, 6), 0.25)
-    samples = Samples(tall, torch.zeros_like(tall), torch.tensor([1, 2]), ["x"] * 2, weights)
+    samples = Batch(tall, torch.zeros_like(tall), torch.tensor([1, 2]), ["x"] * 2, weights)
     for step in range(6):
         mixed = cut_mix(samples, ordinary, "<rex>", step, config)
         assert mixed.latents.shape == mixed.noise.shape == (1, 4, 8, 14)

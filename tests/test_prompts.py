@@ -107,7 +107,7 @@ def project(tiny_base: Path, rex: Path, tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "rex.safetensors").write_bytes(rex.read_bytes())
     monkeypatch.chdir(tmp_path)
-    common = ["--prompt", "<rex>", "--base", str(tiny_base), "--device", "cpu", "steps=2"]
+    common = ["--prompt", "<rex>", "--base", str(tiny_base), "--device", "cpu", "num_inference_steps=2"]
     run(*common, "--adapter", "in/rex.safetensors=0.5", "-o", "out/p.png")
     region = "{box: [0, 0, 0.5, 1], prompt: <rex>, adapters: {in/rex.safetensors: 0.7}}"
     run(*common, f"regions=[{region}]", "-o", "out/r.png")
@@ -170,7 +170,7 @@ def test_a_changed_adapter_of_the_same_name_stands_for_it_too(project: Path) -> 
 
 def test_a_scene_file_is_read_whatever_it_holds(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(
-        "prompt: x\nbase: pocket\nregions: 5\nconditions: [3, {file: a.png}]\nadapters: [a]\n"
+        "prompt: x\nbase: pocket\nregions: 5\ncontrols: [3, {file: a.png}]\nadapters: [a]\n"
     )
     (tmp_path / "pocket").mkdir()
     (tmp_path / "a.png").write_bytes(b"")

@@ -43,14 +43,19 @@ def picture(base: Base, prompt: str, regions: list[Region] | None = None, **more
 
 def test_one_region_over_everything_is_that_prompt_alone(base: Base) -> None:
     before = base.pipeline.unet.attn_processors
-    alone = picture(base, "a red dog", guidance=3.0)
-    other = picture(base, "a blue cat", guidance=3.0)
-    covered = picture(base, "a blue cat", [Region(box=WHOLE, prompt="a red dog")], guidance=3.0)
+    alone = picture(base, "a red dog", guidance_scale=3.0)
+    other = picture(base, "a blue cat", guidance_scale=3.0)
+    covered = picture(base, "a blue cat", [Region(box=WHOLE, prompt="a red dog")], guidance_scale=3.0)
     assert np.array_equal(alone, covered) and not np.array_equal(alone, other)
     assert base.pipeline.unet.attn_processors == before
-    assert np.array_equal(picture(base, "a blue cat", guidance=3.0), other)
+    assert np.array_equal(picture(base, "a blue cat", guidance_scale=3.0), other)
     shared = [Region(box=WHOLE, prompt="a red dog")]
-    assert np.abs(picture(base, "a blue cat", shared, guidance=3.0, region_share=1.0).astype(int) - other).max() <= 1
+    assert (
+        np.abs(
+            picture(base, "a blue cat", shared, guidance_scale=3.0, global_prompt_weight=1.0).astype(int) - other
+        ).max()
+        <= 1
+    )
 
 
 def attention(areas: list[tuple[float, ...]], pictures: int, batch: int, **more: float) -> tuple[torch.Tensor, ...]:

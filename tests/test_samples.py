@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from spectral_diffusion.config.settings import build
 from spectral_diffusion.config.train import DataConfig, TrainConfig
-from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.rng import keyed_generator
 from spectral_diffusion.data import latents_cache as cache
 from spectral_diffusion.data import samples as samples_module
@@ -31,8 +31,7 @@ from spectral_diffusion.data.order import Order
 from spectral_diffusion.data.samples import PhotoCrops, side_multiple
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.models.vae import at_once, decode, encode
-from spectral_diffusion.training.batch import draw
-from spectral_diffusion.training.loop import Stopped
+from spectral_diffusion.training.batch import sample_batch
 from spectral_diffusion.training.losses import weighted_mse
 from spectral_diffusion.training.run import train_to_file
 
@@ -141,12 +140,18 @@ def test_the_weights_of_a_step_stand_where_the_thing_is(base: Base, tmp_path: Pa
     (folder / "masks" / "1.png").unlink()  # a photo without a mask counts as a whole
     concept = load_concept(folder)
     config = settings(
-        folder, mask_weight=0.75, flip=0.5, batch_size=4, buckets=True, cache_latents=not live, cache=tmp_path / "c"
+        folder,
+        mask_weight=0.75,
+        flip=0.5,
+        batch_size=4,
+        aspect_buckets=True,
+        cache_latents=not live,
+        latents_cache_dir=tmp_path / "c",
     )
     crops = PhotoCrops(concept, base, config, 16)
     shapes = set()
     for step in range(12):
-        seen = draw(step, crops, concept, config, 1000)
+        seen = sample_batch(step, crops, concept, config, base.denoiser)
         assert seen.weights is not None
         assert seen.weights.shape == (4, 1, *seen.latents.shape[2:]) == (4, 1, *seen.noise.shape[2:])
         shapes.add(seen.latents.shape[2:])
@@ -212,7 +217,7 @@ def test_training_with_white_masks_equals_training_without(tiny_base: Path, tmp_
 @pytest.mark.parametrize("live", [False, True])
 def test_bad_masks_are_told_in_a_sentence(base: Base, tmp_path: Path, live: bool) -> None:
     folder = make_shapes(tmp_path / "rex", SHAPES[:2])
-    config = settings(folder, mask_weight=1.0, cache_latents=not live, cache=tmp_path / "c")
+    config = settings(folder, mask_weight=1.0, cache_latents=not live, latents_cache_dir=tmp_path / "c")
     told = (
         (None, r"data.mask_weight needs masks, and none of the photos of 'rex' has one"),
         (Image.new("L", (20, 24), 255), r"mask .*0\.png has 20×24 pixels, its photo 0\.png 24×20; save both alike"),
@@ -223,7 +228,9 @@ def test_bad_masks_are_told_in_a_sentence(base: Base, tmp_path: Path, live: bool
             mask.save(folder / "masks" / "0.png")
         with pytest.raises(UserError, match=sentence):
             PhotoCrops(load_concept(folder), base, config, 16)
-        PhotoCrops(load_concept(folder), base, settings(folder, cache=tmp_path / "c"), 16)  # not asked for: not read
+        PhotoCrops(
+            load_concept(folder), base, settings(folder, latents_cache_dir=tmp_path / "c"), 16
+        )  # not asked for: not read
     (folder / "masks" / "0.png").write_text("no picture")
     with pytest.raises(UserError, match=r"0\.png is not a readable image"):
         PhotoCrops(load_concept(folder), base, config, 16)
@@ -250,7 +257,7 @@ def test_every_bucket_fits_the_networks_and_is_as_large_as_asked(base: Base) -> 
         assert best_frame((77, 77), bucket_frames(512, 64)) == (512, 512)
         assert best_frame((3, 2), bucket_frames(512, 64))[::-1] == best_frame((2, 3), bucket_frames(512, 64))
     with pytest.raises(
-        UserError, match=r"data\.buckets needs a resolution of at least 64 on this base; 48 is too small"
+        UserError, match=r"data\.aspect_buckets needs a resolution of at least 64 on this base; 48 is too small"
     ):
         bucket_frames(48, 64)
 
@@ -288,22 +295,22 @@ def test_one_bucket_is_the_plain_epoch_in_its_plain_order() -> None:
 
 def test_with_buckets_photos_keep_their_shape_and_train(tiny_base: Path, base: Base, tmp_path: Path) -> None:
     folder = make_shapes(tmp_path / "rex")
-    config = settings(folder, buckets=True, batch_size=2, cache=tmp_path / "c")
+    config = settings(folder, aspect_buckets=True, batch_size=2, latents_cache_dir=tmp_path / "c")
     concept = load_concept(folder)
     crops = PhotoCrops(concept, base, config, 16)
     for step in range(40):
-        latents = draw(step, crops, concept, config, 1000).latents
+        latents = sample_batch(step, crops, concept, config, base.denoiser).latents
         for photo in crops.order.photos(step):
             (width, height), (rows, columns) = concept.photos[photo].size, latents.shape[2:]
             assert (width > height) == (columns > rows) or abs(width - height) < 5
             assert rows % 2 == columns % 2 == 0 and rows * columns <= 64
-    keep = {"weight": 1.0, "batch_size": 2, "pictures": 3, "cut_mix": 0.5}
-    more = {"base": str(tiny_base), "prior": keep, "buckets": True, "mask_weight": 0.5, "flip": 0.5}
+    keep = {"loss_weight": 1.0, "batch_size": 2, "num_images": 3, "cut_mix_prob": 0.5}
+    more = {"base": str(tiny_base), "prior": keep, "aspect_buckets": True, "mask_weight": 0.5, "flip": 0.5}
     make_shapes(tmp_path / "masked", masks=True)
     folder = tmp_path / "masked"
     whole = train_to_file(settings(folder, output=tmp_path / "w" / "a.safetensors", **more))
     config, asked = settings(folder, output=tmp_path / "s" / "a.safetensors", **more), iter(range(100))
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         train_to_file(config, should_stop=lambda: next(asked) >= 3)
     again = train_to_file(config, resume=True)
     assert whole.norm() > 0
@@ -340,14 +347,18 @@ def test_cached_crops_have_the_same_bits_and_are_not_encoded_again(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_shapes(tmp_path / "rex", masks=True)
-    config = settings(folder, mask_weight=1.0, buckets=True, flip=0.5, resize_ratio=1.3, cache=tmp_path / "cache")
+    config = settings(
+        folder, mask_weight=1.0, aspect_buckets=True, flip=0.5, resize_ratio=1.3, latents_cache_dir=tmp_path / "cache"
+    )
     encodings = Encodings(base, monkeypatch)
     first = everything(PhotoCrops(load_concept(folder), base, config, 16))
     assert encodings.count == 4 * len(SHAPES) and len(first) == 2 * len(SHAPES)
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == len(SHAPES)
     again = everything(PhotoCrops(load_concept(folder), base, config, 16))
     assert same(first, again) and encodings.count == 4 * len(SHAPES)
-    elsewhere = config.model_copy(update={"data": config.data.model_copy(update={"cache": tmp_path / "other"})})
+    elsewhere = config.model_copy(
+        update={"data": config.data.model_copy(update={"latents_cache_dir": tmp_path / "other"})}
+    )
     assert same(first, everything(PhotoCrops(load_concept(folder), base, elsewhere, 16)))
     live = config.model_copy(update={"data": config.data.model_copy(update={"cache_latents": False})})
     encodings.count = 0
@@ -375,23 +386,23 @@ def test_a_photo_that_cannot_be_encoded_is_named(tiny_base: Path, tmp_path: Path
     base, folder = load_base(str(tiny_base), "cpu"), make_shapes(tmp_path / "rex")
     next(base.pipeline.vae.encoder.parameters()).data.fill_(torch.nan)
     with pytest.raises(UserError, match=r"NaN or infinity of .*0\.png"):
-        PhotoCrops(load_concept(folder), base, settings(folder, cache=tmp_path / "cache"), 16)
+        PhotoCrops(load_concept(folder), base, settings(folder, latents_cache_dir=tmp_path / "cache"), 16)
     assert not (tmp_path / "cache").exists()
 
 
 def test_photos_without_a_mask_are_kept_apart_from_those_that_count_as_whole(base: Base, tmp_path: Path) -> None:
     folder = make_shapes(tmp_path / "rex", SHAPES[:2], masks=True)
     (folder / "masks" / "0.png").unlink()
-    plain = settings(folder, cache=tmp_path / "cache")
+    plain = settings(folder, latents_cache_dir=tmp_path / "cache")
     everything(PhotoCrops(load_concept(folder), base, plain, 16))
-    masked = settings(folder, cache=tmp_path / "cache", mask_weight=1.0)
+    masked = settings(folder, latents_cache_dir=tmp_path / "cache", mask_weight=1.0)
     found = PhotoCrops(load_concept(folder), base, masked, 16).take([(0, 0), (1, 0)])[1]
     assert found is not None and bool((found[0] == 1).all()) and not bool((found[1] == 1).all())
 
 
 def test_a_damaged_cache_file_is_made_again(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_shapes(tmp_path / "rex", SHAPES[:2], masks=True)
-    config = settings(folder, mask_weight=1.0, cache=tmp_path / "cache")
+    config = settings(folder, mask_weight=1.0, latents_cache_dir=tmp_path / "cache")
     first = everything(PhotoCrops(load_concept(folder), base, config, 16))
     encodings = Encodings(base, monkeypatch)
     [file, other] = sorted((tmp_path / "cache").glob("*.safetensors"))
@@ -409,7 +420,7 @@ def test_what_is_kept_belongs_to_photo_mask_settings_and_encoder(
     base: Base, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_shapes(tmp_path / "rex", SHAPES[:2], masks=True)
-    config = settings(folder, mask_weight=1.0, resize_ratio=1.2, cache=tmp_path / "cache")
+    config = settings(folder, mask_weight=1.0, resize_ratio=1.2, latents_cache_dir=tmp_path / "cache")
     everything(PhotoCrops(load_concept(folder), base, config, 16))
     encodings = Encodings(base, monkeypatch)
 
@@ -468,9 +479,12 @@ def test_a_full_cache_lets_go_of_what_was_not_used_for_the_longest(
 def test_a_cache_that_cannot_be_written_costs_time_only(base: Base, tmp_path: Path) -> None:
     folder = make_shapes(tmp_path / "rex", SHAPES[:2])
     (tmp_path / "file").write_text("in the way")
-    config = settings(folder, cache=tmp_path / "file" / "cache")
+    config = settings(folder, latents_cache_dir=tmp_path / "file" / "cache")
     latents = everything(PhotoCrops(load_concept(folder), base, config, 16))
-    assert same(latents, everything(PhotoCrops(load_concept(folder), base, settings(folder, cache=tmp_path / "c"), 16)))
+    assert same(
+        latents,
+        everything(PhotoCrops(load_concept(folder), base, settings(folder, latents_cache_dir=tmp_path / "c"), 16)),
+    )
 
 
 def test_crops_encoded_at_every_step_resume_bit_for_bit(tiny_base: Path, tmp_path: Path) -> None:
@@ -479,15 +493,17 @@ def test_crops_encoded_at_every_step_resume_bit_for_bit(tiny_base: Path, tmp_pat
     more = {
         "base": str(tiny_base),
         "cache_latents": False,
-        "shuffle": True,
-        "part_dropout": 0.4,
+        "shuffle_caption": True,
+        "tag_dropout": 0.4,
         "caption_dropout": 0.2,
     }
     whole = train_to_file(settings(folder, output=tmp_path / "w" / "a.safetensors", **more))
     config, asked = settings(folder, output=tmp_path / "s" / "a.safetensors", **more), iter(range(100))
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         train_to_file(config, should_stop=lambda: next(asked) >= 2)
-    moved = config.model_copy(update={"data": config.data.model_copy(update={"cache": tmp_path / "elsewhere"})})
+    moved = config.model_copy(
+        update={"data": config.data.model_copy(update={"latents_cache_dir": tmp_path / "elsewhere"})}
+    )
     again = train_to_file(moved, resume=True)  # where the cache lies decides nothing
     assert all(torch.equal(whole.parameters[name], again.parameters[name]) for name in whole.parameters)
 
@@ -520,7 +536,7 @@ def test_whole_captions_are_dropped_as_often_as_asked(share: float) -> None:
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_parts_are_dropped_as_often_as_asked_and_held_parts_hold(keep: int, shuffle: bool) -> None:
     parts = CAPTION.split(", ")
-    captions = [caption.split(", ") for caption in varied(part_dropout=0.3, keep=keep, shuffle=shuffle)]
+    captions = [caption.split(", ") for caption in varied(tag_dropout=0.3, keep_tokens=keep, shuffle_caption=shuffle)]
     assert all(caption[:keep] == parts[:keep] for caption in captions)
     assert all("<rex>" in caption for caption in captions)
     for part in set(parts[keep:]) - {"<rex>"}:
@@ -530,7 +546,7 @@ def test_parts_are_dropped_as_often_as_asked_and_held_parts_hold(keep: int, shuf
 
 
 def test_shuffling_loses_nothing_and_puts_every_part_everywhere() -> None:
-    captions = [caption.split(", ") for caption in varied(shuffle=True, keep=2)]
+    captions = [caption.split(", ") for caption in varied(shuffle_caption=True, keep_tokens=2)]
     assert all(sorted(caption) == sorted(CAPTION.split(", ")) for caption in captions)
     assert all(caption[:2] == ["<rex>", "couch"] for caption in captions)
     for place in range(2, 6):
@@ -542,14 +558,23 @@ def test_a_step_draws_its_captions_by_key(base: Base, tmp_path: Path) -> None:
     folder = make_photos(tmp_path / "rex", 2)
     for index in range(2):
         (folder / f"{index}.txt").write_text("couch, <TOK>, lamp, book, chair")
-    config = settings(folder, batch_size=4, shuffle=True, caption_dropout=0.2, part_dropout=0.2, cache=tmp_path / "c")
+    config = settings(
+        folder,
+        batch_size=4,
+        shuffle_caption=True,
+        caption_dropout=0.2,
+        tag_dropout=0.2,
+        latents_cache_dir=tmp_path / "c",
+    )
     concept = load_concept(folder)
     crops = PhotoCrops(concept, base, config, 16)
-    first, again = ([draw(step, crops, concept, config, 1000) for step in range(20)] for _ in range(2))
+    first, again = ([sample_batch(step, crops, concept, config, base.denoiser) for step in range(20)] for _ in range(2))
     assert [one.prompts for one in first] == [two.prompts for two in again]
     prompts = [prompt for one in first for prompt in one.prompts]
     assert len(set(prompts)) > 20 and all("<rex>" in prompt for prompt in prompts if prompt) and "" in prompts
-    plain = draw(3, crops, concept, settings(folder, batch_size=4), 1000)  # captions take nothing from the other draws
+    plain = sample_batch(
+        3, crops, concept, settings(folder, batch_size=4), base.denoiser
+    )  # captions take nothing from the other draws
     assert torch.equal(plain.noise, first[3].noise) and torch.equal(plain.timesteps, first[3].timesteps)
     assert torch.equal(plain.latents, first[3].latents)
 
@@ -564,7 +589,7 @@ def test_settings_of_the_data_are_checked() -> None:
         ({"crop": "foot"}, "Setting 'data.crop' cannot be 'foot'"),
         ({"mask_weight": 1.2}, "Setting 'data.mask_weight' cannot be 1.2"),
         ({"flip": -1}, "Setting 'data.flip' cannot be -1"),
-        ({"class_images": "dogs"}, "class_images needs preservation.weight above 0"),
+        ({"class_images_dir": "dogs"}, "class_images_dir needs prior.loss_weight above 0"),
     ):
         with pytest.raises(UserError, match=sentence):
             build(TrainConfig, known, {"data": change})
@@ -577,7 +602,7 @@ def test_repeats_change_how_often_photos_are_seen(base: Base, tmp_path: Path) ->
     folder = make_photos(tmp_path / "rex", 2)
     make_photos(folder / "3_close", 1, seed=5)
     concept: Concept = load_concept(folder)
-    config = settings(folder, batch_size=5, cache=tmp_path / "c")
+    config = settings(folder, batch_size=5, latents_cache_dir=tmp_path / "c")
     crops = PhotoCrops(concept, base, config, 16)
     counts = Counter(concept.photos[p].path.parent.name for step in range(20) for p in crops.order.photos(step))
     assert counts == {"rex": 40, "3_close": 60}

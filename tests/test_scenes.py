@@ -99,15 +99,15 @@ def test_a_scene_file_and_the_picture_that_makes_itself_again(
         prompt: <rex> and <fido> on the beach
         width: 32
         height: 16
-        steps: 2
-        count: 3
-        batch: 2
+        num_inference_steps: 2
+        num_images: 3
+        batch_size: 2
         device: cpu
         regions:
-          - {{box: [0, 0, 16, 16], prompt: <rex>, adapters: {{{two[0]}: 0.9}}, condition_weight: 0.5}}
+          - {{box: [0, 0, 16, 16], prompt: <rex>, adapters: {{{two[0]}: 0.9}}, conditioning_scale: 0.5}}
           - {{box: [0.5, 0, 1, 1], prompt: <fido>, adapters: {{{two[1]}: 1.0}}, negative_prompt: red}}
-        conditions:
-          - {{file: where.png, weight: 0.8}}
+        controls:
+          - {{file: where.png, conditioning_scale: 0.8}}
         """
     )
     output = tmp_path / "out.png"
@@ -121,7 +121,7 @@ def test_a_scene_file_and_the_picture_that_makes_itself_again(
         assert pixels(tmp_path / "again.png") == pixels(picture)
     for words in (["--seed", 9], ["seed=9"], ["seeds=[9]"]):
         run(pictures[0], "-o", tmp_path / "other.png", *words, "device=cpu")
-        assert read_settings(tmp_path / "other.png")["keep"] == 9
+        assert read_settings(tmp_path / "other.png")["only_seed"] == 9
     before = (tmp_path / "scene.yaml").read_text()
     run(tmp_path / "scene.yaml", "-o", tmp_path / "scene.png", "num_images=1")
     assert (tmp_path / "scene.yaml").read_text() == before  # a person's own file stays
@@ -222,7 +222,10 @@ def test_regions_weigh_the_conditions_cell_by_cell(base_folder: Path) -> None:
 
 
 def test_strengths_of_single_components(base_folder: Path, two: list[Path], tmp_path: Path) -> None:
-    out, common = tmp_path / "a.png", ["--prompt", "<rex>", "--base", base_folder, "steps=2", "device=cpu"]
+    out, common = (
+        tmp_path / "a.png",
+        ["--prompt", "<rex>", "--base", base_folder, "num_inference_steps=2", "device=cpu"],
+    )
     pictures = {}
     for text in ("1", "unet:1,text_encoder:1", "unet:1, text_encoder:0", "text_encoder:0"):
         run(*common, "-o", out, "--adapter", f"{two[0]}={text}")
@@ -402,7 +405,7 @@ def test_what_cannot_be_drawn_is_said_in_a_sentence(base_folder: Path, two: list
         with pytest.raises(ValueError, match=r"a box is left|needs a box or a mask"):
             Region(prompt="x", **wrong)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="only_seed=7 is none of the seeds"):
-        generate_to_file(scene.model_copy(update={"keep": 7}))
+        generate_to_file(scene.model_copy(update={"only_seed": 7}))
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(two[0].read_bytes())
     files = zip((LEFT, RIGHT), (two[0], copy), strict=True)
@@ -493,12 +496,42 @@ def test_a_region_file_becomes_a_picture(base_folder: Path, two: list[Path], tmp
     (tmp_path / "both.txt").write_text(REGIONS)
     Image.effect_noise((1024, 512), 90).save(tmp_path / "both_sketch.png")
     out = tmp_path / "out.png"
-    run(tmp_path / "both.txt", "--map", "<token>=a person", "--base", base_folder, "-o", out, "steps=1", "device=cpu")
+    run(
+        tmp_path / "both.txt",
+        "--map",
+        "<token>=a person",
+        "--base",
+        base_folder,
+        "-o",
+        out,
+        "num_inference_steps=1",
+        "device=cpu",
+    )
     settings = read_settings(out)
-    assert settings["conditions"][0]["kind"] == "sketch" and settings["width"] == 32
-    assert run(tmp_path / "both.txt", "--map", "<token>=x", "--adapter", two[0], "-o", out, "steps=1", "device=cpu")
+    assert settings["controls"][0]["kind"] == "sketch" and settings["width"] == 32
+    assert run(
+        tmp_path / "both.txt",
+        "--map",
+        "<token>=x",
+        "--adapter",
+        two[0],
+        "-o",
+        out,
+        "num_inference_steps=1",
+        "device=cpu",
+    )
     assert (read_settings(out)["base"], read_settings(out)["width"]) == (str(base_folder), 32)
-    run(tmp_path / "both.txt", "--map", "<token>=a person", "--base", base_folder, "-o", out, "steps=1", "device=cpu")
+    run(
+        tmp_path / "both.txt",
+        "--map",
+        "<token>=a person",
+        "--base",
+        base_folder,
+        "-o",
+        out,
+        "num_inference_steps=1",
+        "device=cpu",
+    )
     assert [region["prompt"] for region in settings["regions"]] == ["a person sit on a person", "a person"]
     with pytest.raises(UserError, match="--map names '<hat>'"):
         run(tmp_path / "both.txt", "--map", "<hat>=a hat", "--base", base_folder, "-o", out)

@@ -120,7 +120,7 @@ def test_the_preset_for_many_concepts_is_the_recipe_that_the_study_measures() ->
     [measured] = [r for r in TRIALS if r.kind == "all of the U-Net taught for 900 steps"]
     given = read_yaml(preset("pocket-distilled"))["fuse"]
     files = {"adapters": ["a"], "output": "b"}
-    taught = {**(measured.taught or {}), "things": things(StudyRunner(recipe=recipe("pocket")))}
+    taught = {**(measured.taught or {}), "prior_subjects": things(StudyRunner(recipe=recipe("pocket")))}
     assert build(FuseConfig, given, files) == build(FuseConfig, {**measured.merge, "distill": taught}, files)
 
 

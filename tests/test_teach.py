@@ -22,8 +22,7 @@ from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.core.precision import MixedPrecision
 from spectral_diffusion.merging import distill as teaching
 from spectral_diffusion.merging import export as exporting
-from spectral_diffusion.merging.calibration import predict
-from spectral_diffusion.merging.distill import DistillTargets, Question, batches, loss_of, prepare_targets
+from spectral_diffusion.merging.distill import DistillTargets, Question, batches, loss_of, predict, prepare_targets
 from spectral_diffusion.merging.export import export
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
 from spectral_diffusion.merging.memory import distillation_memory
@@ -116,7 +115,7 @@ def test_what_an_adapter_says_to_the_empty_prompt_is_the_bases_to_say(pair: list
     base = load_base(str(tiny_base), "cpu")
     for token, vectors in adapter.tokens.items():
         base.add_token(token, vectors)
-    few = SMALL.model_copy(update={"pictures": 2, "plain": 1, "draws": 2})
+    few = SMALL.model_copy(update={"num_images": 2, "num_prior_images": 1, "noises_per_image": 2})
     [lesson] = prepare_targets(base, [adapter], {}, few, 0).concepts
     said = {}
     for who in (adapter, None):
@@ -145,7 +144,9 @@ def test_lessons_need_no_more_memory_at_once_than_a_step(
     monkeypatch.setattr(teaching, "predict", counted)
     wanted = []
     for batch in (3, 16):
-        few = SMALL.model_copy(update={"pictures": 4, "plain": 4, "draws": 2, "batch_size": batch})
+        few = SMALL.model_copy(
+            update={"num_images": 4, "num_prior_images": 4, "noises_per_image": 2, "batch_size": batch}
+        )
         wanted.append(prepare_targets(base, [adapter], {}, few, 0).concepts[0].wanted)
         assert max(asked) == min(batch, 8)
         asked.clear()
@@ -162,7 +163,10 @@ def test_a_step_in_small_batches_computed_twice_teaches_the_same(
         return loss_of(base, batch, precision)
 
     monkeypatch.setattr(teaching, "loss_of", counted)
-    for more in ({"batch_size": 8}, {"batch_size": 2, "accumulate": 4, "gradient_checkpointing": True}):
+    for more in (
+        {"batch_size": 8},
+        {"batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True},
+    ):
         base, few = load_base(str(tiny_base), "cpu"), SMALL.model_copy(update={"steps": 3, **more})
         before = {name: weight.clone() for name, weight in base.weights().items()}
         losses: list[float] = []
@@ -189,7 +193,11 @@ def test_the_memory_of_teaching_is_told_and_what_cannot_fit_refused_before_lesso
         config = SMALL.model_copy(update=more)
         return distillation_memory(base.models, base.pipeline.vae, learners, config, base.size, "cpu")
 
-    whole, parts, checked = found(batch=32), found(batch=8, accumulate=4), found(batch=32, gradient_checkpointing=True)
+    whole, parts, checked = (
+        found(batch_size=32),
+        found(batch_size=8, gradient_accumulation_steps=4),
+        found(batch_size=32, gradient_checkpointing=True),
+    )
     assert parts.phases["teaching"] < 0.5 * whole.phases["teaching"]
     assert checked.phases["teaching"] < 0.8 * whole.phases["teaching"]
     assert whole.adapter == 8 * sum(p.numel() for p in learners)
@@ -203,7 +211,7 @@ def test_the_memory_of_teaching_is_told_and_what_cannot_fit_refused_before_lesso
     assert any("at most while teaching" in one for one in notes)
     monkeypatch.setattr(memory, "available", lambda device: 2**10)
     monkeypatch.setitem(memory.CONTEXT, "cpu", 0)
-    with pytest.raises(UserError, match=r"Teaching needs about .* set teach\.gradient_checkpointing=true"):
+    with pytest.raises(UserError, match=r"Teaching needs about .* set distill\.gradient_checkpointing=true"):
         fuse_adapters(
             load_base(str(tiny_base), "cpu"), adapters, settings(pair, tmp_path, distill=few),
             lambda event: seen.append(event.stage),
@@ -216,7 +224,9 @@ def test_ordinary_pictures_are_in_every_batch(pair: list[Path], tiny_base: Path)
     adapter = load_adapter(pair[0])
     for token, vectors in adapter.tokens.items():
         base.add_token(token, vectors)
-    few = SMALL.model_copy(update={"pictures": 2, "plain": 1, "draws": 1, "batch_size": 2, "ordinary": 0.01})
+    few = SMALL.model_copy(
+        update={"num_images": 2, "num_prior_images": 1, "noises_per_image": 1, "batch_size": 2, "prior_share": 0.01}
+    )
     lessons = prepare_targets(base, [adapter], {}, few, 0)
     off_by = replace(lessons.ordinary, wanted=lessons.ordinary.wanted + 10.0)
     plain, moved = (
@@ -251,7 +261,7 @@ def test_what_an_adapter_was_trained_on_top_of_is_taught_too(pair: list[Path], t
     base = load_base(str(tiny_base), "cpu")
     for token, vectors in adapter.tokens.items():
         base.add_token(token, vectors)
-    few = SMALL.model_copy(update={"pictures": 2, "plain": 1, "draws": 1})
+    few = SMALL.model_copy(update={"num_images": 2, "num_prior_images": 1, "noises_per_image": 1})
     lessons = prepare_targets(base, [adapter], {}, few, 0).concepts
     assert [lesson.prompts[0].split()[-1] for lesson in lessons] == ["<old>", adapter.token]
 
@@ -261,7 +271,7 @@ def test_strengths_are_taught(pair: list[Path], tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
     for token, vectors in adapter.tokens.items():
         base.add_token(token, vectors)
-    few = SMALL.model_copy(update={"pictures": 2, "plain": 1, "draws": 1})
+    few = SMALL.model_copy(update={"num_images": 2, "num_prior_images": 1, "noises_per_image": 1})
     whole, none = (
         prepare_targets(base, [adapter], {adapter.name: strength}, few, 0).concepts[0] for strength in (1.0, 0.0)
     )
@@ -281,20 +291,20 @@ def test_a_taught_folder_has_the_same_bits_again_and_after_unfusing(pair: list[P
 
 def test_other_layers_learn_only_where_they_are_named(pair: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     adapters = [load_adapter(file) for file in pair]
-    few = SMALL.model_copy(update={"steps": 2, "pictures": 2, "plain": 2, "draws": 1})
+    few = SMALL.model_copy(update={"steps": 2, "num_images": 2, "num_prior_images": 2, "noises_per_image": 1})
     untouched = load_base(str(tiny_base), "cpu")
     before = {name: layer.weight for name, layer in find_targets(untouched.models, r"re:.*").items()}
     moved = {}
     for named in (None, "conv"):
         base = load_base(str(tiny_base), "cpu")
-        teaching = few.model_copy(update={"targets": named})
+        teaching = few.model_copy(update={"target_modules": named})
         fuse_adapters(base, adapters, settings(pair, tmp_path, distill=teaching))
         now = {name: layer.weight for name, layer in find_targets(base.models, r"re:.*").items()}
         moved[named] = {name for name, weight in now.items() if not torch.equal(weight, before[name])}
     adapted = {layer for adapter in adapters for layer in adapter.layers}
     assert moved[None] == adapted and moved["conv"] == adapted | set(find_targets(untouched.models, "conv"))
-    misspelt = few.model_copy(update={"targets": "convv"})
-    with pytest.raises(UserError, match=r"teach\.targets: Unknown targets 'convv'"):
+    misspelt = few.model_copy(update={"target_modules": "convv"})
+    with pytest.raises(UserError, match=r"distill\.target_modules: Unknown targets 'convv'"):
         fuse_adapters(untouched, adapters, settings(pair, tmp_path, distill=misspelt))
 
 
@@ -329,5 +339,5 @@ def test_what_cannot_be_done_with_a_taught_folder_is_told(pair: list[Path], tmp_
     assert "not with --config" in str(CliRunner().invoke(app, more).exception) and not (tmp_path / "more").exists()
     wild = ["distill.steps=3", "distill.learning_rate=1e30", "--device", "cpu"]
     result = CliRunner().invoke(app, ["fuse", *map(str, pair), "-o", str(tmp_path / "wild"), *wild])
-    assert result.exit_code == 1 and "lower teach.learning_rate" in str(result.exception)
+    assert result.exit_code == 1 and "lower distill.learning_rate" in str(result.exception)
     assert not (tmp_path / "wild").exists()

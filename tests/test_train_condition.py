@@ -16,10 +16,10 @@ from test_bases import folder as other_base  # noqa: F401 - of Stable Diffusion 
 from typer.testing import CliRunner
 
 from spectral_diffusion import pocket
-from spectral_diffusion.cli.train_control import train_condition as verb
+from spectral_diffusion.cli.train_control import train_control as verb
 from spectral_diffusion.config.control import ControlConfig
 from spectral_diffusion.config.settings import build, read_yaml
-from spectral_diffusion.core.errors import NotFiniteError, UserError
+from spectral_diffusion.core.errors import Cancelled, NotFiniteError, UserError
 from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.data.control_pairs import encode_pairs, open_control_image, read_pairs
 from spectral_diffusion.models.architectures import build_meta
@@ -28,7 +28,6 @@ from spectral_diffusion.scenes.control import ControlMap, read_control_image
 from spectral_diffusion.scenes.generate import sample
 from spectral_diffusion.scenes.scene import ControlImage, Scene
 from spectral_diffusion.training.control_adapter import fitting_shape, state_path, train_control
-from spectral_diffusion.training.loop import Stopped
 
 
 def make_pairs(folder: Path, count: int = 3, kind: str = "sketch") -> Path:
@@ -82,7 +81,7 @@ def test_a_stopped_run_resumes_bit_for_bit(pairs: Path, tiny_base: Path, tmp_pat
     train_control(settings(pairs, tiny_base, whole))
     config = settings(pairs, tiny_base, halves, checkpointing_steps=2)
     asked = iter(range(100))
-    with pytest.raises(Stopped, match=f"step {stop} of 6"):
+    with pytest.raises(Cancelled, match=f"step {stop} of 6"):
         train_control(config, should_stop=lambda: next(asked) >= stop)
     assert state_path(halves).exists() and not halves.exists()
     with pytest.raises(UserError, match="batch_size=2, now it is 3"):
@@ -97,7 +96,7 @@ def test_a_stopped_run_resumes_bit_for_bit(pairs: Path, tiny_base: Path, tmp_pat
 def test_a_state_of_other_pictures_is_refused(pairs: Path, tiny_base: Path, tmp_path: Path) -> None:
     config = settings(pairs, tiny_base, tmp_path / "out")
     asked = iter(range(100))
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         train_control(config, should_stop=lambda: next(asked) >= 2)
     (pairs / "2.txt").write_text("a caption that was not there")
     with pytest.raises(UserError, match="from other pictures"):
@@ -224,7 +223,7 @@ def test_bad_input_is_one_sentence(pairs: Path, tiny_base: Path, tmp_path: Path)
     refused("1.png has 29×20 pixels, 1.png 24×20: .* same proportions")
     assert not (tmp_path / "out").exists()
     given = {"folder": "a", "output": "b"}
-    with pytest.raises(UserError, match="'flip' cannot be True: a mirrored keypose"):
+    with pytest.raises(UserError, match="'flip' cannot be True: mirroring a keypose"):
         build(ControlConfig, given, {"kind": "keypose", "flip": True})
     with pytest.raises(UserError, match="did you mean 'steps'"):
         build(ControlConfig, given, {"stpes": 3})
@@ -237,7 +236,7 @@ def test_the_verb(pairs: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pyt
         opened.append(f"{condition.kind} {condition.file.name}")
         return read_control_image(condition)
 
-    monkeypatch.setattr("spectral_diffusion.scenes.control.read_drawing", watched)
+    monkeypatch.setattr("spectral_diffusion.scenes.control.read_control_image", watched)
     app = typer.Typer()
     app.callback()(lambda: None)
     app.command("train-control")(verb)

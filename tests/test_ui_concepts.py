@@ -403,7 +403,7 @@ def test_tokens_are_suggested_and_clashes_told(workspace: Workspace, tom: Path, 
 
 def test_tokens_of_the_base_are_told(workspace: Workspace, tom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "<|endoftext|>" in concepts.pocket_tokens()
-    for module in ("concepts", "shelf", "editing"):
+    for module in ("concepts", "overview", "editing"):
         monkeypatch.setattr(f"spectral_diffusion.app.{module}.pocket_tokens", lambda: frozenset({"<tom>"}))
     [problem] = look(workspace).problems
     assert "<tom>" in problem and "pocket base" in problem

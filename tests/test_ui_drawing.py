@@ -35,7 +35,7 @@ from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.scenes.png_metadata import read_settings
 from spectral_diffusion.training.run import train_to_file
 
-QUICK: dict[str, Any] = {"steps": 3, "device": "cpu"}
+QUICK: dict[str, Any] = {"num_inference_steps": 3, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def test_everything_at_once_and_the_round_trip(
     base = trained[0]
     drawn = draw(
         workspace, base, keeper, canvas=read_canvas(full_value()), adapters=["tom"], strength="tom=0.7, jim=1.3",
-        seed=7, count=2, width=32, height=16, sketch_weight=0.6, region_share=0.1, negative_prompt="snow",
+        seed=7, num_images=2, width=32, height=16, sketch_weight=0.6, global_prompt_weight=0.1, negative_prompt="snow",
         prompt="a <tom> and a <nobody> on the grass",
     )  # fmt: skip
     assert [path.stem[-2:] for path in drawn.pictures] == ["-7", "-8"]
@@ -304,7 +304,8 @@ def test_preview_and_cancel(workspace: Workspace, trained: tuple[Path, Path], ke
     seen: list[tuple[int, int]] = []
     told: list[tuple[int, int]] = []
     done = draw(
-        workspace, trained[0], keeper, steps=12, count=2, preview=lambda images: seen.append(images[0].size),
+        workspace, trained[0], keeper, num_inference_steps=12, num_images=2,
+        preview=lambda images: seen.append(images[0].size),
         progress=lambda event: told.append((event.done, event.total)),
     )  # fmt: skip
     assert seen == [(16, 16)] * 12 and len(done.pictures) == 2
@@ -312,7 +313,7 @@ def test_preview_and_cancel(workspace: Workspace, trained: tuple[Path, Path], ke
 
     calls = iter(range(100))
     stopped = draw(
-        workspace, trained[0], keeper, count=3, canvas=read_canvas(full_value() | {"keypose": ""}),
+        workspace, trained[0], keeper, num_images=3, canvas=read_canvas(full_value() | {"keypose": ""}),
         should_stop=lambda: next(calls) > 3,
     )  # fmt: skip
     assert stopped.words.endswith("Stopped; 1 picture of 16×16 pixels finished before that.")
@@ -433,7 +434,14 @@ def test_gallery_pages_download_and_delete(workspace: Workspace, trained: tuple[
     with pytest.raises(UserError, match="No picture is chosen"):
         pictures.about(workspace, None)
     drawn = draw(
-        workspace, trained[0], keeper, count=2, adapters=["tom"], canvas=read_canvas(full_value()), width=32, height=16
+        workspace,
+        trained[0],
+        keeper,
+        num_images=2,
+        adapters=["tom"],
+        canvas=read_canvas(full_value()),
+        width=32,
+        height=16,
     )
     (workspace.pictures / "odd.png").write_bytes(b"garbage")
     Image.new("RGB", (8, 8)).save(workspace.pictures / "foreign.png")
@@ -549,9 +557,10 @@ class Asker:
 def values_of(base: Path, **more: Any) -> list[Any]:
     from spectral_diffusion.app.tabs.generate import Fields
 
-    usual = {"prompt": "a <tom>", "base": str(base), "adapters": ["tom"], "scales": "1", "num_inference_steps": 3, "guidance_scale": 2.0,
-             "sampler": "dpm", "canvas": full_value(), "sketch_weight": 1.0, "keypose_weight": 1.0, "region_start": 0.0,
-             "region_end": 1.0, "num_images": 1, "seed": 3}  # fmt: skip
+    usual = {"prompt": "a <tom>", "base": str(base), "adapters": ["tom"], "strength": "1",
+             "num_inference_steps": 3, "guidance_scale": 2.0, "sampler": "dpm", "canvas": full_value(),
+             "sketch_weight": 1.0, "keypose_weight": 1.0, "region_start": 0.0, "region_end": 1.0, "num_images": 1,
+             "seed": 3}  # fmt: skip
     return [(usual | more).get(name) for name in Fields.__dataclass_fields__]
 
 
@@ -645,12 +654,13 @@ def test_endpoint_draws_with_sketch_and_regions(
     client = Client(served[1], verbose=False, analytics_enabled=False)
     (tmp_path / "sketch.png").write_bytes(strokes())
     files, words = client.predict(
-        prompt="a <tom> and a <jim>", base=str(trained[0]), strength="0.8", seed=7, count=2, width=32, height=16,
-        steps=2, sketch=handle_file(tmp_path / "sketch.png"), regions=full_value()["regions"], api_name="/generate",
+        prompt="a <tom> and a <jim>", base=str(trained[0]), strength="0.8", seed=7, num_images=2, width=32, height=16,
+        num_inference_steps=2, sketch=handle_file(tmp_path / "sketch.png"), regions=full_value()["regions"],
+        api_name="/generate",
     )  # fmt: skip
     assert len(files) == 2 and "Drew 2 pictures of " in words
     settings = read_settings(Path(files[0]))
-    assert settings["seed"] == 7 and len(settings["regions"]) == 2 and settings["conditions"][0]["kind"] == "sketch"
+    assert settings["seed"] == 7 and len(settings["regions"]) == 2 and settings["controls"][0]["kind"] == "sketch"
     for more, sentence in (
         ({"adapters": ["nonsense"]}, "No adapter 'nonsense'"),
         ({"regions": [{"box": [0, 0, 2, 1], "prompt": "x"}]}, "four numbers from 0 to 1"),
@@ -665,7 +675,9 @@ def test_twenty_at_once_are_all_answered(served: tuple[Workspace, str], trained:
 
     clients = [Client(served[1], verbose=False, analytics_enabled=False) for _ in range(4)]
     jobs = [
-        clients[number % 4].submit("a dog", base=str(trained[0]), seed=number, steps=2, api_name="/generate")
+        clients[number % 4].submit(
+            "a dog", base=str(trained[0]), seed=number, num_inference_steps=2, api_name="/generate"
+        )
         for number in range(20)
     ]
     seeds = [read_settings(Path(job.result(timeout=120)[0][0]))["seed"] for job in jobs]

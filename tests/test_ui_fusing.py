@@ -127,7 +127,7 @@ def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace, m
     few = {"distill": {"num_images": 2, "num_prior_images": 2, "noises_per_image": 2, "batch_size": 4}}
     monkeypatch.setattr(fusing, "preset_part", lambda name, verb: few)
     seen: list[Event] = []
-    fusing.fuse(workspace, ["rex", "mug"], "clever", BOTH, seen.append, teach=2)
+    fusing.fuse(workspace, ["rex", "mug"], "clever", BOTH, seen.append, distill_steps=2)
     assert {"lesson", "teach"} <= {event.stage for event in seen}
     [saved] = fusing.fusions(workspace)
     assert (saved.taught, saved.merge, saved.problem) == (2, "spectral", "")
@@ -140,7 +140,12 @@ def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace, m
 
     with pytest.raises(UserError, match="nothing was saved"):
         fusing.fuse(
-            workspace, ["rex", "mug"], "dull", BOTH, cancellable(stop, watched, "Stopped; nothing was saved."), teach=9
+            workspace,
+            ["rex", "mug"],
+            "dull",
+            BOTH,
+            cancellable(stop, watched, "Stopped; nothing was saved."),
+            distill_steps=9,
         )
     assert fusing.fused_names(workspace) == ["clever"]
 
@@ -150,12 +155,14 @@ def test_the_page_fuses_as_the_command_line_does(workspace: Workspace, monkeypat
         return fusing.settings_for(workspace, ["rex", "mug"], workspace.fused / "pair", {}, **changes)
 
     large = read_yaml(preset("sd15-12gb"))["fuse"]["distill"]
-    assert wanted().distill == DistillConfig(**large) and wanted(teach=300, anchor=2.0).distill.steps == 300
+    assert (
+        wanted().distill == DistillConfig(**large) and wanted(distill_steps=300, prior_weight=2.0).distill.steps == 300
+    )
     monkeypatch.setattr(
         fusing, "read_adapter", lambda workspace, name: replace(read_adapter(workspace, name), base="pocket")
     )
     [pocket, taught] = [read_yaml(preset(name))["fuse"] for name in ("pocket", "pocket-distilled")]
-    assert wanted(teach=300).distill == DistillConfig(**pocket["distill"], steps=300)
+    assert wanted(distill_steps=300).distill == DistillConfig(**pocket["distill"], steps=300)
     whole = wanted(preset="pocket-distilled")
     assert whole.distill == DistillConfig(**taught["distill"]) and whole.merge == taught["merge"]
     assert whole.calibration == CalibrationConfig(**taught["calibration"])
@@ -302,10 +309,10 @@ def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: 
         ),
         "It was so; use --base pocket. A file of the same shapes can be forced with --allow-base.": "It was so.",
         "No such file: /home/ann/a.safetensors.": "No such file: a.safetensors.",
-        "It would be taken away again. Fuse without teach.steps.": (
+        "It would be taken away again. Fuse without distill.steps.": (
             "It would be taken away again. Choose no under Teach it afterwards."
         ),
-        "Teaching met NaN or infinity at step 3: lower teach.learning_rate.": (
+        "Teaching met NaN or infinity at step 3: lower distill.learning_rate.": (
             "Teaching met NaN or infinity at step 3; choose fewer steps of teaching, or none."
         ),
         "This training needs about 9.0 GiB and there are 7.0 GiB: set gradient_checkpointing=true, a smaller batch or "

@@ -35,7 +35,8 @@ from spectral_diffusion.slots.ledger import LEDGER, Ledger
 from spectral_diffusion.training.run import state_path, train_to_file
 
 QUICK: dict[str, Any] = {
-    "rank": 2, "batch_size": 1, "crops_per_image": 1, "device": "cpu", "mixed_precision": "no", "prior": {"loss_weight": 0.0},
+    "rank": 2, "batch_size": 1, "crops_per_image": 1, "device": "cpu", "mixed_precision": "no",
+    "prior": {"loss_weight": 0.0},
 }  # fmt: skip
 STAND_IN = """
 import json, os, pathlib, signal, sys, time

@@ -17,14 +17,13 @@ from spectral_diffusion.adapters.attach import inject_adapter
 from spectral_diffusion.adapters.frozen import frozen_tensors
 from spectral_diffusion.cli import main
 from spectral_diffusion.config.train import TrainConfig
-from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.hooks import Event
 from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.slots.ledger import Slot
 from spectral_diffusion.training.card import SIZE
-from spectral_diffusion.training.checkpoint import Stopped
 from spectral_diffusion.training.run import train_to_file
 from spectral_diffusion.training.slow_steps import SlowSteps
 from spectral_diffusion.training.status import (
@@ -112,7 +111,7 @@ def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path) -> None:
     ("error", "state", "message"),
     [
         (None, "done", ""),
-        (Stopped("Stopped at step 3 of 6; --resume goes on from there."), "stopped", "Stopped at step 3"),
+        (Cancelled("Stopped at step 3 of 6; --resume goes on from there."), "stopped", "Stopped at step 3"),
         (UserError("No such folder: x."), "failed", "No such folder: x."),
         (RuntimeError("out of luck"), "failed", "RuntimeError: out of luck."),
         (KeyboardInterrupt(), "stopped", "Stopped."),
@@ -193,7 +192,7 @@ def same(one: Adapter, two: Adapter) -> bool:
     )
 
 
-WATCH = {"every": 2, "steps": 2, "prompts": ["a photo of {}", "{} on the beach"], "card": True}
+WATCH = {"every": 2, "num_inference_steps": 2, "prompts": ["a photo of {}", "{} on the beach"], "model_card": True}
 
 
 @pytest.mark.parametrize(
@@ -256,9 +255,9 @@ def test_a_plateau_of_likeness_ends_the_training(
 ) -> None:
     """The encoder knows the pocket base's world alone; here it is made to see a rise, then a rest."""
     seen = iter([0.2, 0.5, 0.5, 0.501, 0.9])
-    monkeypatch.setattr("spectral_diffusion.training.validation.likeness", lambda *_: torch.tensor([next(seen)]))
+    monkeypatch.setattr("spectral_diffusion.training.validation.identity_score", lambda *_: torch.tensor([next(seen)]))
     notes: list[str] = []
-    watch = {**WATCH, "every": 1, "patience": 2, "steps": 1, "prompts": ["{}"]}
+    watch = {**WATCH, "every": 1, "early_stopping_patience": 2, "num_inference_steps": 1, "prompts": ["{}"]}
     config = settings(
         photos, tiny_base, tmp_path / "rex.safetensors", validation=watch, steps=20, checkpointing_steps=1
     )
@@ -267,12 +266,12 @@ def test_a_plateau_of_likeness_ends_the_training(
     assert any("only the pocket base has an identity encoder" in note for note in notes)
     base.name = "pocket"
     asked = iter(range(100))
-    with pytest.raises(Stopped):
+    with pytest.raises(Cancelled):
         train_to_file(config, base=base, should_stop=lambda: next(asked) >= 3)
     train_to_file(config, base=base, note=notes.append, resume=True)
     assert "done at step 4" in notes[-1] and config.output.is_file()
     assert "0.501 at the end" in config.output.with_suffix(".md").read_text()
-    with pytest.raises(ValueError, match=r"watch\.every"):
+    with pytest.raises(ValueError, match=r"validation\.every"):
         TrainConfig(concept=photos, output=photos, validation={"early_stopping_patience": 2})  # type: ignore[arg-type]
 
 

@@ -21,7 +21,7 @@ MIN_COSINE = 0.999
 MAX_SHIFT = 5e-3  # of singular values, relative to the largest: more than any rounding to half precision does
 
 
-@dataclass
+@dataclass(eq=False)  # so that it can be a key
 class Adapter:
     """One concept in one file.
 
@@ -30,8 +30,8 @@ class Adapter:
         sizes: layer to the (out, in) of its weight as a matrix.
         frozen: layer to the stored tensors that the parameters are built on, such as the band's U, S, V.
         vectors: the token's embedding rows by text encoder, (n, width) each.
-        layerwise: by text encoder the rows of every cross-attention layer, (layers, n, width) each, where they differ;
-            ``vectors`` are then their mean, for all that holds one vector only.
+        per_layer_vectors: by text encoder the rows of every cross-attention layer, (layers, n, width) each, where
+            they differ; ``vectors`` are then their mean, for all that holds one vector only.
         kernels: convolution to its kernel (in, kh, kw), into which a row of the matrix folds.
         earlier: tokens and vectors of the concepts that this one was trained on top of.
         config: the resolved training settings; ``provenance``: libraries, processor and threads that made it.
@@ -64,7 +64,7 @@ class Adapter:
     @property
     def bands(self) -> dict[str, SingularTriplets]:
         """Layer to the columns it was trained on; empty for methods without them."""
-        if self.method.builds_on != "band":
+        if self.method.builds_on != "columns":
             return {}
         return {layer: SingularTriplets(held["U"], held["S"], held["V"]) for layer, held in self.frozen.items()}
 
@@ -76,7 +76,7 @@ class Adapter:
     @property
     def needs_base(self) -> bool:
         """Whether its ΔW can only be told beside the base's own weights."""
-        return self.method.builds_on in {"weight", "spectrum"}
+        return self.method.builds_on in {"weight", "full_svd"}
 
     def parameters_of(self, layer: str) -> dict[str, Tensor]:
         """The trained parameters of one layer under the method's names."""
@@ -90,7 +90,7 @@ class Adapter:
             UserError: the weight is needed and missing, or it is another base's.
         """
         stored = self.frozen.get(layer, {})
-        if self.method.builds_on == "drawn":
+        if self.method.builds_on == "random":
             assert self.method.init_frozen is not None
             return {**self.method.init_frozen(*self.sizes[layer], self.rank, self.slot), **stored}
         if not self.needs_base:
@@ -140,7 +140,7 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
     if adapter.fingerprint.same(here):
         return None
     if adapter.fingerprint.same_rounded(here):
-        if adapter.method.builds_on != "spectrum":
+        if adapter.method.builds_on != "full_svd":
             return None
         return (
             f"'{adapter.name}' is an {adapter.method.name} adapter of the same base in another precision: its singular "

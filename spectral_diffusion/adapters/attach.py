@@ -16,12 +16,10 @@ from typing import Any, cast
 import torch
 from peft import PeftConfig, inject_adapter_in_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.adalora import RankAllocator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..linalg import flatten
-from ..methods.registry import Method
+from ..methods.registry import Method, Schedule
 from ..models.targets import find_targets
 from .layer import AdaptedLayer, hooks_of
 from .tuner import SpectralConfig
@@ -33,15 +31,15 @@ Frozen = Mapping[str, Mapping[str, Tensor]]
 class InjectedAdapter:
     """One adapter on the models of a base.
 
-    ``layers`` maps ``component.module.path`` to the tuner layer that holds it; ``allocators`` are AdaLoRA's, by
-    component, with the model they work on.
+    ``layers`` maps ``component.module.path`` to the tuner layer that holds it; ``schedules`` are the method's, by
+    component.
     """
 
     name: str
     method: Method
     rank: int
     layers: dict[str, BaseTunerLayer]
-    allocators: dict[str, tuple[RankAllocator, nn.Module]] = field(default_factory=dict)
+    schedules: dict[str, Schedule] = field(default_factory=dict)
 
     def parameters(self, layer: str) -> dict[str, nn.Parameter]:
         """The trainable parameters of one layer under the method's names."""
@@ -89,50 +87,30 @@ class InjectedAdapter:
         return torch.stack([self.method.penalty(self.parameters(layer)) for layer in self.layers]).mean()
 
     def on_step(self, step: int) -> None:
-        """What the method does after the optimiser's step ``step``: AdaLoRA takes singular values away."""
-        for allocator, model in self.allocators.values():
-            config = allocator.peft_config
-            left = config.total_step - config.tfinal
-            for _, parameter in self.named_parameters():
-                if parameter.grad is None:  # a layer that nothing went through scores nothing
-                    parameter.grad = torch.zeros_like(parameter)
-            if step < left:
-                allocator.update_and_allocate(model, step)
-            elif step == left:
-                config.rank_pattern = allocator.update_and_allocate(model, step, force_mask=True)[1]
-            elif config.rank_pattern:
-                allocator.mask_using_rank_pattern(model, config.rank_pattern)
+        """What the method does after the optimizer's step ``step``."""
+        for schedule in self.schedules.values():
+            schedule.after_step(step)
 
     def prune(self) -> None:
-        """Take away again what a schedule took for good, where an average of the parameters brings it back."""
-        for allocator, model in self.allocators.values():
-            if allocator.peft_config.rank_pattern:
-                allocator.mask_using_rank_pattern(model, allocator.peft_config.rank_pattern)
+        """Remove again what a schedule has removed for good."""
+        for schedule in self.schedules.values():
+            schedule.prune()
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a resume needs beside parameters: tensors, and a JSON-able mapping."""
+        """What a resumed training needs besides parameters: tensors, and a mapping that JSON can hold."""
         tensors: dict[str, Tensor] = {}
         patterns: dict[str, Any] = {}
-        for component, (allocator, _) in self.allocators.items():
-            for kind in ("ipt", "exp_avg_ipt", "exp_avg_unc"):
-                tensors |= {f"{component}|{kind}|{name}": t for name, t in getattr(allocator, kind).items()}
-            patterns[component] = allocator.peft_config.rank_pattern
+        for component, schedule in self.schedules.items():
+            own, patterns[component] = schedule.state()
+            tensors |= {f"{component}|{name}": tensor for name, tensor in own.items()}
         return tensors, patterns
 
     def load_extra_state(self, tensors: Mapping[str, Tensor], patterns: Mapping[str, Any]) -> None:
         """Take :meth:`extra_state` back."""
-        for component, (allocator, model) in self.allocators.items():
-            device = next(model.parameters()).device
-            pattern = patterns.get(component)
-            allocator.peft_config.rank_pattern = pattern and {self._own(name): kept for name, kept in pattern.items()}
-            for key, value in tensors.items():
-                where, kind, name = key.split("|", 2)
-                if where == component:
-                    getattr(allocator, kind)[self._own(name)] = value.to(device, copy=True)
-
-    def _own(self, name: str) -> str:
-        """PEFT's name of a parameter with this adapter's name at its end, where earlier states have the concept's."""
-        return re.sub(r"(\.lora_[ABE])\..*$", rf"\1.{self.name}", name)
+        for component, schedule in self.schedules.items():
+            start = f"{component}|"
+            own = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+            schedule.load_state(own, patterns.get(component))
 
 
 def inject_adapter(
@@ -159,7 +137,7 @@ def inject_adapter(
     """
     wanted = [layer for layer in find_targets(models, targets) if only is None or layer in only]
     layers: dict[str, BaseTunerLayer] = {}
-    allocators: dict[str, tuple[RankAllocator, nn.Module]] = {}
+    schedules: dict[str, Schedule] = {}
     for component in dict.fromkeys(layer.split(".", 1)[0] for layer in wanted):
         model = models[component]
         paths = [layer.split(".", 1)[1] for layer in wanted if layer.startswith(f"{component}.")]
@@ -181,17 +159,16 @@ def inject_adapter(
             inject_adapter_in_model(config, model, name)
         for path in paths:
             layers[f"{component}.{path}"] = cast(BaseTunerLayer, model.get_submodule(path))
-        if method.peft and method.peft.kind == "ADALORA" and steps:
-            allocators[component] = (RankAllocator(model, config, name), model)
-    attachment = InjectedAdapter(name, method, rank, layers, allocators)
+        if method.peft and method.peft.schedule and steps:
+            schedules[component] = method.peft.schedule(model, config, name)
+    attachment = InjectedAdapter(name, method, rank, layers, schedules)
     if method.peft:
         for _, parameter in attachment.named_parameters():
             parameter.data = parameter.data.float()
     for layer, module in layers.items():
-        if "m" in (method.peft.parameters if method.peft else ()):
-            weight = flatten(cast(nn.Linear, module.get_base_layer()).weight.detach())
-            magnitude = attachment.parameters(layer)["m"]  # PEFT takes it in the base's precision
-            magnitude.data.copy_(weight.float().norm(dim=1).reshape(magnitude.shape))
+        if method.peft and method.peft.initialize:
+            weight = cast(nn.Linear, module.get_base_layer()).weight.detach()
+            method.peft.initialize(weight, attachment.parameters(layer))
         if isinstance(module, AdaptedLayer):
             if frozen and layer in frozen:
                 module.set_frozen(name, frozen[layer])

@@ -14,7 +14,7 @@ from ..slots.ledger import Slot
 from ..svd_cache import compute, spectrum_of, triplets_of
 
 Frozen = dict[str, dict[str, Tensor]]
-STORED = {"band": ("U", "S", "V", "D_U", "D_V", "c"), "spectrum": ("S",)}  # what goes into a file, by kind
+STORED = {"columns": ("U", "S", "V", "D_U", "D_V", "c"), "full_svd": ("S",)}  # what goes into a file, by kind
 
 
 def frozen_tensors(
@@ -31,15 +31,15 @@ def frozen_tensors(
         weights: layer to weight, (out, in) or (out, in, kh, kw).
         cached: whether spectra go through the disk cache.
     """
-    if method.builds_on == "band":
+    if method.builds_on == "columns":
         assert slot is not None
         bands = triplets_of(weights, slot, progress) if cached else _bands(weights, slot)
         return {layer: dict(band._asdict()) for layer, band in bands.items()}
-    if method.builds_on == "spectrum":
+    if method.builds_on == "full_svd":
         most = max(min(matrix_shape(weight)) for weight in weights.values())
         spectrum = spectrum_of(weights, most, progress=progress) if cached else compute(weights, most, progress)
         return {layer: dict(band._asdict()) for layer, band in spectrum.bands.items()}
-    if method.builds_on == "drawn":
+    if method.builds_on == "random":
         assert method.init_frozen is not None
         return {layer: method.init_frozen(*matrix_shape(weight), rank, slot) for layer, weight in weights.items()}
     return {layer: {} for layer in weights}
@@ -51,10 +51,10 @@ def _bands(weights: Mapping[str, Tensor], slot: Slot) -> dict[str, SingularTripl
 
 def hollow_tensors(method: Method, size: tuple[int, int], rank: int, slot: Slot | None) -> dict[str, Tensor]:
     """Tensors without numbers (on the meta device) in the shapes of a method's frozen ones, for a weight (out, in)."""
-    if method.builds_on == "drawn":
+    if method.builds_on == "random":
         assert method.init_frozen is not None
         return {name: value.to("meta") for name, value in method.init_frozen(*size, rank, slot).items()}
-    count = {"band": rank, "spectrum": min(size)}.get(method.builds_on)
+    count = {"columns": rank, "full_svd": min(size)}.get(method.builds_on)
     if count is None:
         return {}
     shapes = {"U": (size[0], count), "S": (count,), "V": (size[1], count)}

@@ -132,8 +132,8 @@ def settings_for(
 ) -> FuseConfig:
     """The settings that the page's fields stand for; ``changes`` are the merge's own, an empty one its default.
 
-    ``distill_steps``, ``prior_weight`` and ``form`` among them; ``preset`` is one that fuses, by default what the base brings along, or
-    what fits most graphics cards.
+    ``distill_steps``, ``prior_weight`` and ``form`` among them; ``preset`` is one that fuses, by default what the base
+    brings along, or what fits most graphics cards.
 
     Raises:
         UserError: nothing is chosen, or a setting cannot be.

@@ -14,14 +14,14 @@ from PIL import Image
 
 from ..config.presets import preset_part, preset_settings
 from ..config.settings import build
-from ..core.errors import UserError
+
+# Here rather than where they are used: torch and diffusers break when two pages' threads import them at once.
+from ..core.errors import Cancelled, UserError
 from ..core.files import write_bytes
 from ..core.hooks import Event, Progress, silent
 from ..merging.manifest import read_manifest
 from ..models.base import parse_device, size_from_configs
-
-# Here rather than where they are used: torch and diffusers break when two pages' threads import them at once.
-from ..scenes.generate import Cancelled, generate_to_file
+from ..scenes.generate import generate_to_file
 from ..scenes.scene import Scene
 from .adapters import adapter_file, adapter_files, read_adapter
 from .base_cache import BaseCache

@@ -15,21 +15,23 @@ from .workspace import Workspace
 SAID = {  # what the library says of the command line, and what a person does in the app
     "; choose another output with -o": "; choose another name",
     "--strength names": "A strength names",
-    "give one --strength above 0": "set one of them above 0",
+    "sum of the scales, which is not positive; give one concept a scale above 0": (
+        "sum of the strengths, which is not positive; set one of them above 0"
+    ),
     "use --form sum": "choose the form sum under More settings",
     "with another name=": "under another name",
     "with another token=": "with another token",
     "with token=<name>": "token",
     "; rename it, or choose another output with -o": "; rename it",
     "; draw with dtype=bfloat16 or float32": "; its base needs more precision than half of it",
-    "set gradient.staging=fused, ": "",
+    "set calibration.calibrate_on=previous_stages, ": "",
     "set gradient_checkpointing=true, a smaller batch or resolution, dtype=bfloat16, or take": "choose",
     " (choose how near with --rank)": "",
-    "Fuse without teach.steps.": "Choose no under Teach it afterwards.",
-    ": lower teach.learning_rate.": "; choose fewer steps of teaching, or none.",
-    "teach.targets: ": "",
-    ": set teach.gradient_checkpointing=true and a smaller teach.batch with more teach.accumulate, or no "
-    "teach.targets": "; choose no under Teach it afterwards",
+    "Fuse without distill.steps.": "Choose no under Teach it afterwards.",
+    ": lower distill.learning_rate.": "; choose fewer steps of teaching, or none.",
+    "distill.target_modules: ": "",
+    ": set distill.gradient_checkpointing=true and a smaller distill.batch_size with more "
+    "distill.gradient_accumulation_steps, or no distill.target_modules": "; choose no under Teach it afterwards",
     "; put them back, go on with these by --resume --force, or start anew by --force without --resume": (
         "; remove it and train it anew"
     ),

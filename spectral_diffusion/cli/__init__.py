@@ -34,7 +34,8 @@ def main() -> None:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is imported only where it is needed
             raise
         typer.echo(
-            "Error: The GPU's memory is full; take a smaller batch= or size, dtype=float16, or --device cpu.", err=True
+            "Error: The GPU's memory is full; take a smaller batch_size= or size, dtype=float16, or --device cpu.",
+            err=True,
         )
         sys.exit(2)
     except KeyboardInterrupt:

@@ -57,9 +57,9 @@ def evaluate(
         scenes=scene, encoders=encoder, scales=numbers(strength, "--strength"), base=base, output=text_of(output),
         seed=seed, num_images=count, allow_base=allow_base or None, device=device, dtype=dtype,
     )  # fmt: skip
+    from ..core.errors import Cancelled
     from ..evaluation.run import evaluate_to_folder
     from ..evaluation.settings import EvaluateConfig
-    from ..scenes.generate import Cancelled
     from ..scenes.scene import read_scene
 
     meant = named_base(files) if files else str(read_scene(Path(scene[0])).get("base", "pocket")) if scene else "pocket"

@@ -45,10 +45,10 @@ def train_control(
         device=device, dtype=dtype,
     )  # fmt: skip
     from ..config.control import ControlConfig
+    from ..core.errors import Cancelled
     from ..scenes.control import read_control_image
     from ..scenes.scene import ControlImage
     from ..training.control_adapter import train_control as train
-    from ..training.loop import Stopped
 
     settings = resolve(ControlConfig, "train-control", config, flags, overrides)
     with progress_bar() as progress, stop_signals() as should_stop:
@@ -57,7 +57,7 @@ def train_control(
                 settings, None, resume, progress, should_stop, note=say,
                 read=lambda path: read_control_image(ControlImage(file=path, kind=settings.kind)).image,
             )  # fmt: skip
-        except Stopped as stopped:
+        except Cancelled as stopped:
             say(str(stopped))
             raise typer.Exit(130) from stopped
     say(f"Wrote {settings.output}/; a scene's condition takes it with adapter: {settings.output}.")

@@ -100,8 +100,8 @@ def train_one(
     """Train one concept in this process."""
     with importing():
         from ..config.train import TrainConfig
+        from ..core.errors import Cancelled
         from ..core.hooks import silent
-        from ..training.checkpoint import Stopped
         from ..training.distributed import is_main_process
         from ..training.output import is_done
         from ..training.run import train_to_file
@@ -122,7 +122,7 @@ def train_one(
                 reporter.begin(settings, settings.output, resume)
                 done = resume and is_done(settings, force)
                 train_to_file(settings, resume, reporter.progress, should_stop, reporter.note, force=force)
-        except Stopped as stopped:
+        except Cancelled as stopped:
             tell(str(stopped))
             raise typer.Exit(130) from stopped
     if not done:
@@ -141,7 +141,7 @@ def train_batch(
 ) -> None:
     """Train several concepts, each in a process of its own."""
     from ..config.train import TrainConfig
-    from ..training.checkpoint import Stopped
+    from ..core.errors import Cancelled
     from ..training.multi_concept import jobs_of, run_batch
 
     if output is None or output.suffix == ".safetensors":
@@ -164,7 +164,7 @@ def train_batch(
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
             run_batch(jobs_of(folders, output, settings), command, jobs, resume, force, progress, should_stop, note=say)
-        except Stopped as stopped:
+        except Cancelled as stopped:
             say(str(stopped))
             raise typer.Exit(130) from stopped
     say(f"Wrote {len(folders)} adapters into {output}/.")

@@ -211,9 +211,10 @@ def generate(
     """Draw a scene: a prompt, adapters or a fused folder, regions, sketches and keyposes."""
     with importing():
         from ..config.settings import parse_overrides, to_yaml
+        from ..core.errors import Cancelled
         from ..core.files import refuse_overwriting_settings, write_settings
         from ..core.machine import heading
-        from ..scenes.generate import Cancelled, generate_to_file
+        from ..scenes.generate import generate_to_file
         from ..scenes.scene import Scene
 
     if schema:

@@ -61,12 +61,9 @@ class DistillConfig(Settings):
     )
 
 
-class FuseConfig(Settings):
-    """Fuse several adapters into one model."""
+class MergeConfig(Settings):
+    """How adapters are merged, and what happens after."""
 
-    adapters: list[Path] = Field(min_length=1, description="Adapter files or fused folders.")
-    output: Path = Field(description="Folder to write.")
-    base: str | None = Field(None, description="Base to fuse into. Default: the base that the adapters name.")
     merge: str = Field("spectral", description="How to merge; `merges` lists them.")
     options: dict[str, Any] = Field({}, description="Settings of the merge itself, such as options.density=0.3.")
     scales: dict[str, FiniteFloat] = Field(
@@ -79,3 +76,11 @@ class FuseConfig(Settings):
     device: str = Field("auto", description="auto, cpu, cuda, mps …")
     mixed_precision: Precision = Field("auto", description="Autocast in distillation: auto takes what is fastest.")
     allow_tf32: bool = Field(False, description="On CUDA, round the factors of float32 products to TensorFloat-32.")
+
+
+class FuseConfig(MergeConfig):
+    """Fuse several adapters into one model and write it."""
+
+    adapters: list[Path] = Field(min_length=1, description="Adapter files or fused folders.")
+    output: Path = Field(description="Folder to write.")
+    base: str | None = Field(None, description="Base to fuse into. Default: the base that the adapters name.")

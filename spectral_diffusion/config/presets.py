@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from ..core.assets import preset, preset_of
 from ..core.errors import UserError
-from ..methods import get_method
 from .settings import Model, build, read_yaml
 from .train import TrainConfig
 
@@ -34,6 +33,8 @@ def rates_for(settings: dict[str, Any], method: Any) -> dict[str, Any]:
     Raises:
         UserError: there is no such method.
     """
+    from ..methods import get_method  # it brings torch, which no page has to wait for
+
     before = settings.get("method")
     if not (isinstance(before, str) and isinstance(method, str)) or before == method:
         return settings
@@ -53,6 +54,8 @@ def with_rates(config: TrainConfig) -> TrainConfig:
     Raises:
         UserError: there is no such method.
     """
+    from ..methods import get_method  # see above
+
     scale = get_method(config.method).lr_scale
     unset = {name: round_rate(getattr(config, name) * scale) for name in RATES if name not in config.model_fields_set}
     return config.model_copy(update=unset)

@@ -108,7 +108,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
-    """``["steps=10", "strength.rex=0.8"]`` to a mapping; values are read as YAML scalars.
+    """``["steps=10", "scales.rex=0.8"]`` to a mapping; values are read as YAML scalars.
 
     Raises:
         UserError: a word without ``=``.

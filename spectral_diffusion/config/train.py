@@ -133,6 +133,7 @@ class TrainConfig(Settings):
     init_from_adapter: Path | None = Field(
         None, description="A spectral-rotation adapter whose rotated columns training starts from."
     )
+    ledger: Path | None = Field(None, description="Ledger of slots. Default: slots.json beside the output.")
     slot_seed: int | None = Field(None, ge=0, lt=2**31, description="Seed of a random slot. Default: fresh, recorded.")
     target_modules: str = Field(
         "attention", description="Layers to adapt: attention, feed-forward, conv …, joined by +."

@@ -49,8 +49,12 @@ class UserError(Exception):
         return f"{self.message} Use {', or '.join(ways)}."
 
 
+class Cancelled(Exception):
+    """The job was asked to stop, and did. What it had made so far is kept. It is no error."""
+
+
 class NotFiniteError(UserError):
-    """Training, teaching or drawing met NaN or infinity and stopped; nothing was written over."""
+    """Training, distillation or generation met NaN or infinity and stopped; nothing was overwritten."""
 
 
 def reason(error: BaseException, limit: int = 160) -> str:

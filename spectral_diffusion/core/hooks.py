@@ -1,12 +1,15 @@
-"""Progress without printing: library code calls back, the command line or the UI shows."""
+"""What a long job asks and tells on its way. Library code calls back; the command line or the app shows it."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Protocol
+
+from .errors import Cancelled
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,40 @@ def brief_duration(seconds: float) -> str:
 
 def silent(event: Event, /) -> None:
     """Show nothing."""
+
+
+def ignore(text: str) -> None:
+    """Tell nobody."""
+
+
+def never() -> bool:
+    """Do not stop."""
+    return False
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """The callbacks of a long job.
+
+    Attributes:
+        progress: called after every step.
+        notify: called with a sentence that the user should read.
+        should_stop: asked between steps; the job then saves what it has and raises :class:`.errors.Cancelled`.
+    """
+
+    progress: Progress = silent
+    notify: Callable[[str], None] = ignore
+    should_stop: Callable[[], bool] = never
+
+    def step(self, stage: str, done: int, total: int, **metrics: Any) -> None:
+        """Report that ``done`` of ``total`` steps of a stage are done."""
+        self.progress(Event(stage, done, total, metrics))
+
+    def raise_if_stopped(self, message: str = "Stopped.") -> None:
+        """End the job here if that is asked.
+
+        Raises:
+            Cancelled: it is.
+        """
+        if self.should_stop():
+            raise Cancelled(message)

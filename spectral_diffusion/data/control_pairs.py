@@ -41,7 +41,7 @@ def read_pairs(config: ControlConfig, note: Callable[[str], None]) -> list[Contr
 
     Pictures and captions lie as for a concept (:func:`..data.folder.load_concept`). A picture's condition has its name
     in ``sketch/`` or ``keypose/`` or else ``conditions/``, or lies beside it as ``<name>.sketch.png`` or as
-    ``<name>_sketch.png``, which ``conditions sketch`` writes.
+    ``<name>_sketch.png``, which ``extract sketch`` writes.
 
     Raises:
         UserError: no picture has one, or one shows another frame than its picture.

@@ -91,7 +91,7 @@ def bucket_frames(size: int, step: int) -> list[Frame]:
     sides = [side for side in range(step, 2 * size + 1, step) if 2 * side >= size]
     frames = [(width, height) for width in sides for height in sides if width * height <= size * size]
     if not frames:
-        raise UserError(f"data.buckets needs a resolution of at least {step} on this base; {size} is too small.")
+        raise UserError(f"data.aspect_buckets needs a resolution of at least {step} on this base; {size} is too small.")
     return frames
 
 

@@ -144,7 +144,9 @@ def load_concept(folder: Path, name: str | None = None, token: str | None = None
         )
     notes = [*found.notes, *([found.nested] if found.nested else [])]
     if about.noun == UNKNOWN:
-        notes.append(f"'{about.name}' gives no class noun, so it is trained as an {UNKNOWN}; noun=dog says what it is.")
+        notes.append(
+            f"'{about.name}' gives no class noun, so it is trained as an {UNKNOWN}; class_noun=dog says what it is."
+        )
     return Concept(
         about.name, about.noun, about.token, tuple(found.photos), tuple(found.skipped), tuple(notes),
         tuple(found.drawings),

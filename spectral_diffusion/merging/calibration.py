@@ -109,37 +109,18 @@ def calibrate(
         record_activations(layers, config.tokens_per_call, seed) as take,
     ):
 
-        def fold(pipe: Any = None, step: int = 0, timestep: Any = None, state: Any = None) -> Any:
+        def fold(step: int, latents: Tensor) -> None:
             for name, rows in take().items():
                 seen[name].add(rows)
-            return state
 
         for start in range(0, len(prompts), CHUNK):
             chunk = prompts[start : start + CHUNK]
-            base.pipeline(
-                prompt=chunk,
-                num_inference_steps=config.num_inference_steps,
-                guidance_scale=config.guidance_scale,
-                width=base.size,
-                height=base.size,
-                generator=[keyed_generator("gradient", seed, start + i) for i in range(len(chunk))],
-                output_type="latent",
-                callback_on_step_end=fold,
+            generators = [keyed_generator("gradient", seed, start + i) for i in range(len(chunk))]
+            base.denoiser.sample_latents(
+                chunk, generators, config.num_inference_steps, config.guidance_scale, on_step=fold
             )
             progress(Event("watch", min(start + CHUNK, len(prompts)), len(prompts)))
     return seen
-
-
-def predict(base: Base, prompts: list[str], noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """The U-Net's predictions (n, c, h, w) float32 for noised latents of the base's own size and prompts."""
-    words, pooled = base.encode(prompts)
-    more: dict[str, Any] = {}
-    if pooled is not None:  # SDXL is told the pooled words and the sizes
-        side = (base.size, base.size)
-        times = torch.tensor([(*side, 0, 0, *side)] * len(prompts), device=base.device)
-        more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": times}}
-    predicted: Tensor = base.pipeline.unet(noisy, timesteps, words, **more).sample
-    return predicted.float()
 
 
 def cached(

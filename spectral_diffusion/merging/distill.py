@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
@@ -31,8 +30,6 @@ from ..core.precision import MixedPrecision, autocast, is_half, loss_scaler
 from ..core.rng import keyed_generator, keyed_random
 from ..models.base import Base
 from ..models.tokens import collapse, known_tokens, trainable_rows
-from ..training.distributed import checkpointing, quick_attention
-from .calibration import predict
 
 CHUNK = 16  # pictures drawn, and predictions made, together; fewer where a batch is smaller, as memory may be short
 DRAWING = 10  # steps of each picture
@@ -79,7 +76,7 @@ def prepare_targets(
         if not adapter.tokens:
             raise UserError(
                 f"'{adapter.name}' has no word of its own: it changes ordinary prompts, which teaching would take away "
-                "again. Fuse without teach.steps."
+                "again. Fuse without distill.steps."
             )
     random = keyed_random("ordinary", seed)
     things = config.prior_subjects or [generic_subject(a, n) for a in GENERIC_ADJECTIVES for n in GENERIC_NOUNS]
@@ -105,7 +102,7 @@ def targets_of(
     strength: Strength = 1.0,
 ) -> TeacherTargets:
     """What an adapter (None: the base alone) draws for each of the things, and what is right to predict on the way."""
-    who = adapter.name if adapter else "ordinary"
+    who, denoiser = adapter.name if adapter else "ordinary", base.denoiser
     known = known_tokens(base.pipeline.tokenizer)
     prompts = [
         collapse(GENERIC_TEMPLATES[i % len(GENERIC_TEMPLATES)].replace("{}", thing), known)
@@ -119,15 +116,14 @@ def targets_of(
     random, generator = keyed_random("lesson", who, seed), keyed_generator("noise", who, seed)
     empty = 0.0 if adapter else config.empty_prompt_prob
     asked = ["" if random.random() < empty else prompt for prompt in prompts for _ in range(config.noises_per_image)]
-    schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
-    last = len(schedule.alphas_cumprod)
+    last = denoiser.num_timesteps
     timesteps = (last * torch.rand(len(latents), generator=generator) ** 0.5).long().clamp(max=last - 1)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
-    noisy = schedule.add_noise(latents, noise, timesteps)
+    noisy = denoiser.add_noise(latents, noise, timesteps)
 
     def answers(texts: list[str]) -> Tensor:
-        chunks = (slice(start, start + together) for start in range(0, len(texts), together))
-        return torch.cat([predict(base, texts[one], *moved(base, noisy[one], timesteps[one])).cpu() for one in chunks])
+        parts = (slice(start, start + together) for start in range(0, len(texts), together))
+        return torch.cat([predict(base, texts[part], noisy[part], timesteps[part]).cpu() for part in parts])
 
     nothing, share = [""] * len(asked), 1 - 1 / max(config.guidance_scale, 1.0)
     with enabled_adapters(base, active):
@@ -139,9 +135,10 @@ def targets_of(
     return TeacherTargets(asked, noisy, timesteps, wanted)
 
 
-def moved(base: Base, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors on the base's device."""
-    return tuple(tensor.to(base.device) for tensor in tensors)
+def predict(base: Base, prompts: Sequence[str], noisy: Tensor, timesteps: Tensor) -> Tensor:
+    """The network's predictions (n, c, h, w) float32 for noised latents of the base's own size and prompts."""
+    denoiser = base.denoiser
+    return denoiser.predict(noisy.to(base.device), timesteps.to(base.device), denoiser.encode(prompts))
 
 
 def sample_latents(base: Base, prompts: list[str], who: str, guidance: float, seed: int, together: int) -> Tensor:
@@ -149,16 +146,8 @@ def sample_latents(base: Base, prompts: list[str], who: str, guidance: float, se
     out = []
     for start in range(0, len(prompts), together):
         chunk = prompts[start : start + together]
-        pictures = base.pipeline(
-            prompt=chunk,
-            num_inference_steps=DRAWING,
-            guidance_scale=guidance,
-            width=base.size,
-            height=base.size,
-            output_type="latent",
-            generator=[keyed_generator("lesson", who, seed, start + i) for i in range(len(chunk))],
-        )
-        out.append(pictures.images.cpu())
+        generators = [keyed_generator("lesson", who, seed, start + i) for i in range(len(chunk))]
+        out.append(base.denoiser.sample_latents(chunk, generators, DRAWING, guidance).cpu())
     return torch.cat(out)
 
 
@@ -183,8 +172,8 @@ def distill(
         weight.requires_grad_(True)
     try:
         with ExitStack() as stack:
-            stack.enter_context(quick_attention(base, is_half(precision, base.dtype), base.size))
-            stack.enter_context(checkpointing(base, config.gradient_checkpointing))
+            stack.enter_context(base.denoiser.fast_attention(is_half(precision, base.dtype), base.size))
+            stack.enter_context(base.denoiser.gradient_checkpointing(config.gradient_checkpointing))
             rows = [
                 stack.enter_context(trainable_rows(tokenizer, base.models[encoder], tokens))
                 for encoder, tokenizer in base.tokenizers.items()
@@ -200,7 +189,7 @@ def distill(
                 for batch in batches(lessons, config, step, seed):
                     loss = loss_of(base, batch, precision) / config.gradient_accumulation_steps
                     if not torch.isfinite(loss):
-                        raise NotFiniteError(f"Teaching met NaN or infinity at step {step}: lower teach.learning_rate.")
+                        raise NotFiniteError(f"Teaching met NaN or infinity at step {step}: lower distill.learning_rate.")
                     scaler.scale(loss).backward()
                     total += float(loss.detach())
                 scaler.unscale_(optimizer)

@@ -13,7 +13,7 @@ from ..adapters.adapter import Adapter, check_base, shared_columns
 from ..adapters.formats.import_lora import distinct, import_lora, name_of
 from ..adapters.formats.native import save_adapter
 from ..adapters.formats.reading import is_foreign
-from ..config.fuse import FuseConfig
+from ..config.fuse import FuseConfig, MergeConfig
 from ..config.settings import to_yaml
 from ..core.errors import NotFiniteError, UserError, nearest
 from ..core.files import atomic_folder, check_writable, write_json, write_text
@@ -87,7 +87,7 @@ def scale_of(strength: Mapping[str, float], name: str, layer: str) -> float:
     return strength.get(name, 1.0) * strength.get(f"{name}.{layer.split('.', 1)[0]}", 1.0)
 
 
-def scales_of(config: FuseConfig, adapters: Iterable[Adapter]) -> dict[str, dict[str, float]]:
+def scales_of(config: MergeConfig, adapters: Iterable[Adapter]) -> dict[str, dict[str, float]]:
     """λ of every adapter by component."""
     components = {layer.split(".", 1)[0] for adapter in adapters for layer in adapter.layers}
     return {a.name: {part: scale_of(config.scales, a.name, f"{part}.") for part in components} for a in adapters}
@@ -96,7 +96,7 @@ def scales_of(config: FuseConfig, adapters: Iterable[Adapter]) -> dict[str, dict
 def fuse_adapters(
     base: Base,
     adapters: list[Adapter],
-    config: FuseConfig,
+    config: MergeConfig,
     progress: Progress = silent,
     note: Callable[[str], None] = lambda text: None,
     install: bool = True,
@@ -174,8 +174,8 @@ def add_change(weight: Tensor, change: Factors | Tensor, layer: str) -> None:
         raise NotFiniteError(f"{layer} is NaN or infinite once fused; lower the strengths of its adapters.")
 
 
-def extra_modules(base: Base, config: FuseConfig, adapted: Container[str]) -> list[nn.Linear | nn.Conv2d]:
-    """The layers of ``teach.targets`` that no adapter changes.
+def extra_modules(base: Base, config: MergeConfig, adapted: Container[str]) -> list[nn.Linear | nn.Conv2d]:
+    """The layers of ``distill.target_modules`` that no adapter changes.
 
     Raises:
         UserError: unknown targets.
@@ -185,12 +185,12 @@ def extra_modules(base: Base, config: FuseConfig, adapted: Container[str]) -> li
     try:
         found = find_targets(base.models, config.distill.target_modules)
     except UserError as error:
-        raise UserError(f"teach.targets: {error}") from error
+        raise UserError(f"distill.target_modules: {error}") from error
     return [layer for name, layer in found.items() if name not in adapted]
 
 
 def contribute(
-    adapters: list[Adapter], layer: str, weight: Tensor, config: FuseConfig, seen: Mapping[str, Seen]
+    adapters: list[Adapter], layer: str, weight: Tensor, config: MergeConfig, seen: Mapping[str, Seen]
 ) -> list[Contribution]:
     """What every adapter brings to one layer; one without the layer wants it to stay as it is."""
     found = []
@@ -212,7 +212,7 @@ def contribute(
     return found
 
 
-def stages(layers: list[str], merge: Merge, config: FuseConfig) -> list[list[str]]:
+def stages(layers: list[str], merge: Merge, config: MergeConfig) -> list[list[str]]:
     """The layers in the order in which they are fused: all at once, or as Mix-of-Show does."""
     if not merge.needs_activations or config.calibration.calibrate_on == "adapter":
         return [layers]
@@ -227,7 +227,7 @@ def stage_of(layer: str) -> int:
 
 
 def groups(
-    stage: list[str], adapters: list[Adapter], merge: Merge, config: FuseConfig, note: Callable[[str], None]
+    stage: list[str], adapters: list[Adapter], merge: Merge, config: MergeConfig, note: Callable[[str], None]
 ) -> list[list[str]]:
     """The layers of a stage in groups that are watched one after the other, so that each fits into memory.
 
@@ -269,7 +269,7 @@ def calibrate_stage(
     stage: dict[str, nn.Linear | nn.Conv2d],
     layers: list[str],
     merge: Merge,
-    config: FuseConfig,
+    config: MergeConfig,
     progress: Progress,
     note: Callable[[str], None],
 ) -> tuple[dict[str, Seen], Seen]:

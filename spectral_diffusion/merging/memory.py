@@ -13,12 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config.fuse import CalibrationConfig, DistillConfig
 from ..core.precision import MixedPrecision, autocast, is_half
-from ..models.base import Base, plain_attention_is_faster
+from ..models.base import Base
+from ..models.denoiser import plain_attention_is_faster
 from ..training.memory import CONTEXT, Estimate, LeanAttention, Models, Peak, base_kind, fitting, hollow, words
 from .calibration import CHUNK
 from .distill import CHUNK as TOGETHER
 
-MEND = "set teach.gradient_checkpointing=true and a smaller teach.batch with more teach.accumulate, or no teach.targets"
+MEND = (
+    "set distill.gradient_checkpointing=true and a smaller distill.batch_size with more "
+    "distill.gradient_accumulation_steps, or no distill.target_modules"
+)
 
 
 def calibration_memory(sizes: Mapping[str, tuple[int, int]], prompts: int, config: CalibrationConfig) -> int:

@@ -13,19 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, check_base
 from ..adapters.apply import enabled_adapters
-from ..config.fuse import DistillConfig, FuseConfig
+from ..config.fuse import DistillConfig, MergeConfig
 from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, generic_subject
 from ..core.hooks import Event, Progress, silent
 from ..core.rng import keyed_generator, keyed_random
 from ..models.base import Base
 from ..models.targets import find_targets
 from ..models.tokens import collapse, known_tokens
-from .calibration import predict
+from .distill import predict
 from .fuse import check_together, fuse_adapters
 from .merges.registry import get_merge
 
@@ -60,7 +59,7 @@ class Candidate:
 
 
 @torch.no_grad()
-def make_reference(base: Base, adapter: Adapter | None, config: FuseConfig) -> Reference:
+def make_reference(base: Base, adapter: Adapter | None, config: MergeConfig) -> Reference:
     """Draw held-out prompts with one adapter (or with none), noise the pictures, and predict."""
     known = known_tokens(base.pipeline.tokenizer)
     random = keyed_random("tune", adapter.name if adapter else "ordinary", config.seed)
@@ -69,25 +68,20 @@ def make_reference(base: Base, adapter: Adapter | None, config: FuseConfig) -> R
     for word, prompt in itertools.product(words, HELD_OUT):
         ordinary = generic_subject(random.choice(GENERIC_ADJECTIVES), random.choice(GENERIC_NOUNS))
         prompts.append(collapse(prompt.replace("{}", word or ordinary), known))
-    schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
-    steps = torch.tensor([int(share * (len(schedule.alphas_cumprod) - 1)) for share in NOISE])
+    denoiser = base.denoiser
+    steps = torch.tensor([int(share * (denoiser.num_timesteps - 1)) for share in NOISE])
 
     with enabled_adapters(base, [(adapter, 1.0)] if adapter else []):
-        latents = base.pipeline(
-            prompt=prompts,
-            num_inference_steps=config.calibration.num_inference_steps,
-            guidance_scale=config.calibration.guidance_scale,
-            width=base.size,
-            height=base.size,
-            output_type="latent",
-            generator=[keyed_generator("tune", config.seed, i) for i in range(len(prompts))],
-        ).images
+        generators = [keyed_generator("tune", config.seed, i) for i in range(len(prompts))]
+        latents = denoiser.sample_latents(
+            prompts, generators, config.calibration.num_inference_steps, config.calibration.guidance_scale
+        )
         latents = latents.repeat_interleave(len(steps), 0)
         timesteps = steps.repeat(len(prompts)).to(base.device)
         noise = torch.randn(latents.shape, generator=keyed_generator("tune", "noise", config.seed)).to(latents)
-        inputs = {
+        inputs: dict[str, Any] = {
             "prompts": [prompt for prompt in prompts for _ in steps],
-            "noisy": schedule.add_noise(latents, noise, timesteps),
+            "noisy": denoiser.add_noise(latents, noise, timesteps),
             "timesteps": timesteps,
         }
         wanted = predict(base, **inputs)
@@ -110,7 +104,7 @@ def untouched(base: Base, adapters: Sequence[Adapter]) -> Iterator[None]:
 def search_scales(
     base: Base,
     adapters: list[Adapter],
-    config: FuseConfig,
+    config: MergeConfig,
     strengths: Sequence[float] = STRENGTHS,
     anchors: Sequence[float] = (),
     progress: Progress = silent,
@@ -118,7 +112,7 @@ def search_scales(
 ) -> list[Candidate]:
     """Try every strength (and anchor, for merges that have one), best first; the base is as it was afterwards.
 
-    A strength multiplies what ``config.strength`` says of every concept. Tune on other concepts than those that are
+    A strength multiplies what ``config.scales`` says of every concept. Tune on other concepts than those that are
     reported, and only then fuse those.
 
     Raises:
@@ -140,7 +134,7 @@ def search_scales(
     grid = list(itertools.product(strengths, anchors or (config.calibration.prior_weight,)))
     for index, (strength, anchor) in enumerate(grid, 1):
         each = {adapter.name: strength * config.scales.get(adapter.name, 1.0) for adapter in adapters}
-        gradient = config.calibration.model_copy(update={"anchor": anchor})
+        gradient = config.calibration.model_copy(update={"prior_weight": anchor})
         changed = config.model_copy(update={"scales": {**config.scales, **each}, "calibration": gradient})
         with untouched(base, adapters):
             fuse_adapters(base, adapters, changed, note=note, install=False)

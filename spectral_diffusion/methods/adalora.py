@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..linalg import Factors
 from .registry import Method, Peft, Shapes, Tensors, register_method
@@ -39,6 +39,54 @@ def options(rank: int, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class RankSchedule:
+    """AdaLoRA's schedule on one network: singular values are removed by their importance (PEFT's ``RankAllocator``).
+
+    Args:
+        config: PEFT's, with ``total_step``, ``tinit``, ``tfinal``.
+        name: the adapter's name in PEFT.
+    """
+
+    AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # the allocator's, by parameter
+
+    def __init__(self, network: nn.Module, config: Any, name: str) -> None:
+        from peft.tuners.adalora import RankAllocator
+
+        self.network, self.config, self.name = network, config, name
+        self.allocator = RankAllocator(network, config, name)
+
+    def after_step(self, step: int) -> None:
+        """Score all parameters, and remove singular values; those of the last phase stay removed."""
+        last = self.config.total_step - self.config.tfinal
+        for name, parameter in self.network.named_parameters():
+            if self.name in name and parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)  # a layer that nothing went through scores nothing
+        if step < last:
+            self.allocator.update_and_allocate(self.network, step)
+        elif step == last:
+            self.config.rank_pattern = self.allocator.update_and_allocate(self.network, step, force_mask=True)[1]
+        else:
+            self.prune()
+
+    def prune(self) -> None:
+        """Remove again what was removed for good."""
+        if self.config.rank_pattern:
+            self.allocator.mask_using_rank_pattern(self.network, self.config.rank_pattern)
+
+    def state(self) -> tuple[dict[str, Tensor], Any]:
+        """The allocator's averages, ``average|parameter``, and which singular values stay."""
+        averages = {f"{kind}|{name}": t for kind in self.AVERAGES for name, t in getattr(self.allocator, kind).items()}
+        return averages, self.config.rank_pattern
+
+    def load_state(self, tensors: Tensors, pattern: Any) -> None:
+        """Take the state back."""
+        device = next(self.network.parameters()).device
+        self.config.rank_pattern = pattern
+        for key, value in tensors.items():
+            kind, name = key.split("|", 1)
+            getattr(self.allocator, kind)[name] = value.to(device, copy=True)
+
+
 METHOD = register_method(
     Method(
         name="adalora",
@@ -48,6 +96,6 @@ METHOD = register_method(
         penalty=penalty,
         lr_scale=3.0,
         ranks=lambda sides: range(2, min(min(side) for side in sides) + 1),  # it ends at half
-        peft=Peft("ADALORA", options, {"A": "lora_A", "B": "lora_B", "E": "lora_E"}),
+        peft=Peft("ADALORA", options, {"A": "lora_A", "B": "lora_B", "E": "lora_E"}, schedule=RankSchedule),
     )
 )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 from ..linalg import Factors, dense_factors, flatten
 from .registry import Method, Peft, Shapes, Tensors, register_method
 
@@ -19,6 +23,12 @@ def factors(parameters: Tensors, frozen: Tensors) -> Factors:
     return dense_factors(scaled - W)
 
 
+def initialize(weight: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    """Set m to the norms of W's rows in float32; PEFT computes them in the base's precision."""
+    magnitude = parameters["m"]
+    magnitude.data.copy_(flatten(weight).float().norm(dim=1).reshape(magnitude.shape))
+
+
 METHOD = register_method(
     Method(
         name="dora",
@@ -32,6 +42,7 @@ METHOD = register_method(
             "LORA",
             lambda rank, steps: {"r": rank, "lora_alpha": rank, "use_dora": True},
             {"A": "lora_A", "B": "lora_B", "m": "lora_magnitude_vector"},
+            initialize=initialize,
         ),
     )
 )

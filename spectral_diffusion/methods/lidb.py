@@ -47,7 +47,7 @@ METHOD = register_method(
         summary="LiDB (Ruiz et al. 2023): a small LoRA between frozen random frames, a = 50 and b = 100",
         shapes=shapes,
         factors=factors,
-        builds_on="drawn",
+        builds_on="random",
         init_frozen=draw,
         initial=initial,
         lr_scale=3.0,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.registry import Registry
 from ..linalg import Factors, SandwichFactors
@@ -22,13 +22,39 @@ Shapes = dict[str, tuple[int, ...]]
 Tensors = Mapping[str, Tensor]
 
 
+class Schedule(Protocol):
+    """What a method does between steps on one network."""
+
+    def after_step(self, step: int) -> None:
+        """The optimizer has made ``step`` steps."""
+
+    def prune(self) -> None:
+        """Remove for good what the schedule has removed, where an average of the parameters brings it back."""
+
+    def state(self) -> tuple[dict[str, Tensor], Any]:
+        """What a resumed training needs: tensors, and something JSON can hold."""
+
+    def load_state(self, tensors: Tensors, pattern: Any) -> None:
+        """Take :meth:`state` back."""
+
+
 @dataclass(frozen=True)
 class Peft:
-    """A method that PEFT trains: its configuration for a rank and some steps, and where the parameters live there."""
+    """A method that PEFT trains.
+
+    Attributes:
+        kind: PEFT's name of the method.
+        options: PEFT's settings for a rank and a number of steps.
+        parameters: our name to the layer's attribute.
+        initialize: sets parameters from the layer's weight where PEFT's own start is not exact enough.
+        schedule: what happens between the steps, for a network, PEFT's config and the adapter's name.
+    """
 
     kind: str
     options: Callable[[int, int], dict[str, Any]]
-    parameters: dict[str, str]  # our name to the layer's attribute
+    parameters: dict[str, str]
+    initialize: Callable[[Tensor, Mapping[str, Tensor]], None] | None = None
+    schedule: Callable[[nn.Module, Any, str], Schedule] | None = None
 
 
 def every_rank(sides: Sequence[tuple[int, int]]) -> Sequence[int]:
@@ -45,15 +71,18 @@ class Method:
         summary: one sentence, with its source.
         shapes: ``(out, in, rank)`` to the shapes of its trainable parameters.
         factors: its parameters and the frozen tensors it is built on to ``up (out, k), down (k, in)``.
-        frozen: what those tensors are: ``band`` (U, S, V of the slot's columns), ``spectrum`` (U, S, V of all of
-            them), ``weight`` (W itself), ``drawn`` (what ``draw`` makes from nothing but sizes), or ``nothing``.
+        builds_on: what those tensors are: ``columns`` (U, S, V of the slot's columns), ``full_svd`` (U, S, V of all
+            columns), ``weight`` (W itself), ``random`` (what ``init_frozen`` makes from nothing but sizes), or ``nothing``.
         slot: ``columns`` of the spectrum or ``rows`` of a shared basis that a concept has for itself, or None.
-        draw: ``(out, in, rank, slot)`` to frozen tensors.
+        init_frozen: ``(out, in, rank, slot)`` to random frozen tensors.
         initial: the parameters to begin with; all zero by default. ΔW is zero there.
-        core: the same ΔW as left · middle · right with frozen outer parts, where only the middle is trained.
-        prepare: parameters, and the frozen tensors that ``prepared_on`` names, to what ``factors`` and ``core`` take,
+        sandwich: the same ΔW as left · middle · right with frozen outer parts, where only the middle is trained.
+        prepare: parameters, and the frozen tensors that ``prepared_on`` names, to what ``factors`` and ``sandwich`` take,
             over leading dimensions, so that all layers go at once.
         map_input: the same ΔW as a map of the input, ΔW = W (map(I) − I), where that is cheaper.
+        continue_from: an adapter's parameters and frozen tensors to the frozen tensors of one that starts from it, where
+            that needs no new decomposition.
+        normalizable: whether its columns can be scaled to equal weight (``normalize``).
         penalty: a layer's contribution to the loss, averaged over layers.
         low_rank: whether k is small, so that a LoRA file holds the adapter exactly.
         frozen_up: whether the second half of ``up``'s columns is the band's own U, which needs no gradient.
@@ -69,7 +98,7 @@ class Method:
     summary: str
     shapes: Callable[[int, int, int], Shapes]
     factors: Callable[[Tensors, Tensors], Factors]
-    builds_on: Literal["band", "spectrum", "weight", "drawn", "nothing"] = "nothing"
+    builds_on: Literal["columns", "full_svd", "weight", "random", "nothing"] = "nothing"
     slot: Literal["columns", "rows"] | None = None
     init_frozen: Callable[[int, int, int, Slot | None], dict[str, Tensor]] | None = None
     initial: Callable[[Shapes, torch.Generator], dict[str, Tensor]] | None = None
@@ -77,6 +106,8 @@ class Method:
     prepare: Callable[[Tensors, Tensors], Tensors] | None = None
     prepared_on: tuple[str, ...] = ()
     map_input: Callable[[Tensor, Tensors], Tensor] | None = None
+    continue_from: Callable[[Tensors, Tensors], dict[str, Tensor]] | None = None
+    normalizable: bool = False
     penalty: Callable[[Tensors], Tensor] | None = None
     low_rank: bool = True
     frozen_up: bool = False

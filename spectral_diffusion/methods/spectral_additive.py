@@ -41,7 +41,8 @@ METHOD = register_method(
         summary="Spectral Adapter A: r columns of U and V, additively (paper, sec. 2)",
         shapes=shapes,
         factors=factors,
-        builds_on="band",
+        builds_on="columns",
+        normalizable=True,
         slot="columns",
         frozen_up=True,
     )
@@ -52,7 +53,8 @@ WITH_VALUES = register_method(
         summary="Spectral Adapter A with r trained singular values too (the reference code's form)",
         shapes=shapes_with_values,
         factors=factors,
-        builds_on="band",
+        builds_on="columns",
+        normalizable=True,
         slot="columns",
         frozen_up=True,
     )

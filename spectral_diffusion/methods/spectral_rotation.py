@@ -54,17 +54,27 @@ def factors(prepared: Tensors, frozen: Tensors) -> Factors:
         return core(prepared, frozen).factors()
 
 
+def continue_from(parameters: Tensors, frozen: Tensors) -> dict[str, Tensor]:
+    """The rotated columns as the new start: U R_U and V R_V are orthonormal again (Lemma 4.1), so no new SVD is needed.
+
+    The new start's D = R − I is composed with what the new training adds.
+    """
+    turned = prepare(parameters, frozen)
+    return {**frozen, **{name: value for name, value in turned.items() if name in PREPARED_ON}}
+
+
 METHOD = register_method(
     Method(
         name="spectral-rotation",
         summary="Spectral Adapter R: r columns of U and V, rotated by Cayley maps (paper, sec. 2)",
         shapes=shapes,
         factors=factors,
-        builds_on="band",
+        builds_on="columns",
         slot="columns",
         sandwich=core,
         prepare=prepare,
         prepared_on=PREPARED_ON,
+        continue_from=continue_from,
         lr_scale=10.0,
     )
 )
@@ -74,11 +84,12 @@ WITH_VALUES = register_method(
         summary="Spectral Adapter R with r trained scales of the singular values too",
         shapes=shapes_with_values,
         factors=factors,
-        builds_on="band",
+        builds_on="columns",
         slot="columns",
         sandwich=core,
         prepare=prepare,
         prepared_on=PREPARED_ON,
+        continue_from=continue_from,
         lr_scale=10.0,
     )
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from .. import pocket
 from ..core.errors import UserError, reason
 from ..core.files import check_not_disguised, read_header
+from .denoiser import Denoiser
+from .families import FAMILIES, family_of
 from .fingerprint import Fingerprint, Origin, kept_fingerprint, key_of_files, state_of
 from .targets import find_targets
 from .tokens import add_token_rows, embedding_of, ids_of, pool_at_end
@@ -84,6 +86,13 @@ class Base:
     def fingerprint(self) -> Fingerprint:
         return kept_fingerprint(self.models, self.origin)
 
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        """The family's way to encode, noise, predict and sample."""
+        family = family_of(self.pipeline)
+        assert family is not None  # as load_base has checked
+        return family(self.models, self.pipeline.vae, self.dtype, self.pipeline)
+
     @property
     def prediction_type(self) -> str:
         """``epsilon`` or ``v_prediction``, as the scheduler says."""
@@ -92,37 +101,11 @@ class Base:
     @property
     def size(self) -> int:
         """The side in pixels that the base was made for."""
-        return int(self.pipeline.unet.config.sample_size * self.pipeline.vae_scale_factor)
-
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Prompts as the U-Net reads them, (n, length, width), and for SDXL their pooled form (n, width).
-
-        An empty prompt is what the pipeline guides away from: SDXL's is zeros, not the encoded empty words.
-        """
-        words, _, *pooled = self.pipeline.encode_prompt(
-            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )
-        words, *summary = self.zero_empty_prompts(prompts, words, *pooled[:1])
-        return words, summary[0] if summary else None
-
-    def zero_empty_prompts(self, prompts: Sequence[str], *encoded: Tensor) -> tuple[Tensor, ...]:
-        """Encoded prompts, with zeros for empty ones where the pipeline takes these (SDXL)."""
-        if all(prompts) or not self.pipeline.config.get("force_zeros_for_empty_prompt"):
-            return encoded
-        empty = torch.tensor([not prompt for prompt in prompts], device=self.device)
-        return tuple(one.masked_fill(empty.view(-1, *[1] * (one.dim() - 1)), 0.0) for one in encoded)
+        return self.denoiser.size
 
     def weights(self, targets: str = "attention") -> dict[str, Tensor]:
         """The target weights by layer name."""
         return {name: layer.weight.detach() for name, layer in find_targets(self.models, targets).items()}
-
-
-def plain_attention_is_faster(device: str, half: bool, side: int) -> bool:
-    """Whether plain attention beats the fused one: on a CPU in half precision, for latents of less than ``side`` 64.
-
-    In float32 the fused one takes half the time where there are many places, and it never keeps the scores.
-    """
-    return device == "cpu" and half and side < 64
 
 
 @contextmanager
@@ -192,21 +175,36 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
     except Exception as error:  # the loaders raise nearly everything
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise UserError(f"Cannot load the base '{name}'{offline}: {reason(error)}.") from error
-    if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
+    base = base_of(pipeline.to(torch_device), name, torch_dtype)
+    base.origin = Origin(key, state_of(base.models)) if key else None
+    return base
+
+
+def base_of(pipeline: Any, name: str | None = None, dtype: torch.dtype | None = None) -> Base:
+    """The base that a loaded diffusers pipeline is. Its networks are frozen and set to evaluation.
+
+    Args:
+        name: default: where the pipeline says it was loaded from.
+
+    Raises:
+        UserError: a pipeline of another family, or one for inpainting.
+    """
+    if name is None:
+        name = str(pipeline.config.get("_name_or_path") or "pipeline")
+        name = "pocket" if name == str(pocket.path()) else name
+    if family_of(pipeline) is None:
         raise UserError(f"'{name}' is a {type(pipeline).__name__}; only Stable Diffusion 1.x, 2.x and XL can be used.")
     channels = pipeline.unet.config.in_channels
     if channels != pipeline.vae.config.latent_channels:
         raise UserError(
-            f"'{name}' takes {channels} channels, as bases for inpainting do; only those that draw from words alone "
-            "can be used."
+            f"'{name}' is an inpainting model ({channels} input channels); only text-to-image models are supported."
         )
     pipeline.set_progress_bar_config(disable=True)
-    base = Base(name, pipeline.to(torch_device), torch_device, torch_dtype)
+    base = Base(name, pipeline, pipeline.unet.device, dtype or pipeline.unet.dtype)
     for model in (pipeline.vae, *base.models.values()):
         model.requires_grad_(False).eval()
     for encoder, tokenizer in base.tokenizers.items():
         pool_at_end(tokenizer, base.models[encoder])
-    base.origin = Origin(key, state_of(base.models)) if key else None
     return base
 
 
@@ -238,7 +236,7 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> tuple[Any, str | None]:
 
 def _load_diffusers(name: str, options: dict[str, Any]) -> Any:
     """A pipeline of a diffusers folder or the hub; every other one's class is only looked up where it is needed."""
-    own: dict[str, Any] = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+    own = {family.pipeline_class.__name__: family.pipeline_class for family in FAMILIES}
     kind = own.get(DiffusionPipeline.load_config(name)["_class_name"])
     if kind is None:
         from diffusers import AutoPipelineForText2Image  # knows a hundred pipelines, and imports them

@@ -31,7 +31,8 @@ def check_encoders(base: Base) -> None:
     """
     if len(base.tokenizers) > 1:
         raise UserError(
-            f"per_layer_tokens=true needs a base with one text encoder, and '{base.name}' has two: use layerwise=false."
+            f"per_layer_tokens=true needs a base with one text encoder, and '{base.name}' has two: use "
+            "per_layer_tokens=false."
         )
 
 

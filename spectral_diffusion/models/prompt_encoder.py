@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .base import Base
+from .denoiser import Conditioning
 from .tokens import (
     NewTokenEmbedding,
     collapse,
@@ -34,13 +35,13 @@ class Words(Protocol):
 
 
 class PromptEncoder:
-    """Called with prompts it gives the U-Net's keyword arguments. As a context it puts the concept's words in place.
+    """Called with prompts it encodes them for the network. As a context it puts the concept's tokens in place.
 
     Args:
         frozen: more words, random and never trained, that prompts may hold.
         size: side of square pictures in pixels.
         layers: train vectors of the token's own for so many cross-attention layers; 0 for all of them together. What is
-            given is then the long form, inside :func:`..layerwise.layered`.
+            given is then the long form, inside :func:`.per_layer_tokens.per_layer_attention`.
     """
 
     def __init__(
@@ -91,22 +92,12 @@ class PromptEncoder:
             if tokens.vectors.detach().norm(dim=-1).mean() >= limit * self.initial_norm[name]:
                 tokens.vectors.grad = None
 
-    def __call__(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> dict[str, Any]:
-        """What the U-Net is given beside latents of a ``shape`` (height, width); SDXL is told the picture's sides."""
+    def __call__(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> Conditioning:
+        """What the network is given beside latents of a ``shape`` (height, width); default: square pictures."""
         ids = {name: self.token_ids(name, prompts) for name in self.tokens}
-        if len(self.tokens) == 1:
-            return {"encoder_hidden_states": self.base.models["text_encoder"](ids["text_encoder"])[0]}
-        # SDXL reads the last layer but one of both encoders, and the second one's pooled projection.
-        outputs = {name: self.base.models[name](ids[name], output_hidden_states=True) for name in ids}
-        words = torch.cat([output.hidden_states[-2] for output in outputs.values()], -1)
-        words, pooled = self.base.zero_empty_prompts(prompts, words, outputs["text_encoder_2"][0])
-        scale = self.base.pipeline.vae_scale_factor
-        sides = [scale * cells for cells in shape] if shape else [self.size, self.size]
-        times = torch.tensor([(*sides, 0, 0, *sides)] * len(prompts), device=self.base.device)
-        return {
-            "encoder_hidden_states": words,
-            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": times},
-        }
+        denoiser = self.base.denoiser
+        height, width = (denoiser.vae_scale * cells for cells in shape) if shape else (self.size, self.size)
+        return denoiser.encode_ids(ids, [not prompt for prompt in prompts], (height, width))
 
     def token_mask(self, prompts: Sequence[str]) -> Tensor:
         """Which words of the prompts are the trained token's, (n, length), as the first text encoder counts them."""

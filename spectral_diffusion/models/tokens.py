@@ -248,7 +248,7 @@ class NewTokenEmbedding(nn.Module):
     """The frozen embedding of a base with new rows behind it: a token's trainable ones, then frozen ones.
 
     ``words`` are the new words: the token's ``count``, then the frozen ones. Vectors (layers, n, width) have a row for
-    every layer and word, of which the words' own ids are the first layer's (see :mod:`.layerwise`).
+    every layer and word, of which the words' own ids are the first layer's (see :mod:`.per_layer_tokens`).
     """
 
     frozen: Tensor

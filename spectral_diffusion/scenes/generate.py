@@ -15,8 +15,6 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
-    StableDiffusionAdapterPipeline,
-    StableDiffusionXLAdapterPipeline,
     StableDiffusionXLPipeline,
 )
 from diffusers.loaders import TextualInversionLoaderMixin
@@ -27,7 +25,7 @@ from ..adapters.apply import Strength, component_scale, install_tokens, load_ada
 from ..adapters.formats.import_lora import import_lora
 from ..adapters.formats.native import load_adapter
 from ..adapters.formats.reading import is_foreign
-from ..core.errors import NotFiniteError, UserError, nearest
+from ..core.errors import Cancelled, NotFiniteError, UserError, nearest
 from ..core.files import check_writable
 from ..core.hooks import Event, Progress, silent
 from ..core.precision import autocast, resolve_mixed_precision, tf32
@@ -43,10 +41,6 @@ from .scene import Region, Scene, adapter_files, open_on_black, region_mask
 
 Bound = Sequence[tuple[Adapter, Strength]]  # the adapters of one region with their strengths
 Preview = Callable[[int, list[Image.Image]], None]
-
-
-class Cancelled(UserError):
-    """Sampling was asked to stop."""
 
 
 def sampler(base: Base, name: str) -> Any:
@@ -214,24 +208,11 @@ def stock_pipeline(
     Raises:
         UserError: a condition that does not fit.
     """
-    components = {name: part for name, part in base.pipeline.components.items() if name != "image_encoder"}
-    components["scheduler"] = sampler(base, scene.sampler)
-    large = isinstance(base.pipeline, StableDiffusionXLPipeline)
-    said = base.pipeline.config
-    own: dict[str, Any] = (
-        {"force_zeros_for_empty_prompt": said.force_zeros_for_empty_prompt}
-        if large
-        else {"requires_safety_checker": False}
-    )
     options: dict[str, Any] = {}
+    adapter = None
     if drawings:
         adapter, options["adapter_conditioning_scale"] = adapter_of(base, drawings, size)
-        kind = StableDiffusionXLAdapterPipeline if large else StableDiffusionAdapterPipeline
-        pipe: Any = kind(**components, adapter=adapter, **own)
-    else:
-        pipe = type(base.pipeline)(**components, **own)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, options
+    return base.denoiser.make_pipeline(sampler(base, scene.sampler), adapter), options
 
 
 def decoded(base: Base, latents: torch.Tensor) -> list[Image.Image]:
@@ -262,7 +243,8 @@ def area_of(base: Base, region: Region, bound: Bound, width: int, height: int, n
     encoders = modules_of(base, text)
     tokens = known_tokens(base.pipeline.tokenizer)
     with changed(encoders, text):
-        (positive, apart), _ = base.encode([collapse(words, tokens) for words in (region.prompt, without)])
+        encoded = base.denoiser.encode([collapse(words, tokens) for words in (region.prompt, without)])
+        positive, apart = encoded.tensors["encoder_hidden_states"]
     return EncodedRegion(region_mask(region, width, height), positive, apart, unet)
 
 

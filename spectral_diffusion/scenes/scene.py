@@ -103,7 +103,7 @@ class Scene(Settings):
     sampler: Literal["dpm", "ddim", "euler"] = "dpm"
     seed: int = Field(0, ge=0, lt=2**31)
     num_images: int = Field(1, ge=1, le=4096)  # pictures, with the seeds seed, seed + 1, …
-    seeds: list[int] = Field(default_factory=list)  # instead of seed and count
+    seeds: list[int] = Field(default_factory=list)  # instead of seed and num_images
     only_seed: int | None = None  # of these seeds write this one's picture only
     batch_size: int = Field(8, ge=1, le=256)  # pictures denoised together
     allow_base: bool = False
@@ -131,7 +131,7 @@ class Scene(Settings):
         if self.region_start >= self.region_end:
             raise ValueError("region_start must be below region_end")
         if not self.seeds and self.seed + self.num_images > 2**31:
-            raise ValueError("seed + count must not be above 2147483648")
+            raise ValueError("seed + num_images must not be above 2147483648")
         return self
 
     def every_seed(self) -> list[int]:

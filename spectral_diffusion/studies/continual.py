@@ -15,7 +15,6 @@ from ..config.fuse import FuseConfig
 from ..merging.fuse import fuse_to_folder
 from ..methods import get_method
 from ..metrics.statistics import share, told
-from ..training.loop import continued_triplets
 from .fusion import change_for as family_change
 from .fusion import family_rate, fused_cell
 from .registry import Findings, Row, Table, study
@@ -36,7 +35,9 @@ def rotation_rate(lab: StudyRunner, quick: bool) -> float:
 def unevenness(adapter: Adapter) -> float:
     """The largest entry of |RᵀR − I| over all layers and both sides, R the whole rotation since the decomposition."""
     worst = 0.0
-    for held in continued_triplets(adapter).values():
+    assert adapter.method.continue_from is not None
+    for layer in adapter.layers:
+        held = adapter.method.continue_from(adapter.parameters_of(layer), adapter.frozen_of(layer))
         for change in (held["D_U"].double(), held["D_V"].double()):
             R = change + torch.eye(len(change), dtype=torch.float64)
             worst = max(worst, float((R.mT @ R - torch.eye(len(R), dtype=torch.float64)).abs().max()))

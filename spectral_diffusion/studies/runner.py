@@ -136,7 +136,7 @@ class StudyRunner:
     @cached_property
     def sides(self) -> list[tuple[int, int]]:
         """The sizes (out, in) of the weights that the recipe adapts."""
-        targets = str(self.recipe.get("train", {}).get("targets", "attention"))
+        targets = str(self.recipe.get("train", {}).get("target_modules", "attention"))
         return [matrix_shape(weight) for weight in self.fresh().weights(targets).values()]
 
     @cached_property
@@ -204,7 +204,7 @@ class StudyRunner:
         """Where the adapter of these settings stands, or will: its place is told by all that decides it."""
         config = self.settings(concept, change, Path("adapter.safetensors"))
         # Only what differs from the defaults counts, so that a new setting leaves what is kept in place.
-        apart = {"concept", "output", "device", "base", "continue_from"}  # files count by what is in them
+        apart = {"concept", "output", "device", "base", "init_from_adapter"}  # files count by what is in them
         plain = {**config.model_dump(mode="json", exclude=apart, exclude_defaults=True), **revised(config.method)}
         photos = [hashlib.sha256(p.path.read_bytes()).hexdigest() for p in self.concept(concept).photos]
         decides = [plain, self.fingerprint, concept, photos]

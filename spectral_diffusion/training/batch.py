@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor
 
 from ..config.train import TrainConfig
-from ..core.errors import UserError
 from ..core.rng import keyed_generator
 from ..data.captions import vary
 from ..data.folder import Concept
 from ..data.masks import loss_weights
 from ..data.samples import PhotoCrops
+from ..models.denoiser import Denoiser
 
 
 @dataclass
@@ -33,7 +32,7 @@ class Batch:
     masks: Tensor | None = None
 
 
-def sample_batch(step: int, crops: PhotoCrops, concept: Concept, config: TrainConfig, timesteps: int) -> Batch:
+def sample_batch(step: int, crops: PhotoCrops, concept: Concept, config: TrainConfig, denoiser: Denoiser) -> Batch:
     """The photos of one step, all of one shape."""
     chosen, times, prompts = [], [], []
     generators = [keyed_generator(config.seed, "step", step, sample) for sample in range(config.batch_size)]
@@ -41,7 +40,7 @@ def sample_batch(step: int, crops: PhotoCrops, concept: Concept, config: TrainCo
         crop, template = (
             int(torch.randint(n, (), generator=generator)) for n in (config.crops_per_image, len(config.templates))
         )
-        times.append(sample_timestep(generator, config.timestep_power, timesteps))
+        times.append(denoiser.sample_timestep(generator, config.timestep_power))
         chosen.append((photo, crop))
         caption = concept.prompt(concept.photos[photo].caption or config.templates[template])
         prompts.append(vary(caption, concept.token, config.data, config.seed, "caption", step, sample))
@@ -53,22 +52,3 @@ def sample_batch(step: int, crops: PhotoCrops, concept: Concept, config: TrainCo
     weights = loss_weights(masks, config.data.mask_weight) if masks is not None and config.data.mask_weight else None
     noise, when = torch.stack(noises).to(latents), torch.stack(times).to(latents.device)
     return Batch(latents, noise, when, prompts, weights, masks)
-
-
-def sample_timestep(generator: torch.Generator, power: float, timesteps: int) -> Tensor:
-    """t = T u^power with u uniform in 0…1."""
-    return (torch.rand((), generator=generator) ** power * timesteps).long().clamp_max(timesteps - 1)
-
-
-def target_of(schedule: DDPMScheduler, samples: Batch) -> Tensor:
-    """ε or v, as the base's scheduler says.
-
-    Raises:
-        UserError: it says something else.
-    """
-    kind = schedule.config.prediction_type
-    if kind == "epsilon":
-        return samples.noise
-    if kind == "v_prediction":
-        return schedule.get_velocity(samples.latents, samples.noise, samples.timesteps)
-    raise UserError(f"This base predicts '{kind}'; only epsilon and v_prediction can be trained.")

@@ -40,6 +40,7 @@ PARTS = ("config", "belongs", "extra", "validation", "scaler")  # of what is kep
 APART = (
     "concept",
     "output",
+    "ledger",
     "checkpointing_steps",
     "device",
     "init_from_adapter",
@@ -48,10 +49,6 @@ APART = (
 
 
 Changes = Mapping[str, tuple[Any, Any]]  # a setting's dotted name to its earlier and its present value
-
-
-class Stopped(Exception):
-    """Training was asked to stop; its state is saved and ``--resume`` goes on from there."""
 
 
 class Stateful(Protocol):

@@ -86,8 +86,8 @@ def cut_captions(concept: Concept, condition: PromptEncoder, config: TrainConfig
         front = ", ".join(part.strip() for part in prompt.split(",")[: config.data.keep_tokens])
         if config.data.shuffle_caption and not (concept.token in front and condition.truncated_text(front)[1]):
             raise UserError(
-                f"The {what} is longer than this base reads, and data.shuffle can move {concept.token} into the part "
-                "that is cut off; move it into the first data.keep parts."
+                f"The {what} is longer than this base reads, and data.shuffle_caption can move {concept.token} into "
+                "the part that is cut off; move it into the first data.keep_tokens parts."
             )
         yield f"The {what} is longer than this base reads; cut off: '{lost[:80]}'."
 

@@ -1,4 +1,4 @@
-"""Where training starts from: the columns of an adapter that is continued, and what makes up for small ones."""
+"""Where training starts from: learning rate factors of a slot, and the hash of an adapter that is continued."""
 
 from __future__ import annotations
 
@@ -10,21 +10,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats.native import content_hash
 from ..adapters.frozen import Frozen
 from ..config.train import TrainConfig
-from ..methods.spectral_rotation import PREPARED_ON, prepare
 from ..svd_cache import spectrum_of
-
-
-def continued_triplets(adapter: Adapter) -> Frozen:
-    """An adapter's band with the rotations it has learnt as the new start: U R_U and V R_V are orthonormal again.
-
-    The new start's D = R − I is composed with what the new training adds; no decomposition is made.
-    """
-    out: Frozen = {}
-    for layer in adapter.layers:
-        held = adapter.frozen_of(layer)
-        turned = prepare(adapter.parameters_of(layer), held)
-        out[layer] = {**held, **{name: value for name, value in turned.items() if name in PREPARED_ON}}
-    return out
 
 
 def slot_lr_scaling(
@@ -33,7 +19,7 @@ def slot_lr_scaling(
     """How a slot's smaller singular values are made up for, as the settings ask.
 
     Returns the columns' scales s_max / S_b (r,) per layer for ``normalise``, else None, and per layer the factor
-    (s_max / mean S_b) ^ ``slot_rate`` of the learning rate. s_max is the weight's largest singular value.
+    (s_max / mean S_b) ^ ``slot_lr_power`` of the learning rate. s_max is the weight's largest singular value.
     """
     if not (config.normalize or config.slot_lr_power):
         return None, {}

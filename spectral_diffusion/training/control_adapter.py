@@ -8,24 +8,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, T2IAdapter
+from diffusers import T2IAdapter
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from ..config.control import ControlConfig
 from ..config.settings import read_yaml, to_yaml
-from ..core.errors import NotFiniteError, UserError
+from ..core.errors import Cancelled, NotFiniteError, UserError
 from ..core.files import atomic_folder, check_writable, write_text
 from ..core.hooks import Event, Progress, silent
 from ..core.machine import heading
 from ..core.precision import autocast, is_half, loss_scaler, precision_note, resolve_mixed_precision, tf32
 from ..core.rng import keyed_generator
 from ..data.control_pairs import CHANNELS, ControlPair, Read, digest, encode_pairs, read_pairs
-from ..models.base import Base, load_base, plain_attention_is_faster, quiet_loading
-from .batch import Batch, sample_timestep, target_of
+from ..models.base import Base, load_base, quiet_loading
+from ..models.denoiser import Conditioning, Denoiser
+from .batch import Batch
 from .checkpoint import load_state, refuse_changed_settings, save_state, step_of
 from .distributed import take_step
-from .loop import Stopped
 from .output import claimed
 
 # How often each feature of diffusers' adapters was halved since the first one.
@@ -59,7 +59,7 @@ def train_control(
         read: opens a condition; give what generating will open it with. Default: :func:`open_condition`.
 
     Raises:
-        Stopped: ``should_stop`` said so; the state is saved.
+        Cancelled: ``should_stop`` said so; the state is saved.
         NotFiniteError: NaN or infinity; the last good state is kept.
         UserError: no pairs, conditions of another shape, an output that is not ours, a state of other settings.
     """
@@ -101,7 +101,7 @@ def train_claimed(
     output, state = config.output, state_path(config.output)
     pairs = read_pairs(config, note)
     base = base or load_base(config.base, config.device, config.dtype)
-    pipeline, unet = base.pipeline, base.pipeline.unet
+    pipeline, denoiser, unet = base.pipeline, base.denoiser, base.denoiser.network
     shape = fitting_shape(unet, pipeline.vae_scale_factor, config.kind)
     size = fitting_size(config, base, shape["downscale_factor"])
     adapter = new_adapter(shape, config.seed).to(base.device).train()
@@ -110,40 +110,37 @@ def train_claimed(
         f"{len(pairs)} pictures with a {config.kind}, {size} px; a {shape['adapter_type']} of "
         f"{sum(p.numel() for p in parameters.values()):,} numbers for {len(shape['channels'])} levels of the U-Net."
     )
-    noise_schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     resumed = load_state(state)[1].get("config", {}) if resume and state.exists() else {}
     asked = config.mixed_precision if config.mixed_precision != "auto" else resumed.get("mixed_precision", "auto")
     precision = resolve_mixed_precision(asked, base.device, base.dtype)
     precision_note(asked, precision, base.device, config.allow_tf32, note)
     config = config.model_copy(update={"mixed_precision": precision})
     scaler = loss_scaler(base.device, precision, base.dtype)
-    if plain_attention_is_faster(base.device.type, is_half(precision, base.dtype), size // pipeline.vae_scale_factor):
+    if denoiser.plain_attention_is_faster(is_half(precision, base.dtype), size):
         unet.set_attn_processor(AttnProcessor())
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     belongs = {"base": base.fingerprint.exact, "pairs": digest(pairs)}
     start = restore(state, optimizer, parameters, config, belongs) if resume and state.exists() else 0
-    words = encode_captions(base, [pair.caption for pair in pairs])
+    captions = encode_captions(base, [pair.caption for pair in pairs], size)
     latents, conditions = encode_pairs(pairs, pipeline.vae, config, size, progress, read)
     running: float | None = None
 
     for step in range(start, config.steps):
         if should_stop():
             keep(state, parameters, optimizer, step, config, belongs)
-            raise Stopped(f"Stopped at step {step} of {config.steps}; --resume goes on from there.")
+            raise Cancelled(f"Stopped at step {step} of {config.steps}; --resume goes on from there.")
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (1 - step / config.steps if config.lr_scheduler == "linear" else 1.0)
 
-        samples, shown = draw(step, pairs, latents, conditions, config, len(noise_schedule.alphas_cumprod))
-        noisy = noise_schedule.add_noise(samples.latents, samples.noise, samples.timesteps)
+        samples, shown = draw(step, pairs, latents, conditions, config, denoiser)
+        noisy = denoiser.add_noise(samples.latents, samples.noise, samples.timesteps)
         with tf32(base.device, config.allow_tf32), autocast(base.device, precision):
             features = [feature.to(base.dtype) for feature in adapter(shown.to(base.device))]
-            predicted = unet(
-                noisy.to(base.dtype),
-                samples.timesteps,
-                **conditioning(words, samples.prompts, base, size),
-                down_intrablock_additional_residuals=features,
-            ).sample.float()
-        loss = F.mse_loss(predicted, target_of(noise_schedule, samples))
+            given = Conditioning.stack([captions[prompt] for prompt in samples.prompts]).to(base.device)
+            predicted = denoiser.predict(
+                noisy, samples.timesteps, given, down_intrablock_additional_residuals=features
+            )
+        loss = F.mse_loss(predicted, denoiser.target(samples.latents, samples.noise, samples.timesteps))
 
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -168,38 +165,27 @@ def train_claimed(
 
 
 @torch.no_grad()
-def encode_captions(base: Base, captions: Sequence[str]) -> Words:
+def encode_captions(base: Base, captions: Sequence[str], size: int) -> dict[str, Conditioning]:
     """Each caption, and the empty one, through the frozen text encoders once; kept on the CPU."""
-    words: Words = {}
+    encoded: dict[str, Conditioning] = {}
     texts = list(dict.fromkeys(["", *captions]))
     with quiet_loading():
         for start in range(0, len(texts), CHUNK):
             chunk = texts[start : start + CHUNK]
-            encoded, pooled = base.encode(chunk)
-            pooled_each = [None] * len(chunk) if pooled is None else pooled.cpu()
-            words |= dict(zip(chunk, zip(encoded.cpu(), pooled_each, strict=True), strict=True))
-    return words
-
-
-def conditioning(words: Words, prompts: Sequence[str], base: Base, size: int) -> dict[str, Any]:
-    """The U-Net's keyword arguments for prompts that are encoded already."""
-    embeddings, pooled = zip(*(words[prompt] for prompt in prompts), strict=True)
-    out: dict[str, Any] = {"encoder_hidden_states": torch.stack(embeddings).to(base.device)}
-    if pooled[0] is not None:  # SDXL, which is also told the picture's size
-        times = torch.tensor([(size, size, 0, 0, size, size)] * len(prompts), device=base.device)
-        out["added_cond_kwargs"] = {"text_embeds": torch.stack(pooled).to(base.device), "time_ids": times}
-    return out
+            found = base.denoiser.encode(chunk, (size, size)).to("cpu")
+            encoded |= {text: found[index] for index, text in enumerate(chunk)}
+    return encoded
 
 
 def draw(
-    step: int, pairs: Sequence[ControlPair], latents: Tensor, conditions: Tensor, config: ControlConfig, timesteps: int
+    step: int, pairs: Sequence[ControlPair], latents: Tensor, conditions: Tensor, config: ControlConfig, denoiser: Denoiser
 ) -> tuple[Batch, Tensor]:
     """What one step sees: pictures with noise, timesteps and captions; and their conditions (n, 1 or 3, h, w), 0…1."""
     batch, noises, times, prompts, shown = [], [], [], [], []
     for sample in range(config.batch_size):
         generator = keyed_generator(config.seed, "condition", step, sample)
         pair, view = (int(torch.randint(n, (), generator=generator)) for n in latents.shape[:2])
-        times.append(sample_timestep(generator, config.timestep_power, timesteps))
+        times.append(denoiser.sample_timestep(generator, config.timestep_power))
         dropped = float(torch.rand((), generator=generator)) < config.caption_dropout
         noises.append(torch.randn(latents.shape[2:], generator=generator))
         batch.append(latents[pair, view])

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from ..config.train import TrainConfig
-from ..models.base import Base, plain_attention_is_faster
 from .optimizers import Optimiser
 
 Value = TypeVar("Value")
@@ -149,34 +147,3 @@ def take_step(
         for parameter in held:
             parameter.grad = None
     return True
-
-
-@contextmanager
-def quick_attention(base: Base, half: bool, size: int) -> Iterator[None]:
-    """The U-Net takes diffusers' plain attention where that is quicker than torch's fused one.
-
-    Args:
-        half: whether it works in half precision.
-        size: side of the pictures in pixels.
-    """
-    unet = base.pipeline.unet
-    before = dict(unet.attn_processors)
-    if plain_attention_is_faster(base.device.type, half, size // base.pipeline.vae_scale_factor):
-        unet.set_attn_processor(AttnProcessor())
-    try:
-        yield
-    finally:
-        unet.set_attn_processor(before)
-
-
-@contextmanager
-def checkpointing(base: Base, on: bool) -> Iterator[None]:
-    """The U-Net keeps only its blocks' inputs for the way back, if that is ``on``."""
-    unet = base.pipeline.unet
-    if on:
-        unet.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if on:
-            unet.disable_gradient_checkpointing()

@@ -1,219 +1,333 @@
-"""The training loop. It reads from top to bottom: concept and base in, adapter out."""
+"""The training loop: a settled job in, an adapter out. ``Trainer.train`` reads from top to bottom."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.attach import inject_adapter, unloading
 from ..adapters.frozen import frozen_tensors, stored_part
 from ..config.train import TrainConfig
-from ..core.errors import NotFiniteError
-from ..core.hooks import Event, Progress, silent
+from ..core.errors import Cancelled, NotFiniteError
+from ..core.hooks import Hooks
 from ..core.machine import provenance
 from ..core.precision import autocast, is_half, loss_scaler, resolve_mixed_precision, tf32
 from ..data.folder import Concept
 from ..data.samples import PhotoCrops
 from ..linalg import kernel_size, matrix_shape
-from ..methods import get_method
+from ..methods import Method, get_method
 from ..models.attention_maps import attention_loss, capture_attention_maps
 from ..models.base import Base
 from ..models.per_layer_tokens import cross_attention, per_layer_attention
 from ..models.prompt_encoder import PromptEncoder
 from ..slots.ledger import Slot
-from .batch import sample_batch, target_of
-from .checkpoint import Stopped, TrainingState, comparable_settings
-from .continuation import continued_triplets, slot_lr_scaling, start_hash
-from .distributed import World, checkpointing, global_batch, microbatch, quick_attention, take_step
-from .losses import diffusion_loss, timestep_weights, weighted_mse
+from .batch import Batch, sample_batch
+from .checkpoint import TrainingState, comparable_settings
+from .continuation import slot_lr_scaling, start_hash
+from .distributed import World, global_batch, microbatch, take_step
+from .losses import diffusion_loss, weighted_mse
 from .optimizers import EMA, build_optimizer, lr_factor
 from .prior_images import make_prior_images
-from .prior_preservation import OTHER_TOKENS, cut_mix, is_cut_mix_step, predict, predict_prior_targets
+from .prior_preservation import (
+    OTHER_TOKENS,
+    PriorTargets,
+    cut_mix,
+    is_cut_mix_step,
+    predict_both,
+    predict_prior_targets,
+)
 from .slow_steps import SlowSteps
 from .validation import Validator
 
 
-def train(
-    config: TrainConfig,
-    base: Base,
-    concept: Concept,
-    slot: Slot | None,
-    state: Path,
-    resume: bool = False,
-    progress: Progress = silent,
-    should_stop: Callable[[], bool] = lambda: False,
-    start_from: Adapter | None = None,
-    note: Callable[[str], None] = lambda text: None,
-    force: bool = False,
-    among: World | None = None,
-) -> Adapter:
-    """Train one concept (DreamBooth style) into an adapter of ``base``.
+@dataclass(frozen=True)
+class TrainingJob:
+    """What is trained, on which base, and where its state goes. Everything in it is settled.
 
-    Every random draw is keyed by (seed, step, sample) and the state holds everything else, so that
-    k steps, a stop and ``resume`` give the same bits as an unbroken run on a CPU.
-
-    Args:
-        slot: the columns (or rows) this concept has for itself; None for methods without a slot.
-        state: where to save the state on interval, on a stop and at the end; the caller removes it when the adapter
+    Attributes:
+        slot: the columns (or rows) that the concept has for itself; None for methods without a slot.
+        state: where the state is saved on interval, on a stop and at the end; the caller removes it once the adapter
             is written.
+        start_from: an adapter whose trained columns this one starts from, without a new decomposition.
+        world: the processes that share the work; each takes its part of every batch.
         resume: go on from ``state`` if it is there; ``force``: even with other settings.
-        should_stop: asked before every step.
-        start_from: an adapter whose rotated columns this one goes on from, without a new decomposition (Lemma 4.1).
-        among: the processes that share the work; each takes its part of every batch.
+    """
+
+    config: TrainConfig
+    base: Base
+    concept: Concept
+    slot: Slot | None
+    state: Path
+    start_from: Adapter | None = None
+    world: World = field(default_factory=World)
+    resume: bool = False
+    force: bool = False
+
+    @property
+    def method(self) -> Method:
+        """The fine-tuning method."""
+        return get_method(self.config.method)
+
+    @property
+    def size(self) -> int:
+        """The short edge of the photos in pixels."""
+        return self.config.resolution or self.base.size
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts every batch is cut: by processes and by gradient accumulation."""
+        return self.world.count * self.config.optimizer.gradient_accumulation_steps
+
+
+def train(job: TrainingJob, hooks: Hooks = Hooks()) -> Adapter:
+    """Train one concept (DreamBooth style) into an adapter.
+
+    Every random number is keyed by (seed, step, sample) and the state holds everything else, so that k steps, a stop
+    and ``resume`` give the same bits as an unbroken run on a CPU.
 
     Raises:
-        Stopped: ``should_stop`` said so.
+        Cancelled: ``hooks.should_stop`` said so; the state is saved.
         NotFiniteError: NaN or infinity; the last good state is kept.
         UserError: the state belongs to other settings.
     """
-    method, among = get_method(config.method), among or World()
-    models, unet = base.models, base.pipeline.unet
-    base_fingerprint = base.fingerprint  # before anything is attached to it
-    weights = base.weights(config.target_modules)
-    size = config.resolution or base.size
-    noise_schedule = DDPMScheduler.from_config(base.pipeline.scheduler.config)
-    preserving = config.prior.loss_weight > 0
-    layers = len(cross_attention(unet)) if config.per_layer_tokens else 0
-    precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
-    parts = among.count * config.optimizer.gradient_accumulation_steps
-    whole = global_batch(config, parts)  # the settings of one process that takes a step at once
-    with among.main_process_first():
-        frozen = (
-            continued_triplets(start_from)
-            if start_from
-            else frozen_tensors(method, weights, config.rank, slot, progress)
-        )
-    alone = should_stop if among.count == 1 else lambda: False  # several stop together, between steps
-    ordinary = make_prior_images(base, config, concept.noun, size, progress, alone, note) if preserving else None
-    with (
-        PromptEncoder(base, concept, config.seed, size, OTHER_TOKENS if preserving else (), layers) as condition,
-        unloading(models),
-        tf32(base.device, config.allow_tf32),
-        quick_attention(base, is_half(precision, base.dtype), size),
-        checkpointing(base, config.gradient_checkpointing),
-        capture_attention_maps(unet, config.objective.attention_loss_weight > 0) as maps,
-        per_layer_attention(base, config.per_layer_tokens),
-        Validator(config, concept, base, note, among.is_main) as watcher,
-    ):
-        anchors = (
-            predict_prior_targets(ordinary, base, noise_schedule, config, condition, progress) if ordinary else None
-        )
-        columns, factors = slot_lr_scaling(weights, frozen, config) if method.builds_on == "band" else (None, {})
-        attachment = inject_adapter(
-            models, method, config.rank, "concept", config.target_modules, frozen, config.seed, columns=columns,
-            steps=config.steps,
+    with ExitStack() as stack:
+        return Trainer(job, hooks, stack).train()
+
+
+class Trainer:
+    """One training: networks with the adapter on them, data, optimizer and state.
+
+    Args:
+        stack: is closed by the caller; it takes the adapter off the networks again.
+    """
+
+    def __init__(self, job: TrainingJob, hooks: Hooks, stack: ExitStack) -> None:
+        self.job, self.hooks, self.config, self.world = job, hooks, job.config, job.world
+        self.base, self.denoiser, self.concept = job.base, job.base.denoiser, job.concept
+        self.fingerprint = self.base.fingerprint  # before anything is attached to it
+        self.whole = global_batch(self.config, job.parts)  # the settings of one process that takes a step at once
+        self.precision = resolve_mixed_precision(self.config.mixed_precision, self.base.device, self.base.dtype)
+        self.weights = self.base.weights(self.config.target_modules)
+        with self.world.main_process_first():
+            self.frozen = self._frozen()
+        # Several processes stop together, between steps.
+        alone = hooks if self.world.count == 1 else Hooks(hooks.progress, hooks.notify)
+        preserving = self.config.prior.loss_weight > 0
+        self.prior_images = make_prior_images(self.base, self.config, self.concept.noun, job.size, alone) if preserving else None
+        self._enter(stack, OTHER_TOKENS if preserving else ())
+        self._attach()
+        self._optimize()
+        self.state = TrainingState(
+            job.state, self.config, self.trained, self.optimizer, self.adapter, self.ema, self.scaler, self.validator,
+            self._belongs(), self.world.is_main,
         )  # fmt: skip
-        for rows in condition.named_parameters().values():
-            rows.requires_grad_(True)  # attaching froze everything but the adapter
-        trained = {**condition.named_parameters(), **dict(attachment.named_parameters())}
-        optimiser, rates = build_optimizer(attachment, condition, config, factors)
-        average, scaler = EMA(trained, config.optimizer.ema_decay), loss_scaler(base.device, precision, base.dtype)
-        belongs = {
-            "base": base_fingerprint.exact, "slot": str(slot or ""), "start": start_hash(start_from),
-            "concept": concept.digest(), **({"revision": str(method.revision)} if method.revision > 1 else {}),
-        }  # fmt: skip
-        run = TrainingState(
-            state, config, trained, optimiser, attachment, average, scaler, watcher, belongs, among.is_main
+        resuming = job.resume and job.state.exists()
+        self.start = self.state.restore(job.force, hooks.notify) if resuming else 0
+        with self.world.main_process_first():
+            self.crops = PhotoCrops(self.concept, self.base, self.whole, job.size, hooks.progress)
+        self.running_loss: float | None = self.validator.curve[-1][1] if self.validator.curve else None
+        threads = torch.get_num_threads() if self.base.device.type == "cpu" else 1
+        self.pace = SlowSteps(threads, hooks.notify)
+
+    # ------------------------------------------------------------------ set-up
+
+    def _frozen(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors that the method builds on, by layer."""
+        job = self.job
+        if job.start_from:
+            assert job.method.continue_from is not None  # as the settings were checked
+            return {
+                layer: job.method.continue_from(job.start_from.parameters_of(layer), job.start_from.frozen_of(layer))
+                for layer in job.start_from.layers
+            }
+        return frozen_tensors(job.method, self.weights, self.config.rank, job.slot, self.hooks.progress)
+
+    def _enter(self, stack: ExitStack, other_tokens: tuple[str, ...]) -> None:
+        """Put the tokens in place, and everything that is only for the time of training."""
+        config, base, denoiser, size = self.config, self.base, self.denoiser, self.job.size
+        layers = len(cross_attention(denoiser.network)) if config.per_layer_tokens else 0
+        self.encode = stack.enter_context(PromptEncoder(base, self.concept, config.seed, size, other_tokens, layers))
+        stack.enter_context(unloading(base.models))
+        stack.enter_context(tf32(base.device, config.allow_tf32))
+        stack.enter_context(denoiser.fast_attention(is_half(self.precision, base.dtype), size))
+        stack.enter_context(denoiser.gradient_checkpointing(config.gradient_checkpointing))
+        wanted = config.objective.attention_loss_weight > 0
+        self.maps = stack.enter_context(capture_attention_maps(denoiser.network, wanted))
+        stack.enter_context(per_layer_attention(base, config.per_layer_tokens))
+        self.validator = stack.enter_context(
+            Validator(config, self.concept, base, self.hooks.notify, self.world.is_main)
         )
-        start = run.restore(force, note) if resume and state.exists() else 0
-        with among.main_process_first():
-            crops = PhotoCrops(concept, base, whole, size, progress)
-        running: float | None = watcher.curve[-1][1] if watcher.curve else None
-        pace = SlowSteps(torch.get_num_threads() if base.device.type == "cpu" else 1, note)
+        self.prior_targets = (
+            predict_prior_targets(self.prior_images, denoiser, config, self.encode, self.hooks.progress)
+            if self.prior_images
+            else None
+        )
 
-        for step in range(start, config.steps):
-            if among.any_rank(should_stop()):
-                run.save(step)
-                raise Stopped(f"Stopped at step {step} of {config.steps}; --resume goes on from there.")
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * lr_factor(step, config)
+    def _attach(self) -> None:
+        """Inject the adapter; it and the token's rows are then all that is trainable."""
+        config, method = self.config, self.job.method
+        columns, self.lr_factors = (
+            slot_lr_scaling(self.weights, self.frozen, config) if method.builds_on == "columns" else (None, {})
+        )
+        self.adapter = inject_adapter(
+            self.base.models, method, config.rank, "concept", config.target_modules, self.frozen, config.seed,
+            columns=columns, steps=config.steps,
+        )  # fmt: skip
+        for rows in self.encode.named_parameters().values():
+            rows.requires_grad_(True)
+        self.trained: dict[str, nn.Parameter] = {
+            **self.encode.named_parameters(),
+            **dict(self.adapter.named_parameters()),
+        }
 
-            samples, held = sample_batch(step, crops, concept, whole, len(noise_schedule.alphas_cumprod)), None
-            if ordinary and is_cut_mix_step(step, config):
-                samples = cut_mix(samples, ordinary, concept.token, step, whole)
-            elif anchors:
-                held = anchors.batch(step, whole)
+    def _optimize(self) -> None:
+        """Optimizer, moving average and loss scaler."""
+        self.optimizer, self.base_lrs = build_optimizer(self.adapter, self.encode, self.config, self.lr_factors)
+        self.ema = EMA(self.trained, self.config.optimizer.ema_decay)
+        self.scaler = loss_scaler(self.base.device, self.precision, self.base.dtype)
 
-            for parameter in trained.values():
-                parameter.grad = None
-            total: Tensor = torch.zeros((), device=base.device)
-            for part in range(config.optimizer.gradient_accumulation_steps):
-                number = among.rank * config.optimizer.gradient_accumulation_steps + part
-                mine, share = microbatch(samples, number, parts)
-                anchor, anchor_share = microbatch(held, number, parts) if held else (None, 0.0)
-                if not mine.prompts:  # there are fewer pictures than parts
-                    continue
-                noisy = noise_schedule.add_noise(mine.latents, mine.noise, mine.timesteps)
-                if maps:
-                    maps.begin()
-                with autocast(base.device, precision):
-                    predicted, anchored = predict(unet, base.dtype, condition, noisy, mine, anchor)
-                times = timestep_weights(noise_schedule, mine.timesteps, config.objective.snr_gamma)
-                target = target_of(noise_schedule, mine)
-                loss = share * diffusion_loss(predicted, target, mine.weights, times, config.objective)
-                if anchor and anchored is not None:
-                    held_to = weighted_mse(anchored, anchor.targets)
-                    loss = loss + anchor_share * config.prior.loss_weight * held_to
-                if maps and mine.masks is not None:
-                    inside = attention_loss(maps, condition.token_mask(mine.prompts), mine.masks)
-                    loss = loss + share * config.objective.attention_loss_weight * inside
-                penalty = attachment.penalty() if number == 0 else None
-                if penalty is not None:
-                    loss = loss + penalty
-                scaler.scale(loss).backward()
-                total = total + loss.detach()
-            total = among.all_reduce_gradients(trained.values(), total)
+    def _belongs(self) -> dict[str, str]:
+        """What a saved state belongs to."""
+        job, revision = self.job, self.job.method.revision
+        return {
+            "base": self.fingerprint.exact,
+            "slot": str(job.slot or ""),
+            "start": start_hash(job.start_from),
+            "concept": self.concept.digest(),
+            **({"revision": str(revision)} if revision > 1 else {}),
+        }
 
-            condition.freeze_beyond_norm(
-                config.max_embedding_norm_ratio
-            )  # once the token has moved far enough (Mix-of-Show's limit)
-            if not torch.isfinite(total) or not take_step(optimiser, trained.values(), scaler, config.max_grad_norm):
-                kept = f"the last good state is kept in {state.name}" if state.exists() else "nothing was saved yet"
-                raise NotFiniteError(f"Training met NaN or infinity at step {step}: lower the learning rate ({kept}).")
-            attachment.on_step(step + 1)
-            average.update(step + 1)
+    # ------------------------------------------------------------------ the loop
 
-            value = float(total)
-            running = value if running is None else 0.95 * running + 0.05 * value
-            figures = watcher(step + 1, running, optimiser.param_groups[0]["lr"], condition, attachment, average)
-            progress(Event("train", step + 1, config.steps, figures))
-            if config.validation.early_stopping_patience and among.any_rank(watcher.plateau):
-                note(
-                    f"Note: the likeness has not risen for {config.validation.early_stopping_patience} grids; done at step {step + 1}."
-                )
+    def train(self) -> Adapter:
+        """All steps, then the adapter."""
+        for step in range(self.start, self.config.steps):
+            if self.world.any_rank(self.hooks.should_stop()):
+                self.state.save(step)
+                raise Cancelled(f"Stopped at step {step} of {self.config.steps}; it can be resumed from there.")
+            loss = self.train_step(step)
+            if self.report(step + 1, loss):
                 break
-            pace.step(time.monotonic())
-            if (step + 1) % config.checkpointing_steps == 0 and step + 1 < config.steps:
-                run.save(step + 1)
+            if (step + 1) % self.config.checkpointing_steps == 0 and step + 1 < self.config.steps:
+                self.state.save(step + 1)
+        return self.finish()
 
-        with average.applied():
-            attachment.prune()
-            adapter = Adapter(
-                name=concept.name,
-                noun=concept.noun,
-                token=concept.token,
-                method=method,
-                rank=config.rank,
-                slot=slot,
-                targets=config.target_modules,
-                base=config.base,
-                fingerprint=base_fingerprint,
-                parameters=attachment.state_dict(),
-                sizes={layer: matrix_shape(weights[layer]) for layer in attachment.layers},
-                kernels={layer: kernel for layer in attachment.layers if (kernel := kernel_size(weights[layer]))},
-                frozen=stored_part(method, frozen),
-                vectors=condition.vectors(),
-                per_layer_vectors=condition.per_layer_vectors(),
-                earlier=start_from.tokens if start_from else {},
-                config=comparable_settings(config),
-                provenance=provenance(),
-            )
-        run.save(config.steps)  # until the adapter is written
-        watcher.finish(adapter)
-        return adapter
+    def train_step(self, step: int) -> float:
+        """One step of the optimizer; returns the loss.
+
+        Raises:
+            NotFiniteError: the loss or the gradient is NaN or infinite.
+        """
+        for group, rate in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = rate * lr_factor(step, self.config)
+        batch, prior = self.next_batch(step)
+        total = self.forward_backward_step(batch, prior)
+        self.encode.freeze_beyond_norm(self.config.max_embedding_norm_ratio)
+        taken = torch.isfinite(total) and take_step(
+            self.optimizer, self.trained.values(), self.scaler, self.config.max_grad_norm
+        )
+        if not taken:
+            state = self.job.state
+            kept = f"the last good state is kept in {state.name}" if state.exists() else "nothing was saved yet"
+            raise NotFiniteError(f"Training met NaN or infinity at step {step}: lower the learning rate ({kept}).")
+        self.adapter.on_step(step + 1)
+        self.ema.update(step + 1)
+        return float(total)
+
+    def next_batch(self, step: int) -> tuple[Batch, PriorTargets | None]:
+        """The photos of a step, and the prior images beside them; in a Cut-Mix step both are in the same images."""
+        batch = sample_batch(step, self.crops, self.concept, self.whole, self.denoiser)
+        if self.prior_images and is_cut_mix_step(step, self.config):
+            return cut_mix(batch, self.prior_images, self.concept.token, step, self.whole), None
+        return batch, self.prior_targets.batch(step, self.whole) if self.prior_targets else None
+
+    def forward_backward_step(self, batch: Batch, prior: PriorTargets | None) -> Tensor:
+        """Gradients of the whole batch, in parts; returns its loss, over all processes."""
+        for parameter in self.trained.values():
+            parameter.grad = None
+        total: Tensor = torch.zeros((), device=self.base.device)
+        accumulate = self.config.optimizer.gradient_accumulation_steps
+        for part in range(accumulate):
+            number = self.world.rank * accumulate + part
+            mine, share = microbatch(batch, number, self.job.parts)
+            prior_part, prior_share = microbatch(prior, number, self.job.parts) if prior else (None, 0.0)
+            if not mine.prompts:  # there are fewer pictures than parts
+                continue
+            loss = self.compute_loss(mine, share, prior_part, prior_share)
+            if number == 0 and (penalty := self.adapter.penalty()) is not None:
+                loss = loss + penalty
+            self.scaler.scale(loss).backward()
+            total = total + loss.detach()
+        return self.world.all_reduce_gradients(self.trained.values(), total)
+
+    def compute_loss(self, batch: Batch, share: float, prior: PriorTargets | None, prior_share: float) -> Tensor:
+        """The loss of one part of a batch, in its share of the whole: diffusion, prior preservation, attention."""
+        objective = self.config.objective
+        noisy = self.denoiser.add_noise(batch.latents, batch.noise, batch.timesteps)
+        if self.maps:
+            self.maps.begin()
+        with autocast(self.base.device, self.precision):
+            predicted, prior_predicted = predict_both(self.denoiser, self.encode, noisy, batch, prior)
+        times = self.denoiser.timestep_weights(batch.timesteps, objective.snr_gamma)
+        target = self.denoiser.target(batch.latents, batch.noise, batch.timesteps)
+        loss = share * diffusion_loss(predicted, target, batch.weights, times, objective)
+        if prior and prior_predicted is not None:
+            prior_loss = weighted_mse(prior_predicted, prior.targets)
+            loss = loss + prior_share * self.config.prior.loss_weight * prior_loss
+        if self.maps and batch.masks is not None:
+            inside = attention_loss(self.maps, self.encode.token_mask(batch.prompts), batch.masks)
+            loss = loss + share * objective.attention_loss_weight * inside
+        return loss
+
+    def report(self, done: int, loss: float) -> bool:
+        """Validate and report after ``done`` steps; returns whether training stops early."""
+        config = self.config
+        self.running_loss = loss if self.running_loss is None else 0.95 * self.running_loss + 0.05 * loss
+        rate = self.optimizer.param_groups[0]["lr"]
+        metrics = self.validator(done, self.running_loss, rate, self.encode, self.adapter, self.ema)
+        self.hooks.step("train", done, config.steps, **metrics)
+        if config.validation.early_stopping_patience and self.world.any_rank(self.validator.plateau):
+            grids = config.validation.early_stopping_patience
+            self.hooks.notify(f"Note: identity has not improved for {grids} validation grids; done at step {done}.")
+            return True
+        self.pace.step(time.monotonic())
+        return False
+
+    def finish(self) -> Adapter:
+        """The trained adapter; its state is saved until the caller has written it."""
+        with self.ema.applied():
+            self.adapter.prune()
+            adapter = self.build_adapter()
+            self.state.save(self.config.steps)
+            self.validator.finish(adapter)
+            return adapter
+
+    def build_adapter(self) -> Adapter:
+        """What was trained, with everything that its file records."""
+        job, config, concept, layers = self.job, self.config, self.concept, self.adapter.layers
+        return Adapter(
+            name=concept.name,
+            noun=concept.noun,
+            token=concept.token,
+            method=job.method,
+            rank=config.rank,
+            slot=job.slot,
+            targets=config.target_modules,
+            base=config.base,
+            fingerprint=self.fingerprint,
+            parameters=self.adapter.state_dict(),
+            sizes={layer: matrix_shape(self.weights[layer]) for layer in layers},
+            kernels={layer: kernel for layer in layers if (kernel := kernel_size(self.weights[layer]))},
+            frozen=stored_part(job.method, self.frozen),
+            vectors=self.encode.vectors(),
+            per_layer_vectors=self.encode.per_layer_vectors(),
+            earlier=job.start_from.tokens if job.start_from else {},
+            config=comparable_settings(config),
+            provenance=provenance(),
+        )

@@ -23,7 +23,8 @@ from ..core.errors import UserError
 from ..core.precision import autocast, is_half, resolve_mixed_precision
 from ..linalg import matrix_shape
 from ..methods import Method, get_method
-from ..models.base import ENCODERS, Base, plain_attention_is_faster
+from ..models.base import ENCODERS, Base
+from ..models.denoiser import plain_attention_is_faster
 from ..models.per_layer_tokens import cross_attention
 from ..models.targets import find_targets
 from ..models.vae import at_once, overflows
@@ -143,7 +144,7 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
     phases: dict[str, int] = {}
     attached, built_on = hollow(models, "meta"), hollow_frozen(method, models, config)
     apart = 0
-    if method.builds_on == "spectrum":  # attaching would decompose what is not there: a LoRA stands for it
+    if method.builds_on == "full_svd":  # attaching would decompose what is not there: a LoRA stands for it
         apart = sum(tensor.nbytes for held in built_on.values() for tensor in held.values())
         method, built_on = get_method("lora"), {}
     attachment = inject_adapter(

@@ -13,11 +13,10 @@ from typing import Literal
 
 from ..config.settings import to_yaml
 from ..config.train import TrainConfig
-from ..core.errors import UserError
+from ..core.errors import Cancelled, UserError
 from ..core.files import write_text
 from ..core.hooks import Event, Progress, silent
 from ..data.folder import describe
-from .checkpoint import Stopped
 from .output import is_done
 from .status import read_status, status_path
 
@@ -110,7 +109,7 @@ def run_batch(
         resume: leave out what is done, and go on with what was stopped.
 
     Raises:
-        Stopped: ``should_stop`` said so; the states are saved.
+        Cancelled: ``should_stop`` said so; the states are saved.
         UserError: some failed, with a sentence of each; or one is being trained by another process.
     """
     for job in jobs:
@@ -151,7 +150,7 @@ def run_batch(
     failed = [job for job in jobs if job.state == "failed"]
     told = "; ".join(f"{job.name} ({job.message.rstrip('.')})" for job in failed)
     if any(job.state == "stopped" for job in jobs):
-        raise Stopped(f"Stopped with {done} of {len(jobs)} concepts done; --resume goes on from there.")
+        raise Cancelled(f"Stopped with {done} of {len(jobs)} concepts done; --resume goes on from there.")
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} concepts failed, the others are done: {told}.")
 

@@ -124,7 +124,7 @@ def build_optimizer(
     listed.append({"params": rows, "lr": config.embedding_learning_rate, "weight_decay": 0.0})
     if name == "prodigy":
         if config.slot_lr_power:
-            raise UserError("Prodigy finds every rate itself: use slot_rate=0 with optimiser.name=prodigy.")
+            raise UserError("Prodigy finds every rate itself: use slot_lr_power=0 with optimizer.name=prodigy.")
         for group in listed:
             group["lr"] = float(group["lr"] > 0)
         prodigies = ProdigyGroups([group for group in listed if group["lr"] > 0], config.optimizer.d_coef)

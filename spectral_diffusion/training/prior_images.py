@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -15,13 +14,12 @@ from torch import Tensor
 
 from ..config.train import DataConfig, PriorPreservationConfig, TrainConfig, generic_subject
 from ..core.cache import cache_folder
-from ..core.hooks import Event, Progress
+from ..core.hooks import Hooks
 from ..core.rng import keyed_generator
 from ..data.folder import load_concept
 from ..data.latents_cache import cached_latents
 from ..data.samples import PhotoCrops
 from ..models.base import Base
-from .checkpoint import Stopped
 
 CHUNK = 8  # pictures drawn together
 STEPS = 20  # of each
@@ -55,7 +53,7 @@ def prior_prompts(config: PriorPreservationConfig, noun: str, seed: int) -> tupl
 def read_class_images(
     folder: Path, base: Base, config: TrainConfig, noun: str, size: int, note: Callable[[str], None] = lambda text: None
 ) -> PriorImages:
-    """Square crops of a folder's pictures, ``preservation.pictures`` of them if there are more.
+    """Square crops of a folder's pictures, ``prior.num_images`` of them if there are more.
 
     They are prompted with their captions, a picture without one as a photo of the noun.
 
@@ -80,26 +78,18 @@ def read_class_images(
     )
 
 
-def make_prior_images(
-    base: Base,
-    config: TrainConfig,
-    noun: str,
-    size: int,
-    progress: Progress,
-    should_stop: Callable[[], bool] = lambda: False,
-    note: Callable[[str], None] = lambda text: None,
-) -> PriorImages:
+def make_prior_images(base: Base, config: TrainConfig, noun: str, size: int, hooks: Hooks = Hooks()) -> PriorImages:
     """Let the untouched base draw its ordinary pictures, or read those of the class; only their latents are needed.
 
     What was drawn is kept beside the spectra: those of the class, and those of everything else, which the next concept
     needs again.
 
     Raises:
-        Stopped: ``should_stop``, asked at every step of every picture, said so.
+        Cancelled: ``hooks.should_stop``, asked at every step of every image, said so.
     """
     wanted = config.prior
     if config.data.class_images_dir:
-        return read_class_images(config.data.class_images_dir, base, config, noun, size, note)
+        return read_class_images(config.data.class_images_dir, base, config, noun, size, hooks.notify)
     things, prompts = prior_prompts(wanted, noun, config.seed)
     own = list(range(0, len(prompts), OWN))
     rest = [index for index in range(len(prompts)) if index % OWN]
@@ -109,9 +99,8 @@ def make_prior_images(
             continue
 
         def tell(done: int, before: int = len(found)) -> None:
-            if should_stop():
-                raise Stopped("Stopped before the first step; --resume begins anew.")
-            progress(Event("draw", before + done, len(prompts)))
+            hooks.raise_if_stopped("Stopped before the first step; nothing was saved yet.")
+            hooks.step("draw", before + done, len(prompts))
 
         asked = [(prompts[index], index) for index in part]
         latents = cached_prior_latents(base, asked, config.seed, size, wanted.guidance_scale, tell)
@@ -138,29 +127,20 @@ def cached_prior_latents(
     return latents.to(base.device)
 
 
-@torch.no_grad()
 def sample_prior_latents(
     base: Base, asked: Sequence[tuple[str, int]], seed: int, size: int, guidance: float, tell: Callable[[int], None]
 ) -> Tensor:
-    """The drawing of :func:`drawn`."""
-    base.pipeline.set_progress_bar_config(disable=True)
+    """The sampling of :func:`cached_prior_latents`."""
     latents = []
     for start in range(0, len(asked), CHUNK):
         chunk = asked[start : start + CHUNK]
-
-        def step(pipeline: Any, number: int, time: Any, tensors: dict[str, Any], start: int = start) -> dict[str, Any]:
-            tell(start)
-            return tensors
-
-        pictures = base.pipeline(
-            prompt=[prompt for prompt, _ in chunk],
-            width=size,
-            height=size,
-            num_inference_steps=STEPS,
-            guidance_scale=guidance,
-            generator=[keyed_generator(seed, "drawn", index) for _, index in chunk],
-            output_type="latent",
-            callback_on_step_end=step,
+        found = base.denoiser.sample_latents(
+            [prompt for prompt, _ in chunk],
+            [keyed_generator(seed, "drawn", index) for _, index in chunk],
+            STEPS,
+            guidance,
+            size,
+            on_step=lambda step, latents, start=start: tell(start),  # type: ignore[misc]
         )
-        latents.append(pictures.images.float())
+        latents.append(found.float())
     return torch.cat(latents)

@@ -9,24 +9,22 @@ adapters then draw over each other. So the base first draws ordinary pictures, a
 * photos are shown side by side with them (the Cut-Mix of SVDiff, Han et al. 2023, sec. 3.3), so that a concept
   keeps to its own side of a picture.
 
-With ``data.class_images`` the ordinary pictures are files of the concept's class instead.
+With ``data.class_images_dir`` the ordinary pictures are files of the concept's class instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.train import TrainConfig
 from ..core.hooks import Event, Progress, silent
 from ..core.rng import keyed_generator
-from ..models.base import Base
-from .batch import Batch, sample_timestep
+from ..models.denoiser import Denoiser
+from ..models.prompt_encoder import PromptEncoder
+from .batch import Batch
 from .prior_images import PriorImages
 
 CHUNK = 8  # predictions asked for together
@@ -34,7 +32,6 @@ DRAWS = 8  # noise and timestep draws per ordinary picture
 PAIRS = ("{} on the left and {} on the right", "on the left {}, on the right {}")
 OTHER_TOKENS = tuple(f"<other-{index}>" for index in range(64))  # random words that stand for other people's concepts
 
-Condition = Callable[..., dict[str, Any]]  # prompts, and the latents' height and width
 
 
 @dataclass
@@ -57,19 +54,17 @@ class PriorTargets:
 @torch.no_grad()
 def predict_prior_targets(
     ordinary: PriorImages,
-    base: Base,
-    schedule: DDPMScheduler,
+    denoiser: Denoiser,
     config: TrainConfig,
-    condition: Condition,
+    encode: PromptEncoder,
     progress: Progress = silent,
 ) -> PriorTargets:
     """Noise the ordinary pictures and ask the untouched base what it predicts."""
-    total = len(schedule.alphas_cumprod)
     noises, times, prompts = [], [], []
     for index in range(len(ordinary.prompts) * DRAWS):
         generator = keyed_generator(config.seed, "anchor", index)
         picture = index % len(ordinary.prompts)
-        times.append(sample_timestep(generator, config.timestep_power, total))
+        times.append(denoiser.sample_timestep(generator, config.timestep_power))
         noises.append(torch.randn(ordinary.latents.shape[1:], generator=generator))
         prompt = ordinary.prompts[picture]
         if float(torch.rand((), generator=generator)) < config.prior.other_token_prob:
@@ -79,37 +74,34 @@ def predict_prior_targets(
         prompts.append(prompt)
     latents = ordinary.latents.repeat(DRAWS, 1, 1, 1)
     timesteps = torch.stack(times).to(latents.device)
-    noisy = schedule.add_noise(latents, torch.stack(noises).to(latents), timesteps)
+    noisy = denoiser.add_noise(latents, torch.stack(noises).to(latents), timesteps)
     targets = []
     for start in range(0, len(prompts), CHUNK):
         part = slice(start, start + CHUNK)
-        told = condition(prompts[part], noisy.shape[-2:])
-        predicted = base.pipeline.unet(noisy[part].to(base.dtype), timesteps[part], **told).sample
-        targets.append(predicted.float())
+        targets.append(denoiser.predict(noisy[part], timesteps[part], encode(prompts[part], noisy.shape[-2:])))
         progress(Event("predict", min(start + CHUNK, len(prompts)), len(prompts)))
     return PriorTargets(noisy, timesteps, prompts, torch.cat(targets))
 
 
-def predict(
-    unet: nn.Module, dtype: torch.dtype, condition: Condition, noisy: Tensor, samples: Batch, held: PriorTargets | None
+def predict_both(
+    denoiser: Denoiser, encode: PromptEncoder, noisy: Tensor, batch: Batch, prior: PriorTargets | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What the networks predict for a step's noised photos and for its anchors, in one call where the shapes allow it.
+    """Predictions for a batch's noised photos and for its prior images, in one call where the shapes allow it.
 
     Returns:
         Predictions (n, c, h, w) and (m, c, h, w) float32.
     """
 
-    def ask(noisy: Tensor, timesteps: Tensor, prompts: list[str]) -> Tensor:
-        predicted: Tensor = unet(noisy.to(dtype), timesteps, **condition(prompts, noisy.shape[-2:])).sample
-        return predicted.float()
+    def predict(noisy: Tensor, timesteps: Tensor, prompts: list[str]) -> Tensor:
+        return denoiser.predict(noisy, timesteps, encode(prompts, noisy.shape[-2:]))
 
-    if held is None:
-        return ask(noisy, samples.timesteps, samples.prompts), None
-    if held.noisy.shape[1:] != noisy.shape[1:]:
-        photos = ask(noisy, samples.timesteps, samples.prompts)
-        return photos, ask(held.noisy, held.timesteps, held.prompts)
-    timesteps = torch.cat([samples.timesteps, held.timesteps])
-    both = ask(torch.cat([noisy, held.noisy]), timesteps, samples.prompts + held.prompts)
+    if prior is None:
+        return predict(noisy, batch.timesteps, batch.prompts), None
+    if prior.noisy.shape[1:] != noisy.shape[1:]:
+        photos = predict(noisy, batch.timesteps, batch.prompts)
+        return photos, predict(prior.noisy, prior.timesteps, prior.prompts)
+    timesteps = torch.cat([batch.timesteps, prior.timesteps])
+    both = predict(torch.cat([noisy, prior.noisy]), timesteps, batch.prompts + prior.prompts)
     return both[: len(noisy)], both[len(noisy) :]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from ..adapters.adapter import Adapter, check_base
@@ -13,9 +12,9 @@ from ..adapters.formats.native import load_adapter, save_adapter
 from ..config.presets import with_rates
 from ..config.settings import to_yaml
 from ..config.train import TrainConfig
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from ..core.files import check_writable, write_settings
-from ..core.hooks import Progress, silent
+from ..core.hooks import Hooks, Progress, ignore, silent
 from ..core.machine import heading
 from ..core.precision import precision_note, resolve_mixed_precision
 from ..data.folder import Concept, load_concept
@@ -30,7 +29,7 @@ from ..svd_cache import capacity, spectrum_of
 from .checkpoint import load_state
 from .checks import notes_on
 from .distributed import World, current_world, device_of
-from .loop import train
+from .loop import TrainingJob, train
 from .memory import memory_note
 from .output import check_token_is_free, claimed, prepare_output
 from .output import state_path as state_path
@@ -79,16 +78,7 @@ def train_to_file(
         if not force:
             check_token_is_free(config.output, concept)
         base = base or load_base(config.base, device_of(config, among), config.dtype)
-        return train_on(base, config, concept, among, resume, force, Hooks(progress, should_stop, note))
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What a training asks and tells on the way."""
-
-    progress: Progress
-    should_stop: Callable[[], bool]
-    note: Callable[[str], None]
+        return train_on(base, config, concept, among, resume, force, Hooks(progress, note, should_stop))
 
 
 def train_on(
@@ -99,7 +89,7 @@ def train_on(
     Raises:
         UserError: see :func:`train_to_file`.
     """
-    output, note = config.output, hooks.note
+    output, note = config.output, hooks.notify
     check_concept(concept, base, config)
     config = among.broadcast(with_precision(config, base, resume, note))
     start_from = None
@@ -110,8 +100,8 @@ def train_on(
             note(f"Note: {start_from.token} has layer-wise vectors; what goes on from it keeps their mean.")
     config = with_rates(config)
     method = get_method(config.method)
-    if config.normalize and not method.name.startswith("spectral-additive"):
-        raise UserError(f"normalize=true scales the columns of spectral-additive; {method.name} has none to scale.")
+    if config.normalize and not method.normalizable:
+        raise UserError(f"The method {method.name} has no columns that could be normalized.", Fix("normalize", "false"))
     size = config.resolution or base.size
     for text in notes_on(concept, PromptEncoder(base, concept, config.seed, size), config):
         note(text)
@@ -136,10 +126,8 @@ def train_on(
     )
     if memory := memory_note(base, config, size):
         note(memory)
-    adapter = train(
-        config, base, concept, slot, state_path(output), resume, hooks.progress, hooks.should_stop, start_from, note,
-        force, among,
-    )  # fmt: skip
+    job = TrainingJob(config, base, concept, slot, state_path(output), start_from, among, resume, force)
+    adapter = train(job, hooks)
     if among.is_main:
         save_adapter(adapter, output)
         write_settings(output.with_suffix(".yaml"), heading() + to_yaml(config))
@@ -158,10 +146,6 @@ def check_concept(concept: Concept, base: Base, config: TrainConfig) -> None:
     known = {token.lower(): token for token in known_tokens(base.pipeline.tokenizer)}
     if token := known.get(concept.token.lower()):  # a tokenizer does not tell upper case from lower
         raise UserError(f"The base '{config.base}' already has the token {token}; choose another with token=<name>.")
-
-
-def ignore(text: str) -> None:
-    """Tell nobody."""
 
 
 def with_rank(config: TrainConfig, shapes: Sequence[tuple[int, int]], note: Callable[[str], None]) -> TrainConfig:
@@ -205,9 +189,9 @@ def with_start(config: TrainConfig, base: Base, concept: Concept) -> tuple[Train
     """
     assert config.init_from_adapter is not None
     adapter = load_adapter(config.init_from_adapter)
-    if not adapter.method.name.startswith("spectral-rotation"):
+    if adapter.method.continue_from is None:
         raise UserError(
-            f"--continue needs a spectral-rotation adapter, whose turned columns are orthonormal again; "
+            f"Training can start from a spectral-rotation adapter, whose rotated columns are orthonormal again; "
             f"{config.init_from_adapter} is {adapter.method.name}."
         )
     check_base(adapter, base)
@@ -256,7 +240,8 @@ def reserve(config: TrainConfig, base: Base, concept: Concept) -> Slot:
     if rows:
         narrowest = min(weights, key=lambda layer: matrix_shape(weights[layer])[1])
         columns = matrix_shape(weights[narrowest])[1]
-    ledger = Ledger.beside(config.output, ROWS if rows else LEDGER)
+    beside = config.ledger.with_name(ROWS) if config.ledger and rows else config.ledger
+    ledger = Ledger(beside) if beside else Ledger.beside(config.output, ROWS if rows else LEDGER)
     own = base.fingerprint
     return ledger.reserve(
         own.exact, concept.name, config.rank, config.slot, columns, narrowest, config.slot_seed or 0,

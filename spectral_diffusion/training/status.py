@@ -13,10 +13,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from ..config.settings import Settings
-from ..core.errors import UserError, reason
+from ..core.errors import Cancelled, UserError, reason
 from ..core.files import read_text, write_text
 from ..core.hooks import Event, Pace, Progress, silent
-from .checkpoint import Stopped
 
 State = Literal["starting", "running", "stopped", "done", "failed", "lost"]
 POINTS = 400  # of the curve at most
@@ -193,7 +192,7 @@ def reporting(
     reporter = Reporter(path, progress, note)
     try:
         yield reporter
-    except (Stopped, KeyboardInterrupt) as stopped:
+    except (Cancelled, KeyboardInterrupt) as stopped:
         reporter.end("stopped", str(stopped) or "Stopped.")
         raise
     except UserError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -59,25 +59,16 @@ def validation_images(
 
     The networks, their processors and every random state stay as they are.
     """
-    # Without text encoders, since the words come encoded and the pipeline would take their precision for the U-Net's.
-    parts = {name: part for name, part in base.pipeline.components.items() if name != "image_encoder"}
-    parts |= dict.fromkeys(base.tokenizers)
+    denoiser = base.denoiser
     schedule = DPMSolverMultistepScheduler.from_config(base.pipeline.scheduler.config, algorithm_type="dpmsolver++")
-    large = isinstance(base.pipeline, StableDiffusionXLPipeline)
-    pipe = type(base.pipeline)(
-        **{**parts, "scheduler": schedule}, **({} if large else {"requires_safety_checker": False})
-    )
-    pipe.set_progress_bar_config(disable=True)
+    # Without text encoders: prompts come encoded, and the pipeline would take the encoders' precision for its own.
+    pipe = denoiser.make_pipeline(schedule, text_encoders=False)
     slicing, pipe.vae.use_slicing = pipe.vae.use_slicing, True  # decoded one by one: they would take the most memory
     prompts = [prompt.replace("{}", token) for prompt in config.prompts]
     columns = []
     for strength in config.scales:
         with torch.no_grad(), torch.random.fork_rng([]), at_strength(attachment, strength):
-            words = {"": condition(prompts), "negative_": condition([""] * len(prompts))}
-            options = {f"{kind}prompt_embeds": one["encoder_hidden_states"] for kind, one in words.items()}
-            if large:
-                pooled = {kind: one["added_cond_kwargs"]["text_embeds"] for kind, one in words.items()}
-                options |= {f"{kind}pooled_prompt_embeds": value for kind, value in pooled.items()}
+            options = denoiser.embedding_options(condition(prompts), condition([""] * len(prompts)))
             columns.append(
                 pipe(
                     width=condition.size, height=condition.size, num_inference_steps=config.num_inference_steps,
@@ -185,7 +176,7 @@ class Validator:
         """The pocket base's identity encoder, which knows its world; there is none for others."""
         if self.base.name != "pocket":
             if self.config.validation.early_stopping_patience:
-                self.note("Note: only the pocket base has an identity encoder, so watch.patience stops nothing here.")
+                self.note("Note: only the pocket base has an identity encoder, so validation.early_stopping_patience stops nothing here.")
             return None
         self.references = [open_photo(photo.path) for photo in self.concept.photos]
         return load_identity_encoder()
@@ -226,7 +217,7 @@ def start_tracker(config: TrainConfig, path: Path, name: str) -> Any:
 
     if wanted not in [str(one.value) for one in get_available_trackers()]:
         extra = "pip install 'spectral-diffusion[log]'" if wanted == "tensorboard" else f"pip install {wanted}"
-        raise UserError(f"The tracker {wanted} is not installed: {extra}, or use watch.tracker=none.")
+        raise UserError(f"The tracker {wanted} is not installed: {extra}, or use validation.log_with=none.")
     PartialState(cpu=not torch.cuda.is_available())  # the trackers ask it who is the main process
     kind = LOGGER_TYPE_TO_CLASS[wanted]
     folder = {"logging_dir": str(path.with_name(f"{path.stem}-log"))} if kind.requires_logging_directory else {}

@@ -91,14 +91,14 @@ def test_from_photos_to_a_picture_of_two(server: Any, visit: Callable[..., Any],
     page.locator("#fuse-merge input").fill("spectral")
     page.get_by_role("option", name="spectral", exact=True).click()
     page.locator("#fuse-name input, #fuse-name textarea").first.fill("pair")
-    page.locator("#fuse-teach").get_by_label("900 steps", exact=True).check()
+    page.locator("#fuse-distill").get_by_label("900 steps", exact=True).check()
     page.locator("#fuse-save").click()
     page.locator("#fuse-stop").wait_for()
     assert page.locator("#fuse-compare").is_disabled() and page.locator("#fuse-save").is_disabled()
     page.locator("#fuse-stop").click()
     page.get_by_text("nothing was saved").first.wait_for(timeout=PATIENCE)
     assert not (server.workspace / "fused" / "pair").exists()
-    page.locator("#fuse-teach").get_by_label("no", exact=True).check()
+    page.locator("#fuse-distill").get_by_label("no", exact=True).check()
     page.locator("#fuse-save").click()
     page.locator("#fuse-draw").click(timeout=PATIENCE)
 
@@ -127,7 +127,7 @@ def test_from_photos_to_a_picture_of_two(server: Any, visit: Callable[..., Any],
         "a photo of <tom>",
         "a photo of <brew>",
     ]
-    assert [one["kind"] for one in scene["conditions"]] == ["sketch"]
+    assert [one["kind"] for one in scene["controls"]] == ["sketch"]
     assert scene["regions"][0]["box"] == pytest.approx([0.05, 0.1, 0.45, 0.9], abs=0.03)
 
 

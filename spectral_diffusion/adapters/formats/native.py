@@ -175,11 +175,11 @@ def _check_shapes(adapter: Adapter) -> None:
                 raise ValueError(f"{layer} has a wrong shape")
         held, small = adapter.frozen.get(layer, {}), min(out, inside)
         wanted: dict[str, tuple[int, ...]] = {}
-        if method.builds_on == "band":
+        if method.builds_on == "columns":
             wanted = {"U": (out, rank), "S": (rank,), "V": (inside, rank)}
             start = {"D_U": (rank, rank), "D_V": (rank, rank), "c": (rank,)}
             wanted |= {name: shape for name, shape in start.items() if name in held}
-        elif method.builds_on == "spectrum":
+        elif method.builds_on == "full_svd":
             wanted = {"S": (small,)}
         if {name: tuple(t.shape) for name, t in held.items()} != wanted:
             raise ValueError(f"what {layer} is built on has a wrong shape")

@@ -1,0 +1,362 @@
+"""The public Python API: ``import spectral_diffusion as sd``.
+
+A stock diffusers pipeline goes in, objects come out, and files are written only where ``output=`` asks for them.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from .adapters import adapter as core
+from .adapters import apply
+from .adapters.attach import unload_adapters as detach
+from .adapters.formats.native import load_adapter, save_adapter
+from .config.fuse import MergeConfig
+from .config.presets import preset_settings, settings_for
+from .config.settings import build
+from .config.train import TrainConfig
+from .core.errors import UserError
+from .core.hooks import Event, Hooks
+from .core.paths import without_folders
+from .data.folder import load_concept, open_photo
+from .linalg import Factors
+from .merging.export import export as export_file
+from .merging.fuse import fuse_adapters
+from .metrics.encoders import load_encoder
+from .models.base import Base, base_of, load_base
+from .scenes.control import read_control_image
+from .scenes.generate import sample
+from .scenes.scene import Box, ControlImage
+from .scenes.scene import Region as SceneRegion
+from .scenes.scene import Scene as SceneSettings
+from .slots.ledger import Slot
+from .training.run import train_to_file
+
+ADAPTER_FILE = "adapter.safetensors"  # in a folder or a hub repository
+LOADED = "_spectral_diffusion_loaded"  # the attribute of a pipeline that says what to restore
+
+
+class Adapter(core.Adapter):
+    """One trained concept. Get one from :func:`train` or :meth:`from_pretrained`; it can be a key of a mapping."""
+
+    @classmethod
+    def of(cls, adapter: core.Adapter) -> Adapter:
+        """The public form of the library's own object."""
+        return cls(**{one.name: getattr(adapter, one.name) for one in fields(adapter)})
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Adapter:
+        """Load an adapter file, a folder that :meth:`save_pretrained` wrote, or a repository of the hub.
+
+        Raises:
+            UserError: there is no adapter.
+        """
+        path = Path(source)
+        if path.is_dir():
+            path = path / ADAPTER_FILE
+        elif not path.exists() and path.suffix != ".safetensors" and str(source).count("/") == 1:
+            from huggingface_hub import hf_hub_download
+
+            try:
+                path = Path(hf_hub_download(str(source), ADAPTER_FILE, revision=revision))
+            except Exception as error:  # the hub's client raises nearly everything
+                raise UserError(f"Cannot load '{source}' from the hub: {error}.") from error
+        return cls.of(load_adapter(path))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``adapter.safetensors`` and a model card into a folder, as a hub repository has them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_adapter(self, folder / ADAPTER_FILE)
+        settings = without_folders(dict(self.config))
+        lines = [
+            f"---\nbase_model: {settings.get('base', self.base)}\nlibrary_name: spectral-diffusion\n---",
+            f"# {self.name}",
+            f"`{self.token}`, a {self.noun}: {self.method.name}, rank {self.rank}. Load it with "
+            f"`spectral_diffusion.Adapter.from_pretrained`.",
+        ]
+        (folder / "README.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
+        """Upload the adapter and its card; returns the repository's address."""
+        from huggingface_hub import HfApi
+
+        hub = HfApi(token=token)
+        address = hub.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            hub.upload_folder(repo_id=repo_id, folder_path=folder)
+        return str(address)
+
+    def save(self, path: str | Path) -> None:
+        """Write one ``.safetensors`` file."""
+        save_adapter(self, Path(path))
+
+    def export(self, path: str | Path, format: str = "kohya", **options: Any) -> list[Path]:
+        """Write it for other programs: ``kohya`` (ComfyUI, A1111), ``diffusers``, ``embedding``, ``folder``, ``checkpoint``.
+
+        Args:
+            options: ``rank``, ``dtype`` and ``picture`` of :func:`.merging.export.export`.
+
+        Raises:
+            UserError: an unknown format, or the output exists and is not ours.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"{self.name}.safetensors"
+            save_adapter(self, file)
+            return export_file(file, Path(path), format, **options)
+
+    def delta(self, layer: str, weight: Tensor | None = None) -> Tensor:
+        """ΔW (out, in) of a layer; ``weight`` is the base's, for methods that need it (DoRA, OFT, SVDiff).
+
+        Raises:
+            UserError: the layer is not adapted, or the weight is needed.
+        """
+        if layer not in self.sizes:
+            raise UserError(f"'{self.name}' does not adapt the layer {layer}.")
+        return Factors(*self.factors(layer, weight)).delta()
+
+
+Pipeline = Any  # a diffusers StableDiffusionPipeline or StableDiffusionXLPipeline
+Scales = Mapping[core.Adapter, float] | Sequence[core.Adapter]
+
+
+def train(
+    base: Pipeline | str,
+    photos: str | Path,
+    *,
+    class_noun: str | None = None,
+    output: str | Path | None = None,
+    slot: str | int | Slot = "next",
+    ledger: str | Path | None = None,
+    callbacks: Sequence[Callable[[Event], None]] = (),
+    **settings: Any,
+) -> Adapter:
+    """Train one concept from a folder of photos, with the defaults of the command line.
+
+    Args:
+        base: a loaded pipeline, or what :func:`.models.base.load_base` takes.
+        class_noun: such as ``dog``; default: ``concept.yaml`` of the folder, else its name.
+        output: an adapter file to write; without it, nothing is written.
+        slot: the singular vectors to train: ``next`` is the ledger's first free slot, without a ledger the first.
+        ledger: the file that says which slots are taken; default: ``slots.json`` beside the output.
+        callbacks: called after every step with an :class:`Event`.
+        settings: any other of :class:`TrainConfig`, such as ``method``, ``rank``, ``steps`` or ``prior={…}``; also
+            ``resume`` and ``force``.
+
+    Raises:
+        UserError: one sentence on what is wrong.
+    """
+
+    def show(event: Event) -> None:
+        for callback in callbacks:
+            callback(event)
+
+    held = _base(base)
+    run = {name: settings.pop(name) for name in ("resume", "force") if name in settings}
+    with tempfile.TemporaryDirectory() as scratch:
+        name = settings.get("name") or load_concept(Path(photos), None, None, class_noun).name
+        given = {
+            "concept": photos, "base": held.name, "class_noun": class_noun, "slot": str(slot),
+            "ledger": None if ledger is None else str(ledger),
+            "output": str(output or Path(scratch) / f"{name}.safetensors"),
+        }  # fmt: skip
+        config = settings_for(TrainConfig, "train", {k: v for k, v in given.items() if v is not None}, settings)
+        return Adapter.of(train_to_file(config, hooks=Hooks(progress=show), base=held, **run))
+
+
+def load_adapters(pipeline: Pipeline, adapters: Scales, allow_base: bool = False) -> list[str]:
+    """Let adapters act on a pipeline at their scales, tokens included; returns warnings. Call it once.
+
+    Raises:
+        UserError: an adapter is of another base, two share a token, or some are loaded already.
+    """
+    if hasattr(pipeline, LOADED):
+        raise UserError("Adapters are loaded on this pipeline already; call unload_adapters first.")
+    base = base_of(pipeline)
+    setattr(pipeline, LOADED, _tokens_of(base))
+    try:
+        for name in base.tokenizers.values():  # the user's own stays as it is
+            del name
+        _own_tokenizers(base)
+        return apply.load_adapters(base, list(_scales(adapters).items()), allow_base)
+    except BaseException:
+        unload_adapters(pipeline)
+        raise
+
+
+def unload_adapters(pipeline: Pipeline) -> None:
+    """Remove every adapter and its tokens; the pipeline is as it was before :func:`load_adapters`."""
+    kept = getattr(pipeline, LOADED, None)
+    detach(base_of(pipeline).models)
+    if kept is None:
+        return
+    for encoder, (attribute, tokenizer, embedding) in kept.items():
+        setattr(pipeline, attribute, tokenizer)
+        getattr(pipeline, encoder).set_input_embeddings(embedding)
+    delattr(pipeline, LOADED)
+
+
+def fuse(
+    pipeline: Pipeline | str,
+    adapters: Scales,
+    method: str = "spectral",
+    distill_steps: int = 0,
+    *,
+    hooks: Hooks = Hooks(),
+    **settings: Any,
+) -> Pipeline:
+    """A new pipeline with the adapters merged into its weights, their tokens included; the given one is untouched.
+
+    Args:
+        method: the merge, such as ``spectral``, ``gradient``, ``ties``.
+        distill_steps: steps of distillation after the merge.
+        settings: any other of :class:`.config.fuse.MergeConfig`, such as ``options={…}`` or ``calibration={…}``.
+
+    Raises:
+        UserError: see :func:`.merging.fuse.fuse_adapters`.
+    """
+    scales = _scales(adapters)
+    source = _base(pipeline)
+    layer = preset_settings(source.name, "fuse")
+    given: dict[str, Any] = {"merge": method, "scales": {adapter.name: scale for adapter, scale in scales.items()}}
+    if distill_steps:
+        given["distill"] = {"steps": distill_steps}
+    config = build(MergeConfig, layer, given, settings)
+    base = base_of(copy.deepcopy(source.pipeline), source.name)
+    for adapter in scales:
+        core.check_base(adapter, base, config.allow_base)
+    fuse_adapters(base, list(scales), config, hooks)
+    return base.pipeline
+
+
+@dataclass
+class Region:
+    """A box of the picture with a prompt of its own.
+
+    Attributes:
+        box: left, top, right, bottom, in fractions of the picture.
+        adapter: a concept that acts only here; one that is fused into the pipeline acts by its token alone.
+        prompt: default: the adapter's token.
+    """
+
+    box: Box
+    adapter: core.Adapter | None = None
+    prompt: str | None = None
+    scale: float = 1.0
+    negative_prompt: str | None = None
+
+
+@dataclass
+class Scene:
+    """One picture of several things.
+
+    Attributes:
+        controls: control images, as files.
+        settings: any other setting of a scene file, such as ``num_inference_steps`` or ``width``.
+    """
+
+    prompt: str = ""
+    regions: Sequence[Region] = ()
+    controls: Sequence[ControlImage] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def generate(
+    pipeline: Pipeline | str, scene: Scene | str, seeds: Sequence[int] = (0,), *, hooks: Hooks = Hooks(), **settings: Any
+) -> list[Image.Image]:
+    """Generate a scene (or a plain prompt) once per seed.
+
+    Args:
+        pipeline: a stock pipeline, fused or with adapters loaded.
+        settings: of the scene, such as ``guidance_scale``.
+
+    Raises:
+        UserError: a region or a control image that does not fit.
+        Cancelled: ``hooks.should_stop`` said so.
+    """
+    scene = Scene(scene) if isinstance(scene, str) else scene
+    base = _base(pipeline)
+    regions, bound = [], []
+    known = set(base.tokenizers["text_encoder"].get_added_vocab())
+    for region in scene.regions:
+        prompt = region.prompt or (region.adapter.token if region.adapter else "")
+        regions.append(SceneRegion(box=region.box, prompt=prompt, negative_prompt=region.negative_prompt))
+        acting = region.adapter is not None and region.adapter.token not in known
+        bound.append([(region.adapter, region.scale)] if acting and region.adapter else [])
+    layer = {"prompt": scene.prompt, "regions": regions, "controls": list(scene.controls), "seeds": list(seeds)}
+    config = build(SceneSettings, preset_settings(base.name, "generate"), dict(scene.settings), settings, layer)
+    drawings = [read_control_image(control) for control in config.controls]
+    apart = {adapter.token: adapter for pairs in bound for adapter, _ in pairs}
+    base = _with_tokens(base, list(apart.values()))
+    return sample(base, [config.prompt] * len(seeds), list(seeds), config, hooks, drawings=drawings, bound=bound)
+
+
+def identity(
+    images: Sequence[Image.Image], references: Mapping[core.Adapter | str, str | Path], encoder: str = "pocket"
+) -> dict[str, float]:
+    """How much images look like each concept's photos: the mean cosine to all of them, by concept.
+
+    Args:
+        references: concept to its folder of photos.
+        encoder: ``pocket`` for the pocket base, else the folder or hub id of a CLIP or DINOv2 model.
+
+    Raises:
+        UserError: no such encoder, or a folder without photos.
+    """
+    model = load_encoder(encoder)
+    shown = model.embed(list(images))
+    scores = {}
+    for concept, folder in references.items():
+        photos = [open_photo(photo.path) for photo in load_concept(Path(folder)).photos]
+        name = concept if isinstance(concept, str) else concept.name
+        scores[name] = float((shown @ model.embed(photos).mT).mean())
+    return scores
+
+
+def _base(pipeline: Pipeline | str) -> Base:
+    return load_base(pipeline) if isinstance(pipeline, str) else base_of(pipeline)
+
+
+def _scales(adapters: Scales) -> dict[core.Adapter, float]:
+    return dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
+
+
+def _tokens_of(base: Base) -> dict[str, tuple[str, Any, Any]]:
+    """By text encoder: the pipeline's attribute of the tokenizer, the tokenizer, and the embedding."""
+    names = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    return {
+        encoder: (names[encoder], tokenizer, base.models[encoder].get_input_embeddings())  # type: ignore[operator]
+        for encoder, tokenizer in base.tokenizers.items()
+    }
+
+
+def _own_tokenizers(base: Base) -> None:
+    """Give the pipeline copies of its tokenizers and embeddings, which tokens can be added to."""
+    for encoder, (attribute, tokenizer, embedding) in _tokens_of(base).items():
+        setattr(base.pipeline, attribute, copy.deepcopy(tokenizer))
+        base.models[encoder].set_input_embeddings(copy.deepcopy(embedding))  # type: ignore[operator]
+
+
+def _with_tokens(base: Base, adapters: Sequence[core.Adapter]) -> Base:
+    """The base with the tokens of adapters that act in regions only; itself if there are none."""
+    if not adapters:
+        return base
+    pipeline = base.denoiser.make_pipeline(base.pipeline.scheduler)
+    other = base_of(pipeline, base.name)
+    for encoder in other.tokenizers:
+        setattr(pipeline, encoder, copy.deepcopy(getattr(pipeline, encoder)))
+    other = base_of(pipeline, base.name)
+    _own_tokenizers(other)
+    for adapter in adapters:
+        core.check_base(adapter, base, True)
+        apply.install_tokens(other, adapter)
+    return other

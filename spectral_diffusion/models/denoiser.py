@@ -1,0 +1,249 @@
+"""The one place that knows how a family of models encodes prompts, adds noise, predicts and samples.
+
+Training, prior images, distillation, calibration, validation and generation use a :class:`Denoiser` and never call a
+network or a pipeline themselves. A family is one file beside this one: ``sd.py``, ``sdxl.py``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import compute_snr
+from torch import Tensor, nn
+
+from ..core.errors import UserError
+from ..linalg import to_float64
+
+OnStep = Callable[[int, Tensor], None]  # the number of the step just done, from 0, and its latents
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What a network is given with n prompts: tensors by the family's names, the first dimension n."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, chosen: Any) -> Conditioning:
+        """Some of the prompts, by anything that indexes a tensor's first dimension."""
+        return Conditioning({name: tensor[chosen] for name, tensor in self.tensors.items()})
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """The same on a device."""
+        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    @classmethod
+    def stack(cls, parts: Sequence[Conditioning]) -> Conditioning:
+        """Single prompts, each without the first dimension, as one batch."""
+        return cls({name: torch.stack([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+class Denoiser(ABC):
+    """A family of models behind one interface.
+
+    Args:
+        models: the networks that adapters change, by component: text encoders and the denoising network.
+        vae: the autoencoder.
+        dtype: of the frozen networks.
+        pipeline: the diffusers pipeline, where prompts are to be encoded or images sampled.
+    """
+
+    network_name: ClassVar[str] = "unet"
+
+    def __init__(
+        self, models: Mapping[str, nn.Module], vae: nn.Module, dtype: torch.dtype, pipeline: Any = None
+    ) -> None:
+        self.models, self.vae, self.dtype, self.pipeline = models, vae, dtype, pipeline
+
+    # ------------------------------------------------------------------ the network
+
+    @property
+    def network(self) -> Any:
+        """The denoising network."""
+        return self.models[self.network_name]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        device: torch.device = self.network.device
+        return device
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels per latent cell, along one side."""
+        config: Any = self.vae.config
+        return int(2 ** (len(config.block_out_channels) - 1))
+
+    @property
+    def size(self) -> int:
+        """The side in pixels that the network was trained for."""
+        return int(self.network.config.sample_size * self.vae_scale)
+
+    # ------------------------------------------------------------------ prompts
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+        """Prompts as the network reads them, for pictures of ``size`` (height, width) in pixels; default: its own.
+
+        An empty prompt is what guidance moves away from.
+        """
+
+    @abstractmethod
+    def encode_ids(
+        self, ids: Mapping[str, Tensor], empty: Sequence[bool], size: tuple[int, int] | None = None
+    ) -> Conditioning:
+        """The same from token ids (n, length) by text encoder, with gradients. ``empty`` says which prompts are."""
+
+    @abstractmethod
+    def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
+        """What the family's pipeline takes in place of prompts."""
+
+    # ------------------------------------------------------------------ noise and prediction
+
+    @cached_property
+    def schedule(self) -> DDPMScheduler:
+        """The training noise schedule."""
+        return DDPMScheduler.from_config(self.pipeline.scheduler.config)
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many timesteps the schedule has."""
+        return len(self.schedule.alphas_cumprod)
+
+    def sample_timestep(self, generator: torch.Generator, power: float) -> Tensor:
+        """t = T u^power with u uniform in 0…1."""
+        last = self.num_timesteps
+        return (torch.rand((), generator=generator) ** power * last).long().clamp_max(last - 1)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Latents (n, c, h, w) at timesteps (n,)."""
+        noisy: Tensor = self.schedule.add_noise(latents, noise, timesteps)
+        return noisy
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network should predict: the noise ε or the velocity v.
+
+        Raises:
+            UserError: the base predicts something else.
+        """
+        kind = self.schedule.config.prediction_type
+        if kind == "epsilon":
+            return noise
+        if kind == "v_prediction":
+            velocity: Tensor = self.schedule.get_velocity(latents, noise, timesteps)
+            return velocity
+        raise UserError(f"This base predicts '{kind}'; only epsilon and v_prediction can be trained.")
+
+    def timestep_weights(self, timesteps: Tensor, gamma: float) -> Tensor | None:
+        """Min-SNR-γ weights (n,) of the timesteps; None where γ is 0."""
+        return min_snr_weights(self.schedule, timesteps, gamma)
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **extra: Any) -> Tensor:
+        """The network's predictions (n, c, h, w) in float32.
+
+        Args:
+            extra: more keyword arguments of the network, such as a T2I-Adapter's features.
+        """
+
+    # ------------------------------------------------------------------ sampling
+
+    @torch.no_grad()
+    def sample_latents(
+        self,
+        prompts: Sequence[str],
+        generators: Sequence[torch.Generator],
+        num_inference_steps: int,
+        guidance_scale: float,
+        size: int | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Latents (n, c, h, w) of square images, one per prompt and generator, by the base's own sampler."""
+
+        def tell(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if on_step:
+                on_step(step, tensors["latents"])
+            return tensors
+
+        side = size or self.size
+        latents: Tensor = self.pipeline(
+            prompt=list(prompts),
+            width=side,
+            height=side,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=list(generators),
+            output_type="latent",
+            callback_on_step_end=tell,
+        ).images
+        return latents
+
+    @abstractmethod
+    def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
+        """A stock pipeline of the same parts with another scheduler, and perhaps a T2I-Adapter.
+
+        Args:
+            text_encoders: whether it holds them; without, it takes prompts by :meth:`embedding_options`.
+        """
+
+    # ------------------------------------------------------------------ speed and memory
+
+    def plain_attention_is_faster(self, half: bool, size: int) -> bool:
+        """Whether plain attention beats torch's fused one for images of that side; ``half``: in half precision."""
+        return plain_attention_is_faster(self.device.type, half, size // self.vae_scale)
+
+    @contextmanager
+    def fast_attention(self, half: bool, size: int) -> Iterator[None]:
+        """Use diffusers' plain attention while the context is open, where that is faster."""
+        before = dict(self.network.attn_processors)
+        if self.plain_attention_is_faster(half, size):
+            self.network.set_attn_processor(AttnProcessor())
+        try:
+            yield
+        finally:
+            self.network.set_attn_processor(before)
+
+    @contextmanager
+    def gradient_checkpointing(self, on: bool) -> Iterator[None]:
+        """Keep only the blocks' inputs for the backward pass while the context is open, if ``on``."""
+        if on:
+            self.network.enable_gradient_checkpointing()
+        try:
+            yield
+        finally:
+            if on:
+                self.network.disable_gradient_checkpointing()
+
+
+def plain_attention_is_faster(device: str, half: bool, side: int) -> bool:
+    """Whether plain attention beats the fused one: on a CPU in half precision, for latents below 64 cells a side.
+
+    In float32 the fused one takes half the time where there are many cells, and it never keeps the scores.
+    """
+    return device == "cpu" and half and side < 64
+
+
+def min_snr_weights(schedule: DDPMScheduler, timesteps: Tensor, gamma: float) -> Tensor | None:
+    """Min-SNR-γ weights (n,) of the timesteps (Hang et al. 2023); None where γ is 0.
+
+    min(snr, γ) / snr where ε is predicted and min(snr, γ) / (snr + 1) where v is, so that both weigh the error of the
+    image alike. A step that is all noise (snr 0) counts 1 for ε and 0 for v.
+    """
+    if gamma == 0:
+        return None
+    snr = to_float64(compute_snr(schedule, timesteps))
+    if schedule.config.prediction_type == "v_prediction":
+        weights = snr.clamp_max(gamma) / (snr + 1)
+    else:
+        weights = (gamma / snr).clamp_max(1)  # γ / 0 is infinite, so 1
+    return weights.float().to(timesteps.device)

@@ -1,0 +1,61 @@
+"""Stable Diffusion 1.x and 2.x: one text encoder, a U-Net that predicts ε or v."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers import StableDiffusionAdapterPipeline, StableDiffusionPipeline
+from torch import Tensor
+
+from .denoiser import Conditioning, Denoiser
+
+
+class SDDenoiser(Denoiser):
+    """Stable Diffusion 1.x and 2.x."""
+
+    pipeline_class: Any = StableDiffusionPipeline
+    adapter_pipeline_class: Any = StableDiffusionAdapterPipeline
+
+    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+        return Conditioning({"encoder_hidden_states": self._encoded(prompts)[0]})
+
+    def _encoded(self, prompts: Sequence[str]) -> tuple[Tensor, ...]:
+        """The positive outputs of the pipeline's own encoding."""
+        words, _, *pooled = self.pipeline.encode_prompt(
+            list(prompts), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return words, *pooled[:1]
+
+    def encode_ids(
+        self, ids: Mapping[str, Tensor], empty: Sequence[bool], size: tuple[int, int] | None = None
+    ) -> Conditioning:
+        return Conditioning({"encoder_hidden_states": self.models["text_encoder"](ids["text_encoder"])[0]})
+
+    def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
+        name = "encoder_hidden_states"
+        return {"prompt_embeds": positive.tensors[name], "negative_prompt_embeds": negative.tensors[name]}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **extra: Any) -> Tensor:
+        given = self.network_arguments(conditioning)
+        predicted: Tensor = self.network(noisy.to(self.dtype), timesteps, **given, **extra).sample
+        return predicted.float()
+
+    def network_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
+        """The conditioning as the U-Net's keyword arguments."""
+        return dict(conditioning.tensors)
+
+    def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
+        parts = {name: part for name, part in self.pipeline.components.items() if name != "image_encoder"}
+        parts["scheduler"] = scheduler
+        if not text_encoders:
+            parts |= {name: None for name in self.models if name != self.network_name}
+        kind = self.adapter_pipeline_class if t2i_adapter is not None else type(self.pipeline)
+        more = {"adapter": t2i_adapter} if t2i_adapter is not None else {}
+        pipeline = kind(**parts, **more, **self.pipeline_options())
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def pipeline_options(self) -> dict[str, Any]:
+        """Arguments of the pipeline that are no parts of it."""
+        return {"requires_safety_checker": False}
