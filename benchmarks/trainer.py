@@ -33,11 +33,11 @@ from torch.utils.data import DataLoader, Dataset
 from spectral_diffusion.config.settings import build
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import assets as resources
-from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.models.architectures import build_meta, build_vae_meta, fill_randomly
 from spectral_diffusion.models.base import Base
-from spectral_diffusion.training.loop import train
+from spectral_diffusion.training.loop import TrainingJob, train
 from tools.pocket.models import build_tokenizer
 
 RANK, RATE, WARM = 8, 1e-4, 2  # the first steps are not counted
@@ -188,7 +188,8 @@ def our_loop(
             return False
 
         state = Path(kept) / "state.safetensors"
-        train(config, base, load_concept(folder), None, state, progress=watch, should_stop=before_the_first)
+        job = TrainingJob(config, base, load_concept(folder), None, state)
+        train(job, Hooks(watch, should_stop=before_the_first))
 
 
 def main() -> None:

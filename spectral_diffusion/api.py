@@ -24,7 +24,7 @@ from .config.presets import preset_settings, settings_for
 from .config.settings import build
 from .config.train import TrainConfig
 from .core.errors import UserError
-from .core.hooks import Event, Hooks
+from .core.hooks import QUIET, Event, Hooks
 from .core.paths import without_folders
 from .data.folder import load_concept, open_photo
 from .linalg import Factors
@@ -101,9 +101,10 @@ class Adapter(core.Adapter):
         save_adapter(self, Path(path))
 
     def export(self, path: str | Path, format: str = "kohya", **options: Any) -> list[Path]:
-        """Write it for other programs: ``kohya`` (ComfyUI, A1111), ``diffusers``, ``embedding``, ``folder``, ``checkpoint``.
+        """Write it for other programs.
 
         Args:
+            format: ``kohya`` (ComfyUI, A1111), ``diffusers``, ``embedding``, ``folder`` or ``checkpoint``.
             options: ``rank``, ``dtype`` and ``picture`` of :func:`.merging.export.export`.
 
         Raises:
@@ -184,9 +185,7 @@ def load_adapters(pipeline: Pipeline, adapters: Scales, allow_base: bool = False
     base = base_of(pipeline)
     setattr(pipeline, LOADED, _tokens_of(base))
     try:
-        for name in base.tokenizers.values():  # the user's own stays as it is
-            del name
-        _own_tokenizers(base)
+        _own_tokenizers(base)  # the user's own stay as they are
         return apply.load_adapters(base, list(_scales(adapters).items()), allow_base)
     except BaseException:
         unload_adapters(pipeline)
@@ -211,7 +210,7 @@ def fuse(
     method: str = "spectral",
     distill_steps: int = 0,
     *,
-    hooks: Hooks = Hooks(),
+    hooks: Hooks = QUIET,
     **settings: Any,
 ) -> Pipeline:
     """A new pipeline with the adapters merged into its weights, their tokens included; the given one is untouched.
@@ -271,7 +270,12 @@ class Scene:
 
 
 def generate(
-    pipeline: Pipeline | str, scene: Scene | str, seeds: Sequence[int] = (0,), *, hooks: Hooks = Hooks(), **settings: Any
+    pipeline: Pipeline | str,
+    scene: Scene | str,
+    seeds: Sequence[int] = (0,),
+    *,
+    hooks: Hooks = QUIET,
+    **settings: Any,
 ) -> list[Image.Image]:
     """Generate a scene (or a plain prompt) once per seed.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -14,7 +14,7 @@ from .config.settings import build, to_yaml
 from .config.train import TrainConfig
 from .core import assets as resources
 from .core.files import write_text
-from .core.hooks import Progress, brief_duration, silent
+from .core.hooks import QUIET, Hooks, brief_duration
 from .core.precision import resolve_mixed_precision
 from .data.folder import load_concept, open_photo
 from .merging.fuse import fuse_to_folder
@@ -42,8 +42,7 @@ PREPARED = 24  # images at most that are prepared for each part, where the numbe
 def run_demo(
     output: Path,
     steps: int | None = None,
-    progress: Progress = silent,
-    note: Callable[[str], None] = lambda text: None,
+    hooks: Hooks = QUIET,
 ) -> Path:
     """Run the whole path on the pocket base and return the contact sheet's path.
 
@@ -64,24 +63,24 @@ def run_demo(
         for name, folder in folders.items()
     }
     teaching = min(steps or TEACHING, TEACHING)
-    note(f"The whole demo takes about {brief_duration(demo_seconds(list(trainings.values()), teaching))} here.")
+    hooks.notify(f"The whole demo takes about {brief_duration(demo_seconds(list(trainings.values()), teaching))} here.")
     for config in trainings.values():
-        train_to_file(config, progress=progress, note=note, force=True)
+        train_to_file(config, force=True, hooks=hooks)
 
     fused = output / "fused"
     change = {"adapters": list(files.values()), "output": fused, "merge": "gradient"}
     change["distill"] = {"steps": teaching}
     if steps:
         change |= {"distill": {"steps": teaching, **few, "num_prior_images": few["num_images"]}, "calibration": few}
-    for warning in fuse_to_folder(build(FuseConfig, fuse, change), progress):
-        note(warning)
-    note(f"Fused into {fused}/.")
+    for warning in fuse_to_folder(build(FuseConfig, fuse, change), hooks):
+        hooks.notify(warning)
+    hooks.notify(f"Fused into {fused}/.")
 
     settings = build(Scene, draw, {"base": str(fused), "output": output / "together.png"})
 
     def pictures(base: Base, name: str) -> list[Image.Image]:
         prompts = [f"a photo of {concepts[name].token} {place}" for place in PLACES]
-        return sample(base, prompts, [10 + i for i in range(len(prompts))], settings, progress)
+        return sample(base, prompts, [10 + i for i in range(len(prompts))], settings, hooks)
 
     alone = {}
     for name in CONCEPTS:
@@ -107,7 +106,7 @@ def run_demo(
             "seed": 3,
         }
     )
-    both = sample(with_both, [scene.prompt] * 4, [scene.seed + i for i in range(4)], scene, progress, [sketch])
+    both = sample(with_both, [scene.prompt] * 4, [scene.seed + i for i in range(4)], scene, hooks, drawings=[sketch])
     save_png(both[0], scene.output, scene, sources_of(scene, with_both))
     write_text(output / "together.yaml", to_yaml(scene))
     sheet = contact_sheet(

@@ -17,7 +17,7 @@ from torch import Tensor
 from .core.cache import WAIT, cache_folder, load, store
 from .core.errors import UserError
 from .core.files import locked, parse_json
-from .core.hooks import Event, Progress, silent
+from .core.hooks import QUIET, Event, Hooks
 from .linalg import SingularTriplets, bottom_band, flatten, gram_of, top_band
 from .slots.ledger import Slot
 
@@ -79,7 +79,7 @@ def hash_rounded(weight: Tensor, dtypes: Sequence[torch.dtype]) -> list[str]:
 def compute(
     weights: Mapping[str, Tensor],
     columns: int,
-    progress: Progress = silent,
+    hooks: Hooks = QUIET,
     bottom: bool = False,
     known: Mapping[str, SingularTriplets] | None = None,
     keep: Callable[[Mapping[str, SingularTriplets]], object] = lambda bands: None,
@@ -97,7 +97,7 @@ def compute(
         count = min(columns, *flatten(weight).shape)
         band = bottom_band(weight, count) if bottom else top_band(weight, count, gram)
         bands[name] = SingularTriplets(*(t.float().cpu() for t in band))
-        progress(Event("spectrum", len(bands), len(weights), {"layer": name}))
+        hooks.progress(Event("spectrum", len(bands), len(weights), {"layer": name}))
         if time.monotonic() - kept > KEEP_EVERY and len(bands) < len(weights):
             keep(bands)
             kept = time.monotonic()
@@ -124,17 +124,17 @@ def with_grams(weights: Mapping[str, Tensor], skip: bool = False) -> Iterator[tu
             yield name, weights[name], gram
 
 
-def triplets_of(weights: Mapping[str, Tensor], slot: Slot, progress: Progress = silent) -> dict[str, SingularTriplets]:
+def triplets_of(weights: Mapping[str, Tensor], slot: Slot, hooks: Hooks = QUIET) -> dict[str, SingularTriplets]:
     """Every weight's band in a slot, from the cache if it is there."""
     bottom = slot.bottom > 0  # a slot never mixes both ends
-    return spectrum_of(weights, slot.bottom or slot.top, progress=progress, bottom=bottom).slot(slot.columns)
+    return spectrum_of(weights, slot.bottom or slot.top, bottom=bottom, hooks=hooks).slot(slot.columns)
 
 
 def spectrum_of(
     weights: Mapping[str, Tensor],
     columns: int,
     folder: Path | None = None,
-    progress: Progress = silent,
+    hooks: Hooks = QUIET,
     bottom: bool = False,
 ) -> Spectrum:
     """The spectrum with at least ``columns`` columns of one end, from the cache if it is there.
@@ -153,13 +153,13 @@ def spectrum_of(
             if set(bands := _read(path, weights, columns)) == set(weights):
                 return Spectrum(bands)
             known = _read(unfinished, weights, columns)
-            spectrum = compute(weights, columns, progress, bottom, known, lambda bands: _keep(unfinished, bands))
+            spectrum = compute(weights, columns, hooks, bottom, known, lambda bands: _keep(unfinished, bands))
             if _keep(path, spectrum.bands):
                 with suppress(OSError):
                     unfinished.unlink(missing_ok=True)
             return spectrum
     except (OSError, UserError):
-        return compute(weights, columns, progress, bottom)
+        return compute(weights, columns, hooks, bottom)
 
 
 def _keep(path: Path, bands: Mapping[str, SingularTriplets]) -> bool:

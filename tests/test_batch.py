@@ -15,7 +15,7 @@ from spectral_diffusion.config.settings import to_yaml
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.files import write_text
-from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.slots.ledger import Ledger
 from spectral_diffusion.training.multi_concept import BatchJob, jobs_of, run_batch
 from spectral_diffusion.training.run import state_path
@@ -67,7 +67,7 @@ def events(folder: Path) -> list[str]:
 
 def test_one_after_the_other_and_side_by_side(tmp_path: Path) -> None:
     seen: list[Event] = []
-    run_batch(jobs(tmp_path, "a", "b", "c"), command, progress=seen.append)
+    run_batch(jobs(tmp_path, "a", "b", "c"), command, hooks=Hooks(progress=seen.append))
     assert events(tmp_path) == [f"{name} {state}" for name in "abc" for state in ("starting", "running", "done")]
     assert {event.stage for event in seen} == {"a", "b", "c"} and seen[0].metrics == {"loss": 0.5}
     (tmp_path / "out" / "events").unlink()
@@ -83,7 +83,7 @@ def test_one_after_the_other_and_side_by_side(tmp_path: Path) -> None:
 
 def test_the_notes_of_each_training_are_passed_on(tmp_path: Path) -> None:
     notes: list[str] = []
-    run_batch(jobs(tmp_path, "noted", "a"), command, note=notes.append)
+    run_batch(jobs(tmp_path, "noted", "a"), command, hooks=Hooks(notify=notes.append))
     assert notes == ["noted: Skipped: x.", "noted: done", "a: done"]
 
 
@@ -100,11 +100,11 @@ def test_a_stopped_batch_goes_on_where_it_was(tmp_path: Path) -> None:
         return (tmp_path / "out" / "events").exists() and "long running" in events(tmp_path)
 
     with pytest.raises(Cancelled, match="1 of 3 concepts done"):
-        run_batch(jobs(tmp_path, "a", "long", "b"), command, should_stop=the_long_one_runs)
+        run_batch(jobs(tmp_path, "a", "long", "b"), command, hooks=Hooks(should_stop=the_long_one_runs))
     assert events(tmp_path)[-1] == "long stopped" and "b starting" not in events(tmp_path)
     (tmp_path / "out" / "events").unlink()
     notes: list[str] = []
-    run_batch(jobs(tmp_path, "a", "b"), command, resume=True, note=notes.append)
+    run_batch(jobs(tmp_path, "a", "b"), command, resume=True, hooks=Hooks(notify=notes.append))
     assert notes[0] == "a is done already." and events(tmp_path)[0] == "b starting"
     with pytest.raises(UserError, match=r"a\.safetensors was made with steps=1250, now it is 7"):
         run_batch(jobs(tmp_path, "a", steps=7), command, resume=True)
@@ -116,7 +116,7 @@ def test_a_retraining_that_was_stopped_is_not_taken_for_done(tmp_path: Path) -> 
     run_batch(jobs(tmp_path, "rex", "mug"), command)
     state_path(tmp_path / "out" / "rex.safetensors").write_text("a state")
     notes: list[str] = []
-    run_batch(jobs(tmp_path, "rex", "mug"), command, resume=True, note=notes.append)
+    run_batch(jobs(tmp_path, "rex", "mug"), command, resume=True, hooks=Hooks(notify=notes.append))
     assert "mug is done already." in notes and "rex is done already." not in notes
 
 

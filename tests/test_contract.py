@@ -20,7 +20,7 @@ from spectral_diffusion.config.fuse import CalibrationConfig, FuseConfig
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.files import read_tensors
-from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.inspection import inspect_path
 from spectral_diffusion.linalg import cayley_change, top_band
 from spectral_diffusion.merging.calibration import calibrate
@@ -57,7 +57,7 @@ def test_every_method_from_photos_to_a_picture(photos: Path, tiny_base: Path, tm
     config = settings(photos, tiny_base, tmp_path / "broken" / "rex.safetensors", method=method)
     asked = itertools.count()
     with pytest.raises(Cancelled):
-        train_to_file(config, should_stop=lambda: next(asked) >= 5)
+        train_to_file(config, hooks=Hooks(should_stop=lambda: next(asked) >= 5))
     assert state_path(config.output).exists()
     assert same(train_to_file(config, resume=True), whole)
 
@@ -91,7 +91,7 @@ def test_every_method_goes_on_bit_for_bit_in_bfloat16(
     config = settings(photos, tiny_base, tmp_path / "broken" / "rex.safetensors", **half)
     asked = itertools.count()
     with pytest.raises(Cancelled):
-        train_to_file(config, should_stop=lambda: next(asked) >= 2)
+        train_to_file(config, hooks=Hooks(should_stop=lambda: next(asked) >= 2))
     assert same(train_to_file(config, resume=True), whole) and same(load_adapter(config.output), whole)
 
 
@@ -160,7 +160,7 @@ def test_continue_goes_on_from_turned_columns(
     watched: list[Event] = []
     layers = dict(list(find_targets(base.models).items())[:2])
     quick = CalibrationConfig(num_images=3, num_inference_steps=1)
-    calibrate(base, loaded, layers, quick, 0, watched.append)
+    calibrate(base, loaded, layers, quick, 0, Hooks(progress=watched.append))
     assert watched[-1].total == 6  # both words are watched, so that a fusion by gradient keeps both
     base = load_base(str(tiny_base), "cpu")
     load_adapters(base, [(loaded, 1.0)])
@@ -207,7 +207,7 @@ def test_a_budget_chooses_the_largest_rank_within_it(
 ) -> None:
     notes: list[str] = []
     config = settings(photos, tiny_base, tmp_path / "rex.safetensors", method=method, param_budget=budget, steps=1)
-    adapter = train_to_file(config, note=notes.append)
+    adapter = train_to_file(config, hooks=Hooks(notify=notes.append))
     assert config.param_budget and adapter.count() <= config.param_budget and any("its steps" in note for note in notes)
     counts = [
         sum(get_method(method).count(*size, rank) for size in adapter.sizes.values())
@@ -304,7 +304,7 @@ def test_an_adapter_of_another_revision_of_its_method_is_refused(
     longer = settings(photos, tiny_base, tmp_path / "long.safetensors", method="vera", rank=4, steps=4)
     asked = itertools.count()
     with pytest.raises(Cancelled):
-        train_to_file(longer, should_stop=lambda: next(asked) >= 2)
+        train_to_file(longer, hooks=Hooks(should_stop=lambda: next(asked) >= 2))
     assert is_done(settings(photos, tiny_base, file, method="vera", rank=4, steps=1))
     monkeypatch.setitem(METHODS.things, "vera", replace(get_method("vera"), revision=3))
     with pytest.raises(UserError, match="was trained by another version of vera"):

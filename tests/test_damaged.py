@@ -30,6 +30,7 @@ from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import cache, files
 from spectral_diffusion.core.errors import NotFiniteError, UserError, shown
 from spectral_diffusion.core.files import check_writable, parse_json, read_text, write_tensors
+from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.data.image_io import open_upright
 from spectral_diffusion.data.latents_cache import cached_latents
@@ -372,7 +373,7 @@ def test_a_damaged_training_state_is_refused(tiny_base: Path, photos: Path, tmp_
     )  # fmt: skip
     asked = iter([False, False, True, True, True, True])
     with pytest.raises(Exception, match="Stopped"):
-        train_to_file(config, should_stop=lambda: next(asked, True))
+        train_to_file(config, hooks=Hooks(should_stop=lambda: next(asked, True)))
     state = state_path(config.output)
     tensors, whole = load_file(state), state.read_bytes()
 

@@ -17,6 +17,7 @@ from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import assets as resources
 from spectral_diffusion.core.errors import Cancelled, UserError
+from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.data.folder import load_concept, open_photo
 from spectral_diffusion.evaluation.measure import PHOTOS, confusion_of, rows_of, score, with_photos
 from spectral_diffusion.evaluation.references import Subject, references_of
@@ -181,7 +182,7 @@ def test_a_stopped_evaluation_keeps_what_it_drew(pair: Path, tmp_path: Path) -> 
         adapters=files, output=out, encoders=["pocket"], num_images=2, num_inference_steps=2, batch_size=2
     )
     with pytest.raises(Cancelled):
-        evaluate_to_folder(config, should_stop=stop)
+        evaluate_to_folder(config, hooks=Hooks(should_stop=stop))
     assert len(list(out.rglob("*.png"))) == 2 and not (out / "evaluation.json").exists()
 
 

@@ -30,6 +30,7 @@ from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors
+from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.linalg import Factors, balance, truncate
 from spectral_diffusion.merging.export import export
 from spectral_diffusion.merging.fuse import fuse_to_folder
@@ -160,7 +161,7 @@ def test_a_method_of_full_rank_goes_out_with_its_error_told(
     trained: dict[str, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     notes: list[str] = []
-    export(trained["fog"], tmp_path / "near.safetensors", "kohya", rank=3, note=notes.append)
+    export(trained["fog"], tmp_path / "near.safetensors", "kohya", rank=3, hooks=Hooks(notify=notes.append))
     told = float(re.search(r"is (\S+)% away", notes[-1])[1]) / 100  # type: ignore[index]
     weights = load_base(str(tiny_base), "cpu").weights()
     adapter = load_adapter(trained["fog"])

@@ -17,6 +17,7 @@ from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.cli import app
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.merging.fuse import check_together, fuse_to_folder
 from spectral_diffusion.merging.manifest import load_adapters, read_manifest
 from spectral_diffusion.models.base import load_base
@@ -209,7 +210,7 @@ def test_a_bundled_embedding_becomes_a_token(tiny_base: Path, tmp_path: Path) ->
         output=tmp_path / "a.png",
     )
     notes: list[str] = []
-    generate_to_file(scene.model_copy(update={"device": "cpu"}), note=notes.append)
+    generate_to_file(scene.model_copy(update={"device": "cpu"}), hooks=Hooks(notify=notes.append))
     assert not any("no token" in note for note in notes)
     with pytest.raises(UserError, match=r"share the token <.*>; leave one out"):
         check_together([adapter, import_lora(file, None, str(tiny_base), "other", "cpu")], {})
@@ -232,7 +233,7 @@ def test_names_of_the_web_are_made_ours(tiny_base: Path, tmp_path: Path) -> None
     assert name_of(web(tmp_path / "((..)).safetensors")) == "lora" and distinct("A", ["a", "a-2"]) == "A-3"
     notes: list[str] = []
     config = FuseConfig(adapters=[*files, odd], output=tmp_path / "out", base=str(tiny_base), device="cpu")
-    fuse_to_folder(config, note=notes.append)
+    fuse_to_folder(config, hooks=Hooks(notify=notes.append))
     assert [one.name for one in load_adapters(tmp_path / "out")] == ["Add Detail v1 SD15", "a", "a-2"]
     assert any("is called 'a-2' here" in note for note in notes)
     assert import_lora(odd, tmp_path / "in.safetensors", str(tiny_base), device="cpu").name == "Add Detail v1 SD15"

@@ -15,6 +15,7 @@ from spectral_diffusion.adapters.formats.native import load_adapter, save_adapte
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.inspection import inspect_path
 from spectral_diffusion.linalg import Factors, top_band
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
@@ -218,7 +219,7 @@ def test_an_unknown_token_is_told(trained: list[Path], tiny_base: Path, tmp_path
     config = config_for(
         tiny_base, adapters={str(trained[0]): 1.0}, prompt="<dgo>", output=tmp_path / "o.png", num_inference_steps=1
     )
-    generate_to_file(config, note=notes.append)
+    generate_to_file(config, hooks=Hooks(notify=notes.append))
     assert notes == [
         "Note: <dgo> is no token of this base or its adapters (did you mean '<dog>'?); it is read as plain text."
     ]

@@ -24,7 +24,7 @@ from spectral_diffusion.config.settings import build, read_yaml
 from spectral_diffusion.config.train import OptimizerConfig, TrainConfig, ValidationConfig
 from spectral_diffusion.core import assets as resources
 from spectral_diffusion.core.errors import UserError
-from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.merging.manifest import read_manifest
@@ -91,7 +91,7 @@ def test_spectrum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(3):  # killed again on the way to the end
             kills += killed(lambda: spectrum_of(weights, 8, folder), after)
         seen: list[Event] = []
-        found = spectrum_of(weights, 8, folder, seen.append).bands
+        found = spectrum_of(weights, 8, folder, Hooks(progress=seen.append)).bands
         assert len(seen) <= len(weights)
         for name, band in want.items():
             assert all(torch.equal(a, b) for a, b in zip(band, found[name], strict=True))
@@ -152,7 +152,7 @@ def resumes_exactly(config: TrainConfig, base: Base, kills: int) -> None:
     def work() -> None:
         with reporting(status) as reporter:
             reporter.begin(config, config.output, resume=True)
-            train_to_file(config, resume=True, progress=reporter.progress, base=base)
+            train_to_file(config, resume=True, base=base, hooks=Hooks(progress=reporter.progress))
 
     begun = time.monotonic()
     assert not killed(work, 600)

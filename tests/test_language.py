@@ -117,9 +117,16 @@ def test_the_example_for_the_papers_tables_runs(kind: str, tmp_path: Path) -> No
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     name = "glue-deberta" if kind == "classify" else "gsm8k-mistral"
     words = [
-        f"model={tmp_path / 'model'}", f"data={tmp_path / 'data'}", f"output={tmp_path / 'out'}", "batch_size=4", "epochs=1",
-        "rank=2", "accumulate=1", "dtype=float32", "method=spectral-rotation",
-    ]  # fmt: skip
+        f"model={tmp_path / 'model'}",
+        f"data={tmp_path / 'data'}",
+        f"output={tmp_path / 'out'}",
+        "batch_size=4",
+        "epochs=1",
+        "rank=2",
+        "accumulate=1",
+        "dtype=float32",
+        "method=spectral-rotation",
+    ]
     config = script.parent.parent / "configs" / "paper" / f"{name}.yaml"
     done = subprocess.run([sys.executable, script, config, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

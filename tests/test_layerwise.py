@@ -30,7 +30,7 @@ from spectral_diffusion.config.train import (
 )
 from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.files import read_tensors, write_tensors
-from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.inspection import inspect_path
 from spectral_diffusion.merging.export import export
@@ -239,7 +239,7 @@ def test_a_stopped_run_resumes_bit_for_bit(photos: Path, loud: Path, tmp_path: P
             steps.append(event)
 
     with pytest.raises(Cancelled, match="step 2 of 4"):
-        train_to_file(config, progress=watch, should_stop=lambda: len(steps) >= 2, base=base)
+        train_to_file(config, base=base, hooks=Hooks(progress=watch, should_stop=lambda: len(steps) >= 2))
     resumed = train_to_file(config, resume=True, base=base)
     assert all(torch.equal(whole.parameters[name], resumed.parameters[name]) for name in whole.parameters)
     assert all(
@@ -325,7 +325,9 @@ def test_a_kept_base_is_lent_as_it_was(trained: Path, loud: Path) -> None:
 
 def test_fusions_and_exports_hold_the_mean_and_say_so(trained: Path, loud: Path, tmp_path: Path) -> None:
     adapter, notes = load_adapter(trained), []
-    fuse_to_folder(FuseConfig(adapters=[trained], output=tmp_path / "fused", device="cpu"), note=notes.append)
+    fuse_to_folder(
+        FuseConfig(adapters=[trained], output=tmp_path / "fused", device="cpu"), hooks=Hooks(notify=notes.append)
+    )
     told = [note for note in notes if "layer-wise" in note]
     assert told == [f"Note: {adapter.name} has layer-wise vectors; a stock pipeline cannot hold them, so their mean is "
                     "written."]  # fmt: skip
@@ -333,7 +335,7 @@ def test_fusions_and_exports_hold_the_mean_and_say_so(trained: Path, loud: Path,
     ids = stock.tokenizer.convert_tokens_to_ids(["<rex>", "<rex>_1"])
     assert torch.equal(stock.text_encoder.get_input_embeddings().weight[ids], adapter.vectors["text_encoder"])
     notes.clear()
-    [written] = export(trained, tmp_path / "e.safetensors", "embedding", note=notes.append)
+    [written] = export(trained, tmp_path / "e.safetensors", "embedding", hooks=Hooks(notify=notes.append))
     assert len(notes) == 1 and "their mean is written" in notes[0]
     assert torch.equal(read_tensors(written)[0]["<rex>"], adapter.vectors["text_encoder"])
     base = on(loud, adapter)

@@ -15,6 +15,7 @@ import torch
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.train import PriorPreservationConfig, TrainConfig
 from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.models.base import load_base
@@ -68,7 +69,7 @@ def test_two_processes_are_one_with_twice_the_batch(
             concept=photos, output=outputs[count], base=str(tiny_base), device="cpu", batch_size=6 // count, **MORE,
             prior=PriorPreservationConfig(loss_weight=0.5, num_images=3, cut_mix_prob=0.4, batch_size=2 // count),
         )  # fmt: skip
-        train_to_file(config, base=base, note=notes.append)
+        train_to_file(config, base=base, hooks=Hooks(notify=notes.append))
         assert bool(notes) == (rank == 0)
 
     work(1)

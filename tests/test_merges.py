@@ -21,7 +21,7 @@ from spectral_diffusion.config.fuse import DistillConfig, FuseConfig
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors, write_tensors
-from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.linalg import Factors, matrix_shape
 from spectral_diffusion.merging.activations import GramAccumulator
 from spectral_diffusion.merging.calibration import calibrate, tokens_of_call
@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_watched_in_passes_with_the_same_bits(
         adapters = [adapter for path in three for adapter in load_adapters(path)]
         base = load_base(adapters[0].base, "cpu")
         config = FuseConfig(adapters=three, output=tmp_path / "a", merge="gradient", calibration=quick, device="cpu")
-        fuse_adapters(base, adapters, config, note=notes.append)
+        fuse_adapters(base, adapters, config, hooks=Hooks(notify=notes.append))
         results.append(base.weights())
     assert any("passes" in note for note in notes)
     assert all(torch.equal(weight, results[1][name]) for name, weight in results[0].items())
@@ -433,9 +433,11 @@ def test_unfusing_on_another_precision_says_that_bits_differ(
     half = tmp_path / "half"
     load_base(str(tiny_base), "cpu", "float16").pipeline.save_pretrained(half)
     notes: list[str] = []
-    unfuse(tmp_path / "fused", ["hat"], tmp_path / "a", base_name=str(tiny_base), note=notes.append)
+    unfuse(tmp_path / "fused", ["hat"], tmp_path / "a", base_name=str(tiny_base), hooks=Hooks(notify=notes.append))
     assert not any("precision" in note for note in notes)
-    unfuse(tmp_path / "fused", ["dog", "mug", "hat"], tmp_path / "b", base_name=str(half), note=notes.append)
+    unfuse(
+        tmp_path / "fused", ["dog", "mug", "hat"], tmp_path / "b", base_name=str(half), hooks=Hooks(notify=notes.append)
+    )
     assert any("another precision" in note for note in notes) and not any("last bit." in note for note in notes)
 
 
@@ -457,7 +459,7 @@ def test_without_the_base_subtracting_comes_close_and_says_how_close(
 ) -> None:
     fuse_to_folder(FuseConfig(adapters=three, output=tmp_path / "fused", device="cpu"))
     notes: list[str] = []
-    unfuse(tmp_path / "fused", ["hat"], tmp_path / "rest", subtract=True, note=notes.append)
+    unfuse(tmp_path / "fused", ["hat"], tmp_path / "rest", subtract=True, hooks=Hooks(notify=notes.append))
     fuse_to_folder(FuseConfig(adapters=three[:2], output=tmp_path / "fresh", device="cpu"))
     bound = float(notes[-1].split("within ")[1].split()[0])
     layers = load_base(str(tmp_path / "fresh"), "cpu").weights()
@@ -504,7 +506,9 @@ def test_staged_fusion_and_its_own_cache(three: list[Path], tmp_path: Path) -> N
             calibration={**QUICK, "calibrate_on": staging}, device="cpu",
         )  # fmt: skip
         stages: list[str] = []
-        fuse_to_folder(config, lambda event, stages=stages: stages.append(event.stage), told.append)
+        fuse_to_folder(
+            config, Hooks(progress=lambda event, stages=stages: stages.append(event.stage), notify=told.append)
+        )
         assert any("MiB" in text for text in told)
         found.append((weights(tmp_path / str(index)), "watch" in stages))
     assert same(found[0][0], found[1][0]) and not found[1][1]  # the second time nothing is watched again
@@ -547,7 +551,7 @@ def test_a_fusion_that_is_stopped_while_it_watches_stops_at_once(three: list[Pat
         device="cpu",
     )
     with pytest.raises(UserError, match=r"^Stopped\.$"):
-        fuse_to_folder(config, stop)
+        fuse_to_folder(config, Hooks(progress=stop))
     assert len(seen) == 1 and not (tmp_path / "fused").exists()
 
 

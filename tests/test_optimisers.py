@@ -20,7 +20,7 @@ from spectral_diffusion.adapters.attach import inject_adapter, unloading
 from spectral_diffusion.adapters.frozen import frozen_tensors
 from spectral_diffusion.config.train import ObjectiveConfig, TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
-from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import all_methods, get_method
@@ -78,7 +78,7 @@ def test_every_kind_of_step_resumes_bit_for_bit(photos: Path, tiny_base: Path, t
     config = settings(photos, tiny_base, tmp_path / "b" / "rex.safetensors", **KINDS[kind])
     asked = iter(range(100))
     with pytest.raises(Cancelled):
-        train_to_file(config, should_stop=lambda: next(asked) >= 3, base=base)
+        train_to_file(config, base=base, hooks=Hooks(should_stop=lambda: next(asked) >= 3))
     assert same(whole, train_to_file(config, resume=True, base=base))
     plain = settings(photos, tiny_base, tmp_path / "c" / "rex.safetensors", rank=config.rank, steps=config.steps)
     assert not same(whole, train_to_file(plain, base=base))
@@ -181,7 +181,7 @@ def test_prodigy_finds_its_rates_and_learns(photos: Path, tiny_base: Path, tmp_p
         config = settings(
             photos, tiny_base, tmp_path / f"{factor}.safetensors", steps=30, batch_size=2, optimizer=prodigy
         )
-        train_to_file(config, progress=lambda event: losses.append(event.metrics.get("loss", 0.0)))
+        train_to_file(config, hooks=Hooks(progress=lambda event: losses.append(event.metrics.get("loss", 0.0))))
         return losses[-1]
 
     assert last_loss(10) < 0.99 * last_loss(1e-6)  # the same photos and noise, without learning
@@ -321,7 +321,7 @@ def test_masks_steer_where_the_token_is_attended_to(
         photos, tiny_base, tmp_path / "a.safetensors", objective={"attention_loss_weight": 50.0},
         gradient_checkpointing=checkpointed, **more,
     )  # fmt: skip
-    train_to_file(config, base=base, progress=watch)
+    train_to_file(config, base=base, hooks=Hooks(progress=watch))
     assert losses[24] < 0.9 * losses[1]
 
 

@@ -15,6 +15,7 @@ from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
+from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.training.checkpoint import step_of
 from spectral_diffusion.training.control_adapter import prepare_output as prepare_folder
@@ -49,7 +50,11 @@ def train(config: TrainConfig, base: Base) -> Train:
         said = [] if notes is None else notes
         changed = TrainConfig(**{**config.model_dump(), **more})
         return train_to_file(
-            changed, resume, should_stop=lambda: next(asked) >= stop, note=said.append, base=base, force=force
+            changed,
+            resume,
+            base=base,
+            force=force,
+            hooks=Hooks(notify=said.append, should_stop=lambda: next(asked) >= stop),
         )
 
     return run
@@ -164,12 +169,12 @@ def test_a_resume_never_writes_fewer_steps_than_were_done(train: Train, output: 
 def test_a_t2i_adapters_stopped_state_is_not_lost_either(tmp_path: Path) -> None:
     notes: list[str] = []
     folder = tmp_path / "sketcher"
-    prepare_folder(folder, resume=True, note=notes.append)
+    prepare_folder(folder, resume=True, hooks=Hooks(notify=notes.append))
     assert notes == [f"No state of a stopped training is beside {folder}; starting at step 0."]
     folder_state(folder).write_bytes(b"")
-    prepare_folder(folder, resume=True, note=notes.append)
+    prepare_folder(folder, resume=True, hooks=Hooks(notify=notes.append))
     with pytest.raises(UserError, match=r"state is in .*sketcher\.state\.safetensors; go on from there with --resume"):
-        prepare_folder(folder, resume=False, note=notes.append)
+        prepare_folder(folder, resume=False, hooks=Hooks(notify=notes.append))
 
 
 @pytest.mark.parametrize("name", ["adamw", "prodigy"])

@@ -14,6 +14,7 @@ from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.settings import build
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import paths
+from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.core.paths import located, located_base, portable, portable_base, without_folders
 from spectral_diffusion.merging.export import export
 from spectral_diffusion.merging.fuse import fuse_to_folder
@@ -110,9 +111,10 @@ def test_nothing_that_is_shared_names_a_folder_and_all_of_it_works_elsewhere(
     assert again["base"] == str(moved / "base") and set(again["adapters"]) < set(read_sources(moved / "out" / "p.png"))
     notes: list[str] = []
     generate_to_file(
-        Scene(**{**again, "output": tmp_path / "q.png", "device": "cpu"}), note=notes.append,
+        Scene(**{**again, "output": tmp_path / "q.png", "device": "cpu"}),
         expected=read_sources(moved / "out" / "p.png"),
-    )  # fmt: skip
+        hooks=Hooks(notify=notes.append),
+    )
     assert not notes and "base" in read_sources(moved / "out" / "p.png")
     with Image.open(tmp_path / "q.png") as one, Image.open(moved / "out" / "p.png") as other:
         assert one.tobytes() == other.tobytes()

@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from spectral_diffusion.config.control import ControlConfig
 from spectral_diffusion.config.train import DataConfig, TrainConfig
 from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.data.control_pairs import read_pairs
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.data.image_io import DRAWN
@@ -111,7 +112,7 @@ def test_drawings_of_photos_and_masks_beside_them_are_no_photos(tmp_path: Path) 
     assert note.startswith("Left out, as drawings of the photos: ") and note.endswith(" and 1 more.")
     told: list[str] = []
     config = ControlConfig(folder=folder, output=tmp_path / "out")
-    assert [pair.condition.name for pair in read_pairs(config, told.append)] == ["0_sketch.png"]
+    assert [pair.condition.name for pair in read_pairs(config, Hooks(notify=told.append))] == ["0_sketch.png"]
 
 
 def test_what_is_black_and_white_is_a_mask() -> None:
@@ -143,7 +144,7 @@ def test_photos_in_folders_below_are_named(tmp_path: Path, base: Base) -> None:
     with pytest.raises(UserError, match=r"no readable photo; put .* there\. Not read: 2 photos in a/; .*\{a: 1\}"):
         load_concept(nested)
     notes: list[str] = []
-    read_class_images(folder, base, settings(folder), "dog", 16, notes.append)
+    read_class_images(folder, base, settings(folder), "dog", 16, Hooks(notify=notes.append))
     assert notes[-1] == f"In {folder}: Not read: 2 photos in 10_rex/deep/; move them up."
 
 
@@ -200,7 +201,7 @@ def test_a_caption_that_is_cut_is_told_and_one_that_loses_its_token_refused(tmp_
     (folder / "0.txt").write_text(f"<TOK> and {long}")
     [note] = said(folder, base)
     assert note.startswith("The caption of 0.png is longer than this base reads; cut off: '") and "grass" in note
-    with pytest.raises(UserError, match=r"data\.shuffle can move <rex>"):
+    with pytest.raises(UserError, match=r"data\.shuffle_caption can move <rex>"):
         said(folder, base, data={"shuffle_caption": True, "keep_tokens": 0})
     (folder / "0.txt").write_text(f"{long} and <TOK>")
     with pytest.raises(UserError, match=r"caption of 0\.png is longer .* <rex> is in the part that is cut off"):

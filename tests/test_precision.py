@@ -15,6 +15,7 @@ from spectral_diffusion.config.settings import read_yaml
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import machine, precision
 from spectral_diffusion.core.errors import Cancelled, UserError
+from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.core.precision import loss_scaler, resolve_mixed_precision
 from spectral_diffusion.scenes.generate import generate_to_file
 from spectral_diffusion.scenes.png_metadata import read_settings
@@ -96,7 +97,7 @@ def test_what_is_made_says_precision_and_machine(photos: Path, tiny_base: Path, 
         "steps": 2,
         "crops_per_image": 1,
     }
-    train_to_file(TrainConfig(**settings), note=notes.append)
+    train_to_file(TrainConfig(**settings), hooks=Hooks(notify=notes.append))
     adapter = load_adapter(output)
     assert adapter.config["mixed_precision"] == "bf16" and adapter.provenance["threads"] == "1"
     assert adapter.provenance["cpu"] == machine.cpu_name()
@@ -115,7 +116,7 @@ def test_a_resumed_run_keeps_its_precision(tiny_base: Path, tmp_path: Path) -> N
     config = TrainConfig(**asked, rank=2, steps=4, crops_per_image=1)
     turns = iter([False, False, True])
     with pytest.raises(Cancelled):
-        train_to_file(config, should_stop=lambda: next(turns))
+        train_to_file(config, hooks=Hooks(should_stop=lambda: next(turns)))
     assert state_path(config.output).exists()
     timed(2.0)
     assert train_to_file(config, resume=True).config["mixed_precision"] == "bf16"

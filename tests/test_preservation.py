@@ -75,8 +75,10 @@ def test_a_stopped_run_with_preservation_resumes_bit_for_bit(
     with pytest.raises(Cancelled):
         train_to_file(
             config,
-            progress=lambda event: done.append(event.done) if event.stage == "train" else None,
-            should_stop=lambda: len(done) >= stop,
+            hooks=Hooks(
+                progress=lambda event: done.append(event.done) if event.stage == "train" else None,
+                should_stop=lambda: len(done) >= stop,
+            ),
         )
     again = train_to_file(config, resume=True)
     assert all(torch.equal(whole.parameters[n], again.parameters[n]) for n in whole.parameters)
@@ -118,7 +120,7 @@ def test_the_drawing_of_ordinary_pictures_stops_when_asked(
     config = settings(photos, tiny_base, tmp_path / "rex.safetensors", prior=KEEP)
     asked = iter(range(100))
     with pytest.raises(Cancelled, match="before the first step"):
-        train_to_file(config, should_stop=lambda: next(asked) >= 3)
+        train_to_file(config, hooks=Hooks(should_stop=lambda: next(asked) >= 3))
     assert next(asked) == 4, "asked at every step of a picture"
     assert train_to_file(config, resume=True).norm() > 0
 

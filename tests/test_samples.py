@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from spectral_diffusion.config.settings import build
 from spectral_diffusion.config.train import DataConfig, TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
+from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.core.rng import keyed_generator
 from spectral_diffusion.data import latents_cache as cache
 from spectral_diffusion.data import samples as samples_module
@@ -311,7 +312,7 @@ def test_with_buckets_photos_keep_their_shape_and_train(tiny_base: Path, base: B
     whole = train_to_file(settings(folder, output=tmp_path / "w" / "a.safetensors", **more))
     config, asked = settings(folder, output=tmp_path / "s" / "a.safetensors", **more), iter(range(100))
     with pytest.raises(Cancelled):
-        train_to_file(config, should_stop=lambda: next(asked) >= 3)
+        train_to_file(config, hooks=Hooks(should_stop=lambda: next(asked) >= 3))
     again = train_to_file(config, resume=True)
     assert whole.norm() > 0
     assert all(torch.equal(whole.parameters[name], again.parameters[name]) for name in whole.parameters)
@@ -500,7 +501,7 @@ def test_crops_encoded_at_every_step_resume_bit_for_bit(tiny_base: Path, tmp_pat
     whole = train_to_file(settings(folder, output=tmp_path / "w" / "a.safetensors", **more))
     config, asked = settings(folder, output=tmp_path / "s" / "a.safetensors", **more), iter(range(100))
     with pytest.raises(Cancelled):
-        train_to_file(config, should_stop=lambda: next(asked) >= 2)
+        train_to_file(config, hooks=Hooks(should_stop=lambda: next(asked) >= 2))
     moved = config.model_copy(
         update={"data": config.data.model_copy(update={"latents_cache_dir": tmp_path / "elsewhere"})}
     )

@@ -19,6 +19,7 @@ from spectral_diffusion.cli import app
 from spectral_diffusion.cli.scenes import base_in
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import NotFiniteError, UserError
+from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.metrics.encoders import load_encoder
 from spectral_diffusion.models.base import load_base, native_size
 from spectral_diffusion.models.vae import in_portions
@@ -139,7 +140,9 @@ def test_long_batches_go_on_where_they_stopped(tiny_base: Path, tmp_path: Path) 
     )
     steps: list[int] = []
     with pytest.raises(Cancelled):
-        generate_to_file(scene, lambda event: steps.append(event.done), should_stop=lambda: len(steps) >= 3)
+        generate_to_file(
+            scene, Hooks(progress=lambda event: steps.append(event.done), should_stop=lambda: len(steps) >= 3)
+        )
     kept = [tmp_path / f"a-{seed}.png" for seed in range(2)]
     assert all(path.is_file() for path in kept) and not (tmp_path / "a-2.png").exists()
     before = [path.stat().st_mtime_ns for path in kept]
@@ -417,14 +420,11 @@ def test_what_cannot_be_drawn_is_said_in_a_sentence(base_folder: Path, two: list
 def test_remarks_name_what_is_cut_off_and_stretched(base_folder: Path, tmp_path: Path) -> None:
     Image.new("L", (10, 10)).save(tmp_path / "square.png")
     notes: list[str] = []
-    generate_to_file(
-        Scene(
+    generate_to_file(Scene(
             prompt="a dog " * 20 + "and the very last banana", base=str(base_folder), output=tmp_path / "a.png",
             width=32, num_inference_steps=1, device="cpu", controls=[ControlImage(file=tmp_path / "square.png")],
             regions=[Region(box=LEFT, prompt="<rexx>")],
-        ),
-        note=notes.append,
-    )  # fmt: skip
+        ), hooks=Hooks(notify=notes.append))  # fmt: skip
     assert any("cut off:" in note and "last banana" in note for note in notes)
     assert any("square.png of 10×10 is stretched" in note for note in notes)
     assert any("<rexx> is no token" in note for note in notes)

@@ -14,7 +14,7 @@ import torch
 
 from spectral_diffusion import svd_cache as spectrum
 from spectral_diffusion.core.errors import UserError
-from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.linalg import top_band
 from spectral_diffusion.slots.ledger import (
     Ledger,
@@ -130,8 +130,8 @@ def weights() -> dict[str, torch.Tensor]:
 
 def test_spectrum_is_cached_and_a_damaged_cache_is_computed_again(tmp_path: Path) -> None:
     calls: list[str] = []
-    first = spectrum_of(weights(), 8, tmp_path, lambda event: calls.append(event.stage))
-    again = spectrum_of(weights(), 8, tmp_path, lambda event: calls.append(event.stage))
+    first = spectrum_of(weights(), 8, tmp_path, Hooks(progress=lambda event: calls.append(event.stage)))
+    again = spectrum_of(weights(), 8, tmp_path, Hooks(progress=lambda event: calls.append(event.stage)))
     assert len(calls) == 2
     assert all(torch.equal(first.bands[n].U, again.bands[n].U) for n in first.bands)
     [file] = tmp_path.glob("*.safetensors")
@@ -152,9 +152,11 @@ def test_an_interrupted_spectrum_goes_on_where_it_was_kept(tmp_path: Path, monke
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        spectrum_of(many, 4, tmp_path / "broken", stop)
+        spectrum_of(many, 4, tmp_path / "broken", Hooks(progress=stop))
     seen: list[str] = []
-    found = spectrum_of(many, 4, tmp_path / "broken", lambda event: seen.append(event.metrics["layer"])).bands
+    found = spectrum_of(
+        many, 4, tmp_path / "broken", Hooks(progress=lambda event: seen.append(event.metrics["layer"]))
+    ).bands
     assert seen == ["3", "4", "5"]  # the first three were kept
     assert all(torch.equal(a, b) for name in many for a, b in zip(want[name], found[name], strict=True))
 

@@ -18,7 +18,7 @@ from spectral_diffusion.config.fuse import DistillConfig, FuseConfig
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors
-from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.core.precision import MixedPrecision
 from spectral_diffusion.merging import distill as teaching
 from spectral_diffusion.merging import export as exporting
@@ -174,7 +174,7 @@ def test_a_step_in_small_batches_computed_twice_teaches_the_same(
         def keep(event: Event, losses: list[float] = losses) -> None:
             losses.extend([event.metrics["loss"]] if event.stage == "teach" else [])
 
-        fuse_adapters(base, adapters, settings(pair, tmp_path, distill=few), keep)
+        fuse_adapters(base, adapters, settings(pair, tmp_path, distill=few), Hooks(progress=keep))
         assert not base.pipeline.unet.is_gradient_checkpointing
         taught.append((losses, torch.cat([(w - before[name]).flatten() for name, w in base.weights().items()])))
     assert asked == [8] * 3 + [2] * 12
@@ -207,15 +207,17 @@ def test_the_memory_of_teaching_is_told_and_what_cannot_fit_refused_before_lesso
     monkeypatch.setattr(memory, "SMALL", 0)
     notes: list[str] = []
     few, seen = SMALL.model_copy(update={"steps": 1}), []
-    fuse_adapters(base, adapters, settings(pair, tmp_path, distill=few), note=notes.append)
+    fuse_adapters(base, adapters, settings(pair, tmp_path, distill=few), hooks=Hooks(notify=notes.append))
     assert any("at most while teaching" in one for one in notes)
     monkeypatch.setattr(memory, "available", lambda device: 2**10)
     monkeypatch.setitem(memory.CONTEXT, "cpu", 0)
     with pytest.raises(UserError, match=r"Teaching needs about .* set distill\.gradient_checkpointing=true"):
         fuse_adapters(
-            load_base(str(tiny_base), "cpu"), adapters, settings(pair, tmp_path, distill=few),
-            lambda event: seen.append(event.stage),
-        )  # fmt: skip
+            load_base(str(tiny_base), "cpu"),
+            adapters,
+            settings(pair, tmp_path, distill=few),
+            Hooks(progress=lambda event: seen.append(event.stage)),
+        )
     assert not seen
 
 
@@ -241,7 +243,9 @@ def test_a_merge_that_is_not_for_these_adapters_is_refused_before_lessons_are_dr
     seen: list[str] = []
     wanted = settings(pair, tmp_path / "fused", merge="orthogonal", distill=SMALL)
     with pytest.raises(UserError, match="needs orthogonal adapters"):
-        fuse_to_folder(wanted, lambda event: seen.append(event.stage), base=load_base(str(tiny_base), "cpu"))
+        fuse_to_folder(
+            wanted, Hooks(progress=lambda event: seen.append(event.stage)), base=load_base(str(tiny_base), "cpu")
+        )
     assert not seen and not (tmp_path / "fused").exists()
 
 

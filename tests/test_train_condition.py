@@ -20,7 +20,7 @@ from spectral_diffusion.cli.train_control import train_control as verb
 from spectral_diffusion.config.control import ControlConfig
 from spectral_diffusion.config.settings import build, read_yaml
 from spectral_diffusion.core.errors import Cancelled, NotFiniteError, UserError
-from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.data.control_pairs import encode_pairs, open_control_image, read_pairs
 from spectral_diffusion.models.architectures import build_meta
 from spectral_diffusion.models.base import load_base
@@ -69,7 +69,7 @@ def test_training_lowers_the_loss(pairs: Path, tmp_path: Path) -> None:
     before = {n: p.clone() for model in base.models.values() for n, p in model.state_dict().items()}
     views = {"crops_per_image": 2, "resize_ratio": 1.2, "flip": True}
     config = settings(pairs, tmp_path / "base", tmp_path / "out", steps=60, batch_size=4, timestep_power=0.05, **views)
-    train_control(config.model_copy(update={"learning_rate": 1e-2}), base, progress=watch)
+    train_control(config.model_copy(update={"learning_rate": 1e-2}), base, hooks=Hooks(progress=watch))
     assert losses[-1] < 0.6 * losses[0]
     after = {n: p for model in base.models.values() for n, p in model.state_dict().items()}
     assert all(torch.equal(before[n], after[n]) for n in before)  # the base is frozen
@@ -82,7 +82,7 @@ def test_a_stopped_run_resumes_bit_for_bit(pairs: Path, tiny_base: Path, tmp_pat
     config = settings(pairs, tiny_base, halves, checkpointing_steps=2)
     asked = iter(range(100))
     with pytest.raises(Cancelled, match=f"step {stop} of 6"):
-        train_control(config, should_stop=lambda: next(asked) >= stop)
+        train_control(config, hooks=Hooks(should_stop=lambda: next(asked) >= stop))
     assert state_path(halves).exists() and not halves.exists()
     with pytest.raises(UserError, match="batch_size=2, now it is 3"):
         train_control(config.model_copy(update={"batch_size": 3}), resume=True)
@@ -97,7 +97,7 @@ def test_a_state_of_other_pictures_is_refused(pairs: Path, tiny_base: Path, tmp_
     config = settings(pairs, tiny_base, tmp_path / "out")
     asked = iter(range(100))
     with pytest.raises(Cancelled):
-        train_control(config, should_stop=lambda: next(asked) >= 2)
+        train_control(config, hooks=Hooks(should_stop=lambda: next(asked) >= 2))
     (pairs / "2.txt").write_text("a caption that was not there")
     with pytest.raises(UserError, match="from other pictures"):
         train_control(config, resume=True)
@@ -159,7 +159,9 @@ def test_where_conditions_and_captions_lie(tmp_path: Path) -> None:
     (folder / "concept.yaml").write_text("noun: table")
     told: list[str] = []
     config = settings(folder, tmp_path, tmp_path / "out", template="a photo of a {}")
-    found = {pair.picture.stem: (pair.condition.name, pair.caption) for pair in read_pairs(config, told.append)}
+    found = {
+        pair.picture.stem: (pair.condition.name, pair.caption) for pair in read_pairs(config, Hooks(notify=told.append))
+    }
     assert found == {
         "0": ("0.sketch.png", "a photo of a table"),
         "3": ("3_sketch.jpg", "a photo of a table"),
@@ -181,15 +183,17 @@ def test_picture_and_condition_are_cut_alike(tiny_base: Path, tmp_path: Path) ->
     vae = load_base(str(tiny_base), "cpu").pipeline.vae
     seen: list[torch.Tensor] = []
     vae.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    latents, conditions = encode_pairs(read_pairs(config, print), vae, config, 16, lambda event: None)
+    latents, conditions = encode_pairs(
+        read_pairs(config, Hooks(notify=print)), vae, config, 16, Hooks(progress=lambda event: None)
+    )
     assert latents.shape == (2, 4, 4, 8, 8) and conditions.shape == (2, 4, 3, 16, 16)
     assert torch.allclose(torch.stack(seen), conditions.float() / 127.5 - 1, atol=1e-5)
     unmirrored, _ = encode_pairs(
-        read_pairs(config, print),
+        read_pairs(config, Hooks(notify=print)),
         vae,
         config.model_copy(update={"flip": False, "crops_per_image": 4}),
         16,
-        lambda event: None,
+        Hooks(progress=lambda event: None),
     )
     assert torch.equal(latents[0], unmirrored[0]) and not torch.equal(latents[1], unmirrored[1])
 

@@ -21,7 +21,7 @@ from spectral_diffusion.adapters.formats.native import DIGEST, digest, load_adap
 from spectral_diffusion.config.train import OptimizerConfig, TrainConfig, ValidationConfig
 from spectral_diffusion.core.errors import Cancelled, NotFiniteError, UserError
 from spectral_diffusion.core.files import read_tensors, write_tensors
-from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.hooks import Event, Hooks, ignore
 from spectral_diffusion.core.paths import without_folders
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.models.base import Base, load_base
@@ -56,7 +56,7 @@ def test_training_lowers_the_loss_on_its_own_photos(photos: Path, tiny_base: Pat
     config = settings(
         photos, tiny_base, tmp_path / "a.safetensors", method=method, steps=60, batch_size=4, learning_rate=3e-2
     )
-    adapter = train_to_file(config, progress=watch)
+    adapter = train_to_file(config, hooks=Hooks(progress=watch))
     assert adapter.norm() > 0
     assert losses[-1] < 0.93 * losses[0]
 
@@ -80,7 +80,7 @@ def test_a_stopped_run_resumes_bit_for_bit(photos: Path, tiny_base: Path, tmp_pa
     config = settings(photos, tiny_base, tmp_path / "b" / "rex.safetensors")
     asked = iter(range(100))
     with pytest.raises(Cancelled, match=f"step {stop} of 6"):
-        train_to_file(config, should_stop=lambda: next(asked) >= stop)
+        train_to_file(config, hooks=Hooks(should_stop=lambda: next(asked) >= stop))
     assert state_path(config.output).exists() and not config.output.exists()
     resumed = train_to_file(config, resume=True)
     assert same(whole, resumed)
@@ -123,7 +123,7 @@ def test_resume_without_a_state_starts_afresh_and_other_settings_are_refused(
     config = settings(photos, tiny_base, tmp_path / "rex.safetensors")
     asked = iter(range(100))
     with pytest.raises(Cancelled):
-        train_to_file(config, resume=True, should_stop=lambda: next(asked) >= 2)
+        train_to_file(config, resume=True, hooks=Hooks(should_stop=lambda: next(asked) >= 2))
     with pytest.raises(UserError, match=r"was made with learning_rate=0\.0001, now it is 0\.5"):
         train_to_file(config.model_copy(update={"learning_rate": 0.5}), resume=True)
     state_path(config.output).write_bytes(b"garbage")
@@ -136,10 +136,10 @@ def test_other_photos_or_another_concept_do_not_go_on_with_a_state(
 ) -> None:
     output, other = tmp_path / "a.safetensors", make_photos(tmp_path / "other", seed=5)
 
-    def train(folder: Path, stop: int, resume: bool = False, **more: Any) -> None:
+    def train(folder: Path, stop: int, resume: bool = False, note: Any = ignore, **more: Any) -> None:
         asked = iter(range(99))
         config = settings(folder, tiny_base, output, method="lora")
-        train_to_file(config, resume=resume, should_stop=lambda: next(asked) == stop, **more)
+        train_to_file(config, resume=resume, hooks=Hooks(notify=note, should_stop=lambda: next(asked) == stop), **more)
 
     with pytest.raises(Cancelled):
         train(photos, 2)
@@ -167,7 +167,7 @@ def test_an_edited_config_goes_on_only_by_force(photos: Path, tiny_base: Path, t
     config = settings(photos, tiny_base, tmp_path / "rex.safetensors", learning_rate=1e-2)
     asked = iter(range(100))
     with pytest.raises(Cancelled):
-        train_to_file(config, should_stop=lambda: next(asked) >= 3, base=base)
+        train_to_file(config, base=base, hooks=Hooks(should_stop=lambda: next(asked) >= 3))
     edited = config.model_copy(
         update={
             "weight_decay": 0.9,
@@ -186,7 +186,7 @@ def test_an_edited_config_goes_on_only_by_force(photos: Path, tiny_base: Path, t
     kept = state_path(config.output).read_bytes()
     plain = train_to_file(config, resume=True, base=base)
     state_path(config.output).write_bytes(kept)
-    forced = train_to_file(edited, resume=True, base=base, force=True, note=notes.append)
+    forced = train_to_file(edited, resume=True, base=base, force=True, hooks=Hooks(notify=notes.append))
     assert any("going on because of --force" in note for note in notes)
     averaged = edited.model_copy(update={"weight_decay": 0.0})
     state_path(config.output).write_bytes(kept)
@@ -393,7 +393,7 @@ def test_a_sampled_slot_records_its_seed_and_survives_a_resume(photos: Path, tin
     config = settings(photos, tiny_base, tmp_path / "rex.safetensors", slot="sampled:16")
     asked = iter(range(100))
     with pytest.raises(Cancelled):
-        train_to_file(config, should_stop=lambda: next(asked) >= 3, note=told.append)
+        train_to_file(config, hooks=Hooks(notify=told.append, should_stop=lambda: next(asked) >= 3))
     assert any("were drawn from the top 16" in text and "with a chance of" in text for text in told)
     resumed = train_to_file(config, resume=True)
     assert resumed.slot and resumed.slot.rank == 2 and not (tmp_path / "slots.json").exists()

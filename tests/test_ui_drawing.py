@@ -32,6 +32,7 @@ from spectral_diffusion.app.streaming import CancelTokens, stream
 from spectral_diffusion.app.workspace import Workspace
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.scenes.png_metadata import read_settings
 from spectral_diffusion.training.run import train_to_file
 
@@ -306,7 +307,7 @@ def test_preview_and_cancel(workspace: Workspace, trained: tuple[Path, Path], ke
     done = draw(
         workspace, trained[0], keeper, num_inference_steps=12, num_images=2,
         preview=lambda images: seen.append(images[0].size),
-        progress=lambda event: told.append((event.done, event.total)),
+        hooks=Hooks(lambda event: told.append((event.done, event.total))),
     )  # fmt: skip
     assert seen == [(16, 16)] * 12 and len(done.pictures) == 2
     assert told == [(step, 24) for step in range(1, 25)]
@@ -314,13 +315,13 @@ def test_preview_and_cancel(workspace: Workspace, trained: tuple[Path, Path], ke
     calls = iter(range(100))
     stopped = draw(
         workspace, trained[0], keeper, num_images=3, canvas=read_canvas(full_value() | {"keypose": ""}),
-        should_stop=lambda: next(calls) > 3,
+        hooks=Hooks(should_stop=lambda: next(calls) > 3),
     )  # fmt: skip
     assert stopped.words.endswith("Stopped; 1 picture of 16×16 pixels finished before that.")
     assert len(stopped.pictures) == 1
     assert stopped.pictures[0].exists()
     sketches = set((workspace.pictures / "sketches").iterdir())
-    nothing = draw(workspace, trained[0], keeper, canvas=Canvas(strokes()), should_stop=lambda: True)
+    nothing = draw(workspace, trained[0], keeper, canvas=Canvas(strokes()), hooks=Hooks(should_stop=lambda: True))
     assert nothing.pictures == [] and nothing.words.endswith("Stopped.")
     assert set((workspace.pictures / "sketches").iterdir()) == sketches  # its drawing went with it
 

@@ -31,7 +31,7 @@ from spectral_diffusion.config.settings import read_yaml
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.assets import preset
 from spectral_diffusion.core.errors import UserError
-from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.inspection import inspect_paths
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.merging.manifest import MANIFEST
@@ -127,7 +127,7 @@ def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace, m
     few = {"distill": {"num_images": 2, "num_prior_images": 2, "noises_per_image": 2, "batch_size": 4}}
     monkeypatch.setattr(fusing, "preset_part", lambda name, verb: few)
     seen: list[Event] = []
-    fusing.fuse(workspace, ["rex", "mug"], "clever", BOTH, seen.append, distill_steps=2)
+    fusing.fuse(workspace, ["rex", "mug"], "clever", BOTH, Hooks(progress=seen.append), distill_steps=2)
     assert {"lesson", "teach"} <= {event.stage for event in seen}
     [saved] = fusing.fusions(workspace)
     assert (saved.taught, saved.merge, saved.problem) == (2, "spectral", "")
@@ -144,7 +144,7 @@ def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace, m
             ["rex", "mug"],
             "dull",
             BOTH,
-            cancellable(stop, watched, "Stopped; nothing was saved."),
+            Hooks(progress=cancellable(stop, watched, "Stopped; nothing was saved.")),
             distill_steps=9,
         )
     assert fusing.fused_names(workspace) == ["clever"]

@@ -18,7 +18,7 @@ from spectral_diffusion.adapters.frozen import frozen_tensors
 from spectral_diffusion.cli import main
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
-from spectral_diffusion.core.hooks import Event
+from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.models.base import load_base
@@ -160,7 +160,9 @@ def test_a_full_disk_stops_nothing(
 
     monkeypatch.setattr("spectral_diffusion.training.status.write_text", full)
     with reporting(tmp_path / "a.status.json") as reporter:
-        train_to_file(settings(photos, tiny_base, tmp_path / "a.safetensors", steps=2), progress=reporter.progress)
+        train_to_file(
+            settings(photos, tiny_base, tmp_path / "a.safetensors", steps=2), hooks=Hooks(progress=reporter.progress)
+        )
     assert (tmp_path / "a.safetensors").is_file() and not (tmp_path / "a.status.json").exists()
 
 
@@ -210,7 +212,7 @@ def test_watching_changes_no_bit(photos: Path, tiny_base: Path, tmp_path: Path, 
     before = torch.random.get_rng_state()
     config = settings(photos, tiny_base, tmp_path / "b" / "rex.safetensors", validation=WATCH, **more)
     with reporting(tmp_path / "status.json") as reporter:
-        watched = train_to_file(config, base=base, progress=reporter.progress)
+        watched = train_to_file(config, base=base, hooks=Hooks(progress=reporter.progress))
     assert same(plain, watched) and torch.equal(before, torch.random.get_rng_state())
     files = sorted((tmp_path / "b" / "rex-samples").iterdir())
     assert [file.name for file in files] == [f"step-{step:06d}.png" for step in range(2, config.steps + 1, 2)]
@@ -262,13 +264,13 @@ def test_a_plateau_of_likeness_ends_the_training(
         photos, tiny_base, tmp_path / "rex.safetensors", validation=watch, steps=20, checkpointing_steps=1
     )
     base = load_base(str(tiny_base), "cpu")
-    train_to_file(config.model_copy(update={"steps": 1}), base=base, note=notes.append)
+    train_to_file(config.model_copy(update={"steps": 1}), base=base, hooks=Hooks(notify=notes.append))
     assert any("only the pocket base has an identity encoder" in note for note in notes)
     base.name = "pocket"
     asked = iter(range(100))
     with pytest.raises(Cancelled):
-        train_to_file(config, base=base, should_stop=lambda: next(asked) >= 3)
-    train_to_file(config, base=base, note=notes.append, resume=True)
+        train_to_file(config, base=base, hooks=Hooks(should_stop=lambda: next(asked) >= 3))
+    train_to_file(config, base=base, resume=True, hooks=Hooks(notify=notes.append))
     assert "done at step 4" in notes[-1] and config.output.is_file()
     assert "0.501 at the end" in config.output.with_suffix(".md").read_text()
     with pytest.raises(ValueError, match=r"validation\.every"):
@@ -295,5 +297,5 @@ def test_samples_that_cannot_be_written_stop_nothing(photos: Path, tiny_base: Pa
     (tmp_path / "rex-samples").write_text("in the way")
     notes: list[str] = []
     config = settings(photos, tiny_base, tmp_path / "rex.safetensors", validation={**WATCH, "every": 6})
-    train_to_file(config, note=notes.append)
+    train_to_file(config, hooks=Hooks(notify=notes.append))
     assert any("samples of step 6 could not be written" in note for note in notes)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..core.hooks import Progress, silent
+from ..core.hooks import QUIET, Hooks
 from ..linalg import SingularTriplets, flatten, matrix_shape
 from ..methods.registry import Method
 from ..slots.ledger import Slot
@@ -22,7 +22,7 @@ def frozen_tensors(
     weights: Mapping[str, Tensor],
     rank: int,
     slot: Slot | None,
-    progress: Progress = silent,
+    hooks: Hooks = QUIET,
     cached: bool = True,
 ) -> Frozen:
     """Layer to the method's frozen tensors, float32. The weight itself (``W``) is not among them: see ``with_weight``.
@@ -33,11 +33,11 @@ def frozen_tensors(
     """
     if method.builds_on == "columns":
         assert slot is not None
-        bands = triplets_of(weights, slot, progress) if cached else _bands(weights, slot)
+        bands = triplets_of(weights, slot, hooks) if cached else _bands(weights, slot)
         return {layer: dict(band._asdict()) for layer, band in bands.items()}
     if method.builds_on == "full_svd":
         most = max(min(matrix_shape(weight)) for weight in weights.values())
-        spectrum = spectrum_of(weights, most, progress=progress) if cached else compute(weights, most, progress)
+        spectrum = spectrum_of(weights, most, hooks=hooks) if cached else compute(weights, most, hooks)
         return {layer: dict(band._asdict()) for layer, band in spectrum.bands.items()}
     if method.builds_on == "random":
         assert method.init_frozen is not None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.presets import preset_settings
 from ..config.settings import build
-from ..core.hooks import Progress, silent
+from ..core.hooks import QUIET, Hooks
 from .adapters import read_adapter
 from .device import giving_back
 from .fusing import load_chosen, settings_for, ticked
@@ -101,7 +101,7 @@ def compare(
     chosen: Sequence[str] | None,
     strengths: Mapping[str, float],
     seed: int = 0,
-    progress: Progress = silent,
+    hooks: Hooks = QUIET,
     **changes: Any,
 ) -> list[tuple[Image.Image, str]]:
     """Every concept alone and in the fusion, from the same seeds, with a caption each; nothing is kept.
@@ -121,7 +121,7 @@ def compare(
 
     def drawn(token: str) -> Image.Image:
         prompts = [f"a photo of {token} {place}" for place in PLACES]
-        return grid(sample(base, prompts, [seed + index for index in range(len(PLACES))], scene, progress), len(PLACES))
+        return grid(sample(base, prompts, [seed + index for index in range(len(PLACES))], scene, hooks), len(PLACES))
 
     with giving_back(), reworded(workspace, "pictures"):
         settings = settings_for(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)
@@ -139,7 +139,7 @@ def compare(
             load_adapters(base, [(adapter, 1.0)])
             alone.append(drawn(adapter.token))
             unload_adapters(base.models)
-        fuse_adapters(base, adapters, settings, progress, install=False)
+        fuse_adapters(base, adapters, settings, hooks, install=False)
         found = []
         for adapter, before in zip(adapters, alone, strict=True):
             found += [(before, f"{adapter.name} alone"), (drawn(adapter.token), f"{adapter.name} in the fusion")]

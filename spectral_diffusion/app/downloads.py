@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ..core.files import atomic
+from ..core.hooks import Hooks
 from .device import giving_back
 from .fusing import exports_of, fused_folder
 from .wording import in_app, reworded
@@ -39,7 +40,7 @@ def download(workspace: Workspace, name: str | None, kind: str) -> tuple[Path, l
     with giving_back(), reworded(workspace, "pictures"):
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export.", dir=place) as scratch:
-            files = export(folder, Path(scratch) / f"{name}.safetensors", kind, note=notes.append)
+            files = export(folder, Path(scratch) / f"{name}.safetensors", kind, hooks=Hooks(notify=notes.append))
             with atomic(packed) as temporary, zipfile.ZipFile(temporary, "w") as archive:
                 for file in files:
                     archive.write(file, file.name)

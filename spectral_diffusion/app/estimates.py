@@ -53,7 +53,7 @@ def estimate(config: TrainConfig, jobs: Iterable[QueueJob] = ()) -> Estimate:
     from ..training.run import with_rank
 
     shape = shape_of(config.base, config.target_modules)
-    settled = with_rank(config, shape.sides, lambda text: None)
+    settled = with_rank(config, shape.sides)
     method = get_method(settled.method)
     trained = method.total(shape.sides, settled.rank)
     jobs = list(jobs)

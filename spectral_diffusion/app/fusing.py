@@ -17,7 +17,7 @@ from ..config.presets import preset_part, preset_settings
 from ..config.settings import build
 from ..core import assets as resources
 from ..core.errors import UserError, nearest
-from ..core.hooks import Progress, silent
+from ..core.hooks import QUIET, Hooks
 from .adapters import adapter_file, read_adapter
 from .device import giving_back
 from .wording import in_app, reworded
@@ -166,7 +166,7 @@ def fuse(
     chosen: Sequence[str] | None,
     name: str,
     strengths: Mapping[str, float],
-    progress: Progress = silent,
+    hooks: Hooks = QUIET,
     replace: bool = False,
     **changes: Any,
 ) -> str:
@@ -184,7 +184,10 @@ def fuse(
     with giving_back(), reworded(workspace, "fused"):
         settings = settings_for(workspace, chosen, workspace.fused / name, strengths, **changes)
         with _kept(workspace, name):
-            notes += [f"Note: {warning}" for warning in fuse_to_folder(settings, progress, notes.append)]
+            notes += [
+                f"Note: {warning}"
+                for warning in fuse_to_folder(settings, Hooks(progress=hooks.progress, notify=notes.append))
+            ]
     told = [in_app(note, workspace) for note in notes]
     return "\n".join([*told, f"Saved '{name}' with {' and '.join(chosen)}. Draw with it in step 4."])
 
@@ -236,7 +239,7 @@ def concepts_in(workspace: Workspace, name: str | None) -> list[str]:
     return next((list(one.concepts) for one in fusions(workspace) if one.name == name), [])
 
 
-def take_out(workspace: Workspace, name: str | None, concept: str | None, new: str, progress: Progress = silent) -> str:
+def take_out(workspace: Workspace, name: str | None, concept: str | None, new: str, hooks: Hooks = QUIET) -> str:
     """Write a fusion without one of its concepts under a new name; returns what to tell.
 
     Raises:
@@ -254,7 +257,7 @@ def take_out(workspace: Workspace, name: str | None, concept: str | None, new: s
 
     notes: list[str] = []
     with giving_back(), reworded(workspace, "fused"):
-        unfuse(folder, [concept], workspace.fused / new, progress=progress, note=notes.append)
+        unfuse(folder, [concept], workspace.fused / new, hooks=Hooks(progress=hooks.progress, notify=notes.append))
     told = [in_app(note, workspace) for note in notes]
     exactly = "" if told else ", as if it had never been in"
     return "\n".join([*told, f"Saved '{new}': '{name}' without {concept}{exactly}."])

@@ -18,7 +18,7 @@ from ..config.settings import build
 # Here rather than where they are used: torch and diffusers break when two pages' threads import them at once.
 from ..core.errors import Cancelled, UserError
 from ..core.files import write_bytes
-from ..core.hooks import Event, Progress, silent
+from ..core.hooks import QUIET, Event, Hooks, Progress
 from ..merging.manifest import read_manifest
 from ..models.base import parse_device, size_from_configs
 from ..scenes.generate import generate_to_file
@@ -83,9 +83,8 @@ def tokens(workspace: Workspace, base: str | None, chosen: Sequence[str] | None)
 def generate(
     workspace: Workspace,
     wish: GenerateRequest,
-    progress: Progress = silent,
+    hooks: Hooks = QUIET,
     preview: Callable[[list[Image.Image]], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
     keeper: BaseCache | None = None,
     **changes: Any,
 ) -> Drawn:
@@ -99,14 +98,18 @@ def generate(
     stem = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     notes: list[str] = []
     with reworded(workspace, workspace.pictures.name):
-        scene = scene_of(workspace, wish, workspace.pictures / f"{stem}.png", notes.append, **changes)
+        scene = scene_of(workspace, wish, workspace.pictures / f"{stem}.png", Hooks(notify=notes.append), **changes)
         every = max(1, round(scene.num_inference_steps / PREVIEWS))
         show = None if preview is None else lambda step, images: preview(images)
         with _kept(scene, _drawing_files(workspace, stem, wish.canvas)):
             try:
                 with (keeper or BaseCache()).acquire(scene.base, scene.device, scene.dtype) as base:
                     generate_to_file(
-                        scene, _of_all(scene, progress), notes.append, should_stop, show, base=base, every=every
+                        scene,
+                        Hooks(progress=_of_all(scene, hooks), notify=notes.append, should_stop=hooks.should_stop),
+                        show,
+                        base=base,
+                        every=every,
                     )
                 said = "Drew {}."
             except Cancelled:
@@ -138,14 +141,14 @@ def _explained(workspace: Workspace, note: str) -> str:
     return f"Note: {found[1]} was read as plain text, for '{name}' {why}: {what}."
 
 
-def _of_all(scene: Scene, progress: Progress) -> Progress:
+def _of_all(scene: Scene, hooks: Hooks) -> Progress:
     """The progress of single pictures as that of all of them."""
     before = [-scene.num_inference_steps]
 
     def tell(event: Event) -> None:
         if event.done == 1:
             before[0] += scene.num_inference_steps
-        progress(
+        hooks.progress(
             Event(
                 event.stage, before[0] + event.done, scene.num_inference_steps * len(scene.every_seed()), event.metrics
             )
@@ -172,7 +175,7 @@ def scene_of(
     workspace: Workspace,
     wish: GenerateRequest,
     output: Path,
-    note: Callable[[str], None] = lambda text: None,
+    hooks: Hooks = QUIET,
     **changes: Any,
 ) -> Scene:
     """The scene that the page's fields stand for; the canvas's drawings are files beside the output.
@@ -188,7 +191,7 @@ def scene_of(
     bound = list(dict.fromkeys(p.concept for p in wish.canvas.regions if p.concept and p.concept not in inside))
     everywhere = [name for name in wish.adapters if name not in bound and name not in inside]
     if both := [name for name in wish.adapters if name in bound]:
-        note(f"Note: {' and '.join(both)} acts in its own regions only, not everywhere.")
+        hooks.notify(f"Note: {' and '.join(both)} acts in its own regions only, not everywhere.")
     named = [*everywhere, *bound]
     files = {name: str(adapter_file(workspace, name)) for name in named}
     foreign = [name for name in named if not is_base(workspace, wish.base, read_adapter(workspace, name).base)]
@@ -198,7 +201,7 @@ def scene_of(
             "of the boxes and the concepts, or take the base pocket."
         )
     strengths = parse_strengths(wish.strength if named else "", named)
-    _tell_missing_tokens(workspace, [place for place in wish.canvas.regions if place.concept in bound], note)
+    _tell_missing_tokens(workspace, [place for place in wish.canvas.regions if place.concept in bound], hooks)
     layer: dict[str, Any] = {
         "base": path,
         "adapters": {files[name]: strengths[name] for name in everywhere},
@@ -303,9 +306,9 @@ def _conditions(workspace: Workspace, stem: str, wish: GenerateRequest) -> list[
     return conditions
 
 
-def _tell_missing_tokens(workspace: Workspace, regions: Sequence[CanvasRegion], note: Callable[[str], None]) -> None:
+def _tell_missing_tokens(workspace: Workspace, regions: Sequence[CanvasRegion], hooks: Hooks) -> None:
     """A region that has a concept but never names it looks like a failure of the concept."""
     for place in regions:
         [token] = tokens(workspace, None, [str(place.concept)])
         if token not in place.prompt:
-            note(f"Note: a box has the concept {place.concept}, but its prompt does not name {token}.")
+            hooks.notify(f"Note: a box has the concept {place.concept}, but its prompt does not name {token}.")

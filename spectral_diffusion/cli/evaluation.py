@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..core.hooks import Hooks
 from .support import (
     ConfigOption,
     DeviceOption,
@@ -66,7 +67,7 @@ def evaluate(
     settings = resolve(EvaluateConfig, "evaluate", config, flags, overrides, base=meant)
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
-            found = evaluate_to_folder(settings, progress, say, should_stop)
+            found = evaluate_to_folder(settings, Hooks(progress=progress, notify=say, should_stop=should_stop))
         except Cancelled as stopped:
             say("Stopped; what is drawn is kept, run it again to go on.")
             raise typer.Exit(130) from stopped

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..core.hooks import Hooks
 from .support import (
     BaseOption,
     ConfigOption,
@@ -53,10 +54,14 @@ def train_control(
     settings = resolve(ControlConfig, "train-control", config, flags, overrides)
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
+            hooks = Hooks(progress, say, should_stop)
             train(
-                settings, None, resume, progress, should_stop, note=say,
-                read=lambda path: read_control_image(ControlImage(file=path, kind=settings.kind)).image,
-            )  # fmt: skip
+                settings,
+                None,
+                resume,
+                hooks,
+                lambda path: read_control_image(ControlImage(file=path, kind=settings.kind)).image,
+            )
         except Cancelled as stopped:
             say(str(stopped))
             raise typer.Exit(130) from stopped

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import UserError
+from ..core.hooks import Hooks
 from .support import (
     BaseOption,
     ConfigOption,
@@ -121,7 +122,12 @@ def train_one(
                     reporter.path = status_path(settings.output)
                 reporter.begin(settings, settings.output, resume)
                 done = resume and is_done(settings, force)
-                train_to_file(settings, resume, reporter.progress, should_stop, reporter.note, force=force)
+                train_to_file(
+                    settings,
+                    resume,
+                    Hooks(progress=reporter.progress, notify=reporter.note, should_stop=should_stop),
+                    force=force,
+                )
         except Cancelled as stopped:
             tell(str(stopped))
             raise typer.Exit(130) from stopped
@@ -163,7 +169,14 @@ def train_batch(
 
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
-            run_batch(jobs_of(folders, output, settings), command, jobs, resume, force, progress, should_stop, note=say)
+            run_batch(
+                jobs_of(folders, output, settings),
+                command,
+                jobs,
+                resume,
+                force,
+                Hooks(progress=progress, notify=say, should_stop=should_stop),
+            )
         except Cancelled as stopped:
             say(str(stopped))
             raise typer.Exit(130) from stopped

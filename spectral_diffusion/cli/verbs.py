@@ -10,6 +10,7 @@ import typer
 
 from ..core.errors import UserError
 from ..core.files import is_folder
+from ..core.hooks import Hooks
 from .doctor import doctor
 from .evaluation import evaluate
 from .experiments import experiment
@@ -112,7 +113,7 @@ def fuse(
         flags = {**before, **flags, "scales": {**before["scales"], **flags.get("scales", {})}}
     settings = resolve(FuseConfig, "fuse", config, flags, overrides, base=named_base(files, overrides))
     with progress_bar() as progress:
-        for warning in fuse_to_folder(settings, progress, note=say):
+        for warning in fuse_to_folder(settings, Hooks(progress=progress, notify=say)):
             say(f"Note: {warning}")
     say(f"Wrote {settings.output}/; open it with --base {settings.output} or StableDiffusionPipeline.from_pretrained.")
 
@@ -145,7 +146,7 @@ def tune(
     loaded = [adapter for file in files for adapter in load_adapters(Path(file))]
     on = load_base(settings.base or loaded[0].base, settings.device)
     with progress_bar() as progress:
-        found = find(on, loaded, settings, tries[0], tries[1], progress)
+        found = find(on, loaded, settings, tries[0], tries[1], Hooks(progress=progress))
     if as_json:
         typer.echo(json.dumps([{**vars(one), "score": one.score} for one in found], indent=2))
         return
@@ -174,7 +175,7 @@ def unfuse(
     from ..merging.unfuse import unfuse as take_out
 
     with progress_bar() as progress:
-        take_out(folder, remove, output, subtract, base, device, progress, note=say)
+        take_out(folder, remove, output, subtract, base, device, Hooks(progress, say))
     say(f"Wrote {output}/.")
 
 
@@ -249,7 +250,12 @@ def generate(
         refuse_overwriting_settings(beside)
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
-            paths = generate_to_file(settings, progress, say, should_stop, resume=resume, expected=found.made_from)
+            paths = generate_to_file(
+                settings,
+                Hooks(progress=progress, notify=say, should_stop=should_stop),
+                resume=resume,
+                expected=found.made_from,
+            )
         except Cancelled as stopped:
             say("Stopped; what is drawn is kept, --resume goes on from there.")
             raise typer.Exit(130) from stopped
@@ -275,7 +281,7 @@ def export(
     with importing():
         from ..merging.export import export as write
 
-    files = write(path, output, kind, rank, dtype, picture, device, note=say)
+    files = write(path, output, kind, rank, dtype, picture, device, hooks=Hooks(notify=say))
     say(f"Wrote {', '.join(map(str, files))}.")
 
 
@@ -408,5 +414,5 @@ def demo(
     from ..demo import run_demo
 
     with progress_bar() as progress:
-        sheet = run_demo(output, steps, progress, note=say)
+        sheet = run_demo(output, steps, Hooks(progress=progress, notify=say))
     say(f"Done. Look at {sheet}; the adapters, the fused folder and the settings are beside it in {output}/.")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config.control import ControlConfig
 from ..core.errors import UserError
-from ..core.hooks import Event, Progress
+from ..core.hooks import Event, Hooks
 from ..core.rng import keyed_generator
 from ..models.vae import encode
 from .folder import load_concept, open_photo
@@ -36,7 +36,7 @@ class ControlPair:
     caption: str
 
 
-def read_pairs(config: ControlConfig, note: Callable[[str], None]) -> list[ControlPair]:
+def read_pairs(config: ControlConfig, hooks: Hooks) -> list[ControlPair]:
     """The folder's pictures that have a condition, with their captions.
 
     Pictures and captions lie as for a concept (:func:`..data.folder.load_concept`). A picture's condition has its name
@@ -73,11 +73,11 @@ def read_pairs(config: ControlConfig, note: Callable[[str], None]) -> list[Contr
     if bare:
         skipped.append(f"{bare} without a {kind}")
     if skipped:
-        note(f"Skipped in {folder}: {'; '.join(skipped)}.")
+        hooks.notify(f"Skipped in {folder}: {'; '.join(skipped)}.")
     for text in concept.notes:
-        note(text)
+        hooks.notify(text)
     if wordless:
-        note(f"Without a caption: {wordless} pictures, read as '{config.template}'; template= says another.")
+        hooks.notify(f"Without a caption: {wordless} pictures, read as '{config.template}'; template= says another.")
     return pairs
 
 
@@ -112,7 +112,7 @@ def encode_pairs(
     vae: AutoencoderKL,
     config: ControlConfig,
     size: int,
-    progress: Progress,
+    hooks: Hooks,
     read: Read | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All views of all pairs; a view cuts picture and condition alike.
@@ -140,7 +140,7 @@ def encode_pairs(
         pictures, conditions = torch.stack(views, 1)
         rows.append(encode(vae, pictures))
         shown.append(((conditions + 1) * 127.5).round().to(torch.uint8)[:, : CHANNELS[config.kind]])
-        progress(Event("encode", index + 1, len(pairs)))
+        hooks.progress(Event("encode", index + 1, len(pairs)))
     return torch.stack(rows) * vae.config.scaling_factor, torch.stack(shown)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..config.train import TrainConfig
 from ..core.errors import UserError
-from ..core.hooks import Event, Progress, silent
+from ..core.hooks import QUIET, Event, Hooks
 from ..core.rng import keyed_generator as keyed_generator
 from ..models.base import Base
 from ..models.vae import encode
@@ -38,9 +38,7 @@ class PhotoCrops:
         UserError: a photo or mask that cannot be used, masks asked for where there are none, no bucket that fits.
     """
 
-    def __init__(
-        self, concept: Concept, base: Base, config: TrainConfig, size: int, progress: Progress = silent
-    ) -> None:
+    def __init__(self, concept: Concept, base: Base, config: TrainConfig, size: int, hooks: Hooks = QUIET) -> None:
         self.photos, self.vae = concept.photos, base.pipeline.vae
         self.masked = config.data.mask_weight > 0 or config.objective.attention_loss_weight > 0
         if self.masked and not any(photo.mask for photo in self.photos):
@@ -56,18 +54,18 @@ class PhotoCrops:
             for index, (photo, shape) in enumerate(zip(self.photos, shapes, strict=True))
         ]
         self.order = Order.of(shapes, [photo.repeats for photo in self.photos], config)
-        self.ready = list(self._prepare(config, progress)) if config.data.cache_latents else None
+        self.ready = list(self._prepare(config, hooks)) if config.data.cache_latents else None
         if self.masked and self.ready is None:  # say now what is wrong with them, not at some step
             for photo in self.photos:
                 mask_of(photo)
 
-    def _prepare(self, config: TrainConfig, progress: Progress) -> Iterator[Encoded]:
+    def _prepare(self, config: TrainConfig, hooks: Hooks) -> Iterator[Encoded]:
         encoder = encoder_hash(self.vae)
         for index, photo in enumerate(self.photos):
             key = key_of(photo, self.masked, self.crops[index], encoder)
             pairs = [(photo, crop) for crop in self.crops[index]]
             yield cached_latents(config.data.latents_cache_dir, key, partial(self._encode, pairs))
-            progress(Event("encode", index + 1, len(self.photos)))
+            hooks.progress(Event("encode", index + 1, len(self.photos)))
 
     def take(self, chosen: Sequence[tuple[int, int]]) -> Encoded:
         """The crops (photo, number), all of one shape, on the VAE's device.

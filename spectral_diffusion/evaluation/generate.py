@@ -10,7 +10,7 @@ from pathlib import Path
 from ..adapters.adapter import Adapter, check_base
 from ..adapters.apply import Strength, enabled_adapters, install_tokens
 from ..core.files import parse_json, read_text, write_json
-from ..core.hooks import Event, Progress
+from ..core.hooks import Event, Hooks, Progress
 from ..merging.manifest import lasting
 from ..metrics.prompts import with_article
 from ..metrics.views import View
@@ -57,7 +57,9 @@ class EvaluationImages:
             )
             sources, begun = sources_of(scene, base), time.perf_counter()
             steps: list[Event] = []
-            paths = draw_to_files(base, scene, sources, (), (), steps.append, self.should_stop, resume=True)
+            paths = draw_to_files(
+                base, scene, sources, (), (), Hooks(progress=steps.append, should_stop=self.should_stop), resume=True
+            )
             if steps:
                 before = self.seconds.get(way, [0.0, 0.0])
                 self.seconds[way] = [before[0] + time.perf_counter() - begun, before[1] + len(paths)]
@@ -115,7 +117,7 @@ def count_of(config: EvaluateConfig, held: Held | None) -> int:
     return config.num_images * (ways * len(held.adapters) * len(config.prompts) + 2 * len(config.prior_prompts))
 
 
-def draw_adapters(shelf: EvaluationImages, held: Held, note: Callable[[str], None]) -> Drawn:
+def draw_adapters(shelf: EvaluationImages, held: Held, hooks: Hooks) -> Drawn:
     """Each concept as its noun on the untouched base, alone, and together with the others; ordinary prompts beside.
 
     Raises:
@@ -125,7 +127,7 @@ def draw_adapters(shelf: EvaluationImages, held: Held, note: Callable[[str], Non
     base = load_base(held.base, config.device, config.dtype)
     for adapter in held.adapters.values():
         if warning := check_base(adapter, base, config.allow_base):
-            note(warning)
+            hooks.notify(warning)
     drawn.base = base.fingerprint.exact
     for adapter in held.adapters.values():
         install_tokens(base, adapter)

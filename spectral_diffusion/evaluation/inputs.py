@@ -85,9 +85,17 @@ def strengths(config: EvaluateConfig, held: Held) -> dict[Path, Strength]:
 def drawing_settings(config: EvaluateConfig) -> dict[str, Any]:
     """The settings that a scene shares with an evaluation."""
     shared = {
-        "num_inference_steps", "guidance_scale", "sampler", "negative_prompt", "batch_size", "allow_base", "device", "dtype", "mixed_precision",
+        "num_inference_steps",
+        "guidance_scale",
+        "sampler",
+        "negative_prompt",
+        "batch_size",
+        "allow_base",
+        "device",
+        "dtype",
+        "mixed_precision",
         "allow_tf32",
-    }  # fmt: skip
+    }
     return config.model_dump(include=shared)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.hooks import Event, Progress, silent
+from ..core.hooks import QUIET, Event, Hooks
 from ..data.folder import Concept
 from ..metrics.encoders import Encoder
 from ..metrics.statistics import interval
@@ -72,7 +72,7 @@ def score(
     ways: Mapping[str, Sequence[View]],
     concepts: Mapping[str, Concept],
     encoders: Sequence[Encoder],
-    progress: Progress = silent,
+    hooks: Hooks = QUIET,
 ) -> dict[str, list[Scored]]:
     """Look at every view with every encoder."""
     names = list(concepts)
@@ -82,7 +82,7 @@ def score(
         for way, found in out.items():
             for one, vector in zip(found, embed_views(encoder, ways[way]), strict=True):
                 one.scores[encoder.name] = references.scores(one.view.concept, vector, way == PHOTOS)
-        progress(Event("measure", number, len(encoders)))
+        hooks.progress(Event("measure", number, len(encoders)))
     for way, found in out.items():
         for kind, values in text_match(ways[way], encoders).items():
             for one, value in zip(found, values, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from PIL import Image
 from ..config.settings import to_yaml
 from ..core.errors import UserError
 from ..core.files import check_writable, write_settings
-from ..core.hooks import Progress, silent
+from ..core.hooks import QUIET, Hooks
 from ..core.machine import heading, provenance
 from ..core.paths import without_folders
 from ..data.folder import Concept
@@ -30,9 +30,7 @@ from .summary import ALONE, Evaluation
 
 def evaluate_to_folder(
     config: EvaluateConfig,
-    progress: Progress = silent,
-    note: Callable[[str], None] = lambda text: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    hooks: Hooks = QUIET,
 ) -> Evaluation:
     """Draw, measure and write ``evaluation.json``, ``.md``, ``.html``, ``.png`` and the settings into the output.
 
@@ -55,22 +53,22 @@ def evaluate_to_folder(
     check_writable(config.output / f"{NAME}.json")
 
     of_scenes = sum(len(scene.every_seed()) for scene in scenes.values())
-    shelf = EvaluationImages(config, count_of(config, held) + of_scenes, progress, should_stop)
-    drawn = draw_adapters(shelf, held, note) if held else Drawn()
+    shelf = EvaluationImages(config, count_of(config, held) + of_scenes, hooks.progress, hooks.should_stop)
+    drawn = draw_adapters(shelf, held, hooks) if held else Drawn()
     for name, scene in scenes.items():
-        paths = generate_to_file(scene, silent, note, should_stop, resume=True)
+        paths = generate_to_file(scene, Hooks(notify=hooks.notify, should_stop=hooks.should_stop), resume=True)
         drawn.shown[name] = views_of({path: scene_in(path) for path in paths}, concepts)
         shelf.count(len(scene.every_seed()))
     if pictures:
         drawn.shown["pictures"] = views_of(pictures, concepts)
     for way, views in drawn.shown.items():
         if not views:
-            note(f"Note: nothing in '{way}' names one concept in one place, so it is not measured.")
+            hooks.notify(f"Note: nothing in '{way}' names one concept in one place, so it is not measured.")
     if not any(drawn.shown.values()):
         raise UserError("No picture names one concept in one place; use scenes with regions that name a token each.")
 
     encoder_names = [encoder.name for encoder in encoders]
-    scored = score(with_photos(drawn.shown, concepts), concepts, encoders, progress)
+    scored = score(with_photos(drawn.shown, concepts), concepts, encoders, hooks)
     result = Evaluation(about(config, held, drawn, concepts), list(concepts), encoder_names, scored)
     if held:
         result.together = None if held.together == ALONE else held.together

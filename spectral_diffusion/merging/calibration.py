@@ -22,7 +22,7 @@ from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, generic_subject
 from ..core.cache import WAIT, cache_folder, load, store
 from ..core.errors import UserError
 from ..core.files import locked, parse_json
-from ..core.hooks import Event, Progress, silent
+from ..core.hooks import QUIET, Event, Hooks
 from ..core.rng import keyed_generator, keyed_random
 from ..data.latents_cache import prune
 from ..linalg import matrix_shape
@@ -93,7 +93,7 @@ def calibrate(
     layers: Mapping[str, nn.Linear | nn.Conv2d],
     config: CalibrationConfig,
     seed: int,
-    progress: Progress = silent,
+    hooks: Hooks = QUIET,
     only: set[str] | None = None,
 ) -> dict[str, GramAccumulator]:
     """What ``layers`` see while ``adapter`` (None: the base alone) draws its prompts. Its token is installed.
@@ -119,7 +119,7 @@ def calibrate(
             base.denoiser.sample_latents(
                 chunk, generators, config.num_inference_steps, config.guidance_scale, on_step=fold
             )
-            progress(Event("watch", min(start + CHUNK, len(prompts)), len(prompts)))
+            hooks.progress(Event("watch", min(start + CHUNK, len(prompts)), len(prompts)))
     return seen
 
 

@@ -25,7 +25,7 @@ from ..adapters.apply import Strength, enabled_adapters
 from ..config.fuse import DistillConfig
 from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, GENERIC_TEMPLATES, generic_subject
 from ..core.errors import NotFiniteError, UserError
-from ..core.hooks import Event, Progress, silent
+from ..core.hooks import QUIET, Event, Hooks
 from ..core.precision import MixedPrecision, autocast, is_half, loss_scaler
 from ..core.rng import keyed_generator, keyed_random
 from ..models.base import Base
@@ -65,7 +65,7 @@ def prepare_targets(
     strengths: Mapping[str, Strength],
     config: DistillConfig,
     seed: int,
-    progress: Progress = silent,
+    hooks: Hooks = QUIET,
 ) -> DistillTargets:
     """What to teach, from the untouched base with every adapter's token in it; it is as it was afterwards.
 
@@ -86,9 +86,9 @@ def prepare_targets(
     for adapter, token in words:
         strength = strengths.get(adapter.name, 1.0)
         lessons.append(targets_of(base, adapter, [token] * config.num_images, config, seed, strength))
-        progress(Event("lesson", len(lessons), len(words) + 1))
+        hooks.progress(Event("lesson", len(lessons), len(words) + 1))
     usual = targets_of(base, None, [random.choice(things) for _ in range(config.num_prior_images)], config, seed)
-    progress(Event("lesson", len(words) + 1, len(words) + 1))
+    hooks.progress(Event("lesson", len(words) + 1, len(words) + 1))
     return DistillTargets(lessons, usual)
 
 
@@ -159,7 +159,7 @@ def distill(
     config: DistillConfig,
     seed: int,
     precision: MixedPrecision = "no",
-    progress: Progress = silent,
+    hooks: Hooks = QUIET,
 ) -> None:
     """Move some weights of a fused ``base`` and its tokens' vectors in place until it predicts what its teachers do.
 
@@ -189,14 +189,16 @@ def distill(
                 for batch in batches(lessons, config, step, seed):
                     loss = loss_of(base, batch, precision) / config.gradient_accumulation_steps
                     if not torch.isfinite(loss):
-                        raise NotFiniteError(f"Teaching met NaN or infinity at step {step}: lower distill.learning_rate.")
+                        raise NotFiniteError(
+                            f"Teaching met NaN or infinity at step {step}: lower distill.learning_rate."
+                        )
                     scaler.scale(loss).backward()
                     total += float(loss.detach())
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(weights, 1.0)
                 scaler.step(optimizer)
                 scaler.update()
-                progress(Event("teach", step + 1, config.steps, {"loss": total}))
+                hooks.progress(Event("teach", step + 1, config.steps, {"loss": total}))
     finally:
         for weight in weights:
             weight.requires_grad_(False)

@@ -19,6 +19,7 @@ from ..adapters.formats.lora import diffusers_tensors, kohya_tensors, lora_metad
 from ..config.fuse import FuseConfig
 from ..core.errors import UserError
 from ..core.files import atomic_folder, check_replaceable, check_writable, holds, read_header, write_tensors, write_text
+from ..core.hooks import QUIET, Hooks
 from ..core.machine import made_on, provenance
 from ..core.paths import without_folders
 from ..linalg import Factors, to_float64, truncate
@@ -123,7 +124,7 @@ def export(
     dtype: str | None = None,
     picture: Path | None = None,
     device: str = "auto",
-    note: Callable[[str], None] = lambda text: None,
+    hooks: Hooks = QUIET,
 ) -> list[Path]:
     """Write ``path`` (an adapter or a fused folder) in another program's format; returns what was written.
 
@@ -139,7 +140,7 @@ def export(
     check_free(path, source, output, kind)
     for adapter in source.adapters:
         if adapter.per_layer_vectors:
-            note(mean_note(adapter.name))
+            hooks.notify(mean_note(adapter.name))
     written: list[Path] = []
     if kind == "folder":
         base = source.loaded
@@ -161,7 +162,7 @@ def export(
         written.append(output)
         write_checkpoint(source, output, parse_dtype(dtype or "float32"), about)
     else:
-        factors = cut(source, rank, note)
+        factors = cut(source, rank, hooks)
         kept, architecture = parse_dtype(dtype or "float16"), architecture_of(source, factors)
         if kind == "kohya":
             tensors = kohya_tensors(factors, source.kernels, kept, architecture.startswith("stable-diffusion-xl"))
@@ -211,13 +212,15 @@ def is_our_export(described: Path) -> bool:
     return described.is_file() and MARK in described.read_text("utf-8", "replace")
 
 
-def cut(source: Source, rank: int | None, note: Callable[[str], None]) -> dict[str, Factors]:
+def cut(source: Source, rank: int | None, hooks: Hooks) -> dict[str, Factors]:
     """The factors at a rank that a LoRA file is sensible at: exact if nothing is asked, else with the error told."""
     factors = source.factors()
     full = any(not adapter.method.low_rank for adapter in source.adapters)
     if rank is None and full:
         rank = 32
-        note("This method's change has full rank; a LoRA file can only come near it (choose how near with --rank).")
+        hooks.notify(
+            "This method's change has full rank; a LoRA file can only come near it (choose how near with --rank)."
+        )
     if rank is None:
         return factors
     out, lost, whole = {}, 0.0, 0.0
@@ -226,7 +229,9 @@ def cut(source: Source, rank: int | None, note: Callable[[str], None]) -> dict[s
         out[layer] = truncate(change, rank) if rank < change.up.shape[1] else change
         whole += float(change.delta().square().sum())
         lost += float((change.delta() - out[layer].delta()).square().sum())
-    note(f"At rank {rank} the file is {(lost / whole) ** 0.5 if whole else 0.0:.2%} away from the exact change.")
+    hooks.notify(
+        f"At rank {rank} the file is {(lost / whole) ** 0.5 if whole else 0.0:.2%} away from the exact change."
+    )
     return out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from ..config.fuse import FuseConfig, MergeConfig
 from ..config.settings import to_yaml
 from ..core.errors import NotFiniteError, UserError, nearest
 from ..core.files import atomic_folder, check_writable, write_json, write_text
-from ..core.hooks import Event, Progress, silent
+from ..core.hooks import QUIET, Event, Hooks
 from ..core.machine import heading
 from ..core.precision import precision_note, resolve_mixed_precision, tf32
 from ..linalg import Factors, matrix_shape, to_float64
@@ -97,8 +97,7 @@ def fuse_adapters(
     base: Base,
     adapters: list[Adapter],
     config: MergeConfig,
-    progress: Progress = silent,
-    note: Callable[[str], None] = lambda text: None,
+    hooks: Hooks = QUIET,
     install: bool = True,
 ) -> dict[str, Factors] | None:
     """Add the adapters' merged ΔW to the weights of ``base`` and their tokens to its tokenizer, in place.
@@ -130,23 +129,25 @@ def fuse_adapters(
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
     if config.distill.steps:  # before anything is fused: the base is one of the teachers
         if is_large(base):
-            note(check_distillation_memory(base, [layer.weight for layer in learners], config.distill, precision))
-        lessons = prepare_targets(base, adapters, scales_of(config, adapters), config.distill, config.seed, progress)
+            hooks.notify(
+                check_distillation_memory(base, [layer.weight for layer in learners], config.distill, precision)
+            )
+        lessons = prepare_targets(base, adapters, scales_of(config, adapters), config.distill, config.seed, hooks)
     merged: dict[str, Factors] = {}
     dense = False
     done = 0
     for stage in stages(layers, merge, config):
         changes: dict[str, Factors | Tensor] = {}  # a stage is watched whole before any of it changes
-        for group in groups(stage, adapters, merge, config, note):
+        for group in groups(stage, adapters, merge, config, hooks):
             seen, ordinary = calibrate_stage(
-                base, adapters, {name: targets[name] for name in group}, layers, merge, config, progress, note
+                base, adapters, {name: targets[name] for name in group}, layers, merge, config, hooks
             )
             for layer in group:
                 contributions = contribute(adapters, layer, targets[layer].weight, config, seen)
                 context = MergeContext(options, config.seed, ordinary.get(layer), config.calibration.prior_weight)
                 changes[layer] = merge.combine(contributions, context)
                 done += 1
-                progress(Event("fuse", done, len(layers), {"layer": layer}))
+                hooks.progress(Event("fuse", done, len(layers), {"layer": layer}))
         for layer, found in changes.items():
             add_change(targets[layer].weight, found, layer)
             if isinstance(found, Factors):
@@ -156,7 +157,7 @@ def fuse_adapters(
     if lessons:
         weights, tokens = [layer.weight for layer in learners], [t for a in adapters for t in a.tokens]
         with tf32(base.device, config.allow_tf32):
-            distill(base, lessons, weights, tokens, config.distill, config.seed, precision, progress)
+            distill(base, lessons, weights, tokens, config.distill, config.seed, precision, hooks)
     return None if dense or lessons else merged
 
 
@@ -227,7 +228,7 @@ def stage_of(layer: str) -> int:
 
 
 def groups(
-    stage: list[str], adapters: list[Adapter], merge: Merge, config: MergeConfig, note: Callable[[str], None]
+    stage: list[str], adapters: list[Adapter], merge: Merge, config: MergeConfig, hooks: Hooks
 ) -> list[list[str]]:
     """The layers of a stage in groups that are watched one after the other, so that each fits into memory.
 
@@ -259,7 +260,7 @@ def groups(
         used += needs[layer]
     most = max(sum(needs[layer] for layer in group) for group in out)
     passes = f" in {len(out)} passes, as memory is short" if len(out) > 1 else ""
-    note(f"Watching {len(stage)} layers{passes} needs up to {most / 2**20:.0f} MiB.")
+    hooks.notify(f"Watching {len(stage)} layers{passes} needs up to {most / 2**20:.0f} MiB.")
     return out
 
 
@@ -270,8 +271,7 @@ def calibrate_stage(
     layers: list[str],
     merge: Merge,
     config: MergeConfig,
-    progress: Progress,
-    note: Callable[[str], None],
+    hooks: Hooks,
 ) -> tuple[dict[str, Seen], Seen]:
     """What each adapter's layers of a stage see, and what they see on ordinary prompts; nothing if nobody asks.
 
@@ -285,13 +285,15 @@ def calibrate_stage(
 
     def see(adapter: Adapter | None) -> Seen:
         def make() -> Seen:
-            return calibrate(base, adapter, stage, settings, config.seed, progress, acting)
+            return calibrate(base, adapter, stage, settings, config.seed, hooks, acting)
 
         return cached(base, adapter, stage, settings, config.seed, make) if own and settings.cache else make()
 
     for adapter in adapters:
         if not adapter.token:
-            note(f"'{adapter.name}' has no word of its own, so it is watched on ordinary prompts, as the anchor is.")
+            hooks.notify(
+                f"'{adapter.name}' has no word of its own, so it is watched on ordinary prompts, as the anchor is."
+            )
     ordinary = see(None) if settings.prior_weight > 0 else {}
     return {adapter.name: see(adapter) for adapter in adapters}, ordinary
 
@@ -313,8 +315,7 @@ def device_for(config: FuseConfig) -> str:
 
 def fuse_to_folder(
     config: FuseConfig,
-    progress: Progress = silent,
-    note: Callable[[str], None] = lambda text: None,
+    hooks: Hooks = QUIET,
     base: Base | None = None,
 ) -> list[str]:
     """Fuse the config's adapters and write the folder; returns warnings to show.
@@ -339,7 +340,7 @@ def fuse_to_folder(
     base = base or load_base(config.base or adapters[0].base, device_for(config))
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
     if config.distill.steps:
-        precision_note(config.mixed_precision, precision, base.device, config.allow_tf32, note)
+        precision_note(config.mixed_precision, precision, base.device, config.allow_tf32, hooks.notify)
     config = config.model_copy(update={"mixed_precision": precision})
     fingerprint = base.fingerprint.exact
     parts = (base.pipeline.vae, *base.models.values())
@@ -348,15 +349,15 @@ def fuse_to_folder(
         name = distinct(name_of(path), [adapter.name for adapter in adapters])
         adapters.append(import_lora(path, None, base.name, name, base=base))
         if name != Path(path).stem:
-            note(f"{path} is called '{name}' here.")
+            hooks.notify(f"{path} is called '{name}' here.")
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
     warnings += overlaps(adapters)
     if (advice := get_merge(config.merge).advise(len(adapters))) and not config.distill.steps:
-        note(f"Note: {advice}")
+        hooks.notify(f"Note: {advice}")
     for adapter in adapters:
         if adapter.per_layer_vectors:
-            note(mean_note(adapter.name))
-    merged = fuse_adapters(base, adapters, config, progress, note)
+            hooks.notify(mean_note(adapter.name))
+    merged = fuse_adapters(base, adapters, config, hooks)
     with atomic_folder(output) as new:
         save_pipeline(base.pipeline.to("cpu"), new)
         files = {}

@@ -7,7 +7,7 @@ and with the base's on ordinary prompts, on noised pictures that those drew them
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from ..adapters.adapter import Adapter, check_base
 from ..adapters.apply import enabled_adapters
 from ..config.fuse import DistillConfig, MergeConfig
 from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, generic_subject
-from ..core.hooks import Event, Progress, silent
+from ..core.hooks import QUIET, Event, Hooks
 from ..core.rng import keyed_generator, keyed_random
 from ..models.base import Base
 from ..models.targets import find_targets
@@ -107,8 +107,7 @@ def search_scales(
     config: MergeConfig,
     strengths: Sequence[float] = STRENGTHS,
     anchors: Sequence[float] = (),
-    progress: Progress = silent,
-    note: Callable[[str], None] = lambda text: None,
+    hooks: Hooks = QUIET,
 ) -> list[Candidate]:
     """Try every strength (and anchor, for merges that have one), best first; the base is as it was afterwards.
 
@@ -137,11 +136,11 @@ def search_scales(
         gradient = config.calibration.model_copy(update={"prior_weight": anchor})
         changed = config.model_copy(update={"scales": {**config.scales, **each}, "calibration": gradient})
         with untouched(base, adapters):
-            fuse_adapters(base, adapters, changed, note=note, install=False)
+            fuse_adapters(base, adapters, changed, install=False, hooks=hooks)
             with torch.no_grad():
                 off = [float((predict(base, **one.inputs) - one.wanted).square().mean()) for one in references]
         own = [max(float((one.wanted - one.plain).square().mean()), 1e-12) for one in references[:-1]]
         concepts = sum(a / b for a, b in zip(off[:-1], own, strict=True)) / len(adapters)
         tried.append(Candidate(strength, anchor, concepts, off[-1] / max(effect, 1e-12)))
-        progress(Event("tune", index, len(grid), {"score": tried[-1].score}))
+        hooks.progress(Event("tune", index, len(grid), {"score": tried[-1].score}))
     return sorted(tried, key=lambda one: one.score)

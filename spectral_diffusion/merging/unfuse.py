@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from ..config.fuse import FuseConfig
 from ..config.settings import build
 from ..core.errors import UserError, nearest
 from ..core.files import atomic_folder, write_json
-from ..core.hooks import Progress, silent
+from ..core.hooks import QUIET, Hooks
 from ..linalg import Factors
 from ..models.base import load_base
 from ..models.targets import find_targets
@@ -55,8 +55,7 @@ def unfuse(
     subtract: bool = False,
     base_name: str | None = None,
     device: str = "auto",
-    progress: Progress = silent,
-    note: Callable[[str], None] = lambda text: None,
+    hooks: Hooks = QUIET,
 ) -> None:
     """Write ``folder`` without some of its concepts to ``output``.
 
@@ -81,7 +80,7 @@ def unfuse(
     config = config.model_copy(update={"scales": left})
     check_apart(output, str(base_name or config.base))
     if subtract:
-        _subtract(folder, list(remove), config, note)
+        _subtract(folder, list(remove), config, hooks)
         return
     config = config.model_copy(update={"base": base_name or config.base})
     try:
@@ -92,21 +91,23 @@ def unfuse(
         ) from error
     for text in (check_base(adapter, base, config.allow_base) for adapter in adapters):
         if text:
-            note(f"Warning: {text}")
+            hooks.notify(f"Warning: {text}")
     recipe = read_manifest(folder) or {}
     exact = recipe.get("base_fingerprint", base.fingerprint.exact) == base.fingerprint.exact
     if not exact:
-        note(f"Note: {folder} was fused on the base in another precision, so the result has not the same last bits.")
+        hooks.notify(
+            f"Note: {folder} was fused on the base in another precision, so the result has not the same last bits."
+        )
     if kept:
         paths = [folder / recipe["concepts"][adapter.name]["file"] for adapter in kept]
-        fuse_to_folder(config.model_copy(update={"adapters": paths}), progress, note, base)
+        fuse_to_folder(config.model_copy(update={"adapters": paths}), hooks, base)
         return
     with atomic_folder(output) as new:
         save_pipeline(base.pipeline.to("cpu"), new)
-    note(f"{output} is the base again{', to the last bit' if exact else ''}.")
+    hooks.notify(f"{output} is the base again{', to the last bit' if exact else ''}.")
 
 
-def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callable[[str], None]) -> None:
+def _subtract(folder: Path, remove: list[str], config: FuseConfig, hooks: Hooks) -> None:
     """Take the removed adapters' changes off the fused weights."""
     merge = get_merge(config.merge)
     if not merge.is_sum(merge.settings(config.options)):
@@ -146,7 +147,7 @@ def _subtract(folder: Path, remove: list[str], config: FuseConfig, note: Callabl
             write_json(new / MANIFEST, manifest_of(config, kept, files, recipe.get("base_fingerprint")))
         if kept and not any(adapter.needs_base for adapter in kept):  # whose change could not be told here
             write_merged(new / MERGED, summed(kept, strength))
-    note(
+    hooks.notify(
         f"Subtracted, not fused anew: every weight is within {bound:.1e} of what a fresh fusion has, and the removed "
         "tokens stay in the tokenizer."
     )

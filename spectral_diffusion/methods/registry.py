@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -72,16 +72,16 @@ class Method:
         shapes: ``(out, in, rank)`` to the shapes of its trainable parameters.
         factors: its parameters and the frozen tensors it is built on to ``up (out, k), down (k, in)``.
         builds_on: what those tensors are: ``columns`` (U, S, V of the slot's columns), ``full_svd`` (U, S, V of all
-            columns), ``weight`` (W itself), ``random`` (what ``init_frozen`` makes from nothing but sizes), or ``nothing``.
+            columns), ``weight`` (W itself), ``random`` (what ``init_frozen`` makes from sizes alone), or ``nothing``.
         slot: ``columns`` of the spectrum or ``rows`` of a shared basis that a concept has for itself, or None.
         init_frozen: ``(out, in, rank, slot)`` to random frozen tensors.
         initial: the parameters to begin with; all zero by default. ΔW is zero there.
         sandwich: the same ΔW as left · middle · right with frozen outer parts, where only the middle is trained.
-        prepare: parameters, and the frozen tensors that ``prepared_on`` names, to what ``factors`` and ``sandwich`` take,
-            over leading dimensions, so that all layers go at once.
+        prepare: parameters, and the frozen tensors that ``prepared_on`` names, to what ``factors`` and ``sandwich``
+            take, over leading dimensions, so that all layers go at once.
         map_input: the same ΔW as a map of the input, ΔW = W (map(I) − I), where that is cheaper.
-        continue_from: an adapter's parameters and frozen tensors to the frozen tensors of one that starts from it, where
-            that needs no new decomposition.
+        continue_from: an adapter's parameters and frozen tensors to the frozen tensors of one that starts from it,
+            where that needs no new decomposition.
         normalizable: whether its columns can be scaled to equal weight (``normalize``).
         penalty: a layer's contribution to the loss, averaged over layers.
         low_rank: whether k is small, so that a LoRA file holds the adapter exactly.
@@ -133,9 +133,30 @@ class Method:
 METHODS: Registry[Method] = Registry("method", __package__)
 
 
-def register_method(method: Method) -> Method:
-    """Add a method under its name."""
-    return METHODS.add(method.name, method)
+@overload
+def register_method(method: Method) -> Method: ...
+
+
+@overload
+def register_method(
+    *, name: str, summary: str, shapes: Callable[[int, int, int], Shapes], **attributes: Any
+) -> Any: ...
+
+
+def register_method(method: Method | None = None, **attributes: Any) -> Any:
+    """Add a method under its name; without one, decorate its ``factors`` function with the other attributes::
+
+    @register_method(name="half-lora", summary="…", shapes=shapes)
+    def factors(parameters, frozen): ...
+    """
+    if method is not None:
+        return METHODS.add(method.name, method)
+
+    def decorate(factors: Callable[[Tensors, Tensors], Factors]) -> Callable[[Tensors, Tensors], Factors]:
+        METHODS.add(attributes["name"], Method(factors=factors, **attributes))
+        return factors
+
+    return decorate
 
 
 def all_methods() -> dict[str, Method]:

@@ -199,6 +199,15 @@ def base_of(pipeline: Any, name: str | None = None, dtype: torch.dtype | None = 
         raise UserError(
             f"'{name}' is an inpainting model ({channels} input channels); only text-to-image models are supported."
         )
+    dtypes = {
+        str(getattr(pipeline, part).dtype).removeprefix("torch.")
+        for part in (*ENCODERS, "unet")
+        if getattr(pipeline, part, None)
+    }
+    if len(dtypes) > 1:
+        raise UserError(
+            f"The networks of '{name}' are loaded in {' and '.join(sorted(dtypes))}; load the pipeline with one torch_dtype."
+        )
     pipeline.set_progress_bar_config(disable=True)
     base = Base(name, pipeline, pipeline.unet.device, dtype or pipeline.unet.dtype)
     for model in (pipeline.vae, *base.models.values()):

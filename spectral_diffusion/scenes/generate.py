@@ -27,7 +27,7 @@ from ..adapters.formats.native import load_adapter
 from ..adapters.formats.reading import is_foreign
 from ..core.errors import Cancelled, NotFiniteError, UserError, nearest
 from ..core.files import check_writable
-from ..core.hooks import Event, Progress, silent
+from ..core.hooks import QUIET, Event, Hooks
 from ..core.precision import autocast, resolve_mixed_precision, tf32
 from ..linalg import Factors
 from ..models.base import Base, load_base
@@ -53,9 +53,11 @@ def sampler(base: Base, name: str) -> Any:
     return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
 
 
-def sample(base: Base, prompts: list[str], seeds: list[int], scene: Scene, *rest: Any, **more: Any) -> list[Any]:
+def sample(
+    base: Base, prompts: list[str], seeds: list[int], scene: Scene, hooks: Hooks = QUIET, **more: Any
+) -> list[Image.Image]:
     """One picture per (prompt, seed); see :func:`sample_in_turn`."""
-    return [image for images in sample_in_turn(base, prompts, seeds, scene, *rest, **more) for image in images]
+    return [image for images in sample_in_turn(base, prompts, seeds, scene, hooks, **more) for image in images]
 
 
 def sample_in_turn(
@@ -63,10 +65,9 @@ def sample_in_turn(
     prompts: list[str],
     seeds: list[int],
     scene: Scene,
-    progress: Progress = silent,
+    hooks: Hooks = QUIET,
     drawings: Sequence[ControlMap] = (),
     bound: Sequence[Bound] = (),
-    should_stop: Callable[[], bool] = lambda: False,
     preview: Preview | None = None,
     every: int = 1,
 ) -> Generator[list[Image.Image], None, None]:
@@ -111,12 +112,12 @@ def sample_in_turn(
         done = start // scene.batch_size * scene.num_inference_steps
 
         def tell(step: int, latents: torch.Tensor, state: RegionalPrompts = state, done: int = done) -> None:
-            if should_stop():
+            if hooks.should_stop():
                 raise Cancelled("Stopped.")
             if not torch.isfinite(latents).all():
                 raise not_finite(base.dtype)
             state.step = step + 1
-            progress(Event("generate", done + step + 1, total))
+            hooks.progress(Event("generate", done + step + 1, total))
             if preview and step % every == 0:
                 preview(step + 1, decoded(base, latents))
 
@@ -272,7 +273,7 @@ def load_foreign(scene: Scene, base: Base, own: Mapping[str, Adapter]) -> dict[s
     return {name: import_lora(Path(name), None, base.name, base=base) for name in others}
 
 
-def bind(base: Base, scene: Scene, loaded: Mapping[str, Adapter], note: Callable[[str], None]) -> list[Bound]:
+def bind(base: Base, scene: Scene, loaded: Mapping[str, Adapter], hooks: Hooks) -> list[Bound]:
     """Check every region's adapters against the base, and put their tokens in.
 
     Raises:
@@ -282,7 +283,7 @@ def bind(base: Base, scene: Scene, loaded: Mapping[str, Adapter], note: Callable
     for path in dict.fromkeys(path for region in scene.regions for path in region.adapters):
         adapter = loaded[path]
         if warning := check_base(adapter, base, scene.allow_base):
-            note(warning)
+            hooks.notify(warning)
         for token in adapter.tokens:
             if other := owners.get(token.lower()):  # a tokenizer does not tell upper case from lower
                 raise UserError(f"{path} and {other} share the token {token}; train one with another.")
@@ -321,9 +322,7 @@ def remarks(base: Base, scene: Scene, drawings: Sequence[ControlMap]) -> Iterato
 
 def generate_to_file(
     scene: Scene,
-    progress: Progress = silent,
-    note: Callable[[str], None] = lambda text: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    hooks: Hooks = QUIET,
     preview: Preview | None = None,
     resume: bool = False,
     expected: Mapping[str, str] | None = None,
@@ -362,16 +361,16 @@ def generate_to_file(
     for name, before in (expected or {}).items():
         if name in sources and sources[name] != before:
             what = f"The base {scene.base}" if name == BASE else name
-            note(f"Note: {what} has changed since that picture was made; this one will differ.")
+            hooks.notify(f"Note: {what} has changed since that picture was made; this one will differ.")
     loaded = {**own, **load_foreign(scene, base, own)}
     adapters = [(loaded[path], strength) for path, strength in scene.adapters.items()]
     for text in load_adapters(base, adapters, scene.allow_base):
-        note(text)
-    bound = bind(base, scene, loaded, note)
+        hooks.notify(text)
+    bound = bind(base, scene, loaded, hooks)
     for text in remarks(base, scene, drawings):
-        note(text)
+        hooks.notify(text)
 
-    written = draw_to_files(base, scene, sources, drawings, bound, progress, should_stop, preview, resume, every)
+    written = draw_to_files(base, scene, sources, drawings, bound, hooks, preview, resume, every)
     if len(written) > 1:
         save_png(labelled_sheet(written, [str(seed) for seed in seeds]), scene.output, scene, sources)
         written.insert(0, scene.output)
@@ -398,8 +397,7 @@ def draw_to_files(
     sources: Mapping[str, str],
     drawings: Sequence[ControlMap] = (),
     bound: Sequence[Bound] = (),
-    progress: Progress = silent,
-    should_stop: Callable[[], bool] = lambda: False,
+    hooks: Hooks = QUIET,
     preview: Preview | None = None,
     resume: bool = False,
     every: int = 1,
@@ -422,7 +420,7 @@ def draw_to_files(
         paths = {seed: place[seed] for seed in batch if scene.only_seed in (None, seed)}
         if not (resume and all(is_same(path, embedded[seed], sources) for seed, path in paths.items())):
             prompts = [scene.prompt] * len(batch)
-            turn = sample_in_turn(base, prompts, batch, scene, progress, drawings, bound, should_stop, preview, every)
+            turn = sample_in_turn(base, prompts, batch, scene, hooks, drawings, bound, preview, every)
             with closing(turn):
                 for seed, image in zip(batch, next(turn), strict=True):
                     if seed in paths:

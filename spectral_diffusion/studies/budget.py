@@ -31,7 +31,7 @@ def change_within(
     """The method's settings at the largest rank within a budget; None where even its smallest is above it."""
     config = lab.settings(NAMES[0], {"method": method, "param_budget": budget}, Path("adapter.safetensors"))
     try:
-        rank = with_rank(config, shapes, lambda text: None).rank
+        rank = with_rank(config, shapes).rank
     except UserError:
         return None
     change: dict[str, Any] = {"method": method, "rank": rank, **PLAIN}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters.attach import inject_adapter, unload_adapters
 from ..adapters.frozen import Frozen, frozen_tensors, stored_part, with_weight
+from ..core.hooks import Hooks
 from ..linalg import matrix_shape
 from ..methods import all_methods, get_method
 from ..models.architectures import build_meta
@@ -149,7 +150,7 @@ def timed_step(subject: Subject, name: str, held: Held) -> float:
     return seconds
 
 
-def measure(subject: Subject, names: Sequence[str], rounds: int, note: Callable[[str], None]) -> dict[str, Figures]:
+def measure(subject: Subject, names: Sequence[str], rounds: int, hooks: Hooks) -> dict[str, Figures]:
     """Every method's figures. Steps are timed in rounds, there and back, so that a drifting machine bothers all alike.
 
     The ratio to LoRA's step is the median over rounds of the ratio within one.
@@ -158,11 +159,11 @@ def measure(subject: Subject, names: Sequence[str], rounds: int, note: Callable[
     held: dict[str, Held] = {}
     for name in names:
         held[name] = prepare(subject, name)
-        note(f"{name}: {held[name].figures['spectrum, s']:.1f} s to prepare")
+        hooks.notify(f"{name}: {held[name].figures['spectrum, s']:.1f} s to prepare")
     for index in range(rounds):
         for name in names if index % 2 else names[::-1]:
             held[name].steps.append(timed_step(subject, name, held[name]))
-        note(f"round {index + 1} of {rounds}")
+        hooks.notify(f"round {index + 1} of {rounds}")
     first = held["lora"].steps if "lora" in held else None
     out = {}
     for name, one in held.items():
@@ -205,7 +206,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     for size, make in sizes.items():
 
         def compute(make: Callable[[], Subject] = make) -> Figures:
-            return measure(make(), names, 1 if quick else ROUNDS, lab.note)
+            return measure(make(), names, 1 if quick else ROUNDS, Hooks(notify=lab.note))
 
         try:
             key = {"size": size, "methods": names, "threads": torch.get_num_threads()}

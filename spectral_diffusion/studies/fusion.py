@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from ..adapters.adapter import Adapter
 from ..adapters.apply import load_adapters
 from ..config.fuse import FuseConfig
+from ..core.hooks import Hooks
 from ..merging.fuse import fuse_adapters
 from ..metrics.statistics import difference, share, told
 from ..scenes.png_metadata import grid
@@ -124,7 +125,7 @@ def fused_cell(
         strengths = {} if strength == 1.0 else dict.fromkeys(names, strength)
         config = FuseConfig(adapters=files, output=Path("fused"), scales=strengths, seed=seed, **MERGES[merge])
         begun = time.monotonic()
-        fuse_adapters(base, adapters, config, lab.progress)
+        fuse_adapters(base, adapters, config, Hooks(progress=lab.progress))
         seconds = time.monotonic() - begun
         concepts: Figures = {}
         for adapter in adapters:

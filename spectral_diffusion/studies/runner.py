@@ -24,7 +24,7 @@ from ..core import assets as resources
 from ..core.cache import cache_folder
 from ..core.errors import UserError
 from ..core.files import parse_json, read_text, write_json
-from ..core.hooks import Progress, silent
+from ..core.hooks import Hooks, Progress, silent
 from ..core.precision import resolve_mixed_precision
 from ..data.folder import Concept, load_concept, open_photo
 from ..linalg import matrix_shape
@@ -130,7 +130,9 @@ class StudyRunner:
         self.check_time()
         base, files = self.fresh(), [Path(f"{adapter.name}.safetensors") for adapter in adapters]
         usual = {"mixed_precision": self.recipe["train"]["mixed_precision"], "output": Path("fused")}
-        fuse_adapters(base, list(adapters), FuseConfig(adapters=files, **usual, **settings), self.progress)
+        fuse_adapters(
+            base, list(adapters), FuseConfig(adapters=files, **usual, **settings), Hooks(progress=self.progress)
+        )
         return base
 
     @cached_property
@@ -220,7 +222,7 @@ class StudyRunner:
             self.check_time()
             file.unlink(missing_ok=True)  # killed before its seconds were kept: they are measured anew
             begun = time.monotonic()
-            train_to_file(self.settings(concept, change, file), resume=True, progress=self.progress)
+            train_to_file(self.settings(concept, change, file), resume=True, hooks=Hooks(progress=self.progress))
             write_json(spent, time.monotonic() - begun)
         return load_adapter(file), float(json.loads(spent.read_text(encoding="utf-8")))
 

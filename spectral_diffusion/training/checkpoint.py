@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +16,7 @@ from ..config.train import TrainConfig
 from ..core.cache import DIGEST, digest
 from ..core.errors import UserError
 from ..core.files import parse_json, read_header, read_tensors, write_tensors
+from ..core.hooks import QUIET, Hooks
 
 if TYPE_CHECKING:
     from .optimizers import EMA
@@ -205,7 +206,7 @@ class TrainingState:
         }
         save_state(self.path, tensors, self.optimiser, meta)
 
-    def restore(self, force: bool = False, note: Callable[[str], None] = lambda text: None) -> int:
+    def restore(self, force: bool = False, hooks: Hooks = QUIET) -> int:
         """Load the saved state into place; returns the step to go on with.
 
         Args:
@@ -219,7 +220,7 @@ class TrainingState:
         defaults = comparable_settings(TrainConfig(concept=self.config.concept, output=self.config.output))
         changed = differences({**flat(defaults), **flat(meta.get("config", {}))}, comparable_settings(self.config))
         self._check_fitting(tensors, meta, changed)
-        self._check_wanted(meta, changed, force, note)
+        self._check_wanted(meta, changed, force, hooks)
         built = [dict(group) for group in self.optimiser.param_groups]
         load_state(self.path, self.optimiser)
         for group, fresh in zip(self.optimiser.param_groups, built, strict=True):
@@ -264,9 +265,7 @@ class TrainingState:
         own = self.belongs["concept"]
         return bool(meta.get("belongs", {}).get("concept", own) != own)
 
-    def _check_wanted(
-        self, meta: Mapping[str, Any], changed: Changes, force: bool, note: Callable[[str], None]
-    ) -> None:
+    def _check_wanted(self, meta: Mapping[str, Any], changed: Changes, force: bool, hooks: Hooks) -> None:
         """Refuse to go on with other settings or photos unless that is forced, and past the last step ever.
 
         Raises:
@@ -290,9 +289,11 @@ class TrainingState:
                 f"--resume --force, or {ANEW}."
             )
         if other:
-            note(f"Note: {self.path.name} was made with other photos, captions or words; going on because of --force.")
+            hooks.notify(
+                f"Note: {self.path.name} was made with other photos, captions or words; going on because of --force."
+            )
         if changed:
-            note(f"Note: {self.path.name} was made with {told}; going on because of --force.")
+            hooks.notify(f"Note: {self.path.name} was made with {told}; going on because of --force.")
 
     @torch.no_grad()
     def _take(self, held: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

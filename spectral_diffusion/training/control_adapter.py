@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..config.control import ControlConfig
 from ..config.settings import read_yaml, to_yaml
 from ..core.errors import Cancelled, NotFiniteError, UserError
 from ..core.files import atomic_folder, check_writable, write_text
-from ..core.hooks import Event, Progress, silent
+from ..core.hooks import QUIET, Event, Hooks
 from ..core.machine import heading
 from ..core.precision import autocast, is_half, loss_scaler, precision_note, resolve_mixed_precision, tf32
 from ..core.rng import keyed_generator
@@ -45,9 +45,7 @@ def train_control(
     config: ControlConfig,
     base: Base | None = None,
     resume: bool = False,
-    progress: Progress = silent,
-    should_stop: Callable[[], bool] = lambda: False,
-    note: Callable[[str], None] = lambda text: None,
+    hooks: Hooks = QUIET,
     read: Read | None = None,
 ) -> T2IAdapter:
     """Train a T2I-Adapter of ``base`` (default: the config's) and write ``output``; only the adapter is trained.
@@ -64,11 +62,11 @@ def train_control(
         UserError: no pairs, conditions of another shape, an output that is not ours, a state of other settings.
     """
     with claimed(config.output):
-        prepare_output(config.output, resume, note)
-        return train_claimed(config, base, resume, progress, should_stop, note, read)
+        prepare_output(config.output, resume, hooks)
+        return train_claimed(config, base, resume, hooks, read)
 
 
-def prepare_output(output: Path, resume: bool, note: Callable[[str], None]) -> None:
+def prepare_output(output: Path, resume: bool, hooks: Hooks) -> None:
     """Refuse to lose what is at the output: another program's folder, or a stopped training's state.
 
     Raises:
@@ -85,35 +83,33 @@ def prepare_output(output: Path, resume: bool, note: Callable[[str], None]) -> N
     if resume and not state.exists():
         if output.exists():
             raise UserError(f"{output} is done, with no state to go on from; train without --resume to replace it.")
-        note(f"No state of a stopped training is beside {output}; starting at step 0.")
+        hooks.notify(f"No state of a stopped training is beside {output}; starting at step 0.")
 
 
 def train_claimed(
     config: ControlConfig,
     base: Base | None,
     resume: bool,
-    progress: Progress,
-    should_stop: Callable[[], bool],
-    note: Callable[[str], None],
+    hooks: Hooks,
     read: Read | None,
 ) -> T2IAdapter:
     """:func:`train_condition`, once its output may be written."""
     output, state = config.output, state_path(config.output)
-    pairs = read_pairs(config, note)
+    pairs = read_pairs(config, hooks)
     base = base or load_base(config.base, config.device, config.dtype)
     pipeline, denoiser, unet = base.pipeline, base.denoiser, base.denoiser.network
     shape = fitting_shape(unet, pipeline.vae_scale_factor, config.kind)
     size = fitting_size(config, base, shape["downscale_factor"])
     adapter = new_adapter(shape, config.seed).to(base.device).train()
     parameters = dict(adapter.named_parameters())
-    note(
+    hooks.notify(
         f"{len(pairs)} pictures with a {config.kind}, {size} px; a {shape['adapter_type']} of "
         f"{sum(p.numel() for p in parameters.values()):,} numbers for {len(shape['channels'])} levels of the U-Net."
     )
     resumed = load_state(state)[1].get("config", {}) if resume and state.exists() else {}
     asked = config.mixed_precision if config.mixed_precision != "auto" else resumed.get("mixed_precision", "auto")
     precision = resolve_mixed_precision(asked, base.device, base.dtype)
-    precision_note(asked, precision, base.device, config.allow_tf32, note)
+    precision_note(asked, precision, base.device, config.allow_tf32, hooks.notify)
     config = config.model_copy(update={"mixed_precision": precision})
     scaler = loss_scaler(base.device, precision, base.dtype)
     if denoiser.plain_attention_is_faster(is_half(precision, base.dtype), size):
@@ -122,11 +118,11 @@ def train_claimed(
     belongs = {"base": base.fingerprint.exact, "pairs": digest(pairs)}
     start = restore(state, optimizer, parameters, config, belongs) if resume and state.exists() else 0
     captions = encode_captions(base, [pair.caption for pair in pairs], size)
-    latents, conditions = encode_pairs(pairs, pipeline.vae, config, size, progress, read)
+    latents, conditions = encode_pairs(pairs, pipeline.vae, config, size, hooks, read)
     running: float | None = None
 
     for step in range(start, config.steps):
-        if should_stop():
+        if hooks.should_stop():
             keep(state, parameters, optimizer, step, config, belongs)
             raise Cancelled(f"Stopped at step {step} of {config.steps}; --resume goes on from there.")
         for group in optimizer.param_groups:
@@ -137,9 +133,7 @@ def train_claimed(
         with tf32(base.device, config.allow_tf32), autocast(base.device, precision):
             features = [feature.to(base.dtype) for feature in adapter(shown.to(base.device))]
             given = Conditioning.stack([captions[prompt] for prompt in samples.prompts]).to(base.device)
-            predicted = denoiser.predict(
-                noisy, samples.timesteps, given, down_intrablock_additional_residuals=features
-            )
+            predicted = denoiser.predict(noisy, samples.timesteps, given, down_intrablock_additional_residuals=features)
         loss = F.mse_loss(predicted, denoiser.target(samples.latents, samples.noise, samples.timesteps))
 
         optimizer.zero_grad()
@@ -150,7 +144,7 @@ def train_claimed(
 
         value = float(loss.detach())
         running = value if running is None else 0.98 * running + 0.02 * value
-        progress(Event("train", step + 1, config.steps, {"loss": running}))
+        hooks.progress(Event("train", step + 1, config.steps, {"loss": running}))
         if (step + 1) % config.checkpointing_steps == 0 and step + 1 < config.steps:
             keep(state, parameters, optimizer, step + 1, config, belongs)
 
@@ -178,7 +172,12 @@ def encode_captions(base: Base, captions: Sequence[str], size: int) -> dict[str,
 
 
 def draw(
-    step: int, pairs: Sequence[ControlPair], latents: Tensor, conditions: Tensor, config: ControlConfig, denoiser: Denoiser
+    step: int,
+    pairs: Sequence[ControlPair],
+    latents: Tensor,
+    conditions: Tensor,
+    config: ControlConfig,
+    denoiser: Denoiser,
 ) -> tuple[Batch, Tensor]:
     """What one step sees: pictures with noise, timesteps and captions; and their conditions (n, 1 or 3, h, w), 0…1."""
     batch, noises, times, prompts, shown = [], [], [], [], []

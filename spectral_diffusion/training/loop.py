@@ -15,7 +15,7 @@ from ..adapters.attach import inject_adapter, unloading
 from ..adapters.frozen import frozen_tensors, stored_part
 from ..config.train import TrainConfig
 from ..core.errors import Cancelled, NotFiniteError
-from ..core.hooks import Hooks
+from ..core.hooks import QUIET, Hooks
 from ..core.machine import provenance
 from ..core.precision import autocast, is_half, loss_scaler, resolve_mixed_precision, tf32
 from ..data.folder import Concept
@@ -85,7 +85,7 @@ class TrainingJob:
         return self.world.count * self.config.optimizer.gradient_accumulation_steps
 
 
-def train(job: TrainingJob, hooks: Hooks = Hooks()) -> Adapter:
+def train(job: TrainingJob, hooks: Hooks = QUIET) -> Adapter:
     """Train one concept (DreamBooth style) into an adapter.
 
     Every random number is keyed by (seed, step, sample) and the state holds everything else, so that k steps, a stop
@@ -119,7 +119,9 @@ class Trainer:
         # Several processes stop together, between steps.
         alone = hooks if self.world.count == 1 else Hooks(hooks.progress, hooks.notify)
         preserving = self.config.prior.loss_weight > 0
-        self.prior_images = make_prior_images(self.base, self.config, self.concept.noun, job.size, alone) if preserving else None
+        self.prior_images = (
+            make_prior_images(self.base, self.config, self.concept.noun, job.size, alone) if preserving else None
+        )
         self._enter(stack, OTHER_TOKENS if preserving else ())
         self._attach()
         self._optimize()
@@ -128,9 +130,9 @@ class Trainer:
             self._belongs(), self.world.is_main,
         )  # fmt: skip
         resuming = job.resume and job.state.exists()
-        self.start = self.state.restore(job.force, hooks.notify) if resuming else 0
+        self.start = self.state.restore(job.force, hooks) if resuming else 0
         with self.world.main_process_first():
-            self.crops = PhotoCrops(self.concept, self.base, self.whole, job.size, hooks.progress)
+            self.crops = PhotoCrops(self.concept, self.base, self.whole, job.size, Hooks(progress=hooks.progress))
         self.running_loss: float | None = self.validator.curve[-1][1] if self.validator.curve else None
         threads = torch.get_num_threads() if self.base.device.type == "cpu" else 1
         self.pace = SlowSteps(threads, hooks.notify)
@@ -146,7 +148,7 @@ class Trainer:
                 layer: job.method.continue_from(job.start_from.parameters_of(layer), job.start_from.frozen_of(layer))
                 for layer in job.start_from.layers
             }
-        return frozen_tensors(job.method, self.weights, self.config.rank, job.slot, self.hooks.progress)
+        return frozen_tensors(job.method, self.weights, self.config.rank, job.slot, Hooks(progress=self.hooks.progress))
 
     def _enter(self, stack: ExitStack, other_tokens: tuple[str, ...]) -> None:
         """Put the tokens in place, and everything that is only for the time of training."""
@@ -160,11 +162,9 @@ class Trainer:
         wanted = config.objective.attention_loss_weight > 0
         self.maps = stack.enter_context(capture_attention_maps(denoiser.network, wanted))
         stack.enter_context(per_layer_attention(base, config.per_layer_tokens))
-        self.validator = stack.enter_context(
-            Validator(config, self.concept, base, self.hooks.notify, self.world.is_main)
-        )
+        self.validator = stack.enter_context(Validator(config, self.concept, base, self.hooks, self.world.is_main))
         self.prior_targets = (
-            predict_prior_targets(self.prior_images, denoiser, config, self.encode, self.hooks.progress)
+            predict_prior_targets(self.prior_images, denoiser, config, self.encode, Hooks(progress=self.hooks.progress))
             if self.prior_images
             else None
         )

@@ -15,7 +15,7 @@ from ..config.settings import to_yaml
 from ..config.train import TrainConfig
 from ..core.errors import Cancelled, UserError
 from ..core.files import write_text
-from ..core.hooks import Event, Progress, silent
+from ..core.hooks import QUIET, Event, Hooks
 from ..data.folder import describe
 from .output import is_done
 from .status import read_status, status_path
@@ -96,9 +96,7 @@ def run_batch(
     side_by_side: int = 1,
     resume: bool = False,
     force: bool = False,
-    progress: Progress = silent,
-    should_stop: Callable[[], bool] = lambda: False,
-    note: Callable[[str], None] = lambda text: None,
+    hooks: Hooks = QUIET,
 ) -> None:
     """Train all jobs, ``side_by_side`` at once, each with its status file beside its output.
 
@@ -118,12 +116,12 @@ def run_batch(
             raise UserError(f"{job.output} is being trained by process {status.pid} already; wait for it or stop it.")
         if resume and is_done(job.config, force):
             job.state = "done"
-            note(f"{job.name} is done already.")
+            hooks.notify(f"{job.name} is done already.")
     running: list[tuple[BatchJob, subprocess.Popen[bytes]]] = []
     stopping = False
     try:
         while running or any(job.state == "waiting" for job in jobs):
-            if should_stop() and not stopping:
+            if hooks.should_stop() and not stopping:
                 stopping = True
                 for job in jobs:
                     job.state = "stopped" if job.state == "waiting" else job.state
@@ -136,11 +134,11 @@ def run_batch(
             for job, process in running:
                 if process.poll() is not None:
                     for text in finish(job, process.returncode):
-                        note(f"{job.name}: {text}")
-                    note(f"{job.name}: {job.message or job.state}")
+                        hooks.notify(f"{job.name}: {text}")
+                    hooks.notify(f"{job.name}: {job.message or job.state}")
                 elif (status := read_status(status_path(job.output))) and status.steps:
                     figures = {} if status.loss is None else {"loss": status.loss}
-                    progress(Event(job.name, status.step, status.steps, figures))
+                    hooks.progress(Event(job.name, status.step, status.steps, figures))
             running = [one for one in running if one[0].state == "running"]
             time.sleep(PAUSE)
     finally:

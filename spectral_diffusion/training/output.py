@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..config.settings import build, read_yaml
 from ..config.train import TrainConfig
 from ..core.errors import UserError
 from ..core.files import cannot_write, check_writable, read_header, refuse_overwriting_settings
+from ..core.hooks import QUIET, Hooks
 from ..core.paths import without_folders
 from ..data.folder import Concept
 from ..methods import get_method
@@ -55,9 +56,7 @@ def claimed(output: Path) -> Iterator[None]:
         lock.release()
 
 
-def prepare_output(
-    config: TrainConfig, name: str, resume: bool, force: bool, note: Callable[[str], None] = lambda text: None
-) -> bool:
+def prepare_output(config: TrainConfig, name: str, resume: bool, force: bool, hooks: Hooks = QUIET) -> bool:
     """Whether the adapter of these settings is there already, so that nothing is left to train.
 
     Args:
@@ -88,9 +87,9 @@ def prepare_output(
         )
     if resume:
         if output.exists() and owner == name and is_done(config, force):
-            note(f"{output} is done already.")
+            hooks.notify(f"{output} is done already.")
             return True
-        note(f"No state of a stopped training is beside {output}; starting at step 0.")
+        hooks.notify(f"No state of a stopped training is beside {output}; starting at step 0.")
     return False
 
 

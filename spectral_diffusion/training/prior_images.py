@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config.train import DataConfig, PriorPreservationConfig, TrainConfig, generic_subject
 from ..core.cache import cache_folder
-from ..core.hooks import Hooks
+from ..core.hooks import QUIET, Hooks
 from ..core.rng import keyed_generator
 from ..data.folder import load_concept
 from ..data.latents_cache import cached_latents
@@ -51,7 +51,7 @@ def prior_prompts(config: PriorPreservationConfig, noun: str, seed: int) -> tupl
 
 
 def read_class_images(
-    folder: Path, base: Base, config: TrainConfig, noun: str, size: int, note: Callable[[str], None] = lambda text: None
+    folder: Path, base: Base, config: TrainConfig, noun: str, size: int, hooks: Hooks = QUIET
 ) -> PriorImages:
     """Square crops of a folder's pictures, ``prior.num_images`` of them if there are more.
 
@@ -62,9 +62,9 @@ def read_class_images(
     """
     pictures = load_concept(folder, name="class", noun=noun)
     if pictures.skipped:
-        note(f"Skipped in {folder}: {'; '.join(pictures.skipped)}.")
+        hooks.notify(f"Skipped in {folder}: {'; '.join(pictures.skipped)}.")
     for text in pictures.notes:
-        note(f"In {folder}: {text}")
+        hooks.notify(f"In {folder}: {text}")
     chosen = torch.randperm(len(pictures.photos), generator=keyed_generator(config.seed, "class"))
     photos = [pictures.photos[int(index)] for index in chosen[: config.prior.num_images]]
     plain = DataConfig(latents_cache_dir=config.data.latents_cache_dir)
@@ -78,7 +78,7 @@ def read_class_images(
     )
 
 
-def make_prior_images(base: Base, config: TrainConfig, noun: str, size: int, hooks: Hooks = Hooks()) -> PriorImages:
+def make_prior_images(base: Base, config: TrainConfig, noun: str, size: int, hooks: Hooks = QUIET) -> PriorImages:
     """Let the untouched base draw its ordinary pictures, or read those of the class; only their latents are needed.
 
     What was drawn is kept beside the spectra: those of the class, and those of everything else, which the next concept
@@ -89,7 +89,7 @@ def make_prior_images(base: Base, config: TrainConfig, noun: str, size: int, hoo
     """
     wanted = config.prior
     if config.data.class_images_dir:
-        return read_class_images(config.data.class_images_dir, base, config, noun, size, hooks.notify)
+        return read_class_images(config.data.class_images_dir, base, config, noun, size, hooks)
     things, prompts = prior_prompts(wanted, noun, config.seed)
     own = list(range(0, len(prompts), OWN))
     rest = [index for index in range(len(prompts)) if index % OWN]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..config.train import TrainConfig
-from ..core.hooks import Event, Progress, silent
+from ..core.hooks import QUIET, Event, Hooks
 from ..core.rng import keyed_generator
 from ..models.denoiser import Denoiser
 from ..models.prompt_encoder import PromptEncoder
@@ -31,7 +31,6 @@ CHUNK = 8  # predictions asked for together
 DRAWS = 8  # noise and timestep draws per ordinary picture
 PAIRS = ("{} on the left and {} on the right", "on the left {}, on the right {}")
 OTHER_TOKENS = tuple(f"<other-{index}>" for index in range(64))  # random words that stand for other people's concepts
-
 
 
 @dataclass
@@ -57,7 +56,7 @@ def predict_prior_targets(
     denoiser: Denoiser,
     config: TrainConfig,
     encode: PromptEncoder,
-    progress: Progress = silent,
+    hooks: Hooks = QUIET,
 ) -> PriorTargets:
     """Noise the ordinary pictures and ask the untouched base what it predicts."""
     noises, times, prompts = [], [], []
@@ -79,7 +78,7 @@ def predict_prior_targets(
     for start in range(0, len(prompts), CHUNK):
         part = slice(start, start + CHUNK)
         targets.append(denoiser.predict(noisy[part], timesteps[part], encode(prompts[part], noisy.shape[-2:])))
-        progress(Event("predict", min(start + CHUNK, len(prompts)), len(prompts)))
+        hooks.progress(Event("predict", min(start + CHUNK, len(prompts)), len(prompts)))
     return PriorTargets(noisy, timesteps, prompts, torch.cat(targets))
 
 

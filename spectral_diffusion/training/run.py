@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..config.settings import to_yaml
 from ..config.train import TrainConfig
 from ..core.errors import Fix, UserError
 from ..core.files import check_writable, write_settings
-from ..core.hooks import Hooks, Progress, ignore, silent
+from ..core.hooks import QUIET, Hooks
 from ..core.machine import heading
 from ..core.precision import precision_note, resolve_mixed_precision
 from ..data.folder import Concept, load_concept
@@ -40,9 +40,7 @@ DEGENERATE = 1e-4  # relative gap of neighbouring singular values
 def train_to_file(
     config: TrainConfig,
     resume: bool = False,
-    progress: Progress = silent,
-    should_stop: Callable[[], bool] = lambda: False,
-    note: Callable[[str], None] = lambda text: None,
+    hooks: Hooks = QUIET,
     base: Base | None = None,
     force: bool = False,
 ) -> Adapter:
@@ -65,20 +63,21 @@ def train_to_file(
     get_method(config.method)  # a misspelt one is told before any loading
     among = current_world(config.device)
     if not among.is_main:
-        progress, note = silent, ignore
+        hooks = Hooks(should_stop=hooks.should_stop)
     with claimed(config.output) if among.is_main else nullcontext():
         concept = load_concept(config.concept, config.name, config.token, config.class_noun)
         if concept.skipped:
-            note(f"Skipped in {config.concept}: {'; '.join(concept.skipped)}.")
+            hooks.notify(f"Skipped in {config.concept}: {'; '.join(concept.skipped)}.")
         for text in concept.notes:
-            note(text)
+            hooks.notify(text)
         check_name(concept.name)
-        if among.broadcast(prepare_output(config, concept.name, resume, force, note) if among.is_main else None):
+        done = prepare_output(config, concept.name, resume, force, hooks) if among.is_main else None
+        if among.broadcast(done):
             return load_adapter(config.output)
         if not force:
             check_token_is_free(config.output, concept)
         base = base or load_base(config.base, device_of(config, among), config.dtype)
-        return train_on(base, config, concept, among, resume, force, Hooks(progress, note, should_stop))
+        return train_on(base, config, concept, among, resume, force, hooks)
 
 
 def train_on(
@@ -91,7 +90,7 @@ def train_on(
     """
     output, note = config.output, hooks.notify
     check_concept(concept, base, config)
-    config = among.broadcast(with_precision(config, base, resume, note))
+    config = among.broadcast(with_precision(config, base, resume, Hooks(notify=note)))
     start_from = None
     if config.init_from_adapter:
         config, start_from = with_start(config, base, concept)
@@ -106,7 +105,7 @@ def train_on(
     for text in notes_on(concept, PromptEncoder(base, concept, config.seed, size), config):
         note(text)
     shapes = [matrix_shape(weight) for weight in base.weights(config.target_modules).values()]
-    config = with_rank(config, shapes, note)
+    config = with_rank(config, shapes, Hooks(notify=note))
     slot = start_from.slot if start_from else None
     if method.slot and not start_from:
         config = among.broadcast(with_slot_seed(config, resume))
@@ -148,7 +147,7 @@ def check_concept(concept: Concept, base: Base, config: TrainConfig) -> None:
         raise UserError(f"The base '{config.base}' already has the token {token}; choose another with token=<name>.")
 
 
-def with_rank(config: TrainConfig, shapes: Sequence[tuple[int, int]], note: Callable[[str], None]) -> TrainConfig:
+def with_rank(config: TrainConfig, shapes: Sequence[tuple[int, int]], hooks: Hooks = QUIET) -> TrainConfig:
     """Settle the rank: the largest within the budget if there is one, else the given one if the method allows it.
 
     Raises:
@@ -169,7 +168,9 @@ def with_rank(config: TrainConfig, shapes: Sequence[tuple[int, int]], note: Call
                 "raise --budget or choose another method."
             )
         total, rank = within[-1]
-        note(f"{method.name} at rank {rank} trains {total:,} of {config.param_budget:,} numbers (its steps: {steps}).")
+        hooks.notify(
+            f"{method.name} at rank {rank} trains {total:,} of {config.param_budget:,} numbers (its steps: {steps})."
+        )
         return config.model_copy(update={"rank": rank})
     if tuple(allowed) == (1,):
         return config.model_copy(update={"rank": 1})  # a method without a rank
@@ -208,13 +209,13 @@ def with_start(config: TrainConfig, base: Base, concept: Concept) -> tuple[Train
     return config.model_copy(update={**fixed, "slot": str(adapter.slot)}), adapter
 
 
-def with_precision(config: TrainConfig, base: Base, resume: bool, note: Callable[[str], None]) -> TrainConfig:
+def with_precision(config: TrainConfig, base: Base, resume: bool, hooks: Hooks) -> TrainConfig:
     """Settle the mixed precision: given, the interrupted run's, or what is quick on this machine. It is recorded."""
     asked = config.mixed_precision
     if asked == "auto":
         asked = earlier_settings(config, resume).get("mixed_precision", asked)
     precision = resolve_mixed_precision(asked, base.device, base.dtype)
-    precision_note(asked, precision, base.device, config.allow_tf32, note)
+    precision_note(asked, precision, base.device, config.allow_tf32, hooks.notify)
     return config.model_copy(update={"mixed_precision": precision})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..adapters.attach import InjectedAdapter
 from ..config.train import TrainConfig, ValidationConfig
 from ..core.errors import UserError, reason
 from ..core.files import atomic
+from ..core.hooks import Hooks
 from ..data.folder import Concept, open_photo
 from ..metrics.identity import IdentityEncoder, identity_score, load_identity_encoder
 from ..models.base import Base
@@ -105,10 +106,8 @@ class Validator:
         active: whether this process is the one that writes.
     """
 
-    def __init__(
-        self, config: TrainConfig, concept: Concept, base: Base, note: Callable[[str], None], active: bool = True
-    ) -> None:
-        self.path, self.config, self.concept, self.base, self.note = config.output, config, concept, base, note
+    def __init__(self, config: TrainConfig, concept: Concept, base: Base, hooks: Hooks, active: bool = True) -> None:
+        self.path, self.config, self.concept, self.base, self.note = config.output, config, concept, base, hooks.notify
         self.active = active
         self.curve: list[tuple[int, float]] = []
         self.samples: list[tuple[int, str]] = []
@@ -176,7 +175,10 @@ class Validator:
         """The pocket base's identity encoder, which knows its world; there is none for others."""
         if self.base.name != "pocket":
             if self.config.validation.early_stopping_patience:
-                self.note("Note: only the pocket base has an identity encoder, so validation.early_stopping_patience stops nothing here.")
+                self.note(
+                    "Note: only the pocket base has an identity encoder; validation.early_stopping_patience stops "
+                    "nothing here."
+                )
             return None
         self.references = [open_photo(photo.path) for photo in self.concept.photos]
         return load_identity_encoder()

@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from ...core.hooks import Progress
+from ...core.hooks import Hooks, Progress
 from .. import comparing, downloads, fusing
 from ..adapters import adapter_rows
 from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, asked, errors_as_toast, hand, plain, teller
@@ -245,7 +245,9 @@ class Handlers:
             progress(0, desc="Loading the base")
             changes = changes_for(merge, distill, form, prior_weight)
             with self._run(self.compares, request, progress) as tell:
-                pictures = comparing.compare(self.workspace, chosen, strengths or {}, int(seed or 0), tell, **changes)
+                pictures = comparing.compare(
+                    self.workspace, chosen, strengths or {}, int(seed or 0), Hooks(progress=tell), **changes
+                )
         return gr.Gallery(value=pictures, visible=True), "Nothing is saved yet; press Save to keep this fusion."
 
     def save(
@@ -268,7 +270,9 @@ class Handlers:
             progress(0, desc="Loading the adapters and their base")
             changes = {**changes_for(merge, distill, form, prior_weight), "seed": seed}
             with self._run(self.saves, request, progress) as tell:
-                words = fusing.fuse(self.workspace, chosen, name, strengths or {}, tell, replace, **changes)
+                words = fusing.fuse(
+                    self.workspace, chosen, name, strengths or {}, Hooks(progress=tell), replace, **changes
+                )
         return words, hand(fusing.FUSED + name), name, gr.Button(visible=True)
 
     @asked
@@ -325,7 +329,7 @@ class Handlers:
         """Write the chosen fusion without one concept."""
         with errors_as_toast():
             progress(0, desc="Fusing the rest")
-            words = fusing.take_out(self.workspace, which, concept, new, teller(progress))
+            words = fusing.take_out(self.workspace, which, concept, new, Hooks(progress=teller(progress)))
         return words, gr.Dropdown(fusing.fused_names(self.workspace), value=new.strip())
 
     def download(

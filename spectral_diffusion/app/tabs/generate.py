@@ -11,6 +11,7 @@ import gradio as gr
 
 from ...config.presets import preset_settings
 from ...core.errors import UserError
+from ...core.hooks import Hooks
 from .. import gallery as pictures
 from .. import generation as drawing
 from ..adapters import adapter_rows
@@ -221,14 +222,23 @@ class Handlers:
                 sketch_adapter=sketch_adapter,
             )  # fmt: skip
             scene: dict[str, Any] = {
-                "prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "num_images": num_images, "width": width,
-                "height": height, "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale, "sampler": sampler,
-                "global_prompt_weight": global_prompt_weight, "region_isolation": region_isolation,
-            }  # fmt: skip
+                "prompt": prompt,
+                "negative_prompt": negative_prompt,
+                "seed": seed,
+                "num_images": num_images,
+                "width": width,
+                "height": height,
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+                "sampler": sampler,
+                "global_prompt_weight": global_prompt_weight,
+                "region_isolation": region_isolation,
+            }
             stop = self.runs.take(who)
             try:
-                drawn = drawing.generate(self.workspace, wish, should_stop=stop.is_set, keeper=self.keeper, **scene)
+                drawn = drawing.generate(
+                    self.workspace, wish, Hooks(should_stop=stop.is_set), keeper=self.keeper, **scene
+                )
             finally:
                 self.runs.end(who, stop)
         return [str(path) for path in drawn.pictures], drawn.words
@@ -272,9 +282,8 @@ class Handlers:
             return drawing.generate(
                 self.workspace,
                 wish,
-                ProgressLine(words),
+                Hooks(ProgressLine(words), should_stop=stop.is_set),
                 lambda images: tell(images[0]),
-                stop.is_set,
                 self.keeper,
                 **scene,
             )
@@ -469,8 +478,27 @@ def _build_api(handlers: Handlers, form: Fields) -> None:
     files, words, call = gr.Files(visible=False), gr.Textbox(visible=False), gr.Button(visible=False)
     call.click(
         handlers.generate,
-        [form.prompt, form.base, form.adapters, form.strength, form.negative_prompt, form.seed, form.num_images, width,
-         height, form.num_inference_steps, form.guidance_scale, sketch, form.sketch_weight, form.sketch_adapter, regions,
-         form.global_prompt_weight, form.region_isolation, form.sampler],
-        [files, words], api_name="generate", **DEVICE,
-    )  # fmt: skip
+        [
+            form.prompt,
+            form.base,
+            form.adapters,
+            form.strength,
+            form.negative_prompt,
+            form.seed,
+            form.num_images,
+            width,
+            height,
+            form.num_inference_steps,
+            form.guidance_scale,
+            sketch,
+            form.sketch_weight,
+            form.sketch_adapter,
+            regions,
+            form.global_prompt_weight,
+            form.region_isolation,
+            form.sampler,
+        ],
+        [files, words],
+        api_name="generate",
+        **DEVICE,
+    )
