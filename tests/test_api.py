@@ -1,0 +1,149 @@
+"""The public Python API on a stock pipeline: objects come out, files only where asked, the pipeline stays as it was."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+import spectral_diffusion as sd
+from spectral_diffusion.core import assets
+from spectral_diffusion.linalg import Factors
+
+from conftest import make_photos
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+QUICK: dict[str, Any] = {"steps": 2, "rank": 2, "batch_size": 1, "crops_per_image": 1, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def pipe(tiny_base: Path) -> Any:
+    pipeline = StableDiffusionPipeline.from_pretrained(str(tiny_base))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def two(pipe: Any, tmp_path: Path) -> list[sd.Adapter]:
+    ledger = tmp_path / "slots.json"
+    folders = [make_photos(tmp_path / name, seed=seed) for seed, name in enumerate(("rex", "mug"))]
+    return [sd.train(pipe, folder, class_noun="dog", ledger=ledger, **QUICK) for folder in folders]
+
+
+def drawn(pipeline: Any, prompt: str = "a red dog") -> bytes:
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(prompt, num_inference_steps=2, generator=generator, width=16, height=16).images
+    pixels: bytes = images[0].tobytes()
+    return pixels
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    for name in sd.__all__:
+        thing = getattr(sd, name)
+        assert inspect.getdoc(thing), name
+    assert set(sd.__all__) <= set(dir(sd))
+    with pytest.raises(AttributeError, match="nonsense"):
+        sd.nonsense  # noqa: B018
+
+
+def test_training_writes_only_what_is_asked_for(pipe: Any, photos: Path, tmp_path: Path) -> None:
+    before, plain, seen = sorted(tmp_path.rglob("*")), drawn(pipe), []
+    adapter = sd.train(pipe, photos, class_noun="dog", callbacks=[seen.append], **QUICK)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert [event.done for event in seen if event.stage == "train"] == [1, 2]
+    assert adapter.token == "<rex>" and str(adapter.slot) == "0:2" and drawn(pipe) == plain
+    again = sd.train(pipe, photos, class_noun="dog", output=tmp_path / "out" / "rex.safetensors", **QUICK)
+    assert (tmp_path / "out" / "rex.safetensors").exists()
+    assert all(torch.equal(adapter.parameters[name], again.parameters[name]) for name in adapter.parameters)
+    with pytest.raises(sd.UserError, match="did you mean 'rank'"):
+        sd.train(pipe, photos, rnak=2)
+
+
+def test_a_ledger_keeps_slots_apart(two: list[sd.Adapter], tmp_path: Path) -> None:
+    assert [str(adapter.slot) for adapter in two] == ["0:2", "2:4"] and (tmp_path / "slots.json").exists()
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_adapters_act_while_they_are_loaded(pipe: Any, two: list[sd.Adapter]) -> None:
+    rex, mug = two
+    plain, size = drawn(pipe), len(pipe.tokenizer)
+    sd.load_adapters(pipe, {rex: 0.8, mug: 1.0})
+    assert drawn(pipe) != plain and len(pipe.tokenizer) == size + 4
+    assert drawn(pipe, f"{rex.token} and {mug.token}") != drawn(pipe, "rex and mug")
+    with pytest.raises(sd.UserError, match="unload_adapters"):
+        sd.load_adapters(pipe, [rex])
+    sd.unload_adapters(pipe)
+    assert drawn(pipe) == plain and len(pipe.tokenizer) == size
+    sd.unload_adapters(pipe)  # nothing to do
+
+
+def test_a_fusion_is_a_new_pipeline(pipe: Any, two: list[sd.Adapter], tmp_path: Path) -> None:
+    plain = drawn(pipe)
+    settings: dict[str, Any] = {"num_images": 1, "num_inference_steps": 1}
+    fused = sd.fuse(pipe, two, method="gradient", calibration=settings)
+    assert drawn(pipe) == plain != drawn(fused)
+    fused.save_pretrained(tmp_path / "fused")
+    stock = StableDiffusionPipeline.from_pretrained(str(tmp_path / "fused"))
+    assert drawn(stock) == drawn(fused) and "<rex>" in stock.tokenizer.get_added_vocab()
+    with pytest.raises(sd.UserError, match=r"options\.density"):
+        sd.fuse(pipe, two, method="ties", options={"density": 2})
+
+
+def test_a_scene_with_adapters_in_their_regions(pipe: Any, two: list[sd.Adapter]) -> None:
+    plain = drawn(pipe)
+    regions = [sd.Region((0, 0, 0.5, 1), two[0]), sd.Region((0.5, 0, 1, 1), two[1], prompt="a cup", scale=0.5)]
+    images = sd.generate(pipe, sd.Scene("a beach", regions), seeds=[0, 3], num_inference_steps=2, width=32, height=16)
+    assert [image.size for image in images] == [(32, 16)] * 2 and drawn(pipe) == plain
+    without = sd.generate(pipe, "a beach", seeds=[0], num_inference_steps=2, width=32, height=16)
+    assert images[0].tobytes() != without[0].tobytes()
+
+
+def test_an_adapter_goes_to_files_and_back(two: list[sd.Adapter], tmp_path: Path) -> None:
+    rex = two[0]
+    layer = rex.layers[0]
+    assert torch.equal(rex.delta(layer), Factors(*rex.factors(layer)).delta())
+    with pytest.raises(sd.UserError, match="does not adapt"):
+        rex.delta("unet.nowhere")
+    rex.save_pretrained(tmp_path / "folder")
+    loaded = sd.Adapter.from_pretrained(tmp_path / "folder")
+    assert torch.equal(loaded.delta(layer), rex.delta(layer)) and loaded.token == rex.token
+    assert str(tmp_path) not in (tmp_path / "folder" / "README.md").read_text()
+    files = rex.export(tmp_path / "kohya.safetensors", format="kohya")
+    assert tmp_path / "kohya.safetensors" in files and all(file.exists() for file in files)
+
+
+def test_identity_is_of_the_photos_own_thing() -> None:
+    folders = {name: assets.concepts() / name for name in ("rex", "brew")}
+    photos = [Image.open(path).convert("RGB") for path in sorted(folders["rex"].glob("*.png"))[:3]]
+    found = sd.identity(photos, folders)
+    assert found["rex"] > 0.5 > found["brew"]
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("train_and_fuse", EXAMPLES / "train_and_fuse.py")
+    assert spec and spec.loader
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    assert set(example.main(assets.concepts(), tmp_path, steps=1)) == {"rex", "brew"}
+    assert (tmp_path / "together-1.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["first_steps", "compare_methods"])
+def test_notebooks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert "STEPS = " in code[0]
+    code[0] += "\nSTEPS = 1\n"
+    space: dict[str, Any] = {"display": lambda *things: None}
+    for text in code:
+        exec(compile(text, name, "exec"), space)
+    assert space["scores"]
