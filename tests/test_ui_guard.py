@@ -26,6 +26,7 @@ from spectral_diffusion.app.generation import Drawn
 from spectral_diffusion.app.guard import Guard, is_foreign, session_of
 from spectral_diffusion.app.workspace import pick, safe_name
 from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.hooks import Hooks
 
 # --- the layer alone ------------------------------------------------------------------------------------------
 
@@ -220,10 +221,10 @@ def test_nobody_draws_for_a_program_that_has_gone(
 ) -> None:
     begun, stopped, end = threading.Event(), threading.Event(), threading.Event()
 
-    def endless(*_: object, should_stop: Any, **__: object) -> Drawn:
+    def endless(workspace: Any, request: Any, hooks: Hooks, *_: object, **__: object) -> Drawn:
         begun.set()
         while not end.is_set():
-            if should_stop():
+            if hooks.should_stop():
                 stopped.set()
                 break
             time.sleep(0.01)
