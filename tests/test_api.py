@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_photos
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import spectral_diffusion as sd
 from spectral_diffusion.core import assets
 from spectral_diffusion.linalg import Factors
-
-from conftest import make_photos
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 QUICK: dict[str, Any] = {"steps": 2, "rank": 2, "batch_size": 1, "crops_per_image": 1, "learning_rate": 1e-2}
