@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import pocket
 
 if TYPE_CHECKING:
+    from . import methods
     from .adapters.tuner import SpectralConfig
     from .api import (
         Adapter,
@@ -53,6 +54,7 @@ __all__ = [
     "identity",
     "load_adapters",
     "merges",
+    "methods",
     "pocket",
     "register_merge",
     "register_method",
@@ -71,17 +73,17 @@ _HOMES = {
     "Slot": "slots.ledger",
     "register_merge": "merging.merges.registry",
     "register_method": "methods.registry",
-    "merges": "merging",
 }
+_MODULES = {"merges": "merging.merges", "methods": "methods"}
 
 
 def __getattr__(name: str) -> Any:
     """A public name, imported now."""
     if name not in __all__:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    if name in _MODULES:
+        return importlib.import_module(f".{_MODULES[name]}", __name__)
     home = importlib.import_module(f".{_HOMES.get(name, 'api')}", __name__)
-    if name == "merges":
-        return importlib.import_module(".merging.merges", __name__)
     return getattr(home, name)
 
 

@@ -664,3 +664,11 @@ def test_a_fusion_that_is_added_to_keeps_its_strengths(three: list[Path], tmp_pa
         more = [] if verb[0] == "inspect" else ["-o", str(tmp_path / "x.safetensors")]
         done = CliRunner().invoke(app, [verb[0], str(tmp_path / "all"), *verb[1:], *more])
         assert isinstance(done.exception, UserError) and "is damaged; fuse the adapters again" in str(done.exception)
+
+
+def test_the_merges_are_listed_with_their_own_settings() -> None:
+    text = CliRunner().invoke(app, ["merges"]).output
+    assert all(f"{name}: " in text for name in all_merges())
+    assert "options.density=0.5" in text and "arXiv:2306.01708" in text
+    rows = {row["name"]: row for row in json.loads(CliRunner().invoke(app, ["merges", "--json"]).output)}
+    assert "ridge" in rows["gradient"]["options"]["properties"]

@@ -75,9 +75,7 @@ def fuse(
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The diffusers folder to write.")] = None,
     base: Annotated[str | None, typer.Option(help="Default: the base the adapters were trained on.")] = None,
-    merge: Annotated[
-        str | None, typer.Option(help="spectral, gradient, fedavg, orthogonal, ssr, ties, dare, svd, cat.")
-    ] = None,
+    merge: Annotated[str | None, typer.Option(help="How to merge; `merges` lists them.")] = None,
     form: Annotated[str | None, typer.Option(help="sum, mean or paper.")] = None,
     strength: Annotated[
         list[str] | None, typer.Option(help="NAME=0.8, or NAME.text_encoder=0.5; may be repeated.")
@@ -364,6 +362,25 @@ def methods(
     for name, method in sorted(all_methods().items()):
         counts = ", ".join(f"r={row['rank']}: {row['trainable']:,}" for row in rows if row["method"] == name)
         say(f"{name}: {method.summary}\n  learning rate ×{method.lr_scale:g}; {counts}")
+
+
+@app.command()
+def merges(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """List the merges, their papers, and their own settings (options.NAME)."""
+    from ..merging.merges import all_merges
+
+    found = all_merges()
+    if as_json:
+        rows = [
+            {"name": name, "summary": merge.summary, "paper": merge.paper, "options": merge.options.model_json_schema()}
+            for name, merge in found.items()
+        ]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for name, merge in found.items():
+        say(f"{name}: {merge.summary}" + (f" ({merge.paper})" if merge.paper else ""))
+        for option, field in merge.options.model_fields.items():
+            say(f"  options.{option}={field.default}  {field.description}")
 
 
 @slots_app.command("list")

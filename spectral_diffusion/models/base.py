@@ -206,7 +206,8 @@ def base_of(pipeline: Any, name: str | None = None, dtype: torch.dtype | None = 
     }
     if len(dtypes) > 1:
         raise UserError(
-            f"The networks of '{name}' are loaded in {' and '.join(sorted(dtypes))}; load the pipeline with one torch_dtype."
+            f"The networks of '{name}' are loaded in {' and '.join(sorted(dtypes))}; load the pipeline with one "
+            "torch_dtype."
         )
     pipeline.set_progress_bar_config(disable=True)
     base = Base(name, pipeline, pipeline.unet.device, dtype or pipeline.unet.dtype)

@@ -27,12 +27,18 @@ MOST_FRACTION = 2  # the largest side of a box that is meant as a fraction, if t
 class Region(Settings):
     """A part of the picture with a prompt of its own, and perhaps adapters that act only there."""
 
-    box: Box | None = None  # left, top, right, bottom; fractions of the picture, or pixels if any is above 2
-    mask: Path | None = None  # instead of a box: a picture, white where the region is
-    prompt: str
-    negative_prompt: str | None = None  # default: the scene's
-    adapters: dict[str, Strength] = Field(default_factory=dict)  # file to strength; they act in here only
-    conditioning_scale: FiniteFloat | dict[Kind, FiniteFloat] = 1.0  # times the conditions' weights in here
+    box: Box | None = Field(
+        None, description="Left, top, right, bottom: fractions of the picture, or pixels if any is above 2."
+    )
+    mask: Path | None = Field(None, description="Instead of a box: an image that is white where the region is.")
+    prompt: str = Field(description="Prompt of the region.")
+    negative_prompt: str | None = Field(None, description="Negative prompt. Default: the scene's.")
+    adapters: dict[str, Strength] = Field(
+        default_factory=dict, description="Adapter file to scale; they act only in this region."
+    )
+    conditioning_scale: FiniteFloat | dict[Kind, FiniteFloat] = Field(
+        1.0, description="Factor of the control images in this region; may be one per kind."
+    )
 
     @field_validator("box")
     @classmethod
@@ -76,41 +82,51 @@ class Region(Settings):
 class ControlImage(Settings):
     """A drawing that the picture is held to, through a T2I-Adapter."""
 
-    file: Path
-    kind: Kind = "sketch"
-    conditioning_scale: float = Field(1.0, ge=0, le=4)
-    adapter: str | None = None  # folder or hub id of the T2I-Adapter; default: the base's own of that kind
+    file: Path = Field(description="The control image; for keypose also keypoints as JSON.")
+    kind: Kind = Field("sketch", description="Kind of control image.")
+    conditioning_scale: float = Field(1.0, ge=0, le=4, description="Weight of the control image.")
+    adapter: str | None = Field(
+        None, description="Folder or hub id of a T2I-Adapter. Default: the base's own of that kind."
+    )
 
 
 class Scene(Settings):
     """Pictures of one scene: prompts, regions, conditions, adapters or a fused folder, sampler, seeds."""
 
-    prompt: str = ""
-    negative_prompt: str = ""
-    output: Path = Path("out.png")
-    base: str = "pocket"
-    adapters: dict[str, Strength] = Field(default_factory=dict)  # file to strength; they act everywhere
-    regions: list[Region] = Field(default_factory=list)
-    global_prompt_weight: float = Field(0.0, ge=0, le=1)  # of the global prompt inside the regions
-    region_isolation: float = Field(0.0, ge=0, le=1)  # how far a region's self-attention keeps to itself
-    region_start: float = Field(0.0, ge=0, le=1)  # fraction of the steps from which
-    region_end: float = Field(1.0, ge=0, le=1)  # and up to which regions act
-    controls: list[ControlImage] = Field(default_factory=list)
-    width: int | None = Field(None, ge=8, le=8192)
-    height: int | None = Field(None, ge=8, le=8192)
-    num_inference_steps: int = Field(20, ge=1, le=999)
-    guidance_scale: float = Field(4.0, ge=0, le=50)
-    sampler: Literal["dpm", "ddim", "euler"] = "dpm"
-    seed: int = Field(0, ge=0, lt=2**31)
-    num_images: int = Field(1, ge=1, le=4096)  # pictures, with the seeds seed, seed + 1, …
-    seeds: list[int] = Field(default_factory=list)  # instead of seed and num_images
-    only_seed: int | None = None  # of these seeds write this one's picture only
-    batch_size: int = Field(8, ge=1, le=256)  # pictures denoised together
-    allow_base: bool = False
-    device: str = "auto"
-    dtype: str = "float32"
-    mixed_precision: Precision = "auto"  # of the U-Net's work; auto is what this machine does quickly
-    allow_tf32: bool = False  # on CUDA, round the factors of float32 products to TensorFloat-32
+    prompt: str = Field("", description="Prompt of the whole picture; tokens such as <rex> name concepts.")
+    negative_prompt: str = Field("", description="What guidance moves away from.")
+    output: Path = Field(Path("out.png"), description="Picture to write; several go to <output>-<seed>.png.")
+    base: str = Field(
+        "pocket", description="pocket, a fused or diffusers folder, a hub id or a .safetensors checkpoint."
+    )
+    adapters: dict[str, Strength] = Field(
+        default_factory=dict, description="Adapter file to scale; they act everywhere."
+    )
+    regions: list[Region] = Field(
+        default_factory=list, description="Parts of the picture with prompts, and adapters, of their own."
+    )
+    global_prompt_weight: float = Field(0.0, ge=0, le=1, description="Share of the scene's prompt inside the regions.")
+    region_isolation: float = Field(
+        0.0, ge=0, le=1, description="How far a region's self-attention keeps to itself; 1 sees nothing of the rest."
+    )
+    region_start: float = Field(0.0, ge=0, le=1, description="Share of the steps from which regions act.")
+    region_end: float = Field(1.0, ge=0, le=1, description="Share of the steps up to which regions act.")
+    controls: list[ControlImage] = Field(default_factory=list, description="Sketches and keyposes.")
+    width: int | None = Field(None, ge=8, le=8192, description="Pixels, divisible by 8. Default: the base's own.")
+    height: int | None = Field(None, ge=8, le=8192, description="Pixels, divisible by 8. Default: the base's own.")
+    num_inference_steps: int = Field(20, ge=1, le=999, description="Denoising steps.")
+    guidance_scale: float = Field(4.0, ge=0, le=50, description="Classifier-free guidance scale.")
+    sampler: Literal["dpm", "ddim", "euler"] = Field("dpm", description="DPM-Solver++, DDIM or Euler.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of the first picture.")
+    num_images: int = Field(1, ge=1, le=4096, description="Number of pictures, with the seeds seed, seed + 1, …")
+    seeds: list[int] = Field(default_factory=list, description="Seeds, instead of seed and num_images.")
+    only_seed: int | None = Field(None, description="Of these seeds, write only this one's picture.")
+    batch_size: int = Field(8, ge=1, le=256, description="Pictures denoised together.")
+    allow_base: bool = Field(False, description="Accept adapters of a related base.")
+    device: str = Field("auto", description="auto, cpu, cuda, mps …")
+    dtype: str = Field("float32", description="Precision of the networks.")
+    mixed_precision: Precision = Field("auto", description="Autocast: auto takes what this machine does fastest.")
+    allow_tf32: bool = Field(False, description="On CUDA, round the factors of float32 products to TensorFloat-32.")
 
     @field_validator("width", "height")
     @classmethod
