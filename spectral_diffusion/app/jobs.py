@@ -17,7 +17,7 @@ from ..config.settings import build, read_yaml
 from ..config.train import TrainConfig
 from ..core.errors import UserError
 from ..core.files import read_text, write_text
-from .wording import in_app
+from .sentences import in_app, rendered
 from .workspace import STAGES, Workspace, duration, visible
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def how_it_ended(job: QueueJob, workspace: Workspace) -> dict[str, Any]:
     if record.wish or (status and status.state == "stopped"):
         return {"state": "paused" if record.wish == "pause" else "stopped", "message": f"{goes_on}."}
     if status and not unwritten:
-        return {"state": "failed", "message": in_app(status.message, workspace)}
+        return {"state": "failed", "message": in_app(rendered(UserError(status.message, *status.fixes)), workspace)}
     if error := last_error(job.log):
         return {"state": "failed", "message": in_app(error, workspace)}
     if shutil.disk_usage(job.folder).free < FULL:

@@ -23,7 +23,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from .. import pocket
-from ..core.errors import UserError, reason
+from ..core.errors import Fix, UserError, reason
 from ..core.files import check_not_disguised, read_header
 from .denoiser import Denoiser
 from .families import FAMILIES, family_of
@@ -154,7 +154,7 @@ def parse_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"Device '{name}' is not available here; try --device cpu.") from error
+        raise UserError(f"Device '{name}' is not available here.", Fix("device", "cpu")) from error
     return device
 
 
@@ -206,7 +206,8 @@ def base_of(pipeline: Any, name: str | None = None, dtype: torch.dtype | None = 
     }
     if len(dtypes) > 1:
         raise UserError(
-            f"The networks of '{name}' are loaded in {' and '.join(sorted(dtypes))}; load the pipeline with one torch_dtype."
+            f"The networks of '{name}' are loaded in {' and '.join(sorted(dtypes))}; load the pipeline with one "
+            "torch_dtype."
         )
     pipeline.set_progress_bar_config(disable=True)
     base = Base(name, pipeline, pipeline.unet.device, dtype or pipeline.unet.dtype)
