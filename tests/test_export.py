@@ -257,7 +257,7 @@ def test_folders_and_files_of_others_are_not_replaced(
     ):
         with pytest.raises(UserError, match=f"{what}.*to write elsewhere"):
             export(trained[source], output, kind)
-    with pytest.raises(UserError, match="or its base. Use output=… to write elsewhere"):
+    with pytest.raises(UserError, match=r"or its base\. Use output=… to write elsewhere"):
         export(tmp_path / "based.safetensors", base, "folder")
     assert (project / "README.md").read_text() == "# My project" and (earlier / "notes.txt").exists()
     assert (base / "unet").is_dir() and list(load_file(web)) == ["lora_unet_x.alpha"]

@@ -179,7 +179,7 @@ def test_an_edited_config_goes_on_only_by_force(photos: Path, tiny_base: Path, t
         UserError, match=r"weight_decay=0\.0, now it is 0\.9, optimizer\.ema_decay=0\.0, now it is 0\.5\. .*force=true"
     ):
         train_to_file(edited, resume=True, base=base)
-    with pytest.raises(UserError, match=r"optimizer\.name=adamw and cannot go on with prodigy\. Use optimizer\.name=adamw"):
+    with pytest.raises(UserError, match=r"optimizer\.name=adamw and cannot go on with prodigy\. Use optimizer"):
         train_to_file(
             config.model_copy(update={"optimizer": OptimizerConfig(name="prodigy")}), resume=True, base=base, force=True
         )

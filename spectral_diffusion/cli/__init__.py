@@ -59,8 +59,8 @@ def main() -> None:
 def fail(error: UserError) -> None:
     """Print an error, on a line of its own what puts it right, and end."""
     typer.echo(f"Error: {error.message}", err=True)
-    if remedy := error.remedy(speller(sys.argv[1:])):
-        typer.echo(remedy, err=True)
+    if error.fixes:
+        typer.echo(error.remedy(speller(sys.argv[1:])), err=True)
     sys.exit(2)
 
 

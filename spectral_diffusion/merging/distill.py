@@ -77,7 +77,7 @@ def prepare_targets(
             raise UserError(
                 f"'{adapter.name}' has no word of its own: it changes ordinary prompts, which teaching would take away "
                 "again.",
-                Fix("distill.steps", "0", "not to teach it"),
+                Fix("distill.steps", "0"),
             )
     random = keyed_random("ordinary", seed)
     things = config.prior_subjects or [generic_subject(a, n) for a in GENERIC_ADJECTIVES for n in GENERIC_NOUNS]

@@ -102,5 +102,5 @@ def check_distillation_memory(
         *([] if config.gradient_checkpointing else [Fix("distill.gradient_checkpointing", "true")]),
         *([smaller] if fewer < config.batch_size else []),
         Fix("distill.target_modules", "null", "to teach no more than the adapted layers"),
-        Fix("distill.steps", "0", "not to teach it"),
+        Fix("distill.steps", "0"),
     )

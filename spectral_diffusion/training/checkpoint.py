@@ -287,7 +287,11 @@ class TrainingState:
         if changed and not force:
             raise UserError(
                 f"{self.path} was made with {told}.",
-                *(Fix(key, written(old), "to go on as it was") for key, (old, _) in changed.items() if len(changed) == 1),
+                *(
+                    Fix(key, written(old), "to go on as it was")
+                    for key, (old, _) in changed.items()
+                    if len(changed) == 1
+                ),
                 Fix("force", "true", "to go on with the new settings"),
                 ANEW,
             )
