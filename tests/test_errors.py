@@ -14,7 +14,7 @@ import pytest
 import spectral_diffusion
 from spectral_diffusion import cli
 from spectral_diffusion.app import fusing
-from spectral_diffusion.app.jobs import QueueJob, Record, how_it_ended
+from spectral_diffusion.app.jobs import QueueJob, Record, how_it_ended, last_error
 from spectral_diffusion.app.sentences import FIELDS, rendered
 from spectral_diffusion.app.workspace import Workspace, sentence_of
 from spectral_diffusion.cli import speller
@@ -83,7 +83,7 @@ def test_several_fixes_are_alternatives() -> None:
     assert error.render(lambda fix: "") == "It is wrong."
 
 
-def test_the_command_line_says_what_to_do_on_a_line_of_its_own(
+def test_the_command_line_says_what_to_do_on_the_same_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.safetensors").mkdir()
@@ -94,7 +94,7 @@ def test_the_command_line_says_what_to_do_on_a_line_of_its_own(
     assert capsys.readouterr().err.startswith("Error: ")
     with pytest.raises(SystemExit, match="2"):
         cli.fail(UserError("It is wrong.", ELSEWHERE, Fix("dtype", "float32")))
-    assert capsys.readouterr().err == "Error: It is wrong.\nUse -o to write elsewhere, or --dtype float32.\n"
+    assert capsys.readouterr().err == "Error: It is wrong. Use -o to write elsewhere, or --dtype float32.\n"
 
 
 def test_the_app_speaks_of_its_fields(tmp_path: Path) -> None:
@@ -124,6 +124,8 @@ def test_a_training_hands_its_fixes_to_the_app(tmp_path: Path) -> None:
     job.folder.mkdir(parents=True)
     with pytest.raises(UserError), reporting(job.status_file) as reporter:
         raise UserError("It is wrong.", Fix("rank", "4"), ANEW)
+    job.folder.joinpath("log.txt").write_text("Error: It is wrong. Use -o to write elsewhere.\n")
+    assert last_error(job.log) == "It is wrong."  # of a training that could not write its status
     job = job.write(pid=reporter.status.pid)
     assert how_it_ended(job, workspace) == {"state": "failed", "message": "It is wrong. Set “Rank” to 4."}
     status = read_status(job.status_file)

@@ -28,7 +28,7 @@ SPELLED = {  # a setting to the parameter of another name that gives it
 
 
 def main() -> None:
-    """Run the command line; what a person can mend is one sentence, what to do about it, and exit code 2."""
+    """Run the command line; what a person can mend is one line and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before the libraries are imported
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     atexit.register(gc.freeze)  # the interpreter need not search four thousand modules for garbage to end
@@ -57,10 +57,9 @@ def main() -> None:
 
 
 def fail(error: UserError) -> None:
-    """Print an error, on a line of its own what puts it right, and end."""
-    typer.echo(f"Error: {error.message}", err=True)
-    if error.fixes:
-        typer.echo(error.remedy(speller(sys.argv[1:])), err=True)
+    """Print an error with what puts it right, and end."""
+    said = error.render(speller(sys.argv[1:])) if error.fixes else error.message
+    typer.echo(f"Error: {said}", err=True)
     sys.exit(2)
 
 

@@ -30,6 +30,7 @@ class Fix:
 
 ELSEWHERE = Fix("output", so="to write elsewhere")
 Spell = Callable[[Fix], str]
+USE = "Use"  # what the sentence of the fixes begins with, and nothing else
 
 
 def python(fix: Fix) -> str:
@@ -52,11 +53,11 @@ class UserError(Exception):
     def __str__(self) -> str:
         return self.render(python)
 
-    def render(self, spell: Spell, verb: str = "Use") -> str:
+    def render(self, spell: Spell, verb: str = USE) -> str:
         """The message and what :meth:`remedy` says."""
         return f"{self.message} {self.remedy(spell, verb)}".strip()
 
-    def remedy(self, spell: Spell, verb: str = "Use") -> str:
+    def remedy(self, spell: Spell, verb: str = USE) -> str:
         """One sentence of the fixes, each option spelled as the caller's user knows it; empty where there are none.
 
         Args:

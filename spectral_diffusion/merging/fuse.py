@@ -74,7 +74,7 @@ def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> No
         name, component = owner(key, names)
         if name not in names or (component and component not in parts):
             raise UserError(
-                f"A strength is for '{key}'{nearest(key, names)}, but the adapters are {', '.join(names)} "
+                f"A strength names '{key}'{nearest(key, names)}, but the adapters are {', '.join(names)} "
                 f"(and their components {', '.join(sorted(parts))})."
             )
 
