@@ -339,7 +339,7 @@ def fuse_to_folder(
     adapters = [adapter for path in config.adapters if path not in foreign for adapter in load_adapters(path)]
     if not adapters and config.base is None:
         raise UserError(
-            f"{config.adapters[0]} is a LoRA of another program, which does not say what base it was made for.",
+            f"{config.adapters[0]} is not an adapter of this program, and a LoRA of another names no base.",
             Fix("base", so="to name it"),
         )
     check_apart(output, config.base or adapters[0].base)

@@ -74,7 +74,7 @@ def prepare_output(output: Path, resume: bool, hooks: Hooks) -> None:
     """
     state = state_path(output)
     if output.exists() and not is_our_t2i_adapter(output):
-        raise UserError(f"{output} exists and is no T2I-Adapter of this program.", ELSEWHERE)
+        raise UserError(f"{output} exists and is not a folder of train-control.", ELSEWHERE)
     check_writable(output)
     if state.exists() and not resume:
         step = step_of(state)
