@@ -104,10 +104,12 @@ def clashes(adapters: Sequence[Adapter]) -> list[str]:
         if not a.fingerprint.same_rounded(b.fingerprint):
             found.append(f"'{a.name}' was trained on '{a.base}' and '{b.name}' on another base, '{b.base}'.")
         if a.name == b.name:
-            found.append(f"Two adapters are called '{a.name}'; fuse refuses that, train one with another name=.")
+            found.append(
+                f"Two adapters are called '{a.name}'; fuse refuses that, unless one is trained under another name."
+            )
         others = {token.lower() for token in b.tokens}  # a tokenizer does not tell upper case from lower
         for token in sorted(token for token in a.tokens if token.lower() in others):
-            found.append(f"'{a.name}' and '{b.name}' share the token {token}; train one with another token=.")
+            found.append(f"'{a.name}' and '{b.name}' share the token {token}; train one with another token.")
     return found
 
 

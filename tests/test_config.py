@@ -108,7 +108,7 @@ def test_settings_of_python_know_every_verb(tmp_path: Path) -> None:
     assert fuse.distill.guidance_scale == 2.0  # the pocket preset's
     elsewhere = settings_for(FuseConfig, "fuse", {"adapters": ["a"], "output": "b"}, base=str(tmp_path))
     assert elsewhere == FuseConfig(adapters=[Path("a")], output=Path("b"))
-    with pytest.raises(UserError, match="is a preset for fuse; choose another for train"):
+    with pytest.raises(UserError, match="is a preset for fuse, not for train"):
         settings_for(TrainConfig, "train", {"concept": "a", "output": "b"}, config="pocket-distilled")
     with pytest.raises(UserError, match=r"Unknown setting 'stesp' .*did you mean 'steps'"):
         settings_for(TrainConfig, "train", {"concept": "a", "output": "b", "stesp": 1})

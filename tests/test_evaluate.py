@@ -219,7 +219,7 @@ def test_bad_input_is_one_sentence(pair: Path, tmp_path: Path) -> None:
         ([rex, "--encoder", other], "no folder of a CLIP or DINOv2"),
         ([rex], "No encoder that knows photographs"),
         ([rex, pair / "fused"], "one fused folder"),
-        ([pair / "fused", *SMALL], "--references"),
+        ([pair / "fused", *SMALL], "references="),
         ([rex, "-o", tmp_path / "file"], "is a file"),
         ([rex, "--strength", "fido=1"], "fido"),
         ([rex, "promts=[x]"], "did you mean 'prompts'"),

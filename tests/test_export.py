@@ -224,7 +224,7 @@ def test_nothing_that_is_there_is_lost(trained: dict[str, Path], tmp_path: Path)
         (trained["dog"], copy, "kohya"),
         (trained["dog"], tmp_path / "notes.safetensors", "kohya"),
     ):
-        with pytest.raises(UserError, match="choose another output"):
+        with pytest.raises(UserError, match="to write elsewhere"):
             export(source, output, kind)
     assert (mine / "photo.txt").read_text() == "keep me" and (tmp_path / "notes.md").read_text() == "my own notes"
     for _ in range(2):  # an earlier export may be written again
@@ -255,9 +255,9 @@ def test_folders_and_files_of_others_are_not_replaced(
         ("fused", tmp_path / "words.safetensors", "embedding", r"words\.dog\.safetensors is no earlier export"),
         ("dog", tmp_path / "words.safetensors", "kohya", r"words\.dog\.safetensors is no earlier export"),
     ):
-        with pytest.raises(UserError, match=f"{what}.*choose another output"):
+        with pytest.raises(UserError, match=f"{what}.*to write elsewhere"):
             export(trained[source], output, kind)
-    with pytest.raises(UserError, match="or its base; choose another output"):
+    with pytest.raises(UserError, match=r"or its base\. Use output=… to write elsewhere"):
         export(tmp_path / "based.safetensors", base, "folder")
     assert (project / "README.md").read_text() == "# My project" and (earlier / "notes.txt").exists()
     assert (base / "unet").is_dir() and list(load_file(web)) == ["lora_unet_x.alpha"]
@@ -331,7 +331,7 @@ def test_an_import_writes_over_nothing_but_an_import(trained: dict[str, Path], t
     export(trained["mug"], web, "kohya", dtype="float32")
     mine.write_bytes(trained["mug"].read_bytes())
     for output in (web, mine, tmp_path / "words.txt", tmp_path):
-        with pytest.raises(UserError, match=r"choose another output|must end in \.safetensors"):
+        with pytest.raises(UserError, match=r"to write elsewhere|must end in \.safetensors"):
             import_lora(web, output, str(tiny_base), device="cpu")
     assert load_adapter(mine).token and any("lora_up" in name for name in load_file(web))
     for _ in range(2):

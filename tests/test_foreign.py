@@ -144,7 +144,11 @@ def test_a_peft_folder_is_read_with_its_config(tiny_base: Path, tmp_path: Path, 
             {},
             "another kind of network: no Stable Diffusion has a layer model.layers",
         ),
-        ("lora_te2_text_model_encoder_layers_9_mlp_fc1", {}, r"another base \(Stable Diffusion XL\).*with --base"),
+        (
+            "lora_te2_text_model_encoder_layers_9_mlp_fc1",
+            {},
+            r"another base \(Stable Diffusion XL\).*base=…",
+        ),
         (f"{KOHYA}_nowhere", {}, "is a LoRA for another base: 1 of its 1 layers"),
     ],
 )

@@ -187,7 +187,7 @@ def test_too_little_memory_is_told_before_training(tiny_base: Path, monkeypatch:
         note = memory_note(base, config, 16)
         assert note and "5.5 GiB at most" in note and ("6.0 GiB are there" in note) == bool(free)
     monkeypatch.setattr(memory, "available", lambda device: 2**28)  # beside the base's 4 GiB, which are taken already
-    with pytest.raises(UserError, match="set gradient_checkpointing=true"):
+    with pytest.raises(UserError, match="Use gradient_checkpointing=true"):
         memory_note(base, config, 16)
 
 

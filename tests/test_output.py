@@ -70,7 +70,7 @@ def test_a_stopped_state_is_not_lost_where_resume_is_forgotten(train: Train, out
     state = state_path(output)
     before = state.read_bytes()
     with pytest.raises(
-        UserError, match=r"stopped at step 2 is in .*rex\.state\.safetensors; --resume goes on .* --force"
+        UserError, match=r"stopped at step 2 is in .*rex\.state\.safetensors. Use resume=true .* force=true"
     ):
         train()
     assert state.read_bytes() == before and not output.exists()
@@ -90,7 +90,7 @@ def test_resume_with_nothing_to_resume_says_so(train: Train, output: Path) -> No
     assert notes[-1] == f"{output} is done already." and output.read_bytes() == before
     assert torch.equal(*(next(iter(one.parameters.values())) for one in (again, load_adapter(output))))
     for change, told in (({"steps": 8}, "steps=4, now it is 8"), ({"rank": 1}, "rank=2, now it is 1")):
-        with pytest.raises(UserError, match=rf"was made with {told}; keep it with --force, or train without --resume"):
+        with pytest.raises(UserError, match=rf"was made with {told}. Use force=true to keep it, or resume=false"):
             train(resume=True, **change)
     output.with_suffix(".yaml").unlink()  # the adapter says it too
     with pytest.raises(UserError, match=r"was made with steps=4, now it is 8"):
@@ -122,7 +122,7 @@ def test_another_concepts_adapter_is_not_replaced(train: Train, output: Path, tm
     before = output.read_bytes()
     mug = make_photos(tmp_path / "mug", seed=1)
     for resume in (False, True):
-        with pytest.raises(UserError, match=r"is the adapter of 'rex', which training 'mug' would replace; .*--force"):
+        with pytest.raises(UserError, match=r"is the adapter of 'rex', which training 'mug' would replace.*force=true"):
             train(concept=mug, resume=resume)
     assert output.read_bytes() == before
     assert train(concept=mug, force=True).name == "mug" == load_adapter(output).name
@@ -141,7 +141,7 @@ def test_an_output_is_trained_by_one_at_a_time(train: Train, output: Path) -> No
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"rank": 3}, "rank=2 and cannot go on with 3; resume with rank=2"),
+        ({"rank": 3}, "rank=2 and cannot go on with 3. Use rank=2 to go on"),
         ({"method": "lora"}, "method=spectral-additive and cannot go on with lora"),
         ({"target_modules": "attention+conv"}, "target_modules=attention and cannot go on with attention"),
         ({"text_encoder_learning_rate": 1e-4, "embedding_learning_rate": 2e-3}, "text_encoder_learning_rate=1e-05 and"),
@@ -155,13 +155,13 @@ def test_what_no_force_can_carry_over_is_said_at_once(
     for force in (False, True):
         with pytest.raises(UserError) as error:
             train(resume=True, force=force, **change)
-        assert told in str(error.value) and "start anew by --force without --resume" in str(error.value)
+        assert told in str(error.value) and "force=true and resume=false to start anew" in str(error.value)
     assert state_path(output).read_bytes() == before
 
 
 def test_a_resume_never_writes_fewer_steps_than_were_done(train: Train, output: Path) -> None:
     stopped(train, 3)
-    with pytest.raises(UserError, match="is at step 3 already, past steps=2; ask for more steps"):
+    with pytest.raises(UserError, match=r"is at step 3 already, past steps=2\. Use steps=3 or more"):
         train(resume=True, force=True, steps=2)
     assert not output.exists() and step_of(state_path(output)) == 3
 
@@ -173,7 +173,7 @@ def test_a_t2i_adapters_stopped_state_is_not_lost_either(tmp_path: Path) -> None
     assert notes == [f"No state of a stopped training is beside {folder}; starting at step 0."]
     folder_state(folder).write_bytes(b"")
     prepare_folder(folder, resume=True, hooks=Hooks(notify=notes.append))
-    with pytest.raises(UserError, match=r"state is in .*sketcher\.state\.safetensors; go on from there with --resume"):
+    with pytest.raises(UserError, match=r"state is in .*sketcher\.state\.safetensors.*Use resume=true to go on"):
         prepare_folder(folder, resume=False, hooks=Hooks(notify=notes.append))
 
 

@@ -60,11 +60,13 @@ def test_unknown_and_cut_words_are_told_of_every_prompt(tiny_base: Path, where: 
 def test_syntax_of_other_programs_is_called_plain_text(tiny_base: Path) -> None:
     text = "a (red:1.4) dog <lora:rex:0.8> BREAK grass, ((big)), [day:night:0.5]"
     first, second, *_ = told(tiny_base, negative_prompt=text)
-    assert "<lora:rex:0.8> is read as plain text; name the file with --adapter rex.safetensors=0.8." in first
+    assert (
+        "<lora:rex:0.8> is read as plain text; such a file is named among the adapters (rex.safetensors=0.8)." in first
+    )
     assert "(red:1.4) and BREAK and ((big)) and [day:night:0.5] are read as plain text" in second
     assert told(tiny_base, prompt="a dog (brown, 2 years), [x] at 10:30: BREAKING news") == []
     assert list(foreign_syntax(["<lora:x>", "<lora:x>"])) == [
-        "<lora:x> is read as plain text; name the file with --adapter x.safetensors."
+        "<lora:x> is read as plain text; such a file is named among the adapters (x.safetensors)."
     ]
 
 
@@ -147,7 +149,8 @@ def test_an_adapter_named_anew_stands_for_the_pictures_own(project: Path) -> Non
     wanted, bound = pixels(Path("out/p.png")), pixels(Path("out/r.png"))
     Path("in/rex.safetensors").rename("moved.safetensors")
     with pytest.raises(
-        UserError, match=r"p\.png was drawn with in/rex\.safetensors, which is not there any more; name it"
+        UserError,
+        match=r"p\.png was drawn with in/rex\.safetensors, which is not there any more. Use adapters=…",
     ):
         again("out/p.png")
     assert again("out/p.png", "--adapter", "moved.safetensors") == wanted

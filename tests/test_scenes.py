@@ -533,7 +533,7 @@ def test_a_region_file_becomes_a_picture(base_folder: Path, two: list[Path], tmp
         "device=cpu",
     )
     assert [region["prompt"] for region in settings["regions"]] == ["a person sit on a person", "a person"]
-    with pytest.raises(UserError, match="--map names '<hat>'"):
+    with pytest.raises(UserError, match="The mapping names '<hat>'"):
         run(tmp_path / "both.txt", "--map", "<hat>=a hat", "--base", base_folder, "-o", out)
     (tmp_path / "s.yaml").write_text("prompt: a dog\nbase: pocket\n")
     assert read_scene(tmp_path / "s.yaml") == {"prompt": "a dog", "base": "pocket"}

@@ -129,7 +129,7 @@ def test_other_kinds_of_bases(other_base: Path, tmp_path: Path) -> None:  # noqa
     keypose = ControlMap(Image.open(keyposes / "keypose" / "0.png"), "keypose", adapter=str(config.output))
     scene = Scene(num_inference_steps=2, device="cpu")
     assert sample(load_base(str(other_base), "cpu"), ["a red cup"], [0], scene, drawings=[keypose])[0].size == (16, 16)
-    with pytest.raises(UserError, match=r"resolution=18 .* multiple of 4; take resolution=16 or 20"):
+    with pytest.raises(UserError, match=r"resolution=18 .* multiple of 4. Use resolution=16, or resolution=20"):
         train_control(config.model_copy(update={"resolution": 18}))
 
 

@@ -158,7 +158,7 @@ def test_only_a_password_opens_it_to_others(tmp_path: Path, open_to_others: dict
     pytest.importorskip("gradio")
     from spectral_diffusion.app.server import launch
 
-    with pytest.raises(UserError, match="--password"):
+    with pytest.raises(UserError, match="password"):
         launch(None, 0, **open_to_others)  # type: ignore[arg-type]
 
 

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 from spectral_diffusion.adapters.formats.import_lora import import_lora
 from spectral_diffusion.app import comparing, downloads, fusing
 from spectral_diffusion.app.adapters import read_adapter
+from spectral_diffusion.app.sentences import in_app
 from spectral_diffusion.app.streaming import cancellable
-from spectral_diffusion.app.wording import in_app
 from spectral_diffusion.app.workspace import Workspace
 from spectral_diffusion.config.fuse import CalibrationConfig, DistillConfig, FuseConfig
 from spectral_diffusion.config.settings import read_yaml
@@ -253,7 +253,7 @@ def test_a_full_rank_method_is_cut_with_the_error_told(workspace: Workspace, tin
     )
     fusing.fuse(workspace, ["full"], "one", {})
     _, notes = downloads.download(workspace, "one", "kohya")
-    assert notes[0].endswith("can only come near it.") and "% away from the exact change" in notes[1]
+    assert "only comes near it" in notes[0] and "% away from the exact change" in notes[1]
     [row] = comparing.together(workspace, ["full"], {}).rows
     assert row.disturbed == row.neighbour == "–"
 
@@ -298,33 +298,12 @@ def test_a_full_disk_is_a_sentence(workspace: Workspace, monkeypatch: pytest.Mon
 
 
 def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: Path) -> None:
-    from spectral_diffusion.merging.memory import MEND
-
     for said, wanted in {
-        f"{workspace.root}/fused/pair exists and is not a fused folder; choose another output with -o.": (
-            "fused/pair exists and is not a fused folder; choose another name."
-        ),
-        "Adapter 'rex' does not fit the base '/my models/sd': trained on 'x' (fingerprint ab); use --base /a/b.c.": (
+        f"{workspace.root}/fused/pair exists.": "fused/pair exists.",
+        "Adapter 'rex' does not fit the base '/my models/sd': trained on 'x' (fingerprint ab).": (
             "Adapter 'rex' does not fit the base 'sd': trained on 'x' (fingerprint ab)."
         ),
-        "It was so; use --base pocket. A file of the same shapes can be forced with --allow-base.": "It was so.",
         "No such file: /home/ann/a.safetensors.": "No such file: a.safetensors.",
-        "It would be taken away again. Fuse without distill.steps.": (
-            "It would be taken away again. Choose no under Teach it afterwards."
-        ),
-        "Teaching met NaN or infinity at step 3: lower distill.learning_rate.": (
-            "Teaching met NaN or infinity at step 3; choose fewer steps of teaching, or none."
-        ),
-        "This training needs about 9.0 GiB and there are 7.0 GiB: set gradient_checkpointing=true, a smaller batch or "
-        "resolution, dtype=bfloat16, or take a preset for less memory.": (
-            "This training needs about 9.0 GiB and there are 7.0 GiB: choose a preset for less memory."
-        ),
-        "It has the token <rex> already; choose another with token=<name>.": (
-            "It has the token <rex> already; choose another token."
-        ),
-        f"Teaching needs about 9.0 GiB and there are 7.0 GiB: {MEND}.": (
-            "Teaching needs about 9.0 GiB and there are 7.0 GiB; choose no under Teach it afterwards."
-        ),
         "Fine: a/b, 1/2, </s>, https://x.org/y and - or _.": "Fine: a/b, 1/2, </s>, https://x.org/y and - or _.",
     }.items():
         assert in_app(said, workspace) == wanted
@@ -335,15 +314,16 @@ def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: 
     (workspace.fused / "other").mkdir()
     calls = {
         "No base 'base'.*needed to fuse the rest anew": lambda: fusing.take_out(workspace, "pair", "mug", "rest"),
-        "^fused/other exists and is not": lambda: fusing.fuse(workspace, ["rex"], "other", {}),
-        "strengths, which is not positive; set one": lambda: fusing.fuse(
+        "^fused/other exists and .*Choose another name": lambda: fusing.fuse(workspace, ["rex"], "other", {}),
+        "which is not positive. Change the strengths": lambda: fusing.fuse(
             workspace, ["rex"], "none", {"rex": -1.0}, merge="fedavg"
         ),
     }
     for sentence, call in calls.items():
         with pytest.raises(UserError, match=sentence) as caught:
             call()
-        assert str(tmp_path) not in str(caught.value) and " -" not in str(caught.value)
+        said = str(caught.value)
+        assert str(tmp_path) not in said and " -" not in said and "=" not in said
 
 
 def test_pages_wait_for_no_torch() -> None:

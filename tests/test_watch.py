@@ -111,7 +111,7 @@ def test_a_resumed_run_goes_on_with_the_curve(tmp_path: Path) -> None:
     ("error", "state", "message"),
     [
         (None, "done", ""),
-        (Cancelled("Stopped at step 3 of 6; --resume goes on from there."), "stopped", "Stopped at step 3"),
+        (Cancelled("Stopped at step 3 of 6; it can be resumed."), "stopped", "Stopped at step 3"),
         (UserError("No such folder: x."), "failed", "No such folder: x."),
         (RuntimeError("out of luck"), "failed", "RuntimeError: out of luck."),
         (KeyboardInterrupt(), "stopped", "Stopped."),
@@ -141,7 +141,7 @@ def test_a_dead_process_is_lost_and_a_reused_pid_is_told(tmp_path: Path) -> None
         assert (found := read_status(path)) and found.state == "lost"
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     path.write_text(status.model_copy(update={"pid": int(gone.stdout), "pid_started": None}).model_dump_json())
-    assert (found := read_status(path)) and found.state == "lost" and "--resume" in found.message
+    assert (found := read_status(path)) and found.state == "lost" and "can be resumed" in found.message
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"step": "x"}'])

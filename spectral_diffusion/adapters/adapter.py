@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from ..linalg import Factors, SingularTriplets, bottom_band, frobenius_norm, matrix_shape, min_abs_cosine, top_band
 from ..methods import Method
 from ..models.base import Base
@@ -147,30 +147,32 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
             "vectors are found anew and near ones mix, so expect a few percent of difference; load the base as it was."
         )
     wanted = f"it was trained on '{adapter.base}' (fingerprint {adapter.fingerprint.exact[:12]})"
-    refusal = f"Adapter '{adapter.name}' does not fit the base '{base.name}': {wanted}; use --base {adapter.base}."
+    refusal = f"Adapter '{adapter.name}' does not fit the base '{base.name}': {wanted}."
+    own = Fix("base", adapter.base, "to load the base that it was trained on")
     weights = base.weights(adapter.targets)
     for layer in adapter.layers:
         if layer not in weights:
-            raise UserError(refusal)
+            raise UserError(refusal, own)
         if adapter.sizes[layer] != matrix_shape(weights[layer]):
-            raise UserError(refusal)
+            raise UserError(refusal, own)
     if not adapter.bands:
         if allow:
-            return f"'{adapter.name}' was made for another base; loaded because of --allow-base."
-        raise UserError(f"{refusal} A file of the same shapes can be forced with --allow-base.")
+            return f"'{adapter.name}' was made for another base; loaded because allow_base is set."
+        raise UserError(refusal, own, Fix("allow_base", "true", "to load it all the same, as its shapes fit"))
     assert adapter.slot is not None
     for layer, band in adapter.bands.items():
         slot = adapter.slot
         ends = bottom_band(weights[layer], slot.bottom) if slot.bottom else top_band(weights[layer], slot.top)
         found = ends.select(slot.columns)
         if float(min_abs_cosine(band, found).min()) < MIN_COSINE:
-            raise UserError(refusal)
+            raise UserError(refusal, own)
     if not allow:
         raise UserError(
-            f"Adapter '{adapter.name}' fits the base '{base.name}' only approximately: {wanted}; "
-            "if this is a close relative of it, say --allow-base."
+            f"Adapter '{adapter.name}' fits the base '{base.name}' only approximately: {wanted}.",
+            own,
+            Fix("allow_base", "true", "if this is a close relative of it"),
         )
-    return f"'{adapter.name}' was trained on a close relative of this base; loaded because of --allow-base."
+    return f"'{adapter.name}' was trained on a close relative of this base; loaded because allow_base is set."
 
 
 def check_finite(adapter: Adapter) -> None:

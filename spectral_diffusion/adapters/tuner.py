@@ -287,8 +287,8 @@ class SpectralModel(BaseTuner):
         """The configs of the adapters to sum up."""
         if combination not in {"cat", "svd"}:
             raise TunerError(
-                f"combination_type '{combination}' is not offered here; use cat or svd, or fuse adapter files with "
-                "`spectral-diffusion fuse --merge`."
+                f"combination_type '{combination}' is not offered here; use cat or svd, or fuse the adapters' "
+                "files, for which there are more merges."
             )
         if unknown := [name for name in adapters if name not in self.peft_config]:
             raise TunerError(f"There is no adapter {', '.join(unknown)}; known: {', '.join(self.peft_config)}.")

@@ -13,7 +13,7 @@ from ..core.hooks import QUIET, Hooks
 from .adapters import read_adapter
 from .device import giving_back
 from .fusing import load_chosen, settings_for, ticked
-from .wording import in_app, reworded
+from .sentences import errors_in_app, in_app
 from .workspace import Workspace, sentence_of
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def compare(
         prompts = [f"a photo of {token} {place}" for place in PLACES]
         return grid(sample(base, prompts, [seed + index for index in range(len(PLACES))], scene, hooks), len(PLACES))
 
-    with giving_back(), reworded(workspace, "pictures"):
+    with giving_back(), errors_in_app(workspace, "pictures"):
         settings = settings_for(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)
         adapters = list(load_chosen(workspace, chosen).values())
         check_together(adapters, settings.scales)

@@ -11,7 +11,7 @@ from ..core.files import atomic
 from ..core.hooks import Hooks
 from .device import giving_back
 from .fusing import exports_of, fused_folder
-from .wording import in_app, reworded
+from .sentences import errors_in_app, in_app
 from .workspace import Workspace
 
 KINDS = {
@@ -37,7 +37,7 @@ def download(workspace: Workspace, name: str | None, kind: str) -> tuple[Path, l
         raise UserError(f"The merge of '{name}' changes whole weights, which no LoRA holds; choose the checkpoint.")
     place, notes = exports_of(workspace, folder.name), list[str]()
     packed = place / f"{name}-{kind}.zip"
-    with giving_back(), reworded(workspace, "pictures"):
+    with giving_back(), errors_in_app(workspace, "pictures"):
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export.", dir=place) as scratch:
             files = export(folder, Path(scratch) / f"{name}.safetensors", kind, hooks=Hooks(notify=notes.append))

@@ -20,7 +20,7 @@ from ..core.errors import UserError, nearest
 from ..core.hooks import QUIET, Hooks
 from .adapters import adapter_file, read_adapter
 from .device import giving_back
-from .wording import in_app, reworded
+from .sentences import errors_in_app, in_app
 from .workspace import Workspace, filled, pick, safe_name, sentence_of, visible
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def fuse(
     from ..merging.fuse import fuse_to_folder
 
     notes: list[str] = []
-    with giving_back(), reworded(workspace, "fused"):
+    with giving_back(), errors_in_app(workspace, "fused"):
         settings = settings_for(workspace, chosen, workspace.fused / name, strengths, **changes)
         with _kept(workspace, name):
             notes += [
@@ -256,7 +256,7 @@ def take_out(workspace: Workspace, name: str | None, concept: str | None, new: s
     from ..merging.unfuse import unfuse
 
     notes: list[str] = []
-    with giving_back(), reworded(workspace, "fused"):
+    with giving_back(), errors_in_app(workspace, "fused"):
         unfuse(folder, [concept], workspace.fused / new, hooks=Hooks(progress=hooks.progress, notify=notes.append))
     told = [in_app(note, workspace) for note in notes]
     exactly = "" if told else ", as if it had never been in"

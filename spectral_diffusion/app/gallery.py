@@ -22,6 +22,7 @@ from .adapters import adapter_files
 from .canvas import MOST_SIDE, as_url, png_of
 from .fusing import FUSED, fused_folders
 from .generation import SKETCHES
+from .sentences import rendered
 from .workspace import Workspace, visible
 
 PAGE = 24
@@ -176,7 +177,7 @@ def refill(workspace: Workspace, name: str | None) -> Refill:
         try:
             canvas[place] = as_url(_kept_drawing(workspace, condition.file))
         except UserError as error:
-            notes.append(str(error))
+            notes.append(rendered(error))
         weights[condition.kind], t2i[condition.kind] = condition.conditioning_scale, condition.adapter or ""
     if len(scene.every_seed()) > 1:
         notes.append("It was drawn together with others; alone its last bits may differ.")

@@ -28,7 +28,7 @@ from .base_cache import BaseCache
 from .canvas import Canvas, CanvasRegion
 from .concepts import known_concepts
 from .fusing import FUSED, SPARING, base_path, fused_names, parse_strengths
-from .wording import in_app, reworded
+from .sentences import errors_in_app, in_app
 from .workspace import Workspace, filled
 
 SKETCHES = "sketches"  # the folder of drawings inside that of the pictures
@@ -97,7 +97,7 @@ def generate(
     """
     stem = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     notes: list[str] = []
-    with reworded(workspace, workspace.pictures.name):
+    with errors_in_app(workspace, workspace.pictures.name):
         scene = scene_of(workspace, wish, workspace.pictures / f"{stem}.png", Hooks(notify=notes.append), **changes)
         every = max(1, round(scene.num_inference_steps / PREVIEWS))
         show = None if preview is None else lambda step, images: preview(images)

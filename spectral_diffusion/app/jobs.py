@@ -15,9 +15,9 @@ from pydantic import BaseModel, ValidationError
 
 from ..config.settings import build, read_yaml
 from ..config.train import TrainConfig
-from ..core.errors import UserError
+from ..core.errors import USE, UserError
 from ..core.files import read_text, write_text
-from .wording import in_app
+from .sentences import in_app, rendered
 from .workspace import STAGES, Workspace, duration, visible
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def how_it_ended(job: QueueJob, workspace: Workspace) -> dict[str, Any]:
     if record.wish or (status and status.state == "stopped"):
         return {"state": "paused" if record.wish == "pause" else "stopped", "message": f"{goes_on}."}
     if status and not unwritten:
-        return {"state": "failed", "message": in_app(status.message, workspace)}
+        return {"state": "failed", "message": in_app(rendered(UserError(status.message, *status.fixes)), workspace)}
     if error := last_error(job.log):
         return {"state": "failed", "message": in_app(error, workspace)}
     if shutil.disk_usage(job.folder).free < FULL:
@@ -249,7 +249,7 @@ def trim(log: Path) -> None:
 
 
 def last_error(log: Path) -> str:
-    """The sentence of an error at the end of a log, if there is one."""
+    """What was wrong by the error at the end of a log, if there is one; its remedies are the command line's."""
     if not log.is_file():
         return ""
     try:
@@ -258,7 +258,8 @@ def last_error(log: Path) -> str:
             lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return ""
-    return next((line.removeprefix("Error: ") for line in reversed(lines) if line.startswith("Error: ")), "")
+    said = next((line.removeprefix("Error: ") for line in reversed(lines) if line.startswith("Error: ")), "")
+    return said.partition(f" {USE} ")[0]
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .concepts import (
     read_concept,
     thumbnail,
 )
+from .sentences import rendered
 from .workspace import Workspace
 
 CARD_PHOTOS = 3
@@ -108,7 +109,7 @@ def _card(workspace: Workspace, name: str, own: bool, adapters: list[AdapterInfo
         files = photo_files(folder)
         paths = [path for path in files if is_picture(path)] or [photo.path for photo in read_concept(folder).photos]
     except UserError as error:
-        return Card(name, "", "", 0, own, [], adapters, str(error))
+        return Card(name, "", "", 0, own, [], adapters, rendered(error))
     photos: list[bytes] = []
     broken = len(files) - len(paths) if files else 0
     problem = f"{broken} broken photo{'' if broken == 1 else 's'}" if broken > 0 else ""
@@ -130,7 +131,7 @@ def _ledgers(workspace: Workspace) -> tuple[dict[tuple[str, str], dict[str, Slot
             for base, held in Ledger(workspace.adapters / file).read().items():
                 found[base, kind] = held
         except UserError as error:
-            problems.append(str(error))
+            problems.append(rendered(error))
     return found, problems
 
 

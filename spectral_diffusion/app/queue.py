@@ -27,6 +27,7 @@ from .adapters import adapter_files, release_slot
 from .concepts import concept_folder
 from .jobs import QueueJob, Record, disk_errors_as_sentence, how_it_ended, moving, read_job, trim
 from .presets import train_settings
+from .sentences import rendered
 from .workspace import Workspace, pick, sentence_of, visible
 
 BUSY, IDLE = (
@@ -275,7 +276,7 @@ class Queue:
                     f"The photos of '{job.record.concept}' are gone (deleted or renamed); add them again in step 1."
                 )
         except UserError as error:
-            job.write(state="failed", message=str(error))
+            job.write(state="failed", message=rendered(error))
             return False
         # Before the process is there, so that nobody starts it twice even if this one is killed on the next line.
         job = job.write(

@@ -12,7 +12,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 
 # Diffusers' lazy modules do not stand two threads that import at once: all of it is there before a page is served.
 from ..merging import fuse as recipe  # noqa: F401
@@ -83,7 +83,7 @@ def launch(
         UserError: the port is taken, or the app would be open to others without a password.
     """
     if (share or not is_local(host)) and not password:
-        raise UserError("--share and --host open the app to others: set a password with --password.")
+        raise UserError("Others could open the app without a password.", Fix("password", so="to set one"))
     guards = [Middleware(Guard, own=blocks.own_hosts, left=blocks.left)]
     if not password:
         guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL))

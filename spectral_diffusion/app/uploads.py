@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from ..core.errors import UserError, reason
 from ..data.image_io import FORMATS, SUFFIXES, open_photo
 from ..data.sidecars import is_label
+from .sentences import rendered
 
 PHOTOS = 100  # of one concept
 PIXELS = 50_000_000  # of one photo
@@ -81,7 +82,7 @@ def looked_through(files: Iterable[Path], known: Iterable[str] = (), room: int =
                 if photo.pixels in seen:
                     raise UserError(f"{one.label.name} is the same picture as {seen[photo.pixels]}")
             except UserError as error:
-                problems.append(str(error))
+                problems.append(rendered(error))
                 continue
             seen[photo.pixels] = one.label.name
             photos.append(photo)
@@ -159,7 +160,7 @@ def _found(files: list[Path], folder: Path, problems: list[str]) -> list[Found]:
         try:
             _unpack(file, folder, found, problems)
         except UserError as error:
-            problems.append(str(error))
+            problems.append(rendered(error))
         except Exception as error:  # a hostile zip may break the reader in any way
             problems.append(f"{file.name} is not a readable zip ({reason(error)})")
     return found
@@ -182,7 +183,7 @@ def _unpack(file: Path, folder: Path, found: list[Found], problems: list[str]) -
                 path = folder / f"{len(found):05}{label.suffix.lower()}"
                 unpacked += _copy(archive, member, path, unpacked)
             except UserError as error:
-                problems.append(str(error))
+                problems.append(rendered(error))
                 continue
             found.append(Found(path, label))
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from ..core.errors import UserError, nearest
 from ..core.files import is_special
 from ..core.hooks import Event
+from .sentences import rendered
 
 Value = TypeVar("Value")
 STAGES = {
@@ -109,7 +110,7 @@ def filled(changes: Mapping[str, Any]) -> dict[str, Any]:
 def sentence_of(error: BaseException) -> str:
     """One sentence for any error; a UserError has its own."""
     if isinstance(error, UserError):
-        return str(error)
+        return rendered(error)
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which no page has to wait for
         return "The GPU has not enough memory for this: choose smaller pictures or fewer at once, or end others."
     lines = str(error).strip().splitlines()

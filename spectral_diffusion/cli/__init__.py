@@ -6,38 +6,79 @@ import atexit
 import gc
 import os
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import typer
 
-from ..core.errors import UserError
+from ..core.errors import Fix, Spell, UserError, python
 from .verbs import app
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "speller"]
+
+SPELLED = {  # a setting to the parameter of another name that gives it
+    "adapters": "adapter",
+    "encoders": "encoder",
+    "init_from_adapter": "continue_from",
+    "num_images": "count",
+    "param_budget": "budget",
+    "scales": "strength",
+    "scenes": "scene",
+}
 
 
 def main() -> None:
-    """Run the command line; what a person can mend is one sentence and exit code 2."""
+    """Run the command line; what a person can mend is one line and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before the libraries are imported
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     atexit.register(gc.freeze)  # the interpreter need not search four thousand modules for garbage to end
     try:
         app()
     except UserError as error:
-        typer.echo(f"Error: {error}", err=True)
-        sys.exit(2)
+        fail(error)
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
-        typer.echo(f"Error: Cannot use {error.filename}: {error.strerror}.", err=True)
-        sys.exit(2)
+        fail(UserError(f"Cannot use {error.filename}: {error.strerror}."))
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is imported only where it is needed
             raise
-        typer.echo(
-            "Error: The GPU's memory is full; take a smaller batch_size= or size, dtype=float16, or --device cpu.",
-            err=True,
+        full = UserError(
+            "The GPU's memory is full.",
+            Fix("batch_size", "1"),
+            Fix("resolution", so="for smaller pictures"),
+            Fix("dtype", "float16"),
+            Fix("device", "cpu"),
         )
-        sys.exit(2)
+        fail(full)
     except KeyboardInterrupt:
         typer.echo("Stopped.", err=True)
         sys.exit(130)
+
+
+def fail(error: UserError) -> None:
+    """Print an error with what puts it right, and end."""
+    said = error.render(speller(sys.argv[1:])) if error.fixes else error.message
+    typer.echo(f"Error: {said}", err=True)
+    sys.exit(2)
+
+
+def speller(words: Sequence[str]) -> Spell:
+    """How a command line with these words spells a fix: as a flag where its verb has one, else as key=value."""
+    command: Any = typer.main.get_command(app)
+    for word in words:
+        command = getattr(command, "commands", {}).get(word, command)
+    options = {one.name: one for one in command.params if one.param_type_name == "option"}
+
+    def spell(fix: Fix) -> str:
+        option = options.get(SPELLED.get(fix.option, fix.option))
+        if option is None:
+            return python(fix)
+        flag = str(option.opts[0])
+        if option.is_flag:
+            return f"no {flag}" if fix.value == "false" else flag
+        if fix.option == "scales":
+            return f"{flag} NAME={fix.value or '…'}"
+        return f"{flag} {fix.value}".strip()
+
+    return spell

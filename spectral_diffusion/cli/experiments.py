@@ -53,5 +53,6 @@ def experiment(
             )
             if work is not None:
                 lab.folder = work
-            page = write_findings(study, study.run(lab, quick), lab, output, quick)
+            how = f"spectral-diffusion experiment {study.name} --base {base}" + (" --quick" if quick else "")
+            page = write_findings(study, study.run(lab, quick), lab, output, quick, how)
         say(f"Wrote {page}.")

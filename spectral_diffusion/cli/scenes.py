@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.errors import UserError
+from ..core.errors import ELSEWHERE, UserError
 from ..core.files import is_there
 from .support import numbers, say
 
@@ -208,7 +208,7 @@ def _write(photo: Path, output: Path | None, kind: str, drawn: Callable[[], Imag
     if output.suffix.lower() != ".png":
         raise UserError(f"The output {output} must end in .png.")
     if output.exists() and not is_drawn(output):
-        raise UserError(f"{output} was not drawn from a photo here, and would be lost; choose another output with -o.")
+        raise UserError(f"{output} was not drawn from a photo here, and would be lost.", ELSEWHERE)
     image, info = drawn(), PngInfo()
     info.add_text(DRAWN, kind)
     with atomic(output) as temporary:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from ..core.assets import preset, preset_of
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from .settings import Model, build, read_yaml
 from .train import TrainConfig
 
@@ -102,7 +102,9 @@ def settings_for(
         layer = read_yaml(preset(chosen))
         if layer and set(layer) <= VERBS:
             if verb == "train" and verb not in layer:
-                raise UserError(f"{chosen} is a preset for {', '.join(layer)}; choose another for train with --config.")
+                raise UserError(
+                    f"{chosen} is a preset for {', '.join(layer)}, not for train.", Fix("config", so="to name another")
+                )
             layer = layer.get(verb) or {}
             if not isinstance(layer, dict):
                 raise UserError(f"The part '{verb}' of {chosen} must hold key: value lines.")

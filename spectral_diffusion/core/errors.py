@@ -19,11 +19,23 @@ class Fix:
         option: such as ``rank``, ``device`` or ``resume``.
         value: such as ``"8"``; ``"true"`` and ``"false"`` for switches; empty where any other value would do.
         so: what it does, as a clause: ``"to go on with the new settings"``.
+        also: another one that has to go with it.
     """
 
     option: str
     value: str = ""
     so: str = ""
+    also: Fix | None = None
+
+
+ELSEWHERE = Fix("output", so="to write elsewhere")
+Spell = Callable[[Fix], str]
+USE = "Use"  # what the sentence of the fixes begins with, and nothing else
+
+
+def python(fix: Fix) -> str:
+    """A fix as Python and ``key=value`` spell it."""
+    return f"{fix.option}={fix.value or '…'}"
 
 
 class UserError(Exception):
@@ -39,14 +51,30 @@ class UserError(Exception):
         self.message, self.fixes = message, fix
 
     def __str__(self) -> str:
-        return self.render(lambda fix: f"{fix.option}={fix.value or '…'}")
+        return self.render(python)
 
-    def render(self, spell: Callable[[Fix], str]) -> str:
-        """The message and its fixes, each option spelt as the caller's user knows it."""
-        if not self.fixes:
-            return self.message
-        ways = [f"{spell(fix)} {fix.so}".strip() for fix in self.fixes]
-        return f"{self.message} Use {', or '.join(ways)}."
+    def render(self, spell: Spell, verb: str = USE) -> str:
+        """The message and what :meth:`remedy` says."""
+        return f"{self.message} {self.remedy(spell, verb)}".strip()
+
+    def remedy(self, spell: Spell, verb: str = USE) -> str:
+        """One sentence of the fixes, each option spelled as the caller's user knows it; empty where there are none.
+
+        Args:
+            spell: a fix in such words; empty for one that this user has no means for, which is left out.
+            verb: what the sentence begins with; empty where every spelling has one of its own.
+        """
+        ways = [way for fix in self.fixes if (way := _way(fix, spell))]
+        if not ways:
+            return ""
+        text = f"{verb} {', or '.join(dict.fromkeys(ways))}.".strip()
+        return text[0].upper() + text[1:]
+
+
+def _way(fix: Fix, spell: Spell) -> str:
+    """A fix with what goes with it, and what it does; empty if one part has no spelling."""
+    parts = [spell(one) for one in (fix, fix.also) if one]
+    return f"{' and '.join(parts)} {fix.so}".strip() if all(parts) else ""
 
 
 class Cancelled(Exception):

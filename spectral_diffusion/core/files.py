@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import UserError, reason
+from .errors import ELSEWHERE, UserError, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,7 @@ def _beside(path: Path) -> Path:
 def cannot_write(path: Path, error: Exception) -> UserError:
     """The sentence for an output that cannot be written."""
     said = error.strerror if isinstance(error, OSError) else None
-    return UserError(f"Cannot write {path}: {said or reason(error)}; choose another output with -o.")
+    return UserError(f"Cannot write {path}: {said or reason(error)}.", ELSEWHERE)
 
 
 def is_file(path: Path | str) -> bool:
@@ -128,8 +128,9 @@ def check_writable(path: Path, needed: int = PROBE) -> None:
         temporary.unlink(missing_ok=True)
     if free < needed:
         raise UserError(
-            f"{path} needs about {needed / 2**20:,.0f} MiB and its disk has {free / 2**20:,.0f} MiB free; free some "
-            "space, or choose another output with -o."
+            f"{path} needs about {needed / 2**20:,.0f} MiB and its disk has {free / 2**20:,.0f} MiB free, so some "
+            "space has to be freed.",
+            ELSEWHERE,
         )
 
 
@@ -180,8 +181,8 @@ def refuse_overwriting_settings(path: Path) -> None:
     earlier = all(f"\n{key}: " in f"\n{text}" for key in DUMPED)  # written before they had their first line
     if not (text.startswith(RESOLVED) or earlier):
         raise UserError(
-            f"{path} would be replaced by the settings that are written beside every output; rename it, or choose "
-            "another output with -o."
+            f"{path} would be replaced by the settings that are written beside every output, unless it is renamed.",
+            ELSEWHERE,
         )
 
 
@@ -197,9 +198,9 @@ def check_replaceable(folder: Path, own: Collection[str]) -> None:
         UserError: it does; the sentence names one such thing.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is a file; choose another output with -o.")
+        raise UserError(f"{folder} is a file.", ELSEWHERE)
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
-        raise UserError(f"{folder} is the folder that you are in; name another one with -o.")
+        raise UserError(f"{folder} is the folder that you are in.", ELSEWHERE)
     check_only(folder, {*PIPELINE, *own})
 
 
@@ -211,7 +212,7 @@ def check_only(folder: Path, own: Collection[str]) -> None:
     """
     held = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
     if other := sorted(held - {*own, *DROPPED}):
-        raise UserError(f"{folder} holds {other[0]}, which would be lost; choose another output with -o.")
+        raise UserError(f"{folder} holds {other[0]}, which would be lost.", ELSEWHERE)
 
 
 def holds(folder: Path, other: Path | str) -> bool:

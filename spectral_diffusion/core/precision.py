@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import UserError
+from .errors import Fix, UserError
 from .machine import measured
 
 MixedPrecision = Literal["no", "bf16", "fp16"]  # resolved; settings also have "auto"
@@ -41,7 +41,7 @@ def resolve_mixed_precision(
     """
     kind = torch.device(device).type
     if asked == "bf16" and kind == "cuda" and torch.cuda.is_available() and not cuda_has_bf16():
-        raise UserError("This GPU has no bfloat16; take mixed_precision=fp16, or auto.")
+        raise UserError("This GPU has no bfloat16.", Fix("mixed_precision", "fp16"), Fix("mixed_precision", "auto"))
     if asked != "auto":
         return cast(MixedPrecision, asked)
     if dtype != torch.float32:

@@ -77,7 +77,9 @@ def read_pairs(config: ControlConfig, hooks: Hooks) -> list[ControlPair]:
     for text in concept.notes:
         hooks.notify(text)
     if wordless:
-        hooks.notify(f"Without a caption: {wordless} pictures, read as '{config.template}'; template= says another.")
+        hooks.notify(
+            f"Without a caption: {wordless} pictures, read as '{config.template}'; another template can be given."
+        )
     return pairs
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..config.train import TrainConfig
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.rng import keyed_generator as keyed_generator
 from ..models.base import Base
@@ -93,8 +93,10 @@ class PhotoCrops:
         latents = encode(self.vae, torch.stack([cut_photo(opened(photo), crop) for photo, crop in pairs]))
         for (photo, _), latent in zip(pairs, latents, strict=True):
             if not torch.isfinite(latent).all():
-                mend = "use dtype=float32" if self.vae.dtype == torch.float16 else "get the base again"
-                raise UserError(f"The base's autoencoder made NaN or infinity of {photo.path}; {mend}.")
+                text = f"The base's autoencoder made NaN or infinity of {photo.path}"
+                if self.vae.dtype == torch.float16:
+                    raise UserError(f"{text}.", Fix("dtype", "float32"))
+                raise UserError(f"{text}; get the base again.")
         if not self.masked:
             return latents, None
         masks = torch.stack([cut_mask(covers(photo), crop) for photo, crop in pairs])

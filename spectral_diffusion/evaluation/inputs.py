@@ -12,7 +12,7 @@ from ..adapters.apply import Strength
 from ..adapters.formats.native import load_adapter
 from ..config.settings import build, read_yaml
 from ..core.assets import preset_of
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from ..core.files import is_folder
 from ..merging.fuse import check_together, scale_of
 from ..merging.manifest import lasting, load_adapters, read_manifest
@@ -146,7 +146,10 @@ def subjects(config: EvaluateConfig, held: Held | None, scenes: Sequence[Scene])
     if held:
         return [Subject(a.name, a.noun, a.token, trained_on(path)) for path, a in held.adapters.items()]
     if config.references is None:
-        raise UserError("Pictures without their adapters need --references FOLDER, with photos of each concept.")
+        raise UserError(
+            "Pictures without their adapters need photos of each concept to be compared with.",
+            Fix("references", so="to name a folder of them"),
+        )
     named = {token for scene in scenes for token in typed_tokens(" ".join(positive_prompts(scene)))}
     concepts, _ = read_references(config.references)
     found = [Subject(one.name, one.noun, one.token) for one in concepts if one.token.lower() in named]
@@ -181,7 +184,7 @@ def choose_encoders(names: Sequence[str], bases: Sequence[str]) -> list[Encoder]
     found = encoders_here()
     if not found:
         raise UserError(
-            "No encoder that knows photographs is on this machine; download a CLIP or DINOv2 model and name it with "
-            "--encoder."
+            "No encoder that knows photographs is on this machine; a CLIP or DINOv2 model has to be downloaded first.",
+            Fix("encoders", so="to name it"),
         )
     return found

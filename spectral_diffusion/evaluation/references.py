@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from ..data.folder import Concept, load_concept
 
 
@@ -84,5 +84,5 @@ def _trained_on(subject: Subject) -> Concept:
     found = _concept(subject.photos) if subject.photos else None
     if found is None:
         where = f"are not in {subject.photos} any more" if subject.photos else "are not known"
-        raise UserError(f"The photos of '{subject.name}' {where}; say where they are with --references FOLDER.")
+        raise UserError(f"The photos of '{subject.name}' {where}.", Fix("references", so="to say where they are"))
     return _as(subject, found)

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..config.settings import to_yaml
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from ..core.files import check_writable, write_settings
 from ..core.hooks import QUIET, Hooks
 from ..core.machine import heading, provenance
@@ -41,12 +41,16 @@ def evaluate_to_folder(
         UserError: anything the person can mend; most of it is told before anything is drawn.
     """
     if config.output.exists() and not config.output.is_dir():
-        raise UserError(f"The output {config.output} is a file; name a folder with -o.")
+        raise UserError(f"The output {config.output} is a file.", Fix("output", so="to name a folder"))
     held = hold(config)
     scenes = read_scenes(config, held)
     pictures = read_pictures(config.pictures) if config.pictures else {}
     if not (held or scenes or pictures):
-        raise UserError("Nothing to evaluate: give adapter files, a fused folder, --scene FILE or --pictures FOLDER.")
+        raise UserError(
+            "Nothing to evaluate: neither adapter files nor a fused folder is given.",
+            Fix("scenes", so="to draw and measure a scene"),
+            Fix("pictures", so="to measure a folder of pictures"),
+        )
     every = [*scenes.values(), *pictures.values()]
     concepts = references_of(subjects(config, held, every), config.references, config.others)
     encoders = choose_encoders(config.encoders, [held.base] if held else [scene.base for scene in every])

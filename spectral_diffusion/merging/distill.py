@@ -24,7 +24,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.apply import Strength, enabled_adapters
 from ..config.fuse import DistillConfig
 from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, GENERIC_TEMPLATES, generic_subject
-from ..core.errors import NotFiniteError, UserError
+from ..core.errors import Fix, NotFiniteError, UserError
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.precision import MixedPrecision, autocast, is_half, loss_scaler
 from ..core.rng import keyed_generator, keyed_random
@@ -76,7 +76,8 @@ def prepare_targets(
         if not adapter.tokens:
             raise UserError(
                 f"'{adapter.name}' has no word of its own: it changes ordinary prompts, which teaching would take away "
-                "again. Fuse without distill.steps."
+                "again.",
+                Fix("distill.steps", "0"),
             )
     random = keyed_random("ordinary", seed)
     things = config.prior_subjects or [generic_subject(a, n) for a in GENERIC_ADJECTIVES for n in GENERIC_NOUNS]
@@ -190,7 +191,8 @@ def distill(
                     loss = loss_of(base, batch, precision) / config.gradient_accumulation_steps
                     if not torch.isfinite(loss):
                         raise NotFiniteError(
-                            f"Teaching met NaN or infinity at step {step}: lower distill.learning_rate."
+                            f"Teaching met NaN or infinity at step {step}.",
+                            Fix("distill.learning_rate", f"{config.learning_rate / 10:g}"),
                         )
                     scaler.scale(loss).backward()
                     total += float(loss.detach())

@@ -17,7 +17,7 @@ from ..adapters.formats.card import MARK, model_card
 from ..adapters.formats.checkpoint import checkpoint_tensors
 from ..adapters.formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
 from ..config.fuse import FuseConfig
-from ..core.errors import UserError
+from ..core.errors import ELSEWHERE, UserError
 from ..core.files import atomic_folder, check_replaceable, check_writable, holds, read_header, write_tensors, write_text
 from ..core.hooks import QUIET, Hooks
 from ..core.machine import made_on, provenance
@@ -185,15 +185,15 @@ def check_free(path: Path, source: Source, output: Path, kind: str) -> None:
     """
     here, there = Path(path).resolve(), Path(output).resolve()
     if there == here or here in there.parents:
-        raise UserError(f"{output} is what is exported, or inside it; choose another output with -o.")
+        raise UserError(f"{output} is what is exported, or inside it.", ELSEWHERE)
     if kind == "folder":
         if not there.exists() or (there.is_dir() and not any(there.iterdir())):
             return
         if not is_our_export(there / EXPORTED) or (there / "manifest.json").exists():
-            raise UserError(f"{output} exists and is no earlier export; choose another output with -o.")
+            raise UserError(f"{output} exists and is no earlier export.", ELSEWHERE)
         check_replaceable(output, {EXPORTED})
         if holds(there, here) or (source.base != "pocket" and holds(there, source.base)):
-            raise UserError(f"{output} holds what is exported, or its base; choose another output with -o.")
+            raise UserError(f"{output} holds what is exported, or its base.", ELSEWHERE)
         return
     files: dict[Path, str | None] = {} if kind == "embedding" else {output: None}
     for file, token in {**files, **embedding_files(source, output, kind)}.items():
@@ -201,10 +201,10 @@ def check_free(path: Path, source: Source, output: Path, kind: str) -> None:
             continue
         names, metadata = read_header(file)
         if not OURS & set(metadata) and (token is None or names not in ({token}, {"clip_l", "clip_g"})):
-            raise UserError(f"{file} is no earlier export, and would be lost; choose another output with -o.")
+            raise UserError(f"{file} is no earlier export, and would be lost.", ELSEWHERE)
     described = there.with_suffix(".md")
     if kind != "embedding" and described.exists() and not is_our_export(described):
-        raise UserError(f"{described} is not a card of this program, and would be lost; choose another output with -o.")
+        raise UserError(f"{described} is not a card of this program, and would be lost.", ELSEWHERE)
 
 
 def is_our_export(described: Path) -> bool:
@@ -219,7 +219,7 @@ def cut(source: Source, rank: int | None, hooks: Hooks) -> dict[str, Factors]:
     if rank is None and full:
         rank = 32
         hooks.notify(
-            "This method's change has full rank; a LoRA file can only come near it (choose how near with --rank)."
+            "This method's change has full rank; a LoRA file only comes near it, the nearer the higher its rank."
         )
     if rank is None:
         return factors

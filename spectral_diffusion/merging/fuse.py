@@ -15,7 +15,7 @@ from ..adapters.formats.native import save_adapter
 from ..adapters.formats.reading import is_foreign
 from ..config.fuse import FuseConfig, MergeConfig
 from ..config.settings import to_yaml
-from ..core.errors import NotFiniteError, UserError, nearest
+from ..core.errors import Fix, NotFiniteError, UserError, nearest
 from ..core.files import atomic_folder, check_writable, write_json, write_text
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.machine import heading
@@ -56,20 +56,25 @@ def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> No
     """
     for one, other in itertools.combinations(adapters, 2):
         if one.name == other.name:
-            raise UserError(f"Two adapters are called '{one.name}'; train one of them again with another name=.")
+            raise UserError(
+                f"Two adapters are called '{one.name}', so one of them has to be trained again.",
+                Fix("name", so="to give it another"),
+            )
         for token, others in itertools.product(one.tokens, other.tokens):
             if token.lower() == others.lower():  # a tokenizer does not tell upper case from lower
-                mend = (
-                    "leave one out" if {"imported"} & {*one.config, *other.config} else "train one with another token="
+                shared = f"'{one.name}' and '{other.name}' share the token {token}"
+                if {"imported"} & {*one.config, *other.config}:
+                    raise UserError(f"{shared}; leave one out.")
+                raise UserError(
+                    f"{shared}, so one of them has to be trained again.", Fix("token", so="to give it another")
                 )
-                raise UserError(f"'{one.name}' and '{other.name}' share the token {token}; {mend}.")
     names = [adapter.name for adapter in adapters]
     parts = {component for adapter in adapters for component in (layer.split(".")[0] for layer in adapter.layers)}
     for key in strength:
         name, component = owner(key, names)
         if name not in names or (component and component not in parts):
             raise UserError(
-                f"--strength names '{key}'{nearest(key, names)}, but the adapters are {', '.join(names)} "
+                f"A strength names '{key}'{nearest(key, names)}, but the adapters are {', '.join(names)} "
                 f"(and their components {', '.join(sorted(parts))})."
             )
 
@@ -186,7 +191,7 @@ def extra_modules(base: Base, config: MergeConfig, adapted: Container[str]) -> l
     try:
         found = find_targets(base.models, config.distill.target_modules)
     except UserError as error:
-        raise UserError(f"distill.target_modules: {error}") from error
+        raise UserError(f"distill.target_modules: {error.message}", *error.fixes) from error
     return [layer for name, layer in found.items() if name not in adapted]
 
 
@@ -334,7 +339,8 @@ def fuse_to_folder(
     adapters = [adapter for path in config.adapters if path not in foreign for adapter in load_adapters(path)]
     if not adapters and config.base is None:
         raise UserError(
-            f"{config.adapters[0]} is not an adapter of this program; a LoRA of another needs its base named by --base."
+            f"{config.adapters[0]} is not an adapter of this program, and a LoRA of another names no base.",
+            Fix("base", so="to name it"),
         )
     check_apart(output, config.base or adapters[0].base)
     base = base or load_base(config.base or adapters[0].base, device_for(config))

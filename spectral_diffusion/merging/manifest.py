@@ -10,7 +10,7 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..adapters.formats.native import load_adapter
 from ..config.fuse import FuseConfig
-from ..core.errors import UserError
+from ..core.errors import ELSEWHERE, UserError
 from ..core.files import (
     check_only,
     check_replaceable,
@@ -110,7 +110,7 @@ def check_fusion_output(output: Path) -> None:
     if not output.exists():
         return
     if not (output / MANIFEST).is_file():
-        raise UserError(f"{output} exists and is not a fused folder; choose another output with -o.")
+        raise UserError(f"{output} exists and is not a fused folder.", ELSEWHERE)
     check_replaceable(output, {MANIFEST, MERGED, SETTINGS, ADAPTERS})
     try:
         concepts = (read_manifest(output) or {})["concepts"].values()
@@ -126,7 +126,7 @@ def check_apart(output: Path, base: str) -> None:
         UserError: the output is that base, or holds it.
     """
     if base != "pocket" and output.exists() and holds(output, base):
-        raise UserError(f"{output} is the base that is built on, and would be lost; choose another output with -o.")
+        raise UserError(f"{output} is the base that is built on, and would be lost.", ELSEWHERE)
 
 
 def manifest_of(

@@ -12,17 +12,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..config.fuse import CalibrationConfig, DistillConfig
+from ..core.errors import Fix
 from ..core.precision import MixedPrecision, autocast, is_half
 from ..models.base import Base
 from ..models.denoiser import plain_attention_is_faster
 from ..training.memory import CONTEXT, Estimate, LeanAttention, Models, Peak, base_kind, fitting, hollow, words
 from .calibration import CHUNK
 from .distill import CHUNK as TOGETHER
-
-MEND = (
-    "set distill.gradient_checkpointing=true and a smaller distill.batch_size with more "
-    "distill.gradient_accumulation_steps, or no distill.target_modules"
-)
 
 
 def calibration_memory(sizes: Mapping[str, tuple[int, int]], prompts: int, config: CalibrationConfig) -> int:
@@ -96,4 +92,15 @@ def check_distillation_memory(
         UserError: there is clearly not enough.
     """
     found = distillation_memory(base.models, base.pipeline.vae, learners, config, base.size, base_kind(base), precision)
-    return fitting(found, base, "Teaching", MEND)
+    fewer = max(2, config.batch_size // 2)
+    batches = config.gradient_accumulation_steps * (config.batch_size // fewer)
+    smaller = Fix("distill.batch_size", str(fewer), also=Fix("distill.gradient_accumulation_steps", str(batches)))
+    return fitting(
+        found,
+        base,
+        "Teaching",
+        *([] if config.gradient_checkpointing else [Fix("distill.gradient_checkpointing", "true")]),
+        *([smaller] if fewer < config.batch_size else []),
+        Fix("distill.target_modules", "null", "to teach no more than the adapted layers"),
+        Fix("distill.steps", "0"),
+    )

@@ -13,7 +13,7 @@ from ..adapters.adapter import Adapter, check_base
 from ..adapters.formats.native import save_adapter
 from ..config.fuse import FuseConfig
 from ..config.settings import build
-from ..core.errors import UserError, nearest
+from ..core.errors import ELSEWHERE, Fix, UserError, nearest
 from ..core.files import atomic_folder, write_json
 from ..core.hooks import QUIET, Hooks
 from ..linalg import Factors
@@ -73,7 +73,7 @@ def unfuse(
         if name not in names:
             raise UserError(f"No concept '{name}' in {folder}{nearest(name, names)}; there are {', '.join(names)}.")
     if output.resolve() == folder.resolve():
-        raise UserError(f"{folder} may hold the only copy of what is taken out; choose another output with -o.")
+        raise UserError(f"{folder} may hold the only copy of what is taken out.", ELSEWHERE)
     check_fusion_output(output)
     kept = [adapter for adapter in adapters if adapter.name not in remove]
     left = {key: value for key, value in config.scales.items() if owner(key, names)[0] not in remove}
@@ -87,7 +87,9 @@ def unfuse(
         base = load_base(str(config.base), device_for(config))
     except UserError as error:
         raise UserError(
-            f"{error} It is needed to fuse the rest anew: name it with --base; without it --subtract comes close."
+            f"{error.message} It is needed to fuse the rest anew.",
+            Fix("base", so="to say where it is"),
+            Fix("subtract", "true", "to come close without it"),
         ) from error
     for text in (check_base(adapter, base, config.allow_base) for adapter in adapters):
         if text:

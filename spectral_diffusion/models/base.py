@@ -23,7 +23,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from .. import pocket
-from ..core.errors import UserError, reason
+from ..core.errors import Fix, UserError, reason
 from ..core.files import check_not_disguised, read_header
 from .denoiser import Denoiser
 from .families import FAMILIES, family_of
@@ -154,7 +154,7 @@ def parse_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"Device '{name}' is not available here; try --device cpu.") from error
+        raise UserError(f"Device '{name}' is not available here.", Fix("device", "cpu")) from error
     return device
 
 

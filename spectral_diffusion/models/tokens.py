@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from ..core.rng import keyed_generator
 
 LETTERS = {
@@ -145,7 +145,9 @@ def mean_noun_vector(tokenizer: Tokenizer, text_encoder: nn.Module, noun: str) -
     """
     ids = tokenizer(noun, add_special_tokens=False).input_ids  # type: ignore[operator]
     if not ids:
-        raise UserError(f"The class noun '{noun}' is empty for this base's tokenizer; name another with --noun.")
+        raise UserError(
+            f"The class noun '{noun}' is empty for this base's tokenizer.", Fix("class_noun", so="to name another")
+        )
     return embedding_of(text_encoder).weight.detach()[ids].float().mean(0).cpu()
 
 

@@ -25,7 +25,7 @@ from ..adapters.apply import Strength, component_scale, install_tokens, load_ada
 from ..adapters.formats.import_lora import import_lora
 from ..adapters.formats.native import load_adapter
 from ..adapters.formats.reading import is_foreign
-from ..core.errors import Cancelled, NotFiniteError, UserError, nearest
+from ..core.errors import ELSEWHERE, Cancelled, Fix, NotFiniteError, UserError, nearest
 from ..core.files import check_writable
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.precision import autocast, resolve_mixed_precision, tf32
@@ -179,7 +179,9 @@ def not_finite(dtype: torch.dtype) -> NotFiniteError:
         return NotFiniteError(
             "The picture is NaN or infinite: lower the strengths of its adapters, or look at the base's weights."
         )
-    return NotFiniteError("The picture is NaN or infinite in half precision; draw with dtype=bfloat16 or float32.")
+    return NotFiniteError(
+        "The picture is NaN or infinite in half precision.", Fix("dtype", "bfloat16"), Fix("dtype", "float32")
+    )
 
 
 @contextmanager
@@ -345,7 +347,7 @@ def generate_to_file(
     if scene.output.suffix.lower() != ".png":
         raise UserError(f"The output {scene.output} must end in .png.")
     if not scene.prompt.strip():
-        raise UserError('A prompt is needed: --prompt "a photo of <rex> on the beach".')
+        raise UserError("A prompt is needed.", Fix("prompt", '"a photo of <rex> on the beach"'))
     seeds = scene.every_seed()
     if scene.only_seed is not None and scene.only_seed not in seeds:
         raise UserError(f"only_seed={scene.only_seed} is none of the seeds {', '.join(map(str, seeds[:8]))}.")
@@ -354,7 +356,7 @@ def generate_to_file(
     check_writable(scene.output)
     for path in {scene.output, *encoded_regions(scene).values()}:
         if path.exists() and not is_our_png(path):
-            raise UserError(f"{path} was not drawn by this program, and would be lost; choose another output with -o.")
+            raise UserError(f"{path} was not drawn by this program, and would be lost.", ELSEWHERE)
     base = base or load_base(scene.base, scene.device, scene.dtype)
     scene = with_precision(scene, base)
     sources = sources_of(scene, base)

@@ -169,7 +169,7 @@ def scene_of(path: Path, base_size: int, mapping: Mapping[str, str], layout: int
     for key in mapping:
         stems = {match[1] for match in GROUP.finditer(written)}
         if key not in EVERY and key not in written and key.strip("<>") not in stems:
-            raise UserError(f"--map names '{key}', but the file's tokens are {', '.join(sorted(stems))}.")
+            raise UserError(f"The mapping names '{key}', but the file's tokens are {', '.join(sorted(stems))}.")
     drawings = drawings_beside(path)
     width, height = size_of(drawings, spots)
     regions = []

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from PIL.Image import DecompressionBombError
 
 from ..adapters.formats.reading import lora_file
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from ..core.files import atomic, is_file, is_there, parse_json
 from ..core.machine import provenance
 from ..core.paths import is_full, located, located_base, portable, portable_base
@@ -168,7 +168,9 @@ def find_again(path: Path, named: Iterable[str] = ()) -> Found:
 
     settings = paths_in(read_settings(path), found)
     if lost := next((name for held in adapters_held(settings) for name in held if not is_there(name)), None):
-        raise UserError(f"{path} was drawn with {lost}, which is not there any more; name it with --adapter FILE.")
+        raise UserError(
+            f"{path} was drawn with {lost}, which is not there any more.", Fix("adapters", so="to name it where it is")
+        )
     sources = {moved.get(name, name): digest for name, digest in digests.items()}
     return Found(settings, sources, {name for name in moved.values() if name in anew})
 

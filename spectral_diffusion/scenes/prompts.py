@@ -38,7 +38,7 @@ def foreign_syntax(prompts: list[str]) -> Iterator[str]:
     for tag in dict.fromkeys(match.group() for match in TAG.finditer(text)):
         name, weight = TAG.fullmatch(tag).groups()  # type: ignore[union-attr]
         option = f"{name or 'NAME'}.safetensors" + (f"={weight}" if weight else "")
-        yield f"{tag} is read as plain text; name the file with --adapter {option}."
+        yield f"{tag} is read as plain text; such a file is named among the adapters ({option})."
     if marks := list(dict.fromkeys(EMPHASIS.findall(text))):
         verb = "is" if len(marks) == 1 else "are"
         yield f"{' and '.join(marks)} {verb} read as plain text; prompts here have no weights and no breaks."

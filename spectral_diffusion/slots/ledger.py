@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from ..core.files import cannot_write, locked, parse_json, read_text, write_json
 from ..core.rng import keyed_random
 
@@ -137,7 +137,11 @@ def random_slot(rank: int, pool: int, seed: int) -> Slot:
         UserError: the pool is too small.
     """
     if rank > pool:
-        raise UserError(f"{rank} columns cannot be drawn from {pool}; lower --rank or draw from more (sampled:128).")
+        raise UserError(
+            f"{rank} columns cannot be drawn from {pool}.",
+            Fix("rank", str(pool)),
+            Fix("slot", f"sampled:{max(128, rank)}"),
+        )
     return Slot(tuple(sorted(keyed_random("slot", seed).sample(range(pool), rank))))
 
 
@@ -254,14 +258,15 @@ class Ledger:
                 reason = f" (the narrowest adapted weight, {narrowest}, has that many)" if narrowest else ""
                 raise UserError(
                     f"Slot {slot} is past the {capacity} columns of this base{reason}: "
-                    f"{capacity // rank} slots of rank {rank} fit; release one or lower --rank."
+                    f"{capacity // rank} slots of rank {rank} fit, so one has to be released.",
+                    *([Fix("rank", str(rank // 2), "to have more of them")] if rank > 1 else []),
                 )
             here = slot.from_top(capacity)
             clash = next((name for name, columns in others.items() if columns & here), None)
             if clash:
                 raise UserError(
-                    f"Slot {slot} overlaps the columns {taken[clash]} of '{clash}'; use --slot next, another slot, "
-                    f"or free it (spectral-diffusion slots release {clash})."
+                    f"Slot {slot} overlaps the columns {taken[clash]} of '{clash}', which is not released.",
+                    Fix("slot", "next", "to take the next free ones"),
                 )
             for held in kin:
                 held.pop(concept, None)  # it is trained anew

@@ -16,7 +16,7 @@ from .registry import Findings, Study
 from .runner import Figures, StudyRunner
 
 
-def page(study: Study, findings: Findings, lab: StudyRunner, quick: bool, title: str) -> str:
+def page(study: Study, findings: Findings, quick: bool, title: str, how: str) -> str:
     """The study's page; the names of its pictures begin with ``title``."""
     parts = [
         f"# {study.name}",
@@ -28,7 +28,6 @@ def page(study: Study, findings: Findings, lab: StudyRunner, quick: bool, title:
     for table in findings.tables:
         parts += [f"## {table.title}", markdown(table.rows)]
     parts += [f"![{name}]({title}-{name}.png)" for name in findings.pictures]
-    how = f"spectral-diffusion experiment {study.name} --base {lab.base_name}" + (" --quick" if quick else "")
     parts.append(f"Made by `{how}`." + (" The quick form shows that it runs; it proves nothing." if quick else ""))
     return "\n\n".join(parts) + "\n"
 
@@ -89,10 +88,13 @@ def page_name(study: Study, findings: Findings, folder: Path, quick: bool) -> st
     return f"{study.name}-unfinished" if more else study.name
 
 
-def write_findings(study: Study, findings: Findings, lab: StudyRunner, folder: Path, quick: bool) -> Path:
+def write_findings(study: Study, findings: Findings, lab: StudyRunner, folder: Path, quick: bool, how: str) -> Path:
     """Write ``NAME.json``, ``NAME.md``, pictures and the record of cells into a folder; returns the page.
 
     The names are :func:`page_name`'s. An unfinished page's cells are added to the whole one's record.
+
+    Args:
+        how: the command that makes the page.
     """
     title = page_name(study, findings, folder, quick)
     for name, picture in findings.pictures.items():
@@ -114,5 +116,5 @@ def write_findings(study: Study, findings: Findings, lab: StudyRunner, folder: P
     if lab.used:
         write_record(record_path(folder, title if quick else study.name), lab.used, whole=not findings.missing)
     path = folder / f"{title}.md"
-    write_text(path, page(study, findings, lab, quick, title))
+    write_text(path, page(study, findings, quick, title, how))
     return path

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..adapters.attach import InjectedAdapter
 from ..config.train import TrainConfig
 from ..core.cache import DIGEST, digest
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from ..core.files import parse_json, read_header, read_tensors, write_tensors
 from ..core.hooks import QUIET, Hooks
 
@@ -35,7 +35,7 @@ FIXED = (
     "per_layer_tokens",
     "optimizer.name",
 )
-ANEW = "start anew by --force without --resume"
+ANEW = Fix("force", "true", "to start anew", also=Fix("resume", "false"))
 KEPT = ("betas", "eps", "weight_decay", "d_coef")  # of an optimiser's groups: as the settings say, not the state
 PARTS = ("config", "belongs", "extra", "validation", "scaler")  # of what is kept beside the tensors
 APART = (
@@ -92,7 +92,7 @@ def load_state(path: Path, optimizer: Stateful | None = None) -> tuple[dict[str,
     """
     packed, metadata = read_tensors(path)
     if metadata.get(DIGEST) != digest(packed, metadata):
-        raise UserError(f"{path} is not a training state of this run, or damaged; remove it or train without --resume.")
+        raise UserError(f"{path} is not a training state of this run, or damaged, and has to be removed.")
     try:
         header = parse_json(metadata["state"])
         meta, groups = header["meta"], header["groups"]
@@ -106,7 +106,7 @@ def load_state(path: Path, optimizer: Stateful | None = None) -> tuple[dict[str,
                     moments.setdefault(int(index), {})[key] = value
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise UserError(f"{path} is not a training state of this run; remove it or train without --resume.") from error
+        raise UserError(f"{path} is not a training state of this run, and has to be removed.") from error
     return {name[7:]: value for name, value in packed.items() if name.startswith("tensor.")}, meta
 
 
@@ -128,7 +128,7 @@ def header_of(path: Path) -> dict[str, Any]:
         header: dict[str, Any] = json.loads(read_header(path)[1]["state"])
         return header
     except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is not a training state; remove it or train without --resume.") from error
+        raise UserError(f"{path} is not a training state, and has to be removed.") from error
 
 
 def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -137,6 +137,11 @@ def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         out |= flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
     return out
+
+
+def written(value: Any) -> str:
+    """A setting's value as ``key=value`` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -153,8 +158,8 @@ def refuse_changed_settings(path: Path, meta: Mapping[str, Any], now: Mapping[st
     """
     for key, (old, new) in differences(meta.get("config", {}), now).items():
         raise UserError(
-            f"{path} was made with {key}={old}, now it is {new}; resume with the same settings, or train without "
-            "--resume."
+            f"{path} was made with {key}={old}, now it is {new}; to start anew, that file has to be removed.",
+            Fix(key, written(old), "to go on as it was"),
         )
 
 
@@ -229,7 +234,7 @@ class TrainingState:
             self._take(tensors, meta)
             return int(meta["step"])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{self.path} is not a training state of this run; {ANEW}.") from error
+            raise UserError(f"{self.path} is not a training state of this run.", ANEW) from error
 
     def _check_fitting(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], changed: Changes) -> None:
         """Refuse a state that cannot be loaded here, whatever is forced.
@@ -251,13 +256,14 @@ class TrainingState:
         if causes:
             old, new = changed[causes[0]]
             raise UserError(
-                f"{self.path} was made with {causes[0]}={old} and cannot go on with {new}; resume with "
-                f"{causes[0]}={old}, or {ANEW}."
+                f"{self.path} was made with {causes[0]}={old} and cannot go on with {new}.",
+                Fix(causes[0], written(old), "to go on as it was"),
+                ANEW,
             )
         if self._other_concept(meta):
-            raise UserError(f"{self.path} was made with other photos, captions or words; {ANEW}.")
+            raise UserError(f"{self.path} was made with other photos, captions or words.", ANEW)
         raise UserError(
-            f"{self.path} was made on another base, slot or start, or by another version of its method; {ANEW}."
+            f"{self.path} was made on another base, slot or start, or by another version of its method.", ANEW
         )
 
     def _other_concept(self, meta: Mapping[str, Any]) -> bool:
@@ -273,27 +279,35 @@ class TrainingState:
         """
         if int(meta["step"]) > self.config.steps:
             raise UserError(
-                f"{self.path} is at step {meta['step']} already, past steps={self.config.steps}; ask for more steps, "
-                f"or {ANEW}."
+                f"{self.path} is at step {meta['step']} already, past steps={self.config.steps}.",
+                Fix("steps", str(meta["step"]), "or more"),
+                ANEW,
             )
         told = ", ".join(f"{key}={old}, now it is {new}" for key, (old, new) in list(changed.items())[:3])
         if changed and not force:
             raise UserError(
-                f"{self.path} was made with {told}; resume with the same settings, go on with the new ones by "
-                f"--resume --force, or {ANEW}."
+                f"{self.path} was made with {told}.",
+                *(
+                    Fix(key, written(old), "to go on as it was")
+                    for key, (old, _) in changed.items()
+                    if len(changed) == 1
+                ),
+                Fix("force", "true", "to go on with the new settings"),
+                ANEW,
             )
         other = self._other_concept(meta)
         if other and not force:
             raise UserError(
-                f"{self.path} was made with other photos, captions or words; put them back, go on with these by "
-                f"--resume --force, or {ANEW}."
+                f"{self.path} was made with other photos, captions or words, which could be put back.",
+                Fix("force", "true", "to go on with these"),
+                ANEW,
             )
         if other:
             hooks.notify(
-                f"Note: {self.path.name} was made with other photos, captions or words; going on because of --force."
+                f"Note: {self.path.name} was made with other photos, captions or words; going on because force is set."
             )
         if changed:
-            hooks.notify(f"Note: {self.path.name} was made with {told}; going on because of --force.")
+            hooks.notify(f"Note: {self.path.name} was made with {told}; going on because force is set.")
 
     @torch.no_grad()
     def _take(self, held: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -301,7 +315,7 @@ class TrainingState:
         for name, parameter in self.parameters.items():
             parameter.copy_(own[name])
         averages = {name.removeprefix(AVERAGE): value for name, value in held.items() if name.startswith(AVERAGE)}
-        self.average.load(averages or own)  # --force may ask for an average that the run had not
+        self.average.load(averages or own)  # force may ask for an average that the run had not
         extra = {name.removeprefix(EXTRA): value for name, value in held.items() if name.startswith(EXTRA)}
         self.attachment.load_extra_state(extra, meta.get("extra", {}))
         if meta.get("scaler") and self.scaler.is_enabled():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config.control import ControlConfig
 from ..config.settings import read_yaml, to_yaml
-from ..core.errors import Cancelled, NotFiniteError, UserError
+from ..core.errors import ELSEWHERE, Cancelled, Fix, NotFiniteError, UserError
 from ..core.files import atomic_folder, check_writable, write_text
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.machine import heading
@@ -74,15 +74,18 @@ def prepare_output(output: Path, resume: bool, hooks: Hooks) -> None:
     """
     state = state_path(output)
     if output.exists() and not is_our_t2i_adapter(output):
-        raise UserError(f"{output} exists and is not a folder of train-control; choose another output with -o.")
+        raise UserError(f"{output} exists and is not a folder of train-control.", ELSEWHERE)
     check_writable(output)
     if state.exists() and not resume:
         step = step_of(state)
         where = "A damaged state" if step is None else f"A training stopped at step {step}"
-        raise UserError(f"{where} is in {state}; go on from there with --resume, or remove that file to start anew.")
+        raise UserError(
+            f"{where} is in {state}, which has to be removed to start anew.",
+            Fix("resume", "true", "to go on from there"),
+        )
     if resume and not state.exists():
         if output.exists():
-            raise UserError(f"{output} is done, with no state to go on from; train without --resume to replace it.")
+            raise UserError(f"{output} is done, with no state to go on from.", Fix("resume", "false", "to replace it"))
         hooks.notify(f"No state of a stopped training is beside {output}; starting at step 0.")
 
 
@@ -124,7 +127,7 @@ def train_claimed(
     for step in range(start, config.steps):
         if hooks.should_stop():
             keep(state, parameters, optimizer, step, config, belongs)
-            raise Cancelled(f"Stopped at step {step} of {config.steps}; --resume goes on from there.")
+            raise Cancelled(f"Stopped at step {step} of {config.steps}; it can be resumed.")
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (1 - step / config.steps if config.lr_scheduler == "linear" else 1.0)
 
@@ -248,8 +251,8 @@ def fitting_size(config: ControlConfig, base: Base, step: int) -> int:
     if size % step:
         near = sorted({max(step, size // step * step), (size // step + 1) * step})
         raise UserError(
-            f"resolution={size} does not fit the base '{base.name}', which needs a multiple of {step}; "
-            f"take resolution={' or '.join(map(str, near))}."
+            f"resolution={size} does not fit the base '{base.name}', which needs a multiple of {step}.",
+            *(Fix("resolution", str(side)) for side in near),
         )
     return size
 
@@ -307,7 +310,9 @@ def restore(
     refuse_changed_settings(state, meta, comparable_control_settings(config))
     fits = set(tensors) == set(parameters) and all(tensors[n].shape == parameters[n].shape for n in parameters)
     if meta.get("belongs") != belongs or not fits:
-        raise UserError(f"{state} was made on another base or from other pictures; train without --resume.")
+        raise UserError(
+            f"{state} was made on another base or from other pictures, and has to be removed to start anew."
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ..adapters.attach import inject_adapter
 from ..adapters.frozen import Frozen, hollow_tensors
 from ..config.train import TrainConfig
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from ..core.precision import autocast, is_half, resolve_mixed_precision
 from ..linalg import matrix_shape
 from ..methods import Method, get_method
@@ -242,11 +242,14 @@ def memory_note(base: Base, config: TrainConfig, size: int) -> str | None:
     if not is_large(base):
         return None
     found = estimate(base.models, base.pipeline.vae, config, size, base_kind(base))
-    mend = (
-        "set gradient_checkpointing=true, a smaller batch or resolution, dtype=bfloat16, or take a preset for less "
-        "memory"
-    )
-    return fitting(found, base, "This training", mend)
+    fixes = [
+        *([] if config.gradient_checkpointing else [Fix("gradient_checkpointing", "true")]),
+        *([Fix("batch_size", str(config.batch_size // 2))] if config.batch_size > 1 else []),
+        *([Fix("dtype", "bfloat16")] if config.dtype == "float32" else []),
+        Fix("resolution", so="for smaller pictures"),
+        Fix("config", so="to take a preset for less memory"),
+    ]
+    return fitting(found, base, "This training", *fixes)
 
 
 def is_large(base: Base) -> bool:
@@ -259,11 +262,11 @@ def base_kind(base: Base) -> str:
     return "cpu" if base.device.type == "cpu" else "cuda"
 
 
-def fitting(found: Estimate, base: Base, what: str, mend: str) -> str:
+def fitting(found: Estimate, base: Base, what: str, *fixes: Fix) -> str:
     """A sentence of what work on a loaded ``base`` takes and what is there.
 
     Raises:
-        UserError: it clearly does not fit; ``what`` it is and the ``mend`` are told.
+        UserError: it clearly does not fit; ``what`` it is and the ``fixes`` are told.
     """
     free = available(base.device)
     text = f"Memory: about {gib(found.total)} at most ({found.told()})"
@@ -271,5 +274,5 @@ def fitting(found: Estimate, base: Base, what: str, mend: str) -> str:
         return f"{text}."
     room = free + found.weights + found.context  # the base is loaded already
     if found.total > 1.15 * room:
-        raise UserError(f"{what} needs about {gib(found.total)} and there are {gib(room)}: {mend}.")
+        raise UserError(f"{what} needs about {gib(found.total)} and there are {gib(room)}.", *fixes)
     return f"{text}; {gib(room)} are there."

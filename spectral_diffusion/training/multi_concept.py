@@ -13,7 +13,7 @@ from typing import Literal
 
 from ..config.settings import to_yaml
 from ..config.train import TrainConfig
-from ..core.errors import Cancelled, UserError
+from ..core.errors import Cancelled, Fix, UserError
 from ..core.files import write_text
 from ..core.hooks import QUIET, Event, Hooks
 from ..data.folder import describe
@@ -32,6 +32,7 @@ class BatchJob:
     config: TrainConfig
     state: Literal["waiting", "running", "done", "failed", "stopped"] = "waiting"
     message: str = ""
+    fixes: Sequence[Fix] = ()
 
     @property
     def output(self) -> Path:
@@ -57,7 +58,7 @@ def jobs_of(folders: Sequence[Path], output: Path, settings: Callable[[Path, Pat
         UserError: two folders of one name or token, or an output that is a file.
     """
     if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file; several concepts go into a folder, which -o names.")
+        raise UserError(f"{output} is a file; several concepts go into a folder.", Fix("output", so="to name one"))
     names = [unicodedata.normalize("NFC", folder.resolve().name) for folder in folders]
     for name in names:
         if names.count(name) > 1:
@@ -148,9 +149,10 @@ def run_batch(
     failed = [job for job in jobs if job.state == "failed"]
     told = "; ".join(f"{job.name} ({job.message.rstrip('.')})" for job in failed)
     if any(job.state == "stopped" for job in jobs):
-        raise Cancelled(f"Stopped with {done} of {len(jobs)} concepts done; --resume goes on from there.")
+        raise Cancelled(f"Stopped with {done} of {len(jobs)} concepts done; they can be resumed.")
     if failed:
-        raise UserError(f"{len(failed)} of {len(jobs)} concepts failed, the others are done: {told}.")
+        fixes = dict.fromkeys(fix for job in failed for fix in job.fixes)
+        raise UserError(f"{len(failed)} of {len(jobs)} concepts failed, the others are done: {told}.", *fixes)
 
 
 def start(job: BatchJob, command: Command, side_by_side: int) -> subprocess.Popen[bytes]:
@@ -188,6 +190,7 @@ def finish(job: BatchJob, code: int) -> list[str]:
         return status.notes if status else []
     job.state = "stopped" if status and status.state == "stopped" else "failed"
     lines = [line.strip() for line in job.log.read_text(errors="replace").splitlines() if line.strip()]
-    told = status.message if status and status.state != "lost" else ""
-    job.message = told or (lines[-1] if lines else f"it ended with code {code}")
+    if status and status.state != "lost":
+        job.message, job.fixes = status.message, status.fixes
+    job.message = job.message or (lines[-1] if lines else f"it ended with code {code}")
     return []

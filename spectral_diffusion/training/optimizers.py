@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters.attach import InjectedAdapter
 from ..config.train import TrainConfig
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from ..models.prompt_encoder import PromptEncoder
 
 Groups = list[dict[str, Any]]
@@ -124,7 +124,9 @@ def build_optimizer(
     listed.append({"params": rows, "lr": config.embedding_learning_rate, "weight_decay": 0.0})
     if name == "prodigy":
         if config.slot_lr_power:
-            raise UserError("Prodigy finds every rate itself: use slot_lr_power=0 with optimizer.name=prodigy.")
+            raise UserError(
+                "Prodigy finds every rate itself, so slots cannot have their own.", Fix("slot_lr_power", "0")
+            )
         for group in listed:
             group["lr"] = float(group["lr"] > 0)
         prodigies = ProdigyGroups([group for group in listed if group["lr"] > 0], config.optimizer.d_coef)

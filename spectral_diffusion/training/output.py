@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from ..adapters.formats.native import is_native
 from ..config.settings import build, read_yaml
 from ..config.train import TrainConfig
-from ..core.errors import UserError
+from ..core.errors import ELSEWHERE, Fix, UserError
 from ..core.files import cannot_write, check_writable, read_header, refuse_overwriting_settings
 from ..core.hooks import QUIET, Hooks
 from ..core.paths import without_folders
@@ -43,8 +43,8 @@ def claimed(output: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise UserError(
-            f"{output} is being trained by another process already; wait for it, stop it, or choose another output "
-            "with -o."
+            f"{output} is being trained by another process already, which has to end or be stopped first.",
+            ELSEWHERE,
         ) from error
     except OSError as error:
         raise cannot_write(output, error) from error
@@ -69,7 +69,7 @@ def prepare_output(config: TrainConfig, name: str, resume: bool, force: bool, ho
     """
     output, state = config.output, state_path(config.output)
     if output.is_dir():
-        raise UserError(f"The output {output} is a folder; choose another with -o.")
+        raise UserError(f"The output {output} is a folder.", ELSEWHERE)
     check_writable(output)
     check_output(output)
     refuse_overwriting_settings(output.with_suffix(".yaml"))
@@ -77,13 +77,18 @@ def prepare_output(config: TrainConfig, name: str, resume: bool, force: bool, ho
         if not (resume or force):
             step = step_of(state)
             where = "A damaged state" if step is None else f"A training stopped at step {step}"
-            raise UserError(f"{where} is in {state}; --resume goes on from there, --force starts anew.")
+            raise UserError(
+                f"{where} is in {state}.",
+                Fix("resume", "true", "to go on from there"),
+                Fix("force", "true", "to start anew"),
+            )
         return False
     owner = name_in(output) if output.exists() else name
     if owner != name and not force:
         raise UserError(
-            f"{output} is the adapter of '{owner}', which training '{name}' would replace; choose another output with "
-            "-o, or replace it by --force."
+            f"{output} is the adapter of '{owner}', which training '{name}' would replace.",
+            ELSEWHERE,
+            Fix("force", "true", "to replace it"),
         )
     if resume:
         if output.exists() and owner == name and is_done(config, force):
@@ -105,7 +110,8 @@ def check_output(output: Path) -> None:
         ours = False
     if not ours:
         raise UserError(
-            f"{output} is no adapter of this program, or a damaged one; choose another output with -o, or remove it."
+            f"{output} is no adapter of this program, or a damaged one, and has to be removed first.",
+            ELSEWHERE,
         )
 
 
@@ -126,7 +132,9 @@ def is_done(config: TrainConfig, force: bool = False) -> bool:
     if changed and not force:
         key, (old, new) = next(iter(changed.items()))
         raise UserError(
-            f"{output} was made with {key}={old}, now it is {new}; keep it with --force, or train without --resume."
+            f"{output} was made with {key}={old}, now it is {new}.",
+            Fix("force", "true", "to keep it"),
+            Fix("resume", "false", "to train it anew"),
         )
     with suppress(UserError):  # a damaged one is told where it is used
         revision = int(read_header(output)[1].get("spectral.revision", "1"))
@@ -187,5 +195,6 @@ def check_token_is_free(output: Path, concept: Concept) -> None:
         if token.lower() == concept.token.lower() and name != concept.name:
             raise UserError(
                 f"{path}, the adapter of '{name}', has the token {token} already, and the two could not be used "
-                "together; choose another with token=<name>."
+                "together.",
+                Fix("token", "<name>", "to choose another"),
             )

@@ -144,7 +144,9 @@ def check_concept(concept: Concept, base: Base, config: TrainConfig) -> None:
         check_encoders(base)
     known = {token.lower(): token for token in known_tokens(base.pipeline.tokenizer)}
     if token := known.get(concept.token.lower()):  # a tokenizer does not tell upper case from lower
-        raise UserError(f"The base '{config.base}' already has the token {token}; choose another with token=<name>.")
+        raise UserError(
+            f"The base '{config.base}' already has the token {token}.", Fix("token", "<name>", "to choose another")
+        )
 
 
 def with_rank(config: TrainConfig, shapes: Sequence[tuple[int, int]], hooks: Hooks = QUIET) -> TrainConfig:
@@ -164,8 +166,9 @@ def with_rank(config: TrainConfig, shapes: Sequence[tuple[int, int]], hooks: Hoo
         steps = ", ".join(f"{total:,}" for total, _ in counts[: len(within) + 2][-4:])
         if not within:
             raise UserError(
-                f"{method.name} cannot train as few as {config.param_budget:,} numbers here: its steps are {steps} …; "
-                "raise --budget or choose another method."
+                f"{method.name} cannot train as few as {config.param_budget:,} numbers here: its steps are {steps} ….",
+                Fix("param_budget", str(counts[0][0])),
+                Fix("method", so="to choose another"),
             )
         total, rank = within[-1]
         hooks.notify(
@@ -177,7 +180,8 @@ def with_rank(config: TrainConfig, shapes: Sequence[tuple[int, int]], hooks: Hoo
     if config.rank not in allowed:
         near = sorted(sorted(allowed, key=lambda rank: abs(rank - config.rank))[:3])
         raise UserError(
-            f"{method.name} cannot have rank {config.rank} on these layers; near it are {', '.join(map(str, near))}."
+            f"{method.name} cannot have rank {config.rank} on these layers; near it are {', '.join(map(str, near))}.",
+            *(Fix("rank", str(rank)) for rank in near[:1]),
         )
     return config
 
@@ -198,7 +202,8 @@ def with_start(config: TrainConfig, base: Base, concept: Concept) -> tuple[Train
     check_base(adapter, base)
     if concept.token in adapter.tokens:
         raise UserError(
-            f"{config.init_from_adapter} has the token {concept.token} already; choose another with token=<name>."
+            f"{config.init_from_adapter} has the token {concept.token} already.",
+            Fix("token", "<name>", "to choose another"),
         )
     fixed = {
         "method": adapter.method.name,

@@ -39,6 +39,6 @@ class SlowSteps:
             self.said = True
             self.note(
                 f"Note: steps take {now / self.quickest:.0f} times as long as this run's quickest: on a busy machine "
-                f"its {self.threads} threads wait for each other, and OMP_NUM_THREADS=1 is quicker (stop, then "
-                "--resume with it; the last bits depend on the number of threads)."
+                f"its {self.threads} threads wait for each other, and OMP_NUM_THREADS=1 is quicker (it can be "
+                "stopped and resumed with it; the last bits depend on the number of threads)."
             )

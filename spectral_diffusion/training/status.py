@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from ..config.settings import Settings
-from ..core.errors import Cancelled, UserError, reason
+from ..core.errors import Cancelled, Fix, UserError, reason
 from ..core.files import read_text, write_text
 from ..core.hooks import Event, Pace, Progress, silent
 
@@ -47,6 +47,7 @@ class TrainingStatus(BaseModel):
     notes: list[str] = []
     samples: list[Sample] = []
     message: str = ""  # one sentence on how it ended
+    fixes: list[Fix] = []  # what puts that right; of several, one is enough
     output: str = ""
     config: dict[str, Any] = {}  # resolved settings
 
@@ -64,7 +65,7 @@ def read_status(path: Path) -> TrainingStatus | None:
         return None
     if status.state in {"starting", "running"} and not is_alive(status):
         status.state, status.eta = "lost", None
-        status.message = "The process is gone; --resume goes on from its last state."
+        status.message = "The process is gone; it can be resumed from its last state."
     return status
 
 
@@ -170,9 +171,10 @@ class Reporter:
         self.status.notes.append(text)
         self._note(text)
 
-    def end(self, state: State, message: str = "") -> None:
+    def end(self, state: State, message: str = "", fixes: Iterable[Fix] = ()) -> None:
         """Say how it ended."""
         self.status.state, self.status.message, self.status.eta = state, message, None
+        self.status.fixes = list(fixes)
         self.write()
 
     def write(self) -> None:
@@ -196,7 +198,7 @@ def reporting(
         reporter.end("stopped", str(stopped) or "Stopped.")
         raise
     except UserError as error:
-        reporter.end("failed", str(error))
+        reporter.end("failed", error.message, error.fixes)
         raise
     except BaseException as error:
         reporter.end("failed", f"{type(error).__name__}: {reason(error)}.")

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..adapters.attach import InjectedAdapter
 from ..config.train import TrainConfig, ValidationConfig
-from ..core.errors import UserError, reason
+from ..core.errors import Fix, UserError, reason
 from ..core.files import atomic
 from ..core.hooks import Hooks
 from ..data.folder import Concept, open_photo
@@ -219,7 +219,7 @@ def start_tracker(config: TrainConfig, path: Path, name: str) -> Any:
 
     if wanted not in [str(one.value) for one in get_available_trackers()]:
         extra = "pip install 'spectral-diffusion[log]'" if wanted == "tensorboard" else f"pip install {wanted}"
-        raise UserError(f"The tracker {wanted} is not installed: {extra}, or use validation.log_with=none.")
+        raise UserError(f"The tracker {wanted} is not installed ({extra}).", Fix("validation.log_with", "none"))
     PartialState(cpu=not torch.cuda.is_available())  # the trackers ask it who is the main process
     kind = LOGGER_TYPE_TO_CLASS[wanted]
     folder = {"logging_dir": str(path.with_name(f"{path.stem}-log"))} if kind.requires_logging_directory else {}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...core.errors import UserError
+from ...core.errors import ELSEWHERE, Fix, UserError
 from ...core.files import check_writable
 from ...core.machine import provenance
 from ...linalg import kernel_size, matrix_shape
@@ -48,7 +48,7 @@ def import_lora(
     parameters: dict[str, Tensor] = {}
     for layer, (up, down) in sorted(found.factors.items()):
         if (len(up), down.shape[1]) != matrix_shape(layers[layer].weight):
-            raise UserError(f"{path} is a LoRA for another base: {layer} is of another size; use --base.")
+            raise UserError(f"{path} is a LoRA for another base: {layer} is of another size.", Fix("base"))
         missing = rank - len(down)
         parameters[f"{layer}.A"] = torch.nn.functional.pad(down, (0, 0, 0, missing))
         parameters[f"{layer}.B"] = torch.nn.functional.pad(up, (0, missing))
@@ -110,7 +110,7 @@ def check_output(path: Path, output: Path) -> None:
     if output.suffix != ".safetensors":
         raise UserError(f"The output {output} must end in .safetensors.")
     if output.is_dir() or output.resolve() == lora_file(path).resolve():
-        raise UserError(f"{output} is a folder, or what is imported; choose another output with -o.")
+        raise UserError(f"{output} is a folder, or what is imported.", ELSEWHERE)
     if output.exists() and not (is_native(output) and "imported" in load_adapter(output).config):
-        raise UserError(f"{output} was not imported, and would be lost; choose another output with -o.")
+        raise UserError(f"{output} was not imported, and would be lost.", ELSEWHERE)
     check_writable(output)

@@ -92,7 +92,7 @@ def load_adapter(path: Path) -> Adapter:
     if metadata.get("format") != FORMAT:
         raise UserError(
             f"{path} is a safetensors file but not an adapter of this program; another program's LoRA becomes one by "
-            f"spectral-diffusion import {path} --base BASE -o NAME.safetensors."
+            f"spectral-diffusion import {path}."
         )
     if metadata.get("format_version") != FORMAT_VERSION:
         raise UserError(

@@ -21,7 +21,7 @@ from diffusers.utils.state_dict_utils import (
 )
 from torch import Tensor
 
-from ...core.errors import UserError, shown
+from ...core.errors import Fix, UserError, shown
 from ...core.files import is_folder, parse_json, read_tensors, read_text
 from ...linalg import Factors
 from .lora import names_of
@@ -217,7 +217,8 @@ def check_layers(path: Path, names: Collection[str], known: Collection[str], met
     says = metadata.get("modelspec.architecture", "Stable Diffusion XL" if xl else "").removesuffix("/lora")
     raise UserError(
         f"{path} is a LoRA for another base{f' ({says})' if says else ''}: {len(unknown)} of its {len(names)} layers "
-        f"are not in this one, {unknown[0]} among them; name the right one with --base."
+        f"are not in this one, {unknown[0]} among them.",
+        Fix("base", so="to name the right one"),
     )
 
 

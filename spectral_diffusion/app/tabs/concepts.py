@@ -14,6 +14,7 @@ from .. import concept_html as cards
 from .. import concepts, editing
 from ..overview import look
 from ..page import PRIVATE, Handed, Page, asked, errors_as_toast, hand, plain
+from ..sentences import rendered
 from ..uploads import looked_through
 
 GUIDE = (
@@ -285,7 +286,7 @@ class Handlers:
         try:
             concept, small = concepts.view_concept(self.workspace, chosen)
         except UserError as error:
-            return self._panel(plain(str(error)), chosen=chosen, own=own)
+            return self._panel(plain(rendered(error)), chosen=chosen, own=own)
         about = f"### {plain(chosen)}\n{_photos(len(concept.photos))} of a {plain(concept.noun)}, "
         about += f"called `{concept.token}` in prompts."
         if not own:

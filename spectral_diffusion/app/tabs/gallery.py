@@ -11,6 +11,7 @@ import gradio as gr
 from ...core.errors import UserError
 from .. import gallery as pictures
 from ..page import PRIVATE, Page, errors_as_toast, plain
+from ..sentences import rendered
 from ..workspace import Workspace
 
 EMPTY = "No pictures yet. Write a prompt above and press **Generate**; everything you draw is kept here."
@@ -73,7 +74,7 @@ class Gallery:
                 rows = pictures.about(self.workspace, name)
                 scene = pictures.download(self.workspace, name)[1]
             except UserError as error:  # a picture from elsewhere can still be looked at and deleted
-                rows = [("", str(error))]
+                rows = [("", rendered(error))]
         words = "\n\n".join(f"**{head}** {verbatim(text)}" if head else verbatim(text) for head, text in rows)
         known: dict[str, Any] = {"interactive": scene is not None}
         return [

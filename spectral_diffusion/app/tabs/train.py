@@ -16,6 +16,7 @@ from ..concepts import concept_folder, concept_folders, known_concepts
 from ..page import PRIVATE, Handed, Page, asked, errors_as_toast, hand, plain
 from ..presets import preset_settings, presets, train_settings
 from ..queue import Queue
+from ..sentences import rendered
 from ..workspace import sentence_of
 from .job_list import List, build_list, shown
 
@@ -96,7 +97,7 @@ class Handlers:
         try:
             found = load_concept(concept_folder(self.workspace, concept))
         except UserError as error:
-            return plain(str(error))
+            return plain(rendered(error))
         count = f"{len(found.photos)} photo{'s' if len(found.photos) != 1 else ''}"
         line = f"{count} of a {plain(found.noun)}. In prompts it is called `{found.token}`."
         if concept in adapter_files(self.workspace):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...core.errors import UserError
+from ...core.errors import Fix, UserError
 from ...linalg import Factors
 from .registry import Contribution, MergeContext, register_merge, weighted_sum
 
@@ -21,6 +21,7 @@ def fedavg(contributions: Sequence[Contribution], context: MergeContext) -> Fact
         return weighted_sum(contributions, [0.0] * len(contributions))
     if total <= 0:
         raise UserError(
-            "fedavg divides by the sum of the scales, which is not positive; give one concept a scale above 0."
+            "fedavg divides by the sum of the scales, which is not positive.",
+            Fix("scales", so="to give one concept more than 0"),
         )
     return weighted_sum(contributions, [one.scale / total for one in contributions])

@@ -1,0 +1,92 @@
+"""What the library says, as the app says it: with the names of its fields, and without paths of the machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from ..core.errors import Fix, UserError, reason
+
+if TYPE_CHECKING:
+    from .workspace import Workspace
+
+FIELDS = {  # an option of the library to the label of the field that sets it
+    "calibration.prior_weight": "Anchor of gradient and ssr",
+    "distill.steps": "Teach it afterwards",
+    "form": "Form of spectral",
+    "guidance_scale": "Guidance",
+    "merge": "How to merge",
+    "method": "Method",
+    "num_inference_steps": "Steps",
+    "prompt": "Prompt",
+    "rank": "Rank",
+    "seed": "Seed",
+    "slot": "Slot",
+    "steps": "Steps",
+}
+ANOTHER = {  # what a person chooses by more than one field
+    "config": "choose another preset",
+    "name": "choose another name",
+    "output": "choose another name",
+    "scales": "change the strengths",
+    "token": "choose another token",
+}
+SHOWN = {("distill.steps", "0"): "no"}  # what a field shows for a value
+QUOTED = re.compile(r"'/[^']*?([^'/]+)/?'")
+PATH = re.compile(r"(?<![\w.:/<])/(?:[^\s/'\"]+/)*([^\s/'\"]+)")
+
+
+def field_of(fix: Fix) -> str:
+    """What a person does in the app about an error; empty if the app has no field for it."""
+    if fix.option in ANOTHER:
+        return ANOTHER[fix.option]
+    label = FIELDS.get(fix.option)
+    if label is None:
+        return ""
+    value = SHOWN.get((fix.option, fix.value), fix.value)
+    return f"set “{label}” to {value}" if value else f"change “{label}”"
+
+
+def rendered(error: UserError) -> str:
+    """An error with the app's fields for its fixes."""
+    return error.render(field_of, verb="")
+
+
+def in_app(text: str, workspace: Workspace) -> str:
+    """A sentence whose paths are shortened to names; files of the workspace are named as they lie in it."""
+    for root in (workspace.root, workspace.root.resolve()):
+        text = text.replace(f"{root}{os.sep}", "")
+    return PATH.sub(r"\1", QUOTED.sub(r"'\1'", text))
+
+
+@contextmanager
+def errors_in_app(workspace: Workspace, folder: str) -> Iterator[None]:
+    """Tell in the app's words what goes wrong inside; ``folder`` is the part of the workspace that is written to.
+
+    Raises:
+        UserError: anything the person can mend, a full disk too.
+    """
+    try:
+        yield
+    except (UserError, OSError, SafetensorError) as error:
+        if why := _unwritten(error):
+            raise UserError(
+                f"Cannot write to the workspace's folder {folder}: {why}; free some space there."
+            ) from error
+        if not isinstance(error, UserError):
+            raise
+        raise UserError(in_app(rendered(error), workspace)) from error
+
+
+def _unwritten(error: BaseException | None) -> str:
+    """Why a file could not be written; empty if that is not what went wrong."""
+    if isinstance(error, UserError):
+        return _unwritten(error.__cause__) if error.message.startswith("Cannot write") else ""
+    if isinstance(error, OSError):
+        return error.strerror or reason(error)
+    return reason(error).rpartition(": ")[2] if error and "Error while serializing" in str(error) else ""
