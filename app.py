@@ -5,9 +5,9 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from spectral_diffusion.app.server import build, launch
+from spectral_diffusion.app.server import build_app, launch
 
-demo = build(Path("workspace"))
+demo = build_app(Path("workspace"))
 
 if __name__ == "__main__":
     launch(demo, 7860)

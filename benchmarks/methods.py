@@ -11,7 +11,7 @@ import argparse
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.evaluation.tables import markdown
 from spectral_diffusion.methods import all_methods
-from spectral_diffusion.studies.cost import measure, rows_of, sd15
+from spectral_diffusion.studies.cost import cost_rows, measure_methods, sd15
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--methods", nargs="*", default=sorted(all_methods()))
     arguments = parser.parse_args()
-    print(markdown(rows_of(measure(sd15(), arguments.methods, arguments.rounds, Hooks(notify=print)))))
+    print(markdown(cost_rows(measure_methods(sd15(), arguments.methods, arguments.rounds, Hooks(notify=print)))))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from spectral_diffusion.studies.alignment import measure, picture
+from spectral_diffusion.studies.alignment import alignment_picture, measure_alignment
 
 
 def main() -> None:
@@ -22,10 +22,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    figures, shown = measure(arguments.seeds)
+    figures, shown = measure_alignment(arguments.seeds)
     print(json.dumps(figures))
     if arguments.plot:
-        image = picture(shown)
+        image = alignment_picture(shown)
         if image is None:
             raise SystemExit("The plot needs matplotlib: pip install 'spectral-diffusion[plots]'.")
         arguments.plot.parent.mkdir(parents=True, exist_ok=True)

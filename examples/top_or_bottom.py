@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from spectral_diffusion.studies.language import measure, picture, table_of
+from spectral_diffusion.studies.language import language_picture, language_table, measure_language
 
 
 def main() -> None:
@@ -25,12 +25,12 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    runs = [measure(seed, arguments.pretraining, arguments.steps) for seed in range(arguments.seeds)]
+    runs = [measure_language(seed, arguments.pretraining, arguments.steps) for seed in range(arguments.seeds)]
     untuned = statistics.mean(one["untuned"] - one["floor"] for one in runs)
-    ways = {row["way"]: {key: value for key, value in row.items() if key != "way"} for row in table_of(runs)}
+    ways = {row["way"]: {key: value for key, value in row.items() if key != "way"} for row in language_table(runs)}
     print(json.dumps({"untuned_above_floor": round(untuned, 4), "ways": ways}, indent=1))
     if arguments.plot:
-        image = picture(runs, arguments.steps)
+        image = language_picture(runs, arguments.steps)
         if image is None:
             raise SystemExit("The plot needs matplotlib: pip install 'spectral-diffusion[plots]'.")
         arguments.plot.parent.mkdir(parents=True, exist_ok=True)

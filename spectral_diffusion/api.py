@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .adapters import adapter as core
 from .adapters import apply
-from .adapters.attach import unload_adapters as detach
+from .adapters.attach import remove_adapters as detach
 from .adapters.formats.native import load_adapter, save_adapter
 from .config.fuse import MergeConfig
 from .config.presets import preset_settings, settings_for
@@ -186,7 +186,7 @@ def load_adapters(pipeline: Pipeline, adapters: Scales, allow_base: bool = False
     setattr(pipeline, LOADED, _tokens_of(base))
     try:
         _own_tokenizers(base)  # the user's own stay as they are
-        return apply.load_adapters(base, list(_scales(adapters).items()), allow_base)
+        return apply.put_adapters(base, list(_scales(adapters).items()), allow_base)
     except BaseException:
         unload_adapters(pipeline)
         raise

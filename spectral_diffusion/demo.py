@@ -20,7 +20,7 @@ from .data.folder import load_concept, open_photo
 from .merging.fuse import fuse_to_folder
 from .models.base import Base, load_base, parse_device
 from .scenes.control import read_control_image
-from .scenes.generate import load_adapters, sample
+from .scenes.generate import put_adapters, sample
 from .scenes.png_metadata import grid, save_png, sources_of
 from .scenes.scene import ControlImage, Region, Scene
 from .training.run import train_to_file
@@ -85,7 +85,7 @@ def run_demo(
     alone = {}
     for name in CONCEPTS:
         with_one = load_base("pocket")
-        load_adapters(with_one, [(load_adapter(files[name]), 1.0)])
+        put_adapters(with_one, [(load_adapter(files[name]), 1.0)])
         alone[name] = pictures(with_one, name)
     with_both = load_base(str(fused))
     after = {name: pictures(with_both, name) for name in CONCEPTS}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .core.cache import cache_folder
-from .core.machine import description, measured, provenance
+from .core.machine import description, measured_once, provenance
 from .core.precision import cuda_has_bf16, measure_cpu, resolve_mixed_precision
 from .training.memory import available
 from .training.speed import seconds_per_picture
@@ -57,13 +57,13 @@ def examine() -> Check:
     """Look at this machine; measurements take some seconds the first time and are kept."""
     device = best_device()
     precision = resolve_mixed_precision("auto", device)
-    timings = measured("precision", measure_cpu)
+    timings = measured_once("precision", measure_cpu)
     pace = seconds_per_picture("pocket", device, precision)
     made = provenance()
     machine = description()
     return Check(
         versions={name: made[name] for name in made if name not in machine} | {"python": platform.python_version()},
-        system={"platform": platform.platform(), **machine, "cores": os.cpu_count(), **memory()},
+        system={"platform": platform.platform(), **machine, "cores": os.cpu_count(), **free_memory()},
         devices=devices(),
         precision={"auto": precision, "cpu_seconds": timings, "tf32": torch.backends.cuda.matmul.allow_tf32},
         speed={"device": device.type, "pocket_step_seconds": round(PICTURES * pace, 4)},
@@ -81,7 +81,7 @@ def best_device() -> torch.device:
     return parse_device("auto")
 
 
-def memory() -> dict[str, float]:
+def free_memory() -> dict[str, float]:
     """The machine's free memory in GiB, where the system tells."""
     free = available(torch.device("cpu"))
     return {} if free is None else {"memory_free_gib": round(free / GIB, 1)}
@@ -108,10 +108,10 @@ def caches() -> dict[str, Any]:
     """The cache folder and the MiB of each of its parts."""
     folder = cache_folder()
     parts = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return {"folder": shared_name(folder), "mib": {part.name: round(size_of(part) / 2**20, 1) for part in parts}}
+    return {"folder": shared_name(folder), "mib": {part.name: round(folder_size(part) / 2**20, 1) for part in parts}}
 
 
-def size_of(folder: Path) -> int:
+def folder_size(folder: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 

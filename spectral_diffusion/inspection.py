@@ -17,7 +17,7 @@ from .core.errors import UserError
 from .core.files import is_folder, is_there
 from .linalg import cosine_between, frobenius_norm, row_space
 from .merging.fuse import overlaps, scale_of
-from .merging.manifest import load_adapters, read_manifest
+from .merging.manifest import adapters_in_fusion, read_manifest
 from .scenes.png_metadata import read_settings
 from .slots.picture import slot_map
 
@@ -30,7 +30,7 @@ def inspect_paths(paths: Sequence[Path]) -> dict[str, Any]:
     """
     if len(paths) == 1:
         return inspect_path(paths[0])
-    adapters = [adapter for path in paths for adapter in load_adapters(path)]
+    adapters = [adapter for path in paths for adapter in adapters_in_fusion(path)]
     concepts = {
         adapter.name: {
             "token": adapter.token,
@@ -56,7 +56,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
         if recipe is None:
             raise UserError(f"{path} is not a fused folder: it holds no manifest.json.")
         strength = {str(name): float(value) for name, value in recipe["scales"].items()}
-        return {"kind": "fusion", **recipe, **_together(load_adapters(path), strength)}
+        return {"kind": "fusion", **recipe, **_together(adapters_in_fusion(path), strength)}
     if not is_there(path):
         raise UserError(f"No such file: {path}.")
     if path.suffix.lower() == ".png":
@@ -93,11 +93,11 @@ def _together(adapters: Sequence[Adapter], strength: Mapping[str, float] | None 
         "layer_norms": {adapter.name: layer_norms(adapter) for adapter in told},
         "cosines": {f"{a.name} · {b.name}": round(cosine(a, b), 6) for a, b in itertools.combinations(told, 2)},
         "interference": {name: round(value, 4) for name, value in found.items()},
-        "warnings": [*overlaps(list(adapters)), *clashes(adapters)],
+        "warnings": [*overlaps(list(adapters)), *slot_clashes_between(adapters)],
     }
 
 
-def clashes(adapters: Sequence[Adapter]) -> list[str]:
+def slot_clashes_between(adapters: Sequence[Adapter]) -> list[str]:
     """A sentence for every two adapters of different bases, or of one name or token."""
     found = []
     for a, b in itertools.combinations(adapters, 2):

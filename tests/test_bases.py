@@ -35,7 +35,7 @@ from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.models.architectures import build_meta, count_table
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
-from spectral_diffusion.scenes.generate import load_adapters, sample, sampler
+from spectral_diffusion.scenes.generate import put_adapters, sample, sampler
 from spectral_diffusion.scenes.scene import Region, Scene
 from spectral_diffusion.training.run import train_to_file
 from tools.pocket.models import build_tokenizer
@@ -105,7 +105,7 @@ def test_train_load_fuse_and_draw(photos: Path, folder: Path, tmp_path: Path) ->
     fuse_to_folder(FuseConfig(adapters=[tmp_path / "rex.safetensors"], output=tmp_path / "fused", device="cpu"))
     fused = load_base(str(tmp_path / "fused"), "cpu")
     unfused = load_base(str(folder), "cpu")
-    load_adapters(unfused, [(loaded, 1.0)])
+    put_adapters(unfused, [(loaded, 1.0)])
     prompt = f"a photo of {loaded.token} on the beach"
     config = Scene(
         num_inference_steps=2, guidance_scale=3.0, device="cpu", regions=[Region(box=(0, 0, 0.5, 1), prompt="a cup")]

@@ -17,7 +17,7 @@ from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.files import write_text
 from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.slots.ledger import Ledger
-from spectral_diffusion.training.multi_concept import BatchJob, jobs_of, run_batch
+from spectral_diffusion.training.multi_concept import BatchJob, batch_jobs, run_batch
 from spectral_diffusion.training.run import state_path
 from spectral_diffusion.training.status import status_path
 
@@ -58,7 +58,7 @@ def jobs(folder: Path, *names: str, **more: object) -> list[BatchJob]:
     def settings(photos: Path, output: Path) -> TrainConfig:
         return TrainConfig(concept=photos, output=output, **more)  # type: ignore[arg-type]
 
-    return jobs_of([folder / "photos" / name for name in names], folder / "out", settings)
+    return batch_jobs([folder / "photos" / name for name in names], folder / "out", settings)
 
 
 def events(folder: Path) -> list[str]:

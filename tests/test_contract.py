@@ -30,7 +30,7 @@ from spectral_diffusion.methods.registry import METHODS
 from spectral_diffusion.methods.spectral_rotation import prepare
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.targets import find_targets
-from spectral_diffusion.scenes.generate import load_adapters, sample
+from spectral_diffusion.scenes.generate import put_adapters, sample
 from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.slots.ledger import LEDGER, ROWS, Ledger
 from spectral_diffusion.training.output import is_done
@@ -74,7 +74,7 @@ def test_every_method_from_photos_to_a_picture(photos: Path, tiny_base: Path, tm
     fused, unfused = load_base(str(tmp_path / "fused"), "cpu"), load_base(str(tiny_base), "cpu")
     for layer, weight in fused.weights().items():
         assert torch.allclose(weight - weights[layer], loaded.factors(layer, weights[layer]).delta(), atol=1e-5)
-    load_adapters(unfused, [(loaded, 1.0)])
+    put_adapters(unfused, [(loaded, 1.0)])
     draw = Scene(num_inference_steps=2, guidance_scale=3.0, device="cpu")
     pictures = [
         np.asarray(sample(one, [f"a photo of {loaded.token}"], [1], draw)[0], float) for one in (fused, unfused)
@@ -163,7 +163,7 @@ def test_continue_goes_on_from_turned_columns(
     calibrate(base, loaded, layers, quick, 0, Hooks(progress=watched.append))
     assert watched[-1].total == 6  # both words are watched, so that a fusion by gradient keeps both
     base = load_base(str(tiny_base), "cpu")
-    load_adapters(base, [(loaded, 1.0)])
+    put_adapters(base, [(loaded, 1.0)])
     assert {"<rex>", "<mug>"} <= set(base.pipeline.tokenizer.get_added_vocab())
     with pytest.raises(UserError, match="has the token <rex> already"):
         train_to_file(

@@ -28,7 +28,7 @@ from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.settings import build, parse_overrides, read_yaml, to_yaml
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import cache, files
-from spectral_diffusion.core.errors import NotFiniteError, UserError, shown
+from spectral_diffusion.core.errors import NotFiniteError, UserError, short_repr
 from spectral_diffusion.core.files import check_writable, parse_json, read_text, write_tensors
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.data.folder import load_concept
@@ -91,7 +91,7 @@ def test_a_wrong_value_of_any_size_is_cut_while_it_is_written(tmp_path: Path) ->
         with pytest.raises(UserError, match="Setting 'num_inference_steps' cannot be") as error:
             build(Scene, {"num_inference_steps": value})
         assert len(str(error.value)) < 300
-    assert shown(["a"]) == "['a']"
+    assert short_repr(["a"]) == "['a']"
     folder = make_photos(tmp_path / "rex", 1)
     (folder / "concept.yaml").write_text(f"noun: 0x{'f' * 9000}\n")
     with pytest.raises(UserError, match="must give noun as a word"):

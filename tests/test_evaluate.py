@@ -19,9 +19,9 @@ from spectral_diffusion.core import assets as resources
 from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.data.folder import load_concept, open_photo
-from spectral_diffusion.evaluation.measure import PHOTOS, confusion_of, rows_of, score, with_photos
+from spectral_diffusion.evaluation.measure import PHOTOS, confusion_of, measurement_rows, score, with_photos
 from spectral_diffusion.evaluation.references import Subject, references_of
-from spectral_diffusion.evaluation.region_crops import spoken, square, views_in
+from spectral_diffusion.evaluation.region_crops import spoken, square_box, views_in
 from spectral_diffusion.evaluation.run import evaluate_to_folder
 from spectral_diffusion.evaluation.settings import EvaluateConfig
 from spectral_diffusion.merging.fuse import fuse_to_folder
@@ -73,7 +73,7 @@ def test_real_photos_are_told_apart() -> None:
     scored = score(with_photos({}, concepts), concepts, [load_encoder("pocket")])
     [matrix] = confusion_of(PHOTOS, scored[PHOTOS], list(concepts))
     assert matrix["shares"] == [[float(row == column) for column in range(4)] for row in range(4)]
-    *_, everything = rows_of(PHOTOS, scored[PHOTOS])
+    *_, everything = measurement_rows(PHOTOS, scored[PHOTOS])
     figures = everything["encoders"]["pocket"]
     assert figures["identity"]["low"] > 0.85 and figures["nearest other"]["high"] < 0.4
     assert figures["right concept"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": everything["pictures"]}
@@ -233,7 +233,7 @@ def test_bad_input_is_one_sentence(pair: Path, tmp_path: Path) -> None:
 
 
 def test_where_a_concept_is_in_a_picture() -> None:
-    assert square((0, 0, 64, 64)) == (0, 0, 64, 64) and square((10, 0, 30, 64)) == (10, 22, 30, 42)
+    assert square_box((0, 0, 64, 64)) == (0, 0, 64, 64) and square_box((10, 0, 30, 64)) == (10, 22, 30, 42)
     tokens = {"<rex>": ("rex", "octopus"), "<brew>": ("brew", "cup")}
     assert spoken("<rex> <rex>_1 and <brew>", tokens) == "an octopus and a cup"
     whole = Scene(prompt="a photo of <rex>")

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from spectral_diffusion.adapters.apply import load_adapters
+from spectral_diffusion.adapters.apply import put_adapters
 from spectral_diffusion.adapters.formats.import_lora import import_lora
 from spectral_diffusion.adapters.formats.lora import diffusers_name, kohya_name, kohya_tensors, names_of
 from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
@@ -90,7 +90,7 @@ def draw(pipe: StableDiffusionPipeline, prompt: str) -> torch.Tensor:
 def reference(tiny_base: Path, path: Path) -> StableDiffusionPipeline:
     base = load_base(str(path) if path.is_dir() else str(tiny_base), "cpu")
     if path.is_file():
-        load_adapters(base, [(load_adapter(path), 1.0)])
+        put_adapters(base, [(load_adapter(path), 1.0)])
     base.pipeline.set_progress_bar_config(disable=True)
     return base.pipeline
 
@@ -121,7 +121,7 @@ def test_one_forward_in_float64_is_exact(trained: dict[str, Path], tiny_base: Pa
     pipe = stock(tiny_base)
     pipe.load_lora_weights(str(tmp_path / "out.safetensors"))
     base = load_base(str(tiny_base), "cpu")
-    load_adapters(base, [(load_adapter(trained["dog"]), 1.0)])
+    put_adapters(base, [(load_adapter(trained["dog"]), 1.0)])
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, 8, 8, generator=generator, dtype=torch.float64)
     text = torch.randn(1, 32, 24, generator=generator, dtype=torch.float64)

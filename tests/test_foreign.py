@@ -19,7 +19,7 @@ from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.merging.fuse import check_together, fuse_to_folder
-from spectral_diffusion.merging.manifest import load_adapters, read_manifest
+from spectral_diffusion.merging.manifest import adapters_in_fusion, read_manifest
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.scenes.generate import generate_to_file
@@ -238,7 +238,7 @@ def test_names_of_the_web_are_made_ours(tiny_base: Path, tmp_path: Path) -> None
     notes: list[str] = []
     config = FuseConfig(adapters=[*files, odd], output=tmp_path / "out", base=str(tiny_base), device="cpu")
     fuse_to_folder(config, hooks=Hooks(notify=notes.append))
-    assert [one.name for one in load_adapters(tmp_path / "out")] == ["Add Detail v1 SD15", "a", "a-2"]
+    assert [one.name for one in adapters_in_fusion(tmp_path / "out")] == ["Add Detail v1 SD15", "a", "a-2"]
     assert any("is called 'a-2' here" in note for note in notes)
     assert import_lora(odd, tmp_path / "in.safetensors", str(tiny_base), device="cpu").name == "Add Detail v1 SD15"
 
@@ -288,4 +288,4 @@ def test_pictures_are_drawn_with_foreign_loras(tiny_base: Path, tmp_path: Path) 
         assert CliRunner().invoke(app, [*map(str, words)]).exit_code == 0
         assert read_manifest(tmp_path / "fused")["concepts"].keys() == {name_of(path)}  # type: ignore[index]
     with pytest.raises(UserError, match=f"becomes one by spectral-diffusion import {file}"):
-        load_adapters(file)
+        adapters_in_fusion(file)

@@ -24,7 +24,7 @@ from spectral_diffusion.merging.merges import Contribution, get_merge
 from spectral_diffusion.merging.merges.registry import MergeContext
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.models.base import load_base
-from spectral_diffusion.scenes.generate import generate_to_file, load_adapters, sample
+from spectral_diffusion.scenes.generate import generate_to_file, put_adapters, sample
 from spectral_diffusion.scenes.png_metadata import read_settings
 from spectral_diffusion.scenes.scene import ControlImage, Scene
 from spectral_diffusion.slots.ledger import Slot
@@ -138,7 +138,7 @@ def test_fused_folder_opens_in_stock_diffusers_and_draws_what_the_adapters_draw(
 
     base = load_base(str(tiny_base), "cpu")
     adapters = [(load_adapter(path), 0.5 if path.stem == "mug" else 1.0) for path in trained]
-    load_adapters(base, adapters)
+    put_adapters(base, adapters)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     ids = {}
     for name, pipe in (("stock", stock), ("live", base.pipeline)):
@@ -205,7 +205,7 @@ def test_overlapping_slots_are_told(trained: list[Path], tmp_path: Path) -> None
 
 def test_pictures_repeat_and_do_not_depend_on_their_neighbours(trained: list[Path], tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
-    load_adapters(base, [(load_adapter(trained[0]), 1.0)])
+    put_adapters(base, [(load_adapter(trained[0]), 1.0)])
     config = config_for(tiny_base)
     first = sample(base, ["<dog>"] * 3, [5, 6, 7], config)
     again = sample(base, ["<dog>"], [6], config)
@@ -292,7 +292,7 @@ def test_adapters_of_every_layer_kind_train_load_stack_and_fuse(
     assert any("resnets" in layer for layer in adapter.layers) and adapter.norm() > 0
     pictures = []
     unfused = load_base(str(tiny_base), "cpu")
-    load_adapters(unfused, [(adapter, 1.0)])
+    put_adapters(unfused, [(adapter, 1.0)])
     fused = load_base(str(tiny_base), "cpu")
     fuse_adapters(fused, [adapter], settings())
     for base in (unfused, fused, load_base(str(tiny_base), "cpu")):

@@ -15,8 +15,8 @@ from test_bases import text_config, tiny_unet, tiny_vae
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from spectral_diffusion.adapters.adapter import Adapter
-from spectral_diffusion.adapters.apply import install_tokens, load_adapters
-from spectral_diffusion.adapters.attach import unload_adapters
+from spectral_diffusion.adapters.apply import install_tokens, put_adapters
+from spectral_diffusion.adapters.attach import remove_adapters
 from spectral_diffusion.adapters.formats.native import DIGEST, digest, load_adapter, save_adapter
 from spectral_diffusion.app.base_cache import BaseCache
 from spectral_diffusion.config.fuse import FuseConfig
@@ -111,7 +111,7 @@ def drawn(base: Base, prompt: str = PROMPT, regions: list[Region] | None = None,
 
 def on(loud: Path, adapter: Adapter) -> Base:
     base = load_base(str(loud), "cpu")
-    load_adapters(base, [(adapter, 1.0)])
+    put_adapters(base, [(adapter, 1.0)])
     return base
 
 
@@ -312,14 +312,14 @@ def test_a_kept_base_is_lent_as_it_was(trained: Path, loud: Path) -> None:
     pictures = []
     for _ in range(2):
         with keeper.acquire(str(loud), "cpu") as base:
-            load_adapters(base, [(adapter, 1.0)])
+            put_adapters(base, [(adapter, 1.0)])
             pictures.append(drawn(base))
-            unload_adapters(base.models)  # tokens stay, as for ordinary ones
+            remove_adapters(base.models)  # tokens stay, as for ordinary ones
             assert np.array_equal(drawn(base, "a red dog"), plain)
     assert np.array_equal(*pictures)
     with keeper.acquire(str(loud), "cpu") as base:
         assert np.array_equal(drawn(base, "a red dog"), plain) and not known_tokens(base.pipeline.tokenizer)
-        load_adapters(base, [(replace(adapter, per_layer_vectors={}), 1.0)])
+        put_adapters(base, [(replace(adapter, per_layer_vectors={}), 1.0)])
         assert np.array_equal(drawn(base), drawn(on(loud, replace(adapter, per_layer_vectors={}))))
 
 

@@ -27,7 +27,7 @@ from spectral_diffusion.merging.activations import GramAccumulator
 from spectral_diffusion.merging.calibration import calibrate, tokens_of_call
 from spectral_diffusion.merging.export import export
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder, overlaps, shared_columns
-from spectral_diffusion.merging.manifest import load_adapters, read_manifest, read_merged
+from spectral_diffusion.merging.manifest import adapters_in_fusion, read_manifest, read_merged
 from spectral_diffusion.merging.memory import calibration_memory
 from spectral_diffusion.merging.merges import Contribution, all_merges, get_merge
 from spectral_diffusion.merging.merges.registry import MergeContext
@@ -141,7 +141,7 @@ def test_what_is_watched_is_no_more_than_was_said(
     three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = FuseConfig(adapters=three, output=tmp_path / "a", merge="gradient", calibration=QUICK, device="cpu")
-    adapters = [adapter for path in three for adapter in load_adapters(path)]
+    adapters = [adapter for path in three for adapter in adapters_in_fusion(path)]
     base = load_base(adapters[0].base, "cpu")
     for adapter in adapters:
         install_tokens(base, adapter)
@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_watched_in_passes_with_the_same_bits(
     results, notes = [], list[str]()
     for free in (None, 400_000):
         monkeypatch.setattr("spectral_diffusion.merging.fuse.available", lambda device, free=free: free)
-        adapters = [adapter for path in three for adapter in load_adapters(path)]
+        adapters = [adapter for path in three for adapter in adapters_in_fusion(path)]
         base = load_base(adapters[0].base, "cpu")
         config = FuseConfig(adapters=three, output=tmp_path / "a", merge="gradient", calibration=quick, device="cpu")
         fuse_adapters(base, adapters, config, hooks=Hooks(notify=notes.append))
@@ -449,7 +449,7 @@ def test_subtracting_needs_nothing_of_what_stays(tiny_base: Path, three: list[Pa
     train_to_file(config)
     fuse_to_folder(FuseConfig(adapters=[three[0], config.output], output=tmp_path / "fused", device="cpu"))
     unfuse(tmp_path / "fused", [three[0].stem], tmp_path / "rest", subtract=True)
-    assert [one.name for one in load_adapters(tmp_path / "rest")] == ["fox"]
+    assert [one.name for one in adapters_in_fusion(tmp_path / "rest")] == ["fox"]
     with pytest.raises(UserError, match="no LoRA holds"):
         read_merged(tmp_path / "rest")
 
@@ -491,7 +491,7 @@ def test_merged_factors_are_kept_where_there_are_some(three: list[Path], tiny_ba
     plain, fused = load_base(str(tiny_base), "cpu").weights(), load_base(str(tmp_path / "fused"), "cpu").weights()
     for layer, factors in read_merged(tmp_path / "fused").items():
         assert torch.allclose(fused[layer] - plain[layer], factors.delta(), atol=1e-5)
-    assert [adapter.name for adapter in load_adapters(tmp_path / "fused")] == ["dog", "hat", "mug"]
+    assert [adapter.name for adapter in adapters_in_fusion(tmp_path / "fused")] == ["dog", "hat", "mug"]
     fuse_to_folder(FuseConfig(adapters=three, output=tmp_path / "ties", merge="ties", device="cpu"))
     with pytest.raises(UserError, match="dense changes"):
         read_merged(tmp_path / "ties")

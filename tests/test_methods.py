@@ -18,8 +18,8 @@ from spectral_diffusion.adapters.attach import (
     InjectedAdapter,
     disabled_adapters,
     inject_adapter,
+    remove_adapters,
     set_adapters,
-    unload_adapters,
 )
 from spectral_diffusion.adapters.frozen import frozen_tensors, with_weight
 from spectral_diffusion.adapters.low_rank import low_rank_linear
@@ -94,7 +94,7 @@ def test_identity_at_init_to_the_last_bit_and_after_detach(
     assert not same(outputs(base), before)
     with disabled_adapters(base.models):
         assert same(outputs(base), before)
-    unload_adapters(base.models)
+    remove_adapters(base.models)
     assert same(outputs(base), before)
 
 
@@ -113,7 +113,7 @@ def test_the_forward_is_the_one_delta(base: Base, method: str, targets: str) -> 
         names = kind.shapes(*matrix_shape(weight), attachment.rank)
         built_on = with_weight(kind, frozen[layer], weight)
         deltas[layer] = kind.delta({name: trained[f"{layer}.{name}"] for name in names}, built_on).delta()
-    unload_adapters(base.models)
+    remove_adapters(base.models)
     for layer, weight in base.weights(targets).items():
         weight += deltas[layer].detach().view(weight.shape)
     for a, b in zip(adapted, outputs(base), strict=True):
@@ -156,7 +156,7 @@ def test_merging_gives_what_the_adapter_gives(tiny_base: Path, method: str, dtyp
         layer.merged_adapters.clear()
     stir(two, 0.1)
     set_adapters(base.models, ["one", "two"])
-    unload_adapters(base.models)
+    remove_adapters(base.models)
     assert all(torch.equal(weight, plain[name]) for name, weight in base.weights(EVERYTHING).items())
 
 
@@ -205,7 +205,7 @@ def test_two_adapters_of_disjoint_slots_stack_into_the_sum(base: Base) -> None:
         layer: a.get_delta_weight("one").detach() + b.get_delta_weight("two").detach()
         for layer, (a, b) in layers.items()
     }
-    unload_adapters(base.models)
+    remove_adapters(base.models)
     for layer, weight in plain.items():
         weight += deltas[layer]
     for a, b in zip(both, outputs(base), strict=True):
@@ -252,7 +252,7 @@ def test_peft_and_diffusers_operations_work_on_our_tuner(base: Base) -> None:
     unet.unfuse_lora()
     assert torch.allclose(unet(latents, 10, text[:1]).sample, merged, atol=5e-5)
     assert not torch.allclose(merged, plain, atol=1e-3)
-    unload_adapters(base.models)
+    remove_adapters(base.models)
     for a, b in zip(outputs(base), before, strict=True):
         assert torch.allclose(a, b, atol=5e-5)
 
@@ -319,7 +319,7 @@ def test_frozen_columns_change_no_trained_gradient(base: Base) -> None:
         text = base.pipeline.text_encoder(torch.arange(32)[None])[0]
         base.pipeline.unet(torch.ones(1, 4, 8, 8), 10, text).sample.square().mean().backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in attachment.named_parameters()})
-        unload_adapters(base.models)
+        remove_adapters(base.models)
     for name, gradient in gradients[0].items():
         assert gradient.abs().sum() > 0
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-6), name
@@ -421,7 +421,7 @@ def test_normalised_columns_train_the_same_function(base: Base) -> None:
     with_scales, files = outputs(base), scaled.state_dict()
     raw = dict(scaled.named_parameters())
     assert all(torch.equal(files[name], raw[name].detach() * torch.tensor([2.0, 5.0])) for name in files)
-    unload_adapters(base.models)
+    remove_adapters(base.models)
     plain = inject_adapter(base.models, method, 2, "one", frozen=bands)
     plain.load_state_dict(files)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(outputs(base), with_scales, strict=True))

@@ -18,8 +18,8 @@ from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.training.checkpoint import step_of
-from spectral_diffusion.training.control_adapter import prepare_output as prepare_folder
-from spectral_diffusion.training.control_adapter import state_path as folder_state
+from spectral_diffusion.training.control_adapter import control_state_path as folder_state
+from spectral_diffusion.training.control_adapter import prepare_control_output as prepare_folder
 from spectral_diffusion.training.output import claimed, is_done, settled
 from spectral_diffusion.training.run import state_path, train_to_file
 

@@ -65,9 +65,9 @@ def test_a_slow_precision_is_measured_once_and_briefly(tmp_path: Path, monkeypat
 
 def test_a_real_measurement_is_of_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path))
-    found = machine.measured("precision", precision.measure_cpu)
+    found = machine.measured_once("precision", precision.measure_cpu)
     assert set(found) == {"float32", "bf16"} and min(found.values()) > 0
-    assert json.loads((tmp_path / machine.FILE).read_text())[machine.identity()]["precision"] == found
+    assert json.loads((tmp_path / machine.FILE).read_text())[machine.machine_identity()]["precision"] == found
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])

@@ -9,7 +9,7 @@ import torch
 from conftest import make_photos
 from PIL import Image
 
-from spectral_diffusion.adapters.apply import load_adapters
+from spectral_diffusion.adapters.apply import put_adapters
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.train import DataConfig, PriorPreservationConfig, TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
@@ -58,7 +58,7 @@ def test_preservation_holds_the_base_while_a_concept_is_learnt(photos: Path, tin
         with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size, OTHER_TOKENS) as encode:
             anchors = predict_prior_targets(ordinary, base.denoiser, others, encode)
             assert drift(base, encode, anchors) < 1e-9
-        load_adapters(base, [(load_adapter(output), 1.0)])
+        put_adapters(base, [(load_adapter(output), 1.0)])
         with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size, OTHER_TOKENS) as encode:
             drifts[weight] = drift(base, encode, anchors)
     assert drifts[3.0] < 0.5 * drifts[0.0]

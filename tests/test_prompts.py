@@ -11,7 +11,7 @@ from conftest import make_photos
 from PIL import Image, PngImagePlugin
 from typer.testing import CliRunner
 
-from spectral_diffusion.adapters.apply import load_adapters
+from spectral_diffusion.adapters.apply import put_adapters
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.cli import app
 from spectral_diffusion.config.train import TrainConfig
@@ -74,7 +74,7 @@ def test_a_token_is_itself_in_upper_case(tiny_base: Path, rex: Path) -> None:
     assert expand("a <REX> <Rex>_1 dog", {"<rex>": 2}) == "a <rex> <rex>_1 dog"
     assert collapse("a <REX> dog", {"<rex>": 2}) == "a <rex> dog" and collapse("<REX2>", {"<rex>": 2}) == "<REX2>"
     base = load_base(str(tiny_base), "cpu")
-    load_adapters(base, [(load_adapter(rex), 1.0)])
+    put_adapters(base, [(load_adapter(rex), 1.0)])
     scene = Scene(num_inference_steps=2, device="cpu", guidance_scale=3.0)
     small, large, region = (
         sample(base, [prompt], [1], scene.model_copy(update={"regions": regions}))[0].tobytes()

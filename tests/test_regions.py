@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
-from spectral_diffusion.adapters.apply import load_adapters
+from spectral_diffusion.adapters.apply import put_adapters
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.linalg import Factors
@@ -205,7 +205,7 @@ def test_an_adapter_bound_to_everything_is_that_adapter(tiny_base: Path, photos:
     )  # fmt: skip
     prompt, plain, everywhere, bound = "a photo of <rex>", *(load_base(str(tiny_base), "cpu") for _ in range(3))
     scene = Scene(num_inference_steps=3, guidance_scale=3.0, device="cpu")
-    load_adapters(everywhere, [(adapter, 0.8)])
+    put_adapters(everywhere, [(adapter, 0.8)])
     for base in (plain, bound):
         base.add_token(adapter.token, adapter.vectors)
     wanted = np.asarray(sample(everywhere, [prompt], [1], scene)[0], float)
@@ -217,8 +217,8 @@ def test_an_adapter_bound_to_everything_is_that_adapter(tiny_base: Path, photos:
     assert np.array_equal(again, without)  # nothing is left behind
 
     both, twice = (load_base(str(tiny_base), "cpu") for _ in range(2))  # beside one that acts everywhere
-    load_adapters(both, [(adapter, 0.5)])
-    load_adapters(twice, [(adapter, 0.9)])
+    put_adapters(both, [(adapter, 0.5)])
+    put_adapters(twice, [(adapter, 0.9)])
     wanted = np.asarray(sample(twice, [prompt], [1], scene)[0], float)
     found = np.asarray(sample(both, ["a cup"], [1], over, bound=[[(adapter, 0.4)]])[0], float)
     half = np.asarray(sample(both, [prompt], [1], scene)[0], float)

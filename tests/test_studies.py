@@ -12,7 +12,7 @@ from spectral_diffusion.cli import app
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.settings import build, read_yaml
 from spectral_diffusion.core.assets import concepts, preset
-from spectral_diffusion.studies.fusion import FAMILIES, NARROW, RANK, FusionCell, change_for, measured
+from spectral_diffusion.studies.fusion import FAMILIES, NARROW, RANK, FusionCell, change_for, measured_cells
 from spectral_diffusion.studies.rank import lowest, weight_of_full_rank
 from spectral_diffusion.studies.recipes import TRIALS, Recipe, things, verdict, worth_reporting, worth_showing
 from spectral_diffusion.studies.registry import all_studies, not_allowed
@@ -132,11 +132,11 @@ def test_what_is_only_routed_gives_no_verdict_on_fusing() -> None:
 def test_a_row_of_which_time_left_a_part_unmeasured_is_told_as_missing(work: Path) -> None:
     lab = StudyRunner(recipe=recipe("pocket", quick=True), folder=work)
     job = FusionCell("spectral, own slots", "sum", 2)
-    assert measured(lab, [job], (0,), True)[2] == []
+    assert measured_cells(lab, [job], (0,), True)[2] == []
     for cell in (work / "cells").glob("generic-*.json"):
         cell.unlink()
     lab.most = -1.0
-    assert measured(lab, [job], (0,), True) == ([], [], ["spectral, own slots, K = 2, rank 8, seed 0: sum"])
+    assert measured_cells(lab, [job], (0,), True) == ([], [], ["spectral, own slots, K = 2, rank 8, seed 0: sum"])
 
 
 def test_tuned_columns_reach_twice_as_far_down_in_rank() -> None:

@@ -22,7 +22,14 @@ from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.core.precision import MixedPrecision
 from spectral_diffusion.merging import distill as teaching
 from spectral_diffusion.merging import export as exporting
-from spectral_diffusion.merging.distill import DistillTargets, Question, batches, loss_of, predict, prepare_targets
+from spectral_diffusion.merging.distill import (
+    DistillTargets,
+    Question,
+    batches,
+    distillation_loss,
+    predict,
+    prepare_targets,
+)
 from spectral_diffusion.merging.export import export
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
 from spectral_diffusion.merging.memory import distillation_memory
@@ -160,9 +167,9 @@ def test_a_step_in_small_batches_computed_twice_teaches_the_same(
 
     def counted(base: Base, batch: list[Question], precision: MixedPrecision) -> torch.Tensor:
         asked.append(len(batch))
-        return loss_of(base, batch, precision)
+        return distillation_loss(base, batch, precision)
 
-    monkeypatch.setattr(teaching, "loss_of", counted)
+    monkeypatch.setattr(teaching, "distillation_loss", counted)
     for more in (
         {"batch_size": 8},
         {"batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True},
@@ -232,7 +239,8 @@ def test_ordinary_pictures_are_in_every_batch(pair: list[Path], tiny_base: Path)
     lessons = prepare_targets(base, [adapter], {}, few, 0)
     off_by = replace(lessons.ordinary, wanted=lessons.ordinary.wanted + 10.0)
     plain, moved = (
-        loss_of(base, *batches(replace(lessons, ordinary=one), few, 0, 0)) for one in (lessons.ordinary, off_by)
+        distillation_loss(base, *batches(replace(lessons, ordinary=one), few, 0, 0))
+        for one in (lessons.ordinary, off_by)
     )
     assert moved > plain + 1
 

@@ -27,7 +27,7 @@ from spectral_diffusion.models.base import load_base
 from spectral_diffusion.scenes.control import ControlMap, read_control_image
 from spectral_diffusion.scenes.generate import sample
 from spectral_diffusion.scenes.scene import ControlImage, Scene
-from spectral_diffusion.training.control_adapter import fitting_shape, state_path, train_control
+from spectral_diffusion.training.control_adapter import control_state_path, fitting_shape, train_control
 
 
 def make_pairs(folder: Path, count: int = 3, kind: str = "sketch") -> Path:
@@ -83,11 +83,11 @@ def test_a_stopped_run_resumes_bit_for_bit(pairs: Path, tiny_base: Path, tmp_pat
     asked = iter(range(100))
     with pytest.raises(Cancelled, match=f"step {stop} of 6"):
         train_control(config, hooks=Hooks(should_stop=lambda: next(asked) >= stop))
-    assert state_path(halves).exists() and not halves.exists()
+    assert control_state_path(halves).exists() and not halves.exists()
     with pytest.raises(UserError, match="batch_size=2, now it is 3"):
         train_control(config.model_copy(update={"batch_size": 3}), resume=True)
     train_control(config, resume=True)
-    assert same(whole, halves) and not state_path(halves).exists()
+    assert same(whole, halves) and not control_state_path(halves).exists()
     train_control(settings(pairs, tiny_base, other, seed=1))
     assert not same(whole, other)
     assert {path.name for path in tmp_path.iterdir()} == {"pairs", "whole", "halves", "other"}

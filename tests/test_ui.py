@@ -49,10 +49,10 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
     pytest.importorskip("gradio")
-    from spectral_diffusion.app.server import build, launch
+    from spectral_diffusion.app.server import build_app, launch
 
     port = free_port()
-    blocks = build(tmp_path_factory.mktemp("ui") / "workspace")
+    blocks = build_app(tmp_path_factory.mktemp("ui") / "workspace")
     launch(blocks, port, prevent_thread_lock=True, quiet=True)
     yield blocks, f"http://127.0.0.1:{port}"
     blocks.close()
@@ -78,10 +78,10 @@ def test_page_is_served_on_this_machine_only(served: tuple[Any, str], tmp_path: 
 
 
 def test_taken_port_is_a_sentence(served: tuple[Any, str], tmp_path: Path) -> None:
-    from spectral_diffusion.app.server import build, launch
+    from spectral_diffusion.app.server import build_app, launch
 
     with pytest.raises(UserError, match="port"):
-        launch(build(tmp_path), int(served[1].rpartition(":")[2]), prevent_thread_lock=True, quiet=True)
+        launch(build_app(tmp_path), int(served[1].rpartition(":")[2]), prevent_thread_lock=True, quiet=True)
 
 
 def test_endpoints_answer_in_sentences_and_stay_alive(served: tuple[Any, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +166,9 @@ def test_a_password_keeps_strangers_out(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     from gradio_client import Client
 
-    from spectral_diffusion.app.server import build, launch
+    from spectral_diffusion.app.server import build_app, launch
 
-    blocks = build(tmp_path / "workspace")
+    blocks = build_app(tmp_path / "workspace")
     port = free_port()
     launch(blocks, port, password="open sesame", prevent_thread_lock=True, quiet=True)
     url = f"http://127.0.0.1:{port}"

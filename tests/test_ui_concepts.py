@@ -15,7 +15,7 @@ from PIL import Image
 
 from spectral_diffusion.app import concept_html as cards
 from spectral_diffusion.app import concepts, editing, uploads
-from spectral_diffusion.app.adapter_headers import AdapterInfo, adapter_headers, owner
+from spectral_diffusion.app.adapter_headers import AdapterInfo, adapter_headers, owner_of_adapter
 from spectral_diffusion.app.jobs import Record
 from spectral_diffusion.app.overview import look, slot_clashes, strips
 from spectral_diffusion.app.workspace import Workspace
@@ -447,10 +447,10 @@ def test_slot_clashes_are_told() -> None:
 
 def test_adapters_find_their_concept() -> None:
     said = {"tom": ("tom", "cat", "<tom>"), "tim": ("old", "cat", "<jim>")}
-    assert owner(label_of("tom", None), said) == "tom"
-    assert owner(label_of("old", None), said) == "tim"  # by its name
-    assert owner(label_of("jim", None), said) == "tim"  # by its token, after a renaming
-    assert owner(label_of("ann", None), said) is None
+    assert owner_of_adapter(label_of("tom", None), said) == "tom"
+    assert owner_of_adapter(label_of("old", None), said) == "tim"  # by its name
+    assert owner_of_adapter(label_of("jim", None), said) == "tim"  # by its token, after a renaming
+    assert owner_of_adapter(label_of("ann", None), said) is None
 
 
 def test_labels_agree_with_the_adapters_themselves(workspace: Workspace, tiny_base: Path, photos: Path) -> None:
@@ -475,7 +475,7 @@ def test_labels_agree_with_the_adapters_themselves(workspace: Workspace, tiny_ba
     shelf = look(workspace)
     assert not shelf.first_run and not shelf.problems and not shelf.notes
     assert next(card for card in shelf.cards if card.folder == "rex").adapters == [label]
-    assert "columns 0:2" in cards.cards(shelf) and "rex" in cards.slot_map(shelf)
+    assert "columns 0:2" in cards.cards(shelf) and "rex" in cards.slot_map_html(shelf)
     output.write_bytes(output.read_bytes()[:-100])  # the file breaks under our feet
     assert adapter_headers(workspace)[0] == [] and "rex.safetensors" in adapter_headers(workspace)[1][0]
 
@@ -486,10 +486,10 @@ def test_labels_agree_with_the_adapters_themselves(workspace: Workspace, tiny_ba
 def test_handlers_say_what_to_do(workspace: Workspace, photos: Path) -> None:
     gr = pytest.importorskip("gradio")
     from spectral_diffusion.app.page import Page
-    from spectral_diffusion.app.tabs.concepts import NOTHING, Handlers
+    from spectral_diffusion.app.tabs.concepts import NOTHING, ConceptHandlers
 
     nothing: Any = None
-    handlers = Handlers(Page(workspace, *[nothing] * 8))
+    handlers = ConceptHandlers(Page(workspace, *[nothing] * 8))
     guide, problems, shelf, slots = handlers.overview(None)
     assert guide.visible and not problems.visible and 'data-name="rex"' in shelf and "Free" in slots
     assert handlers.show(None)[0] == handlers.show("../x")[0] == NOTHING
@@ -524,7 +524,7 @@ def test_add_concept_endpoint(workspace: Workspace, photos: Path) -> None:
     with gr.Blocks(analytics_enabled=False) as blocks:
         states = [gr.State(None) for _ in range(3)]
         with gr.Tabs() as tabs, gr.Tab("Concepts", id="concepts") as tab:
-            tab_of_concepts.build(
+            tab_of_concepts.build_concepts_tab(
                 Page(workspace, blocks, tabs, gr.HTML(), gr.Timer(active=False), gr.State({}), *states), tab
             )
     _, url, _ = blocks.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)

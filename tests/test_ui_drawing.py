@@ -384,7 +384,7 @@ def test_full_disk_is_a_sentence(
 
 def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache) -> None:
     pytest.importorskip("gradio")
-    from spectral_diffusion.app.tabs.generate import Handlers
+    from spectral_diffusion.app.tabs.generate import GenerateHandlers
     from spectral_diffusion.config.fuse import FuseConfig
     from spectral_diffusion.merging.fuse import fuse_to_folder
 
@@ -404,8 +404,10 @@ def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path],
         "steps": 1,
     }
     train_to_file(TrainConfig(**on_it, slot="8:10", device="cpu", mixed_precision="no"))  # on top of what is fused
-    assert drawing.base_of(workspace, "ann") == "fused/one" and drawing.base_of(workspace, "tom") == str(trained[0])
-    *_, tokens = Handlers(workspace).follow("fused/one", ["ann"])
+    assert drawing.chosen_base(workspace, "ann") == "fused/one" and drawing.chosen_base(workspace, "tom") == str(
+        trained[0]
+    )
+    *_, tokens = GenerateHandlers(workspace).follow("fused/one", ["ann"])
     assert [row[0] for row in tokens] == ["<tom>", "<ann>"]
     assert drawing.generate(
         workspace, GenerateRequest("fused/one", ["ann"]), keeper=keeper, prompt="<ann>", **QUICK
@@ -433,7 +435,7 @@ def test_region_without_its_token_is_noted(workspace: Workspace, trained: tuple[
 def test_gallery_pages_download_and_delete(workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache) -> None:
     assert pictures.page_of(workspace, 1) == ([], 1, [])
     with pytest.raises(UserError, match="No picture is chosen"):
-        pictures.about(workspace, None)
+        pictures.picture_details(workspace, None)
     drawn = draw(
         workspace,
         trained[0],
@@ -451,12 +453,12 @@ def test_gallery_pages_download_and_delete(workspace: Workspace, trained: tuple[
     assert {path.stem for path in shown} == {path.stem for path in drawn.pictures} | {"foreign"} and pages == 1
     assert len(problems) == 1 and "odd.png" in problems[0]
     with pytest.raises(UserError, match="holds no settings"):
-        pictures.about(workspace, "foreign")
+        pictures.picture_details(workspace, "foreign")
 
     name = drawn.pictures[0].stem
-    rows = dict(pictures.about(workspace, name))
+    rows = dict(pictures.picture_details(workspace, name))
     assert rows["Prompt"] == "a <tom> and a dog" and rows["Box 2"].endswith("(with jim)") and rows["Seed"] == "0"
-    path, packed = pictures.download(workspace, name)
+    path, packed = pictures.download_picture(workspace, name)
     with zipfile.ZipFile(packed) as archive:
         assert set(archive.namelist()) == {"scene.yaml", path.name, "drawing-1.png", "drawing-2.png"}
         text = archive.read("scene.yaml").decode()
@@ -480,7 +482,7 @@ def test_downloaded_scene_draws_the_same_picture(
 
     [path] = draw(workspace, trained[0], keeper, canvas=read_canvas(full_value()), width=32, height=16).pictures
     elsewhere = tmp_path / "elsewhere"
-    with zipfile.ZipFile(pictures.download(workspace, path.stem)[1]) as archive:
+    with zipfile.ZipFile(pictures.download_picture(workspace, path.stem)[1]) as archive:
         archive.extractall(elsewhere)
     assert {file.name for file in elsewhere.iterdir()} == {"scene.yaml", path.name, "drawing-1.png", "drawing-2.png"}
     assert (elsewhere / path.name).read_bytes() == path.read_bytes()
@@ -511,11 +513,11 @@ def test_pictures_of_others_read_nothing_outside(workspace: Workspace, tmp_path:
     found = pictures.refill(workspace, "evil")
     assert found.canvas == {"strokes": "", "keypose": "", "regions": []} and found.adapters == []
     assert len(found.notes) == 3
-    with zipfile.ZipFile(pictures.download(workspace, "evil")[1]) as archive:
+    with zipfile.ZipFile(pictures.download_picture(workspace, "evil")[1]) as archive:
         assert set(archive.namelist()) == {"scene.yaml", "evil.png"}
     hostile_picture(workspace.pictures / "odd.png", {"prompt": ["x"], "surprise": 1})
     with pytest.raises(UserError, match=r"odd\.png"):
-        pictures.about(workspace, "odd")
+        pictures.picture_details(workspace, "odd")
 
 
 def test_what_is_gone_is_told_on_refill(workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache) -> None:
@@ -543,9 +545,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def handlers(workspace: Workspace) -> Any:
     pytest.importorskip("gradio")
-    from spectral_diffusion.app.tabs.generate import Handlers
+    from spectral_diffusion.app.tabs.generate import GenerateHandlers
 
-    return Handlers(workspace)
+    return GenerateHandlers(workspace)
 
 
 class Asker:
@@ -608,7 +610,7 @@ def test_what_is_handed_over_comes_with_its_base(
     handlers: Any, workspace: Workspace, trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from spectral_diffusion.app.page import hand
-    from spectral_diffusion.app.tabs.train import Handlers as Train
+    from spectral_diffusion.app.tabs.train import TrainHandlers as Train
 
     pocket, large = (20, 2.0), (50, 7.5)  # steps and guidance
     base = str(trained[0])
@@ -634,14 +636,14 @@ def test_what_is_handed_over_comes_with_its_base(
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, trained: tuple[Path, Path]) -> Iterator[tuple[Workspace, str]]:
     pytest.importorskip("gradio")
-    from spectral_diffusion.app.server import build, launch
+    from spectral_diffusion.app.server import build_app, launch
 
     workspace = Workspace(tmp_path_factory.mktemp("served") / "workspace")
     shutil.copytree(trained[1], workspace.adapters)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    blocks = build(workspace.root)
+    blocks = build_app(workspace.root)
     launch(blocks, port, prevent_thread_lock=True, quiet=True)
     yield workspace, f"http://127.0.0.1:{port}"
     blocks.close()

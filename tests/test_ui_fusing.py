@@ -107,12 +107,12 @@ def test_one_unreadable_adapter_hides_no_other(workspace: Workspace) -> None:
     assert found.rows == comparing.together(workspace, ["rex", "mug"], BOTH).rows
     assert [warning.split()[0] for warning in found.warnings] == ["adapters/bad.safetensors", "No"]
     with pytest.raises(UserError, match=r"^adapters/bad\.safetensors"):
-        fusing.fuse(workspace, ["rex", "bad"], "pair", {})
+        fusing.fuse_chosen(workspace, ["rex", "bad"], "pair", {})
 
 
 @pytest.mark.parametrize("merge", ["spectral", "fedavg", "ties"])
 def test_fuse_and_take_out_again(workspace: Workspace, merge: str, tmp_path: Path) -> None:
-    told = fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH, merge=merge)
+    told = fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH, merge=merge)
     assert "Saved 'pair'" in told and fusing.base_choices(workspace) == ["pocket", "fused/pair"]
     [saved] = fusing.fusions(workspace)
     assert (saved.name, dict(saved.concepts), saved.merge) == ("pair", {"mug": 0.5, "rex": 1.0}, merge)
@@ -127,7 +127,7 @@ def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace, m
     few = {"distill": {"num_images": 2, "num_prior_images": 2, "noises_per_image": 2, "batch_size": 4}}
     monkeypatch.setattr(fusing, "preset_part", lambda name, verb: few)
     seen: list[Event] = []
-    fusing.fuse(workspace, ["rex", "mug"], "clever", BOTH, Hooks(progress=seen.append), distill_steps=2)
+    fusing.fuse_chosen(workspace, ["rex", "mug"], "clever", BOTH, Hooks(progress=seen.append), distill_steps=2)
     assert {"lesson", "teach"} <= {event.stage for event in seen}
     [saved] = fusing.fusions(workspace)
     assert (saved.taught, saved.merge, saved.problem) == (2, "spectral", "")
@@ -139,7 +139,7 @@ def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace, m
             stop.set()
 
     with pytest.raises(UserError, match="nothing was saved"):
-        fusing.fuse(
+        fusing.fuse_chosen(
             workspace,
             ["rex", "mug"],
             "dull",
@@ -152,7 +152,7 @@ def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace, m
 
 def test_the_page_fuses_as_the_command_line_does(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     def wanted(**changes: Any) -> FuseConfig:
-        return fusing.settings_for(workspace, ["rex", "mug"], workspace.fused / "pair", {}, **changes)
+        return fusing.fuse_settings(workspace, ["rex", "mug"], workspace.fused / "pair", {}, **changes)
 
     large = read_yaml(preset("sd15-12gb"))["fuse"]["distill"]
     assert (
@@ -174,11 +174,11 @@ def test_the_page_fuses_as_the_command_line_does(workspace: Workspace, monkeypat
 def test_while_one_runs_the_other_waits(workspace: Workspace) -> None:
     pytest.importorskip("gradio")
     from spectral_diffusion.app.page import Page
-    from spectral_diffusion.app.tabs.fuse import Handlers, changes_for, ready
+    from spectral_diffusion.app.tabs.fuse import FuseHandlers, changes_for, ready
     from spectral_diffusion.app.tabs.fuse_layout import TEACHING, WHOLE
 
     nothing: Any = None
-    handlers, visitor = Handlers(Page(workspace, *[nothing] * 8)), SimpleNamespace(session_hash="me")
+    handlers, visitor = FuseHandlers(Page(workspace, *[nothing] * 8)), SimpleNamespace(session_hash="me")
     for begin, runs in ((handlers.begin_compare, handlers.compares), (handlers.begin_save, handlers.saves)):
         compare, save, stop = begin(visitor)
         assert not compare.interactive and not save.interactive and stop.visible
@@ -210,7 +210,7 @@ def test_before_and_after_of_every_concept(workspace: Workspace) -> None:
 
 
 def test_downloads_are_read_by_others(workspace: Workspace, tiny_base: Path, tmp_path: Path) -> None:
-    fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH)
+    fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH)
     packed, notes = downloads.download(workspace, "pair", "kohya")
     assert not notes and list(packed.parent.iterdir()) == [packed]
     assert workspace.pictures in packed.parents
@@ -227,7 +227,7 @@ def test_downloads_are_read_by_others(workspace: Workspace, tiny_base: Path, tmp
 
 
 def test_whole_weights_go_out_as_a_checkpoint_only(workspace: Workspace) -> None:
-    fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH, merge="ties")
+    fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH, merge="ties")
     for kind in ("kohya", "diffusers"):
         with pytest.raises(UserError, match="which no LoRA holds; choose the checkpoint"):
             downloads.download(workspace, "pair", kind)
@@ -251,7 +251,7 @@ def test_a_full_rank_method_is_cut_with_the_error_told(workspace: Workspace, tin
             device="cpu",
         )
     )
-    fusing.fuse(workspace, ["full"], "one", {})
+    fusing.fuse_chosen(workspace, ["full"], "one", {})
     _, notes = downloads.download(workspace, "one", "kohya")
     assert "only comes near it" in notes[0] and "% away from the exact change" in notes[1]
     [row] = comparing.together(workspace, ["full"], {}).rows
@@ -259,16 +259,16 @@ def test_a_full_rank_method_is_cut_with_the_error_told(workspace: Workspace, tin
 
 
 def test_a_taken_name_is_replaced_only_on_demand(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH)
+    fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH)
     before = load_base(str(workspace.fused / "pair"), "cpu").fingerprint
     recipe = (workspace.fused / "pair" / MANIFEST).read_bytes()
     with pytest.raises(UserError, match="already; choose another name, or tick"):
-        fusing.fuse(workspace, ["rex"], "pair", {})
+        fusing.fuse_chosen(workspace, ["rex"], "pair", {})
     with pytest.raises(UserError, match="No adapter 'gone'"):
-        fusing.fuse(workspace, ["gone"], "pair", {}, replace=True)
+        fusing.fuse_chosen(workspace, ["gone"], "pair", {}, replace=True)
     assert (workspace.fused / "pair" / MANIFEST).read_bytes() == recipe and not list(workspace.trash.glob("*"))
     monkeypatch.setattr("spectral_diffusion.app.fusing.os.link", _full)  # a disk without second names
-    fusing.fuse(workspace, ["rex"], "pair", {}, replace=True)
+    fusing.fuse_chosen(workspace, ["rex"], "pair", {}, replace=True)
     [kept] = workspace.trash.glob("*/pair")
     assert (kept / MANIFEST).read_bytes() == recipe and load_base(str(kept), "cpu").fingerprint == before
     assert fusing.concepts_in(workspace, "pair") == ["rex"]
@@ -279,13 +279,13 @@ def test_a_failed_replacement_leaves_all_as_it_was(workspace: Workspace, small_d
     place.mkdir(parents=True)
     (place / MANIFEST).write_text("{}")
     with pytest.raises(UserError, match=r"Cannot write to the workspace's folder fused: File too large.*; free some"):
-        fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH, replace=True)
+        fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH, replace=True)
     assert [path.name for path in workspace.fused.rglob("*")] == ["pair", MANIFEST]
     assert not list(workspace.trash.iterdir())
 
 
 def test_a_full_disk_is_a_sentence(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH)
+    fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH)
     monkeypatch.setattr("spectral_diffusion.core.files.os.fsync", _full)
     for folder, call in (
         ("fused", lambda: fusing.take_out(workspace, "pair", "mug", "rest")),
@@ -307,15 +307,15 @@ def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: 
         "Fine: a/b, 1/2, </s>, https://x.org/y and - or _.": "Fine: a/b, 1/2, </s>, https://x.org/y and - or _.",
     }.items():
         assert in_app(said, workspace) == wanted
-    fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH)
+    fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH)
     recipe = workspace.fused / "pair" / MANIFEST
     held = json.loads(recipe.read_text())
     recipe.write_text(json.dumps(held | {"base": str(tmp_path / "gone" / "base")}))
     (workspace.fused / "other").mkdir()
     calls = {
         "No base 'base'.*needed to fuse the rest anew": lambda: fusing.take_out(workspace, "pair", "mug", "rest"),
-        "^fused/other exists and .*Choose another name": lambda: fusing.fuse(workspace, ["rex"], "other", {}),
-        "which is not positive. Change the strengths": lambda: fusing.fuse(
+        "^fused/other exists and .*Choose another name": lambda: fusing.fuse_chosen(workspace, ["rex"], "other", {}),
+        "which is not positive. Change the strengths": lambda: fusing.fuse_chosen(
             workspace, ["rex"], "none", {"rex": -1.0}, merge="fedavg"
         ),
     }
@@ -335,21 +335,21 @@ def test_pages_wait_for_no_torch() -> None:
 
 def test_bad_wishes_and_damaged_files_are_sentences(workspace: Workspace) -> None:
     for message, call in (
-        ("No concepts are chosen", lambda: fusing.fuse(workspace, [], "", {})),
+        ("No concepts are chosen", lambda: fusing.fuse_chosen(workspace, [], "", {})),
         ("No concepts are chosen", lambda: comparing.compare(workspace, None, {})),
-        ("cannot be the name", lambda: fusing.fuse(workspace, ["rex"], "../x", {})),
-        ("No adapter 'rx'.*did you mean 'rex'", lambda: fusing.fuse(workspace, ["rx"], "pair", {})),
-        ("Unknown merge", lambda: fusing.fuse(workspace, ["rex"], "pair", {}, merge="magic")),
+        ("cannot be the name", lambda: fusing.fuse_chosen(workspace, ["rex"], "../x", {})),
+        ("No adapter 'rx'.*did you mean 'rex'", lambda: fusing.fuse_chosen(workspace, ["rx"], "pair", {})),
+        ("Unknown merge", lambda: fusing.fuse_chosen(workspace, ["rex"], "pair", {}, merge="magic")),
         ("No fused folder", lambda: fusing.take_out(workspace, "../x", "rex", "rest")),
         ("No fused folder", lambda: downloads.download(workspace, "pair", "kohya")),
     ):
         with pytest.raises(UserError, match=message):
             call()
     assert not workspace.fused.exists()
-    fusing.fuse(workspace, ["rex", "mug"], "pair", BOTH)
+    fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH)
     with pytest.raises(UserError, match="choose another name"):
         fusing.take_out(workspace, "pair", "mug", "pair")
-    fusing.fuse(workspace, ["rex"], "one", {})
+    fusing.fuse_chosen(workspace, ["rex"], "one", {})
     with pytest.raises(UserError, match="all that 'one' holds; delete the fusion instead"):
         fusing.take_out(workspace, "one", "rex", "rest")
     fusing.delete_fusion(workspace, "one")

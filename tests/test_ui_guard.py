@@ -23,7 +23,7 @@ from test_ui import free_port
 from spectral_diffusion.app import generation as drawing
 from spectral_diffusion.app import temporary
 from spectral_diffusion.app.generation import Drawn
-from spectral_diffusion.app.guard import Guard, is_foreign, session_of
+from spectral_diffusion.app.guard import Guard, is_cross_site, session_of
 from spectral_diffusion.app.workspace import pick, safe_name
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.hooks import Hooks
@@ -48,7 +48,7 @@ from spectral_diffusion.core.hooks import Hooks
     ],
 )
 def test_a_foreign_page_is_told_by_its_origin(headers: dict[str, str], foreign: bool) -> None:
-    assert is_foreign(headers, ["mine.gradio.live"]) is foreign
+    assert is_cross_site(headers, ["mine.gradio.live"]) is foreign
 
 
 def test_a_stream_names_its_session() -> None:
@@ -134,19 +134,19 @@ def test_the_folder_of_a_run_is_its_owners_and_those_of_killed_runs_go(
         (folder / "photo").mkdir(parents=True)
     old.with_suffix(".lock").touch()
     with FileLock(running.with_suffix(".lock")):
-        temporary.choose(tmp_path)
+        temporary.choose_folder(tmp_path)
         folder = Path(os.environ[temporary.VARIABLE])
         assert not folder.exists()
-        temporary.prepare()
-        temporary.prepare()  # a second app of this process
+        temporary.prepare_folder()
+        temporary.prepare_folder()  # a second app of this process
         assert running.is_dir() and not old.exists()
     for mine in (folder, folder.parent):
         assert stat.S_IMODE(mine.stat().st_mode) == 0o700
     temporary._remove(folder, temporary._held(folder))
     assert not folder.exists() and not folder.with_suffix(".lock").exists()
     monkeypatch.setenv(temporary.VARIABLE, str(tmp_path / "mine"))
-    temporary.choose(tmp_path)
-    temporary.prepare()
+    temporary.choose_folder(tmp_path)
+    temporary.prepare_folder()
     assert not (tmp_path / "mine").exists()  # a person's own choice is left alone
 
 
@@ -156,11 +156,11 @@ def test_the_folder_of_a_run_is_its_owners_and_those_of_killed_runs_go(
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
     pytest.importorskip("gradio")
-    from spectral_diffusion.app.server import build, launch
+    from spectral_diffusion.app.server import build_app, launch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv(temporary.VARIABLE, raising=False)
-        blocks = build(tmp_path_factory.mktemp("guarded") / "workspace")
+        blocks = build_app(tmp_path_factory.mktemp("guarded") / "workspace")
         port = free_port()
         launch(blocks, port, prevent_thread_lock=True, quiet=True)
         yield blocks, f"http://127.0.0.1:{port}"

@@ -21,11 +21,11 @@ from PIL import Image
 
 from spectral_diffusion.app import estimates
 from spectral_diffusion.app import jobs as jobs_module
-from spectral_diffusion.app.adapters import adapter_files, adapter_rows, delete_adapter
+from spectral_diffusion.app.adapters import adapter_rows, delete_adapter, workspace_adapters
 from spectral_diffusion.app.charts import loss_curve
-from spectral_diffusion.app.estimates import estimate, memory, span
+from spectral_diffusion.app.estimates import estimate_training, memory_estimate, span
 from spectral_diffusion.app.jobs import QueueJob, last_error, trim
-from spectral_diffusion.app.presets import preset_settings, presets, train_settings
+from spectral_diffusion.app.presets import preset_train_settings, presets, train_settings
 from spectral_diffusion.app.queue import Queue
 from spectral_diffusion.app.workspace import Workspace
 from spectral_diffusion.config.train import TrainConfig
@@ -393,19 +393,19 @@ def test_logs_stay_small(tmp_path: Path) -> None:
 def test_presets_begin_with_the_pocket_base() -> None:
     assert next(iter(presets())) == "pocket" and all(presets().values())
     for name in presets():
-        assert preset_settings(name, "train")
+        assert preset_train_settings(name, "train")
 
 
 def test_estimates(workspace: Workspace, tiny_base: Path, queue: Queue) -> None:
     pocket = train_settings(workspace, "ann", "pocket", {})
-    assert estimate(pocket).trained == "129,536" and "short measurement" in estimate(pocket).note
-    assert memory(pocket) == ("about 0.8 GiB", "")
+    assert estimate_training(pocket).trained == "129,536" and "short measurement" in estimate_training(pocket).note
+    assert memory_estimate(pocket) == ("about 0.8 GiB", "")
     large = train_settings(workspace, "ann", "sd15-8gb", {})
-    assert estimate(large).trained == "2,184,192" and "not on this machine" in estimate(large).note
+    assert estimate_training(large).trained == "2,184,192" and "not on this machine" in estimate_training(large).note
     here = train_settings(workspace, "ann", "pocket", {"base": str(tiny_base), "rank": 2})
-    assert "not on this machine" not in estimate(here).note
+    assert "not on this machine" not in estimate_training(here).note
     with pytest.raises(UserError, match="cannot have rank"):
-        estimate(train_settings(workspace, "ann", "pocket", {"rank": 4000}))
+        estimate_training(train_settings(workspace, "ann", "pocket", {"rank": 4000}))
     assert span(20, 50) == "20 to 50 s" and span(70, 250) == "1 to 5 min" and span(9000, 40000) == "2 to 12 h"
 
 
@@ -422,7 +422,7 @@ def test_the_time_is_taken_from_a_training_here(queue: Queue, workspace: Workspa
     for steps, seconds in ((20, None), (200, 0.3)):
         file.write_text(json.dumps(held | {"step": steps, "steps": steps}))
         assert estimates.seconds_per_step(queue.jobs(), config) == seconds
-    assert estimate(config, queue.jobs()).time == "about 3 min"
+    assert estimate_training(config, queue.jobs()).time == "about 3 min"
     other = config.model_copy(update={"batch_size": config.batch_size + 1})
     assert estimates.seconds_per_step(queue.jobs(), other) is None
 
@@ -433,10 +433,10 @@ def test_the_time_follows_the_training_that_runs(queue: Queue, workspace: Worksp
     file = training(queue, first).status_file
     held = json.loads(file.read_text()) | {"config": {"base": "pocket", "batch_size": config.batch_size}, "eta": 2.5}
     file.write_text(json.dumps(held))  # five steps are left
-    found = estimate(config, queue.jobs())
+    found = estimate_training(config, queue.jobs())
     assert found.time == f"about {round(0.5 * config.steps / 60)} min" and "runs now" in found.note
     file.write_text(json.dumps(held | {"stage": "draw"}))
-    assert "short measurement" in estimate(config, queue.jobs()).note
+    assert "short measurement" in estimate_training(config, queue.jobs()).note
 
 
 def test_the_line_counts_what_comes_before_the_first_step(queue: Queue) -> None:
@@ -454,12 +454,12 @@ def test_the_memory_of_a_large_base_is_counted(
     workspace: Workspace, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimates, "SMALL", 0)
-    estimates.shape_of.cache_clear()
+    estimates.base_shape.cache_clear()
     config = train_settings(workspace, "ann", "pocket", {**QUICK, "base": str(tiny_base)})
-    assert memory(config)[0].startswith("about 0.7 GiB")
+    assert memory_estimate(config)[0].startswith("about 0.7 GiB")
     monkeypatch.setattr("spectral_diffusion.training.memory.available", lambda device: 1000)
-    assert "0.0 GiB free here" in memory(config)[1]
-    estimates.shape_of.cache_clear()
+    assert "0.0 GiB free here" in memory_estimate(config)[1]
+    estimates.base_shape.cache_clear()
 
 
 def test_the_loss_curve_is_a_picture_of_the_points() -> None:
@@ -479,7 +479,7 @@ def test_a_broken_adapter_is_one_line(workspace: Workspace) -> None:
     (workspace.adapters / "bad.safetensors").write_bytes(b"garbage")
     (workspace.adapters / "rex.state.safetensors").write_bytes(b"garbage")
     (workspace.adapters / "away.safetensors").symlink_to("/etc/passwd")
-    assert set(adapter_files(workspace)) == {"bad"}
+    assert set(workspace_adapters(workspace)) == {"bad"}
     found, problems = adapter_rows(workspace)
     assert not found and len(problems) == 1 and "bad.safetensors" in problems[0] and "\n" not in problems[0]
     assert "Deleted the adapter 'bad'" in delete_adapter(workspace, "bad")
@@ -563,14 +563,14 @@ def test_what_is_written_into_the_page_is_escaped(queue: Queue, workspace: Works
 def test_a_client_trains_waits_and_stops(workspace: Workspace, part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from gradio_client import Client
 
-    from spectral_diffusion.app.server import build, launch
+    from spectral_diffusion.app.server import build_app, launch
 
     program = (sys.executable, "-S", "-c", STAND_IN)
     monkeypatch.setattr("spectral_diffusion.app.tabs.train.Queue", lambda workspace: Queue(workspace, program))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    blocks = build(workspace.root)
+    blocks = build_app(workspace.root)
     launch(blocks, port, prevent_thread_lock=True, quiet=True)
     try:
         client = Client(f"http://127.0.0.1:{port}", verbose=False, analytics_enabled=False)
@@ -616,7 +616,7 @@ def test_stopped_and_resumed_is_the_same_to_the_bit(workspace: Workspace, tiny_b
     assert queue.job(first).record.pid == pid and queue.job(first).alive
     queue.stop(first)
     until(lambda: queue.job(first).record.state == "stopped")
-    assert 0 < queue.job(first).steps_done < 100 and adapter_files(workspace) == {}
+    assert 0 < queue.job(first).steps_done < 100 and workspace_adapters(workspace) == {}
     queue.resume(first)
 
     training(queue, second)

@@ -22,7 +22,7 @@ def component_scale(strength: Strength, component: str) -> float:
     return float(strength.get(component, 1.0)) if isinstance(strength, Mapping) else float(strength)
 
 
-def load_adapters(base: Base, adapters: Sequence[tuple[Adapter, Strength]], allow_base: bool = False) -> list[str]:
+def put_adapters(base: Base, adapters: Sequence[tuple[Adapter, Strength]], allow_base: bool = False) -> list[str]:
     """Let adapters act on a base at the given strengths, tokens included, without fusing; returns warnings.
 
     Raises:

@@ -185,7 +185,7 @@ def set_adapters(models: dict[str, nn.Module], names: list[str]) -> None:
                 module.set_adapter(names, inference_mode=True)
 
 
-def unload_adapters(models: dict[str, nn.Module]) -> None:
+def remove_adapters(models: dict[str, nn.Module]) -> None:
     """Take every adapter off again; the models are the base's own modules afterwards."""
     for model in models.values():
         for name, module in list(model.named_modules()):
@@ -205,7 +205,7 @@ def unloading(models: dict[str, nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        unload_adapters(models)
+        remove_adapters(models)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from ..core.errors import UserError, reason
 from ..core.files import parse_json
 from ..methods import get_method
 from ..slots.ledger import Slot, read_columns
-from .adapters import adapter_files
+from .adapters import workspace_adapters
 from .workspace import Workspace, sentence_of
 
 
@@ -40,7 +40,7 @@ class AdapterInfo:
 def adapter_headers(workspace: Workspace) -> tuple[list[AdapterInfo], list[str]]:
     """The labels of all readable adapters, and a sentence per file that cannot be read."""
     found, problems = [], []
-    for path in adapter_files(workspace).values():
+    for path in workspace_adapters(workspace).values():
         try:
             seen = path.stat()
             found.append(_label(path, seen.st_mtime_ns, seen.st_size))
@@ -73,7 +73,7 @@ def _label(path: Path, changed: int, size: int) -> AdapterInfo:
         raise UserError(f"{path} is not a readable adapter ({reason(error)}).") from error
 
 
-def owner(label: AdapterInfo, concepts: Mapping[str, tuple[str, str, str]]) -> str | None:
+def owner_of_adapter(label: AdapterInfo, concepts: Mapping[str, tuple[str, str, str]]) -> str | None:
     """The concept that an adapter was trained from: the one of its file's name, else of its name, else of its token.
 
     Args:

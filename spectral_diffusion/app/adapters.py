@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ADAPTER_COLUMNS = ("Adapter", "Token", "Noun", "Method", "Columns", "Rank", "Base")
 
 
-def adapter_files(workspace: Workspace) -> dict[str, Path]:
+def workspace_adapters(workspace: Workspace) -> dict[str, Path]:
     """The adapter files by name; states of unfinished trainings do not count."""
     return {
         path.stem: path
@@ -33,7 +33,7 @@ def adapter_file(workspace: Workspace, name: str | None) -> Path:
     Raises:
         UserError: there is none of that name.
     """
-    return pick(name, adapter_files(workspace), "adapter", "train it in step 2")
+    return pick(name, workspace_adapters(workspace), "adapter", "train it in step 2")
 
 
 def read_adapter(workspace: Workspace, name: str | None) -> Adapter:
@@ -60,7 +60,7 @@ def _read(path: Path, changed: int, size: int) -> Adapter:
 def adapter_rows(workspace: Workspace) -> tuple[list[list[str]], list[str]]:
     """The table of readable adapters under ``ADAPTER_COLUMNS``, and a sentence per file that cannot be read."""
     rows, problems = [], []
-    for name, path in adapter_files(workspace).items():
+    for name, path in workspace_adapters(workspace).items():
         try:
             seen = path.stat()
             rows.append([name, *_described(path, seen.st_mtime_ns, seen.st_size)])

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ..adapters.attach import unload_adapters
+from ..adapters.attach import remove_adapters
 from ..models.base import ENCODERS, Base, load_base, quiet_loading
 from ..models.tokens import embedding_of
 
@@ -101,7 +101,7 @@ def snapshot(base: Base) -> Callable[[], None]:
     precision = base.pipeline.vae.dtype
 
     def take_off() -> None:
-        unload_adapters(base.models)
+        remove_adapters(base.models)
         if base.pipeline.vae.dtype != precision:  # a pipeline was stopped while it decoded in float32
             nn.Module.to(base.pipeline.vae, precision)
         for name, table in tables.items():

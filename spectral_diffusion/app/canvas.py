@@ -208,7 +208,7 @@ def keypose_preset(pose: str, count: int, ratio: float) -> bytes:
     Raises:
         UserError: no such pose or number.
     """
-    width, height = size_of(ratio)
+    width, height = picture_size(ratio)
     return png_of(draw_keypose(people(pose, count, width, height), width, height, thickness=height / 45))
 
 
@@ -228,7 +228,7 @@ def ready_sketch(name: str, ratio: float | None = None) -> bytes:
         return as_ink(image.convert("L"), ratio)
 
 
-def size_of(ratio: float) -> tuple[int, int]:
+def picture_size(ratio: float) -> tuple[int, int]:
     """The canvas's pixels at a width-to-height ratio."""
     ratio = min(8.0, max(1 / 8, ratio))
     return (SIDE, round(SIDE / ratio)) if ratio >= 1 else (round(SIDE * ratio), SIDE)
@@ -245,4 +245,4 @@ def _framed(image: Image.Image, ratio: float | None) -> Image.Image:
     """An image on black as large as possible in the middle of a canvas of that ratio."""
     if ratio is None:
         return _fitted(image)
-    return ImageOps.pad(image, size_of(ratio), Image.Resampling.BICUBIC, color=0)
+    return ImageOps.pad(image, picture_size(ratio), Image.Resampling.BICUBIC, color=0)

@@ -12,7 +12,7 @@ from ..config.settings import build
 from ..core.hooks import QUIET, Hooks
 from .adapters import read_adapter
 from .device import giving_back
-from .fusing import load_chosen, settings_for, ticked
+from .fusing import fuse_settings, load_chosen, ticked
 from .sentences import errors_in_app, in_app
 from .workspace import Workspace, sentence_of
 
@@ -50,7 +50,7 @@ def together(workspace: Workspace, chosen: Sequence[str] | None, strengths: Mapp
     """What can be said of these adapters; one that is gone or damaged becomes a warning and hides no other."""
     if not chosen:
         return Together([], [])
-    from ..inspection import clashes, cosine, interference, overlaps
+    from ..inspection import cosine, interference, overlaps, slot_clashes_between
 
     adapters, warnings = _readable(workspace, chosen)
     told = {name: adapter for name, adapter in adapters.items() if not adapter.needs_base}
@@ -71,7 +71,9 @@ def together(workspace: Workspace, chosen: Sequence[str] | None, strengths: Mapp
     found = list(adapters.values())
     untold = [name for name in adapters if name not in told]
     warnings += [f"What {name} changes shows only beside its base, so it has no figures." for name in untold]
-    return Together(rows, [*warnings, *(in_app(text, workspace) for text in (*overlaps(found), *clashes(found)))])
+    return Together(
+        rows, [*warnings, *(in_app(text, workspace) for text in (*overlaps(found), *slot_clashes_between(found)))]
+    )
 
 
 def _readable(workspace: Workspace, chosen: Sequence[str]) -> tuple[dict[str, Adapter], list[str]]:
@@ -110,8 +112,8 @@ def compare(
         UserError: anything the person can mend.
     """
     chosen = ticked(chosen)
-    from ..adapters.apply import load_adapters
-    from ..adapters.attach import unload_adapters
+    from ..adapters.apply import put_adapters
+    from ..adapters.attach import remove_adapters
     from ..merging.fuse import check_together, fuse_adapters
     from ..merging.merges.registry import get_merge
     from ..models.base import load_base
@@ -124,7 +126,7 @@ def compare(
         return grid(sample(base, prompts, [seed + index for index in range(len(PLACES))], scene, hooks), len(PLACES))
 
     with giving_back(), errors_in_app(workspace, "pictures"):
-        settings = settings_for(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)
+        settings = fuse_settings(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)
         adapters = list(load_chosen(workspace, chosen).values())
         check_together(adapters, settings.scales)
         get_merge(settings.merge).check(adapters)
@@ -136,9 +138,9 @@ def compare(
         )
         alone = []
         for adapter in adapters:
-            load_adapters(base, [(adapter, 1.0)])
+            put_adapters(base, [(adapter, 1.0)])
             alone.append(drawn(adapter.token))
-            unload_adapters(base.models)
+            remove_adapters(base.models)
         fuse_adapters(base, adapters, settings, hooks, install=False)
         found = []
         for adapter, before in zip(adapters, alone, strict=True):

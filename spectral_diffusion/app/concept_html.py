@@ -20,17 +20,17 @@ def cards(shelf: ConceptOverview, chosen: str | None = None) -> str:
     groups = {"Yours": own, "Ready-made": ready}
     return "".join(
         f'<h4 class="concept-group">{title}</h4><div class="concept-cards" role="group" aria-label="{title}">'
-        + "".join(card(one, shelf, one.folder == chosen) for one in group)
+        + "".join(concept_card(one, shelf, one.folder == chosen) for one in group)
         + "</div>"
         for title, group in groups.items()
         if group
     )
 
 
-def card(one: Card, shelf: ConceptOverview, chosen: bool) -> str:
+def concept_card(one: Card, shelf: ConceptOverview, chosen: bool) -> str:
     """One concept: its first photos, what it is, and what it has been trained into."""
     name = escape(one.folder)
-    pictures = "".join(f'<img alt="" src="{data_url(photo)}">' for photo in one.photos)
+    pictures = "".join(f'<img alt="" src="{image_url(photo)}">' for photo in one.photos)
     count = f"{one.count} photo{'' if one.count == 1 else 's'}"
     line = f"{escape(one.noun)} · {count}" if one.count else "cannot be read"
     trained = (
@@ -56,7 +56,7 @@ def adapter_line(label: AdapterInfo, shelf: ConceptOverview) -> str:
     )
 
 
-def slot_map(shelf: ConceptOverview) -> str:
+def slot_map_html(shelf: ConceptOverview) -> str:
     """The slot map: a strip per base, then who is who."""
     if not shelf.strips:
         return '<p class="muted">Free from end to end: nothing has been trained here yet.</p>'
@@ -97,6 +97,6 @@ def _colour(name: str, one: Strip, colours: dict[str, str]) -> str:
     return PALE if name in one.reserved else colours.get(name, PALE)
 
 
-def data_url(jpeg: bytes) -> str:
+def image_url(jpeg: bytes) -> str:
     """A picture within the page, so that nothing of the workspace needs to be served."""
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")

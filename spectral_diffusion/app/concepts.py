@@ -16,7 +16,7 @@ from ..data.folder import Concept, Photo, load_concept, open_photo, read_about
 from ..data.image_io import FORMATS, SUFFIXES
 from ..data.sidecars import DRAWING_ENDINGS, MASK_ENDINGS, is_label, twin_of
 from ..models.tokens import check_token, slug
-from .adapter_headers import AdapterInfo, adapter_headers, owner
+from .adapter_headers import AdapterInfo, adapter_headers, owner_of_adapter
 from .uploads import PHOTOS, pixels_of, small_jpeg
 from .workspace import Workspace, pick, visible
 
@@ -202,7 +202,7 @@ def suggest_token(workspace: Workspace, name: str | None) -> str:
     return token
 
 
-def adapters_of(workspace: Workspace, name: str) -> list[AdapterInfo]:
+def adapters_of_concept(workspace: Workspace, name: str) -> list[AdapterInfo]:
     """The adapters that were trained from a concept's folder."""
     said = known_concepts(workspace)
-    return [label for label in adapter_headers(workspace)[0] if owner(label, said) == name]
+    return [label for label in adapter_headers(workspace)[0] if owner_of_adapter(label, said) == name]

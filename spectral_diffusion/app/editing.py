@@ -22,7 +22,7 @@ from .adapters import release_slot
 from .concepts import (
     ABOUT,
     about,
-    adapters_of,
+    adapters_of_concept,
     concept_folder,
     concept_folders,
     file_names,
@@ -178,7 +178,7 @@ def change_concept(workspace: Workspace, name: str | None, new: str, noun: str, 
         raise UserError(f"'{new}' is taken already; choose another name.")
     token = _free_token(workspace, token or before[2], folder.name)
     refuse_busy(workspace, folder.name)
-    trained = adapters_of(workspace, folder.name)
+    trained = adapters_of_concept(workspace, folder.name)
     repeats = read_about(folder)[1]
     with disk_errors_as_sentence("concepts"):
         _write_about(folder, new, noun, token, None if repeats == 1 else repeats)
@@ -219,7 +219,7 @@ def traces(workspace: Workspace, name: str) -> tuple[list[Path], list[str]]:
     """
     said = known_concepts(workspace)
     others = {word for folder, (called, _, _) in said.items() if folder != name for word in (folder, called)}
-    mine = adapters_of(workspace, name)
+    mine = adapters_of_concept(workspace, name)
     names = ({name, said[name][0]} - others) | {label.name for label in mine}
     ledgers = [Ledger(workspace.adapters / file).read() for file in (LEDGER, ROWS)]
     held = {one for ledger in ledgers for concepts in ledger.values() for one in concepts}

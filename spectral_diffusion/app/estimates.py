@@ -25,7 +25,7 @@ SMALL = 50_000_000  # weights of a base below which it is like the pocket base
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TrainingEstimate:
     """Two short texts for a person's eyes, and a sentence on how far to trust them."""
 
     trained: str
@@ -43,7 +43,7 @@ class Shape:
     sides: tuple[tuple[int, int], ...]
 
 
-def estimate(config: TrainConfig, jobs: Iterable[QueueJob] = ()) -> Estimate:
+def estimate_training(config: TrainConfig, jobs: Iterable[QueueJob] = ()) -> TrainingEstimate:
     """What training will cost, from the base's shape and what trainings of this workspace took.
 
     Raises:
@@ -52,7 +52,7 @@ def estimate(config: TrainConfig, jobs: Iterable[QueueJob] = ()) -> Estimate:
     from ..methods import get_method
     from ..training.run import with_rank
 
-    shape = shape_of(config.base, config.target_modules)
+    shape = base_shape(config.base, config.target_modules)
     settled = with_rank(config, shape.sides)
     method = get_method(settled.method)
     trained = method.total(shape.sides, settled.rank)
@@ -68,10 +68,10 @@ def estimate(config: TrainConfig, jobs: Iterable[QueueJob] = ()) -> Estimate:
         time, note = span(seconds, BUSY * seconds), "The time follows from a short measurement on this machine."
     if shape.guessed:
         note += " The base is not on this machine, so its size is taken from Stable Diffusion's."
-    return Estimate(f"{trained:,}", time, note)
+    return TrainingEstimate(f"{trained:,}", time, note)
 
 
-def memory(config: TrainConfig) -> tuple[str, str]:
+def memory_estimate(config: TrainConfig) -> tuple[str, str]:
     """The memory that a training takes at most, and what to know of it; a large base takes some seconds to count.
 
     Raises:
@@ -81,7 +81,7 @@ def memory(config: TrainConfig) -> tuple[str, str]:
     from ..training.checkpoint import APART
     from ..training.memory import available, gib
 
-    shape = shape_of(config.base, config.target_modules)
+    shape = base_shape(config.base, config.target_modules)
     if shape.arch == "pocket":
         return "about 0.8 GiB", ""
     device = parse_device(config.device)
@@ -148,7 +148,7 @@ def span(low: float, high: float) -> str:
 
 
 @lru_cache(maxsize=32)
-def shape_of(base: str, targets: str) -> Shape:
+def base_shape(base: str, targets: str) -> Shape:
     """The shape of a base from its configuration files; of one that is not here, from its name.
 
     Raises:

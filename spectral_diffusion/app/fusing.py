@@ -127,7 +127,7 @@ def load_chosen(workspace: Workspace, chosen: Sequence[str] | None) -> dict[str,
     return {name: read_adapter(workspace, name) for name in names}
 
 
-def settings_for(
+def fuse_settings(
     workspace: Workspace, chosen: Sequence[str] | None, output: Path, strengths: Mapping[str, float], **changes: Any
 ) -> FuseConfig:
     """The settings that the page's fields stand for; ``changes`` are the merge's own, an empty one its default.
@@ -161,7 +161,7 @@ def merges() -> dict[str, str]:
     return {name: one.summary for name, one in all_merges().items()}
 
 
-def fuse(
+def fuse_chosen(
     workspace: Workspace,
     chosen: Sequence[str] | None,
     name: str,
@@ -182,7 +182,7 @@ def fuse(
 
     notes: list[str] = []
     with giving_back(), errors_in_app(workspace, "fused"):
-        settings = settings_for(workspace, chosen, workspace.fused / name, strengths, **changes)
+        settings = fuse_settings(workspace, chosen, workspace.fused / name, strengths, **changes)
         with _kept(workspace, name):
             notes += [
                 f"Note: {warning}"

@@ -18,7 +18,7 @@ from ..core.errors import UserError
 from ..core.files import write_bytes
 from ..scenes.png_metadata import read_settings
 from ..scenes.scene import Scene
-from .adapters import adapter_files
+from .adapters import workspace_adapters
 from .canvas import MOST_SIDE, as_url, png_of
 from .fusing import FUSED, fused_folders
 from .generation import SKETCHES
@@ -104,7 +104,7 @@ def scene_inside(workspace: Workspace, name: str | None) -> Scene:
     return build(Scene, read_settings(path), file=path.name)
 
 
-def about(workspace: Workspace, name: str | None) -> list[tuple[str, str]]:
+def picture_details(workspace: Workspace, name: str | None) -> list[tuple[str, str]]:
     """What a picture was made from, for a person's eyes: pairs of a heading and a text.
 
     Raises:
@@ -196,7 +196,7 @@ def refill(workspace: Workspace, name: str | None) -> Refill:
     )
 
 
-def download(workspace: Workspace, name: str | None) -> tuple[Path, Path]:
+def download_picture(workspace: Workspace, name: str | None) -> tuple[Path, Path]:
     """A picture's file, and a zip beside it with picture, drawings and ``scene.yaml`` for ``generate`` elsewhere.
 
     Raises:
@@ -278,7 +278,7 @@ def _real(file: str | Path) -> str:
 
 def _names(workspace: Workspace) -> dict[str, str]:
     """The workspace's adapters by their files' paths."""
-    return {_real(path): name for name, path in adapter_files(workspace).items()}
+    return {_real(path): name for name, path in workspace_adapters(workspace).items()}
 
 
 def _short(file: str, names: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ from ..merging.manifest import read_manifest
 from ..models.base import parse_device, size_from_configs
 from ..scenes.generate import generate_to_file
 from ..scenes.scene import Scene
-from .adapters import adapter_file, adapter_files, read_adapter
+from .adapters import adapter_file, read_adapter, workspace_adapters
 from .base_cache import BaseCache
 from .canvas import Canvas, CanvasRegion
 from .concepts import known_concepts
@@ -98,7 +98,9 @@ def generate(
     stem = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     notes: list[str] = []
     with errors_in_app(workspace, workspace.pictures.name):
-        scene = scene_of(workspace, wish, workspace.pictures / f"{stem}.png", Hooks(notify=notes.append), **changes)
+        scene = requested_scene(
+            workspace, wish, workspace.pictures / f"{stem}.png", Hooks(notify=notes.append), **changes
+        )
         every = max(1, round(scene.num_inference_steps / PREVIEWS))
         show = None if preview is None else lambda step, images: preview(images)
         with _kept(scene, _drawing_files(workspace, stem, wish.canvas)):
@@ -116,7 +118,7 @@ def generate(
                 said = "Stopped; {} finished before that."
     if len(scene.every_seed()) > 1:  # the sheet of them: the page shows the pictures themselves
         scene.output.unlink(missing_ok=True)
-    written = [path for path in places_of(scene) if path.exists()]
+    written = [path for path in picture_paths(scene) if path.exists()]
     notes.append(said.format(_counted(written)) if written else "Stopped.")
     return Drawn(written, "\n".join(in_app(_explained(workspace, note), workspace) for note in notes))
 
@@ -135,7 +137,7 @@ def _explained(workspace: Workspace, note: str) -> str:
     if not found or found[1] not in names:
         return note
     name = names[found[1]]
-    trained = name in adapter_files(workspace)
+    trained = name in workspace_adapters(workspace)
     why = "is not among the concepts chosen for it" if trained else "is not trained yet"
     what = "click its token to choose it" if trained else "train it in step 2, or wait until its training is done"
     return f"Note: {found[1]} was read as plain text, for '{name}' {why}: {what}."
@@ -165,13 +167,13 @@ def _kept(scene: Scene, files: dict[Path, bytes]) -> Iterator[None]:
             write_bytes(file, data)
         yield
     finally:
-        if not any(path.exists() for path in places_of(scene)):
+        if not any(path.exists() for path in picture_paths(scene)):
             for file in files:
                 with suppress(OSError):
                     file.unlink(missing_ok=True)
 
 
-def scene_of(
+def requested_scene(
     workspace: Workspace,
     wish: GenerateRequest,
     output: Path,
@@ -226,7 +228,7 @@ def usual_dtype(side: int, device: str) -> str:
     return "float16" if side >= LARGE and parse_device(device).type == "cuda" else "float32"
 
 
-def places_of(scene: Scene) -> list[Path]:
+def picture_paths(scene: Scene) -> list[Path]:
     """Where a scene's pictures go, in their order."""
     seeds = scene.every_seed()
     if len(seeds) == 1:
@@ -264,7 +266,7 @@ def is_base(workspace: Workspace, base: str | None, name: str) -> bool:
         return False
 
 
-def base_of(workspace: Workspace, name: str) -> str:
+def chosen_base(workspace: Workspace, name: str) -> str:
     """The base that a listed adapter was trained on, as the page calls it.
 
     Raises:

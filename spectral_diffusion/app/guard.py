@@ -39,7 +39,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        if is_foreign(headers, self.own()):
+        if is_cross_site(headers, self.own()):
             if scope["type"] == "http":
                 await send(
                     {"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]}
@@ -73,7 +73,7 @@ class Guard:
         return listen, tell
 
 
-def is_foreign(headers: MutableMapping[str, str], own: Iterable[str]) -> bool:
+def is_cross_site(headers: MutableMapping[str, str], own: Iterable[str]) -> bool:
     """Whether a browser sent a request for a page of another site; following a link to here is none.
 
     Programs send no ``Origin``.

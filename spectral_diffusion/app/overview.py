@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ..core.errors import UserError
 from ..slots.ledger import LEDGER, ROWS, Ledger, Slot
 from ..slots.picture import Stretch, color_of, stretches
-from .adapter_headers import AdapterInfo, adapter_headers, owner
+from .adapter_headers import AdapterInfo, adapter_headers, owner_of_adapter
 from .concepts import (
     about,
     concept_folder,
@@ -85,7 +85,7 @@ def look(workspace: Workspace) -> ConceptOverview:
     said = known_concepts(workspace)
     owned: dict[str | None, list[AdapterInfo]] = {}
     for label in found:
-        owned.setdefault(owner(label, said), []).append(label)
+        owned.setdefault(owner_of_adapter(label, said), []).append(label)
     own = own_folders(workspace)
     cards = [_card(workspace, name, name in own, owned.get(name, [])) for name in concept_folders(workspace)]
     ledgers, broken = _ledgers(workspace)

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 import gradio as gr
 from pydantic import TypeAdapter, ValidationError
 
-from ..core.errors import UserError, shown
+from ..core.errors import UserError, short_repr
 from .workspace import ProgressLine, Workspace, sentence_of
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def errors_as_toast() -> Iterator[None]:
         if not isinstance(error, UserError):
             log.exception("Unexpected error in the app")
         raise gr.Error(
-            plain(sentence_of(error)), duration=12, title="That did not work", print_exception=False
+            plain_html(sentence_of(error)), duration=12, title="That did not work", print_exception=False
         ) from error
 
 
@@ -100,13 +100,13 @@ def asked(fn: Callable[..., Any]) -> Callable[..., Any]:
                     given.arguments[name] = kinds[name].validate_python(value)
                 except ValidationError as error:
                     why = error.errors()[0]["msg"]
-                    raise UserError(f"'{name}' cannot be {shown(value)}: {why[0].lower()}{why[1:]}.") from error
+                    raise UserError(f"'{name}' cannot be {short_repr(value)}: {why[0].lower()}{why[1:]}.") from error
         return fn(*given.args, **given.kwargs)
 
     return call
 
 
-def plain(text: str) -> str:
+def plain_html(text: str) -> str:
     """A text for the page, which renders messages as HTML, where a bare ``<rex>`` would vanish."""
     return html.escape(text, quote=False)
 

@@ -27,7 +27,7 @@ def presets() -> dict[str, str]:
     return found
 
 
-def preset_settings(name: str, verb: str) -> dict[str, Any]:
+def preset_train_settings(name: str, verb: str) -> dict[str, Any]:
     """A shipped preset's part for ``train`` or ``generate``.
 
     Raises:
@@ -50,7 +50,7 @@ def train_settings(workspace: Workspace, concept: str | None, preset: str, chang
     folder = concept_folder(workspace, concept)
     given = filled(changes)
     samples = given.pop("samples", False)
-    layers = [rates_for(preset_settings(preset, "train"), given.get("method")), given]
+    layers = [rates_for(preset_train_settings(preset, "train"), given.get("method")), given]
     output = workspace.adapters / f"{folder.name}.safetensors"
     settings = build(TrainConfig, *layers, {"concept": folder.absolute(), "output": output.absolute()})
     if samples and not settings.validation.every:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from ..config.settings import to_yaml
 from ..core.errors import UserError
 from ..core.files import atomic_folder, write_text
-from .adapters import adapter_files, release_slot
+from .adapters import release_slot, workspace_adapters
 from .concepts import concept_folder
 from .jobs import QueueJob, Record, disk_errors_as_sentence, how_it_ended, moving, read_job, trim
 from .presets import train_settings
@@ -189,7 +189,7 @@ class Queue:
                 raise UserError(f"This deletes the unfinished training of '{concept}'; say that you are sure.")
             if unfinished:
                 state_path(output).unlink(missing_ok=True)
-                if concept not in adapter_files(self.workspace):
+                if concept not in workspace_adapters(self.workspace):
                     release_slot(self.workspace, concept)
             shutil.rmtree(job.folder)
         self.start()

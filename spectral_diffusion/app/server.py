@@ -56,10 +56,10 @@ class App(gr.Blocks):
             stop(session)
 
 
-def build(workspace: Path) -> App:
+def build_app(workspace: Path) -> App:
     """The app over one workspace folder, which is made when something is first written there."""
     place = Workspace(Path(workspace).absolute())
-    temporary.choose(place.root)
+    temporary.choose_folder(place.root)
     with App(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         blocks.pictures, blocks.gone = place.pictures, []
         gr.Markdown(f"# {TITLE}\n{INTRODUCTION}", elem_id="title")
@@ -87,7 +87,7 @@ def launch(
     guards = [Middleware(Guard, own=blocks.own_hosts, left=blocks.left)]
     if not password:
         guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL))
-    temporary.prepare()
+    temporary.prepare_folder()
     try:
         return blocks.launch(
             server_name=host,

@@ -18,12 +18,12 @@ UPLOADS = ".uploads"  # of a workspace
 VARIABLE = "GRADIO_TEMP_DIR"  # where gradio asks for its folder, again and again; by default all users share one
 
 
-def choose(workspace: Path) -> None:
+def choose_folder(workspace: Path) -> None:
     """Let gradio keep its files in the workspace, unless the person or an app of this process chose a folder before."""
     os.environ.setdefault(VARIABLE, str(workspace / UPLOADS / secrets.token_hex(8)))
 
 
-def prepare() -> None:
+def prepare_folder() -> None:
     """Make the chosen folder, for its owner only, and take away those of runs that were killed.
 
     Raises:

@@ -31,7 +31,7 @@ THUMBNAIL = 256
 
 
 @dataclass(frozen=True)
-class Found:
+class UploadedPhotos:
     """A file of an upload: where it lies now, and what the person knows it as (with its folder inside a zip)."""
 
     path: Path
@@ -102,7 +102,7 @@ def small_jpeg(image: Image.Image, side: int = THUMBNAIL) -> bytes:
     return held.getvalue()
 
 
-def _looked_at(one: Found, caption: str) -> Upload:
+def _looked_at(one: UploadedPhotos, caption: str) -> Upload:
     """One photo, read whole.
 
     Raises:
@@ -133,7 +133,7 @@ def _looked_at(one: Found, caption: str) -> Upload:
     return Upload(one.path, name, caption, pixels_of(photo), small_jpeg(photo))
 
 
-def _captions(texts: list[Found], problems: list[str]) -> dict[PurePosixPath, str]:
+def _captions(texts: list[UploadedPhotos], problems: list[str]) -> dict[PurePosixPath, str]:
     """Captions by their file's name without ending, with its folder and, for those in other folders, without."""
     captions: dict[PurePosixPath, str] = {}
     for one in texts:
@@ -150,12 +150,12 @@ def _captions(texts: list[Found], problems: list[str]) -> dict[PurePosixPath, st
     return captions
 
 
-def _found(files: list[Path], folder: Path, problems: list[str]) -> list[Found]:
+def _found(files: list[Path], folder: Path, problems: list[str]) -> list[UploadedPhotos]:
     """The single files of an upload; zips are unpacked into ``folder``."""
-    found: list[Found] = []
+    found: list[UploadedPhotos] = []
     for file in files:
         if file.suffix.lower() != ".zip":
-            found.append(Found(file, PurePosixPath(file.name)))
+            found.append(UploadedPhotos(file, PurePosixPath(file.name)))
             continue
         try:
             _unpack(file, folder, found, problems)
@@ -166,7 +166,7 @@ def _found(files: list[Path], folder: Path, problems: list[str]) -> list[Found]:
     return found
 
 
-def _unpack(file: Path, folder: Path, found: list[Found], problems: list[str]) -> None:
+def _unpack(file: Path, folder: Path, found: list[UploadedPhotos], problems: list[str]) -> None:
     """Unpack photos and captions under names of our own; what a zip calls them never becomes a path."""
     _check_directory(file)
     with zipfile.ZipFile(file) as archive:
@@ -185,7 +185,7 @@ def _unpack(file: Path, folder: Path, found: list[Found], problems: list[str]) -
             except UserError as error:
                 problems.append(rendered(error))
                 continue
-            found.append(Found(path, label))
+            found.append(UploadedPhotos(path, label))
 
 
 def _check_directory(file: Path) -> None:

@@ -84,7 +84,7 @@ def show(found: Evaluation) -> None:
 
     from ..evaluation.measure import ALL, PHOTOS
     from ..evaluation.summary import FLOOR, matrix_rows, matrix_title, sentences, tables
-    from ..evaluation.tables import shown
+    from ..evaluation.tables import cell_text
 
     console = Console(highlight=False)
     matrices = {
@@ -99,7 +99,7 @@ def show(found: Evaluation) -> None:
             table.add_column(Text(column), justify="right" if index else "left", overflow="fold")
         for row in rows:
             style = "bold" if row.get("concept") == ALL else ""
-            table.add_row(*(Text(shown(value)) for value in row.values()), style=style)
+            table.add_row(*(Text(cell_text(value)) for value in row.values()), style=style)
         console.print(table)
     for sentence in sentences(found):
         say(sentence)

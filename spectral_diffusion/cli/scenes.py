@@ -48,7 +48,7 @@ def generate_part(config: str | None) -> dict[str, Any]:
 
 
 @dataclass
-class Source:
+class SceneSource:
     """What a scene is drawn from: a file's settings, and of a picture what it was made from.
 
     Attributes:
@@ -62,7 +62,7 @@ class Source:
 
 def scene_source(
     path: Path, base: str | None, mapping: list[str] | None, layout: int = 1, adapters: Iterable[str] = ()
-) -> Source:
+) -> SceneSource:
     """The settings that a scene file, a picture made here or a Mix-of-Show region file holds.
 
     ``adapters`` are named beside it; they may be a picture's own, which have moved.
@@ -81,20 +81,20 @@ def scene_source(
         from ..scenes.mix_of_show import scene_of
 
         found = scene_of(path, native_size(base or "pocket"), pairs, layout)
-        return Source({"base": base, **found} if base else found)
+        return SceneSource({"base": base, **found} if base else found)
     if pairs:
         raise UserError("--map is for Mix-of-Show's region files (.txt).")
     if path.suffix.lower() == ".png":
         from ..scenes.png_metadata import find_again
 
         again = find_again(path, adapters)
-        return Source(again.settings, again.sources, again.placed)
+        return SceneSource(again.settings, again.sources, again.placed)
     from ..scenes.scene import read_scene
 
-    return Source(read_scene(path))
+    return SceneSource(read_scene(path))
 
 
-def placed_apart(acting: dict[str, Any] | None, typed: list[str] | None, source: Source) -> dict[str, Any] | None:
+def placed_apart(acting: dict[str, Any] | None, typed: list[str] | None, source: SceneSource) -> dict[str, Any] | None:
     """Adapters named on the command line, without those that stand in their places in a picture already.
 
     Such a one keeps the picture's strength where ``--adapter`` was ``typed`` without any, and gets the given one else.
@@ -132,7 +132,7 @@ def regions(texts: list[str] | None) -> list[dict[str, Any]] | None:
     return out
 
 
-def strengths(pairs: list[str] | None) -> dict[str, Any] | None:
+def parse_adapter_scales(pairs: list[str] | None) -> dict[str, Any] | None:
     """``--adapter``: FILE, FILE=0.8, or FILE=unet:0.8,text_encoder:0.5 for single components."""
     out: dict[str, Any] = {}
     for pair in pairs or []:

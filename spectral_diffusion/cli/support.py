@@ -127,12 +127,12 @@ def named_base(files: list[str], overrides: list[str] | None = None) -> str:
     """
     from ..adapters.formats.reading import is_foreign
     from ..config.settings import parse_overrides
-    from ..merging.manifest import base_of
+    from ..merging.manifest import base_name_of
 
     written = parse_overrides(overrides or []).get("adapters") or []
     paths = map(Path, files or (written if isinstance(written, list) else [written]))
     first = next((path for path in paths if not is_foreign(path)), None)
-    return base_of(first) if first else ""
+    return base_name_of(first) if first else ""
 
 
 @contextmanager

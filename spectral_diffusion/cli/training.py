@@ -148,7 +148,7 @@ def train_batch(
     """Train several concepts, each in a process of its own."""
     from ..config.train import TrainConfig
     from ..core.errors import Cancelled
-    from ..training.multi_concept import jobs_of, run_batch
+    from ..training.multi_concept import batch_jobs, run_batch
 
     if output is None or output.suffix == ".safetensors":
         raise UserError("Several concepts need a folder for their adapters: -o adapters/.")
@@ -170,7 +170,7 @@ def train_batch(
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
             run_batch(
-                jobs_of(folders, output, settings),
+                batch_jobs(folders, output, settings),
                 command,
                 jobs,
                 resume,

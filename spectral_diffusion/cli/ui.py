@@ -25,11 +25,11 @@ def ui(
 ) -> None:
     """Open the app in a browser, on this machine only unless told otherwise."""
     try:
-        from ..app.server import build, is_local, launch
+        from ..app.server import build_app, is_local, launch
     except ImportError as error:
         raise UserError("The app needs gradio: pip install 'spectral-diffusion[ui]'.") from error
     if (share or not is_local(host)) and not password and sys.stdin.isatty():
         password = typer.prompt("A password for whoever opens the app", hide_input=True, confirmation_prompt=True)
     if workspace.exists() and not workspace.is_dir():
         raise UserError(f"The workspace {workspace} is not a folder; choose another with --workspace.")
-    launch(build(workspace), port, host, share, password, inbrowser=open_browser)
+    launch(build_app(workspace), port, host, share, password, inbrowser=open_browser)

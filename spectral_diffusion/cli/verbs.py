@@ -16,17 +16,17 @@ from .evaluation import evaluate
 from .experiments import experiment
 from .pocket import pocket_app
 from .scenes import (
-    Source,
+    SceneSource,
     adapters_in,
     base_in,
     conditions,
     extract_app,
     generate_part,
+    parse_adapter_scales,
     placed_apart,
     regions,
     scene_source,
     source_of,
-    strengths,
 )
 from .support import (
     ConfigOption,
@@ -137,11 +137,11 @@ def tune(
         tries = [[float(part) for part in text.split(",") if part.strip()] for text in (strengths, anchors)]
     except ValueError as error:
         raise UserError("--strengths and --anchors are numbers with commas between, such as 0.5,0.8,1.") from error
-    from ..merging.manifest import load_adapters
+    from ..merging.manifest import adapters_in_fusion
     from ..merging.search import search_scales as find
     from ..models.base import load_base
 
-    loaded = [adapter for file in files for adapter in load_adapters(Path(file))]
+    loaded = [adapter for file in files for adapter in adapters_in_fusion(Path(file))]
     on = load_base(settings.base or loaded[0].base, settings.device)
     with progress_bar() as progress:
         found = find(on, loaded, settings, tries[0], tries[1], Hooks(progress=progress))
@@ -223,12 +223,12 @@ def generate(
     source, overrides = source_of(words)
     named = base or next((word[5:] for word in overrides if word.startswith("base=")), None)
     named = named or (base_in(config) if config else None)
-    acting = strengths(adapter)
+    acting = parse_adapter_scales(adapter)
     drawn = source is not None and source.suffix.lower() == ".png"
     if not named and acting and not drawn:
         named = base = named_base(list(acting)) or None  # the one that they were trained on
     meant = [*(acting or {}), *adapters_in(parse_overrides(overrides))]
-    found = scene_source(source, named, mapping, layout, meant) if source else Source()
+    found = scene_source(source, named, mapping, layout, meant) if source else SceneSource()
     held, acting = found.settings, placed_apart(acting, adapter, found)
     if not named and "base" not in held:
         settings_of = [parse_overrides(overrides), held, generate_part(config)]
@@ -332,11 +332,11 @@ def inspect(
             say(table_of(columns if layers else {name: blocks(each) for name, each in columns.items()}))
     if picture is not None:
         from ..core.files import atomic
-        from ..merging.manifest import load_adapters
+        from ..merging.manifest import adapters_in_fusion
 
         if found["kind"] == "picture" or picture.suffix.lower() != ".png":
             raise UserError("--picture draws the slots of adapters or a fused folder into a .png file.")
-        drawn = slot_picture([adapter for path in paths for adapter in load_adapters(path)])
+        drawn = slot_picture([adapter for path in paths for adapter in adapters_in_fusion(path)])
         with atomic(picture) as temporary:
             drawn.save(temporary, format="PNG")
         typer.echo(f"Wrote {picture}.", err=as_json)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from ..core.errors import UserError, nearest, reason, shown
+from ..core.errors import UserError, nearest, reason, short_repr
 from ..core.files import read_text
 from ..core.paths import without_folders
 
@@ -164,7 +164,7 @@ def _sentence(model: type[Settings], error: ValidationError, where: str, prefix:
     if first["type"] == "missing":
         return f"The setting '{key}' is missing{where}."
     why = first["msg"].removeprefix("Value error, ")
-    return f"Setting '{key}'{where} cannot be {shown(first['input'])}: {why[0].lower()}{why[1:]}."
+    return f"Setting '{key}'{where} cannot be {short_repr(first['input'])}: {why[0].lower()}{why[1:]}."
 
 
 def to_yaml(settings: Settings, shared: bool = False) -> str:

@@ -75,20 +75,20 @@ def heading() -> str:
     return f"# Made on {found['cpu']} ({found['capability']}), {found['threads']} threads, torch {torch.__version__}.\n"
 
 
-def identity() -> str:
+def machine_identity() -> str:
     """A short hash of the machine, of the libraries' version and of what restricts their instructions."""
     limits = {name: os.environ.get(name, "") for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")}
     told = json.dumps({**description(), **limits, "torch": torch.__version__}, sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
-def measured(name: str, measure: Callable[[], Any]) -> Any:
+def measured_once(name: str, measure: Callable[[], Any]) -> Any:
     """A JSON-able measurement of this machine: read where it is kept, else made now and kept in the cache folder.
 
     A cache that cannot be read or written only means that it is measured again.
     """
     kept = _kept()
-    own = kept.get(identity())
+    own = kept.get(machine_identity())
     if isinstance(own, dict) and name in own:
         return own[name]
     value = measure()
@@ -99,8 +99,8 @@ def measured(name: str, measure: Callable[[], Any]) -> Any:
 def remember(name: str, value: Any) -> None:
     """Keep a measurement of this machine, in place of an earlier one."""
     kept = _kept()
-    own = kept.get(identity())
-    kept[identity()] = {**(own if isinstance(own, dict) else {}), name: value}
+    own = kept.get(machine_identity())
+    kept[machine_identity()] = {**(own if isinstance(own, dict) else {}), name: value}
     with suppress(UserError, OSError):
         write_json(cache_folder() / FILE, kept)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import Fix, UserError
-from .machine import measured
+from .machine import measured_once
 
 MixedPrecision = Literal["no", "bf16", "fp16"]  # resolved; settings also have "auto"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,7 +65,7 @@ def cuda_has_bf16() -> bool:
 
 def cpu_is_quick_in_bf16() -> bool:
     """Whether this processor takes clearly less time in bfloat16; measured once and kept."""
-    found = measured("precision", measure_cpu)
+    found = measured_once("precision", measure_cpu)
     try:
         return float(found["bf16"]) < CLEARLY * float(found["float32"])
     except (KeyError, TypeError, ValueError):  # the cache was edited

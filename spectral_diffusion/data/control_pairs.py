@@ -146,7 +146,7 @@ def encode_pairs(
     return torch.stack(rows) * vae.config.scaling_factor, torch.stack(shown)
 
 
-def digest(pairs: Sequence[ControlPair]) -> str:
+def pairs_digest(pairs: Sequence[ControlPair]) -> str:
     """Which pictures, conditions and captions a run sees."""
     hashed = hashlib.sha256()
     for pair in pairs:

@@ -45,7 +45,7 @@ def place_crop(size: Frame, frame: Frame, scale: float, generator: torch.Generat
     return Crop((width, height), frame, round(right * (width - frame[0])), round(down * (height - frame[1])))
 
 
-def cut(image: Image.Image, crop: Crop, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+def crop_image(image: Image.Image, crop: Crop, resample: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
     """The part of a picture that a crop shows."""
     part = image.resize(crop.resized, resample).crop(
         (crop.left, crop.top, crop.left + crop.frame[0], crop.top + crop.frame[1])
@@ -55,13 +55,13 @@ def cut(image: Image.Image, crop: Crop, resample: Image.Resampling = Image.Resam
 
 def cut_photo(image: Image.Image, crop: Crop) -> Tensor:
     """The part of an RGB picture that a crop shows, (3, height, width) in −1…1."""
-    pixels = np.asarray(cut(image, crop), dtype=np.float32)
+    pixels = np.asarray(crop_image(image, crop), dtype=np.float32)
     return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
 
 def cut_mask(mask: Image.Image, crop: Crop) -> Tensor:
     """The part of a grey mask that a crop shows, (1, height, width) in 0…1; no pixel is a mixture of others."""
-    pixels = np.asarray(cut(mask, crop, Image.Resampling.NEAREST), dtype=np.float32)
+    pixels = np.asarray(crop_image(mask, crop, Image.Resampling.NEAREST), dtype=np.float32)
     return torch.from_numpy(pixels)[None] / 255
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.settings import read_yaml
-from ..core.errors import UserError, nearest, shown
+from ..core.errors import UserError, nearest, short_repr
 from ..core.files import is_file, is_folder
 from ..models.tokens import check_token, is_name, latin, slug
 from .captions import read_caption, read_metadata
@@ -196,7 +196,7 @@ def read_about(folder: Path) -> tuple[dict[str, str], Any]:
     described = read_yaml(path) if path.is_file() else {}
     for key in described:
         if key not in CONCEPT_KEYS:
-            raise UserError(f"Unknown key {shown(key)} in {path}{nearest(key[:80], CONCEPT_KEYS)}.")
+            raise UserError(f"Unknown key {short_repr(key)} in {path}{nearest(key[:80], CONCEPT_KEYS)}.")
     repeats = described.pop("repeats", 1)
     said: dict[str, str] = {}
     for key, value in described.items():
@@ -229,7 +229,7 @@ def image_folders(folder: Path, repeats: Any) -> dict[Path, int]:
     inside = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     for key, value in each.items():
         if key != "." and key not in inside:
-            word = (key if isinstance(key, str) else shown(key))[:80]
+            word = (key if isinstance(key, str) else short_repr(key))[:80]
             raise UserError(f"{source} name the folder '{word}', which is not there{nearest(word, inside)}.")
         places[folder / key] = checked_repeats(value, source)
     return places
@@ -242,7 +242,7 @@ def checked_repeats(value: Any, source: str) -> int:
         UserError: it is not a whole number in range; the sentence begins with ``source``.
     """
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_REPEATS:
-        raise UserError(f"{source} must say a whole number from 1 to {MAX_REPEATS}, not {shown(value, 40)}.")
+        raise UserError(f"{source} must say a whole number from 1 to {MAX_REPEATS}, not {short_repr(value, 40)}.")
     return value
 
 

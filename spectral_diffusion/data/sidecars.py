@@ -58,7 +58,7 @@ def named_after(photo: Path, endings: Sequence[str], marks: Sequence[str] = ("",
     return [f"{stem}{mark}{ending}" for stem in (photo.stem, photo.name) for mark in marks for ending in endings]
 
 
-def places_of(photo: Path, folder: Path, names: Sequence[str]) -> list[Path]:
+def sidecar_folders(photo: Path, folder: Path, names: Sequence[str]) -> list[Path]:
     """Folders of these names: beside a photo first, then in the concept's folder."""
     return list(dict.fromkeys(place / name for place in (photo.parent, folder) for name in names))
 
@@ -66,14 +66,14 @@ def places_of(photo: Path, folder: Path, names: Sequence[str]) -> list[Path]:
 def find_caption(photo: Path, folder: Path, files: Files) -> Path | None:
     """A photo's text file: beside it, or in ``caption/`` or ``captions/`` there or in the concept's folder."""
     names = named_after(photo, TEXTS)
-    places = (photo.parent, *places_of(photo, folder, TEXT_FOLDERS))
+    places = (photo.parent, *sidecar_folders(photo, folder, TEXT_FOLDERS))
     return next((found for place in places if (found := files.find(place, names))), None)
 
 
 def find_mask(photo: Path, folder: Path, files: Files) -> Path | None:
     """A photo's mask: in ``masks/`` or ``mask/`` under its name, or ``<name>-masklabel.png`` beside it."""
     names = named_after(photo, IMAGES)
-    apart = (files.find(place, names) for place in places_of(photo, folder, MASK_FOLDERS))
+    apart = (files.find(place, names) for place in sidecar_folders(photo, folder, MASK_FOLDERS))
     return next(filter(None, apart), None) or files.find(photo.parent, named_after(photo, IMAGES, (LABEL,)))
 
 

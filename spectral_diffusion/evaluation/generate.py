@@ -18,7 +18,7 @@ from ..models.base import Base, load_base
 from ..scenes.generate import draw_to_files
 from ..scenes.png_metadata import sources_of
 from ..scenes.scene import Scene
-from .inputs import PICTURES, Held, drawing_settings, strengths
+from .inputs import PICTURES, EvaluationInputs, drawing_settings, evaluation_scales
 from .region_crops import spoken
 from .settings import EvaluateConfig
 from .summary import ALONE, FLOOR
@@ -101,7 +101,7 @@ class EvaluationImages:
 
 
 @dataclass
-class Drawn:
+class GeneratedImages:
     """What was drawn: views by way, ordinary prompts' pictures before and after, and the base's fingerprint."""
 
     shown: dict[str, list[View]] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class Drawn:
     base: str = ""
 
 
-def count_of(config: EvaluateConfig, held: Held | None) -> int:
+def count_of(config: EvaluateConfig, held: EvaluationInputs | None) -> int:
     """How many pictures are drawn of the adapters."""
     if held is None:
         return 0
@@ -117,13 +117,13 @@ def count_of(config: EvaluateConfig, held: Held | None) -> int:
     return config.num_images * (ways * len(held.adapters) * len(config.prompts) + 2 * len(config.prior_prompts))
 
 
-def draw_adapters(shelf: EvaluationImages, held: Held, hooks: Hooks) -> Drawn:
+def draw_adapters(shelf: EvaluationImages, held: EvaluationInputs, hooks: Hooks) -> GeneratedImages:
     """Each concept as its noun on the untouched base, alone, and together with the others; ordinary prompts beside.
 
     Raises:
         UserError: an adapter does not belong on the base.
     """
-    config, drawn = shelf.config, Drawn()
+    config, drawn = shelf.config, GeneratedImages()
     base = load_base(held.base, config.device, config.dtype)
     for adapter in held.adapters.values():
         if warning := check_base(adapter, base, config.allow_base):
@@ -138,7 +138,7 @@ def draw_adapters(shelf: EvaluationImages, held: Held, hooks: Hooks) -> Drawn:
     for path, adapter in held.adapters.items():
         with enabled_adapters(base, [(adapter, 1.0)]):
             drawn.shown[ALONE] += shelf.portraits(base, ALONE, adapter, {path: 1.0}, held.base)
-    way, acts, of = held.together, strengths(config, held), held.base
+    way, acts, of = held.together, evaluation_scales(config, held), held.base
     if held.fused:
         del base  # before the next one is loaded: two may not fit
         base, acts, of = load_base(str(held.fused), config.device, config.dtype), {}, str(held.fused)

@@ -15,7 +15,7 @@ from ..core.assets import preset_of
 from ..core.errors import Fix, UserError
 from ..core.files import is_folder
 from ..merging.fuse import check_together, scale_of
-from ..merging.manifest import lasting, load_adapters, read_manifest
+from ..merging.manifest import adapters_in_fusion, lasting, read_manifest
 from ..metrics.encoders import Encoder, encoders_here, load_encoder
 from ..models.tokens import check_name, typed_tokens
 from ..scenes.prompts import positive_prompts
@@ -29,7 +29,7 @@ PICTURES = "pictures"  # the folder of what is drawn, inside the output
 
 
 @dataclass(frozen=True)
-class Held:
+class EvaluationInputs:
     """The adapters to evaluate by the file each lies in, and their base; ``fused`` is the folder if they were fused."""
 
     adapters: Mapping[Path, Adapter]
@@ -44,7 +44,7 @@ class Held:
         return "sum" if len(self.adapters) > 1 else ALONE
 
 
-def hold(config: EvaluateConfig) -> Held | None:
+def hold(config: EvaluateConfig) -> EvaluationInputs | None:
     """The adapters that the settings name; None if they name none.
 
     Raises:
@@ -57,13 +57,13 @@ def hold(config: EvaluateConfig) -> Held | None:
         raise UserError(f"Give adapter files, or one fused folder such as {folders[0]} alone.")
     if folders:
         [fused] = folders
-        loaded, recipe = load_adapters(fused), read_manifest(fused)
+        loaded, recipe = adapters_in_fusion(fused), read_manifest(fused)
         assert recipe is not None
         files = [fused / concept["file"] for concept in recipe["concepts"].values()]
-        held = Held(dict(zip(files, loaded, strict=True)), config.base or recipe["base"], fused)
+        held = EvaluationInputs(dict(zip(files, loaded, strict=True)), config.base or recipe["base"], fused)
     else:
         found = {path: load_adapter(path) for path in config.adapters}
-        held = Held(found, config.base or next(iter(found.values())).base)
+        held = EvaluationInputs(found, config.base or next(iter(found.values())).base)
     check_together(list(held.adapters.values()), config.scales)
     for path, adapter in held.adapters.items():
         check_name(adapter.name)
@@ -72,7 +72,7 @@ def hold(config: EvaluateConfig) -> Held | None:
     return held
 
 
-def strengths(config: EvaluateConfig, held: Held) -> dict[Path, Strength]:
+def evaluation_scales(config: EvaluateConfig, held: EvaluationInputs) -> dict[Path, Strength]:
     """By file the strength at which each adapter acts in the sum."""
     out: dict[Path, Strength] = {}
     for path, adapter in held.adapters.items():
@@ -99,7 +99,7 @@ def drawing_settings(config: EvaluateConfig) -> dict[str, Any]:
     return config.model_dump(include=shared)
 
 
-def read_scenes(config: EvaluateConfig, held: Held | None) -> dict[str, Scene]:
+def read_scenes(config: EvaluateConfig, held: EvaluationInputs | None) -> dict[str, Scene]:
     """The scene files by what they are called; one that names no base and no adapters is drawn by all of ours.
 
     Raises:
@@ -115,7 +115,7 @@ def read_scenes(config: EvaluateConfig, held: Held | None) -> dict[str, Scene]:
             named = bool(layer.get("adapters")) or bound
             ours["base"] = lasting(str(held.fused) if held.fused and not named else held.base)
             if not named and not held.fused:
-                ours["adapters"] = {str(file): strength for file, strength in strengths(config, held).items()}
+                ours["adapters"] = {str(file): strength for file, strength in evaluation_scales(config, held).items()}
         name = f"scene {path.stem}" if f"scene {path.stem}" not in out else f"scene {path.stem} {len(out)}"
         usual = {**drawing_settings(config), "seed": config.seed, "num_images": config.num_images}
         where = {"output": config.output / PICTURES / name.replace(" ", "-") / "scene.png"}
@@ -137,7 +137,7 @@ def read_pictures(folder: Path) -> dict[Path, Scene]:
     return found
 
 
-def subjects(config: EvaluateConfig, held: Held | None, scenes: Sequence[Scene]) -> list[Subject]:
+def subjects(config: EvaluateConfig, held: EvaluationInputs | None, scenes: Sequence[Scene]) -> list[Subject]:
     """The concepts to measure: the adapters', else those of the references that a prompt names.
 
     Raises:

@@ -55,7 +55,7 @@ def figure(values: Sequence[float | None], clusters: Sequence[str] | None = None
     return {"mean": float(np.mean(there)), "low": low, "high": high, "n": len(there)}
 
 
-def told(found: Figure | None, digits: int = 2) -> str | None:
+def with_interval(found: Figure | None, digits: int = 2) -> str | None:
     """``0.71 [0.65, 0.77]``."""
     if found is None:
         return None
@@ -91,7 +91,7 @@ def score(
     return out
 
 
-def rows_of(way: str, found: Sequence[Scored]) -> list[dict[str, Any]]:
+def measurement_rows(way: str, found: Sequence[Scored]) -> list[dict[str, Any]]:
     """One row a concept, and one of all: figures of identity by encoder, and of the text."""
     names = list(dict.fromkeys(one.view.concept for one in found))
     rows = []
@@ -125,7 +125,7 @@ def confusion_of(way: str, found: Sequence[Scored], columns: Sequence[str]) -> l
     return out
 
 
-def drift(encoder: Encoder, before: Sequence[Path], after: Sequence[Path]) -> Figure | None:
+def image_drift(encoder: Encoder, before: Sequence[Path], after: Sequence[Path]) -> Figure | None:
     """1 − cosine of the same prompt and seed before and after; 0 is untouched."""
     first, second = (embed_views(encoder, [View("", path) for path in paths]) for paths in (before, after))
     return figure((1 - (first * second).sum(1)).tolist())

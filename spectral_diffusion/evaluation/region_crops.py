@@ -42,7 +42,7 @@ def views_in(path: Path, scene: Scene, tokens: Tokens, size: tuple[int, int]) ->
         named = {token for token in tokens if token.lower() in typed_tokens(prompt)}
         if len(named) == 1:
             name, _ = tokens[named.pop()]
-            box = square(bounds(region, *size)) if region else None
+            box = square_box(bounds(region, *size)) if region else None
             found.append(View(name, path, spoken(prompt, tokens), box))
     return found
 
@@ -64,7 +64,7 @@ def bounds(region: Region, width: int, height: int) -> Pixels:
     return round(left * width), round(top * height), round(right * width), round(bottom * height)
 
 
-def square(box: Pixels) -> Pixels:
+def square_box(box: Pixels) -> Pixels:
     """The largest square in the middle of a box, at least one pixel wide."""
     left, top, right, bottom = box
     side = max(1, min(right - left, bottom - top))

@@ -14,9 +14,9 @@ from ..core.files import atomic, write_json, write_text
 from ..core.paths import without_folders
 from ..metrics.views import View
 from .measure import ALL, Scored
-from .sheet import draw_sheet, spread
+from .sheet import draw_sheet, evenly_chosen
 from .summary import Evaluation, matrix_rows, matrix_title, sentences, short, tables
-from .tables import Row, markdown, shown
+from .tables import Row, cell_text, markdown
 
 NAME = "evaluation"  # of the files, before .json, .md, .html and .png
 TITLE = "Evaluation"
@@ -118,7 +118,9 @@ def html_table(rows: Sequence[Row]) -> str:
     lines = ["<tr>" + "".join(f"<th>{escape(column)}</th>" for column in rows[0]) + "</tr>"]
     for row in rows:
         kind = "th" if row.get("concept") == ALL else "td"
-        lines.append("<tr>" + "".join(f"<{kind}>{escape(shown(value))}</{kind}>" for value in row.values()) + "</tr>")
+        lines.append(
+            "<tr>" + "".join(f"<{kind}>{escape(cell_text(value))}</{kind}>" for value in row.values()) + "</tr>"
+        )
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
 
 
@@ -135,7 +137,7 @@ def html_strip(scored: Sequence[Scored], encoder: str, folder: Path) -> str:
     """Thumbnails with prompt and identity as title, those beside the report as links to their files."""
     by_view = {one.view: one for one in scored}
     links = []
-    for view in spread(list(by_view), MOST):
+    for view in evenly_chosen(list(by_view), MOST):
         one = by_view[view]
         told = f"{view.prompt or view.path.name} · {one.identity(encoder):.2f}"
         path = view.path.resolve()

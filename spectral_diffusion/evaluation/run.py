@@ -18,9 +18,9 @@ from ..data.folder import Concept
 from ..metrics.views import View
 from ..scenes.generate import generate_to_file
 from ..scenes.scene import Scene
-from .generate import Drawn, EvaluationImages, count_of, draw_adapters
-from .inputs import Held, choose_encoders, hold, read_pictures, read_scenes, subjects
-from .measure import drift, score, with_photos
+from .generate import EvaluationImages, GeneratedImages, count_of, draw_adapters
+from .inputs import EvaluationInputs, choose_encoders, hold, read_pictures, read_scenes, subjects
+from .measure import image_drift, score, with_photos
 from .references import references_of
 from .region_crops import scene_in, views_in
 from .report import NAME, write_report
@@ -58,7 +58,7 @@ def evaluate_to_folder(
 
     of_scenes = sum(len(scene.every_seed()) for scene in scenes.values())
     shelf = EvaluationImages(config, count_of(config, held) + of_scenes, hooks.progress, hooks.should_stop)
-    drawn = draw_adapters(shelf, held, hooks) if held else Drawn()
+    drawn = draw_adapters(shelf, held, hooks) if held else GeneratedImages()
     for name, scene in scenes.items():
         paths = generate_to_file(scene, Hooks(notify=hooks.notify, should_stop=hooks.should_stop), resume=True)
         drawn.shown[name] = views_of({path: scene_in(path) for path in paths}, concepts)
@@ -73,10 +73,10 @@ def evaluate_to_folder(
 
     encoder_names = [encoder.name for encoder in encoders]
     scored = score(with_photos(drawn.shown, concepts), concepts, encoders, hooks)
-    result = Evaluation(about(config, held, drawn, concepts), list(concepts), encoder_names, scored)
+    result = Evaluation(evaluation_record(config, held, drawn, concepts), list(concepts), encoder_names, scored)
     if held:
         result.together = None if held.together == ALONE else held.together
-        result.drift = {encoder.name: drift(encoder, *drawn.ordinary) for encoder in encoders}
+        result.drift = {encoder.name: image_drift(encoder, *drawn.ordinary) for encoder in encoders}
         result.seconds = {way: shelf.each(way) for way in drawn.shown if shelf.each(way)}
     write_settings(config.output / f"{NAME}.yaml", heading() + to_yaml(config))
     write_report(result, config.output)
@@ -94,7 +94,9 @@ def views_of(pictures: Mapping[Path, Scene | None], concepts: Mapping[str, Conce
     return found
 
 
-def about(config: EvaluateConfig, held: Held | None, drawn: Drawn, concepts: Mapping[str, Concept]) -> dict[str, Any]:
+def evaluation_record(
+    config: EvaluateConfig, held: EvaluationInputs | None, drawn: GeneratedImages, concepts: Mapping[str, Concept]
+) -> dict[str, Any]:
     """What an evaluation was made from, as JSON."""
     return {
         "config": without_folders(config.model_dump(mode="json")),

@@ -13,7 +13,7 @@ SIDE, GAP, TOP, LEFT = 72, 12, 22, 92  # of a tile, between cells, above and bes
 MOST = 4  # tiles in a cell, two by two
 
 
-def spread(views: Sequence[View], most: int) -> list[View]:
+def evenly_chosen(views: Sequence[View], most: int) -> list[View]:
     """At most so many of them, evenly over all."""
     count = min(most, len(views))
     return [views[index * len(views) // count] for index in range(count)]
@@ -34,19 +34,19 @@ def draw_sheet(ways: Mapping[str, Sequence[View]], concepts: Sequence[str]) -> I
     sheet = Image.new("RGB", (LEFT + len(columns) * cell, TOP + len(concepts) * cell), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
     for column, way in enumerate(columns):
-        draw.text((LEFT + column * cell, 4), fitting(draw, way, cell - GAP, font), fill="black", font=font)
+        draw.text((LEFT + column * cell, 4), fitted_tile(draw, way, cell - GAP, font), fill="black", font=font)
     for row, name in enumerate(concepts):
         top = TOP + row * cell
-        draw.text((6, top + SIDE - 8), fitting(draw, name, LEFT - 12, font), fill="black", font=font)
+        draw.text((6, top + SIDE - 8), fitted_tile(draw, name, LEFT - 12, font), fill="black", font=font)
         for column, way in enumerate(columns):
             mine = [view for view in ways.get(way, ()) if view.concept == name]
-            for index, view in enumerate(spread(mine, MOST)):
+            for index, view in enumerate(evenly_chosen(mine, MOST)):
                 place = (LEFT + column * cell + index % 2 * SIDE, top + index // 2 * SIDE)
                 sheet.paste(tile(view, SIDE - 2), place)
     return sheet
 
 
-def fitting(
+def fitted_tile(
     draw: ImageDraw.ImageDraw, text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
 ) -> str:
     """The text, shortened to a width in pixels."""

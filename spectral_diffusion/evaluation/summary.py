@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..metrics.statistics import share
-from .measure import ALL, Figure, Scored, confusion_of, rows_of, told
+from .measure import ALL, Figure, Scored, confusion_of, measurement_rows, with_interval
 from .tables import Row
 
 FLOOR, ALONE = "untouched base", "alone"
@@ -38,9 +38,9 @@ class Evaluation:
         """All of it for machines."""
         return {
             **self.about,
-            "measures": [row for way, found in self.scored.items() for row in rows_of(way, found)],
+            "measures": [row for way, found in self.scored.items() for row in measurement_rows(way, found)],
             "confusion": self.confusion(),
-            "kept": kept(self),
+            "kept": kept_share(self),
             "drift": dict(self.drift),
             "seconds": dict(self.seconds),
         }
@@ -58,7 +58,7 @@ def short(encoder: str, others: Sequence[str] = ()) -> str:
     return encoder if [Path(other).name for other in others].count(name) > 1 else name
 
 
-def kept(found: Evaluation) -> list[dict[str, Any]]:
+def kept_share(found: Evaluation) -> list[dict[str, Any]]:
     """Per concept how much of its identity alone is left together, by the first encoder.
 
     ``of alone`` is the plain quotient, ``of the way`` that of what each gains over the untouched base.
@@ -87,11 +87,11 @@ def identity_table(found: Evaluation, intervals: bool = True) -> list[Row]:
     """A row per way and concept."""
 
     def cell(figure: Figure | None) -> str | None:
-        return told(figure) if figure is None or intervals else f"{figure['mean']:.2f}"
+        return with_interval(figure) if figure is None or intervals else f"{figure['mean']:.2f}"
 
     several = len(found.encoders) > 1
     rows: list[Row] = []
-    for row in (row for way, scored in found.scored.items() for row in rows_of(way, scored)):
+    for row in (row for way, scored in found.scored.items() for row in measurement_rows(way, scored)):
         cells: dict[str, Any] = {"shown": row["way"], "concept": row["concept"], "pictures": row["pictures"]}
         for encoder in found.encoders:
             mark = f", {short(encoder, found.encoders)}" if several else ""
@@ -107,11 +107,11 @@ def identity_table(found: Evaluation, intervals: bool = True) -> list[Row]:
 def tables(found: Evaluation, intervals: bool = True) -> dict[str, list[Row]]:
     """All tables but the matrices, by title; what was not measured is left out. ``intervals`` is of the first table."""
     out: dict[str, list[Row]] = {"Identity: mean cosine with the concept's photos": identity_table(found, intervals)}
-    if left := kept(found):
+    if left := kept_share(found):
         out[f"What is kept of the identity alone ({found.together})"] = list(left)
     if found.drift:
         out["Drift of ordinary prompts (1 − cosine with the untouched base's pictures)"] = [
-            {"encoder": short(encoder, found.encoders), "drift": told(figure, 3)}
+            {"encoder": short(encoder, found.encoders), "drift": with_interval(figure, 3)}
             for encoder, figure in found.drift.items()
         ]
     if found.seconds:
@@ -134,13 +134,15 @@ def matrix_rows(matrix: Mapping[str, Any]) -> list[Row]:
 
 def sentences(found: Evaluation) -> list[str]:
     """The few things to know first, by rule."""
-    last = {way: rows_of(way, scored)[-1]["encoders"][found.encoders[0]] for way, scored in found.scored.items()}
-    out = ["Identity: " + ", ".join(f"{way} {told(one['identity'])}" for way, one in last.items()) + "."]
+    last = {
+        way: measurement_rows(way, scored)[-1]["encoders"][found.encoders[0]] for way, scored in found.scored.items()
+    }
+    out = ["Identity: " + ", ".join(f"{way} {with_interval(one['identity'])}" for way, one in last.items()) + "."]
     if len(found.concepts) > 1:
-        shares = ", ".join(f"{way} {told(one['right concept'])}" for way, one in last.items())
+        shares = ", ".join(f"{way} {with_interval(one['right concept'])}" for way, one in last.items())
         out.append(f"Share of pictures that are nearest to the right concept: {shares}.")
-    if left := kept(found):
+    if left := kept_share(found):
         out.append(f"Together ({found.together}) the concepts keep {left[-1]['of alone']} of their identity alone.")
     if found.drift and (figure := found.drift[found.encoders[0]]):
-        out.append(f"Ordinary prompts drift by {told(figure, 3)}.")
+        out.append(f"Ordinary prompts drift by {with_interval(figure, 3)}.")
     return out

@@ -15,11 +15,11 @@ def markdown(rows: Sequence[Row]) -> str:
     columns = list(rows[0])
     numeric = [all(isinstance(row[c], int | float) or row[c] is None for row in rows) for c in columns]
     lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---:" if n else "---" for n in numeric) + " |"]
-    lines += ["| " + " | ".join(shown(row[column]) for column in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell_text(row[column]) for column in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def shown(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """A cell: a dash for nothing, three digits after the point."""
     if value is None:
         return "—"

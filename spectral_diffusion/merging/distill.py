@@ -188,7 +188,7 @@ def distill(
                 optimizer.zero_grad()
                 total = 0.0
                 for batch in batches(lessons, config, step, seed):
-                    loss = loss_of(base, batch, precision) / config.gradient_accumulation_steps
+                    loss = distillation_loss(base, batch, precision) / config.gradient_accumulation_steps
                     if not torch.isfinite(loss):
                         raise NotFiniteError(
                             f"Teaching met NaN or infinity at step {step}.",
@@ -220,7 +220,7 @@ def batches(lessons: DistillTargets, config: DistillConfig, step: int, seed: int
     return [taken[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
 
 
-def loss_of(base: Base, batch: Sequence[Question], precision: MixedPrecision = "no") -> Tensor:
+def distillation_loss(base: Base, batch: Sequence[Question], precision: MixedPrecision = "no") -> Tensor:
     """Mean squared error of the predictions of one batch, which are made in a mixed precision."""
 
     def stacked(part: str) -> Tensor:

@@ -27,7 +27,7 @@ from ..models.base import Base, load_base, parse_dtype
 from ..models.per_layer_tokens import mean_note
 from ..models.tokens import known_tokens
 from .fuse import fuse_adapters
-from .manifest import load_adapters, read_manifest, read_merged, save_pipeline
+from .manifest import adapters_in_fusion, read_manifest, read_merged, save_pipeline
 
 EXPORTED = "README.md"  # an exported folder has our card under this name
 TOKEN = "spectral.token"
@@ -36,7 +36,7 @@ FORMATS = ("kohya", "diffusers", "embedding", "folder", "checkpoint")
 
 
 @dataclass
-class Source:
+class ExportSource:
     """What is exported: one adapter, or a fusion of several.
 
     ``load`` gives the base with everything in its weights; ``taught`` says that the tokens' vectors there are not the
@@ -71,14 +71,14 @@ class Source:
         return {token: vectors for adapter in self.adapters for token, vectors in adapter.tokens.items()}
 
 
-def open_source(path: Path, device: str = "auto") -> Source:
+def open_source(path: Path, device: str = "auto") -> ExportSource:
     """An adapter file or a fused folder as something to export.
 
     Raises:
         UserError: neither, or damaged.
     """
     path = Path(path)
-    adapters = load_adapters(path)
+    adapters = adapters_in_fusion(path)
     kernels = {layer: kernel for adapter in adapters for layer, kernel in adapter.kernels.items()}
     if path.is_dir():
         recipe = read_manifest(path) or {}
@@ -89,7 +89,7 @@ def open_source(path: Path, device: str = "auto") -> Source:
             "mixed precision": recipe["settings"].get("mixed_precision", ""),
             "made on": made_on(recipe.get("provenance", {})),
         }
-        return Source(
+        return ExportSource(
             path.resolve().name, str(recipe["base"]), adapters, shown, lambda: read_merged(path),
             lambda: load_base(str(path), device), kernels, taught,
         )  # fmt: skip
@@ -113,7 +113,7 @@ def open_source(path: Path, device: str = "auto") -> Source:
         "method": adapter.method.name, "rank": adapter.rank, "slot": str(adapter.slot or ""),
         "mixed precision": adapter.config.get("mixed_precision", ""), "made on": made_on(adapter.provenance),
     }  # fmt: skip
-    return Source(adapter.name, adapter.base, adapters, shown, factors, load, kernels)
+    return ExportSource(adapter.name, adapter.base, adapters, shown, factors, load, kernels)
 
 
 def export(
@@ -146,7 +146,7 @@ def export(
         base = source.loaded
         with atomic_folder(output) as new:
             save_pipeline(base.pipeline.to("cpu", parse_dtype(dtype or "float32")), new)
-            write_text(new / "README.md", card(source, [output.name], picture))
+            write_text(new / "README.md", export_card(source, [output.name], picture))
         return [output]
     if output.suffix != ".safetensors":
         raise UserError(f"The output {output} must end in .safetensors for the format {kind}.")
@@ -162,7 +162,7 @@ def export(
         written.append(output)
         write_checkpoint(source, output, parse_dtype(dtype or "float32"), about)
     else:
-        factors = cut(source, rank, hooks)
+        factors = truncated_factors(source, rank, hooks)
         kept, architecture = parse_dtype(dtype or "float16"), architecture_of(source, factors)
         if kind == "kohya":
             tensors = kohya_tensors(factors, source.kernels, kept, architecture.startswith("stable-diffusion-xl"))
@@ -173,11 +173,11 @@ def export(
     if source.nouns:
         written += embeddings(source, output, torch.float32, kind)
     described = output.with_suffix(".md")
-    write_text(described, card(source, [file.name for file in written], picture))
+    write_text(described, export_card(source, [file.name for file in written], picture))
     return [*written, described]
 
 
-def check_free(path: Path, source: Source, output: Path, kind: str) -> None:
+def check_free(path: Path, source: ExportSource, output: Path, kind: str) -> None:
     """Refuse to write over what somebody may want to keep: the source, its base, an adapter, a fusion, other files.
 
     Raises:
@@ -212,7 +212,7 @@ def is_our_export(described: Path) -> bool:
     return described.is_file() and MARK in described.read_text("utf-8", "replace")
 
 
-def cut(source: Source, rank: int | None, hooks: Hooks) -> dict[str, Factors]:
+def truncated_factors(source: ExportSource, rank: int | None, hooks: Hooks) -> dict[str, Factors]:
     """The factors at a rank that a LoRA file is sensible at: exact if nothing is asked, else with the error told."""
     factors = source.factors()
     full = any(not adapter.method.low_rank for adapter in source.adapters)
@@ -235,7 +235,7 @@ def cut(source: Source, rank: int | None, hooks: Hooks) -> dict[str, Factors]:
     return out
 
 
-def architecture_of(source: Source, factors: Mapping[str, Factors]) -> str:
+def architecture_of(source: ExportSource, factors: Mapping[str, Factors]) -> str:
     """ModelSpec's name of the architecture, as the tokens' vectors tell it, else the layers."""
     widths = [vectors["text_encoder"].shape[1] for vectors in source.tokens.values() if "text_encoder" in vectors]
     if any("text_encoder_2" in vectors for vectors in source.tokens.values()) or any(
@@ -246,7 +246,7 @@ def architecture_of(source: Source, factors: Mapping[str, Factors]) -> str:
     return "stable-diffusion-v2" if 1024 in (*widths, *keys) else "stable-diffusion-v1"
 
 
-def ours(source: Source) -> dict[str, str]:
+def ours(source: ExportSource) -> dict[str, str]:
     """Where an export came from, in our own words."""
     return {
         "spectral.recipe": json.dumps(source.recipe, sort_keys=True),
@@ -256,14 +256,14 @@ def ours(source: Source) -> dict[str, str]:
     }
 
 
-def embedding_files(source: Source, output: Path, kind: str) -> dict[Path, str]:
+def embedding_files(source: ExportSource, output: Path, kind: str) -> dict[Path, str]:
     """Where the tokens of an export go: beside it, or to the output itself if that is all there is to write."""
     if kind == "embedding" and len(source.nouns) == 1:
         return {output: next(iter(source.nouns))}
     return {output.with_name(f"{output.stem}.{token.strip('<>')}.safetensors"): token for token in source.nouns}
 
 
-def embeddings(source: Source, output: Path, dtype: torch.dtype, kind: str) -> list[Path]:
+def embeddings(source: ExportSource, output: Path, dtype: torch.dtype, kind: str) -> list[Path]:
     """Token embeddings as textual-inversion files: ``{"<rex>": (n, width)}``, or clip_l and clip_g for SDXL."""
     files = embedding_files(source, output, kind)
     for path, token in files.items():
@@ -277,7 +277,7 @@ def embeddings(source: Source, output: Path, dtype: torch.dtype, kind: str) -> l
     return list(files)
 
 
-def write_checkpoint(source: Source, output: Path, dtype: torch.dtype, about: Mapping[str, str]) -> None:
+def write_checkpoint(source: ExportSource, output: Path, dtype: torch.dtype, about: Mapping[str, str]) -> None:
     """One file in the original's spelling; new tokens do not fit into it."""
     base = source.loaded
     rows = {encoder: vocabulary(tokenizer) for encoder, tokenizer in base.tokenizers.items()}
@@ -304,7 +304,7 @@ def vocabulary(tokenizer: Any) -> int:
     return len(tokenizer) - sum(known_tokens(tokenizer).values())
 
 
-def card(source: Source, files: list[str], picture: Path | None) -> str:
+def export_card(source: ExportSource, files: list[str], picture: Path | None) -> str:
     """The model card of an export."""
     return model_card(
         source.title, without_folders(source.base), source.nouns, source.recipe, files, picture.name if picture else ""

@@ -33,9 +33,9 @@ from .manifest import (
     MANIFEST,
     MERGED,
     SETTINGS,
+    adapters_in_fusion,
     check_apart,
     check_fusion_output,
-    load_adapters,
     manifest_of,
     save_pipeline,
     write_merged,
@@ -336,7 +336,7 @@ def fuse_to_folder(
     output = config.output
     check_fusion_output(output)
     foreign = [path for path in config.adapters if is_foreign(path)]
-    adapters = [adapter for path in config.adapters if path not in foreign for adapter in load_adapters(path)]
+    adapters = [adapter for path in config.adapters if path not in foreign for adapter in adapters_in_fusion(path)]
     if not adapters and config.base is None:
         raise UserError(
             f"{config.adapters[0]} is not an adapter of this program, and a LoRA of another names no base.",

@@ -33,7 +33,7 @@ WHERE = ("_name_or_path", "name_or_path")  # in configs: the folder that a part 
 MANIFEST, MERGED, ADAPTERS, SETTINGS = "manifest.json", "merged.safetensors", "adapters", "settings.yaml"
 
 
-def load_adapters(path: Path) -> list[Adapter]:
+def adapters_in_fusion(path: Path) -> list[Adapter]:
     """The adapter of a file, or those inside a fused folder.
 
     Raises:
@@ -86,14 +86,14 @@ def read_merged(folder: Path) -> dict[str, Factors]:
     return {layer: Factors(tensors[f"{layer}.up"], tensors[f"{layer}.down"]) for layer in layers}
 
 
-def base_of(path: Path) -> str:
+def base_name_of(path: Path) -> str:
     """The base that an adapter file or a fused folder names.
 
     Raises:
         UserError: it is neither.
     """
     recipe = read_manifest(path) if is_folder(path) else None
-    return str(recipe["base"]) if recipe else load_adapters(path)[0].base
+    return str(recipe["base"]) if recipe else adapters_in_fusion(path)[0].base
 
 
 def lasting(base: str) -> str:

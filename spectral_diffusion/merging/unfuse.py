@@ -24,9 +24,9 @@ from .manifest import (
     ADAPTERS,
     MANIFEST,
     MERGED,
+    adapters_in_fusion,
     check_apart,
     check_fusion_output,
-    load_adapters,
     manifest_of,
     read_manifest,
     save_pipeline,
@@ -67,7 +67,7 @@ def unfuse(
         UserError: an unknown concept, or a base that is not at hand.
     """
     config = settings_of(folder, [folder], output, device)
-    adapters = load_adapters(folder)
+    adapters = adapters_in_fusion(folder)
     names = [adapter.name for adapter in adapters]
     for name in remove:
         if name not in names:
@@ -118,7 +118,7 @@ def _subtract(folder: Path, remove: list[str], config: FuseConfig, hooks: Hooks)
         raise UserError(f"Only plain sums can be subtracted from; {folder} was taught after the merge: get its base.")
     check_float32(folder)
     fused = load_base(str(folder), "cpu")
-    adapters = load_adapters(folder)
+    adapters = adapters_in_fusion(folder)
     recipe = read_manifest(folder) or {}
     strength = recipe["scales"]
     gone: dict[str, Tensor] = {}

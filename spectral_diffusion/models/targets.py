@@ -7,7 +7,7 @@ import re
 
 from torch import nn
 
-from ..core.errors import UserError, nearest, reason, shown
+from ..core.errors import UserError, nearest, reason, short_repr
 
 LENGTH = 64  # of a layer's name
 MOST_WORK = 2e7  # steps for one name: a network has some hundreds
@@ -45,12 +45,14 @@ def patterns_of(targets: str) -> list[re.Pattern[str]]:
     if targets.startswith("re:"):
         if work(targets[3:]) > MOST_WORK:
             raise UserError(
-                f"The targets {shown(targets)} could take too long to match; repeat no group, use fewer of *+?{{|."
+                f"The targets {short_repr(targets)} could take too long to match; repeat no group, use fewer of *+?{{|."
             )
         try:
             return [re.compile(targets[3:])]
         except (re.error, RecursionError, OverflowError) as error:
-            raise UserError(f"The targets {shown(targets)} are not a regular expression: {reason(error)}.") from error
+            raise UserError(
+                f"The targets {short_repr(targets)} are not a regular expression: {reason(error)}."
+            ) from error
     found = []
     for name in targets.split("+"):
         if name not in PRESETS:

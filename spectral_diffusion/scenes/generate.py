@@ -21,7 +21,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image
 
 from ..adapters.adapter import Adapter, check_base
-from ..adapters.apply import Strength, component_scale, install_tokens, load_adapters
+from ..adapters.apply import Strength, component_scale, install_tokens, put_adapters
 from ..adapters.formats.import_lora import import_lora
 from ..adapters.formats.native import load_adapter
 from ..adapters.formats.reading import is_foreign
@@ -366,7 +366,7 @@ def generate_to_file(
             hooks.notify(f"Note: {what} has changed since that picture was made; this one will differ.")
     loaded = {**own, **load_foreign(scene, base, own)}
     adapters = [(loaded[path], strength) for path, strength in scene.adapters.items()]
-    for text in load_adapters(base, adapters, scene.allow_base):
+    for text in put_adapters(base, adapters, scene.allow_base):
         hooks.notify(text)
     bound = bind(base, scene, loaded, hooks)
     for text in remarks(base, scene, drawings):

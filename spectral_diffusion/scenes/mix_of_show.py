@@ -147,7 +147,7 @@ def kind_of(file: Path) -> str:
     return "keypose" if spread > 60 else "sketch"
 
 
-def size_of(drawings: Sequence[Mapping[str, str]], spots: Sequence[MixOfShowRegion]) -> tuple[float, float]:
+def layout_size(drawings: Sequence[Mapping[str, str]], spots: Sequence[MixOfShowRegion]) -> tuple[float, float]:
     """The picture's size in the file's pixels: that of its drawing, else 512 high and as wide as the boxes need."""
     if drawings:
         return open_photo(Path(drawings[0]["file"])).size
@@ -171,7 +171,7 @@ def scene_of(path: Path, base_size: int, mapping: Mapping[str, str], layout: int
         if key not in EVERY and key not in written and key.strip("<>") not in stems:
             raise UserError(f"The mapping names '{key}', but the file's tokens are {', '.join(sorted(stems))}.")
     drawings = drawings_beside(path)
-    width, height = size_of(drawings, spots)
+    width, height = layout_size(drawings, spots)
     regions = []
     for spot in spots:
         assert spot.box is not None

@@ -131,7 +131,7 @@ def read_sources(path: Path) -> dict[str, str]:
 
 
 @dataclass
-class Found:
+class FoundSources:
     """A picture's settings with its files where they are now.
 
     Attributes:
@@ -144,7 +144,7 @@ class Found:
     placed: set[str]
 
 
-def find_again(path: Path, named: Iterable[str] = ()) -> Found:
+def find_again(path: Path, named: Iterable[str] = ()) -> FoundSources:
     """What a picture was made from, wherever its files are now: those of the same content come first.
 
     They are looked for among ``named`` adapters, then as the picture names them: from here, beside it, and from the
@@ -172,7 +172,7 @@ def find_again(path: Path, named: Iterable[str] = ()) -> Found:
             f"{path} was drawn with {lost}, which is not there any more.", Fix("adapters", so="to name it where it is")
         )
     sources = {moved.get(name, name): digest for name, digest in digests.items()}
-    return Found(settings, sources, {name for name in moved.values() if name in anew})
+    return FoundSources(settings, sources, {name for name in moved.values() if name in anew})
 
 
 def _digest(name: str | Path) -> str | None:

@@ -69,7 +69,8 @@ class Region(Settings):
         if max(right, bottom) > 1:
             mend = "give pixels inside it, or fractions up to 1" if pixels else "fractions go up to 1"
             raise UserError(
-                f"The box {shown(self.box)} of '{self.prompt}' reaches outside the picture of {width}×{height}; {mend}."
+                f"The box {box_text(self.box)} of '{self.prompt}' reaches outside the picture of {width}×{height}; "
+                f"{mend}."
             )
         return left, top, right, bottom
 
@@ -155,7 +156,7 @@ class Scene(Settings):
         return self.seeds or [self.seed + index for index in range(self.num_images)]
 
 
-def shown(box: Box) -> str:
+def box_text(box: Box) -> str:
     """A box for a person's eyes."""
     return "[" + ", ".join(f"{side:g}" for side in box) + "]"
 

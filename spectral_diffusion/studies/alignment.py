@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..linalg import SingularTriplets
 from ..methods import get_method
-from .charts import WANTED, drawn, plotting
+from .charts import WANTED, chart_image, plotting
 from .registry import Findings, Table, study
 from .runner import Figures, StudyRunner
 
@@ -32,7 +32,7 @@ def target(points: Tensor, angle: float) -> Tensor:
     return (points @ torch.tensor([math.cos(angle), math.sin(angle)])).relu()
 
 
-def loss_of(weight: Tensor, out: Tensor, points: Tensor, wanted: Tensor) -> Tensor:
+def alignment_loss(weight: Tensor, out: Tensor, points: Tensor, wanted: Tensor) -> Tensor:
     """Mean squared error of Σ_j a_j relu(w_jᵀx); weight (2, m) holds a neuron per column."""
     return ((points @ weight).relu() @ out - wanted).square().mean()
 
@@ -44,7 +44,7 @@ def pretrain(points: Tensor, angle: float, generator: torch.Generator, steps: in
     optimizer = torch.optim.Adam([weight, out], lr=0.02)
     wanted = target(points, angle)
     for _ in range(steps):
-        loss = loss_of(weight, out, points, wanted) + 1e-3 * (weight.square().sum() + out.square().sum())
+        loss = alignment_loss(weight, out, points, wanted) + 1e-3 * (weight.square().sum() + out.square().sum())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -67,7 +67,7 @@ def finetune(
     optimizer = torch.optim.Adam(list(parameters.values()), lr=0.01)
     wanted, losses = target(points, angle), []
     for _ in range(steps):
-        loss = loss_of(weight + method.delta(parameters, frozen).delta(), out, points, wanted)
+        loss = alignment_loss(weight + method.delta(parameters, frozen).delta(), out, points, wanted)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -83,7 +83,7 @@ def angles_to(weight: Tensor, angle: float) -> tuple[Tensor, Tensor]:
     return neurons, torch.rad2deg(torch.acos((u @ U).abs().clamp(max=1)))
 
 
-def measure(seeds: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure_alignment(seeds: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The figures, and what the plot needs of the first seed and the medians."""
     neurons, top, bottom = [], [], []
     curves: dict[str, list[list[float]]] = {"top": [], "bottom": [], "lora": []}
@@ -115,7 +115,7 @@ def measure(seeds: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return figures, {**shown, "curves": middle}
 
 
-def picture(shown: Mapping[str, Any]) -> Image.Image | None:
+def alignment_picture(shown: Mapping[str, Any]) -> Image.Image | None:
     """Neurons and singular vectors of the first seed; the median losses. None without matplotlib."""
     pyplot = plotting()
     if pyplot is None:
@@ -140,7 +140,7 @@ def picture(shown: Mapping[str, Any]) -> Image.Image | None:
         right.semilogy(shown["curves"][way], label=label)
     right.set(xlabel="step", ylabel="median loss", title="after the target turns by 25°")
     right.legend(fontsize=8)
-    return drawn(figure)
+    return chart_image(figure)
 
 
 @study(
@@ -151,7 +151,7 @@ def picture(shown: Mapping[str, Any]) -> Image.Image | None:
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Degrees off, and losses after the target turns; medians over seeds."""
-    figures, shown = measure(3 if quick else 50)
+    figures, shown = measure_alignment(3 if quick else 50)
     off, early, late = figures["degrees_off"], figures["loss_after_30_steps"], figures["loss_after_turn"]
     ways = [
         {"rank-1 change": way, "median loss after 30 steps": f"{early[way]:.4f}", "at the end": f"{late[way]:.5f}"}
@@ -161,7 +161,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
         Table("Degrees from the ideal neuron, medians over seeds", [{"seeds": figures["seeds"], **off}]),
         Table("After the target turns by 25°", ways),
     ]
-    image = picture(shown)
+    image = alignment_picture(shown)
     return Findings(tables, verdict(figures), {"picture": image} if image else {}, [] if image else [WANTED])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from ..adapters.apply import load_adapters
+from ..adapters.apply import put_adapters
 from ..core.errors import UserError
 from ..methods import get_method
 from ..metrics.statistics import told
@@ -102,13 +102,13 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     missing += [] if picture else [WANTED]
     if not quick:
         try:
-            pictures["grid"] = grid_of(lab, methods, budgets, changes)
+            pictures["grid"] = budget_grid(lab, methods, budgets, changes)
         except TimeOver:
             missing.append("the grid of pictures")
     return Findings(tables, verdict(rows, budgets), pictures, missing)
 
 
-def grid_of(
+def budget_grid(
     lab: StudyRunner,
     methods: Sequence[str],
     budgets: Sequence[int],
@@ -130,7 +130,7 @@ def grid_of(
                 continue
             adapter, _ = lab.trained(NAMES[0], **change, **scaled(lab, swept(lab, method)[0]))
             base = lab.fresh()
-            load_adapters(base, [(adapter, 1.0)])
+            put_adapters(base, [(adapter, 1.0)])
             out.paste(lab.portraits(base, adapter.token)[0].resize((SIDE, SIDE)), corner)
     return out
 

@@ -24,7 +24,7 @@ def plotting() -> Any:
     return pyplot
 
 
-def drawn(figure: Any) -> Image.Image:
+def chart_image(figure: Any) -> Image.Image:
     """A figure as a picture; the figure is closed."""
     held = io.BytesIO()
     figure.savefig(held, format="png", dpi=90)
@@ -42,4 +42,4 @@ def curves(lines: Mapping[str, Curve], x: str, y: str, title: str = "", log: boo
         axes.plot([point[0] for point in points], [point[1] for point in points], marker="o", markersize=3, label=name)
     axes.set(xlabel=x, ylabel=y, title=title, xscale="log" if log else "linear")
     axes.legend(fontsize=8)
-    return drawn(figure)
+    return chart_image(figure)

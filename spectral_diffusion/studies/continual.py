@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..adapters.adapter import Adapter
-from ..adapters.apply import load_adapters
+from ..adapters.apply import put_adapters
 from ..config.fuse import FuseConfig
 from ..merging.fuse import fuse_to_folder
 from ..methods import get_method
@@ -18,7 +18,7 @@ from ..metrics.statistics import share, told
 from .fusion import change_for as family_change
 from .fusion import family_rate, fused_cell
 from .registry import Findings, Row, Table, study
-from .runner import TEST_CONCEPTS, Figures, StudyRunner, TimeOver, key_of, scaled
+from .runner import TEST_CONCEPTS, Figures, StudyRunner, TimeOver, cell_key, scaled
 from .speed import swept
 
 NAMES = TEST_CONCEPTS[:5]
@@ -54,7 +54,7 @@ def trained(
             change["init_from_adapter"] = trained(lab, way, names[:-1], rate, seed)[2]
     elif len(names) > 1:
         under, _, file = trained(lab, way, names[:-1], rate, seed)
-        folder = lab.folder / "bases" / key_of([lab.fingerprint, lab.recipe, change, list(names[:-1])])
+        folder = lab.folder / "bases" / cell_key([lab.fingerprint, lab.recipe, change, list(names[:-1])])
         if not folder.is_dir():
             fuse_to_folder(FuseConfig(adapters=[file], output=folder, base=under.base_name))
         lab = replace(lab, base_name=str(folder))
@@ -68,7 +68,7 @@ def chain_cell(lab: StudyRunner, way: str, names: Sequence[str], rate: float, se
     def compute() -> Figures:
         under, adapter, _ = trained(lab, way, names, rate, seed)
         base = under.fresh()
-        load_adapters(base, [(adapter, 1.0)])
+        put_adapters(base, [(adapter, 1.0)])
         identity = {n: lab.identity(lab.portraits(base, lab.concept(n).token, seed), n) for n in names}
         return {"identity": identity, "unevenness": unevenness(adapter) if way == ROTATION else None}
 
@@ -111,7 +111,9 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
         floor = {name: lab.generic(name, seed)["identity"] for name in names}
         found.setdefault((way, length), []).append({**cell, "floor": floor, "seed": seed})
         lab.note(f"{way}, seed {seed}: {', '.join(f'{n} {v:.2f}' for n, v in cell['identity'].items())}")
-    rows = [row(way, length, found) for way in ways for length in range(1, count + 1) if (way, length) in found]
+    rows = [
+        continual_row(way, length, found) for way in ways for length in range(1, count + 1) if (way, length) in found
+    ]
     last: list[Row] = [
         {
             "way": way,
@@ -133,7 +135,7 @@ def mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def row(way: str, length: int, found: Mapping[tuple[str, int], Sequence[Figures]]) -> Row:
+def continual_row(way: str, length: int, found: Mapping[tuple[str, int], Sequence[Figures]]) -> Row:
     """One way after so many concepts; what an earlier one keeps is told of its gain over the untouched base."""
     cells, new, old, kept, learnt = found[way, length], [], [], [], []
     older: list[str] = []  # the concepts of ``old`` and, as all are known then, of ``kept``

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from ..adapters.attach import inject_adapter, unload_adapters
+from ..adapters.attach import inject_adapter, remove_adapters
 from ..adapters.frozen import Frozen, frozen_tensors, stored_part, with_weight
 from ..core.hooks import Hooks
 from ..linalg import matrix_shape
@@ -31,7 +31,7 @@ RATIO = "step, of LoRA's"
 
 
 @dataclass
-class Subject:
+class CostSubject:
     """A U-Net to adapt and one batch for it."""
 
     unet: Any
@@ -46,7 +46,7 @@ class Subject:
 
 
 @dataclass
-class Held:
+class MethodCost:
     """A method with what it is built on, and its measured seconds a step."""
 
     rank: int
@@ -55,7 +55,7 @@ class Held:
     steps: list[float] = field(default_factory=list)
 
 
-def sd15() -> Subject:
+def sd15() -> CostSubject:
     """A U-Net of Stable Diffusion 1.5's sizes with random weights, at 256² pixels and batch 1."""
     unet: Any = build_meta("sd15")["unet"].to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
@@ -66,17 +66,17 @@ def sd15() -> Subject:
             else:
                 parameter.fill_(1.0)
     unet.set_attn_processor(AttnProcessor())
-    return Subject(unet.requires_grad_(False), torch.randn(1, 4, 32, 32), torch.randn(1, 77, 768))
+    return CostSubject(unet.requires_grad_(False), torch.randn(1, 4, 32, 32), torch.randn(1, 77, 768))
 
 
-def pocket(lab: StudyRunner) -> Subject:
+def pocket(lab: StudyRunner) -> CostSubject:
     """The studies' own U-Net with the batch that they train at."""
     base = lab.fresh()
     unet = base.pipeline.unet
     unet.set_attn_processor(AttnProcessor())
     batch, side = int(lab.recipe["train"]["batch_size"]), int(unet.config.sample_size)
     latents = torch.randn(batch, unet.config.in_channels, side, side)
-    return Subject(unet.requires_grad_(False), latents, torch.randn(batch, 32, unet.config.cross_attention_dim))
+    return CostSubject(unet.requires_grad_(False), latents, torch.randn(batch, 32, unet.config.cross_attention_dim))
 
 
 def saved_bytes(net: nn.Module, forward: Callable[[], Any]) -> int:
@@ -97,13 +97,13 @@ def saved_bytes(net: nn.Module, forward: Callable[[], Any]) -> int:
     return sum(seen.values())
 
 
-def kept_bytes(subject: Subject) -> int:
+def kept_bytes(subject: CostSubject) -> int:
     """What a forward keeps, with gradients for latents and text, as where the text encoder is trained too."""
     inputs = subject.latents.clone().requires_grad_(), subject.text.clone().requires_grad_()
     return saved_bytes(subject.unet, lambda: subject.forward(*inputs))
 
 
-def prepare(subject: Subject, name: str) -> Held:
+def prepare_method(subject: CostSubject, name: str) -> MethodCost:
     """The method's frozen tensors without any cache, and everything about it that no step needs: bytes, merging."""
     method = get_method(name)
     weights = {layer: m.weight.detach() for layer, m in find_targets({"unet": subject.unet}, TARGETS).items()}
@@ -116,7 +116,7 @@ def prepare(subject: Subject, name: str) -> Held:
     attachment = inject_adapter({"unet": subject.unet}, method, rank, targets=TARGETS, frozen=frozen, steps=100)
     kept, trained = kept_bytes(subject), attachment.state_dict()
     count = attachment.count()
-    unload_adapters({"unet": subject.unet})
+    remove_adapters({"unet": subject.unet})
     stored = sum(t.numel() for tensors in stored_part(method, frozen).values() for t in tensors.values())
     begun = time.perf_counter()
     with torch.no_grad():
@@ -130,10 +130,10 @@ def prepare(subject: Subject, name: str) -> Held:
         "file, MiB": 4 * (sum(t.numel() for t in trained.values()) + stored) / MIB,
         "merge, s": time.perf_counter() - begun,
     }
-    return Held(rank, frozen, figures)
+    return MethodCost(rank, frozen, figures)
 
 
-def timed_step(subject: Subject, name: str, held: Held) -> float:
+def timed_step(subject: CostSubject, name: str, held: MethodCost) -> float:
     """Seconds of forward, backward and AdamW, after one to warm up; the method is put on and taken off again."""
     attachment = inject_adapter(
         {"unet": subject.unet}, get_method(name), held.rank, targets=TARGETS, frozen=held.frozen, steps=100
@@ -146,19 +146,19 @@ def timed_step(subject: Subject, name: str, held: Held) -> float:
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - begun
-    unload_adapters({"unet": subject.unet})
+    remove_adapters({"unet": subject.unet})
     return seconds
 
 
-def measure(subject: Subject, names: Sequence[str], rounds: int, hooks: Hooks) -> dict[str, Figures]:
+def measure_methods(subject: CostSubject, names: Sequence[str], rounds: int, hooks: Hooks) -> dict[str, Figures]:
     """Every method's figures. Steps are timed in rounds, there and back, so that a drifting machine bothers all alike.
 
     The ratio to LoRA's step is the median over rounds of the ratio within one.
     """
     plain = kept_bytes(subject)
-    held: dict[str, Held] = {}
+    held: dict[str, MethodCost] = {}
     for name in names:
-        held[name] = prepare(subject, name)
+        held[name] = prepare_method(subject, name)
         hooks.notify(f"{name}: {held[name].figures['spectrum, s']:.1f} s to prepare")
     for index in range(rounds):
         for name in names if index % 2 else names[::-1]:
@@ -183,7 +183,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def rows_of(found: Mapping[str, Figures]) -> list[Row]:
+def cost_rows(found: Mapping[str, Figures]) -> list[Row]:
     """One row a method, the columns in reading order."""
     return [{"method": name, **{column: figures[column] for column in COLUMNS}} for name, figures in found.items()]
 
@@ -197,7 +197,7 @@ def rows_of(found: Mapping[str, Figures]) -> list[Row]:
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """What every method costs on the pocket U-Net and on one of Stable Diffusion 1.5's size."""
     names = ["spectral-additive", "spectral-rotation", "lora"] if quick else sorted(all_methods())
-    sizes: dict[str, Callable[[], Subject]] = {"pocket": lambda: pocket(lab)}
+    sizes: dict[str, Callable[[], CostSubject]] = {"pocket": lambda: pocket(lab)}
     if not quick:
         sizes["Stable Diffusion 1.5"] = sd15
     tables: list[Table] = []
@@ -205,8 +205,8 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     sentences: list[str] = []
     for size, make in sizes.items():
 
-        def compute(make: Callable[[], Subject] = make) -> Figures:
-            return measure(make(), names, 1 if quick else ROUNDS, Hooks(notify=lab.note))
+        def compute(make: Callable[[], CostSubject] = make) -> Figures:
+            return measure_methods(make(), names, 1 if quick else ROUNDS, Hooks(notify=lab.note))
 
         try:
             key = {"size": size, "methods": names, "threads": torch.get_num_threads()}
@@ -214,7 +214,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
         except TimeOver:
             missing.append(size)
             continue
-        tables.append(Table(f"The U-Net's attention projections, {size} size", rows_of(found)))
+        tables.append(Table(f"The U-Net's attention projections, {size} size", cost_rows(found)))
         sentences.append(verdict(size, found))
     return Findings(tables, " ".join(sentences), missing=missing)
 

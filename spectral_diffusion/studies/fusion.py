@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from ..adapters.adapter import Adapter
-from ..adapters.apply import load_adapters
+from ..adapters.apply import put_adapters
 from ..config.fuse import FuseConfig
 from ..core.hooks import Hooks
 from ..merging.fuse import fuse_adapters
@@ -134,14 +134,14 @@ def fused_cell(
                 "identity": lab.identity(pictures, adapter.name),
                 "text": lab.text_match(pictures),
             }
-        return {"concepts": concepts, "drift": drift(lab, before, lab.ordinary(base, seed)), "seconds": seconds}
+        return {"concepts": concepts, "drift": drift_between(lab, before, lab.ordinary(base, seed)), "seconds": seconds}
 
     key = {"family": family, "change": FAMILIES[family], "merge": MERGES[merge], "rate": rate, "names": list(names)}
     key |= {} if rank == RANK else {"rank": rank}
     return lab.cell("fused", {**key, "seed": seed, "scales": strength}, compute)
 
 
-def drift(lab: StudyRunner, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
+def drift_between(lab: StudyRunner, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
     """Mean 1 − cosine of the identity encoder's vectors of the same prompt and seed before and after."""
     cosines = (lab.encoder.embed(before) * lab.encoder.embed(after)).sum(1)
     return float((1 - cosines).mean())
@@ -159,19 +159,19 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     families = ("spectral, own slots", "lora") if quick else tuple(TRIED)
     merges = {family: ("sum", "fedavg") if quick else TRIED[family] for family in families}
     jobs = [FusionCell(family, merge, size) for family in families for size in sizes for merge in merges[family]]
-    rows, sweeps, missing = measured(lab, jobs, seeds, quick)
+    rows, sweeps, missing = measured_cells(lab, jobs, seeds, quick)
     tables = [Table("Every family and merge", rows)]
     if sweeps:
         tables.append(Table("The sweep of the learning rate, on concepts that are not reported", sweeps))
     pictures: dict[str, Image.Image] = {}
     try:
-        pictures = {} if quick else {"sheet": sheet(lab)}
+        pictures = {} if quick else {"sheet": fusion_sheet(lab)}
     except TimeOver:
         missing.append("the sheet")
     return Findings(tables, verdict(rows), pictures, missing)
 
 
-def measured(
+def measured_cells(
     lab: StudyRunner, jobs: Sequence[FusionCell], seeds: Sequence[int], quick: bool
 ) -> tuple[list[Row], list[Row], list[str]]:
     """The rows of these jobs, the sweeps behind them, and what time did not allow; one seed after the other.
@@ -188,7 +188,9 @@ def measured(
                 rates[kind], trials = family_rate(lab, job.family, quick, job.rank)
                 here = {"family": job.family, "rank": job.rank}
                 sweeps += [{**here, "rate": t["rate"], "identity, tuning concepts": t["identity"]} for t in trials]
-            row(lab, job.family, job.merge, rates[kind], MANY[: job.size], [seed], job.rank)  # measures what it needs
+            fusion_row(
+                lab, job.family, job.merge, rates[kind], MANY[: job.size], [seed], job.rank
+            )  # measures what it needs
         except TimeOver:
             late.setdefault(job, []).append(seed)
             continue
@@ -196,7 +198,9 @@ def measured(
     rows: list[Row] = []
     for job in jobs:
         if job not in late:
-            found = row(lab, job.family, job.merge, rates[job.family, job.rank], MANY[: job.size], seeds, job.rank)
+            found = fusion_row(
+                lab, job.family, job.merge, rates[job.family, job.rank], MANY[: job.size], seeds, job.rank
+            )
             gap = minus_sum(lab, job, jobs, late, rates, seeds)
             rows.append({"family": job.family, "merge": job.merge, "K": job.size, "rank": job.rank, **found, GAP: gap})
     return rows, sweeps, not_measured(late)
@@ -235,7 +239,7 @@ def not_measured(late: Mapping[FusionCell, Sequence[int]]) -> list[str]:
     ]
 
 
-def row(
+def fusion_row(
     lab: StudyRunner, family: str, merge: str, rate: float, names: Sequence[str], seeds: Sequence[int], rank: int = RANK
 ) -> Row:
     """One row of the table: means over concepts and seeds with their 95 % intervals, a bootstrap over concepts."""
@@ -282,7 +286,7 @@ def verdict(rows: Sequence[Row]) -> str:
     return " ".join(sentences) or NOTHING
 
 
-def sheet(lab: StudyRunner, seed: int = 0, size: int = 4) -> Image.Image:
+def fusion_sheet(lab: StudyRunner, seed: int = 0, size: int = 4) -> Image.Image:
     """References, each concept alone, and after the main merges: one row a concept."""
     rate, _ = family_rate(lab, "spectral, own slots", False)
     names = TEST_CONCEPTS[:size]
@@ -293,7 +297,7 @@ def sheet(lab: StudyRunner, seed: int = 0, size: int = 4) -> Image.Image:
     }
     for adapter in adapters:
         base = lab.fresh()
-        load_adapters(base, [(adapter, 1.0)])
+        put_adapters(base, [(adapter, 1.0)])
         columns["alone"][adapter.name] = lab.portraits(base, adapter.token, seed)[:4]
     for merge in ("sum", "fedavg", "gradient, anchored"):
         base = lab.fused(adapters, seed=seed, **MERGES[merge])

@@ -24,7 +24,7 @@ from ..adapters.frozen import frozen_tensors
 from ..methods import get_method
 from ..models.targets import find_targets
 from ..slots.ledger import Slot
-from .charts import WANTED, drawn, plotting
+from .charts import WANTED, chart_image, plotting
 from .registry import Findings, Row, Table, study
 from .runner import Figures, StudyRunner, TimeOver
 
@@ -60,13 +60,15 @@ def entropy(table: Tensor, batch: Tensor) -> float:
     return float(-chances.log().mean())
 
 
-def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+def language_loss(model: nn.Module, batch: Tensor) -> Tensor:
     """Cross entropy of every word after the second, in nats."""
     logits = model(input_ids=batch).logits[:, 1:-1]
     return F.cross_entropy(logits.reshape(-1, WORDS), batch[:, 2:].reshape(-1))
 
 
-def train(model: nn.Module, table: Tensor, steps: int, rate: float, seed: int, held_out: Tensor) -> list[float]:
+def train_language(
+    model: nn.Module, table: Tensor, steps: int, rate: float, seed: int, held_out: Tensor
+) -> list[float]:
     """Held-out loss every tenth of the way, after AdamW with a linear decay."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
@@ -74,13 +76,13 @@ def train(model: nn.Module, table: Tensor, steps: int, rate: float, seed: int, h
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - step / steps)
-        loss = loss_of(model, sequences(table, BATCH, generator))
+        loss = language_loss(model, sequences(table, BATCH, generator))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if (step + 1) % max(1, steps // 10) == 0:
             with torch.no_grad():
-                curve.append(float(loss_of(model, held_out)))
+                curve.append(float(language_loss(model, held_out)))
     return curve
 
 
@@ -102,7 +104,7 @@ def put_on(model: nn.Module, way: str, seed: int) -> list[nn.Parameter]:
     return [parameter for _, parameter in attachment.named_parameters()]
 
 
-def measure(seed: int, pretraining: int, steps: int, rates: Sequence[float] = RATES) -> Figures:
+def measure_language(seed: int, pretraining: int, steps: int, rates: Sequence[float] = RATES) -> Figures:
     """One seed: the loss to reach, before fine-tuning, and every way's best curve."""
     torch.manual_seed(seed)
     old = language(seed)
@@ -112,25 +114,30 @@ def measure(seed: int, pretraining: int, steps: int, rates: Sequence[float] = RA
                     num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=LENGTH)
     )  # fmt: skip
     test, choose = (sequences(new, 512, torch.Generator().manual_seed(s)) for s in (7_000 + seed, 8_000 + seed))
-    before = train(model, old, pretraining, 3e-3, seed, sequences(old, 512, torch.Generator().manual_seed(9)))[-1]
+    before = train_language(model, old, pretraining, 3e-3, seed, sequences(old, 512, torch.Generator().manual_seed(9)))[
+        -1
+    ]
     out: Figures = {
-        "floor": entropy(new, test), "pretrained": before, "untuned": float(loss_of(model, test).detach()), "ways": {}
-    }  # fmt: skip
+        "floor": entropy(new, test),
+        "pretrained": before,
+        "untuned": float(language_loss(model, test).detach()),
+        "ways": {},
+    }
     for way in WAYS:
         tried = []
         for rate in rates:
             tuned = copy.deepcopy(model).requires_grad_(False)
             trained = sum(parameter.numel() for parameter in put_on(tuned, way, seed))
-            curve = train(tuned, new, steps, rate, 100 + seed, test)
+            curve = train_language(tuned, new, steps, rate, 100 + seed, test)
             with torch.no_grad():
-                end = float(loss_of(tuned, choose))
+                end = float(language_loss(tuned, choose))
             tried.append((end if math.isfinite(end) else math.inf, rate, curve, trained))
         best = min(tried)
         out["ways"][way] = {"rate": best[1], "curve": best[2], "trained": best[3]}
     return out
 
 
-def table_of(runs: Sequence[Figures]) -> list[Row]:
+def language_table(runs: Sequence[Figures]) -> list[Row]:
     """One row a way: the loss above what any model could reach, mean and each seed."""
     rows: list[Row] = []
     for way in WAYS:
@@ -147,7 +154,7 @@ def table_of(runs: Sequence[Figures]) -> list[Row]:
     return rows
 
 
-def picture(runs: Sequence[Mapping[str, Any]], steps: int) -> Image.Image | None:
+def language_picture(runs: Sequence[Mapping[str, Any]], steps: int) -> Image.Image | None:
     """Every way's loss above what is possible: the mean over seeds, and the seeds. None without matplotlib."""
     pyplot = plotting()
     if pyplot is None:
@@ -161,7 +168,7 @@ def picture(runs: Sequence[Mapping[str, Any]], steps: int) -> Image.Image | None
             axes.plot(at, curve, color=f"C{index}", alpha=0.25, linewidth=0.8)
     axes.set(xlabel="step", ylabel="held-out loss above the language's entropy, nats", yscale="log")
     axes.legend(title="way (trained values)", fontsize=8)
-    return drawn(figure)
+    return chart_image(figure)
 
 
 @study(
@@ -178,13 +185,13 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     for seed in seeds:
         key = {"seed": seed, "pretraining": pretraining, "steps": steps, "rates": rates}
         try:
-            runs.append(lab.cell("language", key, lambda seed=seed: measure(seed, pretraining, steps, rates)))  # type: ignore[misc]
+            runs.append(lab.cell("language", key, lambda seed=seed: measure_language(seed, pretraining, steps, rates)))  # type: ignore[misc]
         except TimeOver:
             missing.append(f"seed {seed}")
     if not runs:
         return Findings([], "Nothing was measured yet.", missing=missing)
-    rows = table_of(runs)
-    image = picture(runs, steps)
+    rows = language_table(runs)
+    image = language_picture(runs, steps)
     if image is None:
         missing.append(WANTED)
     untuned = statistics.mean(one["untuned"] - one["floor"] for one in runs)

@@ -19,7 +19,7 @@ FAMILIES = {
 }
 
 
-def jobs_of(quick: bool) -> list[FusionCell]:
+def narrow_jobs(quick: bool) -> list[FusionCell]:
     """Every family's rows, the most concepts last: their adapters are those of fewer and some more."""
     if quick:
         return [FusionCell(family, "sum", 2, NARROW) for family in ("spectral, own slots", "lora")]
@@ -40,6 +40,6 @@ def jobs_of(quick: bool) -> list[FusionCell]:
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity alone and fused at rank 2, by where the columns lie, for every merge."""
-    jobs = jobs_of(quick)
+    jobs = narrow_jobs(quick)
     alike = {job.family for job in jobs} - {"orthogonal"}
     return compared(lab, jobs, quick, alike, sorted({job.size for job in jobs})[-2:])

@@ -24,7 +24,7 @@ def weight_of_full_rank(seed: int = 0) -> Tensor:
     return (U * torch.linspace(3, 1, out_features, dtype=torch.float64)) @ V.mT
 
 
-def rank_of(weight: Tensor) -> int:
+def numerical_rank(weight: Tensor) -> int:
     """The numerical rank."""
     return int(torch.linalg.matrix_rank(weight, rtol=1e-10))
 
@@ -41,7 +41,7 @@ def lowest(weight: Tensor, rank: int) -> tuple[int, int]:
     turned = {"A_U": -band.U - other.U * (other.S / band.S), "A_V": other.V - band.V}
     taken = {"B": -band.U * band.S, "A": band.V.mT.contiguous()}
     additive = get_method("spectral-additive").factors(turned, band._asdict()).delta()
-    return rank_of(weight + additive), rank_of(weight + get_method("lora").factors(taken, {}).delta())
+    return numerical_rank(weight + additive), numerical_rank(weight + get_method("lora").factors(taken, {}).delta())
 
 
 @study(

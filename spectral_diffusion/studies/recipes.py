@@ -14,13 +14,13 @@ from typing import Any
 from PIL import Image
 
 from ..adapters.adapter import Adapter
-from ..adapters.apply import load_adapters
+from ..adapters.apply import put_adapters
 from ..config.fuse import DistillConfig
 from ..config.train import generic_subject
 from ..metrics.prompts import ORDINARY
 from ..metrics.statistics import share, told
 from ..models.base import Base
-from .fusion import NARROW, NOTHING, RANK, change_for, drift, family_rate
+from .fusion import NARROW, NOTHING, RANK, change_for, drift_between, family_rate
 from .fusion import sheet_of as tiles
 from .registry import Findings, Row, Table, study
 from .runner import MANY, TEST_CONCEPTS, TUNING_CONCEPTS, Figures, StudyRunner, TimeOver, scaled
@@ -154,7 +154,7 @@ def rank_for(size: int) -> int:
     return RANK if size <= len(TEST_CONCEPTS) else NARROW
 
 
-def changes_for(lab: StudyRunner, names: Sequence[str], seed: int, quick: bool) -> list[dict[str, Any]]:
+def recipe_changes(lab: StudyRunner, names: Sequence[str], seed: int, quick: bool) -> list[dict[str, Any]]:
     """Settings of every concept's ordinary training."""
     rank = rank_for(len(names))
     rate, _ = family_rate(lab, FAMILY, quick, rank)
@@ -163,7 +163,7 @@ def changes_for(lab: StudyRunner, names: Sequence[str], seed: int, quick: bool) 
 
 def adapters_for(lab: StudyRunner, recipe: Recipe, names: Sequence[str], seed: int, quick: bool) -> list[Adapter]:
     """The adapters that a recipe starts from, their factors changed as it says."""
-    changes = changes_for(lab, names, seed, quick)
+    changes = recipe_changes(lab, names, seed, quick)
     found = [lab.trained(name, **{**change, **recipe.train})[0] for name, change in zip(names, changes, strict=True)]
     return projected(found) if recipe.factors == "projected" else found
 
@@ -186,7 +186,7 @@ def projected(adapters: Sequence[Adapter]) -> list[Adapter]:
     return out
 
 
-def strengths(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, float]:
+def recipe_scales(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, float]:
     """Every concept's λ; levelled ones bring each change's norm to the mean."""
     norms = {adapter.name: adapter.norm() or 1.0 for adapter in adapters}
     middle = sum(norms.values()) / len(norms)
@@ -196,7 +196,7 @@ def strengths(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, float]:
 
 def fused_by(lab: StudyRunner, recipe: Recipe, adapters: Sequence[Adapter], seed: int) -> Base:
     """The one model that a recipe makes of the adapters."""
-    more = {"scales": strengths(recipe, adapters), "seed": seed, **recipe.merge}
+    more = {"scales": recipe_scales(recipe, adapters), "seed": seed, **recipe.merge}
     if recipe.taught:
         more["distill"] = DistillConfig(prior_subjects=things(lab), **recipe.taught)
     return lab.fused(adapters, **more)
@@ -217,12 +217,12 @@ def recipe_cell(lab: StudyRunner, recipe: Recipe, names: Sequence[str], seed: in
         begun = time.monotonic()
         base = lab.fresh() if recipe.routed else fused_by(lab, recipe, adapters, seed)
         seconds = time.monotonic() - begun
-        moved = 0.0 if recipe.routed else drift(lab, lab.ordinary(lab.fresh(), seed), lab.ordinary(base, seed))
+        moved = 0.0 if recipe.routed else drift_between(lab, lab.ordinary(lab.fresh(), seed), lab.ordinary(base, seed))
         concepts: Figures = {}
         for adapter in adapters:
             if recipe.routed:
                 base = lab.fresh()
-                load_adapters(base, [(adapter, 1.0)])
+                put_adapters(base, [(adapter, 1.0)])
             pictures = lab.portraits(base, adapter.token, seed)
             concepts[adapter.name] = {
                 "identity": lab.identity(pictures, adapter.name),
@@ -236,7 +236,7 @@ def recipe_cell(lab: StudyRunner, recipe: Recipe, names: Sequence[str], seed: in
 
 def alone(lab: StudyRunner, names: Sequence[str], seed: int, quick: bool) -> dict[str, float]:
     """What every concept's ordinary adapter is alone: the whole that recipes are measured by, whatever they train."""
-    changes = changes_for(lab, names, seed, quick)
+    changes = recipe_changes(lab, names, seed, quick)
     return {name: float(lab.alone(name, **change)["identity"]) for name, change in zip(names, changes, strict=True)}
 
 
@@ -274,7 +274,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     pictures: dict[str, Image.Image] = {}
     shown = [row for row in told_rows if row["K"] == len(TEST_CONCEPTS)]
     try:
-        pictures = {} if quick else {"sheet": sheet(lab, worth_showing(chosen, shown))}
+        pictures = {} if quick else {"sheet": recipe_sheet(lab, worth_showing(chosen, shown))}
     except TimeOver:
         missing.append("the sheet")
     return Findings(tables, verdict(told_rows), pictures, missing)
@@ -293,7 +293,7 @@ def worth_reporting(best: Sequence[tuple[float, Recipe]]) -> list[Recipe]:
 
 def worth_showing(recipes: Sequence[Recipe], rows: Sequence[Row]) -> list[Recipe]:
     """The best that fuses and the best that only merges, by the rows that tell of them."""
-    score = {row["kind"]: kept(row) - moved(row) for row in rows}
+    score = {row["kind"]: retention(row) - moved(row) for row in rows}
     fused = sorted((r for r in recipes if not r.routed and r.kind in score), key=lambda r: -score[r.kind])
     merged = [recipe for recipe in fused if not recipe.taught]
     return fused[:1] if fused[:1] == merged[:1] else [*fused[:1], *merged[:1]]
@@ -318,14 +318,14 @@ def report(
         except TimeOver:
             missing.append(f"{recipe.kind} at K = {len(names)}, seed {seed}")
             continue
-        told_of = row(recipe, cells[recipe.kind][-1:], names)
-        both = f"{kept(told_of):.2f} of alone, drift {moved(told_of):.3f}"
+        told_of = recipe_row(recipe, cells[recipe.kind][-1:], names)
+        both = f"{retention(told_of):.2f} of alone, drift {moved(told_of):.3f}"
         lab.note(f"reported, K = {len(names)}, seed {seed}: {recipe.kind}: {both}")
     whole = [recipe for recipe in recipes if len(cells.get(recipe.kind, [])) == len(seeds)]
-    return [row(recipe, cells[recipe.kind], names) for recipe in whole]
+    return [recipe_row(recipe, cells[recipe.kind], names) for recipe in whole]
 
 
-def row(recipe: Recipe, cells: Sequence[tuple[int, Figures, dict[str, float]]], names: Sequence[str]) -> Row:
+def recipe_row(recipe: Recipe, cells: Sequence[tuple[int, Figures, dict[str, float]]], names: Sequence[str]) -> Row:
     """Means over concepts and seeds with their 95 % intervals, a bootstrap over concepts."""
     fused = [cell["concepts"][name]["identity"] for _, cell, _ in cells for name in names]
     text = [cell["concepts"][name]["text"] for _, cell, _ in cells for name in names]
@@ -351,16 +351,16 @@ def verdict(rows: Sequence[Row]) -> str:
         if not fused:
             continue
         wanted = KEPT.get(size, max(KEPT.values()))
-        enough = [r for r in fused if kept(r) >= wanted and moved(r) <= DRIFT]
-        best = max(enough or fused, key=lambda r: kept(r) - moved(r))
-        told_of = f"{best['kind']} ({best['setting']}) keeps {kept(best):.2f} of single-concept identity"
+        enough = [r for r in fused if retention(r) >= wanted and moved(r) <= DRIFT]
+        best = max(enough or fused, key=lambda r: retention(r) - moved(r))
+        told_of = f"{best['kind']} ({best['setting']}) keeps {retention(best):.2f} of single-concept identity"
         both = f"at least {wanted} at a drift of at most {DRIFT}"
         end = f"wanted was {both}." if enough else f"no fused model has {both}."
         sentences.append(f"K = {size}: {told_of} at a drift of {moved(best):.3f}; {end}")
     return " ".join(sentences) or NOTHING
 
 
-def kept(row: Row) -> float:
+def retention(row: Row) -> float:
     """The share of single-concept identity in a row."""
     return float(row["of alone"].split()[0])
 
@@ -370,7 +370,7 @@ def moved(row: Row) -> float:
     return float(row["drift"].split()[0])
 
 
-def sheet(lab: StudyRunner, recipes: Sequence[Recipe], seed: int = 0) -> Image.Image:
+def recipe_sheet(lab: StudyRunner, recipes: Sequence[Recipe], seed: int = 0) -> Image.Image:
     """Photos, each concept alone, and from one model by recipes of which one is taught and one not: a row a concept."""
     lab.check_time()
     columns: dict[str, dict[str, list[Image.Image]]] = {"photos": {n: lab.references(n)[:4] for n in TEST_CONCEPTS}}
@@ -379,7 +379,7 @@ def sheet(lab: StudyRunner, recipes: Sequence[Recipe], seed: int = 0) -> Image.I
     columns["alone"] = {}
     for adapter in own:
         base = lab.fresh()
-        load_adapters(base, [(adapter, 1.0)])
+        put_adapters(base, [(adapter, 1.0)])
         columns["alone"][adapter.name] = lab.portraits(base, adapter.token, seed)[:4]
     for recipe in recipes:
         adapters = adapters_for(lab, recipe, TEST_CONCEPTS, seed, False)

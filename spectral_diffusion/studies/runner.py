@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from ..adapters.adapter import Adapter
-from ..adapters.apply import load_adapters
+from ..adapters.apply import put_adapters
 from ..adapters.formats.native import content_hash, load_adapter
 from ..config.fuse import FuseConfig
 from ..config.settings import build, read_yaml
@@ -77,7 +77,7 @@ def kept_figures(path: Path) -> Figures | None:
         return None
 
 
-def key_of(value: Any) -> str:
+def cell_key(value: Any) -> str:
     """A short hash of anything JSON-able."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
@@ -185,7 +185,7 @@ class StudyRunner:
             TimeOver: the lab's time is over.
         """
         whole = {"kind": kind, "cells": CELLS, **self.terms, **key}
-        name = f"{kind}-{key_of(whole)}"
+        name = f"{kind}-{cell_key(whole)}"
         path = self.folder / "cells" / f"{name}.json"
         figures = kept_figures(path)
         if figures is None and name in self.known and not timed:
@@ -194,7 +194,7 @@ class StudyRunner:
             self.check_time()
             figures = compute()
             write_json(path, {"key": whole, "figures": figures})
-        self.used[name] = {"of": key_of(self.terms), "key": dict(key), "figures": figures}
+        self.used[name] = {"of": cell_key(self.terms), "key": dict(key), "figures": figures}
         return figures
 
     def settings(self, concept: str, change: Mapping[str, Any], output: Path) -> TrainConfig:
@@ -212,7 +212,7 @@ class StudyRunner:
         decides = [plain, self.fingerprint, concept, photos]
         if config.init_from_adapter:
             decides.append(content_hash(load_adapter(config.init_from_adapter)))
-        return self.folder / "adapters" / key_of(decides) / f"{concept}.safetensors"
+        return self.folder / "adapters" / cell_key(decides) / f"{concept}.safetensors"
 
     def trained(self, concept: str, **change: Any) -> tuple[Adapter, float]:
         """An adapter and the seconds that its training took here, from the shelf if it stands there."""
@@ -276,7 +276,7 @@ class StudyRunner:
         def compute() -> Figures:
             adapter, seconds = self.trained(concept, **change)
             base = self.fresh()
-            load_adapters(base, [(adapter, 1.0)])
+            put_adapters(base, [(adapter, 1.0)])
             pictures = self.portraits(base, adapter.token, seed)
             return {
                 "identity": self.identity(pictures, concept),

@@ -82,7 +82,7 @@ def width_of(number: str) -> int:
     return 2 * WIDTH if number.endswith("wide") else WIDTH
 
 
-def square(box: Box, width: int) -> tuple[int, int, int, int]:
+def square_picture(box: Box, width: int) -> tuple[int, int, int, int]:
     """The largest square in the middle of a box, in the picture's pixels."""
     left, right = box[0] * width, box[2] * width
     side = min(right - left, HEIGHT)
@@ -93,7 +93,7 @@ def square(box: Box, width: int) -> tuple[int, int, int, int]:
 def drawing_of(lab: StudyRunner, names: Sequence[str], puppets: bool, width: int = WIDTH) -> ControlMap:
     """The classes' sketches, or standing skeletons, one in the middle of every region."""
     size = (width * FINE, HEIGHT * FINE)
-    squares = [tuple(side * FINE for side in square(box, width)) for box in boxes(len(names))]
+    squares = [tuple(side * FINE for side in square_picture(box, width)) for box in boxes(len(names))]
     if puppets:
         people = [np.array(STANDING) * (right - left) + (left, top) for left, top, right, _ in squares]
         return ControlMap(draw_keypose(people, *size), "keypose")
@@ -115,7 +115,7 @@ def prompt_of(tokens: Sequence[str], place: str) -> str:
     return ", ".join(tokens[:-1]) + f" and {tokens[-1]} {place}"
 
 
-def adapters_of(lab: StudyRunner, names: Sequence[str]) -> list[Adapter]:
+def scene_adapters(lab: StudyRunner, names: Sequence[str]) -> list[Adapter]:
     """The study ``fusion``'s adapters of these concepts, trained here if they are not on the shelf."""
     rate, _ = family_rate(lab, FAMILY, False)
     quick = lab.recipe["train"]["steps"] < 100
@@ -137,7 +137,7 @@ def pictures_of(
     lab: StudyRunner, way: Way, names: Sequence[str], seeds: Sequence[int], puppets: bool, width: int = WIDTH
 ) -> list[Image.Image]:
     """Pictures of one scene, the places in turn."""
-    adapters = adapters_of(lab, names)
+    adapters = scene_adapters(lab, names)
     base, tokens = base_for(lab, way, adapters), [adapter.token for adapter in adapters]
     drawing, images = drawing_of(lab, names, puppets, width), []
     for start, place in enumerate(PLACES):
@@ -160,7 +160,7 @@ def confusion(lab: StudyRunner, images: Sequence[Image.Image], names: Sequence[s
     references = torch.stack([lab.encoder.embed(lab.references(name)).mean(0) for name in names])
     rows = []
     for box in boxes(len(names)):
-        found = lab.encoder.embed([image.crop(square(box, image.width)) for image in images]) @ references.mT
+        found = lab.encoder.embed([image.crop(square_picture(box, image.width)) for image in images]) @ references.mT
         rows.append([float((found.argmax(1) == index).double().mean()) for index in range(len(names))])
     return rows
 
@@ -173,7 +173,7 @@ def scene_cell(lab: StudyRunner, name: str, way: str, names: Sequence[str], coun
     def compute() -> Figures:
         images = pictures_of(lab, WAYS[way], names, range(count), puppets, width)
         likeness = [
-            lab.identity([image.crop(square(box, width)) for image in images], concept)
+            lab.identity([image.crop(square_picture(box, width)) for image in images], concept)
             for box, concept in zip(boxes(len(names)), names, strict=True)
         ]
         return {"confusion": confusion(lab, images, names), "identity": likeness, "pictures": len(images)}
@@ -220,7 +220,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
         Table("The right concept in its region, by the identity encoder", rows),
         Table("Confusion: which concept of the scene (1st, 2nd, …) is nearest to what a region shows", matrices),
     ]
-    return Findings(tables, verdict(rows), {} if quick else {"sheet": sheet(lab)})
+    return Findings(tables, verdict(rows), {} if quick else {"sheet": scenes_sheet(lab)})
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -232,7 +232,7 @@ def verdict(rows: Sequence[Row]) -> str:
     return " ".join(sentences)
 
 
-def sheet(lab: StudyRunner) -> Image.Image:
+def scenes_sheet(lab: StudyRunner) -> Image.Image:
     """Four pictures of one scene of every number, one row a way; the drawing first."""
     blocks = []
     for number, scenes in SCENES.items():

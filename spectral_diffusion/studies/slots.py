@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..methods import get_method
-from .fusion import NOTHING, FusionCell, change_for, measured
+from .fusion import NOTHING, FusionCell, change_for, measured_cells
 from .registry import Findings, Row, Table, study
 from .runner import TEST_CONCEPTS, StudyRunner
 
@@ -42,7 +42,7 @@ def check_equal(
     return counts
 
 
-def jobs_of(quick: bool) -> list[FusionCell]:
+def slot_jobs(quick: bool) -> list[FusionCell]:
     """Every family and merge, for two to eight concepts of the recipe's rank."""
     if quick:
         return [FusionCell(family, "sum", 2) for family in FAMILIES[::2]]
@@ -57,7 +57,7 @@ def jobs_of(quick: bool) -> list[FusionCell]:
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity alone and fused by where the columns lie, for every merge."""
-    jobs = jobs_of(quick)
+    jobs = slot_jobs(quick)
     return compared(lab, jobs, quick, {job.family for job in jobs}, [jobs[0].size])
 
 
@@ -67,7 +67,7 @@ def compared(
     """The rows of jobs of one rank, once these families are known to be trained alike; the verdict is on ``sizes``."""
     counts = check_equal(lab, {job.family: change_for(job.family, 0, job.rank) for job in jobs if job.family in alike})
     lab.note(", ".join(f"{name} trains {count:,}" for name, count in counts.items()))
-    rows, sweeps, missing = measured(lab, jobs, (0,) if quick else SEEDS, quick)
+    rows, sweeps, missing = measured_cells(lab, jobs, (0,) if quick else SEEDS, quick)
     tables = [Table("Where the columns lie, and how adapters are merged", rows)]
     if sweeps:
         tables.append(Table("The sweep of the learning rate, on concepts that are not reported", sweeps))

@@ -14,13 +14,13 @@ from random import Random
 from PIL import Image
 from scipy.stats import spearmanr
 
-from ..adapters.apply import load_adapters
+from ..adapters.apply import put_adapters
 from ..core.errors import UserError
 from ..core.files import atomic, write_text
 from ..scenes.png_metadata import labelled_sheet
 from .fusion import MERGES, RANK, adapters_of, family_rate
 from .registry import Findings, Row, Table, study
-from .runner import TEST_CONCEPTS, StudyRunner, TimeOver, key_of
+from .runner import TEST_CONCEPTS, StudyRunner, TimeOver, cell_key
 
 ALONE = "alone"
 WAYS: tuple[tuple[str, str], ...] = (
@@ -57,7 +57,7 @@ def drawn(lab: StudyRunner, way: tuple[str, str], names: Sequence[str], quick: b
     """
     family, merge = way
     rate, _ = family_rate(lab, family, quick)
-    key = key_of([family, merge, MERGES.get(merge), rate, list(names), lab.fingerprint, lab.recipe])
+    key = cell_key([family, merge, MERGES.get(merge), rate, list(names), lab.fingerprint, lab.recipe])
     folder = lab.folder / "sorting" / key
     places = Random(f"sorting/{key}")
     shown = [Shown(way, name, folder / f"{name}-{index}.png") for name in names for index in range(EACH)]
@@ -68,7 +68,7 @@ def drawn(lab: StudyRunner, way: tuple[str, str], names: Sequence[str], quick: b
     for adapter in held:
         if merge == ALONE:
             base = lab.fresh()
-            load_adapters(base, [(adapter, 1.0)])
+            put_adapters(base, [(adapter, 1.0)])
         pictures = lab.portraits(base, adapter.token)
         for index, picture in enumerate(places.sample(pictures, EACH)):
             with atomic(folder / f"{adapter.name}-{index}.png") as temporary:

@@ -36,7 +36,7 @@ SPREAD = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
 PLAIN = {"prior": {"loss_weight": 0.0}}
 
 
-def change_for(method: str) -> dict[str, Any]:
+def speed_change(method: str) -> dict[str, Any]:
     """The method's settings; without preservation, which costs each the same."""
     return {"method": method, **METHODS[method], **PLAIN}
 
@@ -65,7 +65,9 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
                     each = {f"×{f:.2g}": t["identity"] for f, t in zip(SPREAD, trials, strict=True)}
                     sweeps.append({"method": method, **each, "best": rates[method]})
             for length, name in itertools.product(steps, names):
-                found = lab.alone(name, **seeded(change_for(method), seed), **scaled(lab, rates[method]), steps=length)
+                found = lab.alone(
+                    name, **seeded(speed_change(method), seed), **scaled(lab, rates[method]), steps=length
+                )
                 trained[method] = found["trained"]
                 new.setdefault(length, []).append(found["identity"] - lab.generic(name, seed)["identity"])
         except TimeOver:
@@ -81,7 +83,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             "trained": trained[method],
             "pairs": len(by[steps[0]]),
             **{f"gain at {s}": told(by[s], names) for s in steps},
-            f"minus {REFERENCE} at {steps[-1]}": against(gains, method, steps[-1], names),
+            f"minus {REFERENCE} at {steps[-1]}": gains_against(gains, method, steps[-1], names),
         }
         for method, by in gains.items()
     ]
@@ -104,7 +106,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     return Findings(tables, verdict(rows, wanted), missing=missing)
 
 
-def against(
+def gains_against(
     gains: Mapping[str, Mapping[int, Sequence[float]]], method: str, steps: int, names: Sequence[str]
 ) -> str | None:
     """A method's gain less the reference's, concept by concept and seed by seed; None where they have other seeds."""
@@ -115,7 +117,7 @@ def against(
 def swept(lab: StudyRunner, method: str) -> tuple[float, list[Figures]]:
     """The method's factor on the recipe's rates, from five trials on a concept that is not reported."""
     rates = [get_method(method).lr_scale * factor for factor in SPREAD]
-    return best_rate(lab, rates, TUNING_CONCEPTS[:1], **change_for(method), steps=120)
+    return best_rate(lab, rates, TUNING_CONCEPTS[:1], **speed_change(method), steps=120)
 
 
 def crossing(steps: Sequence[int], gains: Sequence[float], wanted: float) -> float | None:
@@ -141,7 +143,7 @@ def steps_seconds(lab: StudyRunner, methods: Sequence[str]) -> dict[str, tuple[f
             base = lab.fresh()
             for steps in (2, 22):
                 with tempfile.TemporaryDirectory() as folder:
-                    change = {**change_for(method), "steps": steps}
+                    change = {**speed_change(method), "steps": steps}
                     config = lab.settings(TEST_CONCEPTS[0], change, Path(folder) / "a.safetensors")
                     begun = time.perf_counter()
                     train_to_file(config, base=base)

@@ -23,7 +23,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def change_for(way: str, seed: int) -> dict[str, Any]:
+def column_change(way: str, seed: int) -> dict[str, Any]:
     """The way's settings; random columns are drawn by the seed."""
     change = {**WAYS[way], **PLAIN}
     if change.get("slot") == "random":
@@ -53,7 +53,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
                 rates[way], trials = (1.0, []) if quick else sweep(lab, way)
                 sweeps += [{"way": way, **trial} for trial in trials]
             for name, length in itertools.product(names, steps):
-                change = {**change_for(way, seed), **scaled(lab, rates[way]), "steps": length}
+                change = {**column_change(way, seed), **scaled(lab, rates[way]), "steps": length}
                 found = lab.alone(name, **change)
                 trained[way] = found["trained"]
                 new.setdefault(length, []).append(found["identity"] - lab.generic(name, seed)["identity"])
@@ -69,7 +69,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             "trained": trained[way],
             "pairs": len(gains[way, steps[-1]]),
             **{f"gain at {s}": told(gains[way, s], names) for s in steps},
-            **{f"minus top at {s}": against(gains, way, s, names) for s in (steps[0], steps[-1])},
+            **{f"minus top at {s}": gains_against_top(gains, way, s, names) for s in (steps[0], steps[-1])},
         }
         for way in ways
         if (way, steps[-1]) in gains
@@ -87,11 +87,13 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
 
 def sweep(lab: StudyRunner, way: str) -> tuple[float, list[dict[str, Any]]]:
     """The best factor on the recipe's rates and the five trials, half a decade apart."""
-    rate, trials = best_rate(lab, SPREAD, TUNING_CONCEPTS[:1], **change_for(way, 0), steps=120)
+    rate, trials = best_rate(lab, SPREAD, TUNING_CONCEPTS[:1], **column_change(way, 0), steps=120)
     return rate, [{"rate": trial["rate"], "identity": trial["identity"]} for trial in trials]
 
 
-def against(gains: Mapping[tuple[str, int], Sequence[float]], way: str, steps: int, names: Sequence[str]) -> str | None:
+def gains_against_top(
+    gains: Mapping[tuple[str, int], Sequence[float]], way: str, steps: int, names: Sequence[str]
+) -> str | None:
     """A way's gain less that of the top columns, concept by concept and seed by seed."""
     own, top = gains[way, steps], gains.get(("top", steps), [])
     return difference(own, top, names) if way != "top" and len(own) == len(top) else None

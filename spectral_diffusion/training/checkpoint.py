@@ -131,11 +131,11 @@ def header_of(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a training state, and has to be removed.") from error
 
 
-def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def flat_settings(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Settings by dotted name."""
     out: dict[str, Any] = {}
     for key, value in settings.items():
-        out |= flat(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
+        out |= flat_settings(value, f"{before}{key}.") if isinstance(value, Mapping) else {f"{before}{key}": value}
     return out
 
 
@@ -146,7 +146,7 @@ def written(value: Any) -> str:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted names of settings that differ, with their earlier and their present value."""
-    old, new = flat(before), flat(now)
+    old, new = flat_settings(before), flat_settings(now)
     return {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
 
 
@@ -223,7 +223,9 @@ class TrainingState:
         tensors, meta = load_state(self.path)
         # A state of an earlier version has no word on later settings, whose defaults change nothing.
         defaults = comparable_settings(TrainConfig(concept=self.config.concept, output=self.config.output))
-        changed = differences({**flat(defaults), **flat(meta.get("config", {}))}, comparable_settings(self.config))
+        changed = differences(
+            {**flat_settings(defaults), **flat_settings(meta.get("config", {}))}, comparable_settings(self.config)
+        )
         self._check_fitting(tensors, meta, changed)
         self._check_wanted(meta, changed, force, hooks)
         built = [dict(group) for group in self.optimiser.param_groups]

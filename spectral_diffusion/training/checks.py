@@ -40,13 +40,13 @@ def notes_on_photos(concept: Concept, config: TrainConfig, size: int) -> Iterato
     unmasked = sum(photo.mask is None for photo in photos)
     if (config.data.mask_weight or config.objective.attention_loss_weight) and 0 < unmasked < len(photos):
         yield f"{unmasked} of {len(photos)} photos have no mask and count as a whole."
-    small = [photo for photo in photos if is_small(photo.size, size, config.data.aspect_buckets)]
+    small = [photo for photo in photos if is_small_photo(photo.size, size, config.data.aspect_buckets)]
     if small:
         names = and_more([f"{photo.path.name} ({photo.size[0]}×{photo.size[1]})" for photo in small], SHOWN)
         yield f"Smaller than the resolution of {size} and enlarged: {names}."
 
 
-def is_small(sides: tuple[int, int], size: int, buckets: bool) -> bool:
+def is_small_photo(sides: tuple[int, int], size: int, buckets: bool) -> bool:
     """Whether a photo (width, height) has fewer pixels than the crops that are made of it."""
     return sides[0] * sides[1] < size * size if buckets else min(sides) < size
 

@@ -20,7 +20,7 @@ from ..core.hooks import QUIET, Event, Hooks
 from ..core.machine import heading
 from ..core.precision import autocast, is_half, loss_scaler, precision_note, resolve_mixed_precision, tf32
 from ..core.rng import keyed_generator
-from ..data.control_pairs import CHANNELS, ControlPair, Read, digest, encode_pairs, read_pairs
+from ..data.control_pairs import CHANNELS, ControlPair, Read, encode_pairs, pairs_digest, read_pairs
 from ..models.base import Base, load_base, quiet_loading
 from ..models.denoiser import Conditioning, Denoiser
 from .batch import Batch
@@ -36,7 +36,7 @@ CHUNK = 8  # captions encoded together
 Words = dict[str, tuple[Tensor, Tensor | None]]  # caption to its embeddings and, for SDXL, the pooled one
 
 
-def state_path(output: Path) -> Path:
+def control_state_path(output: Path) -> Path:
     """Where a run's resumable state lies while it is unfinished."""
     return output.with_name(f"{output.name}.state.safetensors")
 
@@ -62,17 +62,17 @@ def train_control(
         UserError: no pairs, conditions of another shape, an output that is not ours, a state of other settings.
     """
     with claimed(config.output):
-        prepare_output(config.output, resume, hooks)
+        prepare_control_output(config.output, resume, hooks)
         return train_claimed(config, base, resume, hooks, read)
 
 
-def prepare_output(output: Path, resume: bool, hooks: Hooks) -> None:
+def prepare_control_output(output: Path, resume: bool, hooks: Hooks) -> None:
     """Refuse to lose what is at the output: another program's folder, or a stopped training's state.
 
     Raises:
         UserError: so it is.
     """
-    state = state_path(output)
+    state = control_state_path(output)
     if output.exists() and not is_our_t2i_adapter(output):
         raise UserError(f"{output} exists and is not a folder of train-control.", ELSEWHERE)
     check_writable(output)
@@ -97,7 +97,7 @@ def train_claimed(
     read: Read | None,
 ) -> T2IAdapter:
     """:func:`train_condition`, once its output may be written."""
-    output, state = config.output, state_path(config.output)
+    output, state = config.output, control_state_path(config.output)
     pairs = read_pairs(config, hooks)
     base = base or load_base(config.base, config.device, config.dtype)
     pipeline, denoiser, unet = base.pipeline, base.denoiser, base.denoiser.network
@@ -118,7 +118,7 @@ def train_claimed(
     if denoiser.plain_attention_is_faster(is_half(precision, base.dtype), size):
         unet.set_attn_processor(AttnProcessor())
     optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    belongs = {"base": base.fingerprint.exact, "pairs": digest(pairs)}
+    belongs = {"base": base.fingerprint.exact, "pairs": pairs_digest(pairs)}
     start = restore(state, optimizer, parameters, config, belongs) if resume and state.exists() else 0
     captions = encode_captions(base, [pair.caption for pair in pairs], size)
     latents, conditions = encode_pairs(pairs, pipeline.vae, config, size, hooks, read)
@@ -131,7 +131,7 @@ def train_claimed(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (1 - step / config.steps if config.lr_scheduler == "linear" else 1.0)
 
-        samples, shown = draw(step, pairs, latents, conditions, config, denoiser)
+        samples, shown = sample_control_batch(step, pairs, latents, conditions, config, denoiser)
         noisy = denoiser.add_noise(samples.latents, samples.noise, samples.timesteps)
         with tf32(base.device, config.allow_tf32), autocast(base.device, precision):
             features = [feature.to(base.dtype) for feature in adapter(shown.to(base.device))]
@@ -174,7 +174,7 @@ def encode_captions(base: Base, captions: Sequence[str], size: int) -> dict[str,
     return encoded
 
 
-def draw(
+def sample_control_batch(
     step: int,
     pairs: Sequence[ControlPair],
     latents: Tensor,

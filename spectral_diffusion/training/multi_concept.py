@@ -48,7 +48,7 @@ class BatchJob:
         return self.output.with_name(f"{self.name}.log")
 
 
-def jobs_of(folders: Sequence[Path], output: Path, settings: Callable[[Path, Path], TrainConfig]) -> list[BatchJob]:
+def batch_jobs(folders: Sequence[Path], output: Path, settings: Callable[[Path, Path], TrainConfig]) -> list[BatchJob]:
     """A job per photo folder, writing ``<output>/<folder's name>.safetensors``.
 
     Args:

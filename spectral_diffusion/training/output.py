@@ -71,7 +71,7 @@ def prepare_output(config: TrainConfig, name: str, resume: bool, force: bool, ho
     if output.is_dir():
         raise UserError(f"The output {output} is a folder.", ELSEWHERE)
     check_writable(output)
-    check_output(output)
+    refuse_other_output(output)
     refuse_overwriting_settings(output.with_suffix(".yaml"))
     if state.exists():
         if not (resume or force):
@@ -98,7 +98,7 @@ def prepare_output(config: TrainConfig, name: str, resume: bool, force: bool, ho
     return False
 
 
-def check_output(output: Path) -> None:
+def refuse_other_output(output: Path) -> None:
     """Refuse to write an adapter over anything but an adapter.
 
     Raises:

@@ -90,7 +90,7 @@ def train_on(
     """
     output, note = config.output, hooks.notify
     check_concept(concept, base, config)
-    config = among.broadcast(with_precision(config, base, resume, Hooks(notify=note)))
+    config = among.broadcast(settle_precision(config, base, resume, Hooks(notify=note)))
     start_from = None
     if config.init_from_adapter:
         config, start_from = with_start(config, base, concept)
@@ -214,7 +214,7 @@ def with_start(config: TrainConfig, base: Base, concept: Concept) -> tuple[Train
     return config.model_copy(update={**fixed, "slot": str(adapter.slot)}), adapter
 
 
-def with_precision(config: TrainConfig, base: Base, resume: bool, hooks: Hooks) -> TrainConfig:
+def settle_precision(config: TrainConfig, base: Base, resume: bool, hooks: Hooks) -> TrainConfig:
     """Settle the mixed precision: given, the interrupted run's, or what is quick on this machine. It is recorded."""
     asked = config.mixed_precision
     if asked == "auto":

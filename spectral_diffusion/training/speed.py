@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import pocket
 from ..config.train import TrainConfig
-from ..core.machine import measured
+from ..core.machine import measured_once
 from ..core.precision import MixedPrecision, autocast, is_half, resolve_mixed_precision
 from ..models.base import parse_device, parse_dtype
 from ..models.denoiser import plain_attention_is_faster
@@ -36,8 +36,8 @@ def seconds_per_picture(arch: str, device: torch.device, precision: MixedPrecisi
         arch: ``pocket``, ``sd15`` or ``sdxl``.
     """
     if arch == "pocket":
-        return float(measured(f"step-{device.type}-{precision}", lambda: pocket_step(device, precision)))
-    rate = float(measured(f"flops-{device.type}-{precision}", lambda: flops_per_second(device, precision)))
+        return float(measured_once(f"step-{device.type}-{precision}", lambda: pocket_step(device, precision)))
+    rate = float(measured_once(f"flops-{device.type}-{precision}", lambda: flops_per_second(device, precision)))
     return PASSES * FLOPS[arch] / rate
 
 

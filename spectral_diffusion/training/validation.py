@@ -82,7 +82,7 @@ def validation_images(
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
+def validation_grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
     """Pictures of one size in rows, a title above each column."""
     width, height = rows[0][0].size
     factor = max(1, 96 // height)
@@ -157,7 +157,9 @@ class Validator:
         file = samples_folder(self.path) / f"step-{step:06d}.png"
         try:
             with atomic(file) as temporary:
-                sheet(rows, [f"× {value:g}" for value in self.config.validation.scales]).save(temporary, "PNG")
+                validation_grid(rows, [f"× {value:g}" for value in self.config.validation.scales]).save(
+                    temporary, "PNG"
+                )
             self.samples.append((step, str(file)))
             figures["sample"] = str(file)
         except (UserError, OSError) as error:

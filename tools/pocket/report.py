@@ -26,7 +26,7 @@ from spectral_diffusion.metrics.classifiers import classify_images, load_classif
 from spectral_diffusion.metrics.identity import IdentityEncoder, embed, identity_score, load_identity_encoder
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.scenes.control import ControlMap
-from spectral_diffusion.scenes.generate import load_adapters, sample
+from spectral_diffusion.scenes.generate import put_adapters, sample
 from spectral_diffusion.scenes.keypose import draw_keypose
 from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.training.run import train_to_file
@@ -236,7 +236,7 @@ def concept_learnt(
             )
             seconds = time.monotonic() - begun
             with_it = load_base(base_name)
-            load_adapters(with_it, [(load_adapter(file), 1.0)])
+            put_adapters(with_it, [(load_adapter(file), 1.0)])
         mine = float(identity_score(encoder, pictures(with_it, concept.token), references).mean())
         out[name] = {
             "generic": generic,

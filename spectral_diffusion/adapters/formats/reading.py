@@ -21,7 +21,7 @@ from diffusers.utils.state_dict_utils import (
 )
 from torch import Tensor
 
-from ...core.errors import Fix, UserError, shown
+from ...core.errors import Fix, UserError, short_repr
 from ...core.files import is_folder, parse_json, read_tensors, read_text
 from ...linalg import Factors
 from .lora import names_of
@@ -291,8 +291,8 @@ def ends_of_names(path: Path, alphas: Mapping[str, float]) -> dict[str, tuple[in
         name = key.removesuffix("$").replace("\\.", ".")
         if not re.fullmatch(r"\^?[\w.-]+", name):
             raise UserError(
-                f"{path} names layers by a regular expression in its alpha_pattern, {shown(key)}, which is not read "
-                "here; save it with the layers' names."
+                f"{path} names layers by a regular expression in its alpha_pattern, {short_repr(key)}, which is not "
+                "read here; save it with the layers' names."
             )
         found[name] = (place, alpha)
     return found

@@ -77,22 +77,24 @@ def put(workspace: Workspace, place: str, make: Maker, file: str | None, value: 
     with errors_as_toast():
         if not file:
             raise UserError("No picture was chosen.")
-        return changed(value, place, make(Path(file), ratio_of(workspace, *size)))
+        return canvas_changed(value, place, make(Path(file), ratio_of(workspace, *size)))
 
 
 def put_sketch(workspace: Workspace, name: str, value: Value, *size: Any) -> Value:
     """The canvas with a ready-made sketch on it."""
     with errors_as_toast():
-        return changed(value, "strokes", canvas.ready_sketch(name, ratio_of(workspace, *size)) if name else None)
+        return canvas_changed(value, "strokes", canvas.ready_sketch(name, ratio_of(workspace, *size)) if name else None)
 
 
 def put_pose(workspace: Workspace, pose: str, count: int, value: Value, *size: Any) -> Value:
     """The canvas with people in a ready-made pose on it."""
     with errors_as_toast():
-        return changed(value, "keypose", canvas.keypose_preset(pose, int(count or 1), ratio_of(workspace, *size)))
+        return canvas_changed(
+            value, "keypose", canvas.keypose_preset(pose, int(count or 1), ratio_of(workspace, *size))
+        )
 
 
-def changed(value: Value, place: str, data: bytes | None) -> Value:
+def canvas_changed(value: Value, place: str, data: bytes | None) -> Value:
     """The canvas's value with another drawing at ``strokes`` or ``keypose``."""
     kept = value if isinstance(value, dict) else {}
     return {"strokes": "", "keypose": "", "regions": []} | kept | {place: canvas.as_url(data)}

@@ -13,7 +13,7 @@ from ...core.errors import UserError
 from .. import concept_html as cards
 from .. import concepts, editing
 from ..overview import look
-from ..page import PRIVATE, Handed, Page, asked, errors_as_toast, hand, plain
+from ..page import PRIVATE, Handed, Page, asked, errors_as_toast, hand, plain_html
 from ..sentences import rendered
 from ..uploads import looked_through
 
@@ -34,7 +34,7 @@ CHOOSE = """element.addEventListener('click', event => {
 })"""
 
 
-def build(page: Page, tab: gr.Tab) -> None:
+def build_concepts_tab(page: Page, tab: gr.Tab) -> None:
     """Fill the tab and wire its events."""
     chosen: gr.State = gr.State(None)
     guide = gr.Markdown(GUIDE, elem_id="concepts-guide", visible=False)
@@ -51,7 +51,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     )
     slots = gr.HTML(elem_id="concepts-slots", label="Slot map")
 
-    handlers = Handlers(page)
+    handlers = ConceptHandlers(page)
     overview = [guide, problems, shelf, slots]
     page.refreshed(tab, handlers.overview, [chosen], overview)
     page.refreshed(tab, handlers.show, [chosen], detail.shown)
@@ -222,7 +222,7 @@ def _detail() -> Detail:
     )  # fmt: skip
 
 
-def _wire_editing(handlers: Handlers, detail: Detail, chosen: gr.State, again: Any) -> None:
+def _wire_editing(handlers: ConceptHandlers, detail: Detail, chosen: gr.State, again: Any) -> None:
     """The buttons that change a concept of one's own."""
     one = [chosen, detail.photo]
     detail.photos.select(handlers.pick_photo, [chosen, detail.names], [detail.photo, detail.caption], **PRIVATE)
@@ -248,7 +248,7 @@ def _photos(count: int) -> str:
 # --- what happens --------------------------------------------------------------------------------------------
 
 
-class Handlers:
+class ConceptHandlers:
     """What the buttons call: arguments from the page in, updates of the page out."""
 
     def __init__(self, page: Page) -> None:
@@ -262,12 +262,12 @@ class Handlers:
             if shelf.strangers:
                 names = ", ".join(f"`{label.path.stem}`" for label in shelf.strangers)
                 lines.append(f"Adapters without photos here: {names}; they can be fused and drawn with all the same.")
-            problems = "\n".join(f"- ⚠ {line if '`' in line else plain(line)}" for line in lines)
+            problems = "\n".join(f"- ⚠ {line if '`' in line else plain_html(line)}" for line in lines)
             return [
                 gr.Markdown(visible=shelf.first_run),
                 gr.Markdown(problems, visible=bool(lines)),
                 cards.cards(shelf, chosen),
-                cards.slot_map(shelf),
+                cards.slot_map_html(shelf),
             ]
 
     def choose(self, event: gr.EventData) -> tuple[str, str]:
@@ -286,14 +286,14 @@ class Handlers:
         try:
             concept, small = concepts.view_concept(self.workspace, chosen)
         except UserError as error:
-            return self._panel(plain(rendered(error)), chosen=chosen, own=own)
-        about = f"### {plain(chosen)}\n{_photos(len(concept.photos))} of a {plain(concept.noun)}, "
+            return self._panel(plain_html(rendered(error)), chosen=chosen, own=own)
+        about = f"### {plain_html(chosen)}\n{_photos(len(concept.photos))} of a {plain_html(concept.noun)}, "
         about += f"called `{concept.token}` in prompts."
         if not own:
             about += " Ready-made: it stays as it is, but you can change a copy."
-        for label in concepts.adapters_of(self.workspace, chosen):
+        for label in concepts.adapters_of_concept(self.workspace, chosen):
             place = f", {label.kind} {label.slot}" if label.slot else ""
-            about += f"\n\nTrained: {label.method} on {plain(label.base)}{place}."
+            about += f"\n\nTrained: {label.method} on {plain_html(label.base)}{place}."
         captions = self._captions(folder, concept)
         flags = [*concept.notes, *(f"{text}." for text in concept.skipped)]
         traces = False
@@ -301,10 +301,17 @@ class Handlers:
             traces = own and any(editing.traces(self.workspace, chosen))
         odd = own and bool(flags) and bool(concepts.odd_files(folder))
         return self._panel(
-            about, chosen=chosen, own=own, photos=list(zip(small, captions, strict=False)),
-            flags="\n".join(f"- ⚠ {plain(flag)}" for flag in flags), names=list(concepts.file_names(folder, concept)),
-            odd=odd, traces=traces, noun=concept.noun, token=concept.token,
-        )  # fmt: skip
+            about,
+            chosen=chosen,
+            own=own,
+            photos=list(zip(small, captions, strict=False)),
+            flags="\n".join(f"- ⚠ {plain_html(flag)}" for flag in flags),
+            names=list(concepts.file_names(folder, concept)),
+            odd=odd,
+            traces=traces,
+            noun=concept.noun,
+            token=concept.token,
+        )
 
     def _captions(self, folder: Path, concept: concepts.Concept) -> list[str]:
         """What stands under each photo."""
@@ -347,7 +354,7 @@ class Handlers:
                 image.load()
             captions = sum(bool(photo.caption) for photo in intake.photos)
             count = f"**{_photos(len(small))}** can be saved{f', {captions} with a caption' if captions else ''}."
-            left_out = "\n".join(f"- ⚠ {plain(problem)}: left out." for problem in intake.problems)
+            left_out = "\n".join(f"- ⚠ {plain_html(problem)}: left out." for problem in intake.problems)
         return gr.Gallery(small, visible=bool(small)), f"{count}\n\n{left_out}"
 
     def suggest(self, name: str, token: str, suggested: str) -> tuple[str, str]:
@@ -361,7 +368,7 @@ class Handlers:
         with errors_as_toast():
             uploads = [Path(file) for file in files or []]
             name, problems = editing.add_concept(self.workspace, name, noun, uploads, token)
-        left_out = f" Left out: {plain('; '.join(problems))}." if problems else ""
+        left_out = f" Left out: {plain_html('; '.join(problems))}." if problems else ""
         return f"Added '{name}'.{left_out}", name
 
     def to_training(self, chosen: str | None) -> tuple[Handed, Any]:
@@ -411,7 +418,7 @@ class Handlers:
         """Put more photos in."""
         with errors_as_toast():
             count, problems = editing.add_photos(self.workspace, chosen, [Path(file) for file in files or []])
-        left_out = f" Left out: {plain('; '.join(problems))}." if problems else ""
+        left_out = f" Left out: {plain_html('; '.join(problems))}." if problems else ""
         return f"Added {_photos(count)}.{left_out}"
 
     def tidy(self, chosen: str | None) -> str:
@@ -423,7 +430,7 @@ class Handlers:
         """Give it another name, noun or token."""
         with errors_as_toast():
             name, notes = editing.change_concept(self.workspace, chosen, name, noun, token)
-            return name, plain(" ".join(notes))
+            return name, plain_html(" ".join(notes))
 
     def delete(self, chosen: str | None, with_adapter: bool) -> tuple[None, str]:
         """Put the concept into the trash."""

@@ -13,7 +13,7 @@ import gradio as gr
 from ...core.hooks import Hooks, Progress
 from .. import comparing, downloads, fusing
 from ..adapters import adapter_rows
-from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, asked, errors_as_toast, hand, plain, teller
+from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, asked, errors_as_toast, hand, plain_html, teller
 from ..streaming import CancelTokens, cancellable
 from .fuse_layout import USUAL_NAME, WHOLE, Bench, Saved
 
@@ -38,9 +38,9 @@ HIDDEN: dict[str, Any] = {"api_visibility": "private"}
 ENOUGH = "Tick two or more concepts, then press **Compare** or **Save**."
 
 
-def build(page: Page, tab: gr.Tab) -> None:
+def build_fuse_tab(page: Page, tab: gr.Tab) -> None:
     """Fill the tab and wire its events."""
-    handlers = Handlers(page)
+    handlers = FuseHandlers(page)
     hint = gr.Markdown(elem_id="fuse-hint")
     to_train = gr.Button("Train a concept", elem_id="fuse-to-train", visible=False)
     problems = gr.Markdown(elem_id="fuse-problems", visible=False)
@@ -58,7 +58,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     gr.api(handlers.fuse, api_name="fuse", **DEVICE)
 
 
-def _wire_bench(bench: Bench, handlers: Handlers, page: Page, lists: dict[str, Any]) -> None:
+def _wire_bench(bench: Bench, handlers: FuseHandlers, page: Page, lists: dict[str, Any]) -> None:
     look = {
         "fn": handlers.look, "inputs": [bench.chosen, bench.strengths], "outputs": [bench.table, bench.warnings],
         **PRIVATE,
@@ -92,7 +92,7 @@ def _wire_bench(bench: Bench, handlers: Handlers, page: Page, lists: dict[str, A
     bench.draw.click(handlers.draw, bench.saved, [page.base, page.tabs], **PRIVATE)
 
 
-def _wire_saved(saved: Saved, handlers: Handlers, page: Page, lists: dict[str, Any]) -> None:
+def _wire_saved(saved: Saved, handlers: FuseHandlers, page: Page, lists: dict[str, Any]) -> None:
     saved.which.change(handlers.show, saved.which, [saved.about, saved.concept, saved.file], **PRIVATE)
     saved.draw.click(handlers.draw, saved.which, [page.base, page.tabs], **PRIVATE)
     taking = saved.take.click(
@@ -108,7 +108,7 @@ def _wire_saved(saved: Saved, handlers: Handlers, page: Page, lists: dict[str, A
     deleting.success(**lists)
 
 
-def table_of(rows: Sequence[comparing.Row]) -> str:
+def fusion_table(rows: Sequence[comparing.Row]) -> str:
     """How the chosen get on, and what the columns mean; every cell bears its head, for screens too narrow for a row."""
     heads = "".join(f'<th scope="col">{head}</th>' for head in COLUMNS)
     body = ""
@@ -135,7 +135,7 @@ def changes_for(merge: str, distill: int | str, form: str, prior_weight: float |
     return {"merge": merge, "distill_steps": distill, "form": form, "prior_weight": prior_weight}
 
 
-class Handlers:
+class FuseHandlers:
     """What the buttons call: arguments from the page in, updates of the page out."""
 
     def __init__(self, page: Page) -> None:
@@ -154,7 +154,7 @@ class Handlers:
         return [
             gr.Markdown(TOO_FEW.get(len(names), ENOUGH)),
             gr.Button(visible=len(names) < 2),
-            gr.Markdown("\n\n".join(map(plain, problems)), visible=bool(problems)),
+            gr.Markdown("\n\n".join(map(plain_html, problems)), visible=bool(problems)),
             gr.Row(visible=bool(names or problems)),
             gr.CheckboxGroup(names, value=[name for name in chosen or [] if name in names]),
             gr.Dropdown(merges) if merges else gr.skip(),
@@ -167,16 +167,16 @@ class Handlers:
         """The interference table and its warnings."""
         with errors_as_toast():
             found = comparing.together(self.workspace, chosen, strengths or {})
-        words = "\n\n".join(f"⚠ {plain(warning)}" for warning in found.warnings)
+        words = "\n\n".join(f"⚠ {plain_html(warning)}" for warning in found.warnings)
         return [
-            gr.HTML(table_of(found.rows), visible=bool(found.rows)),
+            gr.HTML(fusion_table(found.rows), visible=bool(found.rows)),
             gr.Markdown(words, visible=bool(words)),
         ]
 
     def about_merge(self, merge: str) -> str:
         """What a merge does, in a line."""
         with errors_as_toast():
-            return plain(fusing.merges().get(merge, ""))
+            return plain_html(fusing.merges().get(merge, ""))
 
     def about_teaching(self, distill: int | str) -> list[Any]:
         """Fields that the preset decides are out of reach with it."""
@@ -270,7 +270,7 @@ class Handlers:
             progress(0, desc="Loading the adapters and their base")
             changes = {**changes_for(merge, distill, form, prior_weight), "seed": seed}
             with self._run(self.saves, request, progress) as tell:
-                words = fusing.fuse(
+                words = fusing.fuse_chosen(
                     self.workspace, chosen, name, strengths or {}, Hooks(progress=tell), replace, **changes
                 )
         return words, hand(fusing.FUSED + name), name, gr.Button(visible=True)
@@ -292,7 +292,7 @@ class Handlers:
         """
         with errors_as_toast():
             strengths = fusing.parse_strengths(strength, adapters)
-            return fusing.fuse(
+            return fusing.fuse_chosen(
                 self.workspace,
                 adapters,
                 name,
@@ -357,4 +357,6 @@ class Handlers:
             return gr.Markdown()
         inside = ", ".join(f"{name} at {strength:g}" for name, strength in found.concepts.items())
         taught = f", then taught for {found.taught} steps" if found.taught else ""
-        return gr.Markdown(f"**{plain(found.name)}** holds {plain(inside)}; merged by *{found.merge}*{taught}.")
+        return gr.Markdown(
+            f"**{plain_html(found.name)}** holds {plain_html(inside)}; merged by *{found.merge}*{taught}."
+        )

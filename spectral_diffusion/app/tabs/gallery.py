@@ -10,7 +10,7 @@ import gradio as gr
 
 from ...core.errors import UserError
 from .. import gallery as pictures
-from ..page import PRIVATE, Page, errors_as_toast, plain
+from ..page import PRIVATE, Page, errors_as_toast, plain_html
 from ..sentences import rendered
 from ..workspace import Workspace
 
@@ -53,7 +53,7 @@ class Gallery:
         """A page of the gallery."""
         with errors_as_toast():
             shown, pages, problems = pictures.page_of(self.workspace, int(number or 1))
-        lines = [plain(problem) for problem in problems]
+        lines = [plain_html(problem) for problem in problems]
         return [
             gr.Gallery(value=[str(path) for path in shown], visible=bool(shown)),
             [path.stem for path in shown],
@@ -71,8 +71,8 @@ class Gallery:
             path = pictures.picture_file(self.workspace, name)
             scene: Path | None = None
             try:
-                rows = pictures.about(self.workspace, name)
-                scene = pictures.download(self.workspace, name)[1]
+                rows = pictures.picture_details(self.workspace, name)
+                scene = pictures.download_picture(self.workspace, name)[1]
             except UserError as error:  # a picture from elsewhere can still be looked at and deleted
                 rows = [("", rendered(error))]
         words = "\n\n".join(f"**{head}** {verbatim(text)}" if head else verbatim(text) for head, text in rows)
@@ -97,13 +97,13 @@ class Gallery:
     def remove(self, name: str | None) -> list[Any]:
         """Delete the chosen picture."""
         with errors_as_toast():
-            gr.Info(plain(pictures.delete(self.workspace, name)), duration=4)
+            gr.Info(plain_html(pictures.delete(self.workspace, name)), duration=4)
         return self.choose(None)
 
 
 def verbatim(text: str) -> str:
     """A text inside Markdown that shows as it was written."""
-    return plain(text).translate({ord(mark): f"\\{mark}" for mark in "\\`*_[]#|~$"})
+    return plain_html(text).translate({ord(mark): f"\\{mark}" for mark in "\\`*_[]#|~$"})
 
 
 def build_picture() -> gr.Image:

@@ -19,7 +19,7 @@ from ..base_cache import BaseCache
 from ..canvas import Canvas, ink_of_drawing, read_canvas, read_regions
 from ..fusing import base_choices
 from ..generation import Drawn, GenerateRequest
-from ..page import DEVICE, PRIVATE, Handed, Page, asked, errors_as_toast, plain
+from ..page import DEVICE, PRIVATE, Handed, Page, asked, errors_as_toast, plain_html
 from ..streaming import CancelTokens, stream
 from ..workspace import ProgressLine, Workspace
 from .canvas import build_canvas, build_sources, own_component
@@ -76,7 +76,7 @@ class Fields:
 
 
 @dataclass
-class Handlers:
+class GenerateHandlers:
     """What the buttons call: arguments from the page in, updates of the page out."""
 
     workspace: Workspace
@@ -87,7 +87,7 @@ class Handlers:
         """Bases, a note on what there is, and all that :meth:`follow` tells."""
         with errors_as_toast():
             rows, problems = adapter_rows(self.workspace)
-            lines = [*([] if rows else [NO_CONCEPTS]), *map(plain, problems)]
+            lines = [*([] if rows else [NO_CONCEPTS]), *map(plain_html, problems)]
             return [
                 gr.Dropdown(choices=base_choices(self.workspace)),
                 gr.Markdown("\n\n".join(lines), visible=bool(lines)),
@@ -133,7 +133,7 @@ class Handlers:
     def handed_adapters(self, handed: Handed, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
         """The base that adapters were trained on which were handed over, these, and what :meth:`suited` tells."""
         with errors_as_toast():
-            base = drawing.base_of(self.workspace, handed[0][0])
+            base = drawing.chosen_base(self.workspace, handed[0][0])
         return base, handed[0], *self.suited(base, shape, steps, guidance)
 
     def suited(self, base: str | None, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
@@ -256,7 +256,7 @@ class Handlers:
         ratio = drawing.ratio_of(self.workspace, found.base, found.fields["width"], found.fields["height"])
         values["canvas"] = gr.HTML(value=found.canvas, ratio=ratio)
         line = " ".join(["The picture's settings are in the fields above; change what you like.", *found.notes])
-        return [*(values[one.name] for one in fields(Fields)), plain(line)]
+        return [*(values[one.name] for one in fields(Fields)), plain_html(line)]
 
     def _wish(self, given: dict[str, Any]) -> tuple[GenerateRequest, dict[str, Any]]:
         """The page's fields as what to draw, and the scene's own settings."""
@@ -293,20 +293,24 @@ class Handlers:
                 for news in stream(work, stop):
                     if isinstance(news, Drawn):
                         first = news.pictures[0] if news.pictures else None
-                        yield str(first) if first else gr.skip(), plain(news.words), first.stem if first else gr.skip()
+                        yield (
+                            str(first) if first else gr.skip(),
+                            plain_html(news.words),
+                            first.stem if first else gr.skip(),
+                        )
                     elif isinstance(news, str):
-                        yield gr.skip(), plain(news), gr.skip()
+                        yield gr.skip(), plain_html(news), gr.skip()
                     else:
-                        yield news, plain(line[0]), gr.skip()
+                        yield news, plain_html(line[0]), gr.skip()
         except gr.Error as error:  # said where the person looks, and the page goes on
             yield gr.skip(), f"**That did not work.** {error.message}", gr.skip()
         finally:
             self.runs.end(who, stop)
 
 
-def build(page: Page, tab: gr.Tab) -> None:
+def build_generate_tab(page: Page, tab: gr.Tab) -> None:
     """Fill the tab and wire its events."""
-    handlers = Handlers(page.workspace)
+    handlers = GenerateHandlers(page.workspace)
     usual = preset_settings("pocket", "generate")
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
@@ -420,7 +424,7 @@ def _build_words(usual: dict[str, Any], side: int) -> dict[str, Any]:
 
 
 def _wire_lists(
-    page: Page, tab: gr.Tab, handlers: Handlers, form: Fields, note: Any, tokens: Any, shape: gr.Radio
+    page: Page, tab: gr.Tab, handlers: GenerateHandlers, form: Fields, note: Any, tokens: Any, shape: gr.Radio
 ) -> None:
     """What follows the workspace and other fields: choices, tokens, the canvas's shape, and the hand-overs."""
     both = [form.base, form.adapters]
@@ -442,7 +446,13 @@ def _wire_lists(
 
 
 def _wire_drawing(
-    page: Page, handlers: Handlers, form: Fields, gallery: Gallery, start: gr.Button, cancel: gr.Button, status: Any
+    page: Page,
+    handlers: GenerateHandlers,
+    form: Fields,
+    gallery: Gallery,
+    start: gr.Button,
+    cancel: gr.Button,
+    status: Any,
 ) -> None:
     """Generate, cancel, draw again, and a picture back into the fields."""
     asked: dict[str, Any] = {
@@ -471,7 +481,7 @@ def _wire_drawing(
     gallery.canvas.click(handlers.refilled, gallery.chosen, [*form.all, status], **PRIVATE)
 
 
-def _build_api(handlers: Handlers, form: Fields) -> None:
+def _build_api(handlers: GenerateHandlers, form: Fields) -> None:
     """The endpoint ``generate``, whose sketch is a file and whose regions are JSON."""
     sketch, regions = gr.File(visible=False, label="Sketch"), gr.JSON(visible=False, label="Regions")
     width, height = (gr.Number(None, visible=False, precision=0, label=label) for label in ("Width", "Height"))

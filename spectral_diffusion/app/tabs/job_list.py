@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..charts import loss_curve
 from ..jobs import QueueJob, moving
-from ..page import plain
+from ..page import plain_html
 from ..workspace import Workspace
 
 MARKS = {"running": "▶", "waiting": "○", "paused": "‖", "stopped": "■", "done": "✓", "failed": "✕"}
@@ -97,7 +97,7 @@ def build_list(start: gr.Button, strip: gr.HTML, timer: gr.Timer) -> tuple[List,
     return parts, sure, keep
 
 
-def shown(
+def shown_jobs(
     workspace: Workspace, jobs: Sequence[QueueJob], trouble: str, chosen: str | None, seen: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
     """What fills the list, and what was seen; parts that are as they were are left alone, so that focus stays.
@@ -117,7 +117,7 @@ def shown(
         "timer": {"active": moving(jobs)},
         "start": {"value": "Add to queue" if active else "Start training"},
         "hint": {"visible": not jobs},
-        "trouble": {"value": f"The queue cannot go on: {plain(trouble)}", "visible": bool(trouble)},
+        "trouble": {"value": f"The queue cannot go on: {plain_html(trouble)}", "visible": bool(trouble)},
         "jobs": {"choices": [(label(one), one.id) for one in jobs], "visible": bool(jobs)},
         "detail": {"visible": job is not None},
         "progress": {"value": progress(job) if job else ""},

@@ -11,14 +11,14 @@ import gradio as gr
 
 from ...core.errors import UserError
 from ...data.folder import load_concept
-from ..adapters import ADAPTER_COLUMNS, adapter_files, adapter_rows, delete_adapter
+from ..adapters import ADAPTER_COLUMNS, adapter_rows, delete_adapter, workspace_adapters
 from ..concepts import concept_folder, concept_folders, known_concepts
-from ..page import PRIVATE, Handed, Page, asked, errors_as_toast, hand, plain
-from ..presets import preset_settings, presets, train_settings
+from ..page import PRIVATE, Handed, Page, asked, errors_as_toast, hand, plain_html
+from ..presets import preset_train_settings, presets, train_settings
 from ..queue import Queue
 from ..sentences import rendered
 from ..workspace import sentence_of
-from .job_list import List, build_list, shown
+from .job_list import List, build_list, shown_jobs
 
 NO_ADAPTERS = "None yet. What you train appears here, ready for steps 3 and 4."
 
@@ -64,7 +64,7 @@ class AdapterTable:
         return [getattr(self, one.name) for one in fields(self)]
 
 
-class Handlers:
+class TrainHandlers:
     """What the tab's buttons call: values from the page in, updates of the page out."""
 
     def __init__(self, page: Page) -> None:
@@ -97,10 +97,10 @@ class Handlers:
         try:
             found = load_concept(concept_folder(self.workspace, concept))
         except UserError as error:
-            return plain(rendered(error))
+            return plain_html(rendered(error))
         count = f"{len(found.photos)} photo{'s' if len(found.photos) != 1 else ''}"
-        line = f"{count} of a {plain(found.noun)}. In prompts it is called `{found.token}`."
-        if concept in adapter_files(self.workspace):
+        line = f"{count} of a {plain_html(found.noun)}. In prompts it is called `{found.token}`."
+        if concept in workspace_adapters(self.workspace):
             line += " It is trained already; training it again replaces its adapter and keeps its place."
         return line
 
@@ -109,19 +109,19 @@ class Handlers:
         from ...config.train import TrainConfig
 
         with errors_as_toast():
-            held = preset_settings(name, "train")
+            held = preset_train_settings(name, "train")
         values = [held.get(key, TrainConfig.model_fields[key].default) for key in ("base", "method", "rank", "steps")]
         return [gr.Dropdown(info=presets().get(name, "")), *values]
 
     def estimate(self, concept: str | None, preset: str, *values: Any) -> Iterator[str]:
         """What it will cost, or why it cannot be; the memory of a large base takes a moment longer."""
-        from ..estimates import estimate, memory
+        from ..estimates import estimate_training, memory_estimate
 
         try:
             config = train_settings(self.workspace, concept, preset, Form.named(values))
-            found = estimate(config, self.queue.jobs())
+            found = estimate_training(config, self.queue.jobs())
             yield figures(found.trained, "counting …", found.time, found.note)
-            most, more = memory(config)
+            most, more = memory_estimate(config)
             yield figures(found.trained, most, found.time, found.note + more)
         except Exception as error:  # in place of the figures
             yield f'<p class="train-note train-wrong">{html.escape(sentence_of(error))}</p>'
@@ -131,14 +131,14 @@ class Handlers:
         with errors_as_toast():
             name, said = self.queue.enqueue(concept, preset, **Form.named(values))
             runs = self.queue.job(name).record.state == "running"
-        return (name if runs else gr.skip()), plain(said)  # one that waits does not hide the one that runs
+        return (name if runs else gr.skip()), plain_html(said)  # one that waits does not hide the one that runs
 
     # --- the list
 
     def look(self, chosen: str | None, seen: dict[str, Any], table: dict[str, Any]) -> list[Any]:
         """Look after the queue and show it; the adapters too if they have changed."""
         jobs = self.queue.refresh()
-        before, (updates, seen) = seen, shown(self.workspace, jobs, self.queue.trouble, chosen, seen)
+        before, (updates, seen) = seen, shown_jobs(self.workspace, jobs, self.queue.trouble, chosen, seen)
         ended = before.get("timer") == {"active": True} and seen["timer"] == {"active": False}
         said = "" if ended else gr.skip()  # what was said of the queue is no longer so
         moved = gr.skip() if seen["chosen"] == chosen else seen["chosen"]
@@ -152,14 +152,14 @@ class Handlers:
             rows, problems = adapter_rows(self.workspace)
         except OSError as error:
             rows, problems = [], [sentence_of(error)]
-        return {"rows": rows, "problems": problems, "names": list(adapter_files(self.workspace))}
+        return {"rows": rows, "problems": problems, "names": list(workspace_adapters(self.workspace))}
 
     def shelf(self, now: dict[str, Any]) -> list[Any]:
         """What fills the adapters."""
-        problems = "\n".join(f"- {plain(text)}" for text in now["problems"])
+        problems = "\n".join(f"- {plain_html(text)}" for text in now["problems"])
         return [
             gr.Markdown(visible=not now["names"]),
-            gr.HTML(table_of(now["rows"]), visible=bool(now["rows"])),
+            gr.HTML(adapter_table_html(now["rows"]), visible=bool(now["rows"])),
             gr.Markdown(problems, visible=bool(problems)),
             gr.Row(visible=bool(now["names"])),
             gr.Dropdown(choices=now["names"], value=now["names"][-1] if now["names"] else None),
@@ -168,7 +168,7 @@ class Handlers:
     def ask(self, what: str, job: str | None) -> str:
         """Pause, stop or resume a training; returns what to tell."""
         with errors_as_toast():
-            return plain(str(getattr(self.queue, what)(job)))
+            return plain_html(str(getattr(self.queue, what)(job)))
 
     def remove(self, job: str | None) -> tuple[str, Any, Any]:
         """Take a training off the list, or ask first if it is unfinished."""
@@ -176,17 +176,17 @@ class Handlers:
             found = self.queue.job(job)
             if found.record.state != "done" and found.record.launches and self.queue.resumable(found):
                 return "", gr.Column(visible=True), gr.Row(visible=False)
-            return plain(self.queue.remove(job)), gr.Column(visible=False), gr.Row(visible=True)
+            return plain_html(self.queue.remove(job)), gr.Column(visible=False), gr.Row(visible=True)
 
     def remove_surely(self, job: str | None) -> tuple[str, Any, Any]:
         """Take an unfinished training off the list."""
         with errors_as_toast():
-            return plain(self.queue.remove(job, sure=True)), gr.Column(visible=False), gr.Row(visible=True)
+            return plain_html(self.queue.remove(job, sure=True)), gr.Column(visible=False), gr.Row(visible=True)
 
     def clear(self) -> str:
         """Take the finished trainings off the list."""
         with errors_as_toast():
-            return plain(self.queue.clear())
+            return plain_html(self.queue.clear())
 
     def draw_job(self, job: str | None) -> tuple[Handed, Any]:
         """Hand a finished training's adapter to the pictures."""
@@ -198,14 +198,14 @@ class Handlers:
     def draw(self, name: str | None) -> tuple[Handed, Any]:
         """Hand an adapter to the pictures."""
         with errors_as_toast():
-            if name not in adapter_files(self.workspace):
+            if name not in workspace_adapters(self.workspace):
                 raise UserError(f"The adapter '{name}' is not there any more; train it again.")
             return hand([str(name)]), gr.Tabs(selected="generate")
 
     def delete(self, name: str | None) -> tuple[str, Any]:
         """Delete an adapter."""
         with errors_as_toast():
-            return plain(delete_adapter(self.workspace, name)), gr.Column(visible=False)
+            return plain_html(delete_adapter(self.workspace, name)), gr.Column(visible=False)
 
     # --- for programs
 
@@ -243,7 +243,7 @@ class Handlers:
             return self.queue.stop(job)
 
 
-def choose(event: gr.SelectData) -> str:
+def choose_concept(event: gr.SelectData) -> str:
     """The id of a training that was clicked in the list."""
     return str(event.value)
 
@@ -255,16 +255,16 @@ def figures(trained: str, memory: str, time: str, note: str) -> str:
     return f'<dl class="train-figures">{tiles}</dl><p class="train-note">{html.escape(note)}</p>'
 
 
-def table_of(rows: list[list[str]]) -> str:
+def adapter_table_html(rows: list[list[str]]) -> str:
     """The adapters as a table."""
     head = "".join(f'<th scope="col">{name}</th>' for name in ADAPTER_COLUMNS)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="train-table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def build(page: Page, tab: gr.Tab) -> None:
+def build_train_tab(page: Page, tab: gr.Tab) -> None:
     """Fill the tab and wire its events."""
-    handlers = Handlers(page)
+    handlers = TrainHandlers(page)
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             form, about, costs, start, said = _form()
@@ -281,7 +281,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     }  # fmt: skip
     page.refreshed(tab, look["fn"], look["inputs"], look["outputs"])
     parts.timer.tick(**look)
-    parts.jobs.select(choose, None, chosen, **PRIVATE).then(**look)
+    parts.jobs.select(choose_concept, None, chosen, **PRIVATE).then(**look)
 
     _wire_form(page, tab, handlers, form, about, costs)
     start.click(handlers.start, form.all, [chosen, said], **PRIVATE).success(**look)
@@ -304,7 +304,7 @@ def _form() -> tuple[Form, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
     about = gr.Markdown(elem_id="train-about", elem_classes="muted")
     known = presets()
     preset = gr.Dropdown(list(known), value="pocket", label="Preset", info=known["pocket"], elem_id="train-preset")
-    held = preset_settings("pocket", "train")
+    held = preset_train_settings("pocket", "train")
     with gr.Accordion("More settings", open=False, elem_id="train-more"):
         base = gr.Textbox(
             held["base"], label="Base", info="pocket, a diffusers folder, a hub id or a .safetensors file.",
@@ -365,7 +365,9 @@ def _shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button, gr.
 # --- wiring --------------------------------------------------------------------------------------------------
 
 
-def _wire_form(page: Page, tab: gr.Tab, handlers: Handlers, form: Form, about: gr.Markdown, tiles: gr.HTML) -> None:
+def _wire_form(
+    page: Page, tab: gr.Tab, handlers: TrainHandlers, form: Form, about: gr.Markdown, tiles: gr.HTML
+) -> None:
     """The form, its line on the concept, and the figures, which follow every change."""
     costs: dict[str, Any] = {"fn": handlers.estimate, "inputs": form.all, "outputs": tiles, **PRIVATE}
     taken = gr.State(0)
@@ -384,7 +386,7 @@ def _wire_form(page: Page, tab: gr.Tab, handlers: Handlers, form: Form, about: g
 
 
 def _wire_list(
-    page: Page, handlers: Handlers, parts: List, chosen: gr.State, answers: tuple[gr.Button, gr.Button],
+    page: Page, handlers: TrainHandlers, parts: List, chosen: gr.State, answers: tuple[gr.Button, gr.Button],
     said: gr.Markdown, look: dict[str, Any],
 ) -> None:  # fmt: skip
     """The buttons of the chosen training."""
