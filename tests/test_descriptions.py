@@ -22,7 +22,7 @@ from spectral_diffusion.scenes.scene import ControlImage, Region, Scene
 MODELS: list[type[Settings]] = [
     TrainConfig, PriorPreservationConfig, DataConfig, ObjectiveConfig, OptimizerConfig, ValidationConfig, FuseConfig,
     CalibrationConfig, DistillConfig, ControlConfig, Scene, Region, ControlImage, EvaluateConfig,
-    *{merge.options for merge in all_merges().values()},
+    *dict.fromkeys(merge.options for merge in all_merges().values()),
 ]  # fmt: skip
 
 

@@ -524,7 +524,7 @@ def test_add_concept_endpoint(workspace: Workspace, photos: Path) -> None:
     with gr.Blocks(analytics_enabled=False) as blocks:
         states = [gr.State(None) for _ in range(3)]
         with gr.Tabs() as tabs, gr.Tab("Concepts", id="concepts") as tab:
-            tab_of_concepts.build_concepts_tab(
+            tab_of_concepts.build(
                 Page(workspace, blocks, tabs, gr.HTML(), gr.Timer(active=False), gr.State({}), *states), tab
             )
     _, url, _ = blocks.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)

@@ -504,7 +504,7 @@ def test_the_tab_shows_what_has_changed_and_nothing_else(queue: Queue, workspace
     assert part.List.__dataclass_fields__.keys() == {*names}
 
     def look(seen: dict[str, Any], chosen: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        updates, seen = part.shown(workspace, queue.refresh(), queue.trouble, chosen, seen)
+        updates, seen = part.shown_jobs(workspace, queue.refresh(), queue.trouble, chosen, seen)
         changed = zip(names, updates, strict=True)
         return {name: update for name, update in changed if update != gr.skip()}, seen
 
@@ -547,7 +547,7 @@ def test_samples_are_shown_from_the_workspace_only(queue: Queue, workspace: Work
     held["samples"] = [{"step": step, "file": str(file)} for step, file in enumerate(files)]
     job.status_file.write_text(json.dumps(held))
     assert [text for _, text in part.samples(workspace, queue.job(first))] == ["step 5", "step 4"]
-    part.shown(workspace, queue.jobs(), "", first, {})  # a broken one is a blank picture, not an error
+    part.shown_jobs(workspace, queue.jobs(), "", first, {})  # a broken one is a blank picture, not an error
 
 
 def test_what_is_written_into_the_page_is_escaped(queue: Queue, workspace: Workspace, part: Any) -> None:

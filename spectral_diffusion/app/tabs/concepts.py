@@ -34,7 +34,7 @@ CHOOSE = """element.addEventListener('click', event => {
 })"""
 
 
-def build_concepts_tab(page: Page, tab: gr.Tab) -> None:
+def build(page: Page, tab: gr.Tab) -> None:
     """Fill the tab and wire its events."""
     chosen: gr.State = gr.State(None)
     guide = gr.Markdown(GUIDE, elem_id="concepts-guide", visible=False)

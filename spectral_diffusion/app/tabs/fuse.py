@@ -38,7 +38,7 @@ HIDDEN: dict[str, Any] = {"api_visibility": "private"}
 ENOUGH = "Tick two or more concepts, then press **Compare** or **Save**."
 
 
-def build_fuse_tab(page: Page, tab: gr.Tab) -> None:
+def build(page: Page, tab: gr.Tab) -> None:
     """Fill the tab and wire its events."""
     handlers = FuseHandlers(page)
     hint = gr.Markdown(elem_id="fuse-hint")

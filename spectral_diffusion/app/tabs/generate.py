@@ -308,7 +308,7 @@ class GenerateHandlers:
             self.runs.end(who, stop)
 
 
-def build_generate_tab(page: Page, tab: gr.Tab) -> None:
+def build(page: Page, tab: gr.Tab) -> None:
     """Fill the tab and wire its events."""
     handlers = GenerateHandlers(page.workspace)
     usual = preset_settings("pocket", "generate")

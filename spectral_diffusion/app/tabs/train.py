@@ -262,7 +262,7 @@ def adapter_table_html(rows: list[list[str]]) -> str:
     return f'<div class="train-table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def build_train_tab(page: Page, tab: gr.Tab) -> None:
+def build(page: Page, tab: gr.Tab) -> None:
     """Fill the tab and wire its events."""
     handlers = TrainHandlers(page)
     with gr.Row(equal_height=False):
