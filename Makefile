@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 
 # Several test processes share the cores; threads inside them would only wait for each other.
 ONE := OMP_NUM_THREADS=1
+# Where there is a Chromium, its quick tests run too: in a process of their own, since they keep an event loop running.
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 .PHONY: demo test test-ui test-slow lint ui install bench evidence pocket-gpu-piece clean
 
@@ -23,7 +25,10 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
+	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 4
+ifneq ($(CHROMIUM),)
+	$(ONE) $(BIN)/python -m pytest -m "browser and not slow" tests/browser
+endif
 
 test-ui: install
 	$(ONE) $(BIN)/python -m pytest -n 2 -m browser tests/browser

@@ -125,7 +125,8 @@ def test_identity_is_of_the_photos_own_thing() -> None:
     assert found["rex"] > 0.5 > found["brew"]
 
 
-def test_the_example_runs(tmp_path: Path) -> None:
+def test_the_example_runs(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sd.pocket, "path", lambda: tiny_base)
     spec = importlib.util.spec_from_file_location("train_and_fuse", EXAMPLES / "train_and_fuse.py")
     assert spec and spec.loader
     example = importlib.util.module_from_spec(spec)
