@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,9 @@ def test_identity_is_of_the_photos_own_thing() -> None:
 
 
 def test_the_example_runs(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sd.pocket, "path", lambda: tiny_base)
+    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
+    (base / "identity").symlink_to(sd.pocket.path() / "identity")  # the encoder that `identity` measures with
+    monkeypatch.setattr(sd.pocket, "path", lambda: base)
     spec = importlib.util.spec_from_file_location("train_and_fuse", EXAMPLES / "train_and_fuse.py")
     assert spec and spec.loader
     example = importlib.util.module_from_spec(spec)
