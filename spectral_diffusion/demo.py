@@ -36,7 +36,8 @@ TILE = 96
 TAUGHT = 24  # a step of distillation, 16 pictures whose layers' weights learn
 DRAWN = 1500  # all pictures together, those that distillation draws included
 STARTING = 20.0
-PREPARED = 24  # images at most that are prepared for each part, where the number of steps is given
+FEWEST = 4  # denoising steps of a picture
+PREPARED, NOISES = 24, 12  # images of each part, and noises of an image, where the number of steps is given, at most
 
 
 def run_demo(
@@ -48,35 +49,24 @@ def run_demo(
 
     Args:
         steps: of each training, and at most as many of distillation; by default :data:`TRAINING` and
-            :data:`TEACHING`. With a number, as many images at most are prepared for each part.
+            :data:`TEACHING`. A few steps show that everything runs: there are as few images and denoising steps then.
     """
-    train, fuse, draw = (preset_settings("pocket", verb) for verb in ("train", "fuse", "generate"))
-    folders = {name: resources.concepts() / name for name in CONCEPTS}
-    concepts = {name: load_concept(folder) for name, folder in folders.items()}
+    concepts = {name: load_concept(resources.concepts() / name) for name in CONCEPTS}
     files = {name: output / f"{name}.safetensors" for name in CONCEPTS}
-
-    # With a few steps only it shows that all of it runs, so that it prepares little too.
-    few = {"num_images": min(steps or PREPARED, PREPARED)}
-    shorter = {"steps": steps, "prior": few} if steps else {"steps": TRAINING}
-    trainings = {
-        name: build(TrainConfig, train, {"concept": folder, "output": files[name]}, shorter)
-        for name, folder in folders.items()
-    }
+    trainings = [training_settings(name, files[name], steps) for name in CONCEPTS]
     teaching = min(steps or TEACHING, TEACHING)
-    hooks.notify(f"The whole demo takes about {brief_duration(demo_seconds(list(trainings.values()), teaching))} here.")
-    for config in trainings.values():
+    hooks.notify(f"The whole demo takes about {brief_duration(demo_seconds(trainings, teaching))} here.")
+    for config in trainings:
         train_to_file(config, force=True, hooks=hooks)
-
     fused = output / "fused"
-    change = {"adapters": list(files.values()), "output": fused, "merge": "gradient"}
-    change["distill"] = {"steps": teaching}
-    if steps:
-        change |= {"distill": {"steps": teaching, **few, "num_prior_images": few["num_images"]}, "calibration": few}
-    for warning in fuse_to_folder(build(FuseConfig, fuse, change), hooks):
+    for warning in fuse_to_folder(fusion_settings(list(files.values()), fused, steps, teaching), hooks):
         hooks.notify(warning)
     hooks.notify(f"Fused into {fused}/.")
 
-    settings = build(Scene, draw, {"base": str(fused), "output": output / "together.png"})
+    draw = {"base": str(fused), "output": output / "together.png"}
+    if steps:
+        draw["num_inference_steps"] = min(max(steps, FEWEST), 20)
+    settings = build(Scene, preset_settings("pocket", "generate"), draw)
 
     def pictures(base: Base, name: str) -> list[Image.Image]:
         prompts = [f"a photo of {concepts[name].token} {place}" for place in PLACES]
@@ -89,36 +79,55 @@ def run_demo(
         alone[name] = pictures(with_one, name)
     with_both = load_base(str(fused))
     after = {name: pictures(with_both, name) for name in CONCEPTS}
+    sketch, both = together(with_both, [concept.token for concept in concepts.values()], settings, hooks)
+    references = {name: [open_photo(photo.path) for photo in one.photos[:4]] for name, one in concepts.items()}
+    path = output / "sheet.png"
+    contact_sheet(references, alone, after, sketch, both).save(path)
+    return path
 
-    sketch_path = resources.concepts() / "sketches" / SKETCH
-    condition = ControlImage(file=sketch_path, conditioning_scale=0.7)
-    sketch = read_control_image(condition)
-    first, second = (concepts[name].token for name in CONCEPTS)
+
+def few(steps: int | None) -> dict[str, int]:
+    """How many images a demo of a few steps prepares for each part; a whole demo prepares what the preset says."""
+    return {"num_images": min(steps, PREPARED)} if steps else {}
+
+
+def training_settings(name: str, output: Path, steps: int | None) -> TrainConfig:
+    """The preset's training of one concept with the demo's steps."""
+    change = {"steps": steps or TRAINING, "prior": few(steps)}
+    concept = {"concept": resources.concepts() / name, "output": output}
+    return build(TrainConfig, preset_settings("pocket", "train"), concept, change)
+
+
+def fusion_settings(adapters: Sequence[Path], output: Path, steps: int | None, teaching: int) -> FuseConfig:
+    """Gradient fusion of the adapters, then distillation."""
+    images = few(steps)
+    distill = {"steps": teaching, **images}
+    if steps:
+        distill |= {"num_prior_images": images["num_images"], "noises_per_image": min(steps, NOISES)}
+    change = {"adapters": list(adapters), "output": output, "merge": "gradient"}
+    change |= {"distill": distill, "calibration": images}
+    return build(FuseConfig, preset_settings("pocket", "fuse"), change)
+
+
+def together(base: Base, tokens: Sequence[str], settings: Scene, hooks: Hooks) -> tuple[Image.Image, list[Image.Image]]:
+    """The sketch, and four pictures of both concepts where it puts them; the first becomes a file with its scene."""
+    control = ControlImage(file=resources.concepts() / "sketches" / SKETCH, conditioning_scale=0.7)
+    sketch = read_control_image(control)
+    first, second = tokens
+    halves = (((0.0, 0.0, 0.5, 1.0), first), ((0.5, 0.0, 1.0, 1.0), second))
     scene = settings.model_copy(
         update={
             "prompt": f"{first} on the left and {second} on the right on the beach",
-            "regions": [
-                Region(box=box, prompt=f"a photo of {token} on the beach")
-                for box, token in (((0.0, 0.0, 0.5, 1.0), first), ((0.5, 0.0, 1.0, 1.0), second))
-            ],
-            "controls": [condition],
-            "width": 2 * with_both.size,
+            "regions": [Region(box=box, prompt=f"a photo of {token} on the beach") for box, token in halves],
+            "controls": [control],
+            "width": 2 * base.size,
             "seed": 3,
         }
     )
-    both = sample(with_both, [scene.prompt] * 4, [scene.seed + i for i in range(4)], scene, hooks, drawings=[sketch])
-    save_png(both[0], scene.output, scene, sources_of(scene, with_both))
-    write_text(output / "together.yaml", to_yaml(scene))
-    sheet = contact_sheet(
-        {name: [open_photo(photo.path) for photo in concept.photos[:4]] for name, concept in concepts.items()},
-        alone,
-        after,
-        sketch.image,
-        both,
-    )
-    path = output / "sheet.png"
-    sheet.save(path)
-    return path
+    both = sample(base, [scene.prompt] * 4, [scene.seed + i for i in range(4)], scene, hooks, drawings=[sketch])
+    save_png(both[0], scene.output, scene, sources_of(scene, base))
+    write_text(scene.output.with_suffix(".yaml"), to_yaml(scene))
+    return sketch.image, both
 
 
 def demo_seconds(trainings: Sequence[TrainConfig], teaching: int) -> float:

@@ -129,6 +129,7 @@ def test_what_is_only_routed_gives_no_verdict_on_fusing() -> None:
     assert verdict([row]) == "Nothing was measured yet."
 
 
+@pytest.mark.slow
 def test_a_row_of_which_time_left_a_part_unmeasured_is_told_as_missing(work: Path) -> None:
     lab = StudyRunner(recipe=recipe("pocket", quick=True), folder=work)
     job = FusionCell("spectral, own slots", "sum", 2)

@@ -349,7 +349,8 @@ def test_what_cannot_be_done_with_a_taught_folder_is_told(pair: list[Path], tmp_
     export(tmp_path / "fused", tmp_path / "both", "folder", device="cpu")
     more = ["fuse", str(tmp_path / "fused"), str(pair[0]), "-o", str(tmp_path / "more"), "--config", "pocket-distilled"]
     assert "not with --config" in str(CliRunner().invoke(app, more).exception) and not (tmp_path / "more").exists()
-    wild = ["distill.steps=3", "distill.learning_rate=1e30", "--device", "cpu"]
+    small = ["distill.num_images=2", "distill.num_prior_images=2", "distill.noises_per_image=2"]
+    wild = ["distill.steps=3", "distill.learning_rate=1e30", *small, "--device", "cpu"]
     result = CliRunner().invoke(app, ["fuse", *map(str, pair), "-o", str(tmp_path / "wild"), *wild])
     assert result.exit_code == 1 and "Use distill.learning_rate=" in str(result.exception)
     assert not (tmp_path / "wild").exists()
