@@ -12,10 +12,10 @@ import os
 import tempfile
 from pathlib import Path
 
+from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.settings import build, parse_overrides, read_yaml
 from spectral_diffusion.core.assets import preset
 from spectral_diffusion.metrics.identity import load_identity_encoder
-from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.studies.runner import TUNING_CONCEPTS
 from tools.pocket.art import icon_sets
 from tools.pocket.render import Renderer

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
         train,
         unload_adapters,
     )
+    from .config.scene import ControlImage
     from .core.errors import Cancelled, UserError
     from .core.hooks import Event, Hooks
     from .merging import merges
     from .merging.merges.registry import register_merge
     from .methods.registry import register_method
-    from .scenes.scene import ControlImage
     from .slots.ledger import Slot
 
 __version__ = "0.1.0"
@@ -69,7 +69,7 @@ _HOMES = {
     "UserError": "core.errors",
     "Event": "core.hooks",
     "Hooks": "core.hooks",
-    "ControlImage": "scenes.scene",
+    "ControlImage": "config.scene",
     "Slot": "slots.ledger",
     "register_merge": "merging.merges.registry",
     "register_method": "methods.registry",

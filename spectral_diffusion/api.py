@@ -21,6 +21,9 @@ from .adapters.attach import remove_adapters as detach
 from .adapters.formats.native import load_adapter, save_adapter
 from .config.fuse import MergeConfig
 from .config.presets import preset_settings, settings_for
+from .config.scene import Box, ControlImage
+from .config.scene import Region as SceneRegion
+from .config.scene import Scene as SceneSettings
 from .config.settings import build
 from .config.train import TrainConfig
 from .core.errors import UserError
@@ -34,9 +37,6 @@ from .metrics.encoders import load_encoder
 from .models.base import Base, base_of, load_base
 from .scenes.control import read_control_image
 from .scenes.generate import sample
-from .scenes.scene import Box, ControlImage
-from .scenes.scene import Region as SceneRegion
-from .scenes.scene import Scene as SceneSettings
 from .slots.ledger import Slot
 from .training.run import train_to_file
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from .adapters.formats.native import load_adapter
 from .config.fuse import FuseConfig
 from .config.presets import preset_settings
+from .config.scene import ControlImage, Region, Scene
 from .config.settings import build, to_yaml
 from .config.train import TrainConfig
 from .core import assets as resources
@@ -22,7 +23,6 @@ from .models.base import Base, load_base, parse_device
 from .scenes.control import read_control_image
 from .scenes.generate import put_adapters, sample
 from .scenes.png_metadata import grid, save_png, sources_of
-from .scenes.scene import ControlImage, Region, Scene
 from .training.run import train_to_file
 from .training.speed import seconds_per_picture, training_seconds
 

@@ -25,6 +25,7 @@ from spectral_diffusion.adapters.adapter import check_base
 from spectral_diffusion.adapters.formats.checkpoint import checkpoint_tensors, unet_tensors
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.scene import Region, Scene
 from spectral_diffusion.config.train import PriorPreservationConfig, TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors, write_tensors
@@ -36,7 +37,6 @@ from spectral_diffusion.models.architectures import build_meta, count_table
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.scenes.generate import put_adapters, sample, sampler
-from spectral_diffusion.scenes.scene import Region, Scene
 from spectral_diffusion.training.run import train_to_file
 from tools.pocket.models import build_tokenizer
 

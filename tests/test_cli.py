@@ -20,15 +20,15 @@ from spectral_diffusion import cli
 from spectral_diffusion.cli.scenes import adapters_in
 from spectral_diffusion.cli.support import ProgressLines, named_base, resolve
 from spectral_diffusion.config.control import ControlConfig
+from spectral_diffusion.config.evaluate import EvaluateConfig
 from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.settings import build, parse_overrides, read_yaml, to_yaml
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import assets as resources
 from spectral_diffusion.core.hooks import Event, Pace, brief_duration
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.evaluation.settings import EvaluateConfig
 from spectral_diffusion.scenes.png_metadata import read_settings
-from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.training.run import train_to_file
 
 PACKAGE = Path(spectral_diffusion.__file__).parent
@@ -187,7 +187,7 @@ def test_adapter_problems(run, photos: Path, tiny_base: Path, tmp_path: Path) ->
     refused(
         run("generate", "--base", other, "--adapter", rex, "--prompt", "x", "-o", tmp_path / "o.png"), "does not fit"
     )
-    refused(run("fuse", rex, "-o", tmp_path / "f", "--form", "smu"), "'options.form'")
+    refused(run("fuse", rex, "-o", tmp_path / "f", "options.form=smu"), "'options.form'")
     refused(run("fuse", rex, "-o", tmp_path / "f", "--merge", "spectrl"), "did you mean 'spectral'")
     refused(run("fuse", rex, "-o", tmp_path / "f", "--strength", "rex=much"), "'much' is not a number")
     refused(run("fuse", rex, "-o", tmp_path / "f", "--strength", "rx=1"), "did you mean 'rex'")

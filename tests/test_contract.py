@@ -17,6 +17,7 @@ from spectral_diffusion.adapters.adapter import Adapter, check_base
 from spectral_diffusion.adapters.apply import install_tokens
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.fuse import CalibrationConfig, FuseConfig
+from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.files import read_tensors
@@ -31,7 +32,6 @@ from spectral_diffusion.methods.spectral_rotation import prepare
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.scenes.generate import put_adapters, sample
-from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.slots.ledger import LEDGER, ROWS, Ledger
 from spectral_diffusion.training.output import is_done
 from spectral_diffusion.training.run import state_path, train_to_file

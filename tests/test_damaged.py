@@ -25,6 +25,7 @@ from spectral_diffusion.app import gallery as pictures
 from spectral_diffusion.app.overview import look
 from spectral_diffusion.app.workspace import Workspace, visible
 from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.settings import build, parse_overrides, read_yaml, to_yaml
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import cache, files
@@ -40,7 +41,7 @@ from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.targets import PRESETS, patterns_of, work
 from spectral_diffusion.scenes.png_metadata import is_our_png
-from spectral_diffusion.scenes.scene import Scene, read_scene
+from spectral_diffusion.scenes.scene import read_scene
 from spectral_diffusion.slots import ledger as slots
 from spectral_diffusion.slots.ledger import Ledger
 from spectral_diffusion.svd_cache import spectrum_of

@@ -59,11 +59,12 @@ def test_the_library_names_no_flags() -> None:
         ("train photos", Fix("param_budget", "200000"), "--budget 200000", "param_budget=200000"),
         ("train photos", Fix("force", "true"), "--force", "force=true"),
         ("train photos", ANEW, "--force and no --resume to start anew", "force=true and resume=false to start anew"),
-        ("train photos", Fix("slot_lr_power", "0"), "slot_lr_power=0", "slot_lr_power=0"),
+        ("train photos", Fix("slot_lr_power", "0"), "--slot-lr-power 0", "slot_lr_power=0"),
         ("train photos", Fix("optimizer.name", "adamw"), "optimizer.name=adamw", "optimizer.name=adamw"),
         ("fuse a b", Fix("allow_base", "true"), "--allow-base", "allow_base=true"),
         ("fuse a b", Fix("scales", "0.8"), "--strength NAME=0.8", "scales=0.8"),
-        ("tune a b", Fix("allow_base", "true"), "allow_base=true", "allow_base=true"),  # which has no such flag
+        ("evaluate a", Fix("others", "false"), "--no-others", "others=false"),
+        ("unfuse a", Fix("allow_base", "true"), "allow_base=true", "allow_base=true"),  # which has no such flag
         ("evaluate a", Fix("encoders"), "--encoder", "encoders=…"),
         ("generate", Fix("adapters"), "--adapter", "adapters=…"),
         ("unfuse a", Fix("subtract", "true"), "--subtract", "subtract=true"),
@@ -101,7 +102,7 @@ def test_the_app_speaks_of_its_fields(tmp_path: Path) -> None:
     shown = {
         Fix("rank", "4"): "It is wrong. Set “Rank” to 4.",
         Fix("method", so="to choose another"): "It is wrong. Change “Method” to choose another.",
-        Fix("distill.steps", "0"): "It is wrong. Set “Teach it afterwards” to no.",
+        Fix("distill.steps", "0"): "It is wrong. Set “Distill afterwards” to no.",
         ELSEWHERE: "It is wrong. Choose another name to write elsewhere.",
         Fix("device", "cpu"): "It is wrong.",
         ANEW: "It is wrong.",

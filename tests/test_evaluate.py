@@ -13,7 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
+from spectral_diffusion.config.evaluate import EvaluateConfig
 from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.scene import Region, Scene
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import assets as resources
 from spectral_diffusion.core.errors import Cancelled, UserError
@@ -23,13 +25,11 @@ from spectral_diffusion.evaluation.measure import PHOTOS, confusion_of, measurem
 from spectral_diffusion.evaluation.references import Subject, references_of
 from spectral_diffusion.evaluation.region_crops import spoken, square_box, views_in
 from spectral_diffusion.evaluation.run import evaluate_to_folder
-from spectral_diffusion.evaluation.settings import EvaluateConfig
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.metrics.encoders import Clip, load_encoder
 from spectral_diffusion.metrics.text import text_match
 from spectral_diffusion.metrics.views import View
 from spectral_diffusion.scenes.png_metadata import read_settings, save_png
-from spectral_diffusion.scenes.scene import Region, Scene
 from spectral_diffusion.training.run import train_to_file
 
 SMALL = [

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+from spectral_diffusion.config.scene import ControlImage
 from spectral_diffusion.core.assets import concepts
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.scenes.control import read_control_image
@@ -24,7 +25,6 @@ from spectral_diffusion.scenes.extract import (
     read_keypoints,
     sketch_of,
 )
-from spectral_diffusion.scenes.scene import ControlImage
 
 SIZE = (200, 150)
 

@@ -16,6 +16,7 @@ from spectral_diffusion.adapters.formats.import_lora import distinct, import_lor
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.cli import app
 from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.scene import Region, Scene
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.merging.fuse import check_together, fuse_to_folder
@@ -24,7 +25,6 @@ from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.scenes.generate import generate_to_file
 from spectral_diffusion.scenes.png_metadata import read_sources
-from spectral_diffusion.scenes.scene import Region, Scene
 
 UNET = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 TEXT = "text_encoder.text_model.encoder.layers.0.self_attn"

@@ -13,6 +13,7 @@ from PIL import Image
 from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
 from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.scene import ControlImage, Scene
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.hooks import Hooks
@@ -26,7 +27,6 @@ from spectral_diffusion.methods import get_method
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.scenes.generate import generate_to_file, put_adapters, sample
 from spectral_diffusion.scenes.png_metadata import read_settings
-from spectral_diffusion.scenes.scene import ControlImage, Scene
 from spectral_diffusion.slots.ledger import Slot
 from spectral_diffusion.training.run import train_to_file
 

@@ -20,6 +20,7 @@ from spectral_diffusion.adapters.attach import remove_adapters
 from spectral_diffusion.adapters.formats.native import DIGEST, digest, load_adapter, save_adapter
 from spectral_diffusion.app.base_cache import BaseCache
 from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.scene import Region, Scene
 from spectral_diffusion.config.train import (
     DataConfig,
     ObjectiveConfig,
@@ -48,7 +49,6 @@ from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.models.tokens import known_tokens
 from spectral_diffusion.scenes.control import ControlMap
 from spectral_diffusion.scenes.generate import generate_to_file, sample
-from spectral_diffusion.scenes.scene import Region, Scene
 from spectral_diffusion.training.memory import estimate
 from spectral_diffusion.training.run import train_to_file
 from tools.pocket.models import build_tokenizer

@@ -572,7 +572,7 @@ def test_tune_finds_what_is_nearest_and_leaves_the_base_alone(three: list[Path],
     before = {layer: weight.clone() for layer, weight in base.weights().items()}
     config = settings(calibration=QUICK)
     one = search_scales(base, [load_adapter(three[0])], config, (0.25, 0.6, 1.0))
-    at = {candidate.strength: candidate for candidate in one}
+    at = {candidate.scale: candidate for candidate in one}
     assert at[1.0].concepts < 1e-6  # alone at full strength it is itself
     assert at[0.25].concepts > at[0.6].concepts > at[1.0].concepts and at[0.25].drift < at[1.0].drift
     assert [candidate.score for candidate in one] == sorted(candidate.score for candidate in one)
@@ -581,8 +581,8 @@ def test_tune_finds_what_is_nearest_and_leaves_the_base_alone(three: list[Path],
     both = search_scales(
         base, [load_adapter(path) for path in three], settings(merge="gradient", calibration=QUICK), (1.0,), (0.0, 2.0)
     )
-    assert {one.anchor for one in both} == {0.0, 2.0}
-    drift = {one.anchor: one.drift for one in both}
+    assert {one.prior_weight for one in both} == {0.0, 2.0}
+    drift = {one.prior_weight: one.drift for one in both}
     assert drift[2.0] < drift[0.0]
 
 

@@ -31,7 +31,7 @@ from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.slots.ledger import Slot
 from spectral_diffusion.training.checkpoint import load_state, save_state
 from spectral_diffusion.training.losses import diffusion_loss
-from spectral_diffusion.training.optimizers import ProdigyGroups, build_optimizer, lr_factor
+from spectral_diffusion.training.optimizers import EMA, ProdigyGroups, build_optimizer, lr_schedule
 from spectral_diffusion.training.run import train_to_file
 
 
@@ -122,17 +122,34 @@ def test_weight_decay_leaves_what_is_neutral_elsewhere(photos: Path, tiny_base: 
 
 
 def test_rates_warm_up_and_decay() -> None:
-    def rates(**more: object) -> list[float]:
-        config = TrainConfig(concept="x", output="y", steps=10, **more)  # type: ignore[arg-type]
-        return [lr_factor(step, config) for step in range(10)]
+    def rates(name: str = "linear", warmup: int = 0) -> list[float]:
+        return [lr_schedule(name, 10, warmup)(step) for step in range(10)]
 
-    assert rates() == [1 - step / 10 for step in range(10)]
-    assert rates(lr_scheduler="constant") == [1.0] * 10
-    cosine = rates(lr_scheduler="cosine")
+    assert rates() == pytest.approx([1 - step / 10 for step in range(10)])
+    assert rates("constant") == [1.0] * 10
+    cosine = rates("cosine")
     assert cosine[0] == 1.0 and cosine[5] == pytest.approx(0.5) and all(a > b for a, b in pairwise(cosine))
-    warmed = rates(lr_scheduler="cosine", optimizer={"lr_warmup_steps": 4})
-    assert warmed[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and all(a > b for a, b in pairwise(warmed[4:]))
-    assert all(0 < rate <= 1 for rate in rates(optimizer={"lr_warmup_steps": 1000}))
+    for name in ("linear", "constant", "cosine"):
+        warmed = rates(name, 4)
+        assert warmed[:5] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
+        assert all(0 <= rate <= 1 for rate in rates(name, 1000))
+
+
+@torch.no_grad()
+def test_an_average_follows_its_parameters_and_comes_back_from_a_state() -> None:
+    parameters = {"a": nn.Parameter(torch.zeros(2)), "b": nn.Parameter(torch.ones(1))}
+    ema, again = EMA(parameters, 0.5), EMA(parameters, 0.5)
+    for step in range(1, 9):
+        parameters["a"] += 1
+        ema.update(step)
+    assert torch.equal(parameters["a"], torch.full((2,), 8.0)) and 6 < float(ema.averages["a"][0]) < 8
+    again.load({name: value.clone() for name, value in ema.averages.items()})
+    for one in (ema, again):
+        one.update(9)
+    assert all(torch.equal(ema.averages[name], again.averages[name]) for name in parameters)
+    with ema.applied():
+        assert torch.equal(parameters["a"], ema.averages["a"])
+    assert torch.equal(parameters["a"], torch.full((2,), 8.0)) and not EMA(parameters, 0.0).averages
 
 
 def test_two_accumulated_batches_are_one_of_twice_the_size(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
@@ -168,9 +185,9 @@ def test_the_average_is_written_and_not_the_last_numbers(photos: Path, tiny_base
         ),
         base=base,
     )
-    # It forgets by (1 + step) / (10 + step): 2/11 of zero and 9/11 of the first step, then 3/12 of that.
+    # It begins as the first step, then forgets by (1 + n) / (10 + n) after n more.
     for name, value in averaged.parameters.items():
-        wanted = 0.25 * (9 / 11 * seen[0].parameters[name]) + 0.75 * seen[1].parameters[name]
+        wanted = 2 / 11 * seen[0].parameters[name] + 9 / 11 * seen[1].parameters[name]
         assert torch.allclose(value, wanted, atol=1e-7)
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from spectral_diffusion.adapters.formats.native import content_hash, load_adapter, save_adapter
 from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.settings import build
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import paths
@@ -21,7 +22,6 @@ from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.merging.manifest import read_manifest
 from spectral_diffusion.scenes.generate import generate_to_file
 from spectral_diffusion.scenes.png_metadata import read_embedded, read_settings, read_sources
-from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.training.run import train_to_file
 
 

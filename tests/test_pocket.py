@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw
 
 from spectral_diffusion import pocket
 from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.demo import run_demo
 from spectral_diffusion.merging.manifest import read_manifest
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.scenes.control import ControlMap
 from spectral_diffusion.scenes.generate import sample
 from spectral_diffusion.scenes.keypose import draw_keypose
-from spectral_diffusion.scenes.scene import Scene
 from tools.pocket import puppets
 from tools.pocket.world import COLOURS, vocabulary
 

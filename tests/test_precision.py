@@ -11,6 +11,7 @@ from conftest import make_photos
 from torch import nn
 
 from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.settings import read_yaml
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import machine, precision
@@ -19,7 +20,6 @@ from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.core.precision import loss_scaler, resolve_mixed_precision
 from spectral_diffusion.scenes.generate import generate_to_file
 from spectral_diffusion.scenes.png_metadata import read_settings
-from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.training.run import state_path, train_to_file
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from spectral_diffusion.adapters.apply import put_adapters
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.cli import app
+from spectral_diffusion.config.scene import Region, Scene
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.models.base import load_base
@@ -21,7 +22,8 @@ from spectral_diffusion.models.tokens import collapse, expand
 from spectral_diffusion.scenes.generate import remarks, sample
 from spectral_diffusion.scenes.png_metadata import SETTINGS_KEY, find_again, read_settings
 from spectral_diffusion.scenes.prompts import foreign_syntax
-from spectral_diffusion.scenes.scene import Region, Scene, read_scene, region_mask
+from spectral_diffusion.scenes.region_mask import region_mask
+from spectral_diffusion.scenes.scene import read_scene
 from spectral_diffusion.training.run import train_to_file
 
 LEFT = (0.0, 0.0, 0.5, 1.0)

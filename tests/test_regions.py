@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch import nn
 
 from spectral_diffusion.adapters.apply import put_adapters
+from spectral_diffusion.config.scene import Region, Scene
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.linalg import Factors
@@ -24,7 +25,6 @@ from spectral_diffusion.scenes.regions import (
     cells_in,
     grid_of,
 )
-from spectral_diffusion.scenes.scene import Region, Scene
 from spectral_diffusion.training.run import train_to_file
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)

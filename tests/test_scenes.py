@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
 from spectral_diffusion.cli.scenes import base_in
+from spectral_diffusion.config.scene import ControlImage, Region, Scene
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import NotFiniteError, UserError
 from spectral_diffusion.core.hooks import Hooks
@@ -42,7 +43,8 @@ from spectral_diffusion.scenes.generate import (
 )
 from spectral_diffusion.scenes.mix_of_show import mapped, read_layouts, scene_of
 from spectral_diffusion.scenes.png_metadata import read_settings, sources_of
-from spectral_diffusion.scenes.scene import ControlImage, Region, Scene, read_scene, region_mask
+from spectral_diffusion.scenes.region_mask import region_mask
+from spectral_diffusion.scenes.scene import read_scene
 from spectral_diffusion.training.run import train_to_file
 
 LEFT, RIGHT = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)

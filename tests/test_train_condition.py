@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from spectral_diffusion import pocket
 from spectral_diffusion.cli.train_control import train_control as verb
 from spectral_diffusion.config.control import ControlConfig
+from spectral_diffusion.config.scene import ControlImage, Scene
 from spectral_diffusion.config.settings import build, read_yaml
 from spectral_diffusion.core.errors import Cancelled, NotFiniteError, UserError
 from spectral_diffusion.core.hooks import Event, Hooks
@@ -26,7 +27,6 @@ from spectral_diffusion.models.architectures import build_meta
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.scenes.control import ControlMap, read_control_image
 from spectral_diffusion.scenes.generate import sample
-from spectral_diffusion.scenes.scene import ControlImage, Scene
 from spectral_diffusion.training.control_adapter import control_state_path, fitting_shape, train_control
 
 

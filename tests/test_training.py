@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from spectral_diffusion.adapters.adapter import Adapter, check_base
 from spectral_diffusion.adapters.formats.native import DIGEST, digest, load_adapter, save_adapter
 from spectral_diffusion.cli import app
+from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.train import OptimizerConfig, TrainConfig, ValidationConfig
 from spectral_diffusion.core.errors import Cancelled, NotFiniteError, UserError
 from spectral_diffusion.core.files import read_tensors, write_tensors
@@ -31,7 +32,6 @@ from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.models.tokens import add_token_rows, collapse, embedding_of, expand, known_tokens, split_words
 from spectral_diffusion.scenes.control import ControlMap
 from spectral_diffusion.scenes.generate import sample
-from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.slots.ledger import Ledger
 from spectral_diffusion.training.run import state_path, train_to_file
 

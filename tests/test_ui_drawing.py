@@ -476,9 +476,10 @@ def test_gallery_pages_download_and_delete(workspace: Workspace, trained: tuple[
 def test_downloaded_scene_draws_the_same_picture(
     workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache, tmp_path: Path
 ) -> None:
+    from spectral_diffusion.config.scene import Scene
     from spectral_diffusion.config.settings import build
     from spectral_diffusion.scenes.generate import generate_to_file
-    from spectral_diffusion.scenes.scene import Scene, read_scene
+    from spectral_diffusion.scenes.scene import read_scene
 
     [path] = draw(workspace, trained[0], keeper, canvas=read_canvas(full_value()), width=32, height=16).pictures
     elsewhere = tmp_path / "elsewhere"

@@ -175,7 +175,7 @@ def test_while_one_runs_the_other_waits(workspace: Workspace) -> None:
     pytest.importorskip("gradio")
     from spectral_diffusion.app.page import Page
     from spectral_diffusion.app.tabs.fuse import FuseHandlers, changes_for, ready
-    from spectral_diffusion.app.tabs.fuse_layout import TEACHING, WHOLE
+    from spectral_diffusion.app.tabs.fuse_layout import DISTILLATION, WHOLE
 
     nothing: Any = None
     handlers, visitor = FuseHandlers(Page(workspace, *[nothing] * 8)), SimpleNamespace(session_hash="me")
@@ -193,9 +193,10 @@ def test_while_one_runs_the_other_waits(workspace: Workspace) -> None:
     for runs in (handlers.compares, handlers.saves):
         runs.end("me", runs.take("me"))
     assert handlers.done(visitor)[0].interactive
-    assert WHOLE in TEACHING.values() and changes_for("ties", WHOLE, "sum", 1.0) == {"preset": WHOLE}
-    assert changes_for("ties", 300, "sum", 1.0)["merge"] == "ties"
-    assert [one["interactive"] for one in handlers.about_teaching(WHOLE)[1:]] == [False, False]
+    assert WHOLE in DISTILLATION.values() and changes_for("ties", WHOLE, "", 1.0) == {"preset": WHOLE}
+    changes = changes_for("ties", 300, "density=0.3", 1.0)
+    assert fusing.fuse_settings(workspace, ["rex"], Path("x"), {}, **changes).options == {"density": 0.3}
+    assert [one["interactive"] for one in handlers.about_distillation(WHOLE)[1:]] == [False, False]
 
 
 def test_before_and_after_of_every_concept(workspace: Workspace) -> None:

@@ -114,12 +114,12 @@ def compare(
     chosen = ticked(chosen)
     from ..adapters.apply import put_adapters
     from ..adapters.attach import remove_adapters
+    from ..config.scene import Scene
     from ..merging.fuse import check_together, fuse_adapters
     from ..merging.merges.registry import get_merge
     from ..models.base import load_base
     from ..scenes.generate import sample
     from ..scenes.png_metadata import grid
-    from ..scenes.scene import Scene
 
     def drawn(token: str) -> Image.Image:
         prompts = [f"a photo of {token} {place}" for place in PLACES]

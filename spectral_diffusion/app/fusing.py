@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.fuse import FuseConfig
 from ..config.presets import preset_part, preset_settings
-from ..config.settings import build
+from ..config.settings import Settings, build, parse_overrides
 from ..core import assets as resources
 from ..core.errors import UserError, nearest
 from ..core.hooks import QUIET, Hooks
@@ -132,8 +132,8 @@ def fuse_settings(
 ) -> FuseConfig:
     """The settings that the page's fields stand for; ``changes`` are the merge's own, an empty one its default.
 
-    ``distill_steps``, ``prior_weight`` and ``form`` among them; ``preset`` is one that fuses, by default what the base
-    brings along, or what fits most graphics cards.
+    ``distill_steps``, ``prior_weight`` and ``options`` (as text: ``density=0.3``) among them; ``preset`` is one that
+    fuses, by default what the base brings along, or what fits most graphics cards.
 
     Raises:
         UserError: nothing is chosen, or a setting cannot be.
@@ -142,23 +142,27 @@ def fuse_settings(
     files = [adapter_file(workspace, name) for name in adapters]
     by_concept = {adapter.name: strengths.get(name, 1.0) for name, adapter in adapters.items()}
     given = filled(changes)
-    anchor, steps, form = (given.pop(name, None) for name in ("prior_weight", "distill_steps", "form"))
-    inner = {} if anchor is None else {"calibration": {"prior_weight": anchor}}
+    prior_weight, steps, options = (given.pop(name, None) for name in ("prior_weight", "distill_steps", "options"))
+    inner: dict[str, Any] = {} if prior_weight is None else {"calibration": {"prior_weight": prior_weight}}
     inner |= {} if steps is None else {"distill": {"steps": steps}}
-    inner |= {} if form is None or given.get("merge", "spectral") != "spectral" else {"options": {"form": form}}
+    inner |= {} if options is None else {"options": parse_overrides(options.replace(",", " ").split())}
     preset = given.pop("preset", None)
     base = next(iter(adapters.values())).base
     if preset and resources.preset_of(base) != "pocket":
-        raise UserError("All of the U-Net is taught only on the pocket base here; choose fewer layers to teach.")
+        raise UserError("All of the U-Net is distilled only on the pocket base here; choose fewer layers.")
     layer = preset_part(preset, "fuse") if preset else preset_settings(base, "fuse") or preset_part(SPARING, "fuse")
     return build(FuseConfig, layer, given, inner, {"adapters": files, "output": output, "scales": by_concept})
 
 
 def merges() -> dict[str, str]:
-    """What each merge does, by its name."""
+    """What each merge does, and its options with their defaults, by its name."""
     from ..merging.merges.registry import all_merges  # see above
 
-    return {name: one.summary for name, one in all_merges().items()}
+    return {name: " ".join([f"{one.summary}.", *_options(one.options)]) for name, one in all_merges().items()}
+
+
+def _options(model: type[Settings]) -> list[str]:
+    return [f"{name}={field.default}: {field.description}" for name, field in model.model_fields.items()]
 
 
 def fuse_chosen(

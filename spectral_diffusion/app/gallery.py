@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from ..config.scene import Scene
 from ..config.settings import build
 from ..core.errors import UserError
 from ..core.files import write_bytes
 from ..scenes.png_metadata import read_settings
-from ..scenes.scene import Scene
 from .adapters import workspace_adapters
 from .canvas import MOST_SIDE, as_url, png_of
 from .fusing import FUSED, fused_folders

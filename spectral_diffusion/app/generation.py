@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..config.presets import preset_part, preset_settings
+from ..config.scene import Scene
 from ..config.settings import build
 
 # Here rather than where they are used: torch and diffusers break when two pages' threads import them at once.
@@ -22,7 +23,6 @@ from ..core.hooks import QUIET, Event, Hooks, Progress
 from ..merging.manifest import read_manifest
 from ..models.base import parse_device, size_from_configs
 from ..scenes.generate import generate_to_file
-from ..scenes.scene import Scene
 from .adapters import adapter_file, read_adapter, workspace_adapters
 from .base_cache import BaseCache
 from .canvas import Canvas, CanvasRegion

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from .workspace import Workspace
 
 FIELDS = {  # an option of the library to the label of the field that sets it
-    "calibration.prior_weight": "Anchor of gradient and ssr",
-    "distill.steps": "Teach it afterwards",
-    "form": "Form of spectral",
+    "calibration.prior_weight": "Prior weight of gradient and ssr",
+    "distill.steps": "Distill afterwards",
     "guidance_scale": "Guidance",
     "merge": "How to merge",
     "method": "Method",
     "num_inference_steps": "Steps",
+    "options.form": "Options of the merge",
     "prompt": "Prompt",
     "rank": "Rank",
     "seed": "Seed",

@@ -16,15 +16,7 @@ from .verbs import app
 
 __all__ = ["app", "main", "speller"]
 
-SPELLED = {  # a setting to the parameter of another name that gives it
-    "adapters": "adapter",
-    "encoders": "encoder",
-    "init_from_adapter": "continue_from",
-    "num_images": "count",
-    "param_budget": "budget",
-    "scales": "strength",
-    "scenes": "scene",
-}
+SPELLED = {"adapters": "adapter", "scales": "strength"}  # settings whose flags have a syntax of their own
 
 
 def main() -> None:
@@ -76,7 +68,8 @@ def speller(words: Sequence[str]) -> Spell:
             return python(fix)
         flag = str(option.opts[0])
         if option.is_flag:
-            return f"no {flag}" if fix.value == "false" else flag
+            off = option.secondary_opts
+            return flag if fix.value != "false" else str(off[0]) if off else f"no {flag}"
         if fix.option == "scales":
             return f"{flag} NAME={fix.value or '…'}"
         return f"{flag} {fix.value}".strip()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..config.evaluate import EvaluateConfig
 from ..core.hooks import Hooks
+from .options import settings_flags
 from .support import (
     ConfigOption,
-    DeviceOption,
+    StrengthOption,
     files_and_settings,
     given,
     named_base,
@@ -19,51 +21,45 @@ from .support import (
     resolve,
     say,
     stop_signals,
-    text_of,
 )
 
 if TYPE_CHECKING:
     from ..evaluation.summary import Evaluation
 
 
+@settings_flags(
+    EvaluateConfig,
+    without={"adapters", "scales"},
+    names={
+        "num_images": "--count",
+        "scenes": "--scene",
+        "encoders": "--encoder",
+        "prompts": "--prompt",
+        "prior_prompts": "--prior-prompt",
+    },
+)
 def evaluate(
     words: Annotated[
         list[str] | None, typer.Argument(help="Adapter files, or one fused folder; then key=value.", show_default=False)
     ] = None,
-    references: Annotated[
-        Path | None, typer.Option(help="Photos of a concept, or a folder of them each; default: the training photos.")
-    ] = None,
-    others: Annotated[
-        bool, typer.Option("--others", help="Further concepts in that folder can be mistaken for too.")
-    ] = False,
-    pictures: Annotated[Path | None, typer.Option(help="A folder of pictures made here, measured as they are.")] = None,
-    scene: Annotated[list[str] | None, typer.Option(help="A scene file to draw and measure by region; repeat.")] = None,
-    encoder: Annotated[
-        list[str] | None, typer.Option(help="pocket, or a CLIP or DINOv2 model by folder or hub id; repeat.")
-    ] = None,
-    strength: Annotated[list[str] | None, typer.Option(help="NAME=0.8 in the sum of adapters; repeat.")] = None,
-    base: Annotated[str | None, typer.Option(help="Default: the base the adapters were trained on.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The folder of the report.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same pictures.")] = None,
-    count: Annotated[int | None, typer.Option(help="Pictures per prompt.")] = None,
-    allow_base: Annotated[bool, typer.Option("--allow-base", help="Accept a close relative of the base.")] = False,
-    device: DeviceOption = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    strength: StrengthOption = None,
     config: ConfigOption = None,
+    *,
+    flags: dict[str, Any],
 ) -> None:
     """Measure what your concepts keep: identity, who is taken for whom, text, drift; a report with pictures."""
     files, overrides = files_and_settings(words or [])
-    flags = given(
-        adapters=files or None, references=text_of(references), others=others or None, pictures=text_of(pictures),
-        scenes=scene, encoders=encoder, scales=numbers(strength, "--strength"), base=base, output=text_of(output),
-        seed=seed, num_images=count, allow_base=allow_base or None, device=device, dtype=dtype,
-    )  # fmt: skip
+    flags |= given(adapters=files or None, scales=numbers(strength, "--strength"))
     from ..core.errors import Cancelled
     from ..evaluation.run import evaluate_to_folder
-    from ..evaluation.settings import EvaluateConfig
     from ..scenes.scene import read_scene
 
-    meant = named_base(files) if files else str(read_scene(Path(scene[0])).get("base", "pocket")) if scene else "pocket"
+    scenes = flags.get("scenes")
+    meant = "pocket"
+    if files:
+        meant = named_base(files)
+    elif scenes:
+        meant = str(read_scene(Path(scenes[0])).get("base", meant))
     settings = resolve(EvaluateConfig, "evaluate", config, flags, overrides, base=meant)
     with progress_bar() as progress, stop_signals() as should_stop:
         try:

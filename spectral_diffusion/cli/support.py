@@ -20,15 +20,13 @@ if TYPE_CHECKING:
     from ..core.hooks import Event
 
 
-BaseOption = Annotated[str | None, typer.Option(help="pocket, a diffusers folder, a hub id or a .safetensors file.")]
 ConfigOption = Annotated[
     str | None, typer.Option("--config", help="A YAML file, or a preset by name (pocket, sd15-12gb, …).")
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, mps …")]
-FrozenOption = Annotated[str | None, typer.Option(help="Of the frozen base: float32, float16, bfloat16.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Any setting as key=value.", show_default=False)]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the state of a stopped run, if there is one.")]
-StepsOption = Annotated[int | None, typer.Option(help="Training steps.")]
+StrengthOption = Annotated[list[str] | None, typer.Option(help="NAME=0.8, or NAME.text_encoder=0.5. Repeat for more.")]
 
 
 @contextmanager
@@ -56,11 +54,6 @@ def say(text: str) -> None:
 def given(**values: Any) -> dict[str, Any]:
     """The options that were really given."""
     return {name: value for name, value in values.items() if value is not None}
-
-
-def text_of(path: Path | None) -> str | None:
-    """A path option as a setting."""
-    return None if path is None else str(path)
 
 
 def plain(value: Any) -> str:

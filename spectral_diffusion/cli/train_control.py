@@ -3,55 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..config.control import ControlConfig
 from ..core.hooks import Hooks
-from .support import (
-    BaseOption,
-    ConfigOption,
-    DeviceOption,
-    FrozenOption,
-    Overrides,
-    ResumeOption,
-    StepsOption,
-    given,
-    progress_bar,
-    resolve,
-    say,
-    stop_signals,
-    text_of,
-)
+from .options import settings_flags
+from .support import ConfigOption, Overrides, ResumeOption, progress_bar, resolve, say, stop_signals
 
 
+@settings_flags(ControlConfig, without={"folder"})
 def train_control(
     folder: Annotated[
-        Path, typer.Argument(help="Pictures, with their conditions in sketch/ or keypose/, and captions.")
+        Path, typer.Argument(help="Pictures, with their control images in sketch/ or keypose/, and captions.")
     ],
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="The T2I-Adapter folder to write.")] = None,
-    base: BaseOption = None,
-    kind: Annotated[str | None, typer.Option(help="sketch or keypose.")] = None,
-    steps: StepsOption = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same adapter.")] = None,
-    device: DeviceOption = None,
-    dtype: FrozenOption = None,
     resume: ResumeOption = False,
     config: ConfigOption = None,
+    *,
+    flags: dict[str, Any],
 ) -> None:
     """Train a T2I-Adapter that holds a base's pictures to sketches or keyposes."""
-    flags = given(
-        folder=str(folder), output=text_of(output), base=base, kind=kind, steps=steps, seed=seed,
-        device=device, dtype=dtype,
-    )  # fmt: skip
-    from ..config.control import ControlConfig
+    from ..config.scene import ControlImage
     from ..core.errors import Cancelled
     from ..scenes.control import read_control_image
-    from ..scenes.scene import ControlImage
     from ..training.control_adapter import train_control as train
 
-    settings = resolve(ControlConfig, "train-control", config, flags, overrides)
+    settings = resolve(ControlConfig, "train-control", config, flags | {"folder": str(folder)}, overrides)
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
             hooks = Hooks(progress, say, should_stop)

@@ -167,6 +167,16 @@ def _sentence(model: type[Settings], error: ValidationError, where: str, prefix:
     return f"Setting '{key}'{where} cannot be {short_repr(first['input'])}: {why[0].lower()}{why[1:]}."
 
 
+def description(model: type[BaseModel], name: str) -> str:
+    """The sentence about a setting, or about one within a setting: ``prior.loss_weight``."""
+    first, _, rest = name.partition(".")
+    field = model.model_fields[first]
+    if rest:
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        return description(field.annotation, rest)
+    return field.description or ""
+
+
 def to_yaml(settings: Settings, shared: bool = False) -> str:
     """The resolved settings as YAML that ``--config`` reads back; full paths are names alone where it is ``shared``."""
     held = settings.model_dump(mode="json")

@@ -121,7 +121,12 @@ class TrainConfig(Settings):
     output: Path = Field(description="Adapter file to write, ending in .safetensors.")
     base: str = Field("pocket", description="pocket, a diffusers folder, a hub id or a .safetensors checkpoint.")
     method: str = Field("spectral-additive", description="Fine-tuning method; `methods` lists them.")
-    rank: int = Field(8, ge=1, le=4096, description="Rank of the change; for spectral methods the slot's columns.")
+    rank: int = Field(
+        8,
+        ge=1,
+        le=4096,
+        description="Rank of the change, or columns of the slot: more learns more, and fewer concepts fit.",
+    )
     slot: str = Field(
         "next",
         description="Singular vectors to train: next (the first free slot), a number, 16:24, 1,5,9, sampled, "
@@ -144,7 +149,7 @@ class TrainConfig(Settings):
     per_layer_tokens: bool = Field(
         False, description="Learn one token embedding per cross-attention layer (P+, Voynov et al. 2023)."
     )
-    steps: int = Field(1250, ge=1, le=10_000_000, description="Training steps.")
+    steps: int = Field(1250, ge=1, le=10_000_000, description="Training steps; each sees one batch of photos.")
     batch_size: int = Field(2, ge=1, le=1024, description="Photos per batch.")
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything random.")
     learning_rate: float = Field(1e-4, ge=0, description="Learning rate of the denoiser's adapter.")

@@ -97,3 +97,12 @@ def open_photo(path: Path) -> Image.Image:
         UserError: not a readable image, or unreasonably large.
     """
     return on_ground(open_upright(path), "white")
+
+
+def open_on_black(path: Path) -> Image.Image:
+    """A picture as RGB, upright; what is transparent is black, as in keyposes and masks.
+
+    Raises:
+        UserError: not a readable image.
+    """
+    return on_ground(open_upright(path), "black")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from ..adapters.adapter import Adapter, check_base
 from ..adapters.apply import Strength, enabled_adapters, install_tokens
+from ..config.evaluate import EvaluateConfig
+from ..config.scene import Scene
 from ..core.files import parse_json, read_text, write_json
 from ..core.hooks import Event, Hooks, Progress
 from ..merging.manifest import lasting
@@ -17,10 +19,8 @@ from ..metrics.views import View
 from ..models.base import Base, load_base
 from ..scenes.generate import draw_to_files
 from ..scenes.png_metadata import sources_of
-from ..scenes.scene import Scene
 from .inputs import PICTURES, EvaluationInputs, drawing_settings, evaluation_scales
 from .region_crops import spoken
-from .settings import EvaluateConfig
 from .summary import ALONE, FLOOR
 
 SECONDS = "seconds.json"

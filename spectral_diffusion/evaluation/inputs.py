@@ -10,6 +10,8 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..adapters.apply import Strength
 from ..adapters.formats.native import load_adapter
+from ..config.evaluate import EvaluateConfig
+from ..config.scene import Scene
 from ..config.settings import build, read_yaml
 from ..core.assets import preset_of
 from ..core.errors import Fix, UserError
@@ -19,10 +21,9 @@ from ..merging.manifest import adapters_in_fusion, lasting, read_manifest
 from ..metrics.encoders import Encoder, encoders_here, load_encoder
 from ..models.tokens import check_name, typed_tokens
 from ..scenes.prompts import positive_prompts
-from ..scenes.scene import Scene, read_scene
+from ..scenes.scene import read_scene
 from .references import Subject, read_references
 from .region_crops import scene_in
-from .settings import EvaluateConfig
 from .summary import ALONE
 
 PICTURES = "pictures"  # the folder of what is drawn, inside the output

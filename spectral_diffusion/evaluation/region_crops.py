@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
+from ..config.scene import Region, Scene
 from ..config.settings import build
 from ..core.errors import UserError
 from ..metrics.prompts import with_article
 from ..metrics.views import View
 from ..models.tokens import token_text, typed_tokens
 from ..scenes.png_metadata import read_settings
-from ..scenes.scene import Region, Scene, region_mask
+from ..scenes.region_mask import region_mask
 
 Pixels = tuple[int, int, int, int]  # left, top, right, bottom
 Tokens = Mapping[str, tuple[str, str]]  # a concept's token to its name and noun

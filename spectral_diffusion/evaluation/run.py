@@ -8,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..config.evaluate import EvaluateConfig
+from ..config.scene import Scene
 from ..config.settings import to_yaml
 from ..core.errors import Fix, UserError
 from ..core.files import check_writable, write_settings
@@ -17,14 +19,12 @@ from ..core.paths import without_folders
 from ..data.folder import Concept
 from ..metrics.views import View
 from ..scenes.generate import generate_to_file
-from ..scenes.scene import Scene
 from .generate import EvaluationImages, GeneratedImages, count_of, draw_adapters
 from .inputs import EvaluationInputs, choose_encoders, hold, read_pictures, read_scenes, subjects
 from .measure import image_drift, score, with_photos
 from .references import references_of
 from .region_crops import scene_in, views_in
 from .report import NAME, write_report
-from .settings import EvaluateConfig
 from .summary import ALONE, Evaluation
 
 

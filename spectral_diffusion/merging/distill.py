@@ -30,6 +30,7 @@ from ..core.precision import MixedPrecision, autocast, is_half, loss_scaler
 from ..core.rng import keyed_generator, keyed_random
 from ..models.base import Base
 from ..models.tokens import collapse, known_tokens, trainable_rows
+from ..training.optimizers import lr_schedule
 
 CHUNK = 16  # pictures drawn, and predictions made, together; fewer where a batch is smaller, as memory may be short
 DRAWING = 10  # steps of each picture
@@ -182,9 +183,10 @@ def distill(
             groups = [(list(weights), config.learning_rate), (rows, config.token_learning_rate)]
             optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups], weight_decay=0.0)
             scaler = loss_scaler(base.device, precision, base.dtype)
+            factor = lr_schedule("linear", config.steps)
             for step in range(config.steps):
                 for group, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
-                    group["lr"] = rate * (1 - step / config.steps)
+                    group["lr"] = rate * factor(step)
                 optimizer.zero_grad()
                 total = 0.0
                 for batch in batches(lessons, config, step, seed):

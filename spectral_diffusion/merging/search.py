@@ -1,4 +1,4 @@
-"""Find the strengths (and the anchor) of a fusion on held-out prompts.
+"""Search the scales (and the prior weight) of a fusion on held-out prompts.
 
 No encoder is asked: the fused networks' predictions are compared with those of each adapter alone on its own concept,
 and with the base's on ordinary prompts, on noised pictures that those drew themselves.
@@ -29,7 +29,7 @@ from .fuse import check_together, fuse_adapters
 from .merges.registry import get_merge
 
 HELD_OUT = ("a drawing of {}", "{} in the garden", "a small picture of {}", "{} by the window")  # not among the watched
-STRENGTHS = (0.5, 0.65, 0.8, 0.9, 1.0)
+SCALES = (0.5, 0.65, 0.8, 0.9, 1.0)
 NOISE = (0.3, 0.6, 0.9)  # of the schedule
 
 
@@ -47,8 +47,8 @@ class Reference:
 class Candidate:
     """One setting and how far its fusion is from right: 0 is every adapter alone and the base untouched."""
 
-    strength: float
-    anchor: float
+    scale: float
+    prior_weight: float
     concepts: float  # mean over concepts of |fused − alone|² / |alone − base|²
     drift: float  # |fused − base|² on ordinary prompts, over the mean |alone − base|²
 
@@ -105,13 +105,13 @@ def search_scales(
     base: Base,
     adapters: list[Adapter],
     config: MergeConfig,
-    strengths: Sequence[float] = STRENGTHS,
-    anchors: Sequence[float] = (),
+    scales: Sequence[float] = SCALES,
+    prior_weights: Sequence[float] = (),
     hooks: Hooks = QUIET,
 ) -> list[Candidate]:
-    """Try every strength (and anchor, for merges that have one), best first; the base is as it was afterwards.
+    """Try every scale (and prior weight, for merges with activations), best first; the base is as it was afterwards.
 
-    A strength multiplies what ``config.scales`` says of every concept. Tune on other concepts than those that are
+    A scale multiplies what ``config.scales`` says of every concept. Tune on other concepts than those that are
     reported, and only then fuse those.
 
     Raises:
@@ -119,9 +119,7 @@ def search_scales(
     """
     check_together(adapters, config.scales)
     get_merge(config.merge).check(adapters)
-    config = config.model_copy(
-        update={"distill": DistillConfig()}
-    )  # merges are compared, not what is taught after them
+    config = config.model_copy(update={"distill": DistillConfig()})  # merges are compared, before any distillation
     for adapter in adapters:
         check_base(adapter, base, config.allow_base)
     for adapter in adapters:
@@ -130,17 +128,17 @@ def search_scales(
     references = [make_reference(base, adapter, config) for adapter in (*adapters, None)]
     effect = sum(float((one.wanted - one.plain).square().mean()) for one in references[:-1]) / len(adapters)
     tried = []
-    grid = list(itertools.product(strengths, anchors or (config.calibration.prior_weight,)))
-    for index, (strength, anchor) in enumerate(grid, 1):
-        each = {adapter.name: strength * config.scales.get(adapter.name, 1.0) for adapter in adapters}
-        gradient = config.calibration.model_copy(update={"prior_weight": anchor})
-        changed = config.model_copy(update={"scales": {**config.scales, **each}, "calibration": gradient})
+    grid = list(itertools.product(scales, prior_weights or (config.calibration.prior_weight,)))
+    for index, (scale, prior_weight) in enumerate(grid, 1):
+        each = {adapter.name: scale * config.scales.get(adapter.name, 1.0) for adapter in adapters}
+        calibration = config.calibration.model_copy(update={"prior_weight": prior_weight})
+        changed = config.model_copy(update={"scales": {**config.scales, **each}, "calibration": calibration})
         with untouched(base, adapters):
             fuse_adapters(base, adapters, changed, install=False, hooks=hooks)
             with torch.no_grad():
                 off = [float((predict(base, **one.inputs) - one.wanted).square().mean()) for one in references]
         own = [max(float((one.wanted - one.plain).square().mean()), 1e-12) for one in references[:-1]]
         concepts = sum(a / b for a, b in zip(off[:-1], own, strict=True)) / len(adapters)
-        tried.append(Candidate(strength, anchor, concepts, off[-1] / max(effect, 1e-12)))
+        tried.append(Candidate(scale, prior_weight, concepts, off[-1] / max(effect, 1e-12)))
         hooks.progress(Event("tune", index, len(grid), {"score": tried[-1].score}))
     return sorted(tried, key=lambda one: one.score)

@@ -1,19 +1,8 @@
-"""What is drawn to measure: the places a concept is put into, and ordinary prompts that name no concept."""
+"""Words of the prompts that are measured."""
 
 from __future__ import annotations
 
-PLACES = {
-    "on the grass": "grass",
-    "on the beach": "beach",
-    "in the snow": "snow",
-    "on a table": "table",
-    "at night": "night",
-    "in the desert": "desert",
-}  # words of a prompt to the backdrop that the judges name
-ORDINARY = (
-    "a red dog", "a blue teapot", "a green octopus", "a yellow car", "a white cat", "a purple fish",
-    "an orange mushroom", "a black robot", "a dog", "a teapot", "a house", "an apple",
-)  # fmt: skip
+from ..config.evaluate import PLACES
 
 
 def backdrop_of(prompt: str) -> str | None:

@@ -15,16 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from .. import pocket
+from ..config.scene import Box, ControlImage, Kind, Region
 from ..core.errors import UserError, only_a_pickle, reason
 from ..core.files import check_not_disguised, is_folder
-from ..data.image_io import MAX_PIXELS, open_upright
+from ..data.image_io import MAX_PIXELS, open_on_black, open_upright
 from ..merging.manifest import read_manifest
 from ..models.base import Base, quiet_loading
 from ..training.control_adapter import feature_shapes_of
 from .extract import are_fractions, clean_strokes, read_keypoints
 from .keypose import draw_keypose
 from .regions import cells_in
-from .scene import Box, ControlImage, Kind, Region, open_on_black
 
 OTHER_WIDTH = 1024  # of the words of Stable Diffusion 2.x
 HUB = {  # the T2I-Adapters of Stable Diffusion 1.x and XL, by kind

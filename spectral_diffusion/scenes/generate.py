@@ -25,10 +25,12 @@ from ..adapters.apply import Strength, component_scale, install_tokens, put_adap
 from ..adapters.formats.import_lora import import_lora
 from ..adapters.formats.native import load_adapter
 from ..adapters.formats.reading import is_foreign
+from ..config.scene import Region, Scene
 from ..core.errors import ELSEWHERE, Cancelled, Fix, NotFiniteError, UserError, nearest
 from ..core.files import check_writable
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.precision import autocast, resolve_mixed_precision, tf32
+from ..data.image_io import open_on_black
 from ..linalg import Factors
 from ..models.base import Base, load_base
 from ..models.tokens import collapse, expand, known_tokens
@@ -36,8 +38,9 @@ from ..models.vae import decode, in_portions, overflows, upcast
 from .control import ControlMap, adapter_of, read_control_image, weighed
 from .png_metadata import BASE, is_our_png, is_same, labelled_sheet, save_png, sources_of
 from .prompts import foreign_syntax, prompts_in, tokens_in
+from .region_mask import region_mask
 from .regions import EncodedRegion, RegionalPrompts, changed, regional
-from .scene import Region, Scene, adapter_files, open_on_black, region_mask
+from .scene import adapter_files
 
 Bound = Sequence[tuple[Adapter, Strength]]  # the adapters of one region with their strengths
 Preview = Callable[[int, list[Image.Image]], None]

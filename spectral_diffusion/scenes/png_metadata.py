@@ -14,13 +14,14 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from PIL.Image import DecompressionBombError
 
 from ..adapters.formats.reading import lora_file
+from ..config.scene import Scene
 from ..core.errors import Fix, UserError
 from ..core.files import atomic, is_file, is_there, parse_json
 from ..core.machine import provenance
 from ..core.paths import is_full, located, located_base, portable, portable_base
 from ..models.base import Base
 from .control import t2i_name
-from .scene import Scene, adapter_files, adapters_held, paths_in, places_of
+from .scene import adapter_files, adapters_held, paths_in, places_of
 
 SETTINGS_KEY = "spectral_diffusion"
 UNREAD = (

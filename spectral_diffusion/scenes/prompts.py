@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from .scene import Scene
+from ..config.scene import Scene
 
 TAG = re.compile(r"<(?:lora|lyco|hypernet)\s*:\s*([^<>:]*?)\s*(?::\s*([-+\d.]+)[^<>]*)?>", re.IGNORECASE)
 EMPHASIS = re.compile(

@@ -15,9 +15,9 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.apply import put_adapters
+from ..config.evaluate import GENERIC_SUBJECTS
 from ..config.fuse import DistillConfig
 from ..config.train import generic_subject
-from ..metrics.prompts import ORDINARY
 from ..metrics.statistics import share, told
 from ..models.base import Base
 from .fusion import NARROW, NOTHING, RANK, change_for, drift_between, family_rate
@@ -206,7 +206,7 @@ def things(lab: StudyRunner) -> list[str]:
     """What ordinary prompts speak of: the recipe's nouns and colours but for the prompts that drift is told on."""
     words = lab.recipe["train"]["prior"]
     found = [generic_subject(colour, noun) for colour in words["adjectives"] for noun in words["nouns"]]
-    return [thing for thing in found if thing not in ORDINARY]
+    return [thing for thing in found if thing not in GENERIC_SUBJECTS]
 
 
 def recipe_cell(lab: StudyRunner, recipe: Recipe, names: Sequence[str], seed: int, quick: bool) -> Figures:

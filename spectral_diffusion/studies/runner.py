@@ -17,7 +17,9 @@ from PIL import Image
 from ..adapters.adapter import Adapter
 from ..adapters.apply import put_adapters
 from ..adapters.formats.native import content_hash, load_adapter
+from ..config.evaluate import GENERIC_SUBJECTS, PLACES
 from ..config.fuse import FuseConfig
+from ..config.scene import Scene
 from ..config.settings import build, read_yaml
 from ..config.train import TrainConfig
 from ..core import assets as resources
@@ -32,10 +34,8 @@ from ..merging.fuse import fuse_adapters
 from ..methods import get_method
 from ..metrics.classifiers import classify_images, load_classifier
 from ..metrics.encoders import Clip, Encoder, load_encoder
-from ..metrics.prompts import ORDINARY, PLACES
 from ..models.base import Base, load_base, parse_device
 from ..scenes.generate import sample
-from ..scenes.scene import Scene
 from ..training.run import train_to_file
 
 log = logging.getLogger(__name__)
@@ -233,7 +233,7 @@ class StudyRunner:
 
     def ordinary(self, base: Base, seed: int = 0) -> list[Image.Image]:
         """One picture of each ordinary prompt, which names no concept."""
-        prompts = [f"a photo of {words}" for words in ORDINARY]
+        prompts = [f"a photo of {words}" for words in GENERIC_SUBJECTS]
         return sample(base, prompts, [1000 * seed + 500 + i for i in range(len(prompts))], self.pictures_config)
 
     def identity(self, pictures: Sequence[Image.Image], concept: str) -> float:

@@ -12,15 +12,15 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.apply import install_tokens
+from ..config.evaluate import PLACES
+from ..config.scene import Box, Region, Scene
 from ..core import assets as resources
-from ..metrics.prompts import PLACES
 from ..metrics.statistics import told
 from ..models.base import Base
 from ..scenes.control import ControlMap
 from ..scenes.generate import sample
 from ..scenes.keypose import draw_keypose
 from ..scenes.png_metadata import grid
-from ..scenes.scene import Box, Region, Scene
 from .fusion import MERGES, change_for, family_rate
 from .registry import Findings, Row, Table, study
 from .runner import Figures, StudyRunner, scaled

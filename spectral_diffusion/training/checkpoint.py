@@ -199,7 +199,7 @@ class TrainingState:
         tensors = {
             **self.parameters,
             **{f"{EXTRA}{name}": value for name, value in extra.items()},
-            **{f"{AVERAGE}{name}": value for name, value in self.average.held.items()},
+            **{f"{AVERAGE}{name}": value for name, value in self.average.averages.items()},
         }
         meta = {
             "step": step,

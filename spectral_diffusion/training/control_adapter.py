@@ -26,6 +26,7 @@ from ..models.denoiser import Conditioning, Denoiser
 from .batch import Batch
 from .checkpoint import load_state, refuse_changed_settings, save_state, step_of
 from .distributed import take_step
+from .optimizers import lr_schedule
 from .output import claimed
 
 # How often each feature of diffusers' adapters was halved since the first one.
@@ -123,13 +124,14 @@ def train_claimed(
     captions = encode_captions(base, [pair.caption for pair in pairs], size)
     latents, conditions = encode_pairs(pairs, pipeline.vae, config, size, hooks, read)
     running: float | None = None
+    lr_factor = lr_schedule(config.lr_scheduler, config.steps)
 
     for step in range(start, config.steps):
         if hooks.should_stop():
             keep(state, parameters, optimizer, step, config, belongs)
             raise Cancelled(f"Stopped at step {step} of {config.steps}; it can be resumed.")
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * (1 - step / config.steps if config.lr_scheduler == "linear" else 1.0)
+            group["lr"] = config.learning_rate * lr_factor(step)
 
         samples, shown = sample_control_batch(step, pairs, latents, conditions, config, denoiser)
         noisy = denoiser.add_noise(samples.latents, samples.noise, samples.timesteps)

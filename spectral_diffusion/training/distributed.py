@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.train import TrainConfig
-from .optimizers import Optimiser
+from .optimizers import Optimizer
 
 Value = TypeVar("Value")
 Batch = TypeVar("Batch")
@@ -131,17 +131,17 @@ def microbatch(batch: Batch, part: int, parts: int) -> tuple[Batch, float]:
 
 
 def take_step(
-    optimiser: Optimiser, parameters: Iterable[nn.Parameter], scaler: torch.amp.GradScaler, clip: float
+    optimizer: Optimizer, parameters: Iterable[nn.Parameter], scaler: torch.amp.GradScaler, clip: float
 ) -> bool:
     """Clip the gradients and take a step, unless they are not finite; returns whether they were, or were only scaled
     too far up, which the scaler mends by itself."""
-    scaler.unscale_(optimiser)  # type: ignore[arg-type]
+    scaler.unscale_(optimizer)  # type: ignore[arg-type]
     held = list(parameters)
     total = nn.utils.clip_grad_norm_(held, clip)
     finite = bool(torch.isfinite(total))
     if not finite and scaler.get_scale() <= 1.0:
         return False
-    scaler.step(optimiser)  # type: ignore[arg-type]
+    scaler.step(optimizer)  # type: ignore[arg-type]
     scaler.update()
     if not finite:
         for parameter in held:

@@ -32,7 +32,7 @@ from .checkpoint import TrainingState, comparable_settings
 from .continuation import slot_lr_scaling, start_hash
 from .distributed import World, global_batch, microbatch, take_step
 from .losses import diffusion_loss, weighted_mse
-from .optimizers import EMA, build_optimizer, lr_factor
+from .optimizers import EMA, build_optimizer, lr_schedule
 from .prior_images import make_prior_images
 from .prior_preservation import (
     OTHER_TOKENS,
@@ -189,7 +189,9 @@ class Trainer:
     def _optimize(self) -> None:
         """Optimizer, moving average and loss scaler."""
         self.optimizer, self.base_lrs = build_optimizer(self.adapter, self.encode, self.config, self.lr_factors)
-        self.ema = EMA(self.trained, self.config.optimizer.ema_decay)
+        optimizer = self.config.optimizer
+        self.lr_factor = lr_schedule(self.config.lr_scheduler, self.config.steps, optimizer.lr_warmup_steps)
+        self.ema = EMA(self.trained, optimizer.ema_decay)
         self.scaler = loss_scaler(self.base.device, self.precision, self.base.dtype)
 
     def _belongs(self) -> dict[str, str]:
@@ -225,7 +227,7 @@ class Trainer:
             NotFiniteError: the loss or the gradient is NaN or infinite.
         """
         for group, rate in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = rate * lr_factor(step, self.config)
+            group["lr"] = rate * self.lr_factor(step)
         batch, prior = self.next_batch(step)
         total = self.forward_backward_step(batch, prior)
         self.encode.freeze_beyond_norm(self.config.max_embedding_norm_ratio)

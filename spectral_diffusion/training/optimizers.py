@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +24,7 @@ class ProdigyGroups:
 
     Every Prodigy sees its group as one flat tensor: it estimates its step size from sums over all numbers, and reads
     them from the device twice for each tensor it is given. It has what the training loop, torch's loss scaler and the
-    saved state use of an optimiser.
+    saved state use of an optimizer.
     """
 
     OWN = ("betas", "eps", "weight_decay", "d_coef")  # of a group: as the settings say, whatever a state says
@@ -66,7 +65,7 @@ class ProdigyGroups:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """As one optimiser's of the flat tensors, numbered through."""
+        """As one optimizer's of the flat tensors, numbered through."""
         held = [part.state_dict() for part in self.parts]
         state = {index: one["state"][0] for index, one in enumerate(held) if one["state"]}
         return {
@@ -87,13 +86,13 @@ class ProdigyGroups:
             part.param_groups[0].update(own)
 
 
-Optimiser = torch.optim.Optimizer | ProdigyGroups
+Optimizer = torch.optim.Optimizer | ProdigyGroups
 
 
 def build_optimizer(
     attachment: InjectedAdapter, condition: PromptEncoder, config: TrainConfig, factors: Mapping[str, float]
-) -> tuple[Optimiser, list[float]]:
-    """An optimiser with a group per component and learning-rate factor; returns it and the groups' initial rates.
+) -> tuple[Optimizer, list[float]]:
+    """An optimizer with a group per component and learning-rate factor; returns it and the groups' initial rates.
 
     ``factors`` multiplies the rate of single layers. Weight decay never touches what is not neutral at zero: the token,
     DoRA's magnitudes. Prodigy finds the rates itself, one per group; a rate of 0 still keeps a component as it is.
@@ -140,53 +139,52 @@ def build_optimizer(
     return torch.optim.AdamW(listed), [group["lr"] for group in listed]
 
 
-def lr_factor(step: int, config: TrainConfig) -> float:
-    """The factor on every learning rate at a step: a linear warm-up, then the decay over what is left."""
-    warmup = min(config.optimizer.lr_warmup_steps, config.steps - 1)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / (config.steps - warmup)
-    if config.lr_scheduler == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * done))
-    return 1 - done if config.lr_scheduler == "linear" else 1.0
+def lr_schedule(name: str, steps: int, warmup_steps: int = 0) -> Callable[[int], float]:
+    """The factor on every learning rate by step, counted from 0: diffusers' schedule of that name."""
+    from diffusers.optimization import get_scheduler
+
+    # A schedule of diffusers needs an optimizer to write into; this one needs only the function of the step.
+    name = "constant_with_warmup" if name == "constant" else name
+    nobody = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+    schedule = get_scheduler(name, nobody, num_warmup_steps=min(warmup_steps, steps - 1), num_training_steps=steps)
+    factor: Callable[[int], float] = schedule.lr_lambdas[0]
+    return factor
 
 
 class EMA:
-    """A moving average of parameters by name; with a decay of 0 there is none and nothing costs anything.
-
-    At the beginning it forgets faster, so that it never holds much of where training began.
-    """
+    """The exponential moving average of parameters by name, diffusers' ``EMAModel``; none with a decay of 0."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.decay, self.parameters = decay, dict(parameters)
-        self.held = {n: p.detach().clone() for n, p in parameters.items()} if decay else {}
+        from diffusers.training_utils import EMAModel
 
-    @torch.no_grad()
+        self.parameters = dict(parameters)
+        self.model = EMAModel(self.parameters.values(), decay=decay) if decay else None
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The averages by name; empty without any."""
+        return dict(zip(self.parameters, self.model.shadow_params, strict=True)) if self.model else {}
+
     def update(self, step: int) -> None:
-        """Take in what the parameters are after ``step`` steps."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, value in self.held.items():
-            value.lerp_(self.parameters[name], 1 - decay)
+        """Take in the parameters after ``step`` steps."""
+        if self.model:
+            self.model.optimization_step = step - 1
+            self.model.step(self.parameters.values())
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Let the parameters be their averages for a while."""
-        if not self.held:
+        if not self.model:
             yield
             return
-        now = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self._put(self.held)
+        self.model.store(self.parameters.values())
+        self.model.copy_to(self.parameters.values())
         try:
             yield
         finally:
-            self._put(now)
+            self.model.restore(self.parameters.values())
 
-    @torch.no_grad()
-    def _put(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
-
-    def load(self, values: Mapping[str, Tensor]) -> None:
+    def load(self, averages: Mapping[str, Tensor]) -> None:
         """Take saved averages back."""
-        for name, value in self.held.items():
-            value.copy_(values[name])
+        for name, value in self.averages.items():
+            value.copy_(averages[name])

@@ -17,6 +17,7 @@ from scipy.ndimage import distance_transform_edt, sobel
 from torch import Tensor
 
 from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.settings import build, read_yaml
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.assets import concepts as concept_folder
@@ -28,7 +29,6 @@ from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.scenes.control import ControlMap
 from spectral_diffusion.scenes.generate import put_adapters, sample
 from spectral_diffusion.scenes.keypose import draw_keypose
-from spectral_diffusion.scenes.scene import Scene
 from spectral_diffusion.training.run import train_to_file
 
 from . import puppets

@@ -27,7 +27,7 @@ COLUMNS = {  # the heads of the table, and what they mean
 }
 ADVICE = (
     "These figures are of a plain sum: the less others act on a concept, the better it keeps its looks there. "
-    "Merging by gradient and teaching even it out; otherwise lower the strength of the others."
+    "Merging by gradient and distillation even it out; otherwise lower the strength of the others."
 )
 STOPPED = "Stopped; nothing was saved."
 TOO_FEW = {
@@ -67,7 +67,7 @@ def _wire_bench(bench: Bench, handlers: FuseHandlers, page: Page, lists: dict[st
     bench.strengths.change(**look)
     bench.merge.change(handlers.about_merge, bench.merge, bench.summary, **PRIVATE)
     bench.distill.change(
-        handlers.about_teaching, bench.distill, [bench.merge, bench.prior_weight, bench.form], **PRIVATE
+        handlers.about_distillation, bench.distill, [bench.merge, bench.prior_weight, bench.options], **PRIVATE
     )
     buttons = [bench.compare, bench.save, bench.stop]
     asked: dict[str, Any] = {"outputs": buttons, "queue": False, **PRIVATE}
@@ -128,11 +128,11 @@ def ready(yes: bool) -> list[Any]:
     return [gr.Button(interactive=yes), gr.Button(interactive=yes), gr.Button(visible=not yes)]
 
 
-def changes_for(merge: str, distill: int | str, form: str, prior_weight: float | None) -> dict[str, Any]:
+def changes_for(merge: str, distill: int | str, options: str, prior_weight: float | None) -> dict[str, Any]:
     """What the fields change in a fusion's settings; the preset says itself how to merge."""
     if distill == WHOLE:
         return {"preset": WHOLE}
-    return {"merge": merge, "distill_steps": distill, "form": form, "prior_weight": prior_weight}
+    return {"merge": merge, "distill_steps": distill, "options": options, "prior_weight": prior_weight}
 
 
 class FuseHandlers:
@@ -178,7 +178,7 @@ class FuseHandlers:
         with errors_as_toast():
             return plain_html(fusing.merges().get(merge, ""))
 
-    def about_teaching(self, distill: int | str) -> list[Any]:
+    def about_distillation(self, distill: int | str) -> list[Any]:
         """Fields that the preset decides are out of reach with it."""
         return [gr.Dropdown(interactive=distill != WHOLE), *(gr.update(interactive=distill != WHOLE) for _ in range(2))]
 
@@ -234,7 +234,7 @@ class FuseHandlers:
         strengths: dict[str, float] | None,
         merge: str,
         distill: int | str,
-        form: str,
+        options: str,
         prior_weight: float | None,
         seed: int | None,
         request: gr.Request,
@@ -243,7 +243,7 @@ class FuseHandlers:
         """Before and after of every ticked concept."""
         with errors_as_toast():
             progress(0, desc="Loading the base")
-            changes = changes_for(merge, distill, form, prior_weight)
+            changes = changes_for(merge, distill, options, prior_weight)
             with self._run(self.compares, request, progress) as tell:
                 pictures = comparing.compare(
                     self.workspace, chosen, strengths or {}, int(seed or 0), Hooks(progress=tell), **changes
@@ -258,7 +258,7 @@ class FuseHandlers:
         strengths: dict[str, float] | None,
         merge: str,
         distill: int | str,
-        form: str,
+        options: str,
         prior_weight: float | None,
         seed: int | None,
         request: gr.Request,
@@ -268,7 +268,7 @@ class FuseHandlers:
         name = name.strip() or USUAL_NAME
         with errors_as_toast():
             progress(0, desc="Loading the adapters and their base")
-            changes = {**changes_for(merge, distill, form, prior_weight), "seed": seed}
+            changes = {**changes_for(merge, distill, options, prior_weight), "seed": seed}
             with self._run(self.saves, request, progress) as tell:
                 words = fusing.fuse_chosen(
                     self.workspace, chosen, name, strengths or {}, Hooks(progress=tell), replace, **changes
@@ -280,15 +280,15 @@ class FuseHandlers:
         self,
         adapters: list[str],
         name: str,
-        form: str = "sum",
+        options: str = "",
         strength: str = "1",
         merge: str = "spectral",
         replace: bool = False,
         distill: int = 0,
     ) -> str:
-        """Fuse adapters into one checkpoint of the workspace, and teach it for ``distill`` steps.
+        """Fuse adapters into one checkpoint of the workspace, and distill it for ``distill`` steps.
 
-        ``strength`` is 0.8, or rex=0.8, brew=1.2.
+        ``strength`` is 0.8, or rex=0.8, brew=1.2; ``options`` are the merge's own, such as density=0.3.
         """
         with errors_as_toast():
             strengths = fusing.parse_strengths(strength, adapters)
@@ -298,7 +298,7 @@ class FuseHandlers:
                 name,
                 strengths,
                 replace=replace,
-                form=form,
+                options=options,
                 merge=merge,
                 distill_steps=distill,
             )

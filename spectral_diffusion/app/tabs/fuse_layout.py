@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gradio as gr
 
+from ...config.fuse import FuseConfig
+from ...config.settings import description
 from .. import downloads
 from ..page import PRIVATE
 
@@ -11,9 +13,9 @@ MERGE_INFO = (
     "gradient keeps several concepts best and takes longest; spectral adds what was trained, which is exact and quick."
 )
 WHOLE = "pocket-distilled"  # the preset that says how to merge and how to distill
-TEACHING: dict[str, int | str] = {"no": 0, "300 steps": 300, "900 steps": 900, "900 steps, all of the U-Net": WHOLE}
-TEACHING_INFO = (
-    "After any merge, the fusion is taught what every concept draws alone. It keeps several concepts much better and "
+DISTILLATION: dict[str, int | str] = {"no": 0, "300 steps": 300, "900 steps": 900, "900 steps, all of the U-Net": WHOLE}
+DISTILLATION_INFO = (
+    "After any merge, the fusion learns what every concept draws alone. It keeps several concepts much better and "
     "other prompts more as they were; it takes minutes. All of the U-Net keeps most, and brings its own way to merge."
 )
 USUAL_NAME = "together"
@@ -35,7 +37,15 @@ class Bench:
                     interactive=False, visible=False, elem_id="fuse-pictures", buttons=["fullscreen"],
                     fit_columns=False, height="auto",
                 )  # fmt: skip
-        self.settings = [self.chosen, self.strengths, self.merge, self.distill, self.form, self.prior_weight, self.seed]
+        self.settings = [
+            self.chosen,
+            self.strengths,
+            self.merge,
+            self.distill,
+            self.options,
+            self.prior_weight,
+            self.seed,
+        ]
 
     def _choice(self) -> None:
         self.chosen = gr.CheckboxGroup([], label="Concepts", elem_id="fuse-concepts", show_select_all=True)
@@ -45,16 +55,20 @@ class Bench:
         )  # fmt: skip
         self.summary = gr.Markdown(elem_id="fuse-summary")
         self.distill = gr.Radio(
-            list(TEACHING.items()), value=0, label="Teach it afterwards", info=TEACHING_INFO, elem_id="fuse-distill"
+            list(DISTILLATION.items()),
+            value=0,
+            label="Distill afterwards",
+            info=DISTILLATION_INFO,
+            elem_id="fuse-distill",
         )
         with gr.Accordion("More settings", open=False):
-            self.form = gr.Radio(
-                ["sum", "mean", "paper"], value="sum", label="Form of spectral", elem_id="fuse-form",
-                info="sum adds the changes, mean averages them, paper averages their factors.",
+            self.options = gr.Textbox(
+                label="Options of the merge", placeholder="density=0.3", max_lines=1, elem_id="fuse-options",
+                info=description(FuseConfig, "options"),
             )  # fmt: skip
             self.prior_weight = gr.Slider(
-                0, 8, 1, step=0.5, label="Anchor of gradient and ssr", elem_id="fuse-anchor",
-                info="How much ordinary pictures count, in concepts. More keeps other prompts as they were.",
+                0, 8, 1, step=0.5, label="Prior weight of gradient and ssr", elem_id="fuse-prior-weight",
+                info=description(FuseConfig, "calibration.prior_weight"),
             )  # fmt: skip
             self.seed = gr.Number(
                 0, label="Seed", precision=0, minimum=0, elem_id="fuse-seed",

@@ -10,6 +10,8 @@ from typing import Any
 import gradio as gr
 
 from ...config.presets import preset_settings
+from ...config.scene import ControlImage, Scene
+from ...config.settings import description
 from ...core.errors import UserError
 from ...core.hooks import Hooks
 from .. import gallery as pictures
@@ -350,14 +352,14 @@ def _build_words(usual: dict[str, Any], side: int) -> dict[str, Any]:
     made: dict[str, Any] = {"note": note}
     made["prompt"] = gr.Textbox(
         label="Prompt", placeholder="a photo of a red dog on the beach", lines=3, elem_id="generate-prompt",
-        info="The whole picture in words; your own things by theirs, such as <rex>.",
+        info=description(Scene, "prompt"),
     )  # fmt: skip
     made["tokens"] = own_component("tokens", '<div class="tokens" role="group" aria-label="Tokens"></div>', value=[],
                                    elem_id="generate-tokens")  # fmt: skip
     with gr.Row(equal_height=False):
         made["adapters"] = gr.Dropdown(
             [], multiselect=True, allow_custom_value=True, label="Concepts", visible=False, min_width=180,
-            info="Act everywhere. A concept chosen for a box acts only there.", elem_id="generate-adapters",
+            info="They act everywhere. A concept chosen for a box acts only there.", elem_id="generate-adapters",
         )  # fmt: skip
         made["strength"] = gr.Textbox(
             "1", label="Strength", info="One number, or rex=0.8, brew=1.2.", visible=False, min_width=120,
@@ -368,58 +370,63 @@ def _build_words(usual: dict[str, Any], side: int) -> dict[str, Any]:
         made["num_images"] = gr.Slider(1, 16, 1, step=1, label="Pictures", elem_id="generate-count", min_width=120)
         made["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="generate-seed", min_width=120)
     with gr.Accordion("Base, size and sampling", open=False, elem_id="generate-more"):
-        made["base"] = gr.Dropdown(
-            ["pocket"], value="pocket", allow_custom_value=True, label="Base", elem_id="generate-base",
-            info="What draws: pocket, one of your fusions, or the folder or hub id of another Stable Diffusion.",
-        )  # fmt: skip
-        made["negative_prompt"] = gr.Textbox(
-            "", label="Negative prompt", placeholder="what to keep away from", max_lines=2, elem_id="generate-negative"
-        )
-        with gr.Row():
-            made["num_inference_steps"] = gr.Slider(
-                1,
-                100,
-                usual.get("num_inference_steps", 20),
-                step=1,
-                label="Steps",
-                info="More take longer and are finer.",
-            )
-            made["guidance_scale"] = gr.Slider(
-                0,
-                20,
-                usual.get("guidance_scale", 4.0),
-                step=0.1,
-                label="Guidance",
-                info="How closely it follows the words.",
-            )
-        with gr.Row():
-            made["width"] = gr.Number(
-                side, label="Width", info="In pixels.", precision=0, step=8, minimum=8, min_width=100
-            )
-            made["height"] = gr.Number(
-                side, label="Height", info="In pixels.", precision=0, step=8, minimum=8, min_width=100
-            )
-            made["sampler"] = gr.Dropdown(SAMPLERS, value="dpm", label="Sampler", info="How it walks.", min_width=130)
+        made |= _build_sampling(usual, side)
     with gr.Accordion("Weights of sketch, pose and boxes", open=False, elem_id="generate-held"):
-        for kind in ("sketch", "keypose"):
-            with gr.Row():
-                made[f"{kind}_weight"] = gr.Slider(
-                    0, 4, 1.0, step=0.1, label=f"{kind.capitalize()} weight", info="How firmly it is held to."
-                )
-                made[f"{kind}_adapter"] = gr.Textbox(
-                    "", label=f"{kind.capitalize()} adapter", max_lines=1,
-                    info="Folder or hub id of a T2I-Adapter; empty is the base's own.",
-                )  # fmt: skip
+        made |= _build_weights()
+    return made
+
+
+def _build_sampling(usual: dict[str, Any], side: int) -> dict[str, Any]:
+    """The base, the size of the picture, and how it is sampled."""
+    made: dict[str, Any] = {}
+    made["base"] = gr.Dropdown(
+        ["pocket"], value="pocket", allow_custom_value=True, label="Base", elem_id="generate-base",
+        info=description(Scene, "base"),
+    )  # fmt: skip
+    made["negative_prompt"] = gr.Textbox(
+        "", label="Negative prompt", info=description(Scene, "negative_prompt"), max_lines=2,
+        elem_id="generate-negative",
+    )  # fmt: skip
+    with gr.Row():
+        made["num_inference_steps"] = gr.Slider(
+            1, 100, usual.get("num_inference_steps", 20), step=1, label="Steps",
+            info=description(Scene, "num_inference_steps"),
+        )  # fmt: skip
+        made["guidance_scale"] = gr.Slider(
+            0, 20, usual.get("guidance_scale", 4.0), step=0.1, label="Guidance",
+            info=description(Scene, "guidance_scale"),
+        )  # fmt: skip
+    with gr.Row():
+        for name in ("width", "height"):
+            made[name] = gr.Number(
+                side, label=name.capitalize(), info=description(Scene, name), precision=0, step=8, minimum=8,
+                min_width=100,
+            )  # fmt: skip
+        made["sampler"] = gr.Dropdown(
+            SAMPLERS, value="dpm", label="Sampler", info=description(Scene, "sampler"), min_width=130
+        )
+    return made
+
+
+def _build_weights() -> dict[str, Any]:
+    """How firmly the sketch, the pose and the boxes hold the picture."""
+    made: dict[str, Any] = {}
+    for kind in ("sketch", "keypose"):
         with gr.Row():
-            made["global_prompt_weight"] = gr.Slider(
-                0, 1, 0.0, step=0.05, label="Prompt inside boxes", info="Share of the main prompt there."
+            made[f"{kind}_weight"] = gr.Slider(
+                0, 4, 1.0, step=0.1, label=f"{kind.capitalize()} weight",
+                info=description(ControlImage, "conditioning_scale"),
+            )  # fmt: skip
+            made[f"{kind}_adapter"] = gr.Textbox(
+                "", label=f"{kind.capitalize()} adapter", max_lines=1, info=description(ControlImage, "adapter")
             )
-            made["region_isolation"] = gr.Slider(
-                0, 1, 0.0, step=0.05, label="Isolation", info="How far a box keeps to itself."
-            )
-        with gr.Row():
-            made["region_start"] = gr.Slider(0, 0.95, 0.0, step=0.05, label="Boxes from", info="Share of the steps.")
-            made["region_end"] = gr.Slider(0.05, 1, 1.0, step=0.05, label="Boxes until", info="Share of the steps.")
+    labels = {
+        "global_prompt_weight": ("Prompt inside boxes", 0, 1, 0.0), "region_isolation": ("Isolation", 0, 1, 0.0),
+        "region_start": ("Boxes from", 0, 0.95, 0.0), "region_end": ("Boxes until", 0.05, 1, 1.0),
+    }  # fmt: skip
+    with gr.Row():
+        for name, (label, least, most, value) in labels.items():
+            made[name] = gr.Slider(least, most, value, step=0.05, label=label, info=description(Scene, name))
     return made
 
 

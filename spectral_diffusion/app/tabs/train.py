@@ -9,6 +9,8 @@ from typing import Any
 
 import gradio as gr
 
+from ...config.settings import description
+from ...config.train import TrainConfig
 from ...core.errors import UserError
 from ...data.folder import load_concept
 from ..adapters import ADAPTER_COLUMNS, adapter_rows, delete_adapter, workspace_adapters
@@ -106,7 +108,6 @@ class TrainHandlers:
 
     def preset(self, name: str) -> list[Any]:
         """A preset's own settings for the fields."""
-        from ...config.train import TrainConfig
 
         with errors_as_toast():
             held = preset_train_settings(name, "train")
@@ -307,29 +308,29 @@ def _form() -> tuple[Form, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
     held = preset_train_settings("pocket", "train")
     with gr.Accordion("More settings", open=False, elem_id="train-more"):
         base = gr.Textbox(
-            held["base"], label="Base", info="pocket, a diffusers folder, a hub id or a .safetensors file.",
+            held["base"], label="Base", info=description(TrainConfig, "base"),
             max_lines=1, elem_id="train-base",
         )  # fmt: skip
         method = gr.Dropdown(
-            [held["method"]], value=held["method"], label="Method", info="How the change of the base is written down.",
+            [held["method"]], value=held["method"], label="Method", info=description(TrainConfig, "method"),
             allow_custom_value=True, elem_id="train-method",
         )  # fmt: skip
         with gr.Row():
             rank = gr.Number(
-                held["rank"], label="Rank", info="Room per concept: more learns more, fewer concepts fit.",
+                held["rank"], label="Rank", info=description(TrainConfig, "rank"),
                 precision=0, minimum=1, min_width=120, elem_id="train-rank",
             )  # fmt: skip
             steps = gr.Number(
-                held["steps"], label="Steps", info="How long it learns.", precision=0, minimum=1, min_width=120,
-                elem_id="train-steps",
+                held["steps"], label="Steps", info=description(TrainConfig, "steps"), precision=0, minimum=1,
+                min_width=120, elem_id="train-steps",
             )  # fmt: skip
         with gr.Row():
             seed = gr.Number(
-                0, label="Seed", info="The same seed gives the same adapter.", precision=0, minimum=0, min_width=120,
+                0, label="Seed", info=description(TrainConfig, "seed"), precision=0, minimum=0, min_width=120,
                 elem_id="train-seed",
             )  # fmt: skip
             slot = gr.Textbox(
-                "next", label="Slot", info="Its place among the base's directions; next is the first free one.",
+                "next", label="Slot", info=description(TrainConfig, "slot"),
                 max_lines=1, min_width=120, elem_id="train-slot",
             )  # fmt: skip
         samples = gr.Checkbox(

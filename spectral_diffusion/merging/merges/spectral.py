@@ -60,7 +60,7 @@ def _paper(everybody: Sequence[Contribution]) -> Factors:
         if not additive or one.slot is None:
             raise UserError(
                 f"The form paper needs spectral-additive adapters; '{one.name}' is {one.method.name}.",
-                Fix("form", "sum"),
+                Fix("options.form", "sum"),
             )
     columns = sorted({c for one in contributions if one.slot for c in one.slot.columns})
     place = {column: index for index, column in enumerate(columns)}

@@ -7,8 +7,20 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat
 
-from ..config.settings import Precision, Settings, Templates
-from ..metrics.prompts import ORDINARY, PLACES
+from .settings import Precision, Settings, Templates
+
+PLACES = {
+    "on the grass": "grass",
+    "on the beach": "beach",
+    "in the snow": "snow",
+    "on a table": "table",
+    "at night": "night",
+    "in the desert": "desert",
+}  # words of a prompt to the backdrop that the judges name
+GENERIC_SUBJECTS = (
+    "a red dog", "a blue teapot", "a green octopus", "a yellow car", "a white cat", "a purple fish",
+    "an orange mushroom", "a black robot", "a dog", "a teapot", "a house", "an apple",
+)  # fmt: skip
 
 
 class EvaluateConfig(Settings):
@@ -31,7 +43,7 @@ class EvaluateConfig(Settings):
     )
     prompts: Templates = Field([f"a photo of {{}} {place}" for place in PLACES], description="Prompt templates.")
     prior_prompts: list[str] = Field(
-        [f"a photo of {words}" for words in ORDINARY],
+        [f"a photo of {words}" for words in GENERIC_SUBJECTS],
         min_length=1,
         description="Prompts without any concept, which show drift.",
     )

@@ -1,0 +1,141 @@
+"""The verbs that fuse adapters, search the strengths of a fusion, and take concepts out again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..config.fuse import FuseConfig
+from ..core.errors import UserError
+from ..core.files import is_folder
+from ..core.hooks import Hooks
+from .options import settings_flags
+from .support import (
+    ConfigOption,
+    JsonOption,
+    StrengthOption,
+    files_and_settings,
+    given,
+    importing,
+    named_base,
+    numbers,
+    progress_bar,
+    resolve,
+    say,
+)
+
+
+@settings_flags(FuseConfig, without={"adapters"})
+def fuse(
+    adapters: Annotated[
+        list[str], typer.Argument(help="Adapter files, or fused folders for what is inside; then key=value.")
+    ],
+    strength: StrengthOption = None,
+    add: Annotated[
+        list[Path] | None, typer.Option(help="One more adapter for a fused folder. Repeat for more.")
+    ] = None,
+    config: ConfigOption = None,
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Fuse several adapters into one checkpoint that stock diffusers opens."""
+    files, overrides = files_and_settings(adapters)
+    files += [str(path) for path in add or []]
+    flags |= given(adapters=files, scales=numbers(strength, "--strength"))
+    with importing():
+        from ..merging.fuse import fuse_to_folder
+
+    settings = resolve(
+        FuseConfig, "fuse", config, added_to(files, flags, config), overrides, base=named_base(files, overrides)
+    )
+    with progress_bar() as progress:
+        for warning in fuse_to_folder(settings, Hooks(progress=progress, notify=say)):
+            say(f"Note: {warning}")
+    say(f"Wrote {settings.output}/; open it with --base {settings.output} or StableDiffusionPipeline.from_pretrained.")
+
+
+def added_to(files: Sequence[str], flags: Mapping[str, Any], config: str | None) -> dict[str, Any]:
+    """The flags, over the settings of the fused folders among the files: those are fused again, with more.
+
+    Raises:
+        UserError: a folder is no fusion, or there are settings from elsewhere too.
+    """
+    from ..adapters.formats.reading import is_foreign
+    from ..merging.unfuse import settings_of
+
+    folders = [path for path in map(Path, files) if is_folder(path) and not is_foreign(path)]
+    if not folders:
+        return dict(flags)
+    before: dict[str, Any] = {}
+    for folder in folders:
+        made = settings_of(folder, [folder], Path("fused")).model_dump(mode="json", exclude={"output", "adapters"})
+        before = {**made, **before, "scales": {**made["scales"], **before.get("scales", {})}}
+    if config:
+        raise UserError(f"{folders[0]} is added to with its own settings; give others as key=value, not with --config.")
+    return {**before, **flags, "scales": {**before["scales"], **flags.get("scales", {})}}
+
+
+@settings_flags(FuseConfig, without={"adapters", "output", "scales"})
+def tune(
+    adapters: Annotated[list[str], typer.Argument(help="Adapter files; settings of fuse may follow as key=value.")],
+    strengths: Annotated[str, typer.Option(help="Strengths to try.")] = "0.5,0.65,0.8,0.9,1.0",
+    prior_weights: Annotated[
+        str, typer.Option(help="Values of calibration.prior_weight to try, for gradient and ssr.")
+    ] = "",
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Find the strength (and prior weight) of a fusion on held-out prompts; use other concepts than you report."""
+    files, overrides = files_and_settings(adapters)
+    flags |= {"adapters": files, "output": "tuned"}
+    settings = resolve(FuseConfig, "fuse", config, flags, overrides, base=named_base(files, overrides))
+    try:
+        tries = [[float(part) for part in text.split(",") if part.strip()] for text in (strengths, prior_weights)]
+    except ValueError as error:
+        raise UserError("--strengths and --prior-weights take numbers with commas, such as 0.5,0.8,1.") from error
+    from ..merging.manifest import adapters_in_fusion
+    from ..merging.search import search_scales
+    from ..models.base import load_base
+
+    loaded = [adapter for file in files for adapter in adapters_in_fusion(Path(file))]
+    base = load_base(settings.base or loaded[0].base, settings.device)
+    with progress_bar() as progress:
+        candidates = search_scales(base, loaded, settings, tries[0], tries[1], Hooks(progress=progress))
+    if as_json:
+        typer.echo(json.dumps([{**vars(one), "score": one.score} for one in candidates], indent=2))
+        return
+    for one in candidates:
+        say(
+            f"strength {one.scale:g}, prior weight {one.prior_weight:g}: "
+            f"concepts off {one.concepts:.3f}, drift {one.drift:.3f}"
+        )
+    best = candidates[0]
+    each = {one.name: best.scale * settings.scales.get(one.name, 1.0) for one in loaded}
+    names = " ".join(f"--strength {name}={value:g}" for name, value in each.items())
+    words = " ".join([*overrides, f"calibration.prior_weight={best.prior_weight:g}"])
+    where = f" --base {flags['base']}" if "base" in flags else ""
+    say(f"Best: fuse {' '.join(files)}{where} --merge {settings.merge} {names} {words}")
+
+
+def unfuse(
+    folder: Annotated[Path, typer.Argument(help="A fused folder.")],
+    remove: Annotated[list[str], typer.Option(help="A concept to take out. Repeat for more.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    subtract: Annotated[
+        bool, typer.Option("--subtract", help="Without the base: subtract, and say how exact.")
+    ] = False,
+    base: Annotated[str | None, typer.Option(help="Where the base is, if not where it was.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps …")] = "auto",
+) -> None:
+    """Take concepts out of a fused folder again: the same bits as if they had never been in."""
+    from ..merging.unfuse import unfuse as take_out
+
+    with progress_bar() as progress:
+        take_out(folder, remove, output, subtract, base, device, Hooks(progress, say))
+    say(f"Wrote {output}/.")
