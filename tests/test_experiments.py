@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
 from spectral_diffusion.core.errors import UserError
-from spectral_diffusion.metrics.statistics import difference, interval, share, told
+from spectral_diffusion.metrics.statistics import difference_text, interval, mean_text, share_text
 from spectral_diffusion.studies.registry import Findings, all_studies, get_study
 from spectral_diffusion.studies.report import (
     markdown,
@@ -27,8 +27,8 @@ def test_intervals_hold_the_mean_and_shrink_with_more_values() -> None:
     few, many = [0.0, 1.0, 0.4, 0.6], [0.0, 1.0, 0.4, 0.6] * 25
     low, high = interval(few)
     assert low < 0.5 < high and interval(many)[1] - interval(many)[0] < high - low
-    assert told([0.5, 0.5]) == "0.50 [0.50, 0.50]"
-    assert share([1.0, 2.0], [2.0, 4.0]) == "0.50 [0.50, 0.50]" and share([1.0], [-1.0]) == "—"
+    assert mean_text([0.5, 0.5]) == "0.50 [0.50, 0.50]"
+    assert share_text([1.0, 2.0], [2.0, 4.0]) == "0.50 [0.50, 0.50]" and share_text([1.0], [-1.0]) == "—"
 
 
 def test_what_is_of_one_concept_is_drawn_together() -> None:
@@ -38,14 +38,14 @@ def test_what_is_of_one_concept_is_drawn_together() -> None:
     assert clustered[1] - clustered[0] > 1.4 * (plain[1] - plain[0])
     assert interval(values, ["rex"]) == plain  # one concept alone: between its pictures
     assert interval([0.2, 0.5, 0.8], names) == interval([0.2, 0.5, 0.8])
-    assert share([0.1, 0.4, 0.4] * 3, [0.2, 0.5, 0.8] * 3, names).startswith("0.60 [0.50, ")
+    assert share_text([0.1, 0.4, 0.4] * 3, [0.2, 0.5, 0.8] * 3, names).startswith("0.60 [0.50, ")
 
 
 def test_differences_are_paired() -> None:
     """What all share with a concept cancels out."""
     base = [0.2, 0.5, 0.8]
-    assert difference([value + 0.1 for value in base], base) == "+0.10 [0.10, 0.10]"
-    assert difference(base, [0.8, 0.5, 0.2]) == "+0.00 [-0.60, 0.60]"
+    assert difference_text([value + 0.1 for value in base], base) == "+0.10 [0.10, 0.10]"
+    assert difference_text(base, [0.8, 0.5, 0.2]) == "+0.00 [-0.60, 0.60]"
 
 
 def test_a_page_is_never_replaced_by_one_that_says_less(tmp_path: Path) -> None:

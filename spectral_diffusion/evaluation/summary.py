@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..metrics.statistics import share
+from ..metrics.statistics import share_text
 from .measure import ALL, Figure, Scored, confusion_of, measurement_rows, with_interval
 from .tables import Row
 
@@ -74,11 +74,11 @@ def kept_share(found: Evaluation) -> list[dict[str, Any]]:
     for name in [*names, *([ALL] if len(names) > 1 else [])]:
         alone, together, floor = (identities(way, name) for way in (ALONE, found.together, FLOOR))
         concepts = [one.view.concept for one in found.scored[ALONE] if name in (ALL, one.view.concept)]
-        row: dict[str, Any] = {"concept": name, "of alone": share(together, alone, concepts)}
+        row: dict[str, Any] = {"concept": name, "of alone": share_text(together, alone, concepts)}
         if floor:
             gained = [value - low for value, low in zip(together, floor, strict=True)]
             whole = [value - low for value, low in zip(alone, floor, strict=True)]
-            row["of the way"] = share(gained, whole, concepts)
+            row["of the way"] = share_text(gained, whole, concepts)
         rows.append(row)
     return rows
 

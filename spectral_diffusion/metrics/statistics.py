@@ -11,55 +11,66 @@ from itertools import cycle, islice
 
 import numpy as np
 
-DRAWS = 2000
+RESAMPLES = 2000
+CONFIDENCE = 0.95
 Clusters = Sequence[str] | None  # what each value is of; shorter than the values it starts again; None: each is its own
 
 
-def interval(values: Sequence[float], clusters: Clusters = None, confidence: float = 0.95) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean of ``values`` (n,)."""
+def interval(values: Sequence[float], clusters: Clusters = None) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of the mean of ``values`` (n,)."""
     array = np.asarray(values, float)
-    counts = _drawn(len(array), clusters)
-    return _percentiles(counts @ array / counts.sum(1), confidence)
+    return _ratio_interval(array, np.ones_like(array), clusters)
 
 
-def told(values: Sequence[float], clusters: Clusters = None, digits: int = 2) -> str:
-    """``0.71 [0.65, 0.77]``: the mean and its 95 % bootstrap interval."""
+def mean_text(values: Sequence[float], clusters: Clusters = None, digits: int = 2) -> str:
+    """``0.71 [0.65, 0.77]``: the mean and its interval."""
     return _text(float(np.mean(values)), interval(values, clusters), digits)
 
 
-def difference(first: Sequence[float], second: Sequence[float], clusters: Clusters = None, digits: int = 2) -> str:
-    """``+0.05 [0.01, 0.09]``: the mean of first − second, value by value, and its 95 % bootstrap interval."""
+def difference_text(first: Sequence[float], second: Sequence[float], clusters: Clusters = None, digits: int = 2) -> str:
+    """``+0.05 [0.01, 0.09]``: the mean of first − second, value by value, and its interval."""
     gaps = [a - b for a, b in zip(first, second, strict=True)]
     return f"{float(np.mean(gaps)):+.{digits}f} {_text(0.0, interval(gaps, clusters), digits).partition(' ')[2]}"
 
 
-def share(parts: Sequence[float], wholes: Sequence[float], clusters: Clusters = None, digits: int = 2) -> str:
-    """Σ parts / Σ wholes and its 95 % bootstrap interval, pairs drawn together; a dash where the whole is nothing."""
+def share_text(parts: Sequence[float], wholes: Sequence[float], clusters: Clusters = None, digits: int = 2) -> str:
+    """Σ parts / Σ wholes and its interval, pairs drawn together; a dash where a whole may be nothing."""
     part, whole = np.asarray(parts, float), np.asarray(wholes, float)
     if whole.sum() <= 0:
         return "—"
-    counts = _drawn(len(whole), clusters)
-    sums = counts @ whole
-    if np.quantile(sums, 0.025) <= 0:
-        return "—"
-    ends = _percentiles(counts @ part / np.maximum(sums, 1e-9), 0.95)
-    return _text(float(part.sum() / whole.sum()), ends, digits)
+    ends = _ratio_interval(part, whole, clusters)
+    return _text(float(part.sum() / whole.sum()), ends, digits) if np.isfinite(ends).all() else "—"
 
 
-def _drawn(count: int, clusters: Clusters, seed: int = 0) -> np.ndarray:
-    """How often each value is drawn in every bootstrap sample (draws, count); one cluster alone does not vary."""
-    labels = list(islice(cycle(clusters), count)) if clusters else []
+def _ratio_interval(parts: np.ndarray, wholes: np.ndarray, clusters: Clusters) -> tuple[float, float]:
+    """The interval of Σ parts / Σ wholes over clusters; not finite where too many draws have a whole of nothing."""
+    from scipy.stats import bootstrap
+
+    part, whole = (_sums(values, clusters) for values in (parts, wholes))
+    if len(part) < 2:  # one value does not vary
+        return (float(part[0] / whole[0]),) * 2
+
+    def ratio(part: np.ndarray, whole: np.ndarray, axis: int = -1) -> np.ndarray:
+        below = whole.sum(axis)
+        return np.divide(part.sum(axis), below, out=np.full_like(below, np.inf), where=below > 0)
+
+    with np.errstate(invalid="ignore"):  # of infinite ratios it also wants the deviation
+        found = bootstrap(
+            (part, whole), ratio, paired=True, vectorized=True, method="percentile", n_resamples=RESAMPLES,
+            confidence_level=CONFIDENCE, rng=np.random.default_rng(0),
+        ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
+
+
+def _sums(values: np.ndarray, clusters: Clusters) -> np.ndarray:
+    """The sum of each cluster's values; one cluster alone is taken apart, since it would not vary."""
+    labels = list(islice(cycle(clusters), len(values))) if clusters else []
     names = sorted(set(labels))
     if len(names) < 2:
-        labels, names = [str(index) for index in range(count)], [str(index) for index in range(count)]
-    chosen = np.random.default_rng(seed).integers(0, len(names), (DRAWS, len(names)))
-    times = np.stack([(chosen == index).sum(1) for index in range(len(names))], 1)
-    return times[:, [names.index(label) for label in labels]]
-
-
-def _percentiles(found: np.ndarray, confidence: float) -> tuple[float, float]:
-    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+        return values
+    return np.array(
+        [sum(value for value, label in zip(values, labels, strict=True) if label == name) for name in names]
+    )
 
 
 def _text(value: float, ends: tuple[float, float], digits: int) -> str:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from ..adapters.apply import put_adapters
 from ..core.errors import UserError
 from ..methods import get_method
-from ..metrics.statistics import told
+from ..metrics.statistics import mean_text
 from ..training.run import with_rank
 from .charts import WANTED, curves
 from .registry import Findings, Row, Table, not_allowed, study
@@ -81,7 +81,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             "method": method,
             "seeds": min((len(of_seeds) for (m, _), of_seeds in whole.items() if m == method), default=0),
             "fewest": smallest(method, shapes),
-            **{f"{b:,}": told(gains[method, b], names) if (method, b) in gains else None for b in budgets},
+            **{f"{b:,}": mean_text(gains[method, b], names) if (method, b) in gains else None for b in budgets},
         }
         for method in methods
     ]

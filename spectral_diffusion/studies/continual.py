@@ -14,7 +14,7 @@ from ..adapters.apply import put_adapters
 from ..config.fuse import FuseConfig
 from ..merging.fuse import fuse_to_folder
 from ..methods import get_method
-from ..metrics.statistics import share, told
+from ..metrics.statistics import mean_text, share_text
 from .fusion import change_for as family_change
 from .fusion import family_rate, fused_cell
 from .registry import Findings, Row, Table, study
@@ -155,9 +155,9 @@ def continual_row(way: str, length: int, found: Mapping[tuple[str, int], Sequenc
         "concepts": length,
         "seeds": len(cells),
         "off orthonormal": f"{max(uneven):.0e}" if uneven else None,
-        "the new one": told(new),
-        "the earlier ones": told(old, older) if old else None,
-        "gain kept": share(kept, learnt, older if len(older) == len(kept) else None) if kept else None,
+        "the new one": mean_text(new),
+        "the earlier ones": mean_text(old, older) if old else None,
+        "gain kept": share_text(kept, learnt, older if len(older) == len(kept) else None) if kept else None,
     }
 
 

@@ -16,7 +16,7 @@ from ..adapters.apply import put_adapters
 from ..config.fuse import FuseConfig
 from ..core.hooks import Hooks
 from ..merging.fuse import fuse_adapters
-from ..metrics.statistics import difference, share, told
+from ..metrics.statistics import difference_text, mean_text, share_text
 from ..scenes.png_metadata import grid
 from .registry import Findings, Row, Table, study
 from .runner import MANY, TEST_CONCEPTS, TUNING_CONCEPTS, Figures, StudyRunner, TimeOver, best_rate, scaled
@@ -225,7 +225,7 @@ def minus_sum(
         cells = [fused_cell(lab, of.family, of.merge, rate, names, seed, rank=of.rank) for seed in seeds]
         return [cell["concepts"][name]["identity"] for cell in cells for name in names]
 
-    return difference(identities(job), identities(reference), names)
+    return difference_text(identities(job), identities(reference), names)
 
 
 def not_measured(late: Mapping[FusionCell, Sequence[int]]) -> list[str]:
@@ -255,12 +255,12 @@ def fusion_row(
         seconds.append(cell["seconds"])
     return {
         "seeds": len(seconds),
-        "identity alone": told(alone, names),
-        "fused": told(fused, names),
-        "of alone": share(fused, alone, names),
-        "of the way": share([f - g for f, g in zip(fused, floor)], [a - g for a, g in zip(alone, floor)], names),
-        "text match": told(text, names),
-        "drift": told(drifts),
+        "identity alone": mean_text(alone, names),
+        "fused": mean_text(fused, names),
+        "of alone": share_text(fused, alone, names),
+        "of the way": share_text([f - g for f, g in zip(fused, floor)], [a - g for a, g in zip(alone, floor)], names),
+        "text match": mean_text(text, names),
+        "drift": mean_text(drifts),
         "seconds": sum(seconds) / len(seconds),
     }
 

@@ -18,7 +18,7 @@ from ..adapters.apply import put_adapters
 from ..config.evaluate import GENERIC_SUBJECTS
 from ..config.fuse import DistillConfig
 from ..config.train import generic_subject
-from ..metrics.statistics import share, told
+from ..metrics.statistics import mean_text, share_text
 from ..models.base import Base
 from .fusion import NARROW, NOTHING, RANK, change_for, drift_between, family_rate
 from .fusion import sheet_of as tiles
@@ -335,10 +335,10 @@ def recipe_row(recipe: Recipe, cells: Sequence[tuple[int, Figures, dict[str, flo
         "K": len(names),
         "rank": rank_for(len(names)),
         "seeds": len(cells),
-        "identity": told(fused, names),
-        "of alone": share(fused, [whole[name] for _, _, whole in cells for name in names], names),
-        "text match": told(text, names),
-        "drift": told([cell["drift"] for _, cell, _ in cells], digits=3),
+        "identity": mean_text(fused, names),
+        "of alone": share_text(fused, [whole[name] for _, _, whole in cells for name in names], names),
+        "text match": mean_text(text, names),
+        "drift": mean_text([cell["drift"] for _, cell, _ in cells], digits=3),
         "seconds": sum(cell["seconds"] for _, cell, _ in cells) / len(cells),
     }
 

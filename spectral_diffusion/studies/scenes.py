@@ -15,7 +15,7 @@ from ..adapters.apply import install_tokens
 from ..config.evaluate import PLACES
 from ..config.scene import Box, Region, Scene
 from ..core import assets as resources
-from ..metrics.statistics import told
+from ..metrics.statistics import mean_text
 from ..models.base import Base
 from ..scenes.control import ControlMap
 from ..scenes.generate import sample
@@ -210,8 +210,8 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
                     for name, row in zip(names, cell["confusion"], strict=True)
                 ]
             figures: dict[str, Any] = {
-                "right concept": told(right, shown),
-                "likeness": told(likeness, shown),
+                "right concept": mean_text(right, shown),
+                "likeness": mean_text(likeness, shown),
                 "chance": 1 / len(scenes[0]),
             }
             rows.append({"concepts": number, "way": way, "pictures": pictures, **figures})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..methods import get_method
-from ..metrics.statistics import difference, told
+from ..metrics.statistics import difference_text, mean_text
 from ..training.run import train_to_file
 from .registry import Findings, Row, Table, not_allowed, study
 from .runner import TEST_CONCEPTS, TUNING_CONCEPTS, Figures, StudyRunner, TimeOver, best_rate, scaled, seeded
@@ -75,14 +75,16 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             continue
         for length, values in new.items():
             gains.setdefault(method, {}).setdefault(length, []).extend(values)
-        lab.note(f"{method}, seed {seed}: gains {', '.join(told(v, names) for v in new.values())} at {steps} steps")
+        lab.note(
+            f"{method}, seed {seed}: gains {', '.join(mean_text(v, names) for v in new.values())} at {steps} steps"
+        )
     curves = {method: [sum(by[s]) / len(by[s]) for s in steps] for method, by in gains.items()}
     rows: list[Row] = [
         {
             "method": method,
             "trained": trained[method],
             "pairs": len(by[steps[0]]),
-            **{f"gain at {s}": told(by[s], names) for s in steps},
+            **{f"gain at {s}": mean_text(by[s], names) for s in steps},
             f"minus {REFERENCE} at {steps[-1]}": gains_against(gains, method, steps[-1], names),
         }
         for method, by in gains.items()
@@ -111,7 +113,7 @@ def gains_against(
 ) -> str | None:
     """A method's gain less the reference's, concept by concept and seed by seed; None where they have other seeds."""
     own, reference = gains[method][steps], gains.get(REFERENCE, {}).get(steps, [])
-    return difference(own, reference, names) if method != REFERENCE and len(own) == len(reference) else None
+    return difference_text(own, reference, names) if method != REFERENCE and len(own) == len(reference) else None
 
 
 def swept(lab: StudyRunner, method: str) -> tuple[float, list[Figures]]:

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..metrics.statistics import difference, told
+from ..metrics.statistics import difference_text, mean_text
 from .charts import WANTED, curves
 from .registry import Findings, Row, Table, not_allowed, study
 from .runner import TEST_CONCEPTS, TUNING_CONCEPTS, StudyRunner, TimeOver, best_rate, scaled, seeded
@@ -62,13 +62,13 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             continue
         for length, values in new.items():
             gains.setdefault((way, length), []).extend(values)
-        lab.note(f"{way}, seed {seed}: gains {', '.join(told(v, names) for v in new.values())} at {steps} steps")
+        lab.note(f"{way}, seed {seed}: gains {', '.join(mean_text(v, names) for v in new.values())} at {steps} steps")
     rows: list[Row] = [
         {
             "way": way,
             "trained": trained[way],
             "pairs": len(gains[way, steps[-1]]),
-            **{f"gain at {s}": told(gains[way, s], names) for s in steps},
+            **{f"gain at {s}": mean_text(gains[way, s], names) for s in steps},
             **{f"minus top at {s}": gains_against_top(gains, way, s, names) for s in (steps[0], steps[-1])},
         }
         for way in ways
@@ -96,7 +96,7 @@ def gains_against_top(
 ) -> str | None:
     """A way's gain less that of the top columns, concept by concept and seed by seed."""
     own, top = gains[way, steps], gains.get(("top", steps), [])
-    return difference(own, top, names) if way != "top" and len(own) == len(top) else None
+    return difference_text(own, top, names) if way != "top" and len(own) == len(top) else None
 
 
 def verdict(gains: dict[tuple[str, int], list[float]], steps: Sequence[int]) -> str:
