@@ -65,7 +65,7 @@ def refused(result: Result, *parts: str) -> None:
         assert part in result.err, result.err
 
 
-HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "gradio", "scipy", "numpy", "PIL"}
+HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "gradio", "scipy", "numpy", "PIL", "jinja2"}
 NAMES_HEAVY = """
 import sys
 from typer.testing import CliRunner

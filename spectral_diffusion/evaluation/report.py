@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from ..core.files import atomic, write_json, write_text
 from ..core.paths import without_folders
+from ..core.templates import render
 from ..metrics.views import View
 from .measure import ALL, Scored
 from .sheet import draw_sheet, evenly_chosen
@@ -22,20 +22,7 @@ NAME = "evaluation"  # of the files, before .json, .md, .html and .png
 TITLE = "Evaluation"
 THUMBNAIL = 160  # pixels of the longer side at most
 MOST = 12  # thumbnails of a concept in one way
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; --mark: 38, 132, 255; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; } h3 { font-size: 1rem; margin-bottom: .3rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left; white-space: nowrap; }
-th { font-weight: 600; }
-.matrices { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; }
-.strip { display: flex; flex-wrap: wrap; gap: 6px; }
-.strip img { display: block; height: 96px; image-rendering: pixelated; border-radius: 4px; }
-.strip .wrong img { outline: 3px solid #d33; outline-offset: -3px; }
-.made { color: GrayText; font-size: .85rem; }
-"""
+MATRICES = "Whose photos are nearest (columns) to what should show a concept (rows)"
 
 
 def write_report(found: Evaluation, folder: Path) -> Path:
@@ -61,7 +48,7 @@ def as_markdown(found: Evaluation) -> str:
     for title, rows in tables(found).items():
         parts += [f"## {title}", markdown([_plain(row) for row in rows])]
     if matrices := found.confusion():
-        parts.append("## Whose photos are nearest (columns) to what should show a concept (rows)")
+        parts.append(f"## {MATRICES}")
     for matrix in matrices:
         parts += [
             f"### {matrix_title(matrix, found.encoders)}",
@@ -89,64 +76,43 @@ def made_of(found: Evaluation) -> str:
 
 
 def as_html(found: Evaluation, folder: Path) -> str:
-    """The whole report as one file; every text is escaped, every picture inside."""
-    parts = [f"<h1>{TITLE}</h1>", *(f"<p>{escape(sentence)}</p>" for sentence in sentences(found))]
-    for title, rows in tables(found).items():
-        parts += [f"<h2>{escape(title)}</h2>", html_table(rows)]
-    if matrices := found.confusion():
-        parts.append("<h2>Whose photos are nearest (columns) to what should show a concept (rows)</h2>")
-    drawn = (html_matrix(matrix, matrix_title(matrix, found.encoders)) for matrix in matrices)
-    parts.append(f'<div class="matrices">{"".join(drawn)}</div>')
-    for name in found.concepts:
-        parts.append(f"<h2>{escape(name)}</h2>")
-        for way, scored in found.scored.items():
-            mine = [one for one in scored if one.view.concept == name]
-            if mine:
-                parts += [f"<h3>{escape(way)}</h3>", html_strip(mine, found.encoders[0], folder)]
-    parts.append(f'<p class="made">{escape(made_of(found))} A red frame: another concept is nearer.</p>')
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    head = (
-        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{TITLE}</title>'
-        f"<style>{STYLE}</style>"
+    """The whole report as one file; the template escapes every text, and every picture is inside."""
+    return render(
+        "evaluation/report.html.jinja",
+        title=TITLE,
+        sentences=sentences(found),
+        tables={
+            title: [{column: cell_text(value) for column, value in row.items()} for row in rows]
+            for title, rows in tables(found).items()
+        },
+        all_concepts=ALL,
+        matrices_title=MATRICES,
+        matrices=[(matrix_title(matrix, found.encoders), matrix) for matrix in found.confusion()],
+        pictures={name: _pictures(found, name, folder) for name in found.concepts},
+        made_of=made_of(found),
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
 
 
-def html_table(rows: Sequence[Row]) -> str:
-    """Rows as an HTML table; the row of all concepts stands out."""
-    lines = ["<tr>" + "".join(f"<th>{escape(column)}</th>" for column in rows[0]) + "</tr>"]
-    for row in rows:
-        kind = "th" if row.get("concept") == ALL else "td"
-        lines.append(
-            "<tr>" + "".join(f"<{kind}>{escape(cell_text(value))}</{kind}>" for value in row.values()) + "</tr>"
-        )
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+def _pictures(found: Evaluation, concept: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The thumbnails of a concept by way; a way that does not show it is left out."""
+    mine = {way: [one for one in scored if one.view.concept == concept] for way, scored in found.scored.items()}
+    return {way: _thumbnails(scored, found.encoders[0], folder) for way, scored in mine.items() if scored}
 
 
-def html_matrix(matrix: Mapping[str, Any], title: str) -> str:
-    """A confusion matrix under its title, the cells the darker the more there is in them."""
-    lines = ["<tr><th></th>" + "".join(f"<th>{escape(name)}</th>" for name in matrix["columns"]) + "</tr>"]
-    for name, shares in zip(matrix["rows"], matrix["shares"], strict=True):
-        cells = (f'<td style="background: rgba(var(--mark), {value * 0.6:.2f})">{value:.2f}</td>' for value in shares)
-        lines.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
-    return f'<div class="wide"><h3>{escape(title)}</h3><table>{"".join(lines)}</table></div>'
-
-
-def html_strip(scored: Sequence[Scored], encoder: str, folder: Path) -> str:
+def _thumbnails(scored: Sequence[Scored], encoder: str, folder: Path) -> list[dict[str, Any]]:
     """Thumbnails with prompt and identity as title, those beside the report as links to their files."""
-    by_view = {one.view: one for one in scored}
-    links = []
+    by_view, folder, out = {one.view: one for one in scored}, folder.resolve(), []
     for view in evenly_chosen(list(by_view), MOST):
-        one = by_view[view]
-        told = f"{view.prompt or view.path.name} · {one.identity(encoder):.2f}"
-        path = view.path.resolve()
-        beside = path.is_relative_to(folder.resolve())
-        where = f' href="{escape(quote(path.relative_to(folder.resolve()).as_posix()))}"' if beside else ""
-        mark = ' class="wrong"' if one.right(encoder) == 0 else ""
-        image = f'<img src="{data_url(view)}" alt="{escape(told)}" title="{escape(told)}">'
-        links.append(f"<a{where}{mark}>{image}</a>")
-    return f'<div class="strip">{"".join(links)}</div>'
+        one, path = by_view[view], view.path.resolve()
+        out.append(
+            {
+                "source": data_url(view),
+                "told": f"{view.prompt or view.path.name} · {one.identity(encoder):.2f}",
+                "link": quote(path.relative_to(folder).as_posix()) if path.is_relative_to(folder) else "",
+                "wrong": one.right(encoder) == 0,
+            }
+        )
+    return out
 
 
 def data_url(view: View) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -11,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ...core.hooks import Hooks, Progress
+from ...core.templates import render
 from .. import comparing, downloads, fusing
 from ..adapters import adapter_rows
 from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, asked, errors_as_toast, hand, plain_html, teller
@@ -25,10 +25,6 @@ COLUMNS = {  # the heads of the table, and what they mean
     "trained, at 100% they weigh as much.",
     "Nearest neighbour": "The concept that changes the base most alike: 0 is nothing in common, 1 is the same.",
 }
-ADVICE = (
-    "These figures are of a plain sum: the less others act on a concept, the better it keeps its looks there. "
-    "Merging by gradient and distillation even it out; otherwise lower the strength of the others."
-)
 STOPPED = "Stopped; nothing was saved."
 TOO_FEW = {
     0: "Nothing is trained yet. Train two concepts in step 2, then put them together here.",
@@ -110,17 +106,8 @@ def _wire_saved(saved: Saved, handlers: FuseHandlers, page: Page, lists: dict[st
 
 def fusion_table(rows: Sequence[comparing.Row]) -> str:
     """How the chosen get on, and what the columns mean; every cell bears its head, for screens too narrow for a row."""
-    heads = "".join(f'<th scope="col">{head}</th>' for head in COLUMNS)
-    body = ""
-    for row in rows:
-        first, *cells = zip(COLUMNS, astuple(row), strict=True)
-        body += f'<tr><th scope="row">{html.escape(first[1])}</th>'
-        body += "".join(f'<td data-head="{head}">{html.escape(cell)}</td>' for head, cell in cells) + "</tr>"
-    meanings = "".join(f"<dt>{head}</dt><dd>{meaning}</dd>" for head, meaning in COLUMNS.items() if meaning)
-    return (
-        f"<table><caption>How they get on</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
-        f"<p>{ADVICE}</p><details><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
-    )
+    cells = [dict(zip(COLUMNS, astuple(row), strict=True)) for row in rows]
+    return render("app/templates/fusion_table.html.jinja", columns=COLUMNS, rows=cells)
 
 
 def ready(yes: bool) -> list[Any]:

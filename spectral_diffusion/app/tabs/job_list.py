@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from ...core.templates import render
 from ..charts import loss_curve
 from ..jobs import QueueJob, moving
 from ..page import plain_html
@@ -162,18 +162,19 @@ def progress(job: QueueJob) -> str:
     if record.state == "running" and status and status.stage != "train" and status.steps:  # what comes before
         share, look = 100 * status.step / status.steps, "preparing"
     loss = f" · loss {status.loss:.4f}" if status and status.loss is not None and status.stage == "train" else ""
-    line = html.escape(f"{job.line()}{loss if record.state == 'running' else ''}")
+    line = f"{job.line()}{loss if record.state == 'running' else ''}"
     notes = [record.message] if record.message else []
     if status and record.state == "running":
         notes += [note for note in status.notes if not note.startswith("Concept ")][-2:]  # who it is stands above
     if record.state == "done":
         notes = ["It is trained. Draw with it, or fuse it with others in step 3."]
-    told = "".join(f'<p class="train-note">{html.escape(note)}</p>' for note in notes)
-    return (
-        f'<div class="train-head"><b>{html.escape(record.concept)}</b><span>{line}</span></div>'
-        f'<div class="train-bar train-{look}" role="progressbar" aria-label="Progress of the training" '
-        f'aria-valuemin="0" aria-valuemax="100" aria-valuenow="{share:.0f}"><div style="width: {share:.1f}%"></div>'
-        f"</div>{told}"
+    return render(
+        "app/templates/train_progress.html.jinja",
+        concept=record.concept,
+        line=line,
+        look=look,
+        share=share,
+        notes=notes,
     )
 
 
@@ -228,5 +229,5 @@ def strip_of(jobs: Sequence[QueueJob]) -> str:
         told.append(job.line())
     if len(active) > 1:
         told.append(f"{len(active) - 1} more")
-    line = html.escape(" · ".join(told))
-    return f'<p class="train-strip">{MARKS[job.record.state]} <b>{html.escape(job.record.concept)}</b> {line}</p>'
+    mark, concept = MARKS[job.record.state], job.record.concept
+    return render("app/templates/train_strip.html.jinja", mark=mark, concept=concept, line=" · ".join(told))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,6 +11,7 @@ import gradio as gr
 from ...config.settings import description
 from ...config.train import TrainConfig
 from ...core.errors import UserError
+from ...core.templates import render
 from ...data.folder import load_concept
 from ..adapters import ADAPTER_COLUMNS, adapter_rows, delete_adapter, workspace_adapters
 from ..concepts import concept_folder, concept_folders, known_concepts
@@ -125,7 +125,7 @@ class TrainHandlers:
             most, more = memory_estimate(config)
             yield figures(found.trained, most, found.time, found.note + more)
         except Exception as error:  # in place of the figures
-            yield f'<p class="train-note train-wrong">{html.escape(sentence_of(error))}</p>'
+            yield f'<p class="train-note train-wrong">{plain_html(sentence_of(error))}</p>'
 
     def start(self, concept: str | None, preset: str, *values: Any) -> tuple[Any, str]:
         """Start a training, or put it into the queue; returns its id and what to tell."""
@@ -251,16 +251,13 @@ def choose_concept(event: gr.SelectData) -> str:
 
 def figures(trained: str, memory: str, time: str, note: str) -> str:
     """What a training will cost, as tiles."""
-    named = {"Trained numbers": trained, "Memory": memory, "Time": time}
-    tiles = "".join(f"<div><dt>{name}</dt><dd>{html.escape(text)}</dd></div>" for name, text in named.items())
-    return f'<dl class="train-figures">{tiles}</dl><p class="train-note">{html.escape(note)}</p>'
+    tiles = {"Trained numbers": trained, "Memory": memory, "Time": time}
+    return render("app/templates/train_figures.html.jinja", tiles=tiles, note=note)
 
 
 def adapter_table_html(rows: list[list[str]]) -> str:
     """The adapters as a table."""
-    head = "".join(f'<th scope="col">{name}</th>' for name in ADAPTER_COLUMNS)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="train-table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    return render("app/templates/adapter_table.html.jinja", columns=ADAPTER_COLUMNS, rows=rows)
 
 
 def build(page: Page, tab: gr.Tab) -> None:
