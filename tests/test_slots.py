@@ -206,12 +206,6 @@ def test_a_concept_trained_again_in_another_precision_moves(ledger: Ledger) -> N
     assert ledger.read() == {"float16": {"rex": Slot.interval(0, 16)}, "float32": {"mug": Slot.interval(16, 24)}}
 
 
-def test_a_ledger_of_the_first_version_is_read(ledger: Ledger) -> None:
-    ledger.path.write_text('{"format_version": 1, "bases": {"base": {"a": [0, 8]}}}')
-    assert ledger.reserve("base", "b", 8, "next", 64) == Slot.interval(8, 16)
-    assert ledger.read()["base"]["a"] == Slot.interval(0, 8)
-
-
 def test_policies(ledger: Ledger) -> None:
     listed = ledger.reserve("base", "a", 3, "9,1,5", 16)
     assert listed.columns == (1, 5, 9) and str(listed) == "1,5,9" and read_columns("1,5,9") == listed

@@ -31,7 +31,6 @@ PIPELINE = {
 }  # fmt: skip
 DROPPED = {".DS_Store", "Thumbs.db", "desktop.ini"}  # by file managers
 RESOLVED = "# Resolved settings, written by spectral-diffusion.\n"
-DUMPED = ("output", "base", "device", "dtype", "seed")  # keys of all resolved settings
 DISGUISES = {  # of what is no safetensors file by its first bytes: what it is, and what to do
     b"version https://git-lfs": "a Git LFS pointer, which only names the file; get it with git lfs pull",
     b"PK\x03\x04": "a pickle, which can run code and is not opened; convert it to .safetensors",
@@ -178,8 +177,7 @@ def refuse_overwriting_settings(path: Path) -> None:
     if not path.exists():
         return
     text = path.read_text("utf-8", "replace") if path.is_file() else ""
-    earlier = all(f"\n{key}: " in f"\n{text}" for key in DUMPED)  # written before they had their first line
-    if not (text.startswith(RESOLVED) or earlier):
+    if not text.startswith(RESOLVED):
         raise UserError(
             f"{path} would be replaced by the settings that are written beside every output, unless it is renamed.",
             ELSEWHERE,

@@ -175,11 +175,11 @@ class Ledger:
             return {}, {}
         try:
             data = parse_json(read_text(self.path))
-            if data["format_version"] not in (1, 2):
+            if data["format_version"] != 2:
                 raise ValueError
             rounded = {base: [str(one) for one in hashes] for base, hashes in data.get("rounded", {}).items()}
             return {
-                base: {concept: _stored(value) for concept, value in concepts.items()}
+                base: {concept: read_columns(str(value)) for concept, value in concepts.items()}
                 for base, concepts in data["bases"].items()
             }, rounded
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -296,15 +296,6 @@ def alike(base: str, hashes: Mapping[str, Sequence[str]]) -> set[str]:
         found |= more
         shared.update(*(hashes[other] for other in more))
     return found
-
-
-def _stored(value: object) -> Slot:
-    """A slot as the ledger holds it: a string, or [start, stop] in its first version."""
-    if isinstance(value, str):
-        return read_columns(value)
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError(value)
-    return read_columns(f"{int(value[0])}:{int(value[1])}")
 
 
 def _first_free(rank: int, used: Iterable[int]) -> Slot:

@@ -221,11 +221,7 @@ class TrainingState:
             UserError: it was made with other settings, or by another concept or base.
         """
         tensors, meta = load_state(self.path)
-        # A state of an earlier version has no word on later settings, whose defaults change nothing.
-        defaults = comparable_settings(TrainConfig(concept=self.config.concept, output=self.config.output))
-        changed = differences(
-            {**flat_settings(defaults), **flat_settings(meta.get("config", {}))}, comparable_settings(self.config)
-        )
+        changed = differences(meta.get("config", {}), comparable_settings(self.config))
         self._check_fitting(tensors, meta, changed)
         self._check_wanted(meta, changed, force, hooks)
         built = [dict(group) for group in self.optimiser.param_groups]
@@ -269,9 +265,8 @@ class TrainingState:
         )
 
     def _other_concept(self, meta: Mapping[str, Any]) -> bool:
-        """Whether a state was made with other photos, captions or words; early ones do not say it."""
-        own = self.belongs["concept"]
-        return bool(meta.get("belongs", {}).get("concept", own) != own)
+        """Whether a state was made with other photos, captions or words."""
+        return bool(meta.get("belongs", {}).get("concept") != self.belongs["concept"])
 
     def _check_wanted(self, meta: Mapping[str, Any], changed: Changes, force: bool, hooks: Hooks) -> None:
         """Refuse to go on with other settings or photos unless that is forced, and past the last step ever.
