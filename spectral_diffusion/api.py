@@ -36,7 +36,7 @@ from .merging.fuse import fuse_adapters
 from .metrics.encoders import load_encoder
 from .models.base import Base, base_of, load_base
 from .scenes.control import read_control_image
-from .scenes.generate import sample
+from .scenes.sampling import sample
 from .slots.ledger import Slot
 from .training.run import train_to_file
 
@@ -301,7 +301,7 @@ def generate(
     drawings = [read_control_image(control) for control in config.controls]
     apart = {adapter.token: adapter for pairs in bound for adapter, _ in pairs}
     base = _with_tokens(base, list(apart.values()))
-    return sample(base, [config.prompt] * len(seeds), list(seeds), config, hooks, drawings=drawings, bound=bound)
+    return sample(base, [config.prompt] * len(seeds), list(seeds), config, hooks, controls=drawings, bound=bound)
 
 
 def identity(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from .adapters.apply import put_adapters
 from .adapters.formats.native import load_adapter
 from .config.fuse import FuseConfig
 from .config.presets import preset_settings
@@ -21,8 +22,8 @@ from .data.folder import load_concept, open_photo
 from .merging.fuse import fuse_to_folder
 from .models.base import Base, load_base, parse_device
 from .scenes.control import read_control_image
-from .scenes.generate import put_adapters, sample
 from .scenes.png_metadata import grid, save_png, sources_of
+from .scenes.sampling import sample
 from .training.run import train_to_file
 from .training.speed import seconds_per_picture, training_seconds
 
@@ -124,7 +125,7 @@ def together(base: Base, tokens: Sequence[str], settings: Scene, hooks: Hooks) -
             "seed": 3,
         }
     )
-    both = sample(base, [scene.prompt] * 4, [scene.seed + i for i in range(4)], scene, hooks, drawings=[sketch])
+    both = sample(base, [scene.prompt] * 4, [scene.seed + i for i in range(4)], scene, hooks, controls=[sketch])
     save_png(both[0], scene.output, scene, sources_of(scene, base))
     write_text(scene.output.with_suffix(".yaml"), to_yaml(scene))
     return sketch.image, both

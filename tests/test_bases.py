@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from spectral_diffusion.adapters.adapter import check_base
+from spectral_diffusion.adapters.apply import put_adapters
 from spectral_diffusion.adapters.formats.checkpoint import checkpoint_tensors, unet_tensors
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.fuse import FuseConfig
@@ -36,7 +37,7 @@ from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.models.architectures import build_meta, count_table
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
-from spectral_diffusion.scenes.generate import put_adapters, sample, sampler
+from spectral_diffusion.scenes.sampling import sample, sampler
 from spectral_diffusion.training.run import train_to_file
 from tools.pocket.models import build_tokenizer
 

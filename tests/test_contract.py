@@ -14,7 +14,7 @@ from peft import OFTConfig, VeraConfig, get_peft_model
 from torch import nn
 
 from spectral_diffusion.adapters.adapter import Adapter, check_base
-from spectral_diffusion.adapters.apply import install_tokens
+from spectral_diffusion.adapters.apply import install_tokens, put_adapters
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.fuse import CalibrationConfig, FuseConfig
 from spectral_diffusion.config.scene import Scene
@@ -31,7 +31,7 @@ from spectral_diffusion.methods.registry import METHODS
 from spectral_diffusion.methods.spectral_rotation import prepare
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.targets import find_targets
-from spectral_diffusion.scenes.generate import put_adapters, sample
+from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.slots.ledger import LEDGER, ROWS, Ledger
 from spectral_diffusion.training.output import is_done
 from spectral_diffusion.training.run import state_path, train_to_file

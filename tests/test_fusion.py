@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline, T2IAdapter
 from PIL import Image
 
 from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.apply import put_adapters
 from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.scene import ControlImage, Scene
@@ -25,8 +26,9 @@ from spectral_diffusion.merging.merges import Contribution, get_merge
 from spectral_diffusion.merging.merges.registry import MergeContext
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.models.base import load_base
-from spectral_diffusion.scenes.generate import generate_to_file, put_adapters, sample
+from spectral_diffusion.scenes.generate import generate_to_file
 from spectral_diffusion.scenes.png_metadata import read_settings
+from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.slots.ledger import Slot
 from spectral_diffusion.training.run import train_to_file
 

@@ -48,7 +48,8 @@ from spectral_diffusion.models.per_layer_tokens import (
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.models.tokens import known_tokens
 from spectral_diffusion.scenes.control import ControlMap
-from spectral_diffusion.scenes.generate import generate_to_file, sample
+from spectral_diffusion.scenes.generate import generate_to_file
+from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.training.memory import estimate
 from spectral_diffusion.training.run import train_to_file
 from tools.pocket.models import build_tokenizer
@@ -105,7 +106,7 @@ def with_rows(adapter: Adapter, change: float = 0.0, layer: int | None = None) -
 def drawn(base: Base, prompt: str = PROMPT, regions: list[Region] | None = None, **more: object) -> np.ndarray:
     drawings: Any = more.pop("drawings", ())
     scene = Scene(num_inference_steps=3, guidance_scale=3.0, device="cpu", regions=regions or [], **more)  # type: ignore[arg-type]
-    images = sample(base, [prompt] * 2, [1, 2], scene, drawings=drawings)
+    images = sample(base, [prompt] * 2, [1, 2], scene, controls=drawings)
     return np.stack([np.asarray(image) for image in images]).astype(int)
 
 

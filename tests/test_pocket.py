@@ -18,8 +18,8 @@ from spectral_diffusion.demo import run_demo
 from spectral_diffusion.merging.manifest import read_manifest
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.scenes.control import ControlMap
-from spectral_diffusion.scenes.generate import sample
 from spectral_diffusion.scenes.keypose import draw_keypose
+from spectral_diffusion.scenes.sampling import sample
 from tools.pocket import puppets
 from tools.pocket.world import COLOURS, vocabulary
 
@@ -32,7 +32,7 @@ def base() -> Base:
 def draw(base: Base, prompts: list[str], sketch: Image.Image | None = None, **more: object) -> np.ndarray:
     config = Scene(num_inference_steps=12, device="cpu", **more)  # type: ignore[arg-type]
     drawings = [ControlMap(sketch)] if sketch else []
-    images = sample(base, prompts, list(range(len(prompts))), config, drawings=drawings)
+    images = sample(base, prompts, list(range(len(prompts))), config, controls=drawings)
     return np.stack([np.asarray(image, dtype=np.float32) for image in images]) / 255
 
 

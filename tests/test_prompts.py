@@ -19,10 +19,11 @@ from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.tokens import collapse, expand
-from spectral_diffusion.scenes.generate import remarks, sample
+from spectral_diffusion.scenes.generate import remarks
 from spectral_diffusion.scenes.png_metadata import SETTINGS_KEY, find_again, read_settings
 from spectral_diffusion.scenes.prompts import foreign_syntax
 from spectral_diffusion.scenes.region_mask import region_mask
+from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.scenes.scene import read_scene
 from spectral_diffusion.training.run import train_to_file
 

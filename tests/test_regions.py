@@ -16,7 +16,6 @@ from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.linalg import Factors
 from spectral_diffusion.models.base import Base, load_base
-from spectral_diffusion.scenes.generate import sample
 from spectral_diffusion.scenes.regions import (
     EncodedRegion,
     RegionalAttention,
@@ -25,6 +24,7 @@ from spectral_diffusion.scenes.regions import (
     cells_in,
     grid_of,
 )
+from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.training.run import train_to_file
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)

@@ -19,7 +19,7 @@ from spectral_diffusion.cli import app
 from spectral_diffusion.cli.scenes import base_in
 from spectral_diffusion.config.scene import ControlImage, Region, Scene
 from spectral_diffusion.config.train import TrainConfig
-from spectral_diffusion.core.errors import NotFiniteError, UserError
+from spectral_diffusion.core.errors import Cancelled, NotFiniteError, UserError
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.metrics.encoders import load_encoder
 from spectral_diffusion.models.base import load_base, native_size
@@ -33,17 +33,11 @@ from spectral_diffusion.scenes.control import (
     read_control_image,
     weight_map,
 )
-from spectral_diffusion.scenes.generate import (
-    Cancelled,
-    cut_words,
-    generate_to_file,
-    sample,
-    sample_in_turn,
-    sampler,
-)
+from spectral_diffusion.scenes.generate import cut_words, generate_to_file
 from spectral_diffusion.scenes.mix_of_show import mapped, read_layouts, scene_of
 from spectral_diffusion.scenes.png_metadata import read_settings, sources_of
 from spectral_diffusion.scenes.region_mask import region_mask
+from spectral_diffusion.scenes.sampling import SceneInputs, sample, sample_in_turn, sampler
 from spectral_diffusion.scenes.scene import read_scene
 from spectral_diffusion.training.run import train_to_file
 
@@ -190,7 +184,7 @@ def test_previews_show_the_picture_as_it_comes(tiny_base: Path) -> None:
 def test_without_regions_it_is_the_stock_pipeline_to_the_last_bit(base_folder: Path) -> None:
     base, scene = load_base(str(base_folder), "cpu"), Scene(num_inference_steps=3, device="cpu", width=32, height=16)
     drawing = ControlMap(Image.effect_noise((32, 16), 90), weight=0.7)
-    ours = sample(base, ["a red dog"], [5], scene, drawings=[drawing])[0]
+    ours = sample(base, ["a red dog"], [5], scene, controls=[drawing])[0]
     parts = {name: part for name, part in base.pipeline.components.items() if name != "image_encoder"}
     stock = StableDiffusionAdapterPipeline(
         **{**parts, "scheduler": sampler(base, "dpm")}, requires_safety_checker=False,
@@ -218,7 +212,7 @@ def test_regions_weigh_the_conditions_cell_by_cell(base_folder: Path) -> None:
         places = zip((LEFT, RIGHT), weights, strict=True)
         regions = [Region(box=box, prompt="a dog", conditioning_scale=weight) for box, weight in places]  # type: ignore[arg-type]
         scene = Scene(num_inference_steps=2, device="cpu", width=32, height=16, regions=regions)
-        return np.asarray(sample(base, ["a dog"], [1], scene, drawings=drawings)[0], float)
+        return np.asarray(sample(base, ["a dog"], [1], scene, controls=drawings)[0], float)
 
     same = drawn(1.0, 1.0)
     assert np.abs(drawn(0.0, 0.0) - same).max() > 0
@@ -279,9 +273,8 @@ def test_an_autoencoder_that_overflows_in_float16_decodes_in_float32(base_folder
     hook = base.pipeline.vae.decoder.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
     Image.new("L", (16, 16)).save(base_folder / "black.png")
     drawings = [read_control_image(ControlImage(file=base_folder / "black.png"))] if sketch else []
-    turn = sample_in_turn(
-        base, ["a dog"], [1], Scene(num_inference_steps=2, device="cpu", dtype="float16"), drawings=drawings
-    )
+    scene = Scene(num_inference_steps=2, device="cpu", dtype="float16")
+    turn = sample_in_turn(base, ["a dog"], [1], scene, inputs=SceneInputs(controls=drawings))
     assert len(next(turn)) == 1 and seen == [torch.float16, torch.float32]
     hook.remove()
     assert base.pipeline.vae.dtype == torch.float16

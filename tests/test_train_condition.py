@@ -26,7 +26,7 @@ from spectral_diffusion.data.control_pairs import encode_pairs, open_control_ima
 from spectral_diffusion.models.architectures import build_meta
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.scenes.control import ControlMap, read_control_image
-from spectral_diffusion.scenes.generate import sample
+from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.training.control_adapter import control_state_path, fitting_shape, train_control
 
 
@@ -114,7 +114,7 @@ def test_stock_diffusers_opens_the_folder_and_draws(pairs: Path, tiny_base: Path
     base = load_base(str(tiny_base), "cpu")
     plain = Scene(num_inference_steps=2, device="cpu")
     sketch = ControlMap(Image.open(pairs / "sketch" / "0.png"), adapter=str(config.output))
-    with_sketch = sample(base, ["a red cup"], [0], plain, drawings=[sketch])[0]
+    with_sketch = sample(base, ["a red cup"], [0], plain, controls=[sketch])[0]
     assert np.abs(np.asarray(with_sketch, float) - np.asarray(sample(base, ["a red cup"], [0], plain)[0])).max() > 1
     train_control(config.model_copy(update={"steps": 1}))  # an earlier one of ours is replaced
     assert read_yaml(config.output / "settings.yaml")["steps"] == 1
@@ -128,7 +128,7 @@ def test_other_kinds_of_bases(other_base: Path, tmp_path: Path) -> None:  # noqa
     assert adapter.config.adapter_type == "full_adapter_xl" and adapter.config.downscale_factor == 4
     keypose = ControlMap(Image.open(keyposes / "keypose" / "0.png"), "keypose", adapter=str(config.output))
     scene = Scene(num_inference_steps=2, device="cpu")
-    assert sample(load_base(str(other_base), "cpu"), ["a red cup"], [0], scene, drawings=[keypose])[0].size == (16, 16)
+    assert sample(load_base(str(other_base), "cpu"), ["a red cup"], [0], scene, controls=[keypose])[0].size == (16, 16)
     with pytest.raises(UserError, match=r"resolution=18 .* multiple of 4. Use resolution=16, or resolution=20"):
         train_control(config.model_copy(update={"resolution": 18}))
 

@@ -31,7 +31,7 @@ from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.models.tokens import add_token_rows, collapse, embedding_of, expand, known_tokens, split_words
 from spectral_diffusion.scenes.control import ControlMap
-from spectral_diffusion.scenes.generate import sample
+from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.slots.ledger import Ledger
 from spectral_diffusion.training.run import state_path, train_to_file
 
@@ -305,7 +305,7 @@ def test_pictures_are_conditioned_on_the_words_that_were_trained(
     for prompt in ("a photo of <rex> on the beach", "a photo of <rex> <rex>_1 on the beach"):
         read.clear()
         config = Scene(num_inference_steps=1, guidance_scale=3.0, device="cpu")
-        sample(base, [prompt], [0], config, drawings=[ControlMap(Image.new("L", (16, 16)))] if sketched else [])
+        sample(base, [prompt], [0], config, controls=[ControlMap(Image.new("L", (16, 16)))] if sketched else [])
         assert wanted in read
 
 

@@ -118,8 +118,8 @@ def compare(
     from ..merging.fuse import check_together, fuse_adapters
     from ..merging.merges.registry import get_merge
     from ..models.base import load_base
-    from ..scenes.generate import sample
     from ..scenes.png_metadata import grid
+    from ..scenes.sampling import sample
 
     def drawn(token: str) -> Image.Image:
         prompts = [f"a photo of {token} {place}" for place in PLACES]

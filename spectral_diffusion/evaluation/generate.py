@@ -19,6 +19,7 @@ from ..metrics.views import View
 from ..models.base import Base, load_base
 from ..scenes.generate import draw_to_files
 from ..scenes.png_metadata import sources_of
+from ..scenes.sampling import SceneInputs
 from .inputs import PICTURES, EvaluationInputs, drawing_settings, evaluation_scales
 from .region_crops import spoken
 from .summary import ALONE, FLOOR
@@ -57,9 +58,8 @@ class EvaluationImages:
             )
             sources, begun = sources_of(scene, base), time.perf_counter()
             steps: list[Event] = []
-            paths = draw_to_files(
-                base, scene, sources, (), (), Hooks(progress=steps.append, should_stop=self.should_stop), resume=True
-            )
+            hooks = Hooks(progress=steps.append, should_stop=self.should_stop)
+            paths = draw_to_files(base, scene, sources, SceneInputs(), hooks, resume=True)
             if steps:
                 before = self.seconds.get(way, [0.0, 0.0])
                 self.seconds[way] = [before[0] + time.perf_counter() - begun, before[1] + len(paths)]

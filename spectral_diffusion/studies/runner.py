@@ -35,7 +35,7 @@ from ..methods import get_method
 from ..metrics.classifiers import classify_images, load_classifier
 from ..metrics.encoders import Clip, Encoder, load_encoder
 from ..models.base import Base, load_base, parse_device
-from ..scenes.generate import sample
+from ..scenes.sampling import sample
 from ..training.run import train_to_file
 
 log = logging.getLogger(__name__)

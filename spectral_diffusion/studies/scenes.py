@@ -18,9 +18,9 @@ from ..core import assets as resources
 from ..metrics.statistics import mean_text
 from ..models.base import Base
 from ..scenes.control import ControlMap
-from ..scenes.generate import sample
 from ..scenes.keypose import draw_keypose
 from ..scenes.png_metadata import grid
+from ..scenes.sampling import sample
 from .fusion import MERGES, change_for, family_rate
 from .registry import Findings, Row, Table, study
 from .runner import Figures, StudyRunner, scaled
@@ -151,7 +151,7 @@ def pictures_of(
             regions=regions if way.regions else [],
         )
         bound = [[(adapter, 1.0)] for adapter in adapters] if way.merge is None else []
-        images += sample(base, [prompt_of(tokens, place)] * len(mine), mine, scene, drawings=[drawing], bound=bound)
+        images += sample(base, [prompt_of(tokens, place)] * len(mine), mine, scene, controls=[drawing], bound=bound)
     return images
 
 

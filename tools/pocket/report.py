@@ -16,6 +16,7 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt, sobel
 from torch import Tensor
 
+from spectral_diffusion.adapters.apply import put_adapters
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.settings import build, read_yaml
@@ -27,8 +28,8 @@ from spectral_diffusion.metrics.classifiers import classify_images, load_classif
 from spectral_diffusion.metrics.identity import IdentityEncoder, embed, identity_score, load_identity_encoder
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.scenes.control import ControlMap
-from spectral_diffusion.scenes.generate import put_adapters, sample
 from spectral_diffusion.scenes.keypose import draw_keypose
+from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.training.run import train_to_file
 
 from . import puppets
@@ -155,7 +156,7 @@ def sketches_kept(base: Base, renderer: Renderer, config: Scene, count: int = 64
     random = Random("report/strokes")
     strokes = [Image.fromarray((thicken(p.sketch, random) * 255).astype(np.uint8), "L") for p in truth]
     images = [
-        sample(base, [picture.caption], [index], config, drawings=[ControlMap(stroke)])[0]
+        sample(base, [picture.caption], [index], config, controls=[ControlMap(stroke)])[0]
         for index, (picture, stroke) in enumerate(zip(truth, strokes, strict=True))
     ]
     wanted = [picture.sketch > 0.4 for picture in truth]
@@ -187,7 +188,7 @@ def poses_kept(base: Base, renderer: Renderer, config: Scene, count: int = 64) -
         thing = Thing(random.choice(puppets.NOUNS), colour)
         picture = renderer.render(random, world, [thing], Backdrop(None, "white"))
         keypose = ControlMap(draw_keypose(picture.people, 64, 64), "keypose")
-        images += sample(base, [picture.caption], [index], config, drawings=[keypose])
+        images += sample(base, [picture.caption], [index], config, controls=[keypose])
         truth.append(picture.mask > 0.5)
     found = [silhouette(image) for image in images]
     own = float(np.mean([iou(f, t) for f, t in zip(found, truth, strict=True)]))

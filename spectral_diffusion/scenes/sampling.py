@@ -1,0 +1,289 @@
+"""Sample the pictures of a scene: diffusers' own pipelines and samplers, with processors and hooks for regions."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+)
+from diffusers.loaders import TextualInversionLoaderMixin
+from PIL import Image
+
+from ..adapters.adapter import Adapter
+from ..adapters.apply import Strength, component_scale
+from ..config.scene import Region, Scene
+from ..core.errors import Cancelled, Fix, NotFiniteError
+from ..core.hooks import QUIET, Event, Hooks
+from ..core.precision import autocast, resolve_mixed_precision, tf32
+from ..linalg import Factors
+from ..models.base import Base
+from ..models.tokens import collapse, expand, known_tokens
+from ..models.vae import decode, in_portions, overflows, upcast
+from .control import ControlMap, adapter_of, weighed
+from .region_mask import region_mask
+from .regions import EncodedRegion, RegionalPrompts, changed, regional
+
+Bound = Sequence[tuple[Adapter, Strength]]  # the adapters of one region with their strengths
+Preview = Callable[[int, list[Image.Image]], None]
+
+
+@dataclass(frozen=True)
+class SceneInputs:
+    """What a scene is drawn with, beside its settings.
+
+    Attributes:
+        controls: the control images, read already.
+        bound: per region of the scene the adapters that act only there.
+        preview: called after steps 1, 1 + ``every``, …, with the step's number and the unfinished pictures.
+    """
+
+    controls: Sequence[ControlMap] = ()
+    bound: Sequence[Bound] = ()
+    preview: Preview | None = None
+    every: int = 1
+
+
+def sample(
+    base: Base, prompts: list[str], seeds: list[int], scene: Scene, hooks: Hooks = QUIET, **inputs: Any
+) -> list[Image.Image]:
+    """One picture per (prompt, seed); see :func:`sample_in_turn` and :class:`SceneInputs`."""
+    turns = sample_in_turn(base, prompts, seeds, scene, hooks, SceneInputs(**inputs))
+    return [image for images in turns for image in images]
+
+
+def sample_in_turn(
+    base: Base,
+    prompts: list[str],
+    seeds: list[int],
+    scene: Scene,
+    hooks: Hooks = QUIET,
+    inputs: SceneInputs = SceneInputs(),
+) -> Generator[list[Image.Image], None, None]:
+    """One picture per (prompt, seed), ``scene.batch_size`` together. A picture's noise depends on its seed alone.
+
+    Raises:
+        Cancelled: ``should_stop`` said so after a step.
+        UserError: a region or a control image that does not fit.
+    """
+    sampling = SceneSampler(base, scene, inputs, hooks)
+    batches = range(0, len(prompts), scene.batch_size)
+    for index, start in enumerate(batches):
+        stop = start + scene.batch_size
+        yield sampling.batch(prompts[start:stop], seeds[start:stop], index, len(batches))
+
+
+class SceneSampler:
+    """The pipeline of a scene, with its regions encoded and its control images fitted; draws batch after batch.
+
+    Raises:
+        UserError: a region or a control image that does not fit.
+    """
+
+    def __init__(self, base: Base, scene: Scene, inputs: SceneInputs, hooks: Hooks) -> None:
+        self.base, self.scene, self.inputs, self.hooks = base, scene, inputs, hooks
+        self.width, self.height = size = (scene.width or base.size, scene.height or base.size)
+        self.pipe, self.options = stock_pipeline(base, scene, inputs.controls, size)
+        self.tokens = known_tokens(base.pipeline.tokenizer)
+        self.large = isinstance(base.pipeline, StableDiffusionXLPipeline)
+        bound = inputs.bound or [()] * len(scene.regions)
+        with torch.no_grad():
+            self.regions = [
+                encode_region(base, region, own, size, scene.negative_prompt)
+                for region, own in zip(scene.regions, bound, strict=True)
+            ]
+        self.layers = modules_of(base, dict.fromkeys(name for region in self.regions for name in region.deltas))
+        self.precision = resolve_mixed_precision(scene.mixed_precision, base.device, base.dtype)
+        # Pipelines with textual inversion expand <rex> to <rex> <rex>_1 themselves; the SD sketch pipeline does not.
+        self.spell = collapse if isinstance(self.pipe, TextualInversionLoaderMixin) else expand
+
+    def batch(self, prompts: Sequence[str], seeds: Sequence[int], index: int, batches: int) -> list[Image.Image]:
+        """The pictures of batch ``index`` of so many."""
+        scene, pipe = self.scene, self.pipe
+        chunk = [self.spell(prompt, self.tokens) for prompt in prompts]
+        negative = scene.negative_prompt or None  # SDXL takes zeros, not the encoded empty prompt, where there is none
+        state = self._regional_state(len(chunk))
+        with (
+            torch.no_grad(),
+            tf32(self.base.device, scene.allow_tf32),
+            warnings.catch_warnings(),
+            regional(pipe.unet, state, self.layers),
+            weighed(self.inputs.controls, scene.regions, [region.place for region in self.regions]),
+            in_portions(pipe.vae, self.height, self.width),
+            decoding_checked(pipe.vae, self.base.dtype) if self.large else nullcontext(),
+        ):
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, about itself
+            with autocast(self.base.device, self.precision):
+                drawn = pipe(
+                    prompt=chunk,
+                    negative_prompt=negative and [self.spell(negative, self.tokens)] * len(chunk),
+                    num_inference_steps=scene.num_inference_steps,
+                    guidance_scale=scene.guidance_scale,
+                    generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                    width=self.width,
+                    height=self.height,
+                    output_type="pil" if self.large else "latent",
+                    **self.options,
+                    **self._control_options(len(chunk)),
+                    **self._callback(state, index, batches),
+                ).images
+            return finished(pipe, drawn)
+
+    def _regional_state(self, count: int) -> RegionalPrompts:
+        """The regions at step 0 of a batch."""
+        scene, factor = self.scene, self.base.pipeline.vae_scale_factor
+        first, last = (round(share * scene.num_inference_steps, 6) for share in (scene.region_start, scene.region_end))
+        latent_size = (self.height // factor, self.width // factor)
+        window = (math.floor(first), math.ceil(last))
+        return RegionalPrompts(
+            self.regions, latent_size, count, scene.global_prompt_weight, scene.region_isolation, window
+        )
+
+    def _control_options(self, count: int) -> dict[str, Any]:
+        """The control images for a batch; several as a list of lists."""
+        images = [[control.at(self.width, self.height)] * count for control in self.inputs.controls]
+        return {"image": images if len(images) > 1 else images[0]} if images else {}
+
+    def _callback(self, state: RegionalPrompts, index: int, batches: int) -> dict[str, Any]:
+        """What the pipeline calls after a step: progress, previews, and the step for the regions."""
+        steps, preview = self.scene.num_inference_steps, self.inputs.preview
+
+        def after(step: int, latents: torch.Tensor) -> None:
+            if self.hooks.should_stop():
+                raise Cancelled("Stopped.")
+            if not torch.isfinite(latents).all():
+                raise not_finite(self.base.dtype)
+            state.step = step + 1
+            self.hooks.progress(Event("generate", index * steps + step + 1, batches * steps))
+            if preview and step % self.inputs.every == 0:
+                preview(step + 1, decoded(self.base, latents))
+
+        def after_with_state(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            after(step, tensors["latents"])
+            return tensors
+
+        if self.inputs.controls:  # the adapter pipeline still has the older callback; both give the step
+            return {"callback": lambda step, timestep, latents: after(step, latents)}
+        return {"callback_on_step_end": after_with_state}
+
+
+def sampler(base: Base, name: str) -> Any:
+    """A diffusers scheduler with the base's own noise schedule."""
+    config = base.pipeline.scheduler.config
+    if name == "ddim":
+        return DDIMScheduler.from_config(config)
+    if name == "euler":
+        return EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
+    return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
+
+
+def finished(pipe: Any, drawn: Any) -> list[Image.Image]:
+    """The pictures of a pipeline that gave latents, as it would have decoded them; in float32 if they overflow else.
+
+    XL's decodes in float32 by itself where its autoencoder's config says so, and gave pictures.
+
+    Raises:
+        NotFiniteError: the autoencoder gave NaN or infinity.
+    """
+    if not isinstance(drawn, torch.Tensor):
+        return list(drawn)
+    pixels = pipe.vae.decode(drawn / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    if overflows(pipe.vae) and not torch.isfinite(pixels).all():
+        with upcast(pipe.vae):
+            pixels = pipe.vae.decode(drawn.float() / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    if not torch.isfinite(pixels).all():
+        raise not_finite(drawn.dtype)
+    return list(pipe.image_processor.postprocess(pixels))
+
+
+def not_finite(dtype: torch.dtype) -> NotFiniteError:
+    """What is said of a picture of NaN."""
+    if dtype == torch.float32:
+        return NotFiniteError(
+            "The picture is NaN or infinite: lower the strengths of its adapters, or look at the base's weights."
+        )
+    return NotFiniteError(
+        "The picture is NaN or infinite in half precision.", Fix("dtype", "bfloat16"), Fix("dtype", "float32")
+    )
+
+
+@contextmanager
+def decoding_checked(vae: AutoencoderKL, dtype: torch.dtype) -> Iterator[None]:
+    """Refuse NaN where a pipeline decodes by itself.
+
+    Raises:
+        NotFiniteError: the autoencoder gave NaN or infinity.
+    """
+
+    def check(module: Any, inputs: Any, out: torch.Tensor) -> None:
+        if not torch.isfinite(out).all():
+            raise not_finite(dtype)
+
+    handle = vae.decoder.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def stock_pipeline(
+    base: Base, scene: Scene, controls: Sequence[ControlMap], size: tuple[int, int]
+) -> tuple[Any, dict[str, Any]]:
+    """The diffusers pipeline that draws a scene with the base's own parts, and the options of its control images.
+
+    Raises:
+        UserError: a control image that does not fit.
+    """
+    options: dict[str, Any] = {}
+    adapter = None
+    if controls:
+        adapter, options["adapter_conditioning_scale"] = adapter_of(base, controls, size)
+    return base.denoiser.make_pipeline(sampler(base, scene.sampler), adapter), options
+
+
+def decoded(base: Base, latents: torch.Tensor) -> list[Image.Image]:
+    """Latents as pictures."""
+    return list(base.pipeline.image_processor.postprocess(decode(base.pipeline.vae, latents)))
+
+
+def encode_region(base: Base, region: Region, bound: Bound, size: tuple[int, int], negative: str = "") -> EncodedRegion:
+    """A region with its prompts encoded, by its own adapters' text encoder too, and its changes of the U-Net.
+
+    ``negative`` is the scene's prompt, of a region that has none of its own.
+    """
+    text: dict[str, Factors] = {}
+    unet: dict[str, Factors] = {}
+    like = torch.empty(0, device=base.device, dtype=base.dtype)
+    for adapter, strength in bound:
+        weights = base.weights(adapter.targets) if adapter.needs_base else {}
+        for layer in adapter.layers:
+            up, down = adapter.factors(layer, weights.get(layer))
+            part = unet if layer.startswith("unet.") else text
+            held = part.get(layer)
+            up = up * component_scale(strength, layer.split(".", 1)[0])
+            up, down = up.to(like), down.to(like)  # once, not at every step
+            part[layer] = (
+                Factors(torch.cat([held.up, up], 1), torch.cat([held.down, down], 0)) if held else Factors(up, down)
+            )
+    without = negative if region.negative_prompt is None else region.negative_prompt
+    encoders = modules_of(base, text)
+    tokens = known_tokens(base.pipeline.tokenizer)
+    with changed(encoders, text):
+        encoded = base.denoiser.encode([collapse(words, tokens) for words in (region.prompt, without)])
+        positive, apart = encoded.tensors["encoder_hidden_states"]
+    return EncodedRegion(region_mask(region, *size), positive, apart, unet)
+
+
+def modules_of(base: Base, names: Iterable[str]) -> dict[str, Any]:
+    """Modules by ``component.path``, with whatever adapters are around them: those may never call what is inside."""
+    return {name: base.models[name.split(".", 1)[0]].get_submodule(name.split(".", 1)[1]) for name in names}
