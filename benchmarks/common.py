@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from spectral_diffusion.adapters.attach import InjectedAdapter, inject_adapter
+from spectral_diffusion.adapters.attach import AdapterSpec, InjectedAdapter, inject_adapter
 from spectral_diffusion.adapters.frozen import frozen_tensors
 from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import get_method
@@ -35,7 +35,7 @@ def put(name: str, models: dict[str, nn.Module], targets: str, rank: int = RANK)
     else:
         slot = Slot.interval(0, rank) if method.slot else None
         frozen = frozen_tensors(method, {layer: w.float() for layer, w in weights.items()}, rank, slot)
-    attachment = inject_adapter(models, method, rank, targets=targets, frozen=frozen, steps=100)
+    attachment = inject_adapter(models, AdapterSpec(method, rank, targets, steps=100), frozen=frozen)
     with torch.no_grad():
         for _, parameter in attachment.named_parameters():
             parameter += 0.01 * torch.randn(parameter.shape)

@@ -43,7 +43,7 @@ from spectral_diffusion.models.targets import PRESETS, patterns_of, work
 from spectral_diffusion.scenes.png_metadata import is_our_png
 from spectral_diffusion.scenes.scene import read_scene
 from spectral_diffusion.slots import ledger as slots
-from spectral_diffusion.slots.ledger import Ledger
+from spectral_diffusion.slots.ledger import Ledger, SlotRequest
 from spectral_diffusion.svd_cache import spectrum_of
 from spectral_diffusion.training.run import state_path, train_to_file
 
@@ -272,12 +272,12 @@ def test_a_lock_that_another_process_holds_is_named(
     monkeypatch.setattr(files, "PATIENCE", 0.05)
     monkeypatch.setattr(slots, "WAIT", 0.2)
     ledger = Ledger(tmp_path / "slots.json")
-    ledger.reserve("base", "a", 4, "next", 64)
+    ledger.reserve("base", "a", SlotRequest(4, "next", 64))
     with FileLock(tmp_path / ".slots.json.lock"), caplog.at_level(logging.WARNING):
         with pytest.raises(UserError, match=r"Another process has held .*\.slots\.json\.lock .*; end it"):
-            ledger.reserve("base", "b", 4, "next", 64)
+            ledger.reserve("base", "b", SlotRequest(4, "next", 64))
         assert "Waiting for another process, which holds" in caplog.text
-    assert str(ledger.reserve("base", "b", 4, "next", 64)) == "4:8"
+    assert str(ledger.reserve("base", "b", SlotRequest(4, "next", 64))) == "4:8"
 
 
 # --- adapters and LoRA files from elsewhere -------------------------------------------------------------------

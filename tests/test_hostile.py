@@ -23,7 +23,7 @@ from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.folder import load_concept, open_photo
 from spectral_diffusion.data.samples import random_crop
-from spectral_diffusion.slots.ledger import Ledger, Slot
+from spectral_diffusion.slots.ledger import Ledger, Slot, SlotRequest
 from spectral_diffusion.training.run import train_to_file
 
 MUTANTS = 500
@@ -127,12 +127,12 @@ def test_mutated_settings_are_read_or_refused_in_a_sentence(tmp_path: Path) -> N
 def test_mutated_ledgers_are_read_or_refused_and_stay_as_they_were(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "slots.json")
     for index in range(4):
-        ledger.reserve("base", f"c{index}", 4, "next", 64)
+        ledger.reserve("base", f"c{index}", SlotRequest(4, "next", 64))
     data, refused = ledger.path.read_bytes(), 0
     for one in mutants(data, "ledger"):
         ledger.path.write_bytes(one)
         try:
-            slot = ledger.reserve("base", "new", 4, "next", 64)
+            slot = ledger.reserve("base", "new", SlotRequest(4, "next", 64))
             assert isinstance(slot, Slot)
             others = [held for name, held in ledger.read()["base"].items() if name != "new"]
             assert not any(slot.overlaps(held) for held in others)

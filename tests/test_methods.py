@@ -15,6 +15,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from spectral_diffusion.adapters.attach import (
+    AdapterSpec,
     InjectedAdapter,
     disabled_adapters,
     inject_adapter,
@@ -53,7 +54,7 @@ def put(
     weights, kind = base.weights(targets), get_method(method)
     rank = allowed_rank(method, weights)
     frozen = frozen_tensors(kind, weights, rank, Slot.interval(start, start + rank) if kind.slot else None)
-    return inject_adapter(base.models, kind, rank, name, targets, frozen, seed=3, steps=steps)
+    return inject_adapter(base.models, AdapterSpec(kind, rank, targets, seed=3, steps=steps), name, frozen)
 
 
 def stir(attachment: InjectedAdapter, scale: float = 0.3) -> None:
@@ -312,7 +313,9 @@ def test_frozen_columns_change_no_trained_gradient(base: Base) -> None:
     gradients = []
     for frozen in (True, False):
         method = replace(get_method("spectral-additive"), frozen_up=frozen)
-        attachment = inject_adapter(base.models, get_method("spectral-additive"), 2, "one", frozen=bands_for(base))
+        attachment = inject_adapter(
+            base.models, AdapterSpec(get_method("spectral-additive"), 2), "one", bands_for(base)
+        )
         for layer in attachment.layers.values():
             layer.spectral_method["one"] = method
         stir(attachment)
@@ -416,12 +419,12 @@ def test_normalised_columns_train_the_same_function(base: Base) -> None:
     bands = frozen_tensors(get_method("spectral-additive"), base.weights(), 2, Slot.interval(4, 6))
     scales = {layer: torch.tensor([2.0, 5.0]) for layer in bands}
     method = get_method("spectral-additive")
-    scaled = inject_adapter(base.models, method, 2, "one", frozen=bands, columns=scales)
+    scaled = inject_adapter(base.models, AdapterSpec(method, 2), "one", bands, scales)
     stir(scaled)
     with_scales, files = outputs(base), scaled.state_dict()
     raw = dict(scaled.named_parameters())
     assert all(torch.equal(files[name], raw[name].detach() * torch.tensor([2.0, 5.0])) for name in files)
     remove_adapters(base.models)
-    plain = inject_adapter(base.models, method, 2, "one", frozen=bands)
+    plain = inject_adapter(base.models, AdapterSpec(method, 2), "one", bands)
     plain.load_state_dict(files)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(outputs(base), with_scales, strict=True))

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_diffusion.adapters.adapter import Adapter
-from spectral_diffusion.adapters.attach import inject_adapter, unloading
+from spectral_diffusion.adapters.attach import AdapterSpec, inject_adapter, unloading
 from spectral_diffusion.adapters.frozen import frozen_tensors
 from spectral_diffusion.config.train import ObjectiveConfig, TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
@@ -106,7 +106,7 @@ def test_weight_decay_leaves_what_is_neutral_elsewhere(photos: Path, tiny_base: 
     config = TrainConfig(concept=photos, output=photos, weight_decay=0.5, learning_rate=0.1)
     with PromptEncoder(base, load_concept(photos), 0, 16) as condition, unloading(base.models):
         frozen = frozen_tensors(method, weights, rank, slot, cached=False)
-        on = inject_adapter(base.models, method, rank, frozen=frozen, only=set(weights), steps=10)
+        on = inject_adapter(base.models, AdapterSpec(method, rank, only=set(weights), steps=10), frozen=frozen)
         optimiser, _ = build_optimizer(on, condition, config, {})
         parameters = {**condition.named_parameters(), **dict(on.named_parameters())}
         for parameter in parameters.values():

@@ -19,6 +19,7 @@ from spectral_diffusion.linalg import top_band
 from spectral_diffusion.slots.ledger import (
     Ledger,
     Slot,
+    SlotRequest,
     collision_probability,
     parse_policy,
     random_slot,
@@ -33,41 +34,41 @@ def ledger(tmp_path: Path) -> Ledger:
 
 
 def test_next_is_the_first_free_interval_of_mixed_ranks(ledger: Ledger) -> None:
-    assert ledger.reserve("base", "a", 8, "next", 64) == Slot.interval(0, 8)
-    assert ledger.reserve("base", "b", 4, "next", 64) == Slot.interval(8, 12)
-    assert ledger.reserve("base", "c", 8, "16:24", 64) == Slot.interval(16, 24)
-    assert ledger.reserve("base", "d", 4, "next", 64) == Slot.interval(12, 16)
-    assert ledger.reserve("base", "e", 8, "next", 64) == Slot.interval(24, 32)
-    assert ledger.reserve("other base", "a", 8, "next", 64) == Slot.interval(0, 8)
+    assert ledger.reserve("base", "a", SlotRequest(8, "next", 64)) == Slot.interval(0, 8)
+    assert ledger.reserve("base", "b", SlotRequest(4, "next", 64)) == Slot.interval(8, 12)
+    assert ledger.reserve("base", "c", SlotRequest(8, "16:24", 64)) == Slot.interval(16, 24)
+    assert ledger.reserve("base", "d", SlotRequest(4, "next", 64)) == Slot.interval(12, 16)
+    assert ledger.reserve("base", "e", SlotRequest(8, "next", 64)) == Slot.interval(24, 32)
+    assert ledger.reserve("other base", "a", SlotRequest(8, "next", 64)) == Slot.interval(0, 8)
 
 
 def test_retraining_keeps_the_slot_and_another_rank_takes_a_new_one(ledger: Ledger) -> None:
-    ledger.reserve("base", "a", 8, "next", 64)
-    ledger.reserve("base", "b", 8, "next", 64)
-    assert ledger.reserve("base", "a", 8, "next", 64) == Slot.interval(0, 8)
-    assert ledger.reserve("base", "a", 16, "next", 64) == Slot.interval(16, 32)
-    assert ledger.reserve("base", "c", 8, "next", 64) == Slot.interval(0, 8)
+    ledger.reserve("base", "a", SlotRequest(8, "next", 64))
+    ledger.reserve("base", "b", SlotRequest(8, "next", 64))
+    assert ledger.reserve("base", "a", SlotRequest(8, "next", 64)) == Slot.interval(0, 8)
+    assert ledger.reserve("base", "a", SlotRequest(16, "next", 64)) == Slot.interval(16, 32)
+    assert ledger.reserve("base", "c", SlotRequest(8, "next", 64)) == Slot.interval(0, 8)
 
 
 def test_taken_and_past_capacity_are_refused_with_the_reason(ledger: Ledger) -> None:
-    ledger.reserve("base", "a", 8, "0", 20)
+    ledger.reserve("base", "a", SlotRequest(8, "0", 20))
     with pytest.raises(UserError, match="overlaps the columns 0:8 of 'a'"):
-        ledger.reserve("base", "b", 4, "1", 20)
+        ledger.reserve("base", "b", SlotRequest(4, "1", 20))
     with pytest.raises(UserError, match=r"past the 20 columns.*narrow.*2 slots of rank 8 fit"):
-        ledger.reserve("base", "b", 8, "2", 20, "narrow")
-    ledger.reserve("base", "b", 8, "next", 20)
+        ledger.reserve("base", "b", SlotRequest(8, "2", 20, "narrow"))
+    ledger.reserve("base", "b", SlotRequest(8, "next", 20))
     with pytest.raises(UserError, match="past the 20 columns"):
-        ledger.reserve("base", "c", 8, "next", 20)
+        ledger.reserve("base", "c", SlotRequest(8, "next", 20))
     assert set(ledger.read()["base"]) == {"a", "b"}
 
 
 def test_a_slot_of_wider_targets_is_not_kept_where_there_is_no_room_for_it(ledger: Ledger) -> None:
-    ledger.reserve("base", "a", 8, "64:72", 128)
-    assert ledger.reserve("base", "a", 8, "next", 64) == Slot.interval(0, 8)
+    ledger.reserve("base", "a", SlotRequest(8, "64:72", 128))
+    assert ledger.reserve("base", "a", SlotRequest(8, "next", 64)) == Slot.interval(0, 8)
 
 
 def test_release(ledger: Ledger) -> None:
-    ledger.reserve("base", "a", 8, "next", 64)
+    ledger.reserve("base", "a", SlotRequest(8, "next", 64))
     assert ledger.release("a") == [Slot.interval(0, 8)]
     with pytest.raises(UserError, match="No concept 'a'"):
         ledger.release("a")
@@ -101,20 +102,21 @@ def test_slot_width_must_be_the_rank() -> None:
 def test_damaged_ledger(ledger: Ledger, content: str) -> None:
     ledger.path.write_text(content)
     with pytest.raises(UserError, match="is not a slot ledger"):
-        ledger.reserve("base", "a", 8, "next", 64)
+        ledger.reserve("base", "a", SlotRequest(8, "next", 64))
     assert ledger.path.read_text() == content
 
 
 def test_many_reservations_at_once_never_share(ledger: Ledger) -> None:
     with ThreadPoolExecutor(8) as pool:
-        slots = list(pool.map(lambda i: ledger.reserve("base", f"c{i}", 2, "next", 64), range(32)))
+        slots = list(pool.map(lambda i: ledger.reserve("base", f"c{i}", SlotRequest(2, "next", 64)), range(32)))
     assert sorted(s.columns[0] for s in slots) == list(range(0, 64, 2))
 
 
 def test_two_processes_never_share_a_slot(ledger: Ledger) -> None:
     code = (
-        "import sys; from pathlib import Path; from spectral_diffusion.slots.ledger import Ledger\n"
-        "for i in range(20): Ledger(Path(sys.argv[1])).reserve('base', f'{sys.argv[2]}{i}', 2, 'next', 200)"
+        "import sys; from pathlib import Path; from spectral_diffusion.slots.ledger import SlotRequest, Ledger\n"
+        "request = SlotRequest(2, 'next', 200)\n"
+        "for i in range(20): Ledger(Path(sys.argv[1])).reserve('base', f'{sys.argv[2]}{i}', request)"
     )
     runs = [subprocess.Popen([sys.executable, "-c", code, str(ledger.path), name]) for name in "ab"]
     assert [run.wait(60) for run in runs] == [0, 0]
@@ -179,55 +181,57 @@ def test_hash_knows_shape_and_precision() -> None:
 
 
 def test_ledger_file_is_plain_json(ledger: Ledger) -> None:
-    ledger.reserve("base", "a", 8, "next", 64)
+    ledger.reserve("base", "a", SlotRequest(8, "next", 64))
     assert json.loads(ledger.path.read_text()) == {"format_version": 2, "bases": {"base": {"a": "0:8"}}}
 
 
 def test_a_base_in_another_precision_shares_the_columns(ledger: Ledger) -> None:
     """Its adapters fit the same base, as the loading rule has it."""
     whole, half, brain = ("h", "b"), ("h", "x"), ("y", "b")
-    assert str(ledger.reserve("float32", "rex", 8, "next", 96, rounded=whole)) == "0:8"
-    assert str(ledger.reserve("float16", "mug", 8, "next", 96, rounded=half)) == "8:16"
-    assert str(ledger.reserve("bfloat16", "hat", 8, "next", 96, rounded=brain)) == "16:24"  # by way of float32
-    assert str(ledger.reserve("float32", "cup", 8, "next", 96, rounded=whole)) == "24:32"
-    assert str(ledger.reserve("other", "fox", 8, "next", 96, rounded=("p", "q"))) == "0:8"
+    assert str(ledger.reserve("float32", "rex", SlotRequest(8, "next", 96), rounded=whole)) == "0:8"
+    assert str(ledger.reserve("float16", "mug", SlotRequest(8, "next", 96), rounded=half)) == "8:16"
+    assert (
+        str(ledger.reserve("bfloat16", "hat", SlotRequest(8, "next", 96), rounded=brain)) == "16:24"
+    )  # by way of float32
+    assert str(ledger.reserve("float32", "cup", SlotRequest(8, "next", 96), rounded=whole)) == "24:32"
+    assert str(ledger.reserve("other", "fox", SlotRequest(8, "next", 96), rounded=("p", "q"))) == "0:8"
     with pytest.raises(UserError, match="of 'rex'"):
-        ledger.reserve("bfloat16", "owl", 8, "0", 96, rounded=brain)
+        ledger.reserve("bfloat16", "owl", SlotRequest(8, "0", 96), rounded=brain)
     ledger.release("mug")
-    assert str(ledger.reserve("float16", "owl", 8, "next", 96, rounded=half)) == "8:16"
+    assert str(ledger.reserve("float16", "owl", SlotRequest(8, "next", 96), rounded=half)) == "8:16"
 
 
 def test_a_concept_trained_again_in_another_precision_moves(ledger: Ledger) -> None:
     whole, half = ("h", "b"), ("h", "x")
-    ledger.reserve("float32", "rex", 8, "next", 96, rounded=whole)
-    assert str(ledger.reserve("float16", "rex", 8, "next", 96, rounded=half)) == "0:8"
-    assert str(ledger.reserve("float16", "rex", 16, "next", 96, rounded=half)) == "0:16"
-    assert str(ledger.reserve("float32", "mug", 8, "next", 96, rounded=whole)) == "16:24"
+    ledger.reserve("float32", "rex", SlotRequest(8, "next", 96), rounded=whole)
+    assert str(ledger.reserve("float16", "rex", SlotRequest(8, "next", 96), rounded=half)) == "0:8"
+    assert str(ledger.reserve("float16", "rex", SlotRequest(16, "next", 96), rounded=half)) == "0:16"
+    assert str(ledger.reserve("float32", "mug", SlotRequest(8, "next", 96), rounded=whole)) == "16:24"
     assert ledger.read() == {"float16": {"rex": Slot.interval(0, 16)}, "float32": {"mug": Slot.interval(16, 24)}}
 
 
 def test_policies(ledger: Ledger) -> None:
-    listed = ledger.reserve("base", "a", 3, "9,1,5", 16)
+    listed = ledger.reserve("base", "a", SlotRequest(3, "9,1,5", 16))
     assert listed.columns == (1, 5, 9) and str(listed) == "1,5,9" and read_columns("1,5,9") == listed
-    assert ledger.reserve("base", "b", 3, "next", 16) == Slot.interval(2, 5)
-    bottom = ledger.reserve("base", "c", 4, "bottom", 16)
+    assert ledger.reserve("base", "b", SlotRequest(3, "next", 16)) == Slot.interval(2, 5)
+    bottom = ledger.reserve("base", "c", SlotRequest(4, "bottom", 16))
     assert bottom.columns == (-4, -3, -2, -1) and str(bottom) == "-4:0" and read_columns("-4:0") == bottom
-    assert ledger.reserve("base", "d", 2, "bottom", 16).columns == (-6, -5)
+    assert ledger.reserve("base", "d", SlotRequest(2, "bottom", 16)).columns == (-6, -5)
     with pytest.raises(UserError, match="overlaps the columns -4:0 of 'c'"):
-        ledger.reserve("base", "e", 2, "12:14", 16)  # the same columns, counted from the other end
-    random = ledger.reserve("other", "f", 4, "random", 16, seed=7)
+        ledger.reserve("base", "e", SlotRequest(2, "12:14", 16))  # the same columns, counted from the other end
+    random = ledger.reserve("other", "f", SlotRequest(4, "random", 16, seed=7))
     assert random == random_slot(4, 16, 7) and random != random_slot(4, 16, 8)
     with pytest.raises(UserError, match="is past the 16 columns"):
-        ledger.reserve("other", "g", 2, "3,99", 16)
+        ledger.reserve("other", "g", SlotRequest(2, "3,99", 16))
 
 
 def test_sampled_slots_are_private(ledger: Ledger) -> None:
-    one, again, other = (ledger.reserve("base", "a", 8, "sampled", 200, seed=seed) for seed in (1, 1, 2))
+    one, again, other = (ledger.reserve("base", "a", SlotRequest(8, "sampled", 200, seed=seed)) for seed in (1, 1, 2))
     assert one == again != other and one.rank == 8 and one.columns[0] >= 0 and one.columns[-1] < 64
     assert not ledger.path.exists()
-    assert ledger.reserve("base", "a", 8, "sampled:16", 200, seed=1).columns[-1] < 16
+    assert ledger.reserve("base", "a", SlotRequest(8, "sampled:16", 200, seed=1)).columns[-1] < 16
     with pytest.raises(UserError, match="8 columns cannot be drawn from 4"):
-        ledger.reserve("base", "a", 8, "sampled:4", 200)
+        ledger.reserve("base", "a", SlotRequest(8, "sampled:4", 200))
 
 
 def test_collision_probability_is_what_drawing_shows() -> None:

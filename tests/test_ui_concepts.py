@@ -21,7 +21,7 @@ from spectral_diffusion.app.overview import look, slot_clashes, strips
 from spectral_diffusion.app.workspace import Workspace
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.slots.ledger import LEDGER, Ledger, Slot
+from spectral_diffusion.slots.ledger import LEDGER, Ledger, Slot, SlotRequest
 from spectral_diffusion.slots.picture import Stretch, stretches
 
 
@@ -298,7 +298,7 @@ def test_deleted_concept_lies_in_the_trash(workspace: Workspace, tom: Path) -> N
 def test_deleting_with_the_adapter_frees_the_slot_and_nobody_elses(workspace: Workspace, tom: Path) -> None:
     ledger = Ledger(workspace.adapters / LEDGER)
     for name in ("tom", "rex"):
-        ledger.reserve("base", name, 4, "next", 32)
+        ledger.reserve("base", name, SlotRequest(4, "next", 32))
     for name in ("tom.safetensors", "tom.yaml", "tom.state.safetensors", "rex.safetensors", "tom2.safetensors"):
         (workspace.adapters / name).write_bytes(b"x")
     words = editing.delete_concept(workspace, "tom", with_adapter=True)

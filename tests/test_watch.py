@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from spectral_diffusion.adapters.adapter import Adapter
-from spectral_diffusion.adapters.attach import inject_adapter
+from spectral_diffusion.adapters.attach import AdapterSpec, inject_adapter
 from spectral_diffusion.adapters.frozen import frozen_tensors
 from spectral_diffusion.cli import main
 from spectral_diffusion.config.train import TrainConfig
@@ -237,7 +237,8 @@ def test_strengths_go_from_the_base_to_the_adapter(photos: Path, tiny_base: Path
             return base.pipeline.unet(latents, 5, words).sample
 
     plain = predict()
-    on = inject_adapter(base.models, of, rank, frozen=frozen_tensors(of, weights, rank, slot, cached=False), steps=10)
+    frozen = frozen_tensors(of, weights, rank, slot, cached=False)
+    on = inject_adapter(base.models, AdapterSpec(of, rank, steps=10), frozen=frozen)
     with torch.no_grad():
         for _, parameter in on.named_parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))

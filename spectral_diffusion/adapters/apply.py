@@ -12,7 +12,7 @@ from ..methods import get_method
 from ..models.base import Base
 from ..models.per_layer_tokens import install_per_layer
 from .adapter import Adapter, check_base
-from .attach import inject_adapter, set_adapters, unloading
+from .attach import AdapterSpec, inject_adapter, set_adapters, unloading
 
 Strength = float | Mapping[Any, float]  # λ, or one per component (unet, text_encoder, …)
 
@@ -77,9 +77,8 @@ def add_deltas(
         return
     ranks = {layer: up.shape[1] for layer, (up, _) in factors.items()}
     rank, mixed = max(ranks.values()), len(set(ranks.values())) > 1
-    on = inject_adapter(
-        base.models, get_method("lora"), rank, name, adapter.targets, only=set(factors), ranks=ranks if mixed else None
-    )
+    spec = AdapterSpec(get_method("lora"), rank, adapter.targets, only=set(factors), ranks=ranks if mixed else None)
+    on = inject_adapter(base.models, spec, name)
     tensors: dict[str, torch.Tensor] = {}
     for layer, (up, down) in factors.items():
         tensors |= {f"{layer}.B": up, f"{layer}.A": down}

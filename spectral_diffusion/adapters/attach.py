@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -113,68 +113,90 @@ class InjectedAdapter:
             schedule.load_state(own, patterns.get(component))
 
 
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What a fresh adapter is.
+
+    Attributes:
+        targets: the layers that it changes (see :func:`.targets.find_targets`); ``only`` restricts to some names.
+        seed: of its initial values.
+        ranks: ranks of single layers where they differ, for PEFT's methods.
+        steps: how long training will be, for methods with a schedule.
+    """
+
+    method: Method
+    rank: int
+    targets: str = "attention"
+    seed: int = 0
+    only: Collection[str] | None = None
+    ranks: Mapping[str, int] | None = None
+    steps: int = 0
+
+    def peft_config(self, component: str, paths: Sequence[str]) -> PeftConfig:
+        """The config of PEFT for these modules of one component."""
+        pattern, method = "|".join(re.escape(path) for path in paths), self.method
+        if not method.peft:
+            return SpectralConfig(r=self.rank, method=method.name, target_modules=pattern, find_frozen=False)
+        options = method.peft.options(self.rank, self.steps)
+        if self.ranks:
+            own = {f"^{re.escape(path)}$": self.ranks[f"{component}.{path}"] for path in paths}
+            options |= {"rank_pattern": own, "alpha_pattern": own}
+        config: PeftConfig = PEFT_TYPE_TO_CONFIG_MAPPING[method.peft.kind](target_modules=pattern, **options)
+        return config
+
+
 def inject_adapter(
     models: dict[str, nn.Module],
-    method: Method,
-    rank: int,
+    spec: AdapterSpec,
     name: str = "default",
-    targets: str = "attention",
     frozen: Frozen | None = None,
-    seed: int = 0,
-    only: set[str] | None = None,
     columns: Mapping[str, Tensor] | None = None,
-    ranks: Mapping[str, int] | None = None,
-    steps: int = 0,
 ) -> InjectedAdapter:
     """Attach a fresh adapter (ΔW zero) to the target layers and leave only it trainable there.
 
     Args:
+        name: of the adapter on the models.
         frozen: per layer the tensors that the method is built on (see :func:`.frozen.frozen_tensors`).
-        only: restricts to some layer names.
         columns: per layer a scale (r,) of the trained columns; what is trained is A / scale.
-        ranks: ranks of single layers where they differ, for PEFT's methods.
-        steps: how long training will be, for methods with a schedule.
     """
-    wanted = [layer for layer in find_targets(models, targets) if only is None or layer in only]
+    method = spec.method
+    wanted = [layer for layer in find_targets(models, spec.targets) if spec.only is None or layer in spec.only]
     layers: dict[str, BaseTunerLayer] = {}
     schedules: dict[str, Schedule] = {}
     for component in dict.fromkeys(layer.split(".", 1)[0] for layer in wanted):
         model = models[component]
         paths = [layer.split(".", 1)[1] for layer in wanted if layer.startswith(f"{component}.")]
-        pattern = "|".join(re.escape(path) for path in paths)
-        config: PeftConfig
-        if method.peft:
-            options = method.peft.options(rank, steps)
-            if ranks:
-                own = {f"^{re.escape(path)}$": ranks[f"{component}.{path}"] for path in paths}
-                options |= {"rank_pattern": own, "alpha_pattern": own}
-            config = PEFT_TYPE_TO_CONFIG_MAPPING[method.peft.kind](target_modules=pattern, **options)
-        else:
-            config = SpectralConfig(r=rank, method=method.name, target_modules=pattern, find_frozen=False)
+        config = spec.peft_config(component, paths)
         for earlier in getattr(model, "peft_config", {}).values():
             earlier.inference_mode = True  # only the new one is trained
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.manual_seed(seed)
+            torch.manual_seed(spec.seed)
             inject_adapter_in_model(config, model, name)
         for path in paths:
             layers[f"{component}.{path}"] = cast(BaseTunerLayer, model.get_submodule(path))
-        if method.peft and method.peft.schedule and steps:
+        if method.peft and method.peft.schedule and spec.steps:
             schedules[component] = method.peft.schedule(model, config, name)
-    attachment = InjectedAdapter(name, method, rank, layers, schedules)
+    injected = InjectedAdapter(name, method, spec.rank, layers, schedules)
+    _initialize(injected, frozen or {}, columns)
+    return injected
+
+
+def _initialize(injected: InjectedAdapter, frozen: Frozen, columns: Mapping[str, Tensor] | None) -> None:
+    """Parameters in float32 as the method begins, and what it is built on."""
+    method = injected.method
     if method.peft:
-        for _, parameter in attachment.named_parameters():
+        for _, parameter in injected.named_parameters():
             parameter.data = parameter.data.float()
-    for layer, module in layers.items():
+    for layer, module in injected.layers.items():
         if method.peft and method.peft.initialize:
             weight = cast(nn.Linear, module.get_base_layer()).weight.detach()
-            method.peft.initialize(weight, attachment.parameters(layer))
+            method.peft.initialize(weight, injected.parameters(layer))
         if isinstance(module, AdaptedLayer):
-            if frozen and layer in frozen:
-                module.set_frozen(name, frozen[layer])
+            if layer in frozen:
+                module.set_frozen(injected.name, frozen[layer])
             if columns is not None:
-                module.spectral_columns[name] = columns[layer].to(module.base_weight.device)
-    return attachment
+                module.spectral_columns[injected.name] = columns[layer].to(module.base_weight.device)
 
 
 def set_adapters(models: dict[str, nn.Module], names: list[str]) -> None:

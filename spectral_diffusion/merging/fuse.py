@@ -120,7 +120,7 @@ def fuse_adapters(
     adapters = sorted(adapters, key=lambda adapter: adapter.name)
     check_together(adapters, config.scales)
     merge = get_merge(config.merge)
-    options = merge.settings(config.options)
+    merge.settings(config.options)  # a wrong one is refused before any work
     merge.check(adapters)
     use_means(base)
     targets: dict[str, nn.Linear | nn.Conv2d] = {}
@@ -128,42 +128,55 @@ def fuse_adapters(
         targets |= find_targets(base.models, adapter.targets)
         for token, vectors in adapter.tokens.items() if install else ():
             base.add_token(token, vectors)
-    layers = [layer for layer in targets if any(layer in adapter.sizes for adapter in adapters)]
-    learners = [targets[layer] for layer in layers] + extra_modules(base, config, set(layers))
-    lessons = None
+    targets = {name: layer for name, layer in targets.items() if any(name in one.sizes for one in adapters)}
+    trained = [layer.weight for layer in (*targets.values(), *extra_modules(base, config, set(targets)))]
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
+    teachers = None
     if config.distill.steps:  # before anything is fused: the base is one of the teachers
         if is_large(base):
-            hooks.notify(
-                check_distillation_memory(base, [layer.weight for layer in learners], config.distill, precision)
-            )
-        lessons = prepare_targets(base, adapters, scales_of(config, adapters), config.distill, config.seed, hooks)
+            hooks.notify(check_distillation_memory(base, trained, config.distill, precision))
+        teachers = prepare_targets(base, adapters, scales_of(config, adapters), config.distill, config.seed, hooks)
+    merged = merge_layers(base, adapters, targets, config, hooks)
+    if teachers:
+        tokens = [token for adapter in adapters for token in adapter.tokens]
+        with tf32(base.device, config.allow_tf32):
+            distill(base, teachers, trained, tokens, config.distill, config.seed, precision, hooks)
+        return None
+    return merged
+
+
+def merge_layers(
+    base: Base,
+    adapters: list[Adapter],
+    targets: Mapping[str, nn.Linear | nn.Conv2d],
+    config: MergeConfig,
+    hooks: Hooks,
+) -> dict[str, Factors] | None:
+    """Merge layer by layer into the weights; returns the changes, or None where one is dense."""
+    merge, layers = get_merge(config.merge), list(targets)
+    options = merge.settings(config.options)
     merged: dict[str, Factors] = {}
     dense = False
     done = 0
     for stage in stages(layers, merge, config):
-        changes: dict[str, Factors | Tensor] = {}  # a stage is watched whole before any of it changes
+        changes: dict[str, Factors | Tensor] = {}  # a stage is recorded whole before any of it changes
         for group in groups(stage, adapters, merge, config, hooks):
-            seen, ordinary = calibrate_stage(
+            activations, prior = calibrate_stage(
                 base, adapters, {name: targets[name] for name in group}, layers, merge, config, hooks
             )
             for layer in group:
-                contributions = contribute(adapters, layer, targets[layer].weight, config, seen)
-                context = MergeContext(options, config.seed, ordinary.get(layer), config.calibration.prior_weight)
+                contributions = contribute(adapters, layer, targets[layer].weight, config, activations)
+                context = MergeContext(options, config.seed, prior.get(layer), config.calibration.prior_weight)
                 changes[layer] = merge.combine(contributions, context)
                 done += 1
                 hooks.progress(Event("fuse", done, len(layers), {"layer": layer}))
-        for layer, found in changes.items():
-            add_change(targets[layer].weight, found, layer)
-            if isinstance(found, Factors):
-                merged[layer] = found
+        for layer, change in changes.items():
+            add_change(targets[layer].weight, change, layer)
+            if isinstance(change, Factors):
+                merged[layer] = change
             else:
                 dense = True
-    if lessons:
-        weights, tokens = [layer.weight for layer in learners], [t for a in adapters for t in a.tokens]
-        with tf32(base.device, config.allow_tf32):
-            distill(base, lessons, weights, tokens, config.distill, config.seed, precision, hooks)
-    return None if dense or lessons else merged
+    return None if dense else merged
 
 
 @torch.no_grad()

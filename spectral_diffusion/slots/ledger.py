@@ -48,6 +48,10 @@ class Slot:
         """How many columns from the bottom it needs."""
         return max(0, -self.columns[0])
 
+    def fits(self, capacity: int) -> bool:
+        """Whether so many columns hold it."""
+        return max(self.top, self.bottom) <= capacity
+
     def shared(self, other: Slot) -> int:
         """How many columns two slots have in common."""
         return len(set(self.columns) & set(other.columns))
@@ -150,6 +154,23 @@ def collision_probability(rank: int, pool: int) -> float:
     return 1 - math.comb(pool - rank, rank) / math.comb(pool, rank)
 
 
+@dataclass(frozen=True)
+class SlotRequest:
+    """What a concept asks of the ledger.
+
+    Attributes:
+        wanted: a policy (see :func:`parse_policy`); ``sampled`` neither reads nor writes the ledger.
+        capacity: columns that every target has; ``narrowest`` names the layer that sets it.
+        seed: decides the columns that ``sampled`` and ``random`` draw.
+    """
+
+    rank: int
+    wanted: str
+    capacity: int
+    narrowest: str = ""
+    seed: int = 0
+
+
 @dataclass
 class Ledger:
     """The columns in use beside one set of adapters. Every change holds a file lock."""
@@ -203,73 +224,38 @@ class Ledger:
             kept = {base: hashes for base, hashes in rounded.items() if base in bases}
             write_json(self.path, {"format_version": 2, "bases": bases} | ({"rounded": kept} if kept else {}))
 
-    def reserve(
-        self,
-        base: str,
-        concept: str,
-        rank: int,
-        wanted: str,
-        capacity: int,
-        narrowest: str = "",
-        seed: int = 0,
-        rounded: Sequence[str] = (),
-    ) -> Slot:
+    def reserve(self, base: str, concept: str, request: SlotRequest, rounded: Sequence[str] = ()) -> Slot:
         """Take a slot for a concept. Retraining a concept with ``next`` and the same rank keeps its slot.
 
         Args:
             base: the base's fingerprint.
             rounded: its fingerprints in half precisions. A base that shares one is the same in another precision, whose
                 adapters will meet this one's: their columns are taken too.
-            wanted: a policy (see :func:`parse_policy`); ``sampled`` asks and tells the ledger nothing.
-            capacity: columns that every target has; ``narrowest`` names the layer that sets it.
-            seed: decides the columns that ``sampled`` and ``random`` draw.
 
         Raises:
             UserError: the slot is taken, or past the capacity, or no room is left.
         """
-        policy = parse_policy(wanted, rank)
+        policy, capacity = parse_policy(request.wanted, request.rank), request.capacity
         if policy.kind == "sampled":
-            return random_slot(rank, min(policy.pool, capacity), seed)
+            return random_slot(request.rank, min(policy.pool, capacity), request.seed)
         with self._locked() as (data, hashes):
             if rounded:
                 hashes[base] = list(rounded)
             own = data.setdefault(base, {})
             kin = [data[other] for other in alike(base, hashes) if other in data and other != base]
-            taken = {name: slot for held in (*kin, own) for name, slot in held.items()}
+            taken = {name: slot for concepts in (*kin, own) for name, slot in concepts.items()}
             mine = taken.get(concept)
-            fits = mine is not None and mine.rank == rank and max(mine.top, mine.bottom) <= capacity
-            if policy.kind == "next" and mine is not None and fits:
+            if policy.kind == "next" and mine and mine.rank == request.rank and mine.fits(capacity):
                 own[concept] = mine
                 return mine
             others: dict[str, set[int]] = {}
-            for held in (*kin, own):
-                for name in held.keys() - {concept}:
-                    others.setdefault(name, set()).update(held[name].from_top(capacity))
-            used = {column for columns in others.values() for column in columns}
-            if policy.slot is not None:
-                slot = policy.slot
-            elif policy.kind == "random":
-                slot = random_slot(rank, capacity, seed)
-            elif policy.kind == "bottom":
-                slot = _last_free(rank, used, capacity)
-            else:
-                slot = _first_free(rank, used)
-            if slot.top > capacity or slot.bottom > capacity:
-                reason = f" (the narrowest adapted weight, {narrowest}, has that many)" if narrowest else ""
-                raise UserError(
-                    f"Slot {slot} is past the {capacity} columns of this base{reason}: "
-                    f"{capacity // rank} slots of rank {rank} fit, so one has to be released.",
-                    *([Fix("rank", str(rank // 2), "to have more of them")] if rank > 1 else []),
-                )
-            here = slot.from_top(capacity)
-            clash = next((name for name, columns in others.items() if columns & here), None)
-            if clash:
-                raise UserError(
-                    f"Slot {slot} overlaps the columns {taken[clash]} of '{clash}', which is not released.",
-                    Fix("slot", "next", "to take the next free ones"),
-                )
-            for held in kin:
-                held.pop(concept, None)  # it is trained anew
+            for concepts in (*kin, own):
+                for name in concepts.keys() - {concept}:
+                    others.setdefault(name, set()).update(concepts[name].from_top(capacity))
+            slot = _chosen(policy, request, set().union(*others.values()))
+            _check_free(slot, request, others, taken)
+            for concepts in kin:
+                concepts.pop(concept, None)  # it is trained anew
             own[concept] = slot
             return slot
 
@@ -296,6 +282,40 @@ def alike(base: str, hashes: Mapping[str, Sequence[str]]) -> set[str]:
         found |= more
         shared.update(*(hashes[other] for other in more))
     return found
+
+
+def _chosen(policy: Policy, request: SlotRequest, used: set[int]) -> Slot:
+    """The slot that a policy names or chooses beside the columns in use."""
+    if policy.slot is not None:
+        return policy.slot
+    if policy.kind == "random":
+        return random_slot(request.rank, request.capacity, request.seed)
+    if policy.kind == "bottom":
+        return _last_free(request.rank, used, request.capacity)
+    return _first_free(request.rank, used)
+
+
+def _check_free(slot: Slot, request: SlotRequest, others: Mapping[str, set[int]], taken: Mapping[str, Slot]) -> None:
+    """Refuse a slot past the capacity, or one that another concept has columns of.
+
+    Raises:
+        UserError: it is one.
+    """
+    capacity, rank, narrowest = request.capacity, request.rank, request.narrowest
+    if not slot.fits(capacity):
+        reason = f" (the narrowest adapted weight, {narrowest}, has that many)" if narrowest else ""
+        raise UserError(
+            f"Slot {slot} is past the {capacity} columns of this base{reason}: "
+            f"{capacity // rank} slots of rank {rank} fit, so one has to be released.",
+            *([Fix("rank", str(rank // 2), "to have more of them")] if rank > 1 else []),
+        )
+    columns = slot.from_top(capacity)
+    clash = next((name for name, others_columns in others.items() if others_columns & columns), None)
+    if clash:
+        raise UserError(
+            f"Slot {slot} overlaps the columns {taken[clash]} of '{clash}', which is not released.",
+            Fix("slot", "next", "to take the next free ones"),
+        )
 
 
 def _first_free(rank: int, used: Iterable[int]) -> Slot:

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
-from ..adapters.attach import inject_adapter, remove_adapters
+from ..adapters.attach import AdapterSpec, inject_adapter, remove_adapters
 from ..adapters.frozen import Frozen, frozen_tensors, stored_part, with_weight
 from ..core.hooks import Hooks
 from ..linalg import matrix_shape
@@ -113,7 +113,7 @@ def prepare_method(subject: CostSubject, name: str) -> MethodCost:
     begun = time.perf_counter()
     frozen = frozen_tensors(method, weights, rank, Slot.interval(0, rank) if method.slot else None, cached=False)
     seconds = time.perf_counter() - begun
-    attachment = inject_adapter({"unet": subject.unet}, method, rank, targets=TARGETS, frozen=frozen, steps=100)
+    attachment = inject_adapter({"unet": subject.unet}, AdapterSpec(method, rank, TARGETS, steps=100), frozen=frozen)
     kept, trained = kept_bytes(subject), attachment.state_dict()
     count = attachment.count()
     remove_adapters({"unet": subject.unet})
@@ -135,9 +135,8 @@ def prepare_method(subject: CostSubject, name: str) -> MethodCost:
 
 def timed_step(subject: CostSubject, name: str, held: MethodCost) -> float:
     """Seconds of forward, backward and AdamW, after one to warm up; the method is put on and taken off again."""
-    attachment = inject_adapter(
-        {"unet": subject.unet}, get_method(name), held.rank, targets=TARGETS, frozen=held.frozen, steps=100
-    )
+    spec = AdapterSpec(get_method(name), held.rank, TARGETS, steps=100)
+    attachment = inject_adapter({"unet": subject.unet}, spec, frozen=held.frozen)
     optimizer = torch.optim.AdamW([p for _, p in attachment.named_parameters()], lr=1e-4)
     seconds = 0.0
     for _ in range(2):

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..adapters.attach import inject_adapter
+from ..adapters.attach import AdapterSpec, inject_adapter
 from ..adapters.frozen import frozen_tensors
 from ..methods import get_method
 from ..models.targets import find_targets
@@ -100,7 +100,7 @@ def put_on(model: nn.Module, way: str, seed: int) -> list[nn.Parameter]:
     models: dict[str, nn.Module] = {"model": model}
     weights = {layer: module.weight.detach() for layer, module in find_targets(models, TARGETS).items()}
     frozen = frozen_tensors(method, weights, rank, slot, cached=False)
-    attachment = inject_adapter(models, method, rank, targets=TARGETS, frozen=frozen, seed=seed)
+    attachment = inject_adapter(models, AdapterSpec(method, rank, TARGETS, seed), frozen=frozen)
     return [parameter for _, parameter in attachment.named_parameters()]
 
 

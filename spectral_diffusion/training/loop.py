@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import inject_adapter, unloading
+from ..adapters.attach import AdapterSpec, inject_adapter, unloading
 from ..adapters.frozen import frozen_tensors, stored_part
 from ..config.train import TrainConfig
 from ..core.errors import Cancelled, NotFiniteError
@@ -175,10 +175,8 @@ class Trainer:
         columns, self.lr_factors = (
             slot_lr_scaling(self.weights, self.frozen, config) if method.builds_on == "columns" else (None, {})
         )
-        self.adapter = inject_adapter(
-            self.base.models, method, config.rank, "concept", config.target_modules, self.frozen, config.seed,
-            columns=columns, steps=config.steps,
-        )  # fmt: skip
+        spec = AdapterSpec(method, config.rank, config.target_modules, config.seed, steps=config.steps)
+        self.adapter = inject_adapter(self.base.models, spec, "concept", self.frozen, columns)
         for rows in self.encode.named_parameters().values():
             rows.requires_grad_(True)
         self.trained: dict[str, nn.Parameter] = {

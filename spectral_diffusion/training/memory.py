@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..adapters.attach import inject_adapter
+from ..adapters.attach import AdapterSpec, inject_adapter
 from ..adapters.frozen import Frozen, hollow_tensors
 from ..config.train import TrainConfig
 from ..core.errors import Fix, UserError
@@ -147,9 +147,8 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
     if method.builds_on == "full_svd":  # attaching would decompose what is not there: a LoRA stands for it
         apart = sum(tensor.nbytes for held in built_on.values() for tensor in held.values())
         method, built_on = get_method("lora"), {}
-    attachment = inject_adapter(
-        attached, method, config.rank, "adapter", config.target_modules, built_on, config.seed, steps=config.steps
-    )
+    spec = AdapterSpec(method, config.rank, config.target_modules, config.seed, steps=config.steps)
+    attachment = inject_adapter(attached, spec, "adapter", built_on)
     trained = attachment.count()
     with FakeTensorMode(allow_non_fake_inputs=True):  # on a pretended CPU, so that autocast acts as it does
         copies = hollow({**attached, "vae": vae}, "cpu")

@@ -24,7 +24,7 @@ from ..models.base import Base, load_base
 from ..models.per_layer_tokens import check_encoders
 from ..models.prompt_encoder import PromptEncoder
 from ..models.tokens import check_name, known_tokens
-from ..slots.ledger import LEDGER, ROWS, Ledger, Slot, collision_probability, parse_policy
+from ..slots.ledger import LEDGER, ROWS, Ledger, Slot, SlotRequest, collision_probability, parse_policy
 from ..svd_cache import capacity, spectrum_of
 from .checkpoint import load_state
 from .checks import notes_on
@@ -249,10 +249,8 @@ def reserve(config: TrainConfig, base: Base, concept: Concept) -> Slot:
     beside = config.ledger.with_name(ROWS) if config.ledger and rows else config.ledger
     ledger = Ledger(beside) if beside else Ledger.beside(config.output, ROWS if rows else LEDGER)
     own = base.fingerprint
-    return ledger.reserve(
-        own.exact, concept.name, config.rank, config.slot, columns, narrowest, config.slot_seed or 0,
-        rounded=(own.half, own.brain),
-    )  # fmt: skip
+    request = SlotRequest(config.rank, config.slot, columns, narrowest, config.slot_seed or 0)
+    return ledger.reserve(own.exact, concept.name, request, rounded=(own.half, own.brain))
 
 
 def slot_notes(config: TrainConfig, slot: Slot, base: Base) -> list[str]:

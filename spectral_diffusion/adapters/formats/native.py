@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 
 from torch import Tensor
@@ -89,6 +90,22 @@ def load_adapter(path: Path) -> Adapter:
     """
     path = Path(path)
     tensors, metadata = read_tensors(path)
+    _check_header(path, tensors, metadata)
+    try:
+        adapter = _adapter_of(tensors, metadata, path.parent)
+        _check_shapes(adapter)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        raise UserError(f"{path} is a damaged adapter ({reason(error)}); train or copy it again.") from error
+    check_finite(adapter)
+    return adapter
+
+
+def _check_header(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Refuse a file of another program, of another version of the format or of its method, or with another hash.
+
+    Raises:
+        UserError: it is one.
+    """
     if metadata.get("format") != FORMAT:
         raise UserError(
             f"{path} is a safetensors file but not an adapter of this program; another program's LoRA becomes one by "
@@ -101,51 +118,53 @@ def load_adapter(path: Path) -> Adapter:
     if metadata.get(DIGEST) != digest(tensors, metadata):
         raise UserError(f"{path} is damaged or was edited: its hash is not the one it was written with; copy it again.")
     try:
-        if int(metadata.get("spectral.revision", "1")) != get_method(metadata["spectral.method"]).revision:
-            raise UserError(
-                f"{path} was trained by another version of {metadata['spectral.method']}, in which its numbers mean "
-                "something else; train it again."
-            )
-        concept = parse_json(metadata["spectral.concept"])
-        columns = metadata["spectral.columns"]
-        kernels = parse_json(metadata["spectral.kernels"])
-        sizes, tokens = parse_json(metadata["spectral.sizes"]), parse_json(metadata["spectral.earlier"])
-        frozen: dict[str, dict[str, Tensor]] = {}
-        earlier: list[dict[str, Tensor]] = [{} for _ in tokens]
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "frozen":
-                layer, _, part = rest.rpartition(".")
-                frozen.setdefault(layer, {})[part] = tensor
-            elif kind == "earlier":
-                index, _, encoder = rest.partition(".")
-                earlier[int(index)][encoder] = tensor
-        made_for = parse_fingerprint(metadata["spectral.base_fingerprint"])
-        adapter = Adapter(
-            name=check_name(str(concept["name"])),
-            noun=str(concept["noun"]),
-            token=check_token(concept["token"]) if concept["token"] else "",
-            method=get_method(metadata["spectral.method"]),
-            rank=int(metadata["spectral.rank"]),
-            slot=read_columns(columns) if columns else None,
-            targets=metadata["spectral.targets"],
-            base=located_base(metadata["spectral.base"], made_for.exact, path.parent),
-            fingerprint=made_for,
-            parameters=dict(sorted((n[6:], t) for n, t in tensors.items() if n.startswith("delta."))),
-            sizes={layer: (int(out), int(inside)) for layer, (out, inside) in sorted(sizes.items())},
-            kernels={layer: (int(a), int(b), int(c)) for layer, (a, b, c) in sorted(kernels.items())},
-            frozen=dict(sorted(frozen.items())),
-            earlier={check_token(token): held for token, held in zip(tokens, earlier, strict=True)},
-            vectors={n[6:]: t for n, t in tensors.items() if n.startswith("token.")},
-            per_layer_vectors={n[10:]: t for n, t in tensors.items() if n.startswith("layerwise.")},
-            config=parse_json(metadata["spectral.config"]),
-            provenance=parse_json(metadata["spectral.versions"]),
-        )
-        _check_shapes(adapter)
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        name, revision = metadata["spectral.method"], int(metadata.get("spectral.revision", "1"))
+    except (KeyError, ValueError) as error:
         raise UserError(f"{path} is a damaged adapter ({reason(error)}); train or copy it again.") from error
-    check_finite(adapter)
-    return adapter
+    if revision != get_method(name).revision:
+        raise UserError(
+            f"{path} was trained by another version of {name}, in which its numbers mean something else; "
+            "train it again."
+        )
+
+
+def _adapter_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], folder: Path) -> Adapter:
+    """The adapter in a file in ``folder``; whatever is wrong with it is no UserError yet."""
+    concept = parse_json(metadata["spectral.concept"])
+    columns = metadata["spectral.columns"]
+    kernels = parse_json(metadata["spectral.kernels"])
+    sizes, tokens = parse_json(metadata["spectral.sizes"]), parse_json(metadata["spectral.earlier"])
+    frozen: dict[str, dict[str, Tensor]] = {}
+    earlier: list[dict[str, Tensor]] = [{} for _ in tokens]
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "frozen":
+            layer, _, part = rest.rpartition(".")
+            frozen.setdefault(layer, {})[part] = tensor
+        elif kind == "earlier":
+            index, _, encoder = rest.partition(".")
+            earlier[int(index)][encoder] = tensor
+    made_for = parse_fingerprint(metadata["spectral.base_fingerprint"])
+    return Adapter(
+        name=check_name(str(concept["name"])),
+        noun=str(concept["noun"]),
+        token=check_token(concept["token"]) if concept["token"] else "",
+        method=get_method(metadata["spectral.method"]),
+        rank=int(metadata["spectral.rank"]),
+        slot=read_columns(columns) if columns else None,
+        targets=metadata["spectral.targets"],
+        base=located_base(metadata["spectral.base"], made_for.exact, folder),
+        fingerprint=made_for,
+        parameters=dict(sorted((n[6:], t) for n, t in tensors.items() if n.startswith("delta."))),
+        sizes={layer: (int(out), int(inside)) for layer, (out, inside) in sorted(sizes.items())},
+        kernels={layer: (int(a), int(b), int(c)) for layer, (a, b, c) in sorted(kernels.items())},
+        frozen=dict(sorted(frozen.items())),
+        earlier={check_token(token): rows for token, rows in zip(tokens, earlier, strict=True)},
+        vectors={n[6:]: t for n, t in tensors.items() if n.startswith("token.")},
+        per_layer_vectors={n[10:]: t for n, t in tensors.items() if n.startswith("layerwise.")},
+        config=parse_json(metadata["spectral.config"]),
+        provenance=parse_json(metadata["spectral.versions"]),
+    )
 
 
 def _check_shapes(adapter: Adapter) -> None:
