@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from .adapters.formats.native import load_adapter
 from .config.fuse import FuseConfig
@@ -17,11 +17,12 @@ from .core.files import write_text
 from .core.hooks import QUIET, Hooks, brief_duration
 from .core.precision import resolve_mixed_precision
 from .data.folder import load_concept, open_photo
+from .data.image_grid import image_grid, labelled
 from .merging.fuse import fuse_to_folder
 from .models.base import Base, load_base, parse_device
 from .scenes.control import read_control_image
 from .scenes.generate import put_adapters, sample
-from .scenes.png_metadata import grid, save_png, sources_of
+from .scenes.png_metadata import save_png, sources_of
 from .scenes.scene import ControlImage, Region, Scene
 from .training.run import train_to_file
 from .training.speed import seconds_per_picture, training_seconds
@@ -138,24 +139,15 @@ def contact_sheet(
 ) -> Image.Image:
     """References · each concept alone · each after fusion, one row a concept; below, the sketch and both together."""
 
-    def tiles(images: list[Image.Image]) -> Image.Image:
-        return grid([image.resize((TILE, TILE), Image.Resampling.LANCZOS) for image in images], columns=4)
+    def tiles(images: Sequence[Image.Image], width: int, gap: int) -> Image.Image:
+        shown = [image.resize((width, TILE), Image.Resampling.LANCZOS) for image in images]
+        return image_grid(shown, len(shown), gap)
 
-    blocks = [[tiles(column[name]) for column in (references, alone, after)] for name in references]
-    width, height = blocks[0][0].size
-    gap, title = 12, 18
-    sheet = Image.new(
-        "RGB", (3 * width + 4 * gap, (len(blocks)) * (height + gap) + title + gap + title + TILE + 2 * gap), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    for column, text in enumerate(("references", "alone", "after fusion")):
-        draw.text((gap + column * (width + gap), 4), text, fill="black")
-    for row, images in enumerate(blocks):
-        for column, image in enumerate(images):
-            sheet.paste(image, (gap + column * (width + gap), title + row * (height + gap)))
-    y = title + len(blocks) * (height + gap) + gap
-    draw.text((gap, y - 14), "sketch and together, four seeds", fill="black")
-    for index, image in enumerate([sketch.convert("RGB"), *both]):
-        tile = image.resize((2 * TILE, TILE), Image.Resampling.LANCZOS)
-        sheet.paste(tile, (gap + index * (2 * TILE + gap), y + 4))
-    return sheet
+    columns = {"references": references, "alone": alone, "after fusion": after}
+    cells = [
+        labelled(tiles(of[name], TILE, 2), text, above=True) for name in references for text, of in columns.items()
+    ]
+    wide = [sketch.convert("RGB"), *both]
+    for start, text in ((0, "sketch and together, four seeds"), (2, ""), (4, "")):
+        cells.append(labelled(tiles(wide[start : start + 2], 2 * TILE, 6), text, above=True))
+    return image_grid(cells, len(columns), gap=12)

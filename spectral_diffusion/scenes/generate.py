@@ -29,12 +29,13 @@ from ..core.errors import ELSEWHERE, Cancelled, Fix, NotFiniteError, UserError, 
 from ..core.files import check_writable
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.precision import autocast, resolve_mixed_precision, tf32
+from ..data.image_grid import labelled_sheet
 from ..linalg import Factors
 from ..models.base import Base, load_base
 from ..models.tokens import collapse, expand, known_tokens
 from ..models.vae import decode, in_portions, overflows, upcast
 from .control import ControlMap, adapter_of, read_control_image, weighed
-from .png_metadata import BASE, is_our_png, is_same, labelled_sheet, save_png, sources_of
+from .png_metadata import BASE, is_our_png, is_same, save_png, sources_of
 from .prompts import foreign_syntax, prompts_in, tokens_in
 from .regions import EncodedRegion, RegionalPrompts, changed, regional
 from .scene import Region, Scene, adapter_files, open_on_black, region_mask

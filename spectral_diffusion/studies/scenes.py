@@ -13,13 +13,13 @@ from PIL import Image
 from ..adapters.adapter import Adapter
 from ..adapters.apply import install_tokens
 from ..core import assets as resources
+from ..data.image_grid import image_grid
 from ..metrics.prompts import PLACES
 from ..metrics.statistics import told
 from ..models.base import Base
 from ..scenes.control import ControlMap
 from ..scenes.generate import sample
 from ..scenes.keypose import draw_keypose
-from ..scenes.png_metadata import grid
 from ..scenes.scene import Box, Region, Scene
 from .fusion import MERGES, change_for, family_rate
 from .registry import Findings, Row, Table, study
@@ -243,11 +243,5 @@ def scenes_sheet(lab: StudyRunner) -> Image.Image:
         tiles = []
         for way in WAYS.values():
             tiles += [drawing, *pictures_of(lab, way, names, range(4), puppets)]
-        blocks.append(grid(tiles, 5, gap=3))
-    width = max(block.width for block in blocks)
-    out = Image.new("RGB", (width, sum(block.height + 12 for block in blocks)), "white")
-    top = 0
-    for block in blocks:
-        out.paste(block, (0, top))
-        top += block.height + 12
-    return out
+        blocks.append(image_grid(tiles, 5, gap=3))
+    return image_grid(blocks, 1, gap=12)
