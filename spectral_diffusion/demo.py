@@ -144,10 +144,8 @@ def contact_sheet(
         return image_grid(shown, len(shown), gap)
 
     columns = {"references": references, "alone": alone, "after fusion": after}
-    cells = [
-        labelled(tiles(of[name], TILE, 2), text, above=True) for name in references for text, of in columns.items()
-    ]
+    cells = [labelled(tiles(of[name], TILE, 2), text) for name in references for text, of in columns.items()]
     wide = [sketch.convert("RGB"), *both]
     for start, text in ((0, "sketch and together, four seeds"), (2, ""), (4, "")):
-        cells.append(labelled(tiles(wide[start : start + 2], 2 * TILE, 6), text, above=True))
+        cells.append(labelled(tiles(wide[start : start + 2], 2 * TILE, 6), text))
     return image_grid(cells, len(columns), gap=12)

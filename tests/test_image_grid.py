@@ -61,11 +61,10 @@ def test_pictures_of_other_sizes_and_modes_lie_at_the_top_left() -> None:
 
 def test_a_caption_leaves_its_picture_as_it_is() -> None:
     [image] = tiles(1, 60, 30)
-    below, above = labelled(image, "rex"), labelled(image, "rex", above=True)
-    assert below.size == above.size == (60, 30 + STRIP)
-    assert same(below.crop((0, 0, 60, 30)), image) and has_text(below.crop((0, 30, 60, 30 + STRIP)))
-    assert same(above.crop((0, STRIP, 60, 30 + STRIP)), image) and has_text(above.crop((0, 0, 60, STRIP)))
-    assert not has_text(labelled(image, "", above=True).crop((0, 0, 60, STRIP)))
+    out = labelled(image, "rex")
+    assert out.size == (60, STRIP + 30)
+    assert same(out.crop((0, STRIP, *out.size)), image) and has_text(out.crop((0, 0, 60, STRIP)))
+    assert not has_text(labelled(image, "").crop((0, 0, 60, STRIP)))
 
 
 def test_long_captions_are_cut_to_their_width() -> None:
@@ -105,5 +104,5 @@ def test_files_are_shown_in_their_order_and_not_all_of_too_many(tmp_path: Path) 
         image.save(paths[-1])
     sheet = labelled_sheet(paths, COLOURS, side=32, most=3)
     assert sheet.size == (2 * 32 + 6, 2 * (32 + STRIP) + 6)
-    assert sheet.getpixel((0, 0)) == (255, 0, 0) and sheet.getpixel((38, 31)) == (0, 128, 0)
-    assert sheet.getpixel((0, 32 + STRIP + 6)) == (0, 0, 255) and sheet.getpixel((69, 60)) == WHITE
+    assert sheet.getpixel((0, STRIP)) == (255, 0, 0) and sheet.getpixel((38, 47)) == (0, 128, 0)
+    assert sheet.getpixel((0, 53 + STRIP + 1)) == (0, 0, 255) and sheet.getpixel((69, 90)) == WHITE

@@ -26,11 +26,9 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None, gap: i
     return sheet.crop((0, 0, sheet.width - gap, sheet.height - gap))
 
 
-def labelled(image: Image.Image, text: str, above: bool = False) -> Image.Image:
-    """A picture with a caption below or above it."""
-    out = ImageOps.expand(image.convert("RGB"), (0, STRIP, 0, 0) if above else (0, 0, 0, STRIP), "white")
-    write(out, (2, 1 if above else image.height + 1), text, image.width - 2)
-    return out
+def labelled(image: Image.Image, text: str) -> Image.Image:
+    """A picture with a caption above it."""
+    return labelled_grid([[image]], column_labels=[text])
 
 
 def labelled_grid(
@@ -53,7 +51,7 @@ def labelled_grid(
 
 
 def labelled_sheet(pictures: Sequence[Path], labels: Sequence[str], side: int = 128, most: int = 64) -> Image.Image:
-    """Picture files, each at least ``side`` pixels high with its label below; the first ``most``."""
+    """Picture files, each at least ``side`` pixels high with its label above; the first ``most``."""
     tiles = []
     for path, label in zip(pictures[:most], labels, strict=False):
         with Image.open(path) as image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,11 +83,6 @@ def validation_images(
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def validation_grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
-    """Pictures of one size in rows, a title above each column."""
-    return labelled_grid([[enlarged(image, 96) for image in row] for row in rows], column_labels=titles)
-
-
 class Validator:
     """Asked after every step; it draws, records, and says when the likeness has stopped rising.
 
@@ -148,9 +143,9 @@ class Validator:
         file = samples_folder(self.path) / f"step-{step:06d}.png"
         try:
             with atomic(file) as temporary:
-                validation_grid(rows, [f"× {value:g}" for value in self.config.validation.scales]).save(
-                    temporary, "PNG"
-                )
+                shown = [[enlarged(image, 96) for image in row] for row in rows]
+                titles = [f"× {value:g}" for value in self.config.validation.scales]
+                labelled_grid(shown, column_labels=titles).save(temporary, "PNG")
             self.samples.append((step, str(file)))
             figures["sample"] = str(file)
         except (UserError, OSError) as error:
