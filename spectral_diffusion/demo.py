@@ -110,13 +110,9 @@ def run_demo(
     both = sample(with_both, [scene.prompt] * 4, [scene.seed + i for i in range(4)], scene, hooks, drawings=[sketch])
     save_png(both[0], scene.output, scene, sources_of(scene, with_both))
     write_text(output / "together.yaml", to_yaml(scene))
-    sheet = contact_sheet(
-        {name: [open_photo(photo.path) for photo in concept.photos[:4]] for name, concept in concepts.items()},
-        alone,
-        after,
-        sketch.image,
-        both,
-    )
+    photos = {name: [open_photo(photo.path) for photo in concept.photos[:4]] for name, concept in concepts.items()}
+    columns = {"references": photos, "alone": alone, "after fusion": after}
+    sheet = contact_sheet(columns, [sketch.image.convert("RGB"), *both])
     path = output / "sheet.png"
     sheet.save(path)
     return path
@@ -130,22 +126,14 @@ def demo_seconds(trainings: Sequence[TrainConfig], teaching: int) -> float:
     return trained + (teaching * TAUGHT + DRAWN) * picture + STARTING
 
 
-def contact_sheet(
-    references: dict[str, list[Image.Image]],
-    alone: dict[str, list[Image.Image]],
-    after: dict[str, list[Image.Image]],
-    sketch: Image.Image,
-    both: list[Image.Image],
-) -> Image.Image:
-    """References · each concept alone · each after fusion, one row a concept; below, the sketch and both together."""
+def contact_sheet(columns: dict[str, dict[str, list[Image.Image]]], wide: Sequence[Image.Image]) -> Image.Image:
+    """Pictures by column and concept, one row a concept; below, the sketch and the pictures of both together."""
 
     def tiles(images: Sequence[Image.Image], width: int, gap: int) -> Image.Image:
-        shown = [image.resize((width, TILE), Image.Resampling.LANCZOS) for image in images]
-        return image_grid(shown, len(shown), gap)
+        return image_grid([image.resize((width, TILE), Image.Resampling.LANCZOS) for image in images], len(images), gap)
 
-    columns = {"references": references, "alone": alone, "after fusion": after}
-    cells = [labelled(tiles(of[name], TILE, 2), text) for name in references for text, of in columns.items()]
-    wide = [sketch.convert("RGB"), *both]
+    names = next(iter(columns.values()))
+    cells = [labelled(tiles(of[name], TILE, 2), text) for name in names for text, of in columns.items()]
     for start, text in ((0, "sketch and together, four seeds"), (2, ""), (4, "")):
         cells.append(labelled(tiles(wide[start : start + 2], 2 * TILE, 6), text))
     return image_grid(cells, len(columns), gap=12)

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image, ImageChops
 
 from spectral_diffusion.data.image_grid import (
+    FONT,
     STRIP,
     WIDEST,
     enlarged,
-    font,
     image_grid,
     labelled,
     labelled_grid,
@@ -70,7 +70,7 @@ def test_a_caption_leaves_its_picture_as_it_is() -> None:
 def test_long_captions_are_cut_to_their_width() -> None:
     assert shortened("rex", 100) == "rex"
     cut = shortened("a very long caption", 60)
-    assert cut.endswith("…") and "a very long caption".startswith(cut[:-1]) and 30 < font().getlength(cut) <= 60
+    assert cut.endswith("…") and "a very long caption".startswith(cut[:-1]) and 30 < FONT.getlength(cut) <= 60
     assert shortened("rex", 1) == "…" and shortened("", 1) == ""
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 STRIP = 16  # pixels of a line of text
 WIDEST = 150  # pixels of the labels of rows at most
+FONT = ImageFont.load_default(size=12)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
@@ -40,7 +40,7 @@ def labelled_grid(
     """Rows of pictures with a label to the left of each row and one above each column."""
     cells = [image for row in rows for image in row]
     width, height = (max(sides) for sides in zip(*(image.size for image in cells)))
-    left = min(WIDEST, max((math.ceil(font().getlength(text)) + 8 for text in row_labels), default=0))
+    left = min(WIDEST, max((math.ceil(FONT.getlength(text)) + 8 for text in row_labels), default=0))
     top = STRIP if column_labels else 0
     sheet = ImageOps.expand(image_grid(cells, len(rows[0]), gap), (left, top, 0, 0), "white")
     for row, text in enumerate(row_labels):
@@ -67,19 +67,13 @@ def enlarged(image: Image.Image, side: int) -> Image.Image:
 
 def write(image: Image.Image, place: tuple[int, int], text: str, width: int) -> None:
     """Write a line of text into a picture, shortened to ``width`` pixels."""
-    ImageDraw.Draw(image).text(place, shortened(text, width), fill=(60, 60, 60), font=font())
+    ImageDraw.Draw(image).text(place, shortened(text, width), fill=(60, 60, 60), font=FONT)
 
 
 def shortened(text: str, width: int) -> str:
     """A line of text that takes at most so many pixels, with … where it was cut."""
-    if font().getlength(text) <= width:
+    if FONT.getlength(text) <= width:
         return text
-    while text and font().getlength(text + "…") > width:
+    while text and FONT.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
-
-
-@cache
-def font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The font of all captions."""
-    return ImageFont.load_default(size=12)

@@ -13,7 +13,7 @@ from PIL import Image
 from ..adapters.adapter import Adapter
 from ..adapters.apply import install_tokens
 from ..core import assets as resources
-from ..data.image_grid import image_grid
+from ..data.image_grid import image_grid, labelled_grid
 from ..metrics.prompts import PLACES
 from ..metrics.statistics import told
 from ..models.base import Base
@@ -240,8 +240,6 @@ def scenes_sheet(lab: StudyRunner) -> Image.Image:
             continue
         names, puppets = scenes[0], number.endswith("puppets")
         drawing = drawing_of(lab, names, puppets).at(WIDTH, HEIGHT).convert("RGB")
-        tiles = []
-        for way in WAYS.values():
-            tiles += [drawing, *pictures_of(lab, way, names, range(4), puppets)]
-        blocks.append(image_grid(tiles, 5, gap=3))
+        rows = [[drawing, *pictures_of(lab, way, names, range(4), puppets)] for way in WAYS.values()]
+        blocks.append(labelled_grid(rows, gap=3))
     return image_grid(blocks, 1, gap=12)

@@ -36,6 +36,5 @@ def make_naming(output: Path, base: str = "pocket", seed: int = 0, names: int = 
 
 def naming_sheet(images: list[Image.Image], columns: int = 8, side: int = 160) -> Image.Image:
     """Numbered pictures in a grid, enlarged."""
-    tiles = [image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
-    numbered = [labelled(tile, str(number)) for number, tile in enumerate(tiles, 1)]
-    return image_grid(numbered, columns, gap=8)
+    large = (image.resize((side, side), Image.Resampling.BICUBIC) for image in images)
+    return image_grid([labelled(image, str(number)) for number, image in enumerate(large, 1)], columns, gap=8)
