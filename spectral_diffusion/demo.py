@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from .adapters.apply import put_adapters
 from .adapters.formats.native import load_adapter
@@ -19,10 +19,11 @@ from .core.files import write_text
 from .core.hooks import QUIET, Hooks, brief_duration
 from .core.precision import resolve_mixed_precision
 from .data.folder import load_concept, open_photo
+from .data.image_grid import image_grid, labelled
 from .merging.fuse import fuse_to_folder
 from .models.base import Base, load_base, parse_device
 from .scenes.control import read_control_image
-from .scenes.png_metadata import grid, save_png, sources_of
+from .scenes.png_metadata import save_png, sources_of
 from .scenes.sampling import sample
 from .training.run import train_to_file
 from .training.speed import seconds_per_picture, training_seconds
@@ -80,28 +81,28 @@ def run_demo(
         alone[name] = pictures(with_one, name)
     with_both = load_base(str(fused))
     after = {name: pictures(with_both, name) for name in CONCEPTS}
-    sketch, both = together(with_both, [concept.token for concept in concepts.values()], settings, hooks)
+    both = picture_together(with_both, [concept.token for concept in concepts.values()], settings, hooks)
     references = {name: [open_photo(photo.path) for photo in one.photos[:4]] for name, one in concepts.items()}
     path = output / "sheet.png"
-    contact_sheet(references, alone, after, sketch, both).save(path)
+    contact_sheet({"references": references, "alone": alone, "after fusion": after}, both).save(path)
     return path
 
 
-def few(steps: int | None) -> dict[str, int]:
+def few_images(steps: int | None) -> dict[str, int]:
     """How many images a demo of a few steps prepares for each part; a whole demo prepares what the preset says."""
     return {"num_images": min(steps, PREPARED)} if steps else {}
 
 
 def training_settings(name: str, output: Path, steps: int | None) -> TrainConfig:
     """The preset's training of one concept with the demo's steps."""
-    change = {"steps": steps or TRAINING, "prior": few(steps)}
+    change = {"steps": steps or TRAINING, "prior": few_images(steps)}
     concept = {"concept": resources.concepts() / name, "output": output}
     return build(TrainConfig, preset_settings("pocket", "train"), concept, change)
 
 
 def fusion_settings(adapters: Sequence[Path], output: Path, steps: int | None, teaching: int) -> FuseConfig:
     """Gradient fusion of the adapters, then distillation."""
-    images = few(steps)
+    images = few_images(steps)
     distill = {"steps": teaching, **images}
     if steps:
         distill |= {"num_prior_images": images["num_images"], "noises_per_image": min(steps, NOISES)}
@@ -110,7 +111,7 @@ def fusion_settings(adapters: Sequence[Path], output: Path, steps: int | None, t
     return build(FuseConfig, preset_settings("pocket", "fuse"), change)
 
 
-def together(base: Base, tokens: Sequence[str], settings: Scene, hooks: Hooks) -> tuple[Image.Image, list[Image.Image]]:
+def picture_together(base: Base, tokens: Sequence[str], settings: Scene, hooks: Hooks) -> list[Image.Image]:
     """The sketch, and four pictures of both concepts where it puts them; the first becomes a file with its scene."""
     control = ControlImage(file=resources.concepts() / "sketches" / SKETCH, conditioning_scale=0.7)
     sketch = read_control_image(control)
@@ -128,7 +129,7 @@ def together(base: Base, tokens: Sequence[str], settings: Scene, hooks: Hooks) -
     both = sample(base, [scene.prompt] * 4, [scene.seed + i for i in range(4)], scene, hooks, controls=[sketch])
     save_png(both[0], scene.output, scene, sources_of(scene, base))
     write_text(scene.output.with_suffix(".yaml"), to_yaml(scene))
-    return sketch.image, both
+    return [sketch.image.convert("RGB"), *both]
 
 
 def demo_seconds(trainings: Sequence[TrainConfig], teaching: int) -> float:
@@ -139,33 +140,14 @@ def demo_seconds(trainings: Sequence[TrainConfig], teaching: int) -> float:
     return trained + (teaching * TAUGHT + DRAWN) * picture + STARTING
 
 
-def contact_sheet(
-    references: dict[str, list[Image.Image]],
-    alone: dict[str, list[Image.Image]],
-    after: dict[str, list[Image.Image]],
-    sketch: Image.Image,
-    both: list[Image.Image],
-) -> Image.Image:
-    """References · each concept alone · each after fusion, one row a concept; below, the sketch and both together."""
+def contact_sheet(columns: dict[str, dict[str, list[Image.Image]]], wide: Sequence[Image.Image]) -> Image.Image:
+    """Pictures by column and concept, one row a concept; below, the sketch and the pictures of both together."""
 
-    def tiles(images: list[Image.Image]) -> Image.Image:
-        return grid([image.resize((TILE, TILE), Image.Resampling.LANCZOS) for image in images], columns=4)
+    def tiles(images: Sequence[Image.Image], width: int, gap: int) -> Image.Image:
+        return image_grid([image.resize((width, TILE), Image.Resampling.LANCZOS) for image in images], len(images), gap)
 
-    blocks = [[tiles(column[name]) for column in (references, alone, after)] for name in references]
-    width, height = blocks[0][0].size
-    gap, title = 12, 18
-    sheet = Image.new(
-        "RGB", (3 * width + 4 * gap, (len(blocks)) * (height + gap) + title + gap + title + TILE + 2 * gap), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    for column, text in enumerate(("references", "alone", "after fusion")):
-        draw.text((gap + column * (width + gap), 4), text, fill="black")
-    for row, images in enumerate(blocks):
-        for column, image in enumerate(images):
-            sheet.paste(image, (gap + column * (width + gap), title + row * (height + gap)))
-    y = title + len(blocks) * (height + gap) + gap
-    draw.text((gap, y - 14), "sketch and together, four seeds", fill="black")
-    for index, image in enumerate([sketch.convert("RGB"), *both]):
-        tile = image.resize((2 * TILE, TILE), Image.Resampling.LANCZOS)
-        sheet.paste(tile, (gap + index * (2 * TILE + gap), y + 4))
-    return sheet
+    names = next(iter(columns.values()))
+    cells = [labelled(tiles(of[name], TILE, 2), text) for name in names for text, of in columns.items()]
+    for start, text in ((0, "sketch and together, four seeds"), (2, ""), (4, "")):
+        cells.append(labelled(tiles(wide[start : start + 2], 2 * TILE, 6), text))
+    return image_grid(cells, len(columns), gap=12)

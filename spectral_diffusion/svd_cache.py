@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .core.cache import WAIT, cache_folder, load, store
-from .core.errors import UserError
-from .core.files import locked, parse_json
+from .core.cache import WAIT, cache_folder, cached, restored, store
+from .core.files import parse_json
 from .core.hooks import QUIET, Event, Hooks
 from .linalg import SingularTriplets, bottom_band, flatten, gram_of, top_band
 from .slots.ledger import Slot
@@ -147,39 +146,29 @@ def spectrum_of(
     name = f"{key.hexdigest()[:32]}-{'bottom' if bottom else ''}{columns}.safetensors"
     path = (folder or cache_folder() / "spectra") / name
     unfinished = path.with_name(f"{path.stem}.unfinished.safetensors")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(Path(f"{path}.lock"), WAIT):
-            if set(bands := _read(path, weights, columns)) == set(weights):
-                return Spectrum(bands)
-            known = _read(unfinished, weights, columns)
-            spectrum = compute(weights, columns, hooks, bottom, known, lambda bands: _keep(unfinished, bands))
-            if _keep(path, spectrum.bands):
-                with suppress(OSError):
-                    unfinished.unlink(missing_ok=True)
-            return spectrum
-    except (OSError, UserError):
-        return compute(weights, columns, hooks, bottom)
 
-
-def _keep(path: Path, bands: Mapping[str, SingularTriplets]) -> bool:
-    tensors = {f"{name}.{part}": value for name, band in bands.items() for part, value in band._asdict().items()}
-    return store(path, tensors, {"done": json.dumps(list(bands))})
-
-
-def _read(path: Path, weights: Mapping[str, Tensor], columns: int) -> dict[str, SingularTriplets]:
-    """The bands of these weights in a cache file; none of a missing or damaged one, which is computed again."""
-    try:
-        tensors, metadata = load(path) or ({}, {"done": "[]"})
-        bands = {
-            name: SingularTriplets(*(tensors[f"{name}.{part}"] for part in SingularTriplets._fields))
-            for name in parse_json(metadata["done"])
-        }
-        for name, band in bands.items():
+    def unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, SingularTriplets]:
+        bands = {}
+        for name in parse_json(metadata["done"]):
+            band = SingularTriplets(*(tensors[f"{name}.{part}"] for part in SingularTriplets._fields))
             out, width = flatten(weights[name]).shape
             count = min(columns, out, width)
-            if band.U.shape != (out, count) or band.S.shape != (count,) or band.V.shape != (width, count):
-                return {}
-    except (KeyError, ValueError, TypeError):
-        return {}
-    return bands
+            if [part.shape for part in band] != [(out, count), (count,), (width, count)]:
+                raise ValueError(f"The columns of {name} are of another shape.")
+            bands[name] = band
+        return bands
+
+    def make() -> dict[str, SingularTriplets]:
+        known = restored(unfinished, unpack)
+        return compute(weights, columns, hooks, bottom, known, lambda bands: store(unfinished, *_packed(bands))).bands
+
+    found = cached(path, make, _packed, unpack, WAIT)
+    with suppress(OSError):
+        if path.exists():
+            unfinished.unlink(missing_ok=True)
+    return Spectrum(found)
+
+
+def _packed(bands: Mapping[str, SingularTriplets]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = {f"{name}.{part}": value for name, band in bands.items() for part, value in band._asdict().items()}
+    return tensors, {"done": json.dumps(list(bands))}

@@ -36,7 +36,7 @@ from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.data.image_io import open_upright
 from spectral_diffusion.data.latents_cache import cached_latents
 from spectral_diffusion.merging.activations import GramAccumulator
-from spectral_diffusion.merging.calibration import restored
+from spectral_diffusion.merging.calibration import unpacked
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.targets import PRESETS, patterns_of, work
@@ -233,12 +233,12 @@ def test_damaged_activations_are_not_restored(tmp_path: Path) -> None:
     seen, path = GramAccumulator(4), tmp_path / "a.safetensors"
     seen.add(torch.ones(2, 4))
     assert cache.store(path, {"a": seen.matrix()}, {"counts": '{"a": 2}'})
-    found = restored(path)
+    found = cache.restored(path, unpacked)
     assert found and torch.equal(found["a"].matrix(), seen.matrix())
     flip(path)
-    assert restored(path) is None
+    assert cache.restored(path, unpacked) is None
     cache.store(path, {"a": seen.matrix()}, {"counts": "[" * 100_000})
-    assert restored(path) is None
+    assert cache.restored(path, unpacked) is None
 
 
 def test_a_machine_without_a_home_has_a_private_cache(

@@ -115,15 +115,16 @@ def compare(
     from ..adapters.apply import put_adapters
     from ..adapters.attach import remove_adapters
     from ..config.scene import Scene
+    from ..data.image_grid import image_grid
     from ..merging.fuse import check_together, fuse_adapters
     from ..merging.merges.registry import get_merge
     from ..models.base import load_base
-    from ..scenes.png_metadata import grid
     from ..scenes.sampling import sample
 
     def drawn(token: str) -> Image.Image:
         prompts = [f"a photo of {token} {place}" for place in PLACES]
-        return grid(sample(base, prompts, [seed + index for index in range(len(PLACES))], scene, hooks), len(PLACES))
+        seeds = [seed + index for index in range(len(PLACES))]
+        return image_grid(sample(base, prompts, seeds, scene, hooks), len(PLACES))
 
     with giving_back(), errors_in_app(workspace, "pictures"):
         settings = fuse_settings(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)

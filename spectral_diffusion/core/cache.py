@@ -8,21 +8,22 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from safetensors import SafetensorError
 
 from .errors import UserError
-from .files import read_tensors, write_tensors
+from .files import locked, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 DIGEST = "spectral.digest"  # in a file's metadata: the hash of everything else in it
 WAIT = 3600.0  # seconds for another process that computes the same; then it is computed twice
@@ -88,3 +89,57 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
             return tensors, metadata
     log.warning("%s is damaged or of an earlier version; what it held is computed again.", path)
     return None
+
+
+def restored(path: Path, unpack: Callable[[dict[str, Tensor], dict[str, str]], T]) -> T | None:
+    """What ``unpack`` makes of a file's tensors and metadata; None where nothing whole is there, or it refuses them."""
+    with suppress(OSError, LookupError, ValueError, TypeError):
+        if held := load(path):
+            return unpack(*held)
+    return None
+
+
+def cached(
+    path: Path,
+    make: Callable[[], T],
+    pack: Callable[[T], tuple[Mapping[str, Tensor], Mapping[str, str]]],
+    unpack: Callable[[dict[str, Tensor], dict[str, str]], T],
+    wait: float = 0.0,
+    most: int = 0,
+) -> T:
+    """What ``path`` holds, or else what ``make`` returns, which is kept there.
+
+    A folder that cannot be written or read only costs the time to make it.
+
+    Args:
+        pack: returns the tensors and metadata to keep.
+        unpack: takes them back; it refuses wrong ones with a LookupError, ValueError or TypeError.
+        wait: seconds for another process that makes the same; with 0 nobody is waited for.
+        most: bytes that the folder may hold, those used last; 0 keeps all.
+    """
+    with ExitStack() as stack:
+        if wait:
+            with suppress(OSError, UserError):  # where nothing can be kept, nobody is waited for
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(Path(f"{path}.lock"), wait))
+        found = restored(path, unpack)
+        if found is not None:
+            with suppress(OSError):
+                path.touch()  # used just now
+            return found
+        made = make()
+        if store(path, *pack(made)) and most:
+            with suppress(OSError):
+                prune(path.parent, most)
+        return made
+
+
+def prune(folder: Path, most: int) -> None:
+    """Delete the files of a cache that were not used for the longest, until it holds at most so many bytes."""
+    found = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob("*.safetensors"))
+    held = sum(size for _, size, _ in found)
+    for _, size, path in found:
+        if held <= most:
+            return
+        path.unlink()
+        held -= size

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import PIL
@@ -13,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ..core.cache import cache_folder, load, store
+from ..core.cache import cache_folder, cached
 from ..core.errors import UserError
 from ..models.vae import overflows
 from ..svd_cache import hash_weight
@@ -57,26 +56,14 @@ def cached_latents(folder: Path | None, key: str, make: Callable[[], Encoded]) -
     A cache that cannot be written only costs the time to encode.
     """
     path = (folder or cache_folder() / "latents") / f"{key[:40]}.safetensors"
-    if found := load(path):
-        tensors, metadata = found
-        if metadata.get("key") == key and "latents" in tensors:
-            with suppress(OSError):
-                path.touch()  # used just now
-            return tensors["latents"], tensors.get("masks")
-    latents, masks = make()
-    made = latents.cpu(), None if masks is None else masks.cpu()
-    if store(path, {"latents": made[0]} | ({} if made[1] is None else {"masks": made[1]}), {"key": key}):
-        with suppress(OSError):
-            prune(path.parent, MOST)
-    return made
 
+    def pack(made: Encoded) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return {part: of for part, of in zip(("latents", "masks"), made) if of is not None}, {"key": key}
 
-def prune(folder: Path, most: int) -> None:
-    """Delete the files of a cache that were not used for the longest, until it holds at most so many bytes."""
-    found = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob("*.safetensors"))
-    held = sum(size for _, size, _ in found)
-    for _, size, path in found:
-        if held <= most:
-            return
-        path.unlink()
-        held -= size
+    def unpack(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Encoded:
+        if metadata["key"] != key:
+            raise ValueError("a file of another key")
+        return tensors["latents"], tensors.get("masks")
+
+    latents, masks = cached(path, make, pack, unpack, most=MOST)
+    return latents.cpu(), None if masks is None else masks.cpu()

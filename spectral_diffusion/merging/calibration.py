@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,10 @@ from ..adapters.formats.native import content_hash
 from ..adapters.low_rank import padded
 from ..config.fuse import CalibrationConfig
 from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, generic_subject
-from ..core.cache import WAIT, cache_folder, load, store
-from ..core.errors import UserError
-from ..core.files import locked, parse_json
+from ..core.cache import WAIT, cache_folder, cached
+from ..core.files import parse_json
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.rng import keyed_generator, keyed_random
-from ..data.latents_cache import prune
 from ..linalg import matrix_shape
 from ..models.base import Base
 from ..models.tokens import collapse, known_tokens
@@ -123,7 +121,7 @@ def calibrate(
     return seen
 
 
-def cached(
+def cached_seen(
     base: Base,
     adapter: Adapter | None,
     layers: Iterable[str],
@@ -148,31 +146,19 @@ def cached(
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_folder()) / "activations" / f"{key}.safetensors"
-    with ExitStack() as stack:
-        with suppress(OSError, UserError):  # where nothing can be kept, nobody is waited for
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(Path(f"{path}.lock"), WAIT))
-        found = restored(path)
-        if found is not None:
-            with suppress(OSError):
-                path.touch()  # used just now
-            return found
-        made = make()
-        tensors = {name: one.matrix() if one.is_raw else one.gram() for name, one in made.items()}
-        if store(path, tensors, {"counts": json.dumps({name: one.count for name, one in made.items()})}):
-            with suppress(OSError):
-                prune(path.parent, KEPT)
-        return made
+    return cached(path, make, packed, unpacked, WAIT, KEPT)
 
 
-def restored(path: Path) -> dict[str, GramAccumulator] | None:
-    """What :func:`cached` has kept; None if there is nothing that can be read."""
-    try:
-        tensors, metadata = load(path) or ({}, {})
-        counts = parse_json(metadata["counts"])
-        found = {name: GramAccumulator(tensors[name].shape[1]) for name in counts}
-        for name, one in found.items():
-            one.restore(tensors[name], int(counts[name]))
-        return found
-    except (KeyError, ValueError, TypeError):
-        return None
+def packed(seen: Mapping[str, GramAccumulator]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata to keep of what layers see."""
+    tensors = {name: one.matrix() if one.is_raw else one.gram() for name, one in seen.items()}
+    return tensors, {"counts": json.dumps({name: one.count for name, one in seen.items()})}
+
+
+def unpacked(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, GramAccumulator]:
+    """What :func:`packed` was given."""
+    counts = parse_json(metadata["counts"])
+    found = {name: GramAccumulator(tensors[name].shape[1]) for name in counts}
+    for name, one in found.items():
+        one.restore(tensors[name], int(counts[name]))
+    return found

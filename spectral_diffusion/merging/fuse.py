@@ -26,7 +26,7 @@ from ..models.per_layer_tokens import mean_note, use_means
 from ..models.targets import find_targets
 from ..training.memory import available, gib, is_large
 from .activations import GramAccumulator
-from .calibration import cached, calibrate
+from .calibration import cached_seen, calibrate
 from .distill import distill, prepare_targets
 from .manifest import (
     ADAPTERS,
@@ -305,7 +305,7 @@ def calibrate_stage(
         def make() -> Seen:
             return calibrate(base, adapter, stage, settings, config.seed, hooks, acting)
 
-        return cached(base, adapter, stage, settings, config.seed, make) if own and settings.cache else make()
+        return cached_seen(base, adapter, stage, settings, config.seed, make) if own and settings.cache else make()
 
     for adapter in adapters:
         if not adapter.token:

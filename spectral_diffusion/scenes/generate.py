@@ -16,11 +16,12 @@ from ..core.errors import ELSEWHERE, Fix, UserError, nearest
 from ..core.files import check_writable
 from ..core.hooks import QUIET, Hooks
 from ..core.precision import resolve_mixed_precision
+from ..data.image_grid import labelled_sheet
 from ..data.image_io import open_on_black
 from ..models.base import Base, load_base
 from ..models.tokens import collapse, expand, known_tokens
 from .control import ControlMap, read_control_image
-from .png_metadata import BASE, is_our_png, is_same, labelled_sheet, save_png, sources_of
+from .png_metadata import BASE, is_our_png, is_same, save_png, sources_of
 from .prompts import foreign_syntax, prompts_in, tokens_in
 from .sampling import Bound, Preview, SceneInputs, sample_in_turn
 from .scene import adapter_files

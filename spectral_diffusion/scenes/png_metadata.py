@@ -1,16 +1,15 @@
-"""Finished pictures: PNGs with their scene inside, contact sheets."""
+"""Finished pictures: PNGs with their scene inside."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from PIL.Image import DecompressionBombError
 
 from ..adapters.formats.reading import lora_file
@@ -29,31 +28,6 @@ UNREAD = (
 )  # fmt: skip
 BASE = "base"  # among the sources
 APART = {"output", "device"}  # of a scene: where it goes and what draws it
-
-
-def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Pictures of one size side by side."""
-    columns = columns or min(len(images), max(1, math.ceil(math.sqrt(len(images)))))
-    rows = math.ceil(len(images) / columns)
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for index, image in enumerate(images):
-        sheet.paste(image, (index % columns * (width + gap), index // columns * (height + gap)))
-    return sheet
-
-
-def labelled_sheet(pictures: Sequence[Path], labels: Sequence[str], side: int = 128, most: int = 64) -> Image.Image:
-    """A contact sheet of picture files, each at least ``side`` pixels high with its label below; the first ``most``."""
-    font, tiles = ImageFont.load_default(size=12), []
-    for path, label in zip(pictures[:most], labels, strict=False):
-        with Image.open(path) as image:
-            factor = max(1, side // image.height)
-            shown = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-        tile = Image.new("RGB", (shown.width, shown.height + 16), "white")
-        tile.paste(shown, (0, 0))
-        ImageDraw.Draw(tile).text((2, shown.height + 1), label, fill=(60, 60, 60), font=font)
-        tiles.append(tile)
-    return grid(tiles, gap=6)
 
 
 def save_png(image: Image.Image, path: Path, scene: Scene, sources: Mapping[str, str]) -> None:

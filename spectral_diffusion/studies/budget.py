@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ..adapters.apply import put_adapters
 from ..core.errors import UserError
+from ..data.image_grid import labelled_grid, write
 from ..methods import get_method
 from ..metrics.statistics import mean_text
 from ..training.run import with_rank
@@ -115,24 +116,20 @@ def budget_grid(
     changes: dict[tuple[str, int], dict[str, Any] | None],
 ) -> Image.Image:
     """One picture of the first concept by method (rows) and budget (columns); a dash where there is none."""
-    left, top = 120, 16
-    out = Image.new("RGB", (left + len(budgets) * (SIDE + 4), top + len(methods) * (SIDE + 4)), "white")
-    draw = ImageDraw.Draw(out)
-    for column, budget in enumerate(budgets):
-        draw.text((left + column * (SIDE + 4), 2), f"{budget:,}", fill="black")
-    for index, method in enumerate(methods):
-        draw.text((2, top + index * (SIDE + 4) + SIDE // 2 - 6), method, fill="black")
-        for column, budget in enumerate(budgets):
-            corner = (left + column * (SIDE + 4), top + index * (SIDE + 4))
-            change = changes[method, budget]
-            if change is None:
-                draw.text((corner[0] + SIDE // 2, corner[1] + SIDE // 2 - 6), "-", fill="black")  # its font has no –
-                continue
-            adapter, _ = lab.trained(NAMES[0], **change, **scaled(lab, swept(lab, method)[0]))
-            base = lab.fresh()
-            put_adapters(base, [(adapter, 1.0)])
-            out.paste(lab.portraits(base, adapter.token)[0].resize((SIDE, SIDE)), corner)
-    return out
+
+    def cell(method: str, budget: int) -> Image.Image:
+        change = changes[method, budget]
+        if change is None:
+            blank = Image.new("RGB", (SIDE, SIDE), "white")
+            write(blank, (SIDE // 2, SIDE // 2 - 6), "-", SIDE)
+            return blank
+        adapter, _ = lab.trained(NAMES[0], **change, **scaled(lab, swept(lab, method)[0]))
+        base = lab.fresh()
+        put_adapters(base, [(adapter, 1.0)])
+        return lab.portraits(base, adapter.token)[0].resize((SIDE, SIDE))
+
+    rows = [[cell(method, budget) for budget in budgets] for method in methods]
+    return labelled_grid(rows, methods, [f"{budget:,}" for budget in budgets])
 
 
 def verdict(rows: Sequence[Row], budgets: Sequence[int]) -> str:

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.apply import put_adapters
 from ..config.fuse import FuseConfig
 from ..core.hooks import Hooks
+from ..data.image_grid import image_grid, labelled_grid
 from ..merging.fuse import fuse_adapters
 from ..metrics.statistics import difference_text, mean_text, share_text
-from ..scenes.png_metadata import grid
 from .registry import Findings, Row, Table, study
 from .runner import MANY, TEST_CONCEPTS, TUNING_CONCEPTS, Figures, StudyRunner, TimeOver, best_rate, scaled
 
@@ -309,14 +309,5 @@ def sheet_of(
     columns: Mapping[str, Mapping[str, Sequence[Image.Image]]], names: Sequence[str], side: int = 64
 ) -> Image.Image:
     """Pictures by column and concept, two abreast, each ``side`` pixels; one row a concept, titles above."""
-    tiles = {
-        title: [grid([i.resize((side, side)) for i in row[n]], 2) for n in names] for title, row in columns.items()
-    }
-    width, gap, top = tiles[next(iter(tiles))][0].width, 10, 16
-    out = Image.new("RGB", ((width + gap) * len(tiles) + gap, (width + gap) * len(names) + top + gap), "white")
-    draw = ImageDraw.Draw(out)
-    for column, (title, images) in enumerate(tiles.items()):
-        draw.text((gap + column * (width + gap), 3), title[: width // 6], fill="black")
-        for index, image in enumerate(images):
-            out.paste(image, (gap + column * (width + gap), top + index * (width + gap)))
-    return out
+    rows = [[image_grid([i.resize((side, side)) for i in row[n]], 2) for row in columns.values()] for n in names]
+    return labelled_grid(rows, column_labels=list(columns), gap=10)

@@ -15,11 +15,11 @@ from ..adapters.apply import install_tokens
 from ..config.evaluate import PLACES
 from ..config.scene import Box, Region, Scene
 from ..core import assets as resources
+from ..data.image_grid import image_grid, labelled_grid
 from ..metrics.statistics import mean_text
 from ..models.base import Base
 from ..scenes.control import ControlMap
 from ..scenes.keypose import draw_keypose
-from ..scenes.png_metadata import grid
 from ..scenes.sampling import sample
 from .fusion import MERGES, change_for, family_rate
 from .registry import Findings, Row, Table, study
@@ -240,14 +240,6 @@ def scenes_sheet(lab: StudyRunner) -> Image.Image:
             continue
         names, puppets = scenes[0], number.endswith("puppets")
         drawing = drawing_of(lab, names, puppets).at(WIDTH, HEIGHT).convert("RGB")
-        tiles = []
-        for way in WAYS.values():
-            tiles += [drawing, *pictures_of(lab, way, names, range(4), puppets)]
-        blocks.append(grid(tiles, 5, gap=3))
-    width = max(block.width for block in blocks)
-    out = Image.new("RGB", (width, sum(block.height + 12 for block in blocks)), "white")
-    top = 0
-    for block in blocks:
-        out.paste(block, (0, top))
-        top += block.height + 12
-    return out
+        rows = [[drawing, *pictures_of(lab, way, names, range(4), puppets)] for way in WAYS.values()]
+        blocks.append(labelled_grid(rows, gap=3))
+    return image_grid(blocks, 1, gap=12)

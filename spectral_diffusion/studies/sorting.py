@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from ..adapters.apply import put_adapters
 from ..core.errors import UserError
 from ..core.files import atomic, write_text
-from ..scenes.png_metadata import labelled_sheet
+from ..data.image_grid import labelled_sheet
 from .fusion import MERGES, RANK, adapters_of, family_rate
 from .registry import Findings, Row, Table, study
 from .runner import TEST_CONCEPTS, StudyRunner, TimeOver, cell_key

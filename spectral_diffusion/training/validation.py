@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from diffusers import DPMSolverMultistepScheduler
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
@@ -21,6 +21,7 @@ from ..core.errors import Fix, UserError, reason
 from ..core.files import atomic
 from ..core.hooks import Hooks
 from ..data.folder import Concept, open_photo
+from ..data.image_grid import enlarged, labelled_grid
 from ..metrics.identity import IdentityEncoder, identity_score, load_identity_encoder
 from ..models.base import Base
 from ..models.prompt_encoder import PromptEncoder
@@ -80,21 +81,6 @@ def validation_images(
             )  # fmt: skip
     pipe.vae.use_slicing = slicing
     return [list(row) for row in zip(*columns, strict=True)]
-
-
-def validation_grid(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str]) -> Image.Image:
-    """Pictures of one size in rows, a title above each column."""
-    width, height = rows[0][0].size
-    factor = max(1, 96 // height)
-    width, height = width * factor, height * factor
-    out = Image.new("RGB", (len(titles) * (width + 4) - 4, 18 + len(rows) * (height + 4) - 4), "white")
-    pen, font = ImageDraw.Draw(out), ImageFont.load_default(size=12)
-    for column, title in enumerate(titles):
-        pen.text((column * (width + 4) + 2, 2), title, fill=(60, 60, 60), font=font)
-        for row, images in enumerate(rows):
-            shown = images[column].resize((width, height), Image.Resampling.NEAREST)
-            out.paste(shown, (column * (width + 4), 18 + row * (height + 4)))
-    return out
 
 
 class Validator:
@@ -157,9 +143,9 @@ class Validator:
         file = samples_folder(self.path) / f"step-{step:06d}.png"
         try:
             with atomic(file) as temporary:
-                validation_grid(rows, [f"× {value:g}" for value in self.config.validation.scales]).save(
-                    temporary, "PNG"
-                )
+                shown = [[enlarged(image, 96) for image in row] for row in rows]
+                titles = [f"scale {value:g}" for value in self.config.validation.scales]
+                labelled_grid(shown, column_labels=titles).save(temporary, "PNG")
             self.samples.append((step, str(file)))
             figures["sample"] = str(file)
         except (UserError, OSError) as error:

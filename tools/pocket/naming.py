@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.core.files import write_json, write_text
+from spectral_diffusion.data.image_grid import image_grid, labelled
 from spectral_diffusion.metrics.classifiers import NOUNS
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.scenes.sampling import sample
@@ -35,11 +36,5 @@ def make_naming(output: Path, base: str = "pocket", seed: int = 0, names: int = 
 
 def naming_sheet(images: list[Image.Image], columns: int = 8, side: int = 160) -> Image.Image:
     """Numbered pictures in a grid, enlarged."""
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + 8), rows * (side + 24)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, image in enumerate(images):
-        x, y = index % columns * (side + 8), index // columns * (side + 24)
-        draw.text((x + 4, y + 4), str(index + 1), fill="black")
-        sheet.paste(image.resize((side, side), Image.Resampling.BICUBIC), (x, y + 20))
-    return sheet
+    large = (image.resize((side, side), Image.Resampling.BICUBIC) for image in images)
+    return image_grid([labelled(image, str(number)) for number, image in enumerate(large, 1)], columns, gap=8)

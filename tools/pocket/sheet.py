@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
 from spectral_diffusion.core.files import write_json
+from spectral_diffusion.data.image_grid import image_grid
 
 from .art import PACKAGES, PRETRAINING
 from .base import Training
@@ -79,7 +79,4 @@ def sample_sheet(pipeline: Path, target: Path, prompts: list[str] | None = None,
         chunk = prompts[start : start + 8]
         generators = [torch.Generator().manual_seed(100 + start + i) for i in range(len(chunk))]
         images += pipe(chunk, num_inference_steps=steps, guidance_scale=4.0, generator=generators).images
-    sheet = Image.new("RGB", (8 * 128, math.ceil(len(images) / 8) * 128))
-    for index, image in enumerate(images):
-        sheet.paste(image.resize((128, 128), Image.Resampling.NEAREST), (index % 8 * 128, index // 8 * 128))
-    sheet.save(target)
+    image_grid([image.resize((128, 128), Image.Resampling.NEAREST) for image in images], 8, gap=0).save(target)
