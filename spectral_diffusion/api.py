@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,9 @@ def train(
     output: str | Path | None = None,
     slot: str | int | Slot = "next",
     ledger: str | Path | None = None,
+    config: str | Path | None = None,
     callbacks: Sequence[Callable[[Event], None]] = (),
+    hooks: Hooks = QUIET,
     **settings: Any,
 ) -> Adapter:
     """Train one concept from a folder of photos, with the defaults of the command line.
@@ -149,16 +151,19 @@ def train(
         output: an adapter file to write; without it, nothing is written.
         slot: the singular vectors to train: ``next`` is the ledger's first free slot, without a ledger the first.
         ledger: the file that says which slots are taken; default: ``slots.json`` beside the output.
+        config: a preset by name or a YAML file; default: the preset of the base.
         callbacks: called after every step with an :class:`Event`.
+        hooks: progress, messages, and whether to stop: the state is then saved beside ``output``, for ``resume=True``.
         settings: any other of :class:`TrainConfig`, such as ``method``, ``rank``, ``steps`` or ``prior={…}``; also
             ``resume`` and ``force``.
 
     Raises:
         UserError: one sentence on what is wrong.
+        Cancelled: ``hooks.should_stop`` said so.
     """
 
     def show(event: Event) -> None:
-        for callback in callbacks:
+        for callback in (hooks.progress, *callbacks):
             callback(event)
 
     held = _base(base)
@@ -170,8 +175,11 @@ def train(
             "ledger": None if ledger is None else str(ledger),
             "output": str(output or Path(scratch) / f"{name}.safetensors"),
         }  # fmt: skip
-        config = settings_for(TrainConfig, "train", {k: v for k, v in given.items() if v is not None}, settings)
-        return Adapter.of(train_to_file(config, hooks=Hooks(progress=show), base=held, **run))
+        chosen = None if config is None else str(config)
+        given = {key: value for key, value in given.items() if value is not None}
+        resolved = settings_for(TrainConfig, "train", given, settings, config=chosen)
+        every = replace(hooks, progress=show)
+        return Adapter.of(train_to_file(resolved, hooks=every, base=held, **run))
 
 
 def load_adapters(pipeline: Pipeline, adapters: Scales, allow_base: bool = False) -> list[str]:

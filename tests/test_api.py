@@ -150,3 +150,59 @@ def test_notebooks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for text in code:
         exec(compile(text, name, "exec"), space)
     assert space["scores"]
+
+
+def test_training_stops_when_asked_and_resumes_to_the_same_adapter(pipe: Any, photos: Path, tmp_path: Path) -> None:
+    whole = sd.train(pipe, photos, output=tmp_path / "whole" / "rex.safetensors", **QUICK)
+    output, notes, asked = tmp_path / "stopped" / "rex.safetensors", [], iter(range(100))
+    hooks = sd.Hooks(notify=notes.append, should_stop=lambda: next(asked) >= 1)
+    with pytest.raises(sd.Cancelled):
+        sd.train(pipe, photos, output=output, hooks=hooks, **QUICK)
+    assert not output.exists()
+    events: list[sd.Event] = []
+    resumed = sd.train(pipe, photos, output=output, resume=True, callbacks=[events.append], **QUICK)
+    assert all(torch.equal(resumed.parameters[name], value) for name, value in whole.parameters.items())
+    assert events[-1].done == QUICK["steps"]
+
+
+def test_a_preset_and_a_file_of_settings_are_taken_by_name(pipe: Any, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("rank: 3\nbatch_size: 1\n")
+    settings = {name: value for name, value in QUICK.items() if name != "rank"}
+    adapter = sd.train(pipe, photos, config=tmp_path / "mine.yaml", **settings)
+    assert adapter.rank == 3 and adapter.config["batch_size"] == 1
+    with pytest.raises(sd.UserError, match="did you mean 'pocket-quick'"):
+        sd.train(pipe, photos, config="pocket-quic", **QUICK)
+
+
+def test_an_adapter_goes_to_the_hub_and_comes_back(
+    two: list[sd.Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is a folder here; what is uploaded and asked for is what huggingface_hub would get."""
+    hub = tmp_path / "hub"
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            assert token == "secret"
+
+        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> str:
+            assert private and exist_ok
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, repo_id: str, folder_path: str) -> None:
+            shutil.copytree(folder_path, hub / repo_id)
+
+    def download(repo_id: str, filename: str, revision: str | None) -> str:
+        if not (hub / repo_id).exists():
+            raise OSError("404 Client Error")
+        return str(hub / repo_id / filename)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    rex = two[0]
+    assert rex.push_to_hub("me/rex", private=True, token="secret") == "https://hub/me/rex"
+    card = (hub / "me" / "rex" / "README.md").read_text(encoding="utf-8")
+    assert rex.token in card and str(tmp_path) not in card
+    again = sd.Adapter.from_pretrained("me/rex")
+    assert all(torch.equal(again.parameters[name], value) for name, value in rex.parameters.items())
+    with pytest.raises(sd.UserError, match="Cannot load 'me/nobody' from the hub: 404"):
+        sd.Adapter.from_pretrained("me/nobody")
