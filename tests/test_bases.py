@@ -37,7 +37,7 @@ from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.models.architectures import build_meta, count_table
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
-from spectral_diffusion.scenes.sampling import sample, sampler
+from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.training.run import train_to_file
 from tools.pocket.models import build_tokenizer
 
@@ -182,7 +182,7 @@ def test_without_regions_a_picture_is_the_stock_pipelines(folder: Path, negative
     base = load_base(str(folder), "cpu")
     mine = sample(base, ["a red dog"], [7], scene)[0]
     pipe = load_base(str(folder), "cpu").pipeline
-    pipe.scheduler = sampler(base, scene.sampler)
+    pipe.scheduler = base.denoiser.scheduler(scene.sampler)
     pipe.set_progress_bar_config(disable=True)
     stock = pipe(
         "a red dog", negative_prompt=negative or None, num_inference_steps=2, guidance_scale=3.0,

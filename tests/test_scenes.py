@@ -37,7 +37,7 @@ from spectral_diffusion.scenes.generate import cut_words, generate_to_file
 from spectral_diffusion.scenes.mix_of_show import mapped, read_layouts, scene_of
 from spectral_diffusion.scenes.png_metadata import read_settings, sources_of
 from spectral_diffusion.scenes.region_mask import region_mask
-from spectral_diffusion.scenes.sampling import SceneInputs, sample, sample_in_turn, sampler
+from spectral_diffusion.scenes.sampling import SceneInputs, sample, sample_in_turn
 from spectral_diffusion.scenes.scene import read_scene
 from spectral_diffusion.training.run import train_to_file
 
@@ -187,7 +187,7 @@ def test_without_regions_it_is_the_stock_pipeline_to_the_last_bit(base_folder: P
     ours = sample(base, ["a red dog"], [5], scene, controls=[drawing])[0]
     parts = {name: part for name, part in base.pipeline.components.items() if name != "image_encoder"}
     stock = StableDiffusionAdapterPipeline(
-        **{**parts, "scheduler": sampler(base, "dpm")}, requires_safety_checker=False,
+        **{**parts, "scheduler": base.denoiser.scheduler("dpm")}, requires_safety_checker=False,
         adapter=T2IAdapter.from_pretrained(base_folder / "t2i_sketch"),
     )  # fmt: skip
     stock.set_progress_bar_config(disable=True)

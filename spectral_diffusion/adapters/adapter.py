@@ -14,6 +14,7 @@ from ..linalg import Factors, SingularTriplets, bottom_band, frobenius_norm, mat
 from ..methods import Method
 from ..models.base import Base
 from ..models.fingerprint import Fingerprint
+from ..models.prompt_encoder import trigger_words
 from ..slots.ledger import Slot
 from .frozen import Frozen, with_weight
 
@@ -33,6 +34,7 @@ class Adapter:
         per_layer_vectors: by text encoder the rows of every cross-attention layer, (layers, n, width) each, where
             they differ; ``vectors`` are then their mean, for all that holds one vector only.
         kernels: convolution to its kernel (in, kh, kw), into which a row of the matrix folds.
+        fused: layer that holds several projections, to the names and rows of its parts (see :mod:`.split_linear`).
         earlier: tokens and vectors of the concepts that this one was trained on top of.
         config: the resolved training settings; ``provenance``: libraries, processor and threads that made it.
     """
@@ -53,6 +55,7 @@ class Adapter:
     per_layer_vectors: dict[str, Tensor] = field(default_factory=dict)
     earlier: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     kernels: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    fused: dict[str, dict[str, int]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
 
@@ -72,6 +75,11 @@ class Adapter:
     def tokens(self) -> dict[str, dict[str, Tensor]]:
         """Every token it brings, with its vectors; none if it was imported without one."""
         return {**self.earlier, self.token: self.vectors} if self.token else dict(self.earlier)
+
+    @property
+    def trigger(self) -> str:
+        """The words that stand for the concept in a prompt, on a base that learns no words; else empty."""
+        return trigger_words(self) if self.token and not self.vectors else ""
 
     @property
     def needs_base(self) -> bool:

@@ -57,10 +57,21 @@ def install_tokens(base: Base, adapter: Adapter) -> None:
     Raises:
         UserError: a token is there already, or has vectors for other layers.
     """
-    for token, vectors in adapter.tokens.items():
-        base.add_token(token, vectors)
+    add_words(base, adapter)
     if adapter.per_layer_vectors:
         install_per_layer(base, adapter.token, adapter.per_layer_vectors)
+
+
+def add_words(base: Base, adapter: Adapter) -> None:
+    """Put the tokens that an adapter brings on a base, or the words that stand for it where a base learns none.
+
+    Raises:
+        UserError: a token is there already.
+    """
+    for token, vectors in adapter.tokens.items():
+        base.add_token(token, vectors)
+    if adapter.trigger:
+        base.triggers[adapter.token] = adapter.trigger
 
 
 def add_deltas(

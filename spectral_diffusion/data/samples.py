@@ -39,7 +39,7 @@ class PhotoCrops:
     """
 
     def __init__(self, concept: Concept, base: Base, config: TrainConfig, size: int, hooks: Hooks = QUIET) -> None:
-        self.photos, self.vae = concept.photos, base.pipeline.vae
+        self.photos, self.vae, self.denoiser = concept.photos, base.pipeline.vae, base.denoiser
         self.masked = config.data.mask_weight > 0 or config.objective.attention_loss_weight > 0
         if self.masked and not any(photo.mask for photo in self.photos):
             asking = "data.mask_weight" if config.data.mask_weight else "objective.attention_loss_weight"
@@ -47,7 +47,7 @@ class PhotoCrops:
                 f"{asking} needs masks, and none of the photos of '{concept.name}' has one; put them into "
                 "masks/ as <photo's name>.png, white where the concept is."
             )
-        frames = bucket_frames(size, side_multiple(base)) if config.data.aspect_buckets else [(size, size)]
+        frames = bucket_frames(size, base.denoiser.side_multiple) if config.data.aspect_buckets else [(size, size)]
         shapes = [best_frame(photo.size, frames) for photo in self.photos]
         self.crops = [
             crops_of(photo.size, shape, photo.caption or "", config, index)
@@ -81,7 +81,7 @@ class PhotoCrops:
             covers = [(self.ready[photo][1], crop) for photo, crop in chosen]
             masks = torch.stack([cover[crop] for cover, crop in covers if cover is not None]) if self.masked else None
         device = self.vae.device
-        return latents.to(device) * self.vae.config.scaling_factor, None if masks is None else masks.to(device)
+        return self.denoiser.normalize(latents.to(device)), None if masks is None else masks.to(device)
 
     def _encode(self, pairs: Sequence[tuple[Photo, Crop]]) -> Encoded:
         """The latents of these crops, not yet scaled, and their masks at the latents' size.
@@ -100,7 +100,8 @@ class PhotoCrops:
         if not self.masked:
             return latents, None
         masks = torch.stack([cut_mask(covers(photo), crop) for photo, crop in pairs])
-        return latents, reduce_mask(masks, *latents.shape[2:])
+        height, width = (side // self.denoiser.vae_scale for side in masks.shape[2:])
+        return latents, reduce_mask(masks, height, width)
 
 
 def mask_of(photo: Photo) -> Image.Image:
@@ -112,9 +113,3 @@ def mask_of(photo: Photo) -> Image.Image:
     if photo.mask is None:
         return Image.new("L", photo.size, "white")
     return open_mask(photo.path, photo.mask, photo.size)
-
-
-def side_multiple(base: Base) -> int:
-    """What the sides of pictures must be divisible by, so that neither the VAE nor the U-Net has to round."""
-    halvings = sum(bool(block.downsamplers) for block in base.pipeline.unet.down_blocks)
-    return int(base.pipeline.vae_scale_factor * 2**halvings)

@@ -25,7 +25,6 @@ from ..core.hooks import QUIET, Event, Hooks
 from ..core.rng import keyed_generator, keyed_random
 from ..linalg import matrix_shape
 from ..models.base import Base
-from ..models.tokens import collapse, known_tokens
 from .activations import GramAccumulator
 
 CHUNK = 4  # pictures drawn together
@@ -99,9 +98,8 @@ def calibrate(
     ``only`` restricts the adapter to some layers.
     """
     seen = {name: GramAccumulator(matrix_shape(layer.weight)[1]) for name, layer in layers.items()}
-    known = known_tokens(base.pipeline.tokenizer)
     words = list(adapter.tokens) if adapter and adapter.tokens else [None]  # also what it was trained on top of
-    prompts = [collapse(text, known) for word in words for text in calibration_prompts(config, word, seed)]
+    prompts = [base.spell(text) for word in words for text in calibration_prompts(config, word, seed)]
     with (
         enabled_adapters(base, [(adapter, 1.0)] if adapter else [], only),
         record_activations(layers, config.tokens_per_call, seed) as take,

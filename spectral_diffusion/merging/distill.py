@@ -29,7 +29,7 @@ from ..core.hooks import QUIET, Event, Hooks
 from ..core.precision import MixedPrecision, autocast, is_half, loss_scaler
 from ..core.rng import keyed_generator, keyed_random
 from ..models.base import Base
-from ..models.tokens import collapse, known_tokens, trainable_rows
+from ..models.tokens import trainable_rows
 from ..training.optimizers import lr_schedule
 
 CHUNK = 16  # pictures drawn, and predictions made, together; fewer where a batch is smaller, as memory may be short
@@ -105,10 +105,8 @@ def targets_of(
 ) -> TeacherTargets:
     """What an adapter (None: the base alone) draws for each of the things, and what is right to predict on the way."""
     who, denoiser = adapter.name if adapter else "ordinary", base.denoiser
-    known = known_tokens(base.pipeline.tokenizer)
     prompts = [
-        collapse(GENERIC_TEMPLATES[i % len(GENERIC_TEMPLATES)].replace("{}", thing), known)
-        for i, thing in enumerate(things)
+        base.spell(GENERIC_TEMPLATES[i % len(GENERIC_TEMPLATES)].replace("{}", thing)) for i, thing in enumerate(things)
     ]
     active, together = [(adapter, strength)] if adapter else [], min(CHUNK, config.batch_size)
     with enabled_adapters(base, active):

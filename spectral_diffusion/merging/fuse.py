@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, check_base, shared_columns
+from ..adapters.apply import add_words
 from ..adapters.formats.import_lora import distinct, import_lora, name_of
 from ..adapters.formats.native import save_adapter
 from ..adapters.formats.reading import is_foreign
@@ -126,8 +127,8 @@ def fuse_adapters(
     targets: dict[str, nn.Linear | nn.Conv2d] = {}
     for adapter in adapters:
         targets |= find_targets(base.models, adapter.targets)
-        for token, vectors in adapter.tokens.items() if install else ():
-            base.add_token(token, vectors)
+        if install:
+            add_words(base, adapter)
     targets = {name: layer for name, layer in targets.items() if any(name in one.sizes for one in adapters)}
     trained = [layer.weight for layer in (*targets.values(), *extra_modules(base, config, set(targets)))]
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)

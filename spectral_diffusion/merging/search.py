@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter, check_base
-from ..adapters.apply import enabled_adapters
+from ..adapters.apply import add_words, enabled_adapters
 from ..config.fuse import DistillConfig, MergeConfig
 from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, generic_subject
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.rng import keyed_generator, keyed_random
 from ..models.base import Base
 from ..models.targets import find_targets
-from ..models.tokens import collapse, known_tokens
 from .distill import predict
 from .fuse import check_together, fuse_adapters
 from .merges.registry import get_merge
@@ -61,13 +60,12 @@ class Candidate:
 @torch.no_grad()
 def make_reference(base: Base, adapter: Adapter | None, config: MergeConfig) -> Reference:
     """Draw held-out prompts with one adapter (or with none), noise the pictures, and predict."""
-    known = known_tokens(base.pipeline.tokenizer)
     random = keyed_random("tune", adapter.name if adapter else "ordinary", config.seed)
     prompts = []
     words = list(adapter.tokens) if adapter and adapter.tokens else [None]
     for word, prompt in itertools.product(words, HELD_OUT):
         ordinary = generic_subject(random.choice(GENERIC_ADJECTIVES), random.choice(GENERIC_NOUNS))
-        prompts.append(collapse(prompt.replace("{}", word or ordinary), known))
+        prompts.append(base.spell(prompt.replace("{}", word or ordinary)))
     denoiser = base.denoiser
     steps = torch.tensor([int(share * (denoiser.num_timesteps - 1)) for share in NOISE])
 
@@ -123,8 +121,7 @@ def search_scales(
     for adapter in adapters:
         check_base(adapter, base, config.allow_base)
     for adapter in adapters:
-        for token, vectors in adapter.tokens.items():
-            base.add_token(token, vectors)
+        add_words(base, adapter)
     references = [make_reference(base, adapter, config) for adapter in (*adapters, None)]
     effect = sum(float((one.wanted - one.plain).square().mean()) for one in references[:-1]) / len(adapters)
     tried = []

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from .denoiser import Denoiser
 from .families import FAMILIES, family_of
 from .fingerprint import Fingerprint, Origin, kept_fingerprint, key_of_files, state_of
 from .targets import find_targets
-from .tokens import add_token_rows, embedding_of, ids_of, pool_at_end
+from .tokens import add_token_rows, collapse, embedding_of, expand, ids_of, known_tokens, pool_at_end
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # and their tokenizers; SDXL has both
+NETWORKS = tuple(dict.fromkeys(family.network_name for family in FAMILIES))
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -51,20 +52,48 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     origin: Origin | None = None  # of weights that come from files
+    triggers: dict[str, str] = field(default_factory=dict)  # tokens without vectors to the words that stand for them
 
     @property
     def models(self) -> dict[str, nn.Module]:
         """The networks that adapters change, by component name."""
-        return {name: getattr(self.pipeline, name) for name in (*self.tokenizers, "unet")}
+        return {name: getattr(self.pipeline, name) for name in (*self.tokenizers, self.family.network_name)}
+
+    @property
+    def family(self) -> type[Denoiser]:
+        """The family of models that it belongs to."""
+        family = family_of(self.pipeline)
+        assert family is not None  # as base_of has checked
+        return family
 
     @property
     def tokenizers(self) -> dict[str, Any]:
         """Text encoder to its tokenizer."""
         return {
             encoder: getattr(self.pipeline, tokenizer)
-            for encoder, tokenizer in ENCODERS.items()
+            for encoder, tokenizer in self.family.encoders.items()
             if getattr(self.pipeline, encoder, None) is not None
         }
+
+    @property
+    def known_tokens(self) -> dict[str, int]:
+        """The concepts' tokens, with their numbers of vectors."""
+        if not self.tokenizers:
+            return dict.fromkeys(self.triggers, 1)
+        return known_tokens(self.pipeline.tokenizer)
+
+    def spell(self, prompt: str, full: bool = False) -> str:
+        """A prompt as a pipeline takes it.
+
+        Args:
+            full: with every vector of a token written out, for pipelines that do not do so themselves.
+        """
+        for token, words in self.triggers.items():
+            prompt = prompt.replace(token, words)
+        if not self.tokenizers:
+            return prompt
+        known = self.known_tokens
+        return expand(collapse(prompt, known), known) if full else collapse(prompt, known)
 
     def add_token(self, token: str, vectors: dict[str, Tensor]) -> None:
         """Add a token to every tokenizer and its vectors (n, width) to every text encoder.
@@ -89,9 +118,7 @@ class Base:
     @cached_property
     def denoiser(self) -> Denoiser:
         """The family's way to encode, noise, predict and sample."""
-        family = family_of(self.pipeline)
-        assert family is not None  # as load_base has checked
-        return family(self.models, self.pipeline.vae, self.dtype, self.pipeline)
+        return self.family(self.models, self.pipeline.vae, self.dtype, self.pipeline)
 
     @property
     def prediction_type(self) -> str:
@@ -192,16 +219,18 @@ def base_of(pipeline: Any, name: str | None = None, dtype: torch.dtype | None = 
     if name is None:
         name = str(pipeline.config.get("_name_or_path") or "pipeline")
         name = "pocket" if name == str(pocket.path()) else name
-    if family_of(pipeline) is None:
-        raise UserError(f"'{name}' is a {type(pipeline).__name__}; only Stable Diffusion 1.x, 2.x and XL can be used.")
-    channels = pipeline.unet.config.in_channels
-    if channels != pipeline.vae.config.latent_channels:
+    family = family_of(pipeline)
+    if family is None:
         raise UserError(
-            f"'{name}' is an inpainting model ({channels} input channels); only text-to-image models are supported."
+            f"'{name}' is a {type(pipeline).__name__}; only Stable Diffusion 1.x, 2.x, XL and FLUX.2 klein can be used."
         )
+    try:
+        family.prepare(pipeline)
+    except ValueError as error:
+        raise UserError(f"'{name}' is {error}.") from error
     dtypes = {
         str(getattr(pipeline, part).dtype).removeprefix("torch.")
-        for part in (*ENCODERS, "unet")
+        for part in family.network_parts
         if getattr(pipeline, part, None)
     }
     if len(dtypes) > 1:
@@ -210,7 +239,8 @@ def base_of(pipeline: Any, name: str | None = None, dtype: torch.dtype | None = 
             "torch_dtype."
         )
     pipeline.set_progress_bar_config(disable=True)
-    base = Base(name, pipeline, pipeline.unet.device, dtype or pipeline.unet.dtype)
+    network = getattr(pipeline, family.network_name)
+    base = Base(name, pipeline, network.device, dtype or network.dtype)
     for model in (pipeline.vae, *base.models.values()):
         model.requires_grad_(False).eval()
     for encoder, tokenizer in base.tokenizers.items():
@@ -240,7 +270,9 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> tuple[Any, str | None]:
     if local.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"No base '{name}': use pocket, a diffusers folder, a hub id or a .safetensors file.")
     pipeline = _load_diffusers(name, options)
-    cached = Path(pipeline.unet.config["_name_or_path"]).parent  # the snapshot in the hub's cache
+    family = family_of(pipeline)
+    network = getattr(pipeline, family.network_name if family else "unet")
+    cached = Path(network.config["_name_or_path"]).parent  # the snapshot in the hub's cache
     return pipeline, key_of_files(weight_files(cached), dtype)
 
 
@@ -260,7 +292,7 @@ def weight_files(source: Path) -> list[Path]:
     if source.is_file():
         beside = source.with_suffix("")
         return [source, *(weight_files(beside) if beside.is_dir() else [])]
-    parts = [folder for part in ("unet", *ENCODERS) if (folder := source / part).is_dir()]
+    parts = [folder for part in (*NETWORKS, *ENCODERS) if (folder := source / part).is_dir()]
     return [file for folder in parts for file in folder.iterdir() if file.is_file()]
 
 
@@ -326,7 +358,7 @@ def is_sdxl_file(path: Path) -> bool:
 
 def _refuse_pickles(folder: Path) -> None:
     """Refuse weights that are no safetensors files, whatever their names."""
-    for part in ("unet", "vae", *ENCODERS):
+    for part in (*NETWORKS, "vae", *ENCODERS):
         inside = folder / part
         files = sorted(inside.glob("*.safetensors"))
         if inside.is_dir() and not files:

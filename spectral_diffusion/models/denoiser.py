@@ -58,12 +58,26 @@ class Denoiser(ABC):
         pipeline: the diffusers pipeline, where prompts are to be encoded or images sampled.
     """
 
+    pipeline_class: ClassVar[Any]
     network_name: ClassVar[str] = "unet"
+    encoders: ClassVar[Mapping[str, str]] = {}  # text encoders that adapters change and whose words are learned
+    supports_regions: ClassVar[bool] = False  # regions, and control images
+    network_parts: ClassVar[tuple[str, ...]] = ("unet",)  # of the pipeline, which share one dtype
 
     def __init__(
         self, models: Mapping[str, nn.Module], vae: nn.Module, dtype: torch.dtype, pipeline: Any = None
     ) -> None:
-        self.models, self.vae, self.dtype, self.pipeline = models, vae, dtype, pipeline
+        self.models, self.dtype, self.pipeline = models, dtype, pipeline
+        self.vae: Any = vae
+
+    @classmethod
+    def prepare(cls, pipeline: Any) -> None:
+        """Make a loaded pipeline ready for adapters.
+
+        Raises:
+            ValueError: the pipeline is of this family but cannot be used; the text says why.
+        """
+        return  # most families need nothing
 
     # ------------------------------------------------------------------ the network
 
@@ -89,7 +103,36 @@ class Denoiser(ABC):
         """The side in pixels that the network was trained for."""
         return int(self.network.config.sample_size * self.vae_scale)
 
+    # ------------------------------------------------------------------ latents
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        """The autoencoder's latents (n, c, h, w) as the network reads them."""
+        scaled: Tensor = raw * self.vae.config.scaling_factor
+        return scaled
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """The network's latents as the autoencoder reads them."""
+        raw: Tensor = latents / self.vae.config.scaling_factor
+        return raw
+
+    def raw_output(self, latents: Tensor) -> Tensor:
+        """What the pipeline gives as ``latent``, as the autoencoder reads it."""
+        return self.denormalize(latents)
+
+    def step_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The latents (n, c, h, w) of a step of the pipeline, for pictures of that size in pixels."""
+        return latents
+
+    @property
+    def side_multiple(self) -> int:
+        """What the sides of pictures must be divisible by, so that no network has to round."""
+        return self.vae_scale
+
     # ------------------------------------------------------------------ prompts
+
+    def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:
+        """The pipeline's arguments for prompts and what guidance moves away from."""
+        return {"prompt": list(prompts), "negative_prompt": negative and [negative] * len(prompts)}
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
@@ -98,11 +141,14 @@ class Denoiser(ABC):
         An empty prompt is what guidance moves away from.
         """
 
-    @abstractmethod
     def encode_ids(
         self, ids: Mapping[str, Tensor], empty: Sequence[bool], size: tuple[int, int] | None = None
     ) -> Conditioning:
-        """The same from token ids (n, length) by text encoder, with gradients. ``empty`` says which prompts are."""
+        """The same from token ids (n, length) by text encoder, with gradients. ``empty`` says which prompts are.
+
+        A family without ``encoders`` has no words to learn, and none of this.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
@@ -176,17 +222,31 @@ class Denoiser(ABC):
             return tensors
 
         side = size or self.size
-        latents: Tensor = self.pipeline(
-            prompt=list(prompts),
-            width=side,
-            height=side,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=list(generators),
-            output_type="latent",
-            callback_on_step_end=tell,
-        ).images
+        with self.sampling():
+            latents: Tensor = self.pipeline(
+                **self.prompt_options(prompts, None),
+                width=side,
+                height=side,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=list(generators),
+                output_type="latent",
+                callback_on_step_end=tell,
+            ).images
+        return self.from_output(latents)
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """What a pipeline of this family needs while it samples."""
+        yield
+
+    def from_output(self, latents: Tensor) -> Tensor:
+        """What the pipeline gives as ``latent``, as the network reads it."""
         return latents
+
+    @abstractmethod
+    def scheduler(self, name: str) -> Any:
+        """A sampler by name (``dpm``, ``ddim``, ``euler``) with the base's own noise schedule."""
 
     @abstractmethod
     def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:

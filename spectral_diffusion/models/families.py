@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from .denoiser import Denoiser
+from .flux2 import Flux2KleinDenoiser
 from .sd import SDDenoiser
 from .sdxl import SDXLDenoiser
 
-FAMILIES: tuple[type[SDDenoiser], ...] = (SDDenoiser, SDXLDenoiser)
+FAMILIES: tuple[type[Denoiser], ...] = (SDDenoiser, SDXLDenoiser, Flux2KleinDenoiser)
 
 
 def family_of(pipeline: Any) -> type[Denoiser] | None:

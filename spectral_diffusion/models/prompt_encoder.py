@@ -34,6 +34,11 @@ class Words(Protocol):
     def noun(self) -> str: ...
 
 
+def trigger_words(concept: Words) -> str:
+    """What stands for a concept on a base whose text encoder learns no words: its token's letters and its noun."""
+    return f"{concept.token.strip('<>')} {concept.noun}"
+
+
 class PromptEncoder:
     """Called with prompts it encodes them for the network. As a context it puts the concept's tokens in place.
 
@@ -47,7 +52,8 @@ class PromptEncoder:
     def __init__(
         self, base: Base, concept: Words, seed: int, size: int, frozen: Sequence[str] = (), layers: int = 0
     ) -> None:
-        self.base, self.size = base, size
+        self.base, self.concept, self.size = base, concept, size
+        self.encoded: dict[str, Conditioning] = {}
         self.embeddings = {name: embedding_of(base.models[name]) for name in base.tokenizers}
         self.known = {name: known_tokens(tokenizer) for name, tokenizer in base.tokenizers.items()}
         self.tokens: dict[str, NewTokenEmbedding] = {}
@@ -94,10 +100,21 @@ class PromptEncoder:
 
     def __call__(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> Conditioning:
         """What the network is given beside latents of a ``shape`` (height, width); default: square pictures."""
+        if not self.tokens:
+            return self._frozen(prompts)
         ids = {name: self.token_ids(name, prompts) for name in self.tokens}
         denoiser = self.base.denoiser
         height, width = (denoiser.vae_scale * cells for cells in shape) if shape else (self.size, self.size)
         return denoiser.encode_ids(ids, [not prompt for prompt in prompts], (height, width))
+
+    def _frozen(self, prompts: Sequence[str]) -> Conditioning:
+        """The same of a family without words to learn: each prompt is encoded once."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self.encoded:
+                words = self.base.spell(prompt.replace(self.concept.token, trigger_words(self.concept)))
+                with torch.no_grad():
+                    self.encoded[prompt] = self.base.denoiser.encode([words])[0]
+        return Conditioning.stack([self.encoded[prompt] for prompt in prompts])
 
     def token_mask(self, prompts: Sequence[str]) -> Tensor:
         """Which words of the prompts are the trained token's, (n, length), as the first text encoder counts them."""

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-from diffusers import StableDiffusionAdapterPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionAdapterPipeline,
+    StableDiffusionPipeline,
+)
 from torch import Tensor
 
 from .denoiser import Conditioning, Denoiser
@@ -14,8 +20,19 @@ from .denoiser import Conditioning, Denoiser
 class SDDenoiser(Denoiser):
     """Stable Diffusion 1.x and 2.x."""
 
-    pipeline_class: Any = StableDiffusionPipeline
-    adapter_pipeline_class: Any = StableDiffusionAdapterPipeline
+    pipeline_class: ClassVar[Any] = StableDiffusionPipeline
+    encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
+    supports_regions: ClassVar[bool] = True
+    network_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
+    adapter_pipeline_class: ClassVar[Any] = StableDiffusionAdapterPipeline
+
+    @classmethod
+    def prepare(cls, pipeline: Any) -> None:
+        channels = pipeline.unet.config.in_channels
+        if channels != pipeline.vae.config.latent_channels:
+            raise ValueError(
+                f"an inpainting model ({channels} input channels); only text-to-image models are supported"
+            )
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         return Conditioning({"encoder_hidden_states": self._encoded(prompts)[0]})
@@ -44,6 +61,18 @@ class SDDenoiser(Denoiser):
     def network_arguments(self, conditioning: Conditioning) -> dict[str, Any]:
         """The conditioning as the U-Net's keyword arguments."""
         return dict(conditioning.tensors)
+
+    @property
+    def side_multiple(self) -> int:
+        return int(self.vae_scale * 2 ** sum(bool(block.downsamplers) for block in self.network.down_blocks))
+
+    def scheduler(self, name: str) -> Any:
+        config = self.pipeline.scheduler.config
+        if name == "ddim":
+            return DDIMScheduler.from_config(config)
+        if name == "euler":
+            return EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
+        return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
 
     def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
         parts = {name: part for name, part in self.pipeline.components.items() if name != "image_encoder"}

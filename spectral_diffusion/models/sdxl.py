@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusionXLAdapterPipeline, StableDiffusionXLPipeline
@@ -16,8 +16,10 @@ from .sd import SDDenoiser
 class SDXLDenoiser(SDDenoiser):
     """Stable Diffusion XL. Its empty prompt is zeros, where the pipeline says so."""
 
-    pipeline_class: Any = StableDiffusionXLPipeline
-    adapter_pipeline_class: Any = StableDiffusionXLAdapterPipeline
+    pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
+    encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    network_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder", "text_encoder_2")
+    adapter_pipeline_class: ClassVar[Any] = StableDiffusionXLAdapterPipeline
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         words, pooled = self._encoded(prompts)

@@ -12,6 +12,8 @@ from ..core.errors import UserError, nearest, reason, short_repr
 LENGTH = 64  # of a layer's name
 MOST_WORK = 2e7  # steps for one name: a network has some hundreds
 UNET = r"unet\..*"
+DOUBLE = r"transformer\.transformer_blocks\.\d+"  # of FLUX.2
+SINGLE = r"transformer\.single_transformer_blocks\.\d+"
 TEXT = r"text_encoder(_2)?\..*"
 
 # Patterns over ``component.module.path``. The reference adapts exactly the attention projections.
@@ -19,6 +21,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "attention": (
         UNET + r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
         TEXT + r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+        DOUBLE + r"\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
+        SINGLE + r"\.attn\.(to_qkv_mlp_proj\.[qkv]|to_out)",
     ),
     "unet-attention": (UNET + r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",),
     "cross-attention": (
@@ -26,7 +30,12 @@ PRESETS: dict[str, tuple[str, ...]] = {
         TEXT + r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
     ),
     "key-value": (UNET + r"\.attn2\.(to_k|to_v)", TEXT + r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"),
-    "feed-forward": (UNET + r"\.ff\.net\.(0\.proj|2)", TEXT + r"\.mlp\.(fc1|fc2)"),
+    "feed-forward": (
+        UNET + r"\.ff\.net\.(0\.proj|2)",
+        TEXT + r"\.mlp\.(fc1|fc2)",
+        DOUBLE + r"\.(ff|ff_context)\.linear_(in|out)",
+        SINGLE + r"\.attn\.to_qkv_mlp_proj\.(mlp_gate|mlp_value)",
+    ),
     "projection": (UNET + r"\.(proj_in|proj_out)",),
     # Never conv_in and conv_out: they have four singular values.
     "conv": (

@@ -57,9 +57,8 @@ def encode(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents (n, channels, h, w) as pictures (n, 3, H, W) in −1…1, float32."""
+    """The autoencoder's latents (n, channels, h, w) as pictures (n, 3, H, W) in −1…1, float32."""
     with upcast(vae):
-        scaled = latents.to(next(vae.parameters())) / vae.config.scaling_factor
         side = 2 ** (len(vae.config.block_out_channels) - 1)
-        parts = scaled.split(at_once(side * latents.shape[-2], side * latents.shape[-1]))
+        parts = latents.to(next(vae.parameters())).split(at_once(side * latents.shape[-2], side * latents.shape[-1]))
         return torch.cat([vae.decode(part).sample.float() for part in parts])

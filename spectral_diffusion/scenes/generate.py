@@ -19,7 +19,6 @@ from ..core.precision import resolve_mixed_precision
 from ..data.image_grid import labelled_sheet
 from ..data.image_io import open_on_black
 from ..models.base import Base, load_base
-from ..models.tokens import collapse, expand, known_tokens
 from .control import ControlMap, read_control_image
 from .png_metadata import BASE, is_our_png, is_same, save_png, sources_of
 from .prompts import foreign_syntax, prompts_in, tokens_in
@@ -68,14 +67,14 @@ def bind(base: Base, scene: Scene, loaded: Mapping[str, Adapter], hooks: Hooks) 
 def cut_words(base: Base, prompt: str) -> str:
     """The end of a prompt that the text encoder never sees; empty if it sees everything."""
     tokenizer = base.pipeline.tokenizer
-    written = expand(collapse(prompt, known_tokens(tokenizer)), known_tokens(tokenizer))
+    written = base.spell(prompt, full=True)
     ids = tokenizer(written, truncation=False, add_special_tokens=False).input_ids
     return str(tokenizer.decode(ids[tokenizer.model_max_length - 2 :])).strip()
 
 
 def remarks(base: Base, scene: Scene, controls: Sequence[ControlMap]) -> Iterator[str]:
     """What a person should know before the scene is drawn: words that are not read, drawings and masks out of shape."""
-    known, prompts = known_tokens(base.pipeline.tokenizer), prompts_in(scene)
+    known, prompts = base.known_tokens, prompts_in(scene)
     for word in tokens_in(prompts):
         if word.lower() not in {token.lower() for token in known}:
             what = f"{word} is no token of this base or its adapters{nearest(word, known)}"

@@ -10,25 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-)
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.apply import Strength, component_scale
 from ..config.scene import Region, Scene
-from ..core.errors import Cancelled, Fix, NotFiniteError
+from ..core.errors import Cancelled, Fix, NotFiniteError, UserError
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.precision import autocast, resolve_mixed_precision, tf32
 from ..linalg import Factors
 from ..models.base import Base
-from ..models.tokens import collapse, expand, known_tokens
+from ..models.denoiser import Denoiser
 from ..models.vae import decode, in_portions, overflows, upcast
 from .control import ControlMap, adapter_of, weighed
 from .region_mask import region_mask
@@ -94,7 +88,6 @@ class SceneSampler:
         self.base, self.scene, self.inputs, self.hooks = base, scene, inputs, hooks
         self.width, self.height = size = (scene.width or base.size, scene.height or base.size)
         self.pipe, self.options = stock_pipeline(base, scene, inputs.controls, size)
-        self.tokens = known_tokens(base.pipeline.tokenizer)
         self.large = isinstance(base.pipeline, StableDiffusionXLPipeline)
         bound = inputs.bound or [()] * len(scene.regions)
         with torch.no_grad():
@@ -105,28 +98,29 @@ class SceneSampler:
         self.layers = modules_of(base, dict.fromkeys(name for region in self.regions for name in region.deltas))
         self.precision = resolve_mixed_precision(scene.mixed_precision, base.device, base.dtype)
         # Pipelines with textual inversion expand <rex> to <rex> <rex>_1 themselves; the SD sketch pipeline does not.
-        self.spell = collapse if isinstance(self.pipe, TextualInversionLoaderMixin) else expand
+        self.full = not isinstance(self.pipe, TextualInversionLoaderMixin)
 
     def batch(self, prompts: Sequence[str], seeds: Sequence[int], index: int, batches: int) -> list[Image.Image]:
         """The pictures of batch ``index`` of so many."""
         scene, pipe = self.scene, self.pipe
-        chunk = [self.spell(prompt, self.tokens) for prompt in prompts]
-        negative = scene.negative_prompt or None  # SDXL takes zeros, not the encoded empty prompt, where there is none
-        state = self._regional_state(len(chunk))
+        chunk = [self.base.spell(prompt, self.full) for prompt in prompts]
+        # SDXL takes zeros, not the encoded empty prompt, where there is none.
+        negative = self.base.spell(scene.negative_prompt, self.full) if scene.negative_prompt else None
+        state, prompt_options = self._regional_state(len(chunk)), self.base.denoiser.prompt_options(chunk, negative)
         with (
             torch.no_grad(),
             tf32(self.base.device, scene.allow_tf32),
             warnings.catch_warnings(),
-            regional(pipe.unet, state, self.layers),
+            regional(self.base.denoiser.network, state, self.layers) if scene.regions else nullcontext(),
             weighed(self.inputs.controls, scene.regions, [region.place for region in self.regions]),
             in_portions(pipe.vae, self.height, self.width),
+            self.base.denoiser.sampling(),
             decoding_checked(pipe.vae, self.base.dtype) if self.large else nullcontext(),
         ):
             warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, about itself
             with autocast(self.base.device, self.precision):
                 drawn = pipe(
-                    prompt=chunk,
-                    negative_prompt=negative and [self.spell(negative, self.tokens)] * len(chunk),
+                    **prompt_options,
                     num_inference_steps=scene.num_inference_steps,
                     guidance_scale=scene.guidance_scale,
                     generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
@@ -137,7 +131,7 @@ class SceneSampler:
                     **self._control_options(len(chunk)),
                     **self._callback(state, index, batches),
                 ).images
-            return finished(pipe, drawn)
+            return finished(pipe, drawn, self.base.denoiser)
 
     def _regional_state(self, count: int) -> RegionalPrompts:
         """The regions at step 0 of a batch."""
@@ -166,7 +160,7 @@ class SceneSampler:
             state.step = step + 1
             self.hooks.progress(Event("generate", index * steps + step + 1, batches * steps))
             if preview and step % self.inputs.every == 0:
-                preview(step + 1, decoded(self.base, latents))
+                preview(step + 1, decoded(self.base, latents, self.width, self.height))
 
         def after_with_state(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             after(step, tensors["latents"])
@@ -177,17 +171,7 @@ class SceneSampler:
         return {"callback_on_step_end": after_with_state}
 
 
-def sampler(base: Base, name: str) -> Any:
-    """A diffusers scheduler with the base's own noise schedule."""
-    config = base.pipeline.scheduler.config
-    if name == "ddim":
-        return DDIMScheduler.from_config(config)
-    if name == "euler":
-        return EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
-    return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
-
-
-def finished(pipe: Any, drawn: Any) -> list[Image.Image]:
+def finished(pipe: Any, drawn: Any, denoiser: Denoiser) -> list[Image.Image]:
     """The pictures of a pipeline that gave latents, as it would have decoded them; in float32 if they overflow else.
 
     XL's decodes in float32 by itself where its autoencoder's config says so, and gave pictures.
@@ -197,10 +181,10 @@ def finished(pipe: Any, drawn: Any) -> list[Image.Image]:
     """
     if not isinstance(drawn, torch.Tensor):
         return list(drawn)
-    pixels = pipe.vae.decode(drawn / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    pixels = pipe.vae.decode(denoiser.raw_output(drawn), return_dict=False)[0]
     if overflows(pipe.vae) and not torch.isfinite(pixels).all():
         with upcast(pipe.vae):
-            pixels = pipe.vae.decode(drawn.float() / pipe.vae.config.scaling_factor, return_dict=False)[0]
+            pixels = pipe.vae.decode(denoiser.raw_output(drawn.float()), return_dict=False)[0]
     if not torch.isfinite(pixels).all():
         raise not_finite(drawn.dtype)
     return list(pipe.image_processor.postprocess(pixels))
@@ -244,16 +228,20 @@ def stock_pipeline(
     Raises:
         UserError: a control image that does not fit.
     """
+    if (controls or scene.regions) and not base.family.supports_regions:
+        raise UserError("Regions, sketches and keyposes work on Stable Diffusion only; this base draws without them.")
     options: dict[str, Any] = {}
     adapter = None
     if controls:
         adapter, options["adapter_conditioning_scale"] = adapter_of(base, controls, size)
-    return base.denoiser.make_pipeline(sampler(base, scene.sampler), adapter), options
+    return base.denoiser.make_pipeline(base.denoiser.scheduler(scene.sampler), adapter), options
 
 
-def decoded(base: Base, latents: torch.Tensor) -> list[Image.Image]:
-    """Latents as pictures."""
-    return list(base.pipeline.image_processor.postprocess(decode(base.pipeline.vae, latents)))
+def decoded(base: Base, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
+    """The latents of a pipeline's step as pictures."""
+    denoiser = base.denoiser
+    raw = denoiser.denormalize(denoiser.step_latents(latents, height, width))
+    return list(base.pipeline.image_processor.postprocess(decode(base.pipeline.vae, raw)))
 
 
 def encode_region(base: Base, region: Region, bound: Bound, size: tuple[int, int], negative: str = "") -> EncodedRegion:
@@ -277,9 +265,8 @@ def encode_region(base: Base, region: Region, bound: Bound, size: tuple[int, int
             )
     without = negative if region.negative_prompt is None else region.negative_prompt
     encoders = modules_of(base, text)
-    tokens = known_tokens(base.pipeline.tokenizer)
     with changed(encoders, text):
-        encoded = base.denoiser.encode([collapse(words, tokens) for words in (region.prompt, without)])
+        encoded = base.denoiser.encode([base.spell(prompt) for prompt in (region.prompt, without)])
         positive, apart = encoded.tensors["encoder_hidden_states"]
     return EncodedRegion(region_mask(region, *size), positive, apart, unet)
 

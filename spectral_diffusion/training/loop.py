@@ -26,6 +26,7 @@ from ..models.attention_maps import attention_loss, capture_attention_maps
 from ..models.base import Base
 from ..models.per_layer_tokens import cross_attention, per_layer_attention
 from ..models.prompt_encoder import PromptEncoder
+from ..models.split_linear import fused_layers
 from ..slots.ledger import Slot
 from .batch import Batch, sample_batch
 from .checkpoint import TrainingState, comparable_settings
@@ -323,6 +324,7 @@ class Trainer:
             fingerprint=self.fingerprint,
             parameters=self.adapter.state_dict(),
             sizes={layer: matrix_shape(self.weights[layer]) for layer in layers},
+            fused=fused_layers(self.base.models),
             kernels={layer: kernel for layer in layers if (kernel := kernel_size(self.weights[layer]))},
             frozen=stored_part(job.method, self.frozen),
             vectors=self.encode.vectors(),

@@ -101,11 +101,12 @@ def build_optimizer(
         UserError: a package is missing, every rate is 0, or single layers' rates were asked of Prodigy.
     """
     name = config.optimizer.name
-    rates = {"unet": config.learning_rate}
     groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
     for layer in attachment.layers:
         component = layer.split(".", 1)[0]
-        rate = rates.get(component, config.text_encoder_learning_rate) * factors.get(layer, 1.0)
+        of_text = component.startswith("text_encoder")
+        rate = config.text_encoder_learning_rate if of_text else config.learning_rate
+        rate *= factors.get(layer, 1.0)
         for parameter_name, parameter in attachment.parameters(layer).items():
             decay = 0.0 if parameter_name in attachment.method.neutral else config.weight_decay
             # Components of one rate stay one group, as ever, except where each finds its own.

@@ -23,7 +23,7 @@ from ..methods import get_method
 from ..models.base import Base, load_base
 from ..models.per_layer_tokens import check_encoders
 from ..models.prompt_encoder import PromptEncoder
-from ..models.tokens import check_name, known_tokens
+from ..models.tokens import check_name
 from ..slots.ledger import LEDGER, ROWS, Ledger, Slot, SlotRequest, collision_probability, parse_policy
 from ..svd_cache import capacity, spectrum_of
 from .checkpoint import load_state
@@ -142,7 +142,7 @@ def check_concept(concept: Concept, base: Base, config: TrainConfig) -> None:
     """
     if config.per_layer_tokens:
         check_encoders(base)
-    known = {token.lower(): token for token in known_tokens(base.pipeline.tokenizer)}
+    known = {token.lower(): token for token in base.known_tokens}
     if token := known.get(concept.token.lower()):  # a tokenizer does not tell upper case from lower
         raise UserError(
             f"The base '{config.base}' already has the token {token}.", Fix("token", "<name>", "to choose another")

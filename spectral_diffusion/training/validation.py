@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -62,9 +61,8 @@ def validation_images(
     The networks, their processors and every random state stay as they are.
     """
     denoiser = base.denoiser
-    schedule = DPMSolverMultistepScheduler.from_config(base.pipeline.scheduler.config, algorithm_type="dpmsolver++")
     # Without text encoders: prompts come encoded, and the pipeline would take the encoders' precision for its own.
-    pipe = denoiser.make_pipeline(schedule, text_encoders=False)
+    pipe = denoiser.make_pipeline(denoiser.scheduler("dpm"), text_encoders=False)
     slicing, pipe.vae.use_slicing = pipe.vae.use_slicing, True  # decoded one by one: they would take the most memory
     prompts = [prompt.replace("{}", token) for prompt in config.prompts]
     columns = []

@@ -62,6 +62,7 @@ def _contents(adapter: Adapter, base: str) -> tuple[dict[str, Tensor], dict[str,
         "spectral.targets": adapter.targets,
         "spectral.sizes": json.dumps(adapter.sizes, sort_keys=True),
         "spectral.kernels": json.dumps(adapter.kernels, sort_keys=True),
+        **({"spectral.fused": json.dumps(adapter.fused)} if adapter.fused else {}),
         "spectral.earlier": json.dumps(list(adapter.earlier)),
         "spectral.base": base,
         "spectral.base_fingerprint": fingerprint_json(adapter.fingerprint),
@@ -158,6 +159,10 @@ def _adapter_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], fold
         parameters=dict(sorted((n[6:], t) for n, t in tensors.items() if n.startswith("delta."))),
         sizes={layer: (int(out), int(inside)) for layer, (out, inside) in sorted(sizes.items())},
         kernels={layer: (int(a), int(b), int(c)) for layer, (a, b, c) in sorted(kernels.items())},
+        fused={
+            layer: {part: int(rows) for part, rows in parts.items()}
+            for layer, parts in parse_json(metadata.get("spectral.fused", "{}")).items()
+        },
         frozen=dict(sorted(frozen.items())),
         earlier={check_token(token): rows for token, rows in zip(tokens, earlier, strict=True)},
         vectors={n[6:]: t for n, t in tensors.items() if n.startswith("token.")},
@@ -175,7 +180,7 @@ def _check_shapes(adapter: Adapter) -> None:
     if (method.slot is not None) != bool(adapter.slot) or (adapter.slot and adapter.slot.rank != rank):
         raise ValueError("slot and rank disagree")
     for vectors in adapter.tokens.values():
-        if not vectors or any(v.dim() != 2 or not 1 <= len(v) <= 64 for v in vectors.values()):
+        if any(v.dim() != 2 or not 1 <= len(v) <= 64 for v in vectors.values()):
             raise ValueError("token vectors have a wrong shape")
     for encoder, rows in adapter.per_layer_vectors.items():
         if rows.dim() != 3 or not 1 <= len(rows) <= 1000 or rows.shape[1:] != adapter.vectors[encoder].shape:

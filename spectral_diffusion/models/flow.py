@@ -1,0 +1,55 @@
+"""What families that match a flow have in common: straight paths from images to noise (Lipman et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from ..core.errors import Fix, UserError
+from .denoiser import Denoiser
+
+
+class FlowDenoiser(Denoiser):
+    """x_σ = (1 − σ) x_0 + σ noise, and the network predicts the velocity noise − x_0. Timestep t is σ = (t + 1) / T."""
+
+    @property
+    def num_timesteps(self) -> int:
+        return int(self.pipeline.scheduler.config.num_train_timesteps)
+
+    def sigmas(self, timesteps: Tensor) -> Tensor:
+        """σ (n,) of timesteps (n,), in 0…1."""
+        return (timesteps.float() + 1) / self.num_timesteps
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        sigma = self.sigmas(timesteps).view(-1, *[1] * (latents.dim() - 1)).to(latents)
+        return (1 - sigma) * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return noise - latents
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Keep the steps in float32: the scheduler takes the precision of the prediction, which autocast lowers."""
+
+        def full(module: Any, inputs: Any, outputs: Any) -> Any:
+            return (outputs[0].float(), *outputs[1:]) if isinstance(outputs, tuple) else outputs
+
+        handle = self.network.register_forward_hook(full)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def plain_attention_is_faster(self, half: bool, size: int) -> bool:
+        return False  # transformers have no plain processor
+
+    def timestep_weights(self, timesteps: Tensor, gamma: float) -> Tensor | None:
+        if gamma:
+            raise UserError(
+                "Min-SNR weights are for bases that predict noise; this one matches a flow.",
+                Fix("objective.snr_gamma", "0"),
+            )
+        return None

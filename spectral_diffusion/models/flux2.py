@@ -1,0 +1,132 @@
+"""FLUX.2 klein: a transformer over text and image tokens, prompts by a Qwen3, real classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from torch import Tensor, nn
+
+from .denoiser import Conditioning
+from .flow import FlowDenoiser
+from .split_linear import split_layers
+
+LAYERS = (9, 18, 27)  # of the text encoder, whose states are the prompt
+TOKENS = 512
+
+
+class Flux2KleinDenoiser(FlowDenoiser):
+    """FLUX.2 klein, base and distilled. Latents are the autoencoder's in patches of 2 × 2, normalized."""
+
+    pipeline_class: ClassVar[Any] = Flux2KleinPipeline
+    network_name: ClassVar[str] = "transformer"
+    encoders: ClassVar[Mapping[str, str]] = {}
+    network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
+
+    @classmethod
+    def prepare(cls, pipeline: Any) -> None:
+        """Show the fused projections of the single-stream blocks as separate layers."""
+        split_layers(pipeline.transformer, fused_rows)
+
+    @property
+    def vae_scale(self) -> int:
+        return 2 * int(self.pipeline.vae_scale_factor)  # a cell is a patch
+
+    @property
+    def size(self) -> int:
+        return int(self.vae.config.sample_size)
+
+    # ------------------------------------------------------------------ latents
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        mean, std = self._statistics(raw)
+        patches: Tensor = self.pipeline._patchify_latents(raw)
+        return (patches - mean) / std
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(latents)
+        raw: Tensor = self.pipeline._unpatchify_latents(latents * std + mean)
+        return raw
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (1, c, 1, 1) of the patches."""
+        norm: Any = self.vae.bn
+        std = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
+        return norm.running_mean.view(1, -1, 1, 1).to(like), std.view(1, -1, 1, 1).to(like)
+
+    def raw_output(self, latents: Tensor) -> Tensor:
+        return latents  # as this pipeline gives them
+
+    def from_output(self, latents: Tensor) -> Tensor:
+        return self.normalize(latents)
+
+    def step_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
+        rows, columns = height // self.vae_scale, width // self.vae_scale
+        return latents.transpose(1, 2).unflatten(2, (rows, columns))
+
+    # ------------------------------------------------------------------ prompts
+
+    @property
+    def prompt_layers(self) -> tuple[int, ...]:
+        """The states of the text encoder that are concatenated; a small one's thirds."""
+        count = int(self.pipeline.text_encoder.config.num_hidden_layers)
+        return LAYERS if count >= LAYERS[-1] else tuple(-(-count * part // 3) for part in (1, 2, 3))
+
+    def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:
+        # Encoded here, since the pipeline's noise takes the precision of its prompts, which autocast would lower.
+        without = self._encoded([negative or ""]).expand(len(prompts), -1, -1)
+        return {"prompt_embeds": self._encoded(prompts), "negative_prompt_embeds": without}
+
+    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+        return Conditioning({"encoder_hidden_states": self._encoded(prompts)})
+
+    @torch.no_grad()
+    def _encoded(self, prompts: Sequence[str]) -> Tensor:
+        embeddings: Tensor = self.pipeline.encode_prompt(list(prompts), self.device, **self._encoding_options())[0]
+        return embeddings
+
+    def _encoding_options(self) -> dict[str, Any]:
+        length = min(TOKENS, int(self.pipeline.text_encoder.config.max_position_embeddings))
+        return {"max_sequence_length": length, "text_encoder_out_layers": self.prompt_layers}
+
+    def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
+        name = "encoder_hidden_states"
+        return {"prompt_embeds": positive.tensors[name], "negative_prompt_embeds": negative.tensors[name]}
+
+    # ------------------------------------------------------------------ prediction and sampling
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **extra: Any) -> Tensor:
+        words = conditioning.tensors["encoder_hidden_states"].to(self.dtype)
+        predicted: Tensor = self.network(
+            hidden_states=self.pipeline._pack_latents(noisy.to(self.dtype)),
+            timestep=self.sigmas(timesteps).to(self.dtype),
+            guidance=None,
+            encoder_hidden_states=words,
+            txt_ids=self.pipeline._prepare_text_ids(words).to(self.device),
+            img_ids=self.pipeline._prepare_latent_ids(noisy).to(self.device),
+            return_dict=False,
+            **extra,
+        )[0]
+        return predicted.transpose(1, 2).unflatten(2, noisy.shape[-2:]).float()
+
+    def scheduler(self, name: str) -> Any:
+        return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+
+    def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
+        parts = {**self.pipeline.components, "scheduler": scheduler}
+        if not text_encoders:
+            parts["text_encoder"] = None
+        pipeline = Flux2KleinPipeline(**parts, is_distilled=self.pipeline.config.is_distilled)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def fused_rows(module: nn.Module) -> dict[str, dict[str, int]]:
+    """The fused layer of a single-stream block: queries, keys, values, and both halves of the feed-forward layer."""
+    if not hasattr(module, "to_qkv_mlp_proj"):
+        return {}
+    inner, hidden = int(module.inner_dim), int(module.mlp_hidden_dim)  # type: ignore[arg-type]
+    rows = {"q": inner, "k": inner, "v": inner, "mlp_gate": hidden, "mlp_value": hidden}
+    return {"to_qkv_mlp_proj": rows}

@@ -1,0 +1,146 @@
+"""One linear layer that holds several projections, as its parts.
+
+FLUX.2 computes queries, keys, values and both halves of the feed-forward layer by one matrix. Its singular vectors
+would mix five jobs, so adapters see five layers, each a block of rows; the network computes as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SplitLinear(nn.Module):
+    """A linear layer (out, in) whose children are its blocks of rows; their weights are views of one tensor.
+
+    Its ``state_dict`` is the whole layer's. While no part is adapted it computes with the whole matrix, bit for bit as
+    before.
+
+    Args:
+        layer: the layer to split; it has no bias.
+        rows: the parts' names and numbers of rows, in order.
+    """
+
+    in_features: int
+    out_features: int
+    _whole: Tensor
+
+    def __init__(self, layer: nn.Linear, rows: Mapping[str, int]) -> None:
+        super().__init__()
+        assert layer.bias is None and sum(rows.values()) == layer.out_features
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        for name, count in rows.items():
+            self.add_module(name, nn.Linear(layer.in_features, count, bias=False, device="meta"))
+        self._whole = layer.weight.detach()
+        self._share(layer.weight.requires_grad)
+        self._register_state_dict_hook(_joined_state)
+        self.register_load_state_dict_pre_hook(_split_state)
+
+    def parts(self) -> list[nn.Linear]:
+        """The parts without their adapters, in order."""
+        found = []
+        for child in self.children():
+            layer: Any = child
+            while hasattr(layer, "base_layer"):
+                layer = layer.base_layer
+            found.append(layer)
+        return found
+
+    def rows(self) -> dict[str, int]:
+        """The parts' names and numbers of rows."""
+        return {name: part.out_features for (name, _), part in zip(self.named_children(), self.parts(), strict=True)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if all(_is_untouched(child) for child in self.children()):
+            return F.linear(x, self._whole)
+        return torch.cat([child(x) for child in self.children()], -1)
+
+    def joined(self) -> nn.Linear:
+        """The layer as it was, with the parts' weights as they are now."""
+        layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        layer.weight = nn.Parameter(self._whole, requires_grad=False)
+        return layer
+
+    def _share(self, trainable: bool = False) -> None:
+        """Make the parts' weights views of the whole."""
+        start = 0
+        for part in self.parts():
+            view = self._whole[start : start + part.out_features]
+            part.weight = nn.Parameter(view, requires_grad=trainable)
+            start += part.out_features
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._rejoin()  # a copy's parts are copied one by one
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SplitLinear:
+        super()._apply(fn, recurse)
+        self._rejoin()
+        return self
+
+    def _rejoin(self) -> None:
+        """Make one tensor of the parts' weights again."""
+        self._whole = torch.cat([part.weight.detach() for part in self.parts()])
+        self._share(self.parts()[0].weight.requires_grad)
+
+
+def _is_untouched(part: nn.Module) -> bool:
+    """Whether a part is neither adapted nor trained nor watched."""
+    return (
+        type(part) is nn.Linear
+        and not part.weight.requires_grad
+        and not part._forward_hooks
+        and not part._forward_pre_hooks
+    )
+
+
+def _joined_state(module: SplitLinear, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Write the parts' weights as the one of the whole; those of adapters stay."""
+    for name in [f"{prefix}{name}" for name, _ in module.named_parameters() if name.endswith("weight")]:
+        if name.removeprefix(prefix).removesuffix(".weight").split(".")[1:] in ([], ["base_layer"]):
+            state.pop(name, None)
+    state[f"{prefix}weight"] = module._whole
+
+
+def _split_state(module: SplitLinear, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Read the weight of the whole into the parts."""
+    whole = state.pop(f"{prefix}weight", None)
+    if whole is not None:
+        names = [name for name, _ in module.named_children()]
+        for name, block in zip(names, whole.split([part.out_features for part in module.parts()]), strict=True):
+            state[f"{prefix}{name}.weight"] = block
+
+
+def split_layers(model: nn.Module, rows_of: Callable[[nn.Module], Mapping[str, Mapping[str, int]]]) -> None:
+    """Split every fused layer of a network in place.
+
+    Args:
+        rows_of: a module's fused layers by attribute, each with its parts' rows; empty for most modules.
+    """
+    for module in list(model.modules()):
+        for attribute, rows in rows_of(module).items():
+            layer = getattr(module, attribute)
+            if isinstance(layer, nn.Linear):
+                setattr(module, attribute, SplitLinear(layer, rows))
+
+
+def fused_layers(models: Mapping[str, nn.Module]) -> dict[str, dict[str, int]]:
+    """The split layers of networks by ``component.path``, each with its parts' names and rows."""
+    return {
+        f"{component}.{path}": module.rows()
+        for component, model in models.items()
+        for path, module in model.named_modules()
+        if isinstance(module, SplitLinear)
+    }
+
+
+def join_layers(model: nn.Module) -> None:
+    """Undo :func:`split_layers`."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, SplitLinear):
+                setattr(module, name, child.joined())

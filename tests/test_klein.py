@@ -1,0 +1,190 @@
+"""FLUX.2 klein on a tiny random base: training, fusing, drawing and taking out, with every method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_photos
+from diffusers import Flux2KleinPipeline
+from families import make_tiny_klein
+from PIL import Image
+
+from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.fuse import CalibrationConfig, DistillConfig, FuseConfig
+from spectral_diffusion.config.scene import Region, Scene
+from spectral_diffusion.config.train import (
+    ObjectiveConfig,
+    OptimizerConfig,
+    PriorPreservationConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from spectral_diffusion.core.errors import Cancelled, UserError
+from spectral_diffusion.core.hooks import Hooks
+from spectral_diffusion.merging.fuse import fuse_to_folder
+from spectral_diffusion.merging.unfuse import unfuse
+from spectral_diffusion.methods import all_methods
+from spectral_diffusion.models.base import base_of, load_base
+from spectral_diffusion.models.split_linear import SplitLinear, join_layers
+from spectral_diffusion.scenes.generate import generate_to_file
+from spectral_diffusion.scenes.sampling import sample
+from spectral_diffusion.training.run import train_to_file
+
+FUSED = "single_transformer_blocks.0.attn.to_qkv_mlp_proj"
+
+
+@pytest.fixture(scope="module")
+def klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_klein(tmp_path_factory.mktemp("klein") / "klein")
+
+
+def settings(base: Path, output: Path, photos: Path, **more: Any) -> TrainConfig:
+    given = {"rank": 2, "steps": 3, "device": "cpu", "noise_offset": 0.0, "learning_rate": 1e-2, **more}
+    return TrainConfig(concept=photos, output=output, base=str(base), **given)
+
+
+@pytest.fixture(scope="module")
+def pair(klein: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("pair")
+    files = []
+    for seed, (name, noun) in enumerate((("rex", "dog"), ("mug", "cup"))):
+        photos = make_photos(folder / name, seed=seed)
+        config = settings(klein, folder / f"{name}.safetensors", photos, class_noun=noun)
+        train_to_file(config)
+        files.append(config.output)
+    return files
+
+
+def drawn(pipeline: Any, prompt: str = "a dog") -> torch.Tensor:
+    denoiser = base_of(pipeline).denoiser
+    images: torch.Tensor = pipeline(
+        **denoiser.prompt_options([prompt], None), width=32, height=32, num_inference_steps=2, guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(0), output_type="pt",
+    ).images  # fmt: skip
+    return images
+
+
+def test_a_split_layer_computes_and_saves_as_the_whole(klein: Path, tmp_path: Path) -> None:
+    stock = Flux2KleinPipeline.from_pretrained(str(klein))
+    stock.set_progress_bar_config(disable=True)
+    layer = stock.transformer.get_submodule(FUSED)
+    x, whole = torch.randn(1, 5, layer.in_features), layer.weight.detach().clone()
+    want, keys = layer(x), set(stock.transformer.state_dict())
+    base = base_of(stock)
+    split: Any = stock.transformer.get_submodule(FUSED)
+    assert isinstance(split, SplitLinear) and torch.equal(split(x), want)
+    assert torch.equal(torch.cat([part(x) for part in split.children()], -1), want) or torch.allclose(split(x), want)
+    assert set(stock.transformer.state_dict()) == keys
+    with torch.no_grad():
+        base.weights()[f"transformer.{FUSED}.k"].add_(1.0)  # a view: the whole follows
+    moved = stock.transformer.state_dict()[f"{FUSED}.weight"] - whole
+    rows = list(split.rows().values())
+    assert (
+        torch.equal(moved.split(rows)[1], torch.ones_like(moved.split(rows)[1])) and moved.sum() == moved[32:64].sum()
+    )
+    stock.to(torch.float64)
+    assert split(x.double()).dtype == torch.float64
+    stock.to(torch.float32).save_pretrained(tmp_path)
+    again = Flux2KleinPipeline.from_pretrained(str(tmp_path)).transformer.get_submodule(FUSED)
+    assert type(again) is torch.nn.Linear and torch.equal(again.weight, split._whole)
+    join_layers(stock.transformer)
+    assert type(stock.transformer.get_submodule(FUSED)) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("method", sorted(all_methods()))
+def test_every_method_trains(klein: Path, photos: Path, tmp_path: Path, method: str) -> None:
+    rank = 1 if method in {"svdiff", "oft"} else 2
+    losses: list[float] = []
+    hooks = Hooks(
+        progress=lambda event: losses.append(event.metrics.get("loss", 0.0)) if event.stage == "train" else None
+    )
+    config = settings(klein, tmp_path / "rex.safetensors", photos, method=method, rank=rank)
+    adapter = train_to_file(config, hooks=hooks)
+    assert len(losses) == 3 and load_adapter(config.output).fused[f"transformer.{FUSED}"]["q"] == 32
+    assert not adapter.vectors and adapter.trigger == "rex rex"
+    base = load_base(str(klein), "cpu")
+    weights = base.weights()
+    assert any(bool(adapter.factors(layer, weights[layer]).delta().any()) for layer in adapter.layers)
+
+
+def test_a_stopped_run_resumes_bit_for_bit(klein: Path, photos: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {
+        "prior": PriorPreservationConfig(loss_weight=1.0, num_images=2, cut_mix_prob=0.5, batch_size=1),
+        "validation": ValidationConfig(every=2, num_inference_steps=2),
+        "optimizer": OptimizerConfig(ema_decay=0.5),
+    }
+    whole = train_to_file(settings(klein, tmp_path / "a" / "rex.safetensors", photos, **more))
+    config, asked = settings(klein, tmp_path / "b" / "rex.safetensors", photos, **more), iter(range(99))
+    with pytest.raises(Cancelled):
+        train_to_file(config, hooks=Hooks(should_stop=lambda: next(asked) > 30))
+    resumed = train_to_file(config, resume=True)
+    assert all(torch.equal(whole.parameters[name], value) for name, value in resumed.parameters.items())
+
+
+@pytest.mark.parametrize("merge", ["spectral", "gradient", "ties"])
+def test_a_fusion_is_a_stock_checkpoint_and_comes_apart_again(
+    klein: Path, pair: list[Path], tmp_path: Path, merge: str
+) -> None:
+    small = CalibrationConfig(num_images=2, num_inference_steps=2)
+    config = FuseConfig(adapters=pair, output=tmp_path / "both", merge=merge, calibration=small, device="cpu")
+    fuse_to_folder(config)
+    stock = Flux2KleinPipeline.from_pretrained(str(tmp_path / "both"))
+    whole = stock.transformer.get_submodule(FUSED).weight.detach()
+    if merge == "spectral":
+        name = f"transformer.{FUSED}"
+        before = load_base(str(klein), "cpu").weights()
+        adapters = [load_adapter(path) for path in pair]
+        for part, rows in zip("qkv", whole.split(32)[:3], strict=True):
+            change = sum(adapter.factors(f"{name}.{part}").delta().double() for adapter in adapters)
+            assert torch.allclose(rows.double(), before[f"{name}.{part}"].double() + change, atol=1e-6)
+        assert torch.equal(whole[96:], load_base(str(klein), "cpu").denoiser.network.get_submodule(FUSED)._whole[96:])
+    fuse_to_folder(config.model_copy(update={"adapters": pair[:1], "output": tmp_path / "one"}))
+    unfuse(tmp_path / "both", ["mug"], tmp_path / "rest", device="cpu")
+    one, rest = (load_base(str(tmp_path / name), "cpu").fingerprint.exact for name in ("one", "rest"))
+    assert one == rest
+
+
+def test_distillation_brings_the_fusion_nearer(klein: Path, pair: list[Path], tmp_path: Path) -> None:
+    events: list[float] = []
+    distill = DistillConfig(steps=12, num_images=2, num_prior_images=2, noises_per_image=2, learning_rate=1e-3)
+    config = FuseConfig(adapters=pair, output=tmp_path / "both", distill=distill, device="cpu")
+    fuse_to_folder(
+        config, Hooks(progress=lambda event: events.extend(event.metrics[k] for k in ["loss"] if k in event.metrics))
+    )
+    assert len(events) == 12 and sum(events[-3:]) < sum(events[:3])
+
+
+def test_an_adapter_draws_as_its_fusion(klein: Path, pair: list[Path], tmp_path: Path) -> None:
+    scene = Scene(prompt="a <rex> on the beach", base=str(klein), output=tmp_path / "on.png", device="cpu",
+                  num_inference_steps=2, mixed_precision="no", adapters={str(pair[0]): 1.0})  # fmt: skip
+    notes: list[str] = []
+    generate_to_file(scene, Hooks(notify=notes.append))
+    fuse_to_folder(FuseConfig(adapters=pair[:1], output=tmp_path / "fused", device="cpu"))
+    fused = scene.model_copy(update={"base": str(tmp_path / "fused"), "adapters": {}, "output": tmp_path / "in.png"})
+    generate_to_file(fused, Hooks(notify=notes.append))
+    plain = scene.model_copy(update={"adapters": {}, "output": tmp_path / "plain.png"})
+    generate_to_file(plain.model_copy(update={"prompt": "a rex dog on the beach"}))
+    on, inside, without = (np.asarray(Image.open(tmp_path / f"{name}.png"), float) for name in ("on", "in", "plain"))
+    assert np.abs(on - inside).max() <= 1 < np.abs(on - without).max()
+    assert not any("no token" in note for note in notes)
+
+
+def test_what_a_base_learns_no_words_for_is_said(klein: Path, photos: Path, pair: list[Path], tmp_path: Path) -> None:
+    notes: list[str] = []
+    train_to_file(settings(klein, tmp_path / "rex.safetensors", photos), hooks=Hooks(notify=notes.append))
+    assert any("'rex rex'" in note for note in notes)
+    with pytest.raises(UserError, match="objective.snr_gamma"):
+        train_to_file(settings(klein, tmp_path / "a.safetensors", photos, objective=ObjectiveConfig(snr_gamma=5)))
+    for more in ({"per_layer_tokens": True}, {"objective": ObjectiveConfig(attention_loss_weight=0.1)}):
+        with pytest.raises(UserError, match="learns no words"):
+            train_to_file(settings(klein, tmp_path / "b.safetensors", photos, **more))
+    base = load_base(str(klein), "cpu")
+    scene = Scene(
+        prompt="a dog", regions=[Region(box=(0, 0, 0.5, 1), prompt="a cup")], device="cpu", num_inference_steps=2
+    )
+    with pytest.raises(UserError, match="work on Stable Diffusion only"):
+        sample(base, ["a dog"], [0], scene)
