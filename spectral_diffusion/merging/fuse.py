@@ -27,7 +27,7 @@ from ..models.targets import find_targets
 from ..training.memory import available, gib, is_large
 from .activations import GramAccumulator
 from .calibration import cached, calibrate
-from .distill import distill, prepare_targets
+from .distill import Student, distill, prepare_targets
 from .manifest import (
     ADAPTERS,
     MANIFEST,
@@ -162,7 +162,8 @@ def fuse_adapters(
     if lessons:
         weights, tokens = [layer.weight for layer in learners], [t for a in adapters for t in a.tokens]
         with tf32(base.device, config.allow_tf32):
-            distill(base, lessons, weights, tokens, config.distill, config.seed, precision, hooks)
+            student = Student(base, weights, tokens)
+            distill(student, lessons, config.distill, config.seed, precision, hooks)
     return None if dense or lessons else merged
 
 
