@@ -31,6 +31,7 @@ from .core.hooks import QUIET, Event, Hooks
 from .core.paths import without_folders
 from .data.folder import load_concept, open_photo
 from .linalg import Factors
+from .merging.export import ExportOptions
 from .merging.export import export as export_file
 from .merging.fuse import fuse_adapters
 from .metrics.encoders import load_encoder
@@ -105,7 +106,7 @@ class Adapter(core.Adapter):
 
         Args:
             format: ``kohya`` (ComfyUI, A1111), ``diffusers``, ``embedding``, ``folder`` or ``checkpoint``.
-            options: ``rank``, ``dtype`` and ``picture`` of :func:`.merging.export.export`.
+            options: ``rank``, ``dtype`` and ``picture`` of :class:`.merging.export.ExportOptions`.
 
         Raises:
             UserError: an unknown format, or the output exists and is not ours.
@@ -113,7 +114,7 @@ class Adapter(core.Adapter):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"{self.name}.safetensors"
             save_adapter(self, file)
-            return export_file(file, Path(path), format, **options)
+            return export_file(file, Path(path), format, ExportOptions(**options))
 
     def delta(self, layer: str, weight: Tensor | None = None) -> Tensor:
         """ΔW (out, in) of a layer; ``weight`` is the base's, for methods that need it (DoRA, OFT, SVDiff).

@@ -32,7 +32,7 @@ from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors, write_tensors
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.merging.distill import predict
-from spectral_diffusion.merging.export import export
+from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.models.architectures import build_meta, count_table
 from spectral_diffusion.models.base import Base, load_base
@@ -263,7 +263,7 @@ def test_a_checkpoint_tells_what_its_network_predicts(photos: Path, folder: Path
     scheduler = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     file.write_text(json.dumps({**json.loads(file.read_text()), **scheduler}))
     train_to_file(settings(photos, base, tmp_path / "rex.safetensors", steps=1))
-    export(tmp_path / "rex.safetensors", tmp_path / "all.safetensors", "checkpoint", device="cpu")
+    export(tmp_path / "rex.safetensors", tmp_path / "all.safetensors", "checkpoint", ExportOptions(device="cpu"))
     tensors, metadata = read_tensors(tmp_path / "all.safetensors")
     marks = {"v_pred", "ztsnr"} if (folder / "text_encoder_2").is_dir() else set()
     assert {name for name, value in tensors.items() if not value.numel()} == marks

@@ -32,7 +32,7 @@ from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.linalg import Factors, balance, truncate
-from spectral_diffusion.merging.export import export
+from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.models.architectures import build_meta
 from spectral_diffusion.models.base import load_base
@@ -100,7 +100,7 @@ def reference(tiny_base: Path, path: Path) -> StableDiffusionPipeline:
 def test_stock_diffusers_draws_what_we_draw(
     trained: dict[str, Path], tiny_base: Path, tmp_path: Path, name: str, kind: str
 ) -> None:
-    files = export(trained[name], tmp_path / "out.safetensors", kind, dtype="float32")
+    files = export(trained[name], tmp_path / "out.safetensors", kind, ExportOptions(dtype="float32"))
     pipe = stock(tiny_base)
     words = {"dog": "<dog>", "mug": "<mug>", "hat": "<hat>", "fused": "<dog> and <mug> and <hat>"}[name]
     prompt = f"a photo of {words}"
@@ -117,7 +117,7 @@ def test_stock_diffusers_draws_what_we_draw(
 
 @pytest.mark.parametrize("kind", ["kohya", "diffusers"])
 def test_one_forward_in_float64_is_exact(trained: dict[str, Path], tiny_base: Path, tmp_path: Path, kind: str) -> None:
-    export(trained["dog"], tmp_path / "out.safetensors", kind, dtype="float32")
+    export(trained["dog"], tmp_path / "out.safetensors", kind, ExportOptions(dtype="float32"))
     pipe = stock(tiny_base)
     pipe.load_lora_weights(str(tmp_path / "out.safetensors"))
     base = load_base(str(tiny_base), "cpu")
@@ -161,7 +161,9 @@ def test_a_method_of_full_rank_goes_out_with_its_error_told(
     trained: dict[str, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     notes: list[str] = []
-    export(trained["fog"], tmp_path / "near.safetensors", "kohya", rank=3, hooks=Hooks(notify=notes.append))
+    export(
+        trained["fog"], tmp_path / "near.safetensors", "kohya", ExportOptions(rank=3), hooks=Hooks(notify=notes.append)
+    )
     told = float(re.search(r"is (\S+)% away", notes[-1])[1]) / 100  # type: ignore[index]
     weights = load_base(str(tiny_base), "cpu").weights()
     adapter = load_adapter(trained["fog"])
@@ -180,7 +182,7 @@ def test_a_method_of_full_rank_goes_out_with_its_error_told(
 
 def test_metadata_and_card(trained: dict[str, Path], tmp_path: Path) -> None:
     picture = tmp_path / "sample.png"
-    files = export(trained["fused"], tmp_path / "three.safetensors", "kohya", picture=picture)
+    files = export(trained["fused"], tmp_path / "three.safetensors", "kohya", ExportOptions(picture=picture))
     again = export(trained["fused"], tmp_path / "again.safetensors", "kohya")
     tensors, metadata = read_tensors(files[0])
     assert metadata == read_tensors(again[0])[1]  # no timestamps
@@ -309,7 +311,7 @@ def test_spellings_are_distinct_at_full_size() -> None:
 def test_imported_files_are_the_adapters_they_were(
     trained: dict[str, Path], tiny_base: Path, tmp_path: Path, kind: str
 ) -> None:
-    export(trained["dog"], tmp_path / "web.safetensors", kind, dtype="float32")
+    export(trained["dog"], tmp_path / "web.safetensors", kind, ExportOptions(dtype="float32"))
     adapter = import_lora(tmp_path / "web.safetensors", tmp_path / "in.safetensors", str(tiny_base), device="cpu")
     original = load_adapter(trained["dog"])
     for layer in original.layers:
@@ -328,7 +330,7 @@ def test_imported_files_are_the_adapters_they_were(
 
 def test_an_import_writes_over_nothing_but_an_import(trained: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
     web, mine = tmp_path / "web.safetensors", tmp_path / "mug.safetensors"
-    export(trained["mug"], web, "kohya", dtype="float32")
+    export(trained["mug"], web, "kohya", ExportOptions(dtype="float32"))
     mine.write_bytes(trained["mug"].read_bytes())
     for output in (web, mine, tmp_path / "words.txt", tmp_path):
         with pytest.raises(UserError, match=r"to write elsewhere|must end in \.safetensors"):
@@ -449,7 +451,7 @@ def mutants(tensors: dict[str, torch.Tensor], count: int) -> list[tuple[str, Cal
 def test_five_hundred_spoilt_foreign_files_get_a_sentence_each(
     trained: dict[str, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
-    export(trained["mug"], tmp_path / "good.safetensors", "kohya", dtype="float32")
+    export(trained["mug"], tmp_path / "good.safetensors", "kohya", ExportOptions(dtype="float32"))
     good = load_file(tmp_path / "good.safetensors")
     base = load_base(str(tiny_base), "cpu")
     path = tmp_path / "bad.safetensors"

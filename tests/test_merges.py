@@ -25,7 +25,7 @@ from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.linalg import Factors, matrix_shape
 from spectral_diffusion.merging.activations import GramAccumulator
 from spectral_diffusion.merging.calibration import calibrate, tokens_of_call
-from spectral_diffusion.merging.export import export
+from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder, overlaps, shared_columns
 from spectral_diffusion.merging.manifest import adapters_in_fusion, read_manifest, read_merged
 from spectral_diffusion.merging.memory import calibration_memory
@@ -474,7 +474,7 @@ def test_without_the_base_subtracting_comes_close_and_says_how_close(
         unfuse(half, ["hat"], tmp_path / "x", subtract=True)
     assert set(read_merged(tmp_path / "rest")) == set(read_merged(tmp_path / "fresh"))
     for name in ("rest", "fresh"):  # the removed token stays in the tokenizer, but in no checkpoint
-        export(tmp_path / name, tmp_path / f"{name}.safetensors", "checkpoint", device="cpu")
+        export(tmp_path / name, tmp_path / f"{name}.safetensors", "checkpoint", ExportOptions(device="cpu"))
     checkpoints = [read_tensors(tmp_path / f"{name}.safetensors")[0] for name in ("rest", "fresh")]
     [shapes, wanted] = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in checkpoints]
     assert shapes == wanted

@@ -17,7 +17,7 @@ from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import paths
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.core.paths import located, located_base, portable, portable_base, without_folders
-from spectral_diffusion.merging.export import export
+from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.merging.manifest import read_manifest
 from spectral_diffusion.scenes.generate import generate_to_file
@@ -81,8 +81,8 @@ def test_nothing_that_is_shared_names_a_folder_and_all_of_it_works_elsewhere(
     }  # fmt: skip
     train_to_file(build(TrainConfig, settings))
     fuse_to_folder(FuseConfig(adapters=[adapter], output=work / "fused", device="cpu"))
-    export(adapter, work / "out" / "rex.safetensors", "kohya", device="cpu")
-    export(work / "fused", work / "whole", "folder", device="cpu")
+    export(adapter, work / "out" / "rex.safetensors", "kohya", ExportOptions(device="cpu"))
+    export(work / "fused", work / "whole", "folder", ExportOptions(device="cpu"))
     scene = Scene(
         prompt="a <rex>",
         output=work / "out" / "p.png",

@@ -30,7 +30,7 @@ from spectral_diffusion.merging.distill import (
     predict,
     prepare_targets,
 )
-from spectral_diffusion.merging.export import export
+from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
 from spectral_diffusion.merging.memory import distillation_memory
 from spectral_diffusion.merging.unfuse import unfuse
@@ -108,7 +108,7 @@ def test_only_the_concepts_own_words_learn_and_exports_hold_what_they_learnt(
         base = load_base(str(tmp_path / name), "cpu")
         now = base.pipeline.text_encoder.get_input_embeddings().weight
         assert torch.equal(now[: len(untouched.pipeline.tokenizer)], table[: len(untouched.pipeline.tokenizer)])
-        export(tmp_path / name, tmp_path / f"{name}.safetensors", "embedding", device="cpu")
+        export(tmp_path / name, tmp_path / f"{name}.safetensors", "embedding", ExportOptions(device="cpu"))
         for file in pair:
             adapter = load_adapter(file)
             own, held = adapter.tokens[adapter.token]["text_encoder"], base.vectors(adapter.token)["text_encoder"]
@@ -331,11 +331,13 @@ def test_a_taught_folder_is_opened_once_to_be_exported(
         return load_base(name, *more)
 
     monkeypatch.setattr(exporting, "load_base", counted)
-    found = export(tmp_path / "fused", tmp_path / "out.safetensors", "checkpoint", dtype="float16", device="cpu")
+    found = export(
+        tmp_path / "fused", tmp_path / "out.safetensors", "checkpoint", ExportOptions(dtype="float16", device="cpu")
+    )
     assert len(opened) == 1 and {"out.rex.safetensors", "out.brew.safetensors"} <= {file.name for file in found}
     held, _ = read_tensors(next(file for file in found if ".rex." in file.name))
     assert torch.equal(held["<rex>"], load_base(str(tmp_path / "fused"), "cpu").vectors("<rex>")["text_encoder"])
-    export(tmp_path / "fused", tmp_path / "folder", "folder", device="cpu")
+    export(tmp_path / "fused", tmp_path / "folder", "folder", ExportOptions(device="cpu"))
     assert len(opened) == 2
 
 
@@ -345,8 +347,8 @@ def test_what_cannot_be_done_with_a_taught_folder_is_told(pair: list[Path], tmp_
     with pytest.raises(UserError, match="was taught"):
         unfuse(tmp_path / "fused", ["brew"], tmp_path / "rest", subtract=True, device="cpu")
     with pytest.raises(UserError, match="export it as folder or checkpoint"):
-        export(tmp_path / "fused", tmp_path / "both.safetensors", "kohya", device="cpu")
-    export(tmp_path / "fused", tmp_path / "both", "folder", device="cpu")
+        export(tmp_path / "fused", tmp_path / "both.safetensors", "kohya", ExportOptions(device="cpu"))
+    export(tmp_path / "fused", tmp_path / "both", "folder", ExportOptions(device="cpu"))
     more = ["fuse", str(tmp_path / "fused"), str(pair[0]), "-o", str(tmp_path / "more"), "--config", "pocket-distilled"]
     assert "not with --config" in str(CliRunner().invoke(app, more).exception) and not (tmp_path / "more").exists()
     small = ["distill.num_images=2", "distill.num_prior_images=2", "distill.noises_per_image=2"]

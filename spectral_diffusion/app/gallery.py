@@ -137,63 +137,94 @@ def refill(workspace: Workspace, name: str | None) -> Refill:
     Raises:
         UserError: see :func:`scene_inside`.
     """
-    scene = scene_inside(workspace, name)
-    names, notes = _names(workspace), list[str]()
-    strengths: dict[str, float] = {}
+    return SceneReader(workspace, scene_inside(workspace, name)).refill()
 
-    def known(adapters: Mapping[str, Any]) -> list[str]:
-        found = []
+
+@dataclass
+class ControlDrawing:
+    """What the page has of a kind of control image: the drawing as a data URL, and how it is used."""
+
+    url: str = ""
+    weight: float = 1.0
+    adapter: str = ""
+
+
+class SceneReader:
+    """Reads the page's fields from a scene; ``notes`` says what the page cannot hold of it."""
+
+    def __init__(self, workspace: Workspace, scene: Scene) -> None:
+        self.workspace, self.scene = workspace, scene
+        self.names = _names(workspace)
+        self.strengths: dict[str, float] = {}
+        self.notes: list[str] = []
+
+    def refill(self) -> Refill:
+        """All fields."""
+        scene = self.scene
+        adapters = self.known_adapters(scene.adapters)
+        regions = self.regions()
+        drawings = self.drawings()
+        sketch, keypose = drawings["sketch"], drawings["keypose"]
+        if len(scene.every_seed()) > 1:
+            self.notes.append("It was drawn together with others; alone its last bits may differ.")
+        return Refill(
+            base=_base_name(self.workspace, scene.base),
+            adapters=adapters,
+            strength=_written(self.strengths),
+            canvas={"strokes": sketch.url, "keypose": keypose.url, "regions": regions},
+            sketch_weight=sketch.weight,
+            keypose_weight=keypose.weight,
+            sketch_adapter=sketch.adapter,
+            keypose_adapter=keypose.adapter,
+            seed=scene.seed if scene.only_seed is None else scene.only_seed,
+            fields={field: getattr(scene, field) for field in FIELDS},
+            notes=self.notes,
+        )
+
+    def known_adapters(self, adapters: Mapping[str, Any]) -> list[str]:
+        """The names of those adapters that are in the workspace; records their strengths."""
+        known = []
         for file, strength in adapters.items():
-            short = names.get(_real(file))
-            if short is None:
-                notes.append(f"The adapter {Path(file).stem} is not in this workspace any more; it is left out.")
+            name = self.names.get(_real(file))
+            if name is None:
+                self.notes.append(f"The adapter {Path(file).stem} is not in this workspace any more; it is left out.")
                 continue
             if isinstance(strength, dict):
-                notes.append(f"{short} had strengths per network; the page has one for both.")
+                self.notes.append(f"{name} had strengths per network; the page has one for both.")
                 strength = strength.get("unet", 1.0)
-            if strengths.setdefault(short, strength) != strength:
-                notes.append(f"{short} had several strengths; the page has one.")
-            found.append(short)
-        return found
+            if self.strengths.setdefault(name, strength) != strength:
+                self.notes.append(f"{name} had several strengths; the page has one.")
+            known.append(name)
+        return known
 
-    adapters = known(scene.adapters)
-    regions = []
-    for number, region in enumerate(scene.regions, 1):
-        if region.box is None:
-            notes.append(f"Region {number} is a painted mask, which the canvas cannot hold; it is left out.")
-            continue
-        bound = known(region.adapters)
-        if len(bound) > 1 or region.negative_prompt or region.conditioning_scale != 1:
-            notes.append(f"Region {number} has more settings than the canvas can hold.")
-        box = list(region.fractions(scene.width or 1, scene.height or 1))
-        regions.append({"box": box, "prompt": region.prompt, "concept": bound[0] if bound else ""})
-    canvas: dict[str, Any] = {"strokes": "", "keypose": "", "regions": regions}
-    weights, t2i = {"sketch": 1.0, "keypose": 1.0}, {"sketch": "", "keypose": ""}
-    for condition in scene.controls:
-        place = "strokes" if condition.kind == "sketch" else "keypose"
-        if canvas[place]:
-            notes.append(f"There are several {condition.kind}es; the canvas holds the first.")
-            continue
-        try:
-            canvas[place] = as_url(_kept_drawing(workspace, condition.file))
-        except UserError as error:
-            notes.append(rendered(error))
-        weights[condition.kind], t2i[condition.kind] = condition.conditioning_scale, condition.adapter or ""
-    if len(scene.every_seed()) > 1:
-        notes.append("It was drawn together with others; alone its last bits may differ.")
-    return Refill(
-        _base_name(workspace, scene.base),
-        adapters,
-        _written(strengths),
-        canvas,
-        weights["sketch"],
-        weights["keypose"],
-        t2i["sketch"],
-        t2i["keypose"],
-        scene.seed if scene.only_seed is None else scene.only_seed,
-        {field: getattr(scene, field) for field in FIELDS},
-        notes,
-    )
+    def regions(self) -> list[dict[str, Any]]:
+        """The boxes of the canvas, each with its prompt and concept."""
+        boxes = []
+        for number, region in enumerate(self.scene.regions, 1):
+            if region.box is None:
+                self.notes.append(f"Region {number} is a painted mask, which the canvas cannot hold; it is left out.")
+                continue
+            adapters = self.known_adapters(region.adapters)
+            if len(adapters) > 1 or region.negative_prompt or region.conditioning_scale != 1:
+                self.notes.append(f"Region {number} has more settings than the canvas can hold.")
+            box = list(region.fractions(self.scene.width or 1, self.scene.height or 1))
+            boxes.append({"box": box, "prompt": region.prompt, "concept": adapters[0] if adapters else ""})
+        return boxes
+
+    def drawings(self) -> dict[str, ControlDrawing]:
+        """The first drawing of each kind of control image."""
+        drawings = {"sketch": ControlDrawing(), "keypose": ControlDrawing()}
+        for control in self.scene.controls:
+            drawing = drawings[control.kind]
+            if drawing.url:
+                self.notes.append(f"There are several drawings of the kind {control.kind}; the canvas holds the first.")
+                continue
+            try:
+                drawing.url = as_url(_kept_drawing(self.workspace, control.file))
+            except UserError as error:
+                self.notes.append(rendered(error))
+            drawing.weight, drawing.adapter = control.conditioning_scale, control.adapter or ""
+        return drawings
 
 
 def download_picture(workspace: Workspace, name: str | None) -> tuple[Path, Path]:

@@ -26,9 +26,10 @@ def export(
     if rank is not None and rank < 1:
         raise UserError("Rank must be at least 1.")
     with importing():
+        from ..merging.export import ExportOptions
         from ..merging.export import export as write
 
-    files = write(path, output, kind, rank, dtype, picture, device, hooks=Hooks(notify=say))
+    files = write(path, output, kind, ExportOptions(rank, dtype, picture, device), Hooks(notify=say))
     say(f"Wrote {', '.join(map(str, files))}.")
 
 

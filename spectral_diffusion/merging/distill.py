@@ -12,8 +12,8 @@ thereby left to nobody, and stays out of ordinary pictures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -151,60 +151,75 @@ def sample_latents(base: Base, prompts: list[str], who: str, guidance: float, se
     return torch.cat(out)
 
 
+@dataclass(frozen=True)
+class Student:
+    """A fused base, and what of it learns: some weights, and the vectors of some tokens."""
+
+    base: Base
+    weights: Sequence[Tensor]
+    tokens: Sequence[str]
+
+    @contextmanager
+    def trainable(self) -> Iterator[list[nn.Parameter]]:
+        """Make the weights and the tokens' vectors trainable while the context is open; gives the latter by encoder."""
+        for model in self.base.models.values():
+            model.requires_grad_(False)
+        for weight in self.weights:
+            weight.requires_grad_(True)
+        try:
+            with ExitStack() as stack:
+                yield [
+                    stack.enter_context(trainable_rows(tokenizer, self.base.models[encoder], self.tokens))
+                    for encoder, tokenizer in self.base.tokenizers.items()
+                ]
+        finally:
+            for weight in self.weights:
+                weight.requires_grad_(False)
+                weight.grad = None
+
+
 def distill(
-    base: Base,
-    lessons: DistillTargets,
-    weights: Sequence[Tensor],
-    tokens: Sequence[str],
+    student: Student,
+    targets: DistillTargets,
     config: DistillConfig,
     seed: int,
     precision: MixedPrecision = "no",
     hooks: Hooks = QUIET,
 ) -> None:
-    """Move some weights of a fused ``base`` and its tokens' vectors in place until it predicts what its teachers do.
+    """Change the student's weights and vectors in place until it predicts what its teachers do.
 
     Raises:
         NotFiniteError: the loss is NaN or infinity.
     """
-    for model in base.models.values():
-        model.requires_grad_(False)
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(base.denoiser.fast_attention(is_half(precision, base.dtype), base.size))
-            stack.enter_context(base.denoiser.gradient_checkpointing(config.gradient_checkpointing))
-            rows = [
-                stack.enter_context(trainable_rows(tokenizer, base.models[encoder], tokens))
-                for encoder, tokenizer in base.tokenizers.items()
-            ]
-            groups = [(list(weights), config.learning_rate), (rows, config.token_learning_rate)]
-            optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups], weight_decay=0.0)
-            scaler = loss_scaler(base.device, precision, base.dtype)
-            factor = lr_schedule("linear", config.steps)
-            for step in range(config.steps):
-                for group, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
-                    group["lr"] = rate * factor(step)
-                optimizer.zero_grad()
-                total = 0.0
-                for batch in batches(lessons, config, step, seed):
-                    loss = distillation_loss(base, batch, precision) / config.gradient_accumulation_steps
-                    if not torch.isfinite(loss):
-                        raise NotFiniteError(
-                            f"Teaching met NaN or infinity at step {step}.",
-                            Fix("distill.learning_rate", f"{config.learning_rate / 10:g}"),
-                        )
-                    scaler.scale(loss).backward()
-                    total += float(loss.detach())
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(weights, 1.0)
-                scaler.step(optimizer)
-                scaler.update()
-                hooks.progress(Event("teach", step + 1, config.steps, {"loss": total}))
-    finally:
-        for weight in weights:
-            weight.requires_grad_(False)
-            weight.grad = None
+    base, weights = student.base, list(student.weights)
+    with (
+        student.trainable() as rows,
+        base.denoiser.fast_attention(is_half(precision, base.dtype), base.size),
+        base.denoiser.gradient_checkpointing(config.gradient_checkpointing),
+    ):
+        groups = [(weights, config.learning_rate), (rows, config.token_learning_rate)]
+        optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups], weight_decay=0.0)
+        scaler = loss_scaler(base.device, precision, base.dtype)
+        lr_factor = lr_schedule("linear", config.steps)
+        for step in range(config.steps):
+            for group, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
+                group["lr"] = rate * lr_factor(step)
+            optimizer.zero_grad()
+            total = 0.0
+            for batch in batches(targets, config, step, seed):
+                loss = distillation_loss(base, batch, precision) / config.gradient_accumulation_steps
+                if not torch.isfinite(loss):
+                    raise NotFiniteError(
+                        f"Teaching met NaN or infinity at step {step}.",
+                        Fix("distill.learning_rate", f"{config.learning_rate / 10:g}"),
+                    )
+                scaler.scale(loss).backward()
+                total += float(loss.detach())
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            hooks.progress(Event("teach", step + 1, config.steps, {"loss": total}))
 
 
 def batches(lessons: DistillTargets, config: DistillConfig, step: int, seed: int) -> list[list[Question]]:

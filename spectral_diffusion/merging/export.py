@@ -116,37 +116,54 @@ def open_source(path: Path, device: str = "auto") -> ExportSource:
     return ExportSource(adapter.name, adapter.base, adapters, shown, factors, load, kernels)
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """How an export is written.
+
+    Attributes:
+        rank: of a LoRA file. Default: the exact one, or 32 for a change of full rank.
+        dtype: default: float16 for LoRA files, float32 for the rest.
+        picture: a sample picture for the model card.
+        device: on which bases are loaded.
+    """
+
+    rank: int | None = None
+    dtype: str | None = None
+    picture: Path | None = None
+    device: str = "auto"
+
+    def dtype_or(self, default: str) -> torch.dtype:
+        """The dtype that is asked, else the default.
+
+        Raises:
+            UserError: there is no such dtype.
+        """
+        return parse_dtype(self.dtype or default)
+
+
+DEFAULT_OPTIONS = ExportOptions()
+
+
 def export(
-    path: Path,
-    output: Path,
-    kind: str,
-    rank: int | None = None,
-    dtype: str | None = None,
-    picture: Path | None = None,
-    device: str = "auto",
-    hooks: Hooks = QUIET,
+    path: Path, output: Path, kind: str, options: ExportOptions = DEFAULT_OPTIONS, hooks: Hooks = QUIET
 ) -> list[Path]:
     """Write ``path`` (an adapter or a fused folder) in another program's format; returns what was written.
 
-    LoRA files are float16 unless asked otherwise, checkpoints and folders float32. A change of full rank goes out as a
-    LoRA of ``rank``, with the error told; token embeddings are written beside everything that cannot hold them.
+    A change of full rank goes out as a LoRA, and a note gives the error; token embeddings are written beside everything
+    that cannot hold them.
 
     Raises:
         UserError: an unknown format, or a change that it cannot hold.
     """
     if kind not in FORMATS:
         raise UserError(f"Unknown format '{kind}'; known: {', '.join(FORMATS)}.")
-    source, output = open_source(path, device), Path(output)
+    source, output = open_source(path, options.device), Path(output)
     check_free(path, source, output, kind)
     for adapter in source.adapters:
         if adapter.per_layer_vectors:
             hooks.notify(mean_note(adapter.name))
-    written: list[Path] = []
     if kind == "folder":
-        base = source.loaded
-        with atomic_folder(output) as new:
-            save_pipeline(base.pipeline.to("cpu", parse_dtype(dtype or "float32")), new)
-            write_text(new / "README.md", export_card(source, [output.name], picture))
+        write_folder(source, output, options)
         return [output]
     if output.suffix != ".safetensors":
         raise UserError(f"The output {output} must end in .safetensors for the format {kind}.")
@@ -154,27 +171,44 @@ def export(
     if kind == "embedding":
         if not source.nouns:
             raise UserError(f"{path} has no token, so there is no embedding to write.")
-        return embeddings(source, output, parse_dtype(dtype or "float32"), kind)
-    about = {"title": source.title, "trigger_phrase": ", ".join(source.nouns)}
-    if len(source.adapters) > 1:
-        about["merged_from"] = ", ".join(adapter.name for adapter in source.adapters)
+        return embeddings(source, output, options.dtype_or("float32"), kind)
     if kind == "checkpoint":
-        written.append(output)
-        write_checkpoint(source, output, parse_dtype(dtype or "float32"), about)
+        write_checkpoint(source, output, options.dtype_or("float32"))
     else:
-        factors = truncated_factors(source, rank, hooks)
-        kept, architecture = parse_dtype(dtype or "float16"), architecture_of(source, factors)
-        if kind == "kohya":
-            tensors = kohya_tensors(factors, source.kernels, kept, architecture.startswith("stable-diffusion-xl"))
-        else:
-            tensors = diffusers_tensors(factors, source.kernels, kept)
-        write_hashed(output, tensors, lora_metadata(factors, architecture, about) | ours(source))
-        written.append(output)
+        write_lora(source, output, kind, options, hooks)
+    written = [output]
     if source.nouns:
         written += embeddings(source, output, torch.float32, kind)
-    described = output.with_suffix(".md")
-    write_text(described, export_card(source, [file.name for file in written], picture))
-    return [*written, described]
+    card = output.with_suffix(".md")
+    write_text(card, export_card(source, [file.name for file in written], options.picture))
+    return [*written, card]
+
+
+def write_folder(source: ExportSource, output: Path, options: ExportOptions) -> None:
+    """A diffusers folder of the whole pipeline, with everything in its weights."""
+    base = source.loaded
+    with atomic_folder(output) as new:
+        save_pipeline(base.pipeline.to("cpu", options.dtype_or("float32")), new)
+        write_text(new / EXPORTED, export_card(source, [output.name], options.picture))
+
+
+def write_lora(source: ExportSource, output: Path, kind: str, options: ExportOptions, hooks: Hooks) -> None:
+    """A LoRA file of the change, in kohya's or diffusers' spelling."""
+    factors = truncated_factors(source, options.rank, hooks)
+    dtype, architecture = options.dtype_or("float16"), architecture_of(source, factors)
+    if kind == "kohya":
+        tensors = kohya_tensors(factors, source.kernels, dtype, architecture.startswith("stable-diffusion-xl"))
+    else:
+        tensors = diffusers_tensors(factors, source.kernels, dtype)
+    write_hashed(output, tensors, lora_metadata(factors, architecture, titles(source)) | ours(source))
+
+
+def titles(source: ExportSource) -> dict[str, str]:
+    """ModelSpec's fields of what an export is called, how it is prompted and what it is merged from."""
+    fields = {"title": source.title, "trigger_phrase": ", ".join(source.nouns)}
+    if len(source.adapters) > 1:
+        fields["merged_from"] = ", ".join(adapter.name for adapter in source.adapters)
+    return fields
 
 
 def check_free(path: Path, source: ExportSource, output: Path, kind: str) -> None:
@@ -277,7 +311,7 @@ def embeddings(source: ExportSource, output: Path, dtype: torch.dtype, kind: str
     return list(files)
 
 
-def write_checkpoint(source: ExportSource, output: Path, dtype: torch.dtype, about: Mapping[str, str]) -> None:
+def write_checkpoint(source: ExportSource, output: Path, dtype: torch.dtype) -> None:
     """One file in the original's spelling; new tokens do not fit into it."""
     base = source.loaded
     rows = {encoder: vocabulary(tokenizer) for encoder, tokenizer in base.tokenizers.items()}
@@ -289,7 +323,7 @@ def write_checkpoint(source: ExportSource, output: Path, dtype: torch.dtype, abo
     second = base.pipeline.text_encoder.config.hidden_act == "gelu"
     v2 = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
     about = {
-        **about,
+        **titles(source),
         "architecture": "stable-diffusion-xl-v1-base" if large else v2 if second else "stable-diffusion-v1",
         "implementation": "https://github.com/Stability-AI/generative-models",
         "prediction_type": "v" if velocity else "epsilon",

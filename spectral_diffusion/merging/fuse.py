@@ -28,7 +28,7 @@ from ..models.targets import find_targets
 from ..training.memory import available, gib, is_large
 from .activations import GramAccumulator
 from .calibration import cached_seen, calibrate
-from .distill import distill, prepare_targets
+from .distill import Student, distill, prepare_targets
 from .manifest import (
     ADAPTERS,
     MANIFEST,
@@ -141,7 +141,7 @@ def fuse_adapters(
     if teachers:
         tokens = [token for adapter in adapters for token in adapter.tokens]
         with tf32(base.device, config.allow_tf32):
-            distill(base, teachers, trained, tokens, config.distill, config.seed, precision, hooks)
+            distill(Student(base, trained, tokens), teachers, config.distill, config.seed, precision, hooks)
         return None
     return merged
 

@@ -15,8 +15,8 @@ from ..config.fuse import FuseConfig
 from ..merging.fuse import fuse_to_folder
 from ..methods import get_method
 from ..metrics.statistics import mean_text, share_text
+from .fusion import FusionCell, family_rate, fused_cell
 from .fusion import change_for as family_change
-from .fusion import family_rate, fused_cell
 from .registry import Findings, Row, Table, study
 from .runner import TEST_CONCEPTS, Figures, StudyRunner, TimeOver, cell_key, scaled
 from .speed import swept
@@ -82,7 +82,7 @@ def summed_cell(lab: StudyRunner, names: Sequence[str], seed: int) -> Figures:
     if len(names) == 1:
         change = {**family_change(family, 0), **scaled(lab, rate), "seed": seed}
         return {"identity": {names[0]: lab.alone(names[0], **change)["identity"]}, "unevenness": None}
-    found = fused_cell(lab, family, "sum", rate, names, seed)["concepts"]
+    found = fused_cell(lab, FusionCell(family, "sum", len(names)), rate, names, seed)["concepts"]
     return {"identity": {name: found[name]["identity"] for name in names}, "unevenness": None}
 
 

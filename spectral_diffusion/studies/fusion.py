@@ -104,26 +104,15 @@ def trained_with(
     return {**change_for(family, number, rank, seed), **scaled(lab, rate), "seed": seed}
 
 
-def fused_cell(
-    lab: StudyRunner,
-    family: str,
-    merge: str,
-    rate: float,
-    names: Sequence[str],
-    seed: int,
-    strength: float = 1.0,
-    rank: int = RANK,
-) -> Figures:
-    """One fusion: per concept the identity and the text match, and how far ordinary prompts drift."""
+def fused_cell(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[str], seed: int) -> Figures:
+    """One fusion: per concept the identity and the text match, and how far generic prompts drift."""
 
     def compute() -> Figures:
-        held = adapters_of(lab, family, rate, names, seed, rank)
-        adapters = [adapter for adapter, _ in held]
+        adapters = [adapter for adapter, _ in adapters_of(lab, cell.family, rate, names, seed, cell.rank)]
         base = lab.fresh()
         before = lab.ordinary(base, seed)
         files = [Path(f"{name}.safetensors") for name in names]
-        strengths = {} if strength == 1.0 else dict.fromkeys(names, strength)
-        config = FuseConfig(adapters=files, output=Path("fused"), scales=strengths, seed=seed, **MERGES[merge])
+        config = FuseConfig(adapters=files, output=Path("fused"), seed=seed, **MERGES[cell.merge])
         begun = time.monotonic()
         fuse_adapters(base, adapters, config, Hooks(progress=lab.progress))
         seconds = time.monotonic() - begun
@@ -136,9 +125,11 @@ def fused_cell(
             }
         return {"concepts": concepts, "drift": drift_between(lab, before, lab.ordinary(base, seed)), "seconds": seconds}
 
-    key = {"family": family, "change": FAMILIES[family], "merge": MERGES[merge], "rate": rate, "names": list(names)}
-    key |= {} if rank == RANK else {"rank": rank}
-    return lab.cell("fused", {**key, "seed": seed, "scales": strength}, compute)
+    key: dict[str, Any] = {"family": cell.family, "change": FAMILIES[cell.family], "merge": MERGES[cell.merge]}
+    key |= {"rate": rate, "names": list(names)}
+    key |= {} if cell.rank == RANK else {"rank": cell.rank}
+    # The strength stays in the key, so that cells of earlier runs are found again.
+    return lab.cell("fused", {**key, "seed": seed, "scales": 1.0}, compute)
 
 
 def drift_between(lab: StudyRunner, before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
@@ -188,9 +179,7 @@ def measured_cells(
                 rates[kind], trials = family_rate(lab, job.family, quick, job.rank)
                 here = {"family": job.family, "rank": job.rank}
                 sweeps += [{**here, "rate": t["rate"], "identity, tuning concepts": t["identity"]} for t in trials]
-            fusion_row(
-                lab, job.family, job.merge, rates[kind], MANY[: job.size], [seed], job.rank
-            )  # measures what it needs
+            fusion_row(lab, job, rates[kind], MANY[: job.size], [seed])  # measures what it needs
         except TimeOver:
             late.setdefault(job, []).append(seed)
             continue
@@ -198,9 +187,7 @@ def measured_cells(
     rows: list[Row] = []
     for job in jobs:
         if job not in late:
-            found = fusion_row(
-                lab, job.family, job.merge, rates[job.family, job.rank], MANY[: job.size], seeds, job.rank
-            )
+            found = fusion_row(lab, job, rates[job.family, job.rank], MANY[: job.size], seeds)
             gap = minus_sum(lab, job, jobs, late, rates, seeds)
             rows.append({"family": job.family, "merge": job.merge, "K": job.size, "rank": job.rank, **found, GAP: gap})
     return rows, sweeps, not_measured(late)
@@ -220,10 +207,10 @@ def minus_sum(
         return None
     names = MANY[: job.size]
 
-    def identities(of: FusionCell) -> list[float]:
-        rate = rates[of.family, of.rank]
-        cells = [fused_cell(lab, of.family, of.merge, rate, names, seed, rank=of.rank) for seed in seeds]
-        return [cell["concepts"][name]["identity"] for cell in cells for name in names]
+    def identities(cell: FusionCell) -> list[float]:
+        rate = rates[cell.family, cell.rank]
+        found = [fused_cell(lab, cell, rate, names, seed)["concepts"] for seed in seeds]
+        return [concepts[name]["identity"] for concepts in found for name in names]
 
     return difference_text(identities(job), identities(reference), names)
 
@@ -239,20 +226,18 @@ def not_measured(late: Mapping[FusionCell, Sequence[int]]) -> list[str]:
     ]
 
 
-def fusion_row(
-    lab: StudyRunner, family: str, merge: str, rate: float, names: Sequence[str], seeds: Sequence[int], rank: int = RANK
-) -> Row:
+def fusion_row(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[str], seeds: Sequence[int]) -> Row:
     """One row of the table: means over concepts and seeds with their 95 % intervals, a bootstrap over concepts."""
     alone, fused, floor, text, drifts, seconds = [], [], [], [], [], []
     for seed in seeds:
-        cell = fused_cell(lab, family, merge, rate, names, seed, rank=rank)
-        changes = [trained_with(lab, family, rate, number, seed, rank) for number in range(len(names))]
+        found = fused_cell(lab, cell, rate, names, seed)
+        changes = [trained_with(lab, cell.family, rate, number, seed, cell.rank) for number in range(len(names))]
         alone += [lab.alone(name, **change)["identity"] for name, change in zip(names, changes, strict=True)]
-        fused += [cell["concepts"][name]["identity"] for name in names]
+        fused += [found["concepts"][name]["identity"] for name in names]
         floor += [lab.generic(name, seed)["identity"] for name in names]
-        text += [cell["concepts"][name]["text"] for name in names]
-        drifts.append(cell["drift"])
-        seconds.append(cell["seconds"])
+        text += [found["concepts"][name]["text"] for name in names]
+        drifts.append(found["drift"])
+        seconds.append(found["seconds"])
     return {
         "seeds": len(seconds),
         "identity alone": mean_text(alone, names),

@@ -34,8 +34,6 @@ HALVED = {"full_adapter": (0, 1, 2, 3, 4, 5), "full_adapter_xl": (0, 0, 1, 1, 1,
 SETTINGS = "settings.yaml"
 CHUNK = 8  # captions encoded together
 
-Words = dict[str, tuple[Tensor, Tensor | None]]  # caption to its embeddings and, for SDXL, the pooled one
-
 
 def control_state_path(output: Path) -> Path:
     """Where a run's resumable state lies while it is unfinished."""
@@ -64,7 +62,7 @@ def train_control(
     """
     with claimed(config.output):
         prepare_control_output(config.output, resume, hooks)
-        return train_claimed(config, base, resume, hooks, read)
+        return ControlTrainer(config, base, resume, hooks, read).train()
 
 
 def prepare_control_output(output: Path, resume: bool, hooks: Hooks) -> None:
@@ -90,77 +88,148 @@ def prepare_control_output(output: Path, resume: bool, hooks: Hooks) -> None:
         hooks.notify(f"No state of a stopped training is beside {output}; starting at step 0.")
 
 
-def train_claimed(
-    config: ControlConfig,
-    base: Base | None,
-    resume: bool,
-    hooks: Hooks,
-    read: Read | None,
-) -> T2IAdapter:
-    """:func:`train_condition`, once its output may be written."""
-    output, state = config.output, control_state_path(config.output)
-    pairs = read_pairs(config, hooks)
-    base = base or load_base(config.base, config.device, config.dtype)
-    pipeline, denoiser, unet = base.pipeline, base.denoiser, base.denoiser.network
-    shape = fitting_shape(unet, pipeline.vae_scale_factor, config.kind)
-    size = fitting_size(config, base, shape["downscale_factor"])
-    adapter = new_adapter(shape, config.seed).to(base.device).train()
-    parameters = dict(adapter.named_parameters())
-    hooks.notify(
-        f"{len(pairs)} pictures with a {config.kind}, {size} px; a {shape['adapter_type']} of "
-        f"{sum(p.numel() for p in parameters.values()):,} numbers for {len(shape['channels'])} levels of the U-Net."
-    )
-    resumed = load_state(state)[1].get("config", {}) if resume and state.exists() else {}
-    asked = config.mixed_precision if config.mixed_precision != "auto" else resumed.get("mixed_precision", "auto")
-    precision = resolve_mixed_precision(asked, base.device, base.dtype)
-    precision_note(asked, precision, base.device, config.allow_tf32, hooks.notify)
-    config = config.model_copy(update={"mixed_precision": precision})
-    scaler = loss_scaler(base.device, precision, base.dtype)
-    if denoiser.plain_attention_is_faster(is_half(precision, base.dtype), size):
-        unet.set_attn_processor(AttnProcessor())
-    optimizer = torch.optim.AdamW(parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    belongs = {"base": base.fingerprint.exact, "pairs": pairs_digest(pairs)}
-    start = restore(state, optimizer, parameters, config, belongs) if resume and state.exists() else 0
-    captions = encode_captions(base, [pair.caption for pair in pairs], size)
-    latents, conditions = encode_pairs(pairs, pipeline.vae, config, size, hooks, read)
-    running: float | None = None
-    lr_factor = lr_schedule(config.lr_scheduler, config.steps)
+class ControlTrainer:
+    """One training of a T2I-Adapter: frozen base, encoded pairs, adapter, optimizer and saved state.
 
-    for step in range(start, config.steps):
-        if hooks.should_stop():
-            keep(state, parameters, optimizer, step, config, belongs)
-            raise Cancelled(f"Stopped at step {step} of {config.steps}; it can be resumed.")
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * lr_factor(step)
+    The output must be claimed. ``train`` reads from top to bottom.
+    """
 
-        samples, shown = sample_control_batch(step, pairs, latents, conditions, config, denoiser)
-        noisy = denoiser.add_noise(samples.latents, samples.noise, samples.timesteps)
-        with tf32(base.device, config.allow_tf32), autocast(base.device, precision):
-            features = [feature.to(base.dtype) for feature in adapter(shown.to(base.device))]
-            given = Conditioning.stack([captions[prompt] for prompt in samples.prompts]).to(base.device)
-            predicted = denoiser.predict(noisy, samples.timesteps, given, down_intrablock_additional_residuals=features)
-        loss = F.mse_loss(predicted, denoiser.target(samples.latents, samples.noise, samples.timesteps))
+    def __init__(self, config: ControlConfig, base: Base | None, resume: bool, hooks: Hooks, read: Read | None) -> None:
+        self.config, self.hooks = config, hooks
+        self.state = control_state_path(config.output)
+        resuming = resume and self.state.exists()
+        self.pairs = read_pairs(config, hooks)
+        self.base = base or load_base(config.base, config.device, config.dtype)
+        self.denoiser = self.base.denoiser
+        self._create_adapter()
+        self._settle_precision(load_state(self.state)[1].get("config", {}) if resuming else {})
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.lr_factor = lr_schedule(config.lr_scheduler, config.steps)
+        self.belongs = {"base": self.base.fingerprint.exact, "pairs": pairs_digest(self.pairs)}
+        self.start = self.restore() if resuming else 0
+        self.captions = encode_captions(self.base, [pair.caption for pair in self.pairs], self.size)
+        vae = self.base.pipeline.vae
+        self.latents, self.control_images = encode_pairs(self.pairs, vae, self.config, self.size, hooks, read)
+        self.running_loss: float | None = None
 
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        if not torch.isfinite(loss) or not take_step(optimizer, parameters.values(), scaler, config.max_grad_norm):
-            kept = f"the last good state is kept in {state.name}" if state.exists() else "nothing was saved yet"
+    # ------------------------------------------------------------------ set-up
+
+    def _create_adapter(self) -> None:
+        """Make the adapter that fits the base; it is all that is trainable."""
+        shape = fitting_shape(self.denoiser.network, self.base.pipeline.vae_scale_factor, self.config.kind)
+        self.size = fitting_size(self.config, self.base, shape["downscale_factor"])
+        self.adapter = new_adapter(shape, self.config.seed).to(self.base.device).train()
+        self.trained: dict[str, nn.Parameter] = dict(self.adapter.named_parameters())
+        self.hooks.notify(
+            f"{len(self.pairs)} pictures with a {self.config.kind}, {self.size} px; a {shape['adapter_type']} of "
+            f"{sum(p.numel() for p in self.trained.values()):,} numbers for {len(shape['channels'])} levels of the "
+            "U-Net."
+        )
+
+    def _settle_precision(self, saved: Mapping[str, Any]) -> None:
+        """Resolve the mixed precision, which a resumed training takes from its saved settings unless one is asked."""
+        config, base = self.config, self.base
+        asked = config.mixed_precision if config.mixed_precision != "auto" else saved.get("mixed_precision", "auto")
+        self.precision = resolve_mixed_precision(asked, base.device, base.dtype)
+        precision_note(asked, self.precision, base.device, config.allow_tf32, self.hooks.notify)
+        self.config = config.model_copy(update={"mixed_precision": self.precision})
+        self.scaler = loss_scaler(base.device, self.precision, base.dtype)
+        if self.denoiser.plain_attention_is_faster(is_half(self.precision, base.dtype), self.size):
+            self.denoiser.network.set_attn_processor(AttnProcessor())
+
+    # ------------------------------------------------------------------ the loop
+
+    def train(self) -> T2IAdapter:
+        """All steps, then the adapter and its folder."""
+        config = self.config
+        for step in range(self.start, config.steps):
+            if self.hooks.should_stop():
+                self.save(step)
+                raise Cancelled(f"Stopped at step {step} of {config.steps}; it can be resumed.")
+            self.report(step + 1, self.train_step(step))
+            if (step + 1) % config.checkpointing_steps == 0 and step + 1 < config.steps:
+                self.save(step + 1)
+        return self.finish()
+
+    def train_step(self, step: int) -> float:
+        """One step of the optimizer; returns the loss.
+
+        Raises:
+            NotFiniteError: the loss or the gradient is NaN or infinite.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * self.lr_factor(step)
+        loss = self.compute_loss(step)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        taken = torch.isfinite(loss) and take_step(
+            self.optimizer, self.trained.values(), self.scaler, self.config.max_grad_norm
+        )
+        if not taken:
+            kept = (
+                f"the last good state is kept in {self.state.name}" if self.state.exists() else "nothing was saved yet"
+            )
             raise NotFiniteError(f"Training met NaN or infinity at step {step}: lower the learning rate ({kept}).")
+        return float(loss.detach())
 
-        value = float(loss.detach())
-        running = value if running is None else 0.98 * running + 0.02 * value
-        hooks.progress(Event("train", step + 1, config.steps, {"loss": running}))
-        if (step + 1) % config.checkpointing_steps == 0 and step + 1 < config.steps:
-            keep(state, parameters, optimizer, step + 1, config, belongs)
+    def compute_loss(self, step: int) -> Tensor:
+        """Mean squared error of the frozen U-Net's predictions with the adapter's features added."""
+        base, denoiser = self.base, self.denoiser
+        batch, control = sample_control_batch(
+            step, self.pairs, self.latents, self.control_images, self.config, denoiser
+        )
+        noisy = denoiser.add_noise(batch.latents, batch.noise, batch.timesteps)
+        with tf32(base.device, self.config.allow_tf32), autocast(base.device, self.precision):
+            features = [feature.to(base.dtype) for feature in self.adapter(control.to(base.device))]
+            captions = Conditioning.stack([self.captions[prompt] for prompt in batch.prompts]).to(base.device)
+            predicted = denoiser.predict(
+                noisy, batch.timesteps, captions, down_intrablock_additional_residuals=features
+            )
+        return F.mse_loss(predicted, denoiser.target(batch.latents, batch.noise, batch.timesteps))
 
-    keep(state, parameters, optimizer, config.steps, config, belongs)  # until the folder is written
-    adapter.eval().requires_grad_(False)
-    with atomic_folder(output) as new:
-        with quiet_loading():
-            adapter.save_pretrained(new)
-        write_text(new / SETTINGS, heading() + to_yaml(config, shared=True))
-    state.unlink(missing_ok=True)
-    return adapter
+    def report(self, done: int, loss: float) -> None:
+        """Report the running mean of the loss after ``done`` steps."""
+        self.running_loss = loss if self.running_loss is None else 0.98 * self.running_loss + 0.02 * loss
+        self.hooks.progress(Event("train", done, self.config.steps, {"loss": self.running_loss}))
+
+    def finish(self) -> T2IAdapter:
+        """Write the adapter's folder; the state is kept until then."""
+        self.save(self.config.steps)
+        self.adapter.eval().requires_grad_(False)
+        with atomic_folder(self.config.output) as new:
+            with quiet_loading():
+                self.adapter.save_pretrained(new)
+            write_text(new / SETTINGS, heading() + to_yaml(self.config, shared=True))
+        self.state.unlink(missing_ok=True)
+        return self.adapter
+
+    # ------------------------------------------------------------------ the state
+
+    def save(self, step: int) -> None:
+        """Save everything that the training needs to go on exactly here."""
+        meta = {"step": step, "config": comparable_control_settings(self.config), "belongs": self.belongs}
+        save_state(self.state, self.trained, self.optimizer, meta)
+
+    def restore(self) -> int:
+        """Load the saved state into adapter and optimizer; returns the step to go on with.
+
+        Raises:
+            UserError: it was made with other settings, on another base or from other pictures.
+        """
+        tensors, meta = load_state(self.state, self.optimizer)
+        refuse_changed_settings(self.state, meta, comparable_control_settings(self.config))
+        shapes = {name: parameter.shape for name, parameter in self.trained.items()}
+        fits = {name: tensor.shape for name, tensor in tensors.items()} == shapes
+        if meta.get("belongs") != self.belongs or not fits:
+            raise UserError(
+                f"{self.state} was made on another base or from other pictures, and has to be removed to start anew."
+            )
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(tensors[name])
+        return int(meta["step"])
 
 
 @torch.no_grad()
@@ -277,45 +346,3 @@ def is_our_t2i_adapter(folder: Path) -> bool:
 def comparable_control_settings(config: ControlConfig) -> dict[str, Any]:
     """The settings that decide the result: all but where things lie and how often states are saved."""
     return config.model_dump(mode="json", exclude={"folder", "output", "checkpointing_steps", "device"})
-
-
-def keep(
-    state: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    config: ControlConfig,
-    belongs: Mapping[str, str],
-) -> None:
-    """Save everything that the run needs to go on exactly here."""
-    save_state(
-        state,
-        parameters,
-        optimizer,
-        {"step": step, "config": comparable_control_settings(config), "belongs": dict(belongs)},
-    )
-
-
-def restore(
-    state: Path,
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    config: ControlConfig,
-    belongs: Mapping[str, str],
-) -> int:
-    """Load a saved state into place; returns the step to go on with.
-
-    Raises:
-        UserError: it was made with other settings, on another base or from other pictures.
-    """
-    tensors, meta = load_state(state, optimizer)
-    refuse_changed_settings(state, meta, comparable_control_settings(config))
-    fits = set(tensors) == set(parameters) and all(tensors[n].shape == parameters[n].shape for n in parameters)
-    if meta.get("belongs") != belongs or not fits:
-        raise UserError(
-            f"{state} was made on another base or from other pictures, and has to be removed to start anew."
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
-    return int(meta["step"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..config.train import TrainConfig
 from ..core.errors import Fix, UserError
 from ..core.precision import autocast, is_half, resolve_mixed_precision
 from ..linalg import matrix_shape
-from ..methods import Method, get_method
+from ..methods import get_method
 from ..models.base import ENCODERS, Base
 from ..models.denoiser import plain_attention_is_faster
 from ..models.per_layer_tokens import cross_attention
@@ -124,8 +124,9 @@ def hollow(models: Models, device: str, dtype: torch.dtype | None = None) -> dic
     return copy.deepcopy(dict(models), memo)
 
 
-def hollow_frozen(method: Method, models: Models, config: TrainConfig) -> Frozen:
-    """The shapes of what a method is built on, layer by layer."""
+def hollow_frozen_tensors(models: Models, config: TrainConfig) -> Frozen:
+    """The frozen tensors of the config's method, layer by layer, without values."""
+    method = get_method(config.method)
     slot = Slot.interval(0, config.rank) if method.slot else None
     layers = find_targets(dict(models), config.target_modules).items()
     return {layer: hollow_tensors(method, matrix_shape(module.weight), config.rank, slot) for layer, module in layers}
@@ -139,71 +140,114 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
         size: side of the training pictures in pixels.
         device: ``cuda`` or ``cpu``.
     """
-    method, scale = get_method(config.method), 2 ** (len(vae.config.block_out_channels) - 1)  # type: ignore[union-attr, arg-type]
-    weights = sum(p.numel() * p.element_size() for model in (*models.values(), vae) for p in model.parameters())
-    phases: dict[str, int] = {}
-    attached, built_on = hollow(models, "meta"), hollow_frozen(method, models, config)
-    apart = 0
-    if method.builds_on == "full_svd":  # attaching would decompose what is not there: a LoRA stands for it
-        apart = sum(tensor.nbytes for held in built_on.values() for tensor in held.values())
-        method, built_on = get_method("lora"), {}
-    spec = AdapterSpec(method, config.rank, config.target_modules, config.seed, steps=config.steps)
-    attachment = inject_adapter(attached, spec, "adapter", built_on)
-    trained = attachment.count()
+    adapted, trained, frozen_apart = hollow_adapted(models, config)
+    weights = tensor_bytes(p for model in (*models.values(), vae) for p in model.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True):  # on a pretended CPU, so that autocast acts as it does
-        copies = hollow({**attached, "vae": vae}, "cpu")
-        empty_vae: Any = copies.pop("vae")
-        unet: Any = copies["unet"]
-        side, channels = size // scale, unet.config.in_channels
-        dtype = next(unet.parameters()).dtype
-        precision = resolve_mixed_precision(config.mixed_precision, device, dtype)
-        plain = plain_attention_is_faster(device, is_half(precision, dtype), side)
-        unet.set_attn_processor(AttnProcessor() if plain else LeanAttention())
-        there = [t for m in (*copies.values(), empty_vae) for t in (*m.parameters(), *m.buffers())]
-        layers = len(cross_attention(unet)) if config.per_layer_tokens else 1
-        frozen = sum(t.numel() * t.element_size() for t in there) - weights - 4 * trained + apart
-        adapter = frozen + trained * (4 + STATES[config.optimizer.name] + (4 if config.optimizer.ema_decay else 0))
+        phases = TrainingPhases(adapted, vae, config, size, device)
+        peaks = phases.measure()
+        frozen = tensor_bytes(phases.resident) - weights - 4 * trained + frozen_apart
+    per_parameter = 4 + STATES[config.optimizer.name] + (4 if config.optimizer.ema_decay else 0)
+    return Estimate(weights, max(0, frozen + trained * per_parameter), peaks, CONTEXT[device])
 
-        def measure(name: str, work: Callable[[], Any]) -> None:
-            with Peak(iter(there)) as peak, autocast(torch.device("cpu"), precision):
-                work()
-            phases[name] = peak.most
 
-        def predict(batch: int) -> Tensor:
-            noisy = torch.empty(batch, channels, side, side, dtype=dtype)
-            predicted: Tensor = unet(noisy, torch.zeros(batch, dtype=torch.long), **words(copies, batch, layers)).sample
-            return predicted
+def hollow_adapted(models: Models, config: TrainConfig) -> tuple[dict[str, nn.Module], int, int]:
+    """Copies of networks on the meta device, with the adapter of a training attached.
 
-        def step() -> None:
-            unet.enable_gradient_checkpointing() if config.gradient_checkpointing else None
-            anchors = config.prior.batch_size if config.prior.loss_weight else 0
-            (predict(config.batch_size + anchors).float() ** 2).mean().backward()
+    Returns:
+        The copies, the number of trained parameters, and the bytes of frozen tensors that the copies lack.
+    """
+    method, copies, frozen = get_method(config.method), hollow(models, "meta"), hollow_frozen_tensors(models, config)
+    frozen_apart = 0
+    if method.builds_on == "full_svd":  # attaching would decompose weights without values: a LoRA stands for it
+        frozen_apart = tensor_bytes(tensor for tensors in frozen.values() for tensor in tensors.values())
+        method, frozen = get_method("lora"), {}
+    spec = AdapterSpec(method, config.rank, config.target_modules, config.seed, steps=config.steps)
+    adapter = inject_adapter(copies, spec, "adapter", frozen)
+    return copies, adapter.count(), frozen_apart
 
-        with torch.no_grad():
-            pixels = (min(at_once(size, size), config.crops_per_image), 3, size, size)
 
-            def working() -> Any:
-                """The autoencoder as it works, which may be a copy in float32."""
-                return hollow({"vae": empty_vae}, "cpu", torch.float32)["vae"] if overflows(empty_vae) else empty_vae
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """The bytes of tensors together."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-            def encode() -> None:
-                there = working()
-                there.encode(torch.empty(pixels, dtype=next(there.parameters()).dtype))
 
-            def draw() -> None:
-                predict(2 * len(config.validation.prompts))
-                there = working() if "text_encoder_2" in models else empty_vae  # diffusers' pipeline for XL does so too
-                latents = (1, empty_vae.config.latent_channels, side, side)
-                there.decode(torch.empty(latents, dtype=next(there.parameters()).dtype))
+class TrainingPhases:
+    """The phases of a training, run with hollow networks to measure the peak memory of each.
 
-            measure("encoding photos", encode)
-            if config.prior.loss_weight and not config.data.class_images_dir:
-                count = 2 * min(PICTURES_AT_ONCE, config.prior.num_images)
-                measure("drawing ordinary pictures", lambda: predict(count))
-            if config.validation.every:
-                measure("drawing samples", draw)
-        measure("training", step)
-    return Estimate(weights, max(0, adapter), phases, CONTEXT[device])
+    It is made and used inside a ``FakeTensorMode``.
+
+    Attributes:
+        resident: the tensors that stay in memory during every phase: networks with the adapter, and autoencoder.
+    """
+
+    def __init__(self, models: Models, vae: nn.Module, config: TrainConfig, size: int, device: str) -> None:
+        self.config, self.size = config, size
+        copies: Any = hollow({**models, "vae": vae}, "cpu")
+        self.vae, self.unet = copies.pop("vae"), copies["unet"]
+        self.models: Models = copies
+        self.dtype: torch.dtype = next(self.unet.parameters()).dtype
+        self.latent_size = size // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.encodings = len(cross_attention(self.unet)) if config.per_layer_tokens else 1
+        self.precision = resolve_mixed_precision(config.mixed_precision, device, self.dtype)
+        plain = plain_attention_is_faster(device, is_half(self.precision, self.dtype), self.latent_size)
+        self.unet.set_attn_processor(AttnProcessor() if plain else LeanAttention())
+        networks = (*self.models.values(), self.vae)
+        self.resident: list[Tensor] = [t for model in networks for t in (*model.parameters(), *model.buffers())]
+
+    def measure(self) -> dict[str, int]:
+        """The peak of every phase that the settings ask for, in bytes beyond what is resident."""
+        config = self.config
+        peaks = {"encoding photos": self.peak_of(self.encode_photos)}
+        if config.prior.loss_weight and not config.data.class_images_dir:
+            peaks["drawing prior images"] = self.peak_of(self.draw_prior_images)
+        if config.validation.every:
+            peaks["drawing samples"] = self.peak_of(self.draw_samples)
+        peaks["training"] = self.peak_of(self.train_step)
+        return peaks
+
+    def peak_of(self, phase: Callable[[], None]) -> int:
+        """Run a phase once; returns the most bytes that it takes at any time."""
+        with Peak(iter(self.resident)) as peak, autocast(torch.device("cpu"), self.precision):
+            phase()
+        return peak.most
+
+    @torch.no_grad()
+    def encode_photos(self) -> None:
+        """Encode as many crops of a photo as go through the autoencoder together."""
+        vae, crops = self.working_vae(), min(at_once(self.size, self.size), self.config.crops_per_image)
+        vae.encode(torch.empty(crops, 3, self.size, self.size, dtype=next(vae.parameters()).dtype))
+
+    @torch.no_grad()
+    def draw_prior_images(self) -> None:
+        """Predict for the prior images of one chunk, with and without guidance."""
+        self.predict(2 * min(PICTURES_AT_ONCE, self.config.prior.num_images))
+
+    @torch.no_grad()
+    def draw_samples(self) -> None:
+        """Predict for the validation prompts, with and without guidance, and decode one picture."""
+        self.predict(2 * len(self.config.validation.prompts))
+        vae = self.working_vae() if "text_encoder_2" in self.models else self.vae  # as diffusers' pipelines do
+        shape = (1, vae.config.latent_channels, self.latent_size, self.latent_size)
+        vae.decode(torch.empty(shape, dtype=next(vae.parameters()).dtype))
+
+    def train_step(self) -> None:
+        """Predict and backpropagate for one batch of photos and prior images."""
+        config = self.config
+        if config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        prior = config.prior.batch_size if config.prior.loss_weight else 0
+        (self.predict(config.batch_size + prior).float() ** 2).mean().backward()
+
+    def predict(self, batch: int) -> Tensor:
+        """The U-Net's predictions for a batch of latents without values."""
+        noisy = torch.empty(batch, self.unet.config.in_channels, self.latent_size, self.latent_size, dtype=self.dtype)
+        conditioning = words(self.models, batch, self.encodings)
+        predicted: Tensor = self.unet(noisy, torch.zeros(batch, dtype=torch.long), **conditioning).sample
+        return predicted
+
+    def working_vae(self) -> Any:
+        """The autoencoder as it encodes: a float32 copy where its own precision overflows."""
+        return hollow({"vae": self.vae}, "cpu", torch.float32)["vae"] if overflows(self.vae) else self.vae
 
 
 def words(models: Models, batch: int, layers: int = 1) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .status import read_status, status_path
 PAUSE = 0.1  # seconds between two looks at the processes
 
 Command = Callable[["BatchJob", Path], Sequence[str]]  # a job and its settings file to the words of a process
+Process = subprocess.Popen[bytes]
 
 
 @dataclass
@@ -118,44 +119,82 @@ def run_batch(
         if resume and is_done(job.config, force):
             job.state = "done"
             hooks.notify(f"{job.name} is done already.")
-    running: list[tuple[BatchJob, subprocess.Popen[bytes]]] = []
-    stopping = False
-    try:
-        while running or any(job.state == "waiting" for job in jobs):
-            if hooks.should_stop() and not stopping:
-                stopping = True
-                for job in jobs:
-                    job.state = "stopped" if job.state == "waiting" else job.state
-                for _, process in running:
-                    process.terminate()
-            waiting = next((job for job in jobs if job.state == "waiting"), None)
-            if waiting and len(running) < side_by_side and all(has_its_slot(*one) for one in running):
-                running.append((waiting, start(waiting, command, side_by_side)))
-                waiting.state = "running"
-            for job, process in running:
-                if process.poll() is not None:
-                    for text in finish(job, process.returncode):
-                        hooks.notify(f"{job.name}: {text}")
-                    hooks.notify(f"{job.name}: {job.message or job.state}")
-                elif (status := read_status(status_path(job.output))) and status.steps:
-                    figures = {} if status.loss is None else {"loss": status.loss}
-                    hooks.progress(Event(job.name, status.step, status.steps, figures))
-            running = [one for one in running if one[0].state == "running"]
-            time.sleep(PAUSE)
-    finally:
-        for _, process in running:
+    BatchRunner(jobs, command, side_by_side, hooks).run()
+    raise_unfinished(jobs)
+
+
+class BatchRunner:
+    """Runs the waiting jobs of a batch as processes and records in each job how its process ended."""
+
+    def __init__(self, jobs: Sequence[BatchJob], command: Command, side_by_side: int, hooks: Hooks) -> None:
+        self.jobs, self.command, self.side_by_side, self.hooks = jobs, command, side_by_side, hooks
+        self.running: list[tuple[BatchJob, Process]] = []
+        self.stopping = False
+
+    def run(self) -> None:
+        """Start and watch processes until no job waits or runs; an exception terminates them."""
+        try:
+            while self.running or any(job.state == "waiting" for job in self.jobs):
+                if self.hooks.should_stop() and not self.stopping:
+                    self.stop()
+                self.start_next()
+                self.watch()
+                time.sleep(PAUSE)
+        finally:
+            self.terminate()
+
+    def stop(self) -> None:
+        """Start no further job, and ask the running ones to save their states."""
+        self.stopping = True
+        for job in self.jobs:
+            if job.state == "waiting":
+                job.state = "stopped"
+        self.terminate()
+
+    def start_next(self) -> None:
+        """Start the first waiting job if there is room and every running one has its slot."""
+        waiting = next((job for job in self.jobs if job.state == "waiting"), None)
+        has_room = len(self.running) < self.side_by_side
+        if waiting and has_room and all(has_its_slot(job, process) for job, process in self.running):
+            self.running.append((waiting, start(waiting, self.command, self.side_by_side)))
+            waiting.state = "running"
+
+    def watch(self) -> None:
+        """Report the progress of the running jobs, and the end of those whose process has ended."""
+        for job, process in self.running:
+            if process.poll() is not None:
+                for note in finish(job, process.returncode):
+                    self.hooks.notify(f"{job.name}: {note}")
+                self.hooks.notify(f"{job.name}: {job.message or job.state}")
+            elif (status := read_status(status_path(job.output))) and status.steps:
+                metrics = {} if status.loss is None else {"loss": status.loss}
+                self.hooks.progress(Event(job.name, status.step, status.steps, metrics))
+        self.running = [(job, process) for job, process in self.running if job.state == "running"]
+
+    def terminate(self) -> None:
+        """Send SIGTERM to every running process."""
+        for _, process in self.running:
             process.terminate()
+
+
+def raise_unfinished(jobs: Sequence[BatchJob]) -> None:
+    """Report the jobs of a batch that are not done.
+
+    Raises:
+        Cancelled: some were stopped.
+        UserError: some failed.
+    """
     done = sum(job.state == "done" for job in jobs)
-    failed = [job for job in jobs if job.state == "failed"]
-    told = "; ".join(f"{job.name} ({job.message.rstrip('.')})" for job in failed)
     if any(job.state == "stopped" for job in jobs):
         raise Cancelled(f"Stopped with {done} of {len(jobs)} concepts done; they can be resumed.")
+    failed = [job for job in jobs if job.state == "failed"]
     if failed:
+        reasons = "; ".join(f"{job.name} ({job.message.rstrip('.')})" for job in failed)
         fixes = dict.fromkeys(fix for job in failed for fix in job.fixes)
-        raise UserError(f"{len(failed)} of {len(jobs)} concepts failed, the others are done: {told}.", *fixes)
+        raise UserError(f"{len(failed)} of {len(jobs)} concepts failed, the others are done: {reasons}.", *fixes)
 
 
-def start(job: BatchJob, command: Command, side_by_side: int) -> subprocess.Popen[bytes]:
+def start(job: BatchJob, command: Command, side_by_side: int) -> Process:
     """Start a job's process; it shares the cores with the others."""
     settings = settings_file(job)
     write_text(settings, to_yaml(job.config))
@@ -174,7 +213,7 @@ def settings_file(job: BatchJob) -> Path:
     return job.output.with_name(f".{job.name}.settings.yaml")
 
 
-def has_its_slot(job: BatchJob, process: subprocess.Popen[bytes]) -> bool:
+def has_its_slot(job: BatchJob, process: Process) -> bool:
     """Whether a process has come so far that it has reserved its slot, or has ended."""
     status = read_status(status_path(job.output))
     return process.poll() is not None or bool(status and status.pid == process.pid and status.state != "starting")
