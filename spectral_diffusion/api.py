@@ -38,7 +38,6 @@ from .metrics.encoders import load_encoder
 from .models.base import Base, base_of, load_base
 from .scenes.control import read_control_image
 from .scenes.sampling import sample
-from .slots.ledger import Slot
 from .training.run import train_to_file
 
 ADAPTER_FILE = "adapter.safetensors"  # in a folder or a hub repository
@@ -137,8 +136,6 @@ def train(
     *,
     class_noun: str | None = None,
     output: str | Path | None = None,
-    slot: str | int | Slot = "next",
-    ledger: str | Path | None = None,
     config: str | Path | None = None,
     callbacks: Sequence[Callable[[Event], None]] = (),
     hooks: Hooks = QUIET,
@@ -150,13 +147,12 @@ def train(
         base: a loaded pipeline, or what :func:`.models.base.load_base` takes.
         class_noun: such as ``dog``; default: ``concept.yaml`` of the folder, else its name.
         output: an adapter file to write; without it, nothing is written.
-        slot: the singular vectors to train: ``next`` is the ledger's first free slot, without a ledger the first.
-        ledger: the file that says which slots are taken; default: ``slots.json`` beside the output.
         config: a preset by name or a YAML file; default: the preset of the base.
         callbacks: called after every step with an :class:`Event`.
         hooks: progress, messages, and whether to stop: the state is then saved beside ``output``, for ``resume=True``.
         settings: any other of :class:`TrainConfig`, such as ``method``, ``rank``, ``steps`` or ``prior={…}``; also
-            ``resume`` and ``force``.
+            ``resume`` and ``force``. ``slot`` may be a :class:`Slot`; ``next`` is the first free one of the
+            ``ledger``, a file that is ``slots.json`` beside the output by default, and without one the first.
 
     Raises:
         UserError: one sentence on what is wrong.
@@ -169,11 +165,11 @@ def train(
 
     held = _base(base)
     run = {name: settings.pop(name) for name in ("resume", "force") if name in settings}
+    settings |= {name: str(settings[name]) for name in ("slot", "ledger") if settings.get(name) is not None}
     with tempfile.TemporaryDirectory() as scratch:
         name = settings.get("name") or load_concept(Path(photos), None, None, class_noun).name
         given = {
-            "concept": photos, "base": held.name, "class_noun": class_noun, "slot": str(slot),
-            "ledger": None if ledger is None else str(ledger),
+            "concept": photos, "base": held.name, "class_noun": class_noun,
             "output": str(output or Path(scratch) / f"{name}.safetensors"),
         }  # fmt: skip
         chosen = None if config is None else str(config)
