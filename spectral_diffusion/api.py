@@ -188,7 +188,7 @@ def load_adapters(pipeline: Pipeline, adapters: Scales, allow_base: bool = False
     if hasattr(pipeline, LOADED):
         raise UserError("Adapters are loaded on this pipeline already; call unload_adapters first.")
     base = base_of(pipeline)
-    setattr(pipeline, LOADED, _tokens_of(base))
+    setattr(pipeline, LOADED, (_tokens_of(base), dict(base.triggers)))
     try:
         _own_tokenizers(base)  # the user's own stay as they are
         return apply.put_adapters(base, list(_scales(adapters).items()), allow_base)
@@ -200,10 +200,15 @@ def load_adapters(pipeline: Pipeline, adapters: Scales, allow_base: bool = False
 def unload_adapters(pipeline: Pipeline) -> None:
     """Remove every adapter and its tokens; the pipeline is as it was before :func:`load_adapters`."""
     kept = getattr(pipeline, LOADED, None)
-    detach(base_of(pipeline).models)
+    base = base_of(pipeline)
+    detach(base.models)
     if kept is None:
         return
-    for encoder, (attribute, tokenizer, embedding) in kept.items():
+    tokens, triggers = kept
+    for token in set(base.triggers) - set(triggers):
+        del base.triggers[token]
+    base.family.release(pipeline)
+    for encoder, (attribute, tokenizer, embedding) in tokens.items():
         setattr(pipeline, attribute, tokenizer)
         getattr(pipeline, encoder).set_input_embeddings(embedding)
     delattr(pipeline, LOADED)

@@ -1,4 +1,5 @@
-"""FLUX.2 klein on a tiny random base: training, fusing, drawing and taking out, with every method."""
+"""FLU    assert [round(float(block.mean()), 5) for block in moved.split(rows)] == [0, 1, 0, 0, 0]
+.2 klein on a tiny random base: training, fusing, drawing and taking out, with every method."""
 
 from __future__ import annotations
 
@@ -83,9 +84,7 @@ def test_a_split_layer_computes_and_saves_as_the_whole(klein: Path, tmp_path: Pa
         base.weights()[f"transformer.{FUSED}.k"].add_(1.0)  # a view: the whole follows
     moved = stock.transformer.state_dict()[f"{FUSED}.weight"] - whole
     rows = list(split.rows().values())
-    assert (
-        torch.equal(moved.split(rows)[1], torch.ones_like(moved.split(rows)[1])) and moved.sum() == moved[32:64].sum()
-    )
+    assert [round(float(block.mean()), 5) for block in moved.split(rows)] == [0, 1, 0, 0, 0]
     stock.to(torch.float64)
     assert split(x.double()).dtype == torch.float64
     stock.to(torch.float32).save_pretrained(tmp_path)
@@ -118,9 +117,13 @@ def test_a_stopped_run_resumes_bit_for_bit(klein: Path, photos: Path, tmp_path: 
         "optimizer": OptimizerConfig(ema_decay=0.5),
     }
     whole = train_to_file(settings(klein, tmp_path / "a" / "rex.safetensors", photos, **more))
-    config, asked = settings(klein, tmp_path / "b" / "rex.safetensors", photos, **more), iter(range(99))
+    asked: list[bool]
+    config, asked = settings(klein, tmp_path / "b" / "rex.safetensors", photos, **more), []
+    hooks = Hooks(
+        progress=lambda event: asked.append(event.stage == "train" and event.done == 1), should_stop=lambda: any(asked)
+    )
     with pytest.raises(Cancelled):
-        train_to_file(config, hooks=Hooks(should_stop=lambda: next(asked) > 30))
+        train_to_file(config, hooks=hooks)
     resumed = train_to_file(config, resume=True)
     assert all(torch.equal(whole.parameters[name], value) for name, value in resumed.parameters.items())
 
@@ -160,10 +163,10 @@ def test_distillation_brings_the_fusion_nearer(klein: Path, pair: list[Path], tm
 
 def test_an_adapter_draws_as_its_fusion(klein: Path, pair: list[Path], tmp_path: Path) -> None:
     scene = Scene(prompt="a <rex> on the beach", base=str(klein), output=tmp_path / "on.png", device="cpu",
-                  num_inference_steps=2, mixed_precision="no", adapters={str(pair[0]): 1.0})  # fmt: skip
+                  num_inference_steps=2, mixed_precision="no", adapters={str(pair[0]): 40.0})  # fmt: skip
     notes: list[str] = []
     generate_to_file(scene, Hooks(notify=notes.append))
-    fuse_to_folder(FuseConfig(adapters=pair[:1], output=tmp_path / "fused", device="cpu"))
+    fuse_to_folder(FuseConfig(adapters=pair[:1], output=tmp_path / "fused", device="cpu", scales={"rex": 40}))
     fused = scene.model_copy(update={"base": str(tmp_path / "fused"), "adapters": {}, "output": tmp_path / "in.png"})
     generate_to_file(fused, Hooks(notify=notes.append))
     plain = scene.model_copy(update={"adapters": {}, "output": tmp_path / "plain.png"})
@@ -177,7 +180,7 @@ def test_what_a_base_learns_no_words_for_is_said(klein: Path, photos: Path, pair
     notes: list[str] = []
     train_to_file(settings(klein, tmp_path / "rex.safetensors", photos), hooks=Hooks(notify=notes.append))
     assert any("'rex rex'" in note for note in notes)
-    with pytest.raises(UserError, match="objective.snr_gamma"):
+    with pytest.raises(UserError, match=r"this one matches a flow"):
         train_to_file(settings(klein, tmp_path / "a.safetensors", photos, objective=ObjectiveConfig(snr_gamma=5)))
     for more in ({"per_layer_tokens": True}, {"objective": ObjectiveConfig(attention_loss_weight=0.1)}):
         with pytest.raises(UserError, match="learns no words"):

@@ -70,7 +70,7 @@ def add_words(base: Base, adapter: Adapter) -> None:
     """
     for token, vectors in adapter.tokens.items():
         base.add_token(token, vectors)
-    if adapter.trigger:
+    if adapter.trigger and not base.tokenizers:
         base.triggers[adapter.token] = adapter.trigger
 
 

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from .tokens import add_token_rows, collapse, embedding_of, expand, ids_of, know
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # and their tokenizers; SDXL has both
 NETWORKS = tuple(dict.fromkeys(family.network_name for family in FAMILIES))
+TRIGGERS = "spectral_triggers"  # among a tokenizer's settings
 DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
@@ -52,7 +53,6 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     origin: Origin | None = None  # of weights that come from files
-    triggers: dict[str, str] = field(default_factory=dict)  # tokens without vectors to the words that stand for them
 
     @property
     def models(self) -> dict[str, nn.Module]:
@@ -74,6 +74,14 @@ class Base:
             for encoder, tokenizer in self.family.encoders.items()
             if getattr(self.pipeline, encoder, None) is not None
         }
+
+    @property
+    def triggers(self) -> dict[str, str]:
+        """Tokens to the words that stand for them, where the base learns none; they are saved with the tokenizer."""
+        if self.tokenizers:
+            return {}
+        kept: dict[str, str] = self.pipeline.tokenizer.init_kwargs.setdefault(TRIGGERS, {})
+        return kept
 
     @property
     def known_tokens(self) -> dict[str, int]:

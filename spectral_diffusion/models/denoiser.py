@@ -79,6 +79,11 @@ class Denoiser(ABC):
         """
         return  # most families need nothing
 
+    @classmethod
+    def release(cls, pipeline: Any) -> None:
+        """Give a pipeline without adapters back as it was before :meth:`prepare`."""
+        return
+
     # ------------------------------------------------------------------ the network
 
     @property

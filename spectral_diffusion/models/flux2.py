@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .denoiser import Conditioning
 from .flow import FlowDenoiser
-from .split_linear import split_layers
+from .split_linear import join_layers, split_layers
 
 LAYERS = (9, 18, 27)  # of the text encoder, whose states are the prompt
 TOKENS = 512
@@ -29,6 +29,10 @@ class Flux2KleinDenoiser(FlowDenoiser):
     def prepare(cls, pipeline: Any) -> None:
         """Show the fused projections of the single-stream blocks as separate layers."""
         split_layers(pipeline.transformer, fused_rows)
+
+    @classmethod
+    def release(cls, pipeline: Any) -> None:
+        join_layers(pipeline.transformer)
 
     @property
     def vae_scale(self) -> int:

@@ -22,7 +22,7 @@ from ..linalg import matrix_shape
 from ..methods import get_method
 from ..models.base import Base, load_base
 from ..models.per_layer_tokens import check_encoders
-from ..models.prompt_encoder import PromptEncoder
+from ..models.prompt_encoder import PromptEncoder, trigger_words
 from ..models.tokens import check_name
 from ..slots.ledger import LEDGER, ROWS, Ledger, Slot, SlotRequest, collision_probability, parse_policy
 from ..svd_cache import capacity, spectrum_of
@@ -123,6 +123,11 @@ def train_on(
         f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {concept.token}: "
         f"{method.name}, {where}; {method.total(shapes, config.rank):,} numbers in {len(shapes)} layers."
     )
+    if not base.tokenizers:
+        note(
+            f"Note: this base learns no words. Write '{trigger_words(concept)}' in prompts of other programs; here "
+            f"{concept.token} stands for it."
+        )
     if memory := memory_note(base, config, size):
         note(memory)
     job = TrainingJob(config, base, concept, slot, state_path(output), start_from, among, resume, force)
@@ -140,6 +145,15 @@ def check_concept(concept: Concept, base: Base, config: TrainConfig) -> None:
     Raises:
         UserError: so it is.
     """
+    learning = {
+        "per_layer_tokens": (config.per_layer_tokens, "false"),
+        "objective.attention_loss_weight": (config.objective.attention_loss_weight, "0"),
+    }
+    for name, (asked, off) in learning.items():
+        if asked and not base.tokenizers:
+            raise UserError(
+                f"The base '{config.base}' learns no words, so {name} has nothing to work on.", Fix(name, off)
+            )
     if config.per_layer_tokens:
         check_encoders(base)
     known = {token.lower(): token for token in base.known_tokens}
