@@ -13,6 +13,7 @@ from conftest import make_photos
 from diffusers import Flux2KleinPipeline
 from families import make_tiny_klein
 from PIL import Image
+from safetensors import safe_open
 
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.fuse import CalibrationConfig, DistillConfig, FuseConfig
@@ -26,6 +27,7 @@ from spectral_diffusion.config.train import (
 )
 from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.hooks import Hooks
+from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.merging.unfuse import unfuse
 from spectral_diffusion.methods import all_methods
@@ -191,3 +193,42 @@ def test_what_a_base_learns_no_words_for_is_said(klein: Path, photos: Path, pair
     )
     with pytest.raises(UserError, match="work on Stable Diffusion only"):
         sample(base, ["a dog"], [0], scene)
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
+@pytest.mark.parametrize("what", ["adapter", "fusion"])
+def test_stock_diffusers_draws_with_an_export(
+    klein: Path, pair: list[Path], tmp_path: Path, kind: str, what: str
+) -> None:
+    """Loaded by stock load_lora_weights it changes the picture as the fused checkpoint does."""
+    files = pair if what == "fusion" else pair[:1]
+    fuse_to_folder(FuseConfig(adapters=files, output=tmp_path / "both", device="cpu", scales={"rex": 20.0}))
+    source = tmp_path / "both"
+    if what == "adapter":
+        fuse_to_folder(FuseConfig(adapters=files, output=tmp_path / "one", device="cpu"))
+        source = files[0]
+    output = tmp_path / "out.safetensors"
+    written = export(source, output, kind, ExportOptions(dtype="float32"))
+    assert [path.suffix for path in written] == [".safetensors", ".md"]  # there are no vectors to write
+    with safe_open(output, "pt") as file:
+        assert "rex dog" in file.metadata()["modelspec.trigger_phrase"]
+        assert "flux-2-klein" in file.metadata()["modelspec.architecture"]
+    wanted = drawn(Flux2KleinPipeline.from_pretrained(str(tmp_path / ("both" if what == "fusion" else "one"))))
+    stock = Flux2KleinPipeline.from_pretrained(str(klein))
+    before = drawn(Flux2KleinPipeline.from_pretrained(str(klein)))
+    stock.load_lora_weights(str(output))
+    stock.set_progress_bar_config(disable=True)
+    options = base_of(Flux2KleinPipeline.from_pretrained(str(klein))).denoiser.prompt_options(["a dog"], None)
+    found = stock(
+        **options, width=32, height=32, num_inference_steps=2, guidance_scale=2.0,
+        generator=torch.Generator().manual_seed(0), output_type="pt",
+    ).images  # fmt: skip
+    effect = float((wanted - before).abs().max())
+    assert effect > 1e-5 and float((found - wanted).abs().max()) <= 1e-3 * effect + 1e-6
+
+
+def test_an_export_to_what_the_family_has_not_is_refused(pair: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no single checkpoint"):
+        export(pair[0], tmp_path / "a.safetensors", "checkpoint")
+    with pytest.raises(UserError, match="no embedding"):
+        export(pair[0], tmp_path / "a.safetensors", "embedding")

@@ -29,7 +29,7 @@ from spectral_diffusion.data.crops import best_frame, bucket_frames, crops_of, c
 from spectral_diffusion.data.folder import Concept, load_concept
 from spectral_diffusion.data.masks import LEAST, loss_weights, reduce_mask
 from spectral_diffusion.data.order import Order
-from spectral_diffusion.data.samples import PhotoCrops, side_multiple
+from spectral_diffusion.data.samples import PhotoCrops
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.models.vae import at_once, decode, encode
 from spectral_diffusion.training.batch import sample_batch
@@ -245,7 +245,7 @@ def test_bad_masks_are_told_in_a_sentence(base: Base, tmp_path: Path, live: bool
 
 
 def test_every_bucket_fits_the_networks_and_is_as_large_as_asked(base: Base) -> None:
-    assert side_multiple(base) == 4
+    assert base.denoiser.side_multiple == 4
     for size, step in ((16, 4), (64, 16), (512, 64), (1024, 64), (500, 64)):
         frames = bucket_frames(size, step)
         assert len(set(frames)) == len(frames) > 5

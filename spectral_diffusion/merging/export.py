@@ -15,6 +15,7 @@ from torch import Tensor
 from ..adapters.adapter import Adapter, check_base
 from ..adapters.formats.card import MARK, model_card
 from ..adapters.formats.checkpoint import checkpoint_tensors
+from ..adapters.formats.fused_projections import join_parts, original_flux2
 from ..adapters.formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
 from ..config.fuse import FuseConfig
 from ..core.errors import ELSEWHERE, UserError
@@ -54,9 +55,20 @@ class ExportSource:
 
     @property
     def nouns(self) -> dict[str, str]:
-        """Every word by its noun; that of what an adapter was trained on top of has none."""
+        """Every learned word by its noun; that of what an adapter was trained on top of has none."""
         named = {adapter.token: adapter.noun for adapter in self.adapters}
-        return {token: named.get(token, "") for adapter in self.adapters for token in adapter.tokens}
+        learned = [token for adapter in self.adapters for token, vectors in adapter.tokens.items() if vectors]
+        return {token: named.get(token, "") for token in learned}
+
+    @property
+    def triggers(self) -> list[str]:
+        """What stands for the concepts in a prompt."""
+        return [*self.nouns, *(adapter.trigger for adapter in self.adapters if adapter.trigger)]
+
+    @property
+    def fused(self) -> dict[str, dict[str, int]]:
+        """Layers that hold several projections, with their parts' rows."""
+        return {layer: rows for adapter in self.adapters for layer, rows in adapter.fused.items()}
 
     @cached_property
     def loaded(self) -> Base:
@@ -196,7 +208,9 @@ def write_lora(source: ExportSource, output: Path, kind: str, options: ExportOpt
     """A LoRA file of the change, in kohya's or diffusers' spelling."""
     factors = truncated_factors(source, options.rank, hooks)
     dtype, architecture = options.dtype_or("float16"), architecture_of(source, factors)
+    factors = join_parts(factors, source.fused)
     if kind == "kohya":
+        factors = original_flux2(factors)
         tensors = kohya_tensors(factors, source.kernels, dtype, architecture.startswith("stable-diffusion-xl"))
     else:
         tensors = diffusers_tensors(factors, source.kernels, dtype)
@@ -205,7 +219,7 @@ def write_lora(source: ExportSource, output: Path, kind: str, options: ExportOpt
 
 def titles(source: ExportSource) -> dict[str, str]:
     """ModelSpec's fields of what an export is called, how it is prompted and what it is merged from."""
-    fields = {"title": source.title, "trigger_phrase": ", ".join(source.nouns)}
+    fields = {"title": source.title, "trigger_phrase": ", ".join(source.triggers)}
     if len(source.adapters) > 1:
         fields["merged_from"] = ", ".join(adapter.name for adapter in source.adapters)
     return fields
@@ -271,6 +285,8 @@ def truncated_factors(source: ExportSource, rank: int | None, hooks: Hooks) -> d
 
 def architecture_of(source: ExportSource, factors: Mapping[str, Factors]) -> str:
     """ModelSpec's name of the architecture, as the tokens' vectors tell it, else the layers."""
+    if any(layer.startswith("transformer.") for layer in factors):
+        return "flux-2-klein"
     widths = [vectors["text_encoder"].shape[1] for vectors in source.tokens.values() if "text_encoder" in vectors]
     if any("text_encoder_2" in vectors for vectors in source.tokens.values()) or any(
         layer.startswith("text_encoder_2.") or ".transformer_blocks.9." in layer for layer in factors
@@ -314,6 +330,10 @@ def embeddings(source: ExportSource, output: Path, dtype: torch.dtype, kind: str
 def write_checkpoint(source: ExportSource, output: Path, dtype: torch.dtype) -> None:
     """One file in the original's spelling; new tokens do not fit into it."""
     base = source.loaded
+    if not base.family.supports_checkpoint:
+        raise UserError(
+            f"'{source.base}' has no single checkpoint to write; export a folder, or a LoRA (kohya, diffusers)."
+        )
     rows = {encoder: vocabulary(tokenizer) for encoder, tokenizer in base.tokenizers.items()}
     tensors = checkpoint_tensors(base.models, base.pipeline.vae, rows)
     velocity, large = base.prediction_type == "v_prediction", "text_encoder_2" in base.models

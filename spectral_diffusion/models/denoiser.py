@@ -62,6 +62,7 @@ class Denoiser(ABC):
     network_name: ClassVar[str] = "unet"
     encoders: ClassVar[Mapping[str, str]] = {}  # text encoders that adapters change and whose words are learned
     supports_regions: ClassVar[bool] = False  # regions, and control images
+    supports_checkpoint: ClassVar[bool] = False  # one file in the original's spelling
     network_parts: ClassVar[tuple[str, ...]] = ("unet",)  # of the pipeline, which share one dtype
 
     def __init__(

@@ -23,6 +23,7 @@ class SDDenoiser(Denoiser):
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
     supports_regions: ClassVar[bool] = True
+    supports_checkpoint: ClassVar[bool] = True
     network_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
     adapter_pipeline_class: ClassVar[Any] = StableDiffusionAdapterPipeline
 

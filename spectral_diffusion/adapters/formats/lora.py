@@ -33,6 +33,8 @@ def kohya_name(layer: str, xl: bool = False, layers_per_block: int = 2) -> str:
         if xl:
             path = unet_key(f"{path}.weight", layers_per_block, set(range(8))).removesuffix(".weight")
         return "lora_unet_" + path.replace(".", "_")
+    if component == "transformer":
+        return "lora_unet_" + path.replace(".", "_")
     prefix = {"text_encoder": "lora_te1" if xl else "lora_te", "text_encoder_2": "lora_te2"}[component]
     if path == PROJECTION:
         return f"{prefix}_{PROJECTION}"
@@ -42,7 +44,7 @@ def kohya_name(layer: str, xl: bool = False, layers_per_block: int = 2) -> str:
 def diffusers_name(layer: str) -> str:
     """The layer with the ``text_model.`` level that diffusers' files have for every version of transformers."""
     component, _, path = layer.partition(".")
-    if component == "unet" or path == PROJECTION:
+    if component in ("unet", "transformer") or path == PROJECTION:
         return layer
     return f"{component}.text_model.{path.removeprefix('text_model.')}"
 
@@ -129,7 +131,7 @@ def lora_metadata(factors: Mapping[str, Factors], base_model: str, about: Mappin
     transformers 5.6; ranks and alpha are in the tensors.
     """
     ranks = {len(one.down) for one in factors.values()}
-    version = {"stable-diffusion-xl-v1-base": "sdxl_base_v1-0", "stable-diffusion-v2": "sd_v2"}
+    version = {"stable-diffusion-xl-v1-base": "sdxl_base_v1-0", "stable-diffusion-v2": "sd_v2", "flux-2-klein": "flux2"}
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
