@@ -12,7 +12,7 @@ from .settings import Precision, Settings
 
 Kind = Literal["sketch", "keypose"]
 Box = tuple[float, float, float, float]
-Component = Literal["unet", "text_encoder", "text_encoder_2"]
+Component = Literal["unet", "text_encoder", "text_encoder_2", "transformer"]
 Strength = FiniteFloat | dict[Component, FiniteFloat]  # λ, or one per component; 1 for a component left out
 MOST_FRACTION = 2  # the largest side of a box that is meant as a fraction, if too large a one
 
