@@ -232,3 +232,15 @@ def test_an_export_to_what_the_family_has_not_is_refused(pair: list[Path], tmp_p
         export(pair[0], tmp_path / "a.safetensors", "checkpoint")
     with pytest.raises(UserError, match="no embedding"):
         export(pair[0], tmp_path / "a.safetensors", "embedding")
+
+
+def test_a_large_base_says_that_its_memory_is_not_computed(
+    klein: Path, pair: list[Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spectral_diffusion.training.memory.SMALL", 0)
+    notes: list[str] = []
+    train_to_file(settings(klein, tmp_path / "rex.safetensors", photos), hooks=Hooks(notify=notes.append))
+    distill = DistillConfig(steps=1, num_images=2, num_prior_images=2, noises_per_image=2)
+    config = FuseConfig(adapters=pair, output=tmp_path / "both", distill=distill, device="cpu")
+    fuse_to_folder(config, Hooks(notify=notes.append))
+    assert notes.count("Note: the memory that this takes is not computed for this family of models.") == 2

@@ -16,7 +16,7 @@ from ..core.errors import Fix
 from ..core.precision import MixedPrecision, autocast, is_half
 from ..models.base import Base
 from ..models.denoiser import plain_attention_is_faster
-from ..training.memory import CONTEXT, Estimate, LeanAttention, Models, Peak, base_kind, fitting, hollow, words
+from ..training.memory import CONTEXT, UNKNOWN, Estimate, LeanAttention, Models, Peak, base_kind, fitting, hollow, words
 from .calibration import CHUNK
 from .distill import CHUNK as TOGETHER
 
@@ -91,6 +91,8 @@ def check_distillation_memory(
     Raises:
         UserError: there is clearly not enough.
     """
+    if not base.family.supports_estimates:
+        return UNKNOWN
     found = distillation_memory(base.models, base.pipeline.vae, learners, config, base.size, base_kind(base), precision)
     fewer = max(2, config.batch_size // 2)
     batches = config.gradient_accumulation_steps * (config.batch_size // fewer)

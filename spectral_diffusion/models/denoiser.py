@@ -63,6 +63,7 @@ class Denoiser(ABC):
     encoders: ClassVar[Mapping[str, str]] = {}  # text encoders that adapters change and whose words are learned
     supports_regions: ClassVar[bool] = False  # regions, and control images
     supports_checkpoint: ClassVar[bool] = False  # one file in the original's spelling
+    supports_estimates: ClassVar[bool] = False  # of memory, before a training or a distillation
     network_parts: ClassVar[tuple[str, ...]] = ("unet",)  # of the pipeline, which share one dtype
 
     def __init__(

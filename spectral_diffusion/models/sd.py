@@ -24,6 +24,7 @@ class SDDenoiser(Denoiser):
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
     supports_regions: ClassVar[bool] = True
     supports_checkpoint: ClassVar[bool] = True
+    supports_estimates: ClassVar[bool] = True
     network_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
     adapter_pipeline_class: ClassVar[Any] = StableDiffusionAdapterPipeline
 

@@ -276,6 +276,9 @@ def available(device: torch.device) -> int | None:
         return None
 
 
+UNKNOWN = "Note: the memory that this takes is not computed for this family of models."
+
+
 def memory_note(base: Base, config: TrainConfig, size: int) -> str | None:
     """What a training will take beside what is there; None for a small base.
 
@@ -284,6 +287,8 @@ def memory_note(base: Base, config: TrainConfig, size: int) -> str | None:
     """
     if not is_large(base):
         return None
+    if not base.family.supports_estimates:
+        return UNKNOWN
     found = estimate(base.models, base.pipeline.vae, config, size, base_kind(base))
     fixes = [
         *([] if config.gradient_checkpointing else [Fix("gradient_checkpointing", "true")]),
