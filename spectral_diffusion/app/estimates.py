@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import pocket
 from ..config.train import TrainConfig
+from ..core.errors import UserError
 from .jobs import QueueJob
 from .workspace import duration
 
@@ -181,6 +182,8 @@ def _models(base: str) -> tuple[dict[str, Any], Any]:
     with torch.device("meta"):
         if not _is_here(base):
             return build_meta("sdxl" if "xl" in folder.name.lower() else "sd15"), build_vae_meta()
+        if not (folder / "unet").is_dir():
+            raise UserError("What a training on this base costs is not computed yet; it can be trained all the same.")
         for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
             file = folder / name / "config.json"
             if file.is_file():
