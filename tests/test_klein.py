@@ -14,7 +14,9 @@ from diffusers import Flux2KleinPipeline
 from families import make_tiny_klein
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
+from spectral_diffusion.adapters.formats.import_lora import import_lora
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.fuse import CalibrationConfig, DistillConfig, FuseConfig
 from spectral_diffusion.config.scene import Region, Scene
@@ -244,3 +246,30 @@ def test_a_large_base_says_that_its_memory_is_not_computed(
     config = FuseConfig(adapters=pair, output=tmp_path / "both", distill=distill, device="cpu")
     fuse_to_folder(config, Hooks(notify=notes.append))
     assert notes.count("Note: the memory that this takes is not computed for this family of models.") == 2
+
+
+@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
+def test_an_export_is_imported_as_the_same_change(klein: Path, pair: list[Path], tmp_path: Path, kind: str) -> None:
+    export(pair[0], tmp_path / "out.safetensors", kind, ExportOptions(dtype="float32"))
+    other = import_lora(tmp_path / "out.safetensors", tmp_path / "in.safetensors", str(klein), device="cpu")
+    own = load_adapter(pair[0])
+    assert set(other.layers) == set(own.layers) and other.rank > own.rank  # of queries, keys and values together
+    for layer in own.layers:
+        delta = own.factors(layer).delta()
+        assert torch.allclose(other.factors(layer).delta(), delta, atol=1e-5 * float(delta.abs().max()) + 1e-9)
+    fuse_to_folder(FuseConfig(adapters=[tmp_path / "in.safetensors", pair[1]], output=tmp_path / "f", device="cpu"))
+
+
+def test_loras_of_other_networks_are_refused(klein: Path, pair: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+    export(pair[0], tmp_path / "klein.safetensors", "kohya")
+    with pytest.raises(UserError, match=r"LoRA for flux-2-klein"):
+        import_lora(tmp_path / "klein.safetensors", None, str(tiny_base), device="cpu")
+    plain = {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(1, 4)}
+    plain |= {key.replace("lora_A", "lora_B"): torch.ones(4, 1) for key in plain}
+    save_file(plain, tmp_path / "sd.safetensors")
+    with pytest.raises(UserError, match="this base has no layer unet"):
+        import_lora(tmp_path / "sd.safetensors", None, str(klein), device="cpu")
+    dora = {"diffusion_model.single_blocks.0.linear1.dora_scale": torch.ones(288)}
+    save_file(dora, tmp_path / "dora.safetensors")
+    with pytest.raises(UserError, match="no plain LoRA"):
+        import_lora(tmp_path / "dora.safetensors", None, str(klein), device="cpu")

@@ -263,6 +263,10 @@ class Denoiser(ABC):
             text_encoders: whether it holds them; without, it takes prompts by :meth:`embedding_options`.
         """
 
+    def convert_lora(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of another program's LoRA file under diffusers' names, where the family has its own reader."""
+        return dict(tensors)
+
     # ------------------------------------------------------------------ speed and memory
 
     def plain_attention_is_faster(self, half: bool, size: int) -> bool:

@@ -115,6 +115,14 @@ class Flux2KleinDenoiser(FlowDenoiser):
         )[0]
         return predicted.transpose(1, 2).unflatten(2, noisy.shape[-2:]).float()
 
+    def convert_lora(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if any("dora_scale" in key for key in tensors):  # which diffusers would leave out
+            return dict(tensors)
+        try:
+            return dict(self.pipeline.lora_state_dict(dict(tensors)))
+        except (ValueError, KeyError, IndexError, RuntimeError):
+            return dict(tensors)  # none of its spellings: the caller says what is wrong with it
+
     def scheduler(self, name: str) -> Any:
         return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
 

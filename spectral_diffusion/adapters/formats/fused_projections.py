@@ -43,6 +43,18 @@ def join_parts(factors: Mapping[str, Factors], fused: Mapping[str, Mapping[str, 
     return out
 
 
+def split_parts(factors: Mapping[str, Factors], fused: Mapping[str, Mapping[str, int]]) -> dict[str, Factors]:
+    """The inverse: a change of a whole layer as changes of its parts; a part that does not change is left out."""
+    out = dict(factors)
+    for layer, rows in fused.items():
+        if (whole := out.pop(layer, None)) is not None and len(whole.up) == sum(rows.values()):
+            blocks = zip(rows, whole.up.split(list(rows.values())), strict=True)
+            out |= {f"{layer}.{name}": Factors(block, whole.down) for name, block in blocks if bool(block.any())}
+        elif whole is not None:
+            out[layer] = whole
+    return out
+
+
 def stack_rows(parts: Mapping[str, Factors | None], rows: Mapping[str, int]) -> Factors:
     """Factors of blocks of rows as factors of the whole, of the sum of their ranks."""
     present = [part for part in parts.values() if part is not None]

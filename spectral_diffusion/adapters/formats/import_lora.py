@@ -15,9 +15,11 @@ from ...core.machine import provenance
 from ...linalg import kernel_size, matrix_shape
 from ...methods import get_method
 from ...models.base import Base, load_base
+from ...models.split_linear import fused_layers
 from ...models.targets import find_targets
 from ...models.tokens import check_name, check_token, embedding_of
 from ..adapter import Adapter
+from .fused_projections import split_parts
 from .native import is_native, load_adapter, save_adapter
 from .reading import NAMED, lora_file, read_lora
 
@@ -43,7 +45,12 @@ def import_lora(
         check_output(path, output)
     base = base or load_base(base_name, device)
     layers = find_targets(base.models, EVERYTHING)
-    found = read_lora(path, layers)
+    fused = fused_layers(base.models)
+    convert = None if base.tokenizers else base.denoiser.convert_lora
+    found = read_lora(path, [*layers, *fused], convert)
+    found.factors = split_parts(found.factors, fused)
+    if strange := next((layer for layer in found.factors if layer not in layers), None):
+        raise UserError(f"{path} is a LoRA for another base: {strange} is of another size.", Fix("base"))
     rank = max(len(one.down) for one in found.factors.values())
     parameters: dict[str, Tensor] = {}
     for layer, (up, down) in sorted(found.factors.items()):
@@ -59,7 +66,7 @@ def import_lora(
         name=check_name(name or name_of(path)), noun="", token=token, method=get_method("lora"), rank=rank, slot=None,
         targets=EVERYTHING, base=base.name, fingerprint=base.fingerprint, parameters=parameters,
         sizes={layer: matrix_shape(layers[layer].weight) for layer in changed}, frozen={}, vectors=vectors,
-        kernels={layer: kernel for layer in changed if (kernel := kernel_size(layers[layer].weight))},
+        fused=fused, kernels={layer: kernel for layer in changed if (kernel := kernel_size(layers[layer].weight))},
         earlier={other: rows for other, rows in tokens.items() if other != token},
         config={"imported": Path(path).name}, provenance=provenance(),
     )  # fmt: skip

@@ -44,12 +44,16 @@ COMPONENTS = {
 }  # fmt: skip
 SUBTRACTED = ("pissa", "corda", "olora", "mica", "loftq", "lora_ga")  # starts that PEFT takes out of the base's weights
 OURS = ("lora_unet_", "lora_te", "unet.", "text_encoder")  # what the names of Stable Diffusion's layers begin with
+DIT = "transformer."  # what the names of a transformer's layers begin with
 OTHERS = {  # of the names in LoRAs for other networks: whose they are
     r"(lora_unet_|diffusion_model\.)(double|single)_blocks|^transformer\.single_transformer_blocks": "Flux",
     r"(lora_unet_|diffusion_model\.)joint_blocks": "Stable Diffusion 3",
     r"^transformer\.|^lora_transformer_": "Flux or SD3 (transformer.)",
     r"^(lora_unet_|diffusion_model\.)(blocks|layers|transformer_blocks)[._]\d": "a video or diffusion transformer",
 }
+
+
+Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
 @dataclass
@@ -94,18 +98,21 @@ def is_foreign(path: Path) -> bool:
     return not is_native(path)
 
 
-def read_lora(path: Path, layers: Iterable[str]) -> Foreign:
+def read_lora(path: Path, layers: Iterable[str], convert: Convert | None = None) -> Foreign:
     """The factors of a LoRA file (or of a folder around one), alpha multiplied in, and what it brings along.
 
     Args:
         layers: the layers of the base, without which underscores cannot be told from dots.
+        convert: the reader of the base's family, which gives tensors under diffusers' names.
 
     Raises:
         UserError: no LoRA file, one of another kind, or one of another base.
     """
     path = lora_file(path)
     tensors, metadata = read_tensors(path)
-    if other := other_network(tensors, metadata):
+    if convert:
+        tensors = convert(tensors)
+    elif other := other_network(tensors, metadata):
         raise UserError(
             f"{path} is a LoRA for {other}, which this program does not draw with; it does with Stable Diffusion 1.x, "
             "2.x and XL."
@@ -211,8 +218,8 @@ def check_layers(path: Path, names: Collection[str], known: Collection[str], met
     unknown = [name for name in names if name not in known]
     if not unknown:
         return
-    if not any(name.startswith(OURS) for name in names):
-        raise UserError(f"{path} is a LoRA for another kind of network: no Stable Diffusion has a layer {unknown[0]}.")
+    if not any(name.startswith(OURS) for name in names) or any(name.startswith(DIT) for name in known):
+        raise UserError(f"{path} is a LoRA for another kind of network: this base has no layer {unknown[0]}.")
     xl = any(re.match(r"lora_te2_|text_encoder_2\.|lora_unet_input_blocks", name) for name in names)
     says = metadata.get("modelspec.architecture", "Stable Diffusion XL" if xl else "").removesuffix("/lora")
     raise UserError(
