@@ -142,7 +142,7 @@ def test_a_peft_folder_is_read_with_its_config(tiny_base: Path, tmp_path: Path, 
         (
             "model.layers.0.self_attn.q_proj",
             {},
-            "another kind of network: no Stable Diffusion has a layer model.layers",
+            "another kind of network: this base has no layer model.layers",
         ),
         (
             "lora_te2_text_model_encoder_layers_9_mlp_fc1",
