@@ -285,6 +285,8 @@ def truncated_factors(source: ExportSource, rank: int | None, hooks: Hooks) -> d
 
 def architecture_of(source: ExportSource, factors: Mapping[str, Factors]) -> str:
     """ModelSpec's name of the architecture, as the tokens' vectors tell it, else the layers."""
+    if any(layer.startswith("transformer.layers.") for layer in factors):
+        return "z-image"
     if any(layer.startswith("transformer.") for layer in factors):
         return "flux-2-klein"
     widths = [vectors["text_encoder"].shape[1] for vectors in source.tokens.values() if "text_encoder" in vectors]

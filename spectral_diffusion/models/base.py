@@ -230,7 +230,8 @@ def base_of(pipeline: Any, name: str | None = None, dtype: torch.dtype | None = 
     family = family_of(pipeline)
     if family is None:
         raise UserError(
-            f"'{name}' is a {type(pipeline).__name__}; only Stable Diffusion 1.x, 2.x, XL and FLUX.2 klein can be used."
+            f"'{name}' is a {type(pipeline).__name__}; only Stable Diffusion 1.x, 2.x and XL, FLUX.2 klein and Z-Image "
+            "can be used."
         )
     try:
         family.prepare(pipeline)

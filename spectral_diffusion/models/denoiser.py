@@ -62,6 +62,8 @@ class Denoiser(ABC):
     network_name: ClassVar[str] = "unet"
     encoders: ClassVar[Mapping[str, str]] = {}  # text encoders that adapters change and whose words are learned
     supports_regions: ClassVar[bool] = False  # regions, and control images
+    t2i_adapters: ClassVar[Mapping[str, str]] = {}  # kind of control image to a T2I-Adapter on the hub
+    decodes_latents: ClassVar[bool] = False  # the pipeline itself, in the precision that its autoencoder wants
     supports_checkpoint: ClassVar[bool] = False  # one file in the original's spelling
     supports_estimates: ClassVar[bool] = False  # of memory, before a training or a distillation
     network_parts: ClassVar[tuple[str, ...]] = ("unet",)  # of the pipeline, which share one dtype
@@ -276,9 +278,11 @@ class Denoiser(ABC):
     @contextmanager
     def fast_attention(self, half: bool, size: int) -> Iterator[None]:
         """Use diffusers' plain attention while the context is open, where that is faster."""
+        if not self.plain_attention_is_faster(half, size):
+            yield
+            return
         before = dict(self.network.attn_processors)
-        if self.plain_attention_is_faster(half, size):
-            self.network.set_attn_processor(AttnProcessor())
+        self.network.set_attn_processor(AttnProcessor())
         try:
             yield
         finally:

@@ -8,8 +8,9 @@ from .denoiser import Denoiser
 from .flux2 import Flux2KleinDenoiser
 from .sd import SDDenoiser
 from .sdxl import SDXLDenoiser
+from .z_image import ZImageDenoiser
 
-FAMILIES: tuple[type[Denoiser], ...] = (SDDenoiser, SDXLDenoiser, Flux2KleinDenoiser)
+FAMILIES: tuple[type[Denoiser], ...] = (SDDenoiser, SDXLDenoiser, Flux2KleinDenoiser, ZImageDenoiser)
 
 
 def family_of(pipeline: Any) -> type[Denoiser] | None:

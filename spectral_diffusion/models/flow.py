@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ..core.errors import Fix, UserError
 from .denoiser import Denoiser
 
+TOKENS = 512  # of a prompt, as the pipelines have it
+
 
 class FlowDenoiser(Denoiser):
     """x_σ = (1 − σ) x_0 + σ noise, and the network predicts the velocity noise − x_0. Timestep t is σ = (t + 1) / T."""
+
+    @property
+    def size(self) -> int:
+        return int(self.vae.config.sample_size)
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest prompt in tokens."""
+        return min(TOKENS, int(self.pipeline.text_encoder.config.max_position_embeddings))
 
     @property
     def num_timesteps(self) -> int:
@@ -53,3 +65,14 @@ class FlowDenoiser(Denoiser):
                 Fix("objective.snr_gamma", "0"),
             )
         return None
+
+    def scheduler(self, name: str) -> Any:
+        return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+
+    def convert_lora(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if any("dora_scale" in key for key in tensors):  # which diffusers would leave out
+            return dict(tensors)
+        try:
+            return dict(self.pipeline.lora_state_dict(dict(tensors)))
+        except (ValueError, KeyError, IndexError, RuntimeError):
+            return dict(tensors)  # none of its spellings: the caller says what is wrong with it

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline
 from torch import Tensor, nn
 
 from .denoiser import Conditioning
@@ -14,7 +14,6 @@ from .flow import FlowDenoiser
 from .split_linear import join_layers, split_layers
 
 LAYERS = (9, 18, 27)  # of the text encoder, whose states are the prompt
-TOKENS = 512
 
 
 class Flux2KleinDenoiser(FlowDenoiser):
@@ -37,10 +36,6 @@ class Flux2KleinDenoiser(FlowDenoiser):
     @property
     def vae_scale(self) -> int:
         return 2 * int(self.pipeline.vae_scale_factor)  # a cell is a patch
-
-    @property
-    def size(self) -> int:
-        return int(self.vae.config.sample_size)
 
     # ------------------------------------------------------------------ latents
 
@@ -92,8 +87,7 @@ class Flux2KleinDenoiser(FlowDenoiser):
         return embeddings
 
     def _encoding_options(self) -> dict[str, Any]:
-        length = min(TOKENS, int(self.pipeline.text_encoder.config.max_position_embeddings))
-        return {"max_sequence_length": length, "text_encoder_out_layers": self.prompt_layers}
+        return {"max_sequence_length": self.max_tokens, "text_encoder_out_layers": self.prompt_layers}
 
     def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
         name = "encoder_hidden_states"
@@ -114,17 +108,6 @@ class Flux2KleinDenoiser(FlowDenoiser):
             **extra,
         )[0]
         return predicted.transpose(1, 2).unflatten(2, noisy.shape[-2:]).float()
-
-    def convert_lora(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if any("dora_scale" in key for key in tensors):  # which diffusers would leave out
-            return dict(tensors)
-        try:
-            return dict(self.pipeline.lora_state_dict(dict(tensors)))
-        except (ValueError, KeyError, IndexError, RuntimeError):
-            return dict(tensors)  # none of its spellings: the caller says what is wrong with it
-
-    def scheduler(self, name: str) -> Any:
-        return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
 
     def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
         parts = {**self.pipeline.components, "scheduler": scheduler}

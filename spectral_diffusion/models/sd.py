@@ -23,6 +23,10 @@ class SDDenoiser(Denoiser):
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
     supports_regions: ClassVar[bool] = True
+    t2i_adapters: ClassVar[Mapping[str, str]] = {
+        "sketch": "TencentARC/t2iadapter_sketch_sd15v2",
+        "keypose": "TencentARC/t2iadapter_openpose_sd14v1",
+    }
     supports_checkpoint: ClassVar[bool] = True
     supports_estimates: ClassVar[bool] = True
     network_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")

@@ -19,6 +19,11 @@ class SDXLDenoiser(SDDenoiser):
     pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     network_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder", "text_encoder_2")
+    t2i_adapters: ClassVar[Mapping[str, str]] = {
+        "sketch": "TencentARC/t2i-adapter-sketch-sdxl-1.0",
+        "keypose": "TencentARC/t2i-adapter-openpose-sdxl-1.0",
+    }
+    decodes_latents: ClassVar[bool] = True
     adapter_pipeline_class: ClassVar[Any] = StableDiffusionXLAdapterPipeline
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:

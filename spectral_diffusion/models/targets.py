@@ -13,6 +13,7 @@ LENGTH = 64  # of a layer's name
 MOST_WORK = 2e7  # steps for one name: a network has some hundreds
 UNET = r"unet\..*"
 DOUBLE = r"transformer\.transformer_blocks\.\d+"  # of FLUX.2
+LAYERS = r"transformer\.layers\.\d+"  # of Z-Image
 SINGLE = r"transformer\.single_transformer_blocks\.\d+"
 TEXT = r"text_encoder(_2)?\..*"
 
@@ -23,6 +24,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         TEXT + r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
         DOUBLE + r"\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
         SINGLE + r"\.attn\.(to_qkv_mlp_proj\.[qkv]|to_out)",
+        LAYERS + r"\.attention\.(to_q|to_k|to_v|to_out\.0)",
     ),
     "unet-attention": (UNET + r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",),
     "cross-attention": (
@@ -35,6 +37,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         TEXT + r"\.mlp\.(fc1|fc2)",
         DOUBLE + r"\.(ff|ff_context)\.linear_(in|out)",
         SINGLE + r"\.attn\.to_qkv_mlp_proj\.(mlp_gate|mlp_value)",
+        LAYERS + r"\.feed_forward\.w[123]",
     ),
     "projection": (UNET + r"\.(proj_in|proj_out)",),
     # Never conv_in and conv_out: they have four singular values.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import MultiAdapter, StableDiffusionXLPipeline, T2IAdapter
+from diffusers import MultiAdapter, T2IAdapter
 from PIL import Image
 from torch import Tensor
 
@@ -27,10 +27,6 @@ from .keypose import draw_keypose
 from .regions import cells_in
 
 OTHER_WIDTH = 1024  # of the words of Stable Diffusion 2.x
-HUB = {  # the T2I-Adapters of Stable Diffusion 1.x and XL, by kind
-    "sketch": ("TencentARC/t2iadapter_sketch_sd15v2", "TencentARC/t2i-adapter-sketch-sdxl-1.0"),
-    "keypose": ("TencentARC/t2iadapter_openpose_sd14v1", "TencentARC/t2i-adapter-openpose-sdxl-1.0"),
-}
 
 
 @dataclass
@@ -101,7 +97,7 @@ def own_adapter(base: Base, kind: Kind) -> str:
         if recipe is None:
             break
         name = str(recipe["base"])
-    return HUB[kind][isinstance(base.pipeline, StableDiffusionXLPipeline)]
+    return base.family.t2i_adapters[kind]
 
 
 def t2i_name(base: Base, name: str | None, kind: Kind) -> str:
@@ -116,7 +112,7 @@ def load_t2i_adapter(base: Base, name: str | None, kind: Kind = "sketch") -> T2I
         UserError: it cannot be loaded.
     """
     width = base.pipeline.unet.config.cross_attention_dim
-    if not name and width == OTHER_WIDTH and own_adapter(base, kind) in HUB[kind]:
+    if not name and width == OTHER_WIDTH and own_adapter(base, kind) == base.family.t2i_adapters[kind]:
         raise UserError(
             f"There is no {kind} adapter for Stable Diffusion 2.x on the hub; train one with train-control, and name "
             "it with the condition's adapter."

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL
 from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image
 
@@ -88,7 +88,7 @@ class SceneSampler:
         self.base, self.scene, self.inputs, self.hooks = base, scene, inputs, hooks
         self.width, self.height = size = (scene.width or base.size, scene.height or base.size)
         self.pipe, self.options = stock_pipeline(base, scene, inputs.controls, size)
-        self.large = isinstance(base.pipeline, StableDiffusionXLPipeline)
+        self.large = base.family.decodes_latents
         bound = inputs.bound or [()] * len(scene.regions)
         with torch.no_grad():
             self.regions = [

@@ -131,7 +131,10 @@ def lora_metadata(factors: Mapping[str, Factors], base_model: str, about: Mappin
     transformers 5.6; ranks and alpha are in the tensors.
     """
     ranks = {len(one.down) for one in factors.values()}
-    version = {"stable-diffusion-xl-v1-base": "sdxl_base_v1-0", "stable-diffusion-v2": "sd_v2", "flux-2-klein": "flux2"}
+    version = {
+        "stable-diffusion-xl-v1-base": "sdxl_base_v1-0", "stable-diffusion-v2": "sd_v2",
+        "flux-2-klein": "flux2", "z-image": "zimage",
+    }  # fmt: skip
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",

@@ -1,0 +1,87 @@
+"""Z-Image: a transformer over image and text tokens, prompts of any length by a Qwen3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from diffusers import ZImagePipeline
+from torch import Tensor
+
+from .denoiser import Conditioning
+from .flow import FlowDenoiser
+
+
+class ZImageDenoiser(FlowDenoiser):
+    """Z-Image and Z-Image-Turbo. The network takes 1 − σ for its time and gives the negative velocity."""
+
+    pipeline_class: ClassVar[Any] = ZImagePipeline
+    network_name: ClassVar[str] = "transformer"
+    encoders: ClassVar[Mapping[str, str]] = {}
+    network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
+
+    @property
+    def side_multiple(self) -> int:
+        return 2 * self.vae_scale  # a token is a patch of 2 × 2 cells
+
+    def normalize(self, raw: Tensor) -> Tensor:
+        config = self.vae.config
+        latents: Tensor = (raw - config.shift_factor) * config.scaling_factor
+        return latents
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        config = self.vae.config
+        raw: Tensor = latents / config.scaling_factor + config.shift_factor
+        return raw
+
+    # ------------------------------------------------------------------ prompts
+
+    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+        rows = self._encoded(prompts)
+        padded = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, self.max_tokens - len(row))) for row in rows])
+        lengths = torch.tensor([len(row) for row in rows], device=padded.device)
+        return Conditioning({"encoder_hidden_states": padded, "lengths": lengths})
+
+    @torch.no_grad()
+    def _encoded(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Each prompt's states (length, width), without padding."""
+        rows: list[Tensor] = self.pipeline._encode_prompt(
+            list(prompts), self.device, max_sequence_length=self.max_tokens
+        )
+        return rows
+
+    def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:
+        without = self._encoded([negative or ""]) * len(prompts)
+        return {"prompt_embeds": self._encoded(prompts), "negative_prompt_embeds": without}
+
+    def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
+        return {"prompt_embeds": _rows(positive), "negative_prompt_embeds": _rows(negative)}
+
+    # ------------------------------------------------------------------ prediction and sampling
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **extra: Any) -> Tensor:
+        frames = list(noisy.to(self.dtype).unsqueeze(2).unbind(0))
+        words = [row.to(self.dtype) for row in _rows(conditioning)]
+        time = 1 - self.sigmas(timesteps)
+        predicted = self.network(frames, time, words, return_dict=False, **extra)[0]
+        return -torch.stack([frame.float() for frame in predicted]).squeeze(2)
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        yield  # this pipeline keeps its steps in float32 itself
+
+    def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
+        parts = {**self.pipeline.components, "scheduler": scheduler}
+        if not text_encoders:
+            parts["text_encoder"] = None
+        pipeline = ZImagePipeline(**parts)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+def _rows(conditioning: Conditioning) -> list[Tensor]:
+    """The prompts' states without their padding."""
+    states, lengths = conditioning.tensors["encoder_hidden_states"], conditioning.tensors["lengths"]
+    return [row[:length] for row, length in zip(states, lengths.tolist(), strict=True)]
