@@ -1,4 +1,4 @@
-"""An adapter: what training a concept gives, and the rule that says which base it may be put on."""
+"""An adapter: the result of training a concept, and the rule that says which bases it may be loaded on."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ class Adapter:
         """Layer to the columns it was trained on; empty for methods without them."""
         if self.method.builds_on != "columns":
             return {}
-        return {layer: SingularTriplets(held["U"], held["S"], held["V"]) for layer, held in self.frozen.items()}
+        return {
+            layer: SingularTriplets(tensors["U"], tensors["S"], tensors["V"]) for layer, tensors in self.frozen.items()
+        }
 
     @property
     def tokens(self) -> dict[str, dict[str, Tensor]]:
@@ -75,7 +77,7 @@ class Adapter:
 
     @property
     def needs_base(self) -> bool:
-        """Whether its ΔW can only be told beside the base's own weights."""
+        """Whether its ΔW can only be computed with the base's weights."""
         return self.method.builds_on in {"weight", "full_svd"}
 
     def parameters_of(self, layer: str) -> dict[str, Tensor]:
@@ -97,7 +99,7 @@ class Adapter:
             return dict(stored)
         if weight is None:
             raise UserError(
-                f"'{self.name}' is a {self.method.name} adapter: its change can only be told with its base."
+                f"'{self.name}' is a {self.method.name} adapter: its ΔW can only be computed with its base loaded."
             )
         weight = weight.detach().cpu()  # where the parameters are
         if self.method.builds_on == "weight":
@@ -116,7 +118,7 @@ class Adapter:
         return self.method.delta(self.parameters_of(layer), self.frozen_of(layer, weight))
 
     def norm(self) -> float | None:
-        """|ΔW| over all layers; None where the base is needed to tell."""
+        """|ΔW| over all layers; None where the base is needed to compute it."""
         if self.needs_base:
             return None
         return math.sqrt(sum(frobenius_norm(self.factors(layer)) ** 2 for layer in self.layers))
@@ -163,8 +165,8 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
     for layer, band in adapter.bands.items():
         slot = adapter.slot
         ends = bottom_band(weights[layer], slot.bottom) if slot.bottom else top_band(weights[layer], slot.top)
-        found = ends.select(slot.columns)
-        if float(min_abs_cosine(band, found).min()) < MIN_COSINE:
+        expected = ends.select(slot.columns)
+        if float(min_abs_cosine(band, expected).min()) < MIN_COSINE:
             raise UserError(refusal, own)
     if not allow:
         raise UserError(
@@ -179,25 +181,25 @@ def check_finite(adapter: Adapter) -> None:
     """Refuse NaN and infinity.
 
     Raises:
-        UserError: some are there.
+        UserError: a tensor has some.
     """
-    held = {**adapter.parameters, **adapter.vectors}
-    held |= {f"layerwise.{name}": tensor for name, tensor in adapter.per_layer_vectors.items()}
+    named = {**adapter.parameters, **adapter.vectors}
+    named |= {f"layerwise.{name}": tensor for name, tensor in adapter.per_layer_vectors.items()}
     for outer in (adapter.frozen, adapter.earlier):
-        held |= {f"{key}.{name}": tensor for key, tensors in outer.items() for name, tensor in tensors.items()}
-    for name, tensor in held.items():
+        named |= {f"{key}.{name}": tensor for key, tensors in outer.items() for name, tensor in tensors.items()}
+    for name, tensor in named.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"Adapter '{adapter.name}' holds NaN or infinity in {name}; train it again.")
 
 
-def shared_columns(one: Adapter, other: Adapter) -> int:
+def shared_columns(adapter: Adapter, other: Adapter) -> int:
     """How many columns (or rows) two adapters' slots have in common in a layer that both change, at most.
 
     Columns counted from the bottom are other ones in every size of layer.
     """
-    a, b = one.slot, other.slot
-    if not (a and b) or one.method.slot != other.method.slot:
+    a, b = adapter.slot, other.slot
+    if not (a and b) or adapter.method.slot != other.method.slot:
         return 0
-    where = {one.sizes[layer] for layer in one.sizes.keys() & other.sizes.keys()}
-    counts = {inside if one.method.slot == "rows" else min(out, inside) for out, inside in where}
+    where = {adapter.sizes[layer] for layer in adapter.sizes.keys() & other.sizes.keys()}
+    counts = {inside if adapter.method.slot == "rows" else min(out, inside) for out, inside in where}
     return max((len(a.from_top(count) & b.from_top(count)) for count in counts), default=0)

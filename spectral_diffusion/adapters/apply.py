@@ -55,7 +55,7 @@ def install_tokens(base: Base, adapter: Adapter) -> None:
     """Put every token that an adapter brings on a base, layer-wise if it is that.
 
     Raises:
-        UserError: a token is there already, or has vectors for other layers.
+        UserError: a token exists already, or has vectors for other layers.
     """
     for token, vectors in adapter.tokens.items():
         base.add_token(token, vectors)

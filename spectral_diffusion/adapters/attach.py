@@ -47,8 +47,8 @@ class InjectedAdapter:
         if isinstance(module, AdaptedLayer):
             return module.parameters_of(self.name)
         assert self.method.peft is not None
-        held = {name: getattr(module, where)[self.name] for name, where in self.method.peft.parameters.items()}
-        return {name: cast(nn.Parameter, getattr(value, "weight", value)) for name, value in held.items()}
+        modules = {name: getattr(module, where)[self.name] for name, where in self.method.peft.parameters.items()}
+        return {name: cast(nn.Parameter, getattr(value, "weight", value)) for name, value in modules.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """``layer.parameter`` names in a fixed order."""
@@ -61,8 +61,8 @@ class InjectedAdapter:
         """What goes into a file: copies of the parameters as the method takes them, by ``layer.parameter``."""
         out: dict[str, Tensor] = {}
         for layer, module in self.layers.items():
-            held = module.effective(self.name) if isinstance(module, AdaptedLayer) else self.parameters(layer)
-            out |= {f"{layer}.{name}": value.detach().cpu().clone() for name, value in held.items()}
+            parameters = module.effective(self.name) if isinstance(module, AdaptedLayer) else self.parameters(layer)
+            out |= {f"{layer}.{name}": value.detach().cpu().clone() for name, value in parameters.items()}
         return out
 
     def count(self) -> int:

@@ -1,4 +1,4 @@
-"""The frozen tensors that a method's trained numbers are built on, per layer: bands, spectra, drawn matrices."""
+"""The frozen tensors that a method's trained numbers are built on, per layer: bands, spectra, random matrices."""
 
 from __future__ import annotations
 

@@ -54,13 +54,13 @@ def description() -> dict[str, Any]:
 
 def provenance() -> dict[str, str]:
     """What a result was made with: versions of the libraries, processor, vector unit and number of threads."""
-    found = {}
+    versions = {}
     for library in LIBRARIES:
         try:
-            found[library] = version(library)
+            versions[library] = version(library)
         except PackageNotFoundError:
-            found[library] = "unknown"
-    return found | {name: str(value) for name, value in description().items()}
+            versions[library] = "unknown"
+    return versions | {name: str(value) for name, value in description().items()}
 
 
 def made_on(made_with: Mapping[str, str]) -> str:
@@ -71,15 +71,15 @@ def made_on(made_with: Mapping[str, str]) -> str:
 
 def heading() -> str:
     """The comment line of resolved settings that says where they were used."""
-    found = description()
-    return f"# Made on {found['cpu']} ({found['capability']}), {found['threads']} threads, torch {torch.__version__}.\n"
+    cpu, capability, threads = (description()[key] for key in ("cpu", "capability", "threads"))
+    return f"# Made on {cpu} ({capability}), {threads} threads, torch {torch.__version__}.\n"
 
 
 def machine_identity() -> str:
     """A short hash of the machine, of the libraries' version and of what restricts their instructions."""
     limits = {name: os.environ.get(name, "") for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")}
-    told = json.dumps({**description(), **limits, "torch": torch.__version__}, sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    identity = json.dumps({**description(), **limits, "torch": torch.__version__}, sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def measured_once(name: str, measure: Callable[[], Any]) -> Any:
@@ -108,7 +108,7 @@ def remember(name: str, value: Any) -> None:
 def _kept() -> dict[str, Any]:
     """Every machine's measurements; nothing where the file is missing or damaged."""
     with suppress(OSError, ValueError, RecursionError):
-        found = json.loads((cache_folder() / FILE).read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        measurements = json.loads((cache_folder() / FILE).read_text(encoding="utf-8"))
+        if isinstance(measurements, dict):
+            return measurements
     return {}

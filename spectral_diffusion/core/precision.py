@@ -37,7 +37,7 @@ def resolve_mixed_precision(
         dtype: of the frozen networks.
 
     Raises:
-        UserError: bfloat16 is asked of a card that lacks it.
+        UserError: bfloat16 is requested on a card that lacks it.
     """
     kind = torch.device(device).type
     if asked == "bf16" and kind == "cuda" and torch.cuda.is_available() and not cuda_has_bf16():
@@ -65,9 +65,9 @@ def cuda_has_bf16() -> bool:
 
 def cpu_is_quick_in_bf16() -> bool:
     """Whether this processor takes clearly less time in bfloat16; measured once and kept."""
-    found = measured_once("precision", measure_cpu)
+    seconds = measured_once("precision", measure_cpu)
     try:
-        return float(found["bf16"]) < CLEARLY * float(found["float32"])
+        return float(seconds["bf16"]) < CLEARLY * float(seconds["float32"])
     except (KeyError, TypeError, ValueError):  # the cache was edited
         return False
 
@@ -134,11 +134,11 @@ def tf32(device: torch.device, allowed: bool) -> Iterator[None]:
 
 
 def precision_note(
-    asked: str, precision: MixedPrecision, device: torch.device, allow_tf32: bool, say: Callable[[str], None]
+    asked: str, precision: MixedPrecision, device: torch.device, allow_tf32: bool, notify: Callable[[str], None]
 ) -> None:
     """Say which precision was chosen, and why, and on CUDA whether float32 products are rounded."""
     names = {"no": "full precision", "bf16": "bfloat16", "fp16": "float16 with a scaled loss"}
     if asked == "auto":
-        say(f"Mixed precision: {names[precision]}, as this {device.type.upper()} is quickest in it.")
+        notify(f"Mixed precision: {names[precision]}, as this {device.type.upper()} is quickest in it.")
     if device.type == "cuda":
-        say(f"TensorFloat-32 is {'on' if allow_tf32 else 'off'} for float32 products (allow_tf32).")
+        notify(f"TensorFloat-32 is {'on' if allow_tf32 else 'off'} for float32 products (allow_tf32).")

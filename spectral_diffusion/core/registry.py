@@ -15,8 +15,8 @@ Thing = TypeVar("Thing")
 class Registry(Generic[Thing]):
     """Every file of ``package`` but the ``apart`` ones registers its thing when it is imported."""
 
-    def __init__(self, kind: str, package: str, apart: Collection[str] = ("registry",)) -> None:
-        self.kind, self.package, self.apart = kind, package, apart
+    def __init__(self, kind: str, package: str, excluded: Collection[str] = ("registry",)) -> None:
+        self.kind, self.package, self.excluded = kind, package, excluded
         self.things: dict[str, Thing] = {}
         self._imported = False
 
@@ -46,5 +46,5 @@ class Registry(Generic[Thing]):
 
     def _files(self) -> Iterator[str]:
         for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
-            if module.name not in self.apart:
+            if module.name not in self.excluded:
                 yield module.name

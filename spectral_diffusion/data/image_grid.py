@@ -14,7 +14,7 @@ FONT = ImageFont.load_default(size=12)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Pictures in rows on white, in a square if ``columns`` is not given; smaller ones lie at the top left."""
+    """Pictures in rows on white, in a square if ``columns`` is not given; smaller ones are at the top left."""
     from diffusers.utils import make_image_grid  # here: pages and --help wait for no diffusers
 
     columns = columns or math.ceil(math.sqrt(len(images)))
@@ -65,9 +65,9 @@ def enlarged(image: Image.Image, side: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def write(image: Image.Image, place: tuple[int, int], text: str, width: int) -> None:
+def write(image: Image.Image, position: tuple[int, int], text: str, width: int) -> None:
     """Write a line of text into a picture, shortened to ``width`` pixels."""
-    ImageDraw.Draw(image).text(place, shortened(text, width), fill=(60, 60, 60), font=FONT)
+    ImageDraw.Draw(image).text(position, shortened(text, width), fill=(60, 60, 60), font=FONT)
 
 
 def shortened(text: str, width: int) -> str:

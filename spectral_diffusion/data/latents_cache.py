@@ -36,7 +36,7 @@ def encoder_hash(vae: AutoencoderKL) -> str:
 
 
 def key_of(photo: Photo, masked: bool, crops: list[Crop], encoder: str) -> str:
-    """What a photo's encoded crops are kept under: its bytes, its mask's, where each crop lies, and the encoder.
+    """What a photo's encoded crops are kept under: its bytes, its mask's, the position of each crop, and the encoder.
 
     Raises:
         UserError: a file is gone.

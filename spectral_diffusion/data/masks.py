@@ -52,7 +52,7 @@ def open_mask(photo: Path, mask: Path, size: tuple[int, int]) -> Image.Image:
 
 
 def reduce_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """A mask (n, 1, H, W) in 0…1 at the latents' size: each place is the mean of the pixels it stands for."""
+    """A mask (n, 1, H, W) in 0…1 at the latents' size: each entry is the mean of the pixels it covers."""
     return F.adaptive_avg_pool2d(mask, (height, width))
 
 

@@ -32,8 +32,8 @@ class GramAccumulator:
             return
         if self._lower is None:
             self._lower = torch.zeros(self.size, self.size, dtype=torch.float64)
-            for held in self.rows:
-                self._add_products(held)
+            for rows in self.rows:
+                self._add_products(rows)
             self.rows = []
         self._add_products(x)
 

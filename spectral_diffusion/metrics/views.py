@@ -22,7 +22,7 @@ class View:
     """One place in one picture that should show a concept.
 
     Attributes:
-        prompt: what was asked for there, the concept's token told by its noun; empty if that is not known.
+        prompt: its prompt, with the noun for the concept's token; empty if unknown.
         box: left, top, right, bottom in pixels; None is the whole picture.
     """
 
@@ -59,11 +59,11 @@ class References:
 
         ``among``: it is one of the concept's own photos, and compared with the others of them only.
         """
-        found: list[float] = (self.centres @ vector).tolist()
+        cosines: list[float] = (self.centres @ vector).tolist()
         if among:
             own, count = list(self.photos).index(concept), len(self.photos[concept])
-            found[own] = (found[own] * count - 1) / (count - 1)
-        return found
+            cosines[own] = (cosines[own] * count - 1) / (count - 1)
+        return cosines
 
 
 def embed_references(encoder: Encoder, concepts: Mapping[str, Concept]) -> References:

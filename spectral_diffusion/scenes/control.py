@@ -45,7 +45,7 @@ class ControlMap:
     network: T2IAdapter | None = None
 
     def at(self, width: int, height: int) -> Image.Image:
-        """The drawing at a picture's size, with as many channels as its adapter reads."""
+        """The control image at a picture's size, with as many channels as its adapter reads."""
         image = self.image.resize((width, height), Image.Resampling.BILINEAR)
         channels = self.network.config["in_channels"] if self.network is not None else 3
         return image.convert("L" if channels == 1 else "RGB")
@@ -61,19 +61,19 @@ def read_control_image(condition: ControlImage) -> ControlMap:
     if condition.kind == "sketch":
         image = read_sketch(path)
     elif path.suffix.lower() == ".json":
-        image = drawn_people(*read_keypoints(path))
+        image = keypose_image(*read_keypoints(path))
     else:
         image = open_on_black(path)
     return ControlMap(image, condition.kind, condition.conditioning_scale, condition.adapter, path.name)
 
 
-def drawn_people(people: Sequence[np.ndarray], size: tuple[int, int] | None, side: int = 512) -> Image.Image:
-    """Keypoints as OpenPose draws them; without a canvas on one that holds them, or that they are fractions of."""
+def keypose_image(people: Sequence[np.ndarray], size: tuple[int, int] | None, side: int = 512) -> Image.Image:
+    """Keypoints in OpenPose's style; without a canvas on one that fits them, or that they are fractions of."""
     if size is None:
         furthest, fractions = np.nanmax(np.concatenate(people), axis=0), are_fractions(people)
         size = (side, side) if fractions else (int(furthest[0]) + 1, int(furthest[1]) + 1)
         people = [person * side for person in people] if fractions else people
-    if min(size) < 1 or size[0] * size[1] > MAX_PIXELS // 16:  # it is drawn four times as large
+    if min(size) < 1 or size[0] * size[1] > MAX_PIXELS // 16:  # it is rendered four times as large
         raise UserError(
             f"These keypoints need a canvas of {size[0]}×{size[1]} pixels, which cannot be drawn; scale them."
         )
@@ -81,7 +81,7 @@ def drawn_people(people: Sequence[np.ndarray], size: tuple[int, int] | None, sid
 
 
 def read_sketch(path: Path) -> Image.Image:
-    """A drawing as L, white strokes on black, whichever way round it came.
+    """A drawing as L, white strokes on black, inverted if necessary.
 
     Raises:
         UserError: not a readable image.
@@ -97,10 +97,10 @@ def own_adapter(base: Base, kind: Kind) -> str:
             return str(pocket.t2i(kind))
         if is_folder(inside := Path(name) / f"t2i_{kind}"):
             return str(inside)
-        recipe = read_manifest(Path(name)) if is_folder(name) else None
-        if recipe is None:
+        manifest = read_manifest(Path(name)) if is_folder(name) else None
+        if manifest is None:
             break
-        name = str(recipe["base"])
+        name = str(manifest["base"])
     return HUB[kind][isinstance(base.pipeline, StableDiffusionXLPipeline)]
 
 
@@ -153,7 +153,7 @@ def _check_features(base: Base, drawing: ControlMap, network: T2IAdapter) -> Non
         : len(unet.down_blocks)
     ]
     # What is left over is added in the middle if it fits there, else nowhere.
-    if any(one != other for one, other in zip(given, wanted, strict=False)):
+    if any(size != expected for size, expected in zip(given, wanted, strict=False)):
         name = t2i_name(base, drawing.adapter, drawing.kind)
         raise UserError(
             f"The {drawing.kind} adapter {name} is for another U-Net, which adds other features; name one for this "
@@ -187,30 +187,28 @@ def adapter_of(
 
 
 @contextmanager
-def weighed(
-    drawings: Sequence[ControlMap], regions: Sequence[Region], places: Sequence[Box | Tensor]
-) -> Iterator[None]:
-    """Multiply the drawings' features by the regions' own weights, cell by cell (means where regions overlap)."""
+def weighed(drawings: Sequence[ControlMap], regions: Sequence[Region], areas: Sequence[Box | Tensor]) -> Iterator[None]:
+    """Multiply the control images' features by the regions' own weights, cell by cell (means where regions overlap)."""
     with ExitStack() as stack:
         for drawing in drawings:
             weights = [region.weight_of(drawing.kind) for region in regions]
             if drawing.network is not None and any(weight != 1 for weight in weights):
-                stack.callback(drawing.network.register_forward_hook(_weighing(weights, places)).remove)
+                stack.callback(drawing.network.register_forward_hook(_weighing(weights, areas)).remove)
         yield
 
 
-def _weighing(weights: Sequence[float], places: Sequence[Box | Tensor]) -> Callable[..., list[Tensor]]:
+def _weighing(weights: Sequence[float], areas: Sequence[Box | Tensor]) -> Callable[..., list[Tensor]]:
     def weigh(module: Any, inputs: Any, features: list[Tensor]) -> list[Tensor]:
-        return [feature * weight_map(weights, places, *feature.shape[-2:]).to(feature) for feature in features]
+        return [feature * weight_map(weights, areas, *feature.shape[-2:]).to(feature) for feature in features]
 
     return weigh
 
 
-def weight_map(weights: Sequence[float], places: Sequence[Box | Tensor], height: int, width: int) -> Tensor:
+def weight_map(weights: Sequence[float], areas: Sequence[Box | Tensor], height: int, width: int) -> Tensor:
     """(height, width): the mean weight of the regions that cover a cell, 1 where none does."""
     total, count = torch.zeros(height * width), torch.zeros(height * width)
-    for weight, place in zip(weights, places, strict=True):
-        inside = cells_in(place, height, width)
+    for weight, area in zip(weights, areas, strict=True):
+        inside = cells_in(area, height, width)
         total += weight * inside
         count += inside
     return torch.where(count > 0, total / count.clamp_min(1), torch.ones(())).view(height, width)

@@ -1,4 +1,4 @@
-"""Draw scenes into files: load what a scene names, check it, sample it, and write each picture with its scene."""
+"""Generate scenes into files: load a scene's files, check them, sample, and write each picture with its scene."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def bind(base: Base, scene: Scene, loaded: Mapping[str, Adapter], hooks: Hooks) 
         if warning := check_base(adapter, base, scene.allow_base):
             hooks.notify(warning)
         for token in adapter.tokens:
-            if other := owners.get(token.lower()):  # a tokenizer does not tell upper case from lower
+            if other := owners.get(token.lower()):  # tokenizers ignore case
                 raise UserError(f"{path} and {other} share the token {token}; train one with another.")
             owners[token.lower()] = path
         install_tokens(base, adapter)
     return [[(loaded[path], strength) for path, strength in region.adapters.items()] for region in scene.regions]
 
 
-def cut_words(base: Base, prompt: str) -> str:
+def truncated_text(base: Base, prompt: str) -> str:
     """The end of a prompt that the text encoder never sees; empty if it sees everything."""
     tokenizer = base.pipeline.tokenizer
     written = expand(collapse(prompt, known_tokens(tokenizer)), known_tokens(tokenizer))
@@ -74,7 +74,7 @@ def cut_words(base: Base, prompt: str) -> str:
 
 
 def remarks(base: Base, scene: Scene, controls: Sequence[ControlMap]) -> Iterator[str]:
-    """What a person should know before the scene is drawn: words that are not read, drawings and masks out of shape."""
+    """Notes before a scene is generated: truncated prompts, control images and masks of other proportions."""
     known, prompts = known_tokens(base.pipeline.tokenizer), prompts_in(scene)
     for word in tokens_in(prompts):
         if word.lower() not in {token.lower() for token in known}:
@@ -82,7 +82,7 @@ def remarks(base: Base, scene: Scene, controls: Sequence[ControlMap]) -> Iterato
             yield f"Note: {what}; it is read as plain text."
     yield from (f"Note: {sentence}" for sentence in foreign_syntax(prompts))
     for prompt in prompts:
-        if lost := cut_words(base, prompt):
+        if lost := truncated_text(base, prompt):
             yield f"Note: '{prompt[:40]}' is longer than this base reads; cut off: '{lost}'."
     size = (scene.width or base.size, scene.height or base.size)
     shapes = [(f"{drawing.kind} {drawing.name}", drawing.image.size) for drawing in controls]
@@ -102,18 +102,18 @@ def generate_to_file(
     base: Base | None = None,
     every: int = 1,
 ) -> list[Path]:
-    """Draw a scene's pictures and write each, with its scene inside, as soon as it is done.
+    """Generate a scene's pictures and write each, with its scene inside, as soon as it is done.
 
     One picture goes to ``output``; several to ``<stem>-<seed>.png`` each, and a contact sheet to ``output``.
 
     Args:
-        resume: leave out batches whose pictures are there already, made from this very scene and its files.
-        expected: what an earlier picture of the scene was made from; a note tells of every file that has changed since.
-        base: the scene's base if it is loaded already; what the scene puts on it stays there.
+        resume: leave out batches whose pictures exist already, made from this very scene and its files.
+        expected: what an earlier picture of the scene was made from; a note names every file that has changed since.
+        base: the scene's base if it is loaded already; the scene's adapters stay loaded on it.
         every: steps from one preview to the next.
 
     Raises:
-        UserError: anything the person can mend.
+        UserError: anything that the user can fix.
     """
     if scene.output.suffix.lower() != ".png":
         raise UserError(f"The output {scene.output} must end in .png.")
@@ -122,7 +122,7 @@ def generate_to_file(
     seeds = scene.every_seed()
     if scene.only_seed is not None and scene.only_seed not in seeds:
         raise UserError(f"only_seed={scene.only_seed} is none of the seeds {', '.join(map(str, seeds[:8]))}.")
-    controls = [read_control_image(one) for one in scene.controls]
+    controls = [read_control_image(control) for control in scene.controls]
     own = load_own(scene)
     check_writable(scene.output)
     for path in {scene.output, *encoded_regions(scene).values()}:
@@ -173,14 +173,14 @@ def draw_to_files(
     hooks: Hooks = QUIET,
     resume: bool = False,
 ) -> list[Path]:
-    """Draw and write a scene's single pictures, without a sheet, on a base on which its adapters act already.
+    """Generate and write a scene's single pictures, without a sheet, on a base with its adapters loaded.
 
-    ``sources`` is what :func:`.pictures.sources_of` told before they did; the rest as :func:`generate_to_file`.
+    ``sources`` is the result of :func:`.png_metadata.sources_of` before loading; the rest as :func:`generate_to_file`.
     """
     scene = with_precision(scene, base)
-    seeds, place = scene.every_seed(), encoded_regions(scene)
+    seeds, files = scene.every_seed(), encoded_regions(scene)
     batches = [seeds[start : start + scene.batch_size] for start in range(0, len(seeds), scene.batch_size)]
-    if scene.only_seed is not None:  # how it was drawn decides its last bits, so its neighbours are drawn again too
+    if scene.only_seed is not None:  # the batch decides its last bits, so its neighbors are generated again too
         batches = [batch for batch in batches if scene.only_seed in batch]
     written: list[Path] = []
     for batch in batches:
@@ -188,7 +188,7 @@ def draw_to_files(
             seed: scene.model_copy(update={"seeds": batch, "only_seed": seed, "seed": seed, "num_images": 1})
             for seed in batch
         }
-        paths = {seed: place[seed] for seed in batch if scene.only_seed in (None, seed)}
+        paths = {seed: files[seed] for seed in batch if scene.only_seed in (None, seed)}
         if not (resume and all(is_same(path, embedded[seed], sources) for seed, path in paths.items())):
             with closing(sample_in_turn(base, [scene.prompt] * len(batch), batch, scene, hooks, inputs)) as turn:
                 for seed, image in zip(batch, next(turn), strict=True):

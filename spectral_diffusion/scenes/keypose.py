@@ -1,4 +1,4 @@
-"""Keyposes: people as 18 OpenPose keypoints, drawn in OpenPose's colours on black.
+"""Keyposes: people as 18 OpenPose keypoints, drawn in OpenPose's colors on black.
 
 Order of the points: nose, neck, right shoulder, elbow, wrist, left shoulder, elbow, wrist, right hip, knee,
 ankle, left hip, knee, ankle, right eye, left eye, right ear, left ear ("right" is the person's own).

@@ -16,7 +16,7 @@ FREE, LINE, INK, CLASH = (244, 244, 242), (214, 214, 210), (40, 40, 44), (200, 3
 
 
 def color_of(index: int) -> tuple[int, int, int]:
-    """A colour for the n-th concept, far from its neighbours'."""
+    """A color for the n-th concept, far from its neighbours'."""
     red, green, blue = colorsys.hls_to_rgb((0.58 + index * 0.618034) % 1, 0.55, 0.55)
     return round(red * 255), round(green * 255), round(blue * 255)
 
@@ -79,7 +79,7 @@ def clashes(slots: Sequence[set[int]]) -> set[int]:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring columns ``start … stop − 1`` with the same owners: nobody, one, or several that clash."""
+    """Neighbouring columns ``start … stop − 1`` with the same owners: none, one, or several that clash."""
 
     start: int
     stop: int
@@ -87,11 +87,11 @@ class Stretch:
 
 
 def stretches(slots: Mapping[str, Slot | None], capacity: int) -> list[Stretch]:
-    """All columns 0 … ``capacity`` − 1 from left to right, as one strip of who sits where."""
-    held = {name: columns_of(slot, capacity) for name, slot in slots.items()}
-    owners = [tuple(name for name, mine in held.items() if column in mine) for column in range(capacity)]
-    found = []
+    """All columns 0 … ``capacity`` − 1 from left to right, as one strip with their owners."""
+    columns_by_name = {name: columns_of(slot, capacity) for name, slot in slots.items()}
+    owners = [tuple(name for name, mine in columns_by_name.items() if column in mine) for column in range(capacity)]
+    strip = []
     for who, run in itertools.groupby(range(capacity), key=owners.__getitem__):
         columns = list(run)
-        found.append(Stretch(columns[0], columns[-1] + 1, who))
-    return found
+        strip.append(Stretch(columns[0], columns[-1] + 1, who))
+    return strip

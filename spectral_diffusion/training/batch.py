@@ -21,7 +21,7 @@ class Batch:
     """Latents and their noise (n, c, h, w), timesteps (n,), prompts.
 
     ``weights`` says what each place counts (n, 1, h, w), None if all count 1; ``masks`` where the concept is
-    (n, 1, h, w), None if nobody asks.
+    (n, 1, h, w), None if not needed.
     """
 
     latents: Tensor

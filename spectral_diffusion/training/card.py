@@ -59,16 +59,16 @@ def write_card(
     picture, card = output.with_name(f"{output.stem}-curve.png"), output.with_suffix(".md")
     with atomic(picture) as temporary:
         curve_picture(curve).save(temporary, format="PNG")
-    there = [(step, file) for step, file in samples if Path(file).is_file()]
-    beside = {file: Path(os.path.relpath(file, output.parent)).as_posix() for _, file in there}
-    recipe = {
+    existing = [(step, file) for step, file in samples if Path(file).is_file()]
+    beside = {file: Path(os.path.relpath(file, output.parent)).as_posix() for _, file in existing}
+    facts = {
         "method": adapter.method.name, "rank": adapter.rank, "slot": str(adapter.slot or ""),
         "trained numbers": f"{adapter.count():,}", "steps": config.steps, "seed": config.seed,
         "mixed precision": config.mixed_precision, "made on": made_on(adapter.provenance),
     }  # fmt: skip
     text = model_card(
-        adapter.name, without_folders(adapter.base), {adapter.token: adapter.noun}, recipe, [output.name],
-        beside[there[-1][1]] if there else "",
+        adapter.name, without_folders(adapter.base), {adapter.token: adapter.noun}, facts, [output.name],
+        beside[existing[-1][1]] if existing else "",
     )  # fmt: skip
     parts = ["## How it was trained", "", f"![loss]({picture.name})", ""]
     if likeness:
@@ -77,7 +77,7 @@ def write_card(
             f"Likeness to the photos: {likeness[-1][1]:.3f} at the end, {best[1]:.3f} at best (step {best[0]}).",
             "",
         ]
-    for step, file in there[:-1]:
+    for step, file in existing[:-1]:
         parts += [f"Step {step}:", "", f"![step {step}]({beside[file]})", ""]
     settings = "\n".join(
         line for line in to_yaml(config, shared=True).splitlines() if not line.startswith(("concept:", "output:"))

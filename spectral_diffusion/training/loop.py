@@ -56,7 +56,7 @@ class TrainingJob:
             is written.
         start_from: an adapter whose trained columns this one starts from, without a new decomposition.
         world: the processes that share the work; each takes its part of every batch.
-        resume: go on from ``state`` if it is there; ``force``: even with other settings.
+        resume: go on from ``state`` if it exists; ``force``: even with other settings.
     """
 
     config: TrainConfig
@@ -193,7 +193,7 @@ class Trainer:
         self.scaler = loss_scaler(self.base.device, self.precision, self.base.dtype)
 
     def _belongs(self) -> dict[str, str]:
-        """What a saved state belongs to."""
+        """The hashes that a saved state must match."""
         job, revision = self.job, self.job.method.revision
         return {
             "base": self.fingerprint.exact,
