@@ -63,7 +63,7 @@ def dense_factors(delta: Tensor) -> Factors:
 
 
 def solve_device(tensor: Tensor) -> torch.device:
-    """Where small systems are solved: Apple's GPUs lack the backward pass of ``solve``, so on the CPU for them."""
+    """The device for small systems: the CPU for Apple's GPUs, which lack the backward pass of ``solve``."""
     return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
 
 

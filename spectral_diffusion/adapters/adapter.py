@@ -86,7 +86,7 @@ class Adapter:
         return {name: self.parameters[f"{layer}.{name}"] for name in names}
 
     def frozen_of(self, layer: str, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """What one layer's parameters are built on; ``weight`` is the base's, for methods that need it.
+        """The tensors that one layer's parameters are built on; ``weight`` is the base's, for methods that need it.
 
         Raises:
             UserError: the weight is needed and missing, or it is another base's.
@@ -148,8 +148,8 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
             f"'{adapter.name}' is an {adapter.method.name} adapter of the same base in another precision: its singular "
             "vectors are found anew and near ones mix, so expect a few percent of difference; load the base as it was."
         )
-    wanted = f"it was trained on '{adapter.base}' (fingerprint {adapter.fingerprint.exact[:12]})"
-    refusal = f"Adapter '{adapter.name}' does not fit the base '{base.name}': {wanted}."
+    origin = f"it was trained on '{adapter.base}' (fingerprint {adapter.fingerprint.exact[:12]})"
+    refusal = f"Adapter '{adapter.name}' does not fit the base '{base.name}': {origin}."
     own = Fix("base", adapter.base, "to load the base that it was trained on")
     weights = base.weights(adapter.targets)
     for layer in adapter.layers:
@@ -170,7 +170,7 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
             raise UserError(refusal, own)
     if not allow:
         raise UserError(
-            f"Adapter '{adapter.name}' fits the base '{base.name}' only approximately: {wanted}.",
+            f"Adapter '{adapter.name}' fits the base '{base.name}' only approximately: {origin}.",
             own,
             Fix("allow_base", "true", "if this is a close relative of it"),
         )

@@ -47,7 +47,7 @@ class Buffers(nn.Module):
 
 @dataclass
 class Prepared:
-    """What ``Method.prepare`` gave for the parameters as they were."""
+    """The result of ``Method.prepare`` for a version of the parameters."""
 
     tensors: Mapping[str, Tensor]
     versions: list[int]
@@ -55,7 +55,7 @@ class Prepared:
 
 
 class PreparedByName(dict[str, Prepared]):
-    """What the batched preparation gave, by adapter. A copy begins without it, since graphs cannot be copied."""
+    """The results of the batched preparation, by adapter. A copy begins without it, since graphs cannot be copied."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PreparedByName:
         return PreparedByName()
@@ -180,7 +180,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return delta.mT if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """What the layer gives with its active adapters; with ``adapter_names`` every row has its own."""
+        """The layer's output with its active adapters; with ``adapter_names`` every row has its own."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:

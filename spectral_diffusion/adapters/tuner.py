@@ -263,10 +263,10 @@ class SpectralModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise TunerError(f"There is an adapter '{adapter_name}' already; choose another name.")
         configs = self._summands(adapters, weights, combination_type)
-        most = (svd_rank or max(config.columns for config in configs)) if combination_type == "svd" else None
+        max_rank = (svd_rank or max(config.columns for config in configs)) if combination_type == "svd" else None
         unmerge_all(self.model)
         sums = {
-            name: sum_of(module, list(zip(adapters, weights, strict=True)), most)
+            name: sum_of(module, list(zip(adapters, weights, strict=True)), max_rank)
             for name, module in self.model.named_modules()
             if isinstance(module, AdaptedLayer) and any(adapter in module.spectral_delta for adapter in adapters)
         }
@@ -383,17 +383,17 @@ def freeze(layer: AdaptedLayer, adapter: str, rank: int, slot: Slot | None, name
 
 
 @torch.no_grad()
-def sum_of(layer: AdaptedLayer, summands: list[tuple[str, float]], most: int | None) -> Factors:
-    """The weighted sum of a layer's adapters as float32 factors, of no more columns than ``most`` and the layer has."""
+def sum_of(layer: AdaptedLayer, summands: list[tuple[str, float]], max_rank: int | None) -> Factors:
+    """The weighted sum of a layer's adapters as float32 factors, of at most ``max_rank`` and the layer's columns."""
     parts = [(layer.factors(name), weight) for name, weight in summands if name in layer.spectral_delta]
     up = torch.cat([factors.up * weight for factors, weight in parts], 1)
     down = torch.cat([factors.down for factors, _ in parts], 0)
     room = min(layer.out_features, layer.in_features)
-    most = room if most is None else min(most, room)
-    if up.shape[1] <= most:
+    max_rank = room if max_rank is None else min(max_rank, room)
+    if up.shape[1] <= max_rank:
         return Factors(up, down)
     exact = Factors(up.cpu().double(), down.cpu().double())
-    return Factors(*(part.to(up) for part in truncate(exact, most)))
+    return Factors(*(part.to(up) for part in truncate(exact, max_rank)))
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SpectralConfig

@@ -24,7 +24,7 @@ GENERIC_SUBJECTS = (
 
 
 class EvaluateConfig(Settings):
-    """What is measured, against which photos, and how its images are generated."""
+    """Settings of an evaluation: what is measured, against which photos, and how images are generated."""
 
     adapters: list[Path] = Field(default_factory=list, description="Adapter files, or one fused folder.")
     output: Path = Field(Path("evaluation"), description="Folder of the report.")
@@ -43,7 +43,7 @@ class EvaluateConfig(Settings):
     )
     prompts: Templates = Field([f"a photo of {{}} {backdrop}" for backdrop in PLACES], description="Prompt templates.")
     prior_prompts: list[str] = Field(
-        [f"a photo of {words}" for words in GENERIC_SUBJECTS],
+        [f"a photo of {subject}" for subject in GENERIC_SUBJECTS],
         min_length=1,
         description="Prompts without any concept, which show drift.",
     )

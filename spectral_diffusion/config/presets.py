@@ -14,7 +14,7 @@ VERBS = {"train", "fuse", "generate", "train-control", "evaluate"}  # that a pre
 
 
 def preset_part(name: str, verb: str) -> dict[str, Any]:
-    """What a shipped preset says for a verb.
+    """The settings of a shipped preset for a verb.
 
     Raises:
         UserError: no such preset.
@@ -67,7 +67,7 @@ def round_rate(rate: float) -> float:
 
 
 def preset_settings(base: str, verb: str) -> dict[str, Any]:
-    """What the preset that a base brings along says for a verb; nothing where there is none."""
+    """The settings of a base's default preset for a verb; empty without one."""
     name = preset_of(base)
     return preset_part(name, verb) if name else {}
 

@@ -77,7 +77,7 @@ class Alias(yaml.composer.ComposerError):
 
 
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, _as_in_yaml_1_2(tag, found)) for tag, found in resolvers]
+    first: [(tag, _as_in_yaml_1_2(tag, pattern)) for tag, pattern in resolvers]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
@@ -89,7 +89,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: missing, not YAML, or not a mapping.
     """
     try:
-        data = yaml.load(read_text(Path(path), most=YAML_BYTES), Loader)
+        data = yaml.load(read_text(Path(path), max_bytes=YAML_BYTES), Loader)
     except FileNotFoundError as error:
         raise UserError(f"No such file: {path}.") from error
     except (OSError, UnicodeDecodeError) as error:

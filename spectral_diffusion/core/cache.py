@@ -50,8 +50,8 @@ def _without_home() -> Path:
     with suppress(OSError):
         folder.mkdir(mode=0o700)
         log.warning("There is no home folder: the cache is %s; SPECTRAL_DIFFUSION_CACHE names another.", folder)
-    seen = folder.lstat()
-    if stat.S_ISDIR(seen.st_mode) and seen.st_uid == user and not seen.st_mode & 0o077:
+    status = folder.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == user and not status.st_mode & 0o077:
         return folder
     return Path(tempfile.mkdtemp(prefix="spectral_diffusion-"))  # made by another user
 
@@ -80,7 +80,7 @@ def store(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """What :func:`store` kept; None if the file is missing or damaged (which is logged)."""
+    """The content that :func:`store` wrote; None if the file is missing or damaged (which is logged)."""
     if not path.exists():
         return None
     with suppress(UserError, RuntimeError):
@@ -105,7 +105,7 @@ def cached(
     pack: Callable[[T], tuple[Mapping[str, Tensor], Mapping[str, str]]],
     unpack: Callable[[dict[str, Tensor], dict[str, str]], T],
     wait: float = 0.0,
-    most: int = 0,
+    max_bytes: int = 0,
 ) -> T:
     """The value cached in ``path``, else what ``make`` returns, which is then cached there.
 
@@ -115,31 +115,31 @@ def cached(
         pack: returns the tensors and metadata to keep.
         unpack: takes them back; it refuses wrong ones with a LookupError, ValueError or TypeError.
         wait: seconds to wait for another process that makes the same; 0 does not wait.
-        most: bytes that the folder may keep, the last used first; 0 keeps all.
+        max_bytes: bytes that the folder may keep, the last used first; 0 keeps all.
     """
     with ExitStack() as stack:
         if wait:
             with suppress(OSError, UserError):  # a folder that cannot be written is not locked
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(Path(f"{path}.lock"), wait))
-        kept = restored(path, unpack)
-        if kept is not None:
+        loaded = restored(path, unpack)
+        if loaded is not None:
             with suppress(OSError):
                 path.touch()  # used just now
-            return kept
-        made = make()
-        if store(path, *pack(made)) and most:
+            return loaded
+        value = make()
+        if store(path, *pack(value)) and max_bytes:
             with suppress(OSError):
-                prune(path.parent, most)
-        return made
+                prune(path.parent, max_bytes)
+        return value
 
 
-def prune(folder: Path, most: int) -> None:
-    """Delete the least recently used files of a cache until it holds at most ``most`` bytes."""
+def prune(folder: Path, max_bytes: int) -> None:
+    """Delete the least recently used files of a cache until it has at most ``max_bytes``."""
     files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob("*.safetensors"))
     total = sum(size for _, size, _ in files)
     for _, size, path in files:
-        if total <= most:
+        if total <= max_bytes:
             return
         path.unlink()
         total -= size

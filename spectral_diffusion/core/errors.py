@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fix:
-    """What puts an error right: an option, and the value to give it.
+    """A fix of an error: an option, and the value to set.
 
     It names a setting or a parameter as Python does. The command line shows the flag instead, the app the field.
 

@@ -133,18 +133,18 @@ def check_writable(path: Path, needed: int = PROBE) -> None:
         )
 
 
-def read_text(path: Path, encoding: str = "utf-8", most: int = TEXT_BYTES) -> str:
+def read_text(path: Path, encoding: str = "utf-8", max_bytes: int = TEXT_BYTES) -> str:
     """A text file that a person or another program wrote. A pipe or a device is refused: reading it may never end.
 
     Raises:
-        OSError: no such file, no regular one, or one of more than ``most`` bytes.
+        OSError: no such file, no regular one, or one of more than ``max_bytes`` bytes.
         ValueError: not in that encoding.
     """
-    seen = Path(path).stat()
-    if not stat.S_ISREG(seen.st_mode):
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is no regular file")
-    if seen.st_size > most:
-        raise OSError(errno.EFBIG, f"it has more than {most // 1_000_000} MB")
+    if status.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {max_bytes // 1_000_000} MB")
     return Path(path).read_text(encoding=encoding)
 
 
@@ -220,26 +220,26 @@ def holds(folder: Path, other: Path | str) -> bool:
 
 
 @contextmanager
-def locked(path: Path, most: float) -> Iterator[None]:
+def locked(path: Path, timeout: float) -> Iterator[None]:
     """Hold the lock file ``path``. The log names a lock that is waited for longer than a moment.
 
     Raises:
-        UserError: another process still holds it after ``most`` seconds.
+        UserError: another process still holds it after ``timeout`` seconds.
         OSError: it cannot be made.
     """
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=min(PATIENCE, most))
+        lock.acquire(timeout=min(PATIENCE, timeout))
     except Timeout:
         log.warning("Waiting for another process, which holds %s.", path)
         try:
-            lock.acquire(timeout=max(0.0, most - PATIENCE))
+            lock.acquire(timeout=max(0.0, timeout - PATIENCE))
         except Timeout as error:
             raise UserError(
-                f"Another process has held {path} for {most:.0f} seconds; end it if it hangs or is stopped, then try "
-                "again."
+                f"Another process has locked {path} for {timeout:.0f} seconds; end it if it hangs or is stopped, then "
+                "try again."
             ) from error
     try:
         yield

@@ -36,15 +36,15 @@ def cpu_name() -> str:
                 return value.strip()
     if platform.system() == "Darwin":
         with suppress(OSError, subprocess.SubprocessError):
-            asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-            name = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
             if name:
                 return name
     return platform.processor() or platform.machine() or "unknown"
 
 
 def description() -> dict[str, Any]:
-    """What decides the last bits of a result on this machine, JSON-able: processor, vector unit, threads."""
+    """The properties of this machine that decide a result's last bits, JSON-able: processor, vector unit, threads."""
     return {
         "cpu": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -53,7 +53,7 @@ def description() -> dict[str, Any]:
 
 
 def provenance() -> dict[str, str]:
-    """What a result was made with: versions of the libraries, processor, vector unit and number of threads."""
+    """The provenance of a result: versions of the libraries, processor, vector unit and number of threads."""
     versions = {}
     for library in LIBRARIES:
         try:
@@ -70,9 +70,9 @@ def made_on(made_with: Mapping[str, str]) -> str:
 
 
 def heading() -> str:
-    """The comment line of resolved settings that says where they were used."""
-    cpu, capability, threads = (description()[key] for key in ("cpu", "capability", "threads"))
-    return f"# Made on {cpu} ({capability}), {threads} threads, torch {torch.__version__}.\n"
+    """The comment line of resolved settings that names the machine."""
+    here = description()
+    return f"# Made on {here['cpu']} ({here['capability']}), {here['threads']} threads, torch {torch.__version__}.\n"
 
 
 def machine_identity() -> str:
@@ -87,8 +87,8 @@ def measured_once(name: str, measure: Callable[[], Any]) -> Any:
 
     A cache that cannot be read or written only means that it is measured again.
     """
-    kept = _kept()
-    own = kept.get(machine_identity())
+    measurements = _kept()
+    own = measurements.get(machine_identity())
     if isinstance(own, dict) and name in own:
         return own[name]
     value = measure()
@@ -98,11 +98,11 @@ def measured_once(name: str, measure: Callable[[], Any]) -> Any:
 
 def remember(name: str, value: Any) -> None:
     """Keep a measurement of this machine, in place of an earlier one."""
-    kept = _kept()
-    own = kept.get(machine_identity())
-    kept[machine_identity()] = {**(own if isinstance(own, dict) else {}), name: value}
+    measurements = _kept()
+    own = measurements.get(machine_identity())
+    measurements[machine_identity()] = {**(own if isinstance(own, dict) else {}), name: value}
     with suppress(UserError, OSError):
-        write_json(cache_folder() / FILE, kept)
+        write_json(cache_folder() / FILE, measurements)
 
 
 def _kept() -> dict[str, Any]:

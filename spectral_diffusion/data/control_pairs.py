@@ -20,7 +20,7 @@ from ..core.rng import keyed_generator
 from ..models.vae import encode
 from .folder import load_concept, open_photo
 from .samples import random_crop
-from .sidecars import Files, find_drawing
+from .sidecars import Files, find_control_image
 
 CHANNELS = {"sketch": 1, "keypose": 3}
 
@@ -51,7 +51,7 @@ def read_pairs(config: ControlConfig, hooks: Hooks) -> list[ControlPair]:
     files = Files()
     pairs, skipped, bare, wordless = [], list(concept.skipped), 0, 0
     for photo in concept.photos:
-        condition = find_drawing(photo.path, folder, kind, files)
+        condition = find_control_image(photo.path, folder, kind, files)
         if condition is None:
             bare += 1
             continue

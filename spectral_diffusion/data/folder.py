@@ -65,7 +65,7 @@ class Concept:
     """A person's own thing.
 
     ``skipped`` holds a reason per file that could not be used, ``notes`` what else a person may want to know, and
-    ``drawings`` the pictures that were left out because they are drawings of the photos.
+    ``control_images`` the pictures left out because they are control images of the photos.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Concept:
     photos: tuple[Photo, ...]
     skipped: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    drawings: tuple[Path, ...] = ()
+    control_images: tuple[Path, ...] = ()
 
     def prompt(self, text: str) -> str:
         """A caption or template with the concept's token in it.
@@ -109,7 +109,7 @@ class Concept:
 
 @dataclass(frozen=True)
 class About:
-    """What a concept is called, and what ``concept.yaml`` says of repeats; ``given`` if anybody gave it a name."""
+    """A concept's names, and the repeats of ``concept.yaml``; ``given`` if a name was set explicitly."""
 
     name: str
     noun: str
@@ -149,12 +149,12 @@ def load_concept(folder: Path, name: str | None = None, token: str | None = None
         )
     return Concept(
         about.name, about.noun, about.token, tuple(content.photos), tuple(content.skipped), tuple(notes),
-        tuple(content.drawings),
+        tuple(content.control_images),
     )  # fmt: skip
 
 
 def describe(folder: Path, name: str | None = None, token: str | None = None, noun: str | None = None) -> About:
-    """What a concept is called: as given, else as its ``concept.yaml`` says, else as its folder is called.
+    """A concept's names: as given, else from its ``concept.yaml``, else from its folder's name.
 
     Raises:
         UserError: no such folder, an invalid ``concept.yaml``, or a name or token that cannot be one.
@@ -253,7 +253,7 @@ class FolderContent:
     photos: list[Photo]
     skipped: list[str]
     notes: list[str]
-    drawings: list[Path]
+    control_images: list[Path]
     nested: str = ""
 
 
@@ -269,13 +269,13 @@ def read_photos(folder: Path, folders: Mapping[Path, int]) -> FolderContent:
     images, others = sorted_out(sorted(paths))
     photos: list[Photo] = []
     skipped: list[str] = []
-    drawings: list[Path] = []
+    control_images: list[Path] = []
     masks: dict[Path, Path] = {}
     same: dict[str, list[str]] = {}
     files = Files()
     for path in images:
         if is_control_image(path) or twin_of(path, DRAWING_ENDINGS, images):
-            drawings.append(path)
+            control_images.append(path)
             continue
         try:
             image = open_upright(path)
@@ -300,7 +300,7 @@ def read_photos(folder: Path, folders: Mapping[Path, int]) -> FolderContent:
     named = {folded(photo.path.name) for photo in photos}
     notes = list(notes_of(same.values(), [path.name for path in elsewhere if folded(path.name) not in named]))
     notes += unused(photos, folder, files)
-    return FolderContent(photos, [*skipped, *others], notes, drawings, nested_photos(folder, folders, listed))
+    return FolderContent(photos, [*skipped, *others], notes, control_images, nested_photos(folder, folders, listed))
 
 
 def sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
@@ -334,7 +334,7 @@ def and_more(names: Sequence[str], shown: int) -> str:
 
 
 def notes_of(same: Iterable[list[str]], gone: list[str]) -> Iterator[str]:
-    """What a person may want to know: photos that are the same, names in the metadata that no photo has."""
+    """Notes for the user: identical photos, names in the metadata that no photo has."""
     for names in same:
         if len(names) > 1:
             yield f"{len(names)} photos are the same: {', '.join(names)}."

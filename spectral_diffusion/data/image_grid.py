@@ -50,10 +50,10 @@ def labelled_grid(
     return sheet
 
 
-def labelled_sheet(pictures: Sequence[Path], labels: Sequence[str], side: int = 128, most: int = 64) -> Image.Image:
-    """Picture files, each at least ``side`` pixels high with its label above; the first ``most``."""
+def labelled_sheet(pictures: Sequence[Path], labels: Sequence[str], side: int = 128, limit: int = 64) -> Image.Image:
+    """Picture files, each at least ``side`` pixels high with its label above; the first ``limit``."""
     tiles = []
-    for path, label in zip(pictures[:most], labels, strict=False):
+    for path, label in zip(pictures[:limit], labels, strict=False):
         with Image.open(path) as image:
             tiles.append(labelled(enlarged(image.convert("RGB"), side), label))
     return image_grid(tiles, gap=6)
@@ -71,7 +71,7 @@ def write(image: Image.Image, position: tuple[int, int], text: str, width: int) 
 
 
 def shortened(text: str, width: int) -> str:
-    """A line of text that takes at most so many pixels, with … where it was cut."""
+    """A line of text of at most ``width`` pixels, with … where it was cut."""
     if FONT.getlength(text) <= width:
         return text
     while text and FONT.getlength(text + "…") > width:

@@ -115,6 +115,6 @@ def mask_of(photo: Photo) -> Image.Image:
 
 
 def side_multiple(base: Base) -> int:
-    """What the sides of pictures must be divisible by, so that neither the VAE nor the U-Net has to round."""
+    """The divisor of pictures' sides, so that neither the VAE nor the U-Net has to round."""
     halvings = sum(bool(block.downsamplers) for block in base.pipeline.unet.down_blocks)
     return int(base.pipeline.vae_scale_factor * 2**halvings)

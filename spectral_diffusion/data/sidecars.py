@@ -1,4 +1,4 @@
-"""Which files of a folder belong to which photo: captions, masks and drawings, found by their names."""
+"""Which files of a folder belong to which photo: captions, masks and control images, found by their names."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def find_mask(photo: Path, folder: Path, files: Files) -> Path | None:
     return next(filter(None, in_folders), None) or files.find(photo.parent, named_after(photo, IMAGES, (LABEL,)))
 
 
-def find_drawing(photo: Path, folder: Path, kind: str, files: Files) -> Path | None:
+def find_control_image(photo: Path, folder: Path, kind: str, files: Files) -> Path | None:
     """A photo's sketch or keypose: beside it as ``<name>_<kind>.png``, or in ``<kind>/`` or ``conditions/``."""
     beside = files.find(photo.parent, named_after(photo, IMAGES, (f".{kind}", f"_{kind}")))
     in_folders = (files.find(folder / name, named_after(photo, IMAGES)) for name in (kind, "conditions"))

@@ -1,4 +1,4 @@
-"""What a layer sees, streamed: a float64 Gram matrix, or the rows themselves while they are few."""
+"""A layer's inputs, streamed: a float64 Gram matrix, or the rows themselves while they are few."""
 
 from __future__ import annotations
 

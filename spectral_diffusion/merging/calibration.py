@@ -79,8 +79,8 @@ def calibration_prompts(config: CalibrationConfig, token: str | None, seed: int)
     random = keyed_random("gradient", token or "ordinary", seed)
     prompts = []
     for index in range(config.num_images):
-        thing = token or generic_subject(random.choice(GENERIC_ADJECTIVES), random.choice(GENERIC_NOUNS))
-        prompts.append(config.prompts[index % len(config.prompts)].replace("{}", thing))
+        subject = token or generic_subject(random.choice(GENERIC_ADJECTIVES), random.choice(GENERIC_NOUNS))
+        prompts.append(config.prompts[index % len(config.prompts)].replace("{}", subject))
     return prompts
 
 
@@ -98,7 +98,7 @@ def calibrate(
 
     ``only`` restricts the adapter to some layers.
     """
-    seen = {name: GramAccumulator(matrix_shape(layer.weight)[1]) for name, layer in layers.items()}
+    grams = {name: GramAccumulator(matrix_shape(layer.weight)[1]) for name, layer in layers.items()}
     known = known_tokens(base.pipeline.tokenizer)
     tokens = list(adapter.tokens) if adapter and adapter.tokens else [None]  # also those it was trained on top of
     prompts = [collapse(text, known) for token in tokens for text in calibration_prompts(config, token, seed)]
@@ -109,7 +109,7 @@ def calibrate(
 
         def fold(step: int, latents: Tensor) -> None:
             for name, rows in take().items():
-                seen[name].add(rows)
+                grams[name].add(rows)
 
         for start in range(0, len(prompts), CHUNK):
             chunk = prompts[start : start + CHUNK]
@@ -118,7 +118,7 @@ def calibrate(
                 chunk, generators, config.num_inference_steps, config.guidance_scale, on_step=fold
             )
             hooks.progress(Event("watch", min(start + CHUNK, len(prompts)), len(prompts)))
-    return seen
+    return grams
 
 
 def cached_seen(
@@ -129,7 +129,7 @@ def cached_seen(
     seed: int,
     make: Callable[[], dict[str, GramAccumulator]],
 ) -> dict[str, GramAccumulator]:
-    """What ``make`` collects, kept on disk under a hash of everything that decides it."""
+    """The result of ``make``, cached on disk under a hash of everything that decides it."""
     decides = {
         "base": base.fingerprint.exact,
         "adapter": content_hash(adapter) if adapter else None,
@@ -149,14 +149,14 @@ def cached_seen(
     return cached(path, make, packed, unpacked, WAIT, KEPT)
 
 
-def packed(seen: Mapping[str, GramAccumulator]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def packed(grams: Mapping[str, GramAccumulator]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata to cache of the layers' inputs."""
-    tensors = {name: gram.matrix() if gram.is_raw else gram.gram() for name, gram in seen.items()}
-    return tensors, {"counts": json.dumps({name: gram.count for name, gram in seen.items()})}
+    tensors = {name: gram.matrix() if gram.is_raw else gram.gram() for name, gram in grams.items()}
+    return tensors, {"counts": json.dumps({name: gram.count for name, gram in grams.items()})}
 
 
 def unpacked(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, GramAccumulator]:
-    """What :func:`packed` was given."""
+    """The inverse of :func:`packed`."""
     counts = parse_json(metadata["counts"])
     grams = {name: GramAccumulator(tensors[name].shape[1]) for name in counts}
     for name, gram in grams.items():

@@ -209,7 +209,7 @@ def extra_modules(base: Base, config: MergeConfig, adapted: Container[str]) -> l
 
 
 def contribute(
-    adapters: list[Adapter], layer: str, weight: Tensor, config: MergeConfig, seen: Mapping[str, Seen]
+    adapters: list[Adapter], layer: str, weight: Tensor, config: MergeConfig, inputs: Mapping[str, Seen]
 ) -> list[Contribution]:
     """Every adapter's contribution to one layer; that of an adapter without the layer is no change."""
     contributions = []
@@ -223,7 +223,7 @@ def contribute(
                 adapter.frozen_of(layer, weight.detach().cpu()) if has_layer else {},
                 adapter.slot,
                 scale_of(config.scales, adapter.name, layer),
-                seen.get(adapter.name, {}).get(layer),
+                inputs.get(adapter.name, {}).get(layer),
                 None if has_layer else matrix_shape(weight),
                 layer,
             )

@@ -134,7 +134,7 @@ def check_not_base(output: Path, base: str) -> None:
 def manifest_of(
     config: FuseConfig, adapters: list[Adapter], files: dict[str, str], fingerprint: str | None
 ) -> dict[str, Any]:
-    """What went into a fusion, as JSON; ``fingerprint`` is the exact one of the base that was there, if known."""
+    """The manifest of a fusion, as JSON; ``fingerprint`` is the base's exact one, if known."""
     settings = config.model_dump(mode="json", exclude={"adapters", "output", "base", "device", "scales"})
     return {
         "format_version": 2,

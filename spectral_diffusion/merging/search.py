@@ -89,8 +89,8 @@ def make_reference(base: Base, adapter: Adapter | None, config: MergeConfig) -> 
             "noisy": denoiser.add_noise(latents, noise, timesteps),
             "timesteps": timesteps,
         }
-        wanted = predict(base, **inputs)
-    return Reference(adapter.name if adapter else None, inputs, wanted, predict(base, **inputs) if adapter else wanted)
+        target = predict(base, **inputs)
+    return Reference(adapter.name if adapter else None, inputs, target, predict(base, **inputs) if adapter else target)
 
 
 @contextmanager
@@ -141,12 +141,12 @@ def search_scales(
         with untouched(base, adapters):
             fuse_adapters(base, adapters, changed, install=False, hooks=hooks)
             with torch.no_grad():
-                off = [
+                errors = [
                     float((predict(base, **reference.inputs) - reference.target).square().mean())
                     for reference in references
                 ]
         own = [max(reference.effect, 1e-12) for reference in references[:-1]]
-        concepts = sum(a / b for a, b in zip(off[:-1], own, strict=True)) / len(adapters)
-        tried.append(Candidate(scale, prior_weight, concepts, off[-1] / max(effect, 1e-12)))
+        concepts = sum(a / b for a, b in zip(errors[:-1], own, strict=True)) / len(adapters)
+        tried.append(Candidate(scale, prior_weight, concepts, errors[-1] / max(effect, 1e-12)))
         hooks.progress(Event("tune", index, len(grid), {"score": tried[-1].score}))
     return sorted(tried, key=lambda candidate: candidate.score)

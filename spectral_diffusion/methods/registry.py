@@ -23,7 +23,7 @@ Tensors = Mapping[str, Tensor]
 
 
 class Schedule(Protocol):
-    """What a method does between steps on one network."""
+    """A method's actions between steps on one network."""
 
     def after_step(self, step: int) -> None:
         """The optimizer has made ``step`` steps."""
@@ -32,7 +32,7 @@ class Schedule(Protocol):
         """Remove for good what the schedule has removed, where an average of the parameters brings it back."""
 
     def state(self) -> tuple[dict[str, Tensor], Any]:
-        """What a resumed training needs: tensors, and something JSON can hold."""
+        """The state that a resumed training needs: tensors, and JSON-able values."""
 
     def load_state(self, tensors: Tensors, pattern: Any) -> None:
         """Take :meth:`state` back."""

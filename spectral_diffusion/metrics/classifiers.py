@@ -123,7 +123,7 @@ def load_classifier(name: str, folder: Path | None = None) -> nn.Module:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a judge sees in one window."""
+    """A classifier's answer for one window."""
 
     noun: str | None
     colour: str

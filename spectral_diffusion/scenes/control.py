@@ -1,4 +1,4 @@
-"""Conditions: drawings that T2I-Adapters turn into feature maps, several of them with weights."""
+"""Control images that T2I-Adapters turn into feature maps, several of them with weights."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def keypose_image(people: Sequence[np.ndarray], size: tuple[int, int] | None, si
 
 
 def read_sketch(path: Path) -> Image.Image:
-    """A drawing as L, white strokes on black, inverted if necessary.
+    """A sketch as L, white strokes on black, inverted if necessary.
 
     Raises:
         UserError: not a readable image.
@@ -137,7 +137,7 @@ def load_t2i_adapter(base: Base, name: str | None, kind: Kind = "sketch") -> T2I
     return adapter.to(base.device).eval()
 
 
-def _check_features(base: Base, drawing: ControlMap, network: T2IAdapter) -> None:
+def _check_features(base: Base, control: ControlMap, network: T2IAdapter) -> None:
     """Refuse a T2I-Adapter whose features are not of the sizes that the base's U-Net adds.
 
     Raises:
@@ -146,54 +146,54 @@ def _check_features(base: Base, drawing: ControlMap, network: T2IAdapter) -> Non
     side = 16 * base.pipeline.vae_scale_factor * network.config["downscale_factor"]  # every level divides it
     with torch.no_grad():
         blank = torch.zeros(1, network.config["in_channels"], side, side, device=base.device, dtype=base.dtype)
-        given = [tuple(feature.shape[1:3]) for feature in network(blank)]
+        shapes = [tuple(feature.shape[1:3]) for feature in network(blank)]
     latents = side // base.pipeline.vae_scale_factor
     unet = base.pipeline.unet
-    wanted = [(channels, latents >> halvings) for channels, halvings in feature_shapes_of(unet)][
+    expected_shapes = [(channels, latents >> halvings) for channels, halvings in feature_shapes_of(unet)][
         : len(unet.down_blocks)
     ]
     # What is left over is added in the middle if it fits there, else nowhere.
-    if any(size != expected for size, expected in zip(given, wanted, strict=False)):
-        name = t2i_name(base, drawing.adapter, drawing.kind)
+    if any(size != expected for size, expected in zip(shapes, expected_shapes, strict=False)):
+        name = t2i_name(base, control.adapter, control.kind)
         raise UserError(
-            f"The {drawing.kind} adapter {name} is for another U-Net, which adds other features; name one for this "
+            f"The {control.kind} adapter {name} is for another U-Net, which adds other features; name one for this "
             "base with the condition's adapter."
         )
 
 
 def adapter_of(
-    base: Base, drawings: Sequence[ControlMap], size: tuple[int, int]
+    base: Base, controls: Sequence[ControlMap], size: tuple[int, int]
 ) -> tuple[T2IAdapter | MultiAdapter, Any]:
-    """The network that reads these drawings, and the weights that the pipeline takes.
+    """The network that reads these control images, and the weights that the pipeline takes.
 
     Raises:
         UserError: an adapter cannot be loaded, or does not fit the base, the picture's size or the others.
     """
-    for drawing in drawings:
-        drawing.network = load_t2i_adapter(base, drawing.adapter, drawing.kind)
-        _check_features(base, drawing, drawing.network)
-        if any(side % drawing.network.config["downscale_factor"] for side in size):
+    for control in controls:
+        control.network = load_t2i_adapter(base, control.adapter, control.kind)
+        _check_features(base, control, control.network)
+        if any(side % control.network.config["downscale_factor"] for side in size):
             raise UserError(
-                f"With this {drawing.kind} adapter the picture's sides must be divisible by "
-                f"{drawing.network.config['downscale_factor']}; {size[0]}×{size[1]} are not."
+                f"With this {control.kind} adapter the picture's sides must be divisible by "
+                f"{control.network.config['downscale_factor']}; {size[0]}×{size[1]} are not."
             )
-    networks = [drawing.network for drawing in drawings]
-    if len(drawings) == 1:
-        return networks[0], drawings[0].weight
+    networks = [control.network for control in controls]
+    if len(controls) == 1:
+        return networks[0], controls[0].weight
     try:
-        return MultiAdapter(networks), [drawing.weight for drawing in drawings]
+        return MultiAdapter(networks), [control.weight for control in controls]
     except ValueError as error:
         raise UserError(f"These conditions' adapters cannot be combined: {reason(error)}.") from error
 
 
 @contextmanager
-def weighed(drawings: Sequence[ControlMap], regions: Sequence[Region], areas: Sequence[Box | Tensor]) -> Iterator[None]:
+def weighed(controls: Sequence[ControlMap], regions: Sequence[Region], areas: Sequence[Box | Tensor]) -> Iterator[None]:
     """Multiply the control images' features by the regions' own weights, cell by cell (means where regions overlap)."""
     with ExitStack() as stack:
-        for drawing in drawings:
-            weights = [region.weight_of(drawing.kind) for region in regions]
-            if drawing.network is not None and any(weight != 1 for weight in weights):
-                stack.callback(drawing.network.register_forward_hook(_weighing(weights, areas)).remove)
+        for control in controls:
+            weights = [region.weight_of(control.kind) for region in regions]
+            if control.network is not None and any(weight != 1 for weight in weights):
+                stack.callback(control.network.register_forward_hook(_weighing(weights, areas)).remove)
         yield
 
 

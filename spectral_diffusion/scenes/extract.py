@@ -89,12 +89,12 @@ def clean_strokes(image: Image.Image) -> Image.Image:
     """
     scale = min(1.0, PAPER_SIDE / max(image.size))
     pixels = np.asarray(_eight_bit(image).resize(_scaled(image.size, scale), Image.Resampling.BOX), np.float32)
-    colours, alpha = pixels[..., :3], pixels[..., 3:]
+    colors, alpha = pixels[..., :3], pixels[..., 3:]
     if alpha.size and alpha.min() < 250:
-        sheet = _sheet(colours, alpha[..., 0])
-        strokes = alpha[..., 0] if sheet is None else _off_paper(sheet + (colours - sheet) * alpha / 255)
+        sheet = _sheet(colors, alpha[..., 0])
+        strokes = alpha[..., 0] if sheet is None else _off_paper(sheet + (colors - sheet) * alpha / 255)
     else:
-        strokes = _off_paper(colours)
+        strokes = _off_paper(colors)
     visible = strokes[strokes > 16]
     if visible.size:
         strokes = strokes / float(np.quantile(visible, 0.95))
@@ -115,9 +115,9 @@ def keypose_of(image: Image.Image) -> list[Person]:
         pose, options = mediapipe.solutions.pose.Pose, {"static_image_mode": True, "enable_segmentation": True}
         with (
             pose(min_detection_confidence=0.5, **options) as first,
-            pose(min_detection_confidence=0.6, **options) as more,
+            pose(min_detection_confidence=0.6, **options) as further,
         ):
-            return _people(np.array(_opaque(image)), first.process, more.process)
+            return _people(np.array(_opaque(image)), first.process, further.process)
 
 
 def read_keypoints(path: Path) -> tuple[list[Person], Size | None]:
@@ -149,12 +149,12 @@ def read_keypoints(path: Path) -> tuple[list[Person], Size | None]:
     if isinstance(data, list) and entries and all(_is_flat(entry) for entry in entries):
         entries = [entries]  # one person without the list around it
     people = [_person(entry, f"person {number} of {path}") for number, entry in enumerate(entries, 1)]
-    seen = [person for person in people if np.isfinite(person).any()]
-    if not seen:
+    visible = [person for person in people if np.isfinite(person).any()]
+    if not visible:
         raise UserError(f"{path} holds no people: no point in it has a confidence above 0.")
-    if canvas and are_fractions(seen):
-        seen = [person * np.array(canvas, float) for person in seen]
-    return seen, canvas
+    if canvas and are_fractions(visible):
+        visible = [person * np.array(canvas, float) for person in visible]
+    return visible, canvas
 
 
 def are_fractions(people: Sequence[Person]) -> bool:
@@ -171,7 +171,7 @@ Finder = Callable[[np.ndarray], Any]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
-def _people(image: np.ndarray, first: Finder, more: Finder) -> list[Person]:
+def _people(image: np.ndarray, first: Finder, further: Finder) -> list[Person]:
     """Detect repeatedly: the model finds one person at a time, and misses small ones."""
     height, width = image.shape[:2]
     side = min(height, width)
@@ -185,7 +185,7 @@ def _people(image: np.ndarray, first: Finder, more: Finder) -> list[Person]:
     for view in views:
         while len(people) < MOST_PEOPLE:
             sure = not people and view == views[0]
-            if (detection := _find(first if sure else more, rest, view)) is None:
+            if (detection := _find(first if sure else further, rest, view)) is None:
                 break
             person, (left, top, right, bottom), body = detection
             cut = (
@@ -196,9 +196,14 @@ def _people(image: np.ndarray, first: Finder, more: Finder) -> list[Person]:
                 break
             if not sure:  # what is painted over makes ghosts, which the picture itself does not confirm
                 wide = max(right - left, bottom - top) // 4
-                around = (max(0, left - wide), max(0, top - wide), min(width, right + wide), min(height, bottom + wide))
-                again = _find(first, image, around)
-                if again is None or not _same(person, again[0]):
+                surroundings = (
+                    max(0, left - wide),
+                    max(0, top - wide),
+                    min(width, right + wide),
+                    min(height, bottom + wide),
+                )
+                confirmed = _find(first, image, surroundings)
+                if confirmed is None or not _same(person, confirmed[0]):
                     break
             people.append(person)
             rest[ndimage.binary_dilation(body, iterations=max(1, side // 60))] = 128
@@ -212,9 +217,9 @@ def _find(finder: Finder, image: np.ndarray, view: Box) -> tuple[Person, Box, np
     if result.pose_landmarks is None:
         return None
     marks = np.array([(mark.x, mark.y, mark.visibility) for mark in result.pose_landmarks.landmark])
-    seen = ((marks[:, :2] >= 0) & (marks[:, :2] <= 1)).all(1) & (marks[:, 2] >= 0.5)
+    visible = ((marks[:, :2] >= 0) & (marks[:, :2] <= 1)).all(1) & (marks[:, 2] >= 0.5)
     points = marks[:, :2] * (right - left, bottom - top) + (left, top)
-    person = _ordered(np.where(seen[:, None], points, np.nan), BLAZEPOSE)
+    person = _ordered(np.where(visible[:, None], points, np.nan), BLAZEPOSE)
     body = np.zeros(image.shape[:2], bool)
     body[top:bottom, left:right] = result.segmentation_mask > 0.3
     if np.isfinite(person[:, 0]).sum() < 4 or not body.any():
@@ -238,7 +243,7 @@ def _no_chatter() -> Iterator[None]:
     """Hold back what mediapipe's C++ writes to the process's standard error; it knows no other switch."""
     with _stderr:
         try:
-            kept = os.dup(2)
+            stderr = os.dup(2)
         except OSError:  # no standard error at all
             yield
             return
@@ -247,8 +252,8 @@ def _no_chatter() -> Iterator[None]:
         try:
             yield
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
             os.close(nowhere)
 
 
@@ -276,13 +281,13 @@ def _opaque(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _sheet(colours: Floats, alpha: Floats) -> Floats | None:
+def _sheet(colors: Floats, alpha: Floats) -> Floats | None:
     """The color of an opaque sheet with a drawing on it, or None where only the strokes are opaque."""
     visible = alpha > alpha.max() / 2
     if visible.mean() < 0.3:
         return None
-    sheet = np.median(colours[visible], 0)
-    share = float((np.abs(colours[visible] - sheet).max(-1) < 32).mean())
+    sheet = np.median(colors[visible], 0)
+    share = float((np.abs(colors[visible] - sheet).max(-1) < 32).mean())
     return np.asarray(sheet) if 0.5 < share < 0.995 else None
 
 
@@ -434,5 +439,5 @@ def _point(row: Any, where: str) -> tuple[float, float]:
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"A point of {where} is {str(row)[:40]}; give [x, y] or [x, y, confidence].") from error
     # Without a confidence, the corner itself is how files say unseen.
-    seen = confidence[0] > 0 if confidence else (x, y) != (0, 0)
-    return (x, y) if seen and math.isfinite(x + y) else (math.nan, math.nan)
+    visible = confidence[0] > 0 if confidence else (x, y) != (0, 0)
+    return (x, y) if visible and math.isfinite(x + y) else (math.nan, math.nan)

@@ -121,7 +121,7 @@ def mapped(prompt: str, mapping: Mapping[str, str]) -> str:
     return re.sub(r"\ba a\b", "a", re.sub(r"\ban? (?=(?:an?|the) )", "", GROUP.sub(replaced, prompt)))
 
 
-def drawings_beside(path: Path) -> list[dict[str, str]]:
+def control_images_beside(path: Path) -> list[dict[str, str]]:
     """Condition pictures of the same name: ``NAME_sketch.png``, ``NAME_pose.png`` or ``NAME.png``."""
     controls = []
     for ending, kind in (("_sketch", "sketch"), ("_pose", "keypose"), ("_keypose", "keypose"), ("", "")):
@@ -147,10 +147,10 @@ def kind_of(file: Path) -> str:
     return "keypose" if spread > 60 else "sketch"
 
 
-def layout_size(drawings: Sequence[Mapping[str, str]], spots: Sequence[MixOfShowRegion]) -> tuple[float, float]:
-    """The picture's size in the file's pixels: that of its drawing, else 512 high and as wide as the boxes need."""
-    if drawings:
-        return open_photo(Path(drawings[0]["file"])).size
+def layout_size(controls: Sequence[Mapping[str, str]], spots: Sequence[MixOfShowRegion]) -> tuple[float, float]:
+    """The size in the file's pixels: that of the control image, else 512 high and as wide as the boxes need."""
+    if controls:
+        return open_photo(Path(controls[0]["file"])).size
     boxes = [spot.box for spot in spots if spot.box]
     return (1024.0 if max(box[2] for box in boxes) > 512 else 512.0), 512.0
 
@@ -170,8 +170,8 @@ def scene_of(path: Path, base_size: int, mapping: Mapping[str, str], layout: int
         stems = {match[1] for match in GROUP.finditer(written)}
         if key not in EVERY and key not in written and key.strip("<>") not in stems:
             raise UserError(f"The mapping names '{key}', but the file's tokens are {', '.join(sorted(stems))}.")
-    drawings = drawings_beside(path)
-    width, height = layout_size(drawings, spots)
+    controls = control_images_beside(path)
+    width, height = layout_size(controls, spots)
     regions = []
     for spot in spots:
         assert spot.box is not None
@@ -189,5 +189,5 @@ def scene_of(path: Path, base_size: int, mapping: Mapping[str, str], layout: int
         "width": max(8, round(width * factor / 8) * 8),
         "height": max(8, round(height * factor / 8) * 8),
         "regions": regions,
-        "controls": drawings,
+        "controls": controls,
     }

@@ -40,7 +40,7 @@ def save_png(image: Image.Image, path: Path, scene: Scene, sources: Mapping[str,
 
 
 def embedded(scene: Scene, path: Path, sources: Mapping[str, str]) -> dict[str, Any]:
-    """What the picture ``path`` holds of its scene and sources.
+    """The metadata of the picture ``path``: its scene and sources.
 
     Full paths are relative to the picture, or names alone: people share it.
     """
@@ -52,7 +52,7 @@ def embedded(scene: Scene, path: Path, sources: Mapping[str, str]) -> dict[str, 
 
 
 def sources_of(scene: Scene, base: Base) -> dict[str, str]:
-    """What a picture is made from besides its settings: the base's fingerprint, and a hash of every file it names.
+    """The sources of a picture besides its settings: the base's fingerprint, and a hash of every file it names.
 
     Call it before anything is loaded on the base.
     """
@@ -96,7 +96,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_sources(path: Path) -> dict[str, str]:
-    """What a picture says that it was made from.
+    """The sources that a picture names.
 
     Raises:
         UserError: it is none of this program's pictures.
@@ -120,7 +120,7 @@ class FoundSources:
 
 
 def find_again(path: Path, named: Iterable[str] = ()) -> FoundSources:
-    """What a picture was made from, wherever its files are now: those of the same content come first.
+    """A picture's sources, wherever their files are now: those of the same content come first.
 
     They are searched among ``named`` adapters, then as the picture names them: from here, beside it, and from the
     folders above it.
@@ -129,7 +129,7 @@ def find_again(path: Path, named: Iterable[str] = ()) -> FoundSources:
         UserError: no picture of this program's, or an adapter of it is missing.
     """
     folder, digests = Path(path).parent, read_sources(path)
-    anew = {name: _digest(name) for name in named}
+    digest_of = {name: _digest(name) for name in named}
     moved: dict[str, str] = {}
 
     def locate(name: str) -> str:
@@ -138,18 +138,18 @@ def find_again(path: Path, named: Iterable[str] = ()) -> FoundSources:
         same = [
             candidate for candidate in [name, *existing, str(folder / file)] if digest and _digest(candidate) == digest
         ]
-        known = [other for other, its in anew.items() if digest and its == digest] + same
-        likely = [name] * exists(name) + [other for other in anew if Path(other).name == file] + existing
+        known = [other for other, own in digest_of.items() if digest and own == digest] + same
+        likely = [name] * exists(name) + [other for other in digest_of if Path(other).name == file] + existing
         moved[name] = next(iter(known + likely), name)
         return moved[name]
 
     settings = paths_in(read_settings(path), locate)
     if lost := next((name for adapters in adapter_tables(settings) for name in adapters if not exists(name)), None):
         raise UserError(
-            f"{path} was drawn with {lost}, which is not there any more.", Fix("adapters", so="to name it where it is")
+            f"{path} was generated with {lost}, which no longer exists.", Fix("adapters", so="to name it where it is")
         )
     sources = {moved.get(name, name): digest for name, digest in digests.items()}
-    return FoundSources(settings, sources, {name for name in moved.values() if name in anew})
+    return FoundSources(settings, sources, {name for name in moved.values() if name in digest_of})
 
 
 def _digest(name: str | Path) -> str | None:

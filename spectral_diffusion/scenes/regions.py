@@ -71,7 +71,7 @@ def grid_of(cells: int, height: int, width: int) -> tuple[int, int]:
 
 @dataclass
 class RegionalPrompts:
-    """What the processors and hooks of one sampling share.
+    """The shared state of one sampling's processors and hooks.
 
     Attributes:
         size: height and width of the latents.
@@ -150,8 +150,8 @@ class RegionalAttention:
             text = area.positive.expand(state.pictures, -1, -1)
             if guided:
                 text = torch.cat([area.negative.expand(state.pictures, -1, -1), text])
-            mine: Tensor = self.inner(attn, hidden_states[:, cells], text.to(hidden_states.dtype), None, temb)
-            return mine
+            attended: Tensor = self.inner(attn, hidden_states[:, cells], text.to(hidden_states.dtype), None, temb)
+            return attended
 
         return state.mean_inside(out, read, state.share)
 
@@ -164,7 +164,7 @@ def innermost(layer: Any) -> Layer:
 
 
 def change_of(layer: Layer, x: Tensor, factors: Factors) -> Tensor:
-    """What a low-rank change adds to a layer's output."""
+    """The output that a low-rank change adds to a layer's."""
     up, down, layer = factors.up.to(x), factors.down.to(x), innermost(layer)
     return low_rank_conv(x, layer, up, down) if isinstance(layer, nn.Conv2d) else (x @ down.mT) @ up.mT
 

@@ -155,7 +155,7 @@ class SceneSampler:
         return {"image": images if len(images) > 1 else images[0]} if images else {}
 
     def _callback(self, state: RegionalPrompts, index: int, batches: int) -> dict[str, Any]:
-        """What the pipeline calls after a step: progress, previews, and the step for the regions."""
+        """The pipeline's callback after a step: progress, previews, and the step for the regions."""
         steps, preview = self.scene.num_inference_steps, self.inputs.preview
 
         def after(step: int, latents: torch.Tensor) -> None:
@@ -207,7 +207,7 @@ def finished(pipe: Any, output: Any) -> list[Image.Image]:
 
 
 def not_finite(dtype: torch.dtype) -> NotFiniteError:
-    """What is said of a picture of NaN."""
+    """The error for a picture of NaN."""
     if dtype == torch.float32:
         return NotFiniteError(
             "The picture is NaN or infinite: lower the strengths of its adapters, or look at the base's weights."

@@ -25,7 +25,7 @@ def read_scene(path: Path) -> dict[str, Any]:
 
 
 def candidate_paths(name: str, folder: Path) -> Iterator[Path | str]:
-    """Where the path in a file in ``folder`` may lead: beside that file, from here, or from a folder above it.
+    """The candidates for a path in a file in ``folder``: beside that file, from here, or from a folder above it.
 
     Such a file is often in a subfolder of the one its paths start from.
     """

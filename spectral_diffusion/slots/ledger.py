@@ -49,7 +49,7 @@ class Slot:
         return max(0, -self.columns[0])
 
     def fits(self, capacity: int) -> bool:
-        """Whether so many columns hold it."""
+        """Whether it fits into ``capacity`` columns."""
         return max(self.top, self.bottom) <= capacity
 
     def shared(self, other: Slot) -> int:
@@ -159,13 +159,13 @@ class SlotRequest:
     """A concept's request to the ledger.
 
     Attributes:
-        wanted: a policy (see :func:`parse_policy`); ``sampled`` neither reads nor writes the ledger.
+        policy: how to choose (see :func:`parse_policy`); ``sampled`` neither reads nor writes the ledger.
         capacity: columns that every target has; ``narrowest`` names the layer that sets it.
         seed: decides the columns that ``sampled`` and ``random`` choose.
     """
 
     rank: int
-    wanted: str
+    policy: str
     capacity: int
     narrowest: str = ""
     seed: int = 0
@@ -235,7 +235,7 @@ class Ledger:
         Raises:
             UserError: the slot is taken, or past the capacity, or no room is left.
         """
-        policy, capacity = parse_policy(request.wanted, request.rank), request.capacity
+        policy, capacity = parse_policy(request.policy, request.rank), request.capacity
         if policy.kind == "sampled":
             return random_slot(request.rank, min(policy.pool, capacity), request.seed)
         with self._locked() as (data, hashes):
@@ -244,10 +244,10 @@ class Ledger:
             own = data.setdefault(base, {})
             related = [data[other] for other in alike(base, hashes) if other in data and other != base]
             taken = {name: slot for concepts in (*related, own) for name, slot in concepts.items()}
-            mine = taken.get(concept)
-            if policy.kind == "next" and mine and mine.rank == request.rank and mine.fits(capacity):
-                own[concept] = mine
-                return mine
+            own_slot = taken.get(concept)
+            if policy.kind == "next" and own_slot and own_slot.rank == request.rank and own_slot.fits(capacity):
+                own[concept] = own_slot
+                return own_slot
             others: dict[str, set[int]] = {}
             for concepts in (*related, own):
                 for name in concepts.keys() - {concept}:

@@ -42,15 +42,15 @@ def slot_map(slots: Mapping[str, Slot | None], norms: Mapping[str, float | None]
     for row, name in enumerate(names):
         top = GAP + (row + 1) * ROW
         draw.text((GAP, top + 4), name[:18], fill=INK, font=font)
-        mine = columns_of(slots[name], capacity)
+        columns = columns_of(slots[name], capacity)
         for column in range(shown):
             left = LABEL + column * CELL
-            fill = color_of(row) if column in mine else FREE
-            clash = column in mine and column in shared
+            fill = color_of(row) if column in columns else FREE
+            clash = column in columns and column in shared
             draw.rectangle(
                 (left, top, left + CELL - 2, top + ROW - 6), fill, CLASH if clash else LINE, 2 if clash else 1
             )
-        if beyond := sum(column >= shown for column in mine):
+        if beyond := sum(column >= shown for column in columns):
             draw.text((LABEL + shown * CELL - 96, top + 4), f"+{beyond} to the right", fill=INK, font=font)
         norm = norms.get(name)
         left = LABEL + shown * CELL + GAP
@@ -69,11 +69,11 @@ def columns_of(slot: Slot | None, capacity: int) -> set[int]:
 
 def clashes(slots: Sequence[set[int]]) -> set[int]:
     """Columns that more than one slot holds."""
-    seen: set[int] = set()
+    used: set[int] = set()
     twice: set[int] = set()
-    for mine in slots:
-        twice |= seen & mine
-        seen |= mine
+    for columns in slots:
+        twice |= used & columns
+        used |= columns
     return twice
 
 
@@ -89,9 +89,9 @@ class Stretch:
 def stretches(slots: Mapping[str, Slot | None], capacity: int) -> list[Stretch]:
     """All columns 0 … ``capacity`` − 1 from left to right, as one strip with their owners."""
     columns_by_name = {name: columns_of(slot, capacity) for name, slot in slots.items()}
-    owners = [tuple(name for name, mine in columns_by_name.items() if column in mine) for column in range(capacity)]
+    owners = [tuple(name for name, own in columns_by_name.items() if column in own) for column in range(capacity)]
     strip = []
-    for who, run in itertools.groupby(range(capacity), key=owners.__getitem__):
+    for names, run in itertools.groupby(range(capacity), key=owners.__getitem__):
         columns = list(run)
-        strip.append(Stretch(columns[0], columns[-1] + 1, who))
+        strip.append(Stretch(columns[0], columns[-1] + 1, names))
     return strip

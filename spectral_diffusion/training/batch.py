@@ -1,4 +1,4 @@
-"""What each training step sees: photos with noise, timesteps and prompts, all keyed by (seed, step, sample)."""
+"""The batch of each training step: photos with noise, timesteps and prompts, all keyed by (seed, step, sample)."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def curve_picture(curve: Points, title: str = "loss") -> Image.Image:
     low, high = min(values), max(values)
     spread, length = (high - low) or 1.0, (steps[-1] - steps[0]) or 1
 
-    def place(step: int, value: float) -> tuple[float, float]:
+    def point_at(step: int, value: float) -> tuple[float, float]:
         return (
             left + (step - steps[0]) / length * (right - left),
             bottom - (value - low) / spread * (bottom - top),
@@ -40,12 +40,12 @@ def curve_picture(curve: Points, title: str = "loss") -> Image.Image:
 
     for share in (0.0, 0.5, 1.0):
         value, step = low + share * (high - low), round(steps[0] + share * (steps[-1] - steps[0]))
-        y, x = place(steps[0], value)[1], place(step, low)[0]
+        y, x = point_at(steps[0], value)[1], point_at(step, low)[0]
         pen.line([(left, y), (right, y)], fill=(225, 225, 225))
         pen.text((4, y - 7), f"{value:.4g}", fill=(90, 90, 90), font=font)
         pen.text((min(x, right - 40), bottom + 8), f"{step}", fill=(90, 90, 90), font=font)
     pen.text((left + 6, top), title, fill=(90, 90, 90), font=font)
-    points = [place(step, value) for step, value in finite]
+    points = [point_at(step, value) for step, value in finite]
     if len(points) > 1:
         pen.line(points, fill=(30, 90, 180), width=2)
     return image

@@ -53,7 +53,7 @@ Changes = Mapping[str, tuple[Any, Any]]  # a setting's dotted name to its earlie
 
 
 class Stateful(Protocol):
-    """What is saved of an optimizer."""
+    """The part of an optimizer that is saved."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
@@ -75,11 +75,11 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], optimizer: Stateful, m
                 packed[f"optimizer.{index}.{key}"] = value
             elif not isinstance(value, dict):
                 scalars.setdefault(str(index), {})[key] = value
-    seen: set[int] = set()
+    pointers: set[int] = set()
     for name, value in packed.items():  # bitsandbytes shares tensors among parameters, the file's format does not
-        if value.data_ptr() in seen:
+        if value.data_ptr() in pointers:
             packed[name] = value.clone()
-        seen.add(value.data_ptr())
+        pointers.add(value.data_ptr())
     header = {"state": json.dumps({"meta": meta, "groups": state["param_groups"], "scalars": scalars})}
     write_tensors(path, packed, {**header, DIGEST: digest(packed, header)})
 
@@ -165,14 +165,14 @@ def refuse_changed_settings(path: Path, meta: Mapping[str, Any], now: Mapping[st
 
 def comparable_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the result: all but paths, what is shown and how often states are saved."""
-    kept = config.model_dump(mode="json", exclude=set(APART))
-    kept["data"].pop("latents_cache_dir")
-    return kept
+    settings = config.model_dump(mode="json", exclude=set(APART))
+    settings["data"].pop("latents_cache_dir")
+    return settings
 
 
 @dataclass
 class TrainingState:
-    """What of a training changes with its steps, and which training it is.
+    """The state of a training that changes with its steps, and its identity.
 
     Attributes:
         path: of the saved state.

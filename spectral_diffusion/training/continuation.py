@@ -1,4 +1,4 @@
-"""Where training starts from: learning rate factors of a slot, and the hash of an adapter that is continued."""
+"""The start of a training: learning rate factors of a slot, and the hash of an adapter that is continued."""
 
 from __future__ import annotations
 

@@ -99,9 +99,9 @@ def current_world(device: str = "auto") -> World:
     return World(state.process_index, state.num_processes, state)
 
 
-def device_of(config: TrainConfig, among: World) -> str:
+def device_of(config: TrainConfig, world: World) -> str:
     """The device of this process: of several, each has a GPU of its own."""
-    return str(among.state.device) if among.count > 1 and config.device in {"auto", "cuda"} else config.device
+    return str(world.state.device) if world.count > 1 and config.device in {"auto", "cuda"} else config.device
 
 
 def global_batch(config: TrainConfig, parts: int) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Who takes the steps: AdamW, 8-bit AdamW or Prodigy; their rates over time; a moving average of what is trained."""
+"""Optimizers: AdamW, 8-bit AdamW or Prodigy; learning rate schedules; a moving average of the weights."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ def lr_schedule(name: str, steps: int, warmup_steps: int = 0) -> Callable[[int],
 
     # A schedule of diffusers needs an optimizer to write into; this one needs only the function of the step.
     name = "constant_with_warmup" if name == "constant" else name
-    nobody = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
-    schedule = get_scheduler(name, nobody, num_warmup_steps=min(warmup_steps, steps - 1), num_training_steps=steps)
+    placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+    schedule = get_scheduler(name, placeholder, num_warmup_steps=min(warmup_steps, steps - 1), num_training_steps=steps)
     factor: Callable[[int], float] = schedule.lr_lambdas[0]
     return factor
 

@@ -1,4 +1,4 @@
-"""What is at a training's output already, what may be replaced there, and who is writing it."""
+"""A training's output: what exists already, what may be replaced, and which process writes it."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ def is_done(config: TrainConfig, force: bool = False) -> bool:
     output = config.output
     if not output.is_file() or state_path(output).exists() or not (before := settings_in(output)):
         return False
-    kept = {key: before[key] for key in settled(config) if key in before}
-    now = {**comparable_settings(config), **kept}
+    settled_before = {key: before[key] for key in settled(config) if key in before}
+    now = {**comparable_settings(config), **settled_before}
     if not output.with_suffix(".yaml").is_file():  # an adapter's own settings name no folders
         now = without_folders(now)
     changed = differences(before, now)

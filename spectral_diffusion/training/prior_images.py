@@ -31,23 +31,23 @@ class PriorImages:
     """Pictures the base drew, or of the class: latents (n, c, h, w), what each shows, and its prompt."""
 
     latents: Tensor
-    things: list[str]
+    subjects: list[str]
     prompts: list[str]
 
 
 def prior_prompts(config: PriorPreservationConfig, noun: str, seed: int) -> tuple[list[str], list[str]]:
     """Subjects ("a red dog") and their prompts, every third one of the concept's own class."""
-    things, prompts = [], []
+    subjects, prompts = [], []
     for index in range(config.num_images):
         generator = keyed_generator(seed, "ordinary", index)
 
         def pick(options: list[str], generator: torch.Generator = generator) -> str:
             return options[int(torch.randint(len(options), (), generator=generator))]
 
-        thing = generic_subject(pick(config.adjectives), noun if index % OWN == 0 else pick(config.nouns))
-        things.append(thing)
-        prompts.append(pick(config.scenes).replace("{}", thing))
-    return things, prompts
+        subject = generic_subject(pick(config.adjectives), noun if index % OWN == 0 else pick(config.nouns))
+        subjects.append(subject)
+        prompts.append(pick(config.scenes).replace("{}", subject))
+    return subjects, prompts
 
 
 def read_class_images(
@@ -71,10 +71,10 @@ def read_class_images(
     settings = config.model_copy(update={"crops_per_image": 1, "data": without_variation})
     crops = PhotoCrops(replace(pictures, photos=tuple(photos)), base, settings, size)
     latents, _ = crops.take([(index, 0) for index in range(len(photos))])
-    thing = f"a {noun}"
-    captions = [photo.caption or f"a photo of {thing}" for photo in photos]
+    subject = f"a {noun}"
+    captions = [photo.caption or f"a photo of {subject}" for photo in photos]
     return PriorImages(
-        latents, [thing] * len(photos), [text.replace("<TOK>", thing).replace("{}", thing) for text in captions]
+        latents, [subject] * len(photos), [text.replace("<TOK>", subject).replace("{}", subject) for text in captions]
     )
 
 
@@ -86,10 +86,10 @@ def make_prior_images(base: Base, config: TrainConfig, noun: str, size: int, hoo
     Raises:
         Cancelled: ``hooks.should_stop``, called at every step of every image, returned true.
     """
-    wanted = config.prior
+    prior = config.prior
     if config.data.class_images_dir:
         return read_class_images(config.data.class_images_dir, base, config, noun, size, hooks)
-    things, prompts = prior_prompts(wanted, noun, config.seed)
+    subjects, prompts = prior_prompts(prior, noun, config.seed)
     own = list(range(0, len(prompts), OWN))
     rest = [index for index in range(len(prompts)) if index % OWN]
     latents_of: dict[int, Tensor] = {}
@@ -97,49 +97,61 @@ def make_prior_images(base: Base, config: TrainConfig, noun: str, size: int, hoo
         if not part:
             continue
 
-        def tell(done: int, before: int = len(latents_of)) -> None:
+        def on_done(done: int, before: int = len(latents_of)) -> None:
             hooks.raise_if_stopped("Stopped before the first step; nothing was saved yet.")
             hooks.step("draw", before + done, len(prompts))
 
-        asked = [(prompts[index], index) for index in part]
-        latents = cached_prior_latents(base, asked, config.seed, size, wanted.guidance_scale, tell)
+        requests = [(prompts[index], index) for index in part]
+        latents = cached_prior_latents(base, requests, config.seed, size, prior.guidance_scale, on_done)
         latents_of |= dict(zip(part, latents, strict=True))
-    return PriorImages(torch.stack([latents_of[index] for index in range(len(prompts))]), things, prompts)
+    return PriorImages(torch.stack([latents_of[index] for index in range(len(prompts))]), subjects, prompts)
 
 
 def cached_prior_latents(
-    base: Base, asked: Sequence[tuple[str, int]], seed: int, size: int, guidance: float, tell: Callable[[int], None]
+    base: Base,
+    requests: Sequence[tuple[str, int]],
+    seed: int,
+    size: int,
+    guidance: float,
+    on_done: Callable[[int], None],
 ) -> Tensor:
     """Latents (n, c, h, w) of images by prompt and number, from the cache or generated and cached.
 
     Args:
-        tell: is called with how many are done, at every step of every chunk; what it raises ends the sampling.
+        on_done: is called with how many are done, at every step of every chunk; what it raises ends the sampling.
     """
     scheduler = {key: value for key, value in base.pipeline.scheduler.config.items() if not key.startswith("_")}
     decides = [base.fingerprint.exact, str(base.dtype), base.device.type, torch.__version__, diffusers.__version__]
-    whole = [*decides, scheduler, list(asked), seed, size, guidance, STEPS, CHUNK]
+    whole = [*decides, scheduler, list(requests), seed, size, guidance, STEPS, CHUNK]
     key = hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()
     latents, _ = cached_latents(
-        cache_folder() / "ordinary", key, lambda: (sample_prior_latents(base, asked, seed, size, guidance, tell), None)
+        cache_folder() / "ordinary",
+        key,
+        lambda: (sample_prior_latents(base, requests, seed, size, guidance, on_done), None),
     )
-    tell(len(asked))
+    on_done(len(requests))
     return latents.to(base.device)
 
 
 def sample_prior_latents(
-    base: Base, asked: Sequence[tuple[str, int]], seed: int, size: int, guidance: float, tell: Callable[[int], None]
+    base: Base,
+    requests: Sequence[tuple[str, int]],
+    seed: int,
+    size: int,
+    guidance: float,
+    on_done: Callable[[int], None],
 ) -> Tensor:
     """The sampling of :func:`cached_prior_latents`."""
     latents = []
-    for start in range(0, len(asked), CHUNK):
-        chunk = asked[start : start + CHUNK]
+    for start in range(0, len(requests), CHUNK):
+        chunk = requests[start : start + CHUNK]
         sampled = base.denoiser.sample_latents(
             [prompt for prompt, _ in chunk],
             [keyed_generator(seed, "drawn", index) for _, index in chunk],
             STEPS,
             guidance,
             size,
-            on_step=lambda step, latents, start=start: tell(start),  # type: ignore[misc]
+            on_step=lambda step, latents, start=start: on_done(start),  # type: ignore[misc]
         )
         latents.append(sampled.float())
     return torch.cat(latents)

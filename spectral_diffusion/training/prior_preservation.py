@@ -68,8 +68,8 @@ def predict_prior_targets(
         prompt = prior_images.prompts[picture]
         if float(torch.rand((), generator=generator)) < config.prior.other_token_prob:
             word = OTHER_TOKENS[int(torch.randint(len(OTHER_TOKENS), (), generator=generator))]
-            thing = prior_images.things[picture]
-            prompt = prompt.replace(thing, f"{word} {thing.split()[-1]}")
+            subject = prior_images.subjects[picture]
+            prompt = prompt.replace(subject, f"{word} {subject.split()[-1]}")
         prompts.append(prompt)
     latents = prior_images.latents.repeat(DRAWS, 1, 1, 1)
     timesteps = torch.stack(times).to(latents.device)
@@ -127,13 +127,13 @@ def cut_mix(samples: Batch, prior_images: PriorImages, token: str, step: int, co
         whole = torch.ones_like(noise[:1])
         weight = whole if samples.weights is None else samples.weights[index]
         photo = (samples.latents[index], samples.noise[index], weight, token)
-        halves = [photo, (prior_images.latents[other], noise, whole, prior_images.things[other])]
+        halves = [photo, (prior_images.latents[other], noise, whole, prior_images.subjects[other])]
         if float(torch.rand((), generator=generator)) < 0.5:
             halves.reverse()
-        pictures, sides, counts, things = zip(*halves, strict=True)
+        pictures, sides, counts, subjects = zip(*halves, strict=True)
         for row, parts in ((latents, pictures), (noises, sides), (weights, counts)):
             row.append(torch.cat([part[:, :height] for part in parts], -1))
         pair = PAIRS[int(torch.randint(len(PAIRS), (), generator=generator))]
-        prompts.append(pair.format(*things))
+        prompts.append(pair.format(*subjects))
     weighed = None if samples.weights is None else torch.stack(weights)
     return Batch(torch.stack(latents), torch.stack(noises), samples.timesteps[:count], prompts, weighed)

@@ -216,11 +216,11 @@ def with_start(config: TrainConfig, base: Base, concept: Concept) -> tuple[Train
 
 def settle_precision(config: TrainConfig, base: Base, resume: bool, hooks: Hooks) -> TrainConfig:
     """Settle the mixed precision: given, the interrupted run's, or what is quick on this machine. It is recorded."""
-    asked = config.mixed_precision
-    if asked == "auto":
-        asked = earlier_settings(config, resume).get("mixed_precision", asked)
-    precision = resolve_mixed_precision(asked, base.device, base.dtype)
-    precision_note(asked, precision, base.device, config.allow_tf32, hooks.notify)
+    requested = config.mixed_precision
+    if requested == "auto":
+        requested = earlier_settings(config, resume).get("mixed_precision", requested)
+    precision = resolve_mixed_precision(requested, base.device, base.dtype)
+    precision_note(requested, precision, base.device, config.allow_tf32, hooks.notify)
     return config.model_copy(update={"mixed_precision": precision})
 
 
@@ -254,7 +254,7 @@ def reserve(config: TrainConfig, base: Base, concept: Concept) -> Slot:
 
 
 def slot_notes(config: TrainConfig, slot: Slot, base: Base) -> list[str]:
-    """What a person should know of a slot before training: chances of a clash, a shaky border."""
+    """Notes on a slot before training: the chance of a clash, an unstable border."""
     notes = []
     policy = parse_policy(config.slot, config.rank)
     weights = base.weights(config.target_modules)
@@ -262,7 +262,7 @@ def slot_notes(config: TrainConfig, slot: Slot, base: Base) -> list[str]:
         pool = min(policy.pool, capacity(weights)[0])
         chance = collision_probability(config.rank, pool)
         notes.append(
-            f"Columns {slot} were drawn from the top {pool} (slot_seed={config.slot_seed}); another concept drawn so "
+            f"Columns {slot} were sampled from the top {pool} (slot_seed={config.slot_seed}); another sampled concept "
             f"shares one with a chance of {chance:.0%}. Fusion reports the real overlap."
         )
     if slot.bottom == 0 and get_method(config.method).slot == "columns":

@@ -46,10 +46,10 @@ def training_seconds(config: TrainConfig, arch: str) -> float:
     device = parse_device(config.device)
     precision = resolve_mixed_precision(config.mixed_precision, device, parse_dtype(config.dtype))
     prior = config.prior if config.prior.loss_weight else None
-    seen = float((config.batch_size + (prior.batch_size if prior else 0)) * config.steps)
+    images = float((config.batch_size + (prior.batch_size if prior else 0)) * config.steps)
     if prior and not config.data.class_images_dir:  # each with guidance, two predictions a step
-        seen += prior.num_images * 2 * STEPS / PASSES
-    return seen * seconds_per_picture(arch, device, precision)
+        images += prior.num_images * 2 * STEPS / PASSES
+    return images * seconds_per_picture(arch, device, precision)
 
 
 def pocket_step(device: torch.device, precision: MixedPrecision) -> float:
@@ -89,9 +89,9 @@ def timed(work: Callable[[], object], device: torch.device, repeats: int = 3) ->
     """The least of some timings, in seconds; the first run, which also chooses kernels, does not count."""
     seconds = []
     for _ in range(repeats + 1):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         work()
         if device.type != "cpu":
             getattr(torch, device.type).synchronize()
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(time.perf_counter() - start)
     return min(seconds[1:])

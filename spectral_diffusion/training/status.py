@@ -31,7 +31,7 @@ class Sample(BaseModel):
 
 
 class TrainingStatus(BaseModel):
-    """What ``status.json`` holds. ``lost`` is never written: :func:`read_status` says it of a run that is gone."""
+    """The content of ``status.json``. ``lost`` is never written: :func:`read_status` gives it to a dead run."""
 
     state: State = "starting"
     stage: str = ""  # of the work: encode, draw, train …

@@ -1,4 +1,4 @@
-"""What is shown and recorded while a concept trains: sample grids, a tracker, likeness, a card. Training feels none."""
+"""Validation during training: sample grids, a tracker, likeness, a card. None of it affects training."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class Validator:
                 self.note(f"Note: {error}")
 
     def state(self) -> dict[str, Any]:
-        """What a resume needs, JSON-able."""
+        """The state that a resume needs, JSON-able."""
         return {
             "curve": self.curve, "stride": self._stride, "samples": self.samples, "likeness": self.likeness,
             "rested": self.rested,
@@ -200,20 +200,22 @@ def start_tracker(config: TrainConfig, path: Path, name: str) -> Any:
     Raises:
         UserError: its package is not installed, or it cannot start.
     """
-    wanted = config.validation.log_with
-    if wanted == "none":
+    tracker_name = config.validation.log_with
+    if tracker_name == "none":
         return None
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    if wanted not in [str(tracker_type.value) for tracker_type in get_available_trackers()]:
-        extra = "pip install 'spectral-diffusion[log]'" if wanted == "tensorboard" else f"pip install {wanted}"
-        raise UserError(f"The tracker {wanted} is not installed ({extra}).", Fix("validation.log_with", "none"))
+    if tracker_name not in [str(tracker_type.value) for tracker_type in get_available_trackers()]:
+        extra = (
+            "pip install 'spectral-diffusion[log]'" if tracker_name == "tensorboard" else f"pip install {tracker_name}"
+        )
+        raise UserError(f"The tracker {tracker_name} is not installed ({extra}).", Fix("validation.log_with", "none"))
     PartialState(cpu=not torch.cuda.is_available())  # the trackers read the main process from it
-    kind = LOGGER_TYPE_TO_CLASS[wanted]
+    kind = LOGGER_TYPE_TO_CLASS[tracker_name]
     folder = {"logging_dir": str(path.with_name(f"{path.stem}-log"))} if kind.requires_logging_directory else {}
     try:
         tracker = kind(re.sub(r"[^\w.-]+", "-", name), **folder)
         tracker.start()
     except Exception as error:  # each has its own ways to fail: no key, no network
-        raise UserError(f"The tracker {wanted} could not start: {reason(error)}.") from error
+        raise UserError(f"The tracker {tracker_name} could not start: {reason(error)}.") from error
     return tracker

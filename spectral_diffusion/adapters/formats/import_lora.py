@@ -89,12 +89,12 @@ def tokens_of(path: Path, embeddings: dict[str, dict[str, Tensor]], base: Base) 
     Raises:
         UserError: one that does not fit the base's text encoders.
     """
-    wanted = {encoder: embedding_of(base.models[encoder]).embedding_dim for encoder in base.tokenizers}
+    widths = {encoder: embedding_of(base.models[encoder]).embedding_dim for encoder in base.tokenizers}
     tokens: dict[str, dict[str, Tensor]] = {}
     for name, rows in embeddings.items():
         finite = all(torch.isfinite(vectors).all() for vectors in rows.values())
         lengths = {len(vectors) for vectors in rows.values() if vectors.dim() == 2}
-        if {part: vectors.shape[-1] for part, vectors in rows.items()} != wanted or len(lengths) != 1 or not finite:
+        if {part: vectors.shape[-1] for part, vectors in rows.items()} != widths or len(lengths) != 1 or not finite:
             raise UserError(f"{path} brings an embedding '{name}' that does not fit this base's text encoders.")
         word = re.sub(r"_(\d+)$", r"-\1", re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("_-")) or "embedding"
         tokens[check_token(f"<{distinct(word, [token[1:-1] for token in tokens])}>")] = rows

@@ -123,7 +123,7 @@ def names_of(layers: Iterable[str]) -> dict[str, str]:
 
 
 def lora_metadata(factors: Mapping[str, Factors], base_model: str, about: Mapping[str, str]) -> dict[str, str]:
-    """What kohya's tools and ModelSpec 1.0.1 want to know. No timestamps: the same content is the same file.
+    """The metadata that kohya's tools and ModelSpec 1.0.1 read. No timestamps: the same content is the same file.
 
     diffusers' ``lora_adapter_metadata`` is left out: it names modules, and the text encoder's names changed with
     transformers 5.6; ranks and alpha are in the tensors.

@@ -193,14 +193,14 @@ def _check_shapes(adapter: Adapter) -> None:
             if flat(adapter.parameters[f"{layer}.{name}"], len(shape)) != shape:
                 raise ValueError(f"{layer} has a wrong shape")
         frozen, small = adapter.frozen.get(layer, {}), min(out, inside)
-        wanted: dict[str, tuple[int, ...]] = {}
+        expected: dict[str, tuple[int, ...]] = {}
         if method.builds_on == "columns":
-            wanted = {"U": (out, rank), "S": (rank,), "V": (inside, rank)}
+            expected = {"U": (out, rank), "S": (rank,), "V": (inside, rank)}
             start = {"D_U": (rank, rank), "D_V": (rank, rank), "c": (rank,)}
-            wanted |= {name: shape for name, shape in start.items() if name in frozen}
+            expected |= {name: shape for name, shape in start.items() if name in frozen}
         elif method.builds_on == "full_svd":
-            wanted = {"S": (small,)}
-        if {name: tuple(t.shape) for name, t in frozen.items()} != wanted:
+            expected = {"S": (small,)}
+        if {name: tuple(t.shape) for name, t in frozen.items()} != expected:
             raise ValueError(f"what {layer} is built on has a wrong shape")
     if set(adapter.parameters) != known or not set(adapter.frozen) <= set(adapter.sizes):
         raise ValueError("unknown tensors")

@@ -54,7 +54,7 @@ OTHERS = {  # of the names in LoRAs for other networks: whose they are
 
 @dataclass
 class Foreign:
-    """What a LoRA file of another program holds, in our names.
+    """The content of another program's LoRA file, in our names.
 
     Attributes:
         factors: layer to its change, alpha multiplied in; ``kernels`` of convolutions.
@@ -135,9 +135,9 @@ def read_lora(path: Path, layers: Iterable[str]) -> Foreign:
 
 def other_network(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
     """Whose network a LoRA changes if that is none of Stable Diffusion's; else an empty string."""
-    for pattern, whose in OTHERS.items():
+    for pattern, family in OTHERS.items():
         if any(re.search(pattern, key) for key in keys):
-            return metadata.get("modelspec.architecture", "").removesuffix("/lora") or whose
+            return metadata.get("modelspec.architecture", "").removesuffix("/lora") or family
     return ""
 
 
@@ -242,7 +242,7 @@ def checked(path: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[Tenso
 
 
 def peft_scale(path: Path, metadata: Mapping[str, str]) -> Callable[[str, int], float]:
-    """What scales a layer of a rank: alpha / rank as the configs in diffusers' ``lora_adapter_metadata`` say, else 1.
+    """The scale of a layer of a rank: alpha / rank from the configs in diffusers' ``lora_adapter_metadata``, else 1.
 
     Raises:
         UserError: they cannot be read, name layers by regular expressions (a file from elsewhere may bring one that

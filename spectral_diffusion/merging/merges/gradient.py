@@ -42,20 +42,20 @@ def gradient(contributions: Sequence[Contribution], context: MergeContext) -> Fa
     parts = [contribution.factors() for contribution in contributions]
     inputs = [contribution.inputs for contribution in contributions]
     assert all(gram is not None for gram in inputs)
-    seen = [gram for gram in inputs if gram is not None]
+    grams = [gram for gram in inputs if gram is not None]
     downs = [contribution.scale * part.down for contribution, part in zip(contributions, parts, strict=True)]
-    sources = [(gram, 1.0) for gram in seen]
+    sources = [(gram, 1.0) for gram in grams]
     if context.prior is not None and context.prior_weight > 0:
         # as much as ``prior_weight`` concepts weigh, however many rows were recorded
-        weight = context.prior_weight * sum(gram.count for gram in seen) / len(seen) / max(context.prior.count, 1)
+        weight = context.prior_weight * sum(gram.count for gram in grams) / len(grams) / max(context.prior.count, 1)
         sources.append((context.prior, weight))
     ridge = options.ridge * mean_diagonal(sources)
     toward = ridge / len(contributions) if options.ridge_to == "mean" else 0.0
-    if all(gram.is_raw for gram, _ in sources) and sum(gram.count for gram, _ in sources) < seen[0].size:
+    if all(gram.is_raw for gram, _ in sources) and sum(gram.count for gram, _ in sources) < grams[0].size:
         down = dual(downs, sources, ridge, toward)
     else:
         total = sum((weight * gram.gram() for gram, weight in sources), start=torch.zeros(1, 1, dtype=torch.float64))
-        right = torch.cat([gram.matmul(down) + toward * down for down, gram in zip(downs, seen, strict=True)])
+        right = torch.cat([gram.matmul(down) + toward * down for down, gram in zip(downs, grams, strict=True)])
         down = solve(total, right, ridge)
     return Factors(torch.cat([part.up for part in parts], 1), down)
 
@@ -91,14 +91,14 @@ def dual(
     keeps only the ridge's target.
     """
     rows = torch.cat([weight**0.5 * gram.matrix() for gram, weight in sources])
-    wanted = []
+    targets = []
     for index, down in enumerate(downs):
         block = torch.zeros(len(down), len(rows), dtype=torch.float64)
         start = sum(len(gram.matrix()) for gram, _ in sources[:index])
         own = sources[index][0].matrix()
         block[:, start : start + len(own)] = down @ own.mT
-        wanted.append(block)
-    answers = torch.cat(wanted)  # what each row should become, (k, m)
+        targets.append(block)
+    answers = torch.cat(targets)  # what each row should become, (k, m)
     goal = torch.cat(list(downs)) * (toward / ridge) if toward else None
     if goal is not None:
         answers = answers - goal @ rows.mT

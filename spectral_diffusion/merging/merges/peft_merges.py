@@ -16,7 +16,7 @@ from .registry import Contribution, MergeContext, register_merge, weighted_sum
 
 
 class DensityOptions(Settings):
-    """What share of each change is kept."""
+    """The share of each change that is kept."""
 
     density: float = Field(0.5, gt=0, le=1, description="Share of each change's entries that is kept.")
 
@@ -50,15 +50,15 @@ def dare(contributions: Sequence[Contribution], context: MergeContext) -> Tensor
 
     What is dropped of an adapter depends on the seed, its name and the layer alone.
     """
-    kept = []
+    deltas = []
     for contribution in contributions:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(
                 keyed_generator("dare", context.seed, contribution.name, contribution.layer).initial_seed()
             )
             strength = torch.tensor([contribution.scale], dtype=torch.float64)
-            kept.append(dare_linear([contribution.factors().delta()], strength, context.get(DensityOptions).density))
-    return torch.stack(kept).sum(0)
+            deltas.append(dare_linear([contribution.factors().delta()], strength, context.get(DensityOptions).density))
+    return torch.stack(deltas).sum(0)
 
 
 @register_merge("cat", "The factors side by side: Σ λ_i ΔW_i of any methods", is_sum=lambda options: True)

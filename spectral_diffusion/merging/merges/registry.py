@@ -20,7 +20,7 @@ from ..activations import GramAccumulator
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one adapter brings to one weight."""
+    """One adapter's contribution to one weight."""
 
     name: str
     method: Method
@@ -49,7 +49,7 @@ Options = TypeVar("Options", bound=Settings)
 
 @dataclass(frozen=True)
 class MergeContext:
-    """What a merge is given besides the contributions to one weight.
+    """A merge's inputs besides the contributions to one weight.
 
     Attributes:
         options: the merge's own settings; read them with :meth:`get`.

@@ -53,8 +53,8 @@ def spectral(contributions: Sequence[Contribution], context: MergeContext) -> Fa
     return weighted_sum(contributions, [share * contribution.scale for contribution in contributions])
 
 
-def _paper(everybody: Sequence[Contribution]) -> Factors:
-    contributions = [contribution for contribution in everybody if not contribution.absent]
+def _paper(all_contributions: Sequence[Contribution]) -> Factors:
+    contributions = [contribution for contribution in all_contributions if not contribution.absent]
     for contribution in contributions:
         name, parameters = contribution.name, contribution.parameters
         additive = set(parameters) == {"A_U", "A_V"} and parameters["A_U"].shape == contribution.frozen["U"].shape
@@ -72,7 +72,7 @@ def _paper(everybody: Sequence[Contribution]) -> Factors:
         assert contribution.slot is not None
         where = torch.tensor([position[c] for c in contribution.slot.columns])
         U[:, where], S[where], V[:, where] = (contribution.frozen[part].double() for part in "USV")
-        strength = contribution.scale / len(everybody)
+        strength = contribution.scale / len(all_contributions)
         A_U[:, where] += strength * contribution.parameters["A_U"].double()
         A_V[:, where] += strength * contribution.parameters["A_V"].double()
     return contributions[0].method.factors({"A_U": A_U, "A_V": A_V}, {"U": U, "S": S, "V": V})

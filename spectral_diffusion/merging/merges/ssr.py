@@ -35,19 +35,19 @@ def ssr(contributions: Sequence[Contribution], context: MergeContext) -> Factors
     parts = [contribution.factors() for contribution in contributions]
     up, down = torch.cat([part.up for part in parts], 1), torch.cat([part.down for part in parts], 0)
     total = torch.zeros(len(down), len(down), dtype=torch.float64)
-    wanted = torch.zeros_like(total)
+    target = torch.zeros_like(total)
     start = 0
-    seen = []
+    grams = []
     for contribution, part in zip(contributions, parts, strict=True):
         assert contribution.inputs is not None
         C = contribution.inputs.matmul(down) @ down.mT
         total += C
         stop = start + len(part.down)
-        wanted[start:stop] += contribution.scale * C[start:stop]
+        target[start:stop] += contribution.scale * C[start:stop]
         start = stop
-        seen.append(contribution.inputs)
+        grams.append(contribution.inputs)
     if context.prior is not None and context.prior_weight > 0:
-        weight = context.prior_weight * sum(gram.count for gram in seen) / len(seen) / max(context.prior.count, 1)
+        weight = context.prior_weight * sum(gram.count for gram in grams) / len(grams) / max(context.prior.count, 1)
         total += weight * context.prior.matmul(down) @ down.mT
-    scale = float(total.diagonal().mean()) or mean_diagonal([(gram, 1.0) for gram in seen])
-    return Factors(up, solve(total, wanted, context.get(SubspaceOptions).ridge * scale) @ down)
+    scale = float(total.diagonal().mean()) or mean_diagonal([(gram, 1.0) for gram in grams])
+    return Factors(up, solve(total, target, context.get(SubspaceOptions).ridge * scale) @ down)
