@@ -17,7 +17,7 @@ from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.training.memory import Estimate, estimate
 
 TRAINING = ("encoding photos", "drawing ordinary pictures", "drawing samples", "training")
-TEACHING = ("drawing lessons", "teaching")
+TEACHING = ("sampling targets", "distilling")
 SIDES = {"sd15": 512, "sdxl": 1024}
 CASES: dict[str, list[dict[str, Any]]] = {
     "sd15": [

@@ -14,7 +14,7 @@ from PIL import Image
 from .adapters.adapter import Adapter
 from .adapters.formats.native import load_adapter
 from .core.errors import UserError
-from .core.files import is_folder, is_there
+from .core.files import exists, is_folder
 from .linalg import cosine_between, frobenius_norm, row_space
 from .merging.fuse import overlaps, scale_of
 from .merging.manifest import adapters_in_fusion, read_manifest
@@ -57,7 +57,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is not a fused folder: it holds no manifest.json.")
         strength = {str(name): float(value) for name, value in recipe["scales"].items()}
         return {"kind": "fusion", **recipe, **_together(adapters_in_fusion(path), strength)}
-    if not is_there(path):
+    if not exists(path):
         raise UserError(f"No such file: {path}.")
     if path.suffix.lower() == ".png":
         return {"kind": "picture", **read_settings(path)}

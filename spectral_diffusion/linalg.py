@@ -58,12 +58,12 @@ class SandwichFactors(NamedTuple):
 
 def dense_factors(delta: Tensor) -> Factors:
     """A dense ΔW (out, in) as factors of its smaller side, the identity being one of them."""
-    one = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)
-    return Factors(delta, one) if delta.shape[1] <= delta.shape[0] else Factors(one, delta)
+    eye = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)
+    return Factors(delta, eye) if delta.shape[1] <= delta.shape[0] else Factors(eye, delta)
 
 
 def solve_device(tensor: Tensor) -> torch.device:
-    """Where small systems are solved: Apple's GPUs lack the backward pass of ``solve``, so on the CPU for them."""
+    """The device for small systems: the CPU for Apple's GPUs, which lack the backward pass of ``solve``."""
     return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
 
 
@@ -191,8 +191,8 @@ def _top_eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
             overwrite_a=True,
         )
         return torch.from_numpy(values).flip(0), torch.from_numpy(vectors).flip(1)
-    found, basis = torch.linalg.eigh(gram)
-    return found.flip(0)[:count], basis.flip(1)[:, :count]
+    eigenvalues, basis = torch.linalg.eigh(gram)
+    return eigenvalues.flip(0)[:count], basis.flip(1)[:, :count]
 
 
 def canonical_signs(band: SingularTriplets) -> SingularTriplets:

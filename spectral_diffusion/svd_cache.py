@@ -20,7 +20,7 @@ from .core.hooks import QUIET, Event, Hooks
 from .linalg import SingularTriplets, bottom_band, flatten, gram_of, top_band
 from .slots.ledger import Slot
 
-CHUNK = 64  # columns are computed in multiples of this, so that the next slots are there already
+CHUNK = 64  # columns are computed in multiples of this, so that the next slots are cached already
 HASHED = 1 << 18  # numbers hashed at a time, which fit into a processor's cache
 KEEP_EVERY = 20.0  # seconds between saves of an unfinished spectrum
 
@@ -38,7 +38,7 @@ class Spectrum:
     def smallest_gap(self, columns: Sequence[int]) -> tuple[float, str]:
         """The smallest relative gap of singular values at the edges of these top columns, and its layer.
 
-        Where it is tiny another machine may turn the columns beside the border into each other.
+        Where it is tiny another machine may mix the columns next to the border.
         """
         inside, smallest, where = set(columns), 1.0, ""
         for name, band in self.bands.items():
@@ -124,7 +124,7 @@ def with_grams(weights: Mapping[str, Tensor], skip: bool = False) -> Iterator[tu
 
 
 def triplets_of(weights: Mapping[str, Tensor], slot: Slot, hooks: Hooks = QUIET) -> dict[str, SingularTriplets]:
-    """Every weight's band in a slot, from the cache if it is there."""
+    """Every weight's band in a slot, from the cache if present."""
     bottom = slot.bottom > 0  # a slot never mixes both ends
     return spectrum_of(weights, slot.bottom or slot.top, bottom=bottom, hooks=hooks).slot(slot.columns)
 
@@ -136,7 +136,7 @@ def spectrum_of(
     hooks: Hooks = QUIET,
     bottom: bool = False,
 ) -> Spectrum:
-    """The spectrum with at least ``columns`` columns of one end, from the cache if it is there.
+    """The spectrum with at least ``columns`` columns of one end, from the cache if present.
 
     One file per set of weights; a second process waits for the first instead of computing again, and an interrupted
     computation goes on where it was last kept. A cache that cannot be written or read only costs the time to compute.
@@ -162,11 +162,11 @@ def spectrum_of(
         known = restored(unfinished, unpack)
         return compute(weights, columns, hooks, bottom, known, lambda bands: store(unfinished, *_packed(bands))).bands
 
-    found = cached(path, make, _packed, unpack, WAIT)
+    bands_by_layer = cached(path, make, _packed, unpack, WAIT)
     with suppress(OSError):
         if path.exists():
             unfinished.unlink(missing_ok=True)
-    return Spectrum(found)
+    return Spectrum(bands_by_layer)
 
 
 def _packed(bands: Mapping[str, SingularTriplets]) -> tuple[dict[str, Tensor], dict[str, str]]:

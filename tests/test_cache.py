@@ -73,7 +73,7 @@ def test_what_is_refused_is_made_again(tmp_path: Path, error: type[Exception]) -
 def test_a_folder_that_cannot_be_made_costs_time_only(tmp_path: Path, wait: float) -> None:
     (tmp_path / "file").write_text("in the way")
     make, path = Maker(), tmp_path / "file" / "a.safetensors"
-    assert [int(cached(path, make, pack, unpack, wait, most=1)[0]) for _ in range(2)] == [0, 1]
+    assert [int(cached(path, make, pack, unpack, wait, max_bytes=1)[0]) for _ in range(2)] == [0, 1]
 
 
 def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -110,6 +110,6 @@ def test_a_full_folder_lets_go_of_what_was_not_used_for_the_longest(tmp_path: Pa
         cached(tmp_path / f"{name}.safetensors", Maker(), pack, unpack)
         os.utime(tmp_path / f"{name}.safetensors", (age, age))
     size = (tmp_path / "old.safetensors").stat().st_size
-    cached(tmp_path / "old.safetensors", Maker(), pack, unpack, most=2 * size)  # counts as used now
-    cached(tmp_path / "new.safetensors", Maker(), pack, unpack, most=2 * size)
+    cached(tmp_path / "old.safetensors", Maker(), pack, unpack, max_bytes=2 * size)  # counts as used now
+    cached(tmp_path / "new.safetensors", Maker(), pack, unpack, max_bytes=2 * size)
     assert {path.stem for path in tmp_path.iterdir()} == {"old", "new"}

@@ -130,7 +130,7 @@ def test_svdiff_stores_shifts_and_values_only(photos: Path, tiny_base: Path, tmp
     layer = adapter.layers[0]
     with pytest.raises(UserError, match="does not fit this base"):
         adapter.factors(layer, foreign[layer] * 1.1)
-    with pytest.raises(UserError, match="only be told with its base"):
+    with pytest.raises(UserError, match="only be computed with its base"):
         adapter.factors(layer)
 
 
@@ -306,7 +306,7 @@ def test_an_adapter_of_another_revision_of_its_method_is_refused(
     with pytest.raises(Cancelled):
         train_to_file(longer, hooks=Hooks(should_stop=lambda: next(asked) >= 2))
     assert is_done(settings(photos, tiny_base, file, method="vera", rank=4, steps=1))
-    monkeypatch.setitem(METHODS.things, "vera", replace(get_method("vera"), revision=3))
+    monkeypatch.setitem(METHODS.entries, "vera", replace(get_method("vera"), revision=3))
     with pytest.raises(UserError, match="was trained by another version of vera"):
         load_adapter(file)
     with pytest.raises(UserError, match="by another version of its method"):

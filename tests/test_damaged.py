@@ -274,7 +274,7 @@ def test_a_lock_that_another_process_holds_is_named(
     ledger = Ledger(tmp_path / "slots.json")
     ledger.reserve("base", "a", SlotRequest(4, "next", 64))
     with FileLock(tmp_path / ".slots.json.lock"), caplog.at_level(logging.WARNING):
-        with pytest.raises(UserError, match=r"Another process has held .*\.slots\.json\.lock .*; end it"):
+        with pytest.raises(UserError, match=r"Another process has locked .*\.slots\.json\.lock .*; end it"):
             ledger.reserve("base", "b", SlotRequest(4, "next", 64))
         assert "Waiting for another process, which holds" in caplog.text
     assert str(ledger.reserve("base", "b", SlotRequest(4, "next", 64))) == "4:8"

@@ -102,7 +102,7 @@ def test_files_are_shown_in_their_order_and_not_all_of_too_many(tmp_path: Path) 
     for image, name in zip(tiles(5, 16, 16), COLOURS, strict=True):
         paths.append(tmp_path / f"{name}.png")
         image.save(paths[-1])
-    sheet = labelled_sheet(paths, COLOURS, side=32, most=3)
+    sheet = labelled_sheet(paths, COLOURS, side=32, limit=3)
     assert sheet.size == (2 * 32 + 6, 2 * (32 + STRIP) + 6)
     assert sheet.getpixel((0, STRIP)) == (255, 0, 0) and sheet.getpixel((38, 47)) == (0, 128, 0)
     assert sheet.getpixel((0, 53 + STRIP + 1)) == (0, 0, 255) and sheet.getpixel((69, 90)) == WHITE

@@ -153,7 +153,7 @@ def test_what_is_watched_is_no_more_than_was_said(
     )
     assert held <= need / 3 <= 2 * held  # it, the ordinary prompts, and a copy while it is written
     monkeypatch.setattr("spectral_diffusion.merging.fuse.available", lambda device: 1000)
-    with pytest.raises(UserError, match=r"Watching .* are free; fuse fewer adapters"):
+    with pytest.raises(UserError, match=r"Calibrating .* are free; fuse fewer adapters"):
         fuse_to_folder(config)
     assert not (tmp_path / "a").exists()
 

@@ -366,18 +366,18 @@ def test_additive_on_the_top_slot_is_pissas_function_class(base: Base) -> None:
 def test_the_method_of_the_contributing_guide_works(base: Base) -> None:
     text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     code = text.split("```python")[1].split("```")[0]
-    known = dict(METHODS.things)
+    known = dict(METHODS.entries)
     try:
         exec(code, {"__package__": "spectral_diffusion.methods", "__name__": "example"})
-        assert set(METHODS.things) - set(known) == {"band-scale"}
+        assert set(METHODS.entries) - set(known) == {"band-scale"}
         before = outputs(base)
         attachment = put(base, "band-scale")
         assert same(outputs(base), before)
         stir(attachment)
         assert not same(outputs(base), before)
     finally:
-        METHODS.things.clear()
-        METHODS.things.update(known)
+        METHODS.entries.clear()
+        METHODS.entries.update(known)
 
 
 BRIEF = {

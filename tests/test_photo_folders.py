@@ -102,7 +102,7 @@ def test_drawings_of_photos_and_masks_beside_them_are_no_photos(tmp_path: Path) 
     assert {photo.path.name: photo.mask and photo.mask.name for photo in concept.photos if photo.mask} == {
         "0.png": "0_mask.png"
     }
-    assert sorted(path.name for path in concept.drawings) == [
+    assert sorted(path.name for path in concept.control_images) == [
         "0-condlabel.png",
         "0_sketch.png",
         "1.keypose.png",
@@ -178,7 +178,7 @@ def test_photos_without_what_others_have_are_counted(tmp_path: Path) -> None:
     Image.new("L", (24, 20), 255).save(folder / "1-masklabel.png")
     concept = load_concept(folder)
     assert list(notes_on_photos(concept, settings(folder), 16)) == [
-        "2 of 3 photos have no caption; the templates stand for it."
+        "2 of 3 photos have no caption; the templates are used instead."
     ]
     masked = settings(folder, data=DataConfig(mask_weight=1.0))
     assert "2 of 3 photos have no mask and count as a whole." in list(notes_on_photos(concept, masked, 16))

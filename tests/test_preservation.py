@@ -165,7 +165,7 @@ def test_class_images_take_the_place_of_drawn_pictures(photos: Path, tiny_base: 
     base = load_base(str(tiny_base), "cpu")
     ordinary, again = (make_prior_images(base, config, "dog", 16) for _ in range(2))
     assert ordinary.latents.shape == (4, 4, 8, 8) and torch.equal(ordinary.latents, again.latents)
-    assert set(ordinary.things) == {"a dog"} and len(ordinary.prompts) == 4
+    assert set(ordinary.subjects) == {"a dog"} and len(ordinary.prompts) == 4
     assert set(ordinary.prompts) <= {"a photo of a dog", "a dog on the grass", "a sleeping dog"}
     every = config.model_copy(update={"prior": KEEP.model_copy(update={"num_images": 50})})
     assert sorted(make_prior_images(base, every, "dog", 16).prompts)[:2] == [

@@ -153,7 +153,7 @@ def test_an_adapter_named_anew_stands_for_the_pictures_own(project: Path) -> Non
     Path("in/rex.safetensors").rename("moved.safetensors")
     with pytest.raises(
         UserError,
-        match=r"p\.png was drawn with in/rex\.safetensors, which is not there any more. Use adapters=…",
+        match=r"p\.png was generated with in/rex\.safetensors, which no longer exists. Use adapters=…",
     ):
         again("out/p.png")
     assert again("out/p.png", "--adapter", "moved.safetensors") == wanted

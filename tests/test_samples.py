@@ -25,7 +25,7 @@ from spectral_diffusion.core.rng import keyed_generator
 from spectral_diffusion.data import latents_cache as cache
 from spectral_diffusion.data import samples as samples_module
 from spectral_diffusion.data.captions import vary
-from spectral_diffusion.data.crops import best_frame, bucket_frames, crops_of, cut_mask, cut_photo, place_crop
+from spectral_diffusion.data.crops import best_frame, bucket_frames, choose_crop, crops_of, cut_mask, cut_photo
 from spectral_diffusion.data.folder import Concept, load_concept
 from spectral_diffusion.data.masks import LEAST, loss_weights, reduce_mask
 from spectral_diffusion.data.order import Order
@@ -93,7 +93,7 @@ def test_a_mask_goes_with_its_photo_under_every_crop_and_flip(where: str, frame:
 def test_crops_lie_where_they_are_asked_for() -> None:
     for index in range(30):
         places = {
-            where: place_crop((30, 70), (16, 16), 1.5, keyed_generator(0, index), where)
+            where: choose_crop((30, 70), (16, 16), 1.5, keyed_generator(0, index), where)
             for where in ("random", "center", "head")
         }
         for where, crop in places.items():

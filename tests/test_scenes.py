@@ -33,7 +33,7 @@ from spectral_diffusion.scenes.control import (
     read_control_image,
     weight_map,
 )
-from spectral_diffusion.scenes.generate import cut_words, generate_to_file
+from spectral_diffusion.scenes.generate import generate_to_file, truncated_text
 from spectral_diffusion.scenes.mix_of_show import mapped, read_layouts, scene_of
 from spectral_diffusion.scenes.png_metadata import read_settings, sources_of
 from spectral_diffusion.scenes.region_mask import region_mask
@@ -423,7 +423,7 @@ def test_remarks_name_what_is_cut_off_and_stretched(base_folder: Path, tmp_path:
     assert any("cut off:" in note and "last banana" in note for note in notes)
     assert any("square.png of 10×10 is stretched" in note for note in notes)
     assert any("<rexx> is no token" in note for note in notes)
-    assert cut_words(load_base(str(base_folder), "cpu"), "a dog") == ""
+    assert truncated_text(load_base(str(base_folder), "cpu"), "a dog") == ""
 
 
 def test_the_exported_schema_is_the_models() -> None:

@@ -205,8 +205,8 @@ def test_the_memory_of_teaching_is_told_and_what_cannot_fit_refused_before_lesso
         found(batch_size=8, gradient_accumulation_steps=4),
         found(batch_size=32, gradient_checkpointing=True),
     )
-    assert parts.phases["teaching"] < 0.5 * whole.phases["teaching"]
-    assert checked.phases["teaching"] < 0.8 * whole.phases["teaching"]
+    assert parts.phases["distilling"] < 0.5 * whole.phases["distilling"]
+    assert checked.phases["distilling"] < 0.8 * whole.phases["distilling"]
     assert whole.adapter == 8 * sum(p.numel() for p in learners)
     assert state == {name: list(model.state_dict()) for name, model in base.models.items()}
     assert not any(p.requires_grad for p in base.pipeline.unet.parameters())
@@ -215,10 +215,10 @@ def test_the_memory_of_teaching_is_told_and_what_cannot_fit_refused_before_lesso
     notes: list[str] = []
     few, seen = SMALL.model_copy(update={"steps": 1}), []
     fuse_adapters(base, adapters, settings(pair, tmp_path, distill=few), hooks=Hooks(notify=notes.append))
-    assert any("at most while teaching" in one for one in notes)
+    assert any("at most while distilling" in one for one in notes)
     monkeypatch.setattr(memory, "available", lambda device: 2**10)
     monkeypatch.setitem(memory.CONTEXT, "cpu", 0)
-    with pytest.raises(UserError, match=r"Teaching needs about .* Use distill\.gradient_checkpointing=true"):
+    with pytest.raises(UserError, match=r"Distillation needs about .* Use distill\.gradient_checkpointing=true"):
         fuse_adapters(
             load_base(str(tiny_base), "cpu"),
             adapters,
@@ -344,7 +344,7 @@ def test_a_taught_folder_is_opened_once_to_be_exported(
 def test_what_cannot_be_done_with_a_taught_folder_is_told(pair: list[Path], tmp_path: Path) -> None:
     few = SMALL.model_copy(update={"steps": 2})
     fuse_to_folder(settings(pair, tmp_path / "fused", distill=few))
-    with pytest.raises(UserError, match="was taught"):
+    with pytest.raises(UserError, match="was distilled"):
         unfuse(tmp_path / "fused", ["brew"], tmp_path / "rest", subtract=True, device="cpu")
     with pytest.raises(UserError, match="export it as folder or checkpoint"):
         export(tmp_path / "fused", tmp_path / "both.safetensors", "kohya", ExportOptions(device="cpu"))

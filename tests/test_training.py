@@ -399,7 +399,7 @@ def test_a_sampled_slot_records_its_seed_and_survives_a_resume(photos: Path, tin
     asked = iter(range(100))
     with pytest.raises(Cancelled):
         train_to_file(config, hooks=Hooks(notify=told.append, should_stop=lambda: next(asked) >= 3))
-    assert any("were drawn from the top 16" in text and "with a chance of" in text for text in told)
+    assert any("were sampled from the top 16" in text and "with a chance of" in text for text in told)
     resumed = train_to_file(config, resume=True)
     assert resumed.slot and resumed.slot.rank == 2 and not (tmp_path / "slots.json").exists()
     seed = load_adapter(config.output).config["slot_seed"]

@@ -1,4 +1,4 @@
-"""An adapter: what training a concept gives, and the rule that says which base it may be put on."""
+"""An adapter: the result of training a concept, and the rule that says which bases it may be loaded on."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ class Adapter:
         """Layer to the columns it was trained on; empty for methods without them."""
         if self.method.builds_on != "columns":
             return {}
-        return {layer: SingularTriplets(held["U"], held["S"], held["V"]) for layer, held in self.frozen.items()}
+        return {
+            layer: SingularTriplets(tensors["U"], tensors["S"], tensors["V"]) for layer, tensors in self.frozen.items()
+        }
 
     @property
     def tokens(self) -> dict[str, dict[str, Tensor]]:
@@ -83,7 +85,7 @@ class Adapter:
 
     @property
     def needs_base(self) -> bool:
-        """Whether its ΔW can only be told beside the base's own weights."""
+        """Whether its ΔW can only be computed with the base's weights."""
         return self.method.builds_on in {"weight", "full_svd"}
 
     def parameters_of(self, layer: str) -> dict[str, Tensor]:
@@ -92,7 +94,7 @@ class Adapter:
         return {name: self.parameters[f"{layer}.{name}"] for name in names}
 
     def frozen_of(self, layer: str, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """What one layer's parameters are built on; ``weight`` is the base's, for methods that need it.
+        """The tensors that one layer's parameters are built on; ``weight`` is the base's, for methods that need it.
 
         Raises:
             UserError: the weight is needed and missing, or it is another base's.
@@ -105,7 +107,7 @@ class Adapter:
             return dict(stored)
         if weight is None:
             raise UserError(
-                f"'{self.name}' is a {self.method.name} adapter: its change can only be told with its base."
+                f"'{self.name}' is a {self.method.name} adapter: its ΔW can only be computed with its base loaded."
             )
         weight = weight.detach().cpu()  # where the parameters are
         if self.method.builds_on == "weight":
@@ -124,7 +126,7 @@ class Adapter:
         return self.method.delta(self.parameters_of(layer), self.frozen_of(layer, weight))
 
     def norm(self) -> float | None:
-        """|ΔW| over all layers; None where the base is needed to tell."""
+        """|ΔW| over all layers; None where the base is needed to compute it."""
         if self.needs_base:
             return None
         return math.sqrt(sum(frobenius_norm(self.factors(layer)) ** 2 for layer in self.layers))
@@ -154,8 +156,8 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
             f"'{adapter.name}' is an {adapter.method.name} adapter of the same base in another precision: its singular "
             "vectors are found anew and near ones mix, so expect a few percent of difference; load the base as it was."
         )
-    wanted = f"it was trained on '{adapter.base}' (fingerprint {adapter.fingerprint.exact[:12]})"
-    refusal = f"Adapter '{adapter.name}' does not fit the base '{base.name}': {wanted}."
+    origin = f"it was trained on '{adapter.base}' (fingerprint {adapter.fingerprint.exact[:12]})"
+    refusal = f"Adapter '{adapter.name}' does not fit the base '{base.name}': {origin}."
     own = Fix("base", adapter.base, "to load the base that it was trained on")
     weights = base.weights(adapter.targets)
     for layer in adapter.layers:
@@ -171,12 +173,12 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
     for layer, band in adapter.bands.items():
         slot = adapter.slot
         ends = bottom_band(weights[layer], slot.bottom) if slot.bottom else top_band(weights[layer], slot.top)
-        found = ends.select(slot.columns)
-        if float(min_abs_cosine(band, found).min()) < MIN_COSINE:
+        expected = ends.select(slot.columns)
+        if float(min_abs_cosine(band, expected).min()) < MIN_COSINE:
             raise UserError(refusal, own)
     if not allow:
         raise UserError(
-            f"Adapter '{adapter.name}' fits the base '{base.name}' only approximately: {wanted}.",
+            f"Adapter '{adapter.name}' fits the base '{base.name}' only approximately: {origin}.",
             own,
             Fix("allow_base", "true", "if this is a close relative of it"),
         )
@@ -187,25 +189,25 @@ def check_finite(adapter: Adapter) -> None:
     """Refuse NaN and infinity.
 
     Raises:
-        UserError: some are there.
+        UserError: a tensor has some.
     """
-    held = {**adapter.parameters, **adapter.vectors}
-    held |= {f"layerwise.{name}": tensor for name, tensor in adapter.per_layer_vectors.items()}
+    named = {**adapter.parameters, **adapter.vectors}
+    named |= {f"layerwise.{name}": tensor for name, tensor in adapter.per_layer_vectors.items()}
     for outer in (adapter.frozen, adapter.earlier):
-        held |= {f"{key}.{name}": tensor for key, tensors in outer.items() for name, tensor in tensors.items()}
-    for name, tensor in held.items():
+        named |= {f"{key}.{name}": tensor for key, tensors in outer.items() for name, tensor in tensors.items()}
+    for name, tensor in named.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"Adapter '{adapter.name}' holds NaN or infinity in {name}; train it again.")
 
 
-def shared_columns(one: Adapter, other: Adapter) -> int:
+def shared_columns(adapter: Adapter, other: Adapter) -> int:
     """How many columns (or rows) two adapters' slots have in common in a layer that both change, at most.
 
     Columns counted from the bottom are other ones in every size of layer.
     """
-    a, b = one.slot, other.slot
-    if not (a and b) or one.method.slot != other.method.slot:
+    a, b = adapter.slot, other.slot
+    if not (a and b) or adapter.method.slot != other.method.slot:
         return 0
-    where = {one.sizes[layer] for layer in one.sizes.keys() & other.sizes.keys()}
-    counts = {inside if one.method.slot == "rows" else min(out, inside) for out, inside in where}
+    where = {adapter.sizes[layer] for layer in adapter.sizes.keys() & other.sizes.keys()}
+    counts = {inside if adapter.method.slot == "rows" else min(out, inside) for out, inside in where}
     return max((len(a.from_top(count) & b.from_top(count)) for count in counts), default=0)

@@ -55,7 +55,7 @@ def install_tokens(base: Base, adapter: Adapter) -> None:
     """Put every token that an adapter brings on a base, layer-wise if it is that.
 
     Raises:
-        UserError: a token is there already, or has vectors for other layers.
+        UserError: a token exists already, or has vectors for other layers.
     """
     add_words(base, adapter)
     if adapter.per_layer_vectors:

@@ -47,8 +47,8 @@ class InjectedAdapter:
         if isinstance(module, AdaptedLayer):
             return module.parameters_of(self.name)
         assert self.method.peft is not None
-        held = {name: getattr(module, where)[self.name] for name, where in self.method.peft.parameters.items()}
-        return {name: cast(nn.Parameter, getattr(value, "weight", value)) for name, value in held.items()}
+        modules = {name: getattr(module, where)[self.name] for name, where in self.method.peft.parameters.items()}
+        return {name: cast(nn.Parameter, getattr(value, "weight", value)) for name, value in modules.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """``layer.parameter`` names in a fixed order."""
@@ -58,11 +58,11 @@ class InjectedAdapter:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """What goes into a file: copies of the parameters as the method takes them, by ``layer.parameter``."""
+        """The tensors for a file: copies of the parameters as the method takes them, by ``layer.parameter``."""
         out: dict[str, Tensor] = {}
         for layer, module in self.layers.items():
-            held = module.effective(self.name) if isinstance(module, AdaptedLayer) else self.parameters(layer)
-            out |= {f"{layer}.{name}": value.detach().cpu().clone() for name, value in held.items()}
+            parameters = module.effective(self.name) if isinstance(module, AdaptedLayer) else self.parameters(layer)
+            out |= {f"{layer}.{name}": value.detach().cpu().clone() for name, value in parameters.items()}
         return out
 
     def count(self) -> int:
@@ -87,7 +87,7 @@ class InjectedAdapter:
         return torch.stack([self.method.penalty(self.parameters(layer)) for layer in self.layers]).mean()
 
     def on_step(self, step: int) -> None:
-        """What the method does after the optimizer's step ``step``."""
+        """The method's action after the optimizer's step ``step``."""
         for schedule in self.schedules.values():
             schedule.after_step(step)
 
@@ -97,7 +97,7 @@ class InjectedAdapter:
             schedule.prune()
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a resumed training needs besides parameters: tensors, and a mapping that JSON can hold."""
+        """The state that a resumed training needs besides parameters: tensors, and a JSON-able mapping."""
         tensors: dict[str, Tensor] = {}
         patterns: dict[str, Any] = {}
         for component, schedule in self.schedules.items():
@@ -115,7 +115,7 @@ class InjectedAdapter:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What a fresh adapter is.
+    """The specification of a new adapter.
 
     Attributes:
         targets: the layers that it changes (see :func:`.targets.find_targets`); ``only`` restricts to some names.
@@ -160,12 +160,12 @@ def inject_adapter(
         columns: per layer a scale (r,) of the trained columns; what is trained is A / scale.
     """
     method = spec.method
-    wanted = [layer for layer in find_targets(models, spec.targets) if spec.only is None or layer in spec.only]
+    chosen = [layer for layer in find_targets(models, spec.targets) if spec.only is None or layer in spec.only]
     layers: dict[str, BaseTunerLayer] = {}
     schedules: dict[str, Schedule] = {}
-    for component in dict.fromkeys(layer.split(".", 1)[0] for layer in wanted):
+    for component in dict.fromkeys(layer.split(".", 1)[0] for layer in chosen):
         model = models[component]
-        paths = [layer.split(".", 1)[1] for layer in wanted if layer.startswith(f"{component}.")]
+        paths = [layer.split(".", 1)[1] for layer in chosen if layer.startswith(f"{component}.")]
         config = spec.peft_config(component, paths)
         for earlier in getattr(model, "peft_config", {}).values():
             earlier.inference_mode = True  # only the new one is trained

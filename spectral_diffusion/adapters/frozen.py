@@ -1,4 +1,4 @@
-"""The frozen tensors that a method's trained numbers are built on, per layer: bands, spectra, drawn matrices."""
+"""The frozen tensors that a method's trained numbers are built on, per layer: bands, spectra, random matrices."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def with_weight(method: Method, frozen: Mapping[str, Tensor], weight: Tensor) ->
 
 
 def stored_part(method: Method, frozen: Frozen) -> Frozen:
-    """What of it a file must hold; the rest is made again from sizes or from the base."""
+    """The part that a file must store; the rest is recomputed from sizes or from the base."""
     names = STORED.get(method.builds_on, ())
     kept = {layer: {n: t for n, t in tensors.items() if n in names} for layer, tensors in frozen.items()}
     return {layer: tensors for layer, tensors in kept.items() if tensors}

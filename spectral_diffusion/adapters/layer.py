@@ -27,27 +27,27 @@ class TunerError(UserError, ValueError):
 class Buffers(nn.Module):
     """The frozen tensors that one adapter of one layer is built on.
 
-    Tall matrices are held turned, under ``NAME_T``: thin products along a column that lies in one piece are up to
+    Tall matrices are stored transposed, under ``NAME_T``: thin products along contiguous columns are up to
     three times as fast on a CPU.
     """
 
     def put(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Hold float32 copies of these; what is on the meta device stays there."""
+        """Store float32 copies of these; tensors on the meta device stay there."""
         for name, value in tensors.items():
             tall = value.dim() == 2 and value.shape[0] > value.shape[1]
             where = value.device if value.is_meta else device
-            held = (value.mT if tall else value).detach().to(where, torch.float32).contiguous()
-            self.register_buffer(f"{name}_T" if tall else name, held)
+            stored = (value.mT if tall else value).detach().to(where, torch.float32).contiguous()
+            self.register_buffer(f"{name}_T" if tall else name, stored)
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by name, as they were put."""
-        held = cast(dict[str, Tensor], self._buffers)
-        return {n.removesuffix("_T"): value.mT if n.endswith("_T") else value for n, value in held.items()}
+        buffers = cast(dict[str, Tensor], self._buffers)
+        return {n.removesuffix("_T"): value.mT if n.endswith("_T") else value for n, value in buffers.items()}
 
 
 @dataclass
 class Prepared:
-    """What ``Method.prepare`` gave for the parameters as they were."""
+    """The result of ``Method.prepare`` for a version of the parameters."""
 
     tensors: Mapping[str, Tensor]
     versions: list[int]
@@ -55,7 +55,7 @@ class Prepared:
 
 
 class PreparedByName(dict[str, Prepared]):
-    """What the batched preparation gave, by adapter. A copy begins without it, since graphs cannot be copied."""
+    """The results of the batched preparation, by adapter. A copy begins without it, since graphs cannot be copied."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PreparedByName:
         return PreparedByName()
@@ -89,7 +89,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         device = self.base_weight.device
         shapes = method.shapes(self.out_features, self.in_features, rank)
         if method.initial:
-            # Drawn on the CPU by the global generator, which the caller seeds: the same on every device.
+            # Sampled on the CPU by the global generator, which the caller seeds: the same on every device.
             generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
             first = method.initial(shapes, generator)
         else:
@@ -135,11 +135,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return {name: value * scales if value.dim() == 2 else value for name, value in parameters.items()}
 
     def frozen_of(self, adapter: str) -> dict[str, Tensor]:
-        """The frozen tensors under the method's names; the weight itself is read where it lies, never copied."""
+        """The frozen tensors under the method's names; the weight itself is read in place, never copied."""
         frozen = cast(Buffers, self.spectral_frozen[adapter]).named()
         if self.spectral_method[adapter].builds_on == "weight":
-            held = self.base_weight if self.unmerged_weight is None else self.unmerged_weight
-            weight = flatten(held.detach())
+            base_weight = self.base_weight if self.unmerged_weight is None else self.unmerged_weight
+            weight = flatten(base_weight.detach())
             frozen["W"] = weight if weight.dtype == torch.float64 else weight.float()
         return frozen
 
@@ -157,15 +157,15 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         method, parameters = self.spectral_method[adapter], self.effective(adapter)
         if method.prepare is None:
             return parameters
-        held = self.prepared.get(adapter) if cached and not torch.compiler.is_compiling() else None
-        if held and held.grad and not torch.is_grad_enabled():
+        prepared = self.prepared.get(adapter) if cached and not torch.compiler.is_compiling() else None
+        if prepared and prepared.grad and not torch.is_grad_enabled():
             # Re-entrant checkpointing: this layer runs again during the backward pass, when the graph of the batched
             # preparation may be freed already. It prepares its own then.
             del self.prepared[adapter]
-            held = None
+            prepared = None
         versions = [value._version for value in parameters.values()]
-        if held and held.versions == versions and held.grad == torch.is_grad_enabled():
-            return held.tensors
+        if prepared and prepared.versions == versions and prepared.grad == torch.is_grad_enabled():
+            return prepared.tensors
         return method.prepare(parameters, self.frozen_of(adapter))
 
     def factors(self, adapter: str, cached: bool = False) -> Factors:
@@ -180,7 +180,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return delta.mT if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """What the layer gives with its active adapters; with ``adapter_names`` every row has its own."""
+        """The layer's output with its active adapters; with ``adapter_names`` every row has its own."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:
@@ -233,7 +233,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Add ΔW to the base weight, in float64 and rounded once, however many adapters there are.
 
         Raises:
-            TunerError: an adapter holds NaN or infinity and ``safe_merge`` asks for a look; nothing is merged then.
+            TunerError: an adapter holds NaN or infinity and ``safe_merge`` is on; nothing is merged then.
         """
         chosen = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.spectral_delta]
         if not chosen:
@@ -267,12 +267,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if self.unmerged_weight is not None:
             return self.unmerged_weight
         weight = cast(nn.Linear, self.get_base_layer()).weight.detach()
-        plain = weight.clone()
+        unmerged = weight.clone()
         if self.merged:
-            plain.copy_(
+            unmerged.copy_(
                 to_float64(weight) - sum(to_float64(self.get_delta_weight(adapter)) for adapter in self.merged_adapters)
             )
-        return plain.mT if isinstance(self.get_base_layer(), Conv1D) else plain
+        return unmerged.mT if isinstance(self.get_base_layer(), Conv1D) else unmerged
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """The strength λ of one adapter: multiplies its ΔW."""
@@ -280,7 +280,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             self.spectral_scale[adapter] = float(scale)
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the strengths of the active adapters, as PEFT and diffusers ask for it."""
+        """Multiply the strengths of the active adapters, as PEFT and diffusers require."""
         for adapter in self.active_adapters:
             self.set_scale(adapter, self.spectral_scale.get(adapter, 1.0) * scale)
 
@@ -295,9 +295,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move one adapter to the base layer's device; PEFT's own would round it to the base's precision too."""
-        for held in (self.spectral_delta, self.spectral_frozen):
-            if adapter_name in held:
-                part = held[adapter_name]
+        for modules in (self.spectral_delta, self.spectral_frozen):
+            if adapter_name in modules:
+                part = modules[adapter_name]
                 if not any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers())):
                     part.to(device or self.base_weight.device)
 
@@ -333,9 +333,9 @@ def adapted_layer(layer: nn.Module) -> AdaptedLayer:
 
 
 def hooks_of(model: nn.Module) -> dict[str, Any]:
-    """The handles of the hooks that the tuner put on a model, kept on it, by adapter."""
-    held: dict[str, Any] = model.__dict__.setdefault("_spectral_hooks", {})
-    return held
+    """The handles of the tuner's hooks on a model, stored on it, by adapter."""
+    handles: dict[str, Any] = model.__dict__.setdefault("_spectral_hooks", {})
+    return handles
 
 
 class BatchedPreparation:
@@ -374,9 +374,9 @@ class BatchedPreparation:
             stacked = {name: torch.stack([each[index][name] for index in indices]) for name in each[first]}
             frozen = {name: torch.stack([built_on[index][name] for index in indices]) for name in built_on[first]}
             prepared = {name: value.unbind(0) for name, value in self.method.prepare(stacked, frozen).items()}
-            for place, index in enumerate(indices):
+            for position, index in enumerate(indices):
                 layers[index].prepared[self.adapter] = Prepared(
-                    {name: values[place] for name, values in prepared.items()},
+                    {name: values[position] for name, values in prepared.items()},
                     [value._version for value in each[index].values()],
                     torch.is_grad_enabled(),
                 )
@@ -389,9 +389,9 @@ class BatchedPreparation:
         return whole
 
     def _built_on(self, layer: AdaptedLayer) -> dict[str, Tensor]:
-        """The frozen tensors that the preparation asks for."""
-        held = cast(Buffers, layer.spectral_frozen[self.adapter]).named()
-        return {name: held[name] for name in self.method.prepared_on if name in held}
+        """The frozen tensors that the preparation needs."""
+        frozen = cast(Buffers, layer.spectral_frozen[self.adapter]).named()
+        return {name: frozen[name] for name in self.method.prepared_on if name in frozen}
 
 
 def is_sharded(parameter: Tensor) -> bool:

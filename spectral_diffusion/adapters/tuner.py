@@ -163,15 +163,15 @@ class SpectralModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
         """Settle what the config leaves open: the target modules, and the slot."""
         if peft_config.target_modules is None:
-            found = self.target_module_mapping.get(model_config.get("model_type", ""))
-            if found is None and any(name.endswith(".to_q") for name, _ in self.model.named_modules()):
-                found = list(ATTENTION)
-            if found is None:
+            modules = self.target_module_mapping.get(model_config.get("model_type", ""))
+            if modules is None and any(name.endswith(".to_q") for name, _ in self.model.named_modules()):
+                modules = list(ATTENTION)
+            if modules is None:
                 raise TunerError(
                     "The layers of this model are not known; name them with target_modules=['q_proj', 'v_proj'] or "
                     "take 'all-linear'."
                 )
-            peft_config.target_modules = as_set(found)
+            peft_config.target_modules = as_set(modules)
         if peft_config.find_frozen and not peft_config.slot and get_method(peft_config.method).slot:
             peft_config.slot = str(self._free_slot(peft_config))
         return peft_config
@@ -230,7 +230,7 @@ class SpectralModel(BaseTuner):
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         inside = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
         handles = [
-            # An encoder runs before the beams are there.
+            # An encoder runs before the beams exist.
             module.register_forward_pre_hook(
                 partial(with_names, names=names if module in inside else repeated), with_kwargs=True
             )
@@ -263,24 +263,24 @@ class SpectralModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise TunerError(f"There is an adapter '{adapter_name}' already; choose another name.")
         configs = self._summands(adapters, weights, combination_type)
-        most = (svd_rank or max(config.columns for config in configs)) if combination_type == "svd" else None
+        max_rank = (svd_rank or max(config.columns for config in configs)) if combination_type == "svd" else None
         unmerge_all(self.model)
         sums = {
-            name: sum_of(module, list(zip(adapters, weights, strict=True)), most)
+            name: sum_of(module, list(zip(adapters, weights, strict=True)), max_rank)
             for name, module in self.model.named_modules()
             if isinstance(module, AdaptedLayer) and any(adapter in module.spectral_delta for adapter in adapters)
         }
-        ranks = {name: max(1, held.up.shape[1]) for name, held in sums.items()}
-        usual = max(ranks.values())
+        ranks = {name: max(1, factors.up.shape[1]) for name, factors in sums.items()}
+        largest = max(ranks.values())
         self.peft_config[adapter_name] = replace(
-            configs[0], method="lora", slot=None, r=usual, target_modules=set(sums), exclude_modules=None, bias="none",
-            layers_to_transform=None, layers_pattern=None,
-            rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual},
+            configs[0], method="lora", slot=None, r=largest, target_modules=set(sums), exclude_modules=None,
+            bias="none", layers_to_transform=None, layers_pattern=None,
+            rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest},
         )  # fmt: skip
         self.inject_adapter(self.model, adapter_name)
-        for name, held in sums.items():
+        for name, factors in sums.items():
             layer = cast(AdaptedLayer, self.model.get_submodule(name))
-            for parameter, value in zip(("B", "A"), held, strict=True):
+            for parameter, value in zip(("B", "A"), factors, strict=True):
                 layer.parameters_of(adapter_name)[parameter].data.copy_(value)
 
     def _summands(self, adapters: list[str], weights: list[float], combination: str) -> list[SpectralConfig]:
@@ -378,22 +378,22 @@ def freeze(layer: AdaptedLayer, adapter: str, rank: int, slot: Slot | None, name
     if layer.is_hollow(adapter):
         layer.set_frozen(adapter, hollow_tensors(method, (layer.out_features, layer.in_features), rank, slot))
         return
-    found = frozen_tensors(method, {"": layer.base_weight.detach()}, rank, slot, cached=False)
-    layer.set_frozen(adapter, found[""])
+    frozen = frozen_tensors(method, {"": layer.base_weight.detach()}, rank, slot, cached=False)
+    layer.set_frozen(adapter, frozen[""])
 
 
 @torch.no_grad()
-def sum_of(layer: AdaptedLayer, summands: list[tuple[str, float]], most: int | None) -> Factors:
-    """The weighted sum of a layer's adapters as float32 factors, of no more columns than ``most`` and the layer has."""
+def sum_of(layer: AdaptedLayer, summands: list[tuple[str, float]], max_rank: int | None) -> Factors:
+    """The weighted sum of a layer's adapters as float32 factors, of at most ``max_rank`` and the layer's columns."""
     parts = [(layer.factors(name), weight) for name, weight in summands if name in layer.spectral_delta]
     up = torch.cat([factors.up * weight for factors, weight in parts], 1)
     down = torch.cat([factors.down for factors, _ in parts], 0)
     room = min(layer.out_features, layer.in_features)
-    most = room if most is None else min(most, room)
-    if up.shape[1] <= most:
+    max_rank = room if max_rank is None else min(max_rank, room)
+    if up.shape[1] <= max_rank:
         return Factors(up, down)
     exact = Factors(up.cpu().double(), down.cpu().double())
-    return Factors(*(part.to(up) for part in truncate(exact, most)))
+    return Factors(*(part.to(up) for part in truncate(exact, max_rank)))
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = SpectralConfig

@@ -61,12 +61,12 @@ def _write(photo: Path, output: Path | None, kind: str, drawn: Callable[[], Imag
     from PIL.PngImagePlugin import PngInfo
 
     from ..core.files import atomic
-    from ..data.image_io import DRAWN, is_drawn
+    from ..data.image_io import DRAWN, is_control_image
 
     output = output or photo.with_name(f"{photo.stem}_{kind}.png")
     if output.suffix.lower() != ".png":
         raise UserError(f"The output {output} must end in .png.")
-    if output.exists() and not is_drawn(output):
+    if output.exists() and not is_control_image(output):
         raise UserError(f"{output} was not drawn from a photo here, and would be lost.", ELSEWHERE)
     image, info = drawn(), PngInfo()
     info.add_text(DRAWN, kind)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
-from ..core.files import is_there
+from ..core.files import exists
 from .support import numbers
 
 SOURCES = {".yaml", ".yml", ".png", ".txt"}
@@ -20,7 +20,7 @@ def source_of(words: list[str] | None) -> tuple[Path | None, list[str]]:
     Raises:
         UserError: several files.
     """
-    files = [w for w in words or [] if Path(w).suffix.lower() in SOURCES and ("=" not in w or is_there(w))]
+    files = [w for w in words or [] if Path(w).suffix.lower() in SOURCES and ("=" not in w or exists(w))]
     if len(files) > 1:
         raise UserError(f"One scene at a time: {' and '.join(files)} were given.")
     return (Path(files[0]) if files else None), [word for word in words or [] if word not in files]
@@ -94,10 +94,10 @@ def placed_apart(acting: dict[str, Any] | None, typed: list[str] | None, source:
 
     Such a one keeps the picture's strength where ``--adapter`` was ``typed`` without any, and gets the given one else.
     """
-    from ..scenes.scene import adapters_held
+    from ..scenes.scene import adapter_tables
 
     acting = acting or {}
-    for adapters in adapters_held(source.settings):
+    for adapters in adapter_tables(source.settings):
         given = source.placed & set(acting) & set(adapters) - set(typed or [])
         adapters.update({name: acting[name] for name in given})
     return {name: value for name, value in acting.items() if name not in source.placed} or None
@@ -105,9 +105,9 @@ def placed_apart(acting: dict[str, Any] | None, typed: list[str] | None, source:
 
 def adapters_in(settings: dict[str, Any]) -> list[str]:
     """The adapters that a scene's settings name, first those that act everywhere; what is not understood names none."""
-    from ..scenes.scene import adapters_held
+    from ..scenes.scene import adapter_tables
 
-    return [str(name) for adapters in adapters_held(settings) for name in adapters]
+    return [str(name) for adapters in adapter_tables(settings) for name in adapters]
 
 
 def regions(texts: list[str] | None) -> list[dict[str, Any]] | None:
@@ -132,7 +132,7 @@ def parse_adapter_scales(pairs: list[str] | None) -> dict[str, Any] | None:
     out: dict[str, Any] = {}
     for pair in pairs or []:
         file, equals, text = pair.rpartition("=")
-        if equals and ":" in text and not is_there(pair):
+        if equals and ":" in text and not exists(pair):
             parts = (part.partition(":") for part in text.split(","))
             out[file] = numbers([f"{name.strip()}={value}" for name, _, value in parts], "--adapter")
         else:

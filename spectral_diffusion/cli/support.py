@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.errors import UserError
-from ..core.files import is_there
+from ..core.files import exists
 from ..core.hooks import Pace, brief_duration
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def importing() -> Iterator[None]:
 
 def files_and_settings(words: list[str]) -> tuple[list[str], list[str]]:
     """A verb's words: names of files and folders, and settings as key=value that are no such name."""
-    files = [word for word in words if "=" not in word or is_there(word)]
+    files = [word for word in words if "=" not in word or exists(word)]
     return files, [word for word in words if word not in files]
 
 
@@ -82,7 +82,7 @@ def numbers(pairs: list[str] | None, option: str) -> dict[str, float] | None:
     out = {}
     for pair in pairs:
         name, equals, text = pair.rpartition("=")
-        if not equals or is_there(pair):
+        if not equals or exists(pair):
             name, text = pair, "1"
         try:
             out[name] = float(text)
@@ -109,7 +109,7 @@ def resolve(
     from ..config.settings import parse_overrides
 
     changes = parse_overrides(overrides or [])
-    return settings_for(model, verb, flags, changes, config=config, held=held, source=source, base=base)
+    return settings_for(model, verb, flags, changes, config=config, scene_settings=held, source=source, base=base)
 
 
 def named_base(files: list[str], overrides: list[str] | None = None) -> str:

@@ -35,7 +35,7 @@ class ControlConfig(Settings):
     timestep_power: float = Field(
         0.33, gt=0, le=4, description="Sample t = T u^power; 1/3 has the mean of the paper's cubic sampling."
     )
-    checkpointing_steps: int = Field(500, ge=1, description="Save the training state every so many steps.")
+    checkpointing_steps: int = Field(500, ge=1, description="Save the training state every this many steps.")
     device: str = Field("auto", description="auto, cpu, cuda, mps …")
     dtype: str = Field("float32", description="Precision of the frozen base; the T2I-Adapter stays float32.")
     mixed_precision: Precision = Field("auto", description="Autocast: auto takes what this machine does fastest.")

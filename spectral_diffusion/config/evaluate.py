@@ -24,7 +24,7 @@ GENERIC_SUBJECTS = (
 
 
 class EvaluateConfig(Settings):
-    """What is measured, against which photos, and how its pictures are drawn."""
+    """Settings of an evaluation: what is measured, against which photos, and how images are generated."""
 
     adapters: list[Path] = Field(default_factory=list, description="Adapter files, or one fused folder.")
     output: Path = Field(Path("evaluation"), description="Folder of the report.")
@@ -41,9 +41,9 @@ class EvaluateConfig(Settings):
     scales: dict[str, FiniteFloat] = Field(
         default_factory=dict, description="Concept name to λ in the sum; NAME.unet sets one component."
     )
-    prompts: Templates = Field([f"a photo of {{}} {place}" for place in PLACES], description="Prompt templates.")
+    prompts: Templates = Field([f"a photo of {{}} {backdrop}" for backdrop in PLACES], description="Prompt templates.")
     prior_prompts: list[str] = Field(
-        [f"a photo of {words}" for words in GENERIC_SUBJECTS],
+        [f"a photo of {subject}" for subject in GENERIC_SUBJECTS],
         min_length=1,
         description="Prompts without any concept, which show drift.",
     )
@@ -62,5 +62,5 @@ class EvaluateConfig(Settings):
     allow_tf32: bool = Field(False, description="On CUDA, round the factors of float32 products to TensorFloat-32.")
 
     def seeds(self, index: int) -> list[int]:
-        """The seeds of the prompt with that number: other ones for every prompt, the same in every way of drawing."""
+        """The seeds of prompt ``index``: different for every prompt, the same for every generation setting."""
         return [self.seed + index + 1000 * picture for picture in range(self.num_images)]

@@ -12,7 +12,7 @@ from .train import GENERIC_TEMPLATES
 
 
 class CalibrationConfig(Settings):
-    """What merges that need activations (``gradient``, ``ssr``) record."""
+    """Calibration: the activations that merges such as ``gradient`` and ``ssr`` record."""
 
     prior_weight: float = Field(
         1.0, ge=0, description="Weight of the base's activations on generic prompts, in concepts; 0 leaves them out."

@@ -14,7 +14,7 @@ VERBS = {"train", "fuse", "generate", "train-control", "evaluate"}  # that a pre
 
 
 def preset_part(name: str, verb: str) -> dict[str, Any]:
-    """What a shipped preset says for a verb.
+    """The settings of a shipped preset for a verb.
 
     Raises:
         UserError: no such preset.
@@ -28,7 +28,7 @@ RATES = ("learning_rate", "text_encoder_learning_rate")  # those that depend on 
 def rates_for(settings: dict[str, Any], method: Any) -> dict[str, Any]:
     """A preset's or file's settings, with its rates scaled where another method takes the place of its own.
 
-    Rates that stand beside a method are that method's; those of a file without a method are anybody's.
+    Rates in a file that names a method belong to that method; those in a file without one apply to every method.
 
     Raises:
         UserError: there is no such method.
@@ -44,12 +44,12 @@ def rates_for(settings: dict[str, Any], method: Any) -> dict[str, Any]:
         try:
             scaled[name] = round_rate(float(settings[name]) * ratio)
         except (KeyError, TypeError, ValueError):
-            continue  # not there, or no number, which is told when the settings are checked
+            continue  # missing or not a number: reported when the settings are checked
     return {**settings, **scaled}
 
 
 def with_rates(config: TrainConfig) -> TrainConfig:
-    """Settle the learning rates that nobody set: the defaults, times the method's ``lr_scale``.
+    """Fill in the learning rates that are not set: the defaults, times the method's ``lr_scale``.
 
     Raises:
         UserError: there is no such method.
@@ -67,7 +67,7 @@ def round_rate(rate: float) -> float:
 
 
 def preset_settings(base: str, verb: str) -> dict[str, Any]:
-    """What the preset that a base brings along says for a verb; nothing where there is none."""
+    """The settings of a base's default preset for a verb; empty without one."""
     name = preset_of(base)
     return preset_part(name, verb) if name else {}
 
@@ -77,7 +77,7 @@ def settings_for(
     verb: str,
     *changes: Mapping[str, Any],
     config: str | None = None,
-    held: Mapping[str, Any] | None = None,
+    scene_settings: Mapping[str, Any] | None = None,
     source: str = "",
     base: str = "pocket",
 ) -> Model:
@@ -85,17 +85,17 @@ def settings_for(
 
         settings_for(TrainConfig, "train", {"concept": "photos/rex", "output": "rex.safetensors"})
 
-    A preset by name or a YAML file comes first, then what a scene held, then the changes, of which later ones win.
+    A preset by name or a YAML file comes first, then a scene's settings, then the changes, of which later ones win.
 
     Args:
         config: the preset or file; by default the preset that the base brings along.
-        held: what a scene held that was read from ``source``.
+        scene_settings: the settings of a scene that was read from ``source``.
         base: what is meant where nothing names one.
 
     Raises:
         UserError: no such preset or file, one of another verb, or a setting that cannot be.
     """
-    named = [layer["base"] for layer in (held or {}, *changes) if layer.get("base") is not None]
+    named = [layer["base"] for layer in (scene_settings or {}, *changes) if layer.get("base") is not None]
     chosen = config or preset_of(str([base, *named][-1]))
     layer: dict[str, Any] = {}
     if chosen is not None:
@@ -109,8 +109,10 @@ def settings_for(
             if not isinstance(layer, dict):
                 raise UserError(f"The part '{verb}' of {chosen} must hold key: value lines.")
     last = [dict(change) for change in changes]
-    if held:
-        return build(model, dict(held), {k: v for k, v in layer.items() if k not in held}, *last, file=source)
+    if scene_settings:
+        return build(
+            model, dict(scene_settings), {k: v for k, v in layer.items() if k not in scene_settings}, *last, file=source
+        )
     if verb != "train":
         return build(model, layer, *last, file=config or "")
     method = next((change["method"] for change in reversed(last) if change.get("method")), None)

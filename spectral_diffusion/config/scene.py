@@ -43,7 +43,7 @@ class Region(Settings):
         return value
 
     @model_validator(mode="after")
-    def _one_place(self) -> Region:
+    def _box_or_mask(self) -> Region:
         if (self.box is None) == (self.mask is None):
             raise ValueError(f"the region '{self.prompt[:40]}' needs a box or a mask, one of the two")
         return self
@@ -60,10 +60,10 @@ class Region(Settings):
         if pixels:
             left, top, right, bottom = left / width, top / height, right / width, bottom / height
         if max(right, bottom) > 1:
-            mend = "give pixels inside it, or fractions up to 1" if pixels else "fractions go up to 1"
+            fix = "give pixels inside it, or fractions up to 1" if pixels else "fractions go up to 1"
             raise UserError(
                 f"The box {box_text(self.box)} of '{self.prompt}' reaches outside the picture of {width}×{height}; "
-                f"{mend}."
+                f"{fix}."
             )
         return left, top, right, bottom
 
@@ -74,7 +74,7 @@ class Region(Settings):
 
 
 class ControlImage(Settings):
-    """A drawing that the picture is held to, through a T2I-Adapter."""
+    """A control image that guides the picture through a T2I-Adapter."""
 
     file: Path = Field(description="The control image; for keypose also keypoints as JSON.")
     kind: Kind = Field("sketch", description="Kind of control image.")

@@ -17,14 +17,16 @@ from ..core.files import read_text
 from ..core.paths import without_folders
 
 
-def _one_place(texts: list[str]) -> list[str]:
+def _single_placeholder(texts: list[str]) -> list[str]:
     if any(text.count("{}") != 1 for text in texts):
         raise ValueError("every one needs {} exactly once, where the concept goes")
     return texts
 
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
-Templates = Annotated[list[str], Field(min_length=1), AfterValidator(_one_place)]  # texts with a place for a concept
+Templates = Annotated[
+    list[str], Field(min_length=1), AfterValidator(_single_placeholder)
+]  # texts with a place for a concept
 
 
 class Settings(BaseModel):
@@ -45,12 +47,12 @@ Model = TypeVar("Model", bound=Settings)
 YAML_BYTES = 1_000_000  # of a file of settings, which has some thousands
 
 
-def _as_in_yaml_1_2(tag: str, found: re.Pattern[str]) -> re.Pattern[str]:
+def _as_in_yaml_1_2(tag: str, pattern: re.Pattern[str]) -> re.Pattern[str]:
     """What YAML 1.1 takes for a number, but none of base 60; for a boolean, but true and false only."""
     if tag.endswith(":bool"):
         return re.compile(r"true|True|TRUE|false|False|FALSE")
     number = tag.endswith((":int", ":float"))
-    return re.compile(rf"(?![-+]?[0-9][0-9_]*:){found.pattern}", re.X) if number else found
+    return re.compile(rf"(?![-+]?[0-9][0-9_]*:){pattern.pattern}", re.X) if number else pattern
 
 
 # What PyYAML raises for text that it cannot read: its constructors, of dates and numbers, nearly anything.
@@ -60,7 +62,7 @@ UNREAD = (yaml.YAMLError, RecursionError, ValueError, KeyError, AttributeError, 
 class Loader(yaml.SafeLoader):
     """Safe YAML in which ``16:24``, ``no`` and ``on`` are texts, as in YAML 1.2.
 
-    Aliases are refused: a few hundred bytes of them stand for a value of thousands of millions of parts.
+    Aliases are refused: a few hundred bytes of them expand to a value of billions of parts.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -71,11 +73,11 @@ class Loader(yaml.SafeLoader):
 
 
 class Alias(yaml.composer.ComposerError):
-    """A value that stands for an earlier one."""
+    """An alias of an earlier value."""
 
 
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, _as_in_yaml_1_2(tag, found)) for tag, found in resolvers]
+    first: [(tag, _as_in_yaml_1_2(tag, pattern)) for tag, pattern in resolvers]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
@@ -87,7 +89,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: missing, not YAML, or not a mapping.
     """
     try:
-        data = yaml.load(read_text(Path(path), most=YAML_BYTES), Loader)
+        data = yaml.load(read_text(Path(path), max_bytes=YAML_BYTES), Loader)
     except FileNotFoundError as error:
         raise UserError(f"No such file: {path}.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -136,7 +138,7 @@ def build(model: type[Model], *layers: dict[str, Any], file: str = "", prefix: s
     """Merge layers (later ones win) and validate them. The first layer was read from ``file``, if named.
 
     Args:
-        prefix: what stands before a setting's name in errors.
+        prefix: put before a setting's name in errors.
 
     Raises:
         UserError: one sentence about the first thing wrong, with the nearest known key for a misspelt one.
@@ -179,5 +181,5 @@ def description(model: type[BaseModel], name: str) -> str:
 
 def to_yaml(settings: Settings, shared: bool = False) -> str:
     """The resolved settings as YAML that ``--config`` reads back; full paths are names alone where it is ``shared``."""
-    held = settings.model_dump(mode="json")
-    return yaml.safe_dump(without_folders(held) if shared else held, sort_keys=False, allow_unicode=True)
+    values = settings.model_dump(mode="json")
+    return yaml.safe_dump(without_folders(values) if shared else values, sort_keys=False, allow_unicode=True)

@@ -13,8 +13,8 @@ from .settings import Precision, Settings, Templates
 GENERIC_NOUNS = ["dog", "cat", "horse", "fish", "car", "house", "tree", "cup", "teapot", "chair", "flower", "person"]
 GENERIC_ADJECTIVES = ["", "red", "yellow", "green", "blue", "white", "black"]
 GENERIC_TEMPLATES = ["{}", "a photo of {}"] + [
-    f"a photo of {{}} {place}"
-    for place in ["on the grass", "on the beach", "in the snow", "on a table", "at night", "on a white background"]
+    f"a photo of {{}} {backdrop}"
+    for backdrop in ["on the grass", "on the beach", "in the snow", "on a table", "at night", "on a white background"]
 ]
 
 
@@ -51,7 +51,7 @@ class DataConfig(Settings):
     )
     mask_weight: float = Field(0.0, ge=0, le=1, description="The loss outside the masks is weighted 1 minus this.")
     shuffle_caption: bool = Field(False, description="Shuffle the comma-separated tags of a caption at every step.")
-    keep_tokens: int = Field(1, ge=0, le=1000, description="So many first tags stay first and are never dropped.")
+    keep_tokens: int = Field(1, ge=0, le=1000, description="How many first tags stay first and are never dropped.")
     tag_dropout: float = Field(0.0, ge=0, le=1, description="Share of the other tags left out, never the token.")
     caption_dropout: float = Field(0.0, ge=0, le=1, description="Share of samples trained with the empty prompt.")
     class_images_dir: Path | None = Field(None, description="Folder of class images to use as prior images.")
@@ -85,7 +85,7 @@ class OptimizerConfig(Settings):
 
 
 class ValidationConfig(Settings):
-    """What training shows and records on the way. It changes no result, except by early stopping."""
+    """Validation images and records during training. They change no result, except by early stopping."""
 
     every: int = Field(0, ge=0, description="Steps between two validation grids; 0 makes none.")
     prompts: Templates = Field(["a photo of {}", "{} on the beach", "{} in the snow"], description="Rows of the grid.")
@@ -96,7 +96,7 @@ class ValidationConfig(Settings):
     num_inference_steps: int = Field(20, ge=1, le=1000, description="Denoising steps of each image.")
     guidance_scale: float = Field(4.0, ge=0, le=50, description="Guidance scale of each image.")
     early_stopping_patience: int = Field(
-        0, ge=0, description="Stop after so many grids without a better identity score; 0 never stops."
+        0, ge=0, description="Stop after this many grids without a better identity score; 0 never stops."
     )
     log_with: Literal["none", "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"] = (
         Field("none", description="Tracker, through accelerate.")
@@ -112,7 +112,7 @@ class ValidationConfig(Settings):
 
 
 class TrainConfig(Settings):
-    """Train one concept into one adapter. The defaults are the paper's fusion recipe for Stable Diffusion 1.5.
+    """Train one concept into one adapter. The defaults are the paper's fusion settings for Stable Diffusion 1.5.
 
     The command line and :func:`..presets.settings_for` lay the preset of the base over them.
     """
@@ -125,7 +125,7 @@ class TrainConfig(Settings):
         8,
         ge=1,
         le=4096,
-        description="Rank of the change, or columns of the slot: more learns more, and fewer concepts fit.",
+        description="Rank of the change, or columns of the slot: more capacity for one concept, fewer concepts fit.",
     )
     slot: str = Field(
         "next",
@@ -133,7 +133,7 @@ class TrainConfig(Settings):
         "sampled:128, random or bottom.",
     )
     param_budget: int | None = Field(
-        None, ge=1, description="Choose the largest rank with at most so many trainable parameters (50k, 1.5m)."
+        None, ge=1, description="Choose the largest rank with at most this many trainable parameters (50k, 1.5m)."
     )
     init_from_adapter: Path | None = Field(
         None, description="A spectral-rotation adapter whose rotated columns training starts from."
@@ -180,7 +180,7 @@ class TrainConfig(Settings):
     prior: PriorPreservationConfig = Field(PriorPreservationConfig(), description="Prior preservation.")
     data: DataConfig = Field(DataConfig(), description="Photos, captions and masks.")
     validation: ValidationConfig = Field(ValidationConfig(), description="Validation grids, trackers, early stopping.")
-    checkpointing_steps: int = Field(100, ge=1, description="Save the training state every so many steps.")
+    checkpointing_steps: int = Field(100, ge=1, description="Save the training state every this many steps.")
     device: str = Field("auto", description="auto, cpu, cuda, mps …")
     dtype: str = Field("float32", description="Precision of the frozen base; adapters stay float32.")
     mixed_precision: Precision = Field("auto", description="Autocast: auto takes what this machine does fastest.")

@@ -1,4 +1,4 @@
-"""Where the files lie that come with the package: ready-made concepts and presets."""
+"""Paths of the files that come with the package: ready-made concepts and presets."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def configs() -> Path:
 
 
 def preset_of(base: str) -> str | None:
-    """The preset that a base brings along: the pocket base's own, for a fusion right on it too."""
+    """The default preset of a base: the pocket base's own, also for a fusion built directly on it."""
     if base == "pocket":
         return base
-    recipe = Path(base) / "manifest.json"
+    manifest = Path(base) / "manifest.json"
     try:
-        return "pocket" if base and is_file(recipe) and parse_json(read_text(recipe))["base"] == "pocket" else None
+        return "pocket" if base and is_file(manifest) and parse_json(read_text(manifest))["base"] == "pocket" else None
     except (ValueError, OSError, LookupError, TypeError):
         return None
 

@@ -1,4 +1,4 @@
-"""Files that only save time: where they are kept, and how a damaged one is told from a whole one."""
+"""Cache files: where they are kept, and how damaged ones are recognized."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def cache_folder() -> Path:
 
 @cache
 def _without_home() -> Path:
-    """A folder in the system's temporary one that nobody else can write to; the same for every process of a user."""
+    """A private folder in the system's temporary one; the same for every process of a user."""
     user = os.getuid() if hasattr(os, "getuid") else 0
     folder = Path(tempfile.gettempdir()) / f"spectral_diffusion-{user}"
     with suppress(OSError):
         folder.mkdir(mode=0o700)
         log.warning("There is no home folder: the cache is %s; SPECTRAL_DIFFUSION_CACHE names another.", folder)
-    seen = folder.lstat()
-    if stat.S_ISDIR(seen.st_mode) and seen.st_uid == user and not seen.st_mode & 0o077:
+    status = folder.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == user and not status.st_mode & 0o077:
         return folder
-    return Path(tempfile.mkdtemp(prefix="spectral_diffusion-"))  # somebody else has made that one
+    return Path(tempfile.mkdtemp(prefix="spectral_diffusion-"))  # made by another user
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -70,17 +70,17 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def store(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bool:
-    """Keep tensors with a hash of them; returns whether they could be written, since a cache only saves time."""
-    held = dict(metadata or {})
+    """Write tensors with their hash; returns whether that worked, since a cache only saves time."""
+    fields = dict(metadata or {})
     try:
-        write_tensors(path, dict(tensors), {**held, DIGEST: digest(tensors, held)})
+        write_tensors(path, dict(tensors), {**fields, DIGEST: digest(tensors, fields)})
     except (OSError, UserError, SafetensorError):  # a full disk, or one that is read only
         return False
     return True
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """What :func:`store` kept; None where there is nothing, or nothing whole, which the log tells."""
+    """The content that :func:`store` wrote; None if the file is missing or damaged (which is logged)."""
     if not path.exists():
         return None
     with suppress(UserError, RuntimeError):
@@ -92,10 +92,10 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
 
 
 def restored(path: Path, unpack: Callable[[dict[str, Tensor], dict[str, str]], T]) -> T | None:
-    """What ``unpack`` makes of a file's tensors and metadata; None where nothing whole is there, or it refuses them."""
+    """What ``unpack`` makes of a file's tensors and metadata; None if the file is missing or damaged, or is refused."""
     with suppress(OSError, LookupError, ValueError, TypeError):
-        if held := load(path):
-            return unpack(*held)
+        if content := load(path):
+            return unpack(*content)
     return None
 
 
@@ -105,41 +105,41 @@ def cached(
     pack: Callable[[T], tuple[Mapping[str, Tensor], Mapping[str, str]]],
     unpack: Callable[[dict[str, Tensor], dict[str, str]], T],
     wait: float = 0.0,
-    most: int = 0,
+    max_bytes: int = 0,
 ) -> T:
-    """What ``path`` holds, or else what ``make`` returns, which is kept there.
+    """The value cached in ``path``, else what ``make`` returns, which is then cached there.
 
     A folder that cannot be written or read only costs the time to make it.
 
     Args:
         pack: returns the tensors and metadata to keep.
         unpack: takes them back; it refuses wrong ones with a LookupError, ValueError or TypeError.
-        wait: seconds for another process that makes the same; with 0 nobody is waited for.
-        most: bytes that the folder may hold, those used last; 0 keeps all.
+        wait: seconds to wait for another process that makes the same; 0 does not wait.
+        max_bytes: bytes that the folder may keep, the last used first; 0 keeps all.
     """
     with ExitStack() as stack:
         if wait:
-            with suppress(OSError, UserError):  # where nothing can be kept, nobody is waited for
+            with suppress(OSError, UserError):  # a folder that cannot be written is not locked
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(Path(f"{path}.lock"), wait))
-        found = restored(path, unpack)
-        if found is not None:
+        loaded = restored(path, unpack)
+        if loaded is not None:
             with suppress(OSError):
                 path.touch()  # used just now
-            return found
-        made = make()
-        if store(path, *pack(made)) and most:
+            return loaded
+        value = make()
+        if store(path, *pack(value)) and max_bytes:
             with suppress(OSError):
-                prune(path.parent, most)
-        return made
+                prune(path.parent, max_bytes)
+        return value
 
 
-def prune(folder: Path, most: int) -> None:
-    """Delete the files of a cache that were not used for the longest, until it holds at most so many bytes."""
-    found = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob("*.safetensors"))
-    held = sum(size for _, size, _ in found)
-    for _, size, path in found:
-        if held <= most:
+def prune(folder: Path, max_bytes: int) -> None:
+    """Delete the least recently used files of a cache until it has at most ``max_bytes``."""
+    files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.glob("*.safetensors"))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in files:
+        if total <= max_bytes:
             return
         path.unlink()
-        held -= size
+        total -= size

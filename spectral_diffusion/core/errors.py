@@ -1,4 +1,4 @@
-"""Errors that a person can mend: one clear sentence, shown without a traceback."""
+"""Errors that a user can fix: one clear sentence, shown without a traceback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fix:
-    """What puts an error right: an option, and the value to give it.
+    """A fix of an error: an option, and the value to set.
 
     It names a setting or a parameter as Python does. The command line shows the flag instead, the app the field.
 
@@ -64,16 +64,16 @@ class UserError(Exception):
             spell: a fix in such words; empty for one that this user has no means for, which is left out.
             verb: what the sentence begins with; empty where every spelling has one of its own.
         """
-        ways = [way for fix in self.fixes if (way := _way(fix, spell))]
-        if not ways:
+        spellings = [spelling for fix in self.fixes if (spelling := _spelled(fix, spell))]
+        if not spellings:
             return ""
-        text = f"{verb} {', or '.join(dict.fromkeys(ways))}.".strip()
+        text = f"{verb} {', or '.join(dict.fromkeys(spellings))}.".strip()
         return text[0].upper() + text[1:]
 
 
-def _way(fix: Fix, spell: Spell) -> str:
+def _spelled(fix: Fix, spell: Spell) -> str:
     """A fix with what goes with it, and what it does; empty if one part has no spelling."""
-    parts = [spell(one) for one in (fix, fix.also) if one]
+    parts = [spell(part) for part in (fix, fix.also) if part]
     return f"{' and '.join(parts)} {fix.so}".strip() if all(parts) else ""
 
 

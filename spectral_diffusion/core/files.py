@@ -47,7 +47,7 @@ PROBE = 2**18  # bytes that a disk must take before work begins
 
 
 def _clear(path: Path) -> None:
-    """Take away what killed programs left beside ``path``."""
+    """Remove what killed programs left beside ``path``."""
     for old in path.parent.glob(f".{path.name}.*.tmp"):
         with suppress(OSError):
             if time.time() - old.stat().st_mtime > ABANDONED:
@@ -68,12 +68,12 @@ def _beside(path: Path) -> Path:
 
 def cannot_write(path: Path, error: Exception) -> UserError:
     """The sentence for an output that cannot be written."""
-    said = error.strerror if isinstance(error, OSError) else None
-    return UserError(f"Cannot write {path}: {said or reason(error)}.", ELSEWHERE)
+    detail = error.strerror if isinstance(error, OSError) else None
+    return UserError(f"Cannot write {path}: {detail or reason(error)}.", ELSEWHERE)
 
 
 def is_file(path: Path | str) -> bool:
-    """Whether a file is there; what cannot be the name of one is none."""
+    """Whether a file exists; False for what cannot be a path."""
     try:
         return Path(path).is_file()
     except (OSError, ValueError):
@@ -81,7 +81,7 @@ def is_file(path: Path | str) -> bool:
 
 
 def is_folder(path: Path | str) -> bool:
-    """Whether a folder is there; what cannot be the name of one is none."""
+    """Whether a folder exists; False for what cannot be a path."""
     try:
         return Path(path).is_dir()
     except (OSError, ValueError):
@@ -89,7 +89,7 @@ def is_folder(path: Path | str) -> bool:
 
 
 def is_special(path: Path) -> bool:
-    """Whether a pipe, a socket or a device is there."""
+    """Whether the path is a pipe, a socket or a device."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -97,8 +97,8 @@ def is_special(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def is_there(path: Path | str) -> bool:
-    """Whether a file or folder is there; what cannot be the name of one is none."""
+def exists(path: Path | str) -> bool:
+    """Whether a file or folder exists; False for what cannot be a path."""
     try:
         return Path(path).exists()
     except (OSError, ValueError):
@@ -133,18 +133,18 @@ def check_writable(path: Path, needed: int = PROBE) -> None:
         )
 
 
-def read_text(path: Path, encoding: str = "utf-8", most: int = TEXT_BYTES) -> str:
+def read_text(path: Path, encoding: str = "utf-8", max_bytes: int = TEXT_BYTES) -> str:
     """A text file that a person or another program wrote. A pipe or a device is refused: reading it may never end.
 
     Raises:
-        OSError: no such file, no regular one, or one of more than ``most`` bytes.
+        OSError: no such file, no regular one, or one of more than ``max_bytes`` bytes.
         ValueError: not in that encoding.
     """
-    seen = Path(path).stat()
-    if not stat.S_ISREG(seen.st_mode):
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "it is no regular file")
-    if seen.st_size > most:
-        raise OSError(errno.EFBIG, f"it has more than {most // 1_000_000} MB")
+    if status.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"it has more than {max_bytes // 1_000_000} MB")
     return Path(path).read_text(encoding=encoding)
 
 
@@ -165,7 +165,7 @@ def parse_json(text: str) -> Any:
 
 def _deeper(value: Any, levels: int) -> bool:
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels == 0 or any(_deeper(one, levels - 1) for one in inside)
+    return levels == 0 or any(_deeper(item, levels - 1) for item in inside)
 
 
 def refuse_overwriting_settings(path: Path) -> None:
@@ -208,38 +208,38 @@ def check_only(folder: Path, own: Collection[str]) -> None:
     Raises:
         UserError: it does; the sentence names one such thing.
     """
-    held = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
-    if other := sorted(held - {*own, *DROPPED}):
+    names = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
+    if other := sorted(names - {*own, *DROPPED}):
         raise UserError(f"{folder} holds {other[0]}, which would be lost.", ELSEWHERE)
 
 
 def holds(folder: Path, other: Path | str) -> bool:
-    """Whether a path, if there is anything, is a folder or lies inside it."""
-    here, there = Path(folder).resolve(), Path(other).resolve()
-    return there.exists() and (there == here or here in there.parents)
+    """Whether a path exists and is a folder or inside it."""
+    root, target = Path(folder).resolve(), Path(other).resolve()
+    return target.exists() and (target == root or root in target.parents)
 
 
 @contextmanager
-def locked(path: Path, most: float) -> Iterator[None]:
+def locked(path: Path, timeout: float) -> Iterator[None]:
     """Hold the lock file ``path``. The log names a lock that is waited for longer than a moment.
 
     Raises:
-        UserError: another process still holds it after ``most`` seconds.
+        UserError: another process still holds it after ``timeout`` seconds.
         OSError: it cannot be made.
     """
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=min(PATIENCE, most))
+        lock.acquire(timeout=min(PATIENCE, timeout))
     except Timeout:
         log.warning("Waiting for another process, which holds %s.", path)
         try:
-            lock.acquire(timeout=max(0.0, most - PATIENCE))
+            lock.acquire(timeout=max(0.0, timeout - PATIENCE))
         except Timeout as error:
             raise UserError(
-                f"Another process has held {path} for {most:.0f} seconds; end it if it hangs or is stopped, then try "
-                "again."
+                f"Another process has locked {path} for {timeout:.0f} seconds; end it if it hangs or is stopped, then "
+                "try again."
             ) from error
     try:
         yield
@@ -270,7 +270,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; put it in the place of ``path`` when the block ends well.
+    """Yield a temporary folder beside ``path``; replace ``path`` with it when the block ends well.
 
     Raises:
         UserError: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""What a long job asks and tells on its way. Library code calls back; the command line or the app shows it."""
+"""Callbacks of long jobs. Library code calls them; the command line or the app shows the events."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def silent(event: Event, /) -> None:
 
 
 def ignore(text: str) -> None:
-    """Tell nobody."""
+    """Drop a message."""
 
 
 def never() -> bool:
@@ -74,7 +74,7 @@ class Hooks:
     Attributes:
         progress: called after every step.
         notify: called with a sentence that the user should read.
-        should_stop: asked between steps; the job then saves what it has and raises :class:`.errors.Cancelled`.
+        should_stop: called between steps; the job then saves what it has and raises :class:`.errors.Cancelled`.
     """
 
     progress: Progress = silent
@@ -86,7 +86,7 @@ class Hooks:
         self.progress(Event(stage, done, total, metrics))
 
     def raise_if_stopped(self, message: str = "Stopped.") -> None:
-        """End the job here if that is asked.
+        """End the job here if a stop is requested.
 
         Raises:
             Cancelled: it is.

@@ -36,15 +36,15 @@ def cpu_name() -> str:
                 return value.strip()
     if platform.system() == "Darwin":
         with suppress(OSError, subprocess.SubprocessError):
-            asked = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-            name = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            name = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
             if name:
                 return name
     return platform.processor() or platform.machine() or "unknown"
 
 
 def description() -> dict[str, Any]:
-    """What decides the last bits of a result on this machine, JSON-able: processor, vector unit, threads."""
+    """The properties of this machine that decide a result's last bits, JSON-able: processor, vector unit, threads."""
     return {
         "cpu": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -53,14 +53,14 @@ def description() -> dict[str, Any]:
 
 
 def provenance() -> dict[str, str]:
-    """What a result was made with: versions of the libraries, processor, vector unit and number of threads."""
-    found = {}
+    """The provenance of a result: versions of the libraries, processor, vector unit and number of threads."""
+    versions = {}
     for library in LIBRARIES:
         try:
-            found[library] = version(library)
+            versions[library] = version(library)
         except PackageNotFoundError:
-            found[library] = "unknown"
-    return found | {name: str(value) for name, value in description().items()}
+            versions[library] = "unknown"
+    return versions | {name: str(value) for name, value in description().items()}
 
 
 def made_on(made_with: Mapping[str, str]) -> str:
@@ -70,16 +70,16 @@ def made_on(made_with: Mapping[str, str]) -> str:
 
 
 def heading() -> str:
-    """The comment line of resolved settings that says where they were used."""
-    found = description()
-    return f"# Made on {found['cpu']} ({found['capability']}), {found['threads']} threads, torch {torch.__version__}.\n"
+    """The comment line of resolved settings that names the machine."""
+    here = description()
+    return f"# Made on {here['cpu']} ({here['capability']}), {here['threads']} threads, torch {torch.__version__}.\n"
 
 
 def machine_identity() -> str:
     """A short hash of the machine, of the libraries' version and of what restricts their instructions."""
     limits = {name: os.environ.get(name, "") for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")}
-    told = json.dumps({**description(), **limits, "torch": torch.__version__}, sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    identity = json.dumps({**description(), **limits, "torch": torch.__version__}, sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def measured_once(name: str, measure: Callable[[], Any]) -> Any:
@@ -87,8 +87,8 @@ def measured_once(name: str, measure: Callable[[], Any]) -> Any:
 
     A cache that cannot be read or written only means that it is measured again.
     """
-    kept = _kept()
-    own = kept.get(machine_identity())
+    measurements = _kept()
+    own = measurements.get(machine_identity())
     if isinstance(own, dict) and name in own:
         return own[name]
     value = measure()
@@ -98,17 +98,17 @@ def measured_once(name: str, measure: Callable[[], Any]) -> Any:
 
 def remember(name: str, value: Any) -> None:
     """Keep a measurement of this machine, in place of an earlier one."""
-    kept = _kept()
-    own = kept.get(machine_identity())
-    kept[machine_identity()] = {**(own if isinstance(own, dict) else {}), name: value}
+    measurements = _kept()
+    own = measurements.get(machine_identity())
+    measurements[machine_identity()] = {**(own if isinstance(own, dict) else {}), name: value}
     with suppress(UserError, OSError):
-        write_json(cache_folder() / FILE, kept)
+        write_json(cache_folder() / FILE, measurements)
 
 
 def _kept() -> dict[str, Any]:
     """Every machine's measurements; nothing where the file is missing or damaged."""
     with suppress(OSError, ValueError, RecursionError):
-        found = json.loads((cache_folder() / FILE).read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
+        measurements = json.loads((cache_folder() / FILE).read_text(encoding="utf-8"))
+        if isinstance(measurements, dict):
+            return measurements
     return {}

@@ -14,7 +14,7 @@ from typing import Any
 
 from .cache import cache_folder
 from .errors import UserError
-from .files import is_there, parse_json, read_text, write_json
+from .files import exists, parse_json, read_text, write_json
 
 UP = 6  # folders that a relative path may climb
 BASES = "bases.json"  # beside the caches: fingerprint to path
@@ -29,9 +29,9 @@ def is_full(name: str) -> bool:
 def without_folders(value: Any, names: Mapping[str, str] | None = None) -> Any:
     """JSON-able settings in which full paths are names alone; ``names`` says what some are called instead."""
     if isinstance(value, dict):
-        return {without_folders(key, names): without_folders(one, names) for key, one in value.items()}
+        return {without_folders(key, names): without_folders(item, names) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_folders(one, names) for one in value]
+        return [without_folders(item, names) for item in value]
     if names and isinstance(value, str) and value in names:
         return names[value]
     return PureWindowsPath(value).name or value if isinstance(value, str) and is_full(value) else value
@@ -45,13 +45,13 @@ def portable(name: str, folder: Path) -> str:
     if not is_full(name):
         return name
     try:
-        way = Path(os.path.relpath(Path(name).resolve(), Path(folder).resolve()))
+        relative = Path(os.path.relpath(Path(name).resolve(), Path(folder).resolve()))
         shared = Path(os.path.commonpath([Path(name).resolve(), Path(folder).resolve()]))
         above = (*home().parents, Path(shared.anchor))
     except (OSError, ValueError):  # another drive, or a path of another system
         return str(without_folders(name))
-    far = way.parts.count(os.pardir) > UP or shared in above
-    return str(without_folders(name)) if far else way.as_posix()
+    far = relative.parts.count(os.pardir) > UP or shared in above
+    return str(without_folders(name)) if far else relative.as_posix()
 
 
 def home() -> Path:
@@ -63,14 +63,14 @@ def home() -> Path:
 
 
 def located(name: str, folder: Path) -> str:
-    """A path that a file in ``folder`` holds, as it can be opened here; as it is if nothing lies there."""
+    """A path from a file in ``folder``, as it can be opened here; unchanged if nothing exists there."""
     beside = os.path.normpath(Path(folder) / name)
-    return beside if name and not is_full(name) and is_there(beside) else name
+    return beside if name and not is_full(name) and exists(beside) else name
 
 
 def portable_base(base: str, fingerprint: str, folder: Path) -> str:
     """:func:`portable` for a base, whose place on this machine is remembered."""
-    if base == "pocket" or not is_there(base):
+    if base == "pocket" or not exists(base):
         return str(without_folders(base))
     whole = str(Path(base).resolve())
     with suppress(OSError, UserError):  # a cache that cannot be written only costs naming the base
@@ -82,13 +82,13 @@ def portable_base(base: str, fingerprint: str, folder: Path) -> str:
 
 
 def located_base(base: str, fingerprint: str, folder: Path) -> str:
-    """:func:`located` for a base; if it is not beside the file, where it was when one like it was written here."""
-    found = located(base, folder)
-    if base == "pocket" or is_there(found):
-        return found
+    """:func:`located` for a base; if it is not beside the file, its last known path on this machine."""
+    path = located(base, folder)
+    if base == "pocket" or exists(path):
+        return path
     remembered = _bases().get(fingerprint, "")
     same = Path(remembered).name == PurePosixPath(base).name
-    return remembered if same and is_there(remembered) else found
+    return remembered if same and exists(remembered) else path
 
 
 def _bases() -> dict[str, str]:

@@ -25,25 +25,25 @@ SLOW = 3.0  # times float32's after which nothing more is measured
 
 
 def resolve_mixed_precision(
-    asked: str, device: torch.device | str, dtype: torch.dtype = torch.float32
+    requested: str, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> MixedPrecision:
-    """The mixed precision that ``asked`` means on a device.
+    """The mixed precision that ``requested`` means on a device.
 
     ``auto`` is ``no`` for networks that are in half precision already; on a CPU bfloat16 where a measurement says that
     it is quicker; on CUDA bfloat16 where the card has it, else float16 (with a scaled loss); elsewhere ``no``.
 
     Args:
-        asked: ``auto``, ``no``, ``bf16`` or ``fp16``.
+        requested: ``auto``, ``no``, ``bf16`` or ``fp16``.
         dtype: of the frozen networks.
 
     Raises:
-        UserError: bfloat16 is asked of a card that lacks it.
+        UserError: bfloat16 is requested on a card that lacks it.
     """
     kind = torch.device(device).type
-    if asked == "bf16" and kind == "cuda" and torch.cuda.is_available() and not cuda_has_bf16():
+    if requested == "bf16" and kind == "cuda" and torch.cuda.is_available() and not cuda_has_bf16():
         raise UserError("This GPU has no bfloat16.", Fix("mixed_precision", "fp16"), Fix("mixed_precision", "auto"))
-    if asked != "auto":
-        return cast(MixedPrecision, asked)
+    if requested != "auto":
+        return cast(MixedPrecision, requested)
     if dtype != torch.float32:
         return "no"
     if kind == "cpu":
@@ -65,9 +65,9 @@ def cuda_has_bf16() -> bool:
 
 def cpu_is_quick_in_bf16() -> bool:
     """Whether this processor takes clearly less time in bfloat16; measured once and kept."""
-    found = measured_once("precision", measure_cpu)
+    seconds = measured_once("precision", measure_cpu)
     try:
-        return float(found["bf16"]) < CLEARLY * float(found["float32"])
+        return float(seconds["bf16"]) < CLEARLY * float(seconds["float32"])
     except (KeyError, TypeError, ValueError):  # the cache was edited
         return False
 
@@ -75,10 +75,10 @@ def cpu_is_quick_in_bf16() -> bool:
 def measure_cpu() -> dict[str, float]:
     """Seconds that a training step's typical work takes on the CPU in float32 and in bfloat16."""
     single = _seconds(torch.float32)
-    return {"float32": single, "bf16": _seconds(torch.bfloat16, most=SLOW * single)}
+    return {"float32": single, "bf16": _seconds(torch.bfloat16, max_seconds=SLOW * single)}
 
 
-def _seconds(dtype: torch.dtype, most: float = float("inf"), repeats: int = 3) -> float:
+def _seconds(dtype: torch.dtype, max_seconds: float = float("inf"), repeats: int = 3) -> float:
     """The least of some timings of a product and a 3×3 convolution, both with their gradients."""
     generator = torch.Generator().manual_seed(0)
 
@@ -93,10 +93,10 @@ def _seconds(dtype: torch.dtype, most: float = float("inf"), repeats: int = 3) -
 
     taken = []
     for _ in range(repeats + 1):  # the first one also starts threads and chooses kernels
-        begun = time.perf_counter()
+        start = time.perf_counter()
         work()
-        taken.append(time.perf_counter() - begun)
-        if taken[-1] > most:
+        taken.append(time.perf_counter() - start)
+        if taken[-1] > max_seconds:
             break
     return min(taken[1:] or taken)
 
@@ -112,7 +112,7 @@ def is_half(precision: MixedPrecision, dtype: torch.dtype) -> bool:
 
 
 def loss_scaler(device: torch.device, precision: MixedPrecision, dtype: torch.dtype) -> torch.amp.GradScaler:
-    """What keeps float16's gradients from vanishing, on every device; it does nothing in any other precision."""
+    """The loss scaler of float16, on every device; it does nothing in any other precision."""
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16" or dtype == torch.float16)
 
 
@@ -134,11 +134,11 @@ def tf32(device: torch.device, allowed: bool) -> Iterator[None]:
 
 
 def precision_note(
-    asked: str, precision: MixedPrecision, device: torch.device, allow_tf32: bool, say: Callable[[str], None]
+    requested: str, precision: MixedPrecision, device: torch.device, allow_tf32: bool, notify: Callable[[str], None]
 ) -> None:
     """Say which precision was chosen, and why, and on CUDA whether float32 products are rounded."""
     names = {"no": "full precision", "bf16": "bfloat16", "fp16": "float16 with a scaled loss"}
-    if asked == "auto":
-        say(f"Mixed precision: {names[precision]}, as this {device.type.upper()} is quickest in it.")
+    if requested == "auto":
+        notify(f"Mixed precision: {names[precision]}, as this {device.type.upper()} is quickest in it.")
     if device.type == "cuda":
-        say(f"TensorFloat-32 is {'on' if allow_tf32 else 'off'} for float32 products (allow_tf32).")
+        notify(f"TensorFloat-32 is {'on' if allow_tf32 else 'off'} for float32 products (allow_tf32).")

@@ -1,4 +1,4 @@
-"""A registry of things by name, filled by importing the files of one folder."""
+"""A registry of entries by name, filled by importing the files of one folder."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Generic, TypeVar
 
 from .errors import UserError, nearest
 
-Thing = TypeVar("Thing")
+Entry = TypeVar("Entry")
 
 
-class Registry(Generic[Thing]):
-    """Every file of ``package`` but the ``apart`` ones registers its thing when it is imported."""
+class Registry(Generic[Entry]):
+    """Every file of ``package`` but the ``excluded`` ones registers its entry when it is imported."""
 
-    def __init__(self, kind: str, package: str, apart: Collection[str] = ("registry",)) -> None:
-        self.kind, self.package, self.apart = kind, package, apart
-        self.things: dict[str, Thing] = {}
+    def __init__(self, kind: str, package: str, excluded: Collection[str] = ("registry",)) -> None:
+        self.kind, self.package, self.excluded = kind, package, excluded
+        self.entries: dict[str, Entry] = {}
         self._imported = False
 
-    def add(self, name: str, thing: Thing) -> Thing:
-        """Register a thing under its name."""
-        self.things[name] = thing
-        return thing
+    def add(self, name: str, entry: Entry) -> Entry:
+        """Register an entry under its name."""
+        self.entries[name] = entry
+        return entry
 
-    def all(self) -> dict[str, Thing]:
+    def all(self) -> dict[str, Entry]:
         """Everything by name, sorted; imports the folder's files once."""
         if not self._imported:
             for name in self._files():
                 importlib.import_module(f"{self.package}.{name}")
             self._imported = True
-        return dict(sorted(self.things.items()))
+        return dict(sorted(self.entries.items()))
 
-    def get(self, name: str) -> Thing:
-        """The thing of that name.
+    def get(self, name: str) -> Entry:
+        """The entry of that name.
 
         Raises:
             UserError: there is none.
@@ -46,5 +46,5 @@ class Registry(Generic[Thing]):
 
     def _files(self) -> Iterator[str]:
         for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
-            if module.name not in self.apart:
+            if module.name not in self.excluded:
                 yield module.name

@@ -15,7 +15,7 @@ from ..core.rng import keyed_random
 
 
 def read_metadata(folder: Path) -> dict[Path, str]:
-    """Captions by image file from ``metadata.jsonl`` and ``metadata.csv`` (``file_name``, ``text``), if they are there.
+    """Captions by image file from ``metadata.jsonl`` and ``metadata.csv`` (``file_name``, ``text``), if they exist.
 
     ``file_name`` may lead into folders below.
 
@@ -84,7 +84,7 @@ def vary(caption: str, token: str, config: DataConfig, *key: int | str) -> str:
     """A caption as one sample sees it: parts shuffled, parts left out, or nothing at all.
 
     The first ``keep`` of its comma-separated parts stay where they are, and what holds the token is never left out.
-    The draws depend on nothing but the key.
+    The result depends on nothing but the key.
     """
     if not (config.shuffle_caption or config.tag_dropout or config.caption_dropout):
         return caption
@@ -92,8 +92,8 @@ def vary(caption: str, token: str, config: DataConfig, *key: int | str) -> str:
     if random.random() < config.caption_dropout:
         return ""
     parts = [part.strip() for part in caption.split(",")]
-    held, others = parts[: config.keep_tokens], parts[config.keep_tokens :]
+    fixed, others = parts[: config.keep_tokens], parts[config.keep_tokens :]
     others = [part for part in others if random.random() >= config.tag_dropout or token in part]
     if config.shuffle_caption:
         random.shuffle(others)
-    return ", ".join(held + others)
+    return ", ".join(fixed + others)

@@ -1,4 +1,4 @@
-"""Pictures with sketches or keyposes for training a T2I-Adapter: who belongs to whom, and views of both alike."""
+"""Pictures paired with sketches or keyposes for training a T2I-Adapter, and crops of both alike."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..core.rng import keyed_generator
 from ..models.vae import encode
 from .folder import load_concept, open_photo
 from .samples import random_crop
-from .sidecars import Files, find_drawing
+from .sidecars import Files, find_control_image
 
 CHANNELS = {"sketch": 1, "keypose": 3}
 
@@ -39,8 +39,8 @@ class ControlPair:
 def read_pairs(config: ControlConfig, hooks: Hooks) -> list[ControlPair]:
     """The folder's pictures that have a condition, with their captions.
 
-    Pictures and captions lie as for a concept (:func:`..data.folder.load_concept`). A picture's condition has its name
-    in ``sketch/`` or ``keypose/`` or else ``conditions/``, or lies beside it as ``<name>.sketch.png`` or as
+    Pictures and captions are laid out as for a concept (:func:`..data.folder.load_concept`). A picture's condition has
+    its name in ``sketch/`` or ``keypose/`` or else ``conditions/``, or is beside it as ``<name>.sketch.png`` or
     ``<name>_sketch.png``, which ``extract sketch`` writes.
 
     Raises:
@@ -51,7 +51,7 @@ def read_pairs(config: ControlConfig, hooks: Hooks) -> list[ControlPair]:
     files = Files()
     pairs, skipped, bare, wordless = [], list(concept.skipped), 0, 0
     for photo in concept.photos:
-        condition = find_drawing(photo.path, folder, kind, files)
+        condition = find_control_image(photo.path, folder, kind, files)
         if condition is None:
             bare += 1
             continue
@@ -83,15 +83,17 @@ def read_pairs(config: ControlConfig, hooks: Hooks) -> list[ControlPair]:
     return pairs
 
 
-def check_frames(picture: Path, condition: Path, one: tuple[int, int], other: tuple[int, int]) -> None:
+def check_frames(
+    picture: Path, condition: Path, picture_size: tuple[int, int], condition_size: tuple[int, int]
+) -> None:
     """Say that a condition's sides (width, height) are not in its picture's proportions, up to a pixel.
 
     Raises:
         UserError: they are not.
     """
-    scale = one[0] / other[0]
-    if abs(other[1] * scale - one[1]) > max(1.0, scale):
-        sides = ["×".join(map(str, frame)) for frame in (other, one)]
+    scale = picture_size[0] / condition_size[0]
+    if abs(condition_size[1] * scale - picture_size[1]) > max(1.0, scale):
+        sides = ["×".join(map(str, frame)) for frame in (condition_size, picture_size)]
         raise UserError(
             f"{condition} has {sides[0]} pixels, {picture.name} {sides[1]}: a condition shows the same frame as its "
             "picture; save it in the same proportions."

@@ -28,7 +28,7 @@ class Crop(NamedTuple):
     mirrored: bool = False
 
 
-def place_crop(size: Frame, frame: Frame, scale: float, generator: torch.Generator, where: str = "random") -> Crop:
+def choose_crop(size: Frame, frame: Frame, scale: float, generator: torch.Generator, where: str = "random") -> Crop:
     """Cover ``frame`` with a picture of ``size``, 1 … ``scale`` times as large, and choose the part that is shown.
 
     Args:
@@ -67,7 +67,7 @@ def cut_mask(mask: Image.Image, crop: Crop) -> Tensor:
 
 def random_crop(image: Image.Image, size: int, scale: float, generator: torch.Generator) -> Tensor:
     """Resize the short edge to size × (1 … scale), crop size × size at random; (3, size, size) in −1…1."""
-    return cut_photo(image, place_crop(image.size, (size, size), scale, generator))
+    return cut_photo(image, choose_crop(image.size, (size, size), scale, generator))
 
 
 def crops_of(size: Frame, frame: Frame, caption: str, config: TrainConfig, index: int) -> list[Crop]:
@@ -76,7 +76,7 @@ def crops_of(size: Frame, frame: Frame, caption: str, config: TrainConfig, index
     crops = []
     for number in range(config.crops_per_image):
         generator = keyed_generator(config.seed, "crop", index, number)
-        crop = place_crop(size, frame, config.resize_ratio, generator, config.data.crop)
+        crop = choose_crop(size, frame, config.resize_ratio, generator, config.data.crop)
         mirrored = float(torch.rand((), generator=generator)) < config.data.flip and not sided
         crops.append(crop._replace(mirrored=bool(mirrored)))
     return crops

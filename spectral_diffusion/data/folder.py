@@ -18,7 +18,7 @@ from ..core.files import is_file, is_folder
 from ..models.tokens import check_token, is_name, latin, slug
 from .captions import read_caption, read_metadata
 from .image_io import MAX_PIXELS as MAX_PIXELS
-from .image_io import SUFFIXES, UNREAD, is_drawn, on_ground, open_upright
+from .image_io import SUFFIXES, UNREAD, is_control_image, on_ground, open_upright
 from .image_io import open_photo as open_photo
 from .masks import is_mask
 from .sidecars import (
@@ -39,7 +39,7 @@ from .sidecars import (
 QUIET = {".txt", ".caption", ".yaml", ".yml", ".json", ".jsonl", ".csv", ".md", ".safetensors"}
 CONCEPT_KEYS = {"name", "noun", "token", "repeats"}
 IMAGE_FOLDERS = ("image", "images", "train")
-APART = {*TEXT_FOLDERS, *MASK_FOLDERS, *DRAWING_FOLDERS}  # folders of what belongs to photos
+APART = {*TEXT_FOLDERS, *MASK_FOLDERS, *DRAWING_FOLDERS}  # folders of sidecar files
 UNKNOWN = "object"  # the class noun of a name that gives none
 MAX_REPEATS = 1000
 MOST_FOLDERS = 1000  # that are looked through for photos which are not read
@@ -49,7 +49,7 @@ MOST_FOLDERS = 1000  # that are looked through for photos which are not read
 class Photo:
     """One image of a concept, ``size`` (width, height) in pixels.
 
-    ``caption`` is None where a template shall be used. ``mask`` is the photo itself where its alpha is the mask.
+    ``caption`` is None where a template is used. ``mask`` is the photo itself where its alpha is the mask.
     In every epoch it is seen ``repeats`` times.
     """
 
@@ -65,7 +65,7 @@ class Concept:
     """A person's own thing.
 
     ``skipped`` holds a reason per file that could not be used, ``notes`` what else a person may want to know, and
-    ``drawings`` the pictures that were left out because they are drawings of the photos.
+    ``control_images`` the pictures left out because they are control images of the photos.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Concept:
     photos: tuple[Photo, ...]
     skipped: tuple[str, ...]
     notes: tuple[str, ...] = ()
-    drawings: tuple[Path, ...] = ()
+    control_images: tuple[Path, ...] = ()
 
     def prompt(self, text: str) -> str:
         """A caption or template with the concept's token in it.
@@ -109,7 +109,7 @@ class Concept:
 
 @dataclass(frozen=True)
 class About:
-    """What a concept is called, and what ``concept.yaml`` says of repeats; ``given`` if anybody gave it a name."""
+    """A concept's names, and the repeats of ``concept.yaml``; ``given`` if a name was set explicitly."""
 
     name: str
     noun: str
@@ -121,7 +121,7 @@ class About:
 def load_concept(folder: Path, name: str | None = None, token: str | None = None, noun: str | None = None) -> Concept:
     """Read a photo folder.
 
-    Images lie in it; in ``image/``, ``images/`` or ``train/`` inside it; in folders such as ``10_name/``, whose
+    Images are in it; in ``image/``, ``images/`` or ``train/`` inside it; in folders such as ``10_name/``, whose
     photos are seen 10 times an epoch; or where its metadata says. Captions come from ``metadata.jsonl`` or
     ``metadata.csv`` (``file_name``, ``text``), else ``<image>.txt`` beside the image or in ``caption/`` or
     ``captions/``, else a template. Masks: :func:`.sidecars.find_mask`, else the image's alpha. ``concept.yaml`` may
@@ -132,57 +132,57 @@ def load_concept(folder: Path, name: str | None = None, token: str | None = None
     """
     folder = Path(folder)
     about = describe(folder, name, token, noun)
-    places = image_folders(folder, about.repeats)
+    folders = image_folders(folder, about.repeats)
     if not about.given:
-        check_one_concept(folder, places)
-    found = read_photos(folder, places)
-    if not found.photos:
-        broken = f" ({'; '.join(found.skipped)})" if found.skipped else ""
+        check_single_concept(folder, folders)
+    content = read_photos(folder, folders)
+    if not content.photos:
+        broken = f" ({'; '.join(content.skipped)})" if content.skipped else ""
         raise UserError(
             f"{folder} holds no readable photo{broken}; put at least one .jpg, .png or .webp there"
-            f"{f'. {found.nested}' if found.nested else '.'}"
+            f"{f'. {content.nested}' if content.nested else '.'}"
         )
-    notes = [*found.notes, *([found.nested] if found.nested else [])]
+    notes = [*content.notes, *([content.nested] if content.nested else [])]
     if about.noun == UNKNOWN:
         notes.append(
             f"'{about.name}' gives no class noun, so it is trained as an {UNKNOWN}; class_noun=dog says what it is."
         )
     return Concept(
-        about.name, about.noun, about.token, tuple(found.photos), tuple(found.skipped), tuple(notes),
-        tuple(found.drawings),
+        about.name, about.noun, about.token, tuple(content.photos), tuple(content.skipped), tuple(notes),
+        tuple(content.control_images),
     )  # fmt: skip
 
 
 def describe(folder: Path, name: str | None = None, token: str | None = None, noun: str | None = None) -> About:
-    """What a concept is called: as given, else as its ``concept.yaml`` says, else as its folder is called.
+    """A concept's names: as given, else from its ``concept.yaml``, else from its folder's name.
 
     Raises:
-        UserError: no such folder, an odd ``concept.yaml``, or a name or token that cannot be one.
+        UserError: no such folder, an invalid ``concept.yaml``, or a name or token that cannot be one.
     """
     if not is_folder(folder):
         raise UserError(f"No such folder: {folder}.")
-    said, repeats = read_about(folder)
-    given = any([name, token, noun, *said.values()])
-    name = unicodedata.normalize("NFC", name or said.get("name") or folder.resolve().name)
+    described, repeats = read_about(folder)
+    given = any([name, token, noun, *described.values()])
+    name = unicodedata.normalize("NFC", name or described.get("name") or folder.resolve().name)
     if not is_name(name, 80) or name.startswith("."):
         raise UserError(f"'{name}' cannot be a concept's name; use letters, digits, - and _ (name=rex).")
-    token = check_token(token or said.get("token") or f"<{slug(name) or 'it'}>")
-    noun = noun or said.get("noun") or re.sub(r"[^A-Za-z]+", " ", latin(name)).strip() or UNKNOWN
+    token = check_token(token or described.get("token") or f"<{slug(name) or 'it'}>")
+    noun = noun or described.get("noun") or re.sub(r"[^A-Za-z]+", " ", latin(name)).strip() or UNKNOWN
     return About(name, noun, token, repeats, given)
 
 
-def check_one_concept(folder: Path, places: Iterable[Path]) -> None:
+def check_single_concept(folder: Path, folders: Iterable[Path]) -> None:
     """Refuse folders such as ``10_rex dog`` and ``5_mug cup`` beside each other: they are two concepts.
 
     Raises:
         UserError: they begin with different words.
     """
-    found = [(path, match[1]) for path in places if (match := re.fullmatch(r"\d+_([^\s_-]+).*", path.name))]
-    others = [path for path, word in found if word.casefold() != found[0][1].casefold()]
+    numbered = [(path, match[1]) for path in folders if (match := re.fullmatch(r"\d+_([^\s_-]+).*", path.name))]
+    others = [path for path, word in numbered if word.casefold() != numbered[0][1].casefold()]
     if others:
         raise UserError(
-            f"{folder} holds folders of two names, '{found[0][0].name}' and '{others[0].name}': train each by itself "
-            f"('{found[0][0]}'), or say by name= that they are one concept."
+            f"{folder} holds folders of two names, '{numbered[0][0].name}' and '{others[0].name}': train each by "
+            f"itself ('{numbered[0][0]}'), or say by name= that they are one concept."
         )
 
 
@@ -198,19 +198,19 @@ def read_about(folder: Path) -> tuple[dict[str, str], Any]:
         if key not in CONCEPT_KEYS:
             raise UserError(f"Unknown key {short_repr(key)} in {path}{nearest(key[:80], CONCEPT_KEYS)}.")
     repeats = described.pop("repeats", 1)
-    said: dict[str, str] = {}
+    values: dict[str, str] = {}
     for key, value in described.items():
         try:
             if isinstance(value, bool) or not isinstance(value, str | int | float | date | None):
                 raise ValueError
-            said |= {} if value is None else {key: str(value)}
+            values |= {} if value is None else {key: str(value)}
         except ValueError as error:  # Python writes no number of thousands of digits
             raise UserError(f"{path} must give {key} as a word; put it into quotes.") from error
-    return said, repeats
+    return values, repeats
 
 
 def image_folders(folder: Path, repeats: Any) -> dict[Path, int]:
-    """Where a concept's images lie, and how often those of each place are seen in an epoch.
+    """A concept's image folders, and how often the photos of each are seen in an epoch.
 
     Args:
         repeats: what ``concept.yaml`` says: a number for all, or a mapping from folders inside (``.`` is the concept's
@@ -221,18 +221,18 @@ def image_folders(folder: Path, repeats: Any) -> dict[Path, int]:
     """
     source = f"repeats in {folder / 'concept.yaml'}"
     each: Mapping[Any, Any] = repeats if isinstance(repeats, dict) else {}
-    usual = 1 if isinstance(repeats, dict) else checked_repeats(repeats, source)
-    places = {folder: usual} | {folder / sub: usual for sub in IMAGE_FOLDERS if (folder / sub).is_dir()}
+    default = 1 if isinstance(repeats, dict) else checked_repeats(repeats, source)
+    folders = {folder: default} | {folder / sub: default for sub in IMAGE_FOLDERS if (folder / sub).is_dir()}
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and (found := re.fullmatch(r"(\d+)_.+", path.name)):
-            places[path] = checked_repeats(int(found[1][:9]), f"The name of the folder {path}")
+        if path.is_dir() and (match := re.fullmatch(r"(\d+)_.+", path.name)):
+            folders[path] = checked_repeats(int(match[1][:9]), f"The name of the folder {path}")
     inside = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     for key, value in each.items():
         if key != "." and key not in inside:
             word = (key if isinstance(key, str) else short_repr(key))[:80]
             raise UserError(f"{source} name the folder '{word}', which is not there{nearest(word, inside)}.")
-        places[folder / key] = checked_repeats(value, source)
-    return places
+        folders[folder / key] = checked_repeats(value, source)
+    return folders
 
 
 def checked_repeats(value: Any, source: str) -> int:
@@ -247,35 +247,35 @@ def checked_repeats(value: Any, source: str) -> int:
 
 
 @dataclass
-class Found:
-    """What lies in a photo folder; ``nested`` is a note on photos in folders that are not read, or empty."""
+class FolderContent:
+    """The content of a photo folder; ``nested`` is a note on photos in folders that are not read, or empty."""
 
     photos: list[Photo]
     skipped: list[str]
     notes: list[str]
-    drawings: list[Path]
+    control_images: list[Path]
     nested: str = ""
 
 
-def read_photos(folder: Path, places: Mapping[Path, int]) -> Found:
-    """The photos in these places and where their metadata leads, with their captions and masks."""
+def read_photos(folder: Path, folders: Mapping[Path, int]) -> FolderContent:
+    """The photos in these folders and those that their metadata names, with captions and masks."""
     captions: dict[Path, str] = {}
-    for place in places:
-        captions |= read_metadata(place)
-    there = {path for path in captions if is_file(path)}
-    elsewhere = [path for path in captions if path not in there]
+    for directory in folders:
+        captions |= read_metadata(directory)
+    listed = {path for path in captions if is_file(path)}
+    elsewhere = [path for path in captions if path not in listed]
     by_name = {folded(path.name): captions[path] for path in elsewhere}  # named from another folder, or otherwise
-    paths = {path for place in places for path in Files.all(place)} | there
+    paths = {path for directory in folders for path in Files.all(directory)} | listed
     images, others = sorted_out(sorted(paths))
     photos: list[Photo] = []
     skipped: list[str] = []
-    drawings: list[Path] = []
+    control_images: list[Path] = []
     masks: dict[Path, Path] = {}
     same: dict[str, list[str]] = {}
     files = Files()
     for path in images:
-        if is_drawn(path) or twin_of(path, DRAWING_ENDINGS, images):
-            drawings.append(path)
+        if is_control_image(path) or twin_of(path, DRAWING_ENDINGS, images):
+            control_images.append(path)
             continue
         try:
             image = open_upright(path)
@@ -294,17 +294,17 @@ def read_photos(folder: Path, places: Mapping[Path, int]) -> Found:
         mask = find_mask(path, folder, files)
         if image.mode == "RGBA":
             masks.setdefault(path, path)
-        repeats = next((places[place] for place in path.parents if place in places), 1)
+        repeats = next((folders[directory] for directory in path.parents if directory in folders), 1)
         photos.append(Photo(path, caption, image.size, mask, repeats))
     photos = [photo if photo.mask else replace(photo, mask=masks.get(photo.path)) for photo in photos]
     named = {folded(photo.path.name) for photo in photos}
     notes = list(notes_of(same.values(), [path.name for path in elsewhere if folded(path.name) not in named]))
     notes += unused(photos, folder, files)
-    return Found(photos, [*skipped, *others], notes, drawings, nested_photos(folder, places, there))
+    return FolderContent(photos, [*skipped, *others], notes, control_images, nested_photos(folder, folders, listed))
 
 
 def sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    """The pictures among files, without masks that lie beside photos; and a sentence's part on other kinds of files."""
+    """The pictures among files, without masks beside photos; and a sentence's part on other kinds of files."""
     images, unread, others = [], [], []
     for path in paths:
         suffix = path.suffix.lower()
@@ -334,7 +334,7 @@ def and_more(names: Sequence[str], shown: int) -> str:
 
 
 def notes_of(same: Iterable[list[str]], gone: list[str]) -> Iterator[str]:
-    """What a person may want to know: photos that are the same, names in the metadata that no photo has."""
+    """Notes for the user: identical photos, names in the metadata that no photo has."""
     for names in same:
         if len(names) > 1:
             yield f"{len(names)} photos are the same: {', '.join(names)}."
@@ -346,10 +346,12 @@ def notes_of(same: Iterable[list[str]], gone: list[str]) -> Iterator[str]:
 def unused(photos: Sequence[Photo], folder: Path, files: Files) -> Iterator[str]:
     """Notes on captions and masks that were given and are not used."""
     around = {photo.path.parent for photo in photos} | {folder}
-    texts = [*around, *(place / name for place in around for name in TEXT_FOLDERS)]
-    masks = [place / name for place in around for name in MASK_FOLDERS]
-    for kind, places, endings in (("captions", texts, set(TEXTS)), ("masks", masks, SUFFIXES | set(UNREAD))):
-        left = [path for place in sorted(places) for path in Files.all(place) if path.suffix.lower() in endings]
+    texts = [*around, *(directory / name for directory in around for name in TEXT_FOLDERS)]
+    masks = [directory / name for directory in around for name in MASK_FOLDERS]
+    for kind, candidates, endings in (("captions", texts, set(TEXTS)), ("masks", masks, SUFFIXES | set(UNREAD))):
+        left = [
+            path for directory in sorted(candidates) for path in Files.all(directory) if path.suffix.lower() in endings
+        ]
         left = sorted(path for path in left if path not in files.used and not path.name.startswith("."))
         if left:
             names = [path.relative_to(folder).as_posix() for path in left]
@@ -357,20 +359,20 @@ def unused(photos: Sequence[Photo], folder: Path, files: Files) -> Iterator[str]
             yield f"Not used as {kind}: {and_more(names, 3)} ({why})."
 
 
-def nested_photos(folder: Path, places: Mapping[Path, int], there: Collection[Path]) -> str:
+def nested_photos(folder: Path, folders: Mapping[Path, int], listed: Collection[Path]) -> str:
     """A note on photos in folders below that are not read; empty if there are none."""
     count, names = 0, []
     for number, (where, inside, files) in enumerate(os.walk(folder)):
-        place = Path(where)
+        directory = Path(where)
         inside[:] = sorted(name for name in inside if not name.startswith(".") and name.lower() not in APART)
         if number >= MOST_FOLDERS:
             break
-        if place in places:
+        if directory in folders:
             continue
-        found = [name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
-        if left := [name for name in found if place / name not in there]:
+        pictures = [name for name in files if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")]
+        if left := [name for name in pictures if directory / name not in listed]:
             count += len(left)
-            names.append(place.relative_to(folder).as_posix() + "/")
+            names.append(directory.relative_to(folder).as_posix() + "/")
     if not names:
         return ""
     photos = "1 photo in" if count == 1 else f"{count} photos in"

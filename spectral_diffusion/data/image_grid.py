@@ -14,7 +14,7 @@ FONT = ImageFont.load_default(size=12)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Pictures in rows on white, in a square if ``columns`` is not given; smaller ones lie at the top left."""
+    """Pictures in rows on white, in a square if ``columns`` is not given; smaller ones are at the top left."""
     from diffusers.utils import make_image_grid  # here: pages and --help wait for no diffusers
 
     columns = columns or math.ceil(math.sqrt(len(images)))
@@ -50,10 +50,10 @@ def labelled_grid(
     return sheet
 
 
-def labelled_sheet(pictures: Sequence[Path], labels: Sequence[str], side: int = 128, most: int = 64) -> Image.Image:
-    """Picture files, each at least ``side`` pixels high with its label above; the first ``most``."""
+def labelled_sheet(pictures: Sequence[Path], labels: Sequence[str], side: int = 128, limit: int = 64) -> Image.Image:
+    """Picture files, each at least ``side`` pixels high with its label above; the first ``limit``."""
     tiles = []
-    for path, label in zip(pictures[:most], labels, strict=False):
+    for path, label in zip(pictures[:limit], labels, strict=False):
         with Image.open(path) as image:
             tiles.append(labelled(enlarged(image.convert("RGB"), side), label))
     return image_grid(tiles, gap=6)
@@ -65,13 +65,13 @@ def enlarged(image: Image.Image, side: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def write(image: Image.Image, place: tuple[int, int], text: str, width: int) -> None:
+def write(image: Image.Image, position: tuple[int, int], text: str, width: int) -> None:
     """Write a line of text into a picture, shortened to ``width`` pixels."""
-    ImageDraw.Draw(image).text(place, shortened(text, width), fill=(60, 60, 60), font=FONT)
+    ImageDraw.Draw(image).text(position, shortened(text, width), fill=(60, 60, 60), font=FONT)
 
 
 def shortened(text: str, width: int) -> str:
-    """A line of text that takes at most so many pixels, with … where it was cut."""
+    """A line of text of at most ``width`` pixels, with … where it was cut."""
     if FONT.getlength(text) <= width:
         return text
     while text and FONT.getlength(text + "…") > width:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..core.errors import UserError
-from ..core.files import is_file, is_there
+from ..core.files import exists, is_file
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # what a file really is; others may start other programs
@@ -28,7 +28,7 @@ def open_upright(path: Path) -> Image.Image:
         UserError: not a readable image, or unreasonably large.
     """
     if not is_file(path):  # opening a pipe may never end
-        raise UserError(f"{path.name} is not a readable image" if is_there(path) else f"No such file: {path}.")
+        raise UserError(f"{path.name} is not a readable image" if exists(path) else f"No such file: {path}.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -52,7 +52,7 @@ def open_upright(path: Path) -> Image.Image:
         raise UserError(f"{path.name} is not a readable image") from error
 
 
-def is_drawn(path: Path) -> bool:
+def is_control_image(path: Path) -> bool:
     """Whether a picture is marked as a drawing that this program made of a photo."""
     if path.suffix.lower() != ".png":
         return False
@@ -64,10 +64,10 @@ def is_drawn(path: Path) -> bool:
 
 
 def turned(image: Image.Image) -> Image.Image:
-    """An image turned as its EXIF says; one whose EXIF cannot be read stays as it lies."""
+    """An image turned as its EXIF says; one whose EXIF cannot be read stays as it is."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # odd bytes there raise nearly everything
+    except Exception:  # invalid bytes there raise nearly everything
         return image
 
 
@@ -84,7 +84,7 @@ def in_8_bits(image: Image.Image) -> Image.Image:
 
 
 def on_ground(image: Image.Image, colour: str) -> Image.Image:
-    """An image as RGB, what is transparent in it shown on a colour."""
+    """An image as RGB, what is transparent in it shown on a color."""
     if image.mode != "RGBA":
         return image.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", image.size, colour), image).convert("RGB")

@@ -36,7 +36,7 @@ def encoder_hash(vae: AutoencoderKL) -> str:
 
 
 def key_of(photo: Photo, masked: bool, crops: list[Crop], encoder: str) -> str:
-    """What a photo's encoded crops are kept under: its bytes, its mask's, where each crop lies, and the encoder.
+    """The cache key of a photo's encoded crops: its bytes, its mask's, the position of each crop, and the encoder.
 
     Raises:
         UserError: a file is gone.
@@ -57,13 +57,13 @@ def cached_latents(folder: Path | None, key: str, make: Callable[[], Encoded]) -
     """
     path = (folder or cache_folder() / "latents") / f"{key[:40]}.safetensors"
 
-    def pack(made: Encoded) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return {part: of for part, of in zip(("latents", "masks"), made) if of is not None}, {"key": key}
+    def pack(encoded: Encoded) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return {part: of for part, of in zip(("latents", "masks"), encoded) if of is not None}, {"key": key}
 
     def unpack(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Encoded:
         if metadata["key"] != key:
             raise ValueError("a file of another key")
         return tensors["latents"], tensors.get("masks")
 
-    latents, masks = cached(path, make, pack, unpack, most=MOST)
+    latents, masks = cached(path, make, pack, unpack, max_bytes=MOST)
     return latents.cpu(), None if masks is None else masks.cpu()

@@ -35,8 +35,8 @@ def open_mask(photo: Path, mask: Path, size: tuple[int, int]) -> Image.Image:
     except UserError as error:
         if mask == photo:
             raise
-        what = str(error).replace(mask.name, str(mask), 1)
-        raise UserError(f"The mask {what}; paint it again, or take the file away.") from error
+        message = str(error).replace(mask.name, str(mask), 1)
+        raise UserError(f"The mask {message}; paint it again, or take the file away.") from error
     if image.size != size:
         sides = [f"{width}×{height}" for width, height in (image.size, size)]
         raise UserError(f"The mask {mask} has {sides[0]} pixels, its photo {photo.name} {sides[1]}; save both alike.")
@@ -52,12 +52,12 @@ def open_mask(photo: Path, mask: Path, size: tuple[int, int]) -> Image.Image:
 
 
 def reduce_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """A mask (n, 1, H, W) in 0…1 at the latents' size: each place is the mean of the pixels it stands for."""
+    """A mask (n, 1, H, W) in 0…1 at the latents' size: each entry is the mean of the pixels it covers."""
     return F.adaptive_avg_pool2d(mask, (height, width))
 
 
 def loss_weights(masks: Tensor, weight: float) -> Tensor:
-    """What each place of (n, 1, h, w) counts in the loss: 1 inside the mask, 1 − ``weight`` outside.
+    """The loss weights (n, 1, h, w): 1 inside the mask, 1 − ``weight`` outside.
 
     Divided by their mean, so that a small thing is learnt as fast as one that fills the picture; a mask that is
     white all over gives exactly 1 everywhere.

@@ -15,14 +15,14 @@ from ..core.rng import keyed_generator
 def photo_of(step: int, sample: int, photos: int, config: TrainConfig) -> int:
     """Which photo a sample shows: every photo once per epoch, in a shuffled order."""
     position = step * config.batch_size + sample
-    epoch, place = divmod(position, photos)
+    epoch, offset = divmod(position, photos)
     order = torch.randperm(photos, generator=keyed_generator(config.seed, "epoch", epoch))
-    return int(order[place])
+    return int(order[offset])
 
 
 @dataclass(frozen=True)
 class Order:
-    """Photos in groups of one shape each; a photo stands in its group as often as an epoch shows it.
+    """Photos in groups of one shape each; a photo is in its group as often as an epoch shows it.
 
     A step shows one group. Every group goes through its own photos in shuffled epochs, always in full batches, and the
     groups' steps are mixed in proportion to their photos. So every photo is seen equally often over a cycle of steps:
@@ -57,8 +57,8 @@ class Order:
         if len(self.groups) == 1:
             return 0, step
         turns = self.turns
-        cycle, place = divmod(step, sum(turns))
+        cycle, turn = divmod(step, sum(turns))
         order = torch.randperm(sum(turns), generator=keyed_generator(self.config.seed, "bucket", cycle))
         mixed = torch.repeat_interleave(torch.arange(len(turns)), torch.tensor(turns))[order]
-        group = int(mixed[place])
-        return group, cycle * turns[group] + int((mixed[:place] == group).sum())
+        group = int(mixed[turn])
+        return group, cycle * turns[group] + int((mixed[:turn] == group).sum())

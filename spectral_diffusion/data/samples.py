@@ -29,7 +29,7 @@ from .order import photo_of as photo_of
 
 
 class PhotoCrops:
-    """All crops of a concept's photos as latents, encoded before training or when a step asks for them.
+    """All crops of a concept's photos as latents, encoded before training or when a step needs them.
 
     Args:
         size: side of square crops in pixels; with buckets, crops have about as many pixels.

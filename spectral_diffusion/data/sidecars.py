@@ -1,4 +1,4 @@
-"""Which files of a folder belong to which photo: captions, masks and drawings, found by their names."""
+"""Which files of a folder belong to which photo: captions, masks and control images, found by their names."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Files:
             listed = {path.name: path for path in self.all(folder)}
             self._listed[folder] = {folded(name): path for name, path in sorted(listed.items())} | listed
         listed, names = self._listed[folder], list(names)
-        found = next((listed[name] for name in (*names, *map(folded, names)) if name in listed), None)
-        if found:
-            self.used.add(found)
-        return found
+        match = next((listed[name] for name in (*names, *map(folded, names)) if name in listed), None)
+        if match:
+            self.used.add(match)
+        return match
 
     @staticmethod
     def all(folder: Path) -> list[Path]:
@@ -60,39 +60,39 @@ def named_after(photo: Path, endings: Sequence[str], marks: Sequence[str] = ("",
 
 def sidecar_folders(photo: Path, folder: Path, names: Sequence[str]) -> list[Path]:
     """Folders of these names: beside a photo first, then in the concept's folder."""
-    return list(dict.fromkeys(place / name for place in (photo.parent, folder) for name in names))
+    return list(dict.fromkeys(directory / name for directory in (photo.parent, folder) for name in names))
 
 
 def find_caption(photo: Path, folder: Path, files: Files) -> Path | None:
     """A photo's text file: beside it, or in ``caption/`` or ``captions/`` there or in the concept's folder."""
     names = named_after(photo, TEXTS)
-    places = (photo.parent, *sidecar_folders(photo, folder, TEXT_FOLDERS))
-    return next((found for place in places if (found := files.find(place, names))), None)
+    directories = (photo.parent, *sidecar_folders(photo, folder, TEXT_FOLDERS))
+    return next((text for directory in directories if (text := files.find(directory, names))), None)
 
 
 def find_mask(photo: Path, folder: Path, files: Files) -> Path | None:
     """A photo's mask: in ``masks/`` or ``mask/`` under its name, or ``<name>-masklabel.png`` beside it."""
     names = named_after(photo, IMAGES)
-    apart = (files.find(place, names) for place in sidecar_folders(photo, folder, MASK_FOLDERS))
-    return next(filter(None, apart), None) or files.find(photo.parent, named_after(photo, IMAGES, (LABEL,)))
+    in_folders = (files.find(directory, names) for directory in sidecar_folders(photo, folder, MASK_FOLDERS))
+    return next(filter(None, in_folders), None) or files.find(photo.parent, named_after(photo, IMAGES, (LABEL,)))
 
 
-def find_drawing(photo: Path, folder: Path, kind: str, files: Files) -> Path | None:
+def find_control_image(photo: Path, folder: Path, kind: str, files: Files) -> Path | None:
     """A photo's sketch or keypose: beside it as ``<name>_<kind>.png``, or in ``<kind>/`` or ``conditions/``."""
     beside = files.find(photo.parent, named_after(photo, IMAGES, (f".{kind}", f"_{kind}")))
-    apart = (files.find(folder / name, named_after(photo, IMAGES)) for name in (kind, "conditions"))
-    return beside or next(filter(None, apart), None)
+    in_folders = (files.find(folder / name, named_after(photo, IMAGES)) for name in (kind, "conditions"))
+    return beside or next(filter(None, in_folders), None)
 
 
 def is_label(path: Path) -> bool:
-    """Whether a file is a mask that lies beside its photo, by its name alone."""
+    """Whether a file is a mask beside its photo, by its name alone."""
     return path.stem.lower().endswith(LABEL)
 
 
 def twin_of(path: Path, endings: Sequence[str], images: Iterable[Path]) -> Path | None:
     """The photo among ``images`` that a picture such as ``<photo>_mask.png`` is named after."""
-    found = re.fullmatch(rf"(.+)(?:{'|'.join(map(re.escape, endings))})", folded(path.stem))
-    if not found:
+    match = re.fullmatch(rf"(.+)(?:{'|'.join(map(re.escape, endings))})", folded(path.stem))
+    if not match:
         return None
-    beside = (one for one in images if one.parent == path.parent and one != path)
-    return next((one for one in beside if found[1] in (folded(one.stem), folded(one.name))), None)
+    beside = (image for image in images if image.parent == path.parent and image != path)
+    return next((image for image in beside if match[1] in (folded(image.stem), folded(image.name))), None)

@@ -17,7 +17,7 @@ from ..merging.manifest import lasting
 from ..metrics.prompts import with_article
 from ..metrics.views import View
 from ..models.base import Base, load_base
-from ..scenes.generate import draw_to_files
+from ..scenes.generate import write_images
 from ..scenes.png_metadata import sources_of
 from ..scenes.sampling import SceneInputs
 from .inputs import PICTURES, EvaluationInputs, drawing_settings, evaluation_scales
@@ -59,7 +59,7 @@ class EvaluationImages:
             sources, begun = sources_of(scene, base), time.perf_counter()
             steps: list[Event] = []
             hooks = Hooks(progress=steps.append, should_stop=self.should_stop)
-            paths = draw_to_files(base, scene, sources, SceneInputs(), hooks, resume=True)
+            paths = write_images(base, scene, sources, SceneInputs(), hooks, resume=True)
             if steps:
                 before = self.seconds.get(way, [0.0, 0.0])
                 self.seconds[way] = [before[0] + time.perf_counter() - begun, before[1] + len(paths)]

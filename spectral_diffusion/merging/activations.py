@@ -1,4 +1,4 @@
-"""What a layer sees, streamed: a float64 Gram matrix, or the rows themselves while they are few."""
+"""A layer's inputs, streamed: a float64 Gram matrix, or the rows themselves while they are few."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class GramAccumulator:
             return
         if self._lower is None:
             self._lower = torch.zeros(self.size, self.size, dtype=torch.float64)
-            for held in self.rows:
-                self._add_products(held)
+            for rows in self.rows:
+                self._add_products(rows)
             self.rows = []
         self._add_products(x)
 

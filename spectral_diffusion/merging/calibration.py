@@ -1,4 +1,4 @@
-"""Run the base with one adapter and collect what its layers see, for the merges that ask."""
+"""Run the base with one adapter and record its layers' inputs, for the merges that need them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..linalg import matrix_shape
 from ..models.base import Base
 from .activations import GramAccumulator
 
-CHUNK = 4  # pictures drawn together
+CHUNK = 4  # images per batch
 KEPT = 20 * 2**30  # bytes on the disk; what was not used for the longest goes first
 
 
@@ -44,27 +44,27 @@ def tokens_of_call(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 def record_activations(
     layers: Mapping[str, nn.Linear | nn.Conv2d], most: int, seed: int
 ) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """Hold the last forward's rows of every layer, ``most`` of them drawn by a seed; yields what takes them."""
-    held: dict[str, list[Tensor]] = {name: [] for name in layers}
+    """Record at most ``most`` input rows of every layer's last forward, sampled by ``seed``; yields what takes them."""
+    rows_of: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def hook(name: str) -> Callable[..., None]:
-        generator = keyed_generator("rows", seed, name)  # a layer's draw depends on no other layer
+        generator = keyed_generator("rows", seed, name)  # a layer's sample depends on no other layer
 
         def see(module: Any, inputs: tuple[Tensor, ...]) -> None:
             rows = tokens_of_call(module, inputs[0].detach())
             if len(rows) > most:
                 rows = rows[torch.randperm(len(rows), generator=generator)[:most].to(rows.device)]
-            held[name].append(rows)
+            rows_of[name].append(rows)
 
         return see
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
 
     def take() -> dict[str, Tensor]:
-        found = {name: torch.cat(rows) for name, rows in held.items() if rows}
-        for rows in held.values():
+        taken = {name: torch.cat(rows) for name, rows in rows_of.items() if rows}
+        for rows in rows_of.values():
             rows.clear()
-        return found
+        return taken
 
     try:
         yield take
@@ -74,12 +74,12 @@ def record_activations(
 
 
 def calibration_prompts(config: CalibrationConfig, token: str | None, seed: int) -> list[str]:
-    """What to draw: the concept in its prompts, or ordinary things in the same ones."""
+    """The calibration prompts: with the concept, or with generic subjects."""
     random = keyed_random("gradient", token or "ordinary", seed)
     prompts = []
     for index in range(config.num_images):
-        thing = token or generic_subject(random.choice(GENERIC_ADJECTIVES), random.choice(GENERIC_NOUNS))
-        prompts.append(config.prompts[index % len(config.prompts)].replace("{}", thing))
+        subject = token or generic_subject(random.choice(GENERIC_ADJECTIVES), random.choice(GENERIC_NOUNS))
+        prompts.append(config.prompts[index % len(config.prompts)].replace("{}", subject))
     return prompts
 
 
@@ -93,13 +93,13 @@ def calibrate(
     hooks: Hooks = QUIET,
     only: set[str] | None = None,
 ) -> dict[str, GramAccumulator]:
-    """What ``layers`` see while ``adapter`` (None: the base alone) draws its prompts. Its token is installed.
+    """The inputs of ``layers`` while ``adapter`` (None: the base alone) generates its prompts. Its token is installed.
 
     ``only`` restricts the adapter to some layers.
     """
-    seen = {name: GramAccumulator(matrix_shape(layer.weight)[1]) for name, layer in layers.items()}
-    words = list(adapter.tokens) if adapter and adapter.tokens else [None]  # also what it was trained on top of
-    prompts = [base.spell(text) for word in words for text in calibration_prompts(config, word, seed)]
+    grams = {name: GramAccumulator(matrix_shape(layer.weight)[1]) for name, layer in layers.items()}
+    tokens = list(adapter.tokens) if adapter and adapter.tokens else [None]  # also those it was trained on top of
+    prompts = [base.spell(text) for token in tokens for text in calibration_prompts(config, token, seed)]
     with (
         enabled_adapters(base, [(adapter, 1.0)] if adapter else [], only),
         record_activations(layers, config.tokens_per_call, seed) as take,
@@ -107,7 +107,7 @@ def calibrate(
 
         def fold(step: int, latents: Tensor) -> None:
             for name, rows in take().items():
-                seen[name].add(rows)
+                grams[name].add(rows)
 
         for start in range(0, len(prompts), CHUNK):
             chunk = prompts[start : start + CHUNK]
@@ -116,7 +116,7 @@ def calibrate(
                 chunk, generators, config.num_inference_steps, config.guidance_scale, on_step=fold
             )
             hooks.progress(Event("watch", min(start + CHUNK, len(prompts)), len(prompts)))
-    return seen
+    return grams
 
 
 def cached_seen(
@@ -127,7 +127,7 @@ def cached_seen(
     seed: int,
     make: Callable[[], dict[str, GramAccumulator]],
 ) -> dict[str, GramAccumulator]:
-    """What ``make`` collects, kept on disk under a hash of everything that decides it."""
+    """The result of ``make``, cached on disk under a hash of everything that decides it."""
     decides = {
         "base": base.fingerprint.exact,
         "adapter": content_hash(adapter) if adapter else None,
@@ -147,16 +147,16 @@ def cached_seen(
     return cached(path, make, packed, unpacked, WAIT, KEPT)
 
 
-def packed(seen: Mapping[str, GramAccumulator]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata to keep of what layers see."""
-    tensors = {name: one.matrix() if one.is_raw else one.gram() for name, one in seen.items()}
-    return tensors, {"counts": json.dumps({name: one.count for name, one in seen.items()})}
+def packed(grams: Mapping[str, GramAccumulator]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata to cache of the layers' inputs."""
+    tensors = {name: gram.matrix() if gram.is_raw else gram.gram() for name, gram in grams.items()}
+    return tensors, {"counts": json.dumps({name: gram.count for name, gram in grams.items()})}
 
 
 def unpacked(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, GramAccumulator]:
-    """What :func:`packed` was given."""
+    """The inverse of :func:`packed`."""
     counts = parse_json(metadata["counts"])
-    found = {name: GramAccumulator(tensors[name].shape[1]) for name in counts}
-    for name, one in found.items():
-        one.restore(tensors[name], int(counts[name]))
-    return found
+    grams = {name: GramAccumulator(tensors[name].shape[1]) for name in counts}
+    for name, gram in grams.items():
+        gram.restore(tensors[name], int(counts[name]))
+    return grams

@@ -35,8 +35,8 @@ from .manifest import (
     MERGED,
     SETTINGS,
     adapters_in_fusion,
-    check_apart,
     check_fusion_output,
+    check_not_base,
     manifest_of,
     save_pipeline,
     write_merged,
@@ -50,21 +50,21 @@ Seen = dict[str, GramAccumulator]
 
 
 def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> None:
-    """Names and tokens distinct, strengths of adapters that are there.
+    """Check that names and tokens are distinct and every scale names an adapter.
 
     Raises:
-        UserError: not so.
+        UserError: they are not.
     """
-    for one, other in itertools.combinations(adapters, 2):
-        if one.name == other.name:
+    for first, second in itertools.combinations(adapters, 2):
+        if first.name == second.name:
             raise UserError(
-                f"Two adapters are called '{one.name}', so one of them has to be trained again.",
+                f"Two adapters are called '{first.name}', so one of them has to be trained again.",
                 Fix("name", so="to give it another"),
             )
-        for token, others in itertools.product(one.tokens, other.tokens):
-            if token.lower() == others.lower():  # a tokenizer does not tell upper case from lower
-                shared = f"'{one.name}' and '{other.name}' share the token {token}"
-                if {"imported"} & {*one.config, *other.config}:
+        for token, other_token in itertools.product(first.tokens, second.tokens):
+            if token.lower() == other_token.lower():  # tokenizers ignore case
+                shared = f"'{first.name}' and '{second.name}' share the token {token}"
+                if {"imported"} & {*first.config, *second.config}:
                     raise UserError(f"{shared}; leave one out.")
                 raise UserError(
                     f"{shared}, so one of them has to be trained again.", Fix("token", so="to give it another")
@@ -109,14 +109,14 @@ def fuse_adapters(
     """Add the adapters' merged ΔW to the weights of ``base`` and their tokens to its tokenizer, in place.
 
     Adapters act in canonical order (by name), so the result does not depend on how they were listed; sums are
-    formed in float64 and rounded once. Then the result is taught, if the config says so. ``install`` says whether
+    formed in float64 and rounded once. Then the result is distilled, if the config says so. ``install`` says whether
     their tokens are still to be put in; layer-wise ones are their mean afterwards, as in a stock pipeline. Returns the
-    merged factors by layer; None where a merge gave dense changes, or teaching did.
+    merged factors by layer; None where a merge or the distillation gave dense changes.
 
     Raises:
         UserError: two adapters share a name or a token, a strength names none of them, the merge is not for them,
-            teaching meets an adapter without a word of its own or unknown targets.
-        NotFiniteError: teaching met NaN or infinity.
+            an adapter without a token or unknown targets in the distillation.
+        NotFiniteError: the distillation met NaN or infinity.
     """
     adapters = sorted(adapters, key=lambda adapter: adapter.name)
     check_together(adapters, config.scales)
@@ -129,7 +129,7 @@ def fuse_adapters(
         targets |= find_targets(base.models, adapter.targets)
         if install:
             add_words(base, adapter)
-    targets = {name: layer for name, layer in targets.items() if any(name in one.sizes for one in adapters)}
+    targets = {name: layer for name, layer in targets.items() if any(name in adapter.sizes for adapter in adapters)}
     trained = [layer.weight for layer in (*targets.values(), *extra_modules(base, config, set(targets)))]
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
     teachers = None
@@ -203,33 +203,33 @@ def extra_modules(base: Base, config: MergeConfig, adapted: Container[str]) -> l
     if not (config.distill.steps and config.distill.target_modules):
         return []
     try:
-        found = find_targets(base.models, config.distill.target_modules)
+        modules = find_targets(base.models, config.distill.target_modules)
     except UserError as error:
         raise UserError(f"distill.target_modules: {error.message}", *error.fixes) from error
-    return [layer for name, layer in found.items() if name not in adapted]
+    return [layer for name, layer in modules.items() if name not in adapted]
 
 
 def contribute(
-    adapters: list[Adapter], layer: str, weight: Tensor, config: MergeConfig, seen: Mapping[str, Seen]
+    adapters: list[Adapter], layer: str, weight: Tensor, config: MergeConfig, inputs: Mapping[str, Seen]
 ) -> list[Contribution]:
-    """What every adapter brings to one layer; one without the layer wants it to stay as it is."""
-    found = []
+    """Every adapter's contribution to one layer; that of an adapter without the layer is no change."""
+    contributions = []
     for adapter in adapters:
-        there = layer in adapter.sizes
-        found.append(
+        has_layer = layer in adapter.sizes
+        contributions.append(
             Contribution(
                 adapter.name,
                 adapter.method,
-                adapter.parameters_of(layer) if there else {},
-                adapter.frozen_of(layer, weight.detach().cpu()) if there else {},
+                adapter.parameters_of(layer) if has_layer else {},
+                adapter.frozen_of(layer, weight.detach().cpu()) if has_layer else {},
                 adapter.slot,
                 scale_of(config.scales, adapter.name, layer),
-                seen.get(adapter.name, {}).get(layer),
-                None if there else matrix_shape(weight),
+                inputs.get(adapter.name, {}).get(layer),
+                None if has_layer else matrix_shape(weight),
                 layer,
             )
         )
-    return found
+    return contributions
 
 
 def stages(layers: list[str], merge: Merge, config: MergeConfig) -> list[list[str]]:
@@ -249,9 +249,9 @@ def stage_of(layer: str) -> int:
 def groups(
     stage: list[str], adapters: list[Adapter], merge: Merge, config: MergeConfig, hooks: Hooks
 ) -> list[list[str]]:
-    """The layers of a stage in groups that are watched one after the other, so that each fits into memory.
+    """The layers of a stage in groups that are calibrated one after the other, so that each fits into memory.
 
-    Every group draws the same pictures again. What a layer sees depends on no other layer, so neither does the result.
+    Every group generates the same images again. A layer's inputs depend on no other layer, so neither does the result.
 
     Raises:
         UserError: a single layer does not fit.
@@ -259,15 +259,15 @@ def groups(
     if not merge.needs_activations:
         return [stage]
     sizes = {layer: next(adapter.sizes[layer] for adapter in adapters if layer in adapter.sizes) for layer in stage}
-    words = sum(max(1, len(adapter.tokens)) for adapter in adapters)
-    needs = {layer: calibration_memory({layer: size}, words, config.calibration) for layer, size in sizes.items()}
+    tokens = sum(max(1, len(adapter.tokens)) for adapter in adapters)
+    needs = {layer: calibration_memory({layer: size}, tokens, config.calibration) for layer, size in sizes.items()}
     free = available(torch.device("cpu"))
     room = sum(needs.values()) if free is None else round(SHARE * free)
     if max(needs.values()) > room:
         layer = max(needs, key=needs.__getitem__)
         raise UserError(
-            f"Watching the layer {layer} needs {gib(needs[layer])} of memory and {gib(free or 0)} are free; fuse fewer "
-            "adapters at once, or take a merge that watches nothing, such as spectral."
+            f"Calibrating the layer {layer} needs {gib(needs[layer])} of memory and {gib(free or 0)} are free; fuse "
+            "fewer adapters at once, or take a merge without calibration, such as spectral."
         )
     out: list[list[str]] = []
     used = room + 1
@@ -279,7 +279,7 @@ def groups(
         used += needs[layer]
     most = max(sum(needs[layer] for layer in group) for group in out)
     passes = f" in {len(out)} passes, as memory is short" if len(out) > 1 else ""
-    hooks.notify(f"Watching {len(stage)} layers{passes} needs up to {most / 2**20:.0f} MiB.")
+    hooks.notify(f"Calibrating {len(stage)} layers{passes} needs up to {most / 2**20:.0f} MiB.")
     return out
 
 
@@ -292,7 +292,7 @@ def calibrate_stage(
     config: MergeConfig,
     hooks: Hooks,
 ) -> tuple[dict[str, Seen], Seen]:
-    """What each adapter's layers of a stage see, and what they see on ordinary prompts; nothing if nobody asks.
+    """The inputs of a stage's layers per adapter, and on generic prompts; empty if the merge needs none.
 
     In a staged fusion the earlier stages are fused already and the adapter acts on this one and the later ones.
     """
@@ -311,10 +311,10 @@ def calibrate_stage(
     for adapter in adapters:
         if not adapter.token:
             hooks.notify(
-                f"'{adapter.name}' has no word of its own, so it is watched on ordinary prompts, as the anchor is."
+                f"'{adapter.name}' has no token of its own, so it is calibrated on generic prompts, as the prior is."
             )
-    ordinary = see(None) if settings.prior_weight > 0 else {}
-    return {adapter.name: see(adapter) for adapter in adapters}, ordinary
+    prior = see(None) if settings.prior_weight > 0 else {}
+    return {adapter.name: see(adapter) for adapter in adapters}, prior
 
 
 def overlaps(adapters: list[Adapter]) -> list[str]:
@@ -327,7 +327,7 @@ def overlaps(adapters: list[Adapter]) -> list[str]:
 
 
 def device_for(config: FuseConfig) -> str:
-    """Where to fuse: on the CPU if nobody said otherwise and no network has to run, since float32 may not fit a GPU."""
+    """The device to fuse on: the CPU by default if no network has to run, since float32 may not fit a GPU."""
     runs = get_merge(config.merge).needs_activations or config.distill.steps > 0
     return config.device if runs or config.device != "auto" else "cpu"
 
@@ -341,7 +341,7 @@ def fuse_to_folder(
 
     The folder is a float32 diffusers pipeline with every token in its tokenizer, ``manifest.json``, the resolved
     settings, the merged factors, and the adapters themselves in ``adapters/``. An older fusion there is replaced
-    whole. A fused folder among ``adapters`` stands for the adapters inside it; LoRA files of other programs are
+    whole. A fused folder among ``adapters`` means the adapters inside it; LoRA files of other programs are
     imported.
 
     Raises:
@@ -356,7 +356,7 @@ def fuse_to_folder(
             f"{config.adapters[0]} is not an adapter of this program, and a LoRA of another names no base.",
             Fix("base", so="to name it"),
         )
-    check_apart(output, config.base or adapters[0].base)
+    check_not_base(output, config.base or adapters[0].base)
     base = base or load_base(config.base or adapters[0].base, device_for(config))
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
     if config.distill.steps:

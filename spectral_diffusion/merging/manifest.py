@@ -1,4 +1,4 @@
-"""A fused folder on disk: its adapters, its recipe, its merged factors, and when one may take another's place."""
+"""A fused folder on disk: its adapters, manifest and merged factors, and when one may replace another."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..core.errors import ELSEWHERE, UserError
 from ..core.files import (
     check_only,
     check_replaceable,
+    exists,
     holds,
     is_file,
     is_folder,
-    is_there,
     parse_json,
     read_tensors,
     read_text,
@@ -41,11 +41,11 @@ def adapters_in_fusion(path: Path) -> list[Adapter]:
     """
     if not is_folder(path):
         return [load_adapter(path)]
-    recipe = read_manifest(path)
-    if recipe is None:
+    manifest = read_manifest(path)
+    if manifest is None:
         raise UserError(f"{path} is not a fused folder: it holds no {MANIFEST}.")
     adapters = []
-    for concept in recipe["concepts"].values():
+    for concept in manifest["concepts"].values():
         file = (Path(path) / str(concept["file"])).resolve()
         if not file.is_relative_to(Path(path).resolve()):
             raise UserError(f"{path}/{MANIFEST} names a file outside the folder; fuse the adapters again.")
@@ -58,15 +58,17 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     with quiet_loading():
         pipeline.save_pretrained(folder)
     for file in [*folder.glob("*.json"), *folder.glob("*/*.json")]:
-        held = json.loads(file.read_text(encoding="utf-8"))
-        known = {key: held[key] for key in WHERE if isinstance(held, dict) and is_full(str(held.get(key)))}
+        config = json.loads(file.read_text(encoding="utf-8"))
+        known = {key: config[key] for key in WHERE if isinstance(config, dict) and is_full(str(config.get(key)))}
         if known:
-            write_json(file, {key: value for key, value in held.items() if key not in known})
+            write_json(file, {key: value for key, value in config.items() if key not in known})
 
 
 def write_merged(path: Path, merged: Mapping[str, Factors]) -> None:
-    """Keep merged factors beside the weights, so that the fusion can go out as one LoRA."""
-    tensors = {f"{layer}.{part}": t.float() for layer, one in merged.items() for part, t in one._asdict().items()}
+    """Write merged factors beside the weights, so that the fusion can be exported as one LoRA."""
+    tensors = {
+        f"{layer}.{part}": t.float() for layer, factors in merged.items() for part, t in factors._asdict().items()
+    }
     write_tensors(path, tensors)
 
 
@@ -92,13 +94,13 @@ def base_name_of(path: Path) -> str:
     Raises:
         UserError: it is neither.
     """
-    recipe = read_manifest(path) if is_folder(path) else None
-    return str(recipe["base"]) if recipe else adapters_in_fusion(path)[0].base
+    manifest = read_manifest(path) if is_folder(path) else None
+    return str(manifest["base"]) if manifest else adapters_in_fusion(path)[0].base
 
 
 def lasting(base: str) -> str:
     """A base's name that means the same from any folder: local paths in full."""
-    return str(Path(base).resolve()) if is_there(base) and base != "pocket" else base
+    return str(Path(base).resolve()) if exists(base) and base != "pocket" else base
 
 
 def check_fusion_output(output: Path) -> None:
@@ -114,12 +116,12 @@ def check_fusion_output(output: Path) -> None:
     check_replaceable(output, {MANIFEST, MERGED, SETTINGS, ADAPTERS})
     try:
         concepts = (read_manifest(output) or {})["concepts"].values()
-    except UserError:  # a damaged recipe does not say which adapters are its own
+    except UserError:  # a damaged manifest does not say which adapters are its own
         return
-    check_only(output / ADAPTERS, {Path(str(one["file"])).name for one in concepts})
+    check_only(output / ADAPTERS, {Path(str(concept["file"])).name for concept in concepts})
 
 
-def check_apart(output: Path, base: str) -> None:
+def check_not_base(output: Path, base: str) -> None:
     """Refuse to write a fusion over the base that it is built on.
 
     Raises:
@@ -132,7 +134,7 @@ def check_apart(output: Path, base: str) -> None:
 def manifest_of(
     config: FuseConfig, adapters: list[Adapter], files: dict[str, str], fingerprint: str | None
 ) -> dict[str, Any]:
-    """What went into a fusion, as JSON; ``fingerprint`` is the exact one of the base that was there, if known."""
+    """The manifest of a fusion, as JSON; ``fingerprint`` is the base's exact one, if known."""
     settings = config.model_dump(mode="json", exclude={"adapters", "output", "base", "device", "scales"})
     return {
         "format_version": 2,
@@ -157,28 +159,28 @@ def manifest_of(
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The recipe of a fused folder; None if it is not one.
+    """The manifest of a fused folder; None if it is not one.
 
     Raises:
-        UserError: a recipe is there but damaged.
+        UserError: the manifest is damaged.
     """
     path = Path(folder) / MANIFEST
     if not is_file(path):
         return None
     try:
-        recipe = parse_json(read_text(path))
-        if recipe["format_version"] != 2 or not isinstance(recipe["concepts"], dict):
+        manifest = parse_json(read_text(path))
+        if manifest["format_version"] != 2 or not isinstance(manifest["concepts"], dict):
             raise ValueError
-        if not isinstance(recipe["settings"], dict) or not isinstance(recipe["scales"], dict):
+        if not isinstance(manifest["settings"], dict) or not isinstance(manifest["scales"], dict):
             raise ValueError
-        if not all(isinstance(recipe[key], str) for key in ("base", "merge")):
+        if not all(isinstance(manifest[key], str) for key in ("base", "merge")):
             raise ValueError
-        for concept in recipe["concepts"].values():
+        for concept in manifest["concepts"].values():
             if not all(isinstance(concept[key], str) for key in ("file", "method", "token")):
                 raise ValueError
             float(concept["scale"])
-        int(recipe["settings"]["distill"]["steps"])
-        recipe["base"] = located_base(recipe["base"], recipe.get("base_fingerprint", ""), path.parent)
+        int(manifest["settings"]["distill"]["steps"])
+        manifest["base"] = located_base(manifest["base"], manifest.get("base_fingerprint", ""), path.parent)
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged; fuse the adapters again.") from error
-    return recipe
+    return manifest

@@ -1,4 +1,4 @@
-"""How much memory a fusion takes that watches layers or teaches, computed before it starts."""
+"""Memory of calibration and distillation in a fusion, computed before it starts."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ from .distill import CHUNK as TOGETHER
 
 
 def calibration_memory(sizes: Mapping[str, tuple[int, int]], prompts: int, config: CalibrationConfig) -> int:
-    """Bytes that is kept of what is watched while so many words are drawn, and of the ordinary prompts, at most.
+    """The most bytes of the recorded inputs of ``prompts`` tokens and of the generic prompts.
 
-    Of a layer that is as many rows as are drawn, or a Gram matrix; one adapter's are there a second time while they are
-    written to the disk.
+    A layer keeps its sampled rows or a Gram matrix; one adapter's exist twice while they are written to disk.
     """
     rows = math.ceil(config.num_images / CHUNK) * config.num_inference_steps * config.tokens_per_call
     once = sum(8 * inside * min(inside, rows) for _, inside in sizes.values())
@@ -35,74 +34,76 @@ def calibration_memory(sizes: Mapping[str, tuple[int, int]], prompts: int, confi
 def distillation_memory(
     models: Models,
     vae: nn.Module,
-    learners: Iterable[Tensor],
+    trainable: Iterable[Tensor],
     config: DistillConfig,
     size: int,
     device: str = "cuda",
     precision: MixedPrecision = "bf16",
 ) -> Estimate:
-    """Draw a lesson and take a step with tensors that hold nothing, and count.
+    """Sample targets and take a step with fake tensors, and count.
 
     Args:
         models: U-Net and text encoders, ``vae``: its autoencoder; they stay as they are and may be on the meta device.
-        learners: those of their weights that learn.
+        trainable: those of their weights that are trained.
         size: side of the pictures in pixels.
         device: ``cuda`` or ``cpu``.
-        precision: in which the networks work while they are taught.
+        precision: in which the networks work during distillation.
     """
-    learning = {id(weight) for weight in learners}
+    learning = {id(weight) for weight in trainable}
     trained = sum(p.numel() for model in models.values() for p in model.parameters() if id(p) in learning)
     weights = sum(p.numel() * p.element_size() for model in (*models.values(), vae) for p in model.parameters())
     scale = 2 ** (len(vae.config.block_out_channels) - 1)  # type: ignore[union-attr, arg-type]
     with FakeTensorMode(allow_non_fake_inputs=True):  # on a pretended CPU, so that autocast acts as it does
         copies = hollow(models, "cpu")
         for name, model in models.items():
-            for there, copy in zip(model.parameters(), copies[name].parameters(), strict=True):
-                copy.requires_grad_(id(there) in learning)
+            for parameter, copy in zip(model.parameters(), copies[name].parameters(), strict=True):
+                copy.requires_grad_(id(parameter) in learning)
         unet: Any = copies["unet"]
         side = size // scale
         dtype = next(unet.parameters()).dtype
-        plain = plain_attention_is_faster(device, is_half(precision, dtype), side)
-        unet.set_attn_processor(AttnProcessor() if plain else LeanAttention())
+        plain_attention = plain_attention_is_faster(device, is_half(precision, dtype), side)
+        unet.set_attn_processor(AttnProcessor() if plain_attention else LeanAttention())
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
 
         def predict(batch: int) -> Tensor:
             noisy = torch.empty(batch, unet.config.in_channels, side, side, dtype=dtype)
-            found: Tensor = unet(noisy, torch.zeros(batch, dtype=torch.long), **words(copies, batch)).sample
-            return found
+            prediction: Tensor = unet(noisy, torch.zeros(batch, dtype=torch.long), **words(copies, batch)).sample
+            return prediction
 
-        held = [tensor for model in copies.values() for tensor in (*model.parameters(), *model.buffers())]
-        with Peak(iter(held)) as drawing, torch.no_grad():
+        tensors = [tensor for model in copies.values() for tensor in (*model.parameters(), *model.buffers())]
+        with Peak(iter(tensors)) as sampling, torch.no_grad():
             predict(2 * min(TOGETHER, config.batch_size))
-        with Peak(iter(held)) as step, autocast(torch.device("cpu"), precision):
+        with Peak(iter(tensors)) as step, autocast(torch.device("cpu"), precision):
             for _ in range(min(config.gradient_accumulation_steps, 2)):  # the second finds the first one's gradients
                 (predict(config.batch_size).float() ** 2).mean().backward()
-    # The optimiser takes its step beside the gradients, with room for one more number each.
-    phases = {"drawing lessons": drawing.most, "teaching": max(step.most, 2 * 4 * trained)}
+    # The optimizer's step needs the gradients and one more number each.
+    phases = {"sampling targets": sampling.most, "distilling": max(step.most, 2 * 4 * trained)}
     return Estimate(weights, 2 * 4 * trained, phases, CONTEXT[device])
 
 
 def check_distillation_memory(
-    base: Base, learners: Iterable[Tensor], config: DistillConfig, precision: MixedPrecision
+    base: Base, trainable: Iterable[Tensor], config: DistillConfig, precision: MixedPrecision
 ) -> str:
-    """A sentence of the memory that teaching takes, and of what is there.
+    """A sentence on the memory that distillation takes and that is free.
 
     Raises:
-        UserError: there is clearly not enough.
+        UserError: it clearly does not fit.
     """
     if not base.family.supports_estimates:
         return UNKNOWN
-    found = distillation_memory(base.models, base.pipeline.vae, learners, config, base.size, base_kind(base), precision)
+    estimate = distillation_memory(
+        base.models, base.pipeline.vae, trainable, config, base.size, base_kind(base), precision
+    )
     fewer = max(2, config.batch_size // 2)
     batches = config.gradient_accumulation_steps * (config.batch_size // fewer)
     smaller = Fix("distill.batch_size", str(fewer), also=Fix("distill.gradient_accumulation_steps", str(batches)))
     return fitting(
-        found,
+        estimate,
         base,
-        "Teaching",
+        "Distillation",
         *([] if config.gradient_checkpointing else [Fix("distill.gradient_checkpointing", "true")]),
         *([smaller] if fewer < config.batch_size else []),
-        Fix("distill.target_modules", "null", "to teach no more than the adapted layers"),
+        Fix("distill.target_modules", "null", "to distill the adapted layers only"),
         Fix("distill.steps", "0"),
     )

@@ -1,7 +1,7 @@
 """Search the scales (and the prior weight) of a fusion on held-out prompts.
 
-No encoder is asked: the fused networks' predictions are compared with those of each adapter alone on its own concept,
-and with the base's on ordinary prompts, on noised pictures that those drew themselves.
+No encoder is used: the fused networks' predictions are compared with those of each adapter alone on its own concept,
+and with the base's on generic prompts, on noised images that those generated themselves.
 """
 
 from __future__ import annotations
@@ -27,19 +27,24 @@ from .distill import predict
 from .fuse import check_together, fuse_adapters
 from .merges.registry import get_merge
 
-HELD_OUT = ("a drawing of {}", "{} in the garden", "a small picture of {}", "{} by the window")  # not among the watched
+HELD_OUT = ("a drawing of {}", "{} in the garden", "a small picture of {}", "{} by the window")  # not for calibration
 SCALES = (0.5, 0.65, 0.8, 0.9, 1.0)
 NOISE = (0.3, 0.6, 0.9)  # of the schedule
 
 
 @dataclass
 class Reference:
-    """Noised pictures of one concept (None: ordinary ones) and what is right to predict there."""
+    """Noised images of one concept (None: generic ones) and the right predictions there."""
 
     name: str | None
     inputs: dict[str, Any]
-    wanted: Tensor
-    plain: Tensor  # what the base predicts
+    target: Tensor
+    base_prediction: Tensor
+
+    @property
+    def effect(self) -> float:
+        """The mean squared difference that the adapter makes to the base's prediction."""
+        return float((self.target - self.base_prediction).square().mean())
 
 
 @dataclass(frozen=True)
@@ -49,23 +54,23 @@ class Candidate:
     scale: float
     prior_weight: float
     concepts: float  # mean over concepts of |fused − alone|² / |alone − base|²
-    drift: float  # |fused − base|² on ordinary prompts, over the mean |alone − base|²
+    drift: float  # |fused − base|² on generic prompts, over the mean |alone − base|²
 
     @property
     def score(self) -> float:
-        """What is made small: concepts and drift weigh alike."""
+        """The objective: concepts and drift weigh alike."""
         return self.concepts + self.drift
 
 
 @torch.no_grad()
 def make_reference(base: Base, adapter: Adapter | None, config: MergeConfig) -> Reference:
-    """Draw held-out prompts with one adapter (or with none), noise the pictures, and predict."""
+    """Generate held-out prompts with one adapter (or with none), noise the images, and predict."""
     random = keyed_random("tune", adapter.name if adapter else "ordinary", config.seed)
     prompts = []
-    words = list(adapter.tokens) if adapter and adapter.tokens else [None]
-    for word, prompt in itertools.product(words, HELD_OUT):
-        ordinary = generic_subject(random.choice(GENERIC_ADJECTIVES), random.choice(GENERIC_NOUNS))
-        prompts.append(base.spell(prompt.replace("{}", word or ordinary)))
+    tokens = list(adapter.tokens) if adapter and adapter.tokens else [None]
+    for token, prompt in itertools.product(tokens, HELD_OUT):
+        subject = generic_subject(random.choice(GENERIC_ADJECTIVES), random.choice(GENERIC_NOUNS))
+        prompts.append(base.spell(prompt.replace("{}", token or subject)))
     denoiser = base.denoiser
     steps = torch.tensor([int(share * (denoiser.num_timesteps - 1)) for share in NOISE])
 
@@ -82,21 +87,21 @@ def make_reference(base: Base, adapter: Adapter | None, config: MergeConfig) -> 
             "noisy": denoiser.add_noise(latents, noise, timesteps),
             "timesteps": timesteps,
         }
-        wanted = predict(base, **inputs)
-    return Reference(adapter.name if adapter else None, inputs, wanted, predict(base, **inputs) if adapter else wanted)
+        target = predict(base, **inputs)
+    return Reference(adapter.name if adapter else None, inputs, target, predict(base, **inputs) if adapter else target)
 
 
 @contextmanager
 def untouched(base: Base, adapters: Sequence[Adapter]) -> Iterator[None]:
-    """Give the target weights back when the context ends."""
+    """Restore the target weights when the context ends."""
     layers = {name: layer for adapter in adapters for name, layer in find_targets(base.models, adapter.targets).items()}
-    held = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    originals = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     try:
         yield
     finally:
         with torch.no_grad():
             for name, layer in layers.items():
-                layer.weight.copy_(held[name])
+                layer.weight.copy_(originals[name])
 
 
 def search_scales(
@@ -123,7 +128,7 @@ def search_scales(
     for adapter in adapters:
         add_words(base, adapter)
     references = [make_reference(base, adapter, config) for adapter in (*adapters, None)]
-    effect = sum(float((one.wanted - one.plain).square().mean()) for one in references[:-1]) / len(adapters)
+    effect = sum(reference.effect for reference in references[:-1]) / len(adapters)
     tried = []
     grid = list(itertools.product(scales, prior_weights or (config.calibration.prior_weight,)))
     for index, (scale, prior_weight) in enumerate(grid, 1):
@@ -133,9 +138,12 @@ def search_scales(
         with untouched(base, adapters):
             fuse_adapters(base, adapters, changed, install=False, hooks=hooks)
             with torch.no_grad():
-                off = [float((predict(base, **one.inputs) - one.wanted).square().mean()) for one in references]
-        own = [max(float((one.wanted - one.plain).square().mean()), 1e-12) for one in references[:-1]]
-        concepts = sum(a / b for a, b in zip(off[:-1], own, strict=True)) / len(adapters)
-        tried.append(Candidate(scale, prior_weight, concepts, off[-1] / max(effect, 1e-12)))
+                errors = [
+                    float((predict(base, **reference.inputs) - reference.target).square().mean())
+                    for reference in references
+                ]
+        own = [max(reference.effect, 1e-12) for reference in references[:-1]]
+        concepts = sum(a / b for a, b in zip(errors[:-1], own, strict=True)) / len(adapters)
+        tried.append(Candidate(scale, prior_weight, concepts, errors[-1] / max(effect, 1e-12)))
         hooks.progress(Event("tune", index, len(grid), {"score": tried[-1].score}))
-    return sorted(tried, key=lambda one: one.score)
+    return sorted(tried, key=lambda candidate: candidate.score)

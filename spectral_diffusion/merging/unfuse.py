@@ -25,8 +25,8 @@ from .manifest import (
     MANIFEST,
     MERGED,
     adapters_in_fusion,
-    check_apart,
     check_fusion_output,
+    check_not_base,
     manifest_of,
     read_manifest,
     save_pipeline,
@@ -41,11 +41,11 @@ def settings_of(folder: Path, adapters: Sequence[Path], output: Path, device: st
     Raises:
         UserError: not a fused folder.
     """
-    recipe = read_manifest(folder)
-    if recipe is None:
+    manifest = read_manifest(folder)
+    if manifest is None:
         raise UserError(f"{folder} is not a fused folder: it holds no {MANIFEST}.")
-    held = {"base": recipe["base"], "device": device, "adapters": list(adapters), "output": output}
-    return build(FuseConfig, recipe["settings"], held, {"scales": recipe["scales"]}, file=f"{folder}/{MANIFEST}")
+    changed = {"base": manifest["base"], "device": device, "adapters": list(adapters), "output": output}
+    return build(FuseConfig, manifest["settings"], changed, {"scales": manifest["scales"]}, file=f"{folder}/{MANIFEST}")
 
 
 def unfuse(
@@ -60,11 +60,11 @@ def unfuse(
     """Write ``folder`` without some of its concepts to ``output``.
 
     The rest is fused again from the base and the kept adapters, so the result has the bits of a fusion that never
-    knew the removed ones; without any left it has the base's. Where the base is not at hand ``subtract`` takes the
-    removed changes off the float32 weights instead and tells how far that can be from exact.
+    knew the removed ones; without any left it has the base's. Where the base is not available ``subtract`` takes the
+    removed changes off the float32 weights instead and reports a bound of the error.
 
     Raises:
-        UserError: an unknown concept, or a base that is not at hand.
+        UserError: an unknown concept, or a base that is not available.
     """
     config = settings_of(folder, [folder], output, device)
     adapters = adapters_in_fusion(folder)
@@ -78,7 +78,7 @@ def unfuse(
     kept = [adapter for adapter in adapters if adapter.name not in remove]
     left = {key: value for key, value in config.scales.items() if owner(key, names)[0] not in remove}
     config = config.model_copy(update={"scales": left})
-    check_apart(output, str(base_name or config.base))
+    check_not_base(output, str(base_name or config.base))
     if subtract:
         _subtract(folder, list(remove), config, hooks)
         return
@@ -94,14 +94,14 @@ def unfuse(
     for text in (check_base(adapter, base, config.allow_base) for adapter in adapters):
         if text:
             hooks.notify(f"Warning: {text}")
-    recipe = read_manifest(folder) or {}
-    exact = recipe.get("base_fingerprint", base.fingerprint.exact) == base.fingerprint.exact
+    manifest = read_manifest(folder) or {}
+    exact = manifest.get("base_fingerprint", base.fingerprint.exact) == base.fingerprint.exact
     if not exact:
         hooks.notify(
             f"Note: {folder} was fused on the base in another precision, so the result has not the same last bits."
         )
     if kept:
-        paths = [folder / recipe["concepts"][adapter.name]["file"] for adapter in kept]
+        paths = [folder / manifest["concepts"][adapter.name]["file"] for adapter in kept]
         fuse_to_folder(config.model_copy(update={"adapters": paths}), hooks, base)
         return
     with atomic_folder(output) as new:
@@ -115,19 +115,19 @@ def _subtract(folder: Path, remove: list[str], config: FuseConfig, hooks: Hooks)
     if not merge.is_sum(merge.settings(config.options)):
         raise UserError(f"Only plain sums can be subtracted from; {folder} was merged by {config.merge}: get its base.")
     if config.distill.steps:
-        raise UserError(f"Only plain sums can be subtracted from; {folder} was taught after the merge: get its base.")
+        raise UserError(f"Only plain sums can be subtracted from; {folder} was distilled after merging: get its base.")
     check_float32(folder)
     fused = load_base(str(folder), "cpu")
     adapters = adapters_in_fusion(folder)
-    recipe = read_manifest(folder) or {}
-    strength = recipe["scales"]
+    manifest = read_manifest(folder) or {}
+    strength = manifest["scales"]
     gone: dict[str, Tensor] = {}
     targets: dict[str, nn.Linear | nn.Conv2d] = {}
     for adapter in adapters:
         if adapter.name not in remove:
             continue
         if adapter.needs_base:
-            raise UserError(f"'{adapter.name}' is {adapter.method.name}, whose change needs the base to be told.")
+            raise UserError(f"'{adapter.name}' is {adapter.method.name}, whose ΔW can only be computed with the base.")
         targets |= find_targets(fused.models, adapter.targets)
         for layer in adapter.layers:
             up, down = (part.double() for part in adapter.factors(layer))
@@ -146,8 +146,8 @@ def _subtract(folder: Path, remove: list[str], config: FuseConfig, hooks: Hooks)
         for adapter in kept:
             save_adapter(adapter, new / files[adapter.name])
         if kept:
-            write_json(new / MANIFEST, manifest_of(config, kept, files, recipe.get("base_fingerprint")))
-        if kept and not any(adapter.needs_base for adapter in kept):  # whose change could not be told here
+            write_json(new / MANIFEST, manifest_of(config, kept, files, manifest.get("base_fingerprint")))
+        if kept and not any(adapter.needs_base for adapter in kept):  # whose ΔW cannot be computed here
             write_merged(new / MERGED, summed(kept, strength))
     hooks.notify(
         f"Subtracted, not fused anew: every weight is within {bound:.1e} of what a fresh fusion has, and the removed "
@@ -163,21 +163,23 @@ def check_float32(folder: Path) -> None:
     """
     for part in ("unet", "text_encoder", "text_encoder_2"):
         for file in sorted((folder / part).glob("*.safetensors")):
-            with safe_open(str(file), framework="pt") as held:
-                for name in held.keys():  # noqa: SIM118
-                    if held.get_slice(name).get_dtype() not in {"F32", "F64", "I64"}:
+            with safe_open(str(file), framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    if tensors.get_slice(name).get_dtype() not in {"F32", "F64", "I64"}:
                         raise UserError(f"{file} is not float32, and rounding has eaten the rest: get the base.")
 
 
 def summed(adapters: Sequence[Adapter], strength: Mapping[str, float]) -> dict[str, Factors]:
     """Σ λ_i ΔW_i by layer, as factors."""
     out: dict[str, Factors] = {}
-    for adapter in sorted(adapters, key=lambda one: one.name):
+    for adapter in sorted(adapters, key=lambda adapter: adapter.name):
         for layer in adapter.layers:
             up, down = adapter.factors(layer)
             up = up * scale_of(strength, adapter.name, layer)
-            held = out.get(layer)
+            earlier = out.get(layer)
             out[layer] = (
-                Factors(torch.cat([held.up, up], 1), torch.cat([held.down, down], 0)) if held else Factors(up, down)
+                Factors(torch.cat([earlier.up, up], 1), torch.cat([earlier.down, down], 0))
+                if earlier
+                else Factors(up, down)
             )
     return out

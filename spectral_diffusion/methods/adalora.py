@@ -27,8 +27,8 @@ def factors(parameters: Tensors, frozen: Tensors) -> Factors:
 def penalty(parameters: Tensors) -> Tensor:
     """½ of the mean of |AAᵀ − I| and |BᵀB − I|, as AdaLoRA keeps both sides orthogonal."""
     A, B = parameters["A"], parameters["B"]
-    one = torch.eye(len(A), device=A.device)
-    return PENALTY * ((A @ A.mT - one).norm() + (B.mT @ B - one).norm()) / 2
+    eye = torch.eye(len(A), device=A.device)
+    return PENALTY * ((A @ A.mT - eye).norm() + (B.mT @ B - eye).norm()) / 2
 
 
 def options(rank: int, steps: int) -> dict[str, Any]:

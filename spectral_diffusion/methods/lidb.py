@@ -18,7 +18,7 @@ def shapes(out_features: int, in_features: int, rank: int) -> Shapes:
     return {"A": (LEFT, rank), "B": (rank, RIGHT)}
 
 
-def draw(out_features: int, in_features: int, rank: int, slot: Slot | None) -> dict[str, Tensor]:
+def init_frozen(out_features: int, in_features: int, rank: int, slot: Slot | None) -> dict[str, Tensor]:
     """The frozen frames up (out, a) and down (b, in), orthonormal where there is room, from sizes alone."""
     up = torch.randn(out_features, LEFT, generator=keyed_generator("lidb", "up", out_features))
     down = torch.randn(in_features, RIGHT, generator=keyed_generator("lidb", "down", in_features))
@@ -48,7 +48,7 @@ METHOD = register_method(
         shapes=shapes,
         factors=factors,
         builds_on="random",
-        init_frozen=draw,
+        init_frozen=init_frozen,
         initial=initial,
         lr_scale=3.0,
         ranks=lambda sides: range(1, LEFT + 1),

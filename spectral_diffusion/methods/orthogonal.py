@@ -23,7 +23,7 @@ def _basis(size: int) -> Tensor:
     return orthogonal_basis(size, keyed_generator("orthogonal", size)).float()
 
 
-def draw(out_features: int, in_features: int, rank: int, slot: Slot | None) -> dict[str, Tensor]:
+def init_frozen(out_features: int, in_features: int, rank: int, slot: Slot | None) -> dict[str, Tensor]:
     """The concept's own rows (r, in) of the basis that all concepts share."""
     assert slot is not None
     return {"down": _basis(in_features)[list(slot.columns)]}
@@ -47,7 +47,7 @@ METHOD = register_method(
         factors=factors,
         builds_on="random",
         slot="rows",
-        init_frozen=draw,
+        init_frozen=init_frozen,
         ranks=ranks,
     )
 )

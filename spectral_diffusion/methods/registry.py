@@ -23,7 +23,7 @@ Tensors = Mapping[str, Tensor]
 
 
 class Schedule(Protocol):
-    """What a method does between steps on one network."""
+    """A method's actions between steps on one network."""
 
     def after_step(self, step: int) -> None:
         """The optimizer has made ``step`` steps."""
@@ -32,7 +32,7 @@ class Schedule(Protocol):
         """Remove for good what the schedule has removed, where an average of the parameters brings it back."""
 
     def state(self) -> tuple[dict[str, Tensor], Any]:
-        """What a resumed training needs: tensors, and something JSON can hold."""
+        """The state that a resumed training needs: tensors, and JSON-able values."""
 
     def load_state(self, tensors: Tensors, pattern: Any) -> None:
         """Take :meth:`state` back."""
@@ -87,7 +87,7 @@ class Method:
         low_rank: whether k is small, so that a LoRA file holds the adapter exactly.
         frozen_up: whether the second half of ``up``'s columns is the band's own U, which needs no gradient.
         lr_scale: how many times the learning rate of spectral-additive suits the method, since what it trains has
-            another scale. Training multiplies rates by it that nobody set for the method itself.
+            another scale. Training multiplies rates that are not set for the method itself by it.
         neutral: parameters whose neutral value is not zero, so that weight decay must not touch them.
         ranks: the ranks that weights of these sizes allow.
         peft: how PEFT trains it, if it does.

@@ -24,7 +24,7 @@ def shapes_with_values(out_features: int, in_features: int, rank: int) -> Shapes
 def prepare(parameters: Tensors, frozen: Tensors) -> dict[str, Tensor]:
     """D = R − I of both rotations in one batched solve, and M = R_U S' R_Vᵀ − S with S' = S (1 + c).
 
-    An earlier training's start is composed with this one's (Lemma 4.1): D_U, D_V and c are told from the band on.
+    An earlier training's start is composed with this one's (Lemma 4.1): D_U, D_V and c are relative to the band.
     M = D_U S' R_Vᵀ + S' D_Vᵀ + S c has no cancellation. Over leading dimensions, never below float32.
     """
     S = frozen["S"]
@@ -36,8 +36,8 @@ def prepare(parameters: Tensors, frozen: Tensors) -> dict[str, Tensor]:
         if "c" in frozen:
             c = frozen["c"] if c is None else frozen["c"] + c + frozen["c"] * c
         scaled = S if c is None else S * (1 + c)
-        one = torch.eye(S.shape[-1], dtype=D_V.dtype, device=D_V.device)
-        M = (D_U * scaled[..., None, :]) @ (D_V + one).mT + scaled[..., :, None] * D_V.mT
+        eye = torch.eye(S.shape[-1], dtype=D_V.dtype, device=D_V.device)
+        M = (D_U * scaled[..., None, :]) @ (D_V + eye).mT + scaled[..., :, None] * D_V.mT
         if c is None:
             return {"D_U": D_U, "D_V": D_V, "M": M}
         return {"D_U": D_U, "D_V": D_V, "c": c, "M": M + torch.diag_embed(S * c)}

@@ -28,7 +28,7 @@ def _uniform(name: str, features: int, rank: int, fan: int) -> Tensor:
     return (torch.rand(rank, features, generator=keyed_generator("vera", name, features)) * 2 - 1) * bound
 
 
-def draw(out_features: int, in_features: int, rank: int, slot: Slot | None) -> dict[str, Tensor]:
+def init_frozen(out_features: int, in_features: int, rank: int, slot: Slot | None) -> dict[str, Tensor]:
     """The frozen A (r, in) and B (out, r), from sizes alone."""
     return {"A": _uniform("A", in_features, rank, in_features), "B": _uniform("B", out_features, rank, rank).mT}
 
@@ -50,7 +50,7 @@ METHOD = register_method(
         shapes=shapes,
         factors=factors,
         builds_on="random",
-        init_frozen=draw,
+        init_frozen=init_frozen,
         initial=initial,
         lr_scale=10.0,
         ranks=lambda sides: range(1, 4097),

@@ -1,4 +1,4 @@
-"""Two independent judges of pocket pictures: which class, which colour, which backdrop.
+"""Two independent classifiers of pocket pictures: class, color, backdrop.
 
 They differ in architecture, seed and augmentations (the pocket base's makers trained them). One may choose settings
 such as the guidance, the other gives the final figures, so that nothing is tuned on the figure that is reported.
@@ -49,7 +49,7 @@ def windows(picture: Image.Image, count: int) -> list[Image.Image]:
     return out
 
 
-class Plain(nn.Module):
+class VggLike(nn.Module):
     """Convolutions in pairs, batch norm, max pooling: in the manner of VGG."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 96, 160)) -> None:
@@ -104,7 +104,7 @@ class Mixer(nn.Module):
         return x + self.layers(x)
 
 
-CLASSIFIERS: dict[str, type[nn.Module]] = {"chooser": Plain, "referee": Depthwise}
+CLASSIFIERS: dict[str, type[nn.Module]] = {"chooser": VggLike, "referee": Depthwise}
 
 
 def tensor_of(images: Sequence[Image.Image]) -> Tensor:
@@ -123,7 +123,7 @@ def load_classifier(name: str, folder: Path | None = None) -> nn.Module:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a judge sees in one window."""
+    """A classifier's answer for one window."""
 
     noun: str | None
     colour: str

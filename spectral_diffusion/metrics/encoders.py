@@ -15,7 +15,7 @@ from ..core.errors import UserError, only_a_pickle, reason
 from .identity import IdentityEncoder, embed, load_identity_encoder
 
 BATCH = 16  # pictures at once, for the encoders of photographs
-PHOTOGRAPHS = ("openai/clip-vit-base-patch32", "facebook/dinov2-base")  # taken where they are there and none is named
+PHOTOGRAPHS = ("openai/clip-vit-base-patch32", "facebook/dinov2-base")  # used if installed and none is named
 
 
 class Encoder(Protocol):
@@ -62,8 +62,8 @@ class Dino:
         return torch.cat([F.normalize(self._features(pixels), dim=1) for pixels in _batches(self.processor, images)])
 
     def _features(self, pixels: Tensor) -> Tensor:
-        found: Tensor = self.model(pixel_values=pixels).last_hidden_state[:, 0].float()
-        return found
+        features: Tensor = self.model(pixel_values=pixels).last_hidden_state[:, 0].float()
+        return features
 
 
 class Clip(Dino):
@@ -91,9 +91,9 @@ def _batches(processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
     return [processor(images=part, return_tensors="pt")["pixel_values"] for part in parts]
 
 
-def _pooled(found: Any) -> Tensor:
+def _pooled(output: Any) -> Tensor:
     """Projected features, which newer transformers put into an output object."""
-    features: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+    features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return features.float()
 
 
@@ -134,11 +134,11 @@ def load_encoder(name: str) -> Encoder:
 
 
 def encoders_here() -> list[Encoder]:
-    """The encoders of photographs that this machine holds, of those that are usually taken."""
-    found = []
+    """The default encoders of photographs that are installed on this machine."""
+    encoders = []
     for name in PHOTOGRAPHS:
         try:
-            found.append(load_encoder(name))
+            encoders.append(load_encoder(name))
         except UserError:
             continue
-    return found
+    return encoders

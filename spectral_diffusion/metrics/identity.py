@@ -1,7 +1,7 @@
 """The pocket identity encoder: pictures to unit vectors, near for the same thing, far for any other.
 
-It was trained with hard negatives (the same drawing in other colours, swapped colours, the same colours on
-another shape), so it sees more than a colour histogram.
+It was trained with hard negatives (the same drawing in other colors, swapped colors, the same colors on
+another shape), so it sees more than a color histogram.
 """
 
 from __future__ import annotations

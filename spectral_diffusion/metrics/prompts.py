@@ -6,8 +6,8 @@ from ..config.evaluate import PLACES
 
 
 def backdrop_of(prompt: str) -> str | None:
-    """The backdrop that a prompt asks for, if it is one of the places."""
-    return next((backdrop for words, backdrop in PLACES.items() if prompt.endswith(words)), None)
+    """The backdrop that a prompt names, if it is a known one."""
+    return next((backdrop for phrase, backdrop in PLACES.items() if prompt.endswith(phrase)), None)
 
 
 def with_article(noun: str) -> str:

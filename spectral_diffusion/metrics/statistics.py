@@ -1,7 +1,7 @@
 """Means, shares and paired differences with bootstrap intervals.
 
 Pictures, seeds or trainings of one concept are not independent draws: what varies is the concept. So where values come
-in clusters, whole clusters are drawn with replacement (cluster bootstrap), all values of a drawn one together.
+in clusters, whole clusters are resampled with replacement (cluster bootstrap), all values of one together.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def difference_text(first: Sequence[float], second: Sequence[float], clusters: C
 
 
 def share_text(parts: Sequence[float], wholes: Sequence[float], clusters: Clusters = None, digits: int = 2) -> str:
-    """Σ parts / Σ wholes and its interval, pairs drawn together; a dash where a whole may be nothing."""
+    """Σ parts / Σ wholes and its interval, pairs resampled together; a dash where a whole may be 0."""
     part, whole = np.asarray(parts, float), np.asarray(wholes, float)
     if whole.sum() <= 0:
         return "—"
@@ -43,7 +43,7 @@ def share_text(parts: Sequence[float], wholes: Sequence[float], clusters: Cluste
 
 
 def _ratio_interval(parts: np.ndarray, wholes: np.ndarray, clusters: Clusters) -> tuple[float, float]:
-    """The interval of Σ parts / Σ wholes over clusters; not finite where too many draws have a whole of nothing."""
+    """The interval of Σ parts / Σ wholes over clusters; not finite where too many resamples have a whole of 0."""
     from scipy.stats import bootstrap
 
     part, whole = (_sums(values, clusters) for values in (parts, wholes))
@@ -55,11 +55,11 @@ def _ratio_interval(parts: np.ndarray, wholes: np.ndarray, clusters: Clusters) -
         return np.divide(part.sum(axis), below, out=np.full_like(below, np.inf), where=below > 0)
 
     with np.errstate(invalid="ignore"):  # of infinite ratios it also wants the deviation
-        found = bootstrap(
+        interval = bootstrap(
             (part, whole), ratio, paired=True, vectorized=True, method="percentile", n_resamples=RESAMPLES,
             confidence_level=CONFIDENCE, rng=np.random.default_rng(0),
         ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)
 
 
 def _sums(values: np.ndarray, clusters: Clusters) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What is looked at: places in pictures, and the photos that they are compared with."""
+"""Views: regions of pictures, and the photos that they are compared with."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ CHUNK = 64  # pictures in memory together
 
 @dataclass(frozen=True)
 class View:
-    """One place in one picture that should show a concept.
+    """One region of one picture that should show a concept.
 
     Attributes:
-        prompt: what was asked for there, the concept's token told by its noun; empty if that is not known.
+        prompt: its prompt, with the noun for the concept's token; empty if unknown.
         box: left, top, right, bottom in pixels; None is the whole picture.
     """
 
@@ -32,13 +32,13 @@ class View:
     box: tuple[int, int, int, int] | None = None
 
     def open(self) -> Image.Image:
-        """What is seen there."""
+        """The view's pixels."""
         image = open_photo(self.path)
         return image.crop(self.box) if self.box else image
 
 
 def embed_views(encoder: Encoder, views: Sequence[View]) -> Tensor:
-    """Unit vectors (n, d) of what is seen in the views."""
+    """Unit vectors (n, d) of the views."""
     parts = [views[start : start + CHUNK] for start in range(0, len(views), CHUNK)]
     return torch.cat([encoder.embed([view.open() for view in part]) for part in parts])
 
@@ -54,16 +54,16 @@ class References:
         """Mean vectors (concepts, d): a product with them is the mean cosine with all photos."""
         return torch.stack([vectors.mean(0) for vectors in self.photos.values()])
 
-    def scores(self, concept: str, vector: Tensor, among: bool = False) -> list[float]:
+    def scores(self, concept: str, vector: Tensor, is_own_photo: bool = False) -> list[float]:
         """Mean cosine of a vector (d,) with the photos of every concept.
 
-        ``among``: it is one of the concept's own photos, and compared with the others of them only.
+        ``is_own_photo``: it is one of the concept's own photos, and compared with the others of them only.
         """
-        found: list[float] = (self.centres @ vector).tolist()
-        if among:
+        cosines: list[float] = (self.centres @ vector).tolist()
+        if is_own_photo:
             own, count = list(self.photos).index(concept), len(self.photos[concept])
-            found[own] = (found[own] * count - 1) / (count - 1)
-        return found
+            cosines[own] = (cosines[own] * count - 1) / (count - 1)
+        return cosines
 
 
 def embed_references(encoder: Encoder, concepts: Mapping[str, Concept]) -> References:

@@ -1,4 +1,4 @@
-"""Conditions: drawings that T2I-Adapters turn into feature maps, several of them with weights."""
+"""Control images that T2I-Adapters turn into feature maps, several of them with weights."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ControlMap:
     network: T2IAdapter | None = None
 
     def at(self, width: int, height: int) -> Image.Image:
-        """The drawing at a picture's size, with as many channels as its adapter reads."""
+        """The control image at a picture's size, with as many channels as its adapter reads."""
         image = self.image.resize((width, height), Image.Resampling.BILINEAR)
         channels = self.network.config["in_channels"] if self.network is not None else 3
         return image.convert("L" if channels == 1 else "RGB")
@@ -57,19 +57,19 @@ def read_control_image(condition: ControlImage) -> ControlMap:
     if condition.kind == "sketch":
         image = read_sketch(path)
     elif path.suffix.lower() == ".json":
-        image = drawn_people(*read_keypoints(path))
+        image = keypose_image(*read_keypoints(path))
     else:
         image = open_on_black(path)
     return ControlMap(image, condition.kind, condition.conditioning_scale, condition.adapter, path.name)
 
 
-def drawn_people(people: Sequence[np.ndarray], size: tuple[int, int] | None, side: int = 512) -> Image.Image:
-    """Keypoints as OpenPose draws them; without a canvas on one that holds them, or that they are fractions of."""
+def keypose_image(people: Sequence[np.ndarray], size: tuple[int, int] | None, side: int = 512) -> Image.Image:
+    """Keypoints in OpenPose's style; without a canvas on one that fits them, or that they are fractions of."""
     if size is None:
         furthest, fractions = np.nanmax(np.concatenate(people), axis=0), are_fractions(people)
         size = (side, side) if fractions else (int(furthest[0]) + 1, int(furthest[1]) + 1)
         people = [person * side for person in people] if fractions else people
-    if min(size) < 1 or size[0] * size[1] > MAX_PIXELS // 16:  # it is drawn four times as large
+    if min(size) < 1 or size[0] * size[1] > MAX_PIXELS // 16:  # it is rendered four times as large
         raise UserError(
             f"These keypoints need a canvas of {size[0]}×{size[1]} pixels, which cannot be drawn; scale them."
         )
@@ -77,7 +77,7 @@ def drawn_people(people: Sequence[np.ndarray], size: tuple[int, int] | None, sid
 
 
 def read_sketch(path: Path) -> Image.Image:
-    """A drawing as L, white strokes on black, whichever way round it came.
+    """A sketch as L, white strokes on black, inverted if necessary.
 
     Raises:
         UserError: not a readable image.
@@ -93,10 +93,10 @@ def own_adapter(base: Base, kind: Kind) -> str:
             return str(pocket.t2i(kind))
         if is_folder(inside := Path(name) / f"t2i_{kind}"):
             return str(inside)
-        recipe = read_manifest(Path(name)) if is_folder(name) else None
-        if recipe is None:
+        manifest = read_manifest(Path(name)) if is_folder(name) else None
+        if manifest is None:
             break
-        name = str(recipe["base"])
+        name = str(manifest["base"])
     return base.family.t2i_adapters[kind]
 
 
@@ -133,7 +133,7 @@ def load_t2i_adapter(base: Base, name: str | None, kind: Kind = "sketch") -> T2I
     return adapter.to(base.device).eval()
 
 
-def _check_features(base: Base, drawing: ControlMap, network: T2IAdapter) -> None:
+def _check_features(base: Base, control: ControlMap, network: T2IAdapter) -> None:
     """Refuse a T2I-Adapter whose features are not of the sizes that the base's U-Net adds.
 
     Raises:
@@ -142,71 +142,69 @@ def _check_features(base: Base, drawing: ControlMap, network: T2IAdapter) -> Non
     side = 16 * base.pipeline.vae_scale_factor * network.config["downscale_factor"]  # every level divides it
     with torch.no_grad():
         blank = torch.zeros(1, network.config["in_channels"], side, side, device=base.device, dtype=base.dtype)
-        given = [tuple(feature.shape[1:3]) for feature in network(blank)]
+        shapes = [tuple(feature.shape[1:3]) for feature in network(blank)]
     latents = side // base.pipeline.vae_scale_factor
     unet = base.pipeline.unet
-    wanted = [(channels, latents >> halvings) for channels, halvings in feature_shapes_of(unet)][
+    expected_shapes = [(channels, latents >> halvings) for channels, halvings in feature_shapes_of(unet)][
         : len(unet.down_blocks)
     ]
     # What is left over is added in the middle if it fits there, else nowhere.
-    if any(one != other for one, other in zip(given, wanted, strict=False)):
-        name = t2i_name(base, drawing.adapter, drawing.kind)
+    if any(size != expected for size, expected in zip(shapes, expected_shapes, strict=False)):
+        name = t2i_name(base, control.adapter, control.kind)
         raise UserError(
-            f"The {drawing.kind} adapter {name} is for another U-Net, which adds other features; name one for this "
+            f"The {control.kind} adapter {name} is for another U-Net, which adds other features; name one for this "
             "base with the condition's adapter."
         )
 
 
 def adapter_of(
-    base: Base, drawings: Sequence[ControlMap], size: tuple[int, int]
+    base: Base, controls: Sequence[ControlMap], size: tuple[int, int]
 ) -> tuple[T2IAdapter | MultiAdapter, Any]:
-    """The network that reads these drawings, and the weights that the pipeline takes.
+    """The network that reads these control images, and the weights that the pipeline takes.
 
     Raises:
         UserError: an adapter cannot be loaded, or does not fit the base, the picture's size or the others.
     """
-    for drawing in drawings:
-        drawing.network = load_t2i_adapter(base, drawing.adapter, drawing.kind)
-        _check_features(base, drawing, drawing.network)
-        if any(side % drawing.network.config["downscale_factor"] for side in size):
+    for control in controls:
+        control.network = load_t2i_adapter(base, control.adapter, control.kind)
+        _check_features(base, control, control.network)
+        if any(side % control.network.config["downscale_factor"] for side in size):
             raise UserError(
-                f"With this {drawing.kind} adapter the picture's sides must be divisible by "
-                f"{drawing.network.config['downscale_factor']}; {size[0]}×{size[1]} are not."
+                f"With this {control.kind} adapter the picture's sides must be divisible by "
+                f"{control.network.config['downscale_factor']}; {size[0]}×{size[1]} are not."
             )
-    networks = [drawing.network for drawing in drawings]
-    if len(drawings) == 1:
-        return networks[0], drawings[0].weight
+    networks = [control.network for control in controls]
+    if len(controls) == 1:
+        return networks[0], controls[0].weight
     try:
-        return MultiAdapter(networks), [drawing.weight for drawing in drawings]
+        return MultiAdapter(networks), [control.weight for control in controls]
     except ValueError as error:
         raise UserError(f"These conditions' adapters cannot be combined: {reason(error)}.") from error
 
 
 @contextmanager
-def weighed(
-    drawings: Sequence[ControlMap], regions: Sequence[Region], places: Sequence[Box | Tensor]
-) -> Iterator[None]:
-    """Multiply the drawings' features by the regions' own weights, cell by cell (means where regions overlap)."""
+def weighed(controls: Sequence[ControlMap], regions: Sequence[Region], areas: Sequence[Box | Tensor]) -> Iterator[None]:
+    """Multiply the control images' features by the regions' own weights, cell by cell (means where regions overlap)."""
     with ExitStack() as stack:
-        for drawing in drawings:
-            weights = [region.weight_of(drawing.kind) for region in regions]
-            if drawing.network is not None and any(weight != 1 for weight in weights):
-                stack.callback(drawing.network.register_forward_hook(_weighing(weights, places)).remove)
+        for control in controls:
+            weights = [region.weight_of(control.kind) for region in regions]
+            if control.network is not None and any(weight != 1 for weight in weights):
+                stack.callback(control.network.register_forward_hook(_weighing(weights, areas)).remove)
         yield
 
 
-def _weighing(weights: Sequence[float], places: Sequence[Box | Tensor]) -> Callable[..., list[Tensor]]:
+def _weighing(weights: Sequence[float], areas: Sequence[Box | Tensor]) -> Callable[..., list[Tensor]]:
     def weigh(module: Any, inputs: Any, features: list[Tensor]) -> list[Tensor]:
-        return [feature * weight_map(weights, places, *feature.shape[-2:]).to(feature) for feature in features]
+        return [feature * weight_map(weights, areas, *feature.shape[-2:]).to(feature) for feature in features]
 
     return weigh
 
 
-def weight_map(weights: Sequence[float], places: Sequence[Box | Tensor], height: int, width: int) -> Tensor:
+def weight_map(weights: Sequence[float], areas: Sequence[Box | Tensor], height: int, width: int) -> Tensor:
     """(height, width): the mean weight of the regions that cover a cell, 1 where none does."""
     total, count = torch.zeros(height * width), torch.zeros(height * width)
-    for weight, place in zip(weights, places, strict=True):
-        inside = cells_in(place, height, width)
+    for weight, area in zip(weights, areas, strict=True):
+        inside = cells_in(area, height, width)
         total += weight * inside
         count += inside
     return torch.where(count > 0, total / count.clamp_min(1), torch.ones(())).view(height, width)

@@ -1,4 +1,4 @@
-"""Conditions from what people have: a photo, a drawing of any kind, or keypoints in a JSON file."""
+"""Control images from a photo, a drawing of any kind, or keypoints in a JSON file."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ Floats = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Person = np.ndarray[Any, np.dtype[np.floating[Any]]]  # (18, 2), NaN where unseen
 Size = tuple[int, int]
 
-# Where OpenPose's 18 points stand in other orders; a pair is the mean of two points.
+# Indices of OpenPose's 18 points in other orders; a pair is the mean of two points.
 Order = tuple[int | tuple[int, int], ...]
 COCO: Order = (0, (5, 6), 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3)
 BLAZEPOSE: Order = (0, (11, 12), 12, 14, 16, 11, 13, 15, 24, 26, 28, 23, 25, 27, 5, 2, 8, 7)
 BODY_25: Order = (0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18)
 ORDERS: dict[int, Order] = {17: COCO, 18: tuple(range(18)), 25: BODY_25}
 
-EDGE_SIDE = 512  # the longer side at which edges are looked for, so that a large photo gives no finer drawing
+EDGE_SIDE = 512  # the longer side at which edges are detected, so that a large photo gives no finer drawing
 PAPER_SIDE = 2048  # the same for drawings, where the strokes themselves must survive
 MOST_PEOPLE = 8
 LISTS = ("people", "instances", "instance_info")  # where files hold their people: OpenPose's, then MMPose's
-SCORES = ("keypoint_scores", "scores")  # beside keypoints: MMPose's and transformers' confidences
+SCORES = ("keypoint_scores", "scores")  # next to keypoints: MMPose's and transformers' confidences
 SURE = 0.3  # from which score on these draw a point; below it is a guess
 
 
 def sketch_of(image: Image.Image, thickness: float | None = None) -> Image.Image:
-    """A drawing of a photo: its edges in lightness and colour as soft white strokes on black, mode L, same size.
+    """A drawing of a photo: its edges in lightness and color as soft white strokes on black, mode L, same size.
 
     Args:
         thickness: of the strokes in pixels; default a 160th of the longer side, at least 1.6.
@@ -67,9 +67,11 @@ def sketch_of(image: Image.Image, thickness: float | None = None) -> Image.Image
         if steep.size < 8:
             continue
         high = max(least, 0.8 * float(filters.threshold_otsu(steep)))
-        found = feature.canny(channel, sigma=sigma, low_threshold=max(least / 2, 0.35 * high), high_threshold=high)
-        # A border in colour lies a pixel or two beside the same border in lightness: one stroke, not two.
-        edges |= found & ~ndimage.binary_dilation(edges, iterations=4) if edges.any() else found
+        edges_of_channel = feature.canny(
+            channel, sigma=sigma, low_threshold=max(least / 2, 0.35 * high), high_threshold=high
+        )
+        # A border in color is a pixel or two off the same border in lightness: one stroke, not two.
+        edges |= edges_of_channel & ~ndimage.binary_dilation(edges, iterations=4) if edges.any() else edges_of_channel
     edges = _without_specks(edges, 28)
     if not edges.any():
         return Image.new("L", image.size)
@@ -80,22 +82,22 @@ def sketch_of(image: Image.Image, thickness: float | None = None) -> Image.Image
 
 
 def clean_strokes(image: Image.Image) -> Image.Image:
-    """A drawing as soft white strokes on black, mode L, same size, whatever paper and ink it came with.
+    """A drawing as soft white strokes on black, mode L, same size, whatever its paper and ink.
 
-    A stroke is what differs from the paper in any colour. The paper is the border's median, or transparency; its
+    A stroke is what differs from the paper in any color. The paper is the border's median, or transparency; its
     shading and grain go, and the strongest strokes become white.
     """
     scale = min(1.0, PAPER_SIDE / max(image.size))
-    pixels = np.asarray(_plain(image).resize(_scaled(image.size, scale), Image.Resampling.BOX), np.float32)
-    colours, alpha = pixels[..., :3], pixels[..., 3:]
+    pixels = np.asarray(_eight_bit(image).resize(_scaled(image.size, scale), Image.Resampling.BOX), np.float32)
+    colors, alpha = pixels[..., :3], pixels[..., 3:]
     if alpha.size and alpha.min() < 250:
-        sheet = _sheet(colours, alpha[..., 0])
-        strokes = alpha[..., 0] if sheet is None else _off_paper(sheet + (colours - sheet) * alpha / 255)
+        sheet = _sheet(colors, alpha[..., 0])
+        strokes = alpha[..., 0] if sheet is None else _off_paper(sheet + (colors - sheet) * alpha / 255)
     else:
-        strokes = _off_paper(colours)
-    drawn = strokes[strokes > 16]
-    if drawn.size:
-        strokes = strokes / float(np.quantile(drawn, 0.95))
+        strokes = _off_paper(colors)
+    visible = strokes[strokes > 16]
+    if visible.size:
+        strokes = strokes / float(np.quantile(visible, 0.95))
     return _as_image(strokes).resize(image.size, Image.Resampling.BICUBIC)
 
 
@@ -105,17 +107,17 @@ def keypose_of(image: Image.Image) -> list[Person]:
     Raises:
         UserError: mediapipe with its pose model is not installed.
     """
-    mend = "spectral-diffusion[keypose]' (Python 3.10 to 3.12), or give the keypoints as JSON"
+    remedy = "spectral-diffusion[keypose]' (Python 3.10 to 3.12), or give the keypoints as JSON"
     with _no_chatter():
-        mediapipe = _library("mediapipe", "mediapipe", mend)
+        mediapipe = _library("mediapipe", "mediapipe", remedy)
         if not hasattr(mediapipe, "solutions"):  # 0.10.30 and later
-            raise UserError(f"The installed mediapipe ships no pose model; uninstall it and pip install '{mend}.")
+            raise UserError(f"The installed mediapipe ships no pose model; uninstall it and pip install '{remedy}.")
         pose, options = mediapipe.solutions.pose.Pose, {"static_image_mode": True, "enable_segmentation": True}
         with (
             pose(min_detection_confidence=0.5, **options) as first,
-            pose(min_detection_confidence=0.6, **options) as more,
+            pose(min_detection_confidence=0.6, **options) as further,
         ):
-            return _people(np.array(_opaque(image)), first.process, more.process)
+            return _people(np.array(_opaque(image)), first.process, further.process)
 
 
 def read_keypoints(path: Path) -> tuple[list[Person], Size | None]:
@@ -147,18 +149,18 @@ def read_keypoints(path: Path) -> tuple[list[Person], Size | None]:
     if isinstance(data, list) and entries and all(_is_flat(entry) for entry in entries):
         entries = [entries]  # one person without the list around it
     people = [_person(entry, f"person {number} of {path}") for number, entry in enumerate(entries, 1)]
-    seen = [person for person in people if np.isfinite(person).any()]
-    if not seen:
+    visible = [person for person in people if np.isfinite(person).any()]
+    if not visible:
         raise UserError(f"{path} holds no people: no point in it has a confidence above 0.")
-    if canvas and are_fractions(seen):
-        seen = [person * np.array(canvas, float) for person in seen]
-    return seen, canvas
+    if canvas and are_fractions(visible):
+        visible = [person * np.array(canvas, float) for person in visible]
+    return visible, canvas
 
 
 def are_fractions(people: Sequence[Person]) -> bool:
     """Whether most numbers are at most 1 in size, so that x and y are still to be multiplied by width and height.
 
-    A hand or a foot may lie outside the canvas, below 0 or above 1.
+    A hand or a foot may be outside the canvas, below 0 or above 1.
     """
     points = np.concatenate([np.asarray(person, float).ravel() for person in people]) if people else np.zeros(0)
     points = points[np.isfinite(points)]
@@ -169,8 +171,8 @@ Finder = Callable[[np.ndarray], Any]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
-def _people(image: np.ndarray, first: Finder, more: Finder) -> list[Person]:
-    """Look again and again, for the model sees one person at a time, and small ones hardly."""
+def _people(image: np.ndarray, first: Finder, further: Finder) -> list[Person]:
+    """Detect repeatedly: the model finds one person at a time, and misses small ones."""
     height, width = image.shape[:2]
     side = min(height, width)
     views: list[Box] = [(0, 0, width, height)]
@@ -183,9 +185,9 @@ def _people(image: np.ndarray, first: Finder, more: Finder) -> list[Person]:
     for view in views:
         while len(people) < MOST_PEOPLE:
             sure = not people and view == views[0]
-            if (found := _find(first if sure else more, rest, view)) is None:
+            if (detection := _find(first if sure else further, rest, view)) is None:
                 break
-            person, (left, top, right, bottom), body = found
+            person, (left, top, right, bottom), body = detection
             cut = (
                 *(0 < near <= edge for near, edge in ((left, view[0]), (top, view[1]))),
                 *(far >= edge < end for far, edge, end in ((right, view[2], width), (bottom, view[3], height))),
@@ -194,9 +196,14 @@ def _people(image: np.ndarray, first: Finder, more: Finder) -> list[Person]:
                 break
             if not sure:  # what is painted over makes ghosts, which the picture itself does not confirm
                 wide = max(right - left, bottom - top) // 4
-                around = (max(0, left - wide), max(0, top - wide), min(width, right + wide), min(height, bottom + wide))
-                again = _find(first, image, around)
-                if again is None or not _same(person, again[0]):
+                surroundings = (
+                    max(0, left - wide),
+                    max(0, top - wide),
+                    min(width, right + wide),
+                    min(height, bottom + wide),
+                )
+                confirmed = _find(first, image, surroundings)
+                if confirmed is None or not _same(person, confirmed[0]):
                     break
             people.append(person)
             rest[ndimage.binary_dilation(body, iterations=max(1, side // 60))] = 128
@@ -206,26 +213,26 @@ def _people(image: np.ndarray, first: Finder, more: Finder) -> list[Person]:
 def _find(finder: Finder, image: np.ndarray, view: Box) -> tuple[Person, Box, np.ndarray] | None:
     """The person that a part of the picture shows best: points, the box of its body, and its body as a mask."""
     left, top, right, bottom = view
-    found = finder(np.ascontiguousarray(image[top:bottom, left:right]))
-    if found.pose_landmarks is None:
+    result = finder(np.ascontiguousarray(image[top:bottom, left:right]))
+    if result.pose_landmarks is None:
         return None
-    marks = np.array([(mark.x, mark.y, mark.visibility) for mark in found.pose_landmarks.landmark])
-    seen = ((marks[:, :2] >= 0) & (marks[:, :2] <= 1)).all(1) & (marks[:, 2] >= 0.5)
+    marks = np.array([(mark.x, mark.y, mark.visibility) for mark in result.pose_landmarks.landmark])
+    visible = ((marks[:, :2] >= 0) & (marks[:, :2] <= 1)).all(1) & (marks[:, 2] >= 0.5)
     points = marks[:, :2] * (right - left, bottom - top) + (left, top)
-    person = _ordered(np.where(seen[:, None], points, np.nan), BLAZEPOSE)
+    person = _ordered(np.where(visible[:, None], points, np.nan), BLAZEPOSE)
     body = np.zeros(image.shape[:2], bool)
-    body[top:bottom, left:right] = found.segmentation_mask > 0.3
+    body[top:bottom, left:right] = result.segmentation_mask > 0.3
     if np.isfinite(person[:, 0]).sum() < 4 or not body.any():
         return None
     rows, columns = np.flatnonzero(body.any(1)), np.flatnonzero(body.any(0))
     return person, (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1), body
 
 
-def _library(module: str, name: str, mend: str) -> Any:
+def _library(module: str, name: str, remedy: str) -> Any:
     try:
         return import_module(module)
     except Exception as error:  # a missing system library or a wrong protobuf shows in many ways
-        raise UserError(f"This needs {name} ({reason(error)}); pip install '{mend}.") from error
+        raise UserError(f"This needs {name} ({reason(error)}); pip install '{remedy}.") from error
 
 
 _stderr = threading.Lock()
@@ -236,7 +243,7 @@ def _no_chatter() -> Iterator[None]:
     """Hold back what mediapipe's C++ writes to the process's standard error; it knows no other switch."""
     with _stderr:
         try:
-            kept = os.dup(2)
+            stderr = os.dup(2)
         except OSError:  # no standard error at all
             yield
             return
@@ -245,8 +252,8 @@ def _no_chatter() -> Iterator[None]:
         try:
             yield
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
             os.close(nowhere)
 
 
@@ -258,8 +265,8 @@ def _as_image(values: Floats) -> Image.Image:
     return Image.fromarray((np.clip(values, 0, 1) * 255).round().astype(np.uint8))
 
 
-def _plain(image: Image.Image) -> Image.Image:
-    """RGB, or RGBA where the image knows transparency."""
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """RGB, or RGBA where the image has transparency."""
     if image.mode.startswith("I;16") or image.mode in {"I", "F"}:
         return image.convert("F").point(lambda value: value / 256).convert("L").convert("RGB")
     clear = image.mode in {"RGBA", "LA", "PA", "La", "RGBa"} or "transparency" in image.info
@@ -268,19 +275,19 @@ def _plain(image: Image.Image) -> Image.Image:
 
 def _opaque(image: Image.Image) -> Image.Image:
     """RGB, what is transparent on white."""
-    image = _plain(image)
+    image = _eight_bit(image)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _sheet(colours: Floats, alpha: Floats) -> Floats | None:
-    """The colour of an opaque sheet with a drawing on it, or None where all that is opaque are the strokes."""
+def _sheet(colors: Floats, alpha: Floats) -> Floats | None:
+    """The color of an opaque sheet with a drawing on it, or None where only the strokes are opaque."""
     visible = alpha > alpha.max() / 2
     if visible.mean() < 0.3:
         return None
-    sheet = np.median(colours[visible], 0)
-    share = float((np.abs(colours[visible] - sheet).max(-1) < 32).mean())
+    sheet = np.median(colors[visible], 0)
+    share = float((np.abs(colors[visible] - sheet).max(-1) < 32).mean())
     return np.asarray(sheet) if 0.5 < share < 0.995 else None
 
 
@@ -336,12 +343,12 @@ def _without_specks(mask: np.ndarray, least: int) -> np.ndarray:
     return np.asarray(sizes[parts] >= least)
 
 
-def _same(one: Person, two: Person) -> bool:
-    """Whether two finds are one person: their points lie within a tenth of its extent of each other."""
-    apart = np.linalg.norm(one - two, axis=1)
-    apart = apart[np.isfinite(apart)]
-    extent = np.nanmax(one, 0) - np.nanmin(one, 0)
-    return bool(apart.size and np.median(apart) < 0.1 * float(extent.max()))
+def _same(first: Person, second: Person) -> bool:
+    """Whether two detections are one person: their points are within a tenth of its extent of each other."""
+    distances = np.linalg.norm(first - second, axis=1)
+    distances = distances[np.isfinite(distances)]
+    extent = np.nanmax(first, 0) - np.nanmin(first, 0)
+    return bool(distances.size and np.median(distances) < 0.1 * float(extent.max()))
 
 
 def _ordered(points: Floats, order: Order) -> Person:
@@ -385,7 +392,7 @@ def _person(entry: Any, where: str) -> Person:
 
 
 def _scored(entry: dict[str, Any], where: str) -> Any:
-    """The points of a person's entry; where scores lie beside them, guessed ones are None.
+    """The points of a person's entry; where scores come with them, guessed ones are None.
 
     Raises:
         UserError: there are not as many scores as points.
@@ -432,5 +439,5 @@ def _point(row: Any, where: str) -> tuple[float, float]:
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"A point of {where} is {str(row)[:40]}; give [x, y] or [x, y, confidence].") from error
     # Without a confidence, the corner itself is how files say unseen.
-    seen = confidence[0] > 0 if confidence else (x, y) != (0, 0)
-    return (x, y) if seen and math.isfinite(x + y) else (math.nan, math.nan)
+    visible = confidence[0] > 0 if confidence else (x, y) != (0, 0)
+    return (x, y) if visible and math.isfinite(x + y) else (math.nan, math.nan)

@@ -1,4 +1,4 @@
-"""Keyposes: people as 18 OpenPose keypoints, drawn in OpenPose's colours on black.
+"""Keyposes: people as 18 OpenPose keypoints, drawn in OpenPose's colors on black.
 
 Order of the points: nose, neck, right shoulder, elbow, wrist, left shoulder, elbow, wrist, right hip, knee,
 ankle, left hip, knee, ankle, right eye, left eye, right ear, left ear ("right" is the person's own).
@@ -30,16 +30,16 @@ def draw_keypose(people: Sequence[np.ndarray], width: int, height: int, thicknes
         people: arrays (18, 2) of x, y in pixels; a row with NaN is a point that is not seen.
         thickness: of the limbs in pixels; default a hundredth of the shorter side, at least 1.5.
     """
-    big = 4  # drawn larger and scaled down, for smooth lines
-    thick = (thickness or max(1.5, min(width, height) / 100)) * big
-    image = Image.new("RGB", (width * big, height * big))
+    factor = 4  # drawn larger and scaled down, for smooth lines
+    thick = (thickness or max(1.5, min(width, height) / 100)) * factor
+    image = Image.new("RGB", (width * factor, height * factor))
     draw = ImageDraw.Draw(image)
 
     def dot(x: float, y: float, radius: float, colour: tuple[int, int, int]) -> None:
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
 
     for person in people:
-        points = np.asarray(person, dtype=float) * big
+        points = np.asarray(person, dtype=float) * factor
         for index, (a, b) in enumerate(LIMBS):
             if np.isfinite(points[[a, b]]).all():
                 colour = tuple(int(0.6 * c) for c in COLORS[index])

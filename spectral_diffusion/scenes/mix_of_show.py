@@ -1,7 +1,7 @@
 """Mix-of-Show's free-text region files as scenes.
 
 Such a file is shell text: ``char1='<rex1> <rex2>'`` names a region's prompt, ``box1='[top, left, bottom, right]'`` its
-box in pixels; names may repeat, and what a value is tells what it means. Some files also give negative prompts and
+box in pixels; names may repeat, and a value's form decides what it means. Some files also give negative prompts and
 weights of the condition, or put everything into one ``prompt_rewrite="[prompt]-*-[negative]-*-[box]|…"``. Two or more
 empty lines begin another layout of the same picture.
 """
@@ -22,7 +22,7 @@ from .png_metadata import read_settings
 ASSIGNMENT = re.compile(r"""([A-Za-z_]\w*)=(?:'([^'\n]*)'|"([^"\n]*)")""")
 NUMBERS = re.compile(r"\[\s*(-?\d+(?:\.\d+)?(?:\s*,\s*-?\d+(?:\.\d+)?)*)\s*\]")
 GROUP = re.compile(r"<([A-Za-z]+)(\d*)>(?:\s+<\1\d*>)*")
-EVERY = ("<token>", "*")  # keys of a mapping that stand for every token without one of its own
+EVERY = ("<token>", "*")  # keys of a mapping for every token without one of its own
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -68,7 +68,7 @@ def spots_of(text: str, path: Path) -> list[MixOfShowRegion]:
             spots += [rewritten(piece, path) for piece in value.split("|")]
         elif "weight" in name:
             if spots and numbers:
-                spots[-1].weights = tuple(float(one) for one in numbers[1].split(","))
+                spots[-1].weights = tuple(float(number) for number in numbers[1].split(","))
         elif numbers:
             if not spots or spots[-1].box is not None:
                 raise UserError(f"{path}: the box {value} belongs to no prompt; write the prompt before it.")
@@ -109,7 +109,7 @@ def unwrapped(text: str) -> str:
 
 
 def mapped(prompt: str, mapping: Mapping[str, str]) -> str:
-    """A prompt with tokens replaced: ``<rex1> <rex2>`` by what ``<rex1>``, ``<rex>`` or ``<token>`` (any) stand for."""
+    """A prompt with tokens replaced: ``<rex1> <rex2>`` by the values of ``<rex1>``, ``<rex>`` or ``<token>`` (any)."""
 
     def replaced(match: re.Match[str]) -> str:
         group, stem, first = match[0], match[1], match[0].split()[0]
@@ -121,15 +121,15 @@ def mapped(prompt: str, mapping: Mapping[str, str]) -> str:
     return re.sub(r"\ba a\b", "a", re.sub(r"\ban? (?=(?:an?|the) )", "", GROUP.sub(replaced, prompt)))
 
 
-def drawings_beside(path: Path) -> list[dict[str, str]]:
+def control_images_beside(path: Path) -> list[dict[str, str]]:
     """Condition pictures of the same name: ``NAME_sketch.png``, ``NAME_pose.png`` or ``NAME.png``."""
-    found = []
+    controls = []
     for ending, kind in (("_sketch", "sketch"), ("_pose", "keypose"), ("_keypose", "keypose"), ("", "")):
         for suffix in PICTURES:
             file = path.with_name(f"{path.stem}{ending}{suffix}")
             if file.is_file() and not made_here(file):
-                found.append({"file": str(file), "kind": kind or kind_of(file)})
-    return found
+                controls.append({"file": str(file), "kind": kind or kind_of(file)})
+    return controls
 
 
 def made_here(file: Path) -> bool:
@@ -141,22 +141,22 @@ def made_here(file: Path) -> bool:
 
 
 def kind_of(file: Path) -> str:
-    """``keypose`` for a picture in colours, ``sketch`` for one without."""
+    """``keypose`` for a picture in colors, ``sketch`` for one without."""
     bands = open_photo(file).resize((64, 64)).split()
     spread = max(max(abs(a - b) for a, b in zip(bands[0].getdata(), other.getdata())) for other in bands[1:])
     return "keypose" if spread > 60 else "sketch"
 
 
-def layout_size(drawings: Sequence[Mapping[str, str]], spots: Sequence[MixOfShowRegion]) -> tuple[float, float]:
-    """The picture's size in the file's pixels: that of its drawing, else 512 high and as wide as the boxes need."""
-    if drawings:
-        return open_photo(Path(drawings[0]["file"])).size
+def layout_size(controls: Sequence[Mapping[str, str]], spots: Sequence[MixOfShowRegion]) -> tuple[float, float]:
+    """The size in the file's pixels: that of the control image, else 512 high and as wide as the boxes need."""
+    if controls:
+        return open_photo(Path(controls[0]["file"])).size
     boxes = [spot.box for spot in spots if spot.box]
     return (1024.0 if max(box[2] for box in boxes) > 512 else 512.0), 512.0
 
 
 def scene_of(path: Path, base_size: int, mapping: Mapping[str, str], layout: int = 1) -> dict[str, Any]:
-    """A region file's layout as a scene's settings at a base's size, with the drawings that lie beside it.
+    """A region file's layout as a scene's settings at a base's size, with the control images beside it.
 
     Raises:
         UserError: not such a file, no such layout, or a mapping that names no token of it.
@@ -170,8 +170,8 @@ def scene_of(path: Path, base_size: int, mapping: Mapping[str, str], layout: int
         stems = {match[1] for match in GROUP.finditer(written)}
         if key not in EVERY and key not in written and key.strip("<>") not in stems:
             raise UserError(f"The mapping names '{key}', but the file's tokens are {', '.join(sorted(stems))}.")
-    drawings = drawings_beside(path)
-    width, height = layout_size(drawings, spots)
+    controls = control_images_beside(path)
+    width, height = layout_size(controls, spots)
     regions = []
     for spot in spots:
         assert spot.box is not None
@@ -189,5 +189,5 @@ def scene_of(path: Path, base_size: int, mapping: Mapping[str, str], layout: int
         "width": max(8, round(width * factor / 8) * 8),
         "height": max(8, round(height * factor / 8) * 8),
         "regions": regions,
-        "controls": drawings,
+        "controls": controls,
     }

@@ -15,32 +15,32 @@ from PIL.Image import DecompressionBombError
 from ..adapters.formats.reading import lora_file
 from ..config.scene import Scene
 from ..core.errors import Fix, UserError
-from ..core.files import atomic, is_file, is_there, parse_json
+from ..core.files import atomic, exists, is_file, parse_json
 from ..core.machine import provenance
 from ..core.paths import is_full, located, located_base, portable, portable_base
 from ..models.base import Base
 from .control import t2i_name
-from .scene import adapter_files, adapters_held, paths_in, places_of
+from .scene import adapter_files, adapter_tables, candidate_paths, paths_in
 
 SETTINGS_KEY = "spectral_diffusion"
 UNREAD = (
     OSError, KeyError, ValueError, TypeError, AttributeError, RecursionError, DecompressionBombError, SyntaxError,
 )  # fmt: skip
 BASE = "base"  # among the sources
-APART = {"output", "device"}  # of a scene: where it goes and what draws it
+APART = {"output", "device"}  # of a scene: its output and its device
 
 
 def save_png(image: Image.Image, path: Path, scene: Scene, sources: Mapping[str, str]) -> None:
     """Write a PNG with its scene, what it was made from (see :func:`sources_of`) and the machine inside."""
     info = PngImagePlugin.PngInfo()
-    held = {**embedded(scene, path, sources), "provenance": provenance()}
-    info.add_itxt(SETTINGS_KEY, json.dumps(held))  # in their own order: adapters act in it
+    metadata = {**embedded(scene, path, sources), "provenance": provenance()}
+    info.add_itxt(SETTINGS_KEY, json.dumps(metadata))  # in their own order: adapters act in it
     with atomic(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 
 
 def embedded(scene: Scene, path: Path, sources: Mapping[str, str]) -> dict[str, Any]:
-    """What the picture ``path`` holds of its scene and sources.
+    """The metadata of the picture ``path``: its scene and sources.
 
     Full paths are relative to the picture, or names alone: people share it.
     """
@@ -52,14 +52,14 @@ def embedded(scene: Scene, path: Path, sources: Mapping[str, str]) -> dict[str, 
 
 
 def sources_of(scene: Scene, base: Base) -> dict[str, str]:
-    """What a picture is made from beside its settings: the base's fingerprint, and a hash of every file it names.
+    """The sources of a picture besides its settings: the base's fingerprint, and a hash of every file it names.
 
-    Take it before anything is put on the base.
+    Call it before anything is loaded on the base.
     """
     files = [condition.file for condition in scene.controls]
     files += [region.mask for region in scene.regions if region.mask]
     named = {str(file): file for file in files} | {name: lora_file(Path(name)) for name in adapter_files(scene)}
-    named = {name: file for name, file in named.items() if is_file(file)}  # what is not is told where it is used
+    named = {name: file for name, file in named.items() if is_file(file)}  # others are reported where they are used
     for number, condition in enumerate(scene.controls, 1):
         folder = Path(t2i_name(base, condition.adapter, condition.kind))  # of a hub id nothing more is known
         named |= {f"adapter of condition {number}": file for file in folder.glob("*.safetensors")}
@@ -70,14 +70,14 @@ def read_embedded(path: Path) -> dict[str, Any]:
     """Everything that is embedded in a picture.
 
     Raises:
-        UserError: nothing of this program's is there.
+        UserError: the picture holds none.
     """
     try:
         if not is_file(path):  # opening a pipe may never end
             raise ValueError
         with Image.open(path, formats=["PNG"]) as image:
-            found: dict[str, Any] = parse_json(image.info[SETTINGS_KEY])
-        return {"settings": dict(found["settings"]), "sources": dict(found.get("sources") or {})}
+            metadata: dict[str, Any] = parse_json(image.info[SETTINGS_KEY])
+        return {"settings": dict(metadata["settings"]), "sources": dict(metadata.get("sources") or {})}
     except UNREAD as error:
         raise UserError(f"{path} holds no settings of this program.") from error
 
@@ -86,23 +86,23 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The settings embedded in a picture.
 
     Raises:
-        UserError: none are there.
+        UserError: the picture holds none.
     """
-    held = read_embedded(path)
-    settings = paths_in(held["settings"], lambda name: located(name, path.parent))
+    metadata = read_embedded(path)
+    settings = paths_in(metadata["settings"], lambda name: located(name, path.parent))
     if isinstance(settings.get("base"), str):
-        settings["base"] = located_base(settings["base"], str(held["sources"].get(BASE)), path.parent)
+        settings["base"] = located_base(settings["base"], str(metadata["sources"].get(BASE)), path.parent)
     return settings
 
 
 def read_sources(path: Path) -> dict[str, str]:
-    """What a picture says that it was made from.
+    """The sources that a picture names.
 
     Raises:
         UserError: it is none of this program's pictures.
     """
-    found = read_embedded(path)["sources"].items()
-    return {name if name == BASE else located(str(name), path.parent): str(value) for name, value in found}
+    sources = read_embedded(path)["sources"].items()
+    return {name if name == BASE else located(str(name), path.parent): str(value) for name, value in sources}
 
 
 @dataclass
@@ -111,7 +111,7 @@ class FoundSources:
 
     Attributes:
         sources: what the picture was made from, under the same names.
-        placed: the files among those named anew that stand for some of the picture's own.
+        placed: the files among those named anew that replace some of the picture's own.
     """
 
     settings: dict[str, Any]
@@ -120,34 +120,36 @@ class FoundSources:
 
 
 def find_again(path: Path, named: Iterable[str] = ()) -> FoundSources:
-    """What a picture was made from, wherever its files are now: those of the same content come first.
+    """A picture's sources, wherever their files are now: those of the same content come first.
 
-    They are looked for among ``named`` adapters, then as the picture names them: from here, beside it, and from the
+    They are searched among ``named`` adapters, then as the picture names them: from here, beside it, and from the
     folders above it.
 
     Raises:
-        UserError: no picture of this program's, or an adapter of it is nowhere to be found.
+        UserError: no picture of this program's, or an adapter of it is missing.
     """
     folder, digests = Path(path).parent, read_sources(path)
-    anew = {name: _digest(name) for name in named}
+    digest_of = {name: _digest(name) for name in named}
     moved: dict[str, str] = {}
 
-    def found(name: str) -> str:
+    def locate(name: str) -> str:
         digest, file = digests.get(name), Path(name).name
-        there = [str(place) for place in places_of(name, folder) if is_there(place)]
-        same = [place for place in [name, *there, str(folder / file)] if digest and _digest(place) == digest]
-        known = [other for other, its in anew.items() if digest and its == digest] + same
-        likely = [name] * is_there(name) + [other for other in anew if Path(other).name == file] + there
+        existing = [str(candidate) for candidate in candidate_paths(name, folder) if exists(candidate)]
+        same = [
+            candidate for candidate in [name, *existing, str(folder / file)] if digest and _digest(candidate) == digest
+        ]
+        known = [other for other, own in digest_of.items() if digest and own == digest] + same
+        likely = [name] * exists(name) + [other for other in digest_of if Path(other).name == file] + existing
         moved[name] = next(iter(known + likely), name)
         return moved[name]
 
-    settings = paths_in(read_settings(path), found)
-    if lost := next((name for held in adapters_held(settings) for name in held if not is_there(name)), None):
+    settings = paths_in(read_settings(path), locate)
+    if lost := next((name for adapters in adapter_tables(settings) for name in adapters if not exists(name)), None):
         raise UserError(
-            f"{path} was drawn with {lost}, which is not there any more.", Fix("adapters", so="to name it where it is")
+            f"{path} was generated with {lost}, which no longer exists.", Fix("adapters", so="to name it where it is")
         )
     sources = {moved.get(name, name): digest for name, digest in digests.items()}
-    return FoundSources(settings, sources, {name for name in moved.values() if name in anew})
+    return FoundSources(settings, sources, {name for name in moved.values() if name in digest_of})
 
 
 def _digest(name: str | Path) -> str | None:
@@ -172,9 +174,9 @@ def is_our_png(path: Path) -> bool:
 
 
 def is_same(path: Path, scene: Scene, sources: Mapping[str, str]) -> bool:
-    """Whether a picture is there that was drawn from this very scene, base and files."""
+    """Whether a picture exists that was generated from this very scene, base and files."""
     try:
-        found = read_embedded(path)
+        metadata = read_embedded(path)
     except UserError:
         return False
-    return found == embedded(scene, path, sources)
+    return metadata == embedded(scene, path, sources)

@@ -17,7 +17,7 @@ EMPHASIS = re.compile(
 
 
 def positive_prompts(scene: Scene) -> list[str]:
-    """What is asked for, everywhere and in the regions."""
+    """The prompts of a scene, global and in the regions."""
     return [scene.prompt, *(region.prompt for region in scene.regions)]
 
 

@@ -1,4 +1,4 @@
-"""Where a region is: its box, or the mask in a file."""
+"""The area of a region: its box, or the mask in a file."""
 
 from __future__ import annotations
 

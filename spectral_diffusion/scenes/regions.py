@@ -29,27 +29,27 @@ class EncodedRegion:
     """A region ready for a U-Net.
 
     Attributes:
-        place: a box (left, top, right, bottom) in fractions, or a mask (h, w) in 0…1 of the picture's pixels.
+        area: a box (left, top, right, bottom) in fractions, or a mask (h, w) in 0…1 of the picture's pixels.
         positive, negative: its encoded prompts (length, width).
         deltas: U-Net layer to the change that acts in here only.
     """
 
-    place: tuple[float, float, float, float] | Tensor
+    area: tuple[float, float, float, float] | Tensor
     positive: Tensor
     negative: Tensor
     deltas: Mapping[str, Factors] = field(default_factory=dict)
 
     def cells(self, height: int, width: int) -> Tensor:
         """(height · width,) bool: the cells whose middle is in the box, or that the mask covers by half."""
-        return cells_in(self.place, height, width)
+        return cells_in(self.area, height, width)
 
 
-def cells_in(place: tuple[float, float, float, float] | Tensor, height: int, width: int) -> Tensor:
-    """See :meth:`Area.cells`."""
-    if isinstance(place, Tensor):
-        image = Image.fromarray((place * 255).byte().numpy()).resize((width, height), Image.Resampling.BOX)
+def cells_in(area: tuple[float, float, float, float] | Tensor, height: int, width: int) -> Tensor:
+    """See :meth:`EncodedRegion.cells`."""
+    if isinstance(area, Tensor):
+        image = Image.fromarray((area * 255).byte().numpy()).resize((width, height), Image.Resampling.BOX)
         return torch.tensor(list(image.getdata())) >= 128
-    left, top, right, bottom = place
+    left, top, right, bottom = area
     x = (torch.arange(width) + 0.5) / width
     y = (torch.arange(height) + 0.5) / height
     inside = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))[None]
@@ -71,7 +71,7 @@ def grid_of(cells: int, height: int, width: int) -> tuple[int, int]:
 
 @dataclass
 class RegionalPrompts:
-    """What the processors and hooks of one sampling share.
+    """The shared state of one sampling's processors and hooks.
 
     Attributes:
         size: height and width of the latents.
@@ -150,8 +150,8 @@ class RegionalAttention:
             text = area.positive.expand(state.pictures, -1, -1)
             if guided:
                 text = torch.cat([area.negative.expand(state.pictures, -1, -1), text])
-            mine: Tensor = self.inner(attn, hidden_states[:, cells], text.to(hidden_states.dtype), None, temb)
-            return mine
+            attended: Tensor = self.inner(attn, hidden_states[:, cells], text.to(hidden_states.dtype), None, temb)
+            return attended
 
         return state.mean_inside(out, read, state.share)
 
@@ -164,14 +164,14 @@ def innermost(layer: Any) -> Layer:
 
 
 def change_of(layer: Layer, x: Tensor, factors: Factors) -> Tensor:
-    """What a low-rank change adds to a layer's output."""
+    """The output that a low-rank change adds to a layer's."""
     up, down, layer = factors.up.to(x), factors.down.to(x), innermost(layer)
     return low_rank_conv(x, layer, up, down) if isinstance(layer, nn.Conv2d) else (x @ down.mT) @ up.mT
 
 
 @contextmanager
 def changed(layers: Mapping[str, Layer], deltas: Mapping[str, Factors]) -> Iterator[None]:
-    """Let low-rank changes act on these layers while the context is open, beside whatever else acts on them."""
+    """Let low-rank changes act on these layers while the context is open, in addition to others."""
     with ExitStack() as stack:
         for name, factors in deltas.items():
 

@@ -34,7 +34,7 @@ Preview = Callable[[int, list[Image.Image]], None]
 
 @dataclass(frozen=True)
 class SceneInputs:
-    """What a scene is drawn with, beside its settings.
+    """The inputs of a scene besides its settings.
 
     Attributes:
         controls: the control images, read already.
@@ -78,7 +78,7 @@ def sample_in_turn(
 
 
 class SceneSampler:
-    """The pipeline of a scene, with its regions encoded and its control images fitted; draws batch after batch.
+    """The pipeline of a scene, with its regions encoded and its control images fitted; samples batch after batch.
 
     Raises:
         UserError: a region or a control image that does not fit.
@@ -101,7 +101,7 @@ class SceneSampler:
         self.full = not isinstance(self.pipe, TextualInversionLoaderMixin)
 
     def batch(self, prompts: Sequence[str], seeds: Sequence[int], index: int, batches: int) -> list[Image.Image]:
-        """The pictures of batch ``index`` of so many."""
+        """The pictures of batch ``index`` of ``batches``."""
         scene, pipe = self.scene, self.pipe
         chunk = [self.base.spell(prompt, self.full) for prompt in prompts]
         # SDXL takes zeros, not the encoded empty prompt, where there is none.
@@ -112,14 +112,14 @@ class SceneSampler:
             tf32(self.base.device, scene.allow_tf32),
             warnings.catch_warnings(),
             regional(self.base.denoiser.network, state, self.layers) if scene.regions else nullcontext(),
-            weighed(self.inputs.controls, scene.regions, [region.place for region in self.regions]),
+            weighed(self.inputs.controls, scene.regions, [region.area for region in self.regions]),
             in_portions(pipe.vae, self.height, self.width),
             self.base.denoiser.sampling(),
             decoding_checked(pipe.vae, self.base.dtype) if self.large else nullcontext(),
         ):
             warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, about itself
             with autocast(self.base.device, self.precision):
-                drawn = pipe(
+                output = pipe(
                     **prompt_options,
                     num_inference_steps=scene.num_inference_steps,
                     guidance_scale=scene.guidance_scale,
@@ -131,7 +131,7 @@ class SceneSampler:
                     **self._control_options(len(chunk)),
                     **self._callback(state, index, batches),
                 ).images
-            return finished(pipe, drawn, self.base.denoiser)
+            return finished(pipe, output, self.base.denoiser)
 
     def _regional_state(self, count: int) -> RegionalPrompts:
         """The regions at step 0 of a batch."""
@@ -149,7 +149,7 @@ class SceneSampler:
         return {"image": images if len(images) > 1 else images[0]} if images else {}
 
     def _callback(self, state: RegionalPrompts, index: int, batches: int) -> dict[str, Any]:
-        """What the pipeline calls after a step: progress, previews, and the step for the regions."""
+        """The pipeline's callback after a step: progress, previews, and the step for the regions."""
         steps, preview = self.scene.num_inference_steps, self.inputs.preview
 
         def after(step: int, latents: torch.Tensor) -> None:
@@ -171,7 +171,7 @@ class SceneSampler:
         return {"callback_on_step_end": after_with_state}
 
 
-def finished(pipe: Any, drawn: Any, denoiser: Denoiser) -> list[Image.Image]:
+def finished(pipe: Any, output: Any, denoiser: Denoiser) -> list[Image.Image]:
     """The pictures of a pipeline that gave latents, as it would have decoded them; in float32 if they overflow else.
 
     XL's decodes in float32 by itself where its autoencoder's config says so, and gave pictures.
@@ -179,19 +179,19 @@ def finished(pipe: Any, drawn: Any, denoiser: Denoiser) -> list[Image.Image]:
     Raises:
         NotFiniteError: the autoencoder gave NaN or infinity.
     """
-    if not isinstance(drawn, torch.Tensor):
-        return list(drawn)
-    pixels = pipe.vae.decode(denoiser.raw_output(drawn), return_dict=False)[0]
+    if not isinstance(output, torch.Tensor):
+        return list(output)
+    pixels = pipe.vae.decode(denoiser.raw_output(output), return_dict=False)[0]
     if overflows(pipe.vae) and not torch.isfinite(pixels).all():
         with upcast(pipe.vae):
-            pixels = pipe.vae.decode(denoiser.raw_output(drawn.float()), return_dict=False)[0]
+            pixels = pipe.vae.decode(denoiser.raw_output(output.float()), return_dict=False)[0]
     if not torch.isfinite(pixels).all():
-        raise not_finite(drawn.dtype)
+        raise not_finite(output.dtype)
     return list(pipe.image_processor.postprocess(pixels))
 
 
 def not_finite(dtype: torch.dtype) -> NotFiniteError:
-    """What is said of a picture of NaN."""
+    """The error for a picture of NaN."""
     if dtype == torch.float32:
         return NotFiniteError(
             "The picture is NaN or infinite: lower the strengths of its adapters, or look at the base's weights."
@@ -223,7 +223,7 @@ def decoding_checked(vae: AutoencoderKL, dtype: torch.dtype) -> Iterator[None]:
 def stock_pipeline(
     base: Base, scene: Scene, controls: Sequence[ControlMap], size: tuple[int, int]
 ) -> tuple[Any, dict[str, Any]]:
-    """The diffusers pipeline that draws a scene with the base's own parts, and the options of its control images.
+    """The diffusers pipeline that samples a scene with the base's own parts, and the options of its control images.
 
     Raises:
         UserError: a control image that does not fit.
@@ -257,18 +257,20 @@ def encode_region(base: Base, region: Region, bound: Bound, size: tuple[int, int
         for layer in adapter.layers:
             up, down = adapter.factors(layer, weights.get(layer))
             part = unet if layer.startswith("unet.") else text
-            held = part.get(layer)
+            earlier = part.get(layer)
             up = up * component_scale(strength, layer.split(".", 1)[0])
             up, down = up.to(like), down.to(like)  # once, not at every step
             part[layer] = (
-                Factors(torch.cat([held.up, up], 1), torch.cat([held.down, down], 0)) if held else Factors(up, down)
+                Factors(torch.cat([earlier.up, up], 1), torch.cat([earlier.down, down], 0))
+                if earlier
+                else Factors(up, down)
             )
     without = negative if region.negative_prompt is None else region.negative_prompt
     encoders = modules_of(base, text)
     with changed(encoders, text):
         encoded = base.denoiser.encode([base.spell(prompt) for prompt in (region.prompt, without)])
-        positive, apart = encoded.tensors["encoder_hidden_states"]
-    return EncodedRegion(region_mask(region, *size), positive, apart, unet)
+        positive, unwanted = encoded.tensors["encoder_hidden_states"]
+    return EncodedRegion(region_mask(region, *size), positive, unwanted, unet)
 
 
 def modules_of(base: Base, names: Iterable[str]) -> dict[str, Any]:

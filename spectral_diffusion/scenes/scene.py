@@ -8,26 +8,26 @@ from typing import Any
 
 from ..config.scene import Scene
 from ..config.settings import read_yaml
-from ..core.files import is_there
+from ..core.files import exists
 
 
 def read_scene(path: Path) -> dict[str, Any]:
-    """A scene file's settings, its files looked for beside it first.
+    """A scene file's settings, its files searched beside it first.
 
     Raises:
         UserError: no such file, or not YAML.
     """
 
-    def found(name: str) -> str:
-        return str(next((place for place in places_of(name, path.parent) if is_there(place)), name))
+    def locate(name: str) -> str:
+        return str(next((candidate for candidate in candidate_paths(name, path.parent) if exists(candidate)), name))
 
-    return paths_in(read_yaml(path), found)
+    return paths_in(read_yaml(path), locate)
 
 
-def places_of(name: str, folder: Path) -> Iterator[Path | str]:
-    """Where the path in a file in ``folder`` may lead: beside that file, from here, or from a folder above it.
+def candidate_paths(name: str, folder: Path) -> Iterator[Path | str]:
+    """The candidates for a path in a file in ``folder``: beside that file, from here, or from a folder above it.
 
-    Such a file is often written below the folder that its paths begin in.
+    Such a file is often in a subfolder of the one its paths start from.
     """
     if not Path(name).is_absolute():
         yield folder / name
@@ -37,33 +37,33 @@ def places_of(name: str, folder: Path) -> Iterator[Path | str]:
 
 
 def paths_in(settings: dict[str, Any], changed: Callable[[str], str]) -> dict[str, Any]:
-    """A scene's settings with ``changed`` of every file and folder that they name; what is odd stays as it is."""
+    """A scene's settings with ``changed`` of every file and folder that they name; invalid values stay."""
 
-    def one(name: Any) -> Any:
+    def renamed(name: Any) -> Any:
         return changed(name) if isinstance(name, str) and name != "pocket" else name
 
     def keys(adapters: Any) -> Any:
-        return {one(name): value for name, value in adapters.items()} if isinstance(adapters, dict) else adapters
+        return {renamed(name): value for name, value in adapters.items()} if isinstance(adapters, dict) else adapters
 
     def part(item: Any) -> Any:
         if not isinstance(item, dict):
             return item
-        files = {key: one(item[key]) for key in ("file", "mask", "adapter") if key in item}
+        files = {key: renamed(item[key]) for key in ("file", "mask", "adapter") if key in item}
         return {**item, **files, **({"adapters": keys(item["adapters"])} if "adapters" in item else {})}
 
     out = part(settings)
     if "base" in out:
-        out["base"] = one(out["base"])
+        out["base"] = renamed(out["base"])
     lists = {key: out[key] for key in ("controls", "regions") if isinstance(out.get(key), list)}
     return {**out, **{key: [part(item) for item in items] for key, items in lists.items()}}
 
 
-def adapters_held(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The adapters of a scene's settings with their strengths, first those that act everywhere; what is odd is none."""
+def adapter_tables(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The adapters of a scene's settings with their strengths, first those that act everywhere, no invalid ones."""
     regions = settings.get("regions")
     parts = [settings, *(regions if isinstance(regions, list) else [])]
-    held = [part.get("adapters") for part in parts if isinstance(part, dict)]
-    return [adapters for adapters in held if isinstance(adapters, dict)]
+    tables = [part.get("adapters") for part in parts if isinstance(part, dict)]
+    return [adapters for adapters in tables if isinstance(adapters, dict)]
 
 
 def adapter_files(scene: Scene) -> list[str]:

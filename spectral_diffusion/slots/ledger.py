@@ -19,8 +19,8 @@ from ..core.rng import keyed_random
 
 LEDGER = "slots.json"
 ROWS = "rows.json"  # the same for methods whose slots are rows of a shared basis
-WAIT = 20.0  # seconds for the ledger's lock, which is held for a moment only
-POOL = 64  # how many top columns ``sampled`` draws from unless told
+WAIT = 20.0  # seconds for the ledger's lock, which is taken for a moment only
+POOL = 64  # how many top columns ``sampled`` chooses from by default
 
 
 @dataclass(frozen=True, order=True)
@@ -49,7 +49,7 @@ class Slot:
         return max(0, -self.columns[0])
 
     def fits(self, capacity: int) -> bool:
-        """Whether so many columns hold it."""
+        """Whether it fits into ``capacity`` columns."""
         return max(self.top, self.bottom) <= capacity
 
     def shared(self, other: Slot) -> int:
@@ -93,8 +93,8 @@ def read_columns(text: str) -> Slot:
 class Policy:
     """How a slot is chosen.
 
-    ``next``: the first free interval. ``fixed``: the given columns. ``sampled``: drawn from the top ``pool`` columns
-    without asking any ledger, for people who train apart. ``random``: drawn from all columns. ``bottom``: the
+    ``next``: the first free interval. ``fixed``: the given columns. ``sampled``: random among the top ``pool``
+    columns without a ledger, for separate trainings. ``random``: random among all columns. ``bottom``: the
     last free interval.
     """
 
@@ -150,22 +150,22 @@ def random_slot(rank: int, pool: int, seed: int) -> Slot:
 
 
 def collision_probability(rank: int, pool: int) -> float:
-    """The chance that two slots drawn apart share a column."""
+    """The chance that two independently sampled slots share a column."""
     return 1 - math.comb(pool - rank, rank) / math.comb(pool, rank)
 
 
 @dataclass(frozen=True)
 class SlotRequest:
-    """What a concept asks of the ledger.
+    """A concept's request to the ledger.
 
     Attributes:
-        wanted: a policy (see :func:`parse_policy`); ``sampled`` neither reads nor writes the ledger.
+        policy: how to choose (see :func:`parse_policy`); ``sampled`` neither reads nor writes the ledger.
         capacity: columns that every target has; ``narrowest`` names the layer that sets it.
-        seed: decides the columns that ``sampled`` and ``random`` draw.
+        seed: decides the columns that ``sampled`` and ``random`` choose.
     """
 
     rank: int
-    wanted: str
+    policy: str
     capacity: int
     narrowest: str = ""
     seed: int = 0
@@ -173,7 +173,7 @@ class SlotRequest:
 
 @dataclass
 class Ledger:
-    """The columns in use beside one set of adapters. Every change holds a file lock."""
+    """The columns that a set of adapters uses. Every change takes a file lock."""
 
     path: Path
 
@@ -191,14 +191,14 @@ class Ledger:
         return self._read()[0]
 
     def _read(self) -> tuple[dict[str, dict[str, Slot]], dict[str, list[str]]]:
-        """The entries, and what bases hash to in half precisions where that was told."""
+        """The entries, and the hashes of bases in half precisions where those are known."""
         if not self.path.exists():
             return {}, {}
         try:
             data = parse_json(read_text(self.path))
             if data["format_version"] != 2:
                 raise ValueError
-            rounded = {base: [str(one) for one in hashes] for base, hashes in data.get("rounded", {}).items()}
+            rounded = {base: [str(digest) for digest in hashes] for base, hashes in data.get("rounded", {}).items()}
             return {
                 base: {concept: read_columns(str(value)) for concept, value in concepts.items()}
                 for base, concepts in data["bases"].items()
@@ -235,26 +235,26 @@ class Ledger:
         Raises:
             UserError: the slot is taken, or past the capacity, or no room is left.
         """
-        policy, capacity = parse_policy(request.wanted, request.rank), request.capacity
+        policy, capacity = parse_policy(request.policy, request.rank), request.capacity
         if policy.kind == "sampled":
             return random_slot(request.rank, min(policy.pool, capacity), request.seed)
         with self._locked() as (data, hashes):
             if rounded:
                 hashes[base] = list(rounded)
             own = data.setdefault(base, {})
-            kin = [data[other] for other in alike(base, hashes) if other in data and other != base]
-            taken = {name: slot for concepts in (*kin, own) for name, slot in concepts.items()}
-            mine = taken.get(concept)
-            if policy.kind == "next" and mine and mine.rank == request.rank and mine.fits(capacity):
-                own[concept] = mine
-                return mine
+            related = [data[other] for other in alike(base, hashes) if other in data and other != base]
+            taken = {name: slot for concepts in (*related, own) for name, slot in concepts.items()}
+            own_slot = taken.get(concept)
+            if policy.kind == "next" and own_slot and own_slot.rank == request.rank and own_slot.fits(capacity):
+                own[concept] = own_slot
+                return own_slot
             others: dict[str, set[int]] = {}
-            for concepts in (*kin, own):
+            for concepts in (*related, own):
                 for name in concepts.keys() - {concept}:
                     others.setdefault(name, set()).update(concepts[name].from_top(capacity))
             slot = _chosen(policy, request, set().union(*others.values()))
             _check_free(slot, request, others, taken)
-            for concepts in kin:
+            for concepts in related:
                 concepts.pop(concept, None)  # it is trained anew
             own[concept] = slot
             return slot
@@ -276,16 +276,16 @@ class Ledger:
 
 
 def alike(base: str, hashes: Mapping[str, Sequence[str]]) -> set[str]:
-    """The bases that are one in several precisions, linked by hashes that they share, ``base`` among them."""
-    found, shared = {base}, set(hashes.get(base, ()))
-    while more := {other for other, own in hashes.items() if other not in found and shared & set(own)}:
-        found |= more
+    """The bases that are the same in several precisions, linked by shared hashes, ``base`` included."""
+    bases, shared = {base}, set(hashes.get(base, ()))
+    while more := {other for other, own in hashes.items() if other not in bases and shared & set(own)}:
+        bases |= more
         shared.update(*(hashes[other] for other in more))
-    return found
+    return bases
 
 
 def _chosen(policy: Policy, request: SlotRequest, used: set[int]) -> Slot:
-    """The slot that a policy names or chooses beside the columns in use."""
+    """The slot that a policy names, or chooses among the free columns."""
     if policy.slot is not None:
         return policy.slot
     if policy.kind == "random":

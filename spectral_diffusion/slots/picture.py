@@ -16,7 +16,7 @@ FREE, LINE, INK, CLASH = (244, 244, 242), (214, 214, 210), (40, 40, 44), (200, 3
 
 
 def color_of(index: int) -> tuple[int, int, int]:
-    """A colour for the n-th concept, far from its neighbours'."""
+    """A color for the n-th concept, far from its neighbours'."""
     red, green, blue = colorsys.hls_to_rgb((0.58 + index * 0.618034) % 1, 0.55, 0.55)
     return round(red * 255), round(green * 255), round(blue * 255)
 
@@ -42,15 +42,15 @@ def slot_map(slots: Mapping[str, Slot | None], norms: Mapping[str, float | None]
     for row, name in enumerate(names):
         top = GAP + (row + 1) * ROW
         draw.text((GAP, top + 4), name[:18], fill=INK, font=font)
-        mine = columns_of(slots[name], capacity)
+        columns = columns_of(slots[name], capacity)
         for column in range(shown):
             left = LABEL + column * CELL
-            fill = color_of(row) if column in mine else FREE
-            clash = column in mine and column in shared
+            fill = color_of(row) if column in columns else FREE
+            clash = column in columns and column in shared
             draw.rectangle(
                 (left, top, left + CELL - 2, top + ROW - 6), fill, CLASH if clash else LINE, 2 if clash else 1
             )
-        if beyond := sum(column >= shown for column in mine):
+        if beyond := sum(column >= shown for column in columns):
             draw.text((LABEL + shown * CELL - 96, top + 4), f"+{beyond} to the right", fill=INK, font=font)
         norm = norms.get(name)
         left = LABEL + shown * CELL + GAP
@@ -69,17 +69,17 @@ def columns_of(slot: Slot | None, capacity: int) -> set[int]:
 
 def clashes(slots: Sequence[set[int]]) -> set[int]:
     """Columns that more than one slot holds."""
-    seen: set[int] = set()
+    used: set[int] = set()
     twice: set[int] = set()
-    for mine in slots:
-        twice |= seen & mine
-        seen |= mine
+    for columns in slots:
+        twice |= used & columns
+        used |= columns
     return twice
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring columns ``start … stop − 1`` with the same owners: nobody, one, or several that clash."""
+    """Neighbouring columns ``start … stop − 1`` with the same owners: none, one, or several that clash."""
 
     start: int
     stop: int
@@ -87,11 +87,11 @@ class Stretch:
 
 
 def stretches(slots: Mapping[str, Slot | None], capacity: int) -> list[Stretch]:
-    """All columns 0 … ``capacity`` − 1 from left to right, as one strip of who sits where."""
-    held = {name: columns_of(slot, capacity) for name, slot in slots.items()}
-    owners = [tuple(name for name, mine in held.items() if column in mine) for column in range(capacity)]
-    found = []
-    for who, run in itertools.groupby(range(capacity), key=owners.__getitem__):
+    """All columns 0 … ``capacity`` − 1 from left to right, as one strip with their owners."""
+    columns_by_name = {name: columns_of(slot, capacity) for name, slot in slots.items()}
+    owners = [tuple(name for name, own in columns_by_name.items() if column in own) for column in range(capacity)]
+    strip = []
+    for names, run in itertools.groupby(range(capacity), key=owners.__getitem__):
         columns = list(run)
-        found.append(Stretch(columns[0], columns[-1] + 1, who))
-    return found
+        strip.append(Stretch(columns[0], columns[-1] + 1, names))
+    return strip

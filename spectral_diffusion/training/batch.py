@@ -1,4 +1,4 @@
-"""What each training step sees: photos with noise, timesteps and prompts, all keyed by (seed, step, sample)."""
+"""The batch of each training step: photos with noise, timesteps and prompts, all keyed by (seed, step, sample)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Batch:
     """Latents and their noise (n, c, h, w), timesteps (n,), prompts.
 
     ``weights`` says what each place counts (n, 1, h, w), None if all count 1; ``masks`` where the concept is
-    (n, 1, h, w), None if nobody asks.
+    (n, 1, h, w), None if not needed.
     """
 
     latents: Tensor

@@ -32,7 +32,7 @@ def curve_picture(curve: Points, title: str = "loss") -> Image.Image:
     low, high = min(values), max(values)
     spread, length = (high - low) or 1.0, (steps[-1] - steps[0]) or 1
 
-    def place(step: int, value: float) -> tuple[float, float]:
+    def point_at(step: int, value: float) -> tuple[float, float]:
         return (
             left + (step - steps[0]) / length * (right - left),
             bottom - (value - low) / spread * (bottom - top),
@@ -40,12 +40,12 @@ def curve_picture(curve: Points, title: str = "loss") -> Image.Image:
 
     for share in (0.0, 0.5, 1.0):
         value, step = low + share * (high - low), round(steps[0] + share * (steps[-1] - steps[0]))
-        y, x = place(steps[0], value)[1], place(step, low)[0]
+        y, x = point_at(steps[0], value)[1], point_at(step, low)[0]
         pen.line([(left, y), (right, y)], fill=(225, 225, 225))
         pen.text((4, y - 7), f"{value:.4g}", fill=(90, 90, 90), font=font)
         pen.text((min(x, right - 40), bottom + 8), f"{step}", fill=(90, 90, 90), font=font)
     pen.text((left + 6, top), title, fill=(90, 90, 90), font=font)
-    points = [place(step, value) for step, value in finite]
+    points = [point_at(step, value) for step, value in finite]
     if len(points) > 1:
         pen.line(points, fill=(30, 90, 180), width=2)
     return image
@@ -59,16 +59,16 @@ def write_card(
     picture, card = output.with_name(f"{output.stem}-curve.png"), output.with_suffix(".md")
     with atomic(picture) as temporary:
         curve_picture(curve).save(temporary, format="PNG")
-    there = [(step, file) for step, file in samples if Path(file).is_file()]
-    beside = {file: Path(os.path.relpath(file, output.parent)).as_posix() for _, file in there}
-    recipe = {
+    existing = [(step, file) for step, file in samples if Path(file).is_file()]
+    beside = {file: Path(os.path.relpath(file, output.parent)).as_posix() for _, file in existing}
+    facts = {
         "method": adapter.method.name, "rank": adapter.rank, "slot": str(adapter.slot or ""),
         "trained numbers": f"{adapter.count():,}", "steps": config.steps, "seed": config.seed,
         "mixed precision": config.mixed_precision, "made on": made_on(adapter.provenance),
     }  # fmt: skip
     text = model_card(
-        adapter.name, without_folders(adapter.base), {adapter.token: adapter.noun}, recipe, [output.name],
-        beside[there[-1][1]] if there else "",
+        adapter.name, without_folders(adapter.base), {adapter.token: adapter.noun}, facts, [output.name],
+        beside[existing[-1][1]] if existing else "",
     )  # fmt: skip
     parts = ["## How it was trained", "", f"![loss]({picture.name})", ""]
     if likeness:
@@ -77,7 +77,7 @@ def write_card(
             f"Likeness to the photos: {likeness[-1][1]:.3f} at the end, {best[1]:.3f} at best (step {best[0]}).",
             "",
         ]
-    for step, file in there[:-1]:
+    for step, file in existing[:-1]:
         parts += [f"Step {step}:", "", f"![step {step}]({beside[file]})", ""]
     settings = "\n".join(
         line for line in to_yaml(config, shared=True).splitlines() if not line.startswith(("concept:", "output:"))

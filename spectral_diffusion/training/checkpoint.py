@@ -36,7 +36,7 @@ FIXED = (
     "optimizer.name",
 )
 ANEW = Fix("force", "true", "to start anew", also=Fix("resume", "false"))
-KEPT = ("betas", "eps", "weight_decay", "d_coef")  # of an optimiser's groups: as the settings say, not the state
+KEPT = ("betas", "eps", "weight_decay", "d_coef")  # of an optimizer's groups: from the settings, not the state
 PARTS = ("config", "belongs", "extra", "validation", "scaler")  # of what is kept beside the tensors
 APART = (
     "concept",
@@ -53,7 +53,7 @@ Changes = Mapping[str, tuple[Any, Any]]  # a setting's dotted name to its earlie
 
 
 class Stateful(Protocol):
-    """What is saved of an optimiser."""
+    """The part of an optimizer that is saved."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]: ...
@@ -64,31 +64,31 @@ class Stateful(Protocol):
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], optimizer: Stateful, meta: dict[str, Any]) -> None:
-    """Write parameters, optimiser moments and ``meta`` (JSON-able) into one safetensors file."""
+    """Write parameters, optimizer moments and ``meta`` (JSON-able) into one safetensors file."""
     packed = {f"tensor.{name}": value for name, value in tensors.items()}
     state = optimizer.state_dict()
     scalars: dict[str, dict[str, Any]] = {}
     for index, entries in state["state"].items():
         inner = [value for value in entries.values() if isinstance(value, dict)]  # bitsandbytes wraps its numbers
-        for key, value in {**entries, **{k: v for one in inner for k, v in one.items()}}.items():
+        for key, value in {**entries, **{k: v for nested in inner for k, v in nested.items()}}.items():
             if isinstance(value, Tensor):
                 packed[f"optimizer.{index}.{key}"] = value
             elif not isinstance(value, dict):
                 scalars.setdefault(str(index), {})[key] = value
-    seen: set[int] = set()
+    pointers: set[int] = set()
     for name, value in packed.items():  # bitsandbytes shares tensors among parameters, the file's format does not
-        if value.data_ptr() in seen:
+        if value.data_ptr() in pointers:
             packed[name] = value.clone()
-        seen.add(value.data_ptr())
+        pointers.add(value.data_ptr())
     header = {"state": json.dumps({"meta": meta, "groups": state["param_groups"], "scalars": scalars})}
     write_tensors(path, packed, {**header, DIGEST: digest(packed, header)})
 
 
 def load_state(path: Path, optimizer: Stateful | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a state written by :func:`save_state`; fills the optimiser, returns tensors and meta.
+    """Read a state written by :func:`save_state`; fills the optimizer, returns tensors and meta.
 
     Raises:
-        UserError: the file is missing, damaged, or of a differently built optimiser.
+        UserError: the file is missing, damaged, or of a differently built optimizer.
     """
     packed, metadata = read_tensors(path)
     if metadata.get(DIGEST) != digest(packed, metadata):
@@ -111,7 +111,7 @@ def load_state(path: Path, optimizer: Stateful | None = None) -> tuple[dict[str,
 
 
 def step_of(path: Path) -> int | None:
-    """The step at which a saved state stands; None if it cannot be read."""
+    """The step of a saved state; None if it cannot be read."""
     try:
         return int(header_of(path)["meta"]["step"])
     except (UserError, KeyError, ValueError, TypeError):
@@ -119,7 +119,7 @@ def step_of(path: Path) -> int | None:
 
 
 def header_of(path: Path) -> dict[str, Any]:
-    """What a saved state says beside its tensors.
+    """A saved state's metadata.
 
     Raises:
         UserError: the file is missing, damaged, or no state.
@@ -164,15 +164,15 @@ def refuse_changed_settings(path: Path, meta: Mapping[str, Any], now: Mapping[st
 
 
 def comparable_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings that decide the result: all but where things lie, what is shown and how often states are saved."""
-    kept = config.model_dump(mode="json", exclude=set(APART))
-    kept["data"].pop("latents_cache_dir")
-    return kept
+    """The settings that decide the result: all but paths, what is shown and how often states are saved."""
+    settings = config.model_dump(mode="json", exclude=set(APART))
+    settings["data"].pop("latents_cache_dir")
+    return settings
 
 
 @dataclass
 class TrainingState:
-    """What of a training changes with its steps, and which training it is.
+    """The state of a training that changes with its steps, and its identity.
 
     Attributes:
         path: of the saved state.
@@ -238,7 +238,7 @@ class TrainingState:
         """Refuse a state that cannot be loaded here, whatever is forced.
 
         Raises:
-            UserError: it is of another base, slot, method, optimiser …; the sentence names the setting.
+            UserError: it is of another base, slot, method, optimizer …; the sentence names the setting.
         """
         own = {name: value.shape for name, value in tensors.items() if not name.startswith((EXTRA, AVERAGE))}
         fixed = {key: value for key, value in self.belongs.items() if key != "concept"}
@@ -280,10 +280,10 @@ class TrainingState:
                 Fix("steps", str(meta["step"]), "or more"),
                 ANEW,
             )
-        told = ", ".join(f"{key}={old}, now it is {new}" for key, (old, new) in list(changed.items())[:3])
+        differences = ", ".join(f"{key}={old}, now it is {new}" for key, (old, new) in list(changed.items())[:3])
         if changed and not force:
             raise UserError(
-                f"{self.path} was made with {told}.",
+                f"{self.path} was made with {differences}.",
                 *(
                     Fix(key, written(old), "to go on as it was")
                     for key, (old, _) in changed.items()
@@ -304,16 +304,16 @@ class TrainingState:
                 f"Note: {self.path.name} was made with other photos, captions or words; going on because force is set."
             )
         if changed:
-            hooks.notify(f"Note: {self.path.name} was made with {told}; going on because force is set.")
+            hooks.notify(f"Note: {self.path.name} was made with {differences}; going on because force is set.")
 
     @torch.no_grad()
-    def _take(self, held: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        own = {name: value for name, value in held.items() if not name.startswith((EXTRA, AVERAGE))}
+    def _take(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+        own = {name: value for name, value in tensors.items() if not name.startswith((EXTRA, AVERAGE))}
         for name, parameter in self.parameters.items():
             parameter.copy_(own[name])
-        averages = {name.removeprefix(AVERAGE): value for name, value in held.items() if name.startswith(AVERAGE)}
-        self.average.load(averages or own)  # force may ask for an average that the run had not
-        extra = {name.removeprefix(EXTRA): value for name, value in held.items() if name.startswith(EXTRA)}
+        averages = {name.removeprefix(AVERAGE): value for name, value in tensors.items() if name.startswith(AVERAGE)}
+        self.average.load(averages or own)  # force may enable an average that the run had not
+        extra = {name.removeprefix(EXTRA): value for name, value in tensors.items() if name.startswith(EXTRA)}
         self.attachment.load_extra_state(extra, meta.get("extra", {}))
         if meta.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(meta["scaler"])

@@ -1,4 +1,4 @@
-"""What is said of a concept's photos and captions before they are trained on, and what is refused."""
+"""Checks of a concept's photos and captions before training: notes and refusals."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def notes_on_photos(concept: Concept, config: TrainConfig, size: int) -> Iterato
         size: side in pixels of what is trained on.
     """
     photos = concept.photos
-    if concept.drawings:
-        names = and_more([path.name for path in concept.drawings], SHOWN)
+    if concept.control_images:
+        names = and_more([path.name for path in concept.control_images], SHOWN)
         yield f"Left out, as drawings of the photos: {names}."
     bare = sum(photo.caption is None for photo in photos)
     if 0 < bare < len(photos):
-        yield f"{bare} of {len(photos)} photos have no caption; the templates stand for it."
+        yield f"{bare} of {len(photos)} photos have no caption; the templates are used instead."
     unmasked = sum(photo.mask is None for photo in photos)
     if (config.data.mask_weight or config.objective.attention_loss_weight) and 0 < unmasked < len(photos):
         yield f"{unmasked} of {len(photos)} photos have no mask and count as a whole."
@@ -73,26 +73,26 @@ def cut_captions(concept: Concept, condition: PromptEncoder, config: TrainConfig
     texts = {f"caption of {photo.path.name}": photo.caption for photo in concept.photos if photo.caption}
     if any(photo.caption is None for photo in concept.photos):
         texts |= {f"template '{text[:40]}'": text for text in config.templates}
-    for what, text in texts.items():
+    for source, text in texts.items():
         prompt = concept.prompt(text)
-        lost, seen = condition.truncated_text(prompt)
+        lost, used = condition.truncated_text(prompt)
         if not lost:
             continue
-        if not seen:
+        if not used:
             raise UserError(
-                f"The {what} is longer than this base reads, and {concept.token} is in the part that is cut off; move "
-                "it nearer to the front."
+                f"The {source} is longer than this base reads, and {concept.token} is in the part that is cut off; "
+                "move it nearer to the front."
             )
         front = ", ".join(part.strip() for part in prompt.split(",")[: config.data.keep_tokens])
         if config.data.shuffle_caption and not (concept.token in front and condition.truncated_text(front)[1]):
             raise UserError(
-                f"The {what} is longer than this base reads, and data.shuffle_caption can move {concept.token} into "
+                f"The {source} is longer than this base reads, and data.shuffle_caption can move {concept.token} into "
                 "the part that is cut off; move it into the first data.keep_tokens parts."
             )
-        yield f"The {what} is longer than this base reads; cut off: '{lost[:80]}'."
+        yield f"The {source} is longer than this base reads; cut off: '{lost[:80]}'."
 
 
 def few(sentences: Sequence[str]) -> list[str]:
     """The first sentences, and how many more there are."""
-    more = len(sentences) - SHOWN
-    return [*sentences[:SHOWN], *([f"And {more} more captions like the last one."] if more > 0 else [])]
+    left = len(sentences) - SHOWN
+    return [*sentences[:SHOWN], *([f"And {left} more captions like the last one."] if left > 0 else [])]

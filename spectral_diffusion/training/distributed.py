@@ -47,9 +47,9 @@ class World:
             return value
         from accelerate.utils import broadcast_object_list
 
-        told = [value]
-        broadcast_object_list(told, from_process=0)
-        return told[0]
+        values = [value]
+        broadcast_object_list(values, from_process=0)
+        return values[0]
 
     def any_rank(self, flag: bool) -> bool:
         """Whether any process says so."""
@@ -64,14 +64,14 @@ class World:
         if self.count == 1:
             return loss
         parameters = list(parameters)
-        # A parameter that no process used has no gradient anywhere; the samples decide that, so it must be asked.
+        # A parameter that no process used has no gradient anywhere; the samples decide that, so it is communicated.
         used = torch.tensor([float(p.grad is not None) for p in parameters], device=loss.device)
         self._sum(used)
-        held = [p for p, users in zip(parameters, used.tolist(), strict=True) if users]
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in held]
+        trained = [p for p, users in zip(parameters, used.tolist(), strict=True) if users]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         flat = torch.cat([loss.detach().reshape(1), *(part.reshape(-1) for part in parts)])
         self._sum(flat)
-        for parameter, part in zip(held, flat[1:].split([part.numel() for part in parts]), strict=True):
+        for parameter, part in zip(trained, flat[1:].split([part.numel() for part in parts]), strict=True):
             parameter.grad = part.view_as(parameter).clone()
         return flat[0]
 
@@ -82,30 +82,30 @@ class World:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that tells and writes, before any other is asked."""
+    """Whether this process is the one that notifies and writes, without accelerate."""
     return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE", "1")) < 2
 
 
 def current_world(device: str = "auto") -> World:
-    """This process's place among those that ``accelerate launch`` or ``torchrun`` started."""
+    """This process among those that ``accelerate launch`` or ``torchrun`` started."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return World()
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if on_cpu:
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate reads it again when others ask for its state
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # accelerate reads it again for every state
     from accelerate import PartialState
 
     state = PartialState(cpu=on_cpu)
     return World(state.process_index, state.num_processes, state)
 
 
-def device_of(config: TrainConfig, among: World) -> str:
+def device_of(config: TrainConfig, world: World) -> str:
     """The device of this process: of several, each has a GPU of its own."""
-    return str(among.state.device) if among.count > 1 and config.device in {"auto", "cuda"} else config.device
+    return str(world.state.device) if world.count > 1 and config.device in {"auto", "cuda"} else config.device
 
 
 def global_batch(config: TrainConfig, parts: int) -> TrainConfig:
-    """The settings of a step whose batch is not in parts: it has so many times the pictures."""
+    """The settings of a step whose batch is not in parts: ``parts`` times the images."""
     if parts == 1:
         return config
     preservation = config.prior.model_copy(update={"batch_size": config.prior.batch_size * parts})
@@ -133,17 +133,17 @@ def microbatch(batch: Batch, part: int, parts: int) -> tuple[Batch, float]:
 def take_step(
     optimizer: Optimizer, parameters: Iterable[nn.Parameter], scaler: torch.amp.GradScaler, clip: float
 ) -> bool:
-    """Clip the gradients and take a step, unless they are not finite; returns whether they were, or were only scaled
-    too far up, which the scaler mends by itself."""
+    """Clip the gradients and take a step if they are finite. Returns False if they are not finite at a loss
+    scale of 1: the scaler handles overflow at larger ones."""
     scaler.unscale_(optimizer)  # type: ignore[arg-type]
-    held = list(parameters)
-    total = nn.utils.clip_grad_norm_(held, clip)
+    trained = list(parameters)
+    total = nn.utils.clip_grad_norm_(trained, clip)
     finite = bool(torch.isfinite(total))
     if not finite and scaler.get_scale() <= 1.0:
         return False
     scaler.step(optimizer)  # type: ignore[arg-type]
     scaler.update()
     if not finite:
-        for parameter in held:
+        for parameter in trained:
             parameter.grad = None
     return True

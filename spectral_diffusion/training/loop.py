@@ -49,7 +49,7 @@ from .validation import Validator
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What is trained, on which base, and where its state goes. Everything in it is settled.
+    """A training job: the concept, the base, and the path of its state. Everything in it is settled.
 
     Attributes:
         slot: the columns (or rows) that the concept has for itself; None for methods without a slot.
@@ -57,7 +57,7 @@ class TrainingJob:
             is written.
         start_from: an adapter whose trained columns this one starts from, without a new decomposition.
         world: the processes that share the work; each takes its part of every batch.
-        resume: go on from ``state`` if it is there; ``force``: even with other settings.
+        resume: go on from ``state`` if it exists; ``force``: even with other settings.
     """
 
     config: TrainConfig
@@ -160,8 +160,8 @@ class Trainer:
         stack.enter_context(tf32(base.device, config.allow_tf32))
         stack.enter_context(denoiser.fast_attention(is_half(self.precision, base.dtype), size))
         stack.enter_context(denoiser.gradient_checkpointing(config.gradient_checkpointing))
-        wanted = config.objective.attention_loss_weight > 0
-        self.maps = stack.enter_context(capture_attention_maps(denoiser.network, wanted))
+        uses_attention = config.objective.attention_loss_weight > 0
+        self.maps = stack.enter_context(capture_attention_maps(denoiser.network, uses_attention))
         stack.enter_context(per_layer_attention(base, config.per_layer_tokens))
         self.validator = stack.enter_context(Validator(config, self.concept, base, self.hooks, self.world.is_main))
         self.prior_targets = (
@@ -194,7 +194,7 @@ class Trainer:
         self.scaler = loss_scaler(self.base.device, self.precision, self.base.dtype)
 
     def _belongs(self) -> dict[str, str]:
-        """What a saved state belongs to."""
+        """The hashes that a saved state must match."""
         job, revision = self.job, self.job.method.revision
         return {
             "base": self.fingerprint.exact,
@@ -235,8 +235,8 @@ class Trainer:
         )
         if not taken:
             state = self.job.state
-            kept = f"the last good state is kept in {state.name}" if state.exists() else "nothing was saved yet"
-            raise NotFiniteError(f"Training met NaN or infinity at step {step}: lower the learning rate ({kept}).")
+            fallback = f"the last good state is kept in {state.name}" if state.exists() else "nothing was saved yet"
+            raise NotFiniteError(f"Training met NaN or infinity at step {step}: lower the learning rate ({fallback}).")
         self.adapter.on_step(step + 1)
         self.ema.update(step + 1)
         return float(total)
@@ -256,11 +256,11 @@ class Trainer:
         accumulate = self.config.optimizer.gradient_accumulation_steps
         for part in range(accumulate):
             number = self.world.rank * accumulate + part
-            mine, share = microbatch(batch, number, self.job.parts)
+            own_batch, share = microbatch(batch, number, self.job.parts)
             prior_part, prior_share = microbatch(prior, number, self.job.parts) if prior else (None, 0.0)
-            if not mine.prompts:  # there are fewer pictures than parts
+            if not own_batch.prompts:  # there are fewer pictures than parts
                 continue
-            loss = self.compute_loss(mine, share, prior_part, prior_share)
+            loss = self.compute_loss(own_batch, share, prior_part, prior_share)
             if number == 0 and (penalty := self.adapter.penalty()) is not None:
                 loss = loss + penalty
             self.scaler.scale(loss).backward()
@@ -310,7 +310,7 @@ class Trainer:
             return adapter
 
     def build_adapter(self) -> Adapter:
-        """What was trained, with everything that its file records."""
+        """The trained adapter, with everything that its file records."""
         job, config, concept, layers = self.job, self.config, self.concept, self.adapter.layers
         return Adapter(
             name=concept.name,

@@ -22,7 +22,7 @@ def weighted_mse(predicted: Tensor, target: Tensor, weights: Tensor | None = Non
 def diffusion_loss(
     predicted: Tensor, target: Tensor, weights: Tensor | None, times: Tensor | None, objective: ObjectiveConfig
 ) -> Tensor:
-    """The mean error that the settings ask for, each place times ``weights`` (n, 1, h, w), each sample times ``times``.
+    """The mean error of the settings, each position times ``weights`` (n, 1, h, w), each sample times ``times``.
 
     Huber's is the smooth one, 2δ(√(e² + δ²) − δ): e² for small errors e, 2δ|e| for large ones.
     """

@@ -1,4 +1,4 @@
-"""Who takes the steps: AdamW, 8-bit AdamW or Prodigy; their rates over time; a moving average of what is trained."""
+"""Optimizers: AdamW, 8-bit AdamW or Prodigy; learning rate schedules; a moving average of the weights."""
 
 from __future__ import annotations
 
@@ -66,22 +66,22 @@ class ProdigyGroups:
 
     def state_dict(self) -> dict[str, Any]:
         """As one optimizer's of the flat tensors, numbered through."""
-        held = [part.state_dict() for part in self.parts]
-        state = {index: one["state"][0] for index, one in enumerate(held) if one["state"]}
+        states = [part.state_dict() for part in self.parts]
+        state = {index: saved["state"][0] for index, saved in enumerate(states) if saved["state"]}
         return {
             "state": state,
-            "param_groups": [{**one["param_groups"][0], "params": [index]} for index, one in enumerate(held)],
+            "param_groups": [{**saved["param_groups"][0], "params": [index]} for index, saved in enumerate(states)],
         }
 
-    def load_state_dict(self, held: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take :meth:`state_dict` back.
 
         Raises:
             ValueError: of other groups.
         """
-        for index, (part, saved) in enumerate(zip(self.parts, held["param_groups"], strict=True)):
+        for index, (part, saved) in enumerate(zip(self.parts, state_dict["param_groups"], strict=True)):
             own = {key: part.param_groups[0][key] for key in self.OWN}
-            state = {0: held["state"][index]} if index in held["state"] else {}
+            state = {0: state_dict["state"][index]} if index in state_dict["state"] else {}
             part.load_state_dict({"state": state, "param_groups": [{**saved, "params": [0]}]})
             part.param_groups[0].update(own)
 
@@ -109,9 +109,9 @@ def build_optimizer(
         rate *= factors.get(layer, 1.0)
         for parameter_name, parameter in attachment.parameters(layer).items():
             decay = 0.0 if parameter_name in attachment.method.neutral else config.weight_decay
-            # Components of one rate stay one group, as ever, except where each finds its own.
-            apart = component if name == "prodigy" else ""
-            groups.setdefault((rate, decay, apart), []).append(parameter)
+            # Components of one rate are one group, except where Prodigy finds a rate for each.
+            own_group = component if name == "prodigy" else ""
+            groups.setdefault((rate, decay, own_group), []).append(parameter)
     listed: Groups = [
         {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay, _), parameters in groups.items()
     ]
@@ -146,8 +146,8 @@ def lr_schedule(name: str, steps: int, warmup_steps: int = 0) -> Callable[[int],
 
     # A schedule of diffusers needs an optimizer to write into; this one needs only the function of the step.
     name = "constant_with_warmup" if name == "constant" else name
-    nobody = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
-    schedule = get_scheduler(name, nobody, num_warmup_steps=min(warmup_steps, steps - 1), num_training_steps=steps)
+    placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
+    schedule = get_scheduler(name, placeholder, num_warmup_steps=min(warmup_steps, steps - 1), num_training_steps=steps)
     factor: Callable[[int], float] = schedule.lr_lambdas[0]
     return factor
 

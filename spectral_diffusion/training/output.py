@@ -1,4 +1,4 @@
-"""What is at a training's output already, what may be replaced there, and who is writing it."""
+"""A training's output: what exists already, what may be replaced, and which process writes it."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ STATE = ".state.safetensors"
 
 
 def state_path(output: Path) -> Path:
-    """Where a run's resumable state lies while it is unfinished."""
+    """The path of an unfinished run's resumable state."""
     return output.with_name(f"{output.stem}{STATE}")
 
 
 @contextmanager
 def claimed(output: Path) -> Iterator[None]:
-    """Hold an output while it is trained.
+    """Lock an output while it is trained.
 
     Raises:
-        UserError: another training holds it, or its folder cannot be written.
+        UserError: another training has locked it, or its folder cannot be written.
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        place = output.with_name(f".{output.name}.lock")
-        lock = FileLock(place, timeout=0)
+        lock_file = output.with_name(f".{output.name}.lock")
+        lock = FileLock(lock_file, timeout=0)
         lock.acquire()
     except Timeout as error:
         raise UserError(
@@ -52,16 +52,16 @@ def claimed(output: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            place.unlink()  # while it is held; Windows keeps it
+            lock_file.unlink()  # before the release; Windows keeps it
         lock.release()
 
 
 def prepare_output(config: TrainConfig, name: str, resume: bool, force: bool, hooks: Hooks = QUIET) -> bool:
-    """Whether the adapter of these settings is there already, so that nothing is left to train.
+    """Whether the adapter of these settings exists already, so that nothing is left to train.
 
     Args:
         name: of the concept.
-        force: with ``resume`` go on although settings have changed; without it replace what is there.
+        force: with ``resume`` go on although settings have changed; without it replace the output.
 
     Raises:
         UserError: something would be lost: a stopped training's state, another concept's adapter, a file of another
@@ -116,7 +116,7 @@ def refuse_other_output(output: Path) -> None:
 
 
 def is_done(config: TrainConfig, force: bool = False) -> bool:
-    """Whether the adapter is there already, from the same settings, and no state of a training since.
+    """Whether the adapter exists already, from the same settings, and no state of a training since.
 
     Raises:
         UserError: it was made with others, and not ``force``.
@@ -124,8 +124,8 @@ def is_done(config: TrainConfig, force: bool = False) -> bool:
     output = config.output
     if not output.is_file() or state_path(output).exists() or not (before := settings_in(output)):
         return False
-    kept = {key: before[key] for key in settled(config) if key in before}
-    now = {**comparable_settings(config), **kept}
+    settled_before = {key: before[key] for key in settled(config) if key in before}
+    now = {**comparable_settings(config), **settled_before}
     if not output.with_suffix(".yaml").is_file():  # an adapter's own settings name no folders
         now = without_folders(now)
     changed = differences(before, now)
@@ -136,14 +136,14 @@ def is_done(config: TrainConfig, force: bool = False) -> bool:
             Fix("force", "true", "to keep it"),
             Fix("resume", "false", "to train it anew"),
         )
-    with suppress(UserError):  # a damaged one is told where it is used
+    with suppress(UserError):  # a damaged one is reported where it is used
         revision = int(read_header(output)[1].get("spectral.revision", "1"))
         return revision == get_method(config.method).revision  # else it would be refused there
     return True
 
 
 def settings_in(output: Path) -> dict[str, Any]:
-    """The settings that an adapter was made with, as :func:`.state.comparable` gives them; empty if nothing says.
+    """An adapter's settings, as :func:`.checkpoint.comparable_settings` gives them; empty if unknown.
 
     Raises:
         UserError: the file beside it is damaged.
@@ -152,14 +152,14 @@ def settings_in(output: Path) -> dict[str, Any]:
     if beside.is_file():
         return comparable_settings(build(TrainConfig, read_yaml(beside), file=str(beside)))
     try:
-        held = json.loads(read_header(output)[1]["spectral.config"])
-        return held if isinstance(held, dict) else {}
+        settings = json.loads(read_header(output)[1]["spectral.config"])
+        return settings if isinstance(settings, dict) else {}
     except (UserError, ValueError, KeyError, RecursionError):
         return {}
 
 
 def settled(config: TrainConfig) -> set[str]:
-    """The settings that a training settles itself, whatever is asked."""
+    """The settings that a training overrides."""
     names = {"slot_seed"} if config.slot_seed is None else set()
     if config.mixed_precision == "auto":
         names.add("mixed_precision")
@@ -178,8 +178,8 @@ def name_in(path: Path) -> str:
 def concept_in(path: Path) -> tuple[str, str]:
     """Name and token of the concept in an adapter's file; empty if it is none."""
     try:
-        said = json.loads(read_header(path)[1]["spectral.concept"])
-        return str(said["name"]), str(said["token"])
+        fields = json.loads(read_header(path)[1]["spectral.concept"])
+        return str(fields["name"]), str(fields["token"])
     except (UserError, ValueError, KeyError, TypeError, RecursionError):
         return "", ""
 

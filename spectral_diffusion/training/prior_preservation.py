@@ -1,15 +1,15 @@
-"""Keep everything else as the base draws it while one concept is learnt.
+"""Prior preservation: the base's other images stay as they are while a concept is trained.
 
-An adapter trained on photos of one thing alone changes every picture, whatever the prompt says, and fused
-adapters then draw over each other. So the base first draws ordinary pictures, and two things are done with them:
+An adapter trained on photos of a single subject changes every image, whatever the prompt, and fused adapters
+overwrite each other. So the base first generates prior images, which are used twice:
 
-* the adapted networks are held to the base's own predictions on them: DreamBooth's prior preservation (Ruiz et
-  al. 2023, sec. 3.3) with the base's output as the target. Part of their prompts carry a random word, as
-  somebody else's concept would, so that an adapter answers to its own word and to no other new one;
+* the adapted networks must reproduce the base's predictions on them: DreamBooth's prior preservation (Ruiz et
+  al. 2023, sec. 3.3) with the base's output as the target. Part of their prompts carry a random token, as those
+  of another concept would, so that an adapter responds to its own token and to no other new one;
 * photos are shown side by side with them (the Cut-Mix of SVDiff, Han et al. 2023, sec. 3.3), so that a concept
-  keeps to its own side of a picture.
+  stays on its own side of an image.
 
-With ``data.class_images_dir`` the ordinary pictures are files of the concept's class instead.
+With ``data.class_images_dir`` the prior images are files of the concept's class instead.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from ..models.prompt_encoder import PromptEncoder
 from .batch import Batch
 from .prior_images import PriorImages
 
-CHUNK = 8  # predictions asked for together
-DRAWS = 8  # noise and timestep draws per ordinary picture
+CHUNK = 8  # predictions per batch
+DRAWS = 8  # noises and timesteps per prior image
 PAIRS = ("{} on the left and {} on the right", "on the left {}, on the right {}")
-OTHER_TOKENS = tuple(f"<other-{index}>" for index in range(64))  # random words that stand for other people's concepts
+OTHER_TOKENS = tuple(f"<other-{index}>" for index in range(64))  # tokens that stand in for other concepts
 
 
 @dataclass
 class PriorTargets:
-    """Where the adapted networks must predict what the base predicts: n noised pictures with their targets."""
+    """Targets of the adapted networks: n noised images with the base's predictions."""
 
     noisy: Tensor
     timesteps: Tensor
@@ -52,26 +52,26 @@ class PriorTargets:
 
 @torch.no_grad()
 def predict_prior_targets(
-    ordinary: PriorImages,
+    prior_images: PriorImages,
     denoiser: Denoiser,
     config: TrainConfig,
     encode: PromptEncoder,
     hooks: Hooks = QUIET,
 ) -> PriorTargets:
-    """Noise the ordinary pictures and ask the untouched base what it predicts."""
+    """Noise the prior images and predict with the unchanged base."""
     noises, times, prompts = [], [], []
-    for index in range(len(ordinary.prompts) * DRAWS):
+    for index in range(len(prior_images.prompts) * DRAWS):
         generator = keyed_generator(config.seed, "anchor", index)
-        picture = index % len(ordinary.prompts)
+        picture = index % len(prior_images.prompts)
         times.append(denoiser.sample_timestep(generator, config.timestep_power))
-        noises.append(torch.randn(ordinary.latents.shape[1:], generator=generator))
-        prompt = ordinary.prompts[picture]
+        noises.append(torch.randn(prior_images.latents.shape[1:], generator=generator))
+        prompt = prior_images.prompts[picture]
         if float(torch.rand((), generator=generator)) < config.prior.other_token_prob:
             word = OTHER_TOKENS[int(torch.randint(len(OTHER_TOKENS), (), generator=generator))]
-            thing = ordinary.things[picture]
-            prompt = prompt.replace(thing, f"{word} {thing.split()[-1]}")
+            subject = prior_images.subjects[picture]
+            prompt = prompt.replace(subject, f"{word} {subject.split()[-1]}")
         prompts.append(prompt)
-    latents = ordinary.latents.repeat(DRAWS, 1, 1, 1)
+    latents = prior_images.latents.repeat(DRAWS, 1, 1, 1)
     timesteps = torch.stack(times).to(latents.device)
     noisy = denoiser.add_noise(latents, torch.stack(noises).to(latents), timesteps)
     targets = []
@@ -105,12 +105,12 @@ def predict_both(
 
 
 def is_cut_mix_step(step: int, config: TrainConfig) -> bool:
-    """Whether this step shows photos beside ordinary pictures."""
+    """Whether this step shows photos beside prior images."""
     return float(torch.rand((), generator=keyed_generator(config.seed, "cut", step))) < config.prior.cut_mix_prob
 
 
-def cut_mix(samples: Batch, ordinary: PriorImages, token: str, step: int, config: TrainConfig) -> Batch:
-    """Half of a step's photos, each beside an ordinary picture; the prompt names both sides.
+def cut_mix(samples: Batch, prior_images: PriorImages, token: str, step: int, config: TrainConfig) -> Batch:
+    """Half of a step's photos, each beside a prior image; the prompt names both sides.
 
     Where one is taller, its top is shown. Masks weigh the photo's side alone.
     """
@@ -118,22 +118,22 @@ def cut_mix(samples: Batch, ordinary: PriorImages, token: str, step: int, config
     latents: list[Tensor] = []
     noises: list[Tensor] = []
     weights: list[Tensor] = []
-    height = min(samples.latents.shape[2], ordinary.latents.shape[2])
+    height = min(samples.latents.shape[2], prior_images.latents.shape[2])
     count = max(1, len(samples.prompts) // 2)
     for index in range(count):
         generator = keyed_generator(config.seed, "cut", step, index)
-        other = int(torch.randint(len(ordinary.prompts), (), generator=generator))
-        noise = torch.randn(ordinary.latents.shape[1:], generator=generator).to(samples.noise)
+        other = int(torch.randint(len(prior_images.prompts), (), generator=generator))
+        noise = torch.randn(prior_images.latents.shape[1:], generator=generator).to(samples.noise)
         whole = torch.ones_like(noise[:1])
         weight = whole if samples.weights is None else samples.weights[index]
         photo = (samples.latents[index], samples.noise[index], weight, token)
-        halves = [photo, (ordinary.latents[other], noise, whole, ordinary.things[other])]
+        halves = [photo, (prior_images.latents[other], noise, whole, prior_images.subjects[other])]
         if float(torch.rand((), generator=generator)) < 0.5:
             halves.reverse()
-        pictures, sides, counts, things = zip(*halves, strict=True)
+        pictures, sides, counts, subjects = zip(*halves, strict=True)
         for row, parts in ((latents, pictures), (noises, sides), (weights, counts)):
             row.append(torch.cat([part[:, :height] for part in parts], -1))
         pair = PAIRS[int(torch.randint(len(PAIRS), (), generator=generator))]
-        prompts.append(pair.format(*things))
+        prompts.append(pair.format(*subjects))
     weighed = None if samples.weights is None else torch.stack(weights)
     return Batch(torch.stack(latents), torch.stack(noises), samples.timesteps[:count], prompts, weighed)

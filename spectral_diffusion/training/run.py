@@ -48,7 +48,7 @@ def train_to_file(
 
     The settings are taken as they are; :func:`..config.settings_for` gives those of the command line. The concept's
     slot is reserved in the ledger beside the output before training starts. Of several processes, as
-    ``accelerate launch`` starts them, the main one alone writes and tells.
+    ``accelerate launch`` starts them, the main one alone writes and notifies.
 
     Args:
         resume: go on from a stopped training's state; an adapter that is done already stays and is returned.
@@ -56,11 +56,11 @@ def train_to_file(
             another concept's adapter.
 
     Raises:
-        UserError: anything the person can mend; see also :func:`.loop.train`.
+        UserError: anything that the user can fix; see also :func:`.loop.train`.
     """
     if config.output.suffix != ".safetensors":
         raise UserError(f"The output {config.output} must end in .safetensors.")
-    get_method(config.method)  # a misspelt one is told before any loading
+    get_method(config.method)  # a misspelt one is reported before any loading
     among = current_world(config.device)
     if not among.is_main:
         hooks = Hooks(should_stop=hooks.should_stop)
@@ -157,7 +157,7 @@ def check_concept(concept: Concept, base: Base, config: TrainConfig) -> None:
     if config.per_layer_tokens:
         check_encoders(base)
     known = {token.lower(): token for token in base.known_tokens}
-    if token := known.get(concept.token.lower()):  # a tokenizer does not tell upper case from lower
+    if token := known.get(concept.token.lower()):  # tokenizers ignore case
         raise UserError(
             f"The base '{config.base}' already has the token {token}.", Fix("token", "<name>", "to choose another")
         )
@@ -230,11 +230,11 @@ def with_start(config: TrainConfig, base: Base, concept: Concept) -> tuple[Train
 
 def settle_precision(config: TrainConfig, base: Base, resume: bool, hooks: Hooks) -> TrainConfig:
     """Settle the mixed precision: given, the interrupted run's, or what is quick on this machine. It is recorded."""
-    asked = config.mixed_precision
-    if asked == "auto":
-        asked = earlier_settings(config, resume).get("mixed_precision", asked)
-    precision = resolve_mixed_precision(asked, base.device, base.dtype)
-    precision_note(asked, precision, base.device, config.allow_tf32, hooks.notify)
+    requested = config.mixed_precision
+    if requested == "auto":
+        requested = earlier_settings(config, resume).get("mixed_precision", requested)
+    precision = resolve_mixed_precision(requested, base.device, base.dtype)
+    precision_note(requested, precision, base.device, config.allow_tf32, hooks.notify)
     return config.model_copy(update={"mixed_precision": precision})
 
 
@@ -245,7 +245,7 @@ def earlier_settings(config: TrainConfig, resume: bool) -> dict[str, Any]:
 
 
 def with_slot_seed(config: TrainConfig, resume: bool) -> TrainConfig:
-    """Settle the seed of a drawn slot: given, the interrupted run's, or fresh. It is recorded in the file."""
+    """Settle the seed of a random slot: given, the interrupted run's, or fresh. It is recorded in the file."""
     if config.slot_seed is not None or not parse_policy(config.slot, config.rank).is_random:
         return config
     seed = earlier_settings(config, resume).get("slot_seed")
@@ -253,7 +253,7 @@ def with_slot_seed(config: TrainConfig, resume: bool) -> TrainConfig:
 
 
 def reserve(config: TrainConfig, base: Base, concept: Concept) -> Slot:
-    """The concept's slot, from the ledger beside the output unless it is drawn privately."""
+    """The concept's slot, from the ledger beside the output unless it is sampled privately."""
     weights = base.weights(config.target_modules)
     columns, narrowest = capacity(weights)
     rows = get_method(config.method).slot == "rows"
@@ -268,7 +268,7 @@ def reserve(config: TrainConfig, base: Base, concept: Concept) -> Slot:
 
 
 def slot_notes(config: TrainConfig, slot: Slot, base: Base) -> list[str]:
-    """What a person should know of a slot before training: chances of a clash, a shaky border."""
+    """Notes on a slot before training: the chance of a clash, an unstable border."""
     notes = []
     policy = parse_policy(config.slot, config.rank)
     weights = base.weights(config.target_modules)
@@ -276,8 +276,8 @@ def slot_notes(config: TrainConfig, slot: Slot, base: Base) -> list[str]:
         pool = min(policy.pool, capacity(weights)[0])
         chance = collision_probability(config.rank, pool)
         notes.append(
-            f"Columns {slot} were drawn from the top {pool} (slot_seed={config.slot_seed}); another concept drawn so "
-            f"shares one with a chance of {chance:.0%}. Fusion tells the real overlap."
+            f"Columns {slot} were sampled from the top {pool} (slot_seed={config.slot_seed}); another sampled concept "
+            f"shares one with a chance of {chance:.0%}. Fusion reports the real overlap."
         )
     if slot.bottom == 0 and get_method(config.method).slot == "columns":
         gap, layer = spectrum_of(weights, slot.top).smallest_gap(slot.columns)

@@ -11,17 +11,17 @@ SLOW = 4.0  # times the quickest window
 
 
 class SlowSteps:
-    """Told of every step, it says once if the last ones took far longer than the quickest of this run.
+    """Called after every step, it notes once if the last ones took far longer than the quickest of this run.
 
     It changes nothing by itself: the number of threads decides the last bits of a training.
 
     Args:
-        threads: of this process; with one there is nobody to wait for.
+        threads: of this process; one has nothing to wait for.
     """
 
     def __init__(self, threads: int, note: Callable[[str], None]) -> None:
         self.threads, self.note = threads, note
-        self.said = threads < 2
+        self.noted = threads < 2
         self.quickest = float("inf")
         self._last: float | None = None
         self._times: deque[float] = deque(maxlen=WINDOW)
@@ -31,12 +31,12 @@ class SlowSteps:
         if self._last is not None:
             self._times.append(clock - self._last)
         self._last = clock
-        if self.said or len(self._times) < WINDOW:
+        if self.noted or len(self._times) < WINDOW:
             return
         now = statistics.median_low(self._times)
         self.quickest = min(self.quickest, now)
         if now > SLOW * self.quickest:
-            self.said = True
+            self.noted = True
             self.note(
                 f"Note: steps take {now / self.quickest:.0f} times as long as this run's quickest: on a busy machine "
                 f"its {self.threads} threads wait for each other, and OMP_NUM_THREADS=1 is quicker (it can be "

@@ -46,10 +46,10 @@ def training_seconds(config: TrainConfig, arch: str) -> float:
     device = parse_device(config.device)
     precision = resolve_mixed_precision(config.mixed_precision, device, parse_dtype(config.dtype))
     prior = config.prior if config.prior.loss_weight else None
-    seen = float((config.batch_size + (prior.batch_size if prior else 0)) * config.steps)
-    if prior and not config.data.class_images_dir:  # each drawn with guidance, two predictions a step
-        seen += prior.num_images * 2 * STEPS / PASSES
-    return seen * seconds_per_picture(arch, device, precision)
+    images = float((config.batch_size + (prior.batch_size if prior else 0)) * config.steps)
+    if prior and not config.data.class_images_dir:  # each with guidance, two predictions a step
+        images += prior.num_images * 2 * STEPS / PASSES
+    return images * seconds_per_picture(arch, device, precision)
 
 
 def pocket_step(device: torch.device, precision: MixedPrecision) -> float:
@@ -60,15 +60,15 @@ def pocket_step(device: torch.device, precision: MixedPrecision) -> float:
     if plain_attention_is_faster(device.type, is_half(precision, torch.float32), side):
         unet.set_attn_processor(AttnProcessor())
     noisy = torch.zeros(BATCH, unet.config.in_channels, side, side, device=device, requires_grad=True)
-    words = torch.zeros(BATCH, 32, unet.config.cross_attention_dim, device=device, requires_grad=True)
+    embeddings = torch.zeros(BATCH, 32, unet.config.cross_attention_dim, device=device, requires_grad=True)
     times = torch.zeros(BATCH, dtype=torch.long, device=device)
 
     def work() -> Tensor:
         with autocast(device, precision):
-            predicted: Tensor = unet(noisy, times, words).sample
+            predicted: Tensor = unet(noisy, times, embeddings).sample
         return predicted.float().square().mean()
 
-    return timed(lambda: torch.autograd.grad(work(), (noisy, words)), device) / BATCH
+    return timed(lambda: torch.autograd.grad(work(), (noisy, embeddings)), device) / BATCH
 
 
 def flops_per_second(device: torch.device, precision: MixedPrecision) -> float:
@@ -87,11 +87,11 @@ def flops_per_second(device: torch.device, precision: MixedPrecision) -> float:
 
 def timed(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
     """The least of some timings, in seconds; the first run, which also chooses kernels, does not count."""
-    found = []
+    seconds = []
     for _ in range(repeats + 1):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         work()
         if device.type != "cpu":
             getattr(torch, device.type).synchronize()
-        found.append(time.perf_counter() - begun)
-    return min(found[1:])
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])

@@ -24,14 +24,14 @@ STALE = 3600.0  # seconds without a word after which a process that cannot be lo
 
 
 class Sample(BaseModel):
-    """A sample grid that was drawn after a step."""
+    """A sample grid generated after a step."""
 
     step: int
     file: str
 
 
 class TrainingStatus(BaseModel):
-    """What ``status.json`` holds. ``lost`` is never written: :func:`read_status` says it of a run that is gone."""
+    """The content of ``status.json``. ``lost`` is never written: :func:`read_status` gives it to a dead run."""
 
     state: State = "starting"
     stage: str = ""  # of the work: encode, draw, train …
@@ -43,7 +43,7 @@ class TrainingStatus(BaseModel):
     started: str = ""  # ISO times
     updated: str = ""
     pid: int = 0
-    pid_started: int | None = None  # when the process began, in the system's ticks, so that a reused pid is told
+    pid_started: int | None = None  # when the process began, in the system's ticks, so that a reused pid is recognized
     notes: list[str] = []
     samples: list[Sample] = []
     message: str = ""  # one sentence on how it ended
@@ -53,7 +53,7 @@ class TrainingStatus(BaseModel):
 
 
 def status_path(output: Path) -> Path:
-    """Where the status of the run that writes ``output`` lies by default."""
+    """The default status file of the run that writes ``output``."""
     return output.with_name(f"{output.stem}.status.json")
 
 
@@ -80,14 +80,14 @@ def is_alive(status: TrainingStatus) -> bool:
         except ProcessLookupError:
             return False
         except OSError:
-            pass  # it is there, but not ours
+            pass  # it exists, but is not ours
     with suppress(ValueError):
         return time.time() - datetime.fromisoformat(status.updated).timestamp() < STALE
     return False
 
 
 def process_start(pid: int) -> int | None:
-    """When a process began, in ticks since the system did; None if it is dead or the system does not tell."""
+    """When a process began, in ticks since the system did; None if it is dead or unknown."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

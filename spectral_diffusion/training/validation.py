@@ -1,4 +1,4 @@
-"""What is shown and recorded while a concept trains: sample grids, a tracker, likeness, a card. Training feels none."""
+"""Validation during training: sample grids, a tracker, likeness, a card. None of it affects training."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ BETTER = 0.005  # how much more alike the samples must be to count as better
 
 
 def samples_folder(output: Path) -> Path:
-    """Where the sample grids of a training lie."""
+    """The folder of a training's sample grids."""
     return output.with_name(f"{output.stem}-samples")
 
 
 @contextmanager
 def at_strength(attachment: InjectedAdapter, strength: float) -> Iterator[None]:
-    """Let ΔW act times λ, whatever the method: each layer's output moves from its base's by so much."""
+    """Scale ΔW by λ, whatever the method: the difference of each layer's output from its base's is scaled."""
 
     def scale(layer: Any, inputs: Any, keywords: Any, output: Tensor) -> Tensor:
-        plain: Tensor = layer.get_base_layer()(*inputs, **keywords)
-        return plain + strength * (output - plain)
+        unchanged: Tensor = layer.get_base_layer()(*inputs, **keywords)
+        return unchanged + strength * (output - unchanged)
 
     layers: list[Any] = [] if strength == 1 else list(attachment.layers.values())
     handles = [layer.register_forward_hook(scale, with_kwargs=True) for layer in layers]
@@ -82,9 +82,9 @@ def validation_images(
 
 
 class Validator:
-    """Asked after every step; it draws, records, and says when the likeness has stopped rising.
+    """Called after every step; generates grids, records metrics, and reports when the likeness has stopped rising.
 
-    Grids and records go beside the adapter's file.
+    Grids and records are written beside the adapter's file.
 
     Args:
         active: whether this process is the one that writes.
@@ -99,7 +99,7 @@ class Validator:
         self.rested = 0  # grids since the likeness rose
         self._stride = 1
         self.encoder = self._encoder() if config.validation.every and active else None
-        self._lone = not PartialState._shared_state  # nobody else in this process has accelerate's state
+        self._lone = not PartialState._shared_state  # nothing else in this process has accelerate's state
         self.tracker = start_tracker(config, self.path, concept.name) if active else None
 
     def __enter__(self) -> Validator:
@@ -113,7 +113,7 @@ class Validator:
 
     @property
     def plateau(self) -> bool:
-        """Whether training may stop: so many grids in a row were not more like the photos than the best."""
+        """Whether training may stop: no grid improved the likeness for ``early_stopping_patience`` grids in a row."""
         return 0 < self.config.validation.early_stopping_patience <= self.rested
 
     def __call__(
@@ -178,18 +178,18 @@ class Validator:
                 self.note(f"Note: {error}")
 
     def state(self) -> dict[str, Any]:
-        """What a resume needs, JSON-able."""
+        """The state that a resume needs, JSON-able."""
         return {
             "curve": self.curve, "stride": self._stride, "samples": self.samples, "likeness": self.likeness,
             "rested": self.rested,
         }  # fmt: skip
 
-    def load_state(self, held: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Take :meth:`state` back."""
-        self.curve = [(int(step), float(value)) for step, value in held.get("curve", [])]
-        self.samples = [(int(step), str(file)) for step, file in held.get("samples", [])]
-        self.likeness = [(int(step), float(value)) for step, value in held.get("likeness", [])]
-        self._stride, self.rested = int(held.get("stride", 1)), int(held.get("rested", 0))
+        self.curve = [(int(step), float(value)) for step, value in state.get("curve", [])]
+        self.samples = [(int(step), str(file)) for step, file in state.get("samples", [])]
+        self.likeness = [(int(step), float(value)) for step, value in state.get("likeness", [])]
+        self._stride, self.rested = int(state.get("stride", 1)), int(state.get("rested", 0))
 
 
 def start_tracker(config: TrainConfig, path: Path, name: str) -> Any:
@@ -198,20 +198,22 @@ def start_tracker(config: TrainConfig, path: Path, name: str) -> Any:
     Raises:
         UserError: its package is not installed, or it cannot start.
     """
-    wanted = config.validation.log_with
-    if wanted == "none":
+    tracker_name = config.validation.log_with
+    if tracker_name == "none":
         return None
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    if wanted not in [str(one.value) for one in get_available_trackers()]:
-        extra = "pip install 'spectral-diffusion[log]'" if wanted == "tensorboard" else f"pip install {wanted}"
-        raise UserError(f"The tracker {wanted} is not installed ({extra}).", Fix("validation.log_with", "none"))
-    PartialState(cpu=not torch.cuda.is_available())  # the trackers ask it who is the main process
-    kind = LOGGER_TYPE_TO_CLASS[wanted]
+    if tracker_name not in [str(tracker_type.value) for tracker_type in get_available_trackers()]:
+        extra = (
+            "pip install 'spectral-diffusion[log]'" if tracker_name == "tensorboard" else f"pip install {tracker_name}"
+        )
+        raise UserError(f"The tracker {tracker_name} is not installed ({extra}).", Fix("validation.log_with", "none"))
+    PartialState(cpu=not torch.cuda.is_available())  # the trackers read the main process from it
+    kind = LOGGER_TYPE_TO_CLASS[tracker_name]
     folder = {"logging_dir": str(path.with_name(f"{path.stem}-log"))} if kind.requires_logging_directory else {}
     try:
         tracker = kind(re.sub(r"[^\w.-]+", "-", name), **folder)
         tracker.start()
     except Exception as error:  # each has its own ways to fail: no key, no network
-        raise UserError(f"The tracker {wanted} could not start: {reason(error)}.") from error
+        raise UserError(f"The tracker {tracker_name} could not start: {reason(error)}.") from error
     return tracker

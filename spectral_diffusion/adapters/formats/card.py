@@ -9,16 +9,23 @@ MARK = "spectral-adapter"  # in every card, by which an earlier one is known
 
 
 def model_card(
-    title: str, base: str, tokens: Mapping[str, str], recipe: Mapping[str, Any], files: Sequence[str], picture: str = ""
+    title: str,
+    base: str,
+    tokens: Mapping[str, str],
+    settings: Mapping[str, Any],
+    files: Sequence[str],
+    picture: str = "",
 ) -> str:
     """A Markdown card with the hub's front matter.
 
     Args:
         tokens: trigger word to class noun.
-        recipe: method or merge and its settings, shown as they are.
+        settings: method or merge and its settings, shown as they are.
         picture: a sample picture's file name, if there is one.
     """
-    words = ", ".join(f"`{token}` (a {noun})" if noun else f"`{token}`" for token, noun in tokens.items()) or "none"
+    trigger_words = (
+        ", ".join(f"`{token}` (a {noun})" if noun else f"`{token}`" for token, noun in tokens.items()) or "none"
+    )
     front = ["---", f"base_model: {base}", "library_name: diffusers", f"tags: [text-to-image, lora, {MARK}]"]
     if tokens:
         first = next(iter(tokens))
@@ -26,10 +33,10 @@ def model_card(
     lines = [
         *front, "---", "", f"# {title}", "",
         *([f"![sample]({picture})", ""] if picture else []),
-        f"Trigger words: {words}.", "",
+        f"Trigger words: {trigger_words}.", "",
         "| | |", "| --- | --- |",
         f"| base model | {base} |",
-        *(f"| {key} | {value} |" for key, value in recipe.items() if value not in (None, "", {})),
+        *(f"| {key} | {value} |" for key, value in settings.items() if value not in (None, "", {})),
         f"| files | {', '.join(files)} |", "",
         "The words need their embedding files: `pipe.load_textual_inversion(…)`, or your program's `embeddings` folder."
         if tokens else "",

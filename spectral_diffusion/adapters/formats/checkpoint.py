@@ -56,12 +56,12 @@ def unet_key(name: str, layers: int, attended: set[int]) -> str:
         return f"{UNET_TOP[module]}.{kind}"
     if match := re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)", name):
         side, block, part, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-        place = block * (layers + 1) + index
-        where = f"input_blocks.{place + 1}" if side == "down" else f"output_blocks.{place}"
+        position = block * (layers + 1) + index
+        where = f"input_blocks.{position + 1}" if side == "down" else f"output_blocks.{position}"
         return f"{where}.1.{rest}" if part == "attentions" else f"{where}.0.{_resnet(rest)}"
     if match := re.fullmatch(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name):
-        place = 2 * int(match[2]) + (match[1] == "attentions")
-        return f"middle_block.{place}.{match[3] if match[1] == 'attentions' else _resnet(match[3])}"
+        position = 2 * int(match[2]) + (match[1] == "attentions")
+        return f"middle_block.{position}.{match[3] if match[1] == 'attentions' else _resnet(match[3])}"
     if match := re.fullmatch(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(.+)", name):
         return f"input_blocks.{(int(match[1]) + 1) * (layers + 1)}.0.op.{match[2]}"
     if match := re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv\.(.+)", name):
@@ -118,12 +118,12 @@ def clip_tensors(encoder: nn.Module, prefix: str, rows: int) -> dict[str, Tensor
 
 def open_clip_tensors(encoder: nn.Module, prefix: str, rows: int) -> dict[str, Tensor]:
     """A text encoder of OpenCLIP, as Stable Diffusion 2 and XL have."""
-    held = {name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
+    state = {name.removeprefix("text_model."): value for name, value in encoder.state_dict().items()}
     out = {}
-    for name, value in held.items():
+    for name, value in state.items():
         if match := re.fullmatch(r"(.+)\.self_attn\.([qkv])_proj\.(weight|bias)", name):
             if match[2] == "q":
-                parts = [held[f"{match[1]}.self_attn.{part}_proj.{match[3]}"] for part in "qkv"]
+                parts = [state[f"{match[1]}.self_attn.{part}_proj.{match[3]}"] for part in "qkv"]
                 layer = match[1].replace("encoder.layers.", "transformer.resblocks.")
                 out[f"{prefix}{layer}.attn.in_proj_{match[3]}"] = torch.cat(parts)
             continue

@@ -47,21 +47,21 @@ def import_lora(
     layers = find_targets(base.models, EVERYTHING)
     fused = fused_layers(base.models)
     convert = None if base.tokenizers else base.denoiser.convert_lora
-    found = read_lora(path, [*layers, *fused], convert)
-    found.factors = split_parts(found.factors, fused)
-    if strange := next((layer for layer in found.factors if layer not in layers), None):
+    lora = read_lora(path, [*layers, *fused], convert)
+    lora.factors = split_parts(lora.factors, fused)
+    if strange := next((layer for layer in lora.factors if layer not in layers), None):
         raise UserError(f"{path} is a LoRA for another base: {strange} is of another size.", Fix("base"))
-    rank = max(len(one.down) for one in found.factors.values())
+    rank = max(len(pair.down) for pair in lora.factors.values())
     parameters: dict[str, Tensor] = {}
-    for layer, (up, down) in sorted(found.factors.items()):
+    for layer, (up, down) in sorted(lora.factors.items()):
         if (len(up), down.shape[1]) != matrix_shape(layers[layer].weight):
             raise UserError(f"{path} is a LoRA for another base: {layer} is of another size.", Fix("base"))
         missing = rank - len(down)
         parameters[f"{layer}.A"] = torch.nn.functional.pad(down, (0, 0, 0, missing))
         parameters[f"{layer}.B"] = torch.nn.functional.pad(up, (0, missing))
-    tokens = tokens_of(path, found.embeddings, base)
+    tokens = tokens_of(path, lora.embeddings, base)
     token, vectors = next(iter(tokens.items()), ("", {}))
-    changed = sorted(found.factors)
+    changed = sorted(lora.factors)
     adapter = Adapter(
         name=check_name(name or name_of(path)), noun="", token=token, method=get_method("lora"), rank=rank, slot=None,
         targets=EVERYTHING, base=base.name, fingerprint=base.fingerprint, parameters=parameters,
@@ -76,18 +76,18 @@ def import_lora(
 
 
 def name_of(path: Path) -> str:
-    """What to call a foreign LoRA: as its file, or its folder where all files have one name, without odd characters."""
+    """A foreign LoRA's name: its file's, or its folder's where all files have one name, without unsafe characters."""
     file = lora_file(path).resolve()
     stem = file.parent.name if file.stem in NAMED else file.stem
-    plain = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.+-]+", " ", stem)).strip(" .")
-    return plain[:100].strip(" .") or "lora"
+    cleaned = re.sub(r"\.{2,}", ".", re.sub(r"[^\w.+-]+", " ", stem)).strip(" .")
+    return cleaned[:100].strip(" .") or "lora"
 
 
 def distinct(name: str, taken: Collection[str]) -> str:
-    """The name, or with -2, -3, … behind it the first that is free; upper and lower case do not tell names apart."""
-    used = {one.lower() for one in taken}
+    """The name, or with -2, -3, … behind it the first that is free; names are compared regardless of case."""
+    used = {candidate.lower() for candidate in taken}
     names = (name, *(f"{name}-{number}" for number in range(2, len(used) + 3)))
-    return next(one for one in names if one.lower() not in used)
+    return next(candidate for candidate in names if candidate.lower() not in used)
 
 
 def tokens_of(path: Path, embeddings: dict[str, dict[str, Tensor]], base: Base) -> dict[str, dict[str, Tensor]]:
@@ -96,20 +96,20 @@ def tokens_of(path: Path, embeddings: dict[str, dict[str, Tensor]], base: Base) 
     Raises:
         UserError: one that does not fit the base's text encoders.
     """
-    wanted = {encoder: embedding_of(base.models[encoder]).embedding_dim for encoder in base.tokenizers}
+    widths = {encoder: embedding_of(base.models[encoder]).embedding_dim for encoder in base.tokenizers}
     tokens: dict[str, dict[str, Tensor]] = {}
     for name, rows in embeddings.items():
-        finite = all(torch.isfinite(one).all() for one in rows.values())
-        lengths = {len(one) for one in rows.values() if one.dim() == 2}
-        if {part: one.shape[-1] for part, one in rows.items()} != wanted or len(lengths) != 1 or not finite:
+        finite = all(torch.isfinite(vectors).all() for vectors in rows.values())
+        lengths = {len(vectors) for vectors in rows.values() if vectors.dim() == 2}
+        if {part: vectors.shape[-1] for part, vectors in rows.items()} != widths or len(lengths) != 1 or not finite:
             raise UserError(f"{path} brings an embedding '{name}' that does not fit this base's text encoders.")
-        plain = re.sub(r"_(\d+)$", r"-\1", re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("_-")) or "embedding"
-        tokens[check_token(f"<{distinct(plain, [token[1:-1] for token in tokens])}>")] = rows
+        word = re.sub(r"_(\d+)$", r"-\1", re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("_-")) or "embedding"
+        tokens[check_token(f"<{distinct(word, [token[1:-1] for token in tokens])}>")] = rows
     return tokens
 
 
 def check_output(path: Path, output: Path) -> None:
-    """Refuse an output that is no adapter file, or that stands there and was not imported.
+    """Refuse an output that is no adapter file, or that exists and was not imported.
 
     Raises:
         UserError: it is.

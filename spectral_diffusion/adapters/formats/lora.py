@@ -20,7 +20,7 @@ from ...linalg import Factors, balance
 from .checkpoint import unet_key
 
 Kernels = Mapping[str, tuple[int, int, int]]
-PROJECTION = "text_projection"  # of SDXL's second text encoder, which is beside its ``text_model``
+PROJECTION = "text_projection"  # of SDXL's second text encoder, outside its ``text_model``
 
 
 def kohya_name(layer: str, xl: bool = False, layers_per_block: int = 2) -> str:
@@ -63,11 +63,11 @@ def kohya_tensors(
     Every layer has the same alpha, the largest rank, and the scale is folded into up where a layer's rank is lower:
     diffusers mixes the layers up where a text encoder has several alphas.
     """
-    alpha = float(max(len(one.down) for one in factors.values()))
+    alpha = float(max(len(pair.down) for pair in factors.values()))
     out = {}
-    for layer, one in factors.items():
+    for layer, pair in factors.items():
         name = kohya_name(layer, xl)
-        even = balance(Factors(one.up * (len(one.down) / alpha), one.down))
+        even = balance(Factors(pair.up * (len(pair.down) / alpha), pair.down))
         up, down = shaped(even, kernels.get(layer))
         out[f"{name}.lora_up.weight"], out[f"{name}.lora_down.weight"] = up.to(dtype), down.to(dtype)
         out[f"{name}.alpha"] = torch.tensor(alpha, dtype=dtype)
@@ -80,13 +80,13 @@ def diffusers_tensors(factors: Mapping[str, Factors], kernels: Kernels, dtype: t
     A component's layers are padded to one rank: where ranks differ older versions scale all by the first layer's.
     """
     most: dict[str, int] = {}
-    for layer, one in factors.items():
+    for layer, pair in factors.items():
         component = layer.partition(".")[0]
-        most[component] = max(most.get(component, 0), len(one.down))
+        most[component] = max(most.get(component, 0), len(pair.down))
     out = {}
-    for layer, one in factors.items():
-        missing = most[layer.partition(".")[0]] - len(one.down)
-        even = balance(one)
+    for layer, pair in factors.items():
+        missing = most[layer.partition(".")[0]] - len(pair.down)
+        even = balance(pair)
         padded = Factors(F.pad(even.up, (0, missing)), F.pad(even.down, (0, 0, 0, missing)))
         up, down = shaped(padded, kernels.get(layer))
         name = diffusers_name(layer)
@@ -99,15 +99,15 @@ def write_hashed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
     It is written twice, the first time to be hashed, since a checkpoint need not fit into memory another time.
     """
-    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic(path) as temporary:
-        save_file(held, temporary)
+        save_file(stored, temporary)
         with temporary.open("rb") as file:
             file.seek(8 + int.from_bytes(file.read(8), "little"))
             digest = hashlib.sha256()
             while part := file.read(2**20):
                 digest.update(part)
-        save_file(held, temporary, {**metadata, "modelspec.hash_sha256": f"0x{digest.hexdigest()}"})
+        save_file(stored, temporary, {**metadata, "modelspec.hash_sha256": f"0x{digest.hexdigest()}"})
 
 
 def names_of(layers: Iterable[str]) -> dict[str, str]:
@@ -125,12 +125,12 @@ def names_of(layers: Iterable[str]) -> dict[str, str]:
 
 
 def lora_metadata(factors: Mapping[str, Factors], base_model: str, about: Mapping[str, str]) -> dict[str, str]:
-    """What kohya's tools and ModelSpec 1.0.1 want to know. No timestamps: the same content is the same file.
+    """The metadata that kohya's tools and ModelSpec 1.0.1 read. No timestamps: the same content is the same file.
 
     diffusers' ``lora_adapter_metadata`` is left out: it names modules, and the text encoder's names changed with
     transformers 5.6; ranks and alpha are in the tensors.
     """
-    ranks = {len(one.down) for one in factors.values()}
+    ranks = {len(pair.down) for pair in factors.values()}
     version = {
         "stable-diffusion-xl-v1-base": "sdxl_base_v1-0", "stable-diffusion-v2": "sd_v2",
         "flux-2-klein": "flux2", "z-image": "zimage",

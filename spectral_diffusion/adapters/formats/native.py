@@ -3,7 +3,7 @@
 Tensors: ``delta.<component>.<layer>.<parameter>``, ``frozen.<component>.<layer>.<name>``, ``token.<text encoder>``,
 ``layerwise.<text encoder>`` of a token whose vectors differ by cross-attention layer (``token`` is their mean), and
 ``earlier.<n>.<text encoder>`` of concepts it was trained on top of. A band is stored, never derived again: one flipped
-sign would change everything. A hash over tensors and metadata tells a damaged or edited file from a whole one.
+sign would change everything. A hash over tensors and metadata reveals damaged or edited files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FORMAT_VERSION = "3"
 
 
 def content_hash(adapter: Adapter) -> str:
-    """A hash of all that an adapter is, wherever its file and its base lie."""
+    """A hash of an adapter's content, independent of where its file and its base are."""
     return digest(*_contents(adapter, PurePath(adapter.base).name))
 
 
@@ -43,10 +43,10 @@ def save_adapter(adapter: Adapter, path: Path) -> None:
 
 
 def _contents(adapter: Adapter, base: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The file's tensors and its metadata but for the hash; ``base`` is what it is called in there."""
+    """The file's tensors and its metadata but for the hash; ``base`` is its name there."""
     tensors = {f"delta.{name}": value for name, value in adapter.parameters.items()}
-    for layer, held in adapter.frozen.items():
-        tensors |= {f"frozen.{layer}.{name}": value for name, value in held.items()}
+    for layer, frozen in adapter.frozen.items():
+        tensors |= {f"frozen.{layer}.{name}": value for name, value in frozen.items()}
     tensors |= {f"token.{encoder}": value for encoder, value in adapter.vectors.items()}
     tensors |= {f"layerwise.{encoder}": value for encoder, value in adapter.per_layer_vectors.items()}
     for index, vectors in enumerate(adapter.earlier.values()):
@@ -197,15 +197,15 @@ def _check_shapes(adapter: Adapter) -> None:
             known.add(f"{layer}.{name}")
             if flat(adapter.parameters[f"{layer}.{name}"], len(shape)) != shape:
                 raise ValueError(f"{layer} has a wrong shape")
-        held, small = adapter.frozen.get(layer, {}), min(out, inside)
-        wanted: dict[str, tuple[int, ...]] = {}
+        frozen, small = adapter.frozen.get(layer, {}), min(out, inside)
+        expected: dict[str, tuple[int, ...]] = {}
         if method.builds_on == "columns":
-            wanted = {"U": (out, rank), "S": (rank,), "V": (inside, rank)}
+            expected = {"U": (out, rank), "S": (rank,), "V": (inside, rank)}
             start = {"D_U": (rank, rank), "D_V": (rank, rank), "c": (rank,)}
-            wanted |= {name: shape for name, shape in start.items() if name in held}
+            expected |= {name: shape for name, shape in start.items() if name in frozen}
         elif method.builds_on == "full_svd":
-            wanted = {"S": (small,)}
-        if {name: tuple(t.shape) for name, t in held.items()} != wanted:
+            expected = {"S": (small,)}
+        if {name: tuple(t.shape) for name, t in frozen.items()} != expected:
             raise ValueError(f"what {layer} is built on has a wrong shape")
     if set(adapter.parameters) != known or not set(adapter.frozen) <= set(adapter.sizes):
         raise ValueError("unknown tensors")

@@ -1,6 +1,6 @@
 """LoRA files of other programs, read: kohya's spelling, diffusers' of every age, and PEFT's, with or without a folder.
 
-Embeddings that a file brings along (``bundle_emb.NAME.clip_l``, of OneTrainer and A1111) are read beside its layers.
+Embeddings inside a file (``bundle_emb.NAME.clip_l``, of OneTrainer and A1111) are read with its layers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 @dataclass
 class Foreign:
-    """What a LoRA file of another program holds, in our names.
+    """The content of another program's LoRA file, in our names.
 
     Attributes:
         factors: layer to its change, alpha multiplied in; ``kernels`` of convolutions.
@@ -102,7 +102,7 @@ def read_lora(path: Path, layers: Iterable[str], convert: Convert | None = None)
     """The factors of a LoRA file (or of a folder around one), alpha multiplied in, and what it brings along.
 
     Args:
-        layers: the layers of the base, without which underscores cannot be told from dots.
+        layers: the layers of the base, needed to distinguish underscores from dots.
         convert: the reader of the base's family, which gives tensors under diffusers' names.
 
     Raises:
@@ -114,37 +114,37 @@ def read_lora(path: Path, layers: Iterable[str], convert: Convert | None = None)
         tensors = convert(tensors)
     elif other := other_network(tensors, metadata):
         raise UserError(
-            f"{path} is a LoRA for {other}, which this program does not draw with; it does with Stable Diffusion 1.x, "
-            "2.x and XL."
+            f"{path} is a LoRA for {other}, which this program does not support; it supports Stable Diffusion "
+            "1.x, 2.x and XL."
         )
-    found = Foreign()
+    lora = Foreign()
     for key in sorted(key for key in tensors if BUNDLED.fullmatch(key)):
         name, which = BUNDLED.fullmatch(key).groups()  # type: ignore[union-attr]
         encoder = "text_encoder_2" if which == "clip_g" else "text_encoder"
-        found.embeddings.setdefault(name, {})[encoder] = torch.atleast_2d(tensors.pop(key).float())
+        lora.embeddings.setdefault(name, {})[encoder] = torch.atleast_2d(tensors.pop(key).float())
     if any(key.startswith(PEFT) for key in tensors):
         tensors, metadata = from_peft(path, tensors, metadata)
     tensors = renamed(tensors)
     parts = factors_in(path, tensors)
     known, scale = names_of(layers), peft_scale(path, metadata)
     check_layers(path, parts, known, metadata)
-    for name, held in parts.items():
-        up, down, alpha = checked(path, name, held)
+    for name, tensors_of_layer in parts.items():
+        up, down, alpha = checked(path, name, tensors_of_layer)
         share = scale(name, len(down)) if alpha is None else alpha / len(down)
         up = up * share
         if not math.isfinite(share) or not torch.isfinite(up).all():
             raise UserError(f"{path} is damaged: {name} or its alpha holds NaN or infinity; get it again.")
         if down.dim() == 4:
-            found.kernels[known[name]] = (down.shape[1], down.shape[2], down.shape[3])
-        found.factors[known[name]] = Factors(up.reshape(len(up), -1), down.reshape(len(down), -1))
-    return found
+            lora.kernels[known[name]] = (down.shape[1], down.shape[2], down.shape[3])
+        lora.factors[known[name]] = Factors(up.reshape(len(up), -1), down.reshape(len(down), -1))
+    return lora
 
 
 def other_network(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
     """Whose network a LoRA changes if that is none of Stable Diffusion's; else an empty string."""
-    for pattern, whose in OTHERS.items():
+    for pattern, family in OTHERS.items():
         if any(re.search(pattern, key) for key in keys):
-            return metadata.get("modelspec.architecture", "").removesuffix("/lora") or whose
+            return metadata.get("modelspec.architecture", "").removesuffix("/lora") or family
     return ""
 
 
@@ -229,58 +229,58 @@ def check_layers(path: Path, names: Collection[str], known: Collection[str], met
     )
 
 
-def checked(path: Path, name: str, held: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float | None]:
+def checked(path: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float | None]:
     """A layer's up, down and alpha, float32.
 
     Raises:
         UserError: they are no whole and finite pair of factors.
     """
-    if not {"up", "down"} <= set(held):
+    if not {"up", "down"} <= set(tensors):
         raise UserError(f"{path} is damaged: {name} lacks one of its two factors; get it again.")
-    up, down = held["up"].float(), held["down"].float()
+    up, down = tensors["up"].float(), tensors["down"].float()
     if up.dim() not in (2, 4) or down.dim() != up.dim() or up.shape[1] != len(down) or not len(down):
         raise UserError(f"{path} is damaged: the factors of {name} do not fit each other; get it again.")
-    alpha = held.get("alpha", torch.ones(()))
+    alpha = tensors.get("alpha", torch.ones(()))
     if alpha.numel() != 1 or not all(torch.isfinite(t).all() for t in (up, down, alpha)):
         raise UserError(f"{path} is damaged: {name} holds NaN, infinity or no single alpha; get it again.")
     if down.dim() == 4 and tuple(up.shape[2:]) != (1, 1):
         raise UserError(f"{path} is no plain LoRA: the up factor of {name} is no 1×1 convolution.")
-    return up, down, float(alpha) if "alpha" in held else None
+    return up, down, float(alpha) if "alpha" in tensors else None
 
 
 def peft_scale(path: Path, metadata: Mapping[str, str]) -> Callable[[str, int], float]:
-    """What scales a layer of a rank: alpha / rank as the configs in diffusers' ``lora_adapter_metadata`` say, else 1.
+    """The scale of a layer of a rank: alpha / rank from the configs in diffusers' ``lora_adapter_metadata``, else 1.
 
     Raises:
         UserError: they cannot be read, name layers by regular expressions (a file from elsewhere may bring one that
-            takes for ever), or tell of factors that only fit weights without their start.
+            never ends), or name factors that only fit weights without their initialization.
     """
     try:
-        held: dict[str, Any] = dict(parse_json(metadata.get("lora_adapter_metadata", "{}")))
-        if "lora_alpha" in held:  # of a U-Net saved alone
-            held = {f"unet.{key}": value for key, value in held.items()}
-        alphas = {key.rpartition(".")[0]: float(value) for key, value in held.items() if key.endswith(".lora_alpha")}
-        given = {part: dict(held.get(f"{part}.alpha_pattern") or {}) for part in alphas}
-        named = {part: {key: float(alpha) for key, alpha in one.items()} for part, one in given.items()}
-        starts = {str(held.get(f"{part}.init_lora_weights")) for part in alphas}
+        config: dict[str, Any] = dict(parse_json(metadata.get("lora_adapter_metadata", "{}")))
+        if "lora_alpha" in config:  # of a U-Net saved alone
+            config = {f"unet.{key}": value for key, value in config.items()}
+        alphas = {key.rpartition(".")[0]: float(value) for key, value in config.items() if key.endswith(".lora_alpha")}
+        given = {part: dict(config.get(f"{part}.alpha_pattern") or {}) for part in alphas}
+        named = {part: {key: float(alpha) for key, alpha in pattern.items()} for part, pattern in given.items()}
+        starts = {str(config.get(f"{part}.init_lora_weights")) for part in alphas}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged: its lora_adapter_metadata cannot be read; get it again.") from error
-    if start := next((one for one in sorted(starts) if one.lower().startswith(SUBTRACTED)), None):
+    if start := next((text for text in sorted(starts) if text.lower().startswith(SUBTRACTED)), None):
         raise UserError(
             f"{path} fits only a base without its start ({start}); save it as a plain LoRA with PEFT's "
             "path_initial_model_for_weight_conversion."
         )
-    ends = {part: ends_of_names(path, one) for part, one in named.items()}
+    ends = {part: ends_of_names(path, pattern) for part, pattern in named.items()}
 
     def scale(name: str, rank: int) -> float:
         part, _, layer = name.partition(".")
         if part not in alphas:
             return 1.0
-        words = layer.split(".")
-        tails = ["^" + layer, *(".".join(words[start:]) for start in range(len(words)))]
-        places = [ends[part][tail] for tail in tails if tail in ends[part]]
-        alpha = min(places)[1] if places else alphas[part]  # of several PEFT takes the first
-        return alpha / (rank**0.5 if held.get(f"{part}.use_rslora") else rank)
+        parts = layer.split(".")
+        tails = ["^" + layer, *(".".join(parts[start:]) for start in range(len(parts)))]
+        matches = [ends[part][tail] for tail in tails if tail in ends[part]]
+        alpha = min(matches)[1] if matches else alphas[part]  # of several PEFT takes the first
+        return alpha / (rank**0.5 if config.get(f"{part}.use_rslora") else rank)
 
     return scale
 
@@ -293,13 +293,13 @@ def ends_of_names(path: Path, alphas: Mapping[str, float]) -> dict[str, tuple[in
     Raises:
         UserError: a pattern that is more than a name.
     """
-    found = {}
-    for place, (key, alpha) in enumerate(alphas.items()):
+    alpha_of = {}
+    for position, (key, alpha) in enumerate(alphas.items()):
         name = key.removesuffix("$").replace("\\.", ".")
         if not re.fullmatch(r"\^?[\w.-]+", name):
             raise UserError(
                 f"{path} names layers by a regular expression in its alpha_pattern, {short_repr(key)}, which is not "
                 "read here; save it with the layers' names."
             )
-        found[name] = (place, alpha)
-    return found
+        alpha_of[name] = (position, alpha)
+    return alpha_of

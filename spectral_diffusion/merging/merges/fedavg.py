@@ -16,12 +16,12 @@ def fedavg(contributions: Sequence[Contribution], context: MergeContext) -> Fact
     Raises:
         UserError: the scales sum to 0.
     """
-    total = sum(one.scale for one in contributions)
-    if not any(one.scale for one in contributions):
+    total = sum(contribution.scale for contribution in contributions)
+    if not any(contribution.scale for contribution in contributions):
         return weighted_sum(contributions, [0.0] * len(contributions))
     if total <= 0:
         raise UserError(
             "fedavg divides by the sum of the scales, which is not positive.",
             Fix("scales", so="to give one concept more than 0"),
         )
-    return weighted_sum(contributions, [one.scale / total for one in contributions])
+    return weighted_sum(contributions, [contribution.scale / total for contribution in contributions])

@@ -1,4 +1,4 @@
-"""Gradient fusion (Gu et al. 2023, Mix-of-Show) in closed form, with an anchor on ordinary prompts."""
+"""Gradient fusion (Gu et al. 2023, Mix-of-Show) in closed form, with a prior on generic prompts."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ class GradientOptions(Settings):
 def gradient(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
     """argmin over ΔW of Σ_i |(ΔW − λ_i ΔW_i) X_i|² + μ |ΔW X_0|² + ρ |ΔW − T|².
 
-    X_i (n, rows) is what the layer sees while adapter i draws its concept, X_0 what it sees on ordinary prompts, T is
+    X_i (n, rows) is the layer's inputs while adapter i generates its concept, X_0 those on generic prompts, T is
     0 or the mean change. With G = X Xᵀ the answer is ΔW = (Σ λ_i ΔW_i G_i + ρ T)(Σ G_i + μ G_0 + ρ I)⁻¹, which is
     low-rank: up = [up_1 … up_K], down = [λ_i down_i (G_i + ρ/K I)]_i (Σ G_i + μ G_0 + ρ I)⁻¹.
     """
     options = context.get(GradientOptions)
-    parts = [one.factors() for one in contributions]
-    inputs = [one.inputs for one in contributions]
-    assert all(held is not None for held in inputs)
-    seen = [held for held in inputs if held is not None]
-    downs = [one.scale * part.down for one, part in zip(contributions, parts, strict=True)]
-    sources = [(held, 1.0) for held in seen]
+    parts = [contribution.factors() for contribution in contributions]
+    inputs = [contribution.inputs for contribution in contributions]
+    assert all(gram is not None for gram in inputs)
+    grams = [gram for gram in inputs if gram is not None]
+    downs = [contribution.scale * part.down for contribution, part in zip(contributions, parts, strict=True)]
+    sources = [(gram, 1.0) for gram in grams]
     if context.prior is not None and context.prior_weight > 0:
         # as much as ``prior_weight`` concepts weigh, however many rows were recorded
-        weight = context.prior_weight * sum(held.count for held in seen) / len(seen) / max(context.prior.count, 1)
+        weight = context.prior_weight * sum(gram.count for gram in grams) / len(grams) / max(context.prior.count, 1)
         sources.append((context.prior, weight))
     ridge = options.ridge * mean_diagonal(sources)
     toward = ridge / len(contributions) if options.ridge_to == "mean" else 0.0
-    if all(held.is_raw for held, _ in sources) and sum(held.count for held, _ in sources) < seen[0].size:
+    if all(gram.is_raw for gram, _ in sources) and sum(gram.count for gram, _ in sources) < grams[0].size:
         down = dual(downs, sources, ridge, toward)
     else:
-        total = sum((weight * held.gram() for held, weight in sources), start=torch.zeros(1, 1, dtype=torch.float64))
-        right = torch.cat([held.matmul(down) + toward * down for down, held in zip(downs, seen, strict=True)])
+        total = sum((weight * gram.gram() for gram, weight in sources), start=torch.zeros(1, 1, dtype=torch.float64))
+        right = torch.cat([gram.matmul(down) + toward * down for down, gram in zip(downs, grams, strict=True)])
         down = solve(total, right, ridge)
     return Factors(torch.cat([part.up for part in parts], 1), down)
 
@@ -63,9 +63,9 @@ def gradient(contributions: Sequence[Contribution], context: MergeContext) -> Fa
 def mean_diagonal(sources: Sequence[tuple[GramAccumulator, float]]) -> float:
     """The mean diagonal entry of the weighted Gram matrices' sum."""
     total = 0.0
-    for held, weight in sources:
-        trace = held.matrix().square().sum() if held.is_raw else held.gram().diagonal().sum()
-        total += weight * float(trace) / held.size
+    for gram, weight in sources:
+        trace = gram.matrix().square().sum() if gram.is_raw else gram.gram().diagonal().sum()
+        total += weight * float(trace) / gram.size
     return total
 
 
@@ -90,17 +90,17 @@ def dual(
     With X the weighted rows stacked (m, n), (XᵀX + ρ I)⁻¹ Xᵀ = Xᵀ (X Xᵀ + ρ I)⁻¹, and what is orthogonal to all rows
     keeps only the ridge's target.
     """
-    rows = torch.cat([weight**0.5 * held.matrix() for held, weight in sources])
-    wanted = []
+    rows = torch.cat([weight**0.5 * gram.matrix() for gram, weight in sources])
+    targets = []
     for index, down in enumerate(downs):
         block = torch.zeros(len(down), len(rows), dtype=torch.float64)
-        start = sum(len(held.matrix()) for held, _ in sources[:index])
+        start = sum(len(gram.matrix()) for gram, _ in sources[:index])
         own = sources[index][0].matrix()
         block[:, start : start + len(own)] = down @ own.mT
-        wanted.append(block)
-    answers = torch.cat(wanted)  # what each row should become, (k, m)
+        targets.append(block)
+    answers = torch.cat(targets)  # what each row should become, (k, m)
     goal = torch.cat(list(downs)) * (toward / ridge) if toward else None
     if goal is not None:
         answers = answers - goal @ rows.mT
-    found = solve(rows @ rows.mT, answers, ridge) @ rows
-    return found if goal is None else found + goal
+    solution = solve(rows @ rows.mT, answers, ridge) @ rows
+    return solution if goal is None else solution + goal

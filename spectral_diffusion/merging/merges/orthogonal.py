@@ -17,14 +17,16 @@ def distinct_rows(adapters: Sequence[Adapter]) -> None:
     Raises:
         UserError: an adapter of another method, or rows that two of them share.
     """
-    for one in adapters:
-        if one.method.slot != "rows":
-            raise UserError(f"The merge orthogonal needs orthogonal adapters; '{one.name}' is {one.method.name}.")
-    for one, other in itertools.combinations(adapters, 2):
-        if shared_columns(one, other):
+    for adapter in adapters:
+        if adapter.method.slot != "rows":
             raise UserError(
-                f"'{one.name}' ({one.slot}) and '{other.name}' ({other.slot}) share rows; train one of them again in "
-                "the same folder as the other."
+                f"The merge orthogonal needs orthogonal adapters; '{adapter.name}' is {adapter.method.name}."
+            )
+    for adapter, other in itertools.combinations(adapters, 2):
+        if shared_columns(adapter, other):
+            raise UserError(
+                f"'{adapter.name}' ({adapter.slot}) and '{other.name}' ({other.slot}) share rows; train one of them "
+                "again in the same folder as the other."
             )
 
 
@@ -37,4 +39,4 @@ def distinct_rows(adapters: Sequence[Adapter]) -> None:
 )
 def orthogonal(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
     """ΔW = Σ λ_i B_i Q_i with disjoint rows Q_i of one orthogonal basis."""
-    return weighted_sum(contributions, [one.scale for one in contributions])
+    return weighted_sum(contributions, [contribution.scale for contribution in contributions])

@@ -16,7 +16,7 @@ from .registry import Contribution, MergeContext, register_merge, weighted_sum
 
 
 class DensityOptions(Settings):
-    """What share of each change is kept."""
+    """The share of each change that is kept."""
 
     density: float = Field(0.5, gt=0, le=1, description="Share of each change's entries that is kept.")
 
@@ -35,7 +35,7 @@ class RankOptions(Settings):
 )
 def ties_merge(contributions: Sequence[Contribution], context: MergeContext) -> Tensor:
     """Dense ΔW of PEFT's ``ties`` at the configured density, of the changes at their strengths: those vote too."""
-    deltas = [one.scale * one.factors().delta() for one in contributions]
+    deltas = [contribution.scale * contribution.factors().delta() for contribution in contributions]
     return ties(deltas, torch.ones(len(deltas), dtype=torch.float64), context.get(DensityOptions).density)
 
 
@@ -50,24 +50,27 @@ def dare(contributions: Sequence[Contribution], context: MergeContext) -> Tensor
 
     What is dropped of an adapter depends on the seed, its name and the layer alone.
     """
-    kept = []
-    for one in contributions:
+    deltas = []
+    for contribution in contributions:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(keyed_generator("dare", context.seed, one.name, one.layer).initial_seed())
-            strength = torch.tensor([one.scale], dtype=torch.float64)
-            kept.append(dare_linear([one.factors().delta()], strength, context.get(DensityOptions).density))
-    return torch.stack(kept).sum(0)
+            torch.manual_seed(
+                keyed_generator("dare", context.seed, contribution.name, contribution.layer).initial_seed()
+            )
+            strength = torch.tensor([contribution.scale], dtype=torch.float64)
+            deltas.append(dare_linear([contribution.factors().delta()], strength, context.get(DensityOptions).density))
+    return torch.stack(deltas).sum(0)
 
 
 @register_merge("cat", "The factors side by side: Σ λ_i ΔW_i of any methods", is_sum=lambda options: True)
 def cat(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
     """Σ λ_i ΔW_i, exact."""
-    return weighted_sum(contributions, [one.scale for one in contributions])
+    return weighted_sum(contributions, [contribution.scale for contribution in contributions])
 
 
 @register_merge("svd", "The sum, cut to rank svd_rank by a singular value decomposition", options=RankOptions)
 def svd(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
     """The best approximation of Σ λ_i ΔW_i of rank ``svd_rank``, from the small core of its factors."""
     return truncate(
-        weighted_sum(contributions, [one.scale for one in contributions]), context.get(RankOptions).svd_rank
+        weighted_sum(contributions, [contribution.scale for contribution in contributions]),
+        context.get(RankOptions).svd_rank,
     )

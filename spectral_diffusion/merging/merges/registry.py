@@ -20,7 +20,7 @@ from ..activations import GramAccumulator
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one adapter brings to one weight."""
+    """One adapter's contribution to one weight."""
 
     name: str
     method: Method
@@ -28,7 +28,7 @@ class Contribution:
     frozen: Mapping[str, Tensor]
     slot: Slot | None
     scale: float = 1.0
-    inputs: GramAccumulator | None = None  # what the layer saw while this adapter acted, for merges that ask
+    inputs: GramAccumulator | None = None  # the layer's inputs while this adapter acted, for merges that need them
     absent: tuple[int, int] | None = None  # the weight's sides, where the adapter leaves it as it is
     layer: str = ""  # the weight's name
 
@@ -49,7 +49,7 @@ Options = TypeVar("Options", bound=Settings)
 
 @dataclass(frozen=True)
 class MergeContext:
-    """What a merge is given besides the contributions to one weight.
+    """A merge's inputs besides the contributions to one weight.
 
     Attributes:
         options: the merge's own settings; read them with :meth:`get`.
@@ -90,7 +90,7 @@ class Merge:
         needs_activations: whether it needs what layers see.
         check: what has to hold of the adapters, asked before anything is generated or changed; it raises UserError.
         is_sum: whether, with these options, every concept is one summand, which can be subtracted again.
-        advice: by the least number of adapters, what the studies say to somebody who fuses as many.
+        advice: by the least number of adapters, what the studies recommend for that number.
         paper: where it is from.
     """
 
@@ -113,7 +113,7 @@ class Merge:
         return build(self.options, dict(given), prefix="options.")
 
     def advise(self, count: int) -> str | None:
-        """The advice for so many adapters."""
+        """The advice for that number of adapters."""
         return next((self.advice[least] for least in sorted(self.advice, reverse=True) if count >= least), None)
 
 
@@ -132,7 +132,7 @@ def register_merge(name: str, summary: str, **attributes: Any) -> Callable[[Comb
 
 def weighted_sum(contributions: Sequence[Contribution], weights: Sequence[float]) -> Factors:
     """Σ w_i ΔW_i as factors side by side: up (out, Σk), down (Σk, in)."""
-    parts = [one.factors() for one in contributions]
+    parts = [contribution.factors() for contribution in contributions]
     up = torch.cat([part.up * weight for part, weight in zip(parts, weights, strict=True)], 1)
     return Factors(up, torch.cat([part.down for part in parts], 0))
 

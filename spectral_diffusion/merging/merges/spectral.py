@@ -50,28 +50,29 @@ def spectral(contributions: Sequence[Contribution], context: MergeContext) -> Fa
     if form == "paper":
         return _paper(contributions)
     share = 1.0 / len(contributions) if form == "mean" else 1.0
-    return weighted_sum(contributions, [share * one.scale for one in contributions])
+    return weighted_sum(contributions, [share * contribution.scale for contribution in contributions])
 
 
-def _paper(everybody: Sequence[Contribution]) -> Factors:
-    contributions = [one for one in everybody if not one.absent]
-    for one in contributions:
-        additive = set(one.parameters) == {"A_U", "A_V"} and one.parameters["A_U"].shape == one.frozen["U"].shape
-        if not additive or one.slot is None:
+def _paper(all_contributions: Sequence[Contribution]) -> Factors:
+    contributions = [contribution for contribution in all_contributions if not contribution.absent]
+    for contribution in contributions:
+        name, parameters = contribution.name, contribution.parameters
+        additive = set(parameters) == {"A_U", "A_V"} and parameters["A_U"].shape == contribution.frozen["U"].shape
+        if not additive or contribution.slot is None:
             raise UserError(
-                f"The form paper needs spectral-additive adapters; '{one.name}' is {one.method.name}.",
+                f"The form paper needs spectral-additive adapters; '{name}' is {contribution.method.name}.",
                 Fix("options.form", "sum"),
             )
-    columns = sorted({c for one in contributions if one.slot for c in one.slot.columns})
-    place = {column: index for index, column in enumerate(columns)}
+    columns = sorted({c for contribution in contributions if contribution.slot for c in contribution.slot.columns})
+    position = {column: index for index, column in enumerate(columns)}
     first = contributions[0].frozen
     U, V = (first[side].new_zeros(len(first[side]), len(columns)).double() for side in "UV")
     S, A_U, A_V = torch.zeros(len(columns)).double(), torch.zeros_like(U), torch.zeros_like(V)
-    for one in contributions:
-        assert one.slot is not None
-        where = torch.tensor([place[c] for c in one.slot.columns])
-        U[:, where], S[where], V[:, where] = (one.frozen[part].double() for part in "USV")
-        strength = one.scale / len(everybody)
-        A_U[:, where] += strength * one.parameters["A_U"].double()
-        A_V[:, where] += strength * one.parameters["A_V"].double()
+    for contribution in contributions:
+        assert contribution.slot is not None
+        where = torch.tensor([position[c] for c in contribution.slot.columns])
+        U[:, where], S[where], V[:, where] = (contribution.frozen[part].double() for part in "USV")
+        strength = contribution.scale / len(all_contributions)
+        A_U[:, where] += strength * contribution.parameters["A_U"].double()
+        A_V[:, where] += strength * contribution.parameters["A_V"].double()
     return contributions[0].method.factors({"A_U": A_U, "A_V": A_V}, {"U": U, "S": S, "V": V})

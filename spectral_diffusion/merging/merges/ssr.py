@@ -30,24 +30,24 @@ def ssr(contributions: Sequence[Contribution], context: MergeContext) -> Factors
     """ΔW = up R down with all factors side by side and the router R that least squares gives.
 
     z = down x is the inner signal; R = (Σ λ_i P_i C_i)(Σ C_i + μ C_0 + ρ I)⁻¹ with C_i = down G_i downᵀ and P_i keeping
-    adapter i's rows: its own signals pass while it draws, the others' are silenced.
+    adapter i's rows: its own signals pass while it is used, the others' are silenced.
     """
-    parts = [one.factors() for one in contributions]
+    parts = [contribution.factors() for contribution in contributions]
     up, down = torch.cat([part.up for part in parts], 1), torch.cat([part.down for part in parts], 0)
     total = torch.zeros(len(down), len(down), dtype=torch.float64)
-    wanted = torch.zeros_like(total)
+    target = torch.zeros_like(total)
     start = 0
-    seen = []
-    for one, part in zip(contributions, parts, strict=True):
-        assert one.inputs is not None
-        C = one.inputs.matmul(down) @ down.mT
+    grams = []
+    for contribution, part in zip(contributions, parts, strict=True):
+        assert contribution.inputs is not None
+        C = contribution.inputs.matmul(down) @ down.mT
         total += C
         stop = start + len(part.down)
-        wanted[start:stop] += one.scale * C[start:stop]
+        target[start:stop] += contribution.scale * C[start:stop]
         start = stop
-        seen.append(one.inputs)
+        grams.append(contribution.inputs)
     if context.prior is not None and context.prior_weight > 0:
-        weight = context.prior_weight * sum(held.count for held in seen) / len(seen) / max(context.prior.count, 1)
+        weight = context.prior_weight * sum(gram.count for gram in grams) / len(grams) / max(context.prior.count, 1)
         total += weight * context.prior.matmul(down) @ down.mT
-    scale = float(total.diagonal().mean()) or mean_diagonal([(held, 1.0) for held in seen])
-    return Factors(up, solve(total, wanted, context.get(SubspaceOptions).ridge * scale) @ down)
+    scale = float(total.diagonal().mean()) or mean_diagonal([(gram, 1.0) for gram in grams])
+    return Factors(up, solve(total, target, context.get(SubspaceOptions).ridge * scale) @ down)
