@@ -35,8 +35,7 @@ def experiment(
         raise UserError("--hours must be more than 0.")
     studies = list(all_studies().values()) if name == "all" else [get_study(name)]
     from ..studies.report import read_records, write_findings
-    from ..studies.runner import StudyRunner
-    from ..studies.runner import recipe as settings
+    from ..studies.runner import StudyRunner, study_settings
 
     for study in studies:
         minutes = study.minutes[1 if quick else 0]
@@ -44,7 +43,7 @@ def experiment(
         with progress_bar() as progress:
             lab = StudyRunner(
                 base,
-                recipe=settings(recipe or "pocket", quick),
+                settings=study_settings(recipe or "pocket", quick),
                 encoder_name=encoder,
                 progress=progress,
                 note=say,
