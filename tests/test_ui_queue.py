@@ -128,7 +128,7 @@ def test_jobs_run_in_turn(queue: Queue) -> None:
     end(queue, first)
     assert states(queue) == {"ann": "done", "bob": "running"}
     told = queue.job(second)
-    assert training(queue, told.id).told()["step"] == 5
+    assert training(queue, told.id).as_json()["step"] == 5
     end(queue, second)
     assert states(queue) == {"bob": "done", "ann": "done"} and queue.tick() is False
     assert "--resume" not in queue.job(first).log.read_text()
@@ -250,7 +250,7 @@ def test_damaged_files_are_told_and_the_queue_goes_on(queue: Queue, workspace: W
     assert "status file is damaged" in queue.job(first).record.message
     assert "job.json is missing or damaged" in queue.job(second).record.message
     assert "not valid YAML" in queue.job(third).record.message
-    assert json.dumps([job.told() for job in queue.jobs()])
+    assert json.dumps([job.as_json() for job in queue.jobs()])
     for name in (first, second, third):
         queue.remove(name, sure=True)
     assert queue.jobs() == []

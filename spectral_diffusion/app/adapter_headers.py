@@ -39,14 +39,14 @@ class AdapterInfo:
 
 def adapter_headers(workspace: Workspace) -> tuple[list[AdapterInfo], list[str]]:
     """The labels of all readable adapters, and a sentence per file that cannot be read."""
-    found, problems = [], []
+    adapters, problems = [], []
     for path in workspace_adapters(workspace).values():
         try:
             seen = path.stat()
-            found.append(_label(path, seen.st_mtime_ns, seen.st_size))
+            adapters.append(_label(path, seen.st_mtime_ns, seen.st_size))
         except Exception as error:  # one bad file must not hide the others
             problems.append(sentence_of(error))
-    return found, problems
+    return adapters, problems
 
 
 @lru_cache(maxsize=256)
@@ -60,14 +60,14 @@ def _label(path: Path, changed: int, size: int) -> AdapterInfo:
     """
     try:
         with safe_open(str(path), framework="numpy") as file:
-            said = file.metadata() or {}
-        concept, sizes = parse_json(said["spectral.concept"]), parse_json(said["spectral.sizes"])
-        columns = said["spectral.columns"]
-        method = get_method(said["spectral.method"])
+            metadata = file.metadata() or {}
+        concept, sizes = parse_json(metadata["spectral.concept"]), parse_json(metadata["spectral.sizes"])
+        columns = metadata["spectral.columns"]
+        method = get_method(metadata["spectral.method"])
         return AdapterInfo(
             path, str(concept["name"]), str(concept["noun"]), str(concept["token"]), method.name, method.slot,
-            read_columns(columns) if columns else None, Path(said["spectral.base"]).name,
-            str(parse_json(said["spectral.base_fingerprint"])["exact"]), min(min(size) for size in sizes.values()),
+            read_columns(columns) if columns else None, Path(metadata["spectral.base"]).name,
+            str(parse_json(metadata["spectral.base_fingerprint"])["exact"]), min(min(size) for size in sizes.values()),
         )  # fmt: skip
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a readable adapter ({reason(error)}).") from error
@@ -82,7 +82,7 @@ def owner_of_adapter(label: AdapterInfo, concepts: Mapping[str, tuple[str, str, 
     if label.path.stem in concepts:
         return label.path.stem
     for part, mine in ((0, label.name), (2, label.token)):
-        for folder, said in concepts.items():
-            if mine and said[part] == mine:
+        for folder, details in concepts.items():
+            if mine and details[part] == mine:
                 return folder
     return None

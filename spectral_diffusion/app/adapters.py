@@ -65,11 +65,11 @@ def adapter_rows(workspace: Workspace) -> tuple[list[list[str]], list[str]]:
             seen = path.stat()
             rows.append([name, *_described(path, seen.st_mtime_ns, seen.st_size)])
         except Exception as error:  # one bad file must not hide the others
-            problems.append(_told(workspace, error))
+            problems.append(_read_error(workspace, error))
     return rows, problems
 
 
-def _told(workspace: Workspace, error: Exception) -> str:
+def _read_error(workspace: Workspace, error: Exception) -> str:
     """What is wrong with a file, named as it is called in the workspace."""
     return sentence_of(error).replace(f"{workspace.adapters}/", "")
 
@@ -79,8 +79,8 @@ def _described(path: Path, changed: int, size: int) -> list[str]:
     """An adapter's row but for its name; a file is read again only when it has changed."""
     from ..adapters.formats.native import load_adapter
 
-    one = load_adapter(path)
-    return [one.token, one.noun, one.method.name, str(one.slot or "–"), str(one.rank), one.base]
+    adapter = load_adapter(path)
+    return [adapter.token, adapter.noun, adapter.method.name, str(adapter.slot or "–"), str(adapter.rank), adapter.base]
 
 
 def delete_adapter(workspace: Workspace, name: str | None) -> str:
@@ -109,5 +109,5 @@ def delete_adapter(workspace: Workspace, name: str | None) -> str:
 def release_slot(workspace: Workspace, concept: str) -> None:
     """Free a concept's columns and rows, if it has any."""
     for ledger in (Ledger(workspace.adapters / LEDGER), Ledger(workspace.adapters / ROWS)):
-        if any(concept in held for held in ledger.read().values()):
+        if any(concept in concepts for concepts in ledger.read().values()):
             ledger.release(concept)

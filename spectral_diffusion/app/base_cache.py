@@ -25,7 +25,7 @@ class BaseCache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: tuple[Key, Base] | None = None
+        self._entry: tuple[Key, Base] | None = None
 
     @contextmanager
     def acquire(self, name: str, device: str = "auto", dtype: str = "float32") -> Iterator[Base]:
@@ -36,11 +36,11 @@ class BaseCache:
         """
         with self._lock:
             key = (name, device, dtype, _state_of(name))
-            if self._held is None or self._held[0] != key:
-                self._held = None  # before the next one is loaded: two would not fit
-                self._held = (key, load_base(name, device, dtype))
-            held, base = self._held, self._held[1]
-            self._held = None  # whatever goes wrong from here on, a half-changed base is never lent again
+            if self._entry is None or self._entry[0] != key:
+                self._entry = None  # before the next one is loaded: two would not fit
+                self._entry = (key, load_base(name, device, dtype))
+            entry, base = self._entry, self._entry[1]
+            self._entry = None  # whatever goes wrong from here on, a half-changed base is never lent again
             move(base, base.device)
             take_off = snapshot(base)
             try:
@@ -49,7 +49,7 @@ class BaseCache:
             finally:
                 take_off()
                 move(base, torch.device("cpu"))
-                self._held = held
+                self._entry = entry
 
     def warm(self, name: str = "pocket") -> None:
         """Load a base ahead of its first use, with all that takes time at the first picture."""
@@ -58,7 +58,7 @@ class BaseCache:
 
     def warm_soon(self) -> None:
         """Begin :meth:`warm` in the background unless a base is there or in use."""
-        if self._held is None and not self._lock.locked():
+        if self._entry is None and not self._lock.locked():
             threading.Thread(target=self.warm, daemon=True, name="warm base").start()
 
 

@@ -85,12 +85,12 @@ def read_png(text: Any, what: str) -> bytes | None:
                 raise UserError(
                     f"The {what} of {width}×{height} is too large for the canvas; its sides may be {MOST_SIDE} pixels."
                 )
-            drawn = image.convert("RGBA")
+            pixels = image.convert("RGBA")
     except UserError:
         raise
     except (binascii.Error, OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
         raise UserError(f"The {what} on the canvas is no readable PNG; clear it and draw again.") from error
-    return data if has_strokes(drawn) else None
+    return data if has_strokes(pixels) else None
 
 
 def has_strokes(image: Image.Image) -> bool:
@@ -111,20 +111,20 @@ def read_regions(value: Any) -> tuple[CanvasRegion, ...]:
         except ValueError as error:
             raise UserError(f"The regions are no JSON ({str(error)[:80]}); {_FORM}") from error
     value = value or []
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UserError(f"The regions are no list; {_FORM}")
     if len(value) > MOST_REGIONS:
         raise UserError(f"There are {len(value)} regions; at most {MOST_REGIONS} can be drawn.")
-    return tuple(_place(one, number) for number, one in enumerate(value, 1))
+    return tuple(_region(item, number) for number, item in enumerate(value, 1))
 
 
 _FORM = 'write [{"box": [0, 0, 0.5, 1], "prompt": "a dog", "concept": "rex"}].'
 
 
-def _place(one: dict[str, Any], number: int) -> CanvasRegion:
-    if odd := sorted(map(str, set(one) - {"box", "prompt", "concept"})):
+def _region(region: dict[str, Any], number: int) -> CanvasRegion:
+    if odd := sorted(map(str, set(region) - {"box", "prompt", "concept"})):
         raise UserError(f"Region {number} has an unknown part '{odd[0][:40]}'; {_FORM}")
-    box, prompt, concept = one.get("box"), one.get("prompt") or "", one.get("concept") or ""
+    box, prompt, concept = region.get("box"), region.get("prompt") or "", region.get("concept") or ""
     if not isinstance(box, list | tuple) or len(box) != 4 or not all(_is_share(side) for side in box):
         raise UserError(f"The box of region {number} must be four numbers from 0 to 1: left, top, right, bottom.")
     left, top, right, bottom = (float(side) for side in box)
@@ -151,9 +151,9 @@ def as_url(data: bytes | None) -> str:
 
 def png_of(image: Image.Image) -> bytes:
     """An image as a PNG file."""
-    held = io.BytesIO()
-    image.save(held, "PNG")
-    return held.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def as_ink(strokes: Image.Image, ratio: float | None = None) -> bytes:
@@ -196,10 +196,10 @@ def keypose_of_photo(path: Path, ratio: float | None = None) -> bytes:
         UserError: not a readable image, nobody in it, or no library for it.
     """
     image = _fitted(open_photo(path))
-    found = keypose_of(image)
-    if not found:
+    skeletons = keypose_of(image)
+    if not skeletons:
         raise UserError("No person was found in that photo; choose one of the poses instead.")
-    return png_of(_framed(draw_keypose(found, *image.size), ratio))
+    return png_of(_framed(draw_keypose(skeletons, *image.size), ratio))
 
 
 def keypose_preset(pose: str, count: int, ratio: float) -> bytes:

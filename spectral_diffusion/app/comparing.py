@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
 
 STEPS = 12  # of a compared picture
-PLACES = ("on the beach", "on the grass")  # where a compared concept is drawn
+LOCATIONS = ("on the beach", "on the grass")  # where a compared concept is drawn
 ACTING = {0.1: "hardly", 0.3: "a little", 1.0: "much"}  # words for shares below these
 MORE = "more than itself"
 
@@ -53,11 +53,15 @@ def together(workspace: Workspace, chosen: Sequence[str] | None, strengths: Mapp
     from ..inspection import cosine, interference, overlaps, slot_clashes_between
 
     adapters, warnings = _readable(workspace, chosen)
-    told = {name: adapter for name, adapter in adapters.items() if not adapter.needs_base}
-    shares = interference(list(told.values()), {one.name: strengths.get(name, 1.0) for name, one in told.items()})
-    alike: dict[str, dict[str, float]] = {name: {} for name in told}
-    for one, other in itertools.combinations(told, 2):
-        alike[one][other] = alike[other][one] = cosine(told[one], told[other])
+    comparable = {name: adapter for name, adapter in adapters.items() if not adapter.needs_base}
+    shares = interference(
+        list(comparable.values()), {left_name.name: strengths.get(name, 1.0) for name, left_name in comparable.items()}
+    )
+    alike: dict[str, dict[str, float]] = {name: {} for name in comparable}
+    for left_name, right_name in itertools.combinations(comparable, 2):
+        alike[left_name][right_name] = alike[right_name][left_name] = cosine(
+            comparable[left_name], comparable[right_name]
+        )
     rows = [
         Row(
             name,
@@ -68,11 +72,11 @@ def together(workspace: Workspace, chosen: Sequence[str] | None, strengths: Mapp
         )
         for name, adapter in adapters.items()
     ]
-    found = list(adapters.values())
-    untold = [name for name in adapters if name not in told]
-    warnings += [f"What {name} changes shows only beside its base, so it has no figures." for name in untold]
+    loaded = list(adapters.values())
+    incomparable = [name for name in adapters if name not in comparable]
+    warnings += [f"What {name} changes shows only beside its base, so it has no figures." for name in incomparable]
     return Together(
-        rows, [*warnings, *(in_app(text, workspace) for text in (*overlaps(found), *slot_clashes_between(found)))]
+        rows, [*warnings, *(in_app(text, workspace) for text in (*overlaps(loaded), *slot_clashes_between(loaded)))]
     )
 
 
@@ -88,7 +92,7 @@ def _readable(workspace: Workspace, chosen: Sequence[str]) -> tuple[dict[str, Ad
 
 
 def _share(value: float) -> str:
-    return f"{value:.0%}, {next((words for most, words in ACTING.items() if value < most), MORE)}"
+    return f"{value:.0%}, {next((text for most, text in ACTING.items() if value < most), MORE)}"
 
 
 def _nearest(alike: Mapping[str, float] | None) -> str:
@@ -121,10 +125,10 @@ def compare(
     from ..models.base import load_base
     from ..scenes.sampling import sample
 
-    def drawn(token: str) -> Image.Image:
-        prompts = [f"a photo of {token} {place}" for place in PLACES]
-        seeds = [seed + index for index in range(len(PLACES))]
-        return image_grid(sample(base, prompts, seeds, scene, hooks), len(PLACES))
+    def generate_image(token: str) -> Image.Image:
+        prompts = [f"a photo of {token} {location}" for location in LOCATIONS]
+        seeds = [seed + index for index in range(len(LOCATIONS))]
+        return image_grid(sample(base, prompts, seeds, scene, hooks), len(LOCATIONS))
 
     with giving_back(), errors_in_app(workspace, "pictures"):
         settings = fuse_settings(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)
@@ -140,10 +144,13 @@ def compare(
         alone = []
         for adapter in adapters:
             put_adapters(base, [(adapter, 1.0)])
-            alone.append(drawn(adapter.token))
+            alone.append(generate_image(adapter.token))
             remove_adapters(base.models)
         fuse_adapters(base, adapters, settings, hooks, install=False)
-        found = []
+        captioned = []
         for adapter, before in zip(adapters, alone, strict=True):
-            found += [(before, f"{adapter.name} alone"), (drawn(adapter.token), f"{adapter.name} in the fusion")]
-    return found
+            captioned += [
+                (before, f"{adapter.name} alone"),
+                (generate_image(adapter.token), f"{adapter.name} in the fusion"),
+            ]
+    return captioned

@@ -12,30 +12,30 @@ KINDS = {"columns": "directions of the spectrum", "rows": "rows of the shared ba
 PALE = "#c9c9c4"  # kept in the ledger, nothing trained yet
 
 
-def cards(shelf: ConceptOverview, chosen: str | None = None) -> str:
+def cards(overview: ConceptOverview, chosen: str | None = None) -> str:
     """All cards as buttons that carry their folder's name in ``data-name``; the person's own come first."""
     groups = {
-        "Yours": [one for one in shelf.cards if one.own],
-        "Ready-made": [one for one in shelf.cards if not one.own],
+        "Yours": [item for item in overview.cards if item.own],
+        "Ready-made": [item for item in overview.cards if not item.own],
     }
     return render(
         "app/templates/concept_cards.html.jinja",
         groups=groups,
         chosen=chosen,
-        colours=shelf.colours,
+        colours=overview.colours,
         pale=PALE,
         image_url=image_url,
     )
 
 
-def slot_map_html(shelf: ConceptOverview) -> str:
+def slot_map_html(overview: ConceptOverview) -> str:
     """The slot map: a strip per base, then who is who."""
-    return _slot_map(shelf.strips, shelf.colours, shelf.notes)
+    return _slot_map(overview.strips, overview.colours, overview.notes)
 
 
-def strip(one: Strip, colours: dict[str, str]) -> str:
+def strip(band: Strip, colours: dict[str, str]) -> str:
     """One base's spectrum as a band of colours, white where it is free, striped red where two clash."""
-    return _slot_map([one], colours, [])
+    return _slot_map([band], colours, [])
 
 
 def _slot_map(strips: Sequence[Strip], colours: dict[str, str], notes: Sequence[str]) -> str:

@@ -94,8 +94,8 @@ def view_concept(workspace: Workspace, name: str | None) -> tuple[Concept, list[
 
 def photo_files(folder: Path) -> list[Path]:
     """The photos that lie at the top of a folder, broken ones too."""
-    found = (path for path in visible(folder) if path.is_file() and path.suffix.lower() in SUFFIXES)
-    images = [path for path in found if not is_label(path)]
+    paths = (path for path in visible(folder) if path.is_file() and path.suffix.lower() in SUFFIXES)
+    images = [path for path in paths if not is_label(path)]
     return [path for path in images if not twin_of(path, (*MASK_ENDINGS, *DRAWING_ENDINGS), images)]
 
 
@@ -140,10 +140,10 @@ def odd_files(folder: Path) -> list[Path]:
     """The broken photos at the top of a folder, and those that show the same as one before them."""
     odd, seen = [], set()
     for path in photo_files(folder):
-        found = pixels(path)
-        if found is None or found in seen:
+        digest = pixels(path)
+        if digest is None or digest in seen:
             odd.append(path)
-        seen.add(found)
+        seen.add(digest)
     return odd
 
 
@@ -160,20 +160,20 @@ def pixels(path: Path) -> str | None:
 
 def known_concepts(workspace: Workspace) -> dict[str, tuple[str, str, str]]:
     """Folder name to (name, noun, token); a broken folder counts by its own name, without a token."""
-    said = {}
+    details = {}
     for folder, path in concept_folders(workspace).items():
         try:
-            said[folder] = about(path)
+            details[folder] = about(path)
         except UserError:
-            said[folder] = (folder, "", "")
-    return said
+            details[folder] = (folder, "", "")
+    return details
 
 
 @lru_cache(maxsize=1)
 def pocket_tokens() -> frozenset[str]:
     """The words and added tokens of the pocket base, read from its tokenizer's file."""
     data = json.loads((pocket.path() / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
-    return frozenset({one["content"] for one in data["added_tokens"]} | set(data["model"]["vocab"]))
+    return frozenset({token["content"] for token in data["added_tokens"]} | set(data["model"]["vocab"]))
 
 
 def about(folder: Path) -> tuple[str, str, str]:
@@ -183,8 +183,8 @@ def about(folder: Path) -> tuple[str, str, str]:
         UserError: see :func:`load_concept`.
     """
     try:
-        said, _ = read_about(folder)
-        return said["name"], said["noun"], check_token(said["token"])
+        settings, _ = read_about(folder)
+        return settings["name"], settings["noun"], check_token(settings["token"])
     except (KeyError, UserError):
         concept = read_concept(folder)
         return concept.name, concept.noun, concept.token
@@ -192,17 +192,17 @@ def about(folder: Path) -> tuple[str, str, str]:
 
 def suggest_token(workspace: Workspace, name: str | None) -> str:
     """``<name>``, or ``<name-2>`` where another concept has that token; nothing for a name without letters."""
-    word = slug(name or "")
-    if not word:
+    name_slug = slug(name or "")
+    if not name_slug:
         return ""
     used = {token for _, _, token in known_concepts(workspace).values()} | pocket_tokens()
-    token, number = f"<{word}>", 2
+    token, number = f"<{name_slug}>", 2
     while token in used:
-        token, number = f"<{word}-{number}>", number + 1
+        token, number = f"<{name_slug}-{number}>", number + 1
     return token
 
 
 def adapters_of_concept(workspace: Workspace, name: str) -> list[AdapterInfo]:
     """The adapters that were trained from a concept's folder."""
-    said = known_concepts(workspace)
-    return [label for label in adapter_headers(workspace)[0] if owner_of_adapter(label, said) == name]
+    details = known_concepts(workspace)
+    return [label for label in adapter_headers(workspace)[0] if owner_of_adapter(label, details) == name]

@@ -35,11 +35,11 @@ def download(workspace: Workspace, name: str | None, kind: str) -> tuple[Path, l
 
     if kind != "checkpoint" and not (folder / MERGED).is_file():
         raise UserError(f"The merge of '{name}' changes whole weights, which no LoRA holds; choose the checkpoint.")
-    place, notes = exports_of(workspace, folder.name), list[str]()
-    packed = place / f"{name}-{kind}.zip"
+    exports, notes = exports_of(workspace, folder.name), list[str]()
+    packed = exports / f"{name}-{kind}.zip"
     with giving_back(), errors_in_app(workspace, "pictures"):
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export.", dir=place) as scratch:
+        exports.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export.", dir=exports) as scratch:
             files = export(folder, Path(scratch) / f"{name}.safetensors", kind, hooks=Hooks(notify=notes.append))
             with atomic(packed) as temporary, zipfile.ZipFile(temporary, "w") as archive:
                 for file in files:

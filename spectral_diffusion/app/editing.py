@@ -96,16 +96,16 @@ def add_photos(workspace: Workspace, name: str | None, uploads: Iterable[Path]) 
         UserError: it is ready-made, or the folder cannot be written.
     """
     folder = own_folder(workspace, name)
-    there = photo_files(folder)
-    known = [found for path in there if (found := pixels(path))]
+    existing = photo_files(folder)
+    known = [digest for path in existing if (digest := pixels(path))]
     taken = [int(path.stem) for path in folder.iterdir() if re.fullmatch(r"\d{1,6}", path.stem)]
     with (
-        looked_through(list(uploads), known, PHOTOS - len(there)) as intake,
+        looked_through(list(uploads), known, PHOTOS - len(existing)) as intake,
         disk_errors_as_sentence("concepts"),
-        tempfile.TemporaryDirectory(dir=folder, prefix=".") as held,  # so that a full disk leaves no half photo
+        tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch,  # so that a full disk leaves no half photo
     ):
-        names = copy_into(Path(held), intake.photos, max([0, *taken]) + 1)
-        for path in sorted(Path(held).iterdir(), reverse=True):  # captions before their photos
+        names = copy_into(Path(scratch), intake.photos, max([0, *taken]) + 1)
+        for path in sorted(Path(scratch).iterdir(), reverse=True):  # captions before their photos
             path.rename(folder / path.name)
     return len(names), list(intake.problems)
 
@@ -122,18 +122,18 @@ def write_caption(workspace: Workspace, name: str | None, photo: str | None, tex
     for table in ("metadata.jsonl", "metadata.csv"):
         if (chosen.path.parent / table).is_file() or (folder / table).is_file():
             raise UserError(f"The captions of '{name}' are in its {table}; change them there, or remove that file.")
-    words = " ".join((text or "").split()).replace(concept.token, "<TOK>")  # so that it may get another token
-    if len(words) > CAPTION:
-        raise UserError(f"The caption has {len(words)} characters; say it in at most {CAPTION}.")
+    caption = " ".join((text or "").split()).replace(concept.token, "<TOK>")  # so that it may get another token
+    if len(caption) > CAPTION:
+        raise UserError(f"The caption has {len(caption)} characters; say it in at most {CAPTION}.")
     file = chosen.path.with_suffix(".txt")
     with disk_errors_as_sentence("concepts"):
-        if words:
-            write_text(file, words + "\n")
+        if caption:
+            write_text(file, caption + "\n")
         else:
             file.unlink(missing_ok=True)
-    if not words and (other := find_caption(chosen.path, folder, Files())):
+    if not caption and (other := find_caption(chosen.path, folder, Files())):
         raise UserError(f"The caption of {photo} is in {other.relative_to(folder)} of '{name}'; remove that file.")
-    return f"{'Saved' if words else 'Removed'} the caption of {photo}."
+    return f"{'Saved' if caption else 'Removed'} the caption of {photo}."
 
 
 def remove_photo(workspace: Workspace, name: str | None, photo: str | None) -> str:
@@ -202,13 +202,13 @@ def delete_concept(workspace: Workspace, name: str | None, with_adapter: bool = 
     folder = own_folder(workspace, name)
     refuse_busy(workspace, folder.name)
     files, names = traces(workspace, folder.name) if with_adapter else ([], [])
-    place = discard(workspace, folder.name, [folder, *files])
-    for one in names:
-        release_slot(workspace, one)
-    words = f"Deleted '{name}'"
+    trash_folder = discard(workspace, folder.name, [folder, *files])
+    for concept_name in names:
+        release_slot(workspace, concept_name)
+    message = f"Deleted '{name}'"
     if with_adapter:
-        words += " with its adapter, and freed its place in the spectrum" if files else " and freed its place"
-    return f"{words}. It is kept in {place.relative_to(workspace.root)} of the workspace, in case you want it back."
+        message += " with its adapter, and freed its place in the spectrum" if files else " and freed its place"
+    return f"{message}. To restore it, look in {trash_folder.relative_to(workspace.root)} of the workspace."
 
 
 def traces(workspace: Workspace, name: str) -> tuple[list[Path], list[str]]:
@@ -217,15 +217,17 @@ def traces(workspace: Workspace, name: str) -> tuple[list[Path], list[str]]:
     Raises:
         UserError: a ledger is damaged.
     """
-    said = known_concepts(workspace)
-    others = {word for folder, (called, _, _) in said.items() if folder != name for word in (folder, called)}
+    details = known_concepts(workspace)
+    others = {
+        other_name for folder, (called, _, _) in details.items() if folder != name for other_name in (folder, called)
+    }
     mine = adapters_of_concept(workspace, name)
-    names = ({name, said[name][0]} - others) | {label.name for label in mine}
+    names = ({name, details[name][0]} - others) | {label.name for label in mine}
     ledgers = [Ledger(workspace.adapters / file).read() for file in (LEDGER, ROWS)]
-    held = {one for ledger in ledgers for concepts in ledger.values() for one in concepts}
+    ledger_names = {ledger_name for ledger in ledgers for concepts in ledger.values() for ledger_name in concepts}
     stems = sorted({name} | {label.path.stem for label in mine})
     files = [workspace.adapters / f"{stem}{ending}" for stem in stems for ending in ADAPTER_FILES]
-    return [file for file in files if file.exists()], sorted(names & held)
+    return [file for file in files if file.exists()], sorted(names & ledger_names)
 
 
 def discard(workspace: Workspace, what: str, paths: Iterable[Path]) -> Path:
@@ -237,11 +239,11 @@ def discard(workspace: Workspace, what: str, paths: Iterable[Path]) -> Path:
     with disk_errors_as_sentence(".trash"):
         workspace.trash.mkdir(parents=True, exist_ok=True)
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        place = Path(tempfile.mkdtemp(prefix=f"{stamp}-{what}-", dir=workspace.trash))
+        folder = Path(tempfile.mkdtemp(prefix=f"{stamp}-{what}-", dir=workspace.trash))
         for path in paths:
             if path.exists() or path.is_symlink():
-                path.rename(place / path.name)
-    return place
+                path.rename(folder / path.name)
+    return folder
 
 
 # --- shared ---------------------------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ def _free_token(workspace: Workspace, token: str | None, name: str) -> str:
     if not token:
         return suggest_token(workspace, name)
     token = check_token(token if token.startswith("<") else f"<{token}>")
-    claims = [other for other, said in known_concepts(workspace).items() if said[2] == token and other != name]
+    claims = [other for other, details in known_concepts(workspace).items() if details[2] == token and other != name]
     claims += ["the pocket base"] if token in pocket_tokens() else []
     if claims:
         raise UserError(f"The token {token} belongs to {claims[0]}; take {suggest_token(workspace, token[1:-1])}.")
@@ -287,8 +289,8 @@ def _new_folder(workspace: Workspace, name: str) -> Iterator[Path]:
 
 
 def _write_about(folder: Path, name: str, noun: str, token: str, repeats: object = None) -> None:
-    said = {"name": name, "noun": noun, "token": token} | ({} if repeats is None else {"repeats": repeats})
-    write_text(folder / ABOUT, yaml.safe_dump(said, sort_keys=False))
+    settings = {"name": name, "noun": noun, "token": token} | ({} if repeats is None else {"repeats": repeats})
+    write_text(folder / ABOUT, yaml.safe_dump(settings, sort_keys=False))
 
 
 def _photo(folder: Path, concept: Concept, name: str | None) -> Photo:

@@ -102,8 +102,8 @@ def _counted(settings: str, device: str) -> int:
     dtype = parse_dtype(config.dtype)
     unet: Any = models["unet"]
     size = config.resolution or unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-    held = {name: model.to(dtype) for name, model in models.items()}
-    return memory.estimate(held, vae.to(dtype), config, size, "cpu" if device == "cpu" else "cuda").total
+    cast_models = {name: model.to(dtype) for name, model in models.items()}
+    return memory.estimate(cast_models, vae.to(dtype), config, size, "cpu" if device == "cpu" else "cuda").total
 
 
 def present_pace(jobs: Iterable[QueueJob], config: TrainConfig) -> float | None:
@@ -177,13 +177,13 @@ def _models(base: str) -> tuple[dict[str, Any], Any]:
     from ..models.architectures import build_meta, build_vae_meta
 
     folder = pocket.path() if base == "pocket" else Path(base)
-    found: dict[str, Any] = {}
+    encoders: dict[str, Any] = {}
     with torch.device("meta"):
         if not _is_here(base):
             return build_meta("sdxl" if "xl" in folder.name.lower() else "sd15"), build_vae_meta()
         for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
             file = folder / name / "config.json"
             if file.is_file():
-                found[name] = kind(CLIPTextConfig(**json.loads(file.read_text(encoding="utf-8"))))
-        found["unet"] = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(folder / "unet")))
-        return found, AutoencoderKL.from_config(AutoencoderKL.load_config(str(folder / "vae")))
+                encoders[name] = kind(CLIPTextConfig(**json.loads(file.read_text(encoding="utf-8"))))
+        encoders["unet"] = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(folder / "unet")))
+        return encoders, AutoencoderKL.from_config(AutoencoderKL.load_config(str(folder / "vae")))

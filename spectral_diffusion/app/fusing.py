@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FUSED = "fused/"  # marks a fused folder of the workspace among the bases
 SPACE = "\0"  # in the place of one inside a name
 SPARING = "sd15-12gb"  # the preset for a base that brings none along
-RECIPE = (
+MANIFEST = (
     "manifest.json"  # the library's own name for it is in a module that brings torch, which no page has to wait for
 )
 
@@ -41,13 +41,13 @@ class Fusion:
     name: str
     concepts: dict[str, float]
     merge: str
-    taught: int = 0  # steps
+    distill_steps: int = 0  # steps
     problem: str = ""
 
 
 def fused_folders(workspace: Workspace) -> dict[str, Path]:
     """The fused folders by name, damaged ones too."""
-    return {path.name: path for path in visible(workspace.fused) if (path / RECIPE).is_file()}
+    return {path.name: path for path in visible(workspace.fused) if (path / MANIFEST).is_file()}
 
 
 def fused_names(workspace: Workspace) -> list[str]:
@@ -158,7 +158,7 @@ def merges() -> dict[str, str]:
     """What each merge does, and its options with their defaults, by its name."""
     from ..merging.merges.registry import all_merges  # see above
 
-    return {name: " ".join([f"{one.summary}.", *_options(one.options)]) for name, one in all_merges().items()}
+    return {name: " ".join([f"{merge.summary}.", *_options(merge.options)]) for name, merge in all_merges().items()}
 
 
 def _options(model: type[Settings]) -> list[str]:
@@ -192,8 +192,8 @@ def fuse_chosen(
                 f"Note: {warning}"
                 for warning in fuse_to_folder(settings, Hooks(progress=hooks.progress, notify=notes.append))
             ]
-    told = [in_app(note, workspace) for note in notes]
-    return "\n".join([*told, f"Saved '{name}' with {' and '.join(chosen)}. Draw with it in step 4."])
+    messages = [in_app(note, workspace) for note in notes]
+    return "\n".join([*messages, f"Saved '{name}' with {' and '.join(chosen)}. Draw with it in step 4."])
 
 
 @contextmanager
@@ -204,12 +204,12 @@ def _kept(workspace: Workspace, name: str) -> Iterator[None]:
     if name not in fused_folders(workspace):
         yield
         return
-    place = discard(workspace, name, [])
+    trash_folder = discard(workspace, name, [])
     try:
-        shutil.copytree(fused_folder(workspace, name), place / name, copy_function=_link)
+        shutil.copytree(fused_folder(workspace, name), trash_folder / name, copy_function=_link)
         yield
     except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(trash_folder, ignore_errors=True)
         raise
     shutil.rmtree(exports_of(workspace, name), ignore_errors=True)
 
@@ -226,21 +226,21 @@ def fusions(workspace: Workspace) -> list[Fusion]:
     """The saved fusions; one that cannot be read hides none of the others."""
     from ..merging.manifest import read_manifest
 
-    found = []
+    listed = []
     for name, folder in fused_folders(workspace).items():
         try:
-            recipe = read_manifest(folder) or {}
-            concepts = {str(one): float(recipe["scales"].get(one, 1.0)) for one in recipe["concepts"]}
-            settings = recipe["settings"]
-            found.append(Fusion(name, concepts, str(settings["merge"]), int(settings["distill"]["steps"])))
+            manifest = read_manifest(folder) or {}
+            concepts = {str(concept): float(manifest["scales"].get(concept, 1.0)) for concept in manifest["concepts"]}
+            settings = manifest["settings"]
+            listed.append(Fusion(name, concepts, str(settings["merge"]), int(settings["distill"]["steps"])))
         except Exception as error:  # one bad folder must not hide the others
-            found.append(Fusion(name, {}, "", problem=in_app(sentence_of(error), workspace)))
-    return found
+            listed.append(Fusion(name, {}, "", problem=in_app(sentence_of(error), workspace)))
+    return listed
 
 
 def concepts_in(workspace: Workspace, name: str | None) -> list[str]:
     """The concepts of a saved fusion; none if it cannot be read."""
-    return next((list(one.concepts) for one in fusions(workspace) if one.name == name), [])
+    return next((list(fusion.concepts) for fusion in fusions(workspace) if fusion.name == name), [])
 
 
 def take_out(workspace: Workspace, name: str | None, concept: str | None, new: str, hooks: Hooks = QUIET) -> str:
@@ -262,9 +262,9 @@ def take_out(workspace: Workspace, name: str | None, concept: str | None, new: s
     notes: list[str] = []
     with giving_back(), errors_in_app(workspace, "fused"):
         unfuse(folder, [concept], workspace.fused / new, hooks=Hooks(progress=hooks.progress, notify=notes.append))
-    told = [in_app(note, workspace) for note in notes]
-    exactly = "" if told else ", as if it had never been in"
-    return "\n".join([*told, f"Saved '{new}': '{name}' without {concept}{exactly}."])
+    messages = [in_app(note, workspace) for note in notes]
+    exactly = "" if messages else ", as if it had never been in"
+    return "\n".join([*messages, f"Saved '{new}': '{name}' without {concept}{exactly}."])
 
 
 def delete_fusion(workspace: Workspace, name: str | None) -> str:
@@ -275,9 +275,9 @@ def delete_fusion(workspace: Workspace, name: str | None) -> str:
     """
     from .editing import discard
 
-    place = discard(workspace, str(name), [fused_folder(workspace, name)])
+    trash_folder = discard(workspace, str(name), [fused_folder(workspace, name)])
     shutil.rmtree(exports_of(workspace, str(name)), ignore_errors=True)
-    where = place.relative_to(workspace.root)
+    where = trash_folder.relative_to(workspace.root)
     return f"Deleted the fusion '{name}'; it lies in {where} of the workspace, and its adapters are still there."
 
 

@@ -54,12 +54,12 @@ class Refill:
 
 def picture_files(workspace: Workspace) -> dict[str, Path]:
     """The pictures by their files' names without ending, newest first."""
-    found = []
+    entries = []
     for path in visible(workspace.pictures):
         if path.suffix == ".png":
             with suppress(OSError):  # it has gone this very moment
-                found.append((path.stat().st_mtime_ns, path.stem, path))
-    return {stem: path for _, stem, path in sorted(found, reverse=True)}
+                entries.append((path.stat().st_mtime_ns, path.stem, path))
+    return {stem: path for _, stem, path in sorted(entries, reverse=True)}
 
 
 def picture_file(workspace: Workspace, name: str | None) -> Path:
@@ -122,7 +122,9 @@ def picture_details(workspace: Workspace, name: str | None) -> list[tuple[str, s
     if scene.adapters:
         rows.append(("Concepts", ", ".join(f"{_short(f, names)} at {s}" for f, s in scene.adapters.items())))
     if scene.controls:
-        rows.append(("Held to", ", ".join(f"a {one.kind} at {one.conditioning_scale:g}" for one in scene.controls)))
+        rows.append(
+            ("Held to", ", ".join(f"a {control.kind} at {control.conditioning_scale:g}" for control in scene.controls))
+        )
     rows.append(("Seed", str(scene.seed if scene.only_seed is None else scene.only_seed)))
     size = f", {scene.width}×{scene.height}" if scene.width and scene.height else ""
     rows.append(
@@ -204,7 +206,7 @@ def download_picture(workspace: Workspace, name: str | None) -> tuple[Path, Path
     """
     scene, path = scene_inside(workspace, name), picture_file(workspace, name)
     settings = scene.model_dump(mode="json", exclude={"output", "device"}, exclude_defaults=True)
-    needed = [Path(file).name for file in [*scene.adapters, *(f for one in scene.regions for f in one.adapters)]]
+    needed = [Path(file).name for file in [*scene.adapters, *(f for region in scene.regions for f in region.adapters)]]
     settings |= {"adapters": {Path(file).name: strength for file, strength in scene.adapters.items()}}
     for region in settings.get("regions", []):
         region["adapters"] = {Path(file).name: strength for file, strength in region.get("adapters", {}).items()}
@@ -222,12 +224,12 @@ def download_picture(workspace: Workspace, name: str | None) -> tuple[Path, Path
     text = f"# spectral-diffusion generate scene.yaml draws this picture again.{beside}\n" + yaml.safe_dump(
         settings, allow_unicode=True, sort_keys=False
     )
-    held = io.BytesIO()
-    with zipfile.ZipFile(held, "w") as archive:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
         for file_name, data in {"scene.yaml": text.encode(), **with_it}.items():
             archive.writestr(zipfile.ZipInfo(file_name), data)
     packed = workspace.pictures / SCENES / f"{path.stem}.zip"
-    write_bytes(packed, held.getvalue())
+    write_bytes(packed, buffer.getvalue())
     return path, packed
 
 

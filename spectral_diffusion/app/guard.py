@@ -109,9 +109,9 @@ def _answering(file: bool, send: Send) -> Send:
             headers = [(name, _lax(value) if name == b"set-cookie" else value) for name, value in headers]
             kind = next((value for name, value in headers if name == b"content-type"), b"").decode("latin-1")
             if file and not kind.startswith(SHOWN):
-                said = next((value for name, value in headers if name == b"content-disposition"), b"attachment")
+                disposition = next((value for name, value in headers if name == b"content-disposition"), b"attachment")
                 headers = [pair for pair in headers if pair[0] not in {b"content-disposition", b"content-type"}]
-                headers.append((b"content-disposition", said.replace(b"inline", b"attachment", 1)))
+                headers.append((b"content-disposition", disposition.replace(b"inline", b"attachment", 1)))
                 headers.append((b"content-type", b"application/octet-stream"))
             kept = [pair for pair in headers if pair[0] not in HEADERS]
             message = {**message, "headers": [*kept, *HEADERS.items()]}

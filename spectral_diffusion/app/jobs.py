@@ -28,7 +28,7 @@ LOG_LIMIT = 1_000_000  # bytes; of a longer log the end is kept
 LOG_KEPT = 64_000
 FRESH = 600.0  # seconds
 FULL = 2_000_000  # bytes below which a disk counts as full
-WORDS = {  # of what comes before the first step
+STAGE_TEXTS = {  # of what comes before the first step
     "": "starting",
     "draw": "preparing, ordinary pictures that must stay as they are",
     "predict": "preparing, what is to stay in them",
@@ -145,7 +145,7 @@ class QueueJob:
         write_text(self.folder / "job.json", record.model_dump_json(indent=1) + "\n")
         return QueueJob(self.folder, record)
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """What a client is told of it, JSON-able."""
         status, record = self.status, self.record
         running = record.state == "running" and status is not None
@@ -173,8 +173,8 @@ class QueueJob:
             if status is None or status.pid != record.pid:
                 return "starting"
             if status.stage != "train":
-                words = WORDS.get(status.stage) or STAGES.get(status.stage, status.stage).lower()
-                return f"{words}: {status.step} of {status.steps}" if status.steps else words
+                text = STAGE_TEXTS.get(status.stage) or STAGES.get(status.stage, status.stage).lower()
+                return f"{text}: {status.step} of {status.steps}" if status.steps else text
             left = f", {duration(status.eta)} left" if status.eta is not None else ""
             return f"step {status.step} of {status.steps}{left}"
         if record.state in {"paused", "stopped", "failed"} and self.steps_done:
@@ -258,8 +258,8 @@ def last_error(log: Path) -> str:
             lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return ""
-    said = next((line.removeprefix("Error: ") for line in reversed(lines) if line.startswith("Error: ")), "")
-    return said.partition(f" {USE} ")[0]
+    message = next((line.removeprefix("Error: ") for line in reversed(lines) if line.startswith("Error: ")), "")
+    return message.partition(f" {USE} ")[0]
 
 
 @contextmanager

@@ -113,4 +113,4 @@ def plain_html(text: str) -> str:
 
 def teller(progress: gr.Progress) -> ProgressLine:
     """The library's progress on gradio's bar."""
-    return ProgressLine(lambda done, total, words: progress((done, total), desc=words))
+    return ProgressLine(lambda done, total, text: progress((done, total), desc=text))

@@ -20,11 +20,11 @@ GRIDS = 4  # sample grids on the way, the last at the end
 
 def presets() -> dict[str, str]:
     """The shipped presets that train, the pocket base's first, with what each says of itself."""
-    found = {}
+    descriptions = {}
     for path in sorted(resources.configs().glob("*.yaml"), key=lambda path: (path.stem != "pocket", path.stem)):
         if read_yaml(path).get("train"):
-            found[path.stem] = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-    return found
+            descriptions[path.stem] = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+    return descriptions
 
 
 def preset_train_settings(name: str, verb: str) -> dict[str, Any]:

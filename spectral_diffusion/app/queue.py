@@ -59,8 +59,8 @@ class Queue:
 
     def jobs(self) -> list[QueueJob]:
         """All jobs: those that run, are paused or wait, in their turn, then the others from the newest."""
-        found = [read_job(folder) for folder in visible(self.workspace.jobs) if folder.is_dir()]
-        return sorted(found, key=lambda job: (0, job.record.place) if job.active else (1, -job.record.created))
+        listed = [read_job(folder) for folder in visible(self.workspace.jobs) if folder.is_dir()]
+        return sorted(listed, key=lambda job: (0, job.record.place) if job.active else (1, -job.record.created))
 
     def job(self, name: str | None) -> QueueJob:
         """A listed job.
@@ -126,11 +126,11 @@ class Queue:
             UserError: there is none.
         """
         name = concept_folder(self.workspace, concept).name
-        held = {"paused", "stopped", "failed"}
-        found = [job.id for job in self.jobs() if job.record.concept == name and job.record.state in held]
-        if not found:
+        unfinished = {"paused", "stopped", "failed"}
+        ids = [job.id for job in self.jobs() if job.record.concept == name and job.record.state in unfinished]
+        if not ids:
             raise UserError(f"There is no stopped training of '{name}' to go on with; train without resume.")
-        return found[0], self.resume(found[0])
+        return ids[0], self.resume(ids[0])
 
     def stop(self, name: str | None, wish: str = "stop") -> str:
         """Stop a job and keep its state; the queue goes on with the next. Asked again, it stops at once.
@@ -146,22 +146,22 @@ class Queue:
             concept, state = job.record.concept, job.record.state
             if state in {"waiting", "paused"} and wish == "stop":
                 job.write(state="stopped", message="Taken out of the queue; Resume puts it back.")
-                said = f"The training of '{concept}' is out of the queue."
+                message = f"The training of '{concept}' is out of the queue."
             elif state == "running":
                 job.write(wish=wish)
                 if job.alive:
                     with suppress(ProcessLookupError):
                         os.kill(job.record.pid, signal.SIGTERM)
                 if job.steps_done or self.resumable(job):
-                    said = "keeps its state and stops after the present step; Resume goes on from there"
+                    message = "keeps its state and stops after the present step; Resume goes on from there"
                 else:
-                    said = "stops before its first step; Resume begins anew"
+                    message = "stops before its first step; Resume begins anew"
                 queue = ", and the queue waits until then" if wish == "pause" else ""
-                said = f"The training of '{concept}' {said}{queue}."
+                message = f"The training of '{concept}' {message}{queue}."
             else:
                 raise UserError(f"The training of '{concept}' is {state}; only a running one can be held.")
         self.start()
-        return said
+        return message
 
     def pause(self, name: str | None) -> str:
         """Stop a running job, keep its state, and hold the queue until it is resumed.
@@ -262,8 +262,8 @@ class Queue:
             return f"The training of '{job.record.concept}' has started."
         before = [other.record.concept for other in jobs[: [other.id for other in jobs].index(name)]]
         paused = next((other.record.concept for other in jobs if other.record.state == "paused"), None)
-        held = f"; the queue waits until the paused training of '{paused}' is resumed or stopped" if paused else ""
-        return f"The training of '{job.record.concept}' waits for {len(before)} before it{held}."
+        waiting = f"; the queue waits until the paused training of '{paused}' is resumed or stopped" if paused else ""
+        return f"The training of '{job.record.concept}' waits for {len(before)} before it{waiting}."
 
     def _launched(self, job: QueueJob) -> bool:
         """Start a job's process; False for one that cannot be started, which says why."""
@@ -331,9 +331,10 @@ class Queue:
         if active := next((other for other in twins if other.active), None):
             raise UserError(f"A training of '{concept}' is {active.record.state} already; see the list.")
         if job is None and twins:
-            if held := next((other for other in twins if other.record.launches and self.resumable(other)), None):
+            if unfinished := next((other for other in twins if other.record.launches and self.resumable(other)), None):
+                steps = f"step {unfinished.steps_done} of {unfinished.record.steps}"
                 raise UserError(
-                    f"There is an unfinished training of '{concept}' (step {held.steps_done} of {held.record.steps}): "
+                    f"There is an unfinished training of '{concept}' ({steps}): "
                     "resume it, or remove it from the list and train anew."
                 )
             for other in twins:

@@ -15,8 +15,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from ..core.errors import Fix, UserError
 
 # Diffusers' lazy modules do not stand two threads that import at once: all of it is there before a page is served.
-from ..merging import fuse as recipe  # noqa: F401
-from ..scenes import generate as pipeline  # noqa: F401
+from ..merging import fuse as preloaded_fuse  # noqa: F401
+from ..scenes import generate as preloaded_generate  # noqa: F401
 from . import temporary
 from .guard import Guard
 from .page import Page
@@ -58,16 +58,16 @@ class App(gr.Blocks):
 
 def build_app(workspace: Path) -> App:
     """The app over one workspace folder, which is made when something is first written there."""
-    place = Workspace(Path(workspace).absolute())
-    temporary.choose_folder(place.root)
+    root = Workspace(Path(workspace).absolute())
+    temporary.choose_folder(root.root)
     with App(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
-        blocks.pictures, blocks.gone = place.pictures, []
+        blocks.pictures, blocks.gone = root.pictures, []
         gr.Markdown(f"# {TITLE}\n{INTRODUCTION}", elem_id="title")
         handed = gr.State(None), gr.State(None), gr.State(None)  # outside: gradio counts all that is among the tabs
         strip, timer = gr.HTML(visible=False, elem_id="train-strip", label="Being trained"), gr.Timer(1.0, active=False)
         trained = gr.State({})
         with gr.Tabs(elem_id="steps") as tabs:
-            page = Page(place, blocks, tabs, strip, timer, trained, *handed, gone=blocks.gone)
+            page = Page(root, blocks, tabs, strip, timer, trained, *handed, gone=blocks.gone)
             for name, (title, module) in TABS.items():
                 with gr.Tab(title, id=name, elem_id=f"tab-{name}") as tab:
                     module.build(page, tab)

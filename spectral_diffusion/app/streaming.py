@@ -20,21 +20,21 @@ def stream(work: Callable[[Callable[[News], None]], Result], stop: threading.Eve
 
     If the reader goes away early, ``stop`` is set and the work's end is waited for. An error of the work is raised.
     """
-    told: queue.SimpleQueue[tuple[str, object]] = queue.SimpleQueue()
+    messages: queue.SimpleQueue[tuple[str, object]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
-            told.put(("done", work(lambda news: told.put(("news", news)))))
+            messages.put(("done", work(lambda news: messages.put(("news", news)))))
         except BaseException as error:  # it belongs to the reader
-            told.put(("failed", error))
+            messages.put(("failed", error))
 
     thread = threading.Thread(target=run, daemon=True, name="drawing")
     thread.start()
     try:
         while True:
-            kind, item = told.get()
-            while kind == "news" and not told.empty():  # a slow reader gets the newest
-                kind, item = told.get()
+            kind, item = messages.get()
+            while kind == "news" and not messages.empty():  # a slow reader gets the newest
+                kind, item = messages.get()
             if kind == "failed":
                 raise item  # type: ignore[misc]
             yield item  # type: ignore[misc]
@@ -45,7 +45,7 @@ def stream(work: Callable[[Callable[[News], None]], Result], stop: threading.Eve
         thread.join()
 
 
-def cancellable(stop: threading.Event, progress: Progress, words: str) -> Progress:
+def cancellable(stop: threading.Event, progress: Progress, message: str) -> Progress:
     """The same progress, which ends the work at its next step once ``stop`` is set.
 
     Raises:
@@ -54,7 +54,7 @@ def cancellable(stop: threading.Event, progress: Progress, words: str) -> Progre
 
     def show(event: Event) -> None:
         if stop.is_set():
-            raise UserError(words)
+            raise UserError(message)
         progress(event)
 
     return show

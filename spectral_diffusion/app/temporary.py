@@ -33,13 +33,13 @@ def prepare_folder() -> None:
     if folder.parent.name != UPLOADS:  # a person's own choice
         return
     try:
-        _held(folder)
+        _lock(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
 
 
 @cache
-def _held(folder: Path) -> FileLock:
+def _lock(folder: Path) -> FileLock:
     """The lock of a folder, which is held as long as this process lives: all its apps share the folder."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.parent.chmod(0o700)

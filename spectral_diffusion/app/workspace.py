@@ -85,8 +85,8 @@ def pick(name: str | None, known: Mapping[str, Value], what: str, otherwise: str
         UserError: there is none of that name; the sentence says what there is, and ``otherwise`` what to do.
     """
     if not isinstance(name, str) or name not in known:
-        there = f"there are {', '.join(known)}" if known else "there are none yet"
-        raise UserError(f"No {what} '{str(name)[:60]}'{nearest(str(name), known)}: {there}; {otherwise}.")
+        known_text = f"there are {', '.join(known)}" if known else "there are none yet"
+        raise UserError(f"No {what} '{str(name)[:60]}'{nearest(str(name), known)}: {known_text}; {otherwise}.")
     return known[name]
 
 
@@ -98,8 +98,8 @@ def visible(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     inside = folder.resolve()
-    found = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in found if path.resolve().is_relative_to(inside) and not is_special(path))
+    paths = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in paths if path.resolve().is_relative_to(inside) and not is_special(path))
 
 
 def filled(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,14 +128,14 @@ class ProgressLine:
     def __call__(self, event: Event) -> None:
         if event.stage != self._stage:
             self._stage, self._began, self._first = event.stage, self._now(), event.done
-        words = STAGES.get(event.stage, event.stage)
+        text = STAGES.get(event.stage, event.stage)
         if isinstance(loss := event.metrics.get("loss"), float):
-            words += f", loss {loss:.4f}"
+            text += f", loss {loss:.4f}"
         steps = event.done - self._first
         if steps > 0 and event.done < event.total:
             left = (self._now() - self._began) / steps * (event.total - event.done)
-            words += f", {duration(left)} left"
-        self._show(event.done, event.total, words)
+            text += f", {duration(left)} left"
+        self._show(event.done, event.total, text)
 
 
 def duration(seconds: float) -> str:

@@ -65,7 +65,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     shelf.select(handlers.choose, None, [chosen, detail.result], **PRIVATE).then(
         handlers.show, [chosen], detail.shown, **PRIVATE
     )
-    adding.files.change(handlers.preview, [adding.files], [adding.preview, adding.found], **PRIVATE)
+    adding.files.change(handlers.preview, [adding.files], [adding.preview, adding.summary], **PRIVATE)
     adding.name.change(
         handlers.suggest, [adding.name, adding.token, adding.suggested], [adding.token, adding.suggested], **PRIVATE
     )
@@ -97,7 +97,7 @@ class Adding:
     whole: gr.Accordion
     files: gr.File
     preview: gr.Gallery
-    found: gr.Markdown
+    summary: gr.Markdown
     name: gr.Textbox
     noun: gr.Textbox
     token: gr.Textbox
@@ -134,10 +134,10 @@ def _adding() -> Adding:
             interactive=False, buttons=[], allow_preview=False, visible=False, elem_id="concepts-preview",
             elem_classes="concepts-photos",
         )  # fmt: skip
-        found = gr.Markdown(elem_id="concepts-found")
+        summary = gr.Markdown(elem_id="concepts-found")
         save = gr.Button("Save concept", variant="primary", elem_id="concepts-save")
     result = gr.Markdown(elem_id="concepts-added")
-    return Adding(whole, files, preview, found, name, noun, token, gr.State(""), save, result)
+    return Adding(whole, files, preview, summary, name, noun, token, gr.State(""), save, result)
 
 
 @dataclass(frozen=True)
@@ -224,14 +224,14 @@ def _detail() -> Detail:
 
 def _wire_editing(handlers: ConceptHandlers, detail: Detail, chosen: gr.State, again: Any) -> None:
     """The buttons that change a concept of one's own."""
-    one = [chosen, detail.photo]
+    photo_inputs = [chosen, detail.photo]
     detail.photos.select(handlers.pick_photo, [chosen, detail.names], [detail.photo, detail.caption], **PRIVATE)
     following = [detail.photo, detail.caption, detail.photos]
-    detail.save.click(handlers.save_caption, [*one, detail.caption], [detail.result, detail.photos], **PRIVATE)
+    detail.save.click(handlers.save_caption, [*photo_inputs, detail.caption], [detail.result, detail.photos], **PRIVATE)
     detail.caption.submit(
-        handlers.save_caption, [*one, detail.caption], [detail.result, detail.photos], **PRIVATE
-    ).success(handlers.next_photo, [*one, detail.names], following[:2], **PRIVATE)
-    again(detail.remove.click(handlers.remove, one, [detail.result], **PRIVATE))
+        handlers.save_caption, [*photo_inputs, detail.caption], [detail.result, detail.photos], **PRIVATE
+    ).success(handlers.next_photo, [*photo_inputs, detail.names], following[:2], **PRIVATE)
+    again(detail.remove.click(handlers.remove, photo_inputs, [detail.result], **PRIVATE))
     again(detail.more.upload(handlers.more, [chosen, detail.more], [detail.result], **PRIVATE))
     again(detail.tidy.click(handlers.tidy, [chosen], [detail.result], **PRIVATE))
     changed = [chosen, detail.new_name, detail.new_noun, detail.new_token]
@@ -257,17 +257,17 @@ class ConceptHandlers:
     def overview(self, chosen: str | None) -> list[Any]:
         """The guided line, problems, cards and slot map."""
         with errors_as_toast():
-            shelf = look(self.workspace)
-            lines = list(shelf.problems)
-            if shelf.strangers:
-                names = ", ".join(f"`{label.path.stem}`" for label in shelf.strangers)
+            overview = look(self.workspace)
+            lines = list(overview.problems)
+            if overview.strangers:
+                names = ", ".join(f"`{adapter.path.stem}`" for adapter in overview.strangers)
                 lines.append(f"Adapters without photos here: {names}; they can be fused and drawn with all the same.")
             problems = "\n".join(f"- ⚠ {line if '`' in line else plain_html(line)}" for line in lines)
             return [
-                gr.Markdown(visible=shelf.first_run),
+                gr.Markdown(visible=overview.first_run),
                 gr.Markdown(problems, visible=bool(lines)),
-                cards.cards(shelf, chosen),
-                cards.slot_map_html(shelf),
+                cards.cards(overview, chosen),
+                cards.slot_map_html(overview),
             ]
 
     def choose(self, event: gr.EventData) -> tuple[str, str]:
@@ -291,9 +291,9 @@ class ConceptHandlers:
         about += f"called `{concept.token}` in prompts."
         if not own:
             about += " Ready-made: it stays as it is, but you can change a copy."
-        for label in concepts.adapters_of_concept(self.workspace, chosen):
-            place = f", {label.kind} {label.slot}" if label.slot else ""
-            about += f"\n\nTrained: {label.method} on {plain_html(label.base)}{place}."
+        for adapter in concepts.adapters_of_concept(self.workspace, chosen):
+            position = f", {adapter.kind} {adapter.slot}" if adapter.slot else ""
+            about += f"\n\nTrained: {adapter.method} on {plain_html(adapter.base)}{position}."
         captions = self._captions(folder, concept)
         flags = [*concept.notes, *(f"{text}." for text in concept.skipped)]
         traces = False
@@ -315,12 +315,12 @@ class ConceptHandlers:
 
     def _captions(self, folder: Path, concept: concepts.Concept) -> list[str]:
         """What stands under each photo."""
-        usual = f"a photo of {concept.token} "  # what nearly all begin with would hide the photos
-        found = []
+        prefix = f"a photo of {concept.token} "  # what nearly all begin with would hide the photos
+        captions = []
         for name, photo in concepts.file_names(folder, concept).items():
-            words = concept.prompt(photo.caption) if photo.caption else f"{name} (no caption)"
-            found.append(f"… {words.removeprefix(usual)}" if words.startswith(usual) else words)
-        return found
+            text = concept.prompt(photo.caption) if photo.caption else f"{name} (no caption)"
+            captions.append(f"… {text.removeprefix(prefix)}" if text.startswith(prefix) else text)
+        return captions
 
     def _panel(
         self, about: str, chosen: str | None, own: bool = False, photos: list[Any] | None = None, flags: str = "",
@@ -398,16 +398,16 @@ class ConceptHandlers:
             photo = concepts.file_names(folder, concept).get(name or "")
             if photo is None:
                 return None, gr.Textbox("", interactive=False, label="Caption")
-            words = concept.prompt(photo.caption) if photo.caption else ""
-            return name, gr.Textbox(words, interactive=True, label=f"Caption of {name}")
+            caption = concept.prompt(photo.caption) if photo.caption else ""
+            return name, gr.Textbox(caption, interactive=True, label=f"Caption of {name}")
 
     def save_caption(self, chosen: str | None, photo: str | None, text: str) -> tuple[str, Any]:
         """Write a caption and show it under its photo."""
         with errors_as_toast():
-            words = editing.write_caption(self.workspace, chosen, photo, text)
+            message = editing.write_caption(self.workspace, chosen, photo, text)
             concept, small = concepts.view_concept(self.workspace, chosen)
             folder = concepts.concept_folder(self.workspace, chosen)
-            return words, list(zip(small, self._captions(folder, concept), strict=False))
+            return message, list(zip(small, self._captions(folder, concept), strict=False))
 
     def remove(self, chosen: str | None, photo: str | None) -> str:
         """Take a photo out."""

@@ -15,7 +15,7 @@ from .. import comparing, downloads, fusing
 from ..adapters import adapter_rows
 from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, asked, errors_as_toast, hand, plain_html, teller
 from ..streaming import CancelTokens, cancellable
-from .fuse_layout import USUAL_NAME, WHOLE, Bench, Saved
+from .fuse_layout import DEFAULT_NAME, WHOLE, Bench, Saved
 
 COLUMNS = {  # the heads of the table, and what they mean
     "Concept": "",
@@ -135,9 +135,9 @@ class FuseHandlers:
             rows, problems = adapter_rows(self.workspace)
             names, saved = [row[0] for row in rows], fusing.fusions(self.workspace)
             merges = list(fusing.merges()) if names else []
-        problems += [one.problem for one in saved if one.problem]
-        there = [one.name for one in saved if not one.problem]
-        which = which if which in there else there[0] if there else None
+        problems += [fusion.problem for fusion in saved if fusion.problem]
+        readable = [fusion.name for fusion in saved if not fusion.problem]
+        which = which if which in readable else readable[0] if readable else None
         return [
             gr.Markdown(TOO_FEW.get(len(names), ENOUGH)),
             gr.Button(visible=len(names) < 2),
@@ -145,19 +145,19 @@ class FuseHandlers:
             gr.Row(visible=bool(names or problems)),
             gr.CheckboxGroup(names, value=[name for name in chosen or [] if name in names]),
             gr.Dropdown(merges) if merges else gr.skip(),
-            gr.Column(visible=bool(there)),
-            gr.Dropdown(there, value=which),
+            gr.Column(visible=bool(readable)),
+            gr.Dropdown(readable, value=which),
             self._about(which),
         ]
 
     def look(self, chosen: list[str] | None, strengths: dict[str, float] | None) -> list[Any]:
         """The interference table and its warnings."""
         with errors_as_toast():
-            found = comparing.together(self.workspace, chosen, strengths or {})
-        words = "\n\n".join(f"⚠ {plain_html(warning)}" for warning in found.warnings)
+            comparison = comparing.together(self.workspace, chosen, strengths or {})
+        text = "\n\n".join(f"⚠ {plain_html(warning)}" for warning in comparison.warnings)
         return [
-            gr.HTML(fusion_table(found.rows), visible=bool(found.rows)),
-            gr.Markdown(words, visible=bool(words)),
+            gr.HTML(fusion_table(comparison.rows), visible=bool(comparison.rows)),
+            gr.Markdown(text, visible=bool(text)),
         ]
 
     def about_merge(self, merge: str) -> str:
@@ -172,9 +172,9 @@ class FuseHandlers:
     def taken(self, name: str) -> Any:
         """The tick for replacing a fusion, where there is one of that name."""
         with errors_as_toast():
-            there = name.strip() in fusing.fused_names(self.workspace)
+            exists = name.strip() in fusing.fused_names(self.workspace)
         return gr.Checkbox(
-            label=f"Replace the fusion '{name.strip()}' (the old one goes to the trash)", value=False, visible=there
+            label=f"Replace the fusion '{name.strip()}' (the old one goes to the trash)", value=False, visible=exists
         )
 
     def begin_compare(self, request: gr.Request) -> list[Any]:
@@ -252,15 +252,15 @@ class FuseHandlers:
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[str, Handed, str, Any]:
         """Fuse the ticked concepts; hands the result to the pictures."""
-        name = name.strip() or USUAL_NAME
+        name = name.strip() or DEFAULT_NAME
         with errors_as_toast():
             progress(0, desc="Loading the adapters and their base")
             changes = {**changes_for(merge, distill, options, prior_weight), "seed": seed}
             with self._run(self.saves, request, progress) as tell:
-                words = fusing.fuse_chosen(
+                message = fusing.fuse_chosen(
                     self.workspace, chosen, name, strengths or {}, Hooks(progress=tell), replace, **changes
                 )
-        return words, hand(fusing.FUSED + name), name, gr.Button(visible=True)
+        return message, hand(fusing.FUSED + name), name, gr.Button(visible=True)
 
     @asked
     def fuse(
@@ -316,8 +316,8 @@ class FuseHandlers:
         """Write the chosen fusion without one concept."""
         with errors_as_toast():
             progress(0, desc="Fusing the rest")
-            words = fusing.take_out(self.workspace, which, concept, new, Hooks(progress=teller(progress)))
-        return words, gr.Dropdown(fusing.fused_names(self.workspace), value=new.strip())
+            message = fusing.take_out(self.workspace, which, concept, new, Hooks(progress=teller(progress)))
+        return message, gr.Dropdown(fusing.fused_names(self.workspace), value=new.strip())
 
     def download(
         self,
@@ -339,11 +339,11 @@ class FuseHandlers:
             return fusing.delete_fusion(self.workspace, which), False
 
     def _about(self, which: str | None) -> Any:
-        found = next((one for one in fusing.fusions(self.workspace) if one.name == which), None)
-        if found is None:
+        saved = next((fusion for fusion in fusing.fusions(self.workspace) if fusion.name == which), None)
+        if saved is None:
             return gr.Markdown()
-        inside = ", ".join(f"{name} at {strength:g}" for name, strength in found.concepts.items())
-        taught = f", then taught for {found.taught} steps" if found.taught else ""
+        inside = ", ".join(f"{name} at {strength:g}" for name, strength in saved.concepts.items())
+        distilled = f", then taught for {saved.distill_steps} steps" if saved.distill_steps else ""
         return gr.Markdown(
-            f"**{plain_html(found.name)}** holds {plain_html(inside)}; merged by *{found.merge}*{taught}."
+            f"**{plain_html(saved.name)}** holds {plain_html(inside)}; merged by *{saved.merge}*{distilled}."
         )

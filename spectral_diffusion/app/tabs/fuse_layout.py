@@ -18,7 +18,7 @@ DISTILLATION_INFO = (
     "After any merge, the fusion learns what every concept draws alone. It keeps several concepts much better and "
     "other prompts more as they were; it takes minutes. All of the U-Net keeps most, and brings its own way to merge."
 )
-USUAL_NAME = "together"
+DEFAULT_NAME = "together"
 
 
 class Bench:
@@ -75,7 +75,7 @@ class Bench:
                 info="Another number gives other pictures to compare.",
             )  # fmt: skip
         self.name = gr.Textbox(
-            label="Name of the fusion", placeholder=USUAL_NAME, max_lines=1, elem_id="fuse-name",
+            label="Name of the fusion", placeholder=DEFAULT_NAME, max_lines=1, elem_id="fuse-name",
             info="Letters, digits, - and _.",
         )  # fmt: skip
         self.replace = gr.Checkbox(label="Replace it", visible=False, elem_id="fuse-replace")
@@ -87,16 +87,16 @@ class Bench:
         self.saved = gr.State("")  # the name of what was saved last
         self.draw = gr.Button("Draw with it", elem_id="fuse-draw", visible=False)
 
-    def _sliders(self, names: list[str] | None, held: dict[str, float] | None) -> None:
+    def _sliders(self, names: list[str] | None, strengths: dict[str, float] | None) -> None:
         """A strength for every ticked concept; it keeps what was set while others come and go."""
         for name in names or []:
             slider = gr.Slider(
-                0, 2, (held or {}).get(name, 1.0), step=0.05, label=f"Strength of {name}",
+                0, 2, (strengths or {}).get(name, 1.0), step=0.05, label=f"Strength of {name}",
                 elem_id=f"fuse-strength-{name}", key=f"strength-{name}", interactive=True,
             )  # fmt: skip
             gr.on(  # input: by keyboard and in the box; release: by mouse, and set back
                 [slider.input, slider.release],
-                lambda value, held, name=name: {**(held or {}), name: value},
+                lambda value, strengths, name=name: {**(strengths or {}), name: value},
                 [slider, self.strengths],
                 self.strengths,
                 trigger_mode="always_last",
@@ -132,7 +132,7 @@ class Saved:
             self.take = gr.Button("Take it out", elem_id="fuse-take", min_width=140)
         with gr.Row(elem_classes="fuse-line"):
             self.kind = gr.Dropdown(
-                [(words, kind) for kind, words in downloads.KINDS.items()], value="kohya",
+                [(text, kind) for kind, text in downloads.KINDS.items()], value="kohya",
                 label="For other programs", elem_id="fuse-kind", scale=2, min_width=220,
             )  # fmt: skip
             self.pack = gr.Button("Prepare the file", elem_id="fuse-pack", min_width=140)

@@ -75,13 +75,13 @@ class Gallery:
                 scene = pictures.download_picture(self.workspace, name)[1]
             except UserError as error:  # a picture from elsewhere can still be looked at and deleted
                 rows = [("", rendered(error))]
-        words = "\n\n".join(f"**{head}** {verbatim(text)}" if head else verbatim(text) for head, text in rows)
+        details_text = "\n\n".join(f"**{head}** {verbatim(text)}" if head else verbatim(text) for head, text in rows)
         known: dict[str, Any] = {"interactive": scene is not None}
         return [
             gr.Row(visible=True),
             name,
             str(path),
-            words,
+            details_text,
             gr.Button(**known),
             gr.Button(**known),
             gr.DownloadButton(value=str(path)),

@@ -106,10 +106,10 @@ def shown_jobs(
         chosen: id of the training to show; another one's if it is gone.
         seen: what this page was given last.
     """
-    job = next((one for one in jobs if one.id == chosen), jobs[0] if jobs else None)
-    active = [one for one in jobs if one.active]
+    job = next((other for other in jobs if other.id == chosen), jobs[0] if jobs else None)
+    active = [other for other in jobs if other.active]
     state = job.record.state if job else ""
-    held = job.record.wish if job else ""
+    stop_requested = job.record.wish if job else ""
     grids = samples(workspace, job)
     strip = strip_of(jobs)
     moved = job is None or job.id != seen.get("chosen")
@@ -118,7 +118,7 @@ def shown_jobs(
         "start": {"value": "Add to queue" if active else "Start training"},
         "hint": {"visible": not jobs},
         "trouble": {"value": f"The queue cannot go on: {plain_html(trouble)}", "visible": bool(trouble)},
-        "jobs": {"choices": [(label(one), one.id) for one in jobs], "visible": bool(jobs)},
+        "jobs": {"choices": [(label(other), other.id) for other in jobs], "visible": bool(jobs)},
         "detail": {"visible": job is not None},
         "progress": {"value": progress(job) if job else ""},
         "strip": {"value": strip, "visible": bool(strip)},
@@ -126,13 +126,13 @@ def shown_jobs(
         "curve": {"value": curve(job) if job else "", "visible": bool(job and job.status and job.status.curve)},
         "caption": {"visible": bool(grids)},
         "samples": {"value": grids},
-        "pause": {"visible": state == "running" and not held},
+        "pause": {"visible": state == "running" and not stop_requested},
         "resume": {"visible": state in {"paused", "stopped", "failed"}},
-        "stop": {"visible": stoppable(state, held, len(active)), "value": _stop_word(state, held)},
+        "stop": {"visible": stoppable(state, stop_requested, len(active)), "value": _stop_word(state, stop_requested)},
         "draw": {"visible": state == "done"},
         "remove": {"visible": state in {"stopped", "paused", "failed", "done"}},
         "asked": {"visible": False} if moved or state == "running" else {},
-        "clear": {"visible": sum(one.record.state == "done" for one in jobs) > 1},
+        "clear": {"visible": sum(other.record.state == "done" for other in jobs) > 1},
     }  # fmt: skip
     updates: list[Any] = []
     for name, values in now.items():
@@ -186,12 +186,12 @@ def curve(job: QueueJob) -> str:
 
 def samples(workspace: Workspace, job: QueueJob | None) -> list[tuple[str, str]]:
     """The newest sample grids that lie among the workspace's adapters, with a caption each."""
-    inside, found = workspace.adapters.resolve(), []
-    for one in reversed(job.status.samples if job and job.status else []):
-        file = Path(one.file)
+    inside, grids = workspace.adapters.resolve(), []
+    for sample in reversed(job.status.samples if job and job.status else []):
+        file = Path(sample.file)
         if file.suffix == ".png" and file.is_file() and file.resolve().is_relative_to(inside):
-            found.append((str(file), f"step {one.step}"))
-    return found[:GRIDS]
+            grids.append((str(file), f"step {sample.step}"))
+    return grids[:GRIDS]
 
 
 def _opened(file: str) -> Image.Image:
@@ -205,15 +205,19 @@ def _opened(file: str) -> Image.Image:
     return Image.new("RGB", (64, 64), "grey")
 
 
-def stoppable(state: str, held: str, active: int) -> bool:
+def stoppable(state: str, stop_requested: str, active: int) -> bool:
     """Whether stopping differs from pausing: others wait behind it, or it is to stop without finishing its step."""
-    return state == "waiting" or (state == "running" and bool(held)) or (state in {"running", "paused"} and active > 1)
+    return (
+        state == "waiting"
+        or (state == "running" and bool(stop_requested))
+        or (state in {"running", "paused"} and active > 1)
+    )
 
 
-def _stop_word(state: str, held: str) -> str:
+def _stop_word(state: str, stop_requested: str) -> str:
     if state == "waiting":
         return "Take out of the queue"
-    return "Stop at once" if held and state == "running" else "Go on with the next first"
+    return "Stop at once" if stop_requested and state == "running" else "Go on with the next first"
 
 
 def strip_of(jobs: Sequence[QueueJob]) -> str:
@@ -223,11 +227,11 @@ def strip_of(jobs: Sequence[QueueJob]) -> str:
     if not shown:
         return ""
     job = shown[0]
-    words = {"running": "is being trained", "done": "is trained: draw it in step 4"}
-    told = [words.get(job.record.state, job.record.state)]
-    if active and job.line() != told[0]:
-        told.append(job.line())
+    texts = {"running": "is being trained", "done": "is trained: draw it in step 4"}
+    parts = [texts.get(job.record.state, job.record.state)]
+    if active and job.line() != parts[0]:
+        parts.append(job.line())
     if len(active) > 1:
-        told.append(f"{len(active) - 1} more")
+        parts.append(f"{len(active) - 1} more")
     mark, concept = MARKS[job.record.state], job.record.concept
-    return render("app/templates/train_strip.html.jinja", mark=mark, concept=concept, line=" · ".join(told))
+    return render("app/templates/train_strip.html.jinja", mark=mark, concept=concept, line=" · ".join(parts))

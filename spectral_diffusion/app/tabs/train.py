@@ -42,12 +42,12 @@ class Form:
     @property
     def all(self) -> list[Any]:
         """The components in their order."""
-        return [getattr(self, one.name) for one in fields(self)]
+        return [getattr(self, item.name) for item in fields(self)]
 
     @staticmethod
     def named(values: tuple[Any, ...]) -> dict[str, Any]:
         """The components' values by name, without the concept and the preset."""
-        return dict(zip((one.name for one in fields(Form)[2:]), values, strict=True))
+        return dict(zip((item.name for item in fields(Form)[2:]), values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class AdapterTable:
     @property
     def all(self) -> list[Any]:
         """The components in their order."""
-        return [getattr(self, one.name) for one in fields(self)]
+        return [getattr(self, item.name) for item in fields(self)]
 
 
 class TrainHandlers:
@@ -90,18 +90,18 @@ class TrainHandlers:
         name, when = handed or (None, taken)
         first = (concept, name) if when == taken else (name, concept)
         value = next((name for name in (*first, *newest, *folders) if name in folders), None)
-        said = known_concepts(self.workspace)
-        shown = [(f"{name} ({said[name][1]})" if said[name][1] else name, name) for name in folders]
+        details = known_concepts(self.workspace)
+        shown = [(f"{name} ({details[name][1]})" if details[name][1] else name, name) for name in folders]
         return gr.Dropdown(choices=shown, value=value), gr.Dropdown(choices=list(all_methods()), value=method), when
 
     def about(self, concept: str | None) -> str:
         """A line on the chosen concept."""
         try:
-            found = load_concept(concept_folder(self.workspace, concept))
+            loaded = load_concept(concept_folder(self.workspace, concept))
         except UserError as error:
             return plain_html(rendered(error))
-        count = f"{len(found.photos)} photo{'s' if len(found.photos) != 1 else ''}"
-        line = f"{count} of a {plain_html(found.noun)}. In prompts it is called `{found.token}`."
+        count = f"{len(loaded.photos)} photo{'s' if len(loaded.photos) != 1 else ''}"
+        line = f"{count} of a {plain_html(loaded.noun)}. In prompts it is called `{loaded.token}`."
         if concept in workspace_adapters(self.workspace):
             line += " It is trained already; training it again replaces its adapter and keeps its place."
         return line
@@ -110,8 +110,10 @@ class TrainHandlers:
         """A preset's own settings for the fields."""
 
         with errors_as_toast():
-            held = preset_train_settings(name, "train")
-        values = [held.get(key, TrainConfig.model_fields[key].default) for key in ("base", "method", "rank", "steps")]
+            settings = preset_train_settings(name, "train")
+        values = [
+            settings.get(key, TrainConfig.model_fields[key].default) for key in ("base", "method", "rank", "steps")
+        ]
         return [gr.Dropdown(info=presets().get(name, "")), *values]
 
     def estimate(self, concept: str | None, preset: str, *values: Any) -> Iterator[str]:
@@ -120,19 +122,19 @@ class TrainHandlers:
 
         try:
             config = train_settings(self.workspace, concept, preset, Form.named(values))
-            found = estimate_training(config, self.queue.jobs())
-            yield figures(found.trained, "counting …", found.time, found.note)
+            costs = estimate_training(config, self.queue.jobs())
+            yield figures(costs.trained, "counting …", costs.time, costs.note)
             most, more = memory_estimate(config)
-            yield figures(found.trained, most, found.time, found.note + more)
+            yield figures(costs.trained, most, costs.time, costs.note + more)
         except Exception as error:  # in place of the figures
             yield f'<p class="train-note train-wrong">{plain_html(sentence_of(error))}</p>'
 
     def start(self, concept: str | None, preset: str, *values: Any) -> tuple[Any, str]:
         """Start a training, or put it into the queue; returns its id and what to tell."""
         with errors_as_toast():
-            name, said = self.queue.enqueue(concept, preset, **Form.named(values))
+            name, message = self.queue.enqueue(concept, preset, **Form.named(values))
             runs = self.queue.job(name).record.state == "running"
-        return (name if runs else gr.skip()), plain_html(said)  # one that waits does not hide the one that runs
+        return (name if runs else gr.skip()), plain_html(message)  # one that waits does not hide the one that runs
 
     # --- the list
 
@@ -141,11 +143,11 @@ class TrainHandlers:
         jobs = self.queue.refresh()
         before, (updates, seen) = seen, shown_jobs(self.workspace, jobs, self.queue.trouble, chosen, seen)
         ended = before.get("timer") == {"active": True} and seen["timer"] == {"active": False}
-        said = "" if ended else gr.skip()  # what was said of the queue is no longer so
+        message = "" if ended else gr.skip()  # what was said of the queue is no longer so
         moved = gr.skip() if seen["chosen"] == chosen else seen["chosen"]
         now = self.adapters()
         shelf = [gr.skip()] * 5 if table == now else self.shelf(now)
-        return [*updates, moved, said, seen, *shelf, now]
+        return [*updates, moved, message, seen, *shelf, now]
 
     def adapters(self) -> dict[str, Any]:
         """The adapters: the table's rows, the sentences on unreadable ones, all names."""
@@ -174,8 +176,8 @@ class TrainHandlers:
     def remove(self, job: str | None) -> tuple[str, Any, Any]:
         """Take a training off the list, or ask first if it is unfinished."""
         with errors_as_toast():
-            found = self.queue.job(job)
-            if found.record.state != "done" and found.record.launches and self.queue.resumable(found):
+            queued = self.queue.job(job)
+            if queued.record.state != "done" and queued.record.launches and self.queue.resumable(queued):
                 return "", gr.Column(visible=True), gr.Row(visible=False)
             return plain_html(self.queue.remove(job)), gr.Column(visible=False), gr.Row(visible=True)
 
@@ -235,7 +237,7 @@ class TrainHandlers:
     def api_jobs(self) -> list[dict[str, Any]]:
         """All trainings: running, waiting in their turn, then the others from the newest."""
         with errors_as_toast():
-            return [job.told() for job in self.queue.refresh()]
+            return [job.as_json() for job in self.queue.refresh()]
 
     @asked
     def api_stop(self, job: str) -> str:
@@ -265,7 +267,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     handlers = TrainHandlers(page)
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            form, about, costs, start, said = _form()
+            form, about, costs, start, message = _form()
         with gr.Column(scale=6, min_width=320):
             parts, sure, keep = build_list(start, page.strip, page.timer)
     shelf, adapters_said, draw, delete = _shelf()
@@ -275,15 +277,15 @@ def build(page: Page, tab: gr.Tab) -> None:
     seen: gr.State = gr.State({})
     look: dict[str, Any] = {
         "fn": handlers.look, "inputs": [chosen, seen, page.trained], **PRIVATE,
-        "outputs": [*parts.all, chosen, said, seen, *shelf.all, page.trained],
+        "outputs": [*parts.all, chosen, message, seen, *shelf.all, page.trained],
     }  # fmt: skip
     page.refreshed(tab, look["fn"], look["inputs"], look["outputs"])
     parts.timer.tick(**look)
     parts.jobs.select(choose_concept, None, chosen, **PRIVATE).then(**look)
 
     _wire_form(page, tab, handlers, form, about, costs)
-    start.click(handlers.start, form.all, [chosen, said], **PRIVATE).success(**look)
-    _wire_list(page, handlers, parts, chosen, (sure, keep), said, look)
+    start.click(handlers.start, form.all, [chosen, message], **PRIVATE).success(**look)
+    _wire_list(page, handlers, parts, chosen, (sure, keep), message, look)
     draw.click(handlers.draw, [shelf.chosen], [page.adapters, page.tabs], **PRIVATE)
     ask, asked, really, no = delete
     ask.click(lambda: gr.Column(visible=True), None, asked, **PRIVATE)
@@ -302,23 +304,23 @@ def _form() -> tuple[Form, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
     about = gr.Markdown(elem_id="train-about", elem_classes="muted")
     known = presets()
     preset = gr.Dropdown(list(known), value="pocket", label="Preset", info=known["pocket"], elem_id="train-preset")
-    held = preset_train_settings("pocket", "train")
+    settings = preset_train_settings("pocket", "train")
     with gr.Accordion("More settings", open=False, elem_id="train-more"):
         base = gr.Textbox(
-            held["base"], label="Base", info=description(TrainConfig, "base"),
+            settings["base"], label="Base", info=description(TrainConfig, "base"),
             max_lines=1, elem_id="train-base",
         )  # fmt: skip
         method = gr.Dropdown(
-            [held["method"]], value=held["method"], label="Method", info=description(TrainConfig, "method"),
+            [settings["method"]], value=settings["method"], label="Method", info=description(TrainConfig, "method"),
             allow_custom_value=True, elem_id="train-method",
         )  # fmt: skip
         with gr.Row():
             rank = gr.Number(
-                held["rank"], label="Rank", info=description(TrainConfig, "rank"),
+                settings["rank"], label="Rank", info=description(TrainConfig, "rank"),
                 precision=0, minimum=1, min_width=120, elem_id="train-rank",
             )  # fmt: skip
             steps = gr.Number(
-                held["steps"], label="Steps", info=description(TrainConfig, "steps"), precision=0, minimum=1,
+                settings["steps"], label="Steps", info=description(TrainConfig, "steps"), precision=0, minimum=1,
                 min_width=120, elem_id="train-steps",
             )  # fmt: skip
         with gr.Row():
@@ -336,8 +338,8 @@ def _form() -> tuple[Form, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
         )  # fmt: skip
     costs = gr.HTML(elem_id="train-estimate", label="What it will cost", padding=False)
     start = gr.Button("Start training", variant="primary", elem_id="train-start")
-    said = gr.Markdown(elem_id="train-said")
-    return Form(concept, preset, base, method, rank, steps, seed, slot, samples), about, costs, start, said
+    message = gr.Markdown(elem_id="train-said")
+    return Form(concept, preset, base, method, rank, steps, seed, slot, samples), about, costs, start, message
 
 
 def _shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button, gr.Column, gr.Button, gr.Button]]:
@@ -356,8 +358,8 @@ def _shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button, gr.
         with gr.Row():
             really = gr.Button("Delete it", size="sm", variant="stop", elem_id="train-adapter-delete-sure")
             no = gr.Button("Keep it", size="sm", elem_id="train-adapter-keep")
-    said = gr.Markdown(elem_id="train-adapters-said")
-    return AdapterTable(empty, table, problems, actions, chosen), said, draw, (ask, asked, really, no)
+    message = gr.Markdown(elem_id="train-adapters-said")
+    return AdapterTable(empty, table, problems, actions, chosen), message, draw, (ask, asked, really, no)
 
 
 # --- wiring --------------------------------------------------------------------------------------------------
@@ -385,15 +387,15 @@ def _wire_form(
 
 def _wire_list(
     page: Page, handlers: TrainHandlers, parts: List, chosen: gr.State, answers: tuple[gr.Button, gr.Button],
-    said: gr.Markdown, look: dict[str, Any],
+    message: gr.Markdown, look: dict[str, Any],
 ) -> None:  # fmt: skip
     """The buttons of the chosen training."""
     sure, keep = answers
     for button, what in ((parts.pause, "pause"), (parts.resume, "resume"), (parts.stop, "stop")):
-        button.click(lambda job, what=what: handlers.ask(what, job), chosen, said, **PRIVATE).success(**look)
-    answered = [said, parts.asked, parts.buttons]
+        button.click(lambda job, what=what: handlers.ask(what, job), chosen, message, **PRIVATE).success(**look)
+    answered = [message, parts.asked, parts.buttons]
     parts.remove.click(handlers.remove, chosen, answered, **PRIVATE).success(**look)
     sure.click(handlers.remove_surely, chosen, answered, **PRIVATE).success(**look)
     keep.click(lambda: (gr.Column(visible=False), gr.Row(visible=True)), None, answered[1:], **PRIVATE)
-    parts.clear.click(handlers.clear, None, said, **PRIVATE).success(**look)
+    parts.clear.click(handlers.clear, None, message, **PRIVATE).success(**look)
     parts.draw.click(handlers.draw_job, chosen, [page.adapters, page.tabs], **PRIVATE)
