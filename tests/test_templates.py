@@ -37,7 +37,7 @@ def slot_map(name: str) -> dict[str, Any]:
 
 
 def report(name: str) -> dict[str, Any]:
-    thumbnail = {"source": "data:,", "told": name, "link": name, "wrong": True}
+    thumbnail = {"source": "data:,", "title": name, "link": name, "wrong": True}
     return {
         "title": name,
         "sentences": [name],

@@ -1,4 +1,4 @@
-"""What the adapters of the workspace say of themselves, without their tensors; and whose they are."""
+"""The headers of the workspace's adapters, read without their tensors, and the concepts they belong to."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .workspace import Workspace, sentence_of
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """An adapter's own words.
+    """An adapter's header.
 
-    ``kind`` says what its slot is made of, ``columns`` or ``rows``; None for a method without slots. ``capacity`` is
-    how many the narrowest adapted weight has.
+    ``kind`` is what its slot consists of, ``columns`` or ``rows``; None for a method without slots. ``capacity`` is
+    their number in the narrowest adapted weight.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class AdapterInfo:
 
 
 def adapter_headers(workspace: Workspace) -> tuple[list[AdapterInfo], list[str]]:
-    """The labels of all readable adapters, and a sentence per file that cannot be read."""
+    """The headers of all readable adapters, and a sentence for each unreadable file."""
     adapters, problems = [], []
     for path in workspace_adapters(workspace).values():
         try:
@@ -51,12 +51,12 @@ def adapter_headers(workspace: Workspace) -> tuple[list[AdapterInfo], list[str]]
 
 @lru_cache(maxsize=256)
 def _label(path: Path, changed: int, size: int) -> AdapterInfo:
-    """One label; a file is read again only when it has changed.
+    """One header; a file is read again only when it has changed.
 
-    Only the header is read: a page must not wait for tensors, nor for the libraries that a base needs.
+    Only the header is read: a page must not wait for tensors, nor for the libraries of a base.
 
     Raises:
-        UserError: it is no whole adapter file.
+        UserError: it is not a complete adapter file.
     """
     try:
         with safe_open(str(path), framework="numpy") as file:
@@ -74,7 +74,7 @@ def _label(path: Path, changed: int, size: int) -> AdapterInfo:
 
 
 def owner_of_adapter(label: AdapterInfo, concepts: Mapping[str, tuple[str, str, str]]) -> str | None:
-    """The concept that an adapter was trained from: the one of its file's name, else of its name, else of its token.
+    """The concept that an adapter was trained from: by its file's name, else its name, else its token.
 
     Args:
         concepts: folder name to (name, noun, token).

@@ -38,7 +38,7 @@ def loss_curve(points: Sequence[tuple[int, float]], steps: int) -> str:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest with a little air, never the same."""
+    """Lowest and highest value with a margin, never equal."""
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)

@@ -1,4 +1,4 @@
-"""How chosen concepts get on together before they are fused: in figures, and in pictures of each before and after."""
+"""Compare chosen concepts before they are fused: interference figures, and pictures of each alone and fused."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
 
 STEPS = 12  # of a compared picture
-LOCATIONS = ("on the beach", "on the grass")  # where a compared concept is drawn
+LOCATIONS = ("on the beach", "on the grass")  # of the compared pictures
 ACTING = {0.1: "hardly", 0.3: "a little", 1.0: "much"}  # words for shares below these
 MORE = "more than itself"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One concept among the chosen ones, in words; – where nothing can be told."""
+    """One of the chosen concepts as text; – where a figure is missing."""
 
     concept: str
-    columns: str  # of the spectrum that it changed
+    columns: str  # changed columns of the spectrum
     size: str  # |ΔW| at strength 1
-    disturbed: str  # what the others do in its place, as a share of what it does itself
+    disturbed: str  # the others' action on its inputs, relative to its own
     neighbour: str  # the concept with the most similar change, and the cosine
 
 
@@ -47,7 +47,7 @@ class Together:
 
 
 def together(workspace: Workspace, chosen: Sequence[str] | None, strengths: Mapping[str, float]) -> Together:
-    """What can be said of these adapters; one that is gone or damaged becomes a warning and hides no other."""
+    """The interference of these adapters; a missing or damaged one becomes a warning and hides no other."""
     if not chosen:
         return Together([], [])
     from ..inspection import cosine, interference, overlaps, slot_clashes_between
@@ -81,12 +81,12 @@ def together(workspace: Workspace, chosen: Sequence[str] | None, strengths: Mapp
 
 
 def _readable(workspace: Workspace, chosen: Sequence[str]) -> tuple[dict[str, Adapter], list[str]]:
-    """The chosen adapters by the names of their files, and a sentence for each that cannot be read."""
+    """The chosen adapters by file name, and a sentence for each that cannot be read."""
     adapters, problems = {}, []
     for name in chosen:
         try:
             adapters[name] = read_adapter(workspace, name)
-        except Exception as error:  # deleted or damaged: the others are told all the same
+        except Exception as error:  # deleted or damaged: the others are shown all the same
             problems.append(in_app(sentence_of(error), workspace))
     return adapters, problems
 
@@ -110,10 +110,10 @@ def compare(
     hooks: Hooks = QUIET,
     **changes: Any,
 ) -> list[tuple[Image.Image, str]]:
-    """Every concept alone and in the fusion, from the same seeds, with a caption each; nothing is kept.
+    """Every concept alone and in the fusion, from the same seeds, with a caption each; nothing is saved.
 
     Raises:
-        UserError: anything the person can mend.
+        UserError: anything the user can fix.
     """
     chosen = ticked(chosen)
     from ..adapters.apply import put_adapters

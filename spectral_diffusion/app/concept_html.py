@@ -1,4 +1,4 @@
-"""The shelf of concepts and the slot map as HTML; the templates escape every word that comes from a file."""
+"""The concept cards and the slot map as HTML; the templates escape all texts from files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..core.templates import render
 from .overview import ConceptOverview, Strip
 
 KINDS = {"columns": "directions of the spectrum", "rows": "rows of the shared basis"}
-PALE = "#c9c9c4"  # kept in the ledger, nothing trained yet
+PALE = "#c9c9c4"  # reserved in the ledger, not trained yet
 
 
 def cards(overview: ConceptOverview, chosen: str | None = None) -> str:
-    """All cards as buttons that carry their folder's name in ``data-name``; the person's own come first."""
+    """All cards as buttons with their folder's name in ``data-name``; the user's own come first."""
     groups = {
         "Yours": [item for item in overview.cards if item.own],
         "Ready-made": [item for item in overview.cards if not item.own],
@@ -29,12 +29,12 @@ def cards(overview: ConceptOverview, chosen: str | None = None) -> str:
 
 
 def slot_map_html(overview: ConceptOverview) -> str:
-    """The slot map: a strip per base, then who is who."""
+    """The slot map: a strip per base, then a legend."""
     return _slot_map(overview.strips, overview.colours, overview.notes)
 
 
 def strip(band: Strip, colours: dict[str, str]) -> str:
-    """One base's spectrum as a band of colours, white where it is free, striped red where two clash."""
+    """One base's spectrum as a band of colors, white where it is free, striped red where two clash."""
     return _slot_map([band], colours, [])
 
 
@@ -45,5 +45,5 @@ def _slot_map(strips: Sequence[Strip], colours: dict[str, str], notes: Sequence[
 
 
 def image_url(jpeg: bytes) -> str:
-    """A picture within the page, so that nothing of the workspace needs to be served."""
+    """A picture as a data URL, so that the workspace need not be served."""
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")

@@ -1,4 +1,4 @@
-"""A saved fusion as one file to take away: another program's format, its token embeddings and its card in a zip."""
+"""A saved fusion as a zip for another program: the weights in its format, token embeddings and model card."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ KINDS = {
 
 
 def download(workspace: Workspace, name: str | None, kind: str) -> tuple[Path, list[str]]:
-    """Export a saved fusion into the folder of pictures, which is served; returns the zip and what to tell of it.
+    """Export a saved fusion into the folder of pictures, which is served; returns the zip and messages.
 
     Raises:
-        UserError: no such fusion or kind, one that this kind cannot hold, or a full disk.
+        UserError: no such fusion or kind, a fusion that this kind cannot hold, or a full disk.
     """
     folder = fused_folder(workspace, name)
     if kind not in KINDS:

@@ -1,4 +1,4 @@
-"""Changing the person's own concepts. The ready-made ones stay as they are; what is deleted goes into the trash."""
+"""Edit the user's own concepts. The ready-made ones cannot be changed; deleted files go into the trash."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .uploads import PHOTOS, copy_into, looked_through
 from .workspace import Workspace, pick, safe_name
 
 CAPTION = 400  # characters
-RESERVED = {"caption", "captions", "mask", "masks"}  # folders that the trainer looks into beside others
+RESERVED = {"caption", "captions", "mask", "masks"}  # folder names with a meaning for the trainer
 ADAPTER_FILES = (".safetensors", ".yaml", ".md", ".state.safetensors", ".status.json", "-samples")
 
 
@@ -51,7 +51,7 @@ def add_concept(
     """Copy photos, or zips of them, into a new folder; returns the name and a reason per file left out.
 
     Raises:
-        UserError: the name cannot be used or is taken, the token is another's, or no photo is readable.
+        UserError: the name is invalid or taken, the token is another concept's, or no photo is readable.
     """
     name = safe_name(name, "name of the concept")
     noun = _checked_noun(noun)
@@ -71,10 +71,10 @@ def add_concept(
 
 
 def copy_concept(workspace: Workspace, name: str | None) -> str:
-    """Copy a ready-made concept into the workspace under its own name, where it may be changed; returns the name.
+    """Copy a ready-made concept into the workspace under its own name for editing; returns the name.
 
     Raises:
-        UserError: it is the person's own already.
+        UserError: it is the user's own already.
     """
     source = concept_folder(workspace, name)
     if source.name in own_folders(workspace):
@@ -102,7 +102,7 @@ def add_photos(workspace: Workspace, name: str | None, uploads: Iterable[Path]) 
     with (
         looked_through(list(uploads), known, PHOTOS - len(existing)) as intake,
         disk_errors_as_sentence("concepts"),
-        tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch,  # so that a full disk leaves no half photo
+        tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch,  # a full disk must leave no partial photo
     ):
         names = copy_into(Path(scratch), intake.photos, max([0, *taken]) + 1)
         for path in sorted(Path(scratch).iterdir(), reverse=True):  # captions before their photos
@@ -111,10 +111,10 @@ def add_photos(workspace: Workspace, name: str | None, uploads: Iterable[Path]) 
 
 
 def write_caption(workspace: Workspace, name: str | None, photo: str | None, text: str | None) -> str:
-    """Write a photo's caption beside it; an empty one removes it. Returns what to tell.
+    """Write a photo's caption beside it; an empty one removes it. Returns a message.
 
     Raises:
-        UserError: the concept is ready-made, there is no such photo, or its captions lie in one table.
+        UserError: the concept is ready-made, there is no such photo, or its captions are in one table.
     """
     folder = own_folder(workspace, name)
     concept = read_concept(folder)
@@ -122,7 +122,7 @@ def write_caption(workspace: Workspace, name: str | None, photo: str | None, tex
     for table in ("metadata.jsonl", "metadata.csv"):
         if (chosen.path.parent / table).is_file() or (folder / table).is_file():
             raise UserError(f"The captions of '{name}' are in its {table}; change them there, or remove that file.")
-    caption = " ".join((text or "").split()).replace(concept.token, "<TOK>")  # so that it may get another token
+    caption = " ".join((text or "").split()).replace(concept.token, "<TOK>")  # stays valid if the token changes
     if len(caption) > CAPTION:
         raise UserError(f"The caption has {len(caption)} characters; say it in at most {CAPTION}.")
     file = chosen.path.with_suffix(".txt")
@@ -137,7 +137,7 @@ def write_caption(workspace: Workspace, name: str | None, photo: str | None, tex
 
 
 def remove_photo(workspace: Workspace, name: str | None, photo: str | None) -> str:
-    """Put a photo and its caption into the trash; returns what to tell.
+    """Put a photo and its caption into the trash; returns a message.
 
     Raises:
         UserError: the concept is ready-made, there is no such photo, or it is the last one.
@@ -152,7 +152,7 @@ def remove_photo(workspace: Workspace, name: str | None, photo: str | None) -> s
 
 
 def tidy_concept(workspace: Workspace, name: str | None) -> str:
-    """Put broken photos, and all but one of those that show the same, into the trash; returns what to tell.
+    """Put broken photos and duplicates into the trash; returns a message.
 
     Raises:
         UserError: the concept is ready-made, or has nothing to tidy.
@@ -166,10 +166,10 @@ def tidy_concept(workspace: Workspace, name: str | None) -> str:
 
 
 def change_concept(workspace: Workspace, name: str | None, new: str, noun: str, token: str) -> tuple[str, list[str]]:
-    """Give a concept another name, class noun or token; returns the name and what to tell.
+    """Change a concept's name, class noun or token; returns the name and messages.
 
     Raises:
-        UserError: it is ready-made, in training, or the name or token is another's.
+        UserError: it is ready-made, in training, or the name or token is another concept's.
     """
     folder = own_folder(workspace, name)
     before = about(folder)
@@ -194,7 +194,7 @@ def change_concept(workspace: Workspace, name: str | None, new: str, noun: str, 
 
 
 def delete_concept(workspace: Workspace, name: str | None, with_adapter: bool = False) -> str:
-    """Put a concept into the trash, on wish with its adapter, whose slot is freed; returns what to tell.
+    """Put a concept into the trash, optionally with its adapter, whose slot is freed; returns a message.
 
     Raises:
         UserError: it is ready-made, in training, or cannot be moved.
@@ -212,7 +212,7 @@ def delete_concept(workspace: Workspace, name: str | None, with_adapter: bool = 
 
 
 def traces(workspace: Workspace, name: str) -> tuple[list[Path], list[str]]:
-    """What a concept's trainings left: files among the adapters, and names in the ledgers that are nobody else's.
+    """The traces of a concept's trainings: files among the adapters, and its own names in the ledgers.
 
     Raises:
         UserError: a ledger is damaged.
@@ -231,7 +231,7 @@ def traces(workspace: Workspace, name: str) -> tuple[list[Path], list[str]]:
 
 
 def discard(workspace: Workspace, what: str, paths: Iterable[Path]) -> Path:
-    """Move files or folders into a new folder of the trash, and return that.
+    """Move files or folders into a new folder of the trash, and return that folder.
 
     Raises:
         UserError: they cannot be moved.
@@ -275,7 +275,7 @@ def _checked_noun(noun: str | None) -> str:
 
 @contextmanager
 def _new_folder(workspace: Workspace, name: str) -> Iterator[Path]:
-    """A new concept's folder, which appears under its name whole or not at all."""
+    """A new concept's folder, which appears under its name complete or not at all."""
     with disk_errors_as_sentence("concepts"):
         workspace.concepts.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=workspace.concepts))

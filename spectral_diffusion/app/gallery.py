@@ -1,4 +1,4 @@
-"""The pictures of the workspace: looked through, told about, taken apart into fields, downloaded, deleted."""
+"""The pictures of the workspace: list, describe, restore into fields, download, delete."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from .workspace import Workspace, visible
 
 PAGE = 24
 SCENES = "scenes"  # the folder of downloads inside that of the pictures
-MOST_BYTES = 50_000_000  # of a picture or drawing that is read
+MOST_BYTES = 50_000_000  # of a picture or control image that is read
 FIELDS = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "sampler", "width", "height",
           "global_prompt_weight", "region_isolation", "region_start", "region_end")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Refill:
-    """The page's fields that draw a picture again, and what of it they cannot hold.
+    """The page's fields that generate a picture again, and notes on what they cannot hold.
 
     ``fields`` holds the scene's own; ``canvas`` is the canvas's value.
     """
@@ -57,7 +57,7 @@ def picture_files(workspace: Workspace) -> dict[str, Path]:
     entries = []
     for path in visible(workspace.pictures):
         if path.suffix == ".png":
-            with suppress(OSError):  # it has gone this very moment
+            with suppress(OSError):  # deleted meanwhile
                 entries.append((path.stat().st_mtime_ns, path.stem, path))
     return {stem: path for _, stem, path in sorted(entries, reverse=True)}
 
@@ -77,7 +77,7 @@ def picture_file(workspace: Workspace, name: str | None) -> Path:
 
 
 def page_of(workspace: Workspace, number: int) -> tuple[list[Path], int, list[str]]:
-    """The pictures of a page (from 1), the number of pages, and a sentence per file that is no picture."""
+    """The pictures of a page (from 1), the number of pages, and a sentence for each unreadable file."""
     good, problems = [], []
     for path in picture_files(workspace).values():
         try:
@@ -93,7 +93,7 @@ def page_of(workspace: Workspace, number: int) -> tuple[list[Path], int, list[st
 
 
 def scene_inside(workspace: Workspace, name: str | None) -> Scene:
-    """The scene that a listed picture was drawn from.
+    """The scene that a listed picture was generated from.
 
     Raises:
         UserError: there is no such picture, or it holds no scene of this program.
@@ -105,7 +105,7 @@ def scene_inside(workspace: Workspace, name: str | None) -> Scene:
 
 
 def picture_details(workspace: Workspace, name: str | None) -> list[tuple[str, str]]:
-    """What a picture was made from, for a person's eyes: pairs of a heading and a text.
+    """The settings of a picture as pairs of a heading and a text.
 
     Raises:
         UserError: see :func:`scene_inside`.
@@ -199,7 +199,7 @@ def refill(workspace: Workspace, name: str | None) -> Refill:
 
 
 def download_picture(workspace: Workspace, name: str | None) -> tuple[Path, Path]:
-    """A picture's file, and a zip beside it with picture, drawings and ``scene.yaml`` for ``generate`` elsewhere.
+    """A picture's file, and a zip beside it with picture, control images and ``scene.yaml`` for ``generate`` elsewhere.
 
     Raises:
         UserError: see :func:`scene_inside`.
@@ -234,7 +234,7 @@ def download_picture(workspace: Workspace, name: str | None) -> tuple[Path, Path
 
 
 def delete(workspace: Workspace, name: str | None) -> str:
-    """Delete a listed picture, and its drawings when no other picture was drawn from them; returns what to tell.
+    """Delete a listed picture, and its control images if no other picture uses them; returns a message.
 
     Raises:
         UserError: there is none of that name, or it cannot be deleted.
@@ -253,10 +253,10 @@ def delete(workspace: Workspace, name: str | None) -> str:
 
 
 def _kept_drawing(workspace: Workspace, file: Path) -> bytes:
-    """A drawing of the workspace as a PNG; nothing outside is read, whatever a picture says.
+    """A control image of the workspace as a PNG; nothing outside is read.
 
     Raises:
-        UserError: it is not there, or not such a drawing.
+        UserError: it is missing, or not a readable PNG.
     """
     folder = workspace.pictures / SKETCHES
     kept = {_real(path): path for path in visible(folder)}
@@ -288,7 +288,7 @@ def _short(file: str, names: Mapping[str, str]) -> str:
 
 
 def _base_name(workspace: Workspace, base: str) -> str:
-    """A base as the page's list of bases has it."""
+    """A base by its name in the page's list."""
     fused = {_real(path): name for name, path in fused_folders(workspace).items()}
     return FUSED + fused[_real(base)] if _real(base) in fused else base
 

@@ -1,4 +1,4 @@
-"""What the generate tab does, without gradio: a prompt, concepts and a canvas to pictures of the workspace."""
+"""The generate tab without gradio: from a prompt, concepts and a canvas to pictures in the workspace."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from .fusing import FUSED, SPARING, base_path, fused_names, parse_strengths
 from .sentences import errors_in_app, in_app
 from .workspace import Workspace, filled
 
-SKETCHES = "sketches"  # the folder of drawings inside that of the pictures
+SKETCHES = "sketches"  # the folder of control images inside that of the pictures
 PREVIEWS = 6  # of one picture, about
 DEFAULT_SIDE = 512
-LARGE = 256  # pixels of a base that is drawn in half precision on a GPU
+LARGE = 256  # from this side in pixels on, a base runs in half precision on a GPU
 UNKNOWN = re.compile(r"Note: (\S+) is no token of this base")
 
 
 @dataclass(frozen=True)
 class GeneratedPictures:
-    """Pictures that were written, and what to tell."""
+    """Written pictures and a message."""
 
     pictures: list[Path]
     message: str
@@ -48,7 +48,7 @@ class GeneratedPictures:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What shall be drawn: the page's fields but for the scene's own.
+    """What to generate: the page's fields other than the scene's settings.
 
     Attributes:
         adapters: names of adapters that act everywhere; those bound to regions need not be among them.
@@ -70,7 +70,7 @@ def tokens(workspace: Workspace, base: str | None, chosen: Sequence[str] | None)
     """The tokens a prompt may use, with their class nouns.
 
     Raises:
-        UserError: a chosen base or adapter is not there or damaged.
+        UserError: a chosen base or adapter is missing or damaged.
     """
     manifest = read_manifest(Path(base_path(workspace, base)))
     nouns = (
@@ -90,12 +90,12 @@ def generate(
     keeper: BaseCache | None = None,
     **changes: Any,
 ) -> GeneratedPictures:
-    """Draw into ``pictures/``. ``changes`` are the scene's own fields; an empty one leaves the default.
+    """Generate into ``pictures/``. ``changes`` are scene settings; an empty one keeps the default.
 
-    A stop is no error: what was finished before it is kept.
+    A stop is not an error: finished pictures are kept.
 
     Raises:
-        UserError: anything the person can mend.
+        UserError: anything the user can fix.
     """
     stem = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     notes: list[str] = []
@@ -118,7 +118,7 @@ def generate(
                 message = "Drew {}."
             except Cancelled:
                 message = "Stopped; {} finished before that."
-    if len(scene.every_seed()) > 1:  # the sheet of them: the page shows the pictures themselves
+    if len(scene.every_seed()) > 1:  # the contact sheet, which the page does not show
         scene.output.unlink(missing_ok=True)
     written = [path for path in picture_paths(scene) if path.exists()]
     notes.append(message.format(_counted(written)) if written else "Stopped.")
@@ -126,14 +126,14 @@ def generate(
 
 
 def _counted(written: Sequence[Path]) -> str:
-    """How many pictures there are, and of what size, since a page shows small ones enlarged."""
+    """The number and size of the pictures, since the page shows small ones enlarged."""
     with Image.open(written[0]) as image:
         size = f"{image.width}×{image.height} pixels"
     return f"1 picture of {size}" if len(written) == 1 else f"{len(written)} pictures of {size}"
 
 
 def _explained(workspace: Workspace, note: str) -> str:
-    """A note on a token that nothing answers to, with what to do if it is that of a concept here."""
+    """A note on an unknown token, with a remedy if it belongs to a concept of the workspace."""
     match = UNKNOWN.match(note)
     names = {token: name for name, (_, _, token) in known_concepts(workspace).items()} if match else {}
     if not match or match[1] not in names:
@@ -146,7 +146,7 @@ def _explained(workspace: Workspace, note: str) -> str:
 
 
 def _of_all(scene: Scene, hooks: Hooks) -> Progress:
-    """The progress of single pictures as that of all of them."""
+    """Turn the progress of single pictures into that of all of them."""
     before = [-scene.num_inference_steps]
 
     def tell(event: Event) -> None:
@@ -163,7 +163,7 @@ def _of_all(scene: Scene, hooks: Hooks) -> Progress:
 
 @contextmanager
 def _kept(scene: Scene, files: dict[Path, bytes]) -> Iterator[None]:
-    """Write the drawings that a scene names, and take them away again if no picture came of it."""
+    """Write the control images of a scene, and remove them again if no picture is generated."""
     try:
         for file, data in files.items():
             write_bytes(file, data)
@@ -182,16 +182,16 @@ def requested_scene(
     hooks: Hooks = QUIET,
     **changes: Any,
 ) -> Scene:
-    """The scene that the page's fields stand for; the canvas's drawings are files beside the output.
+    """The scene of the page's fields; the canvas's control images are files beside the output.
 
     Raises:
-        UserError: anything the person can mend.
+        UserError: anything the user can fix.
     """
     if not str(changes.get("prompt") or "").strip():
         raise UserError("The prompt is empty; write what to draw, such as: a photo of <rex> on the beach.")
     path = base_path(workspace, request.base)
     manifest = read_manifest(Path(path))
-    inside = set(manifest["concepts"]) if manifest else set()  # fused into the base: they act already
+    inside = set(manifest["concepts"]) if manifest else set()  # fused into the base
     bound = list(
         dict.fromkeys(
             region.concept for region in request.canvas.regions if region.concept and region.concept not in inside
@@ -224,7 +224,7 @@ def requested_scene(
         "controls": _conditions(workspace, output.stem, request),
         "output": output,
     }
-    # One picture at a time: each is there as soon as can be, costs no more memory, and its seed alone makes it again.
+    # One picture at a time: each is shown early, takes least memory, and is reproducible from its seed alone.
     defaults = {
         "batch_size": 1,
         "dtype": default_dtype(side_of(workspace, request.base), str(changes.get("device") or "auto")),
@@ -233,12 +233,12 @@ def requested_scene(
 
 
 def default_dtype(side: int, device: str) -> str:
-    """Half precision for a large base on a CUDA GPU: float32 takes twice the time there, and may not fit."""
+    """Half precision for a large base on a CUDA GPU, where float32 takes twice the time and may not fit."""
     return "float16" if side >= LARGE and parse_device(device).type == "cuda" else "float32"
 
 
 def picture_paths(scene: Scene) -> list[Path]:
-    """Where a scene's pictures go, in their order."""
+    """The files of a scene's pictures, in order."""
     seeds = scene.every_seed()
     if len(seeds) == 1:
         return [scene.output]
@@ -246,7 +246,7 @@ def picture_paths(scene: Scene) -> list[Path]:
 
 
 def side_of(workspace: Workspace, base: str | None) -> int:
-    """The side in pixels of the pictures that a base draws by itself, without loading it; 512 if nobody knows."""
+    """The native side in pixels of a base, without loading it; 512 if unknown."""
     try:
         name = base_path(workspace, base)
     except UserError:
@@ -255,7 +255,7 @@ def side_of(workspace: Workspace, base: str | None) -> int:
 
 
 def sampling_of(workspace: Workspace, base: str | None, now: tuple[int, float]) -> tuple[int, float]:
-    """Steps and guidance for a base: its usual ones in the place of another's, but what a person chose stays."""
+    """Steps and guidance for a base: its defaults replace another base's defaults, but the user's own values stay."""
     large = preset_part(SPARING, "generate")
     try:
         suits = preset_settings(base_path(workspace, base), "generate") or large
@@ -269,7 +269,7 @@ def sampling_of(workspace: Workspace, base: str | None, now: tuple[int, float]) 
 
 
 def is_base(workspace: Workspace, base: str | None, name: str) -> bool:
-    """Whether a base as the page calls it is the one of that name or path."""
+    """Whether a base by its name on the page is the one with that name or path."""
     try:
         return base_path(workspace, base) == name
     except UserError:
@@ -277,7 +277,7 @@ def is_base(workspace: Workspace, base: str | None, name: str) -> bool:
 
 
 def chosen_base(workspace: Workspace, name: str) -> str:
-    """The base that a listed adapter was trained on, as the page calls it.
+    """The base that a listed adapter was trained on, by its name on the page.
 
     Raises:
         UserError: there is no such adapter, or it is damaged.
@@ -288,13 +288,13 @@ def chosen_base(workspace: Workspace, name: str) -> str:
 
 
 def ratio_of(workspace: Workspace, base: str | None, width: float | None, height: float | None) -> float:
-    """Width to height of the picture; an empty field is the base's own side."""
+    """Width to height of the picture; an empty field means the base's native side."""
     side = side_of(workspace, base)
     return min(8.0, max(1 / 8, (width or side) / (height or side)))
 
 
 def _drawing_files(workspace: Workspace, stem: str, canvas: Canvas) -> dict[Path, bytes]:
-    """The canvas's drawings by the files that they are kept in."""
+    """The canvas's control images by file."""
     folder = workspace.pictures / SKETCHES
     named = {folder / f"{stem}.png": canvas.strokes, folder / f"{stem}-keypose.png": canvas.keypose}
     return {file: data for file, data in named.items() if data}
@@ -321,7 +321,7 @@ def _conditions(workspace: Workspace, stem: str, request: GenerateRequest) -> li
 
 
 def _note_missing_tokens(workspace: Workspace, regions: Sequence[CanvasRegion], hooks: Hooks) -> None:
-    """A region that has a concept but never names it looks like a failure of the concept."""
+    """Note regions whose prompt does not name the token of their concept."""
     for region in regions:
         [token] = tokens(workspace, None, [str(region.concept)])
         if token not in region.prompt:

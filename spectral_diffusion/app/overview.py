@@ -1,4 +1,4 @@
-"""The concepts tab at a glance: a card per concept, the slot map, and what is not as it should be."""
+"""The overview of the concepts tab: a card per concept, the slot map, and problems."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .workspace import Workspace
 
 CARD_PHOTOS = 3
 CARD_SIDE = 160  # pixels
-SHOWN = 64  # columns of the slot map, if no slot lies beyond
+SHOWN = 64  # columns of the slot map, if no slot is further right
 
 
 @dataclass(frozen=True)
 class Card:
-    """One concept. ``photos`` are its first ones as JPEGs, ``count`` is of all; ``problem`` says what is broken."""
+    """One concept. ``photos`` are the first ones as JPEGs, ``count`` is of all; ``problem`` is a sentence."""
 
     folder: str
     noun: str
@@ -44,10 +44,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Strip:
-    """One base's spectrum: who sits in which columns (or rows, ``kind``).
+    """One base's spectrum: the concepts by columns (or rows, ``kind``).
 
-    ``free`` counts those without an owner, ``beyond`` those further right that are not drawn; ``reserved`` are names
-    in the ledger that have no adapter here.
+    ``free`` counts those without an owner, ``beyond`` those further right that are not shown; ``reserved`` are names
+    in the ledger without an adapter here.
     """
 
     base: str
@@ -61,9 +61,9 @@ class Strip:
 
 @dataclass(frozen=True)
 class ConceptOverview:
-    """Everything at a glance.
+    """The contents of the concepts tab.
 
-    ``problems`` are sentences, ``notes`` those about the slot map; ``colours`` are CSS colours by adapter name.
+    ``problems`` are sentences, ``notes`` those about the slot map; ``colours`` are CSS colors by adapter name.
     """
 
     cards: list[Card]
@@ -80,7 +80,7 @@ class ConceptOverview:
 
 
 def look(workspace: Workspace) -> ConceptOverview:
-    """The present state of the workspace; whatever cannot be read is told and left out."""
+    """The present state of the workspace; unreadable files become problems."""
     adapters, problems = adapter_headers(workspace)
     details = known_concepts(workspace)
     owned: dict[str | None, list[AdapterInfo]] = {}
@@ -102,7 +102,7 @@ def look(workspace: Workspace) -> ConceptOverview:
 
 
 def _card(workspace: Workspace, name: str, own: bool, adapters: list[AdapterInfo]) -> Card:
-    """A concept's card; a broken concept has one too."""
+    """A concept's card, also for a broken concept."""
     try:
         folder = concept_folder(workspace, name)
         _, noun, token = about(folder)
@@ -124,7 +124,7 @@ def _card(workspace: Workspace, name: str, own: bool, adapters: list[AdapterInfo
 
 
 def _ledgers(workspace: Workspace) -> tuple[dict[tuple[str, str], dict[str, Slot]], list[str]]:
-    """(base fingerprint, kind) to the ledger's entries, and a sentence per ledger that cannot be read."""
+    """(base fingerprint, kind) to the ledger's entries, and a sentence for each unreadable ledger."""
     ledgers, problems = {}, []
     for kind, file in (("columns", LEDGER), ("rows", ROWS)):
         try:
@@ -136,7 +136,7 @@ def _ledgers(workspace: Workspace) -> tuple[dict[tuple[str, str], dict[str, Slot
 
 
 def strips(adapters: list[AdapterInfo], ledgers: dict[tuple[str, str], dict[str, Slot]]) -> list[Strip]:
-    """A strip per base and kind of slot: the adapters', and what the ledger keeps for others."""
+    """A strip per base and kind of slot: the adapters' slots, and those reserved in the ledger."""
     groups: dict[tuple[str, str], list[AdapterInfo]] = {key: [] for key in ledgers}
     for label in adapters:
         if label.kind and label.slot:
@@ -165,7 +165,7 @@ def _base_name(fingerprint: str) -> str:
 
 
 def token_clashes(details: dict[str, tuple[str, str, str]]) -> list[str]:
-    """A sentence for every token that two concepts claim, or that the pocket base has."""
+    """A sentence for every token that two concepts use, or that belongs to the pocket base."""
     claimed: dict[str, list[str]] = {}
     for folder, (_, _, token) in details.items():
         if token:

@@ -1,4 +1,4 @@
-"""Uploads: photos, captions and zips from anywhere, looked through before anything of them is kept."""
+"""Uploads: photos, captions and zips, checked before anything of them is kept."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ THUMBNAIL = 256
 
 @dataclass(frozen=True)
 class UploadedPhotos:
-    """A file of an upload: where it lies now, and what the person knows it as (with its folder inside a zip)."""
+    """A file of an upload: its path now, and its original name (with its folder inside a zip)."""
 
     path: Path
     label: PurePosixPath
@@ -40,7 +40,7 @@ class UploadedPhotos:
 
 @dataclass(frozen=True)
 class Upload:
-    """A photo that can be used; ``pixels`` is the hash of what it shows, ``small`` a JPEG of at most 256 pixels."""
+    """A usable photo; ``pixels`` is the hash of its pixels, ``small`` a JPEG of at most 256 pixels."""
 
     path: Path
     label: str
@@ -51,7 +51,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Intake:
-    """The usable photos of an upload, and a reason per file that was left out."""
+    """The usable photos of an upload, and a reason for each file left out."""
 
     photos: tuple[Upload, ...]
     problems: tuple[str, ...]
@@ -62,7 +62,7 @@ def looked_through(files: Iterable[Path], known: Iterable[str] = (), room: int =
     """The photos of an upload while the block runs; zips are unpacked into a temporary folder.
 
     Args:
-        known: hashes of the photos that are there already.
+        known: hashes of the photos that the concept has already.
         room: how many more photos may be kept.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +92,7 @@ def looked_through(files: Iterable[Path], known: Iterable[str] = (), room: int =
 
 
 def pixels_of(image: Image.Image) -> str:
-    """The hash of what an image shows."""
+    """The hash of an image's pixels."""
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
@@ -105,10 +105,10 @@ def small_jpeg(image: Image.Image, side: int = THUMBNAIL) -> bytes:
 
 
 def _looked_at(upload: UploadedPhotos, caption: str) -> Upload:
-    """One photo, read whole.
+    """Read and check one photo.
 
     Raises:
-        UserError: not a photo, or unreasonably large.
+        UserError: not a photo, or too large.
     """
     name = upload.label.name
     if upload.label.suffix.lower() not in SUFFIXES:
@@ -136,7 +136,7 @@ def _looked_at(upload: UploadedPhotos, caption: str) -> Upload:
 
 
 def _captions(texts: list[UploadedPhotos], problems: list[str]) -> dict[PurePosixPath, str]:
-    """Captions by their file's name without ending, with its folder and, for those in other folders, without."""
+    """Captions by file name without ending, both with its folder and without, for photos in other folders."""
     captions: dict[PurePosixPath, str] = {}
     for upload in texts:
         try:
@@ -169,7 +169,7 @@ def _single_files(files: list[Path], folder: Path, problems: list[str]) -> list[
 
 
 def _unpack(file: Path, folder: Path, uploads: list[UploadedPhotos], problems: list[str]) -> None:
-    """Unpack photos and captions under names of our own; what a zip calls them never becomes a path."""
+    """Unpack photos and captions under generated names; a zip's names never become paths."""
     _check_directory(file)
     with zipfile.ZipFile(file) as archive:
         members = [member for member in archive.infolist() if not member.is_dir()]
@@ -191,7 +191,7 @@ def _unpack(file: Path, folder: Path, uploads: list[UploadedPhotos], problems: l
 
 
 def _check_directory(file: Path) -> None:
-    """Refuse a zip whose table of contents is too large to be read at all.
+    """Refuse a zip whose table of contents is too large to read.
 
     Raises:
         UserError: it is.
@@ -208,10 +208,10 @@ def _check_directory(file: Path) -> None:
 
 
 def _check_member(label: PurePosixPath, member: zipfile.ZipInfo, zip_name: str) -> None:
-    """Refuse what does not belong into a zip of photos.
+    """Refuse members that do not belong in a zip of photos.
 
     Raises:
-        UserError: a way out of the zip, a link, something locked, or another kind of file.
+        UserError: a path out of the zip, a link, an encrypted file, or another kind of file.
     """
     shown = f"'{str(label)[:60]}' in {zip_name}"
     if label.is_absolute() or ".." in label.parts or ":" in label.parts[0]:
@@ -225,7 +225,7 @@ def _check_member(label: PurePosixPath, member: zipfile.ZipInfo, zip_name: str) 
 
 
 def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, before: int) -> int:
-    """Unpack one member and return its bytes, counting what really comes out rather than what the zip promises.
+    """Unpack one member and return its size, counted from the output and not from the zip's header.
 
     Raises:
         UserError: too large, or damaged.
@@ -243,7 +243,7 @@ def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, before:
     except UserError:
         path.unlink()
         raise
-    except Exception as error:  # damaged, or packed in a way that this Python does not know
+    except Exception as error:  # damaged, or an unsupported compression
         path.unlink(missing_ok=True)
         raise UserError(f"{name} cannot be unpacked ({reason(error)})") from error
 

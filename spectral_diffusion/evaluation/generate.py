@@ -105,7 +105,7 @@ class GeneratedImages:
     """Generated images: views by setting, those of generic prompts before and after, and the base's fingerprint."""
 
     shown: dict[str, list[View]] = field(default_factory=dict)
-    prior_images: tuple[list[Path], list[Path]] = ((), ())  # type: ignore[assignment]
+    generic_images: tuple[list[Path], list[Path]] = ((), ())  # type: ignore[assignment]
     base: str = ""
 
 
@@ -149,5 +149,5 @@ def generate_adapters(images: EvaluationImages, inputs: EvaluationInputs, hooks:
             generated.shown[setting] = [
                 v for a in inputs.adapters.values() for v in images.portraits(base, setting, a, acts, of)
             ]
-        generated.prior_images = before, images.draw(base, setting, "ordinary", config.prior_prompts, acts, of)
+        generated.generic_images = before, images.draw(base, setting, "ordinary", config.prior_prompts, acts, of)
     return generated

@@ -76,7 +76,7 @@ def evaluate_to_folder(
     result = Evaluation(evaluation_record(config, inputs, generated, concepts), list(concepts), encoder_names, scored)
     if inputs:
         result.together = None if inputs.together == ALONE else inputs.together
-        result.drift = {encoder.name: image_drift(encoder, *generated.prior_images) for encoder in encoders}
+        result.drift = {encoder.name: image_drift(encoder, *generated.generic_images) for encoder in encoders}
         result.seconds = {setting: images.each(setting) for setting in generated.shown if images.each(setting)}
     write_settings(config.output / f"{NAME}.yaml", heading() + to_yaml(config))
     write_report(result, config.output)

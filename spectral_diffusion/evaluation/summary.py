@@ -120,7 +120,7 @@ def tables(evaluation: Evaluation, intervals: bool = True) -> dict[str, list[Row
     if left := kept_share(evaluation):
         out[f"What is kept of the identity alone ({evaluation.together})"] = list(left)
     if evaluation.drift:
-        out["Drift of ordinary prompts (1 − cosine with the untouched base's pictures)"] = [
+        out["Drift of generic prompts (1 − cosine with the untouched base's pictures)"] = [
             {"encoder": short(encoder, evaluation.encoders), "drift": with_interval(figure, 3)}
             for encoder, figure in evaluation.drift.items()
         ]
@@ -163,5 +163,5 @@ def sentences(evaluation: Evaluation) -> list[str]:
             f"Together ({evaluation.together}) the concepts keep {left[-1]['of alone']} of their identity alone."
         )
     if evaluation.drift and (figure := evaluation.drift[evaluation.encoders[0]]):
-        out.append(f"Ordinary prompts drift by {with_interval(figure, 3)}.")
+        out.append(f"Generic prompts drift by {with_interval(figure, 3)}.")
     return out

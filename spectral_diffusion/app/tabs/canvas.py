@@ -1,4 +1,4 @@
-"""The canvas on the page: one component of our own, and what can be put on it."""
+"""The canvas on the page: a custom component, and its sources."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UPLOADS: dict[str, tuple[str, str, Maker]] = {
 
 
 def own_component(name: str, html: str | None = None, **more: Any) -> gr.HTML:
-    """A component of our own from ``ui/<name>.js`` and its ``.html`` and ``.css`` if there are any."""
+    """A custom component from ``app/<name>.js`` and its ``.html`` and ``.css`` if they exist."""
     files = {kind: HERE / f"{name}.{kind}" for kind in ("html", "css", "js")}
     text = {kind: file.read_text(encoding="utf-8") if file.exists() else "" for kind, file in files.items()}
     return gr.HTML(
@@ -50,7 +50,7 @@ def build_sources(workspace: Workspace, drawing: gr.HTML, size: list[Any]) -> No
     """Ready-made sketches, uploads and poses under the canvas, and their wiring.
 
     Args:
-        size: the fields that decide the canvas's shape: base, width, height.
+        size: the fields that determine the canvas's shape: base, width, height.
     """
     given = [drawing, *size]
     with gr.Accordion("Start from a sketch, a photo or a pose", open=False, elem_id="generate-sources"):
@@ -95,6 +95,6 @@ def put_pose(workspace: Workspace, pose: str, count: int, value: Value, *size: A
 
 
 def canvas_changed(value: Value, layer: str, data: bytes | None) -> Value:
-    """The canvas's value with another drawing at ``strokes`` or ``keypose``."""
+    """The canvas's value with another image in the layer ``strokes`` or ``keypose``."""
     kept = value if isinstance(value, dict) else {}
     return {"strokes": "", "keypose": "", "regions": []} | kept | {layer: canvas.as_url(data)}

@@ -1,4 +1,4 @@
-"""The concepts: a shelf of cards, the slot map, one concept's photos, and adding one's own."""
+"""The concepts tab: cards, the slot map, one concept's photos, and adding your own."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _adding() -> Adding:
 
 @dataclass(frozen=True)
 class Detail:
-    """The parts of one concept's panel; ``shown`` is what :meth:`Handlers.show` fills."""
+    """The parts of one concept's panel; ``shown`` are the outputs of :meth:`ConceptHandlers.show`."""
 
     about: gr.Markdown
     train: gr.Button
@@ -170,7 +170,7 @@ class Detail:
 
     @property
     def shown(self) -> list[Any]:
-        """What a chosen concept fills."""
+        """The outputs of a chosen concept."""
         return [
             self.about, self.train, self.copy, self.photos, self.flags, self.editing, self.names, self.photo,
             self.caption, self.tidy, self.new_name, self.new_noun, self.new_token, self.asked, self.with_adapter,
@@ -223,7 +223,7 @@ def _detail() -> Detail:
 
 
 def _wire_editing(handlers: ConceptHandlers, detail: Detail, chosen: gr.State, again: Any) -> None:
-    """The buttons that change a concept of one's own."""
+    """Wire the buttons that change the user's own concepts."""
     photo_inputs = [chosen, detail.photo]
     detail.photos.select(handlers.pick_photo, [chosen, detail.names], [detail.photo, detail.caption], **PRIVATE)
     following = [detail.photo, detail.caption, detail.photos]
@@ -245,17 +245,17 @@ def _photos(count: int) -> str:
     return f"{count} photo{'' if count == 1 else 's'}"
 
 
-# --- what happens --------------------------------------------------------------------------------------------
+# --- handlers --------------------------------------------------------------------------------------------
 
 
 class ConceptHandlers:
-    """What the buttons call: arguments from the page in, updates of the page out."""
+    """The buttons' callbacks: arguments from the page in, updates of the page out."""
 
     def __init__(self, page: Page) -> None:
         self.workspace = page.workspace
 
     def overview(self, chosen: str | None) -> list[Any]:
-        """The guided line, problems, cards and slot map."""
+        """The guide, problems, cards and slot map."""
         with errors_as_toast():
             overview = look(self.workspace)
             lines = list(overview.problems)
@@ -271,7 +271,7 @@ class ConceptHandlers:
             ]
 
     def choose(self, event: gr.EventData) -> tuple[str, str]:
-        """The name of the clicked card; what was told of another one goes."""
+        """The name of the clicked card, and an empty message."""
         return str(event._data.get("name", "")), ""
 
     def show(self, chosen: str | None) -> list[Any]:
@@ -297,7 +297,7 @@ class ConceptHandlers:
         captions = self._captions(folder, concept)
         flags = [*concept.notes, *(f"{text}." for text in concept.skipped)]
         traces = False
-        with contextlib.suppress(UserError):  # a damaged ledger is told elsewhere
+        with contextlib.suppress(UserError):  # a damaged ledger is reported elsewhere
             traces = own and any(editing.traces(self.workspace, chosen))
         odd = own and bool(flags) and bool(concepts.odd_files(folder))
         return self._panel(
@@ -314,8 +314,8 @@ class ConceptHandlers:
         )
 
     def _captions(self, folder: Path, concept: concepts.Concept) -> list[str]:
-        """What stands under each photo."""
-        prefix = f"a photo of {concept.token} "  # what nearly all begin with would hide the photos
+        """The caption shown under each photo."""
+        prefix = f"a photo of {concept.token} "  # nearly all begin with it
         captions = []
         for name, photo in concepts.file_names(folder, concept).items():
             text = concept.prompt(photo.caption) if photo.caption else f"{name} (no caption)"
@@ -345,7 +345,7 @@ class ConceptHandlers:
         ]
 
     def preview(self, files: list[str] | None) -> tuple[Any, str]:
-        """Thumbnails of uploaded files before they are saved, and what is left out."""
+        """Thumbnails of uploaded files before they are saved, and the files left out."""
         if not files:
             return gr.Gallery([], visible=False), ""
         with errors_as_toast(), looked_through([Path(file) for file in files]) as intake:
@@ -358,13 +358,13 @@ class ConceptHandlers:
         return gr.Gallery(small, visible=bool(small)), f"{count}\n\n{left_out}"
 
     def suggest(self, name: str, token: str, suggested: str) -> tuple[str, str]:
-        """A token for the name, unless the person has written one."""
+        """A token for the name, unless the user has typed one."""
         fresh = concepts.suggest_token(self.workspace, name)
         return (fresh if token in ("", suggested) else token), fresh
 
     @asked
     def add(self, name: str, noun: str, files: list[str] | None, token: str = "") -> tuple[str, str]:
-        """Keep photos (or a zip of them) as a concept of the workspace; returns what to tell."""
+        """Keep photos (or a zip of them) as a concept of the workspace; returns a message."""
         with errors_as_toast():
             uploads = [Path(file) for file in files or []]
             name, problems = editing.add_concept(self.workspace, name, noun, uploads, token)
@@ -377,7 +377,7 @@ class ConceptHandlers:
             return hand(concepts.concept_folder(self.workspace, chosen).name), gr.Tabs(selected="train")
 
     def copy(self, chosen: str | None) -> str:
-        """Make a ready-made concept the person's own."""
+        """Copy a ready-made concept as the user's own."""
         with errors_as_toast():
             return f"'{editing.copy_concept(self.workspace, chosen)}' is yours now; change what you like."
 

@@ -1,4 +1,4 @@
-"""The fusion: tick concepts, weigh them, compare, save; and what was saved, to take apart or to take away."""
+"""The fuse tab: choose concepts and strengths, compare, save; take concepts out of saved fusions, download them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, asked, errors_as_t
 from ..streaming import CancelTokens, cancellable
 from .fuse_layout import DEFAULT_NAME, WHOLE, Bench, Saved
 
-COLUMNS = {  # the heads of the table, and what they mean
+COLUMNS = {  # the table's headings and their explanations
     "Concept": "",
     "Columns": "The part of the base that it changed. Concepts with columns of their own disturb each other least.",
     "Size": "How much it changes the base at strength 1.",
@@ -105,32 +105,32 @@ def _wire_saved(saved: Saved, handlers: FuseHandlers, page: Page, lists: dict[st
 
 
 def fusion_table(rows: Sequence[comparing.Row]) -> str:
-    """How the chosen get on, and what the columns mean; every cell bears its head, for screens too narrow for a row."""
+    """The interference table with explanations; every cell has its heading, for narrow screens."""
     cells = [dict(zip(COLUMNS, astuple(row), strict=True)) for row in rows]
     return render("app/templates/fusion_table.html.jinja", columns=COLUMNS, rows=cells)
 
 
 def ready(yes: bool) -> list[Any]:
-    """Compare, Save and Stop while nothing runs, or while one of the first two does."""
+    """The states of Compare, Save and Stop: ``yes`` while nothing runs."""
     return [gr.Button(interactive=yes), gr.Button(interactive=yes), gr.Button(visible=not yes)]
 
 
 def changes_for(merge: str, distill: int | str, options: str, prior_weight: float | None) -> dict[str, Any]:
-    """What the fields change in a fusion's settings; the preset says itself how to merge."""
+    """The fields as changes of a fusion's settings; the preset has its own merge."""
     if distill == WHOLE:
         return {"preset": WHOLE}
     return {"merge": merge, "distill_steps": distill, "options": options, "prior_weight": prior_weight}
 
 
 class FuseHandlers:
-    """What the buttons call: arguments from the page in, updates of the page out."""
+    """The buttons' callbacks: arguments from the page in, updates of the page out."""
 
     def __init__(self, page: Page) -> None:
         self.workspace = page.workspace
         self.compares, self.saves = CancelTokens(), CancelTokens()
 
     def lists(self, chosen: list[str] | None, which: str | None) -> list[Any]:
-        """What there is to fuse and what is saved, with all that depends on it."""
+        """The adapters and saved fusions, with all that depends on them."""
         with errors_as_toast():
             rows, problems = adapter_rows(self.workspace)
             names, saved = [row[0] for row in rows], fusing.fusions(self.workspace)
@@ -161,16 +161,16 @@ class FuseHandlers:
         ]
 
     def about_merge(self, merge: str) -> str:
-        """What a merge does, in a line."""
+        """A merge's description."""
         with errors_as_toast():
             return plain_html(fusing.merges().get(merge, ""))
 
     def about_distillation(self, distill: int | str) -> list[Any]:
-        """Fields that the preset decides are out of reach with it."""
+        """Disable the fields that the preset determines."""
         return [gr.Dropdown(interactive=distill != WHOLE), *(gr.update(interactive=distill != WHOLE) for _ in range(2))]
 
     def taken(self, name: str) -> Any:
-        """The tick for replacing a fusion, where there is one of that name."""
+        """The checkbox for replacing a fusion, if the name is taken."""
         with errors_as_toast():
             exists = name.strip() in fusing.fused_names(self.workspace)
         return gr.Checkbox(
@@ -178,17 +178,17 @@ class FuseHandlers:
         )
 
     def begin_compare(self, request: gr.Request) -> list[Any]:
-        """A comparison is asked for: it can be stopped from now on."""
+        """Register a comparison, which can be stopped from now on."""
         self.compares.begin(request.session_hash or "")
         return ready(False)
 
     def begin_save(self, request: gr.Request) -> list[Any]:
-        """A fusion is asked for: it can be stopped from now on."""
+        """Register a fusion, which can be stopped from now on."""
         self.saves.begin(request.session_hash or "")
         return ready(False)
 
     def done(self, request: gr.Request) -> list[Any]:
-        """A run is over; another one of this browser may still go on."""
+        """A run is over; another one of this browser may still be running."""
         who = request.session_hash or ""
         return ready(not (self.compares.busy(who) or self.saves.busy(who)))
 
@@ -198,11 +198,11 @@ class FuseHandlers:
         self.saves.stop(request.session_hash or "")
 
     def left(self, request: gr.Request) -> None:
-        """The browser has gone."""
+        """The browser has disconnected."""
         self.gone(request.session_hash or "")
 
     def gone(self, session: str) -> None:
-        """Nobody waits for the comparison any more; a fusion that is being saved goes on."""
+        """Stop a disconnected client's comparison; a fusion that is being saved continues."""
         self.compares.stop(session)
 
     @contextmanager
@@ -291,7 +291,7 @@ class FuseHandlers:
             )
 
     def show(self, which: str | None) -> list[Any]:
-        """What a saved fusion is, and what can be taken out of it."""
+        """A saved fusion's description, and its concepts."""
         with errors_as_toast():
             inside = fusing.concepts_in(self.workspace, which)
         return [
@@ -332,7 +332,7 @@ class FuseHandlers:
         return gr.File(value=str(path), visible=True), "\n".join([f"{path.name} is ready.", *notes])
 
     def delete(self, which: str | None, sure: bool) -> tuple[str, bool]:
-        """Put the chosen fusion away once that was confirmed."""
+        """Delete the chosen fusion after confirmation."""
         if not sure:
             return "Tick 'Yes, delete this fusion' first.", False
         with errors_as_toast():
@@ -343,7 +343,7 @@ class FuseHandlers:
         if saved is None:
             return gr.Markdown()
         inside = ", ".join(f"{name} at {strength:g}" for name, strength in saved.concepts.items())
-        distilled = f", then taught for {saved.distill_steps} steps" if saved.distill_steps else ""
+        distilled = f", then distilled for {saved.distill_steps} steps" if saved.distill_steps else ""
         return gr.Markdown(
             f"**{plain_html(saved.name)}** holds {plain_html(inside)}; merged by *{saved.merge}*{distilled}."
         )

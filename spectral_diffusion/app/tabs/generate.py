@@ -1,4 +1,4 @@
-"""The generate tab: what to draw on the left, where on the right, the picture and all pictures below."""
+"""The generate tab: prompt and settings on the left, the canvas on the right, the pictures below."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TO_PICTURE = (
 
 @dataclass(frozen=True)
 class Fields:
-    """What a picture is made from, as components, in the order in which :meth:`Handlers.draw` takes their values."""
+    """The inputs of a picture as components, in the order in which :meth:`GenerateHandlers.draw` takes their values."""
 
     prompt: gr.Textbox
     base: gr.Dropdown
@@ -79,14 +79,14 @@ class Fields:
 
 @dataclass
 class GenerateHandlers:
-    """What the buttons call: arguments from the page in, updates of the page out."""
+    """The buttons' callbacks: arguments from the page in, updates of the page out."""
 
     workspace: Workspace
     keeper: BaseCache = field(default_factory=BaseCache)
     runs: CancelTokens = field(default_factory=CancelTokens)
 
     def lists(self, base: str | None, chosen: list[str] | None) -> list[Any]:
-        """Bases, a note on what there is, and all that :meth:`follow` tells."""
+        """The bases, a note, and the updates of :meth:`follow`."""
         with errors_as_toast():
             rows, problems = adapter_rows(self.workspace)
             lines = [*([] if rows else [NO_CONCEPTS]), *map(plain_html, problems)]
@@ -97,18 +97,20 @@ class GenerateHandlers:
             ]
 
     def follow(self, base: str | None, chosen: list[str] | None) -> list[Any]:
-        """What the base allows: concepts and their strength, the canvas's concepts, the tokens.
+        """The choices of a base: concepts and their strength, the canvas's concepts, the tokens.
 
-        A fused base has its concepts inside, and adapters that were trained on it can act; on any other all can.
+        A fused base contains its concepts and accepts adapters trained on it; any other base accepts all.
         """
         try:
             inside = drawing.tokens(self.workspace, base, [])
-        except UserError:  # it is said when it is drawn
+        except UserError:  # reported on generating
             inside = {}
         every = adapter_rows(self.workspace)[0]
         rows = [row[:3] for row in every if not inside or drawing.is_base(self.workspace, base, row[-1])]
         names = [row[0] for row in rows]
-        available = [name for name in chosen or [] if name in names]  # else as it is, which may be handed over just now
+        available = [
+            name for name in chosen or [] if name in names
+        ]  # unchanged otherwise: it may have just been handed over
         tokens = [*([token, noun, ""] for token, noun in inside.items()), *([row[1], row[2], row[0]] for row in rows)]
         return [
             gr.Dropdown(
@@ -120,63 +122,63 @@ class GenerateHandlers:
         ]
 
     def pick(self, chosen: list[str] | None, event: gr.EventData) -> list[str]:
-        """The concepts with the one whose token went into the prompt."""
+        """The concepts plus the one whose token was put into the prompt."""
         name = str((event._data or {}).get("name") or "")
         return list(dict.fromkeys([*(chosen or []), *([name] if name else [])]))
 
     def shape(self, shape: str | None, base: str | None) -> tuple[int, int]:
-        """Width and height of a shape at the base's own size."""
+        """Width and height of a shape at the base's native size."""
         side = drawing.side_of(self.workspace, base)
         across, down = SHAPES.get(shape or "", (1, 1))
         return side * across, side * down
 
     def handed_base(self, handed: Handed, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
-        """A base that was handed over, no concepts, and what :meth:`suited` tells."""
+        """A base that was handed over, no concepts, and the values of :meth:`suited`."""
         return handed[0], [], *self.suited(handed[0], shape, steps, guidance)
 
     def handed_adapters(self, handed: Handed, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
-        """The base that adapters were trained on which were handed over, these, and what :meth:`suited` tells."""
+        """The base of the adapters that were handed over, these, and the values of :meth:`suited`."""
         with errors_as_toast():
             base = drawing.chosen_base(self.workspace, handed[0][0])
         return base, handed[0], *self.suited(base, shape, steps, guidance)
 
     def suited(self, base: str | None, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
-        """Width, height, steps and guidance that suit a base; a person's own steps and guidance stay."""
+        """Width, height, steps and guidance that suit a base; the user's own steps and guidance stay."""
         return *self.shape(shape, base), *drawing.sampling_of(self.workspace, base, (int(steps), guidance))
 
     def reshaped(self, base: str | None, width: float | None, height: float | None) -> tuple[Any, str | None]:
-        """The canvas in the picture's shape, and the name of the shape if it has one."""
+        """The canvas in the picture's shape, and the shape's name if it has one."""
         ratio = drawing.ratio_of(self.workspace, base, width, height)
         names = {across / down: name for name, (across, down) in SHAPES.items()}
         return gr.HTML(ratio=ratio), names.get(ratio)
 
     def begin(self, request: gr.Request) -> list[Any]:
-        """A run is asked for: Cancel in the place of Generate, at once."""
+        """Register a run and show Cancel instead of Generate."""
         self.runs.begin(request.session_hash or "")
         return [gr.Button(visible=False), gr.Button(visible=True), WAITING, gr.Row(visible=True)]
 
     def ended(self) -> list[Any]:
-        """Generate in its place again."""
+        """Show Generate again."""
         return [gr.Button(visible=True), gr.Button(visible=False)]
 
     def cancel(self, request: gr.Request) -> None:
-        """Ask this browser's run to stop. Nothing is shown: the run's own last word may have come before."""
+        """Ask this browser's run to stop; the run shows its own last message."""
         self.runs.stop(request.session_hash or "")
 
     def left(self, request: gr.Request) -> None:
-        """The browser has gone: nobody waits for its picture."""
+        """The browser has disconnected: stop its run."""
         self.gone(request.session_hash or "")
 
     def gone(self, session: str) -> None:
-        """A browser or a program has gone."""
+        """A browser or a program has disconnected."""
         self.runs.stop(session)
 
     def draw(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Draw; yields unfinished pictures and a line, in the end the picture, the line, and the picture's name."""
+        """Generate; yields unfinished pictures and a line, at the end the picture, the line, and the picture's name."""
         yield from self._stream_pictures(request, lambda: self._request(Fields.named(values)))
 
     def again(self, name: str | None, request: gr.Request) -> Iterator[tuple[Any, ...]]:
-        """Draw a picture of the gallery again, from its own settings."""
+        """Generate a picture of the gallery again, from its own settings."""
 
         def request_of_picture() -> tuple[GenerateRequest, dict[str, Any]]:
             refill = pictures.refill(self.workspace, name)
@@ -213,7 +215,7 @@ class GenerateHandlers:
         sampler: str | None = None,
         request: gr.Request | None = None,
     ) -> tuple[list[str], str]:
-        """Draw pictures from fields alone; returns their files and what to tell.
+        """Draw pictures from fields alone; returns their files and a message.
 
         ``sketch`` is a picture file; ``regions`` a list such as
         ``[{"box": [0, 0, 0.5, 1], "prompt": "a photo of <rex>", "concept": "rex"}]``, boxes in fractions.
@@ -248,7 +250,7 @@ class GenerateHandlers:
         return [str(path) for path in generated.pictures], generated.message
 
     def refilled(self, name: str | None) -> list[Any]:
-        """The fields filled from a picture of the gallery, and the line."""
+        """The fields filled from a picture of the gallery, and a message."""
         with errors_as_toast():
             refill = pictures.refill(self.workspace, name)
         values = {
@@ -263,7 +265,7 @@ class GenerateHandlers:
         return [*(values[item.name] for item in fields(Fields)), plain_html(line)]
 
     def _request(self, given: dict[str, Any]) -> tuple[GenerateRequest, dict[str, Any]]:
-        """The page's fields as what to draw, and the scene's own settings."""
+        """The page's fields as a request, and the scene's settings."""
         mine = ("base", "adapters", "strength", "sketch_weight", "sketch_adapter", "keypose_weight", "keypose_adapter")
         own = {name: given.pop(name) for name in mine}
         own["adapters"] = own["adapters"] or []
@@ -306,7 +308,7 @@ class GenerateHandlers:
                         yield gr.skip(), plain_html(news), gr.skip()
                     else:
                         yield news, plain_html(line[0]), gr.skip()
-        except gr.Error as error:  # said where the person looks, and the page goes on
+        except gr.Error as error:  # shown in the status line
             yield gr.skip(), f"**That did not work.** {error.message}", gr.skip()
         finally:
             self.runs.end(who, stop)
@@ -349,7 +351,7 @@ def build(page: Page, tab: gr.Tab) -> None:
 
 
 def _build_scene_fields(defaults: dict[str, Any], side: int) -> dict[str, Any]:
-    """What to draw: concepts, prompt, numbers. ``side`` is the pocket base's, in pixels."""
+    """The fields of concepts, prompt and numbers. ``side`` is the pocket base's, in pixels."""
     note = gr.Markdown(visible=False, elem_id="generate-note")
     made: dict[str, Any] = {"note": note}
     made["prompt"] = gr.Textbox(
@@ -379,7 +381,7 @@ def _build_scene_fields(defaults: dict[str, Any], side: int) -> dict[str, Any]:
 
 
 def _build_sampling(defaults: dict[str, Any], side: int) -> dict[str, Any]:
-    """The base, the size of the picture, and how it is sampled."""
+    """The fields of the base, the picture's size, and sampling."""
     made: dict[str, Any] = {}
     made["base"] = gr.Dropdown(
         ["pocket"], value="pocket", allow_custom_value=True, label="Base", elem_id="generate-base",
@@ -411,7 +413,7 @@ def _build_sampling(defaults: dict[str, Any], side: int) -> dict[str, Any]:
 
 
 def _build_weights() -> dict[str, Any]:
-    """How firmly the sketch, the pose and the boxes hold the picture."""
+    """The weights of the sketch, the pose and the boxes."""
     made: dict[str, Any] = {}
     for kind in ("sketch", "keypose"):
         with gr.Row():
@@ -435,7 +437,7 @@ def _build_weights() -> dict[str, Any]:
 def _wire_lists(
     page: Page, tab: gr.Tab, handlers: GenerateHandlers, form: Fields, note: Any, tokens: Any, shape: gr.Radio
 ) -> None:
-    """What follows the workspace and other fields: choices, tokens, the canvas's shape, and the hand-overs."""
+    """Wire what depends on the workspace and other fields: choices, tokens, the canvas's shape, hand-overs."""
     both = [form.base, form.adapters]
     followed = [form.adapters, form.strength, form.canvas, tokens]
     page.refreshed(tab, handlers.lists, both, [form.base, note, *followed])
@@ -463,7 +465,7 @@ def _wire_drawing(
     cancel: gr.Button,
     status: Any,
 ) -> None:
-    """Generate, cancel, draw again, and a picture back into the fields."""
+    """Wire generate, cancel, draw again, and a picture back into the fields."""
     asked: dict[str, Any] = {
         "fn": handlers.begin,
         "outputs": [start, cancel, status, gallery.shown],

@@ -1,4 +1,4 @@
-"""The train tab: what to train and what it will cost, the trainings, and the adapters that they gave."""
+"""The train tab: the training form with an estimate, the trainings, and the trained adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NO_ADAPTERS = "None yet. What you train appears here, ready for steps 3 and 4."
 
 @dataclass(frozen=True)
 class Form:
-    """What to train, in the order in which :meth:`Handlers.start` takes the values."""
+    """The training form, in the order in which :meth:`TrainHandlers.start` takes the values."""
 
     concept: gr.Dropdown
     preset: gr.Dropdown
@@ -67,26 +67,26 @@ class AdapterTable:
 
 
 class TrainHandlers:
-    """What the tab's buttons call: values from the page in, updates of the page out."""
+    """The buttons' callbacks: values from the page in, updates of the page out."""
 
     def __init__(self, page: Page) -> None:
         self.workspace = page.workspace
         self.queue = Queue(page.workspace)
-        self.queue.start()  # what waits goes on when the server is there, without any page
+        self.queue.start()  # waiting jobs run once the server is up, without any page
 
     # --- the form
 
     def opened(
         self, concept: str | None, handed: Handed | None, taken: int, method: str | None
     ) -> tuple[Any, Any, int]:
-        """The concepts and the methods there are; one handed over from the concepts' tab is chosen once.
+        """The concepts and methods; one handed over from the concepts tab is chosen once.
 
-        ``taken`` is when the one was handed over that was chosen last.
+        ``taken`` is the time of the last hand-over that was chosen.
         """
         from ...methods import all_methods
 
         folders = concept_folders(self.workspace)
-        newest = [job.record.concept for job in self.queue.jobs()][:1]  # after the page was loaded anew
+        newest = [job.record.concept for job in self.queue.jobs()][:1]  # after the page was reloaded
         name, when = handed or (None, taken)
         first = (concept, name) if when == taken else (name, concept)
         value = next((name for name in (*first, *newest, *folders) if name in folders), None)
@@ -117,7 +117,7 @@ class TrainHandlers:
         return [gr.Dropdown(info=presets().get(name, "")), *values]
 
     def estimate(self, concept: str | None, preset: str, *values: Any) -> Iterator[str]:
-        """What it will cost, or why it cannot be; the memory of a large base takes a moment longer."""
+        """The estimated cost, or an error; the memory of a large base takes a moment longer."""
         from ..estimates import estimate_training, memory_estimate
 
         try:
@@ -130,20 +130,20 @@ class TrainHandlers:
             yield f'<p class="train-note train-wrong">{plain_html(sentence_of(error))}</p>'
 
     def start(self, concept: str | None, preset: str, *values: Any) -> tuple[Any, str]:
-        """Start a training, or put it into the queue; returns its id and what to tell."""
+        """Start a training, or queue it; returns its id and a message."""
         with errors_as_toast():
             name, message = self.queue.enqueue(concept, preset, **Form.named(values))
             runs = self.queue.job(name).record.state == "running"
-        return (name if runs else gr.skip()), plain_html(message)  # one that waits does not hide the one that runs
+        return (name if runs else gr.skip()), plain_html(message)  # a queued one does not hide the running one
 
     # --- the list
 
     def look(self, chosen: str | None, seen: dict[str, Any], table: dict[str, Any]) -> list[Any]:
-        """Look after the queue and show it; the adapters too if they have changed."""
+        """Poll the queue and show it; the adapters too if they have changed."""
         jobs = self.queue.refresh()
         before, (updates, seen) = seen, shown_jobs(self.workspace, jobs, self.queue.trouble, chosen, seen)
         ended = before.get("timer") == {"active": True} and seen["timer"] == {"active": False}
-        message = "" if ended else gr.skip()  # what was said of the queue is no longer so
+        message = "" if ended else gr.skip()  # the last message on the queue is outdated
         moved = gr.skip() if seen["chosen"] == chosen else seen["chosen"]
         now = self.adapters()
         shelf = [gr.skip()] * 5 if table == now else self.shelf(now)
@@ -158,7 +158,7 @@ class TrainHandlers:
         return {"rows": rows, "problems": problems, "names": list(workspace_adapters(self.workspace))}
 
     def shelf(self, now: dict[str, Any]) -> list[Any]:
-        """What fills the adapters."""
+        """The updates of the adapters' part."""
         problems = "\n".join(f"- {plain_html(text)}" for text in now["problems"])
         return [
             gr.Markdown(visible=not now["names"]),
@@ -169,12 +169,12 @@ class TrainHandlers:
         ]
 
     def ask(self, what: str, job: str | None) -> str:
-        """Pause, stop or resume a training; returns what to tell."""
+        """Pause, stop or resume a training; returns a message."""
         with errors_as_toast():
             return plain_html(str(getattr(self.queue, what)(job)))
 
     def remove(self, job: str | None) -> tuple[str, Any, Any]:
-        """Take a training off the list, or ask first if it is unfinished."""
+        """Remove a training from the list, or ask first if it is unfinished."""
         with errors_as_toast():
             queued = self.queue.job(job)
             if queued.record.state != "done" and queued.record.launches and self.queue.resumable(queued):
@@ -182,12 +182,12 @@ class TrainHandlers:
             return plain_html(self.queue.remove(job)), gr.Column(visible=False), gr.Row(visible=True)
 
     def remove_surely(self, job: str | None) -> tuple[str, Any, Any]:
-        """Take an unfinished training off the list."""
+        """Remove an unfinished training from the list."""
         with errors_as_toast():
             return plain_html(self.queue.remove(job, sure=True)), gr.Column(visible=False), gr.Row(visible=True)
 
     def clear(self) -> str:
-        """Take the finished trainings off the list."""
+        """Remove the finished trainings from the list."""
         with errors_as_toast():
             return plain_html(self.queue.clear())
 
@@ -224,9 +224,9 @@ class TrainHandlers:
         seed: int | None = None,
         resume: bool = False,
     ) -> tuple[str, str]:
-        """Put a training into the queue; returns its id, to look for in ``jobs``, and what to tell.
+        """Put a training into the queue; returns its id, as in ``jobs``, and a message.
 
-        What is left out is as the preset says. ``resume`` goes on with the concept's unfinished training.
+        Omitted values follow the preset. ``resume`` continues the concept's unfinished training.
         """
         with errors_as_toast():
             if resume:
@@ -241,7 +241,7 @@ class TrainHandlers:
 
     @asked
     def api_stop(self, job: str) -> str:
-        """Stop a training and keep its state; returns what to tell."""
+        """Stop a training and keep its state; returns a message."""
         with errors_as_toast():
             return self.queue.stop(job)
 
@@ -252,7 +252,7 @@ def choose_concept(event: gr.SelectData) -> str:
 
 
 def figures(trained: str, memory: str, time: str, note: str) -> str:
-    """What a training will cost, as tiles."""
+    """The estimated cost of a training as tiles."""
     tiles = {"Trained numbers": trained, "Memory": memory, "Time": time}
     return render("app/templates/train_figures.html.jinja", tiles=tiles, note=note)
 
@@ -272,7 +272,7 @@ def build(page: Page, tab: gr.Tab) -> None:
             parts, sure, keep = build_list(start, page.strip, page.timer)
     shelf, adapters_said, draw, delete = _shelf()
 
-    # The id of the shown training. The radio itself is never an input: gradio refuses what was put into its list later.
+    # The id of the shown training. The radio is never an input: gradio refuses choices that were added later.
     chosen: gr.State = gr.State(None)
     seen: gr.State = gr.State({})
     look: dict[str, Any] = {
@@ -368,12 +368,12 @@ def _shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button, gr.
 def _wire_form(
     page: Page, tab: gr.Tab, handlers: TrainHandlers, form: Form, about: gr.Markdown, tiles: gr.HTML
 ) -> None:
-    """The form, its line on the concept, and the figures, which follow every change."""
+    """Wire the form, its line on the concept, and the estimate, which follows every change."""
     costs: dict[str, Any] = {"fn": handlers.estimate, "inputs": form.all, "outputs": tiles, **PRIVATE}
     taken = gr.State(0)
     opened = {"fn": handlers.opened, "inputs": [form.concept, page.concept, taken, form.method], **PRIVATE}
     described: dict[str, Any] = {"fn": handlers.about, "inputs": form.concept, "outputs": about, **PRIVATE}
-    # Not when the page is loaded: counting brings in torch, and the first tab shall not wait for it.
+    # Not on page load: the estimate imports torch, and the first tab must not wait for it.
     tab.select(outputs=[form.concept, form.method, taken], **opened).then(**described).then(**costs)
     handed = page.concept.change(lambda handed: handed[0], page.concept, form.concept, **PRIVATE)
     handed.then(**described).then(**costs)
