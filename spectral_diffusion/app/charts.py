@@ -1,4 +1,4 @@
-"""Small pictures for the page as SVG, in the page's own colours (see ``style.css``)."""
+"""Small pictures for the page as SVG, in the page's own colors (see ``style.css``)."""
 
 from __future__ import annotations
 

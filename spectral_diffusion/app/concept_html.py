@@ -22,7 +22,7 @@ def cards(overview: ConceptOverview, chosen: str | None = None) -> str:
         "app/templates/concept_cards.html.jinja",
         groups=groups,
         chosen=chosen,
-        colours=overview.colours,
+        colors=overview.colors,
         pale=PALE,
         image_url=image_url,
     )
@@ -30,17 +30,17 @@ def cards(overview: ConceptOverview, chosen: str | None = None) -> str:
 
 def slot_map_html(overview: ConceptOverview) -> str:
     """The slot map: a strip per base, then a legend."""
-    return _slot_map(overview.strips, overview.colours, overview.notes)
+    return _slot_map(overview.strips, overview.colors, overview.notes)
 
 
-def strip(band: Strip, colours: dict[str, str]) -> str:
+def strip(band: Strip, colors: dict[str, str]) -> str:
     """One base's spectrum as a band of colors, white where it is free, striped red where two clash."""
-    return _slot_map([band], colours, [])
+    return _slot_map([band], colors, [])
 
 
-def _slot_map(strips: Sequence[Strip], colours: dict[str, str], notes: Sequence[str]) -> str:
+def _slot_map(strips: Sequence[Strip], colors: dict[str, str], notes: Sequence[str]) -> str:
     return render(
-        "app/templates/slot_map.html.jinja", strips=strips, colours=colours, notes=notes, kinds=KINDS, pale=PALE
+        "app/templates/slot_map.html.jinja", strips=strips, colors=colors, notes=notes, kinds=KINDS, pale=PALE
     )
 
 

@@ -63,7 +63,7 @@ class Strip:
 class ConceptOverview:
     """The contents of the concepts tab.
 
-    ``problems`` are sentences, ``notes`` those about the slot map; ``colours`` are CSS colors by adapter name.
+    ``problems`` are sentences, ``notes`` those about the slot map; ``colors`` are CSS colors by adapter name.
     """
 
     cards: list[Card]
@@ -71,7 +71,7 @@ class ConceptOverview:
     strangers: list[AdapterInfo]
     problems: list[str]
     notes: list[str]
-    colours: dict[str, str] = field(default_factory=dict)
+    colors: dict[str, str] = field(default_factory=dict)
 
     @property
     def first_run(self) -> bool:

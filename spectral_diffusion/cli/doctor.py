@@ -24,7 +24,9 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs an
         f"{report.system['threads']} threads in use",
         "System": report.system["platform"],
         "Free memory": f"{report.system.get('memory_free_gib', 'unknown')} GiB",
-        "GPU": "; ".join(f"{one['name']} ({one['device']}, {one.get('memory_gib', '?')} GiB)" for one in report.devices)
+        "GPU": "; ".join(
+            f"{device['name']} ({device['device']}, {device.get('memory_gib', '?')} GiB)" for device in report.devices
+        )
         or "none",
         "bfloat16 on the CPU": f"{seconds['bf16'] / seconds['float32']:.1f} times float32's time",
         "A training step": f"{report.speed['pocket_step_seconds']:.2f} s on the pocket base (preset pocket, "
@@ -36,7 +38,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs an
     width = max(map(len, rows))
     for name, value in rows.items():
         echo(f"{name:<{width}}  {value}")
-    for one in report.missing:
-        echo(f"{'Not installed':<{width}}  {one['package']}, for {one['for']}: {one['install']}")
+    for package in report.missing:
+        echo(f"{'Not installed':<{width}}  {package['package']}, for {package['for']}: {package['install']}")
     for text in report.problems:
         echo(f"{'Problem':<{width}}  {text}")

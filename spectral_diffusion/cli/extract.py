@@ -38,7 +38,7 @@ def extract_keypose(
     photo: Annotated[Path, typer.Argument(help="A photo of people, or their keypoints as JSON.")],
     output: OutputOption = None,
 ) -> None:
-    """Draw the skeletons of a photo's people in OpenPose's colours."""
+    """Draw the skeletons of a photo's people in OpenPose's colors."""
     from ..config.scene import ControlImage
     from ..data.folder import open_photo
     from ..scenes.control import read_control_image

@@ -91,7 +91,7 @@ def _parameter(name: str, field: FieldInfo, kind: Any, other: str | None) -> ins
     if kind is bool:
         flag = f"{flag}/--no-{name.replace('_', '-')}"
     repeated = typing.get_origin(kind) is list
-    flags = [other] if other and repeated else [one for one in (SHORT.get(name), other, flag) if one]
+    flags = [other] if other and repeated else [spelling for spelling in (SHORT.get(name), other, flag) if spelling]
     text = f"{field.description or ''}{' Repeat for more.' if repeated else ''}"
     option = typer.Option(*flags, help=text, metavar=_choices(field.annotation), show_default=False)
     return inspect.Parameter(

@@ -127,11 +127,11 @@ def alignment_picture(shown: Mapping[str, Any]) -> Image.Image | None:
         left.plot([0, weight[0, index]], [0, weight[1, index]], color="0.6", marker="o", markevery=[1],
                   label="neurons" if index == 0 else None)  # fmt: skip
     u = torch.tensor([math.cos(angle), math.sin(angle)])
-    for vector, colour, label in ((u, "black", "ideal neuron u"), (U[:, 0], "C3", "top singular vector"),
+    for vector, color, label in ((u, "black", "ideal neuron u"), (U[:, 0], "C3", "top singular vector"),
                                   (U[:, 1], "C0", "bottom singular vector")):  # fmt: skip
         vector = vector * size * (1 if label.startswith("ideal") else float((u @ vector).sign()))
-        left.annotate("", vector.tolist(), (0, 0), arrowprops={"color": colour, "arrowstyle": "->", "linewidth": 2})
-        left.plot([], [], color=colour, label=label)
+        left.annotate("", vector.tolist(), (0, 0), arrowprops={"color": color, "arrowstyle": "->", "linewidth": 2})
+        left.plot([], [], color=color, label=label)
     left.set(xlim=(-1.3 * size, 1.3 * size), ylim=(-1.3 * size, 1.3 * size), aspect="equal", title="after pretraining")
     left.legend(fontsize=8)
     for change, label in (("top", "spectral-additive, top column"), ("bottom", "spectral-additive, bottom column"),

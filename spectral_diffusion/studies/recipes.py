@@ -223,7 +223,7 @@ def fused_by(lab: StudyRunner, variant: FusionVariant, adapters: Sequence[Adapte
 def things(lab: StudyRunner) -> list[str]:
     """Subjects of generic prompts: the settings' nouns and colors, without the prompts that drift is measured on."""
     prior = lab.settings["train"]["prior"]
-    subjects = [generic_subject(colour, noun) for colour in prior["adjectives"] for noun in prior["nouns"]]
+    subjects = [generic_subject(color, noun) for color in prior["adjectives"] for noun in prior["nouns"]]
     return [thing for thing in subjects if thing not in GENERIC_SUBJECTS]
 
 

@@ -228,7 +228,7 @@ class StudyRunner:
 
     def portraits(self, base: Base, what: str, seed: int = 0) -> list[Image.Image]:
         """One picture of a token or a noun in each location."""
-        prompts = [f"a photo of {what} {place}" for place in PLACES]
+        prompts = [f"a photo of {what} {location}" for location in PLACES]
         return sample(base, prompts, [1000 * seed + i for i in range(len(prompts))], self.pictures_config)
 
     def generic_images(self, base: Base, seed: int = 0) -> list[Image.Image]:
@@ -252,7 +252,7 @@ class StudyRunner:
         """
         wanted = list(PLACES.values()) * (len(pictures) // len(PLACES))
         if isinstance(self.encoder, Clip):
-            text_vectors = self.encoder.embed_text([f"a photo {place}" for place in PLACES])
+            text_vectors = self.encoder.embed_text([f"a photo {location}" for location in PLACES])
             nearest = (self.encoder.embed(pictures) @ text_vectors.mT).argmax(1).tolist()
             seen: list[str | None] = [list(PLACES.values())[index] for index in nearest]
         else:
