@@ -1,4 +1,4 @@
-"""The memory of trainings and of teaching fusions, computed without weights: Stable Diffusion 1.5 and XL."""
+"""The memory of trainings and of distilling fusions, computed without weights: Stable Diffusion 1.5 and XL."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.training.memory import Estimate, estimate
 
 TRAINING = ("encoding photos", "drawing ordinary pictures", "drawing samples", "training")
-TEACHING = ("sampling targets", "distilling")
 SIDES = {"sd15": 512, "sdxl": 1024}
 CASES: dict[str, list[dict[str, Any]]] = {
     "sd15": [
@@ -50,57 +49,58 @@ def presets() -> Iterator[tuple[str, TrainConfig]]:
         yield path.stem, build(TrainConfig, read_yaml(path)["train"], {"concept": "x", "output": "y"})
 
 
-def taught(name: str, targets: str = "attention") -> Estimate:
-    """The estimate for teaching a fusion as a preset does, or by its defaults if none is named."""
+def distillation(name: str, targets: str = "attention") -> Estimate:
+    """The estimate for distilling a fusion with a preset's settings, or with the defaults."""
     settings = read_yaml(resources.configs() / f"{name}.yaml").get("fuse", {}) if name else {}
     config = build(FuseConfig, settings, {"adapters": ["x"], "output": "y"}).distill
     with quiet_loading():
         models = {name: model.requires_grad_(False) for name, model in build_meta("sd15").items()}
         vae = build_vae_meta()
-    learners = [layer.weight for layer in find_targets(models, targets).values()]
-    return distillation_memory(models, vae, learners, config, SIDES["sd15"])
+    weights = [layer.weight for layer in find_targets(models, targets).values()]
+    return distillation_memory(models, vae, weights, config, SIDES["sd15"])
 
 
-def teachers() -> list[str]:
-    """The presets that say how a fusion is taught."""
+def fusing_presets() -> list[str]:
+    """The presets with settings for fusing."""
     return [name for name, _ in presets() if "fuse" in read_yaml(resources.configs() / f"{name}.yaml")]
 
 
-def row(name: str, found: Estimate, phases: Sequence[str] = TRAINING) -> str:
-    """One line of the table, in GiB."""
-    cells = [found.weights, found.adapter, *(found.phases.get(phase) for phase in phases), found.total]
+def row(name: str, memory: Estimate, phases: Sequence[str] | None = None) -> str:
+    """One line of the table, in GiB; ``phases`` are all phases by default."""
+    columns = list(memory.phases) if phases is None else phases
+    cells = [memory.weights, memory.adapter, *(memory.phases.get(phase) for phase in columns), memory.total]
     return f"| {name} | " + " | ".join("–" if cell is None else f"{cell / 2**30:.2f}" for cell in cells) + " |"
 
 
 def training_table(arch: str) -> Iterator[str]:
     """The lines of an architecture's cases, or of the presets."""
-    yield "| | weights | adapter | photos | ordinary | samples | training | at most |"
+    yield "| | weights | adapter | photos | prior images | samples | training | at most |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     if arch == "presets":
-        yield from (row(name, computed(name[:4], config)) for name, config in presets())
+        yield from (row(name, computed(name[:4], config), TRAINING) for name, config in presets())
         return
     for case in CASES[arch]:
         config = build(TrainConfig, case, {"concept": "x", "output": "y"})
-        words = ", ".join(f"{key}={value}" for key, value in case.items())
-        yield row(f"{arch} {SIDES[arch]}²: {words}", computed(arch, config))
+        settings = ", ".join(f"{key}={value}" for key, value in case.items())
+        yield row(f"{arch} {SIDES[arch]}²: {settings}", computed(arch, config), TRAINING)
 
 
-def teaching_table() -> Iterator[str]:
-    """The lines of teaching Stable Diffusion 1.5: the layers that adapters change, then all of the U-Net."""
-    yield "| | weights | optimiser | lessons | teaching | at most |"
+def distillation_table() -> Iterator[str]:
+    """The lines of distillation for Stable Diffusion 1.5: the adapted layers, then all of the U-Net."""
+    yield "| | weights | optimizer | generating | distillation | at most |"
     yield "| --- | ---: | ---: | ---: | ---: | ---: |"
-    for name in ("", *teachers()):
-        yield row(name or "defaults", taught(name), TEACHING)
+    for name in ("", *fusing_presets()):
+        yield row(name or "defaults", distillation(name))
     for name in ("", "sd15-12gb"):
-        yield row(f"{name or 'defaults'}, all of the U-Net", taught(name, r"re:unet\..*"), TEACHING)
+        yield row(f"{name or 'defaults'}, the whole U-Net", distillation(name, r"re:unet\..*"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    known = ["presets", "teaching", *CASES]
+    known = ["presets", "distillation", *CASES]
     parser.add_argument("--arch", choices=known, nargs="*", default=known)
     for arch in parser.parse_args().arch:
-        for line in teaching_table() if arch == "teaching" else training_table(arch):
+        for line in distillation_table() if arch == "distillation" else training_table(arch):
             print(line, flush=True)
 
 

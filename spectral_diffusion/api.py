@@ -49,15 +49,15 @@ class Adapter(core.Adapter):
 
     @classmethod
     def of(cls, adapter: core.Adapter) -> Adapter:
-        """The public form of the library's own object."""
-        return cls(**{one.name: getattr(adapter, one.name) for one in fields(adapter)})
+        """The public form of the library's internal object."""
+        return cls(**{item.name: getattr(adapter, item.name) for item in fields(adapter)})
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Adapter:
         """Load an adapter file, a folder that :meth:`save_pretrained` wrote, or a repository of the hub.
 
         Raises:
-            UserError: there is no adapter.
+            UserError: no adapter is found.
         """
         path = Path(source)
         if path.is_dir():
@@ -163,20 +163,20 @@ def train(
         for callback in (hooks.progress, *callbacks):
             callback(event)
 
-    held = _base(base)
+    loaded = _base(base)
     run = {name: settings.pop(name) for name in ("resume", "force") if name in settings}
     settings |= {name: str(settings[name]) for name in ("slot", "ledger") if settings.get(name) is not None}
     with tempfile.TemporaryDirectory() as scratch:
         name = settings.get("name") or load_concept(Path(photos), None, None, class_noun).name
         given = {
-            "concept": photos, "base": held.name, "class_noun": class_noun,
+            "concept": photos, "base": loaded.name, "class_noun": class_noun,
             "output": str(output or Path(scratch) / f"{name}.safetensors"),
         }  # fmt: skip
         chosen = None if config is None else str(config)
         given = {key: value for key, value in given.items() if value is not None}
         resolved = settings_for(TrainConfig, "train", given, settings, config=chosen)
         every = replace(hooks, progress=show)
-        return Adapter.of(train_to_file(resolved, hooks=every, base=held, **run))
+        return Adapter.of(train_to_file(resolved, hooks=every, base=loaded, **run))
 
 
 def load_adapters(pipeline: Pipeline, adapters: Scales, allow_base: bool = False) -> list[str]:
@@ -309,8 +309,8 @@ def generate(
     layer = {"prompt": scene.prompt, "regions": regions, "controls": list(scene.controls), "seeds": list(seeds)}
     config = build(SceneSettings, preset_settings(base.name, "generate"), dict(scene.settings), settings, layer)
     drawings = [read_control_image(control) for control in config.controls]
-    apart = {adapter.token: adapter for pairs in bound for adapter, _ in pairs}
-    base = _with_tokens(base, list(apart.values()))
+    by_token = {adapter.token: adapter for pairs in bound for adapter, _ in pairs}
+    base = _with_tokens(base, list(by_token.values()))
     return sample(base, [config.prompt] * len(seeds), list(seeds), config, hooks, controls=drawings, bound=bound)
 
 

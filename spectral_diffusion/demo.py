@@ -30,16 +30,16 @@ from .training.speed import seconds_per_picture, training_seconds
 
 CONCEPTS = ("rex", "brew")
 SKETCH = "dog-teapot.png"
-TRAINING = 400  # steps of each concept, two thirds of the preset's: the demo is to be quick on every CPU
-TEACHING = 300  # steps
+TRAINING = 400  # steps of each concept, two thirds of the preset's, so that the demo is quick on every CPU
+DISTILLATION = 300  # steps
 PLACES = ("on the grass", "on the beach", "in the snow", "on a table")
 TILE = 96
-# What the demo takes beside its trainings, in pictures of a training step, and in seconds; as measured.
-TAUGHT = 24  # a step of distillation, 16 pictures whose layers' weights learn
-DRAWN = 1500  # all pictures together, those that distillation draws included
+# The measured cost of the rest of the demo, in pictures of a training step, and in seconds.
+DISTILL_STEP = 24  # a step of distillation on 16 pictures
+ALL_PICTURES = 1500  # all pictures together, those of the distillation included
 STARTING = 20.0
 FEWEST = 4  # denoising steps of a picture
-PREPARED, NOISES = 24, 12  # images of each part, and noises of an image, where the number of steps is given, at most
+PREPARED, NOISES = 24, 12  # at most, if steps are given: images of each part, and noises per image
 
 
 def run_demo(
@@ -51,17 +51,17 @@ def run_demo(
 
     Args:
         steps: of each training, and at most as many of distillation; by default :data:`TRAINING` and
-            :data:`TEACHING`. A few steps show that everything runs: there are as few images and denoising steps then.
+            :data:`DISTILLATION`. A few steps are a smoke test, with few images and denoising steps.
     """
     concepts = {name: load_concept(resources.concepts() / name) for name in CONCEPTS}
     files = {name: output / f"{name}.safetensors" for name in CONCEPTS}
     trainings = [training_settings(name, files[name], steps) for name in CONCEPTS]
-    teaching = min(steps or TEACHING, TEACHING)
-    hooks.notify(f"The whole demo takes about {brief_duration(demo_seconds(trainings, teaching))} here.")
+    distill_steps = min(steps or DISTILLATION, DISTILLATION)
+    hooks.notify(f"The whole demo takes about {brief_duration(demo_seconds(trainings, distill_steps))} here.")
     for config in trainings:
         train_to_file(config, force=True, hooks=hooks)
     fused = output / "fused"
-    for warning in fuse_to_folder(fusion_settings(list(files.values()), fused, steps, teaching), hooks):
+    for warning in fuse_to_folder(fusion_settings(list(files.values()), fused, steps, distill_steps), hooks):
         hooks.notify(warning)
     hooks.notify(f"Fused into {fused}/.")
 
@@ -71,7 +71,7 @@ def run_demo(
     settings = build(Scene, preset_settings("pocket", "generate"), draw)
 
     def pictures(base: Base, name: str) -> list[Image.Image]:
-        prompts = [f"a photo of {concepts[name].token} {place}" for place in PLACES]
+        prompts = [f"a photo of {concepts[name].token} {location}" for location in PLACES]
         return sample(base, prompts, [10 + i for i in range(len(prompts))], settings, hooks)
 
     alone = {}
@@ -82,14 +82,14 @@ def run_demo(
     with_both = load_base(str(fused))
     after = {name: pictures(with_both, name) for name in CONCEPTS}
     both = picture_together(with_both, [concept.token for concept in concepts.values()], settings, hooks)
-    references = {name: [open_photo(photo.path) for photo in one.photos[:4]] for name, one in concepts.items()}
+    references = {name: [open_photo(photo.path) for photo in concept.photos[:4]] for name, concept in concepts.items()}
     path = output / "sheet.png"
     contact_sheet({"references": references, "alone": alone, "after fusion": after}, both).save(path)
     return path
 
 
 def few_images(steps: int | None) -> dict[str, int]:
-    """How many images a demo of a few steps prepares for each part; a whole demo prepares what the preset says."""
+    """The number of images that a demo of a few steps prepares for each part; a whole demo follows the preset."""
     return {"num_images": min(steps, PREPARED)} if steps else {}
 
 
@@ -100,10 +100,10 @@ def training_settings(name: str, output: Path, steps: int | None) -> TrainConfig
     return build(TrainConfig, preset_settings("pocket", "train"), concept, change)
 
 
-def fusion_settings(adapters: Sequence[Path], output: Path, steps: int | None, teaching: int) -> FuseConfig:
+def fusion_settings(adapters: Sequence[Path], output: Path, steps: int | None, distill_steps: int) -> FuseConfig:
     """Gradient fusion of the adapters, then distillation."""
     images = few_images(steps)
-    distill = {"steps": teaching, **images}
+    distill = {"steps": distill_steps, **images}
     if steps:
         distill |= {"num_prior_images": images["num_images"], "noises_per_image": min(steps, NOISES)}
     change = {"adapters": list(adapters), "output": output, "merge": "gradient"}
@@ -112,7 +112,7 @@ def fusion_settings(adapters: Sequence[Path], output: Path, steps: int | None, t
 
 
 def picture_together(base: Base, tokens: Sequence[str], settings: Scene, hooks: Hooks) -> list[Image.Image]:
-    """The sketch, and four pictures of both concepts where it puts them; the first becomes a file with its scene."""
+    """The sketch, and four pictures of both concepts placed by it; the first is written to a file with its scene."""
     control = ControlImage(file=resources.concepts() / "sketches" / SKETCH, conditioning_scale=0.7)
     sketch = read_control_image(control)
     first, second = tokens
@@ -132,12 +132,12 @@ def picture_together(base: Base, tokens: Sequence[str], settings: Scene, hooks: 
     return [sketch.image.convert("RGB"), *both]
 
 
-def demo_seconds(trainings: Sequence[TrainConfig], teaching: int) -> float:
-    """Seconds of the demo on this machine when it does nothing else, from a measured step."""
+def demo_seconds(trainings: Sequence[TrainConfig], distill_steps: int) -> float:
+    """Seconds of the demo on this machine, from a measured step, without other load."""
     device = parse_device("auto")
     picture = seconds_per_picture("pocket", device, resolve_mixed_precision("auto", device))
     trained = sum(training_seconds(config, "pocket") for config in trainings)
-    return trained + (teaching * TAUGHT + DRAWN) * picture + STARTING
+    return trained + (distill_steps * DISTILL_STEP + ALL_PICTURES) * picture + STARTING
 
 
 def contact_sheet(columns: dict[str, dict[str, list[Image.Image]]], wide: Sequence[Image.Image]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What this machine has and what suits it: versions, devices, precisions, memory, caches, what is not installed."""
+"""A report on this machine: versions, devices, precisions, memory, caches, missing packages, suitable settings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PRESETS = (("sd15-24gb", 22), ("sdxl-12gb", 11), ("sd15-8gb", 7.5), ("sd15-6gb",
 
 @dataclass(frozen=True)
 class Check:
-    """What was found. Names of folders in the person's home begin with ``~``."""
+    """The report. Folders in the user's home begin with ``~``."""
 
     versions: dict[str, str]
     system: dict[str, Any]
@@ -49,12 +49,12 @@ class Check:
     problems: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """The whole, JSON-able."""
+        """The report, JSON-able."""
         return asdict(self)
 
 
 def examine() -> Check:
-    """Look at this machine; measurements take some seconds the first time and are kept."""
+    """Examine this machine; measurements take some seconds the first time and are cached."""
     device = best_device()
     precision = resolve_mixed_precision("auto", device)
     timings = measured_once("precision", measure_cpu)
@@ -82,26 +82,26 @@ def best_device() -> torch.device:
 
 
 def free_memory() -> dict[str, float]:
-    """The machine's free memory in GiB, where the system tells."""
+    """The machine's free memory in GiB, where the system reports it."""
     free = available(torch.device("cpu"))
     return {} if free is None else {"memory_free_gib": round(free / GIB, 1)}
 
 
 def devices() -> list[dict[str, Any]]:
-    """Every accelerator with its memory and what it multiplies in hardware."""
-    found: list[dict[str, Any]] = []
+    """Every accelerator with its memory and bfloat16 support."""
+    rows: list[dict[str, Any]] = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         about = torch.cuda.get_device_properties(index)
         free = torch.cuda.mem_get_info(index)[0]
-        found.append(
+        rows.append(
             {
                 "device": f"cuda:{index}", "name": about.name, "memory_gib": round(about.total_memory / GIB, 1),
                 "free_gib": round(free / GIB, 1), "bf16": cuda_has_bf16(), "capability": f"{about.major}.{about.minor}",
             }
         )  # fmt: skip
     if torch.backends.mps.is_available():
-        found.append({"device": "mps", "name": "Apple GPU", "bf16": False})
-    return found
+        rows.append({"device": "mps", "name": "Apple GPU", "bf16": False})
+    return rows
 
 
 def caches() -> dict[str, Any]:
@@ -117,7 +117,7 @@ def folder_size(folder: Path) -> int:
 
 
 def shared_name(path: Path) -> str:
-    """A path as it may stand in a bug report: without the person's home."""
+    """A path for a bug report: without the user's home."""
     try:
         return str(Path("~") / path.resolve().relative_to(Path.home().resolve()))
     except (ValueError, RuntimeError):
@@ -149,19 +149,19 @@ def suited(device: torch.device, precision: str) -> dict[str, str]:
 
 
 def problems() -> list[str]:
-    """What is likely to surprise, a sentence each, with its fix."""
-    found = []
+    """Likely problems, a sentence each, with its fix."""
+    sentences = []
     if not torch.cuda.is_available() and find_spec("nvidia") is None and _has_nvidia_card():
-        found.append(
+        sentences.append(
             "An NVIDIA GPU is here, but this PyTorch is built for CPUs; install one with CUDA (see pytorch.org)."
         )
     folder = cache_folder()
     if folder.exists() and not os.access(folder, os.W_OK):
-        found.append(
+        sentences.append(
             f"The cache folder {shared_name(folder)} cannot be written, so decompositions are computed every time; "
             "set SPECTRAL_DIFFUSION_CACHE to another folder."
         )
-    return found
+    return sentences
 
 
 def _has_nvidia_card() -> bool:

@@ -1,4 +1,4 @@
-"""Say what a file or folder of this program holds."""
+"""Describe the files and folders of this program."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .slots.picture import slot_map
 
 
 def inspect_paths(paths: Sequence[Path]) -> dict[str, Any]:
-    """A JSON-able description of an adapter, a fused folder or a picture; of several adapters, what they are together.
+    """A JSON-able description of an adapter, a fused folder or a picture; of several adapters, their interference.
 
     Raises:
         UserError: none of these, or damaged.
@@ -52,11 +52,11 @@ def inspect_path(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     if is_folder(path):
-        recipe = read_manifest(path)
-        if recipe is None:
+        manifest = read_manifest(path)
+        if manifest is None:
             raise UserError(f"{path} is not a fused folder: it holds no manifest.json.")
-        strength = {str(name): float(value) for name, value in recipe["scales"].items()}
-        return {"kind": "fusion", **recipe, **_together(adapters_in_fusion(path), strength)}
+        scales = {str(name): float(value) for name, value in manifest["scales"].items()}
+        return {"kind": "fusion", **manifest, **_together(adapters_in_fusion(path), scales)}
     if not exists(path):
         raise UserError(f"No such file: {path}.")
     if path.suffix.lower() == ".png":
@@ -84,37 +84,37 @@ def inspect_path(path: Path) -> dict[str, Any]:
     }
 
 
-def _together(adapters: Sequence[Adapter], strength: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Norms, pairwise cosines, expected interference and warnings of adapters that shall act together."""
-    told = [adapter for adapter in adapters if not adapter.needs_base]
-    found = interference(told, strength or {})
+def _together(adapters: Sequence[Adapter], scales: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Norms, pairwise cosines, expected interference and warnings of adapters that act together."""
+    comparable = [adapter for adapter in adapters if not adapter.needs_base]
+    shares = interference(comparable, scales or {})
     return {
         "norms": {adapter.name: _rounded(adapter.norm()) for adapter in adapters},
-        "layer_norms": {adapter.name: layer_norms(adapter) for adapter in told},
-        "cosines": {f"{a.name} · {b.name}": round(cosine(a, b), 6) for a, b in itertools.combinations(told, 2)},
-        "interference": {name: round(value, 4) for name, value in found.items()},
+        "layer_norms": {adapter.name: layer_norms(adapter) for adapter in comparable},
+        "cosines": {f"{a.name} · {b.name}": round(cosine(a, b), 6) for a, b in itertools.combinations(comparable, 2)},
+        "interference": {name: round(value, 4) for name, value in shares.items()},
         "warnings": [*overlaps(list(adapters)), *slot_clashes_between(adapters)],
     }
 
 
 def slot_clashes_between(adapters: Sequence[Adapter]) -> list[str]:
     """A sentence for every two adapters of different bases, or of one name or token."""
-    found = []
+    sentences = []
     for a, b in itertools.combinations(adapters, 2):
         if not a.fingerprint.same_rounded(b.fingerprint):
-            found.append(f"'{a.name}' was trained on '{a.base}' and '{b.name}' on another base, '{b.base}'.")
+            sentences.append(f"'{a.name}' was trained on '{a.base}' and '{b.name}' on another base, '{b.base}'.")
         if a.name == b.name:
-            found.append(
+            sentences.append(
                 f"Two adapters are called '{a.name}'; fuse refuses that, unless one is trained under another name."
             )
-        others = {token.lower() for token in b.tokens}  # a tokenizer does not tell upper case from lower
+        others = {token.lower() for token in b.tokens}  # a tokenizer ignores case
         for token in sorted(token for token in a.tokens if token.lower() in others):
-            found.append(f"'{a.name}' and '{b.name}' share the token {token}; train one with another token.")
-    return found
+            sentences.append(f"'{a.name}' and '{b.name}' share the token {token}; train one with another token.")
+    return sentences
 
 
 def layer_norms(adapter: Adapter) -> dict[str, float]:
-    """|ΔW| of every layer; nothing where the base is needed to tell."""
+    """|ΔW| of every layer; empty where it needs the base."""
     if adapter.needs_base:
         return {}
     return {layer: round(frobenius_norm(adapter.factors(layer)), 6) for layer in adapter.layers}
@@ -131,29 +131,29 @@ def blocks(norms: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 6) for name, value in out.items()}
 
 
-def interference(adapters: Sequence[Adapter], strength: Mapping[str, float]) -> dict[str, float]:
-    """How strongly the others act on what a concept's change listens to, as a share of its own action.
+def interference(adapters: Sequence[Adapter], scales_of: Mapping[str, float]) -> dict[str, float]:
+    """How strongly the others act on the inputs of a concept's change, relative to the change itself.
 
     √(Σ |Σ_{j≠i} λ_j ΔW_j Q_i|² / Σ |λ_i ΔW_i|²) over layers, Q_i an orthonormal basis of the inputs that ΔW_i reads: 0
-    where nobody touches them, 1 where the others weigh as much as the concept itself.
+    without interference, 1 where the others weigh as much as the concept itself.
     """
     scaled = [
-        {layer: scale_of(strength, one.name, layer) for layer in one.layers} for one in adapters
+        {layer: scale_of(scales_of, adapter.name, layer) for layer in adapter.layers} for adapter in adapters
     ]  # λ by adapter and layer
     out = {}
-    for index, one in enumerate(adapters):
+    for index, adapter in enumerate(adapters):
         own = others = 0.0
-        for layer in one.layers:
-            mine = one.factors(layer)
+        for layer in adapter.layers:
+            mine = adapter.factors(layer)
             basis = row_space(mine)
             own += (scaled[index][layer] * frobenius_norm(mine)) ** 2
             acting = torch.zeros(len(mine.up), basis.shape[1], dtype=torch.float64)
             for other, each in zip(adapters, scaled, strict=True):
-                if other is not one and other.sizes.get(layer) == one.sizes[layer]:
+                if other is not adapter and other.sizes.get(layer) == adapter.sizes[layer]:
                     up, down = other.factors(layer)
                     acting += each[layer] * (up.double() @ (down.double() @ basis))
             others += float(acting.square().sum())
-        out[one.name] = math.sqrt(others / own) if own else 0.0
+        out[adapter.name] = math.sqrt(others / own) if own else 0.0
     return out
 
 

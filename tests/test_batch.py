@@ -146,11 +146,11 @@ def test_bad_batches_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["a", "nonsense", "-o", "x.safetensors"], "'nonsense' is no folder with photos"),
+        (["a", "nonsense", "-o", "x.safetensors"], "'nonsense' is neither a photo folder"),
         (["a", "b", "-o", "x.safetensors"], "need a folder for their adapters"),
         (["a", "b"], "need a folder for their adapters"),
-        (["a", "b", "token=<x>", "-o", "out"], "token=<x> cannot be every concept's"),
-        (["steps=3"], "Which photos"),
+        (["a", "b", "token=<x>", "-o", "out"], "token=<x> cannot apply to every concept"),
+        (["steps=3"], "No photo folder is given"),
         (["a", "b", "-o", "out", "--status", "x.json"], "leave out --status"),
     ],
 )

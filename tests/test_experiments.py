@@ -19,7 +19,7 @@ from spectral_diffusion.studies.report import (
     record_path,
     write_record,
 )
-from spectral_diffusion.studies.runner import TEST_CONCEPTS, TUNING_CONCEPTS, StudyRunner, recipe
+from spectral_diffusion.studies.runner import TEST_CONCEPTS, TUNING_CONCEPTS, StudyRunner, study_settings
 from spectral_diffusion.studies.speed import crossing
 
 
@@ -71,7 +71,7 @@ def test_tables_show_dashes_and_put_numbers_right() -> None:
 
 
 def test_what_was_measured_is_kept_and_time_is_capped(tmp_path: Path) -> None:
-    lab = StudyRunner(folder=tmp_path, recipe=recipe("pocket", True))
+    lab = StudyRunner(folder=tmp_path, settings=study_settings("pocket", True))
     made: list[int] = []
 
     def compute() -> dict[str, int]:
@@ -87,11 +87,11 @@ def test_what_was_measured_is_kept_and_time_is_capped(tmp_path: Path) -> None:
 
 
 def test_what_a_page_rests_on_is_read_from_its_record(tmp_path: Path) -> None:
-    lab = StudyRunner(folder=tmp_path / "here", recipe=recipe("pocket", True))
+    lab = StudyRunner(folder=tmp_path / "here", settings=study_settings("pocket", True))
     lab.cell("one", {"a": 1}, lambda: {"x": 0.25})
     write_record(record_path(tmp_path, "speed"), lab.used, whole=True)
     elsewhere = StudyRunner(
-        folder=tmp_path / "there", recipe=recipe("pocket", True), most=-1.0, known=read_records(tmp_path)
+        folder=tmp_path / "there", settings=study_settings("pocket", True), most=-1.0, known=read_records(tmp_path)
     )
     assert elsewhere.cell("one", {"a": 1}, lambda: {}) == {"x": 0.25} and elsewhere.used == lab.used
     with pytest.raises(UserError, match="run it again"):  # of another recipe, so another cell
@@ -99,13 +99,13 @@ def test_what_a_page_rests_on_is_read_from_its_record(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run it again"):  # of another machine
         elsewhere.cell("one", {"a": 1}, lambda: {}, timed=True)
     record_path(tmp_path, "speed").write_text("[]")
-    with pytest.raises(UserError, match=r"speed-cells\.json is no record"):
+    with pytest.raises(UserError, match=r"speed-cells\.json is not a record"):
         read_records(tmp_path)
 
 
 def test_a_record_loses_nothing_that_was_measured(tmp_path: Path) -> None:
     def measured(number: int, quick: bool) -> dict[str, dict[str, object]]:
-        lab = StudyRunner(folder=tmp_path / "lab", recipe=recipe("pocket", quick))
+        lab = StudyRunner(folder=tmp_path / "lab", settings=study_settings("pocket", quick))
         lab.cell("one", {"a": number}, lambda: {"x": number})
         return lab.used
 
@@ -121,7 +121,7 @@ def test_a_record_loses_nothing_that_was_measured(tmp_path: Path) -> None:
 
 def test_nothing_is_tuned_on_what_is_reported() -> None:
     assert not set(TUNING_CONCEPTS) & set(TEST_CONCEPTS) and len(TEST_CONCEPTS) == 8
-    quick, whole = recipe("pocket", True), recipe("pocket")
+    quick, whole = study_settings("pocket", True), study_settings("pocket")
     assert quick["train"]["steps"] < whole["train"]["steps"]
     assert quick["train"]["prior"]["nouns"] == whole["train"]["prior"]["nouns"]
 

@@ -14,9 +14,9 @@ from spectral_diffusion.config.settings import build, read_yaml
 from spectral_diffusion.core.assets import concepts, preset
 from spectral_diffusion.studies.fusion import FAMILIES, NARROW, RANK, FusionCell, change_for, measured_cells
 from spectral_diffusion.studies.rank import lowest, weight_of_full_rank
-from spectral_diffusion.studies.recipes import TRIALS, Recipe, things, verdict, worth_reporting, worth_showing
+from spectral_diffusion.studies.recipes import TRIALS, FusionVariant, things, verdict, worth_reporting, worth_showing
 from spectral_diffusion.studies.registry import all_studies, not_allowed
-from spectral_diffusion.studies.runner import MANY, TEST_CONCEPTS, TUNING_CONCEPTS, StudyRunner, recipe
+from spectral_diffusion.studies.runner import MANY, TEST_CONCEPTS, TUNING_CONCEPTS, StudyRunner, study_settings
 from spectral_diffusion.studies.slots import check_equal
 
 
@@ -64,7 +64,7 @@ def test_what_is_measured_is_read_again_when_time_is_over(work: Path, tmp_path: 
 
 
 def test_families_are_trained_alike_and_unlike_ones_are_refused() -> None:
-    lab = StudyRunner(recipe=recipe("pocket"))
+    lab = StudyRunner(settings=study_settings("pocket"))
     alike = [name for name in FAMILIES if name != "orthogonal"]  # which trains one factor of two
     counts = check_equal(lab, {name: change_for(name, 3) for name in alike})
     assert len(set(counts.values())) == 1
@@ -88,8 +88,12 @@ def test_what_is_reported_is_tuned_on_nothing_of_it() -> None:
 
 
 def test_recipes_that_train_anew_are_reported_only_ahead_of_the_rest() -> None:
-    plain, best, anew = Recipe("plain", ""), Recipe("best", ""), Recipe("anew", "", train={"rank": 4})
-    routed = Recipe("routed", "", routed=True)
+    plain, best, anew = (
+        FusionVariant("plain", ""),
+        FusionVariant("best", ""),
+        FusionVariant("anew", "", train={"rank": 4}),
+    )
+    routed = FusionVariant("routed", "", routed=True)
 
     def order(score: float) -> list[str]:
         return [recipe.kind for recipe in worth_reporting([(0.5, plain), (0.8, best), (score, anew), (1.0, routed)])]
@@ -98,16 +102,16 @@ def test_recipes_that_train_anew_are_reported_only_ahead_of_the_rest() -> None:
 
 
 def test_the_best_that_only_merges_is_reported_too() -> None:
-    taught = [Recipe("taught", str(n), taught={"steps": n}) for n in range(9)]
-    plain, poor = Recipe("sum", "λ = 1"), Recipe("sum", "λ = 2")
+    taught = [FusionVariant("taught", str(n), distill={"steps": n}) for n in range(9)]
+    plain, poor = FusionVariant("sum", "λ = 1"), FusionVariant("sum", "λ = 2")
     scored = [(0.9, one) for one in taught]
     assert worth_reporting([(0.4, poor), (0.5, plain), *scored]) == [*taught[:7], plain]
     assert worth_reporting([(0.95, plain), (0.4, poor), *scored]) == [plain, *taught[:6]]
 
 
 def test_the_sheet_shows_what_fuses_best_and_what_only_merges_best() -> None:
-    routed, taught = Recipe("routed", "", routed=True), Recipe("taught", "", taught={"steps": 3})
-    merged = [Recipe("sum", "λ = 1"), Recipe("gradient", "")]
+    routed, taught = FusionVariant("routed", "", routed=True), FusionVariant("taught", "", distill={"steps": 3})
+    merged = [FusionVariant("sum", "λ = 1"), FusionVariant("gradient", "")]
     rows = [
         {"kind": kind, "of alone": f"{share} [0, 1]", "drift": "0.1 [0, 1]"}
         for kind, share in (("routed", 1.0), ("sum", 0.4), ("gradient", 0.7), ("taught", 0.9))
@@ -120,7 +124,7 @@ def test_the_preset_for_many_concepts_is_the_recipe_that_the_study_measures() ->
     [measured] = [r for r in TRIALS if r.kind == "all of the U-Net taught for 900 steps"]
     given = read_yaml(preset("pocket-distilled"))["fuse"]
     files = {"adapters": ["a"], "output": "b"}
-    taught = {**(measured.taught or {}), "prior_subjects": things(StudyRunner(recipe=recipe("pocket")))}
+    taught = {**(measured.distill or {}), "prior_subjects": things(StudyRunner(settings=study_settings("pocket")))}
     assert build(FuseConfig, given, files) == build(FuseConfig, {**measured.merge, "distill": taught}, files)
 
 
@@ -131,7 +135,7 @@ def test_what_is_only_routed_gives_no_verdict_on_fusing() -> None:
 
 @pytest.mark.slow
 def test_a_row_of_which_time_left_a_part_unmeasured_is_told_as_missing(work: Path) -> None:
-    lab = StudyRunner(recipe=recipe("pocket", quick=True), folder=work)
+    lab = StudyRunner(settings=study_settings("pocket", quick=True), folder=work)
     job = FusionCell("spectral, own slots", "sum", 2)
     assert measured_cells(lab, [job], (0,), True)[2] == []
     for cell in (work / "cells").glob("generic-*.json"):

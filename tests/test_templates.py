@@ -25,19 +25,19 @@ HOSTILE = "\"'><script>alert('1')</script><i title=\"&lt;"
 def cards(name: str) -> dict[str, Any]:
     label = AdapterInfo(Path(name), name, name, name, name, name, Slot.interval(0, 2), name, name, 32)
     group = [Card(name, name, name, 1, True, [b"photo"], [label], name), Card(name, name, name, 0, True, [], [], "")]
-    colours = {name: "#123456"}
-    return {"groups": {name: group}, "chosen": name, "colours": colours, "pale": "#fff", "image_url": lambda _: name}
+    colors = {name: "#123456"}
+    return {"groups": {name: group}, "chosen": name, "colors": colors, "pale": "#fff", "image_url": lambda _: name}
 
 
 def slot_map(name: str) -> dict[str, Any]:
     runs = [Stretch(0, 2, (name,)), Stretch(2, 3, (name, "rex")), Stretch(3, 8, ())]
     strip = Strip(name, "columns", runs, {name: Slot.interval(0, 3), "rex": Slot.interval(2, 3)}, 5, 4, {"rex"})
-    colours, kinds = {name: "#123456"}, {"columns": name}
-    return {"strips": [strip], "colours": colours, "notes": [name], "kinds": kinds, "pale": "#fff"}
+    colors, kinds = {name: "#123456"}, {"columns": name}
+    return {"strips": [strip], "colors": colors, "notes": [name], "kinds": kinds, "pale": "#fff"}
 
 
 def report(name: str) -> dict[str, Any]:
-    thumbnail = {"source": "data:,", "told": name, "link": name, "wrong": True}
+    thumbnail = {"source": "data:,", "title": name, "link": name, "wrong": True}
     return {
         "title": name,
         "sentences": [name],

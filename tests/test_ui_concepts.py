@@ -440,7 +440,7 @@ def test_slot_clashes_are_told() -> None:
     [words] = slot_clashes([a, b, rows], known)  # type: ignore[arg-type]
     assert "'a'" in words and "'b'" in words and "share 4 columns" in words
     [words] = slot_clashes([a], {("b", "columns"): {"a": Slot.interval(0, 8), "d": Slot.interval(6, 9)}})
-    assert words.startswith("'d' holds the columns 6:9")
+    assert words.startswith("'d' has reserved the columns 6:9")
     [words] = slot_clashes([a], {})
     assert "came from elsewhere" in words
 

@@ -27,7 +27,7 @@ from spectral_diffusion.app import gallery as pictures
 from spectral_diffusion.app import generation as drawing
 from spectral_diffusion.app.base_cache import BaseCache
 from spectral_diffusion.app.canvas import Canvas, read_canvas
-from spectral_diffusion.app.generation import Drawn, GenerateRequest
+from spectral_diffusion.app.generation import GeneratedPictures, GenerateRequest
 from spectral_diffusion.app.streaming import CancelTokens, stream
 from spectral_diffusion.app.workspace import Workspace
 from spectral_diffusion.config.train import TrainConfig
@@ -78,7 +78,7 @@ def keeper() -> BaseCache:
     return BaseCache()
 
 
-def draw(workspace: Workspace, base: Path, keeper: BaseCache | None = None, **more: Any) -> Drawn:
+def draw(workspace: Workspace, base: Path, keeper: BaseCache | None = None, **more: Any) -> GeneratedPictures:
     names = {"adapters", "strength", "canvas", "sketch_weight", "keypose_weight"}
     wish = GenerateRequest(base=str(base), **{key: more.pop(key) for key in names & set(more)})
     return drawing.generate(workspace, wish, keeper=keeper, **QUICK | {"prompt": "a <tom> and a dog"} | more)
@@ -215,7 +215,7 @@ def test_everything_at_once_and_the_round_trip(
         prompt="a <tom> and a <nobody> on the grass",
     )  # fmt: skip
     assert [path.stem[-2:] for path in drawn.pictures] == ["-7", "-8"]
-    assert "<nobody>" in drawn.words and "tom acts in its own regions only" in drawn.words
+    assert "<nobody>" in drawn.message and "tom acts in its own regions only" in drawn.message
     assert {path.name for path in workspace.pictures.iterdir()} == {p.name for p in drawn.pictures} | {"sketches"}
     settings = read_settings(drawn.pictures[0])
     assert settings["seed"] == 7 and settings["adapters"] == {}
@@ -280,9 +280,9 @@ def test_a_large_base_leaves_its_gpu_between_pictures(monkeypatch: pytest.Monkey
 
 
 def test_large_bases_are_drawn_in_half_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert drawing.usual_dtype(1024, "cpu") == "float32"
+    assert drawing.default_dtype(1024, "cpu") == "float32"
     monkeypatch.setattr(drawing, "parse_device", lambda name: torch.device("cuda"))
-    assert [drawing.usual_dtype(side, "auto") for side in (64, 512)] == ["float32", "float16"]
+    assert [drawing.default_dtype(side, "auto") for side in (64, 512)] == ["float32", "float16"]
 
 
 def test_names_are_looked_up_never_joined(workspace: Workspace) -> None:
@@ -317,12 +317,12 @@ def test_preview_and_cancel(workspace: Workspace, trained: tuple[Path, Path], ke
         workspace, trained[0], keeper, num_images=3, canvas=read_canvas(full_value() | {"keypose": ""}),
         hooks=Hooks(should_stop=lambda: next(calls) > 3),
     )  # fmt: skip
-    assert stopped.words.endswith("Stopped; 1 picture of 16×16 pixels finished before that.")
+    assert stopped.message.endswith("Stopped; 1 picture of 16×16 pixels finished before that.")
     assert len(stopped.pictures) == 1
     assert stopped.pictures[0].exists()
     sketches = set((workspace.pictures / "sketches").iterdir())
     nothing = draw(workspace, trained[0], keeper, canvas=Canvas(strokes()), hooks=Hooks(should_stop=lambda: True))
-    assert nothing.pictures == [] and nothing.words.endswith("Stopped.")
+    assert nothing.pictures == [] and nothing.message.endswith("Stopped.")
     assert set((workspace.pictures / "sketches").iterdir()) == sketches  # its drawing went with it
 
 
@@ -424,7 +424,7 @@ def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path],
 def test_region_without_its_token_is_noted(workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache) -> None:
     region = {"box": [0, 0, 1, 1], "prompt": "a dog", "concept": "tom"}
     drawn = draw(workspace, trained[0], keeper, canvas=read_canvas({"regions": [region]}))
-    assert "a box has the concept tom, but its prompt does not name <tom>" in drawn.words
+    assert "a box has the concept tom, but its prompt does not name <tom>" in drawn.message
     with pytest.raises(UserError, match="strength names 'rex'"):
         draw(workspace, trained[0], keeper, adapters=["tom"], strength="rex=1")
 

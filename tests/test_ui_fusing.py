@@ -130,7 +130,7 @@ def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace, m
     fusing.fuse_chosen(workspace, ["rex", "mug"], "clever", BOTH, Hooks(progress=seen.append), distill_steps=2)
     assert {"lesson", "teach"} <= {event.stage for event in seen}
     [saved] = fusing.fusions(workspace)
-    assert (saved.taught, saved.merge, saved.problem) == (2, "spectral", "")
+    assert (saved.distill_steps, saved.merge, saved.problem) == (2, "spectral", "")
 
     stop = threading.Event()
 
@@ -331,7 +331,7 @@ def test_pages_wait_for_no_torch() -> None:
     modules = ", ".join(f"spectral_diffusion.app.{name}" for name in ("fusing", "comparing", "downloads", "tabs.fuse"))
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0
-    assert fusing.RECIPE == MANIFEST and {"gradient", "ties"} <= fusing.merges().keys()
+    assert fusing.MANIFEST == MANIFEST and {"gradient", "ties"} <= fusing.merges().keys()
 
 
 def test_bad_wishes_and_damaged_files_are_sentences(workspace: Workspace) -> None:

@@ -22,7 +22,7 @@ from test_ui import free_port
 
 from spectral_diffusion.app import generation as drawing
 from spectral_diffusion.app import temporary
-from spectral_diffusion.app.generation import Drawn
+from spectral_diffusion.app.generation import GeneratedPictures
 from spectral_diffusion.app.guard import Guard, is_cross_site, session_of
 from spectral_diffusion.app.workspace import pick, safe_name
 from spectral_diffusion.core.errors import UserError
@@ -142,7 +142,7 @@ def test_the_folder_of_a_run_is_its_owners_and_those_of_killed_runs_go(
         assert running.is_dir() and not old.exists()
     for mine in (folder, folder.parent):
         assert stat.S_IMODE(mine.stat().st_mode) == 0o700
-    temporary._remove(folder, temporary._held(folder))
+    temporary._remove(folder, temporary._lock(folder))
     assert not folder.exists() and not folder.with_suffix(".lock").exists()
     monkeypatch.setenv(temporary.VARIABLE, str(tmp_path / "mine"))
     temporary.choose_folder(tmp_path)
@@ -221,14 +221,14 @@ def test_nobody_draws_for_a_program_that_has_gone(
 ) -> None:
     begun, stopped, end = threading.Event(), threading.Event(), threading.Event()
 
-    def endless(workspace: Any, request: Any, hooks: Hooks, *_: object, **__: object) -> Drawn:
+    def endless(workspace: Any, request: Any, hooks: Hooks, *_: object, **__: object) -> GeneratedPictures:
         begun.set()
         while not end.is_set():
             if hooks.should_stop():
                 stopped.set()
                 break
             time.sleep(0.01)
-        return Drawn([], "Stopped.")
+        return GeneratedPictures([], "Stopped.")
 
     monkeypatch.setattr(drawing, "generate", endless)
     url, kind = served[1], {"Content-Type": "application/json"}

@@ -128,7 +128,7 @@ def test_jobs_run_in_turn(queue: Queue) -> None:
     end(queue, first)
     assert states(queue) == {"ann": "done", "bob": "running"}
     told = queue.job(second)
-    assert training(queue, told.id).told()["step"] == 5
+    assert training(queue, told.id).as_json()["step"] == 5
     end(queue, second)
     assert states(queue) == {"bob": "done", "ann": "done"} and queue.tick() is False
     assert "--resume" not in queue.job(first).log.read_text()
@@ -147,7 +147,7 @@ def test_stop_goes_on_with_the_next_and_resume_queues_again(queue: Queue) -> Non
     until(lambda: states(queue) == {"ann": "running", "bob": "stopped"})
     training(queue, first)
     assert "--resume" in queue.job(first).log.read_text().splitlines()[-1]
-    with pytest.raises(UserError, match="it can go on once it has stopped"):
+    with pytest.raises(UserError, match="resume it once it has stopped"):
         queue.resume(first)
     with pytest.raises(UserError, match="only a running one"):
         queue.stop(second)
@@ -250,7 +250,7 @@ def test_damaged_files_are_told_and_the_queue_goes_on(queue: Queue, workspace: W
     assert "status file is damaged" in queue.job(first).record.message
     assert "job.json is missing or damaged" in queue.job(second).record.message
     assert "not valid YAML" in queue.job(third).record.message
-    assert json.dumps([job.told() for job in queue.jobs()])
+    assert json.dumps([job.as_json() for job in queue.jobs()])
     for name in (first, second, third):
         queue.remove(name, sure=True)
     assert queue.jobs() == []
@@ -444,9 +444,9 @@ def test_the_line_counts_what_comes_before_the_first_step(queue: Queue) -> None:
     file = training(queue, first).status_file
     held = json.loads(file.read_text()) | {"stage": "draw", "step": 8, "steps": 36, "curve": []}
     file.write_text(json.dumps(held))
-    assert queue.job(first).line() == "preparing, ordinary pictures that must stay as they are: 8 of 36"
+    assert queue.job(first).line() == "preparing, prior images: 8 of 36"
     file.write_text(json.dumps(held | {"steps": 0}))
-    assert queue.job(first).line() == "preparing, ordinary pictures that must stay as they are"
+    assert queue.job(first).line() == "preparing, prior images"
     assert "stops before its first step; Resume begins anew" in queue.stop(first)
 
 
@@ -458,7 +458,7 @@ def test_the_memory_of_a_large_base_is_counted(
     config = train_settings(workspace, "ann", "pocket", {**QUICK, "base": str(tiny_base)})
     assert memory_estimate(config)[0].startswith("about 0.7 GiB")
     monkeypatch.setattr("spectral_diffusion.training.memory.available", lambda device: 1000)
-    assert "0.0 GiB free here" in memory_estimate(config)[1]
+    assert "0.0 GiB are free here" in memory_estimate(config)[1]
     estimates.base_shape.cache_clear()
 
 

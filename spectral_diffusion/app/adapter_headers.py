@@ -1,4 +1,4 @@
-"""What the adapters of the workspace say of themselves, without their tensors; and whose they are."""
+"""The headers of the workspace's adapters, read without their tensors, and the concepts they belong to."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .workspace import Workspace, sentence_of
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """An adapter's own words.
+    """An adapter's header.
 
-    ``kind`` says what its slot is made of, ``columns`` or ``rows``; None for a method without slots. ``capacity`` is
-    how many the narrowest adapted weight has.
+    ``kind`` is what its slot consists of, ``columns`` or ``rows``; None for a method without slots. ``capacity`` is
+    their number in the narrowest adapted weight.
     """
 
     path: Path
@@ -38,43 +38,43 @@ class AdapterInfo:
 
 
 def adapter_headers(workspace: Workspace) -> tuple[list[AdapterInfo], list[str]]:
-    """The labels of all readable adapters, and a sentence per file that cannot be read."""
-    found, problems = [], []
+    """The headers of all readable adapters, and a sentence for each unreadable file."""
+    adapters, problems = [], []
     for path in workspace_adapters(workspace).values():
         try:
             seen = path.stat()
-            found.append(_label(path, seen.st_mtime_ns, seen.st_size))
+            adapters.append(_label(path, seen.st_mtime_ns, seen.st_size))
         except Exception as error:  # one bad file must not hide the others
             problems.append(sentence_of(error))
-    return found, problems
+    return adapters, problems
 
 
 @lru_cache(maxsize=256)
 def _label(path: Path, changed: int, size: int) -> AdapterInfo:
-    """One label; a file is read again only when it has changed.
+    """One header; a file is read again only when it has changed.
 
-    Only the header is read: a page must not wait for tensors, nor for the libraries that a base needs.
+    Only the header is read: a page must not wait for tensors, nor for the libraries of a base.
 
     Raises:
-        UserError: it is no whole adapter file.
+        UserError: it is not a complete adapter file.
     """
     try:
         with safe_open(str(path), framework="numpy") as file:
-            said = file.metadata() or {}
-        concept, sizes = parse_json(said["spectral.concept"]), parse_json(said["spectral.sizes"])
-        columns = said["spectral.columns"]
-        method = get_method(said["spectral.method"])
+            metadata = file.metadata() or {}
+        concept, sizes = parse_json(metadata["spectral.concept"]), parse_json(metadata["spectral.sizes"])
+        columns = metadata["spectral.columns"]
+        method = get_method(metadata["spectral.method"])
         return AdapterInfo(
             path, str(concept["name"]), str(concept["noun"]), str(concept["token"]), method.name, method.slot,
-            read_columns(columns) if columns else None, Path(said["spectral.base"]).name,
-            str(parse_json(said["spectral.base_fingerprint"])["exact"]), min(min(size) for size in sizes.values()),
+            read_columns(columns) if columns else None, Path(metadata["spectral.base"]).name,
+            str(parse_json(metadata["spectral.base_fingerprint"])["exact"]), min(min(size) for size in sizes.values()),
         )  # fmt: skip
     except (SafetensorError, OSError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a readable adapter ({reason(error)}).") from error
 
 
 def owner_of_adapter(label: AdapterInfo, concepts: Mapping[str, tuple[str, str, str]]) -> str | None:
-    """The concept that an adapter was trained from: the one of its file's name, else of its name, else of its token.
+    """The concept that an adapter was trained from: by its file's name, else its name, else its token.
 
     Args:
         concepts: folder name to (name, noun, token).
@@ -82,7 +82,7 @@ def owner_of_adapter(label: AdapterInfo, concepts: Mapping[str, tuple[str, str, 
     if label.path.stem in concepts:
         return label.path.stem
     for part, mine in ((0, label.name), (2, label.token)):
-        for folder, said in concepts.items():
-            if mine and said[part] == mine:
+        for folder, details in concepts.items():
+            if mine and details[part] == mine:
                 return folder
     return None

@@ -1,4 +1,4 @@
-"""The adapters of the workspace: found by name, read one by one so that a bad file hides none of the others."""
+"""The adapters of the workspace: looked up by name, and read one by one so that a bad file hides no other."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def adapter_file(workspace: Workspace, name: str | None) -> Path:
 
 
 def read_adapter(workspace: Workspace, name: str | None) -> Adapter:
-    """A listed adapter, to be looked at only: the last few read are shared until their files change.
+    """A listed adapter, read-only: the last few are cached until their files change.
 
     Raises:
         UserError: there is none of that name, or it is damaged.
@@ -52,7 +52,7 @@ def read_adapter(workspace: Workspace, name: str | None) -> Adapter:
 
 @lru_cache(maxsize=8)
 def _read(path: Path, changed: int, size: int) -> Adapter:
-    from ..adapters.formats.native import load_adapter  # brings torch and diffusers, which no page has to wait for
+    from ..adapters.formats.native import load_adapter  # imports torch and diffusers, which a page need not wait for
 
     return load_adapter(path)
 
@@ -65,26 +65,26 @@ def adapter_rows(workspace: Workspace) -> tuple[list[list[str]], list[str]]:
             seen = path.stat()
             rows.append([name, *_described(path, seen.st_mtime_ns, seen.st_size)])
         except Exception as error:  # one bad file must not hide the others
-            problems.append(_told(workspace, error))
+            problems.append(_read_error(workspace, error))
     return rows, problems
 
 
-def _told(workspace: Workspace, error: Exception) -> str:
-    """What is wrong with a file, named as it is called in the workspace."""
+def _read_error(workspace: Workspace, error: Exception) -> str:
+    """An error about a file, with its name in the workspace."""
     return sentence_of(error).replace(f"{workspace.adapters}/", "")
 
 
 @lru_cache(maxsize=256)
 def _described(path: Path, changed: int, size: int) -> list[str]:
-    """An adapter's row but for its name; a file is read again only when it has changed."""
+    """An adapter's row without its name; a file is read again only when it has changed."""
     from ..adapters.formats.native import load_adapter
 
-    one = load_adapter(path)
-    return [one.token, one.noun, one.method.name, str(one.slot or "–"), str(one.rank), one.base]
+    adapter = load_adapter(path)
+    return [adapter.token, adapter.noun, adapter.method.name, str(adapter.slot or "–"), str(adapter.rank), adapter.base]
 
 
 def delete_adapter(workspace: Workspace, name: str | None) -> str:
-    """Delete a listed adapter, what lies beside it and its place in the ledger; returns what to tell.
+    """Delete a listed adapter, its files and its slot in the ledger; returns a message.
 
     Raises:
         UserError: there is none of that name, its concept is in training, or it cannot be deleted.
@@ -93,10 +93,10 @@ def delete_adapter(workspace: Workspace, name: str | None) -> str:
     from ..training.validation import samples_folder
 
     path = adapter_file(workspace, name)
-    refuse_busy(workspace, path.stem)  # it would lose its columns while it trains them
+    refuse_busy(workspace, path.stem)  # a running training needs its columns
     try:
         path.unlink(missing_ok=True)
-        if not state_path(path).exists():  # else an unfinished training of the same concept goes on with them
+        if not state_path(path).exists():  # else an unfinished training of the same concept needs them
             for beside in (path.with_suffix(".yaml"), path.with_suffix(".md")):
                 beside.unlink(missing_ok=True)
             shutil.rmtree(samples_folder(path), ignore_errors=True)
@@ -109,5 +109,5 @@ def delete_adapter(workspace: Workspace, name: str | None) -> str:
 def release_slot(workspace: Workspace, concept: str) -> None:
     """Free a concept's columns and rows, if it has any."""
     for ledger in (Ledger(workspace.adapters / LEDGER), Ledger(workspace.adapters / ROWS)):
-        if any(concept in held for held in ledger.read().values()):
+        if any(concept in concepts for concepts in ledger.read().values()):
             ledger.release(concept)

@@ -1,4 +1,4 @@
-"""The last used base stays in memory, so that the next picture begins at once; never more than one."""
+"""A cache of one base: the last used one stays in memory, so that the next picture begins at once."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ Key = tuple[str, str, str, tuple[tuple[str, int, int], ...]]
 
 
 class BaseCache:
-    """Lends a base to one user at a time, and takes it back as it was."""
+    """Lends a base to one user at a time, and restores it afterwards."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: tuple[Key, Base] | None = None
+        self._entry: tuple[Key, Base] | None = None
 
     @contextmanager
     def acquire(self, name: str, device: str = "auto", dtype: str = "float32") -> Iterator[Base]:
-        """A base that may be changed by adapters and tokens while the block runs; others wait for its end.
+        """A base for exclusive use inside the block, where adapters and tokens may change it.
 
         Raises:
             UserError: it cannot be loaded.
         """
         with self._lock:
             key = (name, device, dtype, _state_of(name))
-            if self._held is None or self._held[0] != key:
-                self._held = None  # before the next one is loaded: two would not fit
-                self._held = (key, load_base(name, device, dtype))
-            held, base = self._held, self._held[1]
-            self._held = None  # whatever goes wrong from here on, a half-changed base is never lent again
+            if self._entry is None or self._entry[0] != key:
+                self._entry = None  # before the next one is loaded: two would not fit
+                self._entry = (key, load_base(name, device, dtype))
+            entry, base = self._entry, self._entry[1]
+            self._entry = None  # after an error a half-changed base must not be lent again
             move(base, base.device)
             take_off = snapshot(base)
             try:
@@ -49,26 +49,26 @@ class BaseCache:
             finally:
                 take_off()
                 move(base, torch.device("cpu"))
-                self._held = held
+                self._entry = entry
 
     def warm(self, name: str = "pocket") -> None:
-        """Load a base ahead of its first use, with all that takes time at the first picture."""
-        with suppress(Exception), self.acquire(name) as base:  # who uses it will be told
+        """Load a base, with all slow preparations, before its first use."""
+        with suppress(Exception), self.acquire(name) as base:  # the first use reports errors
             base.fingerprint  # noqa: B018 (it is kept)
 
     def warm_soon(self) -> None:
-        """Begin :meth:`warm` in the background unless a base is there or in use."""
-        if self._held is None and not self._lock.locked():
+        """Start :meth:`warm` in the background unless a base is cached or in use."""
+        if self._entry is None and not self._lock.locked():
             threading.Thread(target=self.warm, daemon=True, name="warm base").start()
 
 
 def is_small(base: Base) -> bool:
-    """Whether a base is about as small as the pocket one."""
+    """Whether a base is about as small as the pocket base."""
     return sum(weight.numel() for weight in base.models["unet"].parameters()) < SMALL
 
 
 def move(base: Base, device: torch.device) -> None:
-    """Bring a large base to its GPU, or out of it: trainings and fusions, in processes of their own, need the room."""
+    """Move a large base to its GPU or off it: trainings and fusions in other processes need the memory."""
     if base.device.type == "cpu" or is_small(base):
         return
     with quiet_loading():
@@ -79,7 +79,7 @@ def move(base: Base, device: torch.device) -> None:
 
 @contextmanager
 def _fitting_threads(base: Base) -> Iterator[None]:
-    """One thread for a small network on the CPU: two wait for each other, above all beside a running training."""
+    """Use one thread for a small network on the CPU: more are slower, above all beside a running training."""
     before = torch.get_num_threads()
     if base.device.type == "cpu" and is_small(base):
         torch.set_num_threads(1)
@@ -90,7 +90,7 @@ def _fitting_threads(base: Base) -> Iterator[None]:
 
 
 def snapshot(base: Base) -> Callable[[], None]:
-    """How a base is now: calling what is returned takes off all adapters and tokens that came later, bit for bit."""
+    """Record a base's state; the returned function restores it bit for bit, without later adapters and tokens."""
     tables = {name: embedding_of(base.models[name]) for name in base.tokenizers}
     configs: dict[str, Any] = {name: base.models[name].config for name in tables}
     sizes = {name: config.vocab_size for name, config in configs.items()}
@@ -102,7 +102,7 @@ def snapshot(base: Base) -> Callable[[], None]:
 
     def take_off() -> None:
         remove_adapters(base.models)
-        if base.pipeline.vae.dtype != precision:  # a pipeline was stopped while it decoded in float32
+        if base.pipeline.vae.dtype != precision:  # a pipeline was stopped while decoding in float32
             nn.Module.to(base.pipeline.vae, precision)
         for name, table in tables.items():
             cast(Any, base.models[name]).set_input_embeddings(table)
@@ -114,8 +114,8 @@ def snapshot(base: Base) -> Callable[[], None]:
 
 
 def _state_of(name: str) -> tuple[tuple[str, int, int], ...]:
-    """What tells that a local base has changed: its files with times and sizes; nothing for a hub id."""
+    """The state of a local base: its files with times and sizes; empty for a hub id."""
     path = Path(name)
-    whole = (path / "model_index.json").is_file()  # never walk through a folder that is no base
+    whole = (path / "model_index.json").is_file()  # walk only through bases
     files = sorted(path.rglob("*")) if whole else [path] if path.is_file() else []
     return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file())

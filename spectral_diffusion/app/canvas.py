@@ -21,8 +21,8 @@ from ..scenes.keypose import draw_keypose
 from .poses import people
 from .workspace import pick
 
-SIDE = 512  # of what the server puts on the canvas, in pixels of its longer side
-MOST_SIDE = 2048  # of what the page may send
+SIDE = 512  # longer side in pixels of images that the server puts on the canvas
+MOST_SIDE = 2048  # longer side in pixels of images that the page may send
 MOST_TEXT = 8_000_000  # of a PNG as text
 MOST_REGIONS = 16
 MOST_WORDS = 2000  # characters of a region's prompt
@@ -41,7 +41,7 @@ class CanvasRegion:
 
 @dataclass(frozen=True)
 class Canvas:
-    """What was drawn: the strokes' and the keypose's PNG files, and the regions."""
+    """The canvas: the strokes and the keypose as PNG files, and the regions."""
 
     strokes: bytes | None = None
     keypose: bytes | None = None
@@ -49,10 +49,10 @@ class Canvas:
 
 
 def read_canvas(value: Any) -> Canvas:
-    """What the page sends, ``{"strokes": PNG as data URL, "keypose": the same, "regions": […]}``, after a check.
+    """Parse and check the page's value, ``{"strokes": PNG as data URL, "keypose": the same, "regions": […]}``.
 
     Raises:
-        UserError: not such a thing, or of unreasonable size.
+        UserError: malformed, or too large.
     """
     if value in (None, "", {}):
         return Canvas()
@@ -69,7 +69,7 @@ def read_png(text: Any, what: str) -> bytes | None:
     """The bytes of a PNG data URL; None if it is empty or holds no stroke.
 
     Raises:
-        UserError: not one, or unreasonably large.
+        UserError: not one, or too large.
     """
     if text in (None, ""):
         return None
@@ -85,16 +85,16 @@ def read_png(text: Any, what: str) -> bytes | None:
                 raise UserError(
                     f"The {what} of {width}×{height} is too large for the canvas; its sides may be {MOST_SIDE} pixels."
                 )
-            drawn = image.convert("RGBA")
+            pixels = image.convert("RGBA")
     except UserError:
         raise
     except (binascii.Error, OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
         raise UserError(f"The {what} on the canvas is no readable PNG; clear it and draw again.") from error
-    return data if has_strokes(drawn) else None
+    return data if has_strokes(pixels) else None
 
 
 def has_strokes(image: Image.Image) -> bool:
-    """Whether anything is drawn on an image: it differs somewhere in colour or transparency."""
+    """Whether an image is not uniform in color and transparency."""
     ranges: Any = image.convert("RGBA").getextrema()
     return any(high - low > 16 for low, high in ranges)
 
@@ -103,7 +103,7 @@ def read_regions(value: Any) -> tuple[CanvasRegion, ...]:
     """Regions as a list of ``{"box": [left, top, right, bottom], "prompt": …, "concept": …}``, or that as JSON text.
 
     Raises:
-        UserError: a box that is none, or anything else that is not of this form.
+        UserError: an invalid box, or anything else that is malformed.
     """
     if isinstance(value, str):
         try:
@@ -111,20 +111,20 @@ def read_regions(value: Any) -> tuple[CanvasRegion, ...]:
         except ValueError as error:
             raise UserError(f"The regions are no JSON ({str(error)[:80]}); {_FORM}") from error
     value = value or []
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UserError(f"The regions are no list; {_FORM}")
     if len(value) > MOST_REGIONS:
         raise UserError(f"There are {len(value)} regions; at most {MOST_REGIONS} can be drawn.")
-    return tuple(_place(one, number) for number, one in enumerate(value, 1))
+    return tuple(_region(item, number) for number, item in enumerate(value, 1))
 
 
 _FORM = 'write [{"box": [0, 0, 0.5, 1], "prompt": "a dog", "concept": "rex"}].'
 
 
-def _place(one: dict[str, Any], number: int) -> CanvasRegion:
-    if odd := sorted(map(str, set(one) - {"box", "prompt", "concept"})):
+def _region(region: dict[str, Any], number: int) -> CanvasRegion:
+    if odd := sorted(map(str, set(region) - {"box", "prompt", "concept"})):
         raise UserError(f"Region {number} has an unknown part '{odd[0][:40]}'; {_FORM}")
-    box, prompt, concept = one.get("box"), one.get("prompt") or "", one.get("concept") or ""
+    box, prompt, concept = region.get("box"), region.get("prompt") or "", region.get("concept") or ""
     if not isinstance(box, list | tuple) or len(box) != 4 or not all(_is_share(side) for side in box):
         raise UserError(f"The box of region {number} must be four numbers from 0 to 1: left, top, right, bottom.")
     left, top, right, bottom = (float(side) for side in box)
@@ -141,7 +141,7 @@ def _is_share(side: Any) -> bool:
     return isinstance(side, int | float) and not isinstance(side, bool) and math.isfinite(side) and 0 <= side <= 1
 
 
-# --- what the page can put on its canvas ---------------------------------------------------------------------
+# --- images for the canvas ---------------------------------------------------------------------
 
 
 def as_url(data: bytes | None) -> str:
@@ -151,13 +151,13 @@ def as_url(data: bytes | None) -> str:
 
 def png_of(image: Image.Image) -> bytes:
     """An image as a PNG file."""
-    held = io.BytesIO()
-    image.save(held, "PNG")
-    return held.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def as_ink(strokes: Image.Image, ratio: float | None = None) -> bytes:
-    """White strokes on black (mode L) as the canvas has them: a PNG of black ink on nothing, undistorted."""
+    """White strokes on black (mode L) in the canvas's form: a PNG of black ink on transparency, undistorted."""
     strokes = _framed(strokes, ratio)
     ink = Image.new("RGBA", strokes.size, (0, 0, 0, 0))
     ink.putalpha(strokes)
@@ -165,7 +165,7 @@ def as_ink(strokes: Image.Image, ratio: float | None = None) -> bytes:
 
 
 def ink_of_drawing(path: Path, ratio: float | None = None) -> bytes:
-    """An uploaded drawing as ink, whatever its paper; on a canvas of that width to height, or of its own.
+    """An uploaded drawing as ink, on any paper; framed to the width-to-height ``ratio``, by default its own.
 
     Raises:
         UserError: not a readable image, or an empty sheet.
@@ -193,13 +193,13 @@ def keypose_of_photo(path: Path, ratio: float | None = None) -> bytes:
     """The skeletons of a photo's people as a PNG, see :func:`ink_of_drawing`.
 
     Raises:
-        UserError: not a readable image, nobody in it, or no library for it.
+        UserError: not a readable image, no person in it, or no library for it.
     """
     image = _fitted(open_photo(path))
-    found = keypose_of(image)
-    if not found:
+    skeletons = keypose_of(image)
+    if not skeletons:
         raise UserError("No person was found in that photo; choose one of the poses instead.")
-    return png_of(_framed(draw_keypose(found, *image.size), ratio))
+    return png_of(_framed(draw_keypose(skeletons, *image.size), ratio))
 
 
 def keypose_preset(pose: str, count: int, ratio: float) -> bytes:
@@ -235,14 +235,14 @@ def picture_size(ratio: float) -> tuple[int, int]:
 
 
 def _fitted(image: Image.Image) -> Image.Image:
-    """An image at most as large as the canvas."""
+    """Shrink an image to the canvas's size."""
     small = image.copy()
     small.thumbnail((SIDE, SIDE))
     return small
 
 
 def _framed(image: Image.Image, ratio: float | None) -> Image.Image:
-    """An image on black as large as possible in the middle of a canvas of that ratio."""
+    """Fit an image centered on black into a canvas of that ratio."""
     if ratio is None:
         return _fitted(image)
     return ImageOps.pad(image, picture_size(ratio), Image.Resampling.BICUBIC, color=0)

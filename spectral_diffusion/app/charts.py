@@ -1,4 +1,4 @@
-"""Small pictures for the page as SVG, in the page's own colours (see ``style.css``)."""
+"""Small pictures for the page as SVG, in the page's own colors (see ``style.css``)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ def loss_curve(points: Sequence[tuple[int, float]], steps: int) -> str:
     low, high = _range([loss for _, loss in points])
     steps = max([steps, 1, *(step for step, _ in points)])
 
-    def place(step: float, loss: float) -> tuple[float, float]:
+    def position(step: float, loss: float) -> tuple[float, float]:
         across = LEFT + (WIDTH - LEFT - RIGHT) * step / steps
         return across, TOP + (HEIGHT - TOP - BOTTOM) * (high - loss) / (high - low)
 
     parts = []
     for loss in (low, (low + high) / 2, high):
-        _, y = place(0, loss)
+        _, y = position(0, loss)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         if points:
             parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{loss:.3g}</text>')
     for step, anchor in ((0, "start"), (steps // 2, "middle"), (steps, "end")):
-        parts.append(f'<text x="{place(step, low)[0]:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{step}</text>')
+        parts.append(f'<text x="{position(step, low)[0]:.1f}" y="{HEIGHT - 8}" text-anchor="{anchor}">{step}</text>')
     title = "Loss over steps: nothing yet"
     if points:
-        line = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in points)
-        x, y = place(*points[-1])
+        line = " ".join("{:.1f},{:.1f}".format(*position(*point)) for point in points)
+        x, y = position(*points[-1])
         parts.append(f'<polyline class="loss" points="{line}"/><circle class="loss" cx="{x:.1f}" cy="{y:.1f}" r="4"/>')
         title = f"Loss over steps: {points[0][1]:.3g} at step {points[0][0]}, {points[-1][1]:.3g} at {points[-1][0]}"
     inside = "".join(parts)
@@ -38,7 +38,7 @@ def loss_curve(points: Sequence[tuple[int, float]], steps: int) -> str:
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest with a little air, never the same."""
+    """Lowest and highest value with a margin, never equal."""
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)

@@ -1,4 +1,4 @@
-"""How chosen concepts get on together before they are fused: in figures, and in pictures of each before and after."""
+"""Compare chosen concepts before they are fused: interference figures, and pictures of each alone and fused."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
 
 STEPS = 12  # of a compared picture
-PLACES = ("on the beach", "on the grass")  # where a compared concept is drawn
+LOCATIONS = ("on the beach", "on the grass")  # of the compared pictures
 ACTING = {0.1: "hardly", 0.3: "a little", 1.0: "much"}  # words for shares below these
 MORE = "more than itself"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One concept among the chosen ones, in words; – where nothing can be told."""
+    """One of the chosen concepts as text; – where a figure is missing."""
 
     concept: str
-    columns: str  # of the spectrum that it changed
+    columns: str  # changed columns of the spectrum
     size: str  # |ΔW| at strength 1
-    disturbed: str  # what the others do in its place, as a share of what it does itself
+    disturbed: str  # the others' action on its inputs, relative to its own
     neighbour: str  # the concept with the most similar change, and the cosine
 
 
@@ -47,17 +47,21 @@ class Together:
 
 
 def together(workspace: Workspace, chosen: Sequence[str] | None, strengths: Mapping[str, float]) -> Together:
-    """What can be said of these adapters; one that is gone or damaged becomes a warning and hides no other."""
+    """The interference of these adapters; a missing or damaged one becomes a warning and hides no other."""
     if not chosen:
         return Together([], [])
     from ..inspection import cosine, interference, overlaps, slot_clashes_between
 
     adapters, warnings = _readable(workspace, chosen)
-    told = {name: adapter for name, adapter in adapters.items() if not adapter.needs_base}
-    shares = interference(list(told.values()), {one.name: strengths.get(name, 1.0) for name, one in told.items()})
-    alike: dict[str, dict[str, float]] = {name: {} for name in told}
-    for one, other in itertools.combinations(told, 2):
-        alike[one][other] = alike[other][one] = cosine(told[one], told[other])
+    comparable = {name: adapter for name, adapter in adapters.items() if not adapter.needs_base}
+    shares = interference(
+        list(comparable.values()), {left_name.name: strengths.get(name, 1.0) for name, left_name in comparable.items()}
+    )
+    alike: dict[str, dict[str, float]] = {name: {} for name in comparable}
+    for left_name, right_name in itertools.combinations(comparable, 2):
+        alike[left_name][right_name] = alike[right_name][left_name] = cosine(
+            comparable[left_name], comparable[right_name]
+        )
     rows = [
         Row(
             name,
@@ -68,27 +72,27 @@ def together(workspace: Workspace, chosen: Sequence[str] | None, strengths: Mapp
         )
         for name, adapter in adapters.items()
     ]
-    found = list(adapters.values())
-    untold = [name for name in adapters if name not in told]
-    warnings += [f"What {name} changes shows only beside its base, so it has no figures." for name in untold]
+    loaded = list(adapters.values())
+    incomparable = [name for name in adapters if name not in comparable]
+    warnings += [f"What {name} changes shows only beside its base, so it has no figures." for name in incomparable]
     return Together(
-        rows, [*warnings, *(in_app(text, workspace) for text in (*overlaps(found), *slot_clashes_between(found)))]
+        rows, [*warnings, *(in_app(text, workspace) for text in (*overlaps(loaded), *slot_clashes_between(loaded)))]
     )
 
 
 def _readable(workspace: Workspace, chosen: Sequence[str]) -> tuple[dict[str, Adapter], list[str]]:
-    """The chosen adapters by the names of their files, and a sentence for each that cannot be read."""
+    """The chosen adapters by file name, and a sentence for each that cannot be read."""
     adapters, problems = {}, []
     for name in chosen:
         try:
             adapters[name] = read_adapter(workspace, name)
-        except Exception as error:  # deleted or damaged: the others are told all the same
+        except Exception as error:  # deleted or damaged: the others are shown all the same
             problems.append(in_app(sentence_of(error), workspace))
     return adapters, problems
 
 
 def _share(value: float) -> str:
-    return f"{value:.0%}, {next((words for most, words in ACTING.items() if value < most), MORE)}"
+    return f"{value:.0%}, {next((text for most, text in ACTING.items() if value < most), MORE)}"
 
 
 def _nearest(alike: Mapping[str, float] | None) -> str:
@@ -106,10 +110,10 @@ def compare(
     hooks: Hooks = QUIET,
     **changes: Any,
 ) -> list[tuple[Image.Image, str]]:
-    """Every concept alone and in the fusion, from the same seeds, with a caption each; nothing is kept.
+    """Every concept alone and in the fusion, from the same seeds, with a caption each; nothing is saved.
 
     Raises:
-        UserError: anything the person can mend.
+        UserError: anything the user can fix.
     """
     chosen = ticked(chosen)
     from ..adapters.apply import put_adapters
@@ -121,10 +125,10 @@ def compare(
     from ..models.base import load_base
     from ..scenes.sampling import sample
 
-    def drawn(token: str) -> Image.Image:
-        prompts = [f"a photo of {token} {place}" for place in PLACES]
-        seeds = [seed + index for index in range(len(PLACES))]
-        return image_grid(sample(base, prompts, seeds, scene, hooks), len(PLACES))
+    def generate_image(token: str) -> Image.Image:
+        prompts = [f"a photo of {token} {location}" for location in LOCATIONS]
+        seeds = [seed + index for index in range(len(LOCATIONS))]
+        return image_grid(sample(base, prompts, seeds, scene, hooks), len(LOCATIONS))
 
     with giving_back(), errors_in_app(workspace, "pictures"):
         settings = fuse_settings(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)
@@ -140,10 +144,13 @@ def compare(
         alone = []
         for adapter in adapters:
             put_adapters(base, [(adapter, 1.0)])
-            alone.append(drawn(adapter.token))
+            alone.append(generate_image(adapter.token))
             remove_adapters(base.models)
         fuse_adapters(base, adapters, settings, hooks, install=False)
-        found = []
+        captioned = []
         for adapter, before in zip(adapters, alone, strict=True):
-            found += [(before, f"{adapter.name} alone"), (drawn(adapter.token), f"{adapter.name} in the fusion")]
-    return found
+            captioned += [
+                (before, f"{adapter.name} alone"),
+                (generate_image(adapter.token), f"{adapter.name} in the fusion"),
+            ]
+    return captioned

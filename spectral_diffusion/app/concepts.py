@@ -1,4 +1,4 @@
-"""What the concepts tab does, without gradio: photo folders of the workspace, and the ready-made ones."""
+"""The concepts tab without gradio: photo folders of the workspace, and the ready-made ones."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ THUMBNAIL = 256
 ABOUT = "concept.yaml"
 
 
-# --- looking -------------------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------------------
 
 
 def own_folders(workspace: Workspace) -> dict[str, Path]:
-    """The person's own photo folders by name."""
+    """The user's own photo folders by name."""
     return {path.name: path for path in visible(workspace.concepts) if path.is_dir()}
 
 
 def concept_folders(workspace: Workspace) -> dict[str, Path]:
-    """The person's own photo folders, then the ready-made ones, by name; an own one hides a ready-made namesake."""
+    """The user's own photo folders, then the ready-made ones, by name; an own one hides a ready-made namesake."""
     own = own_folders(workspace)
     ready = {path.parent.name: path.parent for path in sorted(resources.concepts().glob("*/concept.yaml"))}
     return own | {name: path for name, path in ready.items() if name not in own}
@@ -56,7 +56,7 @@ def concept_folder(workspace: Workspace, name: str | None) -> Path:
 
 
 def own_folder(workspace: Workspace, name: str | None) -> Path:
-    """The folder of a concept that may be changed.
+    """The folder of a concept that can be changed.
 
     Raises:
         UserError: it is ready-made; see also :func:`concept_folder`.
@@ -93,14 +93,14 @@ def view_concept(workspace: Workspace, name: str | None) -> tuple[Concept, list[
 
 
 def photo_files(folder: Path) -> list[Path]:
-    """The photos that lie at the top of a folder, broken ones too."""
-    found = (path for path in visible(folder) if path.is_file() and path.suffix.lower() in SUFFIXES)
-    images = [path for path in found if not is_label(path)]
+    """The photos at the top of a folder, broken ones too."""
+    paths = (path for path in visible(folder) if path.is_file() and path.suffix.lower() in SUFFIXES)
+    images = [path for path in paths if not is_label(path)]
     return [path for path in images if not twin_of(path, (*MASK_ENDINGS, *DRAWING_ENDINGS), images)]
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file begins as an image does; it is not read whole."""
+    """Whether a file has an image's header."""
     try:
         with Image.open(path, formats=FORMATS):
             return True
@@ -137,18 +137,18 @@ def file_names(folder: Path, concept: Concept) -> dict[str, Photo]:
 
 
 def odd_files(folder: Path) -> list[Path]:
-    """The broken photos at the top of a folder, and those that show the same as one before them."""
+    """The broken photos at the top of a folder, and duplicates of earlier ones."""
     odd, seen = [], set()
     for path in photo_files(folder):
-        found = pixels(path)
-        if found is None or found in seen:
+        digest = pixels(path)
+        if digest is None or digest in seen:
             odd.append(path)
-        seen.add(found)
+        seen.add(digest)
     return odd
 
 
 def pixels(path: Path) -> str | None:
-    """The hash of what a photo shows; None if it cannot be read."""
+    """The hash of a photo's pixels; None if it cannot be read."""
     try:
         return pixels_of(open_photo(path))
     except UserError:
@@ -159,50 +159,50 @@ def pixels(path: Path) -> str | None:
 
 
 def known_concepts(workspace: Workspace) -> dict[str, tuple[str, str, str]]:
-    """Folder name to (name, noun, token); a broken folder counts by its own name, without a token."""
-    said = {}
+    """Folder name to (name, noun, token); a broken folder has its own name and no token."""
+    details = {}
     for folder, path in concept_folders(workspace).items():
         try:
-            said[folder] = about(path)
+            details[folder] = about(path)
         except UserError:
-            said[folder] = (folder, "", "")
-    return said
+            details[folder] = (folder, "", "")
+    return details
 
 
 @lru_cache(maxsize=1)
 def pocket_tokens() -> frozenset[str]:
     """The words and added tokens of the pocket base, read from its tokenizer's file."""
     data = json.loads((pocket.path() / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
-    return frozenset({one["content"] for one in data["added_tokens"]} | set(data["model"]["vocab"]))
+    return frozenset({token["content"] for token in data["added_tokens"]} | set(data["model"]["vocab"]))
 
 
 def about(folder: Path) -> tuple[str, str, str]:
-    """Name, class noun and token of a concept, read from ``concept.yaml`` alone where it says all of them.
+    """Name, class noun and token of a concept, from ``concept.yaml`` alone if it has all of them.
 
     Raises:
         UserError: see :func:`load_concept`.
     """
     try:
-        said, _ = read_about(folder)
-        return said["name"], said["noun"], check_token(said["token"])
+        settings, _ = read_about(folder)
+        return settings["name"], settings["noun"], check_token(settings["token"])
     except (KeyError, UserError):
         concept = read_concept(folder)
         return concept.name, concept.noun, concept.token
 
 
 def suggest_token(workspace: Workspace, name: str | None) -> str:
-    """``<name>``, or ``<name-2>`` where another concept has that token; nothing for a name without letters."""
-    word = slug(name or "")
-    if not word:
+    """``<name>``, or ``<name-2>`` if another concept has that token; empty for a name without letters."""
+    name_slug = slug(name or "")
+    if not name_slug:
         return ""
     used = {token for _, _, token in known_concepts(workspace).values()} | pocket_tokens()
-    token, number = f"<{word}>", 2
+    token, number = f"<{name_slug}>", 2
     while token in used:
-        token, number = f"<{word}-{number}>", number + 1
+        token, number = f"<{name_slug}-{number}>", number + 1
     return token
 
 
 def adapters_of_concept(workspace: Workspace, name: str) -> list[AdapterInfo]:
     """The adapters that were trained from a concept's folder."""
-    said = known_concepts(workspace)
-    return [label for label in adapter_headers(workspace)[0] if owner_of_adapter(label, said) == name]
+    details = known_concepts(workspace)
+    return [label for label in adapter_headers(workspace)[0] if owner_of_adapter(label, details) == name]

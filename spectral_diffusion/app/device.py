@@ -1,4 +1,4 @@
-"""The GPU between two works of the app: trainings, in processes of their own, need what nobody here uses."""
+"""Release the GPU between jobs of the app, since trainings in other processes need its memory."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 
 @contextmanager
 def giving_back() -> Iterator[None]:
-    """Give a GPU's memory back that torch keeps ready after the work inside is done or has failed."""
+    """Release torch's cached GPU memory after the block has finished or failed."""
     try:
         yield
     except BaseException as failed:
         error: BaseException | None = failed
-        while error is not None:  # what failed holds networks in the variables of its functions
+        while error is not None:  # the failed frames' variables still reference networks
             traceback.clear_frames(error.__traceback__)
             error = error.__cause__ or error.__context__
         raise

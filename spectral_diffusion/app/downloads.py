@@ -1,4 +1,4 @@
-"""A saved fusion as one file to take away: another program's format, its token embeddings and its card in a zip."""
+"""A saved fusion as a zip for another program: the weights in its format, token embeddings and model card."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ KINDS = {
 
 
 def download(workspace: Workspace, name: str | None, kind: str) -> tuple[Path, list[str]]:
-    """Export a saved fusion into the folder of pictures, which is served; returns the zip and what to tell of it.
+    """Export a saved fusion into the folder of pictures, which is served; returns the zip and messages.
 
     Raises:
-        UserError: no such fusion or kind, one that this kind cannot hold, or a full disk.
+        UserError: no such fusion or kind, a fusion that this kind cannot hold, or a full disk.
     """
     folder = fused_folder(workspace, name)
     if kind not in KINDS:
@@ -35,11 +35,11 @@ def download(workspace: Workspace, name: str | None, kind: str) -> tuple[Path, l
 
     if kind != "checkpoint" and not (folder / MERGED).is_file():
         raise UserError(f"The merge of '{name}' changes whole weights, which no LoRA holds; choose the checkpoint.")
-    place, notes = exports_of(workspace, folder.name), list[str]()
-    packed = place / f"{name}-{kind}.zip"
+    exports, notes = exports_of(workspace, folder.name), list[str]()
+    packed = exports / f"{name}-{kind}.zip"
     with giving_back(), errors_in_app(workspace, "pictures"):
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export.", dir=place) as scratch:
+        exports.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".export.", dir=exports) as scratch:
             files = export(folder, Path(scratch) / f"{name}.safetensors", kind, hooks=Hooks(notify=notes.append))
             with atomic(packed) as temporary, zipfile.ZipFile(temporary, "w") as archive:
                 for file in files:

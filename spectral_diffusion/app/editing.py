@@ -1,4 +1,4 @@
-"""Changing the person's own concepts. The ready-made ones stay as they are; what is deleted goes into the trash."""
+"""Edit the user's own concepts. The ready-made ones cannot be changed; deleted files go into the trash."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .uploads import PHOTOS, copy_into, looked_through
 from .workspace import Workspace, pick, safe_name
 
 CAPTION = 400  # characters
-RESERVED = {"caption", "captions", "mask", "masks"}  # folders that the trainer looks into beside others
+RESERVED = {"caption", "captions", "mask", "masks"}  # folder names with a meaning for the trainer
 ADAPTER_FILES = (".safetensors", ".yaml", ".md", ".state.safetensors", ".status.json", "-samples")
 
 
@@ -51,7 +51,7 @@ def add_concept(
     """Copy photos, or zips of them, into a new folder; returns the name and a reason per file left out.
 
     Raises:
-        UserError: the name cannot be used or is taken, the token is another's, or no photo is readable.
+        UserError: the name is invalid or taken, the token is another concept's, or no photo is readable.
     """
     name = safe_name(name, "name of the concept")
     noun = _checked_noun(noun)
@@ -71,10 +71,10 @@ def add_concept(
 
 
 def copy_concept(workspace: Workspace, name: str | None) -> str:
-    """Copy a ready-made concept into the workspace under its own name, where it may be changed; returns the name.
+    """Copy a ready-made concept into the workspace under its own name for editing; returns the name.
 
     Raises:
-        UserError: it is the person's own already.
+        UserError: it is the user's own already.
     """
     source = concept_folder(workspace, name)
     if source.name in own_folders(workspace):
@@ -96,25 +96,25 @@ def add_photos(workspace: Workspace, name: str | None, uploads: Iterable[Path]) 
         UserError: it is ready-made, or the folder cannot be written.
     """
     folder = own_folder(workspace, name)
-    there = photo_files(folder)
-    known = [found for path in there if (found := pixels(path))]
+    existing = photo_files(folder)
+    known = [digest for path in existing if (digest := pixels(path))]
     taken = [int(path.stem) for path in folder.iterdir() if re.fullmatch(r"\d{1,6}", path.stem)]
     with (
-        looked_through(list(uploads), known, PHOTOS - len(there)) as intake,
+        looked_through(list(uploads), known, PHOTOS - len(existing)) as intake,
         disk_errors_as_sentence("concepts"),
-        tempfile.TemporaryDirectory(dir=folder, prefix=".") as held,  # so that a full disk leaves no half photo
+        tempfile.TemporaryDirectory(dir=folder, prefix=".") as scratch,  # a full disk must leave no partial photo
     ):
-        names = copy_into(Path(held), intake.photos, max([0, *taken]) + 1)
-        for path in sorted(Path(held).iterdir(), reverse=True):  # captions before their photos
+        names = copy_into(Path(scratch), intake.photos, max([0, *taken]) + 1)
+        for path in sorted(Path(scratch).iterdir(), reverse=True):  # captions before their photos
             path.rename(folder / path.name)
     return len(names), list(intake.problems)
 
 
 def write_caption(workspace: Workspace, name: str | None, photo: str | None, text: str | None) -> str:
-    """Write a photo's caption beside it; an empty one removes it. Returns what to tell.
+    """Write a photo's caption beside it; an empty one removes it. Returns a message.
 
     Raises:
-        UserError: the concept is ready-made, there is no such photo, or its captions lie in one table.
+        UserError: the concept is ready-made, there is no such photo, or its captions are in one table.
     """
     folder = own_folder(workspace, name)
     concept = read_concept(folder)
@@ -122,22 +122,22 @@ def write_caption(workspace: Workspace, name: str | None, photo: str | None, tex
     for table in ("metadata.jsonl", "metadata.csv"):
         if (chosen.path.parent / table).is_file() or (folder / table).is_file():
             raise UserError(f"The captions of '{name}' are in its {table}; change them there, or remove that file.")
-    words = " ".join((text or "").split()).replace(concept.token, "<TOK>")  # so that it may get another token
-    if len(words) > CAPTION:
-        raise UserError(f"The caption has {len(words)} characters; say it in at most {CAPTION}.")
+    caption = " ".join((text or "").split()).replace(concept.token, "<TOK>")  # stays valid if the token changes
+    if len(caption) > CAPTION:
+        raise UserError(f"The caption has {len(caption)} characters; say it in at most {CAPTION}.")
     file = chosen.path.with_suffix(".txt")
     with disk_errors_as_sentence("concepts"):
-        if words:
-            write_text(file, words + "\n")
+        if caption:
+            write_text(file, caption + "\n")
         else:
             file.unlink(missing_ok=True)
-    if not words and (other := find_caption(chosen.path, folder, Files())):
+    if not caption and (other := find_caption(chosen.path, folder, Files())):
         raise UserError(f"The caption of {photo} is in {other.relative_to(folder)} of '{name}'; remove that file.")
-    return f"{'Saved' if words else 'Removed'} the caption of {photo}."
+    return f"{'Saved' if caption else 'Removed'} the caption of {photo}."
 
 
 def remove_photo(workspace: Workspace, name: str | None, photo: str | None) -> str:
-    """Put a photo and its caption into the trash; returns what to tell.
+    """Put a photo and its caption into the trash; returns a message.
 
     Raises:
         UserError: the concept is ready-made, there is no such photo, or it is the last one.
@@ -152,7 +152,7 @@ def remove_photo(workspace: Workspace, name: str | None, photo: str | None) -> s
 
 
 def tidy_concept(workspace: Workspace, name: str | None) -> str:
-    """Put broken photos, and all but one of those that show the same, into the trash; returns what to tell.
+    """Put broken photos and duplicates into the trash; returns a message.
 
     Raises:
         UserError: the concept is ready-made, or has nothing to tidy.
@@ -166,10 +166,10 @@ def tidy_concept(workspace: Workspace, name: str | None) -> str:
 
 
 def change_concept(workspace: Workspace, name: str | None, new: str, noun: str, token: str) -> tuple[str, list[str]]:
-    """Give a concept another name, class noun or token; returns the name and what to tell.
+    """Change a concept's name, class noun or token; returns the name and messages.
 
     Raises:
-        UserError: it is ready-made, in training, or the name or token is another's.
+        UserError: it is ready-made, in training, or the name or token is another concept's.
     """
     folder = own_folder(workspace, name)
     before = about(folder)
@@ -194,7 +194,7 @@ def change_concept(workspace: Workspace, name: str | None, new: str, noun: str, 
 
 
 def delete_concept(workspace: Workspace, name: str | None, with_adapter: bool = False) -> str:
-    """Put a concept into the trash, on wish with its adapter, whose slot is freed; returns what to tell.
+    """Put a concept into the trash, optionally with its adapter, whose slot is freed; returns a message.
 
     Raises:
         UserError: it is ready-made, in training, or cannot be moved.
@@ -202,34 +202,36 @@ def delete_concept(workspace: Workspace, name: str | None, with_adapter: bool = 
     folder = own_folder(workspace, name)
     refuse_busy(workspace, folder.name)
     files, names = traces(workspace, folder.name) if with_adapter else ([], [])
-    place = discard(workspace, folder.name, [folder, *files])
-    for one in names:
-        release_slot(workspace, one)
-    words = f"Deleted '{name}'"
+    trash_folder = discard(workspace, folder.name, [folder, *files])
+    for concept_name in names:
+        release_slot(workspace, concept_name)
+    message = f"Deleted '{name}'"
     if with_adapter:
-        words += " with its adapter, and freed its place in the spectrum" if files else " and freed its place"
-    return f"{words}. It is kept in {place.relative_to(workspace.root)} of the workspace, in case you want it back."
+        message += " with its adapter, and freed its place in the spectrum" if files else " and freed its place"
+    return f"{message}. To restore it, look in {trash_folder.relative_to(workspace.root)} of the workspace."
 
 
 def traces(workspace: Workspace, name: str) -> tuple[list[Path], list[str]]:
-    """What a concept's trainings left: files among the adapters, and names in the ledgers that are nobody else's.
+    """The traces of a concept's trainings: files among the adapters, and its own names in the ledgers.
 
     Raises:
         UserError: a ledger is damaged.
     """
-    said = known_concepts(workspace)
-    others = {word for folder, (called, _, _) in said.items() if folder != name for word in (folder, called)}
+    details = known_concepts(workspace)
+    others = {
+        other_name for folder, (called, _, _) in details.items() if folder != name for other_name in (folder, called)
+    }
     mine = adapters_of_concept(workspace, name)
-    names = ({name, said[name][0]} - others) | {label.name for label in mine}
+    names = ({name, details[name][0]} - others) | {label.name for label in mine}
     ledgers = [Ledger(workspace.adapters / file).read() for file in (LEDGER, ROWS)]
-    held = {one for ledger in ledgers for concepts in ledger.values() for one in concepts}
+    ledger_names = {ledger_name for ledger in ledgers for concepts in ledger.values() for ledger_name in concepts}
     stems = sorted({name} | {label.path.stem for label in mine})
     files = [workspace.adapters / f"{stem}{ending}" for stem in stems for ending in ADAPTER_FILES]
-    return [file for file in files if file.exists()], sorted(names & held)
+    return [file for file in files if file.exists()], sorted(names & ledger_names)
 
 
 def discard(workspace: Workspace, what: str, paths: Iterable[Path]) -> Path:
-    """Move files or folders into a new folder of the trash, and return that.
+    """Move files or folders into a new folder of the trash, and return that folder.
 
     Raises:
         UserError: they cannot be moved.
@@ -237,11 +239,11 @@ def discard(workspace: Workspace, what: str, paths: Iterable[Path]) -> Path:
     with disk_errors_as_sentence(".trash"):
         workspace.trash.mkdir(parents=True, exist_ok=True)
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        place = Path(tempfile.mkdtemp(prefix=f"{stamp}-{what}-", dir=workspace.trash))
+        folder = Path(tempfile.mkdtemp(prefix=f"{stamp}-{what}-", dir=workspace.trash))
         for path in paths:
             if path.exists() or path.is_symlink():
-                path.rename(place / path.name)
-    return place
+                path.rename(folder / path.name)
+    return folder
 
 
 # --- shared ---------------------------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ def _free_token(workspace: Workspace, token: str | None, name: str) -> str:
     if not token:
         return suggest_token(workspace, name)
     token = check_token(token if token.startswith("<") else f"<{token}>")
-    claims = [other for other, said in known_concepts(workspace).items() if said[2] == token and other != name]
+    claims = [other for other, details in known_concepts(workspace).items() if details[2] == token and other != name]
     claims += ["the pocket base"] if token in pocket_tokens() else []
     if claims:
         raise UserError(f"The token {token} belongs to {claims[0]}; take {suggest_token(workspace, token[1:-1])}.")
@@ -273,7 +275,7 @@ def _checked_noun(noun: str | None) -> str:
 
 @contextmanager
 def _new_folder(workspace: Workspace, name: str) -> Iterator[Path]:
-    """A new concept's folder, which appears under its name whole or not at all."""
+    """A new concept's folder, which appears under its name complete or not at all."""
     with disk_errors_as_sentence("concepts"):
         workspace.concepts.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=workspace.concepts))
@@ -287,8 +289,8 @@ def _new_folder(workspace: Workspace, name: str) -> Iterator[Path]:
 
 
 def _write_about(folder: Path, name: str, noun: str, token: str, repeats: object = None) -> None:
-    said = {"name": name, "noun": noun, "token": token} | ({} if repeats is None else {"repeats": repeats})
-    write_text(folder / ABOUT, yaml.safe_dump(said, sort_keys=False))
+    settings = {"name": name, "noun": noun, "token": token} | ({} if repeats is None else {"repeats": repeats})
+    write_text(folder / ABOUT, yaml.safe_dump(settings, sort_keys=False))
 
 
 def _photo(folder: Path, concept: Concept, name: str | None) -> Photo:

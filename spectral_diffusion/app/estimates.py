@@ -1,4 +1,4 @@
-"""What a training will cost, said before it starts: trained numbers, time, memory."""
+"""Estimates of a training before it starts: trained numbers, time, memory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .workspace import duration
 if TYPE_CHECKING:
     from ..training.status import TrainingStatus
 
-BUSY = 2.0  # how much longer a step may take than it does alone: other work, photos, what the loss needs
-ENOUGH = 100  # steps of a training that tells how long others take
+BUSY = 2.0  # how much longer a step may take than measured alone: other work, photos, the loss
+ENOUGH = 100  # the fewest steps of a training used to predict others
 SMALL = 50_000_000  # weights of a base below which it is like the pocket base
 
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """Two short texts for a person's eyes, and a sentence on how far to trust them."""
+    """Two short texts, and a sentence on their source."""
 
     trained: str
     time: str
@@ -36,8 +36,8 @@ class TrainingEstimate:
 
 @dataclass(frozen=True)
 class Shape:
-    """What is known of a base without loading its weights: its kind, whether that is a guess from its name, and the
-    (out, in) of the adapted weights."""
+    """The shape of a base without its weights: its architecture, whether that is guessed by name, and the (out, in)
+    of the adapted weights."""
 
     arch: str
     guessed: bool
@@ -45,7 +45,7 @@ class Shape:
 
 
 def estimate_training(config: TrainConfig, jobs: Iterable[QueueJob] = ()) -> TrainingEstimate:
-    """What training will cost, from the base's shape and what trainings of this workspace took.
+    """The cost of a training, from the base's shape and the times of this workspace's trainings.
 
     Raises:
         UserError: the method cannot have that rank on this base.
@@ -73,7 +73,7 @@ def estimate_training(config: TrainConfig, jobs: Iterable[QueueJob] = ()) -> Tra
 
 
 def memory_estimate(config: TrainConfig) -> tuple[str, str]:
-    """The memory that a training takes at most, and what to know of it; a large base takes some seconds to count.
+    """The peak memory of a training, and a note; a large base takes some seconds to count.
 
     Raises:
         UserError: the targets match nothing.
@@ -89,12 +89,12 @@ def memory_estimate(config: TrainConfig) -> tuple[str, str]:
     total = _counted(config.model_dump_json(exclude=set(APART)), device.type)
     free = available(device)
     fits = free is None or total <= free
-    return f"about {gib(total)}", "" if fits else f" There are {gib(free or 0)} free here: take a smaller preset."
+    return f"about {gib(total)}", "" if fits else f" Only {gib(free or 0)} are free here: choose a smaller preset."
 
 
 @lru_cache(maxsize=64)
 def _counted(settings: str, device: str) -> int:
-    """Bytes of a training with these settings (JSON), whose concept and output do not count."""
+    """Bytes of a training with these settings (JSON without concept and output)."""
     from ..models.base import parse_dtype
     from ..training import memory
 
@@ -103,12 +103,12 @@ def _counted(settings: str, device: str) -> int:
     dtype = parse_dtype(config.dtype)
     unet: Any = models["unet"]
     size = config.resolution or unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
-    held = {name: model.to(dtype) for name, model in models.items()}
-    return memory.estimate(held, vae.to(dtype), config, size, "cpu" if device == "cpu" else "cuda").total
+    cast_models = {name: model.to(dtype) for name, model in models.items()}
+    return memory.estimate(cast_models, vae.to(dtype), config, size, "cpu" if device == "cpu" else "cuda").total
 
 
 def present_pace(jobs: Iterable[QueueJob], config: TrainConfig) -> float | None:
-    """What a step takes in the training that runs now, if it is on the same base with as large a batch."""
+    """Seconds per step of the running training, if it has the same base and batch size."""
     for job in jobs:
         status = job.own_status
         if job.record.state == "running" and status and status.stage == "train" and status.eta and like(status, config):
@@ -117,14 +117,14 @@ def present_pace(jobs: Iterable[QueueJob], config: TrainConfig) -> float | None:
 
 
 def like(status: TrainingStatus, config: TrainConfig) -> bool:
-    """Whether a training is on the same base with as large a batch."""
+    """Whether a training has the same base and batch size."""
     return (status.config.get("base"), status.config.get("batch_size")) == (config.base, config.batch_size)
 
 
 def seconds_per_step(jobs: Iterable[QueueJob], config: TrainConfig) -> float | None:
-    """What a step took in the newest finished training on the same base with as large a batch, loading included.
+    """Seconds per step of the newest finished training with the same base and batch size, loading included.
 
-    Short ones are left out, since they mostly load.
+    Short ones are skipped, since they mostly load.
     """
     for job in jobs:
         status = job.own_status
@@ -141,7 +141,7 @@ def seconds_per_step(jobs: Iterable[QueueJob], config: TrainConfig) -> float | N
 
 
 def span(low: float, high: float) -> str:
-    """A range of seconds for a person's eyes."""
+    """A range of seconds as text."""
     for unit, size in (("h", 3600), ("min", 60)):
         if high >= 2 * size:
             return f"{max(1, math.floor(low / size))} to {math.ceil(high / size)} {unit}"
@@ -150,7 +150,7 @@ def span(low: float, high: float) -> str:
 
 @lru_cache(maxsize=32)
 def base_shape(base: str, targets: str) -> Shape:
-    """The shape of a base from its configuration files; of one that is not here, from its name.
+    """The shape of a base from its configuration files; of one that is not on this machine, from its name.
 
     Raises:
         UserError: the targets match nothing.
@@ -178,7 +178,7 @@ def _models(base: str) -> tuple[dict[str, Any], Any]:
     from ..models.architectures import build_meta, build_vae_meta
 
     folder = pocket.path() if base == "pocket" else Path(base)
-    found: dict[str, Any] = {}
+    encoders: dict[str, Any] = {}
     with torch.device("meta"):
         if not _is_here(base):
             return build_meta("sdxl" if "xl" in folder.name.lower() else "sd15"), build_vae_meta()
@@ -187,6 +187,6 @@ def _models(base: str) -> tuple[dict[str, Any], Any]:
         for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
             file = folder / name / "config.json"
             if file.is_file():
-                found[name] = kind(CLIPTextConfig(**json.loads(file.read_text(encoding="utf-8"))))
-        found["unet"] = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(folder / "unet")))
-        return found, AutoencoderKL.from_config(AutoencoderKL.load_config(str(folder / "vae")))
+                encoders[name] = kind(CLIPTextConfig(**json.loads(file.read_text(encoding="utf-8"))))
+        encoders["unet"] = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(folder / "unet")))
+        return encoders, AutoencoderKL.from_config(AutoencoderKL.load_config(str(folder / "vae")))

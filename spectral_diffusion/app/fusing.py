@@ -1,4 +1,4 @@
-"""What the fuse tab does, without gradio: concepts into one checkpoint of the workspace, and out of it again."""
+"""The fuse tab without gradio: fuse concepts into one checkpoint of the workspace, and remove them again."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
 
 FUSED = "fused/"  # marks a fused folder of the workspace among the bases
-SPACE = "\0"  # in the place of one inside a name
-SPARING = "sd15-12gb"  # the preset for a base that brings none along
-RECIPE = (
+SPACE = "\0"  # replaces a space inside a name
+SPARING = "sd15-12gb"  # the preset for a base without its own
+MANIFEST = (
     "manifest.json"  # the library's own name for it is in a module that brings torch, which no page has to wait for
 )
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """A saved fusion; ``problem`` is a sentence where its recipe cannot be read."""
+    """A saved fusion; ``problem`` is a sentence if its manifest cannot be read."""
 
     name: str
     concepts: dict[str, float]
     merge: str
-    taught: int = 0  # steps
+    distill_steps: int = 0  # steps
     problem: str = ""
 
 
 def fused_folders(workspace: Workspace) -> dict[str, Path]:
     """The fused folders by name, damaged ones too."""
-    return {path.name: path for path in visible(workspace.fused) if (path / RECIPE).is_file()}
+    return {path.name: path for path in visible(workspace.fused) if (path / MANIFEST).is_file()}
 
 
 def fused_names(workspace: Workspace) -> list[str]:
@@ -70,7 +70,7 @@ def base_choices(workspace: Workspace) -> list[str]:
 
 
 def base_path(workspace: Workspace, base: str | None) -> str:
-    """What to load for a choice: a fused folder of the workspace, or whatever else was written, as it is.
+    """The base to load for a choice: a fused folder of the workspace, or any other text as it is.
 
     Raises:
         UserError: no such fused folder.
@@ -80,7 +80,7 @@ def base_path(workspace: Workspace, base: str | None) -> str:
 
 
 def parse_strengths(text: str | None, names: Sequence[str]) -> dict[str, float]:
-    """``0.8`` for all, or ``rex=0.8, brew=1.2``; who is not named gets 1.
+    """``0.8`` for all, or ``rex=0.8, brew=1.2``; adapters that are not named get 1.
 
     Raises:
         UserError: not a number, or a name that is not chosen.
@@ -119,24 +119,24 @@ def load_chosen(workspace: Workspace, chosen: Sequence[str] | None) -> dict[str,
     """The chosen adapters by the names of their files.
 
     Raises:
-        UserError: none is chosen, or one of them is not there or damaged.
+        UserError: none is chosen, or one of them is missing or damaged.
     """
     names = ticked(chosen)
     for name in names:
-        adapter_file(workspace, name)  # a refusal does not wait for what reading brings
+        adapter_file(workspace, name)  # refuse before the slow imports of reading
     return {name: read_adapter(workspace, name) for name in names}
 
 
 def fuse_settings(
     workspace: Workspace, chosen: Sequence[str] | None, output: Path, strengths: Mapping[str, float], **changes: Any
 ) -> FuseConfig:
-    """The settings that the page's fields stand for; ``changes`` are the merge's own, an empty one its default.
+    """The settings of the page's fields; ``changes`` are the merge's settings, an empty one keeps the default.
 
-    ``distill_steps``, ``prior_weight`` and ``options`` (as text: ``density=0.3``) among them; ``preset`` is one that
-    fuses, by default what the base brings along, or what fits most graphics cards.
+    They include ``distill_steps``, ``prior_weight`` and ``options`` (as text: ``density=0.3``); ``preset`` is one that
+    fuses, by default the base's own, or one that fits most graphics cards.
 
     Raises:
-        UserError: nothing is chosen, or a setting cannot be.
+        UserError: nothing is chosen, or a setting is invalid.
     """
     adapters = load_chosen(workspace, chosen)
     files = [adapter_file(workspace, name) for name in adapters]
@@ -155,10 +155,10 @@ def fuse_settings(
 
 
 def merges() -> dict[str, str]:
-    """What each merge does, and its options with their defaults, by its name."""
-    from ..merging.merges.registry import all_merges  # see above
+    """The summary of each merge, and its options with their defaults, by name."""
+    from ..merging.merges.registry import all_merges  # imports torch
 
-    return {name: " ".join([f"{one.summary}.", *_options(one.options)]) for name, one in all_merges().items()}
+    return {name: " ".join([f"{merge.summary}.", *_options(merge.options)]) for name, merge in all_merges().items()}
 
 
 def _options(model: type[Settings]) -> list[str]:
@@ -174,10 +174,10 @@ def fuse_chosen(
     replace: bool = False,
     **changes: Any,
 ) -> str:
-    """Fuse listed adapters into ``fused/<name>/``; returns what to tell.
+    """Fuse listed adapters into ``fused/<name>/``; returns a message.
 
     Raises:
-        UserError: anything the person can mend, such as a name that is taken unless ``replace`` is asked for.
+        UserError: anything the user can fix, such as a taken name without ``replace``.
     """
     chosen, name = ticked(chosen), safe_name(name, "name of the fusion")
     if name in fused_folders(workspace) and not replace:
@@ -192,30 +192,30 @@ def fuse_chosen(
                 f"Note: {warning}"
                 for warning in fuse_to_folder(settings, Hooks(progress=hooks.progress, notify=notes.append))
             ]
-    told = [in_app(note, workspace) for note in notes]
-    return "\n".join([*told, f"Saved '{name}' with {' and '.join(chosen)}. Draw with it in step 4."])
+    messages = [in_app(note, workspace) for note in notes]
+    return "\n".join([*messages, f"Saved '{name}' with {' and '.join(chosen)}. Draw with it in step 4."])
 
 
 @contextmanager
 def _kept(workspace: Workspace, name: str) -> Iterator[None]:
-    """Keep a fusion that is about to be replaced in the trash; if the new one fails, all is as it was."""
+    """Keep a fusion that is about to be replaced in the trash; if the new one fails, it is restored."""
     from .editing import discard
 
     if name not in fused_folders(workspace):
         yield
         return
-    place = discard(workspace, name, [])
+    trash_folder = discard(workspace, name, [])
     try:
-        shutil.copytree(fused_folder(workspace, name), place / name, copy_function=_link)
+        shutil.copytree(fused_folder(workspace, name), trash_folder / name, copy_function=_link)
         yield
     except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(trash_folder, ignore_errors=True)
         raise
     shutil.rmtree(exports_of(workspace, name), ignore_errors=True)
 
 
 def _link(source: str, target: str) -> None:
-    """A second name for a file, which takes no space; a copy where the disk cannot do that."""
+    """Hard-link a file; copy it where the disk cannot link."""
     try:
         os.link(source, target)
     except OSError:
@@ -223,31 +223,31 @@ def _link(source: str, target: str) -> None:
 
 
 def fusions(workspace: Workspace) -> list[Fusion]:
-    """The saved fusions; one that cannot be read hides none of the others."""
+    """The saved fusions; one that cannot be read hides no other."""
     from ..merging.manifest import read_manifest
 
-    found = []
+    listed = []
     for name, folder in fused_folders(workspace).items():
         try:
-            recipe = read_manifest(folder) or {}
-            concepts = {str(one): float(recipe["scales"].get(one, 1.0)) for one in recipe["concepts"]}
-            settings = recipe["settings"]
-            found.append(Fusion(name, concepts, str(settings["merge"]), int(settings["distill"]["steps"])))
+            manifest = read_manifest(folder) or {}
+            concepts = {str(concept): float(manifest["scales"].get(concept, 1.0)) for concept in manifest["concepts"]}
+            settings = manifest["settings"]
+            listed.append(Fusion(name, concepts, str(settings["merge"]), int(settings["distill"]["steps"])))
         except Exception as error:  # one bad folder must not hide the others
-            found.append(Fusion(name, {}, "", problem=in_app(sentence_of(error), workspace)))
-    return found
+            listed.append(Fusion(name, {}, "", problem=in_app(sentence_of(error), workspace)))
+    return listed
 
 
 def concepts_in(workspace: Workspace, name: str | None) -> list[str]:
     """The concepts of a saved fusion; none if it cannot be read."""
-    return next((list(one.concepts) for one in fusions(workspace) if one.name == name), [])
+    return next((list(fusion.concepts) for fusion in fusions(workspace) if fusion.name == name), [])
 
 
 def take_out(workspace: Workspace, name: str | None, concept: str | None, new: str, hooks: Hooks = QUIET) -> str:
-    """Write a fusion without one of its concepts under a new name; returns what to tell.
+    """Write a fusion without one of its concepts under a new name; returns a message.
 
     Raises:
-        UserError: anything the person can mend.
+        UserError: anything the user can fix.
     """
     folder = fused_folder(workspace, name)
     if not concept:
@@ -262,25 +262,25 @@ def take_out(workspace: Workspace, name: str | None, concept: str | None, new: s
     notes: list[str] = []
     with giving_back(), errors_in_app(workspace, "fused"):
         unfuse(folder, [concept], workspace.fused / new, hooks=Hooks(progress=hooks.progress, notify=notes.append))
-    told = [in_app(note, workspace) for note in notes]
-    exactly = "" if told else ", as if it had never been in"
-    return "\n".join([*told, f"Saved '{new}': '{name}' without {concept}{exactly}."])
+    messages = [in_app(note, workspace) for note in notes]
+    exactly = "" if messages else ", as if it had never been in"
+    return "\n".join([*messages, f"Saved '{new}': '{name}' without {concept}{exactly}."])
 
 
 def delete_fusion(workspace: Workspace, name: str | None) -> str:
-    """Put a saved fusion into the trash; returns what to tell.
+    """Put a saved fusion into the trash; returns a message.
 
     Raises:
         UserError: there is none of that name.
     """
     from .editing import discard
 
-    place = discard(workspace, str(name), [fused_folder(workspace, name)])
+    trash_folder = discard(workspace, str(name), [fused_folder(workspace, name)])
     shutil.rmtree(exports_of(workspace, str(name)), ignore_errors=True)
-    where = place.relative_to(workspace.root)
-    return f"Deleted the fusion '{name}'; it lies in {where} of the workspace, and its adapters are still there."
+    where = trash_folder.relative_to(workspace.root)
+    return f"Deleted the fusion '{name}'; it is in {where} of the workspace, and its adapters are kept."
 
 
 def exports_of(workspace: Workspace, name: str) -> Path:
-    """Where the downloads of a fusion are, all of which can be made again."""
+    """The folder of a fusion's downloads, all of which can be made again."""
     return workspace.pictures / "exports" / name

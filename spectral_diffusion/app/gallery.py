@@ -1,4 +1,4 @@
-"""The pictures of the workspace: looked through, told about, taken apart into fields, downloaded, deleted."""
+"""The pictures of the workspace: list, describe, restore into fields, download, delete."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from .workspace import Workspace, visible
 
 PAGE = 24
 SCENES = "scenes"  # the folder of downloads inside that of the pictures
-MOST_BYTES = 50_000_000  # of a picture or drawing that is read
+MOST_BYTES = 50_000_000  # of a picture or control image that is read
 FIELDS = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "sampler", "width", "height",
           "global_prompt_weight", "region_isolation", "region_start", "region_end")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Refill:
-    """The page's fields that draw a picture again, and what of it they cannot hold.
+    """The page's fields that generate a picture again, and notes on what they cannot hold.
 
     ``fields`` holds the scene's own; ``canvas`` is the canvas's value.
     """
@@ -54,12 +54,12 @@ class Refill:
 
 def picture_files(workspace: Workspace) -> dict[str, Path]:
     """The pictures by their files' names without ending, newest first."""
-    found = []
+    entries = []
     for path in visible(workspace.pictures):
         if path.suffix == ".png":
-            with suppress(OSError):  # it has gone this very moment
-                found.append((path.stat().st_mtime_ns, path.stem, path))
-    return {stem: path for _, stem, path in sorted(found, reverse=True)}
+            with suppress(OSError):  # deleted meanwhile
+                entries.append((path.stat().st_mtime_ns, path.stem, path))
+    return {stem: path for _, stem, path in sorted(entries, reverse=True)}
 
 
 def picture_file(workspace: Workspace, name: str | None) -> Path:
@@ -77,7 +77,7 @@ def picture_file(workspace: Workspace, name: str | None) -> Path:
 
 
 def page_of(workspace: Workspace, number: int) -> tuple[list[Path], int, list[str]]:
-    """The pictures of a page (from 1), the number of pages, and a sentence per file that is no picture."""
+    """The pictures of a page (from 1), the number of pages, and a sentence for each unreadable file."""
     good, problems = [], []
     for path in picture_files(workspace).values():
         try:
@@ -93,7 +93,7 @@ def page_of(workspace: Workspace, number: int) -> tuple[list[Path], int, list[st
 
 
 def scene_inside(workspace: Workspace, name: str | None) -> Scene:
-    """The scene that a listed picture was drawn from.
+    """The scene that a listed picture was generated from.
 
     Raises:
         UserError: there is no such picture, or it holds no scene of this program.
@@ -105,7 +105,7 @@ def scene_inside(workspace: Workspace, name: str | None) -> Scene:
 
 
 def picture_details(workspace: Workspace, name: str | None) -> list[tuple[str, str]]:
-    """What a picture was made from, for a person's eyes: pairs of a heading and a text.
+    """The settings of a picture as pairs of a heading and a text.
 
     Raises:
         UserError: see :func:`scene_inside`.
@@ -122,7 +122,9 @@ def picture_details(workspace: Workspace, name: str | None) -> list[tuple[str, s
     if scene.adapters:
         rows.append(("Concepts", ", ".join(f"{_short(f, names)} at {s}" for f, s in scene.adapters.items())))
     if scene.controls:
-        rows.append(("Held to", ", ".join(f"a {one.kind} at {one.conditioning_scale:g}" for one in scene.controls)))
+        rows.append(
+            ("Held to", ", ".join(f"a {control.kind} at {control.conditioning_scale:g}" for control in scene.controls))
+        )
     rows.append(("Seed", str(scene.seed if scene.only_seed is None else scene.only_seed)))
     size = f", {scene.width}×{scene.height}" if scene.width and scene.height else ""
     rows.append(
@@ -228,14 +230,14 @@ class SceneReader:
 
 
 def download_picture(workspace: Workspace, name: str | None) -> tuple[Path, Path]:
-    """A picture's file, and a zip beside it with picture, drawings and ``scene.yaml`` for ``generate`` elsewhere.
+    """A picture's file, and a zip beside it with picture, control images and ``scene.yaml`` for ``generate`` elsewhere.
 
     Raises:
         UserError: see :func:`scene_inside`.
     """
     scene, path = scene_inside(workspace, name), picture_file(workspace, name)
     settings = scene.model_dump(mode="json", exclude={"output", "device"}, exclude_defaults=True)
-    needed = [Path(file).name for file in [*scene.adapters, *(f for one in scene.regions for f in one.adapters)]]
+    needed = [Path(file).name for file in [*scene.adapters, *(f for region in scene.regions for f in region.adapters)]]
     settings |= {"adapters": {Path(file).name: strength for file, strength in scene.adapters.items()}}
     for region in settings.get("regions", []):
         region["adapters"] = {Path(file).name: strength for file, strength in region.get("adapters", {}).items()}
@@ -253,17 +255,17 @@ def download_picture(workspace: Workspace, name: str | None) -> tuple[Path, Path
     text = f"# spectral-diffusion generate scene.yaml draws this picture again.{beside}\n" + yaml.safe_dump(
         settings, allow_unicode=True, sort_keys=False
     )
-    held = io.BytesIO()
-    with zipfile.ZipFile(held, "w") as archive:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
         for file_name, data in {"scene.yaml": text.encode(), **with_it}.items():
             archive.writestr(zipfile.ZipInfo(file_name), data)
     packed = workspace.pictures / SCENES / f"{path.stem}.zip"
-    write_bytes(packed, held.getvalue())
+    write_bytes(packed, buffer.getvalue())
     return path, packed
 
 
 def delete(workspace: Workspace, name: str | None) -> str:
-    """Delete a listed picture, and its drawings when no other picture was drawn from them; returns what to tell.
+    """Delete a listed picture, and its control images if no other picture uses them; returns a message.
 
     Raises:
         UserError: there is none of that name, or it cannot be deleted.
@@ -282,10 +284,10 @@ def delete(workspace: Workspace, name: str | None) -> str:
 
 
 def _kept_drawing(workspace: Workspace, file: Path) -> bytes:
-    """A drawing of the workspace as a PNG; nothing outside is read, whatever a picture says.
+    """A control image of the workspace as a PNG; nothing outside is read.
 
     Raises:
-        UserError: it is not there, or not such a drawing.
+        UserError: it is missing, or not a readable PNG.
     """
     folder = workspace.pictures / SKETCHES
     kept = {_real(path): path for path in visible(folder)}
@@ -317,7 +319,7 @@ def _short(file: str, names: Mapping[str, str]) -> str:
 
 
 def _base_name(workspace: Workspace, base: str) -> str:
-    """A base as the page's list of bases has it."""
+    """A base by its name in the page's list."""
     fused = {_real(path): name for name, path in fused_folders(workspace).items()}
     return FUSED + fused[_real(base)] if _real(base) in fused else base
 

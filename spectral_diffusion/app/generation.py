@@ -1,4 +1,4 @@
-"""What the generate tab does, without gradio: a prompt, concepts and a canvas to pictures of the workspace."""
+"""The generate tab without gradio: from a prompt, concepts and a canvas to pictures in the workspace."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from .fusing import FUSED, SPARING, base_path, fused_names, parse_strengths
 from .sentences import errors_in_app, in_app
 from .workspace import Workspace, filled
 
-SKETCHES = "sketches"  # the folder of drawings inside that of the pictures
+SKETCHES = "sketches"  # the folder of control images inside that of the pictures
 PREVIEWS = 6  # of one picture, about
-USUAL_SIDE = 512
-LARGE = 256  # pixels of a base that is drawn in half precision on a GPU
+DEFAULT_SIDE = 512
+LARGE = 256  # from this side in pixels on, a base runs in half precision on a GPU
 UNKNOWN = re.compile(r"Note: (\S+) is no token of this base")
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Pictures that were written, and what to tell."""
+class GeneratedPictures:
+    """Written pictures and a message."""
 
     pictures: list[Path]
-    words: str
+    message: str
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What shall be drawn: the page's fields but for the scene's own.
+    """What to generate: the page's fields other than the scene's settings.
 
     Attributes:
         adapters: names of adapters that act everywhere; those bound to regions need not be among them.
@@ -70,40 +70,42 @@ def tokens(workspace: Workspace, base: str | None, chosen: Sequence[str] | None)
     """The tokens a prompt may use, with their class nouns.
 
     Raises:
-        UserError: a chosen base or adapter is not there or damaged.
+        UserError: a chosen base or adapter is missing or damaged.
     """
-    recipe = read_manifest(Path(base_path(workspace, base)))
-    found = {str(one["token"]): str(one["noun"]) for one in recipe["concepts"].values()} if recipe else {}
+    manifest = read_manifest(Path(base_path(workspace, base)))
+    nouns = (
+        {str(concept["token"]): str(concept["noun"]) for concept in manifest["concepts"].values()} if manifest else {}
+    )
     for name in chosen or []:
         adapter = read_adapter(workspace, name)
-        found[adapter.token] = adapter.noun
-    return found
+        nouns[adapter.token] = adapter.noun
+    return nouns
 
 
 def generate(
     workspace: Workspace,
-    wish: GenerateRequest,
+    request: GenerateRequest,
     hooks: Hooks = QUIET,
     preview: Callable[[list[Image.Image]], None] | None = None,
     keeper: BaseCache | None = None,
     **changes: Any,
-) -> Drawn:
-    """Draw into ``pictures/``. ``changes`` are the scene's own fields; an empty one leaves the default.
+) -> GeneratedPictures:
+    """Generate into ``pictures/``. ``changes`` are scene settings; an empty one keeps the default.
 
-    A stop is no error: what was finished before it is kept.
+    A stop is not an error: finished pictures are kept.
 
     Raises:
-        UserError: anything the person can mend.
+        UserError: anything the user can fix.
     """
     stem = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     notes: list[str] = []
     with errors_in_app(workspace, workspace.pictures.name):
         scene = requested_scene(
-            workspace, wish, workspace.pictures / f"{stem}.png", Hooks(notify=notes.append), **changes
+            workspace, request, workspace.pictures / f"{stem}.png", Hooks(notify=notes.append), **changes
         )
         every = max(1, round(scene.num_inference_steps / PREVIEWS))
         show = None if preview is None else lambda step, images: preview(images)
-        with _kept(scene, _drawing_files(workspace, stem, wish.canvas)):
+        with _kept(scene, _drawing_files(workspace, stem, request.canvas)):
             try:
                 with (keeper or BaseCache()).acquire(scene.base, scene.device, scene.dtype) as base:
                     generate_to_file(
@@ -113,38 +115,38 @@ def generate(
                         base=base,
                         every=every,
                     )
-                said = "Drew {}."
+                message = "Drew {}."
             except Cancelled:
-                said = "Stopped; {} finished before that."
-    if len(scene.every_seed()) > 1:  # the sheet of them: the page shows the pictures themselves
+                message = "Stopped; {} finished before that."
+    if len(scene.every_seed()) > 1:  # the contact sheet, which the page does not show
         scene.output.unlink(missing_ok=True)
     written = [path for path in picture_paths(scene) if path.exists()]
-    notes.append(said.format(_counted(written)) if written else "Stopped.")
-    return Drawn(written, "\n".join(in_app(_explained(workspace, note), workspace) for note in notes))
+    notes.append(message.format(_counted(written)) if written else "Stopped.")
+    return GeneratedPictures(written, "\n".join(in_app(_explained(workspace, note), workspace) for note in notes))
 
 
 def _counted(written: Sequence[Path]) -> str:
-    """How many pictures there are, and of what size, since a page shows small ones enlarged."""
+    """The number and size of the pictures, since the page shows small ones enlarged."""
     with Image.open(written[0]) as image:
         size = f"{image.width}×{image.height} pixels"
     return f"1 picture of {size}" if len(written) == 1 else f"{len(written)} pictures of {size}"
 
 
 def _explained(workspace: Workspace, note: str) -> str:
-    """A note on a token that nothing answers to, with what to do if it is that of a concept here."""
-    found = UNKNOWN.match(note)
-    names = {token: name for name, (_, _, token) in known_concepts(workspace).items()} if found else {}
-    if not found or found[1] not in names:
+    """A note on an unknown token, with a remedy if it belongs to a concept of the workspace."""
+    match = UNKNOWN.match(note)
+    names = {token: name for name, (_, _, token) in known_concepts(workspace).items()} if match else {}
+    if not match or match[1] not in names:
         return note
-    name = names[found[1]]
+    name = names[match[1]]
     trained = name in workspace_adapters(workspace)
     why = "is not among the concepts chosen for it" if trained else "is not trained yet"
     what = "click its token to choose it" if trained else "train it in step 2, or wait until its training is done"
-    return f"Note: {found[1]} was read as plain text, for '{name}' {why}: {what}."
+    return f"Note: {match[1]} was read as plain text, for '{name}' {why}: {what}."
 
 
 def _of_all(scene: Scene, hooks: Hooks) -> Progress:
-    """The progress of single pictures as that of all of them."""
+    """Turn the progress of single pictures into that of all of them."""
     before = [-scene.num_inference_steps]
 
     def tell(event: Event) -> None:
@@ -161,7 +163,7 @@ def _of_all(scene: Scene, hooks: Hooks) -> Progress:
 
 @contextmanager
 def _kept(scene: Scene, files: dict[Path, bytes]) -> Iterator[None]:
-    """Write the drawings that a scene names, and take them away again if no picture came of it."""
+    """Write the control images of a scene, and remove them again if no picture is generated."""
     try:
         for file, data in files.items():
             write_bytes(file, data)
@@ -175,61 +177,68 @@ def _kept(scene: Scene, files: dict[Path, bytes]) -> Iterator[None]:
 
 def requested_scene(
     workspace: Workspace,
-    wish: GenerateRequest,
+    request: GenerateRequest,
     output: Path,
     hooks: Hooks = QUIET,
     **changes: Any,
 ) -> Scene:
-    """The scene that the page's fields stand for; the canvas's drawings are files beside the output.
+    """The scene of the page's fields; the canvas's control images are files beside the output.
 
     Raises:
-        UserError: anything the person can mend.
+        UserError: anything the user can fix.
     """
     if not str(changes.get("prompt") or "").strip():
         raise UserError("The prompt is empty; write what to draw, such as: a photo of <rex> on the beach.")
-    path = base_path(workspace, wish.base)
-    recipe = read_manifest(Path(path))
-    inside = set(recipe["concepts"]) if recipe else set()  # fused into the base: they act already
-    bound = list(dict.fromkeys(p.concept for p in wish.canvas.regions if p.concept and p.concept not in inside))
-    everywhere = [name for name in wish.adapters if name not in bound and name not in inside]
-    if both := [name for name in wish.adapters if name in bound]:
+    path = base_path(workspace, request.base)
+    manifest = read_manifest(Path(path))
+    inside = set(manifest["concepts"]) if manifest else set()  # fused into the base
+    bound = list(
+        dict.fromkeys(
+            region.concept for region in request.canvas.regions if region.concept and region.concept not in inside
+        )
+    )
+    everywhere = [name for name in request.adapters if name not in bound and name not in inside]
+    if both := [name for name in request.adapters if name in bound]:
         hooks.notify(f"Note: {' and '.join(both)} acts in its own regions only, not everywhere.")
     named = [*everywhere, *bound]
     files = {name: str(adapter_file(workspace, name)) for name in named}
-    foreign = [name for name in named if not is_base(workspace, wish.base, read_adapter(workspace, name).base)]
-    if recipe and foreign:
+    foreign = [name for name in named if not is_base(workspace, request.base, read_adapter(workspace, name).base)]
+    if manifest and foreign:
         raise UserError(
-            f"{wish.base} is fused from {', '.join(sorted(inside))}, and {foreign[0]} is not among them: take it out "
-            "of the boxes and the concepts, or take the base pocket."
+            f"{request.base} is fused from {', '.join(sorted(inside))}, and {foreign[0]} is not among them: remove it "
+            "from the boxes and the concepts, or choose the base pocket."
         )
-    strengths = parse_strengths(wish.strength if named else "", named)
-    _tell_missing_tokens(workspace, [place for place in wish.canvas.regions if place.concept in bound], hooks)
+    strengths = parse_strengths(request.strength if named else "", named)
+    _note_missing_tokens(workspace, [region for region in request.canvas.regions if region.concept in bound], hooks)
     layer: dict[str, Any] = {
         "base": path,
         "adapters": {files[name]: strengths[name] for name in everywhere},
         "regions": [
             {
-                "box": place.box,
-                "prompt": place.prompt,
-                "adapters": {files[place.concept]: strengths[place.concept]} if place.concept in bound else {},
+                "box": region.box,
+                "prompt": region.prompt,
+                "adapters": {files[region.concept]: strengths[region.concept]} if region.concept in bound else {},
             }
-            for place in wish.canvas.regions
+            for region in request.canvas.regions
         ],
-        "controls": _conditions(workspace, output.stem, wish),
+        "controls": _conditions(workspace, output.stem, request),
         "output": output,
     }
-    # One picture at a time: each is there as soon as can be, costs no more memory, and its seed alone makes it again.
-    usual = {"batch_size": 1, "dtype": usual_dtype(side_of(workspace, wish.base), str(changes.get("device") or "auto"))}
-    return build(Scene, usual, filled(changes), layer)
+    # One picture at a time: each is shown early, takes least memory, and is reproducible from its seed alone.
+    defaults = {
+        "batch_size": 1,
+        "dtype": default_dtype(side_of(workspace, request.base), str(changes.get("device") or "auto")),
+    }
+    return build(Scene, defaults, filled(changes), layer)
 
 
-def usual_dtype(side: int, device: str) -> str:
-    """Half precision for a large base on a CUDA GPU: float32 takes twice the time there, and may not fit."""
+def default_dtype(side: int, device: str) -> str:
+    """Half precision for a large base on a CUDA GPU, where float32 takes twice the time and may not fit."""
     return "float16" if side >= LARGE and parse_device(device).type == "cuda" else "float32"
 
 
 def picture_paths(scene: Scene) -> list[Path]:
-    """Where a scene's pictures go, in their order."""
+    """The files of a scene's pictures, in order."""
     seeds = scene.every_seed()
     if len(seeds) == 1:
         return [scene.output]
@@ -237,29 +246,30 @@ def picture_paths(scene: Scene) -> list[Path]:
 
 
 def side_of(workspace: Workspace, base: str | None) -> int:
-    """The side in pixels of the pictures that a base draws by itself, without loading it; 512 if nobody knows."""
+    """The native side in pixels of a base, without loading it; 512 if unknown."""
     try:
         name = base_path(workspace, base)
     except UserError:
-        return USUAL_SIDE
-    return size_from_configs(name) or USUAL_SIDE
+        return DEFAULT_SIDE
+    return size_from_configs(name) or DEFAULT_SIDE
 
 
 def sampling_of(workspace: Workspace, base: str | None, now: tuple[int, float]) -> tuple[int, float]:
-    """Steps and guidance for a base: its usual ones in the place of another's, but what a person chose stays."""
+    """Steps and guidance for a base: its defaults replace another base's defaults, but the user's own values stay."""
     large = preset_part(SPARING, "generate")
     try:
         suits = preset_settings(base_path(workspace, base), "generate") or large
     except UserError:
         return now
-    usual = [
-        (said["num_inference_steps"], said["guidance_scale"]) for said in (preset_settings("pocket", "generate"), large)
+    known = [
+        (settings["num_inference_steps"], settings["guidance_scale"])
+        for settings in (preset_settings("pocket", "generate"), large)
     ]
-    return (suits["num_inference_steps"], suits["guidance_scale"]) if now in usual else now
+    return (suits["num_inference_steps"], suits["guidance_scale"]) if now in known else now
 
 
 def is_base(workspace: Workspace, base: str | None, name: str) -> bool:
-    """Whether a base as the page calls it is the one of that name or path."""
+    """Whether a base by its name on the page is the one with that name or path."""
     try:
         return base_path(workspace, base) == name
     except UserError:
@@ -267,7 +277,7 @@ def is_base(workspace: Workspace, base: str | None, name: str) -> bool:
 
 
 def chosen_base(workspace: Workspace, name: str) -> str:
-    """The base that a listed adapter was trained on, as the page calls it.
+    """The base that a listed adapter was trained on, by its name on the page.
 
     Raises:
         UserError: there is no such adapter, or it is damaged.
@@ -278,24 +288,26 @@ def chosen_base(workspace: Workspace, name: str) -> str:
 
 
 def ratio_of(workspace: Workspace, base: str | None, width: float | None, height: float | None) -> float:
-    """Width to height of the picture; an empty field is the base's own side."""
+    """Width to height of the picture; an empty field means the base's native side."""
     side = side_of(workspace, base)
     return min(8.0, max(1 / 8, (width or side) / (height or side)))
 
 
 def _drawing_files(workspace: Workspace, stem: str, canvas: Canvas) -> dict[Path, bytes]:
-    """The canvas's drawings by the files that they are kept in."""
+    """The canvas's control images by file."""
     folder = workspace.pictures / SKETCHES
     named = {folder / f"{stem}.png": canvas.strokes, folder / f"{stem}-keypose.png": canvas.keypose}
     return {file: data for file, data in named.items() if data}
 
 
-def _conditions(workspace: Workspace, stem: str, wish: GenerateRequest) -> list[dict[str, Any]]:
+def _conditions(workspace: Workspace, stem: str, request: GenerateRequest) -> list[dict[str, Any]]:
     conditions = []
-    for file in _drawing_files(workspace, stem, wish.canvas):
+    for file in _drawing_files(workspace, stem, request.canvas):
         keypose = file.stem.endswith("-keypose")
         weight, adapter = (
-            (wish.keypose_weight, wish.keypose_adapter) if keypose else (wish.sketch_weight, wish.sketch_adapter)
+            (request.keypose_weight, request.keypose_adapter)
+            if keypose
+            else (request.sketch_weight, request.sketch_adapter)
         )
         conditions.append(
             {
@@ -308,9 +320,9 @@ def _conditions(workspace: Workspace, stem: str, wish: GenerateRequest) -> list[
     return conditions
 
 
-def _tell_missing_tokens(workspace: Workspace, regions: Sequence[CanvasRegion], hooks: Hooks) -> None:
-    """A region that has a concept but never names it looks like a failure of the concept."""
-    for place in regions:
-        [token] = tokens(workspace, None, [str(place.concept)])
-        if token not in place.prompt:
-            hooks.notify(f"Note: a box has the concept {place.concept}, but its prompt does not name {token}.")
+def _note_missing_tokens(workspace: Workspace, regions: Sequence[CanvasRegion], hooks: Hooks) -> None:
+    """Note regions whose prompt does not name the token of their concept."""
+    for region in regions:
+        [token] = tokens(workspace, None, [str(region.concept)])
+        if token not in region.prompt:
+            hooks.notify(f"Note: a box has the concept {region.concept}, but its prompt does not name {token}.")

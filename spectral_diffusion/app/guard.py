@@ -1,4 +1,4 @@
-"""What stands before the app: pages of other sites are refused, and answers tell a browser what it may do with them."""
+"""An ASGI guard for the app: it refuses requests from other sites' pages, and sets security headers."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Asgi = Callable[[Message, Receive, Send], Awaitable[None]]
 
-SHOWN = ("image/png", "image/jpeg", "image/gif", "image/webp")  # of the files: all others are for keeping
+SHOWN = ("image/png", "image/jpeg", "image/gif", "image/webp")  # files shown inline; others are downloads
 HEADERS = {
     b"x-frame-options": b"SAMEORIGIN",
     b"content-security-policy": b"frame-ancestors 'self'",
     b"x-content-type-options": b"nosniff",
 }
 REFUSED = b"This request comes from a page of another site, and is refused."
-CLOSED = b'"close_stream"'  # the app's last word in a stream of news
+CLOSED = b'"close_stream"'  # the last message of an event stream
 
 
 class Guard:
     """An ASGI layer around the app.
 
     Args:
-        own: names (with ports) under which the app can be reached besides that of the request itself.
-        left: called with the session of a client whose stream of news is closed before its end.
+        own: names (with ports) of the app other than the request's host.
+        left: called with the session of a client whose event stream closes before its end.
     """
 
     def __init__(self, app: Asgi, own: Callable[[], Iterable[str]], left: Callable[[str], None]) -> None:
         self.app, self.own, self.left = app, own, left
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Refuse a request, or hand it on."""
+        """Refuse a request, or pass it on."""
         if scope["type"] not in {"http", "websocket"}:
             await self.app(scope, receive, send)
             return
@@ -55,7 +55,7 @@ class Guard:
         await self.app(scope, receive, _answering("/file" in path, send))
 
     def _watched(self, session: str, receive: Receive, send: Send) -> tuple[Receive, Send]:
-        """The same, which also tell that a client has gone before its stream was at its end."""
+        """Wrap both to report a client that disconnects before its stream ends."""
         ended = False
 
         async def listen() -> Message:
@@ -74,7 +74,7 @@ class Guard:
 
 
 def is_cross_site(headers: MutableMapping[str, str], own: Iterable[str]) -> bool:
-    """Whether a browser sent a request for a page of another site; following a link to here is none.
+    """Whether a browser sent a request for another site's page; a followed link does not count.
 
     Programs send no ``Origin``.
     """
@@ -87,13 +87,13 @@ def is_cross_site(headers: MutableMapping[str, str], own: Iterable[str]) -> bool
 
 
 def _without_port(host: str) -> str:
-    """A host as an ``Origin`` names it, which leaves out the usual ports."""
+    """A host as in an ``Origin``, which omits default ports."""
     name, _, port = host.rpartition(":")
     return name if name and port in {"80", "443"} else host
 
 
 def session_of(path: str, query: str) -> str:
-    """The session whose news a request streams; empty for any other request."""
+    """The session whose events a request streams; empty for any other request."""
     if path.endswith("/queue/data"):
         return parse_qs(query).get("session_hash", [""])[0]
     *before, event = path.split("/")
@@ -101,7 +101,7 @@ def session_of(path: str, query: str) -> str:
 
 
 def _answering(file: bool, send: Send) -> Send:
-    """The same, with our headers: no other site may frame the app, cookies stay here, and files run nothing."""
+    """Add headers: no other site may frame the app, cookies stay on this site, and files are not executed."""
 
     async def answer(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -109,9 +109,9 @@ def _answering(file: bool, send: Send) -> Send:
             headers = [(name, _lax(value) if name == b"set-cookie" else value) for name, value in headers]
             kind = next((value for name, value in headers if name == b"content-type"), b"").decode("latin-1")
             if file and not kind.startswith(SHOWN):
-                said = next((value for name, value in headers if name == b"content-disposition"), b"attachment")
+                disposition = next((value for name, value in headers if name == b"content-disposition"), b"attachment")
                 headers = [pair for pair in headers if pair[0] not in {b"content-disposition", b"content-type"}]
-                headers.append((b"content-disposition", said.replace(b"inline", b"attachment", 1)))
+                headers.append((b"content-disposition", disposition.replace(b"inline", b"attachment", 1)))
                 headers.append((b"content-type", b"application/octet-stream"))
             kept = [pair for pair in headers if pair[0] not in HEADERS]
             message = {**message, "headers": [*kept, *HEADERS.items()]}
@@ -121,5 +121,5 @@ def _answering(file: bool, send: Send) -> Send:
 
 
 def _lax(cookie: bytes) -> bytes:
-    """A cookie that a browser sends along only where the app itself is opened."""
+    """A cookie that a browser sends only to the app's own pages."""
     return re.sub(rb"(?i)samesite=none", b"SameSite=lax", cookie)

@@ -1,4 +1,4 @@
-"""A training of the queue as it lies on disk: ``jobs/<id>/`` with its record, its settings, its status and its log."""
+"""A training of the queue on disk: ``jobs/<id>/`` with its record, settings, status and log."""
 
 from __future__ import annotations
 
@@ -28,34 +28,34 @@ LOG_LIMIT = 1_000_000  # bytes; of a longer log the end is kept
 LOG_KEPT = 64_000
 FRESH = 600.0  # seconds
 FULL = 2_000_000  # bytes below which a disk counts as full
-WORDS = {  # of what comes before the first step
+STAGE_TEXTS = {  # of the stages before the first step
     "": "starting",
-    "draw": "preparing, ordinary pictures that must stay as they are",
-    "predict": "preparing, what is to stay in them",
+    "draw": "preparing, prior images",
+    "predict": "preparing, targets of the prior images",
     "encode": "preparing, your photos",
 }
 
 
 class Record(BaseModel):
-    """What the queue knows of a job, ``job.json``. Everything else is in the status that the training writes."""
+    """The queue's record of a job, ``job.json``. Everything else is in the status that the training writes."""
 
     concept: str
     preset: str = ""
     steps: int = 0
     state: State = "waiting"
-    wish: Literal["", "pause", "stop"] = ""  # of a running one
-    place: float = 0.0  # in the queue; the lowest is next
+    wish: Literal["", "pause", "stop"] = ""  # requested of a running job
+    place: float = 0.0  # order in the queue; the lowest is next
     created: float = 0.0  # seconds since the epoch, as the next
     launched: float = 0.0
     launches: int = 0
     pid: int = 0
-    pid_started: int | None = None  # so that a reused pid is told
+    pid_started: int | None = None  # detects a reused pid
     message: str = ""
 
 
 @dataclass(frozen=True)
 class QueueJob:
-    """A job's folder, and its record; None for one that cannot be read."""
+    """A job's folder and its record."""
 
     folder: Path
     record: Record
@@ -71,7 +71,7 @@ class QueueJob:
 
     @property
     def log(self) -> Path:
-        """What the training printed."""
+        """The training's output."""
         return self.folder / "log.txt"
 
     @property
@@ -80,21 +80,21 @@ class QueueJob:
 
     @cached_property
     def status(self) -> TrainingStatus | None:
-        """What the training says of itself; None if it has said nothing, or nothing readable."""
+        """The training's own status; None if there is none, or it is unreadable."""
         if not self.status_file.is_file():
             return None
-        from ..training.status import read_status  # brings torch, which an empty page has no need of
+        from ..training.status import read_status  # imports torch, which an empty page does not need
 
         return read_status(self.status_file)
 
     @property
     def own_status(self) -> TrainingStatus | None:
-        """The status, if it is of the last launch and not of one before."""
+        """The status, if it is of the last launch and not of an earlier one."""
         return self.status if self.status and 0 < self.status.pid == self.record.pid else None
 
     @property
     def alive(self) -> bool:
-        """Whether the process of the last launch is there."""
+        """Whether the process of the last launch is alive."""
         from ..training.status import TrainingStatus, is_alive
 
         updated = self.status.updated if self.status else ""
@@ -109,7 +109,7 @@ class QueueJob:
 
     @property
     def fresh(self) -> bool:
-        """Whether its last word is a few minutes old at most."""
+        """Whether its status is at most a few minutes old."""
         try:
             return self.status_file.stat().st_mtime > time.time() - FRESH
         except OSError:
@@ -121,7 +121,7 @@ class QueueJob:
 
     @property
     def steps_done(self) -> int:
-        """How many training steps it has behind it."""
+        """The number of finished training steps."""
         if self.status is None:
             return 0
         done = self.status.curve[-1][0] if self.status.curve else 0
@@ -145,8 +145,8 @@ class QueueJob:
         write_text(self.folder / "job.json", record.model_dump_json(indent=1) + "\n")
         return QueueJob(self.folder, record)
 
-    def told(self) -> dict[str, Any]:
-        """What a client is told of it, JSON-able."""
+    def as_json(self) -> dict[str, Any]:
+        """The job as JSON for clients of the API."""
         status, record = self.status, self.record
         running = record.state == "running" and status is not None
         return {
@@ -165,7 +165,7 @@ class QueueJob:
         }
 
     def line(self) -> str:
-        """One line on how it is going."""
+        """The job's state in one line."""
         record, status = self.record, self.status
         if record.state == "running" and record.wish:
             return "pausing …" if record.wish == "pause" else "stopping …"
@@ -173,8 +173,8 @@ class QueueJob:
             if status is None or status.pid != record.pid:
                 return "starting"
             if status.stage != "train":
-                words = WORDS.get(status.stage) or STAGES.get(status.stage, status.stage).lower()
-                return f"{words}: {status.step} of {status.steps}" if status.steps else words
+                text = STAGE_TEXTS.get(status.stage) or STAGES.get(status.stage, status.stage).lower()
+                return f"{text}: {status.step} of {status.steps}" if status.steps else text
             left = f", {duration(status.eta)} left" if status.eta is not None else ""
             return f"step {status.step} of {status.steps}{left}"
         if record.state in {"paused", "stopped", "failed"} and self.steps_done:
@@ -183,7 +183,7 @@ class QueueJob:
 
 
 def read_job(folder: Path) -> QueueJob:
-    """A job; one whose record is damaged has failed, and says so."""
+    """Read a job; one with a damaged record counts as failed, with a message."""
     try:
         return QueueJob(folder, Record.model_validate_json(read_text(folder / "job.json")))
     except (OSError, ValueError, ValidationError):
@@ -193,7 +193,7 @@ def read_job(folder: Path) -> QueueJob:
 
 
 def refuse_busy(workspace: Workspace, name: str) -> None:
-    """Leave a concept alone that is being trained or waits for it.
+    """Refuse to change a concept that is in training or queued.
 
     Raises:
         UserError: it is.
@@ -204,20 +204,20 @@ def refuse_busy(workspace: Workspace, name: str) -> None:
 
 
 def moving(jobs: Iterable[QueueJob]) -> bool:
-    """Whether anything runs, or waits and is not held by a paused one."""
+    """Whether a job runs, or waits without a paused one before it."""
     states = {job.record.state for job in jobs}
     return "running" in states or ("waiting" in states and "paused" not in states)
 
 
 def how_it_ended(job: QueueJob, workspace: Workspace) -> dict[str, Any]:
-    """What to change in the record of a job whose process is gone: its state, and a sentence."""
+    """The record's changes for a job whose process has ended: its state and a message."""
     from ..training.run import state_path
 
     output, record, status = job.output(workspace.adapters), job.record, job.own_status
     state = state_path(output)
-    unwritten = status is None or status.state == "lost"  # its last word is missing
+    unwritten = status is None or status.state == "lost"  # the final status is missing
     if unwritten and output.exists() and output.stat().st_mtime >= record.launched and not state.exists():
-        return {"state": "done", "message": ""}  # all but the last word
+        return {"state": "done", "message": ""}  # only the final status is missing
     goes_on = "Resume goes on from its last state" if state.exists() else "Resume begins anew"
     if status and status.state == "done":
         return {"state": "done", "message": ""}
@@ -230,14 +230,14 @@ def how_it_ended(job: QueueJob, workspace: Workspace) -> dict[str, Any]:
     if shutil.disk_usage(job.folder).free < FULL:
         reason = "The disk is full; free some space"
         return {"state": "failed", "message": f"{reason}, then {goes_on}."}
-    reason = "The training's process ended without a word (killed, or out of memory)"
+    reason = "The training's process ended without a message (killed, or out of memory)"
     if status is None and job.status_file.exists() and job.status is None:
         reason += ", and its status file is damaged"
     return {"state": "failed", "message": f"{reason}; {goes_on}."}
 
 
 def trim(log: Path) -> None:
-    """Cut a long log to its end; whoever appends to it goes on after that."""
+    """Cut a long log to its end; processes that append to it continue after that."""
     if not log.is_file() or log.stat().st_size <= LOG_LIMIT:
         return
     with log.open("r+b") as file:
@@ -249,7 +249,7 @@ def trim(log: Path) -> None:
 
 
 def last_error(log: Path) -> str:
-    """What was wrong by the error at the end of a log, if there is one; its remedies are the command line's."""
+    """The last error in a log without its fixes, which are for the command line; empty if there is none."""
     if not log.is_file():
         return ""
     try:
@@ -258,16 +258,16 @@ def last_error(log: Path) -> str:
             lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return ""
-    said = next((line.removeprefix("Error: ") for line in reversed(lines) if line.startswith("Error: ")), "")
-    return said.partition(f" {USE} ")[0]
+    message = next((line.removeprefix("Error: ") for line in reversed(lines) if line.startswith("Error: ")), "")
+    return message.partition(f" {USE} ")[0]
 
 
 @contextmanager
 def disk_errors_as_sentence(where: str) -> Iterator[None]:
-    """Turn a file that cannot be written into a sentence that fits the app.
+    """Turn a failed write into an error message for the app.
 
     Raises:
-        UserError: it was so.
+        UserError: a file cannot be written.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The concepts tab at a glance: a card per concept, the slot map, and what is not as it should be."""
+"""The overview of the concepts tab: a card per concept, the slot map, and problems."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .workspace import Workspace
 
 CARD_PHOTOS = 3
 CARD_SIDE = 160  # pixels
-SHOWN = 64  # columns of the slot map, if no slot lies beyond
+SHOWN = 64  # columns of the slot map, if no slot is further right
 
 
 @dataclass(frozen=True)
 class Card:
-    """One concept. ``photos`` are its first ones as JPEGs, ``count`` is of all; ``problem`` says what is broken."""
+    """One concept. ``photos`` are the first ones as JPEGs, ``count`` is of all; ``problem`` is a sentence."""
 
     folder: str
     noun: str
@@ -44,10 +44,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Strip:
-    """One base's spectrum: who sits in which columns (or rows, ``kind``).
+    """One base's spectrum: the concepts by columns (or rows, ``kind``).
 
-    ``free`` counts those without an owner, ``beyond`` those further right that are not drawn; ``reserved`` are names
-    in the ledger that have no adapter here.
+    ``free`` counts those without an owner, ``beyond`` those further right that are not shown; ``reserved`` are names
+    in the ledger without an adapter here.
     """
 
     base: str
@@ -61,9 +61,9 @@ class Strip:
 
 @dataclass(frozen=True)
 class ConceptOverview:
-    """Everything at a glance.
+    """The contents of the concepts tab.
 
-    ``problems`` are sentences, ``notes`` those about the slot map; ``colours`` are CSS colours by adapter name.
+    ``problems`` are sentences, ``notes`` those about the slot map; ``colors`` are CSS colors by adapter name.
     """
 
     cards: list[Card]
@@ -71,7 +71,7 @@ class ConceptOverview:
     strangers: list[AdapterInfo]
     problems: list[str]
     notes: list[str]
-    colours: dict[str, str] = field(default_factory=dict)
+    colors: dict[str, str] = field(default_factory=dict)
 
     @property
     def first_run(self) -> bool:
@@ -80,29 +80,29 @@ class ConceptOverview:
 
 
 def look(workspace: Workspace) -> ConceptOverview:
-    """The present state of the workspace; whatever cannot be read is told and left out."""
-    found, problems = adapter_headers(workspace)
-    said = known_concepts(workspace)
+    """The present state of the workspace; unreadable files become problems."""
+    adapters, problems = adapter_headers(workspace)
+    details = known_concepts(workspace)
     owned: dict[str | None, list[AdapterInfo]] = {}
-    for label in found:
-        owned.setdefault(owner_of_adapter(label, said), []).append(label)
+    for label in adapters:
+        owned.setdefault(owner_of_adapter(label, details), []).append(label)
     own = own_folders(workspace)
     cards = [_card(workspace, name, name in own, owned.get(name, [])) for name in concept_folders(workspace)]
     ledgers, broken = _ledgers(workspace)
-    names = sorted({label.name for label in found} | {name for held in ledgers.values() for name in held})
+    names = sorted({label.name for label in adapters} | {name for entries in ledgers.values() for name in entries})
     shortened = [text.replace(f"{workspace.root}/", "") for text in [*problems, *broken]]
     return ConceptOverview(
         cards,
-        strips(found, ledgers),
+        strips(adapters, ledgers),
         owned.get(None, []),
-        [*(f"{text} Take that file away or copy it again." for text in shortened), *token_clashes(said)],
-        slot_clashes(found, ledgers),
+        [*(f"{text} Take that file away or copy it again." for text in shortened), *token_clashes(details)],
+        slot_clashes(adapters, ledgers),
         {name: "#{:02x}{:02x}{:02x}".format(*color_of(index)) for index, name in enumerate(names)},
     )
 
 
 def _card(workspace: Workspace, name: str, own: bool, adapters: list[AdapterInfo]) -> Card:
-    """A concept's card; a broken concept has one too."""
+    """A concept's card, also for a broken concept."""
     try:
         folder = concept_folder(workspace, name)
         _, noun, token = about(folder)
@@ -124,27 +124,27 @@ def _card(workspace: Workspace, name: str, own: bool, adapters: list[AdapterInfo
 
 
 def _ledgers(workspace: Workspace) -> tuple[dict[tuple[str, str], dict[str, Slot]], list[str]]:
-    """(base fingerprint, kind) to the ledger's entries, and a sentence per ledger that cannot be read."""
-    found, problems = {}, []
+    """(base fingerprint, kind) to the ledger's entries, and a sentence for each unreadable ledger."""
+    ledgers, problems = {}, []
     for kind, file in (("columns", LEDGER), ("rows", ROWS)):
         try:
-            for base, held in Ledger(workspace.adapters / file).read().items():
-                found[base, kind] = held
+            for base, entries in Ledger(workspace.adapters / file).read().items():
+                ledgers[base, kind] = entries
         except UserError as error:
             problems.append(rendered(error))
-    return found, problems
+    return ledgers, problems
 
 
-def strips(found: list[AdapterInfo], ledgers: dict[tuple[str, str], dict[str, Slot]]) -> list[Strip]:
-    """A strip per base and kind of slot: the adapters', and what the ledger keeps for others."""
+def strips(adapters: list[AdapterInfo], ledgers: dict[tuple[str, str], dict[str, Slot]]) -> list[Strip]:
+    """A strip per base and kind of slot: the adapters' slots, and those reserved in the ledger."""
     groups: dict[tuple[str, str], list[AdapterInfo]] = {key: [] for key in ledgers}
-    for label in found:
+    for label in adapters:
         if label.kind and label.slot:
             groups.setdefault((label.fingerprint, label.kind), []).append(label)
     out = []
     for (base, kind), mine in groups.items():
-        held = ledgers.get((base, kind), {})
-        slots = held | {label.name: label.slot for label in mine if label.slot}
+        entries = ledgers.get((base, kind), {})
+        slots = entries | {label.name: label.slot for label in mine if label.slot}
         if not slots:
             continue
         needed = max(max(slot.top, slot.bottom) for slot in slots.values())
@@ -156,7 +156,7 @@ def strips(found: list[AdapterInfo], ledgers: dict[tuple[str, str], dict[str, Sl
         free = sum(run.stop - run.start for run in runs if not run.owners) + capacity - shown
         names = {label.name for label in mine}
         title = mine[0].base if mine else _base_name(base)
-        out.append(Strip(title, kind, runs, slots, free, capacity - shown, set(held) - names))
+        out.append(Strip(title, kind, runs, slots, free, capacity - shown, set(entries) - names))
     return out
 
 
@@ -164,10 +164,10 @@ def _base_name(fingerprint: str) -> str:
     return f"a base ({fingerprint[:8]}) that no adapter here was trained on yet"
 
 
-def token_clashes(said: dict[str, tuple[str, str, str]]) -> list[str]:
-    """A sentence for every token that two concepts claim, or that the pocket base has."""
+def token_clashes(details: dict[str, tuple[str, str, str]]) -> list[str]:
+    """A sentence for every token that two concepts use, or that belongs to the pocket base."""
     claimed: dict[str, list[str]] = {}
-    for folder, (_, _, token) in said.items():
+    for folder, (_, _, token) in details.items():
         if token:
             claimed.setdefault(token, []).append(folder)
     out = [
@@ -180,31 +180,31 @@ def token_clashes(said: dict[str, tuple[str, str, str]]) -> list[str]:
     return out
 
 
-def slot_clashes(found: list[AdapterInfo], ledgers: dict[tuple[str, str], dict[str, Slot]]) -> list[str]:
+def slot_clashes(adapters: list[AdapterInfo], ledgers: dict[tuple[str, str], dict[str, Slot]]) -> list[str]:
     """A sentence where two adapters of a base share columns, or an adapter and the ledger disagree."""
     out = []
-    for index, one in enumerate(found):
-        if one.slot is None or one.kind is None:
+    for index, adapter in enumerate(adapters):
+        if adapter.slot is None or adapter.kind is None:
             continue
-        for other in found[index + 1 :]:
-            same = (one.fingerprint, one.kind) == (other.fingerprint, other.kind)
-            if same and other.slot and (shared := one.slot.shared(other.slot)):
+        for other in adapters[index + 1 :]:
+            same = (adapter.fingerprint, adapter.kind) == (other.fingerprint, other.kind)
+            if same and other.slot and (shared := adapter.slot.shared(other.slot)):
                 out.append(
-                    f"The adapters '{one.path.stem}' ({one.slot}) and '{other.path.stem}' ({other.slot}) share "
-                    f"{shared} {one.kind}, so fused they disturb each other; train one of them again."
+                    f"The adapters '{adapter.path.stem}' ({adapter.slot}) and '{other.path.stem}' ({other.slot}) share "
+                    f"{shared} {adapter.kind}, so fused they disturb each other; train one of them again."
                 )
-        held = ledgers.get((one.fingerprint, one.kind), {})
-        trained = {label.name for label in found}
-        for name, slot in held.items():
-            if name not in trained and slot.overlaps(one.slot):
+        entries = ledgers.get((adapter.fingerprint, adapter.kind), {})
+        trained = {label.name for label in adapters}
+        for name, slot in entries.items():
+            if name not in trained and slot.overlaps(adapter.slot):
                 out.append(
-                    f"'{name}' holds the {one.kind} {slot} for its next training, but the adapter '{one.path.stem}' "
-                    f"sits in {one.slot}; train '{name}' with another slot."
+                    f"'{name}' has reserved the {adapter.kind} {slot}, but the adapter '{adapter.path.stem}' occupies "
+                    f"{adapter.slot}; train '{name}' with another slot."
                 )
     unknown = [
-        f"'{one.path.stem}' ({one.slot})"
-        for one in found
-        if one.slot and one.kind and one.name not in ledgers.get((one.fingerprint, one.kind), {})
+        f"'{adapter.path.stem}' ({adapter.slot})"
+        for adapter in adapters
+        if adapter.slot and adapter.kind and adapter.name not in ledgers.get((adapter.fingerprint, adapter.kind), {})
     ]
     if unknown:
         who = "came from elsewhere: no ledger here keeps its place" if len(unknown) == 1 else ""

@@ -1,4 +1,4 @@
-"""What every tab of the app shares: the workspace, hand-overs between tabs, errors as sentences in place."""
+"""Shared by all tabs of the app: the workspace, hand-overs between tabs, errors as messages."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}  #
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
-Handed = tuple[Any, int]  # from one tab to another, and when
+Handed = tuple[Any, int]  # a value handed to another tab, and the time
 
 
 def hand(value: Any) -> Handed:
-    """A value for another tab, a new one every time: gradio tells a page of changes only."""
+    """A value for another tab, stamped so that gradio sees a change every time."""
     return value, time.monotonic_ns()
 
 
@@ -39,12 +39,12 @@ class Page:
     Attributes:
         tabs: with the ids ``concepts``, ``train``, ``fuse``, ``generate``; a button leads to another tab by returning
             ``gr.Tabs(selected="train")``.
-        trained: what the adapters are, as the training tab last saw them; its change tells that one is new.
-        strip: the line at the foot of the page that says what is trained now; ``timer`` ticks while something is.
+        trained: the adapters as the training tab last saw them; it changes when one is new.
+        strip: the line at the foot of the page on the running training; ``timer`` ticks during one.
         concept: name of the concept to train, handed from the concepts to the training (:func:`hand`).
-        base: what to draw on (``pocket``, ``fused/<name>``), handed from the fusion to the pictures.
-        adapters: names of adapters to draw with, handed from the training to the pictures.
-        gone: called with the session of a browser or program that has gone away.
+        base: the base to generate with (``pocket``, ``fused/<name>``), handed from the fusion to the pictures.
+        adapters: names of adapters to generate with, handed from the training to the pictures.
+        gone: called with the session of a browser or program that has disconnected.
     """
 
     workspace: Workspace
@@ -65,14 +65,14 @@ class Page:
 
 
 def afterwards(event: Any, fn: Callable[..., Any], inputs: Any, outputs: Any, **more: Any) -> None:
-    """Call ``fn`` once an event is over, also after a refusal, which gradio's ``then`` does not follow."""
+    """Call ``fn`` once an event is over, also after an error, which gradio's ``then`` does not follow."""
     for follows in (event.success, event.failure):
         follows(fn, inputs, outputs, **more)
 
 
 @contextmanager
 def errors_as_toast() -> Iterator[None]:
-    """Show any error as one sentence in the page; the unexpected also goes to the log, with its traceback."""
+    """Show any error as one sentence in the page; unexpected ones are also logged with their traceback."""
     try:
         yield
     except gr.Error:
@@ -86,7 +86,7 @@ def errors_as_toast() -> Iterator[None]:
 
 
 def asked(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """An endpoint for programs that refuses arguments of other types than it names, in a sentence."""
+    """An API endpoint that refuses arguments of wrong types with a sentence."""
     hints = {name: hint for name, hint in get_type_hints(fn).items() if name not in {"request", "return"}}
     kinds = {name: TypeAdapter(hint) for name, hint in hints.items()}
 
@@ -107,10 +107,10 @@ def asked(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def plain_html(text: str) -> str:
-    """A text for the page, which renders messages as HTML, where a bare ``<rex>`` would vanish."""
+    """Escape a text for the page, which renders messages as HTML, where a bare ``<rex>`` would vanish."""
     return html.escape(text, quote=False)
 
 
 def teller(progress: gr.Progress) -> ProgressLine:
-    """The library's progress on gradio's bar."""
-    return ProgressLine(lambda done, total, words: progress((done, total), desc=words))
+    """Show the library's progress on gradio's bar."""
+    return ProgressLine(lambda done, total, text: progress((done, total), desc=text))

@@ -1,4 +1,4 @@
-"""Ready-made poses for people who have no photo: skeletons of 18 OpenPose points."""
+"""Ready-made poses: skeletons of 18 OpenPose points."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STANDING: tuple[Point, ...] = (
 )  # fmt: skip
 SEATED = {index: (x, y + 0.22) for index, (x, y) in enumerate(STANDING) if index not in (9, 10, 12, 13)}
 
-# Each pose by what differs from standing.
+# Each pose by its differences from standing.
 POSES: Mapping[str, Mapping[int, Point]] = {
     "standing": {},
     "waving": {3: (-0.27, -0.83), 4: (-0.22, -0.99)},
@@ -39,7 +39,7 @@ POSES: Mapping[str, Mapping[int, Point]] = {
 
 
 def people(pose: str, count: int, width: int, height: int) -> list[np.ndarray]:
-    """That many people side by side in one pose, arrays (18, 2) of pixels in a picture of width × height.
+    """``count`` people side by side in one pose, arrays (18, 2) of pixels in a picture of width × height.
 
     Raises:
         UserError: no such pose, or more people than fit.

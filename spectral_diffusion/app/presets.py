@@ -1,4 +1,4 @@
-"""The shipped presets, and what would be trained under one of them."""
+"""The shipped presets, and the training settings under one of them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .concepts import concept_folder
 from .fusing import base_path
 from .workspace import Workspace, filled
 
-GRIDS = 4  # sample grids on the way, the last at the end
+GRIDS = 4  # sample grids during a training, the last at the end
 
 
 def presets() -> dict[str, str]:
-    """The shipped presets that train, the pocket base's first, with what each says of itself."""
-    found = {}
+    """The shipped presets that train, the pocket base's first, with their descriptions."""
+    descriptions = {}
     for path in sorted(resources.configs().glob("*.yaml"), key=lambda path: (path.stem != "pocket", path.stem)):
         if read_yaml(path).get("train"):
-            found[path.stem] = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-    return found
+            descriptions[path.stem] = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+    return descriptions
 
 
 def preset_train_settings(name: str, verb: str) -> dict[str, Any]:
@@ -40,12 +40,12 @@ def preset_train_settings(name: str, verb: str) -> dict[str, Any]:
 
 
 def train_settings(workspace: Workspace, concept: str | None, preset: str, changes: dict[str, Any]) -> TrainConfig:
-    """What would be trained: a listed concept under a preset, with the changes that were filled in.
+    """The training settings of a listed concept under a preset, with the filled-in changes.
 
-    Of the changes, ``samples`` asks for a few sample grids on the way where the preset has none.
+    The change ``samples`` adds a few sample grids where the preset has none.
 
     Raises:
-        UserError: anything the person can mend.
+        UserError: anything the user can fix.
     """
     folder = concept_folder(workspace, concept)
     given = filled(changes)

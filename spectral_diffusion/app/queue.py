@@ -1,7 +1,7 @@
-"""The queue of trainings. Each runs in a process of its own, and everything known of it lies in the workspace.
+"""The queue of trainings. Each runs in its own process, and its whole state is in the workspace.
 
-So nothing depends on this process: a page may be reloaded and a server restarted, and whoever looks next finds the
-running training by its process and goes on with those that wait.
+So nothing depends on this process: after a page is reloaded or a server restarted, the next poll finds the running
+training by its process and continues with the waiting ones.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from .workspace import Workspace, pick, sentence_of, visible
 BUSY, IDLE = (
     0.5,
     5.0,
-)  # seconds between two looks of the thread: while something runs, and while it cannot
+)  # seconds between two polls of the thread: while a job runs, and otherwise
 TRAIN = (sys.executable, "-m", "spectral_diffusion.cli", "train")
-# Waiting threads sleep: beside a browser and a picture that is drawn, spinning ones take a training's own cores away.
+# Waiting threads sleep: spinning ones would take cores from a training beside a browser and picture generation.
 CALM = {"OMP_WAIT_POLICY": "PASSIVE"}
-LAUNCH = 120.0  # seconds within which a launched training must have told its process, if a killed server did not
+LAUNCH = 120.0  # seconds within which a launched training must report its process, if a killed server did not
 
 
 class Queue:
-    """The trainings of one workspace. Any number of these, in any number of processes, may look after them.
+    """The trainings of one workspace. Any number of queues, in any number of processes, may manage them.
 
     Args:
-        program: what trains; the photo folder and the options of ``spectral-diffusion train`` are put behind it.
+        program: the training command; the photo folder and options of ``spectral-diffusion train`` are appended.
     """
 
     def __init__(self, workspace: Workspace, program: Sequence[str] = TRAIN) -> None:
@@ -55,12 +55,12 @@ class Queue:
         self._starting = threading.Lock()
         self._wake = threading.Event()
 
-    # --- looking -------------------------------------------------------------------------------------------------
+    # --- reading -------------------------------------------------------------------------------------------------
 
     def jobs(self) -> list[QueueJob]:
-        """All jobs: those that run, are paused or wait, in their turn, then the others from the newest."""
-        found = [read_job(folder) for folder in visible(self.workspace.jobs) if folder.is_dir()]
-        return sorted(found, key=lambda job: (0, job.record.place) if job.active else (1, -job.record.created))
+        """All jobs: running, paused and waiting ones in order, then the others from the newest."""
+        listed = [read_job(folder) for folder in visible(self.workspace.jobs) if folder.is_dir()]
+        return sorted(listed, key=lambda job: (0, job.record.place) if job.active else (1, -job.record.created))
 
     def job(self, name: str | None) -> QueueJob:
         """A listed job.
@@ -71,18 +71,18 @@ class Queue:
         return pick(name, {job.id: job for job in self.jobs()}, "training", "start one")
 
     def resumable(self, job: QueueJob) -> bool:
-        """Whether a job has a state on disk to go on from."""
+        """Whether a job has a state on disk to resume from."""
         from ..training.run import state_path
 
         return state_path(job.output(self.workspace.adapters)).exists()
 
-    # --- asking --------------------------------------------------------------------------------------------------
+    # --- commands --------------------------------------------------------------------------------------------------
 
     def enqueue(self, concept: str | None, preset: str = "pocket", **changes: Any) -> tuple[str, str]:
-        """Put a training at the end of the queue; returns its id and what to tell.
+        """Put a training at the end of the queue; returns its id and a message.
 
         Raises:
-            UserError: anything the person can mend.
+            UserError: anything the user can fix.
         """
         from ..methods import get_method
 
@@ -101,18 +101,20 @@ class Queue:
         return folder.name, self._go(folder.name)
 
     def resume(self, name: str | None) -> str:
-        """Let a paused, stopped or failed job go on from its last state; a paused one is the next to run.
+        """Resume a paused, stopped or failed job from its last state; a paused one runs next.
 
         Raises:
-            UserError: it cannot.
+            UserError: the job is not resumable.
         """
         with disk_errors_as_sentence("jobs"), self._locked():
             job = self.job(name)
             if job.record.state == "running":
-                raise UserError(f"The training of '{job.record.concept}' runs; it can go on once it has stopped.")
+                raise UserError(f"The training of '{job.record.concept}' is running; resume it once it has stopped.")
             if job.record.state in {"waiting", "done"}:
-                raise UserError(f"The training of '{job.record.concept}' is {job.record.state}; nothing is to resume.")
-            job.config()  # a damaged one is told here
+                raise UserError(
+                    f"The training of '{job.record.concept}' is {job.record.state}; there is nothing to resume."
+                )
+            job.config()  # raises if it is damaged
             self._refuse_twin(job.record.concept, job)
             waiting = [other.record.place for other in self.jobs() if other.record.state == "waiting"]
             first = job.record.state == "paused" and waiting
@@ -120,23 +122,23 @@ class Queue:
         return self._go(job.id)
 
     def resume_concept(self, concept: str | None) -> tuple[str, str]:
-        """Resume the newest unfinished training of a concept; returns its id and what to tell.
+        """Resume the newest unfinished training of a concept; returns its id and a message.
 
         Raises:
             UserError: there is none.
         """
         name = concept_folder(self.workspace, concept).name
-        held = {"paused", "stopped", "failed"}
-        found = [job.id for job in self.jobs() if job.record.concept == name and job.record.state in held]
-        if not found:
+        unfinished = {"paused", "stopped", "failed"}
+        ids = [job.id for job in self.jobs() if job.record.concept == name and job.record.state in unfinished]
+        if not ids:
             raise UserError(f"There is no stopped training of '{name}' to go on with; train without resume.")
-        return found[0], self.resume(found[0])
+        return ids[0], self.resume(ids[0])
 
     def stop(self, name: str | None, wish: str = "stop") -> str:
-        """Stop a job and keep its state; the queue goes on with the next. Asked again, it stops at once.
+        """Stop a job and keep its state; the queue continues with the next. A second request stops it at once.
 
         Args:
-            wish: ``pause`` keeps the queue waiting until the job is resumed.
+            wish: ``stop``, or ``pause``, which keeps the queue waiting until the job is resumed.
 
         Raises:
             UserError: it neither runs nor waits.
@@ -146,36 +148,36 @@ class Queue:
             concept, state = job.record.concept, job.record.state
             if state in {"waiting", "paused"} and wish == "stop":
                 job.write(state="stopped", message="Taken out of the queue; Resume puts it back.")
-                said = f"The training of '{concept}' is out of the queue."
+                message = f"The training of '{concept}' is out of the queue."
             elif state == "running":
                 job.write(wish=wish)
                 if job.alive:
                     with suppress(ProcessLookupError):
                         os.kill(job.record.pid, signal.SIGTERM)
                 if job.steps_done or self.resumable(job):
-                    said = "keeps its state and stops after the present step; Resume goes on from there"
+                    message = "keeps its state and stops after the present step; Resume goes on from there"
                 else:
-                    said = "stops before its first step; Resume begins anew"
+                    message = "stops before its first step; Resume begins anew"
                 queue = ", and the queue waits until then" if wish == "pause" else ""
-                said = f"The training of '{concept}' {said}{queue}."
+                message = f"The training of '{concept}' {message}{queue}."
             else:
                 raise UserError(f"The training of '{concept}' is {state}; only a running one can be held.")
         self.start()
-        return said
+        return message
 
     def pause(self, name: str | None) -> str:
-        """Stop a running job, keep its state, and hold the queue until it is resumed.
+        """Stop a running job, keep its state, and block the queue until it is resumed.
 
         Raises:
-            UserError: it does not run.
+            UserError: it is not running.
         """
         return self.stop(name, "pause")
 
     def remove(self, name: str | None, sure: bool = False) -> str:
-        """Take a job off the list. An adapter that it has made stays.
+        """Remove a job from the list. Its adapter stays.
 
         Raises:
-            UserError: it runs, or an unfinished state would be deleted and nobody is ``sure``.
+            UserError: it is running, or an unfinished state would be deleted without ``sure``.
         """
         from ..training.run import state_path
 
@@ -196,16 +198,16 @@ class Queue:
         return f"Removed the training of '{concept}' from the list."
 
     def clear(self) -> str:
-        """Take all finished jobs off the list; their adapters stay."""
+        """Remove all finished jobs from the list; their adapters stay."""
         done = [job.id for job in self.jobs() if job.record.state == "done"]
         for name in done:
             self.remove(name)
         return f"Removed {len(done)} finished training{'s' if len(done) != 1 else ''} from the list."
 
-    # --- looking after -------------------------------------------------------------------------------------------
+    # --- polling -------------------------------------------------------------------------------------------
 
     def tick(self) -> bool:
-        """Note what has ended and start what is next; returns whether anything runs or is about to.
+        """Record ended jobs and start the next; returns whether a job is running.
 
         Raises:
             UserError: the workspace cannot be written.
@@ -225,7 +227,7 @@ class Queue:
             return any(self._launched(job) for job in waiting)  # up to the first that starts
 
     def start(self) -> None:
-        """Look after the queue in a thread, which ends when nothing runs or waits. It may be running already."""
+        """Poll the queue in a thread, which ends when nothing runs or waits; does nothing if it is running."""
         self._wake.set()
         with self._starting:
             if self._thread is None or not self._thread.is_alive():
@@ -235,7 +237,7 @@ class Queue:
                 self._thread.start()
 
     def refresh(self) -> list[QueueJob]:
-        """One look after the queue, as a page takes it, and the jobs; what is in the way goes to ``trouble``."""
+        """Poll the queue once and return the jobs; an error goes to ``trouble``."""
         try:
             self.tick()
             self.trouble = ""
@@ -250,7 +252,7 @@ class Queue:
             self._wake.clear()
 
     def _go(self, name: str) -> str:
-        """Start what can start, and say where a job stands."""
+        """Start the queue, and return a message on a job's position."""
         jobs = self.refresh()
         self.start()
         job = self.job(name)
@@ -262,11 +264,11 @@ class Queue:
             return f"The training of '{job.record.concept}' has started."
         before = [other.record.concept for other in jobs[: [other.id for other in jobs].index(name)]]
         paused = next((other.record.concept for other in jobs if other.record.state == "paused"), None)
-        held = f"; the queue waits until the paused training of '{paused}' is resumed or stopped" if paused else ""
-        return f"The training of '{job.record.concept}' waits for {len(before)} before it{held}."
+        waiting = f"; the queue waits until the paused training of '{paused}' is resumed or stopped" if paused else ""
+        return f"The training of '{job.record.concept}' waits for {len(before)} before it{waiting}."
 
     def _launched(self, job: QueueJob) -> bool:
-        """Start a job's process; False for one that cannot be started, which says why."""
+        """Start a job's process; False if it cannot be started, with the reason in its record."""
         from ..training.status import process_start
 
         try:
@@ -278,13 +280,13 @@ class Queue:
         except UserError as error:
             job.write(state="failed", message=rendered(error))
             return False
-        # Before the process is there, so that nobody starts it twice even if this one is killed on the next line.
+        # Written before the process starts, so that it is not started twice even if this one is killed here.
         job = job.write(
             state="running", wish="", message="", pid=0, pid_started=None, launched=time.time(),
             launches=job.record.launches + 1,
         )  # fmt: skip
         options = ["--config", str(job.settings), "--status", str(job.status_file)]
-        done = job.output(self.workspace.adapters).exists()  # from an earlier training, which --resume would keep
+        done = job.output(self.workspace.adapters).exists()  # of an earlier training; --resume would keep it
         if job.record.launches > 1 and (self.resumable(job) or not done):
             options.append("--resume")
         environment = {**CALM, **os.environ}
@@ -301,39 +303,40 @@ class Queue:
         try:
             job.write(pid=child.pid, pid_started=process_start(child.pid))
         except UserError:
-            child.kill()  # what nobody knows of must not run
+            child.kill()  # an unrecorded process must not run
             raise
         return True
 
     def _look_after(self, job: QueueJob) -> None:
-        """Adopt a running job, or note how it has ended."""
+        """Adopt a running job, or record how it ended."""
         with suppress(OSError):
             trim(job.log)
         if job.alive:
             return
-        if job.record.pid == 0:  # whoever launched it was killed before it could note the process
+        if job.record.pid == 0:  # the launching server was killed before it recorded the process
             if job.status and job.status.state in {"starting", "running"}:
                 job.write(pid=job.status.pid, pid_started=job.status.pid_started)
                 return
             if time.time() - job.record.launched < LAUNCH:
                 return
-        job = QueueJob(job.folder, job.record)  # its last word may be newer than what was read while it lived
+        job = QueueJob(job.folder, job.record)  # re-read the status, which may be newer
         job.write(wish="", **how_it_ended(job, self.workspace))
 
     def _refuse_twin(self, concept: str, job: QueueJob | None = None) -> None:
-        """Refuse a second training into the same adapter; a new one takes the place of any that left nothing.
+        """Refuse a second training of the same adapter; a new one replaces those that left no state.
 
         Raises:
-            UserError: another one runs or waits, or has a state to go on from.
+            UserError: another one runs or waits, or has a state to resume from.
         """
         twins = [other for other in self.jobs() if other.record.concept == concept and other.record.state != "done"]
         twins = [other for other in twins if job is None or other.id != job.id]
         if active := next((other for other in twins if other.active), None):
             raise UserError(f"A training of '{concept}' is {active.record.state} already; see the list.")
         if job is None and twins:
-            if held := next((other for other in twins if other.record.launches and self.resumable(other)), None):
+            if unfinished := next((other for other in twins if other.record.launches and self.resumable(other)), None):
+                steps = f"step {unfinished.steps_done} of {unfinished.record.steps}"
                 raise UserError(
-                    f"There is an unfinished training of '{concept}' (step {held.steps_done} of {held.record.steps}): "
+                    f"There is an unfinished training of '{concept}' ({steps}): "
                     "resume it, or remove it from the list and train anew."
                 )
             for other in twins:
@@ -341,7 +344,7 @@ class Queue:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Nobody else changes the queue meanwhile, in this process or another."""
+        """Lock the queue against changes by other threads and processes."""
         self.workspace.jobs.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.workspace.jobs / ".lock", timeout=20):

@@ -1,4 +1,4 @@
-"""What the library says, as the app says it: with the names of its fields, and without paths of the machine."""
+"""The library's messages in the app's terms: with the labels of its fields, and without absolute paths."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ FIELDS = {  # an option of the library to the label of the field that sets it
     "slot": "Slot",
     "steps": "Steps",
 }
-ANOTHER = {  # what a person chooses by more than one field
+ANOTHER = {  # settings without a single field
     "config": "choose another preset",
     "name": "choose another name",
     "output": "choose another name",
     "scales": "change the strengths",
     "token": "choose another token",
 }
-SHOWN = {("distill.steps", "0"): "no"}  # what a field shows for a value
+SHOWN = {("distill.steps", "0"): "no"}  # a field's text for a value
 QUOTED = re.compile(r"'/[^']*?([^'/]+)/?'")
 PATH = re.compile(r"(?<![\w.:/<])/(?:[^\s/'\"]+/)*([^\s/'\"]+)")
 
 
 def field_of(fix: Fix) -> str:
-    """What a person does in the app about an error; empty if the app has no field for it."""
+    """A fix in the app's terms; empty if the app has no field for it."""
     if fix.option in ANOTHER:
         return ANOTHER[fix.option]
     label = FIELDS.get(fix.option)
@@ -58,7 +58,7 @@ def rendered(error: UserError) -> str:
 
 
 def in_app(text: str, workspace: Workspace) -> str:
-    """A sentence whose paths are shortened to names; files of the workspace are named as they lie in it."""
+    """A sentence with paths shortened to names; files of the workspace keep their relative path."""
     for root in (workspace.root, workspace.root.resolve()):
         text = text.replace(f"{root}{os.sep}", "")
     return PATH.sub(r"\1", QUOTED.sub(r"'\1'", text))
@@ -66,10 +66,10 @@ def in_app(text: str, workspace: Workspace) -> str:
 
 @contextmanager
 def errors_in_app(workspace: Workspace, folder: str) -> Iterator[None]:
-    """Tell in the app's words what goes wrong inside; ``folder`` is the part of the workspace that is written to.
+    """Turn errors of the block into the app's terms; ``folder`` is the part of the workspace that it writes.
 
     Raises:
-        UserError: anything the person can mend, a full disk too.
+        UserError: anything the user can fix, including a full disk.
     """
     try:
         yield
@@ -84,7 +84,7 @@ def errors_in_app(workspace: Workspace, folder: str) -> Iterator[None]:
 
 
 def _unwritten(error: BaseException | None) -> str:
-    """Why a file could not be written; empty if that is not what went wrong."""
+    """Why a file could not be written; empty for other errors."""
     if isinstance(error, UserError):
         return _unwritten(error.__cause__) if error.message.startswith("Cannot write") else ""
     if isinstance(error, OSError):

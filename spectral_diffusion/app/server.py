@@ -1,4 +1,4 @@
-"""The app: four tabs over one workspace. Everything that is done is done by the modules beside it, without gradio."""
+"""The app: four tabs over one workspace. The modules beside it do the work, without gradio."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..core.errors import Fix, UserError
 
-# Diffusers' lazy modules do not stand two threads that import at once: all of it is there before a page is served.
-from ..merging import fuse as recipe  # noqa: F401
-from ..scenes import generate as pipeline  # noqa: F401
+# Diffusers' lazy modules break when two threads import at once, so all is imported before a page is served.
+from ..merging import fuse as preloaded_fuse  # noqa: F401
+from ..scenes import generate as preloaded_generate  # noqa: F401
 from . import temporary
 from .guard import Guard
 from .page import Page
 from .tabs import concepts, fuse, generate, train
 from .workspace import Workspace
 
-# What this machine calls itself, and its browsers the app; another name that leads here is a foreign page's.
+# This machine's own names; any other name that resolves to it belongs to another site.
 LOCAL = ["localhost", "127.0.0.1", "::1", "[::1]"]
 STYLE = Path(__file__).with_name("style.css")
 TITLE = "Spectral Diffusion"
@@ -37,37 +37,37 @@ TABS = {
 
 
 class App(gr.Blocks):
-    """The page; it remembers the folder whose pictures it may show, and what is to be stopped for whom.
+    """The page, the folder of pictures that it may serve, and the callbacks of disconnected clients.
 
     Attributes:
-        gone: called with the session of a browser or program that has gone away.
+        gone: called with the session of a browser or program that has disconnected.
     """
 
     pictures: Path
     gone: list[Callable[[str], None]]
 
     def own_hosts(self) -> list[str]:
-        """Names under which others reach the app: its public link."""
+        """The app's public host names: that of its share link."""
         return [urlsplit(self.share_url).netloc] if self.share_url else []
 
     def left(self, session: str) -> None:
-        """Stop what a client asked for that has gone away."""
+        """Stop the work of a disconnected client."""
         for stop in self.gone:
             stop(session)
 
 
 def build_app(workspace: Path) -> App:
-    """The app over one workspace folder, which is made when something is first written there."""
-    place = Workspace(Path(workspace).absolute())
-    temporary.choose_folder(place.root)
+    """The app over one workspace folder, which is made on the first write."""
+    root = Workspace(Path(workspace).absolute())
+    temporary.choose_folder(root.root)
     with App(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
-        blocks.pictures, blocks.gone = place.pictures, []
+        blocks.pictures, blocks.gone = root.pictures, []
         gr.Markdown(f"# {TITLE}\n{INTRODUCTION}", elem_id="title")
-        handed = gr.State(None), gr.State(None), gr.State(None)  # outside: gradio counts all that is among the tabs
+        handed = gr.State(None), gr.State(None), gr.State(None)  # outside the tabs: gradio counts their children
         strip, timer = gr.HTML(visible=False, elem_id="train-strip", label="Being trained"), gr.Timer(1.0, active=False)
         trained = gr.State({})
         with gr.Tabs(elem_id="steps") as tabs:
-            page = Page(place, blocks, tabs, strip, timer, trained, *handed, gone=blocks.gone)
+            page = Page(root, blocks, tabs, strip, timer, trained, *handed, gone=blocks.gone)
             for name, (title, module) in TABS.items():
                 with gr.Tab(title, id=name, elem_id=f"tab-{name}") as tab:
                     module.build(page, tab)
@@ -77,7 +77,7 @@ def build_app(workspace: Path) -> App:
 def launch(
     blocks: App, port: int, host: str = "127.0.0.1", share: bool = False, password: str | None = None, **more: Any
 ) -> Any:
-    """Serve the app; of the workspace, only the pictures are served.
+    """Serve the app; only the workspace's pictures are served as files.
 
     Raises:
         UserError: the port is taken, or the app would be open to others without a password.
@@ -108,5 +108,5 @@ def launch(
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine can reach that address."""
+    """Whether only this machine can reach this address."""
     return host in LOCAL

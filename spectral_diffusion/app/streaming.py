@@ -1,4 +1,4 @@
-"""Long work whose news is shown while it goes on, and which one person can stop without stopping another's."""
+"""Long work that streams its progress, and that one user can stop without stopping another's."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from ..core.hooks import Event, Progress
 
 News = TypeVar("News")
 Result = TypeVar("Result")
-MOST_RUNS = 1000  # that are remembered; older ones have ended unseen
+MOST_RUNS = 1000  # runs that are remembered; older ones are dropped
 
 
 def stream(work: Callable[[Callable[[News], None]], Result], stop: threading.Event) -> Iterator[News | Result]:
-    """Do ``work(tell)`` in a thread; yields the latest of what it tells, and its result at the end.
+    """Run ``work(tell)`` in a thread; yields the latest value passed to ``tell``, and the result at the end.
 
-    If the reader goes away early, ``stop`` is set and the work's end is waited for. An error of the work is raised.
+    If the reader leaves early, ``stop`` is set and the thread is joined. An error of the work is raised.
     """
-    told: queue.SimpleQueue[tuple[str, object]] = queue.SimpleQueue()
+    messages: queue.SimpleQueue[tuple[str, object]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
-            told.put(("done", work(lambda news: told.put(("news", news)))))
-        except BaseException as error:  # it belongs to the reader
-            told.put(("failed", error))
+            messages.put(("done", work(lambda news: messages.put(("news", news)))))
+        except BaseException as error:  # raised in the reader
+            messages.put(("failed", error))
 
     thread = threading.Thread(target=run, daemon=True, name="drawing")
     thread.start()
     try:
         while True:
-            kind, item = told.get()
-            while kind == "news" and not told.empty():  # a slow reader gets the newest
-                kind, item = told.get()
+            kind, item = messages.get()
+            while kind == "news" and not messages.empty():  # a slow reader gets the newest
+                kind, item = messages.get()
             if kind == "failed":
                 raise item  # type: ignore[misc]
             yield item  # type: ignore[misc]
@@ -45,30 +45,30 @@ def stream(work: Callable[[Callable[[News], None]], Result], stop: threading.Eve
         thread.join()
 
 
-def cancellable(stop: threading.Event, progress: Progress, words: str) -> Progress:
-    """The same progress, which ends the work at its next step once ``stop`` is set.
+def cancellable(stop: threading.Event, progress: Progress, message: str) -> Progress:
+    """A progress that ends the work at its next step once ``stop`` is set.
 
     Raises:
-        UserError: then, with these words.
+        UserError: ``stop`` is set.
     """
 
     def show(event: Event) -> None:
         if stop.is_set():
-            raise UserError(words)
+            raise UserError(message)
         progress(event)
 
     return show
 
 
 class CancelTokens:
-    """Whose work goes on: an event per browser tab that asks its run to stop."""
+    """The running work by browser tab: an event each that asks the run to stop."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stops: dict[str, threading.Event] = {}
 
     def begin(self, who: str) -> None:
-        """A new run is asked for; it may have to wait for its turn."""
+        """Register a new run, which may have to wait for its turn."""
         with self._lock:
             self._stops.pop(who, None)
             self._stops[who] = threading.Event()
@@ -76,23 +76,23 @@ class CancelTokens:
                 self._stops.pop(next(iter(self._stops)))
 
     def take(self, who: str) -> threading.Event:
-        """The run's event, now that its turn has come; a stop that was asked for while it waited is set already."""
+        """The run's event when its turn comes; a stop requested meanwhile is set already."""
         with self._lock:
             return self._stops.setdefault(who, threading.Event())
 
     def end(self, who: str, stop: threading.Event) -> None:
-        """The run is over."""
+        """Remove a finished run."""
         with self._lock:
             if self._stops.get(who) is stop:
                 del self._stops[who]
 
     def busy(self, who: str) -> bool:
-        """Whether that one has a run."""
+        """Whether this tab has a run."""
         with self._lock:
             return who in self._stops
 
     def stop(self, who: str) -> bool:
-        """Ask that one's run to stop; False if there is none."""
+        """Ask this tab's run to stop; False if there is none."""
         with self._lock:
             if who in self._stops:
                 self._stops[who].set()

@@ -1,4 +1,4 @@
-"""The folder of one run of the app: what is uploaded and shown goes through it, and nobody else may read it."""
+"""The folder of one run of the app for uploads and shown files; only its owner can read it."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from filelock import FileLock, Timeout
 from ..core.files import cannot_write
 
 UPLOADS = ".uploads"  # of a workspace
-VARIABLE = "GRADIO_TEMP_DIR"  # where gradio asks for its folder, again and again; by default all users share one
+VARIABLE = "GRADIO_TEMP_DIR"  # gradio reads its folder from here; by default all users share one
 
 
 def choose_folder(workspace: Path) -> None:
-    """Let gradio keep its files in the workspace, unless the person or an app of this process chose a folder before."""
+    """Let gradio keep its files in the workspace, unless the user or another app of this process chose a folder."""
     os.environ.setdefault(VARIABLE, str(workspace / UPLOADS / secrets.token_hex(8)))
 
 
 def prepare_folder() -> None:
-    """Make the chosen folder, for its owner only, and take away those of runs that were killed.
+    """Make the chosen folder, readable by its owner only, and remove those of killed runs.
 
     Raises:
         UserError: the workspace cannot be written.
     """
     folder = Path(os.environ[VARIABLE])
-    if folder.parent.name != UPLOADS:  # a person's own choice
+    if folder.parent.name != UPLOADS:  # chosen by the user
         return
     try:
-        _held(folder)
+        _lock(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
 
 
 @cache
-def _held(folder: Path) -> FileLock:
-    """The lock of a folder, which is held as long as this process lives: all its apps share the folder."""
+def _lock(folder: Path) -> FileLock:
+    """Acquire a folder's lock until this process ends; all its apps share the folder."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.parent.chmod(0o700)
     for old in folder.parent.glob("*.lock"):
@@ -52,7 +52,7 @@ def _held(folder: Path) -> FileLock:
 
 
 def _clear(folder: Path) -> None:
-    """Take away the folder of a run that goes on no more."""
+    """Remove the folder of a run that has ended."""
     lock = FileLock(folder.with_suffix(".lock"), timeout=0)
     with suppress(Timeout, OSError):
         lock.acquire()

@@ -1,4 +1,4 @@
-"""Uploads: photos, captions and zips from anywhere, looked through before anything of them is kept."""
+"""Uploads: photos, captions and zips, checked before anything of them is kept."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ THUMBNAIL = 256
 
 @dataclass(frozen=True)
 class UploadedPhotos:
-    """A file of an upload: where it lies now, and what the person knows it as (with its folder inside a zip)."""
+    """A file of an upload: its path now, and its original name (with its folder inside a zip)."""
 
     path: Path
     label: PurePosixPath
@@ -40,7 +40,7 @@ class UploadedPhotos:
 
 @dataclass(frozen=True)
 class Upload:
-    """A photo that can be used; ``pixels`` is the hash of what it shows, ``small`` a JPEG of at most 256 pixels."""
+    """A usable photo; ``pixels`` is the hash of its pixels, ``small`` a JPEG of at most 256 pixels."""
 
     path: Path
     label: str
@@ -51,7 +51,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Intake:
-    """The usable photos of an upload, and a reason per file that was left out."""
+    """The usable photos of an upload, and a reason for each file left out."""
 
     photos: tuple[Upload, ...]
     problems: tuple[str, ...]
@@ -62,63 +62,65 @@ def looked_through(files: Iterable[Path], known: Iterable[str] = (), room: int =
     """The photos of an upload while the block runs; zips are unpacked into a temporary folder.
 
     Args:
-        known: hashes of the photos that are there already.
+        known: hashes of the photos that the concept has already.
         room: how many more photos may be kept.
     """
     with tempfile.TemporaryDirectory() as folder:
         problems: list[str] = []
-        found = _found([Path(file) for file in files], Path(folder), problems)
-        captions = _captions([one for one in found if one.label.suffix.lower() == ".txt"], problems)
+        uploaded = _single_files([Path(file) for file in files], Path(folder), problems)
+        captions = _captions([upload for upload in uploaded if upload.label.suffix.lower() == ".txt"], problems)
         seen = dict.fromkeys(known, "a photo that is there already")
         photos: list[Upload] = []
-        for one in found:
-            if one.label.suffix.lower() == ".txt":
+        for upload in uploaded:
+            if upload.label.suffix.lower() == ".txt":
                 continue
             try:
                 if len(photos) >= room:
-                    raise UserError(f"{one.label.name} is one too many: a concept may have {PHOTOS} photos")
-                caption = captions.get(one.label.with_suffix("")) or captions.get(PurePosixPath(one.label.stem)) or ""
-                photo = _looked_at(one, caption)
+                    raise UserError(f"{upload.label.name} is one too many: a concept may have {PHOTOS} photos")
+                caption = (
+                    captions.get(upload.label.with_suffix("")) or captions.get(PurePosixPath(upload.label.stem)) or ""
+                )
+                photo = _looked_at(upload, caption)
                 if photo.pixels in seen:
-                    raise UserError(f"{one.label.name} is the same picture as {seen[photo.pixels]}")
+                    raise UserError(f"{upload.label.name} is the same picture as {seen[photo.pixels]}")
             except UserError as error:
                 problems.append(rendered(error))
                 continue
-            seen[photo.pixels] = one.label.name
+            seen[photo.pixels] = upload.label.name
             photos.append(photo)
         yield Intake(tuple(photos), tuple(problems))
 
 
 def pixels_of(image: Image.Image) -> str:
-    """The hash of what an image shows."""
+    """The hash of an image's pixels."""
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
 
 
 def small_jpeg(image: Image.Image, side: int = THUMBNAIL) -> bytes:
     """A copy of at most ``side`` × ``side`` pixels as a JPEG file."""
-    held = io.BytesIO()
+    buffer = io.BytesIO()
     small = ImageOps.contain(image, (side, side)) if max(image.size) > side else image
-    small.save(held, "JPEG", quality=85)
-    return held.getvalue()
+    small.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
 
 
-def _looked_at(one: UploadedPhotos, caption: str) -> Upload:
-    """One photo, read whole.
+def _looked_at(upload: UploadedPhotos, caption: str) -> Upload:
+    """Read and check one photo.
 
     Raises:
-        UserError: not a photo, or unreasonably large.
+        UserError: not a photo, or too large.
     """
-    name = one.label.name
-    if one.label.suffix.lower() not in SUFFIXES:
+    name = upload.label.name
+    if upload.label.suffix.lower() not in SUFFIXES:
         raise UserError(f"{name} is not a .jpg, .png, .webp, .bmp, .tif or .gif")
     if is_label(Path(name)):
         raise UserError(f"{name} is a mask, which this page does not take")
-    if one.path.stat().st_size > FILE_BYTES:
+    if upload.path.stat().st_size > FILE_BYTES:
         raise UserError(f"{name} has more than {FILE_BYTES // 1_000_000} MB")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(one.path, formats=FORMATS) as image:
+            with Image.open(upload.path, formats=FORMATS) as image:
                 width, height = image.size
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} has more than {PIXELS // 1_000_000} million pixels") from error
@@ -127,69 +129,69 @@ def _looked_at(one: UploadedPhotos, caption: str) -> Upload:
     if width * height > PIXELS:
         raise UserError(f"{name} has more than {PIXELS // 1_000_000} million pixels")
     try:
-        photo = open_photo(one.path)
+        photo = open_photo(upload.path)
     except UserError as error:
-        raise UserError(str(error).replace(one.path.name, name)) from error
-    return Upload(one.path, name, caption, pixels_of(photo), small_jpeg(photo))
+        raise UserError(str(error).replace(upload.path.name, name)) from error
+    return Upload(upload.path, name, caption, pixels_of(photo), small_jpeg(photo))
 
 
 def _captions(texts: list[UploadedPhotos], problems: list[str]) -> dict[PurePosixPath, str]:
-    """Captions by their file's name without ending, with its folder and, for those in other folders, without."""
+    """Captions by file name without ending, both with its folder and without, for photos in other folders."""
     captions: dict[PurePosixPath, str] = {}
-    for one in texts:
+    for upload in texts:
         try:
-            data = one.path.read_bytes()
+            data = upload.path.read_bytes()
             if len(data) > CAPTION_BYTES:
                 raise ValueError
             text = " ".join(data.decode("utf-8-sig").split())
         except (OSError, ValueError):
-            problems.append(f"{one.label.name} is not a caption in UTF-8")
+            problems.append(f"{upload.label.name} is not a caption in UTF-8")
             continue
-        captions[one.label.with_suffix("")] = text
-        captions.setdefault(PurePosixPath(one.label.stem), text)
+        captions[upload.label.with_suffix("")] = text
+        captions.setdefault(PurePosixPath(upload.label.stem), text)
     return captions
 
 
-def _found(files: list[Path], folder: Path, problems: list[str]) -> list[UploadedPhotos]:
+def _single_files(files: list[Path], folder: Path, problems: list[str]) -> list[UploadedPhotos]:
     """The single files of an upload; zips are unpacked into ``folder``."""
-    found: list[UploadedPhotos] = []
+    uploads: list[UploadedPhotos] = []
     for file in files:
         if file.suffix.lower() != ".zip":
-            found.append(UploadedPhotos(file, PurePosixPath(file.name)))
+            uploads.append(UploadedPhotos(file, PurePosixPath(file.name)))
             continue
         try:
-            _unpack(file, folder, found, problems)
+            _unpack(file, folder, uploads, problems)
         except UserError as error:
             problems.append(rendered(error))
         except Exception as error:  # a hostile zip may break the reader in any way
             problems.append(f"{file.name} is not a readable zip ({reason(error)})")
-    return found
+    return uploads
 
 
-def _unpack(file: Path, folder: Path, found: list[UploadedPhotos], problems: list[str]) -> None:
-    """Unpack photos and captions under names of our own; what a zip calls them never becomes a path."""
+def _unpack(file: Path, folder: Path, uploads: list[UploadedPhotos], problems: list[str]) -> None:
+    """Unpack photos and captions under generated names; a zip's names never become paths."""
     _check_directory(file)
     with zipfile.ZipFile(file) as archive:
         members = [member for member in archive.infolist() if not member.is_dir()]
         if len(members) > MEMBERS:
             raise UserError(f"{file.name} holds more than {MEMBERS} files; pack only the photos")
-        unpacked = sum(one.path.stat().st_size for one in found if one.path.parent == folder)
+        unpacked = sum(upload.path.stat().st_size for upload in uploads if upload.path.parent == folder)
         for member in members:
             label = PurePosixPath(member.filename.replace("\\", "/"))
             if label.name.startswith(".") or "__MACOSX" in label.parts:
                 continue
             try:
                 _check_member(label, member, file.name)
-                path = folder / f"{len(found):05}{label.suffix.lower()}"
+                path = folder / f"{len(uploads):05}{label.suffix.lower()}"
                 unpacked += _copy(archive, member, path, unpacked)
             except UserError as error:
                 problems.append(rendered(error))
                 continue
-            found.append(UploadedPhotos(path, label))
+            uploads.append(UploadedPhotos(path, label))
 
 
 def _check_directory(file: Path) -> None:
-    """Refuse a zip whose table of contents is too large to be read at all.
+    """Refuse a zip whose table of contents is too large to read.
 
     Raises:
         UserError: it is.
@@ -206,10 +208,10 @@ def _check_directory(file: Path) -> None:
 
 
 def _check_member(label: PurePosixPath, member: zipfile.ZipInfo, zip_name: str) -> None:
-    """Refuse what does not belong into a zip of photos.
+    """Refuse members that do not belong in a zip of photos.
 
     Raises:
-        UserError: a way out of the zip, a link, something locked, or another kind of file.
+        UserError: a path out of the zip, a link, an encrypted file, or another kind of file.
     """
     shown = f"'{str(label)[:60]}' in {zip_name}"
     if label.is_absolute() or ".." in label.parts or ":" in label.parts[0]:
@@ -223,7 +225,7 @@ def _check_member(label: PurePosixPath, member: zipfile.ZipInfo, zip_name: str) 
 
 
 def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, before: int) -> int:
-    """Unpack one member and return its bytes, counting what really comes out rather than what the zip promises.
+    """Unpack one member and return its size, counted from the output and not from the zip's header.
 
     Raises:
         UserError: too large, or damaged.
@@ -241,7 +243,7 @@ def _copy(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path, before:
     except UserError:
         path.unlink()
         raise
-    except Exception as error:  # damaged, or packed in a way that this Python does not know
+    except Exception as error:  # damaged, or an unsupported compression
         path.unlink(missing_ok=True)
         raise UserError(f"{name} cannot be unpacked ({reason(error)})") from error
 

@@ -1,4 +1,4 @@
-"""The one folder that the app writes to, and the rules by which names lead into it."""
+"""The workspace, the only folder that the app writes to, and safe look-up of names in it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ STAGES = {
     "train": "Training",
     "fuse": "Fusing",
     "generate": "Drawing",
-    "watch": "Seeing what each concept does",
-    "lesson": "Drawing what each concept is alone",
-    "teach": "Teaching",
+    "watch": "Recording each concept's activations",
+    "lesson": "Generating the images to distill from",
+    "teach": "Distilling",
 }
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folder's parts; each is made when something is first written there."""
+    """The workspace's folders; each is made on the first write."""
 
     root: Path
 
@@ -45,7 +45,7 @@ class Workspace:
 
     @property
     def adapters(self) -> Path:
-        """What trainings give, ``<concept>.safetensors``, and the ledger of slots."""
+        """Trained adapters, ``<concept>.safetensors``, and the ledger of slots."""
         return self.root / "adapters"
 
     @property
@@ -55,17 +55,17 @@ class Workspace:
 
     @property
     def pictures(self) -> Path:
-        """What was drawn. The only part that is served as files."""
+        """Generated pictures. The only folder that is served as files."""
         return self.root / "pictures"
 
     @property
     def trash(self) -> Path:
-        """What was deleted: a folder per deletion, for a person to look into."""
+        """Deleted files: a folder per deletion."""
         return self.root / ".trash"
 
 
 def safe_name(text: str | None, what: str = "name") -> str:
-    """A name that can be a file's name and nothing else.
+    """Check a name that becomes a file's name.
 
     Raises:
         UserError: empty, or anything but letters, digits, ``-`` and ``_``.
@@ -79,39 +79,39 @@ def safe_name(text: str | None, what: str = "name") -> str:
 
 
 def pick(name: str | None, known: Mapping[str, Value], what: str, otherwise: str) -> Value:
-    """Look a name up rather than build a path from it, so that no name leads out of the workspace.
+    """Look a name up instead of building a path from it, so that no name leads out of the workspace.
 
     Raises:
-        UserError: there is none of that name; the sentence says what there is, and ``otherwise`` what to do.
+        UserError: there is none of that name; the message lists the known ones, and ``otherwise`` is the remedy.
     """
     if not isinstance(name, str) or name not in known:
-        there = f"there are {', '.join(known)}" if known else "there are none yet"
-        raise UserError(f"No {what} '{str(name)[:60]}'{nearest(str(name), known)}: {there}; {otherwise}.")
+        known_text = f"there are {', '.join(known)}" if known else "there are none yet"
+        raise UserError(f"No {what} '{str(name)[:60]}'{nearest(str(name), known)}: {known_text}; {otherwise}.")
     return known[name]
 
 
 def visible(folder: Path) -> list[Path]:
-    """The files and folders in a folder, without hidden ones and links that lead elsewhere; nothing without a folder.
+    """The files and folders in a folder, without hidden ones and links out of it; empty without a folder.
 
-    Pipes, sockets and devices are left out: reading one may never end.
+    Pipes, sockets and devices are skipped, since reading one may never end.
     """
     if not folder.is_dir():
         return []
     inside = folder.resolve()
-    found = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(path for path in found if path.resolve().is_relative_to(inside) and not is_special(path))
+    paths = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(path for path in paths if path.resolve().is_relative_to(inside) and not is_special(path))
 
 
 def filled(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that were filled in; an empty one leaves the default."""
+    """The fields that are filled in; an empty one keeps the default."""
     return {key: value for key, value in changes.items() if value not in (None, "")}
 
 
 def sentence_of(error: BaseException) -> str:
-    """One sentence for any error; a UserError has its own."""
+    """One sentence for any error."""
     if isinstance(error, UserError):
         return rendered(error)
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which no page has to wait for
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which a page need not wait for
         return "The GPU has not enough memory for this: choose smaller pictures or fewer at once, or end others."
     lines = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
@@ -119,7 +119,7 @@ def sentence_of(error: BaseException) -> str:
 
 
 class ProgressLine:
-    """Turns progress events into a line to show: what is done, the loss, and the time that is left."""
+    """Turns progress events into a line: the stage, the loss, and the remaining time."""
 
     def __init__(self, show: Callable[[int, int, str], None], now: Callable[[], float] = time.monotonic) -> None:
         self._show, self._now = show, now
@@ -128,16 +128,16 @@ class ProgressLine:
     def __call__(self, event: Event) -> None:
         if event.stage != self._stage:
             self._stage, self._began, self._first = event.stage, self._now(), event.done
-        words = STAGES.get(event.stage, event.stage)
+        text = STAGES.get(event.stage, event.stage)
         if isinstance(loss := event.metrics.get("loss"), float):
-            words += f", loss {loss:.4f}"
+            text += f", loss {loss:.4f}"
         steps = event.done - self._first
         if steps > 0 and event.done < event.total:
             left = (self._now() - self._began) / steps * (event.total - event.done)
-            words += f", {duration(left)} left"
-        self._show(event.done, event.total, words)
+            text += f", {duration(left)} left"
+        self._show(event.done, event.total, text)
 
 
 def duration(seconds: float) -> str:
-    """A time for a person's eyes."""
+    """A duration as text."""
     return f"about {math.ceil(seconds / 60)} min" if seconds >= 90 else f"{math.ceil(seconds)} s"

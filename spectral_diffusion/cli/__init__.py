@@ -16,11 +16,11 @@ from .verbs import app
 
 __all__ = ["app", "main", "speller"]
 
-SPELLED = {"adapters": "adapter", "scales": "strength"}  # settings whose flags have a syntax of their own
+SPELLED = {"adapters": "adapter", "scales": "strength"}  # settings whose flags have another name and syntax
 
 
 def main() -> None:
-    """Run the command line; what a person can mend is one line and exit code 2."""
+    """Run the command line; an error that the user can fix is one line and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before the libraries are imported
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     atexit.register(gc.freeze)  # the interpreter need not search four thousand modules for garbage to end
@@ -49,18 +49,18 @@ def main() -> None:
 
 
 def fail(error: UserError) -> None:
-    """Print an error with what puts it right, and end."""
-    said = error.render(speller(sys.argv[1:])) if error.fixes else error.message
-    typer.echo(f"Error: {said}", err=True)
+    """Print an error with its fixes and exit."""
+    message = error.render(speller(sys.argv[1:])) if error.fixes else error.message
+    typer.echo(f"Error: {message}", err=True)
     sys.exit(2)
 
 
-def speller(words: Sequence[str]) -> Spell:
-    """How a command line with these words spells a fix: as a flag where its verb has one, else as key=value."""
+def speller(arguments: Sequence[str]) -> Spell:
+    """How to spell a fix on this command line: as a flag where its verb has one, else as key=value."""
     command: Any = typer.main.get_command(app)
-    for word in words:
-        command = getattr(command, "commands", {}).get(word, command)
-    options = {one.name: one for one in command.params if one.param_type_name == "option"}
+    for argument in arguments:
+        command = getattr(command, "commands", {}).get(argument, command)
+    options = {option.name: option for option in command.params if option.param_type_name == "option"}
 
     def spell(fix: Fix) -> str:
         option = options.get(SPELLED.get(fix.option, fix.option))

@@ -13,13 +13,13 @@ from .options import settings_flags
 from .support import (
     ConfigOption,
     StrengthOption,
+    echo,
     files_and_settings,
     given,
     named_base,
     numbers,
     progress_bar,
     resolve,
-    say,
     stop_signals,
 )
 
@@ -63,15 +63,15 @@ def evaluate(
     settings = resolve(EvaluateConfig, "evaluate", config, flags, overrides, base=meant)
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
-            found = evaluate_to_folder(settings, Hooks(progress=progress, notify=say, should_stop=should_stop))
+            evaluation = evaluate_to_folder(settings, Hooks(progress=progress, notify=echo, should_stop=should_stop))
         except Cancelled as stopped:
-            say("Stopped; what is drawn is kept, run it again to go on.")
+            echo("Stopped; what is drawn is kept, run it again to go on.")
             raise typer.Exit(130) from stopped
-    show(found)
-    say(f"Wrote {settings.output}/evaluation.html, with .md, .json and a contact sheet (.png) beside it.")
+    show(evaluation)
+    echo(f"Wrote {settings.output}/evaluation.html, with .md, .json and a contact sheet (.png) beside it.")
 
 
-def show(found: Evaluation) -> None:
+def show(evaluation: Evaluation) -> None:
     """The tables on the terminal, means only: the report has their intervals."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -84,11 +84,11 @@ def show(found: Evaluation) -> None:
 
     console = Console(highlight=False)
     matrices = {
-        f"Whose photos are nearest, shown as {matrix_title(matrix, found.encoders)}": matrix_rows(matrix)
-        for matrix in found.confusion()
+        f"Whose photos are nearest, shown as {matrix_title(matrix, evaluation.encoders)}": matrix_rows(matrix)
+        for matrix in evaluation.confusion()
         if matrix["way"] not in (PHOTOS, FLOOR)
     }
-    for title, rows in {**tables(found, intervals=False), **matrices}.items():
+    for title, rows in {**tables(evaluation, intervals=False), **matrices}.items():
         console.print(Text(f"\n{title}", style="bold"))
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         for index, column in enumerate(rows[0]):
@@ -97,5 +97,5 @@ def show(found: Evaluation) -> None:
             style = "bold" if row.get("concept") == ALL else ""
             table.add_row(*(Text(cell_text(value)) for value in row.values()), style=style)
         console.print(table)
-    for sentence in sentences(found):
-        say(sentence)
+    for sentence in sentences(evaluation):
+        echo(sentence)

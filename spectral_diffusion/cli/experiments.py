@@ -8,19 +8,21 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
-from .support import progress_bar, say
+from .support import echo, progress_bar
 
 
 def experiment(
-    name: Annotated[str | None, typer.Argument(help="Which study, or all; without one they are listed.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A study, or all; by default they are listed.")] = None,
     base: Annotated[str, typer.Option(help="pocket, or a base of your own.")] = "pocket",
-    quick: Annotated[bool, typer.Option("--quick", help="A minute that shows that it runs, no more.")] = False,
-    hours: Annotated[float, typer.Option(help="Stop a study after so long; run it again to go on.")] = 6.0,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke test of about a minute.")] = False,
+    hours: Annotated[float, typer.Option(help="The time limit of a study; run it again to continue.")] = 6.0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the page.")] = Path("evidence"),
     recipe: Annotated[str | None, typer.Option(help="Settings of the studies; default: the base's own.")] = None,
-    work: Annotated[Path | None, typer.Option(help="Where adapters and figures are kept; default: the cache.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where adapters and figures are cached; default: the cache folder.")
+    ] = None,
     from_record: Annotated[
-        bool, typer.Option("--from-record", help="Take what the records beside the pages hold, and measure the rest.")
+        bool, typer.Option("--from-record", help="Reuse the records beside the pages, and measure the rest.")
     ] = False,
     encoder: Annotated[str, typer.Option(help="pocket, or a CLIP or DINOv2 model here, for identity.")] = "pocket",
 ) -> None:
@@ -29,25 +31,24 @@ def experiment(
 
     if name is None:
         for study in all_studies().values():
-            say(f"{study.name} ({study.paper}), about {study.minutes[0] / 60:.1f} h on two CPU cores: {study.claim}")
+            echo(f"{study.name} ({study.paper}), about {study.minutes[0] / 60:.1f} h on two CPU cores: {study.claim}")
         return
     if hours <= 0:
         raise UserError("--hours must be more than 0.")
     studies = list(all_studies().values()) if name == "all" else [get_study(name)]
     from ..studies.report import read_records, write_findings
-    from ..studies.runner import StudyRunner
-    from ..studies.runner import recipe as settings
+    from ..studies.runner import StudyRunner, study_settings
 
     for study in studies:
         minutes = study.minutes[1 if quick else 0]
-        say(f"{study.name}: about {minutes / 60:.1f} h with nothing kept, {hours:g} h at most; what is done is kept.")
+        echo(f"{study.name}: about {minutes / 60:.1f} h with nothing cached, {hours:g} h at most; parts are cached.")
         with progress_bar() as progress:
             lab = StudyRunner(
                 base,
-                recipe=settings(recipe or "pocket", quick),
+                settings=study_settings(recipe or "pocket", quick),
                 encoder_name=encoder,
                 progress=progress,
-                note=say,
+                note=echo,
                 most=hours * 3600,
                 known=read_records(output) if from_record else {},
             )
@@ -55,4 +56,4 @@ def experiment(
                 lab.folder = work
             how = f"spectral-diffusion experiment {study.name} --base {base}" + (" --quick" if quick else "")
             page = write_findings(study, study.run(lab, quick), lab, output, quick, how)
-        say(f"Wrote {page}.")
+        echo(f"Wrote {page}.")

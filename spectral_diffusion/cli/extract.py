@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core.errors import ELSEWHERE, UserError
-from .support import say
+from .support import echo
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,14 +38,14 @@ def extract_keypose(
     photo: Annotated[Path, typer.Argument(help="A photo of people, or their keypoints as JSON.")],
     output: OutputOption = None,
 ) -> None:
-    """Draw the skeletons of a photo's people in OpenPose's colours."""
+    """Draw the skeletons of a photo's people in OpenPose's colors."""
     from ..config.scene import ControlImage
     from ..data.folder import open_photo
     from ..scenes.control import read_control_image
     from ..scenes.extract import keypose_of
     from ..scenes.keypose import draw_keypose
 
-    def drawn() -> Image.Image:
+    def draw_skeletons() -> Image.Image:
         if photo.suffix.lower() == ".json":
             return read_control_image(ControlImage(file=photo, kind="keypose")).image
         image = open_photo(photo)
@@ -54,10 +54,10 @@ def extract_keypose(
             raise UserError(f"No person was found in {photo}; give keypoints as JSON instead.")
         return draw_keypose(people, *image.size)
 
-    _write(photo, output, "keypose", drawn)
+    _write(photo, output, "keypose", draw_skeletons)
 
 
-def _write(photo: Path, output: Path | None, kind: str, drawn: Callable[[], Image.Image]) -> None:
+def _write(photo: Path, output: Path | None, kind: str, draw: Callable[[], Image.Image]) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     from ..core.files import atomic
@@ -68,8 +68,8 @@ def _write(photo: Path, output: Path | None, kind: str, drawn: Callable[[], Imag
         raise UserError(f"The output {output} must end in .png.")
     if output.exists() and not is_control_image(output):
         raise UserError(f"{output} was not drawn from a photo here, and would be lost.", ELSEWHERE)
-    image, info = drawn(), PngInfo()
+    image, info = draw(), PngInfo()
     info.add_text(DRAWN, kind)
     with atomic(output) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
-    say(f"Wrote {output}; look at it, then: generate … --{kind} {output}")
+    echo(f"Wrote {output}; look at it, then: generate … --{kind} {output}")

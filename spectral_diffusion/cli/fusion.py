@@ -18,6 +18,7 @@ from .support import (
     ConfigOption,
     JsonOption,
     StrengthOption,
+    echo,
     files_and_settings,
     given,
     importing,
@@ -25,7 +26,6 @@ from .support import (
     numbers,
     progress_bar,
     resolve,
-    say,
 )
 
 
@@ -53,16 +53,16 @@ def fuse(
         FuseConfig, "fuse", config, added_to(files, flags, config), overrides, base=named_base(files, overrides)
     )
     with progress_bar() as progress:
-        for warning in fuse_to_folder(settings, Hooks(progress=progress, notify=say)):
-            say(f"Note: {warning}")
-    say(f"Wrote {settings.output}/; open it with --base {settings.output} or StableDiffusionPipeline.from_pretrained.")
+        for warning in fuse_to_folder(settings, Hooks(progress=progress, notify=echo)):
+            echo(f"Note: {warning}")
+    echo(f"Wrote {settings.output}/; open it with --base {settings.output} or StableDiffusionPipeline.from_pretrained.")
 
 
 def added_to(files: Sequence[str], flags: Mapping[str, Any], config: str | None) -> dict[str, Any]:
-    """The flags, over the settings of the fused folders among the files: those are fused again, with more.
+    """The flags, on top of the settings of the fused folders among the files, which are fused again with more.
 
     Raises:
-        UserError: a folder is no fusion, or there are settings from elsewhere too.
+        UserError: a folder is not a fusion, or ``config`` is given too.
     """
     from ..adapters.formats.reading import is_foreign
     from ..merging.unfuse import settings_of
@@ -108,19 +108,19 @@ def tune(
     with progress_bar() as progress:
         candidates = search_scales(base, loaded, settings, tries[0], tries[1], Hooks(progress=progress))
     if as_json:
-        typer.echo(json.dumps([{**vars(one), "score": one.score} for one in candidates], indent=2))
+        typer.echo(json.dumps([{**vars(candidate), "score": candidate.score} for candidate in candidates], indent=2))
         return
-    for one in candidates:
-        say(
-            f"strength {one.scale:g}, prior weight {one.prior_weight:g}: "
-            f"concepts off {one.concepts:.3f}, drift {one.drift:.3f}"
+    for candidate in candidates:
+        echo(
+            f"strength {candidate.scale:g}, prior weight {candidate.prior_weight:g}: "
+            f"concepts off {candidate.concepts:.3f}, drift {candidate.drift:.3f}"
         )
     best = candidates[0]
-    each = {one.name: best.scale * settings.scales.get(one.name, 1.0) for one in loaded}
+    each = {candidate.name: best.scale * settings.scales.get(candidate.name, 1.0) for candidate in loaded}
     names = " ".join(f"--strength {name}={value:g}" for name, value in each.items())
-    words = " ".join([*overrides, f"calibration.prior_weight={best.prior_weight:g}"])
+    settings_text = " ".join([*overrides, f"calibration.prior_weight={best.prior_weight:g}"])
     where = f" --base {flags['base']}" if "base" in flags else ""
-    say(f"Best: fuse {' '.join(files)}{where} --merge {settings.merge} {names} {words}")
+    echo(f"Best: fuse {' '.join(files)}{where} --merge {settings.merge} {names} {settings_text}")
 
 
 def unfuse(
@@ -137,5 +137,5 @@ def unfuse(
     from ..merging.unfuse import unfuse as take_out
 
     with progress_bar() as progress:
-        take_out(folder, remove, output, subtract, base, device, Hooks(progress, say))
-    say(f"Wrote {output}/.")
+        take_out(folder, remove, output, subtract, base, device, Hooks(progress, echo))
+    echo(f"Wrote {output}/.")

@@ -1,4 +1,4 @@
-"""The verb that draws scenes."""
+"""The verb that generates scenes."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from .scenes import (
     conditions,
     generate_part,
     parse_adapter_scales,
-    placed_apart,
     regions,
     scene_source,
     source_of,
+    without_placed,
 )
-from .support import ConfigOption, given, importing, named_base, progress_bar, resolve, say, stop_signals
+from .support import ConfigOption, echo, given, importing, named_base, progress_bar, resolve, stop_signals
 
 SEEDS = {"seed", "num_images", "seeds"}
 
 
 @dataclass(frozen=True)
 class SceneRequest:
-    """What was typed about a scene."""
+    """The command line's arguments about a scene."""
 
     source: Path | None
     overrides: list[str]
@@ -44,24 +44,26 @@ class SceneRequest:
     config: str | None
 
     def resolved(self) -> tuple[SceneSource, dict[str, Any]]:
-        """What the file holds that the scene begins with, and the flags with the base and the adapters settled."""
+        """The scene's source file, and the flags with the base and the adapters resolved."""
         written = parse_overrides(self.overrides)
         base = self.flags.get("base") or written.get("base") or (base_in(self.config) if self.config else None)
         flags = dict(self.flags)
         acting = parse_adapter_scales(self.adapter)
-        drawn = self.source is not None and self.source.suffix.lower() == ".png"
-        if not base and acting and not drawn:
-            base = named_base(list(acting)) or None  # the one that they were trained on
+        from_picture = self.source is not None and self.source.suffix.lower() == ".png"
+        if not base and acting and not from_picture:
+            base = named_base(list(acting)) or None  # the base they were trained on
             flags |= given(base=base)
         names = [*(acting or {}), *adapters_in(written)]
-        found = scene_source(self.source, base, self.mapping, self.layout, names) if self.source else SceneSource()
-        if not base and "base" not in found.settings:
-            layers = [written, found.settings, generate_part(self.config)]
-            flags |= given(base=named_base([name for one in layers for name in adapters_in(one)]) or None)
-        flags |= given(adapters=placed_apart(acting, self.adapter, found))
-        if SEEDS & (set(written) | set(flags)):  # they replace those that a picture was drawn with
-            found.settings = {key: value for key, value in found.settings.items() if key not in ("seeds", "only_seed")}
-        return found, flags
+        source = scene_source(self.source, base, self.mapping, self.layout, names) if self.source else SceneSource()
+        if not base and "base" not in source.settings:
+            layers = [written, source.settings, generate_part(self.config)]
+            flags |= given(base=named_base([name for layer in layers for name in adapters_in(layer)]) or None)
+        flags |= given(adapters=without_placed(acting, self.adapter, source))
+        if SEEDS & (set(written) | set(flags)):  # they replace the picture's own
+            source.settings = {
+                key: value for key, value in source.settings.items() if key not in ("seeds", "only_seed")
+            }
+        return source, flags
 
 
 @settings_flags(Scene, without={"only_seed"}, names={"num_images": "--count"})
@@ -104,20 +106,20 @@ def generate(
     source, overrides = source_of(words)
     flags |= given(regions=regions(region), controls=conditions(sketch, keypose))
     request = SceneRequest(source, overrides, flags, adapter, mapping, layout, config)
-    found, flags = request.resolved()
-    settings = resolve(Scene, "generate", config, flags, overrides, found.settings, str(source or ""))
+    scene, flags = request.resolved()
+    settings = resolve(Scene, "generate", config, flags, overrides, scene.settings, str(source or ""))
     beside = settings.output.with_suffix(".yaml")
-    own = any(Path(one).resolve() == beside.resolve() for one in (source, config) if one)  # and stays as it is
+    own = any(Path(path).resolve() == beside.resolve() for path in (source, config) if path)  # and stays unchanged
     if not own:
         refuse_overwriting_settings(beside)
     with progress_bar() as progress, stop_signals() as should_stop:
-        hooks = Hooks(progress=progress, notify=say, should_stop=should_stop)
+        hooks = Hooks(progress=progress, notify=echo, should_stop=should_stop)
         try:
-            paths = generate_to_file(settings, hooks, resume=resume, expected=found.made_from)
+            paths = generate_to_file(settings, hooks, resume=resume, expected=scene.made_from)
         except Cancelled as stopped:
-            say("Stopped; what is drawn is kept, --resume goes on from there.")
+            echo("Stopped; what is drawn is kept, --resume goes on from there.")
             raise typer.Exit(130) from stopped
     if not own:
         write_settings(beside, heading() + to_yaml(settings))
     shown = [*paths[:1], f"{len(paths) - 1} pictures beside it"] if len(paths) > 9 else paths
-    say(f"Wrote {', '.join(map(str, shown))}.")
+    echo(f"Wrote {', '.join(map(str, shown))}.")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
-from .support import JsonOption, say
+from .support import JsonOption, echo
 
 
 def methods(
@@ -17,7 +17,7 @@ def methods(
     targets: Annotated[str, typer.Option(help="attention, feed-forward, conv … joined by +.")] = "attention",
     as_json: JsonOption = False,
 ) -> None:
-    """List the methods, what multiplies their learning rates, and how many numbers each trains."""
+    """List the methods, their factors on the learning rate, and how many numbers each trains."""
     if any(r < 1 for r in rank or []):
         raise UserError("Rank must be at least 1.")
     from ..methods import all_methods
@@ -29,22 +29,22 @@ def methods(
         return
     for name, method in sorted(all_methods().items()):
         counts = ", ".join(f"r={row['rank']}: {row['trainable']:,}" for row in rows if row["method"] == name)
-        say(f"{name}: {method.summary}\n  learning rate ×{method.lr_scale:g}; {counts}")
+        echo(f"{name}: {method.summary}\n  learning rate ×{method.lr_scale:g}; {counts}")
 
 
 def merges(as_json: JsonOption = False) -> None:
     """List the merges, their papers, and their own settings (options.NAME)."""
     from ..merging.merges import all_merges
 
-    found = all_merges()
+    registered = all_merges()
     if as_json:
         rows = [
             {"name": name, "summary": merge.summary, "paper": merge.paper, "options": merge.options.model_json_schema()}
-            for name, merge in found.items()
+            for name, merge in registered.items()
         ]
         typer.echo(json.dumps(rows, indent=2))
         return
-    for name, merge in found.items():
-        say(f"{name}: {merge.summary}" + (f" ({merge.paper})" if merge.paper else ""))
+    for name, merge in registered.items():
+        echo(f"{name}: {merge.summary}" + (f" ({merge.paper})" if merge.paper else ""))
         for option, field in merge.options.model_fields.items():
-            say(f"  options.{option}={field.default}  {field.description}")
+            echo(f"  options.{option}={field.default}  {field.description}")

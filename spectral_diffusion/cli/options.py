@@ -25,22 +25,22 @@ def settings_flags(
     names: Mapping[str, str] | None = None,
     types: Mapping[str, type] | None = None,
 ) -> Callable[[Verb], Verb]:
-    """Give a verb a flag for every plain setting of ``model`` that is no parameter of its own.
+    """Give a verb a flag for every plain setting of ``model`` that is not one of its own parameters.
 
-    The verb takes those that were given as its parameter ``flags``, a mapping by the settings' names. Paths are text
-    in it, as in a file of settings. Settings within settings have no flags: :func:`nested_help` lists them.
+    The verb receives the given ones as its parameter ``flags``, a mapping by the settings' names. Paths are text in
+    it, as in a settings file. Nested settings have no flags: :func:`nested_help` lists them.
 
     Args:
-        without: settings that the verb takes in another way.
+        without: settings without a flag.
         names: a setting to one more name of its flag, such as ``{"num_images": "--count"}``. A list's flag has only
             this one, and may be repeated.
-        types: a setting to the type that its flag reads, where it is another than the setting's.
+        types: a setting to the type that its flag reads, if it differs from the setting's.
     """
     names, types = names or {}, types or {}
 
     def decorate(verb: Verb) -> Verb:
         own = inspect.signature(verb, eval_str=True)
-        parameters = [one for name, one in own.parameters.items() if name != "flags"]
+        parameters = [parameter for name, parameter in own.parameters.items() if name != "flags"]
         made = [
             _parameter(name, field, kind, names.get(name))
             for name, field in model.model_fields.items()
@@ -50,23 +50,27 @@ def settings_flags(
 
         @functools.wraps(verb)
         def run(**values: Any) -> None:
-            flags = {one.name: _plain(values.pop(one.name)) for one in made}
+            flags = {parameter.name: _setting_value(values.pop(parameter.name)) for parameter in made}
             verb(**values, flags={name: value for name, value in flags.items() if value is not None})
 
         # Files first, then the settings in their order, then what only this verb has.
-        arguments = [one for one in parameters if one.default is inspect.Parameter.empty or _is_argument(one)]
-        rest = [one for one in parameters if one not in arguments]
-        every = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*arguments, *made, *rest)]
+        arguments = [
+            parameter
+            for parameter in parameters
+            if parameter.default is inspect.Parameter.empty or _is_argument(parameter)
+        ]
+        rest = [parameter for parameter in parameters if parameter not in arguments]
+        every = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*arguments, *made, *rest)]
         signature = own.replace(parameters=every)
         vars(run)["__signature__"] = signature
-        run.__annotations__ = {name: one.annotation for name, one in signature.parameters.items()}
+        run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
         return typing.cast(Verb, run)
 
     return decorate
 
 
 def nested_help(model: type[BaseModel]) -> str:
-    """The settings within settings as lines of help: ``prior.loss_weight=0.0``, and what it is."""
+    """The nested settings as lines of help: ``prior.loss_weight=0.0``, and its description."""
     lines = [
         f"{name}.{inner}={_default(field)}\n  {field.description}"
         for name, outer in model.model_fields.items()
@@ -77,7 +81,9 @@ def nested_help(model: type[BaseModel]) -> str:
 
 
 def _is_argument(parameter: inspect.Parameter) -> bool:
-    return any(isinstance(one, typer.models.ArgumentInfo) for one in getattr(parameter.annotation, "__metadata__", ()))
+    return any(
+        isinstance(item, typer.models.ArgumentInfo) for item in getattr(parameter.annotation, "__metadata__", ())
+    )
 
 
 def _parameter(name: str, field: FieldInfo, kind: Any, other: str | None) -> inspect.Parameter:
@@ -85,7 +91,7 @@ def _parameter(name: str, field: FieldInfo, kind: Any, other: str | None) -> ins
     if kind is bool:
         flag = f"{flag}/--no-{name.replace('_', '-')}"
     repeated = typing.get_origin(kind) is list
-    flags = [other] if other and repeated else [one for one in (SHORT.get(name), other, flag) if one]
+    flags = [other] if other and repeated else [spelling for spelling in (SHORT.get(name), other, flag) if spelling]
     text = f"{field.description or ''}{' Repeat for more.' if repeated else ''}"
     option = typer.Option(*flags, help=text, metavar=_choices(field.annotation), show_default=False)
     return inspect.Parameter(
@@ -94,16 +100,16 @@ def _parameter(name: str, field: FieldInfo, kind: Any, other: str | None) -> ins
 
 
 def _members(annotation: Any) -> list[Any]:
-    """What a setting may be, apart from nothing."""
+    """The types of a setting other than None."""
     if typing.get_origin(annotation) in (Union, types.UnionType):
-        return [one for part in typing.get_args(annotation) for one in _members(part)]
+        return [member for part in typing.get_args(annotation) for member in _members(part)]
     if typing.get_origin(annotation) is Annotated:
         return _members(typing.get_args(annotation)[0])
     return [] if annotation is type(None) else [annotation]
 
 
 def _kind(annotation: Any) -> Any:
-    """The type that a flag reads, or None for a setting that has no flag."""
+    """The type that a flag reads, or None for a setting without a flag."""
     members = _members(annotation)
     if len(members) != 1:
         return None
@@ -135,10 +141,10 @@ def _default(field: FieldInfo) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _plain(value: Any) -> Any:
-    """Paths as text, and an empty list as none given."""
+def _setting_value(value: Any) -> Any:
+    """Paths as text, and an empty list as None."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, list):
-        return [str(one) if isinstance(one, Path) else one for one in value] or None
+        return [str(item) if isinstance(item, Path) else item for item in value] or None
     return value

@@ -1,4 +1,4 @@
-"""Scenes on the command line: files that hold one, and flags that stand for parts of one."""
+"""Scenes on the command line: files that hold one, and flags for its parts."""
 
 from __future__ import annotations
 
@@ -14,26 +14,30 @@ from .support import numbers
 SOURCES = {".yaml", ".yml", ".png", ".txt"}
 
 
-def source_of(words: list[str] | None) -> tuple[Path | None, list[str]]:
-    """The scene file among a verb's words, and the overrides.
+def source_of(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
+    """The scene file among a verb's arguments, and the overrides.
 
     Raises:
         UserError: several files.
     """
-    files = [w for w in words or [] if Path(w).suffix.lower() in SOURCES and ("=" not in w or exists(w))]
+    files = [
+        argument
+        for argument in arguments or []
+        if Path(argument).suffix.lower() in SOURCES and ("=" not in argument or exists(argument))
+    ]
     if len(files) > 1:
         raise UserError(f"One scene at a time: {' and '.join(files)} were given.")
-    return (Path(files[0]) if files else None), [word for word in words or [] if word not in files]
+    return (Path(files[0]) if files else None), [argument for argument in arguments or [] if argument not in files]
 
 
 def base_in(config: str) -> str | None:
-    """The base that a preset or a file of settings draws on, if it names one."""
+    """The base that a preset or a settings file names, if any."""
     base = generate_part(config).get("base")
     return str(base) if base else None
 
 
 def generate_part(config: str | None) -> dict[str, Any]:
-    """What a preset or a file of settings says for pictures."""
+    """The ``generate`` settings of a preset or a settings file."""
     from ..config.settings import read_yaml
     from ..core.assets import preset
 
@@ -44,10 +48,10 @@ def generate_part(config: str | None) -> dict[str, Any]:
 
 @dataclass
 class SceneSource:
-    """What a scene is drawn from: a file's settings, and of a picture what it was made from.
+    """The source of a scene: a file's settings, and for a picture the hashes of its sources.
 
     Attributes:
-        placed: adapters named on the command line that stand for the picture's own, wherever these were.
+        placed: adapters named on the command line that replace the picture's own, wherever these were.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -58,25 +62,25 @@ class SceneSource:
 def scene_source(
     path: Path, base: str | None, mapping: list[str] | None, layout: int = 1, adapters: Iterable[str] = ()
 ) -> SceneSource:
-    """The settings that a scene file, a picture made here or a Mix-of-Show region file holds.
+    """The settings in a scene file, a picture of this program or a Mix-of-Show region file.
 
-    ``adapters`` are named beside it; they may be a picture's own, which have moved.
+    ``adapters`` are named on the command line; they may be the picture's own, moved elsewhere.
 
     Raises:
-        UserError: it is not one, or a mapping without a region file.
+        UserError: it is none of these, or a mapping without a region file.
     """
     pairs = {}
     for pair in mapping or []:
-        key, equals, words = pair.partition("=")
+        key, equals, noun = pair.partition("=")
         if not equals or not key:
             raise UserError(f"--map '{pair}' is not understood; write '<token>'='a person'.")
-        pairs[key.strip()] = words.strip()
+        pairs[key.strip()] = noun.strip()
     if path.suffix.lower() == ".txt":
         from ..models.base import native_size
         from ..scenes.mix_of_show import scene_of
 
-        found = scene_of(path, native_size(base or "pocket"), pairs, layout)
-        return SceneSource({"base": base, **found} if base else found)
+        scene = scene_of(path, native_size(base or "pocket"), pairs, layout)
+        return SceneSource({"base": base, **scene} if base else scene)
     if pairs:
         raise UserError("--map is for Mix-of-Show's region files (.txt).")
     if path.suffix.lower() == ".png":
@@ -89,10 +93,12 @@ def scene_source(
     return SceneSource(read_scene(path))
 
 
-def placed_apart(acting: dict[str, Any] | None, typed: list[str] | None, source: SceneSource) -> dict[str, Any] | None:
-    """Adapters named on the command line, without those that stand in their places in a picture already.
+def without_placed(
+    acting: dict[str, Any] | None, typed: list[str] | None, source: SceneSource
+) -> dict[str, Any] | None:
+    """Adapters named on the command line, without those that are part of the picture already.
 
-    Such a one keeps the picture's strength where ``--adapter`` was ``typed`` without any, and gets the given one else.
+    These keep the picture's scale where ``--adapter`` was ``typed`` without one, and get the given one otherwise.
     """
     from ..scenes.scene import adapter_tables
 
@@ -104,7 +110,7 @@ def placed_apart(acting: dict[str, Any] | None, typed: list[str] | None, source:
 
 
 def adapters_in(settings: dict[str, Any]) -> list[str]:
-    """The adapters that a scene's settings name, first those that act everywhere; what is not understood names none."""
+    """The adapters in a scene's settings, first those that act everywhere; malformed parts are skipped."""
     from ..scenes.scene import adapter_tables
 
     return [str(name) for adapters in adapter_tables(settings) for name in adapters]
@@ -141,10 +147,10 @@ def parse_adapter_scales(pairs: list[str] | None) -> dict[str, Any] | None:
 
 
 def conditions(sketches: list[str] | None, keyposes: list[str] | None) -> list[dict[str, Any]] | None:
-    """``--sketch`` and ``--keypose`` as condition settings."""
-    found = [
+    """``--sketch`` and ``--keypose`` as control image settings."""
+    controls = [
         {"file": file, "kind": kind, "conditioning_scale": weight}
         for kind, files in (("sketch", sketches), ("keypose", keyposes))
         for file, weight in (numbers(files, f"--{kind}") or {}).items()
     ]
-    return found or None
+    return controls or None

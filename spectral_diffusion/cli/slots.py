@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from .support import JsonOption, say
+from .support import JsonOption, echo
 
 slots_app = typer.Typer(help="Which columns of the spectrum belong to which concept.", no_args_is_help=True)
 FolderArgument = Annotated[Path, typer.Argument(help="The folder of the adapters, or a ledger (.json).")]
 
 
 def ledgers_in(folder: Path) -> list[Path]:
-    """The ledgers of a folder, of columns and of rows, whether they are there or not; a ledger is its own."""
+    """The ledgers of a folder, of columns and of rows, existing or not; a ledger's own path is returned as it is."""
     from ..slots.ledger import LEDGER, ROWS
 
     return [folder] if folder.suffix == ".json" else [folder / LEDGER, folder / ROWS]
@@ -29,21 +29,21 @@ def slots_list(folder: FolderArgument = Path(), as_json: JsonOption = False) -> 
     paths = ledgers_in(folder)
     ledgers = {path: data for path in paths if any((data := Ledger(path).read()).values())}
     if as_json:
-        found = {b: {n: str(s) for n, s in c.items()} for data in ledgers.values() for b, c in data.items()}
-        typer.echo(json.dumps(found, indent=2))
+        shown = {b: {n: str(s) for n, s in c.items()} for data in ledgers.values() for b, c in data.items()}
+        typer.echo(json.dumps(shown, indent=2))
         return
     if not ledgers:
-        say(f"No slots are taken in {paths[0]}.")
+        echo(f"No slots are taken in {paths[0]}.")
     for path, data in ledgers.items():
         for base, concepts in data.items():
-            say(f"base {base[:12]}" + (" (rows of the orthogonal basis)" if path.name == ROWS else ""))
+            echo(f"base {base[:12]}" + (" (rows of the orthogonal basis)" if path.name == ROWS else ""))
             for name, slot in sorted(concepts.items(), key=lambda item: item[1]):
-                say(f"  {slot}  {name}")
+                echo(f"  {slot}  {name}")
 
 
 @slots_app.command("release")
 def slots_release(
-    concept: Annotated[str, typer.Argument(help="The concept whose columns shall be free again.")],
+    concept: Annotated[str, typer.Argument(help="The concept whose columns are freed.")],
     folder: FolderArgument = Path(),
 ) -> None:
     """Free a concept's columns."""
@@ -52,4 +52,4 @@ def slots_release(
     paths = ledgers_in(folder)
     holding = [path for path in paths if any(concept in c for c in Ledger(path).read().values())]
     freed = [slot for path in holding or paths[:1] for slot in Ledger(path).release(concept)]
-    say(f"Released {', '.join(map(str, freed))} of '{concept}'.")
+    echo(f"Released {', '.join(map(str, freed))} of '{concept}'.")

@@ -1,4 +1,4 @@
-"""What the verbs share: settings from flags, a progress bar, stop signals."""
+"""Shared by the verbs: settings from flags, a progress bar, stop signals."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ StrengthOption = Annotated[list[str] | None, typer.Option(help="NAME=0.8, or NAM
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import torch and its like without searching for garbage meanwhile, which takes a quarter of that time."""
+    """Import torch and other large libraries without garbage collection, which takes a quarter of that time."""
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()  # modules stay, so that later searches leave them out
+        gc.freeze()  # modules stay, so later collections skip them
         gc.enable()
 
 
-def files_and_settings(words: list[str]) -> tuple[list[str], list[str]]:
-    """A verb's words: names of files and folders, and settings as key=value that are no such name."""
-    files = [word for word in words if "=" not in word or exists(word)]
-    return files, [word for word in words if word not in files]
+def files_and_settings(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """A verb's arguments: names of files and folders, and settings as key=value that are no such name."""
+    files = [argument for argument in arguments if "=" not in argument or exists(argument)]
+    return files, [argument for argument in arguments if argument not in files]
 
 
-def say(text: str) -> None:
-    """One line for the person."""
+def echo(text: str) -> None:
+    """Print one line."""
     typer.echo(text)
 
 
 def given(**values: Any) -> dict[str, Any]:
-    """The options that were really given."""
+    """The options that are not None."""
     return {name: value for name, value in values.items() if value is not None}
 
 
-def plain(value: Any) -> str:
-    """A JSON-able value for a person's eyes."""
+def as_text(value: Any) -> str:
+    """A JSON-able value as readable text."""
     if isinstance(value, dict):
         return ", ".join(f"{k}={v}" for k, v in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -101,9 +101,9 @@ def resolve(
     source: str = "",
     base: str = "pocket",
 ) -> Any:
-    """Preset or file, then what a scene held (read from ``source``), then flags, then key=value.
+    """Preset or file, then a scene's settings (``held``, read from ``source``), then flags, then key=value.
 
-    See :func:`..config.settings_for`; ``base`` is what is meant where no setting says so.
+    See :func:`..config.settings_for`; ``base`` is the default base.
     """
     from ..config.presets import settings_for
     from ..config.settings import parse_overrides
@@ -113,7 +113,7 @@ def resolve(
 
 
 def named_base(files: list[str], overrides: list[str] | None = None) -> str:
-    """The base that the first of these adapters or fused folders names; empty where all are LoRAs of other programs.
+    """The base of the first of these adapters or fused folders; empty if all are LoRAs of other programs.
 
     Raises:
         UserError: one is missing or damaged.
@@ -130,7 +130,7 @@ def named_base(files: list[str], overrides: list[str] | None = None) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[Event], None]]:
-    """A bar per stage with the time that is left; without a terminal a line now and then."""
+    """A bar per stage with the remaining time; without a terminal a line from time to time."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -169,7 +169,7 @@ class ProgressLines:
 
     Args:
         write: takes a line.
-        clock: seconds; tests have their own.
+        clock: returns seconds; for tests.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class ProgressLines:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM ask the loop to save and stop; a second one stops at once."""
+    """SIGINT and SIGTERM make the loop save and stop; a second one stops at once."""
     asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""The verb that trains a T2I-Adapter: sketches or keyposes for a base of one's own."""
+"""The verb that trains a T2I-Adapter: sketches or keyposes for your own base."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from ..config.control import ControlConfig
 from ..core.hooks import Hooks
 from .options import settings_flags
-from .support import ConfigOption, Overrides, ResumeOption, progress_bar, resolve, say, stop_signals
+from .support import ConfigOption, Overrides, ResumeOption, echo, progress_bar, resolve, stop_signals
 
 
 @settings_flags(ControlConfig, without={"folder"})
@@ -24,7 +24,7 @@ def train_control(
     *,
     flags: dict[str, Any],
 ) -> None:
-    """Train a T2I-Adapter that holds a base's pictures to sketches or keyposes."""
+    """Train a T2I-Adapter that makes a base's pictures follow sketches or keyposes."""
     from ..config.scene import ControlImage
     from ..core.errors import Cancelled
     from ..scenes.control import read_control_image
@@ -33,7 +33,7 @@ def train_control(
     settings = resolve(ControlConfig, "train-control", config, flags | {"folder": str(folder)}, overrides)
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
-            hooks = Hooks(progress, say, should_stop)
+            hooks = Hooks(progress, echo, should_stop)
             train(
                 settings,
                 None,
@@ -42,6 +42,6 @@ def train_control(
                 lambda path: read_control_image(ControlImage(file=path, kind=settings.kind)).image,
             )
         except Cancelled as stopped:
-            say(str(stopped))
+            echo(str(stopped))
             raise typer.Exit(130) from stopped
-    say(f"Wrote {settings.output}/; a scene's condition takes it with adapter: {settings.output}.")
+    echo(f"Wrote {settings.output}/; a scene's control image takes it with adapter: {settings.output}.")

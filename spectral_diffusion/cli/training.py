@@ -16,18 +16,18 @@ from .options import settings_flags
 from .support import (
     ConfigOption,
     ResumeOption,
+    echo,
     files_and_settings,
     importing,
     progress_bar,
     resolve,
-    say,
     stop_signals,
 )
 
 if TYPE_CHECKING:
     from ..training.multi_concept import BatchJob
 
-OWN = ("name", "token", "class_noun")  # settings that no two concepts can share
+OWN = ("name", "token", "class_noun")  # settings that concepts cannot share
 
 
 @settings_flags(
@@ -59,9 +59,9 @@ def train(
     files, overrides = files_and_settings(words)
     folders = [Path(file) for file in files]
     if not folders:
-        raise UserError("Which photos? Name a folder with them before the settings.")
+        raise UserError("No photo folder is given; name one before the settings.")
     if len(folders) > 1 and (strange := [folder for folder in folders if not folder.is_dir()]):
-        raise UserError(f"'{strange[0]}' is no folder with photos, and no setting either; those are written key=value.")
+        raise UserError(f"'{strange[0]}' is neither a photo folder nor a setting; settings are written key=value.")
     if "init_from_adapter" in flags and "method" not in flags:
         from ..adapters.formats.native import load_adapter
 
@@ -71,10 +71,10 @@ def train(
             raise UserError("Several concepts keep a status file each beside their adapters; leave out --status.")
         train_batch(folders, config, flags, overrides, resume, force, jobs)
     else:
-        train_one(config, flags | {"concept": str(folders[0])}, overrides, resume, force, status)
+        train_single(config, flags | {"concept": str(folders[0])}, overrides, resume, force, status)
 
 
-def train_one(
+def train_single(
     config: str | None,
     flags: dict[str, Any],
     overrides: list[str],
@@ -94,7 +94,7 @@ def train_one(
     beside = status == Path("auto")
     if beside:
         status = status_path(Path(flags["output"])) if "output" in flags else None
-    tell = say if is_main_process() else lambda text: None  # of several processes one speaks
+    tell = echo if is_main_process() else lambda text: None  # only the main process prints
     with progress_bar() as bar, stop_signals() as should_stop:
         try:
             with reporting(
@@ -131,7 +131,7 @@ def train_batch(
     force: bool,
     jobs: int,
 ) -> None:
-    """Train several concepts, each in a process of its own."""
+    """Train several concepts, each in its own process."""
     from ..core.errors import Cancelled
     from ..training.multi_concept import batch_jobs, run_batch
 
@@ -141,7 +141,7 @@ def train_batch(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("accelerate launch trains one concept; of several, run --jobs side by side without it.")
     if own := [*(f"{name}={flags[name]}" for name in OWN if name in flags), *filter(_is_own, overrides)]:
-        raise UserError(f"{own[0]} cannot be every concept's; put it into the concept.yaml of its folder.")
+        raise UserError(f"{own[0]} cannot apply to every concept; put it into the concept.yaml of its folder.")
 
     def settings(folder: Path, file: Path) -> TrainConfig:
         where = {"concept": str(folder), "output": str(file)}
@@ -161,9 +161,9 @@ def train_batch(
                 jobs,
                 resume,
                 force,
-                Hooks(progress=progress, notify=say, should_stop=should_stop),
+                Hooks(progress=progress, notify=echo, should_stop=should_stop),
             )
         except Cancelled as stopped:
-            say(str(stopped))
+            echo(str(stopped))
             raise typer.Exit(130) from stopped
-    say(f"Wrote {len(folders)} adapters into {output}/.")
+    echo(f"Wrote {len(folders)} adapters into {output}/.")

@@ -10,20 +10,20 @@ import typer
 
 from ..core.errors import UserError
 
-PASSWORD = "SPECTRAL_DIFFUSION_PASSWORD"  # where --password may also come from, so that no shell keeps it
+PASSWORD = "SPECTRAL_DIFFUSION_PASSWORD"  # an alternative to --password that shell histories do not record
 
 
 def ui(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on.")] = 7860,
     workspace: Annotated[Path, typer.Option(help="Folder for concepts, adapters and pictures.")] = Path("workspace"),
     host: Annotated[
-        str, typer.Option(help="Address to serve on; others than this machine need a password.")
+        str, typer.Option(help="Address to serve on; any other than this machine needs a password.")
     ] = "127.0.0.1",
     share: Annotated[bool, typer.Option("--share", help="A public link through gradio; needs a password.")] = False,
-    password: Annotated[str | None, typer.Option(envvar=PASSWORD, help="Asked from whoever opens it.")] = None,
+    password: Annotated[str | None, typer.Option(envvar=PASSWORD, help="Required to open the app.")] = None,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Open the app in a browser, on this machine only unless told otherwise."""
+    """Serve the app, by default to this machine only."""
     try:
         from ..app.server import build_app, is_local, launch
     except ImportError as error:

@@ -22,7 +22,7 @@ from .listings import merges, methods
 from .options import nested_help
 from .pocket import pocket_app
 from .slots import slots_app
-from .support import progress_bar, say
+from .support import echo, progress_bar
 from .train_control import train_control
 from .training import train
 from .ui import ui
@@ -47,8 +47,8 @@ def demo(
     from ..demo import run_demo
 
     with progress_bar() as progress:
-        sheet = run_demo(output, steps, Hooks(progress=progress, notify=say))
-    say(f"Done. Look at {sheet}; the adapters, the fused folder and the settings are beside it in {output}/.")
+        sheet = run_demo(output, steps, Hooks(progress=progress, notify=echo))
+    echo(f"Done. Look at {sheet}; the adapters, the fused folder and the settings are beside it in {output}/.")
 
 
 app.command(epilog=nested_help(TrainConfig))(train)

@@ -1,1 +1,1 @@
-"""Measuring: does a picture show this very thing?"""
+"""Evaluation: how well pictures show each concept."""

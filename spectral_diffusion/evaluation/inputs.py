@@ -1,4 +1,4 @@
-"""What an evaluation is asked for: adapters or a fusion, scenes, pictures, references, encoders."""
+"""The inputs of an evaluation: adapters or a fusion, scenes, pictures, references, encoders."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from .references import Subject, read_references
 from .region_crops import scene_in
 from .summary import ALONE
 
-PICTURES = "pictures"  # the folder of what is drawn, inside the output
+PICTURES = "pictures"  # the folder of generated images inside the output
 
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """The adapters to evaluate by the file each lies in, and their base; ``fused`` is the folder if they were fused."""
+    """The adapters to evaluate by file, and their base; ``fused`` is the folder if they were fused."""
 
     adapters: Mapping[Path, Adapter]
     base: str
@@ -39,17 +39,17 @@ class EvaluationInputs:
 
     @property
     def together(self) -> str:
-        """What it is called when all of them act."""
+        """The name of the setting with all of them enabled."""
         if self.fused:
             return "fused"
         return "sum" if len(self.adapters) > 1 else ALONE
 
 
-def hold(config: EvaluateConfig) -> EvaluationInputs | None:
+def load_inputs(config: EvaluateConfig) -> EvaluationInputs | None:
     """The adapters that the settings name; None if they name none.
 
     Raises:
-        UserError: they do not go together, or one has no word to ask for it by.
+        UserError: they do not fit together, or one has no token.
     """
     if not config.adapters:
         return None
@@ -58,32 +58,32 @@ def hold(config: EvaluateConfig) -> EvaluationInputs | None:
         raise UserError(f"Give adapter files, or one fused folder such as {folders[0]} alone.")
     if folders:
         [fused] = folders
-        loaded, recipe = adapters_in_fusion(fused), read_manifest(fused)
-        assert recipe is not None
-        files = [fused / concept["file"] for concept in recipe["concepts"].values()]
-        held = EvaluationInputs(dict(zip(files, loaded, strict=True)), config.base or recipe["base"], fused)
+        loaded, manifest = adapters_in_fusion(fused), read_manifest(fused)
+        assert manifest is not None
+        files = [fused / concept["file"] for concept in manifest["concepts"].values()]
+        inputs = EvaluationInputs(dict(zip(files, loaded, strict=True)), config.base or manifest["base"], fused)
     else:
-        found = {path: load_adapter(path) for path in config.adapters}
-        held = EvaluationInputs(found, config.base or next(iter(found.values())).base)
-    check_together(list(held.adapters.values()), config.scales)
-    for path, adapter in held.adapters.items():
+        loaded_by_path = {path: load_adapter(path) for path in config.adapters}
+        inputs = EvaluationInputs(loaded_by_path, config.base or next(iter(loaded_by_path.values())).base)
+    check_together(list(inputs.adapters.values()), config.scales)
+    for path, adapter in inputs.adapters.items():
         check_name(adapter.name)
         if not adapter.token:
             raise UserError(f"{path} has no token of its own, so no prompt can ask for it; train it with one.")
-    return held
+    return inputs
 
 
-def evaluation_scales(config: EvaluateConfig, held: EvaluationInputs) -> dict[Path, Strength]:
-    """By file the strength at which each adapter acts in the sum."""
+def evaluation_scales(config: EvaluateConfig, inputs: EvaluationInputs) -> dict[Path, Strength]:
+    """The scale of each adapter in the sum, by file."""
     out: dict[Path, Strength] = {}
-    for path, adapter in held.adapters.items():
+    for path, adapter in inputs.adapters.items():
         parts = dict.fromkeys(layer.split(".", 1)[0] for layer in adapter.layers)
         each = {part: scale_of(config.scales, adapter.name, f"{part}.") for part in parts}
         out[path] = each if len(set(each.values())) > 1 else next(iter(each.values()), 1.0)
     return out
 
 
-def drawing_settings(config: EvaluateConfig) -> dict[str, Any]:
+def generation_settings(config: EvaluateConfig) -> dict[str, Any]:
     """The settings that a scene shares with an evaluation."""
     shared = {
         "num_inference_steps",
@@ -100,52 +100,54 @@ def drawing_settings(config: EvaluateConfig) -> dict[str, Any]:
     return config.model_dump(include=shared)
 
 
-def read_scenes(config: EvaluateConfig, held: EvaluationInputs | None) -> dict[str, Scene]:
-    """The scene files by what they are called; one that names no base and no adapters is drawn by all of ours.
+def read_scenes(config: EvaluateConfig, inputs: EvaluationInputs | None) -> dict[str, Scene]:
+    """The scenes by name; one without a base and adapters is generated with all adapters of the evaluation.
 
     Raises:
-        UserError: no scene, or nothing to draw it with.
+        UserError: a file is not a scene, or its base and adapters are unknown.
     """
     out: dict[str, Scene] = {}
     for path in config.scenes:
         layer = read_scene(path)
         regions = layer.get("regions") if isinstance(layer.get("regions"), list) else []
         bound = any(isinstance(region, dict) and region.get("adapters") for region in regions or [])
-        ours: dict[str, Any] = {}
-        if held and "base" not in layer:
+        from_inputs: dict[str, Any] = {}
+        if inputs and "base" not in layer:
             named = bool(layer.get("adapters")) or bound
-            ours["base"] = lasting(str(held.fused) if held.fused and not named else held.base)
-            if not named and not held.fused:
-                ours["adapters"] = {str(file): strength for file, strength in evaluation_scales(config, held).items()}
+            from_inputs["base"] = lasting(str(inputs.fused) if inputs.fused and not named else inputs.base)
+            if not named and not inputs.fused:
+                from_inputs["adapters"] = {
+                    str(file): strength for file, strength in evaluation_scales(config, inputs).items()
+                }
         name = f"scene {path.stem}" if f"scene {path.stem}" not in out else f"scene {path.stem} {len(out)}"
-        usual = {**drawing_settings(config), "seed": config.seed, "num_images": config.num_images}
+        defaults = {**generation_settings(config), "seed": config.seed, "num_images": config.num_images}
         where = {"output": config.output / PICTURES / name.replace(" ", "-") / "scene.png"}
-        out[name] = build(Scene, layer, {**usual, **ours, **layer}, where, file=str(path))
+        out[name] = build(Scene, layer, {**defaults, **from_inputs, **layer}, where, file=str(path))
     return out
 
 
 def read_pictures(folder: Path) -> dict[Path, Scene]:
-    """The single pictures of a folder that were made here, with their scenes.
+    """The single pictures of a folder that this program made, with their scenes.
 
     Raises:
         UserError: no such folder, or none in it.
     """
     if not is_folder(folder):
         raise UserError(f"No such folder of pictures: {folder}.")
-    found = {path: scene for path in sorted(folder.rglob("*.png")) if (scene := scene_in(path))}
-    if not found:
-        raise UserError(f"{folder} holds no picture made by this program; only its PNGs tell where each concept is.")
-    return found
+    scenes = {path: scene for path in sorted(folder.rglob("*.png")) if (scene := scene_in(path))}
+    if not scenes:
+        raise UserError(f"{folder} holds no picture made by this program; only its PNGs record where each concept is.")
+    return scenes
 
 
-def subjects(config: EvaluateConfig, held: EvaluationInputs | None, scenes: Sequence[Scene]) -> list[Subject]:
-    """The concepts to measure: the adapters', else those of the references that a prompt names.
+def subjects(config: EvaluateConfig, inputs: EvaluationInputs | None, scenes: Sequence[Scene]) -> list[Subject]:
+    """The concepts to measure: those of the adapters, else those of the references that a prompt names.
 
     Raises:
         UserError: there are no references, or no prompt names one of them.
     """
-    if held:
-        return [Subject(a.name, a.noun, a.token, trained_on(path)) for path, a in held.adapters.items()]
+    if inputs:
+        return [Subject(a.name, a.noun, a.token, trained_on(path)) for path, a in inputs.adapters.items()]
     if config.references is None:
         raise UserError(
             "Pictures without their adapters need photos of each concept to be compared with.",
@@ -153,15 +155,17 @@ def subjects(config: EvaluateConfig, held: EvaluationInputs | None, scenes: Sequ
         )
     named = {token for scene in scenes for token in typed_tokens(" ".join(positive_prompts(scene)))}
     concepts, _ = read_references(config.references)
-    found = [Subject(one.name, one.noun, one.token) for one in concepts if one.token.lower() in named]
-    if not found:
-        have, want = ", ".join(one.token for one in concepts), ", ".join(sorted(named)) or "no token"
+    matching = [
+        Subject(concept.name, concept.noun, concept.token) for concept in concepts if concept.token.lower() in named
+    ]
+    if not matching:
+        have, want = ", ".join(concept.token for concept in concepts), ", ".join(sorted(named)) or "no token"
         raise UserError(f"The pictures' prompts name {want}, but {config.references} holds {have}.")
-    return found
+    return matching
 
 
 def trained_on(path: Path) -> Path | None:
-    """The photo folder that the settings beside an adapter name; paths in them begin here, or beside them."""
+    """The photo folder named in the settings beside an adapter; relative to the working folder or to the settings."""
     settings = path.with_suffix(".yaml")
     if not settings.is_file():
         return None
@@ -173,19 +177,19 @@ def trained_on(path: Path) -> Path | None:
 
 
 def choose_encoders(names: Sequence[str], bases: Sequence[str]) -> list[Encoder]:
-    """The encoders of those names; without names the pocket one for the pocket base, else CLIP and DINOv2 if here.
+    """The encoders of those names; by default the pocket one for the pocket base, else local CLIP and DINOv2.
 
     Raises:
-        UserError: one is not here, or none is known to see what these bases draw.
+        UserError: one is not on this machine, or none suits these bases.
     """
     if names:
         return [load_encoder(name) for name in dict.fromkeys(names)]
     if all(preset_of(base) == "pocket" for base in bases):
         return [load_encoder("pocket")]
-    found = encoders_here()
-    if not found:
+    local = encoders_here()
+    if not local:
         raise UserError(
             "No encoder that knows photographs is on this machine; a CLIP or DINOv2 model has to be downloaded first.",
             Fix("encoders", so="to name it"),
         )
-    return found
+    return local

@@ -1,4 +1,4 @@
-"""The photos that pictures are compared with."""
+"""The reference photos that images are compared with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..data.folder import Concept, load_concept
 
 @dataclass(frozen=True)
 class Subject:
-    """A concept that shall be measured; ``photos`` is the folder it was trained on, if that is known."""
+    """A concept to measure; ``photos`` is the folder it was trained on, if known."""
 
     name: str
     noun: str
@@ -21,7 +21,7 @@ class Subject:
 
 
 def read_references(folder: Path) -> tuple[list[Concept], bool]:
-    """The concepts of a folder, and whether its photos show a single one.
+    """The concepts of a folder, and whether it holds the photos of a single one.
 
     Raises:
         UserError: it holds neither photos nor folders of photos.
@@ -32,40 +32,40 @@ def read_references(folder: Path) -> tuple[list[Concept], bool]:
     if single:
         return [single], True
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = [concept for path in inside if (concept := _concept(path))]
-    if not found:
+    concepts = [concept for path in inside if (concept := _concept(path))]
+    if not concepts:
         raise UserError(
             f"{folder} holds no references: put photos of one concept there, or a folder of photos for each."
         )
-    return found, False
+    return concepts, False
 
 
 def references_of(subjects: Sequence[Subject], folder: Path | None, others: bool = False) -> dict[str, Concept]:
-    """Every subject's photos by its name, from a folder or from where it was trained; then the folder's other concepts.
+    """Every subject's photos by name, from a folder or from its training folder; then the folder's other concepts.
 
     Raises:
-        UserError: a subject has none; the sentence says where they are looked for.
+        UserError: a subject has none; the sentence names the searched folder.
     """
     if folder is None:
         return {subject.name: _trained_on(subject) for subject in subjects}
-    held, single = read_references(folder)
+    concepts, single = read_references(folder)
     if single:
         if len(subjects) > 1:
             names = ", ".join(subject.name for subject in subjects)
             raise UserError(f"{folder} holds photos of one concept; give a folder that has one for each of {names}.")
-        return {subject.name: _as(subject, held[0]) for subject in subjects}
-    found = {}
+        return {subject.name: _as(subject, concepts[0]) for subject in subjects}
+    photos = {}
     for subject in subjects:
-        mine = [c for c in held if c.name == subject.name] or [c for c in held if c.token == subject.token]
+        mine = [c for c in concepts if c.name == subject.name] or [c for c in concepts if c.token == subject.token]
         if not mine:
-            names = ", ".join(concept.name for concept in held)
+            names = ", ".join(concept.name for concept in concepts)
             raise UserError(f"{folder} holds photos of {names}, but none of '{subject.name}'; put them there too.")
-        found[subject.name] = _as(subject, mine[0])
+        photos[subject.name] = _as(subject, mine[0])
     if others:
-        taken = {concept.photos[0].path for concept in found.values()}
-        rest = [c for c in held if c.photos[0].path not in taken and c.name not in found]
-        found |= {concept.name: concept for concept in rest}
-    return found
+        taken = {concept.photos[0].path for concept in photos.values()}
+        rest = [c for c in concepts if c.photos[0].path not in taken and c.name not in photos]
+        photos |= {concept.name: concept for concept in rest}
+    return photos
 
 
 def _concept(folder: Path) -> Concept | None:
@@ -76,13 +76,13 @@ def _concept(folder: Path) -> Concept | None:
 
 
 def _as(subject: Subject, concept: Concept) -> Concept:
-    """The photos under the subject's own words."""
+    """The photos with the subject's name, token and noun."""
     return replace(concept, name=subject.name, token=subject.token, noun=subject.noun or concept.noun)
 
 
 def _trained_on(subject: Subject) -> Concept:
-    found = _concept(subject.photos) if subject.photos else None
-    if found is None:
+    concept = _concept(subject.photos) if subject.photos else None
+    if concept is None:
         where = f"are not in {subject.photos} any more" if subject.photos else "are not known"
         raise UserError(f"The photos of '{subject.name}' {where}.", Fix("references", so="to say where they are"))
-    return _as(subject, found)
+    return _as(subject, concept)

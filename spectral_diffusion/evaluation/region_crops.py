@@ -1,4 +1,4 @@
-"""Where in a picture made here each concept should be: its scene tells the regions, so that no detector is needed."""
+"""Where each concept should be in a picture of this program: its scene holds the regions, so no detector is needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Tokens = Mapping[str, tuple[str, str]]  # a concept's token to its name and noun
 
 
 def scene_in(path: Path) -> Scene | None:
-    """The scene of a single picture made here; None for any other file, and for contact sheets."""
+    """The scene of a single picture of this program; None for other files and for contact sheets."""
     try:
         scene = build(Scene, read_settings(path))
     except UserError:
@@ -30,26 +30,26 @@ def scene_in(path: Path) -> Scene | None:
 
 
 def views_in(path: Path, scene: Scene, tokens: Tokens, size: tuple[int, int]) -> list[View]:
-    """The views of one picture: each region that names one concept; of a scene without regions the whole picture.
+    """The views of one picture: each region that names one concept; without regions the whole picture.
 
     ``size`` is the picture's, (width, height) in pixels.
 
     Raises:
         UserError: a region's mask cannot be read.
     """
-    places: list[tuple[str, Region | None]] = [(region.prompt, region) for region in scene.regions]
-    found = []
-    for prompt, region in places or [(scene.prompt, None)]:
+    prompts: list[tuple[str, Region | None]] = [(region.prompt, region) for region in scene.regions]
+    views = []
+    for prompt, region in prompts or [(scene.prompt, None)]:
         named = {token for token in tokens if token.lower() in typed_tokens(prompt)}
         if len(named) == 1:
             name, _ = tokens[named.pop()]
             box = square_box(bounds(region, *size)) if region else None
-            found.append(View(name, path, spoken(prompt, tokens), box))
-    return found
+            views.append(View(name, path, spoken(prompt, tokens), box))
+    return views
 
 
 def spoken(prompt: str, tokens: Tokens) -> str:
-    """A prompt for those who do not know the tokens: nouns in their places, ``a photo of a dog``."""
+    """A prompt with nouns in place of the tokens: ``a photo of a dog``."""
     for token, (_, noun) in tokens.items():
         prompt = token_text(token).sub(with_article(noun), prompt)
     return prompt
@@ -57,11 +57,11 @@ def spoken(prompt: str, tokens: Tokens) -> str:
 
 def bounds(region: Region, width: int, height: int) -> Pixels:
     """The smallest box around a region in pixels."""
-    place = region_mask(region, width, height)
-    if isinstance(place, torch.Tensor):
-        rows, columns = (place > 0.5).any(1).nonzero(), (place > 0.5).any(0).nonzero()
+    area = region_mask(region, width, height)
+    if isinstance(area, torch.Tensor):
+        rows, columns = (area > 0.5).any(1).nonzero(), (area > 0.5).any(0).nonzero()
         return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-    left, top, right, bottom = place
+    left, top, right, bottom = area
     return round(left * width), round(top * height), round(right * width), round(bottom * height)
 
 

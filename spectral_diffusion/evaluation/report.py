@@ -1,4 +1,4 @@
-"""The report: Markdown, and one HTML file that holds its pictures and asks nobody for anything."""
+"""The report: Markdown, and one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ from .tables import Row, cell_text, markdown
 NAME = "evaluation"  # of the files, before .json, .md, .html and .png
 TITLE = "Evaluation"
 THUMBNAIL = 160  # pixels of the longer side at most
-MOST = 12  # thumbnails of a concept in one way
+MOST = 12  # thumbnails of a concept in one setting
 MATRICES = "Whose photos are nearest (columns) to what should show a concept (rows)"
 
 
-def write_report(found: Evaluation, folder: Path) -> Path:
+def write_report(evaluation: Evaluation, folder: Path) -> Path:
     """Write ``evaluation.json``, ``.md``, ``.html`` and ``.png`` into a folder; returns the HTML file.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    views = {way: [one.view for one in scored] for way, scored in found.scored.items()}
+    views = {setting: [result.view for result in scored] for setting, scored in evaluation.scored.items()}
     with atomic(folder / f"{NAME}.png") as temporary:
-        draw_sheet(views, found.concepts).save(temporary, format="PNG", optimize=True)
-    names = {encoder: short(encoder, found.encoders) for encoder in found.encoders}
-    write_json(folder / f"{NAME}.json", without_folders(found.json(), names))
-    write_text(folder / f"{NAME}.md", as_markdown(found))
+        draw_sheet(views, evaluation.concepts).save(temporary, format="PNG", optimize=True)
+    names = {encoder: short(encoder, evaluation.encoders) for encoder in evaluation.encoders}
+    write_json(folder / f"{NAME}.json", without_folders(evaluation.json(), names))
+    write_text(folder / f"{NAME}.md", as_markdown(evaluation))
     path = folder / f"{NAME}.html"
-    write_text(path, as_html(found, folder))
+    write_text(path, as_html(evaluation, folder))
     return path
 
 
-def as_markdown(found: Evaluation) -> str:
-    """The tables as a page, the contact sheet below."""
-    parts = [f"# {TITLE}", " ".join(sentences(found))]
-    for title, rows in tables(found).items():
-        parts += [f"## {title}", markdown([_plain(row) for row in rows])]
-    if matrices := found.confusion():
+def as_markdown(evaluation: Evaluation) -> str:
+    """The report as Markdown, the contact sheet last."""
+    parts = [f"# {TITLE}", " ".join(sentences(evaluation))]
+    for title, rows in tables(evaluation).items():
+        parts += [f"## {title}", markdown([_escaped_row(row) for row in rows])]
+    if matrices := evaluation.confusion():
         parts.append(f"## {MATRICES}")
     for matrix in matrices:
         parts += [
-            f"### {matrix_title(matrix, found.encoders)}",
-            markdown([_plain(row) for row in matrix_rows(matrix)]),
+            f"### {matrix_title(matrix, evaluation.encoders)}",
+            markdown([_escaped_row(row) for row in matrix_rows(matrix)]),
         ]
-    parts += [f"![contact sheet]({NAME}.png)", made_of(found)]
+    parts += [f"![contact sheet]({NAME}.png)", made_of(evaluation)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _plain(row: Row) -> Row:
-    """A row whose texts cannot break a Markdown table."""
+def _escaped_row(row: Row) -> Row:
+    """A row with texts escaped for a Markdown table."""
     return {_cell(key): _cell(value) if isinstance(value, str) else value for key, value in row.items()}
 
 
@@ -67,58 +67,61 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def made_of(found: Evaluation) -> str:
-    """Base, encoders and intervals in a sentence."""
-    base = found.about.get("base") or {}
-    drawn = f" Base: {base['name']}, fingerprint {base['fingerprint'][:12]}." if base else ""
-    encoders = ", ".join(short(one, found.encoders) for one in found.encoders)
-    return f"Encoders: {encoders}. In brackets 95 % intervals of the mean, a bootstrap over concepts.{drawn}"
+def made_of(evaluation: Evaluation) -> str:
+    """Base, encoders and intervals in sentences."""
+    base = evaluation.about.get("base") or {}
+    base_text = f" Base: {base['name']}, fingerprint {base['fingerprint'][:12]}." if base else ""
+    encoders = ", ".join(short(result, evaluation.encoders) for result in evaluation.encoders)
+    return f"Encoders: {encoders}. In brackets 95 % intervals of the mean, a bootstrap over concepts.{base_text}"
 
 
-def as_html(found: Evaluation, folder: Path) -> str:
-    """The whole report as one file; the template escapes every text, and every picture is inside."""
+def as_html(evaluation: Evaluation, folder: Path) -> str:
+    """The report as one file with its images inside; the template escapes every text."""
     return render(
         "evaluation/report.html.jinja",
         title=TITLE,
-        sentences=sentences(found),
+        sentences=sentences(evaluation),
         tables={
             title: [{column: cell_text(value) for column, value in row.items()} for row in rows]
-            for title, rows in tables(found).items()
+            for title, rows in tables(evaluation).items()
         },
         all_concepts=ALL,
         matrices_title=MATRICES,
-        matrices=[(matrix_title(matrix, found.encoders), matrix) for matrix in found.confusion()],
-        pictures={name: _pictures(found, name, folder) for name in found.concepts},
-        made_of=made_of(found),
+        matrices=[(matrix_title(matrix, evaluation.encoders), matrix) for matrix in evaluation.confusion()],
+        pictures={name: _pictures(evaluation, name, folder) for name in evaluation.concepts},
+        made_of=made_of(evaluation),
     )
 
 
-def _pictures(found: Evaluation, concept: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The thumbnails of a concept by way; a way that does not show it is left out."""
-    mine = {way: [one for one in scored if one.view.concept == concept] for way, scored in found.scored.items()}
-    return {way: _thumbnails(scored, found.encoders[0], folder) for way, scored in mine.items() if scored}
+def _pictures(evaluation: Evaluation, concept: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The thumbnails of a concept by setting; settings without it are left out."""
+    mine = {
+        setting: [result for result in scored if result.view.concept == concept]
+        for setting, scored in evaluation.scored.items()
+    }
+    return {setting: _thumbnails(scored, evaluation.encoders[0], folder) for setting, scored in mine.items() if scored}
 
 
 def _thumbnails(scored: Sequence[Scored], encoder: str, folder: Path) -> list[dict[str, Any]]:
-    """Thumbnails with prompt and identity as title, those beside the report as links to their files."""
-    by_view, folder, out = {one.view: one for one in scored}, folder.resolve(), []
+    """Thumbnails with prompt and identity as title; files below the report's folder are linked."""
+    by_view, folder, out = {result.view: result for result in scored}, folder.resolve(), []
     for view in evenly_chosen(list(by_view), MOST):
-        one, path = by_view[view], view.path.resolve()
+        result, path = by_view[view], view.path.resolve()
         out.append(
             {
                 "source": data_url(view),
-                "told": f"{view.prompt or view.path.name} · {one.identity(encoder):.2f}",
+                "title": f"{view.prompt or view.path.name} · {result.identity(encoder):.2f}",
                 "link": quote(path.relative_to(folder).as_posix()) if path.is_relative_to(folder) else "",
-                "wrong": one.right(encoder) == 0,
+                "wrong": result.right(encoder) == 0,
             }
         )
     return out
 
 
 def data_url(view: View) -> str:
-    """A small copy of what is seen: PNG where it is small already, else JPEG."""
+    """A small copy of a view: PNG if it is small already, else JPEG."""
     image = view.open()
-    held, kind = io.BytesIO(), "png" if max(image.size) <= THUMBNAIL else "jpeg"
+    buffer, kind = io.BytesIO(), "png" if max(image.size) <= THUMBNAIL else "jpeg"
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    image.save(held, format=kind, **({} if kind == "png" else {"quality": 85}))
-    return f"data:image/{kind};base64,{base64.b64encode(held.getvalue()).decode()}"
+    image.save(buffer, format=kind, **({} if kind == "png" else {"quality": 85}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -19,8 +19,8 @@ from ..core.paths import without_folders
 from ..data.folder import Concept
 from ..metrics.views import View
 from ..scenes.generate import generate_to_file
-from .generate import EvaluationImages, GeneratedImages, count_of, draw_adapters
-from .inputs import EvaluationInputs, choose_encoders, hold, read_pictures, read_scenes, subjects
+from .generate import EvaluationImages, GeneratedImages, count_of, generate_adapters
+from .inputs import EvaluationInputs, choose_encoders, load_inputs, read_pictures, read_scenes, subjects
 from .measure import image_drift, score, with_photos
 from .references import references_of
 from .region_crops import scene_in, views_in
@@ -32,77 +32,78 @@ def evaluate_to_folder(
     config: EvaluateConfig,
     hooks: Hooks = QUIET,
 ) -> Evaluation:
-    """Draw, measure and write ``evaluation.json``, ``.md``, ``.html``, ``.png`` and the settings into the output.
+    """Generate, measure and write ``evaluation.json``, ``.md``, ``.html``, ``.png`` and the settings into the output.
 
-    Pictures that are there already, made from the same settings, base and files, are not drawn again.
+    Existing images of the same settings, base and files are kept.
 
     Raises:
-        Cancelled: ``should_stop`` said so; what is drawn is kept.
-        UserError: anything the person can mend; most of it is told before anything is drawn.
+        Cancelled: ``should_stop`` returned True; finished images are kept.
+        UserError: anything the user can fix; most of it is checked before the first image.
     """
     if config.output.exists() and not config.output.is_dir():
         raise UserError(f"The output {config.output} is a file.", Fix("output", so="to name a folder"))
-    held = hold(config)
-    scenes = read_scenes(config, held)
+    inputs = load_inputs(config)
+    scenes = read_scenes(config, inputs)
     pictures = read_pictures(config.pictures) if config.pictures else {}
-    if not (held or scenes or pictures):
+    if not (inputs or scenes or pictures):
         raise UserError(
             "Nothing to evaluate: neither adapter files nor a fused folder is given.",
             Fix("scenes", so="to draw and measure a scene"),
             Fix("pictures", so="to measure a folder of pictures"),
         )
     every = [*scenes.values(), *pictures.values()]
-    concepts = references_of(subjects(config, held, every), config.references, config.others)
-    encoders = choose_encoders(config.encoders, [held.base] if held else [scene.base for scene in every])
+    concepts = references_of(subjects(config, inputs, every), config.references, config.others)
+    encoders = choose_encoders(config.encoders, [inputs.base] if inputs else [scene.base for scene in every])
     check_writable(config.output / f"{NAME}.json")
 
     of_scenes = sum(len(scene.every_seed()) for scene in scenes.values())
-    shelf = EvaluationImages(config, count_of(config, held) + of_scenes, hooks.progress, hooks.should_stop)
-    drawn = draw_adapters(shelf, held, hooks) if held else GeneratedImages()
+    images = EvaluationImages(config, count_of(config, inputs) + of_scenes, hooks.progress, hooks.should_stop)
+    generated = generate_adapters(images, inputs, hooks) if inputs else GeneratedImages()
     for name, scene in scenes.items():
         paths = generate_to_file(scene, Hooks(notify=hooks.notify, should_stop=hooks.should_stop), resume=True)
-        drawn.shown[name] = views_of({path: scene_in(path) for path in paths}, concepts)
-        shelf.count(len(scene.every_seed()))
+        generated.shown[name] = views_of({path: scene_in(path) for path in paths}, concepts)
+        images.count(len(scene.every_seed()))
     if pictures:
-        drawn.shown["pictures"] = views_of(pictures, concepts)
-    for way, views in drawn.shown.items():
+        generated.shown["pictures"] = views_of(pictures, concepts)
+    for setting, views in generated.shown.items():
         if not views:
-            hooks.notify(f"Note: nothing in '{way}' names one concept in one place, so it is not measured.")
-    if not any(drawn.shown.values()):
+            hooks.notify(f"Note: nothing in '{setting}' names one concept in one place, so it is not measured.")
+    if not any(generated.shown.values()):
         raise UserError("No picture names one concept in one place; use scenes with regions that name a token each.")
 
     encoder_names = [encoder.name for encoder in encoders]
-    scored = score(with_photos(drawn.shown, concepts), concepts, encoders, hooks)
-    result = Evaluation(evaluation_record(config, held, drawn, concepts), list(concepts), encoder_names, scored)
-    if held:
-        result.together = None if held.together == ALONE else held.together
-        result.drift = {encoder.name: image_drift(encoder, *drawn.ordinary) for encoder in encoders}
-        result.seconds = {way: shelf.each(way) for way in drawn.shown if shelf.each(way)}
+    scored = score(with_photos(generated.shown, concepts), concepts, encoders, hooks)
+    result = Evaluation(evaluation_record(config, inputs, generated, concepts), list(concepts), encoder_names, scored)
+    if inputs:
+        result.together = None if inputs.together == ALONE else inputs.together
+        result.drift = {encoder.name: image_drift(encoder, *generated.generic_images) for encoder in encoders}
+        result.seconds = {setting: images.each(setting) for setting in generated.shown if images.each(setting)}
     write_settings(config.output / f"{NAME}.yaml", heading() + to_yaml(config))
     write_report(result, config.output)
     return result
 
 
 def views_of(pictures: Mapping[Path, Scene | None], concepts: Mapping[str, Concept]) -> list[View]:
-    """The views of pictures by their scenes; none of contact sheets, which have none."""
+    """The views of pictures by their scenes; contact sheets have none."""
     tokens = {concept.token: (concept.name, concept.noun) for concept in concepts.values()}
-    found = []
+    views = []
     for path, scene in pictures.items():
         if scene is not None:
             with Image.open(path) as image:
-                found += views_in(path, scene, tokens, image.size)
-    return found
+                views += views_in(path, scene, tokens, image.size)
+    return views
 
 
 def evaluation_record(
-    config: EvaluateConfig, held: EvaluationInputs | None, drawn: GeneratedImages, concepts: Mapping[str, Concept]
+    config: EvaluateConfig, inputs: EvaluationInputs | None, generated: GeneratedImages, concepts: Mapping[str, Concept]
 ) -> dict[str, Any]:
-    """What an evaluation was made from, as JSON."""
+    """The inputs of an evaluation as JSON."""
     return {
         "config": without_folders(config.model_dump(mode="json")),
         "provenance": provenance(),
-        "base": {"name": without_folders(held.base), "fingerprint": drawn.base} if held else None,
+        "base": {"name": without_folders(inputs.base), "fingerprint": generated.base} if inputs else None,
         "concepts": {
-            name: {"token": one.token, "noun": one.noun, "photos": len(one.photos)} for name, one in concepts.items()
+            name: {"token": concept.token, "noun": concept.noun, "photos": len(concept.photos)}
+            for name, concept in concepts.items()
         },
     }

@@ -1,4 +1,4 @@
-"""What was measured as tables and sentences, the same for terminal, Markdown and HTML."""
+"""The measurements as tables and sentences, the same for terminal, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FLOOR, ALONE = "untouched base", "alone"
 
 @dataclass
 class Evaluation:
-    """Everything that an evaluation found.
+    """The results of an evaluation.
 
     Attributes:
-        about: settings, versions, base and concepts, as they stand in the JSON.
-        scored: way of being shown to what was seen.
-        together: the way in which the concepts act together, if they do.
-        drift: by encoder, of ordinary prompts.
-        seconds: a picture, by way.
+        about: settings, versions, base and concepts, as in the JSON.
+        scored: setting to scored views.
+        together: the setting with all concepts enabled, if there is one.
+        drift: of generic prompts, by encoder.
+        seconds: per image, by setting.
     """
 
     about: dict[str, Any]
@@ -35,10 +35,10 @@ class Evaluation:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
-        """All of it for machines."""
+        """The results as JSON."""
         return {
             **self.about,
-            "measures": [row for way, found in self.scored.items() for row in measurement_rows(way, found)],
+            "measures": [row for setting, scored in self.scored.items() for row in measurement_rows(setting, scored)],
             "confusion": self.confusion(),
             "kept": kept_share(self),
             "drift": dict(self.drift),
@@ -49,31 +49,37 @@ class Evaluation:
         """The confusion matrices; none of a single concept."""
         if len(self.concepts) < 2:
             return []
-        return [one for way, found in self.scored.items() for one in confusion_of(way, found, self.concepts)]
+        return [
+            matrix for setting, scored in self.scored.items() for matrix in confusion_of(setting, scored, self.concepts)
+        ]
 
 
 def short(encoder: str, others: Sequence[str] = ()) -> str:
-    """An encoder's name without where it lies, unless another of these would be called the same."""
+    """An encoder's name without its folder, unless another of these has the same name."""
     name = Path(encoder).name
     return encoder if [Path(other).name for other in others].count(name) > 1 else name
 
 
-def kept_share(found: Evaluation) -> list[dict[str, Any]]:
-    """Per concept how much of its identity alone is left together, by the first encoder.
+def kept_share(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Per concept the share of its identity alone that is left together, by the first encoder.
 
-    ``of alone`` is the plain quotient, ``of the way`` that of what each gains over the untouched base.
+    ``of alone`` is the ratio of identities, ``of the way`` that of the gains over the untouched base.
     """
-    if found.together is None or ALONE not in found.scored or found.together not in found.scored:
+    if evaluation.together is None or ALONE not in evaluation.scored or evaluation.together not in evaluation.scored:
         return []
-    encoder, rows = found.encoders[0], []
+    encoder, rows = evaluation.encoders[0], []
 
-    def identities(way: str, name: str) -> list[float]:
-        return [one.identity(encoder) for one in found.scored.get(way, ()) if name in (ALL, one.view.concept)]
+    def identities(setting: str, name: str) -> list[float]:
+        return [
+            result.identity(encoder)
+            for result in evaluation.scored.get(setting, ())
+            if name in (ALL, result.view.concept)
+        ]
 
-    names = list(dict.fromkeys(one.view.concept for one in found.scored[ALONE]))
+    names = list(dict.fromkeys(result.view.concept for result in evaluation.scored[ALONE]))
     for name in [*names, *([ALL] if len(names) > 1 else [])]:
-        alone, together, floor = (identities(way, name) for way in (ALONE, found.together, FLOOR))
-        concepts = [one.view.concept for one in found.scored[ALONE] if name in (ALL, one.view.concept)]
+        alone, together, floor = (identities(setting, name) for setting in (ALONE, evaluation.together, FLOOR))
+        concepts = [result.view.concept for result in evaluation.scored[ALONE] if name in (ALL, result.view.concept)]
         row: dict[str, Any] = {"concept": name, "of alone": share_text(together, alone, concepts)}
         if floor:
             gained = [value - low for value, low in zip(together, floor, strict=True)]
@@ -83,44 +89,50 @@ def kept_share(found: Evaluation) -> list[dict[str, Any]]:
     return rows
 
 
-def identity_table(found: Evaluation, intervals: bool = True) -> list[Row]:
-    """A row per way and concept."""
+def identity_table(evaluation: Evaluation, intervals: bool = True) -> list[Row]:
+    """A row per setting and concept."""
 
     def cell(figure: Figure | None) -> str | None:
         return with_interval(figure) if figure is None or intervals else f"{figure['mean']:.2f}"
 
-    several = len(found.encoders) > 1
+    several = len(evaluation.encoders) > 1
     rows: list[Row] = []
-    for row in (row for way, scored in found.scored.items() for row in measurement_rows(way, scored)):
+    for row in (row for setting, scored in evaluation.scored.items() for row in measurement_rows(setting, scored)):
         cells: dict[str, Any] = {"shown": row["way"], "concept": row["concept"], "pictures": row["pictures"]}
-        for encoder in found.encoders:
-            mark = f", {short(encoder, found.encoders)}" if several else ""
+        for encoder in evaluation.encoders:
+            mark = f", {short(encoder, evaluation.encoders)}" if several else ""
             for kind, figure in row["encoders"][encoder].items():
-                if len(found.concepts) > 1 or kind == "identity":
+                if len(evaluation.concepts) > 1 or kind == "identity":
                     cells[kind + mark] = cell(figure)
-        for kind in dict.fromkeys(kind for scored in found.scored.values() for one in scored for kind in one.text):
+        for kind in dict.fromkeys(
+            kind for scored in evaluation.scored.values() for result in scored for kind in result.text
+        ):
             cells["text match" if kind == "backdrop" else kind] = cell(row["text"].get(kind))
         rows.append(cells)
     return rows
 
 
-def tables(found: Evaluation, intervals: bool = True) -> dict[str, list[Row]]:
-    """All tables but the matrices, by title; what was not measured is left out. ``intervals`` is of the first table."""
-    out: dict[str, list[Row]] = {"Identity: mean cosine with the concept's photos": identity_table(found, intervals)}
-    if left := kept_share(found):
-        out[f"What is kept of the identity alone ({found.together})"] = list(left)
-    if found.drift:
-        out["Drift of ordinary prompts (1 − cosine with the untouched base's pictures)"] = [
-            {"encoder": short(encoder, found.encoders), "drift": with_interval(figure, 3)}
-            for encoder, figure in found.drift.items()
+def tables(evaluation: Evaluation, intervals: bool = True) -> dict[str, list[Row]]:
+    """All tables but the matrices, by title, without missing measurements. ``intervals`` is for the first table."""
+    out: dict[str, list[Row]] = {
+        "Identity: mean cosine with the concept's photos": identity_table(evaluation, intervals)
+    }
+    if left := kept_share(evaluation):
+        out[f"What is kept of the identity alone ({evaluation.together})"] = list(left)
+    if evaluation.drift:
+        out["Drift of generic prompts (1 − cosine with the untouched base's pictures)"] = [
+            {"encoder": short(encoder, evaluation.encoders), "drift": with_interval(figure, 3)}
+            for encoder, figure in evaluation.drift.items()
         ]
-    if found.seconds:
-        out["Seconds a picture"] = [{"shown": way, "seconds": round(value, 2)} for way, value in found.seconds.items()]
+    if evaluation.seconds:
+        out["Seconds a picture"] = [
+            {"shown": setting, "seconds": round(value, 2)} for setting, value in evaluation.seconds.items()
+        ]
     return out
 
 
 def matrix_title(matrix: Mapping[str, Any], encoders: Sequence[str]) -> str:
-    """What a confusion matrix is of, by which of the encoders."""
+    """The title of a confusion matrix: setting and encoder."""
     return f"{matrix['way']}, by {short(matrix['encoder'], encoders)}" if len(encoders) > 1 else str(matrix["way"])
 
 
@@ -132,17 +144,24 @@ def matrix_rows(matrix: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def sentences(found: Evaluation) -> list[str]:
-    """The few things to know first, by rule."""
+def sentences(evaluation: Evaluation) -> list[str]:
+    """The main results in sentences, by rule."""
     last = {
-        way: measurement_rows(way, scored)[-1]["encoders"][found.encoders[0]] for way, scored in found.scored.items()
+        setting: measurement_rows(setting, scored)[-1]["encoders"][evaluation.encoders[0]]
+        for setting, scored in evaluation.scored.items()
     }
-    out = ["Identity: " + ", ".join(f"{way} {with_interval(one['identity'])}" for way, one in last.items()) + "."]
-    if len(found.concepts) > 1:
-        shares = ", ".join(f"{way} {with_interval(one['right concept'])}" for way, one in last.items())
+    out = [
+        "Identity: "
+        + ", ".join(f"{setting} {with_interval(result['identity'])}" for setting, result in last.items())
+        + "."
+    ]
+    if len(evaluation.concepts) > 1:
+        shares = ", ".join(f"{setting} {with_interval(result['right concept'])}" for setting, result in last.items())
         out.append(f"Share of pictures that are nearest to the right concept: {shares}.")
-    if left := kept_share(found):
-        out.append(f"Together ({found.together}) the concepts keep {left[-1]['of alone']} of their identity alone.")
-    if found.drift and (figure := found.drift[found.encoders[0]]):
-        out.append(f"Ordinary prompts drift by {with_interval(figure, 3)}.")
+    if left := kept_share(evaluation):
+        out.append(
+            f"Together ({evaluation.together}) the concepts keep {left[-1]['of alone']} of their identity alone."
+        )
+    if evaluation.drift and (figure := evaluation.drift[evaluation.encoders[0]]):
+        out.append(f"Generic prompts drift by {with_interval(figure, 3)}.")
     return out

@@ -1,4 +1,4 @@
-"""Tables for people."""
+"""Markdown tables."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""The top singular vector finds the ideal neuron: the toy of the paper's section 3.2 (Fig. 3).
+"""The top singular vector finds the ideal neuron: the toy experiment of the paper's section 3.2 (Fig. 3).
 
-A two-layer ReLU network on 2-D points learns a target that one neuron could draw, y = relu(uᵀx). Few of its ten
+A two-layer ReLU network on 2-D points learns a target that one neuron can represent, y = relu(uᵀx). Few of its ten
 neurons end on u exactly; the others are off or dead. How near do the neurons and the two singular vectors of the
 hidden weight come to u? And when the target turns by 25°, which rank-1 change follows it best: of the top column, of
-the bottom column, or LoRA, with the same number of trained values? Medians over many seeds, so that the answer may
-be either.
+the bottom column, or LoRA, with the same number of trained values? Medians over many seeds.
 """
 
 from __future__ import annotations
@@ -52,11 +51,11 @@ def pretrain(points: Tensor, angle: float, generator: torch.Generator, steps: in
 
 
 def finetune(
-    weight: Tensor, out: Tensor, points: Tensor, angle: float, way: str, generator: torch.Generator, steps: int = 300
+    weight: Tensor, out: Tensor, points: Tensor, angle: float, change: str, generator: torch.Generator, steps: int = 300
 ) -> list[float]:
     """The loss after every step of a rank-1 change of the hidden weight."""
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
-    column = {"top": 0, "bottom": 1}.get(way)
+    column = {"top": 0, "bottom": 1}.get(change)
     method = get_method("lora" if column is None else "spectral-additive")
     frozen = {} if column is None else SingularTriplets(U, S, Vh.mT).columns(column, column + 1)._asdict()
     parameters = {name: torch.zeros(shape) for name, shape in method.shapes(2, NEURONS, 1).items()}
@@ -84,7 +83,7 @@ def angles_to(weight: Tensor, angle: float) -> tuple[Tensor, Tensor]:
 
 
 def measure_alignment(seeds: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The figures, and what the plot needs of the first seed and the medians."""
+    """The figures, and the plot's data: the first seed's weight and the median curves."""
     neurons, top, bottom = [], [], []
     curves: dict[str, list[list[float]]] = {"top": [], "bottom": [], "lora": []}
     shown: dict[str, Any] = {}
@@ -97,11 +96,11 @@ def measure_alignment(seeds: int) -> tuple[dict[str, Any], dict[str, Any]]:
         neurons.append(float(off.median()))
         top.append(float(vectors[0]))
         bottom.append(float(vectors[1]))
-        for way, found in curves.items():
-            found.append(finetune(weight, out, points, angle + TURN, way, generator))
+        for change, losses in curves.items():
+            losses.append(finetune(weight, out, points, angle + TURN, change, generator))
         if seed == 0:
             shown = {"weight": weight, "angle": angle}
-    middle = {way: torch.tensor(found).median(0).values for way, found in curves.items()}
+    middle = {change: torch.tensor(losses).median(0).values for change, losses in curves.items()}
     figures = {
         "seeds": seeds,
         "degrees_off": {
@@ -109,8 +108,8 @@ def measure_alignment(seeds: int) -> tuple[dict[str, Any], dict[str, Any]]:
             "top_singular_vector": round(float(torch.tensor(top).median()), 2),
             "bottom_singular_vector": round(float(torch.tensor(bottom).median()), 2),
         },
-        "loss_after_turn": {way: round(float(found[-1]), 5) for way, found in middle.items()},
-        "loss_after_30_steps": {way: round(float(found[29]), 5) for way, found in middle.items()},
+        "loss_after_turn": {change: round(float(losses[-1]), 5) for change, losses in middle.items()},
+        "loss_after_30_steps": {change: round(float(losses[29]), 5) for change, losses in middle.items()},
     }
     return figures, {**shown, "curves": middle}
 
@@ -128,16 +127,16 @@ def alignment_picture(shown: Mapping[str, Any]) -> Image.Image | None:
         left.plot([0, weight[0, index]], [0, weight[1, index]], color="0.6", marker="o", markevery=[1],
                   label="neurons" if index == 0 else None)  # fmt: skip
     u = torch.tensor([math.cos(angle), math.sin(angle)])
-    for vector, colour, label in ((u, "black", "ideal neuron u"), (U[:, 0], "C3", "top singular vector"),
+    for vector, color, label in ((u, "black", "ideal neuron u"), (U[:, 0], "C3", "top singular vector"),
                                   (U[:, 1], "C0", "bottom singular vector")):  # fmt: skip
         vector = vector * size * (1 if label.startswith("ideal") else float((u @ vector).sign()))
-        left.annotate("", vector.tolist(), (0, 0), arrowprops={"color": colour, "arrowstyle": "->", "linewidth": 2})
-        left.plot([], [], color=colour, label=label)
+        left.annotate("", vector.tolist(), (0, 0), arrowprops={"color": color, "arrowstyle": "->", "linewidth": 2})
+        left.plot([], [], color=color, label=label)
     left.set(xlim=(-1.3 * size, 1.3 * size), ylim=(-1.3 * size, 1.3 * size), aspect="equal", title="after pretraining")
     left.legend(fontsize=8)
-    for way, label in (("top", "spectral-additive, top column"), ("bottom", "spectral-additive, bottom column"),
+    for change, label in (("top", "spectral-additive, top column"), ("bottom", "spectral-additive, bottom column"),
                        ("lora", "LoRA, rank 1")):  # fmt: skip
-        right.semilogy(shown["curves"][way], label=label)
+        right.semilogy(shown["curves"][change], label=label)
     right.set(xlabel="step", ylabel="median loss", title="after the target turns by 25°")
     right.legend(fontsize=8)
     return chart_image(figure)
@@ -153,22 +152,28 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     """Degrees off, and losses after the target turns; medians over seeds."""
     figures, shown = measure_alignment(3 if quick else 50)
     off, early, late = figures["degrees_off"], figures["loss_after_30_steps"], figures["loss_after_turn"]
-    ways = [
-        {"rank-1 change": way, "median loss after 30 steps": f"{early[way]:.4f}", "at the end": f"{late[way]:.5f}"}
-        for way in early
+    rows = [
+        {
+            "rank-1 change": change,
+            "median loss after 30 steps": f"{early[change]:.4f}",
+            "at the end": f"{late[change]:.5f}",
+        }
+        for change in early
     ]
     tables = [
         Table("Degrees from the ideal neuron, medians over seeds", [{"seeds": figures["seeds"], **off}]),
-        Table("After the target turns by 25°", ways),
+        Table("After the target turns by 25°", rows),
     ]
     image = alignment_picture(shown)
     return Findings(tables, verdict(figures), {"picture": image} if image else {}, [] if image else [WANTED])
 
 
 def verdict(figures: Figures) -> str:
-    """How far off each is, and who follows soonest."""
+    """How far off each vector is, and which change follows soonest."""
     off, early = figures["degrees_off"], figures["loss_after_30_steps"]
-    order = ", ".join(f"{way} {early[way]:.4f}" for way in sorted(early, key=lambda way: float(early[way])))
+    order = ", ".join(
+        f"{change} {early[change]:.4f}" for change in sorted(early, key=lambda change: float(early[change]))
+    )
     return (
         f"The top singular vector is {off['top_singular_vector']:.1f}° off, the median neuron "
         f"{off['median_neuron']:.0f}°, the bottom one {off['bottom_singular_vector']:.0f}°. Median loss 30 steps after "

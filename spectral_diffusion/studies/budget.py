@@ -1,4 +1,4 @@
-"""How few numbers does each method need? Identity over trained numbers, with dashes where a budget cannot be had."""
+"""How few numbers does each method need? Identity over trained numbers; a dash where a budget is out of reach."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SIDE = 48  # of a picture in the grid
 def change_within(
     lab: StudyRunner, method: str, budget: int, shapes: Sequence[tuple[int, int]]
 ) -> dict[str, Any] | None:
-    """The method's settings at the largest rank within a budget; None where even its smallest is above it."""
-    config = lab.settings(NAMES[0], {"method": method, "param_budget": budget}, Path("adapter.safetensors"))
+    """The method's settings at the largest rank within a budget; None where even the smallest exceeds it."""
+    config = lab.train_config(NAMES[0], {"method": method, "param_budget": budget}, Path("adapter.safetensors"))
     try:
         rank = with_rank(config, shapes).rank
     except UserError:
@@ -41,8 +41,8 @@ def change_within(
 
 def smallest(method: str, shapes: Sequence[tuple[int, int]]) -> int:
     """The fewest numbers that the method can train in these weights."""
-    one = get_method(method)
-    return min(one.total(shapes, rank) for rank in one.ranks(shapes))
+    spectral_method = get_method(method)
+    return min(spectral_method.total(shapes, rank) for rank in spectral_method.ranks(shapes))
 
 
 @study(
@@ -66,14 +66,14 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             continue
         try:
             rate = get_method(method).lr_scale if quick else swept(lab, method)[0]
-            found = lab.alone(name, **seeded(change, seed), **scaled(lab, rate))
-            gain = found["identity"] - lab.generic(name, seed)["identity"]
+            measured = lab.alone(name, **seeded(change, seed), **scaled(lab, rate))
+            gain = measured["identity"] - lab.noun_baseline(name, seed)["identity"]
         except TimeOver:
             late.setdefault(f"{name} at seed {seed}", []).append(f"{method} within {budget:,}")
             continue
         found_gains.setdefault((method, budget), {}).setdefault(seed, []).append(gain)
-        trained[method, budget] = found["trained"]
-        lab.note(f"{name}, seed {seed}: {method} within {budget:,} trains {found['trained']:,}: gain {gain:.2f}")
+        trained[method, budget] = measured["trained"]
+        lab.note(f"{name}, seed {seed}: {method} within {budget:,} trains {measured['trained']:,}: gain {gain:.2f}")
     # A seed counts when it was measured for every concept.
     whole = {at: [g for g in by_seed.values() if len(g) == len(names)] for at, by_seed in found_gains.items()}
     gains = {at: [gain for seed_gains in of_seeds for gain in seed_gains] for at, of_seeds in whole.items() if of_seeds}
@@ -115,7 +115,7 @@ def budget_grid(
     budgets: Sequence[int],
     changes: dict[tuple[str, int], dict[str, Any] | None],
 ) -> Image.Image:
-    """One picture of the first concept by method (rows) and budget (columns); a dash where there is none."""
+    """One picture of the first concept by method (rows) and budget (columns); a dash where a budget is out of reach."""
 
     def cell(method: str, budget: int) -> Image.Image:
         change = changes[method, budget]
@@ -133,14 +133,14 @@ def budget_grid(
 
 
 def verdict(rows: Sequence[Row], budgets: Sequence[int]) -> str:
-    """The best method within each budget, and who cannot have it."""
+    """The best method within each budget, and how many methods can meet it."""
     sentences = []
     for budget in budgets:
-        there = [row for row in rows if row[f"{budget:,}"]]
-        if there:
-            best = max(there, key=lambda row: float(row[f"{budget:,}"].split()[0]))
+        able = [row for row in rows if row[f"{budget:,}"]]
+        if able:
+            best = max(able, key=lambda row: float(row[f"{budget:,}"].split()[0]))
             sentences.append(
                 f"Within {budget:,} numbers: best {best['method']}, a gain of {best[f'{budget:,}'].split()[0]}; "
-                f"{len(there)} of {len(rows)} methods can."
+                f"{len(able)} of {len(rows)} methods can."
             )
     return " ".join(sentences)

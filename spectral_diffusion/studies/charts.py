@@ -13,7 +13,7 @@ Curve = Sequence[tuple[float, float]]
 
 
 def plotting() -> Any:
-    """Matplotlib's pyplot, drawing without a screen; None where it is not installed."""
+    """Matplotlib's pyplot without a screen; None where it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -26,10 +26,10 @@ def plotting() -> Any:
 
 def chart_image(figure: Any) -> Image.Image:
     """A figure as a picture; the figure is closed."""
-    held = io.BytesIO()
-    figure.savefig(held, format="png", dpi=90)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90)
     plotting().close(figure)
-    return Image.open(held).convert("RGB")
+    return Image.open(buffer).convert("RGB")
 
 
 def curves(lines: Mapping[str, Curve], x: str, y: str, title: str = "", log: bool = False) -> Image.Image | None:

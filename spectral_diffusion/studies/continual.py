@@ -37,24 +37,24 @@ def unevenness(adapter: Adapter) -> float:
     worst = 0.0
     assert adapter.method.continue_from is not None
     for layer in adapter.layers:
-        held = adapter.method.continue_from(adapter.parameters_of(layer), adapter.frozen_of(layer))
-        for change in (held["D_U"].double(), held["D_V"].double()):
+        parameters = adapter.method.continue_from(adapter.parameters_of(layer), adapter.frozen_of(layer))
+        for change in (parameters["D_U"].double(), parameters["D_V"].double()):
             R = change + torch.eye(len(change), dtype=torch.float64)
             worst = max(worst, float((R.mT @ R - torch.eye(len(R), dtype=torch.float64)).abs().max()))
     return worst
 
 
 def trained(
-    lab: StudyRunner, way: str, names: Sequence[str], rate: float, seed: int
+    lab: StudyRunner, variant: str, names: Sequence[str], rate: float, seed: int
 ) -> tuple[StudyRunner, Adapter, Path]:
-    """The last concept's adapter after the others were learnt, its file, and the lab whose base it fits."""
+    """The last concept's adapter after the others were learnt, its file, and the runner whose base it fits."""
     change = {**CHANGE, **scaled(lab, rate), "seed": seed}
-    if way == ROTATION:
+    if variant == ROTATION:
         if len(names) > 1:
-            change["init_from_adapter"] = trained(lab, way, names[:-1], rate, seed)[2]
+            change["init_from_adapter"] = trained(lab, variant, names[:-1], rate, seed)[2]
     elif len(names) > 1:
-        under, _, file = trained(lab, way, names[:-1], rate, seed)
-        folder = lab.folder / "bases" / cell_key([lab.fingerprint, lab.recipe, change, list(names[:-1])])
+        under, _, file = trained(lab, variant, names[:-1], rate, seed)
+        folder = lab.folder / "bases" / cell_key([lab.fingerprint, lab.settings, change, list(names[:-1])])
         if not folder.is_dir():
             fuse_to_folder(FuseConfig(adapters=[file], output=folder, base=under.base_name))
         lab = replace(lab, base_name=str(folder))
@@ -62,28 +62,30 @@ def trained(
     return lab, adapter, lab.adapter_path(names[-1], **change)
 
 
-def chain_cell(lab: StudyRunner, way: str, names: Sequence[str], rate: float, seed: int) -> Figures:
-    """After the last of these concepts: how orthonormal its columns are, and the identity of each of them."""
+def chain_cell(lab: StudyRunner, variant: str, names: Sequence[str], rate: float, seed: int) -> Figures:
+    """After the last of these concepts: how orthonormal its columns are, and the identity of every concept."""
 
     def compute() -> Figures:
-        under, adapter, _ = trained(lab, way, names, rate, seed)
+        under, adapter, _ = trained(lab, variant, names, rate, seed)
         base = under.fresh()
         put_adapters(base, [(adapter, 1.0)])
         identity = {n: lab.identity(lab.portraits(base, lab.concept(n).token, seed), n) for n in names}
-        return {"identity": identity, "unevenness": unevenness(adapter) if way == ROTATION else None}
+        return {"identity": identity, "unevenness": unevenness(adapter) if variant == ROTATION else None}
 
-    return lab.cell("chain", {"way": way, "change": CHANGE, "names": list(names), "rate": rate, "seed": seed}, compute)
+    return lab.cell(
+        "chain", {"way": variant, "change": CHANGE, "names": list(names), "rate": rate, "seed": seed}, compute
+    )
 
 
 def summed_cell(lab: StudyRunner, names: Sequence[str], seed: int) -> Figures:
-    """The control: additive adapters, each trained on the untouched base in one and the same slot, summed."""
+    """The baseline: additive adapters, each trained on the untouched base in the same slot, summed."""
     family = "spectral, same slot"
-    rate, _ = family_rate(lab, family, lab.recipe["train"]["steps"] < 100)
+    rate, _ = family_rate(lab, family, lab.settings["train"]["steps"] < 100)
     if len(names) == 1:
         change = {**family_change(family, 0), **scaled(lab, rate), "seed": seed}
         return {"identity": {names[0]: lab.alone(names[0], **change)["identity"]}, "unevenness": None}
-    found = fused_cell(lab, FusionCell(family, "sum", len(names)), rate, names, seed)["concepts"]
-    return {"identity": {name: found[name]["identity"] for name in names}, "unevenness": None}
+    concepts = fused_cell(lab, FusionCell(family, "sum", len(names)), rate, names, seed)["concepts"]
+    return {"identity": {name: concepts[name]["identity"] for name in names}, "unevenness": None}
 
 
 @study(
@@ -93,36 +95,39 @@ def summed_cell(lab: StudyRunner, names: Sequence[str], seed: int) -> Figures:
     (60, 0.5),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
-    """After each of five concepts: the columns' orthonormality, and what is left of every concept learnt before."""
+    """After each of five concepts: the columns' orthonormality, and the identity of every earlier concept."""
     count, seeds = (2, (0,)) if quick else (len(NAMES), SEEDS)
-    ways = (ROTATION, NEW) if quick else (ROTATION, NEW, SUMMED)
-    found: dict[tuple[str, int], list[Figures]] = {}
+    variants = (ROTATION, NEW) if quick else (ROTATION, NEW, SUMMED)
+    cells_of: dict[tuple[str, int], list[Figures]] = {}
     missing: list[str] = []
-    for seed, way, length in itertools.product(seeds, ways, range(1, count + 1)):
+    for seed, variant, length in itertools.product(seeds, variants, range(1, count + 1)):
         try:
             names = NAMES[:length]
-            if way == SUMMED:
+            if variant == SUMMED:
                 cell = summed_cell(lab, names, seed)
             else:
-                cell = chain_cell(lab, way, names, rotation_rate(lab, quick), seed)
+                cell = chain_cell(lab, variant, names, rotation_rate(lab, quick), seed)
         except TimeOver:
-            missing.append(f"{way}, {length} concepts, seed {seed}")
+            missing.append(f"{variant}, {length} concepts, seed {seed}")
             continue
-        floor = {name: lab.generic(name, seed)["identity"] for name in names}
-        found.setdefault((way, length), []).append({**cell, "floor": floor, "seed": seed})
-        lab.note(f"{way}, seed {seed}: {', '.join(f'{n} {v:.2f}' for n, v in cell['identity'].items())}")
+        floor = {name: lab.noun_baseline(name, seed)["identity"] for name in names}
+        cells_of.setdefault((variant, length), []).append({**cell, "floor": floor, "seed": seed})
+        lab.note(f"{variant}, seed {seed}: {', '.join(f'{n} {v:.2f}' for n, v in cell['identity'].items())}")
     rows = [
-        continual_row(way, length, found) for way in ways for length in range(1, count + 1) if (way, length) in found
+        continual_row(variant, length, cells_of)
+        for variant in variants
+        for length in range(1, count + 1)
+        if (variant, length) in cells_of
     ]
     last: list[Row] = [
         {
-            "way": way,
+            "way": variant,
             "concept": name,
             "untouched base": mean([c["floor"][name] for c in cells]),
-            "when learnt": mean([c["identity"][name] for c in found.get((way, NAMES.index(name) + 1), [])]),
+            "when learnt": mean([c["identity"][name] for c in cells_of.get((variant, NAMES.index(name) + 1), [])]),
             f"after {length}": mean([c["identity"][name] for c in cells]),
         }
-        for (way, length), cells in found.items()
+        for (variant, length), cells in cells_of.items()
         if length == count
         for name in NAMES[:count]
     ]
@@ -135,15 +140,15 @@ def mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def continual_row(way: str, length: int, found: Mapping[tuple[str, int], Sequence[Figures]]) -> Row:
-    """One way after so many concepts; what an earlier one keeps is told of its gain over the untouched base."""
-    cells, new, old, kept, learnt = found[way, length], [], [], [], []
+def continual_row(variant: str, length: int, cells_of: Mapping[tuple[str, int], Sequence[Figures]]) -> Row:
+    """One variant after ``length`` concepts; retention is of an earlier concept's gain over the untouched base."""
+    cells, new, old, kept, learnt = cells_of[variant, length], [], [], [], []
     older: list[str] = []  # the concepts of ``old`` and, as all are known then, of ``kept``
     for cell in cells:
         *before, last = cell["identity"]
         new.append(cell["identity"][last])
         for index, name in enumerate(before, 1):
-            then = [c for c in found.get((way, index), []) if c["seed"] == cell["seed"]]
+            then = [c for c in cells_of.get((variant, index), []) if c["seed"] == cell["seed"]]
             old.append(cell["identity"][name])
             older.append(name)
             if then:
@@ -151,7 +156,7 @@ def continual_row(way: str, length: int, found: Mapping[tuple[str, int], Sequenc
                 learnt.append(then[0]["identity"][name] - cell["floor"][name])
     uneven = [cell["unevenness"] for cell in cells if cell["unevenness"] is not None]
     return {
-        "way": way,
+        "way": variant,
         "concepts": length,
         "seeds": len(cells),
         "off orthonormal": f"{max(uneven):.0e}" if uneven else None,
@@ -162,7 +167,7 @@ def continual_row(way: str, length: int, found: Mapping[tuple[str, int], Sequenc
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """How orthonormal the columns stay, and what the earlier concepts keep."""
+    """How orthonormal the columns stay, and how much gain the earlier concepts keep."""
     uneven = [float(row["off orthonormal"]) for row in rows if row["off orthonormal"]]
     text = f"Composed frames stay orthonormal to {max(uneven):.0e}. " if uneven else ""
     most = max((row["concepts"] for row in rows), default=0)

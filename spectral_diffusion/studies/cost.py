@@ -1,4 +1,4 @@
-"""What does every method cost? Preparation, a step, what it keeps, its file, merging: the paper's Fig. 7 and more."""
+"""What does every method cost? Preparation, step, activations, file, merging: the paper's Fig. 7 and more."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .runner import Figures, StudyRunner, TimeOver
 
 TARGETS = "unet-attention"
 ROUNDS = 3
-RANKS = {"oft": 64, "svdiff": 1}  # of methods whose rank is of another kind; else 8
+RANKS = {"oft": 64, "svdiff": 1}  # of methods whose rank means something else; others take 8
 MIB = 2**20
 RATIO = "step, of LoRA's"
 
@@ -40,14 +40,14 @@ class CostSubject:
 
     def forward(self, latents: Tensor | None = None, text: Tensor | None = None) -> Tensor:
         """Its prediction for the batch."""
-        x, words = self.latents if latents is None else latents, self.text if text is None else text
-        found: Tensor = self.unet(x, torch.tensor([500]), words).sample
-        return found
+        x, context = self.latents if latents is None else latents, self.text if text is None else text
+        prediction: Tensor = self.unet(x, torch.tensor([500]), context).sample
+        return prediction
 
 
 @dataclass
 class MethodCost:
-    """A method with what it is built on, and its measured seconds a step."""
+    """A method's rank, frozen tensors and figures, and its measured seconds a step."""
 
     rank: int
     frozen: Frozen
@@ -56,7 +56,7 @@ class MethodCost:
 
 
 def sd15() -> CostSubject:
-    """A U-Net of Stable Diffusion 1.5's sizes with random weights, at 256² pixels and batch 1."""
+    """A U-Net of Stable Diffusion 1.5's size with random weights, at 256² pixels and batch 1."""
     unet: Any = build_meta("sd15")["unet"].to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -70,17 +70,17 @@ def sd15() -> CostSubject:
 
 
 def pocket(lab: StudyRunner) -> CostSubject:
-    """The studies' own U-Net with the batch that they train at."""
+    """The studies' own U-Net with their training batch."""
     base = lab.fresh()
     unet = base.pipeline.unet
     unet.set_attn_processor(AttnProcessor())
-    batch, side = int(lab.recipe["train"]["batch_size"]), int(unet.config.sample_size)
+    batch, side = int(lab.settings["train"]["batch_size"]), int(unet.config.sample_size)
     latents = torch.randn(batch, unet.config.in_channels, side, side)
     return CostSubject(unet.requires_grad_(False), latents, torch.randn(batch, 32, unet.config.cross_attention_dim))
 
 
 def saved_bytes(net: nn.Module, forward: Callable[[], Any]) -> int:
-    """Bytes that a forward keeps for backward, parameters and frozen tensors not counted, each storage once."""
+    """Bytes that a forward saves for backward, without parameters and frozen tensors, each storage once."""
     own = {p.untyped_storage().data_ptr() for p in (*net.parameters(), *net.buffers())}
     seen: dict[int, int] = {}
     kept: list[Tensor] = []
@@ -89,7 +89,7 @@ def saved_bytes(net: nn.Module, forward: Callable[[], Any]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own and storage.data_ptr() not in seen:
             seen[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)  # so that no other tensor gets its address
+            kept.append(tensor)  # keeps its address from being reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -98,18 +98,18 @@ def saved_bytes(net: nn.Module, forward: Callable[[], Any]) -> int:
 
 
 def kept_bytes(subject: CostSubject) -> int:
-    """What a forward keeps, with gradients for latents and text, as where the text encoder is trained too."""
+    """Bytes that a forward saves with gradients for latents and text, as when the text encoder is trained too."""
     inputs = subject.latents.clone().requires_grad_(), subject.text.clone().requires_grad_()
     return saved_bytes(subject.unet, lambda: subject.forward(*inputs))
 
 
 def prepare_method(subject: CostSubject, name: str) -> MethodCost:
-    """The method's frozen tensors without any cache, and everything about it that no step needs: bytes, merging."""
+    """Compute the method's frozen tensors without a cache, and measure its bytes and its merging."""
     method = get_method(name)
     weights = {layer: m.weight.detach() for layer, m in find_targets({"unet": subject.unet}, TARGETS).items()}
     shapes = [matrix_shape(weight) for weight in weights.values()]
     allowed = method.ranks(shapes)
-    rank = min(allowed, key=lambda one: abs(one - RANKS.get(name, 8)))
+    rank = min(allowed, key=lambda allowed_rank: abs(allowed_rank - RANKS.get(name, 8)))
     begun = time.perf_counter()
     frozen = frozen_tensors(method, weights, rank, Slot.interval(0, rank) if method.slot else None, cached=False)
     seconds = time.perf_counter() - begun
@@ -121,8 +121,8 @@ def prepare_method(subject: CostSubject, name: str) -> MethodCost:
     begun = time.perf_counter()
     with torch.no_grad():
         for layer, weight in weights.items():
-            held = {key: trained[f"{layer}.{key}"] for key in method.shapes(*matrix_shape(weight), rank)}
-            weight + method.delta(held, with_weight(method, frozen[layer], weight)).delta().view(weight.shape)
+            parameters = {key: trained[f"{layer}.{key}"] for key in method.shapes(*matrix_shape(weight), rank)}
+            weight + method.delta(parameters, with_weight(method, frozen[layer], weight)).delta().view(weight.shape)
     figures = {
         "trained": count,
         "spectrum, s": seconds,
@@ -133,10 +133,10 @@ def prepare_method(subject: CostSubject, name: str) -> MethodCost:
     return MethodCost(rank, frozen, figures)
 
 
-def timed_step(subject: CostSubject, name: str, held: MethodCost) -> float:
-    """Seconds of forward, backward and AdamW, after one to warm up; the method is put on and taken off again."""
-    spec = AdapterSpec(get_method(name), held.rank, TARGETS, steps=100)
-    attachment = inject_adapter({"unet": subject.unet}, spec, frozen=held.frozen)
+def timed_step(subject: CostSubject, name: str, cost: MethodCost) -> float:
+    """Seconds of forward, backward and AdamW after one warm-up step; the method is injected and removed again."""
+    spec = AdapterSpec(get_method(name), cost.rank, TARGETS, steps=100)
+    attachment = inject_adapter({"unet": subject.unet}, spec, frozen=cost.frozen)
     optimizer = torch.optim.AdamW([p for _, p in attachment.named_parameters()], lr=1e-4)
     seconds = 0.0
     for _ in range(2):
@@ -150,28 +150,28 @@ def timed_step(subject: CostSubject, name: str, held: MethodCost) -> float:
 
 
 def measure_methods(subject: CostSubject, names: Sequence[str], rounds: int, hooks: Hooks) -> dict[str, Figures]:
-    """Every method's figures. Steps are timed in rounds, there and back, so that a drifting machine bothers all alike.
+    """Every method's figures. Steps are timed in rounds of alternating order, so that drift affects all methods alike.
 
-    The ratio to LoRA's step is the median over rounds of the ratio within one.
+    The ratio to LoRA's step is the median over rounds of the ratio within a round.
     """
-    plain = kept_bytes(subject)
-    held: dict[str, MethodCost] = {}
+    frozen_bytes = kept_bytes(subject)
+    costs: dict[str, MethodCost] = {}
     for name in names:
-        held[name] = prepare_method(subject, name)
-        hooks.notify(f"{name}: {held[name].figures['spectrum, s']:.1f} s to prepare")
+        costs[name] = prepare_method(subject, name)
+        hooks.notify(f"{name}: {costs[name].figures['spectrum, s']:.1f} s to prepare")
     for index in range(rounds):
         for name in names if index % 2 else names[::-1]:
-            held[name].steps.append(timed_step(subject, name, held[name]))
+            costs[name].steps.append(timed_step(subject, name, costs[name]))
         hooks.notify(f"round {index + 1} of {rounds}")
-    first = held["lora"].steps if "lora" in held else None
+    first = costs["lora"].steps if "lora" in costs else None
     out = {}
-    for name, one in held.items():
-        ratios = [mine / theirs for mine, theirs in zip(one.steps, first, strict=True)] if first else []
+    for name, cost in costs.items():
+        ratios = [mine / theirs for mine, theirs in zip(cost.steps, first, strict=True)] if first else []
         out[name] = {
-            **one.figures,
-            "step, s": statistics.median(one.steps),
+            **cost.figures,
+            "step, s": statistics.median(cost.steps),
             RATIO: statistics.median(ratios) if ratios else None,
-            "kept, of the frozen network's": one.figures["kept, MiB"] * MIB / plain,
+            "kept, of the frozen network's": cost.figures["kept, MiB"] * MIB / frozen_bytes,
         }
     return out
 
@@ -182,9 +182,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def cost_rows(found: Mapping[str, Figures]) -> list[Row]:
-    """One row a method, the columns in reading order."""
-    return [{"method": name, **{column: figures[column] for column in COLUMNS}} for name, figures in found.items()]
+def cost_rows(measured: Mapping[str, Figures]) -> list[Row]:
+    """One row per method, the columns in reading order."""
+    return [{"method": name, **{column: figures[column] for column in COLUMNS}} for name, figures in measured.items()]
 
 
 @study(
@@ -194,7 +194,7 @@ def cost_rows(found: Mapping[str, Figures]) -> list[Row]:
     (25, 0.2),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
-    """What every method costs on the pocket U-Net and on one of Stable Diffusion 1.5's size."""
+    """The costs of every method on the pocket U-Net and on one of Stable Diffusion 1.5's size."""
     names = ["spectral-additive", "spectral-rotation", "lora"] if quick else sorted(all_methods())
     sizes: dict[str, Callable[[], CostSubject]] = {"pocket": lambda: pocket(lab)}
     if not quick:
@@ -209,19 +209,20 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
 
         try:
             key = {"size": size, "methods": names, "threads": torch.get_num_threads()}
-            found = lab.cell("cost", key, compute, timed=True)
+            measured = lab.cell("cost", key, compute, timed=True)
         except TimeOver:
             missing.append(size)
             continue
-        tables.append(Table(f"The U-Net's attention projections, {size} size", cost_rows(found)))
-        sentences.append(verdict(size, found))
+        tables.append(Table(f"The U-Net's attention projections, {size} size", cost_rows(measured)))
+        sentences.append(verdict(size, measured))
     return Findings(tables, " ".join(sentences), missing=missing)
 
 
-def verdict(size: str, found: Mapping[str, Figures]) -> str:
-    """The two spectral methods against LoRA."""
+def verdict(size: str, measured: Mapping[str, Figures]) -> str:
+    """The two spectral methods compared with LoRA."""
     ours = ", ".join(
-        f"{name} takes {found[name][RATIO]:.2f} of LoRA's step and {found[name]['spectrum, s']:.1f} s for the spectrum"
+        f"{name} takes {measured[name][RATIO]:.2f} of LoRA's step and {measured[name]['spectrum, s']:.1f} s for "
+        "the spectrum"
         for name in ("spectral-additive", "spectral-rotation")
     )
     return f"{size} size: {ours}."

@@ -1,4 +1,4 @@
-"""Does a fused concept stay itself? Adapters of several families, every merge, two to eight concepts."""
+"""How much identity does a fused concept keep? Adapters of several families, every merge, two to eight concepts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ NOTHING = "Nothing was measured yet."
 RATES = (0.4, 1.0, 2.5, 6.25, 15.625)  # trials of the learning rate, on concepts that are not reported
 SEEDS = (0, 1, 2)
 GAP = "fused minus own slots summed"  # paired by concept and seed
-RANK = 8  # the recipe's; others are written into the settings
-NARROW = 2  # of the pocket base's 96 columns as much as 8 of Stable Diffusion's 320
+RANK = 8  # the studies' default; others are written into the settings
+NARROW = 2  # the same share of the pocket base's 96 columns as 8 of Stable Diffusion's 320
 # Family: settings of training. {k} is the concept's number; the same rank, so the same number of trained factors
-# but for `orthogonal`, which trains one of two. ``sampled`` slots are drawn from the top columns for each by itself.
+# but for `orthogonal`, which trains one of two. ``sampled`` slots are sampled from the top columns independently.
 FAMILIES: dict[str, dict[str, Any]] = {
     "spectral, own slots": {"method": "spectral-additive", "slot": "{k}"},
     "spectral, same slot": {"method": "spectral-additive", "slot": "0"},
@@ -69,7 +69,7 @@ class FusionCell:
 
 
 def change_for(family: str, number: int, rank: int = RANK, seed: int = 0) -> dict[str, Any]:
-    """The family's settings for its concept of that number; a slot is written as columns, a drawn one as its seed."""
+    """The family's settings for concept ``number``; a slot is written as columns, a sampled one as its seed."""
     change = dict(FAMILIES[family])
     if change.get("slot") == "sampled":
         change["slot_seed"] = 100 * seed + number
@@ -89,7 +89,7 @@ def family_rate(lab: StudyRunner, family: str, quick: bool, rank: int = RANK) ->
 def adapters_of(
     lab: StudyRunner, family: str, rate: float, names: Sequence[str], seed: int, rank: int = RANK
 ) -> list[tuple[Adapter, Figures]]:
-    """Trained adapters with what each is alone."""
+    """Trained adapters, each with its figures alone."""
     out = []
     for number, name in enumerate(names):
         change = trained_with(lab, family, rate, number, seed, rank)
@@ -100,17 +100,17 @@ def adapters_of(
 def trained_with(
     lab: StudyRunner, family: str, rate: float, number: int, seed: int, rank: int = RANK
 ) -> dict[str, Any]:
-    """All that the training of a family's concept of that number changes in the recipe."""
+    """All changes of the training settings for a family's concept ``number``."""
     return {**change_for(family, number, rank, seed), **scaled(lab, rate), "seed": seed}
 
 
 def fused_cell(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[str], seed: int) -> Figures:
-    """One fusion: per concept the identity and the text match, and how far generic prompts drift."""
+    """One fusion: per concept the identity and the text match, and the drift of generic prompts."""
 
     def compute() -> Figures:
         adapters = [adapter for adapter, _ in adapters_of(lab, cell.family, rate, names, seed, cell.rank)]
         base = lab.fresh()
-        before = lab.ordinary(base, seed)
+        before = lab.generic_images(base, seed)
         files = [Path(f"{name}.safetensors") for name in names]
         config = FuseConfig(adapters=files, output=Path("fused"), seed=seed, **MERGES[cell.merge])
         begun = time.monotonic()
@@ -123,7 +123,11 @@ def fused_cell(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[
                 "identity": lab.identity(pictures, adapter.name),
                 "text": lab.text_match(pictures),
             }
-        return {"concepts": concepts, "drift": drift_between(lab, before, lab.ordinary(base, seed)), "seconds": seconds}
+        return {
+            "concepts": concepts,
+            "drift": drift_between(lab, before, lab.generic_images(base, seed)),
+            "seconds": seconds,
+        }
 
     key: dict[str, Any] = {"family": cell.family, "change": FAMILIES[cell.family], "merge": MERGES[cell.merge]}
     key |= {"rate": rate, "names": list(names)}
@@ -165,9 +169,9 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
 def measured_cells(
     lab: StudyRunner, jobs: Sequence[FusionCell], seeds: Sequence[int], quick: bool
 ) -> tuple[list[Row], list[Row], list[str]]:
-    """The rows of these jobs, the sweeps behind them, and what time did not allow; one seed after the other.
+    """The rows of these jobs, their sweeps, and what the time limit left out; one seed after the other.
 
-    A row stands only when every seed was measured.
+    A row needs every seed measured.
     """
     rates: dict[tuple[str, int], float] = {}
     sweeps: list[Row] = []
@@ -187,9 +191,11 @@ def measured_cells(
     rows: list[Row] = []
     for job in jobs:
         if job not in late:
-            found = fusion_row(lab, job, rates[job.family, job.rank], MANY[: job.size], seeds)
+            measured = fusion_row(lab, job, rates[job.family, job.rank], MANY[: job.size], seeds)
             gap = minus_sum(lab, job, jobs, late, rates, seeds)
-            rows.append({"family": job.family, "merge": job.merge, "K": job.size, "rank": job.rank, **found, GAP: gap})
+            rows.append(
+                {"family": job.family, "merge": job.merge, "K": job.size, "rank": job.rank, **measured, GAP: gap}
+            )
     return rows, sweeps, not_measured(late)
 
 
@@ -201,7 +207,7 @@ def minus_sum(
     rates: Mapping[tuple[str, int], float],
     seeds: Sequence[int],
 ) -> str | None:
-    """The fused identity less that of the slots' plain sum, concept by concept and seed by seed."""
+    """The fused identity minus that of the sum of own slots, paired by concept and seed."""
     reference = FusionCell("spectral, own slots", "sum", job.size, job.rank)
     if job == reference or reference not in jobs or reference in late:
         return None
@@ -216,13 +222,13 @@ def minus_sum(
 
 
 def not_measured(late: Mapping[FusionCell, Sequence[int]]) -> list[str]:
-    """What time did not allow, the merges of the same adapters in one line."""
+    """What the time limit left out, the merges of the same adapters in one line."""
     merges: dict[tuple[str, int, int, tuple[int, ...]], list[str]] = {}
     for job, seeds in late.items():
         merges.setdefault((job.family, job.size, job.rank, tuple(seeds)), []).append(job.merge)
     return [
-        f"{family}, K = {size}, rank {rank}, seed {', '.join(map(str, seeds))}: {' and '.join(found)}"
-        for (family, size, rank, seeds), found in merges.items()
+        f"{family}, K = {size}, rank {rank}, seed {', '.join(map(str, seeds))}: {' and '.join(names)}"
+        for (family, size, rank, seeds), names in merges.items()
     ]
 
 
@@ -230,14 +236,14 @@ def fusion_row(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[
     """One row of the table: means over concepts and seeds with their 95 % intervals, a bootstrap over concepts."""
     alone, fused, floor, text, drifts, seconds = [], [], [], [], [], []
     for seed in seeds:
-        found = fused_cell(lab, cell, rate, names, seed)
+        measured = fused_cell(lab, cell, rate, names, seed)
         changes = [trained_with(lab, cell.family, rate, number, seed, cell.rank) for number in range(len(names))]
         alone += [lab.alone(name, **change)["identity"] for name, change in zip(names, changes, strict=True)]
-        fused += [found["concepts"][name]["identity"] for name in names]
-        floor += [lab.generic(name, seed)["identity"] for name in names]
-        text += [found["concepts"][name]["text"] for name in names]
-        drifts.append(found["drift"])
-        seconds.append(found["seconds"])
+        fused += [measured["concepts"][name]["identity"] for name in names]
+        floor += [lab.noun_baseline(name, seed)["identity"] for name in names]
+        text += [measured["concepts"][name]["text"] for name in names]
+        drifts.append(measured["drift"])
+        seconds.append(measured["seconds"])
     return {
         "seeds": len(seconds),
         "identity alone": mean_text(alone, names),
@@ -251,28 +257,28 @@ def fusion_row(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """What the table says of the claim, by rule: the share kept by sums of slots against averaged LoRAs."""
+    """The verdict on the claim, by rule: the share kept by sums of slots against averaged LoRAs."""
 
     def mean(family: str, merge: str, size: int) -> float | None:
-        found = [r for r in rows if (r["family"], r["merge"], r["K"]) == (family, merge, size)]
-        return float(found[0]["of alone"].split()[0]) if found else None
+        matching = [r for r in rows if (r["family"], r["merge"], r["K"]) == (family, merge, size)]
+        return float(matching[0]["of alone"].split()[0]) if matching else None
 
     sentences = []
     for size in sorted({r["K"] for r in rows}):
         best = max((r for r in rows if r["K"] == size), key=lambda r: float(r["of alone"].split()[0]))
-        told_of = {
+        shares = {
             "own slots summed": mean("spectral, own slots", "sum", size),
             "averaged LoRAs": mean("lora", "fedavg", size),
             "adapters in one same slot": mean("spectral, same slot", "sum", size),
         }
-        text = ", ".join(f"{what} {value:.2f}" for what, value in told_of.items() if value is not None)
+        text = ", ".join(f"{what} {value:.2f}" for what, value in shares.items() if value is not None)
         ahead = f"the best is {best['merge']} of {best['family']} with {best['of alone'].split()[0]}"
         sentences.append(f"K = {size}, of what they are alone keep: {text}; {ahead}.")
     return " ".join(sentences) or NOTHING
 
 
 def fusion_sheet(lab: StudyRunner, seed: int = 0, size: int = 4) -> Image.Image:
-    """References, each concept alone, and after the main merges: one row a concept."""
+    """References, each concept alone, and after the main merges: one row per concept."""
     rate, _ = family_rate(lab, "spectral, own slots", False)
     names = TEST_CONCEPTS[:size]
     adapters = [adapter for adapter, _ in adapters_of(lab, "spectral, own slots", rate, names, seed)]
@@ -293,6 +299,6 @@ def fusion_sheet(lab: StudyRunner, seed: int = 0, size: int = 4) -> Image.Image:
 def sheet_of(
     columns: Mapping[str, Mapping[str, Sequence[Image.Image]]], names: Sequence[str], side: int = 64
 ) -> Image.Image:
-    """Pictures by column and concept, two abreast, each ``side`` pixels; one row a concept, titles above."""
+    """Pictures by column and concept, two abreast, each ``side`` pixels; one row per concept, titles above."""
     rows = [[image_grid([i.resize((side, side)) for i in row[n]], 2) for row in columns.values()] for n in names]
     return labelled_grid(rows, column_labels=list(columns), gap=10)

@@ -1,8 +1,8 @@
-"""Top, bottom or random columns, or LoRA? The paper's Appendix F.3 as a small honest experiment on a CPU.
+"""Top, bottom or random columns, or LoRA? The paper's Appendix F.3 as a small experiment on a CPU.
 
 A tiny Llama learns to continue sequences whose next word depends on the last two; then a third of those rules change
-and it is fine-tuned on the new language, with the same number of trained values each way. Every way has the same three
-learning rates to choose from, on sequences that are not reported; three seeds.
+and it is fine-tuned on the new language, with the same number of trained values for each change. Each change has the
+same learning rates to choose from, on sequences that are not reported; three seeds.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from .runner import Figures, StudyRunner, TimeOver
 WORDS, LENGTH, BATCH, RANK = 24, 32, 48, 2
 CHANGED = 0.35  # of the rules
 RATES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-WAYS = ("top", "bottom", "random", "lora", "rotation")
+CHANGES = ("top", "bottom", "random", "lora", "rotation")
 TARGETS = r"re:model\..*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def language(seed: int, before: Tensor | None = None) -> Tensor:
-    """Next-word probabilities (words, words, words) after two words; some rules of ``before`` drawn anew."""
+    """Next-word probabilities (words, words, words) after two words; some rules of ``before`` replaced."""
     generator = torch.Generator().manual_seed(seed)
     table = torch.softmax(2.5 * torch.randn(WORDS, WORDS, WORDS, generator=generator), -1)
     if before is None:
@@ -46,16 +46,16 @@ def language(seed: int, before: Tensor | None = None) -> Tensor:
 
 
 def sequences(table: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """(count, LENGTH) words drawn from a language."""
-    words = [torch.randint(WORDS, (count,), generator=generator) for _ in range(2)]
-    while len(words) < LENGTH:
-        chances = table[words[-2], words[-1]]
-        words.append(torch.multinomial(chances, 1, generator=generator)[:, 0])
-    return torch.stack(words, 1)
+    """(count, LENGTH) words sampled from a language."""
+    tokens = [torch.randint(WORDS, (count,), generator=generator) for _ in range(2)]
+    while len(tokens) < LENGTH:
+        chances = table[tokens[-2], tokens[-1]]
+        tokens.append(torch.multinomial(chances, 1, generator=generator)[:, 0])
+    return torch.stack(tokens, 1)
 
 
 def entropy(table: Tensor, batch: Tensor) -> float:
-    """What no model can do better than, in nats per word."""
+    """The lowest loss that a model can reach, in nats per word."""
     chances = table[batch[:, :-2], batch[:, 1:-1]].gather(-1, batch[:, 2:, None])
     return float(-chances.log().mean())
 
@@ -69,7 +69,7 @@ def language_loss(model: nn.Module, batch: Tensor) -> Tensor:
 def train_language(
     model: nn.Module, table: Tensor, steps: int, rate: float, seed: int, held_out: Tensor
 ) -> list[float]:
-    """Held-out loss every tenth of the way, after AdamW with a linear decay."""
+    """Held-out loss after every tenth of the steps, under AdamW with a linear decay."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
     curve = []
@@ -86,16 +86,16 @@ def train_language(
     return curve
 
 
-def put_on(model: nn.Module, way: str, seed: int) -> list[nn.Parameter]:
-    """Attach the way's rank-2 change (rank 16 of a rotation) to a model; returns what is trained."""
+def inject_change(model: nn.Module, change: str, seed: int) -> list[nn.Parameter]:
+    """Inject a rank-2 change (rank 16 for a rotation) into a model; returns the trained parameters."""
     columns = torch.randperm(32, generator=torch.Generator().manual_seed(seed))[:RANK].sort().values.tolist()
     slot = {
         "top": Slot.interval(0, RANK),
         "bottom": Slot.interval(-RANK, 0),
         "random": Slot(tuple(columns)),
         "rotation": Slot.interval(0, 16),
-    }.get(way)
-    method = get_method({"lora": "lora", "rotation": "spectral-rotation"}.get(way, "spectral-additive"))
+    }.get(change)
+    method = get_method({"lora": "lora", "rotation": "spectral-rotation"}.get(change, "spectral-additive"))
     rank = slot.rank if slot else RANK
     models: dict[str, nn.Module] = {"model": model}
     weights = {layer: module.weight.detach() for layer, module in find_targets(models, TARGETS).items()}
@@ -105,7 +105,7 @@ def put_on(model: nn.Module, way: str, seed: int) -> list[nn.Parameter]:
 
 
 def measure_language(seed: int, pretraining: int, steps: int, rates: Sequence[float] = RATES) -> Figures:
-    """One seed: the loss to reach, before fine-tuning, and every way's best curve."""
+    """One seed: the floor, the loss before fine-tuning, and every change's best curve."""
     torch.manual_seed(seed)
     old = language(seed)
     new = language(1000 + seed, old)
@@ -123,47 +123,47 @@ def measure_language(seed: int, pretraining: int, steps: int, rates: Sequence[fl
         "untuned": float(language_loss(model, test).detach()),
         "ways": {},
     }
-    for way in WAYS:
+    for change in CHANGES:
         tried = []
         for rate in rates:
             tuned = copy.deepcopy(model).requires_grad_(False)
-            trained = sum(parameter.numel() for parameter in put_on(tuned, way, seed))
+            trained = sum(parameter.numel() for parameter in inject_change(tuned, change, seed))
             curve = train_language(tuned, new, steps, rate, 100 + seed, test)
             with torch.no_grad():
                 end = float(language_loss(tuned, choose))
             tried.append((end if math.isfinite(end) else math.inf, rate, curve, trained))
         best = min(tried)
-        out["ways"][way] = {"rate": best[1], "curve": best[2], "trained": best[3]}
+        out["ways"][change] = {"rate": best[1], "curve": best[2], "trained": best[3]}
     return out
 
 
 def language_table(runs: Sequence[Figures]) -> list[Row]:
-    """One row a way: the loss above what any model could reach, mean and each seed."""
+    """One row per change: the loss above the floor, mean and each seed."""
     rows: list[Row] = []
-    for way in WAYS:
-        ends = [one["ways"][way]["curve"][-1] - one["floor"] for one in runs]
+    for change in CHANGES:
+        ends = [run["ways"][change]["curve"][-1] - run["floor"] for run in runs]
         rows.append(
             {
-                "way": way,
-                "trained": runs[0]["ways"][way]["trained"],
+                "way": change,
+                "trained": runs[0]["ways"][change]["trained"],
                 "above the floor": statistics.mean(ends),
                 "each seed": ", ".join(f"{end:.3f}" for end in ends),
-                "rates chosen": ", ".join(f"{one['ways'][way]['rate']:g}" for one in runs),
+                "rates chosen": ", ".join(f"{run['ways'][change]['rate']:g}" for run in runs),
             }
         )
     return rows
 
 
 def language_picture(runs: Sequence[Mapping[str, Any]], steps: int) -> Image.Image | None:
-    """Every way's loss above what is possible: the mean over seeds, and the seeds. None without matplotlib."""
+    """Every change's loss above the floor: the mean over seeds, and the seeds. None without matplotlib."""
     pyplot = plotting()
     if pyplot is None:
         return None
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for index, way in enumerate(WAYS):
-        curves = torch.tensor([[v - one["floor"] for v in one["ways"][way]["curve"]] for one in runs])
+    for index, change in enumerate(CHANGES):
+        curves = torch.tensor([[v - run["floor"] for v in run["ways"][change]["curve"]] for run in runs])
         at = torch.arange(1, curves.shape[1] + 1) * (steps // 10)
-        axes.plot(at, curves.mean(0), color=f"C{index}", label=f"{way} ({runs[0]['ways'][way]['trained']:,})")
+        axes.plot(at, curves.mean(0), color=f"C{index}", label=f"{change} ({runs[0]['ways'][change]['trained']:,})")
         for curve in curves:
             axes.plot(at, curve, color=f"C{index}", alpha=0.25, linewidth=0.8)
     axes.set(xlabel="step", ylabel="held-out loss above the language's entropy, nats", yscale="log")
@@ -178,7 +178,7 @@ def language_picture(runs: Sequence[Mapping[str, Any]], steps: int) -> Image.Ima
     (20, 0.1),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
-    """Held-out loss above the language's entropy, for every way."""
+    """Held-out loss above the language's entropy, for every change."""
     pretraining, steps, seeds, rates = (4, 4, (0,), RATES[:1]) if quick else (1000, 200, (0, 1, 2), RATES)
     runs: list[Figures] = []
     missing: list[str] = []
@@ -194,13 +194,13 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     image = language_picture(runs, steps)
     if image is None:
         missing.append(WANTED)
-    untuned = statistics.mean(one["untuned"] - one["floor"] for one in runs)
+    untuned = statistics.mean(measured["untuned"] - measured["floor"] for measured in runs)
     title = f"Held-out loss above the language's entropy, nats per word; untuned {untuned:.3f}"
     return Findings([Table(title, rows)], verdict(rows), {"curves": image} if image else {}, missing)
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """The ways, best first."""
+    """The changes, best first."""
     order = sorted(rows, key=lambda row: float(row["above the floor"]))
     return (
         "Nats above the floor, best first: " + ", ".join(f"{r['way']} {r['above the floor']:.3f}" for r in order) + "."

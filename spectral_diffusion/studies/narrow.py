@@ -20,7 +20,7 @@ FAMILIES = {
 
 
 def narrow_jobs(quick: bool) -> list[FusionCell]:
-    """Every family's rows, the most concepts last: their adapters are those of fewer and some more."""
+    """Every family's rows, the most concepts last: their adapters include those of fewer."""
     if quick:
         return [FusionCell(family, "sum", 2, NARROW) for family in ("spectral, own slots", "lora")]
     return [
@@ -39,7 +39,7 @@ def narrow_jobs(quick: bool) -> list[FusionCell]:
     (180, 0.5),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
-    """Identity alone and fused at rank 2, by where the columns lie, for every merge."""
+    """Identity alone and fused at rank 2, by the position of the columns, for every merge."""
     jobs = narrow_jobs(quick)
     alike = {job.family for job in jobs} - {"orthogonal"}
     return compared(lab, jobs, quick, alike, sorted({job.size for job in jobs})[-2:])

@@ -32,8 +32,8 @@ def numerical_rank(weight: Tensor) -> int:
 def lowest(weight: Tensor, rank: int) -> tuple[int, int]:
     """The lowest rank that tuning ``rank`` columns, and a LoRA of that rank, can bring a weight (out, in) to.
 
-    The band's own term is turned into minus the term of as many other columns, so that both go; the best a LoRA can do
-    is to take one term of each of its ranks away.
+    The band's own term becomes minus the term of as many other columns, so that both vanish; the best a LoRA can do
+    is to remove one term per rank.
     """
     U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
     whole = SingularTriplets(U, S, Vh.mT)

@@ -1,4 +1,4 @@
-"""The registry of studies: what of the paper each one regenerates, and how."""
+"""The registry of studies, each of which regenerates a figure or table of the paper."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one table under a sentence that says what they are; every row has the same columns."""
+    """A table: a title and rows with the same columns."""
 
     title: str
     rows: Sequence[Row]
@@ -24,7 +24,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a study found: tables, a verdict in words that follow from them, pictures by name, what is still missing."""
+    """A study's results: tables, a verdict that follows from them, pictures by name, what is still missing."""
 
     tables: Sequence[Table]
     verdict: str
@@ -38,9 +38,9 @@ class Study:
 
     Attributes:
         paper: the figure or table of the paper that it regenerates.
-        claim: what the paper says, in a sentence.
-        minutes: about how long it takes on two CPU cores with nothing kept, whole and quick.
-        run: ``(lab, quick)`` to what was found.
+        claim: the paper's claim in a sentence.
+        minutes: about how long it takes on two CPU cores with nothing cached, whole and quick.
+        run: ``(lab, quick)`` to findings.
     """
 
     name: str
@@ -80,5 +80,5 @@ def get_study(name: str) -> Study:
 
 
 def not_allowed(late: Mapping[str, Collection[str]], whole: int) -> list[str]:
-    """What time did not allow, by what it is a part of; where that is all of the ``whole`` parts, it is said so."""
+    """What the time limit left out, by group; "all" where every one of the ``whole`` parts is missing."""
     return [f"{which}: {'all' if len(parts) == whole else ', '.join(parts)}" for which, parts in late.items()]

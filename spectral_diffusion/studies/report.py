@@ -1,4 +1,4 @@
-"""Write what a study found: a page for people, JSON for machines, pictures, and the cells that it all rests on."""
+"""Write a study's findings: a page, JSON, pictures, and the record of the cells behind them."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def page(study: Study, findings: Findings, quick: bool, title: str, how: str) ->
 
 
 def record_path(folder: Path, study: str) -> Path:
-    """Where the cells that a page rests on lie beside it."""
+    """The record of a page's cells, beside the page."""
     return folder / f"{study}-cells.json"
 
 
 def read_record(path: Path) -> dict[str, Figures]:
-    """The cells of one record by name; none where there is no record.
+    """The cells of one record by name; empty without a record.
 
     Raises:
         UserError: it cannot be read.
@@ -46,14 +46,14 @@ def read_record(path: Path) -> dict[str, Figures]:
     if not path.is_file():
         return {}
     try:
-        found = parse_json(read_text(path))
-        return {name: {part: cell[part] for part in ("of", "key", "figures")} for name, cell in found.items()}
+        cells = parse_json(read_text(path))
+        return {name: {part: cell[part] for part in ("of", "key", "figures")} for name, cell in cells.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path} is no record of measured cells; remove it to measure them again.") from error
+        raise UserError(f"{path} is not a record of measured cells; remove it to measure them again.") from error
 
 
 def read_records(folder: Path) -> dict[str, Figures]:
-    """Every cell that the pages in a folder rest on, so that nobody has to measure it again.
+    """Every cell behind the pages in a folder, so that it need not be measured again.
 
     Raises:
         UserError: a record cannot be read.
@@ -62,9 +62,9 @@ def read_records(folder: Path) -> dict[str, Figures]:
 
 
 def write_record(path: Path, used: Mapping[str, Figures], whole: bool) -> None:
-    """Write the cells of a page one a line, in the order of their names.
+    """Write the cells of a page, one per line, sorted by name.
 
-    Earlier ones stay if they are of another base, recipe or encoder, or if this time was not enough for the ``whole``.
+    Earlier cells stay if they are of another base, settings or encoder, or if this run is not the ``whole`` study.
     """
     now = {cell["of"] for cell in used.values()} if whole else set()
     cells = {name: cell for name, cell in read_record(path).items() if cell["of"] not in now} | dict(used)
@@ -73,16 +73,16 @@ def write_record(path: Path, used: Mapping[str, Figures], whole: bool) -> None:
 
 
 def page_name(study: Study, findings: Findings, folder: Path, quick: bool) -> str:
-    """What a page is called: ``NAME``, unless it would take the place of one that says more.
+    """A page's name: ``NAME``, unless it would replace a more complete page.
 
-    A quick page is ``NAME-quick``, and an unfinished one ``NAME-unfinished`` where a page with less missing is there.
+    A quick page is ``NAME-quick``, and an unfinished one ``NAME-unfinished`` where a page with less missing exists.
     """
     if quick:
         return f"{study.name}-quick"
     try:
         before = json.loads((folder / f"{study.name}.json").read_text(encoding="utf-8"))
         missing, was_quick = len(before.get("missing", ())), bool(before.get("quick"))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # there is none that can be read
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # no readable page
         return study.name
     more = not was_quick and missing < len(findings.missing)
     return f"{study.name}-unfinished" if more else study.name
@@ -91,7 +91,7 @@ def page_name(study: Study, findings: Findings, folder: Path, quick: bool) -> st
 def write_findings(study: Study, findings: Findings, lab: StudyRunner, folder: Path, quick: bool, how: str) -> Path:
     """Write ``NAME.json``, ``NAME.md``, pictures and the record of cells into a folder; returns the page.
 
-    The names are :func:`page_name`'s. An unfinished page's cells are added to the whole one's record.
+    :func:`page_name` chooses the name. An unfinished page's cells are added to the finished page's record.
 
     Args:
         how: the command that makes the page.
@@ -102,17 +102,17 @@ def write_findings(study: Study, findings: Findings, lab: StudyRunner, folder: P
             small = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)  # a third of the bytes
             small.save(temporary, format="PNG", optimize=True)
     tables = {table.title: [dict(row) for row in table.rows] for table in findings.tables}
-    found = {
+    record = {
         "study": study.name,
         "quick": quick,
         "base": lab.fingerprint,
-        "recipe": lab.recipe,
+        "recipe": lab.settings,
         "provenance": provenance(),
         "verdict": findings.verdict,
         "missing": list(findings.missing),
         "tables": tables,
     }
-    write_json(folder / f"{title}.json", found)
+    write_json(folder / f"{title}.json", record)
     if lab.used:
         write_record(record_path(folder, title if quick else study.name), lab.used, whole=not findings.missing)
     path = folder / f"{title}.md"

@@ -1,4 +1,4 @@
-"""The laboratory that studies share: adapters trained once, figures measured once, both kept by what they depend on."""
+"""What the studies share: adapters are trained once and figures measured once, cached by what they depend on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from ..training.run import train_to_file
 log = logging.getLogger(__name__)
 
 Figures = dict[str, Any]
-CELLS = "1"  # raised when what a cell measures changes, so that old ones are measured anew
+CELLS = "1"  # raised when what a cell measures changes, so that old cells are measured again
 TEST_CONCEPTS = (
     "rex",
     "fido",
@@ -67,7 +67,7 @@ TUNING_CONCEPTS = ("bruno", "misty", "shelly", "hero")  # settings are chosen on
 
 
 def kept_figures(path: Path) -> Figures | None:
-    """The figures of a cell's file; None where there is none, or a damaged one, which the log tells."""
+    """The figures in a cell's file; None if it is missing or damaged (the log reports damage)."""
     if not path.is_file():
         return None
     try:
@@ -83,25 +83,25 @@ def cell_key(value: Any) -> str:
 
 
 class TimeOver(UserError):
-    """The lab may measure nothing new any more; what is kept can still be read."""
+    """The time limit is reached: nothing new is measured, but cached cells can still be read."""
 
 
 @dataclass
 class StudyRunner:
-    """A base to study, and a folder that keeps adapters and measured cells.
+    """A base to study, and a folder of cached adapters and measured cells.
 
     Attributes:
-        folder: of the kept adapters and cells; the cache folder's ``experiments`` by default.
-        recipe: settings of every training and picture, ``{"train": …, "generate": …}``.
-        encoder_name: what identity is told by: ``pocket``, or a CLIP or DINOv2 model by folder or hub id.
-        most: stop measuring new cells after this many seconds; a later run goes on.
-        known: cells by name that were measured elsewhere, as a page's record holds them.
-        used: the cells that were read or measured since the lab was made.
+        folder: of the cached adapters and cells; default: ``experiments`` in the cache folder.
+        settings: of every training and picture, ``{"train": …, "generate": …}``.
+        encoder_name: the encoder that measures identity: ``pocket``, or a CLIP or DINOv2 model by folder or hub id.
+        most: stop measuring new cells after this many seconds; a later run continues.
+        known: cells by name that were measured elsewhere, read from a page's record.
+        used: the cells that were read or measured by this object.
     """
 
     base_name: str = "pocket"
     folder: Path = field(default_factory=lambda: cache_folder() / "experiments")
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     encoder_name: str = "pocket"
     progress: Progress = silent
     note: Callable[[str], None] = lambda text: None
@@ -111,34 +111,34 @@ class StudyRunner:
     used: dict[str, Figures] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # A cell counts for the precision in which it was trained, so "auto" is settled before it names one.
-        train = dict(self.recipe.get("train", {}))
+        # A cell's key contains the precision of its training, so "auto" is resolved first.
+        train = dict(self.settings.get("train", {}))
         asked = str(train.get("mixed_precision", "auto"))
         train["mixed_precision"] = resolve_mixed_precision(asked, parse_device("auto"))
-        self.recipe = {**self.recipe, "train": train}
+        self.settings = {**self.settings, "train": train}
 
     def fresh(self) -> Base:
-        """The base as it is shipped, loaded anew."""
+        """A freshly loaded copy of the base."""
         return load_base(self.base_name)
 
     def fused(self, adapters: Sequence[Adapter], **settings: Any) -> Base:
         """The base with adapters fused into it; ``settings`` are those of :class:`..config.FuseConfig`.
 
         Raises:
-            TimeOver: the lab's time is over.
+            TimeOver: the time limit is reached.
         """
         self.check_time()
         base, files = self.fresh(), [Path(f"{adapter.name}.safetensors") for adapter in adapters]
-        usual = {"mixed_precision": self.recipe["train"]["mixed_precision"], "output": Path("fused")}
+        common = {"mixed_precision": self.settings["train"]["mixed_precision"], "output": Path("fused")}
         fuse_adapters(
-            base, list(adapters), FuseConfig(adapters=files, **usual, **settings), Hooks(progress=self.progress)
+            base, list(adapters), FuseConfig(adapters=files, **common, **settings), Hooks(progress=self.progress)
         )
         return base
 
     @cached_property
     def sides(self) -> list[tuple[int, int]]:
-        """The sizes (out, in) of the weights that the recipe adapts."""
-        targets = str(self.recipe.get("train", {}).get("target_modules", "attention"))
+        """The sizes (out, in) of the weights that the settings adapt."""
+        targets = str(self.settings.get("train", {}).get("target_modules", "attention"))
         return [matrix_shape(weight) for weight in self.fresh().weights(targets).values()]
 
     @cached_property
@@ -151,10 +151,10 @@ class StudyRunner:
 
     @cached_property
     def pictures_config(self) -> Scene:
-        return build(Scene, dict(self.recipe.get("generate", {})), {"base": self.base_name})
+        return build(Scene, dict(self.settings.get("generate", {})), {"base": self.base_name})
 
     def concept(self, name: str) -> Concept:
-        """A ready-made concept."""
+        """A shipped concept."""
         return load_concept(resources.concepts() / name)
 
     def references(self, name: str) -> list[Image.Image]:
@@ -162,27 +162,27 @@ class StudyRunner:
         return [open_photo(photo.path) for photo in self.concept(name).photos]
 
     def check_time(self) -> None:
-        """To be asked before anything that takes long.
+        """Call before anything slow.
 
         Raises:
-            TimeOver: the lab's time is over.
+            TimeOver: the time limit is reached.
         """
         if time.monotonic() - self.begun > self.most:
             raise TimeOver("The time for this study is over; run it again to go on where it stopped.")
 
     @property
     def terms(self) -> dict[str, Any]:
-        """What all cells of this lab depend on."""
+        """What every cell depends on."""
         other = {} if self.encoder_name == "pocket" else {"encoder": self.encoder_name}
-        return {"base": self.fingerprint, "recipe": self.recipe, **other}
+        return {"base": self.fingerprint, "recipe": self.settings, **other}
 
     def cell(self, kind: str, key: Mapping[str, Any], compute: Callable[[], Figures], timed: bool = False) -> Figures:
-        """Figures measured once: read if they are kept or known, else computed and kept at once.
+        """Figures measured once: read from the cache or the known cells, else computed and cached.
 
-        Those that are of the machine as such (``timed``) are never taken from another one's record.
+        Timings (``timed``) are never taken from another machine's record.
 
         Raises:
-            TimeOver: the lab's time is over.
+            TimeOver: the time limit is reached.
         """
         whole = {"kind": kind, "cells": CELLS, **self.terms, **key}
         name = f"{kind}-{cell_key(whole)}"
@@ -197,43 +197,43 @@ class StudyRunner:
         self.used[name] = {"of": cell_key(self.terms), "key": dict(key), "figures": figures}
         return figures
 
-    def settings(self, concept: str, change: Mapping[str, Any], output: Path) -> TrainConfig:
-        """The recipe's training with some settings changed."""
+    def train_config(self, concept: str, change: Mapping[str, Any], output: Path) -> TrainConfig:
+        """The study's training settings with some of them changed."""
         where = {"concept": resources.concepts() / concept, "output": output, "base": self.base_name}
-        return build(TrainConfig, dict(self.recipe.get("train", {})), dict(change), where)
+        return build(TrainConfig, dict(self.settings.get("train", {})), dict(change), where)
 
     def adapter_path(self, concept: str, **change: Any) -> Path:
-        """Where the adapter of these settings stands, or will: its place is told by all that decides it."""
-        config = self.settings(concept, change, Path("adapter.safetensors"))
-        # Only what differs from the defaults counts, so that a new setting leaves what is kept in place.
-        apart = {"concept", "output", "device", "base", "init_from_adapter"}  # files count by what is in them
-        plain = {**config.model_dump(mode="json", exclude=apart, exclude_defaults=True), **revised(config.method)}
+        """The file of the adapter of these settings; its folder's name hashes all that it depends on."""
+        config = self.train_config(concept, change, Path("adapter.safetensors"))
+        # Only what differs from the defaults counts, so that a new setting keeps cached adapters valid.
+        excluded = {"concept", "output", "device", "base", "init_from_adapter"}  # files count by what is in them
+        changed = {**config.model_dump(mode="json", exclude=excluded, exclude_defaults=True), **revised(config.method)}
         photos = [hashlib.sha256(p.path.read_bytes()).hexdigest() for p in self.concept(concept).photos]
-        decides = [plain, self.fingerprint, concept, photos]
+        decides = [changed, self.fingerprint, concept, photos]
         if config.init_from_adapter:
             decides.append(content_hash(load_adapter(config.init_from_adapter)))
         return self.folder / "adapters" / cell_key(decides) / f"{concept}.safetensors"
 
     def trained(self, concept: str, **change: Any) -> tuple[Adapter, float]:
-        """An adapter and the seconds that its training took here, from the shelf if it stands there."""
+        """An adapter, from the cache if possible, and the seconds that its training took on this machine."""
         file = self.adapter_path(concept, **change)
         spent = file.with_name("seconds.json")
         if not (file.is_file() and spent.is_file()):
             self.check_time()
-            file.unlink(missing_ok=True)  # killed before its seconds were kept: they are measured anew
+            file.unlink(missing_ok=True)  # the run was killed before it wrote its seconds: measure again
             begun = time.monotonic()
-            train_to_file(self.settings(concept, change, file), resume=True, hooks=Hooks(progress=self.progress))
+            train_to_file(self.train_config(concept, change, file), resume=True, hooks=Hooks(progress=self.progress))
             write_json(spent, time.monotonic() - begun)
         return load_adapter(file), float(json.loads(spent.read_text(encoding="utf-8")))
 
     def portraits(self, base: Base, what: str, seed: int = 0) -> list[Image.Image]:
-        """One picture of a token or a noun in each place."""
-        prompts = [f"a photo of {what} {place}" for place in PLACES]
+        """One picture of a token or a noun in each location."""
+        prompts = [f"a photo of {what} {location}" for location in PLACES]
         return sample(base, prompts, [1000 * seed + i for i in range(len(prompts))], self.pictures_config)
 
-    def ordinary(self, base: Base, seed: int = 0) -> list[Image.Image]:
-        """One picture of each ordinary prompt, which names no concept."""
-        prompts = [f"a photo of {words}" for words in GENERIC_SUBJECTS]
+    def generic_images(self, base: Base, seed: int = 0) -> list[Image.Image]:
+        """One picture of each generic prompt, which names no concept."""
+        prompts = [f"a photo of {subject}" for subject in GENERIC_SUBJECTS]
         return sample(base, prompts, [1000 * seed + 500 + i for i in range(len(prompts))], self.pictures_config)
 
     def identity(self, pictures: Sequence[Image.Image], concept: str) -> float:
@@ -246,22 +246,22 @@ class StudyRunner:
         return load_classifier("referee")
 
     def text_match(self, pictures: Sequence[Image.Image]) -> float:
-        """How many of the portraits stand where their prompts say.
+        """The share of portraits whose backdrop matches the prompt.
 
-        The referee tells for pocket pictures; a CLIP model by which of the places' words is nearest.
+        The held-out classifier decides for pocket pictures; a CLIP model by the nearest location text.
         """
         wanted = list(PLACES.values()) * (len(pictures) // len(PLACES))
         if isinstance(self.encoder, Clip):
-            words = self.encoder.embed_text([f"a photo {place}" for place in PLACES])
-            nearest = (self.encoder.embed(pictures) @ words.mT).argmax(1).tolist()
+            text_vectors = self.encoder.embed_text([f"a photo {location}" for location in PLACES])
+            nearest = (self.encoder.embed(pictures) @ text_vectors.mT).argmax(1).tolist()
             seen: list[str | None] = [list(PLACES.values())[index] for index in nearest]
         else:
             verdicts = classify_images(self.referee, pictures, [1] * len(pictures))
-            seen = [one[0].backdrop for one in verdicts]
+            seen = [verdict[0].backdrop for verdict in verdicts]
         return sum(a == b for a, b in zip(seen, wanted, strict=True)) / len(pictures)
 
-    def generic(self, concept: str, seed: int = 0) -> Figures:
-        """What the untouched base draws for the concept's noun: the floor of identity."""
+    def noun_baseline(self, concept: str, seed: int = 0) -> Figures:
+        """Identity and text match of the untouched base for the concept's noun: the floor of identity."""
 
         def compute() -> Figures:
             pictures = self.portraits(self.fresh(), f"a {self.concept(concept).noun}", seed)
@@ -270,7 +270,7 @@ class StudyRunner:
         return self.cell("generic", {"concept": concept, "seed": seed}, compute)
 
     def alone(self, concept: str, **change: Any) -> Figures:
-        """A concept's adapter alone: identity, text match, norm, trained numbers, seconds. Pictures take its seed."""
+        """A concept's adapter alone: identity, text match, norm, trained numbers, seconds; pictures use its seed."""
         seed = int(change.get("seed", 0))
 
         def compute() -> Figures:
@@ -286,19 +286,19 @@ class StudyRunner:
                 "seconds": seconds,
             }
 
-        method = str(change.get("method", self.recipe.get("train", {}).get("method", "")))
+        method = str(change.get("method", self.settings.get("train", {}).get("method", "")))
         return self.cell("alone", {"concept": concept, "change": change, **revised(method)}, compute)
 
 
 def revised(method: str) -> dict[str, int]:
-    """What tells a changed method's adapters and cells from those of before."""
+    """A key part that separates a revised method's adapters and cells from earlier ones."""
     revision = get_method(method).revision if method else 1
     return {"revision": revision} if revision > 1 else {}
 
 
 def scaled(lab: StudyRunner, rate: float) -> dict[str, float]:
-    """The recipe's learning rates of both networks times a factor."""
-    train = lab.settings(TUNING_CONCEPTS[0], {}, Path("adapter.safetensors"))
+    """The settings' learning rates of both networks times a factor."""
+    train = lab.train_config(TUNING_CONCEPTS[0], {}, Path("adapter.safetensors"))
     return {
         "learning_rate": train.learning_rate * rate,
         "text_encoder_learning_rate": train.text_encoder_learning_rate * rate,
@@ -306,31 +306,31 @@ def scaled(lab: StudyRunner, rate: float) -> dict[str, float]:
 
 
 def seeded(change: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Settings of a training with a seed; seed 0 is left out, as it is the default and studies share what is kept."""
+    """Training settings with a seed; 0 is the default and left out, so that studies share cached adapters."""
     return {**change, "seed": seed} if seed else dict(change)
 
 
 def best_rate(
     lab: StudyRunner, rates: Sequence[float], concepts: Iterable[str], **change: Any
 ) -> tuple[float, list[Figures]]:
-    """The factor on the recipe's learning rates that gives the best mean identity on concepts that are not reported."""
+    """The factor on the learning rates with the best mean identity on concepts that are not reported."""
     concepts = list(concepts)
     trials: list[Figures] = []
     for rate in rates:
-        found = [lab.alone(name, **{**change, **scaled(lab, rate)})["identity"] for name in concepts]
-        trials.append({"rate": rate, "identity": sum(found) / len(found)})
+        identities = [lab.alone(name, **{**change, **scaled(lab, rate)})["identity"] for name in concepts]
+        trials.append({"rate": rate, "identity": sum(identities) / len(identities)})
     return max(trials, key=lambda trial: trial["identity"])["rate"], trials
 
 
-def recipe(name: str, quick: bool = False) -> dict[str, Any]:
-    """The settings of the studies on a base; the quick ones make everything small."""
-    found = read_yaml(resources.configs() / "evidence" / f"{name}.yaml")
-    small = found.pop("quick", {})
-    return {part: merged(found[part], small.get(part, {}) if quick else {}) for part in found}
+def study_settings(name: str, quick: bool = False) -> dict[str, Any]:
+    """The studies' settings on a base; the quick ones make everything small."""
+    settings = read_yaml(resources.configs() / "evidence" / f"{name}.yaml")
+    small = settings.pop("quick", {})
+    return {part: merged(settings[part], small.get(part, {}) if quick else {}) for part in settings}
 
 
 def merged(settings: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with some of them changed, one level into parts that have settings of their own."""
+    """Settings with some of them changed, one level into nested settings."""
     out = dict(settings)
     for key, value in change.items():
         out[key] = {**out[key], **value} if isinstance(value, Mapping) and isinstance(out.get(key), Mapping) else value

@@ -1,4 +1,4 @@
-"""Does a slot of one's own help? Disjoint and same slots and LoRA, with equal budgets and equal sweeps."""
+"""Do disjoint slots help? Disjoint and same slots and LoRA, with equal budgets and equal sweeps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .runner import TEST_CONCEPTS, StudyRunner
 SEEDS = (0, 1, 2)
 FAMILIES = ("spectral, own slots", "spectral, same slot", "lora")  # sampled ones: at rank 2, in the study ``narrow``
 MERGES = ("sum", "fedavg", "gradient, anchored")
-# What may differ between families that are compared: how they change a weight, and what a sweep chooses.
+# What may differ between compared families: how they change a weight, and what a sweep chooses.
 FREE = {"method", "slot", "slot_seed", "learning_rate", "text_encoder_learning_rate", "output"}
 TOLERANCE = 0.01  # of the trained numbers
 
@@ -23,18 +23,18 @@ TOLERANCE = 0.01  # of the trained numbers
 def check_equal(
     lab: StudyRunner, changes: Mapping[str, Mapping[str, Any]], concept: str = TEST_CONCEPTS[0]
 ) -> dict[str, int]:
-    """The trained numbers of trainings that are to be compared; everything else about them is the same.
+    """The trained numbers of trainings to compare; all other settings are equal.
 
-    Seed, steps, batch and photos decide what a step sees, so with these the same the data come in the same order.
+    Seed, steps, batch and photos determine a step's data, so with these equal the data come in the same order.
 
     Raises:
         ValueError: two differ in another setting, or by more than a hundredth in what they train.
     """
-    configs = {n: lab.settings(concept, change, Path("adapter.safetensors")) for n, change in changes.items()}
+    configs = {n: lab.train_config(concept, change, Path("adapter.safetensors")) for n, change in changes.items()}
     counts = {n: get_method(config.method).total(lab.sides, config.rank) for n, config in configs.items()}
-    (first, plain), *others = ((n, config.model_dump(exclude=FREE)) for n, config in configs.items())
+    (first, reference), *others = ((n, config.model_dump(exclude=FREE)) for n, config in configs.items())
     for name, settings in others:
-        differing = sorted(key for key in plain if plain[key] != settings[key])
+        differing = sorted(key for key in reference if reference[key] != settings[key])
         if differing:
             raise ValueError(f"'{name}' and '{first}' are not trained alike: {', '.join(differing)} differ.")
         if abs(counts[name] - counts[first]) > TOLERANCE * counts[first]:
@@ -56,7 +56,7 @@ def slot_jobs(quick: bool) -> list[FusionCell]:
     (180, 0.5),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
-    """Identity alone and fused by where the columns lie, for every merge."""
+    """Identity alone and fused by the position of the columns, for every merge."""
     jobs = slot_jobs(quick)
     return compared(lab, jobs, quick, {job.family for job in jobs}, [jobs[0].size])
 
@@ -64,7 +64,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
 def compared(
     lab: StudyRunner, jobs: Sequence[FusionCell], quick: bool, alike: Collection[str], sizes: Sequence[int]
 ) -> Findings:
-    """The rows of jobs of one rank, once these families are known to be trained alike; the verdict is on ``sizes``."""
+    """The rows of jobs of one rank, after checking that these families train alike; the verdict is on ``sizes``."""
     counts = check_equal(lab, {job.family: change_for(job.family, 0, job.rank) for job in jobs if job.family in alike})
     lab.note(", ".join(f"{name} trains {count:,}" for name, count in counts.items()))
     rows, sweeps, missing = measured_cells(lab, jobs, (0,) if quick else SEEDS, quick)
@@ -75,11 +75,11 @@ def compared(
 
 
 def verdict(rows: Sequence[Row], sizes: Sequence[int]) -> str:
-    """What every family keeps of so many concepts, by merge."""
+    """The identity that every family keeps, by number of concepts and merge."""
     sentences = []
     for size, merge in itertools.product(sizes, dict.fromkeys(row["merge"] for row in rows)):
-        found = [row for row in rows if (row["K"], row["merge"]) == (size, merge)]
-        kept = ", ".join(f"{row['family']} {row['of alone']}" for row in found)
+        matching = [row for row in rows if (row["K"], row["merge"]) == (size, merge)]
+        kept = ", ".join(f"{row['family']} {row['of alone']}" for row in matching)
         if kept:
             sentences.append(f"K = {size}, {merge}: of what they are alone keep {kept}.")
     return " ".join(sentences) or NOTHING

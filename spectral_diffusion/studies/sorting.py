@@ -1,7 +1,7 @@
-"""Does the identity encoder see what the eye sees? Unlabelled pictures of every merge, sorted by looking at them.
+"""Does the identity encoder agree with the eye? Unlabelled pictures of every merge, sorted by a person.
 
-The first run draws numbered sheets and the concepts' photos into the lab's folder. Whoever sorts writes
-``answers.txt`` there, a line ``number name`` for each picture, having seen nothing else; the next run compares.
+The first run writes numbered sheets and the concepts' photos into the runner's folder. The person who sorts writes
+``answers.txt`` there, a line ``number name`` for each picture, from these alone; the next run compares.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .registry import Findings, Row, Table, study
 from .runner import TEST_CONCEPTS, StudyRunner, TimeOver, cell_key
 
 ALONE = "alone"
-WAYS: tuple[tuple[str, str], ...] = (
+VARIANTS: tuple[tuple[str, str], ...] = (
     ("spectral, own slots", ALONE),
     ("spectral, own slots", "sum"),
     ("spectral, own slots", "fedavg"),
@@ -35,67 +35,67 @@ WAYS: tuple[tuple[str, str], ...] = (
     ("lora", "sum"),
     ("lora", "gradient"),
 )
-EACH = 2  # pictures of a concept by a way
+EACH = 2  # pictures of a concept per variant
 SHEET = 40  # pictures a sheet
 WANTED = 0.8  # rank correlation
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One picture: what made it, and whose it should be."""
+    """One picture, the variant that made it and the concept it should show."""
 
-    way: tuple[str, str]
+    variant: tuple[str, str]
     concept: str
     file: Path
 
 
-def drawn(lab: StudyRunner, way: tuple[str, str], names: Sequence[str], quick: bool) -> list[Shown]:
-    """A way's pictures, as kept in the lab's folder or drawn now.
+def variant_images(lab: StudyRunner, variant: tuple[str, str], names: Sequence[str], quick: bool) -> list[Shown]:
+    """A variant's pictures, from the runner's folder or generated now.
 
     Raises:
-        TimeOver: the lab's time is over.
+        TimeOver: the time limit is reached.
     """
-    family, merge = way
+    family, merge = variant
     rate, _ = family_rate(lab, family, quick)
-    key = cell_key([family, merge, MERGES.get(merge), rate, list(names), lab.fingerprint, lab.recipe])
+    key = cell_key([family, merge, MERGES.get(merge), rate, list(names), lab.fingerprint, lab.settings])
     folder = lab.folder / "sorting" / key
-    places = Random(f"sorting/{key}")
-    shown = [Shown(way, name, folder / f"{name}-{index}.png") for name in names for index in range(EACH)]
-    if all(one.file.is_file() for one in shown):
+    random = Random(f"sorting/{key}")
+    shown = [Shown(variant, name, folder / f"{name}-{index}.png") for name in names for index in range(EACH)]
+    if all(image.file.is_file() for image in shown):
         return shown
-    held = [adapter for adapter, _ in adapters_of(lab, family, rate, names, 0, RANK)]
-    base = lab.fresh() if merge == ALONE else lab.fused(held, **MERGES[merge])
-    for adapter in held:
+    adapters = [adapter for adapter, _ in adapters_of(lab, family, rate, names, 0, RANK)]
+    base = lab.fresh() if merge == ALONE else lab.fused(adapters, **MERGES[merge])
+    for adapter in adapters:
         if merge == ALONE:
             base = lab.fresh()
             put_adapters(base, [(adapter, 1.0)])
         pictures = lab.portraits(base, adapter.token)
-        for index, picture in enumerate(places.sample(pictures, EACH)):
+        for index, picture in enumerate(random.sample(pictures, EACH)):
             with atomic(folder / f"{adapter.name}-{index}.png") as temporary:
                 picture.save(temporary, format="PNG")
     return shown
 
 
 def read_answers(path: Path, count: int, names: Sequence[str]) -> list[str] | None:
-    """The names that were given, in the order of the numbers; None if there is no such file yet.
+    """The names in the order of the numbers; None if there is no such file yet.
 
     Raises:
-        UserError: a line that is none of ``number name``, a name that is no concept's, or a number left out.
+        UserError: a line is not ``number name``, a name is no concept's, or a number is missing.
     """
     if not path.is_file():
         return None
-    found: dict[int, str] = {}
+    answers: dict[int, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         number, _, name = line.strip().partition(" ")
         if not line.strip():
             continue
         if not number.isdigit() or name.strip() not in names:
-            raise UserError(f"{path}: '{line[:40]}' is no line such as '12 {names[0]}'; the names are in names.txt.")
-        found[int(number)] = name.strip()
-    left = [number for number in range(1, count + 1) if number not in found]
+            raise UserError(f"{path}: '{line[:40]}' is not a line such as '12 {names[0]}'; names.txt lists the names.")
+        answers[int(number)] = name.strip()
+    left = [number for number in range(1, count + 1) if number not in answers]
     if left:
         raise UserError(f"{path} has no answer for picture {left[0]}, nor for {len(left) - 1} others.")
-    return [found[number] for number in range(1, count + 1)]
+    return [answers[number] for number in range(1, count + 1)]
 
 
 @study(
@@ -105,40 +105,40 @@ def read_answers(path: Path, count: int, names: Sequence[str]) -> list[str] | No
     (10, 0.5),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
-    """The share that is sorted to the right concept by eye beside the encoder's identity, for every way to fuse."""
+    """The share sorted to the right concept by eye, beside the encoder's identity, for every variant."""
     names = TEST_CONCEPTS[:2] if quick else TEST_CONCEPTS
     missing: list[str] = []
     shown: list[Shown] = []
-    for way in WAYS[:3] if quick else WAYS:
+    for variant in VARIANTS[:3] if quick else VARIANTS:
         try:
-            shown += drawn(lab, way, names, quick)
+            shown += variant_images(lab, variant, names, quick)
         except TimeOver:
-            missing.append(f"{way[1]} of {way[0]}")
+            missing.append(f"{variant[1]} of {variant[0]}")
     Random("sorting").shuffle(shown)
     pictures = []
-    for one in shown:
-        with Image.open(one.file) as image:
+    for shown_image in shown:
+        with Image.open(shown_image.file) as image:
             pictures.append(image.convert("RGB"))
     references = {name: lab.encoder.embed(lab.references(name)) for name in names}
     vectors = lab.encoder.embed(pictures)
-    likeness = {name: (vectors @ held.mT).mean(1).tolist() for name, held in references.items()}
+    likeness = {name: (vectors @ vectors_of.mT).mean(1).tolist() for name, vectors_of in references.items()}
     machine = [max(names, key=lambda name: likeness[name][index]) for index in range(len(shown))]
     sheets(lab, shown, names)
-    place = lab.folder / "sorting" / "answers.txt"
-    seen = machine if quick else read_answers(place, len(shown), names)  # nobody is asked for the quick form
+    answers_path = lab.folder / "sorting" / "answers.txt"
+    seen = machine if quick else read_answers(answers_path, len(shown), names)  # the quick form asks nobody
     if seen is None:
-        missing.append(f"{place.name}, sorted by eye, beside the sheets in the lab's folder 'sorting'")
+        missing.append(f"{answers_path.name}, sorted by eye, beside the sheets in the lab's folder 'sorting'")
     rows: list[Row] = []
-    for way in dict.fromkeys(one.way for one in shown):
-        mine = [index for index, one in enumerate(shown) if one.way == way]
+    for variant in dict.fromkeys(image.variant for image in shown):
+        mine = [index for index, image in enumerate(shown) if image.variant == variant]
 
-        def right(said: Sequence[str] | None, mine: Sequence[int] = mine) -> float | None:
-            return None if said is None else sum(said[i] == shown[i].concept for i in mine) / len(mine)
+        def right(labels: Sequence[str] | None, mine: Sequence[int] = mine) -> float | None:
+            return None if labels is None else sum(labels[i] == shown[i].concept for i in mine) / len(mine)
 
         rows.append(
             {
-                "family": way[0],
-                "merge": way[1],
+                "family": variant[0],
+                "merge": variant[1],
                 "pictures": len(mine),
                 "identity": sum(likeness[shown[i].concept][i] for i in mine) / len(mine),
                 "right by the encoder": right(machine),
@@ -149,13 +149,13 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
 
 
 def sheets(lab: StudyRunner, shown: Sequence[Shown], names: Sequence[str]) -> None:
-    """Write the numbered sheets, the concepts' photos and their names into the lab's folder."""
+    """Write the numbered sheets, the concepts' photos and their names into the runner's folder."""
     folder = lab.folder / "sorting"
     for start in range(0, len(shown), SHEET):
         part = shown[start : start + SHEET]
         numbers = [str(start + index + 1) for index in range(len(part))]
         with atomic(folder / f"sheet-{start // SHEET + 1}.png") as temporary:
-            labelled_sheet([one.file for one in part], numbers).save(temporary, format="PNG")
+            labelled_sheet([image.file for image in part], numbers).save(temporary, format="PNG")
     photos = [(photo.path, name) for name in names for photo in lab.concept(name).photos[:3]]
     with atomic(folder / "photos.png") as temporary:
         labelled_sheet([path for path, _ in photos], [name for _, name in photos]).save(temporary, format="PNG")
@@ -163,7 +163,7 @@ def sheets(lab: StudyRunner, shown: Sequence[Shown], names: Sequence[str]) -> No
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Whether eye and encoder put the ways into one order."""
+    """Whether eye and encoder rank the variants alike."""
     eye, encoder = [row["right by eye"] for row in rows], [row["identity"] for row in rows]
     if None in eye or len(rows) < 3:
         return "Nobody has sorted the pictures yet."

@@ -18,7 +18,7 @@ from .runner import TEST_CONCEPTS, TUNING_CONCEPTS, Figures, StudyRunner, TimeOv
 STEPS = (60, 120, 240, 480)
 NAMES = (TEST_CONCEPTS[0], TEST_CONCEPTS[2], TEST_CONCEPTS[6])
 SEEDS = (0, 1, 2)
-REFERENCE = "spectral-additive"  # with which the others are compared, pair by pair
+REFERENCE = "spectral-additive"  # the others are compared with it, pair by pair
 METHODS: dict[str, dict[str, Any]] = {  # with their settings
     "spectral-additive": {"slot": "0:8"},
     "spectral-rotation": {"slot": "0:8"},
@@ -37,7 +37,7 @@ PLAIN = {"prior": {"loss_weight": 0.0}}
 
 
 def speed_change(method: str) -> dict[str, Any]:
-    """The method's settings; without preservation, which costs each the same."""
+    """The method's settings, without prior preservation, which costs every method the same."""
     return {"method": method, **METHODS[method], **PLAIN}
 
 
@@ -48,7 +48,7 @@ def speed_change(method: str) -> dict[str, Any]:
     (90, 1.0),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
-    """Identity over training steps, and the seconds until each method reaches the identity all can be asked for."""
+    """Identity over training steps, and the seconds until each method reaches a common identity."""
     methods = ("spectral-additive", "lora") if quick else tuple(METHODS)
     steps, names, seeds = ((6, 12), NAMES[:1], (0,)) if quick else (STEPS, NAMES, SEEDS)
     rates: dict[str, float] = {}
@@ -65,11 +65,11 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
                     each = {f"×{f:.2g}": t["identity"] for f, t in zip(SPREAD, trials, strict=True)}
                     sweeps.append({"method": method, **each, "best": rates[method]})
             for length, name in itertools.product(steps, names):
-                found = lab.alone(
+                measured = lab.alone(
                     name, **seeded(speed_change(method), seed), **scaled(lab, rates[method]), steps=length
                 )
-                trained[method] = found["trained"]
-                new.setdefault(length, []).append(found["identity"] - lab.generic(name, seed)["identity"])
+                trained[method] = measured["trained"]
+                new.setdefault(length, []).append(measured["identity"] - lab.noun_baseline(name, seed)["identity"])
         except TimeOver:
             late.setdefault(f"seed {seed}", []).append(method)
             continue
@@ -89,7 +89,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
         }
         for method, by in gains.items()
     ]
-    wanted = 0.6 * max((max(ways) for ways in curves.values()), default=0.0)
+    wanted = 0.6 * max((max(gain) for gain in curves.values()), default=0.0)
     cost = steps_seconds(lab, list(curves))
     missing = not_allowed(late, len(methods))
     missing += [f"the seconds of {method}" for method in curves if method not in cost]
@@ -111,13 +111,13 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
 def gains_against(
     gains: Mapping[str, Mapping[int, Sequence[float]]], method: str, steps: int, names: Sequence[str]
 ) -> str | None:
-    """A method's gain less the reference's, concept by concept and seed by seed; None where they have other seeds."""
+    """A method's gain minus the reference's, paired by concept and seed; None where their seeds differ."""
     own, reference = gains[method][steps], gains.get(REFERENCE, {}).get(steps, [])
     return difference_text(own, reference, names) if method != REFERENCE and len(own) == len(reference) else None
 
 
 def swept(lab: StudyRunner, method: str) -> tuple[float, list[Figures]]:
-    """The method's factor on the recipe's rates, from five trials on a concept that is not reported."""
+    """The method's factor on the learning rates, from five trials on a concept that is not reported."""
     rates = [get_method(method).lr_scale * factor for factor in SPREAD]
     return best_rate(lab, rates, TUNING_CONCEPTS[:1], **speed_change(method), steps=120)
 
@@ -133,9 +133,9 @@ def crossing(steps: Sequence[int], gains: Sequence[float], wanted: float) -> flo
 
 
 def steps_seconds(lab: StudyRunner, methods: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Per method the seconds before the first step and those of one step, from a short and a longer run in turn.
+    """Per method the seconds before the first step and those of one step, from a short and a longer run.
 
-    A method that time did not allow is left out.
+    Methods beyond the time limit are left out.
     """
     out: dict[str, tuple[float, float]] = {}
     for method in methods:
@@ -146,7 +146,7 @@ def steps_seconds(lab: StudyRunner, methods: Sequence[str]) -> dict[str, tuple[f
             for steps in (2, 22):
                 with tempfile.TemporaryDirectory() as folder:
                     change = {**speed_change(method), "steps": steps}
-                    config = lab.settings(TEST_CONCEPTS[0], change, Path(folder) / "a.safetensors")
+                    config = lab.train_config(TEST_CONCEPTS[0], change, Path(folder) / "a.safetensors")
                     begun = time.perf_counter()
                     train_to_file(config, base=base)
                     times[steps] = time.perf_counter() - begun
@@ -154,18 +154,18 @@ def steps_seconds(lab: StudyRunner, methods: Sequence[str]) -> dict[str, tuple[f
             return {"before": times[2] - 2 * each, "step": each}
 
         try:
-            found = lab.cell("step-seconds", {"method": method}, measure, timed=True)
+            measured = lab.cell("step-seconds", {"method": method}, measure, timed=True)
         except TimeOver:
             continue
-        out[method] = (found["before"], found["step"])
+        out[method] = (measured["before"], measured["step"])
     return out
 
 
 def verdict(rows: Sequence[Row], wanted: float) -> str:
-    """Who reaches the wanted gain, soonest first."""
+    """Which methods reach the wanted gain, soonest first."""
     key = f"seconds to {wanted:.2f}"
-    there = sorted((row for row in rows if row[key] is not None), key=lambda row: row[key])
+    reached = sorted((row for row in rows if row[key] is not None), key=lambda row: row[key])
     never = [row["method"] for row in rows if row[key] is None]
-    who = ", ".join(f"{r['method']} ({r[key]:.0f} s)" for r in there) or "none"
+    who = ", ".join(f"{r['method']} ({r[key]:.0f} s)" for r in reached) or "none"
     text = f"A gain of {wanted:.2f} is reached by {who}"
     return text + (f"; not by {', '.join(never)} within {STEPS[-1]} steps." if never else ".")

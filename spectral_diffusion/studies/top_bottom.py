@@ -14,7 +14,7 @@ from .speed import PLAIN, SPREAD, STEPS
 
 NAMES = (TEST_CONCEPTS[0], TEST_CONCEPTS[2], TEST_CONCEPTS[6])
 SEEDS = (0, 1, 2)
-WAYS: dict[str, dict[str, Any]] = {
+CHANGES: dict[str, dict[str, Any]] = {
     "top": {"method": "spectral-additive", "slot": "0:8"},
     "bottom": {"method": "spectral-additive", "slot": "bottom"},
     "random": {"method": "spectral-additive", "slot": "random"},
@@ -23,9 +23,9 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def column_change(way: str, seed: int) -> dict[str, Any]:
-    """The way's settings; random columns are drawn by the seed."""
-    change = {**WAYS[way], **PLAIN}
+def column_change(name: str, seed: int) -> dict[str, Any]:
+    """The settings of these columns; random ones are sampled with the seed."""
+    change = {**CHANGES[name], **PLAIN}
     if change.get("slot") == "random":
         change["slot_seed"] = seed
     return seeded(change, seed)
@@ -38,73 +38,77 @@ def column_change(way: str, seed: int) -> dict[str, Any]:
     (120, 0.5),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
-    """Gain in identity over the untouched base, by steps, for every way; the rate chosen on another concept."""
+    """Gain in identity over the untouched base, by steps, for all columns; the rate is chosen on another concept."""
     steps, names, seeds = ((6, 12), NAMES[:1], (0,)) if quick else (STEPS, NAMES, SEEDS)
-    ways = ("top", "bottom", "lora") if quick else tuple(WAYS)
+    chosen = ("top", "bottom", "lora") if quick else tuple(CHANGES)
     rates: dict[str, float] = {}
     sweeps: list[Row] = []
     late: dict[str, list[str]] = {}
     gains: dict[tuple[str, int], list[float]] = {}
     trained: dict[str, int] = {}
-    for seed, way in itertools.product(seeds, ways):
+    for seed, columns in itertools.product(seeds, chosen):
         new: dict[int, list[float]] = {}
         try:
-            if way not in rates:
-                rates[way], trials = (1.0, []) if quick else sweep(lab, way)
-                sweeps += [{"way": way, **trial} for trial in trials]
+            if columns not in rates:
+                rates[columns], trials = (1.0, []) if quick else sweep(lab, columns)
+                sweeps += [{"way": columns, **trial} for trial in trials]
             for name, length in itertools.product(names, steps):
-                change = {**column_change(way, seed), **scaled(lab, rates[way]), "steps": length}
-                found = lab.alone(name, **change)
-                trained[way] = found["trained"]
-                new.setdefault(length, []).append(found["identity"] - lab.generic(name, seed)["identity"])
+                change = {**column_change(columns, seed), **scaled(lab, rates[columns]), "steps": length}
+                measured = lab.alone(name, **change)
+                trained[columns] = measured["trained"]
+                new.setdefault(length, []).append(measured["identity"] - lab.noun_baseline(name, seed)["identity"])
         except TimeOver:
-            late.setdefault(f"seed {seed}", []).append(way)
+            late.setdefault(f"seed {seed}", []).append(columns)
             continue
         for length, values in new.items():
-            gains.setdefault((way, length), []).extend(values)
-        lab.note(f"{way}, seed {seed}: gains {', '.join(mean_text(v, names) for v in new.values())} at {steps} steps")
+            gains.setdefault((columns, length), []).extend(values)
+        lab.note(
+            f"{columns}, seed {seed}: gains {', '.join(mean_text(v, names) for v in new.values())} at {steps} steps"
+        )
     rows: list[Row] = [
         {
-            "way": way,
-            "trained": trained[way],
-            "pairs": len(gains[way, steps[-1]]),
-            **{f"gain at {s}": mean_text(gains[way, s], names) for s in steps},
-            **{f"minus top at {s}": gains_against_top(gains, way, s, names) for s in (steps[0], steps[-1])},
+            "way": columns,
+            "trained": trained[columns],
+            "pairs": len(gains[columns, steps[-1]]),
+            **{f"gain at {s}": mean_text(gains[columns, s], names) for s in steps},
+            **{f"minus top at {s}": gains_against_top(gains, columns, s, names) for s in (steps[0], steps[-1])},
         }
-        for way in ways
-        if (way, steps[-1]) in gains
+        for columns in chosen
+        if (columns, steps[-1]) in gains
     ]
     tables = [Table("Gain in identity over the untouched base, over concepts and seeds", rows)]
     if sweeps:
         tables.append(Table("The sweep of the learning rate: a concept that is not reported, 120 steps", sweeps))
     lines = {
-        way: [(s, sum(gains[way, s]) / len(gains[way, s])) for s in steps] for way in ways if (way, steps[-1]) in gains
+        columns: [(s, sum(gains[columns, s]) / len(gains[columns, s])) for s in steps]
+        for columns in chosen
+        if (columns, steps[-1]) in gains
     }
     picture = curves(lines, "training step", "gain in identity")
-    missing = not_allowed(late, len(ways)) + ([] if picture else [WANTED])
+    missing = not_allowed(late, len(chosen)) + ([] if picture else [WANTED])
     return Findings(tables, verdict(gains, steps), {"curves": picture} if picture else {}, missing)
 
 
-def sweep(lab: StudyRunner, way: str) -> tuple[float, list[dict[str, Any]]]:
-    """The best factor on the recipe's rates and the five trials, half a decade apart."""
-    rate, trials = best_rate(lab, SPREAD, TUNING_CONCEPTS[:1], **column_change(way, 0), steps=120)
+def sweep(lab: StudyRunner, columns: str) -> tuple[float, list[dict[str, Any]]]:
+    """The best factor on the learning rates and the five trials, half a decade apart."""
+    rate, trials = best_rate(lab, SPREAD, TUNING_CONCEPTS[:1], **column_change(columns, 0), steps=120)
     return rate, [{"rate": trial["rate"], "identity": trial["identity"]} for trial in trials]
 
 
 def gains_against_top(
-    gains: Mapping[tuple[str, int], Sequence[float]], way: str, steps: int, names: Sequence[str]
+    gains: Mapping[tuple[str, int], Sequence[float]], columns: str, steps: int, names: Sequence[str]
 ) -> str | None:
-    """A way's gain less that of the top columns, concept by concept and seed by seed."""
-    own, top = gains[way, steps], gains.get(("top", steps), [])
-    return difference_text(own, top, names) if way != "top" and len(own) == len(top) else None
+    """A gain minus that of the top columns, paired by concept and seed."""
+    own, top = gains[columns, steps], gains.get(("top", steps), [])
+    return difference_text(own, top, names) if columns != "top" and len(own) == len(top) else None
 
 
 def verdict(gains: dict[tuple[str, int], list[float]], steps: Sequence[int]) -> str:
-    """The order of the ways early and at the end."""
+    """The order of the columns early and at the end."""
 
     def order(at: int) -> str:
-        means = {way: sum(found) / len(found) for (way, length), found in gains.items() if length == at}
-        return ", ".join(f"{way} {mean:.2f}" for way, mean in sorted(means.items(), key=lambda item: -item[1]))
+        means = {columns: sum(values) / len(values) for (columns, length), values in gains.items() if length == at}
+        return ", ".join(f"{columns} {mean:.2f}" for columns, mean in sorted(means.items(), key=lambda item: -item[1]))
 
     early, late = steps[0], steps[-1]
     return f"Gain in identity after {early} steps: {order(early)}; after {late}: {order(late)}."

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from spectral_diffusion.cli.support import say
+from spectral_diffusion.cli.support import echo
 
 from .base import Recipe
 from .loop import Limits
@@ -65,7 +65,7 @@ def pretrain(
 
     torch.set_num_threads(threads)
     piece = Piece(work, start, sizes, side, batch, device, workers, puppets, reuse, sheet_samples=sheet_samples)
-    run_base(piece, Recipe(rate=rate, maps=maps), Limits(minutes, until_samples), decay_samples, say)
+    run_base(piece, Recipe(rate=rate, maps=maps), Limits(minutes, until_samples), decay_samples, echo)
 
 
 @app.command("gpu")
@@ -91,10 +91,10 @@ def gpu(
 
     piece = Piece(work, start, sizes, side, batch, device, workers, puppets, 1, compiled, sheet_samples=0)
     training = run_base(
-        piece, Recipe(rate=rate, ema=(100_000, 1_000_000), maps=maps), Limits(minutes), decay_samples, say
+        piece, Recipe(rate=rate, ema=(100_000, 1_000_000), maps=maps), Limits(minutes), decay_samples, echo
     )
     pack(training, output)
-    say(f"Wrote {output}/.")
+    echo(f"Wrote {output}/.")
 
 
 @app.command("export")
@@ -109,7 +109,7 @@ def export_pipeline(
 
     export(as_saved(work), vae_of(work), output, average)
     sample_sheet(output, output / "samples.png")
-    say(f"Wrote {output}/, and what it draws in {output / 'samples.png'}.")
+    echo(f"Wrote {output}/, and what it draws in {output / 'samples.png'}.")
 
 
 @app.command("pack")
@@ -122,7 +122,7 @@ def pack_state(
     from .travel import pack
 
     pack(as_saved(work), output, averages=False)
-    say(f"Wrote {output}/.")
+    echo(f"Wrote {output}/.")
 
 
 @app.command("unpack")
@@ -133,7 +133,7 @@ def unpack_state(
     """Make packed files the state of a folder; the one before becomes base.before.safetensors."""
     from .pieces import unpack_into
 
-    say(f"Wrote {work}/: {unpack_into(packed, work)} samples.")
+    echo(f"Wrote {work}/: {unpack_into(packed, work)} samples.")
 
 
 @app.command("vae")
@@ -163,7 +163,7 @@ def vae(
     torch.set_num_threads(threads)
     piece = Piece(work, start, batch=batch, device=device, workers=workers, puppets=puppets)
     recipe = VaeRecipe(rate=rate, predicted=predicted, anchor=anchor, features=features, adversarial=adversarial)
-    run_vae(piece, recipe, Limits(minutes, until_samples), decay_samples, say)
+    run_vae(piece, recipe, Limits(minutes, until_samples), decay_samples, echo)
 
 
 @app.command("concepts")
@@ -179,7 +179,7 @@ def concepts(
     from .render import Renderer
 
     make_all(Renderer(icon_sets(work / "art")), output)
-    say(f"Wrote {output}/.")
+    echo(f"Wrote {output}/.")
 
 
 @app.command("naming")
@@ -194,7 +194,7 @@ def naming(
     from .naming import make_naming
 
     make_naming(output, base, seed, names, pictures)
-    say(f"Wrote {output}/: name the pictures of sheet.png from names.txt, then look at key.json.")
+    echo(f"Wrote {output}/: name the pictures of sheet.png from names.txt, then look at key.json.")
 
 
 @app.command("measure")
@@ -214,9 +214,9 @@ def measure(
 
     torch.set_num_threads(threads)
     renderer = Renderer(icon_sets(work / "art"))
-    train_identity(renderer, work, identity_steps, say)
+    train_identity(renderer, work, identity_steps, echo)
     for name in KINDS:
-        train_judge(renderer, work, name, judge_steps, say)
+        train_judge(renderer, work, name, judge_steps, echo)
 
 
 @app.command("report")

@@ -1,4 +1,4 @@
-"""The canvas on the page: one component of our own, and what can be put on it."""
+"""The canvas on the page: a custom component, and its sources."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UPLOADS: dict[str, tuple[str, str, Maker]] = {
 
 
 def own_component(name: str, html: str | None = None, **more: Any) -> gr.HTML:
-    """A component of our own from ``ui/<name>.js`` and its ``.html`` and ``.css`` if there are any."""
+    """A custom component from ``app/<name>.js`` and its ``.html`` and ``.css`` if they exist."""
     files = {kind: HERE / f"{name}.{kind}" for kind in ("html", "css", "js")}
     text = {kind: file.read_text(encoding="utf-8") if file.exists() else "" for kind, file in files.items()}
     return gr.HTML(
@@ -50,7 +50,7 @@ def build_sources(workspace: Workspace, drawing: gr.HTML, size: list[Any]) -> No
     """Ready-made sketches, uploads and poses under the canvas, and their wiring.
 
     Args:
-        size: the fields that decide the canvas's shape: base, width, height.
+        size: the fields that determine the canvas's shape: base, width, height.
     """
     given = [drawing, *size]
     with gr.Accordion("Start from a sketch, a photo or a pose", open=False, elem_id="generate-sources"):
@@ -59,9 +59,9 @@ def build_sources(workspace: Workspace, drawing: gr.HTML, size: list[Any]) -> No
             info="Replaces the strokes on the canvas.",
         )  # fmt: skip
         with gr.Row():
-            for elem_id, (label, place, make) in UPLOADS.items():
+            for elem_id, (label, layer, make) in UPLOADS.items():
                 upload = gr.UploadButton(label, file_types=["image"], size="sm", elem_id=elem_id, min_width=120)
-                upload.upload(partial(put, workspace, place, make), [upload, *given], drawing, **PRIVATE)
+                upload.upload(partial(put, workspace, layer, make), [upload, *given], drawing, **PRIVATE)
         with gr.Row(equal_height=False):
             pose = gr.Dropdown(list(POSES), value="standing", label="Pose", elem_id="generate-pose", min_width=120)
             count = gr.Radio(
@@ -72,12 +72,12 @@ def build_sources(workspace: Workspace, drawing: gr.HTML, size: list[Any]) -> No
     add.click(partial(put_pose, workspace), [pose, count, *given], drawing, **PRIVATE)
 
 
-def put(workspace: Workspace, place: str, make: Maker, file: str | None, value: Value, *size: Any) -> Value:
+def put(workspace: Workspace, layer: str, make: Maker, file: str | None, value: Value, *size: Any) -> Value:
     """The canvas with an upload on it."""
     with errors_as_toast():
         if not file:
             raise UserError("No picture was chosen.")
-        return canvas_changed(value, place, make(Path(file), ratio_of(workspace, *size)))
+        return canvas_changed(value, layer, make(Path(file), ratio_of(workspace, *size)))
 
 
 def put_sketch(workspace: Workspace, name: str, value: Value, *size: Any) -> Value:
@@ -94,7 +94,7 @@ def put_pose(workspace: Workspace, pose: str, count: int, value: Value, *size: A
         )
 
 
-def canvas_changed(value: Value, place: str, data: bytes | None) -> Value:
-    """The canvas's value with another drawing at ``strokes`` or ``keypose``."""
+def canvas_changed(value: Value, layer: str, data: bytes | None) -> Value:
+    """The canvas's value with another image in the layer ``strokes`` or ``keypose``."""
     kept = value if isinstance(value, dict) else {}
-    return {"strokes": "", "keypose": "", "regions": []} | kept | {place: canvas.as_url(data)}
+    return {"strokes": "", "keypose": "", "regions": []} | kept | {layer: canvas.as_url(data)}

@@ -1,4 +1,4 @@
-"""The concepts: a shelf of cards, the slot map, one concept's photos, and adding one's own."""
+"""The concepts tab: cards, the slot map, one concept's photos, and adding your own."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     shelf.select(handlers.choose, None, [chosen, detail.result], **PRIVATE).then(
         handlers.show, [chosen], detail.shown, **PRIVATE
     )
-    adding.files.change(handlers.preview, [adding.files], [adding.preview, adding.found], **PRIVATE)
+    adding.files.change(handlers.preview, [adding.files], [adding.preview, adding.summary], **PRIVATE)
     adding.name.change(
         handlers.suggest, [adding.name, adding.token, adding.suggested], [adding.token, adding.suggested], **PRIVATE
     )
@@ -97,7 +97,7 @@ class Adding:
     whole: gr.Accordion
     files: gr.File
     preview: gr.Gallery
-    found: gr.Markdown
+    summary: gr.Markdown
     name: gr.Textbox
     noun: gr.Textbox
     token: gr.Textbox
@@ -134,15 +134,15 @@ def _adding() -> Adding:
             interactive=False, buttons=[], allow_preview=False, visible=False, elem_id="concepts-preview",
             elem_classes="concepts-photos",
         )  # fmt: skip
-        found = gr.Markdown(elem_id="concepts-found")
+        summary = gr.Markdown(elem_id="concepts-found")
         save = gr.Button("Save concept", variant="primary", elem_id="concepts-save")
     result = gr.Markdown(elem_id="concepts-added")
-    return Adding(whole, files, preview, found, name, noun, token, gr.State(""), save, result)
+    return Adding(whole, files, preview, summary, name, noun, token, gr.State(""), save, result)
 
 
 @dataclass(frozen=True)
 class Detail:
-    """The parts of one concept's panel; ``shown`` is what :meth:`Handlers.show` fills."""
+    """The parts of one concept's panel; ``shown`` are the outputs of :meth:`ConceptHandlers.show`."""
 
     about: gr.Markdown
     train: gr.Button
@@ -170,7 +170,7 @@ class Detail:
 
     @property
     def shown(self) -> list[Any]:
-        """What a chosen concept fills."""
+        """The outputs of a chosen concept."""
         return [
             self.about, self.train, self.copy, self.photos, self.flags, self.editing, self.names, self.photo,
             self.caption, self.tidy, self.new_name, self.new_noun, self.new_token, self.asked, self.with_adapter,
@@ -223,15 +223,15 @@ def _detail() -> Detail:
 
 
 def _wire_editing(handlers: ConceptHandlers, detail: Detail, chosen: gr.State, again: Any) -> None:
-    """The buttons that change a concept of one's own."""
-    one = [chosen, detail.photo]
+    """Wire the buttons that change the user's own concepts."""
+    photo_inputs = [chosen, detail.photo]
     detail.photos.select(handlers.pick_photo, [chosen, detail.names], [detail.photo, detail.caption], **PRIVATE)
     following = [detail.photo, detail.caption, detail.photos]
-    detail.save.click(handlers.save_caption, [*one, detail.caption], [detail.result, detail.photos], **PRIVATE)
+    detail.save.click(handlers.save_caption, [*photo_inputs, detail.caption], [detail.result, detail.photos], **PRIVATE)
     detail.caption.submit(
-        handlers.save_caption, [*one, detail.caption], [detail.result, detail.photos], **PRIVATE
-    ).success(handlers.next_photo, [*one, detail.names], following[:2], **PRIVATE)
-    again(detail.remove.click(handlers.remove, one, [detail.result], **PRIVATE))
+        handlers.save_caption, [*photo_inputs, detail.caption], [detail.result, detail.photos], **PRIVATE
+    ).success(handlers.next_photo, [*photo_inputs, detail.names], following[:2], **PRIVATE)
+    again(detail.remove.click(handlers.remove, photo_inputs, [detail.result], **PRIVATE))
     again(detail.more.upload(handlers.more, [chosen, detail.more], [detail.result], **PRIVATE))
     again(detail.tidy.click(handlers.tidy, [chosen], [detail.result], **PRIVATE))
     changed = [chosen, detail.new_name, detail.new_noun, detail.new_token]
@@ -245,33 +245,33 @@ def _photos(count: int) -> str:
     return f"{count} photo{'' if count == 1 else 's'}"
 
 
-# --- what happens --------------------------------------------------------------------------------------------
+# --- handlers --------------------------------------------------------------------------------------------
 
 
 class ConceptHandlers:
-    """What the buttons call: arguments from the page in, updates of the page out."""
+    """The buttons' callbacks: arguments from the page in, updates of the page out."""
 
     def __init__(self, page: Page) -> None:
         self.workspace = page.workspace
 
     def overview(self, chosen: str | None) -> list[Any]:
-        """The guided line, problems, cards and slot map."""
+        """The guide, problems, cards and slot map."""
         with errors_as_toast():
-            shelf = look(self.workspace)
-            lines = list(shelf.problems)
-            if shelf.strangers:
-                names = ", ".join(f"`{label.path.stem}`" for label in shelf.strangers)
+            overview = look(self.workspace)
+            lines = list(overview.problems)
+            if overview.strangers:
+                names = ", ".join(f"`{adapter.path.stem}`" for adapter in overview.strangers)
                 lines.append(f"Adapters without photos here: {names}; they can be fused and drawn with all the same.")
             problems = "\n".join(f"- ⚠ {line if '`' in line else plain_html(line)}" for line in lines)
             return [
-                gr.Markdown(visible=shelf.first_run),
+                gr.Markdown(visible=overview.first_run),
                 gr.Markdown(problems, visible=bool(lines)),
-                cards.cards(shelf, chosen),
-                cards.slot_map_html(shelf),
+                cards.cards(overview, chosen),
+                cards.slot_map_html(overview),
             ]
 
     def choose(self, event: gr.EventData) -> tuple[str, str]:
-        """The name of the clicked card; what was told of another one goes."""
+        """The name of the clicked card, and an empty message."""
         return str(event._data.get("name", "")), ""
 
     def show(self, chosen: str | None) -> list[Any]:
@@ -291,13 +291,13 @@ class ConceptHandlers:
         about += f"called `{concept.token}` in prompts."
         if not own:
             about += " Ready-made: it stays as it is, but you can change a copy."
-        for label in concepts.adapters_of_concept(self.workspace, chosen):
-            place = f", {label.kind} {label.slot}" if label.slot else ""
-            about += f"\n\nTrained: {label.method} on {plain_html(label.base)}{place}."
+        for adapter in concepts.adapters_of_concept(self.workspace, chosen):
+            position = f", {adapter.kind} {adapter.slot}" if adapter.slot else ""
+            about += f"\n\nTrained: {adapter.method} on {plain_html(adapter.base)}{position}."
         captions = self._captions(folder, concept)
         flags = [*concept.notes, *(f"{text}." for text in concept.skipped)]
         traces = False
-        with contextlib.suppress(UserError):  # a damaged ledger is told elsewhere
+        with contextlib.suppress(UserError):  # a damaged ledger is reported elsewhere
             traces = own and any(editing.traces(self.workspace, chosen))
         odd = own and bool(flags) and bool(concepts.odd_files(folder))
         return self._panel(
@@ -314,13 +314,13 @@ class ConceptHandlers:
         )
 
     def _captions(self, folder: Path, concept: concepts.Concept) -> list[str]:
-        """What stands under each photo."""
-        usual = f"a photo of {concept.token} "  # what nearly all begin with would hide the photos
-        found = []
+        """The caption shown under each photo."""
+        prefix = f"a photo of {concept.token} "  # nearly all begin with it
+        captions = []
         for name, photo in concepts.file_names(folder, concept).items():
-            words = concept.prompt(photo.caption) if photo.caption else f"{name} (no caption)"
-            found.append(f"… {words.removeprefix(usual)}" if words.startswith(usual) else words)
-        return found
+            text = concept.prompt(photo.caption) if photo.caption else f"{name} (no caption)"
+            captions.append(f"… {text.removeprefix(prefix)}" if text.startswith(prefix) else text)
+        return captions
 
     def _panel(
         self, about: str, chosen: str | None, own: bool = False, photos: list[Any] | None = None, flags: str = "",
@@ -345,7 +345,7 @@ class ConceptHandlers:
         ]
 
     def preview(self, files: list[str] | None) -> tuple[Any, str]:
-        """Thumbnails of uploaded files before they are saved, and what is left out."""
+        """Thumbnails of uploaded files before they are saved, and the files left out."""
         if not files:
             return gr.Gallery([], visible=False), ""
         with errors_as_toast(), looked_through([Path(file) for file in files]) as intake:
@@ -358,13 +358,13 @@ class ConceptHandlers:
         return gr.Gallery(small, visible=bool(small)), f"{count}\n\n{left_out}"
 
     def suggest(self, name: str, token: str, suggested: str) -> tuple[str, str]:
-        """A token for the name, unless the person has written one."""
+        """A token for the name, unless the user has typed one."""
         fresh = concepts.suggest_token(self.workspace, name)
         return (fresh if token in ("", suggested) else token), fresh
 
     @asked
     def add(self, name: str, noun: str, files: list[str] | None, token: str = "") -> tuple[str, str]:
-        """Keep photos (or a zip of them) as a concept of the workspace; returns what to tell."""
+        """Keep photos (or a zip of them) as a concept of the workspace; returns a message."""
         with errors_as_toast():
             uploads = [Path(file) for file in files or []]
             name, problems = editing.add_concept(self.workspace, name, noun, uploads, token)
@@ -377,7 +377,7 @@ class ConceptHandlers:
             return hand(concepts.concept_folder(self.workspace, chosen).name), gr.Tabs(selected="train")
 
     def copy(self, chosen: str | None) -> str:
-        """Make a ready-made concept the person's own."""
+        """Copy a ready-made concept as the user's own."""
         with errors_as_toast():
             return f"'{editing.copy_concept(self.workspace, chosen)}' is yours now; change what you like."
 
@@ -398,16 +398,16 @@ class ConceptHandlers:
             photo = concepts.file_names(folder, concept).get(name or "")
             if photo is None:
                 return None, gr.Textbox("", interactive=False, label="Caption")
-            words = concept.prompt(photo.caption) if photo.caption else ""
-            return name, gr.Textbox(words, interactive=True, label=f"Caption of {name}")
+            caption = concept.prompt(photo.caption) if photo.caption else ""
+            return name, gr.Textbox(caption, interactive=True, label=f"Caption of {name}")
 
     def save_caption(self, chosen: str | None, photo: str | None, text: str) -> tuple[str, Any]:
         """Write a caption and show it under its photo."""
         with errors_as_toast():
-            words = editing.write_caption(self.workspace, chosen, photo, text)
+            message = editing.write_caption(self.workspace, chosen, photo, text)
             concept, small = concepts.view_concept(self.workspace, chosen)
             folder = concepts.concept_folder(self.workspace, chosen)
-            return words, list(zip(small, self._captions(folder, concept), strict=False))
+            return message, list(zip(small, self._captions(folder, concept), strict=False))
 
     def remove(self, chosen: str | None, photo: str | None) -> str:
         """Take a photo out."""

@@ -1,4 +1,4 @@
-"""The fusion: tick concepts, weigh them, compare, save; and what was saved, to take apart or to take away."""
+"""The fuse tab: choose concepts and strengths, compare, save; take concepts out of saved fusions, download them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .. import comparing, downloads, fusing
 from ..adapters import adapter_rows
 from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, asked, errors_as_toast, hand, plain_html, teller
 from ..streaming import CancelTokens, cancellable
-from .fuse_layout import USUAL_NAME, WHOLE, Bench, Saved
+from .fuse_layout import DEFAULT_NAME, WHOLE, Bench, Saved
 
-COLUMNS = {  # the heads of the table, and what they mean
+COLUMNS = {  # the table's headings and their explanations
     "Concept": "",
     "Columns": "The part of the base that it changed. Concepts with columns of their own disturb each other least.",
     "Size": "How much it changes the base at strength 1.",
@@ -105,39 +105,39 @@ def _wire_saved(saved: Saved, handlers: FuseHandlers, page: Page, lists: dict[st
 
 
 def fusion_table(rows: Sequence[comparing.Row]) -> str:
-    """How the chosen get on, and what the columns mean; every cell bears its head, for screens too narrow for a row."""
+    """The interference table with explanations; every cell has its heading, for narrow screens."""
     cells = [dict(zip(COLUMNS, astuple(row), strict=True)) for row in rows]
     return render("app/templates/fusion_table.html.jinja", columns=COLUMNS, rows=cells)
 
 
 def ready(yes: bool) -> list[Any]:
-    """Compare, Save and Stop while nothing runs, or while one of the first two does."""
+    """The states of Compare, Save and Stop: ``yes`` while nothing runs."""
     return [gr.Button(interactive=yes), gr.Button(interactive=yes), gr.Button(visible=not yes)]
 
 
 def changes_for(merge: str, distill: int | str, options: str, prior_weight: float | None) -> dict[str, Any]:
-    """What the fields change in a fusion's settings; the preset says itself how to merge."""
+    """The fields as changes of a fusion's settings; the preset has its own merge."""
     if distill == WHOLE:
         return {"preset": WHOLE}
     return {"merge": merge, "distill_steps": distill, "options": options, "prior_weight": prior_weight}
 
 
 class FuseHandlers:
-    """What the buttons call: arguments from the page in, updates of the page out."""
+    """The buttons' callbacks: arguments from the page in, updates of the page out."""
 
     def __init__(self, page: Page) -> None:
         self.workspace = page.workspace
         self.compares, self.saves = CancelTokens(), CancelTokens()
 
     def lists(self, chosen: list[str] | None, which: str | None) -> list[Any]:
-        """What there is to fuse and what is saved, with all that depends on it."""
+        """The adapters and saved fusions, with all that depends on them."""
         with errors_as_toast():
             rows, problems = adapter_rows(self.workspace)
             names, saved = [row[0] for row in rows], fusing.fusions(self.workspace)
             merges = list(fusing.merges()) if names else []
-        problems += [one.problem for one in saved if one.problem]
-        there = [one.name for one in saved if not one.problem]
-        which = which if which in there else there[0] if there else None
+        problems += [fusion.problem for fusion in saved if fusion.problem]
+        readable = [fusion.name for fusion in saved if not fusion.problem]
+        which = which if which in readable else readable[0] if readable else None
         return [
             gr.Markdown(TOO_FEW.get(len(names), ENOUGH)),
             gr.Button(visible=len(names) < 2),
@@ -145,50 +145,50 @@ class FuseHandlers:
             gr.Row(visible=bool(names or problems)),
             gr.CheckboxGroup(names, value=[name for name in chosen or [] if name in names]),
             gr.Dropdown(merges) if merges else gr.skip(),
-            gr.Column(visible=bool(there)),
-            gr.Dropdown(there, value=which),
+            gr.Column(visible=bool(readable)),
+            gr.Dropdown(readable, value=which),
             self._about(which),
         ]
 
     def look(self, chosen: list[str] | None, strengths: dict[str, float] | None) -> list[Any]:
         """The interference table and its warnings."""
         with errors_as_toast():
-            found = comparing.together(self.workspace, chosen, strengths or {})
-        words = "\n\n".join(f"⚠ {plain_html(warning)}" for warning in found.warnings)
+            comparison = comparing.together(self.workspace, chosen, strengths or {})
+        text = "\n\n".join(f"⚠ {plain_html(warning)}" for warning in comparison.warnings)
         return [
-            gr.HTML(fusion_table(found.rows), visible=bool(found.rows)),
-            gr.Markdown(words, visible=bool(words)),
+            gr.HTML(fusion_table(comparison.rows), visible=bool(comparison.rows)),
+            gr.Markdown(text, visible=bool(text)),
         ]
 
     def about_merge(self, merge: str) -> str:
-        """What a merge does, in a line."""
+        """A merge's description."""
         with errors_as_toast():
             return plain_html(fusing.merges().get(merge, ""))
 
     def about_distillation(self, distill: int | str) -> list[Any]:
-        """Fields that the preset decides are out of reach with it."""
+        """Disable the fields that the preset determines."""
         return [gr.Dropdown(interactive=distill != WHOLE), *(gr.update(interactive=distill != WHOLE) for _ in range(2))]
 
     def taken(self, name: str) -> Any:
-        """The tick for replacing a fusion, where there is one of that name."""
+        """The checkbox for replacing a fusion, if the name is taken."""
         with errors_as_toast():
-            there = name.strip() in fusing.fused_names(self.workspace)
+            exists = name.strip() in fusing.fused_names(self.workspace)
         return gr.Checkbox(
-            label=f"Replace the fusion '{name.strip()}' (the old one goes to the trash)", value=False, visible=there
+            label=f"Replace the fusion '{name.strip()}' (the old one goes to the trash)", value=False, visible=exists
         )
 
     def begin_compare(self, request: gr.Request) -> list[Any]:
-        """A comparison is asked for: it can be stopped from now on."""
+        """Register a comparison, which can be stopped from now on."""
         self.compares.begin(request.session_hash or "")
         return ready(False)
 
     def begin_save(self, request: gr.Request) -> list[Any]:
-        """A fusion is asked for: it can be stopped from now on."""
+        """Register a fusion, which can be stopped from now on."""
         self.saves.begin(request.session_hash or "")
         return ready(False)
 
     def done(self, request: gr.Request) -> list[Any]:
-        """A run is over; another one of this browser may still go on."""
+        """A run is over; another one of this browser may still be running."""
         who = request.session_hash or ""
         return ready(not (self.compares.busy(who) or self.saves.busy(who)))
 
@@ -198,11 +198,11 @@ class FuseHandlers:
         self.saves.stop(request.session_hash or "")
 
     def left(self, request: gr.Request) -> None:
-        """The browser has gone."""
+        """The browser has disconnected."""
         self.gone(request.session_hash or "")
 
     def gone(self, session: str) -> None:
-        """Nobody waits for the comparison any more; a fusion that is being saved goes on."""
+        """Stop a disconnected client's comparison; a fusion that is being saved continues."""
         self.compares.stop(session)
 
     @contextmanager
@@ -252,15 +252,15 @@ class FuseHandlers:
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[str, Handed, str, Any]:
         """Fuse the ticked concepts; hands the result to the pictures."""
-        name = name.strip() or USUAL_NAME
+        name = name.strip() or DEFAULT_NAME
         with errors_as_toast():
             progress(0, desc="Loading the adapters and their base")
             changes = {**changes_for(merge, distill, options, prior_weight), "seed": seed}
             with self._run(self.saves, request, progress) as tell:
-                words = fusing.fuse_chosen(
+                message = fusing.fuse_chosen(
                     self.workspace, chosen, name, strengths or {}, Hooks(progress=tell), replace, **changes
                 )
-        return words, hand(fusing.FUSED + name), name, gr.Button(visible=True)
+        return message, hand(fusing.FUSED + name), name, gr.Button(visible=True)
 
     @asked
     def fuse(
@@ -291,7 +291,7 @@ class FuseHandlers:
             )
 
     def show(self, which: str | None) -> list[Any]:
-        """What a saved fusion is, and what can be taken out of it."""
+        """A saved fusion's description, and its concepts."""
         with errors_as_toast():
             inside = fusing.concepts_in(self.workspace, which)
         return [
@@ -316,8 +316,8 @@ class FuseHandlers:
         """Write the chosen fusion without one concept."""
         with errors_as_toast():
             progress(0, desc="Fusing the rest")
-            words = fusing.take_out(self.workspace, which, concept, new, Hooks(progress=teller(progress)))
-        return words, gr.Dropdown(fusing.fused_names(self.workspace), value=new.strip())
+            message = fusing.take_out(self.workspace, which, concept, new, Hooks(progress=teller(progress)))
+        return message, gr.Dropdown(fusing.fused_names(self.workspace), value=new.strip())
 
     def download(
         self,
@@ -332,18 +332,18 @@ class FuseHandlers:
         return gr.File(value=str(path), visible=True), "\n".join([f"{path.name} is ready.", *notes])
 
     def delete(self, which: str | None, sure: bool) -> tuple[str, bool]:
-        """Put the chosen fusion away once that was confirmed."""
+        """Delete the chosen fusion after confirmation."""
         if not sure:
             return "Tick 'Yes, delete this fusion' first.", False
         with errors_as_toast():
             return fusing.delete_fusion(self.workspace, which), False
 
     def _about(self, which: str | None) -> Any:
-        found = next((one for one in fusing.fusions(self.workspace) if one.name == which), None)
-        if found is None:
+        saved = next((fusion for fusion in fusing.fusions(self.workspace) if fusion.name == which), None)
+        if saved is None:
             return gr.Markdown()
-        inside = ", ".join(f"{name} at {strength:g}" for name, strength in found.concepts.items())
-        taught = f", then taught for {found.taught} steps" if found.taught else ""
+        inside = ", ".join(f"{name} at {strength:g}" for name, strength in saved.concepts.items())
+        distilled = f", then distilled for {saved.distill_steps} steps" if saved.distill_steps else ""
         return gr.Markdown(
-            f"**{plain_html(found.name)}** holds {plain_html(inside)}; merged by *{found.merge}*{taught}."
+            f"**{plain_html(saved.name)}** holds {plain_html(inside)}; merged by *{saved.merge}*{distilled}."
         )

@@ -1,4 +1,4 @@
-"""What stands on the fuse tab: the bench where concepts are put together, and the shelf of saved fusions."""
+"""The layout of the fuse tab: the bench where concepts are fused, and the saved fusions."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ..page import PRIVATE
 MERGE_INFO = (
     "gradient keeps several concepts best and takes longest; spectral adds what was trained, which is exact and quick."
 )
-WHOLE = "pocket-distilled"  # the preset that says how to merge and how to distill
+WHOLE = "pocket-distilled"  # the preset with its own merge and distillation
 DISTILLATION: dict[str, int | str] = {"no": 0, "300 steps": 300, "900 steps": 900, "900 steps, all of the U-Net": WHOLE}
 DISTILLATION_INFO = (
-    "After any merge, the fusion learns what every concept draws alone. It keeps several concepts much better and "
-    "other prompts more as they were; it takes minutes. All of the U-Net keeps most, and brings its own way to merge."
+    "After any merge, the fusion is distilled from the single adapters. It keeps several concepts much better and "
+    "changes other prompts less; it takes minutes. All of the U-Net keeps most, and has its own merge."
 )
-USUAL_NAME = "together"
+DEFAULT_NAME = "together"
 
 
 class Bench:
-    """The upper half: what to fuse and how, how they get on, and pictures of it; hidden while nothing is trained."""
+    """The upper half: concepts, merge settings, interference and pictures; hidden while nothing is trained."""
 
     def __init__(self) -> None:
         self.strengths: gr.State = gr.State({})
@@ -75,7 +75,7 @@ class Bench:
                 info="Another number gives other pictures to compare.",
             )  # fmt: skip
         self.name = gr.Textbox(
-            label="Name of the fusion", placeholder=USUAL_NAME, max_lines=1, elem_id="fuse-name",
+            label="Name of the fusion", placeholder=DEFAULT_NAME, max_lines=1, elem_id="fuse-name",
             info="Letters, digits, - and _.",
         )  # fmt: skip
         self.replace = gr.Checkbox(label="Replace it", visible=False, elem_id="fuse-replace")
@@ -84,19 +84,19 @@ class Bench:
             self.save = gr.Button("Save", variant="primary", elem_id="fuse-save")
             self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="fuse-stop")
         self.result = gr.Textbox(label="Result", interactive=False, lines=2, elem_id="fuse-result")
-        self.saved = gr.State("")  # the name of what was saved last
+        self.saved = gr.State("")  # the name of the last saved fusion
         self.draw = gr.Button("Draw with it", elem_id="fuse-draw", visible=False)
 
-    def _sliders(self, names: list[str] | None, held: dict[str, float] | None) -> None:
-        """A strength for every ticked concept; it keeps what was set while others come and go."""
+    def _sliders(self, names: list[str] | None, strengths: dict[str, float] | None) -> None:
+        """A strength slider for every chosen concept; its value stays while others are added or removed."""
         for name in names or []:
             slider = gr.Slider(
-                0, 2, (held or {}).get(name, 1.0), step=0.05, label=f"Strength of {name}",
+                0, 2, (strengths or {}).get(name, 1.0), step=0.05, label=f"Strength of {name}",
                 elem_id=f"fuse-strength-{name}", key=f"strength-{name}", interactive=True,
             )  # fmt: skip
             gr.on(  # input: by keyboard and in the box; release: by mouse, and set back
                 [slider.input, slider.release],
-                lambda value, held, name=name: {**(held or {}), name: value},
+                lambda value, strengths, name=name: {**(strengths or {}), name: value},
                 [slider, self.strengths],
                 self.strengths,
                 trigger_mode="always_last",
@@ -105,7 +105,7 @@ class Bench:
 
 
 class Saved:
-    """The lower half: what was saved before; hidden while there is nothing."""
+    """The lower half: the saved fusions; hidden while there are none."""
 
     def __init__(self) -> None:
         with gr.Column(visible=False, elem_id="fuse-shelf") as self.all:
@@ -132,7 +132,7 @@ class Saved:
             self.take = gr.Button("Take it out", elem_id="fuse-take", min_width=140)
         with gr.Row(elem_classes="fuse-line"):
             self.kind = gr.Dropdown(
-                [(words, kind) for kind, words in downloads.KINDS.items()], value="kohya",
+                [(text, kind) for kind, text in downloads.KINDS.items()], value="kohya",
                 label="For other programs", elem_id="fuse-kind", scale=2, min_width=220,
             )  # fmt: skip
             self.pack = gr.Button("Prepare the file", elem_id="fuse-pack", min_width=140)

@@ -1,4 +1,4 @@
-"""The pictures on the page: page after page, one of them chosen, with its settings and what can be done with it."""
+"""The gallery: pages of pictures, and the chosen one with its settings and actions."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Gallery:
 
     @property
     def details(self) -> list[Any]:
-        """What :meth:`choose` fills."""
+        """The outputs of :meth:`choose`."""
         shown = [self.shown, self.chosen, self.picture, self.about]
         return [*shown, self.canvas, self.again, self.file, self.scene, self.delete]
 
     @property
     def listed(self) -> list[Any]:
-        """What :meth:`show` fills."""
+        """The outputs of :meth:`show`."""
         return [self.wall, self.names, self.note, self.number, self.paging, self.pages]
 
     def show(self, number: float | None) -> list[Any]:
@@ -64,7 +64,7 @@ class Gallery:
         ]
 
     def choose(self, name: str | None) -> list[Any]:
-        """A picture by its name with its settings; nothing for None."""
+        """A picture by its name with its settings; empty for None."""
         if not name:
             return [gr.Row(visible=False), None, None, "", *[gr.skip()] * 5]
         with errors_as_toast():
@@ -73,15 +73,15 @@ class Gallery:
             try:
                 rows = pictures.picture_details(self.workspace, name)
                 scene = pictures.download_picture(self.workspace, name)[1]
-            except UserError as error:  # a picture from elsewhere can still be looked at and deleted
+            except UserError as error:  # a foreign picture can still be viewed and deleted
                 rows = [("", rendered(error))]
-        words = "\n\n".join(f"**{head}** {verbatim(text)}" if head else verbatim(text) for head, text in rows)
+        details_text = "\n\n".join(f"**{head}** {verbatim(text)}" if head else verbatim(text) for head, text in rows)
         known: dict[str, Any] = {"interactive": scene is not None}
         return [
             gr.Row(visible=True),
             name,
             str(path),
-            words,
+            details_text,
             gr.Button(**known),
             gr.Button(**known),
             gr.DownloadButton(value=str(path)),
@@ -90,7 +90,7 @@ class Gallery:
         ]
 
     def clicked(self, names: list[str], event: gr.SelectData) -> list[Any]:
-        """The picture that was clicked on."""
+        """The clicked picture."""
         index = event.index if isinstance(event.index, int) else 0
         return self.choose(names[index] if 0 <= index < len(names) else None)
 
@@ -102,12 +102,12 @@ class Gallery:
 
 
 def verbatim(text: str) -> str:
-    """A text inside Markdown that shows as it was written."""
+    """Escape a text for Markdown."""
     return plain_html(text).translate({ord(mark): f"\\{mark}" for mark in "\\`*_[]#|~$"})
 
 
 def build_picture() -> gr.Image:
-    """Where the picture appears, first unfinished, then done."""
+    """The picture, first unfinished, then done."""
     return gr.Image(
         label="Picture", show_label=False, type="filepath", format="png", interactive=False, height=360,
         buttons=["fullscreen"], elem_id="generate-picture",

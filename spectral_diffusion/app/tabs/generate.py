@@ -1,4 +1,4 @@
-"""The generate tab: what to draw on the left, where on the right, the picture and all pictures below."""
+"""The generate tab: prompt and settings on the left, the canvas on the right, the pictures below."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..adapters import adapter_rows
 from ..base_cache import BaseCache
 from ..canvas import Canvas, ink_of_drawing, read_canvas, read_regions
 from ..fusing import base_choices
-from ..generation import Drawn, GenerateRequest
+from ..generation import GeneratedPictures, GenerateRequest
 from ..page import DEVICE, PRIVATE, Handed, Page, asked, errors_as_toast, plain_html
 from ..streaming import CancelTokens, stream
 from ..workspace import ProgressLine, Workspace
@@ -42,7 +42,7 @@ TO_PICTURE = (
 
 @dataclass(frozen=True)
 class Fields:
-    """What a picture is made from, as components, in the order in which :meth:`Handlers.draw` takes their values."""
+    """The inputs of a picture as components, in the order in which :meth:`GenerateHandlers.draw` takes their values."""
 
     prompt: gr.Textbox
     base: gr.Dropdown
@@ -69,24 +69,24 @@ class Fields:
     @property
     def all(self) -> list[Any]:
         """The components in their order."""
-        return [getattr(self, one.name) for one in fields(self)]
+        return [getattr(self, item.name) for item in fields(self)]
 
     @staticmethod
     def named(values: tuple[Any, ...]) -> dict[str, Any]:
         """The components' values by name."""
-        return dict(zip((one.name for one in fields(Fields)), values, strict=True))
+        return dict(zip((item.name for item in fields(Fields)), values, strict=True))
 
 
 @dataclass
 class GenerateHandlers:
-    """What the buttons call: arguments from the page in, updates of the page out."""
+    """The buttons' callbacks: arguments from the page in, updates of the page out."""
 
     workspace: Workspace
     keeper: BaseCache = field(default_factory=BaseCache)
     runs: CancelTokens = field(default_factory=CancelTokens)
 
     def lists(self, base: str | None, chosen: list[str] | None) -> list[Any]:
-        """Bases, a note on what there is, and all that :meth:`follow` tells."""
+        """The bases, a note, and the updates of :meth:`follow`."""
         with errors_as_toast():
             rows, problems = adapter_rows(self.workspace)
             lines = [*([] if rows else [NO_CONCEPTS]), *map(plain_html, problems)]
@@ -97,96 +97,100 @@ class GenerateHandlers:
             ]
 
     def follow(self, base: str | None, chosen: list[str] | None) -> list[Any]:
-        """What the base allows: concepts and their strength, the canvas's concepts, the tokens.
+        """The choices of a base: concepts and their strength, the canvas's concepts, the tokens.
 
-        A fused base has its concepts inside, and adapters that were trained on it can act; on any other all can.
+        A fused base contains its concepts and accepts adapters trained on it; any other base accepts all.
         """
         try:
             inside = drawing.tokens(self.workspace, base, [])
-        except UserError:  # it is said when it is drawn
+        except UserError:  # reported on generating
             inside = {}
         every = adapter_rows(self.workspace)[0]
         rows = [row[:3] for row in every if not inside or drawing.is_base(self.workspace, base, row[-1])]
         names = [row[0] for row in rows]
-        there = [name for name in chosen or [] if name in names]  # else as it is, which may be handed over just now
+        available = [
+            name for name in chosen or [] if name in names
+        ]  # unchanged otherwise: it may have just been handed over
         tokens = [*([token, noun, ""] for token, noun in inside.items()), *([row[1], row[2], row[0]] for row in rows)]
         return [
-            gr.Dropdown(choices=names, visible=bool(rows), **({"value": there} if there != (chosen or []) else {})),
+            gr.Dropdown(
+                choices=names, visible=bool(rows), **({"value": available} if available != (chosen or []) else {})
+            ),
             gr.Textbox(visible=bool(rows)),
             gr.HTML(concepts=rows),
             tokens,
         ]
 
     def pick(self, chosen: list[str] | None, event: gr.EventData) -> list[str]:
-        """The concepts with the one whose token went into the prompt."""
+        """The concepts plus the one whose token was put into the prompt."""
         name = str((event._data or {}).get("name") or "")
         return list(dict.fromkeys([*(chosen or []), *([name] if name else [])]))
 
     def shape(self, shape: str | None, base: str | None) -> tuple[int, int]:
-        """Width and height of a shape at the base's own size."""
+        """Width and height of a shape at the base's native size."""
         side = drawing.side_of(self.workspace, base)
         across, down = SHAPES.get(shape or "", (1, 1))
         return side * across, side * down
 
     def handed_base(self, handed: Handed, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
-        """A base that was handed over, no concepts, and what :meth:`suited` tells."""
+        """A base that was handed over, no concepts, and the values of :meth:`suited`."""
         return handed[0], [], *self.suited(handed[0], shape, steps, guidance)
 
     def handed_adapters(self, handed: Handed, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
-        """The base that adapters were trained on which were handed over, these, and what :meth:`suited` tells."""
+        """The base of the adapters that were handed over, these, and the values of :meth:`suited`."""
         with errors_as_toast():
             base = drawing.chosen_base(self.workspace, handed[0][0])
         return base, handed[0], *self.suited(base, shape, steps, guidance)
 
     def suited(self, base: str | None, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
-        """Width, height, steps and guidance that suit a base; a person's own steps and guidance stay."""
+        """Width, height, steps and guidance that suit a base; the user's own steps and guidance stay."""
         return *self.shape(shape, base), *drawing.sampling_of(self.workspace, base, (int(steps), guidance))
 
     def reshaped(self, base: str | None, width: float | None, height: float | None) -> tuple[Any, str | None]:
-        """The canvas in the picture's shape, and the name of the shape if it has one."""
+        """The canvas in the picture's shape, and the shape's name if it has one."""
         ratio = drawing.ratio_of(self.workspace, base, width, height)
         names = {across / down: name for name, (across, down) in SHAPES.items()}
         return gr.HTML(ratio=ratio), names.get(ratio)
 
     def begin(self, request: gr.Request) -> list[Any]:
-        """A run is asked for: Cancel in the place of Generate, at once."""
+        """Register a run and show Cancel instead of Generate."""
         self.runs.begin(request.session_hash or "")
         return [gr.Button(visible=False), gr.Button(visible=True), WAITING, gr.Row(visible=True)]
 
     def ended(self) -> list[Any]:
-        """Generate in its place again."""
+        """Show Generate again."""
         return [gr.Button(visible=True), gr.Button(visible=False)]
 
     def cancel(self, request: gr.Request) -> None:
-        """Ask this browser's run to stop. Nothing is shown: the run's own last word may have come before."""
+        """Ask this browser's run to stop; the run shows its own last message."""
         self.runs.stop(request.session_hash or "")
 
     def left(self, request: gr.Request) -> None:
-        """The browser has gone: nobody waits for its picture."""
+        """The browser has disconnected: stop its run."""
         self.gone(request.session_hash or "")
 
     def gone(self, session: str) -> None:
-        """A browser or a program has gone."""
+        """A browser or a program has disconnected."""
         self.runs.stop(session)
 
     def draw(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """Draw; yields unfinished pictures and a line, in the end the picture, the line, and the picture's name."""
-        yield from self._drawn(request, lambda: self._wish(Fields.named(values)))
+        """Generate; yields unfinished pictures and a line, at the end the picture, the line, and the picture's name."""
+        yield from self._stream_pictures(request, lambda: self._request(Fields.named(values)))
 
     def again(self, name: str | None, request: gr.Request) -> Iterator[tuple[Any, ...]]:
-        """Draw a picture of the gallery again, from its own settings."""
+        """Generate a picture of the gallery again, from its own settings."""
 
-        def wish() -> tuple[GenerateRequest, dict[str, Any]]:
-            found = pictures.refill(self.workspace, name)
-            if found.notes:
-                raise UserError(f"It cannot be drawn again as it was: {found.notes[0]}")
-            held = GenerateRequest(
-                found.base, found.adapters, found.strength, read_canvas(found.canvas), found.sketch_weight,
-                found.keypose_weight, found.sketch_adapter, found.keypose_adapter,
+        def request_of_picture() -> tuple[GenerateRequest, dict[str, Any]]:
+            refill = pictures.refill(self.workspace, name)
+            if refill.notes:
+                raise UserError(f"It cannot be drawn again as it was: {refill.notes[0]}")
+            generate_request = GenerateRequest(
+                refill.base, refill.adapters, refill.strength, read_canvas(refill.canvas), refill.sketch_weight,
+                refill.keypose_weight, refill.sketch_adapter, refill.keypose_adapter,
             )  # fmt: skip
-            return held, {"seed": found.seed, **found.fields}
+            return generate_request, {"seed": refill.seed, **refill.fields}
 
-        yield from self._drawn(request, wish)
+        yield from self._stream_pictures(request, request_of_picture)
 
     @asked
     def generate(
@@ -211,16 +215,16 @@ class GenerateHandlers:
         sampler: str | None = None,
         request: gr.Request | None = None,
     ) -> tuple[list[str], str]:
-        """Draw pictures from fields alone; returns their files and what to tell.
+        """Draw pictures from fields alone; returns their files and a message.
 
         ``sketch`` is a picture file; ``regions`` a list such as
         ``[{"box": [0, 0, 0.5, 1], "prompt": "a photo of <rex>", "concept": "rex"}]``, boxes in fractions.
         """
         who = (request.session_hash if request else "") or ""
         with errors_as_toast():
-            held = Canvas(ink_of_drawing(Path(sketch)) if sketch else None, None, read_regions(regions))
-            wish = GenerateRequest(
-                base, adapters or [], strength, held, 1.0 if sketch_weight is None else sketch_weight,
+            drawn_canvas = Canvas(ink_of_drawing(Path(sketch)) if sketch else None, None, read_regions(regions))
+            generate_request = GenerateRequest(
+                base, adapters or [], strength, drawn_canvas, 1.0 if sketch_weight is None else sketch_weight,
                 sketch_adapter=sketch_adapter,
             )  # fmt: skip
             scene: dict[str, Any] = {
@@ -238,53 +242,53 @@ class GenerateHandlers:
             }
             stop = self.runs.take(who)
             try:
-                drawn = drawing.generate(
-                    self.workspace, wish, Hooks(should_stop=stop.is_set), keeper=self.keeper, **scene
+                generated = drawing.generate(
+                    self.workspace, generate_request, Hooks(should_stop=stop.is_set), keeper=self.keeper, **scene
                 )
             finally:
                 self.runs.end(who, stop)
-        return [str(path) for path in drawn.pictures], drawn.words
+        return [str(path) for path in generated.pictures], generated.message
 
     def refilled(self, name: str | None) -> list[Any]:
-        """The fields filled from a picture of the gallery, and the line."""
+        """The fields filled from a picture of the gallery, and a message."""
         with errors_as_toast():
-            found = pictures.refill(self.workspace, name)
+            refill = pictures.refill(self.workspace, name)
         values = {
-            **found.fields, "base": found.base, "adapters": found.adapters, "strength": found.strength,
-            "seed": found.seed, "num_images": 1, "sketch_weight": found.sketch_weight,
-            "sketch_adapter": found.sketch_adapter, "keypose_weight": found.keypose_weight,
-            "keypose_adapter": found.keypose_adapter,
+            **refill.fields, "base": refill.base, "adapters": refill.adapters, "strength": refill.strength,
+            "seed": refill.seed, "num_images": 1, "sketch_weight": refill.sketch_weight,
+            "sketch_adapter": refill.sketch_adapter, "keypose_weight": refill.keypose_weight,
+            "keypose_adapter": refill.keypose_adapter,
         }  # fmt: skip
-        ratio = drawing.ratio_of(self.workspace, found.base, found.fields["width"], found.fields["height"])
-        values["canvas"] = gr.HTML(value=found.canvas, ratio=ratio)
-        line = " ".join(["The picture's settings are in the fields above; change what you like.", *found.notes])
-        return [*(values[one.name] for one in fields(Fields)), plain_html(line)]
+        ratio = drawing.ratio_of(self.workspace, refill.base, refill.fields["width"], refill.fields["height"])
+        values["canvas"] = gr.HTML(value=refill.canvas, ratio=ratio)
+        line = " ".join(["The picture's settings are in the fields above; change what you like.", *refill.notes])
+        return [*(values[item.name] for item in fields(Fields)), plain_html(line)]
 
-    def _wish(self, given: dict[str, Any]) -> tuple[GenerateRequest, dict[str, Any]]:
-        """The page's fields as what to draw, and the scene's own settings."""
+    def _request(self, given: dict[str, Any]) -> tuple[GenerateRequest, dict[str, Any]]:
+        """The page's fields as a request, and the scene's settings."""
         mine = ("base", "adapters", "strength", "sketch_weight", "sketch_adapter", "keypose_weight", "keypose_adapter")
-        held = {name: given.pop(name) for name in mine}
-        held["adapters"] = held["adapters"] or []
+        own = {name: given.pop(name) for name in mine}
+        own["adapters"] = own["adapters"] or []
         given |= {side: given[side] or None for side in ("width", "height")}  # the page may say 0 for an empty field
-        return GenerateRequest(canvas=read_canvas(given.pop("canvas")), **held), given
+        return GenerateRequest(canvas=read_canvas(given.pop("canvas")), **own), given
 
-    def _drawn(self, request: gr.Request, wished: Any) -> Iterator[tuple[Any, ...]]:
+    def _stream_pictures(self, request: gr.Request, make_request: Any) -> Iterator[tuple[Any, ...]]:
         who = request.session_hash or ""
         stop = self.runs.take(who)
         line = [WAITING]
 
-        def work(tell: Any) -> Drawn:
-            def words(done: int, total: int, text: str) -> None:
+        def work(tell: Any) -> GeneratedPictures:
+            def show_step(done: int, total: int, text: str) -> None:
                 line[0] = f"{text} (step {done} of {total})"
                 tell(line[0])
 
             if stop.is_set():
-                return Drawn([], "Stopped.")
-            wish, scene = wished()
+                return GeneratedPictures([], "Stopped.")
+            generate_request, scene = make_request()
             return drawing.generate(
                 self.workspace,
-                wish,
-                Hooks(ProgressLine(words), should_stop=stop.is_set),
+                generate_request,
+                Hooks(ProgressLine(show_step), should_stop=stop.is_set),
                 lambda images: tell(images[0]),
                 self.keeper,
                 **scene,
@@ -293,18 +297,18 @@ class GenerateHandlers:
         try:
             with errors_as_toast():
                 for news in stream(work, stop):
-                    if isinstance(news, Drawn):
+                    if isinstance(news, GeneratedPictures):
                         first = news.pictures[0] if news.pictures else None
                         yield (
                             str(first) if first else gr.skip(),
-                            plain_html(news.words),
+                            plain_html(news.message),
                             first.stem if first else gr.skip(),
                         )
                     elif isinstance(news, str):
                         yield gr.skip(), plain_html(news), gr.skip()
                     else:
                         yield news, plain_html(line[0]), gr.skip()
-        except gr.Error as error:  # said where the person looks, and the page goes on
+        except gr.Error as error:  # shown in the status line
             yield gr.skip(), f"**That did not work.** {error.message}", gr.skip()
         finally:
             self.runs.end(who, stop)
@@ -313,15 +317,15 @@ class GenerateHandlers:
 def build(page: Page, tab: gr.Tab) -> None:
     """Fill the tab and wire its events."""
     handlers = GenerateHandlers(page.workspace)
-    usual = preset_settings("pocket", "generate")
+    defaults = preset_settings("pocket", "generate")
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            words = _build_words(usual, drawing.side_of(page.workspace, "pocket"))
+            scene_fields = _build_scene_fields(defaults, drawing.side_of(page.workspace, "pocket"))
         with gr.Column(scale=6, min_width=320):
             canvas = build_canvas()
-            build_sources(page.workspace, canvas, [words["base"], words["width"], words["height"]])
-    note, tokens, shape = words.pop("note"), words.pop("tokens"), words.pop("shape")
-    form = Fields(canvas=canvas, **words)
+            build_sources(page.workspace, canvas, [scene_fields["base"], scene_fields["width"], scene_fields["height"]])
+    note, tokens, shape = scene_fields.pop("note"), scene_fields.pop("tokens"), scene_fields.pop("shape")
+    form = Fields(canvas=canvas, **scene_fields)
     with gr.Row(elem_id="generate-go"):
         start = gr.Button("Generate", variant="primary", size="lg", elem_id="generate-start")
         cancel = gr.Button("Cancel", variant="stop", size="lg", visible=False, elem_id="generate-cancel")
@@ -346,8 +350,8 @@ def build(page: Page, tab: gr.Tab) -> None:
     _build_api(handlers, form)
 
 
-def _build_words(usual: dict[str, Any], side: int) -> dict[str, Any]:
-    """What to draw: concepts, prompt, numbers. ``side`` is the pocket base's, in pixels."""
+def _build_scene_fields(defaults: dict[str, Any], side: int) -> dict[str, Any]:
+    """The fields of concepts, prompt and numbers. ``side`` is the pocket base's, in pixels."""
     note = gr.Markdown(visible=False, elem_id="generate-note")
     made: dict[str, Any] = {"note": note}
     made["prompt"] = gr.Textbox(
@@ -370,14 +374,14 @@ def _build_words(usual: dict[str, Any], side: int) -> dict[str, Any]:
         made["num_images"] = gr.Slider(1, 16, 1, step=1, label="Pictures", elem_id="generate-count", min_width=120)
         made["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="generate-seed", min_width=120)
     with gr.Accordion("Base, size and sampling", open=False, elem_id="generate-more"):
-        made |= _build_sampling(usual, side)
+        made |= _build_sampling(defaults, side)
     with gr.Accordion("Weights of sketch, pose and boxes", open=False, elem_id="generate-held"):
         made |= _build_weights()
     return made
 
 
-def _build_sampling(usual: dict[str, Any], side: int) -> dict[str, Any]:
-    """The base, the size of the picture, and how it is sampled."""
+def _build_sampling(defaults: dict[str, Any], side: int) -> dict[str, Any]:
+    """The fields of the base, the picture's size, and sampling."""
     made: dict[str, Any] = {}
     made["base"] = gr.Dropdown(
         ["pocket"], value="pocket", allow_custom_value=True, label="Base", elem_id="generate-base",
@@ -389,11 +393,11 @@ def _build_sampling(usual: dict[str, Any], side: int) -> dict[str, Any]:
     )  # fmt: skip
     with gr.Row():
         made["num_inference_steps"] = gr.Slider(
-            1, 100, usual.get("num_inference_steps", 20), step=1, label="Steps",
+            1, 100, defaults.get("num_inference_steps", 20), step=1, label="Steps",
             info=description(Scene, "num_inference_steps"),
         )  # fmt: skip
         made["guidance_scale"] = gr.Slider(
-            0, 20, usual.get("guidance_scale", 4.0), step=0.1, label="Guidance",
+            0, 20, defaults.get("guidance_scale", 4.0), step=0.1, label="Guidance",
             info=description(Scene, "guidance_scale"),
         )  # fmt: skip
     with gr.Row():
@@ -409,7 +413,7 @@ def _build_sampling(usual: dict[str, Any], side: int) -> dict[str, Any]:
 
 
 def _build_weights() -> dict[str, Any]:
-    """How firmly the sketch, the pose and the boxes hold the picture."""
+    """The weights of the sketch, the pose and the boxes."""
     made: dict[str, Any] = {}
     for kind in ("sketch", "keypose"):
         with gr.Row():
@@ -433,7 +437,7 @@ def _build_weights() -> dict[str, Any]:
 def _wire_lists(
     page: Page, tab: gr.Tab, handlers: GenerateHandlers, form: Fields, note: Any, tokens: Any, shape: gr.Radio
 ) -> None:
-    """What follows the workspace and other fields: choices, tokens, the canvas's shape, and the hand-overs."""
+    """Wire what depends on the workspace and other fields: choices, tokens, the canvas's shape, hand-overs."""
     both = [form.base, form.adapters]
     followed = [form.adapters, form.strength, form.canvas, tokens]
     page.refreshed(tab, handlers.lists, both, [form.base, note, *followed])
@@ -445,8 +449,8 @@ def _wire_lists(
     suited = [form.width, form.height, *sampling]
     shape.input(handlers.shape, [shape, form.base], size[1:], **PRIVATE)
     form.base.input(handlers.suited, [form.base, shape, *sampling], suited, **PRIVATE)
-    for one in size:
-        one.change(handlers.reshaped, size, [form.canvas, shape], **PRIVATE)
+    for size_field in size:
+        size_field.change(handlers.reshaped, size, [form.canvas, shape], **PRIVATE)
     page.base.change(handlers.handed_base, [page.base, shape, *sampling], [*both, *suited], **PRIVATE)
     page.adapters.change(handlers.handed_adapters, [page.adapters, shape, *sampling], [*both, *suited], **PRIVATE)
     page.blocks.load(handlers.keeper.warm_soon, queue=False, **PRIVATE)
@@ -461,7 +465,7 @@ def _wire_drawing(
     cancel: gr.Button,
     status: Any,
 ) -> None:
-    """Generate, cancel, draw again, and a picture back into the fields."""
+    """Wire generate, cancel, draw again, and a picture back into the fields."""
     asked: dict[str, Any] = {
         "fn": handlers.begin,
         "outputs": [start, cancel, status, gallery.shown],
@@ -492,7 +496,7 @@ def _build_api(handlers: GenerateHandlers, form: Fields) -> None:
     """The endpoint ``generate``, whose sketch is a file and whose regions are JSON."""
     sketch, regions = gr.File(visible=False, label="Sketch"), gr.JSON(visible=False, label="Regions")
     width, height = (gr.Number(None, visible=False, precision=0, label=label) for label in ("Width", "Height"))
-    files, words, call = gr.Files(visible=False), gr.Textbox(visible=False), gr.Button(visible=False)
+    files, message, call = gr.Files(visible=False), gr.Textbox(visible=False), gr.Button(visible=False)
     call.click(
         handlers.generate,
         [
@@ -515,7 +519,7 @@ def _build_api(handlers: GenerateHandlers, form: Fields) -> None:
             form.region_isolation,
             form.sampler,
         ],
-        [files, words],
+        [files, message],
         api_name="generate",
         **DEVICE,
     )

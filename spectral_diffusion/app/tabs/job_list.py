@@ -1,4 +1,4 @@
-"""The list of trainings on the train tab, and how the chosen one is going."""
+"""The list of trainings on the train tab, and the progress of the chosen one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EMPTY = (
 
 @dataclass(frozen=True)
 class List:
-    """The parts of the list, in the order in which :func:`shown` fills them."""
+    """The parts of the list, in the order of :func:`shown_jobs`."""
 
     timer: gr.Timer
     start: gr.Button
@@ -55,11 +55,11 @@ class List:
 
 
 def build_list(start: gr.Button, strip: gr.HTML, timer: gr.Timer) -> tuple[List, gr.Button, gr.Button]:
-    """The list, and the two buttons that answer whether an unfinished training is removed.
+    """The list, and the two buttons that confirm or cancel the removal of an unfinished training.
 
     Args:
-        strip: the line at the foot of the page that says what is trained now.
-        timer: what looks after it, on whatever tab.
+        strip: the line at the foot of the page on the running training.
+        timer: polls the queue on every tab.
     """
     gr.Markdown("### Trainings")
     hint = gr.Markdown(EMPTY, elem_id="train-hint")
@@ -100,16 +100,16 @@ def build_list(start: gr.Button, strip: gr.HTML, timer: gr.Timer) -> tuple[List,
 def shown_jobs(
     workspace: Workspace, jobs: Sequence[QueueJob], trouble: str, chosen: str | None, seen: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """What fills the list, and what was seen; parts that are as they were are left alone, so that focus stays.
+    """The updates of the list, and the new ``seen``; unchanged parts are skipped, so that focus stays.
 
     Args:
-        chosen: id of the training to show; another one's if it is gone.
-        seen: what this page was given last.
+        chosen: id of the training to show; the first is shown if it is gone.
+        seen: the last values that this page received.
     """
-    job = next((one for one in jobs if one.id == chosen), jobs[0] if jobs else None)
-    active = [one for one in jobs if one.active]
+    job = next((other for other in jobs if other.id == chosen), jobs[0] if jobs else None)
+    active = [other for other in jobs if other.active]
     state = job.record.state if job else ""
-    held = job.record.wish if job else ""
+    stop_requested = job.record.wish if job else ""
     grids = samples(workspace, job)
     strip = strip_of(jobs)
     moved = job is None or job.id != seen.get("chosen")
@@ -118,7 +118,7 @@ def shown_jobs(
         "start": {"value": "Add to queue" if active else "Start training"},
         "hint": {"visible": not jobs},
         "trouble": {"value": f"The queue cannot go on: {plain_html(trouble)}", "visible": bool(trouble)},
-        "jobs": {"choices": [(label(one), one.id) for one in jobs], "visible": bool(jobs)},
+        "jobs": {"choices": [(label(other), other.id) for other in jobs], "visible": bool(jobs)},
         "detail": {"visible": job is not None},
         "progress": {"value": progress(job) if job else ""},
         "strip": {"value": strip, "visible": bool(strip)},
@@ -126,13 +126,13 @@ def shown_jobs(
         "curve": {"value": curve(job) if job else "", "visible": bool(job and job.status and job.status.curve)},
         "caption": {"visible": bool(grids)},
         "samples": {"value": grids},
-        "pause": {"visible": state == "running" and not held},
+        "pause": {"visible": state == "running" and not stop_requested},
         "resume": {"visible": state in {"paused", "stopped", "failed"}},
-        "stop": {"visible": stoppable(state, held, len(active)), "value": _stop_word(state, held)},
+        "stop": {"visible": stoppable(state, stop_requested, len(active)), "value": _stop_word(state, stop_requested)},
         "draw": {"visible": state == "done"},
         "remove": {"visible": state in {"stopped", "paused", "failed", "done"}},
         "asked": {"visible": False} if moved or state == "running" else {},
-        "clear": {"visible": sum(one.record.state == "done" for one in jobs) > 1},
+        "clear": {"visible": sum(other.record.state == "done" for other in jobs) > 1},
     }  # fmt: skip
     updates: list[Any] = []
     for name, values in now.items():
@@ -154,18 +154,18 @@ def label(job: QueueJob) -> str:
 
 
 def progress(job: QueueJob) -> str:
-    """A job's name, its bar, and what is to say."""
+    """A job's name, progress bar and notes."""
     record, status = job.record, job.status
     share = min(100.0, 100 * job.steps_done / record.steps) if record.steps else 0.0
     share = 100.0 if record.state == "done" else share
     look: str = record.state
-    if record.state == "running" and status and status.stage != "train" and status.steps:  # what comes before
+    if record.state == "running" and status and status.stage != "train" and status.steps:  # the stages before
         share, look = 100 * status.step / status.steps, "preparing"
     loss = f" · loss {status.loss:.4f}" if status and status.loss is not None and status.stage == "train" else ""
     line = f"{job.line()}{loss if record.state == 'running' else ''}"
     notes = [record.message] if record.message else []
     if status and record.state == "running":
-        notes += [note for note in status.notes if not note.startswith("Concept ")][-2:]  # who it is stands above
+        notes += [note for note in status.notes if not note.startswith("Concept ")][-2:]  # the concept's name is above
     if record.state == "done":
         notes = ["It is trained. Draw with it, or fuse it with others in step 3."]
     return render(
@@ -185,17 +185,17 @@ def curve(job: QueueJob) -> str:
 
 
 def samples(workspace: Workspace, job: QueueJob | None) -> list[tuple[str, str]]:
-    """The newest sample grids that lie among the workspace's adapters, with a caption each."""
-    inside, found = workspace.adapters.resolve(), []
-    for one in reversed(job.status.samples if job and job.status else []):
-        file = Path(one.file)
+    """The newest sample grids among the workspace's adapters, with a caption each."""
+    inside, grids = workspace.adapters.resolve(), []
+    for sample in reversed(job.status.samples if job and job.status else []):
+        file = Path(sample.file)
         if file.suffix == ".png" and file.is_file() and file.resolve().is_relative_to(inside):
-            found.append((str(file), f"step {one.step}"))
-    return found[:GRIDS]
+            grids.append((str(file), f"step {sample.step}"))
+    return grids[:GRIDS]
 
 
 def _opened(file: str) -> Image.Image:
-    """A sample grid; a blank one for what cannot be shown."""
+    """A sample grid; a blank one if it cannot be shown."""
     try:
         with Image.open(file) as image:
             if image.width * image.height <= MOST_PIXELS:
@@ -205,29 +205,33 @@ def _opened(file: str) -> Image.Image:
     return Image.new("RGB", (64, 64), "grey")
 
 
-def stoppable(state: str, held: str, active: int) -> bool:
-    """Whether stopping differs from pausing: others wait behind it, or it is to stop without finishing its step."""
-    return state == "waiting" or (state == "running" and bool(held)) or (state in {"running", "paused"} and active > 1)
+def stoppable(state: str, stop_requested: str, active: int) -> bool:
+    """Whether stopping differs from pausing: other jobs wait, or the present step is to be aborted."""
+    return (
+        state == "waiting"
+        or (state == "running" and bool(stop_requested))
+        or (state in {"running", "paused"} and active > 1)
+    )
 
 
-def _stop_word(state: str, held: str) -> str:
+def _stop_word(state: str, stop_requested: str) -> str:
     if state == "waiting":
         return "Take out of the queue"
-    return "Stop at once" if held and state == "running" else "Go on with the next first"
+    return "Stop at once" if stop_requested and state == "running" else "Go on with the next first"
 
 
 def strip_of(jobs: Sequence[QueueJob]) -> str:
-    """The line at the foot of the page: what is trained now, how many wait, what has just been trained; or nothing."""
+    """The line at the foot of the page: the running training, the number of others, the last finished one; or empty."""
     active = [job for job in jobs if job.active]
     shown = active or [job for job in jobs if job.record.state == "done" and job.fresh]
     if not shown:
         return ""
     job = shown[0]
-    words = {"running": "is being trained", "done": "is trained: draw it in step 4"}
-    told = [words.get(job.record.state, job.record.state)]
-    if active and job.line() != told[0]:
-        told.append(job.line())
+    texts = {"running": "is being trained", "done": "is trained: draw it in step 4"}
+    parts = [texts.get(job.record.state, job.record.state)]
+    if active and job.line() != parts[0]:
+        parts.append(job.line())
     if len(active) > 1:
-        told.append(f"{len(active) - 1} more")
+        parts.append(f"{len(active) - 1} more")
     mark, concept = MARKS[job.record.state], job.record.concept
-    return render("app/templates/train_strip.html.jinja", mark=mark, concept=concept, line=" · ".join(told))
+    return render("app/templates/train_strip.html.jinja", mark=mark, concept=concept, line=" · ".join(parts))

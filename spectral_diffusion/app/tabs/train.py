@@ -1,4 +1,4 @@
-"""The train tab: what to train and what it will cost, the trainings, and the adapters that they gave."""
+"""The train tab: the training form with an estimate, the trainings, and the trained adapters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NO_ADAPTERS = "None yet. What you train appears here, ready for steps 3 and 4."
 
 @dataclass(frozen=True)
 class Form:
-    """What to train, in the order in which :meth:`Handlers.start` takes the values."""
+    """The training form, in the order in which :meth:`TrainHandlers.start` takes the values."""
 
     concept: gr.Dropdown
     preset: gr.Dropdown
@@ -42,12 +42,12 @@ class Form:
     @property
     def all(self) -> list[Any]:
         """The components in their order."""
-        return [getattr(self, one.name) for one in fields(self)]
+        return [getattr(self, item.name) for item in fields(self)]
 
     @staticmethod
     def named(values: tuple[Any, ...]) -> dict[str, Any]:
         """The components' values by name, without the concept and the preset."""
-        return dict(zip((one.name for one in fields(Form)[2:]), values, strict=True))
+        return dict(zip((item.name for item in fields(Form)[2:]), values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -63,45 +63,45 @@ class AdapterTable:
     @property
     def all(self) -> list[Any]:
         """The components in their order."""
-        return [getattr(self, one.name) for one in fields(self)]
+        return [getattr(self, item.name) for item in fields(self)]
 
 
 class TrainHandlers:
-    """What the tab's buttons call: values from the page in, updates of the page out."""
+    """The buttons' callbacks: values from the page in, updates of the page out."""
 
     def __init__(self, page: Page) -> None:
         self.workspace = page.workspace
         self.queue = Queue(page.workspace)
-        self.queue.start()  # what waits goes on when the server is there, without any page
+        self.queue.start()  # waiting jobs run once the server is up, without any page
 
     # --- the form
 
     def opened(
         self, concept: str | None, handed: Handed | None, taken: int, method: str | None
     ) -> tuple[Any, Any, int]:
-        """The concepts and the methods there are; one handed over from the concepts' tab is chosen once.
+        """The concepts and methods; one handed over from the concepts tab is chosen once.
 
-        ``taken`` is when the one was handed over that was chosen last.
+        ``taken`` is the time of the last hand-over that was chosen.
         """
         from ...methods import all_methods
 
         folders = concept_folders(self.workspace)
-        newest = [job.record.concept for job in self.queue.jobs()][:1]  # after the page was loaded anew
+        newest = [job.record.concept for job in self.queue.jobs()][:1]  # after the page was reloaded
         name, when = handed or (None, taken)
         first = (concept, name) if when == taken else (name, concept)
         value = next((name for name in (*first, *newest, *folders) if name in folders), None)
-        said = known_concepts(self.workspace)
-        shown = [(f"{name} ({said[name][1]})" if said[name][1] else name, name) for name in folders]
+        details = known_concepts(self.workspace)
+        shown = [(f"{name} ({details[name][1]})" if details[name][1] else name, name) for name in folders]
         return gr.Dropdown(choices=shown, value=value), gr.Dropdown(choices=list(all_methods()), value=method), when
 
     def about(self, concept: str | None) -> str:
         """A line on the chosen concept."""
         try:
-            found = load_concept(concept_folder(self.workspace, concept))
+            loaded = load_concept(concept_folder(self.workspace, concept))
         except UserError as error:
             return plain_html(rendered(error))
-        count = f"{len(found.photos)} photo{'s' if len(found.photos) != 1 else ''}"
-        line = f"{count} of a {plain_html(found.noun)}. In prompts it is called `{found.token}`."
+        count = f"{len(loaded.photos)} photo{'s' if len(loaded.photos) != 1 else ''}"
+        line = f"{count} of a {plain_html(loaded.noun)}. In prompts it is called `{loaded.token}`."
         if concept in workspace_adapters(self.workspace):
             line += " It is trained already; training it again replaces its adapter and keeps its place."
         return line
@@ -110,42 +110,44 @@ class TrainHandlers:
         """A preset's own settings for the fields."""
 
         with errors_as_toast():
-            held = preset_train_settings(name, "train")
-        values = [held.get(key, TrainConfig.model_fields[key].default) for key in ("base", "method", "rank", "steps")]
+            settings = preset_train_settings(name, "train")
+        values = [
+            settings.get(key, TrainConfig.model_fields[key].default) for key in ("base", "method", "rank", "steps")
+        ]
         return [gr.Dropdown(info=presets().get(name, "")), *values]
 
     def estimate(self, concept: str | None, preset: str, *values: Any) -> Iterator[str]:
-        """What it will cost, or why it cannot be; the memory of a large base takes a moment longer."""
+        """The estimated cost, or an error; the memory of a large base takes a moment longer."""
         from ..estimates import estimate_training, memory_estimate
 
         try:
             config = train_settings(self.workspace, concept, preset, Form.named(values))
-            found = estimate_training(config, self.queue.jobs())
-            yield figures(found.trained, "counting …", found.time, found.note)
+            costs = estimate_training(config, self.queue.jobs())
+            yield figures(costs.trained, "counting …", costs.time, costs.note)
             most, more = memory_estimate(config)
-            yield figures(found.trained, most, found.time, found.note + more)
+            yield figures(costs.trained, most, costs.time, costs.note + more)
         except Exception as error:  # in place of the figures
             yield f'<p class="train-note train-wrong">{plain_html(sentence_of(error))}</p>'
 
     def start(self, concept: str | None, preset: str, *values: Any) -> tuple[Any, str]:
-        """Start a training, or put it into the queue; returns its id and what to tell."""
+        """Start a training, or queue it; returns its id and a message."""
         with errors_as_toast():
-            name, said = self.queue.enqueue(concept, preset, **Form.named(values))
+            name, message = self.queue.enqueue(concept, preset, **Form.named(values))
             runs = self.queue.job(name).record.state == "running"
-        return (name if runs else gr.skip()), plain_html(said)  # one that waits does not hide the one that runs
+        return (name if runs else gr.skip()), plain_html(message)  # a queued one does not hide the running one
 
     # --- the list
 
     def look(self, chosen: str | None, seen: dict[str, Any], table: dict[str, Any]) -> list[Any]:
-        """Look after the queue and show it; the adapters too if they have changed."""
+        """Poll the queue and show it; the adapters too if they have changed."""
         jobs = self.queue.refresh()
         before, (updates, seen) = seen, shown_jobs(self.workspace, jobs, self.queue.trouble, chosen, seen)
         ended = before.get("timer") == {"active": True} and seen["timer"] == {"active": False}
-        said = "" if ended else gr.skip()  # what was said of the queue is no longer so
+        message = "" if ended else gr.skip()  # the last message on the queue is outdated
         moved = gr.skip() if seen["chosen"] == chosen else seen["chosen"]
         now = self.adapters()
         shelf = [gr.skip()] * 5 if table == now else self.shelf(now)
-        return [*updates, moved, said, seen, *shelf, now]
+        return [*updates, moved, message, seen, *shelf, now]
 
     def adapters(self) -> dict[str, Any]:
         """The adapters: the table's rows, the sentences on unreadable ones, all names."""
@@ -156,7 +158,7 @@ class TrainHandlers:
         return {"rows": rows, "problems": problems, "names": list(workspace_adapters(self.workspace))}
 
     def shelf(self, now: dict[str, Any]) -> list[Any]:
-        """What fills the adapters."""
+        """The updates of the adapters' part."""
         problems = "\n".join(f"- {plain_html(text)}" for text in now["problems"])
         return [
             gr.Markdown(visible=not now["names"]),
@@ -167,25 +169,25 @@ class TrainHandlers:
         ]
 
     def ask(self, what: str, job: str | None) -> str:
-        """Pause, stop or resume a training; returns what to tell."""
+        """Pause, stop or resume a training; returns a message."""
         with errors_as_toast():
             return plain_html(str(getattr(self.queue, what)(job)))
 
     def remove(self, job: str | None) -> tuple[str, Any, Any]:
-        """Take a training off the list, or ask first if it is unfinished."""
+        """Remove a training from the list, or ask first if it is unfinished."""
         with errors_as_toast():
-            found = self.queue.job(job)
-            if found.record.state != "done" and found.record.launches and self.queue.resumable(found):
+            queued = self.queue.job(job)
+            if queued.record.state != "done" and queued.record.launches and self.queue.resumable(queued):
                 return "", gr.Column(visible=True), gr.Row(visible=False)
             return plain_html(self.queue.remove(job)), gr.Column(visible=False), gr.Row(visible=True)
 
     def remove_surely(self, job: str | None) -> tuple[str, Any, Any]:
-        """Take an unfinished training off the list."""
+        """Remove an unfinished training from the list."""
         with errors_as_toast():
             return plain_html(self.queue.remove(job, sure=True)), gr.Column(visible=False), gr.Row(visible=True)
 
     def clear(self) -> str:
-        """Take the finished trainings off the list."""
+        """Remove the finished trainings from the list."""
         with errors_as_toast():
             return plain_html(self.queue.clear())
 
@@ -222,9 +224,9 @@ class TrainHandlers:
         seed: int | None = None,
         resume: bool = False,
     ) -> tuple[str, str]:
-        """Put a training into the queue; returns its id, to look for in ``jobs``, and what to tell.
+        """Put a training into the queue; returns its id, as in ``jobs``, and a message.
 
-        What is left out is as the preset says. ``resume`` goes on with the concept's unfinished training.
+        Omitted values follow the preset. ``resume`` continues the concept's unfinished training.
         """
         with errors_as_toast():
             if resume:
@@ -235,11 +237,11 @@ class TrainHandlers:
     def api_jobs(self) -> list[dict[str, Any]]:
         """All trainings: running, waiting in their turn, then the others from the newest."""
         with errors_as_toast():
-            return [job.told() for job in self.queue.refresh()]
+            return [job.as_json() for job in self.queue.refresh()]
 
     @asked
     def api_stop(self, job: str) -> str:
-        """Stop a training and keep its state; returns what to tell."""
+        """Stop a training and keep its state; returns a message."""
         with errors_as_toast():
             return self.queue.stop(job)
 
@@ -250,7 +252,7 @@ def choose_concept(event: gr.SelectData) -> str:
 
 
 def figures(trained: str, memory: str, time: str, note: str) -> str:
-    """What a training will cost, as tiles."""
+    """The estimated cost of a training as tiles."""
     tiles = {"Trained numbers": trained, "Memory": memory, "Time": time}
     return render("app/templates/train_figures.html.jinja", tiles=tiles, note=note)
 
@@ -265,25 +267,25 @@ def build(page: Page, tab: gr.Tab) -> None:
     handlers = TrainHandlers(page)
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            form, about, costs, start, said = _form()
+            form, about, costs, start, message = _form()
         with gr.Column(scale=6, min_width=320):
             parts, sure, keep = build_list(start, page.strip, page.timer)
     shelf, adapters_said, draw, delete = _shelf()
 
-    # The id of the shown training. The radio itself is never an input: gradio refuses what was put into its list later.
+    # The id of the shown training. The radio is never an input: gradio refuses choices that were added later.
     chosen: gr.State = gr.State(None)
     seen: gr.State = gr.State({})
     look: dict[str, Any] = {
         "fn": handlers.look, "inputs": [chosen, seen, page.trained], **PRIVATE,
-        "outputs": [*parts.all, chosen, said, seen, *shelf.all, page.trained],
+        "outputs": [*parts.all, chosen, message, seen, *shelf.all, page.trained],
     }  # fmt: skip
     page.refreshed(tab, look["fn"], look["inputs"], look["outputs"])
     parts.timer.tick(**look)
     parts.jobs.select(choose_concept, None, chosen, **PRIVATE).then(**look)
 
     _wire_form(page, tab, handlers, form, about, costs)
-    start.click(handlers.start, form.all, [chosen, said], **PRIVATE).success(**look)
-    _wire_list(page, handlers, parts, chosen, (sure, keep), said, look)
+    start.click(handlers.start, form.all, [chosen, message], **PRIVATE).success(**look)
+    _wire_list(page, handlers, parts, chosen, (sure, keep), message, look)
     draw.click(handlers.draw, [shelf.chosen], [page.adapters, page.tabs], **PRIVATE)
     ask, asked, really, no = delete
     ask.click(lambda: gr.Column(visible=True), None, asked, **PRIVATE)
@@ -302,23 +304,23 @@ def _form() -> tuple[Form, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
     about = gr.Markdown(elem_id="train-about", elem_classes="muted")
     known = presets()
     preset = gr.Dropdown(list(known), value="pocket", label="Preset", info=known["pocket"], elem_id="train-preset")
-    held = preset_train_settings("pocket", "train")
+    settings = preset_train_settings("pocket", "train")
     with gr.Accordion("More settings", open=False, elem_id="train-more"):
         base = gr.Textbox(
-            held["base"], label="Base", info=description(TrainConfig, "base"),
+            settings["base"], label="Base", info=description(TrainConfig, "base"),
             max_lines=1, elem_id="train-base",
         )  # fmt: skip
         method = gr.Dropdown(
-            [held["method"]], value=held["method"], label="Method", info=description(TrainConfig, "method"),
+            [settings["method"]], value=settings["method"], label="Method", info=description(TrainConfig, "method"),
             allow_custom_value=True, elem_id="train-method",
         )  # fmt: skip
         with gr.Row():
             rank = gr.Number(
-                held["rank"], label="Rank", info=description(TrainConfig, "rank"),
+                settings["rank"], label="Rank", info=description(TrainConfig, "rank"),
                 precision=0, minimum=1, min_width=120, elem_id="train-rank",
             )  # fmt: skip
             steps = gr.Number(
-                held["steps"], label="Steps", info=description(TrainConfig, "steps"), precision=0, minimum=1,
+                settings["steps"], label="Steps", info=description(TrainConfig, "steps"), precision=0, minimum=1,
                 min_width=120, elem_id="train-steps",
             )  # fmt: skip
         with gr.Row():
@@ -336,8 +338,8 @@ def _form() -> tuple[Form, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
         )  # fmt: skip
     costs = gr.HTML(elem_id="train-estimate", label="What it will cost", padding=False)
     start = gr.Button("Start training", variant="primary", elem_id="train-start")
-    said = gr.Markdown(elem_id="train-said")
-    return Form(concept, preset, base, method, rank, steps, seed, slot, samples), about, costs, start, said
+    message = gr.Markdown(elem_id="train-said")
+    return Form(concept, preset, base, method, rank, steps, seed, slot, samples), about, costs, start, message
 
 
 def _shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button, gr.Column, gr.Button, gr.Button]]:
@@ -356,8 +358,8 @@ def _shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button, gr.
         with gr.Row():
             really = gr.Button("Delete it", size="sm", variant="stop", elem_id="train-adapter-delete-sure")
             no = gr.Button("Keep it", size="sm", elem_id="train-adapter-keep")
-    said = gr.Markdown(elem_id="train-adapters-said")
-    return AdapterTable(empty, table, problems, actions, chosen), said, draw, (ask, asked, really, no)
+    message = gr.Markdown(elem_id="train-adapters-said")
+    return AdapterTable(empty, table, problems, actions, chosen), message, draw, (ask, asked, really, no)
 
 
 # --- wiring --------------------------------------------------------------------------------------------------
@@ -366,12 +368,12 @@ def _shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button, gr.
 def _wire_form(
     page: Page, tab: gr.Tab, handlers: TrainHandlers, form: Form, about: gr.Markdown, tiles: gr.HTML
 ) -> None:
-    """The form, its line on the concept, and the figures, which follow every change."""
+    """Wire the form, its line on the concept, and the estimate, which follows every change."""
     costs: dict[str, Any] = {"fn": handlers.estimate, "inputs": form.all, "outputs": tiles, **PRIVATE}
     taken = gr.State(0)
     opened = {"fn": handlers.opened, "inputs": [form.concept, page.concept, taken, form.method], **PRIVATE}
     described: dict[str, Any] = {"fn": handlers.about, "inputs": form.concept, "outputs": about, **PRIVATE}
-    # Not when the page is loaded: counting brings in torch, and the first tab shall not wait for it.
+    # Not on page load: the estimate imports torch, and the first tab must not wait for it.
     tab.select(outputs=[form.concept, form.method, taken], **opened).then(**described).then(**costs)
     handed = page.concept.change(lambda handed: handed[0], page.concept, form.concept, **PRIVATE)
     handed.then(**described).then(**costs)
@@ -385,15 +387,15 @@ def _wire_form(
 
 def _wire_list(
     page: Page, handlers: TrainHandlers, parts: List, chosen: gr.State, answers: tuple[gr.Button, gr.Button],
-    said: gr.Markdown, look: dict[str, Any],
+    message: gr.Markdown, look: dict[str, Any],
 ) -> None:  # fmt: skip
     """The buttons of the chosen training."""
     sure, keep = answers
     for button, what in ((parts.pause, "pause"), (parts.resume, "resume"), (parts.stop, "stop")):
-        button.click(lambda job, what=what: handlers.ask(what, job), chosen, said, **PRIVATE).success(**look)
-    answered = [said, parts.asked, parts.buttons]
+        button.click(lambda job, what=what: handlers.ask(what, job), chosen, message, **PRIVATE).success(**look)
+    answered = [message, parts.asked, parts.buttons]
     parts.remove.click(handlers.remove, chosen, answered, **PRIVATE).success(**look)
     sure.click(handlers.remove_surely, chosen, answered, **PRIVATE).success(**look)
     keep.click(lambda: (gr.Column(visible=False), gr.Row(visible=True)), None, answered[1:], **PRIVATE)
-    parts.clear.click(handlers.clear, None, said, **PRIVATE).success(**look)
+    parts.clear.click(handlers.clear, None, message, **PRIVATE).success(**look)
     parts.draw.click(handlers.draw_job, chosen, [page.adapters, page.tabs], **PRIVATE)
