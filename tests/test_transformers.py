@@ -41,6 +41,7 @@ from spectral_diffusion.models.families import FAMILIES
 from spectral_diffusion.models.split_linear import SplitLinear, join_layers
 from spectral_diffusion.scenes.generate import generate_to_file
 from spectral_diffusion.scenes.sampling import sample
+from spectral_diffusion.training.memory import estimate
 from spectral_diffusion.training.run import train_to_file
 
 FUSED = "single_transformer_blocks.0.attn.to_qkv_mlp_proj"
@@ -252,16 +253,24 @@ def test_an_export_to_what_the_family_has_not_is_refused(pair: list[Path], tmp_p
         export(pair[0], tmp_path / "a.safetensors", "embedding")
 
 
-def test_a_large_base_says_that_its_memory_is_not_computed(
+def test_the_memory_of_a_large_base_is_computed_and_said(
     family: Path, pair: list[Path], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    base = load_base(str(family), "cpu")
+    config = settings(family, tmp_path / "rex.safetensors", photos, batch_size=4)
+
+    def peak(**more: Any) -> int:
+        found = estimate(base.models, base.pipeline.vae, config.model_copy(update=more), 32, "cuda")
+        return found.phases["training"]
+
+    assert 3 * peak(batch_size=1) < peak() and peak(gradient_checkpointing=True) < 0.8 * peak()
     monkeypatch.setattr("spectral_diffusion.training.memory.SMALL", 0)
     notes: list[str] = []
-    train_to_file(settings(family, tmp_path / "rex.safetensors", photos), hooks=Hooks(notify=notes.append))
+    train_to_file(config, hooks=Hooks(notify=notes.append))
     distill = DistillConfig(steps=1, num_images=2, num_prior_images=2, noises_per_image=2)
-    config = FuseConfig(adapters=pair, output=tmp_path / "both", distill=distill, device="cpu")
-    fuse_to_folder(config, Hooks(notify=notes.append))
-    assert notes.count("Note: the memory that this takes is not computed for this family of models.") == 2
+    fuse = FuseConfig(adapters=pair, output=tmp_path / "both", distill=distill, device="cpu")
+    fuse_to_folder(fuse, Hooks(notify=notes.append))
+    assert sum("Memory: about" in note for note in notes) == 2
 
 
 @pytest.mark.parametrize("kind", ["kohya", "diffusers"])

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -15,8 +13,8 @@ from ..config.fuse import CalibrationConfig, DistillConfig
 from ..core.errors import Fix
 from ..core.precision import MixedPrecision, autocast, is_half
 from ..models.base import Base
-from ..models.denoiser import plain_attention_is_faster
-from ..training.memory import CONTEXT, UNKNOWN, Estimate, LeanAttention, Models, Peak, base_kind, fitting, hollow, words
+from ..models.families import denoiser_of
+from ..training.memory import CONTEXT, Estimate, Models, Peak, base_kind, fitting, hollow, hollow_prediction
 from .calibration import CHUNK
 from .distill import CHUNK as TOGETHER
 
@@ -52,31 +50,22 @@ def distillation_memory(
     learning = {id(weight) for weight in trainable}
     trained = sum(p.numel() for model in models.values() for p in model.parameters() if id(p) in learning)
     weights = sum(p.numel() * p.element_size() for model in (*models.values(), vae) for p in model.parameters())
-    scale = 2 ** (len(vae.config.block_out_channels) - 1)  # type: ignore[union-attr, arg-type]
     with FakeTensorMode(allow_non_fake_inputs=True):  # on a pretended CPU, so that autocast acts as it does
         copies = hollow(models, "cpu")
         for name, model in models.items():
             for parameter, copy in zip(model.parameters(), copies[name].parameters(), strict=True):
                 copy.requires_grad_(id(parameter) in learning)
-        unet: Any = copies["unet"]
-        side = size // scale
-        dtype = next(unet.parameters()).dtype
-        plain_attention = plain_attention_is_faster(device, is_half(precision, dtype), side)
-        unet.set_attn_processor(AttnProcessor() if plain_attention else LeanAttention())
+        denoiser = denoiser_of(copies, vae)
+        denoiser.set_lean_attention(device, is_half(precision, denoiser.dtype), size)
         if config.gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-
-        def predict(batch: int) -> Tensor:
-            noisy = torch.empty(batch, unet.config.in_channels, side, side, dtype=dtype)
-            prediction: Tensor = unet(noisy, torch.zeros(batch, dtype=torch.long), **words(copies, batch)).sample
-            return prediction
+            denoiser.network.enable_gradient_checkpointing()
 
         tensors = [tensor for model in copies.values() for tensor in (*model.parameters(), *model.buffers())]
         with Peak(iter(tensors)) as sampling, torch.no_grad():
-            predict(2 * min(TOGETHER, config.batch_size))
+            hollow_prediction(denoiser, 2 * min(TOGETHER, config.batch_size), size)
         with Peak(iter(tensors)) as step, autocast(torch.device("cpu"), precision):
             for _ in range(min(config.gradient_accumulation_steps, 2)):  # the second finds the first one's gradients
-                (predict(config.batch_size).float() ** 2).mean().backward()
+                (hollow_prediction(denoiser, config.batch_size, size).float() ** 2).mean().backward()
     # The optimizer's step needs the gradients and one more number each.
     phases = {"sampling targets": sampling.most, "distilling": max(step.most, 2 * 4 * trained)}
     return Estimate(weights, 2 * 4 * trained, phases, CONTEXT[device])
@@ -90,8 +79,6 @@ def check_distillation_memory(
     Raises:
         UserError: it clearly does not fit.
     """
-    if not base.family.supports_estimates:
-        return UNKNOWN
     estimate = distillation_memory(
         base.models, base.pipeline.vae, trainable, config, base.size, base_kind(base), precision
     )

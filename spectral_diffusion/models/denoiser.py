@@ -60,12 +60,12 @@ class Denoiser(ABC):
 
     pipeline_class: ClassVar[Any]
     network_name: ClassVar[str] = "unet"
+    network_class: ClassVar[Any]
     encoders: ClassVar[Mapping[str, str]] = {}  # text encoders that adapters change and whose words are learned
     supports_regions: ClassVar[bool] = False  # regions, and control images
     t2i_adapters: ClassVar[Mapping[str, str]] = {}  # kind of control image to a T2I-Adapter on the hub
     decodes_latents: ClassVar[bool] = False  # the pipeline itself, in the precision that its autoencoder wants
     supports_checkpoint: ClassVar[bool] = False  # one file in the original's spelling
-    supports_estimates: ClassVar[bool] = False  # of memory, before a training or a distillation
     network_parts: ClassVar[tuple[str, ...]] = ("unet",)  # of the pipeline, which share one dtype
 
     def __init__(
@@ -270,6 +270,29 @@ class Denoiser(ABC):
         return dict(tensors)
 
     # ------------------------------------------------------------------ speed and memory
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents that the network reads."""
+        return int(self.network.config.in_channels)
+
+    @abstractmethod
+    def hollow_conditioning(self, count: int, layers: int = 1) -> Conditioning:
+        """The conditioning of so many prompts without values, to measure memory with.
+
+        Args:
+            layers: how often each prompt is encoded, for a concept's own vectors in every layer.
+        """
+
+    def set_lean_attention(self, device: str, half: bool, size: int) -> None:
+        """Let a hollow network on a pretended CPU keep in its attention what it would on a device.
+
+        Args:
+            device: ``cuda`` or ``cpu``.
+            half: whether it computes in half precision.
+            size: side of the pictures in pixels.
+        """
+        return
 
     def plain_attention_is_faster(self, half: bool, size: int) -> bool:
         """Whether plain attention beats torch's fused one for images of that side; ``half``: in half precision."""

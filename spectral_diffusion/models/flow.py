@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.errors import Fix, UserError
 from .denoiser import Denoiser
 
-TOKENS = 512  # of a prompt, as the pipelines have it
+TOKENS, TIMESTEPS = 512, 1000  # of a prompt and of a schedule, as the pipelines have them
 
 
 class FlowDenoiser(Denoiser):
@@ -29,7 +29,7 @@ class FlowDenoiser(Denoiser):
 
     @property
     def num_timesteps(self) -> int:
-        return int(self.pipeline.scheduler.config.num_train_timesteps)
+        return int(self.pipeline.scheduler.config.num_train_timesteps) if self.pipeline else TIMESTEPS
 
     def sigmas(self, timesteps: Tensor) -> Tensor:
         """σ (n,) of timesteps (n,), in 0…1."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor, nn
 
 from .denoiser import Conditioning
-from .flow import FlowDenoiser
+from .flow import TOKENS, FlowDenoiser
 from .split_linear import join_layers, split_layers
 
 LAYERS = (9, 18, 27)  # of the text encoder, whose states are the prompt
@@ -21,6 +21,7 @@ class Flux2KleinDenoiser(FlowDenoiser):
 
     pipeline_class: ClassVar[Any] = Flux2KleinPipeline
     network_name: ClassVar[str] = "transformer"
+    network_class: ClassVar[Any] = Flux2Transformer2DModel
     encoders: ClassVar[Mapping[str, str]] = {}
     network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
 
@@ -35,18 +36,18 @@ class Flux2KleinDenoiser(FlowDenoiser):
 
     @property
     def vae_scale(self) -> int:
-        return 2 * int(self.pipeline.vae_scale_factor)  # a cell is a patch
+        return 2 * super().vae_scale  # a cell is a patch
 
     # ------------------------------------------------------------------ latents
 
     def normalize(self, raw: Tensor) -> Tensor:
         mean, std = self._statistics(raw)
-        patches: Tensor = self.pipeline._patchify_latents(raw)
+        patches: Tensor = Flux2KleinPipeline._patchify_latents(raw)
         return (patches - mean) / std
 
     def denormalize(self, latents: Tensor) -> Tensor:
         mean, std = self._statistics(latents)
-        raw: Tensor = self.pipeline._unpatchify_latents(latents * std + mean)
+        raw: Tensor = Flux2KleinPipeline._unpatchify_latents(latents * std + mean)
         return raw
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,6 +90,10 @@ class Flux2KleinDenoiser(FlowDenoiser):
     def _encoding_options(self) -> dict[str, Any]:
         return {"max_sequence_length": self.max_tokens, "text_encoder_out_layers": self.prompt_layers}
 
+    def hollow_conditioning(self, count: int, layers: int = 1) -> Conditioning:
+        width = self.network.config.joint_attention_dim
+        return Conditioning({"encoder_hidden_states": torch.empty(count, TOKENS, width, dtype=self.dtype)})
+
     def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
         name = "encoder_hidden_states"
         return {"prompt_embeds": positive.tensors[name], "negative_prompt_embeds": negative.tensors[name]}
@@ -98,12 +103,12 @@ class Flux2KleinDenoiser(FlowDenoiser):
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **extra: Any) -> Tensor:
         words = conditioning.tensors["encoder_hidden_states"].to(self.dtype)
         predicted: Tensor = self.network(
-            hidden_states=self.pipeline._pack_latents(noisy.to(self.dtype)),
+            hidden_states=Flux2KleinPipeline._pack_latents(noisy.to(self.dtype)),
             timestep=self.sigmas(timesteps).to(self.dtype),
             guidance=None,
             encoder_hidden_states=words,
-            txt_ids=self.pipeline._prepare_text_ids(words).to(self.device),
-            img_ids=self.pipeline._prepare_latent_ids(noisy).to(self.device),
+            txt_ids=Flux2KleinPipeline._prepare_text_ids(words).to(self.device),
+            img_ids=Flux2KleinPipeline._prepare_latent_ids(noisy).to(self.device),
             return_dict=False,
             **extra,
         )[0]

@@ -5,22 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     StableDiffusionAdapterPipeline,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
-from .denoiser import Conditioning, Denoiser
+from .denoiser import Conditioning, Denoiser, plain_attention_is_faster
+from .lean_attention import LeanAttention
+
+WORDS = 77  # tokens of a prompt
 
 
 class SDDenoiser(Denoiser):
     """Stable Diffusion 1.x and 2.x."""
 
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
+    network_class: ClassVar[Any] = UNet2DConditionModel
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
     supports_regions: ClassVar[bool] = True
     t2i_adapters: ClassVar[Mapping[str, str]] = {
@@ -28,7 +35,6 @@ class SDDenoiser(Denoiser):
         "keypose": "TencentARC/t2iadapter_openpose_sd14v1",
     }
     supports_checkpoint: ClassVar[bool] = True
-    supports_estimates: ClassVar[bool] = True
     network_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
     adapter_pipeline_class: ClassVar[Any] = StableDiffusionAdapterPipeline
 
@@ -54,6 +60,20 @@ class SDDenoiser(Denoiser):
         self, ids: Mapping[str, Tensor], empty: Sequence[bool], size: tuple[int, int] | None = None
     ) -> Conditioning:
         return Conditioning({"encoder_hidden_states": self.models["text_encoder"](ids["text_encoder"])[0]})
+
+    def hollow_conditioning(self, count: int, layers: int = 1) -> Conditioning:
+        lengths = {name: min(WORDS, self._positions(name)) for name in self.encoders}
+        ids = {name: torch.zeros(count * layers, length, dtype=torch.long) for name, length in lengths.items()}
+        return self.encode_ids(ids, [False] * count * layers)[:count]
+
+    def _positions(self, encoder: str) -> int:
+        """How many tokens a text encoder reads."""
+        config: Any = self.models[encoder].config
+        return int(config.max_position_embeddings)
+
+    def set_lean_attention(self, device: str, half: bool, size: int) -> None:
+        plain = plain_attention_is_faster(device, half, size // self.vae_scale)
+        self.network.set_attn_processor(AttnProcessor() if plain else LeanAttention())
 
     def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
         name = "encoder_hidden_states"

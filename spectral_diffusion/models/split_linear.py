@@ -73,6 +73,9 @@ class SplitLinear(nn.Module):
             part.weight = nn.Parameter(view, requires_grad=trainable)
             start += part.out_features
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_whole"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._rejoin()  # a copy's parts are copied one by one

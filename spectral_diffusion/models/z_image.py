@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from diffusers import ZImagePipeline
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 
 from .denoiser import Conditioning
-from .flow import FlowDenoiser
+from .flow import TOKENS, FlowDenoiser
 
 
 class ZImageDenoiser(FlowDenoiser):
@@ -19,6 +19,7 @@ class ZImageDenoiser(FlowDenoiser):
 
     pipeline_class: ClassVar[Any] = ZImagePipeline
     network_name: ClassVar[str] = "transformer"
+    network_class: ClassVar[Any] = ZImageTransformer2DModel
     encoders: ClassVar[Mapping[str, str]] = {}
     network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
 
@@ -56,6 +57,10 @@ class ZImageDenoiser(FlowDenoiser):
         without = self._encoded([negative or ""]) * len(prompts)
         return {"prompt_embeds": self._encoded(prompts), "negative_prompt_embeds": without}
 
+    def hollow_conditioning(self, count: int, layers: int = 1) -> Conditioning:
+        width = self.network.config.cap_feat_dim
+        return Conditioning({"encoder_hidden_states": torch.empty(count, TOKENS, width, dtype=self.dtype)})
+
     def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
         return {"prompt_embeds": _rows(positive), "negative_prompt_embeds": _rows(negative)}
 
@@ -83,5 +88,7 @@ class ZImageDenoiser(FlowDenoiser):
 
 def _rows(conditioning: Conditioning) -> list[Tensor]:
     """The prompts' states without their padding."""
-    states, lengths = conditioning.tensors["encoder_hidden_states"], conditioning.tensors["lengths"]
+    states, lengths = conditioning.tensors["encoder_hidden_states"], conditioning.tensors.get("lengths")
+    if lengths is None:
+        return list(states)
     return [row[:length] for row, length in zip(states, lengths.tolist(), strict=True)]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,8 +22,9 @@ from ..core.errors import Fix, UserError
 from ..core.precision import autocast, is_half, resolve_mixed_precision
 from ..linalg import matrix_shape
 from ..methods import get_method
-from ..models.base import ENCODERS, Base
-from ..models.denoiser import plain_attention_is_faster
+from ..models.base import Base
+from ..models.denoiser import Denoiser
+from ..models.families import denoiser_of
 from ..models.per_layer_tokens import cross_attention
 from ..models.targets import find_targets
 from ..models.vae import at_once, overflows
@@ -35,7 +35,6 @@ SMALL = 50_000_000  # parameters of a base below which nobody needs to be told
 STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # bytes of an optimiser's own numbers per trained one
 MARGIN = 1.1  # what allocators lose between blocks
 CONTEXT = {"cuda": 600 * 2**20, "cpu": 700 * 2**20}  # bytes of CUDA itself; of Python with its libraries
-WORDS = 77  # that a text encoder reads
 
 Models = Mapping[str, nn.Module]
 
@@ -92,21 +91,6 @@ class Peak(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.now -= self.known.pop(key, 0)
-
-
-class LeanAttention(AttnProcessor):
-    """Attention that keeps no matrix of scores, as CUDA's does."""
-
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *rest: Any, **more: Any
-    ) -> Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
-        )
-        out = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, True)[0]
-        return attn.to_out[0](out.transpose(1, 2).flatten(2).to(hidden_states.dtype))
 
 
 def hollow(models: Models, device: str, dtype: torch.dtype | None = None) -> dict[str, nn.Module]:
@@ -183,14 +167,13 @@ class TrainingPhases:
     def __init__(self, models: Models, vae: nn.Module, config: TrainConfig, size: int, device: str) -> None:
         self.config, self.size = config, size
         copies: Any = hollow({**models, "vae": vae}, "cpu")
-        self.vae, self.unet = copies.pop("vae"), copies["unet"]
+        self.vae = copies.pop("vae")
         self.models: Models = copies
-        self.dtype: torch.dtype = next(self.unet.parameters()).dtype
-        self.latent_size = size // 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.encodings = len(cross_attention(self.unet)) if config.per_layer_tokens else 1
+        self.denoiser = denoiser_of(copies, self.vae)
+        self.dtype = self.denoiser.dtype
+        self.encodings = len(cross_attention(self.denoiser.network)) if config.per_layer_tokens else 1
         self.precision = resolve_mixed_precision(config.mixed_precision, device, self.dtype)
-        plain = plain_attention_is_faster(device, is_half(self.precision, self.dtype), self.latent_size)
-        self.unet.set_attn_processor(AttnProcessor() if plain else LeanAttention())
+        self.denoiser.set_lean_attention(device, is_half(self.precision, self.dtype), size)
         networks = (*self.models.values(), self.vae)
         self.resident: list[Tensor] = [t for model in networks for t in (*model.parameters(), *model.buffers())]
 
@@ -226,42 +209,34 @@ class TrainingPhases:
     def draw_samples(self) -> None:
         """Predict for the validation prompts, with and without guidance, and decode one picture."""
         self.predict(2 * len(self.config.validation.prompts))
-        vae = self.working_vae() if "text_encoder_2" in self.models else self.vae  # as diffusers' pipelines do
-        shape = (1, vae.config.latent_channels, self.latent_size, self.latent_size)
+        vae = self.working_vae() if self.denoiser.decodes_latents else self.vae  # as diffusers' pipelines do
+        side = self.size // 2 ** (len(vae.config.block_out_channels) - 1)
+        shape = (1, vae.config.latent_channels, side, side)
         vae.decode(torch.empty(shape, dtype=next(vae.parameters()).dtype))
 
     def train_step(self) -> None:
         """Predict and backpropagate for one batch of photos and prior images."""
         config = self.config
         if config.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.denoiser.network.enable_gradient_checkpointing()
         prior = config.prior.batch_size if config.prior.loss_weight else 0
         (self.predict(config.batch_size + prior).float() ** 2).mean().backward()
 
     def predict(self, batch: int) -> Tensor:
-        """The U-Net's predictions for a batch of latents without values."""
-        noisy = torch.empty(batch, self.unet.config.in_channels, self.latent_size, self.latent_size, dtype=self.dtype)
-        conditioning = words(self.models, batch, self.encodings)
-        predicted: Tensor = self.unet(noisy, torch.zeros(batch, dtype=torch.long), **conditioning).sample
-        return predicted
+        """The network's predictions for a batch of latents without values."""
+        return hollow_prediction(self.denoiser, batch, self.size, self.encodings)
 
     def working_vae(self) -> Any:
         """The autoencoder as it encodes: a float32 copy where its own precision overflows."""
         return hollow({"vae": self.vae}, "cpu", torch.float32)["vae"] if overflows(self.vae) else self.vae
 
 
-def words(models: Models, batch: int, layers: int = 1) -> dict[str, Any]:
-    """A U-Net's conditioning by prompts that hold nothing, through the text encoders, once for every layer."""
-    ids = torch.zeros(batch * layers, WORDS, dtype=torch.long)
-    encoders: list[Any] = [models[name] for name in ENCODERS if name in models]
-    length = [min(WORDS, encoder.config.max_position_embeddings) for encoder in encoders]
-    outputs = [encoder(ids[:, :n], output_hidden_states=True) for encoder, n in zip(encoders, length, strict=True)]
-    if len(outputs) == 1:
-        return {"encoder_hidden_states": outputs[0][0][:batch]}  # what a layer reads of them
-    return {
-        "encoder_hidden_states": torch.cat([output.hidden_states[-2] for output in outputs], -1),
-        "added_cond_kwargs": {"text_embeds": outputs[1][0], "time_ids": torch.zeros(batch, 6)},
-    }
+def hollow_prediction(denoiser: Denoiser, batch: int, size: int, encodings: int = 1) -> Tensor:
+    """The predictions (n, c, h, w) of hollow networks for pictures of that side, in pixels."""
+    side = size // denoiser.vae_scale
+    noisy = torch.empty(batch, denoiser.latent_channels, side, side, dtype=denoiser.dtype)
+    conditioning = denoiser.hollow_conditioning(batch, encodings)
+    return denoiser.predict(noisy, torch.zeros(batch, dtype=torch.long), conditioning)
 
 
 def available(device: torch.device) -> int | None:
@@ -276,9 +251,6 @@ def available(device: torch.device) -> int | None:
         return None
 
 
-UNKNOWN = "Note: the memory that this takes is not computed for this family of models."
-
-
 def memory_note(base: Base, config: TrainConfig, size: int) -> str | None:
     """What a training will take beside what is there; None for a small base.
 
@@ -287,8 +259,6 @@ def memory_note(base: Base, config: TrainConfig, size: int) -> str | None:
     """
     if not is_large(base):
         return None
-    if not base.family.supports_estimates:
-        return UNKNOWN
     found = estimate(base.models, base.pipeline.vae, config, size, base_kind(base))
     fixes = [
         *([] if config.gradient_checkpointing else [Fix("gradient_checkpointing", "true")]),
