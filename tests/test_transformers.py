@@ -19,10 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import spectral_diffusion
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.apply import add_words, put_adapters
 from spectral_diffusion.adapters.formats.import_lora import import_lora
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.fuse import CalibrationConfig, DistillConfig, FuseConfig
-from spectral_diffusion.config.scene import Region, Scene
+from spectral_diffusion.config.scene import ControlImage, Region, Scene
 from spectral_diffusion.config.train import (
     ObjectiveConfig,
     OptimizerConfig,
@@ -39,6 +41,7 @@ from spectral_diffusion.methods import all_methods
 from spectral_diffusion.models.base import base_of, load_base
 from spectral_diffusion.models.families import FAMILIES
 from spectral_diffusion.models.split_linear import SplitLinear, join_layers
+from spectral_diffusion.scenes.control import read_control_image
 from spectral_diffusion.scenes.generate import generate_to_file
 from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.training.memory import estimate
@@ -207,11 +210,14 @@ def test_what_a_base_learns_no_words_for_is_said(family: Path, photos: Path, pai
         with pytest.raises(UserError, match="learns no words"):
             train_to_file(settings(family, tmp_path / "b.safetensors", photos, **more))
     base = load_base(str(family), "cpu")
-    scene = Scene(
-        prompt="a dog", regions=[Region(box=(0, 0, 0.5, 1), prompt="a cup")], device="cpu", num_inference_steps=2
-    )
+    Image.new("L", (32, 32)).save(tmp_path / "sketch.png")
+    drawing = read_control_image(ControlImage(file=tmp_path / "sketch.png"))
     with pytest.raises(UserError, match="work on Stable Diffusion only"):
-        sample(base, ["a dog"], [0], scene)
+        sample(base, ["a dog"], [0], Scene(prompt="a dog", device="cpu"), controls=[drawing])
+    if family.name == "z-image":
+        scene = Scene(prompt="a dog", regions=[Region(box=(0, 0, 0.5, 1), prompt="a cup")], device="cpu")
+        with pytest.raises(UserError, match="Regions do not work"):
+            sample(base, ["a dog"], [0], scene)
 
 
 @pytest.mark.parametrize("kind", ["kohya", "diffusers"])
@@ -315,3 +321,71 @@ def test_only_models_knows_the_families() -> None:
                 assert not (node.module or "").endswith(tuple(f"models.{name}" for name in families)), path
             assert not (isinstance(node, ast.Name) and node.id in names), path
             assert not (isinstance(node, ast.Attribute) and node.attr == "network_name"), path
+
+
+LEFT, RIGHT, ALL = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 1.0)
+
+
+@pytest.fixture
+def latents(klein: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Draws a scene on klein; gives the latents (1, c, h, w) instead of the picture."""
+    monkeypatch.setattr("spectral_diffusion.scenes.sampling.finished", lambda pipe, output, denoiser: [output])
+
+    def draw(prompt: str, *regions: Region, bound: Any = (), on: Any = None, **more: Any) -> torch.Tensor:
+        given = {"num_inference_steps": 2, "device": "cpu", "mixed_precision": "no", "guidance_scale": 3.0, **more}
+        scene = Scene(prompt=prompt, regions=list(regions), **given)
+        [found] = sample(on or load_base(str(klein), "cpu"), [prompt], [1], scene, bound=bound)
+        return found  # type: ignore[return-value]
+
+    return draw
+
+
+@pytest.fixture(scope="module")
+def strong(klein: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    """An adapter that changes the picture a lot."""
+    folder = tmp_path_factory.mktemp("strong")
+    more = {"learning_rate": 0.3, "class_noun": "dog", "target_modules": "attention+feed-forward"}
+    return train_to_file(settings(klein, folder / "rex.safetensors", make_photos(folder / "rex"), **more))
+
+
+def test_one_region_over_everything_is_its_prompt_alone(latents: Any, klein: Path, strong: Adapter) -> None:
+    alone, over = latents("a red cup"), latents("a beach", Region(box=ALL, prompt="a red cup"))
+    assert torch.allclose(alone, over, atol=1e-5) and not torch.allclose(alone, latents("a beach"), atol=1e-4)
+    everywhere = load_base(str(klein), "cpu")
+    put_adapters(everywhere, [(strong, 1.0)])
+    wanted = latents("a <rex>", on=everywhere)
+    base = load_base(str(klein), "cpu")
+    add_words(base, strong)
+    region = Region(box=ALL, prompt="a <rex>")
+    assert torch.allclose(latents("a beach", region, bound=[[(strong, 1.0)]], on=base), wanted, atol=1e-4)
+    assert not torch.allclose(wanted, alone, atol=1e-2)
+
+
+def test_words_and_adapters_of_a_region_leave_the_other_half_alone(latents: Any, klein: Path, strong: Adapter) -> None:
+    """Isolated regions are two pictures: nothing of one moves the other by a bit."""
+    left, dog = Region(box=LEFT, prompt="a red cup"), Region(box=RIGHT, prompt="a dog")
+    before = latents("a beach", left, dog, region_isolation=1.0)
+    words = latents("a beach", left, Region(box=RIGHT, prompt="a blue house"), region_isolation=1.0)
+    bound = latents("a beach", left, dog, region_isolation=1.0, bound=[[], [(strong, 1.0)]])
+    half = before.shape[-1] // 2
+    for after in (words, bound):
+        assert torch.equal(after[..., :half], before[..., :half])
+        assert float((after - before)[..., half:].abs().max()) > 1e-4
+    mixed = latents("a beach", left, dog)
+    other = latents("a beach", left, Region(box=RIGHT, prompt="a blue house"))
+    assert not torch.equal(mixed[..., :half], other[..., :half])  # image tokens see each other
+
+
+def test_outside_regions_and_after_their_steps_the_global_prompt_acts(latents: Any) -> None:
+    left = Region(box=LEFT, prompt="a red cup")
+    one, two = (latents(prompt, left, region_isolation=1.0) for prompt in ("a beach", "a forest"))
+    half = one.shape[-1] // 2
+    assert torch.equal(one[..., :half], two[..., :half]) and not torch.equal(one[..., half:], two[..., half:])
+    everywhere = Region(box=ALL, prompt="a red cup")
+    always, early, shared = (
+        latents("a beach", everywhere, **more) for more in ({}, {"region_end": 0.5}, {"global_prompt_weight": 1.0})
+    )
+    assert all(not torch.allclose(always, other, atol=1e-5) for other in (early, shared, latents("a beach")))
+    assert not torch.allclose(early, latents("a beach"), atol=1e-5)
+    with pytest.raises(UserError, match="covers no token"):
+        latents("a beach", Region(box=(0, 0, 0.01, 0.01), prompt="a cup"))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DDPMScheduler
@@ -62,7 +62,8 @@ class Denoiser(ABC):
     network_name: ClassVar[str] = "unet"
     network_class: ClassVar[Any]
     encoders: ClassVar[Mapping[str, str]] = {}  # text encoders that adapters change and whose words are learned
-    supports_regions: ClassVar[bool] = False  # regions, and control images
+    attention: ClassVar[Literal["cross", "joint", "single"]]  # how the image reads text; regions need one of two
+    supports_controls: ClassVar[bool] = False  # sketches and keyposes through a T2I-Adapter
     t2i_adapters: ClassVar[Mapping[str, str]] = {}  # kind of control image to a T2I-Adapter on the hub
     decodes_latents: ClassVar[bool] = False  # the pipeline itself, in the precision that its autoencoder wants
     supports_checkpoint: ClassVar[bool] = False  # one file in the original's spelling
@@ -270,6 +271,10 @@ class Denoiser(ABC):
         return dict(tensors)
 
     # ------------------------------------------------------------------ speed and memory
+
+    def token_kind(self, layer: str) -> Literal["image", "text", "both"]:
+        """Which tokens a layer of a network with joint attention sees; both are the text's, then the image's."""
+        raise NotImplementedError
 
     @property
     def latent_channels(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
@@ -24,6 +24,8 @@ class Flux2KleinDenoiser(FlowDenoiser):
     network_class: ClassVar[Any] = Flux2Transformer2DModel
     encoders: ClassVar[Mapping[str, str]] = {}
     network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
+
+    attention: ClassVar[Literal["cross", "joint", "single"]] = "joint"
 
     @classmethod
     def prepare(cls, pipeline: Any) -> None:
@@ -97,6 +99,11 @@ class Flux2KleinDenoiser(FlowDenoiser):
     def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
         name = "encoder_hidden_states"
         return {"prompt_embeds": positive.tensors[name], "negative_prompt_embeds": negative.tensors[name]}
+
+    def token_kind(self, layer: str) -> Literal["image", "text", "both"]:
+        if ".single_transformer_blocks." in layer:
+            return "both"
+        return "text" if ".attn.add_" in layer or layer.endswith("to_add_out") or ".ff_context." in layer else "image"
 
     # ------------------------------------------------------------------ prediction and sampling
 

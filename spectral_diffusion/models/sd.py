@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import (
@@ -29,7 +29,8 @@ class SDDenoiser(Denoiser):
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     network_class: ClassVar[Any] = UNet2DConditionModel
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
-    supports_regions: ClassVar[bool] = True
+    attention: ClassVar[Literal["cross", "joint", "single"]] = "cross"
+    supports_controls: ClassVar[bool] = True
     t2i_adapters: ClassVar[Mapping[str, str]] = {
         "sketch": "TencentARC/t2iadapter_sketch_sd15v2",
         "keypose": "TencentARC/t2iadapter_openpose_sd14v1",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
@@ -22,6 +22,8 @@ class ZImageDenoiser(FlowDenoiser):
     network_class: ClassVar[Any] = ZImageTransformer2DModel
     encoders: ClassVar[Mapping[str, str]] = {}
     network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
+
+    attention: ClassVar[Literal["cross", "joint", "single"]] = "single"
 
     @property
     def side_multiple(self) -> int:

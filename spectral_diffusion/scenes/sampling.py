@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from ..models.vae import decode, in_portions, overflows, upcast
 from .control import ControlMap, adapter_of, weighed
 from .region_mask import region_mask
 from .regions import EncodedRegion, RegionalPrompts, changed, regional
+from .token_regions import TokenRegions, window_of
 
 Bound = Sequence[tuple[Adapter, Strength]]  # the adapters of one region with their strengths
 Preview = Callable[[int, list[Image.Image]], None]
@@ -107,11 +107,13 @@ class SceneSampler:
         # SDXL takes zeros, not the encoded empty prompt, where there is none.
         negative = self.base.spell(scene.negative_prompt, self.full) if scene.negative_prompt else None
         state, prompt_options = self._regional_state(len(chunk)), self.base.denoiser.prompt_options(chunk, negative)
+        if isinstance(state, TokenRegions):
+            prompt_options = state.prompt_options(prompt_options)
         with (
             torch.no_grad(),
             tf32(self.base.device, scene.allow_tf32),
             warnings.catch_warnings(),
-            regional(self.base.denoiser.network, state, self.layers) if scene.regions else nullcontext(),
+            self._regions_applied(state),
             weighed(self.inputs.controls, scene.regions, [region.area for region in self.regions]),
             in_portions(pipe.vae, self.height, self.width),
             self.base.denoiser.sampling(),
@@ -133,22 +135,28 @@ class SceneSampler:
                 ).images
             return finished(pipe, output, self.base.denoiser)
 
-    def _regional_state(self, count: int) -> RegionalPrompts:
+    def _regional_state(self, count: int) -> RegionalPrompts | TokenRegions:
         """The regions at step 0 of a batch."""
-        scene, factor = self.scene, self.base.pipeline.vae_scale_factor
-        first, last = (round(share * scene.num_inference_steps, 6) for share in (scene.region_start, scene.region_end))
-        latent_size = (self.height // factor, self.width // factor)
-        window = (math.floor(first), math.ceil(last))
-        return RegionalPrompts(
-            self.regions, latent_size, count, scene.global_prompt_weight, scene.region_isolation, window
-        )
+        scene, cell = self.scene, self.base.denoiser.vae_scale
+        size = (self.height // cell, self.width // cell)
+        window = window_of(scene.region_start, scene.region_end, scene.num_inference_steps)
+        share, isolation = scene.global_prompt_weight, scene.region_isolation
+        if scene.regions and self.base.family.attention == "joint":
+            return TokenRegions(self.base, self.regions, size, share, isolation, window)
+        return RegionalPrompts(self.regions, size, count, share, isolation, window)
+
+    def _regions_applied(self, state: RegionalPrompts | TokenRegions) -> AbstractContextManager[None]:
+        """Let the regions act while the context is open."""
+        if isinstance(state, TokenRegions):
+            return state.applied(self.pipe, self.layers)
+        return regional(self.base.denoiser.network, state, self.layers) if self.scene.regions else nullcontext()
 
     def _control_options(self, count: int) -> dict[str, Any]:
         """The control images for a batch; several as a list of lists."""
         images = [[control.at(self.width, self.height)] * count for control in self.inputs.controls]
         return {"image": images if len(images) > 1 else images[0]} if images else {}
 
-    def _callback(self, state: RegionalPrompts, index: int, batches: int) -> dict[str, Any]:
+    def _callback(self, state: RegionalPrompts | TokenRegions, index: int, batches: int) -> dict[str, Any]:
         """The pipeline's callback after a step: progress, previews, and the step for the regions."""
         steps, preview = self.scene.num_inference_steps, self.inputs.preview
 
@@ -228,8 +236,10 @@ def stock_pipeline(
     Raises:
         UserError: a control image that does not fit.
     """
-    if (controls or scene.regions) and not base.family.supports_regions:
-        raise UserError("Regions, sketches and keyposes work on Stable Diffusion only; this base draws without them.")
+    if controls and not base.family.supports_controls:
+        raise UserError("Sketches and keyposes work on Stable Diffusion only.", Fix("controls", so="left empty"))
+    if scene.regions and base.family.attention == "single":
+        raise UserError("Regions do not work on this family of models yet.", Fix("regions", so="left empty"))
     options: dict[str, Any] = {}
     adapter = None
     if controls:
@@ -256,7 +266,7 @@ def encode_region(base: Base, region: Region, bound: Bound, size: tuple[int, int
         weights = base.weights(adapter.targets) if adapter.needs_base else {}
         for layer in adapter.layers:
             up, down = adapter.factors(layer, weights.get(layer))
-            part = unet if layer.startswith("unet.") else text
+            part = text if layer.split(".", 1)[0] in base.tokenizers else unet
             earlier = part.get(layer)
             up = up * component_scale(strength, layer.split(".", 1)[0])
             up, down = up.to(like), down.to(like)  # once, not at every step
