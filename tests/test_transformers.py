@@ -23,6 +23,7 @@ from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.apply import add_words, put_adapters
 from spectral_diffusion.adapters.formats.import_lora import import_lora
 from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.app import estimates
 from spectral_diffusion.config.fuse import CalibrationConfig, DistillConfig, FuseConfig
 from spectral_diffusion.config.scene import ControlImage, Region, Scene
 from spectral_diffusion.config.train import (
@@ -389,3 +390,14 @@ def test_outside_regions_and_after_their_steps_the_global_prompt_acts(latents: A
     assert not torch.allclose(early, latents("a beach"), atol=1e-5)
     with pytest.raises(UserError, match="covers no token"):
         latents("a beach", Region(box=(0, 0, 0.01, 0.01), prompt="a cup"))
+
+
+def test_the_app_estimates_from_the_configs(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(concept=Path("x"), output=Path("y"), base=str(family), rank=2, device="cpu")
+    small = estimates.estimate_training(config)
+    monkeypatch.setattr(estimates, "SMALL", 0)
+    estimates.base_shape.cache_clear()
+    large = estimates.estimate_training(config)
+    estimates.base_shape.cache_clear()
+    assert small.trained == large.trained != "0" and large.time == "not known yet"
+    assert estimates.memory_estimate(config)[0].startswith("about ")

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from .. import pocket
 from ..config.train import TrainConfig
-from ..core.errors import UserError
 from .jobs import QueueJob
 from .workspace import duration
 
@@ -62,6 +61,8 @@ def estimate_training(config: TrainConfig, jobs: Iterable[QueueJob] = ()) -> Tra
         time, note = duration(now * config.steps), "The time is taken from the training that runs now."
     elif (known := seconds_per_step(jobs, config)) is not None:
         time, note = duration(known * config.steps), "The time is taken from your last training on this base."
+    elif shape.arch == "other":
+        time, note = "not known yet", "The time is known after the first training on this base."
     else:
         from ..training.speed import training_seconds
 
@@ -96,13 +97,13 @@ def memory_estimate(config: TrainConfig) -> tuple[str, str]:
 def _counted(settings: str, device: str) -> int:
     """Bytes of a training with these settings (JSON without concept and output)."""
     from ..models.base import parse_dtype
+    from ..models.families import denoiser_of
     from ..training import memory
 
     config = TrainConfig(**{**json.loads(settings), "concept": "concept", "output": "output"})
     models, vae = _models(config.base)
     dtype = parse_dtype(config.dtype)
-    unet: Any = models["unet"]
-    size = config.resolution or unet.config.sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    size = config.resolution or denoiser_of(models, vae).size
     cast_models = {name: model.to(dtype) for name, model in models.items()}
     return memory.estimate(cast_models, vae.to(dtype), config, size, "cpu" if device == "cpu" else "cuda").total
 
@@ -162,6 +163,7 @@ def base_shape(base: str, targets: str) -> Shape:
     adapted = tuple(matrix_shape(layer.weight) for layer in find_targets(models, targets).values())
     weights = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
     arch = "pocket" if weights < SMALL else "sdxl" if "text_encoder_2" in models else "sd15"
+    arch = "other" if weights >= SMALL and "unet" not in models else arch
     return Shape(arch, not _is_here(base), adapted)
 
 
@@ -170,23 +172,11 @@ def _is_here(base: str) -> bool:
 
 
 def _models(base: str) -> tuple[dict[str, Any], Any]:
-    """U-Net and text encoders, and the autoencoder, on the meta device: shapes without weights."""
-    import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
+    """The networks that adapters change, and the autoencoder, on the meta device: shapes without weights."""
     from ..models.architectures import build_meta, build_vae_meta
+    from ..models.families import hollow_networks
 
     folder = pocket.path() if base == "pocket" else Path(base)
-    encoders: dict[str, Any] = {}
-    with torch.device("meta"):
-        if not _is_here(base):
-            return build_meta("sdxl" if "xl" in folder.name.lower() else "sd15"), build_vae_meta()
-        if not (folder / "unet").is_dir():
-            raise UserError("What a training on this base costs is not computed yet; it can be trained all the same.")
-        for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-            file = folder / name / "config.json"
-            if file.is_file():
-                encoders[name] = kind(CLIPTextConfig(**json.loads(file.read_text(encoding="utf-8"))))
-        encoders["unet"] = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(str(folder / "unet")))
-        return encoders, AutoencoderKL.from_config(AutoencoderKL.load_config(str(folder / "vae")))
+    if _is_here(base):
+        return hollow_networks(folder)
+    return build_meta("sdxl" if "xl" in folder.name.lower() else "sd15"), build_vae_meta()

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..core.errors import UserError
 from .denoiser import Denoiser
 from .flux2 import Flux2KleinDenoiser
 from .sd import SDDenoiser
@@ -28,3 +35,26 @@ def denoiser_of(models: Mapping[str, nn.Module], vae: nn.Module) -> Denoiser:
         if isinstance(network, family.network_class) and set(models) == {*family.encoders, family.network_name}:
             return family(models, vae, next(network.parameters()).dtype)
     raise ValueError(f"no family has the networks {', '.join(models)}")
+
+
+def hollow_networks(folder: Path) -> tuple[dict[str, nn.Module], Any]:
+    """The networks that adapters change, and the autoencoder, of a diffusers folder, on the meta device by its configs.
+
+    Raises:
+        UserError: the pipeline of the folder belongs to no family.
+    """
+    index = DiffusionPipeline.load_config(str(folder))
+    family = next((family for family in FAMILIES if family.pipeline_class.__name__ == index["_class_name"]), None)
+    if family is None:
+        raise UserError(f"{folder} is a {index['_class_name']}, which cannot be used.")
+    networks: dict[str, Any] = {}
+    with torch.device("meta"):
+        for name in family.encoders:
+            kind = getattr(transformers, index[name][1])
+            networks[name] = kind(kind.config_class.from_pretrained(str(folder / name)))
+        config = family.network_class.load_config(str(folder / family.network_name))
+        networks[family.network_name] = family.network_class.from_config(config)
+        kind = getattr(diffusers, index["vae"][1])
+        vae = kind.from_config(kind.load_config(str(folder / "vae")))
+    family.prepare(SimpleNamespace(**networks, vae=vae))
+    return networks, vae
