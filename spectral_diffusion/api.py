@@ -188,7 +188,7 @@ def load_adapters(pipeline: Pipeline, adapters: Scales, allow_base: bool = False
     if hasattr(pipeline, LOADED):
         raise UserError("Adapters are loaded on this pipeline already; call unload_adapters first.")
     base = base_of(pipeline)
-    setattr(pipeline, LOADED, (_tokens_of(base), dict(base.triggers)))
+    setattr(pipeline, LOADED, (_tokens_of(base), pipeline.tokenizer))
     try:
         _own_tokenizers(base)  # the user's own stay as they are
         return apply.put_adapters(base, list(_scales(adapters).items()), allow_base)
@@ -204,9 +204,7 @@ def unload_adapters(pipeline: Pipeline) -> None:
     detach(base.models)
     if kept is None:
         return
-    tokens, triggers = kept
-    for token in set(base.triggers) - set(triggers):
-        del base.triggers[token]
+    tokens, pipeline.tokenizer = kept
     base.family.release(pipeline)
     for encoder, (attribute, tokenizer, embedding) in tokens.items():
         setattr(pipeline, attribute, tokenizer)
@@ -300,7 +298,7 @@ def generate(
     scene = Scene(scene) if isinstance(scene, str) else scene
     base = _base(pipeline)
     regions, bound = [], []
-    known = set(base.tokenizers["text_encoder"].get_added_vocab())
+    known = set(base.known_tokens)
     for region in scene.regions:
         prompt = region.prompt or (region.adapter.token if region.adapter else "")
         regions.append(SceneRegion(box=region.box, prompt=prompt, negative_prompt=region.negative_prompt))
@@ -355,6 +353,8 @@ def _tokens_of(base: Base) -> dict[str, tuple[str, Any, Any]]:
 
 def _own_tokenizers(base: Base) -> None:
     """Give the pipeline copies of its tokenizers and embeddings, which tokens can be added to."""
+    if not base.tokenizers:  # its tokenizer keeps the words that stand for tokens
+        base.pipeline.tokenizer = copy.deepcopy(base.pipeline.tokenizer)
     for encoder, (attribute, tokenizer, embedding) in _tokens_of(base).items():
         setattr(base.pipeline, attribute, copy.deepcopy(tokenizer))
         base.models[encoder].set_input_embeddings(copy.deepcopy(embedding))  # type: ignore[operator]

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import spectral_diffusion
+import spectral_diffusion as sd
 from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.apply import add_words, put_adapters
 from spectral_diffusion.adapters.formats.import_lora import import_lora
@@ -401,3 +402,28 @@ def test_the_app_estimates_from_the_configs(family: Path, monkeypatch: pytest.Mo
     estimates.base_shape.cache_clear()
     assert small.trained == large.trained != "0" and large.time == "not known yet"
     assert estimates.memory_estimate(config)[0].startswith("about ")
+
+
+def test_the_python_api(family: Path, photos: Path, tmp_path: Path) -> None:
+    """Train on a stock pipeline, load, unload, fuse, generate: the pipeline that came in is the one that is left."""
+    pipeline = DiffusionPipeline.from_pretrained(str(family))
+    pipeline.set_progress_bar_config(disable=True)
+    before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
+    modules = [type(module) for module in pipeline.transformer.modules()]
+    quick = {"steps": 2, "rank": 2, "learning_rate": 0.1, "noise_offset": 0.0}
+    rex = sd.train(pipeline, photos, class_noun="dog", **quick)
+    sd.load_adapters(pipeline, {rex: 1.0})
+    assert base_of(pipeline).spell("a <rex>") == "a rex dog"
+    sd.unload_adapters(pipeline)
+    assert [type(module) for module in pipeline.transformer.modules()] == modules
+    assert all(torch.equal(value, before[name]) for name, value in pipeline.transformer.state_dict().items())
+    assert base_of(pipeline).spell("a <rex>") == "a <rex>"
+    fused = sd.fuse(pipeline, [rex])
+    assert base_of(fused).spell("a <rex>") == "a rex dog" and base_of(pipeline).spell("a <rex>") == "a <rex>"
+    assert not torch.equal(drawn(fused), drawn(pipeline))
+    fused.save_pretrained(tmp_path / "fused")
+    again = DiffusionPipeline.from_pretrained(str(tmp_path / "fused"))
+    assert base_of(again).spell("a <rex>") == "a rex dog"
+    scene = sd.Scene("a <rex>", regions=[sd.Region((0, 0, 0.5, 1), rex)] if family.name == "klein" else [])
+    [image] = sd.generate(pipeline, scene, seeds=[0], num_inference_steps=2, width=32, height=32)
+    assert image.size == (32, 32) and base_of(pipeline).spell("a <rex>") == "a <rex>"
