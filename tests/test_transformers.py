@@ -427,3 +427,26 @@ def test_the_python_api(family: Path, photos: Path, tmp_path: Path) -> None:
     scene = sd.Scene("a <rex>", regions=[sd.Region((0, 0, 0.5, 1), rex)] if family.name == "klein" else [])
     [image] = sd.generate(pipeline, scene, seeds=[0], num_inference_steps=2, width=32, height=32)
     assert image.size == (32, 32) and base_of(pipeline).spell("a <rex>") == "a <rex>"
+
+
+def test_the_text_encoder_rests_on_the_cpu_until_it_works(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for a GPU: where both do not fit, the network makes room, and everything is put back."""
+    base = load_base(str(family), "cpu")
+    denoiser: Any = base.denoiser
+    moves: list[tuple[str, str]] = []
+    for name in ("transformer", "text_encoder"):
+        monkeypatch.setattr(getattr(base.pipeline, name), "to", lambda to, name=name: moves.append((name, str(to))))
+    with denoiser.text_encoder_at_work():
+        assert not moves  # both are on one device
+    monkeypatch.setattr(type(denoiser), "device", property(lambda self: torch.device("mps")))
+    with pytest.raises(RuntimeError, match="stop"), denoiser.text_encoder_at_work():
+        assert moves == [("transformer", "cpu"), ("text_encoder", "mps")]
+        raise RuntimeError("stop")
+    assert moves[2:] == [("text_encoder", "cpu"), ("transformer", "mps")]
+    moves.clear()
+    monkeypatch.setattr("spectral_diffusion.models.flow.has_room", lambda module, device: True)
+    with denoiser.text_encoder_at_work():
+        assert moves == [("text_encoder", "mps")]
+    moves.clear()
+    base.family.place(base.pipeline, torch.device("cpu"))
+    assert set(moves) == {("transformer", "cpu"), ("text_encoder", "cpu")}

@@ -64,7 +64,7 @@ class BaseCache:
 
 def is_small(base: Base) -> bool:
     """Whether a base is about as small as the pocket base."""
-    return sum(weight.numel() for weight in base.models["unet"].parameters()) < SMALL
+    return sum(weight.numel() for weight in base.denoiser.network.parameters()) < SMALL
 
 
 def move(base: Base, device: torch.device) -> None:
@@ -72,7 +72,7 @@ def move(base: Base, device: torch.device) -> None:
     if base.device.type == "cpu" or is_small(base):
         return
     with quiet_loading():
-        base.pipeline.to(device)
+        base.family.place(base.pipeline, device)
     if device.type == "cpu" and torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -210,7 +210,9 @@ def load_base(name: str = "pocket", device: str = "auto", dtype: str = "float32"
     except Exception as error:  # the loaders raise nearly everything
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise UserError(f"Cannot load the base '{name}'{offline}: {reason(error)}.") from error
-    base = base_of(pipeline.to(torch_device), name, torch_dtype)
+    if family := family_of(pipeline):
+        family.place(pipeline, torch_device)
+    base = base_of(pipeline, name, torch_dtype)
     base.origin = Origin(key, state_of(base.models)) if key else None
     return base
 

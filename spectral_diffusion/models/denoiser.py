@@ -67,6 +67,7 @@ class Denoiser(ABC):
     t2i_adapters: ClassVar[Mapping[str, str]] = {}  # kind of control image to a T2I-Adapter on the hub
     decodes_latents: ClassVar[bool] = False  # the pipeline itself, in the precision that its autoencoder wants
     supports_checkpoint: ClassVar[bool] = False  # one file in the original's spelling
+    resting: ClassVar[tuple[str, ...]] = ()  # parts of the pipeline that stay on the CPU until they work
     network_parts: ClassVar[tuple[str, ...]] = ("unet",)  # of the pipeline, which share one dtype
 
     def __init__(
@@ -233,7 +234,7 @@ class Denoiser(ABC):
 
         side = size or self.size
         with self.sampling():
-            latents: Tensor = self.pipeline(
+            latents: Tensor = self.sampling_pipeline(
                 **self.prompt_options(prompts, None),
                 width=side,
                 height=side,
@@ -244,6 +245,21 @@ class Denoiser(ABC):
                 callback_on_step_end=tell,
             ).images
         return self.from_output(latents)
+
+    @property
+    def sampling_pipeline(self) -> Any:
+        """The pipeline that :meth:`sample_latents` calls."""
+        return self.pipeline
+
+    @classmethod
+    def place(cls, pipeline: Any, device: torch.device) -> None:
+        """Move a pipeline to a device, except for its resting parts."""
+        if not cls.resting:
+            pipeline.to(device)
+            return
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                part.to("cpu" if name in cls.resting else device)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:

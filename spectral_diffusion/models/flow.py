@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import Fix, UserError
 from .denoiser import Denoiser
 
+ROOM = 1.15  # of a module's own bytes, with what it computes
 TOKENS, TIMESTEPS = 512, 1000  # of a prompt and of a schedule, as the pipelines have them
 
 
 class FlowDenoiser(Denoiser):
     """x_σ = (1 − σ) x_0 + σ noise, and the network predicts the velocity noise − x_0. Timestep t is σ = (t + 1) / T."""
+
+    resting: ClassVar[tuple[str, ...]] = ("text_encoder",)
 
     @property
     def size(self) -> int:
@@ -41,6 +46,28 @@ class FlowDenoiser(Denoiser):
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return noise - latents
+
+    @cached_property
+    def sampling_pipeline(self) -> Any:
+        """Without the text encoder: prompts come encoded, and a resting part would name the wrong device."""
+        return self.make_pipeline(self.pipeline.scheduler, text_encoders=False)
+
+    @contextmanager
+    def text_encoder_at_work(self) -> Iterator[None]:
+        """Have the text encoder on the network's device for a while; the network makes room if both do not fit."""
+        encoder, device = self.pipeline.text_encoder, self.device
+        if encoder.device == device:
+            yield
+            return
+        swap = not has_room(encoder, device)
+        try:
+            if swap:
+                self.network.to("cpu")
+            encoder.to(device)
+            yield
+        finally:
+            encoder.to("cpu")
+            self.network.to(device)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -76,3 +103,11 @@ class FlowDenoiser(Denoiser):
             return dict(self.pipeline.lora_state_dict(dict(tensors)))
         except (ValueError, KeyError, IndexError, RuntimeError):
             return dict(tensors)  # none of its spellings: the caller says what is wrong with it
+
+
+def has_room(module: nn.Module, device: torch.device) -> bool:
+    """Whether a GPU has the memory for a module beside what is there; of other devices nobody can tell."""
+    if device.type != "cuda":
+        return False
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free > ROOM * sum(p.numel() * p.element_size() for p in module.parameters())

@@ -86,7 +86,10 @@ class Flux2KleinDenoiser(FlowDenoiser):
 
     @torch.no_grad()
     def _encoded(self, prompts: Sequence[str]) -> Tensor:
-        embeddings: Tensor = self.pipeline.encode_prompt(list(prompts), self.device, **self._encoding_options())[0]
+        device = self.device
+        with self.text_encoder_at_work():
+            options = self._encoding_options()
+            embeddings: Tensor = self.pipeline.encode_prompt(list(prompts), device, **options)[0]
         return embeddings
 
     def _encoding_options(self) -> dict[str, Any]:

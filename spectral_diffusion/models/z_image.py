@@ -50,9 +50,11 @@ class ZImageDenoiser(FlowDenoiser):
     @torch.no_grad()
     def _encoded(self, prompts: Sequence[str]) -> list[Tensor]:
         """Each prompt's states (length, width), without padding."""
-        rows: list[Tensor] = self.pipeline._encode_prompt(
-            list(prompts), self.device, max_sequence_length=self.max_tokens
-        )
+        device = self.device
+        with self.text_encoder_at_work():
+            rows: list[Tensor] = self.pipeline._encode_prompt(
+                list(prompts), device, max_sequence_length=self.max_tokens
+            )
         return rows
 
     def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:

@@ -244,7 +244,8 @@ def stock_pipeline(
     adapter = None
     if controls:
         adapter, options["adapter_conditioning_scale"] = adapter_of(base, controls, size)
-    return base.denoiser.make_pipeline(base.denoiser.scheduler(scene.sampler), adapter), options
+    scheduler, encoders = base.denoiser.scheduler(scene.sampler), bool(base.tokenizers)
+    return base.denoiser.make_pipeline(scheduler, adapter, text_encoders=encoders), options
 
 
 def decoded(base: Base, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:
