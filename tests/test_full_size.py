@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, DDIMScheduler, Flux2Transformer2DModel, StableDiffusionPipeline
 
+from spectral_diffusion.config.presets import preset_part
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.models.architectures import build_meta, build_vae_meta, fill_randomly
@@ -80,26 +81,39 @@ def test_train_fuse_export_and_draw_at_full_size(photos: Path, tmp_path: Path) -
     assert all(one["peak_mib"] < 9_000 for one in figures.values())
 
 
-@pytest.mark.slow
-def test_klein_4b_by_its_shapes_alone() -> None:
-    """The real network on the meta device: layers, slots, and memory near PEFT's measurement of 10.0 GiB."""
+def klein_4b() -> tuple[dict[str, torch.nn.Module], torch.nn.Module]:
+    """The real transformer and autoencoder on the meta device, in bfloat16."""
     with torch.device("meta"):
         network = Flux2Transformer2DModel(
             num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
         )
         vae = AutoencoderKLFlux2()
-    models = {"transformer": network.to(torch.bfloat16).requires_grad_(False)}
+    network.to(torch.bfloat16).requires_grad_(False)
     split_layers(network, fused_rows)
+    return {"transformer": network}, vae.to(torch.bfloat16)
+
+
+@pytest.mark.slow
+def test_klein_4b_by_its_shapes_alone() -> None:
+    """The real network on the meta device: layers, slots, and memory near PEFT's measurement of 10.0 GiB."""
+    models, vae = klein_4b()
     sides = [matrix_shape(layer.weight) for layer in find_targets(models).values()]
     assert len(sides) == 120 and min(map(min, sides)) // 8 == 384  # slots of rank 8
-    assert round(sum(p.numel() for p in network.parameters()) / 1e9, 2) == 3.88
+    assert round(sum(p.numel() for p in models["transformer"].parameters()) / 1e9, 2) == 3.88
 
     def total(**more: Any) -> float:
         config = TrainConfig(
             concept=Path("x"), output=Path("y"), method="lora", rank=32, dtype="bfloat16", resolution=512,
             crops_per_image=1, **more,
         )  # fmt: skip
-        return estimate(models, vae.to(torch.bfloat16), config, 512).total / 2**30
+        return estimate(models, vae, config, 512).total / 2**30
 
     assert 9.0 < total(batch_size=2, gradient_checkpointing=True) < 11.5
     assert total(batch_size=2) > 20
+
+
+@pytest.mark.slow
+def test_the_preset_for_klein_fits_into_its_card() -> None:
+    config = TrainConfig(concept=Path("x"), output=Path("y"), **preset_part("klein-12gb", "train"))
+    models, vae = klein_4b()
+    assert estimate(models, vae, config, 512).total < 11.5 * 2**30
