@@ -148,7 +148,7 @@ def train(
         class_noun: such as ``dog``; default: ``concept.yaml`` of the folder, else its name.
         output: an adapter file to write; without it, nothing is written.
         config: a preset by name or a YAML file; default: the preset of the base.
-        callbacks: called after every step with an :class:`Event`.
+        callbacks: called after every training step with an :class:`Event`.
         hooks: progress, messages, and whether to stop: the state is then saved beside ``output``, for ``resume=True``.
         settings: any other of :class:`TrainConfig`, such as ``method``, ``rank``, ``steps`` or ``prior={…}``; also
             ``resume`` and ``force``. ``slot`` may be a :class:`Slot`; ``next`` is the first free one of the
@@ -160,7 +160,8 @@ def train(
     """
 
     def show(event: Event) -> None:
-        for callback in (hooks.progress, *callbacks):
+        hooks.progress(event)
+        for callback in callbacks if event.stage == "train" else ():
             callback(event)
 
     loaded = _base(base)

@@ -56,6 +56,7 @@ def test_every_public_name_is_there_and_documented() -> None:
 def test_training_writes_only_what_is_asked_for(pipe: Any, photos: Path, tmp_path: Path) -> None:
     before, plain, seen = sorted(tmp_path.rglob("*")), drawn(pipe), []
     adapter = sd.train(pipe, photos, class_noun="dog", callbacks=[seen.append], **QUICK)
+    assert [(event.stage, event.done) for event in seen] == [("train", 1), ("train", 2)]
     assert sorted(tmp_path.rglob("*")) == before
     assert [event.done for event in seen if event.stage == "train"] == [1, 2]
     assert adapter.token == "<rex>" and str(adapter.slot) == "0:2" and drawn(pipe) == plain

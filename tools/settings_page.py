@@ -16,7 +16,6 @@ from spectral_diffusion.config.evaluate import EvaluateConfig
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.scene import ControlImage, Region, Scene
 from spectral_diffusion.config.train import TrainConfig
-from spectral_diffusion.merging.merges import all_merges
 
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 VERBS: dict[str, type[BaseModel]] = {
@@ -43,9 +42,7 @@ def page() -> str:
             if part := nested(field):
                 parts += [f"### {verb}: {name}\n", f"{summary(part)}\n", table(part, f"{name}.")]
     parts += ["### generate: each of regions\n", table(Region), "### generate: each of controls\n", table(ControlImage)]
-    for name, merge in all_merges().items():
-        if merge.options.model_fields:
-            parts += [f"### fuse: options of {name}\n", table(merge.options, "options.")]
+    parts.append("The options of each merge (`options.NAME`) are listed by `spectral-diffusion merges`.\n")
     return "\n".join(parts)
 
 
