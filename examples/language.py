@@ -57,11 +57,11 @@ class LanguageConfig(Settings):
     method: str = "spectral-additive"
     rank: int = Field(8, ge=1)
     slot: str = ""  # default: the top columns
-    targets: list[str] = Field(["q_proj", "v_proj"], min_length=1)
+    target_modules: list[str] = Field(["q_proj", "v_proj"], min_length=1)
     learning_rate: float = Field(1e-4, gt=0)
     epochs: float = Field(1.0, gt=0)
-    batch: int = Field(16, ge=1)
-    accumulate: int = Field(1, ge=1)
+    batch_size: int = Field(16, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
     length: int = Field(256, ge=8)
     warmup: float = Field(0.06, ge=0, le=1)
     limit: int | None = Field(None, ge=1)  # examples of each split, to try it
@@ -100,15 +100,19 @@ def peft_config(config: LanguageConfig, steps: int) -> PeftConfig:
     method = get_method(config.method)
     task = "SEQ_CLS" if config.kind == "classify" else "CAUSAL_LM"
     if method.name in {"lora", "dora"}:
-        return LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=config.targets, task_type=task,
+        return LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=config.target_modules, task_type=task,
                           use_dora=method.name == "dora")  # fmt: skip
     if method.peft:
         from peft import AdaLoraConfig
 
         options = method.peft.options(config.rank, steps)
-        return AdaLoraConfig(target_modules=config.targets, task_type=task, **options)
+        return AdaLoraConfig(target_modules=config.target_modules, task_type=task, **options)
     return SpectralConfig(
-        r=config.rank, method=method.name, slot=config.slot or None, target_modules=config.targets, task_type=task
+        r=config.rank,
+        method=method.name,
+        slot=config.slot or None,
+        target_modules=config.target_modules,
+        task_type=task,
     )
 
 
@@ -147,15 +151,16 @@ def run(config: LanguageConfig) -> dict[str, Any]:
 
         collate = DataCollatorForSeq2Seq(tokenizer)
     encoded = [[encode(row) for row in part] for part in (train, test)]
-    steps = math.ceil(len(encoded[0]) / (config.batch * config.accumulate)) * math.ceil(config.epochs)
+    batch = config.batch_size * config.gradient_accumulation_steps
+    steps = math.ceil(len(encoded[0]) / batch) * math.ceil(config.epochs)
     tuned = get_peft_model(model, peft_config(config, steps))
     trainer = Trainer(
         tuned,
         TrainingArguments(
             output_dir=str(config.output / "state"), learning_rate=config.learning_rate, num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.batch, per_device_eval_batch_size=config.batch,
-            gradient_accumulation_steps=config.accumulate, warmup_steps=config.warmup, seed=config.seed,
-            report_to=[], save_strategy="no", logging_steps=10, bf16=config.dtype == "bfloat16",
+            per_device_train_batch_size=config.batch_size, per_device_eval_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps, warmup_steps=config.warmup,
+            seed=config.seed, report_to=[], save_strategy="no", logging_steps=10, bf16=config.dtype == "bfloat16",
         ),
         callbacks=[Allocate()], train_dataset=encoded[0], eval_dataset=encoded[1], data_collator=collate,
         compute_metrics=(lambda found: score(found, metric)) if metric else None,

@@ -6,6 +6,7 @@ the start of Python.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -86,7 +87,9 @@ def test_spectrum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             file.unlink()
 
     kills = 0
-    for after in moments(lambda: spectrum_of(weights, 8, folder), clean):
+    after_all = itertools.cycle(moments(lambda: spectrum_of(weights, 8, folder), clean))
+    while kills < KILLS:  # how many of them come in time depends on what else the machine does
+        after = next(after_all)
         clean()
         for _ in range(3):  # killed again on the way to the end
             kills += killed(lambda: spectrum_of(weights, 8, folder), after)
@@ -96,7 +99,6 @@ def test_spectrum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, band in want.items():
             assert all(torch.equal(a, b) for a, b in zip(band, found[name], strict=True))
         assert not list(folder.glob("*.unfinished.safetensors"))
-    assert kills >= KILLS
 
 
 def test_training(photos: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_the_example_for_the_papers_tables_runs(kind: str, tmp_path: Path) -> No
         "batch_size=4",
         "epochs=1",
         "rank=2",
-        "accumulate=1",
+        "gradient_accumulation_steps=1",
         "dtype=float32",
         "method=spectral-rotation",
     ]

@@ -198,6 +198,6 @@ def test_every_preset_fits_the_card_it_names() -> None:
 
     for name, config in benchmark.presets():
         assert benchmark.computed(name[:4], config).total < 0.95 * int(name[5:-2]) * 2**30, name
-    assert benchmark.teachers() == ["sd15-8gb", "sd15-12gb", "sd15-24gb"]
-    for name in benchmark.teachers():
-        assert benchmark.taught(name).total < 0.95 * int(name[5:-2]) * 2**30, name
+    assert benchmark.fusing_presets() == ["sd15-8gb", "sd15-12gb", "sd15-24gb"]
+    for name in benchmark.fusing_presets():
+        assert benchmark.distillation(name).total < 0.95 * int(name[5:-2]) * 2**30, name

@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..adapters.formats.native import is_native
+from ..config.presets import with_rates
 from ..config.settings import build, read_yaml
 from ..config.train import TrainConfig
 from ..core.errors import ELSEWHERE, Fix, UserError
@@ -125,7 +126,7 @@ def is_done(config: TrainConfig, force: bool = False) -> bool:
     if not output.is_file() or state_path(output).exists() or not (before := settings_in(output)):
         return False
     settled_before = {key: before[key] for key in settled(config) if key in before}
-    now = {**comparable_settings(config), **settled_before}
+    now = {**comparable_settings(with_rates(config)), **settled_before}
     if not output.with_suffix(".yaml").is_file():  # an adapter's own settings name no folders
         now = without_folders(now)
     changed = differences(before, now)
