@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .core.cache import cache_folder
-from .core.machine import description, measured_once, provenance
+from .core.machine import machine_properties, measured_once, provenance
 from .core.precision import cuda_has_bf16, measure_cpu, resolve_mixed_precision
 from .training.memory import available
 from .training.speed import seconds_per_picture
@@ -60,7 +60,7 @@ def examine() -> Check:
     timings = measured_once("precision", measure_cpu)
     pace = seconds_per_picture("pocket", device, precision)
     made = provenance()
-    machine = description()
+    machine = machine_properties()
     return Check(
         versions={name: made[name] for name in made if name not in machine} | {"python": platform.python_version()},
         system={"platform": platform.platform(), **machine, "cores": os.cpu_count(), **free_memory()},

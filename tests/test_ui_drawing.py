@@ -33,6 +33,7 @@ from spectral_diffusion.app.workspace import Workspace
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.hooks import Hooks
+from spectral_diffusion.models.sd import SDDenoiser
 from spectral_diffusion.scenes.png_metadata import read_settings
 from spectral_diffusion.training.run import train_to_file
 
@@ -269,11 +270,13 @@ def test_kept_base_is_given_back_as_it_was(workspace: Workspace, trained: tuple[
 def test_a_large_base_leaves_its_gpu_between_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     moves: list[str] = []
     pipeline = SimpleNamespace(to=lambda device: moves.append(device.type))
-    unet = torch.nn.Linear(10, 10)
+    denoiser = SimpleNamespace(network=torch.nn.Linear(10, 10))
     for device, small, wanted in (("cuda", 1, ["cuda", "cpu"]), ("cuda", 1000, []), ("cpu", 1, [])):
         moves.clear()
         monkeypatch.setattr(keeper_module, "SMALL", small)
-        base: Any = SimpleNamespace(device=torch.device(device), models={"unet": unet}, pipeline=pipeline)
+        base: Any = SimpleNamespace(
+            device=torch.device(device), denoiser=denoiser, pipeline=pipeline, family=SDDenoiser
+        )
         keeper_module.move(base, base.device)
         keeper_module.move(base, torch.device("cpu"))
         assert moves == wanted

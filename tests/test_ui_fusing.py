@@ -331,7 +331,7 @@ def test_pages_wait_for_no_torch() -> None:
     modules = ", ".join(f"spectral_diffusion.app.{name}" for name in ("fusing", "comparing", "downloads", "tabs.fuse"))
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0
-    assert fusing.MANIFEST == MANIFEST and {"gradient", "ties"} <= fusing.merges().keys()
+    assert fusing.MANIFEST == MANIFEST and {"gradient", "ties"} <= fusing.merge_summaries().keys()
 
 
 def test_bad_wishes_and_damaged_files_are_sentences(workspace: Workspace) -> None:

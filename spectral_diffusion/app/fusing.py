@@ -154,7 +154,7 @@ def fuse_settings(
     return build(FuseConfig, layer, given, inner, {"adapters": files, "output": output, "scales": by_concept})
 
 
-def merges() -> dict[str, str]:
+def merge_summaries() -> dict[str, str]:
     """The summary of each merge, and its options with their defaults, by name."""
     from ..merging.merges.registry import all_merges  # imports torch
 

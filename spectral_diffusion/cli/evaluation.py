@@ -67,11 +67,11 @@ def evaluate(
         except Cancelled as stopped:
             echo("Stopped; what is drawn is kept, run it again to go on.")
             raise typer.Exit(130) from stopped
-    show(evaluation)
+    print_tables(evaluation)
     echo(f"Wrote {settings.output}/evaluation.html, with .md, .json and a contact sheet (.png) beside it.")
 
 
-def show(evaluation: Evaluation) -> None:
+def print_tables(evaluation: Evaluation) -> None:
     """The tables on the terminal, means only: the report has their intervals."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console

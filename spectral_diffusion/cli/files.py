@@ -62,7 +62,7 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(description, indent=2))
     else:
-        show(description, layers)
+        print_inspection(description, layers)
     if picture is not None:
         from ..core.files import atomic
         from ..merging.manifest import adapters_in_fusion
@@ -75,7 +75,7 @@ def inspect(
         typer.echo(f"Wrote {picture}.", err=as_json)
 
 
-def show(description: dict[str, Any], layers: bool) -> None:
+def print_inspection(description: dict[str, Any], layers: bool) -> None:
     """Print an inspection as lines, and the norms by layer or by block as a table."""
     from ..inspection import blocks
 

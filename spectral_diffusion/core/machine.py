@@ -43,7 +43,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine() or "unknown"
 
 
-def description() -> dict[str, Any]:
+def machine_properties() -> dict[str, Any]:
     """The properties of this machine that decide a result's last bits, JSON-able: processor, vector unit, threads."""
     return {
         "cpu": cpu_name(),
@@ -60,7 +60,7 @@ def provenance() -> dict[str, str]:
             versions[library] = version(library)
         except PackageNotFoundError:
             versions[library] = "unknown"
-    return versions | {name: str(value) for name, value in description().items()}
+    return versions | {name: str(value) for name, value in machine_properties().items()}
 
 
 def made_on(made_with: Mapping[str, str]) -> str:
@@ -71,14 +71,14 @@ def made_on(made_with: Mapping[str, str]) -> str:
 
 def heading() -> str:
     """The comment line of resolved settings that names the machine."""
-    here = description()
+    here = machine_properties()
     return f"# Made on {here['cpu']} ({here['capability']}), {here['threads']} threads, torch {torch.__version__}.\n"
 
 
 def machine_identity() -> str:
     """A short hash of the machine, of the libraries' version and of what restricts their instructions."""
     limits = {name: os.environ.get(name, "") for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")}
-    identity = json.dumps({**description(), **limits, "torch": torch.__version__}, sort_keys=True)
+    identity = json.dumps({**machine_properties(), **limits, "torch": torch.__version__}, sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 

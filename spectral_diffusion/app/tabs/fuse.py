@@ -134,7 +134,7 @@ class FuseHandlers:
         with errors_as_toast():
             rows, problems = adapter_rows(self.workspace)
             names, saved = [row[0] for row in rows], fusing.fusions(self.workspace)
-            merges = list(fusing.merges()) if names else []
+            merges = list(fusing.merge_summaries()) if names else []
         problems += [fusion.problem for fusion in saved if fusion.problem]
         readable = [fusion.name for fusion in saved if not fusion.problem]
         which = which if which in readable else readable[0] if readable else None
@@ -163,7 +163,7 @@ class FuseHandlers:
     def about_merge(self, merge: str) -> str:
         """A merge's description."""
         with errors_as_toast():
-            return plain_html(fusing.merges().get(merge, ""))
+            return plain_html(fusing.merge_summaries().get(merge, ""))
 
     def about_distillation(self, distill: int | str) -> list[Any]:
         """Disable the fields that the preset determines."""
