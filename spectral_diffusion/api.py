@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -164,10 +165,9 @@ def train(
         for callback in callbacks if event.stage == "train" else ():
             callback(event)
 
-    loaded = _base(base)
     run = {name: settings.pop(name) for name in ("resume", "force") if name in settings}
     settings |= {name: str(settings[name]) for name in ("slot", "ledger") if settings.get(name) is not None}
-    with tempfile.TemporaryDirectory() as scratch:
+    with _borrowed(base) as loaded, tempfile.TemporaryDirectory() as scratch:
         name = settings.get("name") or load_concept(Path(photos), None, None, class_noun).name
         given = {
             "concept": photos, "base": loaded.name, "class_noun": class_noun,
@@ -233,16 +233,18 @@ def fuse(
         UserError: see :func:`.merging.fuse.fuse_adapters`.
     """
     scales = _scales(adapters)
-    source = _base(pipeline)
-    layer = preset_settings(source.name, "fuse")
+    with _borrowed(pipeline) as source:
+        name, copied = source.name, copy.deepcopy(source.pipeline)
+    layer = preset_settings(name, "fuse")
     given: dict[str, Any] = {"merge": method, "scales": {adapter.name: scale for adapter, scale in scales.items()}}
     if distill_steps:
         given["distill"] = {"steps": distill_steps}
     config = build(MergeConfig, layer, given, settings)
-    base = base_of(copy.deepcopy(source.pipeline), source.name)
+    base = base_of(copied, name)
     for adapter in scales:
         core.check_base(adapter, base, config.allow_base)
     fuse_adapters(base, list(scales), config, hooks)
+    base.family.release(base.pipeline)
     return base.pipeline
 
 
@@ -297,20 +299,20 @@ def generate(
         Cancelled: ``hooks.should_stop`` said so.
     """
     scene = Scene(scene) if isinstance(scene, str) else scene
-    base = _base(pipeline)
-    regions, bound = [], []
-    known = set(base.known_tokens)
-    for region in scene.regions:
-        prompt = region.prompt or (region.adapter.token if region.adapter else "")
-        regions.append(SceneRegion(box=region.box, prompt=prompt, negative_prompt=region.negative_prompt))
-        acting = region.adapter is not None and region.adapter.token not in known
-        bound.append([(region.adapter, region.scale)] if acting and region.adapter else [])
-    layer = {"prompt": scene.prompt, "regions": regions, "controls": list(scene.controls), "seeds": list(seeds)}
-    config = build(SceneSettings, preset_settings(base.name, "generate"), dict(scene.settings), settings, layer)
-    drawings = [read_control_image(control) for control in config.controls]
-    by_token = {adapter.token: adapter for pairs in bound for adapter, _ in pairs}
-    base = _with_tokens(base, list(by_token.values()))
-    return sample(base, [config.prompt] * len(seeds), list(seeds), config, hooks, controls=drawings, bound=bound)
+    with _borrowed(pipeline) as base:
+        regions, bound = [], []
+        known = set(base.known_tokens)
+        for region in scene.regions:
+            prompt = region.prompt or (region.adapter.token if region.adapter else "")
+            regions.append(SceneRegion(box=region.box, prompt=prompt, negative_prompt=region.negative_prompt))
+            acting = region.adapter is not None and region.adapter.token not in known
+            bound.append([(region.adapter, region.scale)] if acting and region.adapter else [])
+        layer = {"prompt": scene.prompt, "regions": regions, "controls": list(scene.controls), "seeds": list(seeds)}
+        config = build(SceneSettings, preset_settings(base.name, "generate"), dict(scene.settings), settings, layer)
+        drawings = [read_control_image(control) for control in config.controls]
+        by_token = {adapter.token: adapter for pairs in bound for adapter, _ in pairs}
+        base = _with_tokens(base, list(by_token.values()))
+        return sample(base, [config.prompt] * len(seeds), list(seeds), config, hooks, controls=drawings, bound=bound)
 
 
 def identity(
@@ -337,6 +339,17 @@ def identity(
 
 def _base(pipeline: Pipeline | str) -> Base:
     return load_base(pipeline) if isinstance(pipeline, str) else base_of(pipeline)
+
+
+@contextmanager
+def _borrowed(pipeline: Pipeline | str) -> Iterator[Base]:
+    """The base that a pipeline is, for a while; without loaded adapters the pipeline is as before afterwards."""
+    base = _base(pipeline)
+    try:
+        yield base
+    finally:
+        if not hasattr(base.pipeline, LOADED):
+            base.family.release(base.pipeline)
 
 
 def _scales(adapters: Scales) -> dict[core.Adapter, float]:

@@ -412,6 +412,7 @@ def test_the_python_api(family: Path, photos: Path, tmp_path: Path) -> None:
     modules = [type(module) for module in pipeline.transformer.modules()]
     quick = {"steps": 2, "rank": 2, "learning_rate": 0.1, "noise_offset": 0.0}
     rex = sd.train(pipeline, photos, class_noun="dog", **quick)
+    assert [type(module) for module in pipeline.transformer.modules()] == modules
     sd.load_adapters(pipeline, {rex: 1.0})
     assert base_of(pipeline).spell("a <rex>") == "a rex dog"
     sd.unload_adapters(pipeline)
@@ -419,6 +420,7 @@ def test_the_python_api(family: Path, photos: Path, tmp_path: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in pipeline.transformer.state_dict().items())
     assert base_of(pipeline).spell("a <rex>") == "a <rex>"
     fused = sd.fuse(pipeline, [rex])
+    assert [type(module) for module in fused.transformer.modules()] == modules
     assert base_of(fused).spell("a <rex>") == "a rex dog" and base_of(pipeline).spell("a <rex>") == "a <rex>"
     assert not torch.equal(drawn(fused), drawn(pipeline))
     fused.save_pretrained(tmp_path / "fused")
@@ -426,7 +428,8 @@ def test_the_python_api(family: Path, photos: Path, tmp_path: Path) -> None:
     assert base_of(again).spell("a <rex>") == "a rex dog"
     scene = sd.Scene("a <rex>", regions=[sd.Region((0, 0, 0.5, 1), rex)] if family.name == "klein" else [])
     [image] = sd.generate(pipeline, scene, seeds=[0], num_inference_steps=2, width=32, height=32)
-    assert image.size == (32, 32) and base_of(pipeline).spell("a <rex>") == "a <rex>"
+    assert [type(module) for module in pipeline.transformer.modules()] == modules and image.size == (32, 32)
+    assert base_of(pipeline).spell("a <rex>") == "a <rex>"
 
 
 def test_the_text_encoder_rests_on_the_cpu_until_it_works(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,8 +142,8 @@ def fused_layers(models: Mapping[str, nn.Module]) -> dict[str, dict[str, int]]:
 
 
 def join_layers(model: nn.Module) -> None:
-    """Undo :func:`split_layers`."""
+    """Undo :func:`split_layers`, except for layers that are adapted."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, SplitLinear):
+            if isinstance(child, SplitLinear) and all(type(part) is nn.Linear for part in child.children()):
                 setattr(module, name, child.joined())
