@@ -328,6 +328,7 @@ def test_sentences_show_no_paths_and_no_options(workspace: Workspace, tmp_path: 
 
 
 def test_pages_wait_for_no_torch() -> None:
+    pytest.importorskip("gradio")
     modules = ", ".join(f"spectral_diffusion.app.{name}" for name in ("fusing", "comparing", "downloads", "tabs.fuse"))
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0
