@@ -67,6 +67,18 @@ class ObjectiveConfig(Settings):
     snr_gamma: float = Field(
         0.0, ge=0, description="Min-SNR-γ weights of the timesteps (Hang et al. 2023); 0 weighs all alike."
     )
+    timestep_density: Literal["uniform", "logit_normal", "mode"] = Field(
+        "uniform", description="Distribution of u (Esser et al. 2024, section 3.1); timestep_power and shift act on it."
+    )
+    logit_mean: float = Field(0.0, ge=-10, le=10, description="Mean of logit u for timestep_density=logit_normal.")
+    logit_std: float = Field(1.0, gt=0, le=10, description="Its standard deviation.")
+    mode_scale: float = Field(1.29, ge=-1, le=1.75, description="Scale of timestep_density=mode.")
+    timestep_shift: float = Field(
+        0.0, ge=0, le=100, description="Shift of a flow's timesteps towards noise: 1 is none, 0 the base's own."
+    )
+    loss_weighting: Literal["none", "sigma_sqrt", "cosmap"] = Field(
+        "none", description="Weights of a flow's timesteps (Esser et al. 2024)."
+    )
     attention_loss_weight: float = Field(
         0.0, ge=0, description="Weight of the loss that keeps the token's attention inside the masks."
     )

@@ -16,12 +16,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from torch import Tensor, nn
 
-from ..core.errors import UserError
+from ..config.train import ObjectiveConfig
+from ..core.errors import Fix, UserError
 from ..linalg import to_float64
 
+UNIFORM = ObjectiveConfig()
+NEEDS_FLOW = "for bases that match a flow; this one predicts noise or velocity."
 OnStep = Callable[[int, Tensor], None]  # the number of the step just done, from 0, and its latents
 
 
@@ -177,10 +180,29 @@ class Denoiser(ABC):
         """How many timesteps the schedule has."""
         return len(self.schedule.alphas_cumprod)
 
-    def sample_timestep(self, generator: torch.Generator, power: float) -> Tensor:
-        """t = T u^power with u uniform in 0…1."""
+    def check_objective(self, objective: ObjectiveConfig) -> None:
+        """Raise a UserError where the loss asks for something that this family does not have."""
+        if objective.timestep_shift not in (0, 1):
+            raise UserError(f"A timestep shift is {NEEDS_FLOW}", Fix("objective.timestep_shift", "0"))
+        if objective.loss_weighting != "none":
+            raise UserError(
+                f"The weights {objective.loss_weighting} are {NEEDS_FLOW}", Fix("objective.loss_weighting", "none")
+            )
+
+    def sample_timestep(
+        self, generator: torch.Generator, power: float, objective: ObjectiveConfig = UNIFORM
+    ) -> Tensor:
+        """t = T f(u^power), with u in 0…1 of the objective's density and f the family's shift towards noise."""
+        u = compute_density_for_timestep_sampling(
+            objective.timestep_density, 1, objective.logit_mean, objective.logit_std, objective.mode_scale,
+            generator=generator,
+        )[0]  # fmt: skip
         last = self.num_timesteps
-        return (torch.rand((), generator=generator) ** power * last).long().clamp_max(last - 1)
+        return (self.shifted(u.clamp(0, 1) ** power, objective.timestep_shift) * last).long().clamp(0, last - 1)
+
+    def shifted(self, u: Tensor, shift: float) -> Tensor:
+        """Times in 0…1, moved towards noise; 0 stands for the base's own shift."""
+        return u
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Latents (n, c, h, w) at timesteps (n,)."""
@@ -201,9 +223,9 @@ class Denoiser(ABC):
             return velocity
         raise UserError(f"This base predicts '{kind}'; only epsilon and v_prediction can be trained.")
 
-    def timestep_weights(self, timesteps: Tensor, gamma: float) -> Tensor | None:
-        """Min-SNR-γ weights (n,) of the timesteps; None where γ is 0."""
-        return min_snr_weights(self.schedule, timesteps, gamma)
+    def timestep_weights(self, timesteps: Tensor, objective: ObjectiveConfig) -> Tensor | None:
+        """The objective's weights (n,) of the timesteps (n,); None where all count alike."""
+        return min_snr_weights(self.schedule, timesteps, objective.snr_gamma)
 
     @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **extra: Any) -> Tensor:

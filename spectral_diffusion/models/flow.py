@@ -9,8 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor, nn
 
+from ..config.train import ObjectiveConfig
 from ..core.errors import Fix, UserError
 from .denoiser import Denoiser
 
@@ -85,13 +87,27 @@ class FlowDenoiser(Denoiser):
     def plain_attention_is_faster(self, half: bool, size: int) -> bool:
         return False  # transformers have no plain processor
 
-    def timestep_weights(self, timesteps: Tensor, gamma: float) -> Tensor | None:
-        if gamma:
+    def check_objective(self, objective: ObjectiveConfig) -> None:
+        if objective.snr_gamma:
             raise UserError(
                 "Min-SNR weights are for bases that predict noise; this one matches a flow.",
                 Fix("objective.snr_gamma", "0"),
             )
-        return None
+
+    def shifted(self, u: Tensor, shift: float) -> Tensor:
+        """s u / (1 + (s − 1) u). A base whose sampler shifts by the size of the picture has no shift of its own."""
+        config = self.pipeline.scheduler.config
+        shift = shift or (1.0 if config.use_dynamic_shifting else float(config.shift))
+        if shift == 1:
+            return u
+        moved: Tensor = FlowMatchEulerDiscreteScheduler(time_shift_type="linear").time_shift(shift, 1.0, u)
+        return moved
+
+    def timestep_weights(self, timesteps: Tensor, objective: ObjectiveConfig) -> Tensor | None:
+        if objective.loss_weighting == "none":
+            return None
+        weights: Tensor = compute_loss_weighting_for_sd3(objective.loss_weighting, self.sigmas(timesteps))
+        return weights
 
     def scheduler(self, name: str) -> Any:
         return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)

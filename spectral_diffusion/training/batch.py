@@ -40,7 +40,7 @@ def sample_batch(step: int, crops: PhotoCrops, concept: Concept, config: TrainCo
         crop, template = (
             int(torch.randint(n, (), generator=generator)) for n in (config.crops_per_image, len(config.templates))
         )
-        times.append(denoiser.sample_timestep(generator, config.timestep_power))
+        times.append(denoiser.sample_timestep(generator, config.timestep_power, config.objective))
         chosen.append((photo, crop))
         caption = concept.prompt(concept.photos[photo].caption or config.templates[template])
         prompts.append(vary(caption, concept.token, config.data, config.seed, "caption", step, sample))

@@ -275,7 +275,7 @@ class Trainer:
             self.maps.begin()
         with autocast(self.base.device, self.precision):
             predicted, prior_predicted = predict_both(self.denoiser, self.encode, noisy, batch, prior)
-        times = self.denoiser.timestep_weights(batch.timesteps, objective.snr_gamma)
+        times = self.denoiser.timestep_weights(batch.timesteps, objective)
         target = self.denoiser.target(batch.latents, batch.noise, batch.timesteps)
         loss = share * diffusion_loss(predicted, target, batch.weights, times, objective)
         if prior and prior_predicted is not None:

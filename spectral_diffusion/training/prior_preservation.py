@@ -63,7 +63,7 @@ def predict_prior_targets(
     for index in range(len(prior_images.prompts) * DRAWS):
         generator = keyed_generator(config.seed, "anchor", index)
         picture = index % len(prior_images.prompts)
-        times.append(denoiser.sample_timestep(generator, config.timestep_power))
+        times.append(denoiser.sample_timestep(generator, config.timestep_power, config.objective))
         noises.append(torch.randn(prior_images.latents.shape[1:], generator=generator))
         prompt = prior_images.prompts[picture]
         if float(torch.rand((), generator=generator)) < config.prior.other_token_prob:

@@ -90,6 +90,7 @@ def train_on(
     """
     output, note = config.output, hooks.notify
     check_concept(concept, base, config)
+    base.denoiser.check_objective(config.objective)
     config = among.broadcast(settle_precision(config, base, resume, Hooks(notify=note)))
     start_from = None
     if config.init_from_adapter:
