@@ -56,8 +56,7 @@ def distillation(name: str, targets: str = "attention") -> Estimate:
     with quiet_loading():
         models = {name: model.requires_grad_(False) for name, model in build_meta("sd15").items()}
         vae = build_vae_meta()
-    weights = [layer.weight for layer in find_targets(models, targets).values()]
-    return distillation_memory(models, vae, weights, config, SIDES["sd15"])
+    return distillation_memory(models, vae, find_targets(models, targets), config, SIDES["sd15"])
 
 
 def fusing_presets() -> list[str]:

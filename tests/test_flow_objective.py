@@ -45,7 +45,7 @@ def test_a_density_has_its_moments(denoiser: Denoiser) -> None:
     assert normal.mean() == pytest.approx(0.5, abs=0.05) and normal.std() == pytest.approx(0.8, abs=0.05)
     mode = sampled(denoiser, timestep_density="mode")
     assert ((mode > 0.3) & (mode < 0.7)).float().mean() > 0.5  # 0.4 where the density is uniform
-    assert 0 <= float(mode.min()) and float(mode.max()) < 1
+    assert float(mode.min()) >= 0 and float(mode.max()) < 1
 
 
 def test_a_shift_is_that_of_the_sampler(denoiser: Denoiser) -> None:

@@ -9,6 +9,7 @@ import torch
 from conftest import make_photos
 from diffusers import StableDiffusionPipeline, T2IAdapter
 from PIL import Image
+from safetensors import safe_open
 
 from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.apply import put_adapters
@@ -24,6 +25,7 @@ from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
 from spectral_diffusion.merging.manifest import read_manifest
 from spectral_diffusion.merging.merges import Contribution, get_merge
 from spectral_diffusion.merging.merges.registry import MergeContext
+from spectral_diffusion.merging.unfuse import unfuse
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.models.base import load_base
 from spectral_diffusion.scenes.generate import generate_to_file
@@ -238,6 +240,29 @@ def test_generate_writes_pictures_with_their_settings(trained: list[Path], tiny_
     single = generate_to_file(Scene(**settings, output=tmp_path / "again.png", device="cpu"))
     with Image.open(single[0]) as again, Image.open(paths[2]) as before:
         assert again.tobytes() == before.tobytes()  # its neighbours were drawn again too
+
+
+def test_a_fusion_in_half_precision_comes_apart_in_it_too(trained: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+    """The weights are those of the float32 fusion of the rounded base, rounded once; unfusing gives the same bits."""
+
+    def config(name: str, count: int) -> FuseConfig:
+        return FuseConfig(adapters=trained[:count], output=tmp_path / name, dtype="bfloat16", device="cpu")
+
+    fuse_to_folder(config("both", 2))
+    fuse_to_folder(config("one", 1))
+    both = load_base(str(tmp_path / "both"), "cpu", "bfloat16")
+    files = {file.parent.name for file in (tmp_path / "both").rglob("*.safetensors")}
+    assert {"unet", "text_encoder", "vae"} <= files
+    with safe_open(str(tmp_path / "both/unet/diffusion_pytorch_model.safetensors"), "pt") as tensors:
+        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}  # noqa: SIM118
+    base = load_base(str(tiny_base), "cpu", "bfloat16")
+    base.pipeline.to(torch.float32)
+    fuse_adapters(base, [load_adapter(file) for file in trained[:2]], config("both", 2))
+    for layer, weight in base.weights().items():
+        assert torch.equal(weight.bfloat16(), both.weights()[layer])
+    unfuse(tmp_path / "both", [load_adapter(trained[1]).name], tmp_path / "rest", device="cpu")
+    rest, one = (load_base(str(tmp_path / name), "cpu", "bfloat16").fingerprint.exact for name in ("rest", "one"))
+    assert rest == one
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
 from spectral_diffusion.merging.memory import distillation_memory
 from spectral_diffusion.merging.unfuse import unfuse
 from spectral_diffusion.models.base import Base, load_base
-from spectral_diffusion.models.targets import find_targets
+from spectral_diffusion.models.targets import EVERYTHING, find_targets
 from spectral_diffusion.training import memory
 from spectral_diffusion.training.memory import Estimate
 from spectral_diffusion.training.run import train_to_file
@@ -73,7 +73,10 @@ def off(base: Base, lessons: DistillTargets) -> list[float]:
         ]
 
 
-def test_teaching_brings_concepts_and_the_base_nearer(pair: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 8])
+def test_teaching_brings_concepts_and_the_base_nearer(
+    pair: list[Path], tiny_base: Path, tmp_path: Path, rank: int
+) -> None:
     adapters = [load_adapter(file) for file in pair]
     untouched = load_base(str(tiny_base), "cpu")
     for adapter in adapters:
@@ -86,12 +89,50 @@ def test_teaching_brings_concepts_and_the_base_nearer(pair: list[Path], tiny_bas
     found = {}
     for steps in (0, SMALL.steps):
         base = load_base(str(tiny_base), "cpu")
-        teaching = SMALL.model_copy(update={"steps": steps})
+        rate = 1e-2 if rank else SMALL.learning_rate
+        teaching = SMALL.model_copy(update={"steps": steps, "rank": rank, "learning_rate": rate})
         factors = fuse_adapters(base, adapters, settings(pair, tmp_path, distill=teaching))
-        assert (factors is None) == (steps > 0)
+        assert (factors is None) == (steps > 0 and rank == 0)
         assert not any(p.requires_grad for model in base.models.values() for p in model.parameters())
         found[steps] = off(base, exam)
     assert all(after < before for before, after in zip(found[0], found[SMALL.steps], strict=True)), found
+
+
+def test_a_learned_correction_is_part_of_the_merged_factors(pair: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+    """So the fusion still goes out as an exact LoRA, with convolutions that no adapter changes."""
+    few = SMALL.model_copy(
+        update={"steps": 2, "rank": 3, "target_modules": "conv", "learning_rate": 1e-2, "token_learning_rate": 0.0}
+    )
+    before = load_base(str(tiny_base), "cpu").weights("attention+conv")
+    base = load_base(str(tiny_base), "cpu")
+    factors = fuse_adapters(base, [load_adapter(f) for f in pair], settings(pair, tmp_path, distill=few))
+    assert factors is not None and set(factors) == set(before)
+    for layer, weight in base.weights("attention+conv").items():
+        moved = weight - before[layer]
+        assert bool(moved.any()) and torch.allclose(moved, factors[layer].delta().float().view(moved.shape), atol=1e-6)
+        assert factors[layer].up.shape[1] == (3 if ".conv" in layer or "_shortcut" in layer else 3 + 2 * 2 * 2)
+    assert not any("lora" in name for name, _ in base.pipeline.unet.named_modules())
+
+
+def test_a_correction_takes_less_memory_and_whole_weights_need_float32(
+    pair: list[Path], tiny_base: Path, tmp_path: Path
+) -> None:
+    base = load_base(str(tiny_base), "cpu", "bfloat16")
+    layers = find_targets(base.models)
+    whole, low = (
+        distillation_memory(
+            base.models, base.pipeline.vae, layers, SMALL.model_copy(update={"rank": rank}), base.size, "cpu"
+        )
+        for rank in (0, 1)
+    )
+    sizes = [layer.weight.shape for layer in layers.values()]
+    assert low.adapter == 12 * sum(out + inside for out, inside in sizes) < whole.adapter
+    adapters = [load_adapter(file) for file in pair]
+    few = SMALL.model_copy(update={"steps": 1})
+    with pytest.raises(UserError, match=r"needs them in float32.*distill\.rank=16"):
+        fuse_adapters(base, adapters, settings(pair, tmp_path, distill=few))
+    low_rank = few.model_copy(update={"rank": 2})
+    assert fuse_adapters(base, adapters, settings(pair, tmp_path, distill=low_rank)) is not None
 
 
 def test_only_the_concepts_own_words_learn_and_exports_hold_what_they_learnt(
@@ -193,7 +234,7 @@ def test_the_memory_of_teaching_is_told_and_what_cannot_fit_refused_before_lesso
     pair: list[Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapters = load_base(str(tiny_base), "cpu"), [load_adapter(file) for file in pair]
-    learners = [p for p in base.pipeline.unet.parameters() if p.ndim > 1]
+    learners = find_targets({"unet": base.pipeline.unet}, EVERYTHING)
     state = {name: list(model.state_dict()) for name, model in base.models.items()}
 
     def found(**more: Any) -> Estimate:
@@ -207,7 +248,7 @@ def test_the_memory_of_teaching_is_told_and_what_cannot_fit_refused_before_lesso
     )
     assert parts.phases["distilling"] < 0.5 * whole.phases["distilling"]
     assert checked.phases["distilling"] < 0.8 * whole.phases["distilling"]
-    assert whole.adapter == 8 * sum(p.numel() for p in learners)
+    assert whole.adapter == 8 * sum(layer.weight.numel() for layer in learners.values())
     assert state == {name: list(model.state_dict()) for name, model in base.models.items()}
     assert not any(p.requires_grad for p in base.pipeline.unet.parameters())
 

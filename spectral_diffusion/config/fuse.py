@@ -38,6 +38,9 @@ class DistillConfig(Settings):
     """Distillation after a merge: the fused model learns what each adapter, and the base, predict alone."""
 
     steps: int = Field(0, ge=0, le=1_000_000, description="Distillation steps; 0 turns it off.")
+    rank: int = Field(
+        0, ge=0, le=4096, description="Rank of the correction that every layer learns; 0 trains whole weights."
+    )
     learning_rate: float = Field(1e-4, gt=0, description="Learning rate; it falls linearly to 0.")
     token_learning_rate: float = Field(
         1e-3, ge=0, description="Learning rate of the concepts' token embeddings; 0 freezes them."
@@ -83,4 +86,5 @@ class FuseConfig(MergeConfig):
 
     adapters: list[Path] = Field(min_length=1, description="Adapter files or fused folders.")
     output: Path = Field(description="Folder to write.")
+    dtype: str = Field("float32", description="Precision of the fused weights: float32, bfloat16 or float16.")
     base: str | None = Field(None, description="Base to fuse into. Default: the base that the adapters name.")

@@ -12,8 +12,7 @@ thereby left to nobody, and stays out of ordinary pictures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,9 +27,10 @@ from ..core.errors import Fix, NotFiniteError, UserError
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.precision import MixedPrecision, autocast, is_half, loss_scaler
 from ..core.rng import keyed_generator, keyed_random
+from ..linalg import Factors
 from ..models.base import Base
-from ..models.tokens import trainable_rows
 from ..training.optimizers import lr_schedule
+from .student import Student
 
 CHUNK = 16  # pictures drawn, and predictions made, together; fewer where a batch is smaller, as memory may be short
 DRAWING = 10  # steps of each picture
@@ -151,33 +151,6 @@ def sample_latents(base: Base, prompts: list[str], who: str, guidance: float, se
     return torch.cat(out)
 
 
-@dataclass(frozen=True)
-class Student:
-    """A fused base, and what of it learns: some weights, and the vectors of some tokens."""
-
-    base: Base
-    weights: Sequence[Tensor]
-    tokens: Sequence[str]
-
-    @contextmanager
-    def trainable(self) -> Iterator[list[nn.Parameter]]:
-        """Make the weights and the tokens' vectors trainable while the context is open; gives the latter by encoder."""
-        for model in self.base.models.values():
-            model.requires_grad_(False)
-        for weight in self.weights:
-            weight.requires_grad_(True)
-        try:
-            with ExitStack() as stack:
-                yield [
-                    stack.enter_context(trainable_rows(tokenizer, self.base.models[encoder], self.tokens))
-                    for encoder, tokenizer in self.base.tokenizers.items()
-                ]
-        finally:
-            for weight in self.weights:
-                weight.requires_grad_(False)
-                weight.grad = None
-
-
 def distill(
     student: Student,
     targets: DistillTargets,
@@ -185,19 +158,23 @@ def distill(
     seed: int,
     precision: MixedPrecision = "no",
     hooks: Hooks = QUIET,
-) -> None:
-    """Change the student's weights and vectors in place until it predicts what its teachers do.
+) -> dict[str, Factors] | None:
+    """Let the student learn until it predicts what its teachers do.
+
+    Returns:
+        The correction that was learned, by layer; None where weights have changed in place. The tokens' vectors always
+        change in place.
 
     Raises:
         NotFiniteError: the loss is NaN or infinity.
     """
-    base, weights = student.base, list(student.weights)
+    base = student.base
     with (
-        student.trainable() as rows,
+        student.trainable() as learning,
         base.denoiser.fast_attention(is_half(precision, base.dtype), base.size),
         base.denoiser.gradient_checkpointing(config.gradient_checkpointing),
     ):
-        groups = [(weights, config.learning_rate), (rows, config.token_learning_rate)]
+        groups = [(learning.weights, config.learning_rate), (learning.rows, config.token_learning_rate)]
         optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups], weight_decay=0.0)
         scaler = loss_scaler(base.device, precision, base.dtype)
         lr_factor = lr_schedule("linear", config.steps)
@@ -216,10 +193,11 @@ def distill(
                 scaler.scale(loss).backward()
                 total += float(loss.detach())
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(weights, 1.0)
+            nn.utils.clip_grad_norm_(learning.weights, 1.0)
             scaler.step(optimizer)
             scaler.update()
             hooks.progress(Event("teach", step + 1, config.steps, {"loss": total}))
+        return learning.factors()
 
 
 def batches(lessons: DistillTargets, config: DistillConfig, step: int, seed: int) -> list[list[Question]]:

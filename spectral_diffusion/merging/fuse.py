@@ -28,7 +28,7 @@ from ..models.targets import find_targets
 from ..training.memory import available, gib, is_large
 from .activations import GramAccumulator
 from .calibration import cached_seen, calibrate
-from .distill import Student, distill, prepare_targets
+from .distill import distill, prepare_targets
 from .manifest import (
     ADAPTERS,
     MANIFEST,
@@ -43,6 +43,7 @@ from .manifest import (
 )
 from .memory import calibration_memory, check_distillation_memory
 from .merges.registry import Contribution, Merge, MergeContext, get_merge
+from .student import Student
 
 SHARE = 0.8  # of the free memory that may be taken by what layers see
 
@@ -111,7 +112,7 @@ def fuse_adapters(
     Adapters act in canonical order (by name), so the result does not depend on how they were listed; sums are
     formed in float64 and rounded once. Then the result is distilled, if the config says so. ``install`` says whether
     their tokens are still to be put in; layer-wise ones are their mean afterwards, as in a stock pipeline. Returns the
-    merged factors by layer; None where a merge or the distillation gave dense changes.
+    merged factors by layer; None where a merge, or the distillation of whole weights, gave dense changes.
 
     Raises:
         UserError: two adapters share a name or a token, a strength names none of them, the merge is not for them,
@@ -123,6 +124,7 @@ def fuse_adapters(
     merge = get_merge(config.merge)
     merge.settings(config.options)  # a wrong one is refused before any work
     merge.check(adapters)
+    check_precision(base, config)
     use_means(base)
     targets: dict[str, nn.Linear | nn.Conv2d] = {}
     for adapter in adapters:
@@ -130,20 +132,55 @@ def fuse_adapters(
         if install:
             add_words(base, adapter)
     targets = {name: layer for name, layer in targets.items() if any(name in adapter.sizes for adapter in adapters)}
-    trained = [layer.weight for layer in (*targets.values(), *extra_modules(base, config, set(targets)))]
+    learners = {**targets, **extra_modules(base, config, targets)}
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
     teachers = None
     if config.distill.steps:  # before anything is fused: the base is one of the teachers
         if is_large(base):
-            hooks.notify(check_distillation_memory(base, trained, config.distill, precision))
+            hooks.notify(check_distillation_memory(base, learners, config.distill, precision))
         teachers = prepare_targets(base, adapters, scales_of(config, adapters), config.distill, config.seed, hooks)
     merged = merge_layers(base, adapters, targets, config, hooks)
     if teachers:
         tokens = [token for adapter in adapters for token in adapter.tokens]
         with tf32(base.device, config.allow_tf32):
-            distill(Student(base, trained, tokens), teachers, config.distill, config.seed, precision, hooks)
-        return None
+            student = Student(base, learners, tokens, config.distill.rank, config.seed)
+            correction = distill(student, teachers, config.distill, config.seed, precision, hooks)
+        return with_correction(learners, merged, correction)
     return merged
+
+
+def check_precision(base: Base, config: MergeConfig) -> None:
+    """Refuse to distill weights that half precision would keep from learning.
+
+    Raises:
+        UserError: the settings ask for it.
+    """
+    if config.distill.steps and not config.distill.rank and base.dtype != torch.float32:
+        raise UserError(
+            f"Distilling whole weights needs them in float32, and they are {str(base.dtype).removeprefix('torch.')}.",
+            Fix("distill.rank", "16", "to learn corrections of the weights"), Fix("dtype", "float32"),
+        )  # fmt: skip
+
+
+def with_correction(
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    merged: dict[str, Factors] | None,
+    correction: Mapping[str, Factors] | None,
+) -> dict[str, Factors] | None:
+    """Add a learned correction to the weights; returns the whole changes, or None where one is dense."""
+    if correction is None:
+        return None
+    for layer, change in correction.items():
+        add_change(layers[layer].weight, change, layer)
+    if merged is None:
+        return None
+    both = {
+        layer: [part[layer] for part in (merged, correction) if layer in part] for layer in {**merged, **correction}
+    }
+    return {
+        layer: Factors(torch.cat([p.up for p in parts], 1), torch.cat([p.down for p in parts], 0))
+        for layer, parts in both.items()
+    }
 
 
 def merge_layers(
@@ -194,19 +231,19 @@ def add_change(weight: Tensor, change: Factors | Tensor, layer: str) -> None:
         raise NotFiniteError(f"{layer} is NaN or infinite once fused; lower the strengths of its adapters.")
 
 
-def extra_modules(base: Base, config: MergeConfig, adapted: Container[str]) -> list[nn.Linear | nn.Conv2d]:
+def extra_modules(base: Base, config: MergeConfig, adapted: Container[str]) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers of ``distill.target_modules`` that no adapter changes.
 
     Raises:
         UserError: unknown targets.
     """
     if not (config.distill.steps and config.distill.target_modules):
-        return []
+        return {}
     try:
         modules = find_targets(base.models, config.distill.target_modules)
     except UserError as error:
         raise UserError(f"distill.target_modules: {error.message}", *error.fixes) from error
-    return [layer for name, layer in modules.items() if name not in adapted]
+    return {name: layer for name, layer in modules.items() if name not in adapted}
 
 
 def contribute(
@@ -339,9 +376,9 @@ def fuse_to_folder(
 ) -> list[str]:
     """Fuse the config's adapters and write the folder; returns warnings to show.
 
-    The folder is a float32 diffusers pipeline with every token in its tokenizer, ``manifest.json``, the resolved
-    settings, the merged factors, and the adapters themselves in ``adapters/``. An older fusion there is replaced
-    whole. A fused folder among ``adapters`` means the adapters inside it; LoRA files of other programs are
+    The folder is a diffusers pipeline in ``config.dtype`` with every token in its tokenizer, ``manifest.json``, the
+    resolved settings, the merged factors, and the adapters themselves in ``adapters/``. An older fusion there is
+    replaced whole. A fused folder among ``adapters`` means the adapters inside it; LoRA files of other programs are
     imported.
 
     Raises:
@@ -357,7 +394,7 @@ def fuse_to_folder(
             Fix("base", so="to name it"),
         )
     check_not_base(output, config.base or adapters[0].base)
-    base = base or load_base(config.base or adapters[0].base, device_for(config))
+    base = base or load_base(config.base or adapters[0].base, device_for(config), config.dtype)
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
     if config.distill.steps:
         precision_note(config.mixed_precision, precision, base.device, config.allow_tf32, hooks.notify)

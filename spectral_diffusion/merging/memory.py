@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..adapters.attach import inject_adapter
 from ..config.fuse import CalibrationConfig, DistillConfig
 from ..core.errors import Fix
 from ..core.precision import MixedPrecision, autocast, is_half
 from ..models.base import Base
 from ..models.families import denoiser_of
+from ..models.targets import EVERYTHING, find_targets
 from ..training.memory import CONTEXT, Estimate, Models, Peak, base_kind, fitting, hollow, hollow_prediction
 from .calibration import CHUNK
 from .distill import CHUNK as TOGETHER
+from .student import correction_spec
+
+Layers = Mapping[str, nn.Linear | nn.Conv2d]  # by name
 
 
 def calibration_memory(sizes: Mapping[str, tuple[int, int]], prompts: int, config: CalibrationConfig) -> int:
@@ -32,7 +37,7 @@ def calibration_memory(sizes: Mapping[str, tuple[int, int]], prompts: int, confi
 def distillation_memory(
     models: Models,
     vae: nn.Module,
-    trainable: Iterable[Tensor],
+    layers: Layers,
     config: DistillConfig,
     size: int,
     device: str = "cuda",
@@ -42,19 +47,15 @@ def distillation_memory(
 
     Args:
         models: U-Net and text encoders, ``vae``: its autoencoder; they stay as they are and may be on the meta device.
-        trainable: those of their weights that are trained.
+        layers: those of their layers that learn, by name.
         size: side of the pictures in pixels.
         device: ``cuda`` or ``cpu``.
         precision: in which the networks work during distillation.
     """
-    learning = {id(weight) for weight in trainable}
-    trained = sum(p.numel() for model in models.values() for p in model.parameters() if id(p) in learning)
     weights = sum(p.numel() * p.element_size() for model in (*models.values(), vae) for p in model.parameters())
+    students, trained = hollow_students(models, layers, config.rank)
     with FakeTensorMode(allow_non_fake_inputs=True):  # on a pretended CPU, so that autocast acts as it does
-        copies = hollow(models, "cpu")
-        for name, model in models.items():
-            for parameter, copy in zip(model.parameters(), copies[name].parameters(), strict=True):
-                copy.requires_grad_(id(parameter) in learning)
+        copies = hollow(students, "cpu")
         denoiser = denoiser_of(copies, vae)
         denoiser.set_lean_attention(device, is_half(precision, denoiser.dtype), size)
         if config.gradient_checkpointing:
@@ -68,19 +69,31 @@ def distillation_memory(
                 (hollow_prediction(denoiser, config.batch_size, size).float() ** 2).mean().backward()
     # The optimizer's step needs the gradients and one more number each.
     phases = {"sampling targets": sampling.most, "distilling": max(step.most, 2 * 4 * trained)}
-    return Estimate(weights, 2 * 4 * trained, phases, CONTEXT[device])
+    factors = 4 * trained if config.rank else 0
+    return Estimate(weights, 2 * 4 * trained + factors, phases, CONTEXT[device])
 
 
-def check_distillation_memory(
-    base: Base, trainable: Iterable[Tensor], config: DistillConfig, precision: MixedPrecision
-) -> str:
+def hollow_students(models: Models, layers: Layers, rank: int) -> tuple[dict[str, nn.Module], int]:
+    """Copies of networks on the meta device in which these layers learn, and how many numbers do."""
+    copies = hollow(models, "meta")
+    for model in copies.values():
+        model.requires_grad_(False)
+    if rank:
+        return copies, inject_adapter(copies, correction_spec(rank, layers)).count()
+    found = find_targets(copies, EVERYTHING)
+    for layer in layers:
+        found[layer].weight.requires_grad_(True)
+    return copies, sum(found[layer].weight.numel() for layer in layers)
+
+
+def check_distillation_memory(base: Base, layers: Layers, config: DistillConfig, precision: MixedPrecision) -> str:
     """A sentence on the memory that distillation takes and that is free.
 
     Raises:
         UserError: it clearly does not fit.
     """
     estimate = distillation_memory(
-        base.models, base.pipeline.vae, trainable, config, base.size, base_kind(base), precision
+        base.models, base.pipeline.vae, layers, config, base.size, base_kind(base), precision
     )
     fewer = max(2, config.batch_size // 2)
     batches = config.gradient_accumulation_steps * (config.batch_size // fewer)
@@ -91,6 +104,7 @@ def check_distillation_memory(
         "Distillation",
         *([] if config.gradient_checkpointing else [Fix("distill.gradient_checkpointing", "true")]),
         *([smaller] if fewer < config.batch_size else []),
+        *([] if config.rank else [Fix("distill.rank", "16", "to learn corrections in place of whole weights")]),
         Fix("distill.target_modules", "null", "to distill the adapted layers only"),
         Fix("distill.steps", "0"),
     )

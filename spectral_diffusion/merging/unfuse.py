@@ -84,7 +84,7 @@ def unfuse(
         return
     config = config.model_copy(update={"base": base_name or config.base})
     try:
-        base = load_base(str(config.base), device_for(config))
+        base = load_base(str(config.base), device_for(config), config.dtype)
     except UserError as error:
         raise UserError(
             f"{error.message} It is needed to fuse the rest anew.",

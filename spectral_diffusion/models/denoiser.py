@@ -189,9 +189,7 @@ class Denoiser(ABC):
                 f"The weights {objective.loss_weighting} are {NEEDS_FLOW}", Fix("objective.loss_weighting", "none")
             )
 
-    def sample_timestep(
-        self, generator: torch.Generator, power: float, objective: ObjectiveConfig = UNIFORM
-    ) -> Tensor:
+    def sample_timestep(self, generator: torch.Generator, power: float, objective: ObjectiveConfig = UNIFORM) -> Tensor:
         """t = T f(u^power), with u in 0…1 of the objective's density and f the family's shift towards noise."""
         u = compute_density_for_timestep_sampling(
             objective.timestep_density, 1, objective.logit_mean, objective.logit_std, objective.mode_scale,

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..core.errors import UserError, nearest, reason, short_repr
 
+EVERYTHING = "re:.*"  # every linear layer and convolution, also those that no preset has
 LENGTH = 64  # of a layer's name
 MOST_WORK = 2e7  # steps for one name: a network has some hundreds
 UNET = r"unet\..*"

@@ -16,14 +16,12 @@ from ...linalg import kernel_size, matrix_shape
 from ...methods import get_method
 from ...models.base import Base, load_base
 from ...models.split_linear import fused_layers
-from ...models.targets import find_targets
+from ...models.targets import EVERYTHING, find_targets
 from ...models.tokens import check_name, check_token, embedding_of
 from ..adapter import Adapter
 from .fused_projections import split_parts
 from .native import is_native, load_adapter, save_adapter
 from .reading import NAMED, lora_file, read_lora
-
-EVERYTHING = "re:.*"  # foreign files adapt layers that no preset has, such as time_emb_proj
 
 
 def import_lora(
