@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.attach import AdapterSpec, InjectedAdapter, inject_adapter, unloading
 from ..linalg import Factors
@@ -28,7 +28,7 @@ class Learning:
         rows: the vectors of the tokens, by text encoder.
     """
 
-    weights: list[nn.Parameter]
+    weights: Sequence[Tensor]
     rows: list[nn.Parameter]
     correction: InjectedAdapter | None = None
 
@@ -82,7 +82,7 @@ def correction_spec(rank: int, layers: Mapping[str, nn.Module], seed: int = 0) -
 
 
 @contextmanager
-def _trainable_weights(layers: Sequence[nn.Linear | nn.Conv2d]) -> Iterator[list[nn.Parameter]]:
+def _trainable_weights(layers: Sequence[nn.Linear | nn.Conv2d]) -> Iterator[list[Tensor]]:
     """Let whole weights learn while the context is open."""
     weights = [layer.weight for layer in layers]
     for weight in weights:
