@@ -16,8 +16,9 @@ from .adapters.formats.native import load_adapter
 from .core.errors import UserError
 from .core.files import exists, is_folder
 from .linalg import cosine_between, frobenius_norm, row_space
-from .merging.fuse import overlaps, scale_of
+from .merging.fuse import overlaps
 from .merging.manifest import adapters_in_fusion, read_manifest
+from .merging.scales import scale_of
 from .scenes.png_metadata import read_settings
 from .slots.picture import slot_map
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +33,7 @@ from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder, overl
 from spectral_diffusion.merging.manifest import adapters_in_fusion, read_manifest, read_merged
 from spectral_diffusion.merging.memory import calibration_memory
 from spectral_diffusion.merging.merges import Contribution, all_merges, get_merge
-from spectral_diffusion.merging.merges.registry import MergeContext
+from spectral_diffusion.merging.merges.registry import MERGES, Merge, MergeContext, weighted_sum
 from spectral_diffusion.merging.search import search_scales
 from spectral_diffusion.merging.unfuse import unfuse
 from spectral_diffusion.methods import get_method
@@ -137,6 +140,12 @@ def test_an_adapter_without_a_layer_wants_no_change_there(name: str, rows: int) 
     assert torch.allclose(found[0], found[1], atol=1e-9) and float(found[1].norm()) > 0
 
 
+def whole_sum(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
+    """A sum that refuses to work without what the layer saw."""
+    assert all(contribution.inputs is not None for contribution in contributions)
+    return weighted_sum(contributions, [1.0] * len(contributions))
+
+
 def test_what_is_watched_is_no_more_than_was_said(
     three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,13 +158,41 @@ def test_what_is_watched_is_no_more_than_was_said(
     seen = calibrate(base, adapters[0], layers, config.calibration, 0)
     held = sum(8 * (one.matrix() if one.is_raw else one.gram()).numel() for one in seen.values())
     need = calibration_memory(
-        {name: matrix_shape(layer.weight) for name, layer in layers.items()}, 1, config.calibration
+        {name: matrix_shape(layer.weight) for name, layer in layers.items()}, 2, config.calibration
     )
     assert held <= need / 3 <= 2 * held  # it, the ordinary prompts, and a copy while it is written
-    monkeypatch.setattr("spectral_diffusion.merging.fuse.available", lambda device: 1000)
+    monkeypatch.setattr("spectral_diffusion.merging.merge_layers.available", lambda device: 1000)
     with pytest.raises(UserError, match=r"Calibrating .* are free; fuse fewer adapters"):
         fuse_to_folder(config)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("merge", "alive"), [("gradient", 1), ("ssr", 1), ("everything", 3)])
+def test_what_layers_see_is_there_of_one_adapter_at_a_time(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: str, alive: int
+) -> None:
+    """A merge of another kind, which wants all inputs at once, still gets them."""
+    monkeypatch.setitem(MERGES.entries, "everything", Merge("everything", "", whole_sum, needs_activations=True))
+    seen: list[weakref.ref[GramAccumulator]] = []
+    most = 0
+
+    def watched(*args: Any) -> dict[str, GramAccumulator]:
+        nonlocal most
+        gc.collect()
+        found = calibrate(*args)
+        full = {layer: gram for layer, gram in found.items() if not gram.is_raw}  # few rows may be kept
+        assert full
+        seen.extend(weakref.ref(gram) for gram in full.values())
+        most = max(most, sum(ref() is not None for ref in seen) // len(full))
+        return found
+
+    monkeypatch.setattr("spectral_diffusion.merging.merge_layers.calibrate", watched)
+    many = {**QUICK, "num_images": 8, "prior_weight": 0.0, "cache": False}
+    config = FuseConfig(adapters=three, output=tmp_path / "a", merge=merge, calibration=many, device="cpu")
+    adapters = [adapter for path in three for adapter in adapters_in_fusion(path)]
+    base = load_base(adapters[0].base, "cpu")
+    fuse_adapters(base, adapters, config)
+    assert most == alive
 
 
 @pytest.mark.parametrize("staging", ["adapter", "previous_stages"])
@@ -165,7 +202,7 @@ def test_what_does_not_fit_is_watched_in_passes_with_the_same_bits(
     quick = {**QUICK, "calibrate_on": staging, "cache": False}
     results, notes = [], list[str]()
     for free in (None, 400_000):
-        monkeypatch.setattr("spectral_diffusion.merging.fuse.available", lambda device, free=free: free)
+        monkeypatch.setattr("spectral_diffusion.merging.merge_layers.available", lambda device, free=free: free)
         adapters = [adapter for path in three for adapter in adapters_in_fusion(path)]
         base = load_base(adapters[0].base, "cpu")
         config = FuseConfig(adapters=three, output=tmp_path / "a", merge="gradient", calibration=quick, device="cpu")

@@ -16,8 +16,9 @@ from ..config.settings import build, read_yaml
 from ..core.assets import preset_of
 from ..core.errors import Fix, UserError
 from ..core.files import is_folder
-from ..merging.fuse import check_together, scale_of
+from ..merging.fuse import check_together
 from ..merging.manifest import adapters_in_fusion, lasting, read_manifest
+from ..merging.scales import scale_of
 from ..metrics.encoders import Encoder, encoders_here, load_encoder
 from ..models.tokens import check_name, typed_tokens
 from ..scenes.prompts import positive_prompts

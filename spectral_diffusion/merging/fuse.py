@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.adapter import Adapter, check_base, shared_columns
 from ..adapters.apply import add_words
@@ -16,18 +16,16 @@ from ..adapters.formats.native import save_adapter
 from ..adapters.formats.reading import is_foreign
 from ..config.fuse import FuseConfig, MergeConfig
 from ..config.settings import to_yaml
-from ..core.errors import Fix, NotFiniteError, UserError, nearest
+from ..core.errors import Fix, UserError, nearest
 from ..core.files import atomic_folder, check_writable, write_json, write_text
-from ..core.hooks import QUIET, Event, Hooks
+from ..core.hooks import QUIET, Hooks
 from ..core.machine import heading
 from ..core.precision import precision_note, resolve_mixed_precision, tf32
-from ..linalg import Factors, matrix_shape, to_float64
+from ..linalg import Factors
 from ..models.base import Base, load_base
 from ..models.per_layer_tokens import mean_note, use_means
 from ..models.targets import find_targets
-from ..training.memory import available, gib, is_large
-from .activations import GramAccumulator
-from .calibration import cached_seen, calibrate
+from ..training.memory import is_large
 from .distill import distill, prepare_targets
 from .manifest import (
     ADAPTERS,
@@ -41,13 +39,11 @@ from .manifest import (
     save_pipeline,
     write_merged,
 )
-from .memory import calibration_memory, check_distillation_memory
-from .merges.registry import Contribution, Merge, MergeContext, get_merge
+from .memory import check_distillation_memory
+from .merge_layers import add_change, merge_layers
+from .merges.registry import get_merge
+from .scales import owner, scales_of
 from .student import Student
-
-SHARE = 0.8  # of the free memory that may be taken by what layers see
-
-Seen = dict[str, GramAccumulator]
 
 
 def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> None:
@@ -79,25 +75,6 @@ def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> No
                 f"A strength names '{key}'{nearest(key, names)}, but the adapters are {', '.join(names)} "
                 f"(and their components {', '.join(sorted(parts))})."
             )
-
-
-def owner(key: str, names: Iterable[str]) -> tuple[str, str]:
-    """``rex`` or ``rex.unet`` as (name, component); a name may hold dots itself."""
-    if key in names:
-        return key, ""
-    name, _, component = key.rpartition(".")
-    return (name, component) if name else (key, "")
-
-
-def scale_of(strength: Mapping[str, float], name: str, layer: str) -> float:
-    """λ of one adapter in one layer: its own, times that of the layer's component if there is one."""
-    return strength.get(name, 1.0) * strength.get(f"{name}.{layer.split('.', 1)[0]}", 1.0)
-
-
-def scales_of(config: MergeConfig, adapters: Iterable[Adapter]) -> dict[str, dict[str, float]]:
-    """λ of every adapter by component."""
-    components = {layer.split(".", 1)[0] for adapter in adapters for layer in adapter.layers}
-    return {a.name: {part: scale_of(config.scales, a.name, f"{part}.") for part in components} for a in adapters}
 
 
 def fuse_adapters(
@@ -183,54 +160,6 @@ def with_correction(
     }
 
 
-def merge_layers(
-    base: Base,
-    adapters: list[Adapter],
-    targets: Mapping[str, nn.Linear | nn.Conv2d],
-    config: MergeConfig,
-    hooks: Hooks,
-) -> dict[str, Factors] | None:
-    """Merge layer by layer into the weights; returns the changes, or None where one is dense."""
-    merge, layers = get_merge(config.merge), list(targets)
-    options = merge.settings(config.options)
-    merged: dict[str, Factors] = {}
-    dense = False
-    done = 0
-    for stage in stages(layers, merge, config):
-        changes: dict[str, Factors | Tensor] = {}  # a stage is recorded whole before any of it changes
-        for group in groups(stage, adapters, merge, config, hooks):
-            activations, prior = calibrate_stage(
-                base, adapters, {name: targets[name] for name in group}, layers, merge, config, hooks
-            )
-            for layer in group:
-                contributions = contribute(adapters, layer, targets[layer].weight, config, activations)
-                context = MergeContext(options, config.seed, prior.get(layer), config.calibration.prior_weight)
-                changes[layer] = merge.combine(contributions, context)
-                done += 1
-                hooks.progress(Event("fuse", done, len(layers), {"layer": layer}))
-        for layer, change in changes.items():
-            add_change(targets[layer].weight, change, layer)
-            if isinstance(change, Factors):
-                merged[layer] = change
-            else:
-                dense = True
-    return None if dense else merged
-
-
-@torch.no_grad()
-def add_change(weight: Tensor, change: Factors | Tensor, layer: str) -> None:
-    """Add a ΔW to a layer's weight in place, rounded once.
-
-    Raises:
-        NotFiniteError: the weight is NaN or infinite afterwards.
-    """
-    before = to_float64(weight)
-    delta = change.delta() if isinstance(change, Factors) else change
-    weight.copy_((before + delta.view(weight.shape).to(before.device)).to(weight.dtype))
-    if not torch.isfinite(weight).all():
-        raise NotFiniteError(f"{layer} is NaN or infinite once fused; lower the strengths of its adapters.")
-
-
 def extra_modules(base: Base, config: MergeConfig, adapted: Container[str]) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers of ``distill.target_modules`` that no adapter changes.
 
@@ -244,114 +173,6 @@ def extra_modules(base: Base, config: MergeConfig, adapted: Container[str]) -> d
     except UserError as error:
         raise UserError(f"distill.target_modules: {error.message}", *error.fixes) from error
     return {name: layer for name, layer in modules.items() if name not in adapted}
-
-
-def contribute(
-    adapters: list[Adapter], layer: str, weight: Tensor, config: MergeConfig, inputs: Mapping[str, Seen]
-) -> list[Contribution]:
-    """Every adapter's contribution to one layer; that of an adapter without the layer is no change."""
-    contributions = []
-    for adapter in adapters:
-        has_layer = layer in adapter.sizes
-        contributions.append(
-            Contribution(
-                adapter.name,
-                adapter.method,
-                adapter.parameters_of(layer) if has_layer else {},
-                adapter.frozen_of(layer, weight.detach().cpu()) if has_layer else {},
-                adapter.slot,
-                scale_of(config.scales, adapter.name, layer),
-                inputs.get(adapter.name, {}).get(layer),
-                None if has_layer else matrix_shape(weight),
-                layer,
-            )
-        )
-    return contributions
-
-
-def stages(layers: list[str], merge: Merge, config: MergeConfig) -> list[list[str]]:
-    """The layers in the order in which they are fused: all at once, or as Mix-of-Show does."""
-    if not merge.needs_activations or config.calibration.calibrate_on == "adapter":
-        return [layers]
-    return [list(stage) for _, stage in itertools.groupby(sorted(layers, key=stage_of), stage_of)]
-
-
-def stage_of(layer: str) -> int:
-    """Mix-of-Show's order: text encoders, then the keys and values that read them, then the rest."""
-    if layer.startswith("text_encoder"):
-        return 0
-    return 1 if ".attn2.to_k" in layer or ".attn2.to_v" in layer else 2
-
-
-def groups(
-    stage: list[str], adapters: list[Adapter], merge: Merge, config: MergeConfig, hooks: Hooks
-) -> list[list[str]]:
-    """The layers of a stage in groups that are calibrated one after the other, so that each fits into memory.
-
-    Every group generates the same images again. A layer's inputs depend on no other layer, so neither does the result.
-
-    Raises:
-        UserError: a single layer does not fit.
-    """
-    if not merge.needs_activations:
-        return [stage]
-    sizes = {layer: next(adapter.sizes[layer] for adapter in adapters if layer in adapter.sizes) for layer in stage}
-    tokens = sum(max(1, len(adapter.tokens)) for adapter in adapters)
-    needs = {layer: calibration_memory({layer: size}, tokens, config.calibration) for layer, size in sizes.items()}
-    free = available(torch.device("cpu"))
-    room = sum(needs.values()) if free is None else round(SHARE * free)
-    if max(needs.values()) > room:
-        layer = max(needs, key=needs.__getitem__)
-        raise UserError(
-            f"Calibrating the layer {layer} needs {gib(needs[layer])} of memory and {gib(free or 0)} are free; fuse "
-            "fewer adapters at once, or take a merge without calibration, such as spectral."
-        )
-    out: list[list[str]] = []
-    used = room + 1
-    for layer in stage:
-        if used + needs[layer] > room:
-            out.append([])
-            used = 0
-        out[-1].append(layer)
-        used += needs[layer]
-    most = max(sum(needs[layer] for layer in group) for group in out)
-    passes = f" in {len(out)} passes, as memory is short" if len(out) > 1 else ""
-    hooks.notify(f"Calibrating {len(stage)} layers{passes} needs up to {most / 2**20:.0f} MiB.")
-    return out
-
-
-def calibrate_stage(
-    base: Base,
-    adapters: list[Adapter],
-    stage: dict[str, nn.Linear | nn.Conv2d],
-    layers: list[str],
-    merge: Merge,
-    config: MergeConfig,
-    hooks: Hooks,
-) -> tuple[dict[str, Seen], Seen]:
-    """The inputs of a stage's layers per adapter, and on generic prompts; empty if the merge needs none.
-
-    In a staged fusion the earlier stages are fused already and the adapter acts on this one and the later ones.
-    """
-    if not merge.needs_activations:
-        return {}, {}
-    settings, own = config.calibration, config.calibration.calibrate_on == "adapter"
-    first = stage_of(next(iter(stage)))
-    acting = None if own else {layer for layer in layers if stage_of(layer) >= first}
-
-    def see(adapter: Adapter | None) -> Seen:
-        def make() -> Seen:
-            return calibrate(base, adapter, stage, settings, config.seed, hooks, acting)
-
-        return cached_seen(base, adapter, stage, settings, config.seed, make) if own and settings.cache else make()
-
-    for adapter in adapters:
-        if not adapter.token:
-            hooks.notify(
-                f"'{adapter.name}' has no token of its own, so it is calibrated on generic prompts, as the prior is."
-            )
-    prior = see(None) if settings.prior_weight > 0 else {}
-    return {adapter.name: see(adapter) for adapter in adapters}, prior
 
 
 def overlaps(adapters: list[Adapter]) -> list[str]:

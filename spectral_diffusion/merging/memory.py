@@ -24,14 +24,14 @@ from .student import correction_spec
 Layers = Mapping[str, nn.Linear | nn.Conv2d]  # by name
 
 
-def calibration_memory(sizes: Mapping[str, tuple[int, int]], prompts: int, config: CalibrationConfig) -> int:
-    """The most bytes of the recorded inputs of ``prompts`` tokens and of the generic prompts.
+def calibration_memory(sizes: Mapping[str, tuple[int, int]], kept: int, config: CalibrationConfig) -> int:
+    """The most bytes of what these layers see, (out, in) each, on ``kept`` sets of prompts at once.
 
     A layer keeps its sampled rows or a Gram matrix; one adapter's exist twice while they are written to disk.
     """
     rows = math.ceil(config.num_images / CHUNK) * config.num_inference_steps * config.tokens_per_call
     once = sum(8 * inside * min(inside, rows) for _, inside in sizes.values())
-    return once * (prompts + 1 + config.cache)
+    return once * (kept + config.cache)
 
 
 def distillation_memory(

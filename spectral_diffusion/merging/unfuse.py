@@ -19,7 +19,7 @@ from ..core.hooks import QUIET, Hooks
 from ..linalg import Factors
 from ..models.base import load_base
 from ..models.targets import find_targets
-from .fuse import device_for, fuse_to_folder, owner, scale_of
+from .fuse import device_for, fuse_to_folder
 from .manifest import (
     ADAPTERS,
     MANIFEST,
@@ -33,6 +33,7 @@ from .manifest import (
     write_merged,
 )
 from .merges import get_merge
+from .scales import owner, scale_of
 
 
 def settings_of(folder: Path, adapters: Sequence[Path], output: Path, device: str = "auto") -> FuseConfig:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...config.settings import Settings
 from ...linalg import Factors
 from ..activations import GramAccumulator
-from .registry import Contribution, MergeContext, register_merge
+from .registry import Accumulator, Contribution, MergeContext, register_accumulator
 
 
 class GradientOptions(Settings):
@@ -24,40 +24,66 @@ class GradientOptions(Settings):
     )
 
 
-@register_merge(
+@register_accumulator(
     "gradient",
     "Gradient Fusion in closed form: every concept as its own adapter draws it",
     options=GradientOptions,
-    needs_activations=True,
     paper="Gu et al. 2023 (Mix-of-Show), arXiv:2305.18292",
 )
-def gradient(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
+class GradientFusion(Accumulator):
     """argmin over ΔW of Σ_i |(ΔW − λ_i ΔW_i) X_i|² + μ |ΔW X_0|² + ρ |ΔW − T|².
 
     X_i (n, rows) is the layer's inputs while adapter i generates its concept, X_0 those on generic prompts, T is
     0 or the mean change. With G = X Xᵀ the answer is ΔW = (Σ λ_i ΔW_i G_i + ρ T)(Σ G_i + μ G_0 + ρ I)⁻¹, which is
     low-rank: up = [up_1 … up_K], down = [λ_i down_i (G_i + ρ/K I)]_i (Σ G_i + μ G_0 + ρ I)⁻¹.
+
+    Σ G_i and the thin λ_i down_i G_i are summed up adapter by adapter. While there are fewer rows than inputs in all,
+    the rows themselves are kept, for the dual form.
     """
-    options = context.get(GradientOptions)
-    parts = [contribution.factors() for contribution in contributions]
-    inputs = [contribution.inputs for contribution in contributions]
-    assert all(gram is not None for gram in inputs)
-    grams = [gram for gram in inputs if gram is not None]
-    downs = [contribution.scale * part.down for contribution, part in zip(contributions, parts, strict=True)]
-    sources = [(gram, 1.0) for gram in grams]
-    if context.prior is not None and context.prior_weight > 0:
-        # as much as ``prior_weight`` concepts weigh, however many rows were recorded
-        weight = context.prior_weight * sum(gram.count for gram in grams) / len(grams) / max(context.prior.count, 1)
-        sources.append((context.prior, weight))
-    ridge = options.ridge * mean_diagonal(sources)
-    toward = ridge / len(contributions) if options.ridge_to == "mean" else 0.0
-    if all(gram.is_raw for gram, _ in sources) and sum(gram.count for gram, _ in sources) < grams[0].size:
-        down = dual(downs, sources, ridge, toward)
-    else:
-        total = sum((weight * gram.gram() for gram, weight in sources), start=torch.zeros(1, 1, dtype=torch.float64))
-        right = torch.cat([gram.matmul(down) + toward * down for down, gram in zip(downs, grams, strict=True)])
-        down = solve(total, right, ridge)
-    return Factors(torch.cat([part.up for part in parts], 1), down)
+
+    def __init__(self, contributions: Sequence[Contribution], context: MergeContext) -> None:
+        parts = [contribution.factors() for contribution in contributions]
+        self.options = context.get(GradientOptions)
+        self.up = torch.cat([part.up for part in parts], 1)
+        self.downs = [c.scale * part.down for c, part in zip(contributions, parts, strict=True)]
+        self.prior = context.prior if context.prior_weight > 0 else None
+        self.prior_weight = context.prior_weight
+        self.kept: list[GramAccumulator] = []  # all so far, while they are few
+        self.total: Tensor | None = None
+        self.right: list[Tensor] = []
+        self.count, self.diagonal = 0, 0.0
+
+    def add(self, index: int, inputs: GramAccumulator) -> None:
+        self.count += inputs.count
+        self.diagonal += mean_diagonal([(inputs, 1.0)])
+        rows = self.count + (self.prior.count if self.prior else 0)
+        raw = inputs.is_raw and (self.prior is None or self.prior.is_raw)
+        if self.total is None and raw and rows < inputs.size:
+            self.kept.append(inputs)
+            return
+        for earlier, gram in enumerate(self.kept):
+            self._sum_up(self.downs[earlier], gram)
+        self.kept = []
+        self._sum_up(self.downs[index], inputs)
+
+    def _sum_up(self, down: Tensor, inputs: GramAccumulator) -> None:
+        gram = inputs.gram()
+        self.right.append(inputs.matmul(down) if inputs.is_raw else down @ gram)
+        self.total = gram if self.total is None else self.total.add_(gram)
+
+    def result(self) -> Factors:
+        # The prior counts as ``prior_weight`` concepts do, however many rows were recorded.
+        share = self.count / len(self.downs) / max(self.prior.count, 1) if self.prior else 0.0
+        prior = [(self.prior, self.prior_weight * share)] if self.prior else []
+        ridge = self.options.ridge * (self.diagonal + mean_diagonal(prior))
+        toward = ridge / len(self.downs) if self.options.ridge_to == "mean" else 0.0
+        if self.total is None:
+            return Factors(self.up, dual(self.downs, [*((gram, 1.0) for gram in self.kept), *prior], ridge, toward))
+        total = self.total
+        for gram, weight in prior:
+            total = total + weight * gram.gram()
+        right = torch.cat([right + toward * down for right, down in zip(self.right, self.downs, strict=True)])
+        return Factors(self.up, solve(total, right, ridge))
 
 
 def mean_diagonal(sources: Sequence[tuple[GramAccumulator, float]]) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -71,6 +72,41 @@ class MergeContext:
 Combine = Callable[[Sequence[Contribution], MergeContext], Factors | Tensor]
 
 
+class Accumulator(ABC):
+    """A merge of one weight that is given what the layer sees adapter by adapter.
+
+    A merge that keeps sums only needs memory for one adapter's activations at a time, however many there are.
+
+    Args:
+        contributions: of all adapters, without their inputs.
+        context: with what the layer saw on generic prompts.
+    """
+
+    @abstractmethod
+    def __init__(self, contributions: Sequence[Contribution], context: MergeContext) -> None: ...
+
+    @abstractmethod
+    def add(self, index: int, inputs: GramAccumulator) -> None:
+        """Take what the layer saw while adapter ``index`` acted; they come in order."""
+
+    @abstractmethod
+    def result(self) -> Factors | Tensor:
+        """ΔW in float64."""
+
+
+class KeptInputs(Accumulator):
+    """Keeps everything for a merge that wants all inputs at once."""
+
+    def __init__(self, contributions: Sequence[Contribution], context: MergeContext, combine: Combine) -> None:
+        self.contributions, self.context, self.combine = list(contributions), context, combine
+
+    def add(self, index: int, inputs: GramAccumulator) -> None:
+        self.contributions[index] = replace(self.contributions[index], inputs=inputs)
+
+    def result(self) -> Factors | Tensor:
+        return self.combine(self.contributions, self.context)
+
+
 def _no_check(adapters: Sequence[Adapter]) -> None:
     """Any adapters will do."""
 
@@ -88,6 +124,7 @@ class Merge:
         combine: contributions and context to ΔW in float64: factors where it is low-rank, else dense.
         options: the model of its own settings, ``options.NAME`` in YAML and on the command line.
         needs_activations: whether it needs what layers see.
+        accumulator: takes what layers see adapter by adapter, where the merge can; see :func:`register_accumulator`.
         check: what has to hold of the adapters, asked before anything is generated or changed; it raises UserError.
         is_sum: whether, with these options, every concept is one summand, which can be subtracted again.
         advice: by the least number of adapters, what the studies recommend for that number.
@@ -99,6 +136,7 @@ class Merge:
     combine: Combine
     options: type[Settings] = NoOptions
     needs_activations: bool = False
+    accumulator: type[Accumulator] | None = None
     check: Callable[[Sequence[Adapter]], None] = _no_check
     is_sum: Callable[[Settings], bool] = _no_sum
     advice: Mapping[int, str] = field(default_factory=dict)
@@ -111,6 +149,12 @@ class Merge:
             UserError: an unknown one, or a value that it cannot have.
         """
         return build(self.options, dict(given), prefix="options.")
+
+    def accumulate(self, contributions: Sequence[Contribution], context: MergeContext) -> Accumulator:
+        """Begin to merge one weight whose activations come adapter by adapter."""
+        if self.accumulator:
+            return self.accumulator(contributions, context)
+        return KeptInputs(contributions, context, self.combine)
 
     def advise(self, count: int) -> str | None:
         """The advice for that number of adapters."""
@@ -126,6 +170,25 @@ def register_merge(name: str, summary: str, **attributes: Any) -> Callable[[Comb
     def decorate(function: Combine) -> Combine:
         MERGES.add(name, Merge(name, summary, function, **attributes))
         return function
+
+    return decorate
+
+
+def register_accumulator(
+    name: str, summary: str, **attributes: Any
+) -> Callable[[type[Accumulator]], type[Accumulator]]:
+    """Register an :class:`Accumulator` under a name as a merge that needs activations."""
+
+    def decorate(kind: type[Accumulator]) -> type[Accumulator]:
+        def combine(contributions: Sequence[Contribution], context: MergeContext) -> Factors | Tensor:
+            merging = kind(contributions, context)
+            for index, contribution in enumerate(contributions):
+                assert contribution.inputs is not None
+                merging.add(index, contribution.inputs)
+            return merging.result()
+
+        MERGES.add(name, Merge(name, summary, combine, needs_activations=True, accumulator=kind, **attributes))
+        return kind
 
     return decorate
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -9,8 +10,9 @@ from pydantic import Field
 
 from ...config.settings import Settings
 from ...linalg import Factors
+from ..activations import GramAccumulator
 from .gradient import mean_diagonal, solve
-from .registry import Contribution, MergeContext, register_merge
+from .registry import Accumulator, Contribution, MergeContext, register_accumulator
 
 
 class SubspaceOptions(Settings):
@@ -19,35 +21,40 @@ class SubspaceOptions(Settings):
     ridge: float = Field(1e-6, ge=0, description="Ridge, as a share of the Gram matrices' mean diagonal.")
 
 
-@register_merge(
+@register_accumulator(
     "ssr",
     "Subspace Signal Routing: least squares inside the adapters' own subspace",
     options=SubspaceOptions,
-    needs_activations=True,
     paper="SSR-Merge, arXiv:2606.10617",
 )
-def ssr(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
+class SubspaceRouting(Accumulator):
     """ΔW = up R down with all factors side by side and the router R that least squares gives.
 
     z = down x is the inner signal; R = (Σ λ_i P_i C_i)(Σ C_i + μ C_0 + ρ I)⁻¹ with C_i = down G_i downᵀ and P_i keeping
     adapter i's rows: its own signals pass while it is used, the others' are silenced.
     """
-    parts = [contribution.factors() for contribution in contributions]
-    up, down = torch.cat([part.up for part in parts], 1), torch.cat([part.down for part in parts], 0)
-    total = torch.zeros(len(down), len(down), dtype=torch.float64)
-    target = torch.zeros_like(total)
-    start = 0
-    grams = []
-    for contribution, part in zip(contributions, parts, strict=True):
-        assert contribution.inputs is not None
-        C = contribution.inputs.matmul(down) @ down.mT
-        total += C
-        stop = start + len(part.down)
-        target[start:stop] += contribution.scale * C[start:stop]
-        start = stop
-        grams.append(contribution.inputs)
-    if context.prior is not None and context.prior_weight > 0:
-        weight = context.prior_weight * sum(gram.count for gram in grams) / len(grams) / max(context.prior.count, 1)
-        total += weight * context.prior.matmul(down) @ down.mT
-    scale = float(total.diagonal().mean()) or mean_diagonal([(gram, 1.0) for gram in grams])
-    return Factors(up, solve(total, target, context.get(SubspaceOptions).ridge * scale) @ down)
+
+    def __init__(self, contributions: Sequence[Contribution], context: MergeContext) -> None:
+        parts = [contribution.factors() for contribution in contributions]
+        self.context, self.scales = context, [contribution.scale for contribution in contributions]
+        self.up, self.down = torch.cat([part.up for part in parts], 1), torch.cat([part.down for part in parts], 0)
+        self.stops = list(itertools.accumulate(len(part.down) for part in parts))
+        self.total = torch.zeros(len(self.down), len(self.down), dtype=torch.float64)
+        self.target = torch.zeros_like(self.total)
+        self.count, self.diagonal = 0, 0.0
+
+    def add(self, index: int, inputs: GramAccumulator) -> None:
+        C = inputs.matmul(self.down) @ self.down.mT
+        self.total += C
+        own = slice(self.stops[index - 1] if index else 0, self.stops[index])
+        self.target[own] += self.scales[index] * C[own]
+        self.count += inputs.count
+        self.diagonal += mean_diagonal([(inputs, 1.0)])
+
+    def result(self) -> Factors:
+        total, prior = self.total, self.context.prior
+        if prior is not None and self.context.prior_weight > 0:
+            weight = self.context.prior_weight * self.count / len(self.scales) / max(prior.count, 1)
+            total = total + weight * prior.matmul(self.down) @ self.down.mT
+        scale = float(total.diagonal().mean()) or self.diagonal
+        return Factors(self.up, solve(total, self.target, self.context.get(SubspaceOptions).ridge * scale) @ self.down)
