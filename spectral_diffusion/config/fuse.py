@@ -53,6 +53,9 @@ class DistillConfig(Settings):
     num_prior_images: int = Field(
         96, ge=1, le=10_000, description="Images that the base generates of generic subjects."
     )
+    resolution: int | None = Field(
+        None, ge=8, le=4096, description="Side of the images in pixels. Default: the base's size."
+    )
     noises_per_image: int = Field(12, ge=1, le=1000, description="Pairs of noise and timestep per image.")
     empty_prompt_prob: float = Field(0.15, ge=0, le=1, description="Share of prior predictions with the empty prompt.")
     guidance_scale: float = Field(4.0, ge=0, le=50, description="Guidance scale of the images.")

@@ -110,9 +110,7 @@ def targets_of(
     ]
     active, together = [(adapter, strength)] if adapter else [], min(CHUNK, config.batch_size)
     with enabled_adapters(base, active):
-        latents = sample_latents(base, prompts, who, config.guidance_scale, seed, together).repeat_interleave(
-            config.noises_per_image, 0
-        )
+        latents = sample_latents(base, prompts, who, config, seed).repeat_interleave(config.noises_per_image, 0)
     random, generator = keyed_random("lesson", who, seed), keyed_generator("noise", who, seed)
     empty = 0.0 if adapter else config.empty_prompt_prob
     asked = ["" if random.random() < empty else prompt for prompt in prompts for _ in range(config.noises_per_image)]
@@ -136,18 +134,21 @@ def targets_of(
 
 
 def predict(base: Base, prompts: Sequence[str], noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """The network's predictions (n, c, h, w) float32 for noised latents of the base's own size and prompts."""
+    """The network's predictions (n, c, h, w) float32 for noised latents and prompts."""
     denoiser = base.denoiser
-    return denoiser.predict(noisy.to(base.device), timesteps.to(base.device), denoiser.encode(prompts))
+    height, width = (side * denoiser.vae_scale for side in noisy.shape[-2:])
+    conditioning = denoiser.encode(prompts, (height, width))
+    return denoiser.predict(noisy.to(base.device), timesteps.to(base.device), conditioning)
 
 
-def sample_latents(base: Base, prompts: list[str], who: str, guidance: float, seed: int, together: int) -> Tensor:
+def sample_latents(base: Base, prompts: list[str], who: str, config: DistillConfig, seed: int) -> Tensor:
     """The latents (n, c, h, w) of a picture for each prompt, on the CPU."""
-    out = []
+    out, together = [], min(CHUNK, config.batch_size)
     for start in range(0, len(prompts), together):
         chunk = prompts[start : start + together]
         generators = [keyed_generator("lesson", who, seed, start + i) for i in range(len(chunk))]
-        out.append(base.denoiser.sample_latents(chunk, generators, DRAWING, guidance).cpu())
+        latents = base.denoiser.sample_latents(chunk, generators, DRAWING, config.guidance_scale, config.resolution)
+        out.append(latents.cpu())
     return torch.cat(out)
 
 
@@ -171,7 +172,7 @@ def distill(
     base = student.base
     with (
         student.trainable() as learning,
-        base.denoiser.fast_attention(is_half(precision, base.dtype), base.size),
+        base.denoiser.fast_attention(is_half(precision, base.dtype), config.resolution or base.size),
         base.denoiser.gradient_checkpointing(config.gradient_checkpointing),
     ):
         groups = [(learning.weights, config.learning_rate), (learning.rows, config.token_learning_rate)]

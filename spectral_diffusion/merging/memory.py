@@ -93,7 +93,7 @@ def check_distillation_memory(base: Base, layers: Layers, config: DistillConfig,
         UserError: it clearly does not fit.
     """
     estimate = distillation_memory(
-        base.models, base.pipeline.vae, layers, config, base.size, base_kind(base), precision
+        base.models, base.pipeline.vae, layers, config, config.resolution or base.size, base_kind(base), precision
     )
     fewer = max(2, config.batch_size // 2)
     batches = config.gradient_accumulation_steps * (config.batch_size // fewer)
@@ -105,6 +105,7 @@ def check_distillation_memory(base: Base, layers: Layers, config: DistillConfig,
         *([] if config.gradient_checkpointing else [Fix("distill.gradient_checkpointing", "true")]),
         *([smaller] if fewer < config.batch_size else []),
         *([] if config.rank else [Fix("distill.rank", "16", "to learn corrections in place of whole weights")]),
+        Fix("distill.resolution", str(base.size // 2), "for smaller pictures"),
         Fix("distill.target_modules", "null", "to distill the adapted layers only"),
         Fix("distill.steps", "0"),
     )
