@@ -221,7 +221,7 @@ def fuse_to_folder(
         precision_note(config.mixed_precision, precision, base.device, config.allow_tf32, hooks.notify)
     config = config.model_copy(update={"mixed_precision": precision})
     fingerprint = base.fingerprint.exact
-    parts = (base.pipeline.vae, *base.models.values())
+    parts = (part for part in base.pipeline.components.values() if isinstance(part, nn.Module))
     check_writable(output, sum(weight.nbytes for part in parts for weight in part.parameters()))
     for path in foreign:
         name = distinct(name_of(path), [adapter.name for adapter in adapters])

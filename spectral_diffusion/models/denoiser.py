@@ -168,6 +168,10 @@ class Denoiser(ABC):
     def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
         """What the family's pipeline takes in place of prompts."""
 
+    def effective_guidance(self, scale: float) -> float:
+        """g of e + g (c − e), which a picture with this ``guidance_scale`` follows; 1 is none."""
+        return max(scale, 1.0)
+
     # ------------------------------------------------------------------ noise and prediction
 
     @cached_property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from ..config.train import ObjectiveConfig
 from ..core.errors import Fix, UserError
-from .denoiser import Denoiser
+from .denoiser import Conditioning, Denoiser
 
 ROOM = 1.15  # of a module's own bytes, with what it computes
+KEPT = 256  # encoded prompts
 TOKENS, TIMESTEPS = 512, 1000  # of a prompt and of a schedule, as the pipelines have them
 
 
@@ -69,7 +71,29 @@ class FlowDenoiser(Denoiser):
             yield
         finally:
             encoder.to("cpu")
-            self.network.to(device)
+            if swap:
+                self.network.to(device)
+
+    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+        """Each prompt alone and once: these text encoders do not learn, and what they gave waits on the CPU."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
+        if new:
+            device = self.device
+            with torch.no_grad(), torch.autocast(device.type, enabled=False), self.text_encoder_at_work():
+                self._encoded |= {prompt: self.encode_one(prompt).to("cpu") for prompt in new}
+        encoded = Conditioning.stack([self._encoded[prompt] for prompt in prompts]).to(self.device)
+        for prompt in list(self._encoded)[:-KEPT]:
+            del self._encoded[prompt]
+        return encoded
+
+    @cached_property
+    def _encoded(self) -> dict[str, Conditioning]:
+        """The latest prompts, each without the first dimension."""
+        return {}
+
+    @abstractmethod
+    def encode_one(self, prompt: str) -> Conditioning:
+        """A prompt as the network reads it, without the first dimension, while the text encoder is at work."""
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -125,5 +149,6 @@ def has_room(module: nn.Module, device: torch.device) -> bool:
     """Whether a GPU has the memory for a module beside what is there; of other devices nobody can tell."""
     if device.type != "cuda":
         return False
-    free: int = torch.cuda.mem_get_info(device)[0]
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # this process keeps it ready
+    free = int(torch.cuda.mem_get_info(device)[0]) + unused
     return free > ROOM * sum(p.numel() * p.element_size() for p in module.parameters())

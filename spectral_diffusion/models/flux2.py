@@ -78,19 +78,14 @@ class Flux2KleinDenoiser(FlowDenoiser):
 
     def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:
         # Encoded here, since the pipeline's noise takes the precision of its prompts, which autocast would lower.
-        without = self._encoded([negative or ""]).expand(len(prompts), -1, -1)
-        return {"prompt_embeds": self._encoded(prompts), "negative_prompt_embeds": without}
+        return self.embedding_options(self.encode(prompts), self.encode([negative or ""] * len(prompts)))
 
-    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        return Conditioning({"encoder_hidden_states": self._encoded(prompts)})
+    def encode_one(self, prompt: str) -> Conditioning:
+        embeddings: Tensor = self.pipeline.encode_prompt([prompt], self.device, **self._encoding_options())[0]
+        return Conditioning({"encoder_hidden_states": embeddings[0]})
 
-    @torch.no_grad()
-    def _encoded(self, prompts: Sequence[str]) -> Tensor:
-        device = self.device
-        with self.text_encoder_at_work():
-            options = self._encoding_options()
-            embeddings: Tensor = self.pipeline.encode_prompt(list(prompts), device, **options)[0]
-        return embeddings
+    def effective_guidance(self, scale: float) -> float:
+        return 1.0 if self.pipeline.config.is_distilled else super().effective_guidance(scale)
 
     def _encoding_options(self) -> dict[str, Any]:
         return {"max_sequence_length": self.max_tokens, "text_encoder_out_layers": self.prompt_layers}

@@ -53,7 +53,6 @@ class PromptEncoder:
         self, base: Base, concept: Words, seed: int, size: int, frozen: Sequence[str] = (), layers: int = 0
     ) -> None:
         self.base, self.concept, self.size = base, concept, size
-        self.encoded: dict[str, Conditioning] = {}
         self.embeddings = {name: embedding_of(base.models[name]) for name in base.tokenizers}
         self.known = {name: known_tokens(tokenizer) for name, tokenizer in base.tokenizers.items()}
         self.tokens: dict[str, NewTokenEmbedding] = {}
@@ -108,13 +107,9 @@ class PromptEncoder:
         return denoiser.encode_ids(ids, [not prompt for prompt in prompts], (height, width))
 
     def _frozen(self, prompts: Sequence[str]) -> Conditioning:
-        """The same of a family without words to learn: each prompt is encoded once."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self.encoded:
-                words = self.base.spell(prompt.replace(self.concept.token, trigger_words(self.concept)))
-                with torch.no_grad():
-                    self.encoded[prompt] = self.base.denoiser.encode([words])[0]
-        return Conditioning.stack([self.encoded[prompt] for prompt in prompts])
+        """The same of a family without words to learn."""
+        trigger = trigger_words(self.concept)
+        return self.base.denoiser.encode([self.base.spell(p.replace(self.concept.token, trigger)) for p in prompts])
 
     def token_mask(self, prompts: Sequence[str]) -> Tensor:
         """Which words of the prompts are the trained token's, (n, length), as the first text encoder counts them."""

@@ -56,21 +56,40 @@ class SplitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if all(_is_untouched(child) for child in self.children()):
-            return F.linear(x, self._whole)
+            return F.linear(x, self.whole)
         return torch.cat([child(x) for child in self.children()], -1)
 
     def joined(self) -> nn.Linear:
         """The layer as it was, with the parts' weights as they are now."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        layer.weight = nn.Parameter(self._whole, requires_grad=False)
+        layer.weight = nn.Parameter(self.whole, requires_grad=False)
         return layer
 
+    @property
+    def whole(self) -> Tensor:
+        """The weight (out, in) with the parts' weights as they are now."""
+        if not self._is_joined():
+            self._rejoin()
+        return self._whole
+
+    def _is_joined(self) -> bool:
+        """Whether the parts' weights still are views of the whole, which new weights of a part would not be."""
+        storage, start = self._whole.untyped_storage()._cdata, self._whole.storage_offset()
+        for part in self.parts():
+            if part.weight.untyped_storage()._cdata != storage or part.weight.storage_offset() != start:
+                return False
+            start += part.weight.numel()
+        return True
+
     def _share(self, trainable: bool = False) -> None:
-        """Make the parts' weights views of the whole."""
+        """Make the parts' weights views of the whole. Parameters stay the same objects, which optimizers hold."""
         start = 0
         for part in self.parts():
             view = self._whole[start : start + part.out_features]
-            part.weight = nn.Parameter(view, requires_grad=trainable)
+            if part.weight.device == view.device and part.weight.dtype == view.dtype and not view.is_meta:
+                part.weight.data = view
+            else:
+                part.weight = nn.Parameter(view, requires_grad=trainable)
             start += part.out_features
 
     def __getstate__(self) -> dict[str, Any]:
@@ -82,7 +101,8 @@ class SplitLinear(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SplitLinear:
         super()._apply(fn, recurse)
-        self._rejoin()
+        if not self._is_joined():
+            self._rejoin()
         return self
 
     def _rejoin(self) -> None:
@@ -106,7 +126,7 @@ def _joined_state(module: SplitLinear, state: dict[str, Any], prefix: str, metad
     for name in [f"{prefix}{name}" for name, _ in module.named_parameters() if name.endswith("weight")]:
         if name.removeprefix(prefix).removesuffix(".weight").split(".")[1:] in ([], ["base_layer"]):
             state.pop(name, None)
-    state[f"{prefix}weight"] = module._whole
+    state[f"{prefix}weight"] = module.whole
 
 
 def _split_state(module: SplitLinear, state: dict[str, Any], prefix: str, *rest: Any) -> None:

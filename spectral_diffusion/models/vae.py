@@ -20,7 +20,7 @@ def at_once(height: int, width: int) -> int:
 
 def overflows(vae: AutoencoderKL) -> bool:
     """Whether the autoencoder is in float16, and its config says that it overflows there (``force_upcast``)."""
-    return vae.dtype == torch.float16 and bool(vae.config.force_upcast)
+    return vae.dtype == torch.float16 and bool(getattr(vae.config, "force_upcast", False))
 
 
 @contextmanager

@@ -41,25 +41,16 @@ class ZImageDenoiser(FlowDenoiser):
 
     # ------------------------------------------------------------------ prompts
 
-    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        rows = self._encoded(prompts)
-        padded = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, self.max_tokens - len(row))) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows], device=padded.device)
-        return Conditioning({"encoder_hidden_states": padded, "lengths": lengths})
-
-    @torch.no_grad()
-    def _encoded(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Each prompt's states (length, width), without padding."""
-        device = self.device
-        with self.text_encoder_at_work():
-            rows: list[Tensor] = self.pipeline._encode_prompt(
-                list(prompts), device, max_sequence_length=self.max_tokens
-            )
-        return rows
+    def encode_one(self, prompt: str) -> Conditioning:
+        [row] = self.pipeline._encode_prompt([prompt], self.device, max_sequence_length=self.max_tokens)
+        padded = torch.nn.functional.pad(row, (0, 0, 0, self.max_tokens - len(row)))
+        return Conditioning({"encoder_hidden_states": padded, "lengths": torch.tensor(len(row))})
 
     def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:
-        without = self._encoded([negative or ""]) * len(prompts)
-        return {"prompt_embeds": self._encoded(prompts), "negative_prompt_embeds": without}
+        return self.embedding_options(self.encode(prompts), self.encode([negative or ""] * len(prompts)))
+
+    def effective_guidance(self, scale: float) -> float:
+        return 1 + max(scale, 0.0)  # this pipeline adds scale (c − e) to c
 
     def hollow_conditioning(self, count: int, layers: int = 1) -> Conditioning:
         width = self.network.config.cap_feat_dim

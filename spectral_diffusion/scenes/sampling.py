@@ -189,7 +189,7 @@ def finished(pipe: Any, output: Any, denoiser: Denoiser) -> list[Image.Image]:
     """
     if not isinstance(output, torch.Tensor):
         return list(output)
-    pixels = pipe.vae.decode(denoiser.raw_output(output), return_dict=False)[0]
+    pixels = pipe.vae.decode(denoiser.raw_output(output).to(pipe.vae.dtype), return_dict=False)[0]
     if overflows(pipe.vae) and not torch.isfinite(pixels).all():
         with upcast(pipe.vae):
             pixels = pipe.vae.decode(denoiser.raw_output(output.float()), return_dict=False)[0]

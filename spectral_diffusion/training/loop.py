@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,9 +115,7 @@ class Trainer:
         self.fingerprint = self.base.fingerprint  # before anything is attached to it
         self.whole = global_batch(self.config, job.parts)  # the settings of one process that takes a step at once
         self.precision = resolve_mixed_precision(self.config.mixed_precision, self.base.device, self.base.dtype)
-        self.weights = self.base.weights(self.config.target_modules)
-        with self.world.main_process_first():
-            self.frozen = self._frozen()
+        self._read_weights()
         # Several processes stop together, between steps.
         alone = hooks if self.world.count == 1 else Hooks(hooks.progress, hooks.notify)
         preserving = self.config.prior.loss_weight > 0
@@ -140,7 +139,18 @@ class Trainer:
 
     # ------------------------------------------------------------------ set-up
 
-    def _frozen(self) -> dict[str, dict[str, Tensor]]:
+    def _read_weights(self) -> None:
+        """Read from the weights all that the training needs of them, and keep none: they may move to another device."""
+        weights, method = self.base.weights(self.config.target_modules), self.job.method
+        self.sizes = {layer: matrix_shape(weight) for layer, weight in weights.items()}
+        self.kernels = {layer: kernel for layer, weight in weights.items() if (kernel := kernel_size(weight))}
+        with self.world.main_process_first():
+            self.frozen = self._frozen(weights)
+        self.columns, self.lr_factors = (
+            slot_lr_scaling(weights, self.frozen, self.config) if method.builds_on == "columns" else (None, {})
+        )
+
+    def _frozen(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """The tensors that the method builds on, by layer."""
         job = self.job
         if job.start_from:
@@ -149,7 +159,7 @@ class Trainer:
                 layer: job.method.continue_from(job.start_from.parameters_of(layer), job.start_from.frozen_of(layer))
                 for layer in job.start_from.layers
             }
-        return frozen_tensors(job.method, self.weights, self.config.rank, job.slot, Hooks(progress=self.hooks.progress))
+        return frozen_tensors(job.method, weights, self.config.rank, job.slot, Hooks(progress=self.hooks.progress))
 
     def _enter(self, stack: ExitStack, other_tokens: tuple[str, ...]) -> None:
         """Put the tokens in place, and everything that is only for the time of training."""
@@ -173,11 +183,8 @@ class Trainer:
     def _attach(self) -> None:
         """Inject the adapter; it and the token's rows are then all that is trainable."""
         config, method = self.config, self.job.method
-        columns, self.lr_factors = (
-            slot_lr_scaling(self.weights, self.frozen, config) if method.builds_on == "columns" else (None, {})
-        )
         spec = AdapterSpec(method, config.rank, config.target_modules, config.seed, steps=config.steps)
-        self.adapter = inject_adapter(self.base.models, spec, "concept", self.frozen, columns)
+        self.adapter = inject_adapter(self.base.models, spec, "concept", self.frozen, self.columns)
         for rows in self.encode.named_parameters().values():
             rows.requires_grad_(True)
         self.trained: dict[str, nn.Parameter] = {
@@ -323,9 +330,9 @@ class Trainer:
             base=config.base,
             fingerprint=self.fingerprint,
             parameters=self.adapter.state_dict(),
-            sizes={layer: matrix_shape(self.weights[layer]) for layer in layers},
+            sizes={layer: self.sizes[layer] for layer in layers},
             fused=fused_layers(self.base.models),
-            kernels={layer: kernel for layer in layers if (kernel := kernel_size(self.weights[layer]))},
+            kernels={layer: self.kernels[layer] for layer in layers if layer in self.kernels},
             frozen=stored_part(job.method, self.frozen),
             vectors=self.encode.vectors(),
             per_layer_vectors=self.encode.per_layer_vectors(),
