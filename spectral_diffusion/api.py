@@ -105,7 +105,7 @@ class Adapter(core.Adapter):
         """Write it for other programs.
 
         Args:
-            format: ``kohya`` (ComfyUI, A1111), ``diffusers``, ``embedding``, ``folder`` or ``checkpoint``.
+            format: ``kohya`` (ComfyUI, A1111), ``diffusers``, ``comfyui``, ``embedding``, ``folder`` or ``checkpoint``.
             options: ``rank``, ``dtype`` and ``picture`` of :class:`.merging.export.ExportOptions`.
 
         Raises:

@@ -222,7 +222,7 @@ def test_what_a_base_learns_no_words_for_is_said(family: Path, photos: Path, pai
             sample(base, ["a dog"], [0], scene)
 
 
-@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
+@pytest.mark.parametrize("kind", ["kohya", "comfyui", "diffusers"])
 @pytest.mark.parametrize("what", ["adapter", "fusion"])
 def test_stock_diffusers_draws_with_an_export(
     family: Path, pair: list[Path], tmp_path: Path, kind: str, what: str
@@ -349,7 +349,7 @@ def test_the_memory_of_a_large_base_is_computed_and_said(
     assert sum("Memory: about" in note for note in notes) == 2
 
 
-@pytest.mark.parametrize("kind", ["kohya", "diffusers"])
+@pytest.mark.parametrize("kind", ["kohya", "comfyui", "diffusers"])
 def test_an_export_is_imported_as_the_same_change(family: Path, pair: list[Path], tmp_path: Path, kind: str) -> None:
     export(pair[0], tmp_path / "out.safetensors", kind, ExportOptions(dtype="float32"))
     other = import_lora(tmp_path / "out.safetensors", tmp_path / "in.safetensors", str(family), device="cpu")

@@ -17,6 +17,7 @@ from .workspace import Workspace
 KINDS = {
     "kohya": "LoRA for ComfyUI and A1111",
     "diffusers": "LoRA for diffusers",
+    "comfyui": "LoRA in the original network's names",
     "checkpoint": "whole checkpoint (large)",
 }
 

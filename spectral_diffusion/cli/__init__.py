@@ -16,7 +16,11 @@ from .verbs import app
 
 __all__ = ["app", "main", "speller"]
 
-SPELLED = {"adapters": "adapter", "scales": "strength"}  # settings whose flags have another name and syntax
+SPELLED = {
+    "adapters": "adapter",
+    "format": "kind",
+    "scales": "strength",
+}  # settings whose flags have another name and syntax
 
 
 def main() -> None:

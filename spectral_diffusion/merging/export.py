@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +15,19 @@ from torch import Tensor
 from ..adapters.adapter import Adapter, check_base
 from ..adapters.formats.card import MARK, model_card
 from ..adapters.formats.checkpoint import checkpoint_tensors
-from ..adapters.formats.fused_projections import join_parts, original_flux2
-from ..adapters.formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
+from ..adapters.formats.fused_projections import join_parts, original_layers
+from ..adapters.formats.lora import comfyui_tensors, diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
 from ..config.fuse import FuseConfig
-from ..core.errors import ELSEWHERE, UserError
+from ..core.errors import ELSEWHERE, Fix, UserError
 from ..core.files import atomic_folder, check_replaceable, check_writable, holds, read_header, write_tensors, write_text
 from ..core.hooks import QUIET, Hooks
 from ..core.machine import made_on, provenance
 from ..core.paths import without_folders
 from ..linalg import Factors, to_float64, truncate
 from ..models.base import Base, load_base, parse_dtype
+from ..models.denoiser import Denoiser
+from ..models.families import family_named
+from ..models.original_names import OriginalNames
 from ..models.per_layer_tokens import mean_note
 from ..models.tokens import known_tokens
 from .fuse import fuse_adapters
@@ -33,7 +36,8 @@ from .manifest import adapters_in_fusion, read_manifest, read_merged, save_pipel
 EXPORTED = "README.md"  # an exported folder has our card under this name
 TOKEN = "spectral.token"
 OURS = {TOKEN, "spectral.recipe"}  # in the metadata of what an export wrote
-FORMATS = ("kohya", "diffusers", "embedding", "folder", "checkpoint")
+DIFFUSERS = Fix("format", "diffusers", "for a file with the names of diffusers")
+FORMATS = ("kohya", "comfyui", "diffusers", "embedding", "folder", "checkpoint")
 
 
 @dataclass
@@ -69,6 +73,11 @@ class ExportSource:
     def fused(self) -> dict[str, dict[str, int]]:
         """Layers that hold several projections, with their parts' rows."""
         return {layer: rows for adapter in self.adapters for layer, rows in adapter.fused.items()}
+
+    @property
+    def family(self) -> type[Denoiser] | None:
+        """The family of the base, if the adapters name it."""
+        return family_named(self.adapters[0].family)
 
     @cached_property
     def loaded(self) -> Base:
@@ -205,16 +214,44 @@ def write_folder(source: ExportSource, output: Path, options: ExportOptions) -> 
 
 
 def write_lora(source: ExportSource, output: Path, kind: str, options: ExportOptions, hooks: Hooks) -> None:
-    """A LoRA file of the change, in kohya's or diffusers' spelling."""
+    """A LoRA file of the change, in kohya's, ComfyUI's or diffusers' spelling."""
     factors = truncated_factors(source, options.rank, hooks)
     dtype, architecture = options.dtype_or("float16"), architecture_of(source, factors)
     factors = join_parts(factors, source.fused)
-    if kind == "kohya":
-        factors = original_flux2(factors)
-        tensors = kohya_tensors(factors, source.kernels, dtype, architecture.startswith("stable-diffusion-xl"))
-    else:
+    names = None if kind == "diffusers" else original_names(source, factors, kind)
+    factors = original_layers(factors, names) if names else factors
+    if kind == "diffusers":
         tensors = diffusers_tensors(factors, source.kernels, dtype)
+    elif kind == "comfyui" and names:
+        tensors = comfyui_tensors(factors, names, dtype)
+    else:
+        tensors = kohya_tensors(factors, source.kernels, dtype, architecture.startswith("stable-diffusion-xl"))
     write_hashed(output, tensors, lora_metadata(factors, architecture, titles(source)) | ours(source))
+
+
+def original_names(source: ExportSource, layers: Iterable[str], kind: str) -> OriginalNames | None:
+    """The original's names of the layers, in kohya's or ComfyUI's spelling; None where kohya's are diffusers' names.
+
+    ComfyUI reads kohya's spelling for Stable Diffusion.
+
+    Raises:
+        UserError: a layer has none, or nothing tells.
+    """
+    family = source.family
+    if family is None and all(not layer.startswith("transformer.") for layer in layers):
+        return None
+    if family is None:
+        raise UserError(f"'{source.title}' does not say which family of bases it is for; train it again.", DIFFUSERS)
+    names = family.original_names
+    if kind == "kohya":
+        return names if names and names.in_kohya else None
+    if family.comfyui_reads_kohya:
+        return None
+    if names is None:
+        raise UserError(f"No names that ComfyUI reads are known for the layers of '{source.base}'.", DIFFUSERS)
+    if strange := next((layer for layer in layers if not names.find(layer.partition(".")[2])), None):
+        raise UserError(f"The original code of '{source.base}' has no such layer as {strange}.", DIFFUSERS)
+    return names
 
 
 def titles(source: ExportSource) -> dict[str, str]:
@@ -284,11 +321,9 @@ def truncated_factors(source: ExportSource, rank: int | None, hooks: Hooks) -> d
 
 
 def architecture_of(source: ExportSource, factors: Mapping[str, Factors]) -> str:
-    """ModelSpec's name of the architecture, as the tokens' vectors tell it, else the layers."""
-    if any(layer.startswith("transformer.layers.") for layer in factors):
-        return "z-image"
-    if any(layer.startswith("transformer.") for layer in factors):
-        return "flux-2-klein"
+    """ModelSpec's name of the architecture: the family's, else as the tokens' vectors or the layers tell it."""
+    if source.family and source.family.architecture:
+        return source.family.architecture
     widths = [vectors["text_encoder"].shape[1] for vectors in source.tokens.values() if "text_encoder" in vectors]
     if any("text_encoder_2" in vectors for vectors in source.tokens.values()) or any(
         layer.startswith("text_encoder_2.") or ".transformer_blocks.9." in layer for layer in factors

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..config.train import ObjectiveConfig
 from ..core.errors import Fix, UserError
-from ..linalg import to_float64
+from ..linalg import Factors, to_float64
+from .original_names import OriginalNames
 
 UNIFORM = ObjectiveConfig()
 NEEDS_FLOW = "for bases that match a flow; this one predicts noise or velocity."
@@ -70,6 +71,9 @@ class Denoiser(ABC):
     t2i_adapters: ClassVar[Mapping[str, str]] = {}  # kind of control image to a T2I-Adapter on the hub
     decodes_latents: ClassVar[bool] = False  # the pipeline itself, in the precision that its autoencoder wants
     supports_checkpoint: ClassVar[bool] = False  # one file in the original's spelling
+    architecture: ClassVar[str] = ""  # ModelSpec's name of the family; empty where the layers decide
+    original_names: ClassVar[OriginalNames | None] = None  # of its layers, in LoRA files for ComfyUI
+    comfyui_reads_kohya: ClassVar[bool] = False  # ComfyUI's LoRA files of the family are kohya's
     resting: ClassVar[tuple[str, ...]] = ()  # parts of the pipeline that stay on the CPU until they work
     network_parts: ClassVar[tuple[str, ...]] = ("unet",)  # of the pipeline, which share one dtype
 
@@ -306,9 +310,12 @@ class Denoiser(ABC):
             text_encoders: whether it holds them; without, it takes prompts by :meth:`embedding_options`.
         """
 
-    def convert_lora(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of another program's LoRA file under diffusers' names, where the family has its own reader."""
-        return dict(tensors)
+    def convert_lora(self, name: str, change: Factors) -> dict[str, Factors]:
+        """A change of a layer, as another program spells its name, as changes of layers by ``component.path``.
+
+        It is empty for a name that the family's reader does not know.
+        """
+        return {}
 
     # ------------------------------------------------------------------ speed and memory
 

@@ -28,6 +28,11 @@ def family_of(pipeline: Any) -> type[Denoiser] | None:
     return next((family for family in FAMILIES if isinstance(pipeline, family.pipeline_class)), None)
 
 
+def family_named(name: str) -> type[Denoiser] | None:
+    """The family whose pipeline's class is called so; None if there is none."""
+    return next((family for family in FAMILIES if family.pipeline_class.__name__ == name), None)
+
+
 def denoiser_of(models: Mapping[str, nn.Module], vae: nn.Module) -> Denoiser:
     """The denoiser of bare networks, by component; it predicts, but neither encodes texts nor samples."""
     for family in FAMILIES:
@@ -44,7 +49,7 @@ def hollow_networks(folder: Path) -> tuple[dict[str, nn.Module], Any]:
         UserError: the pipeline of the folder belongs to no family.
     """
     index = DiffusionPipeline.load_config(str(folder))
-    family = next((family for family in FAMILIES if family.pipeline_class.__name__ == index["_class_name"]), None)
+    family = family_named(index["_class_name"])
     if family is None:
         raise UserError(f"{folder} is a {index['_class_name']}, which cannot be used.")
     networks: dict[str, Any] = {}

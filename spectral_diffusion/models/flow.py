@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
@@ -15,9 +16,14 @@ from torch import Tensor, nn
 
 from ..config.train import ObjectiveConfig
 from ..core.errors import Fix, UserError
+from ..linalg import Factors
 from .denoiser import Conditioning, Denoiser
+from .original_names import PREFIX, OriginalNames
 
 ROOM = 1.15  # of a module's own bytes, with what it computes
+KOHYA = r"lora_|lycoris_"  # how names with underscores for dots begin
+DOTTED = r"^(diffusion_model|transformer)\."  # how names with dots may begin
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 KEPT = 256  # encoded prompts
 TOKENS, TIMESTEPS = 512, 1000  # of a prompt and of a schedule, as the pipelines have them
 
@@ -136,13 +142,36 @@ class FlowDenoiser(Denoiser):
     def scheduler(self, name: str) -> Any:
         return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
 
-    def convert_lora(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if any("dora_scale" in key for key in tensors):  # which diffusers would leave out
-            return dict(tensors)
+    def convert_lora(self, name: str, change: Factors) -> dict[str, Factors]:
+        """A change of a layer, as another program spells its name, as changes of layers by ``component.path``.
+
+        diffusers' reader of the family finds the layers. It splits fused ones, every part with the whole ``down``.
+        """
+        if re.match(KOHYA, name):
+            keys = f"{name}.lora_down.weight", f"{name}.lora_up.weight"
+        else:
+            names, path = self.original_names or OriginalNames(()), re.sub(DOTTED, "", name)
+            keys = f"{PREFIX}{path}.{names.down}", f"{PREFIX}{path}.{names.up}"
         try:
-            return dict(self.pipeline.lora_state_dict(dict(tensors)))
-        except (ValueError, KeyError, IndexError, RuntimeError):
-            return dict(tensors)  # none of its spellings: the caller says what is wrong with it
+            found = self.pipeline_class.lora_state_dict({keys[0]: change.down, keys[1]: change.up})
+            layers = [key.removesuffix(LORA_A) for key in found if key.endswith(LORA_A)]
+            converted = {layer: Factors(found[layer + LORA_B], found[layer + LORA_A]) for layer in layers}
+        except (ValueError, KeyError, IndexError, RuntimeError):  # none of its names
+            converted = {}
+        if not converted and name in self.kohya_names:
+            return {self.kohya_names[name]: change}
+        return converted
+
+    @cached_property
+    def kohya_names(self) -> dict[str, str]:
+        """Layers by the original's names in kohya's spelling, without fused ones: diffusers' reader knows not all."""
+        paths = [path for path, module in self.network.named_modules() if isinstance(module, nn.Linear)]
+        found = {path: self.original_names.find(path) for path in paths} if self.original_names else {}
+        return {
+            f"lora_unet_{one[0].replace('.', '_')}": f"{self.network_name}.{path}"
+            for path, one in found.items()
+            if one and not one[1]
+        }
 
 
 def has_room(module: nn.Module, device: torch.device) -> bool:

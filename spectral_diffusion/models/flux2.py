@@ -11,9 +11,31 @@ from torch import Tensor, nn
 
 from .denoiser import Conditioning
 from .flow import TOKENS, FlowDenoiser
+from .original_names import OriginalNames
 from .split_linear import join_layers, split_layers
 
 LAYERS = (9, 18, 27)  # of the text encoder, whose states are the prompt
+# Without norm_out: the original has its two halves in the other order, which diffusers' LoRA reader does not know.
+ORIGINAL = OriginalNames(
+    (
+        (r"transformer_blocks\.(\d+)\.attn\.to_([qkv])", r"double_blocks.\1.img_attn.qkv", r"\2"),
+        (r"transformer_blocks\.(\d+)\.attn\.add_([qkv])_proj", r"double_blocks.\1.txt_attn.qkv", r"\2"),
+        (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj", ""),
+        (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj", ""),
+        (r"transformer_blocks\.(\d+)\.ff\.linear_in", r"double_blocks.\1.img_mlp.0", ""),
+        (r"transformer_blocks\.(\d+)\.ff\.linear_out", r"double_blocks.\1.img_mlp.2", ""),
+        (r"transformer_blocks\.(\d+)\.ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0", ""),
+        (r"transformer_blocks\.(\d+)\.ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2", ""),
+        (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1", ""),
+        (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2", ""),
+        (r"x_embedder", "img_in", ""),
+        (r"context_embedder", "txt_in", ""),
+        (r"time_guidance_embed\.timestep_embedder\.linear_1", "time_in.in_layer", ""),
+        (r"time_guidance_embed\.timestep_embedder\.linear_2", "time_in.out_layer", ""),
+        (r"((?:single_stream|double_stream)_modulation\w*)\.linear", r"\1.lin", ""),
+        (r"proj_out", "final_layer.linear", ""),
+    )
+)
 
 
 class Flux2KleinDenoiser(FlowDenoiser):
@@ -26,6 +48,8 @@ class Flux2KleinDenoiser(FlowDenoiser):
     network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
 
     attention: ClassVar[Literal["cross", "joint", "single"]] = "joint"
+    architecture: ClassVar[str] = "flux-2-klein"
+    original_names: ClassVar[OriginalNames | None] = ORIGINAL
 
     @classmethod
     def prepare(cls, pipeline: Any) -> None:

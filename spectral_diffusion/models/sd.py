@@ -36,6 +36,7 @@ class SDDenoiser(Denoiser):
         "keypose": "TencentARC/t2iadapter_openpose_sd14v1",
     }
     supports_checkpoint: ClassVar[bool] = True
+    comfyui_reads_kohya: ClassVar[bool] = True
     network_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
     adapter_pipeline_class: ClassVar[Any] = StableDiffusionAdapterPipeline
 

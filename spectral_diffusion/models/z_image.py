@@ -12,6 +12,19 @@ from torch import Tensor
 
 from .denoiser import Conditioning
 from .flow import TOKENS, FlowDenoiser
+from .original_names import OriginalNames
+
+# diffusers' reader splits the fused layer under these endings only (0.41 and later); ComfyUI reads all of them.
+ORIGINAL = OriginalNames(
+    (
+        (r"(.+\.attention)\.to_([qkv])", r"\1.qkv", r"\2"),
+        (r"(.+\.attention)\.to_out\.0", r"\1.out", ""),
+        (r".+", r"\g<0>", ""),
+    ),
+    down="lora.down.weight",
+    up="lora.up.weight",
+    in_kohya=False,
+)
 
 
 class ZImageDenoiser(FlowDenoiser):
@@ -24,6 +37,8 @@ class ZImageDenoiser(FlowDenoiser):
     network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
 
     attention: ClassVar[Literal["cross", "joint", "single"]] = "single"
+    architecture: ClassVar[str] = "z-image"
+    original_names: ClassVar[OriginalNames | None] = ORIGINAL
 
     @property
     def side_multiple(self) -> int:

@@ -332,6 +332,7 @@ class Trainer:
             parameters=self.adapter.state_dict(),
             sizes={layer: self.sizes[layer] for layer in layers},
             fused=fused_layers(self.base.models),
+            family=self.base.family.pipeline_class.__name__,
             kernels={layer: self.kernels[layer] for layer in layers if layer in self.kernels},
             frozen=stored_part(job.method, self.frozen),
             vectors=self.encode.vectors(),

@@ -1,32 +1,18 @@
 """Changes of a fused layer's parts as one change of the whole, exactly: up is block-diagonal, down is stacked.
 
 Adapters see the parts of a fused layer (:mod:`...models.split_linear`), each with factors of its own. Other programs
-know the whole only, and FLUX.2's original code also fuses what diffusers keeps apart: queries, keys and values.
+know the whole only, and original code also fuses what diffusers keeps apart: queries, keys and values.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from ...linalg import Factors
-
-# FLUX.2: a path of diffusers to the original's, and the part of it that the layer is.
-ORIGINAL = (
-    (r"transformer_blocks\.(\d+)\.attn\.to_([qkv])", r"double_blocks.\1.img_attn.qkv", r"\2"),
-    (r"transformer_blocks\.(\d+)\.attn\.add_([qkv])_proj", r"double_blocks.\1.txt_attn.qkv", r"\2"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj", ""),
-    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj", ""),
-    (r"transformer_blocks\.(\d+)\.ff\.linear_in", r"double_blocks.\1.img_mlp.0", ""),
-    (r"transformer_blocks\.(\d+)\.ff\.linear_out", r"double_blocks.\1.img_mlp.2", ""),
-    (r"transformer_blocks\.(\d+)\.ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0", ""),
-    (r"transformer_blocks\.(\d+)\.ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2", ""),
-    (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1", ""),
-    (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2", ""),
-)
-NETWORK = "transformer."
+from ...models.original_names import OriginalNames
 
 
 def join_parts(factors: Mapping[str, Factors], fused: Mapping[str, Mapping[str, int]]) -> dict[str, Factors]:
@@ -56,33 +42,45 @@ def split_parts(factors: Mapping[str, Factors], fused: Mapping[str, Mapping[str,
 
 
 def stack_rows(parts: Mapping[str, Factors | None], rows: Mapping[str, int]) -> Factors:
-    """Factors of blocks of rows as factors of the whole, of the sum of their ranks."""
+    """Factors of blocks of rows as factors of the whole.
+
+    Its rank is the sum of the parts' ranks; parts with the same ``down`` share it.
+    """
     present = [part for part in parts.values() if part is not None]
-    empty = present[0].up.new_zeros
-    ups = [part.up if part is not None else empty(rows[name], 0) for name, part in parts.items()]
-    return Factors(torch.block_diag(*ups), torch.cat([part.down for part in present]))
+    downs: list[Tensor] = []
+    for each in present:
+        if not any(torch.equal(down, each.down) for down in downs):
+            downs.append(each.down)
+    bands = []
+    for name, part in parts.items():
+        own = [part is not None and torch.equal(down, part.down) for down in downs]
+        blocks = [
+            part.up if part is not None and here else present[0].up.new_zeros(rows[name], len(down))
+            for here, down in zip(own, downs, strict=True)
+        ]
+        bands.append(torch.cat(blocks, 1))
+    return Factors(torch.cat(bands), torch.cat(downs))
 
 
-def original_flux2(factors: Mapping[str, Factors]) -> dict[str, Factors]:
-    """FLUX.2's layers under the original's names, queries, keys and values fused; the others as they are."""
+def original_layers(factors: Mapping[str, Factors], names: OriginalNames) -> dict[str, Factors]:
+    """The layers under the original's names, queries, keys and values fused; one without such a name keeps its own."""
     out: dict[str, Factors] = {}
-    parts: dict[str, dict[str, Factors | None]] = {}
+    thirds: dict[str, dict[str, Factors | None]] = {}
     for layer, change in factors.items():
-        name, part = original_name(layer)
+        component, _, path = layer.partition(".")
+        name, part = names.find(path) or (path, "")
         if part:
-            parts.setdefault(name, dict.fromkeys("qkv"))[part] = change
+            thirds.setdefault(f"{component}.{name}", dict.fromkeys("qkv"))[part] = change
         else:
-            out[name] = change
-    for name, changes in parts.items():
+            out[f"{component}.{name}"] = change
+    for name, changes in thirds.items():
         side = next(len(change.up) for change in changes.values() if change is not None)
         out[name] = stack_rows(changes, dict.fromkeys("qkv", side))
     return out
 
 
-def original_name(layer: str) -> tuple[str, str]:
-    """The original's name of a layer of FLUX.2's transformer, and the part of the layer of that name; else empty."""
-    path = layer.removeprefix(NETWORK)
-    for pattern, name, part in ORIGINAL:
-        if layer.startswith(NETWORK) and (match := re.fullmatch(pattern, path)):
-            return NETWORK + match.expand(name), match.expand(part)
-    return layer, ""
+def trimmed(factors: Factors) -> Factors:
+    """The same change without columns of ``up`` and rows of ``down`` that are zero, as block-diagonal factors have."""
+    used = factors.up.any(0) & factors.down.any(1)
+    used[0] |= not bool(used.any())
+    return Factors(factors.up[:, used], factors.down[used])

@@ -14,12 +14,12 @@ from ...core.files import check_writable
 from ...core.machine import provenance
 from ...linalg import kernel_size, matrix_shape
 from ...methods import get_method
-from ...models.base import Base, load_base
+from ...models.base import Base, load_base, quiet_loading
 from ...models.split_linear import fused_layers
 from ...models.targets import EVERYTHING, find_targets
 from ...models.tokens import check_name, check_token, embedding_of
 from ..adapter import Adapter
-from .fused_projections import split_parts
+from .fused_projections import split_parts, trimmed
 from .native import is_native, load_adapter, save_adapter
 from .reading import NAMED, lora_file, read_lora
 
@@ -34,7 +34,8 @@ def import_lora(
 ) -> Adapter:
     """A LoRA file of another program (or PEFT's or diffusers' folder) as an adapter of this one.
 
-    It is of method lora at the file's largest rank, and without a token but for embeddings that the file brings along.
+    It is of method lora at the largest rank that a layer uses, and without a token but for embeddings that the file
+    brings along.
 
     Raises:
         UserError: not such a file, or of another base; an output that cannot be written, or that would lose something.
@@ -44,11 +45,13 @@ def import_lora(
     base = base or load_base(base_name, device)
     layers = find_targets(base.models, EVERYTHING)
     fused = fused_layers(base.models)
-    convert = None if base.tokenizers else base.denoiser.convert_lora
-    lora = read_lora(path, [*layers, *fused], convert)
-    lora.factors = split_parts(lora.factors, fused)
+    with quiet_loading():  # diffusers' readers warn of every name that they do not know
+        lora = read_lora(path, [*layers, *fused], None if base.tokenizers else base.denoiser.convert_lora)
+    lora.factors = {layer: trimmed(pair) for layer, pair in split_parts(lora.factors, fused).items()}
     if strange := next((layer for layer in lora.factors if layer not in layers), None):
         raise UserError(f"{path} is a LoRA for another base: {strange} is of another size.", Fix("base"))
+    if not lora.factors:
+        raise UserError(f"{path} changes no layer: all its factors are zero.")
     rank = max(len(pair.down) for pair in lora.factors.values())
     parameters: dict[str, Tensor] = {}
     for layer, (up, down) in sorted(lora.factors.items()):
@@ -64,7 +67,8 @@ def import_lora(
         name=check_name(name or name_of(path)), noun="", token=token, method=get_method("lora"), rank=rank, slot=None,
         targets=EVERYTHING, base=base.name, fingerprint=base.fingerprint, parameters=parameters,
         sizes={layer: matrix_shape(layers[layer].weight) for layer in changed}, frozen={}, vectors=vectors,
-        fused=fused, kernels={layer: kernel for layer in changed if (kernel := kernel_size(layers[layer].weight))},
+        kernels={layer: kernel for layer in changed if (kernel := kernel_size(layers[layer].weight))},
+        fused=fused, family=base.family.pipeline_class.__name__,
         earlier={other: rows for other, rows in tokens.items() if other != token},
         config={"imported": Path(path).name}, provenance=provenance(),
     )  # fmt: skip

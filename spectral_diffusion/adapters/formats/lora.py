@@ -1,4 +1,4 @@
-"""LoRA files as other programs read them: kohya's spelling (ComfyUI, A1111) and diffusers'; :mod:`.reading` reads them.
+"""LoRA files as other programs read them: kohya's spelling, ComfyUI's and diffusers'; :mod:`.reading` reads them.
 
 One layer is ``up (out, k) @ down (k, in)``, times alpha / k for kohya; kernels are folded out for convolutions.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...core.files import atomic
 from ...linalg import Factors, balance
+from ...models.original_names import PREFIX, OriginalNames
 from .checkpoint import unet_key
 
 Kernels = Mapping[str, tuple[int, int, int]]
@@ -91,6 +92,19 @@ def diffusers_tensors(factors: Mapping[str, Factors], kernels: Kernels, dtype: t
         up, down = shaped(padded, kernels.get(layer))
         name = diffusers_name(layer)
         out[f"{name}.lora_B.weight"], out[f"{name}.lora_A.weight"] = up.to(dtype), down.to(dtype)
+    return out
+
+
+def comfyui_tensors(factors: Mapping[str, Factors], names: OriginalNames, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A state dict under the original's names without alpha, factors balanced and rounded to ``dtype``.
+
+    Args:
+        factors: by layers of :func:`.fused_projections.original_layers`.
+    """
+    out = {}
+    for layer, pair in factors.items():
+        name, even = PREFIX + layer.partition(".")[2], balance(pair)
+        out[f"{name}.{names.up}"], out[f"{name}.{names.down}"] = even.up.to(dtype), even.down.to(dtype)
     return out
 
 

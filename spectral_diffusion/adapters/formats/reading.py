@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ ENDINGS = {  # of a key, after the layer: which factor it is
     "lora_A.weight": "down", "lora_B.weight": "up", "lora_A.default.weight": "down", "lora_B.default.weight": "up",
     "lora.down.weight": "down", "lora.up.weight": "up",
 }  # fmt: skip
+KINDS = {"dora_scale": "DoRA", "lora_magnitude": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT"}  # by keys
 KINDRED = re.compile("hada_|lokr_|lora_|dora_|oft_|diff|on_input|norm|emb")  # in the keys of LoRA's relatives
 NAMED = ("adapter_model", "pytorch_lora_weights")  # as PEFT and diffusers call every file of theirs
 SUFFIXES = (".safetensors", ".bin")
@@ -53,7 +54,7 @@ OTHERS = {  # of the names in LoRAs for other networks: whose they are
 }
 
 
-Convert = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+Convert = Callable[[str, Factors], dict[str, Factors]]
 
 
 @dataclass
@@ -103,41 +104,73 @@ def read_lora(path: Path, layers: Iterable[str], convert: Convert | None = None)
 
     Args:
         layers: the layers of the base, needed to distinguish underscores from dots.
-        convert: the reader of the base's family, which gives tensors under diffusers' names.
+        convert: the reader of the base's family, which finds the layers of a name and their changes.
 
     Raises:
         UserError: no LoRA file, one of another kind, or one of another base.
     """
     path = lora_file(path)
     tensors, metadata = read_tensors(path)
-    if convert:
-        tensors = convert(tensors)
-    elif other := other_network(tensors, metadata):
+    if convert is None and (other := other_network(tensors, metadata)):
         raise UserError(
-            f"{path} is a LoRA for {other}, which this program does not support; it supports Stable Diffusion "
-            "1.x, 2.x and XL."
+            f"{path} is a LoRA for {other}, but this base is a Stable Diffusion 1.x, 2.x or XL.",
+            Fix("base", so="to name the one that it was made for"),
         )
-    lora = Foreign()
+    lora = Foreign(embeddings=bundled_embeddings(tensors))
+    part = "transformer" if convert else "unet"
+    if any(key.startswith(PEFT) for key in tensors):
+        tensors, metadata = from_peft(path, tensors, metadata, part)
+    parts = factors_in(path, tensors if convert else renamed(tensors))
+    known, scale = names_of(layers), peft_scale(path, metadata, part)
+    if convert is None:
+        check_layers(path, parts, [name for name in parts if name not in known], known, metadata)
+    else:  # a network saved alone has no component in its names
+        parts = {f"{DIT}{name}" if f"{DIT}{name}" in known else name: factors for name, factors in parts.items()}
+    spelled: dict[str, str] = {}  # layer to its name in the file
+    unknown = []
+    for name, tensors_of_layer in parts.items():
+        change = scaled(path, name, tensors_of_layer, scale)
+        changes = layers_of(name, Factors(change.up.flatten(1), change.down.flatten(1)), known, convert)
+        if not changes:
+            unknown.append(name)
+        for layer, pair in changes.items():
+            check_once(path, layer, pair, lora.factors.get(layer), (name, spelled.get(layer, "")))
+            lora.factors[layer], spelled[layer] = pair, name
+            if change.down.dim() == 4:
+                lora.kernels[layer] = (change.down.shape[1], change.down.shape[2], change.down.shape[3])
+    check_layers(path, parts, unknown, known, metadata)
+    return lora
+
+
+def bundled_embeddings(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The embeddings inside a file by name, with their vectors by text encoder; they are taken out of its tensors."""
+    embeddings: dict[str, dict[str, Tensor]] = {}
     for key in sorted(key for key in tensors if BUNDLED.fullmatch(key)):
         name, which = BUNDLED.fullmatch(key).groups()  # type: ignore[union-attr]
         encoder = "text_encoder_2" if which == "clip_g" else "text_encoder"
-        lora.embeddings.setdefault(name, {})[encoder] = torch.atleast_2d(tensors.pop(key).float())
-    if any(key.startswith(PEFT) for key in tensors):
-        tensors, metadata = from_peft(path, tensors, metadata)
-    tensors = renamed(tensors)
-    parts = factors_in(path, tensors)
-    known, scale = names_of(layers), peft_scale(path, metadata)
-    check_layers(path, parts, known, metadata)
-    for name, tensors_of_layer in parts.items():
-        up, down, alpha = checked(path, name, tensors_of_layer)
-        share = scale(name, len(down)) if alpha is None else alpha / len(down)
-        up = up * share
-        if not math.isfinite(share) or not torch.isfinite(up).all():
-            raise UserError(f"{path} is damaged: {name} or its alpha holds NaN or infinity; get it again.")
-        if down.dim() == 4:
-            lora.kernels[known[name]] = (down.shape[1], down.shape[2], down.shape[3])
-        lora.factors[known[name]] = Factors(up.reshape(len(up), -1), down.reshape(len(down), -1))
-    return lora
+        embeddings.setdefault(name, {})[encoder] = torch.atleast_2d(tensors.pop(key).float())
+    return embeddings
+
+
+def layers_of(
+    name: str, change: Factors, known: Mapping[str, str], convert: Convert | None = None
+) -> dict[str, Factors]:
+    """The layers of the base that a name of a file means, with their changes; empty for an unknown name."""
+    own = {known[name]: change} if name in known else {}
+    if convert is None or (own and name.startswith(DIT)):
+        return own
+    converted = convert(name, change)
+    return converted if converted and all(layer in known for layer in converted) else own
+
+
+def check_once(path: Path, layer: str, pair: Factors, before: Factors | None, names: tuple[str, str]) -> None:
+    """Refuse a file that says two things about a layer, under two names; some trainers say the same thing twice.
+
+    Raises:
+        UserError: it does.
+    """
+    if before is not None and not torch.allclose(pair.delta(), before.delta(), rtol=1e-3, atol=1e-6):
+        raise UserError(f"{path} changes {layer} twice, as {names[1]} and as {names[0]}; take one of them out of it.")
 
 
 def other_network(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
@@ -149,31 +182,39 @@ def other_network(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
 
 
 def from_peft(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], network: str
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """PEFT's own keys and the config beside them, as diffusers' files have both.
+
+    Without a config, a transformer's alpha is the rank, as in diffusers: such files are shared without one.
+
+    Args:
+        network: the component of layers that are no text encoder's.
 
     Raises:
         UserError: there is no config, which alone holds alpha, or it is of another method.
     """
     file = path.with_name("adapter_config.json")
+    transformer = network == "transformer"
     try:
         config = parse_json(read_text(file))
         kind = str(config.get("peft_type", "LORA"))
-        network = (config.get("auto_mapping") or {}).get("base_model_class")
+        wrapped = (config.get("auto_mapping") or {}).get("base_model_class")
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is PEFT's, and its alpha is in adapter_config.json; put that file beside it."
-        ) from error
+        if not transformer:
+            raise UserError(
+                f"{path} is PEFT's, and its alpha is in adapter_config.json; put that file beside it."
+            ) from error
+        config, kind, wrapped = {}, "LORA", None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} cannot be read; get it again.") from error
     if kind != "LORA":
         raise UserError(f"{path} is a PEFT adapter of the kind {kind}; only those of the kind LORA can be imported.")
-    guess = "text_encoder" if any(".self_attn." in key or ".mlp." in key for key in tensors) else "unet"
-    part = COMPONENTS.get(str(network), guess)
+    encoder = not transformer and any(".self_attn." in key or ".mlp." in key for key in tensors)
+    part = COMPONENTS.get(str(wrapped), "text_encoder" if encoder else network)
     known = {f"{part}.{key}": value for key, value in config.items()}
     renamed = {f"{part}.{key.removeprefix(PEFT)}": value for key, value in tensors.items()}
-    return renamed, {**metadata, "lora_adapter_metadata": json.dumps(known)}
+    return renamed, {**metadata, "lora_adapter_metadata": json.dumps(known)} if config else dict(metadata)
 
 
 def renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -205,21 +246,30 @@ def factors_in(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str,
     if not parts and not any(KINDRED.search(key) for key in other):
         raise UserError(f"{path} is not a LoRA file: it holds neither lora_down nor lora_A tensors.")
     if other:  # norms, biases, embeddings, LyCORIS' other kinds: without them it would not be what it is
-        raise UserError(f"{path} is no plain LoRA (it holds {other[0]}); only LoRA and LoCon files can be imported.")
+        kind = next((f", but a {kind}" for part, kind in KINDS.items() if part in other[0]), "")
+        raise UserError(
+            f"{path} is no plain LoRA{kind} (it holds {other[0]}); only LoRA and LoCon files can be imported."
+        )
     return parts
 
 
-def check_layers(path: Path, names: Collection[str], known: Collection[str], metadata: Mapping[str, str]) -> None:
+def check_layers(
+    path: Path, names: Collection[str], unknown: Sequence[str], known: Collection[str], metadata: Mapping[str, str]
+) -> None:
     """Refuse layers that a base does not have.
 
     Raises:
-        UserError: there are some.
+        UserError: some names are unknown.
     """
-    unknown = [name for name in names if name not in known]
     if not unknown:
         return
-    if not any(name.startswith(OURS) for name in names) or any(name.startswith(DIT) for name in known):
-        raise UserError(f"{path} is a LoRA for another kind of network: this base has no layer {unknown[0]}.")
+    transformer = any(name.startswith(DIT) for name in known)
+    foreign = len(unknown) == len(names) if transformer else not any(name.startswith(OURS) for name in names)
+    if foreign:
+        raise UserError(
+            f"{path} is a LoRA for another kind of network: this base has no layer {unknown[0]}.",
+            Fix("base", so="to name the one that it was made for"),
+        )
     xl = any(re.match(r"lora_te2_|text_encoder_2\.|lora_unet_input_blocks", name) for name in names)
     says = metadata.get("modelspec.architecture", "Stable Diffusion XL" if xl else "").removesuffix("/lora")
     raise UserError(
@@ -248,8 +298,28 @@ def checked(path: Path, name: str, tensors: Mapping[str, Tensor]) -> tuple[Tenso
     return up, down, float(alpha) if "alpha" in tensors else None
 
 
-def peft_scale(path: Path, metadata: Mapping[str, str]) -> Callable[[str, int], float]:
+def scaled(path: Path, name: str, tensors: Mapping[str, Tensor], scale: Callable[[str, int], float]) -> Factors:
+    """A layer's factors in the shapes of the file, float32, with alpha / rank in ``up``.
+
+    Args:
+        scale: of a layer of a rank, where the layer has no alpha.
+
+    Raises:
+        UserError: they are no whole and finite pair of factors.
+    """
+    up, down, alpha = checked(path, name, tensors)
+    share = scale(name, len(down)) if alpha is None else alpha / len(down)
+    up = up * share
+    if not math.isfinite(share) or not torch.isfinite(up).all():
+        raise UserError(f"{path} is damaged: {name} or its alpha holds NaN or infinity; get it again.")
+    return Factors(up, down)
+
+
+def peft_scale(path: Path, metadata: Mapping[str, str], network: str) -> Callable[[str, int], float]:
     """The scale of a layer of a rank: alpha / rank from the configs in diffusers' ``lora_adapter_metadata``, else 1.
+
+    Args:
+        network: the component of a config that names none.
 
     Raises:
         UserError: they cannot be read, name layers by regular expressions (a file from elsewhere may bring one that
@@ -257,8 +327,8 @@ def peft_scale(path: Path, metadata: Mapping[str, str]) -> Callable[[str, int], 
     """
     try:
         config: dict[str, Any] = dict(parse_json(metadata.get("lora_adapter_metadata", "{}")))
-        if "lora_alpha" in config:  # of a U-Net saved alone
-            config = {f"unet.{key}": value for key, value in config.items()}
+        if "lora_alpha" in config:  # of a network saved alone
+            config = {f"{network}.{key}": value for key, value in config.items()}
         alphas = {key.rpartition(".")[0]: float(value) for key, value in config.items() if key.endswith(".lora_alpha")}
         given = {part: dict(config.get(f"{part}.alpha_pattern") or {}) for part in alphas}
         named = {part: {key: float(alpha) for key, alpha in pattern.items()} for part, pattern in given.items()}
