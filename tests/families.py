@@ -33,7 +33,7 @@ def byte_tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     made = Qwen2TokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>", unk_token=None,
-        additional_special_tokens=["<|im_start|>"], model_max_length=LENGTH,
+        additional_special_tokens=["<|im_start|>"],
     )  # fmt: skip
     made.chat_template = TEMPLATE
     return made

@@ -130,3 +130,12 @@ def test_tf32_is_set_on_purpose_and_put_back(monkeypatch: pytest.MonkeyPatch) ->
     said: list[str] = []
     precision.precision_note("no", "no", torch.device("cuda"), False, said.append)
     assert said == ["TensorFloat-32 is off for float32 products (allow_tf32)."]
+
+
+def test_a_measurement_on_a_busy_machine_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where threads wait for other work both precisions take the same time, which says nothing about the processor."""
+    monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path))
+    taken = iter([{"float32": 0.54, "bf16": 0.50}, {"float32": 0.003, "bf16": 0.001}])
+    monkeypatch.setattr(precision, "measure_cpu", lambda: next(taken))
+    assert not precision.cpu_is_quick_in_bf16()
+    assert precision.cpu_is_quick_in_bf16() and precision.cpu_is_quick_in_bf16()

@@ -1,5 +1,4 @@
-"""FLU    assert [round(float(block.mean()), 5) for block in moved.split(rows)] == [0, 1, 0, 0, 0]
-.2 klein on a tiny random base: training, fusing, drawing and taking out, with every method."""
+"""FLUX.2 klein and Z-Image on tiny random bases: training, fusing, drawing and taking out, with every method."""
 
 from __future__ import annotations
 
@@ -128,6 +127,8 @@ def test_every_method_trains(family: Path, photos: Path, tmp_path: Path, method:
         assert load_adapter(config.output).fused[f"transformer.{FUSED}"]["q"] == 32
     assert not adapter.vectors and adapter.trigger == "rex rex"
     base = load_base(str(family), "cpu")
+    add_words(base, adapter)
+    assert base.spell("<rex> and <REX>") == "rex rex and rex rex"  # as tokenizers ignore case
     weights = base.weights()
     assert any(bool(adapter.factors(layer, weights[layer]).delta().any()) for layer in adapter.layers)
 
@@ -290,6 +291,25 @@ def test_each_prompt_is_encoded_once_and_as_alone(family: Path, monkeypatch: pyt
     assert asked[3:] == ["one", "two", "three", "four", "a dog"]  # the latest three are kept
 
 
+def test_what_is_longer_than_the_text_encoder_reads_is_said(family: Path, pair: list[Path], tmp_path: Path) -> None:
+    """Tokens are bytes here, 96 with the template; the tokenizer itself knows no limit, as the real ones."""
+    notes: list[str] = []
+    scene = Scene(prompt="a <rex> " + "on the wide beach " * 4 + "with a kite", base=str(family), device="cpu",
+                  output=tmp_path / "out.png", num_inference_steps=1, adapters={str(pair[0]): 1.0})  # fmt: skip
+    generate_to_file(scene, Hooks(notify=notes.append))
+    assert any("kite" in note for note in notes)
+    photos = make_photos(tmp_path / "rex", seed=0)
+    behind = settings(family, tmp_path / "a.safetensors", photos, templates=["on the beach " * 8 + "{}"])
+    with pytest.raises(UserError, match="is in the part that is cut off"):
+        train_to_file(behind)
+    notes.clear()
+    train_to_file(
+        settings(family, tmp_path / "b.safetensors", photos, templates=["{} " + "on the beach " * 8], steps=1),
+        hooks=Hooks(notify=notes.append),
+    )
+    assert any("longer than this base reads; cut off" in note for note in notes)
+
+
 def test_guidance_in_a_target_is_that_of_the_pipeline(family: Path) -> None:
     """What a step of the sampler is given is e + g (c − e), with the g that distillation computes with."""
     base = load_base(str(family), "cpu")
@@ -327,6 +347,9 @@ def test_whole_weights_of_fused_parts_learn_though_the_network_moves(klein: Path
     x = torch.randn(1, 3, split.in_features)
     assert torch.equal(split(x), torch.nn.functional.linear(x, state[f"{FUSED}.weight"]))
     assert torch.equal(transformer.state_dict()[f"{FUSED}.weight"], state[f"{FUSED}.weight"])
+    part = split.parts()[1]
+    part.forward = lambda x: x.new_zeros(*x.shape[:-1], part.out_features)  # as hooks that offload or cast replace it
+    assert not split(x)[..., 32:64].any() and split(x)[..., :32].any()
 
 
 def test_the_memory_of_a_large_base_is_computed_and_said(
@@ -522,3 +545,15 @@ def test_the_text_encoder_rests_on_the_cpu_until_it_works(family: Path, monkeypa
     moves.clear()
     base.family.place(base.pipeline, torch.device("cpu"))
     assert set(moves) == {("transformer", "cpu"), ("text_encoder", "cpu")}
+    given: list[Any] = []  # ids go where the text encoder is, though the network has made room
+
+    def watched(prompts: list[str], device: Any, **more: Any) -> None:
+        given.append(device)
+        raise RuntimeError("seen")
+
+    for name in ("encode_prompt", "_encode_prompt"):
+        monkeypatch.setattr(base.pipeline, name, watched, raising=False)
+    monkeypatch.setattr(type(base.pipeline.text_encoder), "device", property(lambda self: torch.device("meta")))
+    with pytest.raises(RuntimeError, match="seen"):
+        denoiser.encode_one("a dog")
+    assert given == [torch.device("meta")]

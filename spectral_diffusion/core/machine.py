@@ -82,17 +82,18 @@ def machine_identity() -> str:
     return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
-def measured_once(name: str, measure: Callable[[], Any]) -> Any:
+def measured_once(name: str, measure: Callable[[], Any], is_clear: Callable[[Any], bool] = lambda value: True) -> Any:
     """A JSON-able measurement of this machine: read where it is kept, else made now and kept in the cache folder.
 
-    A cache that cannot be read or written only means that it is measured again.
+    A cache that cannot be read or written only means that it is measured again, and so does a result that is not clear.
     """
     measurements = _kept()
     own = measurements.get(machine_identity())
     if isinstance(own, dict) and name in own:
         return own[name]
     value = measure()
-    remember(name, value)
+    if is_clear(value):
+        remember(name, value)
     return value
 
 

@@ -65,11 +65,16 @@ def cuda_has_bf16() -> bool:
 
 def cpu_is_quick_in_bf16() -> bool:
     """Whether this processor takes clearly less time in bfloat16; measured once and kept."""
-    seconds = measured_once("precision", measure_cpu)
+    seconds = measured_once("precision", measure_cpu, is_clear)
     try:
         return float(seconds["bf16"]) < CLEARLY * float(seconds["float32"])
     except (KeyError, TypeError, ValueError):  # the cache was edited
         return False
+
+
+def is_clear(seconds: dict[str, float]) -> bool:
+    """Whether one precision is clearly faster; on a machine that is busy with other work both take the same time."""
+    return not CLEARLY < seconds["bf16"] / seconds["float32"] < 1 / CLEARLY
 
 
 def measure_cpu() -> dict[str, float]:

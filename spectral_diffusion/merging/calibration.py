@@ -139,6 +139,7 @@ def cached_seen(
         "size": base.size,
         "scheduler": json.loads(base.pipeline.scheduler.to_json_string()),
         "seed": seed,
+        **({"dtype": str(base.dtype)} if base.dtype != torch.float32 else {}),  # a file may hold the same in both
         **({"words": len(adapter.tokens)} if adapter and len(adapter.tokens) > 1 else {}),
         "format": 3 if "text_encoder_2" in base.models else 2,  # whose prompts are summed up at their end since
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ class Base:
             full: with every vector of a token written out, for pipelines that do not do so themselves.
         """
         for token, words in self.triggers.items():
-            prompt = prompt.replace(token, words)
+            prompt = re.sub(re.escape(token), lambda match, words=words: words, prompt, flags=re.IGNORECASE)
         if not self.tokenizers:
             return prompt
         known = self.known_tokens

@@ -152,6 +152,12 @@ class Denoiser(ABC):
         """The pipeline's arguments for prompts and what guidance moves away from."""
         return {"prompt": list(prompts), "negative_prompt": negative and [negative] * len(prompts)}
 
+    def unread_text(self, prompt: str) -> str:
+        """The end of a prompt, as a pipeline takes it, that no text encoder sees; empty if it sees everything."""
+        tokenizer = self.pipeline.tokenizer
+        ids = tokenizer(prompt, truncation=False, add_special_tokens=False).input_ids
+        return str(tokenizer.decode(ids[tokenizer.model_max_length - 2 :])).strip()
+
     @abstractmethod
     def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """Prompts as the network reads them, for pictures of ``size`` (height, width) in pixels; default: its own.

@@ -32,6 +32,7 @@ class FlowDenoiser(Denoiser):
     """x_σ = (1 − σ) x_0 + σ noise, and the network predicts the velocity noise − x_0. Timestep t is σ = (t + 1) / T."""
 
     resting: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    thinking: ClassVar[bool] = False  # whether the chat template of prompts leaves room to think
 
     @property
     def size(self) -> int:
@@ -96,6 +97,16 @@ class FlowDenoiser(Denoiser):
     def _encoded(self) -> dict[str, Conditioning]:
         """The latest prompts, each without the first dimension."""
         return {}
+
+    def unread_text(self, prompt: str) -> str:
+        tokenizer = self.pipeline.tokenizer
+        message = [{"role": "user", "content": prompt}]
+        whole = tokenizer.apply_chat_template(
+            message, tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking
+        )
+        over = len(tokenizer(whole, truncation=False).input_ids) - self.max_tokens
+        ids = tokenizer(prompt, truncation=False, add_special_tokens=False).input_ids
+        return str(tokenizer.decode(ids[-over:])).strip() if over > 0 else ""
 
     @abstractmethod
     def encode_one(self, prompt: str) -> Conditioning:

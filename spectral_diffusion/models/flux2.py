@@ -105,7 +105,9 @@ class Flux2KleinDenoiser(FlowDenoiser):
         return self.embedding_options(self.encode(prompts), self.encode([negative or ""] * len(prompts)))
 
     def encode_one(self, prompt: str) -> Conditioning:
-        embeddings: Tensor = self.pipeline.encode_prompt([prompt], self.device, **self._encoding_options())[0]
+        embeddings: Tensor = self.pipeline.encode_prompt(
+            [prompt], self.pipeline.text_encoder.device, **self._encoding_options()
+        )[0]
         return Conditioning({"encoder_hidden_states": embeddings[0]})
 
     def effective_guidance(self, scale: float) -> float:

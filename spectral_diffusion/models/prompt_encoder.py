@@ -141,6 +141,11 @@ class PromptEncoder:
 
     def truncated_text(self, prompt: str) -> tuple[str, bool]:
         """The end of a prompt that a text encoder never sees, and whether it sees the concept's own word."""
+        if not self.tokens:
+            trigger = trigger_words(self.concept)
+            written = self.base.spell(prompt.replace(self.concept.token, trigger))
+            end = self.base.denoiser.unread_text(written)
+            return end, trigger in written.removesuffix(end)
         for name, tokens in self.tokens.items():
             tokenizer = self.base.tokenizers[name]
             room, lost, seen = tokenizer.model_max_length - 2, [], False

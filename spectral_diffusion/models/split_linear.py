@@ -68,7 +68,7 @@ class SplitLinear(nn.Module):
     @property
     def whole(self) -> Tensor:
         """The weight (out, in) with the parts' weights as they are now."""
-        if not self._is_joined():
+        if not torch.compiler.is_compiling() and not self._is_joined():
             self._rejoin()
         return self._whole
 
@@ -115,6 +115,7 @@ def _is_untouched(part: nn.Module) -> bool:
     """Whether a part is neither adapted nor trained nor watched."""
     return (
         type(part) is nn.Linear
+        and "forward" not in vars(part)  # as offloading and casting hooks replace it
         and not part.weight.requires_grad
         and not part._forward_hooks
         and not part._forward_pre_hooks

@@ -38,6 +38,7 @@ class ZImageDenoiser(FlowDenoiser):
 
     attention: ClassVar[Literal["cross", "joint", "single"]] = "single"
     architecture: ClassVar[str] = "z-image"
+    thinking: ClassVar[bool] = True
     original_names: ClassVar[OriginalNames | None] = ORIGINAL
 
     @property
@@ -57,7 +58,8 @@ class ZImageDenoiser(FlowDenoiser):
     # ------------------------------------------------------------------ prompts
 
     def encode_one(self, prompt: str) -> Conditioning:
-        [row] = self.pipeline._encode_prompt([prompt], self.device, max_sequence_length=self.max_tokens)
+        device = self.pipeline.text_encoder.device  # the network may have made room
+        [row] = self.pipeline._encode_prompt([prompt], device, max_sequence_length=self.max_tokens)
         padded = torch.nn.functional.pad(row, (0, 0, 0, self.max_tokens - len(row)))
         return Conditioning({"encoder_hidden_states": padded, "lengths": torch.tensor(len(row))})
 
