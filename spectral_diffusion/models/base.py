@@ -98,7 +98,7 @@ class Base:
             full: with every vector of a token written out, for pipelines that do not do so themselves.
         """
         for token, words in self.triggers.items():
-            prompt = re.sub(re.escape(token), lambda match, words=words: words, prompt, flags=re.IGNORECASE)
+            prompt = re.sub(re.escape(token), words.replace("\\", r"\\"), prompt, flags=re.IGNORECASE)
         if not self.tokenizers:
             return prompt
         known = self.known_tokens
