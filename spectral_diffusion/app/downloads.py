@@ -16,6 +16,7 @@ from .workspace import Workspace
 
 KINDS = {
     "kohya": "LoRA for ComfyUI and A1111",
+    "comfyui": "LoRA for ComfyUI, also of Z-Image",
     "diffusers": "LoRA for diffusers",
     "checkpoint": "whole checkpoint (large)",
 }
