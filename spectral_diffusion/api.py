@@ -105,7 +105,8 @@ class Adapter(core.Adapter):
         """Write it for other programs.
 
         Args:
-            format: ``kohya`` (ComfyUI, A1111), ``diffusers``, ``comfyui``, ``embedding``, ``folder`` or ``checkpoint``.
+            format: ``kohya`` (A1111; ComfyUI but for Z-Image), ``comfyui`` (the original code's layer names),
+                ``diffusers``, ``embedding``, ``folder`` or ``checkpoint``.
             options: ``rank``, ``dtype`` and ``picture`` of :class:`.merging.export.ExportOptions`.
 
         Raises:

@@ -250,6 +250,15 @@ def test_parts_that_share_their_down_keep_its_rank(
     assert same(read_as_comfyui(tensors), expected)
 
 
+def test_what_comfyui_cannot_read_is_told(family: str, adapters: Files, tmp_path: Path) -> None:
+    notes: dict[str, list[str]] = {"kohya": [], "comfyui": []}
+    for kind, told in notes.items():
+        export(adapters[family], tmp_path / "out.safetensors", kind, hooks=Hooks(notify=told.append))
+    assert not notes["comfyui"]
+    assert [note for note in notes["kohya"] if "for it, choose comfyui" in note] == notes["kohya"]
+    assert bool(notes["kohya"]) == (family == "z-image")
+
+
 def test_rows_are_stacked_with_every_down_once() -> None:
     torch.manual_seed(0)
     one, two = torch.randn(2, 5), torch.randn(3, 5)
@@ -471,6 +480,18 @@ def test_spellings_may_be_mixed_but_no_layer_has_two_changes(
             continue
         with pytest.raises(UserError, match=f"changes transformer.{part} twice, as .* take one of them out"):
             import_lora(tmp_path / "twice.safetensors", None, "", base=loaded[family])
+
+
+def test_a_fused_layer_beside_its_parts_says_the_same_twice(
+    loaded: dict[str, Base], originals: dict[str, dict[str, Factors]], tmp_path: Path
+) -> None:
+    """As some trainers of Z-Image write it, with dots between all words."""
+    qkv = originals["z-image"]["layers.1.attention.qkv"]
+    parts = {f"layers.1.attention.to.{part}": Factors(up, qkv.down) for part, up in zip("qkv", qkv.up.chunk(3))}
+    tensors = spelled({"layers.1.attention.qkv": qkv, **parts}, "", "dots")
+    save(tensors, tmp_path / "web.safetensors")
+    adapter = import_lora(tmp_path / "web.safetensors", None, "", base=loaded["z-image"])
+    assert same(changes_of(adapter), wanted("z-image", {"layers.1.attention.qkv": qkv}))
 
 
 def test_half_precision_files_are_scaled_in_full(

@@ -229,7 +229,7 @@ def test_downloads_are_read_by_others(workspace: Workspace, tiny_base: Path, tmp
 
 def test_whole_weights_go_out_as_a_checkpoint_only(workspace: Workspace) -> None:
     fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH, merge="ties")
-    for kind in ("kohya", "diffusers"):
+    for kind in ("kohya", "comfyui", "diffusers"):
         with pytest.raises(UserError, match="which no LoRA holds; choose the checkpoint"):
             downloads.download(workspace, "pair", kind)
     packed, _ = downloads.download(workspace, "pair", "checkpoint")

@@ -16,8 +16,8 @@ from .workspace import Workspace
 
 KINDS = {
     "kohya": "LoRA for ComfyUI and A1111",
+    "comfyui": "LoRA for ComfyUI, also of Z-Image",
     "diffusers": "LoRA for diffusers",
-    "comfyui": "LoRA in the original network's names",
     "checkpoint": "whole checkpoint (large)",
 }
 

@@ -12,13 +12,16 @@ from ..core.errors import UserError
 from ..core.hooks import Hooks
 from .support import JsonOption, as_text, echo, importing, table_of
 
+FORMATS_HELP = (
+    "A LoRA in the spelling of kohya, comfyui (the original code's layer names; as kohya for Stable Diffusion) or "
+    "diffusers; or embedding, folder, checkpoint."
+)
+
 
 def export(
     path: Annotated[Path, typer.Argument(help="An adapter or a fused folder.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The file or folder to write.")],
-    kind: Annotated[
-        str, typer.Option("--format", help="kohya, diffusers, comfyui, embedding, folder or checkpoint.")
-    ] = "kohya",
+    kind: Annotated[str, typer.Option("--format", help=FORMATS_HELP)] = "kohya",
     rank: Annotated[int | None, typer.Option(help="A lower rank than the exact one; the error is printed.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float16 for LoRA files, float32 for the rest by default.")] = None,
     picture: Annotated[Path | None, typer.Option(help="A sample picture for the model card.")] = None,

@@ -219,6 +219,10 @@ def write_lora(source: ExportSource, output: Path, kind: str, options: ExportOpt
     dtype, architecture = options.dtype_or("float16"), architecture_of(source, factors)
     factors = join_parts(factors, source.fused)
     names = None if kind == "diffusers" else original_names(source, factors, kind)
+    if kind == "kohya" and names is None and source.family and source.family.original_names:
+        hooks.notify(
+            "ComfyUI does not find the attention layers of this base by kohya's names; for it, choose comfyui."
+        )
     factors = original_layers(factors, names) if names else factors
     if kind == "diffusers":
         tensors = diffusers_tensors(factors, source.kernels, dtype)
