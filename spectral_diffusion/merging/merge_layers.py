@@ -34,23 +34,37 @@ def merge_layers(
     """Merge layer by layer into the weights; returns the changes, or None where one is dense."""
     merge, layers = get_merge(config.merge), list(targets)
     merged: dict[str, Factors] = {}
-    dense = False
     done = 0
     for stage in stages(layers, merge, config):
-        changes: dict[str, Factors | Tensor] = {}  # a stage is recorded whole before any of it changes
-        for group in groups(stage, adapters, merge, config, hooks):
-            calibration = Calibration(base, adapters, {name: targets[name] for name in group}, layers, config, hooks)
-            for layer, change in group_changes(adapters, calibration, merge, config):
-                changes[layer] = change
-                done += 1
-                hooks.progress(Event("fuse", done, len(layers), {"layer": layer}))
-        for layer, change in changes.items():
+        for layer, change in stage_changes(
+            base, adapters, {name: targets[name] for name in stage}, layers, config, hooks
+        ):
             add_change(targets[layer].weight, change, layer)
             if isinstance(change, Factors):
                 merged[layer] = change
-            else:
-                dense = True
-    return None if dense else merged
+            done += 1
+            hooks.progress(Event("fuse", done, len(layers), {"layer": layer}))
+    return merged if len(merged) == len(layers) else None
+
+
+def stage_changes(
+    base: Base, adapters: list[Adapter], stage: Targets, layers: list[str], config: MergeConfig, hooks: Hooks
+) -> Iterator[tuple[str, Factors | Tensor]]:
+    """The merged change of every layer of a stage, each to be added before the next one is asked for.
+
+    With activations all of the stage is recorded before any of it changes.
+    """
+    merge = get_merge(config.merge)
+    if not merge.needs_activations:
+        context = MergeContext(merge.settings(config.options), config.seed)
+        for layer, module in stage.items():
+            yield layer, merge.combine(contribute(adapters, layer, module.weight, config), context)
+        return
+    changes: dict[str, Factors | Tensor] = {}
+    for group in groups(list(stage), adapters, merge, config, hooks):
+        calibration = Calibration(base, adapters, {name: stage[name] for name in group}, layers, config, hooks)
+        changes |= group_changes(adapters, calibration, merge, config)
+    yield from changes.items()
 
 
 def group_changes(
@@ -58,10 +72,6 @@ def group_changes(
 ) -> Iterator[tuple[str, Factors | Tensor]]:
     """The merged change of every layer of a group; what layers see is there of one adapter at a time."""
     context, layers = MergeContext(merge.settings(config.options), config.seed), calibration.layers
-    if not merge.needs_activations:
-        for layer, module in layers.items():
-            yield layer, merge.combine(contribute(adapters, layer, module.weight, config), context)
-        return
     prior = calibration.see_prior()
     merging: dict[str, Accumulator] = {}
     for layer, module in layers.items():
@@ -133,8 +143,6 @@ def groups(
     Raises:
         UserError: a single layer does not fit.
     """
-    if not merge.needs_activations:
-        return [stage]
     sizes = {layer: next(adapter.sizes[layer] for adapter in adapters if layer in adapter.sizes) for layer in stage}
     # One adapter's, the sum of those before, and the generic prompts'; a merge without sums keeps all.
     kept = 2 if merge.accumulator else len(adapters)
