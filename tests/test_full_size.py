@@ -157,8 +157,8 @@ def test_a_preset_fits_into_its_card(preset: str, network: Any) -> None:
     models, vae = network()
     room = 0.97 * int(preset.removesuffix("gb").rpartition("-")[2]) * 2**30
     found = estimate(models, vae, train, train.resolution or 0)
-    told = float((assets.configs() / f"{preset}.yaml").read_text().split("computed memory (")[1].split(" GiB")[0])
-    assert found.total < room and told == pytest.approx(found.total / 2**30, abs=0.06)
+    stated = float((assets.configs() / f"{preset}.yaml").read_text().split("computed memory (")[1].split(" GiB")[0])
+    assert found.total < room and stated == pytest.approx(found.total / 2**30, abs=0.06)
     assert (
         distillation_memory(models, vae, find_targets(models), fuse.distill, fuse.distill.resolution or 0).total < room
     )

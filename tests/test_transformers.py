@@ -262,6 +262,13 @@ def test_an_export_to_what_the_family_has_not_is_refused(pair: list[Path], tmp_p
         export(pair[0], tmp_path / "a.safetensors", "embedding")
 
 
+def test_nothing_is_subtracted_from_a_fusion_in_half_precision(pair: list[Path], tmp_path: Path) -> None:
+    fuse_to_folder(FuseConfig(adapters=pair, output=tmp_path / "both", dtype="bfloat16", device="cpu"))
+    with pytest.raises(UserError, match="is not float32"):
+        unfuse(tmp_path / "both", ["mug"], tmp_path / "rest", subtract=True, device="cpu")
+    assert not (tmp_path / "rest").exists()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_base_in_half_precision_trains_and_draws(
     family: Path, photos: Path, pair: list[Path], tmp_path: Path, dtype: str

@@ -16,11 +16,8 @@ from .verbs import app
 
 __all__ = ["app", "main", "speller"]
 
-SPELLED = {
-    "adapters": "adapter",
-    "format": "kind",
-    "scales": "strength",
-}  # settings whose flags have another name and syntax
+# Settings whose flags, or the parameters behind them, have another name.
+SPELLED = {"adapters": "adapter", "format": "kind", "scales": "strength"}
 
 
 def main() -> None:

@@ -61,6 +61,12 @@ class GramAccumulator:
         rows = self.matrix()
         return rows.mT @ rows
 
+    def trace(self) -> float:
+        """The sum of G's diagonal, without forming G."""
+        if self._lower is not None:
+            return float(self._lower.diagonal().sum())
+        return float(self.matrix().square().sum())
+
     def matmul(self, down: Tensor) -> Tensor:
         """down · G, (k, n), without forming G where the rows are few."""
         if not self.is_raw:

@@ -151,13 +151,11 @@ def with_correction(
         add_change(layers[layer].weight, change, layer)
     if merged is None:
         return None
-    both = {
-        layer: [part[layer] for part in (merged, correction) if layer in part] for layer in {**merged, **correction}
-    }
-    return {
-        layer: Factors(torch.cat([p.up for p in parts], 1), torch.cat([p.down for p in parts], 0))
-        for layer, parts in both.items()
-    }
+    whole = dict(merged)
+    for layer, (up, down) in correction.items():
+        before = merged.get(layer, Factors(up[:, :0], down[:0]))
+        whole[layer] = Factors(torch.cat([before.up, up], 1), torch.cat([before.down, down]))
+    return whole
 
 
 def extra_modules(base: Base, config: MergeConfig, adapted: Container[str]) -> dict[str, nn.Linear | nn.Conv2d]:

@@ -144,8 +144,10 @@ def groups(
         UserError: a single layer does not fit.
     """
     sizes = {layer: next(adapter.sizes[layer] for adapter in adapters if layer in adapter.sizes) for layer in stage}
-    # One adapter's, the sum of those before, and the generic prompts'; a merge without sums keeps all.
-    kept = 2 if merge.accumulator else len(adapters)
+    # One adapter's, the sum of those before, and the generic prompts'; a merge without sums keeps all. An adapter
+    # generates with each of its tokens.
+    tokens = [max(1, len(adapter.tokens)) for adapter in adapters]
+    kept = max(tokens) + 1 if merge.accumulator else sum(tokens)
     needs = {
         layer: calibration_memory({layer: size}, kept + 1, config.calibration) + factor_bytes(size, adapters)
         for layer, size in sizes.items()

@@ -37,10 +37,11 @@ class Learning:
         """The correction by layer, on the CPU; None where whole weights learn and have changed in place."""
         if self.correction is None:
             return None
-        method = self.correction.method
-        named = {layer: self.correction.parameters(layer) for layer in self.correction.layers}
-        parameters = {layer: {n: p.detach().cpu().clone() for n, p in own.items()} for layer, own in named.items()}
-        return {layer: method.delta(own, {}) for layer, own in parameters.items()}
+        out = {}
+        for layer in self.correction.layers:
+            parameters = {name: value.detach().cpu() for name, value in self.correction.parameters(layer).items()}
+            out[layer] = self.correction.method.delta(parameters, {})
+        return out
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..core.errors import ELSEWHERE, Fix, UserError, nearest
 from ..core.files import atomic_folder, write_json
 from ..core.hooks import QUIET, Hooks
 from ..linalg import Factors
-from ..models.base import load_base
+from ..models.base import ENCODERS, NETWORKS, load_base
 from ..models.targets import find_targets
 from .fuse import device_for, fuse_to_folder
 from .manifest import (
@@ -160,9 +160,9 @@ def check_float32(folder: Path) -> None:
     """Refuse a folder whose weights are rounded: subtracting would bring the rounding's errors, not the base, back.
 
     Raises:
-        UserError: a weight of the U-Net or a text encoder is not float32.
+        UserError: a weight of a denoising network or a text encoder is not float32.
     """
-    for part in ("unet", "text_encoder", "text_encoder_2"):
+    for part in (*NETWORKS, *ENCODERS):
         for file in sorted((folder / part).glob("*.safetensors")):
             with safe_open(str(file), framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118

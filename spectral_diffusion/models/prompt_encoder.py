@@ -108,8 +108,11 @@ class PromptEncoder:
 
     def _frozen(self, prompts: Sequence[str]) -> Conditioning:
         """The same of a family without words to learn."""
-        trigger = trigger_words(self.concept)
-        return self.base.denoiser.encode([self.base.spell(p.replace(self.concept.token, trigger)) for p in prompts])
+        return self.base.denoiser.encode([self._spelled(prompt) for prompt in prompts])
+
+    def _spelled(self, prompt: str) -> str:
+        """A prompt as a pipeline takes it, with the trigger in place of the concept's token."""
+        return self.base.spell(prompt.replace(self.concept.token, trigger_words(self.concept)))
 
     def token_mask(self, prompts: Sequence[str]) -> Tensor:
         """Which words of the prompts are the trained token's, (n, length), as the first text encoder counts them."""
@@ -142,10 +145,9 @@ class PromptEncoder:
     def truncated_text(self, prompt: str) -> tuple[str, bool]:
         """The end of a prompt that a text encoder never sees, and whether it sees the concept's own word."""
         if not self.tokens:
-            trigger = trigger_words(self.concept)
-            written = self.base.spell(prompt.replace(self.concept.token, trigger))
+            written = self._spelled(prompt)
             end = self.base.denoiser.unread_text(written)
-            return end, trigger in written.removesuffix(end)
+            return end, trigger_words(self.concept) in written.removesuffix(end)
         for name, tokens in self.tokens.items():
             tokenizer = self.base.tokenizers[name]
             room, lost, seen = tokenizer.model_max_length - 2, [], False

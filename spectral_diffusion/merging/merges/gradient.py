@@ -88,11 +88,7 @@ class GradientFusion(Accumulator):
 
 def mean_diagonal(sources: Sequence[tuple[GramAccumulator, float]]) -> float:
     """The mean diagonal entry of the weighted Gram matrices' sum."""
-    total = 0.0
-    for gram, weight in sources:
-        trace = gram.matrix().square().sum() if gram.is_raw else gram.gram().diagonal().sum()
-        total += weight * float(trace) / gram.size
-    return total
+    return sum((weight * gram.trace() / gram.size for gram, weight in sources), start=0.0)
 
 
 def solve(total: Tensor, right: Tensor, ridge: float) -> Tensor:
