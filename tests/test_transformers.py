@@ -1,5 +1,4 @@
-"""FLU    assert [round(float(block.mean()), 5) for block in moved.split(rows)] == [0, 1, 0, 0, 0]
-.2 klein on a tiny random base: training, fusing, drawing and taking out, with every method."""
+"""FLUX.2 klein and its like on tiny random bases: training, fusing, drawing and taking out, with every method."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from conftest import make_photos
 from diffusers import DiffusionPipeline, Flux2KleinPipeline
-from families import make_tiny_klein, make_tiny_z_image
+from families import make_tiny_klein
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -57,12 +56,6 @@ def klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_klein(tmp_path_factory.mktemp("klein") / "klein")
 
 
-@pytest.fixture(scope="module", params=["klein", "z-image"])
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    make = {"klein": make_tiny_klein, "z-image": make_tiny_z_image}[request.param]
-    return make(tmp_path_factory.mktemp("family") / request.param)
-
-
 def settings(base: Path, output: Path, photos: Path, **more: Any) -> TrainConfig:
     given = {"rank": 2, "steps": 3, "device": "cpu", "noise_offset": 0.0, "learning_rate": 1e-2, **more}
     return TrainConfig(concept=photos, output=output, base=str(base), **given)
@@ -83,8 +76,8 @@ def pair(family: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def drawn(pipeline: Any, prompt: str = "a dog") -> torch.Tensor:
     denoiser = base_of(pipeline).denoiser
     images: torch.Tensor = pipeline(
-        **denoiser.prompt_options([prompt], None), width=32, height=32, num_inference_steps=2, guidance_scale=2.0,
-        generator=torch.Generator().manual_seed(0), output_type="pt",
+        **denoiser.prompt_options([prompt], None), **denoiser.guidance_options(2.0), width=32, height=32,
+        num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt",
     ).images  # fmt: skip
     return images
 
@@ -216,7 +209,7 @@ def test_what_a_base_learns_no_words_for_is_said(family: Path, photos: Path, pai
     drawing = read_control_image(ControlImage(file=tmp_path / "sketch.png"))
     with pytest.raises(UserError, match="work on Stable Diffusion only"):
         sample(base, ["a dog"], [0], Scene(prompt="a dog", device="cpu"), controls=[drawing])
-    if family.name == "z-image":
+    if family.name != "klein":
         scene = Scene(prompt="a dog", regions=[Region(box=(0, 0, 0.5, 1), prompt="a cup")], device="cpu")
         with pytest.raises(UserError, match="Regions do not work"):
             sample(base, ["a dog"], [0], scene)
@@ -245,10 +238,10 @@ def test_stock_diffusers_draws_with_an_export(
     before = drawn(DiffusionPipeline.from_pretrained(str(family)))
     stock.load_lora_weights(str(output))
     stock.set_progress_bar_config(disable=True)
-    options = base_of(DiffusionPipeline.from_pretrained(str(family))).denoiser.prompt_options(["a dog"], None)
+    denoiser = base_of(DiffusionPipeline.from_pretrained(str(family))).denoiser
     found = stock(
-        **options, width=32, height=32, num_inference_steps=2, guidance_scale=2.0,
-        generator=torch.Generator().manual_seed(0), output_type="pt",
+        **denoiser.prompt_options(["a dog"], None), **denoiser.guidance_options(2.0), width=32, height=32,
+        num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt",
     ).images  # fmt: skip
     effect = float((wanted - before).abs().max())
     assert effect > 1e-5 and float((found - wanted).abs().max()) <= 1e-3 * effect + 1e-6
@@ -295,7 +288,7 @@ def test_an_export_is_imported_as_the_same_change(family: Path, pair: list[Path]
 
 def test_loras_of_other_networks_are_refused(family: Path, pair: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     export(pair[0], tmp_path / "klein.safetensors", "kohya")
-    with pytest.raises(UserError, match=r"LoRA for (flux-2-klein|z-image|a video or diffusion transformer)"):
+    with pytest.raises(UserError, match=r"LoRA for (flux-2-klein|z-image|krea-2|a video or diffusion transformer)"):
         import_lora(tmp_path / "klein.safetensors", None, str(tiny_base), device="cpu")
     plain = {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(1, 4)}
     plain |= {key.replace("lora_A", "lora_B"): torch.ones(4, 1) for key in plain}
@@ -331,7 +324,7 @@ LEFT, RIGHT, ALL = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 1
 @pytest.fixture
 def latents(klein: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Draws a scene on klein; gives the latents (1, c, h, w) instead of the picture."""
-    monkeypatch.setattr("spectral_diffusion.scenes.sampling.finished", lambda pipe, output, denoiser: [output])
+    monkeypatch.setattr("spectral_diffusion.scenes.sampling.finished", lambda pipe, output, *rest: [output])
 
     def draw(prompt: str, *regions: Region, bound: Any = (), on: Any = None, **more: Any) -> torch.Tensor:
         given = {"num_inference_steps": 2, "device": "cpu", "mixed_precision": "no", "guidance_scale": 3.0, **more}

@@ -35,6 +35,7 @@ class Adapter:
             they differ; ``vectors`` are then their mean, for all that holds one vector only.
         kernels: convolution to its kernel (in, kh, kw), into which a row of the matrix folds.
         fused: layer that holds several projections, to the names and rows of its parts (see :mod:`.split_linear`).
+        architecture: of the base's family, by ModelSpec's name; empty of Stable Diffusion.
         earlier: tokens and vectors of the concepts that this one was trained on top of.
         config: the resolved training settings; ``provenance``: libraries, processor and threads that made it.
     """
@@ -56,6 +57,7 @@ class Adapter:
     earlier: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     kernels: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     fused: dict[str, dict[str, int]] = field(default_factory=dict)
+    architecture: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
 

@@ -125,7 +125,7 @@ def targets_of(
         parts = (slice(start, start + together) for start in range(0, len(texts), together))
         return torch.cat([predict(base, texts[part], noisy[part], timesteps[part]).cpu() for part in parts])
 
-    nothing, share = [""] * len(asked), 1 - 1 / max(config.guidance_scale, 1.0)
+    nothing, share = [""] * len(asked), 1 - 1 / denoiser.guidance_weight(config.guidance_scale)
     with enabled_adapters(base, active):
         wanted = answers(asked)
         if adapter and share:

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..adapters.adapter import Adapter, check_base
 from ..adapters.formats.card import MARK, model_card
 from ..adapters.formats.checkpoint import checkpoint_tensors
-from ..adapters.formats.fused_projections import join_parts, original_flux2
-from ..adapters.formats.lora import diffusers_tensors, kohya_tensors, lora_metadata, write_hashed
+from ..adapters.formats.fused_projections import join_parts, original_layers
+from ..adapters.formats.lora import diffusers_tensors, dotted_tensors, kohya_tensors, lora_metadata, write_hashed
 from ..config.fuse import FuseConfig
 from ..core.errors import ELSEWHERE, UserError
 from ..core.files import atomic_folder, check_replaceable, check_writable, holds, read_header, write_tensors, write_text
@@ -25,6 +25,7 @@ from ..core.machine import made_on, provenance
 from ..core.paths import without_folders
 from ..linalg import Factors, to_float64, truncate
 from ..models.base import Base, load_base, parse_dtype
+from ..models.families import family_named
 from ..models.per_layer_tokens import mean_note
 from ..models.tokens import known_tokens
 from .fuse import fuse_adapters
@@ -208,13 +209,17 @@ def write_lora(source: ExportSource, output: Path, kind: str, options: ExportOpt
     """A LoRA file of the change, in kohya's or diffusers' spelling."""
     factors = truncated_factors(source, options.rank, hooks)
     dtype, architecture = options.dtype_or("float16"), architecture_of(source, factors)
-    factors = join_parts(factors, source.fused)
-    if kind == "kohya":
-        factors = original_flux2(factors)
-        tensors = kohya_tensors(factors, source.kernels, dtype, architecture.startswith("stable-diffusion-xl"))
-    else:
+    factors, family = join_parts(factors, source.fused), family_named(architecture)
+    if kind == "kohya" and family:
+        factors = original_layers(factors, family.original_layer)
+    if kind != "kohya":
         tensors = diffusers_tensors(factors, source.kernels, dtype)
-    write_hashed(output, tensors, lora_metadata(factors, architecture, titles(source)) | ours(source))
+    elif family and family.dotted_names:
+        tensors = dotted_tensors(factors, dtype)
+    else:
+        tensors = kohya_tensors(factors, source.kernels, dtype, architecture.startswith("stable-diffusion-xl"))
+    version = family.base_version if family else ""
+    write_hashed(output, tensors, lora_metadata(factors, architecture, titles(source), version) | ours(source))
 
 
 def titles(source: ExportSource) -> dict[str, str]:
@@ -284,11 +289,9 @@ def truncated_factors(source: ExportSource, rank: int | None, hooks: Hooks) -> d
 
 
 def architecture_of(source: ExportSource, factors: Mapping[str, Factors]) -> str:
-    """ModelSpec's name of the architecture, as the tokens' vectors tell it, else the layers."""
-    if any(layer.startswith("transformer.layers.") for layer in factors):
-        return "z-image"
-    if any(layer.startswith("transformer.") for layer in factors):
-        return "flux-2-klein"
+    """ModelSpec's name of the architecture; of Stable Diffusion's as the tokens' vectors tell it, else the layers."""
+    if source.adapters[0].architecture:
+        return source.adapters[0].architecture
     widths = [vectors["text_encoder"].shape[1] for vectors in source.tokens.values() if "text_encoder" in vectors]
     if any("text_encoder_2" in vectors for vectors in source.tokens.values()) or any(
         layer.startswith("text_encoder_2.") or ".transformer_blocks.9." in layer for layer in factors

@@ -80,7 +80,7 @@ class Base:
         """Tokens to the words that stand for them, where the base learns none; they are saved with the tokenizer."""
         if self.tokenizers:
             return {}
-        kept: dict[str, str] = self.pipeline.tokenizer.init_kwargs.setdefault(TRIGGERS, {})
+        kept: dict[str, str] = self.family.tokenizer_of(self.pipeline).init_kwargs.setdefault(TRIGGERS, {})
         return kept
 
     @property
@@ -231,10 +231,8 @@ def base_of(pipeline: Any, name: str | None = None, dtype: torch.dtype | None = 
         name = "pocket" if name == str(pocket.path()) else name
     family = family_of(pipeline)
     if family is None:
-        raise UserError(
-            f"'{name}' is a {type(pipeline).__name__}; only Stable Diffusion 1.x, 2.x and XL, FLUX.2 klein and Z-Image "
-            "can be used."
-        )
+        known = ", ".join(family.title for family in FAMILIES)
+        raise UserError(f"'{name}' is a {type(pipeline).__name__}; these families can be used: {known}.")
     try:
         family.prepare(pipeline)
     except ValueError as error:

@@ -6,6 +6,7 @@ network or a pipeline themselves. A family is one file beside this one: ``sd.py`
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 
 from ..core.errors import UserError
 from ..linalg import to_float64
+from .vae import pixels_per_cell
 
 OnStep = Callable[[int, Tensor], None]  # the number of the step just done, from 0, and its latents
+OriginalLayer = tuple[str, str, str]  # a pattern of layers' paths, the original's path, and the layer's part of it
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,15 @@ class Conditioning:
 
     @classmethod
     def stack(cls, parts: Sequence[Conditioning]) -> Conditioning:
-        """Single prompts, each without the first dimension, as one batch."""
-        return cls({name: torch.stack([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+        """Single prompts, each without the first dimension, as one batch; shorter ones are filled with zeros."""
+        return cls({name: stack_padded([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+def stack_padded(rows: Sequence[Tensor]) -> Tensor:
+    """Tensors (length, …) as one (n, longest, …), zeros behind the shorter ones; numbers as (n,)."""
+    if rows[0].dim() == 0:
+        return torch.stack(list(rows))
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 class Denoiser(ABC):
@@ -58,6 +68,11 @@ class Denoiser(ABC):
         pipeline: the diffusers pipeline, where prompts are to be encoded or images sampled.
     """
 
+    title: ClassVar[str]  # what people call the family
+    architecture: ClassVar[str] = ""  # ModelSpec's name of it; empty where the weights decide
+    base_version: ClassVar[str] = ""  # what kohya's tools call it
+    original_layers: ClassVar[tuple[OriginalLayer, ...]] = ()  # what the original code calls the network's layers
+    dotted_names: ClassVar[bool] = False  # LoRA files for ComfyUI write these names with dots
     pipeline_class: ClassVar[Any]
     network_name: ClassVar[str] = "unet"
     network_class: ClassVar[Any]
@@ -86,6 +101,11 @@ class Denoiser(ABC):
         return  # most families need nothing
 
     @classmethod
+    def tokenizer_of(cls, pipeline: Any) -> Any:
+        """The tokenizer of a pipeline's prompts."""
+        return pipeline.tokenizer
+
+    @classmethod
     def release(cls, pipeline: Any) -> None:
         """Give a pipeline without adapters back as it was before :meth:`prepare`."""
         return
@@ -106,8 +126,7 @@ class Denoiser(ABC):
     @property
     def vae_scale(self) -> int:
         """Pixels per latent cell, along one side."""
-        config: Any = self.vae.config
-        return int(2 ** (len(config.block_out_channels) - 1))
+        return pixels_per_cell(self.vae)
 
     @property
     def size(self) -> int:
@@ -126,8 +145,8 @@ class Denoiser(ABC):
         raw: Tensor = latents / self.vae.config.scaling_factor
         return raw
 
-    def raw_output(self, latents: Tensor) -> Tensor:
-        """What the pipeline gives as ``latent``, as the autoencoder reads it."""
+    def raw_output(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """What the pipeline gives as ``latent`` for pictures of that size in pixels, as the autoencoder reads it."""
         return self.denormalize(latents)
 
     def step_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
@@ -144,6 +163,14 @@ class Denoiser(ABC):
     def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:
         """The pipeline's arguments for prompts and what guidance moves away from."""
         return {"prompt": list(prompts), "negative_prompt": negative and [negative] * len(prompts)}
+
+    def guidance_options(self, scale: float) -> dict[str, Any]:
+        """The pipeline's arguments for a guidance scale, which counts as this family's pipeline counts."""
+        return {"guidance_scale": scale}
+
+    def guidance_weight(self, scale: float) -> float:
+        """The weight w ≥ 1 of the prompt's prediction, w · prompt + (1 − w) · nothing, at a guidance scale."""
+        return max(scale, 1.0)
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
@@ -239,12 +266,12 @@ class Denoiser(ABC):
                 width=side,
                 height=side,
                 num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
+                **self.guidance_options(guidance_scale),
                 generator=list(generators),
                 output_type="latent",
                 callback_on_step_end=tell,
             ).images
-        return self.from_output(latents)
+        return self.from_output(latents, side, side)
 
     @property
     def sampling_pipeline(self) -> Any:
@@ -266,8 +293,8 @@ class Denoiser(ABC):
         """What a pipeline of this family needs while it samples."""
         yield
 
-    def from_output(self, latents: Tensor) -> Tensor:
-        """What the pipeline gives as ``latent``, as the network reads it."""
+    def from_output(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """What the pipeline gives as ``latent`` for pictures of that size in pixels, as the network reads it."""
         return latents
 
     @abstractmethod
@@ -281,6 +308,14 @@ class Denoiser(ABC):
         Args:
             text_encoders: whether it holds them; without, it takes prompts by :meth:`embedding_options`.
         """
+
+    @classmethod
+    def original_layer(cls, path: str) -> tuple[str, str]:
+        """The original code's path of a layer of the network, and the layer's part of what is there; else empty."""
+        for pattern, name, part in cls.original_layers:
+            if match := re.fullmatch(pattern, path):
+                return match.expand(name), match.expand(part)
+        return path, ""
 
     def convert_lora(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of another program's LoRA file under diffusers' names, where the family has its own reader."""

@@ -16,16 +16,22 @@ from torch import nn
 from ..core.errors import UserError
 from .denoiser import Denoiser
 from .flux2 import Flux2KleinDenoiser
+from .krea2 import Krea2Denoiser
 from .sd import SDDenoiser
 from .sdxl import SDXLDenoiser
 from .z_image import ZImageDenoiser
 
-FAMILIES: tuple[type[Denoiser], ...] = (SDDenoiser, SDXLDenoiser, Flux2KleinDenoiser, ZImageDenoiser)
+FAMILIES: tuple[type[Denoiser], ...] = (SDDenoiser, SDXLDenoiser, Flux2KleinDenoiser, ZImageDenoiser, Krea2Denoiser)
 
 
 def family_of(pipeline: Any) -> type[Denoiser] | None:
     """The family whose pipeline this is; None if there is none."""
     return next((family for family in FAMILIES if isinstance(pipeline, family.pipeline_class)), None)
+
+
+def family_named(architecture: str) -> type[Denoiser] | None:
+    """The family of ModelSpec's name of an architecture; None of Stable Diffusion's, which the weights decide."""
+    return next((family for family in FAMILIES if architecture and family.architecture == architecture), None)
 
 
 def denoiser_of(models: Mapping[str, nn.Module], vae: nn.Module) -> Denoiser:

@@ -23,6 +23,8 @@ class FlowDenoiser(Denoiser):
 
     resting: ClassVar[tuple[str, ...]] = ("text_encoder",)
 
+    pipeline_options: ClassVar[tuple[str, ...]] = ()  # of the pipeline's config, which a new pipeline is given
+
     @property
     def size(self) -> int:
         return int(self.vae.config.sample_size)
@@ -30,7 +32,8 @@ class FlowDenoiser(Denoiser):
     @property
     def max_tokens(self) -> int:
         """The longest prompt in tokens."""
-        return min(TOKENS, int(self.pipeline.text_encoder.config.max_position_embeddings))
+        config: Any = self.pipeline.text_encoder.config.get_text_config()
+        return min(TOKENS, int(config.max_position_embeddings))
 
     @property
     def num_timesteps(self) -> int:
@@ -76,11 +79,19 @@ class FlowDenoiser(Denoiser):
         def full(module: Any, inputs: Any, outputs: Any) -> Any:
             return (outputs[0].float(), *outputs[1:]) if isinstance(outputs, tuple) else outputs
 
-        handle = self.network.register_forward_hook(full)
+        def own(module: Any, inputs: Any, options: dict[str, Any]) -> Any:  # not every pipeline casts the latents
+            latents = options["hidden_states"].to(self.dtype)
+            return inputs, {**options, "hidden_states": latents}
+
+        handles = [
+            self.network.register_forward_hook(full),
+            self.network.register_forward_pre_hook(own, with_kwargs=True),
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def plain_attention_is_faster(self, half: bool, size: int) -> bool:
         return False  # transformers have no plain processor
@@ -95,6 +106,15 @@ class FlowDenoiser(Denoiser):
 
     def scheduler(self, name: str) -> Any:
         return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+
+    def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
+        parts = {**self.pipeline.components, "scheduler": scheduler}
+        if not text_encoders:
+            parts["text_encoder"] = None
+        options = {name: self.pipeline.config[name] for name in self.pipeline_options}
+        pipeline = self.pipeline_class(**parts, **options)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     def convert_lora(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if any("dora_scale" in key for key in tensors):  # which diffusers would leave out

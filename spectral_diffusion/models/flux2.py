@@ -9,17 +9,34 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor, nn
 
-from .denoiser import Conditioning
+from .denoiser import Conditioning, OriginalLayer
 from .flow import TOKENS, FlowDenoiser
 from .split_linear import join_layers, split_layers
 
 LAYERS = (9, 18, 27)  # of the text encoder, whose states are the prompt
+ORIGINAL = (  # it also fuses queries, keys and values, which diffusers keeps apart
+    (r"transformer_blocks\.(\d+)\.attn\.to_([qkv])", r"double_blocks.\1.img_attn.qkv", r"\2"),
+    (r"transformer_blocks\.(\d+)\.attn\.add_([qkv])_proj", r"double_blocks.\1.txt_attn.qkv", r"\2"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj", ""),
+    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj", ""),
+    (r"transformer_blocks\.(\d+)\.ff\.linear_in", r"double_blocks.\1.img_mlp.0", ""),
+    (r"transformer_blocks\.(\d+)\.ff\.linear_out", r"double_blocks.\1.img_mlp.2", ""),
+    (r"transformer_blocks\.(\d+)\.ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0", ""),
+    (r"transformer_blocks\.(\d+)\.ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2", ""),
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1", ""),
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2", ""),
+)
 
 
 class Flux2KleinDenoiser(FlowDenoiser):
     """FLUX.2 klein, base and distilled. Latents are the autoencoder's in patches of 2 × 2, normalized."""
 
+    title: ClassVar[str] = "FLUX.2 klein"
+    architecture: ClassVar[str] = "flux-2-klein"
+    base_version: ClassVar[str] = "flux2"
+    original_layers: ClassVar[tuple[OriginalLayer, ...]] = ORIGINAL
     pipeline_class: ClassVar[Any] = Flux2KleinPipeline
+    pipeline_options: ClassVar[tuple[str, ...]] = ("is_distilled",)
     network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[Any] = Flux2Transformer2DModel
     encoders: ClassVar[Mapping[str, str]] = {}
@@ -58,10 +75,10 @@ class Flux2KleinDenoiser(FlowDenoiser):
         std = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
         return norm.running_mean.view(1, -1, 1, 1).to(like), std.view(1, -1, 1, 1).to(like)
 
-    def raw_output(self, latents: Tensor) -> Tensor:
+    def raw_output(self, latents: Tensor, height: int, width: int) -> Tensor:
         return latents  # as this pipeline gives them
 
-    def from_output(self, latents: Tensor) -> Tensor:
+    def from_output(self, latents: Tensor, height: int, width: int) -> Tensor:
         return self.normalize(latents)
 
     def step_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
@@ -123,14 +140,6 @@ class Flux2KleinDenoiser(FlowDenoiser):
             **extra,
         )[0]
         return predicted.transpose(1, 2).unflatten(2, noisy.shape[-2:]).float()
-
-    def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
-        parts = {**self.pipeline.components, "scheduler": scheduler}
-        if not text_encoders:
-            parts["text_encoder"] = None
-        pipeline = Flux2KleinPipeline(**parts, is_distilled=self.pipeline.config.is_distilled)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
 
 
 def fused_rows(module: nn.Module) -> dict[str, dict[str, int]]:

@@ -17,6 +17,9 @@ from .flow import TOKENS, FlowDenoiser
 class ZImageDenoiser(FlowDenoiser):
     """Z-Image and Z-Image-Turbo. The network takes 1 − σ for its time and gives the negative velocity."""
 
+    title: ClassVar[str] = "Z-Image"
+    architecture: ClassVar[str] = "z-image"
+    base_version: ClassVar[str] = "zimage"
     pipeline_class: ClassVar[Any] = ZImagePipeline
     network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[Any] = ZImageTransformer2DModel
@@ -61,6 +64,9 @@ class ZImageDenoiser(FlowDenoiser):
         without = self._encoded([negative or ""]) * len(prompts)
         return {"prompt_embeds": self._encoded(prompts), "negative_prompt_embeds": without}
 
+    def guidance_weight(self, scale: float) -> float:
+        return 1 + max(scale, 0.0)  # this pipeline adds the difference from nothing to the prompt's prediction
+
     def hollow_conditioning(self, count: int, layers: int = 1) -> Conditioning:
         width = self.network.config.cap_feat_dim
         return Conditioning({"encoder_hidden_states": torch.empty(count, TOKENS, width, dtype=self.dtype)})
@@ -80,14 +86,6 @@ class ZImageDenoiser(FlowDenoiser):
     @contextmanager
     def sampling(self) -> Iterator[None]:
         yield  # this pipeline keeps its steps in float32 itself
-
-    def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
-        parts = {**self.pipeline.components, "scheduler": scheduler}
-        if not text_encoders:
-            parts["text_encoder"] = None
-        pipeline = ZImagePipeline(**parts)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
 
 
 def _rows(conditioning: Conditioning) -> list[Tensor]:

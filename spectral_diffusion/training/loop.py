@@ -325,6 +325,7 @@ class Trainer:
             parameters=self.adapter.state_dict(),
             sizes={layer: matrix_shape(self.weights[layer]) for layer in layers},
             fused=fused_layers(self.base.models),
+            architecture=self.base.family.architecture,
             kernels={layer: kernel for layer in layers if (kernel := kernel_size(self.weights[layer]))},
             frozen=stored_part(job.method, self.frozen),
             vectors=self.encode.vectors(),

@@ -27,7 +27,7 @@ from ..models.denoiser import Denoiser
 from ..models.families import denoiser_of
 from ..models.per_layer_tokens import cross_attention
 from ..models.targets import find_targets
-from ..models.vae import at_once, overflows
+from ..models.vae import at_once, decode_batch, encoder_input, latent_channels, overflows, pixels_per_cell
 from ..slots.ledger import Slot
 from .prior_images import CHUNK as PICTURES_AT_ONCE
 
@@ -198,7 +198,7 @@ class TrainingPhases:
     def encode_photos(self) -> None:
         """Encode as many crops of a photo as go through the autoencoder together."""
         vae, crops = self.working_vae(), min(at_once(self.size, self.size), self.config.crops_per_image)
-        vae.encode(torch.empty(crops, 3, self.size, self.size, dtype=next(vae.parameters()).dtype))
+        vae.encode(encoder_input(vae, torch.empty(crops, 3, self.size, self.size, dtype=next(vae.parameters()).dtype)))
 
     @torch.no_grad()
     def draw_prior_images(self) -> None:
@@ -210,9 +210,8 @@ class TrainingPhases:
         """Predict for the validation prompts, with and without guidance, and decode one picture."""
         self.predict(2 * len(self.config.validation.prompts))
         vae = self.working_vae() if self.denoiser.decodes_latents else self.vae  # as diffusers' pipelines do
-        side = self.size // 2 ** (len(vae.config.block_out_channels) - 1)
-        shape = (1, vae.config.latent_channels, side, side)
-        vae.decode(torch.empty(shape, dtype=next(vae.parameters()).dtype))
+        side = self.size // pixels_per_cell(vae)
+        decode_batch(vae, torch.empty(1, latent_channels(vae), side, side))
 
     def train_step(self) -> None:
         """Predict and backpropagate for one batch of photos and prior images."""

@@ -72,9 +72,8 @@ def validation_images(
             columns.append(
                 pipe(
                     width=condition.size, height=condition.size, num_inference_steps=config.num_inference_steps,
-                    guidance_scale=config.guidance_scale,
                     generator=[torch.Generator("cpu").manual_seed(config.seed + row) for row in range(len(prompts))],
-                    **options,
+                    **options, **denoiser.guidance_options(config.guidance_scale),
                 ).images
             )  # fmt: skip
     pipe.vae.use_slicing = slicing

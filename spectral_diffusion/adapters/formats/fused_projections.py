@@ -6,27 +6,13 @@ know the whole only, and FLUX.2's original code also fuses what diffusers keeps 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from ...linalg import Factors
 
-# FLUX.2: a path of diffusers to the original's, and the part of it that the layer is.
-ORIGINAL = (
-    (r"transformer_blocks\.(\d+)\.attn\.to_([qkv])", r"double_blocks.\1.img_attn.qkv", r"\2"),
-    (r"transformer_blocks\.(\d+)\.attn\.add_([qkv])_proj", r"double_blocks.\1.txt_attn.qkv", r"\2"),
-    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj", ""),
-    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj", ""),
-    (r"transformer_blocks\.(\d+)\.ff\.linear_in", r"double_blocks.\1.img_mlp.0", ""),
-    (r"transformer_blocks\.(\d+)\.ff\.linear_out", r"double_blocks.\1.img_mlp.2", ""),
-    (r"transformer_blocks\.(\d+)\.ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0", ""),
-    (r"transformer_blocks\.(\d+)\.ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2", ""),
-    (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1", ""),
-    (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2", ""),
-)
-NETWORK = "transformer."
+OriginalLayer = Callable[[str], tuple[str, str]]
 
 
 def join_parts(factors: Mapping[str, Factors], fused: Mapping[str, Mapping[str, int]]) -> dict[str, Factors]:
@@ -63,12 +49,18 @@ def stack_rows(parts: Mapping[str, Factors | None], rows: Mapping[str, int]) -> 
     return Factors(torch.block_diag(*ups), torch.cat([part.down for part in present]))
 
 
-def original_flux2(factors: Mapping[str, Factors]) -> dict[str, Factors]:
-    """FLUX.2's layers under the original's names, queries, keys and values fused; the others as they are."""
+def original_layers(factors: Mapping[str, Factors], original: OriginalLayer) -> dict[str, Factors]:
+    """A network's layers under the original code's names, with the parts fused that it fuses; others as they are.
+
+    Args:
+        original: a path in the network to the original's, and the part of that layer (q, k or v; else empty).
+    """
     out: dict[str, Factors] = {}
     parts: dict[str, dict[str, Factors | None]] = {}
     for layer, change in factors.items():
-        name, part = original_name(layer)
+        component, _, path = layer.partition(".")
+        renamed, part = original(path)
+        name = f"{component}.{renamed}"
         if part:
             parts.setdefault(name, dict.fromkeys("qkv"))[part] = change
         else:
@@ -77,12 +69,3 @@ def original_flux2(factors: Mapping[str, Factors]) -> dict[str, Factors]:
         side = next(len(change.up) for change in changes.values() if change is not None)
         out[name] = stack_rows(changes, dict.fromkeys("qkv", side))
     return out
-
-
-def original_name(layer: str) -> tuple[str, str]:
-    """The original's name of a layer of FLUX.2's transformer, and the part of the layer of that name; else empty."""
-    path = layer.removeprefix(NETWORK)
-    for pattern, name, part in ORIGINAL:
-        if layer.startswith(NETWORK) and (match := re.fullmatch(pattern, path)):
-            return NETWORK + match.expand(name), match.expand(part)
-    return layer, ""

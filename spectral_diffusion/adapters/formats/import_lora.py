@@ -68,7 +68,7 @@ def import_lora(
         sizes={layer: matrix_shape(layers[layer].weight) for layer in changed}, frozen={}, vectors=vectors,
         fused=fused, kernels={layer: kernel for layer in changed if (kernel := kernel_size(layers[layer].weight))},
         earlier={other: rows for other, rows in tokens.items() if other != token},
-        config={"imported": Path(path).name}, provenance=provenance(),
+        architecture=base.family.architecture, config={"imported": Path(path).name}, provenance=provenance(),
     )  # fmt: skip
     if output:
         save_adapter(adapter, output)

@@ -63,6 +63,7 @@ def _contents(adapter: Adapter, base: str) -> tuple[dict[str, Tensor], dict[str,
         "spectral.sizes": json.dumps(adapter.sizes, sort_keys=True),
         "spectral.kernels": json.dumps(adapter.kernels, sort_keys=True),
         **({"spectral.fused": json.dumps(adapter.fused)} if adapter.fused else {}),
+        **({"spectral.architecture": adapter.architecture} if adapter.architecture else {}),
         "spectral.earlier": json.dumps(list(adapter.earlier)),
         "spectral.base": base,
         "spectral.base_fingerprint": fingerprint_json(adapter.fingerprint),
@@ -163,6 +164,7 @@ def _adapter_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], fold
             layer: {part: int(rows) for part, rows in parts.items()}
             for layer, parts in parse_json(metadata.get("spectral.fused", "{}")).items()
         },
+        architecture=metadata.get("spectral.architecture", ""),
         frozen=dict(sorted(frozen.items())),
         earlier={check_token(token): rows for token, rows in zip(tokens, earlier, strict=True)},
         vectors={n[6:]: t for n, t in tensors.items() if n.startswith("token.")},

@@ -114,8 +114,8 @@ def read_lora(path: Path, layers: Iterable[str], convert: Convert | None = None)
         tensors = convert(tensors)
     elif other := other_network(tensors, metadata):
         raise UserError(
-            f"{path} is a LoRA for {other}, which this program does not support; it supports Stable Diffusion "
-            "1.x, 2.x and XL."
+            f"{path} is a LoRA for {other}, which does not fit this Stable Diffusion base.",
+            Fix("base", so="to name one that it fits"),
         )
     lora = Foreign()
     for key in sorted(key for key in tensors if BUNDLED.fullmatch(key)):
