@@ -12,27 +12,36 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    QwenImage21Pipeline,
+    QwenImage21Transformer2DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    ProcessorMixin,
     Qwen2TokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
 )
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n"
+)
+MULTIMODAL = (  # each message's content is a list of parts
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}{{ part.text }}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
 )
 LENGTH = 96  # tokens of a prompt: one per byte
 
@@ -106,6 +115,39 @@ def make_tiny_krea_2(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+class TinyProcessor(ProcessorMixin):
+    """A Qwen3-VL processor that reads texts only: the real one needs torchvision."""
+
+    return_mm_token_type_ids = True
+
+    def __init__(self, tokenizer: Any = None, chat_template: str | None = None, **more: Any) -> None:
+        self.image_token = "<|image_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        super().__init__(tokenizer, chat_template=chat_template)
+
+
+def make_tiny_qwen_image_21(folder: Path, seed: int = 0) -> Path:
+    """A Qwen-Image-2.1 of some thousand numbers for pictures of 32 pixels, as a diffusers folder."""
+    torch.manual_seed(seed)
+    tokenizer = byte_tokenizer("<|image_pad|>", "system", "Comprehend and analyze the provided prompt.", "assistant")
+    transformer = QwenImage21Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, context_in_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    vae = AutoencoderKLQwenImage21(
+        base_dim=4, decoder_base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1, 1], num_res_blocks=1,
+        temperal_downsample=[False] * 4, latents_mean=[0.5, -0.3, 0.1, 1.0], latents_std=[2.0, 0.7, 1.5, 1.1],
+    )  # fmt: skip
+    vae.register_to_config(sample_size=32)
+    pipeline = QwenImage21Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=vae,
+        text_encoder=Qwen3VLForConditionalGeneration(vision_language_config(tokenizer)),
+        processor=TinyProcessor(tokenizer, chat_template=MULTIMODAL), transformer=transformer,
+    )  # fmt: skip
+    pipeline.save_pretrained(str(folder))
+    return folder
+
+
 def make_tiny_klein(folder: Path, seed: int = 0) -> Path:
     """A FLUX.2 klein of some thousand numbers for pictures of 32 pixels, as a diffusers folder."""
     torch.manual_seed(seed)
@@ -155,6 +197,7 @@ def make_tiny_z_image(folder: Path, seed: int = 0) -> Path:
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "klein": make_tiny_klein, "z-image": make_tiny_z_image, "krea-2": make_tiny_krea_2,
+    "qwen-image-2.1": make_tiny_qwen_image_21,
 }  # fmt: skip
 SPELLINGS: dict[str, dict[str, Any]] = {  # what a stock pipeline must be told of so small a text encoder
     "klein": {"max_sequence_length": LENGTH, "text_encoder_out_layers": (1, 2, 3)},

@@ -135,8 +135,8 @@ def test_a_peft_folder_is_read_with_its_config(tiny_base: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("name", "metadata", "message"),
     [
-        ("transformer.transformer_blocks.0.attn.to_q", {}, r"a LoRA for Flux or SD3 \(transformer\.\), which does not fit"),
-        ("lora_unet_double_blocks_0_img_attn_qkv", {}, "a LoRA for Flux, which does not fit this Stable Diffusion base"),
+        ("transformer.transformer_blocks.0.attn.to_q", {}, r"a LoRA for Flux or SD3 \(transformer\.\), which"),
+        ("lora_unet_double_blocks_0_img_attn_qkv", {}, "a LoRA for Flux, which does not fit this Stable"),
         ("lora_unet_blocks_0_self_attn_q", {"modelspec.architecture": "wan2.1/lora"}, "a LoRA for wan2.1, which"),
         ("lora_unet_joint_blocks_0_x_block_attn_qkv", {}, "a LoRA for Stable Diffusion 3, which"),
         (

@@ -20,19 +20,22 @@ from safetensors.torch import load_file, save_file
 from spectral_diffusion.adapters.formats.import_lora import import_lora
 from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.train import TrainConfig
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.models.base import Base, load_base
 from spectral_diffusion.models.denoiser import Conditioning
-from spectral_diffusion.models.vae import decode, encode
+from spectral_diffusion.models.vae import decode, encode, on_white
 from spectral_diffusion.scenes.sampling import sample
+from spectral_diffusion.training.memory import Peak
 from spectral_diffusion.training.run import train_to_file
 
 HEIGHT, WIDTH, STEPS = 32, 64, 3
 PROMPTS = ["a dog", "a red cup on the beach"]
-OFF = {"klein": 1.0, "z-image": 0.0, "krea-2": 0.0}  # the guidance scale at which a pipeline does without
+SAME = ["a dog on a long beach", "a red cup on the sand"]  # as long as each other
+OFF = {"klein": 1.0, "z-image": 0.0, "krea-2": 0.0, "qwen-image-2.1": 1.0}  # the guidance scale of no guidance
 FEED_FORWARD = {
     "klein": {"linear_in", "linear_out", "mlp_gate", "mlp_value"}, "z-image": {"w1", "w2", "w3"},
-    "krea-2": {"gate", "up", "down", "to_gate"},
+    "krea-2": {"gate", "up", "down", "to_gate"}, "qwen-image-2.1": {"proj", "out", "gate_layer"},
 }  # fmt: skip
 
 
@@ -99,11 +102,13 @@ def run_stock(family: Path, base: Base, prompts: list[str], guidance: float, out
 def test_a_prediction_is_the_velocity_of_the_stock_pipeline(family: Path, base: Base, guided: bool) -> None:
     """At the same σ, for the same latents and prompts: pins time, sign, packing, prompts and guidance."""
     guidance = 3.0 if guided else OFF[family.name]
-    found, denoiser = run_stock(family, base, PROMPTS, guidance, "latent"), base.denoiser
+    # Qwen's pipeline pads prompts of several lengths and then moves the pictures: the denoiser does not.
+    texts = SAME if family.name.startswith("qwen") else PROMPTS
+    found, denoiser = run_stock(family, base, texts, guidance, "latent"), base.denoiser
     assert len(found.steps) == STEPS and (denoiser.guidance_weight(guidance) > 1) == guided
     weight = denoiser.guidance_weight(guidance)
     with torch.no_grad(), times_of(denoiser.network) as ours:
-        prompts, nothing = denoiser.encode(PROMPTS), denoiser.encode([""] * len(PROMPTS))
+        prompts, nothing = denoiser.encode(texts), denoiser.encode([""] * len(texts))
         for latents, timestep, velocity in found.steps:
             at, wanted = (denoiser.step_latents(tensor, HEIGHT, WIDTH) for tensor in (latents, velocity))
             times = torch.full((len(PROMPTS),), timestep - 1)  # where σ = (t + 1) / T is the scheduler's
@@ -172,7 +177,31 @@ def test_a_scene_is_the_stock_pipelines_picture(family: Path, base: Base, guided
     [ours] = sample(base, PROMPTS[:1], [0], scene)
     [stock] = run_stock(family, base, PROMPTS[:1], guidance).images
     assert ours.size == (WIDTH, HEIGHT) and ours.mode == "RGB"
-    assert np.abs(np.asarray(ours, float) - np.asarray(stock.convert("RGB"), float)).max() <= 1
+    assert np.abs(np.asarray(ours, float) - np.asarray(on_white(stock), float)).max() <= 1
+
+
+def test_the_memory_of_a_prediction_is_counted_as_it_is_taken(base: Base) -> None:
+    denoiser = base.denoiser
+    prompts, side = denoiser.encode([PROMPTS[0]] * 2), 32 // denoiser.vae_scale
+    latents = torch.randn(2, denoiser.latent_channels, side, side)
+
+    def peak(predict: Any) -> int:
+        with Peak(iter(denoiser.network.parameters())) as counted, torch.no_grad():
+            predict(latents, torch.tensor([300, 300]), prompts)
+        return counted.most
+
+    assert peak(denoiser.hollow_predict) == pytest.approx(peak(denoiser.predict), rel=0.1)
+
+
+def test_a_package_that_a_family_needs_is_named(family: Path, base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*inputs: Any, **options: Any) -> None:
+        raise AttributeError("VIDEO_PROCESSOR_MAPPING")
+
+    monkeypatch.setattr(base.family.pipeline_class, "from_pretrained", fails)
+    monkeypatch.setattr("spectral_diffusion.models.base.find_spec", lambda package: None)
+    wanted = "needs torchvision; install it with pip install torchvision" if base.family.requires else "VIDEO"
+    with pytest.raises(UserError, match=wanted):
+        load_base(str(family), "cpu")
 
 
 def test_a_base_in_bfloat16_trains_and_draws(family: Path, tmp_path: Path) -> None:

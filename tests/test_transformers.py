@@ -164,7 +164,9 @@ def test_a_fusion_is_a_stock_checkpoint_and_comes_apart_again(
         stock = DiffusionPipeline.from_pretrained(str(config.output)).transformer.get_submodule(FUSED)
         whole = torch.cat([after[f"transformer.{FUSED}.{part}"] for part in ("q", "k", "v", "mlp_gate", "mlp_value")])
         assert torch.equal(stock.weight, whole)
-    fuse_to_folder(config.model_copy(update={"adapters": pair[:1], "output": tmp_path / "one"}))
+    alone = config.model_copy(update={"adapters": pair[:1], "output": tmp_path / "one"})
+    for _ in range(2):  # the second replaces the first
+        fuse_to_folder(alone)
     unfuse(tmp_path / "both", ["mug"], tmp_path / "rest", device="cpu")
     one, rest = (load_base(str(tmp_path / name), "cpu").fingerprint.exact for name in ("one", "rest"))
     assert one == rest
@@ -264,7 +266,7 @@ def test_the_memory_of_a_large_base_is_computed_and_said(
         found = estimate(base.models, base.pipeline.vae, config.model_copy(update=more), 32, "cuda")
         return found.phases["training"]
 
-    assert 3 * peak(batch_size=1) < peak() and peak(gradient_checkpointing=True) < 0.8 * peak()
+    assert 2.8 * peak(batch_size=1) < peak() and peak(gradient_checkpointing=True) < 0.8 * peak()
     monkeypatch.setattr("spectral_diffusion.training.memory.SMALL", 0)
     notes: list[str] = []
     train_to_file(config, hooks=Hooks(notify=notes.append))
@@ -288,7 +290,8 @@ def test_an_export_is_imported_as_the_same_change(family: Path, pair: list[Path]
 
 def test_loras_of_other_networks_are_refused(family: Path, pair: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     export(pair[0], tmp_path / "klein.safetensors", "kohya")
-    with pytest.raises(UserError, match=r"LoRA for (flux-2-klein|z-image|krea-2|a video or diffusion transformer)"):
+    named = r"LoRA for (flux-2-klein|z-image|krea-2|qwen-image-2|a video or diffusion transformer)"
+    with pytest.raises(UserError, match=named):
         import_lora(tmp_path / "klein.safetensors", None, str(tiny_base), device="cpu")
     plain = {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(1, 4)}
     plain |= {key.replace("lora_A", "lora_B"): torch.ones(4, 1) for key in plain}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class Base:
         """The concepts' tokens, with their numbers of vectors."""
         if not self.tokenizers:
             return dict.fromkeys(self.triggers, 1)
-        return known_tokens(self.pipeline.tokenizer)
+        return known_tokens(self.family.tokenizer_of(self.pipeline))
 
     def spell(self, prompt: str, full: bool = False) -> str:
         """A prompt as a pipeline takes it.
@@ -293,7 +294,17 @@ def _load_diffusers(name: str, options: dict[str, Any]) -> Any:
         from diffusers import AutoPipelineForText2Image  # knows a hundred pipelines, and imports them
 
         kind = AutoPipelineForText2Image
-    return kind.from_pretrained(name, use_safetensors=True, **options)
+    try:
+        return kind.from_pretrained(name, use_safetensors=True, **options)
+    except Exception as error:  # the loaders raise nearly everything
+        family = next((family for family in FAMILIES if family.pipeline_class is kind), None)
+        missing = [package for package in family.requires if find_spec(package) is None] if family else []
+        if family is None or not missing:
+            raise
+        raise UserError(
+            f"Cannot load the base '{name}': {family.title} needs {' and '.join(missing)}; install it with "
+            f"pip install {' '.join(missing)}."
+        ) from error
 
 
 def weight_files(source: Path) -> list[Path]:

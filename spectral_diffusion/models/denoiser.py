@@ -82,6 +82,8 @@ class Denoiser(ABC):
     t2i_adapters: ClassVar[Mapping[str, str]] = {}  # kind of control image to a T2I-Adapter on the hub
     decodes_latents: ClassVar[bool] = False  # the pipeline itself, in the precision that its autoencoder wants
     supports_checkpoint: ClassVar[bool] = False  # one file in the original's spelling
+    text_part: ClassVar[str] = "tokenizer"  # of the pipeline, which reads the prompts
+    requires: ClassVar[tuple[str, ...]] = ()  # packages besides this program's own, without which it cannot be loaded
     resting: ClassVar[tuple[str, ...]] = ()  # parts of the pipeline that stay on the CPU until they work
     network_parts: ClassVar[tuple[str, ...]] = ("unet",)  # of the pipeline, which share one dtype
 
@@ -103,7 +105,7 @@ class Denoiser(ABC):
     @classmethod
     def tokenizer_of(cls, pipeline: Any) -> Any:
         """The tokenizer of a pipeline's prompts."""
-        return pipeline.tokenizer
+        return getattr(pipeline, cls.text_part)
 
     @classmethod
     def release(cls, pipeline: Any) -> None:
@@ -326,6 +328,10 @@ class Denoiser(ABC):
     def token_kind(self, layer: str) -> Literal["image", "text", "both"]:
         """Which tokens a layer of a network with joint attention sees; both are the text's, then the image's."""
         raise NotImplementedError
+
+    def hollow_predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """:meth:`predict` with tensors that hold nothing; a network that looks at its inputs' values needs its own."""
+        return self.predict(noisy, timesteps, conditioning)
 
     @property
     def latent_channels(self) -> int:

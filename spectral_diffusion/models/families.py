@@ -17,11 +17,14 @@ from ..core.errors import UserError
 from .denoiser import Denoiser
 from .flux2 import Flux2KleinDenoiser
 from .krea2 import Krea2Denoiser
+from .qwen_image21 import QwenImage21Denoiser
 from .sd import SDDenoiser
 from .sdxl import SDXLDenoiser
 from .z_image import ZImageDenoiser
 
-FAMILIES: tuple[type[Denoiser], ...] = (SDDenoiser, SDXLDenoiser, Flux2KleinDenoiser, ZImageDenoiser, Krea2Denoiser)
+FAMILIES: tuple[type[Denoiser], ...] = (
+    SDDenoiser, SDXLDenoiser, Flux2KleinDenoiser, ZImageDenoiser, Krea2Denoiser, QwenImage21Denoiser,
+)  # fmt: skip
 
 
 def family_of(pipeline: Any) -> type[Denoiser] | None:

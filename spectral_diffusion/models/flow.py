@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from ..core.errors import Fix, UserError
-from .denoiser import Denoiser
+from .denoiser import Conditioning, Denoiser
 
 ROOM = 1.15  # of a module's own bytes, with what it computes
 TOKENS, TIMESTEPS = 512, 1000  # of a prompt and of a schedule, as the pipelines have them
@@ -34,6 +34,11 @@ class FlowDenoiser(Denoiser):
         """The longest prompt in tokens."""
         config: Any = self.pipeline.text_encoder.config.get_text_config()
         return min(TOKENS, int(config.max_position_embeddings))
+
+    def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:
+        # Encoded here, since the pipeline's noise takes the precision of its prompts, which autocast would lower.
+        nothing = Conditioning.stack([self.encode([negative or ""])[0]] * len(prompts))
+        return self.embedding_options(self.encode(prompts), nothing)
 
     @property
     def num_timesteps(self) -> int:

@@ -93,24 +93,12 @@ class Flux2KleinDenoiser(FlowDenoiser):
         count = int(self.pipeline.text_encoder.config.num_hidden_layers)
         return LAYERS if count >= LAYERS[-1] else tuple(-(-count * part // 3) for part in (1, 2, 3))
 
-    def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:
-        # Encoded here, since the pipeline's noise takes the precision of its prompts, which autocast would lower.
-        without = self._encoded([negative or ""]).expand(len(prompts), -1, -1)
-        return {"prompt_embeds": self._encoded(prompts), "negative_prompt_embeds": without}
-
-    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        return Conditioning({"encoder_hidden_states": self._encoded(prompts)})
-
     @torch.no_grad()
-    def _encoded(self, prompts: Sequence[str]) -> Tensor:
-        device = self.device
+    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
+        device, options = self.device, {"text_encoder_out_layers": self.prompt_layers}
         with self.text_encoder_at_work():
-            options = self._encoding_options()
-            embeddings: Tensor = self.pipeline.encode_prompt(list(prompts), device, **options)[0]
-        return embeddings
-
-    def _encoding_options(self) -> dict[str, Any]:
-        return {"max_sequence_length": self.max_tokens, "text_encoder_out_layers": self.prompt_layers}
+            states = self.pipeline.encode_prompt(list(prompts), device, max_sequence_length=self.max_tokens, **options)
+        return Conditioning({"encoder_hidden_states": states[0]})
 
     def hollow_conditioning(self, count: int, layers: int = 1) -> Conditioning:
         width = self.network.config.joint_attention_dim

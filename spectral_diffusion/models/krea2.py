@@ -61,22 +61,14 @@ class Krea2Denoiser(QwenVaeDenoiser):
     def guidance_weight(self, scale: float) -> float:
         return 1 + max(scale, 0.0)  # this pipeline adds the difference from nothing to the prompt's prediction
 
-    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        states, mask = self._encoded(prompts)
-        return Conditioning({"encoder_hidden_states": states, "encoder_attention_mask": mask})
-
     @torch.no_grad()
-    def _encoded(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The prompts' states (n, length, layers, width) and which tokens are theirs, (n, length)."""
+    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         device = self.device
         with self.text_encoder_at_work():
             states, mask = self.pipeline.encode_prompt(list(prompts), device, max_sequence_length=self.max_tokens)
-        rows = [row[own] for row, own in zip(states, mask, strict=True)]
-        return stack_padded(rows), stack_padded([own[own] for own in mask])
-
-    def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:
-        # Encoded here, since the pipeline's noise takes the precision of its prompts, which autocast would lower.
-        return self.embedding_options(self.encode(prompts), self.encode([negative or ""] * len(prompts)))
+        rows = stack_padded([row[own] for row, own in zip(states, mask, strict=True)])
+        own = stack_padded([row[row] for row in mask])  # which of the tokens are the prompt's
+        return Conditioning({"encoder_hidden_states": rows, "encoder_attention_mask": own})
 
     def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
         # The pipeline counts the positions once, so both have one length.

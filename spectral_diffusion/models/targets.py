@@ -12,7 +12,7 @@ from ..core.errors import UserError, nearest, reason, short_repr
 LENGTH = 64  # of a layer's name
 MOST_WORK = 2e7  # steps for one name: a network has some hundreds
 UNET = r"unet\..*"
-BLOCKS = r"transformer\.transformer_blocks\.\d+"  # of FLUX.2 with two streams, of Krea 2 with one
+BLOCKS = r"transformer\.transformer_blocks\.\d+"  # of FLUX.2 with two streams, of Krea 2 and Qwen-Image-2.1 with one
 LAYERS = r"transformer\.layers\.\d+"  # of Z-Image
 SINGLE = r"transformer\.single_transformer_blocks\.\d+"
 TEXT = r"text_encoder(_2)?\..*"
@@ -36,7 +36,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
         UNET + r"\.ff\.net\.(0\.proj|2)",
         TEXT + r"\.mlp\.(fc1|fc2)",
         BLOCKS + r"\.(ff|ff_context)\.linear_(in|out)",
-        BLOCKS + r"\.ff\.(gate|up|down)",
+        BLOCKS + r"\.(ff\.(gate|up|down)|img_mlp\.(proj|out|gate_layer))",
         SINGLE + r"\.attn\.to_qkv_mlp_proj\.(mlp_gate|mlp_value)",
         LAYERS + r"\.feed_forward\.w[123]",
     ),

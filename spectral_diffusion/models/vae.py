@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from torch import Tensor, nn
 
+COLORS = 3
 MOST = 8  # pictures encoded together
 PIXELS = 2**19  # of them; encoding takes more memory than a training step of the same pictures
 
@@ -36,18 +38,32 @@ def has_frames(vae: Any) -> bool:
 
 
 def encoder_input(vae: Any, pixels: Tensor) -> Tensor:
-    """Pictures (n, 3, H, W) in −1…1 as the autoencoder reads them: (n, 3, H, W), or (n, c, 1, H, W) with frames."""
+    """Pictures (n, 3, H, W) in −1…1 as the autoencoder reads them: with an opaque alpha channel, and a frame axis."""
+    if vae.config.get("in_channels") == COLORS + 1:
+        pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1)
     return pixels[:, :, None] if has_frames(vae) else pixels
 
 
 def decode_batch(vae: Any, latents: Tensor) -> Tensor:
-    """The autoencoder's latents (n, channels, h, w) as pictures (n, 3, H, W) in −1…1, all at once."""
+    """The autoencoder's latents (n, channels, h, w) as pictures (n, 3, H, W) in −1…1, all at once.
+
+    What is transparent lies on white.
+    """
+    frames = has_frames(vae)
     latents = latents.to(vae.dtype)
-    if not has_frames(vae):
-        decoded: Tensor = vae.decode(latents, return_dict=False)[0]
-        return decoded
-    frames: Tensor = vae.decode(latents[:, :, None], return_dict=False)[0]
-    return frames[:, :, 0]
+    decoded: Tensor = vae.decode(latents[:, :, None] if frames else latents, return_dict=False)[0]
+    pixels = decoded[:, :, 0] if frames else decoded
+    if pixels.shape[1] == COLORS:
+        return pixels
+    alpha = (pixels[:, COLORS:] + 1) / 2
+    return 1 + alpha * (pixels[:, :COLORS] - 1)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """A picture without transparency."""
+    if image.mode != "RGBA":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def overflows(vae: AutoencoderKL) -> bool:

@@ -10,7 +10,7 @@ import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor
 
-from .denoiser import Conditioning
+from .denoiser import Conditioning, stack_padded
 from .flow import TOKENS, FlowDenoiser
 
 
@@ -44,25 +44,13 @@ class ZImageDenoiser(FlowDenoiser):
 
     # ------------------------------------------------------------------ prompts
 
-    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
-        rows = self._encoded(prompts)
-        padded = torch.stack([torch.nn.functional.pad(row, (0, 0, 0, self.max_tokens - len(row))) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows], device=padded.device)
-        return Conditioning({"encoder_hidden_states": padded, "lengths": lengths})
-
     @torch.no_grad()
-    def _encoded(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Each prompt's states (length, width), without padding."""
+    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         device = self.device
         with self.text_encoder_at_work():
-            rows: list[Tensor] = self.pipeline._encode_prompt(
-                list(prompts), device, max_sequence_length=self.max_tokens
-            )
-        return rows
-
-    def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:
-        without = self._encoded([negative or ""]) * len(prompts)
-        return {"prompt_embeds": self._encoded(prompts), "negative_prompt_embeds": without}
+            rows = self.pipeline._encode_prompt(list(prompts), device, max_sequence_length=self.max_tokens)
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        return Conditioning({"encoder_hidden_states": stack_padded(rows), "lengths": lengths})
 
     def guidance_weight(self, scale: float) -> float:
         return 1 + max(scale, 0.0)  # this pipeline adds the difference from nothing to the prompt's prediction

@@ -66,7 +66,7 @@ def bind(base: Base, scene: Scene, loaded: Mapping[str, Adapter], hooks: Hooks) 
 
 def truncated_text(base: Base, prompt: str) -> str:
     """The end of a prompt that the text encoder never sees; empty if it sees everything."""
-    tokenizer = base.pipeline.tokenizer
+    tokenizer = base.family.tokenizer_of(base.pipeline)
     written = base.spell(prompt, full=True)
     ids = tokenizer(written, truncation=False, add_special_tokens=False).input_ids
     return str(tokenizer.decode(ids[tokenizer.model_max_length - 2 :])).strip()

@@ -103,8 +103,10 @@ def hollow(models: Models, device: str, dtype: torch.dtype | None = None) -> dic
         for parameter in model.parameters():
             empty = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=device)
             memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-        for buffer in model.buffers():
-            memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+        others = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
+        for tensor in (*model.buffers(), *others):  # some modules keep tables in plain attributes
+            if id(tensor) not in memo:
+                memo[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     return copy.deepcopy(dict(models), memo)
 
 
@@ -235,7 +237,7 @@ def hollow_prediction(denoiser: Denoiser, batch: int, size: int, encodings: int 
     side = size // denoiser.vae_scale
     noisy = torch.empty(batch, denoiser.latent_channels, side, side, dtype=denoiser.dtype)
     conditioning = denoiser.hollow_conditioning(batch, encodings)
-    return denoiser.predict(noisy, torch.zeros(batch, dtype=torch.long), conditioning)
+    return denoiser.hollow_predict(noisy, torch.zeros(batch, dtype=torch.long), conditioning)
 
 
 def available(device: torch.device) -> int | None:
