@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_photos
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, Flux3ModularPipeline
 from families import SPELLINGS
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +22,7 @@ from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.merging.export import ExportOptions, export
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.base import Base, base_of, load_base
 from spectral_diffusion.models.denoiser import Conditioning
 from spectral_diffusion.models.vae import decode, encode, on_white
 from spectral_diffusion.scenes.sampling import sample
@@ -202,6 +202,14 @@ def test_a_package_that_a_family_needs_is_named(family: Path, base: Base, monkey
     wanted = "needs torchvision; install it with pip install torchvision" if base.family.requires else "VIDEO"
     with pytest.raises(UserError, match=wanted):
         load_base(str(family), "cpu")
+
+
+def test_a_modular_pipeline_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "modular_model_index.json").write_text('{"_class_name": "Flux3ModularPipeline"}')
+    with pytest.raises(UserError, match=r"is a modular pipeline; these families can be used: .*Qwen-Image-2\.1\."):
+        load_base(str(tmp_path), "cpu")
+    with pytest.raises(UserError, match=r"a Flux3ModularPipeline; these families can be used: Stable Diffusion"):
+        base_of(Flux3ModularPipeline())
 
 
 def test_a_base_in_bfloat16_trains_and_draws(family: Path, tmp_path: Path) -> None:

@@ -27,13 +27,14 @@ from .. import pocket
 from ..core.errors import Fix, UserError, reason
 from ..core.files import check_not_disguised, read_header
 from .denoiser import Denoiser
-from .families import FAMILIES, family_of
+from .families import FAMILIES, family_of, family_titles
 from .fingerprint import Fingerprint, Origin, kept_fingerprint, key_of_files, state_of
 from .targets import find_targets
 from .tokens import add_token_rows, collapse, embedding_of, expand, ids_of, known_tokens, pool_at_end
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # and their tokenizers; SDXL has both
 NETWORKS = tuple(dict.fromkeys(family.network_name for family in FAMILIES))
+MODULAR = "modular_model_index.json"  # of diffusers' modular pipelines
 TRIGGERS = "spectral_triggers"  # among a tokenizer's settings
 DTYPES = {
     "float32": torch.float32,
@@ -232,8 +233,7 @@ def base_of(pipeline: Any, name: str | None = None, dtype: torch.dtype | None = 
         name = "pocket" if name == str(pocket.path()) else name
     family = family_of(pipeline)
     if family is None:
-        known = ", ".join(family.title for family in FAMILIES)
-        raise UserError(f"'{name}' is a {type(pipeline).__name__}; these families can be used: {known}.")
+        raise UserError(f"'{name}' is a {type(pipeline).__name__}; these families can be used: {family_titles()}.")
     try:
         family.prepare(pipeline)
     except ValueError as error:
@@ -265,6 +265,8 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> tuple[Any, str | None]:
     if name == "pocket" and not local.is_dir():
         raise UserError("The pocket base's weights are missing from this installation; install it again.")
     if local.is_dir():
+        if (local / MODULAR).is_file():
+            raise UserError(f"{local} is a modular pipeline; these families can be used: {family_titles()}.")
         if not (local / "model_index.json").is_file():
             raise UserError(f"{local} is not a diffusers folder: it holds no model_index.json.")
         _refuse_pickles(local)

@@ -32,6 +32,11 @@ def family_of(pipeline: Any) -> type[Denoiser] | None:
     return next((family for family in FAMILIES if isinstance(pipeline, family.pipeline_class)), None)
 
 
+def family_titles() -> str:
+    """The families' names in a row."""
+    return ", ".join(family.title for family in FAMILIES)
+
+
 def family_named(architecture: str) -> type[Denoiser] | None:
     """The family of ModelSpec's name of an architecture; None of Stable Diffusion's, which the weights decide."""
     return next((family for family in FAMILIES if architecture and family.architecture == architecture), None)
@@ -55,7 +60,7 @@ def hollow_networks(folder: Path) -> tuple[dict[str, nn.Module], Any]:
     index = DiffusionPipeline.load_config(str(folder))
     family = next((family for family in FAMILIES if family.pipeline_class.__name__ == index["_class_name"]), None)
     if family is None:
-        raise UserError(f"{folder} is a {index['_class_name']}, which cannot be used.")
+        raise UserError(f"{folder} is a {index['_class_name']}; these families can be used: {family_titles()}.")
     networks: dict[str, Any] = {}
     with torch.device("meta"):
         for name in family.encoders:
