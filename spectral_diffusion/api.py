@@ -190,7 +190,7 @@ def load_adapters(pipeline: Pipeline, adapters: Scales, allow_base: bool = False
     if hasattr(pipeline, LOADED):
         raise UserError("Adapters are loaded on this pipeline already; call unload_adapters first.")
     base = base_of(pipeline)
-    setattr(pipeline, LOADED, (_tokens_of(base), pipeline.tokenizer))
+    setattr(pipeline, LOADED, (_tokens_of(base), getattr(pipeline, base.family.text_part)))
     try:
         _own_tokenizers(base)  # the user's own stay as they are
         return apply.put_adapters(base, list(_scales(adapters).items()), allow_base)
@@ -206,7 +206,8 @@ def unload_adapters(pipeline: Pipeline) -> None:
     detach(base.models)
     if kept is None:
         return
-    tokens, pipeline.tokenizer = kept
+    tokens, text_part = kept
+    setattr(pipeline, base.family.text_part, text_part)
     base.family.release(pipeline)
     for encoder, (attribute, tokenizer, embedding) in tokens.items():
         setattr(pipeline, attribute, tokenizer)
@@ -369,7 +370,8 @@ def _tokens_of(base: Base) -> dict[str, tuple[str, Any, Any]]:
 def _own_tokenizers(base: Base) -> None:
     """Give the pipeline copies of its tokenizers and embeddings, which tokens can be added to."""
     if not base.tokenizers:  # its tokenizer keeps the words that stand for tokens
-        base.pipeline.tokenizer = copy.deepcopy(base.pipeline.tokenizer)
+        part = base.family.text_part
+        setattr(base.pipeline, part, copy.deepcopy(getattr(base.pipeline, part)))
     for encoder, (attribute, tokenizer, embedding) in _tokens_of(base).items():
         setattr(base.pipeline, attribute, copy.deepcopy(tokenizer))
         base.models[encoder].set_input_embeddings(copy.deepcopy(embedding))  # type: ignore[operator]

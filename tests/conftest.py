@@ -88,6 +88,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
 
 
+@pytest.fixture(scope="module", params=["klein", "z-image", "krea-2", "qwen-image-2.1"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random transformer of each family, in a folder of the family's name."""
+    from families import MAKERS
+
+    return MAKERS[request.param](tmp_path_factory.mktemp("family") / request.param)
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     return make_photos(tmp_path / "rex")

@@ -1,4 +1,4 @@
-"""FLUX.2 klein and Z-Image on tiny random bases: training, fusing, drawing and taking out, with every method."""
+"""FLUX.2 klein and its like on tiny random bases: training, fusing, drawing and taking out, with every method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_photos
 from diffusers import DiffusionPipeline, Flux2KleinPipeline
-from families import make_tiny_klein, make_tiny_z_image
+from families import make_tiny_klein
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -56,12 +56,6 @@ def klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_klein(tmp_path_factory.mktemp("klein") / "klein")
 
 
-@pytest.fixture(scope="module", params=["klein", "z-image"])
-def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    make = {"klein": make_tiny_klein, "z-image": make_tiny_z_image}[request.param]
-    return make(tmp_path_factory.mktemp("family") / request.param)
-
-
 def settings(base: Path, output: Path, photos: Path, **more: Any) -> TrainConfig:
     given = {"rank": 2, "steps": 3, "device": "cpu", "noise_offset": 0.0, "learning_rate": 1e-2, **more}
     return TrainConfig(concept=photos, output=output, base=str(base), **given)
@@ -82,8 +76,8 @@ def pair(family: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def drawn(pipeline: Any, prompt: str = "a dog") -> torch.Tensor:
     denoiser = base_of(pipeline).denoiser
     images: torch.Tensor = pipeline(
-        **denoiser.prompt_options([prompt], None), width=32, height=32, num_inference_steps=2, guidance_scale=2.0,
-        generator=torch.Generator().manual_seed(0), output_type="pt",
+        **denoiser.prompt_options([prompt], None), **denoiser.guidance_options(2.0), width=32, height=32,
+        num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt",
     ).images  # fmt: skip
     return images
 
@@ -172,7 +166,9 @@ def test_a_fusion_is_a_stock_checkpoint_and_comes_apart_again(
         stock = DiffusionPipeline.from_pretrained(str(config.output)).transformer.get_submodule(FUSED)
         whole = torch.cat([after[f"transformer.{FUSED}.{part}"] for part in ("q", "k", "v", "mlp_gate", "mlp_value")])
         assert torch.equal(stock.weight, whole)
-    fuse_to_folder(config.model_copy(update={"adapters": pair[:1], "output": tmp_path / "one"}))
+    alone = config.model_copy(update={"adapters": pair[:1], "output": tmp_path / "one"})
+    for _ in range(2 if merge == "spectral" else 1):  # the second replaces the first
+        fuse_to_folder(alone)
     unfuse(tmp_path / "both", ["mug"], tmp_path / "rest", device="cpu")
     one, rest = (load_base(str(tmp_path / name), "cpu").fingerprint.exact for name in ("one", "rest"))
     assert one == rest
@@ -217,7 +213,7 @@ def test_what_a_base_learns_no_words_for_is_said(family: Path, photos: Path, pai
     drawing = read_control_image(ControlImage(file=tmp_path / "sketch.png"))
     with pytest.raises(UserError, match="work on Stable Diffusion only"):
         sample(base, ["a dog"], [0], Scene(prompt="a dog", device="cpu"), controls=[drawing])
-    if family.name == "z-image":
+    if family.name != "klein":
         scene = Scene(prompt="a dog", regions=[Region(box=(0, 0, 0.5, 1), prompt="a cup")], device="cpu")
         with pytest.raises(UserError, match="Regions do not work"):
             sample(base, ["a dog"], [0], scene)
@@ -235,21 +231,24 @@ def test_stock_diffusers_draws_with_an_export(
     if what == "adapter":
         fuse_to_folder(FuseConfig(adapters=files, output=tmp_path / "one", device="cpu"))
         source = files[0]
-    output = tmp_path / "out.safetensors"
-    written = export(source, output, kind, ExportOptions(dtype="float32"))
+    output, notes = tmp_path / "out.safetensors", []
+    written = export(source, output, kind, ExportOptions(dtype="float32"), Hooks(notify=notes.append))
     assert [path.suffix for path in written] == [".safetensors", ".md"]  # there are no vectors to write
     with safe_open(output, "pt") as file:
         assert "rex dog" in file.metadata()["modelspec.trigger_phrase"]
         assert family.name in file.metadata()["modelspec.architecture"].replace("flux-2-", "")
+    if family.name == "krea-2" and kind == "kohya":
+        assert any("diffusers does not read" in note for note in notes)
+        return
     wanted = drawn(DiffusionPipeline.from_pretrained(str(tmp_path / ("both" if what == "fusion" else "one"))))
     stock = DiffusionPipeline.from_pretrained(str(family))
     before = drawn(DiffusionPipeline.from_pretrained(str(family)))
     stock.load_lora_weights(str(output))
     stock.set_progress_bar_config(disable=True)
-    options = base_of(DiffusionPipeline.from_pretrained(str(family))).denoiser.prompt_options(["a dog"], None)
+    denoiser = base_of(DiffusionPipeline.from_pretrained(str(family))).denoiser
     found = stock(
-        **options, width=32, height=32, num_inference_steps=2, guidance_scale=2.0,
-        generator=torch.Generator().manual_seed(0), output_type="pt",
+        **denoiser.prompt_options(["a dog"], None), **denoiser.guidance_options(2.0), width=32, height=32,
+        num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt",
     ).images  # fmt: skip
     effect = float((wanted - before).abs().max())
     assert effect > 1e-5 and float((found - wanted).abs().max()) <= 1e-3 * effect + 1e-6
@@ -301,17 +300,20 @@ def test_each_prompt_is_encoded_once_and_as_alone(family: Path, monkeypatch: pyt
 def test_what_is_longer_than_the_text_encoder_reads_is_said(family: Path, pair: list[Path], tmp_path: Path) -> None:
     """Tokens are bytes here, 96 with the template; the tokenizer itself knows no limit, as the real ones."""
     notes: list[str] = []
-    scene = Scene(prompt="a <rex> " + "on the wide beach " * 4 + "with a kite", base=str(family), device="cpu",
+    scene = Scene(prompt="a <rex> " + "by a windy bay " * 5 + "with a boat", base=str(family), device="cpu",
                   output=tmp_path / "out.png", num_inference_steps=1, adapters={str(pair[0]): 1.0})  # fmt: skip
     generate_to_file(scene, Hooks(notify=notes.append))
-    assert any("kite" in note for note in notes)
+    unread = family.name != "qwen-image-2.1"  # whose pipeline reads all of it
+    assert any("boat" in note for note in notes) == unread
+    if not unread:
+        return
     photos = make_photos(tmp_path / "rex", seed=0)
-    behind = settings(family, tmp_path / "a.safetensors", photos, templates=["on the beach " * 8 + "{}"])
+    behind = settings(family, tmp_path / "a.safetensors", photos, templates=["by a windy bay " * 8 + "{}"])
     with pytest.raises(UserError, match="is in the part that is cut off"):
         train_to_file(behind)
     notes.clear()
     train_to_file(
-        settings(family, tmp_path / "b.safetensors", photos, templates=["{} " + "on the beach " * 8], steps=1),
+        settings(family, tmp_path / "b.safetensors", photos, templates=["{} " + "by a windy bay " * 8], steps=1),
         hooks=Hooks(notify=notes.append),
     )
     assert any("longer than this base reads; cut off" in note for note in notes)
@@ -369,7 +371,8 @@ def test_the_memory_of_a_large_base_is_computed_and_said(
         found = estimate(base.models, base.pipeline.vae, config.model_copy(update=more), 32, "cuda")
         return found.phases["training"]
 
-    assert 3 * peak(batch_size=1) < peak() and peak(gradient_checkpointing=True) < 0.8 * peak()
+    whole = peak()
+    assert 2.8 * peak(batch_size=1) < whole and peak(gradient_checkpointing=True) < 0.8 * whole
     monkeypatch.setattr("spectral_diffusion.training.memory.SMALL", 0)
     notes: list[str] = []
     train_to_file(config, hooks=Hooks(notify=notes.append))
@@ -393,7 +396,8 @@ def test_an_export_is_imported_as_the_same_change(family: Path, pair: list[Path]
 
 def test_loras_of_other_networks_are_refused(family: Path, pair: list[Path], tiny_base: Path, tmp_path: Path) -> None:
     export(pair[0], tmp_path / "klein.safetensors", "kohya")
-    with pytest.raises(UserError, match=r"LoRA for (flux-2-klein|z-image|a video or diffusion transformer)"):
+    named = r"LoRA for (flux-2-klein|z-image|krea-2|qwen-image-2|a video or diffusion transformer)"
+    with pytest.raises(UserError, match=named):
         import_lora(tmp_path / "klein.safetensors", None, str(tiny_base), device="cpu")
     plain = {"unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.ones(1, 4)}
     plain |= {key.replace("lora_A", "lora_B"): torch.ones(4, 1) for key in plain}
@@ -429,7 +433,7 @@ LEFT, RIGHT, ALL = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 1
 @pytest.fixture
 def latents(klein: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Draws a scene on klein; gives the latents (1, c, h, w) instead of the picture."""
-    monkeypatch.setattr("spectral_diffusion.scenes.sampling.finished", lambda pipe, output, denoiser: [output])
+    monkeypatch.setattr("spectral_diffusion.scenes.sampling.finished", lambda pipe, output, *rest: [output])
 
     def draw(prompt: str, *regions: Region, bound: Any = (), on: Any = None, **more: Any) -> torch.Tensor:
         given = {"num_inference_steps": 2, "device": "cpu", "mixed_precision": "no", "guidance_scale": 3.0, **more}

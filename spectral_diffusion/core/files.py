@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PIPELINE = {
-    "model_index.json", "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler",
-    "feature_extractor", "image_encoder", "safety_checker",
+    "model_index.json", "unet", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2",
+    "processor", "scheduler", "feature_extractor", "image_encoder", "safety_checker",
 }  # fmt: skip
 DROPPED = {".DS_Store", "Thumbs.db", "desktop.ini"}  # by file managers
 RESOLVED = "# Resolved settings, written by spectral-diffusion.\n"

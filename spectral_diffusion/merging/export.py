@@ -223,6 +223,10 @@ def write_lora(source: ExportSource, output: Path, kind: str, options: ExportOpt
         hooks.notify(
             "ComfyUI does not find the attention layers of this base by kohya's names; for it, choose comfyui."
         )
+    if kind == "kohya" and names and not names.diffusers_reads_kohya:
+        hooks.notify(
+            "diffusers does not read kohya's names of this base's layers; for it, choose diffusers or comfyui."
+        )
     factors = original_layers(factors, names) if names else factors
     if kind == "diffusers":
         tensors = diffusers_tensors(factors, source.kernels, dtype)
@@ -230,7 +234,8 @@ def write_lora(source: ExportSource, output: Path, kind: str, options: ExportOpt
         tensors = comfyui_tensors(factors, names, dtype)
     else:
         tensors = kohya_tensors(factors, source.kernels, dtype, architecture.startswith("stable-diffusion-xl"))
-    write_hashed(output, tensors, lora_metadata(factors, architecture, titles(source)) | ours(source))
+    version = source.family.base_version if source.family else ""
+    write_hashed(output, tensors, lora_metadata(factors, architecture, titles(source), version) | ours(source))
 
 
 def original_names(source: ExportSource, layers: Iterable[str], kind: str) -> OriginalNames | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from .. import pocket
 from ..core.errors import Fix, UserError, reason
 from ..core.files import check_not_disguised, read_header
 from .denoiser import Denoiser
-from .families import FAMILIES, family_of
+from .families import FAMILIES, family_of, family_titles
 from .fingerprint import Fingerprint, Origin, kept_fingerprint, key_of_files, state_of
 from .targets import find_targets
 from .tokens import add_token_rows, collapse, embedding_of, expand, ids_of, known_tokens, pool_at_end
 
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}  # and their tokenizers; SDXL has both
 NETWORKS = tuple(dict.fromkeys(family.network_name for family in FAMILIES))
+MODULAR = "modular_model_index.json"  # of diffusers' modular pipelines
 TRIGGERS = "spectral_triggers"  # among a tokenizer's settings
 DTYPES = {
     "float32": torch.float32,
@@ -81,7 +83,7 @@ class Base:
         """Tokens to the words that stand for them, where the base learns none; they are saved with the tokenizer."""
         if self.tokenizers:
             return {}
-        kept: dict[str, str] = self.pipeline.tokenizer.init_kwargs.setdefault(TRIGGERS, {})
+        kept: dict[str, str] = self.family.tokenizer_of(self.pipeline).init_kwargs.setdefault(TRIGGERS, {})
         return kept
 
     @property
@@ -89,7 +91,7 @@ class Base:
         """The concepts' tokens, with their numbers of vectors."""
         if not self.tokenizers:
             return dict.fromkeys(self.triggers, 1)
-        return known_tokens(self.pipeline.tokenizer)
+        return known_tokens(self.family.tokenizer_of(self.pipeline))
 
     def spell(self, prompt: str, full: bool = False) -> str:
         """A prompt as a pipeline takes it.
@@ -232,10 +234,7 @@ def base_of(pipeline: Any, name: str | None = None, dtype: torch.dtype | None = 
         name = "pocket" if name == str(pocket.path()) else name
     family = family_of(pipeline)
     if family is None:
-        raise UserError(
-            f"'{name}' is a {type(pipeline).__name__}; only Stable Diffusion 1.x, 2.x and XL, FLUX.2 klein and Z-Image "
-            "can be used."
-        )
+        raise UserError(f"'{name}' is a {type(pipeline).__name__}; these families can be used: {family_titles()}.")
     try:
         family.prepare(pipeline)
     except ValueError as error:
@@ -267,6 +266,8 @@ def _load_pipeline(name: str, dtype: torch.dtype) -> tuple[Any, str | None]:
     if name == "pocket" and not local.is_dir():
         raise UserError("The pocket base's weights are missing from this installation; install it again.")
     if local.is_dir():
+        if (local / MODULAR).is_file():
+            raise UserError(f"{local} is a modular pipeline; these families can be used: {family_titles()}.")
         if not (local / "model_index.json").is_file():
             raise UserError(f"{local} is not a diffusers folder: it holds no model_index.json.")
         _refuse_pickles(local)
@@ -296,7 +297,17 @@ def _load_diffusers(name: str, options: dict[str, Any]) -> Any:
         from diffusers import AutoPipelineForText2Image  # knows a hundred pipelines, and imports them
 
         kind = AutoPipelineForText2Image
-    return kind.from_pretrained(name, use_safetensors=True, **options)
+    try:
+        return kind.from_pretrained(name, use_safetensors=True, **options)
+    except Exception as error:  # the loaders raise nearly everything
+        family = next((family for family in FAMILIES if family.pipeline_class is kind), None)
+        missing = [package for package in family.requires if find_spec(package) is None] if family else []
+        if family is None or not missing:
+            raise
+        raise UserError(
+            f"Cannot load the base '{name}': {family.title} needs {' and '.join(missing)}; install it with "
+            f"pip install {' '.join(missing)}."
+        ) from error
 
 
 def weight_files(source: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from ..config.train import ObjectiveConfig
 from ..core.errors import Fix, UserError
 from ..linalg import Factors, to_float64
 from .original_names import OriginalNames
+from .vae import pixels_per_cell
 
 UNIFORM = ObjectiveConfig()
 NEEDS_FLOW = "for bases that match a flow; this one predicts noise or velocity."
@@ -48,8 +49,15 @@ class Conditioning:
 
     @classmethod
     def stack(cls, parts: Sequence[Conditioning]) -> Conditioning:
-        """Single prompts, each without the first dimension, as one batch."""
-        return cls({name: torch.stack([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+        """Single prompts, each without the first dimension, as one batch; shorter ones are filled with zeros."""
+        return cls({name: stack_padded([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+
+def stack_padded(rows: Sequence[Tensor]) -> Tensor:
+    """Tensors (length, …) as one (n, longest, …), zeros behind the shorter ones; numbers as (n,)."""
+    if rows[0].dim() == 0:
+        return torch.stack(list(rows))
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 class Denoiser(ABC):
@@ -62,6 +70,7 @@ class Denoiser(ABC):
         pipeline: the diffusers pipeline, where prompts are to be encoded or images sampled.
     """
 
+    title: ClassVar[str]  # what people call the family
     pipeline_class: ClassVar[Any]
     network_name: ClassVar[str] = "unet"
     network_class: ClassVar[Any]
@@ -72,8 +81,11 @@ class Denoiser(ABC):
     decodes_latents: ClassVar[bool] = False  # the pipeline itself, in the precision that its autoencoder wants
     supports_checkpoint: ClassVar[bool] = False  # one file in the original's spelling
     architecture: ClassVar[str] = ""  # ModelSpec's name of the family; empty where the layers decide
+    base_version: ClassVar[str] = ""  # kohya's name of it
     original_names: ClassVar[OriginalNames | None] = None  # of its layers, in LoRA files for ComfyUI
     comfyui_reads_kohya: ClassVar[bool] = False  # ComfyUI's LoRA files of the family are kohya's
+    text_part: ClassVar[str] = "tokenizer"  # of the pipeline, which reads the prompts
+    requires: ClassVar[tuple[str, ...]] = ()  # packages besides this program's own, without which it cannot be loaded
     resting: ClassVar[tuple[str, ...]] = ()  # parts of the pipeline that stay on the CPU until they work
     network_parts: ClassVar[tuple[str, ...]] = ("unet",)  # of the pipeline, which share one dtype
 
@@ -91,6 +103,11 @@ class Denoiser(ABC):
             ValueError: the pipeline is of this family but cannot be used; the text says why.
         """
         return  # most families need nothing
+
+    @classmethod
+    def tokenizer_of(cls, pipeline: Any) -> Any:
+        """The tokenizer of a pipeline's prompts."""
+        return getattr(pipeline, cls.text_part)
 
     @classmethod
     def release(cls, pipeline: Any) -> None:
@@ -113,8 +130,7 @@ class Denoiser(ABC):
     @property
     def vae_scale(self) -> int:
         """Pixels per latent cell, along one side."""
-        config: Any = self.vae.config
-        return int(2 ** (len(config.block_out_channels) - 1))
+        return pixels_per_cell(self.vae)
 
     @property
     def size(self) -> int:
@@ -133,8 +149,8 @@ class Denoiser(ABC):
         raw: Tensor = latents / self.vae.config.scaling_factor
         return raw
 
-    def raw_output(self, latents: Tensor) -> Tensor:
-        """What the pipeline gives as ``latent``, as the autoencoder reads it."""
+    def raw_output(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """What the pipeline gives as ``latent`` for pictures of that size in pixels, as the autoencoder reads it."""
         return self.denormalize(latents)
 
     def step_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
@@ -154,9 +170,13 @@ class Denoiser(ABC):
 
     def unread_text(self, prompt: str) -> str:
         """The end of a prompt, as a pipeline takes it, that no text encoder sees; empty if it sees everything."""
-        tokenizer = self.pipeline.tokenizer
+        tokenizer = self.tokenizer_of(self.pipeline)
         ids = tokenizer(prompt, truncation=False, add_special_tokens=False).input_ids
         return str(tokenizer.decode(ids[tokenizer.model_max_length - 2 :])).strip()
+
+    def guidance_options(self, scale: float) -> dict[str, Any]:
+        """The pipeline's arguments for a guidance scale, which counts as this family's pipeline counts."""
+        return {"guidance_scale": scale}
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
@@ -273,12 +293,12 @@ class Denoiser(ABC):
                 width=side,
                 height=side,
                 num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
+                **self.guidance_options(guidance_scale),
                 generator=list(generators),
                 output_type="latent",
                 callback_on_step_end=tell,
             ).images
-        return self.from_output(latents)
+        return self.from_output(latents, side, side)
 
     @property
     def sampling_pipeline(self) -> Any:
@@ -300,8 +320,8 @@ class Denoiser(ABC):
         """What a pipeline of this family needs while it samples."""
         yield
 
-    def from_output(self, latents: Tensor) -> Tensor:
-        """What the pipeline gives as ``latent``, as the network reads it."""
+    def from_output(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """What the pipeline gives as ``latent`` for pictures of that size in pixels, as the network reads it."""
         return latents
 
     @abstractmethod
@@ -328,6 +348,10 @@ class Denoiser(ABC):
     def token_kind(self, layer: str) -> Literal["image", "text", "both"]:
         """Which tokens a layer of a network with joint attention sees; both are the text's, then the image's."""
         raise NotImplementedError
+
+    def hollow_predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """:meth:`predict` with tensors that hold nothing; a network that looks at its inputs' values needs its own."""
+        return self.predict(noisy, timesteps, conditioning)
 
     @property
     def latent_channels(self) -> int:

@@ -16,11 +16,15 @@ from torch import nn
 from ..core.errors import UserError
 from .denoiser import Denoiser
 from .flux2 import Flux2KleinDenoiser
+from .krea2 import Krea2Denoiser
+from .qwen_image21 import QwenImage21Denoiser
 from .sd import SDDenoiser
 from .sdxl import SDXLDenoiser
 from .z_image import ZImageDenoiser
 
-FAMILIES: tuple[type[Denoiser], ...] = (SDDenoiser, SDXLDenoiser, Flux2KleinDenoiser, ZImageDenoiser)
+FAMILIES: tuple[type[Denoiser], ...] = (
+    SDDenoiser, SDXLDenoiser, Flux2KleinDenoiser, ZImageDenoiser, Krea2Denoiser, QwenImage21Denoiser,
+)  # fmt: skip
 
 
 def family_of(pipeline: Any) -> type[Denoiser] | None:
@@ -31,6 +35,11 @@ def family_of(pipeline: Any) -> type[Denoiser] | None:
 def family_named(name: str) -> type[Denoiser] | None:
     """The family whose pipeline's class is called so; None if there is none."""
     return next((family for family in FAMILIES if family.pipeline_class.__name__ == name), None)
+
+
+def family_titles() -> str:
+    """The families' names in a row."""
+    return ", ".join(family.title for family in FAMILIES)
 
 
 def denoiser_of(models: Mapping[str, nn.Module], vae: nn.Module) -> Denoiser:
@@ -51,7 +60,7 @@ def hollow_networks(folder: Path) -> tuple[dict[str, nn.Module], Any]:
     index = DiffusionPipeline.load_config(str(folder))
     family = family_named(index["_class_name"])
     if family is None:
-        raise UserError(f"{folder} is a {index['_class_name']}, which cannot be used.")
+        raise UserError(f"{folder} is a {index['_class_name']}; these families can be used: {family_titles()}.")
     networks: dict[str, Any] = {}
     with torch.device("meta"):
         for name in family.encoders:

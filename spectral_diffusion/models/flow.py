@@ -34,6 +34,8 @@ class FlowDenoiser(Denoiser):
     resting: ClassVar[tuple[str, ...]] = ("text_encoder",)
     thinking: ClassVar[bool] = False  # whether the chat template of prompts leaves room to think
 
+    pipeline_options: ClassVar[tuple[str, ...]] = ()  # of the pipeline's config, which a new pipeline is given
+
     @property
     def size(self) -> int:
         return int(self.vae.config.sample_size)
@@ -41,7 +43,13 @@ class FlowDenoiser(Denoiser):
     @property
     def max_tokens(self) -> int:
         """The longest prompt in tokens."""
-        return min(TOKENS, int(self.pipeline.text_encoder.config.max_position_embeddings))
+        config: Any = self.pipeline.text_encoder.config.get_text_config()
+        return min(TOKENS, int(config.max_position_embeddings))
+
+    def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:
+        # Encoded here, since the pipeline's noise takes the precision of its prompts, which autocast would lower.
+        nothing = Conditioning.stack([self.encode([negative or ""])[0]] * len(prompts))
+        return self.embedding_options(self.encode(prompts), nothing)
 
     @property
     def num_timesteps(self) -> int:
@@ -99,14 +107,19 @@ class FlowDenoiser(Denoiser):
         return {}
 
     def unread_text(self, prompt: str) -> str:
+        tokenizer = self.tokenizer_of(self.pipeline)
+        over = self.extra_tokens(prompt)
+        ids = tokenizer(prompt, truncation=False, add_special_tokens=False).input_ids
+        return str(tokenizer.decode(ids[-over:])).strip() if over > 0 else ""
+
+    def extra_tokens(self, prompt: str) -> int:
+        """How many tokens a prompt has beyond the longest; 0 or less if it fits."""
         tokenizer = self.pipeline.tokenizer
         message = [{"role": "user", "content": prompt}]
         whole = tokenizer.apply_chat_template(
             message, tokenize=False, add_generation_prompt=True, enable_thinking=self.thinking
         )
-        over = len(tokenizer(whole, truncation=False).input_ids) - self.max_tokens
-        ids = tokenizer(prompt, truncation=False, add_special_tokens=False).input_ids
-        return str(tokenizer.decode(ids[-over:])).strip() if over > 0 else ""
+        return len(tokenizer(whole, truncation=False).input_ids) - self.max_tokens
 
     @abstractmethod
     def encode_one(self, prompt: str) -> Conditioning:
@@ -119,11 +132,19 @@ class FlowDenoiser(Denoiser):
         def full(module: Any, inputs: Any, outputs: Any) -> Any:
             return (outputs[0].float(), *outputs[1:]) if isinstance(outputs, tuple) else outputs
 
-        handle = self.network.register_forward_hook(full)
+        def own(module: Any, inputs: Any, options: dict[str, Any]) -> Any:  # not every pipeline casts the latents
+            latents = options["hidden_states"].to(self.dtype)
+            return inputs, {**options, "hidden_states": latents}
+
+        handles = [
+            self.network.register_forward_hook(full),
+            self.network.register_forward_pre_hook(own, with_kwargs=True),
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def plain_attention_is_faster(self, half: bool, size: int) -> bool:
         return False  # transformers have no plain processor
@@ -153,11 +174,22 @@ class FlowDenoiser(Denoiser):
     def scheduler(self, name: str) -> Any:
         return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
 
+    def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
+        parts = {**self.pipeline.components, "scheduler": scheduler}
+        if not text_encoders:
+            parts["text_encoder"] = None
+        options = {name: self.pipeline.config[name] for name in self.pipeline_options}
+        pipeline = self.pipeline_class(**parts, **options)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
     def convert_lora(self, name: str, change: Factors) -> dict[str, Factors]:
         """A change of a layer, as another program spells its name, as changes of layers by ``component.path``.
 
         diffusers' reader of the family finds the layers. It splits fused ones, every part with the whole ``down``.
         """
+        if name in self.kohya_names:
+            return {self.kohya_names[name]: change}
         if re.match(KOHYA, name):
             keys = f"{name}.lora_down.weight", f"{name}.lora_up.weight"
         else:
@@ -166,23 +198,22 @@ class FlowDenoiser(Denoiser):
         try:
             found = self.pipeline_class.lora_state_dict({keys[0]: change.down, keys[1]: change.up})
             layers = [key.removesuffix(LORA_A) for key in found if key.endswith(LORA_A)]
-            converted = {layer: Factors(found[layer + LORA_B], found[layer + LORA_A]) for layer in layers}
+            return {layer: Factors(found[layer + LORA_B], found[layer + LORA_A]) for layer in layers}
         except (ValueError, KeyError, IndexError, RuntimeError):  # none of its names
-            converted = {}
-        if not converted and name in self.kohya_names:
-            return {self.kohya_names[name]: change}
-        return converted
+            return {}
 
     @cached_property
     def kohya_names(self) -> dict[str, str]:
-        """Layers by the original's names in kohya's spelling, without fused ones: diffusers' reader knows not all."""
+        """Layers by their names and the original's in kohya's spelling; diffusers' readers do not know all.
+
+        Layers that the original fuses are left to diffusers' reader.
+        """
         paths = [path for path, module in self.network.named_modules() if isinstance(module, nn.Linear)]
-        found = {path: self.original_names.find(path) for path in paths} if self.original_names else {}
-        return {
-            f"lora_unet_{one[0].replace('.', '_')}": f"{self.network_name}.{path}"
-            for path, one in found.items()
-            if one and not one[1]
-        }
+        spelled = {path: path for path in paths}
+        if self.original_names:
+            found = {path: self.original_names.find(path) for path in paths}
+            spelled |= {one[0]: path for path, one in found.items() if one and not one[1]}
+        return {f"lora_unet_{name.replace('.', '_')}": f"{self.network_name}.{path}" for name, path in spelled.items()}
 
 
 def has_room(module: nn.Module, device: torch.device) -> bool:

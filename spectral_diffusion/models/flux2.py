@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,14 +41,17 @@ ORIGINAL = OriginalNames(
 class Flux2KleinDenoiser(FlowDenoiser):
     """FLUX.2 klein, base and distilled. Latents are the autoencoder's in patches of 2 × 2, normalized."""
 
+    title: ClassVar[str] = "FLUX.2 klein"
+    architecture: ClassVar[str] = "flux-2-klein"
+    base_version: ClassVar[str] = "flux2"
     pipeline_class: ClassVar[Any] = Flux2KleinPipeline
+    pipeline_options: ClassVar[tuple[str, ...]] = ("is_distilled",)
     network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[Any] = Flux2Transformer2DModel
     encoders: ClassVar[Mapping[str, str]] = {}
     network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
 
     attention: ClassVar[Literal["cross", "joint", "single"]] = "joint"
-    architecture: ClassVar[str] = "flux-2-klein"
     original_names: ClassVar[OriginalNames | None] = ORIGINAL
 
     @classmethod
@@ -82,10 +85,10 @@ class Flux2KleinDenoiser(FlowDenoiser):
         std = (norm.running_var + self.vae.config.batch_norm_eps).sqrt()
         return norm.running_mean.view(1, -1, 1, 1).to(like), std.view(1, -1, 1, 1).to(like)
 
-    def raw_output(self, latents: Tensor) -> Tensor:
+    def raw_output(self, latents: Tensor, height: int, width: int) -> Tensor:
         return latents  # as this pipeline gives them
 
-    def from_output(self, latents: Tensor) -> Tensor:
+    def from_output(self, latents: Tensor, height: int, width: int) -> Tensor:
         return self.normalize(latents)
 
     def step_latents(self, latents: Tensor, height: int, width: int) -> Tensor:
@@ -100,21 +103,15 @@ class Flux2KleinDenoiser(FlowDenoiser):
         count = int(self.pipeline.text_encoder.config.num_hidden_layers)
         return LAYERS if count >= LAYERS[-1] else tuple(-(-count * part // 3) for part in (1, 2, 3))
 
-    def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:
-        # Encoded here, since the pipeline's noise takes the precision of its prompts, which autocast would lower.
-        return self.embedding_options(self.encode(prompts), self.encode([negative or ""] * len(prompts)))
-
     def encode_one(self, prompt: str) -> Conditioning:
+        device, options = self.pipeline.text_encoder.device, {"text_encoder_out_layers": self.prompt_layers}
         embeddings: Tensor = self.pipeline.encode_prompt(
-            [prompt], self.pipeline.text_encoder.device, **self._encoding_options()
+            [prompt], device, max_sequence_length=self.max_tokens, **options
         )[0]
         return Conditioning({"encoder_hidden_states": embeddings[0]})
 
     def effective_guidance(self, scale: float) -> float:
         return 1.0 if self.pipeline.config.is_distilled else super().effective_guidance(scale)
-
-    def _encoding_options(self) -> dict[str, Any]:
-        return {"max_sequence_length": self.max_tokens, "text_encoder_out_layers": self.prompt_layers}
 
     def hollow_conditioning(self, count: int, layers: int = 1) -> Conditioning:
         width = self.network.config.joint_attention_dim
@@ -144,14 +141,6 @@ class Flux2KleinDenoiser(FlowDenoiser):
             **extra,
         )[0]
         return predicted.transpose(1, 2).unflatten(2, noisy.shape[-2:]).float()
-
-    def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
-        parts = {**self.pipeline.components, "scheduler": scheduler}
-        if not text_encoders:
-            parts["text_encoder"] = None
-        pipeline = Flux2KleinPipeline(**parts, is_distilled=self.pipeline.config.is_distilled)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
 
 
 def fused_rows(module: nn.Module) -> dict[str, dict[str, int]]:

@@ -18,6 +18,7 @@ class OriginalNames:
         down: what the key of a LoRA's down factor ends with. diffusers' reader of the family must split fused layers
             under such keys, and ComfyUI must read them.
         up: the same for the up factor.
+        diffusers_reads_kohya: whether diffusers reads these names in kohya's spelling.
         in_kohya: whether kohya's files of the family have these names too; else they have those of diffusers.
     """
 
@@ -25,6 +26,7 @@ class OriginalNames:
     down: str = "lora_A.weight"
     up: str = "lora_B.weight"
     in_kohya: bool = True
+    diffusers_reads_kohya: bool = True
 
     def find(self, path: str) -> tuple[str, str] | None:
         """The original's path of a layer, and the third of that layer that it is; None where it has no such name."""

@@ -26,6 +26,7 @@ WORDS = 77  # tokens of a prompt
 class SDDenoiser(Denoiser):
     """Stable Diffusion 1.x and 2.x."""
 
+    title: ClassVar[str] = "Stable Diffusion 1.x and 2.x"
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     network_class: ClassVar[Any] = UNet2DConditionModel
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}

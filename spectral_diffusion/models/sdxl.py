@@ -16,6 +16,7 @@ from .sd import SDDenoiser
 class SDXLDenoiser(SDDenoiser):
     """Stable Diffusion XL. Its empty prompt is zeros, where the pipeline says so."""
 
+    title: ClassVar[str] = "Stable Diffusion XL"
     pipeline_class: ClassVar[Any] = StableDiffusionXLPipeline
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
     network_parts: ClassVar[tuple[str, ...]] = ("unet", "text_encoder", "text_encoder_2")

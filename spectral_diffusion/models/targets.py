@@ -13,7 +13,7 @@ EVERYTHING = "re:.*"  # every linear layer and convolution, also those that no p
 LENGTH = 64  # of a layer's name
 MOST_WORK = 2e7  # steps for one name: a network has some hundreds
 UNET = r"unet\..*"
-DOUBLE = r"transformer\.transformer_blocks\.\d+"  # of FLUX.2
+BLOCKS = r"transformer\.transformer_blocks\.\d+"  # of FLUX.2 with two streams, of Krea 2 and Qwen-Image-2.1 with one
 LAYERS = r"transformer\.layers\.\d+"  # of Z-Image
 SINGLE = r"transformer\.single_transformer_blocks\.\d+"
 TEXT = r"text_encoder(_2)?\..*"
@@ -23,7 +23,7 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "attention": (
         UNET + r"\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
         TEXT + r"\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
-        DOUBLE + r"\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
+        BLOCKS + r"\.attn\.(to_q|to_k|to_v|to_gate|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)",
         SINGLE + r"\.attn\.(to_qkv_mlp_proj\.[qkv]|to_out)",
         LAYERS + r"\.attention\.(to_q|to_k|to_v|to_out\.0)",
     ),
@@ -36,7 +36,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "feed-forward": (
         UNET + r"\.ff\.net\.(0\.proj|2)",
         TEXT + r"\.mlp\.(fc1|fc2)",
-        DOUBLE + r"\.(ff|ff_context)\.linear_(in|out)",
+        BLOCKS + r"\.(ff|ff_context)\.linear_(in|out)",
+        BLOCKS + r"\.(ff\.(gate|up|down)|img_mlp\.(proj|out|gate_layer))",
         SINGLE + r"\.attn\.to_qkv_mlp_proj\.(mlp_gate|mlp_value)",
         LAYERS + r"\.feed_forward\.w[123]",
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +30,9 @@ ORIGINAL = OriginalNames(
 class ZImageDenoiser(FlowDenoiser):
     """Z-Image and Z-Image-Turbo. The network takes 1 − σ for its time and gives the negative velocity."""
 
+    title: ClassVar[str] = "Z-Image"
+    architecture: ClassVar[str] = "z-image"
+    base_version: ClassVar[str] = "zimage"
     pipeline_class: ClassVar[Any] = ZImagePipeline
     network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[Any] = ZImageTransformer2DModel
@@ -37,7 +40,6 @@ class ZImageDenoiser(FlowDenoiser):
     network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
 
     attention: ClassVar[Literal["cross", "joint", "single"]] = "single"
-    architecture: ClassVar[str] = "z-image"
     thinking: ClassVar[bool] = True
     original_names: ClassVar[OriginalNames | None] = ORIGINAL
 
@@ -60,11 +62,7 @@ class ZImageDenoiser(FlowDenoiser):
     def encode_one(self, prompt: str) -> Conditioning:
         device = self.pipeline.text_encoder.device  # the network may have made room
         [row] = self.pipeline._encode_prompt([prompt], device, max_sequence_length=self.max_tokens)
-        padded = torch.nn.functional.pad(row, (0, 0, 0, self.max_tokens - len(row)))
-        return Conditioning({"encoder_hidden_states": padded, "lengths": torch.tensor(len(row))})
-
-    def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:
-        return self.embedding_options(self.encode(prompts), self.encode([negative or ""] * len(prompts)))
+        return Conditioning({"encoder_hidden_states": row, "lengths": torch.tensor(len(row))})
 
     def effective_guidance(self, scale: float) -> float:
         return 1 + max(scale, 0.0)  # this pipeline adds scale (c − e) to c
@@ -88,14 +86,6 @@ class ZImageDenoiser(FlowDenoiser):
     @contextmanager
     def sampling(self) -> Iterator[None]:
         yield  # this pipeline keeps its steps in float32 itself
-
-    def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
-        parts = {**self.pipeline.components, "scheduler": scheduler}
-        if not text_encoders:
-            parts["text_encoder"] = None
-        pipeline = ZImagePipeline(**parts)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
 
 
 def _rows(conditioning: Conditioning) -> list[Tensor]:

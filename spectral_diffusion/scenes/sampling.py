@@ -22,7 +22,7 @@ from ..core.precision import autocast, resolve_mixed_precision, tf32
 from ..linalg import Factors
 from ..models.base import Base
 from ..models.denoiser import Denoiser
-from ..models.vae import decode, in_portions, overflows, upcast
+from ..models.vae import decode, decode_batch, in_portions, overflows, upcast
 from .control import ControlMap, adapter_of, weighed
 from .region_mask import region_mask
 from .regions import EncodedRegion, RegionalPrompts, changed, regional
@@ -124,7 +124,7 @@ class SceneSampler:
                 output = pipe(
                     **prompt_options,
                     num_inference_steps=scene.num_inference_steps,
-                    guidance_scale=scene.guidance_scale,
+                    **self.base.denoiser.guidance_options(scene.guidance_scale),
                     generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
                     width=self.width,
                     height=self.height,
@@ -133,7 +133,7 @@ class SceneSampler:
                     **self._control_options(len(chunk)),
                     **self._callback(state, index, batches),
                 ).images
-            return finished(pipe, output, self.base.denoiser)
+            return finished(pipe, output, self.base.denoiser, (self.height, self.width))
 
     def _regional_state(self, count: int) -> RegionalPrompts | TokenRegions:
         """The regions at step 0 of a batch."""
@@ -179,8 +179,10 @@ class SceneSampler:
         return {"callback_on_step_end": after_with_state}
 
 
-def finished(pipe: Any, output: Any, denoiser: Denoiser) -> list[Image.Image]:
+def finished(pipe: Any, output: Any, denoiser: Denoiser, size: tuple[int, int]) -> list[Image.Image]:
     """The pictures of a pipeline that gave latents, as it would have decoded them; in float32 if they overflow else.
+
+    ``size`` is their height and width in pixels.
 
     XL's decodes in float32 by itself where its autoencoder's config says so, and gave pictures.
 
@@ -189,10 +191,10 @@ def finished(pipe: Any, output: Any, denoiser: Denoiser) -> list[Image.Image]:
     """
     if not isinstance(output, torch.Tensor):
         return list(output)
-    pixels = pipe.vae.decode(denoiser.raw_output(output).to(pipe.vae.dtype), return_dict=False)[0]
+    pixels = decode_batch(pipe.vae, denoiser.raw_output(output, *size))
     if overflows(pipe.vae) and not torch.isfinite(pixels).all():
         with upcast(pipe.vae):
-            pixels = pipe.vae.decode(denoiser.raw_output(output.float()), return_dict=False)[0]
+            pixels = decode_batch(pipe.vae, denoiser.raw_output(output.float(), *size))
     if not torch.isfinite(pixels).all():
         raise not_finite(output.dtype)
     return list(pipe.image_processor.postprocess(pixels))

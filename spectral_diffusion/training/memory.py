@@ -27,7 +27,7 @@ from ..models.denoiser import Denoiser
 from ..models.families import denoiser_of
 from ..models.per_layer_tokens import cross_attention
 from ..models.targets import find_targets
-from ..models.vae import at_once, overflows
+from ..models.vae import at_once, decode_batch, encoder_input, latent_channels, overflows, pixels_per_cell
 from ..slots.ledger import Slot
 from .prior_images import CHUNK as PICTURES_AT_ONCE
 
@@ -103,8 +103,10 @@ def hollow(models: Models, device: str, dtype: torch.dtype | None = None) -> dic
         for parameter in model.parameters():
             empty = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=device)
             memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-        for buffer in model.buffers():
-            memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+        others = [leaf for module in model.modules() for leaf in tree_leaves(vars(module)) if isinstance(leaf, Tensor)]
+        for tensor in (*model.buffers(), *others):  # some modules keep tables in plain attributes
+            if id(tensor) not in memo:
+                memo[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
     return copy.deepcopy(dict(models), memo)
 
 
@@ -198,7 +200,7 @@ class TrainingPhases:
     def encode_photos(self) -> None:
         """Encode as many crops of a photo as go through the autoencoder together."""
         vae, crops = self.working_vae(), min(at_once(self.size, self.size), self.config.crops_per_image)
-        vae.encode(torch.empty(crops, 3, self.size, self.size, dtype=next(vae.parameters()).dtype))
+        vae.encode(encoder_input(vae, torch.empty(crops, 3, self.size, self.size, dtype=next(vae.parameters()).dtype)))
 
     @torch.no_grad()
     def draw_prior_images(self) -> None:
@@ -210,9 +212,8 @@ class TrainingPhases:
         """Predict for the validation prompts, with and without guidance, and decode one picture."""
         self.predict(2 * len(self.config.validation.prompts))
         vae = self.working_vae() if self.denoiser.decodes_latents else self.vae  # as diffusers' pipelines do
-        side = self.size // 2 ** (len(vae.config.block_out_channels) - 1)
-        shape = (1, vae.config.latent_channels, side, side)
-        vae.decode(torch.empty(shape, dtype=next(vae.parameters()).dtype))
+        side = self.size // pixels_per_cell(vae)
+        decode_batch(vae, torch.empty(1, latent_channels(vae), side, side))
 
     def train_step(self) -> None:
         """Predict and backpropagate for one batch of photos and prior images."""
@@ -236,7 +237,7 @@ def hollow_prediction(denoiser: Denoiser, batch: int, size: int, encodings: int 
     side = size // denoiser.vae_scale
     noisy = torch.empty(batch, denoiser.latent_channels, side, side, dtype=denoiser.dtype)
     conditioning = denoiser.hollow_conditioning(batch, encodings)
-    return denoiser.predict(noisy, torch.zeros(batch, dtype=torch.long), conditioning)
+    return denoiser.hollow_predict(noisy, torch.zeros(batch, dtype=torch.long), conditioning)
 
 
 def available(device: torch.device) -> int | None:

@@ -24,6 +24,7 @@ from ..data.image_grid import enlarged, labelled_grid
 from ..metrics.identity import IdentityEncoder, identity_score, load_identity_encoder
 from ..models.base import Base
 from ..models.prompt_encoder import PromptEncoder
+from ..models.vae import on_white
 from .card import write_card
 from .optimizers import EMA
 from .status import add_point
@@ -69,14 +70,12 @@ def validation_images(
     for strength in config.scales:
         with torch.no_grad(), torch.random.fork_rng([]), at_strength(attachment, strength):
             options = denoiser.embedding_options(condition(prompts), condition([""] * len(prompts)))
-            columns.append(
-                pipe(
-                    width=condition.size, height=condition.size, num_inference_steps=config.num_inference_steps,
-                    guidance_scale=config.guidance_scale,
-                    generator=[torch.Generator("cpu").manual_seed(config.seed + row) for row in range(len(prompts))],
-                    **options,
-                ).images
-            )  # fmt: skip
+            images = pipe(
+                width=condition.size, height=condition.size, num_inference_steps=config.num_inference_steps,
+                generator=[torch.Generator("cpu").manual_seed(config.seed + row) for row in range(len(prompts))],
+                **options, **denoiser.guidance_options(config.guidance_scale),
+            ).images  # fmt: skip
+            columns.append([on_white(image) for image in images])
     pipe.vae.use_slicing = slicing
     return [list(row) for row in zip(*columns, strict=True)]
 

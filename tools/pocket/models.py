@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,9 +194,11 @@ class Trainee(nn.Module):
         return self.unet(noisy, timesteps, words, down_intrablock_additional_residuals=features).sample
 
     @torch.no_grad()
-    def load_pipeline(self, folder: Path) -> None:
-        """Take the weights of a folder that :func:`save_pipeline` wrote."""
+    def load_pipeline(self, folder: Path, parts: Collection[str] | None = None) -> None:
+        """Take the weights of a folder that :func:`save_pipeline` wrote; default: all parts."""
         for name, module in self.named_children():
+            if parts is not None and name not in parts:
+                continue
             kind: Any = type(module)
             loaded = kind.from_pretrained(folder / name, dtype=torch.float32)
             module.load_state_dict(loaded.state_dict())

@@ -184,7 +184,8 @@ def run_vae(piece: Piece, recipe: VaeRecipe, limits: Limits, decay_samples: int 
     progress = training.progress
     progress.decay(decay_samples)
     trainee = Trainee(SIZES[piece.sizes])
-    trainee.load_pipeline(pocket.path() if piece.start == "pocket" else Path(piece.start))
+    start = pocket.path() if piece.start == "pocket" else Path(piece.start)
+    trainee.load_pipeline(start, ("text_encoder", "unet"))
     trainee.requires_grad_(False).to(compute.device)
     bank = bank_of(piece.work, 128, piece.puppets, compute, piece.workers)
     planner = vae_planner(Planner(bank.catalogue, trainee.tokenizer, Mix(), piece.batch))

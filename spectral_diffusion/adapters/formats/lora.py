@@ -138,22 +138,23 @@ def names_of(layers: Iterable[str]) -> dict[str, str]:
     return out
 
 
-def lora_metadata(factors: Mapping[str, Factors], base_model: str, about: Mapping[str, str]) -> dict[str, str]:
+def lora_metadata(
+    factors: Mapping[str, Factors], base_model: str, about: Mapping[str, str], version: str = ""
+) -> dict[str, str]:
     """The metadata that kohya's tools and ModelSpec 1.0.1 read. No timestamps: the same content is the same file.
+
+    ``version`` is kohya's name of the base; default: Stable Diffusion's.
 
     diffusers' ``lora_adapter_metadata`` is left out: it names modules, and the text encoder's names changed with
     transformers 5.6; ranks and alpha are in the tensors.
     """
     ranks = {len(pair.down) for pair in factors.values()}
-    version = {
-        "stable-diffusion-xl-v1-base": "sdxl_base_v1-0", "stable-diffusion-v2": "sd_v2",
-        "flux-2-klein": "flux2", "z-image": "zimage",
-    }  # fmt: skip
+    versions = {"stable-diffusion-xl-v1-base": "sdxl_base_v1-0", "stable-diffusion-v2": "sd_v2"}
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(max(ranks)) if len(ranks) == 1 else "Dynamic",
-        "ss_base_model_version": version.get(base_model, "sd_v1"),
+        "ss_base_model_version": version or versions.get(base_model, "sd_v1"),
         "ss_v2": str(base_model == "stable-diffusion-v2"),
         "ss_output_name": about.get("title", "adapter"),
         "modelspec.sai_model_spec": "1.0.1",

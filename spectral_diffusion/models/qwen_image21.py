@@ -1,0 +1,121 @@
+"""Qwen-Image-2.1: a transformer whose text tokens see only what precedes them, prompts by a Qwen3-VL, RGBA latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel
+from torch import Tensor
+
+from .denoiser import Conditioning
+from .flow import TOKENS
+from .original_names import OriginalNames
+from .qwen_vae import QwenVaeDenoiser
+
+# ComfyUI's files have both halves of img_mlp's first layer in one, which diffusers' LoRA reader does not split.
+ORIGINAL = OriginalNames(((r"(?!.*\.img_mlp\.(proj|gate_layer)$).+", r"\g<0>", ""),))
+SLOT = 4  # image tokens for which a place in the prompt stands
+
+
+class QwenImage21Denoiser(QwenVaeDenoiser):
+    """Qwen-Image-2.1. The network takes σ for its time and gives the velocity.
+
+    Guidance 1 is none, which the model is made for. The position of a picture's tokens follows from the length of its
+    prompt, padding included: prompts of different lengths are predicted apart here, as each alone. The stock pipeline
+    pads prompts that it samples together, which moves their pictures a little.
+    """
+
+    title: ClassVar[str] = "Qwen-Image-2.1"
+    architecture: ClassVar[str] = "qwen-image-2.1"
+    base_version: ClassVar[str] = "qwen_image_21"
+    pipeline_class: ClassVar[Any] = QwenImage21Pipeline
+    pipeline_options: ClassVar[tuple[str, ...]] = ("sample_sigmas",)
+    text_part: ClassVar[str] = "processor"
+    requires: ClassVar[tuple[str, ...]] = ("torchvision",)  # of its text processor, which also reads pictures
+    network_name: ClassVar[str] = "transformer"
+    network_class: ClassVar[Any] = QwenImage21Transformer2DModel
+    encoders: ClassVar[Mapping[str, str]] = {}
+    network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
+
+    attention: ClassVar[Literal["cross", "joint", "single"]] = "single"
+    original_names: ClassVar[OriginalNames | None] = ORIGINAL
+
+    @classmethod
+    def tokenizer_of(cls, pipeline: Any) -> Any:
+        return super().tokenizer_of(pipeline).tokenizer
+
+    @property
+    def side_multiple(self) -> int:
+        return 2 * self.vae_scale  # a place in the prompt stands for 2 × 2 cells
+
+    # ------------------------------------------------------------------ prompts
+
+    def guidance_options(self, scale: float) -> dict[str, Any]:
+        return {"true_cfg_scale": scale}
+
+    def encode_one(self, prompt: str) -> Conditioning:
+        states = self.pipeline.encode_prompt([prompt], device=self.pipeline.text_encoder.device)[0][0]
+        return Conditioning({"encoder_hidden_states": states, "lengths": torch.tensor(len(states))})
+
+    def extra_tokens(self, prompt: str) -> int:
+        return 0  # this pipeline reads all of a prompt
+
+    def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        for name, part in (("prompt_embeds", positive), ("negative_prompt_embeds", negative)):
+            states, lengths = part.tensors["encoder_hidden_states"], part.tensors["lengths"]
+            places = torch.arange(states.shape[1], device=lengths.device)
+            options |= {name: states, f"{name}_mask": places < lengths[:, None]}
+        return options
+
+    def hollow_conditioning(self, count: int, layers: int = 1) -> Conditioning:
+        width = self.network.config.context_in_dim
+        return Conditioning({"encoder_hidden_states": torch.empty(count, TOKENS, width, dtype=self.dtype)})
+
+    # ------------------------------------------------------------------ prediction and files
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning, **extra: Any) -> Tensor:
+        states, lengths = conditioning.tensors["encoder_hidden_states"], conditioning.tensors["lengths"]
+        out: list[Tensor | None] = [None] * len(noisy)
+        for length in lengths.unique().tolist():
+            alike = (lengths == length).nonzero()[:, 0]
+            words, chosen = states[alike, :length].to(self.dtype), alike.to(noisy.device)
+            predicted = self._predict_alike(noisy[chosen], timesteps[chosen], words, extra)
+            for row, one in zip(alike.tolist(), predicted, strict=True):
+                out[row] = one
+        return torch.stack([row for row in out if row is not None])
+
+    def _predict_alike(self, noisy: Tensor, timesteps: Tensor, words: Tensor, extra: Mapping[str, Any]) -> Tensor:
+        """The predictions for prompts (n, length, width) of one length."""
+        rows, columns = noisy.shape[-2:]
+        count, length = words.shape[:2]
+        places = torch.zeros(count, length + rows * columns // SLOT, dtype=torch.bool, device=noisy.device)
+        places[:, length:] = True  # the picture's, behind the prompt
+        predicted: Tensor = self.network(
+            hidden_states=self.pack(noisy.to(self.dtype)),
+            encoder_hidden_states=words,
+            timestep=self.sigmas(timesteps),
+            img_shapes=[[(1, rows, columns)]] * count,
+            img_mask=places,
+            return_dict=False,
+            **extra,
+        )[0]
+        return self.unpack(predicted[:, -rows * columns :], rows, columns).float()
+
+    def hollow_predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network part by part: as a whole it looks at the values of its masks."""
+        network, words = self.network, conditioning.tensors["encoder_hidden_states"]
+        length, (rows, columns) = words.shape[1], noisy.shape[-2:]
+        tokens = torch.cat([network.txt_in(words), network.img_in(self.pack(noisy.to(self.dtype)))], 1)
+        turns = torch.empty(tokens.shape[1], network.config.attention_head_dim // 2, dtype=torch.complex64)
+        picture = torch.arange(tokens.shape[1]) >= length
+        time = network.time_text_embed(torch.zeros(len(noisy) + 1), tokens)  # the text's own is 0
+        modulation, segments = network.modulation(time), [(0, length, True)]
+        for block in network.transformer_blocks:
+            inputs = (tokens, modulation, turns, None, picture, None, None, None, segments, None)
+            checkpoint = network.gradient_checkpointing and torch.is_grad_enabled()
+            tokens = network._gradient_checkpointing_func(block, *inputs) if checkpoint else block(*inputs)
+        predicted = network.proj_out(network.norm_out(tokens, time, picture))
+        return self.unpack(predicted[:, length:], rows, columns).float()
