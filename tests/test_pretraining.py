@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -20,7 +21,7 @@ from spectral_diffusion.core.files import write_tensors
 from spectral_diffusion.scenes.keypose import draw_keypose
 from tools.pocket import puppets, render, travel
 from tools.pocket.base import Recipe, Training, changed, velocity_loss
-from tools.pocket.batches import Batch, Mix
+from tools.pocket.batches import Batch, Mix, token_ids
 from tools.pocket.compute import Compute, choose
 from tools.pocket.device import (
     DeviceRenderer,
@@ -208,7 +209,7 @@ def test_the_device_draws_as_the_other_renderer_does() -> None:
 
 
 def test_plans_depend_on_their_step_alone_wherever_they_are_made(bank: Bank) -> None:
-    planner = Planner(bank.catalogue, build_tokenizer(), Mix(wide=0.5), 8)
+    planner = Planner(bank.catalogue, partial(token_ids, build_tokenizer()), Mix(wide=0.5), 8)
     plans = {step: planner(step) for step in (3, 4, 5)}
     assert plans[3].captions != plans[4].captions and planner(3).captions == plans[3].captions
     ahead = planned_ahead(ThreadPoolExecutor(1, initializer=begin_planning, initargs=(planner,)), 3, 2)
@@ -224,7 +225,7 @@ def test_plans_depend_on_their_step_alone_wherever_they_are_made(bank: Bank) -> 
 
 
 def test_batches_are_seen_again_where_drawing_costs_time(bank: Bank) -> None:
-    planner = Planner(bank.catalogue, build_tokenizer(), Mix(wide=0.0), 4)
+    planner = Planner(bank.catalogue, partial(token_ids, build_tokenizer()), Mix(wide=0.0), 4)
     source = DeviceSource(DeviceRenderer(bank, CPU), build_vae((8, 8)), planner, reuse=3)
     first = source(0)
     assert first.latents.shape == (4, 8, 16, 16) and first.where.shape == (4, 1, 16, 16) and first.samples == 4
@@ -401,7 +402,7 @@ def test_no_step_waits_for_the_device(bank: Bank, monkeypatch: pytest.MonkeyPatc
     adamw = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda parameters, fused, **settings: adamw(parameters, **settings))
     shapes = Shapes(torch.device("meta"), True)
-    planner = Planner(bank.catalogue, build_tokenizer(), Mix(wide=0.0, sketch=0.5, keypose=1.0), 16)
+    planner = Planner(bank.catalogue, partial(token_ids, build_tokenizer()), Mix(wide=0.0, sketch=0.5, keypose=1.0), 16)
     plan = planner(1)
     assert plan.sketch_rows and plan.keypose_rows
     backdrops = {wide: pictures.to("meta") for wide, pictures in bank.backdrops.items()}

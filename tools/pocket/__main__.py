@@ -166,6 +166,53 @@ def vae(
     run_vae(piece, recipe, Limits(minutes, until_samples), decay_samples, echo)
 
 
+@app.command("transformer")
+def transformer(
+    work: WorkOption = Path("pretraining"),
+    start: Annotated[str, typer.Option(help="The pipeline whose autoencoder it takes the first time.")] = "pocket",
+    minutes: MinutesOption = math.inf,
+    until_samples: UntilOption = None,
+    decay_samples: DecayOption = None,
+    rate: RateOption = 1e-3,
+    batch: BatchOption = 32,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = 2,
+    workers: WorkersOption = 0,
+    puppets: PuppetsOption = 24,
+    reuse: Annotated[int, typer.Option(help="How often every batch is seen, each time with other noise.")] = 2,
+    sheet_samples: Annotated[int, typer.Option(help="Draw a sample sheet after so many; 0: never.")] = 50_000,
+) -> None:
+    """Train the pocket transformer for one piece (goes on where the last one stopped)."""
+    import torch
+
+    from spectral_diffusion import pocket
+
+    from .pieces import Piece
+    from .transformer import FlowRecipe
+    from .transformer_piece import run_transformer
+
+    torch.set_num_threads(threads)
+    folder = str(pocket.path()) if start == "pocket" else start
+    piece = Piece(
+        work, folder, batch=batch, device=device, workers=workers, puppets=puppets, reuse=reuse,
+        sheet_samples=sheet_samples,
+    )  # fmt: skip
+    run_transformer(piece, FlowRecipe(rate=rate), Limits(minutes, until_samples), decay_samples, echo)
+
+
+@app.command("export-transformer")
+def export_transformer(
+    work: WorkOption = Path("pretraining"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the pipeline.")] = Path("pipeline"),
+    average: Annotated[int, typer.Option(help="Which moving average; 0 is the shortest.")] = 0,
+) -> None:
+    """Write the transformer's pipeline as it stands, and what it draws."""
+    from .transformer_piece import export_saved
+
+    export_saved(work, output, average)
+    echo(f"Wrote {output}/, and what it draws in {output / 'samples.png'}.")
+
+
 @app.command("concepts")
 def concepts(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the photo folders.")] = Path(

@@ -40,7 +40,7 @@ class Batch:
 
     latents: Tensor  # (n, 8, h, w)
     where: Tensor  # (n, 1, h, w): the share of each latent's square that things cover
-    ids: Tensor  # (n, 32)
+    ids: Tensor  # (n, length)
     sketch_rows: Tensor
     sketches: Tensor  # (k, 1, H, W)
     keypose_rows: Tensor

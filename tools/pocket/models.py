@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, T2IAdapter, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from .bpe import Pair, vocabulary_of, whole_words
 from .world import vocabulary
 
 if TYPE_CHECKING:
     from .batches import Batch
 
 LENGTH = 32  # text positions
+ROWS = "embeddings.token_embedding.weight"  # of the text encoder
 
 
 @dataclass(frozen=True)
@@ -39,28 +41,17 @@ WIDE = Sizes(widths=(96, 128, 192), heads=(3, 4, 6))
 SIZES = {"narrow": NARROW, "wide": WIDE}
 
 
+@cache
+def vocabulary_merges() -> list[Pair]:
+    """The merges of the world's words."""
+    return whole_words(vocabulary())
+
+
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIPTokenizer in which every word of the world, and many more, is one token.
-
-    Byte-level BPE trained until each listed word is whole, so any other text can be typed too.
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(
-        vocab_size=20000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    bpe.train_from_iterator(vocabulary(), trainer)
-    import json
-
-    model = json.loads(bpe.to_str())["model"]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
-    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
-    tokens += [word for word in ("".join(pair) for pair in merges) if word not in set(tokens)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+    """A CLIPTokenizer in which every word of the world, and many more, is one token; any text can be typed."""
+    merges = vocabulary_merges()
+    vocab = vocabulary_of(merges, ("<|startoftext|>", "<|endoftext|>"))
+    return CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=LENGTH)
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer, sizes: Sizes = NARROW) -> CLIPTextModel:
@@ -200,8 +191,18 @@ class Trainee(nn.Module):
             if parts is not None and name not in parts:
                 continue
             kind: Any = type(module)
-            loaded = kind.from_pretrained(folder / name, dtype=torch.float32)
-            module.load_state_dict(loaded.state_dict())
+            weights = kind.from_pretrained(folder / name, dtype=torch.float32).state_dict()
+            if name == "text_encoder":
+                weights[ROWS] = self.rows_by_token(CLIPTokenizer.from_pretrained(folder / "tokenizer"), weights[ROWS])
+            module.load_state_dict(weights)
+
+    def rows_by_token(self, tokenizer: CLIPTokenizer, rows: Tensor) -> Tensor:
+        """The word embeddings (vocabulary, width) of another tokenizer, each token's row at its id here."""
+        ids, out = tokenizer.get_vocab(), self.text_encoder.state_dict()[ROWS].clone()
+        for token, index in self.tokenizer.get_vocab().items():
+            if token in ids:
+                out[index] = rows[ids[token]]
+        return out
 
 
 class MapHead(nn.Module):

@@ -8,6 +8,7 @@ import platform
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from spectral_diffusion.core.files import read_header
 
 from .art import icon_sets
 from .base import Recipe, Training, changed
-from .batches import Mix
+from .batches import Mix, token_ids
 from .compute import Compute, choose
 from .device import DeviceRenderer, DeviceSource, Plans
 from .growth import widened, with_larger_adapters
@@ -133,7 +134,7 @@ def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | 
     progress.decay(decay_samples)
     vae = frozen_vae(compute) if piece.side == 64 else vae_of(piece.work).requires_grad_(False).to(compute.device)
     bank = bank_of(piece.work, piece.side, piece.puppets, compute, piece.workers)
-    planner = Planner(bank.catalogue, training.trainee.tokenizer, mix, piece.batch)
+    planner = Planner(bank.catalogue, partial(token_ids, training.trainee.tokenizer), mix, piece.batch)
     plans = Plans(planner, piece.workers, piece.reuse)
     source = DeviceSource(DeviceRenderer(bank, compute), vae, plans, piece.reuse)
     if piece.compiled:
@@ -188,7 +189,7 @@ def run_vae(piece: Piece, recipe: VaeRecipe, limits: Limits, decay_samples: int 
     trainee.load_pipeline(start, ("text_encoder", "unet"))
     trainee.requires_grad_(False).to(compute.device)
     bank = bank_of(piece.work, 128, piece.puppets, compute, piece.workers)
-    planner = vae_planner(Planner(bank.catalogue, trainee.tokenizer, Mix(), piece.batch))
+    planner = vae_planner(Planner(bank.catalogue, partial(token_ids, trainee.tokenizer), Mix(), piece.batch))
     plans = Plans(planner, piece.workers)
     source = VaeSource(DeviceRenderer(bank, compute), plans, old, trainee, recipe)
     held_out = VaeSource(

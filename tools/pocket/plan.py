@@ -5,14 +5,15 @@ Plans are plain arrays that a pool of processes can make ahead; a step's plan de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
 
 import numpy as np
-from transformers import CLIPTokenizer
+from torch import Tensor
 
 from . import puppets
-from .batches import Mix, token_ids, wide_batch
+from .batches import Mix, wide_batch
 from .render import Array, WorldConfig, random_things
 from .sprites import NOUNS, TINTS, VARIANTS, Catalogue
 from .world import PLAIN, SETTINGS, Backdrop, Thing, caption
@@ -39,7 +40,7 @@ class Plan:
     backdrops: list[int]
     mirrored: list[bool]  # backdrops
     captions: list[str]
-    ids: Array  # (n, 32)
+    ids: Array  # (n, length)
     sketch_rows: list[int]
     strokes: list[tuple[bool, bool, float]]  # per sketch: thicker, softer, threshold (0: none)
     keypose_rows: list[int]
@@ -58,7 +59,7 @@ class Planner:
     """Plans the scenes of a step."""
 
     catalogue: Catalogue
-    tokenizer: CLIPTokenizer
+    encode: Callable[[list[str]], Tensor]  # captions to token ids (n, length)
     mix: Mix
     batch: int
     name: str = "pocket2"
@@ -82,7 +83,7 @@ class Planner:
                 plan.keypose_rows.append(row)
             text = caption(things, backdrop, random, classless)
             plan.captions.append("" if random.random() < mix.empty else text)
-        return replace(plan, ids=token_ids(self.tokenizer, plan.captions).numpy())
+        return replace(plan, ids=self.encode(plan.captions).numpy())
 
     def place(self, plan: Plan, row: int, things: list[Thing], random: Random) -> None:
         """Add the things of one picture to the layers, in random depth."""

@@ -358,4 +358,4 @@ def quality(vae: AutoencoderKL, batch: VaeBatch) -> dict[str, float]:
 def vae_planner(planner: Planner) -> Planner:
     """The same planner for the autoencoder's varied world."""
     mix = Mix(world=VARIED, wide=0.0, sketch=0.0, keypose=0.0, empty=0.0)
-    return Planner(planner.catalogue, planner.tokenizer, mix, planner.batch, "pocket2-vae")
+    return Planner(planner.catalogue, planner.encode, mix, planner.batch, "pocket2-vae")

@@ -1,0 +1,129 @@
+"""The pocket transformer: pretraining computes what FLUX.2's pipeline does, and pieces join bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLFlux2, DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.denoiser import Conditioning
+from spectral_diffusion.models.targets import find_targets
+from tools.pocket import transformer
+from tools.pocket.batches import Batch
+from tools.pocket.compute import Compute
+from tools.pocket.loop import Limits, train_piece
+from tools.pocket.transformer import (
+    FlowRecipe,
+    FlowTrainee,
+    FlowTraining,
+    build_tokenizer,
+    chat_ids,
+    export_transformer,
+    flux2_vae,
+    transformer_pictures,
+)
+from tools.pocket.vae import build_vae
+from tools.pocket.world import vocabulary
+
+CPU = Compute(torch.device("cpu"), False)
+CAPTIONS = ["a red dog on the grass", "", "a Blue cat and a zqx"]
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKLFlux2:
+    torch.manual_seed(0)
+    pictures = [torch.rand(4, 3, 32, 32) * 2 - 1 for _ in range(3)]
+    return flux2_vae(build_vae((8, 8, 8, 8)), pictures)
+
+
+@pytest.fixture
+def training(vae: AutoencoderKLFlux2, monkeypatch: pytest.MonkeyPatch) -> FlowTraining:
+    monkeypatch.setattr(transformer, "HEADS", 2)
+    monkeypatch.setattr(transformer, "DEPTH", (1, 1))
+    torch.manual_seed(0)
+    return FlowTraining(FlowTrainee(vae), CPU, FlowRecipe(warmup=8, ema=(4, 40)))
+
+
+def random_batch(step: int) -> Batch:
+    generator = torch.Generator().manual_seed(step)
+    ids = chat_ids(build_tokenizer(), [f"a {word} on the grass" for word in ("dog", "cat", "house", "tree")])
+    none = torch.zeros(0, dtype=torch.long)
+    latents = torch.randn(4, 8, 8, 8, generator=generator)
+    where = torch.rand(4, 1, 8, 8, generator=generator)
+    return Batch(latents, where, ids, none, torch.zeros(0), none, torch.zeros(0), torch.zeros(4, 2, 8, 8).long())
+
+
+def test_every_word_of_the_world_is_one_token() -> None:
+    tokenizer = build_tokenizer()
+    assert all(len(tokenizer(word).input_ids) == 1 for word in vocabulary())
+    assert tokenizer.decode(tokenizer("Zqx and a dog").input_ids).strip() == "zqx and a dog"
+
+
+def test_the_autoencoder_is_the_same_with_normal_latents() -> None:
+    torch.manual_seed(1)
+    old = build_vae((8, 8, 8, 8)).requires_grad_(False)
+    pictures = [torch.rand(8, 3, 32, 32) * 2 - 1 for _ in range(2)]
+    new = flux2_vae(old, pictures)
+    latents = [vae.encode(pictures[0]).latent_dist.mean for vae in (old, new)]
+    assert torch.equal(*latents) and torch.equal(old.decode(latents[0]).sample, new.decode(latents[0]).sample)
+    trainee = FlowTrainee(new)
+    normal = torch.cat([trainee.denoiser.normalize(new.encode(batch).latent_dist.mean) for batch in pictures])
+    assert normal.mean((0, 2, 3)).abs().max() < 1e-3 and (normal.std((0, 2, 3)) - 1).abs().max() < 0.02
+
+
+def test_training_reads_prompts_and_predicts_as_the_pipeline_does(training: FlowTraining) -> None:
+    trainee = training.trainee.eval()
+    pipeline = trainee.pipeline()
+    options = {"max_sequence_length": transformer.LENGTH, "text_encoder_out_layers": (1, 2, 3)}
+    with torch.no_grad():
+        words = trainee.words(chat_ids(trainee.tokenizer, CAPTIONS))
+        assert torch.allclose(words, pipeline.encode_prompt(CAPTIONS, torch.device("cpu"), **options)[0], atol=1e-6)
+        noisy, times = torch.randn(3, 32, 4, 4), torch.tensor([3, 500, 999])
+        mine = trainee(noisy, times, chat_ids(trainee.tokenizer, CAPTIONS))
+        again = trainee.denoiser.predict(noisy, times, Conditioning({"encoder_hidden_states": words}))
+    assert torch.equal(mine, again)
+
+
+def test_a_resumed_training_is_the_unbroken_one_bit_for_bit(
+    training: FlowTraining, vae: AutoencoderKLFlux2, tmp_path: Path
+) -> None:
+    def run(part: FlowTraining, until: int) -> None:
+        train_piece(part, random_batch, Limits(until_samples=until, report_steps=2), lambda: None, lambda said: None)
+
+    def fresh() -> FlowTraining:
+        torch.manual_seed(0)
+        return FlowTraining(FlowTrainee(vae), CPU, training.recipe)
+
+    begun = [parameter.detach().clone() for parameter in training.parameters]
+    run(training, 24)
+    part = fresh()
+    run(part, 8)
+    part.save(tmp_path / "state.safetensors")
+    rest = fresh()
+    rest.load(tmp_path / "state.safetensors")
+    run(rest, 24)
+    every: list[tuple[Tensor, Tensor]] = list(zip(training.parameters, rest.parameters, strict=True))
+    every += zip(training.averages[0], rest.averages[0], strict=True)
+    names = [*training.names, *training.names]
+    assert [name for name, (one, two) in zip(names, every, strict=True) if not torch.equal(one, two)] == []
+    assert sum(not torch.equal(one, two) for one, two in zip(begun, training.parameters, strict=True)) > 20
+
+
+def test_the_loss_falls(training: FlowTraining) -> None:
+    losses = [float(training.step(random_batch(step % 2))) for step in range(60)]
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_an_export_is_a_stock_pipeline_and_a_base(training: FlowTraining, tmp_path: Path) -> None:
+    training.step(random_batch(0))
+    export_transformer(training, tmp_path / "out")
+    stock = DiffusionPipeline.from_pretrained(str(tmp_path / "out"), dtype=torch.float32)
+    [image] = transformer_pictures(stock, ["a dog"], steps=1)
+    assert isinstance(image, Image.Image) and image.size == (128, 128)
+    base = load_base(str(tmp_path / "out"), "cpu")
+    assert base.denoiser.side_multiple == 16 and len(find_targets(base.models, "attention")) == 8 + 4

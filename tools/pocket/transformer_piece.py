@@ -1,0 +1,105 @@
+"""One piece of the pocket transformer's pretraining: from the state in a folder to the next one."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
+
+from spectral_diffusion.data.image_grid import image_grid
+
+from .batches import Mix
+from .compute import Compute, choose
+from .device import DeviceRenderer, DeviceSource, Plans
+from .loop import Limits, Report, train_piece
+from .pieces import STATE, Piece, bank_of, described
+from .plan import Planner
+from .sheet import SHEET
+from .transformer import (
+    FlowRecipe,
+    FlowTrainee,
+    FlowTraining,
+    build_tokenizer,
+    chat_ids,
+    export_transformer,
+    flux2_vae,
+    transformer_pictures,
+)
+
+SIDE = 128
+MEASURED = 40  # batches for the mean and the deviation of latents
+MIX = Mix(sketch=0.0, keypose=0.0)  # there are no adapters for control images
+
+
+def transformer_vae(work: Path, start: Path, renderer: DeviceRenderer, planner: Planner) -> AutoencoderKLFlux2:
+    """The folder's autoencoder; the first time it is made of the pipeline's in ``start``."""
+    folder = work / "vae"
+    if not folder.is_dir():
+        vae = AutoencoderKL.from_pretrained(start / "vae", dtype=torch.float32).to(renderer.compute.device)
+        pictures = (renderer(planner(step)).images for step in range(10_000, 20_000))
+        square = (batch for batch in pictures if batch.shape[-1] == batch.shape[-2])
+        flux2_vae(vae, islice(square, MEASURED)).save_pretrained(folder)
+    made = AutoencoderKLFlux2.from_pretrained(folder, dtype=torch.float32)
+    return made.requires_grad_(False).eval().to(renderer.compute.device)
+
+
+def saved_training(work: Path, recipe: FlowRecipe | None = None, compute: Compute | None = None) -> FlowTraining:
+    """The training as a folder's state has it, or one that begins."""
+    vae = AutoencoderKLFlux2.from_pretrained(work / "vae", dtype=torch.float32).requires_grad_(False).eval()
+    torch.manual_seed(0)
+    compute = compute or Compute(torch.device("cpu"), False)
+    training = FlowTraining(FlowTrainee(vae.to(compute.device)), compute, recipe or FlowRecipe())
+    if (work / STATE).exists():
+        training.load(work / STATE)
+    return training
+
+
+def run_transformer(piece: Piece, recipe: FlowRecipe, limits: Limits, decay: int | None, report: Report) -> None:
+    """Train for one piece in ``piece.work``; saves its state there, and a sheet of samples now and then.
+
+    Args:
+        decay: samples over which the rate comes down, from now; None: not yet.
+    """
+    compute = choose(piece.device)
+    bank = bank_of(piece.work, SIDE, piece.puppets, compute, piece.workers)
+    renderer = DeviceRenderer(bank, compute)
+    planner = Planner(bank.catalogue, partial(chat_ids, build_tokenizer()), MIX, piece.batch, "transformer")
+    vae = transformer_vae(piece.work, Path(piece.start), renderer, planner)
+    training = saved_training(piece.work, recipe, compute)
+    training.about |= {"side": SIDE, "batch": piece.batch}
+    progress = training.progress
+    progress.decay(decay)
+    plans = Plans(planner, piece.workers, piece.reuse)
+    source = DeviceSource(renderer, vae, plans, piece.reuse)
+    report(f"transformer from step {progress.step}, {progress.samples} samples on {described(compute)}")
+    sheets = progress.samples // max(1, piece.sheet_samples)
+
+    def save() -> None:
+        nonlocal sheets
+        training.save(piece.work / STATE)
+        report(f"saved {STATE} at {progress.samples} samples")
+        if piece.sheet_samples and progress.samples // piece.sheet_samples > sheets:
+            sheets = progress.samples // piece.sheet_samples
+            transformer_sheet(training, piece.work / f"samples-{progress.samples // 1000:06d}k.png")
+
+    try:
+        train_piece(training, source, limits, save, report)
+    finally:
+        plans.close()
+
+
+def transformer_sheet(training: FlowTraining, target: Path) -> None:
+    """Write a grid of pictures of fixed prompts, 8 to a row."""
+    pipeline = training.averaged().pipeline()
+    images = [image for start in range(0, len(SHEET), 8) for image in transformer_pictures(pipeline, SHEET[start:][:8])]
+    image_grid(images, 8, gap=0).save(target)
+
+
+def export_saved(work: Path, folder: Path, average: int = 0) -> None:
+    """Write the pipeline of a folder's state, and its sheet beside the weights."""
+    training = saved_training(work)
+    export_transformer(training, folder, average)
+    transformer_sheet(training, folder / "samples.png")
