@@ -568,3 +568,19 @@ def test_the_text_encoder_rests_on_the_cpu_until_it_works(family: Path, monkeypa
     with pytest.raises(RuntimeError, match="seen"):
         denoiser.encode_one("a dog")
     assert given == [torch.device("meta")]
+
+
+def test_a_side_that_is_no_multiple_of_a_token_is_refused(family: Path, pair: list[Path], tmp_path: Path) -> None:
+    step = load_base(str(family), "cpu").denoiser.side_multiple
+    side, photos = step * 5 // 2, make_photos(tmp_path / "rex", seed=0)
+    near = f"={side} does not fit the base .*, which needs a multiple of {step}"
+    scene = Scene(prompt="a dog", base=str(family), device="cpu", output=tmp_path / "a.png", num_inference_steps=1)
+    for name in ("width", "height"):
+        with pytest.raises(UserError, match=name + near):
+            generate_to_file(scene.model_copy(update={name: side}))
+    with pytest.raises(UserError, match="resolution" + near) as error:
+        train_to_file(settings(family, tmp_path / "a.safetensors", photos, resolution=side))
+    assert [fix.value for fix in error.value.fixes] == [str(2 * step), str(3 * step)]
+    distill = DistillConfig(steps=1, rank=2, resolution=side)
+    with pytest.raises(UserError, match="distill.resolution" + near):
+        fuse_to_folder(FuseConfig(adapters=pair, output=tmp_path / "both", device="cpu", distill=distill))

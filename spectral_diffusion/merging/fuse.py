@@ -113,6 +113,7 @@ def fuse_adapters(
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
     teachers = None
     if config.distill.steps:  # before anything is fused: the base is one of the teachers
+        base.check_side(config.distill.resolution or base.size, "distill.resolution")
         if is_large(base):
             hooks.notify(check_distillation_memory(base, learners, config.distill, precision))
         teachers = prepare_targets(base, adapters, scales_of(config, adapters), config.distill, config.seed, hooks)

@@ -131,6 +131,20 @@ class Base:
         """The family's way to encode, noise, predict and sample."""
         return self.family(self.models, self.pipeline.vae, self.dtype, self.pipeline)
 
+    def check_side(self, pixels: int, option: str, step: int | None = None) -> None:
+        """Raise a UserError that names ``option`` where a side does not fit.
+
+        Args:
+            step: what it must be divisible by; default: as the base's pictures.
+        """
+        step = step or self.denoiser.picture_multiple
+        if pixels % step:
+            near = sorted({max(step, pixels // step * step), (pixels // step + 1) * step})
+            raise UserError(
+                f"{option}={pixels} does not fit the base '{self.name}', which needs a multiple of {step}.",
+                *(Fix(option, str(side)) for side in near),
+            )
+
     @property
     def prediction_type(self) -> str:
         """``epsilon`` or ``v_prediction``, as the scheduler says."""

@@ -158,6 +158,11 @@ class Denoiser(ABC):
         return latents
 
     @property
+    def picture_multiple(self) -> int:
+        """What the sides of pictures must be divisible by at least."""
+        return self.vae_scale
+
+    @property
     def side_multiple(self) -> int:
         """What the sides of pictures must be divisible by, so that no network has to round."""
         return self.vae_scale

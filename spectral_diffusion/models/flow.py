@@ -41,6 +41,10 @@ class FlowDenoiser(Denoiser):
         return int(self.vae.config.sample_size)
 
     @property
+    def picture_multiple(self) -> int:
+        return self.side_multiple  # a token is a whole patch
+
+    @property
     def max_tokens(self) -> int:
         """The longest prompt in tokens."""
         config: Any = self.pipeline.text_encoder.config.get_text_config()

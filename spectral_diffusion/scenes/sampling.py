@@ -87,6 +87,8 @@ class SceneSampler:
     def __init__(self, base: Base, scene: Scene, inputs: SceneInputs, hooks: Hooks) -> None:
         self.base, self.scene, self.inputs, self.hooks = base, scene, inputs, hooks
         self.width, self.height = size = (scene.width or base.size, scene.height or base.size)
+        base.check_side(self.width, "width")
+        base.check_side(self.height, "height")
         self.pipe, self.options = stock_pipeline(base, scene, inputs.controls, size)
         self.large = base.family.decodes_latents
         bound = inputs.bound or [()] * len(scene.regions)

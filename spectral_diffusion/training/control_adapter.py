@@ -119,7 +119,8 @@ class ControlTrainer:
     def _create_adapter(self) -> None:
         """Make the adapter that fits the base; it is all that is trainable."""
         shape = fitting_shape(self.denoiser.network, self.base.pipeline.vae_scale_factor, self.config.kind)
-        self.size = fitting_size(self.config, self.base, shape["downscale_factor"])
+        self.size = self.config.resolution or self.base.size
+        self.base.check_side(self.size, "resolution", shape["downscale_factor"])
         self.adapter = new_adapter(shape, self.config.seed).to(self.base.device).train()
         self.trained: dict[str, nn.Parameter] = dict(self.adapter.named_parameters())
         self.hooks.notify(
@@ -310,22 +311,6 @@ def fitting_shape(unet: nn.Module, scale: int, kind: str) -> dict[str, Any]:
         "downscale_factor": scale * 2 ** places[0][1],
         "adapter_type": chosen,
     }
-
-
-def fitting_size(config: ControlConfig, base: Base, step: int) -> int:
-    """The side of the training pictures in pixels.
-
-    Raises:
-        UserError: the adapter cannot shrink it evenly.
-    """
-    size = config.resolution or base.size
-    if size % step:
-        near = sorted({max(step, size // step * step), (size // step + 1) * step})
-        raise UserError(
-            f"resolution={size} does not fit the base '{base.name}', which needs a multiple of {step}.",
-            *(Fix("resolution", str(side)) for side in near),
-        )
-    return size
 
 
 def new_adapter(shape: Mapping[str, Any], seed: int) -> T2IAdapter:

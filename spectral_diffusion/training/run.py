@@ -103,6 +103,7 @@ def train_on(
     if config.normalize and not method.normalizable:
         raise UserError(f"The method {method.name} has no columns that could be normalized.", Fix("normalize", "false"))
     size = config.resolution or base.size
+    base.check_side(size, "resolution")
     for text in notes_on(concept, PromptEncoder(base, concept, config.seed, size), config):
         note(text)
     shapes = [matrix_shape(weight) for weight in base.weights(config.target_modules).values()]
