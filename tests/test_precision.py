@@ -40,6 +40,9 @@ def test_auto_on_a_cpu_follows_the_measurement() -> None:
         assert resolve_mixed_precision("auto", cpu) == expected
     assert resolve_mixed_precision("auto", cpu, torch.float16) == "no"  # the networks are in half precision already
     assert resolve_mixed_precision("fp16", cpu) == "fp16"
+    assert resolve_mixed_precision("fp16", cpu, torch.float16) == "fp16"
+    with pytest.raises(UserError, match="mixed_precision=bf16 does not fit networks in float16"):
+        resolve_mixed_precision("bf16", cpu, torch.float16)
 
 
 def test_auto_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,6 +319,16 @@ def test_what_is_longer_than_the_text_encoder_reads_is_said(family: Path, pair: 
     assert any("longer than this base reads; cut off" in note for note in notes)
 
 
+def test_a_sampler_that_the_family_has_not_is_said(klein: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    scene = Scene(prompt="a dog", base=str(klein), device="cpu", output=tmp_path / "a.png", num_inference_steps=1)
+    generate_to_file(scene, Hooks(notify=notes.append))
+    assert not any("sampler" in note for note in notes)
+    asked = Scene(**scene.model_dump(exclude_unset=True) | {"sampler": "ddim", "output": tmp_path / "b.png"})
+    generate_to_file(asked, Hooks(notify=notes.append))
+    assert any("sampler=ddim changes nothing: FLUX.2 klein has euler only" in note for note in notes)
+
+
 def test_guidance_in_a_target_is_that_of_the_pipeline(family: Path) -> None:
     """What a step of the sampler is given is e + g (c − e), with the g that distillation computes with."""
     base = load_base(str(family), "cpu")

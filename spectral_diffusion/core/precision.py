@@ -37,11 +37,18 @@ def resolve_mixed_precision(
         dtype: of the frozen networks.
 
     Raises:
-        UserError: bfloat16 is requested on a card that lacks it.
+        UserError: bfloat16 is requested on a card that lacks it, or another precision than that of half networks.
     """
     kind = torch.device(device).type
     if requested == "bf16" and kind == "cuda" and torch.cuda.is_available() and not cuda_has_bf16():
         raise UserError("This GPU has no bfloat16.", Fix("mixed_precision", "fp16"), Fix("mixed_precision", "auto"))
+    half = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype)
+    if half and requested not in ("auto", "no", half):
+        raise UserError(
+            f"mixed_precision={requested} does not fit networks in {str(dtype).removeprefix('torch.')}.",
+            Fix("mixed_precision", "auto"),
+            Fix("dtype", "float32"),
+        )
     if requested != "auto":
         return cast(MixedPrecision, requested)
     if dtype != torch.float32:

@@ -78,6 +78,7 @@ class Denoiser(ABC):
     attention: ClassVar[Literal["cross", "joint", "single"]]  # how the image reads text; regions need one of two
     supports_controls: ClassVar[bool] = False  # sketches and keyposes through a T2I-Adapter
     t2i_adapters: ClassVar[Mapping[str, str]] = {}  # kind of control image to a T2I-Adapter on the hub
+    samplers: ClassVar[tuple[str, ...]] = ("dpm", "ddim", "euler")  # that one can choose from
     decodes_latents: ClassVar[bool] = False  # the pipeline itself, in the precision that its autoencoder wants
     supports_checkpoint: ClassVar[bool] = False  # one file in the original's spelling
     architecture: ClassVar[str] = ""  # ModelSpec's name of the family; empty where the layers decide

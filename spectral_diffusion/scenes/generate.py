@@ -80,6 +80,8 @@ def remarks(base: Base, scene: Scene, controls: Sequence[ControlMap]) -> Iterato
     for prompt in prompts:
         if lost := truncated_text(base, prompt):
             yield f"Note: '{prompt[:40]}' is longer than this base reads; cut off: '{lost}'."
+    if "sampler" in scene.model_fields_set and scene.sampler not in base.family.samplers:
+        yield f"Note: sampler={scene.sampler} changes nothing: {base.family.title} has {base.family.samplers[0]} only."
     size = (scene.width or base.size, scene.height or base.size)
     shapes = [(f"{control.kind} {control.name}", control.image.size) for control in controls]
     shapes += [(f"mask {region.mask.name}", open_on_black(region.mask).size) for region in scene.regions if region.mask]
