@@ -30,7 +30,7 @@ from .training.speed import seconds_per_picture, training_seconds
 
 CONCEPTS = ("rex", "brew")
 SKETCH = "dog-teapot.png"
-TRAINING = 400  # steps of each concept, two thirds of the preset's, so that the demo is quick on every CPU
+TRAINING = 400  # steps of each concept, a little less than the preset's
 DISTILLATION = 300  # steps
 PLACES = ("on the grass", "on the beach", "in the snow", "on a table")
 TILE = 96
@@ -113,7 +113,7 @@ def fusion_settings(adapters: Sequence[Path], output: Path, steps: int | None, d
 
 def picture_together(base: Base, tokens: Sequence[str], settings: Scene, hooks: Hooks) -> list[Image.Image]:
     """The sketch, and four pictures of both concepts placed by it; the first is written to a file with its scene."""
-    control = ControlImage(file=resources.concepts() / "sketches" / SKETCH, conditioning_scale=0.7)
+    control = ControlImage(file=resources.concepts() / "sketches" / SKETCH, conditioning_scale=0.4)
     sketch = read_control_image(control)
     first, second = tokens
     halves = (((0.0, 0.0, 0.5, 1.0), first), ((0.5, 0.0, 1.0, 1.0), second))

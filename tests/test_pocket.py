@@ -23,6 +23,8 @@ from spectral_diffusion.scenes.sampling import sample
 from tools.pocket import puppets
 from tools.pocket.world import COLOURS, vocabulary
 
+SIDE = 128  # of its pictures
+
 
 @pytest.fixture(scope="module")
 def base() -> Base:
@@ -38,7 +40,7 @@ def draw(base: Base, prompts: list[str], sketch: Image.Image | None = None, **mo
 
 def test_stock_diffusers_opens_it() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(str(pocket.path()))
-    assert pipe.unet.config.sample_size * pipe.vae_scale_factor == 64
+    assert pipe.unet.config.sample_size * pipe.vae_scale_factor == SIDE
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     assert sum(file.stat().st_size for file in pocket.path().rglob("*") if file.is_file()) < 30e6
 
@@ -60,24 +62,24 @@ def test_every_word_of_the_world_is_one_token(base: Base) -> None:
 def test_colours_go_where_the_words_say(base: Base) -> None:
     wanted = ("red", "green", "blue", "yellow")
     pictures = draw(base, [f"a photo of a {colour} apple on a white background" for colour in wanted])
-    centres = pictures[:, 20:44, 20:44].reshape(4, -1, 3)
+    centres = pictures[:, 40:88, 40:88].reshape(4, -1, 3)
     palette = np.array([COLOURS[name] for name in wanted], np.float32) / 255
     for index, pixels in enumerate(centres):
         distance = ((np.median(pixels, 0) - palette) ** 2).sum(1)
         assert wanted[int(distance.argmin())] == wanted[index], distance
-    corners = pictures[:, :6, :6].reshape(4, -1)
+    corners = pictures[:, :12, :12].reshape(4, -1)
     assert corners.mean() > 0.75
 
 
 def test_a_sketch_says_where_the_thing_is(base: Base) -> None:
     """The same caption and seeds; the outline is drawn left or right: the red pixels move with it."""
     shares = {}
-    for side, x in (("left", 4), ("right", 28)):
-        sketch = Image.new("L", (64, 64))
-        ImageDraw.Draw(sketch).ellipse((x, 18, x + 30, 48), outline=255, width=2)
+    for side, x in (("left", 8), ("right", 56)):
+        sketch = Image.new("L", (SIDE, SIDE))
+        ImageDraw.Draw(sketch).ellipse((x, 36, x + 60, 96), outline=255, width=3)
         pictures = draw(base, ["a red object on a white background"] * 4, sketch)
         redness = np.clip(pictures[..., 0] - pictures[..., 1:].mean(-1), 0, 1)
-        shares[side] = float(redness[:, :, :32].sum() / redness.sum())
+        shares[side] = float(redness[:, :, : SIDE // 2].sum() / redness.sum())
     assert shares["left"] > shares["right"] + 0.3, shares
 
 
@@ -87,14 +89,15 @@ def test_sketch_and_keypose_adapters_combine_in_stock_diffusers(base: Base) -> N
     pipe = StableDiffusionAdapterPipeline(**parts, adapter=MultiAdapter(adapters), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     look = puppets.random_look(Random(1), "robot", COLOURS["red"])
-    _, points = puppets.draw_figure(puppets.random_pose(Random(2), "jumping"), look, 56)
-    sketch = Image.new("L", (64, 64))
-    ImageDraw.Draw(sketch).ellipse((4, 40, 24, 60), outline=255, width=2)
+    _, points = puppets.draw_figure(puppets.random_pose(Random(2), "jumping"), look, 112)
+    sketch = Image.new("L", (SIDE, SIDE))
+    ImageDraw.Draw(sketch).ellipse((8, 80, 48, 120), outline=255, width=3)
     pictures = []
     for weights in ([1.0, 1.0], [1.0, 0.0], [0.0, 1.0]):
         out = pipe(
-            prompt="a red robot on a white background", image=[sketch, draw_keypose([points + 4], 64, 64)], height=64,
-            width=64, num_inference_steps=4, adapter_conditioning_scale=weights, output_type="np",
+            prompt="a red robot on a white background", image=[sketch, draw_keypose([points + 8], SIDE, SIDE)],
+            height=SIDE,
+            width=SIDE, num_inference_steps=4, adapter_conditioning_scale=weights, output_type="np",
             generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
         pictures.append(out.images[0])

@@ -33,12 +33,12 @@ from tools.pocket.device import (
     skeletons,
     thicken,
 )
-from tools.pocket.growth import for_twice_the_side, widened, with_larger_adapters
+from tools.pocket.growth import widened
 from tools.pocket.loop import Limits, Progress, train_piece
-from tools.pocket.models import Sizes, Trainee, build_t2i_adapter, build_tokenizer
+from tools.pocket.models import Sizes, Trainee, build_tokenizer
 from tools.pocket.plan import Layer, Plan, Planner
 from tools.pocket.sprites import NOUNS, TINTS, Bank, build_bank, icon_keys, tinted
-from tools.pocket.vae import VaeBatch, VaeRecipe, VaeSource, VaeTraining, build_vae, grown, quality, recolored
+from tools.pocket.vae import VaeBatch, VaeRecipe, VaeSource, VaeTraining, build_vae, quality, recolored
 
 TINY = Sizes(widths=(8, 8, 8), heads=(1, 1, 1), groups=4, text_width=32, text_layers=1)
 CPU = Compute(torch.device("cpu"), bf16=False)
@@ -60,7 +60,7 @@ def random_batch(step: int) -> Batch:
 
 def tiny_training(recipe: Recipe | None = None) -> Training:
     torch.manual_seed(0)
-    return Training(Trainee(TINY), CPU, recipe or Recipe(warmup=8, ema=(4, 40)))
+    return Training(Trainee(TINY, downscale=4), CPU, recipe or Recipe(warmup=8, ema=(4, 40)))
 
 
 def run(training: Training, until: int, saver: Callable[[], None] = lambda: None) -> list[str]:
@@ -235,7 +235,7 @@ def test_batches_are_seen_again_where_drawing_costs_time(bank: Bank) -> None:
 
 def test_a_wider_network_begins_near_the_narrow_one() -> None:
     torch.manual_seed(1)
-    narrow = Trainee(Sizes(widths=(16, 32, 32), heads=(1, 1, 1), groups=8, text_width=32, text_layers=1))
+    narrow = Trainee(Sizes(widths=(16, 32, 32), heads=(1, 1, 1), groups=8, text_width=32, text_layers=1), 4)
     same = widened(narrow, narrow.sizes)
     assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), narrow.state_dict().values(), strict=True))
     sizes = Sizes(widths=(32, 48, 64), heads=(1, 1, 2), groups=8, text_width=32, text_layers=1)
@@ -243,7 +243,7 @@ def test_a_wider_network_begins_near_the_narrow_one() -> None:
     noisy, timesteps = torch.randn(4, 8, 8, 8), torch.tensor([10, 300, 600, 900])
     with torch.no_grad():
         wanted, found, other = (
-            net(noisy, timesteps, batch) for net in (narrow, widened(narrow, sizes), Trainee(sizes))
+            net(noisy, timesteps, batch) for net in (narrow, widened(narrow, sizes), Trainee(sizes, 4))
         )
 
     def alike(one: Tensor) -> float:
@@ -272,23 +272,12 @@ def test_a_training_goes_on_in_other_networks() -> None:
     training = tiny_training()
     run(training, 60)
     wide = Sizes(widths=(16, 16, 16), heads=(1, 1, 1), groups=4, text_width=32, text_layers=1)
-    larger = changed(training, lambda trainee: with_larger_adapters(widened(trainee, wide)))
-    assert larger.trainee.downscale == 8 and larger.progress.samples == larger.progress.warmed == 60
+    larger = changed(training, lambda trainee: widened(trainee, wide))
+    assert larger.trainee.sizes == wide and larger.progress.samples == larger.progress.warmed == 60
     name = "t2i_sketch.adapter.conv_in.weight"
-    assert larger.averages[0][larger.names.index(name)].shape == (16, 64, 3, 3)
+    assert larger.averages[0][larger.names.index(name)].shape == (16, 16, 3, 3)
     old, new = (t.averages[1][t.names.index("unet.conv_in.weight")] for t in (training, larger))
     assert torch.equal(new[:8], old) and not torch.equal(larger.averages[0][0], larger.averages[1][0])
-
-
-def test_an_adapter_for_twice_the_side_gives_the_same_features() -> None:
-    torch.manual_seed(0)
-    small = build_t2i_adapter(3, TINY, 4)
-    large = for_twice_the_side(small, TINY)
-    picture = torch.rand(2, 3, 64, 64)
-    with torch.no_grad():
-        wanted = small(torch.nn.functional.avg_pool2d(picture, 2))
-        found = large(picture)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, wanted, strict=True))
 
 
 def test_a_packed_state_goes_on_with_a_fresh_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,20 +340,6 @@ def test_an_anchor_lets_the_encoder_learn_from_pictures() -> None:
     assert figures["moved"] > 0 and all(np.isfinite(list(figures.values())))
 
 
-def test_the_grown_autoencoder_has_the_latents_of_the_small_one() -> None:
-    torch.manual_seed(0)
-    old = build_vae((16, 16, 16))
-    new = grown(old)
-    smooth = torch.nn.functional.interpolate(torch.rand(2, 3, 8, 8), size=(64, 64), mode="bicubic") * 2 - 1
-    with torch.no_grad():
-        wanted = old.encode(torch.nn.functional.avg_pool2d(smooth, 2)).latent_dist.mean
-        found = new.encode(smooth).latent_dist.mean
-        assert float((found - wanted).square().mean() / wanted.var()) < 0.05
-        small, large = old.decode(wanted).sample, new.decode(wanted).sample
-    assert large.shape == (2, 3, 64, 64) and small.shape == (2, 3, 32, 32)
-    assert float(torch.corrcoef(torch.stack([torch.nn.functional.avg_pool2d(large, 2), small]).flatten(1))[0, 1]) > 0.8
-
-
 def test_recoloured_pictures_keep_their_grays_and_their_share() -> None:
     images = torch.full((64, 3, 8, 8), 0.5)
     images[:, 0, 4:] = 0.0
@@ -417,7 +392,7 @@ def test_no_step_waits_for_the_device(bank: Bank, monkeypatch: pytest.MonkeyPatc
     recipe = VaeRecipe(features=1.0, adversarial=0.1, anchor=0.5)
     source = VaeSource(renderer, planner, vae, training.trainee, recipe, training.alphas)
     seen = source(2)
-    assert seen.predicted == 8 and seen.latents.shape == (16, 8, 8, 8)
-    seen.latents, seen.moments = (images[:, :, ::2, ::2] for images in (seen.latents, seen.moments))
+    assert seen.predicted == 8 and seen.latents.shape == (16, 8, 16, 16)
+    seen.latents, seen.moments = (images[:, :, ::4, ::4] for images in (seen.latents, seen.moments))
     with pytest.raises(RuntimeError, match="meta"):
         float(VaeTraining(build_vae((8, 8, 8, 8)), shapes, recipe).step(seen))

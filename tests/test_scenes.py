@@ -358,7 +358,7 @@ def test_a_region_file_takes_the_size_of_the_base_that_a_preset_names(base_folde
     assert base_in(str(tmp_path / "preset.yaml")) == str(base_folder)
     assert base_in("sdxl-12gb") and base_in("pocket-distilled") is None
     assert (
-        native_size(str(base_folder)) == load_base(str(base_folder), "cpu").size == 16 and native_size("pocket") == 64
+        native_size(str(base_folder)) == load_base(str(base_folder), "cpu").size == 16 and native_size("pocket") == 128
     )
     with pytest.raises(UserError):
         native_size(str(tmp_path / "nowhere"))

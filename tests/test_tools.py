@@ -104,7 +104,7 @@ def test_near_misses_differ_in_one_thing() -> None:
 
 def test_the_identity_encoder_gives_unit_vectors_of_a_few_megabytes() -> None:
     encoder = IdentityEncoder()
-    vectors = encoder(torch.randn(3, 3, 64, 64))
+    vectors = encoder(torch.randn(3, 3, 128, 128))
     assert torch.allclose(vectors.norm(dim=1), torch.ones(3), atol=1e-5)
     assert sum(p.numel() for p in encoder.parameters()) * 2 < 5e6
 
@@ -117,16 +117,16 @@ def test_auc_counts_pairs() -> None:
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_judges_answer_every_question(name: str) -> None:
-    answers = CLASSIFIERS[name]().eval()(torch.randn(2, 3, 64, 64))
+    answers = CLASSIFIERS[name]().eval()(torch.randn(2, 3, 128, 128))
     assert {head: tuple(logits.shape) for head, logits in answers.items()} == {h: (2, n) for h, n in HEADS.items()}
     assert len(NOUNS) >= 43
 
 
 def test_windows_cut_a_picture_from_left_to_right() -> None:
-    pixels = np.zeros((64, 128, 3), np.uint8)
-    pixels[:, 64:] = 255
+    pixels = np.zeros((128, 256, 3), np.uint8)
+    pixels[:, 128:] = 255
     left, right = windows(Image.fromarray(pixels), 2)
-    assert left.size == right.size == (64, 64)
+    assert left.size == right.size == (128, 128)
     assert np.asarray(left).mean() < 40 and np.asarray(right).mean() > 215
 
 

@@ -421,7 +421,7 @@ def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path],
     drawn = drawing.generate(workspace, wish, keeper=keeper, prompt="a <tom>", **QUICK)
     assert pictures.refill(workspace, drawn.pictures[0].stem).base == "fused/pair"
     assert drawing.side_of(workspace, "fused/pair") == 16
-    assert drawing.side_of(workspace, "pocket") == 64 and drawing.side_of(workspace, "some/hub-id") == 512
+    assert drawing.side_of(workspace, "pocket") == 128 and drawing.side_of(workspace, "some/hub-id") == 512
 
 
 def test_region_without_its_token_is_noted(workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache) -> None:
@@ -606,8 +606,8 @@ def test_tab_offers_what_the_base_allows(handlers: Any, workspace: Workspace) ->
     shutil.rmtree(workspace.adapters)
     _, note, adapters, *_ = handlers.lists("pocket", [])
     assert note.visible and "step 2" in note.value and not adapters.visible
-    assert handlers.shape("Wide", "pocket") == (128, 64) and handlers.shape("Square", "pocket") == (64, 64)
-    assert handlers.reshaped("pocket", 64, 128)[1] == "Tall" and handlers.reshaped("pocket", 64, 72)[1] is None
+    assert handlers.shape("Wide", "pocket") == (256, 128) and handlers.shape("Square", "pocket") == (128, 128)
+    assert handlers.reshaped("pocket", 128, 256)[1] == "Tall" and handlers.reshaped("pocket", 128, 144)[1] is None
 
 
 def test_what_is_handed_over_comes_with_its_base(
@@ -621,7 +621,7 @@ def test_what_is_handed_over_comes_with_its_base(
     assert hand("rex") != hand("rex")  # each time it is a change
     assert handlers.handed_adapters(hand(["tom"]), "Wide", *pocket) == (base, ["tom"], 32, 16, *large)
     assert handlers.handed_adapters(hand(["tom"]), "Wide", 30, 2.0)[4:] == (30, 2.0)  # a person's own
-    assert handlers.handed_base(hand("pocket"), "Square", *large) == ("pocket", [], 64, 64, *pocket)
+    assert handlers.handed_base(hand("pocket"), "Square", *large) == ("pocket", [], 128, 128, *pocket)
     assert handlers.suited("fused/none", "Square", *pocket) == (512, 512, *pocket)
     assert handlers.shape("Square", "x" * 300) == (512, 512)
 

@@ -141,7 +141,7 @@ def test_stop_goes_on_with_the_next_and_resume_queues_again(queue: Queue) -> Non
     training(queue, first)
     assert "Resume goes on" in queue.stop(first)
     until(lambda: states(queue) == {"bob": "running", "ann": "stopped"})
-    assert queue.job(first).line() == "stopped at step 5 of 600"
+    assert queue.job(first).line() == "stopped at step 5 of 450"
     assert "waits for 1 before it" in queue.resume(first)
     queue.stop(second)
     until(lambda: states(queue) == {"ann": "running", "bob": "stopped"})
@@ -288,7 +288,7 @@ def test_one_training_per_adapter(queue: Queue, workspace: Workspace) -> None:
     state.write_bytes(b"state")
     queue.stop(first)
     until(lambda: states(queue) == {"ann": "stopped"})
-    with pytest.raises(UserError, match=r"unfinished training of 'ann' .step 5 of 600.: resume it, or remove"):
+    with pytest.raises(UserError, match=r"unfinished training of 'ann' .step 5 of 450.: resume it, or remove"):
         queue.enqueue("ann")
     with pytest.raises(UserError, match="sure"):
         queue.remove(first)
@@ -398,7 +398,7 @@ def test_presets_begin_with_the_pocket_base() -> None:
 
 def test_estimates(workspace: Workspace, tiny_base: Path, queue: Queue) -> None:
     pocket = train_settings(workspace, "ann", "pocket", {})
-    assert estimate_training(pocket).trained == "129,536" and "short measurement" in estimate_training(pocket).note
+    assert estimate_training(pocket).trained == "510,464" and "short measurement" in estimate_training(pocket).note
     assert memory_estimate(pocket) == ("about 0.8 GiB", "")
     large = train_settings(workspace, "ann", "sd15-8gb", {})
     assert estimate_training(large).trained == "2,184,192" and "not on this machine" in estimate_training(large).note

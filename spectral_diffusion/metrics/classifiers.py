@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .. import pocket
 from ..core.files import read_tensors
+from .detail_stem import DetailStem
 
-SIZE = 64
+SIZE = 128  # of the pictures that they see, in pixels
 NOUNS = (
     "octopus", "dog", "cat", "elephant", "giraffe", "rabbit", "penguin", "duck", "turtle", "butterfly", "fish",
     "crab", "apple", "banana", "car", "airplane", "rocket", "sailboat", "teapot", "house", "tree", "guitar",
@@ -37,7 +38,7 @@ HEADS = {"noun": len(NOUNS) + 1, "colour": len(TINTS), "backdrop": len(BACKDROPS
 
 
 def windows(picture: Image.Image, count: int) -> list[Image.Image]:
-    """The picture cut into ``count`` windows from left to right, a little wider than their share, 64×64 each."""
+    """The picture cut into ``count`` windows from left to right, a little wider than their share, 128×128 each."""
     if count == 1:
         return [picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR)]
     room = picture.width / count
@@ -58,7 +59,8 @@ class VggLike(nn.Module):
         inside = 3
         for width in widths:
             for _ in range(2):
-                layers += [nn.Conv2d(inside, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                convolution = nn.Conv2d(inside, width, 3, padding=1, bias=False)
+                layers += [convolution if layers else DetailStem(convolution), nn.BatchNorm2d(width), nn.ReLU()]
                 inside = width
             layers.append(nn.MaxPool2d(2))
         self.body = nn.Sequential(*layers)
@@ -74,7 +76,7 @@ class Depthwise(nn.Module):
 
     def __init__(self, widths: tuple[int, ...] = (48, 96, 192), depth: int = 2) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=4)]
+        layers: list[nn.Module] = [DetailStem(nn.Conv2d(3, widths[0], 4, stride=4))]
         for index, width in enumerate(widths):
             if index:
                 layers += [nn.GroupNorm(1, widths[index - 1]), nn.Conv2d(widths[index - 1], width, 2, stride=2)]
@@ -108,7 +110,7 @@ CLASSIFIERS: dict[str, type[nn.Module]] = {"chooser": VggLike, "referee": Depthw
 
 
 def tensor_of(images: Sequence[Image.Image]) -> Tensor:
-    """(n, 3, 64, 64) in −1…1."""
+    """(n, 3, 128, 128) in −1…1."""
     stack = np.stack([np.asarray(image.convert("RGB"), np.float32) for image in images])
     return torch.from_numpy(stack).permute(0, 3, 1, 2) / 127.5 - 1
 

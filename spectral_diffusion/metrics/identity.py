@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from .. import pocket
 from ..core.errors import UserError
 from ..core.files import read_tensors
+from .detail_stem import DetailStem
 
-SIZE = 64
+SIZE = 128  # of the pictures that it sees, in pixels
 WIDTH = 128
 
 
@@ -41,11 +42,11 @@ class Residual(nn.Module):
 
 
 class IdentityEncoder(nn.Module):
-    """Pictures (n, 3, 64, 64) in −1…1 to unit vectors (n, 128)."""
+    """Pictures (n, 3, 128, 128) in −1…1 to unit vectors (n, 128)."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 96, 128, 192)) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.stem = DetailStem(nn.Conv2d(3, widths[0], 3, padding=1))
         self.blocks = nn.Sequential(*(Residual(a, b) for a, b in pairwise(widths)))
         self.head = nn.Linear(widths[-1] * 16, WIDTH)
         self.norm = nn.GroupNorm(8, widths[-1])
@@ -73,7 +74,7 @@ def load_identity_encoder(path: Path | None = None) -> IdentityEncoder:
 
 @torch.no_grad()
 def embed(encoder: IdentityEncoder, images: Sequence[Image.Image]) -> Tensor:
-    """Unit vectors (n, 128) of pictures of any size (made square, 64×64)."""
+    """Unit vectors (n, 128) of pictures of any size (made square, 128×128)."""
     square = [image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS) for image in images]
     stack = torch.from_numpy(np.stack([np.asarray(image, np.float32) for image in square])).permute(0, 3, 1, 2)
     return torch.cat([encoder(part / 127.5 - 1) for part in stack.split(64)])

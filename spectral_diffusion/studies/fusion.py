@@ -297,7 +297,7 @@ def fusion_sheet(lab: StudyRunner, seed: int = 0, size: int = 4) -> Image.Image:
 
 
 def sheet_of(
-    columns: Mapping[str, Mapping[str, Sequence[Image.Image]]], names: Sequence[str], side: int = 64
+    columns: Mapping[str, Mapping[str, Sequence[Image.Image]]], names: Sequence[str], side: int = 128
 ) -> Image.Image:
     """Pictures by column and concept, two abreast, each ``side`` pixels; one row per concept, titles above."""
     rows = [[image_grid([i.resize((side, side)) for i in row[n]], 2) for row in columns.values()] for n in names]

@@ -26,7 +26,7 @@ from .registry import Findings, Row, Table, study
 from .runner import Figures, StudyRunner, scaled
 
 FAMILY = "spectral, own slots"
-WIDTH, HEIGHT, FINE = 128, 64, 4  # of the pictures, and how much finer their control images are
+WIDTH, HEIGHT, FINE = 256, 128, 2  # of the pictures, and how much finer their control images are
 SLOTS = {  # of the adapters; hero and bruno share theirs with concepts that are in no scene with them
     "rex": 0, "fido": 1, "brew": 2, "posy": 3, "inky": 4, "coral": 5, "bolt": 6, "hero": 0, "bruno": 1,
 }  # fmt: skip

@@ -31,7 +31,6 @@ DecayOption = Annotated[int | None, typer.Option(help="Take the rate down over s
 RateOption = Annotated[float, typer.Option(help="Learning rate before the decay.")]
 BatchOption = Annotated[int, typer.Option(help="Samples per step.")]
 SizesOption = Annotated[str, typer.Option(help="narrow or wide: the U-Net's widths.")]
-SideOption = Annotated[int, typer.Option(help="64 for pocket@1's latents, 128 for those of the folder's autoencoder.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 MapsOption = Annotated[float, typer.Option(help="Weight of the added loss on maps of classes and colours.")]
 ThreadsOption = Annotated[int, typer.Option(help="CPU threads.")]
@@ -50,7 +49,6 @@ def pretrain(
     batch: BatchOption = 32,
     maps: MapsOption = 0.0,
     sizes: SizesOption = "narrow",
-    side: SideOption = 64,
     device: DeviceOption = "auto",
     threads: ThreadsOption = 2,
     workers: WorkersOption = 0,
@@ -64,7 +62,7 @@ def pretrain(
     from .pieces import Piece, run_base
 
     torch.set_num_threads(threads)
-    piece = Piece(work, start, sizes, side, batch, device, workers, puppets, reuse, sheet_samples=sheet_samples)
+    piece = Piece(work, start, sizes, batch, device, workers, puppets, reuse, sheet_samples=sheet_samples)
     run_base(piece, Recipe(rate=rate, maps=maps), Limits(minutes, until_samples), decay_samples, echo)
 
 
@@ -79,7 +77,6 @@ def gpu(
     batch: BatchOption = 1024,
     maps: MapsOption = 0.0,
     sizes: SizesOption = "narrow",
-    side: SideOption = 64,
     device: DeviceOption = "cuda",
     workers: WorkersOption = 12,
     puppets: PuppetsOption = 200,
@@ -89,7 +86,7 @@ def gpu(
     from .pieces import Piece, run_base
     from .travel import pack
 
-    piece = Piece(work, start, sizes, side, batch, device, workers, puppets, 1, compiled, sheet_samples=0)
+    piece = Piece(work, start, sizes, batch, device, workers, puppets, 1, compiled, sheet_samples=0)
     training = run_base(
         piece, Recipe(rate=rate, ema=(100_000, 1_000_000), maps=maps), Limits(minutes), decay_samples, echo
     )
@@ -103,7 +100,7 @@ def export_pipeline(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the pipeline.")] = Path("pipeline"),
     average: Annotated[int, typer.Option(help="Which moving average; 0 is the shortest.")] = 0,
 ) -> None:
-    """Write the pipeline as it stands, with the autoencoder for 128 pixels if there is one."""
+    """Write the pipeline as it stands, with the folder's autoencoder if there is one."""
     from .pieces import as_saved, vae_of
     from .sheet import export, sample_sheet
 
@@ -154,7 +151,7 @@ def vae(
     workers: WorkersOption = 0,
     puppets: PuppetsOption = 12,
 ) -> None:
-    """Train the autoencoder for 128 pixels for one piece (goes on where the last one stopped)."""
+    """Train the autoencoder for one piece (goes on where the last one stopped)."""
     import torch
 
     from .pieces import Piece, run_vae
@@ -249,6 +246,7 @@ def measure(
     work: Annotated[Path, typer.Option(help="Folder of the pretraining.")] = Path("pretraining"),
     identity_steps: Annotated[int, typer.Option(help="Training steps of the identity encoder.")] = 1500,
     judge_steps: Annotated[int, typer.Option(help="Training steps of each judge.")] = 1200,
+    start: Annotated[Path | None, typer.Option(help="Folder with judges/ and identity/ to begin with.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
     """Train the identity encoder and the two judges (goes on where it stopped)."""
@@ -261,9 +259,9 @@ def measure(
 
     torch.set_num_threads(threads)
     renderer = Renderer(icon_sets(work / "art"))
-    train_identity(renderer, work, identity_steps, echo)
+    train_identity(renderer, work, identity_steps, start, echo)
     for name in KINDS:
-        train_judge(renderer, work, name, judge_steps, echo)
+        train_judge(renderer, work, name, judge_steps, start, echo)
 
 
 @app.command("report")

@@ -1,6 +1,6 @@
-"""Networks that begin from smaller ones: a wider U-Net, T2I-Adapters for pictures of twice the side.
+"""A wider U-Net that begins from a narrow one.
 
-In a wider network every channel keeps its weights; what new channels feed into old ones begins at zero. Group and
+Every channel keeps its weights; what new channels feed into old ones begins at zero. Group and
 layer norms see other neighbours, so the wide network does not begin as exactly the same function, and some training
 heals it.
 """
@@ -10,10 +10,9 @@ from __future__ import annotations
 import re
 
 import torch
-from diffusers import T2IAdapter
 from torch import Tensor
 
-from .models import Sizes, Trainee, build_t2i_adapter
+from .models import Sizes, Trainee
 
 JOINED = re.compile(r"unet\.up_blocks\.(\d)\.resnets\.(\d)\.(norm1|conv1\.weight|conv_shortcut\.weight)")
 
@@ -65,27 +64,3 @@ def widened(narrow: Trainee, sizes: Sizes) -> Trainee:
             target[at[0]] = value
     wide.load_state_dict(weights)
     return wide
-
-
-@torch.no_grad()
-def for_twice_the_side(adapter: T2IAdapter, sizes: Sizes) -> T2IAdapter:
-    """The adapter that gives for a picture what ``adapter`` gives for the same picture at half its size."""
-    downscale, channels = adapter.config.downscale_factor, adapter.config.in_channels
-    larger = build_t2i_adapter(channels, sizes, 2 * downscale)
-    weights = adapter.state_dict()
-    for name, value in weights.items():
-        if name == "adapter.conv_in.weight":
-            blocks = value.unflatten(1, (channels, downscale, downscale)) / 4
-            weights[name] = blocks.repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(1, 3)
-    larger.load_state_dict(weights)
-    return larger
-
-
-def with_larger_adapters(trainee: Trainee) -> Trainee:
-    """The same networks with T2I-Adapters for pictures of twice the side."""
-    larger = Trainee(trainee.sizes, 2 * trainee.downscale)
-    for name, module in trainee.named_children():
-        if name.startswith("t2i"):
-            module = for_twice_the_side(module, trainee.sizes)
-        getattr(larger, name).load_state_dict(module.state_dict())
-    return larger

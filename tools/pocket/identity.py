@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from spectral_diffusion.core.files import write_tensors
+from spectral_diffusion.core.files import read_tensors, write_tensors
 from spectral_diffusion.core.precision import autocast, cpu_precision
 from spectral_diffusion.metrics.identity import SIZE, IdentityEncoder, auc, embed
 from spectral_diffusion.training.checkpoint import load_state, save_state
@@ -71,20 +71,20 @@ def near_miss(look: AnyLook, random: Random) -> AnyLook:
 
 
 def view(renderer: Renderer, look: AnyLook, sprite: Image.Image | None, random: Random) -> np.ndarray:
-    """One picture (64, 64, 3) of a look, sometimes as soft as a generated one."""
+    """One picture (128, 128, 3) of a look, sometimes as soft as a generated one."""
     setting = random.choice([*SETTINGS, None])
     colour = None if setting else random.choice(list(PLAIN))
     canvas = backdrop_canvas(setting, colour, SIZE, SIZE, random.randrange(24))
     placed = place_view(look, sprite, SIZE * random.uniform(0.6, 0.96), SIZE, random)
     image, _, _ = renderer.compose([placed], canvas)
     if random.random() < 0.4:
-        soft = Image.fromarray(image).filter(ImageFilter.GaussianBlur(random.uniform(0.4, 1.1)))
+        soft = Image.fromarray(image).filter(ImageFilter.GaussianBlur(random.uniform(0.006, 0.017) * SIZE))
         image = np.asarray(soft)
     return image
 
 
 def batch(renderer: Renderer, random: Random) -> Tensor:
-    """(2, n, 3, 64, 64) in −1…1: two views of n looks, in families of look-alikes."""
+    """(2, n, 3, 128, 128) in −1…1: two views of n looks, in families of look-alikes."""
     rows: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for _ in range(GROUPS):
         look = random_look(random)
@@ -96,8 +96,13 @@ def batch(renderer: Renderer, random: Random) -> Tensor:
     return stack / 127.5 - 1
 
 
-def train_identity(renderer: Renderer, folder: Path, steps: int = 1600, report: Report = print) -> None:
-    """Train into ``folder/identity/model.safetensors``, going on from ``folder/identity.state.safetensors``."""
+def train_identity(
+    renderer: Renderer, folder: Path, steps: int = 1600, start: Path | None = None, report: Report = print
+) -> None:
+    """Train into ``folder/identity/model.safetensors``, going on from ``folder/identity.state.safetensors``.
+
+    ``start`` is a folder with an encoder to begin with, also one for half the side.
+    """
     torch.manual_seed(0)
     encoder = IdentityEncoder()
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, weight_decay=1e-3, fused=True)
@@ -106,11 +111,13 @@ def train_identity(renderer: Renderer, folder: Path, steps: int = 1600, report: 
         tensors, meta = load_state(path, optimizer)
         encoder.load_state_dict(tensors)
         step, spent = meta["step"], meta["spent"]
+    elif start:
+        load_coarse(encoder, start / "identity" / "model.safetensors")
     vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
     last = time.monotonic()
     while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 100) * (1 - step / steps) + 1e-6
+            group["lr"] = (1e-3 if start else 2e-3) * min(1.0, (step + 1) / 100) * (1 - step / steps) + 1e-6
         random = Random(f"identity/{step}")
         pictures = batch(renderer, random)
         with torch.no_grad(), autocast(torch.device("cpu"), cpu_precision()):
@@ -145,6 +152,15 @@ def train_identity(renderer: Renderer, folder: Path, steps: int = 1600, report: 
         {name: value.half() for name, value in encoder.state_dict().items()},
         {"steps": str(steps), "minutes": f"{spent / 60:.1f}"},
     )
+
+
+def load_coarse(network: torch.nn.Module, path: Path) -> None:
+    """Take the weights of a file; those of a network for half the side go where it is that network's part."""
+    kept = read_tensors(path)[0]
+    state = network.state_dict()
+    names = {name: name.replace(".coarse.", ".") for name in state if ".fine." not in name}
+    found = {name: kept[name] if name in kept else kept[old] for name, old in names.items()}
+    network.load_state_dict(state | {name: value.float() for name, value in found.items()})
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from spectral_diffusion.core.precision import autocast, cpu_precision
 from spectral_diffusion.metrics.classifiers import BACKDROPS, CLASSIFIERS, HEADS, NOUNS, SIZE, TINTS, tensor_of, windows
 from spectral_diffusion.training.checkpoint import load_state, save_state
 
+from .identity import load_coarse
 from .loop import Report
 from .render import Picture, Renderer, WorldConfig
 from .world import Backdrop, Thing
@@ -63,10 +64,10 @@ def examples(
     """Windows of true scenes with their labels, a share of the scenes through the VAE's round trip."""
     images: list[Image.Image] = []
     truths: list[tuple[int, int, int]] = []
-    for width in (64, 128):
+    for width in (SIZE, 2 * SIZE):
         pictures: list[Picture] = []
         found = len(images)
-        while sum(len(p.things) for p in pictures) + found < count * (1 if width == 128 else 0.5):
+        while sum(len(p.things) for p in pictures) + found < count * (0.5 if width == SIZE else 1):
             pictures.append(renderer.scene(random, SEEN, width, SIZE))
         stack = torch.from_numpy(np.stack([p.image for p in pictures])).permute(0, 3, 1, 2).float() / 127.5 - 1
         chosen = torch.tensor([vae is not None and random.random() < share for _ in pictures])
@@ -88,15 +89,25 @@ def empty_examples(
     """Windows in which there is nothing."""
     images, truths = [], []
     for _ in range(count):
-        picture = renderer.scene(random, SEEN, 64, SIZE)
-        canvas = renderer.backdrop(picture.backdrop, 64, SIZE, random)
+        picture = renderer.scene(random, SEEN, SIZE, SIZE)
+        canvas = renderer.backdrop(picture.backdrop, SIZE, SIZE, random)
         images.append(Image.fromarray(canvas.round().astype(np.uint8)))
         truths.append(labels(None, picture.backdrop))
     return images, truths
 
 
-def train_judge(renderer: Renderer, folder: Path, name: str, steps: int = 1500, report: Report = print) -> None:
-    """Train one judge into ``folder/judges/<name>.safetensors``, going on from its state if there is one."""
+def softened(image: Image.Image, random: Random) -> Image.Image:
+    """A picture as soft as a generated one may be."""
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(0.005, 0.019) * SIZE))
+
+
+def train_judge(
+    renderer: Renderer, folder: Path, name: str, steps: int = 1500, start: Path | None = None, report: Report = print
+) -> None:
+    """Train one judge into ``folder/judges/<name>.safetensors``, going on from its state if there is one.
+
+    ``start`` is a folder with judges to begin with, also such for half the side.
+    """
     kind = KINDS[name]
     torch.manual_seed(kind.seed)
     judge = CLASSIFIERS[name]()
@@ -106,19 +117,18 @@ def train_judge(renderer: Renderer, folder: Path, name: str, steps: int = 1500, 
         tensors, meta = load_state(path, optimizer)
         judge.load_state_dict(tensors)
         step, spent = meta["step"], meta["spent"]
+    elif start:
+        load_coarse(judge, start / "judges" / f"{name}.safetensors")
     vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
     last = time.monotonic()
     while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = 1.5e-3 * min(1.0, (step + 1) / 100) * (1 - step / steps) + 1e-6
+            group["lr"] = (7e-4 if start else 1.5e-3) * min(1.0, (step + 1) / 100) * (1 - step / steps) + 1e-6
         random = Random(f"judge/{name}/{step}")
         images, truths = examples(renderer, random, 60, vae, kind.round_trip)
         more, none = empty_examples(renderer, random, 4)
         images, truths = images + more, truths + none
-        images = [
-            image.filter(ImageFilter.GaussianBlur(random.uniform(0.3, 1.2))) if random.random() < kind.blur else image
-            for image in images
-        ]
+        images = [softened(image, random) if random.random() < kind.blur else image for image in images]
         inputs = tensor_of(images)
         generator = torch.Generator().manual_seed(step)
         inputs = inputs + torch.randn(inputs.shape, generator=generator) * kind.noise / 127.5 * random.random()

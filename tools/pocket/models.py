@@ -93,10 +93,10 @@ def build_unet(sizes: Sizes = NARROW) -> UNet2DConditionModel:
     return unet
 
 
-def build_t2i_adapter(channels: int, sizes: Sizes = NARROW, downscale: int = 4) -> T2IAdapter:
+def build_t2i_adapter(channels: int, sizes: Sizes = NARROW, downscale: int = 8) -> T2IAdapter:
     """A condition (a sketch has 1 channel, a keypose 3) to features of the three U-Net levels.
 
-    ``downscale`` is the picture's side over the latents': 4 for 64 pixels, 8 for 128.
+    ``downscale`` is the picture's side over the latents'.
     """
     return T2IAdapter(
         in_channels=channels,
@@ -160,7 +160,7 @@ def save_pipeline(
 class Trainee(nn.Module):
     """The networks that are trained together."""
 
-    def __init__(self, sizes: Sizes = NARROW, downscale: int = 4) -> None:
+    def __init__(self, sizes: Sizes = NARROW, downscale: int = 8) -> None:
         super().__init__()
         self.sizes, self.downscale = sizes, downscale
         self.tokenizer = build_tokenizer()

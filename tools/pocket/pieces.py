@@ -23,7 +23,7 @@ from .base import Recipe, Training, changed
 from .batches import Mix, token_ids
 from .compute import Compute, choose
 from .device import DeviceRenderer, DeviceSource, Plans
-from .growth import widened, with_larger_adapters
+from .growth import widened
 from .loop import Limits, Report, train_piece
 from .models import SIZES, Trainee
 from .plan import Planner
@@ -31,8 +31,9 @@ from .render import Renderer
 from .sheet import export, sample_sheet
 from .sprites import Bank, build_bank, pack_artwork
 from .travel import STATE_JSON, unpack
-from .vae import VaeRecipe, VaeSource, VaeTraining, grown, quality, vae_planner
+from .vae import VaeRecipe, VaeSource, VaeTraining, quality, vae_planner
 
+SIDE = 128  # of the pictures, in pixels
 STATE = "base.state.safetensors"
 VAE_STATE = "vae.state.safetensors"
 ARTWORK = "artwork.safetensors"
@@ -45,7 +46,6 @@ class Piece:
     work: Path
     start: str = "pocket"
     sizes: str = "narrow"
-    side: int = 64  # of the pictures: 64 encoded by pocket@1's autoencoder, 128 by the one in the folder
     batch: int = 32
     device: str = "auto"
     workers: int = 0  # processes that plan ahead
@@ -53,12 +53,6 @@ class Piece:
     reuse: int = 2  # how often every batch is seen
     compiled: bool = False  # the U-Net, with torch.compile
     sheet_samples: int = 50_000
-
-
-def frozen_vae(compute: Compute) -> AutoencoderKL:
-    """The autoencoder of pocket@1, from 64 pixels to the latents."""
-    vae = AutoencoderKL.from_pretrained(pocket.path() / "vae", dtype=torch.float32)
-    return vae.requires_grad_(False).to(compute.device)
 
 
 def bank_of(work: Path, size: int, puppets: int, compute: Compute, workers: int = 0) -> Bank:
@@ -84,34 +78,32 @@ def begin(piece: Piece, compute: Compute, recipe: Recipe) -> Training:
         about = json.loads((packed / STATE_JSON).read_text())["about"]
     else:
         about = {}
-    trainee = Trainee(SIZES[about.get("sizes", "narrow")], about.get("side", 64) // 16)
+    trainee = Trainee(SIZES[about.get("sizes", "narrow")])
     if not about:
         trainee.load_pipeline(pocket.path() if piece.start == "pocket" else packed)
     training = Training(trainee, compute, recipe)
-    training.about = {"start": piece.start, "side": 64}
+    training.about = {"start": piece.start}
     if state.exists():
         training.load(state)
     elif about:
         unpack(training, packed)
     if training.trainee.sizes != SIZES[piece.sizes]:
         training = changed(training, lambda trainee: widened(trainee, SIZES[piece.sizes]))
-    if training.trainee.downscale * 16 < piece.side:
-        training = changed(training, with_larger_adapters)
-    training.about |= {"sizes": piece.sizes, "side": piece.side, "batch": piece.batch}
+    training.about |= {"sizes": piece.sizes, "batch": piece.batch}
     return training
 
 
 def as_saved(work: Path) -> Training:
     """The training as a folder's state has it, on the processor."""
     _, about = peek(work / STATE)
-    piece = Piece(work, sizes=about.get("sizes", "narrow"), side=about.get("side", 64), batch=about.get("batch", 32))
+    piece = Piece(work, sizes=about.get("sizes", "narrow"), batch=about.get("batch", 32))
     return begin(piece, Compute(torch.device("cpu"), False), Recipe())
 
 
 def unpack_into(packed: Path, work: Path) -> int:
     """Make packed files a folder's state, keeping the one before as base.before.safetensors; returns its samples."""
     about = json.loads((packed / STATE_JSON).read_text())["about"]
-    trainee = Trainee(SIZES[about.get("sizes", "narrow")], about.get("side", 64) // 16)
+    trainee = Trainee(SIZES[about.get("sizes", "narrow")])
     training = Training(trainee, Compute(torch.device("cpu"), False), Recipe())
     unpack(training, packed)
     if (work / STATE).exists():
@@ -132,15 +124,15 @@ def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | 
     training = begin(piece, compute, recipe)
     progress = training.progress
     progress.decay(decay_samples)
-    vae = frozen_vae(compute) if piece.side == 64 else vae_of(piece.work).requires_grad_(False).to(compute.device)
-    bank = bank_of(piece.work, piece.side, piece.puppets, compute, piece.workers)
+    vae = vae_of(piece.work, compute)
+    bank = bank_of(piece.work, SIDE, piece.puppets, compute, piece.workers)
     planner = Planner(bank.catalogue, partial(token_ids, training.trainee.tokenizer), mix, piece.batch)
     plans = Plans(planner, piece.workers, piece.reuse)
     source = DeviceSource(DeviceRenderer(bank, compute), vae, plans, piece.reuse)
     if piece.compiled:
         training.trainee.unet.compile()
     report(
-        f"from step {progress.step}, {progress.samples} samples; {piece.sizes}, {piece.side} px, batch {piece.batch} "
+        f"from step {progress.step}, {progress.samples} samples; {piece.sizes}, batch {piece.batch} "
         f"on {described(compute)}"
     )
     training.about["mix"] = asdict(mix)
@@ -161,10 +153,11 @@ def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | 
     return training
 
 
-def vae_of(work: Path) -> AutoencoderKL:
-    """The autoencoder for 128 pixels as far as it is trained in a folder, else that of pocket@1."""
+def vae_of(work: Path, compute: Compute | None = None) -> AutoencoderKL:
+    """The frozen autoencoder as far as it is trained in a folder, else the shipped one."""
     folder = work / "vae" if (work / "vae").is_dir() else pocket.path() / "vae"
-    return AutoencoderKL.from_pretrained(folder, dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    return vae.to(compute.device) if compute else vae
 
 
 def draw_sheet(training: Training, work: Path) -> None:
@@ -174,11 +167,10 @@ def draw_sheet(training: Training, work: Path) -> None:
 
 
 def run_vae(piece: Piece, recipe: VaeRecipe, limits: Limits, decay_samples: int | None, report: Report) -> None:
-    """Train the autoencoder for 128 pixels for one piece in ``piece.work``; saves its state and ``vae/`` there."""
+    """Train the autoencoder for one piece in ``piece.work``, from the shipped one; saves its state and ``vae/``."""
     compute = choose(piece.device)
-    old = frozen_vae(compute)
-    training = VaeTraining(grown(old.cpu()), compute, recipe)
-    old.to(compute.device)
+    old = vae_of(pocket.path(), compute)
+    training = VaeTraining(vae_of(pocket.path()).requires_grad_(True), compute, recipe)
     state = piece.work / VAE_STATE
     if state.exists():
         training.load(state)
@@ -188,7 +180,7 @@ def run_vae(piece: Piece, recipe: VaeRecipe, limits: Limits, decay_samples: int 
     start = pocket.path() if piece.start == "pocket" else Path(piece.start)
     trainee.load_pipeline(start, ("text_encoder", "unet"))
     trainee.requires_grad_(False).to(compute.device)
-    bank = bank_of(piece.work, 128, piece.puppets, compute, piece.workers)
+    bank = bank_of(piece.work, SIDE, piece.puppets, compute, piece.workers)
     planner = vae_planner(Planner(bank.catalogue, partial(token_ids, trainee.tokenizer), Mix(), piece.batch))
     plans = Plans(planner, piece.workers)
     source = VaeSource(DeviceRenderer(bank, compute), plans, old, trainee, recipe)

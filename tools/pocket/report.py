@@ -43,20 +43,20 @@ from .world import Backdrop, Thing
 Figures = dict[str, Any]
 
 
-def scenes(renderer: Renderer, world: WorldConfig, count: int, width: int, seed: str) -> list[Picture]:
-    """True scenes, which are also the captions to draw."""
+def scenes(renderer: Renderer, world: WorldConfig, count: int, size: tuple[int, int], seed: str) -> list[Picture]:
+    """True scenes of a size (width, height), which are also the captions to draw."""
     random = Random(seed)
-    return [renderer.scene(random, world, width, 64) for _ in range(count)]
+    return [renderer.scene(random, world, *size) for _ in range(count)]
 
 
 def draw(base: Base, pictures: Sequence[Picture], config: Scene, seed: int = 0) -> list[Image.Image]:
     """One generated picture per caption."""
-    width = pictures[0].image.shape[1]
+    height, width = pictures[0].image.shape[:2]
     return sample(
         base,
         [picture.caption for picture in pictures],
         [seed + index for index in range(len(pictures))],
-        config.model_copy(update={"width": width, "height": 64}),
+        config.model_copy(update={"width": width, "height": height}),
     )
 
 
@@ -90,16 +90,17 @@ def captions_kept(
     base: Base, renderer: Renderer, config: Scene, judges: dict[str, torch.nn.Module], count: int
 ) -> Figures:
     """One, two and three things: what each judge finds in generated pictures and in true renders."""
+    side = base.denoiser.size
     every = replace(SEEN, natural=0.0, shift=0.04, rotate=5.0, scale=(0.78, 0.92), second_drawing=0.1)
     kinds = {
-        "one": (replace(every, counts=(1.0,)), 64),
-        "two": (replace(every, counts=(0.0, 1.0)), 64),
-        "two_wide": (replace(every, wide_counts=(0.0, 1.0)), 128),
-        "three_wide": (replace(every, wide_counts=(0.0, 0.0, 1.0)), 128),
+        "one": (replace(every, counts=(1.0,)), side),
+        "two": (replace(every, counts=(0.0, 1.0)), side),
+        "two_wide": (replace(every, wide_counts=(0.0, 1.0)), 2 * side),
+        "three_wide": (replace(every, wide_counts=(0.0, 0.0, 1.0)), 2 * side),
     }
     out: Figures = {}
     for name, (world, width) in kinds.items():
-        truth = scenes(renderer, world, count, width, f"report/{name}")
+        truth = scenes(renderer, world, count, (width, side), f"report/{name}")
         images = draw(base, truth, config)
         out[name] = {
             judge: {
@@ -121,14 +122,14 @@ def seeds_differ(
     base: Base, renderer: Renderer, config: Scene, encoder: IdentityEncoder, captions: int = 16, seeds: int = 8
 ) -> float:
     """Spread of pictures of one caption over seeds, as a share of the spread of true renders of it."""
-    random = Random("report/seeds")
+    random, side = Random("report/seeds"), base.denoiser.size
     world = replace(SEEN, natural=0.0)
     drawn, true = [], []
     for index in range(captions):
-        scene = renderer.scene(random, replace(world, counts=(1.0,)))
+        scene = renderer.scene(random, replace(world, counts=(1.0,)), side, side)
         images = sample(base, [scene.caption] * seeds, [1000 * index + s for s in range(seeds)], config)
         drawn.append(spread(embed(encoder, images)))
-        again = [renderer.render(random, world, list(scene.things), scene.backdrop) for _ in range(seeds)]
+        again = [renderer.render(random, world, scene.things, scene.backdrop, side, side) for _ in range(seeds)]
         true.append(spread(embed(encoder, [Image.fromarray(picture.image) for picture in again])))
     return float(np.mean(drawn) / np.mean(true))
 
@@ -140,8 +141,9 @@ def edges(image: Image.Image) -> np.ndarray:
     return size > max(0.6, float(np.quantile(size, 0.85)))
 
 
-def edge_f1(found: np.ndarray, wanted: np.ndarray, tolerance: float = 1.5) -> float:
-    """F1 of edges that lie within ``tolerance`` pixels of each other."""
+def edge_f1(found: np.ndarray, wanted: np.ndarray, tolerance: float = 0.0234) -> float:
+    """F1 of edges that lie within ``tolerance`` of the picture's height of each other."""
+    tolerance *= len(wanted)
     if not found.any() or not wanted.any():
         return 0.0
     precision = float((distance_transform_edt(~wanted)[found] <= tolerance).mean())
@@ -152,7 +154,7 @@ def edge_f1(found: np.ndarray, wanted: np.ndarray, tolerance: float = 1.5) -> fl
 def sketches_kept(base: Base, renderer: Renderer, config: Scene, count: int = 64) -> Figures:
     """Edge F1 of pictures with their own sketch, minus the same with another scene's sketch."""
     world = replace(SEEN, counts=(1.0,), natural=0.0, scale=(0.6, 0.9), shift=0.12, rotate=12.0)
-    truth = scenes(renderer, world, count, 64, "report/sketch")
+    truth = scenes(renderer, world, count, (base.denoiser.size,) * 2, "report/sketch")
     random = Random("report/strokes")
     strokes = [Image.fromarray((thicken(p.sketch, random) * 255).astype(np.uint8), "L") for p in truth]
     images = [
@@ -180,14 +182,14 @@ def iou(one: np.ndarray, two: np.ndarray) -> float:
 
 def poses_kept(base: Base, renderer: Renderer, config: Scene, count: int = 64) -> Figures:
     """Silhouette IoU of puppets with their own keypose, minus the same with another's."""
-    random = Random("report/keypose")
+    random, side = Random("report/keypose"), base.denoiser.size
     world = replace(SEEN, scale=(0.75, 0.92), shift=0.05)
     truth, images = [], []
     for index in range(count):
         colour = random.choice(["red", "blue", "green", "purple", "orange"])
         thing = Thing(random.choice(puppets.NOUNS), colour)
-        picture = renderer.render(random, world, [thing], Backdrop(None, "white"))
-        keypose = ControlMap(draw_keypose(picture.people, 64, 64), "keypose")
+        picture = renderer.render(random, world, [thing], Backdrop(None, "white"), side, side)
+        keypose = ControlMap(draw_keypose(picture.people, side, side), "keypose")
         images += sample(base, [picture.caption], [index], config, controls=[keypose])
         truth.append(picture.mask > 0.5)
     found = [silhouette(image) for image in images]
@@ -221,7 +223,10 @@ def concept_learnt(
             return sample(base, [f"a photo of {what} {place}" for place in places], list(range(6)), config)
 
         generic = float(identity_score(encoder, pictures(base, f"a {concept.noun}"), references).mean())
-        held = [picture.image for picture in views(renderer, CONCEPTS[name], Random(f"report/{name}"), 12, 64)]
+        held = [
+            picture.image
+            for picture in views(renderer, CONCEPTS[name], Random(f"report/{name}"), 12, base.denoiser.size)
+        ]
         stack = torch.from_numpy(np.stack(held)).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.no_grad():
             vae = base.pipeline.vae
@@ -251,7 +256,7 @@ def concept_learnt(
 
 
 def seconds_per_picture(base: Base, config: Scene) -> float:
-    """One 64×64 picture of a batch of eight."""
+    """One square picture of a batch of eight."""
     prompts = ["a red dog on the grass"] * 8
     sample(base, prompts, list(range(8)), config)
     begun = time.monotonic()
@@ -308,7 +313,7 @@ def table(figures: Figures) -> str:
             line(f"{text}, classes", referee[key]["generated"]["all_classes"], referee[key]["true"]["all_classes"])
             + "\n"
             + line(f"{text}, classes and colours", referee[key]["generated"]["whole"], referee[key]["true"]["whole"])
-            for key, text in (("two", "two at 64×64"), ("two_wide", "two at 128×64"), ("three_wide", "three at 128×64"))
+            for key, text in (("two", "two, square"), ("two_wide", "two at 2:1"), ("three_wide", "three at 2:1"))
         ),
         line("seeds differ, share of true spread", figures["seeds"]),
         line("sketch: edge F1, own − shuffled", figures["sketch"]["difference"]),
@@ -316,6 +321,6 @@ def table(figures: Figures) -> str:
         line("identity AUC, held out", figures["identity_auc"]["clean"]),
         line("identity AUC, after the VAE", figures["identity_auc"]["round_trip"]),
         line("one concept: way from generic to held-out", concept["mean_way"]),
-        line("seconds per 64×64 picture", figures["seconds_per_picture"]),
+        line("seconds per square picture", figures["seconds_per_picture"]),
     ]
     return "\n".join(rows)

@@ -14,7 +14,6 @@ from spectral_diffusion.data.image_grid import image_grid
 
 from .art import PACKAGES, PRETRAINING
 from .base import Training
-from .growth import with_larger_adapters
 from .models import Trainee, save_pipeline
 
 SHEET = [
@@ -54,15 +53,10 @@ SHEET = [
 
 
 def export(training: Training, vae: AutoencoderKL, folder: Path, average: int = 0) -> None:
-    """Write the pipeline with one of the moving averages as its weights, in fp16.
-
-    With an autoencoder for 128 pixels the T2I-Adapters are made for 128 pixels too.
-    """
+    """Write the pipeline with one of the moving averages as its weights, in fp16."""
     trainee = training.trainee
     shown = Trainee(trainee.sizes, trainee.downscale)
     shown.load_state_dict(dict(zip(training.names, training.averages[average], strict=True)), strict=False)
-    if 2 ** (len(vae.config.block_out_channels) - 1) == 2 * trainee.downscale:
-        shown = with_larger_adapters(shown)
     save_pipeline(folder, vae, shown.tokenizer, shown.text_encoder, shown.unet, shown.t2i_sketch, shown.t2i_keypose)
     artwork = {name: PACKAGES[name] for name in PRETRAINING}
     progress = asdict(training.progress)

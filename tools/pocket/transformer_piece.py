@@ -15,7 +15,7 @@ from .batches import Mix
 from .compute import Compute, choose
 from .device import DeviceRenderer, DeviceSource, Plans
 from .loop import Limits, Report, train_piece
-from .pieces import STATE, Piece, bank_of, described
+from .pieces import SIDE, STATE, Piece, bank_of, described
 from .plan import Planner
 from .sheet import SHEET
 from .transformer import (
@@ -29,7 +29,6 @@ from .transformer import (
     transformer_pictures,
 )
 
-SIDE = 128
 MEASURED = 40  # batches for the mean and the deviation of latents
 MIX = Mix(sketch=0.0, keypose=0.0)  # there are no adapters for control images
 

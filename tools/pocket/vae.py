@@ -1,8 +1,7 @@
-"""The autoencoder for 128 pixels: pocket@1's latents, and a decoder that draws clean edges from imperfect ones.
+"""Training of the autoencoder: a decoder that draws clean edges from imperfect latents.
 
-It has one more stage than pocket@1's, which it is built from: its encoder begins with the latents that pocket@1's
-encoder gives for the picture at half its size, so text encoder, U-Net and T2I-Adapters go on from where they are. Its
-decoder learns from true latents and from what the U-Net makes of noisy ones.
+It begins from the shipped autoencoder and keeps to its latents, so text encoder, U-Net and T2I-Adapters go on from
+where they are. Its decoder learns from true latents and from what the U-Net makes of noisy ones.
 """
 
 from __future__ import annotations
@@ -57,55 +56,6 @@ def build_vae(widths: tuple[int, ...]) -> AutoencoderKL:
     )
 
 
-@torch.no_grad()
-def grown(old: AutoencoderKL) -> AutoencoderKL:
-    """The autoencoder for twice the side that begins as ``old`` with the picture made smaller before and larger after.
-
-    Decoding begins as exactly that but for the last convolution. Encoding does but for one of the 36 pixels that
-    each feature of the first convolution reads: its two 3×3 convolutions together reach 5×5.
-    """
-    widths = tuple(old.config.block_out_channels)
-    new = build_vae((widths[0], *widths))
-    weights = new.state_dict()
-    for name, value in old.state_dict().items():
-        if name.startswith("encoder.down_blocks."):
-            number = int(name.split(".")[2])
-            name = name.replace(f"blocks.{number}.", f"blocks.{number + 1}.", 1)
-        if not name.startswith("encoder.conv_in."):
-            weights[name] = value.clone()
-    new.load_state_dict(weights)
-    encoder, decoder = new.encoder, new.decoder
-    # Channel 4c + 2a + b of the first convolution is colour c: rows r and r + 1 (a = 0) or row r − 1 (a = 1), and
-    # columns alike. The stride takes old tap −1 from a = 1 at its first row, 0 and 1 from a = 0 at its first and third.
-    taps = torch.tensor([[0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])
-    first, stride = encoder.conv_in, encoder.down_blocks[0].downsamplers[0].conv
-    stride.weight.zero_()
-    stride.bias.copy_(old.encoder.conv_in.bias)
-    for c in range(3):
-        for a in range(2):
-            for b in range(2):
-                channel = 4 * c + 2 * a + b
-                first.weight[channel].zero_()
-                first.weight[channel, c] = torch.outer(taps[a], taps[b])
-                first.bias[channel] = 0
-        for p, (a, down) in enumerate(((1, 0), (0, 0), (0, 2))):
-            for q, (b, across) in enumerate(((1, 0), (0, 0), (0, 2))):
-                stride.weight[:, 4 * c + 2 * a + b, down, across] += old.encoder.conv_in.weight[:, c, p, q]
-    make_identity(encoder.down_blocks[0].resnets)
-    make_identity(decoder.up_blocks[-1].resnets)
-    grow = decoder.up_blocks[-2].upsamplers[0].conv
-    nn.init.dirac_(grow.weight)
-    nn.init.zeros_(grow.bias)
-    return new
-
-
-def make_identity(resnets: Any) -> None:
-    """Let residual blocks begin by giving what they get."""
-    for block in resnets:
-        nn.init.zeros_(block.conv2.weight)
-        nn.init.zeros_(block.conv2.bias)
-
-
 class Critic(nn.Module):
     """Tells patches of true pictures from decoded ones: logits at an eighth of the side, and features on the way.
 
@@ -139,7 +89,7 @@ class VaeRecipe(Rates):
     ema: int = 5_000  # samples that the moving average looks back
     predicted: float = 0.5  # share of latents that the U-Net predicted
     timesteps: tuple[int, int] = (50, 650)  # where it predicts
-    anchor: float | None = None  # None: the encoder learns pocket@1's latents alone, from a quarter of the batch; a
+    anchor: float | None = None  # None: the encoder learns the old latents alone, from a quarter of the batch; a
     # number: it learns from the decoded pictures too, and this weight holds it to those latents
     edges: float = 1.0  # weight of the error in differences between neighbours
     features: float = 0.0  # weight of the error in the critic's features
@@ -153,7 +103,7 @@ class VaeBatch:
     """True pictures with the latents to decode; those of the last rows are the U-Net's predictions."""
 
     images: Tensor  # (n, 3, 128, 128)
-    moments: Tensor  # (n, 16, 16, 16) that pocket@1's encoder gives
+    moments: Tensor  # (n, 16, 16, 16) that the old encoder gives
     latents: Tensor  # (n, 8, 16, 16) to decode
     predicted: int
 
@@ -177,7 +127,7 @@ class VaeSource:
         true = len(images) - round(self.recipe.predicted * len(images))
         images = torch.cat([recolored(images[:true], generator), images[true:]])
         with compute.autocast():
-            moments = self.old.quant_conv(self.old.encoder(F.avg_pool2d(images, 2))).float()
+            moments = self.old.quant_conv(self.old.encoder(images)).float()
         latents = moments[:, :8].clone()
         if true < len(images):
             ids = compute.move(torch.from_numpy(plan.ids))[true:]
