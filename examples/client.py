@@ -29,7 +29,7 @@ def run(url: str, concepts: list[str], base: str = "pocket", steps: int | None =
         told = finished(client, job)
         if told["state"] != "done":
             raise SystemExit(f"{told['concept']}: {told['message']}")
-    client.predict(concepts, "together", merge="spectral", api_name="/fuse")
+    client.predict(concepts, "together", api_name="/fuse")
     prompt = " and ".join(f"<{one}>" for one in concepts) + " on the beach"
     files, _ = client.predict(prompt, base="fused/together", num_inference_steps=draw, api_name="/generate")
     return [str(file) for file in files]

@@ -218,7 +218,7 @@ def unload_adapters(pipeline: Pipeline) -> None:
 def fuse(
     pipeline: Pipeline | str,
     adapters: Scales,
-    method: str = "spectral",
+    method: str | None = None,
     distill_steps: int = 0,
     *,
     hooks: Hooks = QUIET,
@@ -227,7 +227,8 @@ def fuse(
     """A new pipeline with the adapters merged into its weights, their tokens included; the given one is untouched.
 
     Args:
-        method: the merge, such as ``spectral``, ``gradient``, ``ties``.
+        method: the merge, such as ``spectral``, ``gradient``, ``ties``; default: that of the base's preset, else
+            ``spectral``.
         distill_steps: steps of distillation after the merge.
         settings: any other of :class:`.config.fuse.MergeConfig`, such as ``options={…}`` or ``calibration={…}``.
 
@@ -238,7 +239,9 @@ def fuse(
     with _borrowed(pipeline) as source:
         name, copied = source.name, copy.deepcopy(source.pipeline)
     layer = preset_settings(name, "fuse")
-    given: dict[str, Any] = {"merge": method, "scales": {adapter.name: scale for adapter, scale in scales.items()}}
+    given: dict[str, Any] = {"scales": {adapter.name: scale for adapter, scale in scales.items()}}
+    if method:
+        given["merge"] = method
     if distill_steps:
         given["distill"] = {"steps": distill_steps}
     config = build(MergeConfig, layer, given, settings)

@@ -199,6 +199,6 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "klein": make_tiny_klein, "z-image": make_tiny_z_image, "krea-2": make_tiny_krea_2,
     "qwen-image-2.1": make_tiny_qwen_image_21,
 }  # fmt: skip
-SPELLINGS: dict[str, dict[str, Any]] = {  # what a stock pipeline must be told of so small a text encoder
+SPELLINGS: dict[str, dict[str, Any]] = {  # what a stock pipeline must know of so small a text encoder
     "klein": {"max_sequence_length": LENGTH, "text_encoder_out_layers": (1, 2, 3)},
 }

@@ -93,6 +93,7 @@ def test_a_fusion_is_a_new_pipeline(pipe: Any, two: list[sd.Adapter], tmp_path: 
     fused.save_pretrained(tmp_path / "fused")
     stock = StableDiffusionPipeline.from_pretrained(str(tmp_path / "fused"))
     assert drawn(stock) == drawn(fused) and "<rex>" in stock.tokenizer.get_added_vocab()
+    assert drawn(sd.fuse(pipe, two)) == drawn(sd.fuse(pipe, two, method="spectral"))  # this base has no preset
     with pytest.raises(sd.UserError, match=r"options\.density"):
         sd.fuse(pipe, two, method="ties", options={"density": 2})
 

@@ -105,7 +105,7 @@ def test_python_and_the_command_line_train_alike(
 
 def test_settings_of_python_know_every_verb(tmp_path: Path) -> None:
     fuse = settings_for(FuseConfig, "fuse", {"adapters": ["a"], "output": "b"})
-    assert fuse.distill.guidance_scale == 2.0  # the pocket preset's
+    assert fuse.distill.guidance_scale == 2.0 and fuse.merge == "gradient"  # the pocket preset's
     elsewhere = settings_for(FuseConfig, "fuse", {"adapters": ["a"], "output": "b"}, base=str(tmp_path))
     assert elsewhere == FuseConfig(adapters=[Path("a")], output=Path("b"))
     with pytest.raises(UserError, match="is a preset for fuse, not for train"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import write_tensors
 from spectral_diffusion.scenes.keypose import draw_keypose
-from tools.pocket import puppets, render, travel
+from tools.pocket import puppets, render, travel, trials
 from tools.pocket.base import Recipe, Training, changed, velocity_loss
 from tools.pocket.batches import Batch, Mix, token_ids
 from tools.pocket.compute import Compute, choose
@@ -278,6 +278,22 @@ def test_a_training_goes_on_in_other_networks() -> None:
     assert larger.averages[0][larger.names.index(name)].shape == (16, 16, 3, 3)
     old, new = (t.averages[1][t.names.index("unet.conv_in.weight")] for t in (training, larger))
     assert torch.equal(new[:8], old) and not torch.equal(larger.averages[0][0], larger.averages[1][0])
+
+
+def test_a_trial_measures_its_weights_and_averages_on_the_same_pictures() -> None:
+    torch.manual_seed(0)
+    training = Training(Trainee(TINY, 4), CPU, Recipe(ema=trials.AVERAGES))
+    training.optimizer = trials.muon_and_adamw(training.parameters, training.recipe)  # type: ignore[assignment]
+    batches = [random_batch(step) for step in (0, 1)]
+    before = trials.held_out_losses(training, batches, None)
+    assert before == trials.held_out_losses(training, batches, 2)  # the average begins as the weights
+    assert {f"{t}{part}" for t in trials.TIMESTEPS for part in ("", " things")} == set(before)
+    for _ in range(8):
+        training.step(batches[0])
+    after = [trials.held_out_losses(training, batches, average)["900"] for average in (None, 0, 4)]
+    assert len(set(after)) == 3 and all(loss < before["900"] for loss in after)
+    moved = [p for p, q in zip(training.parameters, training.averages[0], strict=True) if not torch.equal(p, q)]
+    assert {p.ndim for p in moved} == {1, 2, 4}  # Muon's matrices and AdamW's others
 
 
 def test_a_packed_state_goes_on_with_a_fresh_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,10 +31,11 @@ TOKENS, TIMESTEPS = 512, 1000  # of a prompt and of a schedule, as the pipelines
 class FlowDenoiser(Denoiser):
     """x_σ = (1 − σ) x_0 + σ noise, and the network predicts the velocity noise − x_0. Timestep t is σ = (t + 1) / T."""
 
+    network_name: ClassVar[str] = "transformer"
+    network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
     resting: ClassVar[tuple[str, ...]] = ("text_encoder",)
     samplers: ClassVar[tuple[str, ...]] = ("euler",)
     thinking: ClassVar[bool] = False  # whether the chat template of prompts leaves room to think
-
     pipeline_options: ClassVar[tuple[str, ...]] = ()  # of the pipeline's config, which a new pipeline is given
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -46,10 +45,7 @@ class Flux2KleinDenoiser(FlowDenoiser):
     base_version: ClassVar[str] = "flux2"
     pipeline_class: ClassVar[Any] = Flux2KleinPipeline
     pipeline_options: ClassVar[tuple[str, ...]] = ("is_distilled",)
-    network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[Any] = Flux2Transformer2DModel
-    encoders: ClassVar[Mapping[str, str]] = {}
-    network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
 
     attention: ClassVar[Literal["cross", "joint", "single"]] = "joint"
     original_names: ClassVar[OriginalNames | None] = ORIGINAL

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -47,10 +46,7 @@ class Krea2Denoiser(QwenVaeDenoiser):
     base_version: ClassVar[str] = "krea2"
     pipeline_class: ClassVar[Any] = Krea2Pipeline
     pipeline_options: ClassVar[tuple[str, ...]] = ("text_encoder_select_layers", "is_distilled", "patch_size")
-    network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[Any] = Krea2Transformer2DModel
-    encoders: ClassVar[Mapping[str, str]] = {}
-    network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
 
     attention: ClassVar[Literal["cross", "joint", "single"]] = "single"
     original_names: ClassVar[OriginalNames | None] = ORIGINAL

@@ -34,10 +34,7 @@ class QwenImage21Denoiser(QwenVaeDenoiser):
     pipeline_options: ClassVar[tuple[str, ...]] = ("sample_sigmas",)
     text_part: ClassVar[str] = "processor"
     requires: ClassVar[tuple[str, ...]] = ("torchvision",)  # of its text processor, which also reads pictures
-    network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[Any] = QwenImage21Transformer2DModel
-    encoders: ClassVar[Mapping[str, str]] = {}
-    network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
 
     attention: ClassVar[Literal["cross", "joint", "single"]] = "single"
     original_names: ClassVar[OriginalNames | None] = ORIGINAL

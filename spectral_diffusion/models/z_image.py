@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -34,10 +34,7 @@ class ZImageDenoiser(FlowDenoiser):
     architecture: ClassVar[str] = "z-image"
     base_version: ClassVar[str] = "zimage"
     pipeline_class: ClassVar[Any] = ZImagePipeline
-    network_name: ClassVar[str] = "transformer"
     network_class: ClassVar[Any] = ZImageTransformer2DModel
-    encoders: ClassVar[Mapping[str, str]] = {}
-    network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
 
     attention: ClassVar[Literal["cross", "joint", "single"]] = "single"
     thinking: ClassVar[bool] = True

@@ -33,6 +33,10 @@ BatchOption = Annotated[int, typer.Option(help="Samples per step.")]
 SizesOption = Annotated[str, typer.Option(help="narrow or wide: the U-Net's widths.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 MapsOption = Annotated[float, typer.Option(help="Weight of the added loss on maps of classes and colours.")]
+PipelineOption = Annotated[Path, typer.Option("-o", "--output", help="Where to write the pipeline.")]
+AverageOption = Annotated[int, typer.Option(help="Which moving average; 0 is the shortest.")]
+ReuseOption = Annotated[int, typer.Option(help="How often every batch is seen, each time with other noise.")]
+SheetOption = Annotated[int, typer.Option(help="Draw a sample sheet after this many samples; 0: never.")]
 ThreadsOption = Annotated[int, typer.Option(help="CPU threads.")]
 WorkersOption = Annotated[int, typer.Option(help="Processes that plan scenes and draw puppets.")]
 PuppetsOption = Annotated[int, typer.Option(help="Drawings of each puppet in a colour and a pose.")]
@@ -53,8 +57,8 @@ def pretrain(
     threads: ThreadsOption = 2,
     workers: WorkersOption = 0,
     puppets: PuppetsOption = 48,
-    reuse: Annotated[int, typer.Option(help="How often every batch is seen, each time with other noise.")] = 2,
-    sheet_samples: Annotated[int, typer.Option(help="Draw a sample sheet after so many; 0: never.")] = 50_000,
+    reuse: ReuseOption = 2,
+    sheet_samples: SheetOption = 50_000,
 ) -> None:
     """Train text encoder, U-Net and T2I-Adapters for one piece (goes on where the last one stopped)."""
     import torch
@@ -64,6 +68,25 @@ def pretrain(
     torch.set_num_threads(threads)
     piece = Piece(work, start, sizes, batch, device, workers, puppets, reuse, sheet_samples=sheet_samples)
     run_base(piece, Recipe(rate=rate, maps=maps), Limits(minutes, until_samples), decay_samples, echo)
+
+
+@app.command("trial")
+def trial(
+    name: Annotated[str, typer.Argument(help="plain, maps, noisier, even, wide or muon.")],
+    work: WorkOption = Path("pretraining"),
+    samples: Annotated[int, typer.Option(min=1, help="Samples that the trial sees.")] = 50_000,
+    every: Annotated[int, typer.Option(min=1, help="Samples between two measurements.")] = 10_000,
+    threads: ThreadsOption = 2,
+) -> None:
+    """Try one change of the recipe from the folder's state; compare held-out losses with those of plain."""
+    import torch
+
+    from .trials import TRIALS, run_trial
+
+    if name not in TRIALS:
+        raise typer.BadParameter(f"{name} is none of {', '.join(TRIALS)}.")
+    torch.set_num_threads(threads)
+    run_trial(name, work, samples, every, echo)
 
 
 @app.command("gpu")
@@ -97,8 +120,8 @@ def gpu(
 @app.command("export")
 def export_pipeline(
     work: WorkOption = Path("pretraining"),
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the pipeline.")] = Path("pipeline"),
-    average: Annotated[int, typer.Option(help="Which moving average; 0 is the shortest.")] = 0,
+    output: PipelineOption = Path("pipeline"),
+    average: AverageOption = 0,
 ) -> None:
     """Write the pipeline as it stands, with the folder's autoencoder if there is one."""
     from .pieces import as_saved, vae_of
@@ -176,22 +199,19 @@ def transformer(
     threads: ThreadsOption = 2,
     workers: WorkersOption = 0,
     puppets: PuppetsOption = 24,
-    reuse: Annotated[int, typer.Option(help="How often every batch is seen, each time with other noise.")] = 2,
-    sheet_samples: Annotated[int, typer.Option(help="Draw a sample sheet after so many; 0: never.")] = 50_000,
+    reuse: ReuseOption = 2,
+    sheet_samples: SheetOption = 50_000,
 ) -> None:
     """Train the pocket transformer for one piece (goes on where the last one stopped)."""
     import torch
-
-    from spectral_diffusion import pocket
 
     from .pieces import Piece
     from .transformer import FlowRecipe
     from .transformer_piece import run_transformer
 
     torch.set_num_threads(threads)
-    folder = str(pocket.path()) if start == "pocket" else start
     piece = Piece(
-        work, folder, batch=batch, device=device, workers=workers, puppets=puppets, reuse=reuse,
+        work, start, batch=batch, device=device, workers=workers, puppets=puppets, reuse=reuse,
         sheet_samples=sheet_samples,
     )  # fmt: skip
     run_transformer(piece, FlowRecipe(rate=rate), Limits(minutes, until_samples), decay_samples, echo)
@@ -200,8 +220,8 @@ def transformer(
 @app.command("export-transformer")
 def export_transformer(
     work: WorkOption = Path("pretraining"),
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the pipeline.")] = Path("pipeline"),
-    average: Annotated[int, typer.Option(help="Which moving average; 0 is the shortest.")] = 0,
+    output: PipelineOption = Path("pipeline"),
+    average: AverageOption = 0,
 ) -> None:
     """Write the transformer's pipeline as it stands, and what it draws."""
     from .transformer_piece import export_saved

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectral_diffusion.core.files import write_json
 from spectral_diffusion.training.checkpoint import load_state, save_state
 
+from .art import PACKAGES, PRETRAINING
 from .batches import Batch
 from .compute import Compute
 from .loop import Progress, Rates
@@ -101,6 +103,15 @@ class AveragedTraining(ABC):
             tensors |= dict(zip((f"ema{index}.{n}" for n in self.names), average, strict=True))
         meta = {"progress": asdict(self.progress), "recipe": asdict(self.recipe), "about": self.about}
         save_state(path, tensors, self.optimizer, meta)
+
+    def averaged_weights(self, average: int) -> dict[str, Tensor]:
+        """One of the moving averages by the parameters' names."""
+        return dict(zip(self.names, self.averages[average], strict=True))
+
+    def write_about(self, folder: Path) -> None:
+        """Write how the weights came about into ``folder/pretraining.json``."""
+        artwork = {name: PACKAGES[name] for name in PRETRAINING}
+        write_json(folder / "pretraining.json", {"artwork": artwork, "progress": asdict(self.progress), **self.about})
 
     @torch.no_grad()
     def load(self, path: Path) -> None:

@@ -62,9 +62,9 @@ def changed(training: Training, change: Callable[[Trainee], Trainee]) -> Trainin
 
     new = Training(fresh(old.cpu()), training.compute, training.recipe, training.progress, training.about)
     new.progress.warmed = new.progress.samples
-    for index, average in enumerate(training.averages):
+    for index in range(len(training.averages)):
         shown = Trainee(old.sizes, old.downscale)
-        shown.load_state_dict(dict(zip(training.names, average, strict=True)), strict=False)
+        shown.load_state_dict(training.averaged_weights(index), strict=False)
         for value, parameter in zip(new.averages[index], fresh(shown).parameters()):  # a head begins anew
             value.copy_(parameter)
     return new

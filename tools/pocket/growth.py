@@ -1,8 +1,7 @@
 """A wider U-Net that begins from a narrow one.
 
-Every channel keeps its weights; what new channels feed into old ones begins at zero. Group and
-layer norms see other neighbours, so the wide network does not begin as exactly the same function, and some training
-heals it.
+Every channel keeps its weights; what new channels feed into old ones begins at zero. Group and layer norms see other
+neighbours, so the wide network does not begin as exactly the same function, and some training heals it.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from spectral_diffusion import pocket
 from spectral_diffusion.core.files import read_header
 
 from .art import icon_sets
+from .averaging import AveragedTraining
 from .base import Recipe, Training, changed
 from .batches import Mix, token_ids
 from .compute import Compute, choose
@@ -54,19 +56,24 @@ class Piece:
     compiled: bool = False  # the U-Net, with torch.compile
     sheet_samples: int = 50_000
 
+    @property
+    def pipeline(self) -> Path:
+        """The folder of the pipeline that it begins with."""
+        return pocket.path() if self.start == "pocket" else Path(self.start)
 
-def bank_of(work: Path, size: int, puppets: int, compute: Compute, workers: int = 0) -> Bank:
+
+def bank_of(piece: Piece, compute: Compute) -> Bank:
     """The bank of sprites; the artwork is fetched and packed the first time."""
-    artwork = work / ARTWORK
+    artwork = piece.work / ARTWORK
     if not artwork.exists():
-        pack_artwork(Renderer(icon_sets(work / "art")), artwork)
-    pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else nullcontext()
+        pack_artwork(Renderer(icon_sets(piece.work / "art")), artwork)
+    pool = ProcessPoolExecutor(piece.workers, get_context("spawn")) if piece.workers else nullcontext()
     with pool as processes:
 
         def mapped(work, *jobs):  # type: ignore[no-untyped-def]
             return processes.map(work, *jobs, chunksize=64) if processes else map(work, *jobs)
 
-        return build_bank(artwork, size, puppets, compute.device, mapped)
+        return build_bank(artwork, SIDE, piece.puppets, compute.device, mapped)
 
 
 def begin(piece: Piece, compute: Compute, recipe: Recipe) -> Training:
@@ -80,7 +87,7 @@ def begin(piece: Piece, compute: Compute, recipe: Recipe) -> Training:
         about = {}
     trainee = Trainee(SIZES[about.get("sizes", "narrow")])
     if not about:
-        trainee.load_pipeline(pocket.path() if piece.start == "pocket" else packed)
+        trainee.load_pipeline(piece.pipeline)
     training = Training(trainee, compute, recipe)
     training.about = {"start": piece.start}
     if state.exists():
@@ -125,7 +132,7 @@ def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | 
     progress = training.progress
     progress.decay(decay_samples)
     vae = vae_of(piece.work, compute)
-    bank = bank_of(piece.work, SIDE, piece.puppets, compute, piece.workers)
+    bank = bank_of(piece, compute)
     planner = Planner(bank.catalogue, partial(token_ids, training.trainee.tokenizer), mix, piece.batch)
     plans = Plans(planner, piece.workers, piece.reuse)
     source = DeviceSource(DeviceRenderer(bank, compute), vae, plans, piece.reuse)
@@ -136,6 +143,32 @@ def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | 
         f"on {described(compute)}"
     )
     training.about["mix"] = asdict(mix)
+
+    def draw(sheet: Path) -> None:
+        export(training, vae_of(piece.work), piece.work / "pipeline")
+        sample_sheet(piece.work / "pipeline", sheet)
+
+    try:
+        train_and_draw(training, source, piece, limits, draw, report)
+    finally:
+        plans.close()
+    return training
+
+
+def train_and_draw(
+    training: AveragedTraining,
+    source: DeviceSource,
+    piece: Piece,
+    limits: Limits,
+    draw: Callable[[Path], None],
+    report: Report,
+) -> None:
+    """Train one piece, whose state goes into its folder.
+
+    Args:
+        draw: draws a sheet of samples into a file; called every ``piece.sheet_samples``.
+    """
+    progress = training.progress
     sheets = progress.samples // max(1, piece.sheet_samples)
 
     def save() -> None:
@@ -144,13 +177,9 @@ def run_base(piece: Piece, recipe: Recipe, limits: Limits, decay_samples: int | 
         report(f"saved {STATE} at {progress.samples} samples")
         if piece.sheet_samples and progress.samples // piece.sheet_samples > sheets:
             sheets = progress.samples // piece.sheet_samples
-            draw_sheet(training, piece.work)
+            draw(piece.work / f"samples-{progress.samples // 1000:06d}k.png")
 
-    try:
-        train_piece(training, source, limits, save, report)
-    finally:
-        plans.close()
-    return training
+    train_piece(training, source, limits, save, report)
 
 
 def vae_of(work: Path, compute: Compute | None = None) -> AutoencoderKL:
@@ -158,12 +187,6 @@ def vae_of(work: Path, compute: Compute | None = None) -> AutoencoderKL:
     folder = work / "vae" if (work / "vae").is_dir() else pocket.path() / "vae"
     vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
     return vae.to(compute.device) if compute else vae
-
-
-def draw_sheet(training: Training, work: Path) -> None:
-    """Write the pipeline as it stands into ``work/pipeline``, and what it draws for fixed prompts beside it."""
-    export(training, vae_of(work), work / "pipeline")
-    sample_sheet(work / "pipeline", work / f"samples-{training.progress.samples // 1000:06d}k.png")
 
 
 def run_vae(piece: Piece, recipe: VaeRecipe, limits: Limits, decay_samples: int | None, report: Report) -> None:
@@ -177,10 +200,9 @@ def run_vae(piece: Piece, recipe: VaeRecipe, limits: Limits, decay_samples: int 
     progress = training.progress
     progress.decay(decay_samples)
     trainee = Trainee(SIZES[piece.sizes])
-    start = pocket.path() if piece.start == "pocket" else Path(piece.start)
-    trainee.load_pipeline(start, ("text_encoder", "unet"))
+    trainee.load_pipeline(piece.pipeline, ("text_encoder", "unet"))
     trainee.requires_grad_(False).to(compute.device)
-    bank = bank_of(piece.work, SIDE, piece.puppets, compute, piece.workers)
+    bank = bank_of(piece, compute)
     planner = vae_planner(Planner(bank.catalogue, partial(token_ids, trainee.tokenizer), Mix(), piece.batch))
     plans = Plans(planner, piece.workers)
     source = VaeSource(DeviceRenderer(bank, compute), plans, old, trainee, recipe)

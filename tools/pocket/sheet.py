@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
-from spectral_diffusion.core.files import write_json
 from spectral_diffusion.data.image_grid import image_grid
 
-from .art import PACKAGES, PRETRAINING
 from .base import Training
 from .models import Trainee, save_pipeline
 
@@ -56,11 +53,9 @@ def export(training: Training, vae: AutoencoderKL, folder: Path, average: int = 
     """Write the pipeline with one of the moving averages as its weights, in fp16."""
     trainee = training.trainee
     shown = Trainee(trainee.sizes, trainee.downscale)
-    shown.load_state_dict(dict(zip(training.names, training.averages[average], strict=True)), strict=False)
+    shown.load_state_dict(training.averaged_weights(average), strict=False)
     save_pipeline(folder, vae, shown.tokenizer, shown.text_encoder, shown.unet, shown.t2i_sketch, shown.t2i_keypose)
-    artwork = {name: PACKAGES[name] for name in PRETRAINING}
-    progress = asdict(training.progress)
-    write_json(folder / "pretraining.json", {"artwork": artwork, "progress": progress, **training.about})
+    training.write_about(folder)
 
 
 def sample_sheet(pipeline: Path, target: Path, prompts: list[str] | None = None, steps: int = 20) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from spectral_diffusion.core.files import write_json
 from spectral_diffusion.models.denoiser import Conditioning
 from spectral_diffusion.models.flux2 import Flux2KleinDenoiser
 
-from .art import PACKAGES, PRETRAINING
 from .averaging import AveragedRecipe, AveragedTraining, object_weights
 from .batches import Batch
 from .bpe import WORD_END, vocabulary_of, whole_words
@@ -187,8 +185,7 @@ class FlowTraining(AveragedTraining):
     def averaged(self, average: int = 0) -> FlowTrainee:
         """Networks with one of the moving averages as their weights."""
         shown = FlowTrainee(self.trainee.denoiser.vae)
-        weights: dict[str, Tensor] = dict(zip(self.names, self.averages[average], strict=True))
-        shown.load_state_dict(weights, strict=False)  # without the buffers
+        shown.load_state_dict(self.averaged_weights(average), strict=False)  # without the buffers
         shown.text_encoder.tie_weights()
         return shown.to(self.compute.device).eval()
 
@@ -202,10 +199,7 @@ def export_transformer(training: FlowTraining, folder: Path, average: int = 0) -
     vae.load_state_dict(pipeline.vae.state_dict())
     pipeline.register_modules(vae=vae.to(torch.float16))
     pipeline.save_pretrained(folder)
-    artwork = {name: PACKAGES[name] for name in PRETRAINING}
-    write_json(
-        folder / "pretraining.json", {"artwork": artwork, "progress": asdict(training.progress), **training.about}
-    )
+    training.write_about(folder)
 
 
 def transformer_pictures(pipeline: Any, prompts: list[str], steps: int = 20, scale: float = 4.0) -> list[Any]:

@@ -14,8 +14,8 @@ from spectral_diffusion.data.image_grid import image_grid
 from .batches import Mix
 from .compute import Compute, choose
 from .device import DeviceRenderer, DeviceSource, Plans
-from .loop import Limits, Report, train_piece
-from .pieces import SIDE, STATE, Piece, bank_of, described
+from .loop import Limits, Report
+from .pieces import STATE, Piece, bank_of, described, train_and_draw
 from .plan import Planner
 from .sheet import SHEET
 from .transformer import (
@@ -63,29 +63,19 @@ def run_transformer(piece: Piece, recipe: FlowRecipe, limits: Limits, decay: int
         decay: samples over which the rate comes down, from now; None: not yet.
     """
     compute = choose(piece.device)
-    bank = bank_of(piece.work, SIDE, piece.puppets, compute, piece.workers)
+    bank = bank_of(piece, compute)
     renderer = DeviceRenderer(bank, compute)
     planner = Planner(bank.catalogue, partial(chat_ids, build_tokenizer()), MIX, piece.batch, "transformer")
-    vae = transformer_vae(piece.work, Path(piece.start), renderer, planner)
+    vae = transformer_vae(piece.work, piece.pipeline, renderer, planner)
     training = saved_training(piece.work, recipe, compute)
-    training.about |= {"side": SIDE, "batch": piece.batch}
+    training.about |= {"batch": piece.batch}
     progress = training.progress
     progress.decay(decay)
     plans = Plans(planner, piece.workers, piece.reuse)
     source = DeviceSource(renderer, vae, plans, piece.reuse)
     report(f"transformer from step {progress.step}, {progress.samples} samples on {described(compute)}")
-    sheets = progress.samples // max(1, piece.sheet_samples)
-
-    def save() -> None:
-        nonlocal sheets
-        training.save(piece.work / STATE)
-        report(f"saved {STATE} at {progress.samples} samples")
-        if piece.sheet_samples and progress.samples // piece.sheet_samples > sheets:
-            sheets = progress.samples // piece.sheet_samples
-            transformer_sheet(training, piece.work / f"samples-{progress.samples // 1000:06d}k.png")
-
     try:
-        train_piece(training, source, limits, save, report)
+        train_and_draw(training, source, piece, limits, partial(transformer_sheet, training), report)
     finally:
         plans.close()
 

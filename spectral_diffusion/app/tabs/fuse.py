@@ -269,13 +269,14 @@ class FuseHandlers:
         name: str,
         options: str = "",
         strength: str = "1",
-        merge: str = "spectral",
+        merge: str = "",
         replace: bool = False,
         distill: int = 0,
     ) -> str:
         """Fuse adapters into one checkpoint of the workspace, and distill it for ``distill`` steps.
 
-        ``strength`` is 0.8, or rex=0.8, brew=1.2; ``options`` are the merge's own, such as density=0.3.
+        ``strength`` is 0.8, or rex=0.8, brew=1.2; ``merge`` is by default that of the base's preset; ``options`` are
+        the merge's own, such as density=0.3.
         """
         with errors_as_toast():
             strengths = fusing.parse_strengths(strength, adapters)
