@@ -362,6 +362,13 @@ def test_without_a_terminal_progress_is_a_line_now_and_then() -> None:
     assert lines[3].startswith("train 60/100") and "40 s left" in lines[3]
 
 
+def test_the_pace_is_that_of_the_steps_however_often_one_looks() -> None:
+    pace = Pace()
+    for tick in range(400):  # a step lasts two seconds, and somebody looks every tenth of one
+        pace.add(tick // 20, tick / 10)
+    assert pace.seconds_per_step == pytest.approx(2.0)
+
+
 def test_one_slow_step_moves_the_time_left_little() -> None:
     pace = Pace()
     for step, now in enumerate([0.0, 0.3, 0.6, 0.9, 30.9, 31.2, 31.5]):

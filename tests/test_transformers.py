@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_photos
 from diffusers import DiffusionPipeline, Flux2KleinPipeline
-from families import make_tiny_klein
+from families import MAKERS, make_tiny_klein
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -213,7 +213,7 @@ def test_what_a_base_learns_no_words_for_is_said(family: Path, photos: Path, pai
     drawing = read_control_image(ControlImage(file=tmp_path / "sketch.png"))
     with pytest.raises(UserError, match="work on Stable Diffusion only"):
         sample(base, ["a dog"], [0], Scene(prompt="a dog", device="cpu"), controls=[drawing])
-    if family.name != "klein":
+    if base.family.attention != "joint":
         scene = Scene(prompt="a dog", regions=[Region(box=(0, 0, 0.5, 1), prompt="a cup")], device="cpu")
         with pytest.raises(UserError, match="Regions do not work"):
             sample(base, ["a dog"], [0], scene)
@@ -440,42 +440,65 @@ def test_only_models_knows_the_families() -> None:
 LEFT, RIGHT, ALL = (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 1.0)
 
 
+@pytest.fixture(scope="module", params=["klein", "z-image"])
+def joint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base of a family that has regions: with text of one length first, or image tokens and any lengths."""
+    return MAKERS[request.param](tmp_path_factory.mktemp(request.param) / "base")
+
+
 @pytest.fixture
-def latents(klein: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Draws a scene on klein; gives the latents (1, c, h, w) instead of the picture."""
+def latents(joint: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Draws a scene; gives the latents (1, c, h, w) instead of the picture."""
     monkeypatch.setattr("spectral_diffusion.scenes.sampling.finished", lambda pipe, output, *rest: [output])
 
     def draw(prompt: str, *regions: Region, bound: Any = (), on: Any = None, **more: Any) -> torch.Tensor:
         given = {"num_inference_steps": 2, "device": "cpu", "mixed_precision": "no", "guidance_scale": 3.0, **more}
         scene = Scene(prompt=prompt, regions=list(regions), **given)
-        [found] = sample(on or load_base(str(klein), "cpu"), [prompt], [1], scene, bound=bound)
+        [found] = sample(on or load_base(str(joint), "cpu"), [prompt], [1], scene, bound=bound)
         return found  # type: ignore[return-value]
 
     return draw
 
 
 @pytest.fixture(scope="module")
-def strong(klein: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+def strong(joint: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
     """An adapter that changes the picture a lot."""
     folder = tmp_path_factory.mktemp("strong")
     more = {"learning_rate": 0.3, "class_noun": "dog", "target_modules": "attention+feed-forward"}
-    return train_to_file(settings(klein, folder / "rex.safetensors", make_photos(folder / "rex"), **more))
+    return train_to_file(settings(joint, folder / "rex.safetensors", make_photos(folder / "rex"), **more))
 
 
-def test_one_region_over_everything_is_its_prompt_alone(latents: Any, klein: Path, strong: Adapter) -> None:
+def test_one_region_over_everything_is_its_prompt_alone(latents: Any, joint: Path, strong: Adapter) -> None:
     alone, over = latents("a red cup"), latents("a beach", Region(box=ALL, prompt="a red cup"))
     assert torch.allclose(alone, over, atol=1e-5) and not torch.allclose(alone, latents("a beach"), atol=1e-4)
-    everywhere = load_base(str(klein), "cpu")
+    everywhere = load_base(str(joint), "cpu")
     put_adapters(everywhere, [(strong, 1.0)])
     wanted = latents("a <rex>", on=everywhere)
-    base = load_base(str(klein), "cpu")
+    base = load_base(str(joint), "cpu")
     add_words(base, strong)
     region = Region(box=ALL, prompt="a <rex>")
     assert torch.allclose(latents("a beach", region, bound=[[(strong, 1.0)]], on=base), wanted, atol=1e-4)
     assert not torch.allclose(wanted, alone, atol=1e-2)
 
 
-def test_words_and_adapters_of_a_region_leave_the_other_half_alone(latents: Any, klein: Path, strong: Adapter) -> None:
+def test_regions_hold_for_texts_and_pictures_that_need_padding(latents: Any, joint: Path, strong: Adapter) -> None:
+    """36 tokens of a picture and texts of different lengths, with an adapter at every one of them."""
+    base = load_base(str(joint), "cpu")
+    more = {"width": 6 * base.denoiser.side_multiple, "height": 6 * base.denoiser.side_multiple}
+    words = "a red cup that stands on a very long table"
+    alone = latents(words, **more)
+    for isolation in (0.0, 1.0):
+        over = latents("a beach", Region(box=ALL, prompt=words), region_isolation=isolation, **more)
+        assert torch.allclose(alone, over, atol=1e-5)
+    everywhere = load_base(str(joint), "cpu")
+    put_adapters(everywhere, [(strong, 1.0)])
+    wanted = latents(words, on=everywhere, **more)
+    region = Region(box=ALL, prompt=words)
+    assert torch.allclose(latents("a beach", region, bound=[[(strong, 1.0)]], **more), wanted, atol=1e-4)
+    assert not torch.allclose(wanted, alone, atol=1e-2)
+
+
+def test_words_and_adapters_of_a_region_leave_the_other_half_alone(latents: Any, joint: Path, strong: Adapter) -> None:
     """Isolated regions are two pictures: nothing of one moves the other by a bit."""
     left, dog = Region(box=LEFT, prompt="a red cup"), Region(box=RIGHT, prompt="a dog")
     before = latents("a beach", left, dog, region_isolation=1.0)
@@ -538,7 +561,8 @@ def test_the_python_api(family: Path, photos: Path, tmp_path: Path) -> None:
     fused.save_pretrained(tmp_path / "fused")
     again = DiffusionPipeline.from_pretrained(str(tmp_path / "fused"))
     assert base_of(again).spell("a <rex>") == "a rex dog"
-    scene = sd.Scene("a <rex>", regions=[sd.Region((0, 0, 0.5, 1), rex)] if family.name == "klein" else [])
+    joint = base_of(pipeline).family.attention == "joint"
+    scene = sd.Scene("a <rex>", regions=[sd.Region((0, 0, 0.5, 1), rex)] if joint else [])
     [image] = sd.generate(pipeline, scene, seeds=[0], num_inference_steps=2, width=32, height=32)
     assert [type(module) for module in pipeline.transformer.modules()] == modules and image.size == (32, 32)
     assert base_of(pipeline).spell("a <rex>") == "a <rex>"

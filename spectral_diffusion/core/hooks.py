@@ -37,6 +37,8 @@ class Pace:
 
     def add(self, done: int, now: float) -> None:
         """Take note that ``done`` steps are made at the time ``now`` in seconds."""
+        if self._before is not None and done == self._before[0]:
+            return  # somebody looks more often than steps are made
         if self._before is not None and done > self._before[0]:
             self._recent.append((now - self._before[1]) / (done - self._before[0]))
         self._before = (done, now)

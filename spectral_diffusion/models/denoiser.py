@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from diffusers import DDPMScheduler
@@ -60,6 +60,22 @@ def stack_padded(rows: Sequence[Tensor]) -> Tensor:
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
+TokenKind = Literal["image", "text", "both"]
+
+
+class SeveralTexts(Protocol):
+    """What a network with joint attention must know of prompts that are several texts, one behind the other."""
+
+    def lengths(self, row: int) -> list[int]:
+        """The tokens of each text in a row of the batch."""
+
+    def leading(self) -> list[int]:
+        """Which texts the image tokens' positions begin behind: the longest of these."""
+
+    def mask(self, kind: TokenKind, rows: int) -> Tensor | None:
+        """What is added to the scores of attention (rows or 1, 1, tokens, tokens); None: nothing."""
+
+
 class Denoiser(ABC):
     """A family of models behind one interface.
 
@@ -76,6 +92,8 @@ class Denoiser(ABC):
     network_class: ClassVar[Any]
     encoders: ClassVar[Mapping[str, str]] = {}  # text encoders that adapters change and whose words are learned
     attention: ClassVar[Literal["cross", "joint", "single"]]  # how the image reads text; regions need one of two
+    text_first: ClassVar[bool] = True  # in joint attention: the text's tokens before the image's
+    token_multiple: ClassVar[int] = 1  # texts and pictures are padded to multiples of so many tokens
     supports_controls: ClassVar[bool] = False  # sketches and keyposes through a T2I-Adapter
     t2i_adapters: ClassVar[Mapping[str, str]] = {}  # kind of control image to a T2I-Adapter on the hub
     samplers: ClassVar[tuple[str, ...]] = ("dpm", "ddim", "euler")  # that one can choose from
@@ -203,6 +221,10 @@ class Denoiser(ABC):
     @abstractmethod
     def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
         """What the family's pipeline takes in place of prompts."""
+
+    def prompt_rows(self, conditioning: Conditioning) -> list[Tensor]:
+        """The states of each prompt (length, width)."""
+        return list(conditioning.tensors["encoder_hidden_states"])
 
     def effective_guidance(self, scale: float) -> float:
         """g of e + g (c − e), which a picture with this ``guidance_scale`` follows; 1 is none."""
@@ -351,8 +373,12 @@ class Denoiser(ABC):
 
     # ------------------------------------------------------------------ speed and memory
 
-    def token_kind(self, layer: str) -> Literal["image", "text", "both"]:
-        """Which tokens a layer of a network with joint attention sees; both are the text's, then the image's."""
+    def token_kind(self, layer: str) -> TokenKind:
+        """Which tokens a layer of a network with joint attention sees."""
+        raise NotImplementedError
+
+    def several_texts(self, pipeline: Any, texts: SeveralTexts) -> AbstractContextManager[None]:
+        """While it is open, the network takes each prompt for several texts, each with positions of its own."""
         raise NotImplementedError
 
     def hollow_predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

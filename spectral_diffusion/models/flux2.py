@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor, nn
 
-from .denoiser import Conditioning
+from .denoiser import Conditioning, SeveralTexts, TokenKind
 from .flow import TOKENS, FlowDenoiser
 from .original_names import OriginalNames
 from .split_linear import join_layers, split_layers
@@ -117,10 +119,29 @@ class Flux2KleinDenoiser(FlowDenoiser):
         name = "encoder_hidden_states"
         return {"prompt_embeds": positive.tensors[name], "negative_prompt_embeds": negative.tensors[name]}
 
-    def token_kind(self, layer: str) -> Literal["image", "text", "both"]:
+    def token_kind(self, layer: str) -> TokenKind:
         if ".single_transformer_blocks." in layer:
             return "both"
         return "text" if ".attn.add_" in layer or layer.endswith("to_add_out") or ".ff_context." in layer else "image"
+
+    @contextmanager
+    def several_texts(self, pipeline: Any, texts: SeveralTexts) -> Iterator[None]:
+        ids = pipeline._prepare_text_ids
+
+        def apart(embeddings: Tensor, t_coord: Any = None) -> Tensor:
+            return torch.cat([ids(embeddings[:, :length]) for length in texts.lengths(0)], 1)
+
+        def masked(network: Any, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            mask = texts.mask("both", len(options["hidden_states"]))
+            return inputs, options | {"joint_attention_kwargs": {"attention_mask": mask}}
+
+        handle = self.network.register_forward_pre_hook(masked, with_kwargs=True)
+        pipeline._prepare_text_ids = apart
+        try:
+            yield
+        finally:
+            del pipeline._prepare_text_ids
+            handle.remove()
 
     # ------------------------------------------------------------------ prediction and sampling
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor
 
-from .denoiser import Conditioning
+from ..core.errors import Fix, UserError
+from .denoiser import Conditioning, SeveralTexts, TokenKind
 from .flow import TOKENS, FlowDenoiser
 from .original_names import OriginalNames
 
@@ -26,6 +28,8 @@ ORIGINAL = OriginalNames(
     in_kohya=False,
 )
 
+BLOCKS: dict[str, TokenKind] = {"noise_refiner": "image", "context_refiner": "text", "layers": "both"}
+
 
 class ZImageDenoiser(FlowDenoiser):
     """Z-Image and Z-Image-Turbo. The network takes 1 − σ for its time and gives the negative velocity."""
@@ -36,7 +40,9 @@ class ZImageDenoiser(FlowDenoiser):
     pipeline_class: ClassVar[Any] = ZImagePipeline
     network_class: ClassVar[Any] = ZImageTransformer2DModel
 
-    attention: ClassVar[Literal["cross", "joint", "single"]] = "single"
+    attention: ClassVar[Literal["cross", "joint", "single"]] = "joint"
+    text_first: ClassVar[bool] = False
+    token_multiple: ClassVar[int] = SEQ_MULTI_OF
     thinking: ClassVar[bool] = True
     original_names: ClassVar[OriginalNames | None] = ORIGINAL
 
@@ -70,6 +76,59 @@ class ZImageDenoiser(FlowDenoiser):
 
     def embedding_options(self, positive: Conditioning, negative: Conditioning) -> dict[str, Any]:
         return {"prompt_embeds": _rows(positive), "negative_prompt_embeds": _rows(negative)}
+
+    def prompt_rows(self, conditioning: Conditioning) -> list[Tensor]:
+        return _rows(conditioning)
+
+    # ------------------------------------------------------------------ regions
+
+    def token_kind(self, layer: str) -> TokenKind:
+        block = layer.split(".")[1]
+        if block not in BLOCKS or "adaLN" in layer:
+            raise UserError(
+                f"An adapter changes '{layer}', which acts on the whole picture: no region can bind it.",
+                Fix("regions", so="without that adapter"),
+            )
+        return BLOCKS[block]
+
+    @contextmanager
+    def several_texts(self, pipeline: Any, texts: SeveralTexts) -> Iterator[None]:
+        network: Any = self.network
+        together = network.patchify_and_embed
+
+        def apart(images: list[Tensor], prompts: list[Tensor], *sizes: int) -> tuple[list[Any], ...]:
+            rows = []
+            for row, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+                split = prompt.split(texts.lengths(row))
+                # of each text with the picture behind it: patches, texts, size, positions (2), padding (2)
+                patches, words, size, at, words_at, padding, words_padding = together(
+                    [image] * len(split), list(split), *sizes
+                )
+                words_at = [
+                    places[: len(text)] for places, text in zip(words_at, words, strict=True)
+                ]  # some are too many
+                first = max(texts.leading(), key=lambda index: len(words[index]))
+                rows.append(
+                    (patches[first], torch.cat(words), size[first], at[first], torch.cat(words_at), padding[first],
+                     torch.cat(words_padding))
+                )  # fmt: skip
+            return tuple(list(column) for column in zip(*rows, strict=True))
+
+        def masked(kind: TokenKind) -> Callable[..., Any]:
+            def hook(attention: Any, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+                mask = texts.mask(kind, len(inputs[0]))
+                return inputs, options if mask is None else options | {"attention_mask": mask.to(inputs[0])}
+
+            return hook
+
+        with ExitStack() as stack:
+            for name, kind in BLOCKS.items():
+                for block in getattr(network, name):
+                    hook = block.attention.register_forward_pre_hook(masked(kind), with_kwargs=True)
+                    stack.callback(hook.remove)
+            network.patchify_and_embed = apart
+            stack.callback(delattr, network, "patchify_and_embed")
+            yield
 
     # ------------------------------------------------------------------ prediction and sampling
 

@@ -139,12 +139,14 @@ class SceneSampler:
 
     def _regional_state(self, count: int) -> RegionalPrompts | TokenRegions:
         """The regions at step 0 of a batch."""
-        scene, cell = self.scene, self.base.denoiser.vae_scale
-        size = (self.height // cell, self.width // cell)
+        scene, denoiser = self.scene, self.base.denoiser
         window = window_of(scene.region_start, scene.region_end, scene.num_inference_steps)
         share, isolation = scene.global_prompt_weight, scene.region_isolation
         if scene.regions and self.base.family.attention == "joint":
-            return TokenRegions(self.base, self.regions, size, share, isolation, window)
+            token = denoiser.side_multiple  # pixels
+            grid = (self.height // token, self.width // token)
+            return TokenRegions(self.base, self.regions, grid, share, isolation, window)
+        size = (self.height // denoiser.vae_scale, self.width // denoiser.vae_scale)
         return RegionalPrompts(self.regions, size, count, share, isolation, window)
 
     def _regions_applied(self, state: RegionalPrompts | TokenRegions) -> AbstractContextManager[None]:
@@ -284,7 +286,7 @@ def encode_region(base: Base, region: Region, bound: Bound, size: tuple[int, int
     encoders = modules_of(base, text)
     with changed(encoders, text):
         encoded = base.denoiser.encode([base.spell(prompt) for prompt in (region.prompt, without)])
-        positive, unwanted = encoded.tensors["encoder_hidden_states"]
+        positive, unwanted = base.denoiser.prompt_rows(encoded)
     return EncodedRegion(region_mask(region, *size), positive, unwanted, unet)
 
 

@@ -1,4 +1,4 @@
-"""Regions on transformers whose text and image tokens attend to each other (joint attention).
+"""Regions on transformers whose text and image tokens attend to each other.
 
 Every region has text tokens of its own behind the global prompt's. An image token inside a region sees that region's
 text, one outside all regions the global text; a text sees itself and the image tokens that see it; image tokens see
@@ -9,7 +9,7 @@ everything is therefore that prompt alone, and what a prompt says reaches other 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..core.errors import UserError
 from ..linalg import Factors
 from ..models.base import Base
+from ..models.denoiser import TokenKind
 from .regions import EncodedRegion
 
 
@@ -30,6 +31,11 @@ class TokenRegions:
         share: how much image tokens inside a region also see the global text, 0…1; ``isolation``: how far they keep
             away from image tokens of other regions, 1 sees none.
         window: the steps [first, last) in which regions act.
+
+    Attributes:
+        cells: (regions, image tokens) bool: which image tokens are in each region. Tokens that only pad the picture
+            are in the regions that cover all of it.
+        step: the present step of the sampler; it decides whether the regions act.
 
     Raises:
         UserError: a region covers no token.
@@ -44,105 +50,142 @@ class TokenRegions:
         isolation: float = 0.0,
         window: tuple[int, int] = (0, 1 << 30),
     ) -> None:
-        self.base, self.regions, self.window = base, regions, window
-        self.cells = torch.stack([region.cells(*grid) for region in regions])  # (regions, image tokens)
-        for number, cells in enumerate(self.cells, 1):
-            if not cells.any():
+        self.base, self.regions, self.window, self.step = base, regions, window, 0
+        self.share, self.isolation = share, isolation
+        cells = torch.stack([region.cells(*grid) for region in regions])
+        for number, inside in enumerate(cells, 1):
+            if not inside.any():
                 raise UserError(f"Region {number} is too small for this picture: it covers no token; enlarge it.")
-        self.length = len(regions[0].positive)  # of each text in tokens
-        like = torch.empty(0, device=base.device, dtype=base.dtype)
-        self._masks = {acting: self._mask(acting, share, isolation).to(like) for acting in (True, False)}
-        self.attention: dict[str, Any] = {}
-        self.step = 0
-
-    @property
-    def step(self) -> int:
-        """The present step of the sampler; it decides whether the regions act."""
-        return self._step
-
-    @step.setter
-    def step(self, step: int) -> None:
-        self._step = step
-        self.attention["attention_mask"] = self._masks[self.acting]
+        padding = -cells.shape[1] % base.denoiser.token_multiple
+        self.cells = torch.cat([cells, cells.all(1, keepdim=True).expand(-1, padding)], 1)
+        self._lengths: list[list[int]] = []
+        self._kept: dict[tuple[str, TokenKind, int, bool], Tensor] = {}
 
     @property
     def acting(self) -> bool:
-        return self.window[0] <= self._step < self.window[1]
+        return self.window[0] <= self.step < self.window[1]
 
-    def _mask(self, acting: bool, share: float, isolation: float) -> Tensor:
-        """What is added to the scores (1, 1, tokens, tokens): 0 where a token sees another, −∞ where not."""
-        texts, image = 1 + len(self.regions), self.cells.shape[1]
-        sees = torch.zeros(texts, image)  # how much image tokens see each text, and it sees them
-        if acting:
-            sees[1:] = self.cells.float()
-            sees[0] = torch.where(self.cells.any(0), share, 1.0)
-        else:
-            sees[0] = 1.0
-        near = torch.ones(image, image)
-        if acting and isolation:
-            same = (self.cells[:, :, None] & self.cells[:, None]).any(0)
-            outside = ~self.cells.any(0)
-            near = torch.where(same | (outside[:, None] & outside[None]), 1.0, 1.0 - isolation)
-        text = torch.block_diag(*[torch.ones(self.length, self.length)] * texts)
-        across = sees.repeat_interleave(self.length, 0)  # (text tokens, image tokens)
-        weights = torch.cat([torch.cat([text, across], 1), torch.cat([across.T, near], 1)], 0)
-        return weights.log()[None, None]  # log 0 is −∞, and log of a share weighs by it
-
-    def prompt_options(self, options: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The pipeline's arguments: the prompts of every picture with the regions' behind them, and the mask."""
-        count = len(options["prompt_embeds"])
-        positive = [region.positive for region in self.regions]
-        negative = [region.negative for region in self.regions]
-        return {
-            "prompt_embeds": _behind(options["prompt_embeds"], positive, count),
-            "negative_prompt_embeds": _behind(options["negative_prompt_embeds"], negative, count),
-            "attention_kwargs": self.attention,
+    def prompt_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The pipeline's arguments: the prompts of every picture with the regions' behind them."""
+        texts = {
+            "prompt_embeds": [region.positive for region in self.regions],
+            "negative_prompt_embeds": [region.negative for region in self.regions],
         }
+        rows = {name: [[row, *(t.to(row) for t in own)] for row in options[name]] for name, own in texts.items()}
+        self._lengths = [[len(text) for text in row] for listed in rows.values() for row in listed]
+        joined = {name: [torch.cat(row) for row in listed] for name, listed in rows.items()}
+        same = isinstance(options["prompt_embeds"], Tensor)  # in length; else a pipeline takes lists
+        return {name: torch.stack(listed) if same else listed for name, listed in joined.items()}
 
     @contextmanager
     def applied(self, pipeline: Any, layers: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Let every region's text have positions of its own, and its adapters act, while the context is open."""
+        """Let the regions' texts and adapters act while the context is open."""
         names = dict.fromkeys(name for region in self.regions for name in region.deltas)
-        ids = pipeline._prepare_text_ids
         with ExitStack() as stack:
-            pipeline._prepare_text_ids = lambda x, t_coord=None: ids(x[:, : self.length]).repeat(
-                1, x.shape[1] // self.length, 1
-            )
-            stack.callback(delattr, pipeline, "_prepare_text_ids")
+            stack.enter_context(self.base.denoiser.several_texts(pipeline, self))
             for name in names:
                 stack.callback(layers[name].register_forward_hook(self._hook(name)).remove)
             yield
 
-    def _hook(self, name: str) -> Any:
-        """Adds a layer's changes, each at its region's tokens; averaged where regions overlap."""
-        kind = self.base.denoiser.token_kind(name)
+    # ------------------------------------------------------------------ what a network asks for (SeveralTexts)
+
+    def lengths(self, row: int) -> list[int]:
+        """The tokens of each text in a row of the batch, the global one's first; positive prompts come first."""
+        return self._lengths[row]
+
+    def leading(self) -> list[int]:
+        """Which texts any image token sees now."""
+        return self._sees(self.acting).any(1).nonzero()[:, 0].tolist()
+
+    def mask(self, kind: TokenKind, rows: int) -> Tensor | None:
+        """What is added to the scores of attention (rows or 1, 1, tokens, tokens): 0 where a token sees another."""
+        acting = self.acting
+        if kind == "image" and not (acting and self.isolation):
+            return None
+        # log 0 is −∞, and the log of a share weighs by it
+        return self._stacked(
+            "mask", kind, rows, acting, lambda lengths: self._weights(kind, lengths, acting).log()
+        )[:, None]  # fmt: skip
+
+    # ------------------------------------------------------------------ what sees what, and what acts where
+
+    def _sees(self, acting: bool) -> Tensor:
+        """How much image tokens see each text, and it sees them (texts, image tokens)."""
+        sees = torch.zeros(1 + len(self.regions), self.cells.shape[1])
+        sees[0] = 1.0
+        if acting:
+            sees[1:] = self.cells.float()
+            sees[0] = torch.where(self.cells.any(0), self.share, 1.0)
+        return sees
+
+    def _weights(self, kind: TokenKind, lengths: Sequence[int], acting: bool) -> Tensor:
+        """How much every token of a kind sees every other (tokens, tokens)."""
+        image = self.cells.shape[1]
+        near = torch.ones(image, image)
+        if acting and self.isolation:
+            same = (self.cells[:, :, None] & self.cells[:, None]).any(0)
+            outside = ~self.cells.any(0)
+            near = torch.where(same | (outside[:, None] & outside[None]), 1.0, 1.0 - self.isolation)
+        text = torch.block_diag(*[torch.ones(length, length) for length in lengths])
+        if kind != "both":
+            return text if kind == "text" else near
+        across = self._sees(acting).repeat_interleave(torch.tensor(lengths), 0)  # (text tokens, image tokens)
+        if self.base.denoiser.text_first:
+            return torch.cat([torch.cat([text, across], 1), torch.cat([across.T, near], 1)], 0)
+        return torch.cat([torch.cat([near, across.T], 1), torch.cat([across, text], 1)], 0)
+
+    def _shares(self, kind: TokenKind, lengths: Sequence[int]) -> Tensor:
+        """The weight of each region's adapters at the tokens of a kind (tokens, regions): a mean where they overlap."""
+        count = len(self.regions)
         image = self.cells.float() / self.cells.sum(0).clamp_min(1)
-        text = torch.zeros(len(self.regions), 1 + len(self.regions))
-        text[:, 1:] = torch.eye(len(self.regions))
-        weights = {"image": image, "text": text.repeat_interleave(self.length, 1)}
-        weights["both"] = torch.cat([weights["text"], weights["image"]], 1)
-        at = weights[kind].to(self.base.device)
+        text = torch.cat([torch.zeros(count, 1), torch.eye(count)], 1).repeat_interleave(torch.tensor(lengths), 1)
+        if kind != "both":
+            return (text if kind == "text" else image).T
+        return torch.cat([text, image] if self.base.denoiser.text_first else [image, text], 1).T
+
+    def _stacked(
+        self, what: str, kind: TokenKind, rows: int, acting: bool, of: Callable[[list[int]], Tensor]
+    ) -> Tensor:
+        """One matrix per row of the batch, or one for all if their texts are equally long."""
+        key = (what, kind, rows, acting)
+        if key not in self._kept:
+            multiple = self.base.denoiser.token_multiple
+            lengths = [[length + -length % multiple for length in self.lengths(row)] for row in range(rows)]
+            distinct = lengths if any(other != lengths[0] for other in lengths) else lengths[:1]
+            found = [of(row) for row in distinct]
+            longest = max(len(matrix) for matrix in found)
+            like = torch.empty(0, device=self.base.device, dtype=self.base.dtype)
+            self._kept[key] = torch.stack([padded(matrix, longest, what == "mask") for matrix in found]).to(like)
+        return self._kept[key]
+
+    def _hook(self, name: str) -> Any:
+        """Adds a layer's changes, each at its region's tokens."""
+        kind = self.base.denoiser.token_kind(name)
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not self.acting:
                 return None
-            for weight, region in zip(at, self.regions, strict=True):
+            at = self._stacked("share", kind, len(output), True, lambda lengths: self._shares(kind, lengths))
+            for index, region in enumerate(self.regions):
                 if (change := region.deltas.get(name)) is not None:
-                    output = output + weight[None, :, None].to(output.dtype) * change_at(inputs[0], change)
+                    output = output + at[..., index : index + 1].to(output.dtype) * change_at(inputs[0], change)
             return output
 
         return hook
 
 
+def padded(matrix: Tensor, tokens: int, square: bool) -> Tensor:
+    """A matrix for more tokens: they have no share of anything, or as scores (``square``) see themselves alone."""
+    if not square:
+        return torch.cat([matrix, matrix.new_zeros(tokens - len(matrix), matrix.shape[1])])
+    larger = torch.eye(tokens).log()
+    larger[: len(matrix), : len(matrix)] = matrix
+    return larger
+
+
 def change_at(x: Tensor, change: Factors) -> Tensor:
     """A linear layer's change of its outputs for inputs (n, tokens, in)."""
     return (x.to(change.down.dtype) @ change.down.T @ change.up.T).to(x.dtype)
-
-
-def _behind(prompts: Tensor, regions: Sequence[Tensor], count: int) -> Tensor:
-    """Prompts (n, length, width) with the regions' (length, width) behind each."""
-    rows = [region.to(prompts).expand(count, -1, -1) for region in regions]
-    return torch.cat([prompts, *rows], 1)
 
 
 def window_of(start: float, end: float, steps: int) -> tuple[int, int]:
