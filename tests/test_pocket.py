@@ -16,7 +16,7 @@ from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.demo import run_demo
 from spectral_diffusion.merging.manifest import read_manifest
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.base import Base, base_of, load_base
 from spectral_diffusion.scenes.control import ControlMap
 from spectral_diffusion.scenes.keypose import draw_keypose
 from spectral_diffusion.scenes.sampling import sample
@@ -40,6 +40,9 @@ def draw(base: Base, prompts: list[str], sketch: Image.Image | None = None, **mo
 
 def test_stock_diffusers_opens_it() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(str(pocket.path()))
+    pipe.set_progress_bar_config(disable=True)
+    pipe("a dog", num_inference_steps=1)  # all networks are loaded in one precision, which none was asked for
+    assert base_of(pipe).dtype == torch.float32
     assert pipe.unet.config.sample_size * pipe.vae_scale_factor == SIDE
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     assert sum(file.stat().st_size for file in pocket.path().rglob("*") if file.is_file()) < 30e6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, T2I
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from spectral_diffusion.core.files import write_json
 
 from .bpe import Pair, vocabulary_of, whole_words
 from .world import vocabulary
@@ -153,8 +156,18 @@ def save_pipeline(
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    open_in_float32(folder)
     for name in ("t2i_sketch", "t2i_keypose"):
         half[name].save_pretrained(folder / name)
+
+
+def open_in_float32(folder: Path) -> None:
+    """Let a stock pipeline open a folder in fp16 without a ``torch_dtype``.
+
+    diffusers then loads float32, but transformers what the text encoder's config names.
+    """
+    config = folder / "text_encoder" / "config.json"
+    write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"})
 
 
 class Trainee(nn.Module):

@@ -31,6 +31,7 @@ from spectral_diffusion.models.flux2 import Flux2KleinDenoiser
 from .averaging import AveragedRecipe, AveragedTraining, object_weights
 from .batches import Batch
 from .bpe import WORD_END, vocabulary_of, whole_words
+from .models import open_in_float32
 from .world import vocabulary
 
 LENGTH = 40  # tokens of a prompt with its template
@@ -199,6 +200,7 @@ def export_transformer(training: FlowTraining, folder: Path, average: int = 0) -
     vae.load_state_dict(pipeline.vae.state_dict())
     pipeline.register_modules(vae=vae.to(torch.float16))
     pipeline.save_pretrained(folder)
+    open_in_float32(folder)
     training.write_about(folder)
 
 
