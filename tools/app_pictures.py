@@ -2,7 +2,8 @@
 
 python -m tools.app_pictures WORKSPACE
 
-The workspace's ``adapters`` must hold ``rex`` and ``brew`` and their ledger, as `make demo` leaves them in ``demo``.
+The workspace must hold ``adapters/rex.safetensors``, ``adapters/brew.safetensors`` and their ledger ``slots.json``, and the
+fusion of both as ``fused/together``: copy what `make demo` leaves in ``demo``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ def drag(page: Any, left: float, right: float) -> None:
     page.mouse.up()
 
 
+def choose(page: Any, field: str, option: str) -> None:
+    """Choose an option of a drop-down list."""
+    page.locator(f"{field} input").fill(option)
+    page.get_by_role("option", name=option, exact=True).click()
+
+
 def screenshot(page: Any, file: Path) -> None:
     """Write the whole page as a small PNG."""
     image = Image.open(BytesIO(page.screenshot(full_page=True))).convert("RGB")
@@ -45,13 +52,21 @@ def photograph(visitor: Visitor, folder: Path) -> None:
     page.wait_for_timeout(1500)  # until the photos are there
     screenshot(page, folder / "app-concepts.png")
     visitor.tab("Generate")
+    page.locator("#generate-more > button").click()
+    choose(page, "#generate-base", "fused/together")
+    page.locator("#generate-more > button").click()
     page.locator("#generate-prompt textarea").fill("<rex> on the left and <brew> on the right on the beach")
     page.get_by_label("Wide").check()
+    page.locator("#generate-sources > button").click()
+    choose(page, "#generate-sketch", "dog-teapot")
+    page.locator("#generate-sources > button").click()
+    page.locator("#generate-held > button").click()
+    page.locator("#generate-held input[type=number]").first.fill("0.4")  # as in the demo: a concept keeps its colors
+    page.locator("#generate-held > button").click()
     page.locator("#generate-canvas [data-mode=box]").first.click()
     for concept, left, right in BOXES:
         drag(page, left, right)
         row = page.locator("#generate-canvas .regions > li").last
-        row.locator("select").select_option(concept)
         row.locator(".words").fill(f"a photo of <{concept}> on the beach")
         row.locator(".words").press("Tab")
     page.locator("#generate-count input[type=number]").fill("4")
