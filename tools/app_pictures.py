@@ -2,8 +2,8 @@
 
 python -m tools.app_pictures WORKSPACE
 
-The workspace must hold ``adapters/rex.safetensors``, ``adapters/brew.safetensors`` and their ledger ``slots.json``, and the
-fusion of both as ``fused/together``: copy what `make demo` leaves in ``demo``.
+The workspace must hold ``adapters/rex.safetensors``, ``adapters/brew.safetensors`` and their ledger ``slots.json``, and
+the fusion of both as ``fused/together``: copy what `make demo` leaves in ``demo``.
 """
 
 from __future__ import annotations
