@@ -23,6 +23,7 @@ from spectral_diffusion.scenes.regions import (
     bound_hook,
     cells_in,
     grid_of,
+    norm_hook,
 )
 from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.training.run import train_to_file
@@ -119,6 +120,30 @@ def test_isolated_regions_attend_to_themselves_only() -> None:
         state.step = 5
         state.window = (0, 5)
         assert torch.equal(RegionalAttention(AttnProcessor(), state)(attn, hidden), AttnProcessor()(attn, hidden))
+
+
+def test_isolated_regions_are_normalized_by_their_own_mean_and_deviation() -> None:
+    """What happens in one region does not move another; a region over everything is the norm as it is."""
+    text, norm = torch.zeros(5, 6), nn.GroupNorm(2, 4)
+    nn.init.normal_(norm.weight)
+    picture = torch.randn(3, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    brighter = picture.clone()
+    brighter[..., 4:] = 3 * brighter[..., 4:] + 1
+    plain = norm(picture), norm(brighter)
+    halves = [EncodedRegion(LEFT, text, text), EncodedRegion(RIGHT, text, text)]
+    for isolation, same in ((1.0, True), (0.5, False)):
+        state = RegionalPrompts(halves, (6, 8), 3, isolation=isolation)
+        with norm.register_forward_hook(norm_hook(state)):
+            before, after = norm(picture), norm(brighter)
+            assert torch.equal(before[..., :4], after[..., :4]) is same
+        assert not torch.allclose(before[..., 4:], plain[0][..., 4:], atol=1e-3)
+        state.window = (1, 2)  # not at this step
+        with norm.register_forward_hook(norm_hook(state)):
+            assert torch.equal(norm(picture), plain[0])
+    whole = RegionalPrompts([EncodedRegion(WHOLE, text, text)], (6, 8), 3, isolation=1.0)
+    with norm.register_forward_hook(norm_hook(whole)):
+        assert torch.allclose(norm(picture), plain[0], atol=1e-6)
+    assert not torch.allclose(plain[0][..., :4], plain[1][..., :4], atol=1e-2)
 
 
 def test_every_level_of_an_odd_picture_finds_its_grid() -> None:

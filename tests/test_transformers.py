@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.merging.unfuse import unfuse
 from spectral_diffusion.methods import all_methods
-from spectral_diffusion.models.base import base_of, load_base
+from spectral_diffusion.models.base import base_of, load_base, native_size
 from spectral_diffusion.models.families import FAMILIES
 from spectral_diffusion.models.split_linear import SplitLinear, join_layers
 from spectral_diffusion.scenes.control import read_control_image
@@ -537,6 +538,12 @@ def test_the_app_estimates_from_the_configs(family: Path, monkeypatch: pytest.Mo
     estimates.base_shape.cache_clear()
     assert small.trained == large.trained != "0" and large.time == "not known yet"
     assert estimates.memory_estimate(config)[0].startswith("about ")
+
+
+def test_the_size_of_pictures_is_read_from_the_configs(family: Path, tmp_path: Path) -> None:
+    configs = tmp_path / "configs"  # without any weights
+    shutil.copytree(family, configs, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert native_size(str(configs)) == load_base(str(family), "cpu").size
 
 
 def test_the_python_api(family: Path, photos: Path, tmp_path: Path) -> None:

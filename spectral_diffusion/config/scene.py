@@ -101,7 +101,10 @@ class Scene(Settings):
     )
     global_prompt_weight: float = Field(0.0, ge=0, le=1, description="Share of the scene's prompt inside the regions.")
     region_isolation: float = Field(
-        0.0, ge=0, le=1, description="How far a region's self-attention keeps to itself; 1 sees nothing of the rest."
+        0.0,
+        ge=0,
+        le=1,
+        description="How far self-attention and group norms inside a region keep to it; 1 sees nothing of the rest.",
     )
     region_start: float = Field(0.0, ge=0, le=1, description="Share of the steps from which regions act.")
     region_end: float = Field(1.0, ge=0, le=1, description="Share of the steps up to which regions act.")

@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from torch import Tensor, nn
 
@@ -28,7 +26,7 @@ from .. import pocket
 from ..core.errors import Fix, UserError, reason
 from ..core.files import check_not_disguised, read_header
 from .denoiser import Denoiser
-from .families import FAMILIES, family_of, family_titles
+from .families import FAMILIES, family_named, family_of, family_titles
 from .fingerprint import Fingerprint, Origin, kept_fingerprint, key_of_files, state_of
 from .targets import find_targets
 from .tokens import add_token_rows, collapse, embedding_of, expand, ids_of, known_tokens, pool_at_end
@@ -338,9 +336,15 @@ def size_from_configs(name: str) -> int | None:
     folder = str(pocket.path()) if name == "pocket" else name
     try:
         with quiet_loading():
-            unet = UNet2DConditionModel.load_config(folder, subfolder="unet", local_files_only=True)
-            vae = AutoencoderKL.load_config(folder, subfolder="vae", local_files_only=True)
-        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+            index = DiffusionPipeline.load_config(folder, local_files_only=True)
+            family = family_named(index["_class_name"])
+            if family is None:
+                return None
+            network, vae = (
+                family.network_class.load_config(folder, subfolder=part, local_files_only=True)
+                for part in (family.network_name, "vae")
+            )
+        return family.size_of(network, vae)
     except Exception:  # the loaders raise nearly everything
         return None
 

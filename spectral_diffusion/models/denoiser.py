@@ -154,7 +154,12 @@ class Denoiser(ABC):
     @property
     def size(self) -> int:
         """The side in pixels that the network was trained for."""
-        return int(self.network.config.sample_size * self.vae_scale)
+        return self.size_of(self.network.config, self.vae.config)
+
+    @classmethod
+    def size_of(cls, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+        """:attr:`size` by the configs of the network and the autoencoder."""
+        return int(network["sample_size"]) * int(2 ** (len(vae["block_out_channels"]) - 1))
 
     # ------------------------------------------------------------------ latents
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar
@@ -38,9 +38,9 @@ class FlowDenoiser(Denoiser):
     thinking: ClassVar[bool] = False  # whether the chat template of prompts leaves room to think
     pipeline_options: ClassVar[tuple[str, ...]] = ()  # of the pipeline's config, which a new pipeline is given
 
-    @property
-    def size(self) -> int:
-        return int(self.vae.config.sample_size)
+    @classmethod
+    def size_of(cls, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+        return int(vae["sample_size"])
 
     @property
     def picture_multiple(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ class QwenVaeDenoiser(FlowDenoiser):
     A token is a patch of p × p cells. The autoencoder is one of videos, and a picture is a frame of it.
     """
 
-    @property
-    def size(self) -> int:
-        return int(self.vae.config.get("sample_size") or SIDE)
+    @classmethod
+    def size_of(cls, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+        return int(vae.get("sample_size") or SIDE)
 
     @property
     def latent_channels(self) -> int:

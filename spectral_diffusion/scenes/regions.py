@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -212,6 +213,26 @@ def bound_hook(name: str, state: RegionalPrompts) -> Callable[[Any, Any, Tensor]
     return hook
 
 
+def norm_hook(state: RegionalPrompts) -> Callable[[Any, Any, Tensor], Tensor | None]:
+    """The forward hook of a group norm: every area's cells are normalized by their own mean and deviation.
+
+    An adapter that acts in one area moves the statistics of the whole picture, and so the others' areas.
+    """
+
+    def hook(module: Any, inputs: Any, output: Tensor) -> Tensor | None:
+        x = inputs[0].flatten(2)  # (n, channels, cells)
+        if not state.acting or state.current is not None:
+            return None
+
+        def inside(index: int, cells: Tensor) -> Tensor:
+            weights = module.weight, module.bias
+            return F.group_norm(x[:, :, cells], module.num_groups, *weights, module.eps).mT
+
+        return state.mean_inside(output.flatten(2).mT, inside, 1 - state.isolation).mT.reshape(output.shape)
+
+    return hook
+
+
 @contextmanager
 def regional(unet: Any, state: RegionalPrompts, layers: Mapping[str, Layer]) -> Iterator[None]:
     """Let every area's prompt and adapters act on a U-Net while the context is open; without areas nothing is touched.
@@ -240,6 +261,9 @@ def regional(unet: Any, state: RegionalPrompts, layers: Mapping[str, Layer]) -> 
         with ExitStack() as stack:
             for name in names:
                 stack.callback(layers[name].register_forward_hook(bound_hook(name, state)).remove)
+            for module in unet.modules() if state.isolation else ():
+                if isinstance(module, nn.GroupNorm):
+                    stack.callback(module.register_forward_hook(norm_hook(state)).remove)
             yield
     finally:
         unet.set_attn_processor(before)

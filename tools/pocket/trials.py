@@ -26,7 +26,7 @@ from .pieces import ARTWORK, STATE, Piece, bank_of, begin, described, vae_of
 from .plan import Planner
 from .sheet import export
 
-AVERAGES = (5_000, 15_000, 30_000, 60_000, 150_000)  # samples that the moving averages look back
+AVERAGES = (30_000, 150_000, 5_000, 15_000, 60_000)  # samples that they look back; the first two as in a saved state
 TIMESTEPS = (100, 300, 500, 700, 900)  # of the held-out losses
 HELD_OUT = 4  # batches
 
