@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -254,18 +254,19 @@ def side_of(workspace: Workspace, base: str | None) -> int:
     return size_from_configs(name) or DEFAULT_SIDE
 
 
-def sampling_of(workspace: Workspace, base: str | None, now: tuple[int, float]) -> tuple[int, float]:
-    """Steps and guidance for a base: its defaults replace another base's defaults, but the user's own values stay."""
+def sampling_of(workspace: Workspace, base: str | None, now: tuple[float, ...]) -> tuple[float, ...]:
+    """Steps, guidance and isolation of regions for a base: its defaults replace another base's, the user's own stay."""
+
+    def values(settings: Mapping[str, Any]) -> tuple[float, ...]:
+        return settings["num_inference_steps"], settings["guidance_scale"], settings.get("region_isolation", 0.0)
+
     large = preset_part(SPARING, "generate")
     try:
         suits = preset_settings(base_path(workspace, base), "generate") or large
     except UserError:
         return now
-    known = [
-        (settings["num_inference_steps"], settings["guidance_scale"])
-        for settings in (preset_settings("pocket", "generate"), large)
-    ]
-    return (suits["num_inference_steps"], suits["guidance_scale"]) if now in known else now
+    known = [values(settings) for settings in (preset_settings("pocket", "generate"), large)]
+    return values(suits) if now in known else now
 
 
 def is_base(workspace: Workspace, base: str | None, name: str) -> bool:

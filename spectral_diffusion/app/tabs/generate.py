@@ -132,19 +132,19 @@ class GenerateHandlers:
         across, down = SHAPES.get(shape or "", (1, 1))
         return side * across, side * down
 
-    def handed_base(self, handed: Handed, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
+    def handed_base(self, handed: Handed, shape: str | None, *sampling: float) -> tuple[Any, ...]:
         """A base that was handed over, no concepts, and the values of :meth:`suited`."""
-        return handed[0], [], *self.suited(handed[0], shape, steps, guidance)
+        return handed[0], [], *self.suited(handed[0], shape, *sampling)
 
-    def handed_adapters(self, handed: Handed, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
+    def handed_adapters(self, handed: Handed, shape: str | None, *sampling: float) -> tuple[Any, ...]:
         """The base of the adapters that were handed over, these, and the values of :meth:`suited`."""
         with errors_as_toast():
             base = drawing.chosen_base(self.workspace, handed[0][0])
-        return base, handed[0], *self.suited(base, shape, steps, guidance)
+        return base, handed[0], *self.suited(base, shape, *sampling)
 
-    def suited(self, base: str | None, shape: str | None, steps: float, guidance: float) -> tuple[Any, ...]:
-        """Width, height, steps and guidance that suit a base; the user's own steps and guidance stay."""
-        return *self.shape(shape, base), *drawing.sampling_of(self.workspace, base, (int(steps), guidance))
+    def suited(self, base: str | None, shape: str | None, *sampling: float) -> tuple[Any, ...]:
+        """Width and height that suit a base, and the values of :func:`.generation.sampling_of`."""
+        return *self.shape(shape, base), *drawing.sampling_of(self.workspace, base, sampling)
 
     def reshaped(self, base: str | None, width: float | None, height: float | None) -> tuple[Any, str | None]:
         """The canvas in the picture's shape, and the shape's name if it has one."""
@@ -376,7 +376,7 @@ def _build_scene_fields(defaults: dict[str, Any], side: int) -> dict[str, Any]:
     with gr.Accordion("Base, size and sampling", open=False, elem_id="generate-more"):
         made |= _build_sampling(defaults, side)
     with gr.Accordion("Weights of sketch, pose and boxes", open=False, elem_id="generate-held"):
-        made |= _build_weights()
+        made |= _build_weights(defaults)
     return made
 
 
@@ -412,7 +412,7 @@ def _build_sampling(defaults: dict[str, Any], side: int) -> dict[str, Any]:
     return made
 
 
-def _build_weights() -> dict[str, Any]:
+def _build_weights(defaults: dict[str, Any]) -> dict[str, Any]:
     """The weights of the sketch, the pose and the boxes."""
     made: dict[str, Any] = {}
     for kind in ("sketch", "keypose"):
@@ -425,7 +425,8 @@ def _build_weights() -> dict[str, Any]:
                 "", label=f"{kind.capitalize()} adapter", max_lines=1, info=description(ControlImage, "adapter")
             )
     labels = {
-        "global_prompt_weight": ("Prompt inside boxes", 0, 1, 0.0), "region_isolation": ("Isolation", 0, 1, 0.0),
+        "global_prompt_weight": ("Prompt inside boxes", 0, 1, 0.0),
+        "region_isolation": ("Isolation", 0, 1, defaults.get("region_isolation", 0.0)),
         "region_start": ("Boxes from", 0, 0.95, 0.0), "region_end": ("Boxes until", 0.05, 1, 1.0),
     }  # fmt: skip
     with gr.Row():
@@ -445,7 +446,7 @@ def _wire_lists(
     form.base.change(handlers.follow, both, followed, **PRIVATE)
     tokens.click(handlers.pick, form.adapters, form.adapters, **PRIVATE)
     size = [form.base, form.width, form.height]
-    sampling = [form.num_inference_steps, form.guidance_scale]
+    sampling = [form.num_inference_steps, form.guidance_scale, form.region_isolation]
     suited = [form.width, form.height, *sampling]
     shape.input(handlers.shape, [shape, form.base], size[1:], **PRIVATE)
     form.base.input(handlers.suited, [form.base, shape, *sampling], suited, **PRIVATE)
