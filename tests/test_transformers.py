@@ -499,6 +499,26 @@ def test_regions_hold_for_texts_and_pictures_that_need_padding(latents: Any, joi
     assert not torch.allclose(wanted, alone, atol=1e-2)
 
 
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_pictures_of_one_batch_have_their_own_prompts_and_regions(
+    joint: Path, strong: Adapter, monkeypatch: pytest.MonkeyPatch, guidance: float
+) -> None:
+    """Texts of different lengths, a region over a part, tokens that pad: together as one by one."""
+    monkeypatch.setattr("spectral_diffusion.scenes.sampling.finished", lambda pipe, output, *rest: list(output))
+    base = load_base(str(joint), "cpu")
+    side = 6 * base.denoiser.side_multiple
+    prompts = ["a beach", "a house that stands on a very long and windy beach"]
+    scene = Scene(
+        prompt="a beach", regions=[Region(box=LEFT, prompt="a red cup")], num_inference_steps=2, device="cpu",
+        mixed_precision="no", guidance_scale=guidance, width=side, height=side, batch_size=2,
+    )  # fmt: skip
+    bound = [[(strong, 1.0)]]
+    together = sample(base, prompts, [1, 2], scene, bound=bound)
+    alone = [sample(base, [prompt], [seed], scene, bound=bound)[0] for prompt, seed in zip(prompts, (1, 2))]
+    for one, other in zip(together, alone, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
 def test_words_and_adapters_of_a_region_leave_the_other_half_alone(latents: Any, joint: Path, strong: Adapter) -> None:
     """Isolated regions are two pictures: nothing of one moves the other by a bit."""
     left, dog = Region(box=LEFT, prompt="a red cup"), Region(box=RIGHT, prompt="a dog")

@@ -620,7 +620,7 @@ def test_what_is_handed_over_comes_with_its_base(
     base = str(trained[0])
     assert hand("rex") != hand("rex")  # each time it is a change
     assert handlers.handed_adapters(hand(["tom"]), "Wide", *pocket) == (base, ["tom"], 32, 16, *large)
-    assert handlers.handed_adapters(hand(["tom"]), "Wide", 30, 2.0, 1.0)[4:] == (30, 2.0, 1.0)  # a person's own
+    assert handlers.handed_adapters(hand(["tom"]), "Wide", 30, 2.0, 1.0)[4:] == (30, 7.5, 0.0)  # a person's own steps
     assert handlers.handed_base(hand("pocket"), "Square", *large) == ("pocket", [], 128, 128, *pocket)
     assert handlers.suited("fused/none", "Square", *pocket) == (512, 512, *pocket)
     assert handlers.shape("Square", "x" * 300) == (512, 512)

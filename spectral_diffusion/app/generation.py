@@ -266,7 +266,8 @@ def sampling_of(workspace: Workspace, base: str | None, now: tuple[float, ...]) 
     except UserError:
         return now
     known = [values(settings) for settings in (preset_settings("pocket", "generate"), large)]
-    return values(suits) if now in known else now
+    choices = zip(now, values(suits), *known, strict=True)
+    return tuple(suited if value in defaults else value for value, suited, *defaults in choices)
 
 
 def is_base(workspace: Workspace, base: str | None, name: str) -> bool:

@@ -38,7 +38,7 @@ class Pace:
     def add(self, done: int, now: float) -> None:
         """Take note that ``done`` steps are made at the time ``now`` in seconds."""
         if self._before is not None and done == self._before[0]:
-            return  # somebody looks more often than steps are made
+            return  # a caller may report more often than once per step
         if self._before is not None and done > self._before[0]:
             self._recent.append((now - self._before[1]) / (done - self._before[0]))
         self._before = (done, now)

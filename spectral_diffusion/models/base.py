@@ -28,6 +28,7 @@ from ..core.files import check_not_disguised, read_header
 from .denoiser import Denoiser
 from .families import FAMILIES, family_named, family_of, family_titles
 from .fingerprint import Fingerprint, Origin, kept_fingerprint, key_of_files, state_of
+from .sd import SDDenoiser
 from .targets import find_targets
 from .tokens import add_token_rows, collapse, embedding_of, expand, ids_of, known_tokens, pool_at_end
 
@@ -337,9 +338,7 @@ def size_from_configs(name: str) -> int | None:
     try:
         with quiet_loading():
             index = DiffusionPipeline.load_config(folder, local_files_only=True)
-            family = family_named(index["_class_name"])
-            if family is None:
-                return None
+            family = family_named(index["_class_name"]) or SDDenoiser
             network, vae = (
                 family.network_class.load_config(folder, subfolder=part, local_files_only=True)
                 for part in (family.network_name, "vae")

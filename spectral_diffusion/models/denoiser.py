@@ -64,16 +64,24 @@ TokenKind = Literal["image", "text", "both"]
 
 
 class SeveralTexts(Protocol):
-    """What a network with joint attention must know of prompts that are several texts, one behind the other."""
+    """How a network with joint attention reads a prompt that consists of several texts, one behind the other."""
 
     def lengths(self, row: int) -> list[int]:
         """The tokens of each text in a row of the batch."""
 
     def leading(self) -> list[int]:
-        """Which texts the image tokens' positions begin behind: the longest of these."""
+        """The texts that image tokens see; the positions of a picture begin behind the longest of them."""
 
     def mask(self, kind: TokenKind, rows: int) -> Tensor | None:
         """What is added to the scores of attention (rows or 1, 1, tokens, tokens); None: nothing."""
+
+
+def unbound(layer: str) -> UserError:
+    """The error for an adapter's layer that no region can bind, as it lies outside the blocks."""
+    return UserError(
+        f"An adapter changes '{layer}', which is outside the blocks that a region can bind.",
+        Fix("regions", so="without that adapter"),
+    )
 
 
 class Denoiser(ABC):

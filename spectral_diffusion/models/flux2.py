@@ -10,7 +10,7 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor, nn
 
-from .denoiser import Conditioning, SeveralTexts, TokenKind
+from .denoiser import Conditioning, SeveralTexts, TokenKind, unbound
 from .flow import TOKENS, FlowDenoiser
 from .original_names import OriginalNames
 from .split_linear import join_layers, split_layers
@@ -122,6 +122,8 @@ class Flux2KleinDenoiser(FlowDenoiser):
     def token_kind(self, layer: str) -> TokenKind:
         if ".single_transformer_blocks." in layer:
             return "both"
+        if ".transformer_blocks." not in layer:
+            raise unbound(layer)
         return "text" if ".attn.add_" in layer or layer.endswith("to_add_out") or ".ff_context." in layer else "image"
 
     @contextmanager

@@ -11,8 +11,7 @@ from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor
 
-from ..core.errors import Fix, UserError
-from .denoiser import Conditioning, SeveralTexts, TokenKind
+from .denoiser import Conditioning, SeveralTexts, TokenKind, unbound
 from .flow import TOKENS, FlowDenoiser
 from .original_names import OriginalNames
 
@@ -85,10 +84,7 @@ class ZImageDenoiser(FlowDenoiser):
     def token_kind(self, layer: str) -> TokenKind:
         block = layer.split(".")[1]
         if block not in BLOCKS or "adaLN" in layer:
-            raise UserError(
-                f"An adapter changes '{layer}', which acts on the whole picture: no region can bind it.",
-                Fix("regions", so="without that adapter"),
-            )
+            raise unbound(layer)
         return BLOCKS[block]
 
     @contextmanager
@@ -100,17 +96,16 @@ class ZImageDenoiser(FlowDenoiser):
             rows = []
             for row, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
                 split = prompt.split(texts.lengths(row))
-                # of each text with the picture behind it: patches, texts, size, positions (2), padding (2)
-                patches, words, size, at, words_at, padding, words_padding = together(
+                # Each text with the picture behind it: patches, captions, sizes, positions (2), padding (2).
+                patches, captions, size, at, captions_at, padding, captions_padding = together(
                     [image] * len(split), list(split), *sizes
                 )
-                words_at = [
-                    places[: len(text)] for places, text in zip(words_at, words, strict=True)
-                ]  # some are too many
-                first = max(texts.leading(), key=lambda index: len(words[index]))
+                # diffusers gives a padded caption more positions than tokens; the rest would move the next one's.
+                captions_at = [ids[: len(text)] for ids, text in zip(captions_at, captions, strict=True)]
+                first = max(texts.leading(), key=lambda index: len(captions[index]))
                 rows.append(
-                    (patches[first], torch.cat(words), size[first], at[first], torch.cat(words_at), padding[first],
-                     torch.cat(words_padding))
+                    (patches[first], torch.cat(captions), size[first], at[first], torch.cat(captions_at),
+                     padding[first], torch.cat(captions_padding))
                 )  # fmt: skip
             return tuple(list(column) for column in zip(*rows, strict=True))
 

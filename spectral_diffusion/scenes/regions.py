@@ -2,8 +2,9 @@
 Gu et al. 2023, sec. 4.2), and adapters that act only there.
 
 In cross-attention queries inside a region read the region's prompt, outside all regions the global one; where regions
-overlap the results are averaged. Every query attends by itself, so only a region's own queries are computed for it. A
-region's adapters change its prompt's encoding, its keys and values, and every other layer at its own cells alone.
+overlap the results are averaged. Isolated regions keep self-attention and group norms to themselves. Every query
+attends by itself, so only a region's own queries are computed for it. A region's adapters change its prompt's encoding,
+its keys and values, and every other layer at its own cells alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..core.errors import UserError
 from ..linalg import Factors
 
 Layer = nn.Linear | nn.Conv2d
+FEWEST = 8  # cells of an area that has a mean and a deviation of its own
 
 
 @dataclass
@@ -77,7 +79,8 @@ class RegionalPrompts:
     Attributes:
         size: height and width of the latents.
         pictures: how many are denoised together; a batch twice as long holds the unconditional half first.
-        share: of the global prompt inside the regions; ``isolation``: how far their self-attention keeps to itself.
+        share: of the global prompt inside the regions; ``isolation``: how far their self-attention and group norms keep
+            to themselves.
         window: the steps [first, last) in which regions act; ``step`` is the present one.
         current: the area that attention is computed for just now.
     """
@@ -224,11 +227,15 @@ def norm_hook(state: RegionalPrompts) -> Callable[[Any, Any, Tensor], Tensor | N
         if not state.acting or state.current is not None:
             return None
 
+        flat = output.flatten(2).mT
+
         def inside(index: int, cells: Tensor) -> Tensor:
+            if len(cells) < FEWEST:
+                return flat[:, cells]
             weights = module.weight, module.bias
             return F.group_norm(x[:, :, cells], module.num_groups, *weights, module.eps).mT
 
-        return state.mean_inside(output.flatten(2).mT, inside, 1 - state.isolation).mT.reshape(output.shape)
+        return state.mean_inside(flat, inside, 1 - state.isolation).mT.reshape(output.shape)
 
     return hook
 

@@ -58,6 +58,7 @@ class TokenRegions:
                 raise UserError(f"Region {number} is too small for this picture: it covers no token; enlarge it.")
         padding = -cells.shape[1] % base.denoiser.token_multiple
         self.cells = torch.cat([cells, cells.all(1, keepdim=True).expand(-1, padding)], 1)
+        self._tokens = cells.shape[1]  # of the picture, without padding
         self._lengths: list[list[int]] = []
         self._kept: dict[tuple[str, TokenKind, int, bool], Tensor] = {}
 
@@ -95,7 +96,7 @@ class TokenRegions:
 
     def leading(self) -> list[int]:
         """Which texts any image token sees now."""
-        return self._sees(self.acting).any(1).nonzero()[:, 0].tolist()
+        return self._sees(self.acting)[:, : self._tokens].any(1).nonzero()[:, 0].tolist()
 
     def mask(self, kind: TokenKind, rows: int) -> Tensor | None:
         """What is added to the scores of attention (rows or 1, 1, tokens, tokens): 0 where a token sees another."""
@@ -115,7 +116,10 @@ class TokenRegions:
         sees[0] = 1.0
         if acting:
             sees[1:] = self.cells.float()
-            sees[0] = torch.where(self.cells.any(0), self.share, 1.0)
+            covered = self.cells.any(0)
+            if covered[: self._tokens].all():
+                covered[:] = True  # padding reads the global text no more than the picture does
+            sees[0] = torch.where(covered, self.share, 1.0)
         return sees
 
     def _weights(self, kind: TokenKind, lengths: Sequence[int], acting: bool) -> Tensor:
@@ -144,18 +148,21 @@ class TokenRegions:
         return torch.cat([text, image] if self.base.denoiser.text_first else [image, text], 1).T
 
     def _stacked(
-        self, what: str, kind: TokenKind, rows: int, acting: bool, of: Callable[[list[int]], Tensor]
+        self, what: str, kind: TokenKind, rows: int, acting: bool, of: Callable[[tuple[int, ...]], Tensor]
     ) -> Tensor:
         """One matrix per row of the batch, or one for all if their texts are equally long."""
         key = (what, kind, rows, acting)
         if key not in self._kept:
             multiple = self.base.denoiser.token_multiple
-            lengths = [[length + -length % multiple for length in self.lengths(row)] for row in range(rows)]
-            distinct = lengths if any(other != lengths[0] for other in lengths) else lengths[:1]
-            found = [of(row) for row in distinct]
-            longest = max(len(matrix) for matrix in found)
+            lengths = [tuple(length + -length % multiple for length in self.lengths(row)) for row in range(rows)]
+            if kind == "image" or len(set(lengths)) == 1:
+                lengths = lengths[:1]
+            # Each distinct matrix is made once and converted at once: of a large picture they are large.
             like = torch.empty(0, device=self.base.device, dtype=self.base.dtype)
-            self._kept[key] = torch.stack([padded(matrix, longest, what == "mask") for matrix in found]).to(like)
+            matrices = {row: of(row).to(like) for row in set(lengths)}
+            longest = max(len(matrix) for matrix in matrices.values())
+            matrices = {row: padded(matrix, longest, what == "mask") for row, matrix in matrices.items()}
+            self._kept[key] = torch.stack([matrices[row] for row in lengths])
         return self._kept[key]
 
     def _hook(self, name: str) -> Any:
@@ -176,9 +183,11 @@ class TokenRegions:
 
 def padded(matrix: Tensor, tokens: int, square: bool) -> Tensor:
     """A matrix for more tokens: they have no share of anything, or as scores (``square``) see themselves alone."""
+    if len(matrix) == tokens:
+        return matrix
     if not square:
         return torch.cat([matrix, matrix.new_zeros(tokens - len(matrix), matrix.shape[1])])
-    larger = torch.eye(tokens).log()
+    larger = torch.eye(tokens).log().to(matrix)
     larger[: len(matrix), : len(matrix)] = matrix
     return larger
 
