@@ -101,7 +101,7 @@ class Denoiser(ABC):
     encoders: ClassVar[Mapping[str, str]] = {}  # text encoders that adapters change and whose words are learned
     attention: ClassVar[Literal["cross", "joint", "single"]]  # how the image reads text; regions need one of two
     text_first: ClassVar[bool] = True  # in joint attention: the text's tokens before the image's
-    token_multiple: ClassVar[int] = 1  # texts and pictures are padded to multiples of so many tokens
+    token_multiple: ClassVar[int] = 1  # the padded length of texts and pictures is a multiple of it
     supports_controls: ClassVar[bool] = False  # sketches and keyposes through a T2I-Adapter
     t2i_adapters: ClassVar[Mapping[str, str]] = {}  # kind of control image to a T2I-Adapter on the hub
     samplers: ClassVar[tuple[str, ...]] = ("dpm", "ddim", "euler")  # that one can choose from

@@ -219,15 +219,14 @@ def bound_hook(name: str, state: RegionalPrompts) -> Callable[[Any, Any, Tensor]
 def norm_hook(state: RegionalPrompts) -> Callable[[Any, Any, Tensor], Tensor | None]:
     """The forward hook of a group norm: every area's cells are normalized by their own mean and deviation.
 
-    An adapter that acts in one area moves the statistics of the whole picture, and so the others' areas.
+    An adapter that acts in one area moves the statistics of the whole picture, and so the others' areas. Areas of fewer
+    than ``FEWEST`` cells keep the picture's.
     """
 
     def hook(module: Any, inputs: Any, output: Tensor) -> Tensor | None:
-        x = inputs[0].flatten(2)  # (n, channels, cells)
         if not state.acting or state.current is not None:
             return None
-
-        flat = output.flatten(2).mT
+        x, flat = inputs[0].flatten(2), output.flatten(2).mT  # (n, channels, cells), (n, cells, channels)
 
         def inside(index: int, cells: Tensor) -> Tensor:
             if len(cells) < FEWEST:
