@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
+# Packages that quantize load with everything else where they are installed, so only their tests get them.
+QUANTIZERS := $(VENV)/quantizers
+
 # Several test processes share the cores; threads inside them would only wait for each other.
 ONE := OMP_NUM_THREADS=1
 # Where there is a Chromium, its quick tests run too: in a process of their own, since they keep an event loop running.
@@ -15,6 +18,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ui,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(QUANTIZERS) torchao bitsandbytes
 	touch $@
 
 demo: install
@@ -26,6 +30,7 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(ONE) PYTHONPATH=$(QUANTIZERS) $(BIN)/python -m pytest tests/test_quantized.py
 ifneq ($(CHROMIUM),)
 	$(ONE) $(BIN)/python -m pytest -m "browser and not slow" tests/browser
 endif

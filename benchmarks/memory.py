@@ -12,7 +12,7 @@ from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import assets as resources
 from spectral_diffusion.merging.memory import distillation_memory
 from spectral_diffusion.models.architectures import build_meta, build_vae_meta
-from spectral_diffusion.models.base import parse_dtype, quiet_loading
+from spectral_diffusion.models.loading import parse_dtype, quiet_loading
 from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.training.memory import Estimate, estimate
 

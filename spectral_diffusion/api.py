@@ -36,7 +36,8 @@ from .merging.export import ExportOptions
 from .merging.export import export as export_file
 from .merging.fuse import fuse_adapters
 from .metrics.encoders import load_encoder
-from .models.base import Base, base_of, load_base
+from .models.base import Base, base_of
+from .models.loading import load_base
 from .scenes.control import read_control_image
 from .scenes.sampling import sample
 from .training.run import train_to_file
@@ -146,7 +147,7 @@ def train(
     """Train one concept from a folder of photos, with the defaults of the command line.
 
     Args:
-        base: a loaded pipeline, or what :func:`.models.base.load_base` takes.
+        base: a loaded pipeline, or what :func:`.models.loading.load_base` takes.
         class_noun: such as ``dog``; default: ``concept.yaml`` of the folder, else its name.
         output: an adapter file to write; without it, nothing is written.
         config: a preset by name or a YAML file; default: the preset of the base.

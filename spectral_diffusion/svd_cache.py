@@ -52,11 +52,10 @@ class Spectrum:
         return smallest, where
 
 
-def capacity(weights: Mapping[str, Tensor]) -> tuple[int, str]:
-    """How many columns every weight has, and the name of the narrowest one."""
-    sizes = {name: min(flatten(weight).shape) for name, weight in weights.items()}
-    narrowest = min(sizes, key=lambda name: sizes[name])
-    return sizes[narrowest], narrowest
+def capacity(sizes: Mapping[str, tuple[int, int]]) -> tuple[int, str]:
+    """How many columns weights of these sizes (out, in) all have, and the name of the narrowest one."""
+    narrowest = min(sizes, key=lambda name: min(sizes[name]))
+    return min(sizes[narrowest]), narrowest
 
 
 def hash_weight(weight: Tensor, dtype: torch.dtype = torch.float32) -> str:

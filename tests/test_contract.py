@@ -29,7 +29,7 @@ from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.methods.registry import METHODS
 from spectral_diffusion.methods.spectral_rotation import prepare
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.slots.ledger import LEDGER, ROWS, Ledger

@@ -38,7 +38,7 @@ from spectral_diffusion.data.latents_cache import cached_latents
 from spectral_diffusion.merging.activations import GramAccumulator
 from spectral_diffusion.merging.calibration import unpacked
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.targets import PRESETS, patterns_of, work
 from spectral_diffusion.scenes.png_metadata import is_our_png
 from spectral_diffusion.scenes.scene import read_scene

@@ -35,7 +35,7 @@ from spectral_diffusion.linalg import Factors, balance, truncate
 from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.models.architectures import build_meta
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.training.run import train_to_file
 

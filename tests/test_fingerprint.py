@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from spectral_diffusion.core.errors import UserError
-from spectral_diffusion.models import base as bases
 from spectral_diffusion.models import fingerprint as fingerprints
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models import loading as bases
+from spectral_diffusion.models.base import Base
 from spectral_diffusion.models.fingerprint import Fingerprint, fingerprint
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.svd_cache import HASHED, hash_rounded
 
 

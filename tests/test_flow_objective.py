@@ -12,8 +12,8 @@ from families import make_tiny_klein
 
 from spectral_diffusion.config.train import ObjectiveConfig, TrainConfig
 from spectral_diffusion.core.errors import UserError
-from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.denoiser import Denoiser
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.training.run import train_to_file
 
 

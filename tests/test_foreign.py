@@ -21,7 +21,7 @@ from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.merging.fuse import check_together, fuse_to_folder
 from spectral_diffusion.merging.manifest import adapters_in_fusion, read_manifest
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.scenes.generate import generate_to_file
 from spectral_diffusion.scenes.png_metadata import read_sources

@@ -147,7 +147,8 @@ def test_klein_4b_by_its_shapes_alone() -> None:
     ("preset", "network"),
     [
         ("klein-12gb", klein_4b), ("klein-16gb", klein_4b), ("klein-24gb", klein_4b), ("klein9b-24gb", klein_9b),
-        ("z-image-16gb", z_image), ("z-image-24gb", z_image),
+        ("z-image-16gb", z_image), ("z-image-24gb", z_image), ("klein-8gb", klein_4b), ("klein9b-12gb", klein_9b),
+        ("klein9b-16gb", klein_9b), ("z-image-8gb", z_image), ("z-image-12gb", z_image),
     ],
 )  # fmt: skip
 def test_a_preset_fits_into_its_card(preset: str, network: Any) -> None:
@@ -159,6 +160,6 @@ def test_a_preset_fits_into_its_card(preset: str, network: Any) -> None:
     found = estimate(models, vae, train, train.resolution or 0)
     stated = float((assets.configs() / f"{preset}.yaml").read_text().split("computed memory (")[1].split(" GiB")[0])
     assert found.total < room and stated == pytest.approx(found.total / 2**30, abs=0.06)
-    assert (
-        distillation_memory(models, vae, find_targets(models), fuse.distill, fuse.distill.resolution or 0).total < room
-    )
+    if fuse.device != "cpu":
+        size = fuse.distill.resolution or 0
+        assert distillation_memory(models, vae, find_targets(models), fuse.distill, size).total < room

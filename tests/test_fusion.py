@@ -27,7 +27,7 @@ from spectral_diffusion.merging.merges import Contribution, get_merge
 from spectral_diffusion.merging.merges.registry import MergeContext
 from spectral_diffusion.merging.unfuse import unfuse
 from spectral_diffusion.methods import get_method
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.scenes.generate import generate_to_file
 from spectral_diffusion.scenes.png_metadata import read_settings
 from spectral_diffusion.scenes.sampling import sample

@@ -15,7 +15,7 @@ from spectral_diffusion.cli import app
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.inspection import blocks, inspect_paths, interference, layer_norms
 from spectral_diffusion.linalg import Factors, row_space
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.slots.ledger import Slot
 from spectral_diffusion.slots.picture import CLASH, color_of, slot_map
 from spectral_diffusion.training.run import train_to_file

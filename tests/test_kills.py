@@ -30,7 +30,8 @@ from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.merging.manifest import read_manifest
 from spectral_diffusion.methods import all_methods, get_method
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.base import Base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.slots.ledger import LEDGER, Ledger
 from spectral_diffusion.svd_cache import spectrum_of
 from spectral_diffusion.training.run import state_path, train_to_file

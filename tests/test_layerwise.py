@@ -36,7 +36,8 @@ from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.inspection import inspect_path
 from spectral_diffusion.merging.export import export
 from spectral_diffusion.merging.fuse import fuse_to_folder
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.base import Base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.per_layer_tokens import (
     LongForm,
     PerLayerAttention,

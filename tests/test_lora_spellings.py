@@ -37,9 +37,10 @@ from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.linalg import Factors
 from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.methods import get_method
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.base import Base
 from spectral_diffusion.models.families import FAMILIES
 from spectral_diffusion.models.fingerprint import Fingerprint
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.split_linear import fused_layers
 
 RANK, ALPHA = 2, 3.0

@@ -18,7 +18,7 @@ from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import get_method
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.training import memory
 from spectral_diffusion.training.distributed import microbatch
 from spectral_diffusion.training.memory import Estimate, Peak, estimate, memory_note

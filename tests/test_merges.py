@@ -37,7 +37,7 @@ from spectral_diffusion.merging.merges.registry import MERGES, Merge, MergeConte
 from spectral_diffusion.merging.search import search_scales
 from spectral_diffusion.merging.unfuse import unfuse
 from spectral_diffusion.methods import get_method
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.models.tokens import known_tokens
 from spectral_diffusion.slots.ledger import Slot, read_columns

@@ -29,7 +29,8 @@ from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.methods.registry import METHODS
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.base import Base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.slots.ledger import Slot
 
 NAMES = sorted(all_methods())

@@ -14,7 +14,7 @@ from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.inspection import slot_clashes_between
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.tokens import check_name, check_token, slug
 from spectral_diffusion.training.multi_concept import batch_jobs
 from spectral_diffusion.training.run import train_to_file

@@ -25,8 +25,8 @@ from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.models.attention_maps import AttentionMaps, attention_loss, capture_attention_maps, shape_of
-from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.denoiser import min_snr_weights
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.slots.ledger import Slot
 from spectral_diffusion.training.checkpoint import load_state, save_state

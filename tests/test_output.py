@@ -16,7 +16,8 @@ from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.hooks import Hooks
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.base import Base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.training.checkpoint import step_of
 from spectral_diffusion.training.control_adapter import control_state_path as folder_state
 from spectral_diffusion.training.control_adapter import prepare_control_output as prepare_folder

@@ -17,7 +17,7 @@ from torch import nn
 from spectral_diffusion.adapters.formats.lora import kohya_tensors
 from spectral_diffusion.linalg import Factors
 from spectral_diffusion.models.architectures import build_meta
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.targets import find_targets
 
 pytest.importorskip("lycoris")

@@ -19,7 +19,8 @@ from spectral_diffusion.data.control_pairs import read_pairs
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.data.image_io import DRAWN
 from spectral_diffusion.data.masks import is_mask, open_mask
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.base import Base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.training.checks import notes_on, notes_on_photos
 from spectral_diffusion.training.prior_images import read_class_images

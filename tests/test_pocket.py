@@ -16,7 +16,8 @@ from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.demo import run_demo
 from spectral_diffusion.merging.manifest import read_manifest
-from spectral_diffusion.models.base import Base, base_of, load_base
+from spectral_diffusion.models.base import Base, base_of
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.scenes.control import ControlMap
 from spectral_diffusion.scenes.keypose import draw_keypose
 from spectral_diffusion.scenes.sampling import sample

@@ -15,7 +15,8 @@ from spectral_diffusion.config.train import DataConfig, PriorPreservationConfig,
 from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.base import Base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.training import prior_images as ordinary_module
 from spectral_diffusion.training.batch import Batch

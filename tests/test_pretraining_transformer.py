@@ -10,8 +10,8 @@ from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from spectral_diffusion.models.base import load_base
 from spectral_diffusion.models.denoiser import Conditioning
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.targets import find_targets
 from tools.pocket import transformer
 from tools.pocket.batches import Batch

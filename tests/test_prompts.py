@@ -17,7 +17,7 @@ from spectral_diffusion.cli import app
 from spectral_diffusion.config.scene import Region, Scene
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.tokens import collapse, expand
 from spectral_diffusion.scenes.generate import remarks
 from spectral_diffusion.scenes.png_metadata import SETTINGS_KEY, find_again, read_settings

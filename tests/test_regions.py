@@ -15,7 +15,8 @@ from spectral_diffusion.config.scene import Region, Scene
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.linalg import Factors
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.base import Base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.scenes.regions import (
     EncodedRegion,
     RegionalAttention,

@@ -30,7 +30,8 @@ from spectral_diffusion.data.folder import Concept, load_concept
 from spectral_diffusion.data.masks import LEAST, loss_weights, reduce_mask
 from spectral_diffusion.data.order import Order
 from spectral_diffusion.data.samples import PhotoCrops
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.base import Base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.vae import at_once, decode, encode
 from spectral_diffusion.training.batch import sample_batch
 from spectral_diffusion.training.losses import weighted_mse

@@ -22,7 +22,7 @@ from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import Cancelled, NotFiniteError, UserError
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.metrics.encoders import load_encoder
-from spectral_diffusion.models.base import load_base, native_size
+from spectral_diffusion.models.loading import load_base, native_size
 from spectral_diffusion.models.vae import in_portions
 from spectral_diffusion.scenes import generate as pipeline
 from spectral_diffusion.scenes.control import (

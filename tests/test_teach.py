@@ -34,7 +34,8 @@ from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
 from spectral_diffusion.merging.memory import distillation_memory
 from spectral_diffusion.merging.unfuse import unfuse
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.base import Base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.targets import EVERYTHING, find_targets
 from spectral_diffusion.training import memory
 from spectral_diffusion.training.memory import Estimate

@@ -24,7 +24,7 @@ from spectral_diffusion.core.errors import Cancelled, NotFiniteError, UserError
 from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.data.control_pairs import encode_pairs, open_control_image, read_pairs
 from spectral_diffusion.models.architectures import build_meta
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.scenes.control import ControlMap, read_control_image
 from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.training.control_adapter import control_state_path, fitting_shape, train_control

@@ -27,7 +27,8 @@ from spectral_diffusion.core.files import read_tensors, write_tensors
 from spectral_diffusion.core.hooks import Event, Hooks, ignore
 from spectral_diffusion.core.paths import without_folders
 from spectral_diffusion.data.folder import load_concept
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.base import Base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.models.tokens import add_token_rows, collapse, embedding_of, expand, known_tokens, split_words
 from spectral_diffusion.scenes.control import ControlMap

@@ -22,8 +22,9 @@ from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.merging.export import ExportOptions, export
-from spectral_diffusion.models.base import Base, base_of, load_base
+from spectral_diffusion.models.base import Base, base_of
 from spectral_diffusion.models.denoiser import Conditioning
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.vae import decode, encode, on_white
 from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.training.memory import Peak
@@ -198,7 +199,7 @@ def test_a_package_that_a_family_needs_is_named(family: Path, base: Base, monkey
         raise AttributeError("VIDEO_PROCESSOR_MAPPING")
 
     monkeypatch.setattr(base.family.pipeline_class, "from_pretrained", fails)
-    monkeypatch.setattr("spectral_diffusion.models.base.find_spec", lambda package: None)
+    monkeypatch.setattr("spectral_diffusion.models.loading.find_spec", lambda package: None)
     wanted = "needs torchvision; install it with pip install torchvision" if base.family.requires else "VIDEO"
     with pytest.raises(UserError, match=wanted):
         load_base(str(family), "cpu")

@@ -22,6 +22,7 @@ import spectral_diffusion
 import spectral_diffusion as sd
 from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.apply import add_words, put_adapters
+from spectral_diffusion.adapters.attach import AdapterSpec, inject_adapter
 from spectral_diffusion.adapters.formats.import_lora import import_lora
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.app import estimates
@@ -39,9 +40,11 @@ from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.merging.unfuse import unfuse
-from spectral_diffusion.methods import all_methods
-from spectral_diffusion.models.base import base_of, load_base, native_size
+from spectral_diffusion.methods import all_methods, get_method
+from spectral_diffusion.models.base import base_of
 from spectral_diffusion.models.families import FAMILIES
+from spectral_diffusion.models.loading import load_base, native_size
+from spectral_diffusion.models.offload import is_offloaded, offload
 from spectral_diffusion.models.split_linear import SplitLinear, join_layers
 from spectral_diffusion.scenes.control import read_control_image
 from spectral_diffusion.scenes.generate import generate_to_file
@@ -212,8 +215,9 @@ def test_what_a_base_learns_no_words_for_is_said(family: Path, photos: Path, pai
     base = load_base(str(family), "cpu")
     Image.new("L", (32, 32)).save(tmp_path / "sketch.png")
     drawing = read_control_image(ControlImage(file=tmp_path / "sketch.png"))
-    with pytest.raises(UserError, match="work on Stable Diffusion only"):
-        sample(base, ["a dog"], [0], Scene(prompt="a dog", device="cpu"), controls=[drawing])
+    if base.family.controls is None:
+        with pytest.raises(UserError, match="Sketches and keyposes work on"):
+            sample(base, ["a dog"], [0], Scene(prompt="a dog", device="cpu"), controls=[drawing])
     if base.family.attention != "joint":
         scene = Scene(prompt="a dog", regions=[Region(box=(0, 0, 0.5, 1), prompt="a cup")], device="cpu")
         with pytest.raises(UserError, match="Regions do not work"):
@@ -645,3 +649,85 @@ def test_a_side_that_is_no_multiple_of_a_token_is_refused(family: Path, pair: li
     distill = DistillConfig(steps=1, rank=2, resolution=side)
     with pytest.raises(UserError, match="distill.resolution" + near):
         fuse_to_folder(FuseConfig(adapters=pair, output=tmp_path / "both", device="cpu", distill=distill))
+
+
+@pytest.mark.parametrize("method", ["spectral-additive", "spectral-rotation", "lora"])
+def test_an_offloaded_network_trains_and_draws_the_same(
+    family: Path, photos: Path, tmp_path: Path, method: str
+) -> None:
+    """On a CPU every layer comes and goes without moving; only the order of additions differs."""
+    adapters, pictures = [], []
+    for index, offloaded in enumerate((False, True)):
+        config = settings(
+            family, tmp_path / str(index) / "rex.safetensors", photos, method=method, gradient_checkpointing=True,
+            group_offload=offloaded,
+        )  # fmt: skip
+        train_to_file(config)
+        adapters.append(load_adapter(config.output))
+        scene = Scene(
+            base=str(family), device="cpu", prompt="<rex>", adapters={str(config.output): 1.0}, width=32, height=32,
+            num_inference_steps=2, output=tmp_path / f"{index}.png", group_offload=offloaded,
+        )  # fmt: skip
+        [picture] = generate_to_file(scene)
+        pictures.append(np.asarray(Image.open(picture), dtype=float))
+    assert adapters[0].fingerprint == adapters[1].fingerprint
+    for name, value in adapters[0].parameters.items():
+        assert torch.allclose(value, adapters[1].parameters[name], atol=2e-3), name
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
+def test_layers_of_an_offloaded_network_compute_where_they_are_called(klein: Path) -> None:
+    base = load_base(str(klein), "cpu", group_offload=True)
+    network = base.denoiser.network
+    assert is_offloaded(network)
+    layer = network.transformer_blocks[0].attn.to_q
+    assert "forward" in vars(layer)  # diffusers' hook
+    injected = inject_adapter(base.models, AdapterSpec(get_method("lora"), 2), "one")
+    assert all(parameter.device == base.device for _, parameter in injected.named_parameters())
+    assert torch.equal(base.weights()["transformer.transformer_blocks.0.attn.to_q"], layer.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"quantization": "int8"}, "computes in half precision"),
+        ({"quantization": "nf4", "dtype": "bfloat16"}, "needs bitsandbytes|needs a GPU"),
+        ({"quantization": "int8", "dtype": "bfloat16"}, "quantization=int8 needs torchao; install it with pip"),
+        ({"quantization": "int4", "dtype": "bfloat16"}, "Unknown quantization 'int4'; use none, int8, fp8, nf4"),
+    ],
+)
+def test_a_quantization_that_cannot_be_had_says_why(
+    klein: Path, options: dict[str, Any], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spectral_diffusion.models.quantization.find_spec", lambda package: None)
+    with pytest.raises(UserError, match=sentence):
+        load_base(str(klein), "cpu", **options)
+
+
+@pytest.mark.parametrize("options", [{"group_offload": True}, {"quantization": "int8", "dtype": "bfloat16"}])
+def test_small_bases_are_neither_quantized_nor_offloaded(
+    options: dict[str, Any], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spectral_diffusion.models.quantization.find_spec", lambda package: True)
+    for name in ("pocket", str(tiny_base)):
+        with pytest.raises(UserError, match="neither quantized nor offloaded: that is for FLUX"):
+            load_base(name, "cpu", **options)
+
+
+def test_a_text_encoder_without_room_comes_layer_by_layer(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, alone = load_base(str(family), "cpu"), load_base(str(family), "cpu")
+    want = alone.denoiser.encode(["a dog"])
+    encoder = base.pipeline.text_encoder
+    moves: list[str] = []
+    monkeypatch.setattr(base.denoiser.network, "to", lambda to: moves.append(str(to)))
+    monkeypatch.setattr(type(base.denoiser), "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr("spectral_diffusion.models.flow.has_room", lambda module, device: False)
+    monkeypatch.setattr(
+        "spectral_diffusion.models.flow.offload", lambda module, device: offload(module, torch.device("cpu"))
+    )
+    with base.denoiser.text_encoder_at_work():
+        assert is_offloaded(encoder) and base.denoiser.encoder_device.type == "cuda"
+    assert moves == ["cpu", "cuda"]
+    monkeypatch.undo()
+    found = base.denoiser.encode(["a dog"])
+    assert all(torch.equal(found.tensors[name], want.tensors[name]) for name in want.tensors)

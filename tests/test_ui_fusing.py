@@ -35,7 +35,7 @@ from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.inspection import inspect_paths
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.merging.manifest import MANIFEST
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.training.run import train_to_file
 
 

@@ -21,7 +21,7 @@ from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import get_method
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.slots.ledger import Slot
 from spectral_diffusion.training.card import SIZE
 from spectral_diffusion.training.run import train_to_file

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import Fix, UserError
-from ..linalg import Factors, SingularTriplets, bottom_band, frobenius_norm, matrix_shape, min_abs_cosine, top_band
+from ..linalg import Factors, SingularTriplets, bottom_band, frobenius_norm, min_abs_cosine, top_band
 from ..methods import Method
 from ..models.base import Base
 from ..models.fingerprint import Fingerprint
@@ -161,11 +161,11 @@ def check_base(adapter: Adapter, base: Base, allow: bool = False) -> str | None:
     origin = f"it was trained on '{adapter.base}' (fingerprint {adapter.fingerprint.exact[:12]})"
     refusal = f"Adapter '{adapter.name}' does not fit the base '{base.name}': {origin}."
     own = Fix("base", adapter.base, "to load the base that it was trained on")
-    weights = base.weights(adapter.targets)
+    weights, sizes = base.weights(adapter.targets), base.sizes(adapter.targets)
     for layer in adapter.layers:
-        if layer not in weights:
+        if layer not in sizes:
             raise UserError(refusal, own)
-        if adapter.sizes[layer] != matrix_shape(weights[layer]):
+        if adapter.sizes[layer] != sizes[layer]:
             raise UserError(refusal, own)
     if not adapter.bands:
         if allow:

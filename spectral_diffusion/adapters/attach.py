@@ -178,8 +178,20 @@ def inject_adapter(
         if method.peft and method.peft.schedule and spec.steps:
             schedules[component] = method.peft.schedule(model, config, name)
     injected = InjectedAdapter(name, method, spec.rank, layers, schedules)
+    for component in dict.fromkeys(layer.split(".", 1)[0] for layer in chosen):
+        _bring_to_work(injected, component, models[component])
     _initialize(injected, frozen or {}, columns)
     return injected
+
+
+def _bring_to_work(injected: InjectedAdapter, component: str, model: nn.Module) -> None:
+    """Move an adapter to the device that its network computes on, where offloaded weights are on another."""
+    device = getattr(model, "device", None)
+    for layer in injected.layers:
+        if device is not None and layer.startswith(f"{component}."):
+            for parameter in injected.parameters(layer).values():
+                if not parameter.is_meta:
+                    parameter.data = parameter.data.to(device)
 
 
 def _initialize(injected: InjectedAdapter, frozen: Frozen, columns: Mapping[str, Tensor] | None) -> None:
@@ -196,7 +208,8 @@ def _initialize(injected: InjectedAdapter, frozen: Frozen, columns: Mapping[str,
             if layer in frozen:
                 module.set_frozen(injected.name, frozen[layer])
             if columns is not None:
-                module.spectral_columns[injected.name] = columns[layer].to(module.base_weight.device)
+                device = next(iter(injected.parameters(layer).values())).device
+                module.spectral_columns[injected.name] = columns[layer].to(device)
 
 
 def set_adapters(models: dict[str, nn.Module], names: list[str]) -> None:

@@ -15,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from ..core.errors import UserError
 from ..linalg import Factors, flatten, matrix_shape, to_float64
 from ..methods.registry import Method
+from ..models.quantization import is_quantized
+from ..models.targets import layer_shape
 from .low_rank import core_linear, low_rank_conv, low_rank_linear
 
 BASE = "__base__"  # PEFT's name for "no adapter" in ``adapter_names``
@@ -73,7 +75,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.out_features, self.in_features = matrix_shape(self.base_weight)
+        inner = self.get_base_layer()
+        self.out_features, self.in_features = (
+            matrix_shape(self.base_weight) if isinstance(inner, Conv1D) else layer_shape(inner)
+        )
         self.spectral_delta = nn.ModuleDict()
         self.spectral_frozen = nn.ModuleDict()
         self.spectral_scale: dict[str, float] = {}
@@ -146,7 +151,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def set_frozen(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
         """Hold copies of the frozen tensors."""
         self.prepared.pop(adapter, None)
-        cast(Buffers, self.spectral_frozen[adapter]).put(tensors, self.base_weight.device)
+        device = next(iter(self.parameters_of(adapter).values())).device  # an offloaded weight may be elsewhere
+        cast(Buffers, self.spectral_frozen[adapter]).put(tensors, device)
 
     def is_hollow(self, adapter: str) -> bool:
         """Whether an adapter's numbers, or the weight, are on the meta device and a file's are yet to come."""
@@ -211,7 +217,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The base's output and what these adapters add to it, in the cheapest form that they have."""
         single = self.spectral_method[active[0]] if len(active) == 1 else None
-        linear = type(self.base_layer) in (nn.Linear, Conv1D)
+        linear = is_plain(self.base_layer)
         if single and single.map_input and linear and self.spectral_scale[active[0]] == 1.0:
             return cast(Tensor, self.base_layer(single.map_input(x, self.prepare(active[0], True)), *args, **kwargs))
         if single and single.sandwich and linear and self.spectral_scale[active[0]] == 1.0:
@@ -233,11 +239,14 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Add ΔW to the base weight, in float64 and rounded once, however many adapters there are.
 
         Raises:
-            TunerError: an adapter holds NaN or infinity and ``safe_merge`` is on; nothing is merged then.
+            TunerError: an adapter holds NaN or infinity and ``safe_merge`` is on, or the weight is quantized; nothing
+                is merged then.
         """
         chosen = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.spectral_delta]
         if not chosen:
             return
+        if is_quantized(self.get_base_layer()):
+            raise TunerError("An adapter cannot be merged into a quantized weight; load the model in bfloat16.")
         if self.unmerged_weight is None and any(self.spectral_method[a].builds_on == "weight" for a in chosen):
             self.unmerged_weight = self._without_merged()
         deltas = {adapter: self.get_delta_weight(adapter) for adapter in chosen}  # all of the weight as it was
@@ -310,8 +319,16 @@ class AdaptedConv2d(AdaptedLayer):
     """Of a convolution."""
 
 
-def refuse_layer(layer: nn.Module, name: str) -> None:
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes x Wᵀ + b with the weight that it holds: nothing quantizes, wraps or moves it."""
+    return type(layer) in (nn.Linear, Conv1D) and "forward" not in vars(layer) and not is_quantized(layer)
+
+
+def refuse_layer(layer: nn.Module, name: str, needs_weight: bool = True) -> None:
     """Nothing for a layer that can be adapted.
+
+    Args:
+        needs_weight: whether the weight's values are used, which a quantized layer has not.
 
     Raises:
         TunerError: it is of another kind, in groups or quantized.
@@ -322,8 +339,8 @@ def refuse_layer(layer: nn.Module, name: str) -> None:
         )
     if isinstance(layer, nn.Conv2d) and layer.groups > 1:
         raise TunerError(f"{name} is a convolution in {layer.groups} groups; only whole ones can be adapted.")
-    if not layer.weight.is_floating_point():
-        raise TunerError(f"{name} is quantized ({layer.weight.dtype}); load the model in bfloat16, float16 or float32.")
+    if needs_weight and is_quantized(layer):
+        raise TunerError(f"{name} is quantized; load the model in bfloat16, float16 or float32.")
 
 
 def adapted_layer(layer: nn.Module) -> AdaptedLayer:

@@ -201,7 +201,8 @@ class SpectralModel(BaseTuner):
         **optional: Any,
     ) -> None:
         method = get_method(config.method)
-        refuse_layer(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target, current_key)
+        inner = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        refuse_layer(inner, current_key, config.find_frozen or method.builds_on == "weight")
         layer = target if isinstance(target, AdaptedLayer) else adapted_layer(target)
         if layer is not target:
             layer._active_adapter = [adapter_name]

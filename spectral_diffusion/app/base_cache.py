@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from ..adapters.attach import remove_adapters
-from ..models.base import ENCODERS, Base, load_base, quiet_loading
+from ..config.settings import Quantization
+from ..models.base import ENCODERS, Base
+from ..models.loading import load_base, quiet_loading
 from ..models.tokens import embedding_of
 
 SMALL = 50_000_000  # parameters of a U-Net; the pocket base's has 6 million, SD 1.5's 860 million
-Key = tuple[str, str, str, tuple[tuple[str, int, int], ...]]
+Key = tuple[str, str, str, str, bool, tuple[tuple[str, int, int], ...]]
 
 
 class BaseCache:
@@ -28,17 +30,27 @@ class BaseCache:
         self._entry: tuple[Key, Base] | None = None
 
     @contextmanager
-    def acquire(self, name: str, device: str = "auto", dtype: str = "float32") -> Iterator[Base]:
+    def acquire(
+        self,
+        name: str,
+        device: str = "auto",
+        dtype: str = "float32",
+        quantization: Quantization = "none",
+        group_offload: bool = False,
+    ) -> Iterator[Base]:
         """A base for exclusive use inside the block, where adapters and tokens may change it.
+
+        Args: as of :func:`.models.loading.load_base`.
 
         Raises:
             UserError: it cannot be loaded.
         """
         with self._lock:
-            key = (name, device, dtype, _state_of(name))
+            options = (name, device, dtype, quantization, group_offload)
+            key = (*options, _state_of(name))
             if self._entry is None or self._entry[0] != key:
                 self._entry = None  # before the next one is loaded: two would not fit
-                self._entry = (key, load_base(name, device, dtype))
+                self._entry = (key, load_base(*options))
             entry, base = self._entry, self._entry[1]
             self._entry = None  # after an error a half-changed base must not be lent again
             move(base, base.device)

@@ -122,7 +122,7 @@ def compare(
     from ..data.image_grid import image_grid
     from ..merging.fuse import check_together, fuse_adapters
     from ..merging.merges.registry import get_merge
-    from ..models.base import load_base
+    from ..models.loading import load_base
     from ..scenes.sampling import sample
 
     def generate_image(token: str) -> Image.Image:

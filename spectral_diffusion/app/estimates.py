@@ -79,7 +79,7 @@ def memory_estimate(config: TrainConfig) -> tuple[str, str]:
     Raises:
         UserError: the targets match nothing.
     """
-    from ..models.base import parse_device
+    from ..models.loading import parse_device
     from ..training.checkpoint import APART
     from ..training.memory import available, gib
 
@@ -96,8 +96,8 @@ def memory_estimate(config: TrainConfig) -> tuple[str, str]:
 @lru_cache(maxsize=64)
 def _counted(settings: str, device: str) -> int:
     """Bytes of a training with these settings (JSON without concept and output)."""
-    from ..models.base import parse_dtype
     from ..models.families import denoiser_of
+    from ..models.loading import parse_dtype
     from ..training import memory
 
     config = TrainConfig(**{**json.loads(settings), "concept": "concept", "output": "output"})

@@ -21,7 +21,7 @@ from ..core.errors import Cancelled, UserError
 from ..core.files import write_bytes
 from ..core.hooks import QUIET, Event, Hooks, Progress
 from ..merging.manifest import read_manifest
-from ..models.base import parse_device, size_from_configs
+from ..models.loading import parse_device, size_from_configs
 from ..scenes.generate import generate_to_file
 from .adapters import adapter_file, read_adapter, workspace_adapters
 from .base_cache import BaseCache
@@ -107,7 +107,9 @@ def generate(
         show = None if preview is None else lambda step, images: preview(images)
         with _kept(scene, _drawing_files(workspace, stem, request.canvas)):
             try:
-                with (keeper or BaseCache()).acquire(scene.base, scene.device, scene.dtype) as base:
+                with (keeper or BaseCache()).acquire(
+                    scene.base, scene.device, scene.dtype, scene.quantization, scene.group_offload
+                ) as base:
                     generate_to_file(
                         scene,
                         Hooks(progress=_of_all(scene, hooks), notify=notes.append, should_stop=hooks.should_stop),

@@ -101,7 +101,7 @@ def tune(
         raise UserError("--strengths and --prior-weights take numbers with commas, such as 0.5,0.8,1.") from error
     from ..merging.manifest import adapters_in_fusion
     from ..merging.search import search_scales
-    from ..models.base import load_base
+    from ..models.loading import load_base
 
     loaded = [adapter for file in files for adapter in adapters_in_fusion(Path(file))]
     base = load_base(settings.base or loaded[0].base, settings.device)

@@ -76,7 +76,7 @@ def scene_source(
             raise UserError(f"--map '{pair}' is not understood; write '<token>'='a person'.")
         pairs[key.strip()] = noun.strip()
     if path.suffix.lower() == ".txt":
-        from ..models.base import native_size
+        from ..models.loading import native_size
         from ..scenes.mix_of_show import scene_of
 
         scene = scene_of(path, native_size(base or "pocket"), pairs, layout)

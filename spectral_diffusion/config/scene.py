@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from ..core.errors import UserError
-from .settings import Precision, Settings
+from .settings import Precision, Quantization, Settings
 
 Kind = Literal["sketch", "keypose"]
 Box = tuple[float, float, float, float]
@@ -124,6 +124,12 @@ class Scene(Settings):
     allow_base: bool = Field(False, description="Accept adapters of a related base.")
     device: str = Field("auto", description="auto, cpu, cuda, mps …")
     dtype: str = Field("float32", description="Precision of the networks.")
+    quantization: Quantization = Field(
+        "none", description="Bits of a transformer's frozen weights: none, int8, fp8 (8) or nf4 (4, on a GPU only)."
+    )
+    group_offload: bool = Field(
+        False, description="Keep a transformer in main memory and bring each layer to the GPU as it computes; slower."
+    )
     mixed_precision: Precision = Field("auto", description="Autocast: auto takes what this machine does fastest.")
     allow_tf32: bool = Field(False, description="On CUDA, round the factors of float32 products to TensorFloat-32.")
 

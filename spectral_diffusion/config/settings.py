@@ -24,6 +24,7 @@ def _single_placeholder(texts: list[str]) -> list[str]:
 
 
 Precision = Literal["auto", "no", "bf16", "fp16"]
+Quantization = Literal["none", "int8", "fp8", "nf4"]
 Templates = Annotated[
     list[str], Field(min_length=1), AfterValidator(_single_placeholder)
 ]  # texts with a place for a concept

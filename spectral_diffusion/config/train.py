@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat, ValidationInfo, field_validator
 
-from .settings import Precision, Settings, Templates
+from .settings import Precision, Quantization, Settings, Templates
 
 GENERIC_NOUNS = ["dog", "cat", "horse", "fish", "car", "house", "tree", "cup", "teapot", "chair", "flower", "person"]
 GENERIC_ADJECTIVES = ["", "red", "yellow", "green", "blue", "white", "black"]
@@ -195,6 +195,12 @@ class TrainConfig(Settings):
     checkpointing_steps: int = Field(100, ge=1, description="Save the training state every this many steps.")
     device: str = Field("auto", description="auto, cpu, cuda, mps …")
     dtype: str = Field("float32", description="Precision of the frozen base; adapters stay float32.")
+    quantization: Quantization = Field(
+        "none", description="Bits of a transformer's frozen weights: none, int8, fp8 (8) or nf4 (4, on a GPU only)."
+    )
+    group_offload: bool = Field(
+        False, description="Keep a transformer in main memory and bring each layer to the GPU as it computes; slower."
+    )
     mixed_precision: Precision = Field("auto", description="Autocast: auto takes what this machine does fastest.")
     allow_tf32: bool = Field(False, description="On CUDA, round the factors of float32 products to TensorFloat-32.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")

@@ -16,7 +16,8 @@ from ..core.hooks import Event, Hooks, Progress
 from ..merging.manifest import lasting
 from ..metrics.prompts import with_article
 from ..metrics.views import View
-from ..models.base import Base, load_base
+from ..models.base import Base
+from ..models.loading import load_base
 from ..scenes.generate import write_images
 from ..scenes.png_metadata import sources_of
 from ..scenes.sampling import SceneInputs

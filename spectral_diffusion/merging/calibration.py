@@ -23,8 +23,8 @@ from ..core.cache import WAIT, cache_folder, cached
 from ..core.files import parse_json
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.rng import keyed_generator, keyed_random
-from ..linalg import matrix_shape
 from ..models.base import Base
+from ..models.targets import layer_shape
 from .activations import GramAccumulator
 
 CHUNK = 4  # images per batch
@@ -97,7 +97,7 @@ def calibrate(
 
     ``only`` restricts the adapter to some layers.
     """
-    grams = {name: GramAccumulator(matrix_shape(layer.weight)[1]) for name, layer in layers.items()}
+    grams = {name: GramAccumulator(layer_shape(layer)[1]) for name, layer in layers.items()}
     tokens = list(adapter.tokens) if adapter and adapter.tokens else [None]  # also those it was trained on top of
     prompts = [base.spell(text) for token in tokens for text in calibration_prompts(config, token, seed)]
     with (

@@ -24,9 +24,10 @@ from ..core.hooks import QUIET, Hooks
 from ..core.machine import made_on, provenance
 from ..core.paths import without_folders
 from ..linalg import Factors, to_float64, truncate
-from ..models.base import Base, load_base, parse_dtype
+from ..models.base import Base
 from ..models.denoiser import Denoiser
 from ..models.families import family_named
+from ..models.loading import load_base, parse_dtype
 from ..models.original_names import OriginalNames
 from ..models.per_layer_tokens import mean_note
 from ..models.tokens import known_tokens
@@ -123,7 +124,7 @@ def open_source(path: Path, device: str = "auto") -> ExportSource:
         return base
 
     def factors() -> dict[str, Factors]:
-        weights: dict[str, Tensor] = {}
+        weights: Mapping[str, Tensor] = {}
         if adapter.needs_base:
             base = load_base(adapter.base, device)
             check_base(adapter, base)

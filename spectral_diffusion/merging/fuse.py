@@ -22,7 +22,8 @@ from ..core.hooks import QUIET, Hooks
 from ..core.machine import heading
 from ..core.precision import precision_note, resolve_mixed_precision, tf32
 from ..linalg import Factors
-from ..models.base import Base, load_base
+from ..models.base import Base
+from ..models.loading import load_base
 from ..models.per_layer_tokens import mean_note, use_means
 from ..models.targets import find_targets
 from ..training.memory import is_large

@@ -27,7 +27,7 @@ from ..core.files import (
 from ..core.machine import provenance
 from ..core.paths import is_full, located_base, portable_base
 from ..linalg import Factors
-from ..models.base import quiet_loading
+from ..models.loading import quiet_loading
 
 WHERE = ("_name_or_path", "name_or_path")  # in configs: the folder that a part was loaded from
 MANIFEST, MERGED, ADAPTERS, SETTINGS = "manifest.json", "merged.safetensors", "adapters", "settings.yaml"

@@ -17,7 +17,8 @@ from ..core.errors import ELSEWHERE, Fix, UserError, nearest
 from ..core.files import atomic_folder, write_json
 from ..core.hooks import QUIET, Hooks
 from ..linalg import Factors
-from ..models.base import ENCODERS, NETWORKS, load_base
+from ..models.base import ENCODERS, NETWORKS
+from ..models.loading import load_base
 from ..models.targets import find_targets
 from .fuse import device_for, fuse_to_folder
 from .manifest import (

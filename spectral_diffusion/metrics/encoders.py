@@ -107,7 +107,7 @@ def load_encoder(name: str) -> Encoder:
         return Pocket()
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-    from ..models.base import quiet_loading
+    from ..models.loading import quiet_loading
 
     here = {"local_files_only": True}
     try:

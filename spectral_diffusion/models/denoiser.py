@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
@@ -18,10 +18,12 @@ from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from torch import Tensor, nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from ..config.train import ObjectiveConfig
 from ..core.errors import Fix, UserError
 from ..linalg import Factors, to_float64
+from .offload import is_offloaded
 from .original_names import OriginalNames
 from .vae import pixels_per_cell
 
@@ -61,6 +63,7 @@ def stack_padded(rows: Sequence[Tensor]) -> Tensor:
 
 
 TokenKind = Literal["image", "text", "both"]
+Controls = Literal["t2i", "controlnet", "reference"]  # a T2I-Adapter, a ControlNet, or the network as a picture
 
 
 class SeveralTexts(Protocol):
@@ -102,7 +105,10 @@ class Denoiser(ABC):
     attention: ClassVar[Literal["cross", "joint", "single"]]  # how the image reads text; regions need one of two
     text_first: ClassVar[bool] = True  # in joint attention: the text's tokens before the image's
     token_multiple: ClassVar[int] = 1  # the padded length of texts and pictures is a multiple of it
-    supports_controls: ClassVar[bool] = False  # sketches and keyposes through a T2I-Adapter
+    controls: ClassVar[Controls | None] = None  # what reads sketches and keyposes
+    controlnet_class: ClassVar[Any] = None
+    controlnet_pipeline_class: ClassVar[Any] = None
+    default_controlnet: ClassVar[str] = ""  # on the hub: user/repository/file
     t2i_adapters: ClassVar[Mapping[str, str]] = {}  # kind of control image to a T2I-Adapter on the hub
     samplers: ClassVar[tuple[str, ...]] = ("dpm", "ddim", "euler")  # that one can choose from
     decodes_latents: ClassVar[bool] = False  # the pipeline itself, in the precision that its autoencoder wants
@@ -114,6 +120,7 @@ class Denoiser(ABC):
     text_part: ClassVar[str] = "tokenizer"  # of the pipeline, which reads the prompts
     requires: ClassVar[tuple[str, ...]] = ()  # packages besides this program's own, without which it cannot be loaded
     resting: ClassVar[tuple[str, ...]] = ()  # parts of the pipeline that stay on the CPU until they work
+    quantizable: ClassVar[bool] = False  # whether the network may be loaded in 8 or 4 bits, or stay on the CPU
     network_parts: ClassVar[tuple[str, ...]] = ("unet",)  # of the pipeline, which share one dtype
 
     def __init__(
@@ -353,7 +360,7 @@ class Denoiser(ABC):
             pipeline.to(device)
             return
         for name, part in pipeline.components.items():
-            if isinstance(part, nn.Module):
+            if isinstance(part, nn.Module) and not is_offloaded(part):
                 part.to("cpu" if name in cls.resting else device)
 
     @contextmanager
@@ -369,9 +376,14 @@ class Denoiser(ABC):
     def scheduler(self, name: str) -> Any:
         """A sampler by name (``dpm``, ``ddim``, ``euler``) with the base's own noise schedule."""
 
+    @classmethod
+    def misfit(cls, controlnet: Any, network: Any) -> str:
+        """Why a ControlNet is not for a network; empty if it is."""
+        return ""
+
     @abstractmethod
-    def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
-        """A stock pipeline of the same parts with another scheduler, and perhaps a T2I-Adapter.
+    def make_pipeline(self, scheduler: Any, control: Any = None, text_encoders: bool = True) -> Any:
+        """A stock pipeline of the same parts with another scheduler, and perhaps a T2I-Adapter or ControlNet.
 
         Args:
             text_encoders: whether it holds them; without, it takes prompts by :meth:`embedding_options`.
@@ -443,8 +455,11 @@ class Denoiser(ABC):
         """Keep only the blocks' inputs for the backward pass while the context is open, if ``on``."""
         if on:
             self.network.enable_gradient_checkpointing()
+        # A recomputation that stops early would leave the layers of an offloaded network where they computed.
+        early = set_checkpoint_early_stop(False) if is_offloaded(self.network) else nullcontext()
         try:
-            yield
+            with early:
+                yield
         finally:
             if on:
                 self.network.disable_gradient_checkpointing()

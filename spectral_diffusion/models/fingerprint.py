@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -56,7 +56,7 @@ class Origin:
 
 
 def fingerprint(models: Mapping[str, nn.Module]) -> Fingerprint:
-    """One hash per weight, then one over all, so that it does not depend on which layers are adapted.
+    """That of all their weights.
 
     The ``text_model.`` level that older transformers put into names does not count.
     """
@@ -65,8 +65,13 @@ def fingerprint(models: Mapping[str, nn.Module]) -> Fingerprint:
         for component, model in models.items()
         for name, weight in model.named_parameters()
     }
+    return fingerprint_of(weights)
+
+
+def fingerprint_of(weights: Mapping[str, Tensor]) -> Fingerprint:
+    """One hash per weight, then one over all, so that it does not depend on which layers are adapted."""
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases Python's lock
-        hashes = list(pool.map(lambda weight: hash_rounded(weight, PRECISIONS), weights.values()))
+        hashes = list(pool.map(lambda name: hash_rounded(weights[name], PRECISIONS), weights))
     digests = []
     for index in range(len(PRECISIONS)):
         lines = sorted(f"{name}={each[index]}" for name, each in zip(weights, hashes, strict=True))
@@ -75,16 +80,22 @@ def fingerprint(models: Mapping[str, nn.Module]) -> Fingerprint:
 
 
 def kept_fingerprint(models: Mapping[str, nn.Module], origin: Origin | None) -> Fingerprint:
-    """The fingerprint of these models, from the cache if their weights are still those of their files.
+    """The fingerprint of these models, from the cache if their weights are still those of their files."""
+    untouched = origin is not None and state_of(models) == origin.state
+    return kept(origin.key if origin and untouched else None, lambda: fingerprint(models))
+
+
+def kept(key: str | None, measure: Callable[[], Fingerprint]) -> Fingerprint:
+    """The fingerprint that the cache has under a key, else a measured one; without a key always that.
 
     A cache that cannot be written or read only costs the time to measure.
     """
-    if origin is None or state_of(models) != origin.state:
-        return fingerprint(models)
-    path = cache_folder() / "fingerprints" / f"{origin.key}.json"
+    if key is None:
+        return measure()
+    path = cache_folder() / "fingerprints" / f"{key}.json"
     found = _read(path)
     if found is None:
-        found = fingerprint(models)
+        found = measure()
         with suppress(OSError, UserError):
             write_text(path, fingerprint_json(found))
     return found

@@ -18,7 +18,9 @@ from ..config.train import ObjectiveConfig
 from ..core.errors import Fix, UserError
 from ..linalg import Factors
 from .denoiser import Conditioning, Denoiser
+from .offload import is_offloaded, offload
 from .original_names import PREFIX, OriginalNames
+from .quantization import quantization_of
 
 ROOM = 1.15  # of a module's own bytes, with what it computes
 KOHYA = r"lora_|lycoris_"  # how names with underscores for dots begin
@@ -34,6 +36,7 @@ class FlowDenoiser(Denoiser):
     network_name: ClassVar[str] = "transformer"
     network_parts: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
     resting: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    quantizable: ClassVar[bool] = True
     samplers: ClassVar[tuple[str, ...]] = ("euler",)
     thinking: ClassVar[bool] = False  # whether the chat template of prompts leaves room to think
     pipeline_options: ClassVar[tuple[str, ...]] = ()  # of the pipeline's config, which a new pipeline is given
@@ -79,21 +82,38 @@ class FlowDenoiser(Denoiser):
 
     @contextmanager
     def text_encoder_at_work(self) -> Iterator[None]:
-        """Have the text encoder on the network's device for a while; the network makes room if both do not fit."""
+        """Have the text encoder compute on the network's device for a while.
+
+        If there is no room for both, the network makes room. If there is none even then, or if the network is
+        quantized and so small that its leaving would not help, the encoder comes layer by layer.
+        """
         encoder, device = self.pipeline.text_encoder, self.device
-        if encoder.device == device:
+        if self.encoder_device == device:
             yield
             return
-        swap = not has_room(encoder, device)
+        swap = False
         try:
-            if swap:
-                self.network.to("cpu")
+            if not has_room(encoder, device):
+                swap = quantization_of(self.network) == "none" and not is_offloaded(self.network)
+                if swap:
+                    self.network.to("cpu")
+                if device.type == "cuda" and not has_room(encoder, device):
+                    offload(encoder, device)
+                    yield
+                    return
             encoder.to(device)
             yield
         finally:
-            encoder.to("cpu")
+            if not is_offloaded(encoder):
+                encoder.to("cpu")
             if swap:
                 self.network.to(device)
+
+    @property
+    def encoder_device(self) -> torch.device:
+        """Where the text encoder computes now."""
+        encoder = self.pipeline.text_encoder
+        return self.device if is_offloaded(encoder) else encoder.device
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """Each prompt alone and once: these text encoders do not learn, and what they gave waits on the CPU."""
@@ -180,12 +200,15 @@ class FlowDenoiser(Denoiser):
     def scheduler(self, name: str) -> Any:
         return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
 
-    def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
+    def make_pipeline(self, scheduler: Any, control: Any = None, text_encoders: bool = True) -> Any:
         parts = {**self.pipeline.components, "scheduler": scheduler}
+        kind = self.pipeline_class if control is None else self.controlnet_pipeline_class
+        if control is not None:
+            parts["controlnet"] = control
         if not text_encoders:
             parts["text_encoder"] = None
         options = {name: self.pipeline.config[name] for name in self.pipeline_options}
-        pipeline = self.pipeline_class(**parts, **options)
+        pipeline = kind(**parts, **options)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

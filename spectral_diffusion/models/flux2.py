@@ -10,7 +10,7 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor, nn
 
-from .denoiser import Conditioning, SeveralTexts, TokenKind, unbound
+from .denoiser import Conditioning, Controls, SeveralTexts, TokenKind, unbound
 from .flow import TOKENS, FlowDenoiser
 from .original_names import OriginalNames
 from .split_linear import join_layers, split_layers
@@ -51,6 +51,7 @@ class Flux2KleinDenoiser(FlowDenoiser):
 
     attention: ClassVar[Literal["cross", "joint", "single"]] = "joint"
     original_names: ClassVar[OriginalNames | None] = ORIGINAL
+    controls: ClassVar[Controls | None] = "reference"
 
     @classmethod
     def prepare(cls, pipeline: Any) -> None:
@@ -102,7 +103,7 @@ class Flux2KleinDenoiser(FlowDenoiser):
         return LAYERS if count >= LAYERS[-1] else tuple(-(-count * part // 3) for part in (1, 2, 3))
 
     def encode_one(self, prompt: str) -> Conditioning:
-        device, options = self.pipeline.text_encoder.device, {"text_encoder_out_layers": self.prompt_layers}
+        device, options = self.encoder_device, {"text_encoder_out_layers": self.prompt_layers}
         embeddings: Tensor = self.pipeline.encode_prompt(
             [prompt], device, max_sequence_length=self.max_tokens, **options
         )[0]

@@ -57,7 +57,7 @@ class Krea2Denoiser(QwenVaeDenoiser):
         return 1 + max(scale, 0.0)  # this pipeline adds the difference from nothing to the prompt's prediction
 
     def encode_one(self, prompt: str) -> Conditioning:
-        device = self.pipeline.text_encoder.device
+        device = self.encoder_device
         states, mask = self.pipeline.encode_prompt([prompt], device, max_sequence_length=self.max_tokens)
         own = mask[0]  # which of the tokens are the prompt's
         return Conditioning({"encoder_hidden_states": states[0][own], "encoder_attention_mask": own[own]})

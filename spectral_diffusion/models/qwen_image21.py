@@ -53,7 +53,7 @@ class QwenImage21Denoiser(QwenVaeDenoiser):
         return {"true_cfg_scale": scale}
 
     def encode_one(self, prompt: str) -> Conditioning:
-        states = self.pipeline.encode_prompt([prompt], device=self.pipeline.text_encoder.device)[0][0]
+        states = self.pipeline.encode_prompt([prompt], device=self.encoder_device)[0][0]
         return Conditioning({"encoder_hidden_states": states, "lengths": torch.tensor(len(states))})
 
     def extra_tokens(self, prompt: str) -> int:

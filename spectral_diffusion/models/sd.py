@@ -17,7 +17,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 
-from .denoiser import Conditioning, Denoiser, plain_attention_is_faster
+from .denoiser import Conditioning, Controls, Denoiser, plain_attention_is_faster
 from .lean_attention import LeanAttention
 
 WORDS = 77  # tokens of a prompt
@@ -31,7 +31,7 @@ class SDDenoiser(Denoiser):
     network_class: ClassVar[Any] = UNet2DConditionModel
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
     attention: ClassVar[Literal["cross", "joint", "single"]] = "cross"
-    supports_controls: ClassVar[bool] = True
+    controls: ClassVar[Controls | None] = "t2i"
     t2i_adapters: ClassVar[Mapping[str, str]] = {
         "sketch": "TencentARC/t2iadapter_sketch_sd15v2",
         "keypose": "TencentARC/t2iadapter_openpose_sd14v1",
@@ -103,13 +103,13 @@ class SDDenoiser(Denoiser):
             return EulerDiscreteScheduler.from_config(config, timestep_spacing="trailing")
         return DPMSolverMultistepScheduler.from_config(config, algorithm_type="dpmsolver++")
 
-    def make_pipeline(self, scheduler: Any, t2i_adapter: Any = None, text_encoders: bool = True) -> Any:
+    def make_pipeline(self, scheduler: Any, control: Any = None, text_encoders: bool = True) -> Any:
         parts = {name: part for name, part in self.pipeline.components.items() if name != "image_encoder"}
         parts["scheduler"] = scheduler
         if not text_encoders:
             parts |= {name: None for name in self.models if name != self.network_name}
-        kind = self.adapter_pipeline_class if t2i_adapter is not None else type(self.pipeline)
-        more = {"adapter": t2i_adapter} if t2i_adapter is not None else {}
+        kind = self.adapter_pipeline_class if control is not None else type(self.pipeline)
+        more = {"adapter": control} if control is not None else {}
         pipeline = kind(**parts, **more, **self.pipeline_options())
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

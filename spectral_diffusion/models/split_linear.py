@@ -1,7 +1,8 @@
 """One linear layer that holds several projections, as its parts.
 
 FLUX.2 computes queries, keys, values and both halves of the feed-forward layer by one matrix. Its singular vectors
-would mix five jobs, so adapters see five layers, each a block of rows; the network computes as before.
+would mix five jobs, so adapters see five layers, each a block of rows; the network computes as before. Of a
+quantized layer, which cannot be cut, the parts hold no weights: adapters add to its rows of the output.
 """
 
 from __future__ import annotations
@@ -13,8 +14,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .quantization import is_quantized
+from .targets import FUSED
 
-class SplitLinear(nn.Module):
+
+class FusedLinear(nn.Module):
+    """A linear layer (out, in) whose parts, blocks of its rows, adapters see as layers of their own."""
+
+    in_features: int
+    out_features: int
+
+    def named_parts(self) -> dict[str, nn.Module]:
+        """The parts with their adapters, in order."""
+        return {name: child for name, child in self.named_children() if name != FUSED}
+
+    def parts(self) -> list[nn.Linear]:
+        """The parts without their adapters, in order."""
+        found = []
+        for child in self.named_parts().values():
+            layer: Any = child
+            while hasattr(layer, "base_layer"):
+                layer = layer.base_layer
+            found.append(layer)
+        return found
+
+    def rows(self) -> dict[str, int]:
+        """The parts' names and numbers of rows."""
+        return {name: part.out_features for name, part in zip(self.named_parts(), self.parts(), strict=True)}
+
+    def joined(self) -> nn.Module:
+        """The layer as it was."""
+        raise NotImplementedError
+
+
+class SplitLinear(FusedLinear):
     """A linear layer (out, in) whose children are its blocks of rows; their weights are views of one tensor.
 
     Its ``state_dict`` is the whole layer's. While no part is adapted it computes with the whole matrix, bit for bit as
@@ -25,8 +58,6 @@ class SplitLinear(nn.Module):
         rows: the parts' names and numbers of rows, in order.
     """
 
-    in_features: int
-    out_features: int
     _whole: Tensor
 
     def __init__(self, layer: nn.Linear, rows: Mapping[str, int]) -> None:
@@ -39,20 +70,6 @@ class SplitLinear(nn.Module):
         self._share(layer.weight.requires_grad)
         self._register_state_dict_hook(_joined_state)
         self.register_load_state_dict_pre_hook(_split_state)
-
-    def parts(self) -> list[nn.Linear]:
-        """The parts without their adapters, in order."""
-        found = []
-        for child in self.children():
-            layer: Any = child
-            while hasattr(layer, "base_layer"):
-                layer = layer.base_layer
-            found.append(layer)
-        return found
-
-    def rows(self) -> dict[str, int]:
-        """The parts' names and numbers of rows."""
-        return {name: part.out_features for (name, _), part in zip(self.named_children(), self.parts(), strict=True)}
 
     def forward(self, x: Tensor) -> Tensor:
         if all(_is_untouched(child) for child in self.children()):
@@ -111,11 +128,63 @@ class SplitLinear(nn.Module):
         self._share(self.parts()[0].weight.requires_grad)
 
 
+class RowsOfQuantized(nn.Linear):
+    """A part of a quantized layer. It adds nothing to the layer's output, and its adapters add their change alone.
+
+    Its weight is zero and takes no memory.
+    """
+
+    def __init__(self, in_features: int, out_features: int, like: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("zero", torch.zeros(1, 1, dtype=like.dtype, device=like.device), persistent=False)
+        self.zero: Tensor
+        self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """Zeros (out, in)."""
+        return self.zero.expand(self.out_features, self.in_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input.new_zeros(*input.shape[:-1], self.out_features)  # PEFT's layers add to it in place
+
+
+class QuantizedFused(FusedLinear):
+    """A quantized linear layer without bias, and its parts.
+
+    Args:
+        layer: the quantized layer.
+        rows: the parts' names and numbers of rows, in order.
+        dtype: of the computation.
+    """
+
+    def __init__(self, layer: nn.Linear, rows: Mapping[str, int], dtype: torch.dtype) -> None:
+        super().__init__()
+        assert layer.bias is None and sum(rows.values()) == layer.out_features
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        like = torch.empty(0, dtype=dtype, device=layer.weight.device)
+        for name, count in rows.items():
+            self.add_module(name, RowsOfQuantized(layer.in_features, count, like))
+        self.add_module(FUSED, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.get_submodule(FUSED)(x)
+        parts = self.named_parts().values()
+        if all(_is_untouched(part) for part in parts):
+            return y
+        blocks = y.split(list(self.rows().values()), -1)
+        changed = [y if _is_untouched(part) else y + part(x) for y, part in zip(blocks, parts, strict=True)]
+        return torch.cat(changed, -1)
+
+    def joined(self) -> nn.Module:
+        return self.get_submodule(FUSED)
+
+
 def _is_untouched(part: nn.Module) -> bool:
     """Whether a part is neither adapted nor trained nor watched."""
     return (
-        type(part) is nn.Linear
-        and "forward" not in vars(part)  # as offloading and casting hooks replace it
+        (type(part) is RowsOfQuantized or (type(part) is nn.Linear and "forward" not in vars(part)))  # hooks replace it
         and not part.weight.requires_grad
         and not part._forward_hooks
         and not part._forward_pre_hooks
@@ -145,10 +214,15 @@ def split_layers(model: nn.Module, rows_of: Callable[[nn.Module], Mapping[str, M
     Args:
         rows_of: a module's fused layers by attribute, each with its parts' rows; empty for most modules.
     """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     for module in list(model.modules()):
         for attribute, rows in rows_of(module).items():
             layer = getattr(module, attribute)
-            if isinstance(layer, nn.Linear):
+            if not isinstance(layer, nn.Linear):
+                continue
+            if is_quantized(layer):
+                setattr(module, attribute, QuantizedFused(layer, rows, dtype))
+            else:
                 setattr(module, attribute, SplitLinear(layer, rows))
 
 
@@ -158,7 +232,7 @@ def fused_layers(models: Mapping[str, nn.Module]) -> dict[str, dict[str, int]]:
         f"{component}.{path}": module.rows()
         for component, model in models.items()
         for path, module in model.named_modules()
-        if isinstance(module, SplitLinear)
+        if isinstance(module, FusedLinear)
     }
 
 
@@ -166,5 +240,7 @@ def join_layers(model: nn.Module) -> None:
     """Undo :func:`split_layers`, except for layers that are adapted."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, SplitLinear) and all(type(part) is nn.Linear for part in child.children()):
+            if isinstance(child, FusedLinear) and not any(
+                hasattr(part, "base_layer") for part in child.named_parts().values()
+            ):
                 setattr(module, name, child.joined())

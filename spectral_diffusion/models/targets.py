@@ -8,6 +8,7 @@ import re
 from torch import nn
 
 from ..core.errors import UserError, nearest, reason, short_repr
+from ..linalg import matrix_shape
 
 EVERYTHING = "re:.*"  # every linear layer and convolution, also those that no preset has
 LENGTH = 64  # of a layer's name
@@ -17,6 +18,7 @@ BLOCKS = r"transformer\.transformer_blocks\.\d+"  # of FLUX.2 with two streams, 
 LAYERS = r"transformer\.layers\.\d+"  # of Z-Image
 SINGLE = r"transformer\.single_transformer_blocks\.\d+"
 TEXT = r"text_encoder(_2)?\..*"
+FUSED = "quantized"  # the name of a quantized layer beside its parts (see ``split_linear.py``), which are the targets
 
 # Patterns over ``component.module.path``. The reference adapts exactly the attention projections.
 PRESETS: dict[str, tuple[str, ...]] = {
@@ -110,6 +112,8 @@ def find_targets(models: dict[str, nn.Module], targets: str = "attention") -> di
     for component, model in models.items():
         for path, module in model.named_modules():
             name = f"{component}.{path}"
+            if path.endswith(f".{FUSED}"):
+                continue
             if any(pattern.fullmatch(name) for pattern in patterns):
                 layer = module
                 while hasattr(layer, "base_layer"):
@@ -119,3 +123,10 @@ def find_targets(models: dict[str, nn.Module], targets: str = "attention") -> di
     if not found:
         raise UserError(f"The targets '{targets}' match no layer of this base.")
     return found
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int]:
+    """Rows and columns of a layer's weight as a matrix, also of a quantized one, which keeps it in another shape."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return matrix_shape(layer.weight)  # type: ignore[arg-type]

@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers import ZImageControlNetModel, ZImageControlNetPipeline, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor
 
-from .denoiser import Conditioning, SeveralTexts, TokenKind, unbound
+from .denoiser import Conditioning, Controls, SeveralTexts, TokenKind, unbound
 from .flow import TOKENS, FlowDenoiser
 from .original_names import OriginalNames
 
@@ -27,6 +27,9 @@ ORIGINAL = OriginalNames(
     in_kohya=False,
 )
 
+UNION = (  # edges, soft edges, depth and poses in one network
+    "alibaba-pai/Z-Image-Turbo-Fun-Controlnet-Union/Z-Image-Turbo-Fun-Controlnet-Union.safetensors"
+)
 BLOCKS: dict[str, TokenKind] = {"noise_refiner": "image", "context_refiner": "text", "layers": "both"}
 
 
@@ -44,6 +47,10 @@ class ZImageDenoiser(FlowDenoiser):
     token_multiple: ClassVar[int] = SEQ_MULTI_OF
     thinking: ClassVar[bool] = True
     original_names: ClassVar[OriginalNames | None] = ORIGINAL
+    controls: ClassVar[Controls | None] = "controlnet"
+    controlnet_class: ClassVar[Any] = ZImageControlNetModel
+    controlnet_pipeline_class: ClassVar[Any] = ZImageControlNetPipeline
+    default_controlnet: ClassVar[str] = UNION
 
     @property
     def side_multiple(self) -> int:
@@ -62,7 +69,7 @@ class ZImageDenoiser(FlowDenoiser):
     # ------------------------------------------------------------------ prompts
 
     def encode_one(self, prompt: str) -> Conditioning:
-        device = self.pipeline.text_encoder.device  # the network may have made room
+        device = self.encoder_device  # the network may have made room
         [row] = self.pipeline._encode_prompt([prompt], device, max_sequence_length=self.max_tokens)
         return Conditioning({"encoder_hidden_states": row, "lengths": torch.tensor(len(row))})
 
@@ -79,7 +86,16 @@ class ZImageDenoiser(FlowDenoiser):
     def prompt_rows(self, conditioning: Conditioning) -> list[Tensor]:
         return _rows(conditioning)
 
-    # ------------------------------------------------------------------ regions
+    # ------------------------------------------------------------------ control images and regions
+
+    @classmethod
+    def misfit(cls, controlnet: Any, network: Any) -> str:
+        for name in ("dim", "n_heads"):
+            own, other = network.config[name], controlnet.config[name]
+            if own != other:
+                return f"{name} is {other} there and {own} here"
+        last = max(controlnet.config.control_layers_places)
+        return f"it has a layer {last}" if last >= network.config.n_layers else ""
 
     def token_kind(self, layer: str) -> TokenKind:
         block = layer.split(".")[1]
@@ -90,6 +106,7 @@ class ZImageDenoiser(FlowDenoiser):
     @contextmanager
     def several_texts(self, pipeline: Any, texts: SeveralTexts) -> Iterator[None]:
         network: Any = self.network
+        control: Any = pipeline.components.get("controlnet")
         together = network.patchify_and_embed
 
         def apart(images: list[Tensor], prompts: list[Tensor], *sizes: int) -> tuple[list[Any], ...]:
@@ -116,13 +133,23 @@ class ZImageDenoiser(FlowDenoiser):
 
             return hook
 
+        def masked_by_length(attention: Any, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            both = texts.mask("both", len(inputs[0]))
+            whole = both is not None and both.shape[-1] == inputs[0].shape[1]
+            return masked("both" if whole else "image")(attention, inputs, options)
+
         with ExitStack() as stack:
             for name, kind in BLOCKS.items():
                 for block in getattr(network, name):
                     hook = block.attention.register_forward_pre_hook(masked(kind), with_kwargs=True)
                     stack.callback(hook.remove)
-            network.patchify_and_embed = apart
-            stack.callback(delattr, network, "patchify_and_embed")
+            # A ControlNet has blocks of its own besides the network's refiners; some take both kinds of tokens in turn.
+            for block in [*control.control_layers, *(control.control_noise_refiner or ())] if control else []:
+                hook = block.attention.register_forward_pre_hook(masked_by_length, with_kwargs=True)
+                stack.callback(hook.remove)
+            for reader in (network, control) if control else (network,):
+                reader.patchify_and_embed = apart
+                stack.callback(delattr, reader, "patchify_and_embed")
             yield
 
     # ------------------------------------------------------------------ prediction and sampling

@@ -16,15 +16,18 @@ from torch import Tensor
 
 from .. import pocket
 from ..config.scene import Box, ControlImage, Kind, Region
-from ..core.errors import UserError, only_a_pickle, reason
+from ..core.errors import Fix, UserError, only_a_pickle, reason
 from ..core.files import check_not_disguised, is_folder
 from ..data.image_io import MAX_PIXELS, open_on_black, open_upright
 from ..merging.manifest import read_manifest
-from ..models.base import Base, quiet_loading
+from ..models.base import Base
+from ..models.families import FAMILIES
+from ..models.loading import quiet_loading
 from ..training.control_adapter import feature_shapes_of
+from .controlnet import load_controlnet, weighing
 from .extract import are_fractions, clean_strokes, read_keypoints
 from .keypose import draw_keypose
-from .regions import cells_in
+from .region_mask import weight_map
 
 OTHER_WIDTH = 1024  # of the words of Stable Diffusion 2.x
 
@@ -38,12 +41,13 @@ class ControlMap:
     weight: float = 1.0
     adapter: str | None = None
     name: str = ""
-    network: T2IAdapter | None = None
+    network: Any = None  # a T2IAdapter, or a family's ControlNet
+    grid: tuple[int, int] | None = None  # the picture in tokens, for a ControlNet
 
     def at(self, width: int, height: int) -> Image.Image:
         """The control image at a picture's size, with as many channels as its adapter reads."""
         image = self.image.resize((width, height), Image.Resampling.BILINEAR)
-        channels = self.network.config["in_channels"] if self.network is not None else 3
+        channels = self.network.config["in_channels"] if isinstance(self.network, T2IAdapter) else 3
         return image.convert("L" if channels == 1 else "RGB")
 
 
@@ -105,6 +109,16 @@ def t2i_name(base: Base, name: str | None, kind: Kind) -> str:
     return str(pocket.t2i(kind)) if name == "pocket" else name or own_adapter(base, kind)
 
 
+def weights_of(base: Base, condition: ControlImage) -> list[Path]:
+    """The files of the network that reads a control image; none of one that is known by a hub id alone."""
+    if base.family.controls == "t2i":
+        name = t2i_name(base, condition.adapter, condition.kind)
+    else:
+        name = condition.adapter or ""
+    path = Path(name or ".no-such-folder")
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+
+
 def load_t2i_adapter(base: Base, name: str | None, kind: Kind = "sketch") -> T2IAdapter:
     """The named T2I-Adapter (folder or hub id), or the one that belongs to the base; ``pocket`` is the pocket base's.
 
@@ -157,6 +171,40 @@ def _check_features(base: Base, control: ControlMap, network: T2IAdapter) -> Non
         )
 
 
+def control_network(base: Base, controls: Sequence[ControlMap], size: tuple[int, int]) -> tuple[Any, dict[str, Any]]:
+    """The network that reads these control images, and the pipeline's options for it besides the images.
+
+    Args:
+        size: width and height of the pictures in pixels.
+
+    Raises:
+        UserError: the family has none; one cannot be loaded, or does not fit the base, the size or the others.
+    """
+    if base.family.controls == "t2i":
+        adapter, weights = adapter_of(base, controls, size)
+        return adapter, {"adapter_conditioning_scale": weights}
+    if base.family.controls is None:
+        titles = ", ".join(family.title for family in FAMILIES if family.controls)
+        raise UserError(f"Sketches and keyposes work on {titles} only.", Fix("controls", so="left empty"))
+    if base.family.controls == "reference":
+        if any(control.weight != 1 or control.adapter for control in controls):
+            raise UserError(
+                f"{base.family.title} reads a control image as a reference picture, without a weight or an adapter.",
+                Fix("controls", so="with conditioning_scale 1 and without an adapter"),
+            )
+        return None, {"image": [control.at(*size) for control in controls]}
+    if len(controls) > 1:
+        raise UserError(
+            f"{base.family.title} takes one control image, and there are {len(controls)}.",
+            Fix("controls", so="with one of them"),
+        )
+    [control] = controls
+    control.network = load_controlnet(base, control.adapter)
+    token = base.denoiser.side_multiple
+    control.grid = (size[1] // token, size[0] // token)
+    return control.network, {"controlnet_conditioning_scale": control.weight}
+
+
 def adapter_of(
     base: Base, controls: Sequence[ControlMap], size: tuple[int, int]
 ) -> tuple[T2IAdapter | MultiAdapter, Any]:
@@ -189,7 +237,8 @@ def weighed(controls: Sequence[ControlMap], regions: Sequence[Region], areas: Se
         for control in controls:
             weights = [region.weight_of(control.kind) for region in regions]
             if control.network is not None and any(weight != 1 for weight in weights):
-                stack.callback(control.network.register_forward_hook(_weighing(weights, areas)).remove)
+                hook = weighing(weights, areas, control.grid) if control.grid else _weighing(weights, areas)
+                stack.callback(control.network.register_forward_hook(hook).remove)
         yield
 
 
@@ -198,13 +247,3 @@ def _weighing(weights: Sequence[float], areas: Sequence[Box | Tensor]) -> Callab
         return [feature * weight_map(weights, areas, *feature.shape[-2:]).to(feature) for feature in features]
 
     return weigh
-
-
-def weight_map(weights: Sequence[float], areas: Sequence[Box | Tensor], height: int, width: int) -> Tensor:
-    """(height, width): the mean weight of the regions that cover a cell, 1 where none does."""
-    total, count = torch.zeros(height * width), torch.zeros(height * width)
-    for weight, area in zip(weights, areas, strict=True):
-        inside = cells_in(area, height, width)
-        total += weight * inside
-        count += inside
-    return torch.where(count > 0, total / count.clamp_min(1), torch.ones(())).view(height, width)

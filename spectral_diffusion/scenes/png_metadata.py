@@ -19,7 +19,7 @@ from ..core.files import atomic, exists, is_file, parse_json
 from ..core.machine import provenance
 from ..core.paths import is_full, located, located_base, portable, portable_base
 from ..models.base import Base
-from .control import t2i_name
+from .control import weights_of
 from .scene import adapter_files, adapter_tables, candidate_paths, paths_in
 
 SETTINGS_KEY = "spectral_diffusion"
@@ -61,8 +61,7 @@ def sources_of(scene: Scene, base: Base) -> dict[str, str]:
     named = {str(file): file for file in files} | {name: lora_file(Path(name)) for name in adapter_files(scene)}
     named = {name: file for name, file in named.items() if is_file(file)}  # others are reported where they are used
     for number, condition in enumerate(scene.controls, 1):
-        folder = Path(t2i_name(base, condition.adapter, condition.kind))  # of a hub id nothing more is known
-        named |= {f"adapter of condition {number}": file for file in folder.glob("*.safetensors")}
+        named |= {f"adapter of condition {number}": file for file in weights_of(base, condition)}
     return {BASE: base.fingerprint.exact} | {name: hash_file(file) for name, file in named.items()}
 
 

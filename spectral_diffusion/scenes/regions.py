@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from ..adapters.low_rank import low_rank_conv
 from ..core.errors import UserError
 from ..linalg import Factors
+from .region_mask import cells_in
 
 Layer = nn.Linear | nn.Conv2d
 FEWEST = 8  # cells of an area that has a mean and a deviation of its own
@@ -45,18 +45,6 @@ class EncodedRegion:
     def cells(self, height: int, width: int) -> Tensor:
         """(height · width,) bool: the cells whose middle is in the box, or that the mask covers by half."""
         return cells_in(self.area, height, width)
-
-
-def cells_in(area: tuple[float, float, float, float] | Tensor, height: int, width: int) -> Tensor:
-    """See :meth:`EncodedRegion.cells`."""
-    if isinstance(area, Tensor):
-        image = Image.fromarray((area * 255).byte().numpy()).resize((width, height), Image.Resampling.BOX)
-        return torch.tensor(list(image.getdata())) >= 128
-    left, top, right, bottom = area
-    x = (torch.arange(width) + 0.5) / width
-    y = (torch.arange(height) + 0.5) / height
-    inside = ((y >= top) & (y < bottom))[:, None] & ((x >= left) & (x < right))[None]
-    return inside.flatten()
 
 
 def grid_of(cells: int, height: int, width: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from ..linalg import Factors
 from ..models.base import Base
 from ..models.denoiser import Denoiser
 from ..models.vae import decode, decode_batch, in_portions, overflows, upcast
-from .control import ControlMap, adapter_of, weighed
+from .control import ControlMap, control_network, weighed
 from .region_mask import region_mask
 from .regions import EncodedRegion, RegionalPrompts, changed, regional
 from .token_regions import TokenRegions, window_of
@@ -158,7 +158,10 @@ class SceneSampler:
     def _control_options(self, count: int) -> dict[str, Any]:
         """The control images for a batch; several as a list of lists."""
         images = [[control.at(self.width, self.height)] * count for control in self.inputs.controls]
-        return {"image": images if len(images) > 1 else images[0]} if images else {}
+        if self.base.family.controls == "reference":
+            return {}  # the same for all pictures: among the pipeline's options
+        name = "control_image" if self.base.family.controls == "controlnet" else "image"
+        return {name: images if len(images) > 1 else images[0]} if images else {}
 
     def _callback(self, state: RegionalPrompts | TokenRegions, index: int, batches: int) -> dict[str, Any]:
         """The pipeline's callback after a step: progress, previews, and the step for the regions."""
@@ -178,7 +181,8 @@ class SceneSampler:
             after(step, tensors["latents"])
             return tensors
 
-        if self.inputs.controls:  # the adapter pipeline still has the older callback; both give the step
+        # The pipeline with T2I-Adapters still has the older callback; both give the step.
+        if self.inputs.controls and self.base.family.controls == "t2i":
             return {"callback": lambda step, timestep, latents: after(step, latents)}
         return {"callback_on_step_end": after_with_state}
 
@@ -242,16 +246,17 @@ def stock_pipeline(
     Raises:
         UserError: a control image that does not fit.
     """
-    if controls and not base.family.supports_controls:
-        raise UserError("Sketches and keyposes work on Stable Diffusion only.", Fix("controls", so="left empty"))
     if scene.regions and base.family.attention == "single":
         raise UserError("Regions do not work on this family of models yet.", Fix("regions", so="left empty"))
-    options: dict[str, Any] = {}
-    adapter = None
-    if controls:
-        adapter, options["adapter_conditioning_scale"] = adapter_of(base, controls, size)
+    if controls and scene.regions and base.family.controls == "reference":
+        raise UserError(
+            f"{base.family.title} reads a control image as a reference picture, which regions do not know.",
+            Fix("controls", so="left empty"),
+            Fix("regions", so="left empty"),
+        )
+    network, options = control_network(base, controls, size) if controls else (None, {})
     scheduler, encoders = base.denoiser.scheduler(scene.sampler), bool(base.tokenizers)
-    return base.denoiser.make_pipeline(scheduler, adapter, text_encoders=encoders), options
+    return base.denoiser.make_pipeline(scheduler, network, text_encoders=encoders), options
 
 
 def decoded(base: Base, latents: torch.Tensor, width: int, height: int) -> list[Image.Image]:

@@ -34,7 +34,8 @@ from ..merging.fuse import fuse_adapters
 from ..methods import get_method
 from ..metrics.classifiers import classify_images, load_classifier
 from ..metrics.encoders import Clip, Encoder, load_encoder
-from ..models.base import Base, load_base, parse_device
+from ..models.base import Base
+from ..models.loading import load_base, parse_device
 from ..scenes.sampling import sample
 from ..training.run import train_to_file
 

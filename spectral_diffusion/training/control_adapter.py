@@ -21,8 +21,9 @@ from ..core.machine import heading
 from ..core.precision import autocast, is_half, loss_scaler, precision_note, resolve_mixed_precision, tf32
 from ..core.rng import keyed_generator
 from ..data.control_pairs import CHANNELS, ControlPair, Read, encode_pairs, pairs_digest, read_pairs
-from ..models.base import Base, load_base, quiet_loading
+from ..models.base import Base
 from ..models.denoiser import Conditioning, Denoiser
+from ..models.loading import load_base, quiet_loading
 from .batch import Batch
 from .checkpoint import load_state, refuse_changed_settings, save_state, step_of
 from .distributed import take_step

@@ -21,13 +21,14 @@ from ..core.machine import provenance
 from ..core.precision import autocast, is_half, loss_scaler, resolve_mixed_precision, tf32
 from ..data.folder import Concept
 from ..data.samples import PhotoCrops
-from ..linalg import kernel_size, matrix_shape
+from ..linalg import kernel_size
 from ..methods import Method, get_method
 from ..models.attention_maps import attention_loss, capture_attention_maps
 from ..models.base import Base
 from ..models.per_layer_tokens import cross_attention, per_layer_attention
 from ..models.prompt_encoder import PromptEncoder
 from ..models.split_linear import fused_layers
+from ..models.targets import find_targets
 from ..slots.ledger import Slot
 from .batch import Batch, sample_batch
 from .checkpoint import TrainingState, comparable_settings
@@ -141,9 +142,10 @@ class Trainer:
 
     def _read_weights(self) -> None:
         """Read from the weights all that the training needs of them, and keep none: they may move to another device."""
-        weights, method = self.base.weights(self.config.target_modules), self.job.method
-        self.sizes = {layer: matrix_shape(weight) for layer, weight in weights.items()}
-        self.kernels = {layer: kernel for layer, weight in weights.items() if (kernel := kernel_size(weight))}
+        targets, method = self.config.target_modules, self.job.method
+        weights, self.sizes = self.base.weights(targets), self.base.sizes(targets)
+        layers = find_targets(self.base.models, targets)
+        self.kernels = {name: kernel for name, layer in layers.items() if (kernel := kernel_size(layer.weight))}
         with self.world.main_process_first():
             self.frozen = self._frozen(weights)
         self.columns, self.lr_factors = (

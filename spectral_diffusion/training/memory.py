@@ -20,13 +20,14 @@ from ..adapters.frozen import Frozen, hollow_tensors
 from ..config.train import TrainConfig
 from ..core.errors import Fix, UserError
 from ..core.precision import autocast, is_half, resolve_mixed_precision
-from ..linalg import matrix_shape
 from ..methods import get_method
 from ..models.base import Base
 from ..models.denoiser import Denoiser
 from ..models.families import denoiser_of
+from ..models.offload import is_offloaded
 from ..models.per_layer_tokens import cross_attention
-from ..models.targets import find_targets
+from ..models.quantization import dequantized_bytes, offloaded_bytes, quantized_bytes
+from ..models.targets import find_targets, layer_shape
 from ..models.vae import at_once, decode_batch, encoder_input, latent_channels, overflows, pixels_per_cell
 from ..slots.ledger import Slot
 from .prior_images import CHUNK as PICTURES_AT_ONCE
@@ -115,7 +116,7 @@ def hollow_frozen_tensors(models: Models, config: TrainConfig) -> Frozen:
     method = get_method(config.method)
     slot = Slot.interval(0, config.rank) if method.slot else None
     layers = find_targets(dict(models), config.target_modules).items()
-    return {layer: hollow_tensors(method, matrix_shape(module.weight), config.rank, slot) for layer, module in layers}
+    return {layer: hollow_tensors(method, layer_shape(module), config.rank, slot) for layer, module in layers}
 
 
 def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, device: str = "cuda") -> Estimate:
@@ -128,12 +129,26 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
     """
     adapted, trained, frozen_apart = hollow_adapted(models, config)
     weights = tensor_bytes(p for model in (*models.values(), vae) for p in model.parameters())
+    on_device, working = smaller_weights(models, config)
     with FakeTensorMode(allow_non_fake_inputs=True):  # on a pretended CPU, so that autocast acts as it does
         phases = TrainingPhases(adapted, vae, config, size, device)
         peaks = phases.measure()
         frozen = tensor_bytes(phases.resident) - weights - 4 * trained + frozen_apart
     per_parameter = 4 + STATES[config.optimizer.name] + (4 if config.optimizer.ema_decay else 0)
-    return Estimate(weights, max(0, frozen + trained * per_parameter), peaks, CONTEXT[device])
+    peaks = {name: peak if name == "encoding photos" else peak + working for name, peak in peaks.items()}
+    return Estimate(weights - on_device, max(0, frozen + trained * per_parameter), peaks, CONTEXT[device])
+
+
+def smaller_weights(models: Models, config: TrainConfig) -> tuple[int, int]:
+    """By how many bytes quantization and offloading shrink the networks, and what their computation adds to it."""
+    network, kind = list(models.values())[-1], config.quantization  # text encoders come first
+    whole = tensor_bytes(network.parameters())
+    size = whole if kind == "none" else quantized_bytes(network, kind)
+    working = 0 if kind == "none" else dequantized_bytes(network, kind, config.gradient_checkpointing)
+    if not config.group_offload:
+        return whole - size, working
+    block = offloaded_bytes(network, config.gradient_checkpointing)
+    return whole, max(working, round(block * size / whole))
 
 
 def hollow_adapted(models: Models, config: TrainConfig) -> tuple[dict[str, nn.Module], int, int]:
@@ -260,11 +275,15 @@ def memory_note(base: Base, config: TrainConfig, size: int) -> str | None:
     """
     if not is_large(base):
         return None
-    found = estimate(base.models, base.pipeline.vae, config, size, base_kind(base))
+    away = {"quantization": base.quantization, "group_offload": is_offloaded(base.denoiser.network)}
+    models = base.stored.models if base.stored else base.models
+    config = config.model_copy(update=away)  # a pipeline that was loaded elsewhere decides for itself
+    found = estimate(models, base.pipeline.vae, config, size, base_kind(base))
     fixes = [
         *([] if config.gradient_checkpointing else [Fix("gradient_checkpointing", "true")]),
         *([Fix("batch_size", str(config.batch_size // 2))] if config.batch_size > 1 else []),
         *([Fix("dtype", "bfloat16")] if config.dtype == "float32" else []),
+        *([Fix("quantization", "nf4")] if base.family.quantizable and config.quantization == "none" else []),
         Fix("resolution", so="for smaller pictures"),
         Fix("config", so="to take a preset for less memory"),
     ]
@@ -273,7 +292,8 @@ def memory_note(base: Base, config: TrainConfig, size: int) -> str | None:
 
 def is_large(base: Base) -> bool:
     """Whether its owner needs to be told what it takes."""
-    return sum(p.numel() for model in base.models.values() for p in model.parameters()) >= SMALL
+    models = base.stored.models if base.stored else base.models
+    return sum(p.numel() for model in models.values() for p in model.parameters()) >= SMALL
 
 
 def base_kind(base: Base) -> str:

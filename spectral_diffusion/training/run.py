@@ -18,9 +18,11 @@ from ..core.hooks import QUIET, Hooks
 from ..core.machine import heading
 from ..core.precision import precision_note, resolve_mixed_precision
 from ..data.folder import Concept, load_concept
-from ..linalg import matrix_shape
 from ..methods import get_method
-from ..models.base import Base, load_base
+from ..methods.registry import Method
+from ..models.base import Base
+from ..models.loading import load_base
+from ..models.offload import is_offloaded
 from ..models.per_layer_tokens import check_encoders
 from ..models.prompt_encoder import PromptEncoder, trigger_words
 from ..models.tokens import check_name
@@ -76,7 +78,9 @@ def train_to_file(
             return load_adapter(config.output)
         if not force:
             check_token_is_free(config.output, concept)
-        base = base or load_base(config.base, device_of(config, among), config.dtype)
+        base = base or load_base(
+            config.base, device_of(config, among), config.dtype, config.quantization, config.group_offload
+        )
         return train_on(base, config, concept, among, resume, force, hooks)
 
 
@@ -102,11 +106,12 @@ def train_on(
     method = get_method(config.method)
     if config.normalize and not method.normalizable:
         raise UserError(f"The method {method.name} has no columns that could be normalized.", Fix("normalize", "false"))
+    check_weights(base, method)
     size = config.resolution or base.size
     base.check_side(size, "resolution")
     for text in notes_on(concept, PromptEncoder(base, concept, config.seed, size), config):
         note(text)
-    shapes = [matrix_shape(weight) for weight in base.weights(config.target_modules).values()]
+    shapes = list(base.sizes(config.target_modules).values())
     config = with_rank(config, shapes, Hooks(notify=note))
     slot = start_from.slot if start_from else None
     if method.slot and not start_from:
@@ -162,6 +167,21 @@ def check_concept(concept: Concept, base: Base, config: TrainConfig) -> None:
     if token := known.get(concept.token.lower()):  # tokenizers ignore case
         raise UserError(
             f"The base '{config.base}' already has the token {token}.", Fix("token", "<name>", "to choose another")
+        )
+
+
+def check_weights(base: Base, method: Method) -> None:
+    """Refuse a method that computes with the weights themselves, where they are quantized or elsewhere.
+
+    Raises:
+        UserError: so it is.
+    """
+    away = base.stored is not None or is_offloaded(base.denoiser.network)
+    if away and (method.builds_on == "weight" or (method.peft and method.peft.initialize)):
+        raise UserError(
+            f"The method {method.name} computes with the weights, which are quantized or off the GPU here.",
+            Fix("method", so="to choose another"),
+            Fix("quantization", "none"),
         )
 
 
@@ -256,12 +276,12 @@ def with_slot_seed(config: TrainConfig, resume: bool) -> TrainConfig:
 
 def reserve(config: TrainConfig, base: Base, concept: Concept) -> Slot:
     """The concept's slot, from the ledger beside the output unless it is sampled privately."""
-    weights = base.weights(config.target_modules)
-    columns, narrowest = capacity(weights)
+    sizes = base.sizes(config.target_modules)
+    columns, narrowest = capacity(sizes)
     rows = get_method(config.method).slot == "rows"
     if rows:
-        narrowest = min(weights, key=lambda layer: matrix_shape(weights[layer])[1])
-        columns = matrix_shape(weights[narrowest])[1]
+        narrowest = min(sizes, key=lambda layer: sizes[layer][1])
+        columns = sizes[narrowest][1]
     beside = config.ledger.with_name(ROWS) if config.ledger and rows else config.ledger
     ledger = Ledger(beside) if beside else Ledger.beside(config.output, ROWS if rows else LEDGER)
     own = base.fingerprint
@@ -273,16 +293,15 @@ def slot_notes(config: TrainConfig, slot: Slot, base: Base) -> list[str]:
     """Notes on a slot before training: the chance of a clash, an unstable border."""
     notes = []
     policy = parse_policy(config.slot, config.rank)
-    weights = base.weights(config.target_modules)
     if policy.kind == "sampled":
-        pool = min(policy.pool, capacity(weights)[0])
+        pool = min(policy.pool, capacity(base.sizes(config.target_modules))[0])
         chance = collision_probability(config.rank, pool)
         notes.append(
             f"Columns {slot} were sampled from the top {pool} (slot_seed={config.slot_seed}); another sampled concept "
             f"shares one with a chance of {chance:.0%}. Fusion reports the real overlap."
         )
     if slot.bottom == 0 and get_method(config.method).slot == "columns":
-        gap, layer = spectrum_of(weights, slot.top).smallest_gap(slot.columns)
+        gap, layer = spectrum_of(base.weights(config.target_modules), slot.top).smallest_gap(slot.columns)
         if gap < DEGENERATE:
             notes.append(
                 f"Note: at the border of columns {slot} two singular values of {layer} differ by {gap:.0e} only; "

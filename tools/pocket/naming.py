@@ -11,7 +11,7 @@ from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.core.files import write_json, write_text
 from spectral_diffusion.data.image_grid import image_grid, labelled
 from spectral_diffusion.metrics.classifiers import NOUNS
-from spectral_diffusion.models.base import load_base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.scenes.sampling import sample
 
 from .world import COLOURS, SETTINGS, Backdrop, Thing, caption

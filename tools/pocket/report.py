@@ -26,7 +26,8 @@ from spectral_diffusion.core.assets import preset
 from spectral_diffusion.data.folder import load_concept, open_photo
 from spectral_diffusion.metrics.classifiers import classify_images, load_classifier
 from spectral_diffusion.metrics.identity import IdentityEncoder, embed, identity_score, load_identity_encoder
-from spectral_diffusion.models.base import Base, load_base
+from spectral_diffusion.models.base import Base
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.scenes.control import ControlMap
 from spectral_diffusion.scenes.keypose import draw_keypose
 from spectral_diffusion.scenes.sampling import sample

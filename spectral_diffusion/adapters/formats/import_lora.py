@@ -12,11 +12,12 @@ from torch import Tensor
 from ...core.errors import ELSEWHERE, Fix, UserError
 from ...core.files import check_writable
 from ...core.machine import provenance
-from ...linalg import kernel_size, matrix_shape
+from ...linalg import kernel_size
 from ...methods import get_method
-from ...models.base import Base, load_base, quiet_loading
+from ...models.base import Base
+from ...models.loading import load_base, quiet_loading
 from ...models.split_linear import fused_layers
-from ...models.targets import EVERYTHING, find_targets
+from ...models.targets import EVERYTHING, find_targets, layer_shape
 from ...models.tokens import check_name, check_token, embedding_of
 from ..adapter import Adapter
 from .fused_projections import split_parts, trimmed
@@ -55,7 +56,7 @@ def import_lora(
     rank = max(len(pair.down) for pair in lora.factors.values())
     parameters: dict[str, Tensor] = {}
     for layer, (up, down) in sorted(lora.factors.items()):
-        if (len(up), down.shape[1]) != matrix_shape(layers[layer].weight):
+        if (len(up), down.shape[1]) != layer_shape(layers[layer]):
             raise UserError(f"{path} is a LoRA for another base: {layer} is of another size.", Fix("base"))
         missing = rank - len(down)
         parameters[f"{layer}.A"] = torch.nn.functional.pad(down, (0, 0, 0, missing))
@@ -66,7 +67,7 @@ def import_lora(
     adapter = Adapter(
         name=check_name(name or name_of(path)), noun="", token=token, method=get_method("lora"), rank=rank, slot=None,
         targets=EVERYTHING, base=base.name, fingerprint=base.fingerprint, parameters=parameters,
-        sizes={layer: matrix_shape(layers[layer].weight) for layer in changed}, frozen={}, vectors=vectors,
+        sizes={layer: layer_shape(layers[layer]) for layer in changed}, frozen={}, vectors=vectors,
         kernels={layer: kernel for layer in changed if (kernel := kernel_size(layers[layer].weight))},
         fused=fused, family=base.family.pipeline_class.__name__,
         earlier={other: rows for other, rows in tokens.items() if other != token},
