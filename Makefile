@@ -11,7 +11,7 @@ ONE := OMP_NUM_THREADS=1
 # Where there is a Chromium, its quick tests run too: in a process of their own, since they keep an event loop running.
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: demo test test-ui test-slow lint ui install bench evidence pocket-gpu-piece clean
+.PHONY: demo test test-ui test-slow lint ui install bench gpu-check evidence pocket-gpu-piece clean
 
 install: $(VENV)/.installed
 
@@ -52,6 +52,10 @@ ui: install
 
 bench: install
 	for one in layers step spectrum fuse gradient regions methods memory trainer app; do $(BIN)/python benchmarks/$$one.py || exit 1; done
+
+# What a GPU does with all of this, as a page for docs/gpu/: at most eight minutes, no internet. See docs/gpu/README.md.
+gpu-check: install
+	$(BIN)/python benchmarks/gpu_check.py $(GPU_ARGS)
 
 evidence: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[plots]'

@@ -8,7 +8,7 @@ V_b (in, r).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -62,9 +62,25 @@ def dense_factors(delta: Tensor) -> Factors:
     return Factors(delta, eye) if delta.shape[1] <= delta.shape[0] else Factors(eye, delta)
 
 
-def solve_device(tensor: Tensor) -> torch.device:
-    """The device for small systems: the CPU for Apple's GPUs, which lack the backward pass of ``solve``."""
-    return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
+class CayleyChange(torch.autograd.Function):
+    """D = 2Q(I − Q)⁻¹ = 2(P − I) with P = (I − Q)⁻¹, for skew-symmetric Q (…, r, r).
+
+    dP = P dQ P and P = I + D/2, so the backward pass takes two products and no second system. Nothing is checked: the
+    eigenvalues of I − Q are 1 + iω, never 0, and a check would wait for the device.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, Q: Tensor) -> Tensor:
+        eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+        D: Tensor = torch.linalg.solve_ex(eye - Q, 2 * Q, left=False, check_errors=False)[0]
+        ctx.save_for_backward(D)
+        return D
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (D,) = ctx.saved_tensors
+        P = torch.eye(D.shape[-1], dtype=D.dtype, device=D.device) + D / 2
+        return 2 * (P.mT @ grads[0] @ P.mT)
 
 
 def cayley_change(A: Tensor) -> Tensor:
@@ -73,12 +89,9 @@ def cayley_change(A: Tensor) -> Tensor:
     D = 2Q(I − Q)⁻¹ has no cancellation and is exactly 0 at A = 0. Always at least float32, whatever autocast says:
     below it R is orthogonal to a few parts in a thousand only.
     """
-    device = A.device
-    with torch.autocast(device.type, enabled=False):
-        A = (A if A.dtype == torch.float64 else A.float()).to(solve_device(A))
-        Q = (A - A.mT) / 2
-        D = torch.linalg.solve(torch.eye(A.shape[-1], dtype=A.dtype, device=A.device) - Q, 2 * Q, left=False)
-        return D.to(device)
+    with torch.autocast(A.device.type, enabled=False):
+        A = A if A.dtype == torch.float64 else A.float()
+        return cast(Tensor, CayleyChange.apply((A - A.mT) / 2))
 
 
 def compose_changes(first: Tensor, then: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLQwenImage21,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -20,11 +21,16 @@ from diffusers import (
     Krea2Transformer2DModel,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
     ProcessorMixin,
     Qwen2TokenizerFast,
     Qwen3Config,
@@ -34,6 +40,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLModel,
 )
+
+from tools.pocket.models import build_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -202,3 +210,42 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
 SPELLINGS: dict[str, dict[str, Any]] = {  # what a stock pipeline must know of so small a text encoder
     "klein": {"max_sequence_length": LENGTH, "text_encoder_out_layers": (1, 2, 3)},
 }
+
+
+def clip_config(width: int, heads: int = 2, act: str = "quick_gelu") -> CLIPTextConfig:
+    tokenizer = build_tokenizer()
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=width,
+        num_hidden_layers=2, num_attention_heads=heads, max_position_embeddings=32, hidden_act=act,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+
+
+def tiny_unet(width: int, **more: object) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=width, attention_head_dim=(2, 4), norm_num_groups=4, use_linear_projection=True, **more,
+    )  # fmt: skip
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
+    )  # fmt: skip
+
+
+def make_tiny_sdxl(folder: Path) -> Path:
+    """A random Stable Diffusion XL for pictures of 16 pixels, as a diffusers folder."""
+    torch.manual_seed(0)
+    StableDiffusionXLPipeline(
+        vae=tiny_vae(), text_encoder=CLIPTextModel(clip_config(16)), tokenizer=build_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(24, act="gelu")), tokenizer_2=build_tokenizer(),
+        unet=tiny_unet(
+            40, addition_embed_type="text_time", addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8, transformer_layers_per_block=(1, 2),
+        ),
+        scheduler=EulerDiscreteScheduler(), add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder

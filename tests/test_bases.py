@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DiffusionPipeline,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from families import clip_config, make_tiny_sdxl, tiny_unet, tiny_vae
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModel
 
 from spectral_diffusion.adapters.adapter import check_base
 from spectral_diffusion.adapters.apply import put_adapters
@@ -43,30 +41,6 @@ from spectral_diffusion.training.run import train_to_file
 from tools.pocket.models import build_tokenizer
 
 
-def text_config(width: int, heads: int = 2, act: str = "quick_gelu") -> CLIPTextConfig:
-    tokenizer = build_tokenizer()
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, projection_dim=width,
-        num_hidden_layers=2, num_attention_heads=heads, max_position_embeddings=32, hidden_act=act,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-
-
-def tiny_unet(width: int, **more: object) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=width, attention_head_dim=(2, 4), norm_num_groups=4, use_linear_projection=True, **more,
-    )  # fmt: skip
-
-
-def tiny_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module", params=["sd2", "sdxl"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random base of the kind."""
@@ -74,21 +48,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp(request.param)
     if request.param == "sd2":
         StableDiffusionPipeline(
-            vae=tiny_vae(), text_encoder=CLIPTextModel(text_config(24, act="gelu")), tokenizer=build_tokenizer(),
+            vae=tiny_vae(), text_encoder=CLIPTextModel(clip_config(24, act="gelu")), tokenizer=build_tokenizer(),
             unet=tiny_unet(24), scheduler=EulerDiscreteScheduler(prediction_type="v_prediction"),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         ).save_pretrained(path)  # fmt: skip
         return path
-    StableDiffusionXLPipeline(
-        vae=tiny_vae(), text_encoder=CLIPTextModel(text_config(16)), tokenizer=build_tokenizer(),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(24, act="gelu")), tokenizer_2=build_tokenizer(),
-        unet=tiny_unet(
-            40, addition_embed_type="text_time", addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=24 + 6 * 8, transformer_layers_per_block=(1, 2),
-        ),
-        scheduler=EulerDiscreteScheduler(), add_watermarker=False,
-    ).save_pretrained(path)  # fmt: skip
-    return path
+    return make_tiny_sdxl(path)
 
 
 def settings(photos: Path, folder: Path, output: Path, **more: object) -> TrainConfig:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, T2IAdapter
+from families import clip_config, tiny_unet, tiny_vae
 from PIL import Image
-from test_bases import text_config, tiny_unet, tiny_vae
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from spectral_diffusion.adapters.adapter import Adapter
@@ -358,8 +358,8 @@ def test_memory_counts_every_encoding(loud: Path, base: Base, photos: Path, tmp_
 def test_two_text_encoders_are_refused_before_any_work(photos: Path, tmp_path: Path) -> None:
     xl = tmp_path / "xl"
     StableDiffusionXLPipeline(
-        vae=tiny_vae(), text_encoder=CLIPTextModel(text_config(16)), tokenizer=build_tokenizer(),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(24, act="gelu")), tokenizer_2=build_tokenizer(),
+        vae=tiny_vae(), text_encoder=CLIPTextModel(clip_config(16)), tokenizer=build_tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config(24, act="gelu")), tokenizer_2=build_tokenizer(),
         unet=tiny_unet(40, addition_embed_type="text_time", addition_time_embed_dim=8,
                        projection_class_embeddings_input_dim=24 + 6 * 8),
         scheduler=EulerDiscreteScheduler(), add_watermarker=False,

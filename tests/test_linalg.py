@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from spectral_diffusion.linalg import (
     Factors,
@@ -17,15 +12,11 @@ from spectral_diffusion.linalg import (
     compose_changes,
     cosine_between,
     frobenius_norm,
-    gram_of,
     min_abs_cosine,
-    solve_device,
-    to_float64,
     top_band,
 )
-from spectral_diffusion.merging.activations import GramAccumulator
 from spectral_diffusion.methods import get_method
-from spectral_diffusion.methods.spectral_additive import factors
+from spectral_diffusion.methods.spectral_additive import WITH_VALUES
 from spectral_diffusion.methods.spectral_rotation import prepare
 
 
@@ -88,7 +79,7 @@ def random_additive(
 def test_additive_factors_equal_the_dense_formula() -> None:
     parameters, (U, S, V) = random_additive()
     dense = (U + parameters["A_U"]) * S @ (V + parameters["A_V"]).mT - (U * S) @ V.mT
-    delta = factors(parameters, SingularTriplets(U, S, V)._asdict()).delta()
+    delta = WITH_VALUES.delta(parameters, SingularTriplets(U, S, V)._asdict()).delta()
     assert (delta - dense).abs().max() <= 1e-12
     assert torch.linalg.matrix_rank(delta) <= 2 * 4
 
@@ -97,21 +88,21 @@ def test_additive_factors_with_singular_values_equal_the_dense_formula() -> None
     parameters, (U, S, V) = random_additive()
     parameters["A_S"] = 0.3 * torch.randn(4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     dense = (U + parameters["A_U"]) * (S + parameters["A_S"]) @ (V + parameters["A_V"]).mT - (U * S) @ V.mT
-    assert (factors(parameters, SingularTriplets(U, S, V)._asdict()).delta() - dense).abs().max() <= 1e-12
+    assert (WITH_VALUES.delta(parameters, SingularTriplets(U, S, V)._asdict()).delta() - dense).abs().max() <= 1e-12
 
 
 def test_additive_is_exactly_zero_at_init_in_every_precision() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         parameters, band = random_additive(dtype=dtype)
-        zero = factors({k: torch.zeros_like(v) for k, v in parameters.items()}, band._asdict())
+        zero = WITH_VALUES.delta({k: torch.zeros_like(v) for k, v in parameters.items()}, band._asdict())
         assert torch.equal(zero.delta(), torch.zeros_like(zero.delta()))
 
 
 def test_additive_factors_keep_their_digits_in_bfloat16() -> None:
     parameters, band = random_additive()
     small = {name: value * 1e-3 for name, value in parameters.items()}
-    exact = factors(small, band._asdict()).delta()
-    half = factors(
+    exact = WITH_VALUES.delta(small, band._asdict()).delta()
+    half = WITH_VALUES.delta(
         {k: v.bfloat16() for k, v in small.items()}, {name: t.bfloat16() for name, t in band._asdict().items()}
     )
     rough = half.up.double() @ half.down.double()
@@ -174,38 +165,14 @@ def test_norm_and_cosine_without_the_dense_matrix() -> None:
     assert cosine_between(one, two) == pytest.approx(float((a * b).sum() / a.norm() / b.norm()))
 
 
-class Devices(TorchDispatchMode):
-    """Records every operation with the devices and precisions of what goes in and comes out."""
+def test_the_rotation_s_gradient_is_that_of_its_formula() -> None:
+    A = torch.randn(2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: list[tuple[str, set[str], set[tuple[str, torch.dtype]]]] = []
+    def formula(A: torch.Tensor) -> torch.Tensor:
+        Q = (A - A.mT) / 2
+        return torch.linalg.solve(torch.eye(5, dtype=A.dtype) - Q, 2 * Q, left=False)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        tensors = [value for value in tree_leaves((args, kwargs, out)) if isinstance(value, torch.Tensor)]
-        kinds = {(value.device.type, value.dtype) for value in tensors}
-        self.ops.append((func.name(), {device for device, _ in kinds}, kinds))
-        return out
-
-
-def test_apples_gpus_are_spared_solves_and_float64() -> None:
-    """They have no backward of ``solve``, and refuse float64 even as what a copy to the CPU makes."""
-    with FakeTensorMode(), Devices() as seen:
-        A = torch.empty(3, 4, 4, device="mps")
-        assert cayley_change(A).device.type == "mps"
-        assert to_float64(A).device.type == gram_of(torch.empty(4, 6, device="mps")).device.type == "cpu"
-        for size in (2, 8):  # a Gram matrix, and rows
-            GramAccumulator(size).add(torch.empty(3, size, device="mps"))
-    assert any("solve" in name for name, _, _ in seen.ops)
-    for name, devices, kinds in seen.ops:
-        assert "linalg" not in name or devices == {"cpu"}, name
-        assert ("mps", torch.float64) not in kinds, name
-        assert "copy" not in name or "mps" not in devices or torch.float64 not in {dtype for _, dtype in kinds}, name
-
-
-def test_other_devices_solve_at_home() -> None:
-    assert {solve_device(torch.empty(1, device=device)) for device in ("cpu", "meta")} == {
-        torch.device("cpu"),
-        torch.device("meta"),
-    }
+    towards = torch.randn(2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    [found] = torch.autograd.grad((cayley_change(A) * towards).sum(), A)
+    [want] = torch.autograd.grad((formula(A) * towards).sum(), A)
+    assert torch.equal(cayley_change(A), formula(A)) and (found - want).abs().max() <= 1e-12

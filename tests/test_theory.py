@@ -36,9 +36,9 @@ def test_rank_capacity_of_lemma_3_1(r: int) -> None:
     band, other = whole.columns(0, r), whole.columns(r, 2 * r)
     # The band's own term is turned into minus the term of r other columns: its own r go, and those r too.
     parameters = {"A_U": -band.U - other.U * (other.S / band.S), "A_V": other.V - band.V}
-    assert rank_of(weight + ADDITIVE.factors(parameters, band._asdict()).delta()) == n - 2 * r
+    assert rank_of(weight + ADDITIVE.delta(parameters, band._asdict()).delta()) == n - 2 * r
     zero = {name: torch.zeros_like(value) for name, value in parameters.items()}
-    assert rank_of(weight + ADDITIVE.factors(zero, band._asdict()).delta()) == n
+    assert rank_of(weight + ADDITIVE.delta(zero, band._asdict()).delta()) == n
     best = {"B": -band.U * band.S, "A": band.V.mT.contiguous()}
     assert rank_of(weight + LORA.factors(best, {}).delta()) == n - r
     # Both spend (n + m) r numbers, and n − r is LoRA's floor: its change has rank r.
@@ -56,5 +56,5 @@ def test_additive_keeps_a_low_rank_weight_low_rank_and_lora_does_not() -> None:
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    assert rank_of(weight + ADDITIVE.factors({"A_U": noise(20, r), "A_V": noise(30, r)}, band._asdict()).delta()) == k
+    assert rank_of(weight + ADDITIVE.delta({"A_U": noise(20, r), "A_V": noise(30, r)}, band._asdict()).delta()) == k
     assert rank_of(weight + LORA.factors({"B": noise(20, r), "A": noise(r, 30)}, {}).delta()) == k + r

@@ -44,7 +44,7 @@ from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.models.base import base_of
 from spectral_diffusion.models.families import FAMILIES
 from spectral_diffusion.models.loading import load_base, native_size
-from spectral_diffusion.models.offload import is_offloaded, offload
+from spectral_diffusion.models.offload import is_offloaded
 from spectral_diffusion.models.split_linear import SplitLinear, join_layers
 from spectral_diffusion.scenes.control import read_control_image
 from spectral_diffusion.scenes.generate import generate_to_file
@@ -660,13 +660,13 @@ def test_an_offloaded_network_trains_and_draws_the_same(
     for index, offloaded in enumerate((False, True)):
         config = settings(
             family, tmp_path / str(index) / "rex.safetensors", photos, method=method, gradient_checkpointing=True,
-            group_offload=offloaded,
+            layer_offload=offloaded,
         )  # fmt: skip
         train_to_file(config)
         adapters.append(load_adapter(config.output))
         scene = Scene(
             base=str(family), device="cpu", prompt="<rex>", adapters={str(config.output): 1.0}, width=32, height=32,
-            num_inference_steps=2, output=tmp_path / f"{index}.png", group_offload=offloaded,
+            num_inference_steps=2, output=tmp_path / f"{index}.png", layer_offload=offloaded,
         )  # fmt: skip
         [picture] = generate_to_file(scene)
         pictures.append(np.asarray(Image.open(picture), dtype=float))
@@ -677,11 +677,11 @@ def test_an_offloaded_network_trains_and_draws_the_same(
 
 
 def test_layers_of_an_offloaded_network_compute_where_they_are_called(klein: Path) -> None:
-    base = load_base(str(klein), "cpu", group_offload=True)
+    base = load_base(str(klein), "cpu", layer_offload=True)
     network = base.denoiser.network
     assert is_offloaded(network)
     layer = network.transformer_blocks[0].attn.to_q
-    assert "forward" in vars(layer)  # diffusers' hook
+    assert "forward" in vars(layer)
     injected = inject_adapter(base.models, AdapterSpec(get_method("lora"), 2), "one")
     assert all(parameter.device == base.device for _, parameter in injected.named_parameters())
     assert torch.equal(base.weights()["transformer.transformer_blocks.0.attn.to_q"], layer.weight)
@@ -704,7 +704,7 @@ def test_a_quantization_that_cannot_be_had_says_why(
         load_base(str(klein), "cpu", **options)
 
 
-@pytest.mark.parametrize("options", [{"group_offload": True}, {"quantization": "int8", "dtype": "bfloat16"}])
+@pytest.mark.parametrize("options", [{"layer_offload": True}, {"quantization": "int8", "dtype": "bfloat16"}])
 def test_small_bases_are_neither_quantized_nor_offloaded(
     options: dict[str, Any], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -712,22 +712,3 @@ def test_small_bases_are_neither_quantized_nor_offloaded(
     for name in ("pocket", str(tiny_base)):
         with pytest.raises(UserError, match="neither quantized nor offloaded: that is for FLUX"):
             load_base(name, "cpu", **options)
-
-
-def test_a_text_encoder_without_room_comes_layer_by_layer(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, alone = load_base(str(family), "cpu"), load_base(str(family), "cpu")
-    want = alone.denoiser.encode(["a dog"])
-    encoder = base.pipeline.text_encoder
-    moves: list[str] = []
-    monkeypatch.setattr(base.denoiser.network, "to", lambda to: moves.append(str(to)))
-    monkeypatch.setattr(type(base.denoiser), "device", property(lambda self: torch.device("cuda")))
-    monkeypatch.setattr("spectral_diffusion.models.flow.has_room", lambda module, device: False)
-    monkeypatch.setattr(
-        "spectral_diffusion.models.flow.offload", lambda module, device: offload(module, torch.device("cpu"))
-    )
-    with base.denoiser.text_encoder_at_work():
-        assert is_offloaded(encoder) and base.denoiser.encoder_device.type == "cuda"
-    assert moves == ["cpu", "cuda"]
-    monkeypatch.undo()
-    found = base.denoiser.encode(["a dog"])
-    assert all(torch.equal(found.tensors[name], want.tensors[name]) for name in want.tensors)

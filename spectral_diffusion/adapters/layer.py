@@ -227,7 +227,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         up = parts[0].up if len(parts) == 1 else torch.cat([p.up for p in parts], 1)
         down = parts[0].down if len(parts) == 1 else torch.cat([p.down for p in parts], 0)
         if linear:
-            frozen = up.shape[1] // 2 if single and single.frozen_up else 0
+            # Leaving out the frozen half of its gradient saves work on a CPU, and costs a kernel on a GPU.
+            frozen = up.shape[1] // 2 if single and single.frozen_up and x.device.type == "cpu" else 0
             return low_rank_linear(x, self.base_weight, cast(nn.Linear, self.base_layer).bias, up, down, frozen)
         y = cast(Tensor, self.base_layer(x, *args, **kwargs))
         layer = self.get_base_layer()
@@ -321,7 +322,9 @@ class AdaptedConv2d(AdaptedLayer):
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer computes x Wᵀ + b with the weight that it holds: nothing quantizes, wraps or moves it."""
-    return type(layer) in (nn.Linear, Conv1D) and "forward" not in vars(layer) and not is_quantized(layer)
+    # Asked in every forward pass, in words that torch.compile follows.
+    plain = type(layer) in (nn.Linear, Conv1D) and "forward" not in layer.__dict__
+    return plain and type(layer.weight) in (nn.Parameter, Tensor)
 
 
 def refuse_layer(layer: nn.Module, name: str, needs_weight: bool = True) -> None:
@@ -365,6 +368,7 @@ class BatchedPreparation:
 
     def __init__(self, adapter: str, method: Method, layers: list[AdaptedLayer]) -> None:
         self.adapter, self.method, self.layers = adapter, method, layers
+        self._stacks: dict[Any, tuple[list[tuple[int, int]], list[Tensor], Tensor]] = {}
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         if self.adapter not in getattr(module, "peft_config", {}):
@@ -386,17 +390,32 @@ class BatchedPreparation:
         for index, (parameters, frozen) in enumerate(zip(each, built_on, strict=True)):
             kind = (tuple(tuple(value.shape) for value in parameters.values()), tuple(frozen))
             grouped.setdefault(kind, []).append(index)
-        for indices in grouped.values():
+        for kind, indices in grouped.items():
             first = indices[0]
             stacked = {name: torch.stack([each[index][name] for index in indices]) for name in each[first]}
-            frozen = {name: torch.stack([built_on[index][name] for index in indices]) for name in built_on[first]}
-            prepared = {name: value.unbind(0) for name, value in self.method.prepare(stacked, frozen).items()}
+            frozen = {
+                name: self._stack((kind, name), [built_on[index][name] for index in indices])
+                for name in built_on[first]
+            }
+            made = self.method.prepare(stacked, frozen)
+            if self.method.sandwich is None:  # its factors are multiplied with the inputs as they are
+                made = {name: value.to(working_dtype(layers[first])) for name, value in made.items()}
+            prepared = {name: value.unbind(0) for name, value in made.items()}
             for position, index in enumerate(indices):
                 layers[index].prepared[self.adapter] = Prepared(
                     {name: values[position] for name, values in prepared.items()},
                     [value._version for value in each[index].values()],
                     torch.is_grad_enabled(),
                 )
+
+    def _stack(self, key: Any, tensors: list[Tensor]) -> Tensor:
+        """Frozen tensors of several layers as one, which is made anew only when they are others."""
+        are = [(tensor.untyped_storage()._cdata, tensor._version) for tensor in tensors]
+        made = self._stacks.get(key)
+        if made is None or made[0] != are:
+            # With the tensors themselves, so that no other takes their place in memory unseen.
+            made = self._stacks[key] = are, tensors, torch.stack(tensors)
+        return made[2]
 
     def _whole(self, layer: AdaptedLayer) -> bool:
         """Whether a layer's parameters are all here; what was prepared of a sharded layer before is dropped."""
@@ -409,6 +428,12 @@ class BatchedPreparation:
         """The frozen tensors that the preparation needs."""
         frozen = cast(Buffers, layer.spectral_frozen[self.adapter]).named()
         return {name: frozen[name] for name in self.method.prepared_on if name in frozen}
+
+
+def working_dtype(layer: AdaptedLayer) -> torch.dtype:
+    """The precision in which a layer computes now."""
+    kind = layer.base_weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.base_weight.dtype
 
 
 def is_sharded(parameter: Tensor) -> bool:

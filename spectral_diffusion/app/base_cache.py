@@ -36,7 +36,7 @@ class BaseCache:
         device: str = "auto",
         dtype: str = "float32",
         quantization: Quantization = "none",
-        group_offload: bool = False,
+        layer_offload: bool = False,
     ) -> Iterator[Base]:
         """A base for exclusive use inside the block, where adapters and tokens may change it.
 
@@ -46,7 +46,7 @@ class BaseCache:
             UserError: it cannot be loaded.
         """
         with self._lock:
-            options = (name, device, dtype, quantization, group_offload)
+            options = (name, device, dtype, quantization, layer_offload)
             key = (*options, _state_of(name))
             if self._entry is None or self._entry[0] != key:
                 self._entry = None  # before the next one is loaded: two would not fit

@@ -108,7 +108,7 @@ def generate(
         with _kept(scene, _drawing_files(workspace, stem, request.canvas)):
             try:
                 with (keeper or BaseCache()).acquire(
-                    scene.base, scene.device, scene.dtype, scene.quantization, scene.group_offload
+                    scene.base, scene.device, scene.dtype, scene.quantization, scene.layer_offload
                 ) as base:
                     generate_to_file(
                         scene,

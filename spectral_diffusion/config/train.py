@@ -198,10 +198,13 @@ class TrainConfig(Settings):
     quantization: Quantization = Field(
         "none", description="Bits of a transformer's frozen weights: none, int8, fp8 (8) or nf4 (4, on a GPU only)."
     )
-    group_offload: bool = Field(
-        False, description="Keep a transformer in main memory and bring each layer to the GPU as it computes; slower."
+    layer_offload: bool = Field(
+        False, description="Keep a transformer's layers in main memory; each comes to the GPU as it computes. Slower."
     )
     mixed_precision: Precision = Field("auto", description="Autocast: auto takes what this machine does fastest.")
+    compile: bool = Field(
+        False, description="Compile the denoising network (torch.compile): minutes at first, then quicker steps."
+    )
     allow_tf32: bool = Field(False, description="On CUDA, round the factors of float32 products to TensorFloat-32.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations to save memory.")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .cache import cache_folder
 from .errors import UserError
@@ -113,3 +114,8 @@ def _kept() -> dict[str, Any]:
         if isinstance(measurements, dict):
             return measurements
     return {}
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor from the host on a device, without waiting for the copy: CUDA takes it over before it returns."""
+    return tensor.to(device, non_blocking=device.type == "cuda")

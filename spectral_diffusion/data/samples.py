@@ -15,6 +15,7 @@ from PIL import Image
 from ..config.train import TrainConfig
 from ..core.errors import Fix, UserError
 from ..core.hooks import QUIET, Event, Hooks
+from ..core.machine import to_device
 from ..core.rng import keyed_generator as keyed_generator
 from ..models.base import Base
 from ..models.vae import encode
@@ -81,7 +82,8 @@ class PhotoCrops:
             covers = [(self.ready[photo][1], crop) for photo, crop in chosen]
             masks = torch.stack([cover[crop] for cover, crop in covers if cover is not None]) if self.masked else None
         device = self.vae.device
-        return self.denoiser.normalize(latents.to(device)), None if masks is None else masks.to(device)
+        latents = self.denoiser.normalize(to_device(latents, device))
+        return latents, None if masks is None else to_device(masks, device)
 
     def _encode(self, pairs: Sequence[tuple[Photo, Crop]]) -> Encoded:
         """The latents of these crops, not yet scaled, and their masks at the latents' size.

@@ -19,8 +19,8 @@ from ..core.errors import Fix, UserError
 from .denoiser import Denoiser
 from .families import FAMILIES, family_of, family_titles, hollow_networks
 from .fingerprint import Fingerprint, Origin, fingerprint_of, kept, kept_fingerprint
-from .offload import is_offloaded
-from .quantization import Quantization, quantization_of
+from .offload import is_offloaded, keep_nothing
+from .quantization import Quantization, is_torchao, quantization_of
 from .stored_weights import LayerWeights, StoredWeights
 from .targets import find_targets, layer_shape
 from .tokens import add_token_rows, collapse, embedding_of, expand, ids_of, known_tokens, pool_at_end
@@ -191,6 +191,9 @@ def base_of(pipeline: Any, name: str | None = None, dtype: torch.dtype | None = 
     pipeline.set_progress_bar_config(disable=True)
     network = getattr(pipeline, family.network_name)
     base = Base(name, pipeline, network.device, dtype or network.dtype)
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear) and is_torchao(layer):
+            keep_nothing(layer)
     base.quantization = quantization_of(network)
     if base.quantization != "none":
         base.stored = stored_weights(base)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol
@@ -18,7 +18,6 @@ from diffusers import DDPMScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 from torch import Tensor, nn
-from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from ..config.train import ObjectiveConfig
 from ..core.errors import Fix, UserError
@@ -451,15 +450,23 @@ class Denoiser(ABC):
             self.network.set_attn_processor(before)
 
     @contextmanager
+    def compiled(self, on: bool) -> Iterator[None]:
+        """Compile the network by torch.compile while the context is open, if ``on``."""
+        if on:
+            self.network.compile()
+        try:
+            yield
+        finally:
+            if on:
+                self.network._compiled_call_impl = None
+
+    @contextmanager
     def gradient_checkpointing(self, on: bool) -> Iterator[None]:
         """Keep only the blocks' inputs for the backward pass while the context is open, if ``on``."""
         if on:
             self.network.enable_gradient_checkpointing()
-        # A recomputation that stops early would leave the layers of an offloaded network where they computed.
-        early = set_checkpoint_early_stop(False) if is_offloaded(self.network) else nullcontext()
         try:
-            with early:
-                yield
+            yield
         finally:
             if on:
                 self.network.disable_gradient_checkpointing()

@@ -18,7 +18,7 @@ from ..config.train import ObjectiveConfig
 from ..core.errors import Fix, UserError
 from ..linalg import Factors
 from .denoiser import Conditioning, Denoiser
-from .offload import is_offloaded, offload
+from .offload import is_offloaded, offload, release
 from .original_names import PREFIX, OriginalNames
 from .quantization import quantization_of
 
@@ -40,6 +40,10 @@ class FlowDenoiser(Denoiser):
     samplers: ClassVar[tuple[str, ...]] = ("euler",)
     thinking: ClassVar[bool] = False  # whether the chat template of prompts leaves room to think
     pipeline_options: ClassVar[tuple[str, ...]] = ()  # of the pipeline's config, which a new pipeline is given
+
+    @classmethod
+    def release(cls, pipeline: Any) -> None:
+        release(getattr(pipeline, cls.network_name))
 
     @classmethod
     def size_of(cls, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
@@ -104,16 +108,15 @@ class FlowDenoiser(Denoiser):
             encoder.to(device)
             yield
         finally:
-            if not is_offloaded(encoder):
-                encoder.to("cpu")
+            encoder.to("cpu")
             if swap:
                 self.network.to(device)
 
     @property
     def encoder_device(self) -> torch.device:
         """Where the text encoder computes now."""
-        encoder = self.pipeline.text_encoder
-        return self.device if is_offloaded(encoder) else encoder.device
+        device: torch.device = self.pipeline.text_encoder.device
+        return device
 
     def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditioning:
         """Each prompt alone and once: these text encoders do not learn, and what they gave waits on the CPU."""

@@ -60,6 +60,7 @@ class Flux2KleinDenoiser(FlowDenoiser):
 
     @classmethod
     def release(cls, pipeline: Any) -> None:
+        super().release(pipeline)
         join_layers(pipeline.transformer)
 
     @property

@@ -91,7 +91,7 @@ def load_base(
     device: str = "auto",
     dtype: str = "float32",
     quantization: Quantization = "none",
-    group_offload: bool = False,
+    layer_offload: bool = False,
 ) -> Base:
     """Load ``pocket``, a diffusers folder, a hub id or a single ``.safetensors`` checkpoint.
 
@@ -99,19 +99,19 @@ def load_base(
 
     Args:
         quantization: of the denoising network (see :mod:`.quantization`).
-        group_offload: keep the denoising network in main memory and bring its layers to the device as they compute.
+        layer_offload: keep the denoising network in main memory and bring its layers to the device as they compute.
 
     Raises:
         UserError: nothing loadable under that name, with what to do about it.
     """
     torch_dtype, torch_device = parse_dtype(dtype), parse_device(device)
-    check_quantization(quantization, torch_device, torch_dtype, group_offload)
+    check_quantization(quantization, torch_device, torch_dtype, layer_offload)
     options: dict[str, Any] = {"torch_dtype": torch_dtype, "safety_checker": None}
-    where = torch.device("cpu") if group_offload else torch_device
+    where = torch.device("cpu") if layer_offload else torch_device
     try:
         with quiet_loading():
             source = name
-            if quantization != "none" or group_offload:
+            if quantization != "none" or layer_offload:
                 source, family = _shrinkable(name)
                 if quantization != "none":
                     network = load_quantized(family.network_class, Path(source) / family.network_name, quantization,
@@ -123,7 +123,8 @@ def load_base(
     except Exception as error:  # the loaders raise nearly everything
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise UserError(f"Cannot load the base '{name}'{offline}: {reason(error)}.") from error
-    if group_offload:
+    if layer_offload:
+        family.prepare(pipeline)  # which splits layers: their parts are what moves
         offload(getattr(pipeline, family.network_name), torch_device)
     if known := family_of(pipeline):
         known.place(pipeline, torch_device)
@@ -149,7 +150,7 @@ def _shrinkable(name: str) -> tuple[str, type[Denoiser]]:
         raise UserError(
             f"The base '{name}' is neither quantized nor offloaded: that is for {titles}.",
             Fix("quantization", "none"),
-            Fix("group_offload", "false"),
+            Fix("layer_offload", "false"),
         )
     return str(folder), family
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..core.machine import to_device
 from .base import Base
 from .denoiser import Conditioning
 from .tokens import (
@@ -91,11 +93,24 @@ class PromptEncoder:
         held = {name: tokens.vectors.detach().cpu().clone() for name, tokens in self.tokens.items()}
         return {name: rows for name, rows in held.items() if rows.dim() == 3}
 
-    def freeze_beyond_norm(self, limit: float) -> None:
-        """Drop the gradient of rows whose mean norm has reached ``limit`` times what it was at the start."""
-        for name, tokens in self.tokens.items():
-            if tokens.vectors.detach().norm(dim=-1).mean() >= limit * self.initial_norm[name]:
-                tokens.vectors.grad = None
+    @contextmanager
+    def frozen_beyond_norm(self, limit: float) -> Iterator[None]:
+        """While the optimizer takes a step, freeze rows whose mean norm has reached ``limit`` times the first one.
+
+        It never asks the device which rows these are, as the answer would have to be waited for.
+        """
+        kept = []
+        with torch.no_grad():
+            for name, tokens in self.tokens.items():
+                rows = tokens.vectors
+                free = rows.norm(dim=-1).mean() < limit * self.initial_norm[name]
+                if rows.grad is not None:
+                    rows.grad.mul_(free)
+                kept.append((rows, free, rows.detach().clone()))
+        yield
+        with torch.no_grad():
+            for rows, free, before in kept:
+                rows.copy_(torch.where(free, rows, before))
 
     def __call__(self, prompts: Sequence[str], shape: Sequence[int] | None = None) -> Conditioning:
         """What the network is given beside latents of a ``shape`` (height, width); default: square pictures."""
@@ -128,7 +143,7 @@ class PromptEncoder:
             row = [number for _, numbers in self.split_prompt(name, prompt) for number in numbers]
             row = [tokenizer.bos_token_id, *row[: tokenizer.model_max_length - 2], tokenizer.eos_token_id]
             rows.append(row + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(row)))
-        return torch.tensor(rows, device=self.tokens[name].vectors.device)
+        return to_device(torch.tensor(rows), self.tokens[name].vectors.device)
 
     def split_prompt(self, name: str, prompt: str) -> list[tuple[str, list[int]]]:
         """A prompt cut at the new words, each part with its ids; the base's own tokens are written out in full."""

@@ -22,18 +22,16 @@ class Storage(NamedTuple):
     Attributes:
         package: that does the work.
         bytes_per_weight: with the scales, for rows of a thousand columns or more.
-        keeps_dequantized: whether the backward pass keeps the weight in the precision of the computation.
     """
 
     package: str
     bytes_per_weight: float
-    keeps_dequantized: bool
 
 
 STORAGE = {
-    "int8": Storage("torchao", 1.002, True),
-    "fp8": Storage("torchao", 1.002, True),
-    "nf4": Storage("bitsandbytes", 0.5 + 4 / 64, False),  # one float32 scale for 64 weights
+    "int8": Storage("torchao", 1.002),
+    "fp8": Storage("torchao", 1.002),
+    "nf4": Storage("bitsandbytes", 0.5 + 4 / 64),  # one float32 scale for 64 weights
 }
 
 
@@ -57,7 +55,7 @@ def check_quantization(name: str, device: torch.device, dtype: torch.dtype, offl
     if name == "nf4" and offload:
         raise UserError(
             "A base in nf4 is not moved block by block.",
-            Fix("group_offload", "false"),
+            Fix("layer_offload", "false"),
             Fix("quantization", "int8"),
         )
 
@@ -92,7 +90,12 @@ def is_quantized(layer: nn.Module) -> bool:
     weight: Any = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor):
         return False
-    return not weight.is_floating_point() or type(weight).__module__.startswith("torchao.")
+    return not weight.is_floating_point() or is_torchao(layer)
+
+
+def is_torchao(layer: nn.Module) -> bool:
+    """Whether torchao has quantized a layer's weight."""
+    return type(getattr(layer, "weight", None)).__module__.startswith("torchao.")
 
 
 def quantization_of(model: nn.Module) -> Quantization:
@@ -112,23 +115,15 @@ def quantized_bytes(model: nn.Module, name: str) -> int:
     return round(count * STORAGE[name].bytes_per_weight) + others
 
 
-def dequantized_bytes(model: nn.Module, name: str, checkpointing: bool) -> int:
-    """What the network's computation adds in weights of full width.
-
-    Every layer's is there while it computes. The backward pass keeps those of torchao until they were used: with
-    gradient checkpointing those of one block, without those of the whole network.
-    """
-    if not STORAGE[name].keeps_dequantized:
-        return max(linear_bytes(model))
-    return offloaded_bytes(model, checkpointing)
+def working_bytes(model: nn.Module) -> int:
+    """The most that a layer's weight takes while it computes, brought to the device or dequantized."""
+    return max(linear_bytes(model))
 
 
-def offloaded_bytes(model: nn.Module, checkpointing: bool) -> int:
-    """The weights of full width that the backward pass keeps where a layer's own are gone after its forward pass."""
-    if not checkpointing:
-        return sum(linear_bytes(model))
+def held_bytes(model: nn.Module) -> int:
+    """The bytes of the linear layers in a network's blocks, which offloading keeps in main memory."""
     blocks = [block for parent in model.children() if isinstance(parent, nn.ModuleList) for block in parent]
-    return max(sum(linear_bytes(block)) for block in blocks)
+    return sum(sum(linear_bytes(block)) for block in blocks)
 
 
 def linear_bytes(module: nn.Module) -> list[int]:

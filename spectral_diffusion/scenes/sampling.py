@@ -119,6 +119,7 @@ class SceneSampler:
             weighed(self.inputs.controls, scene.regions, [region.area for region in self.regions]),
             in_portions(pipe.vae, self.height, self.width),
             self.base.denoiser.sampling(),
+            self.base.denoiser.compiled(scene.compile),
             decoding_checked(pipe.vae, self.base.dtype) if self.large else nullcontext(),
         ):
             warnings.simplefilter("ignore", FutureWarning)  # diffusers' own, about itself

@@ -40,7 +40,7 @@ def lowest(weight: Tensor, rank: int) -> tuple[int, int]:
     band, other = whole.columns(0, rank), whole.columns(rank, 2 * rank)
     turned = {"A_U": -band.U - other.U * (other.S / band.S), "A_V": other.V - band.V}
     taken = {"B": -band.U * band.S, "A": band.V.mT.contiguous()}
-    additive = get_method("spectral-additive").factors(turned, band._asdict()).delta()
+    additive = get_method("spectral-additive").delta(turned, band._asdict()).delta()
     return numerical_rank(weight + additive), numerical_rank(weight + get_method("lora").factors(taken, {}).delta())
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config.train import TrainConfig
+from ..core.machine import to_device
 from ..core.rng import keyed_generator
 from ..data.captions import vary
 from ..data.folder import Concept
@@ -50,5 +51,5 @@ def sample_batch(step: int, crops: PhotoCrops, concept: Concept, config: TrainCo
         noise = torch.randn(latents.shape[1:], generator=generator)
         noises.append(noise + config.noise_offset * torch.randn(latents.shape[1], 1, 1, generator=generator))
     weights = loss_weights(masks, config.data.mask_weight) if masks is not None and config.data.mask_weight else None
-    noise, when = torch.stack(noises).to(latents), torch.stack(times).to(latents.device)
-    return Batch(latents, noise, when, prompts, weights, masks)
+    noise, when = to_device(torch.stack(noises), latents.device), to_device(torch.stack(times), latents.device)
+    return Batch(latents, noise.to(latents.dtype), when, prompts, weights, masks)

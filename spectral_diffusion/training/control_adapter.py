@@ -29,6 +29,7 @@ from .checkpoint import load_state, refuse_changed_settings, save_state, step_of
 from .distributed import take_step
 from .optimizers import lr_schedule
 from .output import claimed
+from .readings import Readings
 
 # How often each feature of diffusers' adapters was halved since the first one.
 HALVED = {"full_adapter": (0, 1, 2, 3, 4, 5), "full_adapter_xl": (0, 0, 1, 1, 1, 1)}
@@ -113,6 +114,7 @@ class ControlTrainer:
         self.captions = encode_captions(self.base, [pair.caption for pair in self.pairs], self.size)
         vae = self.base.pipeline.vae
         self.latents, self.control_images = encode_pairs(self.pairs, vae, self.config, self.size, hooks, read)
+        self.readings = Readings(self.base.device, config.steps)
         self.running_loss: float | None = None
 
     # ------------------------------------------------------------------ set-up
@@ -150,31 +152,21 @@ class ControlTrainer:
             if self.hooks.should_stop():
                 self.save(step)
                 raise Cancelled(f"Stopped at step {step} of {config.steps}; it can be resumed.")
-            self.report(step + 1, self.train_step(step))
+            self.train_step(step)
+            self.report(step + 1)
             if (step + 1) % config.checkpointing_steps == 0 and step + 1 < config.steps:
                 self.save(step + 1)
         return self.finish()
 
-    def train_step(self, step: int) -> float:
-        """One step of the optimizer; returns the loss.
-
-        Raises:
-            NotFiniteError: the loss or the gradient is NaN or infinite.
-        """
+    def train_step(self, step: int) -> None:
+        """One step of the optimizer."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * self.lr_factor(step)
         loss = self.compute_loss(step)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        taken = torch.isfinite(loss) and take_step(
-            self.optimizer, self.trained.values(), self.scaler, self.config.max_grad_norm
-        )
-        if not taken:
-            kept = (
-                f"the last good state is kept in {self.state.name}" if self.state.exists() else "nothing was saved yet"
-            )
-            raise NotFiniteError(f"Training met NaN or infinity at step {step}: lower the learning rate ({kept}).")
-        return float(loss.detach())
+        norm = take_step(self.optimizer, self.trained.values(), self.scaler, self.config.max_grad_norm)
+        self.readings.add(step, loss, norm)
 
     def compute_loss(self, step: int) -> Tensor:
         """Mean squared error of the frozen U-Net's predictions with the adapter's features added."""
@@ -191,9 +183,25 @@ class ControlTrainer:
             )
         return F.mse_loss(predicted, denoiser.target(batch.latents, batch.noise, batch.timesteps))
 
-    def report(self, done: int, loss: float) -> None:
+    def read(self) -> None:
+        """Take in the losses of the steps since the last reading.
+
+        Raises:
+            NotFiniteError: a loss or a gradient was NaN or infinite.
+        """
+        losses, wrong = self.readings.read(self.scaler)
+        if wrong is not None:
+            kept = (
+                f"the last good state is kept in {self.state.name}" if self.state.exists() else "nothing was saved yet"
+            )
+            raise NotFiniteError(f"Training met NaN or infinity at step {wrong}: lower the learning rate ({kept}).")
+        for loss in losses:
+            self.running_loss = loss if self.running_loss is None else 0.98 * self.running_loss + 0.02 * loss
+
+    def report(self, done: int) -> None:
         """Report the running mean of the loss after ``done`` steps."""
-        self.running_loss = loss if self.running_loss is None else 0.98 * self.running_loss + 0.02 * loss
+        if self.running_loss is None or self.readings.is_due(done):
+            self.read()
         self.hooks.progress(Event("train", done, self.config.steps, {"loss": self.running_loss}))
 
     def finish(self) -> T2IAdapter:
@@ -211,6 +219,7 @@ class ControlTrainer:
 
     def save(self, step: int) -> None:
         """Save everything that the training needs to go on exactly here."""
+        self.read()
         meta = {"step": step, "config": comparable_control_settings(self.config), "belongs": self.belongs}
         save_state(self.state, self.trained, self.optimizer, meta)
 

@@ -132,18 +132,13 @@ def microbatch(batch: Batch, part: int, parts: int) -> tuple[Batch, float]:
 
 def take_step(
     optimizer: Optimizer, parameters: Iterable[nn.Parameter], scaler: torch.amp.GradScaler, clip: float
-) -> bool:
-    """Clip the gradients and take a step if they are finite. Returns False if they are not finite at a loss
-    scale of 1: the scaler handles overflow at larger ones."""
+) -> Tensor:
+    """Clip the gradients and take a step; returns their norm before, without waiting for it.
+
+    Where the loss is scaled, the scaler leaves out a step whose gradients overflow.
+    """
     scaler.unscale_(optimizer)  # type: ignore[arg-type]
-    trained = list(parameters)
-    total = nn.utils.clip_grad_norm_(trained, clip)
-    finite = bool(torch.isfinite(total))
-    if not finite and scaler.get_scale() <= 1.0:
-        return False
+    norm = nn.utils.clip_grad_norm_(list(parameters), clip)
     scaler.step(optimizer)  # type: ignore[arg-type]
     scaler.update()
-    if not finite:
-        for parameter in trained:
-            parameter.grad = None
-    return True
+    return norm

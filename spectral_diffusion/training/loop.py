@@ -45,6 +45,7 @@ from .prior_preservation import (
     predict_both,
     predict_prior_targets,
 )
+from .readings import Readings
 from .slow_steps import SlowSteps
 from .validation import Validator
 
@@ -135,6 +136,7 @@ class Trainer:
         with self.world.main_process_first():
             self.crops = PhotoCrops(self.concept, self.base, self.whole, job.size, Hooks(progress=hooks.progress))
         self.running_loss: float | None = self.validator.curve[-1][1] if self.validator.curve else None
+        self.readings = Readings(self.base.device, self.config.steps)
         threads = torch.get_num_threads() if self.base.device.type == "cpu" else 1
         self.pace = SlowSteps(threads, hooks.notify)
 
@@ -172,6 +174,7 @@ class Trainer:
         stack.enter_context(tf32(base.device, config.allow_tf32))
         stack.enter_context(denoiser.fast_attention(is_half(self.precision, base.dtype), size))
         stack.enter_context(denoiser.gradient_checkpointing(config.gradient_checkpointing))
+        stack.enter_context(denoiser.compiled(config.compile))
         uses_attention = config.objective.attention_loss_weight > 0
         self.maps = stack.enter_context(capture_attention_maps(denoiser.network, uses_attention))
         stack.enter_context(per_layer_attention(base, config.per_layer_tokens))
@@ -219,36 +222,45 @@ class Trainer:
         """All steps, then the adapter."""
         for step in range(self.start, self.config.steps):
             if self.world.any_rank(self.hooks.should_stop()):
-                self.state.save(step)
+                self.save(step)
                 raise Cancelled(f"Stopped at step {step} of {self.config.steps}; it can be resumed from there.")
-            loss = self.train_step(step)
-            if self.report(step + 1, loss):
+            self.train_step(step)
+            if self.report(step + 1):
                 break
             if (step + 1) % self.config.checkpointing_steps == 0 and step + 1 < self.config.steps:
-                self.state.save(step + 1)
+                self.save(step + 1)
         return self.finish()
 
-    def train_step(self, step: int) -> float:
-        """One step of the optimizer; returns the loss.
+    def save(self, step: int) -> None:
+        """Save the state, unless something went wrong since the last reading."""
+        self.read()
+        self.state.save(step)
+
+    def read(self) -> None:
+        """Take in the losses of the steps since the last reading.
 
         Raises:
-            NotFiniteError: the loss or the gradient is NaN or infinite.
+            NotFiniteError: a loss or a gradient was NaN or infinite.
         """
+        losses, wrong = self.readings.read(self.scaler)
+        if wrong is not None:
+            state = self.job.state
+            fallback = f"the last good state is kept in {state.name}" if state.exists() else "nothing was saved yet"
+            raise NotFiniteError(f"Training met NaN or infinity at step {wrong}: lower the learning rate ({fallback}).")
+        for loss in losses:
+            self.running_loss = loss if self.running_loss is None else 0.95 * self.running_loss + 0.05 * loss
+
+    def train_step(self, step: int) -> None:
+        """One step of the optimizer."""
         for group, rate in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = rate * self.lr_factor(step)
         batch, prior = self.next_batch(step)
         total = self.forward_backward_step(batch, prior)
-        self.encode.freeze_beyond_norm(self.config.max_embedding_norm_ratio)
-        taken = torch.isfinite(total) and take_step(
-            self.optimizer, self.trained.values(), self.scaler, self.config.max_grad_norm
-        )
-        if not taken:
-            state = self.job.state
-            fallback = f"the last good state is kept in {state.name}" if state.exists() else "nothing was saved yet"
-            raise NotFiniteError(f"Training met NaN or infinity at step {step}: lower the learning rate ({fallback}).")
+        with self.encode.frozen_beyond_norm(self.config.max_embedding_norm_ratio):
+            norm = take_step(self.optimizer, self.trained.values(), self.scaler, self.config.max_grad_norm)
         self.adapter.on_step(step + 1)
         self.ema.update(step + 1)
-        return float(total)
+        self.readings.add(step, total, norm)
 
     def next_batch(self, step: int) -> tuple[Batch, PriorTargets | None]:
         """The photos of a step, and the prior images beside them; in a Cut-Mix step both are in the same images."""
@@ -295,10 +307,12 @@ class Trainer:
             loss = loss + share * objective.attention_loss_weight * inside
         return loss
 
-    def report(self, done: int, loss: float) -> bool:
+    def report(self, done: int) -> bool:
         """Validate and report after ``done`` steps; returns whether training stops early."""
         config = self.config
-        self.running_loss = loss if self.running_loss is None else 0.95 * self.running_loss + 0.05 * loss
+        if self.running_loss is None or self.readings.is_due(done) or self.validator.is_due(done):
+            self.read()
+        assert self.running_loss is not None
         rate = self.optimizer.param_groups[0]["lr"]
         metrics = self.validator(done, self.running_loss, rate, self.encode, self.adapter, self.ema)
         self.hooks.step("train", done, config.steps, **metrics)
@@ -314,7 +328,7 @@ class Trainer:
         with self.ema.applied():
             self.adapter.prune()
             adapter = self.build_adapter()
-            self.state.save(self.config.steps)
+            self.save(self.config.steps)
             self.validator.finish(adapter)
             return adapter
 

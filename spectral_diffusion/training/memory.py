@@ -26,7 +26,7 @@ from ..models.denoiser import Denoiser
 from ..models.families import denoiser_of
 from ..models.offload import is_offloaded
 from ..models.per_layer_tokens import cross_attention
-from ..models.quantization import dequantized_bytes, offloaded_bytes, quantized_bytes
+from ..models.quantization import held_bytes, quantized_bytes, working_bytes
 from ..models.targets import find_targets, layer_shape
 from ..models.vae import at_once, decode_batch, encoder_input, latent_channels, overflows, pixels_per_cell
 from ..slots.ledger import Slot
@@ -144,11 +144,10 @@ def smaller_weights(models: Models, config: TrainConfig) -> tuple[int, int]:
     network, kind = list(models.values())[-1], config.quantization  # text encoders come first
     whole = tensor_bytes(network.parameters())
     size = whole if kind == "none" else quantized_bytes(network, kind)
-    working = 0 if kind == "none" else dequantized_bytes(network, kind, config.gradient_checkpointing)
-    if not config.group_offload:
-        return whole - size, working
-    block = offloaded_bytes(network, config.gradient_checkpointing)
-    return whole, max(working, round(block * size / whole))
+    if kind == "none" and not config.layer_offload:
+        return 0, 0
+    # In the backward pass two weights may be there at once: the next one is made before the last one is freed.
+    return max(whole - size, held_bytes(network) if config.layer_offload else 0), 2 * working_bytes(network)
 
 
 def hollow_adapted(models: Models, config: TrainConfig) -> tuple[dict[str, nn.Module], int, int]:
@@ -275,7 +274,7 @@ def memory_note(base: Base, config: TrainConfig, size: int) -> str | None:
     """
     if not is_large(base):
         return None
-    away = {"quantization": base.quantization, "group_offload": is_offloaded(base.denoiser.network)}
+    away = {"quantization": base.quantization, "layer_offload": is_offloaded(base.denoiser.network)}
     models = base.stored.models if base.stored else base.models
     config = config.model_copy(update=away)  # a pipeline that was loaded elsewhere decides for itself
     found = estimate(models, base.pipeline.vae, config, size, base_kind(base))

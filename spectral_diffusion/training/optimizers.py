@@ -137,7 +137,8 @@ def build_optimizer(
         except ImportError as error:
             raise UserError("8-bit AdamW needs bitsandbytes: pip install 'spectral-diffusion[optim]'.") from error
         return AdamW8bit(listed), [group["lr"] for group in listed]
-    return torch.optim.AdamW(listed), [group["lr"] for group in listed]
+    fused = all(row.device.type == "cuda" for group in listed for row in group["params"])  # one kernel for all
+    return torch.optim.AdamW(listed, fused=fused), [group["lr"] for group in listed]
 
 
 def lr_schedule(name: str, steps: int, warmup_steps: int = 0) -> Callable[[int], float]:
@@ -159,7 +160,7 @@ class EMA:
         from diffusers.training_utils import EMAModel
 
         self.parameters = dict(parameters)
-        self.model = EMAModel(self.parameters.values(), decay=decay) if decay else None
+        self.model = EMAModel(self.parameters.values(), decay=decay, foreach=True) if decay else None
 
     @property
     def averages(self) -> dict[str, Tensor]:

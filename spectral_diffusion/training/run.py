@@ -79,7 +79,7 @@ def train_to_file(
         if not force:
             check_token_is_free(config.output, concept)
         base = base or load_base(
-            config.base, device_of(config, among), config.dtype, config.quantization, config.group_offload
+            config.base, device_of(config, among), config.dtype, config.quantization, config.layer_offload
         )
         return train_on(base, config, concept, among, resume, force, hooks)
 

@@ -115,6 +115,11 @@ class Validator:
         """Whether training may stop: no grid improved the likeness for ``early_stopping_patience`` grids in a row."""
         return 0 < self.config.validation.early_stopping_patience <= self.rested
 
+    def is_due(self, step: int) -> bool:
+        """Whether there is a grid after ``step`` steps."""
+        every = self.config.validation.every
+        return bool(every) and (step % every == 0 or step == self.config.steps)
+
     def __call__(
         self, step: int, loss: float, rate: float, condition: PromptEncoder, attachment: InjectedAdapter, average: EMA
     ) -> dict[str, Any]:
@@ -123,8 +128,7 @@ class Validator:
         if not self.active:
             return figures
         self._stride = add_point(self.curve, step, loss, self._stride)
-        every = self.config.validation.every
-        if every and (step % every == 0 or step == self.config.steps):
+        if self.is_due(step):
             with average.applied():
                 attachment.prune()
                 rows = validation_images(self.base, condition, attachment, self.concept.token, self.config.validation)

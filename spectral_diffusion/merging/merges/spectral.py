@@ -75,4 +75,4 @@ def _paper(all_contributions: Sequence[Contribution]) -> Factors:
         strength = contribution.scale / len(all_contributions)
         A_U[:, where] += strength * contribution.parameters["A_U"].double()
         A_V[:, where] += strength * contribution.parameters["A_V"].double()
-    return contributions[0].method.factors({"A_U": A_U, "A_V": A_V}, {"U": U, "S": S, "V": V})
+    return contributions[0].method.delta({"A_U": A_U, "A_V": A_V}, {"U": U, "S": S, "V": V})
