@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from PIL import Image
@@ -27,7 +28,7 @@ from .config.scene import Region as SceneRegion
 from .config.scene import Scene as SceneSettings
 from .config.settings import build
 from .config.train import TrainConfig
-from .core.errors import UserError
+from .core.errors import Fix, UserError
 from .core.hooks import QUIET, Event, Hooks
 from .core.paths import without_folders
 from .data.folder import load_concept, open_photo
@@ -169,13 +170,17 @@ def train(
 
     run = {name: settings.pop(name) for name in ("resume", "force") if name in settings}
     settings |= {name: str(settings[name]) for name in ("slot", "ledger") if settings.get(name) is not None}
-    with _borrowed(base) as loaded, tempfile.TemporaryDirectory() as scratch:
+    chosen = None if config is None else str(config)
+    loading: Mapping[str, Any] = settings
+    if isinstance(base, str):  # a preset may say how it is loaded
+        named = {"concept": photos, "base": base, "output": "any.safetensors"}
+        loading = settings_for(TrainConfig, "train", named, settings, config=chosen).model_dump(include=set(LOADING))
+    with _borrowed(base, loading) as loaded, tempfile.TemporaryDirectory() as scratch:
         name = settings.get("name") or load_concept(Path(photos), None, None, class_noun).name
         given = {
             "concept": photos, "base": loaded.name, "class_noun": class_noun,
             "output": str(output or Path(scratch) / f"{name}.safetensors"),
         }  # fmt: skip
-        chosen = None if config is None else str(config)
         given = {key: value for key, value in given.items() if value is not None}
         resolved = settings_for(TrainConfig, "train", given, settings, config=chosen)
         every = replace(hooks, progress=show)
@@ -305,7 +310,7 @@ def generate(
         Cancelled: ``hooks.should_stop`` said so.
     """
     scene = Scene(scene) if isinstance(scene, str) else scene
-    with _borrowed(pipeline) as base:
+    with _borrowed(pipeline, {**scene.settings, **settings}) as base:
         regions, bound = [], []
         known = set(base.known_tokens)
         for region in scene.regions:
@@ -343,14 +348,31 @@ def identity(
     return scores
 
 
-def _base(pipeline: Pipeline | str) -> Base:
-    return load_base(pipeline) if isinstance(pipeline, str) else base_of(pipeline)
+LOADING = ("device", "dtype", "quantization", "layer_offload")  # the settings that say how a base is loaded
+
+
+def _base(pipeline: Pipeline | str, settings: Mapping[str, Any]) -> Base:
+    """A loaded pipeline's base, or that of a name, loaded as the settings say.
+
+    Raises:
+        UserError: the settings say how to load a pipeline that is loaded.
+    """
+    asked = {name: settings[name] for name in LOADING if name in settings}
+    if isinstance(pipeline, str):
+        return load_base(pipeline, **asked)
+    for name in ("quantization", "layer_offload"):
+        if asked.get(name, "none") not in ("none", False):
+            raise UserError(
+                f"The pipeline is loaded already, so {name} comes too late; name the base, or load the pipeline so.",
+                Fix(name, so="left out"),
+            )
+    return base_of(pipeline)
 
 
 @contextmanager
-def _borrowed(pipeline: Pipeline | str) -> Iterator[Base]:
+def _borrowed(pipeline: Pipeline | str, settings: Mapping[str, Any] = MappingProxyType({})) -> Iterator[Base]:
     """The base that a pipeline is, for a while; without loaded adapters the pipeline is as before afterwards."""
-    base = _base(pipeline)
+    base = _base(pipeline, settings)
     try:
         yield base
     finally:

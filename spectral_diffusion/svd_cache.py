@@ -89,9 +89,9 @@ def compute(
         keep: called now and then with what is done, so that an interrupted computation can go on from there.
     """
     bands = dict(known or {})
-    left = {name: weight for name, weight in weights.items() if name not in bands}
+    left = [name for name in weights if name not in bands]  # names: of a large base not all weights are in memory
     kept = time.monotonic()
-    for name, weight, gram in with_grams(left, skip=bottom):
+    for name, weight, gram in with_grams(weights, left, skip=bottom):
         count = min(columns, *flatten(weight).shape)
         band = bottom_band(weight, count) if bottom else top_band(weight, count, gram)
         bands[name] = SingularTriplets(*(t.float().cpu() for t in band))
@@ -102,15 +102,16 @@ def compute(
     return Spectrum({name: bands[name] for name in weights})
 
 
-def with_grams(weights: Mapping[str, Tensor], skip: bool = False) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Every weight with its Gram matrix, which a thread computes while the eigensolver is busy with the one before.
+def with_grams(
+    weights: Mapping[str, Tensor], names: Sequence[str], skip: bool = False
+) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """These weights with their Gram matrices; a thread computes the next one while the eigensolver is busy.
 
     The eigensolver holds Python's lock and gains nothing from a second core; this is what that core is for.
     """
     if skip:
-        yield from ((name, weight, None) for name, weight in weights.items())
+        yield from ((name, weights[name], None) for name in names)
         return
-    names = list(weights)
     if not names:
         return
     with ThreadPoolExecutor(1) as ahead:
@@ -141,7 +142,11 @@ def spectrum_of(
     computation goes on where it was last kept. A cache that cannot be written or read only costs the time to compute.
     """
     columns = -(-columns // CHUNK) * CHUNK
-    key = hashlib.sha256("|".join(f"{n}={hash_weight(w)}" for n, w in weights.items()).encode())
+    hashes, sizes = [], {}
+    for layer, weight in weights.items():  # once: those of a large base are read from its files
+        hashes.append(f"{layer}={hash_weight(weight)}")
+        sizes[layer] = flatten(weight).shape
+    key = hashlib.sha256("|".join(hashes).encode())
     name = f"{key.hexdigest()[:32]}-{'bottom' if bottom else ''}{columns}.safetensors"
     path = (folder or cache_folder() / "spectra") / name
     unfinished = path.with_name(f"{path.stem}.unfinished.safetensors")
@@ -150,7 +155,7 @@ def spectrum_of(
         bands = {}
         for name in parse_json(metadata["done"]):
             band = SingularTriplets(*(tensors[f"{name}.{part}"] for part in SingularTriplets._fields))
-            out, width = flatten(weights[name]).shape
+            out, width = sizes[name]
             count = min(columns, out, width)
             if [part.shape for part in band] != [(out, count), (count,), (width, count)]:
                 raise ValueError(f"The columns of {name} are of another shape.")

@@ -123,6 +123,26 @@ def test_compiled_pictures_are_the_same(folder: Path, tmp_path: Path, without_in
     assert np.abs(pictures[0] - pictures[1]).max() <= 1 and counters["stats"]["unique_graphs"] > 0
 
 
+def test_hooks_that_come_and_go_act_in_a_compiled_network(folder: Path, without_inductor: None) -> None:
+    """Regions and the strengths of validation images are hooks."""
+    base, other = (load_base(str(folder), "cpu") for _ in range(2))
+
+    def losses(base: Base) -> list[float]:
+        layer = next(module for module in base.denoiser.network.modules() if isinstance(module, torch.nn.Linear))
+        found = [float(loss_of(base))]
+        for factor in (2.0, 3.0):
+            hook = layer.register_forward_hook(lambda module, inputs, output, factor=factor: output * factor)
+            found.append(float(loss_of(base)))
+            hook.remove()
+        return [*found, float(loss_of(base))]
+
+    with torch.no_grad(), base.denoiser.compiled(True):
+        compiled = losses(base)
+    with torch.no_grad():
+        want = losses(other)
+    assert compiled == pytest.approx(want, rel=1e-5) and len({round(value, 5) for value in want}) == 3
+
+
 @pytest.mark.slow
 def test_inductor_trains_the_same(tmp_path: Path) -> None:
     folder = make_tiny_base(tmp_path / "sd")

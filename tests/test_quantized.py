@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from spectral_diffusion.adapters.adapter import check_base
 from spectral_diffusion.adapters.attach import AdapterSpec, inject_adapter, unloading
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.adapters.frozen import frozen_tensors
+from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.scene import Region, Scene
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.merging.fuse import fuse_adapters
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.models.base import Base, base_of
 from spectral_diffusion.models.loading import load_base
@@ -235,3 +238,56 @@ def test_nf4_weights_take_adapters(klein: Path) -> None:
     for method in ("spectral-additive", "lora"):
         for layer, found, want in changed_by(base, method):
             assert torch.allclose(found, want, atol=0.05 * float(want.abs().max()) + 0.02), layer
+    trained_through(base)
+
+
+def trained_through(base: Base) -> None:
+    """A forward pass of the whole network gives every parameter a gradient, and one without gradients spoils none."""
+    kind = get_method("spectral-additive")
+    frozen = frozen_tensors(kind, base.weights(), 2, Slot.interval(0, 2), cached=False)
+    with unloading(base.models):
+        injected = inject_adapter(base.models, AdapterSpec(kind, 2), "one", frozen)
+        parameters = dict(injected.named_parameters())
+        with torch.no_grad():
+            for parameter in parameters.values():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+        with torch.inference_mode():
+            loss_of(base)
+        loss = loss_of(base)
+        loss.backward()
+        assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters.values())
+
+
+def loss_of(base: Base) -> torch.Tensor:
+    denoiser, side = base.denoiser, 32 // base.denoiser.vae_scale
+    noisy = torch.randn(2, denoiser.latent_channels, side, side, generator=torch.Generator().manual_seed(0))
+    return denoiser.predict(noisy, torch.tensor([100, 700]), denoiser.encode(["a dog", "a cup"])).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_gradients_reach_every_adapter(folder: Path, kind: Any) -> None:
+    trained_through(load_base(str(folder), "cpu", "bfloat16", kind))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_quantized_network_can_be_offloaded_too(folder: Path, kind: Any) -> None:
+    whole, away = (load_base(str(folder), "cpu", "bfloat16", kind, layer_offload=on) for on in (False, True))
+    assert torch.equal(predicted(whole), predicted(away))
+    trained_through(away)
+
+
+def test_fusing_into_quantized_weights_is_refused(klein: Path, photos: Path, tmp_path: Path) -> None:
+    config = settings(klein, tmp_path / "rex.safetensors", photos)
+    train_to_file(config)
+    base = load_base(str(klein), "cpu", "bfloat16", "int8")
+    with pytest.raises(UserError, match="is quantized, and adapters are fused into whole weights"):
+        fuse_adapters(base, [load_adapter(config.output)], FuseConfig(adapters=[config.output], output=tmp_path / "f"))
+
+
+def test_other_libraries_hooks_stay(klein: Path) -> None:
+    pipeline = Flux2KleinPipeline.from_pretrained(str(klein))
+    layer = pipeline.transformer.transformer_blocks[0].attn.to_q
+    layer.forward = partial(type(layer).forward, layer)  # as accelerate's are
+    base = base_of(pipeline)
+    base.family.release(pipeline)
+    assert "forward" in vars(layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,11 @@ from spectral_diffusion.models.families import FAMILIES
 from spectral_diffusion.models.loading import load_base, native_size
 from spectral_diffusion.models.offload import is_offloaded
 from spectral_diffusion.models.split_linear import SplitLinear, join_layers
+from spectral_diffusion.models.stored_weights import LayerWeights
 from spectral_diffusion.scenes.control import read_control_image
 from spectral_diffusion.scenes.generate import generate_to_file
 from spectral_diffusion.scenes.sampling import sample
+from spectral_diffusion.svd_cache import spectrum_of
 from spectral_diffusion.training.memory import estimate
 from spectral_diffusion.training.run import train_to_file
 
@@ -712,3 +715,40 @@ def test_small_bases_are_neither_quantized_nor_offloaded(
     for name in ("pocket", str(tiny_base)):
         with pytest.raises(UserError, match="neither quantized nor offloaded: that is for FLUX"):
             load_base(name, "cpu", **options)
+
+
+def test_bands_never_have_all_weights_in_memory(klein: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: set[int] = set()
+    most = 0
+
+    def read(layer: str) -> torch.Tensor:
+        nonlocal most
+        weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(len(layer)))
+        alive.add(id(weight))
+        weakref.finalize(weight, alive.discard, id(weight))
+        most = max(most, len(alive))
+        return weight
+
+    weights = LayerWeights([f"layer{'x' * index}" for index in range(20)], read)
+    spectrum = spectrum_of(weights, 4, tmp_path)
+    assert len(spectrum.bands) == 20 and most <= 4
+    again = spectrum_of(weights, 4, tmp_path)
+    assert all(torch.equal(a.S, b.S) for a, b in zip(spectrum.bands.values(), again.bands.values(), strict=True))
+
+
+def test_what_comes_too_late_for_a_loaded_pipeline_is_refused(klein: Path, photos: Path) -> None:
+    pipeline = Flux2KleinPipeline.from_pretrained(str(klein))
+    with pytest.raises(UserError, match="loaded already, so quantization comes too late"):
+        sd.train(pipeline, photos, quantization="int8", dtype="bfloat16", steps=1)
+    with pytest.raises(UserError, match=r"needs torchao|computes in half precision"):
+        sd.train(str(klein), photos, quantization="int8", steps=1)
+
+
+@pytest.mark.parametrize("name", ["gone/", "gone.ckpt", "gone.safetensors"])
+def test_a_wrong_name_says_the_same_with_offloading(name: str, tmp_path: Path) -> None:
+    messages = []
+    for more in ({}, {"layer_offload": True}):
+        with pytest.raises(UserError) as raised:
+            load_base(str(tmp_path / name), "cpu", **more)  # type: ignore[arg-type]
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]

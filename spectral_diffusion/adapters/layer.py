@@ -368,7 +368,7 @@ class BatchedPreparation:
 
     def __init__(self, adapter: str, method: Method, layers: list[AdaptedLayer]) -> None:
         self.adapter, self.method, self.layers = adapter, method, layers
-        self._stacks: dict[Any, tuple[list[tuple[int, int]], list[Tensor], Tensor]] = {}
+        self._stacks: dict[Any, tuple[list[tuple[int, int, int]], list[Tensor], Tensor]] = {}
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         if self.adapter not in getattr(module, "peft_config", {}):
@@ -388,7 +388,8 @@ class BatchedPreparation:
         built_on = [self._built_on(layer) for layer in layers]
         grouped: dict[tuple[Any, ...], list[int]] = {}
         for index, (parameters, frozen) in enumerate(zip(each, built_on, strict=True)):
-            kind = (tuple(tuple(value.shape) for value in parameters.values()), tuple(frozen))
+            shapes = tuple(tuple(value.shape) for value in parameters.values())
+            kind = (shapes, tuple(frozen), working_dtype(layers[index], next(iter(parameters.values())).device.type))
             grouped.setdefault(kind, []).append(index)
         for kind, indices in grouped.items():
             first = indices[0]
@@ -398,8 +399,8 @@ class BatchedPreparation:
                 for name in built_on[first]
             }
             made = self.method.prepare(stacked, frozen)
-            if self.method.sandwich is None:  # its factors are multiplied with the inputs as they are
-                made = {name: value.to(working_dtype(layers[first])) for name, value in made.items()}
+            if self.method.sandwich is None and kind[-1] is not None:  # the factors meet the inputs as they are
+                made = {name: value.to(kind[-1]) for name, value in made.items()}
             prepared = {name: value.unbind(0) for name, value in made.items()}
             for position, index in enumerate(indices):
                 layers[index].prepared[self.adapter] = Prepared(
@@ -410,12 +411,18 @@ class BatchedPreparation:
 
     def _stack(self, key: Any, tensors: list[Tensor]) -> Tensor:
         """Frozen tensors of several layers as one, which is made anew only when they are others."""
-        are = [(tensor.untyped_storage()._cdata, tensor._version) for tensor in tensors]
-        made = self._stacks.get(key)
-        if made is None or made[0] != are:
-            # With the tensors themselves, so that no other takes their place in memory unseen.
-            made = self._stacks[key] = are, tensors, torch.stack(tensors)
-        return made[2]
+        are = [(t.untyped_storage()._cdata, int(t.storage_offset()), t._version) for t in tensors]
+        kept = self._stacks.get(key)
+        if kept is not None and kept[0] == are:
+            return kept[2]
+        with torch.inference_mode(False):  # or no later training could use it
+            stacked = torch.stack(tensors)
+        # With the tensors themselves, so that no other takes their place in memory unseen.
+        self._stacks[key] = are, tensors, stacked
+        return stacked
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_stacks": {}}
 
     def _whole(self, layer: AdaptedLayer) -> bool:
         """Whether a layer's parameters are all here; what was prepared of a sharded layer before is dropped."""
@@ -430,10 +437,11 @@ class BatchedPreparation:
         return {name: frozen[name] for name in self.method.prepared_on if name in frozen}
 
 
-def working_dtype(layer: AdaptedLayer) -> torch.dtype:
-    """The precision in which a layer computes now."""
-    kind = layer.base_weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.base_weight.dtype
+def working_dtype(layer: AdaptedLayer, kind: str) -> torch.dtype | None:
+    """The precision in which a layer computes now on a kind of device; None where its weight does not say."""
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return layer.base_weight.dtype if layer.base_weight.is_floating_point() else None
 
 
 def is_sharded(parameter: Tensor) -> bool:

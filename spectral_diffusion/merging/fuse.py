@@ -112,6 +112,11 @@ def fuse_adapters(
     targets = {name: layer for name, layer in targets.items() if any(name in adapter.sizes for adapter in adapters)}
     learners = {**targets, **extra_modules(base, config, targets)}
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
+    if base.quantization != "none":
+        raise UserError(
+            f"The base '{base.name}' is quantized, and adapters are fused into whole weights; load it without.",
+            Fix("quantization", "none"),
+        )
     teachers = None
     if config.distill.steps:  # before anything is fused: the base is one of the teachers
         base.check_side(config.distill.resolution or base.size, "distill.resolution")

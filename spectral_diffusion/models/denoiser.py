@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..config.train import ObjectiveConfig
 from ..core.errors import Fix, UserError
+from ..core.machine import to_device
 from ..linalg import Factors, to_float64
 from .offload import is_offloaded
 from .original_names import OriginalNames
@@ -46,7 +47,8 @@ class Conditioning:
 
     def to(self, device: torch.device | str) -> Conditioning:
         """The same on a device."""
-        return Conditioning({name: tensor.to(device) for name, tensor in self.tensors.items()})
+        device = torch.device(device)
+        return Conditioning({name: to_device(tensor, device) for name, tensor in self.tensors.items()})
 
     @classmethod
     def stack(cls, parts: Sequence[Conditioning]) -> Conditioning:
@@ -452,12 +454,15 @@ class Denoiser(ABC):
     @contextmanager
     def compiled(self, on: bool) -> Iterator[None]:
         """Compile the network by torch.compile while the context is open, if ``on``."""
-        if on:
-            self.network.compile()
-        try:
+        if not on:
             yield
-        finally:
-            if on:
+            return
+        # Hooks come and go: regions and the strengths of validation images are some.
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            self.network.compile()
+            try:
+                yield
+            finally:
                 self.network._compiled_call_impl = None
 
     @contextmanager

@@ -43,7 +43,10 @@ class FlowDenoiser(Denoiser):
 
     @classmethod
     def release(cls, pipeline: Any) -> None:
-        release(getattr(pipeline, cls.network_name))
+        if not is_offloaded(getattr(pipeline, cls.network_name)):  # else this program loaded it
+            release(getattr(pipeline, cls.network_name))
+        if pipeline.text_encoder is not None:
+            release(pipeline.text_encoder)
 
     @classmethod
     def size_of(cls, network: Mapping[str, Any], vae: Mapping[str, Any]) -> int:

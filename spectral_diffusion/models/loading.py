@@ -139,10 +139,11 @@ def _shrinkable(name: str) -> tuple[str, type[Denoiser]]:
     Raises:
         UserError: it is of a family for which there is no need.
     """
-    if name == "pocket" or Path(name).is_file():
+    local = _local(name)
+    if name == "pocket" or (local and local.is_file()):
         index, folder = {"_class_name": ""}, Path(name)
     else:
-        folder = Path(name) if Path(name).is_dir() else Path(DiffusionPipeline.download(name))
+        folder = local or Path(DiffusionPipeline.download(name))
         index = DiffusionPipeline.load_config(str(folder))
     family = family_named(index["_class_name"])
     if family is None or not family.quantizable:
@@ -161,7 +162,24 @@ def _load_pipeline(name: str, options: dict[str, Any]) -> tuple[Any, str | None]
     Args:
         options: of diffusers' loader: the precision, and parts that are loaded already.
     """
-    dtype = options["torch_dtype"]
+    dtype, local = options["torch_dtype"], _local(name)
+    if local:
+        key = key_of_files(weight_files(local), dtype)  # before they are read, should they change meanwhile
+        load = _load_diffusers if local.is_dir() else load_single_file
+        return load(local, options), key
+    pipeline = _load_diffusers(name, options)
+    family = family_of(pipeline)
+    network = getattr(pipeline, family.network_name if family else "unet")
+    cached = Path(network.config["_name_or_path"]).parent  # the snapshot in the hub's cache
+    return pipeline, key_of_files(weight_files(cached), dtype)
+
+
+def _local(name: str) -> Path | None:
+    """The diffusers folder or the checkpoint that a base's name stands for; None of a hub id.
+
+    Raises:
+        UserError: it is none of them.
+    """
     local = pocket.path() if name == "pocket" else Path(name)
     if name == "pocket" and not local.is_dir():
         raise UserError("The pocket base's weights are missing from this installation; install it again.")
@@ -171,26 +189,21 @@ def _load_pipeline(name: str, options: dict[str, Any]) -> tuple[Any, str | None]
         if not (local / "model_index.json").is_file():
             raise UserError(f"{local} is not a diffusers folder: it holds no model_index.json.")
         _refuse_pickles(local)
-        key = key_of_files(weight_files(local), dtype)  # before they are read, should they change meanwhile
-        return _load_diffusers(str(local), options), key
+        return local
     if local.suffix == ".safetensors":
         if not local.is_file():
             raise UserError(f"No such file: {local}.")
-        key = key_of_files(weight_files(local), dtype)
-        return load_single_file(local, options), key
+        return local
     if local.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
         raise UserError(f"{local} is a pickle checkpoint, which can run code; convert it to .safetensors.")
     if local.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise UserError(f"No base '{name}': use pocket, a diffusers folder, a hub id or a .safetensors file.")
-    pipeline = _load_diffusers(name, options)
-    family = family_of(pipeline)
-    network = getattr(pipeline, family.network_name if family else "unet")
-    cached = Path(network.config["_name_or_path"]).parent  # the snapshot in the hub's cache
-    return pipeline, key_of_files(weight_files(cached), dtype)
+    return None
 
 
-def _load_diffusers(name: str, options: dict[str, Any]) -> Any:
+def _load_diffusers(source: str | Path, options: dict[str, Any]) -> Any:
     """A pipeline of a diffusers folder or the hub; every other one's class is only looked up where it is needed."""
+    name = str(source)
     own = {family.pipeline_class.__name__: family.pipeline_class for family in FAMILIES}
     kind = own.get(DiffusionPipeline.load_config(name)["_class_name"])
     if kind is None:

@@ -14,9 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantization import is_quantized
-from .split_linear import SplitLinear
-
 MARK = "_spectral_offloaded"
 
 
@@ -28,7 +25,8 @@ class FrozenLinear(torch.autograd.Function):
         ctx.weight = weight
         bias = None if bias is None else bias.to(x.device, x.dtype)
         y = F.linear(x, brought(weight, x), bias)
-        return y.clone() if y._is_view() else y  # torchao's is one, and some of PEFT's layers add in place
+        # torchao gives a view, and some of PEFT's layers add in place.
+        return y if type(weight) in (Tensor, nn.Parameter) else y.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -62,10 +60,13 @@ def keep_nothing(layer: nn.Linear) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Undo :func:`keep_nothing` for the layers of a network that was not offloaded."""
+    """Undo :func:`keep_nothing`, of this file alone; the network must be on one device."""
     for layer in module.modules():
-        if isinstance(layer.__dict__.get("forward"), partial) and not is_offloaded(module):
+        forward = layer.__dict__.get("forward")
+        if isinstance(forward, partial) and forward.func is frozen_forward:
             del layer.forward
+    if is_offloaded(module):
+        delattr(module, MARK)
 
 
 def offload(module: nn.Module, device: torch.device) -> None:
@@ -74,20 +75,18 @@ def offload(module: nn.Module, device: torch.device) -> None:
     Adapters that are attached later stay where the network computes.
     """
     held = held_layers(module)
-    for child in module.modules():
-        if isinstance(child, SplitLinear) and device.type == "cuda":
-            child.pin()
     inside = {id(layer) for layer in held}
     for child in module.modules():
-        if id(child) not in inside:
-            for name, value in (*child._parameters.items(), *child._buffers.items()):
-                if value is not None and name in child._parameters:
-                    value.data = value.data.to(device)
-                elif value is not None:
-                    child._buffers[name] = value.to(device)
+        for name, parameter in child._parameters.items():
+            if parameter is None or (id(child) in inside and name == "weight"):
+                continue
+            if type(parameter) is nn.Parameter:
+                parameter.data = parameter.data.to(device)
+            else:  # torchao's keep their numbers in tensors inside
+                child._parameters[name] = nn.Parameter(parameter.to(device), requires_grad=False)
+        for name, buffer in child._buffers.items():
+            child._buffers[name] = None if buffer is None else buffer.to(device)
     for layer in held:
-        if device.type == "cuda" and not (is_quantized(layer) or layer.weight.is_pinned()):
-            layer.weight.data = layer.weight.data.pin_memory()
         keep_nothing(layer)
     setattr(module, MARK, True)
 

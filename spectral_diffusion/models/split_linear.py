@@ -122,11 +122,6 @@ class SplitLinear(FusedLinear):
             self._rejoin()
         return self
 
-    def pin(self) -> None:
-        """Keep the whole in page-locked memory, from which CUDA copies faster."""
-        self._whole = self.whole.pin_memory()
-        self._share(self.parts()[0].weight.requires_grad)
-
     def _rejoin(self) -> None:
         """Make one tensor of the parts' weights again."""
         self._whole = torch.cat([part.weight.detach() for part in self.parts()])

@@ -189,7 +189,7 @@ class ControlTrainer:
         Raises:
             NotFiniteError: a loss or a gradient was NaN or infinite.
         """
-        losses, wrong = self.readings.read(self.scaler)
+        losses, wrong = self.readings.read()
         if wrong is not None:
             kept = (
                 f"the last good state is kept in {self.state.name}" if self.state.exists() else "nothing was saved yet"

@@ -135,10 +135,13 @@ def take_step(
 ) -> Tensor:
     """Clip the gradients and take a step; returns their norm before, without waiting for it.
 
-    Where the loss is scaled, the scaler leaves out a step whose gradients overflow.
+    Where the loss is scaled, the scaler leaves out a step whose gradients overflow and lowers the scale. While it can,
+    their norm counts as 0.
     """
     scaler.unscale_(optimizer)  # type: ignore[arg-type]
     norm = nn.utils.clip_grad_norm_(list(parameters), clip)
+    if scaler.is_enabled() and (scale := scaler._scale) is not None:
+        norm = torch.where(torch.isfinite(norm) | (scale <= 1), norm, 0.0)
     scaler.step(optimizer)  # type: ignore[arg-type]
     scaler.update()
     return norm

@@ -242,7 +242,7 @@ class Trainer:
         Raises:
             NotFiniteError: a loss or a gradient was NaN or infinite.
         """
-        losses, wrong = self.readings.read(self.scaler)
+        losses, wrong = self.readings.read()
         if wrong is not None:
             state = self.job.state
             fallback = f"the last good state is kept in {state.name}" if state.exists() else "nothing was saved yet"

@@ -122,6 +122,7 @@ def cached_prior_latents(
     """
     scheduler = {key: value for key, value in base.pipeline.scheduler.config.items() if not key.startswith("_")}
     decides = [base.fingerprint.exact, str(base.dtype), base.device.type, torch.__version__, diffusers.__version__]
+    decides += [] if base.quantization == "none" else [base.quantization]  # whose fingerprint is that of the whole base
     whole = [*decides, scheduler, list(requests), seed, size, guidance, STEPS, CHUNK]
     key = hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()
     latents, _ = cached_latents(

@@ -35,19 +35,13 @@ class Readings:
         """Whether to read after ``done`` steps."""
         return done % self.every == 0 or done in (1, self.steps)
 
-    def read(self, scaler: torch.amp.GradScaler) -> tuple[list[float], int | None]:
-        """The losses since the last reading, and the first step that went wrong; None if none did.
-
-        A gradient may overflow while the loss is scaled: the scaler leaves out the step and lowers the scale.
-        """
+    def read(self) -> tuple[list[float], int | None]:
+        """The losses since the last reading, and the first step that went wrong; None if none did."""
         if not self._losses:
             return [], None
         count, first = len(self._losses), self._first
         values = torch.stack([value.float() for value in (*self._losses, *self._norms)]).tolist()
         losses, norms = values[:count], values[count:]
         self._losses, self._norms = [], []
-        wrong = [index for index, loss in enumerate(losses) if not math.isfinite(loss)]
-        overflowed = [index for index, norm in enumerate(norms) if not math.isfinite(norm)]
-        if overflowed and scaler.get_scale() <= 1:
-            wrong = sorted({*wrong, *overflowed})
+        wrong = [index for index in range(count) if not math.isfinite(losses[index] + norms[index])]
         return losses, first + wrong[0] if wrong else None
