@@ -42,7 +42,7 @@ from spectral_diffusion.training.control_adapter import train_control
 from spectral_diffusion.training.run import train_to_file
 
 REAL = os.environ.get("SPECTRAL_DIFFUSION_TEST_DEVICE", "")
-SIZES = {"sd": 16, "sdxl": 16}
+UNETS = ("sd", "sdxl")
 PRIOR = {"loss_weight": 1.0, "batch_size": 2, "num_images": 2, "cut_mix_prob": 0.5}
 HALF: dict[str, Any] = {"dtype": "float16"}
 BRAIN: dict[str, Any] = {"dtype": "bfloat16"}
@@ -86,7 +86,7 @@ class World:
 
     def train(self, kind: str, tag: str, base: str = "sd", photos: Path | None = None, **more: Any) -> Path:
         photos = photos or self.rex
-        flows = {} if base in SIZES else {"noise_offset": 0.0}
+        flows = {} if base in UNETS else {"noise_offset": 0.0}
         given = {
             "rank": 2, "steps": 2, "device": kind, "learning_rate": 1e-3, "crops_per_image": 1, **flows, **more,
         }  # fmt: skip
@@ -116,7 +116,7 @@ class World:
     def generate(self, kind: str, tag: str, base: str = "sd", **more: Any) -> None:
         given = {
             "prompt": "a photo of a dog", "base": str(self.base(base)), "device": kind, "num_inference_steps": 2,
-            "guidance_scale": 3.0, **({} if base in SIZES else {"width": 32, "height": 32}), **more,
+            "guidance_scale": 3.0, **({} if base in UNETS else {"width": 32, "height": 32}), **more,
         }  # fmt: skip
         output = self.output(kind, base, "pictures") / f"{tag}.png"
         generate_to_file(Scene(output=output, **given), preview=lambda step, images: None)

@@ -175,7 +175,7 @@ def _load_pipeline(name: str, options: dict[str, Any]) -> tuple[Any, str | None]
 
 
 def _local(name: str) -> Path | None:
-    """The diffusers folder or the checkpoint that a base's name stands for; None of a hub id.
+    """The diffusers folder or the checkpoint that a base's name means; None of a hub id.
 
     Raises:
         UserError: it is none of them.

@@ -74,8 +74,8 @@ def offload(module: nn.Module, device: torch.device) -> None:
 
     Adapters that are attached later stay where the network computes.
     """
-    held = held_layers(module)
-    inside = {id(layer) for layer in held}
+    layers = block_layers(module)
+    inside = {id(layer) for layer in layers}
     for child in module.modules():
         for name, parameter in child._parameters.items():
             if parameter is None or (id(child) in inside and name == "weight"):
@@ -86,13 +86,13 @@ def offload(module: nn.Module, device: torch.device) -> None:
                 child._parameters[name] = nn.Parameter(parameter.to(device), requires_grad=False)
         for name, buffer in child._buffers.items():
             child._buffers[name] = None if buffer is None else buffer.to(device)
-    for layer in held:
+    for layer in layers:
         keep_nothing(layer)
     setattr(module, MARK, True)
 
 
-def held_layers(module: nn.Module) -> list[nn.Linear]:
-    """The linear layers of a network's blocks, without their biases' owners outside."""
+def block_layers(module: nn.Module) -> list[nn.Linear]:
+    """The linear layers of a network's blocks, each once."""
     blocks = [block for parent in module.modules() if isinstance(parent, nn.ModuleList) for block in parent]
     layers = [layer for block in blocks for layer in block.modules() if type(layer) is nn.Linear]
     return list({id(layer): layer for layer in layers}.values())

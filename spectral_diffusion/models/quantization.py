@@ -120,7 +120,7 @@ def working_bytes(model: nn.Module) -> int:
     return max(linear_bytes(model))
 
 
-def held_bytes(model: nn.Module) -> int:
+def block_bytes(model: nn.Module) -> int:
     """The bytes of the linear layers in a network's blocks, which offloading keeps in main memory."""
     blocks = [block for parent in model.children() if isinstance(parent, nn.ModuleList) for block in parent]
     return sum(sum(linear_bytes(block)) for block in blocks)

@@ -47,7 +47,7 @@ def load_controlnet(base: Base, name: str | None) -> Any:
 
 
 def _load(kind: Any, name: str, dtype: torch.dtype) -> Any:
-    """A ControlNet from whatever a name stands for."""
+    """A ControlNet by the name of a folder, a file, a hub id or a file there."""
     path = Path(name)
     if path.suffix == ".safetensors":
         if not path.is_file():

@@ -26,7 +26,7 @@ from ..models.denoiser import Denoiser
 from ..models.families import denoiser_of
 from ..models.offload import is_offloaded
 from ..models.per_layer_tokens import cross_attention
-from ..models.quantization import held_bytes, quantized_bytes, working_bytes
+from ..models.quantization import block_bytes, quantized_bytes, working_bytes
 from ..models.targets import find_targets, layer_shape
 from ..models.vae import at_once, decode_batch, encoder_input, latent_channels, overflows, pixels_per_cell
 from ..slots.ledger import Slot
@@ -147,7 +147,7 @@ def smaller_weights(models: Models, config: TrainConfig) -> tuple[int, int]:
     if kind == "none" and not config.layer_offload:
         return 0, 0
     # In the backward pass two weights may be there at once: the next one is made before the last one is freed.
-    return max(whole - size, held_bytes(network) if config.layer_offload else 0), 2 * working_bytes(network)
+    return max(whole - size, block_bytes(network) if config.layer_offload else 0), 2 * working_bytes(network)
 
 
 def hollow_adapted(models: Models, config: TrainConfig) -> tuple[dict[str, nn.Module], int, int]:

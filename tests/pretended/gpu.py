@@ -163,8 +163,6 @@ class PretendedGPU:
             return self._move(first, name, args[1:], kwargs)
         if first is not None and name in {"numpy", "__array__"} and self.is_here(first):
             self.refuse(f"numpy() of a tensor on {self.kind}")
-        if first is not None and name in {"pin_memory", "is_pinned"}:
-            return first.clone() if name == "pin_memory" else False
         if first is not None and name == "tolist" and self.is_here(first):
             self.wait("tolist()")
         if name == "__deepcopy__" and first is not None:
