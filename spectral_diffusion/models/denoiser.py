@@ -65,13 +65,18 @@ def stack_padded(rows: Sequence[Tensor]) -> Tensor:
 
 TokenKind = Literal["image", "text", "both"]
 Controls = Literal["t2i", "controlnet", "reference"]  # a T2I-Adapter, a ControlNet, or the network as a picture
+# Where texts begin at the same token: nowhere, in all prompts that are predicted together, or in all of a picture.
+AlignedTexts = Literal["none", "pass", "all"]
 
 
 class SeveralTexts(Protocol):
     """How a network with joint attention reads a prompt that consists of several texts, one behind the other."""
 
+    def begin_pass(self) -> None:
+        """The network starts to predict; for families that predict negative prompts after the others, not with them."""
+
     def lengths(self, row: int) -> list[int]:
-        """The tokens of each text in a row of the batch."""
+        """The tokens of each text in a row of the batch, with those behind it that only align it."""
 
     def leading(self) -> list[int]:
         """The texts that image tokens see; the positions of a picture begin behind the longest of them."""
@@ -103,8 +108,10 @@ class Denoiser(ABC):
     network_name: ClassVar[str] = "unet"
     network_class: ClassVar[Any]
     encoders: ClassVar[Mapping[str, str]] = {}  # text encoders that adapters change and whose words are learned
-    attention: ClassVar[Literal["cross", "joint", "single"]]  # how the image reads text; regions need one of two
+    attention: ClassVar[Literal["cross", "joint"]]  # how the image reads text
     text_first: ClassVar[bool] = True  # in joint attention: the text's tokens before the image's
+    causal_text: ClassVar[bool] = False  # in joint attention: a text's token sees what precedes it, and no image
+    aligned_texts: ClassVar[AlignedTexts] = "none"
     token_multiple: ClassVar[int] = 1  # the padded length of texts and pictures is a multiple of it
     controls: ClassVar[Controls | None] = None  # what reads sketches and keyposes
     controlnet_class: ClassVar[Any] = None
@@ -207,6 +214,11 @@ class Denoiser(ABC):
         """What the sides of pictures must be divisible by, so that no network has to round."""
         return self.vae_scale
 
+    @property
+    def token_side(self) -> int:
+        """The side in pixels of what an image token of joint attention covers."""
+        return self.side_multiple
+
     # ------------------------------------------------------------------ prompts
 
     def prompt_options(self, prompts: Sequence[str], negative: str | None) -> dict[str, Any]:
@@ -244,8 +256,12 @@ class Denoiser(ABC):
         """What the family's pipeline takes in place of prompts."""
 
     def prompt_rows(self, conditioning: Conditioning) -> list[Tensor]:
-        """The states of each prompt (length, width)."""
+        """The states of each prompt (length, width), without its padding."""
         return list(conditioning.tensors["encoder_hidden_states"])
+
+    def row_prompt(self, states: Tensor) -> Conditioning:
+        """States (length, width) as a prompt, without the first dimension: what :meth:`prompt_rows` takes apart."""
+        return Conditioning({"encoder_hidden_states": states})
 
     def effective_guidance(self, scale: float) -> float:
         """g of e + g (c − e), which a picture with this ``guidance_scale`` follows; 1 is none."""

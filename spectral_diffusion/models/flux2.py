@@ -49,7 +49,7 @@ class Flux2KleinDenoiser(FlowDenoiser):
     pipeline_options: ClassVar[tuple[str, ...]] = ("is_distilled",)
     network_class: ClassVar[Any] = Flux2Transformer2DModel
 
-    attention: ClassVar[Literal["cross", "joint", "single"]] = "joint"
+    attention: ClassVar[Literal["cross", "joint"]] = "joint"
     original_names: ClassVar[OriginalNames | None] = ORIGINAL
     controls: ClassVar[Controls | None] = "reference"
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import Krea2Pipeline, Krea2Transformer2DModel
 from torch import Tensor
 
-from .denoiser import Conditioning
+from .denoiser import AlignedTexts, Conditioning, SeveralTexts, TokenKind, unbound
 from .flow import TOKENS
 from .original_names import OriginalNames
 from .qwen_vae import QwenVaeDenoiser
@@ -48,7 +50,8 @@ class Krea2Denoiser(QwenVaeDenoiser):
     pipeline_options: ClassVar[tuple[str, ...]] = ("text_encoder_select_layers", "is_distilled", "patch_size")
     network_class: ClassVar[Any] = Krea2Transformer2DModel
 
-    attention: ClassVar[Literal["cross", "joint", "single"]] = "single"
+    attention: ClassVar[Literal["cross", "joint"]] = "joint"
+    aligned_texts: ClassVar[AlignedTexts] = "all"
     original_names: ClassVar[OriginalNames | None] = ORIGINAL
 
     # ------------------------------------------------------------------ prompts
@@ -59,8 +62,7 @@ class Krea2Denoiser(QwenVaeDenoiser):
     def encode_one(self, prompt: str) -> Conditioning:
         device = self.encoder_device
         states, mask = self.pipeline.encode_prompt([prompt], device, max_sequence_length=self.max_tokens)
-        own = mask[0]  # which of the tokens are the prompt's
-        return Conditioning({"encoder_hidden_states": states[0][own], "encoder_attention_mask": own[own]})
+        return self.row_prompt(states[0][mask[0]])  # which of the tokens are the prompt's
 
     def extra_tokens(self, prompt: str) -> int:
         ids = self.pipeline.tokenizer(prompt, truncation=False, add_special_tokens=False).input_ids
@@ -76,11 +78,50 @@ class Krea2Denoiser(QwenVaeDenoiser):
             "negative_prompt_embeds": states[count:], "negative_prompt_embeds_mask": mask[count:],
         }  # fmt: skip
 
+    def prompt_rows(self, conditioning: Conditioning) -> list[Tensor]:
+        states, masks = conditioning.tensors["encoder_hidden_states"], conditioning.tensors["encoder_attention_mask"]
+        return [row[own] for row, own in zip(states, masks, strict=True)]
+
+    def row_prompt(self, states: Tensor) -> Conditioning:
+        own = torch.ones(len(states), dtype=torch.bool, device=states.device)
+        return Conditioning({"encoder_hidden_states": states, "encoder_attention_mask": own})
+
     def hollow_conditioning(self, count: int, layers: int = 1) -> Conditioning:
         config = self.network.config
         states = torch.empty(count, TOKENS, config.num_text_layers, config.text_hidden_dim, dtype=self.dtype)
         mask = torch.ones(count, TOKENS, dtype=torch.bool)
         return Conditioning({"encoder_hidden_states": states, "encoder_attention_mask": mask})
+
+    # ------------------------------------------------------------------ regions
+
+    def token_kind(self, layer: str) -> TokenKind:
+        if ".text_fusion.refiner_blocks." in layer:
+            return "text"
+        if ".transformer_blocks." not in layer:
+            raise unbound(layer)
+        return "both"
+
+    @contextmanager
+    def several_texts(self, pipeline: Any, texts: SeveralTexts) -> Iterator[None]:
+        network: Any = self.network
+
+        def masked(kind: TokenKind) -> Callable[..., Any]:
+            def hook(attention: Any, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+                return inputs, options | {"attention_mask": texts.mask(kind, len(inputs[0]))}
+
+            return hook
+
+        with ExitStack() as stack:
+            stack.callback(network.register_forward_pre_hook(lambda module, inputs: texts.begin_pass()).remove)
+            kinds: dict[TokenKind, Any] = {
+                "text": network.text_fusion.refiner_blocks,
+                "both": network.transformer_blocks,
+            }
+            for kind, blocks in kinds.items():
+                for block in blocks:
+                    handle = block.attn.register_forward_pre_hook(masked(kind), with_kwargs=True)
+                    stack.callback(handle.remove)
+            yield
 
     # ------------------------------------------------------------------ prediction and files
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel
 from torch import Tensor
 
-from .denoiser import Conditioning
+from .denoiser import AlignedTexts, Conditioning, SeveralTexts, TokenKind, unbound
 from .flow import TOKENS
 from .original_names import OriginalNames
 from .qwen_vae import QwenVaeDenoiser
@@ -36,7 +37,9 @@ class QwenImage21Denoiser(QwenVaeDenoiser):
     requires: ClassVar[tuple[str, ...]] = ("torchvision",)  # of its text processor, which also reads pictures
     network_class: ClassVar[Any] = QwenImage21Transformer2DModel
 
-    attention: ClassVar[Literal["cross", "joint", "single"]] = "single"
+    attention: ClassVar[Literal["cross", "joint"]] = "joint"
+    causal_text: ClassVar[bool] = True
+    aligned_texts: ClassVar[AlignedTexts] = "pass"
     original_names: ClassVar[OriginalNames | None] = ORIGINAL
 
     @classmethod
@@ -47,6 +50,10 @@ class QwenImage21Denoiser(QwenVaeDenoiser):
     def side_multiple(self) -> int:
         return 2 * self.vae_scale  # a place in the prompt stands for 2 × 2 cells
 
+    @property
+    def token_side(self) -> int:
+        return self.vae_scale
+
     # ------------------------------------------------------------------ prompts
 
     def guidance_options(self, scale: float) -> dict[str, Any]:
@@ -54,7 +61,7 @@ class QwenImage21Denoiser(QwenVaeDenoiser):
 
     def encode_one(self, prompt: str) -> Conditioning:
         states = self.pipeline.encode_prompt([prompt], device=self.encoder_device)[0][0]
-        return Conditioning({"encoder_hidden_states": states, "lengths": torch.tensor(len(states))})
+        return self.row_prompt(states)
 
     def extra_tokens(self, prompt: str) -> int:
         return 0  # this pipeline reads all of a prompt
@@ -67,9 +74,57 @@ class QwenImage21Denoiser(QwenVaeDenoiser):
             options |= {name: states, f"{name}_mask": places < lengths[:, None]}
         return options
 
+    def prompt_rows(self, conditioning: Conditioning) -> list[Tensor]:
+        states, lengths = conditioning.tensors["encoder_hidden_states"], conditioning.tensors["lengths"]
+        return [row[:length] for row, length in zip(states, lengths.tolist(), strict=True)]
+
+    def row_prompt(self, states: Tensor) -> Conditioning:
+        return Conditioning({"encoder_hidden_states": states, "lengths": torch.tensor(len(states))})
+
     def hollow_conditioning(self, count: int, layers: int = 1) -> Conditioning:
         width = self.network.config.context_in_dim
         return Conditioning({"encoder_hidden_states": torch.empty(count, TOKENS, width, dtype=self.dtype)})
+
+    # ------------------------------------------------------------------ regions
+
+    def token_kind(self, layer: str) -> TokenKind:
+        if ".transformer_blocks." not in layer:
+            raise unbound(layer)
+        return "both"
+
+    @contextmanager
+    def several_texts(self, pipeline: Any, texts: SeveralTexts) -> Iterator[None]:
+        network: Any = self.network
+
+        def whole(module: Any, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            # Without the cache of the prompt's keys and values, which would keep what the first step's adapters did.
+            texts.begin_pass()
+            return inputs, options | {"kv_cache": None, "kv_cache_mode": None}
+
+        def apart(rope: Any, inputs: Any, options: dict[str, Any], turns: Tensor) -> Tensor:
+            """Each text with positions of its own, and the picture's behind the longest that it sees."""
+            shapes, image = inputs
+            count, lengths = int(image.sum()), texts.lengths(0)
+
+            def behind(text: int) -> Tensor:
+                alone = torch.arange(text + count, device=image.device) >= text
+                found: Tensor = rope.forward(shapes, alone, **options)
+                return found
+
+            longest = behind(max(lengths))
+            first = max(lengths[index] for index in texts.leading())
+            return torch.cat([*(longest[:length] for length in lengths), behind(first)[first:]])
+
+        def masked(attention: Any, inputs: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            mask = texts.mask("both", len(options["hidden_states"]))
+            return inputs, options | {"attention_mask": mask, "segments": None, "key_valid": None}
+
+        with ExitStack() as stack:
+            stack.callback(network.register_forward_pre_hook(whole, with_kwargs=True).remove)
+            stack.callback(network.pos_embed.register_forward_hook(apart, with_kwargs=True).remove)
+            for block in network.transformer_blocks:
+                stack.callback(block.attn.register_forward_pre_hook(masked, with_kwargs=True).remove)
+            yield
 
     # ------------------------------------------------------------------ prediction and files
 

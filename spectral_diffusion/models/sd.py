@@ -30,7 +30,7 @@ class SDDenoiser(Denoiser):
     pipeline_class: ClassVar[Any] = StableDiffusionPipeline
     network_class: ClassVar[Any] = UNet2DConditionModel
     encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "tokenizer"}
-    attention: ClassVar[Literal["cross", "joint", "single"]] = "cross"
+    attention: ClassVar[Literal["cross", "joint"]] = "cross"
     controls: ClassVar[Controls | None] = "t2i"
     t2i_adapters: ClassVar[Mapping[str, str]] = {
         "sketch": "TencentARC/t2iadapter_sketch_sd15v2",

@@ -42,7 +42,7 @@ class ZImageDenoiser(FlowDenoiser):
     pipeline_class: ClassVar[Any] = ZImagePipeline
     network_class: ClassVar[Any] = ZImageTransformer2DModel
 
-    attention: ClassVar[Literal["cross", "joint", "single"]] = "joint"
+    attention: ClassVar[Literal["cross", "joint"]] = "joint"
     text_first: ClassVar[bool] = False
     token_multiple: ClassVar[int] = SEQ_MULTI_OF
     thinking: ClassVar[bool] = True
@@ -71,7 +71,7 @@ class ZImageDenoiser(FlowDenoiser):
     def encode_one(self, prompt: str) -> Conditioning:
         device = self.encoder_device  # the network may have made room
         [row] = self.pipeline._encode_prompt([prompt], device, max_sequence_length=self.max_tokens)
-        return Conditioning({"encoder_hidden_states": row, "lengths": torch.tensor(len(row))})
+        return self.row_prompt(row)
 
     def effective_guidance(self, scale: float) -> float:
         return 1 + max(scale, 0.0)  # this pipeline adds scale (c − e) to c
@@ -85,6 +85,9 @@ class ZImageDenoiser(FlowDenoiser):
 
     def prompt_rows(self, conditioning: Conditioning) -> list[Tensor]:
         return _rows(conditioning)
+
+    def row_prompt(self, states: Tensor) -> Conditioning:
+        return Conditioning({"encoder_hidden_states": states, "lengths": torch.tensor(len(states))})
 
     # ------------------------------------------------------------------ control images and regions
 

@@ -200,7 +200,7 @@ def control_network(base: Base, controls: Sequence[ControlMap], size: tuple[int,
         )
     [control] = controls
     control.network = load_controlnet(base, control.adapter)
-    token = base.denoiser.side_multiple
+    token = base.denoiser.token_side
     control.grid = (size[1] // token, size[0] // token)
     return control.network, {"controlnet_conditioning_scale": control.weight}
 

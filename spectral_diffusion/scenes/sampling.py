@@ -108,9 +108,9 @@ class SceneSampler:
         chunk = [self.base.spell(prompt, self.full) for prompt in prompts]
         # SDXL takes zeros, not the encoded empty prompt, where there is none.
         negative = self.base.spell(scene.negative_prompt, self.full) if scene.negative_prompt else None
-        state, prompt_options = self._regional_state(len(chunk)), self.base.denoiser.prompt_options(chunk, negative)
-        if isinstance(state, TokenRegions):
-            prompt_options = state.prompt_options(prompt_options)
+        state = self._regional_state(len(chunk))
+        reader = state if isinstance(state, TokenRegions) else self.base.denoiser
+        prompt_options = reader.prompt_options(chunk, negative)
         with (
             torch.no_grad(),
             tf32(self.base.device, scene.allow_tf32),
@@ -144,8 +144,7 @@ class SceneSampler:
         window = window_of(scene.region_start, scene.region_end, scene.num_inference_steps)
         share, isolation = scene.global_prompt_weight, scene.region_isolation
         if scene.regions and self.base.family.attention == "joint":
-            token = denoiser.side_multiple  # pixels
-            grid = (self.height // token, self.width // token)
+            grid = (self.height // denoiser.token_side, self.width // denoiser.token_side)
             return TokenRegions(self.base, self.regions, grid, share, isolation, window)
         size = (self.height // denoiser.vae_scale, self.width // denoiser.vae_scale)
         return RegionalPrompts(self.regions, size, count, share, isolation, window)
@@ -247,8 +246,6 @@ def stock_pipeline(
     Raises:
         UserError: a control image that does not fit.
     """
-    if scene.regions and base.family.attention == "single":
-        raise UserError("Regions do not work on this family of models yet.", Fix("regions", so="left empty"))
     if controls and scene.regions and base.family.controls == "reference":
         raise UserError(
             f"{base.family.title} reads a control image as a reference picture, which regions do not know.",
