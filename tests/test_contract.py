@@ -160,7 +160,7 @@ def test_continue_goes_on_from_turned_columns(
     watched: list[Event] = []
     layers = dict(list(find_targets(base.models).items())[:2])
     quick = CalibrationConfig(num_images=3, num_inference_steps=1)
-    calibrate(base, loaded, layers, quick, 0, Hooks(progress=watched.append))
+    calibrate(base, loaded.tokens, layers, quick, 0, Hooks(progress=watched.append))
     assert watched[-1].total == 6  # both words are watched, so that a fusion by gradient keeps both
     base = load_base(str(tiny_base), "cpu")
     put_adapters(base, [(loaded, 1.0)])

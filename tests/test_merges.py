@@ -155,13 +155,13 @@ def test_what_is_watched_is_no_more_than_was_said(
     for adapter in adapters:
         install_tokens(base, adapter)
     layers = find_targets(base.models)
-    seen = calibrate(base, adapters[0], layers, config.calibration, 0)
+    seen = calibrate(base, adapters[0].tokens, layers, config.calibration, 0)
     held = sum(8 * (one.matrix() if one.is_raw else one.gram()).numel() for one in seen.values())
     need = calibration_memory(
         {name: matrix_shape(layer.weight) for name, layer in layers.items()}, 2, config.calibration
     )
     assert held <= need / 3 <= 2 * held  # it, the ordinary prompts, and a copy while it is written
-    monkeypatch.setattr("spectral_diffusion.merging.merge_layers.available", lambda device: 1000)
+    monkeypatch.setattr("spectral_diffusion.merging.placement.available", lambda device: 1000)
     with pytest.raises(UserError, match=r"Calibrating .* are free; fuse fewer adapters"):
         fuse_to_folder(config)
     assert not (tmp_path / "a").exists()
@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_watched_in_passes_with_the_same_bits(
     quick = {**QUICK, "calibrate_on": staging, "cache": False}
     results, notes = [], list[str]()
     for free in (None, 400_000):
-        monkeypatch.setattr("spectral_diffusion.merging.merge_layers.available", lambda device, free=free: free)
+        monkeypatch.setattr("spectral_diffusion.merging.placement.available", lambda device, free=free: free)
         adapters = [adapter for path in three for adapter in adapters_in_fusion(path)]
         base = load_base(adapters[0].base, "cpu")
         config = FuseConfig(adapters=three, output=tmp_path / "a", merge="gradient", calibration=quick, device="cpu")

@@ -32,6 +32,7 @@ from spectral_diffusion.evaluation.run import evaluate_to_folder
 from spectral_diffusion.linalg import cayley_change, gram_of, to_float64
 from spectral_diffusion.merging.activations import GramAccumulator
 from spectral_diffusion.merging.fuse import fuse_to_folder
+from spectral_diffusion.merging.merge_layers import contribute
 from spectral_diffusion.merging.merges import all_merges
 from spectral_diffusion.methods import all_methods
 from spectral_diffusion.models.base import Base
@@ -46,6 +47,7 @@ UNETS = ("sd", "sdxl")
 PRIOR = {"loss_weight": 1.0, "batch_size": 2, "num_images": 2, "cut_mix_prob": 0.5}
 HALF: dict[str, Any] = {"dtype": "float16"}
 BRAIN: dict[str, Any] = {"dtype": "bfloat16"}
+LARGE: dict[str, Any] = {"width": 64, "height": 64}
 
 
 class World:
@@ -301,7 +303,10 @@ LONG: list[Case] = [
         for method in ("dora", "spectral-rotation", "lora")
     ),
     ("generate regions sdxl", lambda world, kind: regions(world, kind, base="sdxl", **HALF)),
-    ("generate regions z-image", lambda world, kind: regions(world, kind, base="z-image", **BRAIN)),
+    *(
+        (f"generate regions {name}", lambda world, kind, name=name: regions(world, kind, base=name, **LARGE, **BRAIN))
+        for name in ("z-image", "krea-2", "qwen-image-2.1")
+    ),
     ("generate controls half", lambda world, kind: controlled(world, kind, **HALF)),
     *(generated(name, base=name, **BRAIN) for name in ("klein", "z-image", "krea-2", "qwen-image-2.1")),
     ("train-control", control_trained),
@@ -323,6 +328,40 @@ def test_what_people_do_most(world: World, gpu: PretendedGPU, work: Callable[[Wo
 @by_name(LONG)
 def test_everything_else(world: World, gpu: PretendedGPU, work: Callable[[World, str], Any]) -> None:
     work(world, gpu.kind)
+
+
+@pytest.mark.skipif(bool(REAL), reason="a pretended pair of devices")
+@pytest.mark.parametrize("merge", ["gradient", "ssr", "spectral", "ties"])
+def test_several_gpus_share_the_layers_of_a_merge(
+    world: World, merge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each layer is merged on one of them, and what has no room on any is on the CPU, with the same fusion."""
+    given: dict[str, Any] = {
+        "adapters": world.pair("cpu"), "merge": merge, "base": str(world.base("sd")),
+        "calibration": {"num_images": 2, "num_inference_steps": 2, "tokens_per_call": 16, "cache": False},
+    }  # fmt: skip
+    fuse_to_folder(FuseConfig(output=tmp_path / "alone", device="cpu", **given))
+    homes: list[str] = []
+
+    def counted(adapters: Any, layer: str, weight: Any, config: Any, home: torch.device) -> Any:
+        homes.append(str(home))
+        return contribute(adapters, layer, weight, config, home)
+
+    monkeypatch.setattr("spectral_diffusion.merging.merge_layers.contribute", counted)
+    with PretendedGPU("cuda", 2):
+        if merge == "gradient":
+            free = {"cuda:0": 300_000, "cuda:1": 300_000, "cpu": 1 << 30}
+            monkeypatch.setattr(
+                "spectral_diffusion.merging.placement.available",
+                lambda device: free[str(device)],
+            )
+        fuse_to_folder(FuseConfig(output=tmp_path / "shared", device="cuda", **given))
+    assert {"cuda:0", "cuda:1"} <= set(homes) and ("cpu" in homes) == (merge == "gradient")
+    alone, shared = (load_base(str(tmp_path / name), "cpu").models for name in ("alone", "shared"))
+    for component, network in alone.items():
+        found = dict(shared[component].named_parameters())
+        for name, weight in network.named_parameters():
+            assert torch.allclose(weight, found[name], atol=1e-5), name
 
 
 @pytest.mark.parametrize("name", ["klein", "z-image", "krea-2", "qwen-image-2.1"])

@@ -24,6 +24,7 @@ from .cache import cache_folder
 from .errors import UserError
 from .files import write_json
 
+CPU = torch.device("cpu")
 FILE = "machine.json"
 LIBRARIES = ("spectral-diffusion", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy")
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..core.machine import CPU
+
 BLOCK = 256  # columns of a Gram matrix that are added together
 
 
@@ -16,22 +18,26 @@ class GramAccumulator:
 
     While there are fewer rows than inputs the rows are kept (the dual form is exact and small); after that only
     G = Σ x xᵀ (n, n) in float64.
+
+    Attributes:
+        device: where they are summed up; it has float64.
     """
 
     size: int
     rows: list[Tensor] = field(default_factory=list)
     count: int = 0
+    device: torch.device = CPU
     _lower: Tensor | None = None  # of the Gram matrix nothing above the diagonal's blocks is kept up
 
     def add(self, x: Tensor) -> None:
         """Take rows (m, n)."""
-        x = x.detach().cpu().double()  # one after the other: Apple's GPUs know no float64
+        x = x.detach().to(self.device).double()  # one after the other: Apple's GPUs know no float64
         self.count += len(x)
         if self._lower is None and self.count < self.size:
             self.rows.append(x)
             return
         if self._lower is None:
-            self._lower = torch.zeros(self.size, self.size, dtype=torch.float64)
+            self._lower = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.device)
             for rows in self.rows:
                 self._add_products(rows)
             self.rows = []
@@ -51,7 +57,9 @@ class GramAccumulator:
 
     def matrix(self) -> Tensor:
         """The kept rows (m, n)."""
-        return torch.cat(self.rows) if self.rows else torch.zeros(0, self.size, dtype=torch.float64)
+        if not self.rows:
+            return torch.zeros(0, self.size, dtype=torch.float64, device=self.device)
+        return torch.cat(self.rows)
 
     def gram(self) -> Tensor:
         """G (n, n) in float64."""
@@ -76,7 +84,7 @@ class GramAccumulator:
 
     def restore(self, tensor: Tensor, count: int) -> None:
         """Take back what ``matrix`` (few rows) or ``gram`` gave."""
-        self.count = count
+        self.count, tensor = count, tensor.to(self.device)
         if count < self.size:
             self.rows, self._lower = [tensor], None
         else:

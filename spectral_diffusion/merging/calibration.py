@@ -6,7 +6,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
-from ..adapters.apply import enabled_adapters
 from ..adapters.formats.native import content_hash
 from ..adapters.low_rank import padded
 from ..config.fuse import CalibrationConfig
@@ -22,6 +23,7 @@ from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, generic_subject
 from ..core.cache import WAIT, cache_folder, cached
 from ..core.files import parse_json
 from ..core.hooks import QUIET, Event, Hooks
+from ..core.machine import CPU
 from ..core.rng import keyed_generator, keyed_random
 from ..models.base import Base
 from ..models.targets import layer_shape
@@ -86,24 +88,25 @@ def calibration_prompts(config: CalibrationConfig, token: str | None, seed: int)
 @torch.no_grad()
 def calibrate(
     base: Base,
-    adapter: Adapter | None,
+    tokens: Iterable[str],
     layers: Mapping[str, nn.Linear | nn.Conv2d],
     config: CalibrationConfig,
     seed: int,
     hooks: Hooks = QUIET,
-    only: set[str] | None = None,
+    homes: Mapping[str, torch.device] = MappingProxyType({}),
 ) -> dict[str, GramAccumulator]:
-    """The inputs of ``layers`` while ``adapter`` (None: the base alone) generates its prompts. Its token is installed.
+    """The inputs of ``layers`` while the base, with what adapters act on it, generates prompts with these tokens.
 
-    ``only`` restricts the adapter to some layers.
+    Args:
+        tokens: installed ones; without any the prompts are generic.
+        homes: where a layer's inputs are summed up, if not on the CPU.
     """
-    grams = {name: GramAccumulator(layer_shape(layer)[1]) for name, layer in layers.items()}
-    tokens = list(adapter.tokens) if adapter and adapter.tokens else [None]  # also those it was trained on top of
-    prompts = [base.spell(text) for token in tokens for text in calibration_prompts(config, token, seed)]
-    with (
-        enabled_adapters(base, [(adapter, 1.0)] if adapter else [], only),
-        record_activations(layers, config.tokens_per_call, seed) as take,
-    ):
+    grams = {
+        name: GramAccumulator(layer_shape(layer)[1], device=homes.get(name, CPU)) for name, layer in layers.items()
+    }
+    subjects: list[str | None] = [*tokens] or [None]
+    prompts = [base.spell(text) for subject in subjects for text in calibration_prompts(config, subject, seed)]
+    with record_activations(layers, config.tokens_per_call, seed) as take:
 
         def fold(step: int, latents: Tensor) -> None:
             for name, rows in take().items():
@@ -122,12 +125,12 @@ def calibrate(
 def cached_seen(
     base: Base,
     adapter: Adapter | None,
-    layers: Iterable[str],
+    homes: Mapping[str, torch.device],
     config: CalibrationConfig,
     seed: int,
     make: Callable[[], dict[str, GramAccumulator]],
 ) -> dict[str, GramAccumulator]:
-    """The result of ``make``, cached on disk under a hash of everything that decides it."""
+    """The result of ``make``, cached on disk under a hash of everything that decides it; ``homes`` are its layers'."""
     decides = {
         "base": base.fingerprint.exact,
         "adapter": content_hash(adapter) if adapter else None,
@@ -135,7 +138,7 @@ def cached_seen(
             include={"prompts", "num_images", "num_inference_steps", "guidance_scale", "tokens_per_call"}
         ),
         "ordinary": [GENERIC_ADJECTIVES, GENERIC_NOUNS],
-        "layers": sorted(layers),
+        "layers": sorted(homes),
         "size": base.size,
         "scheduler": json.loads(base.pipeline.scheduler.to_json_string()),
         "seed": seed,
@@ -145,19 +148,23 @@ def cached_seen(
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_folder()) / "activations" / f"{key}.safetensors"
-    return cached(path, make, packed, unpacked, WAIT, KEPT)
+    return cached(path, make, packed, partial(unpacked, homes=homes), WAIT, KEPT)
 
 
 def packed(grams: Mapping[str, GramAccumulator]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata to cache of the layers' inputs."""
-    tensors = {name: gram.matrix() if gram.is_raw else gram.gram() for name, gram in grams.items()}
+    tensors = {name: (gram.matrix() if gram.is_raw else gram.gram()).cpu() for name, gram in grams.items()}
     return tensors, {"counts": json.dumps({name: gram.count for name, gram in grams.items()})}
 
 
-def unpacked(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, GramAccumulator]:
+def unpacked(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    homes: Mapping[str, torch.device] = MappingProxyType({}),
+) -> dict[str, GramAccumulator]:
     """The inverse of :func:`packed`."""
     counts = parse_json(metadata["counts"])
-    grams = {name: GramAccumulator(tensors[name].shape[1]) for name in counts}
+    grams = {name: GramAccumulator(tensors[name].shape[1], device=homes.get(name, CPU)) for name in counts}
     for name, gram in grams.items():
         gram.restore(tensors[name], int(counts[name]))
     return grams

@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
+from ..adapters.apply import enabled_adapters
 from ..config.fuse import MergeConfig
 from ..core.errors import NotFiniteError, UserError
 from ..core.hooks import Event, Hooks
+from ..core.machine import CPU
 from ..linalg import Factors, matrix_shape, to_float64
 from ..models.base import Base
-from ..training.memory import available, gib
+from ..training.memory import gib
 from .activations import GramAccumulator
 from .calibration import cached_seen, calibrate
 from .memory import calibration_memory
 from .merges.registry import Accumulator, Contribution, Merge, MergeContext, get_merge
+from .placement import Homes, placed, rooms
 from .scales import scale_of
-
-SHARE = 0.8  # of the free memory that may be taken by what layers see
 
 Seen = dict[str, GramAccumulator]
 Targets = Mapping[str, nn.Linear | nn.Conv2d]
@@ -41,7 +42,7 @@ def merge_layers(
         ):
             add_change(targets[layer].weight, change, layer)
             if isinstance(change, Factors):
-                merged[layer] = change
+                merged[layer] = Factors(*(part.cpu() for part in change))
             done += 1
             hooks.progress(Event("fuse", done, len(layers), {"layer": layer}))
     return merged if len(merged) == len(layers) else None
@@ -57,12 +58,13 @@ def stage_changes(
     merge = get_merge(config.merge)
     if not merge.needs_activations:
         context = MergeContext(merge.settings(config.options), config.seed)
+        homes = dense_homes(base, adapters, stage)
         for layer, module in stage.items():
-            yield layer, merge.combine(contribute(adapters, layer, module.weight, config), context)
+            yield layer, merge.combine(contribute(adapters, layer, module.weight, config, homes[layer]), context)
         return
     changes: dict[str, Factors | Tensor] = {}
-    for group in groups(list(stage), adapters, merge, config, hooks):
-        calibration = Calibration(base, adapters, {name: stage[name] for name in group}, layers, config, hooks)
+    for homes in groups(base, list(stage), adapters, config, hooks):
+        calibration = Calibration(base, adapters, {name: stage[name] for name in homes}, layers, homes, config, hooks)
         changes |= group_changes(adapters, calibration, merge, config)
     yield from changes.items()
 
@@ -76,7 +78,8 @@ def group_changes(
     merging: dict[str, Accumulator] = {}
     for layer, module in layers.items():
         own = replace(context, prior=prior.get(layer), prior_weight=config.calibration.prior_weight)
-        merging[layer] = merge.accumulate(contribute(adapters, layer, module.weight, config), own)
+        contributions = contribute(adapters, layer, module.weight, config, calibration.homes[layer])
+        merging[layer] = merge.accumulate(contributions, own)
     for index, adapter in enumerate(adapters):
         seen = calibration.see(adapter)
         for layer in layers:
@@ -93,30 +96,47 @@ def add_change(weight: Tensor, change: Factors | Tensor, layer: str) -> None:
         NotFiniteError: the weight is NaN or infinite afterwards.
     """
     before = to_float64(weight)
-    delta = change.delta() if isinstance(change, Factors) else change
+    delta = Factors(*(part.to(before.device) for part in change)).delta() if isinstance(change, Factors) else change
     weight.copy_((before + delta.view(weight.shape).to(before.device)).to(weight.dtype))
     if not torch.isfinite(weight).all():
         raise NotFiniteError(f"{layer} is NaN or infinite once fused; lower the strengths of its adapters.")
 
 
-def contribute(adapters: list[Adapter], layer: str, weight: Tensor, config: MergeConfig) -> list[Contribution]:
-    """Every adapter's contribution to one layer; that of an adapter without the layer is no change."""
+def contribute(
+    adapters: list[Adapter], layer: str, weight: Tensor, config: MergeConfig, home: torch.device = CPU
+) -> list[Contribution]:
+    """Every adapter's contribution to one layer, on ``home``; that of an adapter without the layer is no change."""
     contributions = []
     for adapter in adapters:
         has_layer = layer in adapter.sizes
+        parameters = adapter.parameters_of(layer) if has_layer else {}
+        frozen = adapter.frozen_of(layer, weight.detach().cpu()) if has_layer else {}
         contributions.append(
             Contribution(
                 adapter.name,
                 adapter.method,
-                adapter.parameters_of(layer) if has_layer else {},
-                adapter.frozen_of(layer, weight.detach().cpu()) if has_layer else {},
+                {name: tensor.to(home) for name, tensor in parameters.items()},
+                {name: tensor.to(home) for name, tensor in frozen.items()},
                 adapter.slot,
                 scale_of(config.scales, adapter.name, layer),
                 absent=None if has_layer else matrix_shape(weight),
                 layer=layer,
+                device=home,
             )
         )
     return contributions
+
+
+def dense_homes(base: Base, adapters: list[Adapter], stage: Targets) -> Homes:
+    """Where each layer is merged without activations: the GPUs in turn, as far as every change fits there densely."""
+    room = rooms(base)
+    devices = [device for device in room if device != CPU]
+    homes = {}
+    for index, (layer, module) in enumerate(stage.items()):
+        need = 8 * module.weight.numel() * (len(adapters) + 2)  # all changes, their sum and what it is added to
+        home = devices[index % len(devices)] if devices else CPU
+        homes[layer] = home if need <= (room[home] or 0) else CPU
+    return homes
 
 
 def stages(layers: list[str], merge: Merge, config: MergeConfig) -> list[list[str]]:
@@ -133,12 +153,11 @@ def stage_of(layer: str) -> int:
     return 1 if ".attn2.to_k" in layer or ".attn2.to_v" in layer else 2
 
 
-def groups(
-    stage: list[str], adapters: list[Adapter], merge: Merge, config: MergeConfig, hooks: Hooks
-) -> list[list[str]]:
+def groups(base: Base, stage: list[str], adapters: list[Adapter], config: MergeConfig, hooks: Hooks) -> list[Homes]:
     """The layers of a stage in groups that are calibrated one after the other, so that each fits into memory.
 
     Every group generates the same images again. A layer's inputs depend on no other layer, so neither does the result.
+    What the layers see is summed up where they are merged, on GPUs that have room for it.
 
     Raises:
         UserError: a single layer does not fit.
@@ -147,27 +166,19 @@ def groups(
     # One adapter's, the sum of those before, and the generic prompts'; a merge without sums keeps all. An adapter
     # generates with each of its tokens.
     tokens = [max(1, len(adapter.tokens)) for adapter in adapters]
-    kept = max(tokens) + 1 if merge.accumulator else sum(tokens)
+    kept = max(tokens) + 1 if get_merge(config.merge).accumulator else sum(tokens)
     needs = {
         layer: calibration_memory({layer: size}, kept + 1, config.calibration) + factor_bytes(size, adapters)
         for layer, size in sizes.items()
     }
-    free = available(torch.device("cpu"))
-    room = sum(needs.values()) if free is None else round(SHARE * free)
-    if max(needs.values()) > room:
+    room = rooms(base)
+    out = placed(needs, room)
+    if out is None:
         layer = max(needs, key=needs.__getitem__)
         raise UserError(
-            f"Calibrating the layer {layer} needs {gib(needs[layer])} of memory and {gib(free or 0)} are free; fuse "
-            "fewer adapters at once, or take a merge without calibration, such as spectral."
+            f"Calibrating the layer {layer} needs {gib(needs[layer])} of memory and {gib(room[CPU] or 0)} are free; "
+            "fuse fewer adapters at once, or take a merge without calibration, such as spectral."
         )
-    out: list[list[str]] = []
-    used = room + 1
-    for layer in stage:
-        if used + needs[layer] > room:
-            out.append([])
-            used = 0
-        out[-1].append(layer)
-        used += needs[layer]
     most = max(sum(needs[layer] for layer in group) for group in out)
     passes = f" in {len(out)} passes, as memory is short" if len(out) > 1 else ""
     hooks.notify(f"Calibrating {len(stage)} layers{passes} needs up to {most / 2**20:.0f} MiB.")
@@ -189,12 +200,14 @@ class Calibration:
 
     Attributes:
         layers: the group, by name; ``every``: the names of all layers that are fused.
+        homes: where each layer of the group is merged.
     """
 
     base: Base
     adapters: list[Adapter]
     layers: Targets
     every: list[str]
+    homes: Homes
     config: MergeConfig
     hooks: Hooks
 
@@ -213,9 +226,12 @@ class Calibration:
         first = stage_of(next(iter(layers)))
         acting = None if own else {layer for layer in self.every if stage_of(layer) >= first}
 
+        tokens = tuple(adapter.tokens) if adapter else ()  # also those it was trained on top of
+
         def make() -> Seen:
-            return calibrate(self.base, adapter, layers, settings, self.config.seed, self.hooks, acting)
+            with enabled_adapters(self.base, [(adapter, 1.0)] if adapter else [], acting):
+                return calibrate(self.base, tokens, layers, settings, self.config.seed, self.hooks, self.homes)
 
         if own and settings.cache:
-            return cached_seen(self.base, adapter, layers, settings, self.config.seed, make)
+            return cached_seen(self.base, adapter, self.homes, settings, self.config.seed, make)
         return make()

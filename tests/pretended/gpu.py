@@ -115,15 +115,17 @@ class Operations(TorchDispatchMode):
 
 
 class PretendedGPU:
-    """A device of kind ``cuda`` or ``mps`` while the context is open.
+    """A device of kind ``cuda`` or ``mps`` while the context is open, or several.
 
     Attributes:
+        count: how many devices there are.
         kernels: launched kernels by operation; ``lines``: by line of the program; ``syncs``: waiting for the device, by
             what and line. They count while ``counting`` is true.
     """
 
-    def __init__(self, kind: str = "cuda") -> None:
-        self.kind, self.device, self.places = kind, torch.device(kind, 0), Places()
+    def __init__(self, kind: str = "cuda", count: int = 1) -> None:
+        self.kind, self.count, self.places = kind, count, Places()
+        self.device = torch.device(kind, 0)  # where no other is named
         self.kernels: Counter[str] = Counter()
         self.lines: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
@@ -139,6 +141,14 @@ class PretendedGPU:
     def wait(self, what: str) -> None:
         if self.counting:
             self.syncs[f"{what} at {program_line()}"] += 1
+
+    def _target(self, device: torch.device) -> torch.device:
+        """Where a tensor goes that is sent to a device."""
+        if device.type != self.kind:
+            return CPU
+        if (device.index or 0) >= self.count:
+            self.refuse(f"{device}: there are {self.count}")
+        return torch.device(self.kind, device.index or 0)
 
     def is_here(self, tensor: Tensor) -> bool:
         place = self.places.of(tensor)
@@ -188,7 +198,7 @@ class PretendedGPU:
         """A tensor that is made on a device."""
         self._check_generator(kwargs.get("generator"), device)
         self._check_dtype(kwargs.get("dtype"), device)
-        target = self.device if device.type == self.kind else CPU
+        target = self._target(device)
         with self._asking(target):
             out = func(*args, **{**kwargs, "device": CPU})
         if target is not CPU and name in {"tensor", "as_tensor", "asarray"}:
@@ -212,12 +222,12 @@ class PretendedGPU:
             target = CPU if name == "cpu" else place if wanted is None else torch.device(wanted)
         if target.type not in (self.kind, "cpu"):
             return Tensor.to(tensor, *args, **kwargs)  # the meta device
-        target = self.device if target.type == self.kind else CPU
+        target = self._target(target)
         self._check_dtype(dtype or tensor.dtype, target)
         if place.type != target.type and self.kind == "mps" and (dtype or tensor.dtype) == torch.float64:
             self.refuse("a copy from MPS as float64, which MPS itself would convert")
         options = {name: kwargs[name] for name in ("memory_format",) if kwargs.get(name) is not None}
-        crosses = place.type != target.type
+        crosses = place != target
         if crosses and not (kwargs.get("non_blocking") and self.kind == target.type == "cuda"):
             self.wait("a copy to the device" if target.type == self.kind else "a copy to the host")
         self._moving = True
@@ -247,13 +257,14 @@ class PretendedGPU:
         if any(map(is_hollow, given)):
             return func(*args, **kwargs)
         where = [self.places.of(tensor) for tensor in given]
-        on_device = self.kind in {place.type for place in where if place}
+        there = next((place for place in where if place and place.type == self.kind), None)
+        on_device = there is not None
         if on_device:
             self._check(name, given, where, kwargs)
         out = func(*args, **kwargs)
         if on_device and name in SYNCHRONIZING:
             self.wait(name.removeprefix("aten::"))
-        target = self.device if on_device else None
+        target = there
         if name == "aten::copy_":
             target = where[0]
             if len(where) > 1 and None not in where[:2] and where[0].type != where[1].type:  # type: ignore[union-attr]
@@ -289,6 +300,9 @@ class PretendedGPU:
             self.refuse(f"{name} has no MPS kernel")
         if "randperm" not in name:
             self._check_generator(kwargs.get("generator"), self.device)
+        devices = {str(place) for place in where if place is not None and place.type == self.kind}
+        if len(devices) > 1:
+            self.refuse(f"{name} of tensors on {' and '.join(sorted(devices))}")
         strangers = [tensor for tensor, place in zip(given, where, strict=True) if place == CPU]
         if name in INDEXED and where[0] is not None and where[0].type == self.kind:
             if strangers:

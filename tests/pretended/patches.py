@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 GIB = 1 << 30
 CUDA: dict[str, Any] = {
-    "is_available": lambda: True, "_lazy_init": lambda: None, "device_count": lambda: 1, "current_device": lambda: 0,
+    "is_available": lambda: True, "_lazy_init": lambda: None, "current_device": lambda: 0,
     "is_bf16_supported": lambda *args, **more: True, "empty_cache": lambda: None, "synchronize": lambda *args: None,
     "mem_get_info": lambda *args: (70 * GIB, 80 * GIB), "memory_reserved": lambda *args: 0,
     "memory_allocated": lambda *args: 0, "get_device_capability": lambda *args: (9, 0),
@@ -55,6 +55,7 @@ def patched(gpu: PretendedGPU) -> Iterator[None]:
         if gpu.kind == "cuda":
             for name, value in CUDA.items():
                 patch(torch.cuda, name, value)
+            patch(torch.cuda, "device_count", lambda: gpu.count)
         else:
             patch(torch.backends.mps, "is_available", lambda: True)
         patch(svd_cache, "ThreadPoolExecutor", AtOnce)

@@ -93,7 +93,7 @@ def mean_diagonal(sources: Sequence[tuple[GramAccumulator, float]]) -> float:
 
 def solve(total: Tensor, right: Tensor, ridge: float) -> Tensor:
     """right (total + ρ I)⁻¹ by Cholesky; by eigenvalues where the matrix is singular and there is no ridge."""
-    shifted = total + ridge * torch.eye(len(total), dtype=total.dtype)
+    shifted = total + ridge * torch.eye(len(total), dtype=total.dtype, device=total.device)
     factor, failed = torch.linalg.cholesky_ex(shifted)
     diagonal = factor.diagonal()
     if not failed and float(diagonal.min()) > 1e-7 * float(diagonal.max()):
@@ -115,7 +115,7 @@ def dual(
     rows = torch.cat([weight**0.5 * gram.matrix() for gram, weight in sources])
     targets = []
     for index, down in enumerate(downs):
-        block = torch.zeros(len(down), len(rows), dtype=torch.float64)
+        block = torch.zeros(len(down), len(rows), dtype=torch.float64, device=rows.device)
         start = sum(len(gram.matrix()) for gram, _ in sources[:index])
         own = sources[index][0].matrix()
         block[:, start : start + len(own)] = down @ own.mT

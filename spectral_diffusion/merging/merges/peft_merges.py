@@ -36,7 +36,8 @@ class RankOptions(Settings):
 def ties_merge(contributions: Sequence[Contribution], context: MergeContext) -> Tensor:
     """Dense ΔW of PEFT's ``ties`` at the configured density, of the changes at their strengths: those vote too."""
     deltas = [contribution.scale * contribution.factors().delta() for contribution in contributions]
-    return ties(deltas, torch.ones(len(deltas), dtype=torch.float64), context.get(DensityOptions).density)
+    weights = torch.ones(len(deltas), dtype=torch.float64, device=deltas[0].device)
+    return ties(deltas, weights, context.get(DensityOptions).density)
 
 
 @register_merge(
@@ -48,7 +49,7 @@ def ties_merge(contributions: Sequence[Contribution], context: MergeContext) -> 
 def dare(contributions: Sequence[Contribution], context: MergeContext) -> Tensor:
     """Dense ΔW of PEFT's ``dare_linear`` at the configured density.
 
-    What is dropped of an adapter depends on the seed, its name and the layer alone.
+    What is dropped of an adapter depends on the seed, its name and the layer alone, so it is drawn on the CPU.
     """
     deltas = []
     for contribution in contributions:
@@ -57,7 +58,8 @@ def dare(contributions: Sequence[Contribution], context: MergeContext) -> Tensor
                 keyed_generator("dare", context.seed, contribution.name, contribution.layer).initial_seed()
             )
             strength = torch.tensor([contribution.scale], dtype=torch.float64)
-            deltas.append(dare_linear([contribution.factors().delta()], strength, context.get(DensityOptions).density))
+            change = contribution.factors().delta().cpu()
+            deltas.append(dare_linear([change], strength, context.get(DensityOptions).density))
     return torch.stack(deltas).sum(0)
 
 

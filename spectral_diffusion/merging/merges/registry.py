@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...adapters.adapter import Adapter
 from ...config.settings import Settings, build
+from ...core.machine import CPU
 from ...core.registry import Registry
 from ...linalg import Factors, to_float64
 from ...methods import Method
@@ -32,12 +33,14 @@ class Contribution:
     inputs: GramAccumulator | None = None  # the layer's inputs while this adapter acted, for merges that need them
     absent: tuple[int, int] | None = None  # the weight's sides, where the adapter leaves it as it is
     layer: str = ""  # the weight's name
+    device: torch.device = CPU  # where the weight is merged; it has float64
 
     def factors(self) -> Factors:
         """The adapter's ΔW at strength 1, in float64; of rank 0 where it has none."""
         if self.absent:
             rows, columns = self.absent
-            return Factors(torch.zeros(rows, 0).double(), torch.zeros(0, columns).double())
+            given: dict[str, Any] = {"dtype": torch.float64, "device": self.device}
+            return Factors(torch.zeros(rows, 0, **given), torch.zeros(0, columns, **given))
         return Factors(*(to_float64(part) for part in self.method.delta(self.parameters, self.frozen)))
 
 

@@ -67,7 +67,7 @@ def _paper(all_contributions: Sequence[Contribution]) -> Factors:
     position = {column: index for index, column in enumerate(columns)}
     first = contributions[0].frozen
     U, V = (first[side].new_zeros(len(first[side]), len(columns)).double() for side in "UV")
-    S, A_U, A_V = torch.zeros(len(columns)).double(), torch.zeros_like(U), torch.zeros_like(V)
+    S, A_U, A_V = U.new_zeros(len(columns)), torch.zeros_like(U), torch.zeros_like(V)
     for contribution in contributions:
         assert contribution.slot is not None
         where = torch.tensor([position[c] for c in contribution.slot.columns])

@@ -39,7 +39,7 @@ class SubspaceRouting(Accumulator):
         self.context, self.scales = context, [contribution.scale for contribution in contributions]
         self.up, self.down = torch.cat([part.up for part in parts], 1), torch.cat([part.down for part in parts], 0)
         self.stops = list(itertools.accumulate(len(part.down) for part in parts))
-        self.total = torch.zeros(len(self.down), len(self.down), dtype=torch.float64)
+        self.total = torch.zeros(len(self.down), len(self.down), dtype=torch.float64, device=self.down.device)
         self.target = torch.zeros_like(self.total)
         self.count, self.diagonal = 0, 0.0
 
