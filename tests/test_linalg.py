@@ -10,6 +10,7 @@ from spectral_diffusion.linalg import (
     SingularTriplets,
     cayley_change,
     compose_changes,
+    corrected_eigenvectors,
     cosine_between,
     frobenius_norm,
     min_abs_cosine,
@@ -39,6 +40,42 @@ def test_top_band_is_the_svd(shape: tuple[int, int], count: int) -> None:
     assert torch.rad2deg(torch.acos(cosines.clamp(max=1))).max() < 2e-6  # acos near 1 sees half the digits
     sine = (band.U - U[:, :count] * (band.U * U[:, :count]).sum(0).sign()).norm(dim=0)
     assert torch.rad2deg(sine).max() < 1e-8
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (400, 300), (300, 500)])
+@pytest.mark.parametrize("values", ["linear", "power", "steep", "noise"])
+def test_eigenvectors_of_float32_are_corrected_to_float64(shape: tuple[int, int], values: str) -> None:
+    """What a GPU computes: as exact as LAPACK's in float64, for spectra flat and steep."""
+    small = min(shape)
+    given = {
+        "power": torch.arange(1, small + 1, dtype=torch.float64) ** -0.7,
+        "steep": torch.exp(-torch.arange(small, dtype=torch.float64) / 12),
+    }
+    weight = decaying(*shape)
+    if values in given:
+        U, _, Vh = torch.linalg.svd(weight, full_matrices=False)
+        weight = (U * given[values]) @ Vh
+    elif values == "noise":
+        weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gram = weight.mT @ weight if shape[0] >= shape[1] else weight @ weight.mT
+    found = corrected_eigenvectors(gram, 40)
+    assert found
+    exact, basis = (part.flip(-1) for part in torch.linalg.eigh(gram))
+    assert torch.allclose(found[0], exact[:40], rtol=1e-9)
+    sine = found[1] - basis[:, :40] * (found[1] * basis[:, :40]).sum(0).sign()
+    assert float(sine.norm(dim=0).max()) < 1e-9
+    single = torch.linalg.eigh(gram.float())[1].flip(1)[:, :40].double()
+    assert float((single - basis[:, :40] * (single * basis[:, :40]).sum(0).sign()).norm(dim=0).max()) > 1e-6
+
+
+def test_eigenvectors_that_float32_cannot_tell_apart_are_found_in_float64() -> None:
+    """A cluster that reaches beyond the further columns."""
+    small = 300
+    Q = torch.linalg.qr(torch.randn(small, small, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).Q
+    S = torch.cat([torch.linspace(2, 1.5, 10), 1 + 1e-9 * torch.arange(small - 10)]).double().square()
+    gram = (Q * S) @ Q.mT
+    assert corrected_eigenvectors(gram, 40) is None
+    assert corrected_eigenvectors(gram, 10)
 
 
 def test_signs_are_canonical_and_the_pair_flips_together() -> None:
