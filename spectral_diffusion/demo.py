@@ -17,12 +17,13 @@ from .config.train import TrainConfig
 from .core import assets as resources
 from .core.files import write_text
 from .core.hooks import QUIET, Hooks, brief_duration
+from .core.machine import parse_device
 from .core.precision import resolve_mixed_precision
 from .data.folder import load_concept, open_photo
 from .data.image_grid import image_grid, labelled
 from .merging.fuse import fuse_to_folder
 from .models.base import Base
-from .models.loading import load_base, parse_device
+from .models.loading import load_base
 from .scenes.control import read_control_image
 from .scenes.png_metadata import save_png, sources_of
 from .scenes.sampling import sample

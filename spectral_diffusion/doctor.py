@@ -76,7 +76,7 @@ def examine() -> Check:
 
 def best_device() -> torch.device:
     """The device that ``auto`` means."""
-    from .models.loading import parse_device
+    from .core.machine import parse_device
 
     return parse_device("auto")
 

@@ -17,14 +17,17 @@ from spectral_diffusion.adapters.adapter import check_base
 from spectral_diffusion.adapters.attach import AdapterSpec, inject_adapter, unloading
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.adapters.frozen import frozen_tensors
+from spectral_diffusion.config.evaluate import EvaluateConfig
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.scene import Region, Scene
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.evaluation.run import evaluate_to_folder
 from spectral_diffusion.merging.fuse import fuse_adapters
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.models.base import Base, base_of
 from spectral_diffusion.models.loading import load_base
+from spectral_diffusion.models.offload import is_offloaded
 from spectral_diffusion.models.quantization import is_quantized, quantization_of, quantizer
 from spectral_diffusion.models.split_linear import QuantizedFused, join_layers
 from spectral_diffusion.scenes.generate import generate_to_file
@@ -274,6 +277,36 @@ def test_a_quantized_network_can_be_offloaded_too(folder: Path, kind: Any) -> No
     whole, away = (load_base(str(folder), "cpu", "bfloat16", kind, layer_offload=on) for on in (False, True))
     assert torch.equal(predicted(whole), predicted(away))
     trained_through(away)
+
+
+@pytest.mark.parametrize("how", [{"quantization": "int8"}, {"layer_offload": True}])
+def test_an_evaluation_loads_the_base_so_too(
+    klein: Path, photos: Path, tmp_path: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for its scenes, which take the evaluation's settings."""
+    file = tmp_path / "adapters" / "rex.safetensors"
+    train_to_file(settings(klein, file, photos, **{"quantization": "none", **how}))
+    loaded: list[Base] = []
+
+    def counted(*args: Any, **more: Any) -> Base:
+        loaded.append(load_base(*args, **more))
+        return loaded[-1]
+
+    for module in ("evaluation.generate", "scenes.generate"):
+        monkeypatch.setattr(f"spectral_diffusion.{module}.load_base", counted)
+    scene = tmp_path / "scene.yaml"
+    scene.write_text("prompt: a rex rex on a beach\nwidth: 32\nheight: 32\n")
+    evaluate_to_folder(
+        EvaluateConfig(
+            adapters=[file], scenes=[scene], references=photos.parent, output=tmp_path / "report", device="cpu",
+            num_images=1, num_inference_steps=1, encoders=["pocket"], dtype="bfloat16", noun_baseline=False,
+            prior_prompts=["a {} on grass"], prompts=["a {}"], **how,
+        )
+    )  # fmt: skip
+    assert len(loaded) == 2
+    for base in loaded:
+        assert base.quantization == how.get("quantization", "none")
+        assert is_offloaded(base.denoiser.network) == how.get("layer_offload", False)
 
 
 def test_fusing_into_quantized_weights_is_refused(klein: Path, photos: Path, tmp_path: Path) -> None:

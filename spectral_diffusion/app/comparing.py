@@ -135,7 +135,7 @@ def compare(
         adapters = list(load_chosen(workspace, chosen).values())
         check_together(adapters, settings.scales)
         get_merge(settings.merge).check(adapters)
-        base = load_base(settings.base or adapters[0].base, settings.device)
+        base = load_base(settings.base or adapters[0].base, settings.device, settings.dtype)
         scene = build(
             Scene,
             preset_settings(base.name, "generate"),

@@ -79,7 +79,7 @@ def memory_estimate(config: TrainConfig) -> tuple[str, str]:
     Raises:
         UserError: the targets match nothing.
     """
-    from ..models.loading import parse_device
+    from ..core.machine import parse_device
     from ..training.checkpoint import APART
     from ..training.memory import available, gib
 

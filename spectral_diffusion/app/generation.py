@@ -20,8 +20,9 @@ from ..config.settings import build
 from ..core.errors import Cancelled, UserError
 from ..core.files import write_bytes
 from ..core.hooks import QUIET, Event, Hooks, Progress
+from ..core.machine import parse_device
 from ..merging.manifest import read_manifest
-from ..models.loading import parse_device, size_from_configs
+from ..models.loading import size_from_configs
 from ..scenes.generate import generate_to_file
 from .adapters import adapter_file, read_adapter, workspace_adapters
 from .base_cache import BaseCache

@@ -104,7 +104,7 @@ def tune(
     from ..models.loading import load_base
 
     loaded = [adapter for file in files for adapter in adapters_in_fusion(Path(file))]
-    base = load_base(settings.base or loaded[0].base, settings.device)
+    base = load_base(settings.base or loaded[0].base, settings.device, settings.dtype)
     with progress_bar() as progress:
         candidates = search_scales(base, loaded, settings, tries[0], tries[1], Hooks(progress=progress))
     if as_json:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat
 
-from .settings import Precision, Settings, Templates
+from .settings import Precision, Quantization, Settings, Templates
 
 PLACES = {
     "on the grass": "grass",
@@ -58,6 +58,12 @@ class EvaluateConfig(Settings):
     allow_base: bool = Field(False, description="Accept adapters of a related base.")
     device: str = Field("auto", description="auto, cpu, cuda, mps …")
     dtype: str = Field("float32", description="Precision of the networks.")
+    quantization: Quantization = Field(
+        "none", description="Bits of a transformer's frozen weights: none, int8, fp8 (8) or nf4 (4, on a GPU only)."
+    )
+    layer_offload: bool = Field(
+        False, description="Keep a transformer's layers in main memory; each comes to the GPU as it computes. Slower."
+    )
     mixed_precision: Precision = Field("auto", description="Autocast: auto takes what this machine does fastest.")
     allow_tf32: bool = Field(False, description="On CUDA, round the factors of float32 products to TensorFloat-32.")
 

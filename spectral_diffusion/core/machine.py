@@ -21,12 +21,30 @@ import torch
 from torch import Tensor
 
 from .cache import cache_folder
-from .errors import UserError
+from .errors import Fix, UserError
 from .files import write_json
 
 CPU = torch.device("cpu")
 FILE = "machine.json"
 LIBRARIES = ("spectral-diffusion", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "scipy")
+
+
+def parse_device(name: str) -> torch.device:
+    """A torch device; ``auto`` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"Device '{name}' is not available here.", Fix("device", "cpu")) from error
+    return device
 
 
 def cpu_name() -> str:

@@ -125,7 +125,8 @@ def generate_adapters(images: EvaluationImages, inputs: EvaluationInputs, hooks:
         UserError: an adapter does not fit the base.
     """
     config, generated = images.config, GeneratedImages()
-    base = load_base(inputs.base, config.device, config.dtype)
+    how = config.device, config.dtype, config.quantization, config.layer_offload
+    base = load_base(inputs.base, *how)
     for adapter in inputs.adapters.values():
         if warning := check_base(adapter, base, config.allow_base):
             hooks.notify(warning)
@@ -144,7 +145,7 @@ def generate_adapters(images: EvaluationImages, inputs: EvaluationInputs, hooks:
     setting, acts, of = inputs.together, evaluation_scales(config, inputs), inputs.base
     if inputs.fused:
         del base  # before the next one is loaded: two may not fit
-        base, acts, of = load_base(str(inputs.fused), config.device, config.dtype), {}, str(inputs.fused)
+        base, acts, of = load_base(str(inputs.fused), *how), {}, str(inputs.fused)
     with enabled_adapters(base, [(inputs.adapters[path], strength) for path, strength in acts.items()]):
         if setting != ALONE:
             generated.shown[setting] = [

@@ -95,6 +95,8 @@ def generation_settings(config: EvaluateConfig) -> dict[str, Any]:
         "allow_base",
         "device",
         "dtype",
+        "quantization",
+        "layer_offload",
         "mixed_precision",
         "allow_tf32",
     }
@@ -177,17 +179,20 @@ def trained_on(path: Path) -> Path | None:
     return beside if is_folder(beside) and not is_folder(named) else Path(named)
 
 
-def choose_encoders(names: Sequence[str], bases: Sequence[str]) -> list[Encoder]:
+def choose_encoders(names: Sequence[str], bases: Sequence[str], device: str = "cpu") -> list[Encoder]:
     """The encoders of those names; by default the pocket one for the pocket base, else local CLIP and DINOv2.
+
+    Args:
+        device: where they compute.
 
     Raises:
         UserError: one is not on this machine, or none suits these bases.
     """
     if names:
-        return [load_encoder(name) for name in dict.fromkeys(names)]
+        return [load_encoder(name, device) for name in dict.fromkeys(names)]
     if all(preset_of(base) == "pocket" for base in bases):
-        return [load_encoder("pocket")]
-    local = encoders_here()
+        return [load_encoder("pocket", device)]
+    local = encoders_here(device)
     if not local:
         raise UserError(
             "No encoder that knows photographs is on this machine; a CLIP or DINOv2 model has to be downloaded first.",

@@ -53,7 +53,8 @@ def evaluate_to_folder(
         )
     every = [*scenes.values(), *pictures.values()]
     concepts = references_of(subjects(config, inputs, every), config.references, config.others)
-    encoders = choose_encoders(config.encoders, [inputs.base] if inputs else [scene.base for scene in every])
+    bases = [inputs.base] if inputs else [scene.base for scene in every]
+    encoders = choose_encoders(config.encoders, bases, config.device)
     check_writable(config.output / f"{NAME}.json")
 
     of_scenes = sum(len(scene.every_seed()) for scene in scenes.values())

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.errors import UserError, only_a_pickle, reason
+from ..core.machine import parse_device
 from .identity import IdentityEncoder, embed, load_identity_encoder
 
 BATCH = 16  # pictures at once, for the encoders of photographs
@@ -40,8 +41,8 @@ class Pocket:
     name = "pocket"
     kind: Literal["image", "image and text"] = "image"
 
-    def __init__(self) -> None:
-        self.model: IdentityEncoder = load_identity_encoder()
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.model: IdentityEncoder = load_identity_encoder().to(device)
 
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (n, 128)."""
@@ -59,7 +60,8 @@ class Dino:
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (n, width)."""
-        return torch.cat([F.normalize(self._features(pixels), dim=1) for pixels in _batches(self.processor, images)])
+        features = [self._features(pixels.to(self.model.device)) for pixels in _batches(self.processor, images)]
+        return F.normalize(torch.cat(features), dim=1).cpu()
 
     def _features(self, pixels: Tensor) -> Tensor:
         features: Tensor = self.model(pixel_values=pixels).last_hidden_state[:, 0].float()
@@ -81,8 +83,8 @@ class Clip(Dino):
     @torch.no_grad()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors (n, width); what is longer than the model reads is cut."""
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
-        return F.normalize(_pooled(self.model.get_text_features(**tokens)), dim=1)
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self.model.device)
+        return F.normalize(_pooled(self.model.get_text_features(**tokens)), dim=1).cpu()
 
 
 def _batches(processor: Any, images: Sequence[Image.Image]) -> list[Tensor]:
@@ -97,14 +99,18 @@ def _pooled(output: Any) -> Tensor:
     return features.float()
 
 
-def load_encoder(name: str) -> Encoder:
+def load_encoder(name: str, device: str = "cpu") -> Encoder:
     """``pocket``, or the folder or hub id of a CLIP or DINOv2 model whose files are on this machine.
+
+    Args:
+        device: where it computes, ``auto`` being the fastest.
 
     Raises:
         UserError: no such model here, or one of another kind.
     """
+    where = parse_device(device)
     if name == "pocket":
-        return Pocket()
+        return Pocket(where)
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
     from ..models.loading import quiet_loading
@@ -115,7 +121,7 @@ def load_encoder(name: str) -> Encoder:
             kind = AutoConfig.from_pretrained(name, **here).model_type
             if kind not in {"clip", "dinov2"}:
                 raise UserError(f"The encoder '{name}' is a {kind} model; use pocket, a CLIP or a DINOv2 model.")
-            model = AutoModel.from_pretrained(name, use_safetensors=True, **here).eval().requires_grad_(False)
+            model = AutoModel.from_pretrained(name, use_safetensors=True, **here).eval().requires_grad_(False).to(where)
             processor = AutoImageProcessor.from_pretrained(name, **here)
             if kind == "dinov2":
                 return Dino(name, model, processor)
@@ -133,12 +139,12 @@ def load_encoder(name: str) -> Encoder:
         ) from error
 
 
-def encoders_here() -> list[Encoder]:
+def encoders_here(device: str = "cpu") -> list[Encoder]:
     """The default encoders of photographs that are installed on this machine."""
     encoders = []
     for name in PHOTOGRAPHS:
         try:
-            encoders.append(load_encoder(name))
+            encoders.append(load_encoder(name, device))
         except UserError:
             continue
     return encoders

@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from .. import pocket
 from ..core.errors import Fix, UserError, reason
 from ..core.files import check_not_disguised, read_header
+from ..core.machine import parse_device
 from .base import ENCODERS, NETWORKS, Base, base_of
 from .denoiser import Denoiser
 from .families import FAMILIES, family_named, family_of, family_titles
@@ -66,24 +67,6 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"Unknown dtype '{name}'; use float32, float16 or bfloat16.")
     return DTYPES[name]
-
-
-def parse_device(name: str) -> torch.device:
-    """A torch device; ``auto`` takes CUDA, then MPS, then the CPU.
-
-    Raises:
-        UserError: no such device here.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"Device '{name}' is not available here.", Fix("device", "cpu")) from error
-    return device
 
 
 def load_base(

@@ -27,6 +27,7 @@ from ..core.cache import cache_folder
 from ..core.errors import UserError
 from ..core.files import parse_json, read_text, write_json
 from ..core.hooks import Hooks, Progress, silent
+from ..core.machine import parse_device
 from ..core.precision import resolve_mixed_precision
 from ..data.folder import Concept, load_concept, open_photo
 from ..linalg import matrix_shape
@@ -35,7 +36,7 @@ from ..methods import get_method
 from ..metrics.classifiers import classify_images, load_classifier
 from ..metrics.encoders import Clip, Encoder, load_encoder
 from ..models.base import Base
-from ..models.loading import load_base, parse_device
+from ..models.loading import load_base
 from ..scenes.sampling import sample
 from ..training.run import train_to_file
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .. import pocket
 from ..config.train import TrainConfig
-from ..core.machine import measured_once
+from ..core.machine import measured_once, parse_device
 from ..core.precision import MixedPrecision, autocast, is_half, resolve_mixed_precision
 from ..models.denoiser import plain_attention_is_faster
-from ..models.loading import parse_device, parse_dtype
+from ..models.loading import parse_dtype
 from .prior_images import STEPS
 
 # Arithmetic of one prediction of one picture at the base's own size (torch.utils.flop_counter).
