@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from families import MAKERS, make_tiny_sdxl
 from PIL import Image, ImageDraw
 from pretended import PretendedGPU, Refused
 
+from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.control import ControlConfig
 from spectral_diffusion.config.evaluate import EvaluateConfig
 from spectral_diffusion.config.fuse import FuseConfig
@@ -40,6 +41,7 @@ from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.offload import is_offloaded
 from spectral_diffusion.scenes.generate import generate_to_file
 from spectral_diffusion.training.control_adapter import train_control
+from spectral_diffusion.training.half_weights import half_weights
 from spectral_diffusion.training.run import train_to_file
 
 REAL = os.environ.get("SPECTRAL_DIFFUSION_TEST_DEVICE", "")
@@ -491,3 +493,42 @@ def test_apples_gpus_are_spared_float64() -> None:
         assert to_float64(rows.to("mps")).device.type == gram_of(rows.to("mps")).device.type == "cpu"
         for size in (2, 8):  # a Gram matrix, and rows
             GramAccumulator(size).add(rows[:, :size].to("mps"))
+
+
+@pytest.mark.skipif(bool(REAL), reason="a pretended device")
+@pytest.mark.parametrize(("method", "half"), [("spectral-additive", True), ("lora", True), ("dora", False)])
+@pytest.mark.parametrize("base", ["sd", "klein"])
+def test_frozen_weights_take_half_the_memory_with_the_same_bits(
+    world: World, base: str, method: str, half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast would round them anyway; they are whole again afterwards, and validation images know of it."""
+    given: dict[str, Any] = {
+        "method": method, "mixed_precision": "bf16", "steps": 3, "rank": 2, "device": "cuda", "learning_rate": 1e-2,
+        "crops_per_image": 1, "validation": {"every": 3, "num_inference_steps": 1}, "noise_offset": 0.0,
+    }  # fmt: skip
+    seen: list[set[torch.dtype]] = []
+
+    def watched(network: Any, precision: Any) -> Any:
+        seen.append(set())
+        return half_weights(network, precision)
+
+    files = []
+    with PretendedGPU("cuda"):
+        for on in (True, False):
+            monkeypatch.setattr("spectral_diffusion.training.loop.half_weights", watched if on else nothing)
+            loaded = world.fresh(base, "cuda")
+            before = {name: p.detach().clone() for name, p in loaded.denoiser.network.named_parameters()}
+            output = tmp_path / str(on) / "rex.safetensors"
+            config = TrainConfig(concept=world.rex, output=output, base=str(world.base(base)), **given)
+            train_to_file(config, base=loaded)
+            after = dict(loaded.denoiser.network.named_parameters())
+            assert all(p.dtype == torch.float32 and torch.equal(p, after[name]) for name, p in before.items())
+            files.append(load_adapter(output))
+    assert bool(seen) == half
+    for name, parameters in files[0].parameters.items():
+        assert torch.equal(parameters, files[1].parameters[name]), name
+
+
+@contextmanager
+def nothing(network: Any, precision: Any) -> Iterator[None]:
+    yield

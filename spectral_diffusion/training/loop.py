@@ -34,6 +34,7 @@ from .batch import Batch, sample_batch
 from .checkpoint import TrainingState, comparable_settings
 from .continuation import slot_lr_scaling, start_hash
 from .distributed import World, global_batch, microbatch, take_step
+from .half_weights import half_weights, halves
 from .losses import diffusion_loss, weighted_mse
 from .optimizers import EMA, build_optimizer, lr_schedule
 from .prior_images import make_prior_images
@@ -126,6 +127,9 @@ class Trainer:
         )
         self._enter(stack, OTHER_TOKENS if preserving else ())
         self._attach()
+        if self.base.dtype == torch.float32 and halves(self.base.device, self.precision, job.method):
+            stack.enter_context(half_weights(self.denoiser.network, self.precision))
+            self.validator.precision = self.precision
         self._optimize()
         self.state = TrainingState(
             job.state, self.config, self.trained, self.optimizer, self.adapter, self.ema, self.scaler, self.validator,

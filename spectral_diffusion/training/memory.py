@@ -19,7 +19,7 @@ from ..adapters.attach import AdapterSpec, inject_adapter
 from ..adapters.frozen import Frozen, hollow_tensors
 from ..config.train import TrainConfig
 from ..core.errors import Fix, UserError
-from ..core.precision import autocast, is_half, resolve_mixed_precision
+from ..core.precision import DTYPES, autocast, is_half, resolve_mixed_precision
 from ..methods import get_method
 from ..models.base import Base
 from ..models.denoiser import Denoiser
@@ -30,6 +30,7 @@ from ..models.quantization import block_bytes, quantized_bytes, working_bytes
 from ..models.targets import find_targets, layer_shape
 from ..models.vae import at_once, decode_batch, encoder_input, latent_channels, overflows, pixels_per_cell
 from ..slots.ledger import Slot
+from .half_weights import halvable, halves
 from .prior_images import CHUNK as PICTURES_AT_ONCE
 
 SMALL = 50_000_000  # parameters of a base below which nobody needs to be told
@@ -133,10 +134,12 @@ def estimate(models: Models, vae: nn.Module, config: TrainConfig, size: int, dev
     with FakeTensorMode(allow_non_fake_inputs=True):  # on a pretended CPU, so that autocast acts as it does
         phases = TrainingPhases(adapted, vae, config, size, device)
         peaks = phases.measure()
-        frozen = tensor_bytes(phases.resident) - weights - 4 * trained + frozen_apart
+        frozen = tensor_bytes(phases.resident) + phases.halved - weights - 4 * trained + frozen_apart
     per_parameter = 4 + STATES[config.optimizer.name] + (4 if config.optimizer.ema_decay else 0)
     peaks = {name: peak if name == "encoding photos" else peak + working for name, peak in peaks.items()}
-    return Estimate(weights - on_device, max(0, frozen + trained * per_parameter), peaks, CONTEXT[device])
+    return Estimate(
+        weights - on_device - phases.halved, max(0, frozen + trained * per_parameter), peaks, CONTEXT[device]
+    )
 
 
 def smaller_weights(models: Models, config: TrainConfig) -> tuple[int, int]:
@@ -178,10 +181,13 @@ class TrainingPhases:
 
     Attributes:
         resident: the tensors that stay in memory during every phase: networks with the adapter, and autoencoder.
+        halved: the bytes by which the frozen weights shrink before the first step.
     """
 
+    halved = 0
+
     def __init__(self, models: Models, vae: nn.Module, config: TrainConfig, size: int, device: str) -> None:
-        self.config, self.size = config, size
+        self.config, self.size, self.device = config, size, device
         copies: Any = hollow({**models, "vae": vae}, "cpu")
         self.vae = copies.pop("vae")
         self.models: Models = copies
@@ -199,10 +205,22 @@ class TrainingPhases:
         peaks = {"encoding photos": self.peak_of(self.encode_photos)}
         if config.prior.loss_weight and not config.data.class_images_dir:
             peaks["drawing prior images"] = self.peak_of(self.draw_prior_images)
+        if self.dtype == torch.float32 and halves(self.device, self.precision, get_method(config.method)):
+            self.halve()
+            peaks = {name: peak + self.halved for name, peak in peaks.items()}
         if config.validation.every:
             peaks["drawing samples"] = self.peak_of(self.draw_samples)
         peaks["training"] = self.peak_of(self.train_step)
         return peaks
+
+    def halve(self) -> None:
+        """Shrink the frozen weights as :func:`.half_weights.half_weights` does."""
+        whole = tensor_bytes(self.resident)
+        for parameter in halvable(self.denoiser.network):
+            parameter.data = torch.empty(parameter.shape, dtype=DTYPES[self.precision])
+        networks = (*self.models.values(), self.vae)
+        self.resident = [t for model in networks for t in (*model.parameters(), *model.buffers())]
+        self.halved = whole - tensor_bytes(self.resident)
 
     def peak_of(self, phase: Callable[[], None]) -> int:
         """Run a phase once; returns the most bytes that it takes at any time."""

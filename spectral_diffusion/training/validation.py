@@ -19,6 +19,7 @@ from ..config.train import TrainConfig, ValidationConfig
 from ..core.errors import Fix, UserError, reason
 from ..core.files import atomic
 from ..core.hooks import Hooks
+from ..core.precision import MixedPrecision, autocast
 from ..data.folder import Concept, open_photo
 from ..data.image_grid import enlarged, labelled_grid
 from ..metrics.identity import IdentityEncoder, identity_score, load_identity_encoder
@@ -55,7 +56,12 @@ def at_strength(attachment: InjectedAdapter, strength: float) -> Iterator[None]:
 
 
 def validation_images(
-    base: Base, condition: PromptEncoder, attachment: InjectedAdapter, token: str, config: ValidationConfig
+    base: Base,
+    condition: PromptEncoder,
+    attachment: InjectedAdapter,
+    token: str,
+    config: ValidationConfig,
+    precision: MixedPrecision = "no",
 ) -> list[list[Image.Image]]:
     """A row per prompt, a picture per strength, from the seeds seed, seed + 1, … of the rows.
 
@@ -70,11 +76,12 @@ def validation_images(
     for strength in config.scales:
         with torch.no_grad(), torch.random.fork_rng([]), at_strength(attachment, strength):
             options = denoiser.embedding_options(condition(prompts), condition([""] * len(prompts)))
-            images = pipe(
-                width=condition.size, height=condition.size, num_inference_steps=config.num_inference_steps,
-                generator=[torch.Generator("cpu").manual_seed(config.seed + row) for row in range(len(prompts))],
-                **options, **denoiser.guidance_options(config.guidance_scale),
-            ).images  # fmt: skip
+            with autocast(base.device, precision):
+                images = pipe(
+                    width=condition.size, height=condition.size, num_inference_steps=config.num_inference_steps,
+                    generator=[torch.Generator("cpu").manual_seed(config.seed + row) for row in range(len(prompts))],
+                    **options, **denoiser.guidance_options(config.guidance_scale),
+                ).images  # fmt: skip
             columns.append([on_white(image) for image in images])
     pipe.vae.use_slicing = slicing
     return [list(row) for row in zip(*columns, strict=True)]
@@ -87,7 +94,12 @@ class Validator:
 
     Args:
         active: whether this process is the one that writes.
+
+    Attributes:
+        precision: autocast's, with which the network has to be used.
     """
+
+    precision: MixedPrecision = "no"
 
     def __init__(self, config: TrainConfig, concept: Concept, base: Base, hooks: Hooks, active: bool = True) -> None:
         self.path, self.config, self.concept, self.base, self.note = config.output, config, concept, base, hooks.notify
@@ -131,7 +143,9 @@ class Validator:
         if self.is_due(step):
             with average.applied():
                 attachment.prune()
-                rows = validation_images(self.base, condition, attachment, self.concept.token, self.config.validation)
+                rows = validation_images(
+                    self.base, condition, attachment, self.concept.token, self.config.validation, self.precision
+                )
             figures |= self._keep(step, rows)
         if self.tracker:
             numbers = {name: value for name, value in figures.items() if isinstance(value, float)}
