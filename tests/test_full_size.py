@@ -143,6 +143,16 @@ def test_klein_4b_by_its_shapes_alone() -> None:
 
 
 @pytest.mark.slow
+def test_sdxl_is_distilled_on_12_gib_by_its_shapes_alone() -> None:
+    models = {name: model.to(torch.float16).requires_grad_(False) for name, model in build_meta("sdxl").items()}
+    vae = build_vae_meta().to(torch.float16)
+    fuse = FuseConfig(adapters=[Path("x")], output=Path("y"), **preset_part("sdxl-12gb", "fuse"))
+    size = fuse.distill.resolution or 0
+    found = distillation_memory(models, vae, find_targets(models), fuse.distill, size, precision="no")
+    assert 9 < found.total / 2**30 < 0.97 * 12
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "network"),
     [
