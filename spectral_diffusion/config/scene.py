@@ -99,6 +99,11 @@ class Scene(Settings):
     regions: list[Region] = Field(
         default_factory=list, description="Parts of the picture with prompts, and adapters, of their own."
     )
+    auto_regions: bool | None = Field(
+        None,
+        description="Find each concept's place by attention and let its adapter act there alone. Default: where two or "
+        "more adapters are named in the prompt and no region is given.",
+    )
     global_prompt_weight: float = Field(0.0, ge=0, le=1, description="Share of the scene's prompt inside the regions.")
     region_isolation: float = Field(
         0.0,

@@ -20,6 +20,7 @@ from ..data.image_grid import labelled_sheet
 from ..data.image_io import open_on_black
 from ..models.base import Base
 from ..models.loading import load_base
+from .auto_regions import AutoConcept, concepts_named
 from .control import ControlMap, read_control_image
 from .png_metadata import BASE, is_our_png, is_same, save_png, sources_of
 from .prompts import foreign_syntax, prompts_in, tokens_in
@@ -63,6 +64,25 @@ def bind(base: Base, scene: Scene, loaded: Mapping[str, Adapter], hooks: Hooks) 
             owners[token.lower()] = path
         install_tokens(base, adapter)
     return [[(loaded[path], strength) for path, strength in region.adapters.items()] for region in scene.regions]
+
+
+def place(base: Base, scene: Scene, loaded: Mapping[str, Adapter], hooks: Hooks) -> list[AutoConcept]:
+    """Let the scene's adapters act: in regions that are found where that is wanted, else everywhere; gives the former.
+
+    Raises:
+        UserError: an adapter does not belong on this base, or regions cannot be found.
+    """
+    named = concepts_named(base, scene, {path: loaded[path] for path in scene.adapters})
+    for path in named:
+        if path in scene.adapters:
+            if warning := check_base(loaded[path], base, scene.allow_base):
+                hooks.notify(warning)
+            install_tokens(base, loaded[path])
+    everywhere = [(loaded[path], strength) for path, strength in scene.adapters.items() if path not in named]
+    for text in put_adapters(base, everywhere, scene.allow_base):
+        hooks.notify(text)
+    bound = {path: [(loaded[path], strength)] for path, strength in scene.adapters.items()}
+    return [AutoConcept(token, bound.get(path, [])) for path, token in named.items()]
 
 
 def truncated_text(base: Base, prompt: str) -> str:
@@ -135,14 +155,12 @@ def generate_to_file(
             what = f"The base {scene.base}" if name == BASE else name
             hooks.notify(f"Note: {what} has changed since that picture was made; this one will differ.")
     loaded = {**own, **load_foreign(scene, base, own)}
-    adapters = [(loaded[path], strength) for path, strength in scene.adapters.items()]
-    for text in put_adapters(base, adapters, scene.allow_base):
-        hooks.notify(text)
+    concepts = place(base, scene, loaded, hooks)
     bound = bind(base, scene, loaded, hooks)
     for text in remarks(base, scene, controls):
         hooks.notify(text)
 
-    inputs = SceneInputs(controls, bound, preview, every)
+    inputs = SceneInputs(controls, bound, concepts, preview, every)
     written = write_images(base, scene, sources, inputs, hooks, resume)
     if len(written) > 1:
         save_png(labelled_sheet(written, [str(seed) for seed in seeds]), scene.output, scene, sources)

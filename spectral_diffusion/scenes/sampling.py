@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,15 +21,19 @@ from ..core.errors import Cancelled, Fix, NotFiniteError, UserError
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.precision import autocast, resolve_mixed_precision, tf32
 from ..linalg import Factors
+from ..models.attention_maps import capture_attention_maps
 from ..models.base import Base
 from ..models.denoiser import Denoiser
 from ..models.vae import decode, decode_batch, in_portions, overflows, upcast
+from .auto_regions import STEPS, AttentionTotals, AutoConcept, Enough, columns_of, own_prompt
 from .control import ControlMap, control_network, weighed
+from .found_regions import FoundConcept, FoundRegions
 from .region_mask import region_mask
 from .regions import EncodedRegion, RegionalPrompts, changed, regional
 from .token_regions import TokenRegions, window_of
 
 Bound = Sequence[tuple[Adapter, Strength]]  # the adapters of one region with their strengths
+RegionState = RegionalPrompts | TokenRegions | FoundRegions
 Preview = Callable[[int, list[Image.Image]], None]
 
 
@@ -39,13 +44,16 @@ class SceneInputs:
     Attributes:
         controls: the control images, read already.
         bound: per region of the scene the adapters that act only there.
+        concepts: what regions are found for, if the scene has none; every prompt names all of them.
         preview: called after steps 1, 1 + ``every``, …, with the step's number and the unfinished pictures.
     """
 
     controls: Sequence[ControlMap] = ()
     bound: Sequence[Bound] = ()
+    concepts: Sequence[AutoConcept] = ()
     preview: Preview | None = None
     every: int = 1
+    on_step: Callable[[int], None] | None = None  # called after every step with its number, from 1
 
 
 def sample(
@@ -97,7 +105,9 @@ class SceneSampler:
                 encode_region(base, region, own, size, scene.negative_prompt)
                 for region, own in zip(scene.regions, bound, strict=True)
             ]
-        self.layers = modules_of(base, dict.fromkeys(name for region in self.regions for name in region.deltas))
+            self.found = [changes_of(base, concept.bound) for concept in inputs.concepts]
+        acting = [*(region.deltas for region in self.regions), *(unet for _, unet in self.found)]
+        self.layers = modules_of(base, dict.fromkeys(name for deltas in acting for name in deltas))
         self.precision = resolve_mixed_precision(scene.mixed_precision, base.device, base.dtype)
         # Pipelines with textual inversion expand <rex> to <rex> <rex>_1 themselves; the SD sketch pipeline does not.
         self.full = not isinstance(self.pipe, TextualInversionLoaderMixin)
@@ -108,7 +118,7 @@ class SceneSampler:
         chunk = [self.base.spell(prompt, self.full) for prompt in prompts]
         # SDXL takes zeros, not the encoded empty prompt, where there is none.
         negative = self.base.spell(scene.negative_prompt, self.full) if scene.negative_prompt else None
-        state = self._regional_state(len(chunk))
+        state = self._found_regions(prompts, seeds) if self.found else self._regional_state(len(chunk))
         reader = state if isinstance(state, TokenRegions) else self.base.denoiser
         prompt_options = reader.prompt_options(chunk, negative)
         with (
@@ -138,7 +148,34 @@ class SceneSampler:
                 ).images
             return finished(pipe, output, self.base.denoiser, (self.height, self.width))
 
-    def _regional_state(self, count: int) -> RegionalPrompts | TokenRegions:
+    @torch.no_grad()
+    def _found_regions(self, prompts: Sequence[str], seeds: Sequence[int]) -> FoundRegions:
+        """The regions of a batch without any, found by coarse pictures from the same noise."""
+        base, concepts = self.base, self.inputs.concepts
+        tokens = [concept.token for concept in concepts]
+        size = (self.height // base.denoiser.vae_scale, self.width // base.denoiser.vae_scale)
+        totals = AttentionTotals(torch.stack([columns_of(base, prompts, token) for token in tokens]), size)
+        everywhere = [changes for pair in self.found for changes in pair]
+        coarse = self.scene.model_copy(update={"num_inference_steps": STEPS, "compile": False})
+        with ExitStack() as stack:
+            for changes in everywhere:
+                stack.enter_context(changed(modules_of(base, changes), changes))
+            maps = stack.enter_context(capture_attention_maps(base.denoiser.network, True))
+            assert maps is not None
+            watch = partial(totals.after_step, maps)
+            inputs = SceneInputs(self.inputs.controls, on_step=watch)
+            stack.enter_context(suppress(Enough))
+            SceneSampler(base, coarse, inputs, Hooks(should_stop=self.hooks.should_stop)).batch(prompts, seeds, 0, 1)
+        found = []
+        for token, (text, unet) in zip(tokens, self.found, strict=True):
+            own = [base.spell(own_prompt(prompt, token, tokens)) for prompt in prompts]
+            with changed(modules_of(base, text), text):
+                states = base.denoiser.prompt_rows(base.denoiser.encode([*own, base.spell(self.scene.negative_prompt)]))
+            negative = states[-1].expand(len(own), *states[-1].shape)
+            found.append(FoundConcept(torch.stack(states[:-1]), negative, unet))
+        return FoundRegions(found, totals.masks().to(base.device), self.scene.region_isolation)
+
+    def _regional_state(self, count: int) -> RegionState:
         """The regions at step 0 of a batch."""
         scene, denoiser = self.scene, self.base.denoiser
         window = window_of(scene.region_start, scene.region_end, scene.num_inference_steps)
@@ -149,10 +186,12 @@ class SceneSampler:
         size = (self.height // denoiser.vae_scale, self.width // denoiser.vae_scale)
         return RegionalPrompts(self.regions, size, count, share, isolation, window)
 
-    def _regions_applied(self, state: RegionalPrompts | TokenRegions) -> AbstractContextManager[None]:
+    def _regions_applied(self, state: RegionState) -> AbstractContextManager[None]:
         """Let the regions act while the context is open."""
         if isinstance(state, TokenRegions):
             return state.applied(self.pipe, self.layers)
+        if isinstance(state, FoundRegions):
+            return state.applied(self.base.denoiser.network, self.layers)
         return regional(self.base.denoiser.network, state, self.layers) if self.scene.regions else nullcontext()
 
     def _control_options(self, count: int) -> dict[str, Any]:
@@ -163,7 +202,7 @@ class SceneSampler:
         name = "control_image" if self.base.family.controls == "controlnet" else "image"
         return {name: images if len(images) > 1 else images[0]} if images else {}
 
-    def _callback(self, state: RegionalPrompts | TokenRegions, index: int, batches: int) -> dict[str, Any]:
+    def _callback(self, state: RegionState, index: int, batches: int) -> dict[str, Any]:
         """The pipeline's callback after a step: progress, previews, and the step for the regions."""
         steps, preview = self.scene.num_inference_steps, self.inputs.preview
 
@@ -173,6 +212,8 @@ class SceneSampler:
             if not torch.isfinite(latents).all():
                 raise not_finite(self.base.dtype)
             state.step = step + 1
+            if self.inputs.on_step:
+                self.inputs.on_step(step + 1)
             self.hooks.progress(Event("generate", index * steps + step + 1, batches * steps))
             if preview and step % self.inputs.every == 0:
                 preview(step + 1, decoded(self.base, latents, self.width, self.height))
@@ -269,6 +310,17 @@ def encode_region(base: Base, region: Region, bound: Bound, size: tuple[int, int
 
     ``negative`` is the scene's prompt, of a region that has none of its own.
     """
+    text, unet = changes_of(base, bound)
+    without = negative if region.negative_prompt is None else region.negative_prompt
+    encoders = modules_of(base, text)
+    with changed(encoders, text):
+        encoded = base.denoiser.encode([base.spell(prompt) for prompt in (region.prompt, without)])
+        positive, unwanted = base.denoiser.prompt_rows(encoded)
+    return EncodedRegion(region_mask(region, *size), positive, unwanted, unet)
+
+
+def changes_of(base: Base, bound: Bound) -> tuple[dict[str, Factors], dict[str, Factors]]:
+    """What adapters at their strengths change together: of text encoders, and of the denoising network, by layer."""
     text: dict[str, Factors] = {}
     unet: dict[str, Factors] = {}
     like = torch.empty(0, device=base.device, dtype=base.dtype)
@@ -285,12 +337,7 @@ def encode_region(base: Base, region: Region, bound: Bound, size: tuple[int, int
                 if earlier
                 else Factors(up, down)
             )
-    without = negative if region.negative_prompt is None else region.negative_prompt
-    encoders = modules_of(base, text)
-    with changed(encoders, text):
-        encoded = base.denoiser.encode([base.spell(prompt) for prompt in (region.prompt, without)])
-        positive, unwanted = base.denoiser.prompt_rows(encoded)
-    return EncodedRegion(region_mask(region, *size), positive, unwanted, unet)
+    return text, unet
 
 
 def modules_of(base: Base, names: Iterable[str]) -> dict[str, Any]:

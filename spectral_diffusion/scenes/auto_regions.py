@@ -1,0 +1,154 @@
+"""Regions that are found while a picture is made: where it attends to each concept's token, only that concept acts.
+
+A few coarse steps with all adapters acting everywhere show where the picture looks for each token (after FreeFuse,
+arXiv 2510.23515). The maps become disjoint masks. Then the picture is made from the same noise, every adapter in its
+own mask and at its own text (after TARA, arXiv 2508.08812). Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+from ..adapters.adapter import Adapter
+from ..adapters.apply import Strength
+from ..config.scene import Scene
+from ..core.errors import Fix, UserError
+from ..models.attention_maps import AttentionMaps, shape_of
+from ..models.base import Base
+from ..models.tokens import ids_of
+
+STEPS, WATCHED = 4, 2  # of the coarse picture, and the last of them whose attention counts
+SMOOTHING = 1.0  # cells of the latents
+SMALLEST = 0.04  # of the picture; a smaller mask counts as not found
+
+
+@dataclass(frozen=True)
+class AutoConcept:
+    """A concept that a prompt names, with the adapters that act in its region."""
+
+    token: str
+    bound: Sequence[tuple[Adapter, Strength]] = ()
+
+
+def concepts_named(base: Base, scene: Scene, adapters: Mapping[str, Adapter]) -> dict[str, str]:
+    """Tokens of the concepts for which regions are found, by adapter file, or by themselves for concepts of the base.
+
+    It is empty where the scene has regions, or where fewer than two of its adapters are named in the prompt.
+
+    Raises:
+        UserError: ``auto_regions`` is asked for and does not work on this base or this scene.
+    """
+    wanted, works, prompt = scene.auto_regions, base.family.attention == "cross", scene.prompt.lower()
+    if wanted is False or (not wanted and (scene.regions or not works)):
+        return {}
+    named = {
+        path: adapter.token
+        for path, adapter in adapters.items()
+        if adapter.token and adapter.token.lower() in prompt and not adapter.per_layer_vectors
+    }
+    if wanted:
+        named |= {token: token for token in base.known_tokens if token.lower() in prompt}
+    if len(named) >= 2 and works and not scene.regions:
+        return named
+    if not wanted:
+        return {}
+    without = Fix("auto_regions", "false")
+    if scene.regions:
+        raise UserError("The scene has regions, so none have to be found.", without, Fix("regions", so="left empty"))
+    if not works:
+        raise UserError(f"Regions are not found by themselves on {base.family.title} yet; give boxes.", without)
+    raise UserError("Regions are found for two concepts or more, each named in the prompt by its token.", without)
+
+
+def own_prompt(prompt: str, token: str, others: Sequence[str]) -> str:
+    """A prompt that names one concept of several: the others' tokens are left out of it."""
+    for other in others:
+        if other.lower() != token.lower():
+            prompt = re.sub(re.escape(other), " ", prompt, flags=re.IGNORECASE)
+    return re.sub(r"\s+([,.;:])", r"\1", re.sub(r"\s+", " ", prompt)).strip(" ,;")
+
+
+def columns_of(base: Base, prompts: Sequence[str], token: str) -> Tensor:
+    """(n, length) bool: where a token's vectors are in encoded prompts, as the first text encoder counts them."""
+    tokenizer = next(iter(base.tokenizers.values()))
+    wanted = torch.tensor(ids_of(tokenizer, [token]))
+    written = [base.spell(prompt, full=True) for prompt in prompts]
+    length = tokenizer.model_max_length
+    ids = tokenizer(written, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return torch.isin(ids, wanted)
+
+
+class Enough(Exception):
+    """The coarse picture has shown what it was made for."""
+
+
+class AttentionTotals:
+    """How much each place of a picture attends to each concept's token, over layers and steps."""
+
+    def __init__(self, columns: Tensor, size: tuple[int, int]) -> None:
+        """``columns``: (concepts, n, length) bool; ``size``: height and width of the latents."""
+        self.columns, self.size = columns, size
+        self.total = torch.zeros(columns.shape[1], columns.shape[0], *size)
+
+    def add(self, seen: Tensor, grid: tuple[int, int]) -> None:
+        """Take a layer's attention (n or 2n, places, length); of a guided batch the second half is the prompts'."""
+        count = self.columns.shape[1]
+        attended = torch.einsum("npl,knl->nkp", seen[-count:].float().cpu(), self.columns.float())
+        maps = attended.unflatten(2, grid)
+        maps = maps / maps.mean((2, 3), keepdim=True).clamp_min(1e-12)
+        self.total += F.interpolate(maps, self.size, mode="bilinear", align_corners=False)
+
+    def after_step(self, maps: AttentionMaps, step: int) -> None:
+        """Take what a step has attended to, if it is one of the last.
+
+        Raises:
+            Enough: it was the last one.
+        """
+        for seen in maps.found.values() if step > STEPS - WATCHED else ():
+            self.add(seen, shape_of(seen.shape[1], *self.size))
+        maps.begin()
+        if step == STEPS:
+            raise Enough
+
+    def masks(self) -> Tensor:
+        """(n, concepts, h, w) bool, disjoint."""
+        return torch.stack([disjoint(maps) for maps in self.total])
+
+
+def disjoint(maps: Tensor) -> Tensor:
+    """Attention maps (concepts, h, w) as masks that do not overlap.
+
+    Every cell belongs to the concept that it attends to most, as a share of that concept's maximum; of what a concept
+    has, the connected part with the most attention stays, without holes. A concept whose part is tiny gets the cells
+    that attend to it most instead.
+    """
+    smooth = np.stack([ndimage.gaussian_filter(one, SMOOTHING) for one in maps.numpy()])
+    smooth /= smooth.max((1, 2), keepdims=True).clip(1e-12)
+    owner = smooth.argmax(0)
+    least = math.ceil(SMALLEST * owner.size)
+    given = np.zeros(owner.shape, bool)
+    for index, attention in enumerate(smooth):
+        if (owner == index).sum() < least:
+            best = np.argsort(np.where(given, 1.0, -attention), axis=None, kind="stable")[:least]
+            owner.flat[best], given.flat[best] = index, True
+    masks = np.stack([main_part(owner == index, attention) for index, attention in enumerate(smooth)])
+    for mask in masks:
+        mask |= ndimage.binary_fill_holes(mask) & ~masks.any(0)
+    return torch.from_numpy(masks)
+
+
+def main_part(mask: np.ndarray, attention: np.ndarray) -> np.ndarray:
+    """The connected part of a mask with the most attention."""
+    parts, count = ndimage.label(mask)
+    if count < 2:
+        return mask
+    return np.asarray(parts == 1 + int(np.argmax(ndimage.sum(attention, parts, range(1, count + 1)))))
