@@ -26,7 +26,7 @@ from spectral_diffusion.adapters.frozen import frozen_tensors, with_weight
 from spectral_diffusion.adapters.low_rank import low_rank_linear
 from spectral_diffusion.cli import app
 from spectral_diffusion.core.errors import UserError
-from spectral_diffusion.linalg import matrix_shape
+from spectral_diffusion.linalg import matrix_shape, top_band
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.methods.registry import METHODS
 from spectral_diffusion.models.base import Base
@@ -399,6 +399,12 @@ BRIEF = {
     ("orthogonal", 8): 1_093_632,
     ("dora", 8): 2_320_896,
     ("adalora", 8): 2_185_600,
+    ("lora-xs", 8): 176 * 64,
+    ("psoft", 8): 176 * (64 + 16),
+    ("qr-lora", 8): 1_090_560,
+    ("pissa", 8): 2_184_192,
+    ("milora", 8): 2_184_192,
+    ("svft", 1): 3 * 130_560,
 }
 
 
@@ -429,3 +435,76 @@ def test_normalised_columns_train_the_same_function(base: Base) -> None:
     plain = inject_adapter(base.models, AdapterSpec(method, 2), "one", bands)
     plain.load_state_dict(files)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(outputs(base), with_scales, strict=True))
+
+
+def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 3) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: 0.3 * torch.randn(shape, generator=generator).double() for name, shape in shapes.items()}
+
+
+def band_of(weight: torch.Tensor, rank: int) -> dict[str, torch.Tensor]:
+    return dict(zip("USV", top_band(weight, rank), strict=True))
+
+
+def test_psoft_is_pefts_psoft() -> None:
+    """With exact Cayley maps, the same columns, and both scales."""
+    from peft import PsoftConfig, get_peft_model
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(14, 11, bias=False)).double()
+    weight = net[0].weight.detach().clone()
+    config = PsoftConfig(
+        r=4, psoft_alpha=4, target_modules=["0"], psoft_svd="full", psoft_orth=True, psoft_mag_a=True,
+        psoft_mag_b=True, use_cayley_neumann=False, ab_svd_init="psoft_init",
+    )  # fmt: skip
+    tuned = get_peft_model(net.float(), config)
+    layer = tuned.base_model.model[0]
+    theirs, A, B = layer.psoft_R["default"], layer._psoft_A_cache["default"], layer._psoft_B_cache["default"]
+    S = B.norm(dim=0)
+    frozen = {"U": (B / S).double(), "S": S.double(), "V": A.mT.double()}  # PEFT's signs of the columns
+    own = random_tensors(get_method("psoft").shapes(11, 14, 4))
+    skew = (own["A"] - own["A"].mT) / 2
+    with torch.no_grad():
+        theirs.weight.copy_(skew[theirs.rows, theirs.cols])
+        theirs.vector_b.copy_(1 + own["b"])
+        theirs.vector_a.copy_(1 + own["a"])
+    x = torch.randn(5, 14)
+    assert torch.allclose(frozen["S"], band_of(weight, 4)["S"], atol=1e-5)
+    change = get_method("psoft").delta(own, frozen).delta()
+    with torch.no_grad():
+        assert torch.allclose(tuned(x), x @ (weight + change).float().mT, atol=1e-5)
+    assert change.norm() > 0.1
+
+
+@pytest.mark.parametrize("method", ["pissa", "milora"])
+def test_pissa_is_a_lora_that_begins_as_the_band(method: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(11, 14, dtype=torch.float64)
+    frozen, own = band_of(weight, 4), random_tensors(get_method(method).shapes(11, 14, 4))
+    root = frozen["S"].sqrt()
+    B, A = frozen["U"] * root, root[:, None] * frozen["V"].mT
+    residual = weight - B @ A
+    trained = residual + (B + own["dB"]) @ (A + own["dA"])
+    assert torch.allclose(weight + get_method(method).delta(own, frozen).delta(), trained, atol=1e-12)
+
+
+def test_methods_between_frozen_columns_by_their_formulas() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(11, 14, dtype=torch.float64)
+    frozen = band_of(weight, 4)
+    U, S, V = frozen["U"], frozen["S"], frozen["V"]
+    R = random_tensors(get_method("lora-xs").shapes(11, 14, 4))
+    assert torch.allclose(get_method("lora-xs").delta(R, frozen).delta(), U @ S.diag() @ R["R"] @ V.mT, atol=1e-12)
+    dR = random_tensors(get_method("qr-lora").shapes(11, 14, 4))
+    change = get_method("qr-lora").delta(dR, frozen).delta()
+    assert torch.allclose(U.mT @ change, dR["dR"]) and torch.allclose(U @ U.mT @ change, change)  # it stays in the slot
+    U, _, Vh = torch.linalg.svd(weight, full_matrices=False)
+    M = random_tensors(get_method("svft").shapes(11, 14, 2))
+    core = U.mT @ get_method("svft").delta(M, {"U": U, "V": Vh.mT}).delta() @ Vh.mT
+    assert torch.allclose(core, core.triu(-2).tril(2), atol=1e-12)
+    for row, offset in zip(M["M"], range(-2, 3), strict=True):
+        assert torch.allclose(core.diagonal(offset), row[: 11 - abs(offset)], atol=1e-12)
+
+
+def test_milora_takes_the_bottom_unless_told_where() -> None:
+    assert get_method("milora").slot_policy == "bottom" and get_method("pissa").slot_policy == "next"

@@ -231,7 +231,7 @@ def merged(merge: str) -> Case:
 
 
 CORE: list[Case] = [
-    *(trained(method, method=method, rank=1 if method in {"svdiff", "oft"} else 2) for method in all_methods()),
+    *(trained(method, method=method, rank=1 if method in {"svdiff", "oft", "svft"} else 2) for method in all_methods()),
     trained("half additive", **HALF),
     trained("half rotation checkpointing", method="spectral-rotation", gradient_checkpointing=True, **HALF),
     trained("autocast lora", method="lora", mixed_precision="fp16"),

@@ -74,6 +74,7 @@ class Method:
         builds_on: what those tensors are: ``columns`` (U, S, V of the slot's columns), ``full_svd`` (U, S, V of all
             columns), ``weight`` (W itself), ``random`` (what ``init_frozen`` makes from sizes alone), or ``nothing``.
         slot: ``columns`` of the spectrum or ``rows`` of a shared basis that a concept has for itself, or None.
+        slot_policy: what ``slot=next`` means for it.
         init_frozen: ``(out, in, rank, slot)`` to random frozen tensors.
         initial: the parameters to begin with; all zero by default. ΔW is zero there.
         sandwich: the same ΔW as left · middle · right with frozen outer parts, where only the middle is trained.
@@ -100,6 +101,7 @@ class Method:
     factors: Callable[[Tensors, Tensors], Factors]
     builds_on: Literal["columns", "full_svd", "weight", "random", "nothing"] = "nothing"
     slot: Literal["columns", "rows"] | None = None
+    slot_policy: str = "next"
     init_frozen: Callable[[int, int, int, Slot | None], dict[str, Tensor]] | None = None
     initial: Callable[[Shapes, torch.Generator], dict[str, Tensor]] | None = None
     sandwich: Callable[[Tensors, Tensors], SandwichFactors] | None = None

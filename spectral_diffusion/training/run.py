@@ -285,7 +285,8 @@ def reserve(config: TrainConfig, base: Base, concept: Concept) -> Slot:
     beside = config.ledger.with_name(ROWS) if config.ledger and rows else config.ledger
     ledger = Ledger(beside) if beside else Ledger.beside(config.output, ROWS if rows else LEDGER)
     own = base.fingerprint
-    request = SlotRequest(config.rank, config.slot, columns, narrowest, config.slot_seed or 0)
+    policy = get_method(config.method).slot_policy if config.slot == "next" else config.slot
+    request = SlotRequest(config.rank, policy, columns, narrowest, config.slot_seed or 0)
     return ledger.reserve(own.exact, concept.name, request, rounded=(own.half, own.brain))
 
 
