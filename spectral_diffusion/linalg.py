@@ -270,6 +270,8 @@ def cosine_between(left: Factors, right: Factors) -> float:
 
 def row_space(factors: Factors) -> Tensor:
     """An orthonormal basis (in, k) of the inputs that ΔW reads, without forming it; rows of zeros add none."""
+    if not len(factors.down):
+        return to_float64(factors.down).mT
     Q, R = torch.linalg.qr(to_float64(factors.down).mT)
     left = torch.linalg.qr(to_float64(factors.up)).R
     _, S, Vh = torch.linalg.svd(left @ R.mT)

@@ -226,8 +226,14 @@ def evaluated(world: World, kind: str) -> None:
 
 
 def merged(merge: str) -> Case:
-    method = {"orthogonal": "orthogonal", "fedavg": "lora"}.get(merge, "spectral-additive")
-    return f"fuse {merge}", lambda world, kind: world.fuse(kind, merge, world.pair(kind, method), merge=merge)
+    method = {"orthogonal": "orthogonal", "fedavg": "lora", "orthofuse": "oft"}.get(merge, "spectral-additive")
+    options = {"options": {"styles": ["rex"]}} if merge == "np-lora" else {}
+    rank = {"rank": 1} if method == "oft" else {}
+
+    def work(world: World, kind: str) -> None:
+        world.fuse(kind, merge, world.pair(kind, method, **rank), merge=merge, **options)
+
+    return f"fuse {merge}", work
 
 
 CORE: list[Case] = [

@@ -21,6 +21,8 @@ from .frozen import Frozen, with_weight
 MIN_COSINE = 0.999
 MAX_SHIFT = 5e-3  # of singular values, relative to the largest: more than any rounding to half precision does
 
+STYLE = "style"  # the class noun of styles
+
 
 @dataclass(eq=False)  # so that it can be a key
 class Adapter:
@@ -84,6 +86,11 @@ class Adapter:
     def trigger(self) -> str:
         """The words that stand for the concept in a prompt, on a base that learns no words; else empty."""
         return trigger_words(self) if self.token and not self.vectors else ""
+
+    @property
+    def is_style(self) -> bool:
+        """Whether it is of a style, which has no place in a picture: its class noun says so."""
+        return self.noun.lower() == STYLE
 
     @property
     def needs_base(self) -> bool:

@@ -121,6 +121,7 @@ def contribute(
                 scale_of(config.scales, adapter.name, layer),
                 absent=None if has_layer else matrix_shape(weight),
                 layer=layer,
+                is_style=adapter.is_style,
                 device=home,
             )
         )

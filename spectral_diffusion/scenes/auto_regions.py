@@ -42,7 +42,8 @@ class AutoConcept:
 def concepts_named(base: Base, scene: Scene, adapters: Mapping[str, Adapter]) -> dict[str, str]:
     """Tokens of the concepts for which regions are found, by adapter file, or by themselves for concepts of the base.
 
-    It is empty where the scene has regions, or where fewer than two of its adapters are named in the prompt.
+    It is empty where the scene has regions, or where fewer than two of its adapters are named in the prompt. A style
+    has no place of its own: it acts everywhere.
 
     Raises:
         UserError: ``auto_regions`` is asked for and does not work on this base or this scene.
@@ -53,7 +54,8 @@ def concepts_named(base: Base, scene: Scene, adapters: Mapping[str, Adapter]) ->
     named = {
         path: adapter.token
         for path, adapter in adapters.items()
-        if adapter.token and adapter.token.lower() in prompt and not adapter.per_layer_vectors
+        if adapter.token and adapter.token.lower() in prompt
+        if not (adapter.is_style or adapter.per_layer_vectors)
     }
     if wanted:
         named |= {token: token for token in base.known_tokens if token.lower() in prompt}

@@ -33,6 +33,7 @@ class Contribution:
     inputs: GramAccumulator | None = None  # the layer's inputs while this adapter acted, for merges that need them
     absent: tuple[int, int] | None = None  # the weight's sides, where the adapter leaves it as it is
     layer: str = ""  # the weight's name
+    is_style: bool = False  # whether the adapter is one of a style
     device: torch.device = CPU  # where the weight is merged; it has float64
 
     def factors(self) -> Factors:

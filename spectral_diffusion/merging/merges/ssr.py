@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from ...config.settings import Settings
-from ...linalg import Factors
+from ...linalg import Factors, row_space
 from ..activations import GramAccumulator
 from .gradient import mean_diagonal, solve
 from .registry import Accumulator, Contribution, MergeContext, register_accumulator
@@ -30,12 +30,13 @@ class SubspaceOptions(Settings):
 class SubspaceRouting(Accumulator):
     """ΔW = up R down with all factors side by side and the router R that least squares gives.
 
-    z = down x is the inner signal; R = (Σ λ_i P_i C_i)(Σ C_i + μ C_0 + ρ I)⁻¹ with C_i = down G_i downᵀ and P_i keeping
-    adapter i's rows: its own signals pass while it is used, the others' are silenced.
+    Every ΔW_i is written with orthonormal rows of ``down`` first, so that the result does not depend on how it came
+    factored. z = down x is the inner signal; R = (Σ λ_i P_i C_i)(Σ C_i + μ C_0 + ρ I)⁻¹ with C_i = down G_i downᵀ and
+    P_i keeping adapter i's rows: its own signals pass while it is used, the others' are silenced.
     """
 
     def __init__(self, contributions: Sequence[Contribution], context: MergeContext) -> None:
-        parts = [contribution.factors() for contribution in contributions]
+        parts = [with_orthonormal_rows(contribution.factors()) for contribution in contributions]
         self.context, self.scales = context, [contribution.scale for contribution in contributions]
         self.up, self.down = torch.cat([part.up for part in parts], 1), torch.cat([part.down for part in parts], 0)
         self.stops = list(itertools.accumulate(len(part.down) for part in parts))
@@ -58,3 +59,9 @@ class SubspaceRouting(Accumulator):
             total = total + weight * prior.matmul(self.down) @ self.down.mT
         scale = float(total.diagonal().mean()) or self.diagonal
         return Factors(self.up, solve(total, self.target, self.context.get(SubspaceOptions).ridge * scale) @ self.down)
+
+
+def with_orthonormal_rows(factors: Factors) -> Factors:
+    """The same change with orthonormal rows of ``down``, as many as its rank."""
+    basis = row_space(factors)
+    return Factors(factors.up @ (factors.down @ basis), basis.mT)
