@@ -49,10 +49,13 @@ def test_a_mask_is_one_piece_without_holes_and_nobody_is_left_out() -> None:
     right[:, 14:26] = 1.0
     masks = disjoint(torch.stack([left, right]))
     assert masks[0, :, :11].all() and not masks[0, :, 26:].any()
-    hidden = torch.rand(16, 32, generator=torch.Generator().manual_seed(1)) * 0.1
-    hidden[5, 5] = 0.2
-    crowd = disjoint(torch.stack([torch.ones(16, 32), torch.ones(16, 32) * 0.99, hidden]))
-    assert crowd.flatten(1).any(1).all() and int(crowd.sum(0).max()) == 1
+    spread = 1 + 0.05 * torch.rand(16, 32, generator=torch.Generator().manual_seed(1))  # attention to nothing much
+    spread[:, 12:20] += 0.1
+    first, last = (0.3 + torch.exp(-((torch.arange(32.0) - at) ** 2) / 8).expand(16, 32) for at in (4.0, 28.0))
+    crowd = disjoint(torch.stack([first, spread, last]))
+    assert int(crowd.sum(0).max()) == 1 and crowd[1, :, 14:18].all()
+    for index, columns in ((0, slice(2, 7)), (2, slice(26, 31))):
+        assert crowd[index, :, columns].all() and 0.5 / 3 < crowd[index].float().mean() < 1.5 / 3
 
 
 def test_a_region_reads_the_prompt_without_the_other_concepts() -> None:

@@ -1,13 +1,13 @@
 """Regions that are found while a picture is made: where it attends to each concept's token, only that concept acts.
 
-A few coarse steps with all adapters acting everywhere show where the picture looks for each token (after FreeFuse,
-arXiv 2510.23515). The maps become disjoint masks. Then the picture is made from the same noise, every adapter in its
-own mask and at its own text (after TARA, arXiv 2508.08812). Nothing is trained.
+A few coarse steps show where the picture looks for each token (after FreeFuse, arXiv 2510.23515), with the concepts'
+words and nothing else of them: adapters that act everywhere would mix what they draw. The maps become disjoint masks.
+Then the picture is made from the same noise, every adapter in its own mask and at its own text (after TARA,
+arXiv 2508.08812). Nothing is trained.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +27,9 @@ from ..models.base import Base
 from ..models.tokens import ids_of
 
 STEPS, WATCHED = 4, 2  # of the coarse picture, and the last of them whose attention counts
-SMOOTHING = 1.0  # cells of the latents
-SMALLEST = 0.04  # of the picture; a smaller mask counts as not found
+SMOOTHING = 2.0  # cells of the latents
+SHARE = (0.6, 1.4)  # of the picture that a concept has at least and at most, times an equal share
+ROUNDS = 400  # of weighing the maps
 
 
 @dataclass(frozen=True)
@@ -129,23 +130,31 @@ class AttentionTotals:
 def disjoint(maps: Tensor) -> Tensor:
     """Attention maps (concepts, h, w) as masks that do not overlap.
 
-    Every cell belongs to the concept that it attends to most, as a share of that concept's maximum; of what a concept
-    has, the connected part with the most attention stays, without holes. A concept whose part is tiny gets the cells
-    that attend to it most instead.
+    Every cell belongs to the concept that it attends to most, beside that concept's mean. A concept whose attention is
+    spread out would win all of the background, so the maps are weighed until every concept has its share of the
+    picture. Of what a concept has, the connected part with the most attention stays, without holes.
     """
     smooth = np.stack([ndimage.gaussian_filter(one, SMOOTHING) for one in maps.numpy()])
-    smooth /= smooth.max((1, 2), keepdims=True).clip(1e-12)
-    owner = smooth.argmax(0)
-    least = math.ceil(SMALLEST * owner.size)
-    given = np.zeros(owner.shape, bool)
-    for index, attention in enumerate(smooth):
-        if (owner == index).sum() < least:
-            best = np.argsort(np.where(given, 1.0, -attention), axis=None, kind="stable")[:least]
-            owner.flat[best], given.flat[best] = index, True
-    masks = np.stack([main_part(owner == index, attention) for index, attention in enumerate(smooth)])
+    ratio = np.log(smooth / smooth.mean((1, 2), keepdims=True).clip(1e-12) + 1e-6)
+    owner = balanced(ratio)
+    masks = np.stack([main_part(owner == index, smooth[index]) for index in range(len(smooth))])
     for mask in masks:
         mask |= ndimage.binary_fill_holes(mask) & ~masks.any(0)
     return torch.from_numpy(masks)
+
+
+def balanced(ratio: np.ndarray) -> np.ndarray:
+    """The concept (h, w) with the highest value at each cell, after adding to each what brings its share into range."""
+    count = len(ratio)
+    bias = np.zeros((count, 1, 1))
+    for _ in range(ROUNDS):
+        owner = (ratio + bias).argmax(0)
+        share = np.array([(owner == index).mean() for index in range(count)])
+        off = share - share.clip(SHARE[0] / count, SHARE[1] / count)
+        if not off.any():
+            break
+        bias -= 0.3 * off[:, None, None]
+    return owner
 
 
 def main_part(mask: np.ndarray, attention: np.ndarray) -> np.ndarray:

@@ -155,11 +155,10 @@ class SceneSampler:
         tokens = [concept.token for concept in concepts]
         size = (self.height // base.denoiser.vae_scale, self.width // base.denoiser.vae_scale)
         totals = AttentionTotals(torch.stack([columns_of(base, prompts, token) for token in tokens]), size)
-        everywhere = [changes for pair in self.found for changes in pair]
         coarse = self.scene.model_copy(update={"num_inference_steps": STEPS, "compile": False})
         with ExitStack() as stack:
-            for changes in everywhere:
-                stack.enter_context(changed(modules_of(base, changes), changes))
+            for text, _ in self.found:
+                stack.enter_context(changed(modules_of(base, text), text))
             maps = stack.enter_context(capture_attention_maps(base.denoiser.network, True))
             assert maps is not None
             watch = partial(totals.after_step, maps)
