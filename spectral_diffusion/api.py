@@ -39,6 +39,7 @@ from .merging.fuse import fuse_adapters
 from .metrics.encoders import load_encoder
 from .models.base import Base, base_of
 from .models.loading import load_base
+from .scenes.auto_regions import AutoConcept, concepts_named
 from .scenes.control import read_control_image
 from .scenes.sampling import sample
 from .training.run import train_to_file
@@ -323,7 +324,9 @@ def generate(
         drawings = [read_control_image(control) for control in config.controls]
         by_token = {adapter.token: adapter for pairs in bound for adapter, _ in pairs}
         base = _with_tokens(base, list(by_token.values()))
-        return sample(base, [config.prompt] * len(seeds), list(seeds), config, hooks, controls=drawings, bound=bound)
+        concepts = [AutoConcept(token) for token in concepts_named(base, config, {}).values()]
+        inputs = {"controls": drawings, "bound": bound, "concepts": concepts}
+        return sample(base, [config.prompt] * len(seeds), list(seeds), config, hooks, **inputs)
 
 
 def identity(

@@ -224,6 +224,8 @@ def corrected_eigenvectors(gram: Tensor, count: int) -> tuple[Tensor, Tensor] | 
     inside a cluster of eigenvalues that is cut apart.
     """
     size = len(gram)
+    if not torch.isfinite(trace := gram.trace()) or trace <= 0:
+        return None
     values, basis = (part.flip(-1).double() for part in torch.linalg.eigh(gram.float()))
     width = min(size, count + BESIDE)
     X, outside, below = basis[:, :width], basis[:, width:], values[width:]

@@ -63,6 +63,7 @@ def test_a_region_reads_the_prompt_without_the_other_concepts() -> None:
     assert own_prompt(PROMPT, "<rex>", tokens) == "<rex> on the left and on the right, on the beach"
     assert own_prompt("<rex>, <mug>, <cat> at sea", "<cat>", tokens) == "<cat> at sea"
     assert own_prompt("<REX> and <mug>.", "<rex>", tokens) == "<REX> and."
+    assert own_prompt("<rex> <rex>_1 and <mug> <mug>_1", "<rex>", tokens) == "<rex> <rex>_1 and"
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +169,12 @@ def test_every_picture_of_a_batch_has_masks_of_its_own(
 
 def test_tokens_are_found_where_the_encoder_reads_them(pair: tuple[Path, list[Path]]) -> None:
     base, _ = loaded(*pair)
-    columns = columns_of(base, [PROMPT, "nothing"], "<mug>")
-    assert columns.shape[0] == 2 and int(columns[0].sum()) == base.known_tokens["<mug>"] and not columns[1].any()
+    columns = columns_of(base, [PROMPT], "<mug>")
+    assert len(columns) == 1 and int(columns[0].sum()) == base.known_tokens["<mug>"]
+    with pytest.raises(UserError, match="reads no <mug> in 'nothing'"):
+        columns_of(base, ["nothing"], "<mug>")
+    with pytest.raises(UserError, match="name it early"):
+        columns_of(base, ["very " * 99 + PROMPT], "<mug>")
     tokenizer = next(iter(base.tokenizers.values()))
     ids = tokenizer(base.spell(PROMPT, full=True)).input_ids
     assert "mug" in tokenizer.decode([ids[int(columns[0].nonzero()[0])]])
@@ -236,3 +241,85 @@ def test_a_transformer_says_that_it_finds_none(tmp_path: Path) -> None:
     assert concepts_named(base, scene(tmp_path), {}) == {}
     with pytest.raises(UserError, match=r"not found by themselves on FLUX\.2 klein"):
         concepts_named(base, scene(tmp_path, auto_regions=True), {})
+
+
+@pytest.mark.parametrize("isolation", [0.0, 1.0])
+def test_half_networks_take_found_regions(pair: tuple[Path, list[Path]], isolation: float) -> None:
+    """Hooks of float32 statistics and of half layers share the masks."""
+    for how in ({"dtype": "bfloat16"}, {"mixed_precision": "bf16"}):
+        base, adapters = load_base(str(pair[0]), "cpu", how.get("dtype", "float32")), loaded(*pair)[1]
+        for adapter in adapters:
+            install_tokens(base, adapter)
+        concepts = [AutoConcept(adapter.token, [(adapter, 0.2)]) for adapter in adapters]
+        more = {key: value for key, value in how.items() if key != "dtype"}
+        [image] = sample(base, [PROMPT], [0], scene(pair[0], region_isolation=isolation, **more), concepts=concepts)
+        assert image.size == (64, 32)
+
+
+def test_masked_norms_bear_large_numbers_under_autocast(folder: Path) -> None:
+    base = load_base(str(folder / "sd"), "cpu")
+    norm = next(m for m in base.denoiser.network.modules() if isinstance(m, torch.nn.GroupNorm))
+    masks = torch.zeros(1, 2, 64, 64, dtype=torch.bool)
+    masks[:, 0, :, :32], masks[:, 1, :, 32:] = True, True
+    state = FoundRegions([], masks, 1.0)
+    x = 40 * torch.randn(1, norm.num_channels, 64, 64, generator=torch.Generator().manual_seed(0)) + 30
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        out = state._norm_hook(norm, (x,), norm(x))
+    wanted = torch.cat([torch.nn.functional.group_norm(half, norm.num_groups, norm.weight, norm.bias, norm.eps)
+                        for half in x.split(32, 3)], 3)  # fmt: skip
+    assert out is not None and torch.allclose(out.float(), wanted, atol=2e-3)
+
+
+def test_large_pictures_without_small_layers_are_watched(tmp_path: Path) -> None:
+    """SDXL attends at a half and a quarter of the latents only."""
+    base = load_base(str(make_tiny_sdxl(tmp_path / "sdxl")), "cpu")
+    for token in ("<rex>", "<mug>"):
+        width = {
+            name: model.get_input_embeddings().weight.shape[1] for name, model in base.models.items() if "text" in name
+        }
+        base.add_token(token, {name: torch.randn(1, size) for name, size in width.items()})
+    concepts = [AutoConcept(token) for token in ("<rex>", "<mug>")]
+    side = 4 * 36 * base.denoiser.vae_scale
+    wide = scene(tmp_path / "sdxl", width=side, height=side, guidance_scale=0.0)
+    sampler = SceneSampler(base, wide, SceneInputs(concepts=concepts), sampling.QUIET)
+    masks = sampler._found_regions([PROMPT], [0]).masks
+    assert 0.1 < masks[0, 0].float().mean() < 0.9 and 0.1 < masks[0, 1].float().mean() < 0.9
+
+
+def test_found_regions_keep_to_their_steps_and_read_the_global_prompt(
+    pair: tuple[Path, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapters = loaded(*pair)
+    concepts = [AutoConcept(adapter.token, [(adapter, 1.0)]) for adapter in adapters]
+
+    def drawn(**more: Any) -> torch.Tensor:
+        sampler = SceneSampler(base, scene(pair[0], **more), SceneInputs(concepts=concepts), sampling.QUIET)
+        ends: torch.Tensor = latents_of(monkeypatch, sampler, [PROMPT], [0])
+        return ends
+
+    plain = SceneSampler(base, scene(pair[0]), SceneInputs(), sampling.QUIET)
+    without = latents_of(monkeypatch, plain, [PROMPT], [0])
+    last = drawn(region_start=0.9)
+    assert not torch.allclose(last, without) and torch.equal(drawn(region_start=0.8), last)  # of three steps the third
+    always, early, shared = drawn(), drawn(region_end=0.5), drawn(global_prompt_weight=1.0)
+    assert not torch.allclose(always, last) and not torch.allclose(always, early) and not torch.allclose(always, shared)
+
+
+def test_old_pictures_are_made_again_as_they_were(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    from PIL import Image, PngImagePlugin
+
+    from spectral_diffusion.core.files import parse_json
+    from spectral_diffusion.scenes.png_metadata import SETTINGS_KEY, read_settings
+
+    output = tmp_path / "found.png"
+    generate_to_file(scene(pair[0], adapters={str(file): 1.0 for file in pair[1]}, output=output))
+    assert read_settings(output)["auto_regions"] is True
+    import json
+
+    with Image.open(output) as image:
+        metadata = parse_json(image.info[SETTINGS_KEY])
+        del metadata["settings"]["auto_regions"]
+        info = PngImagePlugin.PngInfo()
+        info.add_text(SETTINGS_KEY, json.dumps(metadata))
+        image.save(tmp_path / "old.png", pnginfo=info)
+    assert read_settings(tmp_path / "old.png")["auto_regions"] is False

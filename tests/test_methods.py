@@ -506,5 +506,28 @@ def test_methods_between_frozen_columns_by_their_formulas() -> None:
         assert torch.allclose(core.diagonal(offset), row[: 11 - abs(offset)], atol=1e-12)
 
 
-def test_milora_takes_the_bottom_unless_told_where() -> None:
-    assert get_method("milora").slot_policy == "bottom" and get_method("pissa").slot_policy == "next"
+def test_milora_takes_the_bottom_unless_told_where(base: Base, tmp_path: Path) -> None:
+    from conftest import make_photos
+
+    from spectral_diffusion.adapters.tuner import SpectralConfig
+    from spectral_diffusion.config.train import TrainConfig
+    from spectral_diffusion.data.folder import load_concept
+    from spectral_diffusion.training.run import reserve
+
+    def slot(name: str, **more: object) -> tuple[int, ...]:
+        photos = make_photos(tmp_path / "photos" / name)
+        config = TrainConfig(concept=photos, output=tmp_path / f"{name}.safetensors", rank=2, **more)  # type: ignore[arg-type]
+        return reserve(config, base, load_concept(photos, None, None, None)).columns
+
+    assert slot("a", method="milora") == (-2, -1) and slot("b", method="milora") == (-4, -3)
+    assert slot("c", method="pissa") == (0, 1) and slot("d", method="milora", slot="4:6") == (4, 5)
+
+    from peft import get_peft_model
+
+    net = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 12))
+    given = {"r": 2, "method": "milora", "target_modules": ["0", "1"]}
+    tuned = get_peft_model(net, SpectralConfig(**given))
+    tuned.add_adapter("second", SpectralConfig(**given))
+    assert [config.slot for config in tuned.peft_config.values()] == ["-2:0", "-4:-2"] or [
+        config.slot for config in tuned.peft_config.values()
+    ] == ["-2,-1", "-4,-3"]

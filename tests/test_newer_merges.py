@@ -167,7 +167,9 @@ def test_contrastive_is_where_its_objective_is_smallest() -> None:
     scale = float((deltas[0] @ grams[0]).abs().max())
     assert found.grad is not None and float(found.grad.abs().max()) < 1e-5 * scale
     none = combined("contrastive", contributions, {"repulsion": 0.0}, prior, 2.0)
-    assert torch.allclose(none, combined("gradient", contributions, {}, prior, 2.0), atol=1e-4)
+    assert torch.allclose(none, combined("gradient", contributions, {}, prior, 2.0), atol=1e-9)
+    with pytest.raises(UserError, match="negative or 0 together"):
+        combined("orthofuse", [turned(0, {}, 1.0), turned(1, {}, -0.5)])
 
 
 @pytest.mark.parametrize("method", ["spectral-rotation", "oft"])

@@ -116,7 +116,11 @@ def padded(x: Tensor, layer: nn.Conv2d) -> tuple[Tensor, Any]:
 
 def low_rank_conv(x: Tensor, layer: nn.Conv2d, up: Tensor, down: Tensor) -> Tensor:
     """The change alone, (n, out, h, w): a thin convolution with down (k, in·kh·kw), then 1×1 with up (out, k)."""
+    return F.conv2d(thin_conv(x, layer, down), up[:, :, None, None].to(x.dtype))
+
+
+def thin_conv(x: Tensor, layer: nn.Conv2d, down: Tensor) -> Tensor:
+    """The first of the two, (n, k, h, w)."""
     kernel = down.view(len(down), *layer.weight.shape[1:]).to(x.dtype)
     x, padding = padded(x, layer)
-    inner = F.conv2d(x, kernel, None, layer.stride, padding, layer.dilation)
-    return F.conv2d(inner, up[:, :, None, None].to(x.dtype))
+    return F.conv2d(x, kernel, None, layer.stride, padding, layer.dilation)

@@ -177,7 +177,7 @@ class SpectralModel(BaseTuner):
         return peft_config
 
     def _free_slot(self, config: SpectralConfig) -> Slot:
-        """The first columns in a row that no other adapter of the model has."""
+        """The first columns in a row that no other adapter of the model has, from the end that the method takes."""
         kind = get_method(config.method).slot
         taken: set[int] = set()
         for name, other in self.peft_config.items():
@@ -187,6 +187,9 @@ class SpectralModel(BaseTuner):
             taken |= set(slot.columns)
             for layer in layers_with(self.model, name):
                 taken |= slot.from_top(room_of(layer, kind))
+        if get_method(config.method).slot_policy == "bottom":
+            last = next(s for s in itertools.count(1) if taken.isdisjoint(range(-s - config.columns + 1, -s + 1)))
+            return Slot(tuple(range(-last - config.columns + 1, -last + 1)))
         start = next(s for s in itertools.count() if taken.isdisjoint(range(s, s + config.columns)))
         return Slot.interval(start, start + config.columns)
 

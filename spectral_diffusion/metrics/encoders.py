@@ -142,6 +142,7 @@ def load_encoder(name: str, device: str = "cpu") -> Encoder:
 def encoders_here(device: str = "cpu") -> list[Encoder]:
     """The default encoders of photographs that are installed on this machine."""
     encoders = []
+    parse_device(device)  # not one of the errors that mean that an encoder is not here
     for name in PHOTOGRAPHS:
         try:
             encoders.append(load_encoder(name, device))

@@ -33,7 +33,11 @@ class CapturingProcessor:
         temb: Tensor | None = None,
         **more: Any,
     ) -> Tensor:
-        if encoder_hidden_states is not None and hidden_states.dim() == 3 and hidden_states.shape[1] <= LARGEST:
+        if (
+            encoder_hidden_states is not None
+            and hidden_states.dim() == 3
+            and hidden_states.shape[1] <= self.maps.largest
+        ):
             query = attn.head_to_batch_dim(attn.to_q(hidden_states))
             key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
             scores = attn.get_attention_scores(query, key, None)  # (n · heads, places, words)
@@ -44,10 +48,16 @@ class CapturingProcessor:
 
 
 class AttentionMaps:
-    """The cross-attention maps (n, places, words) of the first forward since :meth:`begin`, by layer."""
+    """The cross-attention maps (n, places, words) of the first forward since :meth:`begin`, by layer.
 
-    def __init__(self) -> None:
-        self.found: dict[int, Tensor] = {}
+    Attributes:
+        largest: the most places of a layer that is watched.
+    """
+
+    found: dict[int, Tensor]
+
+    def __init__(self, largest: int = LARGEST) -> None:
+        self.found, self.largest = {}, largest
 
     def begin(self) -> None:
         """Forget what was seen, such as what gradient checkpointing has computed again."""
@@ -55,13 +65,13 @@ class AttentionMaps:
 
 
 @contextmanager
-def capture_attention_maps(unet: nn.Module, wanted: bool) -> Iterator[AttentionMaps | None]:
+def capture_attention_maps(unet: nn.Module, wanted: bool, largest: int = LARGEST) -> Iterator[AttentionMaps | None]:
     """Watch a U-Net's cross-attention, or leave it as it is and yield None."""
     if not wanted:
         yield None
         return
     before = dict(unet.attn_processors)  # type: ignore[arg-type]
-    maps = AttentionMaps()
+    maps = AttentionMaps(largest)
     watched = {name: CapturingProcessor(one, maps) if ".attn2." in name else one for name, one in before.items()}
     unet.set_attn_processor(watched)  # type: ignore[operator]
     try:

@@ -76,18 +76,29 @@ def own_prompt(prompt: str, token: str, others: Sequence[str]) -> str:
     """A prompt that names one concept of several: the others' tokens are left out of it."""
     for other in others:
         if other.lower() != token.lower():
-            prompt = re.sub(re.escape(other), " ", prompt, flags=re.IGNORECASE)
+            prompt = re.sub(rf"{re.escape(other)}(_\d+)?", " ", prompt, flags=re.IGNORECASE)  # and its further vectors
     return re.sub(r"\s+([,.;:])", r"\1", re.sub(r"\s+", " ", prompt)).strip(" ,;")
 
 
 def columns_of(base: Base, prompts: Sequence[str], token: str) -> Tensor:
-    """(n, length) bool: where a token's vectors are in encoded prompts, as the first text encoder counts them."""
+    """(n, length) bool: where a token's vectors are in encoded prompts, as the first text encoder counts them.
+
+    Raises:
+        UserError: a prompt has none, or it is cut off behind what the encoder reads.
+    """
     tokenizer = next(iter(base.tokenizers.values()))
     wanted = torch.tensor(ids_of(tokenizer, [token]))
     written = [base.spell(prompt, full=True) for prompt in prompts]
     length = tokenizer.model_max_length
     ids = tokenizer(written, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-    return torch.isin(ids, wanted)
+    columns = torch.isin(ids, wanted)
+    for prompt, found in zip(prompts, columns, strict=True):
+        if not found.any():
+            raise UserError(
+                f"The text encoder reads no {token} in '{prompt[:60]}', so it has no place; name it early.",
+                Fix("auto_regions", "false"),
+            )
+    return columns
 
 
 class Enough(Exception):

@@ -17,8 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapters.low_rank import thin_conv
 from ..linalg import Factors
-from .regions import FEWEST, Layer, change_of, grid_of, innermost
+from .regions import FEWEST, Layer, grid_of, innermost
+
+LARGEST = 64 * 64  # cells whose isolated self-attention is masked: the mask has their square
 
 
 @dataclass
@@ -41,33 +44,45 @@ class FoundRegions:
 
     Attributes:
         masks: (n, concepts, h, w) bool at the latents' size, disjoint.
-        isolation: how far self-attention and group norms in a mask keep to it, 0…1.
+        isolation: how far self-attention and group norms in a mask keep to it, 0…1. Self-attention over more than
+            ``LARGEST`` cells sees all of the picture.
+        share: how much the global prompt is read in masks, 0…1.
+        window: the steps [first, last) in which the concepts act.
         step: the present step of the sampler, which callbacks set.
     """
 
     concepts: Sequence[FoundConcept]
     masks: Tensor
     isolation: float = 0.0
+    share: float = 0.0
+    window: tuple[int, int] = (0, 1 << 30)
     step: int = 0
-    _kept: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    _kept: dict[tuple[str, int, int, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @property
+    def acting(self) -> bool:
+        return self.window[0] <= self.step < self.window[1]
 
     def inside(self, rows: int, cells: int, like: Tensor) -> Tensor:
         """(rows, concepts, cells): 1 in a concept's mask at the layer's size, else 0; a batch's halves are alike."""
-        return self._keep("inside", rows, cells, lambda: self._inside(rows, cells).to(like))
+        return self._keep("inside", rows, cells, like, lambda: self._inside(rows, cells).to(like))
 
     def outside(self, rows: int, cells: int, like: Tensor) -> Tensor:
         """(rows, 1, cells): 1 where no concept is."""
-        return self._keep("outside", rows, cells, lambda: 1 - self.inside(rows, cells, like).amax(1, keepdim=True))
+        return self._keep(
+            "outside", rows, cells, like, lambda: 1 - self.inside(rows, cells, like).amax(1, keepdim=True)
+        )
 
     def text_scores(self, rows: int, cells: int, words: int, like: Tensor) -> Tensor:
         """What is added to the scores of cross-attention (rows, cells, (1 + concepts) · words): 0 or −∞."""
 
         def make() -> Tensor:
             inside = self.inside(rows, cells, like)
-            seen = torch.cat([self.outside(rows, cells, like), inside], 1).mT  # (rows, cells, 1 + concepts)
-            return seen.log().repeat_interleave(words, 2)
+            outside = self.outside(rows, cells, like)
+            read = torch.cat([outside + self.share * (1 - outside), inside], 1).mT  # (rows, cells, 1 + concepts)
+            return read.log().repeat_interleave(words, 2)
 
-        return self._keep(f"text {words}", rows, cells, make)
+        return self._keep(f"text {words}", rows, cells, like, make)
 
     def self_scores(self, rows: int, cells: int, like: Tensor) -> Tensor:
         """What is added to the scores of isolated self-attention (rows, cells, cells): −∞ from a mask to elsewhere."""
@@ -76,7 +91,7 @@ class FoundRegions:
             inside = self.inside(rows, cells, like)
             return (inside.mT @ inside + self.outside(rows, cells, like).mT).log()
 
-        return self._keep("self", rows, cells, make)
+        return self._keep("self", rows, cells, like, make)
 
     def _inside(self, rows: int, cells: int) -> Tensor:
         height, width = self.masks.shape[2:]
@@ -87,8 +102,8 @@ class FoundRegions:
         owned &= owned.cumsum(1) == 1  # a cell that two share equally is the first one's
         return owned.float().repeat(rows // len(owned), 1, 1)
 
-    def _keep(self, what: str, rows: int, cells: int, make: Callable[[], Tensor]) -> Tensor:
-        key = (what, rows, cells)
+    def _keep(self, what: str, rows: int, cells: int, like: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        key = (what, rows, cells, like.dtype)
         if key not in self._kept:
             self._kept[key] = make()
         return self._kept[key]
@@ -120,36 +135,50 @@ class FoundRegions:
             unet.set_attn_processor(before)
 
     def _hook(self, name: str) -> Callable[[Any, Any, Tensor], Tensor | None]:
-        """The forward hook of a layer: each concept's change at its own text or in its own masks."""
+        """The forward hook of a layer: each concept's change at its own text or in its own masks.
+
+        All changes are one: between ``down`` and ``up`` every concept's columns are weighed by where it acts.
+        """
         reads_text = ".attn2.to_k" in name or ".attn2.to_v" in name
+        acting = [
+            (index, concept.deltas[name]) for index, concept in enumerate(self.concepts) if name in concept.deltas
+        ]
+        up = torch.cat([factors.up for _, factors in acting], 1)
+        down = torch.cat([factors.down for _, factors in acting])
+        owners = torch.tensor([index for index, factors in acting for _ in factors.down], device=down.device)
+
+        def weights(rows: int, places: int, like: Tensor) -> Tensor:
+            """(rows or 1, k, places)"""
+            if not reads_text:
+                return self.inside(rows, places, like)[:, owners]
+            text = torch.arange(places, device=like.device) // (places // (1 + len(self.concepts))) - 1
+            return (text == owners[:, None]).to(like)[None]
 
         def hook(module: Any, inputs: Any, output: Tensor) -> Tensor | None:
             x = inputs[0]
-            if x.dim() < 3:
+            if x.dim() < 3 or not self.acting:
                 return None  # a layer without cells, such as the time embedding's
-            convolution = isinstance(innermost(module), nn.Conv2d)
-            if reads_text:
-                words = x.shape[1] // (1 + len(self.concepts))
-            else:
-                cells = output.shape[2] * output.shape[3] if convolution else output.shape[1]
-                inside = self.inside(len(x), cells, output)
-            for index, concept in enumerate(self.concepts):
-                if (factors := concept.deltas.get(name)) is None:
-                    continue
-                if reads_text:
-                    own = slice(words * (index + 1), words * (index + 2))
-                    output[:, own] += change_of(module, x[:, own], factors)
-                    continue
-                weight = inside[:, index]
-                weight = weight.view(len(x), 1, *output.shape[2:]) if convolution else weight[..., None]
-                output = torch.addcmul(output, change_of(module, x, factors), weight)
-            return output
+            layer = innermost(module)
+            if isinstance(layer, nn.Conv2d):
+                places = output.shape[2] * output.shape[3]
+                inner = thin_conv(x, layer, down).flatten(2).to(output)
+                inner = inner * self._keep(name, len(x), places, output, lambda: weights(len(x), places, output))
+                return (output.flatten(2) + up.to(output) @ inner).view_as(output)
+            places = output.shape[1]
+            inner = F.linear(x, down.to(x)).to(output)
+            inner = inner * self._keep(name, len(x), places, output, lambda: weights(len(x), places, output).mT)
+            return output + F.linear(inner, up.to(output))
 
         return hook
 
-    def _norm_hook(self, module: Any, inputs: Any, output: Tensor) -> Tensor:
+    def _norm_hook(self, module: Any, inputs: Any, output: Tensor) -> Tensor | None:
         """The cells of every mask are normalized by their own mean and deviation; a tiny one keeps the picture's."""
-        x = inputs[0].flatten(2).float()
+        if not self.acting:
+            return None
+        with torch.autocast(output.device.type, enabled=False):  # squares need float32's range
+            return self._normalized(module, inputs[0].flatten(2).float(), output)
+
+    def _normalized(self, module: Any, x: Tensor, output: Tensor) -> Tensor:
         rows, channels, cells = x.shape
         inside = self.inside(rows, cells, x)
         inside = inside * (inside.sum(2, keepdim=True) >= FEWEST)
@@ -161,7 +190,8 @@ class FoundRegions:
         square = groups.square().mean(2) @ inside.mT / count
         scale = ((square - mean.square()).clamp_min(0) + module.eps).rsqrt()
         normal = ((groups - (mean @ inside)[:, :, None]) * (scale @ inside)[:, :, None]).reshape(rows, channels, cells)
-        apart = torch.addcmul(module.bias[:, None], normal, module.weight[:, None]).view_as(output).to(output)
+        apart = normal * module.weight[:, None].float() + module.bias[:, None].float()
+        apart = apart.view_as(output).to(output)
         weight = self.isolation * inside.amax(1).view(rows, 1, *output.shape[2:])
         return torch.lerp(output, apart, weight.to(output))
 
@@ -181,8 +211,14 @@ class FoundAttention:
         temb: Tensor | None = None,
     ) -> Tensor:
         state, rows = self.state, len(hidden_states)
+        if not state.acting:
+            unchanged: Tensor = self.inner(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return unchanged
         maps = hidden_states.dim() == 4
         cells = hidden_states.shape[2] * hidden_states.shape[3] if maps else hidden_states.shape[1]
+        if encoder_hidden_states is None and cells > LARGEST:
+            whole: Tensor = self.inner(attn, hidden_states, None, attention_mask, temb)
+            return whole
         if encoder_hidden_states is None:
             scores = state.self_scores(rows, cells, hidden_states)
             apart: Tensor = self.inner(attn, hidden_states, None, scores, temb)

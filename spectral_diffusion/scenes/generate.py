@@ -156,6 +156,7 @@ def generate_to_file(
             hooks.notify(f"Note: {what} has changed since that picture was made; this one will differ.")
     loaded = {**own, **load_foreign(scene, base, own)}
     concepts = place(base, scene, loaded, hooks)
+    scene = scene.model_copy(update={"auto_regions": bool(concepts)})  # settled, for the picture made again
     bound = bind(base, scene, loaded, hooks)
     for text in remarks(base, scene, controls):
         hooks.notify(text)

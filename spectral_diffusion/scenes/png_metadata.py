@@ -89,6 +89,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     metadata = read_embedded(path)
     settings = paths_in(metadata["settings"], lambda name: located(name, path.parent))
+    settings.setdefault("auto_regions", False)  # pictures from before there was any
     if isinstance(settings.get("base"), str):
         settings["base"] = located_base(settings["base"], str(metadata["sources"].get(BASE)), path.parent)
     return settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..core.errors import Cancelled, Fix, NotFiniteError, UserError
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.precision import autocast, resolve_mixed_precision, tf32
 from ..linalg import Factors
-from ..models.attention_maps import capture_attention_maps
+from ..models.attention_maps import LARGEST, capture_attention_maps
 from ..models.base import Base
 from ..models.denoiser import Denoiser
 from ..models.vae import decode, decode_batch, in_portions, overflows, upcast
@@ -97,6 +97,10 @@ class SceneSampler:
         self.width, self.height = size = (scene.width or base.size, scene.height or base.size)
         base.check_side(self.width, "width")
         base.check_side(self.height, "height")
+        if inputs.concepts:
+            coarse = scene.model_copy(update={"num_inference_steps": STEPS, "compile": False})
+            quiet = Hooks(should_stop=hooks.should_stop)
+            self.coarse = SceneSampler(base, coarse, SceneInputs(inputs.controls), quiet)
         self.pipe, self.options = stock_pipeline(base, scene, inputs.controls, size)
         self.large = base.family.decodes_latents
         bound = inputs.bound or [()] * len(scene.regions)
@@ -155,16 +159,15 @@ class SceneSampler:
         tokens = [concept.token for concept in concepts]
         size = (self.height // base.denoiser.vae_scale, self.width // base.denoiser.vae_scale)
         totals = AttentionTotals(torch.stack([columns_of(base, prompts, token) for token in tokens]), size)
-        coarse = self.scene.model_copy(update={"num_inference_steps": STEPS, "compile": False})
+        largest = max(LARGEST, -(-size[0] // 2) * -(-size[1] // 2))  # every network attends at half of the latents
         with ExitStack() as stack:
             for text, _ in self.found:
                 stack.enter_context(changed(modules_of(base, text), text))
-            maps = stack.enter_context(capture_attention_maps(base.denoiser.network, True))
+            maps = stack.enter_context(capture_attention_maps(base.denoiser.network, True, largest))
             assert maps is not None
-            watch = partial(totals.after_step, maps)
-            inputs = SceneInputs(self.inputs.controls, on_step=watch)
+            self.coarse.inputs = replace(self.coarse.inputs, on_step=partial(totals.after_step, maps))
             stack.enter_context(suppress(Enough))
-            SceneSampler(base, coarse, inputs, Hooks(should_stop=self.hooks.should_stop)).batch(prompts, seeds, 0, 1)
+            self.coarse.batch(prompts, seeds, 0, 1)
         found = []
         for token, (text, unet) in zip(tokens, self.found, strict=True):
             own = [base.spell(own_prompt(prompt, token, tokens)) for prompt in prompts]
@@ -172,7 +175,9 @@ class SceneSampler:
                 states = base.denoiser.prompt_rows(base.denoiser.encode([*own, base.spell(self.scene.negative_prompt)]))
             negative = states[-1].expand(len(own), *states[-1].shape)
             found.append(FoundConcept(torch.stack(states[:-1]), negative, unet))
-        return FoundRegions(found, totals.masks().to(base.device), self.scene.region_isolation)
+        scene = self.scene
+        window = window_of(scene.region_start, scene.region_end, scene.num_inference_steps)
+        return FoundRegions(found, totals.masks(), scene.region_isolation, scene.global_prompt_weight, window)
 
     def _regional_state(self, count: int) -> RegionState:
         """The regions at step 0 of a batch."""

@@ -39,12 +39,11 @@ def half_weights(network: nn.Module, precision: MixedPrecision) -> Iterator[None
     Autocast rounds them at every use and keeps the copies for the backward pass: half of the weights' memory more,
     instead of half of it less. The float32 ones wait in main memory and come back in the end.
     """
-    whole = [(parameter, parameter.data.cpu()) for parameter in halvable(network)]
-    device = next(network.parameters()).device
-    for parameter, _ in whole:
+    whole = [(parameter, parameter.data.cpu(), parameter.device) for parameter in halvable(network)]
+    for parameter, _, _ in whole:
         parameter.data = parameter.data.to(DTYPES[precision])
     try:
         yield
     finally:
-        for parameter, data in whole:
+        for parameter, data, device in whole:
             parameter.data = data.to(device)

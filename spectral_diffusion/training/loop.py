@@ -25,6 +25,7 @@ from ..linalg import kernel_size
 from ..methods import Method, get_method
 from ..models.attention_maps import attention_loss, capture_attention_maps
 from ..models.base import Base
+from ..models.offload import is_offloaded
 from ..models.per_layer_tokens import cross_attention, per_layer_attention
 from ..models.prompt_encoder import PromptEncoder
 from ..models.split_linear import fused_layers
@@ -127,7 +128,8 @@ class Trainer:
         )
         self._enter(stack, OTHER_TOKENS if preserving else ())
         self._attach()
-        if self.base.dtype == torch.float32 and halves(self.base.device, self.precision, job.method):
+        whole = self.base.dtype == torch.float32 and not is_offloaded(self.denoiser.network)
+        if whole and halves(self.base.device, self.precision, job.method):
             stack.enter_context(half_weights(self.denoiser.network, self.precision))
             self.validator.precision = self.precision
         self._optimize()

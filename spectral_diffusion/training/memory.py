@@ -205,7 +205,8 @@ class TrainingPhases:
         peaks = {"encoding photos": self.peak_of(self.encode_photos)}
         if config.prior.loss_weight and not config.data.class_images_dir:
             peaks["drawing prior images"] = self.peak_of(self.draw_prior_images)
-        if self.dtype == torch.float32 and halves(self.device, self.precision, get_method(config.method)):
+        whole = self.dtype == torch.float32 and not config.layer_offload
+        if whole and halves(self.device, self.precision, get_method(config.method)):
             self.halve()
             peaks = {name: peak + self.halved for name, peak in peaks.items()}
         if config.validation.every:

@@ -24,6 +24,7 @@ from ..data.folder import Concept, open_photo
 from ..data.image_grid import enlarged, labelled_grid
 from ..metrics.identity import IdentityEncoder, identity_score, load_identity_encoder
 from ..models.base import Base
+from ..models.denoiser import Denoiser
 from ..models.prompt_encoder import PromptEncoder
 from ..models.vae import on_white
 from .card import write_card
@@ -76,7 +77,7 @@ def validation_images(
     for strength in config.scales:
         with torch.no_grad(), torch.random.fork_rng([]), at_strength(attachment, strength):
             options = denoiser.embedding_options(condition(prompts), condition([""] * len(prompts)))
-            with autocast(base.device, precision):
+            with network_autocast(denoiser, precision), denoiser.sampling():
                 images = pipe(
                     width=condition.size, height=condition.size, num_inference_steps=config.num_inference_steps,
                     generator=[torch.Generator("cpu").manual_seed(config.seed + row) for row in range(len(prompts))],
@@ -85,6 +86,26 @@ def validation_images(
             columns.append([on_white(image) for image in images])
     pipe.vae.use_slicing = slicing
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+@contextmanager
+def network_autocast(denoiser: Denoiser, precision: MixedPrecision) -> Iterator[None]:
+    """Run the network alone under autocast: an autoencoder may overflow in half precision."""
+    if precision == "no":
+        yield
+        return
+    network: Any = denoiser.network
+    forward = network.forward
+
+    def inside(*inputs: Any, **options: Any) -> Any:
+        with autocast(denoiser.device, precision):
+            return forward(*inputs, **options)
+
+    network.forward = inside
+    try:
+        yield
+    finally:
+        del network.forward
 
 
 class Validator:

@@ -9,7 +9,6 @@ from pydantic import Field
 from torch import Tensor
 
 from ...config.settings import Settings
-from ...core.errors import Fix, UserError
 from ...linalg import Factors
 from ..activations import GramAccumulator
 from .gradient import mean_diagonal, solve
@@ -61,9 +60,12 @@ class ContrastiveFusion(Accumulator):
         assert self.total is not None
         alone = len(self.downs) == 1
         total, prior = self.total * (1 if alone else 1 - self.options.repulsion), self.context.prior
+        diagonal = self.diagonal
         if prior is not None and self.context.prior_weight > 0:
-            share = self.count / len(self.downs) / max(prior.count, 1)
-            total = total + self.context.prior_weight * share * prior.gram()
-        if self.diagonal <= 0:
-            raise UserError("No layer saw anything in calibration.", Fix("calibration.num_images", so="more"))
-        return Factors(self.up, solve(total, torch.cat(self.right), self.options.ridge * self.diagonal))
+            weight = self.context.prior_weight * self.count / len(self.downs) / max(prior.count, 1)
+            total = total + weight * prior.gram()
+            diagonal += mean_diagonal([(prior, weight)])
+        right = torch.cat(self.right)
+        if diagonal <= 0:  # a layer that saw nothing but zeros
+            return Factors(self.up, torch.zeros_like(right))
+        return Factors(self.up, solve(total, right, self.options.ridge * diagonal))

@@ -64,13 +64,15 @@ def orthofuse(contributions: Sequence[Contribution], context: MergeContext) -> F
     mean are stretched to the adapters' mean size. An adapter without the layer is no rotation.
 
     Raises:
-        UserError: the scales are not positive together.
+        UserError: a scale is negative, or all are 0.
     """
-    total = sum(contribution.scale for contribution in contributions)
+    scales = [contribution.scale for contribution in contributions]
+    total = sum(scales)
     acting = [contribution for contribution in contributions if not contribution.absent]
-    if total <= 0:
+    if min(scales) < 0 or total <= 0:
         raise UserError(
-            "orthofuse divides by the sum of the scales, which is not positive.", Fix("scales", so="positive")
+            "orthofuse weighs rotations by their scales, which are negative or 0 together.",
+            Fix("scales", so="positive"),
         )
     frozen, method = acting[0].frozen, acting[0].method
     prepare = method.prepare
