@@ -236,8 +236,32 @@ def merged(merge: str) -> Case:
     return f"fuse {merge}", work
 
 
+def found(world: World, kind: str, base: str = "sd", **more: Any) -> None:
+    """Regions that are found by attention."""
+    adapters = {str(file): 0.5 for file in world.pair(kind, base=base)}
+    tag = f"found-{base}-{'-'.join(more)}"
+    world.generate(kind, tag, base, prompt="<rex> beside <mug>", adapters=adapters, region_isolation=1.0, **more)
+
+
+OFTEN = {
+    "spectral-additive",
+    "spectral-rotation",
+    "lora",
+    "dora",
+    "oft",
+    "svdiff",
+    "spectral",
+    "gradient",
+    "ssr",
+    "ties",
+}
+METHODS = {
+    method: trained(method, method=method, rank=1 if method in {"svdiff", "oft", "svft"} else 2)
+    for method in all_methods()
+}
+FUSED = {merge: merged(merge) for merge in all_merges()}
 CORE: list[Case] = [
-    *(trained(method, method=method, rank=1 if method in {"svdiff", "oft", "svft"} else 2) for method in all_methods()),
+    *(case for name, case in {**METHODS, **FUSED}.items() if name in OFTEN),
     trained("half additive", **HALF),
     trained("half rotation checkpointing", method="spectral-rotation", gradient_checkpointing=True, **HALF),
     trained("autocast lora", method="lora", mixed_precision="fp16"),
@@ -245,14 +269,17 @@ CORE: list[Case] = [
     trained("sdxl", base="sdxl"),
     trained("klein", base="klein"),
     ("train resume", lambda world, kind: resumed(world, kind, **HALF)),
-    *(merged(merge) for merge in all_merges()),
     ("fuse distill", lambda world, kind: world.fuse(kind, "distill", world.pair(kind), distill=DISTILL)),
     generated("adapter", num_images=2),
     ("generate regions", regions),
+    ("generate found regions", found),
     ("generate controls", controlled),
     ("generate klein regions", lambda world, kind: regions(world, kind, base="klein")),
 ]  # fmt: skip
 LONG: list[Case] = [
+    *(case for name, case in {**METHODS, **FUSED}.items() if name not in OFTEN),
+    ("generate found regions half", lambda world, kind: found(world, kind, **HALF)),
+    ("generate found regions sdxl", lambda world, kind: found(world, kind, base="sdxl", **HALF)),
     *(
         trained(f"{name} {method}", method=method, **options)
         for name, options in {
@@ -502,8 +529,9 @@ def test_apples_gpus_are_spared_float64() -> None:
 
 
 @pytest.mark.skipif(bool(REAL), reason="a pretended device")
-@pytest.mark.parametrize(("method", "half"), [("spectral-additive", True), ("lora", True), ("dora", False)])
-@pytest.mark.parametrize("base", ["sd", "klein"])
+@pytest.mark.parametrize(
+    ("base", "method", "half"), [("sd", "spectral-additive", True), ("klein", "lora", True), ("sd", "dora", False)]
+)
 def test_frozen_weights_take_half_the_memory_with_the_same_bits(
     world: World, base: str, method: str, half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

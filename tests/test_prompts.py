@@ -191,6 +191,6 @@ def test_a_picture_with_odd_settings_is_a_sentence(tmp_path: Path) -> None:
         info = PngImagePlugin.PngInfo()
         info.add_itxt(SETTINGS_KEY, json.dumps({"settings": {"prompt": "x", **settings}}))
         Image.new("RGB", (8, 8)).save(tmp_path / "odd.png", pnginfo=info)
-        assert find_again(tmp_path / "odd.png").settings == {"prompt": "x", **settings}
+        assert find_again(tmp_path / "odd.png").settings == {"prompt": "x", "auto_regions": False, **settings}
         with pytest.raises(UserError, match=r"'(regions|adapters)"):
             run(tmp_path / "odd.png", "-o", tmp_path / "out.png")
