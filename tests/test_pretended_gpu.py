@@ -458,6 +458,13 @@ def test_settings_that_wait_no_more(world: World, more: dict[str, Any], most: in
     assert cost_of_steps(world, "spectral-additive", **more)[1] <= most
 
 
+@pytest.mark.parametrize(("base", "most"), [("klein", 1), ("z-image", 1), ("krea-2", 1)])
+def test_transformers_wait_for_their_prompts_no_more(world: World, base: str, most: int) -> None:
+    """Each prompt is encoded once, which waits; there is one here, read before anything is counted."""
+    more = {"base": str(world.base(base)), "noise_offset": 0.0, "dtype": "bfloat16", "templates": ["a photo of {}"]}
+    assert cost_of_steps(world, "lora", **more)[1] <= most
+
+
 # ---------------------------------------------------------------------- the pretended device itself
 
 

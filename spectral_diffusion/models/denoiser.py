@@ -28,6 +28,7 @@ from .original_names import OriginalNames
 from .vae import pixels_per_cell
 
 UNIFORM = ObjectiveConfig()
+LENGTHS = "lengths"  # the name of prompts' lengths among what a network is given
 NEEDS_FLOW = "for bases that match a flow; this one predicts noise or velocity."
 OnStep = Callable[[int, Tensor], None]  # the number of the step just done, from 0, and its latents
 
@@ -46,9 +47,11 @@ class Conditioning:
         return Conditioning({name: tensor[chosen] for name, tensor in self.tensors.items()})
 
     def to(self, device: torch.device | str) -> Conditioning:
-        """The same on a device."""
+        """The same on a device, but for the lengths of prompts, which the host reads."""
         device = torch.device(device)
-        return Conditioning({name: to_device(tensor, device) for name, tensor in self.tensors.items()})
+        moved = {name: to_device(tensor, device) for name, tensor in self.tensors.items() if name != LENGTHS}
+        kept = {LENGTHS: self.tensors[LENGTHS].cpu()} if LENGTHS in self.tensors else {}
+        return Conditioning({**moved, **kept})
 
     @classmethod
     def stack(cls, parts: Sequence[Conditioning]) -> Conditioning:

@@ -10,6 +10,7 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor, nn
 
+from ..core.machine import to_device
 from .denoiser import Conditioning, Controls, SeveralTexts, TokenKind, unbound
 from .flow import TOKENS, FlowDenoiser
 from .original_names import OriginalNames
@@ -156,8 +157,8 @@ class Flux2KleinDenoiser(FlowDenoiser):
             timestep=self.sigmas(timesteps).to(self.dtype),
             guidance=None,
             encoder_hidden_states=words,
-            txt_ids=Flux2KleinPipeline._prepare_text_ids(words).to(self.device),
-            img_ids=Flux2KleinPipeline._prepare_latent_ids(noisy).to(self.device),
+            txt_ids=to_device(Flux2KleinPipeline._prepare_text_ids(words), self.device),
+            img_ids=to_device(Flux2KleinPipeline._prepare_latent_ids(noisy), self.device),
             return_dict=False,
             **extra,
         )[0]

@@ -10,6 +10,7 @@ import torch
 from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel
 from torch import Tensor
 
+from ..core.machine import to_device
 from .denoiser import AlignedTexts, Conditioning, SeveralTexts, TokenKind, unbound
 from .flow import TOKENS
 from .original_names import OriginalNames
@@ -70,8 +71,8 @@ class QwenImage21Denoiser(QwenVaeDenoiser):
         options: dict[str, Any] = {}
         for name, part in (("prompt_embeds", positive), ("negative_prompt_embeds", negative)):
             states, lengths = part.tensors["encoder_hidden_states"], part.tensors["lengths"]
-            places = torch.arange(states.shape[1], device=lengths.device)
-            options |= {name: states, f"{name}_mask": places < lengths[:, None]}
+            places = torch.arange(states.shape[1])
+            options |= {name: states, f"{name}_mask": (places < lengths[:, None].cpu()).to(states.device)}
         return options
 
     def prompt_rows(self, conditioning: Conditioning) -> list[Tensor]:
@@ -133,7 +134,8 @@ class QwenImage21Denoiser(QwenVaeDenoiser):
         out: list[Tensor | None] = [None] * len(noisy)
         for length in lengths.unique().tolist():
             alike = (lengths == length).nonzero()[:, 0]
-            words, chosen = states[alike, :length].to(self.dtype), alike.to(noisy.device)
+            chosen = to_device(alike, noisy.device)
+            words = states[chosen, :length].to(self.dtype)
             predicted = self._predict_alike(noisy[chosen], timesteps[chosen], words, extra)
             for row, one in zip(alike.tolist(), predicted, strict=True):
                 out[row] = one

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.machine import to_device
 from .flow import FlowDenoiser
 from .vae import latent_channels
 
@@ -52,7 +53,10 @@ class QwenVaeDenoiser(FlowDenoiser):
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (1, c, 1, 1) of the autoencoder's latents."""
         config: Any = self.vae.config
-        mean, deviation = (torch.tensor(values).to(like) for values in (config.latents_mean, config.latents_std))
+        mean, deviation = (
+            to_device(torch.tensor(values, dtype=like.dtype), like.device)
+            for values in (config.latents_mean, config.latents_std)
+        )
         return mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
 
     def pack(self, latents: Tensor) -> Tensor:
