@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.merging.merges import Contribution, get_merge
+from spectral_diffusion.merging.merges.registry import MergeContext
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.slots.ledger import Slot
 
@@ -53,6 +54,7 @@ def main() -> None:
     }
     config = FuseConfig(adapters=[Path("a")], output=Path("b"))
     merge = get_merge("spectral")
+    context = MergeContext(merge.settings(config.options), config.seed)
     files, merges = [], []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.safetensors"
@@ -63,7 +65,7 @@ def main() -> None:
             files.append(time.perf_counter() - begun)
             begun = time.perf_counter()
             for name, weight in weights.items():
-                found = merge.combine(brought[name], config, None)
+                found = merge.combine(brought[name], context)
                 weight.add_(found.delta())  # type: ignore[union-attr]
             merges.append(time.perf_counter() - begun)
     largest = max(weights.values(), key=torch.Tensor.numel)

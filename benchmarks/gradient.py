@@ -25,6 +25,7 @@ from spectral_diffusion.config.fuse import CalibrationConfig, FuseConfig
 from spectral_diffusion.linalg import Factors
 from spectral_diffusion.merging.activations import GramAccumulator
 from spectral_diffusion.merging.merges import Contribution, get_merge
+from spectral_diffusion.merging.merges.registry import MergeContext
 from spectral_diffusion.methods import get_method
 
 CONCEPTS = 4
@@ -68,7 +69,8 @@ def closed_form(case: Case, config: FuseConfig) -> Tensor:
             seen.add(part)
         parameters = {"A": change.down, "B": change.up}
         brought.append(Contribution(f"c{index}", method, parameters, {}, None, 1.0, seen))
-    found = get_merge("gradient").combine(brought, config, None)
+    merge = get_merge("gradient")
+    found = merge.combine(brought, MergeContext(merge.settings(config.options), config.seed))
     assert isinstance(found, Factors)
     return found.delta()
 
