@@ -58,8 +58,9 @@ def concepts_named(base: Base, scene: Scene, adapters: Mapping[str, Adapter]) ->
         if adapter.token and adapter.token.lower() in prompt
         if not (adapter.is_style or adapter.per_layer_vectors)
     }
-    if wanted:
-        named |= {token: token for token in base.known_tokens if token.lower() in prompt}
+    if wanted and len(named) < 2:  # else a picture that records what was found by default would be made otherwise again
+        others = [token for token in base.known_tokens if token.lower() in prompt and token not in named.values()]
+        named |= {token: token for token in others}
     if len(named) >= 2 and works and not scene.regions:
         return named
     if not wanted:
