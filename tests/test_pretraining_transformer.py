@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
@@ -17,6 +18,7 @@ from tools.pocket import transformer
 from tools.pocket.batches import Batch
 from tools.pocket.compute import Compute
 from tools.pocket.loop import Limits, train_piece
+from tools.pocket.map_heads import ANSWERS, TokenMapHead
 from tools.pocket.transformer import (
     FlowRecipe,
     FlowTrainee,
@@ -74,6 +76,19 @@ def test_the_autoencoder_is_the_same_with_normal_latents() -> None:
     trainee = FlowTrainee(new)
     normal = torch.cat([trainee.denoiser.normalize(new.encode(batch).latent_dist.mean) for batch in pictures])
     assert normal.mean((0, 2, 3)).abs().max() < 1e-3 and (normal.std((0, 2, 3)) - 1).abs().max() < 0.02
+
+
+def test_the_head_reads_every_latent_from_the_token_that_covers_it() -> None:
+    head = TokenMapHead(transformer.build_transformer())
+    head.layers = torch.nn.Identity()
+    labels = torch.stack([torch.randint(0, count, (2, 8, 8)) for count in ANSWERS], 1)
+    hot = [F.one_hot(labels[:, i], count).movedim(-1, 1) for i, count in enumerate(ANSWERS)]
+    tokens = F.pixel_unshuffle(torch.cat(hot, 1) * 50.0, 2).flatten(2).mT
+    prompt = torch.randn(2, 5, tokens.shape[-1])
+    head._seen.append(torch.cat([prompt, tokens], 1))
+    assert head.loss(labels) < 1e-6
+    head._seen.append(torch.cat([prompt, tokens.roll(1, 1)], 1))
+    assert head.loss(labels) > 1
 
 
 def test_training_reads_prompts_and_predicts_as_the_pipeline_does(training: FlowTraining) -> None:

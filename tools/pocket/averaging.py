@@ -32,6 +32,7 @@ class AveragedRecipe(Rates):
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 1e-4
     clip: float = 1.0
+    maps: float = 0.0  # weight of an added loss: which class and colour is where (see map_heads.py)
 
 
 @dataclass
@@ -43,12 +44,16 @@ class AveragedTraining(ABC):
     recipe: Any
     progress: Progress = field(default_factory=Progress)
     about: dict[str, Any] = field(default_factory=dict)  # how the weights came about
+    head: Any = field(init=False, default=None)  # reads those maps, where the recipe has their loss
     averages: list[list[Tensor]] = field(init=False)
     optimizer: torch.optim.AdamW = field(init=False)
 
     def __post_init__(self) -> None:
         self.trainee.to(self.compute.device)
-        named = [*self.trainee.named_parameters(), *self.more_parameters()]
+        named = list(self.trainee.named_parameters())
+        if self.recipe.maps:
+            self.head = self.build_head().to(self.compute.device)
+            named += [(f"{HEAD}{name}", parameter) for name, parameter in self.head.named_parameters()]
         self.names = [name for name, _ in named]
         self.parameters: list[nn.Parameter] = [parameter for _, parameter in named]
         self.averages = [[p.detach().clone() for p in self.parameters] for _ in self.recipe.ema]
@@ -61,9 +66,13 @@ class AveragedTraining(ABC):
     def loss(self, batch: Batch) -> Tensor:
         """What a step makes smaller."""
 
-    def more_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Parameters besides the trainee's, which are trained and saved with them."""
-        return []
+    @abstractmethod
+    def build_head(self) -> nn.Module:
+        """The head that reads maps of classes and colours from the trainee's features."""
+
+    def map_loss(self, batch: Batch) -> Tensor | float:
+        """The weighted loss on maps for the last forward pass; 0 without a head."""
+        return self.recipe.maps * self.head.loss(batch.labels) if self.head else 0.0
 
     def spread_timesteps(self, count: int, last: int, generator: torch.Generator) -> Tensor:
         """Timesteps (n,), one per equal stretch of u in 0…1, so that a step's loss is steadier."""

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from torch import Tensor, nn
+from torch import Tensor
 
-from .averaging import HEAD, AveragedRecipe, AveragedTraining, object_weights
+from .averaging import AveragedRecipe, AveragedTraining, object_weights
 from .batches import Batch
-from .models import MapHead, Trainee, build_scheduler
-from .sprites import NOUNS, TINTS
+from .map_heads import MapHead
+from .models import Trainee, build_scheduler
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,6 @@ class Recipe(AveragedRecipe):
     """How the networks are trained on what the batches show."""
 
     snr: float = 5.0  # the loss is weighted by 1 / (1 + SNR / snr)
-    maps: float = 0.0  # weight of an added loss: which class and colour is where (see MapHead)
 
 
 @dataclass
@@ -38,14 +37,11 @@ class Training(AveragedTraining):
         device = self.compute.device
         if device.type == "cuda":
             self.trainee.unet.set_attn_processor(AttnProcessor2_0())
-        self.head: MapHead | None = None
-        if self.recipe.maps:
-            self.head = MapHead(self.trainee.unet, (len(NOUNS) + 1, len(TINTS) + 1)).to(device)
         self.alphas = build_scheduler().alphas_cumprod.to(device)
         super().__post_init__()
 
-    def more_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(f"{HEAD}{name}", p) for name, p in self.head.named_parameters()] if self.head else []
+    def build_head(self) -> MapHead:
+        return MapHead(self.trainee.unet)
 
     def loss(self, batch: Batch) -> Tensor:
         return velocity_loss(self, batch)
@@ -84,8 +80,8 @@ def velocity_loss(training: Training, batch: Batch) -> Tensor:
     target = alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
     with compute.autocast():
         predicted = training.trainee(noisy, timesteps, batch)
-        maps = training.head.loss(batch.labels) if training.head else 0.0
+        maps = training.map_loss(batch)
     snr = alpha / (1 - alpha)
     where = object_weights(batch, recipe.object_weight, latents.shape[-2])
     error = ((predicted.float() - target).square() * where / (1 + snr / recipe.snr)).mean()
-    return error + recipe.maps * maps
+    return error + maps

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, T2IAdapter, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
@@ -216,28 +215,3 @@ class Trainee(nn.Module):
             if token in ids:
                 out[index] = rows[ids[token]]
         return out
-
-
-class MapHead(nn.Module):
-    """Reads from the U-Net's features which class and which colour is where; trained beside it and dropped at the end.
-
-    It sees what the first two up blocks give, at 8×8 and at 16×16.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel, answers: tuple[int, int], width: int = 64) -> None:
-        super().__init__()
-        low, high = unet.config.block_out_channels[-1], unet.config.block_out_channels[-2]
-        self.answers = answers
-        self.low, self.high = nn.Conv2d(low, width, 1), nn.Conv2d(high, width, 1)
-        self.last = nn.Conv2d(width, sum(answers), 1)
-        self._seen: list[Tensor] = []
-        for block in unet.up_blocks[:2]:
-            block.register_forward_hook(lambda module, inputs, output: self._seen.append(output))
-
-    def loss(self, labels: Tensor) -> Tensor:
-        """The cross entropy of both maps for the U-Net's last forward pass."""
-        low, high = self._seen
-        self._seen.clear()
-        low = F.interpolate(self.low(low), size=high.shape[-2:], mode="nearest")
-        answers = self.last(F.silu(low + self.high(high))).float().split(self.answers, 1)
-        return sum((F.cross_entropy(a, labels[:, i]) for i, a in enumerate(answers)), labels.new_zeros(()))

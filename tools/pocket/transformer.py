@@ -31,6 +31,7 @@ from spectral_diffusion.models.flux2 import Flux2KleinDenoiser
 from .averaging import AveragedRecipe, AveragedTraining, object_weights
 from .batches import Batch
 from .bpe import WORD_END, vocabulary_of, whole_words
+from .map_heads import TokenMapHead
 from .models import open_in_float32
 from .world import vocabulary
 
@@ -158,12 +159,16 @@ class FlowRecipe(AveragedRecipe):
     rate: float = 1e-3
     timestep_power: float = 0.7
     weight_decay: float = 1e-2
+    maps: float = 0.1
 
 
 class FlowTraining(AveragedTraining):
     """Text encoder and transformer with their optimizer, moving averages and progress."""
 
     trainee: FlowTrainee
+
+    def build_head(self) -> TokenMapHead:
+        return TokenMapHead(self.trainee.transformer)
 
     def loss(self, batch: Batch) -> Tensor:
         """The error of the velocity, weighted by where the things are."""
@@ -174,8 +179,9 @@ class FlowTraining(AveragedTraining):
         noisy = denoiser.add_noise(latents, noise, timesteps)
         with self.compute.autocast(), self.attention():
             predicted = self.trainee(noisy, timesteps, batch.ids)
+            maps = self.map_loss(batch)
         weights = object_weights(batch, self.recipe.object_weight, latents.shape[-2])
-        return ((predicted - denoiser.target(latents, noise, timesteps)).square() * weights).mean()
+        return ((predicted - denoiser.target(latents, noise, timesteps)).square() * weights).mean() + maps
 
     def attention(self) -> AbstractContextManager[None]:
         """On a processor plain attention: the backward pass of the fused one takes a third of a step there."""
