@@ -11,20 +11,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
+from peft.optimizers import create_loraplus_optimizer
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_diffusion.adapters.adapter import Adapter
-from spectral_diffusion.adapters.attach import AdapterSpec, inject_adapter, unloading
+from spectral_diffusion.adapters.attach import AdapterSpec, InjectedAdapter, inject_adapter, unloading
 from spectral_diffusion.adapters.frozen import frozen_tensors
-from spectral_diffusion.config.train import ObjectiveConfig, TrainConfig
+from spectral_diffusion.config.train import ObjectiveConfig, OptimizerConfig, TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.models.attention_maps import AttentionMaps, attention_loss, capture_attention_maps, shape_of
+from spectral_diffusion.models.base import Base
 from spectral_diffusion.models.denoiser import min_snr_weights
 from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
@@ -119,6 +121,71 @@ def test_weight_decay_leaves_what_is_neutral_elsewhere(photos: Path, tiny_base: 
             assert torch.allclose(parameter, before[parameter_name] * factor, atol=1e-7), parameter_name
         zero = {n: p for n, p in on.parameters(on.layers and next(iter(on.layers))).items() if n in method.neutral}
         assert all(bool((before[f"{next(iter(on.layers))}.{n}"] != 0).any()) for n in zero)
+
+
+def with_lora(base: Base, photos: Path, **options: float) -> tuple[InjectedAdapter, torch.optim.Optimizer]:
+    """A LoRA whose B is not zero, gradients of ones, and the optimizer of these options."""
+    config = TrainConfig(concept=photos, output=photos, optimizer=OptimizerConfig(**options), learning_rate=0.01)  # type: ignore[arg-type]
+    with PromptEncoder(base, load_concept(photos), 0, 16) as condition:
+        lora = inject_adapter(base.models, AdapterSpec(get_method("lora"), 2))
+        generator = torch.Generator().manual_seed(1)
+        for row in condition.named_parameters().values():
+            row.requires_grad_(True)
+        for _, parameter in lora.named_parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        return lora, build_optimizer(lora, condition, config, {})[0]  # type: ignore[return-value]
+
+
+def test_lora_plus_has_the_rates_of_pefts_own(photos: Path, tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    with unloading(base.models):
+        lora, optimizer = with_lora(base, photos, loraplus_lr_ratio=16)
+        network = base.models["unet"]
+        peft = create_loraplus_optimizer(network, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16)  # type: ignore[arg-type]
+        rates = [{id(p): g["lr"] for g in some.param_groups for p in g["params"]} for some in (optimizer, peft)]
+        of_network = [p for name, p in lora.named_parameters() if name.startswith("unet.")]
+        assert of_network and all(rates[0][id(p)] == pytest.approx(rates[1][id(p)]) for p in of_network)
+
+
+def test_the_preconditioner_turns_gradients_as_the_paper_says(photos: Path, tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    with unloading(base.models):
+        lora, optimizer = with_lora(base, photos, riemannian_reg=0.1)
+        own = lora.parameters(next(iter(lora.layers)))
+        A, B, grad_A, grad_B = own["A"].detach(), own["B"].detach(), own["A"].grad, own["B"].grad
+        assert grad_A is not None and grad_B is not None
+        damping = 0.1 * torch.eye(2)
+        expected = torch.linalg.solve(B.T @ B + damping, grad_A), torch.linalg.solve(A @ A.T + damping, grad_B.T).T
+        optimizer.step()
+        assert torch.allclose(own["A"].grad, expected[0], atol=1e-5)  # type: ignore[arg-type]
+        assert torch.allclose(own["B"].grad, expected[1], atol=1e-5)  # type: ignore[arg-type]
+        assert all(len(optimizer.state[p]) for _, p in lora.named_parameters())
+
+
+@pytest.mark.parametrize("option", ["loraplus_lr_ratio", "riemannian_reg"])
+def test_loras_optimizers_resume_and_refuse_other_methods(
+    photos: Path, tiny_base: Path, tmp_path: Path, option: str
+) -> None:
+    def run(name: str, **more: object) -> Adapter:
+        optimizer = {option: 4.0, "name": "adamw"}
+        config = settings(photos, tiny_base, tmp_path / f"{name}.safetensors", method="lora", optimizer=optimizer)
+        return train_to_file(config.model_copy(update=more))
+
+    whole, plain = run("whole"), run("plain", optimizer=OptimizerConfig())
+    stops = iter([False, False, True])
+    config = settings(
+        photos, tiny_base, tmp_path / "parts.safetensors", method="lora", optimizer={option: 4.0, "name": "adamw"}
+    )
+    with pytest.raises(Cancelled):
+        train_to_file(config, hooks=Hooks(should_stop=lambda: next(stops)))
+    parts = train_to_file(config, resume=True)
+    assert all(torch.equal(parts.parameters[name], value) for name, value in whole.parameters.items())
+    assert any(not torch.equal(plain.parameters[name], value) for name, value in whole.parameters.items())
+    with pytest.raises(UserError, match=option):
+        run("other", method="spectral-additive")
+    with pytest.raises(UserError, match="Prodigy"):
+        run("prodigy", optimizer=OptimizerConfig(**{option: 4.0, "name": "prodigy"}))  # type: ignore[arg-type]
 
 
 def test_rates_warm_up_and_decay() -> None:

@@ -89,6 +89,15 @@ class OptimizerConfig(Settings):
 
     name: Literal["adamw", "adamw8bit", "prodigy"] = Field("adamw", description="Optimizer.")
     d_coef: float = Field(1.0, gt=0, description="Factor of Prodigy's own step size; it replaces the learning rates.")
+    loraplus_lr_ratio: float = Field(
+        1.0, gt=0, le=1000, description="LoRA+ (Hayou et al. 2024): learning rate of lora's B over that of its A."
+    )
+    riemannian_reg: float = Field(
+        0.0,
+        ge=0,
+        description="Damping of the Riemannian preconditioner of lora's gradients (Zhang & Pilanci 2024; PEFT takes "
+        "1e-2); 0 turns it off.",
+    )
     lr_warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rates rise.")
     gradient_accumulation_steps: int = Field(1, ge=1, le=1024, description="Batches per step.")
     ema_decay: float = Field(

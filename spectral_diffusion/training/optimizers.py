@@ -1,4 +1,4 @@
-"""Optimizers: AdamW, 8-bit AdamW or Prodigy; learning rate schedules; a moving average of the weights."""
+"""Optimizers: AdamW, 8-bit AdamW or Prodigy, LoRA+ on top; learning rate schedules; a moving average of the weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..adapters.attach import InjectedAdapter
 from ..config.train import TrainConfig
 from ..core.errors import Fix, UserError
+from ..methods.registry import Method
 from ..models.prompt_encoder import PromptEncoder
-
-Groups = list[dict[str, Any]]
+from .riemannian import Groups, preconditioned
 
 
 class ProdigyGroups:
@@ -89,6 +89,28 @@ class ProdigyGroups:
 Optimizer = torch.optim.Optimizer | ProdigyGroups
 
 
+def check_optimizer(config: TrainConfig, method: Method) -> None:
+    """Refuse LoRA+ and the Riemannian preconditioner where there are no factors A and B, or with Prodigy.
+
+    Raises:
+        UserError: so it is.
+    """
+    options = config.optimizer
+    asked = {
+        "optimizer.loraplus_lr_ratio": (options.loraplus_lr_ratio != 1, "1"),
+        "optimizer.riemannian_reg": (options.riemannian_reg != 0, "0"),
+    }
+    for name, (is_on, off) in asked.items():
+        if is_on and not (method.peft and method.peft.kind == "LORA"):
+            raise UserError(
+                f"{name} is for methods with LoRA's factors A and B; {method.name} has none.",
+                Fix(name, off),
+                Fix("method", "lora"),
+            )
+        if is_on and options.name == "prodigy":
+            raise UserError(f"Prodigy finds every rate itself, which {name} would change.", Fix(name, off))
+
+
 def build_optimizer(
     attachment: InjectedAdapter, condition: PromptEncoder, config: TrainConfig, factors: Mapping[str, float]
 ) -> tuple[Optimizer, list[float]]:
@@ -111,7 +133,8 @@ def build_optimizer(
             decay = 0.0 if parameter_name in attachment.method.neutral else config.weight_decay
             # Components of one rate are one group, except where Prodigy finds a rate for each.
             own_group = component if name == "prodigy" else ""
-            groups.setdefault((rate, decay, own_group), []).append(parameter)
+            ratio = config.optimizer.loraplus_lr_ratio if parameter_name == "B" else 1.0
+            groups.setdefault((rate * ratio, decay, own_group), []).append(parameter)
     listed: Groups = [
         {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay, _), parameters in groups.items()
     ]
@@ -136,9 +159,17 @@ def build_optimizer(
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise UserError("8-bit AdamW needs bitsandbytes: pip install 'spectral-diffusion[optim]'.") from error
-        return AdamW8bit(listed), [group["lr"] for group in listed]
+        return build_adam(AdamW8bit, listed, attachment, config), [group["lr"] for group in listed]
     fused = all(row.device.type == "cuda" for group in listed for row in group["params"])  # one kernel for all
-    return torch.optim.AdamW(listed, fused=fused), [group["lr"] for group in listed]
+    return build_adam(torch.optim.AdamW, listed, attachment, config, fused=fused), [group["lr"] for group in listed]
+
+
+def build_adam(
+    kind: type[torch.optim.Optimizer], groups: Groups, attachment: InjectedAdapter, config: TrainConfig, **options: Any
+) -> torch.optim.Optimizer:
+    """An Adam of these groups, with PEFT's preconditioner of LoRA's gradients if it is asked for."""
+    damping = config.optimizer.riemannian_reg
+    return preconditioned(kind, groups, attachment, damping, **options) if damping else kind(groups, **options)
 
 
 def lr_schedule(name: str, steps: int, warmup_steps: int = 0) -> Callable[[int], float]:

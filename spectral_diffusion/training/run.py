@@ -33,6 +33,7 @@ from .checks import notes_on
 from .distributed import World, current_world, device_of
 from .loop import TrainingJob, train
 from .memory import memory_note
+from .optimizers import check_optimizer
 from .output import check_token_is_free, claimed, prepare_output
 from .output import state_path as state_path
 
@@ -106,6 +107,7 @@ def train_on(
     method = get_method(config.method)
     if config.normalize and not method.normalizable:
         raise UserError(f"The method {method.name} has no columns that could be normalized.", Fix("normalize", "false"))
+    check_optimizer(config, method)
     check_weights(base, method)
     size = config.resolution or base.size
     base.check_side(size, "resolution")
