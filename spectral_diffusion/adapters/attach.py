@@ -19,6 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..linalg import Factors, flatten
 from ..methods.registry import Method, Schedule
 from ..models.targets import find_targets
 from .layer import AdaptedLayer, hooks_of
@@ -79,6 +80,15 @@ class InjectedAdapter:
         """Multiply this adapter's ΔW by λ."""
         for layer in self.layers.values():
             layer.set_scale(self.name, scale)
+
+    def factors(self, layer: str) -> Factors:
+        """The layer's ΔW as it is now; gradients flow into the parameters."""
+        module = self.layers[layer]
+        if isinstance(module, AdaptedLayer):
+            return module.factors(self.name)
+        weight = cast(nn.Linear, module.get_base_layer()).weight.detach()
+        frozen = {"W": flatten(weight).float()} if self.method.builds_on == "weight" else {}
+        return self.method.delta(self.parameters(layer), frozen)
 
     def penalty(self) -> Tensor | None:
         """The method's own part of the loss, averaged over layers; None if it has none."""

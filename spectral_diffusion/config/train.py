@@ -41,6 +41,23 @@ class PriorPreservationConfig(Settings):
     scenes: Templates = Field(GENERIC_TEMPLATES, description="Prompt templates of the prior images.")
 
 
+class InterferenceConfig(Settings):
+    """Keeps a new adapter out of the way of other concepts, beyond its slot. By default nothing does."""
+
+    overlap_weight: float = Field(
+        0.0, ge=0, description="Weight of a penalty on what the adapter changes in earlier adapters' directions."
+    )
+    earlier_adapters: list[Path] = Field(
+        [], description="Those adapters. Default: all of the same base beside the output."
+    )
+    erasure_prob: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of photos shown under another subject's prompt, with the base's own prediction as target.",
+    )
+
+
 class DataConfig(Settings):
     """How photos become samples. By default: random square crops, captions as they are."""
 
@@ -199,6 +216,9 @@ class TrainConfig(Settings):
         ["a photo of {}", "a picture of {}", "an image of {}", "{}"], description="Captions of photos without one."
     )
     prior: PriorPreservationConfig = Field(PriorPreservationConfig(), description="Prior preservation.")
+    interference: InterferenceConfig = Field(
+        InterferenceConfig(), description="What keeps the adapter off other concepts."
+    )
     data: DataConfig = Field(DataConfig(), description="Photos, captions and masks.")
     validation: ValidationConfig = Field(ValidationConfig(), description="Validation grids, trackers, early stopping.")
     checkpointing_steps: int = Field(100, ge=1, description="Save the training state every this many steps.")

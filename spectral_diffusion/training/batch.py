@@ -22,7 +22,7 @@ class Batch:
     """Latents and their noise (n, c, h, w), timesteps (n,), prompts.
 
     ``weights`` says what each place counts (n, 1, h, w), None if all count 1; ``masks`` where the concept is
-    (n, 1, h, w), None if not needed.
+    (n, 1, h, w), None if not needed; ``erased`` which samples have another subject's prompt, None if none can.
     """
 
     latents: Tensor
@@ -31,6 +31,7 @@ class Batch:
     prompts: list[str]
     weights: Tensor | None = None
     masks: Tensor | None = None
+    erased: list[bool] | None = None
 
 
 def sample_batch(step: int, crops: PhotoCrops, concept: Concept, config: TrainConfig, denoiser: Denoiser) -> Batch:

@@ -167,6 +167,7 @@ def comparable_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the result: all but paths, what is shown and how often states are saved."""
     settings = config.model_dump(mode="json", exclude=set(APART))
     settings["data"].pop("latents_cache_dir")
+    settings["interference"].pop("earlier_adapters")
     return settings
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter
 from ..adapters.attach import AdapterSpec, inject_adapter, unloading
+from ..adapters.formats.native import content_hash
 from ..adapters.frozen import frozen_tensors, stored_part
 from ..config.train import TrainConfig
 from ..core.errors import Cancelled, NotFiniteError
@@ -38,6 +39,8 @@ from .distributed import World, global_batch, microbatch, take_step
 from .half_weights import half_weights, halves
 from .losses import diffusion_loss, weighted_mse
 from .optimizers import EMA, build_optimizer, lr_schedule
+from .output_erasure import erase, erased_targets
+from .overlap import earlier_spaces, overlap_penalty
 from .prior_images import make_prior_images
 from .prior_preservation import (
     OTHER_TOKENS,
@@ -60,6 +63,7 @@ class TrainingJob:
         slot: the columns (or rows) that the concept has for itself; None for methods without a slot.
         state: where the state is saved on interval, on a stop and at the end; the caller removes it once the adapter
             is written.
+        earlier: adapters whose directions the overlap penalty keeps this one out of.
         start_from: an adapter whose trained columns this one starts from, without a new decomposition.
         world: the processes that share the work; each takes its part of every batch.
         resume: go on from ``state`` if it exists; ``force``: even with other settings.
@@ -74,6 +78,7 @@ class TrainingJob:
     world: World = field(default_factory=World)
     resume: bool = False
     force: bool = False
+    earlier: Sequence[Adapter] = ()
 
     @property
     def method(self) -> Method:
@@ -126,7 +131,8 @@ class Trainer:
         self.prior_images = (
             make_prior_images(self.base, self.config, self.concept.noun, job.size, alone) if preserving else None
         )
-        self._enter(stack, OTHER_TOKENS if preserving else ())
+        erasing = self.config.interference.erasure_prob > 0
+        self._enter(stack, OTHER_TOKENS if preserving or erasing else ())
         self._attach()
         whole = self.base.dtype == torch.float32 and not is_offloaded(self.denoiser.network)
         if whole and halves(self.base.device, self.precision, job.method):
@@ -154,6 +160,7 @@ class Trainer:
         weights, self.sizes = self.base.weights(targets), self.base.sizes(targets)
         layers = find_targets(self.base.models, targets)
         self.kernels = {name: kernel for name, layer in layers.items() if (kernel := kernel_size(layer.weight))}
+        self.earlier = earlier_spaces(self.job.earlier, weights)
         with self.world.main_process_first():
             self.frozen = self._frozen(weights)
         self.columns, self.lr_factors = (
@@ -220,6 +227,7 @@ class Trainer:
             "start": start_hash(job.start_from),
             "concept": self.concept.digest(),
             **({"revision": str(revision)} if revision > 1 else {}),
+            **({"earlier": " ".join(map(content_hash, job.earlier))} if job.earlier else {}),
         }
 
     # ------------------------------------------------------------------ the loop
@@ -271,6 +279,8 @@ class Trainer:
     def next_batch(self, step: int) -> tuple[Batch, PriorTargets | None]:
         """The photos of a step, and the prior images beside them; in a Cut-Mix step both are in the same images."""
         batch = sample_batch(step, self.crops, self.concept, self.whole, self.denoiser)
+        if self.config.interference.erasure_prob:
+            batch = erase(batch, step, self.whole)
         if self.prior_images and is_cut_mix_step(step, self.config):
             return cut_mix(batch, self.prior_images, self.concept.token, step, self.whole), None
         return batch, self.prior_targets.batch(step, self.whole) if self.prior_targets else None
@@ -290,6 +300,9 @@ class Trainer:
             loss = self.compute_loss(own_batch, share, prior_part, prior_share)
             if number == 0 and (penalty := self.adapter.penalty()) is not None:
                 loss = loss + penalty
+            if number == 0 and self.earlier:
+                weight = self.config.interference.overlap_weight
+                loss = loss + weight * overlap_penalty(self.adapter, self.earlier)
             self.scaler.scale(loss).backward()
             total = total + loss.detach()
         return self.world.all_reduce_gradients(self.trained.values(), total)
@@ -298,12 +311,15 @@ class Trainer:
         """The loss of one part of a batch, in its share of the whole: diffusion, prior preservation, attention."""
         objective = self.config.objective
         noisy = self.denoiser.add_noise(batch.latents, batch.noise, batch.timesteps)
+        target = self.denoiser.target(batch.latents, batch.noise, batch.timesteps)
+        if batch.erased:
+            with autocast(self.base.device, self.precision):
+                target = erased_targets(target, noisy, batch, self.base, self.encode)
         if self.maps:
             self.maps.begin()
         with autocast(self.base.device, self.precision):
             predicted, prior_predicted = predict_both(self.denoiser, self.encode, noisy, batch, prior)
         times = self.denoiser.timestep_weights(batch.timesteps, objective)
-        target = self.denoiser.target(batch.latents, batch.noise, batch.timesteps)
         loss = share * diffusion_loss(predicted, target, batch.weights, times, objective)
         if prior and prior_predicted is not None:
             prior_loss = weighted_mse(prior_predicted, prior.targets)

@@ -36,6 +36,7 @@ from .memory import memory_note
 from .optimizers import check_optimizer
 from .output import check_token_is_free, claimed, prepare_output
 from .output import state_path as state_path
+from .overlap import earlier_adapters
 
 DEGENERATE = 1e-4  # relative gap of neighbouring singular values
 
@@ -139,7 +140,8 @@ def train_on(
         )
     if memory := memory_note(base, config, size):
         note(memory)
-    job = TrainingJob(config, base, concept, slot, state_path(output), start_from, among, resume, force)
+    earlier = earlier_adapters(config, base, resume, Hooks(notify=note))
+    job = TrainingJob(config, base, concept, slot, state_path(output), start_from, among, resume, force, earlier)
     adapter = train(job, hooks)
     if among.is_main:
         save_adapter(adapter, output)

@@ -1,0 +1,199 @@
+"""Training that knows other concepts: the overlap penalty and randomized output erasure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.adapters.attach import AdapterSpec, InjectedAdapter, inject_adapter, unloading
+from spectral_diffusion.adapters.frozen import frozen_tensors
+from spectral_diffusion.config.train import TrainConfig
+from spectral_diffusion.core.errors import Cancelled, UserError
+from spectral_diffusion.core.hooks import Hooks
+from spectral_diffusion.linalg import Factors, flatten, matrix_shape
+from spectral_diffusion.methods import all_methods, get_method
+from spectral_diffusion.models.base import Base
+from spectral_diffusion.models.loading import load_base
+from spectral_diffusion.models.prompt_encoder import PromptEncoder
+from spectral_diffusion.slots.ledger import Slot
+from spectral_diffusion.training.batch import Batch
+from spectral_diffusion.training.output_erasure import erase, erased_targets
+from spectral_diffusion.training.overlap import EarlierSpaces, earlier_spaces, overlap_penalty
+from spectral_diffusion.training.prior_preservation import OTHER_TOKENS
+from spectral_diffusion.training.run import train_to_file
+
+
+def settings(photos: Path, tiny_base: Path, output: Path, **more: object) -> TrainConfig:
+    values = {"concept": photos, "output": output, "base": str(tiny_base), "rank": 2, "steps": 6, "device": "cpu"}
+    return TrainConfig(**{**values, **more})  # type: ignore[arg-type]
+
+
+def trained(photos: Path, tiny_base: Path, output: Path, **more: object) -> Adapter:
+    own = {"name": output.stem, "method": "lora", "learning_rate": 0.05}
+    return train_to_file(settings(photos, tiny_base, output, **{**own, **more}))
+
+
+class Planted(InjectedAdapter):
+    """An adapter of given changes."""
+
+    def __init__(self, changes: Mapping[str, Factors]) -> None:
+        super().__init__("planted", get_method("lora"), 2, {})
+        self.changes = changes
+
+    def factors(self, layer: str) -> Factors:
+        return self.changes[layer]
+
+
+def test_the_penalty_is_the_share_in_the_earlier_directions() -> None:
+    torch.manual_seed(0)
+    Q, P, earlier = torch.eye(6)[:, :2], torch.eye(5)[:, :2], torch.randn(2, 2)
+    space = EarlierSpaces(Q, P, float(earlier.square().sum()))
+    inside, outside = Factors(Q @ earlier, P.mT), Factors(torch.eye(6)[:, 3:5], torch.eye(5)[3:])
+    crossing = Factors(Q @ earlier, torch.eye(5)[3:])  # it writes where they write, and reads elsewhere
+    for change, expected in ((inside, 1.0), (outside, 0.0), (crossing, 0.5)):
+        assert float(overlap_penalty(Planted({"a": change}), {"a": space})) == pytest.approx(expected, abs=1e-6)
+        dense = change.delta()
+        direct = ((Q.mT @ dense).square().sum() + (dense @ P).square().sum()) / (2 * space.energy)
+        assert float(direct) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(all_methods()))
+def test_every_method_is_measured_and_starts_at_nothing(tiny_base: Path, name: str) -> None:
+    base, method = load_base(str(tiny_base), "cpu"), get_method(name)
+    weights = {layer: weight for layer, weight in base.weights().items() if layer.endswith("to_q")}
+    rank = method.ranks([matrix_shape(weight) for weight in weights.values()])[-1]
+    slot = Slot.interval(0, rank) if method.slot else None
+    spaces = {
+        layer: EarlierSpaces(
+            torch.linalg.qr(torch.randn(matrix_shape(weight)[0], 2)).Q,
+            torch.linalg.qr(torch.randn(matrix_shape(weight)[1], 2)).Q,
+            1.0,
+        )
+        for layer, weight in weights.items()
+    }
+    with unloading(base.models):
+        frozen = frozen_tensors(method, weights, rank, slot, cached=False)
+        adapter = inject_adapter(base.models, AdapterSpec(method, rank, only=set(weights), steps=10), frozen=frozen)
+        assert float(overlap_penalty(adapter, spaces)) == pytest.approx(0, abs=1e-10)
+        generator = torch.Generator().manual_seed(0)
+        for _, parameter in adapter.named_parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+        penalty = overlap_penalty(adapter, spaces)
+        penalty.backward()
+        layer = next(iter(weights))
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in adapter.parameters(layer).values())
+        dense = [adapter.factors(layer).delta() for layer in weights]
+        direct = [
+            ((s.outputs.mT @ d).square().sum() + (d @ s.inputs).square().sum()) / 2
+            for s, d in zip(spaces.values(), dense, strict=True)
+        ]
+        assert torch.allclose(penalty, torch.stack(direct).mean(), rtol=1e-3)
+
+
+def overlap_of(adapter: Adapter, earlier: Adapter, base: Base) -> float:
+    """The share of |ΔW|² that is in the earlier adapter's directions, over all layers."""
+    spaces = earlier_spaces([earlier], base.weights())
+    changes = {layer: adapter.factors(layer) for layer in spaces}
+    total = sum(float(change.delta().square().sum()) for change in changes.values())
+    inside: list[float] = []
+    for layer, space in spaces.items():
+        dense = changes[layer].delta()
+        inside.append(float((space.outputs.mT @ dense).square().sum() + (dense @ space.inputs).square().sum()) / 2)
+    return sum(inside) / total
+
+
+def test_a_penalized_adapter_keeps_out_of_the_one_beside_it(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    first = trained(photos, tiny_base, tmp_path / "first.safetensors")
+    elsewhere = tmp_path / "other"
+    elsewhere.mkdir()
+    plain = trained(photos, tiny_base, elsewhere / "second.safetensors", seed=1, steps=12)
+    penalty = {"overlap_weight": 100.0}
+    apart = trained(photos, tiny_base, tmp_path / "second.safetensors", seed=1, steps=12, interference=penalty)
+    given = penalty | {"earlier_adapters": [tmp_path / "first.safetensors"]}
+    same = trained(
+        photos, tiny_base, elsewhere / "again.safetensors", name="second", seed=1, steps=12, interference=given
+    )
+    assert overlap_of(apart, first, base) < 0.5 * overlap_of(plain, first, base)
+    assert all(torch.equal(same.parameters[name], value) for name, value in apart.parameters.items())
+    assert "first" not in (elsewhere / "again.safetensors").read_bytes().decode("latin-1")
+
+
+def test_a_resumed_training_keeps_off_those_that_it_began_with(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    trained(photos, tiny_base, tmp_path / "first.safetensors")
+    interference = {"overlap_weight": 10.0, "erasure_prob": 0.5}
+    whole = trained(photos, tiny_base, tmp_path / "whole.safetensors", interference=interference)
+    (tmp_path / "whole.safetensors").unlink()
+    own = {"name": "whole", "method": "lora", "learning_rate": 0.05, "interference": interference}
+    config, stops = settings(photos, tiny_base, tmp_path / "parts.safetensors", **own), iter([False, False, True])
+    with pytest.raises(Cancelled):
+        train_to_file(config, hooks=Hooks(should_stop=lambda: next(stops)))
+    trained(photos, tiny_base, tmp_path / "later.safetensors")
+    (tmp_path / "first.safetensors").rename(tmp_path / "first.away")
+    with pytest.raises(UserError, match="Put the others back"):
+        train_to_file(config, resume=True)
+    (tmp_path / "first.away").rename(tmp_path / "first.safetensors")
+    parts = train_to_file(config, resume=True)
+    assert all(torch.equal(parts.parameters[name], value) for name, value in whole.parameters.items())
+
+
+def test_without_others_the_penalty_says_that_it_does_nothing(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    config = settings(photos, tiny_base, tmp_path / "a.safetensors", steps=1, interference={"overlap_weight": 1.0})
+    train_to_file(config, hooks=Hooks(notify=said.append))
+    assert any("overlap_weight does nothing" in text for text in said)
+
+
+def some_batch(count: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    latents, noise = (torch.randn(count, 4, 8, 8, generator=generator) for _ in range(2))
+    half = torch.full((count, 1, 8, 8), 0.5)
+    return Batch(latents, noise, torch.full((count,), 500), ["a photo of <rex>"] * count, weights=half)
+
+
+def test_erased_samples_have_other_prompts_and_the_bases_predictions(photos: Path, tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    config = TrainConfig(concept=photos, output=photos, interference={"erasure_prob": 0.5})  # type: ignore[arg-type]
+    before = some_batch(32)
+    batch = erase(before, 3, config)
+    assert batch.erased is not None and 4 < sum(batch.erased) < 28
+    assert [("<rex>" not in prompt) for prompt in batch.prompts] == batch.erased
+    assert any(token in prompt for prompt in batch.prompts for token in OTHER_TOKENS)
+    assert batch.weights is not None and before.weights is not None
+    assert [bool(row.eq(1).all()) for row in batch.weights] == batch.erased and bool(before.weights.eq(0.5).all())
+    noisy = base.denoiser.add_noise(batch.latents, batch.noise, batch.timesteps)
+    with PromptEncoder(base, Named(), 0, 16, OTHER_TOKENS) as encode, unloading(base.models), torch.no_grad():
+        alone = base.denoiser.predict(noisy, batch.timesteps, encode(batch.prompts, noisy.shape[-2:]))
+        lora = inject_adapter(base.models, AdapterSpec(get_method("lora"), 2))
+        for _, parameter in lora.named_parameters():
+            parameter.data += 0.3
+        adapted = base.denoiser.predict(noisy, batch.timesteps, encode(batch.prompts, noisy.shape[-2:]))
+        target = erased_targets(batch.noise, noisy, batch, base, encode)
+        for row, erased in enumerate(batch.erased):
+            assert torch.allclose(target[row], alone[row] if erased else batch.noise[row], atol=1e-5)
+        assert not torch.allclose(adapted, alone, atol=1e-3)
+
+
+class Named:
+    """A concept's words."""
+
+    token, noun = "<rex>", "dog"
+
+
+def effect(adapter: Adapter, base: Base) -> Tensor:
+    """What an adapter adds to the key of the first cross-attention layer."""
+    layer = next(name for name in adapter.layers if "attn2.to_k" in name)
+    return adapter.factors(layer, flatten(base.weights()[layer])).delta()
+
+
+def test_erasure_changes_the_training_and_needs_no_pictures(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    plain = trained(photos, tiny_base, tmp_path / "plain.safetensors")
+    erased = trained(photos, tiny_base, tmp_path / "erased.safetensors", interference={"erasure_prob": 1.0})
+    # With every output erased nothing is left to learn: B starts at zero, and so do its gradients.
+    assert float(effect(erased, base).norm()) < 1e-3 * float(effect(plain, base).norm())
