@@ -143,12 +143,14 @@ def test_ordinary_prompts_hold_the_concepts_own_class_and_others() -> None:
 
 
 def test_cut_mix_puts_photo_and_ordinary_picture_side_by_side() -> None:
-    photos = Batch(torch.ones(4, 2, 3, 3), torch.zeros(4, 2, 3, 3), torch.tensor([1, 2, 3, 4]), ["x"] * 4)
+    photos = Batch(
+        torch.ones(4, 2, 3, 3), torch.zeros(4, 2, 3, 3), torch.tensor([1, 2, 3, 4]), ["x"] * 4, tokens=["<rex>"] * 4
+    )
     ordinary = PriorImages(torch.zeros(5, 2, 3, 3), [f"a thing{i}" for i in range(5)], ["p"] * 5)
     config = TrainConfig(concept=Path("c"), output=Path("o"))
     sides = set()
     for step in range(6):
-        mixed = cut_mix(photos, ordinary, "<rex>", step, config)
+        mixed = cut_mix(photos, ordinary, step, config)
         assert mixed.latents.shape == (2, 2, 3, 6) and torch.equal(mixed.timesteps, torch.tensor([1, 2]))
         for latents, prompt in zip(mixed.latents, mixed.prompts, strict=True):
             left = bool(latents[..., :3].all())
@@ -211,12 +213,12 @@ def test_cut_mix_weighs_the_photos_side_by_its_mask_and_fits_other_shapes() -> N
     tall[:, :, 8:] = 7  # the foot of the photo, which is cut off
     config = TrainConfig(concept=Path("c"), output=Path("o"))
     weights = torch.full((2, 1, 10, 6), 0.25)
-    samples = Batch(tall, torch.zeros_like(tall), torch.tensor([1, 2]), ["x"] * 2, weights)
+    samples = Batch(tall, torch.zeros_like(tall), torch.tensor([1, 2]), ["x"] * 2, weights, tokens=["<rex>"] * 2)
     for step in range(6):
-        mixed = cut_mix(samples, ordinary, "<rex>", step, config)
+        mixed = cut_mix(samples, ordinary, step, config)
         assert mixed.latents.shape == mixed.noise.shape == (1, 4, 8, 14)
         assert mixed.weights is not None and mixed.weights.shape == (1, 1, 8, 14)
         assert torch.equal(mixed.weights == 0.25, mixed.latents[:, :1] == 1)
         assert torch.equal(mixed.weights == 1, mixed.latents[:, :1] == 0)
     samples.weights = None
-    assert cut_mix(samples, ordinary, "<rex>", 0, config).weights is None
+    assert cut_mix(samples, ordinary, 0, config).weights is None

@@ -38,7 +38,7 @@ class Adapter:
         kernels: convolution to its kernel (in, kh, kw), into which a row of the matrix folds.
         fused: layer that holds several projections, to the names and rows of its parts (see :mod:`.split_linear`).
         family: the class of the base's pipeline.
-        earlier: tokens and vectors of the concepts that this one was trained on top of.
+        earlier: tokens and vectors of the concepts that this one was trained on top of, or jointly with.
         config: the resolved training settings; ``provenance``: libraries, processor and threads that made it.
     """
 

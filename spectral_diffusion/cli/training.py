@@ -32,7 +32,7 @@ OWN = ("name", "token", "class_noun")  # settings that concepts cannot share
 
 @settings_flags(
     TrainConfig,
-    without={"concept"},
+    without={"concept", "joint_concepts"},
     names={"param_budget": "--budget", "init_from_adapter": "--continue"},
     types={"param_budget": str},  # 200k, 2m
 )
@@ -47,6 +47,9 @@ def train(
     status: Annotated[
         Path | None, typer.Option(help="Keep a status file (.json); 'auto' puts it beside the output.")
     ] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="Train all the folders into one adapter instead of one each.")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=1, help="Of several concepts, how many side by side.")] = 1,
     config: ConfigOption = None,
     *,
@@ -54,7 +57,7 @@ def train(
 ) -> None:
     """Train concepts from photo folders into adapters, each in a slot of its own.
 
-    -o is the adapter (.safetensors), or a folder for several concepts.
+    -o is the adapter (.safetensors), or a folder for several concepts that are not trained jointly.
     """
     files, overrides = files_and_settings(words)
     folders = [Path(file) for file in files]
@@ -66,7 +69,9 @@ def train(
         from ..adapters.formats.native import load_adapter
 
         flags["method"] = load_adapter(flags["init_from_adapter"]).method.name  # whose learning rates they are
-    if len(folders) > 1:
+    if joint:
+        flags["joint_concepts"] = [str(folder) for folder in folders[1:]]
+    if len(folders) > 1 and not joint:
         if status:
             raise UserError("Several concepts keep a status file each beside their adapters; leave out --status.")
         train_batch(folders, config, flags, overrides, resume, force, jobs)

@@ -156,6 +156,9 @@ class TrainConfig(Settings):
     """
 
     concept: Path = Field(description="Folder with the concept's photos.")
+    joint_concepts: list[Path] = Field(
+        [], description="Photo folders of further concepts, trained jointly into the same adapter."
+    )
     output: Path = Field(description="Adapter file to write, ending in .safetensors.")
     base: str = Field("pocket", description="pocket, a diffusers folder, a hub id or a .safetensors checkpoint.")
     method: str = Field("spectral-additive", description="Fine-tuning method; `methods` lists them.")

@@ -50,7 +50,7 @@ class Photo:
     """One image of a concept, ``size`` (width, height) in pixels.
 
     ``caption`` is None where a template is used. ``mask`` is the photo itself where its alpha is the mask.
-    In every epoch it is seen ``repeats`` times.
+    In every epoch it is seen ``repeats`` times. ``token`` is its concept's, where several are trained jointly.
     """
 
     path: Path
@@ -58,6 +58,7 @@ class Photo:
     size: tuple[int, int]
     mask: Path | None = None
     repeats: int = 1
+    token: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Concept:
     """A person's own thing.
 
     ``skipped`` holds a reason per file that could not be used, ``notes`` what else a person may want to know, and
-    ``control_images`` the pictures left out because they are control images of the photos.
+    ``control_images`` the pictures left out because they are control images of the photos. ``joint`` are further
+    concepts that are trained into the same adapter; ``photos`` holds theirs too.
     """
 
     name: str
@@ -75,18 +77,24 @@ class Concept:
     skipped: tuple[str, ...]
     notes: tuple[str, ...] = ()
     control_images: tuple[Path, ...] = ()
+    joint: tuple[Concept, ...] = ()
 
-    def prompt(self, text: str) -> str:
-        """A caption or template with the concept's token in it.
+    def token_of(self, photo: Photo) -> str:
+        """The token of what a photo shows."""
+        return photo.token or self.token
+
+    def prompt(self, text: str, token: str = "") -> str:
+        """A caption or template with the concept's token in it, or with another of the jointly trained ones.
 
         ``<TOK>`` or ``{}`` mark the place; a caption that names the token, in upper or lower case, stays; any other is
         put after it.
         """
+        token = token or self.token
         for mark in ("<TOK>", "{}"):
             if mark in text:
-                return text.replace(mark, self.token)
-        named = re.compile(re.escape(self.token), re.IGNORECASE)  # tokenizers do not tell upper case from lower
-        return named.sub(self.token, text) if named.search(text) else f"{self.token}, {text}"
+                return text.replace(mark, token)
+        named = re.compile(re.escape(token), re.IGNORECASE)  # tokenizers do not tell upper case from lower
+        return named.sub(token, text) if named.search(text) else f"{token}, {text}"
 
     def digest(self) -> str:
         """One hash of what a training sees of it: its words, photos, captions and masks.
@@ -94,7 +102,8 @@ class Concept:
         Raises:
             UserError: a file is gone.
         """
-        hashed = hashlib.sha256(f"{self.token}|{self.noun}".encode())
+        words = [f"{concept.token}|{concept.noun}" for concept in (self, *self.joint)]
+        hashed = hashlib.sha256("|".join(words).encode())
         for photo in self.photos:
             try:
                 parts = [photo.path.read_bytes(), photo.mask.read_bytes() if photo.mask else b""]
@@ -102,9 +111,37 @@ class Concept:
                 raise UserError(
                     f"{photo.path} or its mask can no longer be read: {error.strerror or error}."
                 ) from error
-            for part in (*parts, f"{photo.caption}|{photo.repeats}".encode()):
+            for part in (*parts, f"{photo.caption}|{photo.repeats}{photo.token}".encode()):
                 hashed.update(hashlib.sha256(part).digest())
         return hashed.hexdigest()[:32]
+
+
+def joined(concepts: Sequence[Concept]) -> Concept:
+    """Several concepts as one, for training them jointly; the photos of each count about equally often.
+
+    Raises:
+        UserError: two of them have one token.
+    """
+    first, totals = concepts[0], [sum(photo.repeats for photo in concept.photos) for concept in concepts]
+    owners: dict[str, str] = {}
+    photos: list[Photo] = []
+    for concept, total in zip(concepts, totals, strict=True):
+        if owner := owners.get(concept.token.lower()):
+            raise UserError(
+                f"'{owner}' and '{concept.name}' have one token, {concept.token}; give one of them another in its "
+                "concept.yaml (token: <name>)."
+            )
+        owners[concept.token.lower()] = concept.name
+        times = round(max(totals) / total)
+        photos += [replace(photo, token=concept.token, repeats=times * photo.repeats) for photo in concept.photos]
+    return replace(
+        first,
+        photos=tuple(photos),
+        skipped=tuple(text for concept in concepts for text in concept.skipped),
+        notes=tuple(text for concept in concepts for text in concept.notes),
+        control_images=tuple(path for concept in concepts for path in concept.control_images),
+        joint=tuple(concepts[1:]),
+    )
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ class PromptEncoder:
     """Called with prompts it encodes them for the network. As a context it puts the concept's tokens in place.
 
     Args:
+        joint: further concepts whose tokens are trained beside the concept's.
         frozen: more words, random and never trained, that prompts may hold.
         size: side of square pictures in pixels.
         layers: train vectors of the token's own for so many cross-attention layers; 0 for all of them together. What is
@@ -52,21 +53,29 @@ class PromptEncoder:
     """
 
     def __init__(
-        self, base: Base, concept: Words, seed: int, size: int, frozen: Sequence[str] = (), layers: int = 0
+        self,
+        base: Base,
+        concept: Words,
+        seed: int,
+        size: int,
+        frozen: Sequence[str] = (),
+        layers: int = 0,
+        joint: Sequence[Words] = (),
     ) -> None:
-        self.base, self.concept, self.size = base, concept, size
+        self.base, self.concepts, self.size = base, (concept, *joint), size
         self.embeddings = {name: embedding_of(base.models[name]) for name in base.tokenizers}
         self.known = {name: known_tokens(tokenizer) for name, tokenizer in base.tokenizers.items()}
         self.tokens: dict[str, NewTokenEmbedding] = {}
         for name, embedding in self.embeddings.items():
-            noun = mean_noun_vector(base.tokenizers[name], base.models[name], concept.noun)
-            others = random_vectors(len(frozen), noun, seed, "others", concept.token)
-            rows = initial_vectors(noun, concept.token, seed)
+            nouns = [mean_noun_vector(base.tokenizers[name], base.models[name], each.noun) for each in self.concepts]
+            others = random_vectors(len(frozen), nouns[0], seed, "others", concept.token)
+            rows = torch.cat(
+                [initial_vectors(noun, each.token, seed) for noun, each in zip(nouns, self.concepts, strict=True)]
+            )
             rows = rows.repeat(layers, 1, 1) if layers else rows
-            self.tokens[name] = NewTokenEmbedding(embedding, concept.token, rows, frozen, others)
-        self.initial_norm = {
-            name: float(tokens.vectors.detach().norm(dim=-1).mean()) for name, tokens in self.tokens.items()
-        }
+            words = [each.token for each in self.concepts]
+            self.tokens[name] = NewTokenEmbedding(embedding, words, rows, frozen, others)
+        self.initial_norm = {name: mean_norms(tokens) for name, tokens in self.tokens.items()}
 
     def __enter__(self) -> PromptEncoder:
         for name, tokens in self.tokens.items():
@@ -83,10 +92,18 @@ class PromptEncoder:
         """The token's trained rows, ``token.<text encoder>``."""
         return {f"token.{name}": tokens.vectors for name, tokens in self.tokens.items()}
 
-    def vectors(self) -> dict[str, Tensor]:
-        """Copies of the token's rows by text encoder, (n, width) each; the mean of the layers' where they differ."""
-        held = {name: tokens.vectors.detach().cpu().clone() for name, tokens in self.tokens.items()}
-        return {name: rows.mean(0) if rows.dim() == 3 else rows for name, rows in held.items()}
+    def vectors(self, concept: int = 0) -> dict[str, Tensor]:
+        """Copies of a token's rows by text encoder, (n, width) each; the mean of the layers' where they differ."""
+        out = {}
+        for name, tokens in self.tokens.items():
+            own = slice(concept * tokens.each, (concept + 1) * tokens.each)
+            rows = tokens.vectors.detach()[..., own, :].cpu().clone()
+            out[name] = rows.mean(0) if rows.dim() == 3 else rows
+        return out
+
+    def joint_vectors(self) -> dict[str, dict[str, Tensor]]:
+        """The same of the further concepts' tokens, by token."""
+        return {each.token: self.vectors(index) for index, each in enumerate(self.concepts) if index}
 
     def per_layer_vectors(self) -> dict[str, Tensor]:
         """Copies of the rows of every layer by text encoder, (layers, n, width) each; none where they are the same."""
@@ -95,7 +112,7 @@ class PromptEncoder:
 
     @contextmanager
     def frozen_beyond_norm(self, limit: float) -> Iterator[None]:
-        """While the optimizer takes a step, freeze rows whose mean norm has reached ``limit`` times the first one.
+        """While the optimizer takes a step, freeze tokens whose mean norm has reached ``limit`` times the first one.
 
         It never asks the device which rows these are, as the answer would have to be waited for.
         """
@@ -103,7 +120,7 @@ class PromptEncoder:
         with torch.no_grad():
             for name, tokens in self.tokens.items():
                 rows = tokens.vectors
-                free = rows.norm(dim=-1).mean() < limit * self.initial_norm[name]
+                free = (mean_norms(tokens) < limit * self.initial_norm[name]).repeat_interleave(tokens.each)[:, None]
                 if rows.grad is not None:
                     rows.grad.mul_(free)
                 kept.append((rows, free, rows.detach().clone()))
@@ -127,10 +144,12 @@ class PromptEncoder:
 
     def _spelled(self, prompt: str) -> str:
         """A prompt as a pipeline takes it, with the trigger in place of the concept's token."""
-        return self.base.spell(prompt.replace(self.concept.token, trigger_words(self.concept)))
+        for concept in self.concepts:
+            prompt = prompt.replace(concept.token, trigger_words(concept))
+        return self.base.spell(prompt)
 
     def token_mask(self, prompts: Sequence[str]) -> Tensor:
-        """Which words of the prompts are the trained token's, (n, length), as the first text encoder counts them."""
+        """Which words of the prompts are a trained token's, (n, length), as the first text encoder counts them."""
         name, tokens = next(iter(self.tokens.items()))
         place = self.token_ids(name, prompts) - tokens.base.num_embeddings
         return (place >= 0) & (place < tokens.count)
@@ -149,7 +168,7 @@ class PromptEncoder:
         """A prompt cut at the new words, each part with its ids; the base's own tokens are written out in full."""
         tokenizer, tokens = self.base.tokenizers[name], self.tokens[name]
         known = self.known[name]
-        written = expand(collapse(prompt, known), known | {tokens.words[0]: tokens.count})
+        written = expand(collapse(prompt, known), known | {each.token: tokens.each for each in self.concepts})
         return [
             (part, [tokens.id_of(part)])
             if part in tokens.words
@@ -162,19 +181,25 @@ class PromptEncoder:
         if not self.tokens:
             written = self._spelled(prompt)
             end = self.base.denoiser.unread_text(written)
-            return end, trigger_words(self.concept) in written.removesuffix(end)
+            return end, any(trigger_words(each) in written.removesuffix(end) for each in self.concepts)
         for name, tokens in self.tokens.items():
             tokenizer = self.base.tokenizers[name]
             room, lost, seen = tokenizer.model_max_length - 2, [], False
-            own = tokens.words[: tokens.count]
+            ends = tokens.words[tokens.each - 1 : tokens.count : tokens.each]
             for part, numbers in self.split_prompt(name, prompt):
-                seen = seen or (part == own[-1] and room > 0)
+                seen = seen or (part in ends and room > 0)
                 if rest := numbers[max(0, room) :]:
                     lost.append(part if part in tokens.words else tokenizer.decode(rest))
                 room -= len(numbers)
             if lost:
-                return collapse(" ".join(lost), {own[0]: len(own)}).strip(), seen
+                return collapse(" ".join(lost), {each.token: tokens.each for each in self.concepts}).strip(), seen
         return "", True
+
+
+def mean_norms(tokens: NewTokenEmbedding) -> Tensor:
+    """The mean norm of each token's trained rows, (tokens,)."""
+    norms = tokens.vectors.detach().norm(dim=-1).unflatten(-1, (-1, tokens.each))
+    return norms.movedim(-2, 0).flatten(1).mean(1)
 
 
 def split_keep(text: str, names: list[str]) -> list[str]:

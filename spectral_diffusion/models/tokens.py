@@ -247,10 +247,11 @@ def trainable_rows(tokenizer: Tokenizer, text_encoder: nn.Module, tokens: Iterab
 
 
 class NewTokenEmbedding(nn.Module):
-    """The frozen embedding of a base with new rows behind it: a token's trainable ones, then frozen ones.
+    """The frozen embedding of a base with new rows behind it: trainable ones of tokens, then frozen ones.
 
-    ``words`` are the new words: the token's ``count``, then the frozen ones. Vectors (layers, n, width) have a row for
-    every layer and word, of which the words' own ids are the first layer's (see :mod:`.per_layer_tokens`).
+    ``words`` are the new words: the tokens' ``count``, ``each`` of every token, then the frozen ones. Vectors (layers,
+    n, width) have a row for every layer and word, of which the words' own ids are the first layer's (see
+    :mod:`.per_layer_tokens`).
     """
 
     frozen: Tensor
@@ -258,15 +259,15 @@ class NewTokenEmbedding(nn.Module):
     def __init__(
         self,
         base: nn.Embedding,
-        token: str,
+        tokens: Sequence[str],
         vectors: Tensor,
         frozen_words: Sequence[str] = (),
         frozen: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.base = base
-        self.count = vectors.shape[-2]
-        self.words = [*split_words(token, self.count), *frozen_words]
+        self.count, self.each = vectors.shape[-2], vectors.shape[-2] // len(tokens)
+        self.words = [*(word for token in tokens for word in split_words(token, self.each)), *frozen_words]
         self.vectors = nn.Parameter(vectors.to(base.weight.device, torch.float32))
         rows = vectors.flatten(0, -2)[:0] if frozen is None else frozen[: len(frozen_words)]
         self.register_buffer("frozen", rows.to(self.vectors), persistent=False)

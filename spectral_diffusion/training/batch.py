@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class Batch:
     """Latents and their noise (n, c, h, w), timesteps (n,), prompts.
 
     ``weights`` says what each place counts (n, 1, h, w), None if all count 1; ``masks`` where the concept is
-    (n, 1, h, w), None if not needed; ``erased`` which samples have another subject's prompt, None if none can.
+    (n, 1, h, w), None if not needed. ``tokens`` are the photos' concepts'; ``erased`` says which samples have another
+    subject's prompt, None if none can.
     """
 
     latents: Tensor
@@ -31,12 +32,13 @@ class Batch:
     prompts: list[str]
     weights: Tensor | None = None
     masks: Tensor | None = None
+    tokens: list[str] = field(default_factory=list)
     erased: list[bool] | None = None
 
 
 def sample_batch(step: int, crops: PhotoCrops, concept: Concept, config: TrainConfig, denoiser: Denoiser) -> Batch:
     """The photos of one step, all of one shape."""
-    chosen, times, prompts = [], [], []
+    chosen, times, prompts, tokens = [], [], [], []
     generators = [keyed_generator(config.seed, "step", step, sample) for sample in range(config.batch_size)]
     for sample, (photo, generator) in enumerate(zip(crops.order.photos(step), generators, strict=True)):
         crop, template = (
@@ -44,8 +46,10 @@ def sample_batch(step: int, crops: PhotoCrops, concept: Concept, config: TrainCo
         )
         times.append(denoiser.sample_timestep(generator, config.timestep_power, config.objective))
         chosen.append((photo, crop))
-        caption = concept.prompt(concept.photos[photo].caption or config.templates[template])
-        prompts.append(vary(caption, concept.token, config.data, config.seed, "caption", step, sample))
+        token = concept.token_of(concept.photos[photo])
+        caption = concept.prompt(concept.photos[photo].caption or config.templates[template], token)
+        prompts.append(vary(caption, token, config.data, config.seed, "caption", step, sample))
+        tokens.append(token)
     latents, masks = crops.take(chosen)
     noises = []
     for generator in generators:
@@ -53,4 +57,4 @@ def sample_batch(step: int, crops: PhotoCrops, concept: Concept, config: TrainCo
         noises.append(noise + config.noise_offset * torch.randn(latents.shape[1], 1, 1, generator=generator))
     weights = loss_weights(masks, config.data.mask_weight) if masks is not None and config.data.mask_weight else None
     noise, when = to_device(torch.stack(noises), latents.device), to_device(torch.stack(times), latents.device)
-    return Batch(latents, noise.to(latents.dtype), when, prompts, weights, masks)
+    return Batch(latents, noise.to(latents.dtype), when, prompts, weights, masks, tokens)

@@ -40,6 +40,7 @@ KEPT = ("betas", "eps", "weight_decay", "d_coef")  # of an optimizer's groups: f
 PARTS = ("config", "belongs", "extra", "validation", "scaler")  # of what is kept beside the tensors
 APART = (
     "concept",
+    "joint_concepts",
     "output",
     "ledger",
     "checkpointing_steps",

@@ -53,11 +53,12 @@ def is_small_photo(sides: tuple[int, int], size: int, buckets: bool) -> bool:
 
 def unknown_tokens(concept: Concept, condition: PromptEncoder) -> Iterator[str]:
     """A sentence for every word of a caption that is written as a token and is none."""
-    known = {concept.token, "<TOK>"}.union(*condition.known.values())
+    own = [each.token for each in (concept, *concept.joint)]
+    known = {*own, "<TOK>"}.union(*condition.known.values())
     for photo in concept.photos:
         named = set(re.findall(r"<[^<>|\s]+>", photo.caption or "")) - known
         for word in sorted(named):
-            if word.lower() != concept.token.lower():
+            if word.lower() not in {token.lower() for token in own}:
                 yield (
                     f"The caption of {photo.path.name} names {word[:40]}, which is no token of this training or its "
                     f"base{nearest(word, known)}; it is read as plain text."
@@ -70,23 +71,27 @@ def cut_captions(concept: Concept, condition: PromptEncoder, config: TrainConfig
     Raises:
         UserError: the concept's own token is cut off, or may be where parts of captions are shuffled.
     """
-    texts = {f"caption of {photo.path.name}": photo.caption for photo in concept.photos if photo.caption}
-    if any(photo.caption is None for photo in concept.photos):
-        texts |= {f"template '{text[:40]}'": text for text in config.templates}
-    for source, text in texts.items():
-        prompt = concept.prompt(text)
+    texts: dict[str, tuple[str, str]] = {}
+    for photo in concept.photos:
+        token = concept.token_of(photo)
+        if photo.caption:
+            texts[f"caption of {photo.path.name}"] = photo.caption, token
+        else:
+            texts |= {f"template '{text[:40]}'": (text, token) for text in config.templates}
+    for source, (text, token) in texts.items():
+        prompt = concept.prompt(text, token)
         lost, used = condition.truncated_text(prompt)
         if not lost:
             continue
         if not used:
             raise UserError(
-                f"The {source} is longer than this base reads, and {concept.token} is in the part that is cut off; "
+                f"The {source} is longer than this base reads, and {token} is in the part that is cut off; "
                 "move it nearer to the front."
             )
         front = ", ".join(part.strip() for part in prompt.split(",")[: config.data.keep_tokens])
-        if config.data.shuffle_caption and not (concept.token in front and condition.truncated_text(front)[1]):
+        if config.data.shuffle_caption and not (token in front and condition.truncated_text(front)[1]):
             raise UserError(
-                f"The {source} is longer than this base reads, and data.shuffle_caption can move {concept.token} into "
+                f"The {source} is longer than this base reads, and data.shuffle_caption can move {token} into "
                 "the part that is cut off; move it into the first data.keep_tokens parts."
             )
         yield f"The {source} is longer than this base reads; cut off: '{lost[:80]}'."

@@ -182,7 +182,9 @@ class Trainer:
         """Put the tokens in place, and everything that is only for the time of training."""
         config, base, denoiser, size = self.config, self.base, self.denoiser, self.job.size
         layers = len(cross_attention(denoiser.network)) if config.per_layer_tokens else 0
-        self.encode = stack.enter_context(PromptEncoder(base, self.concept, config.seed, size, other_tokens, layers))
+        concept = self.concept
+        encoder = PromptEncoder(base, concept, config.seed, size, other_tokens, layers, concept.joint)
+        self.encode = stack.enter_context(encoder)
         stack.enter_context(unloading(base.models))
         stack.enter_context(tf32(base.device, config.allow_tf32))
         stack.enter_context(denoiser.fast_attention(is_half(self.precision, base.dtype), size))
@@ -282,7 +284,7 @@ class Trainer:
         if self.config.interference.erasure_prob:
             batch = erase(batch, step, self.whole)
         if self.prior_images and is_cut_mix_step(step, self.config):
-            return cut_mix(batch, self.prior_images, self.concept.token, step, self.whole), None
+            return cut_mix(batch, self.prior_images, step, self.whole), None
         return batch, self.prior_targets.batch(step, self.whole) if self.prior_targets else None
 
     def forward_backward_step(self, batch: Batch, prior: PriorTargets | None) -> Tensor:
@@ -375,7 +377,7 @@ class Trainer:
             frozen=stored_part(job.method, self.frozen),
             vectors=self.encode.vectors(),
             per_layer_vectors=self.encode.per_layer_vectors(),
-            earlier=job.start_from.tokens if job.start_from else {},
+            earlier=(job.start_from.tokens if job.start_from else {}) | self.encode.joint_vectors(),
             config=comparable_settings(config),
             provenance=provenance(),
         )

@@ -109,7 +109,7 @@ def is_cut_mix_step(step: int, config: TrainConfig) -> bool:
     return float(torch.rand((), generator=keyed_generator(config.seed, "cut", step))) < config.prior.cut_mix_prob
 
 
-def cut_mix(samples: Batch, prior_images: PriorImages, token: str, step: int, config: TrainConfig) -> Batch:
+def cut_mix(samples: Batch, prior_images: PriorImages, step: int, config: TrainConfig) -> Batch:
     """Half of a step's photos, each beside a prior image; the prompt names both sides.
 
     Where one is taller, its top is shown. Masks weigh the photo's side alone.
@@ -126,7 +126,7 @@ def cut_mix(samples: Batch, prior_images: PriorImages, token: str, step: int, co
         noise = torch.randn(prior_images.latents.shape[1:], generator=generator).to(samples.noise)
         whole = torch.ones_like(noise[:1])
         weight = whole if samples.weights is None else samples.weights[index]
-        photo = (samples.latents[index], samples.noise[index], weight, token)
+        photo = (samples.latents[index], samples.noise[index], weight, samples.tokens[index])
         halves = [photo, (prior_images.latents[other], noise, whole, prior_images.subjects[other])]
         if float(torch.rand((), generator=generator)) < 0.5:
             halves.reverse()

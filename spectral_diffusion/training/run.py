@@ -17,7 +17,7 @@ from ..core.files import check_writable, write_settings
 from ..core.hooks import QUIET, Hooks
 from ..core.machine import heading
 from ..core.precision import precision_note, resolve_mixed_precision
-from ..data.folder import Concept, load_concept
+from ..data.folder import Concept, joined, load_concept
 from ..methods import get_method
 from ..methods.registry import Method
 from ..models.base import Base
@@ -69,7 +69,7 @@ def train_to_file(
     if not among.is_main:
         hooks = Hooks(should_stop=hooks.should_stop)
     with claimed(config.output) if among.is_main else nullcontext():
-        concept = load_concept(config.concept, config.name, config.token, config.class_noun)
+        concept = read_concepts(config)
         if concept.skipped:
             hooks.notify(f"Skipped in {config.concept}: {'; '.join(concept.skipped)}.")
         for text in concept.notes:
@@ -78,8 +78,8 @@ def train_to_file(
         done = prepare_output(config, concept.name, resume, force, hooks) if among.is_main else None
         if among.broadcast(done):
             return load_adapter(config.output)
-        if not force:
-            check_token_is_free(config.output, concept)
+        for single in (concept, *concept.joint) if not force else ():
+            check_token_is_free(config.output, single)
         base = base or load_base(
             config.base, device_of(config, among), config.dtype, config.quantization, config.layer_offload
         )
@@ -95,7 +95,8 @@ def train_on(
         UserError: see :func:`train_to_file`.
     """
     output, note = config.output, hooks.notify
-    check_concept(concept, base, config)
+    for single in (concept, *concept.joint):
+        check_concept(single, base, config)
     base.denoiser.check_objective(config.objective)
     config = among.broadcast(settle_precision(config, base, resume, Hooks(notify=note)))
     start_from = None
@@ -112,7 +113,7 @@ def train_on(
     check_weights(base, method)
     size = config.resolution or base.size
     base.check_side(size, "resolution")
-    for text in notes_on(concept, PromptEncoder(base, concept, config.seed, size), config):
+    for text in notes_on(concept, PromptEncoder(base, concept, config.seed, size, joint=concept.joint), config):
         note(text)
     shapes = list(base.sizes(config.target_modules).values())
     config = with_rank(config, shapes, Hooks(notify=note))
@@ -129,8 +130,9 @@ def train_on(
         trained = method.total(shapes, config.rank)
         check_writable(output, 4 * (4 * trained + config.rank * sum(map(sum, shapes))))
     where = f"{method.slot or 'columns'} {slot}" if slot else f"rank {config.rank}"
+    tokens = " and ".join(single.token for single in (concept, *concept.joint))
     note(
-        f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {concept.token}: "
+        f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {tokens}: "
         f"{method.name}, {where}; {method.total(shapes, config.rank):,} numbers in {len(shapes)} layers."
     )
     if not base.tokenizers:
@@ -150,6 +152,20 @@ def train_on(
     return adapter
 
 
+def read_concepts(config: TrainConfig) -> Concept:
+    """The concept of the settings, with those that are trained jointly in it.
+
+    Raises:
+        UserError: see :func:`..data.folder.load_concept`; two of one token; or settings that joint concepts rule out.
+    """
+    concept = load_concept(config.concept, config.name, config.token, config.class_noun)
+    if not config.joint_concepts:
+        return concept
+    if config.per_layer_tokens:
+        raise UserError("Joint concepts have one vector per word, not one per layer.", Fix("per_layer_tokens", "false"))
+    return joined([concept, *map(load_concept, config.joint_concepts)])
+
+
 def check_concept(concept: Concept, base: Base, config: TrainConfig) -> None:
     """Refuse a concept whose token the base has already, and layer-wise vectors on a base that cannot have them.
 
@@ -165,6 +181,11 @@ def check_concept(concept: Concept, base: Base, config: TrainConfig) -> None:
             raise UserError(
                 f"The base '{config.base}' learns no words, so {name} has nothing to work on.", Fix(name, off)
             )
+    if config.joint_concepts and not base.tokenizers:
+        raise UserError(
+            f"The base '{config.base}' learns no words, so only one concept fits into an adapter.",
+            Fix("joint_concepts", "[]"),
+        )
     if config.per_layer_tokens:
         check_encoders(base)
     known = {token.lower(): token for token in base.known_tokens}

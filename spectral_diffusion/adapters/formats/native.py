@@ -2,8 +2,8 @@
 
 Tensors: ``delta.<component>.<layer>.<parameter>``, ``frozen.<component>.<layer>.<name>``, ``token.<text encoder>``,
 ``layerwise.<text encoder>`` of a token whose vectors differ by cross-attention layer (``token`` is their mean), and
-``earlier.<n>.<text encoder>`` of concepts it was trained on top of. A band is stored, never derived again: one flipped
-sign would change everything. A hash over tensors and metadata reveals damaged or edited files.
+``earlier.<n>.<text encoder>`` of concepts it was trained on top of or jointly with. A band is stored, never derived
+again: one flipped sign would change everything. A hash over tensors and metadata reveals damaged or edited files.
 """
 
 from __future__ import annotations
