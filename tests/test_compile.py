@@ -28,8 +28,8 @@ from spectral_diffusion.training.run import train_to_file
 
 LONGER = pytest.mark.slow
 METHODS = [
-    "spectral-additive", "spectral-rotation", "lora",
-    *(pytest.param(name, marks=LONGER) for name in ("spectral-additive-s", "oft", "vera")),
+    "spectral-additive", "spectral-rotation",
+    *(pytest.param(name, marks=LONGER) for name in ("lora", "spectral-additive-s", "oft", "vera")),
 ]  # fmt: skip
 
 
@@ -99,7 +99,9 @@ def trained(folder: Path, tmp_path: Path, on: bool, **more: Any) -> Path:
     return config.output
 
 
-@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True, "method": "spectral-rotation"}])
+@pytest.mark.parametrize(
+    "more", [pytest.param({}, marks=LONGER), {"gradient_checkpointing": True, "method": "spectral-rotation"}]
+)
 def test_a_compiled_training_is_the_same(
     folder: Path, tmp_path: Path, without_inductor: None, more: dict[str, Any]
 ) -> None:

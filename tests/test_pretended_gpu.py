@@ -435,7 +435,9 @@ def cost_of_steps(world: World, method: str, count: int = 10, **more: Any) -> tu
     return gpu.kernels.total(), gpu.syncs.total()
 
 
-@pytest.mark.parametrize("more", [{}, {"dtype": "float16"}], ids=["autocast", "half"])
+@pytest.mark.parametrize(
+    "more", [{}, pytest.param({"dtype": "float16"}, marks=pytest.mark.slow)], ids=["autocast", "half"]
+)
 def test_a_step_launches_fewer_kernels_than_a_loras_and_waits_for_none(world: World, more: dict[str, Any]) -> None:
     """Small batches on fast cards are bound by launches. One reading of all figures every ten steps is all waiting."""
     loras, waits = cost_of_steps(world, "lora", **more)
@@ -449,8 +451,9 @@ def test_a_step_launches_fewer_kernels_than_a_loras_and_waits_for_none(world: Wo
     ("more", "most"),
     [
         ({"optimizer": {"ema_decay": 0.9}}, 1),
-        ({"optimizer": {"gradient_accumulation_steps": 2}}, 1),
-        ({"optimizer": {"name": "prodigy"}}, 70),  # two a step for each of its three groups
+        pytest.param({"optimizer": {"gradient_accumulation_steps": 2}}, 1, marks=pytest.mark.slow),
+        # Two a step for each of its three groups.
+        pytest.param({"optimizer": {"name": "prodigy"}}, 70, marks=pytest.mark.slow),
     ],
     ids=["ema", "accumulated", "prodigy"],
 )
@@ -537,7 +540,11 @@ def test_apples_gpus_are_spared_float64() -> None:
 
 @pytest.mark.skipif(bool(REAL), reason="a pretended device")
 @pytest.mark.parametrize(
-    ("base", "method", "half"), [("sd", "spectral-additive", True), ("klein", "lora", True), ("sd", "dora", False)]
+    ("base", "method", "half"),
+    [
+        ("sd", "spectral-additive", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("klein", "lora", True), ("sd", "dora", False))),
+    ],
 )
 def test_frozen_weights_take_half_the_memory_with_the_same_bits(
     world: World, base: str, method: str, half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
