@@ -12,12 +12,33 @@ from spectral_diffusion.cli import app
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.settings import build, read_yaml
 from spectral_diffusion.core.assets import concepts, preset
-from spectral_diffusion.studies.fusion import FAMILIES, NARROW, RANK, FusionCell, change_for, measured_cells
+from spectral_diffusion.merging.merges.registry import all_merges
+from spectral_diffusion.methods import all_methods
+from spectral_diffusion.studies.fusion import (
+    FAMILIES,
+    JOINT,
+    MERGES,
+    NARROW,
+    RANK,
+    TRIED,
+    FusionCell,
+    change_for,
+    changes_for,
+    measured_cells,
+)
 from spectral_diffusion.studies.rank import lowest, weight_of_full_rank
 from spectral_diffusion.studies.recipes import TRIALS, FusionVariant, things, verdict, worth_reporting, worth_showing
 from spectral_diffusion.studies.registry import all_studies, not_allowed
-from spectral_diffusion.studies.runner import MANY, TEST_CONCEPTS, TUNING_CONCEPTS, StudyRunner, study_settings
+from spectral_diffusion.studies.runner import (
+    MANY,
+    TEST_CONCEPTS,
+    TUNING_CONCEPTS,
+    StudyRunner,
+    study_settings,
+    without_paths,
+)
 from spectral_diffusion.studies.slots import check_equal
+from spectral_diffusion.studies.speed import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +86,9 @@ def test_what_is_measured_is_read_again_when_time_is_over(work: Path, tmp_path: 
 
 def test_families_are_trained_alike_and_unlike_ones_are_refused() -> None:
     lab = StudyRunner(settings=study_settings("pocket"))
-    alike = [name for name in FAMILIES if name != "orthogonal"]  # which trains one factor of two
+    # Those left out train one factor of two, a rotation's few angles, or with another loss on purpose.
+    fewer = ("orthogonal", "rotation")
+    alike = [n for n, change in FAMILIES.items() if not n.startswith(fewer) and "interference" not in change]
     counts = check_equal(lab, {name: change_for(name, 3) for name in alike})
     assert len(set(counts.values())) == 1
     with pytest.raises(ValueError, match="numbers"):
@@ -150,3 +173,30 @@ def test_tuned_columns_reach_twice_as_far_down_in_rank() -> None:
 
 def test_what_time_did_not_allow_is_told_by_what_it_belongs_to() -> None:
     assert not_allowed({"seed 1": ["lora"], "seed 2": ["top", "lora"]}, 2) == ["seed 1: lora", "seed 2: all"]
+
+
+def test_every_method_and_merge_has_an_entry_in_a_study() -> None:
+    variants = {"spectral-additive-s", "spectral-rotation-s"}  # of the study of slots
+    assert set(all_methods()) - variants == set(METHODS)
+    tried = {MERGES[merge]["merge"] for merges in TRIED.values() for merge in merges if merge != JOINT}
+    # cat is the sum again, dare is random, svd only lowers a rank, and np-lora is for a style.
+    assert set(all_merges()) - {"cat", "dare", "svd", "np-lora"} == tried
+
+
+def test_no_key_of_a_cell_names_a_folder_of_this_machine() -> None:
+    change = {
+        "method": "lora",
+        "interference": {"overlap_weight": 1.0, "earlier_adapters": ["/a/b/0f3/rex.safetensors"]},
+    }
+    assert without_paths(change) == {
+        "method": "lora", "interference": {"overlap_weight": 1.0, "earlier_adapters": ["0f3"]},
+    }  # fmt: skip
+    assert without_paths({"rank": 2}) == {"rank": 2}
+
+
+@pytest.mark.slow
+def test_the_penalty_is_trained_against_the_concepts_before(work: Path) -> None:
+    lab = StudyRunner(folder=work, settings=study_settings("pocket", quick=True))
+    changes = changes_for(lab, "lora, overlap penalty", 1.0, TEST_CONCEPTS[:3], 0)
+    earlier = [change.get("interference", {}).get("earlier_adapters", []) for change in changes]
+    assert [len(files) for files in earlier] == [0, 1, 2] and earlier[2][:1] == earlier[1]

@@ -36,7 +36,9 @@ def change_within(
     except UserError:
         return None
     change: dict[str, Any] = {"method": method, "rank": rank, **PLAIN}
-    return {**change, "slot": f"0:{rank}"} if get_method(method).slot else change
+    if not get_method(method).slot:
+        return change
+    return {**change, "slot": "bottom" if METHODS[method].get("slot") == "bottom" else f"0:{rank}"}
 
 
 def smallest(method: str, shapes: Sequence[tuple[int, int]]) -> int:

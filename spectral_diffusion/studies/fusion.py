@@ -14,6 +14,7 @@ from PIL import Image
 from ..adapters.adapter import Adapter
 from ..adapters.apply import put_adapters
 from ..config.fuse import FuseConfig
+from ..core import assets as resources
 from ..core.hooks import Hooks
 from ..data.image_grid import image_grid, labelled_grid
 from ..merging.fuse import fuse_adapters
@@ -35,7 +36,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "orthogonal": {"method": "orthogonal", "slot": "{k}"},
     "spectral, sampled slots": {"method": "spectral-additive", "slot": "sampled"},
-}
+    "rotation, own slots": {"method": "spectral-rotation", "slot": "{k}"},
+    "rotation, same slot": {"method": "spectral-rotation", "slot": "0"},
+    # Training that knows the others: the penalty needs the earlier concepts' adapters, which adapters_of hands over.
+    "lora, overlap penalty": {"method": "lora", "interference": {"overlap_weight": 0.1}},
+    "lora, output erasure": {"method": "lora", "interference": {"erasure_prob": 0.25}},
+    "spectral, overlap penalty": {
+        "method": "spectral-additive", "slot": "{k}", "interference": {"overlap_weight": 0.1},
+    },
+    "spectral, output erasure": {
+        "method": "spectral-additive", "slot": "{k}", "interference": {"erasure_prob": 0.25},
+    },
+}  # fmt: skip
+JOINT = "joint"  # no merge: one adapter trained on all concepts, with as many numbers and steps as theirs together
 MERGES: dict[str, dict[str, Any]] = {
     "sum": {"merge": "spectral"},
     "fedavg": {"merge": "fedavg"},
@@ -45,13 +58,24 @@ MERGES: dict[str, dict[str, Any]] = {
     "ssr": {"merge": "ssr"},
     "ties": {"merge": "ties"},
     "orthogonal": {"merge": "orthogonal"},
+    "knots": {"merge": "knots"},
+    "contrastive": {"merge": "contrastive"},
+    "orthofuse": {"merge": "orthofuse"},
 }
 TRIED = {
-    "spectral, own slots": ("sum", "fedavg", "paper", "gradient", "gradient, anchored", "ssr", "ties"),
+    "spectral, own slots": (
+        "sum", "fedavg", "paper", "gradient", "gradient, anchored", "ssr", "ties", "knots", "contrastive", JOINT,
+    ),
     "spectral, same slot": ("sum", "fedavg", "gradient, anchored"),
-    "lora": ("sum", "fedavg", "gradient", "gradient, anchored", "ties"),
+    "lora": ("sum", "fedavg", "gradient", "gradient, anchored", "ties", "knots", "contrastive", JOINT),
     "orthogonal": ("orthogonal", "gradient, anchored"),
-}
+    "rotation, own slots": ("sum", "gradient, anchored"),
+    "rotation, same slot": ("sum", "orthofuse"),
+    "lora, overlap penalty": ("sum", "gradient, anchored"),
+    "lora, output erasure": ("sum", "gradient, anchored"),
+    "spectral, overlap penalty": ("sum", "gradient, anchored"),
+    "spectral, output erasure": ("sum", "gradient, anchored"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,11 +114,37 @@ def adapters_of(
     lab: StudyRunner, family: str, rate: float, names: Sequence[str], seed: int, rank: int = RANK
 ) -> list[tuple[Adapter, Figures]]:
     """Trained adapters, each with its figures alone."""
-    out = []
+    changes = changes_for(lab, family, rate, names, seed, rank)
+    return [
+        (lab.trained(name, **change)[0], lab.alone(name, **change)) for name, change in zip(names, changes, strict=True)
+    ]
+
+
+def changes_for(
+    lab: StudyRunner, family: str, rate: float, names: Sequence[str], seed: int, rank: int = RANK
+) -> list[dict[str, Any]]:
+    """Every concept's changes of the training settings; with an overlap penalty the files of those before it."""
+    changes: list[dict[str, Any]] = []
+    earlier: list[str] = []
     for number, name in enumerate(names):
         change = trained_with(lab, family, rate, number, seed, rank)
-        out.append((lab.trained(name, **change)[0], lab.alone(name, **change)))
-    return out
+        if change.get("interference", {}).get("overlap_weight"):
+            if earlier:
+                change["interference"] = {**change["interference"], "earlier_adapters": list(earlier)}
+            else:
+                del change["interference"]
+            lab.trained(name, **change)
+            earlier.append(str(lab.adapter_path(name, **change)))
+        changes.append(change)
+    return changes
+
+
+def joint_adapter(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[str], seed: int) -> Adapter:
+    """One adapter of all concepts: the rank and the steps of single ones times their number."""
+    change = trained_with(lab, cell.family, rate, 0, seed, cell.rank * len(names))
+    train = lab.train_config(names[0], change, Path("adapter.safetensors"))
+    further = [str(resources.concepts() / name) for name in names[1:]]
+    return lab.trained(names[0], **change, joint_concepts=further, steps=train.steps * len(names))[0]
 
 
 def trained_with(
@@ -108,28 +158,30 @@ def fused_cell(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[
     """One fusion: per concept the identity and the text match, and the drift of generic prompts."""
 
     def compute() -> Figures:
-        adapters = [adapter for adapter, _ in adapters_of(lab, cell.family, rate, names, seed, cell.rank)]
         base = lab.fresh()
         before = lab.generic_images(base, seed)
-        files = [Path(f"{name}.safetensors") for name in names]
-        config = FuseConfig(adapters=files, output=Path("fused"), seed=seed, **MERGES[cell.merge])
         begun = time.monotonic()
-        fuse_adapters(base, adapters, config, Hooks(progress=lab.progress))
+        if cell.merge == JOINT:
+            put_adapters(base, [(joint_adapter(lab, cell, rate, names, seed), 1.0)])
+        else:
+            adapters = [adapter for adapter, _ in adapters_of(lab, cell.family, rate, names, seed, cell.rank)]
+            files = [Path(f"{name}.safetensors") for name in names]
+            config = FuseConfig(adapters=files, output=Path("fused"), seed=seed, **MERGES[cell.merge])
+            begun = time.monotonic()
+            fuse_adapters(base, adapters, config, Hooks(progress=lab.progress))
         seconds = time.monotonic() - begun
         concepts: Figures = {}
-        for adapter in adapters:
-            pictures = lab.portraits(base, adapter.token, seed)
-            concepts[adapter.name] = {
-                "identity": lab.identity(pictures, adapter.name),
-                "text": lab.text_match(pictures),
-            }
+        for name in names:
+            pictures = lab.portraits(base, lab.concept(name).token, seed)
+            concepts[name] = {"identity": lab.identity(pictures, name), "text": lab.text_match(pictures)}
         return {
             "concepts": concepts,
             "drift": drift_between(lab, before, lab.generic_images(base, seed)),
             "seconds": seconds,
         }
 
-    key: dict[str, Any] = {"family": cell.family, "change": FAMILIES[cell.family], "merge": MERGES[cell.merge]}
+    key: dict[str, Any] = {"family": cell.family, "change": FAMILIES[cell.family]}
+    key |= {"merge": MERGES.get(cell.merge, {"merge": cell.merge})}
     key |= {"rate": rate, "names": list(names)}
     key |= {} if cell.rank == RANK else {"rank": cell.rank}
     # The strength stays in the key, so that cells of earlier runs are found again.
@@ -152,7 +204,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity alone and fused, text match, drift and seconds, for every family and merge."""
     sizes, seeds = ((2,), (0,)) if quick else ((2, 3, 4, 8), SEEDS)
     families = ("spectral, own slots", "lora") if quick else tuple(TRIED)
-    merges = {family: ("sum", "fedavg") if quick else TRIED[family] for family in families}
+    merges = {family: ("sum", "fedavg", JOINT) if quick else TRIED[family] for family in families}
     jobs = [FusionCell(family, merge, size) for family in families for size in sizes for merge in merges[family]]
     rows, sweeps, missing = measured_cells(lab, jobs, seeds, quick)
     tables = [Table("Every family and merge", rows)]
@@ -237,7 +289,7 @@ def fusion_row(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[
     alone, fused, floor, text, drifts, seconds = [], [], [], [], [], []
     for seed in seeds:
         measured = fused_cell(lab, cell, rate, names, seed)
-        changes = [trained_with(lab, cell.family, rate, number, seed, cell.rank) for number in range(len(names))]
+        changes = changes_for(lab, cell.family, rate, names, seed, cell.rank)
         alone += [lab.alone(name, **change)["identity"] for name, change in zip(names, changes, strict=True)]
         fused += [measured["concepts"][name]["identity"] for name in names]
         floor += [lab.noun_baseline(name, seed)["identity"] for name in names]

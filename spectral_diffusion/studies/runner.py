@@ -208,12 +208,23 @@ class StudyRunner:
         """The file of the adapter of these settings; its folder's name hashes all that it depends on."""
         config = self.train_config(concept, change, Path("adapter.safetensors"))
         # Only what differs from the defaults counts, so that a new setting keeps cached adapters valid.
-        excluded = {"concept", "output", "device", "base", "init_from_adapter"}  # files count by what is in them
+        # Files count by what is in them.
+        excluded: dict[str, Any] = dict.fromkeys(
+            ("concept", "joint_concepts", "output", "device", "base", "init_from_adapter"), True
+        )
+        excluded["interference"] = {"earlier_adapters"}
         changed = {**config.model_dump(mode="json", exclude=excluded, exclude_defaults=True), **revised(config.method)}
-        photos = [hashlib.sha256(p.path.read_bytes()).hexdigest() for p in self.concept(concept).photos]
+        joint = [folder.name for folder in config.joint_concepts]
+        photos = [
+            hashlib.sha256(p.path.read_bytes()).hexdigest()
+            for name in (concept, *joint)
+            for p in self.concept(name).photos
+        ]
         decides = [changed, self.fingerprint, concept, photos]
         if config.init_from_adapter:
             decides.append(content_hash(load_adapter(config.init_from_adapter)))
+        decides += [["joint", *joint]] if joint else []
+        decides += [content_hash(load_adapter(path)) for path in config.interference.earlier_adapters]
         return self.folder / "adapters" / cell_key(decides) / f"{concept}.safetensors"
 
     def trained(self, concept: str, **change: Any) -> tuple[Adapter, float]:
@@ -289,7 +300,16 @@ class StudyRunner:
             }
 
         method = str(change.get("method", self.settings.get("train", {}).get("method", "")))
-        return self.cell("alone", {"concept": concept, "change": change, **revised(method)}, compute)
+        return self.cell("alone", {"concept": concept, "change": without_paths(change), **revised(method)}, compute)
+
+
+def without_paths(change: Mapping[str, Any]) -> dict[str, Any]:
+    """Changed settings as a key that no machine's folders are in; an adapter is named by its folder's hash."""
+    interference = dict(change.get("interference", {}))
+    if "earlier_adapters" not in interference:
+        return dict(change)
+    interference["earlier_adapters"] = [Path(path).parent.name for path in interference["earlier_adapters"]]
+    return {**change, "interference": interference}
 
 
 def revised(method: str) -> dict[str, int]:

@@ -30,15 +30,31 @@ METHODS: dict[str, dict[str, Any]] = {  # with their settings
     "svdiff": {},
     "lidb": {},
     "vera": {},
+    "pissa": {"slot": "0:8"},
+    "milora": {"slot": "bottom"},
+    "lora-xs": {"slot": "0:8"},
+    "qr-lora": {"slot": "0:8"},
+    "psoft": {"slot": "0:8"},
+    "svft": {},
+}
+# LoRA by the optimizers that PEFT has for it. They change no count, so the study of budgets leaves them out.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "lora, LoRA+": {"method": "lora", "optimizer": {"loraplus_lr_ratio": 16.0}},
+    "lora, Riemannian": {"method": "lora", "optimizer": {"riemannian_reg": 1e-2}},
 }
 # Five trials, half a decade apart, around the method's lr_scale on the recipe's learning rates.
 SPREAD = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
 PLAIN = {"prior": {"loss_weight": 0.0}}
 
 
-def speed_change(method: str) -> dict[str, Any]:
-    """The method's settings, without prior preservation, which costs every method the same."""
-    return {"method": method, **METHODS[method], **PLAIN}
+def speed_change(label: str) -> dict[str, Any]:
+    """The settings of a method or an optimizer, without prior preservation, which costs every method the same."""
+    return {"method": label, **(METHODS | OPTIMIZERS)[label], **PLAIN}
+
+
+def own_rate(label: str) -> float:
+    """What the method's learning rates are multiplied by before any search."""
+    return get_method(speed_change(label)["method"]).lr_scale
 
 
 @study(
@@ -49,7 +65,7 @@ def speed_change(method: str) -> dict[str, Any]:
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity over training steps, and the seconds until each method reaches a common identity."""
-    methods = ("spectral-additive", "lora") if quick else tuple(METHODS)
+    methods = ("spectral-additive", "lora", "lora, LoRA+") if quick else (*METHODS, *OPTIMIZERS)
     steps, names, seeds = ((6, 12), NAMES[:1], (0,)) if quick else (STEPS, NAMES, SEEDS)
     rates: dict[str, float] = {}
     trained: dict[str, int] = {}
@@ -60,7 +76,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
         new: dict[int, list[float]] = {}
         try:
             if method not in rates:
-                rates[method], trials = (get_method(method).lr_scale, []) if quick else swept(lab, method)
+                rates[method], trials = (own_rate(method), []) if quick else swept(lab, method)
                 if trials:
                     each = {f"×{f:.2g}": t["identity"] for f, t in zip(SPREAD, trials, strict=True)}
                     sweeps.append({"method": method, **each, "best": rates[method]})
@@ -118,7 +134,7 @@ def gains_against(
 
 def swept(lab: StudyRunner, method: str) -> tuple[float, list[Figures]]:
     """The method's factor on the learning rates, from five trials on a concept that is not reported."""
-    rates = [get_method(method).lr_scale * factor for factor in SPREAD]
+    rates = [own_rate(method) * factor for factor in SPREAD]
     return best_rate(lab, rates, TUNING_CONCEPTS[:1], **speed_change(method), steps=120)
 
 
