@@ -234,6 +234,10 @@ class Denoiser(ABC):
         ids = tokenizer(prompt, truncation=False, add_special_tokens=False).input_ids
         return str(tokenizer.decode(ids[tokenizer.model_max_length - 2 :])).strip()
 
+    def word_columns(self, prompt: str, words: str) -> Tensor:
+        """(length,) bool: which tokens of an encoded prompt belong to these words. Of families with joint attention."""
+        raise TypeError(f"{self.title} learns its words, so their tokens are known")
+
     def guidance_options(self, scale: float) -> dict[str, Any]:
         """The pipeline's arguments for a guidance scale, which counts as this family's pipeline counts."""
         return {"guidance_scale": scale}

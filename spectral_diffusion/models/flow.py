@@ -153,6 +153,32 @@ class FlowDenoiser(Denoiser):
         )
         return len(tokenizer(whole, truncation=False).input_ids) - self.max_tokens
 
+    @torch.no_grad()
+    def word_columns(self, prompt: str, words: str) -> Tensor:
+        """(length,) bool: which tokens of an encoded prompt belong to these words, in upper or lower case.
+
+        The text encoder's own input says it, whatever template the pipeline puts around a prompt.
+        """
+        seen: list[Tensor] = []
+        table = self.pipeline.text_encoder.get_input_embeddings()
+        handle = table.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0].cpu()))
+        try:
+            with torch.autocast(self.device.type, enabled=False), self.text_encoder_at_work():
+                [row] = self.prompt_rows(Conditioning.stack([self.encode_one(prompt)]))
+        finally:
+            handle.remove()
+        tokenizer, ids = self.tokenizer_of(self.pipeline), seen[0]
+        if len(row) < len(ids):  # without padding, and without what a template puts in front
+            ids = ids[ids != tokenizer.pad_token_id]
+            ids = ids[len(ids) - len(row) :]
+        ends = [len(tokenizer.decode(ids[: index + 1])) for index in range(len(ids))]
+        text = tokenizer.decode(ids).lower()
+        columns = torch.zeros(len(row), dtype=torch.bool)
+        for match in re.finditer(re.escape(words.lower()), text):
+            for index, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+                columns[index] |= start < match.end() and match.start() < end
+        return columns
+
     @abstractmethod
     def encode_one(self, prompt: str) -> Conditioning:
         """A prompt as the network reads it, without the first dimension, while the text encoder is at work."""

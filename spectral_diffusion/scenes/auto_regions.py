@@ -28,6 +28,7 @@ from ..models.tokens import ids_of
 
 STEPS, WATCHED = 4, 2  # of the coarse picture, and the last of them whose attention counts
 SMOOTHING = 2.0  # cells of the latents
+TOKEN_SMOOTHING = 1.0  # tokens of a transformer, which are two cells wide
 SHARE = (0.6, 1.4)  # of the picture that a concept has at least and at most, times an equal share
 ROUNDS = 400  # of weighing the maps
 
@@ -47,10 +48,10 @@ def concepts_named(base: Base, scene: Scene, adapters: Mapping[str, Adapter]) ->
     has no place of its own: it acts everywhere.
 
     Raises:
-        UserError: ``auto_regions`` is asked for and does not work on this base or this scene.
+        UserError: ``auto_regions`` is asked for and does not work on this scene.
     """
-    wanted, works, prompt = scene.auto_regions, base.family.attention == "cross", scene.prompt.lower()
-    if wanted is False or (not wanted and (scene.regions or not works)):
+    wanted, prompt = scene.auto_regions, scene.prompt.lower()
+    if wanted is False or (not wanted and scene.regions):
         return {}
     named = {
         path: adapter.token
@@ -61,15 +62,13 @@ def concepts_named(base: Base, scene: Scene, adapters: Mapping[str, Adapter]) ->
     if wanted and len(named) < 2:  # else a picture that records what was found by default would be made otherwise again
         others = [token for token in base.known_tokens if token.lower() in prompt and token not in named.values()]
         named |= {token: token for token in others}
-    if len(named) >= 2 and works and not scene.regions:
+    if len(named) >= 2 and not scene.regions:
         return named
     if not wanted:
         return {}
     without = Fix("auto_regions", "false")
     if scene.regions:
         raise UserError("The scene has regions, so none have to be found.", without, Fix("regions", so="left empty"))
-    if not works:
-        raise UserError(f"Regions are not found by themselves on {base.family.title} yet; give boxes.", without)
     raise UserError("Regions are found for two concepts or more, each named in the prompt by its token.", without)
 
 
@@ -102,6 +101,26 @@ def columns_of(base: Base, prompts: Sequence[str], token: str) -> Tensor:
     return columns
 
 
+def coarse_steps(base: Base, scene: Scene) -> int:
+    """The steps of the coarse picture: on transformers, which may have only four for a picture, fewer if need be."""
+    return STEPS if base.family.attention == "cross" else max(WATCHED, min(STEPS, scene.num_inference_steps // 4))
+
+
+def word_columns_of(base: Base, prompt: str, token: str) -> Tensor:
+    """(length,) bool: where a concept's words are in a prompt that a transformer reads.
+
+    Raises:
+        UserError: the prompt has none, or it is cut off behind what the encoder reads.
+    """
+    columns = base.denoiser.word_columns(base.spell(prompt), base.spell(token))
+    if not columns.any():
+        raise UserError(
+            f"The text encoder reads no {token} in '{prompt[:60]}', so it has no place; name it early.",
+            Fix("auto_regions", "false"),
+        )
+    return columns
+
+
 class Enough(Exception):
     """The coarse picture has shown what it was made for."""
 
@@ -109,9 +128,11 @@ class Enough(Exception):
 class AttentionTotals:
     """How much each place of a picture attends to each concept's token, over layers and steps."""
 
-    def __init__(self, columns: Tensor, size: tuple[int, int]) -> None:
-        """``columns``: (concepts, n, length) bool; ``size``: height and width of the latents."""
-        self.columns, self.size = columns, size
+    def __init__(
+        self, columns: Tensor, size: tuple[int, int], steps: int = STEPS, smoothing: float = SMOOTHING
+    ) -> None:
+        """``columns``: (concepts, n, length) bool; ``size``: height and width of the latents, or in tokens."""
+        self.columns, self.size, self.steps, self.smoothing = columns, size, steps, smoothing
         self.total = torch.zeros(columns.shape[1], columns.shape[0], *size)
 
     def add(self, seen: Tensor, grid: tuple[int, int]) -> None:
@@ -128,25 +149,25 @@ class AttentionTotals:
         Raises:
             Enough: it was the last one.
         """
-        for seen in maps.found.values() if step > STEPS - WATCHED else ():
+        for seen in maps.found.values() if step > self.steps - WATCHED else ():
             self.add(seen, shape_of(seen.shape[1], *self.size))
         maps.begin()
-        if step == STEPS:
+        if step == self.steps:
             raise Enough
 
     def masks(self) -> Tensor:
         """(n, concepts, h, w) bool, disjoint."""
-        return torch.stack([disjoint(maps) for maps in self.total])
+        return torch.stack([disjoint(maps, self.smoothing) for maps in self.total])
 
 
-def disjoint(maps: Tensor) -> Tensor:
+def disjoint(maps: Tensor, smoothing: float = SMOOTHING) -> Tensor:
     """Attention maps (concepts, h, w) as masks that do not overlap.
 
     Every cell belongs to the concept that it attends to most, beside that concept's mean. A concept whose attention is
     spread out would win all of the background, so the maps are weighed until every concept has its share of the
     picture. Of what a concept has, the connected part with the most attention stays, without holes.
     """
-    smooth = np.stack([ndimage.gaussian_filter(one, SMOOTHING) for one in maps.numpy()])
+    smooth = np.stack([ndimage.gaussian_filter(one, smoothing) for one in maps.numpy()])
     ratio = np.log(smooth / smooth.mean((1, 2), keepdims=True).clip(1e-12) + 1e-6)
     owner = balanced(ratio)
     masks = np.stack([main_part(owner == index, smooth[index]) for index in range(len(smooth))])
@@ -166,6 +187,9 @@ def balanced(ratio: np.ndarray) -> np.ndarray:
         if not off.any():
             break
         bias -= 0.3 * off[:, None, None]
+    for index in range(count):  # of few cells one concept may get none
+        if not (owner == index).any():
+            owner[np.unravel_index(ratio[index].argmax(), owner.shape)] = index
     return owner
 
 

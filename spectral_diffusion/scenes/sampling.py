@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image
@@ -24,8 +25,18 @@ from ..linalg import Factors
 from ..models.attention_maps import LARGEST, capture_attention_maps
 from ..models.base import Base
 from ..models.denoiser import Denoiser
+from ..models.token_maps import capture_token_maps
 from ..models.vae import decode, decode_batch, in_portions, overflows, upcast
-from .auto_regions import STEPS, AttentionTotals, AutoConcept, Enough, columns_of, own_prompt
+from .auto_regions import (
+    TOKEN_SMOOTHING,
+    AttentionTotals,
+    AutoConcept,
+    Enough,
+    coarse_steps,
+    columns_of,
+    own_prompt,
+    word_columns_of,
+)
 from .control import ControlMap, control_network, weighed
 from .found_regions import FoundConcept, FoundRegions
 from .region_mask import region_mask
@@ -98,7 +109,7 @@ class SceneSampler:
         base.check_side(self.width, "width")
         base.check_side(self.height, "height")
         if inputs.concepts:
-            coarse = scene.model_copy(update={"num_inference_steps": STEPS, "compile": False})
+            coarse = scene.model_copy(update={"num_inference_steps": coarse_steps(base, scene), "compile": False})
             quiet = Hooks(should_stop=hooks.should_stop)
             self.coarse = SceneSampler(base, coarse, SceneInputs(inputs.controls), quiet)
         self.pipe, self.options = stock_pipeline(base, scene, inputs.controls, size)
@@ -118,11 +129,24 @@ class SceneSampler:
 
     def batch(self, prompts: Sequence[str], seeds: Sequence[int], index: int, batches: int) -> list[Image.Image]:
         """The pictures of batch ``index`` of ``batches``."""
+        if not self.found:
+            return self._batch(prompts, seeds, self._regional_state(len(prompts)), index, batches)
+        if self.base.family.attention == "cross":
+            return self._batch(prompts, seeds, self._found_regions(prompts, seeds), index, batches)
+        images, count = [], len(prompts)
+        for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):  # each has regions of its own
+            state = self._found_tokens(prompt, seed)
+            images += self._batch([prompt], [seed], state, index * count + number, batches * count)
+        return images
+
+    def _batch(
+        self, prompts: Sequence[str], seeds: Sequence[int], state: RegionState, index: int, batches: int
+    ) -> list[Image.Image]:
+        """The pictures of a batch whose regions are settled."""
         scene, pipe = self.scene, self.pipe
         chunk = [self.base.spell(prompt, self.full) for prompt in prompts]
         # SDXL takes zeros, not the encoded empty prompt, where there is none.
         negative = self.base.spell(scene.negative_prompt, self.full) if scene.negative_prompt else None
-        state = self._found_regions(prompts, seeds) if self.found else self._regional_state(len(chunk))
         reader = state if isinstance(state, TokenRegions) else self.base.denoiser
         prompt_options = reader.prompt_options(chunk, negative)
         with (
@@ -178,6 +202,29 @@ class SceneSampler:
         scene = self.scene
         window = window_of(scene.region_start, scene.region_end, scene.num_inference_steps)
         return FoundRegions(found, totals.masks(), scene.region_isolation, scene.global_prompt_weight, window)
+
+    @torch.no_grad()
+    def _found_tokens(self, prompt: str, seed: int) -> TokenRegions:
+        """The regions of a transformer's picture without any, found by a coarse picture from the same noise."""
+        base, scene = self.base, self.scene
+        tokens = [concept.token for concept in self.inputs.concepts]
+        columns = torch.stack([word_columns_of(base, prompt, token) for token in tokens])
+        grid = (self.height // base.denoiser.token_side, self.width // base.denoiser.token_side)
+        totals = AttentionTotals(columns[:, None], grid, coarse_steps(base, scene), TOKEN_SMOOTHING)
+        with capture_token_maps(base.denoiser, grid[0] * grid[1], columns.shape[1]) as maps, suppress(Enough):
+            self.coarse.inputs = replace(self.coarse.inputs, on_step=partial(totals.after_step, maps))
+            self.coarse.batch([prompt], [seed], 0, 1)
+        [masks] = totals.masks()
+        regions = []
+        for token, mask, (_, changes) in zip(tokens, masks, self.found, strict=True):
+            own = base.spell(own_prompt(prompt, token, tokens))
+            positive, negative = base.denoiser.prompt_rows(
+                base.denoiser.encode([own, base.spell(scene.negative_prompt)])
+            )
+            area = F.interpolate(mask[None, None].float(), (self.height, self.width))[0, 0]
+            regions.append(EncodedRegion(area, positive, negative, changes))
+        window = window_of(scene.region_start, scene.region_end, scene.num_inference_steps)
+        return TokenRegions(base, regions, grid, scene.global_prompt_weight, scene.region_isolation, window)
 
     def _regional_state(self, count: int) -> RegionState:
         """The regions at step 0 of a batch."""
