@@ -34,7 +34,7 @@ from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.hooks import Hooks
 from spectral_diffusion.models.sd import SDDenoiser
-from spectral_diffusion.scenes.png_metadata import read_settings
+from spectral_diffusion.scenes.png_metadata import read_places, read_settings
 from spectral_diffusion.training.run import train_to_file
 
 QUICK: dict[str, Any] = {"num_inference_steps": 3, "device": "cpu"}
@@ -584,6 +584,34 @@ def test_tab_draws_shows_and_refills(handlers: Any, workspace: Workspace, traine
     assert by_name["canvas"].value == full_value() and by_name["seed"] == 3 and "fields above" in line
     again = list(handlers.again(name, Asker("one")))[-1]
     assert pixels(Path(again[0])) == pixels(Path(picture)) and again[0] != picture
+
+
+def test_found_places_become_boxes_over_the_picture(
+    handlers: Any, workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache
+) -> None:
+    from spectral_diffusion.app.tabs.generate import Fields
+
+    both = {"adapters": ["tom", "jim"], "prompt": "a <tom> and a <jim> on the grass", "strength": "tom=0.7, jim=1.3"}
+    [path] = draw(workspace, trained[0], keeper, **both).pictures
+    places = read_places(path)
+    assert set(places) == {"<tom>", "<jim>"} and all(0 <= a < c <= 1 for a, _, c, _ in places.values())
+    *filled, line = handlers.places(path.stem)
+    by_name = dict(zip(Fields.__dataclass_fields__, filled, strict=True))
+    assert by_name["canvas"].value["regions"] == [
+        {"box": list(places["<tom>"]), "prompt": "a <tom> and a on the grass", "concept": "tom"},
+        {"box": list(places["<jim>"]), "prompt": "a and a <jim> on the grass", "concept": "jim"},
+    ]
+    assert by_name["adapters"] == [] and by_name["strength"] == "tom=0.7, jim=1.3" and "drag them" in line
+    assert by_name["canvas"].props["backdrop"].startswith(canvas.PNG)
+    boxed = draw(
+        workspace, trained[0], keeper, canvas=read_canvas(by_name["canvas"].value), adapters=[],
+        strength=by_name["strength"], prompt=by_name["prompt"],
+    )  # fmt: skip
+    settings = read_settings(boxed.pictures[0])
+    assert [list(region["adapters"].values()) for region in settings["regions"]] == [[0.7], [1.3]]
+    assert read_places(boxed.pictures[0]) == {}
+    with pytest.raises(UserError, match="No places were found"):
+        pictures.boxes_of_places(workspace, boxed.pictures[0].stem)
 
 
 def test_tab_says_errors_in_place(handlers: Any, trained: tuple[Path, Path]) -> None:

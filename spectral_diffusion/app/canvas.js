@@ -7,7 +7,7 @@ const MOST = 16;
 const SMALLEST = 0.02;
 const find = (selector) => element.querySelector(selector);
 const board = find(".board"), stage = find(".stage"), ink = find(".ink"), pose = find(".pose"), layer = find(".boxes");
-const list = find(".regions"), hint = find(".hint"), unpose = find(".unpose"), width = find(".width input");
+const list = find(".regions"), hint = find(".hint"), unpose = find(".unpose"), backdrop = find(".backdrop"), unback = find(".unback"), width = find(".width input");
 const pen = ink.getContext("2d", { willReadFrequently: true });
 let state = clean(props.value), selected = -1, mode = "pen", past = [];
 
@@ -264,7 +264,7 @@ function places() {
   hints();
 }
 function hints() {
-  hint.hidden = Boolean(stroke || state.strokes || state.keypose || state.regions.length);
+  hint.hidden = Boolean(stroke || state.strokes || state.keypose || state.regions.length || !backdrop.hidden);
 }
 const wordsOf = (index) => list.children[index].querySelector(".words");
 function rows() {
@@ -340,6 +340,7 @@ function undo() {
 }
 function clear() {
   remember();
+  showBackdrop("");
   state = { strokes: "", keypose: "", regions: [] };
   selected = -1;
   show();
@@ -351,6 +352,7 @@ for (const button of element.querySelectorAll("[data-mode][aria-pressed]")) {
 find('[data-do="add"]').addEventListener("click", add);
 find('[data-do="undo"]').addEventListener("click", undo);
 find('[data-do="clear"]').addEventListener("click", clear);
+unback.addEventListener("click", () => showBackdrop(""));
 unpose.addEventListener("click", () => {
   remember();
   state.keypose = "";
@@ -371,6 +373,11 @@ function showPose() {
   if (state.keypose) pose.src = state.keypose;
   hints();
 }
+function showBackdrop(picture) { // a picture behind everything, to drag boxes over; it is no part of the value
+  backdrop.hidden = unback.hidden = !picture;
+  if (picture) backdrop.src = picture;
+  hints();
+}
 function show() {
   showStrokes();
   showPose();
@@ -386,6 +393,7 @@ watch("value", () => {
   show();
 });
 watch("ratio", showStrokes);
+watch("backdrop", () => showBackdrop(props.backdrop));
 watch("concepts", () => {
   rows();
   places();

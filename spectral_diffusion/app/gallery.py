@@ -6,7 +6,7 @@ import io
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from ..config.scene import Scene
 from ..config.settings import build
 from ..core.errors import UserError
 from ..core.files import write_bytes
-from ..scenes.png_metadata import read_settings
-from .adapters import workspace_adapters
+from ..scenes.auto_regions import own_prompt
+from ..scenes.png_metadata import read_places, read_settings
+from .adapters import read_adapter, workspace_adapters
 from .canvas import MOST_SIDE, as_url, png_of
 from .fusing import FUSED, fused_folders
 from .generation import SKETCHES
@@ -27,6 +28,7 @@ from .workspace import Workspace, visible
 
 PAGE = 24
 SCENES = "scenes"  # the folder of downloads inside that of the pictures
+BACKDROP = 384  # longer side in pixels of a picture behind the canvas
 MOST_BYTES = 50_000_000  # of a picture or control image that is read
 FIELDS = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "sampler", "width", "height",
           "global_prompt_weight", "region_isolation", "region_start", "region_end")  # fmt: skip
@@ -140,6 +142,43 @@ def refill(workspace: Workspace, name: str | None) -> Refill:
         UserError: see :func:`scene_inside`.
     """
     return SceneReader(workspace, scene_inside(workspace, name)).refill()
+
+
+def boxes_of_places(workspace: Workspace, name: str | None) -> tuple[Refill, str]:
+    """The page's fields with boxes where a picture's concepts were found, and the picture as a data URL.
+
+    Every concept acts in its own box alone, and the boxes' prompts are what the found places read.
+
+    Raises:
+        UserError: no places were found in it, or see :func:`scene_inside`.
+    """
+    scene, path = scene_inside(workspace, name), picture_file(workspace, name)
+    places = read_places(path)
+    if not places:
+        raise UserError(
+            "No places were found in this picture: they are where the prompt names two concepts or more and no box "
+            "is drawn."
+        )
+    filled, names = refill(workspace, name), {}
+    for adapter in filled.adapters:
+        names[read_adapter(workspace, adapter).token.lower()] = adapter
+    regions = [
+        {
+            "box": list(box),
+            "prompt": own_prompt(scene.prompt, token, list(places)),
+            "concept": names.get(token.lower(), ""),
+        }
+        for token, box in places.items()
+    ]
+    bound = {region["concept"] for region in regions}
+    filled = replace(
+        filled,
+        adapters=[adapter for adapter in filled.adapters if adapter not in bound],
+        canvas={**filled.canvas, "regions": regions},
+    )
+    with Image.open(path) as image:
+        image.thumbnail((BACKDROP, BACKDROP))
+        return filled, as_url(png_of(image.convert("RGB")))
 
 
 @dataclass

@@ -32,6 +32,8 @@ TOKEN_SMOOTHING = 1.0  # tokens of a transformer, which are two cells wide
 SHARE = (0.6, 1.4)  # of the picture that a concept has at least and at most, times an equal share
 ROUNDS = 400  # of weighing the maps
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
 
 @dataclass(frozen=True)
 class AutoConcept:
@@ -174,6 +176,19 @@ def disjoint(maps: Tensor, smoothing: float = SMOOTHING) -> Tensor:
     for mask in masks:
         mask |= ndimage.binary_fill_holes(mask) & ~masks.any(0)
     return torch.from_numpy(masks)
+
+
+def boxes_of(tokens: Sequence[str], masks: Tensor) -> dict[str, Box]:
+    """The smallest box around each concept's mask (concepts, h, w), as fractions; none for an empty one."""
+    height, width = masks.shape[1:]
+    boxes: dict[str, Box] = {}
+    for token, mask in zip(tokens, masks, strict=True):
+        if mask.any():
+            rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+            left, right = int(columns[0]) / width, (int(columns[-1]) + 1) / width
+            top, bottom = int(rows[0]) / height, (int(rows[-1]) + 1) / height
+            boxes[token] = (round(left, 4), round(top, 4), round(right, 4), round(bottom, 4))
+    return boxes
 
 
 def balanced(ratio: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from ..adapters.adapter import Adapter, check_base
@@ -20,7 +21,7 @@ from ..data.image_grid import labelled_sheet
 from ..data.image_io import open_on_black
 from ..models.base import Base
 from ..models.loading import load_base
-from .auto_regions import AutoConcept, concepts_named
+from .auto_regions import AutoConcept, Box, concepts_named
 from .control import ControlMap, read_control_image
 from .png_metadata import BASE, is_our_png, is_same, save_png, sources_of
 from .prompts import foreign_syntax, prompts_in, tokens_in
@@ -208,9 +209,12 @@ def write_images(
         }
         paths = {seed: files[seed] for seed in batch if scene.only_seed in (None, seed)}
         if not (resume and all(is_same(path, embedded[seed], sources) for seed, path in paths.items())):
-            with closing(sample_in_turn(base, [scene.prompt] * len(batch), batch, scene, hooks, inputs)) as turn:
-                for seed, image in zip(batch, next(turn), strict=True):
-                    if seed in paths:
-                        save_png(image, paths[seed], embedded[seed], sources)
+            places: list[dict[str, Box]] = []
+            watched = replace(inputs, on_found=places.append)
+            with closing(sample_in_turn(base, [scene.prompt] * len(batch), batch, scene, hooks, watched)) as turn:
+                images = next(turn)
+            for seed, image, found in zip(batch, images, places or [{}] * len(batch), strict=True):
+                if seed in paths:
+                    save_png(image, paths[seed], embedded[seed], sources, found)
         written += paths.values()
     return written

@@ -19,6 +19,7 @@ from ..core.files import atomic, exists, is_file, parse_json
 from ..core.machine import provenance
 from ..core.paths import is_full, located, located_base, portable, portable_base
 from ..models.base import Base
+from .auto_regions import Box
 from .control import weights_of
 from .scene import adapter_files, adapter_tables, candidate_paths, paths_in
 
@@ -30,10 +31,16 @@ BASE = "base"  # among the sources
 APART = {"output", "device"}  # of a scene: its output and its device
 
 
-def save_png(image: Image.Image, path: Path, scene: Scene, sources: Mapping[str, str]) -> None:
-    """Write a PNG with its scene, what it was made from (see :func:`sources_of`) and the machine inside."""
+def save_png(
+    image: Image.Image, path: Path, scene: Scene, sources: Mapping[str, str], places: Mapping[str, Box] | None = None
+) -> None:
+    """Write a PNG with its scene, what it was made from (see :func:`sources_of`) and the machine inside.
+
+    ``places``: the places of concepts that were found in it.
+    """
     info = PngImagePlugin.PngInfo()
     metadata = {**embedded(scene, path, sources), "provenance": provenance()}
+    metadata |= {"places": dict(places)} if places else {}
     info.add_itxt(SETTINGS_KEY, json.dumps(metadata))  # in their own order: adapters act in it
     with atomic(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
@@ -79,6 +86,24 @@ def read_embedded(path: Path) -> dict[str, Any]:
         return {"settings": dict(metadata["settings"]), "sources": dict(metadata.get("sources") or {})}
     except UNREAD as error:
         raise UserError(f"{path} holds no settings of this program.") from error
+
+
+def read_places(path: Path) -> dict[str, Box]:
+    """Where concepts were found in a picture, by token; nothing where no places were found.
+
+    Raises:
+        UserError: it is none of this program's pictures.
+    """
+    read_embedded(path)
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            found = parse_json(image.info[SETTINGS_KEY]).get("places") or {}
+        boxes: dict[str, Box] = {}
+        for token, (left, top, right, bottom) in found.items():
+            boxes[str(token)] = float(left), float(top), float(right), float(bottom)
+        return boxes
+    except UNREAD as error:
+        raise UserError(f"The places in {path} cannot be read.") from error
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -31,7 +31,9 @@ from .auto_regions import (
     TOKEN_SMOOTHING,
     AttentionTotals,
     AutoConcept,
+    Box,
     Enough,
+    boxes_of,
     coarse_steps,
     columns_of,
     own_prompt,
@@ -65,6 +67,7 @@ class SceneInputs:
     preview: Preview | None = None
     every: int = 1
     on_step: Callable[[int], None] | None = None  # called after every step with its number, from 1
+    on_found: Callable[[dict[str, Box]], None] | None = None  # called for every picture with the places of its concepts
 
 
 def sample(
@@ -192,6 +195,8 @@ class SceneSampler:
             self.coarse.inputs = replace(self.coarse.inputs, on_step=partial(totals.after_step, maps))
             stack.enter_context(suppress(Enough))
             self.coarse.batch(prompts, seeds, 0, 1)
+        masks = totals.masks()
+        self._report_places(tokens, masks)
         found = []
         for token, (text, unet) in zip(tokens, self.found, strict=True):
             own = [base.spell(own_prompt(prompt, token, tokens)) for prompt in prompts]
@@ -201,7 +206,7 @@ class SceneSampler:
             found.append(FoundConcept(torch.stack(states[:-1]), negative, unet))
         scene = self.scene
         window = window_of(scene.region_start, scene.region_end, scene.num_inference_steps)
-        return FoundRegions(found, totals.masks(), scene.region_isolation, scene.global_prompt_weight, window)
+        return FoundRegions(found, masks, scene.region_isolation, scene.global_prompt_weight, window)
 
     @torch.no_grad()
     def _found_tokens(self, prompt: str, seed: int) -> TokenRegions:
@@ -215,6 +220,7 @@ class SceneSampler:
             self.coarse.inputs = replace(self.coarse.inputs, on_step=partial(totals.after_step, maps))
             self.coarse.batch([prompt], [seed], 0, 1)
         [masks] = totals.masks()
+        self._report_places(tokens, masks[None])
         regions = []
         for token, mask, (_, changes) in zip(tokens, masks, self.found, strict=True):
             own = base.spell(own_prompt(prompt, token, tokens))
@@ -225,6 +231,12 @@ class SceneSampler:
             regions.append(EncodedRegion(area, positive, negative, changes))
         window = window_of(scene.region_start, scene.region_end, scene.num_inference_steps)
         return TokenRegions(base, regions, grid, scene.global_prompt_weight, scene.region_isolation, window)
+
+    def _report_places(self, tokens: Sequence[str], masks: torch.Tensor) -> None:
+        """Report the places that were found in each picture."""
+        if on_found := self.inputs.on_found:
+            for mask in masks:
+                on_found(boxes_of(tokens, mask))
 
     def _regional_state(self, count: int) -> RegionState:
         """The regions at step 0 of a batch."""

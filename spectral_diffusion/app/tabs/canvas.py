@@ -40,10 +40,12 @@ def own_component(name: str, html: str | None = None, **more: Any) -> gr.HTML:
 
 
 def build_canvas() -> gr.HTML:
-    """The canvas with its tools; updates may set ``value``, ``ratio`` and ``concepts``."""
+    """The canvas with its tools; updates may set ``value``, ``ratio``, ``concepts`` and
+    ``backdrop``, a picture behind it."""
     return own_component(
-        "canvas", value={"strokes": "", "keypose": "", "regions": []}, ratio=1.0, concepts=[], elem_id="generate-canvas"
-    )
+        "canvas", value={"strokes": "", "keypose": "", "regions": []}, ratio=1.0, concepts=[], backdrop="",
+        elem_id="generate-canvas",
+    )  # fmt: skip
 
 
 def build_sources(workspace: Workspace, drawing: gr.HTML, size: list[Any]) -> None:

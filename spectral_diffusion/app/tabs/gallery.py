@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ...core.errors import UserError
+from ...scenes.png_metadata import read_places
 from .. import gallery as pictures
 from ..page import PRIVATE, Page, errors_as_toast, plain_html
 from ..sentences import rendered
@@ -26,6 +27,7 @@ class Gallery:
     picture: gr.Image
     about: gr.Markdown
     canvas: gr.Button
+    places: gr.Button
     again: gr.Button
     file: gr.DownloadButton
     scene: gr.DownloadButton
@@ -42,7 +44,7 @@ class Gallery:
     def details(self) -> list[Any]:
         """The outputs of :meth:`choose`."""
         shown = [self.shown, self.chosen, self.picture, self.about]
-        return [*shown, self.canvas, self.again, self.file, self.scene, self.delete]
+        return [*shown, self.canvas, self.places, self.again, self.file, self.scene, self.delete]
 
     @property
     def listed(self) -> list[Any]:
@@ -66,13 +68,15 @@ class Gallery:
     def choose(self, name: str | None) -> list[Any]:
         """A picture by its name with its settings; empty for None."""
         if not name:
-            return [gr.Row(visible=False), None, None, "", *[gr.skip()] * 5]
+            return [gr.Row(visible=False), None, None, "", *[gr.skip()] * 6]
         with errors_as_toast():
             path = pictures.picture_file(self.workspace, name)
             scene: Path | None = None
+            has_places = False
             try:
                 rows = pictures.picture_details(self.workspace, name)
                 scene = pictures.download_picture(self.workspace, name)[1]
+                has_places = bool(read_places(path))
             except UserError as error:  # a foreign picture can still be viewed and deleted
                 rows = [("", rendered(error))]
         details_text = "\n\n".join(f"**{head}** {verbatim(text)}" if head else verbatim(text) for head, text in rows)
@@ -83,6 +87,7 @@ class Gallery:
             str(path),
             details_text,
             gr.Button(**known),
+            gr.Button(visible=has_places),
             gr.Button(**known),
             gr.DownloadButton(value=str(path)),
             gr.DownloadButton(value=str(scene) if scene else None, **known),
@@ -120,12 +125,14 @@ def build_details() -> dict[str, Any]:
     about = gr.Markdown(elem_id="generate-about")
     with gr.Row():
         canvas = gr.Button("Use its settings", elem_id="generate-to-canvas", **small)
+        places = gr.Button("Places as boxes", visible=False, elem_id="generate-places", **small)
         again = gr.Button("Draw it again", elem_id="generate-again", **small)
     with gr.Row():
         file = gr.DownloadButton("Download picture", elem_id="generate-download", **small)
         scene = gr.DownloadButton("Download settings", elem_id="generate-download-scene", **small)
         delete = gr.Button("Delete", variant="stop", elem_id="generate-delete", **small)
-    return {"about": about, "canvas": canvas, "again": again, "file": file, "scene": scene, "delete": delete}
+    own = {"about": about, "canvas": canvas, "places": places, "again": again}
+    return {**own, "file": file, "scene": scene, "delete": delete}
 
 
 def build_wall() -> dict[str, Any]:

@@ -252,7 +252,16 @@ class GenerateHandlers:
     def refilled(self, name: str | None) -> list[Any]:
         """The fields filled from a picture of the gallery, and a message."""
         with errors_as_toast():
-            refill = pictures.refill(self.workspace, name)
+            return self._filled(pictures.refill(self.workspace, name), "The picture's settings are in the fields above")
+
+    def places(self, name: str | None) -> list[Any]:
+        """The same with boxes where the picture's concepts were found, over the picture itself."""
+        with errors_as_toast():
+            refill, backdrop = pictures.boxes_of_places(self.workspace, name)
+            return self._filled(refill, "The places are boxes on the canvas above; drag them", backdrop)
+
+    def _filled(self, refill: pictures.Refill, message: str, backdrop: str = "") -> list[Any]:
+        """The fields' values, and a message; ``backdrop`` is a picture behind the canvas."""
         values = {
             **refill.fields, "base": refill.base, "adapters": refill.adapters, "strength": refill.strength,
             "seed": refill.seed, "num_images": 1, "sketch_weight": refill.sketch_weight,
@@ -260,8 +269,8 @@ class GenerateHandlers:
             "keypose_adapter": refill.keypose_adapter,
         }  # fmt: skip
         ratio = drawing.ratio_of(self.workspace, refill.base, refill.fields["width"], refill.fields["height"])
-        values["canvas"] = gr.HTML(value=refill.canvas, ratio=ratio)
-        line = " ".join(["The picture's settings are in the fields above; change what you like.", *refill.notes])
+        values["canvas"] = gr.HTML(value=refill.canvas, ratio=ratio, backdrop=backdrop)
+        line = " ".join([f"{message}; change what you like.", *refill.notes])
         return [*(values[item.name] for item in fields(Fields)), plain_html(line)]
 
     def _request(self, given: dict[str, Any]) -> tuple[GenerateRequest, dict[str, Any]]:
@@ -491,6 +500,7 @@ def _wire_drawing(
     page.blocks.unload(handlers.left)
     page.gone.append(handlers.gone)
     gallery.canvas.click(handlers.refilled, gallery.chosen, [*form.all, status], **PRIVATE)
+    gallery.places.click(handlers.places, gallery.chosen, [*form.all, status], **PRIVATE)
 
 
 def _build_api(handlers: GenerateHandlers, form: Fields) -> None:
