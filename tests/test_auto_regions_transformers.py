@@ -170,6 +170,41 @@ def test_found_regions_are_those_of_masks(
         assert image.tobytes() == expected.tobytes()
 
 
+def test_a_picture_whose_tokens_are_padded_has_places(loaded: tuple[Base, list[Adapter]]) -> None:
+    base, adapters = loaded
+    concepts = [AutoConcept(adapter.token, [(adapter, 1.0)]) for adapter in adapters]
+    multiple = base.denoiser.side_multiple
+    sides = {"width": 3 * max(16, multiple), "height": 5 * max(8, multiple)}
+    [image] = sample(base, [PROMPT], [0], scene(Path(base.name), **sides), concepts=concepts)
+    assert image.size == tuple(sides.values())
+
+
+def test_what_a_region_cannot_bind_acts_everywhere(
+    family: Path, pair: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, own = load_base(str(family), "cpu"), {str(path): load_adapter(path) for path in pair}
+    first = own[str(pair[0])]
+    first.sizes = {**first.sizes, "transformer.proj_out": (1, 1)}
+    assert concepts_named(base, scene(family), own) == {}
+    assert len(concepts_named(base, scene(family, auto_regions=True), own)) == 2
+    both = load_adapter(pair[1])
+    both.earlier = {"<rex>": {}}  # of two concepts, which one place could not show
+    again = {str(pair[0]): load_adapter(pair[0]), str(pair[1]): both}
+    assert concepts_named(base, scene(family), again) == {}
+    assert concepts_named(base, scene(family, prompt="<mug> here"), again) == {}
+
+
+def test_a_reference_picture_leaves_no_places(family: Path, pair: list[Path], tmp_path: Path) -> None:
+    base, own = load_base(str(family), "cpu"), {str(path): load_adapter(path) for path in pair}
+    if base.family.controls != "reference":
+        pytest.skip("this family reads no reference picture")
+    Image.new("L", (64, 32)).save(tmp_path / "sketch.png")
+    control = {"controls": [{"file": tmp_path / "sketch.png", "kind": "sketch"}]}
+    assert concepts_named(base, scene(family, **control), own) == {}
+    with pytest.raises(UserError, match="reference picture"):
+        concepts_named(base, scene(family, auto_regions=True, **control), own)
+
+
 def test_adapters_that_are_named_get_places_by_default(family: Path, pair: list[Path], tmp_path: Path) -> None:
     adapters = dict.fromkeys(map(str, pair), 1.0)
     files = {}

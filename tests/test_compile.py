@@ -99,9 +99,8 @@ def trained(folder: Path, tmp_path: Path, on: bool, **more: Any) -> Path:
     return config.output
 
 
-@pytest.mark.parametrize(
-    "more", [pytest.param({}, marks=LONGER), {"gradient_checkpointing": True, "method": "spectral-rotation"}]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True, "method": "spectral-rotation"}])
 def test_a_compiled_training_is_the_same(
     folder: Path, tmp_path: Path, without_inductor: None, more: dict[str, Any]
 ) -> None:

@@ -52,7 +52,7 @@ def test_the_page_of_settings_is_current() -> None:
 def test_help_lists_every_setting_with_its_description(verb: str, model: type[Settings]) -> None:
     done = CliRunner().invoke(app, [verb, "--help"], terminal_width=10_000)
     own = {"concept", "folder", "adapters", "regions", "controls", "scales", "options"}  # with a syntax of their own
-    own |= {"only_seed"}  # which only a picture's own settings hold
+    own |= {"only_seed", "joint_concepts"}  # of a picture's own settings, and --joint's
     assert done.exit_code == 0
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):

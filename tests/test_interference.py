@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from spectral_diffusion import cli
 from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.attach import AdapterSpec, InjectedAdapter, inject_adapter, unloading
+from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.adapters.frozen import frozen_tensors
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.hooks import Hooks
+from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.linalg import Factors, flatten, matrix_shape
 from spectral_diffusion.methods import all_methods, get_method
 from spectral_diffusion.models.base import Base
@@ -22,8 +26,14 @@ from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.slots.ledger import Slot
 from spectral_diffusion.training.batch import Batch
-from spectral_diffusion.training.output_erasure import erase, erased_targets
-from spectral_diffusion.training.overlap import EarlierSpaces, earlier_spaces, overlap_penalty
+from spectral_diffusion.training.output_erasure import erase, erased_targets, other_prompts
+from spectral_diffusion.training.overlap import (
+    EarlierSpaces,
+    earlier_adapters,
+    earlier_spaces,
+    joint_space,
+    overlap_penalty,
+)
 from spectral_diffusion.training.prior_preservation import OTHER_TOKENS
 from spectral_diffusion.training.run import train_to_file
 
@@ -66,7 +76,8 @@ def test_the_penalty_is_the_share_in_the_earlier_directions() -> None:
 def test_every_method_is_measured_and_starts_at_nothing(tiny_base: Path, name: str) -> None:
     base, method = load_base(str(tiny_base), "cpu"), get_method(name)
     weights = {layer: weight for layer, weight in base.weights().items() if layer.endswith("to_q")}
-    rank = method.ranks([matrix_shape(weight) for weight in weights.values()])[-1]
+    allowed = method.ranks([matrix_shape(weight) for weight in weights.values()])
+    rank = allowed[min(1, len(allowed) - 1)]
     slot = Slot.interval(0, rank) if method.slot else None
     spaces = {
         layer: EarlierSpaces(
@@ -121,7 +132,7 @@ def test_a_penalized_adapter_keeps_out_of_the_one_beside_it(photos: Path, tiny_b
     )
     assert overlap_of(apart, first, base) < 0.5 * overlap_of(plain, first, base)
     assert all(torch.equal(same.parameters[name], value) for name, value in apart.parameters.items())
-    assert "first" not in (elsewhere / "again.safetensors").read_bytes().decode("latin-1")
+    assert str(tmp_path) not in (elsewhere / "again.safetensors").read_bytes().decode("latin-1")
 
 
 def test_a_resumed_training_keeps_off_those_that_it_began_with(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
@@ -142,6 +153,45 @@ def test_a_resumed_training_keeps_off_those_that_it_began_with(photos: Path, tin
     assert all(torch.equal(parts.parameters[name], value) for name, value in whole.parameters.items())
 
 
+def test_what_adapters_share_counts_once_and_the_rest_leaves_room() -> None:
+    torch.manual_seed(0)
+    one, other = Factors(torch.randn(20, 2), torch.randn(2, 16)), Factors(torch.randn(20, 2), torch.randn(2, 16))
+    assert joint_space([one, one]).shape == (16, 2) and joint_space([one, other]).shape == (16, 4)
+    basis = joint_space([one, Factors(other.up, one.down + 1e-9 * other.down)])
+    assert basis.shape == (16, 2) and torch.allclose(basis.mT @ basis, torch.eye(2, dtype=basis.dtype))
+
+
+def test_neighbors_that_are_no_other_concept_are_left_out(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    penalty = {"interference": {"overlap_weight": 10.0}}
+    trained(photos, tiny_base, tmp_path / "rex.safetensors", method="spectral-rotation", learning_rate=0.01)
+    older = trained(photos, tiny_base, tmp_path / "older.safetensors", name="mug", steps=1)
+    (tmp_path / "broken.safetensors").write_bytes((tmp_path / "older.safetensors").read_bytes()[:-64] + bytes(64))
+    said: list[str] = []
+    config = settings(
+        photos, tiny_base, tmp_path / "new.safetensors", name="mug", method="spectral-rotation",
+        init_from_adapter=tmp_path / "rex.safetensors", token="<mug2>", steps=1, **penalty,
+    )  # fmt: skip
+    train_to_file(config, hooks=Hooks(notify=said.append))
+    assert any("broken.safetensors cannot be read" in text for text in said)
+    base, concept = load_base(str(tiny_base), "cpu"), load_concept(photos, name="mug")
+    config = settings(photos, tiny_base, tmp_path / "next.safetensors", **penalty)
+    kept = earlier_adapters(config, base, concept, None, False)
+    assert older.token == "<mug>" and [adapter.token for adapter in kept] == ["<mug2>", "<rex>"]
+    start = load_adapter(tmp_path / "rex.safetensors")
+    kept = earlier_adapters(config, base, concept, start, False)
+    assert kept == [] or all("<rex>" not in adapter.tokens for adapter in kept)
+
+
+def test_side_by_side_there_are_none_to_keep_off(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", str(photos), str(photos), "-o", str(tmp_path), "--jobs", "2", "interference.overlap_weight=1"]
+    monkeypatch.setattr(sys, "argv", ["spectral-diffusion", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "--jobs 1 is needed" in capsys.readouterr().err
+
+
 def test_without_others_the_penalty_says_that_it_does_nothing(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     said: list[str] = []
     config = settings(photos, tiny_base, tmp_path / "a.safetensors", steps=1, interference={"overlap_weight": 1.0})
@@ -160,7 +210,9 @@ def test_erased_samples_have_other_prompts_and_the_bases_predictions(photos: Pat
     base = load_base(str(tiny_base), "cpu")
     config = TrainConfig(concept=photos, output=photos, interference={"erasure_prob": 0.5})  # type: ignore[arg-type]
     before = some_batch(32)
-    batch = erase(before, 3, config)
+    others = other_prompts(config)
+    batch = erase(before, others, 3, config)
+    assert len(set(others)) > 50
     assert batch.erased is not None and 4 < sum(batch.erased) < 28
     assert [("<rex>" not in prompt) for prompt in batch.prompts] == batch.erased
     assert any(token in prompt for prompt in batch.prompts for token in OTHER_TOKENS)

@@ -12,7 +12,7 @@ from conftest import make_photos
 from spectral_diffusion import cli
 from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.formats.native import load_adapter
-from spectral_diffusion.config.train import TrainConfig
+from spectral_diffusion.config.train import PriorPreservationConfig, TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.data.folder import joined, load_concept
@@ -20,6 +20,8 @@ from spectral_diffusion.data.samples import PhotoCrops
 from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
 from spectral_diffusion.training.batch import sample_batch
+from spectral_diffusion.training.output import is_done
+from spectral_diffusion.training.prior_images import prior_prompts
 from spectral_diffusion.training.run import train_to_file
 
 
@@ -119,6 +121,23 @@ def test_joint_training_resumes_bit_for_bit(folders: list[Path], tiny_base: Path
     parts = train_to_file(config, resume=True)
     assert all(torch.equal(parts.parameters[name], value) for name, value in whole.parameters.items())
     assert all(torch.equal(parts.tokens["<mug>"][e], v) for e, v in whole.tokens["<mug>"].items())
+
+
+def test_a_joint_adapter_owns_all_of_its_tokens(folders: list[Path], tiny_base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "both.safetensors"
+    both = trained(folders, tiny_base, output)
+    with pytest.raises(UserError, match="has the token <mug> already"):
+        trained(folders[1:], tiny_base, tmp_path / "mug.safetensors")
+    with pytest.raises(UserError, match="was made with joint_concepts"):
+        is_done(settings(folders[:1], tiny_base, output))
+    assert is_done(settings(folders, tiny_base, output)) and list(both.earlier) == ["<mug>"]
+
+
+def test_every_class_has_prior_images_and_likeness_is_the_first_ones(folders: list[Path]) -> None:
+    both = joined([load_concept(folder) for folder in folders])
+    subjects, _ = prior_prompts(PriorPreservationConfig(num_images=12), both.nouns, 0)
+    assert [subject.split()[-1] for subject in subjects[::3]] == ["dog", "cup", "dog", "cup"]
+    assert {both.token_of(photo) for photo in both.photos} == {"<rex>", "<mug>"}
 
 
 def test_what_joint_concepts_rule_out_is_said(folders: list[Path], tiny_base: Path, tmp_path: Path) -> None:

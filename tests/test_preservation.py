@@ -55,7 +55,7 @@ def test_preservation_holds_the_base_while_a_concept_is_learnt(photos: Path, tin
         assert adapter.norm() > 0
         base = load_base(str(tiny_base), "cpu")
         others = config.model_copy(update={"seed": 5})  # pictures and words that training did not see
-        ordinary = make_prior_images(base, others, "dog", base.size)
+        ordinary = make_prior_images(base, others, ["dog"], base.size)
         with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size, OTHER_TOKENS) as encode:
             anchors = predict_prior_targets(ordinary, base.denoiser, others, encode)
             assert drift(base, encode, anchors) < 1e-9
@@ -101,17 +101,17 @@ def test_drawn_pictures_are_kept_and_those_of_other_classes_shared(
         lambda base, asked, *more: calls.append(asked) or draw(base, asked, *more),
     )
     seen: list[Event] = []
-    first = make_prior_images(base, config, "dog", 16, Hooks(seen.append))
+    first = make_prior_images(base, config, ["dog"], 16, Hooks(seen.append))
     assert [len(asked) for asked in calls] == [2, 2]
     assert seen[-1] == Event("draw", 4, 4) and {event.total for event in seen} == {4}
-    again = make_prior_images(base, config, "dog", 16)
+    again = make_prior_images(base, config, ["dog"], 16)
     assert len(calls) == 2 and torch.equal(first.latents, again.latents)
-    other = make_prior_images(base, config, "cat", 16)
+    other = make_prior_images(base, config, ["cat"], 16)
     assert [len(asked) for asked in calls] == [2, 2, 2], "only those of the concept's own class are drawn anew"
     assert torch.equal(first.latents[1:3], other.latents[1:3]) and not torch.equal(first.latents[0], other.latents[0])
     for file in (tmp_path / "cache" / "ordinary").iterdir():
         file.write_bytes(b"damaged")
-    assert torch.equal(make_prior_images(base, config, "dog", 16).latents, first.latents) and len(calls) == 5
+    assert torch.equal(make_prior_images(base, config, ["dog"], 16).latents, first.latents) and len(calls) == 5
 
 
 def test_the_drawing_of_ordinary_pictures_stops_when_asked(
@@ -136,7 +136,7 @@ def test_two_concepts_at_one_seed_begin_with_different_words(tiny_base: Path, tm
 
 
 def test_ordinary_prompts_hold_the_concepts_own_class_and_others() -> None:
-    things, prompts = prior_prompts(PriorPreservationConfig(num_images=30), "octopus", seed=0)
+    things, prompts = prior_prompts(PriorPreservationConfig(num_images=30), ["octopus"], seed=0)
     assert sum("octopus" in thing for thing in things) == 10
     assert all(thing in prompt for thing, prompt in zip(things, prompts, strict=True))
     assert len(set(prompts)) > 20
@@ -166,12 +166,12 @@ def test_class_images_take_the_place_of_drawn_pictures(photos: Path, tiny_base: 
     (dogs / "3.txt").write_text("a sleeping dog")
     config = settings(photos, tiny_base, tmp_path / "a.safetensors", prior=KEEP, data={"class_images_dir": dogs})
     base = load_base(str(tiny_base), "cpu")
-    ordinary, again = (make_prior_images(base, config, "dog", 16) for _ in range(2))
+    ordinary, again = (make_prior_images(base, config, ["dog"], 16) for _ in range(2))
     assert ordinary.latents.shape == (4, 4, 8, 8) and torch.equal(ordinary.latents, again.latents)
     assert set(ordinary.subjects) == {"a dog"} and len(ordinary.prompts) == 4
     assert set(ordinary.prompts) <= {"a photo of a dog", "a dog on the grass", "a sleeping dog"}
     every = config.model_copy(update={"prior": KEEP.model_copy(update={"num_images": 50})})
-    assert sorted(make_prior_images(base, every, "dog", 16).prompts)[:2] == [
+    assert sorted(make_prior_images(base, every, ["dog"], 16).prompts)[:2] == [
         "a dog on the grass",
         "a photo of a dog",
     ]
@@ -182,13 +182,13 @@ def test_class_images_take_the_place_of_drawn_pictures(photos: Path, tiny_base: 
     (tmp_path / "one").mkdir()
     (tmp_path / "black.png").rename(tmp_path / "one" / "0.png")
     one = config.model_copy(update={"data": DataConfig(class_images_dir=tmp_path / "one")})
-    assert torch.allclose(make_prior_images(base, one, "dog", 16).latents, black, atol=1e-5)
-    drawn = make_prior_images(base, config.model_copy(update={"data": DataConfig()}), "dog", 16)
+    assert torch.allclose(make_prior_images(base, one, ["dog"], 16).latents, black, atol=1e-5)
+    drawn = make_prior_images(base, config.model_copy(update={"data": DataConfig()}), ["dog"], 16)
     assert not torch.equal(drawn.latents, ordinary.latents)
     (tmp_path / "empty").mkdir()
     empty = config.model_copy(update={"data": DataConfig(class_images_dir=tmp_path / "empty")})
     with pytest.raises(UserError, match="empty holds no readable photo"):
-        make_prior_images(base, empty, "dog", 16)
+        make_prior_images(base, empty, ["dog"], 16)
     assert train_to_file(config).norm() > 0
 
 

@@ -340,7 +340,7 @@ function undo() {
 }
 function clear() {
   remember();
-  showBackdrop("");
+  showBackdrop((props.backdrop = "")); // so that the same picture can come again
   state = { strokes: "", keypose: "", regions: [] };
   selected = -1;
   show();
@@ -352,7 +352,7 @@ for (const button of element.querySelectorAll("[data-mode][aria-pressed]")) {
 find('[data-do="add"]').addEventListener("click", add);
 find('[data-do="undo"]').addEventListener("click", undo);
 find('[data-do="clear"]').addEventListener("click", clear);
-unback.addEventListener("click", () => showBackdrop(""));
+unback.addEventListener("click", () => showBackdrop((props.backdrop = "")));
 unpose.addEventListener("click", () => {
   remember();
   state.keypose = "";

@@ -143,6 +143,8 @@ def train_batch(
     output = Path(flags.get("output") or "")
     if output == Path() or output.suffix == ".safetensors":
         raise UserError("Several concepts need a folder for their adapters: -o adapters/.")
+    if jobs > 1 and any("overlap_weight" in word for word in (*overrides, *flags)):
+        raise UserError("interference.overlap_weight keeps off the adapters that are done, so --jobs 1 is needed.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("accelerate launch trains one concept; of several, run --jobs side by side without it.")
     if own := [*(f"{name}={flags[name]}" for name in OWN if name in flags), *filter(_is_own, overrides)]:

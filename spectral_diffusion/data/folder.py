@@ -79,6 +79,11 @@ class Concept:
     control_images: tuple[Path, ...] = ()
     joint: tuple[Concept, ...] = ()
 
+    @property
+    def nouns(self) -> list[str]:
+        """The class nouns of all concepts in it."""
+        return [concept.noun for concept in (self, *self.joint)]
+
     def token_of(self, photo: Photo) -> str:
         """The token of what a photo shows."""
         return photo.token or self.token

@@ -127,15 +127,21 @@ class FlowDenoiser(Denoiser):
         if new:
             device = self.device
             with torch.no_grad(), torch.autocast(device.type, enabled=False), self.text_encoder_at_work():
-                self._encoded |= {prompt: self.encode_one(prompt).to("cpu") for prompt in new}
+                self._encoded |= {prompt: self._encode_new(prompt) for prompt in new}
         encoded = Conditioning.stack([self._encoded[prompt] for prompt in prompts]).to(self.device)
         for prompt in list(self._encoded)[:-KEPT]:
             del self._encoded[prompt]
+            self._read.pop(prompt, None)
         return encoded
 
     @cached_property
     def _encoded(self) -> dict[str, Conditioning]:
         """The latest prompts, each without the first dimension."""
+        return {}
+
+    @cached_property
+    def _read(self) -> dict[str, Tensor]:
+        """The token ids of these prompts, with their templates."""
         return {}
 
     def unread_text(self, prompt: str) -> str:
@@ -153,21 +159,13 @@ class FlowDenoiser(Denoiser):
         )
         return len(tokenizer(whole, truncation=False).input_ids) - self.max_tokens
 
-    @torch.no_grad()
     def word_columns(self, prompt: str, words: str) -> Tensor:
         """(length,) bool: which tokens of an encoded prompt belong to these words, in upper or lower case.
 
-        The text encoder's own input says it, whatever template the pipeline puts around a prompt.
+        What the text encoder was given says it, whatever template the pipeline puts around a prompt.
         """
-        seen: list[Tensor] = []
-        table = self.pipeline.text_encoder.get_input_embeddings()
-        handle = table.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0].cpu()))
-        try:
-            with torch.autocast(self.device.type, enabled=False), self.text_encoder_at_work():
-                [row] = self.prompt_rows(Conditioning.stack([self.encode_one(prompt)]))
-        finally:
-            handle.remove()
-        tokenizer, ids = self.tokenizer_of(self.pipeline), seen[0]
+        [row] = self.prompt_rows(self.encode([prompt]))
+        tokenizer, ids = self.tokenizer_of(self.pipeline), self._read[prompt]
         if len(row) < len(ids):  # without padding, and without what a template puts in front
             ids = ids[ids != tokenizer.pad_token_id]
             ids = ids[len(ids) - len(row) :]
@@ -178,6 +176,19 @@ class FlowDenoiser(Denoiser):
             for index, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
                 columns[index] |= start < match.end() and match.start() < end
         return columns
+
+    def _encode_new(self, prompt: str) -> Conditioning:
+        """A prompt encoded, on the CPU; the ids that the text encoder was given are kept beside it."""
+        seen: list[Tensor] = []
+        table = self.pipeline.text_encoder.get_input_embeddings()
+        handle = table.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0].cpu()))
+        try:
+            encoded = self.encode_one(prompt).to("cpu")
+        finally:
+            handle.remove()
+        if seen:
+            self._read[prompt] = seen[0]
+        return encoded
 
     @abstractmethod
     def encode_one(self, prompt: str) -> Conditioning:

@@ -19,9 +19,10 @@ class TokenWatcher:
     Rotary positions are left out: they say how far a word is from a place, and nothing of what it means.
     """
 
-    def __init__(self, maps: AttentionMaps, text_first: bool, cells: int, words: int) -> None:
-        """``cells``: the picture's tokens, those that pad it included; ``words``: the prompt's."""
-        self.maps, self.text_first, self.cells, self.words = maps, text_first, cells, words
+    def __init__(self, maps: AttentionMaps, denoiser: Denoiser, cells: int, words: int) -> None:
+        """``cells``: the picture's tokens, without those that pad it; ``words``: the prompt's."""
+        self.maps, self.text_first, self.words, self.picture = maps, denoiser.text_first, words, cells
+        self.cells = cells + -cells % denoiser.token_multiple  # padding is behind the picture
         self.query: Tensor | None = None
         self.keys: Tensor | None = None  # of the prompt; some networks compute them in the first step alone
 
@@ -33,7 +34,7 @@ class TokenWatcher:
                 return  # of a step only the prompt's pass counts, which comes before the negative one's
             row = output[0].detach().float()
             if kind == "q":
-                self.query = row[-self.cells :] if self.text_first else row[: self.cells]
+                self.query = (row[-self.cells :] if self.text_first else row)[: self.picture]
             elif len(row) > self.cells:
                 keys = row[: -self.cells] if self.text_first else row[self.cells :]
                 self.keys = keys[: self.words]
@@ -67,12 +68,11 @@ def capture_token_maps(denoiser: Denoiser, cells: int, words: int) -> Iterator[A
         words: the tokens of its prompt, as :meth:`.denoiser.Denoiser.prompt_rows` has it.
     """
     maps = AttentionMaps()
-    cells += -cells % denoiser.token_multiple
     with ExitStack() as stack:
         for name, module in denoiser.network.named_modules():
             if not (hasattr(module, "norm_q") and hasattr(module, "norm_k") and reads_both(denoiser, name)):
                 continue
-            watcher = TokenWatcher(maps, denoiser.text_first, cells, words)
+            watcher = TokenWatcher(maps, denoiser, cells, words)
             for kind in ("q", "k"):
                 norm: Any = getattr(module, f"norm_{kind}")
                 stack.callback(norm.register_forward_hook(watcher.hook(kind)).remove)

@@ -47,31 +47,50 @@ def concepts_named(base: Base, scene: Scene, adapters: Mapping[str, Adapter]) ->
     """Tokens of the concepts for which regions are found, by adapter file, or by themselves for concepts of the base.
 
     It is empty where the scene has regions, or where fewer than two of its adapters are named in the prompt. A style
-    has no place of its own: it acts everywhere.
+    has no place of its own and acts everywhere; so does an adapter of several concepts that are all named.
 
     Raises:
         UserError: ``auto_regions`` is asked for and does not work on this scene.
     """
     wanted, prompt = scene.auto_regions, scene.prompt.lower()
-    if wanted is False or (not wanted and scene.regions):
+    reference = bool(scene.controls) and base.family.controls == "reference"
+    if wanted is False or (not wanted and (scene.regions or reference)):
         return {}
-    named = {
-        path: adapter.token
-        for path, adapter in adapters.items()
-        if adapter.token and adapter.token.lower() in prompt
-        if not (adapter.is_style or adapter.per_layer_vectors)
-    }
+    named: dict[str, str] = {}
+    for path, adapter in adapters.items():
+        own = [token for token in adapter.tokens if token.lower() in prompt]
+        is_one_thing = len(own) == 1 and not (adapter.is_style or adapter.per_layer_vectors)
+        if is_one_thing and (wanted or is_bindable(base, adapter)):
+            named[path] = own[0]
     if wanted and len(named) < 2:  # else a picture that records what was found by default would be made otherwise again
         others = [token for token in base.known_tokens if token.lower() in prompt and token not in named.values()]
         named |= {token: token for token in others}
-    if len(named) >= 2 and not scene.regions:
+    if len(named) >= 2 and not (scene.regions or reference):
         return named
     if not wanted:
         return {}
     without = Fix("auto_regions", "false")
     if scene.regions:
         raise UserError("The scene has regions, so none have to be found.", without, Fix("regions", so="left empty"))
+    if reference:
+        raise UserError(
+            f"{base.family.title} reads a control image as a reference picture, beside which no regions are found.",
+            without,
+            Fix("controls", so="left empty"),
+        )
     raise UserError("Regions are found for two concepts or more, each named in the prompt by its token.", without)
+
+
+def is_bindable(base: Base, adapter: Adapter) -> bool:
+    """Whether a region can keep all layers of an adapter to itself; a transformer's outside its blocks it cannot."""
+    if base.family.attention == "cross":
+        return True
+    try:
+        for layer in adapter.layers:
+            base.denoiser.token_kind(layer)
+    except UserError:
+        return False
+    return True
 
 
 def own_prompt(prompt: str, token: str, others: Sequence[str]) -> str:

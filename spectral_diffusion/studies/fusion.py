@@ -133,7 +133,6 @@ def changes_for(
                 change["interference"] = {**change["interference"], "earlier_adapters": list(earlier)}
             else:
                 del change["interference"]
-            lab.trained(name, **change)
             earlier.append(str(lab.adapter_path(name, **change)))
         changes.append(change)
     return changes
@@ -160,9 +159,10 @@ def fused_cell(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[
     def compute() -> Figures:
         base = lab.fresh()
         before = lab.generic_images(base, seed)
-        begun = time.monotonic()
         if cell.merge == JOINT:
-            put_adapters(base, [(joint_adapter(lab, cell, rate, names, seed), 1.0)])
+            joint = joint_adapter(lab, cell, rate, names, seed)
+            begun = time.monotonic()
+            put_adapters(base, [(joint, 1.0)])
         else:
             adapters = [adapter for adapter, _ in adapters_of(lab, cell.family, rate, names, seed, cell.rank)]
             files = [Path(f"{name}.safetensors") for name in names]
@@ -317,11 +317,13 @@ def verdict(rows: Sequence[Row]) -> str:
 
     sentences = []
     for size in sorted({r["K"] for r in rows}):
-        best = max((r for r in rows if r["K"] == size), key=lambda r: float(r["of alone"].split()[0]))
+        merged = [r for r in rows if r["K"] == size and r["merge"] != JOINT]
+        best = max(merged, key=lambda r: float(r["of alone"].split()[0]))
         shares = {
             "own slots summed": mean("spectral, own slots", "sum", size),
             "averaged LoRAs": mean("lora", "fedavg", size),
             "adapters in one same slot": mean("spectral, same slot", "sum", size),
+            "one adapter trained jointly": mean("lora", JOINT, size),
         }
         text = ", ".join(f"{what} {value:.2f}" for what, value in shares.items() if value is not None)
         ahead = f"the best is {best['merge']} of {best['family']} with {best['of alone'].split()[0]}"

@@ -224,7 +224,8 @@ class StudyRunner:
         if config.init_from_adapter:
             decides.append(content_hash(load_adapter(config.init_from_adapter)))
         decides += [["joint", *joint]] if joint else []
-        decides += [content_hash(load_adapter(path)) for path in config.interference.earlier_adapters]
+        # An earlier adapter's folder is named by a hash of all that it depends on, so it need not be there yet.
+        decides += [path.parent.name for path in config.interference.earlier_adapters]
         return self.folder / "adapters" / cell_key(decides) / f"{concept}.safetensors"
 
     def trained(self, concept: str, **change: Any) -> tuple[Adapter, float]:

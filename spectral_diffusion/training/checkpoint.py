@@ -40,7 +40,6 @@ KEPT = ("betas", "eps", "weight_decay", "d_coef")  # of an optimizer's groups: f
 PARTS = ("config", "belongs", "extra", "validation", "scaler")  # of what is kept beside the tensors
 APART = (
     "concept",
-    "joint_concepts",
     "output",
     "ledger",
     "checkpointing_steps",
@@ -168,7 +167,8 @@ def comparable_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the result: all but paths, what is shown and how often states are saved."""
     settings = config.model_dump(mode="json", exclude=set(APART))
     settings["data"].pop("latents_cache_dir")
-    settings["interference"].pop("earlier_adapters")
+    settings["interference"]["earlier_adapters"] = [path.name for path in config.interference.earlier_adapters]
+    settings["joint_concepts"] = [folder.name for folder in config.joint_concepts]
     return settings
 
 
@@ -260,6 +260,8 @@ class TrainingState:
                 Fix(causes[0], written(old), "to go on as it was"),
                 ANEW,
             )
+        if fixed.get("earlier") != meta.get("belongs", {}).get("earlier"):
+            raise UserError(f"{self.path} was made with other adapters to keep off, which could be put back.", ANEW)
         if self._other_concept(meta):
             raise UserError(f"{self.path} was made with other photos, captions or words.", ANEW)
         raise UserError(

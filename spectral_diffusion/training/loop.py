@@ -39,8 +39,8 @@ from .distributed import World, global_batch, microbatch, take_step
 from .half_weights import half_weights, halves
 from .losses import diffusion_loss, weighted_mse
 from .optimizers import EMA, build_optimizer, lr_schedule
-from .output_erasure import erase, erased_targets
-from .overlap import earlier_spaces, overlap_penalty
+from .output_erasure import erase, erased_targets, other_prompts
+from .overlap import EarlierSpaces, earlier_spaces, overlap_penalty
 from .prior_images import make_prior_images
 from .prior_preservation import (
     OTHER_TOKENS,
@@ -129,7 +129,7 @@ class Trainer:
         alone = hooks if self.world.count == 1 else Hooks(hooks.progress, hooks.notify)
         preserving = self.config.prior.loss_weight > 0
         self.prior_images = (
-            make_prior_images(self.base, self.config, self.concept.noun, job.size, alone) if preserving else None
+            make_prior_images(self.base, self.config, self.concept.nouns, job.size, alone) if preserving else None
         )
         erasing = self.config.interference.erasure_prob > 0
         self._enter(stack, OTHER_TOKENS if preserving or erasing else ())
@@ -160,7 +160,12 @@ class Trainer:
         weights, self.sizes = self.base.weights(targets), self.base.sizes(targets)
         layers = find_targets(self.base.models, targets)
         self.kernels = {name: kernel for name, layer in layers.items() if (kernel := kernel_size(layer.weight))}
-        self.earlier = earlier_spaces(self.job.earlier, weights)
+        spaces = earlier_spaces(self.job.earlier, weights)
+        device = self.base.device
+        self.earlier = {
+            layer: EarlierSpaces(space.outputs.to(device), space.inputs.to(device), space.energy)
+            for layer, space in spaces.items()
+        }
         with self.world.main_process_first():
             self.frozen = self._frozen(weights)
         self.columns, self.lr_factors = (
@@ -194,6 +199,9 @@ class Trainer:
         self.maps = stack.enter_context(capture_attention_maps(denoiser.network, uses_attention))
         stack.enter_context(per_layer_attention(base, config.per_layer_tokens))
         self.validator = stack.enter_context(Validator(config, self.concept, base, self.hooks, self.world.is_main))
+        self.other_prompts = other_prompts(config) if config.interference.erasure_prob else []
+        if self.other_prompts and not base.tokenizers:  # now, while the text encoder is at hand
+            self.encode(self.other_prompts)
         self.prior_targets = (
             predict_prior_targets(self.prior_images, denoiser, config, self.encode, Hooks(progress=self.hooks.progress))
             if self.prior_images
@@ -273,7 +281,11 @@ class Trainer:
         batch, prior = self.next_batch(step)
         total = self.forward_backward_step(batch, prior)
         with self.encode.frozen_beyond_norm(self.config.max_embedding_norm_ratio):
-            norm = take_step(self.optimizer, self.trained.values(), self.scaler, self.config.max_grad_norm)
+            try:
+                norm = take_step(self.optimizer, self.trained.values(), self.scaler, self.config.max_grad_norm)
+            except torch.linalg.LinAlgError:  # LoRA's preconditioner met what an earlier step has made NaN
+                self.read()
+                raise
         self.adapter.on_step(step + 1)
         self.ema.update(step + 1)
         self.readings.add(step, total, norm)
@@ -281,10 +293,10 @@ class Trainer:
     def next_batch(self, step: int) -> tuple[Batch, PriorTargets | None]:
         """The photos of a step, and the prior images beside them; in a Cut-Mix step both are in the same images."""
         batch = sample_batch(step, self.crops, self.concept, self.whole, self.denoiser)
-        if self.config.interference.erasure_prob:
-            batch = erase(batch, step, self.whole)
         if self.prior_images and is_cut_mix_step(step, self.config):
             return cut_mix(batch, self.prior_images, step, self.whole), None
+        if self.other_prompts:
+            batch = erase(batch, self.other_prompts, step, self.whole)
         return batch, self.prior_targets.batch(step, self.whole) if self.prior_targets else None
 
     def forward_backward_step(self, batch: Batch, prior: PriorTargets | None) -> Tensor:

@@ -185,17 +185,35 @@ def concept_in(path: Path) -> tuple[str, str]:
         return "", ""
 
 
-def check_token_is_free(output: Path, concept: Concept) -> None:
+def other_token(concept: Concept, first: Concept) -> Fix:
+    """How to give a concept another token: the settings name the first one's, the others' folders their own."""
+    if concept is first:
+        return Fix("token", "<name>", "to choose another")
+    return Fix("joint_concepts", so=f"with another token in {concept.name}'s concept.yaml")
+
+
+def tokens_in(path: Path) -> set[str]:
+    """All tokens in an adapter's file, in lower case; empty if it is none."""
+    try:
+        metadata = read_header(path)[1]
+        tokens = [json.loads(metadata["spectral.concept"])["token"], *json.loads(metadata["spectral.earlier"])]
+        return {str(token).lower() for token in tokens}
+    except (UserError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
+
+
+def check_token_is_free(output: Path, concept: Concept, first: Concept) -> None:
     """Refuse a token that the adapter of another concept beside the output has, in upper or lower case.
 
     Raises:
         UserError: one has it; the two could never be used together.
     """
     for path in sorted(output.parent.glob("*.safetensors")):
-        name, token = ("", "") if path == output or path.name.endswith(STATE) else concept_in(path)
-        if token.lower() == concept.token.lower() and name != concept.name:
+        if path == output or path.name.endswith(STATE) or concept.token.lower() not in tokens_in(path):
+            continue
+        if (name := name_in(path)) != first.name:
             raise UserError(
-                f"{path}, the adapter of '{name}', has the token {token} already, and the two could not be used "
-                "together.",
-                Fix("token", "<name>", "to choose another"),
+                f"{path}, the adapter of '{name}', has the token {concept.token} already, and the two could not be "
+                "used together.",
+                other_token(concept, first),
             )

@@ -7,6 +7,7 @@ the base's prediction at every step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,15 +21,17 @@ from ..models.prompt_encoder import PromptEncoder
 from .batch import Batch
 from .prior_preservation import OTHER_TOKENS
 
+POOL = 128  # other prompts
 
-def erase(batch: Batch, step: int, config: TrainConfig) -> Batch:
+
+def erase(batch: Batch, others: Sequence[str], step: int, config: TrainConfig) -> Batch:
     """A batch in which a random share of the photos has another subject's prompt, some with another concept's token."""
     prompts, erased = list(batch.prompts), [False] * len(batch.prompts)
     for sample in range(len(prompts)):
         generator = keyed_generator(config.seed, "erase", step, sample)
         erased[sample] = float(torch.rand((), generator=generator)) < config.interference.erasure_prob
         if erased[sample]:
-            prompts[sample] = other_prompt(config, generator)
+            prompts[sample] = others[int(torch.randint(len(others), (), generator=generator))]
     weights = batch.weights
     if weights is not None:  # there the whole picture counts
         weights = weights.clone()
@@ -36,8 +39,13 @@ def erase(batch: Batch, step: int, config: TrainConfig) -> Batch:
     return replace(batch, prompts=prompts, erased=erased, weights=weights)
 
 
+def other_prompts(config: TrainConfig) -> list[str]:
+    """Prompts of generic subjects, as prior images have them: few enough that their encodings can be kept."""
+    return [other_prompt(config, keyed_generator(config.seed, "other", index)) for index in range(POOL)]
+
+
 def other_prompt(config: TrainConfig, generator: torch.Generator) -> str:
-    """A prompt of a generic subject, as prior images have them."""
+    """One of them."""
 
     def pick(options: list[str] | tuple[str, ...]) -> str:
         return options[int(torch.randint(len(options), (), generator=generator))]

@@ -19,10 +19,13 @@ from ..adapters.formats.native import content_hash, load_adapter
 from ..config.train import TrainConfig
 from ..core.errors import Fix, UserError
 from ..core.hooks import QUIET, Hooks
+from ..data.folder import Concept
 from ..linalg import Factors, flatten, frobenius_norm, row_space
 from ..models.base import Base
 from .checkpoint import load_state
 from .output import STATE, concept_in, state_path
+
+SHARED = 1e-5  # of the largest singular value: below it directions of two adapters are the same
 
 
 class EarlierSpaces(NamedTuple):
@@ -40,24 +43,29 @@ class EarlierSpaces(NamedTuple):
 
 
 def earlier_spaces(adapters: Sequence[Adapter], weights: Mapping[str, Tensor]) -> dict[str, EarlierSpaces]:
-    """The spaces of these adapters by layer, for the layers in ``weights`` that one of them changes."""
+    """The spaces of these adapters by layer, for the layers in ``weights`` that one of them changes; on the CPU."""
     spaces = {}
-    for layer, weight in weights.items():
+    for layer in weights if adapters else ():
+        having = [adapter for adapter in adapters if layer in adapter.sizes]
+        if not having:
+            continue
+        weight = flatten(weights[layer]) if any(adapter.needs_base for adapter in having) else None
         changes = [
-            Factors(*(part.detach().cpu().float() for part in adapter.factors(layer, flatten(weight))))
-            for adapter in adapters
-            if layer in adapter.sizes
+            Factors(*(part.detach().cpu().float() for part in adapter.factors(layer, weight))) for adapter in having
         ]
         energy = sum(frobenius_norm(change) ** 2 for change in changes)
-        if not energy:
-            continue
-        inputs = torch.linalg.qr(torch.cat([row_space(change) for change in changes], 1)).Q
-        outputs = torch.linalg.qr(
-            torch.cat([row_space(Factors(change.down.mT, change.up.mT)) for change in changes], 1)
-        ).Q
-        device = weight.device
-        spaces[layer] = EarlierSpaces(outputs.float().to(device), inputs.float().to(device), energy / len(changes))
+        outputs = joint_space([Factors(change.down.mT, change.up.mT) for change in changes])
+        inputs = joint_space(changes)
+        narrow = outputs.shape[1] < len(outputs) and inputs.shape[1] < len(inputs)
+        if energy and narrow:  # where they use every direction there is none to turn to
+            spaces[layer] = EarlierSpaces(outputs.float(), inputs.float(), energy / len(changes))
     return spaces
+
+
+def joint_space(changes: Sequence[Factors]) -> Tensor:
+    """An orthonormal basis (in, k) of all inputs that these changes read; what they share counts once."""
+    U, S, _ = torch.linalg.svd(torch.cat([row_space(change) for change in changes], 1), full_matrices=False)
+    return U[:, SHARED * S.max() < S]
 
 
 def overlap_penalty(adapter: InjectedAdapter, spaces: Mapping[str, EarlierSpaces]) -> Tensor:
@@ -76,10 +84,13 @@ def overlap_penalty(adapter: InjectedAdapter, spaces: Mapping[str, EarlierSpaces
     return torch.stack(parts).mean()
 
 
-def earlier_adapters(config: TrainConfig, base: Base, resume: bool, hooks: Hooks = QUIET) -> list[Adapter]:
+def earlier_adapters(
+    config: TrainConfig, base: Base, concept: Concept, start: Adapter | None, resume: bool, hooks: Hooks = QUIET
+) -> list[Adapter]:
     """The adapters that the penalty keeps off: the given ones, else those beside the output of the same base.
 
-    A resumed training without given ones takes those that it began with.
+    An older adapter of one of these concepts, or the one that training goes on from, is not among the latter. A resumed
+    training without given ones takes those that it began with.
 
     Raises:
         UserError: a given one is damaged or of another base, or one that the training began with is missing.
@@ -92,11 +103,19 @@ def earlier_adapters(config: TrainConfig, base: Base, resume: bool, hooks: Hooks
         for adapter in adapters:
             check_base(adapter, base)
         return adapters
+    own = {single.token.lower() for single in (concept, *concept.joint)}
+    own |= {token.lower() for token in start.tokens} if start else set()
     adapters = []
     for path in sorted(config.output.parent.glob("*.safetensors")):
         if path == config.output or path.name.endswith(STATE) or not concept_in(path)[0]:
             continue
-        adapter = load_adapter(path)
+        try:
+            adapter = load_adapter(path)
+        except UserError:
+            hooks.notify(f"Note: {path} cannot be read, so the penalty does not keep off it.")
+            continue
+        if own & {token.lower() for token in adapter.tokens}:
+            continue
         with suppress(UserError):  # of another base
             check_base(adapter, base)
             adapters.append(adapter)

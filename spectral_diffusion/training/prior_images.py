@@ -35,8 +35,8 @@ class PriorImages:
     prompts: list[str]
 
 
-def prior_prompts(config: PriorPreservationConfig, noun: str, seed: int) -> tuple[list[str], list[str]]:
-    """Subjects ("a red dog") and their prompts, every third one of the concept's own class."""
+def prior_prompts(config: PriorPreservationConfig, nouns: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
+    """Subjects ("a red dog") and their prompts, every third one of the concept's own class, or of each in turn."""
     subjects, prompts = [], []
     for index in range(config.num_images):
         generator = keyed_generator(seed, "ordinary", index)
@@ -44,7 +44,8 @@ def prior_prompts(config: PriorPreservationConfig, noun: str, seed: int) -> tupl
         def pick(options: list[str], generator: torch.Generator = generator) -> str:
             return options[int(torch.randint(len(options), (), generator=generator))]
 
-        subject = generic_subject(pick(config.adjectives), noun if index % OWN == 0 else pick(config.nouns))
+        own = nouns[index // OWN % len(nouns)]
+        subject = generic_subject(pick(config.adjectives), own if index % OWN == 0 else pick(config.nouns))
         subjects.append(subject)
         prompts.append(pick(config.scenes).replace("{}", subject))
     return subjects, prompts
@@ -78,7 +79,9 @@ def read_class_images(
     )
 
 
-def make_prior_images(base: Base, config: TrainConfig, noun: str, size: int, hooks: Hooks = QUIET) -> PriorImages:
+def make_prior_images(
+    base: Base, config: TrainConfig, nouns: Sequence[str], size: int, hooks: Hooks = QUIET
+) -> PriorImages:
     """Generate the prior images with the unchanged base, or read those of the class; only their latents are needed.
 
     They are cached: those of the class, and separately all others, which the next concept needs again.
@@ -88,8 +91,8 @@ def make_prior_images(base: Base, config: TrainConfig, noun: str, size: int, hoo
     """
     prior = config.prior
     if config.data.class_images_dir:
-        return read_class_images(config.data.class_images_dir, base, config, noun, size, hooks)
-    subjects, prompts = prior_prompts(prior, noun, config.seed)
+        return read_class_images(config.data.class_images_dir, base, config, nouns[0], size, hooks)
+    subjects, prompts = prior_prompts(prior, nouns, config.seed)
     own = list(range(0, len(prompts), OWN))
     rest = [index for index in range(len(prompts)) if index % OWN]
     latents_of: dict[int, Tensor] = {}

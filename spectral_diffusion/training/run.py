@@ -34,7 +34,7 @@ from .distributed import World, current_world, device_of
 from .loop import TrainingJob, train
 from .memory import memory_note
 from .optimizers import check_optimizer
-from .output import check_token_is_free, claimed, prepare_output
+from .output import check_token_is_free, claimed, other_token, prepare_output
 from .output import state_path as state_path
 from .overlap import earlier_adapters
 
@@ -79,7 +79,7 @@ def train_to_file(
         if among.broadcast(done):
             return load_adapter(config.output)
         for single in (concept, *concept.joint) if not force else ():
-            check_token_is_free(config.output, single)
+            check_token_is_free(config.output, single, concept)
         base = base or load_base(
             config.base, device_of(config, among), config.dtype, config.quantization, config.layer_offload
         )
@@ -96,7 +96,7 @@ def train_on(
     """
     output, note = config.output, hooks.notify
     for single in (concept, *concept.joint):
-        check_concept(single, base, config)
+        check_concept(single, concept, base, config)
     base.denoiser.check_objective(config.objective)
     config = among.broadcast(settle_precision(config, base, resume, Hooks(notify=note)))
     start_from = None
@@ -142,7 +142,7 @@ def train_on(
         )
     if memory := memory_note(base, config, size):
         note(memory)
-    earlier = earlier_adapters(config, base, resume, Hooks(notify=note))
+    earlier = earlier_adapters(config, base, concept, start_from, resume, Hooks(notify=note))
     job = TrainingJob(config, base, concept, slot, state_path(output), start_from, among, resume, force, earlier)
     adapter = train(job, hooks)
     if among.is_main:
@@ -163,11 +163,18 @@ def read_concepts(config: TrainConfig) -> Concept:
         return concept
     if config.per_layer_tokens:
         raise UserError("Joint concepts have one vector per word, not one per layer.", Fix("per_layer_tokens", "false"))
+    if config.data.class_images_dir:
+        raise UserError(
+            "data.class_images_dir shows one class, and joint concepts may have several.",
+            Fix("data.class_images_dir", so="left out"),
+        )
     return joined([concept, *map(load_concept, config.joint_concepts)])
 
 
-def check_concept(concept: Concept, base: Base, config: TrainConfig) -> None:
+def check_concept(concept: Concept, first: Concept, base: Base, config: TrainConfig) -> None:
     """Refuse a concept whose token the base has already, and layer-wise vectors on a base that cannot have them.
+
+    ``first`` is the concept that the settings name; others are trained jointly with it.
 
     Raises:
         UserError: so it is.
@@ -190,9 +197,7 @@ def check_concept(concept: Concept, base: Base, config: TrainConfig) -> None:
         check_encoders(base)
     known = {token.lower(): token for token in base.known_tokens}
     if token := known.get(concept.token.lower()):  # tokenizers ignore case
-        raise UserError(
-            f"The base '{config.base}' already has the token {token}.", Fix("token", "<name>", "to choose another")
-        )
+        raise UserError(f"The base '{config.base}' already has the token {token}.", other_token(concept, first))
 
 
 def check_weights(base: Base, method: Method) -> None:
@@ -261,11 +266,11 @@ def with_start(config: TrainConfig, base: Base, concept: Concept) -> tuple[Train
             f"{config.init_from_adapter} is {adapter.method.name}."
         )
     check_base(adapter, base)
-    if concept.token in adapter.tokens:
-        raise UserError(
-            f"{config.init_from_adapter} has the token {concept.token} already.",
-            Fix("token", "<name>", "to choose another"),
-        )
+    for single in (concept, *concept.joint):
+        if single.token.lower() in {token.lower() for token in adapter.tokens}:
+            raise UserError(
+                f"{config.init_from_adapter} has the token {single.token} already.", other_token(single, concept)
+            )
     fixed = {
         "method": adapter.method.name,
         "rank": adapter.rank,

@@ -204,7 +204,8 @@ class Validator:
                     "nothing here."
                 )
             return None
-        self.references = [open_photo(photo.path) for photo in self.concept.photos]
+        own = [photo for photo in self.concept.photos if self.concept.token_of(photo) == self.concept.token]
+        self.references = [open_photo(photo.path) for photo in own]
         return load_identity_encoder()
 
     def finish(self, adapter: Adapter) -> None:
