@@ -110,6 +110,7 @@ def test_a_compiled_training_is_the_same(
         assert torch.allclose(value, compiled.parameters[name], atol=1e-5), name
 
 
+@pytest.mark.slow
 def test_compiled_pictures_are_the_same(folder: Path, tmp_path: Path, without_inductor: None) -> None:
     adapter = trained(folder, tmp_path, False)
     pictures = []

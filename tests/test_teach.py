@@ -74,7 +74,7 @@ def off(base: Base, lessons: DistillTargets) -> list[float]:
         ]
 
 
-@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 8])
 def test_teaching_brings_concepts_and_the_base_nearer(
     pair: list[Path], tiny_base: Path, tmp_path: Path, rank: int
 ) -> None:
@@ -115,6 +115,7 @@ def test_a_learned_correction_is_part_of_the_merged_factors(pair: list[Path], ti
     assert not any("lora" in name for name, _ in base.pipeline.unet.named_modules())
 
 
+@pytest.mark.slow
 def test_a_correction_takes_less_memory_and_whole_weights_need_float32(
     pair: list[Path], tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -202,6 +203,7 @@ def test_lessons_need_no_more_memory_at_once_than_a_step(
     assert torch.allclose(*wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_step_in_small_batches_computed_twice_teaches_the_same(
     pair: list[Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
