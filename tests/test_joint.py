@@ -15,7 +15,8 @@ from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.train import PriorPreservationConfig, TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.hooks import Event, Hooks
-from spectral_diffusion.data.folder import joined, load_concept
+from spectral_diffusion.data.folder import load_concept
+from spectral_diffusion.data.joint import joined
 from spectral_diffusion.data.samples import PhotoCrops
 from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder

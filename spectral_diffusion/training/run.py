@@ -17,7 +17,8 @@ from ..core.files import check_writable, write_settings
 from ..core.hooks import QUIET, Hooks
 from ..core.machine import heading
 from ..core.precision import precision_note, resolve_mixed_precision
-from ..data.folder import Concept, joined, load_concept
+from ..data.folder import Concept, load_concept
+from ..data.joint import joined
 from ..methods import get_method
 from ..methods.registry import Method
 from ..models.base import Base
