@@ -22,6 +22,7 @@ from spectral_diffusion.studies.recipes import (
 from spectral_diffusion.studies.runner import TEST_CONCEPTS, TUNING_CONCEPTS, StudyRunner, study_settings
 
 ERASED = {"interference": {"erasure_prob": 0.25}}
+LONGER = {**ERASED, "steps": 320}  # as many photos under their own prompts as 240 steps without erasure show
 CAREFUL = {"prior": {"loss_weight": 4.0}}
 
 
@@ -32,7 +33,7 @@ def contrast(repulsion: float, weight: float) -> dict[str, object]:
 
 def variants_of(training: str) -> list[FusionVariant]:
     """The merges to try on adapters of one kind of training."""
-    train = {"plain": {}, "erased": ERASED, "careful": CAREFUL}[training]
+    train = {"plain": {}, "erased": ERASED, "longer": LONGER, "careful": CAREFUL}[training]
     named: dict[str, dict[str, object]] = {"sum": {"merge": "spectral"}, "knots": {"merge": "knots"}}
     for weight in (1.0, 4.0, 16.0, 64.0, 256.0):
         named[f"gradient, μ = {weight:g}"] = calibrated(prior_weight=weight, **OWN_PROMPTS)
@@ -52,7 +53,7 @@ def variants_of(training: str) -> list[FusionVariant]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of cached adapters and figures")
-    parser.add_argument("--training", choices=("plain", "erased", "careful"), default="plain")
+    parser.add_argument("--training", choices=("plain", "erased", "longer", "careful"), default="plain")
     parser.add_argument("--tuning", action="store_true", help="the four tuning concepts instead of the eight others")
     parser.add_argument("--only", nargs="+", default=[""], help="only variants whose name contains one of these")
     parser.add_argument("--train-only", default="", help="only train: every second concept, from 0 or 1")
