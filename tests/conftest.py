@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -83,12 +84,22 @@ def make_photos(folder: Path, count: int = 3, seed: int = 0) -> Path:
     return folder
 
 
+def seldom(names: Iterable[str], often: Collection[str]) -> list[Any]:
+    """Values of a parameter, of which the quick suite takes those in ``often``."""
+    return [name if name in often else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+FAMILIES = ("klein", "z-image", "krea-2", "qwen-image-2.1")
+# For tests that take long on each: the quick suite keeps one that reads text first and one that reads it last.
+two_families = pytest.mark.parametrize("family", seldom(FAMILIES, ("klein", "z-image")), indirect=True)
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_base(tmp_path_factory.mktemp("base") / "tiny")
 
 
-@pytest.fixture(scope="module", params=["klein", "z-image", "krea-2", "qwen-image-2.1"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random transformer of each family, in a folder of the family's name."""
     from families import MAKERS

@@ -261,6 +261,7 @@ def test_masked_norms_bear_large_numbers_under_autocast(folder: Path) -> None:
     assert out is not None and torch.allclose(out.float(), wanted, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_large_pictures_without_small_layers_are_watched(tmp_path: Path) -> None:
     """SDXL attends at a half and a quarter of the latents only."""
     base = load_base(str(make_tiny_sdxl(tmp_path / "sdxl")), "cpu")

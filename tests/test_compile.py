@@ -125,6 +125,7 @@ def test_compiled_pictures_are_the_same(folder: Path, tmp_path: Path, without_in
     assert np.abs(pictures[0] - pictures[1]).max() <= 1 and counters["stats"]["unique_graphs"] > 0
 
 
+@pytest.mark.slow
 def test_hooks_that_come_and_go_act_in_a_compiled_network(folder: Path, without_inductor: None) -> None:
     """Regions and the strengths of validation images are hooks."""
     base, other = (load_base(str(folder), "cpu") for _ in range(2))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_photos
+from conftest import make_photos, seldom
 from typer.testing import CliRunner
 
 from spectral_diffusion.adapters.apply import install_tokens
@@ -401,7 +401,13 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 QUICK = {"num_images": 2, "num_inference_steps": 2}
 
 
-@pytest.mark.parametrize("merge", sorted(set(all_merges()) - {"orthogonal", "orthofuse"}))
+@pytest.mark.parametrize(
+    "merge",
+    seldom(
+        sorted(set(all_merges()) - {"orthogonal", "orthofuse"}),
+        ("spectral", "gradient", "ssr", "ties", "np-lora", "contrastive", "fedavg"),
+    ),
+)
 def test_every_merge_fuses_any_mix_and_unfuses_to_the_same_bits(three: list[Path], tmp_path: Path, merge: str) -> None:
     def fuse(files: list[Path], name: str) -> Path:
         config = FuseConfig(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_photos, make_tiny_base
+from conftest import make_photos, make_tiny_base, seldom
 from diffusers import T2IAdapter
 from families import MAKERS, make_tiny_sdxl
 from PIL import Image, ImageDraw
@@ -400,7 +400,7 @@ def test_everything_else(world: World, gpu: PretendedGPU, work: Callable[[World,
 
 
 @pytest.mark.skipif(bool(REAL), reason="a pretended pair of devices")
-@pytest.mark.parametrize("merge", ["gradient", "ssr", "spectral", "ties"])
+@pytest.mark.parametrize("merge", seldom(["gradient", "ssr", "spectral", "ties"], ("gradient", "ties")))
 def test_several_gpus_share_the_layers_of_a_merge(
     world: World, merge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

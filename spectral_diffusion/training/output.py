@@ -192,14 +192,14 @@ def other_token(concept: Concept, first: Concept) -> Fix:
     return Fix("joint_concepts", so=f"with another token in {concept.name}'s concept.yaml")
 
 
-def tokens_in(path: Path) -> set[str]:
-    """All tokens in an adapter's file, in lower case; empty if it is none."""
+def tokens_in(path: Path) -> dict[str, str]:
+    """All tokens in an adapter's file, by their lower case; empty if it is none."""
     try:
         metadata = read_header(path)[1]
         tokens = [json.loads(metadata["spectral.concept"])["token"], *json.loads(metadata["spectral.earlier"])]
-        return {str(token).lower() for token in tokens}
+        return {str(token).lower(): str(token) for token in tokens}
     except (UserError, ValueError, KeyError, TypeError, RecursionError):
-        return set()
+        return {}
 
 
 def check_token_is_free(output: Path, concept: Concept, first: Concept) -> None:
@@ -209,11 +209,10 @@ def check_token_is_free(output: Path, concept: Concept, first: Concept) -> None:
         UserError: one has it; the two could never be used together.
     """
     for path in sorted(output.parent.glob("*.safetensors")):
-        if path == output or path.name.endswith(STATE) or concept.token.lower() not in tokens_in(path):
-            continue
-        if (name := name_in(path)) != first.name:
+        token = "" if path == output or path.name.endswith(STATE) else tokens_in(path).get(concept.token.lower())
+        if token and (name := name_in(path)) != first.name:
             raise UserError(
-                f"{path}, the adapter of '{name}', has the token {concept.token} already, and the two could not be "
+                f"{path}, the adapter of '{name}', has the token {token} already, and the two could not be "
                 "used together.",
                 other_token(concept, first),
             )
