@@ -258,8 +258,6 @@ OFTEN = {
     "spectral-rotation",
     "lora",
     "dora",
-    "oft",
-    "svdiff",
     "spectral",
     "gradient",
     "ssr",

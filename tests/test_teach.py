@@ -233,6 +233,7 @@ def test_a_step_in_small_batches_computed_twice_teaches_the_same(
     assert (taught[1][1] - taught[0][1]).norm() < 0.02 * taught[0][1].norm()
 
 
+@pytest.mark.slow
 def test_the_memory_of_teaching_is_told_and_what_cannot_fit_refused_before_lessons_are_drawn(
     pair: list[Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
