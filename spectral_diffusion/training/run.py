@@ -131,11 +131,7 @@ def train_on(
         trained = method.total(shapes, config.rank)
         check_writable(output, 4 * (4 * trained + config.rank * sum(map(sum, shapes))))
     where = f"{method.slot or 'columns'} {slot}" if slot else f"rank {config.rank}"
-    tokens = " and ".join(single.token for single in (concept, *concept.joint))
-    note(
-        f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {tokens}: "
-        f"{method.name}, {where}; {method.total(shapes, config.rank):,} numbers in {len(shapes)} layers."
-    )
+    note(training_note(concept, method, where, shapes, config.rank))
     if not base.tokenizers:
         note(
             f"Note: this base learns no words. Write '{trigger_words(concept)}' in prompts of other programs; here "
@@ -151,6 +147,15 @@ def train_on(
         write_settings(output.with_suffix(".yaml"), heading() + to_yaml(config))
         state_path(output).unlink(missing_ok=True)
     return adapter
+
+
+def training_note(concept: Concept, method: Method, where: str, shapes: Sequence[tuple[int, int]], rank: int) -> str:
+    """What is about to be trained; ``where`` is the slot or the rank."""
+    tokens = " and ".join(single.token for single in (concept, *concept.joint))
+    return (
+        f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {tokens}: "
+        f"{method.name}, {where}; {method.total(shapes, rank):,} numbers in {len(shapes)} layers."
+    )
 
 
 def read_concepts(config: TrainConfig) -> Concept:
