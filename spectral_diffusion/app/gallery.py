@@ -159,9 +159,8 @@ def boxes_of_places(workspace: Workspace, name: str | None) -> tuple[Refill, str
             "No places were found in this picture: they are where the prompt names two concepts or more and no box "
             "is drawn."
         )
-    filled, names = refill(workspace, name), {}
-    for adapter in filled.adapters:
-        names[read_adapter(workspace, adapter).token.lower()] = adapter
+    filled = SceneReader(workspace, scene).refill()
+    names = {read_adapter(workspace, adapter).token.lower(): adapter for adapter in filled.adapters}
     regions = [
         {
             "box": list(box),

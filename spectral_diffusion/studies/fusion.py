@@ -38,7 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "spectral, sampled slots": {"method": "spectral-additive", "slot": "sampled"},
     "rotation, own slots": {"method": "spectral-rotation", "slot": "{k}"},
     "rotation, same slot": {"method": "spectral-rotation", "slot": "0"},
-    # Training that knows the others: the penalty needs the earlier concepts' adapters, which adapters_of hands over.
+    # Training that knows the others: the penalty needs the earlier concepts' adapters, which changes_for names.
     "lora, overlap penalty": {"method": "lora", "interference": {"overlap_weight": 0.1}},
     "lora, output erasure": {"method": "lora", "interference": {"erasure_prob": 0.25}},
     "spectral, overlap penalty": {
@@ -318,7 +318,7 @@ def verdict(rows: Sequence[Row]) -> str:
     sentences = []
     for size in sorted({r["K"] for r in rows}):
         merged = [r for r in rows if r["K"] == size and r["merge"] != JOINT]
-        best = max(merged, key=lambda r: float(r["of alone"].split()[0]))
+        best = max(merged, key=lambda r: float(r["of alone"].split()[0]), default=None)
         shares = {
             "own slots summed": mean("spectral, own slots", "sum", size),
             "averaged LoRAs": mean("lora", "fedavg", size),
@@ -326,7 +326,11 @@ def verdict(rows: Sequence[Row]) -> str:
             "one adapter trained jointly": mean("lora", JOINT, size),
         }
         text = ", ".join(f"{what} {value:.2f}" for what, value in shares.items() if value is not None)
-        ahead = f"the best is {best['merge']} of {best['family']} with {best['of alone'].split()[0]}"
+        ahead = (
+            f"the best is {best['merge']} of {best['family']} with {best['of alone'].split()[0]}"
+            if best
+            else "no merge was measured"
+        )
         sentences.append(f"K = {size}, of what they are alone keep: {text}; {ahead}.")
     return " ".join(sentences) or NOTHING
 
