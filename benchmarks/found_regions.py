@@ -27,7 +27,7 @@ from spectral_diffusion.models.base import Base
 from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.scenes.auto_regions import AutoConcept
 from spectral_diffusion.scenes.sampling import sample
-from spectral_diffusion.studies.scenes import HEIGHT, SCENES, WIDTH, boxes, prompt_of, square_picture
+from spectral_diffusion.studies.scenes import GROUPS, HEIGHT, WIDTH, boxes, prompt_of, square_picture
 
 WAYS = ("found", "boxes", "everywhere")
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     options = parser.parse_args()
     encoder, base = load_encoder("pocket"), load_base("pocket")
-    names = sorted({name for scene in SCENES[options.number] for name in scene})
+    names = sorted({name for scene in GROUPS[options.number].scenes for name in scene})
     adapters = {name: load_adapter(options.folder / f"{name}.safetensors") for name in names}
     references = {}
     for name, adapter in adapters.items():
@@ -72,7 +72,7 @@ def main() -> None:
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for way in options.ways:
         right, cosines, seconds = [], [], 0.0
-        for names_here in SCENES[options.number]:
+        for names_here in GROUPS[options.number].scenes:
             known = torch.stack([references[name] for name in names_here])
             for start, location in enumerate(places):
                 seeds = [100 * start + number for number in range(options.count // len(places))]

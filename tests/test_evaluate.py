@@ -107,6 +107,10 @@ def test_pictures_made_here_are_measured_by_their_regions(tmp_path: Path) -> Non
     assert row["pictures"] == 4 and row["encoders"]["pocket"]["right concept"]["mean"] == 0.5
     [matrix] = [matrix for matrix in found["confusion"] if matrix["way"] == "pictures"]
     assert matrix["shares"] == [[0.5, 0.5], [0.5, 0.5]] and set(matrix["columns"]) == {"rex", "fido"}
+    [bound] = found["binding"]
+    assert (bound["pictures"], bound["subjects"]) == (2, 4) and bound["right"] == bound["swap"] == 0.5
+    assert bound["collapse rate"] == bound["pictures with a collapse"] == 0.5 and bound["drift"] == 0
+    assert "Subject Collapse Rate" in (tmp_path / "out" / "evaluation.md").read_text()
     assert 'class="wrong"' in (tmp_path / "out" / "evaluation.html").read_text()
 
 

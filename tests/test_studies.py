@@ -30,6 +30,7 @@ from spectral_diffusion.studies.rank import lowest, weight_of_full_rank
 from spectral_diffusion.studies.recipes import TRIALS, FusionVariant, things, verdict, worth_reporting, worth_showing
 from spectral_diffusion.studies.registry import all_studies, not_allowed
 from spectral_diffusion.studies.runner import (
+    EVERY,
     MANY,
     TEST_CONCEPTS,
     TUNING_CONCEPTS,
@@ -39,6 +40,7 @@ from spectral_diffusion.studies.runner import (
 )
 from spectral_diffusion.studies.slots import check_equal
 from spectral_diffusion.studies.speed import METHODS
+from spectral_diffusion.studies.styles import STYLES, WAYS
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +108,8 @@ def test_slots_of_a_family_are_disjoint_at_every_rank() -> None:
 
 
 def test_what_is_reported_is_tuned_on_nothing_of_it() -> None:
-    assert len(set(MANY)) == 16 and not set(MANY) & set(TUNING_CONCEPTS)
-    assert {path.parent.name for path in concepts().glob("*/concept.yaml")} == {*MANY, *TUNING_CONCEPTS}
+    assert len(set(EVERY)) == 32 and EVERY[:16] == MANY and not set(EVERY) & set(TUNING_CONCEPTS)
+    assert {path.parent.name for path in concepts().glob("*/concept.yaml")} == {*EVERY, *TUNING_CONCEPTS, *STYLES}
 
 
 def test_recipes_that_train_anew_are_reported_only_ahead_of_the_rest() -> None:
@@ -179,8 +181,9 @@ def test_every_method_and_merge_has_an_entry_in_a_study() -> None:
     variants = {"spectral-additive-s", "spectral-rotation-s"}  # of the study of slots
     assert set(all_methods()) - variants == set(METHODS)
     tried = {MERGES[merge]["merge"] for merges in TRIED.values() for merge in merges if merge != JOINT}
-    # cat is the sum again, dare is random, svd only lowers a rank, and np-lora is for a style.
-    assert set(all_merges()) - {"cat", "dare", "svd", "np-lora"} == tried
+    tried |= {way["merge"] for way in WAYS.values()}
+    # cat is the sum again, dare is random, and svd only lowers a rank.
+    assert set(all_merges()) - {"cat", "dare", "svd"} == tried
 
 
 def test_no_key_of_a_cell_names_a_folder_of_this_machine() -> None:

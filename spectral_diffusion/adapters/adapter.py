@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.train import is_style_noun
 from ..core.errors import Fix, UserError
 from ..linalg import Factors, SingularTriplets, bottom_band, frobenius_norm, min_abs_cosine, top_band
 from ..methods import Method
@@ -20,8 +21,6 @@ from .frozen import Frozen, with_weight
 
 MIN_COSINE = 0.999
 MAX_SHIFT = 5e-3  # of singular values, relative to the largest: more than any rounding to half precision does
-
-STYLE = "style"  # the class noun of styles
 
 
 @dataclass(eq=False)  # so that it can be a key
@@ -90,7 +89,12 @@ class Adapter:
     @property
     def is_style(self) -> bool:
         """Whether it is of a style, which has no place in a picture: its class noun says so."""
-        return self.noun.lower() == STYLE
+        return is_style_noun(self.noun)
+
+    @property
+    def styles(self) -> list[str]:
+        """Its token where that is a style's."""
+        return [self.token] if self.is_style and self.token else []
 
     @property
     def needs_base(self) -> bool:

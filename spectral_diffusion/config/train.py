@@ -18,6 +18,20 @@ GENERIC_TEMPLATES = ["{}", "a photo of {}"] + [
 ]
 
 
+STYLE_NOUN = "style"  # the class noun of a style, which is a concept without a place in the picture
+STYLE_TEMPLATES = [f"{what} in {{}} style" for what in ("a picture", "an image", "a drawing", "a photo")]
+
+
+def is_style_noun(noun: str) -> bool:
+    """Whether a concept of this class noun is a style."""
+    return noun.lower() == STYLE_NOUN
+
+
+def in_style(subject: str, token: str) -> str:
+    """``a red dog in <ink> style``: what asks for a style, which shows in something else alone."""
+    return f"{subject} in {token} style"
+
+
 def generic_subject(adjective: str, noun: str) -> str:
     """``a red dog``, or ``a dog`` without an adjective."""
     return f"a {adjective} {noun}".replace("  ", " ")
@@ -126,7 +140,10 @@ class ValidationConfig(Settings):
     """Validation images and records during training. They change no result, except by early stopping."""
 
     every: int = Field(0, ge=0, description="Steps between two validation grids; 0 makes none.")
-    prompts: Templates = Field(["a photo of {}", "{} on the beach", "{} in the snow"], description="Rows of the grid.")
+    prompts: Templates = Field(
+        ["a photo of {}", "{} on the beach", "{} in the snow"],
+        description="Rows of the grid; {} is the token, or a dog in a style's.",
+    )
     scales: list[FiniteFloat] = Field(
         [0.0, 0.7, 1.0], min_length=1, description="Adapter scales, one column of the grid each."
     )
@@ -216,7 +233,8 @@ class TrainConfig(Settings):
     resize_ratio: float = Field(1.0, ge=1.0, le=2.0, description="Short edge before the crop, over the resolution.")
     crops_per_image: int = Field(4, ge=1, le=256, description="Random crops per photo, encoded once.")
     templates: Templates = Field(
-        ["a photo of {}", "a picture of {}", "an image of {}", "{}"], description="Captions of photos without one."
+        ["a photo of {}", "a picture of {}", "an image of {}", "{}"],
+        description="Captions of photos without one; a style has its own default.",
     )
     prior: PriorPreservationConfig = Field(PriorPreservationConfig(), description="Prior preservation.")
     interference: InterferenceConfig = Field(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.settings import read_yaml
+from ..config.train import in_style, is_style_noun
 from ..core.errors import UserError, nearest, short_repr
 from ..core.files import is_file, is_folder
 from ..models.tokens import check_token, is_name, latin, slug
@@ -81,8 +82,18 @@ class Concept:
 
     @property
     def nouns(self) -> list[str]:
-        """The class nouns of all concepts in it."""
-        return [concept.noun for concept in (self, *self.joint)]
+        """The class nouns of all concepts in it, but for styles: there is no picture of a style."""
+        return [concept.noun for concept in (self, *self.joint) if not is_style_noun(concept.noun)]
+
+    @property
+    def styles(self) -> list[str]:
+        """The tokens of the styles in it."""
+        return [concept.token for concept in (self, *self.joint) if is_style_noun(concept.noun)]
+
+    @property
+    def is_style(self) -> bool:
+        """Whether everything in it is a style."""
+        return not self.nouns
 
     def token_of(self, photo: Photo) -> str:
         """The token of what a photo shows."""
@@ -100,6 +111,11 @@ class Concept:
                 return text.replace(mark, token)
         named = re.compile(re.escape(token), re.IGNORECASE)  # tokenizers do not tell upper case from lower
         return named.sub(token, text) if named.search(text) else f"{token}, {text}"
+
+    @property
+    def subject(self) -> str:
+        """What a prompt says to show it: its token, or a dog in the style."""
+        return in_style("a dog", self.token) if self.is_style else self.token
 
     def digest(self) -> str:
         """One hash of what a training sees of it: its words, photos, captions and masks.

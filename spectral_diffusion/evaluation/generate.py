@@ -11,6 +11,7 @@ from ..adapters.adapter import Adapter, check_base
 from ..adapters.apply import Strength, enabled_adapters, install_tokens
 from ..config.evaluate import EvaluateConfig
 from ..config.scene import Scene
+from ..config.train import in_style
 from ..core.files import parse_json, read_text, write_json
 from ..core.hooks import Event, Hooks, Progress
 from ..merging.manifest import lasting
@@ -74,6 +75,8 @@ class EvaluationImages:
     ) -> list[View]:
         """A concept in every location; its noun on the untouched base."""
         what = with_article(adapter.noun) if setting == FLOOR else adapter.token
+        if adapter.is_style:
+            what = "a dog" if setting == FLOOR else in_style("a dog", adapter.token)
         prompts = [prompt.replace("{}", what) for prompt in self.config.prompts]
         paths = self.draw(base, setting, adapter.name, prompts, scales, of)
         tokens = {adapter.token: (adapter.name, adapter.noun)}

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..core.hooks import QUIET, Event, Hooks
 from ..data.folder import Concept
+from ..metrics.binding import binding_counts, binding_of, collapse_rate, collapsed_pictures
 from ..metrics.encoders import Encoder
 from ..metrics.statistics import interval
 from ..metrics.text import text_match
@@ -122,6 +124,41 @@ def confusion_of(setting: str, scored: Sequence[Scored], columns: Sequence[str])
             nearest = [int(np.argmax(result.scores[encoder])) for result in scored if result.view.concept == name]
             shares.append([nearest.count(index) / len(nearest) for index in range(len(columns))])
         out.append({"way": setting, "encoder": encoder, "rows": rows, "columns": list(columns), "shares": shares})
+    return out
+
+
+def binding_rows(
+    setting: str, scored: Sequence[Scored], photos: Sequence[Scored], concepts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Per encoder what became of the subjects of pictures that show several, in MultiBind's words.
+
+    Args:
+        photos: the concepts' own photos, scored; subjects with a single one are left out.
+        concepts: whose scores there are, in order.
+    """
+    pictures: dict[Path, list[Scored]] = {}
+    known = {result.view.concept for result in photos}
+    for result in scored:
+        if result.view.concept in known:
+            pictures.setdefault(result.view.path, []).append(result)
+    shared = [found for found in pictures.values() if len({result.own for result in found}) == len(found) > 1]
+    out = []
+    for encoder in scored[0].scores if shared else ():
+        truth = torch.zeros(len(concepts), len(concepts))
+        for index, name in enumerate(concepts):
+            if name in known:
+                own = [photo.scores[encoder] for photo in photos if photo.view.concept == name]
+                truth[index] = torch.tensor(own).mean(0)
+        kinds = []
+        for found in shared:
+            here = [result.own for result in found]
+            similarity = torch.tensor([[result.scores[encoder][index] for index in here] for result in found])
+            kinds.append(binding_of(similarity, truth[here][:, here]))
+        counts = binding_counts(kinds)
+        total = sum(counts.values())
+        shares = {kind: count / total for kind, count in counts.items()}
+        rates = {"collapse rate": collapse_rate(counts), "pictures with a collapse": collapsed_pictures(kinds)}
+        out.append({"way": setting, "encoder": encoder, "pictures": len(shared), "subjects": total, **rates, **shares})
     return out
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..metrics.statistics import share_text
-from .measure import ALL, Figure, Scored, confusion_of, measurement_rows, with_interval
+from ..metrics.statistics import difference_text, share_text
+from .measure import ALL, PHOTOS, Figure, Scored, binding_rows, confusion_of, measurement_rows, with_interval
 from .tables import Row
 
 FLOOR, ALONE = "untouched base", "alone"
@@ -40,6 +40,7 @@ class Evaluation:
             **self.about,
             "measures": [row for setting, scored in self.scored.items() for row in measurement_rows(setting, scored)],
             "confusion": self.confusion(),
+            "binding": self.binding(),
             "kept": kept_share(self),
             "drift": dict(self.drift),
             "seconds": dict(self.seconds),
@@ -51,6 +52,14 @@ class Evaluation:
             return []
         return [
             matrix for setting, scored in self.scored.items() for matrix in confusion_of(setting, scored, self.concepts)
+        ]
+
+    def binding(self) -> list[dict[str, Any]]:
+        """What became of the subjects of pictures that show several; none where no picture does."""
+        photos = self.scored.get(PHOTOS, ())
+        settings = {setting: scored for setting, scored in self.scored.items() if setting != PHOTOS and scored}
+        return [
+            row for setting, scored in settings.items() for row in binding_rows(setting, scored, photos, self.concepts)
         ]
 
 
@@ -81,6 +90,7 @@ def kept_share(evaluation: Evaluation) -> list[dict[str, Any]]:
         alone, together, floor = (identities(setting, name) for setting in (ALONE, evaluation.together, FLOOR))
         concepts = [result.view.concept for result in evaluation.scored[ALONE] if name in (ALL, result.view.concept)]
         row: dict[str, Any] = {"concept": name, "of alone": share_text(together, alone, concepts)}
+        row["single minus merged"] = difference_text(alone, together, concepts)
         if floor:
             gained = [value - low for value, low in zip(together, floor, strict=True)]
             whole = [value - low for value, low in zip(alone, floor, strict=True)]
@@ -119,6 +129,14 @@ def tables(evaluation: Evaluation, intervals: bool = True) -> dict[str, list[Row
     }
     if left := kept_share(evaluation):
         out[f"What is kept of the identity alone ({evaluation.together})"] = list(left)
+    if bound := evaluation.binding():
+        several = len({row["encoder"] for row in bound}) > 1
+        out["What becomes of the subjects of a picture (MultiBind's words), and the Subject Collapse Rate"] = [
+            {"shown": row["way"]}
+            | ({"encoder": short(row["encoder"], evaluation.encoders)} if several else {})
+            | {name: f"{value:.2f}" if isinstance(value, float) else value for name, value in list(row.items())[2:]}
+            for row in bound
+        ]
     if evaluation.drift:
         out["Drift of generic prompts (1 − cosine with the untouched base's pictures)"] = [
             {"encoder": short(encoder, evaluation.encoders), "drift": with_interval(figure, 3)}

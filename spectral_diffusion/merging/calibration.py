@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.formats.native import content_hash
 from ..adapters.low_rank import padded
 from ..config.fuse import CalibrationConfig
-from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, generic_subject
+from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, generic_subject, in_style
 from ..core.cache import WAIT, cache_folder, cached
 from ..core.files import parse_json
 from ..core.hooks import QUIET, Event, Hooks
@@ -75,12 +75,15 @@ def record_activations(
             handle.remove()
 
 
-def calibration_prompts(config: CalibrationConfig, token: str | None, seed: int) -> list[str]:
-    """The calibration prompts: with the concept, or with generic subjects."""
+def calibration_prompts(config: CalibrationConfig, token: str | None, seed: int, is_style: bool = False) -> list[str]:
+    """The calibration prompts: with the concept, with generic subjects, or with these in a style."""
     random = keyed_random("gradient", token or "ordinary", seed)
     prompts = []
     for index in range(config.num_images):
-        subject = token or generic_subject(random.choice(GENERIC_ADJECTIVES), random.choice(GENERIC_NOUNS))
+        subject = token or ""
+        if is_style or not token:
+            generic = generic_subject(random.choice(GENERIC_ADJECTIVES), random.choice(GENERIC_NOUNS))
+            subject = in_style(generic, token) if token else generic
         prompts.append(config.prompts[index % len(config.prompts)].replace("{}", subject))
     return prompts
 
@@ -94,18 +97,24 @@ def calibrate(
     seed: int,
     hooks: Hooks = QUIET,
     homes: Mapping[str, torch.device] = MappingProxyType({}),
+    styles: Collection[str] = (),
 ) -> dict[str, GramAccumulator]:
     """The inputs of ``layers`` while the base, with what adapters act on it, generates prompts with these tokens.
 
     Args:
         tokens: installed ones; without any the prompts are generic.
         homes: where a layer's inputs are summed up, if not on the CPU.
+        styles: which of the tokens are styles'.
     """
     grams = {
         name: GramAccumulator(layer_shape(layer)[1], device=homes.get(name, CPU)) for name, layer in layers.items()
     }
     subjects: list[str | None] = [*tokens] or [None]
-    prompts = [base.spell(text) for subject in subjects for text in calibration_prompts(config, subject, seed)]
+    prompts = [
+        base.spell(text)
+        for subject in subjects
+        for text in calibration_prompts(config, subject, seed, is_style=subject in styles)
+    ]
     with record_activations(layers, config.tokens_per_call, seed) as take:
 
         def fold(step: int, latents: Tensor) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..adapters.adapter import Adapter
 from ..adapters.apply import Strength, enabled_adapters
 from ..config.fuse import DistillConfig
-from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, GENERIC_TEMPLATES, generic_subject
+from ..config.train import GENERIC_ADJECTIVES, GENERIC_NOUNS, GENERIC_TEMPLATES, generic_subject, in_style
 from ..core.errors import Fix, NotFiniteError, UserError
 from ..core.hooks import QUIET, Event, Hooks
 from ..core.precision import MixedPrecision, autocast, is_half, loss_scaler
@@ -87,7 +87,10 @@ def prepare_targets(
     lessons = []
     for adapter, token in words:
         strength = strengths.get(adapter.name, 1.0)
-        lessons.append(targets_of(base, adapter, [token] * config.num_images, config, seed, strength))
+        wanted = [token] * config.num_images
+        if token in adapter.styles:
+            wanted = [in_style(random.choice(things), token) for _ in wanted]
+        lessons.append(targets_of(base, adapter, wanted, config, seed, strength))
         hooks.progress(Event("lesson", len(lessons), len(words) + 1))
     usual = targets_of(base, None, [random.choice(things) for _ in range(config.num_prior_images)], config, seed)
     hooks.progress(Event("lesson", len(words) + 1, len(words) + 1))

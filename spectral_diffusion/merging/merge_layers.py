@@ -231,7 +231,10 @@ class Calibration:
 
         def make() -> Seen:
             with enabled_adapters(self.base, [(adapter, 1.0)] if adapter else [], acting):
-                return calibrate(self.base, tokens, layers, settings, self.config.seed, self.hooks, self.homes)
+                return calibrate(
+                    self.base, tokens, layers, settings, self.config.seed, self.hooks, self.homes,
+                    adapter.styles if adapter else (),
+                )  # fmt: skip
 
         if own and settings.cache:
             return cached_seen(self.base, adapter, self.homes, settings, self.config.seed, make)

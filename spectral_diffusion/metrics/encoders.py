@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .. import pocket
 from ..core.errors import UserError, only_a_pickle, reason
 from ..core.machine import parse_device
 from .identity import IdentityEncoder, embed, load_identity_encoder
@@ -35,14 +36,22 @@ class Encoder(Protocol):
         ...
 
 
-class Pocket:
-    """The identity encoder that comes with the pocket base; it knows pocket pictures only."""
+POCKET = {"pocket": "identity", "pocket-any-style": "styled_identity", "pocket-style": "style"}  # name to folder
 
-    name = "pocket"
+
+class Pocket:
+    """An encoder that comes with the pocket base and knows pocket pictures only.
+
+    ``pocket`` tells things apart, ``pocket-any-style`` things whatever the style of the picture, ``pocket-style``
+    styles whatever they show.
+    """
+
     kind: Literal["image", "image and text"] = "image"
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.model: IdentityEncoder = load_identity_encoder().to(device)
+    def __init__(self, device: torch.device | str = "cpu", name: str = "pocket") -> None:
+        self.name = name
+        path = pocket.path() / POCKET[name] / "model.safetensors"
+        self.model: IdentityEncoder = load_identity_encoder(path).to(device)
 
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (n, 128)."""
@@ -100,7 +109,7 @@ def _pooled(output: Any) -> Tensor:
 
 
 def load_encoder(name: str, device: str = "cpu") -> Encoder:
-    """``pocket``, or the folder or hub id of a CLIP or DINOv2 model whose files are on this machine.
+    """One that comes with the pocket base, or the folder or hub id of a CLIP or DINOv2 model that is on this machine.
 
     Args:
         device: where it computes, ``auto`` being the fastest.
@@ -109,8 +118,8 @@ def load_encoder(name: str, device: str = "cpu") -> Encoder:
         UserError: no such model here, or one of another kind.
     """
     where = parse_device(device)
-    if name == "pocket":
-        return Pocket(where)
+    if name in POCKET:
+        return Pocket(where, name)
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
     from ..models.loading import quiet_loading

@@ -301,6 +301,7 @@ def fusion_row(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[
         "identity alone": mean_text(alone, names),
         "fused": mean_text(fused, names),
         "of alone": share_text(fused, alone, names),
+        "single minus merged": difference_text(alone, fused, names),
         "of the way": share_text([f - g for f, g in zip(fused, floor)], [a - g for a, g in zip(alone, floor)], names),
         "text match": mean_text(text, names),
         "drift": mean_text(drifts),

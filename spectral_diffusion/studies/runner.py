@@ -65,6 +65,25 @@ MANY = (
     "rusty",
     "pip",
 )  # two more such pairs, and four more
+EVERY = (
+    *MANY,
+    "gigi",
+    "dabble",
+    "flit",
+    "finn",
+    "nip",
+    "pippin",
+    "comet",
+    "breeze",
+    "nook",
+    "twang",
+    "dawdle",
+    "spike",
+    "ding",
+    "regal",
+    "sugar",
+    "rumble",
+)  # sixteen more, each of a class of its own
 TUNING_CONCEPTS = ("bruno", "misty", "shelly", "hero")  # settings are chosen on these and never reported
 
 

@@ -1,9 +1,9 @@
-"""Which concept appears where? Scenes of two to four look-alikes with a sketch or keypose, by region and by fusion."""
+"""Which concept appears where? Two to ten subjects with a sketch or keypose, by region and by fusion."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..config.evaluate import PLACES
 from ..config.scene import Box, Region, Scene
 from ..core import assets as resources
 from ..data.image_grid import image_grid, labelled_grid
+from ..metrics.binding import KINDS, RIGHT, binding_counts, binding_of, collapsed_pictures, photo_similarity
 from ..metrics.statistics import mean_text
 from ..models.base import Base
 from ..scenes.control import ControlMap
@@ -23,36 +24,59 @@ from ..scenes.keypose import draw_keypose
 from ..scenes.sampling import sample
 from .fusion import MERGES, change_for, family_rate
 from .registry import Findings, Row, Table, study
-from .runner import Figures, StudyRunner, scaled
+from .runner import MANY, Figures, StudyRunner, TimeOver, scaled
 
 FAMILY = "spectral, own slots"
 WIDTH, HEIGHT, FINE = 256, 128, 2  # of the pictures, and how much finer their control images are
-SLOTS = {  # of the adapters; hero and bruno share theirs with concepts that are in no scene with them
-    "rex": 0, "fido": 1, "brew": 2, "posy": 3, "inky": 4, "coral": 5, "bolt": 6, "hero": 0, "bruno": 1,
-}  # fmt: skip
-SCENES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "2": (("rex", "fido"), ("fido", "rex"), ("brew", "posy"), ("posy", "brew"), ("inky", "coral"), ("coral", "inky")),
-    "3": (("rex", "fido", "brew"), ("brew", "rex", "fido"), ("posy", "inky", "coral"), ("coral", "brew", "posy")),
-    "4": (("rex", "fido", "brew", "posy"), ("brew", "inky", "posy", "coral"), ("fido", "coral", "rex", "inky")),
-    "3 puppets": (("bolt", "hero", "bruno"), ("bruno", "bolt", "hero")),
-    "4, twice as wide": (
-        ("rex", "fido", "brew", "posy"),
-        ("brew", "inky", "posy", "coral"),
-        ("fido", "coral", "rex", "inky"),
-    ),
-}
-SEEDS = {
-    "2": 48,
-    "3": 36,
-    "4": 36,
-    "3 puppets": 24,
-    "4, twice as wide": 36,
-}  # pictures per number of concepts, over all scenes
+# Of the adapters; hero and bruno share theirs with concepts that are in no scene with them.
+SLOTS = {name: slot for slot, name in enumerate(MANY[:12])} | {"hero": 0, "bruno": 1}
 STANDING = (
     (0.5, 0.16), (0.5, 0.30), (0.36, 0.31), (0.28, 0.45), (0.25, 0.58), (0.64, 0.31), (0.72, 0.45), (0.75, 0.58),
     (0.43, 0.60), (0.41, 0.76), (0.40, 0.92), (0.57, 0.60), (0.59, 0.76), (0.60, 0.92), (0.46, 0.13), (0.54, 0.13),
     (0.41, 0.15), (0.59, 0.15),
 )  # of a person in a square, in OpenPose's order  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SceneGroup:
+    """Scenes of the same number of subjects.
+
+    Attributes:
+        scenes: the concepts of each, from left to right and from top to bottom.
+        pictures: of all of them, by one variant.
+        rows: in how many rows the subjects are.
+        puppets: whether skeletons in place of sketches say where they are.
+    """
+
+    scenes: tuple[tuple[str, ...], ...]
+    pictures: int
+    width: int = WIDTH
+    height: int = HEIGHT
+    rows: int = 1
+    puppets: bool = False
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether all variants are measured; else the pictures are larger than the base has seen in training."""
+        return (self.width, self.height) == (WIDTH, HEIGHT)
+
+
+FOUR = (("rex", "fido", "brew", "posy"), ("brew", "inky", "posy", "coral"), ("fido", "coral", "rex", "inky"))
+EIGHT = ("rex", "fido", "brew", "posy", "inky", "coral", "hoot", "luna")
+GROUPS: dict[str, SceneGroup] = {
+    "2": SceneGroup(
+        (("rex", "fido"), ("fido", "rex"), ("brew", "posy"), ("posy", "brew"), ("inky", "coral"), ("coral", "inky")), 48
+    ),
+    "3": SceneGroup(
+        (("rex", "fido", "brew"), ("brew", "rex", "fido"), ("posy", "inky", "coral"), ("coral", "brew", "posy")), 36
+    ),
+    "4": SceneGroup(FOUR, 36),
+    "3 puppets": SceneGroup((("bolt", "hero", "bruno"), ("bruno", "bolt", "hero")), 24, puppets=True),
+    "4, twice as wide": SceneGroup(FOUR, 36, 2 * WIDTH),
+    "6": SceneGroup((EIGHT[:6], EIGHT[5::-1]), 24, 384, 256, rows=2),
+    "8": SceneGroup((EIGHT, EIGHT[::-1]), 24, 512, 256, rows=2),
+    "10": SceneGroup(((*EIGHT, "zippy", "moss"), ("moss", "zippy", *EIGHT[::-1])), 24, 640, 256, rows=2),
+}
 
 
 @dataclass(frozen=True)
@@ -70,31 +94,37 @@ VARIANTS = {
     "fused by gradient, regions": SceneVariant("gradient, anchored"),
     "fused by gradient, no regions": SceneVariant("gradient, anchored", False),
 }
+LARGE = ("bound to regions", "fused by gradient, regions")  # what is measured where pictures are larger than usual
 
 
-def boxes(count: int) -> list[Box]:
-    """``count`` columns of the picture, from left to right."""
-    return [(index / count, 0.0, (index + 1) / count, 1.0) for index in range(count)]
+def boxes(count: int, rows: int = 1) -> list[Box]:
+    """``count`` equal parts of the picture, row by row, from left to right."""
+    columns = count // rows
+    return [
+        (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows)
+        for row in range(rows)
+        for column in range(columns)
+    ]
 
 
-def width_of(number: str) -> int:
-    """The width of the pictures of these scenes."""
-    return 2 * WIDTH if number.endswith("wide") else WIDTH
-
-
-def square_picture(box: Box, width: int) -> tuple[int, int, int, int]:
+def square_picture(box: Box, width: int, height: int = HEIGHT) -> tuple[int, int, int, int]:
     """The largest square in the middle of a box, in the picture's pixels."""
-    left, right = box[0] * width, box[2] * width
-    side = min(right - left, HEIGHT)
-    x, y = (left + right) / 2, HEIGHT / 2
+    left, top, right, bottom = box[0] * width, box[1] * height, box[2] * width, box[3] * height
+    side = min(right - left, bottom - top)
+    x, y = (left + right) / 2, (top + bottom) / 2
     return round(x - side / 2), round(y - side / 2), round(x + side / 2), round(y + side / 2)
 
 
-def drawing_of(lab: StudyRunner, names: Sequence[str], puppets: bool, width: int = WIDTH) -> ControlMap:
+def squares_of(group: SceneGroup) -> list[tuple[int, int, int, int]]:
+    """The pixels of every subject's place."""
+    return [square_picture(box, group.width, group.height) for box in boxes(len(group.scenes[0]), group.rows)]
+
+
+def control_of(lab: StudyRunner, names: Sequence[str], group: SceneGroup) -> ControlMap:
     """The classes' sketches, or standing skeletons, one in the middle of every region."""
-    size = (width * FINE, HEIGHT * FINE)
-    squares = [tuple(side * FINE for side in square_picture(box, width)) for box in boxes(len(names))]
-    if puppets:
+    size = (group.width * FINE, group.height * FINE)
+    squares = [tuple(side * FINE for side in square) for square in squares_of(group)]
+    if group.puppets:
         people = [np.array(STANDING) * (right - left) + (left, top) for left, top, right, _ in squares]
         return ControlMap(draw_keypose(people, *size), "keypose")
     canvas = Image.new("L", size)
@@ -134,117 +164,143 @@ def base_for(lab: StudyRunner, variant: SceneVariant, adapters: Sequence[Adapter
 
 
 def pictures_of(
-    lab: StudyRunner,
-    variant: SceneVariant,
-    names: Sequence[str],
-    seeds: Sequence[int],
-    puppets: bool,
-    width: int = WIDTH,
+    lab: StudyRunner, variant: SceneVariant, names: Sequence[str], seeds: Sequence[int], group: SceneGroup
 ) -> list[Image.Image]:
     """Pictures of one scene, the locations in turn."""
     adapters = scene_adapters(lab, names)
     base, tokens = base_for(lab, variant, adapters), [adapter.token for adapter in adapters]
-    drawing, images = drawing_of(lab, names, puppets, width), []
+    control, images = control_of(lab, names, group), []
     for start, location in enumerate(PLACES):
         mine = list(seeds[start :: len(PLACES)])
         regions = [
             Region(box=box, prompt=f"a photo of {token} {location}")
-            for box, token in zip(boxes(len(names)), tokens, strict=True)
+            for box, token in zip(boxes(len(names), group.rows), tokens, strict=True)
         ]
+        shared = lab.pictures_config.model_dump(exclude={"regions"})
         scene = Scene(
-            **{**lab.pictures_config.model_dump(exclude={"regions"}), "width": width, "height": HEIGHT},
-            regions=regions if variant.regions else [],
+            **{**shared, "width": group.width, "height": group.height}, regions=regions if variant.regions else []
         )
         bound = [[(adapter, 1.0)] for adapter in adapters] if variant.merge is None else []
-        images += sample(base, [prompt_of(tokens, location)] * len(mine), mine, scene, controls=[drawing], bound=bound)
+        images += sample(base, [prompt_of(tokens, location)] * len(mine), mine, scene, controls=[control], bound=bound)
     return images
 
 
-def confusion(lab: StudyRunner, images: Sequence[Image.Image], names: Sequence[str]) -> list[list[float]]:
-    """Per region (row) the share of pictures in which each concept (column) is nearest to the region's content."""
-    references = torch.stack([lab.encoder.embed(lab.references(name)).mean(0) for name in names])
-    rows = []
-    for box in boxes(len(names)):
-        cosines = lab.encoder.embed([image.crop(square_picture(box, image.width)) for image in images]) @ references.mT
-        rows.append([float((cosines.argmax(1) == index).double().mean()) for index in range(len(names))])
-    return rows
+def similarities(
+    lab: StudyRunner, images: Sequence[Image.Image], names: Sequence[str], group: SceneGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean cosines with every subject's photos: of the places (pictures, k, k), and of the photos (k, k)."""
+    photos = [lab.encoder.embed(lab.references(name)) for name in names]
+    centers = torch.stack([vectors.mean(0) for vectors in photos])
+    places = [lab.encoder.embed([image.crop(square) for image in images]) @ centers.mT for square in squares_of(group)]
+    return torch.stack(places, 1), photo_similarity(photos)
 
 
-def scene_cell(lab: StudyRunner, name: str, variant: str, names: Sequence[str], count: int, puppets: bool) -> Figures:
-    """One scene by one variant: its confusion matrix and the mean identity of the right concepts."""
-
-    width = width_of(name)
+def scene_cell(lab: StudyRunner, variant: str, names: Sequence[str], count: int, group: SceneGroup) -> Figures:
+    """One scene by one variant: what became of its subjects, its confusion matrix, identity in the right places."""
 
     def compute() -> Figures:
-        images = pictures_of(lab, VARIANTS[variant], names, range(count), puppets, width)
-        likeness = [
-            lab.identity([image.crop(square_picture(box, width)) for image in images], concept)
-            for box, concept in zip(boxes(len(names)), names, strict=True)
-        ]
-        return {"confusion": confusion(lab, images, names), "identity": likeness, "pictures": len(images)}
+        images = pictures_of(lab, VARIANTS[variant], names, range(count), group)
+        similarity, truth = similarities(lab, images, names, group)
+        nearest = similarity.argmax(2)
+        shares = [[float((row == index).double().mean()) for index in range(len(names))] for row in nearest.unbind(1)]
+        return {
+            "confusion": shares,
+            "identity": similarity.diagonal(dim1=1, dim2=2).mean(0).tolist(),
+            "kinds": [binding_of(one, truth) for one in similarity],
+            "pictures": len(images),
+        }
 
-    kind = {"way": vars(VARIANTS[variant]), "names": list(names), "num_images": count, "puppets": puppets}
-    return lab.cell("scene", kind if width == WIDTH else {**kind, "width": width}, compute)
+    key = {"variant": asdict(VARIANTS[variant]), "names": list(names), "num_images": count, "group": layout(group)}
+    return lab.cell("scene", key, compute)
+
+
+def layout(group: SceneGroup) -> dict[str, Any]:
+    """What a group's pictures depend on."""
+    return {"width": group.width, "height": group.height, "rows": group.rows, "puppets": group.puppets}
 
 
 @study(
     "scenes",
     "Figs. 5, 12, 13",
     "With sketches or keyposes and regions every concept appears in its own place as itself.",
-    (40, 1.0),
+    (60, 1.0),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
-    """How often the right concept is in its region, for look-alikes, by variant and number."""
-    chosen = {"2": SCENES["2"][:1]} if quick else SCENES
-    variants = ("bound to regions", "fused by sum, regions") if quick else tuple(VARIANTS)
+    """What becomes of each subject, for look-alikes, by variant and number."""
+    chosen = {"2": SceneGroup(GROUPS["2"].scenes[:1], len(PLACES))} if quick else GROUPS
     rows: list[Row] = []
     matrices: list[Row] = []
-    for number, scenes in chosen.items():
-        for variant in variants if width_of(number) == WIDTH else variants[:1]:
-            right, likeness, shown, pictures = [], [], list[str](), 0
-            for names in scenes:
-                count = len(PLACES) if quick else SEEDS[number] // len(scenes)
-                cell = scene_cell(lab, number, variant, names, count, number.endswith("puppets"))
-                right += [row[index] for index, row in enumerate(cell["confusion"])]
-                likeness += cell["identity"]
-                shown += names
-                pictures += cell["pictures"]
-                matrices += [
-                    {"scene": ", ".join(names), "way": variant, "region of": name}
-                    | {f"{i + 1}": row[i] if i < len(row) else None for i in range(4)}
-                    for name, row in zip(names, cell["confusion"], strict=True)
-                ]
-            figures: dict[str, Any] = {
-                "right concept": mean_text(right, shown),
-                "likeness": mean_text(likeness, shown),
-                "chance": 1 / len(scenes[0]),
-            }
-            rows.append({"concepts": number, "way": variant, "pictures": pictures, **figures})
-            lab.note(f"{number}, {variant}: {rows[-1]['right concept']} of regions hold the right concept")
+    missing: list[str] = []
+    for number, group in chosen.items():
+        variants = ("bound to regions", "fused by sum, regions") if quick else tuple(VARIANTS)
+        for variant in variants if group.is_usual else LARGE:
+            try:
+                cells = [scene_cell(lab, variant, n, group.pictures // len(group.scenes), group) for n in group.scenes]
+            except TimeOver:
+                missing.append(f"{number} by {variant}")
+                continue
+            rows.append({"subjects": number, "variant": variant, **scene_row(cells, group)})
+            matrices += [
+                {"scene": ", ".join(names), "variant": variant, "region of": name}
+                | {f"{i + 1}": row[i] if i < len(row) else None for i in range(10)}
+                for names, cell in zip(group.scenes, cells, strict=True)
+                for name, row in zip(names, cell["confusion"], strict=True)
+            ]
+            lab.note(f"{number}, {variant}: {rows[-1]['collapse rate']} of subjects collapse")
     tables = [
-        Table("The right concept in its region, by the identity encoder", rows),
+        Table("What becomes of each subject (MultiBind's words), and the Subject Collapse Rate", rows),
         Table("Confusion: which concept of the scene (1st, 2nd, …) is nearest to what a region shows", matrices),
     ]
-    return Findings(tables, verdict(rows), {} if quick else {"sheet": scenes_sheet(lab)})
+    pictures: dict[str, Image.Image] = {}
+    try:
+        pictures = {} if quick else {"sheet": scenes_sheet(lab)}
+    except TimeOver:
+        missing.append("the sheet")
+    return Findings(tables, verdict(rows), pictures, missing)
+
+
+def scene_row(cells: Sequence[Figures], group: SceneGroup) -> Row:
+    """One row: shares over all subjects of these scenes; intervals by a bootstrap over concepts."""
+    shown = [name for names in group.scenes for name in names]
+    kinds = [picture for cell in cells for picture in cell["kinds"]]
+    counts, total = binding_counts(kinds), sum(len(picture) for picture in kinds)
+    collapsed = [
+        sum(picture[index] != RIGHT for picture in cell["kinds"]) / len(cell["kinds"])
+        for cell, names in zip(cells, group.scenes, strict=True)
+        for index in range(len(names))
+    ]
+    nearest = [row[index] for cell in cells for index, row in enumerate(cell["confusion"])]
+    return {
+        "pictures": sum(cell["pictures"] for cell in cells),
+        "right concept": mean_text(nearest, shown),
+        "identity": mean_text([value for cell in cells for value in cell["identity"]], shown),
+        "collapse rate": mean_text(collapsed, shown),
+        "pictures with a collapse": collapsed_pictures(kinds),
+        **{kind: counts[kind] / total for kind in KINDS if kind != RIGHT},
+        "chance": 1 / len(group.scenes[0]),
+    }
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """The best variant for every number of concepts."""
+    """The best variant for every number of subjects."""
     sentences = []
-    for number in dict.fromkeys(row["concepts"] for row in rows):
-        best = max((r for r in rows if r["concepts"] == number), key=lambda r: float(r["right concept"].split()[0]))
-        sentences.append(f"{number}: best {best['way']}, {best['right concept']} of regions hold the right concept.")
-    return " ".join(sentences)
+    for number in dict.fromkeys(row["subjects"] for row in rows):
+        best = min((r for r in rows if r["subjects"] == number), key=lambda r: float(r["collapse rate"].split()[0]))
+        sentences.append(
+            f"{number}: best {best['variant']}, {best['right concept']} of regions hold the right concept, "
+            f"{best['collapse rate']} of subjects collapse."
+        )
+    return " ".join(sentences) or "Nothing was measured yet."
 
 
 def scenes_sheet(lab: StudyRunner) -> Image.Image:
-    """Four pictures of one scene of every number, one row per variant; the control image first."""
+    """Four pictures of one scene of every usual number, one row per variant; the control image first."""
     blocks = []
-    for number, scenes in SCENES.items():
-        if width_of(number) != WIDTH:
+    for group in GROUPS.values():
+        if not group.is_usual:
             continue
-        names, puppets = scenes[0], number.endswith("puppets")
-        drawing = drawing_of(lab, names, puppets).at(WIDTH, HEIGHT).convert("RGB")
-        rows = [[drawing, *pictures_of(lab, variant, names, range(4), puppets)] for variant in VARIANTS.values()]
+        names = group.scenes[0]
+        control = control_of(lab, names, group).at(group.width, group.height).convert("RGB")
+        rows = [[control, *pictures_of(lab, variant, names, range(4), group)] for variant in VARIANTS.values()]
         blocks.append(labelled_grid(rows, gap=3))
     return image_grid(blocks, 1, gap=12)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..config.train import TrainConfig
+from ..config.train import STYLE_TEMPLATES, TrainConfig
 from ..core.machine import to_device
 from ..core.rng import keyed_generator
 from ..data.captions import vary
@@ -36,18 +36,25 @@ class Batch:
     erased: list[bool] | None = None
 
 
+def caption_templates(config: TrainConfig, concept: Concept) -> list[str]:
+    """Captions of photos without one."""
+    is_default = config.templates == TrainConfig.model_fields["templates"].default
+    return STYLE_TEMPLATES if concept.is_style and is_default else config.templates
+
+
 def sample_batch(step: int, crops: PhotoCrops, concept: Concept, config: TrainConfig, denoiser: Denoiser) -> Batch:
     """The photos of one step, all of one shape."""
     chosen, times, prompts, tokens = [], [], [], []
+    templates = caption_templates(config, concept)
     generators = [keyed_generator(config.seed, "step", step, sample) for sample in range(config.batch_size)]
     for sample, (photo, generator) in enumerate(zip(crops.order.photos(step), generators, strict=True)):
         crop, template = (
-            int(torch.randint(n, (), generator=generator)) for n in (config.crops_per_image, len(config.templates))
+            int(torch.randint(n, (), generator=generator)) for n in (config.crops_per_image, len(templates))
         )
         times.append(denoiser.sample_timestep(generator, config.timestep_power, config.objective))
         chosen.append((photo, crop))
         token = concept.token_of(concept.photos[photo])
-        caption = concept.prompt(concept.photos[photo].caption or config.templates[template], token)
+        caption = concept.prompt(concept.photos[photo].caption or templates[template], token)
         prompts.append(vary(caption, token, config.data, config.seed, "caption", step, sample))
         tokens.append(token)
     latents, masks = crops.take(chosen)

@@ -9,6 +9,7 @@ from ..config.train import TrainConfig
 from ..core.errors import UserError, nearest
 from ..data.folder import Concept, and_more
 from ..models.prompt_encoder import PromptEncoder
+from .batch import caption_templates
 
 SHOWN = 3  # captions that are named one by one
 
@@ -77,7 +78,7 @@ def cut_captions(concept: Concept, condition: PromptEncoder, config: TrainConfig
         if photo.caption:
             texts[f"caption of {photo.path.name}"] = photo.caption, token
         else:
-            texts |= {f"template '{text[:40]}'": (text, token) for text in config.templates}
+            texts |= {f"template '{text[:40]}'": (text, token) for text in caption_templates(config, concept)}
     for source, (text, token) in texts.items():
         prompt = concept.prompt(text, token)
         lost, used = condition.truncated_text(prompt)

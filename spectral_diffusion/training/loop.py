@@ -294,7 +294,9 @@ class Trainer:
         """The photos of a step, and the prior images beside them; in a Cut-Mix step both are in the same images."""
         batch = sample_batch(step, self.crops, self.concept, self.whole, self.denoiser)
         if self.prior_images and is_cut_mix_step(step, self.config):
-            return cut_mix(batch, self.prior_images, step, self.whole), None
+            things = [index for index, token in enumerate(batch.tokens) if token not in self.concept.styles]
+            if things:
+                return cut_mix(batch, self.prior_images, step, self.whole, things), None
         if self.other_prompts:
             batch = erase(batch, self.other_prompts, step, self.whole)
         return batch, self.prior_targets.batch(step, self.whole) if self.prior_targets else None

@@ -36,7 +36,11 @@ class PriorImages:
 
 
 def prior_prompts(config: PriorPreservationConfig, nouns: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
-    """Subjects ("a red dog") and their prompts, every third one of the concept's own class, or of each in turn."""
+    """Subjects ("a red dog") and their prompts, every third one of the concept's own class, or of each in turn.
+
+    Args:
+        nouns: classes of the concepts that are things; a style has none.
+    """
     subjects, prompts = [], []
     for index in range(config.num_images):
         generator = keyed_generator(seed, "ordinary", index)
@@ -44,8 +48,9 @@ def prior_prompts(config: PriorPreservationConfig, nouns: Sequence[str], seed: i
         def pick(options: list[str], generator: torch.Generator = generator) -> str:
             return options[int(torch.randint(len(options), (), generator=generator))]
 
-        own = nouns[index // OWN % len(nouns)]
-        subject = generic_subject(pick(config.adjectives), own if index % OWN == 0 else pick(config.nouns))
+        adjective = pick(config.adjectives)
+        is_own = nouns and index % OWN == 0
+        subject = generic_subject(adjective, nouns[index // OWN % len(nouns)] if is_own else pick(config.nouns))
         subjects.append(subject)
         prompts.append(pick(config.scenes).replace("{}", subject))
     return subjects, prompts
@@ -91,7 +96,8 @@ def make_prior_images(
     """
     prior = config.prior
     if config.data.class_images_dir:
-        return read_class_images(config.data.class_images_dir, base, config, nouns[0], size, hooks)
+        noun = nouns[0] if nouns else "picture"
+        return read_class_images(config.data.class_images_dir, base, config, noun, size, hooks)
     subjects, prompts = prior_prompts(prior, nouns, config.seed)
     own = list(range(0, len(prompts), OWN))
     rest = [index for index in range(len(prompts)) if index % OWN]

@@ -14,6 +14,7 @@ With ``data.class_images_dir`` the prior images are files of the concept's class
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,18 +110,23 @@ def is_cut_mix_step(step: int, config: TrainConfig) -> bool:
     return float(torch.rand((), generator=keyed_generator(config.seed, "cut", step))) < config.prior.cut_mix_prob
 
 
-def cut_mix(samples: Batch, prior_images: PriorImages, step: int, config: TrainConfig) -> Batch:
+def cut_mix(
+    samples: Batch, prior_images: PriorImages, step: int, config: TrainConfig, things: Sequence[int] | None = None
+) -> Batch:
     """Half of a step's photos, each beside a prior image; the prompt names both sides.
 
     Where one is taller, its top is shown. Masks weigh the photo's side alone.
+
+    Args:
+        things: which photos may be shown so, default all; those of a style may not, as it would end in mid-picture.
     """
     prompts: list[str] = []
     latents: list[Tensor] = []
     noises: list[Tensor] = []
     weights: list[Tensor] = []
     height = min(samples.latents.shape[2], prior_images.latents.shape[2])
-    count = max(1, len(samples.prompts) // 2)
-    for index in range(count):
+    chosen = list(range(len(samples.prompts)) if things is None else things)[: max(1, len(samples.prompts) // 2)]
+    for index in chosen:
         generator = keyed_generator(config.seed, "cut", step, index)
         other = int(torch.randint(len(prior_images.prompts), (), generator=generator))
         noise = torch.randn(prior_images.latents.shape[1:], generator=generator).to(samples.noise)
@@ -136,4 +142,4 @@ def cut_mix(samples: Batch, prior_images: PriorImages, step: int, config: TrainC
         pair = PAIRS[int(torch.randint(len(PAIRS), (), generator=generator))]
         prompts.append(pair.format(*subjects))
     weighed = None if samples.weights is None else torch.stack(weights)
-    return Batch(torch.stack(latents), torch.stack(noises), samples.timesteps[:count], prompts, weighed)
+    return Batch(torch.stack(latents), torch.stack(noises), samples.timesteps[chosen], prompts, weighed)

@@ -60,7 +60,7 @@ def validation_images(
     base: Base,
     condition: PromptEncoder,
     attachment: InjectedAdapter,
-    token: str,
+    subject: str,
     config: ValidationConfig,
     precision: MixedPrecision = "no",
 ) -> list[list[Image.Image]]:
@@ -72,7 +72,7 @@ def validation_images(
     # Without text encoders: prompts come encoded, and the pipeline would take the encoders' precision for its own.
     pipe = denoiser.make_pipeline(denoiser.scheduler("dpm"), text_encoders=False)
     slicing, pipe.vae.use_slicing = pipe.vae.use_slicing, True  # decoded one by one: they would take the most memory
-    prompts = [prompt.replace("{}", token) for prompt in config.prompts]
+    prompts = [prompt.replace("{}", subject) for prompt in config.prompts]
     columns = []
     for strength in config.scales:
         with torch.no_grad(), torch.random.fork_rng([]), at_strength(attachment, strength):
@@ -165,7 +165,7 @@ class Validator:
             with average.applied():
                 attachment.prune()
                 rows = validation_images(
-                    self.base, condition, attachment, self.concept.token, self.config.validation, self.precision
+                    self.base, condition, attachment, self.concept.subject, self.config.validation, self.precision
                 )
             figures |= self._keep(step, rows)
         if self.tracker:

@@ -241,8 +241,12 @@ def concepts(
     from .art import icon_sets
     from .concepts import make_all
     from .render import Renderer
+    from .styles import STYLES, make_style
 
-    make_all(Renderer(icon_sets(work / "art")), output)
+    renderer = Renderer(icon_sets(work / "art"))
+    make_all(renderer, output)
+    for name in STYLES:
+        make_style(renderer, name, output / name)
     echo(f"Wrote {output}/.")
 
 
@@ -273,15 +277,39 @@ def measure(
     import torch
 
     from .art import icon_sets
-    from .identity import train_identity
+    from .encoders import train_encoder
     from .judges import KINDS, train_judge
     from .render import Renderer
 
     torch.set_num_threads(threads)
     renderer = Renderer(icon_sets(work / "art"))
-    train_identity(renderer, work, identity_steps, start, echo)
+    train_encoder(renderer, work, "identity", identity_steps, start and start / "identity" / "model.safetensors", echo)
     for name in KINDS:
         train_judge(renderer, work, name, judge_steps, start, echo)
+
+
+@app.command("measure-styles")
+def measure_styles(
+    work: Annotated[Path, typer.Option(help="Folder with the artwork in art/ and the autoencoder in vae/.")] = Path(
+        "pretraining"
+    ),
+    steps: Annotated[int, typer.Option(help="Training steps of each encoder.")] = 1200,
+    only: Annotated[str, typer.Option(help="style, styled_identity, or both if empty.")] = "",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+) -> None:
+    """Train the encoders of styles and of identity in any style, from the shipped one (goes on where it stopped)."""
+    import torch
+
+    from spectral_diffusion import pocket
+
+    from .art import icon_sets
+    from .encoders import train_encoder
+    from .render import Renderer
+
+    torch.set_num_threads(threads)
+    renderer, shipped = Renderer(icon_sets(work / "art")), pocket.path() / "identity" / "model.safetensors"
+    for name in (only,) if only else ("style", "styled_identity"):
+        train_encoder(renderer, work, name, steps, shipped, echo)
 
 
 @app.command("report")

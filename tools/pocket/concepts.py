@@ -61,6 +61,22 @@ CONCEPTS: dict[str, Look | puppets.Look] = {
     "peck": Look("penguin", (200, 90, 30), (160, 240, 210), "stripes"),
     "rusty": Look("rabbit", (190, 85, 40), (120, 225, 220), "belt"),
     "pip": Look("backpack", (240, 120, 200), (50, 55, 120), "halves"),
+    "gigi": Look("giraffe", (60, 190, 170), (120, 40, 110), "stripes"),
+    "dabble": Look("duck", (125, 20, 90), (190, 240, 120), "halves"),
+    "flit": Look("butterfly", (20, 80, 95), (255, 175, 120), "split"),
+    "finn": Look("fish", (220, 250, 170), (150, 25, 60), "stripes"),
+    "nip": Look("crab", (70, 60, 150), (150, 240, 225), "belt"),
+    "pippin": Look("apple", (30, 170, 200), (255, 220, 130), "spots"),
+    "comet": Look("rocket", (255, 170, 190), (40, 90, 60), "split"),
+    "breeze": Look("sailboat", (110, 20, 40), (130, 225, 250), "halves"),
+    "nook": Look("house", (190, 150, 255), (20, 90, 100), "belt"),
+    "twang": Look("guitar", (40, 210, 130), (90, 20, 60), "split"),
+    "dawdle": Look("snail", (255, 130, 100), (30, 60, 110), "stripes"),
+    "spike": Look("cactus", (240, 90, 150), (250, 240, 150), "halves"),
+    "ding": Look("bell", (25, 110, 140), (250, 150, 210), "stripes"),
+    "regal": Look("crown", (100, 240, 200), (130, 30, 120), "spots"),
+    "sugar": Look("cupcake", (90, 110, 30), (200, 190, 255), "split"),
+    "rumble": Look("dinosaur", (200, 60, 90), (90, 220, 210), "belt"),
 }
 
 

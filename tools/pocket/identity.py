@@ -1,28 +1,22 @@
-"""Train the identity encoder: two views of each look attract, every other look repels, near misses most."""
+"""What the identity encoder learns from: views of looks in families of look-alikes; and its held-out score."""
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from spectral_diffusion.core.files import read_tensors, write_tensors
-from spectral_diffusion.core.precision import autocast, cpu_precision
 from spectral_diffusion.metrics.identity import SIZE, IdentityEncoder, auc, embed
-from spectral_diffusion.training.checkpoint import load_state, save_state
 
 from . import puppets
 from .art import PRETRAINING
 from .concepts import CONCEPTS, PATTERNS, Look, drawn, place_view, views
-from .loop import Report
 from .render import Renderer, backdrop_canvas
 from .world import CLASSES, PLAIN, SETTINGS
 
@@ -92,84 +86,26 @@ def batch(renderer: Renderer, random: Random) -> Tensor:
             sprite = drawn(renderer, one)
             for side in rows:
                 side.append(view(renderer, one, sprite, random))
+    return as_tensor(rows)
+
+
+def as_tensor(rows: tuple[list[np.ndarray], list[np.ndarray]]) -> Tensor:
+    """Two lists of pictures (128, 128, 3) uint8 as (2, n, 3, 128, 128) in −1…1."""
     stack = torch.from_numpy(np.stack([np.stack(side) for side in rows])).permute(0, 1, 4, 2, 3).float()
     return stack / 127.5 - 1
 
 
-def train_identity(
-    renderer: Renderer, folder: Path, steps: int = 1600, start: Path | None = None, report: Report = print
-) -> None:
-    """Train into ``folder/identity/model.safetensors``, going on from ``folder/identity.state.safetensors``.
-
-    ``start`` is a folder with an encoder to begin with, also one for half the side.
-    """
-    torch.manual_seed(0)
-    encoder = IdentityEncoder()
-    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, weight_decay=1e-3, fused=True)
-    path, step, spent = folder / "identity.state.safetensors", 0, 0.0
-    if path.exists():
-        tensors, meta = load_state(path, optimizer)
-        encoder.load_state_dict(tensors)
-        step, spent = meta["step"], meta["spent"]
-    elif start:
-        load_coarse(encoder, start / "identity" / "model.safetensors")
-    vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
-    last = time.monotonic()
-    while step < steps:
-        for group in optimizer.param_groups:
-            group["lr"] = (1e-3 if start else 2e-3) * min(1.0, (step + 1) / 100) * (1 - step / steps) + 1e-6
-        random = Random(f"identity/{step}")
-        pictures = batch(renderer, random)
-        with torch.no_grad(), autocast(torch.device("cpu"), cpu_precision()):
-            chosen = torch.tensor([random.random() < 0.4 for _ in range(pictures.shape[1])])
-            flat = pictures[1][chosen]  # one side partly through the VAE, as generated pictures come
-            pictures[1][chosen] = vae.decode(vae.encode(flat).latent_dist.mean).sample.float().clamp(-1, 1)
-        with autocast(torch.device("cpu"), cpu_precision()):
-            vectors = encoder(pictures.flatten(0, 1)).float()
-        one, two = vectors.chunk(2)
-        logits = one @ two.mT / 0.08
-        truth = torch.arange(len(one))
-        loss = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.mT, truth)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        now = time.monotonic()
-        spent, last = spent + now - last, now
-        if step % 100 == 0 or step == steps:
-            right = float((logits.argmax(1) == truth).float().mean())
-            report(
-                f"identity step {step}/{steps} {spent / 60:.1f} min loss {float(loss.detach()):.3f} right {right:.2f}"
-            )
-        if step % 400 == 0 or step == steps:
-            save_state(path, dict(encoder.state_dict()), optimizer, {"step": step, "spent": spent})
-            report(f"identity AUC on held-out concepts {held_out_auc(encoder, renderer, vae):.4f}")
-            last = time.monotonic()
-    (folder / "identity").mkdir(exist_ok=True)
-    write_tensors(
-        folder / "identity" / "model.safetensors",
-        {name: value.half() for name, value in encoder.state_dict().items()},
-        {"steps": str(steps), "minutes": f"{spent / 60:.1f}"},
-    )
-
-
-def load_coarse(network: torch.nn.Module, path: Path) -> None:
-    """Take the weights of a file; those of a network for half the side go where it is that network's part."""
-    kept = read_tensors(path)[0]
-    state = network.state_dict()
-    names = {name: name.replace(".coarse.", ".") for name in state if ".fine." not in name}
-    found = {name: kept[name] if name in kept else kept[old] for name, old in names.items()}
-    network.load_state_dict(state | {name: value.float() for name, value in found.items()})
-
-
 @torch.no_grad()
 def held_out_auc(
-    encoder: IdentityEncoder, renderer: Renderer, vae: AutoencoderKL | None = None, count: int = 12
+    encoder: IdentityEncoder,
+    renderer: Renderer,
+    vae: AutoencoderKL | None = None,
+    count: int = 12,
+    change: Callable[[np.ndarray], np.ndarray] = lambda image: image,
 ) -> float:
     """Same thing against same class in another look, on the ready-made concepts, whose drawings it never saw.
 
-    With a VAE every picture takes its round trip first, as generated ones do.
+    With a VAE every picture takes its round trip first, as generated ones do; ``change`` comes before.
     """
     was_training = encoder.training
     encoder.eval()
@@ -178,7 +114,7 @@ def held_out_auc(
         random = Random(f"held-out/{name}")
 
         def vectors(other: AnyLook, random: Random = random) -> Tensor:
-            images = [picture.image for picture in views(renderer, other, random, count, SIZE)]
+            images = [change(picture.image) for picture in views(renderer, other, random, count, SIZE)]
             if vae is not None:
                 stack = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
                 decoded = vae.decode(vae.encode(stack).latent_dist.mean).sample.clamp(-1, 1)

@@ -18,7 +18,7 @@ from spectral_diffusion.core.precision import autocast, cpu_precision
 from spectral_diffusion.metrics.classifiers import BACKDROPS, CLASSIFIERS, HEADS, NOUNS, SIZE, TINTS, tensor_of, windows
 from spectral_diffusion.training.checkpoint import load_state, save_state
 
-from .identity import load_coarse
+from .encoders import load_coarse
 from .loop import Report
 from .render import Picture, Renderer, WorldConfig
 from .world import Backdrop, Thing
