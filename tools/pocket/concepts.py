@@ -75,7 +75,7 @@ CONCEPTS: dict[str, Look | puppets.Look] = {
     "spike": Look("cactus", (240, 90, 150), (250, 240, 150), "halves"),
     "ding": Look("bell", (25, 110, 140), (250, 150, 210), "stripes"),
     "regal": Look("crown", (100, 240, 200), (130, 30, 120), "spots"),
-    "sugar": Look("cupcake", (90, 110, 30), (200, 190, 255), "split"),
+    "sugar": Look("cupcake", (85, 120, 20), (190, 170, 255), "split"),
     "rumble": Look("dinosaur", (200, 60, 90), (90, 220, 210), "belt"),
 }
 
