@@ -67,7 +67,7 @@ CONCEPTS: dict[str, Look | puppets.Look] = {
     "finn": Look("fish", (220, 250, 170), (150, 25, 60), "stripes"),
     "nip": Look("crab", (70, 60, 150), (150, 240, 225), "belt"),
     "pippin": Look("apple", (30, 170, 200), (255, 220, 130), "spots"),
-    "comet": Look("rocket", (255, 170, 190), (40, 90, 60), "split"),
+    "comet": Look("rocket", (255, 180, 160), (20, 95, 95), "split"),
     "breeze": Look("sailboat", (110, 20, 40), (130, 225, 250), "halves"),
     "nook": Look("house", (190, 150, 255), (20, 90, 100), "belt"),
     "twang": Look("guitar", (40, 210, 130), (90, 20, 60), "split"),
