@@ -128,6 +128,41 @@ def test_gradient_is_where_its_objective_is_smallest(rows: int, anchor: float) -
 
 
 @pytest.mark.parametrize("rows", [4, 60])
+def test_gradients_own_solver_takes_the_steps_of_mix_of_show(rows: int) -> None:
+    """L-BFGS on the small factor is L-BFGS on the whole weight but for the first step's length, and arrives."""
+    contributions, _ = problem(rows)
+    merge = get_merge("gradient")
+    context = MergeContext(merge.settings({"solver": "lbfgs", "iterations": 7}), 0, None, 0.0)
+    found = merge.combine(contributions, context)
+    grams = [one.inputs.gram() for one in contributions if one.inputs]
+    deltas = [one.factors().delta() for one in contributions]
+    count = sum(one.inputs.count for one in contributions if one.inputs)
+    whole = torch.stack(deltas).mean(0).requires_grad_(True)
+    optimizer = torch.optim.LBFGS([whole], max_iter=7, history_size=25, line_search_fn="strong_wolfe",
+                                  tolerance_grad=1e-16, tolerance_change=1e-16)  # fmt: skip
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = sum((((whole - d) @ g * (whole - d)).sum() - (d @ g * d).sum()) / count for d, g in zip(deltas, grams))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    longer = merge.combine(
+        contributions, replace(context, options=merge.settings({"solver": "lbfgs", "iterations": 500}))
+    )
+    exact = merge.combine(contributions, replace(context, options=merge.settings({"ridge": 1e-12})))
+    ordinary = GramAccumulator(IN)
+    ordinary.add(torch.zeros(1, IN))
+    best, arrived, few, dense_few, start = (
+        objective(dense(one), contributions, 0.0, ordinary)
+        for one in (exact, longer, found, whole.detach(), torch.stack(deltas).mean(0))
+    )
+    assert best - 1e-9 * start <= arrived <= best + 1e-4 * start
+    assert 0.5 * (start - dense_few) <= start - few <= 1.5 * (start - dense_few) and few < start
+
+
+@pytest.mark.parametrize("rows", [4, 60])
 @pytest.mark.parametrize("name", sorted({*all_merges(), "mean"} - {"orthogonal", "orthofuse", "ssr"}))
 def test_an_adapter_without_a_layer_wants_no_change_there(name: str, rows: int) -> None:
     contributions, ordinary = problem(rows)

@@ -154,7 +154,8 @@ def build(model: type[Model], *layers: dict[str, Any], file: str = "", prefix: s
         return model(**merged)
     except ValidationError as error:
         first = error.errors()[0]["loc"][:1]
-        from_file = file and first and first[0] in layers[0] and not any(first[0] in layer for layer in layers[1:])
+        later = any(first[0] in layer for layer in layers[1:]) if first else any(layers[1:])
+        from_file = file and not later and (not first or first[0] in layers[0])
         raise UserError(_sentence(model, error, f" in {file}" if from_file else "", prefix)) from error
 
 
@@ -167,6 +168,8 @@ def _sentence(model: type[Settings], error: ValidationError, where: str, prefix:
     if first["type"] == "missing":
         return f"The setting '{key}' is missing{where}."
     why = first["msg"].removeprefix("Value error, ")
+    if not name:  # about several settings at once
+        return f"The settings{where} do not fit together: {why[0].lower()}{why[1:]}."
     return f"Setting '{key}'{where} cannot be {short_repr(first['input'])}: {why[0].lower()}{why[1:]}."
 
 

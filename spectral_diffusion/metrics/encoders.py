@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import pocket
 from ..core.errors import UserError, only_a_pickle, reason
 from ..core.machine import parse_device
-from .identity import IdentityEncoder, embed, load_identity_encoder
+from .identity import embed, load_identity_encoder
+from .style import load_style_encoder
 
 BATCH = 16  # pictures at once, for the encoders of photographs
 PHOTOGRAPHS = ("openai/clip-vit-base-patch32", "facebook/dinov2-base")  # used if installed and none is named
@@ -36,7 +37,11 @@ class Encoder(Protocol):
         ...
 
 
-POCKET = {"pocket": "identity", "pocket-any-style": "styled_identity", "pocket-style": "style"}  # name to folder
+POCKET: dict[str, tuple[str, Callable[[Path], nn.Module]]] = {  # name to folder and loader
+    "pocket": ("identity", load_identity_encoder),
+    "pocket-any-style": ("styled_identity", load_identity_encoder),
+    "pocket-style": ("style", load_style_encoder),
+}
 
 
 class Pocket:
@@ -50,8 +55,8 @@ class Pocket:
 
     def __init__(self, device: torch.device | str = "cpu", name: str = "pocket") -> None:
         self.name = name
-        path = pocket.path() / POCKET[name] / "model.safetensors"
-        self.model: IdentityEncoder = load_identity_encoder(path).to(device)
+        folder, load = POCKET[name]
+        self.model = load(pocket.path() / folder / "model.safetensors").to(device)
 
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
         """Unit vectors (n, 128)."""

@@ -73,7 +73,7 @@ def load_identity_encoder(path: Path | None = None) -> IdentityEncoder:
 
 
 @torch.no_grad()
-def embed(encoder: IdentityEncoder, images: Sequence[Image.Image]) -> Tensor:
+def embed(encoder: nn.Module, images: Sequence[Image.Image]) -> Tensor:
     """Unit vectors (n, 128), on the CPU, of pictures of any size (made square, 128×128)."""
     square = [image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS) for image in images]
     stack = torch.from_numpy(np.stack([np.asarray(image, np.float32) for image in square])).permute(0, 3, 1, 2)

@@ -14,7 +14,6 @@ from PIL import Image
 from ..adapters.adapter import Adapter
 from ..adapters.apply import put_adapters
 from ..config.fuse import FuseConfig
-from ..core import assets as resources
 from ..core.hooks import Hooks
 from ..data.image_grid import image_grid, labelled_grid
 from ..merging.fuse import fuse_adapters
@@ -142,7 +141,7 @@ def joint_adapter(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequen
     """One adapter of all concepts: the rank and the steps of single ones times their number."""
     change = trained_with(lab, cell.family, rate, 0, seed, cell.rank * len(names))
     train = lab.train_config(names[0], change, Path("adapter.safetensors"))
-    further = [str(resources.concepts() / name) for name in names[1:]]
+    further = [str(lab.concepts / name) for name in names[1:]]
     return lab.trained(names[0], **change, joint_concepts=further, steps=train.steps * len(names))[0]
 
 

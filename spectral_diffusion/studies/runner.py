@@ -116,6 +116,7 @@ class StudyRunner:
         settings: of every training and picture, ``{"train": …, "generate": …}``.
         encoder_name: the encoder that measures identity: ``pocket``, or a CLIP or DINOv2 model by folder or hub id.
         most: stop measuring new cells after this many seconds; a later run continues.
+        concepts: the folder of the concepts' photo folders; default: the shipped ones.
         known: cells by name that were measured elsewhere, read from a page's record.
         used: the cells that were read or measured by this object.
     """
@@ -124,6 +125,7 @@ class StudyRunner:
     folder: Path = field(default_factory=lambda: cache_folder() / "experiments")
     settings: Mapping[str, Any] = field(default_factory=dict)
     encoder_name: str = "pocket"
+    concepts: Path = field(default_factory=resources.concepts)
     progress: Progress = silent
     note: Callable[[str], None] = lambda text: None
     most: float = 6 * 3600.0
@@ -175,8 +177,8 @@ class StudyRunner:
         return build(Scene, dict(self.settings.get("generate", {})), {"base": self.base_name})
 
     def concept(self, name: str) -> Concept:
-        """A shipped concept."""
-        return load_concept(resources.concepts() / name)
+        """A concept by its folder's name."""
+        return load_concept(self.concepts / name)
 
     def references(self, name: str) -> list[Image.Image]:
         """Its photos."""
@@ -220,7 +222,7 @@ class StudyRunner:
 
     def train_config(self, concept: str, change: Mapping[str, Any], output: Path) -> TrainConfig:
         """The study's training settings with some of them changed."""
-        where = {"concept": resources.concepts() / concept, "output": output, "base": self.base_name}
+        where = {"concept": self.concepts / concept, "output": output, "base": self.base_name}
         return build(TrainConfig, dict(self.settings.get("train", {})), dict(change), where)
 
     def adapter_path(self, concept: str, **change: Any) -> Path:

@@ -297,7 +297,7 @@ def measure_styles(
     only: Annotated[str, typer.Option(help="style, styled_identity, or both if empty.")] = "",
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
-    """Train the encoders of styles and of identity in any style, from the shipped one (goes on where it stopped)."""
+    """Train the encoders of styles and of identity in any style (goes on where it stopped)."""
     import torch
 
     from spectral_diffusion import pocket
@@ -309,7 +309,7 @@ def measure_styles(
     torch.set_num_threads(threads)
     renderer, shipped = Renderer(icon_sets(work / "art")), pocket.path() / "identity" / "model.safetensors"
     for name in (only,) if only else ("style", "styled_identity"):
-        train_encoder(renderer, work, name, steps, shipped, echo)
+        train_encoder(renderer, work, name, steps, shipped if name == "styled_identity" else None, echo)
 
 
 @app.command("report")

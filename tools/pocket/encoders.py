@@ -11,11 +11,12 @@ from random import Random
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectral_diffusion.core.files import read_tensors, write_tensors
 from spectral_diffusion.core.precision import autocast, cpu_precision
 from spectral_diffusion.metrics.identity import IdentityEncoder
+from spectral_diffusion.metrics.style import StyleEncoder
 from spectral_diffusion.training.checkpoint import load_state, save_state
 
 from .identity import batch as identity_batch
@@ -34,16 +35,18 @@ class EncoderTask:
     Attributes:
         batch: two views of n things, (2, n, 3, 128, 128) in −1…1.
         held_out: its score on what it never saw.
+        build: the network.
     """
 
     batch: Callable[[Renderer, Random], Tensor]
-    held_out: Callable[[IdentityEncoder, Renderer, AutoencoderKL], float]
+    held_out: Callable[[nn.Module, Renderer, AutoencoderKL], float]
+    build: Callable[[], nn.Module] = IdentityEncoder
 
 
 TASKS = {
     "identity": EncoderTask(identity_batch, held_out_auc),
     "styled_identity": EncoderTask(styled_identity_batch, held_out_styled_auc),
-    "style": EncoderTask(style_batch, held_out_style_auc),
+    "style": EncoderTask(style_batch, held_out_style_auc, StyleEncoder),
 }
 
 
@@ -56,7 +59,8 @@ def train_encoder(
         start: an encoder's file to begin with, also of one for half the side.
     """
     torch.manual_seed(0)
-    task, encoder = TASKS[name], IdentityEncoder()
+    task = TASKS[name]
+    encoder = task.build()
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3, weight_decay=1e-3, fused=True)
     path, step, spent = folder / f"{name}.state.safetensors", 0, 0.0
     if path.exists():
@@ -94,9 +98,7 @@ def train_encoder(
     )
 
 
-def contrastive_step(
-    encoder: IdentityEncoder, optimizer: torch.optim.Optimizer, pictures: Tensor
-) -> tuple[float, float]:
+def contrastive_step(encoder: nn.Module, optimizer: torch.optim.Optimizer, pictures: Tensor) -> tuple[float, float]:
     """One step on two views of n things: the loss, and the share of views that are nearest to their other one."""
     with autocast(torch.device("cpu"), cpu_precision()):
         vectors = encoder(pictures.flatten(0, 1)).float()

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
-from torch import Tensor
+from torch import Tensor, nn
 
-from spectral_diffusion.metrics.identity import SIZE, IdentityEncoder, auc, embed
+from spectral_diffusion.metrics.identity import SIZE, auc, embed
 
 from . import puppets
 from .art import PRETRAINING
@@ -97,7 +97,7 @@ def as_tensor(rows: tuple[list[np.ndarray], list[np.ndarray]]) -> Tensor:
 
 @torch.no_grad()
 def held_out_auc(
-    encoder: IdentityEncoder,
+    encoder: nn.Module,
     renderer: Renderer,
     vae: AutoencoderKL | None = None,
     count: int = 12,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -9,9 +10,9 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
-from torch import Tensor
+from torch import Tensor, nn
 
-from spectral_diffusion.metrics.identity import SIZE, IdentityEncoder, auc, embed
+from spectral_diffusion.metrics.identity import SIZE, auc, embed
 
 from .concepts import drawn
 from .identity import GROUPS, MISSES, as_tensor, held_out_auc, random_look, view
@@ -19,15 +20,16 @@ from .identity import near_miss as near_look
 from .render import Renderer
 from .styles import STYLES, Style, near_miss, random_style, style_views, styled
 
+PAIRS = 24  # of a style and its near miss in a step
 PLAIN = 0.25  # share of views in no style, where the look counts
 
 
 def style_batch(renderer: Renderer, random: Random) -> Tensor:
-    """(2, n, 3, 128, 128) in −1…1: two scenes in each of n styles, in families of near misses."""
+    """(2, n, 3, 128, 128) in −1…1: two scenes in each of n styles, in pairs of near misses."""
     rows: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-    for _ in range(GROUPS):
+    for _ in range(PAIRS):
         style = Style() if random.random() < 0.1 else random_style(random)
-        for member in (style, *(near_miss(style, random) for _ in range(MISSES))):
+        for member in (style, near_miss(style, random)):
             for side in rows:
                 [picture] = style_views(renderer, member, random, 1, SIZE)
                 side.append(softened(picture.image, random))
@@ -37,7 +39,7 @@ def style_batch(renderer: Renderer, random: Random) -> Tensor:
 def styled_identity_batch(renderer: Renderer, random: Random) -> Tensor:
     """(2, n, 3, 128, 128) in −1…1: two views of n looks in families of look-alikes, each view in a style of its own.
 
-    A style may hide what tells two looks apart, so styles that leave no colours are left out.
+    A style may hide what tells two looks apart, so only mild ones are drawn.
     """
     rows: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for _ in range(GROUPS):
@@ -46,11 +48,16 @@ def styled_identity_batch(renderer: Renderer, random: Random) -> Tensor:
             sprite = drawn(renderer, member)
             for side in rows:
                 image = view(renderer, member, sprite, random)
-                style = random_style(random)
-                while style.colour < 0.5 or style.tile > 8:
-                    style = random_style(random)
-                side.append(image if random.random() < PLAIN else styled(image, style))
+                side.append(image if random.random() < PLAIN else styled(image, mild_style(random)))
     return as_tensor(rows)
+
+
+def mild_style(random: Random) -> Style:
+    """A style that leaves shapes and colours, as the ready-made ones do."""
+    while True:
+        style = random_style(random)
+        if style.colour >= 0.7 and style.tile <= 6 and style.levels != 2 and (style.tile == 0 or style.lines == "none"):
+            return replace(style, strength=min(style.strength, 0.8))
 
 
 def softened(image: np.ndarray, random: Random) -> np.ndarray:
@@ -60,7 +67,7 @@ def softened(image: np.ndarray, random: Random) -> np.ndarray:
     return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(random.uniform(0.004, 0.012) * SIZE)))
 
 
-def held_out_styled_auc(encoder: IdentityEncoder, renderer: Renderer, vae: AutoencoderKL | None = None) -> float:
+def held_out_styled_auc(encoder: nn.Module, renderer: Renderer, vae: AutoencoderKL | None = None) -> float:
     """The score of :func:`.identity.held_out_auc` where every picture is in a ready-made style, the lowest of these."""
     scores = [held_out_auc(encoder, renderer, vae, 4, partial(styled, style=style)) for style in STYLES.values()]
     return min(scores)
@@ -68,7 +75,7 @@ def held_out_styled_auc(encoder: IdentityEncoder, renderer: Renderer, vae: Autoe
 
 @torch.no_grad()
 def held_out_style_auc(
-    encoder: IdentityEncoder, renderer: Renderer, vae: AutoencoderKL | None = None, count: int = 16
+    encoder: nn.Module, renderer: Renderer, vae: AutoencoderKL | None = None, count: int = 16
 ) -> float:
     """Same ready-made style against its near misses, other styles and none; scenes differ everywhere.
 

@@ -137,7 +137,7 @@ def random_style(random: Random) -> Style:
             light=random_colour(random, 150, 256) if random.random() < 0.6 else (255, 255, 255),
             colour=random.choice((0.0, 0.35, 0.7, 1.0, 1.0, 1.3)),
             lines=random.choice(LINES),
-            pitch=random.choice((8, 10, 13, 16, 20, 24)),
+            pitch=random.choice((10, 13, 16, 20, 24)),
             ink=random_colour(random, 0, 256),
             strength=random.uniform(0.5, 1.0),
             shaded=random.random() < 0.4,
@@ -156,7 +156,8 @@ def near_miss(style: Style, random: Random) -> Style:
     """The same style but for one thing."""
     while True:
         other = random_style(random)
-        name = random.choice(("tile", "levels", "shadow", "light", "colour", "lines", "pitch", "ink"))
+        seen = ("pitch", "ink", "lines") if style.lines != "none" else ("lines",)
+        name = random.choice(("tile", "levels", "shadow", "light", "colour", *seen))
         changed = replace(style, **{name: getattr(other, name)})
         if changed != style and not any(alike(changed, ready) for ready in STYLES.values()):
             return changed

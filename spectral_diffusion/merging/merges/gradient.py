@@ -18,6 +18,10 @@ from .registry import Accumulator, Contribution, MergeContext, register_accumula
 class GradientOptions(Settings):
     """How the least squares problem is solved."""
 
+    solver: Literal["closed", "lbfgs"] = Field(
+        "closed", description="The exact minimum, or Mix-of-Show's own steps toward it from the mean change."
+    )
+    iterations: int = Field(50, ge=1, le=10_000, description="Steps of L-BFGS.")
     ridge: float = Field(1e-6, ge=0, description="Ridge, as a share of the Gram matrices' mean diagonal.")
     ridge_to: Literal["zero", "mean"] = Field(
         "zero", description="Where directions without activations go: no change, or the mean change."
@@ -77,6 +81,8 @@ class GradientFusion(Accumulator):
         prior = [(self.prior, self.prior_weight * share)] if self.prior else []
         ridge = self.options.ridge * (self.diagonal + mean_diagonal(prior))
         toward = ridge / len(self.downs) if self.options.ridge_to == "mean" else 0.0
+        if self.options.solver == "lbfgs":
+            return self._descend()
         if self.total is None:
             return Factors(self.up, dual(self.downs, [*((gram, 1.0) for gram in self.kept), *prior], ridge, toward))
         total = self.total
@@ -84,6 +90,35 @@ class GradientFusion(Accumulator):
             total = total + weight * gram.gram()
         right = torch.cat([right + toward * down for right, down in zip(self.right, self.downs, strict=True)])
         return Factors(self.up, solve(total, right, ridge))
+
+    def _descend(self) -> Factors:
+        """Some steps of L-BFGS from the mean change, as Mix-of-Show's code takes, without prior and ridge.
+
+        Every iterate's columns are in those of ``up``. With Q their orthonormal basis, ΔW = Q Z has the same inner
+        products as Z, so L-BFGS on the small Z takes the steps that it takes on ΔW but for the first one's length.
+        """
+        for earlier, gram in enumerate(self.kept):
+            self._sum_up(self.downs[earlier], gram)
+        self.kept = []
+        assert self.total is not None
+        basis, inside = torch.linalg.qr(self.up)
+        mean, right = self.total / self.count, inside @ torch.cat(self.right) / self.count
+        answer = (inside @ torch.cat(self.downs) / len(self.downs)).clone().requires_grad_(True)
+        optimizer = torch.optim.LBFGS(
+            [answer], max_iter=self.options.iterations, history_size=25, line_search_fn="strong_wolfe",
+            tolerance_grad=1e-16, tolerance_change=1e-16,
+        )  # fmt: skip
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            product = answer @ mean
+            value = ((product - 2 * right) * answer).sum()
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            optimizer.step(loss)
+        return Factors(basis, answer.detach())
 
 
 def mean_diagonal(sources: Sequence[tuple[GramAccumulator, float]]) -> float:

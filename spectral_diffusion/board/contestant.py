@@ -1,0 +1,247 @@
+"""An entry opened on a suite: who paints its concepts alone, and who together."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.adapter import Adapter
+from ..adapters.apply import put_adapters
+from ..adapters.formats.import_lora import import_lora
+from ..adapters.formats.native import load_adapter
+from ..adapters.formats.reading import is_foreign
+from ..config.fuse import MergeConfig
+from ..config.scene import Scene
+from ..config.settings import build
+from ..core.errors import Fix, UserError
+from ..core.hooks import Hooks
+from ..merging.export import ExportOptions, export
+from ..merging.fuse import fuse_adapters
+from ..models.base import Base, base_of
+from ..models.loading import load_base
+from ..studies.runner import StudyRunner, scaled
+from . import stock
+from .entry import BoardEntry
+from .painters import BasePainter, CommandPainter, Painter
+from .suite import BoardSuite
+
+HALF = 2  # bytes of a number in half precision, in which files are shared
+
+
+class Contestant:
+    """An entry on a suite.
+
+    Args:
+        lab: trains and caches the adapters of entries that are trained here.
+        allow_commands: whether the entry's program may run.
+
+    Raises:
+        UserError: the entry runs a program, and that is not allowed.
+    """
+
+    def __init__(
+        self,
+        entry: BoardEntry,
+        suite: BoardSuite,
+        lab: StudyRunner,
+        allow_commands: bool = False,
+        timeout: float = 7200,
+    ) -> None:
+        self.entry, self.suite, self.lab, self.timeout = entry, suite, lab, timeout
+        if entry.command is not None and not allow_commands:
+            raise UserError(
+                f"The entry '{entry.name}' runs a program of its own ({' '.join(entry.command)}); read it first.",
+                Fix("run_commands", "true", "to let it run"),
+            )
+
+    @cached_property
+    def scene(self) -> Scene:
+        return build(Scene, dict(self.suite.generate), {"base": self.suite.base})
+
+    def words(self, names: Sequence[str]) -> dict[str, str]:
+        """What stands for each concept in a prompt."""
+        if self.entry.adapters is None and self.entry.train is None:
+            return {name: self.entry.word_for(name, token=self.lab.concept(name).token) for name in names}
+        if self.entry.embeddings is not None:
+            return {name: self.entry.word_for(name, token=self.lab.concept(name).token) for name in names}
+        return {name: self.entry.word_for(name, self.adapter(name)) for name in names}
+
+    def adapter(self, name: str) -> Adapter:
+        """One concept's adapter."""
+        if self.entry.train is not None:
+            return self.lab.trained(name, **self.training(name))[0]
+        path = self._file(name)
+        return import_lora(path, None, self.suite.base) if is_foreign(path) else load_adapter(path)
+
+    def training(self, name: str) -> dict[str, Any]:
+        """The changed settings of one concept's training; ``rate`` is a factor of the suite's learning rates."""
+        change = dict(self.entry.train or {})
+        change |= scaled(self.lab, float(change.pop("rate", 1.0)))
+        if self.entry.own_slots:
+            rank = int(change.get("rank", self.suite.train.get("rank", 8)))
+            start = rank * self.suite.concepts.index(name)
+            change["slot"] = f"{start}:{start + rank}"
+        return {**change, "seed": self.suite.seed}
+
+    def _file(self, name: str) -> Path:
+        assert self.entry.adapters is not None
+        return self.entry.path(self.entry.adapters, concept=name)
+
+    def _embedding(self, name: str) -> Path | None:
+        return self.entry.path(self.entry.embeddings, concept=name) if self.entry.embeddings else None
+
+    def depends_on(self, names: Sequence[str]) -> list[str]:
+        """Hashes of the files that make the pictures of these concepts."""
+        if self.entry.train is not None:
+            return [str(self.lab.adapter_path(name, **self.training(name)).parent.name) for name in names]
+        files = [self.entry.path(self.entry.fused, n=len(names))] if self.entry.fused else []
+        files += [file for name in names for file in self._files(name)]
+        parts = [part for file in files for part in (sorted(file.rglob("*")) if file.is_dir() else [file])]
+        return [hashlib.sha256(part.read_bytes()).hexdigest()[:20] for part in parts if part.is_file()]
+
+    def _files(self, name: str) -> list[Path]:
+        found = [self._file(name)] if self.entry.adapters else []
+        embedding = self._embedding(name)
+        return found + ([embedding] if embedding else [])
+
+    def alone(self, name: str) -> Painter | None:
+        """Who paints one concept with nothing else learned; None if the entry has only merged results."""
+        if self.entry.command is not None:
+            return self._program([name])
+        if self.entry.adapters is None and self.entry.train is None:
+            return None
+        base = self.lab.fresh()
+        put_adapters(base, [(self.adapter(name), self.entry.scale)])
+        self._add_embeddings(base, [name])
+        return BasePainter(base, self.scene)
+
+    def together(self, names: Sequence[str]) -> Painter:
+        """Who paints these concepts after all were merged."""
+        if self.entry.command is not None:
+            return self._program(names)
+        if self.entry.fused is not None:
+            return self._opened(names)
+        if self.entry.joint:
+            return self._joint(names)
+        if self.entry.merge.startswith("stock:"):
+            return self._stock(names)
+        return self._merged(names)
+
+    def scale(self, names: Sequence[str]) -> float:
+        """λ of every adapter."""
+        return self.entry.scale / len(names) if self.entry.mean else self.entry.scale
+
+    def _program(self, names: Sequence[str]) -> CommandPainter:
+        words = self.words(names)
+        concepts = [
+            {"name": n, "token": words[n], "noun": self.lab.concept(n).noun, "photos": str(self.suite.photos / n)}
+            for n in names
+        ]
+        assert self.entry.command is not None
+        return CommandPainter(self.entry.command, concepts, self.scene, self.timeout)
+
+    def _add_embeddings(self, base: Base, names: Sequence[str]) -> None:
+        words = self.words(names) if self.entry.embeddings else {}
+        for name, word in words.items():
+            base.pipeline.load_textual_inversion(str(self._embedding(name)), token=word)
+
+    def _opened(self, names: Sequence[str]) -> BasePainter:
+        """What was merged elsewhere."""
+        assert self.entry.fused is not None
+        path, begun = self.entry.path(self.entry.fused, n=len(names)), time.monotonic()
+        if path.is_dir() and (path / "model_index.json").is_file():
+            base = load_base(str(path))
+        else:
+            base = self.lab.fresh()
+            adapter = import_lora(path, None, self.suite.base) if is_foreign(path) else load_adapter(path)
+            put_adapters(base, [(adapter, self.entry.scale)])
+            self._add_embeddings(base, names)
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else 0
+        return BasePainter(base, self.scene, time.monotonic() - begun, size or path.stat().st_size)
+
+    def _joint(self, names: Sequence[str]) -> BasePainter:
+        """One adapter of all concepts: their ranks and steps together."""
+        change = self.training(names[0])
+        config = self.lab.train_config(names[0], change, Path("adapter.safetensors"))
+        further = [str(self.suite.photos / name) for name in names[1:]]
+        count = len(names)
+        joint, seconds = self.lab.trained(
+            names[0],
+            **{**change, "joint_concepts": further, "steps": config.steps * count, "rank": config.rank * count},
+        )
+        base = self.lab.fresh()
+        put_adapters(base, [(joint, self.entry.scale)])
+        return BasePainter(base, self.scene, seconds, HALF * joint.count())
+
+    def _merged(self, names: Sequence[str]) -> BasePainter:
+        """One of this program's merges."""
+        adapters = [self.adapter(name) for name in names]
+        base, entry = self.lab.fresh(), self.entry
+        scales = {adapter.name: self.scale(names) for adapter in adapters}
+        config = MergeConfig(
+            merge=entry.merge, options=entry.options, calibration=entry.calibration, distill=entry.distill,
+            scales=scales, seed=self.suite.seed,
+        )  # fmt: skip
+        begun = time.monotonic()
+        factors = fuse_adapters(base, adapters, config, Hooks(progress=self.lab.progress))
+        seconds = time.monotonic() - begun
+        self._add_embeddings(base, names)
+        numbers = sum(rows.numel() for adapter in adapters for rows in adapter.vectors.values())
+        if factors is None:
+            numbers += changed_numbers(base, self.lab.fresh())
+        else:
+            numbers += sum(pair.up.numel() + pair.down.numel() for pair in factors.values())
+        return BasePainter(base, self.scene, seconds, HALF * numbers)
+
+    def _stock(self, names: Sequence[str]) -> BasePainter:
+        """diffusers' or PEFT's own way with the same files."""
+        with tempfile.TemporaryDirectory() as scratch:
+            files = self._diffusers_files(names, Path(scratch))
+            kept = sum(path.stat().st_size for f in files.values() for path in (f.lora, f.embedding) if path)
+            pipeline, kind, scale = self.lab.fresh().pipeline, self.entry.merge.partition(":")[2], self.scale(names)
+            stock.load_tokens(pipeline, files)
+            begun = time.monotonic()
+            if kind == "set_adapters":
+                stock.use_set_adapters(pipeline, files, scale)
+                size = kept
+            elif kind == "key-by-key":
+                size = HALF * stock.use_key_by_key(pipeline, files, scale)
+            else:
+                size = HALF * stock.use_add_weighted_adapter(pipeline, files, scale, kind)
+            seconds = time.monotonic() - begun
+            return BasePainter(base_of(pipeline, self.suite.base), self.scene, seconds, size)
+
+    def _diffusers_files(self, names: Sequence[str], folder: Path) -> Mapping[str, stock.LoraFiles]:
+        """Every concept's files in diffusers' spelling: its own, or exported."""
+        words, files = self.words(names), {}
+        for name in names:
+            if self.entry.train is not None:
+                path = self.lab.adapter_path(name, **self.training(name))
+                self.adapter(name)  # trains it if it is not there
+            else:
+                path = self._file(name)
+            if is_foreign(path):
+                files[name] = stock.LoraFiles(path, self._embedding(name), words[name])
+                continue
+            written = export(path, folder / f"{name}.safetensors", "diffusers", ExportOptions(dtype="float32"))
+            embedding = next((file for file in written if file.stem != name and file.suffix == ".safetensors"), None)
+            files[name] = stock.LoraFiles(folder / f"{name}.safetensors", embedding, words[name])
+        return files
+
+
+def changed_numbers(base: Base, before: Base) -> int:
+    """How many numbers of a base's networks a merge has changed, in whole weights."""
+    count = 0
+    for name, model in base.models.items():
+        old = before.models[name].state_dict()
+        for key, value in model.state_dict().items():
+            if key in old and old[key].shape == value.shape and not torch.equal(old[key], value):
+                count += value.numel()
+    return count

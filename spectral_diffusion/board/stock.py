@@ -1,0 +1,97 @@
+"""What people do with LoRA files without this program: diffusers' and PEFT's own ways, and sums key by key."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+
+from ..core.errors import UserError
+from ..core.files import read_tensors
+
+MERGED = "merged"
+DENSITY = 0.5  # of ties and dare, as PEFT's documentation has it
+
+
+@dataclass(frozen=True)
+class LoraFiles:
+    """One concept's files in diffusers' spelling; the token's vectors are in a textual-inversion file, if any."""
+
+    lora: Path
+    embedding: Path | None
+    token: str
+
+
+def load_tokens(pipeline: Any, files: Mapping[str, LoraFiles]) -> None:
+    """Put every concept's token on a stock pipeline."""
+    for concept in files.values():
+        if concept.embedding:
+            pipeline.load_textual_inversion(str(concept.embedding), token=concept.token)
+
+
+def load_all(pipeline: Any, files: Mapping[str, LoraFiles]) -> None:
+    """Load every LoRA under its concept's name."""
+    for name, concept in files.items():
+        pipeline.load_lora_weights(str(concept.lora.parent), weight_name=concept.lora.name, adapter_name=name)
+
+
+def use_set_adapters(pipeline: Any, files: Mapping[str, LoraFiles], scale: float) -> None:
+    """diffusers: every adapter acts at once."""
+    load_all(pipeline, files)
+    pipeline.set_adapters(list(files), [scale] * len(files))
+
+
+def use_add_weighted_adapter(pipeline: Any, files: Mapping[str, LoraFiles], scale: float, kind: str) -> int:
+    """PEFT: one adapter of all, by one of its combination types; returns its count of numbers.
+
+    Follows diffusers' guide on merging LoRAs: each network is wrapped as a PEFT model with the same adapters.
+    """
+    untouched = {name: copy.deepcopy(getattr(pipeline, name)) for name in ("unet", "text_encoder")}
+    load_all(pipeline, files)
+    options: dict[str, Any] = {} if kind in {"cat", "svd"} else {"density": DENSITY}
+    count = 0
+    for name, network in untouched.items():
+        loaded = getattr(pipeline, name)
+        if not (configs := getattr(loaded, "peft_config", None)):
+            continue
+        mine = [adapter for adapter in files if adapter in configs]
+        wrapped = get_peft_model(network, configs[mine[0]], adapter_name=mine[0])
+        for adapter in mine[1:]:
+            wrapped.add_adapter(adapter, configs[adapter])
+        state = {f"base_model.model.{key}": value for key, value in loaded.state_dict().items()}
+        wrapped.load_state_dict(state)
+        with torch.no_grad():
+            wrapped.base_model.add_weighted_adapter(mine, [scale] * len(mine), MERGED, combination_type=kind, **options)
+        wrapped.base_model.set_adapter(MERGED)
+        count += sum(value.numel() for key, value in wrapped.state_dict().items() if f".{MERGED}." in key)
+        setattr(pipeline, name, wrapped.base_model.model)
+        pipeline.register_modules(**{name: wrapped.base_model.model})
+    return count
+
+
+def use_key_by_key(pipeline: Any, files: Mapping[str, LoraFiles], scale: float) -> int:
+    """The sum of every A and of every B by its name, each with the root of the scale; returns its count of numbers.
+
+    Σ B_i Σ A_i has the products of different concepts in it: what is wrong with this way of merging.
+
+    Raises:
+        UserError: the files are not of one rank.
+    """
+    total: dict[str, Tensor] = {}
+    for name, concept in files.items():
+        for key, value in read_tensors(concept.lora)[0].items():
+            part = value.float() if key.endswith("alpha") else value.float() * scale**0.5
+            if key not in total:
+                total[key] = part
+            elif total[key].shape != part.shape:
+                raise UserError(f"{concept.lora.name} of '{name}' has another rank than the rest, so no key by key.")
+            elif not key.endswith("alpha"):
+                total[key] = total[key] + part
+    pipeline.load_lora_weights(dict(total), adapter_name=MERGED)
+    return sum(value.numel() for key, value in total.items() if not key.endswith("alpha"))

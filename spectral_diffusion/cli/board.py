@@ -1,0 +1,95 @@
+"""The verbs of the board, on which anybody's results can be entered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..core.errors import UserError
+from .support import echo, progress_bar
+
+board_app = typer.Typer(
+    help="A board for several concepts: any trainer's LoRAs, any merger's result, any generator, on the same tasks.",
+    no_args_is_help=True,
+)
+SuiteOption = Annotated[str, typer.Option(help="The tasks: pocket, another of configs/board, or a YAML file.")]
+FolderOption = Annotated[Path, typer.Option("-o", "--output", help="Folder of the page and the results.")]
+
+
+@board_app.command("run")
+def board_run(
+    entry: Annotated[list[Path], typer.Option(help="An entry's file (repeatable).")],
+    suite: SuiteOption = "pocket",
+    n: Annotated[str, typer.Option("--n", help="Numbers of concepts, such as 2,4,8; default: the suite's.")] = "",
+    output: FolderOption = Path("board"),
+    work: Annotated[Path | None, typer.Option(help="Where adapters and figures are cached.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base, where the suite's own is elsewhere.")] = None,
+    concepts: Annotated[Path | None, typer.Option(help="The folder with the concepts' folders of photos.")] = None,
+    hours: Annotated[float, typer.Option(help="The time limit; run it again to continue.")] = 12.0,
+    run_commands: Annotated[
+        bool, typer.Option("--run-commands", help="Let entries run the program that they name. Read it first.")
+    ] = False,
+) -> None:
+    """Measure entries and write their results and the page."""
+    from ..board.contestant import Contestant
+    from ..board.entry import read_entry
+    from ..board.measure import Board, row_of
+    from ..board.page import write_page, write_result
+    from ..board.suite import read_suite
+    from ..studies.runner import StudyRunner, TimeOver
+
+    tasks = read_suite(suite, base=base, folder=concepts, counts=_counts(n))
+    entries = [read_entry(path) for path in entry]
+    if twice := {e.slug for e in entries if [o.slug for o in entries].count(e.slug) > 1}:
+        raise UserError(f"Two entries are called {twice.pop()}; give one of them another name.")
+    with progress_bar() as progress:
+        lab = StudyRunner(
+            tasks.base, settings={"train": tasks.train, "generate": tasks.generate}, encoder_name=tasks.encoder,
+            progress=progress, note=echo, most=hours * 3600, concepts=tasks.photos,
+        )  # fmt: skip
+        if work is not None:
+            lab.folder = work
+        opened = [Contestant(one, tasks, lab, run_commands) for one in entries]
+        board, over = Board(tasks, lab), False
+        for contestant in opened:
+            figures, sheet = {}, None
+            for count in [c for c in tasks.counts if c in (contestant.entry.counts or tasks.counts)]:
+                try:
+                    figures[count] = board.measure(contestant, count)
+                except TimeOver:
+                    over = True
+                    break
+                sheet = board.sheet_of(contestant, tasks.concepts[:count])
+                row = row_of(figures[count])
+                echo(
+                    f"{contestant.entry.name}, {count} concepts: identity {row['identity']}, kept {row['kept']}, "
+                    f"drift {row['drift of others']:.3f}, collapse {row['collapse rate']}"
+                )
+            if figures:
+                echo(f"Wrote {write_result(output, contestant.entry, tasks, figures, sheet)}.")
+    if over:
+        echo("The time is over; run it again to go on where it stopped.")
+    echo(f"Wrote {write_page(output, tasks)}.")
+
+
+@board_app.command("page")
+def board_page(suite: SuiteOption = "pocket", output: FolderOption = Path("board")) -> None:
+    """Write the page again from the results that are there, also from others' files."""
+    from ..board.page import write_page
+    from ..board.suite import read_suite
+
+    echo(f"Wrote {write_page(output, read_suite(suite))}.")
+
+
+def _counts(text: str) -> list[int] | None:
+    """The numbers of an option; None for the suite's.
+
+    Raises:
+        UserError: something is no number.
+    """
+    try:
+        return [int(part) for part in text.split(",")] if text else None
+    except ValueError as error:
+        raise UserError(f"--n takes numbers such as 2,4,8, not '{text}'.") from error
