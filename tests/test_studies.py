@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from spectral_diffusion.cli import app
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.settings import build, read_yaml
 from spectral_diffusion.core.assets import concepts, preset
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.merging.merges.registry import all_merges
 from spectral_diffusion.methods import all_methods
 from spectral_diffusion.studies.fusion import (
@@ -29,13 +32,17 @@ from spectral_diffusion.studies.fusion import (
 from spectral_diffusion.studies.rank import lowest, weight_of_full_rank
 from spectral_diffusion.studies.recipes import TRIALS, FusionVariant, things, verdict, worth_reporting, worth_showing
 from spectral_diffusion.studies.registry import all_studies, not_allowed
+from spectral_diffusion.studies.repeat import repeat
+from spectral_diffusion.studies.report import write_record
 from spectral_diffusion.studies.runner import (
     EVERY,
     MANY,
     TEST_CONCEPTS,
     TUNING_CONCEPTS,
+    WIDER,
     StudyRunner,
     study_settings,
+    widened,
     without_paths,
 )
 from spectral_diffusion.studies.slots import check_equal
@@ -184,6 +191,43 @@ def test_every_method_and_merge_has_an_entry_in_a_study() -> None:
     tried |= {way["merge"] for way in WAYS.values()}
     # cat is the sum again, dare is random, and svd only lowers a rank.
     assert set(all_merges()) - {"cat", "dare", "svd"} == tried
+
+
+def test_a_sweep_goes_on_beyond_an_edge() -> None:
+    measured: list[float] = []
+
+    def peak_at(best: float) -> Callable[[float], float]:
+        def measure(rate: float) -> float:
+            measured.append(rate)
+            return -abs(math.log(rate / best))
+
+        return measure
+
+    rate, values = widened(peak_at(1.0), (0.25, 1.0, 4.0))
+    assert rate == 1.0 and list(values) == [0.25, 1.0, 4.0] and measured == [0.25, 1.0, 4.0]
+    rate, values = widened(peak_at(16.0), (0.25, 1.0, 4.0))
+    assert rate == 16.0 and list(values) == [0.25, 1.0, 4.0, 16.0, 64.0]
+    rate, values = widened(peak_at(1 / 16), (0.25, 1.0, 4.0))
+    assert rate == 1 / 16 and next(iter(values)) == 1 / 64
+    assert len(widened(peak_at(1e9), (0.25, 1.0, 4.0))[1]) == 3 + WIDER  # no end of it is no reason to go on for ever
+
+
+def test_cells_are_measured_again_on_another_machine(work: Path, tmp_path: Path) -> None:
+    """The same machine with an empty cache gives the figures of the record, to the last digit."""
+    settings = study_settings("pocket", quick=True)
+    first = StudyRunner(folder=tmp_path / "one", settings=settings)
+    for rank in (1, 2):
+        first.alone("rex", method="lora", rank=rank)
+    write_record(tmp_path / "out" / "fusion-cells.json", first.used, whole=True)
+    other = StudyRunner(folder=tmp_path / "two", settings=settings)
+    page = repeat(tmp_path / "out", other, 5)
+    found = json.loads((tmp_path / "out" / "machines.json").read_text())["rows"]
+    assert len(found) == 2 and all(row["difference"] == 0 for row in found)
+    assert "2 trainings measured again on 1 other machine" in page.read_text()
+    repeat(tmp_path / "out", other, 1)  # a machine's own rows are replaced
+    assert len(json.loads((tmp_path / "out" / "machines.json").read_text())["rows"]) == 1
+    with pytest.raises(UserError, match="no records of single adapters"):
+        repeat(tmp_path / "empty", other, 1)
 
 
 def test_no_key_of_a_cell_names_a_folder_of_this_machine() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..core.errors import UserError
 from ..core.files import atomic, parse_json, read_text, write_json, write_text
-from ..core.machine import made_on, provenance
+from ..core.machine import made_on, record_provenance
 from ..core.paths import without_folders
 from ..evaluation.tables import markdown
 from .entry import BoardEntry
@@ -59,7 +59,7 @@ def write_result(
             before = result["figures"]
     every = {**before, **{str(count): found for count, found in figures.items()}}
     ordered = {count: every[count] for count in sorted(every, key=int)}
-    write_json(path, {"entry": about, "suite": suite.name, "provenance": provenance(), "figures": ordered})
+    write_json(path, {"entry": about, "suite": suite.name, "provenance": record_provenance(), "figures": ordered})
     if sheet is not None and sheet.is_file():
         with Image.open(sheet) as picture, atomic(path.with_suffix(".png")) as temporary:
             picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(temporary, format="PNG", optimize=True)

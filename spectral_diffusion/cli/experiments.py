@@ -24,17 +24,24 @@ def experiment(
     from_record: Annotated[
         bool, typer.Option("--from-record", help="Reuse the records beside the pages, and measure the rest.")
     ] = False,
+    repeat: Annotated[
+        int, typer.Option(min=0, help="Measure so many recorded cells again on this machine; prints the spread.")
+    ] = 0,
     encoder: Annotated[str, typer.Option(help="pocket, or a CLIP or DINOv2 model here, for identity.")] = "pocket",
 ) -> None:
     """Regenerate a study of the paper: its table, its verdict, its pictures."""
     from ..studies.registry import all_studies, get_study
 
-    if name is None:
+    if name is None and not repeat:
         for study in all_studies().values():
             echo(f"{study.name} ({study.paper}), about {study.minutes[0] / 60:.1f} h on two CPU cores: {study.claim}")
         return
     if hours <= 0:
         raise UserError("--hours must be more than 0.")
+    if repeat:
+        _repeat(repeat, base, recipe, encoder, output, work, hours)
+        return
+    assert name is not None
     studies = list(all_studies().values()) if name == "all" else [get_study(name)]
     from ..studies.report import read_records, write_findings
     from ..studies.runner import StudyRunner, study_settings
@@ -57,3 +64,21 @@ def experiment(
             how = f"spectral-diffusion experiment {study.name} --base {base}" + (" --quick" if quick else "")
             page = write_findings(study, study.run(lab, quick), lab, output, quick, how)
         echo(f"Wrote {page}.")
+
+
+def _repeat(
+    count: int, base: str, recipe: str | None, encoder: str, output: Path, work: Path | None, hours: float
+) -> None:
+    """Measure some recorded cells again."""
+    from ..studies.repeat import repeat
+    from ..studies.runner import StudyRunner, study_settings
+
+    with progress_bar() as progress:
+        settings = study_settings(recipe or "pocket")
+        lab = StudyRunner(
+            base, settings=settings, encoder_name=encoder, progress=progress, note=echo, most=hours * 3600
+        )
+        if work is not None:
+            lab.folder = work
+        page = repeat(output, lab, count)
+    echo(f"Wrote {page}.")

@@ -13,6 +13,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,17 @@ def provenance() -> dict[str, str]:
         except PackageNotFoundError:
             versions[library] = "unknown"
     return versions | {name: str(value) for name, value in machine_properties().items()}
+
+
+def record_provenance() -> dict[str, str]:
+    """The provenance of a record of figures: also the day, and the commit of a checkout (a wheel has its version)."""
+    root = Path(__file__).parent.parent.parent
+    commit = ""
+    if (root / ".git").exists():
+        with suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+            commit = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    return {**provenance(), "date": date.today().isoformat(), **({"commit": commit} if commit else {})}
 
 
 def made_on(made_with: Mapping[str, str]) -> str:

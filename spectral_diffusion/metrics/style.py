@@ -24,7 +24,7 @@ class StyleEncoder(nn.Module):
 
     def __init__(self, widths: tuple[int, ...] = (24, 32, 48, 64, 96)) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(3, widths[0], 4, stride=2, padding=1)
         self.blocks = nn.ModuleList([Residual(a, b) for a, b in pairwise(widths)])
         self.head = nn.Sequential(nn.Linear(2 * (3 + sum(widths)), 256), nn.SiLU(), nn.Linear(256, WIDTH))
 

@@ -19,7 +19,7 @@ from ..data.image_grid import image_grid, labelled_grid
 from ..merging.fuse import fuse_adapters
 from ..metrics.statistics import difference_text, mean_text, share_text
 from .registry import Findings, Row, Table, study
-from .runner import MANY, TEST_CONCEPTS, TUNING_CONCEPTS, Figures, StudyRunner, TimeOver, best_rate, scaled
+from .runner import MANY, TEST_CONCEPTS, Figures, StudyRunner, TimeOver, best_rate, scaled
 
 NOTHING = "Nothing was measured yet."
 RATES = (0.4, 1.0, 2.5, 6.25, 15.625)  # trials of the learning rate, on concepts that are not reported
@@ -61,6 +61,18 @@ MERGES: dict[str, dict[str, Any]] = {
     "contrastive": {"merge": "contrastive"},
     "orthofuse": {"merge": "orthofuse"},
 }
+# Merged by gradient, then the whole U-Net is taught what each adapter draws alone.
+MERGES |= {
+    f"distilled, {steps:,} steps": {
+        "merge": "gradient",
+        "calibration": {"prior_weight": 16.0, "guidance_scale": 1.0},
+        "distill": {
+            "steps": steps, "guidance_scale": 2.0, "learning_rate": 1e-4, "prior_share": 0.5, "num_images": 48,
+            "num_prior_images": 480, "target_modules": r"re:unet\..*",
+        },
+    }
+    for steps in (900, 1800, 2700)
+}  # fmt: skip
 TRIED = {
     "spectral, own slots": (
         "sum", "fedavg", "paper", "gradient", "gradient, anchored", "ssr", "ties", "knots", "contrastive", JOINT,
@@ -106,7 +118,7 @@ def family_rate(lab: StudyRunner, family: str, quick: bool, rank: int = RANK) ->
     """The family's learning rate, chosen on the concepts that are not reported."""
     if quick:
         return 1.0, []
-    return best_rate(lab, RATES, TUNING_CONCEPTS[:2], **change_for(family, 0, rank))
+    return best_rate(lab, RATES, **change_for(family, 0, rank))
 
 
 def adapters_of(

@@ -50,7 +50,7 @@ class Study:
     run: Callable[[StudyRunner, bool], Findings]
 
 
-STUDIES: Registry[Study] = Registry("study", __package__, {"registry", "runner", "report", "charts"})
+STUDIES: Registry[Study] = Registry("study", __package__, {"registry", "runner", "report", "charts", "repeat"})
 
 
 def study(

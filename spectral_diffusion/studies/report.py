@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..core.errors import UserError
 from ..core.files import atomic, parse_json, read_text, write_json, write_text
-from ..core.machine import provenance
+from ..core.machine import record_provenance
 from ..evaluation.tables import markdown
 from .registry import Findings, Study
 from .runner import Figures, StudyRunner
@@ -107,7 +107,7 @@ def write_findings(study: Study, findings: Findings, lab: StudyRunner, folder: P
         "quick": quick,
         "base": lab.fingerprint,
         "recipe": lab.settings,
-        "provenance": provenance(),
+        "provenance": record_provenance(),
         "verdict": findings.verdict,
         "missing": list(findings.missing),
         "tables": tables,

@@ -85,6 +85,8 @@ EVERY = (
     "rumble",
 )  # sixteen more, each of a class of its own
 TUNING_CONCEPTS = ("bruno", "misty", "shelly", "hero")  # settings are chosen on these and never reported
+SWEEP_CONCEPTS, SWEEP_SEEDS = TUNING_CONCEPTS[:3], (0, 1)  # of every choice of a learning rate
+WIDER = 3  # rates that are tried beyond an edge at most
 
 
 def kept_figures(path: Path) -> Figures | None:
@@ -355,15 +357,46 @@ def seeded(change: Mapping[str, Any], seed: int) -> dict[str, Any]:
 
 
 def best_rate(
-    lab: StudyRunner, rates: Sequence[float], concepts: Iterable[str], **change: Any
+    lab: StudyRunner,
+    rates: Sequence[float],
+    concepts: Iterable[str] = SWEEP_CONCEPTS,
+    seeds: Sequence[int] = SWEEP_SEEDS,
+    **change: Any,
 ) -> tuple[float, list[Figures]]:
-    """The factor on the learning rates with the best mean identity on concepts that are not reported."""
+    """The factor on the learning rates with the best mean identity on concepts that are not reported.
+
+    Where the best is the first or the last, further ones are tried beyond it, so that it is at no edge.
+    """
     concepts = list(concepts)
-    trials: list[Figures] = []
-    for rate in rates:
-        identities = [lab.alone(name, **{**change, **scaled(lab, rate)})["identity"] for name in concepts]
-        trials.append({"rate": rate, "identity": sum(identities) / len(identities)})
-    return max(trials, key=lambda trial: trial["identity"])["rate"], trials
+
+    def identity(rate: float) -> float:
+        changed = {**change, **scaled(lab, rate)}
+        found = [lab.alone(name, **seeded(changed, seed))["identity"] for seed in seeds for name in concepts]
+        return sum(found) / len(found)
+
+    best, values = widened(identity, rates)
+    return best, [{"rate": rate, "identity": value} for rate, value in values.items()]
+
+
+def widened(measure: Callable[[float], float], rates: Sequence[float]) -> tuple[float, dict[float, float]]:
+    """The best of a geometric series of rates, which goes on beyond an edge while the best is there.
+
+    Returns:
+        The best rate, and what was measured by rate, in ascending order.
+    """
+    values = {rate: measure(rate) for rate in rates}
+    for _ in range(WIDER if len(rates) > 1 else 0):
+        tried = sorted(values)
+        best = max(tried, key=values.__getitem__)
+        if best == tried[0]:
+            further = best * tried[0] / tried[1]
+        elif best == tried[-1]:
+            further = best * tried[-1] / tried[-2]
+        else:
+            break
+        values[further] = measure(further)
+    ordered = dict(sorted(values.items()))
+    return max(ordered, key=ordered.__getitem__), ordered
 
 
 def study_settings(name: str, quick: bool = False) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from ..metrics.statistics import difference_text, mean_text
 from .charts import WANTED, curves
 from .registry import Findings, Row, Table, not_allowed, study
-from .runner import TEST_CONCEPTS, TUNING_CONCEPTS, StudyRunner, TimeOver, best_rate, scaled, seeded
+from .runner import TEST_CONCEPTS, StudyRunner, TimeOver, best_rate, scaled, seeded
 from .speed import PLAIN, SPREAD, STEPS
 
 NAMES = (TEST_CONCEPTS[0], TEST_CONCEPTS[2], TEST_CONCEPTS[6])
@@ -78,7 +78,8 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     ]
     tables = [Table("Gain in identity over the untouched base, over concepts and seeds", rows)]
     if sweeps:
-        tables.append(Table("The sweep of the learning rate: a concept that is not reported, 120 steps", sweeps))
+        title = "The sweep of the learning rate: three concepts that are not reported, two seeds, 120 steps"
+        tables.append(Table(title, sweeps))
     lines = {
         columns: [(s, sum(gains[columns, s]) / len(gains[columns, s])) for s in steps]
         for columns in chosen
@@ -90,8 +91,8 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
 
 
 def sweep(lab: StudyRunner, columns: str) -> tuple[float, list[dict[str, Any]]]:
-    """The best factor on the learning rates and the five trials, half a decade apart."""
-    rate, trials = best_rate(lab, SPREAD, TUNING_CONCEPTS[:1], **column_change(columns, 0), steps=120)
+    """The best factor on the learning rates and its trials, half a decade apart."""
+    rate, trials = best_rate(lab, SPREAD, **column_change(columns, 0), steps=120)
     return rate, [{"rate": trial["rate"], "identity": trial["identity"]} for trial in trials]
 
 

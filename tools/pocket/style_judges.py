@@ -20,7 +20,7 @@ from .identity import near_miss as near_look
 from .render import Renderer
 from .styles import STYLES, Style, near_miss, random_style, style_views, styled
 
-PAIRS = 24  # of a style and its near miss in a step
+PAIRS = 16  # of a style and its near miss in a step
 PLAIN = 0.25  # share of views in no style, where the look counts
 
 

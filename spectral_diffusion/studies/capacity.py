@@ -1,0 +1,100 @@
+"""How many slots hold? From one concept to thirty-two, at ranks from 1 to 8: where does a slot of one's own help?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from .charts import WANTED, curves
+from .fusion import FusionCell, family_rate, fusion_row
+from .registry import Findings, Row, Table, study
+from .runner import EVERY, StudyRunner, TimeOver
+
+COLUMNS = 96  # of the pocket base's narrowest layers
+SIZES = (1, 2, 4, 8, 16, 32)
+RANKS = (1, 2, 4, 8)
+FAMILIES = ("spectral, own slots", "spectral, same slot", "spectral, sampled slots", "lora")
+SUM, FUSED = "sum", "gradient, anchored"
+DISTILLED = {8: "distilled, 900 steps", 16: "distilled, 1,800 steps", 32: "distilled, 2,700 steps"}
+DISTILLED_FAMILIES = ("spectral, own slots", "lora")
+DISTILLED_RANK = 2
+SEEDS = (0,)  # intervals come from the concepts
+
+
+def jobs() -> list[FusionCell]:
+    """Every row; those that show most come first, and own slots end where the columns do."""
+    out = []
+    for rank in (2, 8, 4, 1):
+        for size in SIZES:
+            for family in FAMILIES:
+                if rank * size > COLUMNS and family == "spectral, own slots":
+                    continue
+                out += [FusionCell(family, merge, size, rank) for merge in ((SUM, FUSED) if size > 1 else (SUM,))]
+    out += [FusionCell(f, merge, k, DISTILLED_RANK) for k, merge in DISTILLED.items() for f in DISTILLED_FAMILIES]
+    return out
+
+
+@study(
+    "capacity",
+    "the claim of sec. 4.2 and Fig. 5",
+    "Disjoint slots let adapters that were trained apart be added without overwriting each other.",
+    (600, 2.0),
+)
+def run(lab: StudyRunner, quick: bool) -> Findings:
+    """Identity kept and drift by number of concepts, rank and where the slots are."""
+    rows: list[Row] = []
+    missing: list[str] = []
+    rates: dict[str, float] = {}
+    chosen = [FusionCell("spectral, own slots", SUM, 2, 1), FusionCell("lora", SUM, 2, 1)] if quick else jobs()
+    for job in chosen:
+        try:
+            if job.family not in rates:
+                rates[job.family], _ = family_rate(lab, job.family, quick)  # the same at every rank
+            row = fusion_row(lab, job, rates[job.family], EVERY[: job.size], SEEDS)
+        except TimeOver:
+            missing.append(str(job))
+            continue
+        rows.append({"family": job.family, "merge": job.merge, "K": job.size, "rank": job.rank, **row})
+        lab.note(f"{job}: {row['of alone']} of alone at drift {row['drift']}")
+    pictures: dict[str, Image.Image] = {}
+    if not quick and rows:
+        picture = capacity_curves(rows)
+        pictures = {"curves": picture} if picture else {}
+        missing += [] if picture else [WANTED]
+    return Findings([Table("What every number of concepts keeps", rows)], verdict(rows), pictures, missing)
+
+
+def share(row: Row) -> float:
+    """The share of the identity alone, without its interval."""
+    return float(str(row["of alone"]).split()[0])
+
+
+def capacity_curves(rows: Sequence[Row]) -> Image.Image | None:
+    """The share kept by number of concepts: sums at two ranks, and the better merges at every one."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["rank"] in (DISTILLED_RANK, max(RANKS)) or row["merge"] != SUM:
+            name = f"{row['family']}, r = {row['rank']}, {str(row['merge']).partition(',')[0]}"
+            lines.setdefault(name, []).append((row["K"], share(row)))
+    ordered = {name: sorted(points) for name, points in lines.items() if len(points) > 1}
+    return curves(ordered, "concepts", "identity kept of alone", "Where slots help", log=True)
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """By rule: at every number and rank, own slots minus the same slot, minus LoRA, all of them sums."""
+    sentences = []
+    for size in sorted({row["K"] for row in rows if row["K"] > 1}):
+        gaps = []
+        for rank in sorted({row["rank"] for row in rows}):
+            found = {
+                row["family"]: share(row) for row in rows if (row["K"], row["rank"], row["merge"]) == (size, rank, SUM)
+            }
+            if (own := found.get("spectral, own slots")) is None:
+                continue
+            others = [(name, found[name]) for name in FAMILIES[1:] if name in found]
+            if others:
+                gaps.append(f"r = {rank}: " + ", ".join(f"{own - value:+.2f} on {name}" for name, value in others))
+        if gaps:
+            sentences.append(f"K = {size}, own slots summed keep more by {'; '.join(gaps)}.")
+    return " ".join(sentences) or "Nothing was measured yet."
