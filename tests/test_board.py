@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import make_photos
+from families import make_tiny_klein, make_tiny_sdxl
 from typer.testing import CliRunner
 
 from spectral_diffusion.board.contestant import Contestant
@@ -164,6 +166,34 @@ def test_a_run_from_entries_to_the_page_and_again(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "w").rglob("*") if path.is_file()}
     again = CliRunner().invoke(app, [*words, "--run-commands"])
     assert again.exit_code == 0 and before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize("name", ["klein", "sdxl"])
+def test_the_suites_of_large_bases_on_tiny_ones(name: str, tmp_path: Path) -> None:
+    """Their settings, with fewer steps, from photo folders that say no noun to a page; DINOv2 of one layer judges."""
+    base = {"klein": make_tiny_klein, "sdxl": make_tiny_sdxl}[name](tmp_path / "base")
+    settings = yaml.safe_load((Path("configs/board") / f"{name}.yaml").read_text())
+    assert len(settings["concepts"]) == 32 == len(settings["nouns"]) and settings["encoder"] == "facebook/dinov2-base"
+    small = {
+        **settings, "concepts": settings["concepts"][:2], "counts": [2], "base": str(base), "pair_size": [64, 32],
+        "encoder": "pocket", "prompts": ["a photo of {}"], "generic": ["a red dog"], "loading": {"dtype": "float32"},
+        "pairs": ["{left} and {right}"],
+        "train": {**settings["train"], "base": str(base), "steps": 2, "rank": 2, "resolution": 32, "dtype": "float32"},
+        "generate": {**settings["generate"], "base": str(base), "num_inference_steps": 1, "dtype": "float32"},
+    }  # fmt: skip
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(small))
+    for concept in small["concepts"]:
+        make_photos(tmp_path / "photos" / concept)
+    words = ["board", "run", "--suite", str(tmp_path / "suite.yaml"), "--concepts", str(tmp_path / "photos")]
+    words += ["-o", str(tmp_path / "out"), "--work", str(tmp_path / "w")]
+    for merge in ("spectral", "stock:set_adapters", "stock:ties"):
+        entry = tmp_path / f"{merge.replace(':', '-')}.yaml"
+        entry.write_text(yaml.safe_dump({"name": merge, "train": {"method": "lora"}, "merge": merge}))
+        words += ["--entry", str(entry)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "out" / "README.md").read_text()
+    assert f"# Board: {name}" in page and page.count("| stock:ties |") == 1
 
 
 def test_a_program_that_fails_is_one_sentence(suite: BoardSuite, lab: StudyRunner, tmp_path: Path) -> None:

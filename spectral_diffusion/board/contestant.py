@@ -26,10 +26,11 @@ from ..merging.export import ExportOptions, export
 from ..merging.fuse import fuse_adapters
 from ..models.base import Base, base_of
 from ..models.loading import load_base
+from ..models.split_linear import fused_layers
 from ..studies.runner import StudyRunner, scaled
 from . import stock
 from .entry import BoardEntry
-from .painters import BasePainter, CommandPainter, Painter
+from .painters import BasePainter, CommandPainter, Painter, StockPainter
 from .suite import BoardSuite
 
 HALF = 2  # bytes of a number in half precision, in which files are shared
@@ -150,7 +151,8 @@ class Contestant:
     def _add_embeddings(self, base: Base, names: Sequence[str]) -> None:
         words = self.words(names) if self.entry.embeddings else {}
         for name, word in words.items():
-            base.pipeline.load_textual_inversion(str(self._embedding(name)), token=word)
+            if file := self._embedding(name):
+                stock.load_word(base.pipeline, file, word)
 
     def _opened(self, names: Sequence[str]) -> BasePainter:
         """What was merged elsewhere."""
@@ -205,7 +207,10 @@ class Contestant:
         with tempfile.TemporaryDirectory() as scratch:
             files = self._diffusers_files(names, Path(scratch))
             kept = sum(path.stat().st_size for f in files.values() for path in (f.lora, f.embedding) if path)
-            pipeline, kind, scale = self.lab.fresh().pipeline, self.entry.merge.partition(":")[2], self.scale(names)
+            base = self.lab.fresh()
+            is_split = bool(fused_layers(base.models))  # layers that stock LoRA files do not know
+            base.family.release(base.pipeline)
+            pipeline, kind, scale = base.pipeline, self.entry.merge.partition(":")[2], self.scale(names)
             stock.load_tokens(pipeline, files)
             begun = time.monotonic()
             if kind == "set_adapters":
@@ -216,6 +221,8 @@ class Contestant:
             else:
                 size = HALF * stock.use_add_weighted_adapter(pipeline, files, scale, kind)
             seconds = time.monotonic() - begun
+            if is_split:
+                return StockPainter(base, self.scene, seconds, size)
             return BasePainter(base_of(pipeline, self.suite.base), self.scene, seconds, size)
 
     def _diffusers_files(self, names: Sequence[str], folder: Path) -> Mapping[str, stock.LoraFiles]:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from PIL import Image
 
 from ..config.scene import Scene
@@ -68,6 +69,26 @@ class BasePainter:
             prompts = [self.base.spell(shot.prompt) for shot in mine]
             made |= zip(mine, sample(self.base, prompts, [shot.seed for shot in mine], scene), strict=True)
         return [made[shot] for shot in shots]
+
+
+@dataclass
+class StockPainter(BasePainter):
+    """A transformer's stock pipeline, in which other programs' LoRA layers are: the base only encodes the prompts."""
+
+    def paint(self, shots: Sequence[Shot]) -> list[Image.Image]:
+        """One picture after the other."""
+        pipeline, denoiser, images = self.base.pipeline, self.base.denoiser, []
+        pipeline.set_progress_bar_config(disable=True)
+        for shot in shots:
+            size = (shot.height // denoiser.vae_scale, shot.width // denoiser.vae_scale)
+            with torch.no_grad():
+                prompt, empty = denoiser.encode([shot.prompt], size), denoiser.encode([""], size)
+            images += pipeline(
+                width=shot.width, height=shot.height, num_inference_steps=self.scene.num_inference_steps,
+                generator=torch.Generator("cpu").manual_seed(shot.seed), **denoiser.embedding_options(prompt, empty),
+                **denoiser.guidance_options(self.scene.guidance_scale),
+            ).images  # fmt: skip
+        return images
 
 
 @dataclass

@@ -16,6 +16,7 @@ from ..core.errors import UserError
 from ..core.files import read_tensors
 
 MERGED = "merged"
+NETWORKS = ("unet", "transformer", "text_encoder", "text_encoder_2")  # of pipelines, that LoRA files change
 DENSITY = 0.5  # of ties and dare, as PEFT's documentation has it
 
 
@@ -32,7 +33,18 @@ def load_tokens(pipeline: Any, files: Mapping[str, LoraFiles]) -> None:
     """Put every concept's token on a stock pipeline."""
     for concept in files.values():
         if concept.embedding:
-            pipeline.load_textual_inversion(str(concept.embedding), token=concept.token)
+            load_word(pipeline, concept.embedding, concept.token)
+
+
+def load_word(pipeline: Any, file: Path, token: str) -> None:
+    """A textual-inversion file on a stock pipeline; SDXL's have vectors for two text encoders."""
+    tensors = read_tensors(file)[0]
+    if "clip_g" not in tensors:
+        pipeline.load_textual_inversion(str(file), token=token)
+        return
+    for name, suffix in (("clip_l", ""), ("clip_g", "_2")):
+        encoder, tokenizer = (getattr(pipeline, f"{part}{suffix}") for part in ("text_encoder", "tokenizer"))
+        pipeline.load_textual_inversion(tensors[name], token=token, text_encoder=encoder, tokenizer=tokenizer)
 
 
 def load_all(pipeline: Any, files: Mapping[str, LoraFiles]) -> None:
@@ -52,7 +64,7 @@ def use_add_weighted_adapter(pipeline: Any, files: Mapping[str, LoraFiles], scal
 
     Follows diffusers' guide on merging LoRAs: each network is wrapped as a PEFT model with the same adapters.
     """
-    untouched = {name: copy.deepcopy(getattr(pipeline, name)) for name in ("unet", "text_encoder")}
+    untouched = {name: copy.deepcopy(getattr(pipeline, name)) for name in NETWORKS if getattr(pipeline, name, None)}
     load_all(pipeline, files)
     options: dict[str, Any] = {} if kind in {"cat", "svd"} else {"density": DENSITY}
     count = 0

@@ -20,6 +20,7 @@ class BoardSuite(Settings):
     base: str = Field("pocket", description="The base that entries are for.")
     encoder: str = Field("pocket", description="What measures identity: pocket, a CLIP or DINOv2 model.")
     concepts: list[str] = Field(min_length=2, description="Folders of photos by name; N concepts are the first N.")
+    nouns: dict[str, str] = Field({}, description="Class nouns of concepts whose folders do not say them.")
     folder: Path | None = Field(None, description="Where these folders are. Default: the shipped concepts.")
     counts: list[int] = Field([2, 4, 8, 16, 32], min_length=1, description="Numbers of concepts that are fused.")
     prompts: Templates = Field(
@@ -38,6 +39,7 @@ class BoardSuite(Settings):
     seed: int = Field(0, ge=0, lt=2**20, description="Seed of everything random.")
     train: dict[str, Any] = Field({}, description="Training settings of entries that the board trains.")
     generate: dict[str, Any] = Field({}, description="Settings of every picture.")
+    loading: dict[str, Any] = Field({}, description="How the base is loaded to draw and merge: device, dtype …")
     hours: str = Field("", description="How long an entry takes, and on what.")
 
     @model_validator(mode="after")

@@ -48,6 +48,7 @@ def board_run(
         lab = StudyRunner(
             tasks.base, settings={"train": tasks.train, "generate": tasks.generate}, encoder_name=tasks.encoder,
             progress=progress, note=echo, most=hours * 3600, concepts=tasks.photos,
+            nouns=tasks.nouns, loading=tasks.loading,
         )  # fmt: skip
         if work is not None:
             lab.folder = work

@@ -119,6 +119,8 @@ class StudyRunner:
         encoder_name: the encoder that measures identity: ``pocket``, or a CLIP or DINOv2 model by folder or hub id.
         most: stop measuring new cells after this many seconds; a later run continues.
         concepts: the folder of the concepts' photo folders; default: the shipped ones.
+        nouns: class nouns of concepts whose folders do not say them.
+        loading: how the base is loaded: device, dtype, quantization, layer_offload.
         known: cells by name that were measured elsewhere, read from a page's record.
         used: the cells that were read or measured by this object.
     """
@@ -128,6 +130,8 @@ class StudyRunner:
     settings: Mapping[str, Any] = field(default_factory=dict)
     encoder_name: str = "pocket"
     concepts: Path = field(default_factory=resources.concepts)
+    nouns: Mapping[str, str] = field(default_factory=dict)
+    loading: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress = silent
     note: Callable[[str], None] = lambda text: None
     most: float = 6 * 3600.0
@@ -144,7 +148,7 @@ class StudyRunner:
 
     def fresh(self) -> Base:
         """A freshly loaded copy of the base."""
-        return load_base(self.base_name)
+        return load_base(self.base_name, **self.loading)
 
     def fused(self, adapters: Sequence[Adapter], **settings: Any) -> Base:
         """The base with adapters fused into it; ``settings`` are those of :class:`..config.FuseConfig`.
@@ -180,7 +184,7 @@ class StudyRunner:
 
     def concept(self, name: str) -> Concept:
         """A concept by its folder's name."""
-        return load_concept(self.concepts / name)
+        return load_concept(self.concepts / name, noun=self.nouns.get(name))
 
     def references(self, name: str) -> list[Image.Image]:
         """Its photos."""
@@ -224,7 +228,8 @@ class StudyRunner:
 
     def train_config(self, concept: str, change: Mapping[str, Any], output: Path) -> TrainConfig:
         """The study's training settings with some of them changed."""
-        where = {"concept": self.concepts / concept, "output": output, "base": self.base_name}
+        where: dict[str, Any] = {"concept": self.concepts / concept, "output": output, "base": self.base_name}
+        where |= {"class_noun": self.nouns[concept]} if concept in self.nouns else {}
         return build(TrainConfig, dict(self.settings.get("train", {})), dict(change), where)
 
     def adapter_path(self, concept: str, **change: Any) -> Path:
