@@ -22,7 +22,7 @@ from spectral_diffusion.config.train import (
     ValidationConfig,
 )
 from spectral_diffusion.merging.merges import all_merges
-from tools import settings_page
+from tools import figures_in_text, settings_page
 
 MODELS: list[type[Settings]] = [
     TrainConfig, PriorPreservationConfig, DataConfig, ObjectiveConfig, OptimizerConfig, ValidationConfig, FuseConfig,
@@ -84,3 +84,10 @@ def test_a_flag_is_a_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert config.templates == ["a {}", "{}"] and config.lr_scheduler == "cosine"
     wrong = CliRunner().invoke(app, [*words, "--lr-scheduler", "step"])
     assert "'lr_scheduler' cannot be 'step'" in str(wrong.exception)
+
+
+@pytest.mark.parametrize("page", figures_in_text.PAGES)
+def test_figures_in_the_text_are_those_of_the_records(page: str) -> None:
+    text = (figures_in_text.ROOT / page).read_text(encoding="utf-8")
+    assert figures_in_text.MARK.search(text)
+    assert text == figures_in_text.filled(text), "run: python -m tools.figures_in_text"
