@@ -90,8 +90,8 @@ def record_provenance() -> dict[str, str]:
     commit = ""
     if (root / ".git").exists():
         with suppress(OSError, subprocess.SubprocessError):
-            command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
-            commit = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+            command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+            commit = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()[:12]
     return {**provenance(), "date": date.today().isoformat(), **({"commit": commit} if commit else {})}
 
 
