@@ -13,6 +13,7 @@ from conftest import make_photos
 
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.fuse import CalibrationConfig, DistillConfig, FuseConfig
+from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.train import PriorPreservationConfig, TrainConfig
 from spectral_diffusion.core import assets
 from spectral_diffusion.data.folder import load_concept
@@ -21,6 +22,7 @@ from spectral_diffusion.merging.calibration import calibration_prompts
 from spectral_diffusion.merging.distill import prepare_targets
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.models.loading import load_base
+from spectral_diffusion.scenes.auto_regions import concepts_named, styles_of
 from spectral_diffusion.training.batch import caption_templates
 from spectral_diffusion.training.prior_images import prior_prompts
 from spectral_diffusion.training.run import train_to_file
@@ -108,7 +110,17 @@ def test_a_style_fuses_with_a_thing_by_the_merge_for_styles(tiny_base: Path, tmp
     train_to_file(settings(style_folder(tmp_path / "ink"), tiny_base, files[0], method="lora"))
     train_to_file(settings(make_photos(tmp_path / "mug"), tiny_base, files[1], method="lora"))
     fuse_to_folder(FuseConfig(adapters=files, output=tmp_path / "fused", base=str(tiny_base), merge="np-lora"))
-    assert (tmp_path / "fused" / "manifest.json").is_file()
+    # In the fused model the thing may get a place, the style never does.
+    train_to_file(
+        settings(make_photos(tmp_path / "cup", seed=4), tiny_base, tmp_path / "cup.safetensors", method="lora")
+    )
+    files.append(tmp_path / "cup.safetensors")
+    fuse_to_folder(FuseConfig(adapters=files, output=tmp_path / "three", base=str(tiny_base), merge="np-lora"))
+    fused = load_base(str(tmp_path / "three"), "cpu")
+    prompt = "<mug> beside <cup>, in <ink> style"
+    found = concepts_named(fused, Scene(prompt=prompt, auto_regions=True), {})
+    assert found == {"<cup>": "<cup>", "<mug>": "<mug>"}
+    assert styles_of(fused) == ["<ink>"] and styles_of(load_base(str(tiny_base), "cpu")) == []
 
 
 def scene(seed: int = 0) -> np.ndarray:

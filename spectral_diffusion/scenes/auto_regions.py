@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,7 +22,10 @@ from torch import Tensor
 from ..adapters.adapter import Adapter
 from ..adapters.apply import Strength
 from ..config.scene import Scene
+from ..config.train import is_style_noun
 from ..core.errors import Fix, UserError
+from ..core.files import is_folder
+from ..merging.manifest import read_manifest
 from ..models.attention_maps import AttentionMaps, shape_of
 from ..models.base import Base
 from ..models.tokens import ids_of
@@ -63,7 +67,8 @@ def concepts_named(base: Base, scene: Scene, adapters: Mapping[str, Adapter]) ->
         if is_one_thing and (wanted or is_bindable(base, adapter)):
             named[path] = own[0]
     if wanted and len(named) < 2:  # else a picture that records what was found by default would be made otherwise again
-        others = [token for token in base.known_tokens if token.lower() in prompt and token not in named.values()]
+        placeless = {*named.values(), *styles_of(base)}
+        others = [token for token in base.known_tokens if token.lower() in prompt and token not in placeless]
         named |= {token: token for token in others}
     if len(named) >= 2 and not (scene.regions or reference):
         return named
@@ -79,6 +84,13 @@ def concepts_named(base: Base, scene: Scene, adapters: Mapping[str, Adapter]) ->
             Fix("controls", so="left empty"),
         )
     raise UserError("Regions are found for two concepts or more, each named in the prompt by its token.", without)
+
+
+def styles_of(base: Base) -> list[str]:
+    """The tokens of the styles that a fused folder holds."""
+    manifest = read_manifest(Path(base.name)) if is_folder(base.name) else None
+    concepts = manifest["concepts"].values() if manifest else ()
+    return [str(concept["token"]) for concept in concepts if is_style_noun(str(concept["noun"]))]
 
 
 def is_bindable(base: Base, adapter: Adapter) -> bool:
