@@ -257,3 +257,37 @@ def test_a_nearly_degenerate_border_is_found() -> None:
     assert layer == "a" and 1e-6 < gap < 1e-5
     assert spectrum.smallest_gap(range(3))[0] > 0.1
     assert spectrum.smallest_gap(range(3, 5))[0] > 0.1  # both of the close pair are inside
+
+
+def test_slots_of_many_concepts_are_taken_at_once_or_not_at_all(tmp_path: Path) -> None:
+    """As one after the other, in one step; where one has no room the ledger stays as it was."""
+    singles, together = Ledger(tmp_path / "singles.json"), Ledger(tmp_path / "together.json")
+    for ledger in (singles, together):
+        ledger.reserve("base", "old", SlotRequest(4, "8:12", 64), ("half",))
+        ledger.reserve("base in half", "there", SlotRequest(4, "next", 64), ("half",))
+    requests = {
+        "a": SlotRequest(4, "next", 64), "b": SlotRequest(8, "next", 64), "old": SlotRequest(8, "next", 64),
+        "c": SlotRequest(4, "bottom", 64), "d": SlotRequest(4, "40:44", 64), "e": SlotRequest(4, "next", 64),
+        "f": SlotRequest(4, "sampled:32", 64, seed=3), "g": SlotRequest(4, "next", 64),
+    }  # fmt: skip
+    one_by_one = {name: singles.reserve("base", name, request, ("half",)) for name, request in requests.items()}
+    assert together.reserve_all("base", requests, ("half",)) == one_by_one
+    assert together.path.read_bytes() == singles.path.read_bytes()
+    disjoint = [slot.from_top(64) for name, slot in one_by_one.items() if name != "f"]
+    assert sum(map(len, disjoint)) == len(set().union(*disjoint))
+    before = together.path.read_bytes()
+    with pytest.raises(UserError, match="past the 64 columns"):
+        together.reserve_all("base", {"h": SlotRequest(4, "next", 64), "i": SlotRequest(60, "next", 64)}, ("half",))
+    assert together.path.read_bytes() == before
+
+
+def test_a_slot_that_is_there_is_only_read(tmp_path: Path) -> None:
+    """What a job of an array finds in the ledger it leaves alone: no lock, no new file."""
+    ledger = Ledger(tmp_path / "slots.json")
+    ledger.reserve_all("base", {name: SlotRequest(4, "next", 64) for name in "abc"}, ("half",))
+    before = ledger.path.stat().st_ino
+    assert str(ledger.reserve("base", "b", SlotRequest(4, "next", 64), ("half",))) == "4:8"
+    assert str(ledger.reserve("base", "c", SlotRequest(4, "8:12", 64), ("half",))) == "8:12"
+    assert ledger.path.stat().st_ino == before
+    ledger.reserve("base", "b", SlotRequest(8, "next", 64), ("half",))
+    assert ledger.path.stat().st_ino != before

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,7 +225,16 @@ class Ledger:
             write_json(self.path, {"format_version": 2, "bases": bases} | ({"rounded": kept} if kept else {}))
 
     def reserve(self, base: str, concept: str, request: SlotRequest, rounded: Sequence[str] = ()) -> Slot:
-        """Take a slot for a concept. Retraining a concept with ``next`` and the same rank keeps its slot.
+        """Take a slot for a concept; see :meth:`reserve_all`."""
+        return self.reserve_all(base, {concept: request}, rounded)[concept]
+
+    def reserve_all(
+        self, base: str, requests: Mapping[str, SlotRequest], rounded: Sequence[str] = ()
+    ) -> dict[str, Slot]:
+        """Take slots for several concepts in order, under one lock: all of them or none.
+
+        Retraining a concept with ``next`` and the same rank keeps its slot. Where every concept has the slot that it
+        asks for, the ledger is only read.
 
         Args:
             base: the base's fingerprint.
@@ -233,31 +242,30 @@ class Ledger:
                 adapters will meet this one's: their columns are taken too.
 
         Raises:
-            UserError: the slot is taken, or past the capacity, or no room is left.
+            UserError: a slot is taken, or past the capacity, or no room is left.
         """
-        policy, capacity = parse_policy(request.policy, request.rank), request.capacity
-        if policy.kind == "sampled":
-            return random_slot(request.rank, min(policy.pool, capacity), request.seed)
+        policies = {name: parse_policy(request.policy, request.rank) for name, request in requests.items()}
+        out = {
+            name: random_slot(requests[name].rank, min(policy.pool, requests[name].capacity), requests[name].seed)
+            for name, policy in policies.items()
+            if policy.kind == "sampled"
+        }
+        wanted = {name: request for name, request in requests.items() if name not in out}
+        if not wanted:
+            return out
+        data, hashes = self._read()
+        own = data.get(base, {})
+        if hashes.get(base, []) == list(rounded) and all(
+            _keeps(own.get(name), policies[name], request) for name, request in wanted.items()
+        ):
+            return out | {name: own[name] for name in wanted}
         with self._locked() as (data, hashes):
             if rounded:
                 hashes[base] = list(rounded)
-            own = data.setdefault(base, {})
-            related = [data[other] for other in alike(base, hashes) if other in data and other != base]
-            taken = {name: slot for concepts in (*related, own) for name, slot in concepts.items()}
-            own_slot = taken.get(concept)
-            if policy.kind == "next" and own_slot and own_slot.rank == request.rank and own_slot.fits(capacity):
-                own[concept] = own_slot
-                return own_slot
-            others: dict[str, set[int]] = {}
-            for concepts in (*related, own):
-                for name in concepts.keys() - {concept}:
-                    others.setdefault(name, set()).update(concepts[name].from_top(capacity))
-            slot = _chosen(policy, request, set().union(*others.values()))
-            _check_free(slot, request, others, taken)
-            for concepts in related:
-                concepts.pop(concept, None)  # it is trained anew
-            own[concept] = slot
-            return slot
+            columns = TakenColumns(base, data, alike(base, hashes))
+            for name, request in wanted.items():
+                out[name] = columns.take(name, policies[name], request)
+        return {name: out[name] for name in requests}
 
     def release(self, concept: str, base: str | None = None) -> list[Slot]:
         """Free a concept's columns (on every base unless one is named).
@@ -275,6 +283,66 @@ class Ledger:
         return freed
 
 
+class TakenColumns:
+    """The columns of a base and of the same base in other precisions, while slots of some concepts are chosen."""
+
+    def __init__(self, base: str, data: dict[str, dict[str, Slot]], bases: set[str]) -> None:
+        self.own = data.setdefault(base, {})
+        self.related = [data[other] for other in bases if other in data and other != base]
+        self.taken = {name: slot for concepts in (*self.related, self.own) for name, slot in concepts.items()}
+        self.owners: dict[int, dict[int, str]] = {}  # by capacity: columns from the top, with an owner of each
+
+    def take(self, name: str, policy: Policy, request: SlotRequest) -> Slot:
+        """Choose a concept's slot and note it.
+
+        Raises:
+            UserError: it is taken, or past the capacity.
+        """
+        mine = self.taken.get(name)
+        if policy.kind == "next" and _keeps(mine, policy, request):
+            assert mine is not None
+            slot = mine
+        else:
+            others = self._others(name, request.capacity)
+            slot = _chosen(policy, request, others)
+            _check_free(slot, request, others, self.taken)
+        for concepts in self.related:
+            if slot is not mine:
+                concepts.pop(name, None)  # it is trained anew
+        self.own[name] = slot
+        if mine is None:  # one more; else some columns are free again
+            for capacity, columns in self.owners.items():
+                columns.update(dict.fromkeys(sorted(slot.from_top(capacity)), name))
+        elif slot is not mine:
+            self.owners.clear()
+        self.taken[name] = slot
+        return slot
+
+    def _others(self, name: str, capacity: int) -> dict[int, str]:
+        """The columns that other concepts have, with an owner of each; kept while concepts are only added."""
+        if name in self.taken:
+            return self._columns(capacity, name)
+        if capacity not in self.owners:
+            self.owners[capacity] = self._columns(capacity)
+        return self.owners[capacity]
+
+    def _columns(self, capacity: int, without: str | None = None) -> dict[int, str]:
+        return {
+            column: other
+            for concepts in (*self.related, self.own)
+            for other, slot in concepts.items()
+            if other != without
+            for column in sorted(slot.from_top(capacity))
+        }
+
+
+def _keeps(mine: Slot | None, policy: Policy, request: SlotRequest) -> bool:
+    """Whether a concept has the slot that it asks for."""
+    if mine is None or mine.rank != request.rank or not mine.fits(request.capacity):
+        return False
+    return policy.kind == "next" or mine == policy.slot
+
+
 def alike(base: str, hashes: Mapping[str, Sequence[str]]) -> set[str]:
     """The bases that are the same in several precisions, linked by shared hashes, ``base`` included."""
     bases, shared = {base}, set(hashes.get(base, ()))
@@ -284,7 +352,7 @@ def alike(base: str, hashes: Mapping[str, Sequence[str]]) -> set[str]:
     return bases
 
 
-def _chosen(policy: Policy, request: SlotRequest, used: set[int]) -> Slot:
+def _chosen(policy: Policy, request: SlotRequest, used: Collection[int]) -> Slot:
     """The slot that a policy names, or chooses among the free columns."""
     if policy.slot is not None:
         return policy.slot
@@ -295,8 +363,11 @@ def _chosen(policy: Policy, request: SlotRequest, used: set[int]) -> Slot:
     return _first_free(request.rank, used)
 
 
-def _check_free(slot: Slot, request: SlotRequest, others: Mapping[str, set[int]], taken: Mapping[str, Slot]) -> None:
+def _check_free(slot: Slot, request: SlotRequest, others: Mapping[int, str], taken: Mapping[str, Slot]) -> None:
     """Refuse a slot past the capacity, or one that another concept has columns of.
+
+    Args:
+        others: the columns of other concepts, with an owner of each.
 
     Raises:
         UserError: it is one.
@@ -309,8 +380,7 @@ def _check_free(slot: Slot, request: SlotRequest, others: Mapping[str, set[int]]
             f"{capacity // rank} slots of rank {rank} fit, so one has to be released.",
             *([Fix("rank", str(rank // 2), "to have more of them")] if rank > 1 else []),
         )
-    columns = slot.from_top(capacity)
-    clash = next((name for name, others_columns in others.items() if others_columns & columns), None)
+    clash = next((others[column] for column in sorted(slot.from_top(capacity)) if column in others), None)
     if clash:
         raise UserError(
             f"Slot {slot} overlaps the columns {taken[clash]} of '{clash}', which is not released.",
@@ -328,9 +398,9 @@ def _first_free(rank: int, used: Iterable[int]) -> Slot:
     return Slot.interval(start, start + rank)
 
 
-def _last_free(rank: int, used: set[int], capacity: int) -> Slot:
+def _last_free(rank: int, used: Collection[int], capacity: int) -> Slot:
     """The interval nearest the bottom that overlaps nothing, counted from the bottom."""
     for start in range(-rank, -capacity - 1, -1):
-        if not used & {capacity + column for column in range(start, start + rank)}:
+        if not any(capacity + column in used for column in range(start, start + rank)):
             return Slot.interval(start, start + rank)
     return Slot.interval(-capacity - rank, -capacity)  # past the capacity: refused by the caller with the reason
