@@ -15,6 +15,8 @@ from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.settings import build, read_yaml
 from spectral_diffusion.core.assets import concepts, preset
 from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.files import write_json
+from spectral_diffusion.core.machine import record_provenance
 from spectral_diffusion.merging.merges.registry import all_merges
 from spectral_diffusion.methods import all_methods
 from spectral_diffusion.studies.fusion import (
@@ -47,7 +49,7 @@ from spectral_diffusion.studies.runner import (
 )
 from spectral_diffusion.studies.slots import check_equal
 from spectral_diffusion.studies.speed import METHODS
-from spectral_diffusion.studies.styles import STYLES, WAYS
+from spectral_diffusion.studies.styles import STYLES, TUNING_STYLE, WAYS
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,12 @@ def test_slots_of_a_family_are_disjoint_at_every_rank() -> None:
 
 def test_what_is_reported_is_tuned_on_nothing_of_it() -> None:
     assert len(set(EVERY)) == 32 and EVERY[:16] == MANY and not set(EVERY) & set(TUNING_CONCEPTS)
-    assert {path.parent.name for path in concepts().glob("*/concept.yaml")} == {*EVERY, *TUNING_CONCEPTS, *STYLES}
+    assert {path.parent.name for path in concepts().glob("*/concept.yaml")} == {
+        *EVERY,
+        *TUNING_CONCEPTS,
+        *STYLES,
+        TUNING_STYLE,
+    }
 
 
 def test_recipes_that_train_anew_are_reported_only_ahead_of_the_rest() -> None:
@@ -223,8 +230,11 @@ def test_cells_are_measured_again_on_another_machine(work: Path, tmp_path: Path)
     page = repeat(tmp_path / "out", other, 5)
     found = json.loads((tmp_path / "out" / "machines.json").read_text())["rows"]
     assert len(found) == 2 and all(row["difference"] == 0 for row in found)
-    assert "2 trainings measured again on 1 other machine" in page.read_text()
+    assert "2 trainings measured again on other machines (1)" in page.read_text()
+    assert not (tmp_path / "two" / "cells").exists()  # the cache of the lab's own making was not read
+    write_json(tmp_path / "out" / "fusion.json", {"provenance": record_provenance()})
     repeat(tmp_path / "out", other, 1)  # a machine's own rows are replaced
+    assert "on a machine of the record (1)" in page.read_text() and "other machines" not in page.read_text()
     assert len(json.loads((tmp_path / "out" / "machines.json").read_text())["rows"]) == 1
     with pytest.raises(UserError, match="no records of single adapters"):
         repeat(tmp_path / "empty", other, 1)

@@ -26,7 +26,7 @@ from spectral_diffusion.scenes.auto_regions import concepts_named, styles_of
 from spectral_diffusion.training.batch import caption_templates
 from spectral_diffusion.training.prior_images import prior_prompts
 from spectral_diffusion.training.run import train_to_file
-from tools.pocket.styles import STYLES, Style, alike, near_miss, random_style, styled, tiled
+from tools.pocket.styles import READY_MADE, STYLES, Style, alike, near_miss, random_style, styled, tiled
 
 
 def style_folder(folder: Path, captions: bool = True) -> Path:
@@ -45,7 +45,7 @@ def settings(concept: Path, base: Path, output: Path, **more: object) -> TrainCo
 
 
 def test_the_ready_made_styles_are_concepts_of_the_class_style() -> None:
-    for name in STYLES:
+    for name in READY_MADE:
         concept = load_concept(assets.concepts() / name)
         assert concept.is_style and concept.nouns == [] and concept.styles == [concept.token] == [f"<{name}>"]
         assert len(concept.photos) == 16 and all("in <TOK> style" in str(photo.caption) for photo in concept.photos)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import Field, FiniteFloat, PrivateAttr, model_validator
@@ -11,6 +11,7 @@ from ..adapters.adapter import Adapter
 from ..config.fuse import CalibrationConfig, DistillConfig
 from ..config.settings import Settings, build, read_yaml
 from ..core.errors import Fix, UserError, nearest
+from ..core.paths import without_folders
 from ..merging.merges.registry import all_merges
 from ..models.tokens import slug
 
@@ -77,6 +78,21 @@ class BoardEntry(Settings):
         """Its name as a file's."""
         return slug(self.name).lower()
 
+    def beside(self, text: str) -> Path:
+        """A path as the entry's file sees it."""
+        return (self._folder / text).resolve()
+
+    def shared(self) -> dict[str, Any]:
+        """The entry as others may read it: no folder of this machine, of a program its name alone."""
+        about: dict[str, Any] = self.model_dump(mode="json", exclude_defaults=True)
+        for source in ("adapters", "embeddings", "fused"):
+            if source in about:
+                about[source] = PurePath(about[source]).name
+        if self.command is not None:
+            about["command"] = [PurePath(self.command[0]).name, "…"]
+        shared: dict[str, Any] = without_folders(about)
+        return shared
+
     def path(self, text: str, **marks: Any) -> Path:
         """A path of the entry, seen from the entry's file.
 
@@ -98,7 +114,7 @@ class BoardEntry(Settings):
         """
         if word := self.words.get(concept):
             return word
-        word = (adapter.token or adapter.trigger) if adapter else token
+        word = (adapter.trigger or adapter.token) if adapter else token  # a base without new words reads the trigger
         if not word:
             raise UserError(
                 f"Nothing stands for '{concept}' in the prompts of '{self.name}'.", Fix("words", so="to name it")

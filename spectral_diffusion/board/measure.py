@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..core.paths import without_folders
 from ..data.image_grid import labelled_grid
-from ..metrics.binding import KINDS, RIGHT, binding_counts, binding_of, collapsed_pictures, photo_similarity
+from ..metrics.binding import (
+    KINDS,
+    RIGHT,
+    binding_counts,
+    binding_of,
+    collapse_rate,
+    collapsed_pictures,
+    photo_similarity,
+)
 from ..metrics.statistics import difference_text, mean_text, share_text
-from ..studies.runner import Figures, StudyRunner
+from ..studies.runner import Figures, StudyRunner, cell_key
 from .contestant import Contestant
 from .entry import BoardEntry
 from .painters import BasePainter, Shot
@@ -24,6 +33,7 @@ from .suite import BoardSuite
 PAIRS = 8  # pairs of neighbours at most
 SHOWN = 8  # concepts on a sheet
 ABOUT = {"name", "author", "url", "notes", "counts"}  # of an entry: what changes no picture
+MERGING = {"merge", "options", "calibration", "distill", "joint", "mean", "fused"}  # what changes none of one concept
 
 
 def portraits_of(suite: BoardSuite, word: str, size: int) -> list[Shot]:
@@ -75,6 +85,8 @@ class Board:
         self.size = base.size
         self.photos = {name: lab.encoder.embed(lab.references(name)) for name in suite.concepts}
         self.base_scene = Contestant(BoardEntry(name="base", train={}), suite, lab).scene
+        # Base and photos, on which all figures depend.
+        self.given = cell_key([lab.fingerprint, *(lab.concept(name).digest() for name in suite.concepts)])
         self._generic: list[Image.Image] | None = None
 
     def generic(self) -> list[Image.Image]:
@@ -88,30 +100,33 @@ class Board:
         centers = torch.stack([self.photos[name].mean(0) for name in names])
         return self.lab.encoder.embed(list(images)) @ centers.mT
 
-    def key(self, contestant: Contestant, names: Sequence[str]) -> dict[str, Any]:
-        """What the pictures of these concepts depend on."""
-        entry = contestant.entry.model_dump(mode="json", exclude=ABOUT, exclude_defaults=True)
+    def key(self, contestant: Contestant, names: Sequence[str], alone: bool = False) -> dict[str, Any]:
+        """What the figures of these concepts depend on, besides the lab's terms."""
+        left_out = ABOUT | MERGING if alone else ABOUT
+        entry = contestant.entry.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
         tasks = self.suite.model_dump(mode="json", include={"prompts", "generic", "pairs", "pair_size", "seed"})
-        files = contestant.depends_on(names)
-        return {"entry": entry, "names": list(names), "files": files, "tasks": tasks}
+        loading = {"loading": dict(self.lab.loading)} if self.lab.loading else {}
+        files = contestant.depends_on(names, alone)
+        return {"entry": without_folders(entry), "names": list(names), "files": files, "tasks": tasks, **loading}
 
-    def alone(self, contestant: Contestant, name: str) -> float | None:
-        """The identity of one concept with nothing else learned; None where an entry has only merged results."""
+    def alone(self, contestant: Contestant, name: str) -> Figures:
+        """One concept with nothing else learned: its identity, and every picture's cosines with all concepts.
+
+        The identity is None where an entry has only merged results.
+        """
+        if not contestant.shows_alone:
+            return {"identity": None, "cosines": None}
 
         def compute() -> Figures:
-            painter = contestant.alone(name)
-            if painter is None:
-                return {"identity": None}
             word = contestant.words([name])[name]
-            images = painter.paint(portraits_of(self.suite, word, self.size))
-            return {"identity": float(self.cosines(images, [name]).mean())}
+            images = contestant.alone(name).paint(portraits_of(self.suite, word, self.size))
+            cosines = self.cosines(images, self.suite.concepts)
+            return {
+                "identity": float(cosines[:, self.suite.concepts.index(name)].mean()),
+                "cosines": [dict(zip(self.suite.concepts, row, strict=True)) for row in cosines.tolist()],
+            }
 
-        key = self.key(contestant, [name])
-        merging = ("merge", "options", "calibration", "distill", "joint", "mean", "fused")
-        for setting in merging:
-            key["entry"].pop(setting, None)
-        identity: float | None = self.lab.cell("board-alone", key, compute)["identity"]
-        return identity
+        return self.lab.cell("board-alone", self.key(contestant, [name], alone=True), compute)
 
     def together(self, contestant: Contestant, names: Sequence[str]) -> Figures:
         """The figures of these concepts after all were merged; a sheet of pictures goes into the lab's folder."""
@@ -138,9 +153,8 @@ class Board:
             first, second = (self.lab.encoder.embed(images) for images in (self.generic(), generic_images))
             kinds = {}
             for pair, wanted in pairs.items():
-                truth = photo_similarity([self.photos[name] for name in pair])
                 both = [halves(next(made)) for _ in wanted]
-                kinds["+".join(pair)] = [binding_of(self.cosines(places, pair), truth) for places in both]
+                kinds["+".join(pair)] = [binding_of(self.cosines(places, pair), self.truth(pair)) for places in both]
             file = self.sheet_of(contestant, names)
             file.parent.mkdir(parents=True, exist_ok=True)
             labelled_grid(sheet[:SHOWN], row_labels=list(names)[:SHOWN], gap=3).save(file)
@@ -155,31 +169,48 @@ class Board:
 
         return self.lab.cell("board", self.key(contestant, names), compute)
 
+    def truth(self, pair: Sequence[str]) -> Tensor:
+        """How like each other two concepts' photos are."""
+        return photo_similarity([self.photos[name] for name in pair])
+
     def sheet_of(self, contestant: Contestant, names: Sequence[str]) -> Path:
-        """Where the sheet of an entry is kept."""
-        return self.lab.folder / "board" / f"{contestant.entry.slug}-{len(names)}.png"
+        """Where the sheet of an entry's pictures is kept."""
+        return self.lab.folder / "board" / f"{cell_key([self.lab.terms, self.key(contestant, names)])}.png"
 
     def measure(self, contestant: Contestant, count: int) -> dict[str, Any]:
         """All figures for the first ``count`` concepts."""
         names = self.suite.concepts[:count]
         alone = {name: self.alone(contestant, name) for name in names}
-        return {"alone": alone, **self.together(contestant, names)}
+        together = self.together(contestant, names)
+        pairs = [pair.split("+") for pair in together["pairs"]]
+        return {
+            "alone": {name: figures["identity"] for name, figures in alone.items()},
+            "pairs alone": {"+".join(pair): self.pair_alone(alone, pair) for pair in pairs},
+            **together,
+        }
+
+    def pair_alone(self, alone: Mapping[str, Figures], pair: Sequence[str]) -> list[list[str]] | None:
+        """What would become of two concepts if each were in its place as its own adapter draws it."""
+        rows = [alone[name]["cosines"] for name in pair]
+        if any(row is None for row in rows):
+            return None
+        return [
+            binding_of(torch.tensor([[picture[name] for name in pair] for picture in places]), self.truth(pair))
+            for places in zip(*rows, strict=True)
+        ]
 
 
 def row_of(figures: dict[str, Any]) -> dict[str, Any]:
     """One row of the page; intervals are by a bootstrap over concepts, and over pairs."""
     concepts, alone = figures["concepts"], figures["alone"]
-    names = list(concepts)
+    names, pairs = list(concepts), list(figures["pairs"])
     identity = [concepts[name]["identity"] for name in names]
     single = [alone[name] for name in names]
     known = all(value is not None for value in single)
     right = [[index == nearest for nearest in concepts[name]["nearest"]] for index, name in enumerate(names)]
     pictures = [kinds for found in figures["pairs"].values() for kinds in found]
     counts, subjects = binding_counts(pictures), sum(len(kinds) for kinds in pictures)
-    lost = [
-        sum(kind != RIGHT for kinds in found for kind in kinds) / sum(len(kinds) for kinds in found)
-        for found in figures["pairs"].values()
-    ]
+    lost_alone = [collapse_rate(binding_counts(found)) for found in figures["pairs alone"].values() if found]
     return {
         "concepts": len(names),
         "identity alone": mean_text(single, names) if known else None,
@@ -188,10 +219,13 @@ def row_of(figures: dict[str, Any]) -> dict[str, Any]:
         "single minus merged": difference_text(single, identity, names) if known else None,
         "drift of others": figures["drift"],
         "right concept": mean_text([sum(row) / len(row) for row in right], names),
-        "collapse rate": mean_text(lost, list(figures["pairs"])),
+        "collapse rate": mean_text(
+            [collapse_rate(binding_counts(found)) for found in figures["pairs"].values()], pairs
+        ),
+        "collapse alone": sum(lost_alone) / len(lost_alone) if lost_alone else None,
         "pictures with a collapse": collapsed_pictures(pictures),
         **{kind: counts[kind] / subjects for kind in KINDS if kind != RIGHT},
         "seconds to merge": figures["seconds"],
         "seconds per picture": figures["seconds per picture"],
-        "MB": figures["bytes"] / 1e6,
+        "MB": None if figures["bytes"] is None else figures["bytes"] / 1e6,
     }

@@ -14,32 +14,36 @@ from ..core.files import atomic, parse_json, read_text, write_json, write_text
 from ..core.machine import made_on, record_provenance
 from ..core.paths import without_folders
 from ..evaluation.tables import markdown
+from ..models.tokens import slug
+from ..studies.runner import cell_key
 from .entry import BoardEntry
-from .measure import row_of
+from .measure import ABOUT, row_of
 from .suite import BoardSuite
 
 RESULTS = "results"
 
 
-def result_file(folder: Path, entry: BoardEntry) -> Path:
-    """Where an entry's results are."""
-    return folder / RESULTS / f"{entry.slug}.json"
+def result_file(folder: Path, entry: BoardEntry, suite: BoardSuite) -> Path:
+    """Where an entry's results on a suite are."""
+    return folder / RESULTS / f"{slug(suite.name).lower()}-{entry.slug}.json"
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """An entry's results.
+    """An entry's results, with the page's rows by number of concepts.
 
     Raises:
         UserError: the file is not one.
     """
     try:
         result = parse_json(read_text(path))
-        rows = {str(int(count)): row_of(figures) for count, figures in result["figures"].items()}
+        counts = {int(count): dict(found) for count, found in result["counts"].items()}
         return {
-            **result,
-            "entry": dict(result["entry"]),
+            "entry": {**dict(result["entry"]), "name": str(result["entry"]["name"])},
             "suite": str(result["suite"]),
-            "rows": rows,
+            "counts": counts,
+            "rows": {count: row_of(found["figures"]) for count, found in counts.items()},
+            "machines": {made_on(dict(found["provenance"])) for found in counts.values()},
+            "sheet": int(result["sheet"]),
             "file": path.stem,
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
@@ -47,37 +51,47 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def write_result(
-    folder: Path, entry: BoardEntry, suite: BoardSuite, figures: Mapping[int, Any], sheet: Path | None
-) -> Path:
-    """Write an entry's results, beside those for other numbers of concepts that are there already."""
-    path = result_file(folder, entry)
-    before: dict[str, Any] = {}
-    about = without_folders(entry.model_dump(mode="json", exclude_defaults=True))
-    if path.is_file():
-        result = read_result(path)
-        if result["entry"] == about and result["suite"] == suite.name:
-            before = result["figures"]
-    every = {**before, **{str(count): found for count, found in figures.items()}}
-    ordered = {count: every[count] for count in sorted(every, key=int)}
-    write_json(path, {"entry": about, "suite": suite.name, "provenance": record_provenance(), "figures": ordered})
-    if sheet is not None and sheet.is_file():
+    folder: Path, entry: BoardEntry, suite: BoardSuite, count: int, found: Mapping[str, Any], sheet: Path
+) -> tuple[Path, list[int]]:
+    """Write an entry's figures for a number of concepts beside those for other numbers, and the sheet of the largest.
+
+    Args:
+        found: ``figures``, and the ``key`` that says on what tasks and of what entry they are.
+
+    Returns:
+        The file, and the numbers whose earlier figures were of other tasks or another entry and are left out.
+    """
+    path = result_file(folder, entry, suite)
+    before: dict[int, Any] = read_result(path)["counts"] if path.is_file() else {}
+    kept = {n: old for n, old in before.items() if n != count and old.get("key") == found["key"]}
+    dropped = sorted(before.keys() - kept.keys() - {count})
+    counts = {**kept, count: {**found, "provenance": record_provenance()}}
+    shown = max(counts)
+    ordered = {str(n): counts[n] for n in sorted(counts)}
+    write_json(path, {"entry": entry.shared(), "suite": suite.name, "counts": ordered, "sheet": shown})
+    if count == shown and sheet.is_file():
         with Image.open(sheet) as picture, atomic(path.with_suffix(".png")) as temporary:
             picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(temporary, format="PNG", optimize=True)
-    return path
+    return path, dropped
+
+
+def key_of(entry: BoardEntry, suite: BoardSuite, given: str) -> str:
+    """A hash of what all figures of an entry on a suite have in common; ``given`` is that of base and photos."""
+    tasks = suite.model_dump(mode="json", exclude={"hours", "counts", "folder", "base"})
+    return cell_key([entry.model_dump(mode="json", exclude=ABOUT), tasks, given])
 
 
 def write_page(folder: Path, suite: BoardSuite) -> Path:
     """``README.md`` of a folder of results: a table per number of concepts, the best first, and every sheet."""
-    found = [read_result(path) for path in sorted((folder / RESULTS).glob("*.json"))]
+    own = f"{slug(suite.name).lower()}-"
+    found = [read_result(path) for path in sorted((folder / RESULTS).glob(f"{own}*.json"))]
     found = [result for result in found if result["suite"] == suite.name]
     if not found:
         raise UserError(f"{folder / RESULTS} has no results of the suite {suite.name}; make some with board run.")
     lines = [f"# Board: {suite.name}", "", explanation(suite), ""]
-    for count in sorted({int(count) for result in found for count in result["rows"]}):
+    for count in sorted({count for result in found for count in result["rows"]}):
         rows = [
-            {"entry": result["entry"]["name"], **result["rows"][str(count)]}
-            for result in found
-            if str(count) in result["rows"]
+            {"entry": result["entry"]["name"], **result["rows"][count]} for result in found if count in result["rows"]
         ]
         rows.sort(key=lambda row: -float(str(row["identity"]).split()[0]))
         shown = [{key: value for key, value in row.items() if key != "concepts"} for row in rows]
@@ -85,16 +99,15 @@ def write_page(folder: Path, suite: BoardSuite) -> Path:
     lines += ["## Entries", ""]
     for result in found:
         entry = result["entry"]
-        who = " ".join(part for part in (entry.get("author", ""), entry.get("url", "")) if part)
+        who = " ".join(str(part) for part in (entry.get("author", ""), entry.get("url", "")) if part)
         lines.append(f"- **{entry['name']}**{f' ({who})' if who else ''}: {described(entry)}")
         lines += [f"  {entry['notes']}"] if entry.get("notes") else []
     lines += ["", "## Pictures", ""]
     for result in found:
-        name = str(result["file"])
-        if (folder / RESULTS / f"{name}.png").is_file():
-            lines += [f"**{result['entry']['name']}**", "", f"![{result['entry']['name']}]({RESULTS}/{name}.png)", ""]
-    machines = sorted({made_on(result["provenance"]) for result in found})
-    lines += ["", f"Made on {'; '.join(machines)}."]
+        if (folder / RESULTS / f"{result['file']}.png").is_file():
+            name = result["entry"]["name"]
+            lines += [f"**{name}**, {result['sheet']} concepts", "", f"![{name}]({RESULTS}/{result['file']}.png)", ""]
+    lines += ["", f"Made on {'; '.join(sorted(set().union(*(result['machines'] for result in found))))}."]
     path = folder / "README.md"
     write_text(path, "\n".join(lines).replace("\n\n\n", "\n\n") + "\n")
     return path
@@ -102,21 +115,23 @@ def write_page(folder: Path, suite: BoardSuite) -> Path:
 
 def explanation(suite: BoardSuite) -> str:
     """What is measured, in a paragraph."""
+    encoder = without_folders(suite.encoder)
     return (
         f"N concepts are the first N of {', '.join(suite.concepts)}. Identity is the mean cosine of "
-        f"{len(suite.prompts)} pictures of each with its photos, by the encoder {suite.encoder}; kept is its share of "
-        "the identity alone, and single minus merged the difference. Drift of others is 1 − cosine of "
+        f"{len(suite.prompts)} pictures of each with its photos, by the encoder {encoder}; kept is its share of the "
+        "identity alone, and single minus merged the difference. Drift of others is 1 − cosine of "
         f"{len(suite.generic)} pictures without a concept before and after. Right concept: the share of pictures that "
-        "are nearest to their own of the N. Collapse: of two neighbours in one picture, without regions, the share of "
-        "subjects that are not themselves (Subject Collapse Rate, arXiv 2603.26078), and what became of them in "
-        "MultiBind's words (arXiv 2603.21937). Intervals: 95 %, bootstrap over concepts, over pairs for collapse."
+        "are nearest to their own of the N. Collapse: of two concepts in one picture, without regions, the share that "
+        "are not themselves (Subject Collapse Rate, arXiv 2603.26078), and what became of them in MultiBind's words "
+        "(arXiv 2603.21937); collapse alone is the same for pictures of each concept by its own adapter, the best that "
+        "can be. Intervals: 95 %, bootstrap over concepts, over pairs for collapse."
     )
 
 
 def described(entry: Mapping[str, Any]) -> str:
     """Where an entry's results come from, in words."""
     if "command" in entry:
-        return f"`{' '.join(entry['command'])}`"
+        return f"a program, {entry['command'][0]}"
     source = f"trained here ({json.dumps(entry['train'])})" if "train" in entry else "files"
     if entry.get("joint"):
         return f"{source}, jointly"

@@ -6,7 +6,6 @@ import json
 import shlex
 import subprocess
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,12 +38,12 @@ class Painter(Protocol):
     """Makes pictures of some concepts.
 
     Attributes:
-        seconds: that making it took: merging, loading adapters.
-        size: bytes of what a person keeps to make these pictures besides the base.
+        seconds: that merging took; None if it cannot be told.
+        size: bytes of what a person keeps to make these pictures besides the base; None if that is unknown.
     """
 
-    seconds: float
-    size: int
+    seconds: float | None
+    size: int | None
 
     def paint(self, shots: Sequence[Shot]) -> list[Image.Image]:
         """One picture per shot."""
@@ -57,8 +56,8 @@ class BasePainter:
 
     base: Base
     scene: Scene
-    seconds: float = 0.0
-    size: int = 0
+    seconds: float | None = 0.0
+    size: int | None = 0
 
     def paint(self, shots: Sequence[Shot]) -> list[Image.Image]:
         """Pictures of one size are sampled together."""
@@ -102,12 +101,13 @@ class CommandPainter:
     command: Sequence[str]
     concepts: Sequence[dict[str, str]]
     scene: Scene
+    folder: Path
     timeout: float
-    seconds: float = 0.0
-    size: int = 0
+    seconds: float | None = None
+    size: int | None = None
 
     def paint(self, shots: Sequence[Shot]) -> list[Image.Image]:
-        """Run the program once; its own time counts as sampling, as merging cannot be told from it.
+        """Run the program once, in the entry's folder.
 
         Raises:
             UserError: it cannot run, fails, or leaves a picture out.
@@ -119,12 +119,12 @@ class CommandPainter:
             job |= {name: getattr(self.scene, name) for name in ("num_inference_steps", "guidance_scale")}
             write_json(folder / "job.json", job)
             words = [part.replace("{job}", str(folder / "job.json")) for part in self.command]
-            begun = time.monotonic()
             try:
-                done = subprocess.run(words, capture_output=True, text=True, timeout=self.timeout, check=False)
+                done = subprocess.run(
+                    words, cwd=self.folder, capture_output=True, text=True, timeout=self.timeout, check=False
+                )
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise UserError(f"The entry's command could not run to its end: {error}.") from error
-            self.seconds = time.monotonic() - begun
             if done.returncode:
                 said = " ".join((done.stderr or done.stdout).split())[-LAST:]
                 raise UserError(f"The entry's command failed ({done.returncode}): {shlex.join(self.command)}: {said}")

@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor
 
-from ..core.errors import UserError
+from ..core.errors import UserError, reason
 from ..core.files import read_tensors
 
 MERGED = "merged"
@@ -59,10 +59,16 @@ def use_set_adapters(pipeline: Any, files: Mapping[str, LoraFiles], scale: float
     pipeline.set_adapters(list(files), [scale] * len(files))
 
 
-def use_add_weighted_adapter(pipeline: Any, files: Mapping[str, LoraFiles], scale: float, kind: str) -> int:
+def use_add_weighted_adapter(pipeline: Any, files: Mapping[str, LoraFiles], scale: float, kind: str, seed: int) -> int:
     """PEFT: one adapter of all, by one of its combination types; returns its count of numbers.
 
     Follows diffusers' guide on merging LoRAs: each network is wrapped as a PEFT model with the same adapters.
+
+    Args:
+        seed: of what dare drops.
+
+    Raises:
+        UserError: PEFT cannot combine these adapters, for example such of different ranks.
     """
     untouched = {name: copy.deepcopy(getattr(pipeline, name)) for name in NETWORKS if getattr(pipeline, name, None)}
     load_all(pipeline, files)
@@ -78,8 +84,14 @@ def use_add_weighted_adapter(pipeline: Any, files: Mapping[str, LoraFiles], scal
             wrapped.add_adapter(adapter, configs[adapter])
         state = {f"base_model.model.{key}": value for key, value in loaded.state_dict().items()}
         wrapped.load_state_dict(state)
-        with torch.no_grad():
-            wrapped.base_model.add_weighted_adapter(mine, [scale] * len(mine), MERGED, combination_type=kind, **options)
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            try:
+                wrapped.base_model.add_weighted_adapter(
+                    mine, [scale] * len(mine), MERGED, combination_type=kind, **options
+                )
+            except ValueError as error:
+                raise UserError(f"PEFT cannot combine these adapters by {kind}: {reason(error)}.") from error
         wrapped.base_model.set_adapter(MERGED)
         count += sum(value.numel() for key, value in wrapped.state_dict().items() if f".{MERGED}." in key)
         setattr(pipeline, name, wrapped.base_model.model)
@@ -90,20 +102,44 @@ def use_add_weighted_adapter(pipeline: Any, files: Mapping[str, LoraFiles], scal
 def use_key_by_key(pipeline: Any, files: Mapping[str, LoraFiles], scale: float) -> int:
     """The sum of every A and of every B by its name, each with the root of the scale; returns its count of numbers.
 
-    Σ B_i Σ A_i has the products of different concepts in it: what is wrong with this way of merging.
+    A file's alpha is multiplied into its B first, as files may differ in it. Σ B_i Σ A_i has the products of different
+    concepts in it: what is wrong with this way of merging.
 
     Raises:
         UserError: the files are not of one rank.
     """
     total: dict[str, Tensor] = {}
     for name, concept in files.items():
-        for key, value in read_tensors(concept.lora)[0].items():
-            part = value.float() if key.endswith("alpha") else value.float() * scale**0.5
-            if key not in total:
-                total[key] = part
-            elif total[key].shape != part.shape:
+        for key, value in without_alpha(read_tensors(concept.lora)[0]).items():
+            part = value.float() * scale**0.5
+            if key in total and total[key].shape != part.shape:
                 raise UserError(f"{concept.lora.name} of '{name}' has another rank than the rest, so no key by key.")
-            elif not key.endswith("alpha"):
-                total[key] = total[key] + part
+            total[key] = total[key] + part if key in total else part
     pipeline.load_lora_weights(dict(total), adapter_name=MERGED)
-    return sum(value.numel() for key, value in total.items() if not key.endswith("alpha"))
+    return sum(value.numel() for value in total.values())
+
+
+def without_alpha(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA's tensors with α / r multiplied into the half that is applied last."""
+    out = {}
+    for key, value in tensors.items():
+        if key.endswith(".alpha"):
+            continue
+        stem, _, part = key.rpartition(".lora_") if ".lora_" in key else (key, "", "")
+        alpha = tensors.get(f"{stem}.alpha")
+        is_last = part.startswith(("up", "B"))
+        rank = value.shape[1] if is_last and value.ndim > 1 else 1
+        out[key] = value * (float(alpha) / rank) if alpha is not None and is_last else value
+    return out
+
+
+def numbers_in(files: Mapping[str, LoraFiles]) -> int:
+    """How many numbers the files of all concepts hold."""
+    paths = [path for concept in files.values() for path in (concept.lora, concept.embedding) if path]
+    return sum(value.numel() for path in paths for value in read_tensors(path)[0].values())
+
+
+def vectors_in(files: Mapping[str, LoraFiles]) -> int:
+    """How many numbers the concepts' tokens hold."""
+    paths = [concept.embedding for concept in files.values() if concept.embedding]
+    return sum(value.numel() for path in paths for value in read_tensors(path)[0].values())

@@ -33,7 +33,8 @@ class BoardSuite(Settings):
     )
     pairs: list[str] = Field(
         [f"{{left}} on the left and {{right}} on the right {place}" for place in PLACES],
-        description="Prompts of two concepts in one picture, for each pair of neighbours among the N.",
+        min_length=1,
+        description="Prompts of two concepts: the first with the second, and so on, eight pairs at most.",
     )
     pair_size: tuple[int, int] = Field((256, 128), description="Width and height of these pictures.")
     seed: int = Field(0, ge=0, lt=2**20, description="Seed of everything random.")
@@ -60,10 +61,11 @@ class BoardSuite(Settings):
         return self.folder or assets.concepts()
 
 
-def read_suite(name: str, **changes: Any) -> BoardSuite:
+def read_suite(name: str, with_photos: bool = True, **changes: Any) -> BoardSuite:
     """A suite by name, or from a YAML file.
 
     Args:
+        with_photos: the concepts' folders must be there.
         changes: what differs from the file; None is no change.
 
     Raises:
@@ -78,6 +80,6 @@ def read_suite(name: str, **changes: Any) -> BoardSuite:
     if suite.folder is not None and not suite.folder.is_absolute() and not suite.folder.is_dir():
         beside = path.parent / suite.folder
         suite = suite.model_copy(update={"folder": beside}) if beside.is_dir() else suite
-    if missing := [concept for concept in suite.concepts if not (suite.photos / concept).is_dir()]:
+    if with_photos and (missing := [concept for concept in suite.concepts if not (suite.photos / concept).is_dir()]):
         raise UserError(f"{suite.photos} has no folder '{missing[0]}', which {path} names; put its photos there.")
     return suite

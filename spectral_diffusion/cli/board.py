@@ -36,7 +36,7 @@ def board_run(
     from ..board.contestant import Contestant
     from ..board.entry import read_entry
     from ..board.measure import Board, row_of
-    from ..board.page import write_page, write_result
+    from ..board.page import key_of, write_page, write_result
     from ..board.suite import read_suite
     from ..studies.runner import StudyRunner, TimeOver
 
@@ -44,35 +44,46 @@ def board_run(
     entries = [read_entry(path) for path in entry]
     if twice := {e.slug for e in entries if [o.slug for o in entries].count(e.slug) > 1}:
         raise UserError(f"Two entries are called {twice.pop()}; give one of them another name.")
+    failed: list[UserError] = []
     with progress_bar() as progress:
         lab = StudyRunner(
             tasks.base, settings={"train": tasks.train, "generate": tasks.generate}, encoder_name=tasks.encoder,
-            progress=progress, note=echo, most=hours * 3600, concepts=tasks.photos,
-            nouns=tasks.nouns, loading=tasks.loading,
+            progress=progress, note=echo, most=hours * 3600, concepts=tasks.photos, nouns=tasks.nouns,
+            loading=tasks.loading,
         )  # fmt: skip
         if work is not None:
             lab.folder = work
         opened = [Contestant(one, tasks, lab, run_commands) for one in entries]
-        board, over = Board(tasks, lab), False
+        board = Board(tasks, lab)
         for contestant in opened:
-            figures, sheet = {}, None
             for count in [c for c in tasks.counts if c in (contestant.entry.counts or tasks.counts)]:
+                name = f"{contestant.entry.name}, {count} concepts"
                 try:
-                    figures[count] = board.measure(contestant, count)
+                    figures = board.measure(contestant, count)
                 except TimeOver:
-                    over = True
+                    echo(f"{name}: the time is over; run it again to go on here.")
+                    continue
+                except UserError as error:  # the other entries can still be measured
+                    echo(f"{name}: {error}")
+                    failed.append(error)
                     break
                 sheet = board.sheet_of(contestant, tasks.concepts[:count])
-                row = row_of(figures[count])
+                found = {"key": key_of(contestant.entry, tasks, board.given), "figures": figures}
+                path, dropped = write_result(output, contestant.entry, tasks, count, found, sheet)
+                row = row_of(figures)
                 echo(
-                    f"{contestant.entry.name}, {count} concepts: identity {row['identity']}, kept {row['kept']}, "
-                    f"drift {row['drift of others']:.3f}, collapse {row['collapse rate']}"
+                    f"{name}: identity {row['identity']}, kept {row['kept']}, drift {row['drift of others']:.3f}, "
+                    f"collapse {row['collapse rate']} ({path})"
                 )
-            if figures:
-                echo(f"Wrote {write_result(output, contestant.entry, tasks, figures, sheet)}.")
-    if over:
-        echo("The time is over; run it again to go on where it stopped.")
-    echo(f"Wrote {write_page(output, tasks)}.")
+                if dropped:
+                    numbers = ", ".join(map(str, dropped))
+                    echo(
+                        f"Note: earlier figures for {numbers} concepts were of other tasks or another entry; left out."
+                    )
+    if len(failed) < len(entries) or list((output / "results").glob("*.json")):
+        echo(f"Wrote {write_page(output, tasks)}.")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(entries)} entries could not be measured to their end, as said above.")
 
 
 @board_app.command("page")
@@ -81,7 +92,7 @@ def board_page(suite: SuiteOption = "pocket", output: FolderOption = Path("board
     from ..board.page import write_page
     from ..board.suite import read_suite
 
-    echo(f"Wrote {write_page(output, read_suite(suite))}.")
+    echo(f"Wrote {write_page(output, read_suite(suite, with_photos=False))}.")
 
 
 def _counts(text: str) -> list[int] | None:

@@ -153,6 +153,7 @@ def cached_seen(
         "seed": seed,
         **({"dtype": str(base.dtype)} if base.dtype != torch.float32 else {}),  # a file may hold the same in both
         **({"words": len(adapter.tokens)} if adapter and len(adapter.tokens) > 1 else {}),
+        **({"styles": adapter.styles} if adapter and adapter.styles else {}),  # they are asked for in things
         "format": 3 if "text_encoder_2" in base.models else 2,  # whose prompts are summed up at their end since
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]

@@ -45,13 +45,14 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity kept and drift by number of concepts, rank and where the slots are."""
     rows: list[Row] = []
     missing: list[str] = []
-    rates: dict[str, float] = {}
+    rates: dict[tuple[str, int], float] = {}
     chosen = [FusionCell("spectral, own slots", SUM, 2, 1), FusionCell("lora", SUM, 2, 1)] if quick else jobs()
     for job in chosen:
         try:
-            if job.family not in rates:
-                rates[job.family], _ = family_rate(lab, job.family, quick)  # the same at every rank
-            row = fusion_row(lab, job, rates[job.family], EVERY[: job.size], SEEDS)
+            kind = job.family, job.rank
+            if kind not in rates:
+                rates[kind], _ = family_rate(lab, job.family, quick, job.rank)
+            row = fusion_row(lab, job, rates[kind], EVERY[: job.size], SEEDS)
         except TimeOver:
             missing.append(str(job))
             continue

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import UserError
 from ..core.files import parse_json, read_text, write_json, write_text
-from ..core.machine import made_on, record_provenance
+from ..core.machine import machine_identity, made_on, record_provenance
 from ..evaluation.tables import markdown
 from .report import read_record
 from .runner import Figures, StudyRunner, cell_key
@@ -47,8 +48,9 @@ def _names_files(key: Mapping[str, Any]) -> bool:
 
 def repeat(folder: Path, lab: StudyRunner, count: int) -> Path:
     """Measure cells anew, add them to the record of machines, and write the page with the spread."""
-    lab = replace(lab, known={}, used={})
-    machine = made_on(record_provenance())
+    # Figures of this machine alone: neither those of the record nor those that the cache has of its making.
+    lab = replace(lab, known={}, used={}, folder=lab.folder / "repeated" / machine_identity())
+    machine, recorded = made_on(record_provenance()), recorded_on(folder)
     rows = _earlier(folder / f"{NAME}.json")
     rows = [row for row in rows if row["machine"] != machine]
     for name, cell in cells_to_repeat(folder, lab, count).items():
@@ -60,6 +62,7 @@ def repeat(folder: Path, lab: StudyRunner, count: int) -> Path:
                 "cell": name,
                 "concept": key["concept"],
                 "change": json.dumps(change, sort_keys=True),
+                "recorded on": recorded,
                 "machine": machine,
                 "identity in the record": there["identity"],
                 "identity here": here["identity"],
@@ -75,12 +78,28 @@ def repeat(folder: Path, lab: StudyRunner, count: int) -> Path:
 
 def spread(rows: Sequence[Mapping[str, Any]]) -> str:
     """The spread between machines in a sentence."""
-    gaps = [abs(float(row["difference"])) for row in rows]
-    machines = len({row["machine"] for row in rows})
-    return (
-        f"{len(rows)} trainings measured again on {machines} other machine{'s' if machines > 1 else ''}: the identity "
-        f"differs by {sum(gaps) / len(gaps):.3f} on average and by {max(gaps):.3f} at most."
-    )
+    sentences = []
+    for where, chosen in (
+        ("on other machines", [row for row in rows if row["machine"] not in row["recorded on"]]),
+        ("on a machine of the record", [row for row in rows if row["machine"] in row["recorded on"]]),
+    ):
+        if gaps := [abs(float(row["difference"])) for row in chosen]:
+            count = len({row["machine"] for row in chosen})
+            sentences.append(
+                f"{len(gaps)} trainings measured again {where} ({count}): the identity differs by "
+                f"{sum(gaps) / len(gaps):.3f} on average and by {max(gaps):.3f} at most."
+            )
+    return " ".join(sentences)
+
+
+def recorded_on(folder: Path) -> str:
+    """The machines that the records of a folder are of, as far as they say."""
+    found = set()
+    for path in sorted(folder.glob("*.json")):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+            if path.stem != NAME:
+                found.add(made_on(dict(parse_json(read_text(path))["provenance"])))
+    return "; ".join(sorted(found - {""})) or "unknown"
 
 
 def _without(row: Mapping[str, Any], column: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -96,6 +97,7 @@ def write_findings(study: Study, findings: Findings, lab: StudyRunner, folder: P
     Args:
         how: the command that makes the page.
     """
+    findings = replace(findings, missing=[*findings.missing, *dict.fromkeys(lab.edges)])
     title = page_name(study, findings, folder, quick)
     for name, picture in findings.pictures.items():
         with atomic(folder / f"{title}-{name}.png") as temporary:

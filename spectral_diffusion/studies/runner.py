@@ -123,6 +123,7 @@ class StudyRunner:
         loading: how the base is loaded: device, dtype, quantization, layer_offload.
         known: cells by name that were measured elsewhere, read from a page's record.
         used: the cells that were read or measured by this object.
+        edges: sweeps whose best is at an edge, which a study's page lists.
     """
 
     base_name: str = "pocket"
@@ -138,6 +139,7 @@ class StudyRunner:
     begun: float = field(default_factory=time.monotonic)
     known: Mapping[str, Figures] = field(default_factory=dict)
     used: dict[str, Figures] = field(default_factory=dict)
+    edges: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # A cell's key contains the precision of its training, so "auto" is resolved first.
@@ -370,7 +372,8 @@ def best_rate(
 ) -> tuple[float, list[Figures]]:
     """The factor on the learning rates with the best mean identity on concepts that are not reported.
 
-    Where the best is the first or the last, further ones are tried beyond it, so that it is at no edge.
+    Where the best is the first or the last, up to three further ones are tried beyond it; if it is at an edge even
+    then, ``lab.edges`` says so.
     """
     concepts = list(concepts)
 
@@ -380,6 +383,8 @@ def best_rate(
         return sum(found) / len(found)
 
     best, values = widened(identity, rates)
+    if len(rates) > 1 and best in (min(values), max(values)):
+        lab.edges.append(f"{json.dumps(change, sort_keys=True)}: the best of the rates tried, {best:g}, is at an edge")
     return best, [{"rate": rate, "identity": value} for rate, value in values.items()]
 
 

@@ -11,12 +11,20 @@ import torch
 from PIL import Image
 
 from ..adapters.adapter import Adapter
-from ..adapters.apply import install_tokens
+from ..adapters.apply import install_tokens, put_adapters
 from ..config.evaluate import PLACES
 from ..config.scene import Box, Region, Scene
 from ..core import assets as resources
 from ..data.image_grid import image_grid, labelled_grid
-from ..metrics.binding import KINDS, RIGHT, binding_counts, binding_of, collapsed_pictures, photo_similarity
+from ..metrics.binding import (
+    KINDS,
+    RIGHT,
+    binding_counts,
+    binding_of,
+    collapse_rate,
+    collapsed_pictures,
+    photo_similarity,
+)
 from ..metrics.statistics import mean_text
 from ..models.base import Base
 from ..scenes.control import ControlMap
@@ -71,7 +79,7 @@ GROUPS: dict[str, SceneGroup] = {
         (("rex", "fido", "brew"), ("brew", "rex", "fido"), ("posy", "inky", "coral"), ("coral", "brew", "posy")), 36
     ),
     "4": SceneGroup(FOUR, 36),
-    "3 puppets": SceneGroup((("bolt", "hero", "bruno"), ("bruno", "bolt", "hero")), 24, puppets=True),
+    "3 puppets*": SceneGroup((("bolt", "hero", "bruno"), ("bruno", "bolt", "hero")), 24, puppets=True),
     "4, twice as wide": SceneGroup(FOUR, 36, 2 * WIDTH),
     "6": SceneGroup((EIGHT[:6], EIGHT[5::-1]), 24, 384, 256, rows=2),
     "8": SceneGroup((EIGHT, EIGHT[::-1]), 24, 512, 256, rows=2),
@@ -147,10 +155,13 @@ def prompt_of(tokens: Sequence[str], location: str) -> str:
 
 def scene_adapters(lab: StudyRunner, names: Sequence[str]) -> list[Adapter]:
     """The study ``fusion``'s adapters of these concepts, trained here if they are not cached."""
-    rate, _ = family_rate(lab, FAMILY, False)
-    quick = lab.settings["train"]["steps"] < 100
-    change = scaled(lab, 1.0 if quick else rate)
-    return [lab.trained(name, **change_for(FAMILY, SLOTS[name]), **change, seed=0)[0] for name in names]
+    return [lab.trained(name, **adapter_change(lab, name))[0] for name in names]
+
+
+def adapter_change(lab: StudyRunner, name: str) -> dict[str, Any]:
+    """The changed settings of a concept's training."""
+    rate, _ = family_rate(lab, FAMILY, lab.settings["train"]["steps"] < 100)
+    return {**change_for(FAMILY, SLOTS[name]), **scaled(lab, rate), "seed": 0}
 
 
 def base_for(lab: StudyRunner, variant: SceneVariant, adapters: Sequence[Adapter]) -> Base:
@@ -211,7 +222,30 @@ def scene_cell(lab: StudyRunner, variant: str, names: Sequence[str], count: int,
         }
 
     key = {"variant": asdict(VARIANTS[variant]), "names": list(names), "num_images": count, "group": layout(group)}
+    key["adapters"] = [adapter_change(lab, name) for name in names]
     return lab.cell("scene", key, compute)
+
+
+def alone_rate(lab: StudyRunner, names: Sequence[str]) -> float:
+    """The collapse rate that these concepts would have if each were in its place as its own adapter draws it alone."""
+
+    def cosines_of(name: str) -> Figures:
+        def compute() -> Figures:
+            base = lab.fresh()
+            [adapter] = scene_adapters(lab, [name])
+            put_adapters(base, [(adapter, 1.0)])
+            vectors = lab.encoder.embed(lab.portraits(base, adapter.token))
+            return {other: (vectors @ lab.encoder.embed(lab.references(other)).mean(0)).tolist() for other in SLOTS}
+
+        return lab.cell("scene-alone", {"concept": name, "adapter": adapter_change(lab, name)}, compute)
+
+    truth = photo_similarity([lab.encoder.embed(lab.references(name)) for name in names])
+    found = {name: cosines_of(name) for name in names}
+    pictures = [
+        binding_of(torch.tensor([[found[name][other][index] for other in names] for name in names]), truth)
+        for index in range(len(PLACES))
+    ]
+    return collapse_rate(binding_counts(pictures))
 
 
 def layout(group: SceneGroup) -> dict[str, Any]:
@@ -239,7 +273,9 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             except TimeOver:
                 missing.append(f"{number} by {variant}")
                 continue
-            rows.append({"subjects": number, "variant": variant, **scene_row(cells, group)})
+            alone = [alone_rate(lab, names) for names in group.scenes]
+            row = {**scene_row(cells, group), "collapse alone": sum(alone) / len(alone)}
+            rows.append({"subjects": number, "variant": variant, **row})
             matrices += [
                 {"scene": ", ".join(names), "variant": variant, "region of": name}
                 | {f"{i + 1}": row[i] if i < len(row) else None for i in range(10)}
@@ -248,7 +284,11 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             ]
             lab.note(f"{number}, {variant}: {rows[-1]['collapse rate']} of subjects collapse")
     tables = [
-        Table("What becomes of each subject (MultiBind's words), and the Subject Collapse Rate", rows),
+        Table(
+            "What becomes of each subject (MultiBind's words), and the Subject Collapse Rate; * two of the puppets are "
+            "among the concepts on which rates are chosen",
+            rows,
+        ),
         Table("Confusion: which concept of the scene (1st, 2nd, …) is nearest to what a region shows", matrices),
     ]
     pictures: dict[str, Image.Image] = {}

@@ -241,11 +241,11 @@ def concepts(
     from .art import icon_sets
     from .concepts import make_all
     from .render import Renderer
-    from .styles import STYLES, make_style
+    from .styles import READY_MADE, make_style
 
     renderer = Renderer(icon_sets(work / "art"))
     make_all(renderer, output)
-    for name in STYLES:
+    for name in READY_MADE:
         make_style(renderer, name, output / name)
     echo(f"Wrote {output}/.")
 

@@ -58,6 +58,14 @@ STYLES: dict[str, Style] = {
         strength=0.75,
     ),
 }  # fmt: skip
+# Settings are chosen on it; it may be like what the encoders of styles were trained on.
+TUNING_STYLES: dict[str, Style] = {
+    "beads": Style(
+        shadow=(20, 45, 60), light=(235, 250, 255), colour=1.0, lines="dots", pitch=16, ink=(245, 250, 235),
+        strength=0.75,
+    ),
+}  # fmt: skip
+READY_MADE = STYLES | TUNING_STYLES
 
 
 def styled(image: Array, style: Style) -> Array:
@@ -174,7 +182,7 @@ def make_style(renderer: Renderer, name: str, folder: Path, count: int = 16) -> 
     """Write one style's folder: pictures, ``metadata.jsonl``, ``concept.yaml``."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for index, picture in enumerate(style_views(renderer, STYLES[name], Random(f"style/{name}"), count)):
+    for index, picture in enumerate(style_views(renderer, READY_MADE[name], Random(f"style/{name}"), count)):
         Image.fromarray(picture.image).save(folder / f"{index + 1:02}.png")
         lines.append(json.dumps({"file_name": f"{index + 1:02}.png", "text": picture.caption}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")

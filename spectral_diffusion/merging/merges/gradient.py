@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...config.settings import Settings
+from ...core.errors import Fix, UserError
 from ...linalg import Factors
 from ..activations import GramAccumulator
 from .registry import Accumulator, Contribution, MergeContext, register_accumulator
@@ -19,7 +20,8 @@ class GradientOptions(Settings):
     """How the least squares problem is solved."""
 
     solver: Literal["closed", "lbfgs"] = Field(
-        "closed", description="The exact minimum, or Mix-of-Show's own steps toward it from the mean change."
+        "closed",
+        description="The exact minimum, or Mix-of-Show's own steps from the mean change, without ridge and prior.",
     )
     iterations: int = Field(50, ge=1, le=10_000, description="Steps of L-BFGS.")
     ridge: float = Field(1e-6, ge=0, description="Ridge, as a share of the Gram matrices' mean diagonal.")
@@ -48,6 +50,12 @@ class GradientFusion(Accumulator):
     def __init__(self, contributions: Sequence[Contribution], context: MergeContext) -> None:
         parts = [contribution.factors() for contribution in contributions]
         self.options = context.get(GradientOptions)
+        if self.options.solver == "lbfgs" and context.prior_weight > 0:
+            raise UserError(
+                "Mix-of-Show's own solver knows no prior on generic prompts.",
+                Fix("calibration.prior_weight", "0"),
+                Fix("options.solver", "closed"),
+            )
         self.up = torch.cat([part.up for part in parts], 1)
         self.downs = [c.scale * part.down for c, part in zip(contributions, parts, strict=True)]
         self.prior = context.prior if context.prior_weight > 0 else None
