@@ -219,6 +219,7 @@ def test_a_sweep_goes_on_beyond_an_edge() -> None:
     assert len(widened(peak_at(1e9), (0.25, 1.0, 4.0))[1]) == 3 + WIDER  # no end of it is no reason to go on for ever
 
 
+@pytest.mark.slow
 def test_cells_are_measured_again_on_another_machine(work: Path, tmp_path: Path) -> None:
     """The same machine with an empty cache gives the figures of the record, to the last digit."""
     settings = study_settings("pocket", quick=True)
