@@ -8,8 +8,10 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import make_photos
+from PIL import Image
 
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.fuse import CalibrationConfig, DistillConfig, FuseConfig
@@ -17,10 +19,13 @@ from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.train import PriorPreservationConfig, TrainConfig
 from spectral_diffusion.core import assets
 from spectral_diffusion.data.folder import load_concept
+from spectral_diffusion.data.image_io import open_photo
 from spectral_diffusion.data.joint import joined
 from spectral_diffusion.merging.calibration import calibration_prompts
 from spectral_diffusion.merging.distill import prepare_targets
 from spectral_diffusion.merging.fuse import fuse_to_folder
+from spectral_diffusion.metrics.encoders import load_encoder
+from spectral_diffusion.metrics.identity import auc
 from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.scenes.auto_regions import concepts_named, styles_of
 from spectral_diffusion.training.batch import caption_templates
@@ -152,3 +157,31 @@ def test_training_never_comes_near_a_ready_made_style() -> None:
         assert style != miss
         assert not any(alike(one, ready) for one in (style, miss) for ready in STYLES.values())
     assert all(alike(style, style) for style in STYLES.values())
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_the_shipped_encoder_sees_a_style_in_anything(name: str) -> None:
+    """Photos of a ready-made style are nearer to each other than to those of the others and to pictures in none."""
+    encoder = load_encoder("pocket-style")
+    vectors = {
+        folder: encoder.embed([open_photo(photo.path) for photo in load_concept(assets.concepts() / folder).photos])
+        for folder in (*STYLES, "rex", "moss")
+    }
+    own = vectors.pop(name)
+    same = (own @ own.mT)[~torch.eye(len(own), dtype=torch.bool)]
+    for other in vectors.values():
+        assert auc(same, (own @ other.mT).flatten()) > 0.85
+
+
+def test_the_shipped_encoder_of_things_in_any_style_tells_look_alikes_apart() -> None:
+    """Rex in a ready-made style is nearer to rex's photos than to fido's."""
+    encoder = load_encoder("pocket-any-style")
+    photos = {
+        name: [open_photo(photo.path) for photo in load_concept(assets.concepts() / name).photos]
+        for name in ("rex", "fido")
+    }
+    centers = {name: encoder.embed(images).mean(0) for name, images in photos.items()}
+    for style in STYLES.values():
+        made = [Image.fromarray(styled(np.asarray(image.convert("RGB")), style)) for image in photos["rex"]]
+        vectors = encoder.embed(made)
+        assert float((vectors @ centers["rex"] > vectors @ centers["fido"]).double().mean()) >= 0.75

@@ -1,4 +1,8 @@
-"""What the encoders of styles learn from: one style on many scenes, and one look in many styles."""
+"""What the encoders of styles learn from: one style on many scenes, and one look in many styles.
+
+The encoder of styles measures the ready-made ones, so it has seen them, on scenes that are in no folder. That of
+identity has not: it must know things in styles that it never saw.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from .concepts import drawn
 from .identity import GROUPS, MISSES, as_tensor, held_out_auc, random_look, view
 from .identity import near_miss as near_look
 from .render import Renderer
-from .styles import STYLES, Style, near_miss, random_style, style_views, styled
+from .styles import READY_MADE, STYLES, Style, near_miss, random_style, style_views, styled
 
 PAIRS = 16  # of a style and its near miss in a step
 PLAIN = 0.25  # share of views in no style, where the look counts
@@ -28,12 +32,20 @@ def style_batch(renderer: Renderer, random: Random) -> Tensor:
     """(2, n, 3, 128, 128) in −1…1: two scenes in each of n styles, in pairs of near misses."""
     rows: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for _ in range(PAIRS):
-        style = Style() if random.random() < 0.1 else random_style(random)
-        for member in (style, near_miss(style, random)):
+        style = any_style(random)
+        for member in (style, near_miss(style, random, any_of=True)):
             for side in rows:
                 [picture] = style_views(renderer, member, random, 1, SIZE)
                 side.append(softened(picture.image, random))
     return as_tensor(rows)
+
+
+def any_style(random: Random) -> Style:
+    """A style that a judge may meet: none, a ready-made one on other scenes than its folder's, or any other."""
+    kind = random.random()
+    if kind < 0.1:
+        return Style()
+    return random.choice(list(READY_MADE.values())) if kind < 0.35 else random_style(random)
 
 
 def styled_identity_batch(renderer: Renderer, random: Random) -> Tensor:

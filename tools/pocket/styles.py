@@ -1,7 +1,7 @@
 """Styles of whole pictures: how lines, tiles, palette and paper change a scene of the pocket world.
 
 No scene of the pretraining has one. The ready-made styles are concepts of the class ``style``; the random ones
-train the encoders that judge styles, and never come near the ready-made ones.
+train the encoders that judge them, and never come near the ready-made ones.
 """
 
 from __future__ import annotations
@@ -160,14 +160,14 @@ def alike(style: Style, other: Style) -> bool:
     return same_lines and abs(sum(style.ink) - sum(other.ink)) < 250
 
 
-def near_miss(style: Style, random: Random) -> Style:
-    """The same style but for one thing."""
+def near_miss(style: Style, random: Random, any_of: bool = False) -> Style:
+    """The same style but for one thing; with ``any_of`` it may be near a ready-made one."""
     while True:
         other = random_style(random)
         seen = ("pitch", "ink", "lines") if style.lines != "none" else ("lines",)
         name = random.choice(("tile", "levels", "shadow", "light", "colour", *seen))
         changed = replace(style, **{name: getattr(other, name)})
-        if changed != style and not any(alike(changed, ready) for ready in STYLES.values()):
+        if changed != style and (any_of or not any(alike(changed, ready) for ready in STYLES.values())):
             return changed
 
 
