@@ -28,7 +28,7 @@ from ..core.hooks import Hooks
 from ..merging.export import ExportOptions, export
 from ..merging.fuse import fuse_adapters
 from ..models.base import Base, base_of
-from ..models.loading import load_base
+from ..models.loading import load_base, quiet_loading
 from ..models.split_linear import fused_layers
 from ..studies.runner import StudyRunner, scaled
 from . import stock
@@ -206,7 +206,7 @@ class Contestant:
 
     def _stock(self, names: Sequence[str]) -> BasePainter:
         """diffusers' or PEFT's own way with the same files."""
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, quiet_loading():
             files = self._diffusers_files(names, Path(scratch))
             base = self.lab.fresh()
             is_split = bool(fused_layers(base.models))  # layers that stock LoRA files do not know
