@@ -58,7 +58,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("lab")
 
 
-QUICKEST = {"alignment", "cost", "rank"}  # of the rest each takes up to a minute
+QUICKEST = {"rank"}  # of the rest each takes up to a minute
 
 
 @pytest.mark.parametrize(
