@@ -76,7 +76,7 @@ class Contestant:
         return any(source is not None for source in (self.entry.command, self.entry.adapters, self.entry.train))
 
     def words(self, names: Sequence[str]) -> dict[str, str]:
-        """What stands for each concept in a prompt."""
+        """The name of each concept in a prompt."""
         if self.entry.adapters is None and self.entry.train is None:
             return {name: self.entry.word_for(name, token=self.lab.concept(name).token) for name in names}
         return {name: self.entry.word_for(name, self.adapter(name)) for name in names}

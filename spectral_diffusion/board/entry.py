@@ -51,7 +51,7 @@ class BoardEntry(Settings):
         None, min_length=1, description="A program and its arguments; {job} is a JSON file that says what to make."
     )
     counts: list[int] | None = Field(None, description="Numbers of concepts that it takes part in. Default: all.")
-    words: dict[str, str] = Field({}, description="What stands for a concept in a prompt. Default: its token.")
+    words: dict[str, str] = Field({}, description="The name of a concept in a prompt. Default: its token.")
     _folder: Path = PrivateAttr(Path())
 
     @model_validator(mode="after")
@@ -107,18 +107,16 @@ class BoardEntry(Settings):
         return path
 
     def word_for(self, concept: str, adapter: Adapter | None = None, token: str = "") -> str:
-        """What stands for a concept in a prompt.
+        """The name of a concept in a prompt.
 
         Raises:
-            UserError: nothing does.
+            UserError: it has none.
         """
         if word := self.words.get(concept):
             return word
         word = (adapter.trigger or adapter.token) if adapter else token  # a base without new words reads the trigger
         if not word:
-            raise UserError(
-                f"Nothing stands for '{concept}' in the prompts of '{self.name}'.", Fix("words", so="to name it")
-            )
+            raise UserError(f"'{concept}' has no name in the prompts of '{self.name}'.", Fix("words", so="to name it"))
         return word
 
 

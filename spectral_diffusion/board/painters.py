@@ -38,7 +38,7 @@ class Painter(Protocol):
     """Makes pictures of some concepts.
 
     Attributes:
-        seconds: that merging took; None if it cannot be told.
+        seconds: that merging took; None if that is unknown.
         size: bytes of what a person keeps to make these pictures besides the base; None if that is unknown.
     """
 

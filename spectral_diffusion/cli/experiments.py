@@ -25,7 +25,7 @@ def experiment(
         bool, typer.Option("--from-record", help="Reuse the records beside the pages, and measure the rest.")
     ] = False,
     repeat: Annotated[
-        int, typer.Option(min=0, help="Measure so many recorded cells again on this machine; prints the spread.")
+        int, typer.Option(min=0, help="How many recorded cells to measure again on this machine; prints the spread.")
     ] = 0,
     encoder: Annotated[str, typer.Option(help="pocket, or a CLIP or DINOv2 model here, for identity.")] = "pocket",
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from ..core.errors import UserError
 from ..core.files import read_tensors
 from .detail_stem import DetailStem
 
+Network = TypeVar("Network", bound=nn.Module)
 SIZE = 128  # of the pictures that it sees, in pixels
 WIDTH = 128
 
@@ -63,12 +65,20 @@ def load_identity_encoder(path: Path | None = None) -> IdentityEncoder:
         UserError: the file is not one.
     """
     path = path or pocket.path() / "identity" / "model.safetensors"
+    return load_frozen(IdentityEncoder(), path, "an identity encoder")
+
+
+def load_frozen(encoder: Network, path: Path, what: str) -> Network:
+    """An encoder with the weights of a file, frozen.
+
+    Raises:
+        UserError: they are of another network.
+    """
     tensors, _ = read_tensors(path)
-    encoder = IdentityEncoder()
     try:
         encoder.load_state_dict({name: value.float() for name, value in tensors.items()})
     except RuntimeError as error:
-        raise UserError(f"{path} is not an identity encoder of this program.") from error
+        raise UserError(f"{path} is not {what} of this program.") from error
     return encoder.eval().requires_grad_(False)
 
 

@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import pocket
-from ..core.errors import UserError
-from ..core.files import read_tensors
-from .identity import WIDTH, Residual
+from .identity import WIDTH, Residual, load_frozen
 
 
 class StyleEncoder(nn.Module):
@@ -45,10 +43,4 @@ def load_style_encoder(path: Path | None = None) -> StyleEncoder:
         UserError: the file is not one.
     """
     path = path or pocket.path() / "style" / "model.safetensors"
-    tensors, _ = read_tensors(path)
-    encoder = StyleEncoder()
-    try:
-        encoder.load_state_dict({name: value.float() for name, value in tensors.items()})
-    except RuntimeError as error:
-        raise UserError(f"{path} is not a style encoder of this program.") from error
-    return encoder.eval().requires_grad_(False)
+    return load_frozen(StyleEncoder(), path, "a style encoder")
