@@ -60,6 +60,8 @@ class Contestant:
         timeout: float = 7200,
     ) -> None:
         self.entry, self.suite, self.lab, self.timeout = entry, suite, lab, timeout
+        self._adapters: dict[str, Adapter] = {}  # reading a foreign file loads the base
+        self._hashes: dict[Path, str] = {}
         if entry.command is not None and not allow_commands:
             raise UserError(
                 f"The entry '{entry.name}' runs a program of its own ({' '.join(entry.command)}); read it first.",
@@ -82,7 +84,12 @@ class Contestant:
         return {name: self.entry.word_for(name, self.adapter(name)) for name in names}
 
     def adapter(self, name: str) -> Adapter:
-        """One concept's adapter."""
+        """One concept's adapter, read once."""
+        if name not in self._adapters:
+            self._adapters[name] = self._read(name)
+        return self._adapters[name]
+
+    def _read(self, name: str) -> Adapter:
         if self.entry.train is not None:
             return self.lab.trained(name, **self.training(name))[0]
         path = self._file(name)
@@ -124,7 +131,10 @@ class Contestant:
             files += [self._embedding(name) for name in names]
         files += [path for part in self.entry.command or () if (path := self.entry.beside(part)).is_file()]
         parts = [part for file in files for part in (sorted(file.rglob("*")) if file.is_dir() else [file])]
-        return [*photos, *(hash_of(part) for part in parts if part.is_file())]
+        for part in parts:
+            if part.is_file() and part not in self._hashes:
+                self._hashes[part] = hash_of(part)
+        return [*photos, *(self._hashes[part] for part in parts if part in self._hashes)]
 
     def alone(self, name: str) -> Painter:
         """Who paints one concept with nothing else learned, where :attr:`shows_alone`."""

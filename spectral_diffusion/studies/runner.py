@@ -382,10 +382,18 @@ def best_rate(
         found = [lab.alone(name, **seeded(changed, seed))["identity"] for seed in seeds for name in concepts]
         return sum(found) / len(found)
 
-    best, values = widened(identity, rates)
-    if len(rates) > 1 and best in (min(values), max(values)):
-        lab.edges.append(f"{json.dumps(change, sort_keys=True)}: the best of the rates tried, {best:g}, is at an edge")
+    best, values = swept_rate(lab, json.dumps(change, sort_keys=True), identity, rates)
     return best, [{"rate": rate, "identity": value} for rate, value in values.items()]
+
+
+def swept_rate(
+    lab: StudyRunner, what: str, measure: Callable[[float], float], rates: Sequence[float]
+) -> tuple[float, dict[float, float]]:
+    """:func:`widened`; a best that is at an edge even then goes into ``lab.edges``."""
+    best, values = widened(measure, rates)
+    if len(rates) > 1 and best in (min(values), max(values)):
+        lab.edges.append(f"{what}: the best of the rates tried, {best:g}, is at an edge")
+    return best, values
 
 
 def widened(measure: Callable[[float], float], rates: Sequence[float]) -> tuple[float, dict[float, float]]:

@@ -24,7 +24,7 @@ from ..models.base import Base
 from ..scenes.sampling import sample
 from .fusion import MERGES, change_for, family_rate
 from .registry import Findings, Row, Table, study
-from .runner import Figures, StudyRunner, TimeOver, scaled, widened
+from .runner import Figures, StudyRunner, TimeOver, scaled, swept_rate
 
 CONTENTS = ("rex", "brew", "inky", "zippy")
 STYLES = ("poster", "bands")
@@ -83,7 +83,7 @@ def style_rate(lab: StudyRunner, family: str, quick: bool) -> tuple[float, list[
         ]
         return sum(cell["style alone"]["style"] for cell in found) / len(found)
 
-    best, values = widened(match, RATES)
+    best, values = swept_rate(lab, f"{family}, {TUNING_STYLE}", match, RATES)
     return best, [{"rate": rate, "style": value} for rate, value in values.items()]
 
 
