@@ -1,146 +1,386 @@
-"""A batch of concepts: in order, side by side, resumable, and one that fails stops no other."""
+"""A batch of jobs: in order, side by side, resumable, on a cluster's queue; one that fails stops no other."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from conftest import make_photos
 
 from spectral_diffusion import cli
 from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.batch import slurm
+from spectral_diffusion.batch.concepts import (
+    Training,
+    training_jobs,
+    trainings,
+    with_slots,
+    without_done,
+    write_configs,
+)
+from spectral_diffusion.batch.job import Batch, BatchFolder, Cluster, Job, Record, parse_cluster
+from spectral_diffusion.batch.kubernetes import as_yaml, manifest, resource_name
+from spectral_diffusion.batch.local import run_jobs
+from spectral_diffusion.batch.prepare import prepare
+from spectral_diffusion.batch.process import JobProcess
+from spectral_diffusion.batch.submission import restart, rows, share, submit
 from spectral_diffusion.config.settings import to_yaml
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.files import write_text
 from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.slots.ledger import Ledger
-from spectral_diffusion.training.multi_concept import BatchJob, batch_jobs, run_batch
 from spectral_diffusion.training.run import state_path
-from spectral_diffusion.training.status import status_path
+from spectral_diffusion.training.status import TrainingStatus, is_alive, now, status_path
 
-# Stands for a training: it takes its slot after a while, works, and stops on SIGTERM. Without torch, so at once.
+# Stands for a training: it works for a while, and stops on SIGTERM. Without torch, so at once.
 WORKER = """
-import json, os, pathlib, shutil, signal, sys, time
-output, settings = map(pathlib.Path, sys.argv[1:3])
+import json, os, pathlib, signal, sys, time
+output, again = pathlib.Path(sys.argv[1]), sys.argv[2:]
 def tell(state, **more):
     file = output.with_name(output.stem + ".tmp")
     file.write_text(json.dumps({"state": state, "pid": os.getpid(), "step": 1, "steps": 9, "loss": 0.5, **more}))
     file.rename(output.with_name(output.stem + ".status.json"))
     with open(output.parent / "events", "a") as events:
-        events.write(f"{output.stem} {state}\\n")
+        events.write(" ".join([output.stem, state, *again]) + "\\n")
 def stop(*_):
     tell("stopped", message="Stopped at step 1.")
     sys.exit(130)
 signal.signal(signal.SIGTERM, stop)
-tell("starting")
-time.sleep(0.15)
 tell("running")
+time.sleep(0.15)
 if output.stem == "crash":
     sys.exit("Segmentation fault")
-if output.stem == "bad":
+if output.stem == "bad" and not again:
     tell("failed", message="bad holds no readable photo.")
     sys.exit(2)
-time.sleep(60 if output.stem == "long" else 0.3)
+time.sleep(60 if output.stem == "long" and not again else 0.2)
 output.write_text("adapter")
-shutil.copy(settings, output.with_suffix(".yaml"))
 tell("done", notes=["Skipped: x."] if output.stem == "noted" else [])
 """
+PROGRAM = (sys.executable, "-S", "-c", WORKER)
 
 
-def command(job: BatchJob, settings: Path) -> list[str]:
-    return [sys.executable, "-S", "-c", WORKER, str(job.output), str(settings)]
+def batch_in(folder: Path, *names: str, **more: Any) -> tuple[BatchFolder, Batch]:
+    """A batch of jobs that the worker does."""
+    place = BatchFolder(folder / "out")
+    place.path.mkdir(parents=True, exist_ok=True)
+    outputs = {name: folder / "out" / f"{name}.safetensors" for name in names}
+    jobs = [
+        Job(name=name, words=(str(output),), again=("--resume",), output=str(output), status=status_path(output))
+        for name, output in outputs.items()
+    ]
+    batch = Batch(jobs=jobs, started_in=str(folder), **more)
+    place.write(batch)
+    return place, batch
 
 
-def jobs(folder: Path, *names: str, **more: object) -> list[BatchJob]:
-    def settings(photos: Path, output: Path) -> TrainConfig:
-        return TrainConfig(concept=photos, output=output, **more)  # type: ignore[arg-type]
-
-    return batch_jobs([folder / "photos" / name for name in names], folder / "out", settings)
+def run(folder: Path, *names: str, side_by_side: int = 1, **hooks: Any) -> tuple[BatchFolder, Batch]:
+    place, batch = batch_in(folder, *names)
+    run_jobs(place, batch, batch.jobs, side_by_side, Hooks(**hooks), PROGRAM)
+    return place, batch
 
 
 def events(folder: Path) -> list[str]:
     return (folder / "out" / "events").read_text().splitlines()
 
 
+def states(place: BatchFolder, batch: Batch) -> list[str]:
+    return [place.record(job).state for job in batch.jobs]
+
+
 def test_one_after_the_other_and_side_by_side(tmp_path: Path) -> None:
     seen: list[Event] = []
-    run_batch(jobs(tmp_path, "a", "b", "c"), command, hooks=Hooks(progress=seen.append))
-    assert events(tmp_path) == [f"{name} {state}" for name in "abc" for state in ("starting", "running", "done")]
+    place, batch = run(tmp_path, "a", "b", "c", progress=seen.append)
+    assert events(tmp_path) == [f"{name} {state}" for name in "abc" for state in ("running", "done")]
     assert {event.stage for event in seen} == {"a", "b", "c"} and seen[0].metrics == {"loss": 0.5}
-    (tmp_path / "out" / "events").unlink()
-    run_batch(jobs(tmp_path, "a", "b", "c"), command, side_by_side=3)
-    order = events(tmp_path)
-    # Each starts as soon as the one before has its slot, and none before that.
-    assert [line for line in order if not line.endswith("done")] == [
-        f"{name} {state}" for name in "abc" for state in ("starting", "running")
-    ]
-    assert order.index("b starting") < order.index("a done")
-    assert not list((tmp_path / "out").glob(".*.yaml")) and not list((tmp_path / "out").glob("*.log"))
+    assert all(place.record(job).starts == 1 and (place.record(job).seconds or 0) >= 0 for job in batch.jobs)
+    run(tmp_path, *"xyz", side_by_side=3)
+    assert events(tmp_path).index("x done") > events(tmp_path).index("z running")
 
 
 def test_the_notes_of_each_training_are_passed_on(tmp_path: Path) -> None:
     notes: list[str] = []
-    run_batch(jobs(tmp_path, "noted", "a"), command, hooks=Hooks(notify=notes.append))
+    run(tmp_path, "noted", "a", notify=notes.append)
     assert notes == ["noted: Skipped: x.", "noted: done", "a: done"]
 
 
-def test_one_that_fails_stops_no_other_and_is_told(tmp_path: Path) -> None:
-    batch = jobs(tmp_path, "bad", "a", "crash", "b")
+def test_one_that_fails_stops_no_other_and_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, batch = batch_in(tmp_path, "bad", "a", "crash", "b")
     with pytest.raises(UserError, match=r"2 of 4 .* bad \(bad holds no readable photo\); crash \(Segmentation fault\)"):
-        run_batch(batch, command, side_by_side=2)
-    assert [job.state for job in batch] == ["failed", "done", "failed", "done"]
-    assert (tmp_path / "out" / "crash.log").is_file()
+        run_jobs(place, batch, batch.jobs, 2, program=PROGRAM)
+    assert states(place, batch) == ["failed", "done", "failed", "done"]
+    assert "Segmentation fault" in place.log(batch.job("crash")).read_text()
+    table = {row.name: row for row in rows(place)}
+    assert table["bad"].message == "bad holds no readable photo." and table["a"].starts == 1
+    (tmp_path / "out" / "events").unlink()
+    monkeypatch.setattr("spectral_diffusion.batch.submission.run_jobs", lambda *args: run_jobs(*args, program=PROGRAM))
+    with pytest.raises(UserError, match="1 of 4 jobs failed"):
+        restart(place)
+    assert events(tmp_path)[0] == "bad running --resume" and not any(line.startswith("a ") for line in events(tmp_path))
+    assert states(place, batch) == ["done", "done", "failed", "done"]
 
 
 def test_a_stopped_batch_goes_on_where_it_was(tmp_path: Path) -> None:
     def the_long_one_runs() -> bool:
         return (tmp_path / "out" / "events").exists() and "long running" in events(tmp_path)
 
-    with pytest.raises(Cancelled, match="1 of 3 concepts done"):
-        run_batch(jobs(tmp_path, "a", "long", "b"), command, hooks=Hooks(should_stop=the_long_one_runs))
-    assert events(tmp_path)[-1] == "long stopped" and "b starting" not in events(tmp_path)
-    (tmp_path / "out" / "events").unlink()
+    with pytest.raises(Cancelled, match="1 of 3 jobs done"):
+        run(tmp_path, "a", "long", "b", should_stop=the_long_one_runs)
+    assert events(tmp_path)[-1] == "long stopped" and "b running" not in events(tmp_path)
+    place = BatchFolder(tmp_path / "out")
+    batch = place.read()
+    assert [job.name for job in place.unfinished(batch)] == ["long", "b"]
+    run_jobs(place, batch, place.unfinished(batch), program=PROGRAM)
+    assert events(tmp_path)[-4:] == ["long running --resume", "long done --resume", "b running", "b done"]
+
+
+def test_shares_of_several_machines_are_every_job_once(tmp_path: Path) -> None:
+    place, batch = batch_in(tmp_path, *"abcde", executor="manual")
+    parts = [share(batch, f"{index}/3") for index in range(3)]
+    assert sorted(job.name for part in parts for job in part) == list("abcde")
+    for bad in ("3/3", "1", "a/2", "1/0"):
+        with pytest.raises(UserError, match="--shard takes i/n"):
+            share(batch, bad)
+    run_jobs(place, batch, parts[1], program=PROGRAM)
+    assert states(place, batch) == ["waiting", "done", "waiting", "waiting", "done"]
+
+
+def config_of(folder: Path, name: str, **more: Any) -> Training:
+    [one] = trainings(
+        [folder / "photos" / name],
+        folder / "out",
+        lambda photos, output: TrainConfig(concept=photos, output=output, **more),
+    )
+    return one
+
+
+def write_done(training: Training, **change: Any) -> None:
+    output = training.config.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("adapter")
+    write_text(output.with_suffix(".yaml"), to_yaml(training.config.model_copy(update=change)))
+
+
+def test_what_is_done_is_left_out(tmp_path: Path) -> None:
+    rex, mug = config_of(tmp_path, "rex"), config_of(tmp_path, "mug")
+    for training in (rex, mug):
+        write_done(training)
+    state_path(rex.config.output).write_text("a state")  # of a retraining that was stopped
     notes: list[str] = []
-    run_batch(jobs(tmp_path, "a", "b"), command, resume=True, hooks=Hooks(notify=notes.append))
-    assert notes[0] == "a is done already." and events(tmp_path)[0] == "b starting"
-    with pytest.raises(UserError, match=r"a\.safetensors was made with steps=1250, now it is 7"):
-        run_batch(jobs(tmp_path, "a", steps=7), command, resume=True)
-    run_batch(jobs(tmp_path, "a", steps=7), command, resume=True, force=True)
-    assert "a starting" not in events(tmp_path)
-
-
-def test_a_retraining_that_was_stopped_is_not_taken_for_done(tmp_path: Path) -> None:
-    run_batch(jobs(tmp_path, "rex", "mug"), command)
-    state_path(tmp_path / "out" / "rex.safetensors").write_text("a state")
-    notes: list[str] = []
-    run_batch(jobs(tmp_path, "rex", "mug"), command, resume=True, hooks=Hooks(notify=notes.append))
-    assert "mug is done already." in notes and "rex is done already." not in notes
-
-
-def test_settings_that_a_training_settles_are_no_difference(tmp_path: Path) -> None:
-    [job] = jobs(tmp_path, "a", param_budget=5000)
-    job.output.parent.mkdir(parents=True)
-    job.output.write_text("adapter")
-    write_text(job.output.with_suffix(".yaml"), to_yaml(job.config.model_copy(update={"rank": 3, "slot_seed": 5})))
-    run_batch([job], command, resume=True)
-    assert job.state == "done"
+    assert without_done([rex, mug], False, Hooks(notify=notes.append)) == [rex] and notes == ["mug is done already."]
+    changed = config_of(tmp_path, "mug", steps=7)
+    with pytest.raises(UserError, match=r"mug\.safetensors was made with steps=1250, now it is 7"):
+        without_done([changed], False)
+    assert without_done([changed], True) == []
+    budget = config_of(tmp_path, "a", param_budget=5000)
+    write_done(budget, rank=3, slot_seed=5)  # which a training settles, so they are no difference
+    assert without_done([budget], False) == []
 
 
 def test_bad_batches_are_told(tmp_path: Path) -> None:
+    def one_each(*names: str) -> list[Training]:
+        folders = [tmp_path / "photos" / name for name in names]
+        return trainings(folders, tmp_path / "out", lambda photos, output: TrainConfig(concept=photos, output=output))
+
     with pytest.raises(UserError, match="Two of the folders are called 'a'"):
-        jobs(tmp_path, "a", "x/../a")
+        one_each("a", "x/../a")
+    with pytest.raises(UserError, match="cannot be called 'prepare'"):
+        one_each("prepare")
     write_text(tmp_path / "out", "")
     with pytest.raises(UserError, match="is a file"):
-        jobs(tmp_path, "a")
+        one_each("a")
     (tmp_path / "out").unlink()
-    [job] = jobs(tmp_path, "a")
+    place, batch = batch_in(tmp_path, "a")
     mine = {"state": "running", "pid": 1, "pid_started": None}  # the first process of a system is always there
-    write_text(status_path(job.output), json.dumps(mine))
+    write_text(status_path(tmp_path / "out" / "a.safetensors"), json.dumps(mine))
     with pytest.raises(UserError, match="is being trained by process 1 already"):
-        run_batch([job], command)
+        run_jobs(place, batch, batch.jobs, program=PROGRAM)
+    place.file.write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        place.read()
+    with pytest.raises(UserError, match="holds no batch"):
+        rows(BatchFolder(tmp_path))
+
+
+def test_a_lost_process_is_noticed_here_and_an_old_word_of_another_machine(tmp_path: Path) -> None:
+    place, batch = batch_in(tmp_path, "a")
+    [job] = batch.jobs
+    gone = {"state": "running", "pid": 2**22 + 1, "pid_started": 5}
+    place.write_record(job, Record(**gone, host=socket.gethostname()))
+    assert place.record(job).state == "lost" and "started again" in place.record(job).message
+    place.write_record(job, Record(**gone, host="another machine"))
+    assert place.record(job).state == "running"
+    status = TrainingStatus(**gone, host="another machine", updated=now())
+    assert is_alive(status) and not is_alive(status.model_copy(update={"updated": "2020-01-01T00:00:00+00:00"}))
+
+
+def test_all_slots_are_reserved_before_any_training(tiny_base: Path, tmp_path: Path) -> None:
+    folders = [make_photos(tmp_path / name, seed=index) for index, name in enumerate(("dog", "mug", "cup"))]
+    (tmp_path / "empty").mkdir()
+    common: dict[str, Any] = {"base": str(tiny_base), "rank": 2, "device": "cpu", "slot": "next"}
+
+    def settings(photos: Path, output: Path) -> TrainConfig:
+        return TrainConfig(concept=photos, output=output, **common)
+
+    batch = trainings([*folders, tmp_path / "empty"], tmp_path / "out", settings)
+    settled, base = with_slots(batch)
+    assert base is not None and [one.name for one in settled] == ["dog", "mug", "cup", "empty"]
+    [taken] = Ledger(tmp_path / "out" / "slots.json").read().values()
+    assert [str(taken[name]) for name in ("dog", "mug", "cup")] == ["0:2", "2:4", "4:6"]
+    common["rank"] = 8  # of which this base has no five
+    more = [make_photos(tmp_path / f"more{index}", seed=index) for index in range(5)]
+    before = (tmp_path / "out" / "slots.json").read_bytes()
+    with pytest.raises(UserError, match="past the"):
+        with_slots(trainings(more, tmp_path / "out", settings))
+    assert (tmp_path / "out" / "slots.json").read_bytes() == before  # all of them or none
+    common |= {"slot": "sampled:6", "rank": 2}
+    [one], _ = with_slots(trainings(more[:1], tmp_path / "out", settings))
+    assert one.config.slot_seed is not None
+
+
+def test_what_trainings_share_is_computed_once(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path / "cache"))
+    names = {"dog1": "dog", "dog2": "dog", "cup1": "cup"}
+    for index, (name, noun) in enumerate(names.items()):
+        make_photos(tmp_path / name, seed=index)
+        write_text(tmp_path / name / "concept.yaml", f"noun: {noun}\n")
+
+    def settings(photos: Path, output: Path) -> TrainConfig:
+        return TrainConfig(
+            concept=photos,
+            output=output,
+            base=str(tiny_base),
+            rank=2,
+            device="cpu",
+            prior={"num_images": 4, "loss_weight": 1.0},
+        )  # type: ignore[arg-type]
+
+    batch = trainings([tmp_path / name for name in names], tmp_path / "out", settings)
+    place = BatchFolder(tmp_path / "out")
+    settled, _ = with_slots(batch)
+    write_configs(place, settled)
+    asked: list[list[str]] = []
+    import spectral_diffusion.training.prior_images as prior_images
+
+    sample = prior_images.sample_prior_latents
+    monkeypatch.setattr(
+        prior_images,
+        "sample_prior_latents",
+        lambda base, requests, *rest: [asked.append([p for p, _ in requests]), sample(base, requests, *rest)][1],
+    )
+    prepare(place, Batch(jobs=training_jobs(place, settled)))
+    # The images that show no own class once, and those of the class that two concepts have.
+    assert [len(prompts) for prompts in asked] == [2, 2] and all(" dog" in prompt for prompt in asked[1])
+    assert list((tmp_path / "cache" / "spectra").glob("*.safetensors"))
+    made = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    prepare(place, Batch(jobs=training_jobs(place, settled)))
+    assert len(asked) == 2 and made == sorted((tmp_path / "cache").rglob("*.safetensors"))
+
+
+# A cluster's commands: sbatch notes its script and gives numbers, squeue says what a file says.
+FAKES = {
+    "sbatch": 'n=$(ls $CLUSTER | grep -c script); cp "$1" $CLUSTER/script$n; echo "Submitted batch job $((70 + n))"',
+    "srun": "exit 1",
+    "squeue": "cat $CLUSTER/queue",
+    "scancel": 'echo "$@" >> $CLUSTER/cancelled',
+}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what was submitted to a cluster that does nothing."""
+    for name, text in FAKES.items():
+        path = tmp_path / "bin" / name
+        write_text(path, f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CLUSTER", str(folder))
+    return folder
+
+
+def test_an_array_is_submitted_and_followed(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "ARRAY", 2)
+    asked = parse_cluster(["partition=gpu", "minutes=90", "account=lab", "mem-bind=local"], parallelism=2)
+    place, batch = batch_in(tmp_path, *"abc", executor="slurm", prepare=Job(name="prepare", words=()), cluster=asked)
+    submit(place, batch)
+    scripts = [(cluster / f"script{index}").read_text() for index in range(3)]
+    assert "--dependency" not in scripts[0]
+    for script in scripts:
+        for line in (
+            "--partition=gpu",
+            "--time=90",
+            "--account=lab",
+            "--mem-bind=local",
+            "--requeue",
+            "--signal=USR2@90",
+        ):
+            assert f"#SBATCH {line}" in script
+    assert "#SBATCH --array=0-1%2" in scripts[1] and "#SBATCH --dependency=afterany:70" in scripts[1]
+    batch = place.read()
+    assert batch.ids == {"prepare": "70", "a": "71_0", "b": "71_1", "c": "72"}
+    place.write_record(batch.job("a"), Record(state="running", starts=1, host="node", pid=5))
+    place.write_record(batch.job("b"), Record(state="done", starts=1))
+    queue = cluster / "queue"
+    queue.write_text("74|71_0|71|RUNNING\n72|72_N/A|72|PENDING\n70|70_N/A|70|COMPLETED\n")
+    assert {row.name: row.state for row in rows(place)} == {
+        "prepare": "lost", "a": "running", "b": "done", "c": "waiting"
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"still works on 2 jobs .* batch cancel"):
+        submit(place, batch)
+    queue.write_text("")
+    assert {row.name: row.state for row in rows(place)} == {"prepare": "lost", "a": "lost", "b": "done", "c": "lost"}
+    assert restart(place) == ["a", "c"] and place.read().ids["a"] == "73_0"
+    assert "--dependency" not in (cluster / "script3").read_text()
+
+
+def test_a_cluster_that_refuses_is_quoted(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "bin" / "sbatch", '#!/bin/sh\necho "sbatch: error: invalid partition" >&2; exit 1\n')
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    place, batch = batch_in(tmp_path, *"ab", executor="slurm")
+    with pytest.raises(UserError, match=r"Slurm did not take the batch: .*invalid partition"):
+        submit(place, batch)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="There is no Slurm here"):
+        submit(place, batch)
+    with pytest.raises(UserError, match="takes KEY=VALUE"):
+        parse_cluster(["partition"])
+    with pytest.raises(UserError, match="--cluster minutes=soon: "):
+        parse_cluster(["minutes=soon"])
+    assert Cluster(minutes=5).filled(Cluster(minutes=9, gpus=1)) == Cluster(minutes=5, gpus=1)
+
+
+def test_a_job_of_the_cluster_saves_its_state_when_it_must_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, batch = batch_in(tmp_path, "long", executor="slurm")
+
+    def with_fake(*args: Any) -> JobProcess:
+        return JobProcess(*args, program=PROGRAM)
+
+    monkeypatch.setattr(slurm, "JobProcess", with_fake)
+    worker = slurm.Worker(str(tmp_path / "out"))
+    worker.running = with_fake(place, batch.jobs[0], str(tmp_path))
+    while not (tmp_path / "out" / "events").exists():
+        time.sleep(0.01)
+    os.kill(worker.running.process.pid, signal.SIGUSR2)  # Slurm sends it to every process of a job
+    again = worker.checkpoint("long")
+    record = place.record(batch.jobs[0])
+    assert (record.state, record.message, record.starts) == ("stopped", "Stopped at step 1.", 1)
+    assert again.function(*again.args) == "done" and events(tmp_path)[-1] == "long done --resume"
+    assert again.function(*again.args) == "done" and place.record(batch.jobs[0]).starts == 2  # not a third time
 
 
 @pytest.mark.parametrize(
@@ -152,6 +392,8 @@ def test_bad_batches_are_told(tmp_path: Path) -> None:
         (["a", "b", "token=<x>", "-o", "out"], "token=<x> cannot apply to every concept"),
         (["steps=3"], "No photo folder is given"),
         (["a", "b", "-o", "out", "--status", "x.json"], "leave out --status"),
+        (["a", "b", "-o", "out", "--cluster", "partition"], "--cluster takes KEY=VALUE"),
+        (["a", "b", "-o", "out", "--jobs", "2", "interference.overlap_weight=1"], "--jobs 1 is needed"),
     ],
 )
 def test_the_command_line_tells_what_is_wrong(
@@ -182,7 +424,7 @@ def test_real_concepts_get_a_slot_each_and_resume(
         assert stop.value.code == 2
         return capsys.readouterr().err
 
-    assert "1 of 4 concepts failed, the others are done: empty (" in run()
+    assert "1 of 4 jobs failed, the others are done: empty (" in run()
     slots = [load_adapter(tmp_path / "out" / f"{folder.name}.safetensors").slot for folder in folders]
     assert list(map(str, slots)) == ["0:2", "2:4", "4:6"]
     [taken] = Ledger(tmp_path / "out" / "slots.json").read().values()
@@ -192,3 +434,35 @@ def test_real_concepts_get_a_slot_each_and_resume(
     before = dog.stat().st_mtime_ns
     run("--resume")
     assert before == dog.stat().st_mtime_ns
+
+
+def unknown_fields(value: Any, kind: str, models: Any, where: str = "") -> list[str]:
+    """The fields of a manifest that Kubernetes does not have, by the classes of its own client."""
+    if kind.startswith("list["):
+        return [text for item in value for text in unknown_fields(item, kind[5:-1], models, where)]
+    model = getattr(models, kind, None)
+    if model is None:
+        return []
+    fields = {own: model.openapi_types[name] for name, own in model.attribute_map.items()}
+    found = [f"{where}.{key}" for key in value if key not in fields]
+    for key in value.keys() & fields.keys():
+        found += unknown_fields(value[key], fields[key], models, f"{where}.{key}")
+    return found
+
+
+def test_kubernetes_knows_every_field_of_the_manifest(tmp_path: Path) -> None:
+    client = pytest.importorskip("kubernetes.client")
+    from kubernetes.client.api_client import ApiClient
+
+    place, batch = batch_in(tmp_path, *"abcde", executor="manual", cluster=Cluster(gpus=1, memory_gb=12, parallelism=9))
+    made = yaml.safe_load(as_yaml(manifest(place, batch, "image:1", "claim", pods=3, queue="team")))
+    assert unknown_fields(made, "V1Job", client) == [] and unknown_fields({"kid": 1}, "V1Job", client) == [".kid"]
+    job = ApiClient()._ApiClient__deserialize(made, "V1Job")  # whose classes refuse what lacks a required field
+    assert (job.spec.completions, job.spec.parallelism, job.spec.suspend) == (3, 3, True)
+    [container] = job.spec.template.spec.containers
+    assert container.command[-1] == "$(JOB_COMPLETION_INDEX)/3" and container.resources.limits["nvidia.com/gpu"] == "1"
+    with pytest.raises(UserError, match="outside /elsewhere"):
+        manifest(place, batch, "image:1", "claim", mount="/elsewhere")
+    with pytest.raises(UserError, match="--executor manual"):
+        manifest(place, batch.model_copy(update={"executor": "slurm"}), "image:1", "claim")
+    assert resource_name("Meine Bilder_2/") == "spectral-meine-bilder-2" and len(resource_name("x" * 99)) == 63

@@ -512,12 +512,12 @@ def test_milora_takes_the_bottom_unless_told_where(base: Base, tmp_path: Path) -
     from spectral_diffusion.adapters.tuner import SpectralConfig
     from spectral_diffusion.config.train import TrainConfig
     from spectral_diffusion.data.folder import load_concept
-    from spectral_diffusion.training.run import reserve
+    from spectral_diffusion.training.slot_choice import reserve
 
     def slot(name: str, **more: object) -> tuple[int, ...]:
         photos = make_photos(tmp_path / "photos" / name)
         config = TrainConfig(concept=photos, output=tmp_path / f"{name}.safetensors", rank=2, **more)  # type: ignore[arg-type]
-        return reserve(config, base, load_concept(photos, None, None, None)).columns
+        return reserve(config, base, load_concept(photos, None, None, None).name).columns
 
     assert slot("a", method="milora") == (-2, -1) and slot("b", method="milora") == (-4, -3)
     assert slot("c", method="pissa") == (0, 1) and slot("d", method="milora", slot="4:6") == (4, 5)

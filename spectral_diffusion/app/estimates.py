@@ -50,7 +50,7 @@ def estimate_training(config: TrainConfig, jobs: Iterable[QueueJob] = ()) -> Tra
         UserError: the method cannot have that rank on this base.
     """
     from ..methods import get_method
-    from ..training.run import with_rank
+    from ..training.slot_choice import with_rank
 
     shape = base_shape(config.base, config.target_modules)
     settled = with_rank(config, shape.sides)

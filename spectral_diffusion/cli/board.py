@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
+from .executors import ClusterOption, ExecutorOption, ParallelOption, submit_words, this_command
 from .support import echo, progress_bar
 
 board_app = typer.Typer(
@@ -31,6 +32,9 @@ def board_run(
     run_commands: Annotated[
         bool, typer.Option("--run-commands", help="Let entries run the program that they name. Read it first.")
     ] = False,
+    executor: ExecutorOption = None,
+    jobs: ParallelOption = None,
+    cluster: ClusterOption = None,
 ) -> None:
     """Measure entries and write their results and the page."""
     from ..board.contestant import Contestant
@@ -44,6 +48,15 @@ def board_run(
     entries = [read_entry(path) for path in entry]
     if twice := {e.slug for e in entries if [o.slug for o in entries].count(e.slug) > 1}:
         raise UserError(f"Two entries are called {twice.pop()}; give one of them another name.")
+    if executor:
+        from ..batch.job import Job
+
+        common = this_command(["--entry"])
+        each = [
+            Job(name=one.slug, words=(*common, "--entry", str(path))) for one, path in zip(entries, entry, strict=True)
+        ]
+        submit_words(output, each, executor, cluster, jobs)
+        return
     failed: list[UserError] = []
     with progress_bar() as progress:
         lab = StudyRunner(

@@ -9,6 +9,7 @@ import typer
 
 from ..config.evaluate import EvaluateConfig
 from ..core.hooks import Hooks
+from .executors import ClusterOption, ExecutorOption, submit_words, this_command
 from .options import settings_flags
 from .support import (
     ConfigOption,
@@ -44,6 +45,8 @@ def evaluate(
     ] = None,
     strength: StrengthOption = None,
     config: ConfigOption = None,
+    executor: ExecutorOption = None,
+    cluster: ClusterOption = None,
     *,
     flags: dict[str, Any],
 ) -> None:
@@ -61,6 +64,12 @@ def evaluate(
     elif scenes:
         meant = str(read_scene(Path(scenes[0])).get("base", meant))
     settings = resolve(EvaluateConfig, "evaluate", config, flags, overrides, base=meant)
+    if executor:
+        from ..batch.job import Job
+
+        output: Path = settings.output
+        submit_words(output, [Job(name="evaluate", words=tuple(this_command()))], executor, cluster, None)
+        return
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
             evaluation = evaluate_to_folder(settings, Hooks(progress=progress, notify=echo, should_stop=should_stop))

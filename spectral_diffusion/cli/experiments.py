@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
+from .executors import ClusterOption, ExecutorOption, ParallelOption, submit_words, this_command
 from .support import echo, progress_bar
 
 
@@ -28,6 +29,9 @@ def experiment(
         int, typer.Option(min=0, help="How many recorded cells to measure again on this machine; prints the spread.")
     ] = 0,
     encoder: Annotated[str, typer.Option(help="pocket, or a CLIP or DINOv2 model here, for identity.")] = "pocket",
+    executor: ExecutorOption = None,
+    jobs: ParallelOption = None,
+    cluster: ClusterOption = None,
 ) -> None:
     """Regenerate a study of the paper: its table, its verdict, its pictures."""
     from ..studies.registry import all_studies, get_study
@@ -43,6 +47,14 @@ def experiment(
         return
     assert name is not None
     studies = list(all_studies().values()) if name == "all" else [get_study(name)]
+    if executor:
+        from ..batch.job import Job
+
+        words = this_command()
+        words.remove(name)
+        each = [Job(name=study.name, words=(words[0], study.name, *words[1:])) for study in studies]
+        submit_words(output, each, executor, cluster, jobs)
+        return
     from ..studies.report import read_records, write_findings
     from ..studies.runner import StudyRunner, study_settings
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from ..config.train import TrainConfig
 from ..core.errors import UserError
 from ..core.hooks import Hooks
+from .executors import (
+    ClusterOption,
+    ExecutorOption,
+    Executors,
+    ParallelOption,
+    cluster_of,
+    submit_batch,
+    submit_words,
+    this_command,
+)
 from .options import settings_flags
 from .support import (
     ConfigOption,
@@ -25,7 +35,8 @@ from .support import (
 )
 
 if TYPE_CHECKING:
-    from ..training.multi_concept import BatchJob
+    from ..batch.concepts import Training
+    from ..batch.job import Batch
 
 OWN = ("name", "token", "class_noun")  # settings that concepts cannot share
 
@@ -50,7 +61,9 @@ def train(
     joint: Annotated[
         bool, typer.Option("--joint", help="Train all the folders into one adapter instead of one each.")
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Of several concepts, how many side by side.")] = 1,
+    executor: ExecutorOption = None,
+    jobs: ParallelOption = None,
+    cluster: ClusterOption = None,
     config: ConfigOption = None,
     *,
     flags: dict[str, Any],
@@ -74,7 +87,10 @@ def train(
     if len(folders) > 1 and not joint:
         if status:
             raise UserError("Several concepts keep a status file each beside their adapters; leave out --status.")
-        train_batch(folders, config, flags, overrides, resume, force, jobs)
+        where = Where(executor or Executors.local, jobs, cluster)
+        train_batch(folders, config, flags, overrides, resume, force, where)
+    elif executor:
+        submit_single(config, flags | {"concept": str(folders[0])}, overrides, executor, jobs, cluster)
     else:
         train_single(config, flags | {"concept": str(folders[0])}, overrides, resume, force, status)
 
@@ -123,6 +139,34 @@ def train_single(
         tell(f"Wrote {settings.output}.")
 
 
+def submit_single(
+    config: str | None,
+    flags: dict[str, Any],
+    overrides: list[str],
+    executor: Executors,
+    jobs: int | None,
+    cluster: list[str] | None,
+) -> None:
+    """Submit the training of one adapter."""
+    from ..batch.job import Job, job_name
+    from ..training.status import status_path
+
+    output: Path = resolve(TrainConfig, "train", config, flags, overrides).output
+    job = Job(
+        name=job_name(output.stem), words=(*this_command(["--status"]), "--status", "auto"), again=("--resume",),
+        output=str(output), status=status_path(output).resolve(),
+    )  # fmt: skip
+    submit_words(output.parent, [job], executor, cluster, jobs)
+
+
+class Where(NamedTuple):
+    """Where a batch runs."""
+
+    executor: Executors
+    jobs: int | None
+    cluster: list[str] | None
+
+
 def _is_own(word: str) -> bool:
     return word.partition("=")[0] in OWN
 
@@ -134,43 +178,53 @@ def train_batch(
     overrides: list[str],
     resume: bool,
     force: bool,
-    jobs: int,
+    where: Where,
 ) -> None:
     """Train several concepts, each in its own process."""
-    from ..core.errors import Cancelled
-    from ..training.multi_concept import batch_jobs, run_batch
+    from ..batch.job import BatchFolder
 
     output = Path(flags.get("output") or "")
     if output == Path() or output.suffix == ".safetensors":
         raise UserError("Several concepts need a folder for their adapters: -o adapters/.")
-    if jobs > 1 and any("overlap_weight" in word for word in (*overrides, *flags)):
+    at_once = (where.jobs or 1) > 1 or where.executor is not Executors.local
+    if at_once and any("overlap_weight" in word for word in (*overrides, *flags)):
         raise UserError("interference.overlap_weight keeps off the adapters that are done, so --jobs 1 is needed.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("accelerate launch trains one concept; of several, run --jobs side by side without it.")
     if own := [*(f"{name}={flags[name]}" for name in OWN if name in flags), *filter(_is_own, overrides)]:
         raise UserError(f"{own[0]} cannot apply to every concept; put it into the concept.yaml of its folder.")
+    with importing():
+        from ..batch.concepts import trainings, without_done
 
     def settings(folder: Path, file: Path) -> TrainConfig:
-        where = {"concept": str(folder), "output": str(file)}
-        resolved: TrainConfig = resolve(TrainConfig, "train", config, {**flags, **where}, overrides)
+        paths = {"concept": str(folder), "output": str(file)}
+        resolved: TrainConfig = resolve(TrainConfig, "train", config, {**flags, **paths}, overrides)
         return resolved
 
-    def command(job: BatchJob, file: Path) -> list[str]:
-        options = ["-o", str(job.output), "--config", str(file), "--status", "auto"]
-        goes_on = ["--resume"] * resume + ["--force"] * force
-        return [sys.executable, "-m", __package__, "train", str(job.config.concept), *options, *goes_on]
+    batch = trainings(folders, output, settings)
+    if resume:
+        batch = without_done(batch, force, Hooks(notify=echo))
+    if batch:
+        submit_batch(BatchFolder(output), batch_of(batch, output, resume, force, where))
+    if where.executor is Executors.local:
+        echo(f"Wrote {len(folders)} adapters into {output}/.")
 
-    with progress_bar() as progress, stop_signals() as should_stop:
-        try:
-            run_batch(
-                batch_jobs(folders, output, settings),
-                command,
-                jobs,
-                resume,
-                force,
-                Hooks(progress=progress, notify=echo, should_stop=should_stop),
-            )
-        except Cancelled as stopped:
-            echo(str(stopped))
-            raise typer.Exit(130) from stopped
-    echo(f"Wrote {len(folders)} adapters into {output}/.")
+
+def batch_of(trainings: Sequence[Training], output: Path, resume: bool, force: bool, where: Where) -> Batch:
+    """The batch of several trainings, their slots reserved."""
+    from ..batch.concepts import training_jobs, with_slots, write_configs
+    from ..batch.estimate import needed
+    from ..batch.job import PREPARE, Batch, BatchFolder, Job
+    from ..batch.submission import check_idle
+
+    folder = BatchFolder(output)
+    jobs = training_jobs(folder, trainings, resume, force)
+    check_idle(folder, jobs)
+    settled, base = with_slots(trainings, resume)
+    write_configs(folder, settled)
+    cluster = cluster_of(where.cluster, where.jobs)
+    prepare = None
+    if where.executor is Executors.slurm:
+        cluster = cluster.filled(needed(settled[0].config, base))
+        prepare = Job(name=PREPARE, words=("batch", "prepare", str(output)))
+    return Batch(executor=where.executor.value, cluster=cluster, prepare=prepare, jobs=jobs)

@@ -11,6 +11,7 @@ from ..config.control import ControlConfig
 from ..config.fuse import FuseConfig
 from ..config.train import TrainConfig
 from ..core.hooks import Hooks
+from .batch import batch_app
 from .board import board_app
 from .doctor import doctor
 from .evaluation import evaluate
@@ -64,6 +65,7 @@ app.command()(inspect)
 app.command()(methods)
 app.command()(merges)
 app.add_typer(board_app, name="board")
+app.add_typer(batch_app, name="batch")
 app.add_typer(slots_app, name="slots")
 app.add_typer(extract_app, name="extract")
 app.command("train-control", epilog=nested_help(ControlConfig))(train_control)

@@ -171,7 +171,7 @@ class SlotRequest:
     seed: int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ledger:
     """The columns that a set of adapters uses. Every change takes a file lock."""
 

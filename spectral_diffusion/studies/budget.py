@@ -14,7 +14,7 @@ from ..core.errors import UserError
 from ..data.image_grid import labelled_grid, write
 from ..methods import get_method
 from ..metrics.statistics import mean_text
-from ..training.run import with_rank
+from ..training.slot_choice import with_rank
 from .charts import WANTED, curves
 from .registry import Findings, Row, Table, not_allowed, study
 from .runner import TEST_CONCEPTS, StudyRunner, TimeOver, scaled, seeded

@@ -25,7 +25,7 @@ from ..config.train import TrainConfig
 from ..core import assets as resources
 from ..core.cache import cache_folder
 from ..core.errors import UserError
-from ..core.files import parse_json, read_text, write_json
+from ..core.files import locked, parse_json, read_text, write_json
 from ..core.hooks import Hooks, Progress, silent
 from ..core.machine import parse_device
 from ..core.precision import resolve_mixed_precision
@@ -86,6 +86,7 @@ EVERY = (
 )  # sixteen more, each of a class of its own
 TUNING_CONCEPTS = ("bruno", "misty", "shelly", "hero")  # settings are chosen on these and never reported
 SWEEP_CONCEPTS, SWEEP_SEEDS = TUNING_CONCEPTS[:3], (0, 1)  # of every choice of a learning rate
+TRAINING = 4 * 3600.0  # seconds that another process's training of the same adapter is waited for
 WIDER = 3  # rates that are tried beyond an edge at most
 
 
@@ -259,16 +260,26 @@ class StudyRunner:
         return self.folder / "adapters" / cell_key(decides) / f"{concept}.safetensors"
 
     def trained(self, concept: str, **change: Any) -> tuple[Adapter, float]:
-        """An adapter, from the cache if possible, and the seconds that its training took on this machine."""
+        """An adapter, from the cache if possible, and the seconds that its training took on this machine.
+
+        Of several processes with one folder, the first trains it and the others wait.
+        """
         file = self.adapter_path(concept, **change)
         spent = file.with_name("seconds.json")
         if not (file.is_file() and spent.is_file()):
             self.check_time()
-            file.unlink(missing_ok=True)  # the run was killed before it wrote its seconds: measure again
-            begun = time.monotonic()
-            train_to_file(self.train_config(concept, change, file), resume=True, hooks=Hooks(progress=self.progress))
-            write_json(spent, time.monotonic() - begun)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with locked(file.with_name(".training.lock"), TRAINING):
+                if not (file.is_file() and spent.is_file()):
+                    self._train(concept, change, file, spent)
         return load_adapter(file), float(json.loads(spent.read_text(encoding="utf-8")))
+
+    def _train(self, concept: str, change: Mapping[str, Any], file: Path, spent: Path) -> None:
+        """Train an adapter and write the seconds that it took."""
+        file.unlink(missing_ok=True)  # the run was killed before it wrote its seconds: measure again
+        begun = time.monotonic()
+        train_to_file(self.train_config(concept, change, file), resume=True, hooks=Hooks(progress=self.progress))
+        write_json(spent, time.monotonic() - begun)
 
     def portraits(self, base: Base, what: str, seed: int = 0) -> list[Image.Image]:
         """One picture of a token or a noun in each location."""

@@ -100,20 +100,41 @@ def make_prior_images(
         return read_class_images(config.data.class_images_dir, base, config, noun, size, hooks)
     subjects, prompts = prior_prompts(prior, nouns, config.seed)
     own = list(range(0, len(prompts), OWN))
-    rest = [index for index in range(len(prompts)) if index % OWN]
-    latents_of: dict[int, Tensor] = {}
-    for part in (rest, own):
-        if not part:
-            continue
-
-        def on_done(done: int, before: int = len(latents_of)) -> None:
-            hooks.raise_if_stopped("Stopped before the first step; nothing was saved yet.")
-            hooks.step("draw", before + done, len(prompts))
-
-        requests = [(prompts[index], index) for index in part]
-        latents = cached_prior_latents(base, requests, config.seed, size, prior.guidance_scale, on_done)
-        latents_of |= dict(zip(part, latents, strict=True))
+    latents_of = make_part(base, config, prompts, shared_part(prompts), size, hooks)
+    latents_of |= make_part(base, config, prompts, own, size, hooks, len(latents_of))
     return PriorImages(torch.stack([latents_of[index] for index in range(len(prompts))]), subjects, prompts)
+
+
+def make_shared_prior_images(base: Base, config: TrainConfig, size: int, hooks: Hooks = QUIET) -> None:
+    """Generate the prior images that concepts of all classes need, so that they are in the cache.
+
+    Raises:
+        Cancelled: as :func:`make_prior_images`.
+    """
+    _, prompts = prior_prompts(config.prior, [], config.seed)
+    make_part(base, config, prompts, shared_part(prompts), size, hooks)
+
+
+def shared_part(prompts: Sequence[str]) -> list[int]:
+    """The numbers of the prompts that do not show the concept's own class."""
+    return [index for index in range(len(prompts)) if index % OWN]
+
+
+def make_part(
+    base: Base, config: TrainConfig, prompts: Sequence[str], part: Sequence[int], size: int, hooks: Hooks,
+    before: int = 0,
+) -> dict[int, Tensor]:  # fmt: skip
+    """Number to latents of some of the prior images; ``before`` of them are there already."""
+
+    def on_done(done: int) -> None:
+        hooks.raise_if_stopped("Stopped before the first step; nothing was saved yet.")
+        hooks.step("draw", before + done, len(prompts))
+
+    if not part:
+        return {}
+    requests = [(prompts[index], index) for index in part]
+    latents = cached_prior_latents(base, requests, config.seed, size, config.prior.guidance_scale, on_done)
+    return dict(zip(part, latents, strict=True))
 
 
 def cached_prior_latents(

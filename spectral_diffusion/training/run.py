@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
 
 from ..adapters.adapter import Adapter, check_base
 from ..adapters.formats.native import load_adapter, save_adapter
@@ -27,9 +25,6 @@ from ..models.offload import is_offloaded
 from ..models.per_layer_tokens import check_encoders
 from ..models.prompt_encoder import PromptEncoder, trigger_words
 from ..models.tokens import check_name
-from ..slots.ledger import LEDGER, ROWS, Ledger, Slot, SlotRequest, collision_probability, parse_policy
-from ..svd_cache import capacity, spectrum_of
-from .checkpoint import load_state
 from .checks import notes_on
 from .distributed import World, current_world, device_of
 from .loop import TrainingJob, train
@@ -38,8 +33,7 @@ from .optimizers import check_optimizer
 from .output import check_token_is_free, claimed, other_token, prepare_output
 from .output import state_path as state_path
 from .overlap import earlier_adapters
-
-DEGENERATE = 1e-4  # relative gap of neighbouring singular values
+from .slot_choice import earlier_settings, reserve, slot_notes, with_rank, with_slot_seed
 
 
 def train_to_file(
@@ -121,7 +115,7 @@ def train_on(
     slot = start_from.slot if start_from else None
     if method.slot and not start_from:
         config = among.broadcast(with_slot_seed(config, resume))
-        slot = among.broadcast(reserve(config, base, concept) if among.is_main else None)
+        slot = among.broadcast(reserve(config, base, concept.name) if among.is_main else None)
         assert slot is not None
         for text in slot_notes(config, slot, base):
             note(text)
@@ -221,43 +215,6 @@ def check_weights(base: Base, method: Method) -> None:
         )
 
 
-def with_rank(config: TrainConfig, shapes: Sequence[tuple[int, int]], hooks: Hooks = QUIET) -> TrainConfig:
-    """Settle the rank: the largest within the budget if there is one, else the given one if the method allows it.
-
-    Raises:
-        UserError: no rank fits the budget, with the counts next to it; or the rank is none of the method's.
-    """
-    method = get_method(config.method)
-    allowed = method.ranks(shapes)
-    if not allowed:
-        raise UserError(f"The method {method.name} fits no rank to these layers; choose other targets.")
-
-    if config.param_budget is not None:
-        counts = sorted((method.total(shapes, rank), rank) for rank in allowed)
-        within = [(total, rank) for total, rank in counts if total <= config.param_budget]
-        steps = ", ".join(f"{total:,}" for total, _ in counts[: len(within) + 2][-4:])
-        if not within:
-            raise UserError(
-                f"{method.name} cannot train as few as {config.param_budget:,} numbers here: its steps are {steps} ….",
-                Fix("param_budget", str(counts[0][0])),
-                Fix("method", so="to choose another"),
-            )
-        total, rank = within[-1]
-        hooks.notify(
-            f"{method.name} at rank {rank} trains {total:,} of {config.param_budget:,} numbers (its steps: {steps})."
-        )
-        return config.model_copy(update={"rank": rank})
-    if tuple(allowed) == (1,):
-        return config.model_copy(update={"rank": 1})  # a method without a rank
-    if config.rank not in allowed:
-        near = sorted(sorted(allowed, key=lambda rank: abs(rank - config.rank))[:3])
-        raise UserError(
-            f"{method.name} cannot have rank {config.rank} on these layers; near it are {', '.join(map(str, near))}.",
-            *(Fix("rank", str(rank)) for rank in near[:1]),
-        )
-    return config
-
-
 def with_start(config: TrainConfig, base: Base, concept: Concept) -> tuple[TrainConfig, Adapter]:
     """The adapter that training goes on from, and the settings that it fixes.
 
@@ -294,54 +251,3 @@ def settle_precision(config: TrainConfig, base: Base, resume: bool, hooks: Hooks
     precision = resolve_mixed_precision(requested, base.device, base.dtype)
     precision_note(requested, precision, base.device, config.allow_tf32, hooks.notify)
     return config.model_copy(update={"mixed_precision": precision})
-
-
-def earlier_settings(config: TrainConfig, resume: bool) -> dict[str, Any]:
-    """The settings of the run that is to be resumed, as its state keeps them; nothing without one."""
-    state = state_path(config.output)
-    return dict(load_state(state)[1].get("config", {})) if resume and state.exists() else {}
-
-
-def with_slot_seed(config: TrainConfig, resume: bool) -> TrainConfig:
-    """Settle the seed of a random slot: given, the interrupted run's, or fresh. It is recorded in the file."""
-    if config.slot_seed is not None or not parse_policy(config.slot, config.rank).is_random:
-        return config
-    seed = earlier_settings(config, resume).get("slot_seed")
-    return config.model_copy(update={"slot_seed": secrets.randbits(31) if seed is None else seed})
-
-
-def reserve(config: TrainConfig, base: Base, concept: Concept) -> Slot:
-    """The concept's slot, from the ledger beside the output unless it is sampled privately."""
-    sizes = base.sizes(config.target_modules)
-    columns, narrowest = capacity(sizes)
-    rows = get_method(config.method).slot == "rows"
-    if rows:
-        narrowest = min(sizes, key=lambda layer: sizes[layer][1])
-        columns = sizes[narrowest][1]
-    beside = config.ledger.with_name(ROWS) if config.ledger and rows else config.ledger
-    ledger = Ledger(beside) if beside else Ledger.beside(config.output, ROWS if rows else LEDGER)
-    own = base.fingerprint
-    policy = get_method(config.method).slot_policy if config.slot == "next" else config.slot
-    request = SlotRequest(config.rank, policy, columns, narrowest, config.slot_seed or 0)
-    return ledger.reserve(own.exact, concept.name, request, rounded=(own.half, own.brain))
-
-
-def slot_notes(config: TrainConfig, slot: Slot, base: Base) -> list[str]:
-    """Notes on a slot before training: the chance of a clash, an unstable border."""
-    notes = []
-    policy = parse_policy(config.slot, config.rank)
-    if policy.kind == "sampled":
-        pool = min(policy.pool, capacity(base.sizes(config.target_modules))[0])
-        chance = collision_probability(config.rank, pool)
-        notes.append(
-            f"Columns {slot} were sampled from the top {pool} (slot_seed={config.slot_seed}); another sampled concept "
-            f"shares one with a chance of {chance:.0%}. Fusion reports the real overlap."
-        )
-    if slot.bottom == 0 and get_method(config.method).slot == "columns":
-        gap, layer = spectrum_of(base.weights(config.target_modules), slot.top).smallest_gap(slot.columns)
-        if gap < DEGENERATE:
-            notes.append(
-                f"Note: at the border of columns {slot} two singular values of {layer} differ by {gap:.0e} only; "
-                "neighbouring slots may mix there on another machine."
-            )
-    return notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +43,7 @@ class TrainingStatus(BaseModel):
     eta: float | None = None  # seconds left
     started: str = ""  # ISO times
     updated: str = ""
+    host: str = ""  # the machine that it runs on
     pid: int = 0
     pid_started: int | None = None  # when the process began, in the system's ticks, so that a reused pid is recognized
     notes: list[str] = []
@@ -70,11 +72,12 @@ def read_status(path: Path) -> TrainingStatus | None:
 
 
 def is_alive(status: TrainingStatus) -> bool:
-    """Whether the process that wrote a status is still there."""
-    ticks = process_start(status.pid)
-    if Path("/proc/self/stat").exists():
+    """Whether the process that wrote a status is still there; on another machine, whether it wrote lately."""
+    here = status.host in ("", socket.gethostname())
+    if here and Path("/proc/self/stat").exists():
+        ticks = process_start(status.pid)
         return ticks is not None and status.pid_started in (None, ticks)
-    if os.name == "posix":  # Windows has no signal 0; there it would be Ctrl-C
+    if here and os.name == "posix":  # Windows has no signal 0; there it would be Ctrl-C
         try:
             os.kill(status.pid, 0)
         except ProcessLookupError:
@@ -127,7 +130,9 @@ class Reporter:
         self, path: Path | None = None, progress: Progress = silent, note: Callable[[str], None] = lambda text: None
     ) -> None:
         self.path, self._progress, self._note = path, progress, note
-        self.status = TrainingStatus(started=now(), pid=os.getpid(), pid_started=process_start(os.getpid()))
+        self.status = TrainingStatus(
+            started=now(), host=socket.gethostname(), pid=os.getpid(), pid_started=process_start(os.getpid())
+        )
         self._stride = 1
         self._pace = Pace()
         self._written = -EVERY

@@ -1,0 +1,1 @@
+"""Many independent jobs in a folder: here side by side, as an array of Slurm, or a share each on Kubernetes."""

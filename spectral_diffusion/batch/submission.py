@@ -1,0 +1,178 @@
+"""A batch from its jobs to its end here, or into a cluster's queue; its table; and its restart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..core.errors import UserError
+from ..core.files import locked
+from ..core.hooks import QUIET, Hooks
+from ..training.status import read_status
+from . import slurm
+from .job import Batch, BatchFolder, Job, Record, State
+from .local import run_jobs
+from .process import check_not_running
+
+WAIT = 20.0  # seconds for the batch's lock
+
+
+@dataclass(frozen=True)
+class Row:
+    """One job in the table."""
+
+    name: str
+    state: State
+    step: int
+    steps: int
+    eta: float | None  # seconds
+    starts: int
+    host: str
+    seconds: float | None
+    message: str
+
+
+def submit(folder: BatchFolder, batch: Batch, hooks: Hooks = QUIET) -> None:
+    """Write a batch and run its jobs here, or put them into the cluster's queue.
+
+    An earlier batch of the folder is replaced; what it made stays.
+
+    Raises:
+        UserError: a job runs already, some failed here, or the cluster refuses.
+        Cancelled: see :func:`.local.run_jobs`.
+    """
+    if batch.executor == "slurm":
+        slurm.check_available()
+    check_idle(folder, batch.jobs)
+    with locked(folder.path / ".lock", WAIT):
+        for job in (*batch.jobs, *([batch.prepare] if batch.prepare else [])):
+            folder.write_record(job, Record())
+        folder.write(batch)
+        _queue(folder, batch, batch.jobs, batch.prepare)
+    if batch.executor == "local":
+        run_jobs(folder, batch, batch.jobs, batch.cluster.parallelism or 1, hooks)
+
+
+def check_idle(folder: BatchFolder, jobs: Sequence[Job]) -> None:
+    """Refuse to replace a batch that a cluster still works on, or jobs that run.
+
+    Raises:
+        UserError: so it is.
+    """
+    managed: set[str] = set()  # by a cluster's queue, which knows better than records whether they run
+    if folder.file.is_file():
+        before = folder.read()
+        managed = set(before.ids)
+        if busy := list(queued(before)):
+            raise UserError(
+                f"The cluster still works on {len(busy)} jobs of {folder.output}, such as {busy[0]}; wait for them, or "
+                f"cancel them: spectral-diffusion batch cancel {folder.output}."
+            )
+    check_not_running(folder, [job for job in jobs if job.name not in managed])
+
+
+def _queue(folder: BatchFolder, batch: Batch, jobs: Sequence[Job], prepare: Job | None = None) -> None:
+    if batch.executor == "slurm":
+        batch.ids |= slurm.submit(folder, batch, jobs, prepare)
+        folder.write(batch)
+
+
+def queued(batch: Batch) -> dict[str, str]:
+    """Names of jobs that the cluster's queue knows to ``waiting`` or ``running``.
+
+    Raises:
+        UserError: the queue does not answer.
+    """
+    if batch.executor != "slurm" or not batch.ids:
+        return {}
+    known = slurm.states(list(batch.ids.values()))
+    return {name: known[job_id] for name, job_id in batch.ids.items() if job_id in known}
+
+
+def rows(folder: BatchFolder) -> list[Row]:
+    """The table of a batch, its preparation first.
+
+    Raises:
+        UserError: there is no batch, or the cluster's queue does not answer.
+    """
+    batch = folder.read()
+    in_queue = queued(batch)
+    jobs = [*([batch.prepare] if batch.prepare else []), *batch.jobs]
+    return [_row(folder, batch, job, in_queue.get(job.name)) for job in jobs]
+
+
+def _row(folder: BatchFolder, batch: Batch, job: Job, in_queue: str | None) -> Row:
+    record = folder.record(job)
+    state, message = _state(batch, job, record, in_queue)
+    status = read_status(job.status) if job.status and record.starts else None
+    step, steps = (status.step, status.steps) if status and status.stage == "train" else (0, 0)
+    eta = status.eta if status and state == "running" else None
+    return Row(job.name, state, step, steps, eta, record.starts, record.host, record.seconds, message)
+
+
+def _state(batch: Batch, job: Job, record: Record, in_queue: str | None) -> tuple[State, str]:
+    """The state of a job by its record and the queue: neither knows everything."""
+    if record.state in ("done", "failed") or batch.executor != "slurm":
+        return record.state, record.message
+    if in_queue == "waiting":
+        return "waiting", "It was stopped and will go on." if record.starts else ""
+    if in_queue == "running":
+        return "running", ""
+    if record.state in ("running", "lost") or (record.state == "waiting" and job.name in batch.ids):
+        return "lost", "The cluster ended it without a word: its log, or too little memory."
+    return record.state, record.message
+
+
+def restart(folder: BatchFolder, hooks: Hooks = QUIET) -> list[str]:
+    """Start every job again that failed, was stopped or was lost; they go on from their saved states.
+
+    Returns:
+        The names of the jobs.
+
+    Raises:
+        UserError: there is no batch, or as :func:`submit`.
+    """
+    batch = folder.read()
+    with locked(folder.path / ".lock", WAIT):
+        ended = {row.name for row in rows(folder) if row.state in ("failed", "stopped", "lost")}
+        if batch.executor != "slurm":
+            ended |= {row.name for row in rows(folder) if row.state == "waiting"}
+        jobs = [job for job in batch.jobs if job.name in ended]
+        if batch.executor != "slurm":
+            check_not_running(folder, jobs)
+        for job in jobs:
+            folder.write_record(job, folder.record(job).model_copy(update={"state": "waiting", "message": ""}))
+        if jobs:
+            _queue(folder, batch, jobs)
+    if jobs and batch.executor == "local":
+        run_jobs(folder, batch, jobs, batch.cluster.parallelism or 1, hooks)
+    return [job.name for job in jobs]
+
+
+def cancel(folder: BatchFolder) -> int:
+    """Take the waiting and running jobs of a batch from the cluster; running ones save their states first.
+
+    Returns:
+        How many.
+
+    Raises:
+        UserError: there is no batch, or it is not one of a cluster.
+    """
+    batch = folder.read()
+    if batch.executor != "slurm":
+        raise UserError(f"The batch of {folder.output} was not submitted to a cluster; stop its process with Ctrl-C.")
+    left = queued(batch)
+    slurm.cancel(batch.ids[name] for name in left)
+    return len(left)
+
+
+def share(batch: Batch, shard: str) -> list[Job]:
+    """The jobs of the share ``i/n``: those whose number leaves the remainder i, counted from 0.
+
+    Raises:
+        UserError: not such a text.
+    """
+    part, slash, whole = shard.partition("/")
+    if not (slash and part.isdecimal() and whole.isdecimal() and int(part) < int(whole)):
+        raise UserError(f"--shard takes i/n with i from 0 to n − 1, such as 0/4, not '{shard}'.")
+    return batch.jobs[int(part) :: int(whole)]
