@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import make_photos
 
@@ -32,13 +33,17 @@ from spectral_diffusion.batch.local import run_jobs
 from spectral_diffusion.batch.prepare import prepare
 from spectral_diffusion.batch.process import JobProcess
 from spectral_diffusion.batch.submission import restart, rows, share, submit
+from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.settings import to_yaml
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import Cancelled, UserError
-from spectral_diffusion.core.files import write_text
+from spectral_diffusion.core.files import read_tensors, write_text
 from spectral_diffusion.core.hooks import Event, Hooks
+from spectral_diffusion.merging.fuse import fuse_to_folder
+from spectral_diffusion.merging.parts import GENERIC, compute_part, part_names
+from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.slots.ledger import Ledger
-from spectral_diffusion.training.run import state_path
+from spectral_diffusion.training.run import state_path, train_to_file
 from spectral_diffusion.training.status import TrainingStatus, is_alive, now, status_path
 
 # Stands for a training: it works for a while, and stops on SIGTERM. Without torch, so at once.
@@ -466,3 +471,44 @@ def test_kubernetes_knows_every_field_of_the_manifest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--executor manual"):
         manifest(place, batch.model_copy(update={"executor": "slurm"}), "image:1", "claim")
     assert resource_name("Meine Bilder_2/") == "spectral-meine-bilder-2" and len(resource_name("x" * 99)) == 63
+
+
+def test_the_parts_of_a_fusion_are_computed_apart_and_give_the_same_bits(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(str(tiny_base), "cpu")
+    files = []
+    for index, name in enumerate(("rex", "mug")):
+        config = TrainConfig(
+            concept=make_photos(tmp_path / name, 1, seed=index), output=tmp_path / "out" / f"{name}.safetensors",
+            base=str(tiny_base), rank=1, steps=1, device="cpu",
+        )  # fmt: skip
+        train_to_file(config, base=base)
+        files.append(config.output)
+    small = {"num_images": 2, "num_prior_images": 2, "noises_per_image": 1, "steps": 1, "batch_size": 2}
+    common: dict[str, Any] = {
+        "adapters": files, "merge": "gradient", "base": str(tiny_base), "device": "cpu",
+        "calibration": {"num_images": 1, "num_inference_steps": 2}, "scales": {"rex": 0.5},
+    }  # fmt: skip
+    whole = FuseConfig(output=tmp_path / "whole", distill=small, **common)
+    shared = FuseConfig(output=tmp_path / "shared", distill={**small, "cache": True}, **common)
+    monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path / "one"))
+    fuse_to_folder(whole)
+    monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path / "other"))
+    names = part_names(shared, ["rex", "mug"])
+    assert names == [GENERIC, "mug", "rex"]
+    for name in reversed(names):
+        compute_part(shared, name)
+    made = sorted((tmp_path / "other").rglob("*.safetensors"))
+    assert [sum(path.parent.name == kind for path in made) for kind in ("activations", "teachers")] == [3, 3]
+    fuse_to_folder(shared)
+    assert made == sorted((tmp_path / "other").rglob("*.safetensors"))  # the fusion itself computed none
+    for part in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        one, other = (read_tensors(config.output / part)[0] for config in (whole, shared))
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(UserError, match="has no part 'tex'"):
+        compute_part(shared, "tex")
+    for change in ({"calibration": {"cache": False}}, {"calibration": {"calibrate_on": "previous_stages"}}):
+        with pytest.raises(UserError, match=r"meet in the cache|stage by stage"):
+            part_names(FuseConfig(output=tmp_path / "x", **{**common, **change}), ["rex"])
+    assert part_names(FuseConfig(output=tmp_path / "x", adapters=files), ["rex"]) == []  # nothing to share out

@@ -10,13 +10,13 @@ import torch
 from conftest import make_photos
 
 from spectral_diffusion.adapters.adapter import Adapter
+from spectral_diffusion.batch.concepts import trainings
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.inspection import slot_clashes_between
 from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.tokens import check_name, check_token, slug
-from spectral_diffusion.training.multi_concept import batch_jobs
 from spectral_diffusion.training.run import train_to_file
 
 NAMES = {
@@ -61,13 +61,13 @@ def test_two_folders_of_a_batch_with_one_token_are_refused(tmp_path: Path) -> No
         return TrainConfig(concept=folder, output=output)
 
     with pytest.raises(UserError, match=r"'rex' and 'rex_' have one token, <rex>; give one of them another"):
-        batch_jobs(folders, tmp_path / "out", settings)
+        trainings(folders, tmp_path / "out", settings)
     (folders[1] / "concept.yaml").write_text("token: <other>\n")
-    assert len(batch_jobs(folders, tmp_path / "out", settings)) == 2
+    assert len(trainings(folders, tmp_path / "out", settings)) == 2
     twice = [make_photos(tmp_path / place / "e\u0301cole", 1) for place in "a"]
     twice.append(make_photos(tmp_path / "b" / "\u00e9cole", 1))
     with pytest.raises(UserError, match="Two of the folders are called"):
-        batch_jobs(twice, tmp_path / "out", settings)
+        trainings(twice, tmp_path / "out", settings)
 
 
 def test_a_token_in_another_case_is_the_same_token(photos: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -23,16 +23,14 @@ from spectral_diffusion.core.precision import MixedPrecision
 from spectral_diffusion.merging import distill as teaching
 from spectral_diffusion.merging import export as exporting
 from spectral_diffusion.merging.distill import (
-    DistillTargets,
     Question,
     batches,
     distillation_loss,
-    predict,
-    prepare_targets,
 )
 from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
 from spectral_diffusion.merging.memory import distillation_memory
+from spectral_diffusion.merging.teachers import DistillTargets, predict, prepare_targets
 from spectral_diffusion.merging.unfuse import unfuse
 from spectral_diffusion.models.base import Base
 from spectral_diffusion.models.loading import load_base

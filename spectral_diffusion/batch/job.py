@@ -59,8 +59,14 @@ class Batch(BaseModel):
     executor: Executor = "local"
     cluster: Cluster = Cluster()
     jobs: list[Job] = []
-    prepare: Job | None = None
+    prepare: Job | None = None  # before all others
+    finish: Job | None = None  # after all others
     ids: dict[str, str] = {}  # of the jobs that were submitted to a cluster
+
+    @property
+    def every(self) -> list[Job]:
+        """All jobs, in the order in which they are done."""
+        return [*([self.prepare] if self.prepare else []), *self.jobs, *([self.finish] if self.finish else [])]
 
     def job(self, name: str) -> Job:
         """A job by its name.
@@ -68,7 +74,7 @@ class Batch(BaseModel):
         Raises:
             UserError: there is none.
         """
-        for job in (*self.jobs, *([self.prepare] if self.prepare else [])):
+        for job in self.every:
             if job.name == name:
                 return job
         raise UserError(f"The batch has no job '{name}'; it has {', '.join(job.name for job in self.jobs[:10])}.")
@@ -162,7 +168,8 @@ class BatchFolder:
 
     def unfinished(self, batch: Batch) -> list[Job]:
         """The jobs that are neither done nor running."""
-        return [job for job in batch.jobs if self.record(job).state not in {"done", "running"}]
+        jobs = [*batch.jobs, *([batch.finish] if batch.finish else [])]
+        return [job for job in jobs if self.record(job).state not in {"done", "running"}]
 
 
 def job_name(text: str) -> str:

@@ -84,8 +84,10 @@ def check_available() -> None:
         )
 
 
-def submit(folder: BatchFolder, batch: Batch, jobs: Sequence[Job], prepare: Job | None = None) -> dict[str, str]:
-    """Submit jobs as arrays, which wait for the end of the one that prepares what they share.
+def submit(
+    folder: BatchFolder, batch: Batch, jobs: Sequence[Job], prepare: Job | None = None, finish: Job | None = None
+) -> dict[str, str]:
+    """Submit jobs as arrays, which wait for the end of ``prepare``, and for whose end ``finish`` waits.
 
     Returns:
         Names of jobs to their ids.
@@ -107,6 +109,11 @@ def submit(folder: BatchFolder, batch: Batch, jobs: Sequence[Job], prepare: Job 
             executor = _executor(folder, batch, len(jobs), dependency)
             for name, submitted in zip(part, executor.map_array(worker, part), strict=True):
                 ids[name] = str(submitted.job_id)
+        if finish:
+            before = sorted({ids[name].partition("_")[0] for name in names})
+            executor = _executor(folder, batch, 1, ":".join(["afterany", *before]) if before else None)
+            [last] = executor.map_array(worker, [finish.name])
+            ids[finish.name] = str(last.job_id)
     except Exception as error:  # submitit raises what sbatch says, and errors of its own
         cancel(ids.values())
         raise UserError(f"Slurm did not take the batch: {_said(error)}.") from error

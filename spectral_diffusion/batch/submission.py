@@ -45,12 +45,27 @@ def submit(folder: BatchFolder, batch: Batch, hooks: Hooks = QUIET) -> None:
         slurm.check_available()
     check_idle(folder, batch.jobs)
     with locked(folder.path / ".lock", WAIT):
-        for job in (*batch.jobs, *([batch.prepare] if batch.prepare else [])):
+        for job in batch.every:
             folder.write_record(job, Record())
         folder.write(batch)
-        _queue(folder, batch, batch.jobs, batch.prepare)
+        _queue(folder, batch, batch.jobs, batch.prepare, batch.finish)
     if batch.executor == "local":
-        run_jobs(folder, batch, batch.jobs, batch.cluster.parallelism or 1, hooks)
+        run_here(folder, batch, batch.every, batch.cluster.parallelism or 1, hooks)
+
+
+def run_here(
+    folder: BatchFolder, batch: Batch, jobs: Sequence[Job], side_by_side: int = 1, hooks: Hooks = QUIET
+) -> None:
+    """Run jobs on this machine: the first and the last of the batch, if they are among them, by themselves.
+
+    Raises:
+        Cancelled, UserError: see :func:`.local.run_jobs`.
+    """
+    alone = (batch.prepare, batch.finish)
+    between = [job for job in jobs if job not in alone]
+    for part in ([j for j in jobs if j == batch.prepare], between, [j for j in jobs if j == batch.finish]):
+        if part:
+            run_jobs(folder, batch, part, side_by_side, hooks)
 
 
 def check_idle(folder: BatchFolder, jobs: Sequence[Job]) -> None:
@@ -71,9 +86,11 @@ def check_idle(folder: BatchFolder, jobs: Sequence[Job]) -> None:
     check_not_running(folder, [job for job in jobs if job.name not in managed])
 
 
-def _queue(folder: BatchFolder, batch: Batch, jobs: Sequence[Job], prepare: Job | None = None) -> None:
+def _queue(
+    folder: BatchFolder, batch: Batch, jobs: Sequence[Job], prepare: Job | None = None, finish: Job | None = None
+) -> None:
     if batch.executor == "slurm":
-        batch.ids |= slurm.submit(folder, batch, jobs, prepare)
+        batch.ids |= slurm.submit(folder, batch, jobs, prepare, finish)
         folder.write(batch)
 
 
@@ -90,15 +107,14 @@ def queued(batch: Batch) -> dict[str, str]:
 
 
 def rows(folder: BatchFolder) -> list[Row]:
-    """The table of a batch, its preparation first.
+    """The table of a batch.
 
     Raises:
         UserError: there is no batch, or the cluster's queue does not answer.
     """
     batch = folder.read()
     in_queue = queued(batch)
-    jobs = [*([batch.prepare] if batch.prepare else []), *batch.jobs]
-    return [_row(folder, batch, job, in_queue.get(job.name)) for job in jobs]
+    return [_row(folder, batch, job, in_queue.get(job.name)) for job in batch.every]
 
 
 def _row(folder: BatchFolder, batch: Batch, job: Job, in_queue: str | None) -> Row:
@@ -134,18 +150,18 @@ def restart(folder: BatchFolder, hooks: Hooks = QUIET) -> list[str]:
     """
     batch = folder.read()
     with locked(folder.path / ".lock", WAIT):
-        ended = {row.name for row in rows(folder) if row.state in ("failed", "stopped", "lost")}
-        if batch.executor != "slurm":
-            ended |= {row.name for row in rows(folder) if row.state == "waiting"}
-        jobs = [job for job in batch.jobs if job.name in ended]
+        again = {"failed", "stopped", "lost"} | ({"waiting"} if batch.executor != "slurm" else set())
+        ended = {row.name for row in rows(folder) if row.state in again}
+        jobs = [job for job in batch.every if job.name in ended and job != batch.prepare]
         if batch.executor != "slurm":
             check_not_running(folder, jobs)
         for job in jobs:
             folder.write_record(job, folder.record(job).model_copy(update={"state": "waiting", "message": ""}))
         if jobs:
-            _queue(folder, batch, jobs)
+            last = batch.finish if batch.finish in jobs else None
+            _queue(folder, batch, [job for job in jobs if job != last], None, last)
     if jobs and batch.executor == "local":
-        run_jobs(folder, batch, jobs, batch.cluster.parallelism or 1, hooks)
+        run_here(folder, batch, jobs, batch.cluster.parallelism or 1, hooks)
     return [job.name for job in jobs]
 
 

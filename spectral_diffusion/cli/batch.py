@@ -20,6 +20,7 @@ batch_app = typer.Typer(
     help="Many jobs: the state of a batch that train, experiment, evaluate or board wrote with --executor.",
     no_args_is_help=True,
 )
+WHOLE = "0/1"  # the share that is everything
 FolderArgument = Annotated[Path, typer.Argument(help="The folder that the batch writes to (-o).")]
 
 
@@ -63,22 +64,23 @@ def batch_run(
     folder: FolderArgument,
     shard: Annotated[
         str, typer.Option(help="Only the share i/n of the jobs, such as 0/4: for machines without a common queue.")
-    ] = "0/1",
+    ] = WHOLE,
     jobs: Annotated[int, typer.Option(min=1, help="How many jobs side by side.")] = 1,
 ) -> None:
     """Do the jobs of a batch that are not done, on this machine."""
     from ..batch.job import BatchFolder
-    from ..batch.local import run_jobs
-    from ..batch.submission import share
+    from ..batch.submission import run_here, share
     from ..core.errors import Cancelled
 
     place = BatchFolder(folder)
     batch = place.read()
     left = {job.name for job in place.unfinished(batch)}
     mine = [job for job in share(batch, shard) if job.name in left]
+    if shard == WHOLE and batch.finish and batch.finish.name in left:
+        mine.append(batch.finish)
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
-            run_jobs(place, batch, mine, jobs, Hooks(progress=progress, notify=echo, should_stop=should_stop))
+            run_here(place, batch, mine, jobs, Hooks(progress=progress, notify=echo, should_stop=should_stop))
         except Cancelled as stopped:
             echo(str(stopped))
             raise typer.Exit(130) from stopped

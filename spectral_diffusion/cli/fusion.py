@@ -13,6 +13,14 @@ from ..config.fuse import FuseConfig
 from ..core.errors import UserError
 from ..core.files import is_folder
 from ..core.hooks import Hooks
+from .executors import (
+    ClusterOption,
+    ExecutorOption,
+    Executors,
+    ParallelOption,
+    cluster_of,
+    submit_batch,
+)
 from .options import settings_flags
 from .support import (
     ConfigOption,
@@ -39,23 +47,72 @@ def fuse(
         list[Path] | None, typer.Option(help="One more adapter for a fused folder. Repeat for more.")
     ] = None,
     config: ConfigOption = None,
+    part: Annotated[
+        str | None, typer.Option(help="Only compute what one adapter contributes, into the cache.", hidden=True)
+    ] = None,
+    executor: ExecutorOption = None,
+    jobs: ParallelOption = None,
+    cluster: ClusterOption = None,
     *,
     flags: dict[str, Any],
 ) -> None:
-    """Fuse several adapters into one checkpoint that stock diffusers opens."""
+    """Fuse several adapters into one checkpoint that stock diffusers opens.
+
+    With --executor every adapter's part is computed by a job of its own, and then they are fused.
+    """
     files, overrides = files_and_settings(adapters)
     files += [str(path) for path in add or []]
     flags |= given(adapters=files, scales=numbers(strength, "--strength"))
     with importing():
         from ..merging.fuse import fuse_to_folder
+        from ..merging.parts import compute_part
 
     settings = resolve(
         FuseConfig, "fuse", config, added_to(files, flags, config), overrides, base=named_base(files, overrides)
     )
+    if executor:
+        submit_parts(settings, executor, jobs, cluster)
+        return
     with progress_bar() as progress:
+        if part:
+            compute_part(settings, part, Hooks(progress=progress, notify=echo))
+            return
         for warning in fuse_to_folder(settings, Hooks(progress=progress, notify=echo)):
             echo(f"Note: {warning}")
     echo(f"Wrote {settings.output}/; open it with --base {settings.output} or StableDiffusionPipeline.from_pretrained.")
+
+
+def submit_parts(settings: FuseConfig, executor: Executors, parallelism: int | None, cluster: list[str] | None) -> None:
+    """Submit a job for every adapter's part of a fusion, and one that fuses them."""
+    from ..adapters.formats.reading import is_foreign
+    from ..batch.job import Batch, BatchFolder, Job, job_name
+    from ..config.settings import to_yaml
+    from ..core.files import write_text
+    from ..merging.manifest import check_fusion_output, files_in_fusion
+    from ..merging.parts import names_in, part_names
+
+    check_fusion_output(settings.output)
+    settings = settings.model_copy(
+        update={
+            "distill": settings.distill.model_copy(update={"cache": True}),
+            "adapters": [
+                file for path in settings.adapters for file in ([path] if is_foreign(path) else files_in_fusion(path))
+            ],
+        }
+    )
+    folder = BatchFolder(settings.output.with_name(f"{settings.output.name}.jobs"))
+    file = folder.settings("fuse")
+    words = ("fuse", *map(str, settings.adapters), "-o", str(settings.output), "--config", str(file.resolve()))
+    each = [
+        Job(name=job_name(f"part-{name}"), words=(*words, "--part", name))
+        for name in part_names(settings, names_in(settings))
+    ]
+    write_text(file, to_yaml(settings))
+    batch = Batch(
+        executor=executor.value, cluster=cluster_of(cluster, parallelism), jobs=each,
+        finish=Job(name="fuse", words=words, output=str(settings.output)),
+    )  # fmt: skip
+    submit_batch(folder, batch)
 
 
 def added_to(files: Sequence[str], flags: Mapping[str, Any], config: str | None) -> dict[str, Any]:

@@ -65,6 +65,7 @@ class DistillConfig(Settings):
     prior_subjects: list[str] = Field(
         [], description='Generic subjects such as "a red dog". Default: common nouns in common colors.'
     )
+    cache: bool = Field(False, description="Keep the teachers' images and predictions in the cache, per adapter.")
 
 
 class MergeConfig(Settings):

@@ -138,8 +138,14 @@ def cached_seen(
     config: CalibrationConfig,
     seed: int,
     make: Callable[[], dict[str, GramAccumulator]],
+    max_bytes: int = KEPT,
 ) -> dict[str, GramAccumulator]:
-    """The result of ``make``, cached on disk under a hash of everything that decides it; ``homes`` are its layers'."""
+    """The result of ``make``, cached on disk under a hash of everything that decides it.
+
+    Args:
+        homes: the layers, and where each is merged.
+        max_bytes: that all of these caches may take together; 0 for no limit.
+    """
     decides = {
         "base": base.fingerprint.exact,
         "adapter": content_hash(adapter) if adapter else None,
@@ -158,7 +164,7 @@ def cached_seen(
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
     path = Path(cache_folder()) / "activations" / f"{key}.safetensors"
-    return cached(path, make, packed, partial(unpacked, homes=homes), WAIT, KEPT)
+    return cached(path, make, packed, partial(unpacked, homes=homes), WAIT, max_bytes)
 
 
 def packed(grams: Mapping[str, GramAccumulator]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from ..models.loading import load_base
 from ..models.per_layer_tokens import mean_note, use_means
 from ..models.targets import find_targets
 from ..training.memory import is_large
-from .distill import distill, prepare_targets
+from .distill import distill
 from .manifest import (
     ADAPTERS,
     MANIFEST,
@@ -45,6 +45,7 @@ from .merge_layers import add_change, merge_layers
 from .merges.registry import get_merge
 from .scales import owner, scales_of
 from .student import Student
+from .teachers import prepare_targets
 
 
 def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> None:
@@ -103,13 +104,7 @@ def fuse_adapters(
     merge.settings(config.options)  # a wrong one is refused before any work
     merge.check(adapters)
     check_precision(base, config)
-    use_means(base)
-    targets: dict[str, nn.Linear | nn.Conv2d] = {}
-    for adapter in adapters:
-        targets |= find_targets(base.models, adapter.targets)
-        if install:
-            add_words(base, adapter)
-    targets = {name: layer for name, layer in targets.items() if any(name in adapter.sizes for adapter in adapters)}
+    targets = open_base(base, adapters, install)
     learners = {**targets, **extra_modules(base, config, targets)}
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
     if base.quantization != "none":
@@ -131,6 +126,17 @@ def fuse_adapters(
             correction = distill(student, teachers, config.distill, config.seed, precision, hooks)
         return with_correction(learners, merged, correction)
     return merged
+
+
+def open_base(base: Base, adapters: Sequence[Adapter], install: bool = True) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Put the adapters' tokens into the base if they are to be put in; returns the layers that any of them changes."""
+    use_means(base)
+    targets: dict[str, nn.Linear | nn.Conv2d] = {}
+    for adapter in adapters:
+        targets |= find_targets(base.models, adapter.targets)
+        if install:
+            add_words(base, adapter)
+    return {name: layer for name, layer in targets.items() if any(name in adapter.sizes for adapter in adapters)}
 
 
 def check_precision(base: Base, config: MergeConfig) -> None:
@@ -195,6 +201,29 @@ def device_for(config: FuseConfig) -> str:
     return config.device if runs or config.device != "auto" else "cpu"
 
 
+def read_inputs(config: FuseConfig, hooks: Hooks = QUIET, base: Base | None = None) -> tuple[Base, list[Adapter]]:
+    """The base, loaded unless it is given, and the adapters of a fusion's settings.
+
+    Raises:
+        UserError: one cannot be read, or nothing names the base.
+    """
+    foreign = [path for path in config.adapters if is_foreign(path)]
+    adapters = [adapter for path in config.adapters if path not in foreign for adapter in adapters_in_fusion(path)]
+    if not adapters and config.base is None:
+        raise UserError(
+            f"{config.adapters[0]} is not an adapter of this program, and a LoRA of another names no base.",
+            Fix("base", so="to name it"),
+        )
+    check_not_base(config.output, config.base or adapters[0].base)
+    base = base or load_base(config.base or adapters[0].base, device_for(config), config.dtype)
+    for path in foreign:
+        name = distinct(name_of(path), [adapter.name for adapter in adapters])
+        adapters.append(import_lora(path, None, base.name, name, base=base))
+        if name != Path(path).stem:
+            hooks.notify(f"{path} is called '{name}' here.")
+    return base, adapters
+
+
 def fuse_to_folder(
     config: FuseConfig,
     hooks: Hooks = QUIET,
@@ -212,15 +241,7 @@ def fuse_to_folder(
     """
     output = config.output
     check_fusion_output(output)
-    foreign = [path for path in config.adapters if is_foreign(path)]
-    adapters = [adapter for path in config.adapters if path not in foreign for adapter in adapters_in_fusion(path)]
-    if not adapters and config.base is None:
-        raise UserError(
-            f"{config.adapters[0]} is not an adapter of this program, and a LoRA of another names no base.",
-            Fix("base", so="to name it"),
-        )
-    check_not_base(output, config.base or adapters[0].base)
-    base = base or load_base(config.base or adapters[0].base, device_for(config), config.dtype)
+    base, adapters = read_inputs(config, hooks, base)
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
     if config.distill.steps:
         precision_note(config.mixed_precision, precision, base.device, config.allow_tf32, hooks.notify)
@@ -228,11 +249,6 @@ def fuse_to_folder(
     fingerprint = base.fingerprint.exact
     parts = (part for part in base.pipeline.components.values() if isinstance(part, nn.Module))
     check_writable(output, sum(weight.nbytes for part in parts for weight in part.parameters()))
-    for path in foreign:
-        name = distinct(name_of(path), [adapter.name for adapter in adapters])
-        adapters.append(import_lora(path, None, base.name, name, base=base))
-        if name != Path(path).stem:
-            hooks.notify(f"{path} is called '{name}' here.")
     warnings = [text for adapter in adapters if (text := check_base(adapter, base, config.allow_base))]
     warnings += overlaps(adapters)
     if (advice := get_merge(config.merge).advise(len(adapters))) and not config.distill.steps:

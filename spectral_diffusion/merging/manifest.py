@@ -39,18 +39,27 @@ def adapters_in_fusion(path: Path) -> list[Adapter]:
     Raises:
         UserError: neither.
     """
+    return [load_adapter(file) for file in files_in_fusion(path)]
+
+
+def files_in_fusion(path: Path) -> list[Path]:
+    """The files of the adapters inside a fused folder, or the file itself.
+
+    Raises:
+        UserError: a folder that is no fusion.
+    """
     if not is_folder(path):
-        return [load_adapter(path)]
+        return [Path(path)]
     manifest = read_manifest(path)
     if manifest is None:
         raise UserError(f"{path} is not a fused folder: it holds no {MANIFEST}.")
-    adapters = []
+    files = []
     for concept in manifest["concepts"].values():
         file = (Path(path) / str(concept["file"])).resolve()
         if not file.is_relative_to(Path(path).resolve()):
             raise UserError(f"{path}/{MANIFEST} names a file outside the folder; fuse the adapters again.")
-        adapters.append(load_adapter(file))
-    return adapters
+        files.append(file)
+    return files
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:

@@ -18,8 +18,8 @@ from ..models.families import denoiser_of
 from ..models.targets import EVERYTHING, find_targets
 from ..training.memory import CONTEXT, Estimate, Models, Peak, base_kind, fitting, hollow, hollow_prediction
 from .calibration import CHUNK
-from .distill import CHUNK as TOGETHER
 from .student import correction_spec
+from .teachers import CHUNK as TOGETHER
 
 Layers = Mapping[str, nn.Linear | nn.Conv2d]  # by name
 

@@ -19,7 +19,7 @@ from ..linalg import Factors, matrix_shape, to_float64
 from ..models.base import Base
 from ..training.memory import gib
 from .activations import GramAccumulator
-from .calibration import cached_seen, calibrate
+from .calibration import KEPT, cached_seen, calibrate
 from .memory import calibration_memory
 from .merges.registry import Accumulator, Contribution, Merge, MergeContext, get_merge
 from .placement import Homes, placed, rooms
@@ -202,6 +202,7 @@ class Calibration:
     Attributes:
         layers: the group, by name; ``every``: the names of all layers that are fused.
         homes: where each layer of the group is merged.
+        max_bytes: of the cache; 0 for no limit.
     """
 
     base: Base
@@ -211,6 +212,7 @@ class Calibration:
     homes: Homes
     config: MergeConfig
     hooks: Hooks
+    max_bytes: int = KEPT
 
     def see_prior(self) -> Seen:
         """The inputs on generic prompts; none where they do not count."""
@@ -237,5 +239,5 @@ class Calibration:
                 )  # fmt: skip
 
         if own and settings.cache:
-            return cached_seen(self.base, adapter, self.homes, settings, self.config.seed, make)
+            return cached_seen(self.base, adapter, self.homes, settings, self.config.seed, make, self.max_bytes)
         return make()
