@@ -28,7 +28,7 @@ from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.settings import build, parse_overrides, read_yaml, to_yaml
 from spectral_diffusion.config.train import TrainConfig
-from spectral_diffusion.core import cache, files
+from spectral_diffusion.core import cache, files, locks
 from spectral_diffusion.core.errors import NotFiniteError, UserError, short_repr
 from spectral_diffusion.core.files import check_writable, parse_json, read_text, write_tensors
 from spectral_diffusion.core.hooks import Hooks
@@ -269,7 +269,7 @@ def test_a_machine_without_a_home_has_a_private_cache(
 def test_a_lock_that_another_process_holds_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(files, "PATIENCE", 0.05)
+    monkeypatch.setattr(locks, "PATIENCE", 0.05)
     monkeypatch.setattr(slots, "WAIT", 0.2)
     ledger = Ledger(tmp_path / "slots.json")
     ledger.reserve("base", "a", SlotRequest(4, "next", 64))

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.errors import UserError
-from ..core.files import locked
 from ..core.hooks import QUIET, Hooks
+from ..core.locks import locked
 from ..training.status import read_status
 from . import slurm
 from .job import Batch, BatchFolder, Job, Record, State

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, TypeVar
 from safetensors import SafetensorError
 
 from .errors import UserError
-from .files import locked, read_tensors, write_tensors
+from .files import read_tensors, write_tensors
+from .locks import locked
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -42,7 +42,6 @@ DISGUISES = {  # of what is no safetensors file by its first bytes: what it is, 
 ABANDONED = 24 * 3600  # seconds after which a killed program's temporary is taken away
 TEXT_BYTES = 64_000_000  # of a text file that is read whole, such as the captions of a large folder
 LEVELS = 64  # of nesting in JSON
-PATIENCE = 5.0  # seconds that a lock is waited for without a word
 PROBE = 2**18  # bytes that a disk must take before work begins
 
 
@@ -217,34 +216,6 @@ def holds(folder: Path, other: Path | str) -> bool:
     """Whether a path exists and is a folder or inside it."""
     root, target = Path(folder).resolve(), Path(other).resolve()
     return target.exists() and (target == root or root in target.parents)
-
-
-@contextmanager
-def locked(path: Path, timeout: float) -> Iterator[None]:
-    """Hold the lock file ``path``. The log names a lock that is waited for longer than a moment.
-
-    Raises:
-        UserError: another process still holds it after ``timeout`` seconds.
-        OSError: it cannot be made.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=min(PATIENCE, timeout))
-    except Timeout:
-        log.warning("Waiting for another process, which holds %s.", path)
-        try:
-            lock.acquire(timeout=max(0.0, timeout - PATIENCE))
-        except Timeout as error:
-            raise UserError(
-                f"Another process has locked {path} for {timeout:.0f} seconds; end it if it hangs or is stopped, then "
-                "try again."
-            ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

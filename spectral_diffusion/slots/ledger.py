@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import Fix, UserError
-from ..core.files import cannot_write, locked, parse_json, read_text, write_json
+from ..core.files import cannot_write, parse_json, read_text, write_json
+from ..core.locks import locked
 from ..core.rng import keyed_random
 
 LEDGER = "slots.json"

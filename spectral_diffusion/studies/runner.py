@@ -25,8 +25,9 @@ from ..config.train import TrainConfig
 from ..core import assets as resources
 from ..core.cache import cache_folder
 from ..core.errors import UserError
-from ..core.files import locked, parse_json, read_text, write_json
+from ..core.files import parse_json, read_text, write_json
 from ..core.hooks import Hooks, Progress, silent
+from ..core.locks import locked
 from ..core.machine import parse_device
 from ..core.precision import resolve_mixed_precision
 from ..data.folder import Concept, load_concept, open_photo
