@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ from spectral_diffusion.batch.concepts import (
     write_configs,
 )
 from spectral_diffusion.batch.job import Batch, BatchFolder, Cluster, Job, Record, parse_cluster
-from spectral_diffusion.batch.kubernetes import as_yaml, manifest, resource_name
+from spectral_diffusion.batch.kubernetes import Pods, as_yaml, manifest, resource_name
 from spectral_diffusion.batch.local import run_jobs
 from spectral_diffusion.batch.prepare import prepare
-from spectral_diffusion.batch.process import JobProcess
-from spectral_diffusion.batch.submission import restart, rows, share, submit
+from spectral_diffusion.batch.process import JobProcess, start
+from spectral_diffusion.batch.submission import cancel, check_runs_here, restart, rows, share, submit
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.settings import to_yaml
 from spectral_diffusion.config.train import TrainConfig
@@ -57,15 +58,19 @@ def tell(state, **more):
     with open(output.parent / "events", "a") as events:
         events.write(" ".join([output.stem, state, *again]) + "\\n")
 def stop(*_):
+    output.with_name(output.stem + ".state.safetensors").write_text("state")
     tell("stopped", message="Stopped at step 1.")
     sys.exit(130)
 signal.signal(signal.SIGTERM, stop)
 tell("running")
-time.sleep(0.15)
+def all_run():
+    return {"x running", "y running", "z running"} <= set((output.parent / "events").read_text().splitlines())
+while output.stem in "xyz" and not all_run():
+    time.sleep(0.01)
 if output.stem == "crash":
     sys.exit("Segmentation fault")
-if output.stem == "bad" and not again:
-    tell("failed", message="bad holds no readable photo.")
+if output.stem == "bad":
+    tell("failed", message="bad holds no readable photo.", fixes=[{"option": "rank", "value": "4"}])
     sys.exit(2)
 time.sleep(60 if output.stem == "long" and not again else 0.2)
 output.write_text("adapter")
@@ -80,7 +85,13 @@ def batch_in(folder: Path, *names: str, **more: Any) -> tuple[BatchFolder, Batch
     place.path.mkdir(parents=True, exist_ok=True)
     outputs = {name: folder / "out" / f"{name}.safetensors" for name in names}
     jobs = [
-        Job(name=name, words=(str(output),), again=("--resume",), output=str(output), status=status_path(output))
+        Job(
+            name=name,
+            arguments=(str(output),),
+            output=str(output),
+            status=status_path(output),
+            state=state_path(output),
+        )
         for name, output in outputs.items()
     ]
     batch = Batch(jobs=jobs, started_in=str(folder), **more)
@@ -126,12 +137,14 @@ def test_one_that_fails_stops_no_other_and_is_started_again(tmp_path: Path, monk
     assert "Segmentation fault" in place.log(batch.job("crash")).read_text()
     table = {row.name: row for row in rows(place)}
     assert table["bad"].message == "bad holds no readable photo." and table["a"].starts == 1
+    assert [fix.option for fix in table["bad"].fixes] == ["rank"]
     (tmp_path / "out" / "events").unlink()
     monkeypatch.setattr("spectral_diffusion.batch.submission.run_jobs", lambda *args: run_jobs(*args, program=PROGRAM))
-    with pytest.raises(UserError, match="1 of 4 jobs failed"):
+    with pytest.raises(UserError, match="2 of 2 jobs failed: "):
         restart(place)
-    assert events(tmp_path)[0] == "bad running --resume" and not any(line.startswith("a ") for line in events(tmp_path))
-    assert states(place, batch) == ["done", "done", "failed", "done"]
+    # Neither had saved a state, so they begin anew, and what is done stays.
+    assert events(tmp_path) == ["bad running", "bad failed", "crash running"]
+    assert states(place, batch) == ["failed", "done", "failed", "done"] and place.record(batch.jobs[0]).starts == 2
 
 
 def test_a_stopped_batch_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -212,8 +225,42 @@ def test_bad_batches_are_told(tmp_path: Path) -> None:
     place.file.write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         place.read()
+    write_text(status_path(tmp_path / "out" / "a.safetensors"), json.dumps({**mine, "pid": 2**22 + 1}))
+    submit(place, batch.model_copy(update={"executor": "manual"}))  # which replaces the damaged one
+    with pytest.raises(UserError, match=r"holds a batch with 1 jobs that are not done, such as a; .* batch run"):
+        submit(place, batch.model_copy(update={"jobs": [batch.jobs[0].model_copy(update={"name": "b"})]}))
+    with pytest.raises(UserError, match=r"has no executor: .* batch run"):
+        restart(place)
     with pytest.raises(UserError, match="holds no batch"):
         rows(BatchFolder(tmp_path))
+
+
+def test_a_job_goes_on_from_its_own_state_and_no_other(tmp_path: Path) -> None:
+    place, batch = batch_in(tmp_path, "a")
+    [job] = batch.jobs
+    state = state_path(tmp_path / "out" / "a.safetensors")
+    state.write_text("of another training")
+    os.utime(state, (1e9, 1e9))
+    for starts, saved, resumed in ((0, False, False), (1, False, False), (1, True, True)):
+        if saved:
+            state.touch()
+        place.write_record(job, Record(state="stopped", starts=starts, first_start=time.time() if starts else 0.0))
+        process = JobProcess(place, job, str(tmp_path), program=PROGRAM)
+        assert process.wait().state == "done"
+        assert events(tmp_path)[-1] == ("a done --resume" if resumed else "a done")
+
+
+def test_a_job_is_taken_once(tmp_path: Path) -> None:
+    place, batch = batch_in(tmp_path, "long", "a")
+    first = start(place, batch.jobs[0], str(tmp_path), program=PROGRAM)
+    assert first is not None and start(place, batch.jobs[0], str(tmp_path), program=PROGRAM) is None
+    with pytest.raises(UserError, match=r"is being trained by process \d+ already"):
+        run_jobs(place, batch, batch.jobs, program=PROGRAM)
+    while not (tmp_path / "out" / "events").exists():
+        time.sleep(0.01)
+    os.kill(first.process.pid, signal.SIGKILL)
+    record = first.wait()
+    assert (record.state, record.message) == ("failed", "It was ended by SIGKILL, perhaps as memory was short.")
 
 
 def test_a_lost_process_is_noticed_here_and_an_old_word_of_another_machine(tmp_path: Path) -> None:
@@ -224,6 +271,9 @@ def test_a_lost_process_is_noticed_here_and_an_old_word_of_another_machine(tmp_p
     assert place.record(job).state == "lost" and "started again" in place.record(job).message
     place.write_record(job, Record(**gone, host="another machine"))
     assert place.record(job).state == "running"
+    silent = Record(**gone, host="another machine", updated="2020-01-01T00:00:00+00:00")
+    write_text(place.record_path(job), silent.model_dump_json())
+    assert place.record(job).state == "lost"
     status = TrainingStatus(**gone, host="another machine", updated=now())
     assert is_alive(status) and not is_alive(status.model_copy(update={"updated": "2020-01-01T00:00:00+00:00"}))
 
@@ -240,6 +290,7 @@ def test_all_slots_are_reserved_before_any_training(tiny_base: Path, tmp_path: P
     settled, base = with_slots(batch)
     assert base is not None and [one.name for one in settled] == ["dog", "mug", "cup", "empty"]
     [taken] = Ledger(tmp_path / "out" / "slots.json").read().values()
+    assert "empty" not in taken
     assert [str(taken[name]) for name in ("dog", "mug", "cup")] == ["0:2", "2:4", "4:6"]
     common["rank"] = 8  # of which this base has no five
     more = [make_photos(tmp_path / f"more{index}", seed=index) for index in range(5)]
@@ -319,7 +370,14 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_an_array_is_submitted_and_followed(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "ARRAY", 2)
     asked = parse_cluster(["partition=gpu", "minutes=90", "account=lab", "mem-bind=local"], parallelism=2)
-    place, batch = batch_in(tmp_path, *"abc", executor="slurm", prepare=Job(name="prepare", words=()), cluster=asked)
+    place, batch = batch_in(
+        tmp_path,
+        *"abc",
+        executor="slurm",
+        prepare=Job(name="prepare", arguments=()),
+        finish=Job(name="last", arguments=()),
+        cluster=asked,
+    )
     submit(place, batch)
     scripts = [(cluster / f"script{index}").read_text() for index in range(3)]
     assert "--dependency" not in scripts[0]
@@ -333,22 +391,32 @@ def test_an_array_is_submitted_and_followed(cluster: Path, tmp_path: Path, monke
             "--signal=USR2@90",
         ):
             assert f"#SBATCH {line}" in script
-    assert "#SBATCH --array=0-1%2" in scripts[1] and "#SBATCH --dependency=afterany:70" in scripts[1]
+    assert "#SBATCH --dependency=afterany:70" in scripts[1]
+    assert "#SBATCH --array=0-1%1" in scripts[1]  # two at once in both arrays together
     batch = place.read()
-    assert batch.ids == {"prepare": "70", "a": "71_0", "b": "71_1", "c": "72"}
+    assert batch.ids == {"prepare": "70", "a": "71_0", "b": "71_1", "c": "72", "last": "73"}
+    assert "#SBATCH --dependency=afterany:71:72" in (cluster / "script3").read_text()
     place.write_record(batch.job("a"), Record(state="running", starts=1, host="node", pid=5))
     place.write_record(batch.job("b"), Record(state="done", starts=1))
     queue = cluster / "queue"
-    queue.write_text("74|71_0|71|RUNNING\n72|72_N/A|72|PENDING\n70|70_N/A|70|COMPLETED\n")
+    queue.write_text("74|71_0|71|RUNNING\n72|72_N/A|72|PENDING\n70|70_N/A|70|COMPLETED\n73|73_N/A|73|PENDING\n")
     assert {row.name: row.state for row in rows(place)} == {
-        "prepare": "lost", "a": "running", "b": "done", "c": "waiting"
+        "prepare": "lost", "a": "running", "b": "done", "c": "waiting", "last": "waiting"
     }  # fmt: skip
-    with pytest.raises(UserError, match=r"still works on 2 jobs .* batch cancel"):
-        submit(place, batch)
+    for refused in (lambda: submit(place, batch), lambda: check_runs_here(place, batch)):
+        with pytest.raises(UserError, match=r"still works on 3 jobs .* batch cancel|3 jobs of .* are in Slurm's queue"):
+            refused()
+    place.write_record(batch.job("a"), Record(state="failed", starts=1, message="killed"))
+    assert {row.name: row.state for row in rows(place)}["a"] == "running"  # it is about to be started again
     queue.write_text("")
-    assert {row.name: row.state for row in rows(place)} == {"prepare": "lost", "a": "lost", "b": "done", "c": "lost"}
-    assert restart(place) == ["a", "c"] and place.read().ids["a"] == "73_0"
-    assert "--dependency" not in (cluster / "script3").read_text()
+    assert {row.name: row.state for row in rows(place)} == {
+        "prepare": "lost", "a": "failed", "b": "done", "c": "lost", "last": "lost"
+    }  # fmt: skip
+    assert restart(place) == ["prepare", "a", "c", "last"] and place.read().ids["a"] == "75_0"
+    assert "#SBATCH --dependency=afterany:74" in (cluster / "script5").read_text()
+    queue.write_text("95|75_0|75|RUNNING\n96|75_1|75|PENDING\n")
+    assert cancel(place) == 2 and (cluster / "cancelled").read_text() == "--quiet 75\n"
+    assert place.record(batch.job("c")).message == "It was cancelled."
 
 
 def test_a_cluster_that_refuses_is_quoted(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,6 +466,7 @@ def test_a_job_of_the_cluster_saves_its_state_when_it_must_leave(
         (["steps=3"], "No photo folder is given"),
         (["a", "b", "-o", "out", "--status", "x.json"], "leave out --status"),
         (["a", "b", "-o", "out", "--cluster", "partition"], "--cluster takes KEY=VALUE"),
+        (["a", "b", "-o", "out", "--executor", "slurm"], "There is no Slurm here"),
         (["a", "b", "-o", "out", "--jobs", "2", "interference.overlap_weight=1"], "--jobs 1 is needed"),
     ],
 )
@@ -407,6 +476,7 @@ def test_the_command_line_tells_what_is_wrong(
     monkeypatch.chdir(tmp_path)
     for name in "ab":
         (tmp_path / name).mkdir()
+    monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(sys, "argv", ["spectral-diffusion", "train", *words])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -460,17 +530,19 @@ def test_kubernetes_knows_every_field_of_the_manifest(tmp_path: Path) -> None:
     from kubernetes.client.api_client import ApiClient
 
     place, batch = batch_in(tmp_path, *"abcde", executor="manual", cluster=Cluster(gpus=1, memory_gb=12, parallelism=9))
-    made = yaml.safe_load(as_yaml(manifest(place, batch, "image:1", "claim", pods=3, queue="team")))
+    made = yaml.safe_load(as_yaml(manifest(place, batch, Pods("image:1", "claim", 3, "team"))))
     assert unknown_fields(made, "V1Job", client) == [] and unknown_fields({"kid": 1}, "V1Job", client) == [".kid"]
     job = ApiClient()._ApiClient__deserialize(made, "V1Job")  # whose classes refuse what lacks a required field
     assert (job.spec.completions, job.spec.parallelism, job.spec.suspend) == (3, 3, True)
     [container] = job.spec.template.spec.containers
     assert container.command[-1] == "$(JOB_COMPLETION_INDEX)/3" and container.resources.limits["nvidia.com/gpu"] == "1"
     with pytest.raises(UserError, match="outside /elsewhere"):
-        manifest(place, batch, "image:1", "claim", mount="/elsewhere")
+        manifest(place, batch, Pods("image:1", "claim", mount="/elsewhere"))
     with pytest.raises(UserError, match="--executor manual"):
-        manifest(place, batch.model_copy(update={"executor": "slurm"}), "image:1", "claim")
-    assert resource_name("Meine Bilder_2/") == "spectral-meine-bilder-2" and len(resource_name("x" * 99)) == 63
+        manifest(place, batch.model_copy(update={"executor": "slurm"}), Pods("image:1", "claim"))
+    assert resource_name("Meine Bilder_2/") == "spectral-meine-bilder-2" and len(resource_name("x" * 99)) == 50
+    with pytest.raises(UserError, match="needs all the others"):
+        manifest(place, batch.model_copy(update={"finish": batch.jobs[0]}), Pods("image:1", "claim"))
 
 
 def test_the_parts_of_a_fusion_are_computed_apart_and_give_the_same_bits(
@@ -512,3 +584,47 @@ def test_the_parts_of_a_fusion_are_computed_apart_and_give_the_same_bits(
         with pytest.raises(UserError, match=r"meet in the cache|stage by stage"):
             part_names(FuseConfig(output=tmp_path / "x", **{**common, **change}), ["rex"])
     assert part_names(FuseConfig(output=tmp_path / "x", adapters=files), ["rex"]) == []  # nothing to share out
+
+
+def test_every_verb_writes_its_jobs_and_the_batch_is_shown_and_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def program(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["spectral-diffusion", *arguments])
+        with suppress(SystemExit):
+            cli.main()
+        found = capsys.readouterr()
+        return found.out + found.err
+
+    monkeypatch.chdir(tmp_path)
+    said = program("experiment", "all", "--quick", "-o", "evidence", "--executor", "manual", "--jobs=2")
+    assert "spectral-diffusion batch run evidence" in said
+    jobs = {job.name: job.arguments for job in BatchFolder(Path("evidence")).read().jobs}
+    assert jobs["rank"] == ("experiment", "rank", "--quick", "-o", "evidence") and len(jobs) > 10
+    make_photos(tmp_path / "dog", 1)
+    program("train", "dog", "-o", "out/dog.safetensors", "--steps", "3", "--executor", "manual", "--status", "auto")
+    [job] = BatchFolder(Path("out")).read().jobs
+    assert job.arguments == ("train", "dog", "-o", "out/dog.safetensors", "--steps", "3", "--status", "auto")
+    assert job.state == (tmp_path / "out" / "dog.state.safetensors")
+    entry = {"name": "mine", "adapters": "{concept}.safetensors"}
+    write_text(tmp_path / "mine.yaml", yaml.safe_dump(entry))
+    said = program("board", "run", "--entry", "mine.yaml", "-o", "board", "--executor", "manual", "--n", "2")
+    [job] = BatchFolder(Path("board")).read().jobs
+    assert job.arguments == ("board", "run", "-o", "board", "--n", "2", "--entry", "mine.yaml"), said
+
+    place, batch = batch_in(tmp_path / "here", "a", "bad", executor="manual")
+    monkeypatch.setattr("spectral_diffusion.batch.submission.run_jobs", lambda *args: run_jobs(*args, program=PROGRAM))
+    assert "holds no batch" in program("batch", "status", "nowhere")
+    assert "--shard takes i/n" in program("batch", "run", str(place.output), "--shard", "2/2")
+    assert "Did 1 of 2 jobs" in program("batch", "run", str(place.output), "--shard", "0/2")
+    said = program("batch", "run", str(place.output))
+    assert "bad holds no readable photo" in said and "--rank 4" not in said.splitlines()[0]
+    shown = program("batch", "status", str(place.output))
+    assert "1 done, 1 failed" in shown and "Use --rank 4" in " ".join(shown.split())
+    assert [row["state"] for row in json.loads(program("batch", "status", str(place.output), "--json"))] == [
+        "done", "failed"
+    ]  # fmt: skip
+    assert "stop its process with Ctrl-C" in program("batch", "cancel", str(place.output))
+    assert states(place, batch) == ["done", "failed"]
+    made = program("batch", "kubernetes", str(place.output), "--image", "image:1", "--claim", "work")
+    assert yaml.safe_load(made)["spec"]["completions"] == 2

@@ -53,12 +53,12 @@ def test_one_process_at_a_time(kind: str, tmp_path: Path, monkeypatch: pytest.Mo
 @fork
 def test_the_claim_of_a_dead_process_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "lease")
-    monkeypatch.setattr(locks, "LEASE", 0.6)
+    monkeypatch.setattr(locks, "LEASE", 2.0)
     process = multiprocessing.get_context("fork").Process(target=hold, args=(tmp_path,))
     process.start()
     while not (tmp_path / "has it").exists():
         time.sleep(0.01)
-    with pytest.raises(UserError, match="Another process has locked"), locked(tmp_path / "lock", 1.5):
+    with pytest.raises(UserError, match="Another process has locked"), locked(tmp_path / "lock", 0.1):
         pass  # it lives and refreshes its claim, however long that is
     assert process.pid
     os.kill(process.pid, signal.SIGKILL)

@@ -12,11 +12,11 @@ from ..config.train import TrainConfig
 from ..core.errors import Fix, UserError
 from ..core.files import write_text
 from ..core.hooks import QUIET, Hooks
-from ..data.folder import describe
+from ..data.folder import describe, load_concept
 from ..methods import get_method
 from ..models.base import Base
 from ..models.loading import load_base
-from ..training.output import is_done
+from ..training.output import is_done, state_path
 from ..training.slot_choice import reserve_together
 from ..training.status import status_path
 from .job import PREPARE, BatchFolder, Job
@@ -63,7 +63,7 @@ def check_tokens(batch: Sequence[Training]) -> None:
     """
     owners: dict[str, str] = {}
     for training in batch:
-        token = _described(training.config)[1]
+        token = _token(training.config)
         owner = owners.setdefault(token.lower(), training.name) if token else training.name
         if owner != training.name:
             raise UserError(
@@ -72,13 +72,12 @@ def check_tokens(batch: Sequence[Training]) -> None:
             )
 
 
-def _described(config: TrainConfig) -> tuple[str, str]:
-    """Name and token of a concept; empty for a faulty folder, which its own training reports."""
+def _token(config: TrainConfig) -> str:
+    """The token of a concept; empty for a faulty folder, which its own training reports."""
     try:
-        about = describe(config.concept, config.name, config.token, config.class_noun)
+        return describe(config.concept, config.name, config.token, config.class_noun).token
     except UserError:
-        return "", ""
-    return about.name, about.token
+        return ""
 
 
 def without_done(batch: Sequence[Training], force: bool, hooks: Hooks = QUIET) -> list[Training]:
@@ -105,13 +104,22 @@ def with_slots(batch: Sequence[Training], resume: bool = False) -> tuple[list[Tr
     Raises:
         UserError: a slot is taken, there is no room for all, or the base cannot be loaded.
     """
-    configs = {name: t.config for t in batch if (name := _described(t.config)[0])}
+    names = {t.name: name for t in batch if (name := _readable(t.config))}
+    configs = {names[t.name]: t.config for t in batch if t.name in names}
     if not any(get_method(config.method).slot for config in configs.values()):
         return list(batch), None
     first = next(iter(configs.values()))
     base = load_base(first.base, "cpu", first.dtype)
     settled: Mapping[str, TrainConfig] = reserve_together(configs, base, resume)
-    return [Training(t.name, settled.get(_described(t.config)[0], t.config)) for t in batch], base
+    return [Training(t.name, settled.get(names.get(t.name, ""), t.config)) for t in batch], base
+
+
+def _readable(config: TrainConfig) -> str:
+    """The name of a concept; empty for a folder without photos, or another fault that its own training reports."""
+    try:
+        return load_concept(config.concept, config.name, config.token, config.class_noun).name
+    except UserError:
+        return ""
 
 
 def training_jobs(
@@ -121,14 +129,18 @@ def training_jobs(
     jobs = []
     for training in batch:
         output, settings = training.config.output, folder.settings(training.name)
-        words = ["train", str(training.config.concept), "-o", str(output), "--config", str(settings.resolve())]
-        words += ["--status", "auto", *(["--resume"] if resume else []), *(["--force"] if force else [])]
-        job = Job(
-            name=training.name, words=tuple(words), again=() if resume else ("--resume",), output=str(output),
-            status=status_path(output).resolve(),
-        )  # fmt: skip
-        jobs.append(job)
+        arguments = ["train", str(training.config.concept), "-o", str(output), "--config", str(settings.resolve())]
+        arguments += ["--status", "auto", *(["--resume"] if resume else []), *(["--force"] if force else [])]
+        jobs.append(training_job(training.name, arguments, output))
     return jobs
+
+
+def training_job(name: str, arguments: Sequence[str], output: Path, status: Path | None = None) -> Job:
+    """The job of one training with these arguments; ``status`` is its status file if it is not beside the output."""
+    return Job(
+        name=name, arguments=tuple(arguments), output=str(output), status=(status or status_path(output)).resolve(),
+        state=state_path(output).resolve(),
+    )  # fmt: skip
 
 
 def write_configs(folder: BatchFolder, batch: Sequence[Training]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import socket
+import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -12,11 +14,12 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..core.errors import Fix, UserError, reason
 from ..core.files import read_text, write_text
-from ..training.status import TrainingStatus, is_alive, now, read_status
+from ..training.status import TrainingStatus, is_alive, now
 
 FOLDER = "batch"  # beside what the jobs write
 FILE = "batch.json"
 PREPARE = "prepare"  # the job that computes what the others share
+SILENT = 300.0  # seconds without a word after which a job on another machine counts as lost
 NAME = re.compile(r"[^\w.-]+")
 
 Executor = Literal["local", "slurm", "manual"]
@@ -27,10 +30,10 @@ class Job(BaseModel, frozen=True):
     """One job: a command line of this program."""
 
     name: str
-    words: tuple[str, ...]  # after the program's name
-    again: tuple[str, ...] = ()  # added from the second start on
+    arguments: tuple[str, ...]  # after the program's name
     output: str = ""
     status: Path | None = None  # a training's status file
+    state: Path | None = None  # a training's saved state; once this job has written it, it goes on from there
 
 
 class Cluster(BaseModel):
@@ -81,13 +84,14 @@ class Batch(BaseModel):
 
 
 class Record(BaseModel):
-    """How a job goes, as ``<name>.json`` in the batch's folder says; written by the process that starts it."""
+    """How a job goes, as ``<name>.job.json`` in the batch's folder says; written by the process that starts it."""
 
     state: State = "waiting"
     message: str = ""  # one sentence on how it ended
     fixes: list[Fix] = []
     notes: list[str] = []
     starts: int = 0
+    first_start: float = 0.0  # seconds since 1970
     host: str = ""
     pid: int = 0
     pid_started: int | None = None
@@ -120,7 +124,7 @@ class BatchFolder:
         return self.path / f"{job if isinstance(job, str) else job.name}.settings.yaml"
 
     def record_path(self, job: Job) -> Path:
-        return self.path / f"{job.name}.json"
+        return self.path / f"{job.name}.job.json"
 
     @property
     def file(self) -> Path:
@@ -149,17 +153,15 @@ class BatchFolder:
             record = Record.model_validate_json(read_text(self.record_path(job)))
         except (OSError, ValueError, ValidationError):
             return Record()
-        if record.state == "running" and not self._is_alive(job, record):
-            record.state, record.message = "lost", "Its process is gone without a word; it can be started again."
+        if record.state == "running" and not self._is_alive(record):
+            record.state, record.message = "lost", "Its process is gone; it can be started again."
         return record
 
-    def _is_alive(self, job: Job, record: Record) -> bool:
-        status = read_status(job.status) if job.status else None
-        updated = max(record.updated, status.updated if status else "")
-        process = TrainingStatus(
-            pid=record.pid, pid_started=record.pid_started, host=record.host, updated=updated, state="running"
-        )
-        return is_alive(process)
+    @staticmethod
+    def _is_alive(record: Record) -> bool:
+        if record.host != socket.gethostname():
+            return age(record.updated) < SILENT
+        return is_alive(TrainingStatus(pid=record.pid, pid_started=record.pid_started, updated=record.updated))
 
     def write_record(self, job: Job, record: Record) -> None:
         """Write a job's record."""
@@ -167,9 +169,17 @@ class BatchFolder:
         write_text(self.record_path(job), record.model_dump_json(indent=1) + "\n")
 
     def unfinished(self, batch: Batch) -> list[Job]:
-        """The jobs that are neither done nor running."""
+        """The jobs that are neither done nor running, the last one of the batch included."""
         jobs = [*batch.jobs, *([batch.finish] if batch.finish else [])]
         return [job for job in jobs if self.record(job).state not in {"done", "running"}]
+
+
+def age(moment: str) -> float:
+    """Seconds since an ISO time; endless for none."""
+    try:
+        return time.time() - datetime.fromisoformat(moment).timestamp()
+    except ValueError:
+        return float("inf")
 
 
 def job_name(text: str) -> str:

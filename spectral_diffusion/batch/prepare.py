@@ -35,7 +35,7 @@ def prepare(folder: BatchFolder, batch: Batch, hooks: Hooks = QUIET) -> None:
     groups: dict[str, list[TrainConfig]] = {}
     for job in batch.jobs:
         path = folder.settings(job)
-        if path.is_file() and job.words[0] == "train":
+        if path.is_file() and job.arguments[0] == "train":
             config = build(TrainConfig, read_yaml(path), file=str(path))
             groups.setdefault(loading_key(config), []).append(config)
     for configs in groups.values():
@@ -58,9 +58,12 @@ def prepare_spectra(base: Base, configs: Sequence[TrainConfig], hooks: Hooks = Q
     done = set()
     for config in configs:
         method = get_method(config.method)
-        if method.builds_on not in ("columns", "full_svd"):
+        if method.builds_on not in ("columns", "full_svd") or config.init_from_adapter:
             continue
-        slot = slot_in_ledger(config, base) if method.slot else None
+        try:
+            slot = slot_in_ledger(config, base) if method.slot else None
+        except UserError:  # its own training reports it
+            continue
         reach = (-(-slot.top // CHUNK), -(-slot.bottom // CHUNK)) if slot else ()
         key = (method.builds_on, config.target_modules, reach)
         if key not in done:

@@ -5,12 +5,13 @@ submitit is imported inside the functions: it is an extra that only a cluster ne
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ ARRAY = 1000  # jobs of an array at most; Slurm's own default allows 1,001
 TIMEOUTS = 1000  # how often a job may run into its time limit and go on
 GRACE = 90  # seconds before a time limit at which a job is asked to save its state
 KILLED_WITHIN = 900.0  # seconds that Slurm takes at most, from asking a job to end to ending it
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
+         "PREEMPTED", "REVOKED"}  # fmt: skip
+AT_WORK = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
 KEPT = {"partition", "account", "qos", "constraint", "comment", "exclude", "nodelist", "gres", "mail_type", "mail_user"}
-QUEUED = {"PENDING": "waiting", "CONFIGURING": "waiting", "REQUEUED": "waiting", "SUSPENDED": "waiting",
-          "RUNNING": "running", "COMPLETING": "running"}  # fmt: skip
-TIME = "1440"  # minutes, where nothing is known
+MINUTES = 1440  # of a job of which nothing is known
+ASKING = 60  # seconds that Slurm's commands may take
 
 
 class Worker:
@@ -45,6 +48,7 @@ class Worker:
         if folder.record(job).state == "done":  # the node failed between the last write and its report
             return "done"
         threads = os.environ.get("SLURM_CPUS_PER_TASK", "1")
+        # Slurm starts a job once, and again only when the earlier one is gone, whatever its record says.
         self.running = JobProcess(folder, job, batch.started_in, int(threads) if threads.isdecimal() else None)
         record = self.running.wait()
         if record.state == "stopped" and not self.running.asked:
@@ -97,16 +101,18 @@ def submit(
     """
     check_available()
     worker, ids = Worker(str(folder.output.resolve())), {}
+    names = [job.name for job in jobs]
     try:
         dependency = None
         if prepare:
             [first] = _executor(folder, batch, 1).map_array(worker, [prepare.name])
             ids[prepare.name] = str(first.job_id)
             dependency = f"afterany:{first.job_id}"  # it only saves time: without it the jobs compute for themselves
-        names = [job.name for job in jobs]
+        arrays = math.ceil(len(names) / ARRAY)
+        at_once = math.ceil((batch.cluster.parallelism or len(names)) / max(1, arrays))  # of each array
         for start in range(0, len(names), ARRAY):
             part = names[start : start + ARRAY]
-            executor = _executor(folder, batch, len(jobs), dependency)
+            executor = _executor(folder, batch, at_once, dependency)
             for name, submitted in zip(part, executor.map_array(worker, part), strict=True):
                 ids[name] = str(submitted.job_id)
         if finish:
@@ -120,7 +126,7 @@ def submit(
     return ids
 
 
-def _executor(folder: BatchFolder, batch: Batch, count: int, dependency: str | None = None) -> Any:
+def _executor(folder: BatchFolder, batch: Batch, at_once: int, dependency: str | None = None) -> Any:
     """A submitit executor with the batch's parameters."""
     import submitit
 
@@ -129,13 +135,13 @@ def _executor(folder: BatchFolder, batch: Batch, count: int, dependency: str | N
     own = {key: value for key, value in cluster.parameters.items() if key in KEPT}
     other = {key.replace("_", "-"): value for key, value in cluster.parameters.items() if key not in KEPT}
     known = {
-        "partition": cluster.partition, "mem": f"{cluster.memory_gb:g}GB" if cluster.memory_gb else None,
+        "partition": cluster.partition, "mem": f"{math.ceil(1024 * cluster.memory_gb)}M" if cluster.memory_gb else None,
         "cpus_per_task": cluster.cpus, "gpus_per_node": cluster.gpus or None, "dependency": dependency,
     }  # fmt: skip
     executor.update_parameters(
         job_name=f"spectral-{folder.output.resolve().name}"[:60],
-        time=cluster.minutes or int(TIME),
-        array_parallelism=cluster.parallelism or count,
+        time=cluster.minutes or MINUTES,
+        array_parallelism=at_once,
         signal_delay_s=GRACE,
         stderr_to_stdout=True,
         setup=[f"cd {shlex.quote(batch.started_in)}"],
@@ -157,7 +163,7 @@ def states(ids: Sequence[str]) -> dict[str, str]:
     mains = ",".join(sorted({job_id.partition("_")[0] for job_id in ids}))
     command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={mains}", "--format=%A|%F_%K|%F|%T"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        found = subprocess.run(command, capture_output=True, text=True, timeout=ASKING)
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f"Slurm's queue does not answer: {reason(error)}.") from error
     if found.returncode and "Invalid job id" not in found.stderr:
@@ -165,16 +171,24 @@ def states(ids: Sequence[str]) -> dict[str, str]:
     known = {}
     for line in found.stdout.splitlines():
         own, in_array, _, state = line.split("|")
-        if state in QUEUED:
-            known[own] = known[in_array] = QUEUED[state]
+        if state not in ENDED:
+            known[own] = known[in_array] = "running" if state in AT_WORK else "waiting"
     return {job_id: known[job_id] for job_id in ids if job_id in known}
 
 
-def cancel(ids: Any) -> None:
-    """Cancel jobs, those that are unknown left out."""
-    mains = sorted({str(job_id) for job_id in ids})
-    if mains:
-        subprocess.run(["scancel", "--quiet", *mains], capture_output=True, timeout=60, check=False)
+def cancel(ids: Iterable[str]) -> None:
+    """Cancel jobs, whole arrays of them; those that are unknown are left out.
+
+    Raises:
+        UserError: Slurm does not answer.
+    """
+    arrays = sorted({job_id.partition("_")[0] for job_id in ids})
+    if not arrays:
+        return
+    try:
+        subprocess.run(["scancel", "--quiet", *arrays], capture_output=True, timeout=ASKING, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(f"Slurm does not take the jobs back: {reason(error)}.") from error
 
 
 def _said(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from ..core.hooks import QUIET, Hooks
 from ..core.locks import locked
 from ..training.status import read_status
@@ -15,6 +15,7 @@ from .local import run_jobs
 from .process import check_not_running
 
 WAIT = 20.0  # seconds for the batch's lock
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Row:
     host: str
     seconds: float | None
     message: str
+    fixes: tuple[Fix, ...] = ()
 
 
 def submit(folder: BatchFolder, batch: Batch, hooks: Hooks = QUIET) -> None:
@@ -43,8 +45,9 @@ def submit(folder: BatchFolder, batch: Batch, hooks: Hooks = QUIET) -> None:
     """
     if batch.executor == "slurm":
         slurm.check_available()
-    check_idle(folder, batch.jobs)
-    with locked(folder.path / ".lock", WAIT):
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with locked(folder.path / LOCK, WAIT):
+        check_idle(folder, batch.every)
         for job in batch.every:
             folder.write_record(job, Record())
         folder.write(batch)
@@ -69,20 +72,30 @@ def run_here(
 
 
 def check_idle(folder: BatchFolder, jobs: Sequence[Job]) -> None:
-    """Refuse to replace a batch that a cluster still works on, or jobs that run.
+    """Refuse to replace a batch that a cluster still works on or that waits to be run, and jobs that run.
 
     Raises:
         UserError: so it is.
     """
     managed: set[str] = set()  # by a cluster's queue, which knows better than records whether they run
-    if folder.file.is_file():
-        before = folder.read()
-        managed = set(before.ids)
-        if busy := list(queued(before)):
-            raise UserError(
-                f"The cluster still works on {len(busy)} jobs of {folder.output}, such as {busy[0]}; wait for them, or "
-                f"cancel them: spectral-diffusion batch cancel {folder.output}."
-            )
+    names = {job.name for job in jobs}
+    try:
+        before = folder.read() if folder.file.is_file() else Batch()
+    except UserError:  # a damaged one says nothing
+        before = Batch()
+    managed = set(before.ids)
+    remove = f"remove {folder.path}, which forgets them"
+    if busy := list(queued(before)):
+        raise UserError(
+            f"The cluster still works on {len(busy)} jobs of {folder.output}, such as {busy[0]}; wait for them, cancel "
+            f"them (spectral-diffusion batch cancel {folder.output}), or {remove}."
+        )
+    left = [job.name for job in folder.unfinished(before) if job.name not in names]
+    if before.executor == "manual" and left:
+        raise UserError(
+            f"{folder.output} holds a batch with {len(left)} jobs that are not done, such as {left[0]}; do them "
+            f"(spectral-diffusion batch run {folder.output}), or {remove}."
+        )
     check_not_running(folder, [job for job in jobs if job.name not in managed])
 
 
@@ -123,19 +136,20 @@ def _row(folder: BatchFolder, batch: Batch, job: Job, in_queue: str | None) -> R
     status = read_status(job.status) if job.status and record.starts else None
     step, steps = (status.step, status.steps) if status and status.stage == "train" else (0, 0)
     eta = status.eta if status and state == "running" else None
-    return Row(job.name, state, step, steps, eta, record.starts, record.host, record.seconds, message)
+    fixes = tuple(record.fixes) if state == "failed" else ()
+    return Row(job.name, state, step, steps, eta, record.starts, record.host, record.seconds, message, fixes)
 
 
 def _state(batch: Batch, job: Job, record: Record, in_queue: str | None) -> tuple[State, str]:
-    """The state of a job by its record and the queue: neither knows everything."""
-    if record.state in ("done", "failed") or batch.executor != "slurm":
+    """The state of a job by its record and the queue, which each know a part."""
+    if record.state == "done" or batch.executor != "slurm":
         return record.state, record.message
     if in_queue == "waiting":
         return "waiting", "It was stopped and will go on." if record.starts else ""
     if in_queue == "running":
         return "running", ""
     if record.state in ("running", "lost") or (record.state == "waiting" and job.name in batch.ids):
-        return "lost", "The cluster ended it without a word: its log, or too little memory."
+        return "lost", "The cluster ended it, perhaps as memory was short; its log may say more."
     return record.state, record.message
 
 
@@ -146,20 +160,28 @@ def restart(folder: BatchFolder, hooks: Hooks = QUIET) -> list[str]:
         The names of the jobs.
 
     Raises:
-        UserError: there is no batch, or as :func:`submit`.
+        UserError: there is no batch, it is one without an executor, or as :func:`submit`.
     """
-    batch = folder.read()
-    with locked(folder.path / ".lock", WAIT):
-        again = {"failed", "stopped", "lost"} | ({"waiting"} if batch.executor != "slurm" else set())
-        ended = {row.name for row in rows(folder) if row.state in again}
-        jobs = [job for job in batch.every if job.name in ended and job != batch.prepare]
+    folder.read()  # or say that there is none
+    with locked(folder.path / LOCK, WAIT):
+        batch = folder.read()
+        if batch.executor == "manual":
+            raise UserError(
+                f"The batch of {folder.output} has no executor: spectral-diffusion batch run {folder.output} does what "
+                "is not done."
+            )
+        ended = {row.name for row in rows(folder) if row.state in ("failed", "stopped", "lost")}
+        # Those that never came into the queue, or whose turn here had not come.
+        ended |= {row.name for row in rows(folder) if row.state == "waiting" and row.name not in batch.ids}
+        jobs = [job for job in batch.every if job.name in ended]
         if batch.executor != "slurm":
             check_not_running(folder, jobs)
         for job in jobs:
             folder.write_record(job, folder.record(job).model_copy(update={"state": "waiting", "message": ""}))
         if jobs:
+            first = batch.prepare if batch.prepare in jobs else None
             last = batch.finish if batch.finish in jobs else None
-            _queue(folder, batch, [job for job in jobs if job != last], None, last)
+            _queue(folder, batch, [job for job in jobs if job not in (first, last)], first, last)
     if jobs and batch.executor == "local":
         run_here(folder, batch, jobs, batch.cluster.parallelism or 1, hooks)
     return [job.name for job in jobs]
@@ -174,12 +196,21 @@ def cancel(folder: BatchFolder) -> int:
     Raises:
         UserError: there is no batch, or it is not one of a cluster.
     """
-    batch = folder.read()
-    if batch.executor != "slurm":
-        raise UserError(f"The batch of {folder.output} was not submitted to a cluster; stop its process with Ctrl-C.")
-    left = queued(batch)
-    slurm.cancel(batch.ids[name] for name in left)
-    return len(left)
+    folder.read()  # or say that there is none
+    with locked(folder.path / LOCK, WAIT):
+        batch = folder.read()
+        if batch.executor != "slurm":
+            raise UserError(
+                f"The batch of {folder.output} was not submitted to a cluster; stop its process with Ctrl-C."
+            )
+        left = queued(batch)
+        slurm.cancel(batch.ids[name] for name in left)
+        for name, state in left.items():
+            if state == "waiting":
+                job = batch.job(name)
+                stopped = {"state": "stopped", "message": "It was cancelled."}
+                folder.write_record(job, folder.record(job).model_copy(update=stopped))
+        return len(left)
 
 
 def share(batch: Batch, shard: str) -> list[Job]:
@@ -192,3 +223,16 @@ def share(batch: Batch, shard: str) -> list[Job]:
     if not (slash and part.isdecimal() and whole.isdecimal() and int(part) < int(whole)):
         raise UserError(f"--shard takes i/n with i from 0 to n − 1, such as 0/4, not '{shard}'.")
     return batch.jobs[int(part) :: int(whole)]
+
+
+def check_runs_here(folder: BatchFolder, batch: Batch) -> None:
+    """Refuse to do the jobs of a batch here that a cluster's queue will do.
+
+    Raises:
+        UserError: so it is.
+    """
+    if batch.executor == "slurm" and (left := queued(batch)):
+        raise UserError(
+            f"{len(left)} jobs of {folder.output} are in Slurm's queue; cancel them first: spectral-diffusion batch "
+            f"cancel {folder.output}."
+        )

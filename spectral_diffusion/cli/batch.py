@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..core.errors import UserError
 from ..core.hooks import Hooks, brief_duration
 from .support import JsonOption, echo, progress_bar, stop_signals
 
@@ -48,13 +49,16 @@ def print_rows(found: list[Row]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from . import speller
+
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("job", "state", "step", "time", "starts", "machine", ""):
         table.add_column(name, overflow="fold")
     for row in found:
         step = f"{row.step}/{row.steps}" if row.steps else ""
         time = f"{brief_duration(row.eta)} left" if row.eta else brief_duration(row.seconds) if row.seconds else ""
-        cells = (row.name, row.state, step, time, str(row.starts or ""), row.host, row.message)
+        message = UserError(row.message, *row.fixes).render(speller(["train"])) if row.fixes else row.message
+        cells = (row.name, row.state, step, time, str(row.starts or ""), row.host, message)
         table.add_row(*map(Text, cells))
     Console(highlight=False).print(table)
 
@@ -69,11 +73,12 @@ def batch_run(
 ) -> None:
     """Do the jobs of a batch that are not done, on this machine."""
     from ..batch.job import BatchFolder
-    from ..batch.submission import run_here, share
+    from ..batch.submission import check_runs_here, run_here, share
     from ..core.errors import Cancelled
 
     place = BatchFolder(folder)
     batch = place.read()
+    check_runs_here(place, batch)
     left = {job.name for job in place.unfinished(batch)}
     mine = [job for job in share(batch, shard) if job.name in left]
     if shard == WHOLE and batch.finish and batch.finish.name in left:
@@ -84,7 +89,9 @@ def batch_run(
         except Cancelled as stopped:
             echo(str(stopped))
             raise typer.Exit(130) from stopped
-    echo(f"Did {len(mine)} of {len(batch.jobs)} jobs; the others were done, or are other machines'.")
+    echo(f"Did {len(mine)} of {len(batch.every)} jobs; the others were done, or are other machines'.")
+    if batch.finish and batch.finish not in mine and batch.finish.name in left:
+        echo(f"When all are done, spectral-diffusion batch run {folder} does the last one.")
 
 
 @batch_app.command("restart")
@@ -140,7 +147,7 @@ def batch_kubernetes(
 ) -> None:
     """Print the batch as an Indexed Job for kubectl apply -f -; write it with --executor manual first."""
     from ..batch.job import BatchFolder
-    from ..batch.kubernetes import as_yaml, manifest
+    from ..batch.kubernetes import Pods, as_yaml, manifest
 
-    place = BatchFolder(folder)
-    typer.echo(as_yaml(manifest(place, place.read(), image, claim, pods, queue, mount)), nl=False)
+    batch = BatchFolder(folder)
+    typer.echo(as_yaml(manifest(batch, batch.read(), Pods(image, claim, pods, queue, mount))), nl=False)

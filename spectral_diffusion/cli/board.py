@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
-from .executors import ClusterOption, ExecutorOption, ParallelOption, submit_words, this_command
+from .executors import ClusterOption, ExecutorOption, ParallelOption, submit_jobs, this_command
 from .support import echo, progress_bar
 
 board_app = typer.Typer(
@@ -53,9 +53,10 @@ def board_run(
 
         common = this_command(["--entry"])
         each = [
-            Job(name=one.slug, words=(*common, "--entry", str(path))) for one, path in zip(entries, entry, strict=True)
+            Job(name=one.slug, arguments=(*common, "--entry", str(path)))
+            for one, path in zip(entries, entry, strict=True)
         ]
-        submit_words(output, each, executor, cluster, jobs)
+        submit_jobs(output, each, executor, cluster, jobs)
         return
     failed: list[UserError] = []
     with progress_bar() as progress:

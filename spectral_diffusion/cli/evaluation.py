@@ -9,7 +9,7 @@ import typer
 
 from ..config.evaluate import EvaluateConfig
 from ..core.hooks import Hooks
-from .executors import ClusterOption, ExecutorOption, submit_words, this_command
+from .executors import ClusterOption, ExecutorOption, submit_jobs, this_command
 from .options import settings_flags
 from .support import (
     ConfigOption,
@@ -68,7 +68,7 @@ def evaluate(
         from ..batch.job import Job
 
         output: Path = settings.output
-        submit_words(output, [Job(name="evaluate", words=tuple(this_command()))], executor, cluster, None)
+        submit_jobs(output, [Job(name="evaluate", arguments=tuple(this_command()))], executor, cluster, None)
         return
     with progress_bar() as progress, stop_signals() as should_stop:
         try:

@@ -53,14 +53,17 @@ def this_command(drop: Sequence[str] = ()) -> list[str]:
     Args:
         drop: further options with one value that are left out.
     """
-    words, out = iter(sys.argv[1:]), []
-    for word in words:
-        name, equals, _ = word.partition("=")
+    arguments = iter(sys.argv[1:])
+    out: list[str] = []
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
         if name in (*OWN, *drop):
             if not equals:
-                next(words, None)
+                next(arguments, None)
+        elif argument == "--":  # all that follows is no option
+            return [*out, argument, *arguments]
         else:
-            out.append(word)
+            out.append(argument)
     return out
 
 
@@ -89,7 +92,7 @@ def submit_batch(folder: BatchFolder, batch: Batch) -> None:
         echo(f"Wrote {count} into {folder.file}. spectral-diffusion batch run {folder.output} does them.")
 
 
-def submit_words(
+def submit_jobs(
     output: Path, jobs: Sequence[Job], executor: Executors, cluster: list[str] | None, parallelism: int | None
 ) -> None:
     """Submit jobs that need nothing beforehand."""
@@ -97,3 +100,15 @@ def submit_words(
 
     batch = Batch(executor=executor.value, cluster=cluster_of(cluster, parallelism), jobs=list(jobs))
     submit_batch(BatchFolder(output), batch)
+
+
+def check_executor(executor: Executors) -> None:
+    """Refuse Slurm where it is missing, before anything else is done.
+
+    Raises:
+        UserError: it is.
+    """
+    if executor is Executors.slurm:
+        from ..batch.slurm import check_available
+
+        check_available()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
-from .executors import ClusterOption, ExecutorOption, ParallelOption, submit_words, this_command
+from .executors import ClusterOption, ExecutorOption, ParallelOption, submit_jobs, this_command
 from .support import echo, progress_bar
 
 
@@ -42,6 +42,8 @@ def experiment(
         return
     if hours <= 0:
         raise UserError("--hours must be more than 0.")
+    if repeat and executor:
+        raise UserError("--repeat measures on this machine; leave out --executor.")
     if repeat:
         _repeat(repeat, base, recipe, encoder, output, work, hours)
         return
@@ -50,10 +52,10 @@ def experiment(
     if executor:
         from ..batch.job import Job
 
-        words = this_command()
-        words.remove(name)
-        each = [Job(name=study.name, words=(words[0], study.name, *words[1:])) for study in studies]
-        submit_words(output, each, executor, cluster, jobs)
+        verb, *rest = this_command()
+        rest.remove(name)
+        each = [Job(name=study.name, arguments=(verb, study.name, *rest)) for study in studies]
+        submit_jobs(output, each, executor, cluster, jobs)
         return
     from ..studies.report import read_records, write_findings
     from ..studies.runner import StudyRunner, study_settings

@@ -102,15 +102,15 @@ def submit_parts(settings: FuseConfig, executor: Executors, parallelism: int | N
     )
     folder = BatchFolder(settings.output.with_name(f"{settings.output.name}.jobs"))
     file = folder.settings("fuse")
-    words = ("fuse", *map(str, settings.adapters), "-o", str(settings.output), "--config", str(file.resolve()))
+    arguments = ("fuse", *map(str, settings.adapters), "-o", str(settings.output), "--config", str(file.resolve()))
     each = [
-        Job(name=job_name(f"part-{name}"), words=(*words, "--part", name))
-        for name in part_names(settings, names_in(settings))
+        Job(name=f"part-{number}-{job_name(name)}", arguments=(*arguments, "--part", name))
+        for number, name in enumerate(part_names(settings, names_in(settings)))
     ]
     write_text(file, to_yaml(settings))
     batch = Batch(
         executor=executor.value, cluster=cluster_of(cluster, parallelism), jobs=each,
-        finish=Job(name="fuse", words=words, output=str(settings.output)),
+        finish=Job(name="fuse", arguments=arguments, output=str(settings.output)),
     )  # fmt: skip
     submit_batch(folder, batch)
 

@@ -197,11 +197,14 @@ class ProgressLines:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """SIGINT and SIGTERM make the loop save and stop; a second one stops at once."""
+    """SIGINT and SIGTERM make the loop save and stop; a second SIGINT stops at once.
+
+    A cluster may send SIGTERM several times, and means the same each time.
+    """
     asked: list[int] = []
 
     def ask(number: int, frame: Any) -> None:
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
 

@@ -17,9 +17,10 @@ from .executors import (
     ExecutorOption,
     Executors,
     ParallelOption,
+    check_executor,
     cluster_of,
     submit_batch,
-    submit_words,
+    submit_jobs,
     this_command,
 )
 from .options import settings_flags
@@ -90,7 +91,8 @@ def train(
         where = Where(executor or Executors.local, jobs, cluster)
         train_batch(folders, config, flags, overrides, resume, force, where)
     elif executor:
-        submit_single(config, flags | {"concept": str(folders[0])}, overrides, executor, jobs, cluster)
+        settings = resolve(TrainConfig, "train", config, flags | {"concept": str(folders[0])}, overrides)
+        submit_single(settings, status, Where(executor, jobs, cluster))
     else:
         train_single(config, flags | {"concept": str(folders[0])}, overrides, resume, force, status)
 
@@ -139,24 +141,15 @@ def train_single(
         tell(f"Wrote {settings.output}.")
 
 
-def submit_single(
-    config: str | None,
-    flags: dict[str, Any],
-    overrides: list[str],
-    executor: Executors,
-    jobs: int | None,
-    cluster: list[str] | None,
-) -> None:
+def submit_single(settings: TrainConfig, status: Path | None, where: Where) -> None:
     """Submit the training of one adapter."""
-    from ..batch.job import Job, job_name
-    from ..training.status import status_path
+    from ..batch.concepts import training_job
+    from ..batch.job import job_name
 
-    output: Path = resolve(TrainConfig, "train", config, flags, overrides).output
-    job = Job(
-        name=job_name(output.stem), words=(*this_command(["--status"]), "--status", "auto"), again=("--resume",),
-        output=str(output), status=status_path(output).resolve(),
-    )  # fmt: skip
-    submit_words(output.parent, [job], executor, cluster, jobs)
+    given = None if status == Path("auto") else status
+    arguments = [*this_command(["--status"]), "--status", str(given or "auto")]
+    job = training_job(job_name(settings.output.stem), arguments, settings.output, given)
+    submit_jobs(settings.output.parent, [job], where.executor, where.cluster, where.jobs)
 
 
 class Where(NamedTuple):
@@ -193,6 +186,8 @@ def train_batch(
         raise UserError("accelerate launch trains one concept; of several, run --jobs side by side without it.")
     if own := [*(f"{name}={flags[name]}" for name in OWN if name in flags), *filter(_is_own, overrides)]:
         raise UserError(f"{own[0]} cannot apply to every concept; put it into the concept.yaml of its folder.")
+    check_executor(where.executor)
+    cluster_of(where.cluster, where.jobs)  # a wrong one is refused before any work
     with importing():
         from ..batch.concepts import trainings, without_done
 
@@ -224,7 +219,8 @@ def batch_of(trainings: Sequence[Training], output: Path, resume: bool, force: b
     write_configs(folder, settled)
     cluster = cluster_of(where.cluster, where.jobs)
     prepare = None
-    if where.executor is Executors.slurm:
+    if where.executor is not Executors.local:
         cluster = cluster.filled(needed(settled[0].config, base))
-        prepare = Job(name=PREPARE, words=("batch", "prepare", str(output)))
+    if where.executor is Executors.slurm:
+        prepare = Job(name=PREPARE, arguments=("batch", "prepare", str(output)))
     return Batch(executor=where.executor.value, cluster=cluster, prepare=prepare, jobs=jobs)

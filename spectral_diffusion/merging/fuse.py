@@ -45,7 +45,7 @@ from .merge_layers import add_change, merge_layers
 from .merges.registry import get_merge
 from .scales import owner, scales_of
 from .student import Student
-from .teachers import prepare_targets
+from .teachers import check_words, prepare_targets
 
 
 def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> None:
@@ -99,22 +99,12 @@ def fuse_adapters(
         NotFiniteError: the distillation met NaN or infinity.
     """
     adapters = sorted(adapters, key=lambda adapter: adapter.name)
-    check_together(adapters, config.scales)
-    merge = get_merge(config.merge)
-    merge.settings(config.options)  # a wrong one is refused before any work
-    merge.check(adapters)
-    check_precision(base, config)
+    check_fusion(base, adapters, config)
     targets = open_base(base, adapters, install)
     learners = {**targets, **extra_modules(base, config, targets)}
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
-    if base.quantization != "none":
-        raise UserError(
-            f"The base '{base.name}' is quantized, and adapters are fused into whole weights; load it without.",
-            Fix("quantization", "none"),
-        )
     teachers = None
     if config.distill.steps:  # before anything is fused: the base is one of the teachers
-        base.check_side(config.distill.resolution or base.size, "distill.resolution")
         if is_large(base):
             hooks.notify(check_distillation_memory(base, learners, config.distill, precision))
         teachers = prepare_targets(base, adapters, scales_of(config, adapters), config.distill, config.seed, hooks)
@@ -139,12 +129,25 @@ def open_base(base: Base, adapters: Sequence[Adapter], install: bool = True) -> 
     return {name: layer for name, layer in targets.items() if any(name in adapter.sizes for adapter in adapters)}
 
 
-def check_precision(base: Base, config: MergeConfig) -> None:
-    """Refuse to distill weights that half precision would keep from learning.
+def check_fusion(base: Base, adapters: list[Adapter], config: MergeConfig) -> None:
+    """Refuse what cannot be fused, before any work.
 
     Raises:
-        UserError: the settings ask for it.
+        UserError: two adapters that cannot be together, a merge that is not for them, settings that are not for the
+            base, or weights that half precision would keep from learning.
     """
+    check_together(adapters, config.scales)
+    merge = get_merge(config.merge)
+    merge.settings(config.options)
+    merge.check(adapters)
+    if config.distill.steps:
+        base.check_side(config.distill.resolution or base.size, "distill.resolution")
+        check_words(adapters)
+    if base.quantization != "none":
+        raise UserError(
+            f"The base '{base.name}' is quantized, and adapters are fused into whole weights; load it without.",
+            Fix("quantization", "none"),
+        )
     if config.distill.steps and not config.distill.rank and base.dtype != torch.float32:
         raise UserError(
             f"Distilling whole weights needs them in float32, and they are {str(base.dtype).removeprefix('torch.')}.",

@@ -14,7 +14,7 @@ from ..config.fuse import FuseConfig
 from ..core.errors import Fix, UserError, nearest
 from ..core.hooks import QUIET, Hooks
 from ..models.base import Base
-from .fuse import check_together, open_base, read_inputs
+from .fuse import check_fusion, open_base, read_inputs
 from .manifest import adapters_in_fusion
 from .merge_layers import Calibration, Targets, groups
 from .merges.registry import get_merge
@@ -40,9 +40,11 @@ def part_names(config: FuseConfig, names: list[str]) -> list[str]:
     """The parts of a fusion that its merge and its distillation can use: of generic prompts, then of every adapter.
 
     Raises:
-        UserError: the calibration goes stage by stage, where every stage needs the one before.
+        UserError: the merge has no such option, or calibrates stage by stage, where every stage needs the one before.
     """
-    calibrates = get_merge(config.merge).needs_activations
+    merge = get_merge(config.merge)
+    merge.settings(config.options)  # a wrong one is refused before any job starts
+    calibrates = merge.needs_activations
     if calibrates and config.calibration.calibrate_on != "adapter":
         raise UserError(
             "A calibration stage by stage cannot be shared out.", Fix("calibration.calibrate_on", "adapter")
@@ -71,7 +73,7 @@ def compute_part(config: FuseConfig, name: str, hooks: Hooks = QUIET) -> None:
         raise UserError(f"The fusion has no part '{name}'{nearest(name, names)}; it has {', '.join(names)}.")
     for adapter in adapters:
         check_base(adapter, base, config.allow_base)
-    check_together(adapters, config.scales)
+    check_fusion(base, adapters, config)
     mine = next((adapter for adapter in adapters if adapter.name == name), None)
     targets = open_base(base, adapters)
     if config.distill.steps:

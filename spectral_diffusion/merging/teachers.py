@@ -65,13 +65,7 @@ def prepare_targets(
     Raises:
         UserError: an adapter has no word of its own.
     """
-    for adapter in adapters:
-        if not adapter.tokens:
-            raise UserError(
-                f"'{adapter.name}' has no word of its own: it changes ordinary prompts, which teaching would take away "
-                "again.",
-                Fix("distill.steps", "0"),
-            )
+    check_words(adapters)
     # Also the words of what an adapter was trained on top of.
     count = sum(len(adapter.tokens) for adapter in adapters) + 1
     lessons: list[TeacherTargets] = []
@@ -81,6 +75,21 @@ def prepare_targets(
     usual = generic_targets(base, config, seed)
     hooks.progress(Event("lesson", count, count))
     return DistillTargets(lessons, usual)
+
+
+def check_words(adapters: Sequence[Adapter]) -> None:
+    """Refuse to distill an adapter without a token.
+
+    Raises:
+        UserError: there is one.
+    """
+    for adapter in adapters:
+        if not adapter.tokens:
+            raise UserError(
+                f"'{adapter.name}' has no word of its own: it changes generic prompts, which distillation would take "
+                "away again.",
+                Fix("distill.steps", "0"),
+            )
 
 
 def adapter_targets(

@@ -17,7 +17,7 @@ from ..config.train import TrainConfig
 from ..core.errors import ELSEWHERE, Fix, UserError
 from ..core.files import cannot_write, check_writable, read_header, refuse_overwriting_settings
 from ..core.hooks import QUIET, Hooks
-from ..core.locks import acquired
+from ..core.locks import ProcessLock
 from ..core.paths import without_folders
 from ..data.folder import Concept
 from ..methods import get_method
@@ -41,7 +41,8 @@ def claimed(output: Path) -> Iterator[None]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         lock_file = output.with_name(f".{output.name}.lock")
-        lock = acquired(lock_file, 0.0)
+        lock = ProcessLock(lock_file)
+        lock.acquire(0.0)
     except Timeout as error:
         raise UserError(
             f"{output} is being trained by another process already, which has to end or be stopped first.",
