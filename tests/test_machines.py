@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,7 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import make_tiny_klein
+from processes import free_port, in_two_processes
+from torch import nn
 
+from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.train import PriorPreservationConfig, TrainConfig
 from spectral_diffusion.core.errors import UserError
@@ -20,16 +23,11 @@ from spectral_diffusion.linalg import matrix_shape
 from spectral_diffusion.methods import get_method
 from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.training import memory
-from spectral_diffusion.training.distributed import microbatch
+from spectral_diffusion.training.distributed import World, microbatch
 from spectral_diffusion.training.memory import Estimate, Peak, estimate, memory_note
 from spectral_diffusion.training.run import state_path, train_to_file
+from spectral_diffusion.training.sharding import check_sharding
 from spectral_diffusion.training.status import read_status
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def launch(count: int, *words: object) -> subprocess.CompletedProcess[str]:
@@ -73,23 +71,60 @@ def test_two_processes_are_one_with_twice_the_batch(
         assert bool(notes) == (rank == 0)
 
     work(1)
-    port, children = str(free_port()), []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-                os.environ.update({name: str(value) for name, value in places.items()})
-                os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-                work(2, rank)
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    in_two_processes(lambda rank: work(2, rank))
     check_alike(outputs)
     assert sorted(path.name for path in outputs[2].parent.iterdir()) == ["rex.safetensors", "rex.yaml"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_with_a_sharded_base_are_one(photos: Path, tmp_path: Path) -> None:
+    """Of a transformer, whose steps differ by roundings; each process keeps a half of every frozen weight."""
+    folder = make_tiny_klein(tmp_path / "klein")
+    outputs = {count: tmp_path / str(count) / "rex.safetensors" for count in (1, 2)}
+    common = {
+        "concept": photos, "base": str(folder), "device": "cpu", "rank": 2, "steps": 4, "learning_rate": 0.01,
+        "gradient_checkpointing": True,
+    }  # fmt: skip
+    prior = {"loss_weight": 0.5, "num_images": 2}
+
+    def work(count: int) -> None:
+        more = {"batch_size": 4 // count, "prior": {**prior, "batch_size": 2 // count}, "shard_base": count > 1}
+        train_to_file(TrainConfig(output=outputs[count], **common, **more))  # type: ignore[arg-type]
+
+    work(1)
+    halves: list[float] = []
+
+    def work_and_look(rank: int) -> None:
+        from spectral_diffusion.training import loop
+
+        train = loop.Trainer.train
+
+        def look(trainer: loop.Trainer) -> Adapter:
+            weights = [p for p in trainer.denoiser.network.parameters() if not p.requires_grad]
+            halves.append(sum(p.to_local().numel() for p in weights) / sum(p.numel() for p in weights))  # type: ignore[attr-defined]
+            assert all(type(parameter) is nn.Parameter for parameter in trainer.trained.values())
+            return train(trainer)
+
+        loop.Trainer.train = look  # type: ignore[method-assign]
+        work(2)
+        assert 0.45 < halves[0] < 0.56
+
+    in_two_processes(work_and_look)
+    one, two = (load_adapter(outputs[count]) for count in (1, 2))
+    for name, value in {**one.parameters, **one.vectors}.items():
+        assert torch.allclose(value, {**two.parameters, **two.vectors}[name], atol=2e-5, rtol=1e-3), name
+
+
+def test_a_base_is_sharded_only_where_all_compute_together() -> None:
+    def refused(count: int = 2, **more: object) -> str:
+        with pytest.raises(UserError) as error:
+            check_sharding(TrainConfig(concept="x", output="y", shard_base=True, **more), World(0, count))  # type: ignore[arg-type]
+        return error.value.message
+
+    assert "several processes" in refused(1) and "quantized" in refused(quantization="int8")
+    assert "validation.every" in refused(validation={"every": 5})
+    assert "erasure_prob" in refused(interference={"erasure_prob": 0.1})
+    check_sharding(TrainConfig(concept="x", output="y", shard_base=True), World(0, 2))
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from conftest import make_photos
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, PipelineQuantizationConfig
 from families import make_tiny_klein, make_tiny_z_image
+from processes import in_two_processes
 
 from spectral_diffusion.adapters.adapter import check_base
 from spectral_diffusion.adapters.attach import AdapterSpec, inject_adapter, unloading
@@ -324,3 +326,20 @@ def test_other_libraries_hooks_stay(klein: Path) -> None:
     base = base_of(pipeline)
     base.family.release(pipeline)
     assert "forward" in vars(layer)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_with_a_quantized_base_are_one(klein: Path, photos: Path, tmp_path: Path) -> None:
+    outputs = {count: tmp_path / str(count) / "rex.safetensors" for count in (1, 2)}
+
+    def work(count: int) -> None:
+        prior = {"loss_weight": 0.5, "num_images": 2, "batch_size": 2 // count}
+        train_to_file(settings(klein, outputs[count], photos, batch_size=4 // count, prior=prior))
+
+    work(1)
+    in_two_processes(lambda rank: work(2))
+    one, two = (load_adapter(outputs[count]) for count in (1, 2))
+    # The base computes in bfloat16, and Adam takes a whole step where rounding turns a tiny gradient's sign.
+    off = sum(float((value - two.parameters[name]).square().sum()) for name, value in one.parameters.items())
+    whole = sum(float(value.square().sum()) for value in one.parameters.values())
+    assert whole > 0.01 and off < 0.05**2 * whole, (off / whole) ** 0.5

@@ -251,6 +251,9 @@ class TrainConfig(Settings):
     layer_offload: bool = Field(
         False, description="Keep a transformer's layers in main memory; each comes to the GPU as it computes. Slower."
     )
+    shard_base: bool = Field(
+        False, description="Of several processes, each keeps a part of a transformer's frozen weights (FSDP2)."
+    )
     mixed_precision: Precision = Field("auto", description="Autocast: auto takes what this machine does fastest.")
     compile: bool = Field(
         False, description="Compile the denoising network (torch.compile): minutes at first, then quicker steps."

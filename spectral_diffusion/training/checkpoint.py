@@ -44,6 +44,7 @@ APART = (
     "ledger",
     "checkpointing_steps",
     "device",
+    "shard_base",
     "init_from_adapter",
     "validation",
 )  # settings that decide no result

@@ -51,6 +51,7 @@ from .prior_preservation import (
     predict_prior_targets,
 )
 from .readings import Readings
+from .sharding import sharded
 from .slow_steps import SlowSteps
 from .validation import Validator
 
@@ -147,6 +148,7 @@ class Trainer:
         self.start = self.state.restore(job.force, hooks) if resuming else 0
         with self.world.main_process_first():
             self.crops = PhotoCrops(self.concept, self.base, self.whole, job.size, Hooks(progress=hooks.progress))
+        stack.enter_context(sharded(self.denoiser.network, self.world, self.config.shard_base))
         self.running_loss: float | None = self.validator.curve[-1][1] if self.validator.curve else None
         self.readings = Readings(self.base.device, self.config.steps)
         threads = torch.get_num_threads() if self.base.device.type == "cpu" else 1
@@ -312,7 +314,9 @@ class Trainer:
             own_batch, share = microbatch(batch, number, self.job.parts)
             prior_part, prior_share = microbatch(prior, number, self.job.parts) if prior else (None, 0.0)
             if not own_batch.prompts:  # there are fewer pictures than parts
-                continue
+                if not self.config.shard_base:
+                    continue
+                own_batch, share = microbatch(batch, 0, self.job.parts)[0], 0.0  # the others need its shards
             loss = self.compute_loss(own_batch, share, prior_part, prior_share)
             if number == 0 and (penalty := self.adapter.penalty()) is not None:
                 loss = loss + penalty

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -146,11 +147,25 @@ def smaller_weights(models: Models, config: TrainConfig) -> tuple[int, int]:
     """By how many bytes quantization and offloading shrink the networks, and what their computation adds to it."""
     network, kind = list(models.values())[-1], config.quantization  # text encoders come first
     whole = tensor_bytes(network.parameters())
+    if config.shard_base:  # a share of every weight, one block whole, and the next one on its way
+        return whole - whole // processes(), 2 * largest_block(network)
     size = whole if kind == "none" else quantized_bytes(network, kind)
     if kind == "none" and not config.layer_offload:
         return 0, 0
     # In the backward pass two weights may be there at once: the next one is made before the last one is freed.
     return max(whole - size, block_bytes(network) if config.layer_offload else 0), 2 * working_bytes(network)
+
+
+def processes() -> int:
+    """How many processes share a base: as many as a launcher started, else two."""
+    count = os.environ.get("WORLD_SIZE", "")
+    return max(2, int(count) if count.isdecimal() else 2)
+
+
+def largest_block(network: nn.Module) -> int:
+    """The bytes of the largest block of a network."""
+    blocks = [block for parent in network.modules() if isinstance(parent, nn.ModuleList) for block in parent]
+    return max(tensor_bytes(block.parameters()) for block in blocks)
 
 
 def hollow_adapted(models: Models, config: TrainConfig) -> tuple[dict[str, nn.Module], int, int]:
@@ -293,7 +308,11 @@ def memory_note(base: Base, config: TrainConfig, size: int) -> str | None:
     """
     if not is_large(base):
         return None
-    away = {"quantization": base.quantization, "layer_offload": is_offloaded(base.denoiser.network)}
+    offloaded = is_offloaded(base.denoiser.network)
+    away = {
+        "quantization": base.quantization, "layer_offload": offloaded and not config.shard_base,
+        "shard_base": offloaded and config.shard_base,
+    }  # fmt: skip
     models = base.stored.models if base.stored else base.models
     config = config.model_copy(update=away)  # a pipeline that was loaded elsewhere decides for itself
     found = estimate(models, base.pipeline.vae, config, size, base_kind(base))

@@ -33,6 +33,7 @@ from .optimizers import check_optimizer
 from .output import check_token_is_free, claimed, other_token, prepare_output
 from .output import state_path as state_path
 from .overlap import earlier_adapters
+from .sharding import check_sharding
 from .slot_choice import earlier_settings, reserve, slot_notes, with_rank, with_slot_seed
 
 
@@ -61,6 +62,7 @@ def train_to_file(
         raise UserError(f"The output {config.output} must end in .safetensors.")
     get_method(config.method)  # a misspelt one is reported before any loading
     among = current_world(config.device)
+    check_sharding(config, among)
     if not among.is_main:
         hooks = Hooks(should_stop=hooks.should_stop)
     with claimed(config.output) if among.is_main else nullcontext():
@@ -76,7 +78,11 @@ def train_to_file(
         for single in (concept, *concept.joint) if not force else ():
             check_token_is_free(config.output, single, concept)
         base = base or load_base(
-            config.base, device_of(config, among), config.dtype, config.quantization, config.layer_offload
+            config.base,
+            device_of(config, among),
+            config.dtype,
+            config.quantization,
+            config.layer_offload or config.shard_base,
         )
         return train_on(base, config, concept, among, resume, force, hooks)
 
