@@ -128,18 +128,20 @@ def fuse(folder: Path) -> None:
         if not config.output.exists():
             train_to_file(config, base=base)
         files.append(str(config.output))
-    for count in (4, 64):
+    for count, more in ((4, []), (64, []), (64, ["--executor", "local", "--jobs", "2"])):
         script = (
             "import resource, sys; from spectral_diffusion.cli import main\n"
             "try: main()\n"
             "finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
         start = time.monotonic()
-        words = ["fuse", *files[:count], "-o", str(folder / f"fused{count}"), "--merge", "gradient"]
-        cache = {**os.environ, "SPECTRAL_DIFFUSION_CACHE": str(folder / f"cache{count}")}
+        name = f"{count}{'shared' if more else ''}"
+        words = ["fuse", *files[:count], "-o", str(folder / f"fused{name}"), "--merge", "gradient", *more]
+        cache = {**os.environ, "SPECTRAL_DIFFUSION_CACHE": str(folder / f"cache{name}")}
         done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, env=cache)
         peak = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak")]
-        print(f"{count} adapters: {time.monotonic() - start:.0f} s, peak {peak[0] / 2**20:.2f} GiB", flush=True)
+        how = ", two processes" if more else f", peak {peak[0] / 2**20:.2f} GiB"
+        print(f"{count} adapters: {time.monotonic() - start:.0f} s{how}", flush=True)
 
 
 def simulate(cards: int, concepts: int, start: float, load_gb: float, disk_gbs: float, seconds: float) -> None:

@@ -36,6 +36,8 @@ from .support import (
     resolve,
 )
 
+WAVES = 4  # of a cluster's jobs, one after the other, that even out what takes longer
+
 
 @settings_flags(FuseConfig, without={"adapters"})
 def fuse(
@@ -48,7 +50,7 @@ def fuse(
     ] = None,
     config: ConfigOption = None,
     part: Annotated[
-        str | None, typer.Option(help="Only compute what one adapter contributes, into the cache.", hidden=True)
+        list[str] | None, typer.Option(help="Only compute what an adapter contributes, into the cache.", hidden=True)
     ] = None,
     executor: ExecutorOption = None,
     jobs: ParallelOption = None,
@@ -58,14 +60,14 @@ def fuse(
 ) -> None:
     """Fuse several adapters into one checkpoint that stock diffusers opens.
 
-    With --executor every adapter's part is computed by a job of its own, and then they are fused.
+    With --executor the adapters' parts are computed by jobs, and then they are fused.
     """
     files, overrides = files_and_settings(adapters)
     files += [str(path) for path in add or []]
     flags |= given(adapters=files, scales=numbers(strength, "--strength"))
     with importing():
         from ..merging.fuse import fuse_to_folder
-        from ..merging.parts import compute_part
+        from ..merging.parts import compute_parts
 
     settings = resolve(
         FuseConfig, "fuse", config, added_to(files, flags, config), overrides, base=named_base(files, overrides)
@@ -75,7 +77,7 @@ def fuse(
         return
     with progress_bar() as progress:
         if part:
-            compute_part(settings, part, Hooks(progress=progress, notify=echo))
+            compute_parts(settings, part, Hooks(progress=progress, notify=echo))
             return
         for warning in fuse_to_folder(settings, Hooks(progress=progress, notify=echo)):
             echo(f"Note: {warning}")
@@ -83,9 +85,12 @@ def fuse(
 
 
 def submit_parts(settings: FuseConfig, executor: Executors, parallelism: int | None, cluster: list[str] | None) -> None:
-    """Submit a job for every adapter's part of a fusion, and one that fuses them."""
+    """Submit jobs for the adapters' parts of a fusion, and one that fuses them.
+
+    A job takes several parts where more could not run at once anyway, since each loads the base.
+    """
     from ..adapters.formats.reading import is_foreign
-    from ..batch.job import Batch, BatchFolder, Job, job_name
+    from ..batch.job import Batch, BatchFolder, Job
     from ..config.settings import to_yaml
     from ..core.files import write_text
     from ..merging.manifest import check_fusion_output, files_in_fusion
@@ -103,9 +108,12 @@ def submit_parts(settings: FuseConfig, executor: Executors, parallelism: int | N
     folder = BatchFolder(settings.output.with_name(f"{settings.output.name}.jobs"))
     file = folder.settings("fuse")
     arguments = ("fuse", *map(str, settings.adapters), "-o", str(settings.output), "--config", str(file.resolve()))
+    names = part_names(settings, names_in(settings))
+    waves = 1 if executor is Executors.local else WAVES
+    count = min(len(names), (parallelism or (1 if executor is Executors.local else len(names))) * waves)
     each = [
-        Job(name=f"part-{number}-{job_name(name)}", arguments=(*arguments, "--part", name))
-        for number, name in enumerate(part_names(settings, names_in(settings)))
+        Job(name=f"part-{number}", arguments=(*arguments, *(f"--part={name}" for name in names[number::count])))
+        for number in range(count)
     ]
     write_text(file, to_yaml(settings))
     batch = Batch(

@@ -7,12 +7,14 @@ them, and gives the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..adapters.adapter import Adapter, check_base
 from ..adapters.formats.import_lora import distinct, name_of
 from ..adapters.formats.reading import is_foreign
 from ..config.fuse import FuseConfig
 from ..core.errors import Fix, UserError, nearest
-from ..core.hooks import QUIET, Hooks
+from ..core.hooks import QUIET, Event, Hooks
 from ..models.base import Base
 from .fuse import check_fusion, open_base, read_inputs
 from .manifest import adapters_in_fusion
@@ -57,11 +59,11 @@ def part_names(config: FuseConfig, names: list[str]) -> list[str]:
     return [*([GENERIC] if generic else []), *sorted(names)]
 
 
-def compute_part(config: FuseConfig, name: str, hooks: Hooks = QUIET) -> None:
-    """Compute one part of a fusion into the cache.
+def compute_parts(config: FuseConfig, wanted: Sequence[str], hooks: Hooks = QUIET) -> None:
+    """Compute parts of a fusion into the cache.
 
     Args:
-        name: an adapter's, or :data:`GENERIC`.
+        wanted: names of adapters, and :data:`GENERIC`.
 
     Raises:
         UserError: there is no such adapter, or as :func:`.fuse.fuse_to_folder`.
@@ -69,21 +71,24 @@ def compute_part(config: FuseConfig, name: str, hooks: Hooks = QUIET) -> None:
     base, adapters = read_inputs(config, hooks)
     adapters = sorted(adapters, key=lambda adapter: adapter.name)
     names = part_names(config, [adapter.name for adapter in adapters])
-    if name not in names:
-        raise UserError(f"The fusion has no part '{name}'{nearest(name, names)}; it has {', '.join(names)}.")
+    for name in wanted:
+        if name not in names:
+            raise UserError(f"The fusion has no part '{name}'{nearest(name, names)}; it has {', '.join(names)}.")
     for adapter in adapters:
         check_base(adapter, base, config.allow_base)
     check_fusion(base, adapters, config)
-    mine = next((adapter for adapter in adapters if adapter.name == name), None)
     targets = open_base(base, adapters)
-    if config.distill.steps:
-        cached = config.distill.model_copy(update={"cache": True})
-        if mine:
-            adapter_targets(base, mine, scales_of(config, adapters).get(name, 1.0), cached, config.seed)
-        else:
-            generic_targets(base, cached, config.seed)
-    if get_merge(config.merge).needs_activations:
-        calibrate_part(base, adapters, mine, targets, config, hooks)
+    for index, name in enumerate(wanted):
+        mine = next((adapter for adapter in adapters if adapter.name == name), None)
+        if config.distill.steps:
+            cached = config.distill.model_copy(update={"cache": True})
+            if mine:
+                adapter_targets(base, mine, scales_of(config, adapters).get(name, 1.0), cached, config.seed)
+            else:
+                generic_targets(base, cached, config.seed)
+        if get_merge(config.merge).needs_activations:
+            calibrate_part(base, adapters, mine, targets, config, hooks)
+        hooks.progress(Event("part", index + 1, len(wanted)))
 
 
 def calibrate_part(
