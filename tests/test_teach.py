@@ -22,6 +22,7 @@ from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.core.precision import MixedPrecision
 from spectral_diffusion.merging import distill as teaching
 from spectral_diffusion.merging import export as exporting
+from spectral_diffusion.merging import teachers
 from spectral_diffusion.merging.distill import (
     Question,
     batches,
@@ -189,7 +190,7 @@ def test_lessons_need_no_more_memory_at_once_than_a_step(
         asked.append(len(prompts))
         return predict(base, prompts, *rest)
 
-    monkeypatch.setattr(teaching, "predict", counted)
+    monkeypatch.setattr(teachers, "predict", counted)
     wanted = []
     for batch in (3, 16):
         few = SMALL.model_copy(
