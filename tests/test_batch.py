@@ -166,7 +166,7 @@ def test_shares_of_several_machines_are_every_job_once(tmp_path: Path) -> None:
     parts = [share(batch, f"{index}/3") for index in range(3)]
     assert sorted(job.name for part in parts for job in part) == list("abcde")
     for bad in ("3/3", "1", "a/2", "1/0"):
-        with pytest.raises(UserError, match="--shard takes i/n"):
+        with pytest.raises(UserError, match="A share is i/n"):
             share(batch, bad)
     run_jobs(place, batch, parts[1], program=PROGRAM)
     assert states(place, batch) == ["waiting", "done", "waiting", "waiting", "done"]
@@ -428,9 +428,9 @@ def test_a_cluster_that_refuses_is_quoted(cluster: Path, tmp_path: Path, monkeyp
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="There is no Slurm here"):
         submit(place, batch)
-    with pytest.raises(UserError, match="takes KEY=VALUE"):
+    with pytest.raises(UserError, match="is written KEY=VALUE"):
         parse_cluster(["partition"])
-    with pytest.raises(UserError, match="--cluster minutes=soon: "):
+    with pytest.raises(UserError, match="The cluster's minutes=soon: "):
         parse_cluster(["minutes=soon"])
     assert Cluster(minutes=5).filled(Cluster(minutes=9, gpus=1)) == Cluster(minutes=5, gpus=1)
 
@@ -465,7 +465,7 @@ def test_a_job_of_the_cluster_saves_its_state_when_it_must_leave(
         (["a", "b", "token=<x>", "-o", "out"], "token=<x> cannot apply to every concept"),
         (["steps=3"], "No photo folder is given"),
         (["a", "b", "-o", "out", "--status", "x.json"], "leave out --status"),
-        (["a", "b", "-o", "out", "--cluster", "partition"], "--cluster takes KEY=VALUE"),
+        (["a", "b", "-o", "out", "--cluster", "partition"], "is written KEY=VALUE"),
         (["a", "b", "-o", "out", "--executor", "slurm"], "There is no Slurm here"),
         (["a", "b", "-o", "out", "--jobs", "2", "interference.overlap_weight=1"], "--jobs 1 is needed"),
     ],
@@ -538,7 +538,7 @@ def test_kubernetes_knows_every_field_of_the_manifest(tmp_path: Path) -> None:
     assert container.command[-1] == "$(JOB_COMPLETION_INDEX)/3" and container.resources.limits["nvidia.com/gpu"] == "1"
     with pytest.raises(UserError, match="outside /elsewhere"):
         manifest(place, batch, Pods("image:1", "claim", mount="/elsewhere"))
-    with pytest.raises(UserError, match="--executor manual"):
+    with pytest.raises(UserError, match="nobody works on yet"):
         manifest(place, batch.model_copy(update={"executor": "slurm"}), Pods("image:1", "claim"))
     assert resource_name("Meine Bilder_2/") == "spectral-meine-bilder-2" and len(resource_name("x" * 99)) == 50
     with pytest.raises(UserError, match="needs all the others"):
@@ -615,7 +615,7 @@ def test_every_verb_writes_its_jobs_and_the_batch_is_shown_and_done(
     place, batch = batch_in(tmp_path / "here", "a", "bad", executor="manual")
     monkeypatch.setattr("spectral_diffusion.batch.submission.run_jobs", lambda *args: run_jobs(*args, program=PROGRAM))
     assert "holds no batch" in program("batch", "status", "nowhere")
-    assert "--shard takes i/n" in program("batch", "run", str(place.output), "--shard", "2/2")
+    assert "A share is i/n" in program("batch", "run", str(place.output), "--shard", "2/2")
     assert "Did 1 of 2 jobs" in program("batch", "run", str(place.output), "--shard", "0/2")
     said = program("batch", "run", str(place.output))
     assert "bad holds no readable photo" in said and "--rank 4" not in said.splitlines()[0]

@@ -24,7 +24,15 @@ from spectral_diffusion.training.status import read_status, reporting
 
 ROOT = Path(spectral_diffusion.__file__).parent
 FLAG = re.compile(r"(?<![\w-])(?<!var\()--(?![a-z-]+:)[a-z]|(?<![\w-])-o\b")  # but no variable of a style sheet
-COMMANDS = {"app/queue.py": {"--config", "--status", "--resume"}}  # of the process that a job is
+COMMANDS = {  # of the process that a job is, and of a cluster's own programs
+    "app/queue.py": {"--config", "--status", "--resume"},
+    "batch/concepts.py": {"-o", "--config", "--status", "--resume", "--force"},
+    "batch/process.py": {"--resume"},
+    "batch/kubernetes.py": {"--shard"},
+    "batch/slurm.py": {
+        "--noheader", "--array", "--states=all", "--jobs=", "--format=%A|%F_%K|%F|%T", "--quiet",
+    },
+}  # fmt: skip
 
 
 def sentences(path: Path) -> Iterator[tuple[int, str]]:

@@ -197,7 +197,9 @@ def parse_cluster(pairs: Sequence[str], parallelism: int | None = None) -> Clust
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key or not value or "\n" in pair:
-            raise UserError(f"--cluster takes KEY=VALUE, such as partition=gpu or minutes=90, not '{pair}'.")
+            raise UserError(
+                f"What a cluster is asked for is written KEY=VALUE, such as partition=gpu or minutes=90, not '{pair}'."
+            )
         if key in Cluster.model_fields and key not in ("parameters", "parallelism"):
             values[key] = value
         else:
@@ -208,4 +210,4 @@ def parse_cluster(pairs: Sequence[str], parallelism: int | None = None) -> Clust
         return Cluster(**values)
     except ValueError as error:
         first = error.errors()[0] if hasattr(error, "errors") else {"loc": ("",), "msg": str(error)}
-        raise UserError(f"--cluster {first['loc'][0]}={values.get(first['loc'][0])}: {first['msg']}.") from error
+        raise UserError(f"The cluster's {first['loc'][0]}={values.get(first['loc'][0])}: {first['msg']}.") from error

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ..core.errors import UserError
+from ..core.errors import Fix, UserError
 from .job import Batch, BatchFolder
 
 RETRIES = 6  # of a share, after the loss of a node and the like
@@ -90,12 +90,13 @@ def check_shareable(folder: BatchFolder, batch: Batch) -> None:
     """
     if batch.executor != "manual":
         raise UserError(
-            f"The batch of {folder.output} is {batch.executor}'s; write it with --executor manual for Kubernetes."
+            f"The batch of {folder.output} is {batch.executor}'s, and Kubernetes takes one that nobody works on yet.",
+            Fix("executor", "manual"),
         )
     if batch.finish or not batch.jobs:
         raise UserError(
-            f"The last job of {folder.output} needs all the others, which pods do in any order. Do its parts with "
-            f"spectral-diffusion batch run {folder.output} --shard i/n, then the rest without --shard."
+            f"The last job of {folder.output} needs all the others, which pods do in any order. Several machines can "
+            f"do a share each (spectral-diffusion batch run {folder.output}), and one of them the last job."
         )
 
 

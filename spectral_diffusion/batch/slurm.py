@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UserError, reason
+from ..core.errors import Fix, UserError, reason
 from .job import Batch, BatchFolder, Job
 from .process import PAUSE, JobProcess
 
@@ -83,8 +83,8 @@ def check_available() -> None:
         raise UserError("Slurm needs the package submitit: pip install 'spectral-diffusion[cluster]'.")
     if shutil.which("sbatch") is None:
         raise UserError(
-            "There is no Slurm here: the command sbatch is missing. Run this where jobs are submitted, or leave out "
-            "--executor slurm."
+            "There is no Slurm here: the command sbatch is missing. Run this where jobs are submitted.",
+            Fix("executor", "local"),
         )
 
 

@@ -221,7 +221,7 @@ def share(batch: Batch, shard: str) -> list[Job]:
     """
     part, slash, whole = shard.partition("/")
     if not (slash and part.isdecimal() and whole.isdecimal() and int(part) < int(whole)):
-        raise UserError(f"--shard takes i/n with i from 0 to n − 1, such as 0/4, not '{shard}'.")
+        raise UserError(f"A share is i/n with i from 0 to n − 1, such as 0/4, not '{shard}'.")
     return batch.jobs[int(part) :: int(whole)]
 
 
