@@ -415,6 +415,13 @@ def test_an_array_is_submitted_and_followed(cluster: Path, tmp_path: Path, monke
     assert restart(place) == ["prepare", "a", "c", "last"] and place.read().ids["a"] == "75_0"
     assert "#SBATCH --dependency=afterany:74" in (cluster / "script5").read_text()
     queue.write_text("95|75_0|75|RUNNING\n96|75_1|75|PENDING\n")
+    write_text(tmp_path / "bin" / "squeue", '#!/bin/sh\necho "squeue: error: no controller" >&2; exit 1\n')
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    with pytest.raises(UserError, match="no controller"):
+        rows(place)
+    assert {row.name: row.state for row in rows(place, ask=False)}["b"] == "done"
+    write_text(tmp_path / "bin" / "squeue", f"#!/bin/sh\n{FAKES['squeue']}\n")
+    (tmp_path / "bin" / "squeue").chmod(0o755)
     assert cancel(place) == 2 and (cluster / "cancelled").read_text() == "--quiet 75\n"
     assert place.record(batch.job("c")).message == "It was cancelled."
 

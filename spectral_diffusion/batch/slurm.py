@@ -167,7 +167,7 @@ def states(ids: Sequence[str]) -> dict[str, str]:
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f"Slurm's queue does not answer: {reason(error)}.") from error
     if found.returncode and "Invalid job id" not in found.stderr:
-        raise UserError(f"Slurm's queue does not answer: {found.stderr.strip().rpartition(chr(10))[2]}")
+        raise UserError(f"Slurm's queue does not answer: {found.stderr.strip().rpartition(chr(10))[2]}.")
     known = {}
     for line in found.stdout.splitlines():
         own, in_array, _, state = line.split("|")

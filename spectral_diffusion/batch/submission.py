@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..core.errors import Fix, UserError
@@ -119,18 +119,21 @@ def queued(batch: Batch) -> dict[str, str]:
     return {name: known[job_id] for name, job_id in batch.ids.items() if job_id in known}
 
 
-def rows(folder: BatchFolder) -> list[Row]:
+def rows(folder: BatchFolder, ask: bool = True) -> list[Row]:
     """The table of a batch.
+
+    Args:
+        ask: the cluster's queue, if the batch is in one; else the jobs' own records are all there is.
 
     Raises:
         UserError: there is no batch, or the cluster's queue does not answer.
     """
     batch = folder.read()
-    in_queue = queued(batch)
-    return [_row(folder, batch, job, in_queue.get(job.name)) for job in batch.every]
+    in_queue = queued(batch) if ask and batch.executor == "slurm" else None
+    return [_row(folder, batch, job, in_queue) for job in batch.every]
 
 
-def _row(folder: BatchFolder, batch: Batch, job: Job, in_queue: str | None) -> Row:
+def _row(folder: BatchFolder, batch: Batch, job: Job, in_queue: Mapping[str, str] | None) -> Row:
     record = folder.record(job)
     state, message = _state(batch, job, record, in_queue)
     status = read_status(job.status) if job.status and record.starts else None
@@ -140,13 +143,13 @@ def _row(folder: BatchFolder, batch: Batch, job: Job, in_queue: str | None) -> R
     return Row(job.name, state, step, steps, eta, record.starts, record.host, record.seconds, message, fixes)
 
 
-def _state(batch: Batch, job: Job, record: Record, in_queue: str | None) -> tuple[State, str]:
-    """The state of a job by its record and the queue, which each know a part."""
-    if record.state == "done" or batch.executor != "slurm":
+def _state(batch: Batch, job: Job, record: Record, in_queue: Mapping[str, str] | None) -> tuple[State, str]:
+    """The state of a job by its record and the queue (if there is one), which each know a part."""
+    if record.state == "done" or in_queue is None:
         return record.state, record.message
-    if in_queue == "waiting":
+    if in_queue.get(job.name) == "waiting":
         return "waiting", "It was stopped and will go on." if record.starts else ""
-    if in_queue == "running":
+    if in_queue.get(job.name) == "running":
         return "running", ""
     if record.state in ("running", "lost") or (record.state == "waiting" and job.name in batch.ids):
         return "lost", "The cluster ended it, perhaps as memory was short; its log may say more."

@@ -31,11 +31,18 @@ def batch_status(folder: FolderArgument, as_json: JsonOption = False) -> None:
     from ..batch.job import BatchFolder
     from ..batch.submission import rows
 
-    found = rows(BatchFolder(folder))
+    place, silent = BatchFolder(folder), ""
+    place.read()  # or say that there is none
+    try:
+        found = rows(place)
+    except UserError as error:
+        found, silent = rows(place, ask=False), f"{error.message} The table shows what the jobs themselves wrote."
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in found], indent=2))
         return
     print_rows(found)
+    if silent:
+        echo(silent)
     counts = Counter(row.state for row in found)
     echo(", ".join(f"{count} {state}" for state, count in counts.items()) + ".")
     if any(row.state in ("failed", "lost", "stopped") for row in found):
