@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
-from .executors import ClusterOption, ExecutorOption, ParallelOption, submit_jobs, this_command
+from .executors import ClusterOption, ExecutorOption, Executors, ParallelOption, submit_jobs, this_command
 from .support import echo, progress_bar
 
 board_app = typer.Typer(
@@ -49,14 +49,8 @@ def board_run(
     if twice := {e.slug for e in entries if [o.slug for o in entries].count(e.slug) > 1}:
         raise UserError(f"Two entries are called {twice.pop()}; give one of them another name.")
     if executor:
-        from ..batch.job import Job
-
-        common = this_command(["--entry"])
-        each = [
-            Job(name=one.slug, arguments=(*common, "--entry", str(path)))
-            for one, path in zip(entries, entry, strict=True)
-        ]
-        submit_jobs(output, each, executor, cluster, jobs)
+        each = dict(zip((one.slug for one in entries), entry, strict=True))
+        submit_entries(each, output, executor, cluster, jobs)
         return
     failed: list[UserError] = []
     with progress_bar() as progress:
@@ -98,6 +92,17 @@ def board_run(
         echo(f"Wrote {write_page(output, tasks)}.")
     if failed:
         raise UserError(f"{len(failed)} of {len(entries)} entries could not be measured to their end, as said above.")
+
+
+def submit_entries(
+    entries: dict[str, Path], output: Path, executor: Executors, cluster: list[str] | None, jobs: int | None
+) -> None:
+    """Submit a job for every entry's file, by its name."""
+    from ..batch.job import Job
+
+    common = this_command(["--entry"])
+    each = [Job(name=slug, arguments=(*common, "--entry", str(path))) for slug, path in entries.items()]
+    submit_jobs(output, each, executor, cluster, jobs)
 
 
 @board_app.command("page")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
-from .executors import ClusterOption, ExecutorOption, ParallelOption, submit_jobs, this_command
+from .executors import ClusterOption, ExecutorOption, Executors, ParallelOption, submit_jobs, this_command
 from .support import echo, progress_bar
 
 
@@ -50,12 +50,7 @@ def experiment(
     assert name is not None
     studies = list(all_studies().values()) if name == "all" else [get_study(name)]
     if executor:
-        from ..batch.job import Job
-
-        verb, *rest = this_command()
-        rest.remove(name)
-        each = [Job(name=study.name, arguments=(verb, study.name, *rest)) for study in studies]
-        submit_jobs(output, each, executor, cluster, jobs)
+        _submit(name, [study.name for study in studies], output, executor, cluster, jobs)
         return
     from ..studies.report import read_records, write_findings
     from ..studies.runner import StudyRunner, study_settings
@@ -78,6 +73,17 @@ def experiment(
             how = f"spectral-diffusion experiment {study.name} --base {base}" + (" --quick" if quick else "")
             page = write_findings(study, study.run(lab, quick), lab, output, quick, how)
         echo(f"Wrote {page}.")
+
+
+def _submit(
+    name: str, studies: list[str], output: Path, executor: Executors, cluster: list[str] | None, jobs: int | None
+) -> None:
+    """Submit a job for every study; ``name`` is what the command line names."""
+    from ..batch.job import Job
+
+    verb, *rest = this_command()
+    rest.remove(name)
+    submit_jobs(output, [Job(name=one, arguments=(verb, one, *rest)) for one in studies], executor, cluster, jobs)
 
 
 def _repeat(
