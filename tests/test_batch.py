@@ -47,7 +47,7 @@ from spectral_diffusion.slots.ledger import Ledger
 from spectral_diffusion.training.run import state_path, train_to_file
 from spectral_diffusion.training.status import TrainingStatus, is_alive, now, status_path
 
-# Stands for a training: it works for a while, and stops on SIGTERM. Without torch, so at once.
+# In place of a training: it works for a while, and stops on SIGTERM. Without torch, so at once.
 WORKER = """
 import json, os, pathlib, signal, sys, time
 output, again = pathlib.Path(sys.argv[1]), sys.argv[2:]

@@ -77,13 +77,11 @@ def check_idle(folder: BatchFolder, jobs: Sequence[Job]) -> None:
     Raises:
         UserError: so it is.
     """
-    managed: set[str] = set()  # by a cluster's queue, which knows better than records whether they run
     names = {job.name for job in jobs}
     try:
         before = folder.read() if folder.file.is_file() else Batch()
     except UserError:  # a damaged one says nothing
         before = Batch()
-    managed = set(before.ids)
     remove = f"remove {folder.path}, which forgets them"
     if busy := list(queued(before)):
         raise UserError(
@@ -96,7 +94,8 @@ def check_idle(folder: BatchFolder, jobs: Sequence[Job]) -> None:
             f"{folder.output} holds a batch with {len(left)} jobs that are not done, such as {left[0]}; do them "
             f"(spectral-diffusion batch run {folder.output}), or {remove}."
         )
-    check_not_running(folder, [job for job in jobs if job.name not in managed])
+    # Of jobs that were in a queue it knows better than their records whether they run.
+    check_not_running(folder, [job for job in jobs if job.name not in before.ids])
 
 
 def _queue(
@@ -173,9 +172,13 @@ def restart(folder: BatchFolder, hooks: Hooks = QUIET) -> list[str]:
                 f"The batch of {folder.output} has no executor: spectral-diffusion batch run {folder.output} does what "
                 "is not done."
             )
-        ended = {row.name for row in rows(folder) if row.state in ("failed", "stopped", "lost")}
-        # Those that never came into the queue, or whose turn here had not come.
-        ended |= {row.name for row in rows(folder) if row.state == "waiting" and row.name not in batch.ids}
+        ended = {
+            row.name
+            for row in rows(folder)
+            if row.state in ("failed", "stopped", "lost")
+            # Or it never came into the queue, or its turn here had not come.
+            or (row.state == "waiting" and row.name not in batch.ids)
+        }
         jobs = [job for job in batch.every if job.name in ended]
         if batch.executor != "slurm":
             check_not_running(folder, jobs)

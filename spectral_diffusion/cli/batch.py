@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core.errors import UserError
-from ..core.hooks import Hooks, brief_duration
-from .support import JsonOption, echo, progress_bar, stop_signals
+from ..core.hooks import brief_duration
+from .executors import job_hooks
+from .support import JsonOption, echo
 
 if TYPE_CHECKING:
     from ..batch.submission import Row
@@ -81,7 +82,6 @@ def batch_run(
     """Do the jobs of a batch that are not done, on this machine."""
     from ..batch.job import BatchFolder
     from ..batch.submission import check_runs_here, run_here, share
-    from ..core.errors import Cancelled
 
     place = BatchFolder(folder)
     batch = place.read()
@@ -90,12 +90,8 @@ def batch_run(
     mine = [job for job in share(batch, shard) if job.name in left]
     if shard == WHOLE and batch.finish and batch.finish.name in left:
         mine.append(batch.finish)
-    with progress_bar() as progress, stop_signals() as should_stop:
-        try:
-            run_here(place, batch, mine, jobs, Hooks(progress=progress, notify=echo, should_stop=should_stop))
-        except Cancelled as stopped:
-            echo(str(stopped))
-            raise typer.Exit(130) from stopped
+    with job_hooks() as hooks:
+        run_here(place, batch, mine, jobs, hooks)
     echo(f"Did {len(mine)} of {len(batch.every)} jobs; the others were done, or are other machines'.")
     if batch.finish and batch.finish not in mine and batch.finish.name in left:
         echo(f"When all are done, spectral-diffusion batch run {folder} does the last one.")
@@ -106,14 +102,9 @@ def batch_restart(folder: FolderArgument) -> None:
     """Start every job again that failed, was lost or stopped; each goes on from its saved state."""
     from ..batch.job import BatchFolder
     from ..batch.submission import restart
-    from ..core.errors import Cancelled
 
-    with progress_bar() as progress, stop_signals() as should_stop:
-        try:
-            names = restart(BatchFolder(folder), Hooks(progress=progress, notify=echo, should_stop=should_stop))
-        except Cancelled as stopped:
-            echo(str(stopped))
-            raise typer.Exit(130) from stopped
+    with job_hooks() as hooks:
+        names = restart(BatchFolder(folder), hooks)
     echo(f"Started again: {', '.join(names)}." if names else "Nothing is to be started again.")
 
 
@@ -131,15 +122,10 @@ def batch_prepare(folder: FolderArgument) -> None:
     """Compute what all trainings of a batch share: the base's spectrum and prior images."""
     from ..batch.job import BatchFolder
     from ..batch.prepare import prepare
-    from ..core.errors import Cancelled
 
     place = BatchFolder(folder)
-    with progress_bar() as progress, stop_signals() as should_stop:
-        try:
-            prepare(place, place.read(), Hooks(progress=progress, notify=echo, should_stop=should_stop))
-        except Cancelled as stopped:
-            echo(str(stopped))
-            raise typer.Exit(130) from stopped
+    with job_hooks() as hooks:
+        prepare(place, place.read(), hooks)
     echo("The spectra and prior images that the batch shares are in the cache.")
 
 

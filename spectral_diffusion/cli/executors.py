@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -74,17 +75,25 @@ def cluster_of(pairs: list[str] | None, parallelism: int | None) -> Cluster:
     return parse_cluster(pairs or [], parallelism)
 
 
-def submit_batch(folder: BatchFolder, batch: Batch) -> None:
-    """Run a batch here, or submit it and say how to follow it."""
-    from ..batch.submission import submit
+@contextmanager
+def job_hooks() -> Iterator[Hooks]:
+    """The hooks of a verb that runs jobs; one that is stopped ends with the exit code of that."""
     from ..core.errors import Cancelled
 
     with progress_bar() as progress, stop_signals() as should_stop:
         try:
-            submit(folder, batch, Hooks(progress=progress, notify=echo, should_stop=should_stop))
+            yield Hooks(progress=progress, notify=echo, should_stop=should_stop)
         except Cancelled as stopped:
             echo(str(stopped))
             raise typer.Exit(130) from stopped
+
+
+def submit_batch(folder: BatchFolder, batch: Batch) -> None:
+    """Run a batch here, or submit it and say how to follow it."""
+    from ..batch.submission import submit
+
+    with job_hooks() as hooks:
+        submit(folder, batch, hooks)
     count = f"{len(batch.jobs)} job" + "s" * (len(batch.jobs) != 1)
     if batch.executor == "slurm":
         echo(f"Submitted {count}. spectral-diffusion batch status {folder.output} shows how they go.")

@@ -91,6 +91,7 @@ def submit_parts(settings: FuseConfig, executor: Executors, parallelism: int | N
     """
     from ..adapters.formats.reading import is_foreign
     from ..batch.job import Batch, BatchFolder, Job
+    from ..batch.submission import check_idle
     from ..config.settings import to_yaml
     from ..core.files import write_text
     from ..merging.manifest import check_fusion_output, files_in_fusion
@@ -115,11 +116,12 @@ def submit_parts(settings: FuseConfig, executor: Executors, parallelism: int | N
         Job(name=f"part-{number}", arguments=(*arguments, *(f"--part={name}" for name in names[number::count])))
         for number in range(count)
     ]
-    write_text(file, to_yaml(settings))
     batch = Batch(
         executor=executor.value, cluster=cluster_of(cluster, parallelism), jobs=each,
         finish=Job(name="fuse", arguments=arguments, output=str(settings.output)),
     )  # fmt: skip
+    check_idle(folder, batch.every)  # before its settings are replaced
+    write_text(file, to_yaml(settings))
     submit_batch(folder, batch)
 
 
