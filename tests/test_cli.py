@@ -84,6 +84,14 @@ def test_help_is_quick(words: list[str]) -> None:
     assert "spectral_diffusion.cli.verbs" in modules and not HEAVY & set(modules)
 
 
+def test_a_verb_is_imported_alone(tmp_path: Path) -> None:
+    """Showing slots builds no other verb's settings."""
+    command = [sys.executable, "-c", NAMES_HEAVY.replace(' and "--help" in result.output', ""), "slots", "list"]
+    modules = subprocess.run([*command, str(tmp_path)], capture_output=True, check=True, text=True).stdout.split()
+    assert "spectral_diffusion.cli.slots" in modules and "spectral_diffusion.slots.ledger" in modules
+    assert not {"spectral_diffusion.cli.training", "spectral_diffusion.config.train"} & set(modules)
+
+
 def test_train_folder_problems(run, tiny_base: Path, tmp_path: Path) -> None:
     output = ("-o", tmp_path / "a.safetensors", "--base", tiny_base, "--device", "cpu")
     empty = tmp_path / "empty"

@@ -60,7 +60,7 @@ def speller(arguments: Sequence[str]) -> Spell:
     """How to spell a fix on this command line: as a flag where its verb has one, else as key=value."""
     command: Any = typer.main.get_command(app)
     for argument in arguments:
-        command = getattr(command, "commands", {}).get(argument, command)
+        command = (command.get_command(None, argument) if hasattr(command, "get_command") else None) or command
     options = {option.name: option for option in command.params if option.param_type_name == "option"}
 
     def spell(fix: Fix) -> str:

@@ -1,76 +1,75 @@
-"""The verbs of the command line. Heavy imports happen inside them, so that ``--help`` is quick."""
+"""The verbs of the command line. Each is imported when it is called, and heavy imports happen inside it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from importlib import import_module
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from ..config.control import ControlConfig
-from ..config.fuse import FuseConfig
-from ..config.train import TrainConfig
-from ..core.hooks import Hooks
-from .batch import batch_app
-from .board import board_app
-from .doctor import doctor
-from .evaluation import evaluate
-from .experiments import experiment
-from .extract import extract_app
-from .files import export, import_file, inspect
-from .fusion import fuse, tune, unfuse
-from .generation import generate
-from .listings import merges, methods
 from .options import nested_help
-from .pocket import pocket_app
-from .slots import slots_app
-from .support import echo, progress_bar
-from .train_control import train_control
-from .training import train
-from .ui import ui
 
-app = typer.Typer(
-    name="spectral-diffusion",
-    help="Several of your own things together in one picture, each still itself.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-
-def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write everything.")] = Path("demo"),
-    steps: Annotated[
-        int | None, typer.Option(help="Training steps per concept (default: the pocket preset's).")
-    ] = None,
-) -> None:
-    """From two photo folders to one picture, on the pocket base."""
-    from ..demo import run_demo
-
-    with progress_bar() as progress:
-        sheet = run_demo(output, steps, Hooks(progress=progress, notify=echo))
-    echo(f"Done. Look at {sheet}; the adapters, the fused folder and the settings are beside it in {output}/.")
+# A verb: its module here, its function or group there, and the settings whose nested ones its help lists.
+VERBS: dict[str, tuple[str, str] | tuple[str, str, str]] = {
+    "train": ("training", "train", "config.train:TrainConfig"),
+    "fuse": ("fusion", "fuse", "config.fuse:FuseConfig"),
+    "tune": ("fusion", "tune", "config.fuse:FuseConfig"),
+    "unfuse": ("fusion", "unfuse"),
+    "generate": ("generation", "generate"),
+    "evaluate": ("evaluation", "evaluate"),
+    "export": ("files", "export"),
+    "import": ("files", "import_file"),
+    "inspect": ("files", "inspect"),
+    "methods": ("listings", "methods"),
+    "merges": ("listings", "merges"),
+    "board": ("board", "board_app"),
+    "batch": ("batch", "batch_app"),
+    "slots": ("slots", "slots_app"),
+    "extract": ("extract", "extract_app"),
+    "train-control": ("train_control", "train_control", "config.control:ControlConfig"),
+    "experiment": ("experiments", "experiment"),
+    "pocket": ("pocket", "pocket_app"),
+    "demo": ("demo", "demo"),
+    "ui": ("ui", "ui"),
+    "doctor": ("doctor", "doctor"),
+}
+STYLE: dict[str, Any] = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 
-app.command(epilog=nested_help(TrainConfig))(train)
-app.command(epilog=nested_help(FuseConfig))(fuse)
-app.command(epilog=nested_help(FuseConfig))(tune)
-app.command()(unfuse)
-app.command()(generate)
-app.command()(evaluate)
-app.command()(export)
-app.command("import")(import_file)
-app.command()(inspect)
-app.command()(methods)
-app.command()(merges)
-app.add_typer(board_app, name="board")
-app.add_typer(batch_app, name="batch")
-app.add_typer(slots_app, name="slots")
-app.add_typer(extract_app, name="extract")
-app.command("train-control", epilog=nested_help(ControlConfig))(train_control)
-app.command()(experiment)
-app.add_typer(pocket_app, name="pocket")
-app.command()(demo)
-app.command()(ui)
-app.command()(doctor)
+def verbs() -> None:
+    """Nothing happens before a verb."""
+
+
+class LazyVerbs(TyperGroup):
+    """The verbs by their names; one is imported when somebody asks for it."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands: dict[str, Any] = dict.fromkeys(VERBS)  # typer suggests from these names
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in VERBS and self.commands[cmd_name] is None:
+            self.commands[cmd_name] = command_of(cmd_name)
+        return self.commands.get(cmd_name)
+
+
+def command_of(verb: str) -> Any:
+    """The command of a verb, with its flags."""
+    place, attribute, *settings = VERBS[verb]
+    found = getattr(import_module(f".{place}", __package__), attribute)
+    alone = typer.Typer(**STYLE)
+    alone.callback()(verbs)  # a group, also of one verb
+    if isinstance(found, typer.Typer):
+        alone.add_typer(found, name=verb)
+    elif settings:
+        module, model = settings[0].split(":")
+        epilog = nested_help(getattr(import_module(f"..{module}", __package__), model))
+        alone.command(verb, epilog=epilog)(found)
+    else:
+        alone.command(verb)(found)
+    return typer.main.get_group(alone).commands[verb]
+
+
+app = typer.Typer(name="spectral-diffusion", cls=LazyVerbs, no_args_is_help=True, **STYLE)
+app.callback(help="Several of your own things together in one picture, each still itself.")(verbs)
