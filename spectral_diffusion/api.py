@@ -29,9 +29,11 @@ from .config.scene import Scene as SceneSettings
 from .config.settings import build
 from .config.train import TrainConfig
 from .core.errors import Fix, UserError
+from .core.files import write_text
 from .core.hooks import QUIET, Event, Hooks
-from .core.paths import without_folders
+from .core.hub import hub_problem
 from .data.folder import load_concept, open_photo
+from .hub import ADAPTER_FILE, CARD, adapter_card, publish
 from .linalg import Factors
 from .merging.export import ExportOptions
 from .merging.export import export as export_file
@@ -44,7 +46,6 @@ from .scenes.control import read_control_image
 from .scenes.sampling import sample
 from .training.run import train_to_file
 
-ADAPTER_FILE = "adapter.safetensors"  # in a folder or a hub repository
 LOADED = "_spectral_diffusion_loaded"  # the attribute of a pipeline that says what to restore
 
 
@@ -72,7 +73,7 @@ class Adapter(core.Adapter):
             try:
                 path = Path(hf_hub_download(str(source), ADAPTER_FILE, revision=revision))
             except Exception as error:  # the hub's client raises nearly everything
-                raise UserError(f"Cannot load '{source}' from the hub: {error}.") from error
+                raise UserError(f"Cannot load '{source}' from the hub: {hub_problem(error)}.") from error
         return cls.of(load_adapter(path))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -80,25 +81,25 @@ class Adapter(core.Adapter):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(self, folder / ADAPTER_FILE)
-        settings = without_folders(dict(self.config))
-        lines = [
-            f"---\nbase_model: {settings.get('base', self.base)}\nlibrary_name: spectral-diffusion\n---",
-            f"# {self.name}",
-            f"`{self.token}`, a {self.noun}: {self.method.name}, rank {self.rank}. Load it with "
-            f"`spectral_diffusion.Adapter.from_pretrained`.",
-        ]
-        (folder / "README.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+        write_text(folder / CARD, adapter_card(self))
 
-    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
-        """Upload the adapter and its card; returns the repository's address."""
-        from huggingface_hub import HfApi
+    def push_to_hub(
+        self, repo_id: str, license: str, consent: bool = False, private: bool = False, token: str | None = None
+    ) -> str:
+        """Upload the adapter and its card; returns the repository's address.
 
-        hub = HfApi(token=token)
-        address = hub.create_repo(repo_id, private=private, exist_ok=True)
+        Args:
+            license: as the hub spells it, such as ``openrail++``.
+            consent: your word that you may share what it shows.
+            token: a login for this call alone; default: the hub client's own.
+
+        Raises:
+            UserError: no license or consent, or the hub refuses.
+        """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            hub.upload_folder(repo_id=repo_id, folder_path=folder)
-        return str(address)
+            file = Path(folder) / ADAPTER_FILE
+            save_adapter(self, file)
+            return publish(file, repo_id, license, consent, private, token)
 
     def save(self, path: str | Path) -> None:
         """Write one ``.safetensors`` file."""

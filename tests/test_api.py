@@ -174,37 +174,3 @@ def test_a_preset_and_a_file_of_settings_are_taken_by_name(pipe: Any, photos: Pa
     assert adapter.rank == 3 and adapter.config["batch_size"] == 1
     with pytest.raises(sd.UserError, match="did you mean 'pocket-quick'"):
         sd.train(pipe, photos, config="pocket-quic", **QUICK)
-
-
-def test_an_adapter_goes_to_the_hub_and_comes_back(
-    two: list[sd.Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The hub is a folder here; what is uploaded and asked for is what huggingface_hub would get."""
-    hub = tmp_path / "hub"
-
-    class Api:
-        def __init__(self, token: str | None) -> None:
-            assert token == "secret"
-
-        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> str:
-            assert private and exist_ok
-            return f"https://hub/{repo_id}"
-
-        def upload_folder(self, repo_id: str, folder_path: str) -> None:
-            shutil.copytree(folder_path, hub / repo_id)
-
-    def download(repo_id: str, filename: str, revision: str | None) -> str:
-        if not (hub / repo_id).exists():
-            raise OSError("404 Client Error")
-        return str(hub / repo_id / filename)
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    rex = two[0]
-    assert rex.push_to_hub("me/rex", private=True, token="secret") == "https://hub/me/rex"
-    card = (hub / "me" / "rex" / "README.md").read_text(encoding="utf-8")
-    assert rex.token in card and str(tmp_path) not in card
-    again = sd.Adapter.from_pretrained("me/rex")
-    assert all(torch.equal(again.parameters[name], value) for name, value in rex.parameters.items())
-    with pytest.raises(sd.UserError, match="Cannot load 'me/nobody' from the hub: 404"):
-        sd.Adapter.from_pretrained("me/nobody")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +53,23 @@ def import_file(
     adapter = import_lora(path, output, base, name, device)
     token_text = f", with the token {' and '.join(sorted(adapter.tokens))}" if adapter.tokens else ""
     echo(f"Wrote {output}: {len(adapter.layers)} layers at rank {adapter.rank}{token_text}.")
+
+
+def push(
+    path: Annotated[Path, typer.Argument(help="An adapter, a fused folder, or an exported file or folder.")],
+    repo_id: Annotated[str, typer.Argument(help="user/name on the hub.")],
+    license: Annotated[str, typer.Option(help="Its license, such as openrail++ or cc-by-4.0.")] = "",
+    consent: Annotated[bool, typer.Option("--consent", help="You may share what it shows.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Only you see it.")] = False,
+) -> None:
+    """Publish on the Hugging Face hub with a model card, by the login of `hf auth login` or HF_TOKEN."""
+    with importing():
+        from ..hub import LICENSES, publish
+
+    if sys.stdin.isatty():
+        license = license or typer.prompt(f"Its license ({LICENSES})")
+        consent = consent or typer.confirm("May you share what it shows (people and others' works agreed)?")
+    echo(f"Published at {publish(path, repo_id, license, consent, private, hooks=Hooks(notify=echo))}.")
 
 
 def inspect(

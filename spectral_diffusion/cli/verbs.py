@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str] | tuple[str, str, str]] = {
     "evaluate": ("evaluation", "evaluate"),
     "export": ("files", "export"),
     "import": ("files", "import_file"),
+    "push": ("files", "push"),
     "inspect": ("files", "inspect"),
     "methods": ("listings", "methods"),
     "merges": ("listings", "merges"),

@@ -18,6 +18,7 @@ from ..core.errors import UserError, nearest, short_repr
 from ..core.files import is_file, is_folder
 from ..models.tokens import check_token, is_name, latin, slug
 from .captions import read_caption, read_metadata
+from .hub_dataset import local_folder
 from .image_io import MAX_PIXELS as MAX_PIXELS
 from .image_io import SUFFIXES, UNREAD, is_control_image, on_ground, open_upright
 from .image_io import open_photo as open_photo
@@ -157,10 +158,12 @@ def load_concept(folder: Path, name: str | None = None, token: str | None = None
     ``captions/``, else a template. Masks: :func:`.sidecars.find_mask`, else the image's alpha. ``concept.yaml`` may
     give ``name``, ``noun``, ``token`` and ``repeats``, a number or one per folder.
 
+    ``hub:user/dataset`` is a dataset of the hub: :func:`.hub_dataset.local_folder`.
+
     Raises:
         UserError: no such folder, no usable image in it, or several concepts.
     """
-    folder = Path(folder)
+    folder = local_folder(Path(folder))
     about = describe(folder, name, token, noun)
     folders = image_folders(folder, about.repeats)
     if not about.given:
@@ -189,6 +192,7 @@ def describe(folder: Path, name: str | None = None, token: str | None = None, no
     Raises:
         UserError: no such folder, an invalid ``concept.yaml``, or a name or token that cannot be one.
     """
+    folder = local_folder(folder)
     if not is_folder(folder):
         raise UserError(f"No such folder: {folder}.")
     described, repeats = read_about(folder)

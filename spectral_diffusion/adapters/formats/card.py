@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+WORDS = "The words need their embedding files: `pipe.load_textual_inversion(…)`, or your program's `embeddings` folder."
 MARK = "spectral-adapter"  # in every card, by which an earlier one is known
 
 
@@ -15,6 +16,9 @@ def model_card(
     settings: Mapping[str, Any],
     files: Sequence[str],
     picture: str = "",
+    license: str = "",
+    library: str = "diffusers",
+    words: str = WORDS,
 ) -> str:
     """A Markdown card with the hub's front matter.
 
@@ -22,11 +26,16 @@ def model_card(
         tokens: trigger word to class noun.
         settings: method or merge and its settings, shown as they are.
         picture: a sample picture's file name, if there is one.
+        license: the hub's name of the license under which it is published, if it is.
+        library: the hub's name of the program that loads it.
+        words: what the trigger words need.
     """
     trigger_words = (
         ", ".join(f"`{token}` (a {noun})" if noun else f"`{token}`" for token, noun in tokens.items()) or "none"
     )
-    front = ["---", f"base_model: {base}", "library_name: diffusers", f"tags: [text-to-image, lora, {MARK}]"]
+    front = ["---", f"base_model: {base}", f"library_name: {library}", f"tags: [text-to-image, lora, {MARK}]"]
+    if license:
+        front.append(f"license: {license}")
     if tokens:
         first = next(iter(tokens))
         front.append(f'instance_prompt: "a photo of {first}"')
@@ -38,10 +47,11 @@ def model_card(
         f"| base model | {base} |",
         *(f"| {key} | {value} |" for key, value in settings.items() if value not in (None, "", {})),
         f"| files | {', '.join(files)} |", "",
-        "The words need their embedding files: `pipe.load_textual_inversion(…)`, or your program's `embeddings` folder."
-        if tokens else "",
+        words if tokens else "",
         "",
-        "**Licence.** The base model's licence applies; add your own for what is yours.", "",
+        f"**License.** {license}; the base model's license applies too." if license else
+        "**License.** The base model's license applies; add your own for what is yours.", "",
+        "**Consent.** Whoever published this said that they may share what it shows." if license else
         "**Consent.** If this shows a person, or a thing somebody else made, publish it only with their consent.", "",
     ]  # fmt: skip
     return "\n".join(line for line in lines if line is not None)
