@@ -175,7 +175,7 @@ def test_training_takes_a_dataset(hub: Hub, tiny_base: Path, tmp_path: Path) -> 
     done = CliRunner().invoke(app, ["train", "hub:me/mug", *words, "prior.loss_weight=0"])
     assert done.exit_code == 0, done.output
     adapter = load_adapter(tmp_path / "mug.safetensors")
-    assert adapter.name == "mug" and adapter.config["concept"] == "hub:me/mug"
+    assert adapter.name == adapter.noun == "mug"
 
 
 def test_a_dataset_that_is_none_is_one_sentence(hub: Hub, tmp_path: Path) -> None:
