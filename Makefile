@@ -11,7 +11,7 @@ ONE := OMP_NUM_THREADS=1
 # Where there is a Chromium, its quick tests run too: in a process of their own, since they keep an event loop running.
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: demo test test-ui test-slow lint ui install bench gpu-check evidence pocket-gpu-piece clean
+.PHONY: demo test test-ui test-slow lint ui install dist docs bench gpu-check evidence pocket-gpu-piece clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +49,14 @@ lint: install
 
 ui: install
 	$(BIN)/spectral-diffusion ui
+
+# The sdist and the wheel in dist/, and a picture by the wheel alone in an environment of its own.
+dist: install
+	$(BIN)/python -m tools.dist --outdir dist
+
+# The site in site/.
+docs: install
+	$(BIN)/mkdocs build --strict
 
 bench: install
 	for one in layers step spectrum fuse gradient regions methods memory trainer app; do $(BIN)/python benchmarks/$$one.py || exit 1; done

@@ -25,6 +25,7 @@ from .render import Renderer
 from .styles import READY_MADE, STYLES, Style, near_miss, random_style, style_views, styled
 
 PAIRS = 16  # of a style and its near miss in a step
+BESIDE_PLAIN = 0.35  # share of pairs whose near miss is no style at all, which a badly learned style looks like
 PLAIN = 0.25  # share of views in no style, where the look counts
 
 
@@ -33,7 +34,8 @@ def style_batch(renderer: Renderer, random: Random) -> Tensor:
     rows: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for _ in range(PAIRS):
         style = any_style(random)
-        for member in (style, near_miss(style, random, any_of=True)):
+        plain = random.random() < BESIDE_PLAIN and style != Style()
+        for member in (style, Style() if plain else near_miss(style, random, any_of=True)):
             for side in rows:
                 [picture] = style_views(renderer, member, random, 1, SIZE)
                 side.append(softened(picture.image, random))
