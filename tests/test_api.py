@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,28 @@ def test_notebooks_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for text in code:
         exec(compile(text, name, "exec"), space)
     assert space["scores"]
+
+
+@pytest.mark.slow
+def test_the_notebook_for_colab_runs_on_the_pocket_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a kernel of its own, with the parameters of a base that is here."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    notebook = nbformat.read(EXAMPLES / "klein_colab.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if "install" not in cell.metadata.get("tags", ())]
+    for cell in cells:
+        if "parameters" in cell.metadata.get("tags", ()):
+            cell.source = (
+                "CONFIG, STEPS, MORE = 'pocket-quick', 1, 'prior.loss_weight=0'\nTHINGS = {'rex': 'dog', 'brew': 'pot'}"
+            )
+    notebook.cells = cells
+    for name in ("rex", "brew"):
+        shutil.copytree(assets.concepts() / name, tmp_path / "photos" / name)
+    run = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert (tmp_path / "both.png").is_file()
+    assert all((tmp_path / f"{name}-comfyui.safetensors").is_file() for name in ("rex", "brew"))
+    shown = "".join(part.get("text", "") for cell in run.cells for part in cell.get("outputs", ()))
+    assert "Error" not in shown and "<rex>" in shown, shown
 
 
 def test_training_stops_when_asked_and_resumes_to_the_same_adapter(pipe: Any, photos: Path, tmp_path: Path) -> None:
