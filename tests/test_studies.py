@@ -14,7 +14,7 @@ from spectral_diffusion.cli import app
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.settings import build, read_yaml
 from spectral_diffusion.core.assets import concepts, preset
-from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.errors import NotFiniteError, UserError
 from spectral_diffusion.core.files import write_json
 from spectral_diffusion.core.machine import record_provenance
 from spectral_diffusion.merging.merges.registry import all_merges
@@ -217,6 +217,16 @@ def test_a_sweep_goes_on_beyond_an_edge() -> None:
     rate, values = widened(peak_at(1 / 16), (0.25, 1.0, 4.0))
     assert rate == 1 / 16 and next(iter(values)) == 1 / 64
     assert len(widened(peak_at(1e9), (0.25, 1.0, 4.0))[1]) == 3 + WIDER  # no end of it is no reason to go on for ever
+
+
+def test_a_rate_that_diverges_is_no_best_one_and_ends_no_sweep() -> None:
+    def measure(rate: float) -> float:
+        if rate > 1:
+            raise NotFiniteError("Training met NaN or infinity.")
+        return rate
+
+    rate, values = widened(measure, (0.25, 1.0))
+    assert rate == 1.0 and values == {0.25: 0.25, 1.0: 1.0, 4.0: 0.0}
 
 
 @pytest.mark.slow

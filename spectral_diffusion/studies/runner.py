@@ -24,7 +24,7 @@ from ..config.settings import build, read_yaml
 from ..config.train import TrainConfig
 from ..core import assets as resources
 from ..core.cache import cache_folder
-from ..core.errors import UserError
+from ..core.errors import NotFiniteError, UserError
 from ..core.files import parse_json, read_text, write_json
 from ..core.hooks import Hooks, Progress, silent
 from ..core.locks import locked
@@ -412,9 +412,16 @@ def widened(measure: Callable[[float], float], rates: Sequence[float]) -> tuple[
     """The best of a geometric series of rates, which goes on beyond an edge while the best is there.
 
     Returns:
-        The best rate, and what was measured by rate, in ascending order.
+        The best rate, and what was measured by rate, in ascending order; 0 where a training met NaN or infinity.
     """
-    values = {rate: measure(rate) for rate in rates}
+
+    def measured(rate: float) -> float:
+        try:
+            return measure(rate)
+        except NotFiniteError:
+            return 0.0
+
+    values = {rate: measured(rate) for rate in rates}
     for _ in range(WIDER if len(rates) > 1 else 0):
         tried = sorted(values)
         best = max(tried, key=values.__getitem__)
@@ -424,7 +431,7 @@ def widened(measure: Callable[[float], float], rates: Sequence[float]) -> tuple[
             further = best * tried[-1] / tried[-2]
         else:
             break
-        values[further] = measure(further)
+        values[further] = measured(further)
     ordered = dict(sorted(values.items()))
     return max(ordered, key=ordered.__getitem__), ordered
 
