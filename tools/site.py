@@ -19,6 +19,7 @@ BORROWED = {  # page to its file in the repository
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
     "licenses.md": "spectral_diffusion/pocket/LICENSES.md",
+    "comfyui.md": "integrations/comfyui/README.md",
 }
 PYTHON = (  # modules with classes that people use from Python, and what they are
     ("spectral_diffusion.api", "Everything under `import spectral_diffusion as sd` ([with examples](../api.md))."),
