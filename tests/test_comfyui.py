@@ -55,7 +55,8 @@ def comfyui_names(family: str, base: Path, lora: Path, folder: Path) -> tuple[di
     ``test_lora_spellings`` compares with diffusers' tables.
     """
     if family in ("klein", "z-image"):
-        pairs = {re.sub(r"\.(lora_A|lora_B|lora_up|lora_down|lora|alpha)\b.*", ".weight", key) for key in load_file(lora)}
+        ending = re.compile(r"\.(lora_A|lora_B|lora_up|lora_down|lora|alpha)\b.*")
+        pairs = {ending.sub(".weight", key) for key in load_file(lora)}
         return {name: torch.zeros(8, 8) for name in pairs}, []
     checkpoint = folder / f"{family}.safetensors"
     adapter = folder / f"{family}-adapter.safetensors"
