@@ -93,6 +93,7 @@ def test_the_shipped_suite_and_entries_are_whole() -> None:
     assert any(entry.joint for entry in entries) and any(entry.distill.steps for entry in entries)
 
 
+@pytest.mark.slow
 def test_sums_of_diffusers_and_peft_and_ours_are_one_picture(suite: BoardSuite, lab: StudyRunner) -> None:
     """The same adapters by set_adapters, by PEFT's cat and by our sum: the same changes, so the same pixels."""
     names = ["rex", "brew"]

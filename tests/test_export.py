@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import seldom
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 from diffusers.utils import convert_unet_state_dict_to_peft
@@ -95,7 +96,7 @@ def reference(tiny_base: Path, path: Path) -> StableDiffusionPipeline:
     return base.pipeline
 
 
-@pytest.mark.parametrize("name", ["dog", "mug", "hat", "fused"])
+@pytest.mark.parametrize("name", seldom(["dog", "mug", "hat", "fused"], {"dog", "fused"}))
 @pytest.mark.parametrize("kind", ["kohya", "diffusers"])
 def test_stock_diffusers_draws_what_we_draw(
     trained: dict[str, Path], tiny_base: Path, tmp_path: Path, name: str, kind: str
@@ -203,7 +204,7 @@ def test_metadata_and_card(trained: dict[str, Path], tmp_path: Path) -> None:
         "`<dog>`",
         "sample.png",
         "merge",
-        "Licence",
+        "License",
         "Consent",
         "1 thread",
         "| mixed precision | no |",
@@ -448,14 +449,12 @@ def mutants(tensors: dict[str, torch.Tensor], count: int) -> list[tuple[str, Cal
     return out
 
 
-def test_five_hundred_spoilt_foreign_files_get_a_sentence_each(
-    trained: dict[str, Path], tiny_base: Path, tmp_path: Path
-) -> None:
+def test_spoilt_foreign_files_get_a_sentence_each(trained: dict[str, Path], tiny_base: Path, tmp_path: Path) -> None:
     export(trained["mug"], tmp_path / "good.safetensors", "kohya", ExportOptions(dtype="float32"))
     good = load_file(tmp_path / "good.safetensors")
     base = load_base(str(tiny_base), "cpu")
     path = tmp_path / "bad.safetensors"
-    for kind, change in mutants(good, 360):
+    for kind, change in mutants(good, 120):
         tensors = {name: value.clone() for name, value in good.items()}
         change(tensors)
         save_file(tensors or {"x": torch.zeros(1)}, path)
@@ -465,7 +464,7 @@ def test_five_hundred_spoilt_foreign_files_get_a_sentence_each(
     data = (tmp_path / "good.safetensors").read_bytes()
     draw_byte = random.Random(1)
     refused = 0
-    for _ in range(160):
+    for _ in range(60):
         spoilt = bytearray(data)
         for _ in range(8):
             spoilt[draw_byte.randrange(min(len(data), 4000))] = draw_byte.randrange(256)
@@ -475,4 +474,4 @@ def test_five_hundred_spoilt_foreign_files_get_a_sentence_each(
         except UserError as error:
             refused += 1
             assert "\n" not in str(error)
-    assert refused > 120  # a byte in a tensor's value is a value
+    assert refused > 45  # a byte in a tensor's value is a value

@@ -35,6 +35,7 @@ def test_the_whole_check_writes_its_page(tmp_path: Path) -> None:
     assert page.read_text().count("## ") == 6
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so() -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     ran = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment, check=False)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import seldom
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, T2IAdapter
 from families import clip_config, tiny_unet, tiny_vae
 from PIL import Image
@@ -117,7 +118,7 @@ def on(loud: Path, adapter: Adapter) -> Base:
     return base
 
 
-@pytest.mark.parametrize("way", ["plain", "negative", "region", "sketch"])
+@pytest.mark.parametrize("way", seldom(["plain", "negative", "region", "sketch"], {"plain", "region"}))
 def test_equal_layers_draw_what_an_ordinary_token_draws(
     loud: Path, trained: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +346,7 @@ def test_fusions_and_exports_hold_the_mean_and_say_so(trained: Path, loud: Path,
     assert np.array_equal(drawn(base), drawn(on(loud, replace(adapter, per_layer_vectors={}))))
 
 
+@pytest.mark.slow
 def test_memory_counts_every_encoding(loud: Path, base: Base, photos: Path, tmp_path: Path) -> None:
     whole, part = (
         estimate(

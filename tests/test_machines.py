@@ -199,6 +199,7 @@ def test_memory_is_computed_without_taking_any(tiny_base: Path) -> None:
     assert plain.weights == sum(4 * p.numel() for p in parameters)
 
 
+@pytest.mark.slow
 def test_an_autoencoder_that_overflows_is_counted_in_float32(tiny_base: Path) -> None:
     def photos(dtype: str) -> int:
         base = load_base(str(tiny_base), "cpu", dtype)

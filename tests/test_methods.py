@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import seldom
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 from typer.testing import CliRunner
@@ -34,6 +35,7 @@ from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.slots.ledger import Slot
 
 NAMES = sorted(all_methods())
+BASIC = ("spectral-additive", "spectral-rotation", "lora", "dora", "oft", "vera")  # one of each kind of forward pass
 
 
 @pytest.fixture
@@ -79,7 +81,7 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("targets", ["attention", EVERYTHING])
+@pytest.mark.parametrize("targets", seldom(["attention", EVERYTHING], {EVERYTHING}))
 @pytest.mark.parametrize("method", NAMES)
 def test_identity_at_init_to_the_last_bit_and_after_detach(
     tiny_base: Path, method: str, targets: str, dtype: str
@@ -100,7 +102,7 @@ def test_identity_at_init_to_the_last_bit_and_after_detach(
     assert same(outputs(base), before)
 
 
-@pytest.mark.parametrize("targets", ["attention", EVERYTHING])
+@pytest.mark.parametrize("targets", seldom(["attention", EVERYTHING], {EVERYTHING}))
 @pytest.mark.parametrize("method", NAMES)
 def test_the_forward_is_the_one_delta(base: Base, method: str, targets: str) -> None:
     attachment = put(base, method, targets=targets)
@@ -131,7 +133,7 @@ def one_of_each_kind(layers: Iterable[str], weights: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("method", NAMES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", seldom(["float32", "bfloat16"], {"float32"}))
 def test_merging_gives_what_the_adapter_gives(tiny_base: Path, method: str, dtype: str) -> None:
     """delta = merged − base, two adapters stacked, strengths, and the parameters stay float32 whatever the base is."""
     base = load_base(str(tiny_base), "cpu", dtype)
@@ -260,7 +262,7 @@ def test_peft_and_diffusers_operations_work_on_our_tuner(base: Base) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", NAMES)
+@pytest.mark.parametrize("method", seldom(NAMES, BASIC))
 def test_gradient_checkpointing_gives_the_same_gradients(base: Base, method: str, dtype: torch.dtype) -> None:
     for model in base.models.values():
         model.to(dtype)

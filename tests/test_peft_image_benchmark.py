@@ -84,6 +84,7 @@ def test_an_experiment_trains_as_the_benchmark_would(klein: Path, tmp_path: Path
     assert torch.allclose(outputs(PeftModel.from_pretrained(again.transformer, str(tmp_path))), after, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_script_runs_every_pending_experiment(klein: Path, tmp_path: Path) -> None:
     """With a stand-in for the benchmark that loads a pipeline, as its ``run.py`` does."""
     done = {"--".join(CONFIGS[0].parts[-3:-1])}

@@ -109,6 +109,7 @@ def test_sketch_and_keypose_adapters_combine_in_stock_diffusers(base: Base) -> N
     assert np.abs(pictures[0] - pictures[1]).mean() > 0.01 and np.abs(pictures[0] - pictures[2]).mean() > 0.01
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_end_to_end(tmp_path: Path) -> None:
     sheet = run_demo(tmp_path / "demo", steps=3)
     with Image.open(sheet) as image:

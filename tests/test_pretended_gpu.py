@@ -372,13 +372,15 @@ def by_name(cases: list[Case]) -> Any:
 
 # On Apple's GPUs the rest of them runs with the slow tests: what those refuse, float64 above all, shows in these.
 APPLE_OFTEN = {
-    "train spectral-additive", "train spectral-rotation", "train lora", "train klein", "fuse spectral", "fuse gradient",
-    "generate adapter", "generate regions",
+    "train spectral-additive", "train klein", "fuse spectral", "generate adapter",
 }  # fmt: skip
 
 
+SELDOM = {"fuse gradient", "train prior cut-mix ema", "generate klein regions", "train kept off"}  # long on CUDA, too
+
+
 def on_kind(kind: str, name: str, work: Callable[[World, str], Any]) -> Any:
-    longer = kind == "mps" and not REAL and name not in APPLE_OFTEN
+    longer = not REAL and (name not in APPLE_OFTEN if kind == "mps" else name in SELDOM)
     return pytest.param(kind, work, id=f"{kind}-{name}", marks=[pytest.mark.slow] if longer else [])
 
 
@@ -467,9 +469,8 @@ def cost_of_steps(world: World, method: str, count: int = 10, **more: Any) -> tu
     return gpu.kernels.total(), gpu.syncs.total()
 
 
-@pytest.mark.parametrize(
-    "more", [{}, pytest.param({"dtype": "float16"}, marks=pytest.mark.slow)], ids=["autocast", "half"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"dtype": "float16"}], ids=["autocast", "half"])
 def test_a_step_launches_fewer_kernels_than_a_loras_and_waits_for_none(world: World, more: dict[str, Any]) -> None:
     """Small batches on fast cards are bound by launches. One reading of all figures every ten steps is all waiting."""
     loras, waits = cost_of_steps(world, "lora", **more)
@@ -571,11 +572,13 @@ def test_apples_gpus_are_spared_float64() -> None:
 
 
 @pytest.mark.skipif(bool(REAL), reason="a pretended device")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "method", "half"),
     [
         ("sd", "spectral-additive", True),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("klein", "lora", True), ("sd", "dora", False))),
+        ("klein", "lora", True),
+        ("sd", "dora", False),
     ],
 )
 def test_frozen_weights_take_half_the_memory_with_the_same_bits(

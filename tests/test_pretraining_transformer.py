@@ -129,6 +129,7 @@ def test_a_resumed_training_is_the_unbroken_one_bit_for_bit(
     assert sum(not torch.equal(one, two) for one, two in zip(begun, training.parameters, strict=True)) > 20
 
 
+@pytest.mark.slow
 def test_the_loss_falls(training: FlowTraining) -> None:
     losses = [float(training.step(random_batch(step % 2))) for step in range(30)]
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])

@@ -63,7 +63,8 @@ def build_app(workspace: Path) -> App:
     with App(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         blocks.pictures, blocks.gone = root.pictures, []
         gr.Markdown(f"# {TITLE}\n{INTRODUCTION}", elem_id="title")
-        handed = gr.State(None), gr.State(None), gr.State(None)  # outside the tabs: gradio counts their children
+        # Outside the tabs: gradio counts their children.
+        handed = gr.State(None), gr.State(None), gr.State(None), gr.State(None)
         strip, timer = gr.HTML(visible=False, elem_id="train-strip", label="Being trained"), gr.Timer(1.0, active=False)
         trained = gr.State({})
         with gr.Tabs(elem_id="steps") as tabs:

@@ -12,15 +12,17 @@ import gradio as gr
 from ...core.errors import UserError
 from .. import concept_html as cards
 from .. import concepts, editing
+from ..first_run import adopt
 from ..overview import look
 from ..page import PRIVATE, Handed, Page, asked, errors_as_toast, hand, plain_html
 from ..sentences import rendered
 from ..uploads import looked_through
 
+SHOW_ME = "Show me: two ready-made concepts in one picture"
 GUIDE = (
-    "**Your first picture:** choose a *concept*, something you want in your pictures, and press *Train it in step "
-    "2*. When it is trained, draw it in step 4. For two things in one picture train both, then in step 4 give each a "
-    "box, or put them together in step 3 first. The ready-made ones need no photos of yours."
+    "That takes seconds, since both are trained already. **Then your own:** choose a *concept*, something you want in "
+    "your pictures, and press *Train it in step 2*. When it is trained, draw it in step 4. For two things in one "
+    "picture train both, then in step 4 give each a box, or put them together in step 3 first."
 )
 NOTHING = "Choose a concept to see its photos and to train it, or add your own thing above."
 FILES = ["image", ".zip", ".txt"]
@@ -37,7 +39,9 @@ CHOOSE = """element.addEventListener('click', event => {
 def build(page: Page, tab: gr.Tab) -> None:
     """Fill the tab and wire its events."""
     chosen: gr.State = gr.State(None)
-    guide = gr.Markdown(GUIDE, elem_id="concepts-guide", visible=False)
+    with gr.Column(elem_id="concepts-guide", visible=False) as guide:
+        show_me = gr.Button(SHOW_ME, variant="primary", elem_id="concepts-first")
+        gr.Markdown(GUIDE)
     problems = gr.Markdown(elem_id="concepts-problems", visible=False)
     adding = _adding()
     with gr.Row():
@@ -82,6 +86,7 @@ def build(page: Page, tab: gr.Tab) -> None:
         [adding.files, adding.name, adding.noun, adding.token, adding.whole],
         **PRIVATE,
     )
+    again(show_me.click(handlers.first, None, [page.first, page.tabs], **PRIVATE))
     detail.train.click(handlers.to_training, [chosen], [page.concept, page.tabs], **PRIVATE)
     again(detail.copy.click(handlers.copy, [chosen], [detail.result], **PRIVATE))
     _wire_editing(handlers, detail, chosen, again)
@@ -264,11 +269,17 @@ class ConceptHandlers:
                 lines.append(f"Adapters without photos here: {names}; they can be fused and drawn with all the same.")
             problems = "\n".join(f"- ⚠ {line if '`' in line else plain_html(line)}" for line in lines)
             return [
-                gr.Markdown(visible=overview.first_run),
+                gr.Column(visible=overview.first_run),
                 gr.Markdown(problems, visible=bool(lines)),
                 cards.cards(overview, chosen),
                 cards.slot_map_html(overview),
             ]
+
+    def first(self) -> tuple[Handed, Any]:
+        """Take the ready-made adapters, and lead to the pictures, where the first one is drawn."""
+        with errors_as_toast():
+            adopt(self.workspace)
+        return hand(True), gr.Tabs(selected="generate")
 
     def choose(self, event: gr.EventData) -> tuple[str, str]:
         """The name of the clicked card, and an empty message."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .. import generation as drawing
 from ..adapters import adapter_rows
 from ..base_cache import BaseCache
 from ..canvas import Canvas, ink_of_drawing, read_canvas, read_regions
+from ..first_run import first_scene
 from ..fusing import base_choices
 from ..generation import GeneratedPictures, GenerateRequest
 from ..page import DEVICE, PRIVATE, Handed, Page, asked, errors_as_toast, plain_html
@@ -26,12 +28,18 @@ from ..streaming import CancelTokens, stream
 from ..workspace import ProgressLine, Workspace
 from .canvas import build_canvas, build_sources, own_component
 from .gallery import Gallery, build_details, build_picture, build_wall, wire
+from .pairs import PairFields, PairHandlers, build_pairs, wire_lists
 
 SHAPES = {"Square": (1, 1), "Wide": (2, 1), "Tall": (1, 2)}
 SAMPLERS = [("DPM-Solver++", "dpm"), ("DDIM", "ddim"), ("Euler", "euler")]
 NO_CONCEPTS = (
     "You have no trained concepts yet, so use the base's own words, such as *a red dog on the beach*. "
     "To draw your own things, train one in step 2."
+)
+FIRST = "Both concepts were trained apart, and each acts in its own box. Drag the boxes"
+INVITATION = (
+    "This is `<rex>` and `<brew>`: two adapters that were trained apart, each in the box that you see on the canvas. "
+    "Drag the boxes, change the prompts, and generate again. **Next:** add a thing of your own in step 1 and train it."
 )
 WAITING = "Getting ready… (It waits while something else is drawn or fused.)"
 TO_PICTURE = (
@@ -192,6 +200,13 @@ class GenerateHandlers:
 
         yield from self._stream_pictures(request, request_of_picture)
 
+    def draw_both(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """The fields' picture and a second one; the last three values say what is different in that."""
+        *first, base, adapters, strength = values
+        pairs = PairHandlers(self.workspace, self.runs, self.keeper)
+        ask = partial(self._request, Fields.named(tuple(first)))
+        yield from pairs.draw(ask, (base, adapters, strength), request.session_hash or "")
+
     @asked
     def generate(
         self,
@@ -253,6 +268,10 @@ class GenerateHandlers:
         """The fields filled from a picture of the gallery, and a message."""
         with errors_as_toast():
             return self._filled(pictures.refill(self.workspace, name), "The picture's settings are in the fields above")
+
+    def first(self) -> list[Any]:
+        """The fields of the first picture, and a message."""
+        return self._filled(first_scene(), FIRST)
 
     def places(self, name: str | None) -> list[Any]:
         """The same with boxes where the picture's concepts were found, over the picture itself."""
@@ -333,6 +352,7 @@ def build(page: Page, tab: gr.Tab) -> None:
         with gr.Column(scale=6, min_width=320):
             canvas = build_canvas()
             build_sources(page.workspace, canvas, [scene_fields["base"], scene_fields["width"], scene_fields["height"]])
+            pairs = build_pairs()
     note, tokens, shape = scene_fields.pop("note"), scene_fields.pop("tokens"), scene_fields.pop("shape")
     form = Fields(canvas=canvas, **scene_fields)
     with gr.Row(elem_id="generate-go"):
@@ -356,6 +376,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     wire(page, tab, gallery)
     _wire_lists(page, tab, handlers, form, note, tokens, shape)
     _wire_drawing(page, handlers, form, gallery, start, cancel, status)
+    _wire_pairs(page, tab, handlers, form, pairs, [start, cancel, status, gallery.shown])
     _build_api(handlers, form)
 
 
@@ -483,7 +504,9 @@ def _wire_drawing(
         **PRIVATE,
     }
     shown = [gallery.picture, status, gallery.chosen]
+    filled = page.first.change(handlers.first, None, [*form.all, status], **PRIVATE)
     for event, work, inputs in (
+        (filled.then, handlers.draw, form.all),
         (start.click, handlers.draw, form.all),
         (form.prompt.submit, handlers.draw, form.all),
         (gallery.again.click, handlers.again, [gallery.chosen]),
@@ -494,13 +517,27 @@ def _wire_drawing(
             gallery.show, gallery.number, gallery.listed, **PRIVATE
         )
         run.success(gallery.choose, gallery.chosen, gallery.details, **PRIVATE)
-    for event in (start.click, form.prompt.submit, gallery.again.click):
+        if event == filled.then:
+            run.success(lambda: INVITATION, None, status, **PRIVATE)
+    for event in (start.click, form.prompt.submit, gallery.again.click, page.first.change):
         event(None, js=TO_PICTURE, **PRIVATE)
     cancel.click(handlers.cancel, queue=False, show_progress="hidden", api_name="cancel_generate")
     page.blocks.unload(handlers.left)
     page.gone.append(handlers.gone)
     gallery.canvas.click(handlers.refilled, gallery.chosen, [*form.all, status], **PRIVATE)
     gallery.places.click(handlers.places, gallery.chosen, [*form.all, status], **PRIVATE)
+
+
+def _wire_pairs(
+    page: Page, tab: gr.Tab, handlers: GenerateHandlers, form: Fields, pairs: PairFields, begun: list[Any]
+) -> None:
+    """Wire the comparison of two; ``begun`` are the outputs of :meth:`GenerateHandlers.begin`."""
+    wire_lists(page, tab, PairHandlers(handlers.workspace, handlers.runs, handlers.keeper), pairs)
+    start, cancel, status, _ = begun
+    run = pairs.start.click(handlers.begin, None, begun, queue=False, **PRIVATE).then(
+        handlers.draw_both, [*form.all, *pairs.changes], [*pairs.results, status], **PRIVATE, **DEVICE
+    )
+    run.then(handlers.ended, None, [start, cancel], queue=False, **PRIVATE)
 
 
 def _build_api(handlers: GenerateHandlers, form: Fields) -> None:
