@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .core import assets as resources
 from .core.cache import cache_folder
 from .core.machine import machine_properties, measured_once, provenance
 from .core.precision import cuda_has_bf16, measure_cpu, resolve_mixed_precision
@@ -30,8 +32,8 @@ OPTIONAL = (
     ("mediapipe", "skeletons of photos", "keypose"),
     ("matplotlib", "figures of the studies", "plots"),
 )
-# The presets for Stable Diffusion by the GPU memory in GiB that they need.
-PRESETS = (("sd15-24gb", 22), ("sdxl-12gb", 11), ("sd15-8gb", 7.5), ("sd15-6gb", 5.5))
+CARD = re.compile(r"-(\d+)gb$")  # a preset for one GPU of so many GB
+SPARE = 1.0  # GiB that a GPU of so many GB has less
 
 
 @dataclass(frozen=True)
@@ -138,14 +140,33 @@ def suited(device: torch.device, precision: str) -> dict[str, str]:
     out = {"device": device.type, "mixed_precision": precision}
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory / GIB
-        fitting = [name for name, needs in PRESETS if needs <= total]
-        out["preset"] = ", ".join(fitting) or "pocket"
+        out["preset"] = ", ".join(fitting_presets(total)) or "pocket"
         return out
     out["preset"] = "pocket"
     cores = os.cpu_count() or 1
     if device.type == "cpu" and torch.get_num_threads() < cores:
         out["threads"] = f"{torch.get_num_threads()} of {cores} cores (OMP_NUM_THREADS={cores} takes all)"
     return out
+
+
+def fitting_presets(memory: float) -> list[str]:
+    """The largest preset of each kind that a GPU with so much memory (GiB) has room for."""
+    best: dict[str, tuple[int, str]] = {}
+    for path in sorted(resources.configs().glob("*.yaml")):
+        if (match := CARD.search(path.stem)) and int(match[1]) - SPARE <= memory:
+            kind = path.stem[: match.start()]
+            best[kind] = max(best.get(kind, (0, "")), (int(match[1]), path.stem))
+    return [name for _, name in best.values()]
+
+
+def this_computer() -> tuple[str, list[str]]:
+    """The device that runs here by default, in a few words, and the presets that suit it."""
+    device = best_device()
+    if device.type != "cuda":
+        return ("Apple GPU" if device.type == "mps" else "no GPU"), ["pocket"]
+    card = torch.cuda.get_device_properties(device)
+    memory = card.total_memory / GIB
+    return f"{card.name}, {memory:.0f} GB", fitting_presets(memory)
 
 
 def problems() -> list[str]:

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from spectral_diffusion import doctor
 from spectral_diffusion.cli import app
 from spectral_diffusion.core import machine
+from spectral_diffusion.core.assets import configs
+from spectral_diffusion.doctor import fitting_presets, this_computer
 
 
 def test_a_bug_report_has_what_matters_and_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,3 +55,17 @@ def test_a_damaged_measurement_is_made_again_or_ignored(tmp_path: Path, monkeypa
     for damaged in ("precision", {"float32": "x"}, None):
         machine.remember("precision", damaged)
         assert not cpu_is_quick_in_bf16()
+
+
+def test_presets_fit_the_memory_of_a_card() -> None:
+    assert fitting_presets(3.0) == []
+    small = fitting_presets(7.8)  # a card of 8 GB has less
+    assert "sd15-8gb" in small and "klein-8gb" in small and not any("12gb" in name or "24gb" in name for name in small)
+    large = fitting_presets(23.6)
+    assert {"sd15-24gb", "sdxl-12gb", "klein-24gb", "z-image-24gb"} <= set(large)
+    assert not any(name.endswith("2x16gb") for name in large)  # two cards
+
+
+def test_this_computer_is_named_with_its_presets() -> None:
+    device, presets = this_computer()
+    assert device and presets and all((configs() / f"{name}.yaml").is_file() for name in presets)

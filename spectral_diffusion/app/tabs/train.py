@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -105,6 +105,15 @@ class TrainHandlers:
         if concept in workspace_adapters(self.workspace):
             line += " It is trained already; training it again replaces its adapter and keeps its place."
         return line
+
+    def computer(self) -> tuple[Any, str]:
+        """The presets with those first that suit this computer, and a line on it."""
+        from ...doctor import this_computer
+
+        device, suited = this_computer()
+        names = [*(name for name in presets() if name in suited), *(name for name in presets() if name not in suited)]
+        choices = [(f"{name} (suits this computer)" if name in suited else name, name) for name in names]
+        return gr.Dropdown(choices=choices), f"This computer: {plain_html(device)}."
 
     def preset(self, name: str) -> list[Any]:
         """A preset's own settings for the fields."""
@@ -267,7 +276,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     handlers = TrainHandlers(page)
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            form, about, costs, start, message = _form()
+            form, about, computer, costs, start, message = _form()
         with gr.Column(scale=6, min_width=320):
             parts, sure, keep = build_list(start, page.strip, page.timer)
     shelf, adapters_said, draw, delete = _shelf()
@@ -283,7 +292,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     parts.timer.tick(**look)
     parts.jobs.select(choose_concept, None, chosen, **PRIVATE).then(**look)
 
-    _wire_form(page, tab, handlers, form, about, costs)
+    _wire_form(page, tab, handlers, form, [about, computer, costs])
     start.click(handlers.start, form.all, [chosen, message], **PRIVATE).success(**look)
     _wire_list(page, handlers, parts, chosen, (sure, keep), message, look)
     draw.click(handlers.draw, [shelf.chosen], [page.adapters, page.tabs], **PRIVATE)
@@ -299,11 +308,12 @@ def build(page: Page, tab: gr.Tab) -> None:
 # --- layout --------------------------------------------------------------------------------------------------
 
 
-def _form() -> tuple[Form, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
+def _form() -> tuple[Form, gr.Markdown, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
     concept = gr.Dropdown([], label="Concept", info="From step 1.", elem_id="train-concept", allow_custom_value=True)
     about = gr.Markdown(elem_id="train-about", elem_classes="muted")
     known = presets()
     preset = gr.Dropdown(list(known), value="pocket", label="Preset", info=known["pocket"], elem_id="train-preset")
+    computer = gr.Markdown(elem_id="train-computer", elem_classes="muted")
     settings = preset_train_settings("pocket", "train")
     with gr.Accordion("More settings", open=False, elem_id="train-more"):
         base = gr.Textbox(
@@ -339,7 +349,8 @@ def _form() -> tuple[Form, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
     costs = gr.HTML(elem_id="train-estimate", label="What it will cost", padding=False)
     start = gr.Button("Start training", variant="primary", elem_id="train-start")
     message = gr.Markdown(elem_id="train-said")
-    return Form(concept, preset, base, method, rank, steps, seed, slot, samples), about, costs, start, message
+    form = Form(concept, preset, base, method, rank, steps, seed, slot, samples)
+    return form, about, computer, costs, start, message
 
 
 def _shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button, gr.Column, gr.Button, gr.Button]]:
@@ -365,16 +376,16 @@ def _shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button, gr.
 # --- wiring --------------------------------------------------------------------------------------------------
 
 
-def _wire_form(
-    page: Page, tab: gr.Tab, handlers: TrainHandlers, form: Form, about: gr.Markdown, tiles: gr.HTML
-) -> None:
-    """Wire the form, its line on the concept, and the estimate, which follows every change."""
+def _wire_form(page: Page, tab: gr.Tab, handlers: TrainHandlers, form: Form, lines: Sequence[Any]) -> None:
+    """Wire the form and its ``lines``: on the concept, on this computer, and the estimate, which follows every change."""
+    about, computer, tiles = lines
     costs: dict[str, Any] = {"fn": handlers.estimate, "inputs": form.all, "outputs": tiles, **PRIVATE}
     taken = gr.State(0)
     opened = {"fn": handlers.opened, "inputs": [form.concept, page.concept, taken, form.method], **PRIVATE}
     described: dict[str, Any] = {"fn": handlers.about, "inputs": form.concept, "outputs": about, **PRIVATE}
     # Not on page load: the estimate imports torch, and the first tab must not wait for it.
     tab.select(outputs=[form.concept, form.method, taken], **opened).then(**described).then(**costs)
+    tab.select(handlers.computer, None, [form.preset, computer], **PRIVATE)
     handed = page.concept.change(lambda handed: handed[0], page.concept, form.concept, **PRIVATE)
     handed.then(**described).then(**costs)
     form.concept.input(**described).then(**costs)
