@@ -377,7 +377,7 @@ def _shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button, gr.
 
 
 def _wire_form(page: Page, tab: gr.Tab, handlers: TrainHandlers, form: Form, lines: Sequence[Any]) -> None:
-    """Wire the form and its ``lines``: on the concept, on this computer, and the estimate, which follows every change."""
+    """Wire the form and its ``lines``: the concept, this computer, and the estimate, which follows every change."""
     about, computer, tiles = lines
     costs: dict[str, Any] = {"fn": handlers.estimate, "inputs": form.all, "outputs": tiles, **PRIVATE}
     taken = gr.State(0)
