@@ -68,6 +68,6 @@ def first_scene() -> Refill:
     ]
     return Refill(
         base="pocket", adapters=[], strength="1", canvas={"strokes": "", "keypose": "", "regions": regions},
-        sketch_weight=1.0, keypose_weight=1.0, sketch_adapter="", keypose_adapter="", seed=3,
+        sketch_weight=1.0, keypose_weight=1.0, sketch_adapter="", keypose_adapter="", seed=4,
         fields={field: getattr(scene, field) for field in FIELDS}, notes=[],
     )  # fmt: skip
