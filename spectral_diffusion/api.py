@@ -84,7 +84,13 @@ class Adapter(core.Adapter):
         write_text(folder / CARD, adapter_card(self))
 
     def push_to_hub(
-        self, repo_id: str, license: str, consent: bool = False, private: bool = False, token: str | None = None
+        self,
+        repo_id: str,
+        *,
+        license: str = "",
+        consent: bool = False,
+        private: bool = False,
+        token: str | None = None,
     ) -> str:
         """Upload the adapter and its card; returns the repository's address.
 

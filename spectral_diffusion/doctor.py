@@ -33,7 +33,7 @@ OPTIONAL = (
     ("matplotlib", "figures of the studies", "plots"),
 )
 CARD = re.compile(r"-(\d+)gb$")  # a preset for one GPU of so many GB
-SPARE = 1.0  # GiB that a GPU of so many GB has less
+USABLE = 0.92  # of what a GPU is sold with, at least
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def fitting_presets(memory: float) -> list[str]:
     """The largest preset of each kind that a GPU with so much memory (GiB) has room for."""
     best: dict[str, tuple[int, str]] = {}
     for path in sorted(resources.configs().glob("*.yaml")):
-        if (match := CARD.search(path.stem)) and int(match[1]) - SPARE <= memory:
+        if (match := CARD.search(path.stem)) and USABLE * int(match[1]) <= memory:
             kind = path.stem[: match.start()]
             best[kind] = max(best.get(kind, (0, "")), (int(match[1]), path.stem))
     return [name for _, name in best.values()]
@@ -166,7 +166,7 @@ def this_computer() -> tuple[str, list[str]]:
         return ("Apple GPU" if device.type == "mps" else "no GPU"), ["pocket"]
     card = torch.cuda.get_device_properties(device)
     memory = card.total_memory / GIB
-    return f"{card.name}, {memory:.0f} GB", fitting_presets(memory)
+    return f"{card.name}, {memory:.0f} GB", fitting_presets(memory) or ["pocket"]
 
 
 def problems() -> list[str]:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import glob
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from .adapters.adapter import Adapter
-from .adapters.formats.card import MARK, model_card
+from .adapters.formats.card import MARK, TERMS, model_card
 from .adapters.formats.native import load_adapter
 from .adapters.formats.reading import is_foreign
 from .core.errors import Fix, UserError
 from .core.files import is_file, is_folder, read_text
 from .core.hooks import QUIET, Hooks
-from .core.hub import hub_problem
+from .core.hub import hub_problem, is_repository
 from .core.paths import without_folders
 from .merging.manifest import MANIFEST, read_manifest
 
 ADAPTER_FILE = "adapter.safetensors"  # in a repository or in a folder of one adapter
 CARD = "README.md"
-LICENSES = "openrail++, creativeml-openrail-m, apache-2.0, cc-by-4.0, cc-by-nc-4.0 or other"
+PICTURE = re.compile(r"!\[[^\]]*\]\(([^()/\\]+)\)")  # in a card, beside it
+LICENSES = "creativeml-openrail-m, apache-2.0, cc-by-4.0, cc-by-nc-4.0 or other"
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,29 @@ def publish(
         UserError: nothing of ours is at ``path``, no license or consent, or the hub refuses.
     """
     check_terms(license, consent)
+    if not is_repository(repo_id):
+        raise UserError(f"'{repo_id}' is no name of the hub; it is user/name in letters, digits, '-', '_' and '.'.")
     prepared = publication(Path(path), license)
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    hub = HfApi(token=token)
+    hub = HfApi(token=token.strip() if token else None)
     try:
         address = hub.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not hub.repo_info(repo_id).private:
+            raise UserError(
+                f"'{repo_id}' is there already, and everybody sees it; choose another name, or make it private."
+            )
         operations = [CommitOperationAdd(name, file) for name, file in prepared.files.items()]
         if hub.file_exists(repo_id, CARD):
             hooks.notify(f"The repository has a {CARD} already, which is kept; check the license in it.")
         else:
             operations.append(CommitOperationAdd(CARD, prepared.card.encode()))
         hub.create_commit(repo_id, operations, commit_message="Upload with spectral-diffusion")
+    except UserError:
+        raise
     except Exception as error:  # the hub's client raises nearly everything
-        raise UserError(f"Cannot publish {path} as '{repo_id}': {hub_problem(error)}.") from error
+        # Without the cause: what the client says may hold the login.
+        raise UserError(f"Cannot publish {path} as '{repo_id}': {hub_problem(error)}.") from None
     return str(address)
 
 
@@ -80,7 +91,7 @@ def check_terms(license: str, consent: bool) -> None:
     if not license:
         raise UserError("What is published needs a license.", Fix("license", "openrail++", f"or {LICENSES}"))
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
-        raise UserError(f"'{license}' is not how the hub spells a license; it knows {LICENSES}.")
+        raise UserError(f"'{license}' is not how the hub spells a license; it knows openrail++, {LICENSES}.")
     if not consent:
         raise UserError(
             "Publish only what you may share: pictures of a person, or of a thing somebody else made, need their "
@@ -99,18 +110,22 @@ def publication(path: Path, license: str = "") -> Publication:
         if not is_foreign(path):
             return Publication({ADAPTER_FILE: path}, adapter_card(load_adapter(path), license))
         card = path.with_suffix(".md")
-        return Publication({path.name: path}, _exported_card(path, card, license))
+        text = _exported_card(path, card, license)
+        words = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*.safetensors"))  # the embeddings beside it
+        shown = [path.parent / name for name in PICTURE.findall(text)]
+        files = [path, *words, *(file for file in shown if file.parent == path.parent and is_file(file))]
+        return Publication({file.name: file for file in files}, text)
     if is_folder(path):
-        files = {
+        inside = {
             file.relative_to(path).as_posix(): file
             for file in sorted(path.rglob("*"))
             if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            if file.name != CARD and not file.is_symlink()
         }
-        card = path / CARD
         manifest = read_manifest(path)
         if manifest is None:
-            return Publication({n: f for n, f in files.items() if n != CARD}, _exported_card(path, card, license))
-        return Publication({n: f for n, f in files.items() if n != CARD}, fused_card(path, manifest, license))
+            return Publication(inside, _exported_card(path, path / CARD, license))
+        return Publication(inside, fused_card(path, manifest, license))
     raise UserError(
         f"There is nothing to publish at {path}: it is an adapter (.safetensors), a fused folder or an exported file."
     )
@@ -152,4 +167,14 @@ def _exported_card(path: Path, card: Path, license: str) -> str:
         raise UserError(
             f"{path} is neither an adapter nor a fused folder, nor an export of this program with its card."
         )
-    return f"---\nlicense: {license}\n{text[4:]}" if license else text
+    if not license:
+        return text
+    text = "\n".join(
+        TERMS[line.partition("** ")[0]].format(license) if line.partition("** ")[0] in TERMS else line
+        for line in text.split("\n")
+    )
+    front, _, rest = text[4:].partition("---\n")
+    named = re.search(r"^base_model: (.*)$", front, re.MULTILINE)
+    if named and not is_repository(named[1]):
+        front = front.replace(f"{named[0]}\n", "")
+    return f"---\nlicense: {license}\n{front}---\n{rest}"

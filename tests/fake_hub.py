@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import yaml
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -27,7 +29,9 @@ class Hub:
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.logins: set[str] = set()
-        self.token = "hf_writer"
+        self.private: dict[str, bool] = {}
+        self.token, self.commit = "hf_writer", COMMIT
+        self.fails_at = ""  # a file that cannot be downloaded
 
 
 def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -63,13 +67,19 @@ def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if not self.allowed():
                 return
             if self.path == "/api/validate-yaml":
-                self.reply(200, {"errors": [], "warnings": []})
+                front = yaml.safe_load(json.loads(data)["content"].split("---")[1])
+                base = front.get("base_model", "user/name")
+                errors = (
+                    [] if base.count("/") == 1 and ".." not in base else [{"message": '"base_model" is no model id'}]
+                )
+                self.reply(400 if errors else 200, {"errors": errors, "warnings": []})
             elif self.path == "/api/repos/create":
                 wanted = json.loads(data)
                 name = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
                 key = f"{wanted.get('type', 'model')}s/{name}"
                 known = key in hub.repositories
                 hub.repositories.setdefault(key, {})
+                hub.private.setdefault(key, bool(wanted.get("private") or wanted.get("visibility") == "private"))
                 hub.created.append(wanted)
                 self.reply(409 if known else 200, {"url": f"http://{self.headers['Host']}/{name}", "name": name})
             elif match := re.fullmatch(r"/api/models/(.+)/preupload/main", self.path):
@@ -119,7 +129,9 @@ def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     self.reply(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
                     return
                 siblings = [{"rfilename": name} for name in files]
-                self.reply(200, {"id": match[2], "sha": COMMIT, "siblings": siblings, "private": False, "tags": []})
+                private = hub.private.get(f"{match[1]}/{match[2]}", False)
+                about = {"id": match[2], "sha": hub.commit, "siblings": siblings, "private": private, "tags": []}
+                self.reply(200, about)
             elif match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/[^/]+", path):
                 files = hub.repositories.get(f"{match[1]}/{match[2]}", {})
                 entries = [
@@ -128,12 +140,18 @@ def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 ]
                 self.reply(200, entries)
             elif match := re.fullmatch(r"(?:/(datasets))?/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-                files = hub.repositories.get(f"{match[1] or 'models'}/{match[2]}", {})
-                content = files.get(match[3])
+                key = f"{match[1] or 'models'}/{match[2]}"
+                if key not in hub.repositories:
+                    self.reply(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
+                    return
+                content = hub.repositories[key].get(match[3])
+                if hub.fails_at and match[3] == hub.fails_at and self.command == "GET":
+                    self.reply(403, {"error": "Forbidden"})
+                    return
                 if content is None:
                     self.reply(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
                     return
-                self.reply(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=COMMIT)
+                self.reply(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=hub.commit)
             else:
                 self.reply(404, {"error": f"no {path}"})
 

@@ -19,6 +19,7 @@ import torch
 from conftest import make_tiny_base
 from families import make_tiny_klein, make_tiny_sdxl, make_tiny_z_image
 from safetensors.torch import load_file, save_file
+from test_lora_spellings import ORIGINAL
 
 from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.formats.native import save_adapter
@@ -48,16 +49,15 @@ def random_adapter(base_path: Path, output: Path) -> None:
     save_adapter(adapter, output)
 
 
-def comfyui_names(family: str, base: Path, lora: Path, folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+def comfyui_names(family: str, base: Path, folder: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Names of a base's weights in ComfyUI: of the network, and of the text encoders.
 
     Stable Diffusion's are those of our single checkpoints. The transformers' are the original's, which
     ``test_lora_spellings`` compares with diffusers' tables.
     """
     if family in ("klein", "z-image"):
-        ending = re.compile(r"\.(lora_A|lora_B|lora_up|lora_down|lora|alpha)\b.*")
-        pairs = {ending.sub(".weight", key) for key in load_file(lora)}
-        return {name: torch.zeros(8, 8) for name in pairs}, []
+        names = {re.sub(r"\.\d\.", f".{block}.", name, count=1) for name in ORIGINAL[family] for block in range(4)}
+        return {f"diffusion_model.{name}.weight": torch.zeros(8, 8) for name in names}, []
     checkpoint = folder / f"{family}.safetensors"
     adapter = folder / f"{family}-adapter.safetensors"
     export(adapter, checkpoint, "checkpoint")
@@ -96,7 +96,7 @@ def test_comfyui_takes_every_key(tmp_path: Path) -> None:
             random_adapter(base, adapter)
         lora, model = tmp_path / f"{family}-{kind}.lora.safetensors", tmp_path / f"{family}.model.safetensors"
         export(adapter, lora, kind, ExportOptions(dtype="float32"))
-        weights, text = comfyui_names(family, base, lora, tmp_path)
+        weights, text = comfyui_names(family, base, tmp_path)
         save_file(weights, model)
         cases.append({"lora": str(lora), "model": str(model), "text": text, "classes": CLASSES[family]})
     for (family, kind), found, case in zip(CASES, read(Path(home), cases, tmp_path), cases, strict=True):

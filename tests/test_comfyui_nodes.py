@@ -100,7 +100,7 @@ def test_an_adapter_acts_with_its_exact_change_and_word(nodes: Any, adapters: Pa
     node = nodes.NODE_CLASS_MAPPINGS["SpectralAdapter"]()
     assert "rex.safetensors" in node.INPUT_TYPES()["required"]["adapter"][0]
     model, clip, word = node.load(Patched(), Patched(), "rex.safetensors", 0.8)
-    assert word == "embedding:rex"
+    assert word == "embedding:spectral_rex"
     [(lora, strength)] = model.loras
     assert strength == 0.8 and len(clip.loras) == 1
     rex = sd.Adapter.from_pretrained(adapters / "spectral_adapters" / "rex.safetensors")
@@ -109,7 +109,7 @@ def test_an_adapter_acts_with_its_exact_change_and_word(nodes: Any, adapters: Pa
     change = lora[f"{name}.lora_up.weight"].float() @ lora[f"{name}.lora_down.weight"].float()
     change *= float(lora[f"{name}.alpha"]) / len(lora[f"{name}.lora_down.weight"])
     assert torch.allclose(change, rex.delta(layer), atol=2e-3 * float(rex.delta(layer).abs().max()))
-    vectors = load_file(adapters / "temp" / "spectral_words" / "rex.safetensors")
+    vectors = load_file(adapters / "temp" / "spectral_words" / "spectral_rex.safetensors")
     assert torch.equal(vectors["<rex>"].float(), rex.vectors["text_encoder"].float())
 
 
@@ -126,7 +126,7 @@ def test_a_region_has_its_prompt_mask_and_adapter(nodes: Any) -> None:
     node, mask = nodes.SpectralRegion(), object()
     first = node.encode(Patched(), "rex.safetensors", mask, "a photo of <rex>", "blurry", 0.7)
     positive, negative = node.encode(Patched(), "mug.safetensors", mask, "<token> on a table", "", 1.0, *first)
-    assert [text for text, _ in positive] == ["a photo of embedding:rex", "embedding:mug on a table"]
+    assert [text for text, _ in positive] == ["a photo of embedding:spectral_rex", "embedding:spectral_mug on a table"]
     assert [text for text, _ in negative] == ["blurry", ""]
     assert all(about["mask"] is mask and about["loras"] == 1 for _, about in (*positive, *negative))
     assert positive[0][1]["hooks"][1:] == (0.7, 0.0)  # the network's change by a hook, the text encoder's in the prompt
@@ -136,6 +136,13 @@ def test_adapters_are_fused_into_a_lora(nodes: Any, adapters: Path) -> None:
     lines = "rex.safetensors = 0.5\nmug.safetensors"
     assert nodes.SpectralFuse().fuse(lines, "", "spectral", 0, "lora", "both") == ("both.safetensors",)
     assert (adapters / "loras" / "both.safetensors").is_file()
-    assert {file.stem for file in (adapters / "embeddings").iterdir()} == {"rex", "mug"}
+    assert {file.stem for file in (adapters / "embeddings").iterdir()} == {"both_rex", "both_mug"}
+    assert not list((adapters / "spectral_fused").iterdir())
     with pytest.raises(sd.UserError, match="already"):
         nodes.SpectralFuse().fuse(lines, "", "spectral", 0, "lora", "both")
+    with pytest.raises(sd.UserError, match="no strength"):
+        nodes.SpectralFuse().fuse("rex.safetensors = much", "", "spectral", 0, "lora", "other")
+    # What no LoRA holds is kept as a folder.
+    with pytest.raises(sd.UserError, match="kept as a diffusers folder"):
+        nodes.SpectralFuse().fuse(lines, "", "ties", 0, "lora", "voted")
+    assert (adapters / "spectral_fused" / "voted" / "model_index.json").is_file()

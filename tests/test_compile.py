@@ -62,7 +62,7 @@ def loss_of(base: Base) -> torch.Tensor:
     return denoiser.predict(noisy, torch.tensor([10, 500]), conditioning).square().mean()
 
 
-@pytest.mark.parametrize("method", seldom(METHODS, METHODS[1:]))
+@pytest.mark.parametrize("method", seldom(METHODS, METHODS[:1]))
 def test_an_adapted_network_is_one_graph(folder: Path, method: str) -> None:
     if folder.name == "z-image" and method != "spectral-additive":
         pytest.skip("one method shows that its network can be compiled")

@@ -61,7 +61,7 @@ def test_presets_fit_the_memory_of_a_card() -> None:
     assert fitting_presets(3.0) == []
     small = fitting_presets(7.8)  # a card of 8 GB has less
     assert "sd15-8gb" in small and "klein-8gb" in small and not any("12gb" in name or "24gb" in name for name in small)
-    large = fitting_presets(23.6)
+    large = fitting_presets(22.2)
     assert {"sd15-24gb", "sdxl-12gb", "klein-24gb", "z-image-24gb"} <= set(large)
     assert not any(name.endswith("2x16gb") for name in large)  # two cards
 

@@ -84,14 +84,22 @@ def test_an_adapter_goes_to_the_hub_and_comes_back(hub: Hub, adapter_file: Path)
 def test_python_publishes_an_adapter(hub: Hub, adapter_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rex = sd.Adapter.from_pretrained(adapter_file)
     monkeypatch.delenv("HF_TOKEN")
-    assert rex.push_to_hub("me/rex", "openrail++", consent=True, token=hub.token).endswith("/me/rex")
+    assert rex.push_to_hub("me/rex", license="openrail++", consent=True, token=hub.token).endswith("/me/rex")
     again = sd.Adapter.from_pretrained("me/rex")
     assert all(torch.equal(again.parameters[name], value) for name, value in rex.parameters.items())
     with pytest.raises(UserError, match="Cannot load 'me/nobody' from the hub: there is none by this name"):
         sd.Adapter.from_pretrained("me/nobody")
+    hub.repositories["models/me/other"] = {"README.md": b"else"}
+    with pytest.raises(UserError, match="it is there, but not the file"):
+        sd.Adapter.from_pretrained("me/other")
+    with pytest.raises(UserError, match="needs a license"):
+        rex.push_to_hub("me/rex", consent=True)
+    with pytest.raises(UserError) as refused:
+        rex.push_to_hub("me/rex", license="openrail++", consent=True, token="hf_sec\nret")
+    assert "sec" not in str(refused.value) and refused.value.__cause__ is None
 
 
-def test_the_login_is_written_nowhere(hub: Hub, adapter_file: Path, tmp_path: Path) -> None:
+def test_login_and_folders_are_written_nowhere(hub: Hub, adapter_file: Path, fused: Path, tmp_path: Path) -> None:
     said: list[str] = []
     address = publish(adapter_file, "me/rex", **TERMS, hooks=sd.Hooks(notify=said.append))
     assert hub.token in hub.logins
@@ -100,8 +108,10 @@ def test_the_login_is_written_nowhere(hub: Hub, adapter_file: Path, tmp_path: Pa
     assert not any(
         hub.token.encode() in content for content in (*sent, *kept, address.encode(), *map(str.encode, said))
     )
-    home = str(Path.home()).encode()
-    assert not any(home in content for content in sent) or home == b"/"
+    publish(fused, "me/both", **TERMS)
+    sent = [content for files in hub.repositories.values() for content in files.values()]
+    here = str(adapter_file.parent.parent).encode()  # where everything was made
+    assert len(sent) > 8 and not any(here in content for content in sent)
 
 
 def test_a_card_that_somebody_edited_stays(hub: Hub, adapter_file: Path) -> None:
@@ -123,12 +133,26 @@ def test_a_fused_folder_and_an_export_go_to_the_hub(hub: Hub, fused: Path, adapt
     assert set(files) == {*mine, "README.md"} and "manifest.json" in files
     assert all(files[name] == path.read_bytes() for name, path in mine.items())
     assert yaml.safe_load(files["README.md"].decode().split("---")[1])["library_name"] == "diffusers"
-    exported = tmp_path / "kohya.safetensors"
-    sd.Adapter.from_pretrained(adapter_file).export(exported)
+    exported, picture = tmp_path / "kohya.safetensors", tmp_path / "sample.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    sd.Adapter.from_pretrained(adapter_file).export(exported, picture=picture)
     publish(exported, "me/lora", **TERMS)
     files = hub.repositories["models/me/lora"]
+    assert set(files) == {"kohya.safetensors", "kohya.rex.safetensors", "sample.png", "README.md"}
     assert files["kohya.safetensors"] == exported.read_bytes()
-    assert yaml.safe_load(files["README.md"].decode().split("---")[1])["license"] == "openrail++"
+    card = files["README.md"].decode()
+    assert yaml.safe_load(card.split("---")[1])["license"] == "openrail++"
+    assert "add your own" not in card and "publish it only" not in card and "openrail++; the base" in card
+
+
+def test_private_is_private(hub: Hub, adapter_file: Path) -> None:
+    publish(adapter_file, "me/open", **TERMS)
+    before = dict(hub.repositories["models/me/open"])
+    with pytest.raises(UserError, match="everybody sees it"):
+        publish(adapter_file, "me/open", **TERMS, private=True)
+    assert hub.repositories["models/me/open"] == before
+    publish(adapter_file, "me/closed", **TERMS, private=True)
+    publish(adapter_file, "me/closed", **TERMS, private=True)
 
 
 def test_what_may_not_be_published_is_refused(
@@ -176,13 +200,20 @@ def test_training_takes_a_dataset(hub: Hub, tiny_base: Path, tmp_path: Path) -> 
     assert done.exit_code == 0, done.output
     adapter = load_adapter(tmp_path / "mug.safetensors")
     assert adapter.name == adapter.noun == "mug"
+    several = CliRunner().invoke(
+        app, ["train", "hub:me/mug", "hub:me/none", "-o", str(tmp_path / "out"), "--rank", "x"]
+    )
+    assert "neither a photo folder" not in str(several.exception)
 
 
-def test_a_dataset_that_is_none_is_one_sentence(hub: Hub, tmp_path: Path) -> None:
+def test_a_dataset_that_is_none_is_one_sentence(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(UserError, match=r"me/none: there is none by this name"):
         load_concept(Path("hub:me/none"))
-    with pytest.raises(UserError, match="names no dataset"):
-        load_concept(Path("hub:only"))
+    for name in ("hub:only", "hub:../..", "hub:me/..", "hub:./x", "hub:me/x@", "hub:/me/x"):
+        with pytest.raises(UserError, match="names no dataset"):
+            load_concept(Path(name))
     hub.repositories["datasets/me/rows"] = {"data/train.parquet": b"rows"}
     with pytest.raises(UserError, match="no picture files"):
         load_concept(Path("hub:me/rows"))
@@ -191,9 +222,20 @@ def test_a_dataset_that_is_none_is_one_sentence(hub: Hub, tmp_path: Path) -> Non
     Image.new("RGB", (32, 32), "red").save(picture, "PNG")
     hub.repositories["datasets/me/red"] = {"1.png": picture.getvalue()}
     first = load_concept(Path("hub:me/red"))
-    del hub.repositories["datasets/me/red"]
+    with monkeypatch.context() as away:
+        away.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+        hub_dataset._downloaded.cache_clear()
+        assert load_concept(Path("hub:me/red")).photos == first.photos
+    assert "copy that was downloaded last" in caplog.text
+    # What the hub refuses is said, and half a download is no dataset.
+    hub.commit = "f" * 40
+    hub.repositories["datasets/me/red"]["2.png"] = picture.getvalue() + b"more"
+    hub.fails_at = "2.png"
     hub_dataset._downloaded.cache_clear()
-    assert load_concept(Path("hub:me/red")).photos == first.photos
+    with pytest.raises(UserError, match="Cannot download the dataset me/red"):
+        load_concept(Path("hub:me/red"))
+    hub.fails_at = ""
+    assert len(load_concept(Path("hub:me/red")).photos) == 2
 
 
 def test_the_files_of_a_publication_are_named(fused: Path) -> None:

@@ -66,6 +66,7 @@ ORIGINAL = {  # name in the original's code to the layers of diffusers, in the o
         "layers.1.attention.out": [f"{LAYER}attention.to_out.0"],
         "layers.1.feed_forward.w1": [f"{LAYER}feed_forward.w1"],
         "layers.1.feed_forward.w2": [f"{LAYER}feed_forward.w2"],
+        "layers.1.feed_forward.w3": [f"{LAYER}feed_forward.w3"],
         "context_refiner.0.attention.qkv": [f"context_refiner.0.attention.to_{part}" for part in "qkv"],
     },
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,13 @@ import torch
 from diffusers import MultiAdapter, StableDiffusionAdapterPipeline, StableDiffusionPipeline, T2IAdapter
 from PIL import Image, ImageDraw
 
-from spectral_diffusion import pocket
+from spectral_diffusion import demo, pocket
 from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.scene import Scene
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.demo import run_demo
+from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.merging.manifest import read_manifest
 from spectral_diffusion.models.base import Base, base_of
 from spectral_diffusion.models.loading import load_base
@@ -107,6 +112,26 @@ def test_sketch_and_keypose_adapters_combine_in_stock_diffusers(base: Base) -> N
         pictures.append(out.images[0])
     assert all(np.isfinite(picture).all() for picture in pictures)
     assert np.abs(pictures[0] - pictures[1]).mean() > 0.01 and np.abs(pictures[0] - pictures[2]).mean() > 0.01
+
+
+def test_the_demo_leads_from_adapters_to_a_sheet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ready-made adapters in place of its trainings, and without distillation."""
+    trained: list[str] = []
+
+    def ready(config: TrainConfig, **more: Any) -> None:
+        shutil.copy(pocket.adapter(config.output.stem), config.output)
+        trained.append(config.output.stem)
+
+    def fused(config: FuseConfig, hooks: Any) -> list[str]:
+        assert config.merge == "gradient" and config.distill.steps == 1
+        return fuse_to_folder(FuseConfig(adapters=config.adapters, output=config.output, merge="spectral"), hooks)
+
+    monkeypatch.setattr(demo, "train_to_file", ready)
+    monkeypatch.setattr(demo, "fuse_to_folder", fused)
+    (tmp_path / "demo").mkdir()
+    with Image.open(run_demo(tmp_path / "demo", steps=1)) as image:
+        assert image.width > 900
+    assert trained == ["rex", "brew"] and (tmp_path / "demo" / "together.yaml").is_file()
 
 
 @pytest.mark.slow

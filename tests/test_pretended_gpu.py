@@ -572,13 +572,11 @@ def test_apples_gpus_are_spared_float64() -> None:
 
 
 @pytest.mark.skipif(bool(REAL), reason="a pretended device")
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "method", "half"),
     [
         ("sd", "spectral-additive", True),
-        ("klein", "lora", True),
-        ("sd", "dora", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("klein", "lora", True), ("sd", "dora", False))),
     ],
 )
 def test_frozen_weights_take_half_the_memory_with_the_same_bits(

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 import spectral_diffusion as sd
 from spectral_diffusion.cli import app
+from spectral_diffusion.cli.verbs import VERBS
 from spectral_diffusion.config.control import ControlConfig
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.scene import Scene
@@ -46,6 +47,10 @@ def commands(path: Path) -> list[str]:
     for language, text in blocks(path):
         if language in ("", "sh", "bash", "console"):
             found += [line.strip() for line in text.splitlines() if re.match(r"\s*(\$ )?spectral-diffusion ", line)]
+    verbs = "|".join(VERBS)
+    text = BLOCK.sub("", path.read_text(encoding="utf-8"))
+    inline = [re.sub(r"\s+", " ", words) for words in re.findall(r"`([^`]+)`", text)]
+    found += [f"spectral-diffusion {words}" for words in inline if re.match(rf"({verbs}) .* -o ", words)]
     return [command.removeprefix("$ ").partition(" | ")[0] for command in found if "…" not in command]
 
 

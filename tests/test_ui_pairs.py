@@ -13,7 +13,7 @@ from PIL import Image
 from spectral_diffusion import pocket
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.app.canvas import Canvas, CanvasRegion, read_canvas
-from spectral_diffusion.app.first_run import CONCEPTS, adopt, first_scene, ready_made
+from spectral_diffusion.app.first_run import CONCEPTS, adopt, first_scene
 from spectral_diffusion.app.generation import GenerateRequest
 from spectral_diffusion.app.overview import look
 from spectral_diffusion.app.pairs import draw_both, labels_of, other_request
@@ -77,7 +77,7 @@ def test_what_is_different_is_asked_and_named() -> None:
             other_request(first, *nothing)
     other = other_request(first, "fused/both", ["jim"], None)
     assert other.canvas.regions[0].concept == "" and first.canvas.regions[0].concept == "tom"
-    assert labels_of(first, other) == ("pocket, no concept", "fused/both, jim")
+    assert labels_of(first, other) == ("pocket, tom", "fused/both, jim")
     assert other_request(first, "fused/both", None, None).canvas == first.canvas
 
 
@@ -99,11 +99,11 @@ def test_a_stop_leaves_no_half_pair(workspace: Workspace, tiny_base: Path) -> No
 
 def test_ready_made_adapters_are_of_the_pocket_base_in_slots_of_their_own() -> None:
     base = load_base("pocket", "cpu")
-    made = [load_adapter(ready_made(name)) for name in CONCEPTS]
+    made = [load_adapter(pocket.adapter(name)) for name in CONCEPTS]
     assert all(adapter.fingerprint and adapter.fingerprint.same(base.fingerprint) for adapter in made)
     assert made[0].slot and made[1].slot and not made[0].slot.overlaps(made[1].slot)
     home = str(Path.home())
-    assert home == "/" or not any(home.encode() in ready_made(name).read_bytes() for name in CONCEPTS)
+    assert home == "/" or not any(home.encode() in pocket.adapter(name).read_bytes() for name in CONCEPTS)
 
 
 def test_ready_made_adapters_are_taken_over_with_their_slots(tmp_path: Path) -> None:
@@ -122,12 +122,19 @@ def test_ready_made_adapters_are_taken_over_with_their_slots(tmp_path: Path) -> 
 
 def test_a_taken_slot_is_a_sentence(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "workspace")
-    made = load_adapter(ready_made("rex"))
+    made = load_adapter(pocket.adapter("rex"))
     assert made.fingerprint
-    Ledger(workspace.adapters / LEDGER).reserve(made.fingerprint.exact, "fido", SlotRequest(64, "next", 64))
-    with pytest.raises(UserError, match=r"The ready-made 'rex' was trained in .* train it yourself"):
+    ledger = Ledger(workspace.adapters / LEDGER)
+    for owner, rank in (("fido", 64), ("brew", 16)):  # of another, and of one that is being trained at another rank
+        ledger.reserve(made.fingerprint.exact, owner, SlotRequest(rank, "next", 64))
+        before = ledger.read()
+        with pytest.raises(UserError, match=rf"The ready-made '.*' was trained in .* your '{owner}' has .* yourself"):
+            adopt(workspace)
+        assert ledger.read() == before and not list(workspace.adapters.glob("*.safetensors"))
+        ledger.release(owner)
+    ledger.path.write_text("damaged")
+    with pytest.raises(UserError, match=r"slots\.json"):
         adopt(workspace)
-    assert not (workspace.adapters / "rex.safetensors").exists()
 
 
 def test_the_first_scene_fits_the_page() -> None:
@@ -135,7 +142,6 @@ def test_the_first_scene_fits_the_page() -> None:
     regions = read_canvas(scene.canvas).regions
     assert [region.concept for region in regions] == list(CONCEPTS)
     assert (scene.fields["width"], scene.fields["height"]) == (256, 128)
-    assert (pocket.path() / "adapters").is_dir()
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.merging.export import export
 from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.merging.merges.registry import all_merges
+from spectral_diffusion.models.families import family_named
 
 log = logging.getLogger(__name__)
 CATEGORY = "spectral_diffusion"
@@ -35,10 +35,16 @@ folder_paths.add_model_folder_path("embeddings", str(WORDS))
 _converted: dict[tuple[str, int], tuple[sd.Adapter, dict[str, Any]]] = {}
 
 
+def word_of(stem: str, token: str) -> str:
+    """The name of the embedding of a word: that of the adapter's file, and the word if it is another."""
+    word = token.strip("<>")
+    return f"spectral_{stem}" if word == stem else f"spectral_{stem}_{word}"
+
+
 def opened(name: str) -> tuple[sd.Adapter, dict[str, Any]]:
     """An adapter and its change as the tensors of a LoRA file; converted once as long as the file stays the same.
 
-    Its words go into a folder of embeddings, where prompts find them.
+    Its words go into a folder of embeddings, where prompts find them: see :func:`word_of`.
 
     Raises:
         UserError: no adapter, or its base is needed and not here.
@@ -52,15 +58,15 @@ def opened(name: str) -> tuple[sd.Adapter, dict[str, Any]]:
         for written in adapter.export(file, format="comfyui"):
             for token in adapter.vectors and adapter.tokens:
                 if written.name == f"{file.stem}.{token.strip('<>')}.safetensors":
-                    written.replace(WORDS / f"{token.strip('<>')}.safetensors")
+                    written.replace(WORDS / f"{word_of(path.stem, token)}.safetensors")
         _converted[key] = adapter, comfy.utils.load_torch_file(str(file), safe_load=True)
     return _converted[key]
 
 
-def worded(text: str, adapter: sd.Adapter) -> str:
+def worded(text: str, adapter: sd.Adapter, name: str) -> str:
     """A prompt in which the concept's token is what ComfyUI knows it by: an embedding, or a trigger of plain words."""
     for token in adapter.tokens:
-        known = f"embedding:{token.strip('<>')}" if adapter.vectors else adapter.trigger
+        known = f"embedding:{word_of(Path(name).stem, token)}" if adapter.vectors else adapter.trigger
         text = text.replace(token, known or token)
     return text
 
@@ -73,6 +79,18 @@ def check_slots(model: Any, adapter: sd.Adapter) -> None:
                 "'%s' (%s) and '%s' (%s) share columns; they will disturb each other.",
                 other.name, other.slot, adapter.name, adapter.slot,
             )  # fmt: skip
+
+
+def number(text: str) -> float:
+    """A strength; 1 where none is given.
+
+    Raises:
+        UserError: no number.
+    """
+    try:
+        return float(text.strip() or 1)
+    except ValueError:
+        raise sd.UserError(f"'{text.strip()}' is no strength; write a line such as rex.safetensors = 0.8.") from None
 
 
 class SpectralAdapter:
@@ -100,7 +118,7 @@ class SpectralAdapter:
         check_slots(model, opened_adapter)
         model_with, clip_with = comfy.sd.load_lora_for_models(model, clip, lora, strength, strength)
         model_with.model_options[LOADED] = (*model.model_options.get(LOADED, ()), opened_adapter)
-        return model_with, clip_with, worded(opened_adapter.token, opened_adapter)
+        return model_with, clip_with, worded(opened_adapter.token, opened_adapter, adapter)
 
 
 class SpectralRegion:
@@ -131,7 +149,8 @@ class SpectralRegion:
         """Both prompts under the mask, with the adapter's change as a hook; those of other regions before them."""
         opened_adapter, lora = opened(adapter)
         _, encoder = comfy.sd.load_lora_for_models(None, clip, lora, 0.0, strength)
-        texts = [worded(text.replace("<token>", opened_adapter.token), opened_adapter) for text in (prompt, negative)]
+        texts = [text.replace("<token>", opened_adapter.token) for text in (prompt, negative)]
+        texts = [worded(text, opened_adapter, adapter) for text in texts]
         encoded = [encoder.encode_from_tokens_scheduled(encoder.tokenize(text)) for text in texts]
         hooks = comfy.hooks.create_hook_lora(lora, strength, 0.0)
         placed = comfy.hooks.set_mask_conds(
@@ -180,19 +199,31 @@ class SpectralFuse:
         for line in filter(None, map(str.strip, adapters.splitlines())):
             file, _, scale = line.partition("=")
             files.append(Path(folder_paths.get_full_path_or_raise(KIND, file.strip())))
-            scales[sd.Adapter.from_pretrained(files[-1]).name] = float(scale or 1)
-        with tempfile.TemporaryDirectory() as scratch:
-            fused = Path(scratch) / Path(name).name
-            config = FuseConfig(
-                adapters=files, output=fused, base=base or None, merge=merge, scales=scales,
-                distill={"steps": distill_steps},
-            )  # fmt: skip
-            fuse_to_folder(config, sd.Hooks(notify=log.info))
+            opened_adapter = sd.Adapter.from_pretrained(files[-1])
+            scales[opened_adapter.name] = number(scale)
+            family = family_named(opened_adapter.family)
+            if kind == "checkpoint" and family and not family.supports_checkpoint:
+                raise sd.UserError(f"{family.title} has no single checkpoint to write; choose lora.")
+        if not files:
+            raise sd.UserError("Name the adapters to fuse, one per line.")
+        # A LoRA of a distilled fusion needs corrections of low rank.
+        distill = {"steps": distill_steps, **({"rank": 16, "learning_rate": 1e-3} if kind == "lora" else {})}
+        fused = Path(folder_paths.models_dir) / "spectral_fused" / Path(name).name
+        config = FuseConfig(
+            adapters=files, output=fused, base=base or None, merge=merge, scales=scales, distill=distill
+        )
+        fuse_to_folder(config, sd.Hooks(notify=log.info))
+        try:
             written = export(fused, output, "checkpoint" if kind == "checkpoint" else "comfyui")
+        except sd.UserError as error:
+            raise sd.UserError(
+                f"{error.message} The fusion itself is kept as a diffusers folder in {fused}."
+            ) from error
+        shutil.rmtree(fused)
         words = Path(folder_paths.get_folder_paths("embeddings")[0])
         for file in written:  # the concepts' words are embeddings beside it: <output>.<word>.safetensors
-            word = words / file.name.removeprefix(f"{output.stem}.")
-            if file != output and file.suffix == ".safetensors" and not word.exists():
+            word = words / f"{output.stem}_{file.name.removeprefix(f'{output.stem}.')}"
+            if file != output and file.suffix == ".safetensors":
                 words.mkdir(parents=True, exist_ok=True)
                 shutil.move(file, word)
         return (output.name,)

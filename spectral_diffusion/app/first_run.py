@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 from .. import pocket
 from ..config.presets import preset_settings
@@ -15,45 +14,42 @@ from ..slots.ledger import LEDGER, Ledger, SlotRequest
 from .gallery import FIELDS, Refill
 from .workspace import Workspace
 
-CONCEPTS = ("rex", "brew")  # of the package's concepts; their adapters are in the pocket base's folder
+CONCEPTS = ("rex", "brew")  # whose adapters come with the pocket base
 SCENE = "on the beach"
 
 
-def ready_made(name: str) -> Path:
-    """The adapter of a ready-made concept."""
-    return pocket.path() / "adapters" / f"{name}.safetensors"
-
-
 def adopt(workspace: Workspace) -> list[str]:
-    """Copy the ready-made adapters into the workspace and enter their slots; those that are there stay.
+    """Copy the ready-made adapters into the workspace and enter their slots: both or none; those that are there stay.
 
     Returns:
         The names of the adapters.
 
     Raises:
-        UserError: another concept has one of their slots.
+        UserError: a concept of the same name or slot is there or being trained, or the ledger is damaged.
     """
     from ..adapters.formats.native import load_adapter  # imports torch and diffusers, which a page need not wait for
 
+    missing = [name for name in CONCEPTS if not (workspace.adapters / f"{name}.safetensors").exists()]
     ledger = Ledger(workspace.adapters / LEDGER)
-    for name in CONCEPTS:
-        target = workspace.adapters / f"{name}.safetensors"
-        if target.exists():
-            continue
-        adapter = load_adapter(ready_made(name))
+    made = {name: load_adapter(pocket.adapter(name)) for name in missing}
+    for name, adapter in made.items():
         assert adapter.slot is not None and adapter.fingerprint is not None
-        own, smallest = adapter.fingerprint, min(min(size) for size in adapter.sizes.values())
-        request = SlotRequest(adapter.rank, str(adapter.slot), smallest)
-        try:
-            ledger.reserve(own.exact, name, request, rounded=(own.half, own.brain))
-        except UserError as error:
-            raise UserError(
-                f"The ready-made '{name}' was trained in {adapter.slot}, which another concept of yours has; train it "
-                "yourself in step 2, which takes the next free ones."
-            ) from error
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(target) as temporary:
-            shutil.copyfile(ready_made(name), temporary)
+        for owner, slot in ledger.read().get(adapter.fingerprint.exact, {}).items():
+            if (owner == name and slot != adapter.slot) or (owner != name and slot.overlaps(adapter.slot)):
+                raise UserError(
+                    f"The ready-made '{name}' was trained in {adapter.slot}, and your '{owner}' has {slot}; train "
+                    f"'{name}' yourself in step 2, which takes free ones."
+                )
+    for fingerprint in {adapter.fingerprint for adapter in made.values()}:
+        assert fingerprint is not None
+        requests = {
+            name: SlotRequest(adapter.rank, str(adapter.slot), min(min(size) for size in adapter.sizes.values()))
+            for name, adapter in made.items()
+        }
+        ledger.reserve_all(fingerprint.exact, requests, rounded=(fingerprint.half, fingerprint.brain))
+    for name in missing:
+        with atomic(workspace.adapters / f"{name}.safetensors") as temporary:
+            shutil.copyfile(pocket.adapter(name), temporary)
     return list(CONCEPTS)
 
 

@@ -60,11 +60,18 @@ def labels_of(first: GenerateRequest, second: GenerateRequest) -> tuple[str, str
     parts: list[tuple[str, str]] = []
     if first.base != second.base:
         parts.append((first.base or "pocket", second.base or "pocket"))
-    if list(first.adapters) != list(second.adapters):
-        parts.append((", ".join(first.adapters) or "no concept", ", ".join(second.adapters)))
+    shown = _concepts(first), _concepts(second)
+    if shown[0] != shown[1]:
+        parts.append((", ".join(shown[0]) or "no concept", ", ".join(shown[1]) or "no concept"))
     if first.strength != second.strength:
         parts.append((f"strength {first.strength or 1}", f"strength {second.strength}"))
     return ", ".join(one for one, _ in parts) or "first", ", ".join(two for _, two in parts) or "second"
+
+
+def _concepts(request: GenerateRequest) -> list[str]:
+    """The concepts of a picture: those that act everywhere, and those bound to boxes."""
+    bound = [region.concept for region in request.canvas.regions if region.concept]
+    return list(dict.fromkeys([*request.adapters, *bound]))
 
 
 def draw_both(

@@ -12,6 +12,7 @@ import typer
 from ..config.train import TrainConfig
 from ..core.errors import UserError
 from ..core.hooks import Hooks
+from ..core.hub import is_dataset
 from .executors import (
     ClusterOption,
     ExecutorOption,
@@ -77,7 +78,8 @@ def train(
     folders = [Path(file) for file in files]
     if not folders:
         raise UserError("No photo folder is given; name one before the settings.")
-    if len(folders) > 1 and (strange := [folder for folder in folders if not folder.is_dir()]):
+    strange = [folder for folder in folders if not (folder.is_dir() or is_dataset(folder))]
+    if len(folders) > 1 and strange:
         raise UserError(f"'{strange[0]}' is neither a photo folder nor a setting; settings are written key=value.")
     if "init_from_adapter" in flags and "method" not in flags:
         from ..adapters.formats.native import load_adapter

@@ -15,3 +15,8 @@ def path() -> Path:
 def t2i(kind: str) -> Path:
     """The folder of its T2I-Adapter for sketches or keyposes."""
     return path() / f"t2i_{kind}"
+
+
+def adapter(name: str) -> Path:
+    """The adapter of a ready-made concept, trained on the pocket base with its preset."""
+    return Path(__file__).parent / "adapters" / f"{name}.safetensors"

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...core.hub import is_repository
+
 WORDS = "The words need their embedding files: `pipe.load_textual_inversion(…)`, or your program's `embeddings` folder."
+TERMS = {  # of what is published, by the beginnings of their lines
+    "**License.": "**License.** {}; the base model's license applies too.",
+    "**Consent.": "**Consent.** Whoever published this said that they may share what it shows.",
+}
 MARK = "spectral-adapter"  # in every card, by which an earlier one is known
 
 
@@ -33,7 +39,8 @@ def model_card(
     trigger_words = (
         ", ".join(f"`{token}` (a {noun})" if noun else f"`{token}`" for token, noun in tokens.items()) or "none"
     )
-    front = ["---", f"base_model: {base}", f"library_name: {library}", f"tags: [text-to-image, lora, {MARK}]"]
+    front = ["---", *([f"base_model: {base}"] if is_repository(base) or not license else [])]  # the hub checks it
+    front += [f"library_name: {library}", f"tags: [text-to-image, lora, {MARK}]"]
     if license:
         front.append(f"license: {license}")
     if tokens:
@@ -49,9 +56,9 @@ def model_card(
         f"| files | {', '.join(files)} |", "",
         words if tokens else "",
         "",
-        f"**License.** {license}; the base model's license applies too." if license else
+        TERMS["**License."].format(license) if license else
         "**License.** The base model's license applies; add your own for what is yours.", "",
-        "**Consent.** Whoever published this said that they may share what it shows." if license else
+        TERMS["**Consent."] if license else
         "**Consent.** If this shows a person, or a thing somebody else made, publish it only with their consent.", "",
     ]  # fmt: skip
     return "\n".join(line for line in lines if line is not None)

@@ -165,6 +165,10 @@ class GenerateHandlers:
         self.runs.begin(request.session_hash or "")
         return [gr.Button(visible=False), gr.Button(visible=True), WAITING, gr.Row(visible=True)]
 
+    def begin_both(self, request: gr.Request) -> list[Any]:
+        """:meth:`begin` of a comparison, which shows its pictures elsewhere."""
+        return self.begin(request)[:3]
+
     def ended(self) -> list[Any]:
         """Show Generate again."""
         return [gr.Button(visible=True), gr.Button(visible=False)]
@@ -184,6 +188,11 @@ class GenerateHandlers:
     def draw(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Generate; yields unfinished pictures and a line, at the end the picture, the line, and the picture's name."""
         yield from self._stream_pictures(request, lambda: self._request(Fields.named(values)))
+
+    def draw_first(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """:meth:`draw`, with an invitation under the picture once it is there."""
+        for picture, line, name in self.draw(request, *values):
+            yield picture, INVITATION if isinstance(name, str) else line, name
 
     def again(self, name: str | None, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """Generate a picture of the gallery again, from its own settings."""
@@ -376,7 +385,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     wire(page, tab, gallery)
     _wire_lists(page, tab, handlers, form, note, tokens, shape)
     _wire_drawing(page, handlers, form, gallery, start, cancel, status)
-    _wire_pairs(page, tab, handlers, form, pairs, [start, cancel, status, gallery.shown])
+    _wire_pairs(page, tab, handlers, form, pairs, gallery, [start, cancel, status])
     _build_api(handlers, form)
 
 
@@ -506,7 +515,7 @@ def _wire_drawing(
     shown = [gallery.picture, status, gallery.chosen]
     filled = page.first.change(handlers.first, None, [*form.all, status], **PRIVATE)
     for event, work, inputs in (
-        (filled.then, handlers.draw, form.all),
+        (filled.then, handlers.draw_first, form.all),
         (start.click, handlers.draw, form.all),
         (form.prompt.submit, handlers.draw, form.all),
         (gallery.again.click, handlers.again, [gallery.chosen]),
@@ -517,8 +526,6 @@ def _wire_drawing(
             gallery.show, gallery.number, gallery.listed, **PRIVATE
         )
         run.success(gallery.choose, gallery.chosen, gallery.details, **PRIVATE)
-        if event == filled.then:
-            run.success(lambda: INVITATION, None, status, **PRIVATE)
     for event in (start.click, form.prompt.submit, gallery.again.click, page.first.change):
         event(None, js=TO_PICTURE, **PRIVATE)
     cancel.click(handlers.cancel, queue=False, show_progress="hidden", api_name="cancel_generate")
@@ -529,15 +536,24 @@ def _wire_drawing(
 
 
 def _wire_pairs(
-    page: Page, tab: gr.Tab, handlers: GenerateHandlers, form: Fields, pairs: PairFields, begun: list[Any]
+    page: Page,
+    tab: gr.Tab,
+    handlers: GenerateHandlers,
+    form: Fields,
+    pairs: PairFields,
+    gallery: Gallery,
+    controls: list[Any],
 ) -> None:
-    """Wire the comparison of two; ``begun`` are the outputs of :meth:`GenerateHandlers.begin`."""
+    """Wire the comparison of two; ``controls`` are the buttons that start and cancel, and the status line."""
     wire_lists(page, tab, PairHandlers(handlers.workspace, handlers.runs, handlers.keeper), pairs)
-    start, cancel, status, _ = begun
-    run = pairs.start.click(handlers.begin, None, begun, queue=False, **PRIVATE).then(
+    start, cancel, status = controls
+    run = pairs.start.click(handlers.begin_both, None, controls, queue=False, **PRIVATE).then(
         handlers.draw_both, [*form.all, *pairs.changes], [*pairs.results, status], **PRIVATE, **DEVICE
     )
-    run.then(handlers.ended, None, [start, cancel], queue=False, **PRIVATE)
+    ended = run.then(handlers.ended, None, [start, cancel], queue=False, **PRIVATE)
+    ended.then(lambda: 1, None, gallery.number, queue=False, **PRIVATE).then(
+        gallery.show, gallery.number, gallery.listed, **PRIVATE
+    )
 
 
 def _build_api(handlers: GenerateHandlers, form: Fields) -> None:
