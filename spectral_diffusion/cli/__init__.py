@@ -24,6 +24,7 @@ def main() -> None:
     """Run the command line; an error that the user can fix is one line and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before the libraries are imported
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     atexit.register(gc.freeze)  # the interpreter need not search four thousand modules for garbage to end
     try:
         app()

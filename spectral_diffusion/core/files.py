@@ -355,4 +355,6 @@ def _opened(path: Path, device: str) -> Iterator[Any]:
     except (SafetensorError, OSError, ValueError, MemoryError, OverflowError) as error:
         with suppress(OSError):
             check_not_disguised(path)
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path} is no adapter or weights: their files end in .safetensors.") from error
         raise UserError(f"{path} is not a readable safetensors file ({reason(error)}).") from error

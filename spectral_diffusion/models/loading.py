@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 
 from .. import pocket
 from ..core.errors import Fix, UserError, reason
-from ..core.files import check_not_disguised, read_header
+from ..core.files import check_not_disguised, exists, read_header
+from ..core.hub import is_repository
 from ..core.machine import parse_device
 from .base import ENCODERS, NETWORKS, Base, base_of
 from .denoiser import Denoiser
@@ -104,8 +105,13 @@ def load_base(
     except UserError:
         raise
     except Exception as error:  # the loaders raise nearly everything
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-        raise UserError(f"Cannot load the base '{name}'{offline}: {reason(error)}.") from error
+        if not exists(name) and is_repository(name):
+            offline = ", where HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+            raise UserError(
+                f"Cannot load the base '{name}': there is no such folder here{offline}, and the hub gives none: "
+                f"{reason(error)}."
+            ) from error
+        raise UserError(f"Cannot load the base '{name}': {reason(error)}.") from error
     if layer_offload:
         family.prepare(pipeline)  # which splits layers: their parts are what moves
         offload(getattr(pipeline, family.network_name), torch_device)
