@@ -32,7 +32,7 @@ OPTIONAL = (
     ("mediapipe", "skeletons of photos", "keypose"),
     ("matplotlib", "figures of the studies", "plots"),
 )
-CARD = re.compile(r"-(\d+)gb$")  # a preset for one GPU of so many GB
+CARD = re.compile(r"-(\d+)gb$")  # a preset for one GPU, by its GB
 USABLE = 0.92  # of what a GPU is sold with, at least
 
 

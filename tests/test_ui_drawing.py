@@ -562,7 +562,7 @@ class Asker:
 
 
 def values_of(base: Path, **more: Any) -> list[Any]:
-    from spectral_diffusion.app.tabs.generate import Fields
+    from spectral_diffusion.app.tabs.generate_layout import Fields
 
     usual = {"prompt": "a <tom>", "base": str(base), "adapters": ["tom"], "strength": "1",
              "num_inference_steps": 3, "guidance_scale": 2.0, "sampler": "dpm", "canvas": full_value(),
@@ -572,7 +572,7 @@ def values_of(base: Path, **more: Any) -> list[Any]:
 
 
 def test_tab_draws_shows_and_refills(handlers: Any, workspace: Workspace, trained: tuple[Path, Path]) -> None:
-    from spectral_diffusion.app.tabs.generate import Fields
+    from spectral_diffusion.app.tabs.generate_layout import Fields
 
     news = list(handlers.draw(Asker("one"), *values_of(trained[0])))
     assert any(isinstance(picture, Image.Image) for picture, *_ in news)
@@ -589,7 +589,7 @@ def test_tab_draws_shows_and_refills(handlers: Any, workspace: Workspace, traine
 def test_found_places_become_boxes_over_the_picture(
     handlers: Any, workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache
 ) -> None:
-    from spectral_diffusion.app.tabs.generate import Fields
+    from spectral_diffusion.app.tabs.generate_layout import Fields
 
     both = {"adapters": ["tom", "jim"], "prompt": "a <tom> and a <jim> on the grass", "strength": "tom=0.7, jim=1.3"}
     [path] = draw(workspace, trained[0], keeper, **both).pictures

@@ -117,7 +117,7 @@ def test_ready_made_adapters_are_taken_over_with_their_slots(tmp_path: Path) -> 
     mine = workspace.adapters / "rex.safetensors"
     mine.write_bytes(b"mine")
     adopt(workspace)
-    assert mine.read_bytes() == b"mine"  # what is there stays
+    assert mine.read_bytes() == b"mine"  # an own file stays
 
 
 def test_a_taken_slot_is_a_sentence(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Point links out of docs/ at the pages that were made of what is there."""
+    """Point links out of docs/ at the pages that were made of those files."""
     source = page.file.src_uri
     known = source in BORROWED or source.startswith("reference/")
     return markdown if known else with_links(markdown, f"docs/{source}", source)
