@@ -130,6 +130,7 @@ def test_identity_is_of_the_photos_own_thing() -> None:
     assert found["rex"] > 0.5 > found["brew"]
 
 
+@pytest.mark.slow
 def test_the_example_runs(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
     (base / "identity").symlink_to(sd.pocket.path() / "identity")  # the encoder that `identity` measures with

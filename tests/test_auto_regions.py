@@ -234,7 +234,8 @@ def test_a_fused_base_finds_regions_for_its_tokens(pair: tuple[Path, list[Path]]
     assert image.size == (64, 32)
 
 
-@pytest.mark.parametrize("isolation", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", [0.0, 1.0])
 def test_half_networks_take_found_regions(pair: tuple[Path, list[Path]], isolation: float) -> None:
     """Hooks of float32 statistics and of half layers share the masks."""
     for how in ({"dtype": "bfloat16"}, {"mixed_precision": "bf16"}):

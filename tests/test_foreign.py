@@ -169,7 +169,10 @@ def test_a_lora_for_something_else_is_called_that(
         (b"\x80\x02}q\x00." + bytes(60), "a pickle"),
         (b"<!DOCTYPE html><html></html>", "a web page; download the file again"),
         (b'{"error": "Unauthorized"}', "a text, perhaps a server's error"),
-        (b"<" + bytes(7) + b'{"__metadata__": 5', "is not a readable safetensors file .Error"),
+        (
+            b"<" + bytes(7) + b'{"__metadata__": 5',
+            "is not a readable safetensors file .Error|is no adapter or weights: their files end in",
+        ),
     ],
 )
 def test_what_is_no_safetensors_file_is_called_what_it_is(

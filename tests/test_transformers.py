@@ -379,9 +379,10 @@ def test_whole_weights_of_fused_parts_learn_though_the_network_moves(klein: Path
     assert not split(x)[..., 32:64].any() and split(x)[..., :32].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family",
-    ["klein", *(pytest.param(name, marks=pytest.mark.slow) for name in ("z-image", "krea-2", "qwen-image-2.1"))],
+    ["klein", "z-image", "krea-2", "qwen-image-2.1"],
     indirect=True,
 )
 def test_the_memory_of_a_large_base_is_computed_and_said(

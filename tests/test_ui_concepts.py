@@ -489,7 +489,7 @@ def test_handlers_say_what_to_do(workspace: Workspace, photos: Path) -> None:
     from spectral_diffusion.app.tabs.concepts import NOTHING, ConceptHandlers
 
     nothing: Any = None
-    handlers = ConceptHandlers(Page(workspace, *[nothing] * 8))
+    handlers = ConceptHandlers(Page(workspace, *[nothing] * 9))
     guide, problems, shelf, slots = handlers.overview(None)
     assert guide.visible and not problems.visible and 'data-name="rex"' in shelf and "Free" in slots
     assert handlers.show(None)[0] == handlers.show("../x")[0] == NOTHING
@@ -522,7 +522,7 @@ def test_add_concept_endpoint(workspace: Workspace, photos: Path) -> None:
     from spectral_diffusion.app.tabs import concepts as tab_of_concepts
 
     with gr.Blocks(analytics_enabled=False) as blocks:
-        states = [gr.State(None) for _ in range(3)]
+        states = [gr.State(None) for _ in range(4)]
         with gr.Tabs() as tabs, gr.Tab("Concepts", id="concepts") as tab:
             tab_of_concepts.build(
                 Page(workspace, blocks, tabs, gr.HTML(), gr.Timer(active=False), gr.State({}), *states), tab

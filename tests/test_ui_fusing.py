@@ -178,7 +178,7 @@ def test_while_one_runs_the_other_waits(workspace: Workspace) -> None:
     from spectral_diffusion.app.tabs.fuse_layout import DISTILLATION, WHOLE
 
     nothing: Any = None
-    handlers, visitor = FuseHandlers(Page(workspace, *[nothing] * 8)), SimpleNamespace(session_hash="me")
+    handlers, visitor = FuseHandlers(Page(workspace, *[nothing] * 9)), SimpleNamespace(session_hash="me")
     for begin, runs in ((handlers.begin_compare, handlers.compares), (handlers.begin_save, handlers.saves)):
         compare, save, stop = begin(visitor)
         assert not compare.interactive and not save.interactive and stop.visible
