@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import inspect
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +25,13 @@ DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}  #
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
-Handed = tuple[Any, int]  # a value handed to another tab, and the time
+Handed = tuple[Any, int]  # a value handed to another tab, and the number of the hand-over
+NUMBERS = itertools.count(time.time_ns())  # also after the server was started anew no number comes twice
 
 
 def hand(value: Any) -> Handed:
     """A value for another tab, stamped so that gradio sees a change every time."""
-    return value, time.monotonic_ns()
+    return value, next(NUMBERS)
 
 
 @dataclass(frozen=True)
