@@ -30,7 +30,7 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(ONE) $(BIN)/python -m pytest -n auto --maxprocesses 4
-	$(ONE) PYTHONPATH=$(QUANTIZERS) $(BIN)/python -m pytest tests/test_quantized.py
+	$(ONE) PYTHONPATH=$(QUANTIZERS) $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/test_quantized.py
 ifneq ($(CHROMIUM),)
 	$(ONE) $(BIN)/python -m pytest -m "browser and not slow" tests/browser
 endif
