@@ -89,6 +89,10 @@ def seldom(names: Iterable[str], often: Collection[str]) -> list[Any]:
     return [name if name in often else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+# FSDP2 on CPUs needs a newer PyTorch than on GPUs.
+shards_on_cpus = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7), reason="PyTorch 2.6 shards on GPUs alone"
+)
 FAMILIES = ("klein", "z-image", "krea-2", "qwen-image-2.1")
 # For tests that take long on each: the quick suite keeps one that reads text first and one that reads it last.
 two_families = pytest.mark.parametrize("family", seldom(FAMILIES, ("klein", "z-image")), indirect=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import shards_on_cpus
 from families import make_tiny_klein
 from processes import free_port, in_two_processes
 from torch import nn
@@ -77,6 +78,7 @@ def test_two_processes_are_one_with_twice_the_batch(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@shards_on_cpus
 def test_two_processes_with_a_sharded_base_are_one(photos: Path, tmp_path: Path) -> None:
     """Of a transformer, whose steps differ by roundings; each process keeps a half of every frozen weight."""
     folder = make_tiny_klein(tmp_path / "klein")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import shards_on_cpus
 from diffusers import UNet2DConditionModel
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -512,6 +513,7 @@ def test_checkpointing_of_both_kinds_gives_the_same_gradients(method: str, reent
             assert wanted.any() and torch.allclose(found, wanted, rtol=1e-4, atol=1e-7)
 
 
+@shards_on_cpus
 def test_sharded_layers_prepare_their_own(tmp_path: Path) -> None:
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh

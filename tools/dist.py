@@ -67,7 +67,16 @@ def try_wheel(wheel: Path, borrow: bool = False) -> dict[str, float]:
         if borrow:
             own = Path(sysconfig.get_path("purelib", vars={"base": str(folder / "clean")}))
             (own / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        step("install", python, "-m", "pip", "install", "--quiet", *(["--no-deps"] if borrow else []), str(wheel.resolve()))
+        step(
+            "install",
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            *(["--no-deps"] if borrow else []),
+            str(wheel.resolve()),
+        )
         own_file = "import spectral_diffusion, sys; sys.exit(sys.prefix not in spectral_diffusion.__file__)"
         step("import", python, "-c", own_file)
         program = str(commands / "spectral-diffusion")
