@@ -1,4 +1,4 @@
-"""ComfyUI nodes, thin over the public Python API: use adapters without exporting them, bind them to places, fuse them.
+"""ComfyUI nodes, thin over the library: use adapters without exporting them, bind them to places, fuse them.
 
 ``comfy`` and ``folder_paths`` are ComfyUI's own modules.
 """

@@ -27,7 +27,7 @@ from ..workspace import ProgressLine, Workspace
 from .canvas import build_canvas, build_sources
 from .gallery import Gallery, build_details, build_picture, build_wall, wire
 from .generate_layout import SHAPES, Fields, build_scene_fields
-from .pairs import PairFields, PairHandlers, build_pairs, wire_lists
+from .pairs import WAITING, PairFields, PairHandlers, build_pairs, wire_lists
 
 NO_CONCEPTS = (
     "You have no trained concepts yet, so use the base's own words, such as *a red dog on the beach*. "
@@ -38,7 +38,6 @@ INVITATION = (
     "This is `<rex>` and `<brew>`: two adapters that were trained apart, each in the box that you see on the canvas. "
     "Drag the boxes, change the prompts, and generate again. **Next:** add a thing of your own in step 1 and train it."
 )
-WAITING = "Getting ready… (It waits while something else is drawn or fused.)"
 TO_PICTURE = (
     "() => { setTimeout(() => document.getElementById('generate-go')"
     ".scrollIntoView({behavior: 'smooth', block: 'start'}), 200) }"
