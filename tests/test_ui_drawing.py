@@ -359,15 +359,16 @@ def test_news_come_in_turn_and_leaving_stops_the_work() -> None:
 
 def test_one_browser_stops_only_its_own_run() -> None:
     runs = CancelTokens()
-    runs.begin("one")
-    runs.begin("two")
-    assert runs.stop("one") and not runs.stop("three")
-    one, two = runs.take("one"), runs.take("two")  # "one" was stopped while it waited
-    assert one.is_set() and not two.is_set()
-    runs.end("one", one)
-    assert not runs.stop("one")
-    runs.begin("one")
-    assert not runs.take("one").is_set()
+    waiting, two = runs.begin("one"), runs.begin("two")
+    assert not runs.stop("one") and not runs.stop("three")  # neither is at work
+    assert runs.take(waiting) is None and not runs.busy("one")  # it was stopped while it waited
+    at_work = runs.take(two)
+    later = runs.begin("one")  # has nothing to do with the one before
+    assert at_work is not None and not at_work.is_set() and runs.busy("one")
+    one = runs.take(later)
+    assert one is not None and runs.stop("one") and one.is_set() and not at_work.is_set()
+    runs.end(later)
+    assert not runs.busy("one") and not runs.stop("one") and runs.busy("two")
 
 
 def test_full_disk_is_a_sentence(
@@ -574,7 +575,7 @@ def values_of(base: Path, **more: Any) -> list[Any]:
 def test_tab_draws_shows_and_refills(handlers: Any, workspace: Workspace, trained: tuple[Path, Path]) -> None:
     from spectral_diffusion.app.tabs.generate_layout import Fields
 
-    news = list(handlers.draw(Asker("one"), *values_of(trained[0])))
+    news = list(handlers.draw(handlers.begin(Asker("one"))[-1], *values_of(trained[0])))
     assert any(isinstance(picture, Image.Image) for picture, *_ in news)
     assert any("Drawing" in line and "step 3 of 3" in line for _, line, _ in news)
     picture, line, name = news[-1]
@@ -582,7 +583,7 @@ def test_tab_draws_shows_and_refills(handlers: Any, workspace: Workspace, traine
     *filled, line = handlers.refilled(name)
     by_name = dict(zip(Fields.__dataclass_fields__, filled, strict=True))
     assert by_name["canvas"].value == full_value() and by_name["seed"] == 3 and "fields above" in line
-    again = list(handlers.again(name, Asker("one")))[-1]
+    again = list(handlers.again(handlers.begin(Asker("one"))[-1], name))[-1]
     assert pixels(Path(again[0])) == pixels(Path(picture)) and again[0] != picture
 
 
@@ -615,14 +616,22 @@ def test_found_places_become_boxes_over_the_picture(
 
 
 def test_tab_says_errors_in_place(handlers: Any, trained: tuple[Path, Path]) -> None:
-    [(_, line, _)] = list(handlers.draw(Asker("one"), *values_of(trained[0], prompt="")))
+    def draw_for(who: str, **values: Any) -> list[Any]:
+        return list(handlers.draw(handlers.begin(Asker(who))[-1], *values_of(trained[0], **values)))
+
+    [(_, line, _)] = draw_for("one", prompt="")
     assert line.startswith("**That did not work.** The prompt is empty") and "&lt;rex&gt;" in line
-    [(_, line, _)] = list(handlers.draw(Asker("one"), *values_of(trained[0], canvas={"strokes": "x"})))
+    [(_, line, _)] = draw_for("one", canvas={"strokes": "x"})
     assert "no PNG" in line
-    handlers.begin(Asker("one"))
-    handlers.cancel(Asker("one"))  # while it waits for its turn
-    assert [line for _, line, _ in handlers.draw(Asker("one"), *values_of(trained[0]))] == ["Stopped."]
-    assert "Drew" in list(handlers.draw(Asker("one"), *values_of(trained[0])))[-1][1]
+    ticket = handlers.begin(Asker("one"))[-1]
+    start, cancel, line = handlers.cancel(Asker("one"))  # while it waits for its turn
+    assert start.visible and not cancel.visible and "while it waited" in line
+    later = handlers.begin(Asker("one"))[-1]
+    assert handlers.ended(Asker("one"))[1].visible  # the later one waits, and can be cancelled
+    [silent] = handlers.draw(ticket, *values_of(trained[0]))
+    assert all("value" not in update for update in silent)
+    assert "Drew" in list(handlers.draw(later, *values_of(trained[0])))[-1][1]
+    assert not handlers.ended(Asker("one"))[1].visible
 
 
 def test_tab_offers_what_the_base_allows(handlers: Any, workspace: Workspace) -> None:

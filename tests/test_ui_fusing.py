@@ -178,21 +178,27 @@ def test_while_one_runs_the_other_waits(workspace: Workspace) -> None:
     from spectral_diffusion.app.tabs.fuse_layout import DISTILLATION, WHOLE
 
     nothing: Any = None
+    tickets: dict[Any, str] = {}
     handlers, visitor = FuseHandlers(Page(workspace, *[nothing] * 9)), SimpleNamespace(session_hash="me")
     for begin, runs in ((handlers.begin_compare, handlers.compares), (handlers.begin_save, handlers.saves)):
-        compare, save, stop = begin(visitor)
+        compare, save, stop, tickets[runs] = begin(visitor)
         assert not compare.interactive and not save.interactive and stop.visible
-        event = runs.take("me")
+        event = runs.take(tickets[runs])
         handlers.left(visitor)
         assert event.is_set() == (runs is handlers.compares)  # what is to be saved is saved all the same
-        handlers.stop(visitor)
+        assert "value" not in handlers.stop(visitor)[-1]  # it says itself how it ended
         assert event.is_set()
     compare, save, stop = ready(True)
     assert compare.interactive and save.interactive and not stop.visible
     assert not handlers.done(visitor)[0].interactive  # both have been asked for and neither has ended
-    for runs in (handlers.compares, handlers.saves):
-        runs.end("me", runs.take("me"))
+    for runs, ticket in tickets.items():
+        runs.end(ticket)
     assert handlers.done(visitor)[0].interactive
+    *_, ticket = handlers.begin_save(visitor)  # and now it is stopped before its turn
+    compare, save, stop, line = handlers.stop(visitor)
+    assert save.interactive and not stop.visible and "while it waited" in line
+    assert all("value" not in update for update in handlers.save(ticket, "x", False, ["rex"], {}, "", 0, "", 1.0, 0))
+    assert not workspace.fused.exists()
     assert WHOLE in DISTILLATION.values() and changes_for("ties", WHOLE, "", 1.0) == {"preset": WHOLE}
     changes = changes_for("ties", 300, "density=0.3", 1.0)
     assert fusing.fuse_settings(workspace, ["rex"], Path("x"), {}, **changes).options == {"density": 0.3}

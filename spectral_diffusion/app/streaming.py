@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -61,39 +62,47 @@ def cancellable(stop: threading.Event, progress: Progress, message: str) -> Prog
 
 
 class CancelTokens:
-    """The running work by browser tab: an event each that asks the run to stop."""
+    """The runs by browser tab. A run has a ticket from when it is asked for, while it still waits for its turn."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stops: dict[str, threading.Event] = {}
+        self._runs: dict[str, tuple[str, threading.Event | None]] = {}  # ticket: tab, and the event once it runs
 
-    def begin(self, who: str) -> None:
-        """Register a new run, which may have to wait for its turn."""
+    def begin(self, who: str) -> str:
+        """Register a new run, which may have to wait for its turn; returns its ticket."""
+        ticket = secrets.token_hex(8)
         with self._lock:
-            self._stops.pop(who, None)
-            self._stops[who] = threading.Event()
-            while len(self._stops) > MOST_RUNS:
-                self._stops.pop(next(iter(self._stops)))
+            self._runs[ticket] = who, None
+            while len(self._runs) > MOST_RUNS:
+                self._runs.pop(next(iter(self._runs)))
+        return ticket
 
-    def take(self, who: str) -> threading.Event:
-        """The run's event when its turn comes; a stop requested meanwhile is set already."""
+    def take(self, ticket: str | None) -> threading.Event | None:
+        """The event of a run whose turn has come; None if it was stopped while it waited."""
         with self._lock:
-            return self._stops.setdefault(who, threading.Event())
+            if ticket is None or ticket not in self._runs:
+                return None
+            who, event = self._runs[ticket][0], threading.Event()
+            self._runs[ticket] = who, event
+            return event
 
-    def end(self, who: str, stop: threading.Event) -> None:
+    def end(self, ticket: str | None) -> None:
         """Remove a finished run."""
         with self._lock:
-            if self._stops.get(who) is stop:
-                del self._stops[who]
+            self._runs.pop(ticket or "", None)
 
     def busy(self, who: str) -> bool:
-        """Whether this tab has a run."""
+        """Whether this tab has a run, also one that waits."""
         with self._lock:
-            return who in self._stops
+            return any(owner == who for owner, _ in self._runs.values())
 
     def stop(self, who: str) -> bool:
-        """Ask this tab's run to stop; False if there is none."""
+        """Ask this tab's runs to stop: those that wait are dropped at once. Returns whether one is at work."""
         with self._lock:
-            if who in self._stops:
-                self._stops[who].set()
-            return who in self._stops
+            mine = {ticket: event for ticket, (owner, event) in self._runs.items() if owner == who}
+            for ticket, event in mine.items():
+                if event is None:
+                    del self._runs[ticket]
+                else:
+                    event.set()
+            return any(event is not None for event in mine.values())

@@ -146,7 +146,10 @@ def test_two_browsers_and_cancel(server: Any, visit: Callable[..., Any]) -> None
     one.page.get_by_label("number input for Pictures").press("Tab")
     one.page.locator("#generate-go").click()
     one.page.locator("#generate-picture img").wait_for(timeout=PATIENCE)  # the first preview
-    two.page.locator("#generate-go").click()  # waits for its turn
+    two.page.locator("#generate-go").click()  # waits for its turn, and is cancelled at once
+    two.page.locator("#generate-cancel").click()
+    two.page.locator("#generate-status", has_text="Cancelled while it waited").wait_for()
+    two.page.locator("#generate-start").click()  # asked for again
     one.page.locator("#generate-cancel").click()
     one.page.locator("#generate-status", has_text="Stopped").wait_for(timeout=PATIENCE)
     two.page.locator("#generate-status", has_text="Drew 1 picture").wait_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
@@ -26,6 +27,7 @@ COLUMNS = {  # the table's headings and their explanations
     "Nearest neighbour": "The concept that changes the base most alike: 0 is nothing in common, 1 is the same.",
 }
 STOPPED = "Stopped; nothing was saved."
+NOT_BEGUN = "Stopped while it waited; nothing was saved."
 TOO_FEW = {
     0: "Nothing is trained yet. Train two concepts in step 2, then put them together here.",
     1: "One concept is trained. Train a second one in step 2, then put them together here.",
@@ -66,21 +68,22 @@ def _wire_bench(bench: Bench, handlers: FuseHandlers, page: Page, lists: dict[st
         handlers.about_distillation, bench.distill, [bench.merge, bench.prior_weight, bench.options], **PRIVATE
     )
     buttons = [bench.compare, bench.save, bench.stop]
-    asked: dict[str, Any] = {"outputs": buttons, "queue": False, **PRIVATE}
+    tickets = gr.Textbox(visible=False), gr.Textbox(visible=False)  # see the generate tab
+    asked: dict[str, Any] = {"queue": False, **PRIVATE}
     shown: dict[str, Any] = {"show_progress_on": bench.result, **DEVICE, **HIDDEN}
-    trying = bench.compare.click(handlers.begin_compare, **asked).then(
-        handlers.compare, bench.settings, [bench.pictures, bench.result], **shown
+    trying = bench.compare.click(handlers.begin_compare, None, [*buttons, tickets[0]], **asked).then(
+        handlers.compare, [tickets[0], *bench.settings], [bench.pictures, bench.result], **shown
     )
-    saving = bench.save.click(handlers.begin_save, **asked).then(
+    saving = bench.save.click(handlers.begin_save, None, [*buttons, tickets[1]], **asked).then(
         handlers.save,
-        [bench.name, bench.replace, *bench.settings],
+        [tickets[1], bench.name, bench.replace, *bench.settings],
         [bench.result, page.base, bench.saved, bench.draw],
         **shown,
     )
     for running in (trying, saving):
         afterwards(running, handlers.done, None, buttons, queue=False, **PRIVATE)
     saving.success(**lists)
-    bench.stop.click(handlers.stop, queue=False, **PRIVATE)
+    bench.stop.click(handlers.stop, None, [*buttons, bench.result], queue=False, **PRIVATE)
     page.blocks.unload(handlers.left)
     page.gone.append(handlers.gone)
     bench.name.change(handlers.taken, bench.name, bench.replace, **PRIVATE)
@@ -178,24 +181,24 @@ class FuseHandlers:
         )
 
     def begin_compare(self, request: gr.Request) -> list[Any]:
-        """Register a comparison, which can be stopped from now on."""
-        self.compares.begin(request.session_hash or "")
-        return ready(False)
+        """Register a comparison, which can be stopped from now on; the last value is its ticket."""
+        return [*ready(False), self.compares.begin(request.session_hash or "")]
 
     def begin_save(self, request: gr.Request) -> list[Any]:
-        """Register a fusion, which can be stopped from now on."""
-        self.saves.begin(request.session_hash or "")
-        return ready(False)
+        """Register a fusion, which can be stopped from now on; the last value is its ticket."""
+        return [*ready(False), self.saves.begin(request.session_hash or "")]
 
     def done(self, request: gr.Request) -> list[Any]:
         """A run is over; another one of this browser may still be running."""
         who = request.session_hash or ""
         return ready(not (self.compares.busy(who) or self.saves.busy(who)))
 
-    def stop(self, request: gr.Request) -> None:
-        """Ask this browser's run to stop."""
-        self.compares.stop(request.session_hash or "")
-        self.saves.stop(request.session_hash or "")
+    def stop(self, request: gr.Request) -> list[Any]:
+        """Stop this browser's run. One at work shows its own last message; one that waits ends here."""
+        who = request.session_hash or ""
+        if any([self.compares.stop(who), self.saves.stop(who)]):
+            return [gr.skip()] * 4
+        return [*ready(True), NOT_BEGUN]
 
     def left(self, request: gr.Request) -> None:
         """The browser has disconnected."""
@@ -206,17 +209,18 @@ class FuseHandlers:
         self.compares.stop(session)
 
     @contextmanager
-    def _run(self, runs: CancelTokens, request: gr.Request, progress: gr.Progress) -> Iterator[Progress]:
-        """The progress of a run that this browser can stop."""
-        who = request.session_hash or ""
-        stop = runs.take(who)
+    def _run(
+        self, runs: CancelTokens, ticket: str, stop: threading.Event, progress: gr.Progress
+    ) -> Iterator[Progress]:
+        """The progress of a run that its browser can stop."""
         try:
             yield cancellable(stop, teller(progress), STOPPED)
         finally:
-            runs.end(who, stop)
+            runs.end(ticket)
 
     def compare(
         self,
+        ticket: str,
         chosen: list[str] | None,
         strengths: dict[str, float] | None,
         merge: str,
@@ -224,14 +228,16 @@ class FuseHandlers:
         options: str,
         prior_weight: float | None,
         seed: int | None,
-        request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008 (gradio looks for it in the defaults)
-    ) -> tuple[Any, str]:
+    ) -> tuple[Any, ...]:
         """Before and after of every ticked concept."""
+        stop = self.compares.take(ticket)
+        if stop is None:  # stopped while it waited, which the page has said
+            return gr.skip(), gr.skip()
         with errors_as_toast():
             progress(0, desc="Loading the base")
             changes = changes_for(merge, distill, options, prior_weight)
-            with self._run(self.compares, request, progress) as tell:
+            with self._run(self.compares, ticket, stop, progress) as tell:
                 pictures = comparing.compare(
                     self.workspace, chosen, strengths or {}, int(seed or 0), Hooks(progress=tell), **changes
                 )
@@ -239,6 +245,7 @@ class FuseHandlers:
 
     def save(
         self,
+        ticket: str,
         name: str,
         replace: bool,
         chosen: list[str] | None,
@@ -248,15 +255,17 @@ class FuseHandlers:
         options: str,
         prior_weight: float | None,
         seed: int | None,
-        request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> tuple[str, Handed, str, Any]:
+    ) -> tuple[Any, ...]:
         """Fuse the ticked concepts; hands the result to the pictures."""
+        stop = self.saves.take(ticket)
+        if stop is None:
+            return (gr.skip(),) * 4
         name = name.strip() or DEFAULT_NAME
         with errors_as_toast():
             progress(0, desc="Loading the adapters and their base")
             changes = {**changes_for(merge, distill, options, prior_weight), "seed": seed}
-            with self._run(self.saves, request, progress) as tell:
+            with self._run(self.saves, ticket, stop, progress) as tell:
                 message = fusing.fuse_chosen(
                     self.workspace, chosen, name, strengths or {}, Hooks(progress=tell), replace, **changes
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -27,7 +28,7 @@ from ..workspace import ProgressLine, Workspace
 from .canvas import build_canvas, build_sources
 from .gallery import Gallery, build_details, build_picture, build_wall, wire
 from .generate_layout import SHAPES, Fields, build_scene_fields
-from .pairs import WAITING, PairFields, PairHandlers, build_pairs, wire_lists
+from .pairs import NOT_BEGUN, WAITING, PairFields, PairHandlers, build_pairs, wire_lists
 
 NO_CONCEPTS = (
     "You have no trained concepts yet, so use the base's own words, such as *a red dog on the beach*. "
@@ -120,21 +121,29 @@ class GenerateHandlers:
         return gr.HTML(ratio=ratio), names.get(ratio)
 
     def begin(self, request: gr.Request) -> list[Any]:
-        """Register a run and show Cancel instead of Generate."""
-        self.runs.begin(request.session_hash or "")
-        return [gr.Button(visible=False), gr.Button(visible=True), WAITING, gr.Row(visible=True)]
+        """Register a run and show Cancel instead of Generate; the last value is the run's ticket."""
+        ticket = self.runs.begin(request.session_hash or "")
+        return [gr.Button(visible=False), gr.Button(visible=True), WAITING, gr.Row(visible=True), ticket]
 
     def begin_both(self, request: gr.Request) -> list[Any]:
         """:meth:`begin` of a comparison, which shows its pictures elsewhere."""
-        return self.begin(request)[:3]
+        start, cancel, status, _, ticket = self.begin(request)
+        return [start, cancel, status, ticket]
 
-    def ended(self) -> list[Any]:
-        """Show Generate again."""
-        return [gr.Button(visible=True), gr.Button(visible=False)]
+    def ended(self, request: gr.Request) -> list[Any]:
+        """Show Generate again, unless another run of this browser waits."""
+        busy = self.runs.busy(request.session_hash or "")
+        return [gr.Button(visible=not busy), gr.Button(visible=busy)]
 
-    def cancel(self, request: gr.Request) -> None:
-        """Ask this browser's run to stop; the run shows its own last message."""
-        self.runs.stop(request.session_hash or "")
+    def cancel(self, request: gr.Request) -> list[Any]:
+        """Stop this browser's run. One at work shows its own last message; one that waits ends here."""
+        if self.runs.stop(request.session_hash or ""):
+            return [gr.skip()] * 3
+        return [gr.Button(visible=True), gr.Button(visible=False), NOT_BEGUN]
+
+    def cancel_for_program(self, request: gr.Request) -> str:
+        """Stop the pictures that this client has asked for; returns a message."""
+        return "Stopping." if self.runs.stop(request.session_hash or "") else "Nothing was being drawn."
 
     def left(self, request: gr.Request) -> None:
         """The browser has disconnected: stop its run."""
@@ -144,16 +153,16 @@ class GenerateHandlers:
         """A browser or a program has disconnected."""
         self.runs.stop(session)
 
-    def draw(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def draw(self, ticket: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Generate; yields unfinished pictures and a line, at the end the picture, the line, and the picture's name."""
-        yield from self._stream_pictures(request, lambda: self._request(Fields.named(values)))
+        yield from self._stream_pictures(ticket, lambda: self._request(Fields.named(values)))
 
-    def draw_first(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def draw_first(self, ticket: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         """:meth:`draw`, with an invitation under the picture once it is there."""
-        for picture, line, name in self.draw(request, *values):
+        for picture, line, name in self.draw(ticket, *values):
             yield picture, INVITATION if isinstance(name, str) else line, name
 
-    def again(self, name: str | None, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+    def again(self, ticket: str, name: str | None) -> Iterator[tuple[Any, ...]]:
         """Generate a picture of the gallery again, from its own settings."""
 
         def request_of_picture() -> tuple[GenerateRequest, dict[str, Any]]:
@@ -166,14 +175,14 @@ class GenerateHandlers:
             )  # fmt: skip
             return generate_request, {"seed": refill.seed, **refill.fields}
 
-        yield from self._stream_pictures(request, request_of_picture)
+        yield from self._stream_pictures(ticket, request_of_picture)
 
-    def draw_both(self, request: gr.Request, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def draw_both(self, ticket: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         """The fields' picture and a second one; the last three values say what is different in that."""
         *first, base, adapters, strength = values
         pairs = PairHandlers(self.workspace, self.runs, self.keeper)
         ask = partial(self._request, Fields.named(tuple(first)))
-        yield from pairs.draw(ask, (base, adapters, strength), request.session_hash or "")
+        yield from pairs.draw(ask, (base, adapters, strength), ticket)
 
     @asked
     def generate(
@@ -223,13 +232,14 @@ class GenerateHandlers:
                 "global_prompt_weight": global_prompt_weight,
                 "region_isolation": region_isolation,
             }
-            stop = self.runs.take(who)
+            ticket = self.runs.begin(who)
+            stop = self.runs.take(ticket) or threading.Event()
             try:
                 generated = drawing.generate(
                     self.workspace, generate_request, Hooks(should_stop=stop.is_set), keeper=self.keeper, **scene
                 )
             finally:
-                self.runs.end(who, stop)
+                self.runs.end(ticket)
         return [str(path) for path in generated.pictures], generated.message
 
     def refilled(self, name: str | None) -> list[Any]:
@@ -268,9 +278,11 @@ class GenerateHandlers:
         given |= {side: given[side] or None for side in ("width", "height")}  # the page may say 0 for an empty field
         return GenerateRequest(canvas=read_canvas(given.pop("canvas")), **own), given
 
-    def _stream_pictures(self, request: gr.Request, make_request: Any) -> Iterator[tuple[Any, ...]]:
-        who = request.session_hash or ""
-        stop = self.runs.take(who)
+    def _stream_pictures(self, ticket: str, make_request: Any) -> Iterator[tuple[Any, ...]]:
+        stop = self.runs.take(ticket)
+        if stop is None:  # cancelled while it waited, which the page has said
+            yield (gr.skip(),) * 3
+            return
         line = [WAITING]
 
         def work(tell: Any) -> GeneratedPictures:
@@ -278,8 +290,6 @@ class GenerateHandlers:
                 line[0] = f"{text} (step {done} of {total})"
                 tell(line[0])
 
-            if stop.is_set():
-                return GeneratedPictures([], "Stopped.")
             generate_request, scene = make_request()
             return drawing.generate(
                 self.workspace,
@@ -307,7 +317,7 @@ class GenerateHandlers:
         except gr.Error as error:  # shown in the status line
             yield gr.skip(), f"**That did not work.** {error.message}", gr.skip()
         finally:
-            self.runs.end(who, stop)
+            self.runs.end(ticket)
 
 
 def build(page: Page, tab: gr.Tab) -> None:
@@ -380,9 +390,11 @@ def _wire_drawing(
     status: Any,
 ) -> None:
     """Wire generate, cancel, draw again, and a picture back into the fields."""
+    # Not a state: gradio reads a state when the run's turn comes, by when it may be that of a later run.
+    ticket = gr.Textbox(visible=False)
     asked: dict[str, Any] = {
         "fn": handlers.begin,
-        "outputs": [start, cancel, status, gallery.shown],
+        "outputs": [start, cancel, status, gallery.shown, ticket],
         "queue": False,
         **PRIVATE,
     }
@@ -394,7 +406,7 @@ def _wire_drawing(
         (form.prompt.submit, handlers.draw, form.all),
         (gallery.again.click, handlers.again, [gallery.chosen]),
     ):
-        run = event(**asked).then(work, inputs, shown, **PRIVATE, **DEVICE)
+        run = event(**asked).then(work, [ticket, *inputs], shown, **PRIVATE, **DEVICE)
         ended = run.then(handlers.ended, None, [start, cancel], queue=False, **PRIVATE)
         ended.then(lambda: 1, None, gallery.number, queue=False, **PRIVATE).then(
             gallery.show, gallery.number, gallery.listed, **PRIVATE
@@ -402,7 +414,8 @@ def _wire_drawing(
         run.success(gallery.choose, gallery.chosen, gallery.details, **PRIVATE)
     for event in (start.click, form.prompt.submit, gallery.again.click, page.first.change):
         event(None, js=TO_PICTURE, **PRIVATE)
-    cancel.click(handlers.cancel, queue=False, show_progress="hidden", api_name="cancel_generate")
+    cancel.click(handlers.cancel, None, [start, cancel, status], queue=False, **PRIVATE)
+    gr.api(handlers.cancel_for_program, api_name="cancel_generate", queue=False)
     page.blocks.unload(handlers.left)
     page.gone.append(handlers.gone)
     gallery.canvas.click(handlers.refilled, gallery.chosen, [*form.all, status], **PRIVATE)
@@ -421,8 +434,9 @@ def _wire_pairs(
     """Wire the comparison of two; ``controls`` are the buttons that start and cancel, and the status line."""
     wire_lists(page, tab, PairHandlers(handlers.workspace, handlers.runs, handlers.keeper), pairs)
     start, cancel, status = controls
-    run = pairs.start.click(handlers.begin_both, None, controls, queue=False, **PRIVATE).then(
-        handlers.draw_both, [*form.all, *pairs.changes], [*pairs.results, status], **PRIVATE, **DEVICE
+    ticket = gr.Textbox(visible=False)
+    run = pairs.start.click(handlers.begin_both, None, [*controls, ticket], queue=False, **PRIVATE).then(
+        handlers.draw_both, [ticket, *form.all, *pairs.changes], [*pairs.results, status], **PRIVATE, **DEVICE
     )
     ended = run.then(handlers.ended, None, [start, cancel], queue=False, **PRIVATE)
     ended.then(lambda: 1, None, gallery.number, queue=False, **PRIVATE).then(

@@ -21,6 +21,7 @@ from ..streaming import CancelTokens, stream
 from ..workspace import ProgressLine, Workspace
 
 WAITING = "Getting ready… (It waits while something else is drawn or fused.)"
+NOT_BEGUN = "Cancelled while it waited; nothing was drawn."
 Asked = tuple[GenerateRequest, dict[str, Any]]
 
 
@@ -90,18 +91,19 @@ class PairHandlers:
         rows, _ = adapter_rows(self.workspace)
         return [gr.Dropdown(choices=base_choices(self.workspace)), gr.Dropdown(choices=[row[0] for row in rows])]
 
-    def draw(self, ask: Callable[[], Asked], changes: tuple[Any, ...], who: str) -> Iterator[tuple[Any, ...]]:
+    def draw(self, ask: Callable[[], Asked], changes: tuple[Any, ...], ticket: str) -> Iterator[tuple[Any, ...]]:
         """Draw both; yields lines for the status, at the end the pictures (:attr:`PairFields.results`) and a line."""
-        stop, line = self.runs.take(who), [WAITING]
+        stop, line = self.runs.take(ticket), [WAITING]
         nothing = (gr.skip(),) * 5
+        if stop is None:  # cancelled while it waited, which the page has said
+            yield *nothing, gr.skip()
+            return
 
         def work(tell: Any) -> Pair:
             def show_step(done: int, total: int, text: str) -> None:
                 line[0] = f"{text} (step {done} of {total})"
                 tell(line[0])
 
-            if stop.is_set():
-                return Pair([], ("", ""), None, "Stopped.")
             request, scene = ask()
             second = other_request(request, *changes)
             hooks = Hooks(ProgressLine(show_step), should_stop=stop.is_set)
@@ -117,7 +119,7 @@ class PairHandlers:
         except gr.Error as error:  # shown in the status line
             yield *nothing, f"**That did not work.** {error.message}"
         finally:
-            self.runs.end(who, stop)
+            self.runs.end(ticket)
 
     def _shown(self, pair: Pair) -> tuple[Any, ...]:
         files = [(str(one), str(two)) for one, two in pair.pictures]
