@@ -15,6 +15,7 @@ import torch
 
 from .core import assets as resources
 from .core.cache import cache_folder
+from .core.files import folder_size
 from .core.machine import machine_properties, measured_once, provenance
 from .core.precision import cuda_has_bf16, measure_cpu, resolve_mixed_precision
 from .training.memory import available
@@ -111,11 +112,6 @@ def caches() -> dict[str, Any]:
     folder = cache_folder()
     parts = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     return {"folder": shared_name(folder), "mib": {part.name: round(folder_size(part) / 2**20, 1) for part in parts}}
-
-
-def folder_size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def shared_name(path: Path) -> str:

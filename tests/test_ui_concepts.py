@@ -18,7 +18,7 @@ from spectral_diffusion.app import concepts, editing, uploads
 from spectral_diffusion.app.adapter_headers import AdapterInfo, adapter_headers, owner_of_adapter
 from spectral_diffusion.app.jobs import Record
 from spectral_diffusion.app.overview import look, slot_clashes, strips
-from spectral_diffusion.app.workspace import Workspace
+from spectral_diffusion.app.workspace import Workspace, visible
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.slots.ledger import LEDGER, Ledger, Slot, SlotRequest
@@ -486,11 +486,13 @@ def test_labels_agree_with_the_adapters_themselves(workspace: Workspace, tiny_ba
 def test_handlers_say_what_to_do(workspace: Workspace, photos: Path) -> None:
     gr = pytest.importorskip("gradio")
     from spectral_diffusion.app.page import Page
-    from spectral_diffusion.app.tabs.concepts import NOTHING, ConceptHandlers
+    from spectral_diffusion.app.tabs.concepts import ConceptHandlers
+    from spectral_diffusion.app.tabs.concepts_layout import NOTHING
 
     nothing: Any = None
     handlers = ConceptHandlers(Page(workspace, *[nothing] * 9))
-    guide, problems, shelf, slots = handlers.overview(None)
+    guide, problems, shelf, slots, trash, _ = handlers.overview(None)
+    assert not trash.visible
     assert guide.visible and not problems.visible and 'data-name="rex"' in shelf and "Free" in slots
     assert handlers.show(None)[0] == handlers.show("../x")[0] == NOTHING
     panel = handlers.show("rex")
@@ -512,6 +514,12 @@ def test_handlers_say_what_to_do(workspace: Workspace, photos: Path) -> None:
     gallery, told = handlers.preview([str(bad), str(photos / "0.png")])
     assert gallery.visible and "**1 photo**" in told and "bad.png is not a readable image: left out" in told
     assert handlers.delete("tom", False)[0] is None and not (workspace.concepts / "tom").exists()
+    *_, trash, line = handlers.overview(None)
+    assert trash.visible and line.startswith("Trash: 1 deletion, 1 MB.")
+    asking, line = handlers.empty_trash()
+    assert not asking.visible and line.startswith("Emptied the trash: 1 deletion, ") and not visible(workspace.trash)
+    *_, trash, again = handlers.overview(None)
+    assert trash.visible and again == line
 
 
 def test_add_concept_endpoint(workspace: Workspace, photos: Path) -> None:

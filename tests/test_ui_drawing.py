@@ -6,6 +6,7 @@ import base64
 import errno
 import io
 import json
+import os
 import shutil
 import socket
 import threading
@@ -388,7 +389,7 @@ def test_full_disk_is_a_sentence(
 
 def test_fused_base_and_tokens(workspace: Workspace, trained: tuple[Path, Path], keeper: BaseCache) -> None:
     pytest.importorskip("gradio")
-    from spectral_diffusion.app.tabs.generate import GenerateHandlers
+    from spectral_diffusion.app.tabs.generate_handlers import GenerateHandlers
     from spectral_diffusion.config.fuse import FuseConfig
     from spectral_diffusion.merging.fuse import fuse_to_folder
 
@@ -550,7 +551,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def handlers(workspace: Workspace) -> Any:
     pytest.importorskip("gradio")
-    from spectral_diffusion.app.tabs.generate import GenerateHandlers
+    from spectral_diffusion.app.tabs.generate_handlers import GenerateHandlers
 
     return GenerateHandlers(workspace)
 
@@ -703,6 +704,8 @@ def test_endpoint_draws_with_sketch_and_regions(
         api_name="/generate",
     )  # fmt: skip
     assert len(files) == 2 and "Drew 2 pictures of " in words
+    copies = [path for path in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*.png") if "sketch" not in path.name]
+    assert not copies and Path(files[0]).exists()  # pictures are served from where they are
     settings = read_settings(Path(files[0]))
     assert settings["seed"] == 7 and len(settings["regions"]) == 2 and settings["controls"][0]["kind"] == "sketch"
     for more, sentence in (

@@ -37,6 +37,7 @@ from .concepts import (
     suggest_token,
 )
 from .jobs import disk_errors_as_sentence, refuse_busy
+from .trash import STAMP
 from .uploads import PHOTOS, copy_into, looked_through
 from .workspace import Workspace, pick, safe_name
 
@@ -238,7 +239,7 @@ def discard(workspace: Workspace, what: str, paths: Iterable[Path]) -> Path:
     """
     with disk_errors_as_sentence(".trash"):
         workspace.trash.mkdir(parents=True, exist_ok=True)
-        stamp = time.strftime("%Y%m%d-%H%M%S")
+        stamp = time.strftime(STAMP)
         folder = Path(tempfile.mkdtemp(prefix=f"{stamp}-{what}-", dir=workspace.trash))
         for path in paths:
             if path.exists() or path.is_symlink():

@@ -21,6 +21,7 @@ from ..core.hooks import QUIET, Hooks
 from .adapters import adapter_file, read_adapter
 from .device import giving_back
 from .sentences import errors_in_app, in_app
+from .speeds import expected, line, measured
 from .workspace import Workspace, filled, pick, safe_name, sentence_of, visible
 
 if TYPE_CHECKING:
@@ -187,13 +188,29 @@ def fuse_chosen(
     notes: list[str] = []
     with giving_back(), errors_in_app(workspace, "fused"):
         settings = fuse_settings(workspace, chosen, workspace.fused / name, strengths, **changes)
-        with _kept(workspace, name):
+        with _kept(workspace, name), measured(workspace, speed_key(settings), len(chosen)):
             notes += [
                 f"Note: {warning}"
                 for warning in fuse_to_folder(settings, Hooks(progress=hooks.progress, notify=notes.append))
             ]
     messages = [in_app(note, workspace) for note in notes]
     return "\n".join([*messages, f"Saved '{name}' with {' and '.join(chosen)}. Draw with it in step 4."])
+
+
+def speed_key(settings: FuseConfig) -> str:
+    """What fusions with these settings are measured as."""
+    base = settings.base or "pocket"
+    steps = f" {settings.distill.steps}" if settings.distill.steps else ""
+    return f"fuse {resources.preset_of(base) or base} {settings.merge}{steps}"
+
+
+def estimate(workspace: Workspace, chosen: Sequence[str] | None, **changes: Any) -> str:
+    """How long a fusion of these adapters will take, as a sentence; empty if it is not known."""
+    try:
+        settings = fuse_settings(workspace, chosen, workspace.fused / "estimate", {}, **changes)
+    except UserError:  # reported when it is fused
+        return ""
+    return line(expected(workspace, speed_key(settings), len(chosen or [])), "this fusion")
 
 
 @contextmanager

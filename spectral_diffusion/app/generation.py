@@ -17,6 +17,7 @@ from ..config.scene import Scene
 from ..config.settings import build
 
 # Here rather than where they are used: torch and diffusers break when two pages' threads import them at once.
+from ..core.assets import preset_of
 from ..core.errors import Cancelled, UserError
 from ..core.files import write_bytes
 from ..core.hooks import QUIET, Event, Hooks, Progress
@@ -30,6 +31,7 @@ from .canvas import Canvas, CanvasRegion
 from .concepts import known_concepts
 from .fusing import FUSED, SPARING, base_path, fused_names, parse_strengths
 from .sentences import errors_in_app, in_app
+from .speeds import expected, line, measured, work_of_pictures
 from .workspace import Workspace, filled
 
 SKETCHES = "sketches"  # the folder of control images inside that of the pictures
@@ -111,13 +113,9 @@ def generate(
                 with (keeper or BaseCache()).acquire(
                     scene.base, scene.device, scene.dtype, scene.quantization, scene.layer_offload
                 ) as base:
-                    generate_to_file(
-                        scene,
-                        Hooks(progress=_of_all(scene, hooks), notify=notes.append, should_stop=hooks.should_stop),
-                        show,
-                        base=base,
-                        every=every,
-                    )
+                    said = Hooks(progress=_of_all(scene, hooks), notify=notes.append, should_stop=hooks.should_stop)
+                    with measured(workspace, speed_key(scene.base), _units(scene, base.size)):
+                        generate_to_file(scene, said, show, base=base, every=every)
                 message = "Drew {}."
             except Cancelled:
                 message = "Stopped; {} finished before that."
@@ -126,6 +124,38 @@ def generate(
     written = [path for path in picture_paths(scene) if path.exists()]
     notes.append(message.format(_counted(written)) if written else "Stopped.")
     return GeneratedPictures(written, "\n".join(in_app(_explained(workspace, note), workspace) for note in notes))
+
+
+def speed_key(path: str) -> str:
+    """What pictures of a base are measured as: a fusion is as quick as its base."""
+    return f"generate {preset_of(path) or path}"
+
+
+def _units(scene: Scene, side: int) -> float:
+    """The work of a scene's pictures."""
+    return work_of_pictures(
+        scene.num_inference_steps, len(scene.every_seed()), scene.guidance_scale, len(scene.regions),
+        scene.global_prompt_weight, scene.width or side, scene.height or side,
+    )  # fmt: skip
+
+
+def estimate(workspace: Workspace, base: str | None, boxes: int, **fields: Any) -> str:
+    """How long the pictures of these fields will take, as a sentence; empty if it is not known.
+
+    Args:
+        fields: the scene's settings, as of :func:`generate`.
+    """
+    try:
+        path, side = base_path(workspace, base), side_of(workspace, base)
+        units = work_of_pictures(
+            float(fields["num_inference_steps"]), float(fields["num_images"] or 1), float(fields["guidance_scale"]),
+            boxes, float(fields["global_prompt_weight"] or 0), float(fields["width"] or side),
+            float(fields["height"] or side),
+        )  # fmt: skip
+    except (UserError, TypeError, ValueError, KeyError):  # reported when it is generated
+        return ""
+    pictures = "this picture" if (fields["num_images"] or 1) == 1 else "these pictures"
+    return line(expected(workspace, speed_key(path), units), pictures)
 
 
 def _counted(written: Sequence[Path]) -> str:

@@ -89,6 +89,7 @@ def launch(
     if not password:
         guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL))
     temporary.prepare_folder()
+    gr.set_static_paths([blocks.pictures.absolute()])  # else gradio copies every picture that it shows
     try:
         return blocks.launch(
             server_name=host,

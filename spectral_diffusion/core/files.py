@@ -104,6 +104,15 @@ def exists(path: Path | str) -> bool:
         return False
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder; files that go meanwhile, and links, count nothing."""
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            size += path.stat().st_size if path.is_file() and not path.is_symlink() else 0
+    return size
+
+
 def check_writable(path: Path, needed: int = PROBE) -> None:
     """Say now, not after an hour of work, that an output cannot be written, or that its disk is full.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,13 @@ import gradio as gr
 
 from ...core.errors import UserError
 from .. import concept_html as cards
-from .. import concepts, editing
+from .. import concepts, editing, trash
 from ..first_run import adopt
 from ..overview import look
 from ..page import PRIVATE, Handed, Page, asked, errors_as_toast, hand, plain_html
 from ..sentences import rendered
 from ..uploads import looked_through
+from .concepts_layout import NOTHING, Detail, build_adding, build_detail, build_trash
 
 SHOW_ME = "Show me: two ready-made concepts in one picture"
 GUIDE = (
@@ -24,8 +24,6 @@ GUIDE = (
     "your pictures, and press *Train it in step 2*. When it is trained, draw it in step 4. For two things in one "
     "picture train both, then in step 4 give each a box, or put them together in step 3 first."
 )
-NOTHING = "Choose a concept to see its photos and to train it, or add your own thing above."
-FILES = ["image", ".zip", ".txt"]
 CHOOSE = """element.addEventListener('click', event => {
     const card = event.target.closest('button[data-name]');
     if (!card) return;
@@ -43,20 +41,21 @@ def build(page: Page, tab: gr.Tab) -> None:
         show_me = gr.Button(SHOW_ME, variant="primary", elem_id="concepts-first")
         gr.Markdown(GUIDE)
     problems = gr.Markdown(elem_id="concepts-problems", visible=False)
-    adding = _adding()
+    adding = build_adding()
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             shelf = gr.HTML(elem_id="concepts-shelf", js_on_load=CHOOSE, label="Concepts")
         with gr.Column(scale=2, min_width=320, elem_id="concepts-side"):
-            detail = _detail()
+            detail = build_detail()
     gr.Markdown(
         "### Who sits where\nA base has many directions, the strongest first. Each concept is written into some of its "
         "own, so that none overwrites another."
     )
     slots = gr.HTML(elem_id="concepts-slots", label="Slot map")
+    trash_line = build_trash()
 
     handlers = ConceptHandlers(page)
-    overview = [guide, problems, shelf, slots]
+    overview = [guide, problems, shelf, slots, trash_line.whole, trash_line.line]
     page.refreshed(tab, handlers.overview, [chosen], overview)
     page.refreshed(tab, handlers.show, [chosen], detail.shown)
 
@@ -90,141 +89,13 @@ def build(page: Page, tab: gr.Tab) -> None:
     detail.train.click(handlers.to_training, [chosen], [page.concept, page.tabs], **PRIVATE)
     again(detail.copy.click(handlers.copy, [chosen], [detail.result], **PRIVATE))
     _wire_editing(handlers, detail, chosen, again)
+    asking, really = trash_line.asked, trash_line.really
+    trash_line.ask.click(lambda: gr.Row(visible=True), None, asking, **PRIVATE)
+    trash_line.keep.click(lambda: gr.Row(visible=False), None, asking, **PRIVATE)
+    again(really.click(handlers.empty_trash, None, [asking, trash_line.line], **PRIVATE))
 
 
-# --- layout --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Adding:
-    """The parts of "Add your own thing"."""
-
-    whole: gr.Accordion
-    files: gr.File
-    preview: gr.Gallery
-    summary: gr.Markdown
-    name: gr.Textbox
-    noun: gr.Textbox
-    token: gr.Textbox
-    suggested: gr.State
-    save: gr.Button
-    result: gr.Markdown
-
-
-def _adding() -> Adding:
-    with gr.Accordion("Add your own thing", open=False, elem_id="concepts-add") as whole:
-        with gr.Row():
-            with gr.Column(scale=3, min_width=280):
-                files = gr.File(
-                    label="Photos, or a zip of them", file_count="multiple", file_types=FILES, height=170,
-                    elem_id="concepts-files",
-                )  # fmt: skip
-                gr.Markdown(
-                    "One to about ten pictures of the same thing, from different sides. A text file of a photo's name "
-                    "becomes its caption.",
-                    elem_classes="muted",
-                )
-            with gr.Column(scale=2, min_width=280):
-                name = gr.Textbox(label="Name", placeholder="rex", max_lines=1, elem_id="concepts-name")
-                noun = gr.Textbox(
-                    label="What it is", info="In a word that everybody knows.", placeholder="dog", max_lines=1,
-                    elem_id="concepts-noun",
-                )  # fmt: skip
-                token = gr.Textbox(
-                    "", label="Its word in prompts", info="Suggested from the name.", placeholder="<rex>", max_lines=1,
-                    elem_id="concepts-token",
-                )  # fmt: skip
-        preview = gr.Gallery(
-            label="What will be saved", show_label=False, columns=6, height="auto", object_fit="cover",
-            interactive=False, buttons=[], allow_preview=False, visible=False, elem_id="concepts-preview",
-            elem_classes="concepts-photos",
-        )  # fmt: skip
-        summary = gr.Markdown(elem_id="concepts-found")
-        save = gr.Button("Save concept", variant="primary", elem_id="concepts-save")
-    result = gr.Markdown(elem_id="concepts-added")
-    return Adding(whole, files, preview, summary, name, noun, token, gr.State(""), save, result)
-
-
-@dataclass(frozen=True)
-class Detail:
-    """The parts of one concept's panel; ``shown`` are the outputs of :meth:`ConceptHandlers.show`."""
-
-    about: gr.Markdown
-    train: gr.Button
-    copy: gr.Button
-    photos: gr.Gallery
-    flags: gr.Markdown
-    result: gr.Markdown
-    editing: gr.Column
-    names: gr.State
-    photo: gr.State
-    caption: gr.Textbox
-    save: gr.Button
-    remove: gr.Button
-    more: gr.UploadButton
-    tidy: gr.Button
-    new_name: gr.Textbox
-    new_noun: gr.Textbox
-    new_token: gr.Textbox
-    change: gr.Button
-    ask: gr.Button
-    asked: gr.Column
-    with_adapter: gr.Checkbox
-    delete: gr.Button
-    keep: gr.Button
-
-    @property
-    def shown(self) -> list[Any]:
-        """The outputs of a chosen concept."""
-        return [
-            self.about, self.train, self.copy, self.photos, self.flags, self.editing, self.names, self.photo,
-            self.caption, self.tidy, self.new_name, self.new_noun, self.new_token, self.asked, self.with_adapter,
-        ]  # fmt: skip
-
-
-def _detail() -> Detail:
-    names: gr.State = gr.State([])
-    photo: gr.State = gr.State(None)
-    about = gr.Markdown(NOTHING, elem_id="concepts-about")
-    with gr.Row():
-        train = gr.Button("Train it in step 2 →", variant="primary", visible=False, elem_id="concepts-train")
-        copy = gr.Button("Make it mine", visible=False, elem_id="concepts-copy")
-    result = gr.Markdown(elem_id="concepts-result")
-    photos = gr.Gallery(
-        label="Photos", show_label=False, columns=4, height="auto", object_fit="cover", interactive=False, buttons=[],
-        visible=False, allow_preview=False, elem_id="concepts-photos", elem_classes="concepts-photos",
-    )  # fmt: skip
-    flags = gr.Markdown(elem_id="concepts-flags")
-    with gr.Column(visible=False, elem_id="concepts-editing") as editing:
-        caption = gr.Textbox(
-            label="Caption", info="Click a photo, then say what else is in it. Enter goes to the next.", max_lines=1,
-            elem_id="concepts-caption", interactive=False,
-        )  # fmt: skip
-        with gr.Row():
-            save = gr.Button("Save caption", size="sm", elem_id="concepts-caption-save")
-            remove = gr.Button("Remove photo", size="sm", elem_id="concepts-remove")
-            more = gr.UploadButton(
-                "Add photos", size="sm", file_count="multiple", file_types=FILES, elem_id="concepts-more"
-            )
-        tidy = gr.Button("Remove broken and duplicate photos", size="sm", visible=False, elem_id="concepts-tidy")
-        with gr.Accordion("Name and token", open=False, elem_id="concepts-change"):
-            with gr.Row():
-                new_name = gr.Textbox(label="Name", max_lines=1, min_width=100, elem_id="concepts-new-name")
-                new_noun = gr.Textbox(label="What it is", max_lines=1, min_width=100, elem_id="concepts-new-noun")
-                new_token = gr.Textbox(label="Token", max_lines=1, min_width=100, elem_id="concepts-new-token")
-            change = gr.Button("Save name and token", size="sm", elem_id="concepts-change-save")
-        ask = gr.Button("Delete this concept…", size="sm", elem_id="concepts-delete")
-        with gr.Column(visible=False, elem_id="concepts-asked") as asked:
-            with_adapter = gr.Checkbox(
-                label="Also delete its adapter and free its slot", elem_id="concepts-with-adapter"
-            )
-            with gr.Row():
-                delete = gr.Button("Yes, delete it", variant="stop", size="sm", elem_id="concepts-delete-yes")
-                keep = gr.Button("Keep it", size="sm", elem_id="concepts-delete-no")
-    return Detail(
-        about, train, copy, photos, flags, result, editing, names, photo, caption, save, remove, more, tidy, new_name,
-        new_noun, new_token, change, ask, asked, with_adapter, delete, keep,
-    )  # fmt: skip
+# --- wiring ---------------------------------------------------------------------------------------------
 
 
 def _wire_editing(handlers: ConceptHandlers, detail: Detail, chosen: gr.State, again: Any) -> None:
@@ -258,6 +129,7 @@ class ConceptHandlers:
 
     def __init__(self, page: Page) -> None:
         self.workspace = page.workspace
+        self.emptied = ""  # what was last said on emptying the trash
 
     def overview(self, chosen: str | None) -> list[Any]:
         """The guide, problems, cards and slot map."""
@@ -273,7 +145,20 @@ class ConceptHandlers:
                 gr.Markdown(problems, visible=bool(lines)),
                 cards.cards(overview, chosen),
                 cards.slot_map_html(overview),
+                *self.trash(),
             ]
+
+    def trash(self) -> list[Any]:
+        """The line on the trash, from which old deletions are first deleted for good."""
+        self.emptied = trash.empty(self.workspace) or self.emptied
+        line = trash.contents(self.workspace).line()
+        return [gr.Column(visible=bool(line or self.emptied)), plain_html(f"{line} {self.emptied}".strip())]
+
+    def empty_trash(self) -> list[Any]:
+        """Delete everything in the trash for good."""
+        with errors_as_toast():
+            self.emptied = trash.empty(self.workspace, older_than=0)
+        return [gr.Row(visible=False), plain_html(self.emptied)]
 
     def first(self) -> tuple[Handed, Any]:
         """Take the ready-made adapters, and lead to the pictures, where the first one is drawn."""

@@ -63,6 +63,11 @@ def _wire_bench(bench: Bench, handlers: FuseHandlers, page: Page, lists: dict[st
     }  # fmt: skip
     bench.chosen.change(**look)
     bench.strengths.change(**look)
+    priced = [bench.chosen, bench.merge, bench.distill, bench.options, bench.prior_weight]
+    gr.on(
+        [bench.chosen.change, bench.merge.change, bench.distill.change, bench.saved.change],
+        handlers.estimate, priced, bench.expected, trigger_mode="always_last", **PRIVATE,
+    )  # fmt: skip
     bench.merge.change(handlers.about_merge, bench.merge, bench.summary, **PRIVATE)
     bench.distill.change(
         handlers.about_distillation, bench.distill, [bench.merge, bench.prior_weight, bench.options], **PRIVATE
@@ -163,6 +168,13 @@ class FuseHandlers:
             gr.Markdown(text, visible=bool(text)),
         ]
 
+    def estimate(
+        self, chosen: list[str] | None, merge: str, distill: int | str, options: str, prior_weight: float | None
+    ) -> str:
+        """How long the fusion of the fields will take."""
+        with errors_as_toast():
+            return fusing.estimate(self.workspace, chosen, **changes_for(merge, distill, options, prior_weight))
+
     def about_merge(self, merge: str) -> str:
         """A merge's description."""
         with errors_as_toast():
@@ -209,9 +221,7 @@ class FuseHandlers:
         self.compares.stop(session)
 
     @contextmanager
-    def _run(
-        self, runs: CancelTokens, ticket: str, stop: threading.Event, progress: gr.Progress
-    ) -> Iterator[Progress]:
+    def _run(self, runs: CancelTokens, ticket: str, stop: threading.Event, progress: gr.Progress) -> Iterator[Progress]:
         """The progress of a run that its browser can stop."""
         try:
             yield cancellable(stop, teller(progress), STOPPED)

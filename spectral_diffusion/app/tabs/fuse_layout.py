@@ -79,6 +79,7 @@ class Bench:
             info="Letters, digits, - and _.",
         )  # fmt: skip
         self.replace = gr.Checkbox(label="Replace it", visible=False, elem_id="fuse-replace")
+        self.expected = gr.Markdown(elem_id="fuse-expected", elem_classes="muted")
         with gr.Row():
             self.compare = gr.Button("Compare", elem_id="fuse-compare")
             self.save = gr.Button("Save", variant="primary", elem_id="fuse-save")

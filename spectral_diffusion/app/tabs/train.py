@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import gradio as gr
 
-from ...config.settings import description
 from ...config.train import TrainConfig
 from ...core.errors import UserError
 from ...core.templates import render
@@ -21,49 +19,7 @@ from ..queue import Queue
 from ..sentences import rendered
 from ..workspace import sentence_of
 from .job_list import List, build_list, shown_jobs
-
-NO_ADAPTERS = "None yet. What you train appears here, ready for steps 3 and 4."
-
-
-@dataclass(frozen=True)
-class Form:
-    """The training form, in the order in which :meth:`TrainHandlers.start` takes the values."""
-
-    concept: gr.Dropdown
-    preset: gr.Dropdown
-    base: gr.Textbox
-    method: gr.Dropdown
-    rank: gr.Number
-    steps: gr.Number
-    seed: gr.Number
-    slot: gr.Textbox
-    samples: gr.Checkbox
-
-    @property
-    def all(self) -> list[Any]:
-        """The components in their order."""
-        return [getattr(self, item.name) for item in fields(self)]
-
-    @staticmethod
-    def named(values: tuple[Any, ...]) -> dict[str, Any]:
-        """The components' values by name, without the concept and the preset."""
-        return dict(zip((item.name for item in fields(Form)[2:]), values, strict=True))
-
-
-@dataclass(frozen=True)
-class AdapterTable:
-    """The adapters."""
-
-    empty: gr.Markdown
-    table: gr.HTML
-    problems: gr.Markdown
-    actions: gr.Row
-    chosen: gr.Dropdown
-
-    @property
-    def all(self) -> list[Any]:
-        """The components in their order."""
-        return [getattr(self, item.name) for item in fields(self)]
+from .train_layout import Form, build_form, build_shelf
 
 
 class TrainHandlers:
@@ -276,10 +232,10 @@ def build(page: Page, tab: gr.Tab) -> None:
     handlers = TrainHandlers(page)
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            form, about, computer, costs, start, message = _form()
+            form, about, computer, costs, start, message = build_form()
         with gr.Column(scale=6, min_width=320):
             parts, sure, keep = build_list(start, page.strip, page.timer)
-    shelf, adapters_said, draw, delete = _shelf()
+    shelf, adapters_said, draw, delete = build_shelf()
 
     # The id of the shown training. The radio is never an input: gradio refuses choices that were added later.
     chosen: gr.State = gr.State(None)
@@ -303,74 +259,6 @@ def build(page: Page, tab: gr.Tab) -> None:
 
     for fn, name in ((handlers.api_train, "train"), (handlers.api_jobs, "jobs"), (handlers.api_stop, "stop")):
         gr.api(fn, api_name=name)
-
-
-# --- layout --------------------------------------------------------------------------------------------------
-
-
-def _form() -> tuple[Form, gr.Markdown, gr.Markdown, gr.HTML, gr.Button, gr.Markdown]:
-    concept = gr.Dropdown([], label="Concept", info="From step 1.", elem_id="train-concept", allow_custom_value=True)
-    about = gr.Markdown(elem_id="train-about", elem_classes="muted")
-    known = presets()
-    preset = gr.Dropdown(list(known), value="pocket", label="Preset", info=known["pocket"], elem_id="train-preset")
-    computer = gr.Markdown(elem_id="train-computer", elem_classes="muted")
-    settings = preset_train_settings("pocket", "train")
-    with gr.Accordion("More settings", open=False, elem_id="train-more"):
-        base = gr.Textbox(
-            settings["base"], label="Base", info=description(TrainConfig, "base"),
-            max_lines=1, elem_id="train-base",
-        )  # fmt: skip
-        method = gr.Dropdown(
-            [settings["method"]], value=settings["method"], label="Method", info=description(TrainConfig, "method"),
-            allow_custom_value=True, elem_id="train-method",
-        )  # fmt: skip
-        with gr.Row():
-            rank = gr.Number(
-                settings["rank"], label="Rank", info=description(TrainConfig, "rank"),
-                precision=0, minimum=1, min_width=120, elem_id="train-rank",
-            )  # fmt: skip
-            steps = gr.Number(
-                settings["steps"], label="Steps", info=description(TrainConfig, "steps"), precision=0, minimum=1,
-                min_width=120, elem_id="train-steps",
-            )  # fmt: skip
-        with gr.Row():
-            seed = gr.Number(
-                0, label="Seed", info=description(TrainConfig, "seed"), precision=0, minimum=0, min_width=120,
-                elem_id="train-seed",
-            )  # fmt: skip
-            slot = gr.Textbox(
-                "next", label="Slot", info=description(TrainConfig, "slot"),
-                max_lines=1, min_width=120, elem_id="train-slot",
-            )  # fmt: skip
-        samples = gr.Checkbox(
-            True, label="Draw samples on the way", info="A few small pictures; they cost some time.",
-            elem_id="train-with-samples",
-        )  # fmt: skip
-    costs = gr.HTML(elem_id="train-estimate", label="What it will cost", padding=False)
-    start = gr.Button("Start training", variant="primary", elem_id="train-start")
-    message = gr.Markdown(elem_id="train-said")
-    form = Form(concept, preset, base, method, rank, steps, seed, slot, samples)
-    return form, about, computer, costs, start, message
-
-
-def _shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button, gr.Column, gr.Button, gr.Button]]:
-    gr.Markdown("### Trained concepts\nEach is kept in a small file, an *adapter*.")
-    empty = gr.Markdown(NO_ADAPTERS, elem_id="train-no-adapters")
-    table = gr.HTML(visible=False, label="Your adapters", padding=False, elem_id="train-adapters")
-    problems = gr.Markdown(visible=False, elem_id="train-problems")
-    with gr.Row(visible=False) as actions:
-        chosen = gr.Dropdown(
-            [], label="Trained concept", allow_custom_value=True, elem_id="train-adapter", min_width=200
-        )
-        draw = gr.Button("Draw with it", elem_id="train-adapter-draw", min_width=120)
-        ask = gr.Button("Delete", elem_id="train-adapter-delete", min_width=120)
-    with gr.Column(visible=False, elem_id="train-adapter-asked") as asked:
-        gr.Markdown("The adapter is deleted for good; fusions that hold it stay.")
-        with gr.Row():
-            really = gr.Button("Delete it", size="sm", variant="stop", elem_id="train-adapter-delete-sure")
-            no = gr.Button("Keep it", size="sm", elem_id="train-adapter-keep")
-    message = gr.Markdown(elem_id="train-adapters-said")
-    return AdapterTable(empty, table, problems, actions, chosen), message, draw, (ask, asked, really, no)
 
 
 # --- wiring --------------------------------------------------------------------------------------------------

@@ -1,0 +1,76 @@
+"""The workspace's trash: what was deleted or replaced is kept for a month, then deleted for good."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.files import folder_size
+from .workspace import Workspace, visible
+
+DAYS = 30
+STAMP = "%Y%m%d-%H%M%S"  # how the folders of the trash begin
+
+
+@dataclass(frozen=True)
+class Trash:
+    """The deletions that can be undone: how many, and their bytes."""
+
+    count: int
+    size: int
+
+    def line(self) -> str:
+        """What the page says of it; empty for an empty trash."""
+        if not self.count:
+            return ""
+        things = "1 deletion" if self.count == 1 else f"{self.count} deletions"
+        return f"Trash: {things}, {_megabytes(self.size)}. Each is deleted for good after {DAYS} days."
+
+
+def contents(workspace: Workspace) -> Trash:
+    """The trash as it is now."""
+    folders = visible(workspace.trash)
+    return Trash(len(folders), sum(folder_size(folder) for folder in folders))
+
+
+def empty(workspace: Workspace, older_than: float = DAYS, now: float | None = None) -> str:
+    """Delete for good what was deleted more than ``older_than`` days ago.
+
+    Returns:
+        A sentence, or nothing if there was nothing to delete.
+    """
+    moment = time.time() if now is None else now
+    count = size = kept = 0
+    for folder in visible(workspace.trash):
+        if moment - _deleted_at(folder) < older_than * 86400:
+            continue
+        bytes_of_it = folder_size(folder)
+        with suppress(OSError):
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+        if folder.exists():
+            kept += 1
+            continue
+        count, size = count + 1, size + bytes_of_it
+    sentences = []
+    if count:
+        things = "1 deletion" if count == 1 else f"{count} deletions"
+        aged = f" of more than {older_than:g} days ago" if older_than else ""
+        sentences.append(f"Emptied the trash: {things}{aged}, {_megabytes(size)}.")
+    if kept:
+        sentences.append(f"{kept} in it cannot be deleted; look at the folder .trash of the workspace.")
+    return " ".join(sentences)
+
+
+def _deleted_at(folder: Path) -> float:
+    """When something was put into the trash, in seconds since the epoch: its name says it."""
+    try:
+        return time.mktime(time.strptime("-".join(folder.name.split("-")[:2]), STAMP))
+    except (ValueError, OverflowError):
+        return folder.lstat().st_mtime
+
+
+def _megabytes(size: int) -> str:
+    return f"{max(1, round(size / 1e6))} MB"
