@@ -56,6 +56,7 @@ VALUES: dict[str, Callable[[str], dict[str, Any]]] = {
     "app/templates/fusion_table.html.jinja": lambda name: {
         "columns": {name: name, "Size": "how large"},
         "rows": [{name: name, "Size": name}],
+        "sentences": [(name, name)],
     },
     "app/templates/slot_map.html.jinja": slot_map,
     "app/templates/train_figures.html.jinja": lambda name: {"tiles": {name: name}, "note": name},

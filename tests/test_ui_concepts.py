@@ -501,6 +501,9 @@ def test_handlers_say_what_to_do(workspace: Workspace, photos: Path) -> None:
         handlers.add("../x", "cat", [], "")
     words, name = handlers.add("tom", "cat", [str(path) for path in photos.iterdir()], "")
     assert (words, name) == ("Added 'tom'.", "tom")
+    assert handlers.kind("thing").visible and handlers.kind("style").value == "style"
+    handlers.add("ink", "style", [str(path) for path in photos.iterdir()], "")
+    assert "`in <ink> style`" in handlers.show("ink")[0]
     assert handlers.suggest("tom", "", "") == ("<tom-2>", "<tom-2>")
     assert handlers.suggest("tim", "<mine>", "<tom-2>") == ("<mine>", "<tim>")
     panel = handlers.show("tom")

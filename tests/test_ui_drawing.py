@@ -23,12 +23,13 @@ from conftest import make_photos, make_tiny_base
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from spectral_diffusion.app import base_cache as keeper_module
-from spectral_diffusion.app import canvas, poses
+from spectral_diffusion.app import canvas, fusing, poses, presets
 from spectral_diffusion.app import gallery as pictures
 from spectral_diffusion.app import generation as drawing
 from spectral_diffusion.app.base_cache import BaseCache
 from spectral_diffusion.app.canvas import Canvas, read_canvas
 from spectral_diffusion.app.generation import GeneratedPictures, GenerateRequest
+from spectral_diffusion.app.presets import suited_bases
 from spectral_diffusion.app.streaming import CancelTokens, stream
 from spectral_diffusion.app.workspace import Workspace
 from spectral_diffusion.config.train import TrainConfig
@@ -281,6 +282,28 @@ def test_a_large_base_leaves_its_gpu_between_pictures(monkeypatch: pytest.Monkey
         keeper_module.move(base, base.device)
         keeper_module.move(base, torch.device("cpu"))
         assert moves == wanted
+
+
+def test_a_base_is_loaded_as_this_computer_needs_it(
+    workspace: Workspace, trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    klein, z_image = "black-forest-labs/FLUX.2-klein-base-4B", "Tongyi-MAI/Z-Image"
+    assert drawing.as_loaded(workspace, klein) == {"dtype": "float32"}  # no GPU here
+    monkeypatch.setattr("spectral_diffusion.doctor.this_computer", lambda: ("a card", ["klein-12gb", "z-image-12gb"]))
+    assert fusing.base_choices(workspace, list(suited_bases())) == ["pocket", klein, z_image]
+    assert drawing.as_loaded(workspace, klein) == {"dtype": "bfloat16"}
+    assert drawing.as_loaded(workspace, z_image) == {"dtype": "bfloat16", "quantization": "int8"}
+    assert drawing.sampling_of(workspace, klein, (20, 2.0, 1.0)) == (50, 4.0, 0.0)
+    assert drawing.sampling_of(workspace, klein, (33, 2.5, 1.0)) == (33, 2.5, 0.0)  # a person's own stay
+    asked = GenerateRequest(base=z_image, adapters=[])
+    assert drawing.requested_scene(workspace, asked, Path("x.png"), prompt="a").quantization == "int8"
+    own = drawing.requested_scene(workspace, asked, Path("x.png"), prompt="a", quantization="none")
+    assert own.quantization == "none" and own.dtype == "bfloat16"
+    fused = workspace.fused / "pair"
+    fused.mkdir(parents=True)
+    monkeypatch.setattr(presets, "read_manifest", lambda folder: {"base": z_image})
+    monkeypatch.setattr(presets, "base_path", lambda workspace, base: str(fused))
+    assert presets.preset_of_base(workspace, "fused/pair") == "z-image-12gb"
 
 
 def test_large_bases_are_drawn_in_half_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,10 @@ def test_what_is_told_before(workspace: Workspace) -> None:
     share = [float(one.rows[0].disturbed.partition("%")[0]) for one in (found, more)]
     assert share[1] > share[0]  # a stronger neighbour acts more
     [alone] = comparing.together(workspace, ["rex"], {}).rows
+    assert "choose a second" in alone.sentence
+    assert [comparing._sentence(share).split(":")[0] for share in (0.0, 0.2, 0.9, 3.0)] == [
+        "keeps its looks", "keeps most of its looks", "loses some of its looks", "is at risk"
+    ]  # fmt: skip
     assert (alone.disturbed, alone.neighbour) == ("–", "–") and comparing.together(workspace, [], {}).rows == []
 
 
@@ -210,6 +214,8 @@ def test_before_and_after_of_every_concept(workspace: Workspace) -> None:
     found = comparing.compare(workspace, ["rex", "mug"], {"rex": 0.0, "mug": 1.0}, seed=3)
     assert [words for _, words in found] == ["rex alone", "rex in the fusion", "mug alone", "mug in the fusion"]
     pictures = [image.tobytes() for image, _ in found]
+    sheet = comparing.sheet_of(found)
+    assert sheet.width > 2 * found[0][0].width and sheet.height > 2 * found[0][0].height
     assert pictures[0] != pictures[1] and pictures[0] != pictures[2]  # at strength 0 nothing of rex is left
     again = comparing.compare(workspace, ["rex", "mug"], {"rex": 0.0, "mug": 1.0}, seed=3)
     assert [image.tobytes() for image, _ in again] == pictures

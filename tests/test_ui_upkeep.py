@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from spectral_diffusion.app import generation, speeds, trash
-from spectral_diffusion.app.editing import discard
+from spectral_diffusion.app.trash import discard
 from spectral_diffusion.app.workspace import Workspace
 
 DAY = 86400.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..core.errors import UserError
 from ..slots.ledger import LEDGER, ROWS, Ledger
 from .jobs import refuse_busy
+from .trash import discard
 from .workspace import Workspace, pick, sentence_of, visible
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _described(path: Path, changed: int, size: int) -> list[str]:
 
 
 def delete_adapter(workspace: Workspace, name: str | None) -> str:
-    """Delete a listed adapter, its files and its slot in the ledger; returns a message.
+    """Put a listed adapter and its files into the trash, and free its slot in the ledger; returns a message.
 
     Raises:
         UserError: there is none of that name, its concept is in training, or it cannot be deleted.
@@ -94,16 +94,15 @@ def delete_adapter(workspace: Workspace, name: str | None) -> str:
 
     path = adapter_file(workspace, name)
     refuse_busy(workspace, path.stem)  # a running training needs its columns
-    try:
-        path.unlink(missing_ok=True)
-        if not state_path(path).exists():  # else an unfinished training of the same concept needs them
-            for beside in (path.with_suffix(".yaml"), path.with_suffix(".md")):
-                beside.unlink(missing_ok=True)
-            shutil.rmtree(samples_folder(path), ignore_errors=True)
-            release_slot(workspace, path.stem)
-    except OSError as error:
-        raise UserError(f"Cannot delete {path.name}: {error.strerror or error}.") from error
-    return f"Deleted the adapter '{name}'; its columns are free again."
+    unfinished = state_path(path).exists()  # a training of the same concept, which needs the rest
+    beside = [] if unfinished else [path.with_suffix(".yaml"), path.with_suffix(".md"), samples_folder(path)]
+    folder = discard(workspace, path.stem, [path, *beside])
+    if not unfinished:
+        release_slot(workspace, path.stem)
+    return (
+        f"Deleted the adapter '{name}'; its columns are free again. It is in {folder.relative_to(workspace.root)} of "
+        "the workspace."
+    )
 
 
 def release_slot(workspace: Workspace, concept: str) -> None:

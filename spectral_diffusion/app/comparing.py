@@ -23,8 +23,15 @@ if TYPE_CHECKING:
 
 STEPS = 12  # of a compared picture
 LOCATIONS = ("on the beach", "on the grass")  # of the compared pictures
-ACTING = {0.1: "hardly", 0.3: "a little", 1.0: "much"}  # words for shares below these
-MORE = "more than itself"
+ACTING = {  # words for shares below these
+    0.1: "keeps its looks: the others hardly act on it.",
+    0.3: "keeps most of its looks: the others act on it a little.",
+    1.0: "loses some of its looks: the others act on it much.",
+}
+MORE = "is at risk: the others act on it more than it does itself."
+UNKNOWN = "changes what shows only beside its base; draw it to see."
+ALONE = "is by itself; choose a second one."
+COLUMNS = ("alone", "in the fusion")
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,12 @@ class Row:
     size: str  # |ΔW| at strength 1
     disturbed: str  # the others' action on its inputs, relative to its own
     neighbour: str  # the concept with the most similar change, and the cosine
+    sentence: str  # what ``disturbed`` means for its looks
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """The cells of the table."""
+        return self.concept, self.columns, self.size, self.disturbed, self.neighbour
 
 
 @dataclass(frozen=True)
@@ -67,8 +80,9 @@ def together(workspace: Workspace, chosen: Sequence[str] | None, strengths: Mapp
             name,
             str(adapter.slot or "–"),
             "–" if (norm := adapter.norm()) is None else f"{norm:.2f}",
-            _share(shares[adapter.name]) if alike.get(name) else "–",
+            f"{shares[adapter.name]:.0%}" if alike.get(name) else "–",
             _nearest(alike.get(name)),
+            _sentence(shares[adapter.name]) if alike.get(name) else UNKNOWN if adapter.needs_base else ALONE,
         )
         for name, adapter in adapters.items()
     ]
@@ -91,8 +105,8 @@ def _readable(workspace: Workspace, chosen: Sequence[str]) -> tuple[dict[str, Ad
     return adapters, problems
 
 
-def _share(value: float) -> str:
-    return f"{value:.0%}, {next((text for most, text in ACTING.items() if value < most), MORE)}"
+def _sentence(share: float) -> str:
+    return next((text for most, text in ACTING.items() if share < most), MORE)
 
 
 def _nearest(alike: Mapping[str, float] | None) -> str:
@@ -100,6 +114,15 @@ def _nearest(alike: Mapping[str, float] | None) -> str:
         return "–"
     name = max(alike, key=lambda other: abs(alike[other]))
     return f"{name}, {round(alike[name], 2) + 0.0:.2f}"  # + 0.0: never -0.00
+
+
+def sheet_of(captioned: Sequence[tuple[Image.Image, str]]) -> Image.Image:
+    """The pictures of :func:`compare` on one sheet: a row per concept, alone and in the fusion."""
+    from ..data.image_grid import labelled_grid
+
+    images = [image for image, _ in captioned]
+    names = [caption.removesuffix(f" {COLUMNS[0]}") for _, caption in captioned[::2]]
+    return labelled_grid(list(zip(images[::2], images[1::2], strict=True)), names, COLUMNS)
 
 
 def compare(
@@ -150,7 +173,7 @@ def compare(
         captioned = []
         for adapter, before in zip(adapters, alone, strict=True):
             captioned += [
-                (before, f"{adapter.name} alone"),
-                (generate_image(adapter.token), f"{adapter.name} in the fusion"),
+                (before, f"{adapter.name} {COLUMNS[0]}"),
+                (generate_image(adapter.token), f"{adapter.name} {COLUMNS[1]}"),
             ]
     return captioned

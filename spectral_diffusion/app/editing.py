@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +35,9 @@ from .concepts import (
     read_concept,
     suggest_token,
 )
-from .jobs import disk_errors_as_sentence, refuse_busy
-from .trash import STAMP
+from .disk import disk_errors_as_sentence
+from .jobs import refuse_busy
+from .trash import discard
 from .uploads import PHOTOS, copy_into, looked_through
 from .workspace import Workspace, pick, safe_name
 
@@ -229,22 +229,6 @@ def traces(workspace: Workspace, name: str) -> tuple[list[Path], list[str]]:
     stems = sorted({name} | {label.path.stem for label in mine})
     files = [workspace.adapters / f"{stem}{ending}" for stem in stems for ending in ADAPTER_FILES]
     return [file for file in files if file.exists()], sorted(names & ledger_names)
-
-
-def discard(workspace: Workspace, what: str, paths: Iterable[Path]) -> Path:
-    """Move files or folders into a new folder of the trash, and return that folder.
-
-    Raises:
-        UserError: they cannot be moved.
-    """
-    with disk_errors_as_sentence(".trash"):
-        workspace.trash.mkdir(parents=True, exist_ok=True)
-        stamp = time.strftime(STAMP)
-        folder = Path(tempfile.mkdtemp(prefix=f"{stamp}-{what}-", dir=workspace.trash))
-        for path in paths:
-            if path.exists() or path.is_symlink():
-                path.rename(folder / path.name)
-    return folder
 
 
 # --- shared ---------------------------------------------------------------------------------------------------

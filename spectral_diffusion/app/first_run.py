@@ -65,5 +65,5 @@ def first_scene() -> Refill:
     return Refill(
         base="pocket", adapters=[], strength="1", canvas={"strokes": "", "keypose": "", "regions": regions},
         sketch_weight=1.0, keypose_weight=1.0, sketch_adapter="", keypose_adapter="", seed=4,
-        fields={field: getattr(scene, field) for field in FIELDS}, notes=[],
+        fields={**{field: getattr(scene, field) for field in FIELDS}, "quantization": ""}, notes=[],
     )  # fmt: skip

@@ -65,9 +65,9 @@ def fused_folder(workspace: Workspace, name: str | None) -> Path:
     return pick(name, fused_folders(workspace), "fused folder", "fuse adapters in step 3")
 
 
-def base_choices(workspace: Workspace) -> list[str]:
-    """``pocket``, then the fused folders as ``fused/<name>``."""
-    return ["pocket", *(FUSED + name for name in fused_names(workspace))]
+def base_choices(workspace: Workspace, suited: Sequence[str] = ()) -> list[str]:
+    """``pocket``, the fused folders as ``fused/<name>``, then those that suit this computer."""
+    return list(dict.fromkeys(["pocket", *(FUSED + name for name in fused_names(workspace)), *suited]))
 
 
 def base_path(workspace: Workspace, base: str | None) -> str:
@@ -216,7 +216,7 @@ def estimate(workspace: Workspace, chosen: Sequence[str] | None, **changes: Any)
 @contextmanager
 def _kept(workspace: Workspace, name: str) -> Iterator[None]:
     """Keep a fusion that is about to be replaced in the trash; if the new one fails, it is restored."""
-    from .editing import discard
+    from .trash import discard
 
     if name not in fused_folders(workspace):
         yield
@@ -290,7 +290,7 @@ def delete_fusion(workspace: Workspace, name: str | None) -> str:
     Raises:
         UserError: there is none of that name.
     """
-    from .editing import discard
+    from .trash import discard
 
     trash_folder = discard(workspace, str(name), [fused_folder(workspace, name)])
     shutil.rmtree(exports_of(workspace, str(name)), ignore_errors=True)

@@ -30,8 +30,8 @@ PAGE = 24
 SCENES = "scenes"  # the folder of downloads inside that of the pictures
 BACKDROP = 384  # longer side in pixels of a picture behind the canvas
 MOST_BYTES = 50_000_000  # of a picture or control image that is read
-FIELDS = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "sampler", "width", "height",
-          "global_prompt_weight", "region_isolation", "region_start", "region_end")  # fmt: skip
+FIELDS = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "sampler", "quantization", "width",
+          "height", "global_prompt_weight", "region_isolation", "region_start", "region_end")  # fmt: skip
 
 
 @dataclass(frozen=True)

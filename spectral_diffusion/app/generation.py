@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..config.presets import preset_part, preset_settings
+from ..config.presets import preset_part
 from ..config.scene import Scene
 from ..config.settings import build
 
@@ -30,6 +30,7 @@ from .base_cache import BaseCache
 from .canvas import Canvas, CanvasRegion
 from .concepts import known_concepts
 from .fusing import FUSED, SPARING, base_path, fused_names, parse_strengths
+from .presets import preset_of_base, presets
 from .sentences import errors_in_app, in_app
 from .speeds import expected, line, measured, work_of_pictures
 from .workspace import Workspace, filled
@@ -258,11 +259,23 @@ def requested_scene(
         "output": output,
     }
     # One picture at a time: each is shown early, takes least memory, and is reproducible from its seed alone.
-    defaults = {
-        "batch_size": 1,
-        "dtype": default_dtype(side_of(workspace, request.base), str(changes.get("device") or "auto")),
-    }
-    return build(Scene, defaults, filled(changes), layer)
+    loading = as_loaded(workspace, request.base, str(changes.get("device") or "auto"))
+    return build(Scene, {"batch_size": 1, **loading}, filled(changes), layer)
+
+
+LOADING = ("dtype", "quantization", "layer_offload")  # the settings that say how a base is loaded
+
+
+def as_loaded(workspace: Workspace, base: str | None, device: str = "auto") -> dict[str, Any]:
+    """How a base is loaded on this computer: as the preset says that suits it, else in a precision that fits.
+
+    Raises:
+        UserError: no such fused folder.
+    """
+    preset = preset_of_base(workspace, base)
+    known = preset_part(preset, "generate") if preset else {}
+    precision = {"dtype": default_dtype(side_of(workspace, base), device)}
+    return precision | {name: known[name] for name in LOADING if name in known}
 
 
 def default_dtype(side: int, device: str) -> str:
@@ -295,11 +308,12 @@ def sampling_of(workspace: Workspace, base: str | None, now: tuple[float, ...]) 
 
     large = preset_part(SPARING, "generate")
     try:
-        suits = preset_settings(base_path(workspace, base), "generate") or large
+        preset = preset_of_base(workspace, base)
     except UserError:
         return now
-    known = [values(settings) for settings in (preset_settings("pocket", "generate"), large)]
-    choices = zip(now, values(suits), *known, strict=True)
+    suits = preset_part(preset, "generate") if preset else large
+    known = [values(preset_part(name, "generate")) for name in presets() if preset_part(name, "generate")]
+    choices = zip(now, values(suits), *known, strict=True)  # another base's default gives way, a person's own stays
     return tuple(suited if value in defaults else value for value, suited, *defaults in choices)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -260,20 +259,3 @@ def last_error(log: Path) -> str:
         return ""
     message = next((line.removeprefix("Error: ") for line in reversed(lines) if line.startswith("Error: ")), "")
     return message.partition(f" {USE} ")[0]
-
-
-@contextmanager
-def disk_errors_as_sentence(where: str) -> Iterator[None]:
-    """Turn a failed write into an error message for the app.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
-    try:
-        yield
-    except (UserError, OSError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if not isinstance(cause, OSError):
-            raise
-        reason = cause.strerror or str(cause)
-        raise UserError(f"Cannot write to the workspace's folder {where}: {reason}; free some space there.") from error

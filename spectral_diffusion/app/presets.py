@@ -11,6 +11,7 @@ from ..config.settings import build, read_yaml
 from ..config.train import TrainConfig
 from ..core import assets as resources
 from ..core.errors import UserError, nearest
+from ..merging.manifest import read_manifest
 from .concepts import concept_folder
 from .fusing import base_path
 from .workspace import Workspace, filled
@@ -25,6 +26,25 @@ def presets() -> dict[str, str]:
         if read_yaml(path).get("train"):
             descriptions[path.stem] = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
     return descriptions
+
+
+def suited_bases() -> dict[str, str]:
+    """The bases that this computer has room for, each with the preset that fits it best."""
+    from ..doctor import this_computer  # imports torch, which a page need not wait for
+
+    parts = {name: preset_part(name, "generate") for name in this_computer()[1]}
+    return {str(part["base"]): name for name, part in parts.items() if part.get("base")}
+
+
+def preset_of_base(workspace: Workspace, base: str | None) -> str | None:
+    """The preset to draw with a base, or a fusion on it, on this computer; None without one.
+
+    Raises:
+        UserError: no such fused folder, or a damaged one.
+    """
+    path = base_path(workspace, base)
+    manifest = read_manifest(Path(path)) if Path(path).is_dir() else None
+    return resources.preset_of(path) or suited_bases().get(str(manifest["base"]) if manifest else path)
 
 
 def preset_train_settings(name: str, verb: str) -> dict[str, Any]:

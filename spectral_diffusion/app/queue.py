@@ -25,7 +25,8 @@ from ..core.errors import UserError
 from ..core.files import atomic_folder, write_text
 from .adapters import release_slot, workspace_adapters
 from .concepts import concept_folder
-from .jobs import QueueJob, Record, disk_errors_as_sentence, how_it_ended, moving, read_job, trim
+from .disk import disk_errors_as_sentence
+from .jobs import QueueJob, Record, how_it_ended, moving, read_job, trim
 from .presets import train_settings
 from .sentences import rendered
 from .workspace import Workspace, pick, sentence_of, visible

@@ -6,6 +6,7 @@ import atexit
 import os
 import secrets
 import shutil
+import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,13 @@ def prepare_folder() -> None:
         _lock(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
+
+
+def new_file(name: str) -> Path:
+    """A file of that name in a new folder, which goes with the app's run."""
+    folder = Path(os.environ.get(VARIABLE) or tempfile.gettempdir())
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=folder)) / name
 
 
 @cache

@@ -39,8 +39,9 @@ function show() {
       const button = document.createElement("button");
       button.type = "button";
       button.textContent = token;
-      button.title = "Put " + token + " (a " + noun + ") into the prompt";
-      button.addEventListener("click", () => insert(token, name));
+      const words = noun === "style" ? "in " + token + " style" : token;
+      button.title = "Put " + words + (noun === "style" ? "" : " (a " + noun + ")") + " into the prompt";
+      button.addEventListener("click", () => insert(words, name));
       return button;
     }),
   );

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.files import folder_size
+from .disk import disk_errors_as_sentence
 from .workspace import Workspace, visible
 
 DAYS = 30
@@ -34,6 +37,22 @@ def contents(workspace: Workspace) -> Trash:
     """The trash as it is now."""
     folders = visible(workspace.trash)
     return Trash(len(folders), sum(folder_size(folder) for folder in folders))
+
+
+def discard(workspace: Workspace, what: str, paths: Iterable[Path]) -> Path:
+    """Move files or folders into a new folder of the trash, and return that folder.
+
+    Raises:
+        UserError: they cannot be moved.
+    """
+    with disk_errors_as_sentence(".trash"):
+        workspace.trash.mkdir(parents=True, exist_ok=True)
+        stamp = time.strftime(STAMP)
+        folder = Path(tempfile.mkdtemp(prefix=f"{stamp}-{what}-", dir=workspace.trash))
+        for path in paths:
+            if path.exists() or path.is_symlink():
+                path.rename(folder / path.name)
+    return folder
 
 
 def empty(workspace: Workspace, older_than: float = DAYS, now: float | None = None) -> str:

@@ -87,7 +87,7 @@ def test_from_photos_to_a_picture_of_two(server: Any, visit: Callable[..., Any],
     for name in ("tom", "brew"):
         page.locator(f"#fuse-concepts label:has-text('{name}') input").check()
         page.locator(f"#fuse-strength-{name}").wait_for()
-    page.locator("#fuse-table", has_text="%").first.wait_for()
+    page.locator("#fuse-table", has_text="its looks").first.wait_for()
     page.locator("#fuse-merge input").fill("spectral")
     page.get_by_role("option", name="spectral", exact=True).click()
     page.locator("#fuse-name input, #fuse-name textarea").first.fill("pair")

@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from ...config.train import STYLE_NOUN
 from ...core.errors import UserError
 from .. import concept_html as cards
 from .. import concepts, editing, trash
@@ -72,6 +73,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     adding.name.change(
         handlers.suggest, [adding.name, adding.token, adding.suggested], [adding.token, adding.suggested], **PRIVATE
     )
+    adding.kind.input(handlers.kind, adding.kind, adding.noun, **PRIVATE)
     saved = adding.save.click(
         handlers.add,
         [adding.name, adding.noun, adding.files, adding.token],
@@ -80,9 +82,9 @@ def build(page: Page, tab: gr.Tab) -> None:
     )
     again(saved)
     saved.success(
-        lambda: [None, "", "", "", gr.Accordion(open=False)],
+        lambda: [None, "", "thing", gr.Textbox("", visible=True), "", gr.Accordion(open=False)],
         None,
-        [adding.files, adding.name, adding.noun, adding.token, adding.whole],
+        [adding.files, adding.name, adding.kind, adding.noun, adding.token, adding.whole],
         **PRIVATE,
     )
     again(show_me.click(handlers.first, None, [page.first, page.tabs], **PRIVATE))
@@ -185,6 +187,8 @@ class ConceptHandlers:
             return self._panel(plain_html(rendered(error)), chosen=chosen, own=own)
         about = f"### {plain_html(chosen)}\n{_photos(len(concept.photos))} of a {plain_html(concept.noun)}, "
         about += f"called `{concept.token}` in prompts."
+        if concept.is_style:
+            about += f" A style: write `in {concept.token} style`. It acts everywhere and needs no box."
         if not own:
             about += " Ready-made: it stays as it is, but you can change a copy."
         for adapter in concepts.adapters_of_concept(self.workspace, chosen):
@@ -252,6 +256,10 @@ class ConceptHandlers:
             count = f"**{_photos(len(small))}** can be saved{f', {captions} with a caption' if captions else ''}."
             left_out = "\n".join(f"- ⚠ {plain_html(problem)}: left out." for problem in intake.problems)
         return gr.Gallery(small, visible=bool(small)), f"{count}\n\n{left_out}"
+
+    def kind(self, kind: str) -> Any:
+        """The field for what it is, which a style does not need: its class noun is *style*."""
+        return gr.Textbox(STYLE_NOUN if kind == "style" else "", visible=kind != "style")
 
     def suggest(self, name: str, token: str, suggested: str) -> tuple[str, str]:
         """A token for the name, unless the user has typed one."""

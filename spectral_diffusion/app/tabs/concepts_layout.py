@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 NOTHING = "Choose a concept to see its photos and to train it, or add your own thing above."
+KINDS = [("a thing, an animal or a person", "thing"), ("a style, in which anything can be drawn", "style")]
 FILES = ["image", ".zip", ".txt"]
 
 
@@ -20,6 +21,7 @@ class Adding:
     preview: gr.Gallery
     summary: gr.Markdown
     name: gr.Textbox
+    kind: gr.Radio
     noun: gr.Textbox
     token: gr.Textbox
     suggested: gr.State
@@ -42,6 +44,7 @@ def build_adding() -> Adding:
                 )
             with gr.Column(scale=2, min_width=280):
                 name = gr.Textbox(label="Name", placeholder="rex", max_lines=1, elem_id="concepts-name")
+                kind = gr.Radio(KINDS, value="thing", label="This is", elem_id="concepts-kind")
                 noun = gr.Textbox(
                     label="What it is", info="In a word that everybody knows.", placeholder="dog", max_lines=1,
                     elem_id="concepts-noun",
@@ -58,7 +61,7 @@ def build_adding() -> Adding:
         summary = gr.Markdown(elem_id="concepts-found")
         save = gr.Button("Save concept", variant="primary", elem_id="concepts-save")
     result = gr.Markdown(elem_id="concepts-added")
-    return Adding(whole, files, preview, summary, name, noun, token, gr.State(""), save, result)
+    return Adding(whole, files, preview, summary, name, kind, noun, token, gr.State(""), save, result)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
 from typing import Any
 
 import gradio as gr
 
 from ...core.hooks import Hooks, Progress
 from ...core.templates import render
-from .. import comparing, downloads, fusing
+from .. import comparing, downloads, fusing, temporary
 from ..adapters import adapter_rows
 from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, asked, errors_as_toast, hand, plain_html, teller
 from ..streaming import CancelTokens, cancellable
@@ -33,7 +32,7 @@ TOO_FEW = {
     1: "One concept is trained. Train a second one in step 2, then put them together here.",
 }
 HIDDEN: dict[str, Any] = {"api_visibility": "private"}
-ENOUGH = "Tick two or more concepts, then press **Compare** or **Save**."
+ENOUGH = "Tick two or more concepts, then press **Show before and after** or **Save**."
 
 
 def build(page: Page, tab: gr.Tab) -> None:
@@ -77,7 +76,7 @@ def _wire_bench(bench: Bench, handlers: FuseHandlers, page: Page, lists: dict[st
     asked: dict[str, Any] = {"queue": False, **PRIVATE}
     shown: dict[str, Any] = {"show_progress_on": bench.result, **DEVICE, **HIDDEN}
     trying = bench.compare.click(handlers.begin_compare, None, [*buttons, tickets[0]], **asked).then(
-        handlers.compare, [tickets[0], *bench.settings], [bench.pictures, bench.result], **shown
+        handlers.compare, [tickets[0], *bench.settings], [bench.pictures, bench.sheet, bench.result], **shown
     )
     saving = bench.save.click(handlers.begin_save, None, [*buttons, tickets[1]], **asked).then(
         handlers.save,
@@ -113,9 +112,10 @@ def _wire_saved(saved: Saved, handlers: FuseHandlers, page: Page, lists: dict[st
 
 
 def fusion_table(rows: Sequence[comparing.Row]) -> str:
-    """The interference table with explanations; every cell has its heading, for narrow screens."""
-    cells = [dict(zip(COLUMNS, astuple(row), strict=True)) for row in rows]
-    return render("app/templates/fusion_table.html.jinja", columns=COLUMNS, rows=cells)
+    """How the concepts get on: a sentence each, and folded figures."""
+    cells = [dict(zip(COLUMNS, row.figures, strict=True)) for row in rows]
+    sentences = [(row.concept, row.sentence) for row in rows]
+    return render("app/templates/fusion_table.html.jinja", columns=COLUMNS, rows=cells, sentences=sentences)
 
 
 def ready(yes: bool) -> list[Any]:
@@ -243,7 +243,7 @@ class FuseHandlers:
         """Before and after of every ticked concept."""
         stop = self.compares.take(ticket)
         if stop is None:  # stopped while it waited, which the page has said
-            return gr.skip(), gr.skip()
+            return (gr.skip(),) * 3
         with errors_as_toast():
             progress(0, desc="Loading the base")
             changes = changes_for(merge, distill, options, prior_weight)
@@ -251,7 +251,10 @@ class FuseHandlers:
                 pictures = comparing.compare(
                     self.workspace, chosen, strengths or {}, int(seed or 0), Hooks(progress=tell), **changes
                 )
-        return gr.Gallery(value=pictures, visible=True), "Nothing is saved yet; press Save to keep this fusion."
+            sheet = temporary.new_file("before-and-after.png")
+            comparing.sheet_of(pictures).save(sheet)
+        message = "Nothing is saved yet; press Save to keep this fusion."
+        return gr.Gallery(value=pictures, visible=True), gr.DownloadButton(value=str(sheet), visible=True), message
 
     def save(
         self,

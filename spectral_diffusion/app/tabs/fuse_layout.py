@@ -37,6 +37,7 @@ class Bench:
                     interactive=False, visible=False, elem_id="fuse-pictures", buttons=["fullscreen"],
                     fit_columns=False, height="auto",
                 )  # fmt: skip
+                self.sheet = gr.DownloadButton("Download as one sheet", size="sm", visible=False, elem_id="fuse-sheet")
         self.settings = [
             self.chosen,
             self.strengths,
@@ -81,7 +82,7 @@ class Bench:
         self.replace = gr.Checkbox(label="Replace it", visible=False, elem_id="fuse-replace")
         self.expected = gr.Markdown(elem_id="fuse-expected", elem_classes="muted")
         with gr.Row():
-            self.compare = gr.Button("Compare", elem_id="fuse-compare")
+            self.compare = gr.Button("Show before and after", elem_id="fuse-compare")
             self.save = gr.Button("Save", variant="primary", elem_id="fuse-save")
             self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="fuse-stop")
         self.result = gr.Textbox(label="Result", interactive=False, lines=2, elem_id="fuse-result")

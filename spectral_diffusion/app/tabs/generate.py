@@ -65,6 +65,7 @@ def _wire_lists(
     page: Page, tab: gr.Tab, handlers: GenerateHandlers, form: Fields, note: Any, tokens: Any, shape: gr.Radio
 ) -> None:
     """Wire what depends on the workspace and other fields: choices, tokens, the canvas's shape, hand-overs."""
+    tab.select(handlers.computer, None, form.base, **PRIVATE)  # not on load: it imports torch
     both = [form.base, form.adapters]
     followed = [form.adapters, form.strength, form.canvas, tokens]
     page.refreshed(tab, handlers.lists, both, [form.base, note, *followed])

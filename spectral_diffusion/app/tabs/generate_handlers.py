@@ -11,6 +11,7 @@ from typing import Any
 
 import gradio as gr
 
+from ...config.train import is_style_noun
 from ...core.errors import UserError
 from ...core.hooks import Hooks
 from .. import gallery as pictures
@@ -22,6 +23,7 @@ from ..first_run import first_scene
 from ..fusing import base_choices
 from ..generation import GeneratedPictures, GenerateRequest
 from ..page import Handed, asked, errors_as_toast, plain_html
+from ..presets import suited_bases
 from ..streaming import CancelTokens, stream
 from ..workspace import ProgressLine, Workspace
 from .generate_layout import SHAPES, Fields
@@ -45,6 +47,13 @@ class GenerateHandlers:
     workspace: Workspace
     keeper: BaseCache = field(default_factory=BaseCache)
     runs: CancelTokens = field(default_factory=CancelTokens)
+    suited_bases: list[str] = field(default_factory=list)  # of this computer, once the tab was opened
+
+    def computer(self) -> Any:
+        """The bases, with those that this computer has room for."""
+        with errors_as_toast():
+            self.suited_bases = list(suited_bases())
+        return gr.Dropdown(choices=base_choices(self.workspace, self.suited_bases))
 
     def lists(self, base: str | None, chosen: list[str] | None) -> list[Any]:
         """The bases, a note, and the updates of :meth:`follow`."""
@@ -52,7 +61,7 @@ class GenerateHandlers:
             rows, problems = adapter_rows(self.workspace)
             lines = [*([] if rows else [NO_CONCEPTS]), *map(plain_html, problems)]
             return [
-                gr.Dropdown(choices=base_choices(self.workspace)),
+                gr.Dropdown(choices=base_choices(self.workspace, self.suited_bases)),
                 gr.Markdown("\n\n".join(lines), visible=bool(lines)),
                 *self.follow(base, chosen),
             ]
@@ -78,7 +87,7 @@ class GenerateHandlers:
                 choices=names, visible=bool(rows), **({"value": available} if available != (chosen or []) else {})
             ),
             gr.Textbox(visible=bool(rows)),
-            gr.HTML(concepts=rows),
+            gr.HTML(concepts=[row for row in rows if not is_style_noun(row[2])]),  # a style has no box
             tokens,
         ]
 

@@ -12,6 +12,7 @@ from ...config.settings import description
 from .canvas import own_component
 
 SHAPES = {"Square": (1, 1), "Wide": (2, 1), "Tall": (1, 2)}
+PRECISIONS = [("as suits this computer", ""), ("full", "none"), *((mode, mode) for mode in ("int8", "fp8", "nf4"))]
 SAMPLERS = [("DPM-Solver++", "dpm"), ("DDIM", "ddim"), ("Euler", "euler")]
 
 
@@ -30,6 +31,7 @@ class Fields:
     height: gr.Number
     num_inference_steps: gr.Slider
     guidance_scale: gr.Slider
+    quantization: gr.Dropdown
     canvas: gr.HTML
     sketch_weight: gr.Slider
     sketch_adapter: gr.Textbox
@@ -108,6 +110,10 @@ def _build_sampling(defaults: dict[str, Any], side: int) -> dict[str, Any]:
                 side, label=name.capitalize(), info=description(Scene, name), precision=0, step=8, minimum=8,
                 min_width=100,
             )  # fmt: skip
+        made["quantization"] = gr.Dropdown(
+            PRECISIONS, value="", label="Loaded as", info=description(Scene, "quantization"), min_width=130,
+            elem_id="generate-quantization",
+        )  # fmt: skip
         made["sampler"] = gr.Dropdown(
             SAMPLERS, value="dpm", label="Sampler", info=description(Scene, "sampler"), min_width=130
         )

@@ -112,7 +112,7 @@ def build_shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button
         draw = gr.Button("Draw with it", elem_id="train-adapter-draw", min_width=120)
         ask = gr.Button("Delete", elem_id="train-adapter-delete", min_width=120)
     with gr.Column(visible=False, elem_id="train-adapter-asked") as asked:
-        gr.Markdown("The adapter is deleted for good; fusions that hold it stay.")
+        gr.Markdown("The adapter goes into the trash and its columns become free; fusions that hold it stay.")
         with gr.Row():
             really = gr.Button("Delete it", size="sm", variant="stop", elem_id="train-adapter-delete-sure")
             no = gr.Button("Keep it", size="sm", elem_id="train-adapter-keep")
