@@ -25,14 +25,19 @@ OFFLINE = ("--disable-background-networking", "--disable-component-update", "--d
 PATIENCE = 90_000  # milliseconds for anything that trains, fuses or draws
 
 
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Server:
     """The app in a process of its own, which may be stopped and started again on the same workspace."""
 
     def __init__(self, workspace: Path) -> None:
         self.workspace = workspace
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -89,8 +94,10 @@ def browser() -> Iterator[Any]:
 class Visitor:
     """One browser window and everything its console complained of."""
 
-    def __init__(self, browser: Any, url: str, width: int = 1280, height: int = 900) -> None:
-        self.context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
+    def __init__(
+        self, browser: Any, url: str, width: int = 1280, height: int = 900, tabs: bool = True, **more: Any
+    ) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True, **more)
         self.page = self.context.new_page()
         self.page.set_default_timeout(20_000)
         self.complaints: list[str] = []
@@ -98,7 +105,8 @@ class Visitor:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.url = url
         self.page.goto(url)
-        self.page.get_by_role("tab").first.wait_for()
+        if tabs:
+            self.page.get_by_role("tab").first.wait_for()
 
     def tab(self, words: str) -> None:
         """Open a tab by the words on it."""
@@ -119,8 +127,8 @@ class Visitor:
 def visit(browser: Any) -> Iterator[Any]:
     visitors: list[Visitor] = []
 
-    def visit(url: str, **size: int) -> Visitor:
-        visitors.append(Visitor(browser, url, **size))
+    def visit(url: str, **more: Any) -> Visitor:
+        visitors.append(Visitor(browser, url, **more))
         return visitors[-1]
 
     yield visit
