@@ -16,6 +16,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; tiny models lose time with more
 torch.set_num_threads(1)
 
+# A cluster's commands: sbatch notes its script and gives numbers, squeue says what a file says.
+CLUSTER_COMMANDS = {
+    "sbatch": 'n=$(ls $CLUSTER | grep -c script); cp "$1" $CLUSTER/script$n; echo "Submitted batch job $((70 + n))"',
+    "srun": "exit 1",
+    "squeue": "cat $CLUSTER/queue",
+    "scancel": 'echo "$@" >> $CLUSTER/cancelled',
+}
+
 
 def make_tiny_base(folder: Path, seed: int = 0, prediction_type: str = "epsilon") -> Path:
     """A random pipeline of the pocket base's classes, 16×16 pixels to 8×8 latents."""
@@ -128,3 +136,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         machine.remember("precision", {"float32": 1.0, "bf16": 2.0})
         yield
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what was submitted to a cluster that does nothing."""
+    (tmp_path / "bin").mkdir()
+    for name, text in CLUSTER_COMMANDS.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CLUSTER", str(folder))
+    return folder

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import make_photos
+from conftest import CLUSTER_COMMANDS, make_photos
 
 from spectral_diffusion import cli
 from spectral_diffusion.adapters.formats.native import load_adapter
@@ -344,29 +344,6 @@ def test_what_trainings_share_is_computed_once(
     assert len(asked) == 2 and made == sorted((tmp_path / "cache").rglob("*.safetensors"))
 
 
-# A cluster's commands: sbatch notes its script and gives numbers, squeue says what a file says.
-FAKES = {
-    "sbatch": 'n=$(ls $CLUSTER | grep -c script); cp "$1" $CLUSTER/script$n; echo "Submitted batch job $((70 + n))"',
-    "srun": "exit 1",
-    "squeue": "cat $CLUSTER/queue",
-    "scancel": 'echo "$@" >> $CLUSTER/cancelled',
-}
-
-
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what was submitted to a cluster that does nothing."""
-    for name, text in FAKES.items():
-        path = tmp_path / "bin" / name
-        write_text(path, f"#!/bin/sh\n{text}\n")
-        path.chmod(0o755)
-    folder = tmp_path / "cluster"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("CLUSTER", str(folder))
-    return folder
-
-
 def test_an_array_is_submitted_and_followed(cluster: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "ARRAY", 2)
     asked = parse_cluster(["partition=gpu", "minutes=90", "account=lab", "mem-bind=local"], parallelism=2)
@@ -420,7 +397,7 @@ def test_an_array_is_submitted_and_followed(cluster: Path, tmp_path: Path, monke
     with pytest.raises(UserError, match="no controller"):
         rows(place)
     assert {row.name: row.state for row in rows(place, ask=False)}["b"] == "done"
-    write_text(tmp_path / "bin" / "squeue", f"#!/bin/sh\n{FAKES['squeue']}\n")
+    write_text(tmp_path / "bin" / "squeue", f"#!/bin/sh\n{CLUSTER_COMMANDS['squeue']}\n")
     (tmp_path / "bin" / "squeue").chmod(0o755)
     assert cancel(place) == 2 and (cluster / "cancelled").read_text() == "--quiet 75\n"
     assert place.record(batch.job("c")).message == "It was cancelled."

@@ -217,7 +217,7 @@ def test_a_server_killed_while_launching_is_made_up_for(queue: Queue, monkeypatc
     until(lambda: not queue.job(first).alive)
     queue.job(first).write(pid=0, pid_started=None, launched=time.time())
     assert states(queue) == {"ann": "running"}, "it may be about to say which process it is"
-    monkeypatch.setattr("spectral_diffusion.app.queue.LAUNCH", 0.0)
+    monkeypatch.setattr("spectral_diffusion.app.launchers.LAUNCH", 0.0)
     assert states(queue) == {"ann": "failed"}
 
 

@@ -50,6 +50,9 @@ class Record(BaseModel):
     pid: int = 0
     pid_started: int | None = None  # detects a reused pid
     message: str = ""
+    executor: Literal["local", "slurm"] = "local"  # where it runs: in a process of this computer, or on the cluster
+    cluster: list[str] = []  # what is asked of the cluster: partition=gpu, minutes=90, …
+    place_in_cluster: str = ""  # how it goes there, as text
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ class QueueJob:
             "eta": status.eta if status and running else None,
             "message": record.message,
             "adapter": record.concept if record.state == "done" else None,
+            "executor": record.executor,
         }
 
     def line(self) -> str:
@@ -169,7 +173,9 @@ class QueueJob:
         if record.state == "running" and record.wish:
             return "pausing …" if record.wish == "pause" else "stopping …"
         if record.state == "running":
-            if status is None or status.pid != record.pid:
+            if record.executor == "slurm" and (status is None or record.place_in_cluster.startswith("waits")):
+                return record.place_in_cluster or "submitted to the cluster"
+            if status is None or (status.pid != record.pid and record.executor == "local"):
                 return "starting"
             if status.stage != "train":
                 text = STAGE_TEXTS.get(status.stage) or STAGES.get(status.stage, status.stage).lower()

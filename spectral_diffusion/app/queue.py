@@ -6,10 +6,7 @@ training by its process and continues with the waiting ones.
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,9 +23,10 @@ from ..core.files import atomic_folder, write_text
 from .adapters import release_slot, workspace_adapters
 from .concepts import concept_folder
 from .disk import disk_errors_as_sentence
-from .jobs import QueueJob, Record, how_it_ended, moving, read_job, trim
+from .jobs import QueueJob, Record, moving, read_job, trim
+from .launchers import CLUSTER, Here, Launcher, OnCluster
 from .presets import train_settings
-from .sentences import rendered
+from .sentences import in_app, rendered
 from .workspace import Workspace, pick, sentence_of, visible
 
 BUSY, IDLE = (
@@ -36,9 +34,6 @@ BUSY, IDLE = (
     5.0,
 )  # seconds between two polls of the thread: while a job runs, and otherwise
 TRAIN = (sys.executable, "-m", "spectral_diffusion.cli", "train")
-# Waiting threads sleep: spinning ones would take cores from a training beside a browser and picture generation.
-CALM = {"OMP_WAIT_POLICY": "PASSIVE"}
-LAUNCH = 120.0  # seconds within which a launched training must report its process, if a killed server did not
 
 
 class Queue:
@@ -51,7 +46,8 @@ class Queue:
     def __init__(self, workspace: Workspace, program: Sequence[str] = TRAIN) -> None:
         self.workspace, self.program = workspace, program
         self.trouble = ""  # why the queue cannot go on, such as a full disk
-        self._children: list[subprocess.Popen[bytes]] = []
+        self._silence = ""  # why it is not known how the cluster's jobs go
+        self.launchers: dict[str, Launcher] = {"local": Here(program), CLUSTER: OnCluster()}
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
         self._wake = threading.Event()
@@ -79,14 +75,22 @@ class Queue:
 
     # --- commands --------------------------------------------------------------------------------------------------
 
-    def enqueue(self, concept: str | None, preset: str = "pocket", **changes: Any) -> tuple[str, str]:
+    def enqueue(
+        self, concept: str | None, preset: str = "pocket", executor: str | None = "local", cluster: str | None = "",
+        **changes: Any,
+    ) -> tuple[str, str]:  # fmt: skip
         """Put a training at the end of the queue; returns its id and a message.
+
+        Args:
+            executor: ``slurm`` submits it to the cluster, beside what runs on this computer.
+            cluster: what is asked of the cluster, such as ``partition=gpu minutes=90``.
 
         Raises:
             UserError: anything the user can fix.
         """
         from ..methods import get_method
 
+        asked = self._asked_of_cluster(executor or "local", cluster or "")
         settings = train_settings(self.workspace, concept, preset, changes)
         get_method(settings.method)
         name = settings.output.stem
@@ -95,7 +99,7 @@ class Queue:
             now = time.time()
             stamp = datetime.fromtimestamp(now).strftime("%Y%m%d-%H%M%S-%f")[:-3]
             folder = self.workspace.jobs / f"{stamp}_{name}"
-            record = Record(concept=name, preset=preset, steps=settings.steps, place=now, created=now)
+            record = Record(concept=name, preset=preset, steps=settings.steps, place=now, created=now, **asked)
             with atomic_folder(folder) as new:
                 write_text(new / "job.yaml", to_yaml(settings))
                 write_text(new / "job.json", record.model_dump_json(indent=1) + "\n")
@@ -151,10 +155,8 @@ class Queue:
                 job.write(state="stopped", message="Taken out of the queue; Resume puts it back.")
                 message = f"The training of '{concept}' is out of the queue."
             elif state == "running":
-                job.write(wish=wish)
-                if job.alive:
-                    with suppress(ProcessLookupError):
-                        os.kill(job.record.pid, signal.SIGTERM)
+                job = job.write(wish=wish)
+                self._launcher(job).stop(job)
                 if job.steps_done or self.resumable(job):
                     message = "keeps its state and stops after the present step; Resume goes on from there"
                 else:
@@ -216,16 +218,16 @@ class Queue:
         if not self.workspace.jobs.is_dir():
             return False
         with disk_errors_as_sentence("jobs"), self._locked():
-            self._children = [child for child in self._children if child.poll() is None]
+            self._silence = ""
             for job in self.jobs():
                 if job.record.state == "running":
                     self._look_after(job)
             jobs = self.jobs()
-            states = {job.record.state for job in jobs}
-            if "paused" in states or "running" in states:
-                return "running" in states
-            waiting = [job for job in jobs if job.record.state == "waiting"]
-            return any(self._launched(job) for job in waiting)  # up to the first that starts
+            submitted = [self._launched(job) for job in jobs if _waits(job, CLUSTER)]  # the cluster has its own queue
+            states = {job.record.state for job in jobs if job.record.executor == "local"}
+            if "paused" not in states and "running" not in states:  # else up to the first that starts
+                submitted.append(any(self._launched(job) for job in jobs if _waits(job, "local")))
+            return any(submitted) or "running" in {job.record.state for job in jobs}
 
     def start(self) -> None:
         """Poll the queue in a thread, which ends when nothing runs or waits; does nothing if it is running."""
@@ -241,7 +243,7 @@ class Queue:
         """Poll the queue once and return the jobs; an error goes to ``trouble``."""
         try:
             self.tick()
-            self.trouble = ""
+            self.trouble = self._silence
         except Exception as error:  # the list must be shown whatever is wrong
             self.trouble = sentence_of(error)
         return self.jobs()
@@ -257,7 +259,7 @@ class Queue:
         jobs = self.refresh()
         self.start()
         job = self.job(name)
-        if self.trouble:
+        if self.trouble and self.trouble != self._silence:
             raise UserError(self.trouble)
         if job.record.state == "failed":
             raise UserError(job.record.message)
@@ -270,8 +272,6 @@ class Queue:
 
     def _launched(self, job: QueueJob) -> bool:
         """Start a job's process; False if it cannot be started, with the reason in its record."""
-        from ..training.status import process_start
-
         try:
             folder = job.config().concept
             if not folder.is_dir():
@@ -286,42 +286,57 @@ class Queue:
             state="running", wish="", message="", pid=0, pid_started=None, launched=time.time(),
             launches=job.record.launches + 1,
         )  # fmt: skip
-        options = ["--config", str(job.settings), "--status", str(job.status_file)]
+        options = [str(folder), "--config", str(job.settings), "--status", str(job.status_file)]
         done = job.output(self.workspace.adapters).exists()  # of an earlier training; --resume would keep it
         if job.record.launches > 1 and (self.resumable(job) or not done):
             options.append("--resume")
-        environment = {**CALM, **os.environ}
         try:
-            with job.log.open("ab") as log:
-                child = subprocess.Popen(
-                    [*self.program, str(folder), *options], env=environment,
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                )  # fmt: skip
+            self._launcher(job).start(job, options)
         except OSError as error:
             job.write(state="failed", message=f"The training cannot be started: {error.strerror or error}.")
             return False
-        self._children.append(child)
-        try:
-            job.write(pid=child.pid, pid_started=process_start(child.pid))
-        except UserError:
-            child.kill()  # an unrecorded process must not run
-            raise
+        except UserError as error:
+            if not isinstance(self._launcher(job), OnCluster):
+                raise
+            job.write(state="failed", message=in_app(rendered(error), self.workspace))
+            return False
         return True
 
     def _look_after(self, job: QueueJob) -> None:
         """Adopt a running job, or record how it ended."""
         with suppress(OSError):
             trim(job.log)
-        if job.alive:
+        try:
+            if self._launcher(job).is_alive(job):
+                return
+        except UserError as error:
+            if job.record.executor == "local":
+                raise
+            self._silence = rendered(error)  # a cluster that does not answer must not stop what runs here
             return
-        if job.record.pid == 0:  # the launching server was killed before it recorded the process
-            if job.status and job.status.state in {"starting", "running"}:
-                job.write(pid=job.status.pid, pid_started=job.status.pid_started)
-                return
-            if time.time() - job.record.launched < LAUNCH:
-                return
         job = QueueJob(job.folder, job.record)  # re-read the status, which may be newer
-        job.write(wish="", **how_it_ended(job, self.workspace))
+        job.write(wish="", **self._launcher(job).ended(job, self.workspace))
+
+    def _launcher(self, job: QueueJob) -> Launcher:
+        return self.launchers[job.record.executor]
+
+    def _asked_of_cluster(self, executor: str, cluster: str) -> dict[str, Any]:
+        """The record's part on where a training runs.
+
+        Raises:
+            UserError: no such place, no cluster here, or nothing that can be asked of one.
+        """
+        if executor == "local":
+            return {}
+        if executor != CLUSTER:
+            raise UserError(f"A training runs on local or {CLUSTER}, not on '{executor[:40]}'.")
+        from ..batch.job import parse_cluster
+        from ..batch.slurm import check_available
+
+        check_available()
+        parts = cluster.split()
+        parse_cluster(parts)
+        return {"executor": CLUSTER, "cluster": parts}
 
     def _refuse_twin(self, concept: str, job: QueueJob | None = None) -> None:
         """Refuse a second training of the same adapter; a new one replaces those that left no state.
@@ -352,3 +367,8 @@ class Queue:
                 yield
         except Timeout as error:
             raise UserError("Another server on this workspace holds the queue; try again in a moment.") from error
+
+
+def _waits(job: QueueJob, executor: str) -> bool:
+    """Whether a job waits for this executor."""
+    return job.record.state == "waiting" and job.record.executor == executor

@@ -86,7 +86,8 @@ class TrainHandlers:
         from ..estimates import estimate_training, memory_estimate
 
         try:
-            config = train_settings(self.workspace, concept, preset, Form.named(values))
+            given = {name: value for name, value in Form.named(values).items() if name not in ("executor", "cluster")}
+            config = train_settings(self.workspace, concept, preset, given)
             costs = estimate_training(config, self.queue.jobs())
             yield figures(costs.trained, "counting …", costs.time, costs.note)
             most, more = memory_estimate(config)
@@ -188,16 +189,19 @@ class TrainHandlers:
         steps: int | None = None,
         seed: int | None = None,
         resume: bool = False,
+        executor: str = "local",
+        cluster: str = "",
     ) -> tuple[str, str]:
         """Put a training into the queue; returns its id, as in ``jobs``, and a message.
 
-        Omitted values follow the preset. ``resume`` continues the concept's unfinished training.
+        Omitted values follow the preset. ``resume`` continues the concept's unfinished training. ``executor`` may be
+        slurm, of which ``cluster`` asks, such as partition=gpu minutes=90.
         """
         with errors_as_toast():
             if resume:
                 return self.queue.resume_concept(concept)
             changes = {"base": base, "method": method, "rank": rank, "steps": steps, "seed": seed}
-            return self.queue.enqueue(concept, preset, samples=True, **changes)
+            return self.queue.enqueue(concept, preset, executor, cluster, samples=True, **changes)
 
     def api_jobs(self) -> list[dict[str, Any]]:
         """All trainings: running, waiting in their turn, then the others from the newest."""

@@ -9,8 +9,10 @@ import gradio as gr
 
 from ...config.settings import description
 from ...config.train import TrainConfig
+from ..launchers import CLUSTER, cluster_is_here
 from ..presets import preset_train_settings, presets
 
+EXECUTORS = [("this computer", "local"), ("the cluster (Slurm)", CLUSTER)]
 NO_ADAPTERS = "None yet. What you train appears here, ready for steps 3 and 4."
 
 
@@ -27,6 +29,8 @@ class Form:
     seed: gr.Number
     slot: gr.Textbox
     samples: gr.Checkbox
+    executor: gr.Dropdown
+    cluster: gr.Textbox
 
     @property
     def all(self) -> list[Any]:
@@ -93,10 +97,19 @@ def build_form() -> tuple[Form, gr.Markdown, gr.Markdown, gr.HTML, gr.Button, gr
             True, label="Draw samples on the way", info="A few small pictures; they cost some time.",
             elem_id="train-with-samples",
         )  # fmt: skip
+        with gr.Row(visible=cluster_is_here()):
+            executor = gr.Dropdown(
+                EXECUTORS, value="local", label="Runs on", min_width=120, elem_id="train-executor",
+                info="The cluster takes several at once; this folder must be on a disk that its nodes share.",
+            )  # fmt: skip
+            cluster = gr.Textbox(
+                "", label="Asked of the cluster", placeholder="partition=gpu minutes=90", max_lines=1, min_width=120,
+                info="KEY=VALUE, separated by spaces.", elem_id="train-cluster",
+            )  # fmt: skip
     costs = gr.HTML(elem_id="train-estimate", label="What it will cost", padding=False)
     start = gr.Button("Start training", variant="primary", elem_id="train-start")
     message = gr.Markdown(elem_id="train-said")
-    form = Form(concept, preset, base, method, rank, steps, seed, slot, samples)
+    form = Form(concept, preset, base, method, rank, steps, seed, slot, samples, executor, cluster)
     return form, about, computer, costs, start, message
 
 

@@ -1,0 +1,189 @@
+"""Where a training of the queue runs: in a process of this computer, or as a job of the cluster."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..core.errors import UserError
+from .jobs import QueueJob, how_it_ended
+from .sentences import in_app, rendered
+from .workspace import Workspace
+
+if TYPE_CHECKING:
+    from ..batch.submission import Row
+
+# Waiting threads sleep: spinning ones would take cores from a training beside a browser and picture generation.
+CALM = {"OMP_WAIT_POLICY": "PASSIVE"}
+LAUNCH = 120.0  # seconds within which a launched training must report its process, if a killed server did not
+ASK_EVERY = 5.0  # seconds between two questions to the cluster's queue
+CLUSTER = "slurm"  # the executor's name in a job's record
+
+
+class Launcher(Protocol):
+    """Starts trainings, and knows how they go."""
+
+    def start(self, job: QueueJob, options: Sequence[str]) -> QueueJob:
+        """Start a job with these options of ``train``; returns it with its record written.
+
+        Raises:
+            UserError, OSError: it cannot be started.
+        """
+        ...
+
+    def is_alive(self, job: QueueJob) -> bool:
+        """Whether a running job has not ended."""
+        ...
+
+    def stop(self, job: QueueJob) -> None:
+        """Ask a running job to save its state and end."""
+        ...
+
+    def ended(self, job: QueueJob, workspace: Workspace) -> dict[str, Any]:
+        """The changes of an ended job's record: its state and a message."""
+        ...
+
+
+class Here:
+    """A process of its own for every training, which outlives the server.
+
+    Args:
+        program: the training command, to which the photo folder and options are appended.
+    """
+
+    def __init__(self, program: Sequence[str]) -> None:
+        self.program = program
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def start(self, job: QueueJob, options: Sequence[str]) -> QueueJob:
+        """See :class:`Launcher`."""
+        from ..training.status import process_start
+
+        with job.log.open("ab") as log:
+            child = subprocess.Popen(
+                [*self.program, *options], env={**CALM, **os.environ}, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=log, start_new_session=True,
+            )  # fmt: skip
+        self._children.append(child)
+        try:
+            return job.write(pid=child.pid, pid_started=process_start(child.pid))
+        except UserError:
+            child.kill()  # an unrecorded process must not run
+            raise
+
+    def is_alive(self, job: QueueJob) -> bool:
+        """See :class:`Launcher`."""
+        self._children = [child for child in self._children if child.poll() is None]
+        if job.alive:
+            return True
+        if job.record.pid:
+            return False
+        # The launching server was killed before it recorded the process.
+        if job.status and job.status.state in {"starting", "running"}:
+            job.write(pid=job.status.pid, pid_started=job.status.pid_started)
+            return True
+        return time.time() - job.record.launched < LAUNCH
+
+    def stop(self, job: QueueJob) -> None:
+        """See :class:`Launcher`."""
+        if job.alive:
+            with suppress(ProcessLookupError):
+                os.kill(job.record.pid, signal.SIGTERM)
+
+    def ended(self, job: QueueJob, workspace: Workspace) -> dict[str, Any]:
+        """See :class:`Launcher`."""
+        return how_it_ended(job, workspace)
+
+
+class OnCluster:
+    """A job of Slurm for every training, as ``train --executor slurm`` submits it.
+
+    The workspace must be on a disk that the nodes share.
+    """
+
+    def __init__(self) -> None:
+        self._asked: dict[str, tuple[float, Row]] = {}  # id of a job: when the cluster was asked, and its answer
+
+    def start(self, job: QueueJob, options: Sequence[str]) -> QueueJob:
+        """See :class:`Launcher`."""
+        from ..batch.concepts import training_job
+        from ..batch.estimate import needed
+        from ..batch.job import Batch, BatchFolder, parse_cluster
+        from ..batch.submission import submit
+
+        config = job.config()
+        task = training_job(job.record.concept, ["train", *options], config.output, job.status_file)
+        asked = parse_cluster(job.record.cluster).filled(needed(config, None))
+        batch = Batch(executor="slurm", cluster=asked, jobs=[task])
+        submit(BatchFolder(job.folder), batch)
+        self._asked.pop(job.id, None)
+        return job
+
+    def row(self, job: QueueJob) -> Row | None:
+        """What the cluster says of a job; None if it has not taken it."""
+        from ..batch.job import BatchFolder
+        from ..batch.submission import rows
+
+        asked, row = self._asked.get(job.id, (0.0, None))
+        if row is None or time.monotonic() - asked > ASK_EVERY:
+            folder = BatchFolder(job.folder)
+            if not folder.file.is_file():
+                return None
+            [row] = rows(folder)
+            self._asked[job.id] = time.monotonic(), row
+        return row
+
+    def is_alive(self, job: QueueJob) -> bool:
+        """See :class:`Launcher`.
+
+        Raises:
+            UserError: the cluster does not answer.
+        """
+        row = self.row(job)
+        if row is None:  # the launching server was killed before the cluster took it
+            return time.time() - job.record.launched < LAUNCH
+        if row.state in {"waiting", "running"}:
+            at = "waits in the cluster's queue" if row.state == "waiting" else f"runs on {row.host or 'the cluster'}"
+            if job.record.place_in_cluster != at:
+                job.write(place_in_cluster=at)
+            return True
+        return False
+
+    def stop(self, job: QueueJob) -> None:
+        """See :class:`Launcher`.
+
+        Raises:
+            UserError: the cluster does not answer.
+        """
+        from ..batch.job import BatchFolder
+        from ..batch.submission import cancel
+
+        folder = BatchFolder(job.folder)
+        if folder.file.is_file():
+            cancel(folder)
+        self._asked.pop(job.id, None)
+
+    def ended(self, job: QueueJob, workspace: Workspace) -> dict[str, Any]:
+        """See :class:`Launcher`."""
+        from ..training.run import state_path
+
+        row, saved = self.row(job), state_path(job.output(workspace.adapters)).exists()
+        goes_on = "Resume goes on from its last state" if saved else "Resume begins anew"
+        if row is not None and row.state == "done":
+            return {"state": "done", "message": ""}
+        if job.record.wish or (row is not None and row.state == "stopped"):
+            return {"state": "paused" if job.record.wish == "pause" else "stopped", "message": f"{goes_on}."}
+        reason = rendered(UserError(row.message, *row.fixes)) if row else "The cluster did not take it."
+        return {"state": "failed", "message": f"{in_app(reason, workspace)} {goes_on}."}
+
+
+def cluster_is_here() -> bool:
+    """Whether jobs can be submitted to a cluster from this computer."""
+    return shutil.which("sbatch") is not None and find_spec("submitit") is not None
