@@ -73,7 +73,7 @@ def main() -> None:
                         arg=before, timeout=PATIENCE,
                     )  # fmt: skip
                     told(f"{which} click, to its first preview", clicked)
-                    page.locator("#generate-status", has_text="Drew 1").wait_for(timeout=PATIENCE)
+                    page.locator("#generate-status", has_text="Generated 1").wait_for(timeout=PATIENCE)
                     told(f"{which} click, to its picture", clicked)
                 browser.close()
             held, clicked, answers = peak(server.pid), time.monotonic(), []

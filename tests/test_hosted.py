@@ -47,7 +47,7 @@ def test_a_request_is_answered_with_a_picture(page: str) -> None:
     picture, line = client.predict("<rex> beside <brew>", 3, "Wide", api_name="/generate")
     with Image.open(picture) as image:
         assert image.size == (256, 128) and "spectral_diffusion" not in image.info
-    assert "Drew 1 picture of 256×128 pixels." in line
+    assert "Generated 1 picture of 256×128 pixels." in line
     with pytest.raises(Exception, match="The prompt has 301 characters; this demo takes 300"):
         client.predict("x" * 301, 0, "Wide", api_name="/generate")
 
@@ -68,12 +68,12 @@ def test_files_are_refused(page: str) -> None:
 def test_nothing_of_a_visitor_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    news = list(hosted.draw("on the beach", {"regions": [BOX]}, "Wide", 1))
+    news = list(hosted.generate_picture("on the beach", {"regions": [BOX]}, "Wide", 1))
     picture, line = news[-1]
-    assert picture is not None and picture.info == {} and "Drew 1 picture" in line
+    assert picture is not None and picture.info == {} and "Generated 1 picture" in line
     assert any("step 2 of 2" in text for _, text in news)
     assert list(tmp_path.iterdir()) == []
-    first = hosted.draw("on the beach", {"regions": [BOX]}, "Wide", 1)
+    first = hosted.generate_picture("on the beach", {"regions": [BOX]}, "Wide", 1)
     next(first)
     first.close()  # the visitor has gone
     assert list(tmp_path.iterdir()) == []
@@ -92,12 +92,12 @@ def test_nothing_of_a_visitor_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_a_demo_does_not_take_is_a_sentence(fields: dict[str, Any], sentence: str) -> None:
     usual = {"prompt": "a <rex>", "canvas": {}, "shape": "Square", "seed": 0}
     with pytest.raises(UserError, match=sentence):
-        list(hosted.draw(**usual | fields))
+        list(hosted.generate_picture(**usual | fields))
 
 
 def test_the_work_can_be_done_in_another_process() -> None:
     """ZeroGPU pickles the function and its arguments."""
-    assert pickle.loads(pickle.dumps(hosted.draw)) is hosted.draw
+    assert pickle.loads(pickle.dumps(hosted.generate_picture)) is hosted.generate_picture
     request, scene = hosted._request("<rex> and <brew>", {"regions": [BOX]}, "Tall", 5)
     assert request.base == "pocket" and request.adapters == ["brew"]  # rex acts in its box
     assert (scene["width"], scene["height"], scene["seed"]) == (128, 256, 5)

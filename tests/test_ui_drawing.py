@@ -599,11 +599,11 @@ def values_of(base: Path, **more: Any) -> list[Any]:
 def test_tab_draws_shows_and_refills(handlers: Any, workspace: Workspace, trained: tuple[Path, Path]) -> None:
     from spectral_diffusion.app.tabs.generate_layout import Fields
 
-    news = list(handlers.draw(handlers.begin(Asker("one"))[-1], *values_of(trained[0])))
+    news = list(handlers.generate_from_fields(handlers.begin(Asker("one"))[-1], *values_of(trained[0])))
     assert any(isinstance(picture, Image.Image) for picture, *_ in news)
-    assert any("Drawing" in line and "step 3 of 3" in line for _, line, _ in news)
+    assert any("Generating" in line and "step 3 of 3" in line for _, line, _ in news)
     picture, line, name = news[-1]
-    assert "Drew 1 picture of 16×16 pixels." in line and Path(picture).stem == name
+    assert "Generated 1 picture of 16×16 pixels." in line and Path(picture).stem == name
     *filled, line = handlers.refilled(name)
     by_name = dict(zip(Fields.__dataclass_fields__, filled, strict=True))
     assert by_name["canvas"].value == full_value() and by_name["seed"] == 3 and "fields above" in line
@@ -641,7 +641,7 @@ def test_found_places_become_boxes_over_the_picture(
 
 def test_tab_says_errors_in_place(handlers: Any, trained: tuple[Path, Path]) -> None:
     def draw_for(who: str, **values: Any) -> list[Any]:
-        return list(handlers.draw(handlers.begin(Asker(who))[-1], *values_of(trained[0], **values)))
+        return list(handlers.generate_from_fields(handlers.begin(Asker(who))[-1], *values_of(trained[0], **values)))
 
     [(_, line, _)] = draw_for("one", prompt="")
     assert line.startswith("**That did not work.** The prompt is empty") and "&lt;rex&gt;" in line
@@ -652,9 +652,9 @@ def test_tab_says_errors_in_place(handlers: Any, trained: tuple[Path, Path]) -> 
     assert start.visible and not cancel.visible and "while it waited" in line
     later = handlers.begin(Asker("one"))[-1]
     assert handlers.ended(Asker("one"))[1].visible  # the later one waits, and can be cancelled
-    [silent] = handlers.draw(ticket, *values_of(trained[0]))
+    [silent] = handlers.generate_from_fields(ticket, *values_of(trained[0]))
     assert all("value" not in update for update in silent)
-    assert "Drew" in list(handlers.draw(later, *values_of(trained[0])))[-1][1]
+    assert "Generated" in list(handlers.generate_from_fields(later, *values_of(trained[0])))[-1][1]
     assert not handlers.ended(Asker("one"))[1].visible
 
 
@@ -726,7 +726,7 @@ def test_endpoint_draws_with_sketch_and_regions(
         num_inference_steps=2, sketch=handle_file(tmp_path / "sketch.png"), regions=full_value()["regions"],
         api_name="/generate",
     )  # fmt: skip
-    assert len(files) == 2 and "Drew 2 pictures of " in words
+    assert len(files) == 2 and "Generated 2 pictures of " in words
     copies = [path for path in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*.png") if "sketch" not in path.name]
     assert not copies and Path(files[0]).exists()  # pictures are served from where they are
     settings = read_settings(Path(files[0]))

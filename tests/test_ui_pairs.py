@@ -16,7 +16,7 @@ from spectral_diffusion.app.canvas import Canvas, CanvasRegion, read_canvas
 from spectral_diffusion.app.first_run import CONCEPTS, adopt, first_scene
 from spectral_diffusion.app.generation import GenerateRequest
 from spectral_diffusion.app.overview import look
-from spectral_diffusion.app.pairs import draw_both, labels_of, other_request
+from spectral_diffusion.app.pairs import generate_both, labels_of, other_request
 from spectral_diffusion.app.workspace import Workspace
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
@@ -55,7 +55,7 @@ def scene_of(path: Path) -> dict[str, Any]:
 def test_both_pictures_differ_in_what_was_said_alone(workspace: Workspace, tiny_base: Path) -> None:
     first = GenerateRequest(base=str(tiny_base), adapters=["tom"], strength="1")
     second = other_request(first, None, None, "0.2")
-    pair = draw_both(workspace, first, second, prompt="a <tom>", num_images=2, seed=5, **QUICK)
+    pair = generate_both(workspace, first, second, prompt="a <tom>", num_images=2, seed=5, **QUICK)
     assert len(pair.pictures) == 2 and pair.labels == ("strength 1", "strength 0.2")
     for one, two in pair.pictures:
         left, right = scene_of(one), scene_of(two)
@@ -83,7 +83,7 @@ def test_what_is_different_is_asked_and_named() -> None:
 
 def test_a_stop_leaves_no_half_pair(workspace: Workspace, tiny_base: Path) -> None:
     first = GenerateRequest(base=str(tiny_base), adapters=["tom"])
-    pair = draw_both(
+    pair = generate_both(
         workspace,
         first,
         other_request(first, None, None, "2"),

@@ -114,7 +114,7 @@ def read_regions(value: Any) -> tuple[CanvasRegion, ...]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UserError(f"The regions are no list; {_FORM}")
     if len(value) > MOST_REGIONS:
-        raise UserError(f"There are {len(value)} regions; at most {MOST_REGIONS} can be drawn.")
+        raise UserError(f"There are {len(value)} regions; at most {MOST_REGIONS} are possible.")
     return tuple(_region(item, number) for number, item in enumerate(value, 1))
 
 

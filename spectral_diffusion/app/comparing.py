@@ -29,7 +29,7 @@ ACTING = {  # words for shares below these
     1.0: "loses some of its looks: the others act on it much.",
 }
 MORE = "is at risk: the others act on it more than it does itself."
-UNKNOWN = "changes what shows only beside its base; draw it to see."
+UNKNOWN = "changes what shows only beside its base; press Show before and after to see it."
 ALONE = "is by itself; choose a second one."
 COLUMNS = ("alone", "in the fusion")
 

@@ -194,7 +194,7 @@ def fuse_chosen(
                 for warning in fuse_to_folder(settings, Hooks(progress=hooks.progress, notify=notes.append))
             ]
     messages = [in_app(note, workspace) for note in notes]
-    return "\n".join([*messages, f"Saved '{name}' with {' and '.join(chosen)}. Draw with it in step 4."])
+    return "\n".join([*messages, f"Saved '{name}' with {' and '.join(chosen)}. Generate with it in step 4."])
 
 
 def speed_key(settings: FuseConfig) -> str:

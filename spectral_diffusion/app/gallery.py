@@ -125,18 +125,21 @@ def picture_details(workspace: Workspace, name: str | None) -> list[tuple[str, s
         rows.append(("Concepts", ", ".join(f"{_short(f, names)} at {s}" for f, s in scene.adapters.items())))
     if scene.controls:
         rows.append(
-            ("Held to", ", ".join(f"a {control.kind} at {control.conditioning_scale:g}" for control in scene.controls))
+            (
+                "Control images",
+                ", ".join(f"a {control.kind} at {control.conditioning_scale:g}" for control in scene.controls),
+            )
         )
     rows.append(("Seed", str(scene.seed if scene.only_seed is None else scene.only_seed)))
     size = f", {scene.width}×{scene.height}" if scene.width and scene.height else ""
     rows.append(
-        ("Drawn in", f"{scene.num_inference_steps} steps, guidance {scene.guidance_scale:g}, {scene.sampler}{size}")
+        ("Sampling", f"{scene.num_inference_steps} steps, guidance {scene.guidance_scale:g}, {scene.sampler}{size}")
     )
     return rows
 
 
 def refill(workspace: Workspace, name: str | None) -> Refill:
-    """The page's fields that draw a picture again, bit for bit if ``notes`` is empty.
+    """The page's fields that generate a picture again, bit for bit if ``notes`` is empty.
 
     Raises:
         UserError: see :func:`scene_inside`.
@@ -206,7 +209,7 @@ class SceneReader:
         drawings = self.drawings()
         sketch, keypose = drawings["sketch"], drawings["keypose"]
         if len(scene.every_seed()) > 1:
-            self.notes.append("It was drawn together with others; alone its last bits may differ.")
+            self.notes.append("It was generated together with others; alone its last bits may differ.")
         return Refill(
             base=_base_name(self.workspace, scene.base),
             adapters=adapters,

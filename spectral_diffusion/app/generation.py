@@ -117,7 +117,7 @@ def generate(
                     said = Hooks(progress=_of_all(scene, hooks), notify=notes.append, should_stop=hooks.should_stop)
                     with measured(workspace, speed_key(scene.base), _units(scene, base.size)):
                         generate_to_file(scene, said, show, base=base, every=every)
-                message = "Drew {}."
+                message = "Generated {}."
             except Cancelled:
                 message = "Stopped; {} finished before that."
     if len(scene.every_seed()) > 1:  # the contact sheet, which the page does not show
@@ -222,7 +222,7 @@ def requested_scene(
         UserError: anything the user can fix.
     """
     if not str(changes.get("prompt") or "").strip():
-        raise UserError("The prompt is empty; write what to draw, such as: a photo of <rex> on the beach.")
+        raise UserError("The prompt is empty; write what to generate, such as: a photo of <rex> on the beach.")
     path = base_path(workspace, request.base)
     manifest = read_manifest(Path(path))
     inside = set(manifest["concepts"]) if manifest else set()  # fused into the base

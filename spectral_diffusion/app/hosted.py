@@ -1,8 +1,8 @@
 """The demo for a hosted Space: pictures of the two ready-made concepts.
 
 Visitors share one machine, so nothing of theirs is kept, no file is taken or read, nothing is trained or deleted, and
-the base is always the pocket base. :func:`draw` is a function of a module with plain arguments, as ZeroGPU needs, which
-runs it in a process of its own.
+the base is always the pocket base. :func:`generate_picture` is a function of a module with plain arguments, as ZeroGPU
+needs, which runs it in a process of its own.
 """
 
 from __future__ import annotations
@@ -63,8 +63,10 @@ _BASE = BaseCache()
 
 
 @on_gpu
-def draw(prompt: str, canvas: dict[str, Any], shape: str, seed: int) -> Iterator[tuple[Image.Image | None, str]]:
-    """Draw one picture; yields unfinished ones with a line, at the end the picture with a message.
+def generate_picture(
+    prompt: str, canvas: dict[str, Any], shape: str, seed: int
+) -> Iterator[tuple[Image.Image | None, str]]:
+    """Generate one picture; yields unfinished ones with a line, at the end the picture with a message.
 
     Args:
         canvas: the value of the canvas, of which at most four boxes count.
@@ -124,22 +126,22 @@ def _request(prompt: str, canvas: Any, shape: str, seed: int) -> tuple[GenerateR
 class Handlers:
     """The callbacks: values from the page in, updates of the page out."""
 
-    def draw(self, prompt: str, canvas: Any, shape: str, seed: float) -> Iterator[tuple[Any, str]]:
-        """:func:`draw` for the page, with errors in its words."""
+    def generate_from_fields(self, prompt: str, canvas: Any, shape: str, seed: float) -> Iterator[tuple[Any, str]]:
+        """:func:`generate_picture` for the page, with errors in its words."""
         with errors_as_toast():
-            for picture, line in draw(prompt, canvas or {}, shape, int(seed or 0)):
+            for picture, line in generate_picture(prompt, canvas or {}, shape, int(seed or 0)):
                 yield (gr.skip() if picture is None else picture), plain_html(line)
 
     @asked
     def generate(self, prompt: str, seed: int = 0, shape: str = "Square") -> tuple[Any, str]:
-        """Draw a picture of <rex>, <brew>, both or neither; returns it and a message."""
+        """Generate a picture of <rex>, <brew>, both or neither; returns it and a message."""
         with errors_as_toast():
-            *_, (picture, line) = draw(prompt, {}, shape, seed)
+            *_, (picture, line) = generate_picture(prompt, {}, shape, seed)
         return picture, line
 
 
 def build_hosted() -> gr.Blocks:
-    """The page. It serves nothing but the pictures that it draws, for an hour."""
+    """The page. It serves nothing but the pictures that it generates, for an hour."""
     handlers, first = Handlers(), first_scene()
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(f"# {TITLE}\n{ABOUT}", elem_id="title")
@@ -166,7 +168,7 @@ def build_hosted() -> gr.Blocks:
         shape.input(lambda name: gr.HTML(ratio=SHAPES[name][0] / SHAPES[name][1]), shape, canvas, **PRIVATE)
         asked_for = gr.on([start.click, prompt.submit], lambda: "Waiting for your turn …", None, status, **PRIVATE)
         asked_for.then(
-            handlers.draw, [prompt, canvas, shape, seed], [picture, status], api_visibility="private",
+            handlers.generate_from_fields, [prompt, canvas, shape, seed], [picture, status], api_visibility="private",
             concurrency_limit=1, trigger_mode="once",
         )  # fmt: skip
         call = gr.Button(visible=False)

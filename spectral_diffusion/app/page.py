@@ -46,7 +46,7 @@ class Page:
         concept: name of the concept to train, handed from the concepts to the training (:func:`hand`).
         base: the base to generate with (``pocket``, ``fused/<name>``), handed from the fusion to the pictures.
         adapters: names of adapters to generate with, handed from the training to the pictures.
-        first: handed from the concepts to the pictures, which then draw the first picture.
+        first: handed from the concepts to the pictures, which then generate the first picture.
         gone: called with the session of a browser or program that has disconnected.
     """
 

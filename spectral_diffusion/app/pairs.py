@@ -1,4 +1,4 @@
-"""Two ways to draw one scene beside each other: the same prompt, canvas and seeds, one or two things changed."""
+"""Two ways to generate one scene beside each other: the same prompt, canvas and seeds, one or two things changed."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _concepts(request: GenerateRequest) -> list[str]:
     return list(dict.fromkeys([*request.adapters, *bound]))
 
 
-def draw_both(
+def generate_both(
     workspace: Workspace,
     first: GenerateRequest,
     second: GenerateRequest,
@@ -108,4 +108,4 @@ def draw_both(
     sheet.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(sheet, png_of(labelled_grid(rows, column_labels=labels, gap=6)))
     count = f"{len(pairs)} pair{'' if len(pairs) == 1 else 's'}"
-    return Pair(pairs, labels, sheet, f"Drew {count}: {labels[0]} on the left, {labels[1]} on the right.")
+    return Pair(pairs, labels, sheet, f"Generated {count}: {labels[0]} on the left, {labels[1]} on the right.")

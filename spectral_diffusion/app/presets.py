@@ -37,7 +37,7 @@ def suited_bases() -> dict[str, str]:
 
 
 def preset_of_base(workspace: Workspace, base: str | None) -> str | None:
-    """The preset to draw with a base, or a fusion on it, on this computer; None without one.
+    """The preset to generate with a base, or a fusion on it, on this computer; None without one.
 
     Raises:
         UserError: no such fused folder, or a damaged one.

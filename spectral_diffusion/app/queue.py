@@ -164,7 +164,7 @@ class Queue:
                 queue = ", and the queue waits until then" if wish == "pause" else ""
                 message = f"The training of '{concept}' {message}{queue}."
             else:
-                raise UserError(f"The training of '{concept}' is {state}; only a running one can be held.")
+                raise UserError(f"The training of '{concept}' is {state}; only a running one can be paused.")
         self.start()
         return message
 

@@ -65,7 +65,7 @@ def build_app(workspace: Path) -> App:
         gr.Markdown(f"# {TITLE}\n{INTRODUCTION}", elem_id="title")
         # Outside the tabs: gradio counts their children.
         handed = gr.State(None), gr.State(None), gr.State(None), gr.State(None)
-        strip, timer = gr.HTML(visible=False, elem_id="train-strip", label="Being trained"), gr.Timer(1.0, active=False)
+        strip, timer = gr.HTML(visible=False, elem_id="train-strip", label="Training now"), gr.Timer(1.0, active=False)
         trained = gr.State({})
         with gr.Tabs(elem_id="steps") as tabs:
             page = Page(root, blocks, tabs, strip, timer, trained, *handed, gone=blocks.gone)

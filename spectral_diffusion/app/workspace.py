@@ -20,7 +20,7 @@ STAGES = {
     "spectrum": "Decomposing the base's weights",
     "train": "Training",
     "fuse": "Fusing",
-    "generate": "Drawing",
+    "generate": "Generating",
     "watch": "Recording each concept's activations",
     "lesson": "Generating the images to distill from",
     "teach": "Distilling",

@@ -42,7 +42,7 @@ def test_one_button_makes_the_first_picture(server: Any, visit: Callable[..., An
     # A box is dragged, and the picture is drawn again with it where it is now.
     drag(page, (0.03, 0.04), (0.13, 0.04))  # by its label, while the pen is chosen
     page.locator("#generate-start").click()
-    page.locator("#generate-status", has_text="Drew 1 picture").wait_for(timeout=PATIENCE)
+    page.locator("#generate-status", has_text="Generated 1 picture").wait_for(timeout=PATIENCE)
     moved = read_settings(pictures(server)[-1])
     assert moved["regions"][0]["box"] != scene["regions"][0]["box"]
     assert moved["regions"][1] == scene["regions"][1]
@@ -84,13 +84,13 @@ def test_found_places_become_boxes_that_can_be_dragged(server: Any, visit: Calla
     for name in ("rex", "brew"):
         page.get_by_role("option", name=name, exact=True).click()
     page.locator("#generate-start").click()
-    page.locator("#generate-status", has_text="Drew 1 picture").wait_for(timeout=PATIENCE)
+    page.locator("#generate-status", has_text="Generated 1 picture").wait_for(timeout=PATIENCE)
     page.locator("#generate-places").click()
     page.locator("#generate-status", has_text="drag them").wait_for()
     assert page.locator(BOXES).count() == 2
     before = page.locator("#generate-canvas .stage").bounding_box()
     assert before is not None
     page.locator("#generate-start").click()
-    page.locator("#generate-status", has_text="Drew 1 picture").wait_for(timeout=PATIENCE)
+    page.locator("#generate-status", has_text="Generated 1 picture").wait_for(timeout=PATIENCE)
     scene = read_settings(pictures(server)[-1])
     assert len(scene["regions"]) == 2 and all(region["adapters"] for region in scene["regions"])

@@ -46,7 +46,7 @@ def test_a_visitor_gets_a_picture(space: str, visit: Callable[..., Any], tmp_pat
     page = visit(space, tabs=False).page
     page.locator("#generate-canvas .regions > li").nth(1).wait_for()  # rex and brew, each in a box
     page.locator("#generate-start").click()
-    page.locator("#generate-status", has_text="Drew 1 picture of 256×128").wait_for(timeout=PATIENCE)
+    page.locator("#generate-status", has_text="Generated 1 picture of 256×128").wait_for(timeout=PATIENCE)
     page.locator("#generate-picture img").wait_for()
     assert page.locator("input[type=file]").count() == 0
     assert [path for path in tmp_path.iterdir() if path.name != "__pycache__"] == []  # nothing is written

@@ -100,7 +100,7 @@ def test_from_photos_to_a_picture_of_two(server: Any, visit: Callable[..., Any],
     assert not (server.workspace / "fused" / "pair").exists()
     page.locator("#fuse-distill").get_by_label("no", exact=True).check()
     page.locator("#fuse-save").click()
-    page.locator("#fuse-draw").click(timeout=PATIENCE)
+    page.locator("#fuse-use").click(timeout=PATIENCE)
 
     # Draw: a stroke, two boxes with a prompt each.
     page.locator("#generate-tokens button", has_text="<tom>").wait_for()
@@ -152,7 +152,7 @@ def test_two_browsers_and_cancel(server: Any, visit: Callable[..., Any]) -> None
     two.page.locator("#generate-start").click()  # asked for again
     one.page.locator("#generate-cancel").click()
     one.page.locator("#generate-status", has_text="Stopped").wait_for(timeout=PATIENCE)
-    two.page.locator("#generate-status", has_text="Drew 1 picture").wait_for(
+    two.page.locator("#generate-status", has_text="Generated 1 picture").wait_for(
         timeout=PATIENCE
     )  # the other's stop was not its
 

@@ -22,8 +22,8 @@ from .concepts_layout import NOTHING, Detail, build_adding, build_detail, build_
 SHOW_ME = "Show me: two ready-made concepts in one picture"
 GUIDE = (
     "That takes seconds, since both are trained already. **Then your own:** choose a *concept*, something you want in "
-    "your pictures, and press *Train it in step 2*. When it is trained, draw it in step 4. For two things in one "
-    "picture train both, then in step 4 give each a box, or put them together in step 3 first."
+    "your pictures, and press *Train it in step 2*. When it is trained, generate pictures with it in step 4. For two "
+    "things in one picture train both, then in step 4 give each a box, or fuse them in step 3 first."
 )
 CHOOSE = """element.addEventListener('click', event => {
     const card = event.target.closest('button[data-name]');
@@ -49,8 +49,8 @@ def build(page: Page, tab: gr.Tab) -> None:
         with gr.Column(scale=2, min_width=320, elem_id="concepts-side"):
             detail = build_detail()
     gr.Markdown(
-        "### Who sits where\nA base has many directions, the strongest first. Each concept is written into some of its "
-        "own, so that none overwrites another."
+        "### Slots\nA base has many directions, the strongest first. Each concept has a slot, some of them "
+        "that no other uses, so that none overwrites another."
     )
     slots = gr.HTML(elem_id="concepts-slots", label="Slot map")
     trash_line = build_trash()
@@ -140,7 +140,9 @@ class ConceptHandlers:
             lines = list(overview.problems)
             if overview.strangers:
                 names = ", ".join(f"`{adapter.path.stem}`" for adapter in overview.strangers)
-                lines.append(f"Adapters without photos here: {names}; they can be fused and drawn with all the same.")
+                lines.append(
+                    f"Adapters without photos here: {names}; they can be fused and used in pictures all the same."
+                )
             problems = "\n".join(f"- ⚠ {line if '`' in line else plain_html(line)}" for line in lines)
             return [
                 gr.Column(visible=overview.first_run),

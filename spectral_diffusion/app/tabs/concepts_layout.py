@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 NOTHING = "Choose a concept to see its photos and to train it, or add your own thing above."
-KINDS = [("a thing, an animal or a person", "thing"), ("a style, in which anything can be drawn", "style")]
+KINDS = [("a thing, an animal or a person", "thing"), ("a style, which any picture can have", "style")]
 FILES = ["image", ".zip", ".txt"]
 
 

@@ -81,7 +81,7 @@ def _wire_bench(bench: Bench, handlers: FuseHandlers, page: Page, lists: dict[st
     saving = bench.save.click(handlers.begin_save, None, [*buttons, tickets[1]], **asked).then(
         handlers.save,
         [tickets[1], bench.name, bench.replace, *bench.settings],
-        [bench.result, page.base, bench.saved, bench.draw],
+        [bench.result, page.base, bench.saved, bench.use],
         **shown,
     )
     for running in (trying, saving):
@@ -92,12 +92,12 @@ def _wire_bench(bench: Bench, handlers: FuseHandlers, page: Page, lists: dict[st
     page.gone.append(handlers.gone)
     bench.name.change(handlers.taken, bench.name, bench.replace, **PRIVATE)
     afterwards(saving, handlers.taken, bench.name, bench.replace, **PRIVATE)
-    bench.draw.click(handlers.draw, bench.saved, [page.base, page.tabs], **PRIVATE)
+    bench.use.click(handlers.generate_with, bench.saved, [page.base, page.tabs], **PRIVATE)
 
 
 def _wire_saved(saved: Saved, handlers: FuseHandlers, page: Page, lists: dict[str, Any]) -> None:
     saved.which.change(handlers.show, saved.which, [saved.about, saved.concept, saved.file], **PRIVATE)
-    saved.draw.click(handlers.draw, saved.which, [page.base, page.tabs], **PRIVATE)
+    saved.use.click(handlers.generate_with, saved.which, [page.base, page.tabs], **PRIVATE)
     taking = saved.take.click(
         handlers.take_out, [saved.which, saved.concept, saved.new], [saved.result, saved.which],
         show_progress_on=saved.result, **DEVICE, **HIDDEN,
@@ -323,7 +323,7 @@ class FuseHandlers:
             gr.File(value=None, visible=False),
         ]
 
-    def draw(self, which: str | None) -> tuple[Handed, Any]:
+    def generate_with(self, which: str | None) -> tuple[Handed, Any]:
         """Hand the chosen fusion to the pictures."""
         with errors_as_toast():
             fusing.fused_folder(self.workspace, which)

@@ -87,7 +87,7 @@ class Bench:
             self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id="fuse-stop")
         self.result = gr.Textbox(label="Result", interactive=False, lines=2, elem_id="fuse-result")
         self.saved = gr.State("")  # the name of the last saved fusion
-        self.draw = gr.Button("Draw with it", elem_id="fuse-draw", visible=False)
+        self.use = gr.Button("Generate with it", elem_id="fuse-use", visible=False)
 
     def _sliders(self, names: list[str] | None, strengths: dict[str, float] | None) -> None:
         """A strength slider for every chosen concept; its value stays while others are added or removed."""
@@ -116,7 +116,7 @@ class Saved:
                 with gr.Column(min_width=320):
                     self.which = gr.Dropdown([], label="Fusion", elem_id="fuse-saved", interactive=True)
                     self.about = gr.Markdown(elem_id="fuse-about")
-                    self.draw = gr.Button("Draw with it", elem_id="fuse-saved-draw")
+                    self.use = gr.Button("Generate with it", elem_id="fuse-saved-use")
                     with gr.Accordion("Delete it", open=False):
                         self.sure = gr.Checkbox(label="Yes, delete this fusion", elem_id="fuse-sure")
                         self.delete = gr.Button("Delete", variant="stop", elem_id="fuse-delete")

@@ -15,7 +15,7 @@ from ..page import PRIVATE, Page, errors_as_toast, plain_html
 from ..sentences import rendered
 from ..workspace import Workspace
 
-EMPTY = "No pictures yet. Write a prompt above and press **Generate**; everything you draw is kept here."
+EMPTY = "No pictures yet. Write a prompt above and press **Generate**; everything you generate is kept here."
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def build_details() -> dict[str, Any]:
     with gr.Row():
         canvas = gr.Button("Use its settings", elem_id="generate-to-canvas", **small)
         places = gr.Button("Places as boxes", visible=False, elem_id="generate-places", **small)
-        again = gr.Button("Draw it again", elem_id="generate-again", **small)
+        again = gr.Button("Generate it again", elem_id="generate-again", **small)
     with gr.Row():
         file = gr.DownloadButton("Download picture", elem_id="generate-download", **small)
         scene = gr.DownloadButton("Download settings", elem_id="generate-download-scene", **small)

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from ...config.presets import preset_settings
-from .. import generation as drawing
+from .. import generation
 from ..page import DEVICE, PRIVATE, Page
 from .canvas import build_canvas, build_sources
 from .gallery import Gallery, build_details, build_picture, build_wall, wire
@@ -27,7 +27,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     defaults = preset_settings("pocket", "generate")
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            scene_fields = build_scene_fields(defaults, drawing.side_of(page.workspace, "pocket"))
+            scene_fields = build_scene_fields(defaults, generation.side_of(page.workspace, "pocket"))
         with gr.Column(scale=6, min_width=320):
             canvas = build_canvas()
             build_sources(page.workspace, canvas, [scene_fields["base"], scene_fields["width"], scene_fields["height"]])
@@ -93,7 +93,7 @@ def _wire_drawing(
     cancel: gr.Button,
     status: Any,
 ) -> None:
-    """Wire generate, cancel, draw again, and a picture back into the fields."""
+    """Wire generate, cancel, generate again, and a picture back into the fields."""
     # Not a state: gradio reads a state when the run's turn comes, by when it may be that of a later run.
     ticket = gr.Textbox(visible=False)
     asked: dict[str, Any] = {
@@ -105,9 +105,9 @@ def _wire_drawing(
     shown = [gallery.picture, status, gallery.chosen]
     filled = page.first.change(handlers.first, None, [*form.all, status], **PRIVATE)
     for event, work, inputs in (
-        (filled.then, handlers.draw_first, form.all),
-        (start.click, handlers.draw, form.all),
-        (form.prompt.submit, handlers.draw, form.all),
+        (filled.then, handlers.generate_first, form.all),
+        (start.click, handlers.generate_from_fields, form.all),
+        (form.prompt.submit, handlers.generate_from_fields, form.all),
         (gallery.again.click, handlers.again, [gallery.chosen]),
     ):
         run = event(**asked).then(work, [ticket, *inputs], shown, **PRIVATE, **DEVICE)
@@ -153,7 +153,7 @@ def _wire_pairs(
     start, cancel, status = controls
     ticket = gr.Textbox(visible=False)
     run = pairs.start.click(handlers.begin_both, None, [*controls, ticket], queue=False, **PRIVATE).then(
-        handlers.draw_both, [ticket, *form.all, *pairs.changes], [*pairs.results, status], **PRIVATE, **DEVICE
+        handlers.generate_both, [ticket, *form.all, *pairs.changes], [*pairs.results, status], **PRIVATE, **DEVICE
     )
     ended = run.then(handlers.ended, None, [start, cancel], queue=False, **PRIVATE)
     ended.then(lambda: 1, None, gallery.number, queue=False, **PRIVATE).then(

@@ -15,7 +15,7 @@ from ...config.train import is_style_noun
 from ...core.errors import UserError
 from ...core.hooks import Hooks
 from .. import gallery as pictures
-from .. import generation as drawing
+from .. import generation
 from ..adapters import adapter_rows
 from ..base_cache import BaseCache
 from ..canvas import Canvas, ink_of_drawing, read_canvas, read_regions
@@ -31,7 +31,7 @@ from .pairs import NOT_BEGUN, WAITING, PairHandlers
 
 NO_CONCEPTS = (
     "You have no trained concepts yet, so use the base's own words, such as *a red dog on the beach*. "
-    "To draw your own things, train one in step 2."
+    "To have your own things in pictures, train one in step 2."
 )
 FIRST = "Both concepts were trained apart, and each acts in its own box. Drag the boxes"
 INVITATION = (
@@ -72,11 +72,11 @@ class GenerateHandlers:
         A fused base contains its concepts and accepts adapters trained on it; any other base accepts all.
         """
         try:
-            inside = drawing.tokens(self.workspace, base, [])
+            inside = generation.tokens(self.workspace, base, [])
         except UserError:  # reported on generating
             inside = {}
         every = adapter_rows(self.workspace)[0]
-        rows = [row[:3] for row in every if not inside or drawing.is_base(self.workspace, base, row[-1])]
+        rows = [row[:3] for row in every if not inside or generation.is_base(self.workspace, base, row[-1])]
         names = [row[0] for row in rows]
         available = [
             name for name in chosen or [] if name in names
@@ -98,7 +98,7 @@ class GenerateHandlers:
 
     def shape(self, shape: str | None, base: str | None) -> tuple[int, int]:
         """Width and height of a shape at the base's native size."""
-        side = drawing.side_of(self.workspace, base)
+        side = generation.side_of(self.workspace, base)
         across, down = SHAPES.get(shape or "", (1, 1))
         return side * across, side * down
 
@@ -109,16 +109,16 @@ class GenerateHandlers:
     def handed_adapters(self, handed: Handed, shape: str | None, *sampling: float) -> tuple[Any, ...]:
         """The base of the adapters that were handed over, these, and the values of :meth:`suited`."""
         with errors_as_toast():
-            base = drawing.chosen_base(self.workspace, handed[0][0])
+            base = generation.chosen_base(self.workspace, handed[0][0])
         return base, handed[0], *self.suited(base, shape, *sampling)
 
     def suited(self, base: str | None, shape: str | None, *sampling: float) -> tuple[Any, ...]:
         """Width and height that suit a base, and the values of :func:`.generation.sampling_of`."""
-        return *self.shape(shape, base), *drawing.sampling_of(self.workspace, base, sampling)
+        return *self.shape(shape, base), *generation.sampling_of(self.workspace, base, sampling)
 
     def reshaped(self, base: str | None, width: float | None, height: float | None) -> tuple[Any, str | None]:
         """The canvas in the picture's shape, and the shape's name if it has one."""
-        ratio = drawing.ratio_of(self.workspace, base, width, height)
+        ratio = generation.ratio_of(self.workspace, base, width, height)
         names = {across / down: name for name, (across, down) in SHAPES.items()}
         return gr.HTML(ratio=ratio), names.get(ratio)
 
@@ -126,7 +126,7 @@ class GenerateHandlers:
         """How long the pictures of the fields will take."""
         fields = Fields.named(values)
         regions = (fields.pop("canvas") or {}).get("regions") or []
-        return drawing.estimate(self.workspace, fields.pop("base"), len(regions), **fields)
+        return generation.estimate(self.workspace, fields.pop("base"), len(regions), **fields)
 
     def begin(self, request: gr.Request) -> list[Any]:
         """Register a run and show Cancel instead of Generate; the last value is the run's ticket."""
@@ -151,7 +151,7 @@ class GenerateHandlers:
 
     def cancel_for_program(self, request: gr.Request) -> str:
         """Stop the pictures that this client has asked for; returns a message."""
-        return "Stopping." if self.runs.stop(request.session_hash or "") else "Nothing was being drawn."
+        return "Stopping." if self.runs.stop(request.session_hash or "") else "Nothing was being generated."
 
     def left(self, request: gr.Request) -> None:
         """The browser has disconnected: stop its run."""
@@ -161,13 +161,13 @@ class GenerateHandlers:
         """A browser or a program has disconnected."""
         self.runs.stop(session)
 
-    def draw(self, ticket: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def generate_from_fields(self, ticket: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Generate; yields unfinished pictures and a line, at the end the picture, the line, and the picture's name."""
         yield from self._stream_pictures(ticket, lambda: self._request(Fields.named(values)))
 
-    def draw_first(self, ticket: str, *values: Any) -> Iterator[tuple[Any, ...]]:
-        """:meth:`draw`, with an invitation under the picture once it is there."""
-        for picture, line, name in self.draw(ticket, *values):
+    def generate_first(self, ticket: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        """:meth:`generate_from_fields`, with an invitation under the picture once it is there."""
+        for picture, line, name in self.generate_from_fields(ticket, *values):
             yield picture, INVITATION if isinstance(name, str) else line, name
 
     def again(self, ticket: str, name: str | None) -> Iterator[tuple[Any, ...]]:
@@ -176,7 +176,7 @@ class GenerateHandlers:
         def request_of_picture() -> tuple[GenerateRequest, dict[str, Any]]:
             refill = pictures.refill(self.workspace, name)
             if refill.notes:
-                raise UserError(f"It cannot be drawn again as it was: {refill.notes[0]}")
+                raise UserError(f"It cannot be generated again as it was: {refill.notes[0]}")
             generate_request = GenerateRequest(
                 refill.base, refill.adapters, refill.strength, read_canvas(refill.canvas), refill.sketch_weight,
                 refill.keypose_weight, refill.sketch_adapter, refill.keypose_adapter,
@@ -185,12 +185,12 @@ class GenerateHandlers:
 
         yield from self._stream_pictures(ticket, request_of_picture)
 
-    def draw_both(self, ticket: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+    def generate_both(self, ticket: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         """The fields' picture and a second one; the last three values say what is different in that."""
         *first, base, adapters, strength = values
         pairs = PairHandlers(self.workspace, self.runs, self.keeper)
         ask = partial(self._request, Fields.named(tuple(first)))
-        yield from pairs.draw(ask, (base, adapters, strength), ticket)
+        yield from pairs.generate_both(ask, (base, adapters, strength), ticket)
 
     @asked
     def generate(
@@ -222,9 +222,9 @@ class GenerateHandlers:
         """
         who = (request.session_hash if request else "") or ""
         with errors_as_toast():
-            drawn_canvas = Canvas(ink_of_drawing(Path(sketch)) if sketch else None, None, read_regions(regions))
+            canvas = Canvas(ink_of_drawing(Path(sketch)) if sketch else None, None, read_regions(regions))
             generate_request = GenerateRequest(
-                base, adapters or [], strength, drawn_canvas, 1.0 if sketch_weight is None else sketch_weight,
+                base, adapters or [], strength, canvas, 1.0 if sketch_weight is None else sketch_weight,
                 sketch_adapter=sketch_adapter,
             )  # fmt: skip
             scene: dict[str, Any] = {
@@ -243,7 +243,7 @@ class GenerateHandlers:
             ticket = self.runs.begin(who)
             stop = self.runs.take(ticket) or threading.Event()
             try:
-                generated = drawing.generate(
+                generated = generation.generate(
                     self.workspace, generate_request, Hooks(should_stop=stop.is_set), keeper=self.keeper, **scene
                 )
             finally:
@@ -273,7 +273,7 @@ class GenerateHandlers:
             "sketch_adapter": refill.sketch_adapter, "keypose_weight": refill.keypose_weight,
             "keypose_adapter": refill.keypose_adapter,
         }  # fmt: skip
-        ratio = drawing.ratio_of(self.workspace, refill.base, refill.fields["width"], refill.fields["height"])
+        ratio = generation.ratio_of(self.workspace, refill.base, refill.fields["width"], refill.fields["height"])
         values["canvas"] = gr.HTML(value=refill.canvas, ratio=ratio, backdrop=backdrop)
         line = " ".join([f"{message}; change what you like.", *refill.notes])
         return [*(values[item.name] for item in fields(Fields)), plain_html(line)]
@@ -299,7 +299,7 @@ class GenerateHandlers:
                 tell(line[0])
 
             generate_request, scene = make_request()
-            return drawing.generate(
+            return generation.generate(
                 self.workspace,
                 generate_request,
                 Hooks(ProgressLine(show_step), should_stop=stop.is_set),

@@ -18,7 +18,7 @@ SAMPLERS = [("DPM-Solver++", "dpm"), ("DDIM", "ddim"), ("Euler", "euler")]
 
 @dataclass(frozen=True)
 class Fields:
-    """The inputs of a picture as components, in the order in which :meth:`GenerateHandlers.draw` takes their values."""
+    """The inputs of a picture as components, in the order of :meth:`GenerateHandlers.generate_from_fields`."""
 
     prompt: gr.Textbox
     base: gr.Dropdown
@@ -79,7 +79,7 @@ def build_scene_fields(defaults: dict[str, Any], side: int) -> dict[str, Any]:
         made["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="generate-seed", min_width=120)
     with gr.Accordion("Base, size and sampling", open=False, elem_id="generate-more"):
         made |= _build_sampling(defaults, side)
-    with gr.Accordion("Weights of sketch, pose and boxes", open=False, elem_id="generate-held"):
+    with gr.Accordion("Weights of sketch, pose and boxes", open=False, elem_id="generate-weights"):
         made |= _build_weights(defaults)
     return made
 

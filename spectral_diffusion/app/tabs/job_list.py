@@ -43,7 +43,7 @@ class List:
     pause: gr.Button
     resume: gr.Button
     stop: gr.Button
-    draw: gr.Button
+    use: gr.Button
     remove: gr.Button
     asked: gr.Column
     clear: gr.Button
@@ -71,16 +71,16 @@ def build_list(start: gr.Button, strip: gr.HTML, timer: gr.Timer) -> tuple[List,
             pause = gr.Button("Pause", size="sm", min_width=80, elem_id="train-pause")
             resume = gr.Button("Resume", size="sm", min_width=80, variant="primary", elem_id="train-resume")
             stop = gr.Button("Stop", size="sm", min_width=80, elem_id="train-stop")
-            draw = gr.Button("Draw with it", size="sm", min_width=80, variant="primary", elem_id="train-draw")
+            use = gr.Button("Generate with it", size="sm", min_width=80, variant="primary", elem_id="train-use")
             remove = gr.Button("Remove", size="sm", min_width=80, elem_id="train-remove")
         with gr.Column(visible=False, elem_id="train-asked") as asked:
-            gr.Markdown("Its unfinished state is deleted with it, and what was learnt so far is lost.")
+            gr.Markdown("Its unfinished state is deleted with it, and what was learned so far is lost.")
             with gr.Row():
                 sure = gr.Button("Remove it", size="sm", min_width=80, variant="stop", elem_id="train-remove-sure")
                 keep = gr.Button("Keep it", size="sm", min_width=80, elem_id="train-keep")
         curve = gr.HTML(elem_id="train-curve", label="Loss")
         caption = gr.Markdown(
-            "Samples on the way, the newest first; from left to right ever more of what was learnt.",
+            "Samples on the way, the newest first; from left to right ever more of what was learned.",
             visible=False,
             elem_id="train-samples-caption",
             elem_classes="train-caption",
@@ -92,7 +92,7 @@ def build_list(start: gr.Button, strip: gr.HTML, timer: gr.Timer) -> tuple[List,
     clear = gr.Button("Clear finished ones", size="sm", visible=False, elem_id="train-clear")
     parts = List(
         timer, start, hint, trouble, jobs, detail, progress, strip, buttons, curve, caption, samples, pause, resume,
-        stop, draw, remove, asked, clear,
+        stop, use, remove, asked, clear,
     )  # fmt: skip
     return parts, sure, keep
 
@@ -129,7 +129,7 @@ def shown_jobs(
         "pause": {"visible": state == "running" and not stop_requested},
         "resume": {"visible": state in {"paused", "stopped", "failed"}},
         "stop": {"visible": stoppable(state, stop_requested, len(active)), "value": _stop_word(state, stop_requested)},
-        "draw": {"visible": state == "done"},
+        "use": {"visible": state == "done"},
         "remove": {"visible": state in {"stopped", "paused", "failed", "done"}},
         "asked": {"visible": False} if moved or state == "running" else {},
         "clear": {"visible": sum(other.record.state == "done" for other in jobs) > 1},
@@ -167,7 +167,7 @@ def progress(job: QueueJob) -> str:
     if status and record.state == "running":
         notes += [note for note in status.notes if not note.startswith("Concept ")][-2:]  # the concept's name is above
     if record.state == "done":
-        notes = ["It is trained. Draw with it, or fuse it with others in step 3."]
+        notes = ["It is trained. Generate with it, or fuse it with others in step 3."]
     return render(
         "app/templates/train_progress.html.jinja",
         concept=record.concept,
@@ -227,7 +227,7 @@ def strip_of(jobs: Sequence[QueueJob]) -> str:
     if not shown:
         return ""
     job = shown[0]
-    texts = {"running": "is being trained", "done": "is trained: draw it in step 4"}
+    texts = {"running": "is being trained", "done": "is trained: generate with it in step 4"}
     parts = [texts.get(job.record.state, job.record.state)]
     if active and job.line() != parts[0]:
         parts.append(job.line())

@@ -16,12 +16,12 @@ from ..base_cache import BaseCache
 from ..fusing import base_choices
 from ..generation import GenerateRequest
 from ..page import PRIVATE, Page, errors_as_toast, plain_html
-from ..pairs import Pair, draw_both, other_request
+from ..pairs import Pair, generate_both, other_request
 from ..streaming import CancelTokens, stream
 from ..workspace import ProgressLine, Workspace
 
-WAITING = "Getting ready… (It waits while something else is drawn or fused.)"
-NOT_BEGUN = "Cancelled while it waited; nothing was drawn."
+WAITING = "Getting ready… (It waits while something else is generated or fused.)"
+NOT_BEGUN = "Cancelled while it waited; nothing was generated."
 Asked = tuple[GenerateRequest, dict[str, Any]]
 
 
@@ -91,7 +91,9 @@ class PairHandlers:
         rows, _ = adapter_rows(self.workspace)
         return [gr.Dropdown(choices=base_choices(self.workspace)), gr.Dropdown(choices=[row[0] for row in rows])]
 
-    def draw(self, ask: Callable[[], Asked], changes: tuple[Any, ...], ticket: str) -> Iterator[tuple[Any, ...]]:
+    def generate_both(
+        self, ask: Callable[[], Asked], changes: tuple[Any, ...], ticket: str
+    ) -> Iterator[tuple[Any, ...]]:
         """Draw both; yields lines for the status, at the end the pictures (:attr:`PairFields.results`) and a line."""
         stop, line = self.runs.take(ticket), [WAITING]
         nothing = (gr.skip(),) * 5
@@ -107,7 +109,7 @@ class PairHandlers:
             request, scene = ask()
             second = other_request(request, *changes)
             hooks = Hooks(ProgressLine(show_step), should_stop=stop.is_set)
-            return draw_both(self.workspace, request, second, hooks, keeper=self.keeper, **scene)
+            return generate_both(self.workspace, request, second, hooks, keeper=self.keeper, **scene)
 
         try:
             with errors_as_toast():

@@ -157,14 +157,14 @@ class TrainHandlers:
         with errors_as_toast():
             return plain_html(self.queue.clear())
 
-    def draw_job(self, job: str | None) -> tuple[Handed, Any]:
+    def generate_with_job(self, job: str | None) -> tuple[Handed, Any]:
         """Hand a finished training's adapter to the pictures."""
         with errors_as_toast():
-            return self.draw(self.queue.job(job).record.concept)
+            return self.generate_with(self.queue.job(job).record.concept)
 
     # --- the adapters
 
-    def draw(self, name: str | None) -> tuple[Handed, Any]:
+    def generate_with(self, name: str | None) -> tuple[Handed, Any]:
         """Hand an adapter to the pictures."""
         with errors_as_toast():
             if name not in workspace_adapters(self.workspace):
@@ -239,7 +239,7 @@ def build(page: Page, tab: gr.Tab) -> None:
             form, about, computer, costs, start, message = build_form()
         with gr.Column(scale=6, min_width=320):
             parts, sure, keep = build_list(start, page.strip, page.timer)
-    shelf, adapters_said, draw, delete = build_shelf()
+    shelf, adapters_said, use, delete = build_shelf()
 
     # The id of the shown training. The radio is never an input: gradio refuses choices that were added later.
     chosen: gr.State = gr.State(None)
@@ -255,7 +255,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     _wire_form(page, tab, handlers, form, [about, computer, costs])
     start.click(handlers.start, form.all, [chosen, message], **PRIVATE).success(**look)
     _wire_list(page, handlers, parts, chosen, (sure, keep), message, look)
-    draw.click(handlers.draw, [shelf.chosen], [page.adapters, page.tabs], **PRIVATE)
+    use.click(handlers.generate_with, [shelf.chosen], [page.adapters, page.tabs], **PRIVATE)
     ask, asked, really, no = delete
     ask.click(lambda: gr.Column(visible=True), None, asked, **PRIVATE)
     no.click(lambda: gr.Column(visible=False), None, asked, **PRIVATE)
@@ -301,4 +301,4 @@ def _wire_list(
     sure.click(handlers.remove_surely, chosen, answered, **PRIVATE).success(**look)
     keep.click(lambda: (gr.Column(visible=False), gr.Row(visible=True)), None, answered[1:], **PRIVATE)
     parts.clear.click(handlers.clear, None, message, **PRIVATE).success(**look)
-    parts.draw.click(handlers.draw_job, chosen, [page.adapters, page.tabs], **PRIVATE)
+    parts.use.click(handlers.generate_with_job, chosen, [page.adapters, page.tabs], **PRIVATE)

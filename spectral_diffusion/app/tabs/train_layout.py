@@ -94,7 +94,7 @@ def build_form() -> tuple[Form, gr.Markdown, gr.Markdown, gr.HTML, gr.Button, gr
                 max_lines=1, min_width=120, elem_id="train-slot",
             )  # fmt: skip
         samples = gr.Checkbox(
-            True, label="Draw samples on the way", info="A few small pictures; they cost some time.",
+            True, label="Generate samples on the way", info="A few small pictures; they cost some time.",
             elem_id="train-with-samples",
         )  # fmt: skip
         with gr.Row(visible=cluster_is_here()):
@@ -122,7 +122,7 @@ def build_shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button
         chosen = gr.Dropdown(
             [], label="Trained concept", allow_custom_value=True, elem_id="train-adapter", min_width=200
         )
-        draw = gr.Button("Draw with it", elem_id="train-adapter-draw", min_width=120)
+        use = gr.Button("Generate with it", elem_id="train-adapter-use", min_width=120)
         ask = gr.Button("Delete", elem_id="train-adapter-delete", min_width=120)
     with gr.Column(visible=False, elem_id="train-adapter-asked") as asked:
         gr.Markdown("The adapter goes into the trash and its columns become free; fusions that hold it stay.")
@@ -130,4 +130,4 @@ def build_shelf() -> tuple[AdapterTable, gr.Markdown, gr.Button, tuple[gr.Button
             really = gr.Button("Delete it", size="sm", variant="stop", elem_id="train-adapter-delete-sure")
             no = gr.Button("Keep it", size="sm", elem_id="train-adapter-keep")
     message = gr.Markdown(elem_id="train-adapters-said")
-    return AdapterTable(empty, table, problems, actions, chosen), message, draw, (ask, asked, really, no)
+    return AdapterTable(empty, table, problems, actions, chosen), message, use, (ask, asked, really, no)
