@@ -110,7 +110,7 @@ def test_the_app_speaks_of_its_fields(tmp_path: Path) -> None:
     shown = {
         Fix("rank", "4"): "It is wrong. Set “Rank” to 4.",
         Fix("method", so="to choose another"): "It is wrong. Change “Method” to choose another.",
-        Fix("distill.steps", "0"): "It is wrong. Set “Distill afterwards” to no.",
+        Fix("distill.steps", "0"): "It is wrong. Set “Distillation” to none.",
         ELSEWHERE: "It is wrong. Choose another name to write elsewhere.",
         Fix("device", "cpu"): "It is wrong.",
         ANEW: "It is wrong.",

@@ -18,6 +18,8 @@ def cards(overview: ConceptOverview, chosen: str | None = None) -> str:
         "Yours": [item for item in overview.cards if item.own],
         "Ready-made": [item for item in overview.cards if not item.own],
     }
+    for items in groups.values():
+        items.sort(key=lambda item: not item.adapters)  # what is trained comes first
     return render(
         "app/templates/concept_cards.html.jinja",
         groups=groups,

@@ -28,7 +28,7 @@ from .first_run import CONCEPTS, first_scene
 from .generation import GeneratedPictures, GenerateRequest, generate
 from .guard import Message, Receive, Send
 from .page import PRIVATE, asked, errors_as_toast, plain_html
-from .server import INTRODUCTION, STYLE, TITLE
+from .server import INTRODUCTION, STYLE, TITLE, theme
 from .streaming import stream
 from .tabs.canvas import build_canvas, own_component
 from .tabs.generate_layout import SHAPES
@@ -201,7 +201,7 @@ def launch_hosted(blocks: gr.Blocks, **more: Any) -> Any:
     """Serve the page where a Space expects it: gradio reads address and port from the environment."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     return blocks.launch(
-        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        theme=theme(),
         css=STYLE.read_text(encoding="utf-8"),
         footer_links=["api"],
         max_file_size=1,

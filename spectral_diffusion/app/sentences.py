@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 FIELDS = {  # an option of the library to the label of the field that sets it
     "calibration.prior_weight": "Prior weight of gradient and ssr",
-    "distill.steps": "Distill afterwards",
+    "distill.steps": "Distillation",
     "guidance_scale": "Guidance",
-    "merge": "How to merge",
+    "merge": "Merge",
     "method": "Method",
     "num_inference_steps": "Steps",
-    "options.form": "Options of the merge",
+    "options.form": "Merge options",
     "prompt": "Prompt",
     "rank": "Rank",
     "seed": "Seed",
@@ -36,7 +36,7 @@ ANOTHER = {  # settings without a single field
     "scales": "change the strengths",
     "token": "choose another token",
 }
-SHOWN = {("distill.steps", "0"): "no"}  # a field's text for a value
+SHOWN = {("distill.steps", "0"): "none"}  # a field's text for a value
 QUOTED = re.compile(r"'/[^']*?([^'/]+)/?'")
 PATH = re.compile(r"(?<![\w.:/<])/(?:[^\s/'\"]+/)*([^\s/'\"]+)")
 

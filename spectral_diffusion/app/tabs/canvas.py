@@ -22,7 +22,7 @@ Maker = Callable[[Path, float], bytes]
 UPLOADS: dict[str, tuple[str, str, Maker]] = {
     "generate-upload-drawing": ("Upload a drawing", "strokes", canvas.ink_of_drawing),
     "generate-upload-photo": ("Trace a photo", "strokes", canvas.ink_of_photo),
-    "generate-upload-people": ("People of a photo", "keypose", canvas.keypose_of_photo),
+    "generate-upload-people": ("Keypose from a photo", "keypose", canvas.keypose_of_photo),
 }
 
 

@@ -13,7 +13,12 @@ MERGE_INFO = (
     "gradient keeps several concepts best and takes longest; spectral adds what was trained, which is exact and quick."
 )
 WHOLE = "pocket-distilled"  # the preset with its own merge and distillation
-DISTILLATION: dict[str, int | str] = {"no": 0, "300 steps": 300, "900 steps": 900, "900 steps, all of the U-Net": WHOLE}
+DISTILLATION: dict[str, int | str] = {
+    "none": 0,
+    "300 steps": 300,
+    "900 steps": 900,
+    "900 steps, all of the U-Net": WHOLE,
+}
 DISTILLATION_INFO = (
     "After any merge, the fusion is distilled from the single adapters. It keeps several concepts much better and "
     "changes other prompts less; it takes minutes. All of the U-Net keeps most, and has its own merge."
@@ -30,7 +35,7 @@ class Bench:
             with gr.Column(min_width=320):
                 self._choice()
             with gr.Column(min_width=320):
-                self.table = gr.HTML(visible=False, label="How they get on", elem_id="fuse-table")
+                self.table = gr.HTML(visible=False, label="Interference", elem_id="fuse-table")
                 self.warnings = gr.Markdown(elem_id="fuse-warnings", visible=False)
                 self.pictures = gr.Gallery(
                     label="Alone, and in the fusion", columns=2, object_fit="contain",
@@ -52,19 +57,19 @@ class Bench:
         self.chosen = gr.CheckboxGroup([], label="Concepts", elem_id="fuse-concepts", show_select_all=True)
         gr.render(inputs=[self.chosen, self.strengths], triggers=[self.chosen.change])(self._sliders)
         self.merge = gr.Dropdown(
-            ["gradient"], value="gradient", label="How to merge", info=MERGE_INFO, elem_id="fuse-merge",
+            ["gradient"], value="gradient", label="Merge", info=MERGE_INFO, elem_id="fuse-merge",
         )  # fmt: skip
         self.summary = gr.Markdown(elem_id="fuse-summary")
         self.distill = gr.Radio(
             list(DISTILLATION.items()),
             value=0,
-            label="Distill afterwards",
+            label="Distillation",
             info=DISTILLATION_INFO,
             elem_id="fuse-distill",
         )
         with gr.Accordion("More settings", open=False):
             self.options = gr.Textbox(
-                label="Options of the merge", placeholder="density=0.3", max_lines=1, elem_id="fuse-options",
+                label="Merge options", placeholder="density=0.3", max_lines=1, elem_id="fuse-options",
                 info=description(FuseConfig, "options"),
             )  # fmt: skip
             self.prior_weight = gr.Slider(

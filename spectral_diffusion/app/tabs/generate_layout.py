@@ -13,6 +13,7 @@ from .canvas import own_component
 
 SHAPES = {"Square": (1, 1), "Wide": (2, 1), "Tall": (1, 2)}
 PRECISIONS = [("as suits this computer", ""), ("full", "none"), *((mode, mode) for mode in ("int8", "fp8", "nf4"))]
+LOADED = "Bits of a transformer's frozen weights; fewer need less memory."
 SAMPLERS = [("DPM-Solver++", "dpm"), ("DDIM", "ddim"), ("Euler", "euler")]
 
 
@@ -79,7 +80,7 @@ def build_scene_fields(defaults: dict[str, Any], side: int) -> dict[str, Any]:
         made["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="generate-seed", min_width=120)
     with gr.Accordion("Base, size and sampling", open=False, elem_id="generate-more"):
         made |= _build_sampling(defaults, side)
-    with gr.Accordion("Weights of sketch, pose and boxes", open=False, elem_id="generate-weights"):
+    with gr.Accordion("Weights of sketch, keypose and regions", open=False, elem_id="generate-weights"):
         made |= _build_weights(defaults)
     return made
 
@@ -110,8 +111,9 @@ def _build_sampling(defaults: dict[str, Any], side: int) -> dict[str, Any]:
                 side, label=name.capitalize(), info=description(Scene, name), precision=0, step=8, minimum=8,
                 min_width=100,
             )  # fmt: skip
+    with gr.Row():
         made["quantization"] = gr.Dropdown(
-            PRECISIONS, value="", label="Loaded as", info=description(Scene, "quantization"), min_width=130,
+            PRECISIONS, value="", label="Loaded as", info=LOADED, min_width=200,
             elem_id="generate-quantization",
         )  # fmt: skip
         made["sampler"] = gr.Dropdown(
@@ -133,9 +135,9 @@ def _build_weights(defaults: dict[str, Any]) -> dict[str, Any]:
                 "", label=f"{kind.capitalize()} adapter", max_lines=1, info=description(ControlImage, "adapter")
             )
     labels = {
-        "global_prompt_weight": ("Prompt inside boxes", 0, 1, 0.0),
-        "region_isolation": ("Isolation", 0, 1, defaults.get("region_isolation", 0.0)),
-        "region_start": ("Boxes from", 0, 0.95, 0.0), "region_end": ("Boxes until", 0.05, 1, 1.0),
+        "global_prompt_weight": ("Global prompt weight", 0, 1, 0.0),
+        "region_isolation": ("Region isolation", 0, 1, defaults.get("region_isolation", 0.0)),
+        "region_start": ("Regions start", 0, 0.95, 0.0), "region_end": ("Regions end", 0.05, 1, 1.0),
     }  # fmt: skip
     with gr.Row():
         for name, (label, least, most, value) in labels.items():

@@ -222,7 +222,7 @@ def choose_concept(event: gr.SelectData) -> str:
 
 def figures(trained: str, memory: str, time: str, note: str) -> str:
     """The estimated cost of a training as tiles."""
-    tiles = {"Trained numbers": trained, "Memory": memory, "Time": time}
+    tiles = {"Trained parameters": trained, "Memory": memory, "Time": time}
     return render("app/templates/train_figures.html.jinja", tiles=tiles, note=note)
 
 

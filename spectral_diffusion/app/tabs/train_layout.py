@@ -103,10 +103,10 @@ def build_form() -> tuple[Form, gr.Markdown, gr.Markdown, gr.HTML, gr.Button, gr
                 info="The cluster takes several at once; this folder must be on a disk that its nodes share.",
             )  # fmt: skip
             cluster = gr.Textbox(
-                "", label="Asked of the cluster", placeholder="partition=gpu minutes=90", max_lines=1, min_width=120,
+                "", label="Cluster options", placeholder="partition=gpu minutes=90", max_lines=1, min_width=120,
                 info="KEY=VALUE, separated by spaces.", elem_id="train-cluster",
             )  # fmt: skip
-    costs = gr.HTML(elem_id="train-estimate", label="What it will cost", padding=False)
+    costs = gr.HTML(elem_id="train-estimate", label="Estimate", padding=False)
     start = gr.Button("Start training", variant="primary", elem_id="train-start")
     message = gr.Markdown(elem_id="train-said")
     form = Form(concept, preset, base, method, rank, steps, seed, slot, samples, executor, cluster)
