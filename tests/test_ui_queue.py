@@ -517,7 +517,7 @@ def test_the_tab_shows_what_has_changed_and_nothing_else(queue: Queue, workspace
     assert running["timer"]["active"] and running["start"]["value"] == "Add to queue"
     assert running["jobs"]["choices"][0] == ("▶ ann · step 5 of 10", first) and running["jobs"]["value"] == first
     assert "<polyline" in running["curve"]["value"] and 'aria-valuenow="1"' in running["progress"]["value"]
-    assert running["pause"]["visible"] and running["stop"]["value"] == "Go on with the next first"
+    assert running["pause"]["visible"] and running["stop"]["value"] == "Run the next one first"
     assert (
         running["strip"]["visible"] and "ann</b> is being trained · step 5 of 10 · 1 more" in running["strip"]["value"]
     )

@@ -24,6 +24,7 @@ from ..core.errors import UserError
 from ..core.hooks import Hooks
 from .base_cache import BaseCache
 from .canvas import read_canvas
+from .catalogue import head
 from .first_run import CONCEPTS, first_scene
 from .generation import GeneratedPictures, GenerateRequest, generate
 from .guard import Message, Receive, Send
@@ -202,6 +203,7 @@ def launch_hosted(blocks: gr.Blocks, **more: Any) -> Any:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     return blocks.launch(
         theme=theme(),
+        head=head(),
         css=STYLE.read_text(encoding="utf-8"),
         footer_links=["api"],
         max_file_size=1,

@@ -17,7 +17,7 @@ from ..core.errors import Fix, UserError
 # Diffusers' lazy modules break when two threads import at once, so all is imported before a page is served.
 from ..merging import fuse as preloaded_fuse  # noqa: F401
 from ..scenes import generate as preloaded_generate  # noqa: F401
-from . import temporary
+from . import catalogue, temporary
 from .guard import Guard
 from .page import Page
 from .tabs import concepts, fuse, generate, train
@@ -119,6 +119,7 @@ def launch(
             auth_message="Any name will do; the password is the one that the app was started with.",
             allowed_paths=[str(blocks.pictures.absolute())],
             theme=theme(),
+            head=catalogue.head(),
             css=STYLE.read_text(encoding="utf-8"),
             footer_links=["api"],
             max_file_size="50mb",

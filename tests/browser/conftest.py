@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,14 @@ class Visitor:
         self.page.locator(f"#tab-{name}-button:visible").last.click()
         self.page.locator(f"#tab-{name}").wait_for()
 
-    def reload(self) -> None:
-        """Load the page again. That this cuts off what was being asked for is the browser's doing, not the app's."""
+    def reload(self, act: Callable[[], Any] | None = None) -> None:
+        """Load the page again, or do what loads it. What this cuts off is the browser's doing, not the app's."""
         before = len(self.complaints)
-        self.page.reload()
+        if act:
+            with self.page.expect_navigation():
+                act()
+        else:
+            self.page.reload()
         cut = [said for said in self.complaints[before:] if "AbortError" in said or "errored out" in said]
         self.complaints[before:] = [said for said in self.complaints[before:] if said not in cut]
         self.page.get_by_role("tab").first.wait_for()

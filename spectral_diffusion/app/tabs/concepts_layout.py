@@ -50,8 +50,8 @@ def build_adding() -> Adding:
                     elem_id="concepts-noun",
                 )  # fmt: skip
                 token = gr.Textbox(
-                    "", label="Its word in prompts", info="Suggested from the name.", placeholder="<rex>", max_lines=1,
-                    elem_id="concepts-token",
+                    "", label="Token", info="What prompts call it; suggested from the name.", placeholder="<rex>",
+                    max_lines=1, elem_id="concepts-token",
                 )  # fmt: skip
         preview = gr.Gallery(
             label="What will be saved", show_label=False, columns=6, height="auto", object_fit="cover",

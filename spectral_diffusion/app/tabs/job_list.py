@@ -216,8 +216,8 @@ def stoppable(state: str, stop_requested: str, active: int) -> bool:
 
 def _stop_word(state: str, stop_requested: str) -> str:
     if state == "waiting":
-        return "Take out of the queue"
-    return "Stop at once" if stop_requested and state == "running" else "Go on with the next first"
+        return "Remove from the queue"
+    return "Stop at once" if stop_requested and state == "running" else "Run the next one first"
 
 
 def strip_of(jobs: Sequence[QueueJob]) -> str:
