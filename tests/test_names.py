@@ -13,10 +13,10 @@ from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.batch.concepts import trainings
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.names import check_name, check_token, slug
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.inspection import slot_clashes_between
 from spectral_diffusion.models.loading import load_base
-from spectral_diffusion.models.tokens import check_name, check_token, slug
 from spectral_diffusion.training.run import train_to_file
 
 NAMES = {

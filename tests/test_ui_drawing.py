@@ -301,14 +301,14 @@ def test_a_base_is_loaded_as_this_computer_needs_it(
     assert own.quantization == "none" and own.dtype == "bfloat16"
     fused = workspace.fused / "pair"
     fused.mkdir(parents=True)
-    monkeypatch.setattr(presets, "read_manifest", lambda folder: {"base": z_image})
+    monkeypatch.setattr("spectral_diffusion.merging.manifest.read_manifest", lambda folder: {"base": z_image})
     monkeypatch.setattr(presets, "base_path", lambda workspace, base: str(fused))
     assert presets.preset_of_base(workspace, "fused/pair") == "z-image-12gb"
 
 
 def test_large_bases_are_drawn_in_half_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawing.default_dtype(1024, "cpu") == "float32"
-    monkeypatch.setattr(drawing, "parse_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("spectral_diffusion.core.machine.parse_device", lambda name: torch.device("cuda"))
     assert [drawing.default_dtype(side, "auto") for side in (64, 512)] == ["float32", "float16"]
 
 

@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 
 from ..core.errors import UserError, reason
 from ..core.files import parse_json
-from ..methods import get_method
 from ..slots.ledger import Slot, read_columns
 from .adapters import workspace_adapters
 from .workspace import Workspace, sentence_of
@@ -58,6 +57,8 @@ def _label(path: Path, changed: int, size: int) -> AdapterInfo:
     Raises:
         UserError: it is not a complete adapter file.
     """
+    from ..methods import get_method  # imports torch, which a page need not wait for
+
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata = file.metadata() or {}

@@ -7,16 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import nn
-
-from ..adapters.attach import remove_adapters
 from ..config.settings import Quantization
-from ..models.base import ENCODERS, Base
-from ..models.loading import load_base, quiet_loading
-from ..models.tokens import embedding_of
+
+if TYPE_CHECKING:  # torch and what needs it are imported in the functions: no page has to wait for them
+    import torch
+
+    from ..models.base import Base
 
 SMALL = 50_000_000  # parameters of a U-Net; the pocket base's has 6 million, SD 1.5's 860 million
 Key = tuple[str, str, str, str, bool, tuple[tuple[str, int, int], ...]]
@@ -45,6 +43,10 @@ class BaseCache:
         Raises:
             UserError: it cannot be loaded.
         """
+        import torch
+
+        from ..models.loading import load_base
+
         with self._lock:
             options = (name, device, dtype, quantization, layer_offload)
             key = (*options, _state_of(name))
@@ -81,6 +83,10 @@ def is_small(base: Base) -> bool:
 
 def move(base: Base, device: torch.device) -> None:
     """Move a large base to its GPU or off it: trainings and fusions in other processes need the memory."""
+    import torch
+
+    from ..models.loading import quiet_loading
+
     if base.device.type == "cpu" or is_small(base):
         return
     with quiet_loading():
@@ -92,6 +98,8 @@ def move(base: Base, device: torch.device) -> None:
 @contextmanager
 def _fitting_threads(base: Base) -> Iterator[None]:
     """Use one thread for a small network on the CPU: more are slower, above all beside a running training."""
+    import torch
+
     before = torch.get_num_threads()
     if base.device.type == "cpu" and is_small(base):
         torch.set_num_threads(1)
@@ -103,6 +111,12 @@ def _fitting_threads(base: Base) -> Iterator[None]:
 
 def snapshot(base: Base) -> Callable[[], None]:
     """Record a base's state; the returned function restores it bit for bit, without later adapters and tokens."""
+    from torch import nn
+
+    from ..adapters.attach import remove_adapters
+    from ..models.base import ENCODERS
+    from ..models.tokens import embedding_of
+
     tables = {name: embedding_of(base.models[name]) for name in base.tokenizers}
     configs: dict[str, Any] = {name: base.models[name].config for name in tables}
     sizes = {name: config.vocab_size for name, config in configs.items()}

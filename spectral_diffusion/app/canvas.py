@@ -16,8 +16,6 @@ from ..core import assets as resources
 from ..core.errors import UserError
 from ..core.files import parse_json
 from ..data.image_io import open_photo, open_upright
-from ..scenes.extract import clean_strokes, keypose_of, sketch_of
-from ..scenes.keypose import draw_keypose
 from .poses import people
 from .workspace import pick
 
@@ -170,6 +168,8 @@ def ink_of_drawing(path: Path, ratio: float | None = None) -> bytes:
     Raises:
         UserError: not a readable image, or an empty sheet.
     """
+    from ..scenes.extract import clean_strokes  # imports scipy, which a page need not wait for
+
     return _some(as_ink(clean_strokes(_fitted(open_upright(path))), ratio), "No stroke was found in that drawing")
 
 
@@ -179,6 +179,8 @@ def ink_of_photo(path: Path, ratio: float | None = None) -> bytes:
     Raises:
         UserError: not a readable image, no edge in it, or no library for it.
     """
+    from ..scenes.extract import sketch_of
+
     return _some(as_ink(sketch_of(_fitted(open_photo(path))), ratio), "No edge was found in that photo")
 
 
@@ -195,6 +197,9 @@ def keypose_of_photo(path: Path, ratio: float | None = None) -> bytes:
     Raises:
         UserError: not a readable image, no person in it, or no library for it.
     """
+    from ..scenes.extract import keypose_of
+    from ..scenes.keypose import draw_keypose
+
     image = _fitted(open_photo(path))
     skeletons = keypose_of(image)
     if not skeletons:
@@ -209,6 +214,8 @@ def keypose_preset(pose: str, count: int, ratio: float) -> bytes:
         UserError: no such pose or number.
     """
     width, height = picture_size(ratio)
+    from ..scenes.keypose import draw_keypose
+
     return png_of(draw_keypose(people(pose, count, width, height), width, height, thickness=height / 45))
 
 

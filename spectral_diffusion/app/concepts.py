@@ -12,10 +12,10 @@ from PIL import Image
 from .. import pocket
 from ..core import assets as resources
 from ..core.errors import UserError
+from ..core.names import check_token, slug
 from ..data.folder import Concept, Photo, load_concept, open_photo, read_about
 from ..data.image_io import FORMATS, SUFFIXES
 from ..data.sidecars import DRAWING_ENDINGS, MASK_ENDINGS, is_label, twin_of
-from ..models.tokens import check_token, slug
 from .adapter_headers import AdapterInfo, adapter_headers, owner_of_adapter
 from .uploads import PHOTOS, pixels_of, small_jpeg
 from .workspace import Workspace, pick, visible

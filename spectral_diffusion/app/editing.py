@@ -13,9 +13,9 @@ import yaml
 
 from ..core.errors import UserError
 from ..core.files import write_text
+from ..core.names import check_token
 from ..data.folder import Concept, Photo, load_concept, read_about
 from ..data.sidecars import Files, find_caption
-from ..models.tokens import check_token
 from ..slots.ledger import LEDGER, ROWS, Ledger
 from .adapters import release_slot
 from .concepts import (

@@ -17,8 +17,6 @@ from ..config.scene import Scene
 from ..config.settings import build
 from ..core.errors import UserError
 from ..core.files import write_bytes
-from ..scenes.auto_regions import own_prompt
-from ..scenes.png_metadata import read_places, read_settings
 from .adapters import read_adapter, workspace_adapters
 from .canvas import MOST_SIDE, as_url, png_of
 from .fusing import FUSED, fused_folders
@@ -100,6 +98,8 @@ def scene_inside(workspace: Workspace, name: str | None) -> Scene:
     Raises:
         UserError: there is no such picture, or it holds no scene of this program.
     """
+    from ..scenes.png_metadata import read_settings  # imports torch, which a page need not wait for
+
     path = picture_file(workspace, name)
     if path.stat().st_size > MOST_BYTES:
         raise UserError(f"{path.name} is too large to be read.")
@@ -155,6 +155,9 @@ def boxes_of_places(workspace: Workspace, name: str | None) -> tuple[Refill, str
     Raises:
         UserError: no places were found in it, or see :func:`scene_inside`.
     """
+    from ..scenes.auto_regions import own_prompt
+    from ..scenes.png_metadata import read_places
+
     scene, path = scene_inside(workspace, name), picture_file(workspace, name)
     places = read_places(path)
     if not places:

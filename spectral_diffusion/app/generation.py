@@ -15,16 +15,10 @@ from PIL import Image
 from ..config.presets import preset_part
 from ..config.scene import Scene
 from ..config.settings import build
-
-# Here rather than where they are used: torch and diffusers break when two pages' threads import them at once.
 from ..core.assets import preset_of
 from ..core.errors import Cancelled, UserError
 from ..core.files import write_bytes
 from ..core.hooks import QUIET, Event, Hooks, Progress
-from ..core.machine import parse_device
-from ..merging.manifest import read_manifest
-from ..models.loading import size_from_configs
-from ..scenes.generate import generate_to_file
 from .adapters import adapter_file, read_adapter, workspace_adapters
 from .base_cache import BaseCache
 from .canvas import Canvas, CanvasRegion
@@ -37,7 +31,7 @@ from .workspace import Workspace, filled
 
 SKETCHES = "sketches"  # the folder of control images inside that of the pictures
 PREVIEWS = 6  # of one picture, about
-DEFAULT_SIDE = 512
+DEFAULT_SIDE, POCKET_SIDE = 512, 128
 LARGE = 256  # from this side in pixels on, a base runs in half precision on a GPU
 UNKNOWN = re.compile(r"Note: (\S+) is no token of this base")
 
@@ -76,6 +70,8 @@ def tokens(workspace: Workspace, base: str | None, chosen: Sequence[str] | None)
     Raises:
         UserError: a chosen base or adapter is missing or damaged.
     """
+    from ..merging.manifest import read_manifest  # imports torch, which a page need not wait for
+
     manifest = read_manifest(Path(base_path(workspace, base)))
     nouns = (
         {str(concept["token"]): str(concept["noun"]) for concept in manifest["concepts"].values()} if manifest else {}
@@ -101,6 +97,8 @@ def generate(
     Raises:
         UserError: anything the user can fix.
     """
+    from ..scenes.generate import generate_to_file
+
     stem = datetime.now().strftime("%Y%m%d-%H%M%S-%f")[:-3]
     notes: list[str] = []
     with errors_in_app(workspace, workspace.pictures.name):
@@ -221,6 +219,8 @@ def requested_scene(
     Raises:
         UserError: anything the user can fix.
     """
+    from ..merging.manifest import read_manifest
+
     if not str(changes.get("prompt") or "").strip():
         raise UserError("The prompt is empty; write what to generate, such as: a photo of <rex> on the beach.")
     path = base_path(workspace, request.base)
@@ -280,6 +280,8 @@ def as_loaded(workspace: Workspace, base: str | None, device: str = "auto") -> d
 
 def default_dtype(side: int, device: str) -> str:
     """Half precision for a large base on a CUDA GPU, where float32 takes twice the time and may not fit."""
+    from ..core.machine import parse_device
+
     return "float16" if side >= LARGE and parse_device(device).type == "cuda" else "float32"
 
 
@@ -297,6 +299,10 @@ def side_of(workspace: Workspace, base: str | None) -> int:
         name = base_path(workspace, base)
     except UserError:
         return DEFAULT_SIDE
+    if name == "pocket":
+        return POCKET_SIDE
+    from ..models.loading import size_from_configs
+
     return size_from_configs(name) or DEFAULT_SIDE
 
 

@@ -26,16 +26,16 @@ from .base_cache import BaseCache
 from .canvas import read_canvas
 from .catalogue import head
 from .first_run import CONCEPTS, first_scene
-from .generation import GeneratedPictures, GenerateRequest, generate
+from .generation import POCKET_SIDE, GeneratedPictures, GenerateRequest, generate
 from .guard import Message, Receive, Send
 from .page import PRIVATE, asked, errors_as_toast, plain_html
+from .preload import Preload, Waiting
 from .server import INTRODUCTION, STYLE, TITLE, theme
 from .streaming import stream
 from .tabs.canvas import build_canvas, own_component
 from .tabs.generate_layout import SHAPES
 from .workspace import ProgressLine, Workspace
 
-SIDE = 128  # of the pocket base, in pixels
 STEPS = 20
 MOST_PROMPT = 300  # characters
 MOST_BOXES = 4
@@ -120,7 +120,7 @@ def _request(prompt: str, canvas: Any, shape: str, seed: int) -> tuple[GenerateR
     bound = {region.concept for region in drawn.regions}
     named = [name for token, name in TOKENS.items() if token in prompt.lower() and name not in bound]
     across, down = SHAPES[shape]
-    scene = {"prompt": prompt, "seed": seed, "width": SIDE * across, "height": SIDE * down}
+    scene = {"prompt": prompt, "seed": seed, "width": POCKET_SIDE * across, "height": POCKET_SIDE * down}
     return GenerateRequest("pocket", named, "1", drawn), {**scene, "num_inference_steps": STEPS}
 
 
@@ -207,6 +207,6 @@ def launch_hosted(blocks: gr.Blocks, **more: Any) -> Any:
         css=STYLE.read_text(encoding="utf-8"),
         footer_links=["api"],
         max_file_size=1,
-        app_kwargs={"middleware": [Middleware(NoUploads)]},
+        app_kwargs={"middleware": [Middleware(NoUploads), Middleware(Waiting, preload=Preload())]},
         **more,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from ..config.settings import build, read_yaml
 from ..config.train import TrainConfig
 from ..core import assets as resources
 from ..core.errors import UserError, nearest
-from ..merging.manifest import read_manifest
 from .concepts import concept_folder
 from .fusing import base_path
 from .workspace import Workspace, filled
@@ -19,6 +19,7 @@ from .workspace import Workspace, filled
 GRIDS = 4  # sample grids during a training, the last at the end
 
 
+@cache
 def presets() -> dict[str, str]:
     """The shipped presets that train, the pocket base's first, with their descriptions."""
     descriptions = {}
@@ -42,6 +43,8 @@ def preset_of_base(workspace: Workspace, base: str | None) -> str | None:
     Raises:
         UserError: no such fused folder, or a damaged one.
     """
+    from ..merging.manifest import read_manifest  # imports torch, which a page need not wait for
+
     path = base_path(workspace, base)
     manifest = read_manifest(Path(path)) if Path(path).is_dir() else None
     return resources.preset_of(path) or suited_bases().get(str(manifest["base"]) if manifest else path)

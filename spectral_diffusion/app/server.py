@@ -13,13 +13,10 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..core.errors import Fix, UserError
-
-# Diffusers' lazy modules break when two threads import at once, so all is imported before a page is served.
-from ..merging import fuse as preloaded_fuse  # noqa: F401
-from ..scenes import generate as preloaded_generate  # noqa: F401
 from . import catalogue, temporary
 from .guard import Guard
 from .page import Page
+from .preload import Preload, Waiting
 from .tabs import concepts, fuse, generate, train
 from .workspace import Workspace
 
@@ -105,7 +102,7 @@ def launch(
     """
     if (share or not is_local(host)) and not password:
         raise UserError("Others could open the app without a password.", Fix("password", so="to set one"))
-    guards = [Middleware(Guard, own=blocks.own_hosts, left=blocks.left)]
+    guards = [Middleware(Guard, own=blocks.own_hosts, left=blocks.left), Middleware(Waiting, preload=Preload())]
     if not password:
         guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL))
     temporary.prepare_folder()

@@ -11,9 +11,9 @@ from ..adapters.adapter import Adapter
 from ..config.fuse import CalibrationConfig, DistillConfig
 from ..config.settings import Settings, build, read_yaml
 from ..core.errors import Fix, UserError, nearest
+from ..core.names import slug
 from ..core.paths import without_folders
 from ..merging.merges.registry import all_merges
-from ..models.tokens import slug
 
 PEFT_KINDS = ("ties", "dare_linear", "dare_ties", "cat", "svd")
 STOCK = {

@@ -12,9 +12,9 @@ from PIL import Image
 from ..core.errors import UserError
 from ..core.files import atomic, parse_json, read_text, write_json, write_text
 from ..core.machine import made_on, record_provenance
+from ..core.names import slug
 from ..core.paths import without_folders
 from ..evaluation.tables import markdown
-from ..models.tokens import slug
 from ..studies.runner import cell_key
 from .entry import BoardEntry
 from .measure import ABOUT, row_of

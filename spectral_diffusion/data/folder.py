@@ -16,7 +16,7 @@ from ..config.settings import read_yaml
 from ..config.train import in_style, is_style_noun
 from ..core.errors import UserError, nearest, short_repr
 from ..core.files import is_file, is_folder
-from ..models.tokens import check_token, is_name, latin, slug
+from ..core.names import check_token, is_name, latin, slug
 from .captions import read_caption, read_metadata
 from .hub_dataset import local_folder
 from .image_io import MAX_PIXELS as MAX_PIXELS

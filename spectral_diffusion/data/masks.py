@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from ..core.errors import UserError
 from .image_io import on_ground, open_upright
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NEAR = 24  # how far a pixel of a mask may be from black, white or gray: JPEG leaves noise
 LEAST = 1 / 16  # a crop that shows less of its mask than this is not made up for any further
@@ -53,6 +55,8 @@ def open_mask(photo: Path, mask: Path, size: tuple[int, int]) -> Image.Image:
 
 def reduce_mask(mask: Tensor, height: int, width: int) -> Tensor:
     """A mask (n, 1, H, W) in 0…1 at the latents' size: each entry is the mean of the pixels it covers."""
+    import torch.nn.functional as F
+
     return F.adaptive_avg_pool2d(mask, (height, width))
 
 

@@ -16,11 +16,12 @@ from ..config.settings import build, read_yaml
 from ..core.assets import preset_of
 from ..core.errors import Fix, UserError
 from ..core.files import is_folder
+from ..core.names import check_name
 from ..merging.fuse import check_together
 from ..merging.manifest import adapters_in_fusion, lasting, read_manifest
 from ..merging.scales import scale_of
 from ..metrics.encoders import Encoder, encoders_here, load_encoder
-from ..models.tokens import check_name, typed_tokens
+from ..models.tokens import typed_tokens
 from ..scenes.prompts import positive_prompts
 from ..scenes.scene import read_scene
 from .references import Subject, read_references

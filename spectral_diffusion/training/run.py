@@ -14,6 +14,7 @@ from ..core.errors import Fix, UserError
 from ..core.files import check_writable, write_settings
 from ..core.hooks import QUIET, Hooks
 from ..core.machine import heading
+from ..core.names import check_name
 from ..core.precision import precision_note, resolve_mixed_precision
 from ..data.folder import Concept, load_concept
 from ..data.joint import joined
@@ -24,7 +25,6 @@ from ..models.loading import load_base
 from ..models.offload import is_offloaded
 from ..models.per_layer_tokens import check_encoders
 from ..models.prompt_encoder import PromptEncoder, trigger_words
-from ..models.tokens import check_name
 from .checks import notes_on
 from .distributed import World, current_world, device_of
 from .loop import TrainingJob, train

@@ -12,13 +12,14 @@ from torch import Tensor
 from ...core.errors import ELSEWHERE, Fix, UserError
 from ...core.files import check_writable
 from ...core.machine import provenance
+from ...core.names import check_name, check_token
 from ...linalg import kernel_size
 from ...methods import get_method
 from ...models.base import Base
 from ...models.loading import load_base, quiet_loading
 from ...models.split_linear import fused_layers
 from ...models.targets import EVERYTHING, find_targets, layer_shape
-from ...models.tokens import check_name, check_token, embedding_of
+from ...models.tokens import embedding_of
 from ..adapter import Adapter
 from .fused_projections import split_parts, trimmed
 from .native import is_native, load_adapter, save_adapter

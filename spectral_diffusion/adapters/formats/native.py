@@ -18,11 +18,11 @@ from torch import Tensor
 from ...core.cache import DIGEST, digest
 from ...core.errors import UserError, reason
 from ...core.files import parse_json, read_header, read_tensors, write_tensors
+from ...core.names import check_name, check_token
 from ...core.paths import located_base, portable_base, without_folders
 from ...linalg import flatten
 from ...methods import get_method
 from ...models.fingerprint import fingerprint_json, parse_fingerprint
-from ...models.tokens import check_name, check_token
 from ...slots.ledger import read_columns
 from ..adapter import Adapter, check_finite
 

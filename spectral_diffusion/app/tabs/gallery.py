@@ -9,7 +9,6 @@ from typing import Any
 import gradio as gr
 
 from ...core.errors import UserError
-from ...scenes.png_metadata import read_places
 from .. import gallery as pictures
 from ..page import PRIVATE, Page, errors_as_toast, plain_html
 from ..sentences import rendered
@@ -69,6 +68,8 @@ class Gallery:
         """A picture by its name with its settings; empty for None."""
         if not name:
             return [gr.Row(visible=False), None, None, "", *[gr.skip()] * 6]
+        from ...scenes.png_metadata import read_places  # imports torch, which a page need not wait for
+
         with errors_as_toast():
             path = pictures.picture_file(self.workspace, name)
             scene: Path | None = None
