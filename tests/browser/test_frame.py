@@ -15,3 +15,17 @@ def test_page_fits_its_window(server: Any, visit: Any, width: int, theme: str) -
     for tab in ("Concepts", "Train", "Fuse", "Generate"):
         visitor.tab(tab)
         visitor.page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
+
+
+def test_the_line_on_a_training_pushes_nothing(server: Any, visit: Any) -> None:
+    visitor = visit(server.url)
+    page = visitor.page
+    visitor.tab("Train")
+    page.locator("#train-start").click()
+    page.locator("#train-strip p").wait_for(timeout=60_000)
+    top = page.evaluate("document.getElementById('steps').getBoundingClientRect().top + scrollY")
+    strip = page.locator("#train-strip").bounding_box()
+    assert strip["y"] + strip["height"] <= 901  # at the foot of the window, over the page
+    page.get_by_role("button", name="Pause").click()
+    page.locator("#train-jobs", has_text="paused").wait_for(timeout=90_000)
+    assert page.evaluate("document.getElementById('steps').getBoundingClientRect().top + scrollY") == top
