@@ -26,11 +26,12 @@ SMALL = 50_000_000  # weights of a base below which it is like the pocket base
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """Two short texts, and a sentence on their source."""
+    """Two short texts, a sentence on their source, and the seconds that it takes at most, if that is known."""
 
     trained: str
     time: str
     note: str
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,25 @@ def estimate_training(config: TrainConfig, jobs: Iterable[QueueJob] = ()) -> Tra
     method = get_method(settled.method)
     trained = method.total(shape.sides, settled.rank)
     jobs = list(jobs)
+    most: float | None
     if (now := present_pace(jobs, config)) is not None:
-        time, note = duration(now * config.steps), "The time is taken from the training that runs now."
+        most = now * config.steps
+        time, note = duration(most), "The time is taken from the training that runs now."
     elif (known := seconds_per_step(jobs, config)) is not None:
-        time, note = duration(known * config.steps), "The time is taken from your last training on this base."
+        most = known * config.steps
+        time, note = duration(most), "The time is taken from your last training on this base."
     elif shape.arch == "other":
+        most = None
         time, note = "not known yet", "The time is known after the first training on this base."
     else:
         from ..training.speed import training_seconds
 
         seconds = training_seconds(config, shape.arch)
-        time, note = span(seconds, BUSY * seconds), "The time follows from a short measurement on this machine."
+        most = BUSY * seconds
+        time, note = span(seconds, most), "The time follows from a short measurement on this machine."
     if shape.guessed:
         note += " The base is not on this machine, so its size is taken from Stable Diffusion's."
-    return TrainingEstimate(f"{trained:,}", time, note)
+    return TrainingEstimate(f"{trained:,}", time, note, most)
 
 
 def memory_estimate(config: TrainConfig) -> tuple[str, str]:

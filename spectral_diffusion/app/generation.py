@@ -24,7 +24,7 @@ from .base_cache import BaseCache
 from .canvas import Canvas, CanvasRegion
 from .concepts import known_concepts
 from .fusing import FUSED, SPARING, base_path, fused_names, parse_strengths
-from .presets import preset_of_base, presets
+from .presets import generate_parts, preset_of_base
 from .sentences import errors_in_app, in_app
 from .speeds import expected, line, measured, work_of_pictures
 from .workspace import Workspace, filled
@@ -273,7 +273,7 @@ def as_loaded(workspace: Workspace, base: str | None, device: str = "auto") -> d
         UserError: no such fused folder.
     """
     preset = preset_of_base(workspace, base)
-    known = preset_part(preset, "generate") if preset else {}
+    known = generate_parts().get(preset, {}) if preset else {}
     precision = {"dtype": default_dtype(side_of(workspace, base), device)}
     return precision | {name: known[name] for name in LOADING if name in known}
 
@@ -317,8 +317,8 @@ def sampling_of(workspace: Workspace, base: str | None, now: tuple[float, ...]) 
         preset = preset_of_base(workspace, base)
     except UserError:
         return now
-    suits = preset_part(preset, "generate") if preset else large
-    known = [values(preset_part(name, "generate")) for name in presets() if preset_part(name, "generate")]
+    suits = generate_parts().get(preset, large) if preset else large
+    known = [values(part) for part in generate_parts().values()]
     choices = zip(now, values(suits), *known, strict=True)  # another base's default gives way, a person's own stays
     return tuple(suited if value in defaults else value for value, suited, *defaults in choices)
 

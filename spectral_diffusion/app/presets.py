@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,18 @@ def presets() -> dict[str, str]:
     return descriptions
 
 
+@cache
+def generate_parts() -> dict[str, Mapping[str, Any]]:
+    """What each shipped preset says on generating, by the preset's name."""
+    parts = {name: preset_part(name, "generate") for name in presets()}
+    return {name: part for name, part in parts.items() if part}
+
+
 def suited_bases() -> dict[str, str]:
     """The bases that this computer has room for, each with the preset that fits it best."""
     from ..doctor import this_computer  # imports torch, which a page need not wait for
 
-    parts = {name: preset_part(name, "generate") for name in this_computer()[1]}
+    parts = {name: generate_parts().get(name, {}) for name in this_computer()[1]}
     return {str(part["base"]): name for name, part in parts.items() if part.get("base")}
 
 
