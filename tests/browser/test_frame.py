@@ -17,10 +17,12 @@ def test_page_fits_its_window(server: Any, visit: Any, width: int, theme: str) -
         visitor.page.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
 
 
+@pytest.mark.slow
 def test_the_line_on_a_training_pushes_nothing(server: Any, visit: Any) -> None:
     visitor = visit(server.url)
     page = visitor.page
     visitor.tab("Train")
+    page.locator("#train-estimate dd").first.wait_for(timeout=90_000)  # a concept is chosen
     page.locator("#train-start").click()
     page.locator("#train-strip p").wait_for(timeout=60_000)
     top = page.evaluate("document.getElementById('steps').getBoundingClientRect().top + scrollY")
