@@ -79,7 +79,7 @@ def test_a_token_in_another_case_is_the_same_token(photos: Path, tiny_base: Path
         return train_to_file(TrainConfig(**{**values, **more}), base=base)  # type: ignore[arg-type]
 
     big = train("Rex", "big")
-    with pytest.raises(UserError, match=r"big\.safetensors, the adapter of 'Rex', has the token <Rex> already"):
+    with pytest.raises(UserError, match=r"big\.safetensors, the adapter of 'Rex', has the token <rex> already"):
         train("rex", "small")
     train("Rex", "again")  # the same concept once more
     small = train("rex", "small", token="<small>", steps=2)
@@ -92,3 +92,16 @@ def test_a_token_in_another_case_is_the_same_token(photos: Path, tiny_base: Path
         fresh.add_token("<rex>", {"text_encoder": torch.zeros(2, width)})
     with pytest.raises(UserError, match="already has the token <Rex>"):
         train_to_file(TrainConfig(concept=photos, output=tmp_path / "x.safetensors", base=str(tiny_base)), base=fresh)
+
+
+def test_a_token_acts_with_all_its_vectors_whatever_its_case(tmp_path: Path) -> None:
+    """Tokenizers lower-case, and diffusers would expand ``<Rex>`` to its first vector alone."""
+    concept = load_concept(make_photos(tmp_path / "Rex", 1))
+    assert concept.token == "<rex>" and load_concept(tmp_path / "Rex", token="<BIG-Rex>").token == "<big-rex>"
+    base = load_base("pocket", "cpu")
+    base.add_token(check_token("<Rex>"), {name: torch.ones(2, 128) for name in base.tokenizers})
+    spelled = base.spell("a photo of <Rex> on the beach")
+    expanded = base.pipeline.maybe_convert_prompt(spelled, base.pipeline.tokenizer)
+    assert expanded == "a photo of <rex> <rex>_1 on the beach"
+    ids = base.pipeline.tokenizer(expanded).input_ids
+    assert len(set(ids) - set(base.pipeline.tokenizer("a photo of on the beach").input_ids)) == 2

@@ -496,7 +496,7 @@ def test_handlers_say_what_to_do(workspace: Workspace, photos: Path) -> None:
     assert guide.visible and not problems.visible and 'data-name="rex"' in shelf and "Free" in slots
     assert handlers.show(None)[0] == handlers.show("../x")[0] == NOTHING
     panel = handlers.show("rex")
-    assert "`<rex>`" in panel[0] and panel[1].visible and panel[2].visible and len(panel[6]) == 8
+    assert "`<rex>`" in panel[0] and panel[1].visible and panel[3].visible and len(panel[7]) == 8
     with pytest.raises(gr.Error, match="cannot be the name"):
         handlers.add("../x", "cat", [], "")
     words, name = handlers.add("tom", "cat", [str(path) for path in photos.iterdir()], "")
@@ -507,8 +507,8 @@ def test_handlers_say_what_to_do(workspace: Workspace, photos: Path) -> None:
     assert handlers.suggest("tom", "", "") == ("<tom-2>", "<tom-2>")
     assert handlers.suggest("tim", "<mine>", "<tom-2>") == ("<mine>", "<tim>")
     panel = handlers.show("tom")
-    assert not panel[2].visible and panel[5].visible and panel[6] == ["001.png", "002.png", "003.png"]
-    assert handlers.next_photo("tom", "003.png", panel[6])[0] == "001.png"
+    assert not panel[3].visible and panel[6].visible and panel[7] == ["001.png", "002.png", "003.png"]
+    assert handlers.next_photo("tom", "003.png", panel[7])[0] == "001.png"
     assert handlers.to_training("tom")[0][0] == "tom"
     with pytest.raises(gr.Error, match="No concept is chosen"):
         handlers.to_training(None)

@@ -218,7 +218,7 @@ def test_everything_at_once_and_the_round_trip(
         prompt="a <tom> and a <nobody> on the grass",
     )  # fmt: skip
     assert [path.stem[-2:] for path in drawn.pictures] == ["-7", "-8"]
-    assert "<nobody>" in drawn.message and "tom acts in its own regions only" in drawn.message
+    assert "<nobody>" in drawn.message and "tom acts in its own box only" in drawn.message
     assert {path.name for path in workspace.pictures.iterdir()} == {p.name for p in drawn.pictures} | {"sketches"}
     settings = read_settings(drawn.pictures[0])
     assert settings["seed"] == 7 and settings["adapters"] == {}
@@ -644,7 +644,7 @@ def test_tab_says_errors_in_place(handlers: Any, trained: tuple[Path, Path]) -> 
         return list(handlers.generate_from_fields(handlers.begin(Asker(who))[-1], *values_of(trained[0], **values)))
 
     [(_, line, _)] = draw_for("one", prompt="")
-    assert line.startswith("**That did not work.** The prompt is empty") and "&lt;rex&gt;" in line
+    assert line.startswith("**That did not work.** The prompt is empty")
     [(_, line, _)] = draw_for("one", canvas={"strokes": "x"})
     assert "no PNG" in line
     ticket = handlers.begin(Asker("one"))[-1]

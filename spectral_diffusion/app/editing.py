@@ -123,7 +123,8 @@ def write_caption(workspace: Workspace, name: str | None, photo: str | None, tex
     for table in ("metadata.jsonl", "metadata.csv"):
         if (chosen.path.parent / table).is_file() or (folder / table).is_file():
             raise UserError(f"The captions of '{name}' are in its {table}; change them there, or remove that file.")
-    caption = " ".join((text or "").split()).replace(concept.token, "<TOK>")  # stays valid if the token changes
+    caption = " ".join((text or "").split())
+    caption = re.sub(re.escape(concept.token), "<TOK>", caption, flags=re.IGNORECASE)  # the token may change
     if len(caption) > CAPTION:
         raise UserError(f"The caption has {len(caption)} characters; say it in at most {CAPTION}.")
     file = chosen.path.with_suffix(".txt")

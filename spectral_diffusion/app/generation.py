@@ -168,9 +168,9 @@ def _explained(workspace: Workspace, note: str) -> str:
     """A note on an unknown token, with a remedy if it belongs to a concept of the workspace."""
     match = UNKNOWN.match(note)
     names = {token: name for name, (_, _, token) in known_concepts(workspace).items()} if match else {}
-    if not match or match[1] not in names:
+    if not match or match[1].lower() not in names:
         return note
-    name = names[match[1]]
+    name = names[match[1].lower()]
     trained = name in workspace_adapters(workspace)
     why = "is not among the concepts chosen for it" if trained else "is not trained yet"
     what = "click its token to choose it" if trained else "train it in step 2, or wait until its training is done"
@@ -222,7 +222,7 @@ def requested_scene(
     from ..merging.manifest import read_manifest
 
     if not str(changes.get("prompt") or "").strip():
-        raise UserError("The prompt is empty; write what to generate, such as: a photo of <rex> on the beach.")
+        raise UserError("The prompt is empty; write what to generate, such as: a photo of a red dog on the beach.")
     path = base_path(workspace, request.base)
     manifest = read_manifest(Path(path))
     inside = set(manifest["concepts"]) if manifest else set()  # fused into the base
@@ -233,7 +233,8 @@ def requested_scene(
     )
     everywhere = [name for name in request.adapters if name not in bound and name not in inside]
     if both := [name for name in request.adapters if name in bound]:
-        hooks.notify(f"Note: {' and '.join(both)} acts in its own regions only, not everywhere.")
+        acts = "acts in its own box" if len(both) == 1 else "act in their own boxes"
+        hooks.notify(f"Note: {' and '.join(both)} {acts} only, not everywhere.")
     named = [*everywhere, *bound]
     files = {name: str(adapter_file(workspace, name)) for name in named}
     foreign = [name for name in named if not is_base(workspace, request.base, read_adapter(workspace, name).base)]
@@ -379,5 +380,5 @@ def _note_missing_tokens(workspace: Workspace, regions: Sequence[CanvasRegion], 
     """Note regions whose prompt does not name the token of their concept."""
     for region in regions:
         [token] = tokens(workspace, None, [str(region.concept)])
-        if token not in region.prompt:
+        if token not in region.prompt.lower():
             hooks.notify(f"Note: a box has the concept {region.concept}, but its prompt does not name {token}.")

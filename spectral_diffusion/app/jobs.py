@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 State = Literal["waiting", "running", "paused", "stopped", "done", "failed"]
 LOG_LIMIT = 1_000_000  # bytes; of a longer log the end is kept
 LOG_KEPT = 64_000
-FRESH = 600.0  # seconds
+FRESH = 120.0  # seconds
 FULL = 2_000_000  # bytes below which a disk counts as full
 STAGE_TEXTS = {  # of the stages before the first step
     "": "starting",

@@ -16,14 +16,17 @@ LETTERS = {
 
 
 def check_token(token: str) -> str:
-    """The token itself if it can be one.
+    """The token in lower case, if it can be one.
+
+    Tokenizers lower-case what they read, so diffusers finds only such tokens in its table of those with several
+    vectors: of ``<Rex>`` it would take the first vector alone. Prompts may write it in any case.
 
     Raises:
         UserError: not of the form ``<name>``.
     """
     if not re.fullmatch(r"<[A-Za-z0-9][A-Za-z0-9_-]*>", token) or re.search(r"_\d+>?$", token):
         raise UserError(f"Token '{token}' must look like <rex>: letters, digits, - or _ between < and >.")
-    return token
+    return token.lower()
 
 
 def check_name(name: str) -> str:
@@ -71,3 +74,8 @@ def _spelled(sign: str) -> str:
         return LETTERS[low]
     word = unicodedata.name(low, "").partition(" WITH ")[0].split(" ")[-1]
     return word.rpartition("-")[2].lower() if sign.isalnum() else "-"
+
+
+def with_article(noun: str) -> str:
+    """``a dog``, ``an octopus``."""
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"

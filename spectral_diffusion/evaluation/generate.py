@@ -14,8 +14,8 @@ from ..config.scene import Scene
 from ..config.train import in_style
 from ..core.files import parse_json, read_text, write_json
 from ..core.hooks import Event, Hooks, Progress
+from ..core.names import with_article
 from ..merging.manifest import lasting
-from ..metrics.prompts import with_article
 from ..metrics.views import View
 from ..models.base import Base
 from ..models.loading import load_base

@@ -10,7 +10,7 @@ import torch
 from ..config.scene import Region, Scene
 from ..config.settings import build
 from ..core.errors import UserError
-from ..metrics.prompts import with_article
+from ..core.names import with_article
 from ..metrics.views import View
 from ..models.tokens import token_text, typed_tokens
 from ..scenes.png_metadata import read_settings

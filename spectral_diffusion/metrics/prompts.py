@@ -8,8 +8,3 @@ from ..config.evaluate import PLACES
 def backdrop_of(prompt: str) -> str | None:
     """The backdrop that a prompt names, if it is a known one."""
     return next((backdrop for phrase, backdrop in PLACES.items() if prompt.endswith(phrase)), None)
-
-
-def with_article(noun: str) -> str:
-    """``a dog``, ``an octopus``."""
-    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"

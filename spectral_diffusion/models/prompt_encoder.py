@@ -145,7 +145,8 @@ class PromptEncoder:
     def _spelled(self, prompt: str) -> str:
         """A prompt as a pipeline takes it, with the trigger in place of the concept's token."""
         for concept in self.concepts:
-            prompt = prompt.replace(concept.token, trigger_words(concept))
+            words = trigger_words(concept).replace("\\", r"\\")
+            prompt = re.sub(re.escape(concept.token), words, prompt, flags=re.IGNORECASE)
         return self.base.spell(prompt)
 
     def token_mask(self, prompts: Sequence[str]) -> Tensor:

@@ -15,10 +15,10 @@ from ..adapters.apply import put_adapters
 from ..config.evaluate import PLACES
 from ..config.fuse import FuseConfig
 from ..config.train import in_style
+from ..core.names import with_article
 from ..data.image_grid import labelled_grid
 from ..merging.fuse import fuse_adapters
 from ..metrics.encoders import Encoder, load_encoder
-from ..metrics.prompts import with_article
 from ..metrics.statistics import mean_text, share_text
 from ..models.base import Base
 from ..scenes.sampling import sample

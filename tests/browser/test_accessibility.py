@@ -62,6 +62,7 @@ def test_axe_finds_nothing_serious(server: Any, visit: Callable[..., Any], width
     assert lines == []
 
 
+@pytest.mark.slow
 def test_the_first_picture_by_keyboard(server: Any, visit: Callable[..., Any]) -> None:
     page = visit(server.url).page
     page.locator("#concepts-first").wait_for()

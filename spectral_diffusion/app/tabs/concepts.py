@@ -10,6 +10,7 @@ import gradio as gr
 
 from ...config.train import STYLE_NOUN
 from ...core.errors import UserError
+from ...core.names import with_article
 from .. import concept_html as cards
 from .. import concepts, editing, trash
 from ..first_run import adopt
@@ -25,6 +26,7 @@ GUIDE = (
     "your pictures, and press *Train it in step 2*. When it is trained, generate pictures with it in step 4. For two "
     "things in one picture train both, then in step 4 give each a box, or fuse them in step 3 first."
 )
+LOADING = '<p class="muted">Loading …</p>'
 CHOOSE = """element.addEventListener('click', event => {
     const card = event.target.closest('button[data-name]');
     if (!card) return;
@@ -38,14 +40,14 @@ CHOOSE = """element.addEventListener('click', event => {
 def build(page: Page, tab: gr.Tab) -> None:
     """Fill the tab and wire its events."""
     chosen: gr.State = gr.State(None)
-    with gr.Column(elem_id="concepts-guide", visible=False) as guide:
+    with gr.Column(elem_id="concepts-guide", visible=not page.workspace.adapters.is_dir()) as guide:
         show_me = gr.Button(SHOW_ME, variant="primary", elem_id="concepts-first")
         gr.Markdown(GUIDE)
     problems = gr.Markdown(elem_id="concepts-problems", visible=False)
     adding = build_adding()
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            shelf = gr.HTML(elem_id="concepts-shelf", js_on_load=CHOOSE, label="Concepts")
+            shelf = gr.HTML(LOADING, elem_id="concepts-shelf", js_on_load=CHOOSE, label="Concepts")
         with gr.Column(scale=2, min_width=320, elem_id="concepts-side"):
             detail = build_detail()
     gr.Markdown(
@@ -89,6 +91,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     )
     again(show_me.click(handlers.first, None, [page.first, page.tabs], **PRIVATE))
     detail.train.click(handlers.to_training, [chosen], [page.concept, page.tabs], **PRIVATE)
+    detail.use.click(handlers.to_pictures, [chosen], [page.adapters, page.tabs], **PRIVATE)
     again(detail.copy.click(handlers.copy, [chosen], [detail.result], **PRIVATE))
     _wire_editing(handlers, detail, chosen, again)
     asking, really = trash_line.asked, trash_line.really
@@ -187,7 +190,9 @@ class ConceptHandlers:
             concept, small = concepts.view_concept(self.workspace, chosen)
         except UserError as error:
             return self._panel(plain_html(rendered(error)), chosen=chosen, own=own)
-        about = f"### {plain_html(chosen)}\n{_photos(len(concept.photos))} of a {plain_html(concept.noun)}, "
+        about = (
+            f"### {plain_html(chosen)}\n{_photos(len(concept.photos))} of {plain_html(with_article(concept.noun))}, "
+        )
         about += f"called `{concept.token}` in prompts."
         if concept.is_style:
             about += f" A style: write `in {concept.token} style`. It acts everywhere and needs no box."
@@ -213,6 +218,7 @@ class ConceptHandlers:
             traces=traces,
             noun=concept.noun,
             token=concept.token,
+            trained=bool(concepts.adapters_of_concept(self.workspace, chosen)),
         )
 
     def _captions(self, folder: Path, concept: concepts.Concept) -> list[str]:
@@ -227,10 +233,12 @@ class ConceptHandlers:
     def _panel(
         self, about: str, chosen: str | None, own: bool = False, photos: list[Any] | None = None, flags: str = "",
         names: list[str] | None = None, odd: bool = False, traces: bool = False, noun: str = "", token: str = "",
+        trained: bool = False,
     ) -> list[Any]:  # fmt: skip
         return [
             about,
             gr.Button(visible=bool(names)),
+            gr.Button(visible=trained),
             gr.Button(visible=bool(names) and not own),
             gr.Gallery(photos or [], visible=bool(photos), selected_index=None),
             flags,
@@ -281,6 +289,14 @@ class ConceptHandlers:
         """Hand the concept to the training and go there."""
         with errors_as_toast():
             return hand(concepts.concept_folder(self.workspace, chosen).name), gr.Tabs(selected="train")
+
+    def to_pictures(self, chosen: str | None) -> tuple[Handed, Any]:
+        """Hand the concept's newest adapter to the pictures and go there."""
+        with errors_as_toast():
+            trained = concepts.adapters_of_concept(self.workspace, str(chosen))
+            if not trained:
+                raise UserError(f"'{chosen}' is not trained any more; train it in step 2.")
+            return hand([trained[-1].path.stem]), gr.Tabs(selected="generate")
 
     def copy(self, chosen: str | None) -> str:
         """Copy a ready-made concept as the user's own."""

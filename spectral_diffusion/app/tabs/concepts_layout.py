@@ -70,6 +70,7 @@ class Detail:
 
     about: gr.Markdown
     train: gr.Button
+    use: gr.Button
     copy: gr.Button
     photos: gr.Gallery
     flags: gr.Markdown
@@ -96,7 +97,7 @@ class Detail:
     def shown(self) -> list[Any]:
         """The outputs of a chosen concept."""
         return [
-            self.about, self.train, self.copy, self.photos, self.flags, self.editing, self.names, self.photo,
+            self.about, self.train, self.use, self.copy, self.photos, self.flags, self.editing, self.names, self.photo,
             self.caption, self.tidy, self.new_name, self.new_noun, self.new_token, self.asked, self.with_adapter,
         ]  # fmt: skip
 
@@ -107,6 +108,7 @@ def build_detail() -> Detail:
     about = gr.Markdown(NOTHING, elem_id="concepts-about")
     with gr.Row():
         train = gr.Button("Train it in step 2 →", variant="primary", visible=False, elem_id="concepts-train")
+        use = gr.Button("Generate with it in step 4 →", visible=False, elem_id="concepts-use")
         copy = gr.Button("Make it mine", visible=False, elem_id="concepts-copy")
     result = gr.Markdown(elem_id="concepts-result")
     photos = gr.Gallery(
@@ -141,8 +143,8 @@ def build_detail() -> Detail:
                 delete = gr.Button("Yes, delete it", variant="stop", size="sm", elem_id="concepts-delete-yes")
                 keep = gr.Button("Keep it", size="sm", elem_id="concepts-delete-no")
     return Detail(
-        about, train, copy, photos, flags, result, editing, names, photo, caption, save, remove, more, tidy, new_name,
-        new_noun, new_token, change, ask, asked, with_adapter, delete, keep,
+        about, train, use, copy, photos, flags, result, editing, names, photo, caption, save, remove, more, tidy,
+        new_name, new_noun, new_token, change, ask, asked, with_adapter, delete, keep,
     )  # fmt: skip
 
 

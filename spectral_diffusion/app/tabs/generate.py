@@ -81,6 +81,7 @@ def _wire_lists(
         size_field.change(handlers.reshaped, size, [form.canvas, shape], **PRIVATE)
     page.base.change(handlers.handed_base, [page.base, shape, *sampling], [*both, *suited], **PRIVATE)
     page.adapters.change(handlers.handed_adapters, [page.adapters, shape, *sampling], [*both, *suited], **PRIVATE)
+    page.adapters.change(handlers.prompt_of_handed, [form.prompt, page.adapters], form.prompt, **PRIVATE)
     page.blocks.load(handlers.keeper.warm_soon, queue=False, **PRIVATE)
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import gradio as gr
 
-from ...config.train import is_style_noun
+from ...config.train import in_style, is_style_noun
 from ...core.errors import UserError
 from ...core.hooks import Hooks
 from .. import gallery as pictures
 from .. import generation
-from ..adapters import adapter_rows
+from ..adapters import adapter_rows, read_adapter
 from ..base_cache import BaseCache
 from ..canvas import Canvas, ink_of_drawing, read_canvas, read_regions
 from ..first_run import first_scene
@@ -111,6 +111,15 @@ class GenerateHandlers:
         with errors_as_toast():
             base = generation.chosen_base(self.workspace, handed[0][0])
         return base, handed[0], *self.suited(base, shape, *sampling)
+
+    def prompt_of_handed(self, prompt: str, handed: Handed) -> str:
+        """A prompt that names the adapters that were handed over; one that does so already stays."""
+        with errors_as_toast():
+            adapters = [read_adapter(self.workspace, name) for name in handed[0]]
+        if all(token in prompt.lower() for adapter in adapters for token in adapter.tokens):
+            return prompt
+        shown = [in_style("a dog", one.token) if one.is_style else one.token for one in adapters]
+        return f"a photo of {' and '.join(shown)} on the beach"
 
     def suited(self, base: str | None, shape: str | None, *sampling: float) -> tuple[Any, ...]:
         """Width and height that suit a base, and the values of :func:`.generation.sampling_of`."""

@@ -10,6 +10,7 @@ import gradio as gr
 
 from ...config.train import TrainConfig
 from ...core.errors import UserError
+from ...core.names import with_article
 from ...core.templates import render
 from ...data.folder import load_concept
 from ..adapters import ADAPTER_COLUMNS, adapter_rows, delete_adapter, workspace_adapters
@@ -61,7 +62,7 @@ class TrainHandlers:
         except UserError as error:
             return plain_html(rendered(error))
         count = f"{len(loaded.photos)} photo{'s' if len(loaded.photos) != 1 else ''}"
-        line = f"{count} of a {plain_html(loaded.noun)}. In prompts it is called `{loaded.token}`."
+        line = f"{count} of {plain_html(with_article(loaded.noun))}. In prompts it is called `{loaded.token}`."
         if concept in workspace_adapters(self.workspace):
             line += " It is trained already; training it again replaces its adapter and keeps its place."
         return line
