@@ -320,7 +320,7 @@ def generate(
     scene = Scene(scene) if isinstance(scene, str) else scene
     with _borrowed(pipeline, {**scene.settings, **settings}) as base:
         regions, bound = [], []
-        known = set(base.known_tokens)
+        known = {token.lower() for token in base.known_tokens}
         for region in scene.regions:
             prompt = region.prompt or (region.adapter.token if region.adapter else "")
             regions.append(SceneRegion(box=region.box, prompt=prompt, negative_prompt=region.negative_prompt))

@@ -98,7 +98,7 @@ def test_what_a_demo_does_not_take_is_a_sentence(fields: dict[str, Any], sentenc
 def test_the_work_can_be_done_in_another_process() -> None:
     """ZeroGPU pickles the function and its arguments."""
     assert pickle.loads(pickle.dumps(hosted.generate_picture)) is hosted.generate_picture
-    request, scene = hosted._request("<rex> and <brew>", {"regions": [BOX]}, "Tall", 5)
+    request, scene = hosted.checked_request("<rex> and <brew>", {"regions": [BOX]}, "Tall", 5)
     assert request.base == "pocket" and request.adapters == ["brew"]  # rex acts in its box
     assert (scene["width"], scene["height"], scene["seed"]) == (128, 256, 5)
 

@@ -504,7 +504,7 @@ def test_handlers_say_what_to_do(workspace: Workspace, photos: Path) -> None:
     assert handlers.kind("thing").visible and handlers.kind("style").value == "style"
     handlers.add("ink", "style", [str(path) for path in photos.iterdir()], "")
     assert "`in <ink> style`" in handlers.show("ink")[0]
-    assert handlers.suggest("tom", "", "") == ("<tom-2>", "<tom-2>")
+    assert handlers.suggest("tom", "", "") == ("<tom-2>", "<tom-2>") == handlers.suggest("Tom", "", "")
     assert handlers.suggest("tim", "<mine>", "<tom-2>") == ("<mine>", "<tim>")
     panel = handlers.show("tom")
     assert not panel[3].visible and panel[6].visible and panel[7] == ["001.png", "002.png", "003.png"]

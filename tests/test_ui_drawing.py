@@ -651,11 +651,11 @@ def test_tab_says_errors_in_place(handlers: Any, trained: tuple[Path, Path]) -> 
     start, cancel, line = handlers.cancel(Asker("one"))  # while it waits for its turn
     assert start.visible and not cancel.visible and "while it waited" in line
     later = handlers.begin(Asker("one"))[-1]
-    assert handlers.ended(Asker("one"))[1].visible  # the later one waits, and can be cancelled
+    assert handlers.ended("", Asker("one"))[1].visible  # the later one waits, and can be cancelled
     [silent] = handlers.generate_from_fields(ticket, *values_of(trained[0]))
     assert all("value" not in update for update in silent)
     assert "Generated" in list(handlers.generate_from_fields(later, *values_of(trained[0])))[-1][1]
-    assert not handlers.ended(Asker("one"))[1].visible
+    assert not handlers.ended("", Asker("one"))[1].visible
 
 
 def test_tab_offers_what_the_base_allows(handlers: Any, workspace: Workspace) -> None:

@@ -194,10 +194,11 @@ def test_while_one_runs_the_other_waits(workspace: Workspace) -> None:
         assert event.is_set()
     compare, save, stop = ready(True)
     assert compare.interactive and save.interactive and not stop.visible
-    assert not handlers.done(visitor)[0].interactive  # both have been asked for and neither has ended
+    assert not handlers.done("", visitor)[0].interactive  # both have been asked for and neither has ended
     for runs, ticket in tickets.items():
-        runs.end(ticket)
-    assert handlers.done(visitor)[0].interactive
+        assert runs.busy("me")
+        updates = handlers.done(ticket, visitor)
+    assert updates[0].interactive
     *_, ticket = handlers.begin_save(visitor)  # and now it is stopped before its turn
     compare, save, stop, line = handlers.stop(visitor)
     assert save.interactive and not stop.visible and "while it waited" in line

@@ -73,7 +73,7 @@ def test_it_begins_without_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(preload, "PATIENCE", 0.0)
     monkeypatch.setattr(preload, "import_module", lambda module, package: seen.append(module))
-    everything = preload.Preload()
+    called = threading.Event()
+    everything = preload.Preload([called.set])
     everything.soon()
-    everything._done.wait(60)
-    assert tuple(seen) == preload.MODULES
+    assert called.wait(60) and everything.done and tuple(seen) == preload.MODULES

@@ -66,7 +66,7 @@ def _label(path: Path, changed: int, size: int) -> AdapterInfo:
         columns = metadata["spectral.columns"]
         method = get_method(metadata["spectral.method"])
         return AdapterInfo(
-            path, str(concept["name"]), str(concept["noun"]), str(concept["token"]), method.name, method.slot,
+            path, str(concept["name"]), str(concept["noun"]), str(concept["token"]).lower(), method.name, method.slot,
             read_columns(columns) if columns else None, Path(metadata["spectral.base"]).name,
             str(parse_json(metadata["spectral.base_fingerprint"])["exact"]), min(min(size) for size in sizes.values()),
         )  # fmt: skip

@@ -99,10 +99,8 @@ def delete_adapter(workspace: Workspace, name: str | None) -> str:
     folder = discard(workspace, path.stem, [path, *beside])
     if not unfinished:
         release_slot(workspace, path.stem)
-    return (
-        f"Deleted the adapter '{name}'; its columns are free again. It is in {folder.relative_to(workspace.root)} of "
-        "the workspace."
-    )
+    columns = "the unfinished training keeps its columns" if unfinished else "its columns are free again"
+    return f"Deleted the adapter '{name}'; {columns}. It is in {folder.relative_to(workspace.root)} of the workspace."
 
 
 def release_slot(workspace: Workspace, concept: str) -> None:

@@ -192,7 +192,7 @@ def about(folder: Path) -> tuple[str, str, str]:
 
 def suggest_token(workspace: Workspace, name: str | None) -> str:
     """``<name>``, or ``<name-2>`` if another concept has that token; empty for a name without letters."""
-    name_slug = slug(name or "")
+    name_slug = slug(name or "").lower()
     if not name_slug:
         return ""
     used = {token for _, _, token in known_concepts(workspace).values()} | pocket_tokens()

@@ -28,7 +28,7 @@ from .catalogue import head
 from .first_run import CONCEPTS, first_scene
 from .generation import POCKET_SIDE, GeneratedPictures, GenerateRequest, generate
 from .guard import Message, Receive, Send
-from .page import PRIVATE, asked, errors_as_toast, plain_html
+from .page import DEVICE, PRIVATE, asked, errors_as_toast, plain_html
 from .preload import Preload, Waiting
 from .server import INTRODUCTION, STYLE, TITLE, theme
 from .streaming import stream
@@ -75,7 +75,7 @@ def generate_picture(
     Raises:
         UserError: anything the visitor can change.
     """
-    request, scene = _request(prompt, canvas, shape, seed)
+    request, scene = checked_request(prompt, canvas, shape, seed)
     with tempfile.TemporaryDirectory(prefix="spectral-diffusion-") as folder:
         workspace = Workspace(Path(folder))
         workspace.adapters.mkdir()
@@ -101,7 +101,7 @@ def generate_picture(
                 yield (None, news) if isinstance(news, str) else (news, line[0])
 
 
-def _request(prompt: str, canvas: Any, shape: str, seed: int) -> tuple[GenerateRequest, dict[str, Any]]:
+def checked_request(prompt: str, canvas: Any, shape: str, seed: int) -> tuple[GenerateRequest, dict[str, Any]]:
     """A visitor's fields as a request, and the scene's settings.
 
     Raises:
@@ -115,6 +115,8 @@ def _request(prompt: str, canvas: Any, shape: str, seed: int) -> tuple[GenerateR
     if len(drawn.regions) > MOST_BOXES:
         raise UserError(f"There are {len(drawn.regions)} boxes; this demo takes {MOST_BOXES}.")
     for region in drawn.regions:
+        if len(region.prompt) > MOST_PROMPT:
+            raise UserError(f"The prompt of a box has {len(region.prompt)} characters; this demo takes {MOST_PROMPT}.")
         if region.concept and region.concept not in CONCEPTS:
             raise UserError(f"There is no concept '{region.concept[:40]}'; there are {' and '.join(CONCEPTS)}.")
     bound = {region.concept for region in drawn.regions}
@@ -130,6 +132,7 @@ class Handlers:
     def generate_from_fields(self, prompt: str, canvas: Any, shape: str, seed: float) -> Iterator[tuple[Any, str]]:
         """:func:`generate_picture` for the page, with errors in its words."""
         with errors_as_toast():
+            checked_request(prompt, canvas or {}, shape, int(seed or 0))  # before a GPU is asked for
             for picture, line in generate_picture(prompt, canvas or {}, shape, int(seed or 0)):
                 yield (gr.skip() if picture is None else picture), plain_html(line)
 
@@ -137,6 +140,7 @@ class Handlers:
     def generate(self, prompt: str, seed: int = 0, shape: str = "Square") -> tuple[Any, str]:
         """Generate a picture of <rex>, <brew>, both or neither; returns it and a message."""
         with errors_as_toast():
+            checked_request(prompt, {}, shape, seed)
             *_, (picture, line) = generate_picture(prompt, {}, shape, seed)
         return picture, line
 
@@ -170,12 +174,10 @@ def build_hosted() -> gr.Blocks:
         asked_for = gr.on([start.click, prompt.submit], lambda: "Waiting for your turn …", None, status, **PRIVATE)
         asked_for.then(
             handlers.generate_from_fields, [prompt, canvas, shape, seed], [picture, status], api_visibility="private",
-            concurrency_limit=1, trigger_mode="once",
+            trigger_mode="once", **DEVICE,
         )  # fmt: skip
         call = gr.Button(visible=False)
-        call.click(
-            handlers.generate, [prompt, seed, shape], [picture, status], api_name="generate", concurrency_limit=1
-        )
+        call.click(handlers.generate, [prompt, seed, shape], [picture, status], api_name="generate", **DEVICE)
     blocks.queue(max_size=WAITING_ROOM, default_concurrency_limit=1)
     return blocks
 

@@ -210,8 +210,10 @@ def refuse_busy(workspace: Workspace, name: str) -> None:
 
 def moving(jobs: Iterable[QueueJob]) -> bool:
     """Whether a job runs, or waits without a paused one before it."""
+    jobs = list(jobs)
     states = {job.record.state for job in jobs}
-    return "running" in states or ("waiting" in states and "paused" not in states)
+    blocked = any(job.record.state == "paused" and job.record.executor == "local" for job in jobs)
+    return "running" in states or ("waiting" in states and not blocked)
 
 
 def how_it_ended(job: QueueJob, workspace: Workspace) -> dict[str, Any]:

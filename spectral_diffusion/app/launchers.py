@@ -109,7 +109,7 @@ class OnCluster:
     """
 
     def __init__(self) -> None:
-        self._asked: dict[str, tuple[float, Row]] = {}  # id of a job: when the cluster was asked, and its answer
+        self._asked: dict[tuple[str, int], tuple[float, Row]] = {}  # job and launch: when it was asked, and the answer
 
     def start(self, job: QueueJob, options: Sequence[str]) -> QueueJob:
         """See :class:`Launcher`."""
@@ -123,7 +123,6 @@ class OnCluster:
         asked = parse_cluster(job.record.cluster).filled(needed(config, None))
         batch = Batch(executor="slurm", cluster=asked, jobs=[task])
         submit(BatchFolder(job.folder), batch)
-        self._asked.pop(job.id, None)
         return job
 
     def row(self, job: QueueJob) -> Row | None:
@@ -131,13 +130,16 @@ class OnCluster:
         from ..batch.job import BatchFolder
         from ..batch.submission import rows
 
-        asked, row = self._asked.get(job.id, (0.0, None))
+        key = job.id, job.record.launches  # another server may have started it again
+        asked, row = self._asked.get(key, (0.0, None))
         if row is None or time.monotonic() - asked > ASK_EVERY:
             folder = BatchFolder(job.folder)
             if not folder.file.is_file():
                 return None
             [row] = rows(folder)
-            self._asked[job.id] = time.monotonic(), row
+            if row.state == "waiting" and not folder.read().ids:  # the server was killed before the cluster answered
+                return None
+            self._asked[key] = time.monotonic(), row
         return row
 
     def is_alive(self, job: QueueJob) -> bool:
@@ -168,7 +170,7 @@ class OnCluster:
         folder = BatchFolder(job.folder)
         if folder.file.is_file():
             cancel(folder)
-        self._asked.pop(job.id, None)
+        self._asked.pop((job.id, job.record.launches), None)
 
     def ended(self, job: QueueJob, workspace: Workspace) -> dict[str, Any]:
         """See :class:`Launcher`."""

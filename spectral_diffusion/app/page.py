@@ -48,6 +48,7 @@ class Page:
         adapters: names of adapters to generate with, handed from the training to the pictures.
         first: handed from the concepts to the pictures, which then generate the first picture.
         gone: called with the session of a browser or program that has disconnected.
+        ready: called once the server is up and everything is imported.
     """
 
     workspace: Workspace
@@ -61,6 +62,7 @@ class Page:
     adapters: gr.State
     first: gr.State
     gone: list[Callable[[str], None]] = field(default_factory=list)
+    ready: list[Callable[[], None]] = field(default_factory=list)
 
     def refreshed(self, tab: gr.Tab, fn: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         """Call ``fn`` when the page is loaded and whenever the tab is opened."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib import import_module
 
 from anyio import to_thread
@@ -23,9 +23,14 @@ PATIENCE = 5.0  # seconds without a request
 
 
 class Preload:
-    """The import of everything, in the background."""
+    """The import of everything, in the background.
 
-    def __init__(self) -> None:
+    Args:
+        then: called once it is over.
+    """
+
+    def __init__(self, then: Sequence[Callable[[], None]] = ()) -> None:
+        self.then = then
         self._asked, self._done = threading.Event(), threading.Event()
 
     @property
@@ -51,6 +56,8 @@ class Preload:
             log.exception("Cannot import what the app needs")
         finally:
             self._done.set()
+        for call in self.then:
+            call()
 
 
 class Waiting:

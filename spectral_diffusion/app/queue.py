@@ -156,7 +156,11 @@ class Queue:
                 message = f"The training of '{concept}' is out of the queue."
             elif state == "running":
                 job = job.write(wish=wish)
-                self._launcher(job).stop(job)
+                try:
+                    self._launcher(job).stop(job)
+                except UserError:
+                    job.write(wish="")  # nothing was stopped
+                    raise
                 if job.steps_done or self.resumable(job):
                     message = "keeps its state and stops after the present step; Resume goes on from there"
                 else:
@@ -266,7 +270,8 @@ class Queue:
         if job.record.state == "running":
             return f"The training of '{job.record.concept}' has started."
         before = [other.record.concept for other in jobs[: [other.id for other in jobs].index(name)]]
-        paused = next((other.record.concept for other in jobs if other.record.state == "paused"), None)
+        local = [other for other in jobs if other.record.executor == "local"]
+        paused = next((other.record.concept for other in local if other.record.state == "paused"), None)
         waiting = f"; the queue waits until the paused training of '{paused}' is resumed or stopped" if paused else ""
         return f"The training of '{job.record.concept}' waits for {len(before)} before it{waiting}."
 

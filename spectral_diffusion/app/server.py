@@ -38,10 +38,12 @@ class App(gr.Blocks):
 
     Attributes:
         gone: called with the session of a browser or program that has disconnected.
+        ready: called once the server is up and everything is imported.
     """
 
     pictures: Path
     gone: list[Callable[[str], None]]
+    ready: list[Callable[[], None]]
 
     def own_hosts(self) -> list[str]:
         """The app's public host names: that of its share link."""
@@ -58,14 +60,14 @@ def build_app(workspace: Path) -> App:
     root = Workspace(Path(workspace).absolute())
     temporary.choose_folder(root.root)
     with App(title=TITLE, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
-        blocks.pictures, blocks.gone = root.pictures, []
+        blocks.pictures, blocks.gone, blocks.ready = root.pictures, [], []
         gr.Markdown(f"# {TITLE}\n{INTRODUCTION}", elem_id="title")
         # Outside the tabs: gradio counts their children.
         handed = gr.State(None), gr.State(None), gr.State(None), gr.State(None)
         strip, timer = gr.HTML(visible=False, elem_id="train-strip", label="Training now"), gr.Timer(1.0, active=False)
         trained = gr.State({})
         with gr.Tabs(elem_id="steps") as tabs:
-            page = Page(root, blocks, tabs, strip, timer, trained, *handed, gone=blocks.gone)
+            page = Page(root, blocks, tabs, strip, timer, trained, *handed, gone=blocks.gone, ready=blocks.ready)
             for name, (title, module) in TABS.items():
                 with gr.Tab(title, id=name, elem_id=f"tab-{name}") as tab:
                     module.build(page, tab)
@@ -102,7 +104,10 @@ def launch(
     """
     if (share or not is_local(host)) and not password:
         raise UserError("Others could open the app without a password.", Fix("password", so="to set one"))
-    guards = [Middleware(Guard, own=blocks.own_hosts, left=blocks.left), Middleware(Waiting, preload=Preload())]
+    guards = [
+        Middleware(Guard, own=blocks.own_hosts, left=blocks.left),
+        Middleware(Waiting, preload=Preload(blocks.ready)),
+    ]
     if not password:
         guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOCAL))
     temporary.prepare_folder()

@@ -38,7 +38,7 @@
       const found = at.exec(text);
       if (!found) continue;
       const values = {};
-      order.forEach((number, index) => (values[number] = whole(found[index + 1]) ?? found[index + 1]));
+      order.forEach((number, index) => (values[number] = found[index + 1])); // a person's own words stay
       return target.replace(/\{(\d)\}/g, (_, number) => values[number]);
     }
     return null;
@@ -88,7 +88,11 @@
       const before = tidy(source(block));
       if (written.get(block) === before) return;
       const after = translated(before);
-      if (after === null) return;
+      if (after === null) { // a heading before a person's own words
+        for (const node of children) if (inline(node) && node.tagName !== "CODE" && exact.has(node.textContent))
+          node.textContent = exact.get(node.textContent);
+        return;
+      }
       block.replaceChildren(...built(after));
       written.set(block, tidy(source(block)));
       return;

@@ -64,8 +64,9 @@ def empty(workspace: Workspace, older_than: float = DAYS, now: float | None = No
     moment = time.time() if now is None else now
     count = size = kept = 0
     for folder in visible(workspace.trash):
-        if moment - _deleted_at(folder) < older_than * 86400:
-            continue
+        deleted = _deleted_at(folder)
+        if older_than and (deleted is None or moment - deleted < older_than * 86400):
+            continue  # what bears no time was not put here by the app, and goes only when everything does
         bytes_of_it = folder_size(folder)
         with suppress(OSError):
             shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
@@ -83,12 +84,12 @@ def empty(workspace: Workspace, older_than: float = DAYS, now: float | None = No
     return " ".join(sentences)
 
 
-def _deleted_at(folder: Path) -> float:
-    """When something was put into the trash, in seconds since the epoch: its name says it."""
+def _deleted_at(folder: Path) -> float | None:
+    """When the app put something into the trash, in seconds since the epoch, as its name says; None for other names."""
     try:
         return time.mktime(time.strptime("-".join(folder.name.split("-")[:2]), STAMP))
     except (ValueError, OverflowError):
-        return folder.lstat().st_mtime
+        return None
 
 
 def _megabytes(size: int) -> str:

@@ -84,8 +84,8 @@ def _wire_bench(bench: Bench, handlers: FuseHandlers, page: Page, lists: dict[st
         [bench.result, page.base, bench.saved, bench.use],
         **shown,
     )
-    for running in (trying, saving):
-        afterwards(running, handlers.done, None, buttons, queue=False, **PRIVATE)
+    for running, ticket in zip((trying, saving), tickets, strict=True):
+        afterwards(running, handlers.done, ticket, buttons, queue=False, **PRIVATE)
     saving.success(**lists)
     bench.stop.click(handlers.stop, None, [*buttons, bench.result], queue=False, **PRIVATE)
     page.blocks.unload(handlers.left)
@@ -200,8 +200,10 @@ class FuseHandlers:
         """Register a fusion, which can be stopped from now on; the last value is its ticket."""
         return [*ready(False), self.saves.begin(request.session_hash or "")]
 
-    def done(self, request: gr.Request) -> list[Any]:
-        """A run is over; another one of this browser may still be running."""
+    def done(self, ticket: str, request: gr.Request) -> list[Any]:
+        """A run is over, or failed before it began; another one of this browser may still be running."""
+        self.compares.end(ticket)
+        self.saves.end(ticket)
         who = request.session_hash or ""
         return ready(not (self.compares.busy(who) or self.saves.busy(who)))
 

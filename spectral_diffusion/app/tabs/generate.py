@@ -112,10 +112,7 @@ def _wire_drawing(
         (gallery.again.click, handlers.again, [gallery.chosen]),
     ):
         run = event(**asked).then(work, [ticket, *inputs], shown, **PRIVATE, **DEVICE)
-        ended = run.then(handlers.ended, None, [start, cancel], queue=False, **PRIVATE)
-        ended.then(lambda: 1, None, gallery.number, queue=False, **PRIVATE).then(
-            gallery.show, gallery.number, gallery.listed, **PRIVATE
-        )
+        _wire_end(handlers, gallery, run, ticket, [start, cancel])
         run.success(gallery.choose, gallery.chosen, gallery.details, **PRIVATE)
     for event in (start.click, form.prompt.submit, gallery.again.click, page.first.change):
         event(None, js=TO_PICTURE, **PRIVATE)
@@ -125,6 +122,15 @@ def _wire_drawing(
     page.gone.append(handlers.gone)
     gallery.canvas.click(handlers.refilled, gallery.chosen, [*form.all, status], **PRIVATE)
     gallery.places.click(handlers.places, gallery.chosen, [*form.all, status], **PRIVATE)
+
+
+def _wire_end(handlers: GenerateHandlers, gallery: Gallery, run: Any, ticket: gr.Textbox, buttons: list[Any]) -> None:
+    """Wire what follows a run, also one that failed: the buttons, and the newest pictures."""
+    for follows in (run.success, run.failure):
+        ended = follows(handlers.ended, ticket, buttons, queue=False, **PRIVATE)
+        ended.then(lambda: 1, None, gallery.number, queue=False, **PRIVATE).then(
+            gallery.show, gallery.number, gallery.listed, **PRIVATE
+        )
 
 
 def _wire_estimate(
@@ -156,10 +162,7 @@ def _wire_pairs(
     run = pairs.start.click(handlers.begin_both, None, [*controls, ticket], queue=False, **PRIVATE).then(
         handlers.generate_both, [ticket, *form.all, *pairs.changes], [*pairs.results, status], **PRIVATE, **DEVICE
     )
-    ended = run.then(handlers.ended, None, [start, cancel], queue=False, **PRIVATE)
-    ended.then(lambda: 1, None, gallery.number, queue=False, **PRIVATE).then(
-        gallery.show, gallery.number, gallery.listed, **PRIVATE
-    )
+    _wire_end(handlers, gallery, run, ticket, [start, cancel])
 
 
 def _build_api(handlers: GenerateHandlers, form: Fields) -> None:

@@ -147,8 +147,9 @@ class GenerateHandlers:
         start, cancel, status, _, ticket = self.begin(request)
         return [start, cancel, status, ticket]
 
-    def ended(self, request: gr.Request) -> list[Any]:
-        """Show Generate again, unless another run of this browser waits."""
+    def ended(self, ticket: str, request: gr.Request) -> list[Any]:
+        """Show Generate again, unless another run of this browser waits. The run may have failed before it began."""
+        self.runs.end(ticket)
         busy = self.runs.busy(request.session_hash or "")
         return [gr.Button(visible=not busy), gr.Button(visible=busy)]
 

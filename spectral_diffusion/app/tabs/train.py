@@ -33,7 +33,7 @@ class TrainHandlers:
     def __init__(self, page: Page) -> None:
         self.workspace = page.workspace
         self.queue = Queue(page.workspace)
-        self.queue.start()  # waiting jobs run once the server is up, without any page
+        page.ready.append(self.queue.start)  # waiting jobs run once the server is up, without any page
 
     # --- the form
 
