@@ -32,13 +32,15 @@
   }
   patterns.sort((one, other) => other.fixed - one.fixed); // what says most is tried first
 
+  // A person's own words stay as they are; a whole sentence is the server's.
+  const sentence = (value) => (/[.!?]$/.test(value) && whole(value)) || value;
   function whole(text) {
     if (exact.has(text)) return exact.get(text);
     for (const { at, order, target } of patterns) {
       const found = at.exec(text);
       if (!found) continue;
       const values = {};
-      order.forEach((number, index) => (values[number] = found[index + 1])); // a person's own words stay
+      order.forEach((number, index) => (values[number] = sentence(found[index + 1])));
       return target.replace(/\{(\d)\}/g, (_, number) => values[number]);
     }
     return null;
