@@ -31,14 +31,14 @@ def test_every_sentence_has_its_translations() -> None:
                 assert text.count(mark) == source.count(mark), source
 
 
-def static_texts() -> Iterator[str]:
+def static_texts(workspace: Path) -> Iterator[str]:
     """The texts of both pages as they are built, by paragraph."""
     gr = pytest.importorskip("gradio")
     from spectral_diffusion.app.hosted import build_hosted
     from spectral_diffusion.app.server import build_app
 
     shown = (gr.Markdown, gr.Button, gr.DownloadButton, gr.UploadButton)
-    for page in (build_app(Path("nowhere")), build_hosted()):
+    for page in (build_app(workspace), build_hosted()):
         for part in page.blocks.values():
             choices = [
                 one[0] if isinstance(one, (tuple, list)) else one for one in getattr(part, "choices", None) or []
@@ -50,12 +50,12 @@ def static_texts() -> Iterator[str]:
                     yield from (line.lstrip("#- ") for line in text.splitlines())
 
 
-def test_every_text_of_the_page_is_translated() -> None:
+def test_every_text_of_the_page_is_translated(tmp_path: Path) -> None:
     presets = {
         path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for path in assets.configs().glob("*.yaml")
     }
     known = set(catalogue()) | presets | HIDDEN | {"Spectral Diffusion"}
-    missing = {text for text in static_texts() if text not in known and not VERBATIM.fullmatch(text)}
+    missing = {text for text in static_texts(tmp_path) if text not in known and not VERBATIM.fullmatch(text)}
     assert missing == set()
 
 
