@@ -23,7 +23,7 @@ def test_a_bug_report_has_what_matters_and_no_home(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(cache))
     machine.remember("precision", {"float32": 0.5, "bf16": 0.1})
-    machine.remember("whole-step-cpu-bf16", 0.01)
+    machine.remember("time-pocket-cpu-bf16", [0.08, 1.0])
     result = CliRunner().invoke(app, ["doctor", "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.output)
@@ -35,7 +35,7 @@ def test_a_bug_report_has_what_matters_and_no_home(tmp_path: Path, monkeypatch: 
 
 
 def test_for_a_person_it_is_a_table() -> None:
-    machine.remember("whole-step-cpu-no", 0.01)
+    machine.remember("time-pocket-cpu-no", [0.08, 1.0])
     result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0, result.output
     lines = {line.split("  ")[0] for line in result.output.splitlines()}

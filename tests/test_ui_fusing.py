@@ -21,7 +21,7 @@ from conftest import make_photos
 from safetensors.torch import load_file
 
 from spectral_diffusion.adapters.formats.import_lora import import_lora
-from spectral_diffusion.app import comparing, downloads, fusing
+from spectral_diffusion.app import comparing, downloads, fusing, speeds
 from spectral_diffusion.app.adapters import read_adapter
 from spectral_diffusion.app.sentences import in_app
 from spectral_diffusion.app.streaming import cancellable
@@ -218,9 +218,10 @@ def test_before_and_after_of_every_concept(workspace: Workspace) -> None:
     sheet = comparing.sheet_of(found)
     assert sheet.width > 2 * found[0][0].width and sheet.height > 2 * found[0][0].height
     assert pictures[0] != pictures[1] and pictures[0] != pictures[2]  # at strength 0 nothing of rex is left
+    assert "before and after" in fusing.estimate(workspace, ["rex", "mug"])  # it was measured
     again = comparing.compare(workspace, ["rex", "mug"], {"rex": 0.0, "mug": 1.0}, seed=3)
     assert [image.tobytes() for image, _ in again] == pictures
-    assert set(workspace.root.rglob("*")) == before
+    assert set(workspace.root.rglob("*")) == before | {workspace.root / speeds.FILE}
 
 
 def test_downloads_are_read_by_others(workspace: Workspace, tiny_base: Path, tmp_path: Path) -> None:

@@ -12,14 +12,16 @@ from ..config.settings import build
 from ..core.hooks import QUIET, Hooks
 from .adapters import read_adapter
 from .device import giving_back
-from .fusing import fuse_settings, load_chosen, ticked
+from .fusing import compare_key, fuse_settings, load_chosen, ticked
 from .sentences import errors_in_app, in_app
+from .speeds import measured
 from .workspace import Workspace, sentence_of
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ..adapters.adapter import Adapter
+    from ..config.fuse import FuseConfig
 
 STEPS = 12  # of a compared picture
 LOCATIONS = ("on the beach", "on the grass")  # of the compared pictures
@@ -139,6 +141,16 @@ def compare(
         UserError: anything the user can fix.
     """
     chosen = ticked(chosen)
+    with giving_back(), errors_in_app(workspace, "pictures"):
+        settings = fuse_settings(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)
+        with measured(workspace, compare_key(settings), len(chosen)):
+            return _before_and_after(workspace, chosen, settings, hooks)
+
+
+def _before_and_after(
+    workspace: Workspace, chosen: Sequence[str], settings: FuseConfig, hooks: Hooks
+) -> list[tuple[Image.Image, str]]:
+    """What :func:`compare` returns, for settings whose adapters exist."""
     from ..adapters.apply import put_adapters
     from ..adapters.attach import remove_adapters
     from ..config.scene import Scene
@@ -150,30 +162,28 @@ def compare(
 
     def generate_image(token: str) -> Image.Image:
         prompts = [f"a photo of {token} {location}" for location in LOCATIONS]
-        seeds = [seed + index for index in range(len(LOCATIONS))]
+        seeds = [settings.seed + index for index in range(len(LOCATIONS))]
         return image_grid(sample(base, prompts, seeds, scene, hooks), len(LOCATIONS))
 
-    with giving_back(), errors_in_app(workspace, "pictures"):
-        settings = fuse_settings(workspace, chosen, workspace.fused / "compared", strengths, seed=seed, **changes)
-        adapters = list(load_chosen(workspace, chosen).values())
-        check_together(adapters, settings.scales)
-        get_merge(settings.merge).check(adapters)
-        base = load_base(settings.base or adapters[0].base, settings.device, settings.dtype)
-        scene = build(
-            Scene,
-            preset_settings(base.name, "generate"),
-            {"num_inference_steps": STEPS, "base": base.name, "device": settings.device},
-        )
-        alone = []
-        for adapter in adapters:
-            put_adapters(base, [(adapter, 1.0)])
-            alone.append(generate_image(adapter.token))
-            remove_adapters(base.models)
-        fuse_adapters(base, adapters, settings, hooks, install=False)
-        captioned = []
-        for adapter, before in zip(adapters, alone, strict=True):
-            captioned += [
-                (before, f"{adapter.name} {COLUMNS[0]}"),
-                (generate_image(adapter.token), f"{adapter.name} {COLUMNS[1]}"),
-            ]
+    adapters = list(load_chosen(workspace, chosen).values())
+    check_together(adapters, settings.scales)
+    get_merge(settings.merge).check(adapters)
+    base = load_base(settings.base or adapters[0].base, settings.device, settings.dtype)
+    scene = build(
+        Scene,
+        preset_settings(base.name, "generate"),
+        {"num_inference_steps": STEPS, "base": base.name, "device": settings.device},
+    )
+    alone = []
+    for adapter in adapters:
+        put_adapters(base, [(adapter, 1.0)])
+        alone.append(generate_image(adapter.token))
+        remove_adapters(base.models)
+    fuse_adapters(base, adapters, settings, hooks, install=False)
+    captioned = []
+    for adapter, before in zip(adapters, alone, strict=True):
+        captioned += [
+            (before, f"{adapter.name} {COLUMNS[0]}"),
+            (generate_image(adapter.token), f"{adapter.name} {COLUMNS[1]}"),
+        ]
     return captioned

@@ -204,13 +204,20 @@ def speed_key(settings: FuseConfig) -> str:
     return f"fuse {resources.preset_of(base) or base} {settings.merge}{steps}"
 
 
+def compare_key(settings: FuseConfig) -> str:
+    """What pictures before and after such fusions are measured as."""
+    return f"compare {speed_key(settings)}"
+
+
 def estimate(workspace: Workspace, chosen: Sequence[str] | None, **changes: Any) -> str:
-    """How long a fusion of these adapters will take, as a sentence; empty if it is not known."""
+    """How long a fusion of these adapters and its before and after will take; empty if neither is known."""
     try:
         settings = fuse_settings(workspace, chosen, workspace.fused / "estimate", {}, **changes)
     except UserError:  # reported when it is fused
         return ""
-    return line(expected(workspace, speed_key(settings), len(chosen or [])), "this fusion")
+    kinds = {speed_key(settings): "this fusion", compare_key(settings): "before and after"}
+    lines = [line(expected(workspace, kind, len(chosen or [])), what) for kind, what in kinds.items()]
+    return " ".join(filter(None, lines))
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 // Buttons that put a token into the prompt that was last worked in. The value: [[token, noun, concept or ""], …].
 const row = element.querySelector(".tokens");
-let target = null, caret = 0;
+let target = null, caret = 0, named = [];
 function main() {
   return document.querySelector("#generate-prompt textarea");
 }
@@ -8,11 +8,25 @@ function isPrompt(node) {
   return node instanceof HTMLElement && (node === main() || node.matches("#generate-canvas .words"));
 }
 document.addEventListener("focusin", (event) => {
-  if (isPrompt(event.target)) target = event.target;
+  if (!isPrompt(event.target)) return;
+  target = event.target;
+  if (target === main()) named = namedIn(target.value);
+});
+document.addEventListener("input", (event) => {
+  if (!event.target || event.target !== main()) return;
+  // A token that is typed chooses its concept, as a clicked one does; one that acts in a box stays there.
+  const before = named, boxes = [...document.querySelectorAll("#generate-canvas li select")].map((box) => box.value);
+  named = namedIn(event.target.value);
+  const names = named.filter((name) => !before.includes(name) && !boxes.includes(name));
+  if (names.length) trigger("click", { names });
 });
 document.addEventListener("focusout", (event) => {
   if (isPrompt(event.target)) caret = event.target.selectionEnd;
 });
+function namedIn(text) {
+  const tokens = Array.isArray(props.value) ? props.value : [];
+  return tokens.filter(([token, , name]) => name && text.toLowerCase().includes(token)).map(([, , name]) => name);
+}
 function insert(token, name) {
   const fresh = !target || !target.isConnected;
   const field = fresh ? main() : target;
@@ -26,7 +40,7 @@ function insert(token, name) {
   field.setSelectionRange(end + text.length, end + text.length);
   const concept = field.matches(".words") && field.closest("li").querySelector("select");
   if (field === main()) {
-    trigger("click", { name }); // its concept shall act everywhere
+    trigger("click", { names: [name] }); // its concept shall act everywhere
   } else if (concept && !concept.value && name) {
     concept.value = name; // or in this box
     concept.dispatchEvent(new Event("change"));

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,20 +27,41 @@ from .prior_images import STEPS
 
 # Arithmetic of one prediction of one picture at the base's own size (torch.utils.flop_counter).
 FLOPS = {"pocket": 0.584e9, "sd15": 803e9, "sdxl": 6761e9}
+LARGE_FLOPS = 2 * (64 * 64 * 320 * 320 * 9 + 4096 * 640 * 640)  # of large_work
 PASSES = 2.2  # a step's arithmetic over a prediction's: forward, and back to the inputs of every layer
 BATCH = 8
+UNDISTURBED = 0.8  # a measurement that had less of the cores is made again by the next process
+
+
+class Timing(NamedTuple):
+    """Seconds of some work, and the share of the cores that it had: less than 1 beside other programs."""
+
+    seconds: float
+    share: float
 
 
 def seconds_per_picture(arch: str, device: torch.device, precision: MixedPrecision) -> float:
     """Seconds of a training step for each picture of its batch; measured once on this machine and kept.
 
+    Measured beside other programs, it is kept for this process only.
+
     Args:
         arch: ``pocket``, ``sd15`` or ``sdxl``.
     """
-    if arch == "pocket":
-        return float(measured_once(f"whole-step-{device.type}-{precision}", lambda: pocket_step(device, precision)))
-    rate = float(measured_once(f"flops-{device.type}-{precision}", lambda: flops_per_second(device, precision)))
-    return PASSES * FLOPS[arch] / rate
+    work = "pocket" if arch == "pocket" else "large"
+    seconds = _timing(work, device, precision).seconds
+    return seconds / BATCH if arch == "pocket" else PASSES * FLOPS[arch] * seconds / LARGE_FLOPS
+
+
+def _timing(work: str, device: torch.device, precision: MixedPrecision) -> Timing:
+    """The time of a step of the pocket base, or of products and convolutions of a large network."""
+    measure = {"pocket": pocket_step, "large": large_work}[work]
+    found = measured_once(
+        f"time-{work}-{device.type}-{precision}",
+        lambda: measure(device, precision),
+        lambda timing: timing.share >= UNDISTURBED,
+    )
+    return Timing(*found)
 
 
 def training_seconds(config: TrainConfig, arch: str) -> float:
@@ -52,8 +75,9 @@ def training_seconds(config: TrainConfig, arch: str) -> float:
     return images * seconds_per_picture(arch, device, precision)
 
 
-def pocket_step(device: torch.device, precision: MixedPrecision) -> float:
-    """Seconds for each picture of a step of the pocket base's U-Net, forward and back to all weights.
+@lru_cache(maxsize=8)  # a disturbed one is not repeated at every question
+def pocket_step(device: torch.device, precision: MixedPrecision) -> Timing:
+    """The time of a step of the pocket base's U-Net on a batch of 8, forward and back to all weights.
 
     Its presets adapt nearly all layers.
     """
@@ -70,11 +94,12 @@ def pocket_step(device: torch.device, precision: MixedPrecision) -> float:
             predicted: Tensor = unet(noisy, times, embeddings).sample
         return predicted.float().square().mean()
 
-    return timed(lambda: torch.autograd.grad(work(), (noisy, embeddings, *unet.parameters())), device) / BATCH
+    return timed(lambda: torch.autograd.grad(work(), (noisy, embeddings, *unet.parameters())), device)
 
 
-def flops_per_second(device: torch.device, precision: MixedPrecision) -> float:
-    """What the device does in a second of a large network's products and convolutions."""
+@lru_cache(maxsize=8)
+def large_work(device: torch.device, precision: MixedPrecision) -> Timing:
+    """The time of a product and a convolution as in a large network, of ``LARGE_FLOPS``."""
     pixels, kernel = torch.randn(1, 320, 64, 64, device=device), torch.randn(320, 320, 3, 3, device=device)
     rows, weight = torch.randn(4096, 640, device=device), torch.randn(640, 640, device=device)
 
@@ -83,17 +108,23 @@ def flops_per_second(device: torch.device, precision: MixedPrecision) -> float:
             F.conv2d(pixels, kernel, padding=1)
             F.linear(rows, weight)
 
-    done = 2 * (64 * 64 * 320 * 320 * 9 + 4096 * 640 * 640)
-    return done / timed(work, device)
+    return timed(work, device)
 
 
-def timed(work: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
-    """The least of some timings, in seconds; the first run, which also chooses kernels, does not count."""
-    seconds = []
+def timed(work: Callable[[], object], device: torch.device, repeats: int = 3) -> Timing:
+    """The least of some timings; the first run, which also chooses kernels, does not count.
+
+    On a processor it is the time that the threads had, so that other programs hardly count.
+    """
+    timings = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         work()
-        if device.type != "cpu":
+        if device.type == "cpu":
+            whole = time.perf_counter() - start
+            seconds = min((time.process_time() - used) / torch.get_num_threads(), whole)
+            timings.append(Timing(seconds, seconds / whole))
+        else:
             getattr(torch, device.type).synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+            timings.append(Timing(time.perf_counter() - start, 1.0))
+    return min(timings[1:])

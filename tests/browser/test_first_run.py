@@ -39,6 +39,12 @@ def test_one_button_makes_the_first_picture(server: Any, visit: Callable[..., An
     assert page.locator(BOXES).count() == 2
     page.locator("#generate-gallery img").first.wait_for(timeout=PATIENCE)
 
+    # A token that is typed chooses nothing whose concept acts in a box.
+    prompt = page.locator("#generate-prompt textarea")
+    whole = prompt.input_value()
+    prompt.fill("")
+    prompt.fill(whole)
+
     # A box is dragged, and the picture is drawn again with it where it is now.
     drag(page, (0.03, 0.04), (0.13, 0.04))  # by its label, while the pen is chosen
     page.locator("#generate-start").click()
@@ -46,6 +52,7 @@ def test_one_button_makes_the_first_picture(server: Any, visit: Callable[..., An
     moved = read_settings(pictures(server)[-1])
     assert moved["regions"][0]["box"] != scene["regions"][0]["box"]
     assert moved["regions"][1] == scene["regions"][1]
+    assert moved["adapters"] == scene["adapters"]
 
     # The guide is for the first time only.
     visitor.tab("Concepts")
@@ -80,9 +87,12 @@ def test_found_places_become_boxes_that_can_be_dragged(server: Any, visit: Calla
     page.locator("#generate-status", has_text="two adapters").wait_for(timeout=PATIENCE)
     while page.locator(BOXES).count():  # no boxes: the places are to be found
         page.locator(f"{BOXES} button").last.click()
-    page.locator("#generate-adapters input").click()
+    prompt = page.locator("#generate-prompt textarea")
+    whole = prompt.input_value()
+    prompt.fill("")
+    prompt.fill(whole)  # typed tokens choose their concepts
     for name in ("rex", "brew"):
-        page.get_by_role("option", name=name, exact=True).click()
+        page.locator("#generate-adapters", has_text=name).wait_for()
     page.locator("#generate-start").click()
     page.locator("#generate-status", has_text="Generated 1 picture").wait_for(timeout=PATIENCE)
     page.locator("#generate-places").click()

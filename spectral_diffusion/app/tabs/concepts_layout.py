@@ -38,8 +38,8 @@ def build_adding() -> Adding:
                     elem_id="concepts-files",
                 )  # fmt: skip
                 gr.Markdown(
-                    "One to about ten pictures of the same thing, from different sides. A text file of a photo's name "
-                    "becomes its caption.",
+                    "One to about ten pictures of the same thing, from different sides. Captions are not needed; a "
+                    "text file of a photo's name becomes one.",
                     elem_classes="muted",
                 )
             with gr.Column(scale=2, min_width=280):
@@ -118,8 +118,8 @@ def build_detail() -> Detail:
     flags = gr.Markdown(elem_id="concepts-flags")
     with gr.Column(visible=False, elem_id="concepts-editing") as editing:
         caption = gr.Textbox(
-            label="Caption", info="Click a photo, then say what else is in it. Enter goes to the next.", max_lines=1,
-            elem_id="concepts-caption", interactive=False,
+            label="Caption", info="Not needed. Click a photo, then say what else is in it; Enter goes to the next.",
+            max_lines=1, elem_id="concepts-caption", interactive=False,
         )  # fmt: skip
         with gr.Row():
             save = gr.Button("Save caption", size="sm", elem_id="concepts-caption-save")

@@ -92,9 +92,9 @@ class GenerateHandlers:
         ]
 
     def pick(self, chosen: list[str] | None, event: gr.EventData) -> list[str]:
-        """The concepts plus the one whose token was put into the prompt."""
-        name = str((event._data or {}).get("name") or "")
-        return list(dict.fromkeys([*(chosen or []), *([name] if name else [])]))
+        """The concepts plus those whose tokens were put into the prompt."""
+        names = [str(name) for name in (event._data or {}).get("names") or [] if name]
+        return list(dict.fromkeys([*(chosen or []), *names]))
 
     def shape(self, shape: str | None, base: str | None) -> tuple[int, int]:
         """Width and height of a shape at the base's native size."""
