@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,6 +88,23 @@ def test_a_silent_cluster_ends_nothing(queue: Queue, cluster: Path, tmp_path: Pa
     assert "no controller" in queue.trouble and queue.job(name).record.state == "running"
     here, said = queue.enqueue("bob")
     assert "has started" in said and queue.job(here).record.launches == 1  # which needs no cluster
+
+
+def test_a_hanging_cluster_keeps_nobody_waiting(queue: Queue, cluster: Path, tmp_path: Path) -> None:
+    name, _ = queue.enqueue("ann", executor="slurm")
+    asked, go = tmp_path / "asked", tmp_path / "go"
+    (tmp_path / "bin" / "squeue").write_text(f"#!/bin/sh\ntouch {asked}\nuntil [ -f {go} ]; do sleep 0.05; done\n")
+    thread = threading.Thread(target=queue.tick)
+    thread.start()
+    try:
+        while not asked.exists():
+            time.sleep(0.01)
+        _, said = queue.enqueue("bob")  # meanwhile
+        assert "has started" in said and thread.is_alive()
+        assert queue.job(name).record.state == "running"
+    finally:
+        go.touch()
+        thread.join()
 
 
 def test_what_cannot_be_submitted_is_a_sentence(

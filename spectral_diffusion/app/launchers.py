@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -38,8 +40,12 @@ class Launcher(Protocol):
         """
         ...
 
+    def ask(self, job: QueueJob) -> None:
+        """Learn how a running job goes. It may take long, so it is called without the queue's lock."""
+        ...
+
     def is_alive(self, job: QueueJob) -> bool:
-        """Whether a running job has not ended."""
+        """Whether a running job has not ended, by what was learnt last."""
         ...
 
     def stop(self, job: QueueJob) -> None:
@@ -78,6 +84,9 @@ class Here:
             child.kill()  # an unrecorded process must not run
             raise
 
+    def ask(self, job: QueueJob) -> None:
+        """See :class:`Launcher`; a process of this computer is looked at without delay."""
+
     def is_alive(self, job: QueueJob) -> bool:
         """See :class:`Launcher`."""
         self._children = [child for child in self._children if child.poll() is None]
@@ -109,7 +118,10 @@ class OnCluster:
     """
 
     def __init__(self) -> None:
-        self._asked: dict[tuple[str, int], tuple[float, Row]] = {}  # job and launch: when it was asked, and the answer
+        # By job and launch, which another server may have made: when it was asked, and the answer, which is None for a
+        # job that the cluster has not taken.
+        self._answers: dict[tuple[str, int], tuple[float, Row | UserError | None]] = {}
+        self._asking = threading.Lock()
 
     def start(self, job: QueueJob, options: Sequence[str]) -> QueueJob:
         """See :class:`Launcher`."""
@@ -125,29 +137,49 @@ class OnCluster:
         submit(BatchFolder(job.folder), batch)
         return job
 
-    def row(self, job: QueueJob) -> Row | None:
-        """What the cluster says of a job; None if it has not taken it."""
+    def ask(self, job: QueueJob) -> None:
+        """See :class:`Launcher`; while one thread waits for the cluster, the others use the last answer."""
         from ..batch.job import BatchFolder
         from ..batch.submission import rows
 
-        key = job.id, job.record.launches  # another server may have started it again
-        asked, row = self._asked.get(key, (0.0, None))
-        if row is None or time.monotonic() - asked > ASK_EVERY:
-            folder = BatchFolder(job.folder)
-            if not folder.file.is_file():
-                return None
-            [row] = rows(folder)
-            if row.state == "waiting" and not folder.read().ids:  # the server was killed before the cluster answered
-                return None
-            self._asked[key] = time.monotonic(), row
-        return row
+        key = job.id, job.record.launches
+        asked, _ = self._answers.get(key, (-math.inf, None))
+        if time.monotonic() - asked <= ASK_EVERY or not self._asking.acquire(blocking=False):
+            return
+        folder = BatchFolder(job.folder)
+        answer: Row | UserError | None = None
+        try:
+            if folder.file.is_file():
+                [answer] = rows(folder)
+                if (
+                    answer.state == "waiting" and not folder.read().ids
+                ):  # its server was killed before the cluster took it
+                    answer = None
+        except UserError as error:
+            answer = error
+        finally:
+            self._answers[key] = time.monotonic(), answer
+            self._asking.release()
+
+    def row(self, job: QueueJob) -> Row | None:
+        """What the cluster last said of a job; None if it has not taken it, or was not asked yet.
+
+        Raises:
+            UserError: the cluster did not answer.
+        """
+        _, answer = self._answers.get((job.id, job.record.launches), (0.0, None))
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
 
     def is_alive(self, job: QueueJob) -> bool:
         """See :class:`Launcher`.
 
         Raises:
-            UserError: the cluster does not answer.
+            UserError: the cluster did not answer.
         """
+        if (job.id, job.record.launches) not in self._answers:
+            return True  # until it is known
         row = self.row(job)
         if row is None:  # the launching server was killed before the cluster took it
             return time.time() - job.record.launched < LAUNCH
@@ -170,7 +202,9 @@ class OnCluster:
         folder = BatchFolder(job.folder)
         if folder.file.is_file():
             cancel(folder)
-        self._asked.pop((job.id, job.record.launches), None)
+        key = job.id, job.record.launches
+        if key in self._answers:  # outdated now
+            self._answers[key] = -math.inf, self._answers[key][1]
 
     def ended(self, job: QueueJob, workspace: Workspace) -> dict[str, Any]:
         """See :class:`Launcher`."""

@@ -221,6 +221,9 @@ class Queue:
         """
         if not self.workspace.jobs.is_dir():
             return False
+        for job in self.jobs():
+            if job.record.state == "running":
+                self._launcher(job).ask(job)
         with disk_errors_as_sentence("jobs"), self._locked():
             self._silence = ""
             for job in self.jobs():
