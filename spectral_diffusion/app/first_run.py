@@ -15,7 +15,7 @@ from .gallery import FIELDS, Refill
 from .workspace import Workspace
 
 CONCEPTS = ("rex", "brew")  # whose adapters come with the pocket base
-SCENE = "on the beach"
+SCENE = "on the grass"  # sand hides the dog's body
 
 
 def adopt(workspace: Workspace) -> list[str]:
@@ -64,6 +64,6 @@ def first_scene() -> Refill:
     ]
     return Refill(
         base="pocket", adapters=[], strength="1", canvas={"strokes": "", "keypose": "", "regions": regions},
-        sketch_weight=1.0, keypose_weight=1.0, sketch_adapter="", keypose_adapter="", seed=4,
+        sketch_weight=1.0, keypose_weight=1.0, sketch_adapter="", keypose_adapter="", seed=3,
         fields={**{field: getattr(scene, field) for field in FIELDS}, "quantization": ""}, notes=[],
     )  # fmt: skip
