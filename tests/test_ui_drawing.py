@@ -686,6 +686,13 @@ def test_what_is_handed_over_comes_with_its_base(
     assert handlers.suited("fused/none", "Square", *pocket) == (512, 512, *pocket)
     assert handlers.shape("Square", "x" * 300) == (512, 512)
 
+    # The prompt names what was handed over, and boxes of others go.
+    boxes = {"strokes": "data:x", "keypose": "", "regions": [{"box": [0, 0, 1, 1], "prompt": "", "concept": "jim"}]}
+    prompt, canvas = handlers.prompt_of_handed("a <tom> and a <jim>", boxes, hand(["tom"]))
+    assert prompt == "a photo of <tom> on the beach" and canvas == {**boxes, "regions": []}
+    prompt, canvas = handlers.prompt_of_handed("my <Tom>, drawn", {"regions": []}, hand(["tom"]))
+    assert prompt == "my <Tom>, drawn" and "value" not in canvas
+
     train = Train.__new__(Train)
     train.workspace, train.queue = workspace, SimpleNamespace(jobs=list)
     for folder in ("tom", "jim"):
@@ -696,6 +703,23 @@ def test_what_is_handed_over_comes_with_its_base(
     assert (chosen.value, taken) == ("tom", first[1])
     assert train.opened("jim", first, taken, "lora")[0].value == "jim"  # chosen since
     assert train.opened("jim", hand("tom"), taken, "lora")[0].value == "tom"  # handed over again
+
+
+def test_each_chosen_thing_gets_a_box(handlers: Any) -> None:
+    boxes = {"regions": [], "strokes": "data:x"}
+    prompt, canvas, left, width, height, shape = handlers.arranged(
+        ["tom", "jim"], "<tom> and <jim> at night", boxes, "pocket"
+    )
+    assert prompt == "<tom> and <jim> at night" and (left, width, height, shape) == ([], 256, 128, "Wide")
+    assert canvas["strokes"] == "data:x" and canvas["regions"] == [
+        {"box": [0.0, 0.0, 0.5, 1.0], "prompt": "a photo of <tom> at night", "concept": "tom"},
+        {"box": [0.5, 0.0, 1.0, 1.0], "prompt": "a photo of <jim> at night", "concept": "jim"},
+    ]
+    prompt, canvas, *_ = handlers.arranged(["tom", "jim"], "my <tom>", None, "pocket")
+    assert prompt == "a photo of <tom> and <jim> on the grass"
+    assert canvas["regions"][1]["prompt"] == "a photo of <jim> on the grass"
+    with pytest.raises(Exception, match="Choose two to 6 concepts"):
+        handlers.arranged(["tom"], "", boxes, "pocket")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,15 @@ def workspace_adapters(workspace: Workspace) -> dict[str, Path]:
         for path in visible(workspace.adapters)
         if path.suffix == ".safetensors" and not path.stem.endswith(".state")
     }
+
+
+def newest_adapter(workspace: Workspace) -> str | None:
+    """The name of the adapter that was written last."""
+    times = {}
+    for name, path in workspace_adapters(workspace).items():
+        with suppress(OSError):  # deleted meanwhile
+            times[name] = path.stat().st_mtime_ns
+    return max(times, key=lambda name: times[name], default=None)
 
 
 def adapter_file(workspace: Workspace, name: str | None) -> Path:

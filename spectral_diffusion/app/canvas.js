@@ -270,6 +270,13 @@ const wordsOf = (index) => list.children[index].querySelector(".words");
 function rows() {
   list.replaceChildren(...state.regions.map(rowOf));
 }
+function rename(before, now) { // in the prompt of the whole picture, unless another box still shows the old one
+  const field = document.querySelector("#generate-prompt textarea");
+  if (!field || !field.value.includes(before) || state.regions.some((one) => one.prompt.includes(before))) return;
+  const text = field.value.split(before).join(now);
+  Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, "value").set.call(field, text);
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+}
 function rowOf(region, index) {
   const row = make("li", { "data-index": index, "aria-current": String(index === selected) }), name = "region " + (index + 1);
   row.style.setProperty("--mine", colour(index));
@@ -286,7 +293,9 @@ function rowOf(region, index) {
     const before = known().find((one) => one[0] === region.concept), now = known().find((one) => one[0] === concept.value);
     const usual = (one) => (one ? "a photo of " + one[1] : "");
     if (!region.prompt.trim() || region.prompt === usual(before)) region.prompt = words.value = usual(now);
+    else if (before && now) region.prompt = words.value = region.prompt.split(before[1]).join(now[1]);
     region.concept = concept.value;
+    if (before && now) rename(before[1], now[1]);
     places();
     emit();
   });

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,6 +26,7 @@ from .sentences import rendered
 from .workspace import Workspace, visible
 
 PAGE = 24
+RUN = re.compile(r"(?<=-\d{3})-\d{1,3}$")  # a picture's number in its run, after the time
 SCENES = "scenes"  # the folder of downloads inside that of the pictures
 BACKDROP = 384  # longer side in pixels of a picture behind the canvas
 MOST_BYTES = 50_000_000  # of a picture or control image that is read
@@ -53,13 +55,17 @@ class Refill:
 
 
 def picture_files(workspace: Workspace) -> dict[str, Path]:
-    """The pictures by their files' names without ending, newest first."""
+    """The pictures by their files' names without ending: the newest run first, the pictures of a run in their order."""
     entries = []
     for path in visible(workspace.pictures):
         if path.suffix == ".png":
             with suppress(OSError):  # deleted meanwhile
                 entries.append((path.stat().st_mtime_ns, path.stem, path))
-    return {stem: path for _, stem, path in sorted(entries, reverse=True)}
+    runs: dict[str, list[tuple[int, str, Path]]] = {}
+    for entry in sorted(entries):
+        runs.setdefault(RUN.sub("", entry[1]), []).append(entry)
+    newest = sorted(runs.values(), key=lambda run: run[-1][:2], reverse=True)
+    return {stem: path for run in newest for _, stem, path in run}
 
 
 def picture_file(workspace: Workspace, name: str | None) -> Path:

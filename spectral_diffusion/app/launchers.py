@@ -22,8 +22,10 @@ from .workspace import Workspace
 if TYPE_CHECKING:
     from ..batch.submission import Row
 
-# Waiting threads sleep: spinning ones would take cores from a training beside a browser and picture generation.
-CALM = {"OMP_WAIT_POLICY": "PASSIVE"}
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+# Half of the cores, so that a browser and the pictures find some: a thread that another program delays delays all,
+# which wait for it thousands of times in a step. Two threads took twenty times as long as one beside one busy program.
+SHARED = {"OMP_NUM_THREADS": str(max(1, CORES // 2))}
 LAUNCH = 120.0  # seconds within which a launched training must report its process, if a killed server did not
 ASK_EVERY = 5.0  # seconds between two questions to the cluster's queue
 CLUSTER = "slurm"  # the executor's name in a job's record
@@ -74,7 +76,7 @@ class Here:
 
         with job.log.open("ab") as log:
             child = subprocess.Popen(
-                [*self.program, *options], env={**CALM, **os.environ}, stdin=subprocess.DEVNULL, stdout=log,
+                [*self.program, *options], env={**SHARED, **os.environ}, stdin=subprocess.DEVNULL, stdout=log,
                 stderr=log, start_new_session=True,
             )  # fmt: skip
         self._children.append(child)

@@ -64,7 +64,11 @@ def build_app(workspace: Path) -> App:
         gr.Markdown(f"# {TITLE}\n{INTRODUCTION}", elem_id="title")
         # Outside the tabs: gradio counts their children.
         handed = gr.State(None), gr.State(None), gr.State(None), gr.State(None)
-        strip, timer = gr.HTML(visible=False, elem_id="train-strip", label="Training now"), gr.Timer(1.0, active=False)
+        strip = gr.HTML(
+            visible=False, elem_id="train-strip", label="Training now",
+            js_on_load="element.onclick = (event) => event.target.closest('button') && trigger('click')",
+        )  # fmt: skip
+        timer = gr.Timer(1.0, active=False)
         trained = gr.State({})
         with gr.Tabs(elem_id="steps") as tabs:
             page = Page(root, blocks, tabs, strip, timer, trained, *handed, gone=blocks.gone, ready=blocks.ready)

@@ -149,8 +149,8 @@ def precision_note(
     requested: str, precision: MixedPrecision, device: torch.device, allow_tf32: bool, notify: Callable[[str], None]
 ) -> None:
     """Say which precision was chosen, and why, and on CUDA whether float32 products are rounded."""
-    names = {"no": "full precision", "bf16": "bfloat16", "fp16": "float16 with a scaled loss"}
+    names = {"no": "float32", "bf16": "bfloat16", "fp16": "float16 with a scaled loss"}
     if requested == "auto":
-        notify(f"Mixed precision: {names[precision]}, as this {device.type.upper()} is quickest in it.")
+        notify(f"Precision: {names[precision]}, in which this {device.type.upper()} is quickest.")
     if device.type == "cuda":
         notify(f"TensorFloat-32 is {'on' if allow_tf32 else 'off'} for float32 products (allow_tf32).")

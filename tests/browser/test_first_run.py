@@ -54,6 +54,11 @@ def test_one_button_makes_the_first_picture(server: Any, visit: Callable[..., An
     assert moved["regions"][1] == scene["regions"][1]
     assert moved["adapters"] == scene["adapters"]
 
+    # Another concept in a box: its token takes the other's place, in the box's prompt and in the picture's.
+    page.locator("#generate-canvas li select").first.select_option("brew")
+    assert page.locator("#generate-canvas .words").first.input_value() == "a photo of <brew> on the grass"
+    assert prompt.input_value() == "<brew> on the left and <brew> on the right on the grass"
+
     # The guide is for the first time only.
     visitor.tab("Concepts")
     page.locator("#concepts-shelf button[data-name=rex]").wait_for()
@@ -91,6 +96,15 @@ def test_found_places_become_boxes_that_can_be_dragged(server: Any, visit: Calla
     whole = prompt.input_value()
     prompt.fill("")
     prompt.fill(whole)  # typed tokens choose their concepts
+    for name in ("rex", "brew"):
+        page.locator("#generate-adapters", has_text=name).wait_for()
+    page.locator("#generate-side").click()
+    page.locator("#generate-canvas .words").nth(1).wait_for()
+    assert page.locator("#generate-canvas .words").nth(1).input_value() == "a photo of <brew> on the grass"
+    while page.locator(BOXES).count():
+        page.locator(f"{BOXES} button").last.click()
+    prompt.fill("")
+    prompt.fill(whole)
     for name in ("rex", "brew"):
         page.locator("#generate-adapters", has_text=name).wait_for()
     page.locator("#generate-start").click()

@@ -20,8 +20,8 @@ DISTILLATION: dict[str, int | str] = {
     "900 steps, all of the U-Net": WHOLE,
 }
 DISTILLATION_INFO = (
-    "After any merge, the fusion is distilled from the single adapters. It keeps several concepts much better and "
-    "changes other prompts less; it takes minutes. All of the U-Net keeps most, and has its own merge."
+    "After the merge, some minutes of training make the fusion generate what each concept generates alone. It keeps "
+    "several concepts much better and changes other prompts less. All of the U-Net keeps most."
 )
 DEFAULT_NAME = "together"
 

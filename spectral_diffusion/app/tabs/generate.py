@@ -32,7 +32,7 @@ def build(page: Page, tab: gr.Tab) -> None:
             canvas = build_canvas()
             build_sources(page.workspace, canvas, [scene_fields["base"], scene_fields["width"], scene_fields["height"]])
             pairs = build_pairs()
-    note, tokens, shape = scene_fields.pop("note"), scene_fields.pop("tokens"), scene_fields.pop("shape")
+    note, tokens, shape, side = (scene_fields.pop(name) for name in ("note", "tokens", "shape", "side_by_side"))
     form = Fields(canvas=canvas, **scene_fields)
     with gr.Row(elem_id="generate-go"):
         start = gr.Button("Generate", variant="primary", size="lg", elem_id="generate-start")
@@ -54,7 +54,7 @@ def build(page: Page, tab: gr.Tab) -> None:
         **build_wall(),
     )
     wire(page, tab, gallery)
-    _wire_lists(page, tab, handlers, form, note, tokens, shape)
+    _wire_lists(page, tab, handlers, form, note, tokens, shape, side)
     _wire_drawing(page, handlers, form, gallery, start, cancel, status)
     _wire_estimate(page, tab, handlers, form, expected, gallery)
     _wire_pairs(page, tab, handlers, form, pairs, gallery, [start, cancel, status])
@@ -62,7 +62,14 @@ def build(page: Page, tab: gr.Tab) -> None:
 
 
 def _wire_lists(
-    page: Page, tab: gr.Tab, handlers: GenerateHandlers, form: Fields, note: Any, tokens: Any, shape: gr.Radio
+    page: Page,
+    tab: gr.Tab,
+    handlers: GenerateHandlers,
+    form: Fields,
+    note: Any,
+    tokens: Any,
+    shape: gr.Radio,
+    side: gr.Button,
 ) -> None:
     """Wire what depends on the workspace and other fields: choices, tokens, the canvas's shape, hand-overs."""
     tab.select(handlers.computer, None, form.base, **PRIVATE)  # not on load: it imports torch
@@ -81,7 +88,11 @@ def _wire_lists(
         size_field.change(handlers.reshaped, size, [form.canvas, shape], **PRIVATE)
     page.base.change(handlers.handed_base, [page.base, shape, *sampling], [*both, *suited], **PRIVATE)
     page.adapters.change(handlers.handed_adapters, [page.adapters, shape, *sampling], [*both, *suited], **PRIVATE)
-    page.adapters.change(handlers.prompt_of_handed, [form.prompt, page.adapters], form.prompt, **PRIVATE)
+    words = [form.prompt, form.canvas]
+    page.adapters.change(handlers.prompt_of_handed, [*words, page.adapters], words, **PRIVATE)
+    form.adapters.change(lambda chosen: gr.Button(visible=len(chosen or []) > 1), form.adapters, side, **PRIVATE)
+    arranged = [form.prompt, form.canvas, form.adapters, form.width, form.height, shape]
+    side.click(handlers.arranged, [form.adapters, *words, form.base], arranged, **PRIVATE)
     page.blocks.load(handlers.keeper.warm_soon, queue=False, **PRIVATE)
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import gradio as gr
 
-from ...config.train import in_style, is_style_noun
+from ...config.train import is_style_noun
 from ...core.errors import UserError
 from ...core.hooks import Hooks
 from .. import gallery as pictures
 from .. import generation
 from ..adapters import adapter_rows, read_adapter
+from ..arranging import prompt_naming, side_by_side
 from ..base_cache import BaseCache
 from ..canvas import Canvas, ink_of_drawing, read_canvas, read_regions
 from ..first_run import first_scene
@@ -34,6 +35,7 @@ NO_CONCEPTS = (
     "To have your own things in pictures, train one in step 2."
 )
 FIRST = "Both concepts were trained apart, and each acts in its own box. Drag the boxes"
+ANOTHER = " Another seed gives another picture, and four at once show which is best."
 INVITATION = (
     "This is `<rex>` and `<brew>`: two adapters that were trained apart, each in the box that you see on the canvas. "
     "Drag the boxes, change the prompts, and generate again. **Next:** add a thing of your own in step 1 and train it."
@@ -112,14 +114,32 @@ class GenerateHandlers:
             base = generation.chosen_base(self.workspace, handed[0][0])
         return base, handed[0], *self.suited(base, shape, *sampling)
 
-    def prompt_of_handed(self, prompt: str, handed: Handed) -> str:
-        """A prompt that names the adapters that were handed over; one that does so already stays."""
+    def prompt_of_handed(self, prompt: str, canvas: Any, handed: Handed) -> tuple[str, Any]:
+        """A prompt that names the adapters that were handed over, and the canvas without the boxes of others."""
         with errors_as_toast():
             adapters = [read_adapter(self.workspace, name) for name in handed[0]]
-        if all(token in prompt.lower() for adapter in adapters for token in adapter.tokens):
-            return prompt
-        shown = [in_style("a dog", one.token) if one.is_style else one.token for one in adapters]
-        return f"a photo of {' and '.join(shown)} on the beach"
+        others = [row[1] for row in adapter_rows(self.workspace)[0]]
+        kept = canvas if isinstance(canvas, dict) else {}
+        boxes = kept.get("regions") or []
+        if boxes:
+            gr.Info("The boxes are gone; 'Use its settings' of an earlier picture brings its own back.")
+        return prompt_naming(adapters, others, prompt), {**kept, "regions": []} if boxes else gr.skip()
+
+    def arranged(self, chosen: list[str] | None, prompt: str, canvas: Any, base: str | None) -> list[Any]:
+        """A box for each chosen thing, side by side: the prompt, the canvas, the concepts left, the size and shape."""
+        with errors_as_toast():
+            every = {name: read_adapter(self.workspace, name) for name in chosen or []}
+            things = {name: adapter for name, adapter in every.items() if not adapter.is_style}
+            prompt, boxes = side_by_side(things, prompt)
+        kept = canvas if isinstance(canvas, dict) else {}
+        styles = [name for name in every if name not in things]
+        return [
+            prompt,
+            {"strokes": "", "keypose": "", **kept, "regions": boxes},
+            styles,
+            *self.shape("Wide", base),
+            "Wide",
+        ]
 
     def suited(self, base: str | None, shape: str | None, *sampling: float) -> tuple[Any, ...]:
         """Width and height that suit a base, and the values of :func:`.generation.sampling_of`."""
@@ -325,7 +345,7 @@ class GenerateHandlers:
                         first = news.pictures[0] if news.pictures else None
                         yield (
                             str(first) if first else gr.skip(),
-                            plain_html(news.message),
+                            plain_html(news.message) + (ANOTHER if len(news.pictures) == 1 else ""),
                             first.stem if first else gr.skip(),
                         )
                     elif isinstance(news, str):

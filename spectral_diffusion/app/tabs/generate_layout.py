@@ -70,6 +70,7 @@ def build_scene_fields(defaults: dict[str, Any], side: int) -> dict[str, Any]:
             [], multiselect=True, allow_custom_value=True, label="Concepts", visible=False, min_width=180,
             info="They act everywhere. A concept chosen for a box acts only there.", elem_id="generate-adapters",
         )  # fmt: skip
+        made["side_by_side"] = gr.Button("A box for each", size="sm", visible=False, elem_id="generate-side")
         made["strength"] = gr.Textbox(
             "1", label="Strength", info="One number, or rex=0.8, brew=1.2.", visible=False, min_width=120,
             max_lines=1, elem_id="generate-strength",
@@ -77,7 +78,8 @@ def build_scene_fields(defaults: dict[str, Any], side: int) -> dict[str, Any]:
     made["shape"] = gr.Radio(list(SHAPES), value="Square", label="Shape", elem_id="generate-shape")
     with gr.Row(equal_height=False):
         made["num_images"] = gr.Slider(1, 16, 1, step=1, label="Pictures", elem_id="generate-count", min_width=120)
-        made["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="generate-seed", min_width=120)
+        made["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="generate-seed", min_width=120,
+                                 info="Another number gives another picture.")  # fmt: skip
     with gr.Accordion("Base, size and sampling", open=False, elem_id="generate-more"):
         made |= _build_sampling(defaults, side)
     with gr.Accordion("Weights of sketch, keypose and regions", open=False, elem_id="generate-weights"):

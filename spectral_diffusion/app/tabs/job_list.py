@@ -108,6 +108,8 @@ def shown_jobs(
     """
     job = next((other for other in jobs if other.id == chosen), jobs[0] if jobs else None)
     active = [other for other in jobs if other.active]
+    if job and active and job.record.state == "done" and seen.get("state") == "running":
+        job = active[0]  # the shown one has just ended, and the queue goes on
     state = job.record.state if job else ""
     stop_requested = job.record.wish if job else ""
     grids = samples(workspace, job)
@@ -145,7 +147,7 @@ def shown_jobs(
             updates.append(gr.update(value=[(_opened(file), text) for file, text in files], visible=bool(files)))
         else:
             updates.append(gr.update(**values))
-    return updates, {**now, "chosen": job.id if job else None}
+    return updates, {**now, "chosen": job.id if job else None, "state": state}
 
 
 def label(job: QueueJob) -> str:

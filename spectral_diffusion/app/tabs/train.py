@@ -13,7 +13,7 @@ from ...core.errors import UserError
 from ...core.names import with_article
 from ...core.templates import render
 from ...data.folder import load_concept
-from ..adapters import ADAPTER_COLUMNS, adapter_rows, delete_adapter, workspace_adapters
+from ..adapters import ADAPTER_COLUMNS, adapter_rows, delete_adapter, newest_adapter, workspace_adapters
 from ..concepts import concept_folder, concept_folders, known_concepts
 from ..page import PRIVATE, Handed, Page, asked, errors_as_toast, hand, plain_html
 from ..presets import preset_train_settings, presets, train_settings
@@ -95,7 +95,7 @@ class TrainHandlers:
             config = train_settings(self.workspace, concept, preset, given)
             costs = estimate_training(config, self.queue.jobs())
             if preset in QUICKER and (costs.seconds or 0) > PATIENT:
-                quicker = f"The preset {QUICKER[preset]} takes half as long and keeps less."
+                quicker = f"The preset {QUICKER[preset]} takes half as long and keeps less of the thing."
                 costs = replace(costs, note=f"{costs.note} {quicker}")
             yield figures(costs.trained, "counting …", costs.time, costs.note)
             most, more = memory_estimate(config)
@@ -139,7 +139,7 @@ class TrainHandlers:
             gr.HTML(adapter_table_html(now["rows"]), visible=bool(now["rows"])),
             gr.Markdown(problems, visible=bool(problems)),
             gr.Row(visible=bool(now["names"])),
-            gr.Dropdown(choices=now["names"], value=now["names"][-1] if now["names"] else None),
+            gr.Dropdown(choices=now["names"], value=newest_adapter(self.workspace)),
         ]
 
     def ask(self, what: str, job: str | None) -> str:
@@ -169,6 +169,14 @@ class TrainHandlers:
         """Hand a finished training's adapter to the pictures."""
         with errors_as_toast():
             return self.generate_with(self.queue.job(job).record.concept)
+
+    def follow_strip(self) -> tuple[Any, Any]:
+        """Where the line at the foot of the page leads: to the trainings, or to pictures with the last trained one."""
+        jobs = self.queue.jobs()
+        done = next((job for job in jobs if job.record.state == "done" and job.fresh), None)
+        if done is None or any(job.active for job in jobs):
+            return gr.skip(), gr.Tabs(selected="train")
+        return self.generate_with(done.record.concept)
 
     # --- the adapters
 
@@ -264,6 +272,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     start.click(handlers.start, form.all, [chosen, message], **PRIVATE).success(**look)
     _wire_list(page, handlers, parts, chosen, (sure, keep), message, look)
     use.click(handlers.generate_with, [shelf.chosen], [page.adapters, page.tabs], **PRIVATE)
+    page.strip.click(handlers.follow_strip, None, [page.adapters, page.tabs], **PRIVATE)
     ask, asked, really, no = delete
     ask.click(lambda: gr.Column(visible=True), None, asked, **PRIVATE)
     no.click(lambda: gr.Column(visible=False), None, asked, **PRIVATE)
