@@ -550,6 +550,18 @@ def test_samples_are_shown_from_the_workspace_only(queue: Queue, workspace: Work
     part.shown_jobs(workspace, queue.jobs(), "", first, {})  # a broken one is a blank picture, not an error
 
 
+def test_the_page_goes_on_with_the_next_training(queue: Queue, workspace: Workspace, part: Any) -> None:
+    (first, _), (second, _) = queue.enqueue("ann"), queue.enqueue("bob")
+    queue.job(first).write(state="running")
+    _, seen = part.shown_jobs(workspace, queue.jobs(), "", first, {})
+    queue.job(first).write(state="done")
+    queue.job(second).write(state="running")
+    _, seen = part.shown_jobs(workspace, queue.jobs(), "", first, seen)
+    assert seen["chosen"] == second
+    _, seen = part.shown_jobs(workspace, queue.jobs(), "", first, seen)
+    assert seen["chosen"] == first  # a finished one that is clicked stays
+
+
 def test_what_is_written_into_the_page_is_escaped(queue: Queue, workspace: Workspace, part: Any) -> None:
     first, _ = queue.enqueue("ann")
     named = queue.job(first).write(concept="<img src=x>")  # a record that somebody has written by hand

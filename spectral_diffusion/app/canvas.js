@@ -204,8 +204,9 @@ layer.addEventListener("keydown", (event) => {
 function add() {
   if (state.regions.length >= MOST) return;
   remember();
-  const shift = round(0.04 * (state.regions.length % 6));
-  state.regions.push({ box: moved([0.1, 0.2, 0.5, 0.8], shift, shift), prompt: "", concept: "" });
+  const halves = [[0, 0, 0.5, 1], [0.5, 0, 1, 1]], shift = round(0.04 * (state.regions.length % 6));
+  const free = halves.find((half) => !state.regions.some((one) => one.box[0] < half[2] && half[0] < one.box[2]));
+  state.regions.push({ box: free || moved([0.1, 0.2, 0.5, 0.8], shift, shift), prompt: "", concept: "" });
   selected = state.regions.length - 1;
   changed();
   setMode("box");

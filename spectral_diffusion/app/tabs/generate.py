@@ -16,8 +16,8 @@ from .generate_layout import Fields, build_scene_fields
 from .pairs import PairFields, PairHandlers, build_pairs, wire_lists
 
 TO_PICTURE = (
-    "() => { setTimeout(() => document.getElementById('generate-go')"
-    ".scrollIntoView({behavior: 'smooth', block: 'start'}), 200) }"
+    "() => { const go = () => document.getElementById('generate-go').scrollIntoView({behavior: 'smooth'});"
+    " for (const wait of [200, 1200]) setTimeout(go, wait) }"  # again once the page is as long as it will be
 )
 
 

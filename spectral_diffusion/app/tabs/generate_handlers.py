@@ -35,7 +35,10 @@ NO_CONCEPTS = (
     "To have your own things in pictures, train one in step 2."
 )
 FIRST = "Both concepts were trained apart, and each acts in its own box. Drag the boxes"
-ANOTHER = " Another seed gives another picture, and four at once show which is best."
+ADVICE = {  # whether it is one picture
+    True: " Another seed gives another picture, and four at once show which is best.",
+    False: " The first is shown, the others are in the row below. Other seeds and longer training may do better.",
+}
 INVITATION = (
     "This is `<rex>` and `<brew>`: two adapters that were trained apart, each in the box that you see on the canvas. "
     "Drag the boxes, change the prompts, and generate again. **Next:** add a thing of your own in step 1 and train it."
@@ -345,7 +348,9 @@ class GenerateHandlers:
                         first = news.pictures[0] if news.pictures else None
                         yield (
                             str(first) if first else gr.skip(),
-                            plain_html(news.message) + (ANOTHER if len(news.pictures) == 1 else ""),
+                            plain_html(news.message) + ADVICE[len(news.pictures) == 1]
+                            if first
+                            else plain_html(news.message),
                             first.stem if first else gr.skip(),
                         )
                     elif isinstance(news, str):

@@ -108,7 +108,7 @@ def shown_jobs(
     """
     job = next((other for other in jobs if other.id == chosen), jobs[0] if jobs else None)
     active = [other for other in jobs if other.active]
-    if job and active and job.record.state == "done" and seen.get("state") == "running":
+    if job and active and job.record.state == "done" and (seen.get("chosen"), seen.get("state")) == (job.id, "running"):
         job = active[0]  # the shown one has just ended, and the queue goes on
     state = job.record.state if job else ""
     stop_requested = job.record.wish if job else ""
@@ -225,7 +225,8 @@ def _stop_word(state: str, stop_requested: str) -> str:
 def strip_of(jobs: Sequence[QueueJob]) -> str:
     """The line at the foot of the page: the running training, the number of others, the last finished one; or empty."""
     active = [job for job in jobs if job.active]
-    shown = active or [job for job in jobs if job.record.state == "done" and job.fresh]
+    done = [job for job in jobs if job.record.state == "done" and job.fresh]
+    shown = active or done
     if not shown:
         return ""
     job = shown[0]
@@ -235,5 +236,7 @@ def strip_of(jobs: Sequence[QueueJob]) -> str:
         parts.append(job.line())
     if len(active) > 1:
         parts.append(f"{len(active) - 1} more")
+    if active and done:
+        parts.append(f"{done[0].record.concept} is trained")
     mark, concept = MARKS[job.record.state], job.record.concept
     return render("app/templates/train_strip.html.jinja", mark=mark, concept=concept, line=" · ".join(parts))

@@ -95,7 +95,9 @@ class TrainHandlers:
             config = train_settings(self.workspace, concept, preset, given)
             costs = estimate_training(config, self.queue.jobs())
             if preset in QUICKER and (costs.seconds or 0) > PATIENT:
-                quicker = f"The preset {QUICKER[preset]} takes half as long and keeps less of the thing."
+                quicker = (
+                    f"The preset {QUICKER[preset]} takes half as long and keeps less of the thing, above all of faces."
+                )
                 costs = replace(costs, note=f"{costs.note} {quicker}")
             yield figures(costs.trained, "counting …", costs.time, costs.note)
             most, more = memory_estimate(config)
