@@ -72,6 +72,18 @@ def test_the_cluster_takes_several_at_once(queue: Queue, cluster: Path) -> None:
     assert line(queue, first) == "done"
 
 
+def test_an_earlier_submission_says_nothing_of_a_new_launch(queue: Queue, cluster: Path) -> None:
+    name, _ = queue.enqueue("ann", executor="slurm")
+    (cluster / "queue").write_text("")  # the cluster has ended it
+    launcher, job = queue.launchers[launchers.CLUSTER], queue.job(name)
+    launcher.ask(job)
+    assert not launcher.is_alive(job)
+    again = job.write(launches=job.record.launches + 1, launched=time.time() + 5)  # and it is being submitted again
+    assert launcher.is_alive(again)
+    launcher.ask(again)
+    assert launcher.is_alive(again)
+
+
 def test_this_computer_trains_beside_the_cluster(queue: Queue, cluster: Path) -> None:
     here, _ = queue.enqueue("ann")
     there, _ = queue.enqueue("bob", executor="slurm")

@@ -687,9 +687,10 @@ def test_what_is_handed_over_comes_with_its_base(
     assert handlers.shape("Square", "x" * 300) == (512, 512)
 
     # The prompt names what was handed over, and boxes of others go.
-    boxes = {"strokes": "data:x", "keypose": "", "regions": [{"box": [0, 0, 1, 1], "prompt": "", "concept": "jim"}]}
+    kept, others = ({"box": [0, 0, 1, 1], "prompt": "", "concept": name} for name in ("tom", "jim"))
+    boxes = {"strokes": "data:x", "keypose": "", "regions": [others, kept]}
     prompt, canvas = handlers.prompt_of_handed("a <tom> and a <jim>", boxes, hand(["tom"]))
-    assert prompt == "a photo of <tom> on the beach" and canvas == {**boxes, "regions": []}
+    assert prompt == "a photo of <tom> on the beach" and canvas == {**boxes, "regions": [kept]}
     prompt, canvas = handlers.prompt_of_handed("my <Tom>, drawn", {"regions": []}, hand(["tom"]))
     assert prompt == "my <Tom>, drawn" and "value" not in canvas
 
@@ -718,6 +719,11 @@ def test_each_chosen_thing_gets_a_box(handlers: Any) -> None:
     prompt, canvas, *_ = handlers.arranged(["tom", "jim"], "my <tom>", None, "pocket")
     assert prompt == "a photo of <tom> and <jim> on the grass"
     assert canvas["regions"][1]["prompt"] == "a photo of <jim> on the grass"
+    prompt, canvas, *_ = handlers.arranged(["tom", "jim"], "a watercolor of <jim> beside <tom>", None, "pocket")
+    assert prompt == "a watercolor of <jim> beside <tom>" and [one["concept"] for one in canvas["regions"]] == [
+        "jim",
+        "tom",
+    ]
     with pytest.raises(Exception, match="Choose two to 6 concepts"):
         handlers.arranged(["tom"], "", boxes, "pocket")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.train import in_style
 from ..core.errors import UserError
+from ..core.names import with_article
 
 if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
@@ -25,10 +26,15 @@ def prompt_naming(adapters: Sequence[Adapter], others: Iterable[str], prompt: st
     """
     words = prompt.lower()
     mine = {token for adapter in adapters for token in adapter.tokens}
-    if all(token in words for token in mine) and not any(token in words for token in set(others) - mine):
+    if all(token in words for token in mine) and not any(token in words for token in set(others) - mine - {""}):
         return prompt
-    shown = [in_style("a dog", one.token) if one.is_style else one.token for one in adapters]
+    shown = [in_style("a dog", one.token) if one.is_style else called(one) for one in adapters]
     return f"a photo of {' and '.join(shown)} on the beach"
+
+
+def called(adapter: Adapter) -> str:
+    """What a prompt calls its thing: its token, or its noun if it was imported without one."""
+    return adapter.token or with_article(adapter.noun)
 
 
 def side_by_side(adapters: Mapping[str, Adapter], prompt: str) -> tuple[str, list[dict[str, Any]]]:
@@ -41,18 +47,17 @@ def side_by_side(adapters: Mapping[str, Adapter], prompt: str) -> tuple[str, lis
     """
     if not 2 <= len(adapters) <= MOST:
         raise UserError(f"Choose two to {MOST} concepts, then each gets a box of its own.")
-    words = prompt.lower()
-    concepts, named = list(adapters), all(adapter.token in words for adapter in adapters.values())
-    if named:
-        concepts.sort(key=lambda name: words.find(adapters[name].token))
-    tokens = [adapters[name].token for name in concepts]
-    place = SIDE.sub("", prompt[max(words.rfind(token) + len(token) for token in tokens) :].rstrip())
-    if not place or not named:
-        place = PLACE
-        prompt = f"a photo of {' and '.join(tokens)}{place}"
+    words, calls = prompt.lower(), {name: called(adapter) for name, adapter in adapters.items()}
+    concepts, place = list(adapters), PLACE
+    if all(call in words for call in calls.values()):
+        concepts.sort(key=lambda name: words.find(calls[name]))
+        end = max(words.rfind(call) + len(call) for call in calls.values())
+        place = SIDE.sub("", prompt[end:].rstrip()) or place
+    else:
+        prompt = f"a photo of {' and '.join(calls.values())}{place}"
     sides = [round(index / len(adapters), 2) for index in range(len(adapters) + 1)]
     boxes = [
-        {"box": [left, 0.0, right, 1.0], "prompt": f"a photo of {token}{place}", "concept": name}
-        for name, token, left, right in zip(concepts, tokens, sides, sides[1:], strict=False)
+        {"box": [left, 0.0, right, 1.0], "prompt": f"a photo of {calls[name]}{place}", "concept": name}
+        for name, left, right in zip(concepts, sides, sides[1:], strict=False)
     ]
     return prompt, boxes

@@ -271,10 +271,11 @@ const wordsOf = (index) => list.children[index].querySelector(".words");
 function rows() {
   list.replaceChildren(...state.regions.map(rowOf));
 }
-function rename(before, now) { // in the prompt of the whole picture, unless another box still shows the old one
-  const field = document.querySelector("#generate-prompt textarea");
-  if (!field || !field.value.includes(before) || state.regions.some((one) => one.prompt.includes(before))) return;
-  const text = field.value.split(before).join(now);
+function rename(before, now, index) { // in the prompt of the whole picture: where it names this box's concept
+  const field = document.querySelector("#generate-prompt textarea"), parts = field ? field.value.split(before) : [];
+  const earlier = state.regions.slice(0, index).filter((one) => one.prompt.includes(before)).length;
+  if (earlier > parts.length - 2) return;
+  const text = parts.slice(0, earlier + 1).join(before) + now + parts.slice(earlier + 1).join(before);
   Object.getOwnPropertyDescriptor(HTMLTextAreaElement.prototype, "value").set.call(field, text);
   field.dispatchEvent(new Event("input", { bubbles: true }));
 }
@@ -291,12 +292,13 @@ function rowOf(region, index) {
   words.value = region.prompt;
   concept.addEventListener("change", () => {
     remember();
-    const before = known().find((one) => one[0] === region.concept), now = known().find((one) => one[0] === concept.value);
+    const named = (name) => known().find((one) => one[0] === name && one[1]); // those with a token
+    const before = named(region.concept), now = named(concept.value);
     const usual = (one) => (one ? "a photo of " + one[1] : "");
     if (!region.prompt.trim() || region.prompt === usual(before)) region.prompt = words.value = usual(now);
     else if (before && now) region.prompt = words.value = region.prompt.split(before[1]).join(now[1]);
     region.concept = concept.value;
-    if (before && now) rename(before[1], now[1]);
+    if (before && now) rename(before[1], now[1], index);
     places();
     emit();
   });

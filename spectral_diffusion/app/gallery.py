@@ -26,7 +26,7 @@ from .sentences import rendered
 from .workspace import Workspace, visible
 
 PAGE = 24
-RUN = re.compile(r"(?<=-\d{3})-\d{1,3}$")  # a picture's number in its run, after the time
+RUN = re.compile(r"(?<=-\d{3})-\d+$")  # a picture's seed, after the time of its run
 SCENES = "scenes"  # the folder of downloads inside that of the pictures
 BACKDROP = 384  # longer side in pixels of a picture behind the canvas
 MOST_BYTES = 50_000_000  # of a picture or control image that is read

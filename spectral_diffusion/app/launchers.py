@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -149,18 +150,17 @@ class OnCluster:
         if time.monotonic() - asked <= ASK_EVERY or not self._asking.acquire(blocking=False):
             return
         folder = BatchFolder(job.folder)
-        answer: Row | UserError | None = None
         try:
+            answer: Row | None = None
             if folder.file.is_file():
-                [answer] = rows(folder)
-                if (
-                    answer.state == "waiting" and not folder.read().ids
-                ):  # its server was killed before the cluster took it
-                    answer = None
-        except UserError as error:
-            answer = error
-        finally:
+                batch = folder.read()
+                # One of an earlier launch says nothing of this one, nor one that a killed server did not submit.
+                if datetime.fromisoformat(batch.created).timestamp() >= int(job.record.launched) and batch.ids:
+                    [answer] = rows(folder)
             self._answers[key] = time.monotonic(), answer
+        except UserError as error:
+            self._answers[key] = time.monotonic(), error
+        finally:
             self._asking.release()
 
     def row(self, job: QueueJob) -> Row | None:

@@ -213,8 +213,11 @@ class Queue:
 
     # --- polling -------------------------------------------------------------------------------------------
 
-    def tick(self) -> bool:
+    def tick(self, ask: bool = True) -> bool:
         """Record ended jobs and start the next; returns whether a job is running.
+
+        Args:
+            ask: ask the cluster for news, which may take a minute; else by what it said last.
 
         Raises:
             UserError: the workspace cannot be written.
@@ -222,7 +225,7 @@ class Queue:
         if not self.workspace.jobs.is_dir():
             return False
         for job in self.jobs():
-            if job.record.state == "running":
+            if ask and job.record.state == "running":
                 self._launcher(job).ask(job)
         with disk_errors_as_sentence("jobs"), self._locked():
             self._silence = ""
@@ -248,8 +251,9 @@ class Queue:
 
     def refresh(self) -> list[QueueJob]:
         """Poll the queue once and return the jobs; an error goes to ``trouble``."""
+        asked_by_thread = self._thread not in (None, threading.current_thread()) and self._thread.is_alive()
         try:
-            self.tick()
+            self.tick(ask=not asked_by_thread)
             self.trouble = self._silence
         except Exception as error:  # the list must be shown whatever is wrong
             self.trouble = sentence_of(error)

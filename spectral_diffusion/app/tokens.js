@@ -25,7 +25,7 @@ document.addEventListener("focusout", (event) => {
 });
 function namedIn(text) {
   const tokens = Array.isArray(props.value) ? props.value : [];
-  return tokens.filter(([token, , name]) => name && text.toLowerCase().includes(token)).map(([, , name]) => name);
+  return tokens.filter(([token, , name]) => token && name && text.toLowerCase().includes(token)).map(([, , name]) => name);
 }
 function insert(token, name) {
   const fresh = !target || !target.isConnected;

@@ -58,6 +58,8 @@ def test_one_button_makes_the_first_picture(server: Any, visit: Callable[..., An
     page.locator("#generate-canvas li select").first.select_option("brew")
     assert page.locator("#generate-canvas .words").first.input_value() == "a photo of <brew> on the grass"
     assert prompt.input_value() == "<brew> on the left and <brew> on the right on the grass"
+    page.locator("#generate-canvas li select").nth(1).select_option("rex")
+    assert prompt.input_value() == "<brew> on the left and <rex> on the right on the grass"
 
     # The guide is for the first time only.
     visitor.tab("Concepts")

@@ -124,9 +124,11 @@ class GenerateHandlers:
         others = [row[1] for row in adapter_rows(self.workspace)[0]]
         kept = canvas if isinstance(canvas, dict) else {}
         boxes = kept.get("regions") or []
-        if boxes:
-            gr.Info("The boxes are gone; 'Use its settings' of an earlier picture brings its own back.")
-        return prompt_naming(adapters, others, prompt), {**kept, "regions": []} if boxes else gr.skip()
+        mine = [box for box in boxes if box.get("concept") in handed[0]]
+        if len(mine) < len(boxes):
+            gr.Info("The boxes of others are gone; Undo on the canvas brings them back.")
+        changed = {**kept, "regions": mine} if len(mine) < len(boxes) else gr.skip()
+        return prompt_naming(adapters, others, prompt), changed
 
     def arranged(self, chosen: list[str] | None, prompt: str, canvas: Any, base: str | None) -> list[Any]:
         """A box for each chosen thing, side by side: the prompt, the canvas, the concepts left, the size and shape."""

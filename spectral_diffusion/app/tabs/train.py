@@ -175,7 +175,7 @@ class TrainHandlers:
     def follow_strip(self) -> tuple[Any, Any]:
         """Where the line at the foot of the page leads: to the trainings, or to pictures with the last trained one."""
         jobs = self.queue.jobs()
-        done = next((job for job in jobs if job.record.state == "done" and job.fresh), None)
+        done = next((job for job in jobs if job.record.state == "done"), None)
         if done is None or any(job.active for job in jobs):
             return gr.skip(), gr.Tabs(selected="train")
         return self.generate_with(done.record.concept)
