@@ -98,7 +98,7 @@ def test_from_photos_to_a_picture_of_two(server: Any, visit: Callable[..., Any],
     page.locator("#fuse-stop").click()
     page.get_by_text("nothing was saved").first.wait_for(timeout=PATIENCE)
     assert not (server.workspace / "fused" / "pair").exists()
-    page.locator("#fuse-distill").get_by_label("no", exact=True).check()
+    page.locator("#fuse-distill").get_by_label("none", exact=True).check()
     page.locator("#fuse-save").click()
     page.locator("#fuse-use").click(timeout=PATIENCE)
 

@@ -74,7 +74,7 @@ def _wire_bench(bench: Bench, handlers: FuseHandlers, page: Page, lists: dict[st
     buttons = [bench.compare, bench.save, bench.stop]
     tickets = gr.Textbox(visible=False), gr.Textbox(visible=False)  # see the generate tab
     asked: dict[str, Any] = {"queue": False, **PRIVATE}
-    shown: dict[str, Any] = {"show_progress_on": bench.result, **DEVICE, **HIDDEN}
+    shown: dict[str, Any] = {"show_progress_on": bench.result, "trigger_mode": "multiple", **DEVICE, **HIDDEN}
     trying = bench.compare.click(handlers.begin_compare, None, [*buttons, tickets[0]], **asked).then(
         handlers.compare, [tickets[0], *bench.settings], [bench.pictures, bench.sheet, bench.result], **shown
     )
@@ -85,7 +85,8 @@ def _wire_bench(bench: Bench, handlers: FuseHandlers, page: Page, lists: dict[st
         **shown,
     )
     for running, ticket in zip((trying, saving), tickets, strict=True):
-        afterwards(running, handlers.done, ticket, buttons, queue=False, **PRIVATE)
+        running.success(handlers.done, gr.State(""), buttons, queue=False, **PRIVATE)  # see the generate tab
+        running.failure(handlers.done, ticket, buttons, queue=False, **PRIVATE)
     saving.success(**lists)
     bench.stop.click(handlers.stop, None, [*buttons, bench.result], queue=False, **PRIVATE)
     page.blocks.unload(handlers.left)

@@ -122,7 +122,8 @@ def _wire_drawing(
         (form.prompt.submit, handlers.generate_from_fields, form.all),
         (gallery.again.click, handlers.again, [gallery.chosen]),
     ):
-        run = event(**asked).then(work, [ticket, *inputs], shown, **PRIVATE, **DEVICE)
+        # multiple: one that was cancelled while it waited is not over yet when the next is asked for.
+        run = event(**asked).then(work, [ticket, *inputs], shown, trigger_mode="multiple", **PRIVATE, **DEVICE)
         _wire_end(handlers, gallery, run, ticket, [start, cancel])
         run.success(gallery.choose, gallery.chosen, gallery.details, **PRIVATE)
     for event in (start.click, form.prompt.submit, gallery.again.click, page.first.change):
@@ -136,9 +137,12 @@ def _wire_drawing(
 
 
 def _wire_end(handlers: GenerateHandlers, gallery: Gallery, run: Any, ticket: gr.Textbox, buttons: list[Any]) -> None:
-    """Wire what follows a run, also one that failed: the buttons, and the newest pictures."""
-    for follows in (run.success, run.failure):
-        ended = follows(handlers.ended, ticket, buttons, queue=False, **PRIVATE)
+    """Wire what follows a run, also one that failed: the buttons, and the newest pictures.
+
+    One that succeeded has given up its ticket, and the field may hold that of a later run by now.
+    """
+    for follows, given_up in ((run.success, gr.State("")), (run.failure, ticket)):
+        ended = follows(handlers.ended, given_up, buttons, queue=False, **PRIVATE)
         ended.then(lambda: 1, None, gallery.number, queue=False, **PRIVATE).then(
             gallery.show, gallery.number, gallery.listed, **PRIVATE
         )
@@ -171,8 +175,9 @@ def _wire_pairs(
     start, cancel, status = controls
     ticket = gr.Textbox(visible=False)
     run = pairs.start.click(handlers.begin_both, None, [*controls, ticket], queue=False, **PRIVATE).then(
-        handlers.generate_both, [ticket, *form.all, *pairs.changes], [*pairs.results, status], **PRIVATE, **DEVICE
-    )
+        handlers.generate_both, [ticket, *form.all, *pairs.changes], [*pairs.results, status],
+        trigger_mode="multiple", **PRIVATE, **DEVICE,
+    )  # fmt: skip
     _wire_end(handlers, gallery, run, ticket, [start, cancel])
 
 
