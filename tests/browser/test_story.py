@@ -122,7 +122,7 @@ def test_from_photos_to_a_picture_of_two(server: Any, visit: Callable[..., Any],
     [picture] = (server.workspace / "pictures").glob("*.png")
     scene = read_settings(picture)
     with Image.open(picture) as image:
-        assert image.size == (128, 64)
+        assert image.size == (256, 128)
     assert scene["base"].endswith("fused/pair") and [one["prompt"] for one in scene["regions"]] == [
         "a photo of <tom>",
         "a photo of <brew>",

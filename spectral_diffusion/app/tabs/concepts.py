@@ -87,7 +87,7 @@ def build(page: Page, tab: gr.Tab) -> None:
         lambda: [None, "", "thing", gr.Textbox("", visible=True), "", gr.Accordion(open=False)],
         None,
         [adding.files, adding.name, adding.kind, adding.noun, adding.token, adding.whole],
-        js="() => setTimeout(() => document.getElementById('concepts-about').scrollIntoView({block: 'center'}), 600)",
+        js="() => setTimeout(() => document.getElementById('concepts-about')?.scrollIntoView({block: 'center'}), 600)",
         **PRIVATE,
     )
     again(show_me.click(handlers.first, None, [page.first, page.tabs], **PRIVATE))

@@ -16,7 +16,7 @@ from .generate_layout import Fields, build_scene_fields
 from .pairs import PairFields, PairHandlers, build_pairs, wire_lists
 
 TO_PICTURE = (
-    "() => { const go = () => document.getElementById('generate-go').scrollIntoView({behavior: 'smooth'});"
+    "() => { const go = () => document.getElementById('generate-go')?.scrollIntoView({behavior: 'smooth'});"
     " for (const wait of [200, 1200]) setTimeout(go, wait) }"  # again once the page is as long as it will be
 )
 
