@@ -147,12 +147,14 @@ class FuseHandlers:
         problems += [fusion.problem for fusion in saved if fusion.problem]
         readable = [fusion.name for fusion in saved if not fusion.problem]
         which = which if which in readable else readable[0] if readable else None
+        left = [name for name in chosen or [] if name in names]
+        changed = {"value": left} if left != (chosen or []) else {}  # else one that is ticked meanwhile would be lost
         return [
             gr.Markdown(TOO_FEW.get(len(names), ENOUGH)),
             gr.Button(visible=len(names) < 2),
             gr.Markdown("\n\n".join(map(plain_html, problems)), visible=bool(problems)),
             gr.Row(visible=bool(names or problems)),
-            gr.CheckboxGroup(names, value=[name for name in chosen or [] if name in names]),
+            gr.CheckboxGroup(choices=names, **changed),
             gr.Dropdown(merges) if merges else gr.skip(),
             gr.Column(visible=bool(readable)),
             gr.Dropdown(readable, value=which),
