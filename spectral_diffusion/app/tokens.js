@@ -40,7 +40,7 @@ function insert(token, name) {
   field.setSelectionRange(end + text.length, end + text.length);
   const concept = field.matches(".words") && field.closest("li").querySelector("select");
   if (field === main()) {
-    trigger("click", { names: [name] }); // its concept shall act everywhere
+    trigger("click", { names: [name] }); // its concept acts everywhere
   } else if (concept && !concept.value && name) {
     concept.value = name; // or in this box
     concept.dispatchEvent(new Event("change"));

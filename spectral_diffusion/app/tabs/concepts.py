@@ -35,6 +35,7 @@ CHOOSE = """element.addEventListener('click', event => {
     const detail = document.getElementById('concepts-about');
     if (detail && window.innerWidth < 900) setTimeout(() => detail.scrollIntoView({behavior: 'smooth'}), 300);
 })"""
+TO_DETAIL = "() => setTimeout(() => document.getElementById('concepts-about')?.scrollIntoView({block: 'center'}), 600)"
 
 
 def build(page: Page, tab: gr.Tab) -> None:
@@ -85,11 +86,9 @@ def build(page: Page, tab: gr.Tab) -> None:
     again(saved)
     saved.success(
         lambda: [None, "", "thing", gr.Textbox("", visible=True), "", gr.Accordion(open=False)],
-        None,
-        [adding.files, adding.name, adding.kind, adding.noun, adding.token, adding.whole],
-        js="() => setTimeout(() => document.getElementById('concepts-about')?.scrollIntoView({block: 'center'}), 600)",
-        **PRIVATE,
-    )
+        None, [adding.files, adding.name, adding.kind, adding.noun, adding.token, adding.whole],
+        js=TO_DETAIL, **PRIVATE,
+    )  # fmt: skip
     again(show_me.click(handlers.first, None, [page.first, page.tabs], **PRIVATE))
     detail.train.click(handlers.to_training, [chosen], [page.concept, page.tabs], **PRIVATE)
     detail.use.click(handlers.to_pictures, [chosen], [page.adapters, page.tabs], **PRIVATE)
