@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Half of the cores, so that a browser and the pictures find some: a thread that another program delays delays all,
-# which wait for it thousands of times in a step. Beside one busy program two threads took three times as long as one (docs/cost.md).
+# which wait for it thousands of times in a step. Beside one busy program two threads took three times as long as one
+# (docs/cost.md).
 SHARED = {"OMP_NUM_THREADS": str(max(1, CORES // 2))}
 LAUNCH = 120.0  # seconds within which a launched training must report its process, if a killed server did not
 ASK_EVERY = 5.0  # seconds between two questions to the cluster's queue
