@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="only variants whose name contains one of these")
     parser.add_argument("--train-only", default="", help="only train: every second concept, from 0 or 1")
     arguments = parser.parse_args()
-    lab = StudyRunner(folder=arguments.work, settings=study_settings("pocket"), note=print)
+    lab = StudyRunner(folder=arguments.work, settings=study_settings(), note=print)
     names = TUNING_CONCEPTS if arguments.tuning else TEST_CONCEPTS
     variants = [v for v in variants_of(arguments.training) if any(part in v.kind for part in arguments.only)]
     changes = train_changes(lab, names, 0, quick=True)

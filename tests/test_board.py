@@ -77,7 +77,7 @@ def pixels(contestant: Contestant, names: list[str]) -> torch.Tensor:
 def test_the_shipped_suite_and_entries_are_whole() -> None:
     suite = read_suite("pocket")
     assert tuple(suite.concepts) == EVERY and suite.counts == [2, 4, 8, 16, 32]
-    study = study_settings("pocket")
+    study = study_settings()
     assert suite.train == study["train"] and suite.generate == study["generate"]
     entries = [read_entry(path) for path in sorted(Path("docs/board/entries").glob("*.yaml"))]
     assert len({entry.slug for entry in entries}) == len(entries)

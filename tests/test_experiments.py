@@ -71,7 +71,7 @@ def test_tables_show_dashes_and_put_numbers_right() -> None:
 
 
 def test_what_was_measured_is_kept_and_time_is_capped(tmp_path: Path) -> None:
-    lab = StudyRunner(folder=tmp_path, settings=study_settings("pocket", True))
+    lab = StudyRunner(folder=tmp_path, settings=study_settings(quick=True))
     made: list[int] = []
 
     def compute() -> dict[str, int]:
@@ -87,11 +87,11 @@ def test_what_was_measured_is_kept_and_time_is_capped(tmp_path: Path) -> None:
 
 
 def test_what_a_page_rests_on_is_read_from_its_record(tmp_path: Path) -> None:
-    lab = StudyRunner(folder=tmp_path / "here", settings=study_settings("pocket", True))
+    lab = StudyRunner(folder=tmp_path / "here", settings=study_settings(quick=True))
     lab.cell("one", {"a": 1}, lambda: {"x": 0.25})
     write_record(record_path(tmp_path, "speed"), lab.used, whole=True)
     elsewhere = StudyRunner(
-        folder=tmp_path / "there", settings=study_settings("pocket", True), most=-1.0, known=read_records(tmp_path)
+        folder=tmp_path / "there", settings=study_settings(quick=True), most=-1.0, known=read_records(tmp_path)
     )
     assert elsewhere.cell("one", {"a": 1}, lambda: {}) == {"x": 0.25} and elsewhere.used == lab.used
     with pytest.raises(UserError, match="run it again"):  # of another recipe, so another cell
@@ -105,7 +105,7 @@ def test_what_a_page_rests_on_is_read_from_its_record(tmp_path: Path) -> None:
 
 def test_a_record_loses_nothing_that_was_measured(tmp_path: Path) -> None:
     def measured(number: int, quick: bool) -> dict[str, dict[str, object]]:
-        lab = StudyRunner(folder=tmp_path / "lab", settings=study_settings("pocket", quick))
+        lab = StudyRunner(folder=tmp_path / "lab", settings=study_settings(quick=quick))
         lab.cell("one", {"a": number}, lambda: {"x": number})
         return lab.used
 
@@ -121,9 +121,18 @@ def test_a_record_loses_nothing_that_was_measured(tmp_path: Path) -> None:
 
 def test_nothing_is_tuned_on_what_is_reported() -> None:
     assert not set(TUNING_CONCEPTS) & set(TEST_CONCEPTS) and len(TEST_CONCEPTS) == 8
-    quick, whole = study_settings("pocket", True), study_settings("pocket")
+    quick, whole = study_settings(quick=True), study_settings()
     assert quick["train"]["steps"] < whole["train"]["steps"]
     assert quick["train"]["prior"]["nouns"] == whole["train"]["prior"]["nouns"]
+
+
+def test_settings_of_ones_own_need_both_parts(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {steps: 3}\ngenerate: {num_inference_steps: 2}\n")
+    assert study_settings(file) == {"train": {"steps": 3}, "generate": {"num_inference_steps": 2}}
+    file.write_text("train: {steps: 3}\n")
+    with pytest.raises(UserError, match=r"mine\.yaml has no generate settings"):
+        study_settings(file)
 
 
 def test_every_study_says_what_it_is_of_the_paper() -> None:

@@ -19,12 +19,14 @@ from spectral_diffusion.core.files import write_json
 from spectral_diffusion.core.machine import record_provenance
 from spectral_diffusion.merging.merges.registry import all_merges
 from spectral_diffusion.methods import all_methods
+from spectral_diffusion.studies.capacity import jobs
 from spectral_diffusion.studies.fusion import (
     FAMILIES,
     JOINT,
     MERGES,
     NARROW,
     RANK,
+    RATE_OF,
     TRIED,
     FusionCell,
     change_for,
@@ -32,7 +34,15 @@ from spectral_diffusion.studies.fusion import (
     measured_cells,
 )
 from spectral_diffusion.studies.rank import lowest, weight_of_full_rank
-from spectral_diffusion.studies.recipes import TRIALS, FusionVariant, things, verdict, worth_reporting, worth_showing
+from spectral_diffusion.studies.recipes import (
+    MOST,
+    TRIALS,
+    FusionVariant,
+    things,
+    verdict,
+    worth_reporting,
+    worth_showing,
+)
 from spectral_diffusion.studies.registry import all_studies, not_allowed
 from spectral_diffusion.studies.repeat import repeat
 from spectral_diffusion.studies.report import write_record
@@ -96,7 +106,7 @@ def test_what_is_measured_is_read_again_when_time_is_over(work: Path, tmp_path: 
 
 
 def test_families_are_trained_alike_and_unlike_ones_are_refused() -> None:
-    lab = StudyRunner(settings=study_settings("pocket"))
+    lab = StudyRunner(settings=study_settings())
     # Those left out train one factor of two, a rotation's few angles, or with another loss on purpose.
     fewer = ("orthogonal", "rotation")
     alike = [n for n, change in FAMILIES.items() if not n.startswith(fewer) and "interference" not in change]
@@ -106,6 +116,23 @@ def test_families_are_trained_alike_and_unlike_ones_are_refused() -> None:
         check_equal(lab, {name: change_for(name, 0) for name in ("lora", "orthogonal")})
     with pytest.raises(ValueError, match="steps differ"):
         check_equal(lab, {"lora": change_for("lora", 0), "more": {**change_for("lora", 0), "steps": 999}})
+
+
+def test_a_family_takes_the_rate_of_one_that_it_differs_from_in_one_thing() -> None:
+    for family, tuned in RATE_OF.items():
+        change, other = FAMILIES[family], FAMILIES[tuned]
+        differing = [key for key in {*change, *other} if change.get(key) != other.get(key)]
+        assert tuned not in RATE_OF and len(differing) == 1
+
+
+def test_where_columns_end_only_what_needs_none_is_measured() -> None:
+    measured = jobs(64)
+    for job in measured:
+        if job.family == "spectral, own slots":
+            assert job.rank * job.size <= 64
+    beyond = {job.family for job in measured if job.rank == 8 and job.size == 32}
+    assert beyond == {"spectral, same slot", "lora"}
+    assert {job.size for job in measured if job.rank == 2} == {1, 2, 4, 8, 16, 32}
 
 
 def test_slots_of_a_family_are_disjoint_at_every_rank() -> None:
@@ -144,8 +171,8 @@ def test_the_best_that_only_merges_is_reported_too() -> None:
     taught = [FusionVariant("taught", str(n), distill={"steps": n}) for n in range(9)]
     plain, poor = FusionVariant("sum", "λ = 1"), FusionVariant("sum", "λ = 2")
     scored = [(0.9, one) for one in taught]
-    assert worth_reporting([(0.4, poor), (0.5, plain), *scored]) == [*taught[:7], plain]
-    assert worth_reporting([(0.95, plain), (0.4, poor), *scored]) == [plain, *taught[:6]]
+    assert worth_reporting([(0.4, poor), (0.5, plain), *scored]) == [*taught[:MOST], plain]
+    assert worth_reporting([(0.95, plain), (0.4, poor), *scored]) == [plain, *taught[: MOST - 1]]
 
 
 def test_the_sheet_shows_what_fuses_best_and_what_only_merges_best() -> None:
@@ -163,7 +190,7 @@ def test_the_preset_for_many_concepts_is_the_recipe_that_the_study_measures() ->
     [measured] = [r for r in TRIALS if r.kind == "all of the U-Net taught for 900 steps"]
     given = read_yaml(preset("pocket-distilled"))["fuse"]
     files = {"adapters": ["a"], "output": "b"}
-    taught = {**(measured.distill or {}), "prior_subjects": things(StudyRunner(settings=study_settings("pocket")))}
+    taught = {**(measured.distill or {}), "prior_subjects": things(StudyRunner(settings=study_settings()))}
     assert build(FuseConfig, given, files) == build(FuseConfig, {**measured.merge, "distill": taught}, files)
 
 
@@ -174,7 +201,7 @@ def test_what_is_only_routed_gives_no_verdict_on_fusing() -> None:
 
 @pytest.mark.slow
 def test_a_row_of_which_time_left_a_part_unmeasured_is_told_as_missing(work: Path) -> None:
-    lab = StudyRunner(settings=study_settings("pocket", quick=True), folder=work)
+    lab = StudyRunner(settings=study_settings(quick=True), folder=work)
     job = FusionCell("spectral, own slots", "sum", 2)
     assert measured_cells(lab, [job], (0,), True)[2] == []
     for cell in (work / "cells").glob("generic-*.json"):
@@ -232,7 +259,7 @@ def test_a_rate_that_diverges_is_no_best_one_and_ends_no_sweep() -> None:
 @pytest.mark.slow
 def test_cells_are_measured_again_on_another_machine(work: Path, tmp_path: Path) -> None:
     """The same machine with an empty cache gives the figures of the record, to the last digit."""
-    settings = study_settings("pocket", quick=True)
+    settings = study_settings(quick=True)
     first = StudyRunner(folder=tmp_path / "one", settings=settings)
     for rank in (1, 2):
         first.alone("rex", method="lora", rank=rank)
@@ -264,7 +291,7 @@ def test_no_key_of_a_cell_names_a_folder_of_this_machine() -> None:
 
 @pytest.mark.slow
 def test_the_penalty_is_trained_against_the_concepts_before(work: Path) -> None:
-    lab = StudyRunner(folder=work, settings=study_settings("pocket", quick=True))
+    lab = StudyRunner(folder=work, settings=study_settings(quick=True))
     changes = changes_for(lab, "lora, overlap penalty", 1.0, TEST_CONCEPTS[:3], 0)
     earlier = [change.get("interference", {}).get("earlier_adapters", []) for change in changes]
     assert [len(files) for files in earlier] == [0, 1, 2] and earlier[2][:1] == earlier[1]

@@ -18,7 +18,9 @@ def experiment(
     quick: Annotated[bool, typer.Option("--quick", help="A smoke test of about a minute.")] = False,
     hours: Annotated[float, typer.Option(help="The time limit of a study; run it again to continue.")] = 6.0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the page.")] = Path("evidence"),
-    recipe: Annotated[str | None, typer.Option(help="Settings of the studies; default: the base's own.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file with the studies' settings; default: those for the pocket base.")
+    ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Where adapters and figures are cached; default: the cache folder.")
     ] = None,
@@ -61,7 +63,7 @@ def experiment(
         with progress_bar() as progress:
             lab = StudyRunner(
                 base,
-                settings=study_settings(recipe or "pocket", quick),
+                settings=study_settings(recipe, quick),
                 encoder_name=encoder,
                 progress=progress,
                 note=echo,
@@ -87,14 +89,14 @@ def _submit(
 
 
 def _repeat(
-    count: int, base: str, recipe: str | None, encoder: str, output: Path, work: Path | None, hours: float
+    count: int, base: str, recipe: Path | None, encoder: str, output: Path, work: Path | None, hours: float
 ) -> None:
     """Measure some recorded cells again."""
     from ..studies.repeat import repeat
     from ..studies.runner import StudyRunner, study_settings
 
     with progress_bar() as progress:
-        settings = study_settings(recipe or "pocket")
+        settings = study_settings(recipe)
         lab = StudyRunner(
             base, settings=settings, encoder_name=encoder, progress=progress, note=echo, most=hours * 3600
         )

@@ -11,25 +11,24 @@ from .fusion import FusionCell, family_rate, fusion_row
 from .registry import Findings, Row, Table, study
 from .runner import EVERY, StudyRunner, TimeOver
 
-COLUMNS = 96  # of the pocket base's narrowest layers
 SIZES = (1, 2, 4, 8, 16, 32)
 RANKS = (1, 2, 4, 8)
 FAMILIES = ("spectral, own slots", "spectral, same slot", "spectral, sampled slots", "lora")
+UNBOUND = ("spectral, same slot", "lora")  # what is measured for more concepts than have columns of their own
 SUM, FUSED = "sum", "gradient, anchored"
 DISTILLED = {8: "distilled, 900 steps", 16: "distilled, 1,800 steps", 32: "distilled, 2,700 steps"}
 DISTILLED_FAMILIES = ("spectral, own slots", "lora")
 DISTILLED_RANK = 2
-SEEDS = (0,)  # intervals come from the concepts
+RATE_RANK = {1: 2, 4: 8}  # a rank takes the learning rate that another has chosen
+SEED = (0,)  # one: intervals come from the concepts
 
 
-def jobs() -> list[FusionCell]:
-    """Every row; those that show most come first, and own slots end where the columns do."""
+def jobs(columns: int) -> list[FusionCell]:
+    """Every row on a base whose narrowest adapted layer has ``columns``; those that show most come first."""
     out = []
     for rank in (2, 8, 4, 1):
         for size in SIZES:
-            for family in FAMILIES:
-                if rank * size > COLUMNS and family == "spectral, own slots":
-                    continue
+            for family in FAMILIES if rank * size <= columns else UNBOUND:
                 out += [FusionCell(family, merge, size, rank) for merge in ((SUM, FUSED) if size > 1 else (SUM,))]
     out += [FusionCell(f, merge, k, DISTILLED_RANK) for k, merge in DISTILLED.items() for f in DISTILLED_FAMILIES]
     return out
@@ -39,20 +38,21 @@ def jobs() -> list[FusionCell]:
     "capacity",
     "the claim of sec. 4.2 and Fig. 5",
     "Disjoint slots let adapters that were trained apart be added without overwriting each other.",
-    (600, 2.0),
+    (330, 2.0),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity kept and drift by number of concepts, rank and where the slots are."""
     rows: list[Row] = []
     missing: list[str] = []
     rates: dict[tuple[str, int], float] = {}
-    chosen = [FusionCell("spectral, own slots", SUM, 2, 1), FusionCell("lora", SUM, 2, 1)] if quick else jobs()
+    small = [FusionCell("spectral, own slots", SUM, 2, 1), FusionCell("lora", SUM, 2, 1)]
+    chosen = small if quick else jobs(min(map(min, lab.sides)))
     for job in chosen:
         try:
             kind = job.family, job.rank
             if kind not in rates:
-                rates[kind], _ = family_rate(lab, job.family, quick, job.rank)
-            row = fusion_row(lab, job, rates[kind], EVERY[: job.size], SEEDS)
+                rates[kind], _ = family_rate(lab, job.family, quick, RATE_RANK.get(job.rank, job.rank))
+            row = fusion_row(lab, job, rates[kind], EVERY[: job.size], SEED)
         except TimeOver:
             missing.append(str(job))
             continue

@@ -86,7 +86,9 @@ EVERY = (
     "rumble",
 )  # sixteen more, each of a class of its own
 TUNING_CONCEPTS = ("bruno", "misty", "shelly", "hero")  # settings are chosen on these and never reported
+SEEDS = (0, 1)  # of what is reported: intervals come from the concepts, and a third seed hardly narrows them
 SWEEP_CONCEPTS, SWEEP_SEEDS = TUNING_CONCEPTS[:3], (0, 1)  # of every choice of a learning rate
+RATES = (0.4, 1.0, 2.5)  # first trials of a learning rate, as factors on the settings' own; see widened
 TRAINING = 4 * 3600.0  # seconds that another process's training of the same adapter is waited for
 WIDER = 3  # rates that are tried beyond an edge at most
 
@@ -142,6 +144,7 @@ class StudyRunner:
     known: Mapping[str, Figures] = field(default_factory=dict)
     used: dict[str, Figures] = field(default_factory=dict)
     edges: list[str] = field(default_factory=list)
+    _untouched: dict[int, list[Image.Image]] = field(init=False, default_factory=dict)  # by seed
 
     def __post_init__(self) -> None:
         # A cell's key contains the precision of its training, so "auto" is resolved first.
@@ -292,6 +295,12 @@ class StudyRunner:
         prompts = [f"a photo of {subject}" for subject in GENERIC_SUBJECTS]
         return sample(base, prompts, [1000 * seed + 500 + i for i in range(len(prompts))], self.pictures_config)
 
+    def untouched_images(self, seed: int) -> list[Image.Image]:
+        """The generic images of the untouched base, with which drift compares."""
+        if seed not in self._untouched:
+            self._untouched[seed] = self.generic_images(self.fresh(), seed)
+        return self._untouched[seed]
+
     def identity(self, pictures: Sequence[Image.Image], concept: str) -> float:
         """Mean cosine of every picture with every photo of the concept."""
         vectors, references = self.encoder.embed(pictures), self.encoder.embed(self.references(concept))
@@ -436,9 +445,15 @@ def widened(measure: Callable[[float], float], rates: Sequence[float]) -> tuple[
     return max(ordered, key=ordered.__getitem__), ordered
 
 
-def study_settings(name: str, quick: bool = False) -> dict[str, Any]:
-    """The studies' settings on a base; the quick ones make everything small."""
-    settings = read_yaml(resources.configs() / "evidence" / f"{name}.yaml")
+def study_settings(file: Path | None = None, quick: bool = False) -> dict[str, Any]:
+    """The studies' settings, those for the pocket base or a file's; the quick ones make everything small.
+
+    Raises:
+        UserError: the file is missing, no YAML, or lacks ``train`` or ``generate``.
+    """
+    settings = read_yaml(file or resources.configs() / "evidence" / "pocket.yaml")
+    if lacking := [part for part in ("train", "generate") if not isinstance(settings.get(part), dict)]:
+        raise UserError(f"{file} has no {' and no '.join(lacking)} settings; configs/evidence/pocket.yaml shows both.")
     small = settings.pop("quick", {})
     return {part: merged(settings[part], small.get(part, {}) if quick else {}) for part in settings}
 

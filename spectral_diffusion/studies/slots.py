@@ -10,9 +10,8 @@ from typing import Any
 from ..methods import get_method
 from .fusion import NOTHING, FusionCell, change_for, measured_cells
 from .registry import Findings, Row, Table, study
-from .runner import TEST_CONCEPTS, StudyRunner
+from .runner import SEEDS, TEST_CONCEPTS, StudyRunner
 
-SEEDS = (0, 1, 2)
 FAMILIES = ("spectral, own slots", "spectral, same slot", "lora")  # sampled ones: at rank 2, in the study ``narrow``
 MERGES = ("sum", "fedavg", "gradient, anchored")
 # What may differ between compared families: how they change a weight, and what a sweep chooses.
@@ -53,7 +52,7 @@ def slot_jobs(quick: bool) -> list[FusionCell]:
     "slots",
     "sec. 4.2",
     "Adapters in disjoint slots of the spectrum fuse without disturbing each other.",
-    (180, 0.5),
+    (30, 0.5),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity alone and fused by the position of the columns, for every merge."""

@@ -24,13 +24,11 @@ from ..models.base import Base
 from ..scenes.sampling import sample
 from .fusion import MERGES, change_for, family_rate
 from .registry import Findings, Row, Table, study
-from .runner import Figures, StudyRunner, TimeOver, scaled, swept_rate
+from .runner import RATES, SEEDS, Figures, StudyRunner, TimeOver, scaled, swept_rate
 
 CONTENTS = ("rex", "brew", "inky", "zippy")
 STYLES = ("poster", "bands")
 TUNING_STYLE = "beads"  # a style's rate is chosen on it, with the base's own nouns, and it is never reported
-RATES = (0.4, 1.0, 2.5, 6.25)
-SEEDS = (0, 1)
 FAMILIES = ("spectral, own slots", "lora")
 NUMBER = {"content": 0, "style": 1}  # of the adapter, which says its slot
 WAYS: dict[str, dict[str, Any]] = {
@@ -147,7 +145,7 @@ def both_cell(
     "styles",
     "none: NP-LoRA's task",
     "A concept and a style that were trained apart show together when their adapters are fused.",
-    (150, 2.0),
+    (90, 2.0),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity and style of every merge, as shares of each adapter alone."""

@@ -9,11 +9,10 @@ from typing import Any
 from ..metrics.statistics import difference_text, mean_text
 from .charts import WANTED, curves
 from .registry import Findings, Row, Table, not_allowed, study
-from .runner import TEST_CONCEPTS, StudyRunner, TimeOver, best_rate, scaled, seeded
-from .speed import PLAIN, SPREAD, STEPS
+from .runner import RATES, SEEDS, TEST_CONCEPTS, StudyRunner, TimeOver, best_rate, scaled, seeded
+from .speed import PLAIN, STEPS
 
 NAMES = (TEST_CONCEPTS[0], TEST_CONCEPTS[2], TEST_CONCEPTS[6])
-SEEDS = (0, 1, 2)
 CHANGES: dict[str, dict[str, Any]] = {
     "top": {"method": "spectral-additive", "slot": "0:8"},
     "bottom": {"method": "spectral-additive", "slot": "bottom"},
@@ -35,7 +34,7 @@ def column_change(name: str, seed: int) -> dict[str, Any]:
     "top-bottom",
     "Figs. 9 right, 10, 11",
     "Tuning the top columns learns a concept sooner and better than tuning bottom or random ones, LoRA or Orthogonal.",
-    (120, 0.5),
+    (35, 0.5),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Gain in identity over the untouched base, by steps, for all columns; the rate is chosen on another concept."""
@@ -91,8 +90,8 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
 
 
 def sweep(lab: StudyRunner, columns: str) -> tuple[float, list[dict[str, Any]]]:
-    """The best factor on the learning rates and its trials, half a decade apart."""
-    rate, trials = best_rate(lab, SPREAD, **column_change(columns, 0), steps=120)
+    """The best factor on the learning rates and its trials."""
+    rate, trials = best_rate(lab, RATES, **column_change(columns, 0), steps=120)
     return rate, [{"rate": trial["rate"], "identity": trial["identity"]} for trial in trials]
 
 
