@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
 from spectral_diffusion.core.errors import UserError
-from spectral_diffusion.metrics.statistics import difference_text, interval, mean_text, share_text
+from spectral_diffusion.metrics.statistics import difference_text, interval, leading, mean_text, share_text
 from spectral_diffusion.studies.registry import Findings, all_studies, get_study
 from spectral_diffusion.studies.report import (
     markdown,
@@ -29,6 +29,7 @@ def test_intervals_hold_the_mean_and_shrink_with_more_values() -> None:
     assert low < 0.5 < high and interval(many)[1] - interval(many)[0] < high - low
     assert mean_text([0.5, 0.5]) == "0.50 [0.50, 0.50]"
     assert share_text([1.0, 2.0], [2.0, 4.0]) == "0.50 [0.50, 0.50]" and share_text([1.0], [-1.0]) == "—"
+    assert leading("0.50 [0.40, 0.60]") == 0.5 and leading(share_text([1.0], [-1.0])) == float("-inf")
 
 
 def test_what_is_of_one_concept_is_drawn_together() -> None:

@@ -174,7 +174,7 @@ def base_shape(base: str, targets: str) -> Shape:
 
 
 def _is_here(base: str) -> bool:
-    return base == "pocket" or (Path(base) / "model_index.json").is_file()
+    return pocket.is_pocket(base) or (Path(base) / "model_index.json").is_file()
 
 
 def _models(base: str) -> tuple[dict[str, Any], Any]:
@@ -182,7 +182,7 @@ def _models(base: str) -> tuple[dict[str, Any], Any]:
     from ..models.architectures import build_meta, build_vae_meta
     from ..models.families import hollow_networks
 
-    folder = pocket.path() if base == "pocket" else Path(base)
+    folder = pocket.path(base) if pocket.is_pocket(base) else Path(base)
     if _is_here(base):
         return hollow_networks(folder)
     return build_meta("sdxl" if "xl" in folder.name.lower() else "sd15"), build_vae_meta()

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from .. import pocket
 from ..config.scene import Scene
 from ..config.settings import build
 from ..core.errors import UserError
@@ -298,7 +299,7 @@ def download_picture(workspace: Workspace, name: str | None) -> tuple[Path, Path
         with suppress(UserError):
             with_it[inside] = _kept_drawing(workspace, file)
         condition["file"] = inside
-    if scene.base != "pocket":
+    if not pocket.is_pocket(scene.base):
         needed.append(Path(scene.base).name)
         settings["base"] = Path(scene.base).name if Path(scene.base).is_absolute() else scene.base
     beside = f" Put beside this file: {', '.join(dict.fromkeys(needed))}." if needed else ""

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from .. import pocket
 from ..config.presets import preset_part
 from ..config.scene import Scene
 from ..config.settings import build
@@ -300,7 +301,7 @@ def side_of(workspace: Workspace, base: str | None) -> int:
         name = base_path(workspace, base)
     except UserError:
         return DEFAULT_SIDE
-    if name == "pocket":
+    if pocket.is_pocket(name):
         return POCKET_SIDE
     from ..models.loading import size_from_configs
 

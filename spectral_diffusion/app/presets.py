@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .. import pocket
 from ..config.presets import preset_part, rates_for
 from ..config.settings import build, read_yaml
 from ..config.train import TrainConfig
@@ -88,6 +89,6 @@ def train_settings(workspace: Workspace, concept: str | None, preset: str, chang
         validation = {"every": math.ceil(settings.steps / GRIDS), "num_inference_steps": 12}
         settings = build(TrainConfig, settings.model_dump(), {"validation": validation})
     base = Path(base_path(workspace, settings.base))
-    if settings.base != "pocket" and base.exists():  # another server may be started in another folder
+    if not pocket.is_pocket(settings.base) and base.exists():  # another server may be started in another folder
         settings = settings.model_copy(update={"base": str(base.absolute())})
     return settings

@@ -15,6 +15,7 @@ from ..core.machine import made_on, record_provenance
 from ..core.names import slug
 from ..core.paths import without_folders
 from ..evaluation.tables import markdown
+from ..metrics.statistics import leading
 from ..studies.runner import cell_key
 from .entry import BoardEntry
 from .measure import ABOUT, row_of
@@ -93,7 +94,7 @@ def write_page(folder: Path, suite: BoardSuite) -> Path:
         rows = [
             {"entry": result["entry"]["name"], **result["rows"][count]} for result in found if count in result["rows"]
         ]
-        rows.sort(key=lambda row: -float(str(row["identity"]).split()[0]))
+        rows.sort(key=lambda row: -leading(row["identity"]))
         shown = [{key: value for key, value in row.items() if key != "concepts"} for row in rows]
         lines += [f"## {count} concepts", "", markdown(shown), ""]
     lines += ["## Entries", ""]

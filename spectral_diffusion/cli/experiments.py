@@ -19,7 +19,7 @@ def experiment(
     hours: Annotated[float, typer.Option(help="The time limit of a study; run it again to continue.")] = 6.0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the page.")] = Path("evidence"),
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML file with the studies' settings; default: those for the pocket base.")
+        Path | None, typer.Option(help="YAML file with the studies' settings; default: the base's.")
     ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Where adapters and figures are cached; default: the cache folder.")
@@ -63,7 +63,7 @@ def experiment(
         with progress_bar() as progress:
             lab = StudyRunner(
                 base,
-                settings=study_settings(recipe, quick),
+                settings=study_settings(recipe, quick, base),
                 encoder_name=encoder,
                 progress=progress,
                 note=echo,
@@ -96,7 +96,7 @@ def _repeat(
     from ..studies.runner import StudyRunner, study_settings
 
     with progress_bar() as progress:
-        settings = study_settings(recipe)
+        settings = study_settings(recipe, base=base)
         lab = StudyRunner(
             base, settings=settings, encoder_name=encoder, progress=progress, note=echo, most=hours * 3600
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..pocket import is_pocket
 from .errors import UserError, nearest
 from .files import is_file, parse_json, read_text
 
@@ -26,12 +27,13 @@ def configs() -> Path:
 
 
 def preset_of(base: str) -> str | None:
-    """The default preset of a base: the pocket base's own, also for a fusion built directly on it."""
-    if base == "pocket":
+    """The default preset of a base: a pocket base's own, also for a fusion built directly on it."""
+    if is_pocket(base):
         return base
     manifest = Path(base) / "manifest.json"
     try:
-        return "pocket" if base and is_file(manifest) and parse_json(read_text(manifest))["base"] == "pocket" else None
+        below = parse_json(read_text(manifest))["base"] if base and is_file(manifest) else ""
+        return below if is_pocket(below) else None
     except (ValueError, OSError, LookupError, TypeError):
         return None
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from ..pocket import is_pocket
 from .cache import cache_folder
 from .errors import UserError
 from .files import exists, parse_json, read_text, write_json
@@ -70,7 +71,7 @@ def located(name: str, folder: Path) -> str:
 
 def portable_base(base: str, fingerprint: str, folder: Path) -> str:
     """:func:`portable` for a base, whose place on this machine is remembered."""
-    if base == "pocket" or not exists(base):
+    if is_pocket(base) or not exists(base):
         return str(without_folders(base))
     whole = str(Path(base).resolve())
     with suppress(OSError, UserError):  # a cache that cannot be written only costs naming the base
@@ -84,7 +85,7 @@ def portable_base(base: str, fingerprint: str, folder: Path) -> str:
 def located_base(base: str, fingerprint: str, folder: Path) -> str:
     """:func:`located` for a base; if it is not beside the file, its last known path on this machine."""
     path = located(base, folder)
-    if base == "pocket" or exists(path):
+    if is_pocket(base) or exists(path):
         return path
     remembered = _bases().get(fingerprint, "")
     same = Path(remembered).name == PurePosixPath(base).name

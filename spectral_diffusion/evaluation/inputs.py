@@ -181,7 +181,7 @@ def trained_on(path: Path) -> Path | None:
 
 
 def choose_encoders(names: Sequence[str], bases: Sequence[str], device: str = "cpu") -> list[Encoder]:
-    """The encoders of those names; by default the pocket one for the pocket base, else local CLIP and DINOv2.
+    """The encoders of those names; by default the pocket one for pocket bases, else local CLIP and DINOv2.
 
     Args:
         device: where they compute.
@@ -191,7 +191,7 @@ def choose_encoders(names: Sequence[str], bases: Sequence[str], device: str = "c
     """
     if names:
         return [load_encoder(name, device) for name in dict.fromkeys(names)]
-    if all(preset_of(base) == "pocket" for base in bases):
+    if all(preset_of(base) for base in bases):
         return [load_encoder("pocket", device)]
     local = encoders_here(device)
     if not local:

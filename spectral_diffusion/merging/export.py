@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import pocket
 from ..adapters.adapter import Adapter, check_base
 from ..adapters.formats.card import MARK, model_card
 from ..adapters.formats.checkpoint import checkpoint_tensors
@@ -287,7 +288,7 @@ def check_free(path: Path, source: ExportSource, output: Path, kind: str) -> Non
         if not is_our_export(there / EXPORTED) or (there / "manifest.json").exists():
             raise UserError(f"{output} exists and is no earlier export.", ELSEWHERE)
         check_replaceable(output, {EXPORTED})
-        if holds(there, here) or (source.base != "pocket" and holds(there, source.base)):
+        if holds(there, here) or (not pocket.is_pocket(source.base) and holds(there, source.base)):
             raise UserError(f"{output} holds what is exported, or its base.", ELSEWHERE)
         return
     files: dict[Path, str | None] = {} if kind == "embedding" else {output: None}

@@ -28,6 +28,7 @@ from ..core.machine import provenance
 from ..core.paths import is_full, located_base, portable_base
 from ..linalg import Factors
 from ..models.loading import quiet_loading
+from ..pocket import is_pocket
 
 WHERE = ("_name_or_path", "name_or_path")  # in configs: the folder that a part was loaded from
 MANIFEST, MERGED, ADAPTERS, SETTINGS = "manifest.json", "merged.safetensors", "adapters", "settings.yaml"
@@ -109,7 +110,7 @@ def base_name_of(path: Path) -> str:
 
 def lasting(base: str) -> str:
     """A base's name that means the same from any folder: local paths in full."""
-    return str(Path(base).resolve()) if exists(base) and base != "pocket" else base
+    return str(Path(base).resolve()) if exists(base) and not is_pocket(base) else base
 
 
 def check_fusion_output(output: Path) -> None:
@@ -136,7 +137,7 @@ def check_not_base(output: Path, base: str) -> None:
     Raises:
         UserError: the output is that base, or holds it.
     """
-    if base != "pocket" and output.exists() and holds(output, base):
+    if not is_pocket(base) and output.exists() and holds(output, base):
         raise UserError(f"{output} is the base that is built on, and would be lost.", ELSEWHERE)
 
 

@@ -42,6 +42,12 @@ def share_text(parts: Sequence[float], wholes: Sequence[float], clusters: Cluste
     return _text(float(part.sum() / whole.sum()), ends, digits) if np.isfinite(ends).all() else "—"
 
 
+def leading(text: object) -> float:
+    """The mean in front of an interval; minus infinity for a dash, which is worse than anything measured."""
+    first = str(text).split()[0]
+    return float("-inf") if first == "—" else float(first)
+
+
 def _ratio_interval(parts: np.ndarray, wholes: np.ndarray, clusters: Clusters) -> tuple[float, float]:
     """The interval of Σ parts / Σ wholes over clusters; not finite where too many resamples have a whole of 0."""
     from scipy.stats import bootstrap

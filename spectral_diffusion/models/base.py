@@ -170,7 +170,7 @@ def base_of(pipeline: Any, name: str | None = None, dtype: torch.dtype | None = 
     """
     if name is None:
         name = str(pipeline.config.get("_name_or_path") or "pipeline")
-        name = "pocket" if name == str(pocket.path()) else name
+        name = next((own for own, folder in pocket.BASES.items() if name == str(folder)), name)
     family = family_of(pipeline)
     if family is None:
         raise UserError(f"'{name}' is a {type(pipeline).__name__}; these families can be used: {family_titles()}.")

@@ -129,7 +129,7 @@ def _shrinkable(name: str) -> tuple[str, type[Denoiser]]:
         UserError: it is of a family for which there is no need.
     """
     local = _local(name)
-    if name == "pocket" or (local and local.is_file()):
+    if local and local.is_file():
         index, folder = {"_class_name": ""}, Path(name)
     else:
         folder = local or Path(DiffusionPipeline.download(name))
@@ -169,9 +169,9 @@ def _local(name: str) -> Path | None:
     Raises:
         UserError: it is none of them.
     """
-    local = pocket.path() if name == "pocket" else Path(name)
-    if name == "pocket" and not local.is_dir():
-        raise UserError("The pocket base's weights are missing from this installation; install it again.")
+    local = pocket.path(name) if pocket.is_pocket(name) else Path(name)
+    if pocket.is_pocket(name) and not local.is_dir():
+        raise UserError(f"The weights of the base '{name}' are missing from this installation; install it again.")
     if local.is_dir():
         if (local / MODULAR).is_file():
             raise UserError(f"{local} is a modular pipeline; these families can be used: {family_titles()}.")
@@ -223,7 +223,7 @@ def weight_files(source: Path) -> list[Path]:
 
 def size_from_configs(name: str) -> int | None:
     """The side in pixels that a base was made for, by its configs in a folder or the hub's cache; None without them."""
-    folder = str(pocket.path()) if name == "pocket" else name
+    folder = str(pocket.path(name)) if pocket.is_pocket(name) else name
     try:
         with quiet_loading():
             index = DiffusionPipeline.load_config(folder, local_files_only=True)

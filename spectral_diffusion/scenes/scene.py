@@ -9,6 +9,7 @@ from typing import Any
 from ..config.scene import Scene
 from ..config.settings import read_yaml
 from ..core.files import exists
+from ..pocket import is_pocket
 
 
 def read_scene(path: Path) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def paths_in(settings: dict[str, Any], changed: Callable[[str], str]) -> dict[st
     """A scene's settings with ``changed`` of every file and folder that they name; invalid values stay."""
 
     def renamed(name: Any) -> Any:
-        return changed(name) if isinstance(name, str) and name != "pocket" else name
+        return changed(name) if isinstance(name, str) and not is_pocket(name) else name
 
     def keys(adapters: Any) -> Any:
         return {renamed(name): value for name, value in adapters.items()} if isinstance(adapters, dict) else adapters

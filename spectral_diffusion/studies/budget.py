@@ -13,7 +13,7 @@ from ..adapters.apply import put_adapters
 from ..core.errors import UserError
 from ..data.image_grid import labelled_grid, write
 from ..methods import get_method
-from ..metrics.statistics import mean_text
+from ..metrics.statistics import leading, mean_text
 from ..training.slot_choice import with_rank
 from .charts import WANTED, curves
 from .registry import Findings, Row, Table, not_allowed, study
@@ -143,7 +143,7 @@ def verdict(rows: Sequence[Row], budgets: Sequence[int]) -> str:
     for budget in budgets:
         able = [row for row in rows if row[f"{budget:,}"]]
         if able:
-            best = max(able, key=lambda row: float(row[f"{budget:,}"].split()[0]))
+            best = max(able, key=lambda row: leading(row[f"{budget:,}"]))
             sentences.append(
                 f"Within {budget:,} numbers: best {best['method']}, a gain of {best[f'{budget:,}'].split()[0]}; "
                 f"{len(able)} of {len(rows)} methods can."

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from ..metrics.statistics import leading
 from .charts import WANTED, curves
 from .fusion import FusionCell, family_rate, fusion_row
 from .registry import Findings, Row, Table, study
@@ -68,7 +69,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
 
 def share(row: Row) -> float:
     """The share of the identity alone, without its interval."""
-    return float(str(row["of alone"]).split()[0])
+    return leading(row["of alone"])
 
 
 def capacity_curves(rows: Sequence[Row]) -> Image.Image | None:

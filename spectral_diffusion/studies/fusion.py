@@ -17,7 +17,7 @@ from ..config.fuse import FuseConfig
 from ..core.hooks import Hooks
 from ..data.image_grid import image_grid, labelled_grid
 from ..merging.fuse import fuse_adapters
-from ..metrics.statistics import difference_text, mean_text, share_text
+from ..metrics.statistics import difference_text, leading, mean_text, share_text
 from ..models.base import Base
 from .registry import Findings, Row, Table, study
 from .runner import MANY, RATES, SEEDS, TEST_CONCEPTS, Figures, StudyRunner, TimeOver, best_rate, scaled
@@ -335,12 +335,12 @@ def verdict(rows: Sequence[Row]) -> str:
 
     def mean(family: str, merge: str, size: int) -> float | None:
         matching = [r for r in rows if (r["family"], r["merge"], r["K"]) == (family, merge, size)]
-        return float(matching[0]["of alone"].split()[0]) if matching else None
+        return leading(matching[0]["of alone"]) if matching else None
 
     sentences = []
     for size in sorted({r["K"] for r in rows}):
         merged = [r for r in rows if r["K"] == size and r["merge"] != JOINT]
-        best = max(merged, key=lambda r: float(r["of alone"].split()[0]), default=None)
+        best = max(merged, key=lambda r: leading(r["of alone"]), default=None)
         shares = {
             "own slots summed": mean("spectral, own slots", "sum", size),
             "averaged LoRAs": mean("lora", "fedavg", size),

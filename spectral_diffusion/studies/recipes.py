@@ -18,7 +18,7 @@ from ..adapters.apply import put_adapters
 from ..config.evaluate import GENERIC_SUBJECTS
 from ..config.fuse import DistillConfig
 from ..config.train import generic_subject
-from ..metrics.statistics import mean_text, share_text
+from ..metrics.statistics import leading, mean_text, share_text
 from ..models.base import Base
 from .fusion import NARROW, NOTHING, RANK, change_for, drift_of, family_rate
 from .fusion import sheet_of as tiles
@@ -353,12 +353,12 @@ def verdict(rows: Sequence[Row]) -> str:
 
 def retention(row: Row) -> float:
     """The share of single-concept identity in a row."""
-    return float(row["of alone"].split()[0])
+    return leading(row["of alone"])
 
 
 def moved(row: Row) -> float:
     """The drift of generic prompts in a row."""
-    return float(row["drift"].split()[0])
+    return leading(row["drift"])
 
 
 def variants_sheet(lab: StudyRunner, variants: Sequence[FusionVariant], seed: int = 0) -> Image.Image:

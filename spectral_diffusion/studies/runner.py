@@ -38,6 +38,7 @@ from ..metrics.classifiers import classify_images, load_classifier
 from ..metrics.encoders import Clip, Encoder, load_encoder
 from ..models.base import Base
 from ..models.loading import load_base
+from ..pocket import is_pocket
 from ..scenes.sampling import sample
 from ..training.run import train_to_file
 
@@ -445,13 +446,16 @@ def widened(measure: Callable[[float], float], rates: Sequence[float]) -> tuple[
     return max(ordered, key=ordered.__getitem__), ordered
 
 
-def study_settings(file: Path | None = None, quick: bool = False) -> dict[str, Any]:
-    """The studies' settings, those for the pocket base or a file's; the quick ones make everything small.
+def study_settings(file: Path | None = None, quick: bool = False, base: str = "pocket") -> dict[str, Any]:
+    """The studies' settings, a file's or those for the base; the quick ones make everything small.
+
+    Bases that do not ship with the package have the pocket base's.
 
     Raises:
         UserError: the file is missing, no YAML, or lacks ``train`` or ``generate``.
     """
-    settings = read_yaml(file or resources.configs() / "evidence" / "pocket.yaml")
+    own = resources.configs() / "evidence" / f"{base if is_pocket(base) else 'pocket'}.yaml"
+    settings = read_yaml(file or own)
     if lacking := [part for part in ("train", "generate") if not isinstance(settings.get(part), dict)]:
         raise UserError(f"{file} has no {' and no '.join(lacking)} settings; configs/evidence/pocket.yaml shows both.")
     small = settings.pop("quick", {})

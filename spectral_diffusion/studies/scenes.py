@@ -25,7 +25,7 @@ from ..metrics.binding import (
     collapsed_pictures,
     photo_similarity,
 )
-from ..metrics.statistics import mean_text
+from ..metrics.statistics import leading, mean_text
 from ..models.base import Base
 from ..scenes.control import ControlMap
 from ..scenes.keypose import draw_keypose
@@ -54,6 +54,7 @@ class SceneGroup:
         pictures: of all of them, by one variant.
         rows: in how many rows the subjects are.
         puppets: whether skeletons in place of sketches say where they are.
+        sketched: whether anything says so but the regions.
     """
 
     scenes: tuple[tuple[str, ...], ...]
@@ -62,6 +63,7 @@ class SceneGroup:
     height: int = HEIGHT
     rows: int = 1
     puppets: bool = False
+    sketched: bool = True
 
     @property
     def is_usual(self) -> bool:
@@ -180,7 +182,7 @@ def pictures_of(
     """Pictures of one scene, the locations in turn."""
     adapters = scene_adapters(lab, names)
     base, tokens = base_for(lab, variant, adapters), [adapter.token for adapter in adapters]
-    control, images = control_of(lab, names, group), []
+    controls, images = [control_of(lab, names, group)] if group.sketched else [], []
     for start, location in enumerate(PLACES):
         mine = list(seeds[start :: len(PLACES)])
         regions = [
@@ -192,7 +194,7 @@ def pictures_of(
             **{**shared, "width": group.width, "height": group.height}, regions=regions if variant.regions else []
         )
         bound = [[(adapter, 1.0)] for adapter in adapters] if variant.merge is None else []
-        images += sample(base, [prompt_of(tokens, location)] * len(mine), mine, scene, controls=[control], bound=bound)
+        images += sample(base, [prompt_of(tokens, location)] * len(mine), mine, scene, controls=controls, bound=bound)
     return images
 
 
@@ -250,7 +252,8 @@ def alone_rate(lab: StudyRunner, names: Sequence[str]) -> float:
 
 def layout(group: SceneGroup) -> dict[str, Any]:
     """What a group's pictures depend on."""
-    return {"width": group.width, "height": group.height, "rows": group.rows, "puppets": group.puppets}
+    decides = {"width": group.width, "height": group.height, "rows": group.rows, "puppets": group.puppets}
+    return decides if group.sketched else {**decides, "sketched": False}
 
 
 @study(
@@ -325,7 +328,7 @@ def verdict(rows: Sequence[Row]) -> str:
     """The best variant for every number of subjects."""
     sentences = []
     for number in dict.fromkeys(row["subjects"] for row in rows):
-        best = min((r for r in rows if r["subjects"] == number), key=lambda r: float(r["collapse rate"].split()[0]))
+        best = min((r for r in rows if r["subjects"] == number), key=lambda r: leading(r["collapse rate"]))
         sentences.append(
             f"{number}: best {best['variant']}, {best['right concept']} of regions hold the right concept, "
             f"{best['collapse rate']} of subjects collapse."

@@ -19,7 +19,7 @@ from ..core.names import with_article
 from ..data.image_grid import labelled_grid
 from ..merging.fuse import fuse_adapters
 from ..metrics.encoders import Encoder, load_encoder
-from ..metrics.statistics import mean_text, share_text
+from ..metrics.statistics import leading, mean_text, share_text
 from ..models.base import Base
 from ..scenes.sampling import sample
 from .fusion import MERGES, change_for, family_rate
@@ -209,7 +209,7 @@ def style_row(alone: Sequence[Figures], both: Sequence[Figures], pairs: Sequence
 
 def worse_share(row: Row) -> float:
     """The smaller of the two shares of alone."""
-    return min(float(str(row[f"{part} of alone"]).split()[0]) for part in ("identity", "style"))
+    return min(leading(row[f"{part} of alone"]) for part in ("identity", "style"))
 
 
 def verdict(rows: Sequence[Row]) -> str:

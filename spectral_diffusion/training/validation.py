@@ -13,6 +13,7 @@ from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
+from .. import pocket
 from ..adapters.adapter import Adapter
 from ..adapters.attach import InjectedAdapter
 from ..config.train import TrainConfig, ValidationConfig
@@ -196,11 +197,11 @@ class Validator:
         return figures
 
     def _encoder(self) -> IdentityEncoder | None:
-        """The pocket base's identity encoder, which knows its world; there is none for others."""
-        if self.base.name != "pocket":
+        """The pocket bases' identity encoder, which knows their world; there is none for others."""
+        if not pocket.is_pocket(self.base.name):
             if self.config.validation.early_stopping_patience:
                 self.note(
-                    "Note: only the pocket base has an identity encoder; validation.early_stopping_patience stops "
+                    "Note: only the pocket bases have an identity encoder; validation.early_stopping_patience stops "
                     "nothing here."
                 )
             return None
