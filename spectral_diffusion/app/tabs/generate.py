@@ -54,24 +54,17 @@ def build(page: Page, tab: gr.Tab) -> None:
         **build_wall(),
     )
     wire(page, tab, gallery)
-    _wire_lists(page, tab, handlers, form, note, tokens, shape, side)
+    _wire_lists(page, tab, handlers, form, note, tokens)
+    _wire_sizes(page, handlers, form, shape)
+    _wire_arranging(page, handlers, form, shape, side)
     _wire_drawing(page, handlers, form, gallery, start, cancel, status)
     _wire_estimate(page, tab, handlers, form, expected, gallery)
     _wire_pairs(page, tab, handlers, form, pairs, gallery, [start, cancel, status])
     _build_api(handlers, form)
 
 
-def _wire_lists(
-    page: Page,
-    tab: gr.Tab,
-    handlers: GenerateHandlers,
-    form: Fields,
-    note: Any,
-    tokens: Any,
-    shape: gr.Radio,
-    side: gr.Button,
-) -> None:
-    """Wire what depends on the workspace and other fields: choices, tokens, the canvas's shape, hand-overs."""
+def _wire_lists(page: Page, tab: gr.Tab, handlers: GenerateHandlers, form: Fields, note: Any, tokens: Any) -> None:
+    """Wire what depends on the workspace: bases, adapters and their tokens."""
     tab.select(handlers.computer, None, form.base, **PRIVATE)  # not on load: it imports torch
     both = [form.base, form.adapters]
     followed = [form.adapters, form.strength, form.canvas, tokens]
@@ -79,7 +72,12 @@ def _wire_lists(
     page.trained.change(handlers.lists, both, [form.base, note, *followed], **PRIVATE)
     form.base.change(handlers.follow, both, followed, **PRIVATE)
     tokens.click(handlers.pick, form.adapters, form.adapters, **PRIVATE)
-    size = [form.base, form.width, form.height]
+    page.blocks.load(handlers.keeper.warm_soon, queue=False, **PRIVATE)
+
+
+def _wire_sizes(page: Page, handlers: GenerateHandlers, form: Fields, shape: gr.Radio) -> None:
+    """Wire what a base decides: the canvas's shape, sizes and sampling, also of one that another tab hands over."""
+    both, size = [form.base, form.adapters], [form.base, form.width, form.height]
     sampling = [form.num_inference_steps, form.guidance_scale, form.region_isolation]
     suited = [form.width, form.height, *sampling]
     shape.input(handlers.shape, [shape, form.base], size[1:], **PRIVATE)
@@ -88,12 +86,15 @@ def _wire_lists(
         size_field.change(handlers.reshaped, size, [form.canvas, shape], **PRIVATE)
     page.base.change(handlers.handed_base, [page.base, shape, *sampling], [*both, *suited], **PRIVATE)
     page.adapters.change(handlers.handed_adapters, [page.adapters, shape, *sampling], [*both, *suited], **PRIVATE)
+
+
+def _wire_arranging(page: Page, handlers: GenerateHandlers, form: Fields, shape: gr.Radio, side: gr.Button) -> None:
+    """Wire the prompt that follows the concepts, and a box for each."""
     words = [form.prompt, form.canvas]
     page.adapters.change(handlers.prompt_of_handed, [*words, page.adapters], words, **PRIVATE)
     form.adapters.change(lambda chosen: gr.Button(visible=len(chosen or []) > 1), form.adapters, side, **PRIVATE)
     arranged = [form.prompt, form.canvas, form.adapters, form.width, form.height, shape]
     side.click(handlers.arranged, [form.adapters, *words, form.base], arranged, **PRIVATE)
-    page.blocks.load(handlers.keeper.warm_soon, queue=False, **PRIVATE)
 
 
 def _wire_drawing(
