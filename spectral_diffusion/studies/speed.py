@@ -63,7 +63,7 @@ def own_rate(label: str) -> float:
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity over training steps, and the seconds until each method reaches a common identity."""
     methods = ("spectral-additive", "lora", "lora, LoRA+") if quick else (*METHODS, *OPTIMIZERS)
-    steps, names, seeds = ((6, 12), NAMES[:1], (0,)) if quick else (STEPS, NAMES, SEEDS)
+    steps, names, seeds = ((2, 4), NAMES[:1], (0,)) if quick else (STEPS, NAMES, SEEDS)
     rates: dict[str, float] = {}
     trained: dict[str, int] = {}
     gains: dict[str, dict[int, list[float]]] = {}  # by method and steps, over seeds and concepts
@@ -101,7 +101,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
         for method, by in gains.items()
     ]
     wanted = 0.6 * max((max(gain) for gain in curves.values()), default=0.0)
-    cost = steps_seconds(lab, list(curves))
+    cost = steps_seconds(lab, list(curves), (1, 3) if quick else (2, 22))
     missing = not_allowed(late, len(methods))
     missing += [f"the seconds of {method}" for method in curves if method not in cost]
     for row in rows:
@@ -145,8 +145,8 @@ def crossing(steps: Sequence[int], gains: Sequence[float], wanted: float) -> flo
     return None
 
 
-def steps_seconds(lab: StudyRunner, methods: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Per method the seconds before the first step and those of one step, from a short and a longer run.
+def steps_seconds(lab: StudyRunner, methods: Sequence[str], lengths: tuple[int, int]) -> dict[str, tuple[float, float]]:
+    """Per method the seconds before the first step and those of one step, from runs of these two lengths.
 
     Methods beyond the time limit are left out.
     """
@@ -156,15 +156,16 @@ def steps_seconds(lab: StudyRunner, methods: Sequence[str]) -> dict[str, tuple[f
         def measure(method: str = method) -> dict[str, float]:
             times = {}
             base = lab.fresh()
-            for steps in (2, 22):
+            for steps in lengths:
                 with tempfile.TemporaryDirectory() as folder:
                     change = {**speed_change(method), "steps": steps}
                     config = lab.train_config(TEST_CONCEPTS[0], change, Path(folder) / "a.safetensors")
                     begun = time.perf_counter()
                     train_to_file(config, base=base)
                     times[steps] = time.perf_counter() - begun
-            each = (times[22] - times[2]) / 20
-            return {"before": times[2] - 2 * each, "step": each}
+            short, long = lengths
+            each = (times[long] - times[short]) / (long - short)
+            return {"before": times[short] - short * each, "step": each}
 
         try:
             measured = lab.cell("step-seconds", {"method": method}, measure, timed=True)

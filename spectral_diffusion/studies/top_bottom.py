@@ -38,7 +38,7 @@ def column_change(name: str, seed: int) -> dict[str, Any]:
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Gain in identity over the untouched base, by steps, for all columns; the rate is chosen on another concept."""
-    steps, names, seeds = ((6, 12), NAMES[:1], (0,)) if quick else (STEPS, NAMES, SEEDS)
+    steps, names, seeds = ((2, 4), NAMES[:1], (0,)) if quick else (STEPS, NAMES, SEEDS)
     chosen = ("top", "bottom", "lora") if quick else tuple(CHANGES)
     rates: dict[str, float] = {}
     sweeps: list[Row] = []
