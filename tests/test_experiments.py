@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from spectral_diffusion.cli import app
+from spectral_diffusion.cli.experiments import _command
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.metrics.statistics import difference_text, interval, leading, mean_text, share_text
 from spectral_diffusion.studies.registry import Findings, all_studies, get_study
@@ -127,13 +128,25 @@ def test_nothing_is_tuned_on_what_is_reported() -> None:
     assert quick["train"]["prior"]["nouns"] == whole["train"]["prior"]["nouns"]
 
 
-def test_settings_of_ones_own_need_both_parts(tmp_path: Path) -> None:
+def test_settings_of_ones_own_lie_over_the_shipped_ones(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    file.write_text("train: {steps: 3}\ngenerate: {num_inference_steps: 2}\n")
-    assert study_settings(file) == {"train": {"steps": 3}, "generate": {"num_inference_steps": 2}}
-    file.write_text("train: {steps: 3}\n")
-    with pytest.raises(UserError, match=r"mine\.yaml has no generate settings"):
-        study_settings(file)
+    file.write_text("train: {steps: 3, prior: {num_images: 5}}\n")
+    mine, shipped = study_settings(file), study_settings()
+    assert mine["train"]["steps"] == 3 and mine["train"]["prior"] == {**shipped["train"]["prior"], "num_images": 5}
+    assert mine["generate"] == shipped["generate"]
+    for wrong in ("tran: {steps: 3}\n", "quick:\n"):
+        file.write_text(wrong)
+        with pytest.raises(UserError, match=r"mine\.yaml: '(tran|quick)' must be one of train, generate, quick"):
+            study_settings(file)
+    result = CliRunner().invoke(app, ["experiment", "rank", "--recipe", str(file), "--executor", "slurm"])
+    assert isinstance(result.exception, UserError) and "mine.yaml" in str(result.exception)
+
+
+def test_a_page_says_the_command_that_makes_it_without_folders() -> None:
+    plain = _command("rank", "pocket", None, "pocket", False)
+    assert plain == "spectral-diffusion experiment rank --base pocket"
+    whole = _command("rank", "/home/me/base", Path("/home/me/mine.yaml"), "openai/clip", True)
+    assert whole.endswith("rank --base base --recipe mine.yaml --encoder openai/clip --quick")
 
 
 def test_every_study_says_what_it_is_of_the_paper() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from spectral_diffusion.board.entry import read_entry
+from spectral_diffusion.board.suite import read_suite
 from spectral_diffusion.cli import app
 from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.settings import build, read_yaml
@@ -19,6 +21,7 @@ from spectral_diffusion.core.files import write_json
 from spectral_diffusion.core.machine import record_provenance
 from spectral_diffusion.merging.merges.registry import all_merges
 from spectral_diffusion.methods import all_methods
+from spectral_diffusion.studies import fusion
 from spectral_diffusion.studies.capacity import jobs
 from spectral_diffusion.studies.fusion import (
     FAMILIES,
@@ -31,8 +34,10 @@ from spectral_diffusion.studies.fusion import (
     FusionCell,
     change_for,
     changes_for,
+    family_rate,
     measured_cells,
 )
+from spectral_diffusion.studies.narrow import narrow_jobs
 from spectral_diffusion.studies.rank import lowest, weight_of_full_rank
 from spectral_diffusion.studies.recipes import (
     MOST,
@@ -57,7 +62,8 @@ from spectral_diffusion.studies.runner import (
     widened,
     without_paths,
 )
-from spectral_diffusion.studies.slots import check_equal
+from spectral_diffusion.studies.scenes import GROUPS, SLOTS
+from spectral_diffusion.studies.slots import check_equal, slot_jobs
 from spectral_diffusion.studies.speed import METHODS
 from spectral_diffusion.studies.styles import STYLES, TUNING_STYLE, WAYS
 
@@ -118,11 +124,30 @@ def test_families_are_trained_alike_and_unlike_ones_are_refused() -> None:
         check_equal(lab, {"lora": change_for("lora", 0), "more": {**change_for("lora", 0), "steps": 999}})
 
 
-def test_a_family_takes_the_rate_of_one_that_it_differs_from_in_one_thing() -> None:
+def test_a_family_takes_the_rate_of_one_that_it_differs_from_in_one_thing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusion, "best_rate", lambda lab, rates, **change: (1.0, [change]))
     for family, tuned in RATE_OF.items():
         change, other = FAMILIES[family], FAMILIES[tuned]
         differing = [key for key in {*change, *other} if change.get(key) != other.get(key)]
         assert tuned not in RATE_OF and len(differing) == 1
+        assert family_rate(StudyRunner(), family, False) == (1.0, [change_for(tuned, 0)])
+
+
+def test_nothing_asks_for_more_columns_than_the_pocket_base_has() -> None:
+    columns = min(map(min, StudyRunner(settings=study_settings()).sides))
+    assert columns == 64
+    for group in GROUPS.values():
+        for names in group.scenes:
+            slots = [SLOTS[name] for name in names]
+            assert RANK * (max(slots) + 1) <= columns and (len(set(slots)) == len(names) or len(names) == 10)
+    assert max(NARROW * job.size for job in narrow_jobs(False)) <= columns
+    assert max(RANK * job.size for job in slot_jobs(False)) <= columns
+    suite = read_suite("pocket")
+    for path in Path("docs/board/entries").glob("*.yaml"):
+        entry = read_entry(path)
+        if entry.own_slots or entry.joint:
+            rank = int((entry.train or {}).get("rank", suite.train["rank"]))
+            assert rank * max(entry.counts or suite.counts) <= columns, path.name
 
 
 def test_where_columns_end_only_what_needs_none_is_measured() -> None:

@@ -266,7 +266,7 @@ def test_a_plateau_of_likeness_ends_the_training(
     )
     base = load_base(str(tiny_base), "cpu")
     train_to_file(config.model_copy(update={"steps": 1}), base=base, hooks=Hooks(notify=notes.append))
-    assert any("only the pocket base has an identity encoder" in note for note in notes)
+    assert any("only the pocket bases have an identity encoder" in note for note in notes)
     base.name = "pocket"
     asked = iter(range(100))
     with pytest.raises(Cancelled):

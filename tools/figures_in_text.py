@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "docs" / "evidence"
 PAGES = ("README.md", "docs/fusing.md")
 MARK = re.compile(r"<!-- figure: (?P<name>[a-z-]+) -->(?P<text>.*?)<!-- end -->", re.DOTALL)
-SIZES = (2, 3, 4, 8)
+SIZES = (2, 4, 8)
 FAMILY = "spectral, own slots"
 
 
@@ -49,11 +49,11 @@ def merges_table() -> str:
         ("`gradient`", kept("gradient, anchored"), "uses the layers' activations; seconds to minutes"),
         (
             "`gradient`, then distilled (`--config pocket-distilled`)",
-            ["", "", "", mean(distilled["of alone"])],
+            ["", "", mean(distilled["of alone"])],
             f"{minutes} minutes of one core; generic prompts change little ([recipes](docs/evidence/recipes.md))",
         ),
     ]
-    head = ["| `fuse --merge` | 2 concepts | 3 | 4 | 8 | |", "| --- | ---: | ---: | ---: | ---: | --- |"]
+    head = ["| `fuse --merge` | 2 concepts | 4 | 8 | |", "| --- | ---: | ---: | ---: | --- |"]
     lines = [f"| {name} | {' | '.join(shares)} | {more} |" for name, shares, more in rows]
     return "\n" + "\n".join([*head, *(re.sub(r" {2,}", " ", line) for line in lines)]) + "\n"
 
@@ -64,16 +64,16 @@ def bound_to_regions() -> str:
     return mean(row["right concept"])
 
 
-def three(merge: str) -> str:
-    """A merge's shares for two to four concepts, in a sentence."""
-    return ", ".join(kept(merge)[:3])
+def two_and_four(merge: str) -> str:
+    """A merge's shares for two and for four concepts, in a sentence."""
+    return " and ".join(kept(merge)[:2])
 
 
 FIGURES: dict[str, Callable[[], str]] = {
     "merges": merges_table,
     "bound-to-regions": bound_to_regions,
-    "ties": lambda: three("ties"),
-    "sum": lambda: three("sum"),
+    "ties": lambda: two_and_four("ties"),
+    "sum": lambda: two_and_four("sum"),
 }
 
 

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from ..core.errors import UserError
+from ..core.hooks import brief_duration
+from ..core.paths import without_folders
 from .executors import ClusterOption, ExecutorOption, Executors, ParallelOption, submit_jobs, this_command
 from .support import echo, progress_bar
 
@@ -15,11 +17,11 @@ from .support import echo, progress_bar
 def experiment(
     name: Annotated[str | None, typer.Argument(help="A study, or all; by default they are listed.")] = None,
     base: Annotated[str, typer.Option(help="pocket, or a base of your own.")] = "pocket",
-    quick: Annotated[bool, typer.Option("--quick", help="A smoke test of about a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke test of some seconds.")] = False,
     hours: Annotated[float, typer.Option(help="The time limit of a study; run it again to continue.")] = 6.0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the page.")] = Path("evidence"),
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML file with the studies' settings; default: the base's.")
+        Path | None, typer.Option(help="YAML file with the studies' settings; over the base's own.")
     ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Where adapters and figures are cached; default: the cache folder.")
@@ -37,10 +39,13 @@ def experiment(
 ) -> None:
     """Regenerate a study of the paper: its table, its verdict, its pictures."""
     from ..studies.registry import all_studies, get_study
+    from ..studies.runner import StudyRunner, study_settings
 
     if name is None and not repeat:
         for study in all_studies().values():
-            echo(f"{study.name} ({study.paper}), about {study.minutes[0] / 60:.1f} h on two CPU cores: {study.claim}")
+            echo(
+                f"{study.name} ({study.paper}), {brief_duration(60 * study.minutes[0])} on two CPU cores: {study.claim}"
+            )
         return
     if hours <= 0:
         raise UserError("--hours must be more than 0.")
@@ -51,19 +56,19 @@ def experiment(
         return
     assert name is not None
     studies = list(all_studies().values()) if name == "all" else [get_study(name)]
+    settings = study_settings(recipe, quick, base)
     if executor:
         _submit(name, [study.name for study in studies], output, executor, cluster, jobs)
         return
     from ..studies.report import read_records, write_findings
-    from ..studies.runner import StudyRunner, study_settings
 
     for study in studies:
-        minutes = study.minutes[1 if quick else 0]
-        echo(f"{study.name}: about {minutes / 60:.1f} h with nothing cached, {hours:g} h at most; parts are cached.")
+        expected = brief_duration(60 * study.minutes[1 if quick else 0])
+        echo(f"{study.name}: about {expected} with nothing cached, {hours:g} h at most; parts are cached.")
         with progress_bar() as progress:
             lab = StudyRunner(
                 base,
-                settings=study_settings(recipe, quick, base),
+                settings=settings,
                 encoder_name=encoder,
                 progress=progress,
                 note=echo,
@@ -72,9 +77,17 @@ def experiment(
             )
             if work is not None:
                 lab.folder = work
-            how = f"spectral-diffusion experiment {study.name} --base {base}" + (" --quick" if quick else "")
+            how = _command(study.name, base, recipe, encoder, quick)
             page = write_findings(study, study.run(lab, quick), lab, output, quick, how)
         echo(f"Wrote {page}.")
+
+
+def _command(study: str, base: str, recipe: Path | None, encoder: str, quick: bool) -> str:
+    """The command that makes a page, without the folders of this machine."""
+    words = ["spectral-diffusion", "experiment", study, "--base", str(without_folders(base))]
+    words += ["--recipe", recipe.name] if recipe else []
+    words += ["--encoder", str(without_folders(encoder))] if encoder != "pocket" else []
+    return " ".join([*words, *(["--quick"] if quick else [])])
 
 
 def _submit(

@@ -43,7 +43,7 @@ def share_text(parts: Sequence[float], wholes: Sequence[float], clusters: Cluste
 
 
 def leading(text: object) -> float:
-    """The mean in front of an interval; minus infinity for a dash, which is worse than anything measured."""
+    """The mean in front of an interval, where more is better; minus infinity for a dash: no share could be formed."""
     first = str(text).split()[0]
     return float("-inf") if first == "—" else float(first)
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 VERSION = "pocket@2"  # frozen: other weights are another version, and its evidence is made anew
 _HERE = Path(__file__).parent
-BASES = {
-    "pocket": _HERE / "weights",  # a Stable Diffusion
-    "pocket-transformer": _HERE / "transformer",  # a FLUX.2 klein
-}
+BASES = {"pocket": _HERE / "weights"}  # a Stable Diffusion
+if (_HERE / "transformer").is_dir():
+    BASES["pocket-transformer"] = _HERE / "transformer"  # a FLUX.2 klein
 
 
 def is_pocket(base: str) -> bool:

@@ -91,7 +91,7 @@ def summed_cell(lab: StudyRunner, names: Sequence[str], seed: int) -> Figures:
     "continual",
     "Lemma 4.1",
     "Rotated columns are orthonormal again, so one concept after another is learnt without a new decomposition.",
-    (40, 0.5),
+    (40, 0.15),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """After each of five concepts: the columns' orthonormality, and the identity of every earlier concept."""

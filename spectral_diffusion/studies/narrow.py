@@ -36,7 +36,7 @@ def narrow_jobs(quick: bool) -> list[FusionCell]:
     "narrow",
     "sec. 4.2",
     "Slots of two columns hold a concept each, so that sixteen fit side by side and fuse undisturbed.",
-    (180, 0.5),
+    (180, 0.2),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity alone and fused at rank 2, by the position of the columns, for every merge."""

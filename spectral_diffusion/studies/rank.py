@@ -48,7 +48,7 @@ def lowest(weight: Tensor, rank: int) -> tuple[int, int]:
     "rank",
     "Lemma 3.1",
     "With as many trained numbers a spectral adapter reaches twice as far down in rank as LoRA.",
-    (0.1, 0.1),
+    (0.1, 0.02),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """The lowest rank each reaches, and how many numbers it trains for that."""

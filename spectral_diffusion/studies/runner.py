@@ -447,17 +447,19 @@ def widened(measure: Callable[[float], float], rates: Sequence[float]) -> tuple[
 
 
 def study_settings(file: Path | None = None, quick: bool = False, base: str = "pocket") -> dict[str, Any]:
-    """The studies' settings, a file's or those for the base; the quick ones make everything small.
+    """The studies' settings for a base, with a file's over them; the quick ones make everything small.
 
     Bases that do not ship with the package have the pocket base's.
 
     Raises:
-        UserError: the file is missing, no YAML, or lacks ``train`` or ``generate``.
+        UserError: the file is missing, no YAML, or has other parts than ``train``, ``generate`` and ``quick``.
     """
-    own = resources.configs() / "evidence" / f"{base if is_pocket(base) else 'pocket'}.yaml"
-    settings = read_yaml(file or own)
-    if lacking := [part for part in ("train", "generate") if not isinstance(settings.get(part), dict)]:
-        raise UserError(f"{file} has no {' and no '.join(lacking)} settings; configs/evidence/pocket.yaml shows both.")
+    settings = read_yaml(resources.configs() / "evidence" / f"{base if is_pocket(base) else 'pocket'}.yaml")
+    given = read_yaml(file) if file else {}
+    for part, change in given.items():
+        if part not in settings or not isinstance(change, dict):
+            raise UserError(f"{file}: '{part}' must be one of {', '.join(settings)} with settings below it.")
+        settings[part] = merged(settings[part], change)
     small = settings.pop("quick", {})
     return {part: merged(settings[part], small.get(part, {}) if quick else {}) for part in settings}
 

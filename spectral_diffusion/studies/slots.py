@@ -52,7 +52,7 @@ def slot_jobs(quick: bool) -> list[FusionCell]:
     "slots",
     "sec. 4.2",
     "Adapters in disjoint slots of the spectrum fuse without disturbing each other.",
-    (30, 0.5),
+    (90, 0.2),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity alone and fused by the position of the columns, for every merge."""

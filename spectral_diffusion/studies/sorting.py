@@ -102,7 +102,7 @@ def read_answers(path: Path, count: int, names: Sequence[str]) -> list[str] | No
     "sorting",
     "Figs. 5, 12, 13",
     "What the scores call the concept is what the eye sees.",
-    (10, 0.5),
+    (10, 0.1),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """The share sorted to the right concept by eye, beside the encoder's identity, for every variant."""

@@ -145,7 +145,7 @@ def both_cell(
     "styles",
     "none: NP-LoRA's task",
     "A concept and a style that were trained apart show together when their adapters are fused.",
-    (90, 2.0),
+    (90, 0.1),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity and style of every merge, as shares of each adapter alone."""

@@ -34,7 +34,7 @@ def column_change(name: str, seed: int) -> dict[str, Any]:
     "top-bottom",
     "Figs. 9 right, 10, 11",
     "Tuning the top columns learns a concept sooner and better than tuning bottom or random ones, LoRA or Orthogonal.",
-    (35, 0.5),
+    (35, 0.1),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Gain in identity over the untouched base, by steps, for all columns; the rate is chosen on another concept."""
