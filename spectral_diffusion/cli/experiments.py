@@ -21,7 +21,7 @@ def experiment(
     hours: Annotated[float, typer.Option(help="The time limit of a study; run it again to continue.")] = 6.0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the page.")] = Path("evidence"),
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML file with the studies' settings; over the base's own.")
+        Path | None, typer.Option(help="YAML file with settings of the studies, which go over the base's own.")
     ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Where adapters and figures are cached; default: the cache folder.")
@@ -43,9 +43,8 @@ def experiment(
 
     if name is None and not repeat:
         for study in all_studies().values():
-            echo(
-                f"{study.name} ({study.paper}), {brief_duration(60 * study.minutes[0])} on two CPU cores: {study.claim}"
-            )
+            expected = brief_duration(60 * study.minutes[0])
+            echo(f"{study.name} ({study.paper}), about {expected} on two CPU cores: {study.claim}")
         return
     if hours <= 0:
         raise UserError("--hours must be more than 0.")
