@@ -93,7 +93,7 @@ TRIALS: tuple[FusionVariant, ...] = (
     ),
     FusionVariant("ssr", "μ = 4", calibrated("ssr", prior_weight=4.0, **OWN_PROMPTS)),
     FusionVariant("words only, gradient", "μ = 4", FROM_4, train=KEY_VALUE_ONLY),
-    FusionVariant("held to the base, gradient", "weight 4, μ = 4", FROM_4, train=CAREFUL),
+    FusionVariant("near the base, gradient", "weight 4, μ = 4", FROM_4, train=CAREFUL),
     *(
         FusionVariant("taught for 300 steps", setting, FROM_16, distill=distilled(300, **more))
         for setting, more in (("", {}), ("half ordinary", {"prior_share": 0.5}))
