@@ -41,7 +41,10 @@ def kept(merge: str) -> list[str]:
 
 def merges_table() -> str:
     """README's table of merges."""
-    distilled = next(r for r in tables("recipes")[0] if r["K"] == 8 and "U-Net" in r["kind"])
+    found = [r for r in tables("recipes")[0] if r["K"] == 8 and "U-Net" in r["kind"]]
+    if not found:
+        raise SystemExit("The record of recipes has no U-Net distilled for eight concepts, which README's table shows.")
+    distilled = found[0]
     minutes = {10: "ten"}.get(round(distilled["seconds"] / 60), str(round(distilled["seconds"] / 60)))
     rows = [
         ("`spectral` (default: the sum)", kept("sum"), "exact, instant, exports as one LoRA"),
