@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import make_photos
 from diffusers import DiffusionPipeline, Flux2KleinPipeline, PipelineQuantizationConfig
 from families import make_tiny_klein, make_tiny_z_image
-from processes import in_two_processes
+from processes import command_in_two
 
 from spectral_diffusion.adapters.adapter import check_base
 from spectral_diffusion.adapters.attach import AdapterSpec, inject_adapter, unloading
@@ -328,16 +328,17 @@ def test_other_libraries_hooks_stay(klein: Path) -> None:
     assert "forward" in vars(layer)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_processes_with_a_quantized_base_are_one(klein: Path, photos: Path, tmp_path: Path) -> None:
     outputs = {count: tmp_path / str(count) / "rex.safetensors" for count in (1, 2)}
 
-    def work(count: int) -> None:
+    def config(count: int) -> TrainConfig:
         prior = {"loss_weight": 0.5, "num_images": 2, "batch_size": 2 // count}
-        train_to_file(settings(klein, outputs[count], photos, batch_size=4 // count, prior=prior))
+        return settings(klein, outputs[count], photos, batch_size=4 // count, prior=prior)
 
-    work(1)
-    in_two_processes(lambda rank: work(2))
+    train_to_file(config(1))
+    given = tmp_path / "settings.yaml"
+    given.write_text(yaml.safe_dump(config(2).model_dump(mode="json", exclude_unset=True)))
+    command_in_two(["train", str(photos), "-o", str(outputs[2]), "--config", str(given)])
     one, two = (load_adapter(outputs[count]) for count in (1, 2))
     # The base computes in bfloat16, and Adam takes a whole step where rounding turns a tiny gradient's sign.
     off = sum(float((value - two.parameters[name]).square().sum()) for name, value in one.parameters.items())
