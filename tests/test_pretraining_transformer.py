@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from spectral_diffusion.models.denoiser import Conditioning
 from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.targets import find_targets
 from tools.pocket import transformer
-from tools.pocket.batches import Batch
+from tools.pocket.batches import Batch, token_ids
 from tools.pocket.compute import Compute
 from tools.pocket.loop import Limits, train_piece
 from tools.pocket.map_heads import ANSWERS, TokenMapHead
+from tools.pocket.teacher import FlowTeacher
 from tools.pocket.transformer import (
     FlowRecipe,
     FlowTrainee,
@@ -102,6 +104,50 @@ def test_training_reads_prompts_and_predicts_as_the_pipeline_does(training: Flow
         mine = trainee(noisy, times, chat_ids(trainee.tokenizer, CAPTIONS))
         again = trainee.denoiser.predict(noisy, times, Conditioning({"encoder_hidden_states": words}))
     assert torch.equal(mine, again)
+
+
+def test_a_perfect_teacher_expects_what_the_flow_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the scale of the latents, the noise levels and the form of the prediction, exactly."""
+    vae = flux2_vae(build_vae((8, 8, 8, 8)), [torch.rand(4, 3, 32, 32) * 2 - 1])
+    student, base = FlowTrainee(vae).denoiser, load_base("pocket", "cpu")
+    teacher = FlowTeacher(base, student)
+    raw = 0.7 * torch.randn(6, 8, 16, 8)
+    latents, timesteps = student.normalize(raw), torch.tensor([80, 250, 499, 612, 800, 990])
+    noise = torch.randn_like(latents)
+    raw_noise = student.denormalize(noise) - student.denormalize(torch.zeros_like(noise))
+    cumulative = base.pipeline.scheduler.alphas_cumprod.sqrt().acos()
+
+    def predict(noisy: Tensor, at: Tensor, conditioning: Conditioning) -> Tensor:
+        assert len(conditioning) == 6 and conditioning.tensors["encoder_hidden_states"].shape[1:] == (32, 128)
+        low = at.floor().long()
+        angles = torch.lerp(cumulative[low], cumulative[low + 1], at - low).view(-1, 1, 1, 1)
+        assert torch.allclose(noisy, angles.cos() * raw + angles.sin() * raw_noise, atol=1e-3)
+        return angles.cos() * raw_noise - angles.sin() * raw
+
+    monkeypatch.setattr(teacher.denoiser, "predict", predict)
+    ids = token_ids(teacher.tokenizer, ["a red dog"] * 6)
+    expected = teacher.velocity(student.add_noise(latents, noise, timesteps), timesteps, ids)
+    assert torch.allclose(expected, student.target(latents, noise, timesteps), atol=1e-3)
+
+
+def test_the_teacher_says_the_target_at_its_timesteps_only(training: FlowTraining) -> None:
+    class Known:
+        asked: Tensor
+
+        def velocity(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
+            assert ids.shape[1] == 3
+            self.asked = timesteps
+            return torch.full_like(noisy, 1e4)
+
+    batch, plain = random_batch(0), training.loss(random_batch(0))
+    batch.ids = torch.cat([batch.ids, torch.zeros(4, 3, dtype=torch.long)], 1)
+    assert torch.equal(training.loss(batch), plain)
+    training.teacher = known = Known()  # type: ignore[assignment]
+    training.recipe = replace(training.recipe, taught=(400, 800))
+    assert training.loss(batch) > 1e6
+    assert len(known.asked) and bool(((known.asked >= 400) & (known.asked < 800)).all())
+    training.recipe = replace(training.recipe, taught=(0, 0))
+    assert torch.equal(training.loss(batch), plain)
 
 
 def test_a_resumed_training_is_the_unbroken_one_bit_for_bit(

@@ -201,6 +201,7 @@ def transformer(
     puppets: PuppetsOption = 24,
     reuse: ReuseOption = 2,
     sheet_samples: SheetOption = 50_000,
+    teacher: Annotated[str | None, typer.Option(help="A Stable Diffusion over the same autoencoder: pocket.")] = None,
 ) -> None:
     """Train the pocket transformer for one piece (goes on where the last one stopped)."""
     import torch
@@ -214,7 +215,7 @@ def transformer(
         work, start, batch=batch, device=device, workers=workers, puppets=puppets, reuse=reuse,
         sheet_samples=sheet_samples,
     )  # fmt: skip
-    run_transformer(piece, FlowRecipe(rate=rate), Limits(minutes, until_samples), decay_samples, echo)
+    run_transformer(piece, FlowRecipe(rate=rate), Limits(minutes, until_samples), decay_samples, echo, teacher)
 
 
 @app.command("export-transformer")

@@ -33,6 +33,7 @@ from .batches import Batch
 from .bpe import WORD_END, vocabulary_of, whole_words
 from .map_heads import TokenMapHead
 from .models import open_in_float32
+from .teacher import FlowTeacher
 from .world import vocabulary
 
 LENGTH = 40  # tokens of a prompt with its template
@@ -160,12 +161,18 @@ class FlowRecipe(AveragedRecipe):
     timestep_power: float = 0.7
     weight_decay: float = 1e-2
     maps: float = 0.1
+    taught: tuple[int, int] = (600, 950)  # timesteps from and before which a teacher's expectation is the target
 
 
 class FlowTraining(AveragedTraining):
-    """Text encoder and transformer with their optimizer, moving averages and progress."""
+    """Text encoder and transformer with their optimizer, moving averages and progress.
+
+    Attributes:
+        teacher: where it is given, the batches' rows have its token ids behind the trainee's own.
+    """
 
     trainee: FlowTrainee
+    teacher: FlowTeacher | None = None
 
     def build_head(self) -> TokenMapHead:
         return TokenMapHead(self.trainee.transformer)
@@ -177,11 +184,19 @@ class FlowTraining(AveragedTraining):
         noise = torch.randn(latents.shape, generator=generator, device=self.compute.device)
         timesteps = self.spread_timesteps(len(latents), denoiser.num_timesteps, generator)
         noisy = denoiser.add_noise(latents, noise, timesteps)
-        with self.compute.autocast(), self.attention():
-            predicted = self.trainee(noisy, timesteps, batch.ids)
-            maps = self.map_loss(batch)
+        target = denoiser.target(latents, noise, timesteps)
+        ids, teachers = batch.ids[:, :LENGTH], batch.ids[:, LENGTH:]
+        with self.compute.autocast():
+            if self.teacher:
+                first, end = self.recipe.taught
+                rows = ((timesteps >= first) & (timesteps < end)).nonzero()[:, 0]
+                if len(rows):
+                    target[rows] = self.teacher.velocity(noisy[rows], timesteps[rows], teachers[rows])
+            with self.attention():
+                predicted = self.trainee(noisy, timesteps, ids)
+                maps = self.map_loss(batch)
         weights = object_weights(batch, self.recipe.object_weight, latents.shape[-2])
-        return ((predicted - denoiser.target(latents, noise, timesteps)).square() * weights).mean() + maps
+        return ((predicted - target).square() * weights).mean() + maps
 
     def attention(self) -> AbstractContextManager[None]:
         """On a processor plain attention: the backward pass of the fused one takes a third of a step there."""

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
+from torch import Tensor
 
 from spectral_diffusion.data.image_grid import image_grid
+from spectral_diffusion.models.loading import load_base
+from spectral_diffusion.pocket import VERSION, is_pocket
 
-from .batches import Mix
+from .batches import Mix, token_ids
 from .compute import Compute, choose
 from .device import DeviceRenderer, DeviceSource, Plans
 from .loop import Limits, Report
 from .pieces import STATE, Piece, bank_of, described, train_and_draw
 from .plan import Planner
 from .sheet import SHEET
+from .teacher import FlowTeacher
 from .transformer import (
     FlowRecipe,
     FlowTrainee,
@@ -56,19 +62,28 @@ def saved_training(work: Path, recipe: FlowRecipe | None = None, compute: Comput
     return training
 
 
-def run_transformer(piece: Piece, recipe: FlowRecipe, limits: Limits, decay: int | None, report: Report) -> None:
+def run_transformer(
+    piece: Piece, recipe: FlowRecipe, limits: Limits, decay: int | None, report: Report, teacher: str | None = None
+) -> None:
     """Train for one piece in ``piece.work``; saves its state there, and a sheet of samples now and then.
 
     Args:
         decay: samples over which the rate comes down, from now; None: not yet.
+        teacher: a Stable Diffusion over the same autoencoder, whose expectations are targets too.
     """
     compute = choose(piece.device)
     bank = bank_of(piece, compute)
     renderer = DeviceRenderer(bank, compute)
-    planner = Planner(bank.catalogue, partial(chat_ids, build_tokenizer()), MIX, piece.batch, "transformer")
+    encode = partial(chat_ids, build_tokenizer())
+    planner = Planner(bank.catalogue, encode, MIX, piece.batch, "transformer")
     vae = transformer_vae(piece.work, piece.pipeline, renderer, planner)
     training = saved_training(piece.work, recipe, compute)
     training.about |= {"batch": piece.batch}
+    if teacher:
+        training.teacher = FlowTeacher(load_base(teacher, str(compute.device)), training.trainee.denoiser)
+        own = partial(token_ids, training.teacher.tokenizer)
+        planner = replace(planner, encode=partial(both_ids, encode, own))
+        training.about |= {"teacher": VERSION if is_pocket(teacher) else Path(teacher).name}
     progress = training.progress
     progress.decay(decay)
     plans = Plans(planner, piece.workers, piece.reuse)
@@ -78,6 +93,12 @@ def run_transformer(piece: Piece, recipe: FlowRecipe, limits: Limits, decay: int
         train_and_draw(training, source, piece, limits, partial(transformer_sheet, training), report)
     finally:
         plans.close()
+
+
+def both_ids(*args: Any) -> Tensor:
+    """Token ids of captions, the last argument, for several tokenizers side by side; may go to another process."""
+    *encoders, captions = args
+    return torch.cat([encode(captions) for encode in encoders], 1)
 
 
 def transformer_sheet(training: FlowTraining, target: Path) -> None:
