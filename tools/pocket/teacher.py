@@ -7,7 +7,6 @@ another scale: (1 − σ) x + σ n is √((1 − σ)² + σ²) times √ᾱ x + 
 from __future__ import annotations
 
 import torch
-from diffusers import Flux2KleinPipeline
 from torch import Tensor
 
 from spectral_diffusion.models.base import Base
@@ -46,12 +45,11 @@ class FlowTeacher:
         """
         sigmas = self.student.sigmas(timesteps)
         noise, signal = (part.view(-1, 1, 1, 1) for part in (sigmas, 1 - sigmas))
-        mean, std = self.student._statistics(noisy)
         length = (signal**2 + noise**2).sqrt()
-        seen = Flux2KleinPipeline._unpatchify_latents(noisy * std + signal * mean) / length
+        mean = self.student.denormalize(torch.zeros_like(noisy))
+        seen = (self.student.denormalize(noisy) - noise * mean) / length  # only the signal has the latents' mean
         words = Conditioning({"encoder_hidden_states": self.text_encoder(ids)[0]})
         velocity = self.denoiser.predict(seen, self.timesteps(sigmas), words)
         latents = (signal * seen - noise * velocity) / length
         expected = (noise * seen + signal * velocity) / length
-        difference: Tensor = Flux2KleinPipeline._patchify_latents(expected - latents)
-        return (difference + mean) / std
+        return self.student.normalize(expected + mean) - self.student.normalize(latents)

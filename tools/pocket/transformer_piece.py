@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLFlux2
@@ -82,7 +82,7 @@ def run_transformer(
     if teacher:
         training.teacher = FlowTeacher(load_base(teacher, str(compute.device)), training.trainee.denoiser)
         own = partial(token_ids, training.teacher.tokenizer)
-        planner = replace(planner, encode=partial(both_ids, encode, own))
+        planner = replace(planner, encode=partial(joined_ids, (encode, own)))
         training.about |= {"teacher": VERSION if is_pocket(teacher) else Path(teacher).name}
     progress = training.progress
     progress.decay(decay)
@@ -95,9 +95,8 @@ def run_transformer(
         plans.close()
 
 
-def both_ids(*args: Any) -> Tensor:
-    """Token ids of captions, the last argument, for several tokenizers side by side; may go to another process."""
-    *encoders, captions = args
+def joined_ids(encoders: Sequence[Callable[[list[str]], Tensor]], captions: list[str]) -> Tensor:
+    """Token ids (n, lengths in all) of captions by several tokenizers, side by side."""
     return torch.cat([encode(captions) for encode in encoders], 1)
 
 
