@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,13 @@ def test_a_slow_precision_is_measured_once_and_briefly(tmp_path: Path, monkeypat
     assert asked == [torch.float32, torch.bfloat16]
     (tmp_path / machine.FILE).write_text("damaged")
     assert resolve_mixed_precision("auto", "cpu") == "no" and len(asked) == 4
+
+
+def test_a_first_run_that_compiles_kernels_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a processor with AMX the first product in bfloat16 takes ten times as long as the second."""
+    ticks = iter([t for taken in (1.0, 1.0, 1.0, 1.0, 10.0, 0.5, 0.5, 0.5) for t in (0.0, taken)])
+    monkeypatch.setattr(precision, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert precision.measure_cpu() == {"float32": 1.0, "bf16": 0.5}
 
 
 def test_a_real_measurement_is_of_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from tools.pocket.batches import Batch, token_ids
 from tools.pocket.compute import Compute
 from tools.pocket.loop import Limits, train_piece
 from tools.pocket.map_heads import ANSWERS, TokenMapHead
+from tools.pocket.muon import in_a_block
 from tools.pocket.teacher import FlowTeacher
 from tools.pocket.transformer import (
     FlowRecipe,
@@ -174,6 +175,23 @@ def test_a_resumed_training_is_the_unbroken_one_bit_for_bit(
     names = [*training.names, *training.names]
     assert [name for name, (one, two) in zip(names, every, strict=True) if not torch.equal(one, two)] == []
     assert sum(not torch.equal(one, two) for one, two in zip(begun, training.parameters, strict=True)) > 20
+
+
+def test_muon_updates_the_matrices_in_blocks_and_adamw_everything_else(training: FlowTraining) -> None:
+    kinds = {name: in_a_block(name, p) for name, p in zip(training.names, training.parameters, strict=True)}
+    outside = {name.partition(".weight")[0] for name, inside in kinds.items() if not inside}
+    assert not {"text_encoder.model.embed_tokens", "transformer.x_embedder", "transformer.proj_out"} - outside
+    assert {"head.layers.0", "text_encoder.model.norm"} <= outside
+    assert kinds["text_encoder.model.layers.0.mlp.up_proj.weight"]
+    assert kinds["transformer.single_transformer_blocks.0.attn.to_out.weight"]
+    before = [parameter.detach().clone() for parameter in training.parameters]
+    training.step(random_batch(0))
+    first, rest = training.optimizer.param_groups
+    assert first["lr"] == training.recipe.rate / 8 and rest["lr"] == first["lr"] * training.recipe.rate_share
+    name = "transformer.single_transformer_blocks.0.attn.to_out.weight"
+    moved = dict(zip(training.names, training.parameters, strict=True))[name] - before[training.names.index(name)]
+    values = torch.linalg.svdvals(moved.detach())
+    assert values[0] < 3 * values[len(values) // 2]  # all directions move about as far
 
 
 @pytest.mark.slow

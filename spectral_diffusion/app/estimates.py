@@ -169,7 +169,7 @@ def base_shape(base: str, targets: str) -> Shape:
     adapted = tuple(matrix_shape(layer.weight) for layer in find_targets(models, targets).values())
     weights = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
     arch = "pocket" if weights < SMALL else "sdxl" if "text_encoder_2" in models else "sd15"
-    arch = "other" if weights >= SMALL and "unet" not in models else arch
+    arch = arch if "unet" in models else "other"
     return Shape(arch, not _is_here(base), adapted)
 
 

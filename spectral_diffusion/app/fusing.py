@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import pocket
 from ..config.fuse import FuseConfig
 from ..config.presets import preset_part, preset_settings
 from ..config.settings import Settings, build, parse_overrides
@@ -66,8 +67,8 @@ def fused_folder(workspace: Workspace, name: str | None) -> Path:
 
 
 def base_choices(workspace: Workspace, suited: Sequence[str] = ()) -> list[str]:
-    """``pocket``, the fused folders as ``fused/<name>``, then those that suit this computer."""
-    return list(dict.fromkeys(["pocket", *(FUSED + name for name in fused_names(workspace)), *suited]))
+    """The pocket bases, the fused folders as ``fused/<name>``, then those that suit this computer."""
+    return list(dict.fromkeys([*pocket.BASES, *(FUSED + name for name in fused_names(workspace)), *suited]))
 
 
 def base_path(workspace: Workspace, base: str | None) -> str:

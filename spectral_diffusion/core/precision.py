@@ -21,7 +21,7 @@ from .machine import measured_once
 MixedPrecision = Literal["no", "bf16", "fp16"]  # resolved; settings also have "auto"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CLEARLY = 0.9  # bfloat16 has to take less than this share of float32's time
-SLOW = 3.0  # times float32's after which nothing more is measured
+SLOW = 30.0  # times float32's after which nothing more is measured; the first run also compiles its kernels
 
 
 def resolve_mixed_precision(

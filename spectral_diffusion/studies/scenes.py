@@ -55,6 +55,7 @@ class SceneGroup:
         pictures: of all of them, by one variant.
         rows: in how many rows the subjects are.
         puppets: whether skeletons in place of sketches say where they are.
+        sketched: whether sketches or skeletons say it at all.
     """
 
     scenes: tuple[tuple[str, ...], ...]
@@ -63,6 +64,7 @@ class SceneGroup:
     height: int = HEIGHT
     rows: int = 1
     puppets: bool = False
+    sketched: bool = True
 
     @property
     def is_usual(self) -> bool:
@@ -181,7 +183,7 @@ def pictures_of(
     """Pictures of one scene, the locations in turn."""
     adapters = scene_adapters(lab, names)
     base, tokens = base_for(lab, variant, adapters), [adapter.token for adapter in adapters]
-    control, images = control_of(lab, names, group), []
+    controls, images = [control_of(lab, names, group)] if group.sketched else [], []
     for start, location in enumerate(PLACES):
         mine = list(seeds[start :: len(PLACES)])
         regions = [
@@ -193,7 +195,7 @@ def pictures_of(
             **{**shared, "width": group.width, "height": group.height}, regions=regions if variant.regions else []
         )
         bound = [[(adapter, 1.0)] for adapter in adapters] if variant.merge is None else []
-        images += sample(base, [prompt_of(tokens, location)] * len(mine), mine, scene, controls=[control], bound=bound)
+        images += sample(base, [prompt_of(tokens, location)] * len(mine), mine, scene, controls=controls, bound=bound)
     return images
 
 
@@ -251,7 +253,8 @@ def alone_rate(lab: StudyRunner, names: Sequence[str]) -> float:
 
 def layout(group: SceneGroup) -> dict[str, Any]:
     """What a group's pictures depend on."""
-    return {"width": group.width, "height": group.height, "rows": group.rows, "puppets": group.puppets}
+    plain = {} if group.sketched else {"sketched": False}
+    return {"width": group.width, "height": group.height, "rows": group.rows, "puppets": group.puppets, **plain}
 
 
 @study(

@@ -193,7 +193,7 @@ def transformer(
     minutes: MinutesOption = math.inf,
     until_samples: UntilOption = None,
     decay_samples: DecayOption = None,
-    rate: RateOption = 1e-3,
+    rate: RateOption = 2e-3,
     batch: BatchOption = 32,
     device: DeviceOption = "auto",
     threads: ThreadsOption = 2,

@@ -46,7 +46,7 @@ class AveragedTraining(ABC):
     about: dict[str, Any] = field(default_factory=dict)  # how the weights came about
     head: Any = field(init=False, default=None)  # reads those maps, where the recipe has their loss
     averages: list[list[Tensor]] = field(init=False)
-    optimizer: torch.optim.AdamW = field(init=False)
+    optimizer: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.trainee.to(self.compute.device)
@@ -57,8 +57,12 @@ class AveragedTraining(ABC):
         self.names = [name for name, _ in named]
         self.parameters: list[nn.Parameter] = [parameter for _, parameter in named]
         self.averages = [[p.detach().clone() for p in self.parameters] for _ in self.recipe.ema]
+        self.optimizer = self.build_optimizer()
+
+    def build_optimizer(self) -> Any:
+        """The optimizer of ``parameters``, which ``names`` names; a group may have a share of the rate of its own."""
         recipe = self.recipe
-        self.optimizer = torch.optim.AdamW(
+        return torch.optim.AdamW(
             self.parameters, lr=recipe.rate, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
         )
 
@@ -88,7 +92,7 @@ class AveragedTraining(ABC):
     def step(self, batch: Batch) -> Tensor:
         """One optimizer step; returns the loss, which stays on the device."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
+            group["lr"] = self.rate() * group.get("rate_share", 1.0)
         loss = self.loss(batch)
         self.optimizer.zero_grad()
         loss.backward()
@@ -130,7 +134,9 @@ class AveragedTraining(ABC):
         if {f"raw.{name}" for name in self.names} == {name for name in tensors if name.startswith("raw.")}:
             load_state(path, self.optimizer)
             for group in self.optimizer.param_groups:
-                group.update(betas=self.recipe.betas, weight_decay=self.recipe.weight_decay)
+                group["weight_decay"] = self.recipe.weight_decay
+                if "betas" in group:
+                    group["betas"] = self.recipe.betas
         else:  # a head was added or dropped
             self.progress.warmed = self.progress.samples
         parts: dict[str, dict[str, Tensor]] = {}

@@ -33,6 +33,7 @@ from .batches import Batch
 from .bpe import WORD_END, vocabulary_of, whole_words
 from .map_heads import TokenMapHead
 from .models import open_in_float32
+from .muon import MuonAdamW
 from .teacher import FlowTeacher
 from .world import vocabulary
 
@@ -157,7 +158,8 @@ class FlowTrainee(nn.Module):
 class FlowRecipe(AveragedRecipe):
     """How the transformer is trained on what the batches show."""
 
-    rate: float = 1e-3
+    rate: float = 2e-3  # of the matrices in blocks, by Muon
+    rate_share: float = 0.5  # of that for everything else, by AdamW
     timestep_power: float = 0.7
     weight_decay: float = 1e-2
     maps: float = 0.1
@@ -176,6 +178,10 @@ class FlowTraining(AveragedTraining):
 
     def build_head(self) -> TokenMapHead:
         return TokenMapHead(self.trainee.transformer)
+
+    def build_optimizer(self) -> MuonAdamW:
+        recipe, named = self.recipe, list(zip(self.names, self.parameters, strict=True))
+        return MuonAdamW(named, recipe.rate, recipe.rate_share, recipe.betas, recipe.weight_decay)
 
     def loss(self, batch: Batch) -> Tensor:
         """The error of the velocity, weighted by where the things are."""

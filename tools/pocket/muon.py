@@ -1,0 +1,69 @@
+"""Muon for the matrices inside a transformer's blocks, AdamW for everything else, as one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+OUTSIDE = ("head.", "embed", "proj_out")  # parts of names: what goes into the blocks, what comes out, and other heads
+
+
+def in_a_block(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a weight is a matrix inside a block."""
+    return parameter.ndim == 2 and not any(part in name for part in OUTSIDE)
+
+
+class MuonAdamW:
+    """An optimizer for :class:`~tools.pocket.averaging.AveragedTraining`.
+
+    An update of Muon (Jordan et al. 2024) has singular values near 1, here at AdamW's root mean square (Liu et al.
+    2025, arXiv:2502.16982), so that both can share a learning rate.
+
+    Args:
+        named: all parameters with their names.
+        rate: the matrices' learning rate.
+        share: of that rate for everything else; kept in its group, where the training reads it.
+    """
+
+    def __init__(
+        self, named: Sequence[tuple[str, nn.Parameter]], rate: float, share: float, betas: tuple[float, float],
+        weight_decay: float,
+    ) -> None:  # fmt: skip
+        inside = [parameter for name, parameter in named if in_a_block(name, parameter)]
+        outside = [parameter for name, parameter in named if not in_a_block(name, parameter)]
+        self.muon = torch.optim.Muon(inside, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(
+            [{"params": outside, "rate_share": share}], lr=rate, betas=betas, weight_decay=weight_decay, fused=True
+        )
+        self.inside = len(inside)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Both optimizers' groups: the matrices in blocks, then everything else."""
+        return self.muon.param_groups + self.adamw.param_groups
+
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        self.muon.zero_grad()
+        self.adamw.zero_grad()
+
+    def step(self) -> None:
+        """Update all parameters."""
+        self.muon.step()
+        self.adamw.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both optimizers' states as that of one: the second one's parameters are numbered after the first one's."""
+        first, second = self.muon.state_dict(), self.adamw.state_dict()
+        later = {self.inside + index: entries for index, entries in second["state"].items()}
+        return {"state": first["state"] | later, "param_groups": first["param_groups"] + second["param_groups"]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a state that :meth:`state_dict` gave."""
+        first = {index: entries for index, entries in state["state"].items() if index < self.inside}
+        later = {index - self.inside: entries for index, entries in state["state"].items() if index >= self.inside}
+        self.muon.load_state_dict({"state": first, "param_groups": state["param_groups"][:1]})
+        self.adamw.load_state_dict({"state": later, "param_groups": state["param_groups"][1:]})
