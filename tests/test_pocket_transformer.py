@@ -58,14 +58,14 @@ def test_from_photos_to_regions_with_its_preset(tmp_path: Path) -> None:
     for slot, (name, file) in enumerate(files.items()):
         run("train", str(assets.concepts() / name), "-o", str(file), "--base", BASE, "--slot", str(slot), *few)
     rex, brew = (load_adapter(file) for file in files.values())
-    assert rex.token == "rex dog" and brew.token == "brew teapot" and rex.config["batch_size"] == 1
+    assert rex.token == "<rex>" and brew.token == "<brew>"
     scene = tmp_path / "scene.yaml"
     scene.write_text(
         f"prompt: '{rex.token} on the left and {brew.token} on the right'\nnum_inference_steps: 1\nregions:\n"
-        f"  - {{box: [0, 0, 0.5, 1], prompt: '{rex.token}', adapter: {files['rex']}}}\n"
-        f"  - {{box: [0.5, 0, 1, 1], prompt: '{brew.token}', adapter: {files['brew']}}}\n"
+        f"  - {{box: [0, 0, 0.5, 1], prompt: '{rex.token}', adapters: {{{files['rex']}: 1}}}}\n"
+        f"  - {{box: [0.5, 0, 1, 1], prompt: '{brew.token}', adapters: {{{files['brew']}: 1}}}}\n"
     )
-    run("generate", "--scene", str(scene), "-o", str(tmp_path / "bound.png"))
+    run("generate", "--config", str(scene), "-o", str(tmp_path / "bound.png"))
     run("fuse", *map(str, files.values()), "-o", str(tmp_path / "fused"))
     run("generate", "--base", str(tmp_path / "fused"), "--prompt", rex.token, "-o", str(tmp_path / "fused.png"),
         "num_inference_steps=1")  # fmt: skip

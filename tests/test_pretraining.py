@@ -283,7 +283,7 @@ def test_a_training_goes_on_in_other_networks() -> None:
 def test_a_trial_measures_its_weights_and_averages_on_the_same_pictures() -> None:
     torch.manual_seed(0)
     training = Training(Trainee(TINY, 4), CPU, Recipe(ema=trials.AVERAGES), Progress(samples=2_000_000))
-    training.optimizer = trials.muon_and_adamw(training.parameters, training.recipe)  # type: ignore[assignment]
+    training.optimizer = trials.muon_optimizer(training)
     batches = [random_batch(step) for step in (0, 1)]
     before = trials.held_out_losses(training, batches, None)
     assert before == trials.held_out_losses(training, batches, 2)  # the average begins as the weights

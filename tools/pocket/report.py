@@ -18,11 +18,11 @@ from torch import Tensor
 
 from spectral_diffusion.adapters.apply import put_adapters
 from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.config.presets import preset_settings
 from spectral_diffusion.config.scene import Scene
-from spectral_diffusion.config.settings import build, read_yaml
+from spectral_diffusion.config.settings import build
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.assets import concepts as concept_folder
-from spectral_diffusion.core.assets import preset
 from spectral_diffusion.data.folder import load_concept, open_photo
 from spectral_diffusion.metrics.classifiers import classify_images, load_classifier
 from spectral_diffusion.metrics.identity import IdentityEncoder, embed, identity_score, load_identity_encoder
@@ -199,6 +199,11 @@ def poses_kept(base: Base, renderer: Renderer, config: Scene, count: int = 64) -
     return {"own": own, "shuffled": other, "difference": own - other}
 
 
+def settings_of(base: str, verb: str) -> dict[str, Any]:
+    """The settings of a base's preset for a verb, of the pocket preset for a folder's."""
+    return preset_settings(base, verb) or preset_settings("pocket", verb)
+
+
 def concept_learnt(
     base_name: str,
     renderer: Renderer,
@@ -210,7 +215,7 @@ def concept_learnt(
     """The way from a generic thing of the class (0) to held-out views after the VAE's round trip (1).
 
     Args:
-        change: settings of the pocket preset's training to change.
+        change: settings of the training to change; the others are those of the base's preset.
     """
     out: Figures = {}
     places = ("on the grass", "on the beach", "in the snow", "on a table", "at night", "in the desert")
@@ -238,9 +243,7 @@ def concept_learnt(
             file = Path(scratch) / f"{name}.safetensors"
             where = {"concept": folder, "output": file, "base": base_name}
             begun = time.monotonic()
-            train_to_file(
-                build(TrainConfig, read_yaml(preset("pocket"))["train"], dict(change or {}), where), base=base
-            )
+            train_to_file(build(TrainConfig, settings_of(base_name, "train"), dict(change or {}), where), base=base)
             seconds = time.monotonic() - begun
             with_it = load_base(base_name)
             put_adapters(with_it, [(load_adapter(file), 1.0)])
@@ -270,14 +273,12 @@ def make_report(
 ) -> Figures:
     """Every figure, in a nested mapping. ``weights`` holds ``judges/`` and ``identity/`` if they are not shipped."""
     base = load_base(base_name)
-    config = build(Scene, read_yaml(preset("pocket"))["generate"], {"base": base_name, "guidance_scale": 4.0})
+    config = build(Scene, settings_of(base_name, "generate"), {"base": base_name, "guidance_scale": 4.0})
     encoder = load_identity_encoder(weights / "identity" / "model.safetensors" if weights else None)
     judges = {name: load_classifier(name, weights / "judges" if weights else None) for name in ("chooser", "referee")}
     parts: dict[str, Callable[[], Any]] = {
         "captions": lambda: captions_kept(base, renderer, config, judges, count),
         "seeds": lambda: seeds_differ(base, renderer, config, encoder),
-        "sketch": lambda: sketches_kept(base, renderer, config),
-        "keypose": lambda: poses_kept(base, renderer, config),
         "identity_auc": lambda: {
             "clean": held_out_auc(encoder, renderer),
             "round_trip": held_out_auc(encoder, renderer, base.pipeline.vae),
@@ -285,6 +286,11 @@ def make_report(
         "seconds_per_picture": lambda: seconds_per_picture(base, config),
         "concept": lambda: concept_learnt(base_name, renderer, config, encoder, ("rex", "brew", "inky", "bolt")),
     }
+    if base.denoiser.controls == "t2i":
+        parts |= {
+            "sketch": lambda: sketches_kept(base, renderer, config),
+            "keypose": lambda: poses_kept(base, renderer, config),
+        }
     out: Figures = {"base": base.fingerprint.exact, "pictures_per_row": count, "guidance_scale": config.guidance_scale}
     for name, measure in parts.items():
         begun = time.monotonic()
@@ -317,8 +323,11 @@ def table(figures: Figures) -> str:
             for key, text in (("two", "two, square"), ("two_wide", "two at 2:1"), ("three_wide", "three at 2:1"))
         ),
         line("seeds differ, share of true spread", figures["seeds"]),
-        line("sketch: edge F1, own − shuffled", figures["sketch"]["difference"]),
-        line("keypose: silhouette IoU, own − shuffled", figures["keypose"]["difference"]),
+        *(
+            line(f"{name}: {measure}, own − shuffled", figures[name]["difference"])
+            for name, measure in (("sketch", "edge F1"), ("keypose", "silhouette IoU"))
+            if name in figures
+        ),
         line("identity AUC, held out", figures["identity_auc"]["clean"]),
         line("identity AUC, after the VAE", figures["identity_auc"]["round_trip"]),
         line("one concept: way from generic to held-out", concept["mean_way"]),

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from spectral_diffusion.core.files import write_json
 
+from .averaging import AveragedTraining
 from .base import Recipe, Training
 from .batches import Batch, Mix, token_ids
 from .compute import choose
 from .device import DeviceRenderer, DeviceSource, Plans
 from .loop import Limits, Report, train_piece
 from .models import Trainee
+from .muon import MuonAdamW
 from .pieces import ARTWORK, STATE, Piece, bank_of, begin, described, vae_of
 from .plan import Planner
 from .sheet import export
@@ -50,34 +51,10 @@ TRIALS = {
 }
 
 
-class Together:
-    """Several optimizers that step as one; only for trials, which do not save it."""
-
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self.parts = parts
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for part in self.parts for group in part.param_groups]
-
-    def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad()
-
-    def step(self) -> None:
-        for part in self.parts:
-            part.step()
-
-
-def muon_and_adamw(parameters: Sequence[nn.Parameter], recipe: Recipe) -> Together:
-    """Muon for the matrices inside the networks, its steps as long as AdamW's; AdamW for the others."""
-    matrices = [p for p in parameters if p.ndim == 2 and max(p.shape) < 2000]  # not the word embeddings
-    others = [p for p in parameters if not any(p is m for m in matrices)]
-    common: dict[str, Any] = {"lr": recipe.rate, "weight_decay": recipe.weight_decay}
-    return Together(
-        torch.optim.Muon(matrices, **common, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, **common, betas=recipe.betas, fused=True),
-    )
+def muon_optimizer(training: AveragedTraining) -> MuonAdamW:
+    """Muon for the matrices inside the networks, at the rate of everything else."""
+    recipe, named = training.recipe, list(zip(training.names, training.parameters, strict=True))
+    return MuonAdamW(named, recipe.rate, 1.0, recipe.betas, recipe.weight_decay)
 
 
 @torch.no_grad()
@@ -132,7 +109,7 @@ def run_trial(name: str, work: Path, samples: int, every: int, report: Report) -
     piece = Piece(folder, sizes=trial.sizes, sheet_samples=0)
     training = begin(piece, compute, recipe)
     if trial.muon:
-        training.optimizer = muon_and_adamw(training.parameters, recipe)  # type: ignore[assignment]
+        training.optimizer = muon_optimizer(training)
     training.progress.warmed = training.progress.samples
     first = training.progress.samples
     bank = bank_of(piece, compute)
