@@ -17,7 +17,7 @@ from .core import assets as resources
 from .core.cache import cache_folder
 from .core.files import folder_size
 from .core.machine import machine_properties, measured_once, provenance
-from .core.precision import cuda_has_bf16, measure_cpu, resolve_mixed_precision
+from .core.precision import MEASURED, cuda_has_bf16, is_clear, measure_cpu, resolve_mixed_precision
 from .training.memory import available
 from .training.speed import seconds_per_picture
 
@@ -60,7 +60,7 @@ def examine() -> Check:
     """Examine this machine; measurements take some seconds the first time and are cached."""
     device = best_device()
     precision = resolve_mixed_precision("auto", device)
-    timings = measured_once("precision", measure_cpu)
+    timings = measured_once(MEASURED, measure_cpu, is_clear)
     pace = seconds_per_picture("pocket", device, precision)
     made = provenance()
     machine = machine_properties()

@@ -130,11 +130,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     Processes that tests start find the same.
     """
-    from spectral_diffusion.core import machine
+    from spectral_diffusion.core import machine, precision
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        machine.remember("precision", {"float32": 1.0, "bf16": 2.0})
+        machine.remember(precision.MEASURED, {"float32": 1.0, "bf16": 2.0})
         yield
 
 

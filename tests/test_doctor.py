@@ -12,6 +12,7 @@ from spectral_diffusion import doctor
 from spectral_diffusion.cli import app
 from spectral_diffusion.core import machine
 from spectral_diffusion.core.assets import configs
+from spectral_diffusion.core.precision import MEASURED
 from spectral_diffusion.doctor import fitting_presets, this_computer
 
 
@@ -22,7 +23,7 @@ def test_a_bug_report_has_what_matters_and_no_home(tmp_path: Path, monkeypatch: 
     (cache / "spectra" / "a.safetensors").write_bytes(bytes(2**20))
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(cache))
-    machine.remember("precision", {"float32": 0.5, "bf16": 0.1})
+    machine.remember(MEASURED, {"float32": 0.5, "bf16": 0.1})
     machine.remember("time-pocket-cpu-bf16", [0.08, 1.0])
     result = CliRunner().invoke(app, ["doctor", "--json"])
     assert result.exit_code == 0, result.output
@@ -52,8 +53,8 @@ def test_a_damaged_measurement_is_made_again_or_ignored(tmp_path: Path, monkeypa
     from spectral_diffusion.core.precision import cpu_is_quick_in_bf16
 
     monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path))
-    for damaged in ("precision", {"float32": "x"}, None):
-        machine.remember("precision", damaged)
+    for damaged in ("damaged", {"float32": "x"}, None):
+        machine.remember(MEASURED, damaged)
         assert not cpu_is_quick_in_bf16()
 
 

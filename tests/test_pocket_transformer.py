@@ -12,11 +12,15 @@ from typer.testing import CliRunner
 
 from spectral_diffusion import pocket
 from spectral_diffusion.adapters.formats.native import load_adapter
+from spectral_diffusion.app.estimates import base_shape
+from spectral_diffusion.batch.estimate import UNKNOWN_MINUTES, needed
 from spectral_diffusion.cli import app
 from spectral_diffusion.config.presets import preset_settings
 from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.settings import build
+from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core import assets
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.metrics.classifiers import classify_images, load_classifier
 from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.scenes.sampling import sample
@@ -43,6 +47,22 @@ def test_single_things_can_be_named() -> None:
     verdicts = classify_images(load_classifier("referee"), pictures, [1] * len(pictures))
     named = [verdict[0].noun for verdict in verdicts]
     assert sum(name == thing for name, thing in zip(named, THINGS, strict=True)) >= 8, named
+
+
+def test_it_has_a_folder_a_shape_and_no_sketches(tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["pocket", "path", BASE])
+    assert found.output.strip() == str(pocket.path(BASE))
+    wrong = CliRunner().invoke(app, ["pocket", "path", "pocket-transfomer"])
+    assert isinstance(wrong.exception, UserError) and "did you mean 'pocket-transformer'" in str(wrong.exception)
+    assert base_shape(BASE, "attention").arch == "other" and base_shape("pocket", "attention").arch == "pocket"
+    config = TrainConfig(concept=tmp_path, output=tmp_path / "a.safetensors", base=BASE, device="cpu")
+    assert needed(config, load_base(BASE, "cpu")).minutes == UNKNOWN_MINUTES
+    image = tmp_path / "sketch.png"
+    Image.new("L", (128, 128), 255).save(image)
+    words = ["generate", "--base", BASE, "--prompt", "a dog", "--sketch", str(image), "-o", str(tmp_path / "a.png")]
+    refused = CliRunner().invoke(app, words)
+    assert isinstance(refused.exception, UserError) and "has seen no control images" in str(refused.exception)
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_from_photos_to_regions_with_its_preset(tmp_path: Path) -> None:

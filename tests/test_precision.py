@@ -25,7 +25,7 @@ from spectral_diffusion.training.run import state_path, train_to_file
 
 
 def timed(bf16: float) -> None:
-    machine.remember("precision", {"float32": 1.0, "bf16": bf16})
+    machine.remember(precision.MEASURED, {"float32": 1.0, "bf16": bf16})
 
 
 @pytest.fixture(autouse=True)
@@ -76,9 +76,9 @@ def test_a_first_run_that_compiles_kernels_does_not_decide(monkeypatch: pytest.M
 
 def test_a_real_measurement_is_of_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path))
-    found = machine.measured_once("precision", precision.measure_cpu)
+    found = machine.measured_once(precision.MEASURED, precision.measure_cpu)
     assert set(found) == {"float32", "bf16"} and min(found.values()) > 0
-    assert json.loads((tmp_path / machine.FILE).read_text())[machine.machine_identity()]["precision"] == found
+    assert json.loads((tmp_path / machine.FILE).read_text())[machine.machine_identity()][precision.MEASURED] == found
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])

@@ -280,6 +280,7 @@ def test_a_training_goes_on_in_other_networks() -> None:
     assert torch.equal(new[:8], old) and not torch.equal(larger.averages[0][0], larger.averages[1][0])
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_a_trial_measures_its_weights_and_averages_on_the_same_pictures() -> None:
     torch.manual_seed(0)
     training = Training(Trainee(TINY, 4), CPU, Recipe(ema=trials.AVERAGES), Progress(samples=2_000_000))

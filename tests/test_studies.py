@@ -62,10 +62,11 @@ from spectral_diffusion.studies.runner import (
     widened,
     without_paths,
 )
-from spectral_diffusion.studies.scenes import GROUPS, SLOTS
+from spectral_diffusion.studies.scenes import GROUPS, SLOTS, layout
 from spectral_diffusion.studies.slots import check_equal, slot_jobs
 from spectral_diffusion.studies.speed import METHODS
 from spectral_diffusion.studies.styles import STYLES, TUNING_STYLE, WAYS
+from spectral_diffusion.studies.transformer import isolation_of, runners_of, scenes_of, shown_settings
 
 
 @pytest.fixture(scope="module")
@@ -320,3 +321,26 @@ def test_the_penalty_is_trained_against_the_concepts_before(work: Path) -> None:
     changes = changes_for(lab, "lora, overlap penalty", 1.0, TEST_CONCEPTS[:3], 0)
     earlier = [change.get("interference", {}).get("earlier_adapters", []) for change in changes]
     assert [len(files) for files in earlier] == [0, 1, 2] and earlier[2][:1] == earlier[1]
+
+
+def test_two_bases_are_studied_alike_and_a_file_of_settings_lies_over_both(tmp_path: Path) -> None:
+    recipe = tmp_path / "few.yaml"
+    recipe.write_text("train: {steps: 7}")
+    lab = StudyRunner(settings=study_settings(recipe), folder=tmp_path, recipe=recipe)
+    runners = runners_of(lab, False)
+    other = runners["pocket-transformer"]
+    assert runners["pocket"] is lab and list(runners) == ["pocket", "pocket-transformer"]
+    assert other.used is lab.used and other.begun == lab.begun and other.edges is not lab.edges
+    assert other.fingerprint != lab.fingerprint and other.terms["base"] != lab.terms["base"]
+    shown = {base: shown_settings(runner) for base, runner in runners.items()}
+    assert [row["steps"] for row in shown.values()] == [7, 7]
+    assert shown["pocket"]["target_modules"] != shown["pocket-transformer"]["target_modules"]
+    own = runners_of(StudyRunner("my-klein", settings=study_settings(), folder=tmp_path), False)
+    assert list(own) == ["pocket", "my-klein"]
+
+
+def test_scenes_without_sketches_have_keys_of_their_own() -> None:
+    lab = StudyRunner()
+    assert set(layout(GROUPS["2"])) == {"width", "height", "rows", "puppets"}  # as in older records
+    found = scenes_of(lab, False)["2"]
+    assert layout(found) == {**layout(GROUPS["2"]), "sketched": False, "isolation": isolation_of(lab) == 1 and 1.0}

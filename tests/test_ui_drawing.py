@@ -22,6 +22,7 @@ import torch
 from conftest import make_photos, make_tiny_base
 from PIL import Image, ImageDraw, PngImagePlugin
 
+from spectral_diffusion import pocket
 from spectral_diffusion.app import base_cache as keeper_module
 from spectral_diffusion.app import canvas, fusing, poses, presets
 from spectral_diffusion.app import gallery as pictures
@@ -290,10 +291,11 @@ def test_a_base_is_loaded_as_this_computer_needs_it(
     klein, z_image = "black-forest-labs/FLUX.2-klein-base-4B", "Tongyi-MAI/Z-Image"
     assert drawing.as_loaded(workspace, klein) == {"dtype": "float32"}  # no GPU here
     monkeypatch.setattr("spectral_diffusion.doctor.this_computer", lambda: ("a card", ["klein-12gb", "z-image-12gb"]))
-    assert fusing.base_choices(workspace, list(suited_bases())) == ["pocket", klein, z_image]
+    assert fusing.base_choices(workspace, list(suited_bases())) == [*pocket.BASES, klein, z_image]
     assert drawing.as_loaded(workspace, klein) == {"dtype": "bfloat16"}
     assert drawing.as_loaded(workspace, z_image) == {"dtype": "bfloat16", "quantization": "int8"}
     assert drawing.sampling_of(workspace, klein, (20, 2.0, 1.0)) == (50, 4.0, 0.0)
+    assert drawing.sampling_of(workspace, "pocket-transformer", (20, 2.0, 1.0)) == (20, 4.0, 0.0)
     assert drawing.sampling_of(workspace, klein, (33, 2.5, 1.0)) == (33, 2.5, 0.0)  # a person's own stay
     asked = GenerateRequest(base=z_image, adapters=[])
     assert drawing.requested_scene(workspace, asked, Path("x.png"), prompt="a").quantization == "int8"

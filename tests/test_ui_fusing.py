@@ -20,6 +20,7 @@ import torch
 from conftest import make_photos
 from safetensors.torch import load_file
 
+from spectral_diffusion import pocket
 from spectral_diffusion.adapters.formats.import_lora import import_lora
 from spectral_diffusion.app import comparing, downloads, fusing, speeds
 from spectral_diffusion.app.adapters import read_adapter
@@ -117,7 +118,7 @@ def test_one_unreadable_adapter_hides_no_other(workspace: Workspace) -> None:
 @pytest.mark.parametrize("merge", ["spectral", "fedavg", "ties"])
 def test_fuse_and_take_out_again(workspace: Workspace, merge: str, tmp_path: Path) -> None:
     told = fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH, merge=merge)
-    assert "Saved 'pair'" in told and fusing.base_choices(workspace) == ["pocket", "fused/pair"]
+    assert "Saved 'pair'" in told and fusing.base_choices(workspace) == [*pocket.BASES, "fused/pair"]
     [saved] = fusing.fusions(workspace)
     assert (saved.name, dict(saved.concepts), saved.merge) == ("pair", {"mug": 0.5, "rex": 1.0}, merge)
     fusing.take_out(workspace, "pair", "mug", "rest")

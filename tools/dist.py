@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LARGEST = 40_000_000  # bytes of the wheel
+LARGEST = 60_000_000  # bytes of the wheel
 PACKAGES = {"spectral_diffusion"}
 
 

@@ -242,7 +242,7 @@ def requested_scene(
     if manifest and foreign:
         raise UserError(
             f"{request.base} is fused from {', '.join(sorted(inside))}, and {foreign[0]} is not among them: remove it "
-            "from the boxes and the concepts, or choose the base pocket."
+            f"from the boxes and the concepts, or choose the base {read_adapter(workspace, foreign[0]).base}."
         )
     strengths = parse_strengths(request.strength if named else "", named)
     _note_missing_tokens(workspace, [region for region in request.canvas.regions if region.concept in bound], hooks)

@@ -28,7 +28,8 @@ def needed(config: TrainConfig, base: Base | None) -> Cluster:
         return Cluster(minutes=UNKNOWN_MINUTES)
     on_gpu = config.device.startswith("cuda") or (config.device == "auto" and is_large(base))
     if not is_large(base):
-        minutes = None if on_gpu else SPARE * training_seconds(config, "pocket") / 60 + START_MINUTES
+        measured = not on_gpu and "unet" in base.models  # a small transformer's step is not the pocket base's
+        minutes = SPARE * training_seconds(config, "pocket") / 60 + START_MINUTES if measured else None
         return Cluster(memory_gb=SMALL_GB, minutes=rounded(minutes), gpus=int(on_gpu))
     weights = sum(p.numel() * p.element_size() for model in base.models.values() for p in model.parameters()) / 1e9
     if on_gpu:

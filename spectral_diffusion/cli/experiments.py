@@ -16,7 +16,7 @@ from .support import echo, progress_bar
 
 def experiment(
     name: Annotated[str | None, typer.Argument(help="A study, or all; by default they are listed.")] = None,
-    base: Annotated[str, typer.Option(help="pocket, or a base of your own.")] = "pocket",
+    base: Annotated[str, typer.Option(help="pocket, pocket-transformer, or a base of your own.")] = "pocket",
     quick: Annotated[bool, typer.Option("--quick", help="A smoke test of some seconds.")] = False,
     hours: Annotated[float, typer.Option(help="The time limit of a study; run it again to continue.")] = 6.0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the page.")] = Path("evidence"),
@@ -73,6 +73,7 @@ def experiment(
                 note=echo,
                 most=hours * 3600,
                 known=read_records(output) if from_record else {},
+                recipe=recipe,
             )
             if work is not None:
                 lab.folder = work

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
+
+from ..core.errors import UserError, nearest
 
 pocket_app = typer.Typer(help="The pocket base.", no_args_is_help=True)
 
@@ -13,8 +17,12 @@ def pocket_group() -> None:
 
 
 @pocket_app.command("path")
-def pocket_path() -> None:
-    """Print the folder of the pocket base."""
+def pocket_path(
+    base: Annotated[str, typer.Argument(help="pocket, or pocket-transformer.")] = "pocket",
+) -> None:
+    """Print the folder of a pocket base."""
     from .. import pocket
 
-    typer.echo(str(pocket.path()))
+    if not pocket.is_pocket(base):
+        raise UserError(f"No pocket base '{base}'{nearest(base, pocket.BASES)}; there are {', '.join(pocket.BASES)}.")
+    typer.echo(str(pocket.path(base)))

@@ -91,7 +91,8 @@ class Scene(Settings):
     negative_prompt: str = Field("", description="What guidance moves away from.")
     output: Path = Field(Path("out.png"), description="Picture to write; several go to <output>-<seed>.png.")
     base: str = Field(
-        "pocket", description="pocket, a fused or diffusers folder, a hub id or a .safetensors checkpoint."
+        "pocket",
+        description="pocket, pocket-transformer, a fused or diffusers folder, a hub id or a .safetensors checkpoint.",
     )
     adapters: dict[str, Strength] = Field(
         default_factory=dict, description="Adapter file to scale; they act everywhere."

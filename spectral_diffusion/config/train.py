@@ -177,7 +177,9 @@ class TrainConfig(Settings):
         [], description="Photo folders of further concepts, trained jointly into the same adapter."
     )
     output: Path = Field(description="Adapter file to write, ending in .safetensors.")
-    base: str = Field("pocket", description="pocket, a diffusers folder, a hub id or a .safetensors checkpoint.")
+    base: str = Field(
+        "pocket", description="pocket, pocket-transformer, a diffusers folder, a hub id or a .safetensors checkpoint."
+    )
     method: str = Field("spectral-additive", description="Fine-tuning method; `methods` lists them.")
     rank: int = Field(
         8,

@@ -20,6 +20,7 @@ from .machine import measured_once
 
 MixedPrecision = Literal["no", "bf16", "fp16"]  # resolved; settings also have "auto"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MEASURED = "precision of 2026-11"  # the kept measurement's name: earlier ones counted the run that compiles kernels
 CLEARLY = 0.9  # bfloat16 has to take less than this share of float32's time
 SLOW = 30.0  # times float32's after which nothing more is measured; the first run also compiles its kernels
 
@@ -72,7 +73,7 @@ def cuda_has_bf16() -> bool:
 
 def cpu_is_quick_in_bf16() -> bool:
     """Whether this processor takes clearly less time in bfloat16; measured once and kept."""
-    seconds = measured_once("precision", measure_cpu, is_clear)
+    seconds = measured_once(MEASURED, measure_cpu, is_clear)
     try:
         return float(seconds["bf16"]) < CLEARLY * float(seconds["float32"])
     except (KeyError, TypeError, ValueError):  # the cache was edited

@@ -186,7 +186,9 @@ def _local(name: str) -> Path | None:
     if local.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
         raise UserError(f"{local} is a pickle checkpoint, which can run code; convert it to .safetensors.")
     if local.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"No base '{name}': use pocket, a diffusers folder, a hub id or a .safetensors file.")
+        raise UserError(
+            f"No base '{name}': use pocket, pocket-transformer, a diffusers folder, a hub id or a .safetensors file."
+        )
     return None
 
 

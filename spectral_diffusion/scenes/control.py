@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import pocket
 from ..config.scene import Box, ControlImage, Kind, Region
+from ..core.assets import preset_of
 from ..core.errors import Fix, UserError, only_a_pickle, reason
 from ..core.files import check_not_disguised, is_folder
 from ..data.image_io import MAX_PIXELS, open_on_black, open_upright
@@ -187,6 +188,11 @@ def control_network(base: Base, controls: Sequence[ControlMap], size: tuple[int,
         titles = ", ".join(family.title for family in FAMILIES if family.controls)
         raise UserError(f"Sketches and keyposes work on {titles} only.", Fix("controls", so="left empty"))
     if base.family.controls == "reference":
+        if (own := preset_of(base.name)) is not None:
+            raise UserError(
+                f"The base {own} has seen no control images and no reference pictures; the base pocket takes sketches.",
+                Fix("controls", so="left empty"),
+            )
         if any(control.weight != 1 or control.adapter for control in controls):
             raise UserError(
                 f"{base.family.title} reads a control image as a reference picture, without a weight or an adapter.",

@@ -17,11 +17,16 @@ from .registry import Findings, Study
 from .runner import Figures, StudyRunner
 
 
+def heading(study: Study) -> str:
+    """Whose the claim is: the paper's by its figure, else our own question."""
+    return "Our question" if study.paper.startswith("none") else f"The paper ({study.paper})"
+
+
 def page(study: Study, findings: Findings, quick: bool, title: str, how: str) -> str:
     """The study's page; the names of its pictures begin with ``title``."""
     parts = [
         f"# {study.name}",
-        f"**The paper ({study.paper}):** {study.claim}",
+        f"**{heading(study)}:** {study.claim}",
         f"**We see:** {findings.verdict}",
     ]
     if findings.missing:

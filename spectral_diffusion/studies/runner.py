@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,7 @@ class StudyRunner:
         concepts: the folder of the concepts' photo folders; default: the shipped ones.
         nouns: class nouns of concepts whose folders do not say them.
         loading: how the base is loaded: device, dtype, quantization, layer_offload.
+        recipe: a file whose settings lie over the base's own; ``settings`` are both together.
         known: cells by name that were measured elsewhere, read from a page's record.
         used: the cells that were read or measured by this object.
         edges: sweeps whose best is at an edge, which a study's page lists.
@@ -138,6 +139,7 @@ class StudyRunner:
     concepts: Path = field(default_factory=resources.concepts)
     nouns: Mapping[str, str] = field(default_factory=dict)
     loading: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Path | None = None
     progress: Progress = silent
     note: Callable[[str], None] = lambda text: None
     most: float = 6 * 3600.0
@@ -153,6 +155,10 @@ class StudyRunner:
         asked = str(train.get("mixed_precision", "auto"))
         train["mixed_precision"] = resolve_mixed_precision(asked, parse_device("auto"))
         self.settings = {**self.settings, "train": train}
+
+    def on(self, base: str, settings: Mapping[str, Any]) -> StudyRunner:
+        """A runner on another base, which shares this one's folder, time and cells."""
+        return self if base == self.base_name else replace(self, base_name=base, settings=settings, edges=[])
 
     def fresh(self) -> Base:
         """A freshly loaded copy of the base."""

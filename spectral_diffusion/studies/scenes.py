@@ -56,6 +56,7 @@ class SceneGroup:
         rows: in how many rows the subjects are.
         puppets: whether skeletons in place of sketches say where they are.
         sketched: whether sketches or skeletons say it at all.
+        isolation: of the regions; None: as the study's settings have it.
     """
 
     scenes: tuple[tuple[str, ...], ...]
@@ -65,6 +66,7 @@ class SceneGroup:
     rows: int = 1
     puppets: bool = False
     sketched: bool = True
+    isolation: float | None = None
 
     @property
     def is_usual(self) -> bool:
@@ -191,9 +193,9 @@ def pictures_of(
             for box, token in zip(boxes(len(names), group.rows), tokens, strict=True)
         ]
         shared = lab.pictures_config.model_dump(exclude={"regions"})
-        scene = Scene(
-            **{**shared, "width": group.width, "height": group.height}, regions=regions if variant.regions else []
-        )
+        shared |= {"width": group.width, "height": group.height}
+        shared |= {} if group.isolation is None else {"region_isolation": group.isolation}
+        scene = Scene(**shared, regions=regions if variant.regions else [])
         bound = [[(adapter, 1.0)] for adapter in adapters] if variant.merge is None else []
         images += sample(base, [prompt_of(tokens, location)] * len(mine), mine, scene, controls=controls, bound=bound)
     return images
@@ -253,8 +255,10 @@ def alone_rate(lab: StudyRunner, names: Sequence[str]) -> float:
 
 def layout(group: SceneGroup) -> dict[str, Any]:
     """What a group's pictures depend on."""
-    plain = {} if group.sketched else {"sketched": False}
-    return {"width": group.width, "height": group.height, "rows": group.rows, "puppets": group.puppets, **plain}
+    found = {"width": group.width, "height": group.height, "rows": group.rows, "puppets": group.puppets}
+    # What is left out keeps the keys of cells that were measured before there was a choice.
+    found |= {} if group.sketched else {"sketched": False}
+    return found if group.isolation is None else {**found, "isolation": group.isolation}
 
 
 @study(

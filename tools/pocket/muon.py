@@ -1,4 +1,4 @@
-"""Muon for the matrices inside a transformer's blocks, AdamW for everything else, as one optimizer."""
+"""Muon for the matrices inside networks, AdamW for everything else, as one optimizer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-OUTSIDE = ("head.", "embed", "proj_out")  # parts of names: what goes into the blocks, what comes out, and other heads
+OUTER = ("head.", "embed", "proj_out")  # parts of names: what reads the inputs, what gives the outputs, other heads
 
 
-def in_a_block(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a weight is a matrix inside a block."""
-    return parameter.ndim == 2 and not any(part in name for part in OUTSIDE)
+def is_inner(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a weight is a matrix, and neither of the input nor of the output."""
+    return parameter.ndim == 2 and not any(part in name for part in OUTER)
 
 
 class MuonAdamW:
@@ -32,8 +32,8 @@ class MuonAdamW:
         self, named: Sequence[tuple[str, nn.Parameter]], rate: float, share: float, betas: tuple[float, float],
         weight_decay: float,
     ) -> None:  # fmt: skip
-        inside = [parameter for name, parameter in named if in_a_block(name, parameter)]
-        outside = [parameter for name, parameter in named if not in_a_block(name, parameter)]
+        inside = [parameter for name, parameter in named if is_inner(name, parameter)]
+        outside = [parameter for name, parameter in named if not is_inner(name, parameter)]
         self.muon = torch.optim.Muon(inside, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.adamw = torch.optim.AdamW(
             [{"params": outside, "rate_share": share}], lr=rate, betas=betas, weight_decay=weight_decay, fused=True
@@ -42,7 +42,7 @@ class MuonAdamW:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Both optimizers' groups: the matrices in blocks, then everything else."""
+        """Both optimizers' groups: the inner matrices, then everything else."""
         return self.muon.param_groups + self.adamw.param_groups
 
     def zero_grad(self) -> None:

@@ -158,7 +158,7 @@ class FlowTrainee(nn.Module):
 class FlowRecipe(AveragedRecipe):
     """How the transformer is trained on what the batches show."""
 
-    rate: float = 2e-3  # of the matrices in blocks, by Muon
+    rate: float = 2e-3  # of the inner matrices, by Muon
     rate_share: float = 0.5  # of that for everything else, by AdamW
     timestep_power: float = 0.7
     weight_decay: float = 1e-2
