@@ -18,8 +18,8 @@ from .runner import Figures, StudyRunner
 
 
 def heading(study: Study) -> str:
-    """Whose the claim is: the paper's by its figure, else our own question."""
-    return "Our question" if study.paper.startswith("none") else f"The paper ({study.paper})"
+    """Whose the claim is: the paper's by its figure, or another one."""
+    return "The claim" if study.paper.startswith("none") else f"The paper ({study.paper})"
 
 
 def page(study: Study, findings: Findings, quick: bool, title: str, how: str) -> str:

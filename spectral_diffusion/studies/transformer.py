@@ -35,7 +35,7 @@ def runners_of(lab: StudyRunner, quick: bool) -> dict[str, StudyRunner]:
 @study(
     "transformer",
     "none: a transformer of today",
-    "Do slots keep adapters apart on a transformer as they do on a U-Net?",
+    "Slots keep adapters apart on a transformer as they do on a U-Net.",
     (240, 0.5),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
