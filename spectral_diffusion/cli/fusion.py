@@ -81,7 +81,7 @@ def fuse(
             return
         for warning in fuse_to_folder(settings, Hooks(progress=progress, notify=echo)):
             echo(f"Note: {warning}")
-    echo(f"Wrote {settings.output}/; open it with --base {settings.output} or StableDiffusionPipeline.from_pretrained.")
+    echo(f"Wrote {settings.output}/; open it with --base {settings.output} or DiffusionPipeline.from_pretrained.")
 
 
 def submit_parts(settings: FuseConfig, executor: Executors, parallelism: int | None, cluster: list[str] | None) -> None:
