@@ -204,7 +204,10 @@ def test_the_loss_falls(training: FlowTraining) -> None:
 
 def test_an_export_is_a_stock_pipeline_and_a_base(training: FlowTraining, tmp_path: Path) -> None:
     training.step(random_batch(0))
+    training.trainee.denoiser.vae.save_pretrained(tmp_path / "vae")
+    training.trainee.denoiser.vae = AutoencoderKLFlux2.from_pretrained(tmp_path / "vae")
     export_transformer(training, tmp_path / "out")
+    assert str(tmp_path) not in (tmp_path / "out" / "vae" / "config.json").read_text(encoding="utf-8")
     stock = DiffusionPipeline.from_pretrained(str(tmp_path / "out"), dtype=torch.float32)
     [image] = transformer_pictures(stock, ["a dog"], steps=1)
     assert isinstance(image, Image.Image) and image.size == (128, 128)

@@ -223,7 +223,8 @@ def export_transformer(training: FlowTraining, folder: Path, average: int = 0) -
     pipeline = training.averaged(average).pipeline()
     for part in (pipeline.text_encoder, pipeline.transformer):
         part.to("cpu", torch.float16)
-    vae = AutoencoderKLFlux2.from_config(pipeline.vae.config)
+    config = {name: value for name, value in pipeline.vae.config.items() if name != "_name_or_path"}  # this machine's
+    vae = AutoencoderKLFlux2.from_config(config)
     vae.load_state_dict(pipeline.vae.state_dict())
     pipeline.register_modules(vae=vae.to(torch.float16))
     pipeline.save_pretrained(folder)
