@@ -36,6 +36,7 @@ from tools.pocket.device import (
 from tools.pocket.growth import widened
 from tools.pocket.loop import Limits, Progress, train_piece
 from tools.pocket.models import Sizes, Trainee, build_tokenizer
+from tools.pocket.muon import MuonAdamW
 from tools.pocket.plan import Layer, Plan, Planner
 from tools.pocket.sprites import NOUNS, TINTS, Bank, build_bank, icon_keys, tinted
 from tools.pocket.vae import VaeBatch, VaeRecipe, VaeSource, VaeTraining, build_vae, quality, recolored
@@ -284,7 +285,7 @@ def test_a_training_goes_on_in_other_networks() -> None:
 def test_a_trial_measures_its_weights_and_averages_on_the_same_pictures() -> None:
     torch.manual_seed(0)
     training = Training(Trainee(TINY, 4), CPU, Recipe(ema=trials.AVERAGES), Progress(samples=2_000_000))
-    training.optimizer = trials.muon_optimizer(training)
+    training.optimizer = MuonAdamW(training, 1.0)
     batches = [random_batch(step) for step in (0, 1)]
     before = trials.held_out_losses(training, batches, None)
     assert before == trials.held_out_losses(training, batches, 2)  # the average begins as the weights

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 BUSY = 2.0  # how much longer a step may take than measured alone: other work, photos, the loss
 ENOUGH = 100  # the fewest steps of a training used to predict others
-SMALL = 50_000_000  # weights of a base below which it is like the pocket base
+SMALL = 50_000_000  # weights of a U-Net base below which it is like the pocket base
 
 
 @dataclass(frozen=True)
@@ -168,8 +168,8 @@ def base_shape(base: str, targets: str) -> Shape:
     models, _ = _models(base)
     adapted = tuple(matrix_shape(layer.weight) for layer in find_targets(models, targets).values())
     weights = sum(parameter.numel() for model in models.values() for parameter in model.parameters())
-    arch = "pocket" if weights < SMALL else "sdxl" if "text_encoder_2" in models else "sd15"
-    arch = arch if "unet" in models else "other"
+    small, unet = weights < SMALL, "sdxl" if "text_encoder_2" in models else "sd15"
+    arch = "other" if "unet" not in models else "pocket" if small else unet
     return Shape(arch, not _is_here(base), adapted)
 
 

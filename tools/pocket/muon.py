@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from .averaging import AveragedTraining
 
 OUTER = ("head.", "embed", "proj_out")  # parts of names: what reads the inputs, what gives the outputs, other heads
 
@@ -17,27 +18,24 @@ def is_inner(name: str, parameter: nn.Parameter) -> bool:
 
 
 class MuonAdamW:
-    """An optimizer for :class:`~tools.pocket.averaging.AveragedTraining`.
+    """The optimizer of a training.
 
     An update of Muon (Jordan et al. 2024) has singular values near 1, here at AdamW's root mean square (Liu et al.
     2025, arXiv:2502.16982), so that both can share a learning rate.
 
     Args:
-        named: all parameters with their names.
-        rate: the matrices' learning rate.
+        training: says its parameters, and the recipe's rate of the matrices.
         share: of that rate for everything else; kept in its group, where the training reads it.
     """
 
-    def __init__(
-        self, named: Sequence[tuple[str, nn.Parameter]], rate: float, share: float, betas: tuple[float, float],
-        weight_decay: float,
-    ) -> None:  # fmt: skip
+    def __init__(self, training: AveragedTraining, share: float) -> None:
+        named, recipe = list(zip(training.names, training.parameters, strict=True)), training.recipe
         inside = [parameter for name, parameter in named if is_inner(name, parameter)]
         outside = [parameter for name, parameter in named if not is_inner(name, parameter)]
-        self.muon = torch.optim.Muon(inside, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.adamw = torch.optim.AdamW(
-            [{"params": outside, "rate_share": share}], lr=rate, betas=betas, weight_decay=weight_decay, fused=True
-        )
+        common: dict[str, Any] = {"lr": recipe.rate, "weight_decay": recipe.weight_decay}
+        self.muon = torch.optim.Muon(inside, **common, adjust_lr_fn="match_rms_adamw")
+        groups = [{"params": outside, "rate_share": share}]
+        self.adamw = torch.optim.AdamW(groups, **common, betas=recipe.betas, fused=True)
         self.inside = len(inside)
 
     @property

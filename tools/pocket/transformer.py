@@ -180,8 +180,7 @@ class FlowTraining(AveragedTraining):
         return TokenMapHead(self.trainee.transformer)
 
     def build_optimizer(self) -> MuonAdamW:
-        recipe, named = self.recipe, list(zip(self.names, self.parameters, strict=True))
-        return MuonAdamW(named, recipe.rate, recipe.rate_share, recipe.betas, recipe.weight_decay)
+        return MuonAdamW(self, self.recipe.rate_share)
 
     def loss(self, batch: Batch) -> Tensor:
         """The error of the velocity, weighted by where the things are."""

@@ -15,7 +15,6 @@ import torch
 
 from spectral_diffusion.core.files import write_json
 
-from .averaging import AveragedTraining
 from .base import Recipe, Training
 from .batches import Batch, Mix, token_ids
 from .compute import choose
@@ -49,12 +48,6 @@ TRIALS = {
     "wide": Trial(sizes="wide"),
     "muon": Trial(muon=True),
 }
-
-
-def muon_optimizer(training: AveragedTraining) -> MuonAdamW:
-    """Muon for the matrices inside the networks, at the rate of everything else."""
-    recipe, named = training.recipe, list(zip(training.names, training.parameters, strict=True))
-    return MuonAdamW(named, recipe.rate, 1.0, recipe.betas, recipe.weight_decay)
 
 
 @torch.no_grad()
@@ -109,7 +102,7 @@ def run_trial(name: str, work: Path, samples: int, every: int, report: Report) -
     piece = Piece(folder, sizes=trial.sizes, sheet_samples=0)
     training = begin(piece, compute, recipe)
     if trial.muon:
-        training.optimizer = muon_optimizer(training)
+        training.optimizer = MuonAdamW(training, 1.0)
     training.progress.warmed = training.progress.samples
     first = training.progress.samples
     bank = bank_of(piece, compute)
