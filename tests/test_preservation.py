@@ -222,3 +222,11 @@ def test_cut_mix_weighs_the_photos_side_by_its_mask_and_fits_other_shapes() -> N
         assert torch.equal(mixed.weights == 1, mixed.latents[:, :1] == 0)
     samples.weights = None
     assert cut_mix(samples, ordinary, 0, config).weights is None
+
+
+def test_prior_prompts_say_a_or_an() -> None:
+    prior = PriorPreservationConfig(num_images=24, adjectives=["", "orange", "red"], nouns=["octopus", "dog"])
+    subjects, prompts = prior_prompts(prior, ["apple"], seed=0)
+    assert {"an octopus", "a dog", "an orange dog", "a red octopus"} <= {*subjects}
+    assert all(subject.startswith("an ") == (subject.split()[1][0] in "ao") for subject in subjects)
+    assert all(subject in prompt for subject, prompt in zip(subjects, prompts, strict=True))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat, ValidationInfo, field_validator
 
+from ..core.names import with_article
 from .settings import Precision, Quantization, Settings, Templates
 
 GENERIC_NOUNS = ["dog", "cat", "horse", "fish", "car", "house", "tree", "cup", "teapot", "chair", "flower", "person"]
@@ -33,8 +34,8 @@ def in_style(subject: str, token: str) -> str:
 
 
 def generic_subject(adjective: str, noun: str) -> str:
-    """``a red dog``, or ``a dog`` without an adjective."""
-    return f"a {adjective} {noun}".replace("  ", " ")
+    """``a red dog``, or ``an octopus`` without an adjective."""
+    return with_article(f"{adjective} {noun}".strip())
 
 
 class PriorPreservationConfig(Settings):

@@ -29,6 +29,7 @@ from ..core.files import parse_json, read_text, write_json
 from ..core.hooks import Hooks, Progress, silent
 from ..core.locks import locked
 from ..core.machine import parse_device
+from ..core.names import with_article
 from ..core.precision import resolve_mixed_precision
 from ..data.folder import Concept, load_concept, open_photo
 from ..linalg import matrix_shape
@@ -336,7 +337,7 @@ class StudyRunner:
         """Identity and text match of the untouched base for the concept's noun: the floor of identity."""
 
         def compute() -> Figures:
-            pictures = self.portraits(self.fresh(), f"a {self.concept(concept).noun}", seed)
+            pictures = self.portraits(self.fresh(), with_article(self.concept(concept).noun), seed)
             return {"identity": self.identity(pictures, concept), "text": self.text_match(pictures)}
 
         return self.cell("generic", {"concept": concept, "seed": seed}, compute)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config.train import DataConfig, PriorPreservationConfig, TrainConfig, generic_subject
 from ..core.cache import cache_folder
 from ..core.hooks import QUIET, Hooks
+from ..core.names import with_article
 from ..core.rng import keyed_generator
 from ..data.folder import load_concept
 from ..data.latents_cache import cached_latents
@@ -77,7 +78,7 @@ def read_class_images(
     settings = config.model_copy(update={"crops_per_image": 1, "data": without_variation})
     crops = PhotoCrops(replace(pictures, photos=tuple(photos)), base, settings, size)
     latents, _ = crops.take([(index, 0) for index in range(len(photos))])
-    subject = f"a {noun}"
+    subject = with_article(noun)
     captions = [photo.caption or f"a photo of {subject}" for photo in photos]
     return PriorImages(
         latents, [subject] * len(photos), [text.replace("<TOK>", subject).replace("{}", subject) for text in captions]

@@ -14,7 +14,7 @@ from ..core.errors import Fix, UserError
 from ..core.files import check_writable, write_settings
 from ..core.hooks import QUIET, Hooks
 from ..core.machine import heading
-from ..core.names import check_name
+from ..core.names import check_name, with_article
 from ..core.precision import precision_note, resolve_mixed_precision
 from ..data.folder import Concept, load_concept
 from ..data.joint import joined
@@ -153,7 +153,7 @@ def training_note(concept: Concept, method: Method, where: str, shapes: Sequence
     """What is about to be trained; ``where`` is the slot or the rank."""
     tokens = " and ".join(single.token for single in (concept, *concept.joint))
     return (
-        f"Concept '{concept.name}' ({len(concept.photos)} photos of a {concept.noun}) as {tokens}: "
+        f"Concept '{concept.name}' ({len(concept.photos)} photos of {with_article(concept.noun)}) as {tokens}: "
         f"{method.name}, {where}; {method.total(shapes, rank):,} numbers in {len(shapes)} layers."
     )
 
