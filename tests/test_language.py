@@ -142,5 +142,5 @@ def test_the_small_experiment_runs(tmp_path: Path) -> None:
     words = ["--seeds", "1", "--pretraining", "10", "--steps", "10"]
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    ways = json.loads(done.stdout)["ways"]
-    assert len({ways[way]["trained"] for way in ("top", "bottom", "random", "lora")}) == 1
+    methods = json.loads(done.stdout)["methods"]
+    assert len({methods[name]["trained"] for name in ("top", "bottom", "random", "lora")}) == 1

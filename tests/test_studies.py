@@ -65,7 +65,7 @@ from spectral_diffusion.studies.runner import (
 from spectral_diffusion.studies.scenes import GROUPS, SLOTS, layout
 from spectral_diffusion.studies.slots import check_equal, slot_jobs
 from spectral_diffusion.studies.speed import METHODS
-from spectral_diffusion.studies.styles import STYLES, TUNING_STYLE, WAYS
+from spectral_diffusion.studies.styles import STYLE_MERGES, STYLES, TUNING_STYLE
 from spectral_diffusion.studies.transformer import isolation_of, runners_of, scenes_of, shown_settings
 
 
@@ -194,30 +194,30 @@ def test_recipes_that_train_anew_are_reported_only_ahead_of_the_rest() -> None:
 
 
 def test_the_best_that_only_merges_is_reported_too() -> None:
-    taught = [FusionVariant("taught", str(n), distill={"steps": n}) for n in range(9)]
+    distilled = [FusionVariant("distilled", str(n), distill={"steps": n}) for n in range(9)]
     plain, poor = FusionVariant("sum", "λ = 1"), FusionVariant("sum", "λ = 2")
-    scored = [(0.9, one) for one in taught]
-    assert worth_reporting([(0.4, poor), (0.5, plain), *scored]) == [*taught[:MOST], plain]
-    assert worth_reporting([(0.95, plain), (0.4, poor), *scored]) == [plain, *taught[: MOST - 1]]
+    scored = [(0.9, one) for one in distilled]
+    assert worth_reporting([(0.4, poor), (0.5, plain), *scored]) == [*distilled[:MOST], plain]
+    assert worth_reporting([(0.95, plain), (0.4, poor), *scored]) == [plain, *distilled[: MOST - 1]]
 
 
 def test_the_sheet_shows_what_fuses_best_and_what_only_merges_best() -> None:
-    routed, taught = FusionVariant("routed", "", routed=True), FusionVariant("taught", "", distill={"steps": 3})
+    routed, distilled = FusionVariant("routed", "", routed=True), FusionVariant("distilled", "", distill={"steps": 3})
     merged = [FusionVariant("sum", "λ = 1"), FusionVariant("gradient", "")]
     rows = [
         {"kind": kind, "of alone": f"{share} [0, 1]", "drift": "0.1 [0, 1]"}
-        for kind, share in (("routed", 1.0), ("sum", 0.4), ("gradient", 0.7), ("taught", 0.9))
+        for kind, share in (("routed", 1.0), ("sum", 0.4), ("gradient", 0.7), ("distilled", 0.9))
     ]
-    assert worth_showing([routed, merged[0], taught, merged[1]], rows) == [taught, merged[1]]
-    assert worth_showing([routed, taught, *merged], rows[:3]) == [merged[1]] and not worth_showing([taught], [])
+    assert worth_showing([routed, merged[0], distilled, merged[1]], rows) == [distilled, merged[1]]
+    assert worth_showing([routed, distilled, *merged], rows[:3]) == [merged[1]] and not worth_showing([distilled], [])
 
 
 def test_the_preset_for_many_concepts_is_the_recipe_that_the_study_measures() -> None:
-    [measured] = [r for r in TRIALS if r.kind == "all of the U-Net taught for 900 steps"]
+    [measured] = [r for r in TRIALS if r.kind == "whole U-Net distilled, 900 steps"]
     given = read_yaml(preset("pocket-distilled"))["fuse"]
     files = {"adapters": ["a"], "output": "b"}
-    taught = {**(measured.distill or {}), "prior_subjects": things(StudyRunner(settings=study_settings()))}
-    assert build(FuseConfig, given, files) == build(FuseConfig, {**measured.merge, "distill": taught}, files)
+    distilled = {**(measured.distill or {}), "prior_subjects": things(StudyRunner(settings=study_settings()))}
+    assert build(FuseConfig, given, files) == build(FuseConfig, {**measured.merge, "distill": distilled}, files)
 
 
 def test_what_is_only_routed_gives_no_verdict_on_fusing() -> None:
@@ -248,7 +248,7 @@ def test_every_method_and_merge_has_an_entry_in_a_study() -> None:
     variants = {"spectral-additive-s", "spectral-rotation-s"}  # of the study of slots
     assert set(all_methods()) - variants == set(METHODS)
     tried = {MERGES[merge]["merge"] for merges in TRIED.values() for merge in merges if merge != JOINT}
-    tried |= {way["merge"] for way in WAYS.values()}
+    tried |= {merge["merge"] for merge in STYLE_MERGES.values()}
     # cat is the sum again, dare is random, and svd only lowers a rank.
     assert set(all_merges()) - {"cat", "dare", "svd"} == tried
 

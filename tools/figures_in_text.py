@@ -49,7 +49,7 @@ def merges_table() -> str:
     rows = [
         ("`spectral` (default: the sum)", kept("sum"), "exact, instant, exports as one LoRA"),
         ("`ties`", kept("ties"), "instant"),
-        ("`gradient`", kept("gradient, anchored"), "uses the layers' activations; seconds to minutes"),
+        ("`gradient`", kept("gradient, prior term"), "uses the layers' activations; seconds to minutes"),
         (
             "`gradient`, then distilled (`--config pocket-distilled`)",
             ["", "", mean(distilled["of alone"])],

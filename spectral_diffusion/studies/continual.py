@@ -72,7 +72,7 @@ def chain_cell(lab: StudyRunner, variant: str, names: Sequence[str], rate: float
         return {"identity": identity, "unevenness": unevenness(adapter) if variant == ROTATION else None}
 
     return lab.cell(
-        "chain", {"way": variant, "change": CHANGE, "names": list(names), "rate": rate, "seed": seed}, compute
+        "chain", {"variant": variant, "change": CHANGE, "names": list(names), "rate": rate, "seed": seed}, compute
     )
 
 
@@ -120,7 +120,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     ]
     last: list[Row] = [
         {
-            "way": variant,
+            "variant": variant,
             "concept": name,
             "untouched base": mean([c["floor"][name] for c in cells]),
             "when learnt": mean([c["identity"][name] for c in cells_of.get((variant, NAMES.index(name) + 1), [])]),
@@ -155,7 +155,7 @@ def continual_row(variant: str, length: int, cells_of: Mapping[tuple[str, int], 
                 learnt.append(then[0]["identity"][name] - cell["floor"][name])
     uneven = [cell["unevenness"] for cell in cells if cell["unevenness"] is not None]
     return {
-        "way": variant,
+        "variant": variant,
         "concepts": length,
         "seeds": len(cells),
         "off orthonormal": f"{max(uneven):.0e}" if uneven else None,
@@ -170,5 +170,5 @@ def verdict(rows: Sequence[Row]) -> str:
     uneven = [float(row["off orthonormal"]) for row in rows if row["off orthonormal"]]
     text = f"Composed frames stay orthonormal to {max(uneven):.0e}. " if uneven else ""
     most = max((row["concepts"] for row in rows), default=0)
-    ends = [f"{row['way']} {row['gain kept']}" for row in rows if row["concepts"] == most and row["gain kept"]]
+    ends = [f"{row['variant']} {row['gain kept']}" for row in rows if row["concepts"] == most and row["gain kept"]]
     return f"{text}After {most} concepts the earlier ones keep of their gain in identity: {'; '.join(ends)}."

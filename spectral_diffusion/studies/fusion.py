@@ -60,7 +60,7 @@ MERGES: dict[str, dict[str, Any]] = {
     "fedavg": {"merge": "fedavg"},
     "paper": {"merge": "spectral", "options": {"form": "paper"}},
     "gradient": {"merge": "gradient", "calibration": {"prior_weight": 0.0}},
-    "gradient, anchored": {"merge": "gradient"},
+    "gradient, prior term": {"merge": "gradient"},
     "ssr": {"merge": "ssr"},
     "ties": {"merge": "ties"},
     "orthogonal": {"merge": "orthogonal"},
@@ -68,7 +68,7 @@ MERGES: dict[str, dict[str, Any]] = {
     "contrastive": {"merge": "contrastive"},
     "orthofuse": {"merge": "orthofuse"},
 }
-# Merged by gradient, then the whole U-Net is taught what each adapter draws alone.
+# Merged by gradient, then the whole U-Net is distilled from each adapter alone.
 MERGES |= {
     f"distilled, {steps:,} steps": {
         "merge": "gradient",
@@ -82,17 +82,17 @@ MERGES |= {
 }  # fmt: skip
 TRIED = {
     "spectral, own slots": (
-        "sum", "fedavg", "paper", "gradient", "gradient, anchored", "ssr", "ties", "knots", "contrastive", JOINT,
+        "sum", "fedavg", "paper", "gradient", "gradient, prior term", "ssr", "ties", "knots", "contrastive", JOINT,
     ),
-    "spectral, same slot": ("sum", "fedavg", "gradient, anchored"),
-    "lora": ("sum", "fedavg", "gradient", "gradient, anchored", "ties", "knots", "contrastive", JOINT),
-    "orthogonal": ("orthogonal", "gradient, anchored"),
-    "rotation, own slots": ("sum", "gradient, anchored"),
+    "spectral, same slot": ("sum", "fedavg", "gradient, prior term"),
+    "lora": ("sum", "fedavg", "gradient", "gradient, prior term", "ties", "knots", "contrastive", JOINT),
+    "orthogonal": ("orthogonal", "gradient, prior term"),
+    "rotation, own slots": ("sum", "gradient, prior term"),
     "rotation, same slot": ("sum", "orthofuse"),
-    "lora, overlap penalty": ("sum", "gradient, anchored"),
-    "lora, output erasure": ("sum", "gradient, anchored"),
-    "spectral, overlap penalty": ("sum", "gradient, anchored"),
-    "spectral, output erasure": ("sum", "gradient, anchored"),
+    "lora, overlap penalty": ("sum", "gradient, prior term"),
+    "lora, output erasure": ("sum", "gradient, prior term"),
+    "spectral, overlap penalty": ("sum", "gradient, prior term"),
+    "spectral, output erasure": ("sum", "gradient, prior term"),
 }  # fmt: skip
 
 
@@ -324,7 +324,7 @@ def fusion_row(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[
         "fused": mean_text(fused, names),
         "of alone": share_text(fused, alone, names),
         "single minus merged": difference_text(alone, fused, names),
-        "of the way": share_text([f - g for f, g in zip(fused, floor)], [a - g for a, g in zip(alone, floor)], names),
+        "of the gain": share_text([f - g for f, g in zip(fused, floor)], [a - g for a, g in zip(alone, floor)], names),
         "text match": mean_text(text, names),
         "drift": mean_text(drifts),
         "seconds": sum(seconds) / len(seconds),
@@ -371,7 +371,7 @@ def fusion_sheet(lab: StudyRunner, seed: int = 0, size: int = 4) -> Image.Image:
         base = lab.fresh()
         put_adapters(base, [(adapter, 1.0)])
         columns["alone"][adapter.name] = lab.portraits(base, adapter.token, seed)[:4]
-    for merge in ("sum", "fedavg", "gradient, anchored"):
+    for merge in ("sum", "fedavg", "gradient, prior term"):
         base = lab.fused(adapters, seed=seed, **MERGES[merge])
         columns[merge] = {a.name: lab.portraits(base, a.token, seed)[:4] for a in adapters}
     return sheet_of(columns, names)

@@ -121,7 +121,7 @@ def measure_language(seed: int, pretraining: int, steps: int, rates: Sequence[fl
         "floor": entropy(new, test),
         "pretrained": before,
         "untuned": float(language_loss(model, test).detach()),
-        "ways": {},
+        "methods": {},
     }
     for change in CHANGES:
         tried = []
@@ -133,7 +133,7 @@ def measure_language(seed: int, pretraining: int, steps: int, rates: Sequence[fl
                 end = float(language_loss(tuned, choose))
             tried.append((end if math.isfinite(end) else math.inf, rate, curve, trained))
         best = min(tried)
-        out["ways"][change] = {"rate": best[1], "curve": best[2], "trained": best[3]}
+        out["methods"][change] = {"rate": best[1], "curve": best[2], "trained": best[3]}
     return out
 
 
@@ -141,14 +141,14 @@ def language_table(runs: Sequence[Figures]) -> list[Row]:
     """One row per change: the loss above the floor, mean and each seed."""
     rows: list[Row] = []
     for change in CHANGES:
-        ends = [run["ways"][change]["curve"][-1] - run["floor"] for run in runs]
+        ends = [run["methods"][change]["curve"][-1] - run["floor"] for run in runs]
         rows.append(
             {
-                "way": change,
-                "trained": runs[0]["ways"][change]["trained"],
+                "method": change,
+                "trained": runs[0]["methods"][change]["trained"],
                 "above the floor": statistics.mean(ends),
                 "each seed": ", ".join(f"{end:.3f}" for end in ends),
-                "rates chosen": ", ".join(f"{run['ways'][change]['rate']:g}" for run in runs),
+                "rates chosen": ", ".join(f"{run['methods'][change]['rate']:g}" for run in runs),
             }
         )
     return rows
@@ -161,13 +161,13 @@ def language_picture(runs: Sequence[Mapping[str, Any]], steps: int) -> Image.Ima
         return None
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for index, change in enumerate(CHANGES):
-        curves = torch.tensor([[v - run["floor"] for v in run["ways"][change]["curve"]] for run in runs])
+        curves = torch.tensor([[v - run["floor"] for v in run["methods"][change]["curve"]] for run in runs])
         at = torch.arange(1, curves.shape[1] + 1) * (steps // 10)
-        axes.plot(at, curves.mean(0), color=f"C{index}", label=f"{change} ({runs[0]['ways'][change]['trained']:,})")
+        axes.plot(at, curves.mean(0), color=f"C{index}", label=f"{change} ({runs[0]['methods'][change]['trained']:,})")
         for curve in curves:
             axes.plot(at, curve, color=f"C{index}", alpha=0.25, linewidth=0.8)
     axes.set(xlabel="step", ylabel="held-out loss above the language's entropy, nats", yscale="log")
-    axes.legend(title="way (trained values)", fontsize=8)
+    axes.legend(title="method (trained values)", fontsize=8)
     return chart_image(figure)
 
 
@@ -185,7 +185,9 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     for seed in seeds:
         key = {"seed": seed, "pretraining": pretraining, "steps": steps, "rates": rates}
         try:
-            runs.append(lab.cell("language", key, lambda seed=seed: measure_language(seed, pretraining, steps, rates)))  # type: ignore[misc]
+            runs.append(
+                lab.cell("language-model", key, lambda seed=seed: measure_language(seed, pretraining, steps, rates))
+            )  # type: ignore[misc]
         except TimeOver:
             missing.append(f"seed {seed}")
     if not runs:
@@ -203,5 +205,7 @@ def verdict(rows: Sequence[Row]) -> str:
     """The changes, best first."""
     order = sorted(rows, key=lambda row: float(row["above the floor"]))
     return (
-        "Nats above the floor, best first: " + ", ".join(f"{r['way']} {r['above the floor']:.3f}" for r in order) + "."
+        "Nats above the floor, best first: "
+        + ", ".join(f"{r['method']} {r['above the floor']:.3f}" for r in order)
+        + "."
     )

@@ -8,14 +8,14 @@ from .runner import StudyRunner
 from .slots import compared
 
 SIZES = (2, 4, 8, 16)
-MERGES = ("sum", "fedavg", "gradient, anchored")
+MERGES = ("sum", "fedavg", "gradient, prior term")
 # Sampled slots of sixteen concepts clash almost surely, and Orthogonal Adaptation trains one factor of two.
 FAMILIES = {
     "spectral, own slots": (MERGES, SIZES),
     "spectral, same slot": (MERGES, SIZES),
     "spectral, sampled slots": (MERGES, SIZES[:-1]),
     "lora": (MERGES, SIZES),
-    "orthogonal": (("orthogonal", "gradient, anchored"), SIZES[-1:]),
+    "orthogonal": (("orthogonal", "gradient, prior term"), SIZES[-1:]),
 }
 
 

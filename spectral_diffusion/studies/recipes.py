@@ -40,7 +40,7 @@ class FusionVariant:
         merge: settings of the fusion.
         scale: of every concept.
         train: changed settings of the adapters' training.
-        factors: ``projected`` removes the components of A_U and A_V in the other concepts' bands; ``levelled`` gives
+        factors: ``projected`` removes the components of A_U and A_V in the other concepts' bands; ``equalized`` gives
             every concept's change the same norm.
         distill: settings of the distillation after the merge, if there is one.
         routed: nothing is fused; each prompt is generated with the adapter whose token it names.
@@ -77,12 +77,15 @@ FROM_16 = calibrated(prior_weight=16.0, **OWN_PROMPTS)
 FROM_4 = calibrated(prior_weight=4.0, **OWN_PROMPTS)
 TRIALS: tuple[FusionVariant, ...] = (
     *(FusionVariant("sum", f"λ = {s}", scale=s) for s in (0.5, 1.0)),
-    FusionVariant("sum, norms levelled", "λ = 1.0", factors="levelled"),
+    FusionVariant("sum, equal norms", "λ = 1.0", factors="equalized"),
     FusionVariant("sum, off the other bands", "λ = 1.0", factors="projected"),
-    FusionVariant("S-normalised, sum", "λ = 1.0", train={"normalize": True}),
-    FusionVariant("S-normalised, gradient", "μ = 4", FROM_4, train={"normalize": True}),
-    *(FusionVariant("gradient, anchored", f"μ = {m}", calibrated(prior_weight=m)) for m in (1.0, 4.0)),
-    *(FusionVariant("gradient, own words", f"μ = {m}", calibrated(prior_weight=m, **OWN_PROMPTS)) for m in (4.0, 16.0)),
+    FusionVariant("S-normalized, sum", "λ = 1.0", train={"normalize": True}),
+    FusionVariant("S-normalized, gradient", "μ = 4", FROM_4, train={"normalize": True}),
+    *(FusionVariant("gradient, prior term", f"μ = {m}", calibrated(prior_weight=m)) for m in (1.0, 4.0)),
+    *(
+        FusionVariant("gradient, own prompts", f"μ = {m}", calibrated(prior_weight=m, **OWN_PROMPTS))
+        for m in (4.0, 16.0)
+    ),
     FusionVariant(
         "gradient, ridge to the mean",
         "μ = 4",
@@ -92,22 +95,22 @@ TRIALS: tuple[FusionVariant, ...] = (
         "gradient, stage by stage", "μ = 4", calibrated(prior_weight=4.0, calibrate_on="previous_stages", **OWN_PROMPTS)
     ),
     FusionVariant("ssr", "μ = 4", calibrated("ssr", prior_weight=4.0, **OWN_PROMPTS)),
-    FusionVariant("words only, gradient", "μ = 4", FROM_4, train=KEY_VALUE_ONLY),
+    FusionVariant("key and value layers only, gradient", "μ = 4", FROM_4, train=KEY_VALUE_ONLY),
     FusionVariant("near the base, gradient", "weight 4, μ = 4", FROM_4, train=CAREFUL),
     *(
-        FusionVariant("taught for 300 steps", setting, FROM_16, distill=distilled(300, **more))
-        for setting, more in (("", {}), ("half ordinary", {"prior_share": 0.5}))
+        FusionVariant("distilled, 300 steps", setting, FROM_16, distill=distilled(300, **more))
+        for setting, more in (("", {}), ("half prior images", {"prior_share": 0.5}))
     ),
     FusionVariant(
-        "taught for 900 steps",
-        "half ordinary, more lessons",
+        "distilled, 900 steps",
+        "half prior images, more images",
         FROM_16,
         distill=distilled(900, learning_rate=3e-4, prior_share=0.5, **MORE_IMAGES),
     ),
     *(
         FusionVariant(
-            f"all of the U-Net taught for {n:,} steps",
-            "half ordinary, more lessons",
+            f"whole U-Net distilled, {n:,} steps",
+            "half prior images, more images",
             FROM_16,
             distill=distilled(n, prior_share=0.5, **WHOLE_UNET, **MORE_IMAGES),
         )
@@ -119,7 +122,7 @@ MOST = 5  # the best kinds are reported, this many
 QUICK = (
     FusionVariant("sum, off the other bands", "λ = 1", factors="projected"),
     FusionVariant(
-        "taught",
+        "distilled",
         "2 steps",
         calibrated(num_images=2, num_inference_steps=2),
         distill=distilled(2, num_images=4, noises_per_image=2, num_prior_images=4, batch_size=4),
@@ -169,10 +172,10 @@ def projected(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def variant_scales(variant: FusionVariant, adapters: Sequence[Adapter]) -> dict[str, float]:
-    """Every concept's λ; ``levelled`` brings each change's norm to the mean."""
+    """Every concept's λ; ``equalized`` brings each change's norm to the mean."""
     norms = {adapter.name: adapter.norm() or 1.0 for adapter in adapters}
     middle = sum(norms.values()) / len(norms)
-    level = variant.factors == "levelled"
+    level = variant.factors == "equalized"
     return {name: variant.scale * (middle / norm if level else 1.0) for name, norm in norms.items()}
 
 
@@ -213,13 +216,13 @@ def variant_cell(lab: StudyRunner, variant: FusionVariant, names: Sequence[str],
             }
         return {"concepts": concepts, "drift": moved, "seconds": 0.0 if variant.routed else seconds}
 
-    key = {  # the names in the records
+    key = {
         "rate": train_changes(lab, names, seed, quick)[0]["learning_rate"],
         "merge": variant.merge,
-        "strength": variant.scale,
+        "scale": variant.scale,
         "train": variant.train,
         "factors": variant.factors,
-        "taught": variant.distill,
+        "distill": variant.distill,
         "routed": variant.routed,
     }
     return lab.cell("recipe", {"recipe": key, "family": FAMILY, "names": list(names), "seed": seed}, compute)
@@ -367,8 +370,8 @@ def variants_sheet(lab: StudyRunner, variants: Sequence[FusionVariant], seed: in
     """Photos, each concept alone, and fused with and without distillation: one row per concept."""
     lab.check_time()
     columns: dict[str, dict[str, list[Image.Image]]] = {"photos": {n: lab.references(n)[:4] for n in TEST_CONCEPTS}}
-    ordinary_training = FusionVariant("", "", routed=True)
-    own = adapters_for(lab, ordinary_training, TEST_CONCEPTS, seed, False)
+    unchanged = FusionVariant("", "", routed=True)
+    own = adapters_for(lab, unchanged, TEST_CONCEPTS, seed, False)
     columns["alone"] = {}
     for adapter in own:
         base = lab.fresh()
@@ -377,7 +380,7 @@ def variants_sheet(lab: StudyRunner, variants: Sequence[FusionVariant], seed: in
     for variant in variants:
         adapters = adapters_for(lab, variant, TEST_CONCEPTS, seed, False)
         base = fused_by(lab, variant, adapters, seed)
-        columns["taught" if variant.distill else "merged"] = {
+        columns["distilled" if variant.distill else "merged"] = {
             a.name: lab.portraits(base, a.token, seed)[:4] for a in adapters
         }
     return tiles(columns, TEST_CONCEPTS, 48)

@@ -104,8 +104,8 @@ VARIANTS = {
     "bound to regions": SceneVariant(None),
     "fused by sum, regions": SceneVariant("sum"),
     "fused by sum, no regions": SceneVariant("sum", False),
-    "fused by gradient, regions": SceneVariant("gradient, anchored"),
-    "fused by gradient, no regions": SceneVariant("gradient, anchored", False),
+    "fused by gradient, regions": SceneVariant("gradient, prior term"),
+    "fused by gradient, no regions": SceneVariant("gradient, prior term", False),
 }
 LARGE = ("bound to regions", "fused by gradient, regions")  # what is measured where pictures are larger than usual
 

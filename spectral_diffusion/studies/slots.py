@@ -13,7 +13,7 @@ from .registry import Findings, Row, Table, study
 from .runner import SEEDS, TEST_CONCEPTS, StudyRunner
 
 FAMILIES = ("spectral, own slots", "spectral, same slot", "lora")  # sampled ones: at rank 2, in the study ``narrow``
-MERGES = ("sum", "fedavg", "gradient, anchored")
+MERGES = ("sum", "fedavg", "gradient, prior term")
 # What may differ between compared families: how they change a weight, and what a sweep chooses.
 FREE = {"method", "slot", "slot_seed", "learning_rate", "text_encoder_learning_rate", "output"}
 TOLERANCE = 0.01  # of the trained numbers

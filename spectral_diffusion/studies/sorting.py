@@ -28,7 +28,7 @@ VARIANTS: tuple[tuple[str, str], ...] = (
     ("spectral, own slots", "sum"),
     ("spectral, own slots", "fedavg"),
     ("spectral, own slots", "gradient"),
-    ("spectral, own slots", "gradient, anchored"),
+    ("spectral, own slots", "gradient, prior term"),
     ("spectral, own slots", "ssr"),
     ("spectral, own slots", "ties"),
     ("spectral, same slot", "sum"),
@@ -168,10 +168,10 @@ def verdict(rows: Sequence[Row]) -> str:
     if None in eye or len(rows) < 3:
         return "Nobody has sorted the pictures yet."
     if len(set(eye)) == 1 or len(set(encoder)) == 1:
-        return "All ways came out alike, so there is no order to compare."
+        return "All fusions came out alike, so there is no order to compare."
     agreed = float(spearmanr(eye, encoder).statistic)
     word = "as" if agreed >= WANTED else "less than"
     return (
-        f"Over {len(rows)} ways, the share sorted right by eye and the encoder's identity have a rank "
+        f"Over {len(rows)} fusions, the share sorted right by eye and the encoder's identity have a rank "
         f"correlation of {agreed:.2f}, {word} wanted (at least {WANTED})."
     )

@@ -31,8 +31,8 @@ STYLES = ("poster", "bands")
 TUNING_STYLE = "beads"  # a style's rate is chosen on it, with the base's own nouns, and it is never reported
 FAMILIES = ("spectral, own slots", "lora")
 NUMBER = {"content": 0, "style": 1}  # of the adapter, which says its slot
-WAYS: dict[str, dict[str, Any]] = {
-    **{name: MERGES[name] for name in ("sum", "fedavg", "ties", "ssr", "gradient, anchored", "knots")},
+STYLE_MERGES: dict[str, dict[str, Any]] = {
+    **{name: MERGES[name] for name in ("sum", "fedavg", "ties", "ssr", "gradient, prior term", "knots")},
     "np-lora, mu 0.25": {"merge": "np-lora", "options": {"mu": 0.25}},
     "np-lora, mu 1": {"merge": "np-lora"},
     "np-lora, mu 4": {"merge": "np-lora", "options": {"mu": 4.0}},
@@ -129,16 +129,16 @@ def both_pictures(
 
 
 def both_cell(
-    lab: StudyRunner, family: str, rates: dict[str, float], content: str, style: str, seed: int, way: str
+    lab: StudyRunner, family: str, rates: dict[str, float], content: str, style: str, seed: int, merge: str
 ) -> Figures:
     """Figures of the content in the style by one merge."""
 
     def compute() -> Figures:
-        pictures = both_pictures(lab, family, rates, content, style, seed, WAYS[way])
+        pictures = both_pictures(lab, family, rates, content, style, seed, STYLE_MERGES[merge])
         return figures_of(lab, pictures, content, style)
 
     key = key_of(family, rates, content, style, seed)
-    return lab.cell("style-both", {**key, "merge": WAYS[way]}, compute)
+    return lab.cell("style-both", {**key, "merge": STYLE_MERGES[merge]}, compute)
 
 
 @study(
@@ -150,7 +150,7 @@ def both_cell(
 def run(lab: StudyRunner, quick: bool) -> Findings:
     """Identity and style of every merge, as shares of each adapter alone."""
     contents, styles, seeds = (CONTENTS[:1], STYLES[:1], (0,)) if quick else (CONTENTS, STYLES, SEEDS)
-    ways = ("sum", "np-lora, mu 1") if quick else tuple(WAYS)
+    merges = ("sum", "np-lora, mu 1") if quick else tuple(STYLE_MERGES)
     rows: list[Row] = []
     sweeps: list[Row] = []
     missing: list[str] = []
@@ -168,14 +168,14 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
         except TimeOver:
             missing.append(family)
             continue
-        for way in ways:
+        for merge in merges:
             try:
-                both = [both_cell(lab, family, chosen[family], c, s, seed, way) for seed, c, s in pairs]
+                both = [both_cell(lab, family, chosen[family], c, s, seed, merge) for seed, c, s in pairs]
             except TimeOver:
-                missing.append(f"{family}: {way}")
+                missing.append(f"{family}: {merge}")
                 continue
-            rows.append({"family": family, "merge": way, **style_row(alone, both, [f"{c}+{s}" for _, c, s in pairs])})
-            lab.note(f"{family}, {way}: identity {rows[-1]['identity of alone']}, style {rows[-1]['style of alone']}")
+            rows.append({"family": family, "merge": merge, **style_row(alone, both, [f"{c}+{s}" for _, c, s in pairs])})
+            lab.note(f"{family}, {merge}: identity {rows[-1]['identity of alone']}, style {rows[-1]['style of alone']}")
     tables = [Table("A content and a style fused: shares of each alone", rows)]
     if sweeps:
         tables.append(Table("The sweep of a style's learning rate", sweeps))
@@ -228,7 +228,7 @@ def styles_sheet(lab: StudyRunner, chosen: dict[str, dict[str, float]]) -> Image
     """Rows: the contents in each style. Columns: each alone, then some merges."""
     family, seed = next(iter(chosen)), 0
     rates, rows = chosen[family], []
-    shown = ("sum", "ssr", "gradient, anchored", "np-lora, mu 1")
+    shown = ("sum", "ssr", "gradient, prior term", "np-lora, mu 1")
     for content, style in itertools.product(CONTENTS, STYLES):
         row = []
         for kind, name in (("content", content), ("style", style)):
@@ -237,6 +237,6 @@ def styles_sheet(lab: StudyRunner, chosen: dict[str, dict[str, float]]) -> Image
             noun = with_article(lab.concept(content).noun)
             what = (trained.token, "") if kind == "content" else (noun, trained.token)
             row.append(pictures_of(lab, base, *what, seed)[0])
-        row += [both_pictures(lab, family, rates, content, style, seed, WAYS[way])[0] for way in shown]
+        row += [both_pictures(lab, family, rates, content, style, seed, STYLE_MERGES[merge])[0] for merge in shown]
         rows.append(row)
     return labelled_grid(rows, column_labels=["content alone", "style alone", *shown], gap=4)

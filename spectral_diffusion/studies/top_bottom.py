@@ -50,7 +50,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
         try:
             if columns not in rates:
                 rates[columns], trials = (1.0, []) if quick else sweep(lab, columns)
-                sweeps += [{"way": columns, **trial} for trial in trials]
+                sweeps += [{"columns": columns, **trial} for trial in trials]
             for name, length in itertools.product(names, steps):
                 change = {**column_change(columns, seed), **scaled(lab, rates[columns]), "steps": length}
                 measured = lab.alone(name, **change)
@@ -66,7 +66,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
         )
     rows: list[Row] = [
         {
-            "way": columns,
+            "columns": columns,
             "trained": trained[columns],
             "pairs": len(gains[columns, steps[-1]]),
             **{f"gain at {s}": mean_text(gains[columns, s], names) for s in steps},

@@ -18,7 +18,7 @@ from .scenes import GROUPS, VARIANTS, SceneGroup, pictures_of, scene_cell, scene
 U_NET, TRANSFORMER = "pocket", "pocket-transformer"
 SIZES = (2, 4)  # of the fusions
 FAMILIES = ("spectral, own slots", "lora")
-MERGES = ("sum", "fedavg", "ssr", "gradient, anchored")
+MERGES = ("sum", "fedavg", "ssr", "gradient, prior term")
 REGIONS = ("bound to regions", "fused by sum, regions", "fused by sum, no regions")
 SHOWN = {
     "train": ("target_modules", "rank", "steps", "batch_size", "learning_rate", "timestep_power", "mixed_precision"),
