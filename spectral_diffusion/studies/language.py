@@ -11,6 +11,7 @@ import copy
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -185,9 +186,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     for seed in seeds:
         key = {"seed": seed, "pretraining": pretraining, "steps": steps, "rates": rates}
         try:
-            runs.append(
-                lab.cell("language-model", key, lambda seed=seed: measure_language(seed, pretraining, steps, rates))
-            )  # type: ignore[misc]
+            runs.append(lab.cell("language-model", key, partial(measure_language, seed, pretraining, steps, rates)))
         except TimeOver:
             missing.append(f"seed {seed}")
     if not runs:
