@@ -666,6 +666,10 @@ def test_tab_offers_what_the_base_allows(handlers: Any, workspace: Workspace) ->
     assert "value" not in handlers.lists("pocket", ["tom"])[2]._constructor_args[0]  # what is right is left as it is
     assert tokens == [["<jim>", "dog", "jim"], ["<tom>", "dog", "tom"]]
     assert handlers.follow("fused/none", [])[0].visible  # no such fusion: said when it is drawn
+    shutil.copy(pocket.adapter("rex"), workspace.adapters / "rex.safetensors")
+    assert [row[2] for row in handlers.follow("pocket", [])[-1]] == ["jim", "rex", "tom"]  # tom's base is a path
+    assert [row[2] for row in handlers.follow("pocket-transformer", ["rex"])[-1]] == ["jim", "tom"]
+    assert handlers.follow("pocket-transformer", ["rex"])[0].value == []
     shutil.rmtree(workspace.adapters)
     _, note, adapters, *_ = handlers.lists("pocket", [])
     assert note.visible and "step 2" in note.value and not adapters.visible

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -331,6 +331,14 @@ def is_base(workspace: Workspace, base: str | None, name: str) -> bool:
         return base_path(workspace, base) == name
     except UserError:
         return False
+
+
+def may_fit(workspace: Workspace, base: str | None, name: str, listed: Collection[str]) -> bool:
+    """Whether adapters of the base ``name`` may fit a base by its name on the page.
+
+    Two ``listed`` names are of two models. Others may be of one, such as a path and a hub id.
+    """
+    return is_base(workspace, base, name) or not {(base or "pocket").strip(), name} <= {*listed}
 
 
 def chosen_base(workspace: Workspace, name: str) -> str:

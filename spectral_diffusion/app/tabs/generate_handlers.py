@@ -74,14 +74,16 @@ class GenerateHandlers:
     def follow(self, base: str | None, chosen: list[str] | None) -> list[Any]:
         """The choices of a base: concepts and their strength, the canvas's concepts, the tokens.
 
-        A fused base contains its concepts and accepts adapters trained on it; any other base accepts all.
+        A fused base contains its concepts and accepts adapters trained on it; others accept those that may fit.
         """
         try:
             inside = generation.tokens(self.workspace, base, [])
         except UserError:  # reported on generating
             inside = {}
         every = adapter_rows(self.workspace)[0]
-        rows = [row[:3] for row in every if not inside or generation.is_base(self.workspace, base, row[-1])]
+        listed = base_choices(self.workspace, self.suited_bases)
+        fits = generation.is_base if inside else partial(generation.may_fit, listed=listed)
+        rows = [row[:3] for row in every if fits(self.workspace, base, row[-1])]
         names = [row[0] for row in rows]
         available = [
             name for name in chosen or [] if name in names
