@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLFlux2, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.models.denoiser import Conditioning
 from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.targets import find_targets
@@ -132,6 +133,11 @@ def test_a_perfect_teacher_expects_what_the_flow_is_trained_on(monkeypatch: pyte
     ids = token_ids(teacher.tokenizer, ["a red dog"] * 6)
     expected = teacher.velocity(student.add_noise(latents, noise, timesteps), timesteps, ids)
     assert torch.allclose(expected, student.target(latents, noise, timesteps), atol=1e-3)
+
+
+def test_a_teacher_of_another_family_is_refused(training: FlowTraining) -> None:
+    with pytest.raises(UserError, match="must be a Stable Diffusion that predicts velocities"):
+        FlowTeacher(load_base("pocket-transformer", "cpu"), training.trainee.denoiser)
 
 
 def test_the_teacher_says_the_target_at_its_timesteps_only(training: FlowTraining) -> None:

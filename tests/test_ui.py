@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import urllib.error
 import urllib.request
 import weakref
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import free_port
 
 from spectral_diffusion.app import generation as drawing
 from spectral_diffusion.app.device import giving_back
@@ -38,12 +38,6 @@ def test_unexpected_errors_become_one_sentence() -> None:
 
 
 # --- the page ------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

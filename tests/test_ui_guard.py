@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from test_ui import free_port
+from processes import free_port
 
 from spectral_diffusion.app import generation as drawing
 from spectral_diffusion.app import temporary

@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spectral_diffusion.core.errors import Fix, UserError
 from spectral_diffusion.models.base import Base
 from spectral_diffusion.models.denoiser import Conditioning
 from spectral_diffusion.models.flux2 import Flux2KleinDenoiser
+from spectral_diffusion.models.sd import SDDenoiser
 
 
 class FlowTeacher:
@@ -20,9 +22,17 @@ class FlowTeacher:
     Args:
         base: the teacher, whose networks stay as they are.
         student: says how the flow's latents are normalized, and its noise levels.
+
+    Raises:
+        UserError: the base is no Stable Diffusion that predicts velocities.
     """
 
     def __init__(self, base: Base, student: Flux2KleinDenoiser) -> None:
+        if type(base.denoiser) is not SDDenoiser or base.prediction_type != "v_prediction":
+            raise UserError(
+                "The teacher must be a Stable Diffusion that predicts velocities, such as the base pocket.",
+                Fix("teacher", "pocket"),
+            )
         self.denoiser, self.student = base.denoiser, student
         self.tokenizer, self.text_encoder = base.pipeline.tokenizer, base.pipeline.text_encoder
         cumulative = base.pipeline.scheduler.alphas_cumprod.double()
