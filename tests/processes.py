@@ -1,4 +1,4 @@
-"""Two processes that train together, as a launcher would start them."""
+"""Servers and processes of tests: a free port, a client, and two processes that train as launched ones do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from torch.distributed import TCPStore
 
@@ -18,6 +19,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def client_of(url: str, **options: Any) -> Any:
+    """A Gradio client that waits for a server whose processor other work shares."""
+    from gradio_client import Client
+
+    return Client(url, verbose=False, analytics_enabled=False, httpx_kwargs={"timeout": 120}, **options)
 
 
 def places(rank: int, store: TCPStore) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from processes import client_of
 
 from spectral_diffusion.core.errors import UserError
 
@@ -40,9 +41,8 @@ def page() -> Iterator[str]:
 
 
 def test_a_request_is_answered_with_a_picture(page: str) -> None:
-    from gradio_client import Client
 
-    client = Client(page, verbose=False, analytics_enabled=False)
+    client = client_of(page)
     assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/generate"]
     picture, line = client.predict("<rex> beside <brew>", 3, "Wide", api_name="/generate")
     with Image.open(picture) as image:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import free_port
+from processes import client_of, free_port
 
 from spectral_diffusion.app import generation as drawing
 from spectral_diffusion.app.device import giving_back
@@ -79,9 +79,8 @@ def test_taken_port_is_a_sentence(served: tuple[Any, str], tmp_path: Path) -> No
 
 
 def test_endpoints_answer_in_sentences_and_stay_alive(served: tuple[Any, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradio_client import Client
 
-    client = Client(served[1], verbose=False, analytics_enabled=False)
+    client = client_of(served[1])
     with pytest.raises(Exception, match="No adapter 'nonsense'"):
         client.predict("a photo of a dog", adapters=["nonsense"], api_name="/generate")
     with pytest.raises(Exception, match=r"No concept 'rx'.*did you mean 'rex'"):
@@ -100,9 +99,9 @@ def test_the_example_client_goes_from_photos_to_a_picture(
 ) -> None:
     import runpy
 
-    from gradio_client import Client, handle_file
+    from gradio_client import handle_file
 
-    client = Client(served[1], verbose=False, analytics_enabled=False)
+    client = client_of(served[1])
     pictures = [handle_file(path) for path in sorted(photos.iterdir())]
     for name in ("tom", "jim"):
         client.predict(name, "dog", pictures, api_name="/add_concept")
@@ -158,7 +157,6 @@ def test_only_a_password_opens_it_to_others(tmp_path: Path, open_to_others: dict
 
 def test_a_password_keeps_strangers_out(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
-    from gradio_client import Client
 
     from spectral_diffusion.app.server import build_app, launch
 
@@ -170,8 +168,8 @@ def test_a_password_keeps_strangers_out(tmp_path: Path) -> None:
         assert status_of(f"{url}/config") == 401
         for given in ("", "Open sesame", "öffne"):
             with pytest.raises(Exception, match=r"401|credentials|[Ll]ogin|auth"):
-                Client(url, auth=("anyone", given), verbose=False, analytics_enabled=False)
-        client = Client(url, auth=("anyone", "open sesame"), verbose=False, analytics_enabled=False)
+                client_of(url, auth=("anyone", given))
+        client = client_of(url, auth=("anyone", "open sesame"))
         assert client.predict(api_name="/jobs") == []
     finally:
         blocks.close()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import make_photos
 from PIL import Image
+from processes import client_of
 
 from spectral_diffusion.app import concept_html as cards
 from spectral_diffusion.app import concepts, editing, uploads
@@ -527,7 +528,7 @@ def test_handlers_say_what_to_do(workspace: Workspace, photos: Path) -> None:
 
 def test_add_concept_endpoint(workspace: Workspace, photos: Path) -> None:
     gr = pytest.importorskip("gradio")
-    from gradio_client import Client, handle_file
+    from gradio_client import handle_file
 
     from spectral_diffusion.app.page import Page
     from spectral_diffusion.app.tabs import concepts as tab_of_concepts
@@ -540,7 +541,7 @@ def test_add_concept_endpoint(workspace: Workspace, photos: Path) -> None:
             )
     _, url, _ = blocks.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
     try:
-        client = Client(url, verbose=False, analytics_enabled=False)
+        client = client_of(url)
         assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/add_concept"]
         uploads = [handle_file(photos / "0.png"), handle_file(photos / "1.png")]
         assert client.predict("tom", "cat", uploads, api_name="/add_concept") == "Added 'tom'."

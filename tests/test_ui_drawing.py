@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import make_photos, make_tiny_base
 from PIL import Image, ImageDraw, PngImagePlugin
+from processes import client_of
 
 from spectral_diffusion import pocket
 from spectral_diffusion.app import base_cache as keeper_module
@@ -753,9 +754,9 @@ def served(tmp_path_factory: pytest.TempPathFactory, trained: tuple[Path, Path])
 def test_endpoint_draws_with_sketch_and_regions(
     served: tuple[Workspace, str], trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    from gradio_client import Client, handle_file
+    from gradio_client import handle_file
 
-    client = Client(served[1], verbose=False, analytics_enabled=False)
+    client = client_of(served[1])
     (tmp_path / "sketch.png").write_bytes(strokes())
 
     def copies() -> set[Path]:  # all apps of a process share the folder
@@ -782,9 +783,8 @@ def test_endpoint_draws_with_sketch_and_regions(
 
 
 def test_twenty_at_once_are_all_answered(served: tuple[Workspace, str], trained: tuple[Path, Path]) -> None:
-    from gradio_client import Client
 
-    clients = [Client(served[1], verbose=False, analytics_enabled=False) for _ in range(4)]
+    clients = [client_of(served[1]) for _ in range(4)]
     jobs = [
         clients[number % 4].submit(
             "a dog", base=str(trained[0]), seed=number, num_inference_steps=2, api_name="/generate"

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from processes import free_port
+from processes import client_of, free_port
 
 from spectral_diffusion.app import generation as drawing
 from spectral_diffusion.app import temporary
@@ -199,9 +199,8 @@ def test_only_pictures_are_shown_from_the_folder_of_pictures(served: tuple[Any, 
 
 
 def test_arguments_of_other_types_are_named(served: tuple[Any, str]) -> None:
-    from gradio_client import Client
 
-    client = Client(served[1], verbose=False, analytics_enabled=False)
+    client = client_of(served[1])
     for name, argument, wrong in (
         ("/train", "concept", [["x"]]), ("/stop", "job", [["x"]]), ("/fuse", "name", [["rex"], 5]),
         ("/fuse", "adapters", [5, "x"]), ("/train", "steps", ["rex", "pocket", None, None, None, "many"]),

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from processes import client_of
 
 from spectral_diffusion.app import estimates
 from spectral_diffusion.app import jobs as jobs_module
@@ -573,7 +574,6 @@ def test_what_is_written_into_the_page_is_escaped(queue: Queue, workspace: Works
 
 
 def test_a_client_trains_waits_and_stops(workspace: Workspace, part: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradio_client import Client
 
     from spectral_diffusion.app.server import build_app, launch
 
@@ -585,7 +585,7 @@ def test_a_client_trains_waits_and_stops(workspace: Workspace, part: Any, monkey
     blocks = build_app(workspace.root)
     launch(blocks, port, prevent_thread_lock=True, quiet=True)
     try:
-        client = Client(f"http://127.0.0.1:{port}", verbose=False, analytics_enabled=False)
+        client = client_of(f"http://127.0.0.1:{port}")
 
         def job() -> dict[str, Any]:
             found: list[dict[str, Any]] = client.predict(api_name="/jobs")
