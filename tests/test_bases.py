@@ -31,7 +31,7 @@ from spectral_diffusion.core.files import read_tensors, write_tensors
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.merging.fuse import fuse_to_folder
-from spectral_diffusion.merging.teachers import predict
+from spectral_diffusion.merging.teacher_targets import predict
 from spectral_diffusion.models.architectures import build_meta, count_table
 from spectral_diffusion.models.base import Base
 from spectral_diffusion.models.loading import load_base

@@ -589,7 +589,7 @@ def test_staged_fusion_and_its_own_cache(three: list[Path], tmp_path: Path) -> N
             config, Hooks(progress=lambda event, stages=stages: stages.append(event.stage), notify=told.append)
         )
         assert any("MiB" in text for text in told)
-        found.append((weights(tmp_path / str(index)), "watch" in stages))
+        found.append((weights(tmp_path / str(index)), "calibrate" in stages))
     assert same(found[0][0], found[1][0]) and not found[1][1]  # the second time nothing is watched again
     assert not same(found[0][0], found[2][0]) and found[2][1]
 
@@ -618,7 +618,7 @@ def test_a_fusion_that_is_stopped_while_it_watches_stops_at_once(three: list[Pat
     seen: list[int] = []
 
     def stop(event: Event) -> None:
-        if event.stage == "watch":
+        if event.stage == "calibrate":
             seen.append(event.done)
             raise UserError("Stopped.")
 

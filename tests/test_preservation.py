@@ -103,7 +103,7 @@ def test_drawn_pictures_are_kept_and_those_of_other_classes_shared(
     seen: list[Event] = []
     first = make_prior_images(base, config, ["dog"], 16, Hooks(seen.append))
     assert [len(asked) for asked in calls] == [2, 2]
-    assert seen[-1] == Event("draw", 4, 4) and {event.total for event in seen} == {4}
+    assert seen[-1] == Event("prior images", 4, 4) and {event.total for event in seen} == {4}
     again = make_prior_images(base, config, ["dog"], 16)
     assert len(calls) == 2 and torch.equal(first.latents, again.latents)
     other = make_prior_images(base, config, ["cat"], 16)

@@ -23,7 +23,7 @@ from spectral_diffusion.data.image_io import open_photo
 from spectral_diffusion.data.joint import joined
 from spectral_diffusion.merging.calibration import calibration_prompts
 from spectral_diffusion.merging.fuse import fuse_to_folder
-from spectral_diffusion.merging.teachers import prepare_targets
+from spectral_diffusion.merging.teacher_targets import prepare_targets
 from spectral_diffusion.metrics.encoders import load_encoder
 from spectral_diffusion.metrics.identity import auc
 from spectral_diffusion.models.loading import load_base

@@ -133,14 +133,14 @@ def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace, m
     monkeypatch.setattr(fusing, "preset_part", lambda name, verb: few)
     seen: list[Event] = []
     fusing.fuse_chosen(workspace, ["rex", "mug"], "clever", BOTH, Hooks(progress=seen.append), distill_steps=2)
-    assert {"lesson", "teach"} <= {event.stage for event in seen}
+    assert {"teacher images", "distill"} <= {event.stage for event in seen}
     [saved] = fusing.fusions(workspace)
     assert (saved.distill_steps, saved.merge, saved.problem) == (2, "spectral", "")
 
     stop = threading.Event()
 
     def watched(event: Event) -> None:
-        if event.stage == "teach":
+        if event.stage == "distill":
             stop.set()
 
     with pytest.raises(UserError, match="nothing was saved"):

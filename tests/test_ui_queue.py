@@ -436,14 +436,14 @@ def test_the_time_follows_the_training_that_runs(queue: Queue, workspace: Worksp
     file.write_text(json.dumps(held))  # five steps are left
     found = estimate_training(config, queue.jobs())
     assert found.time == f"about {round(0.5 * config.steps / 60)} min" and "runs now" in found.note
-    file.write_text(json.dumps(held | {"stage": "draw"}))
+    file.write_text(json.dumps(held | {"stage": "prior images"}))
     assert "short measurement" in estimate_training(config, queue.jobs()).note
 
 
 def test_the_line_counts_what_comes_before_the_first_step(queue: Queue) -> None:
     first, _ = queue.enqueue("ann")
     file = training(queue, first).status_file
-    held = json.loads(file.read_text()) | {"stage": "draw", "step": 8, "steps": 36, "curve": []}
+    held = json.loads(file.read_text()) | {"stage": "prior images", "step": 8, "steps": 36, "curve": []}
     file.write_text(json.dumps(held))
     assert queue.job(first).line() == "preparing, prior images: 8 of 36"
     file.write_text(json.dumps(held | {"steps": 0}))

@@ -29,7 +29,7 @@ FRESH = 120.0  # seconds
 FULL = 2_000_000  # bytes below which a disk counts as full
 STAGE_TEXTS = {  # of the stages before the first step
     "": "starting",
-    "draw": "preparing, prior images",
+    "prior images": "preparing, prior images",
     "predict": "preparing, targets of the prior images",
     "encode": "preparing, your photos",
 }

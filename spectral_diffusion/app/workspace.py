@@ -21,9 +21,9 @@ STAGES = {
     "train": "Training",
     "fuse": "Fusing",
     "generate": "Generating",
-    "watch": "Recording each concept's activations",
-    "lesson": "Generating the images to distill from",
-    "teach": "Distilling",
+    "calibrate": "Recording each concept's activations",
+    "teacher images": "Generating the images to distill from",
+    "distill": "Distilling",
 }
 
 

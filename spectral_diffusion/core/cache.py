@@ -88,7 +88,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         tensors, metadata = read_tensors(path)
         if metadata.get(DIGEST) == digest(tensors, metadata):
             return tensors, metadata
-    log.warning("%s is damaged or of an earlier version; what it held is computed again.", path)
+    log.warning("%s is damaged or of an earlier version; its contents are computed again.", path)
     return None
 
 

@@ -101,7 +101,7 @@ class EvaluationImages:
     def count(self, pictures: int) -> None:
         """Count finished images and report progress."""
         self.done += pictures
-        self.progress(Event("draw", self.done, max(self.total, self.done)))
+        self.progress(Event("generate", self.done, max(self.total, self.done)))
 
 
 @dataclass

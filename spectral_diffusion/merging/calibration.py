@@ -127,7 +127,7 @@ def calibrate(
             base.denoiser.sample_latents(
                 chunk, generators, config.num_inference_steps, config.guidance_scale, on_step=fold
             )
-            hooks.progress(Event("watch", min(start + CHUNK, len(prompts)), len(prompts)))
+            hooks.progress(Event("calibrate", min(start + CHUNK, len(prompts)), len(prompts)))
     return grams
 
 

@@ -1,12 +1,12 @@
-"""Teach a fused base what every adapter draws alone: no photo is needed, only the adapters and the untouched base.
+"""Distill every adapter into a fused base: no photo is needed, only the adapters and the untouched base.
 
-A merge is exact for one layer at a time; what it gets wrong adds up through the network. Here the whole fused network
-is held to each adapter's own predictions on that concept's pictures, and to the base's on ordinary ones. The concepts'
-own words learn too, which no ordinary prompt holds.
+A merge is exact for one layer at a time, and its errors add up through the network. Here the whole fused network learns
+each adapter's own predictions on images of its concept, and the base's on generic images. The concepts' token
+embeddings learn too; no generic prompt contains them.
 
-Every adapter also answers the empty prompt in its own way, and the fused network can have but one answer: the base's
-(:mod:`.teachers`). What an adapter changes whatever it is asked is thereby left to nobody, and stays out of ordinary
-pictures.
+Every adapter also changes the prediction for the empty prompt, and the fused network can have but one: the base's
+(:mod:`.teacher_targets`). So no target contains what an adapter changes whatever the prompt is, and generic images stay
+as they are.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ..linalg import Factors
 from ..models.base import Base
 from ..training.optimizers import lr_schedule
 from .student import Student
-from .teachers import DistillTargets, TeacherTargets, predict
+from .teacher_targets import DistillTargets, TeacherTargets, predict
 
-Question = tuple[TeacherTargets, int]  # one noised picture of a lesson
+Sample = tuple[TeacherTargets, int]  # one noised image: the targets that it is among, and its index
 
 
 def distill(
@@ -39,7 +39,7 @@ def distill(
     precision: MixedPrecision = "no",
     hooks: Hooks = QUIET,
 ) -> dict[str, Factors] | None:
-    """Let the student learn until it predicts what its teachers do.
+    """Train the student to predict the targets.
 
     Returns:
         The correction that was learned, by layer; None where weights have changed in place. The tokens' vectors always
@@ -67,7 +67,7 @@ def distill(
                 loss = distillation_loss(base, batch, precision) / config.gradient_accumulation_steps
                 if not torch.isfinite(loss):
                     raise NotFiniteError(
-                        f"Teaching met NaN or infinity at step {step}.",
+                        f"The distillation met NaN or infinity at step {step}.",
                         Fix("distill.learning_rate", f"{config.learning_rate / 10:g}"),
                     )
                 scaler.scale(loss).backward()
@@ -76,30 +76,30 @@ def distill(
             nn.utils.clip_grad_norm_(learning.weights, 1.0)
             scaler.step(optimizer)
             scaler.update()
-            hooks.progress(Event("teach", step + 1, config.steps, {"loss": total}))
+            hooks.progress(Event("distill", step + 1, config.steps, {"loss": total}))
         return learning.factors()
 
 
-def batches(lessons: DistillTargets, config: DistillConfig, step: int, seed: int) -> list[list[Question]]:
-    """What a step asks, in ``config.accumulate`` batches; the concepts take turns, and some are always ordinary."""
+def batches(targets: DistillTargets, config: DistillConfig, step: int, seed: int) -> list[list[Sample]]:
+    """A step's samples, in ``gradient_accumulation_steps`` batches; concepts take turns, and a share is generic."""
     generator, count = keyed_generator("distil", seed, step), config.batch_size * config.gradient_accumulation_steps
     own = min(count - int(count * config.prior_share), count - 1)
-    taken: list[Question] = []
+    taken: list[Sample] = []
     for index in range(count):
-        of_concept = index < own and lessons.concepts
-        turn = (step * own + index) % max(1, len(lessons.concepts))
-        lesson = lessons.concepts[turn] if of_concept else lessons.ordinary
-        taken.append((lesson, int(torch.randint(len(lesson.prompts), (), generator=generator))))
+        of_concept = index < own and targets.concepts
+        turn = (step * own + index) % max(1, len(targets.concepts))
+        chosen = targets.concepts[turn] if of_concept else targets.prior
+        taken.append((chosen, int(torch.randint(len(chosen.prompts), (), generator=generator))))
     return [taken[start : start + config.batch_size] for start in range(0, count, config.batch_size)]
 
 
-def distillation_loss(base: Base, batch: Sequence[Question], precision: MixedPrecision = "no") -> Tensor:
+def distillation_loss(base: Base, batch: Sequence[Sample], precision: MixedPrecision = "no") -> Tensor:
     """Mean squared error of the predictions of one batch, which are made in a mixed precision."""
 
     def stacked(part: str) -> Tensor:
-        return torch.stack([getattr(lesson, part)[index] for lesson, index in batch]).to(base.device)
+        return torch.stack([getattr(targets, part)[index] for targets, index in batch]).to(base.device)
 
-    prompts = [lesson.prompts[index] for lesson, index in batch]
+    prompts = [targets.prompts[index] for targets, index in batch]
     with autocast(base.device, precision):
-        found = predict(base, prompts, stacked("noisy"), stacked("timesteps"))
-    return F.mse_loss(found.float(), stacked("wanted"))
+        predicted = predict(base, prompts, stacked("noisy"), stacked("timesteps"))
+    return F.mse_loss(predicted.float(), stacked("targets"))

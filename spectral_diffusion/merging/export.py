@@ -46,8 +46,8 @@ FORMATS = ("kohya", "comfyui", "diffusers", "embedding", "folder", "checkpoint")
 class ExportSource:
     """What is exported: one adapter, or a fusion of several.
 
-    ``load`` gives the base with everything in its weights; ``taught`` says that the tokens' vectors there are not the
-    adapters' own any more.
+    ``load`` gives the base with everything in its weights; ``distilled`` says that the tokens' vectors there
+    are not the adapters' own any more.
     """
 
     title: str
@@ -57,7 +57,7 @@ class ExportSource:
     factors: Callable[[], dict[str, Factors]]
     load: Callable[[], Base]
     kernels: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    taught: bool = False
+    distilled: bool = False
 
     @property
     def nouns(self) -> dict[str, str]:
@@ -68,7 +68,7 @@ class ExportSource:
 
     @property
     def triggers(self) -> list[str]:
-        """What stands for the concepts in a prompt."""
+        """The concepts' names in a prompt."""
         return [*self.nouns, *(adapter.trigger for adapter in self.adapters if adapter.trigger)]
 
     @property
@@ -89,7 +89,7 @@ class ExportSource:
     @cached_property
     def tokens(self) -> dict[str, dict[str, Tensor]]:
         """The vectors of every word, by text encoder."""
-        if self.taught:
+        if self.distilled:
             return {token: self.loaded.vectors(token) for token in self.nouns}
         return {token: vectors for adapter in self.adapters for token, vectors in adapter.tokens.items()}
 
@@ -105,7 +105,7 @@ def open_source(path: Path, device: str = "auto") -> ExportSource:
     kernels = {layer: kernel for adapter in adapters for layer, kernel in adapter.kernels.items()}
     if path.is_dir():
         recipe = read_manifest(path) or {}
-        taught = bool(recipe["settings"]["distill"]["steps"])
+        distilled = bool(recipe["settings"]["distill"]["steps"])
         shown = {
             "merge": recipe["merge"],
             "concepts": ", ".join(f"{n} ({c['method']}, {c['scale']})" for n, c in recipe["concepts"].items()),
@@ -114,7 +114,7 @@ def open_source(path: Path, device: str = "auto") -> ExportSource:
         }
         return ExportSource(
             path.resolve().name, str(recipe["base"]), adapters, shown, lambda: read_merged(path),
-            lambda: load_base(str(path), device), kernels, taught,
+            lambda: load_base(str(path), device), kernels, distilled,
         )  # fmt: skip
     [adapter] = adapters
 
@@ -309,7 +309,7 @@ def is_our_export(described: Path) -> bool:
 
 
 def truncated_factors(source: ExportSource, rank: int | None, hooks: Hooks) -> dict[str, Factors]:
-    """The factors at a rank that a LoRA file is sensible at: exact if nothing is asked, else with the error told."""
+    """The factors at a rank that a LoRA file is sensible at: exact if nothing is asked, else the error is reported."""
     factors = source.factors()
     full = any(not adapter.method.low_rank for adapter in source.adapters)
     if rank is None and full:

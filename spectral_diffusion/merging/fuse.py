@@ -45,7 +45,7 @@ from .merge_layers import add_change, merge_layers
 from .merges.registry import get_merge
 from .scales import owner, scales_of
 from .student import Student
-from .teachers import check_words, prepare_targets
+from .teacher_targets import check_words, prepare_targets
 
 
 def check_together(adapters: list[Adapter], strength: Mapping[str, float]) -> None:
@@ -101,20 +101,21 @@ def fuse_adapters(
     adapters = sorted(adapters, key=lambda adapter: adapter.name)
     check_fusion(base, adapters, config)
     targets = open_base(base, adapters, install)
-    learners = {**targets, **extra_modules(base, config, targets)}
+    trainable_layers = {**targets, **extra_modules(base, config, targets)}
     precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
-    teachers = None
+    teacher_targets = None
     if config.distill.steps:  # before anything is fused: the base is one of the teachers
         if is_large(base):
-            hooks.notify(check_distillation_memory(base, learners, config.distill, precision))
-        teachers = prepare_targets(base, adapters, scales_of(config, adapters), config.distill, config.seed, hooks)
+            hooks.notify(check_distillation_memory(base, trainable_layers, config.distill, precision))
+        scales = scales_of(config, adapters)
+        teacher_targets = prepare_targets(base, adapters, scales, config.distill, config.seed, hooks)
     merged = merge_layers(base, adapters, targets, config, hooks)
-    if teachers:
+    if teacher_targets:
         tokens = [token for adapter in adapters for token in adapter.tokens]
         with tf32(base.device, config.allow_tf32):
-            student = Student(base, learners, tokens, config.distill.rank, config.seed)
-            correction = distill(student, teachers, config.distill, config.seed, precision, hooks)
-        return with_correction(learners, merged, correction)
+            student = Student(base, trainable_layers, tokens, config.distill.rank, config.seed)
+            correction = distill(student, teacher_targets, config.distill, config.seed, precision, hooks)
+        return with_correction(trainable_layers, merged, correction)
     return merged
 
 

@@ -19,7 +19,7 @@ from ..models.targets import EVERYTHING, find_targets
 from ..training.memory import CONTEXT, Estimate, Models, Peak, base_kind, fitting, hollow, hollow_prediction
 from .calibration import CHUNK
 from .student import correction_spec
-from .teachers import CHUNK as TOGETHER
+from .teacher_targets import CHUNK as TOGETHER
 
 Layers = Mapping[str, nn.Linear | nn.Conv2d]  # by name
 

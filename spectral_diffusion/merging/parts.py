@@ -1,6 +1,6 @@
 """One adapter's part of a fusion, computed into the cache, from which the fusion itself then reads it.
 
-What the layers see while an adapter generates, and what it teaches, depends on no other adapter. So the parts of many
+The activations while an adapter generates, and its teacher targets, depend on no other adapter. So the parts of many
 adapters can be computed by as many processes; the fusion adds them up in the order in which it would have computed
 them, and gives the same bits.
 """
@@ -21,7 +21,7 @@ from .manifest import adapters_in_fusion
 from .merge_layers import Calibration, Targets, groups
 from .merges.registry import get_merge
 from .scales import scales_of
-from .teachers import adapter_targets, generic_targets
+from .teacher_targets import adapter_targets, generic_targets
 
 GENERIC = "generic prompts"  # the part that is no adapter's
 

@@ -18,7 +18,7 @@ Homes = dict[str, torch.device]  # of layers by name
 
 
 def rooms(base: Base) -> dict[torch.device, int | None]:
-    """The bytes that layers may take on each device, the CPU last; None where that cannot be told.
+    """The bytes that layers may take on each device, the CPU last; None where that is unknown.
 
     Without a base on CUDA that is the CPU alone: other GPUs have no float64.
     """

@@ -25,7 +25,7 @@ from ..models.base import Base
 from ..models.targets import find_targets
 from .fuse import check_together, fuse_adapters
 from .merges.registry import get_merge
-from .teachers import predict
+from .teacher_targets import predict
 
 HELD_OUT = ("a drawing of {}", "{} in the garden", "a small picture of {}", "{} by the window")  # not for calibration
 SCALES = (0.5, 0.65, 0.8, 0.9, 1.0)

@@ -1,4 +1,4 @@
-"""Keep a token's attention where the thing is: cross-attention maps are held to the photos' masks.
+"""Keep a token's attention where the thing is: cross-attention maps are trained towards the photos' masks.
 
 As Break-A-Scene (Avrahami et al. 2023) and Mix-of-Show (Gu et al. 2023) do it: what a layer attends to for the
 concept's token, divided by its maximum, shall be 1 inside the mask and 0 outside.
@@ -51,7 +51,7 @@ class AttentionMaps:
     """The cross-attention maps (n, places, words) of the first forward since :meth:`begin`, by layer.
 
     Attributes:
-        largest: the most places of a layer that is watched.
+        largest: the most places of a layer that is captured.
     """
 
     found: dict[int, Tensor]
@@ -72,8 +72,8 @@ def capture_attention_maps(unet: nn.Module, wanted: bool, largest: int = LARGEST
         return
     before = dict(unet.attn_processors)  # type: ignore[arg-type]
     maps = AttentionMaps(largest)
-    watched = {name: CapturingProcessor(one, maps) if ".attn2." in name else one for name, one in before.items()}
-    unet.set_attn_processor(watched)  # type: ignore[operator]
+    capturing = {name: CapturingProcessor(one, maps) if ".attn2." in name else one for name, one in before.items()}
+    unet.set_attn_processor(capturing)  # type: ignore[operator]
     try:
         yield maps
     finally:
@@ -102,7 +102,7 @@ def attention_loss(maps: AttentionMaps, own: Tensor, masks: Tensor) -> Tensor:
 
 
 def shape_of(places: int, height: int, width: int) -> tuple[int, int]:
-    """The (h, w) of a map with so many places, on latents that were halved, rounded up, some times."""
+    """The (h, w) of a map with this many places, on latents that were halved, rounded up, some times."""
     while height * width > places and (height > 1 or width > 1):
         height, width = -(-height // 2), -(-width // 2)
     return height, width

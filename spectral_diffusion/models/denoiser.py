@@ -305,7 +305,7 @@ class Denoiser(ABC):
         return (self.shifted(u.clamp(0, 1) ** power, objective.timestep_shift) * last).long().clamp(0, last - 1)
 
     def shifted(self, u: Tensor, shift: float) -> Tensor:
-        """Times in 0…1, moved towards noise; 0 stands for the base's own shift."""
+        """Times in 0…1, moved towards noise; 0 means the base's own shift."""
         return u
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -441,7 +441,7 @@ class Denoiser(ABC):
 
     @abstractmethod
     def hollow_conditioning(self, count: int, layers: int = 1) -> Conditioning:
-        """The conditioning of so many prompts without values, to measure memory with.
+        """The conditioning of a number of prompts, without values, to measure memory with.
 
         Args:
             layers: how often each prompt is encoded, for a concept's own vectors in every layer.

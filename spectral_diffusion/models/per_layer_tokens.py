@@ -1,6 +1,6 @@
 """Tokens whose vectors differ for every cross-attention layer of the U-Net (P+, Voynov et al. 2023; Gu et al. 2023).
 
-Prompts are then encoded once per layer. The encodings go one after the other through everything that carries ordinary
+Prompts are then encoded once per layer. The encodings go one after the other through everything that carries common
 ones, as (b, layers · length, width), and each layer's attention processor takes its own part.
 
 The embedding table holds the vectors of every layer as rows of their own. Its buffer ``ladder`` (words, 1 + layers)
@@ -197,5 +197,5 @@ def use_means(base: Base) -> None:
 
 
 def mean_note(name: str) -> str:
-    """What is told of an adapter whose layer-wise vectors cannot be written."""
+    """The warning about an adapter whose layer-wise vectors cannot be written."""
     return f"Note: {name} has layer-wise vectors; a stock pipeline cannot hold them, so their mean is written."

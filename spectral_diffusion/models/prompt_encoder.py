@@ -37,7 +37,7 @@ class Words(Protocol):
 
 
 def trigger_words(concept: Words) -> str:
-    """What stands for a concept on a base whose text encoder learns no words: its token's letters and its noun."""
+    """A concept's name in prompts on a base whose text encoder learns no words: its token's letters and its noun."""
     return f"{concept.token.strip('<>')} {concept.noun}"
 
 
@@ -48,8 +48,8 @@ class PromptEncoder:
         joint: further concepts whose tokens are trained beside the concept's.
         frozen: more words, random and never trained, that prompts may hold.
         size: side of square pictures in pixels.
-        layers: train vectors of the token's own for so many cross-attention layers; 0 for all of them together. What is
-            given is then the long form, inside :func:`.per_layer_tokens.per_layer_attention`.
+        layers: train separate vectors of the token for this many cross-attention layers; 0: one set for all. Separate
+            ones give the long form, inside :func:`.per_layer_tokens.per_layer_attention`.
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class PromptEncoder:
 
     def per_layer_vectors(self) -> dict[str, Tensor]:
         """Copies of the rows of every layer by text encoder, (layers, n, width) each; none where they are the same."""
-        held = {name: tokens.vectors.detach().cpu().clone() for name, tokens in self.tokens.items()}
-        return {name: rows for name, rows in held.items() if rows.dim() == 3}
+        copies = {name: tokens.vectors.detach().cpu().clone() for name, tokens in self.tokens.items()}
+        return {name: rows for name, rows in copies.items() if rows.dim() == 3}
 
     @contextmanager
     def frozen_beyond_norm(self, limit: float) -> Iterator[None]:

@@ -49,7 +49,7 @@ class QwenImage21Denoiser(QwenVaeDenoiser):
 
     @property
     def side_multiple(self) -> int:
-        return 2 * self.vae_scale  # a place in the prompt stands for 2 × 2 cells
+        return 2 * self.vae_scale  # a place in the prompt covers 2 × 2 cells
 
     @property
     def token_side(self) -> int:

@@ -182,7 +182,7 @@ class QuantizedFused(FusedLinear):
 
 
 def _is_untouched(part: nn.Module) -> bool:
-    """Whether a part is neither adapted nor trained nor watched."""
+    """Whether a part is neither adapted nor trained nor captured."""
     return (
         (type(part) is RowsOfQuantized or (type(part) is nn.Linear and "forward" not in vars(part)))  # hooks replace it
         and not part.weight.requires_grad

@@ -1,6 +1,6 @@
 """A concept's own words: new token vectors, while they are trained and once they are known.
 
-A token such as ``<rex>`` is held as several vectors under diffusers' multi-vector convention, ``<rex>``,
+A token such as ``<rex>`` has several vectors under diffusers' multi-vector convention, ``<rex>``,
 ``<rex>_1``, …, so that stock pipelines expand it by themselves.
 """
 
@@ -89,7 +89,7 @@ def mean_noun_vector(tokenizer: Tokenizer, text_encoder: nn.Module, noun: str) -
 def random_vectors(count: int, like: Tensor, *key: int | str) -> Tensor:
     """Random vectors (count, width) about as long as ``like`` (width,); the key decides them.
 
-    As long as an ordinary word's: the spread of a whole embedding table may be that of its unused rows.
+    As long as a common word's: the spread of a whole embedding table may be that of its unused rows.
     """
     width = len(like)
     return torch.randn(count, width, generator=keyed_generator(*key)) * like.norm() / width**0.5
@@ -105,7 +105,7 @@ def initial_vectors(noun: Tensor, token: str, seed: int) -> Tensor:
 
 
 def add_token_rows(tokenizer: Tokenizer, text_encoder: nn.Module, token: str, vectors: Tensor) -> None:
-    """Add a token with its vectors (n, width) as ordinary rows of the embedding.
+    """Add a token with its vectors (n, width) as plain rows of the embedding.
 
     Raises:
         UserError: the tokenizer knows that token already.

@@ -210,8 +210,8 @@ def write_images(
         paths = {seed: files[seed] for seed in batch if scene.only_seed in (None, seed)}
         if not (resume and all(is_same(path, embedded[seed], sources) for seed, path in paths.items())):
             places: list[dict[str, Box]] = []
-            watched = replace(inputs, on_found=places.append)
-            with closing(sample_in_turn(base, [scene.prompt] * len(batch), batch, scene, hooks, watched)) as turn:
+            capturing = replace(inputs, on_found=places.append)
+            with closing(sample_in_turn(base, [scene.prompt] * len(batch), batch, scene, hooks, capturing)) as turn:
                 images = next(turn)
             for seed, image, found in zip(batch, images, places or [{}] * len(batch), strict=True):
                 if seed in paths:

@@ -34,7 +34,7 @@ from ..slots.ledger import Slot
 from .half_weights import halvable, halves
 from .prior_images import CHUNK as PICTURES_AT_ONCE
 
-SMALL = 50_000_000  # parameters of a base below which nobody needs to be told
+SMALL = 50_000_000  # parameters of a base below which the memory is not reported
 STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # bytes of an optimiser's own numbers per trained one
 MARGIN = 1.1  # what allocators lose between blocks
 CONTEXT = {"cuda": 600 * 2**20, "cpu": 700 * 2**20}  # bytes of CUDA itself; of Python with its libraries
@@ -56,7 +56,7 @@ class Estimate:
         """The most at once."""
         return round((self.weights + self.adapter + max(self.phases.values())) * MARGIN) + self.context
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """The parts, for a person."""
         phases = ", ".join(f"{gib(size)} at most while {name}" for name, size in self.phases.items())
         return f"{gib(self.weights)} of weights, {gib(self.adapter)} of what learns and its optimiser, {phases}"
@@ -176,7 +176,7 @@ def hollow_adapted(models: Models, config: TrainConfig) -> tuple[dict[str, nn.Mo
     """
     method, copies, frozen = get_method(config.method), hollow(models, "meta"), hollow_frozen_tensors(models, config)
     frozen_apart = 0
-    if method.builds_on == "full_svd":  # attaching would decompose weights without values: a LoRA stands for it
+    if method.builds_on == "full_svd":  # attaching would decompose weights without values: a LoRA takes its place
         frozen_apart = tensor_bytes(tensor for tensors in frozen.values() for tensor in tensors.values())
         method, frozen = get_method("lora"), {}
     spec = AdapterSpec(method, config.rank, config.target_modules, config.seed, steps=config.steps)
@@ -289,7 +289,7 @@ def hollow_prediction(denoiser: Denoiser, batch: int, size: int, encodings: int 
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that a training may still take on a device; None where that cannot be told."""
+    """Bytes that a training may still take on a device; None where that is unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # this process keeps it ready
         return int(torch.cuda.mem_get_info(device)[0]) + unused
@@ -328,7 +328,7 @@ def memory_note(base: Base, config: TrainConfig, size: int) -> str | None:
 
 
 def is_large(base: Base) -> bool:
-    """Whether its owner needs to be told what it takes."""
+    """Whether a base is large enough to report its memory."""
     models = base.stored.models if base.stored else base.models
     return sum(p.numel() for model in models.values() for p in model.parameters()) >= SMALL
 
@@ -342,10 +342,10 @@ def fitting(found: Estimate, base: Base, what: str, *fixes: Fix) -> str:
     """A sentence of what work on a loaded ``base`` takes and what is there.
 
     Raises:
-        UserError: it clearly does not fit; ``what`` it is and the ``fixes`` are told.
+        UserError: it clearly does not fit; ``what`` it is and the ``fixes`` are in the sentence.
     """
     free = available(base.device)
-    text = f"Memory: about {gib(found.total)} at most ({found.told()})"
+    text = f"Memory: about {gib(found.total)} at most ({found.summary()})"
     if free is None:
         return f"{text}."
     room = free + found.weights + found.context  # the base is loaded already

@@ -129,7 +129,7 @@ def make_part(
 
     def on_done(done: int) -> None:
         hooks.raise_if_stopped("Stopped before the first step; nothing was saved yet.")
-        hooks.step("draw", before + done, len(prompts))
+        hooks.step("prior images", before + done, len(prompts))
 
     if not part:
         return {}

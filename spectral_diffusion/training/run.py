@@ -135,7 +135,7 @@ def train_on(
     if not base.tokenizers:
         note(
             f"Note: this base learns no words. Write '{trigger_words(concept)}' in prompts of other programs; here "
-            f"{concept.token} stands for it."
+            f"{concept.token} names it."
         )
     if memory := memory_note(base, config, size):
         note(memory)

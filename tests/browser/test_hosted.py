@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import free_port
 
-from .conftest import PATIENCE
+from .conftest import PATIENCE, free_port
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parent.parent.parent

@@ -1,13 +1,14 @@
-"""What a fused base is taught: pictures of every adapter's concept, and what that adapter predicts for them.
+"""The targets of distillation: images of every adapter's concept, and what that adapter predicts for them.
 
-A picture with guidance g follows e + g (c − e), where e is the answer to the empty prompt. Every adapter has its own e,
-and the fused network can have but one: the base's e₀. So what is taught for a concept's words is not the adapter's c
-but c − (1 − 1/g) (e − e₀), which with e₀ gives the same.
+An image with guidance g follows e + g (c − e), where e is the prediction for the empty prompt. Every adapter has its
+own e, and the fused network can have but one: the base's e₀. So the target for a concept's prompts is not the adapter's
+c but c − (1 − 1/g) (e − e₀), which with e₀ gives the same.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,29 +28,29 @@ from ..core.hooks import QUIET, Event, Hooks
 from ..core.rng import keyed_generator, keyed_random
 from ..models.base import Base
 
-CHUNK = 16  # pictures drawn, and predictions made, together; fewer where a batch is smaller, as memory may be short
-DRAWING = 10  # steps of each picture
+CHUNK = 16  # images generated, and predictions made, together; fewer where a batch is smaller, as memory may be short
+STEPS = 10  # inference steps of each image
 
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """Noised pictures (n, c, h, w) of one concept, or of ordinary things, and what is right to predict there.
+    """Noised images (n, c, h, w) of one concept, or of generic subjects, with the targets to predict there.
 
-    They wait on the CPU; a batch goes to the base's device.
+    They are on the CPU; a batch goes to the base's device.
     """
 
     prompts: list[str]
     noisy: Tensor
     timesteps: Tensor
-    wanted: Tensor
+    targets: Tensor
 
 
 @dataclass(frozen=True)
 class DistillTargets:
-    """One lesson a concept, and that of ordinary things."""
+    """The targets of each concept, and those of generic subjects, which keep the rest of the base."""
 
     concepts: list[TeacherTargets]
-    ordinary: TeacherTargets
+    prior: TeacherTargets
 
 
 def prepare_targets(
@@ -60,21 +61,21 @@ def prepare_targets(
     seed: int,
     hooks: Hooks = QUIET,
 ) -> DistillTargets:
-    """What to teach, from the untouched base with every adapter's token in it; it is as it was afterwards.
+    """All targets, from the untouched base with every adapter's token in it; it is as it was afterwards.
 
     Raises:
-        UserError: an adapter has no word of its own.
+        UserError: an adapter has no token.
     """
     check_words(adapters)
-    # Also the words of what an adapter was trained on top of.
+    # Also the tokens of what an adapter was trained on top of.
     count = sum(len(adapter.tokens) for adapter in adapters) + 1
-    lessons: list[TeacherTargets] = []
+    concepts: list[TeacherTargets] = []
     for adapter in adapters:
-        lessons += adapter_targets(base, adapter, strengths.get(adapter.name, 1.0), config, seed)
-        hooks.progress(Event("lesson", len(lessons), count))
-    usual = generic_targets(base, config, seed)
-    hooks.progress(Event("lesson", count, count))
-    return DistillTargets(lessons, usual)
+        concepts += adapter_targets(base, adapter, strengths.get(adapter.name, 1.0), config, seed)
+        hooks.progress(Event("teacher images", len(concepts), count))
+    prior = generic_targets(base, config, seed)
+    hooks.progress(Event("teacher images", count, count))
+    return DistillTargets(concepts, prior)
 
 
 def check_words(adapters: Sequence[Adapter]) -> None:
@@ -95,40 +96,40 @@ def check_words(adapters: Sequence[Adapter]) -> None:
 def adapter_targets(
     base: Base, adapter: Adapter, strength: Strength, config: DistillConfig, seed: int
 ) -> list[TeacherTargets]:
-    """What an adapter teaches, for each of its tokens; other adapters make no difference to it."""
-    lessons = []
+    """The targets of each of an adapter's tokens; other adapters make no difference to them."""
+    out = []
     for token in adapter.tokens:
-        wanted = [token] * config.num_images
+        subjects = [token] * config.num_images
         if token in adapter.styles:
             random = keyed_random("styled", token, seed)
-            wanted = [in_style(random.choice(generic_things(config)), token) for _ in wanted]
-        lessons.append(cached_targets(base, adapter, wanted, config, seed, strength))
-    return lessons
+            subjects = [in_style(random.choice(generic_subjects(config)), token) for _ in subjects]
+        out.append(cached_targets(base, adapter, subjects, config, seed, strength))
+    return out
 
 
 def generic_targets(base: Base, config: DistillConfig, seed: int) -> TeacherTargets:
-    """What the base teaches, on ordinary things."""
-    random, things = keyed_random("ordinary", seed), generic_things(config)
-    return cached_targets(base, None, [random.choice(things) for _ in range(config.num_prior_images)], config, seed)
+    """The targets of the untouched base, on generic subjects."""
+    random, subjects = keyed_random("ordinary", seed), generic_subjects(config)
+    return cached_targets(base, None, [random.choice(subjects) for _ in range(config.num_prior_images)], config, seed)
 
 
-def generic_things(config: DistillConfig) -> list[str]:
-    """What ordinary pictures show."""
+def generic_subjects(config: DistillConfig) -> list[str]:
+    """The subjects of generic images."""
     return config.prior_subjects or [generic_subject(a, n) for a in GENERIC_ADJECTIVES for n in GENERIC_NOUNS]
 
 
 def cached_targets(
     base: Base,
     adapter: Adapter | None,
-    things: Sequence[str],
+    subjects: Sequence[str],
     config: DistillConfig,
     seed: int,
     strength: Strength = 1.0,
 ) -> TeacherTargets:
-    """:func:`targets_of`, kept in the cache under a hash of all that decides it if ``config.cache`` says so."""
+    """:func:`targets_of`, cached under a hash of all that decides it if ``config.cache`` says so."""
 
     def make() -> TeacherTargets:
-        return targets_of(base, adapter, things, config, seed, strength)
+        return targets_of(base, adapter, subjects, config, seed, strength)
 
     if not config.cache:
         return make()
@@ -137,14 +138,14 @@ def cached_targets(
         "form": [str(base.dtype), base.device.type, base.quantization, base.size],
         "adapter": content_hash(adapter) if adapter else None,
         "strength": strength,
-        "things": list(things),
+        "subjects": list(subjects),
         "templates": GENERIC_TEMPLATES,
         "settings": config.model_dump(
             include={"batch_size", "resolution", "noises_per_image", "empty_prompt_prob", "guidance_scale"}
         ),
         "scheduler": json.loads(base.pipeline.scheduler.to_json_string()),
         "seed": seed,
-        "format": 1,
+        "format": 2,
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
     path = cache_folder() / "teachers" / f"{key}.safetensors"
@@ -153,7 +154,7 @@ def cached_targets(
 
 def packed_targets(targets: TeacherTargets) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata to cache."""
-    tensors = {"noisy": targets.noisy, "timesteps": targets.timesteps, "wanted": targets.wanted}
+    tensors = {"noisy": targets.noisy, "timesteps": targets.timesteps, "targets": targets.targets}
     return tensors, {"prompts": json.dumps(targets.prompts)}
 
 
@@ -161,47 +162,47 @@ def unpacked_targets(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     """The inverse of :func:`packed_targets`."""
     prompts = [str(text) for text in parse_json(metadata["prompts"])]
     if len(prompts) != len(tensors["noisy"]):
-        raise ValueError("There are more or fewer prompts than pictures.")
-    return TeacherTargets(prompts, tensors["noisy"], tensors["timesteps"], tensors["wanted"])
+        raise ValueError("There are more or fewer prompts than images.")
+    return TeacherTargets(prompts, tensors["noisy"], tensors["timesteps"], tensors["targets"])
 
 
 @torch.no_grad()
 def targets_of(
     base: Base,
     adapter: Adapter | None,
-    things: Sequence[str],
+    subjects: Sequence[str],
     config: DistillConfig,
     seed: int,
     strength: Strength = 1.0,
 ) -> TeacherTargets:
-    """What an adapter (None: the base alone) draws for each of the things, and what is right to predict on the way."""
+    """Images by an adapter (None: the base alone) of each subject, noised, with the targets to predict there."""
     who, denoiser = adapter.name if adapter else "ordinary", base.denoiser
-    prompts = [
-        base.spell(GENERIC_TEMPLATES[i % len(GENERIC_TEMPLATES)].replace("{}", thing)) for i, thing in enumerate(things)
-    ]
+    templates = itertools.cycle(GENERIC_TEMPLATES)
+    prompts = [base.spell(next(templates).replace("{}", subject)) for subject in subjects]
     active, together = [(adapter, strength)] if adapter else [], min(CHUNK, config.batch_size)
     with enabled_adapters(base, active):
         latents = sample_latents(base, prompts, who, config, seed).repeat_interleave(config.noises_per_image, 0)
     random, generator = keyed_random("lesson", who, seed), keyed_generator("noise", who, seed)
     empty = 0.0 if adapter else config.empty_prompt_prob
-    asked = ["" if random.random() < empty else prompt for prompt in prompts for _ in range(config.noises_per_image)]
+    repeated = [prompt for prompt in prompts for _ in range(config.noises_per_image)]
+    asked = ["" if random.random() < empty else prompt for prompt in repeated]
     last = denoiser.num_timesteps
     timesteps = (last * torch.rand(len(latents), generator=generator) ** 0.5).long().clamp(max=last - 1)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     noisy = denoiser.add_noise(latents, noise, timesteps)
 
-    def answers(texts: list[str]) -> Tensor:
+    def predictions(texts: list[str]) -> Tensor:
         parts = (slice(start, start + together) for start in range(0, len(texts), together))
         return torch.cat([predict(base, texts[part], noisy[part], timesteps[part]).cpu() for part in parts])
 
-    nothing, share = [""] * len(asked), 1 - 1 / denoiser.effective_guidance(config.guidance_scale)
+    unconditional, share = [""] * len(asked), 1 - 1 / denoiser.effective_guidance(config.guidance_scale)
     with enabled_adapters(base, active):
-        wanted = answers(asked)
+        targets = predictions(asked)
         if adapter and share:
-            wanted -= share * answers(nothing)
+            targets -= share * predictions(unconditional)
     if adapter and share:
-        wanted += share * answers(nothing)
-    return TeacherTargets(asked, noisy, timesteps, wanted)
+        targets += share * predictions(unconditional)
+    return TeacherTargets(asked, noisy, timesteps, targets)
 
 
 def predict(base: Base, prompts: Sequence[str], noisy: Tensor, timesteps: Tensor) -> Tensor:
@@ -213,11 +214,11 @@ def predict(base: Base, prompts: Sequence[str], noisy: Tensor, timesteps: Tensor
 
 
 def sample_latents(base: Base, prompts: list[str], who: str, config: DistillConfig, seed: int) -> Tensor:
-    """The latents (n, c, h, w) of a picture for each prompt, on the CPU."""
+    """The latents (n, c, h, w) of an image for each prompt, on the CPU."""
     out, together = [], min(CHUNK, config.batch_size)
     for start in range(0, len(prompts), together):
         chunk = prompts[start : start + together]
         generators = [keyed_generator("lesson", who, seed, start + i) for i in range(len(chunk))]
-        latents = base.denoiser.sample_latents(chunk, generators, DRAWING, config.guidance_scale, config.resolution)
+        latents = base.denoiser.sample_latents(chunk, generators, STEPS, config.guidance_scale, config.resolution)
         out.append(latents.cpu())
     return torch.cat(out)

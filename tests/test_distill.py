@@ -1,4 +1,4 @@
-"""Teaching: the fused network comes nearer to what its adapters predict alone, and to the base elsewhere."""
+"""Distillation: the fused network comes nearer to what its adapters predict alone, and to the base elsewhere."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors
 from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.core.precision import MixedPrecision
-from spectral_diffusion.merging import distill as teaching
+from spectral_diffusion.merging import distill as distillation
 from spectral_diffusion.merging import export as exporting
-from spectral_diffusion.merging import teachers
+from spectral_diffusion.merging import teacher_targets
 from spectral_diffusion.merging.distill import (
-    Question,
+    Sample,
     batches,
     distillation_loss,
 )
 from spectral_diffusion.merging.export import ExportOptions, export
 from spectral_diffusion.merging.fuse import fuse_adapters, fuse_to_folder
 from spectral_diffusion.merging.memory import distillation_memory
-from spectral_diffusion.merging.teachers import DistillTargets, predict, prepare_targets
+from spectral_diffusion.merging.teacher_targets import DistillTargets, predict, prepare_targets
 from spectral_diffusion.merging.unfuse import unfuse
 from spectral_diffusion.models.base import Base
 from spectral_diffusion.models.loading import load_base
@@ -64,17 +64,17 @@ def settings(files: list[Path], output: Path, **more: object) -> FuseConfig:
     return FuseConfig(adapters=files, output=output, device="cpu", **more)  # type: ignore[arg-type]
 
 
-def off(base: Base, lessons: DistillTargets) -> list[float]:
-    """Mean squared distance from what is right: of every concept, and of ordinary pictures."""
+def off(base: Base, targets: DistillTargets) -> list[float]:
+    """Mean squared distance from the targets: of every concept, and of generic images."""
     with torch.no_grad():
         return [
-            float((predict(base, one.prompts, one.noisy, one.timesteps) - one.wanted).square().mean())
-            for one in (*lessons.concepts, lessons.ordinary)
+            float((predict(base, one.prompts, one.noisy, one.timesteps) - one.targets).square().mean())
+            for one in (*targets.concepts, targets.prior)
         ]
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 8])
-def test_teaching_brings_concepts_and_the_base_nearer(
+def test_distilling_brings_concepts_and_the_base_nearer(
     pair: list[Path], tiny_base: Path, tmp_path: Path, rank: int
 ) -> None:
     adapters = [load_adapter(file) for file in pair]
@@ -84,14 +84,14 @@ def test_teaching_brings_concepts_and_the_base_nearer(
             untouched.add_token(token, vectors)
     exam = prepare_targets(
         untouched, sorted(adapters, key=lambda a: a.name), {}, SMALL, seed=5
-    )  # pictures that are not taught
+    )  # images that are not among the targets
     assert off(untouched, exam)[-1] < 1e-12 < min(off(untouched, exam)[:-1])
     found = {}
     for steps in (0, SMALL.steps):
         base = load_base(str(tiny_base), "cpu")
         rate = 1e-2 if rank else SMALL.learning_rate
-        teaching = SMALL.model_copy(update={"steps": steps, "rank": rank, "learning_rate": rate})
-        factors = fuse_adapters(base, adapters, settings(pair, tmp_path, distill=teaching))
+        distilling = SMALL.model_copy(update={"steps": steps, "rank": rank, "learning_rate": rate})
+        factors = fuse_adapters(base, adapters, settings(pair, tmp_path, distill=distilling))
         assert (factors is None) == (steps > 0 and rank == 0)
         assert not any(p.requires_grad for model in base.models.values() for p in model.parameters())
         found[steps] = off(base, exam)
@@ -142,8 +142,8 @@ def test_only_the_concepts_own_words_learn_and_exports_hold_what_they_learnt(
     few = SMALL.model_copy(update={"steps": 4})
     words = {"off": 0.0, "on": 1e-2}
     for name, rate in words.items():
-        teaching = few.model_copy(update={"token_learning_rate": rate})
-        fuse_to_folder(settings(pair, tmp_path / name, distill=teaching))
+        distilling = few.model_copy(update={"token_learning_rate": rate})
+        fuse_to_folder(settings(pair, tmp_path / name, distill=distilling))
     untouched = load_base(str(tiny_base), "cpu")
     table = untouched.pipeline.text_encoder.get_input_embeddings().weight
     for name in words:
@@ -165,19 +165,19 @@ def test_what_an_adapter_says_to_the_empty_prompt_is_the_bases_to_say(pair: list
     for token, vectors in adapter.tokens.items():
         base.add_token(token, vectors)
     few = SMALL.model_copy(update={"num_images": 2, "num_prior_images": 1, "noises_per_image": 2})
-    [lesson] = prepare_targets(base, [adapter], {}, few, 0).concepts
-    said = {}
+    [concept] = prepare_targets(base, [adapter], {}, few, 0).concepts
+    predicted = {}
     for who in (adapter, None):
         with enabled_adapters(base, [(who, 1.0)] if who else []), torch.no_grad():
-            for prompts in (lesson.prompts, [""] * len(lesson.prompts)):
-                said[who is adapter, not prompts[0]] = predict(base, prompts, lesson.noisy, lesson.timesteps)
-    own, own_empty, plain_empty = said[True, False], said[True, True], said[False, True]
+            for prompts in (concept.prompts, [""] * len(concept.prompts)):
+                predicted[who is adapter, not prompts[0]] = predict(base, prompts, concept.noisy, concept.timesteps)
+    own, own_empty, plain_empty = predicted[True, False], predicted[True, True], predicted[False, True]
     guided = own_empty + few.guidance_scale * (own - own_empty)
-    assert torch.allclose(plain_empty + few.guidance_scale * (lesson.wanted - plain_empty), guided, atol=1e-4)
-    assert not torch.allclose(lesson.wanted, own, atol=1e-3)
+    assert torch.allclose(plain_empty + few.guidance_scale * (concept.targets - plain_empty), guided, atol=1e-4)
+    assert not torch.allclose(concept.targets, own, atol=1e-3)
 
 
-def test_lessons_need_no_more_memory_at_once_than_a_step(
+def test_targets_need_no_more_memory_at_once_than_a_step(
     pair: list[Path], tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = load_adapter(pair[0])
@@ -190,29 +190,29 @@ def test_lessons_need_no_more_memory_at_once_than_a_step(
         asked.append(len(prompts))
         return predict(base, prompts, *rest)
 
-    monkeypatch.setattr(teachers, "predict", counted)
+    monkeypatch.setattr(teacher_targets, "predict", counted)
     wanted = []
     for batch in (3, 16):
         few = SMALL.model_copy(
             update={"num_images": 4, "num_prior_images": 4, "noises_per_image": 2, "batch_size": batch}
         )
-        wanted.append(prepare_targets(base, [adapter], {}, few, 0).concepts[0].wanted)
+        wanted.append(prepare_targets(base, [adapter], {}, few, 0).concepts[0].targets)
         assert max(asked) == min(batch, 8)
         asked.clear()
     assert torch.allclose(*wanted, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_a_step_in_small_batches_computed_twice_teaches_the_same(
+def test_a_step_in_small_batches_computed_twice_learns_the_same(
     pair: list[Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapters, asked, taught = [load_adapter(file) for file in pair], [], []
+    adapters, asked, learned = [load_adapter(file) for file in pair], [], []
 
-    def counted(base: Base, batch: list[Question], precision: MixedPrecision) -> torch.Tensor:
+    def counted(base: Base, batch: list[Sample], precision: MixedPrecision) -> torch.Tensor:
         asked.append(len(batch))
         return distillation_loss(base, batch, precision)
 
-    monkeypatch.setattr(teaching, "distillation_loss", counted)
+    monkeypatch.setattr(distillation, "distillation_loss", counted)
     for more in (
         {"batch_size": 8},
         {"batch_size": 2, "gradient_accumulation_steps": 4, "gradient_checkpointing": True},
@@ -222,18 +222,18 @@ def test_a_step_in_small_batches_computed_twice_teaches_the_same(
         losses: list[float] = []
 
         def keep(event: Event, losses: list[float] = losses) -> None:
-            losses.extend([event.metrics["loss"]] if event.stage == "teach" else [])
+            losses.extend([event.metrics["loss"]] if event.stage == "distill" else [])
 
         fuse_adapters(base, adapters, settings(pair, tmp_path, distill=few), Hooks(progress=keep))
         assert not base.pipeline.unet.is_gradient_checkpointing
-        taught.append((losses, torch.cat([(w - before[name]).flatten() for name, w in base.weights().items()])))
+        learned.append((losses, torch.cat([(w - before[name]).flatten() for name, w in base.weights().items()])))
     assert asked == [8] * 3 + [2] * 12
-    assert taught[1][0] == pytest.approx(taught[0][0], rel=1e-4)
-    assert (taught[1][1] - taught[0][1]).norm() < 0.02 * taught[0][1].norm()
+    assert learned[1][0] == pytest.approx(learned[0][0], rel=1e-4)
+    assert (learned[1][1] - learned[0][1]).norm() < 0.02 * learned[0][1].norm()
 
 
 @pytest.mark.slow
-def test_the_memory_of_teaching_is_told_and_what_cannot_fit_refused_before_lessons_are_drawn(
+def test_the_memory_of_distillation_is_estimated_and_what_cannot_fit_refused_before_its_images(
     pair: list[Path], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapters = load_base(str(tiny_base), "cpu"), [load_adapter(file) for file in pair]
@@ -272,7 +272,7 @@ def test_the_memory_of_teaching_is_told_and_what_cannot_fit_refused_before_lesso
     assert not seen
 
 
-def test_ordinary_pictures_are_in_every_batch(pair: list[Path], tiny_base: Path) -> None:
+def test_generic_images_are_in_every_batch(pair: list[Path], tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
     adapter = load_adapter(pair[0])
     for token, vectors in adapter.tokens.items():
@@ -280,16 +280,15 @@ def test_ordinary_pictures_are_in_every_batch(pair: list[Path], tiny_base: Path)
     few = SMALL.model_copy(
         update={"num_images": 2, "num_prior_images": 1, "noises_per_image": 1, "batch_size": 2, "prior_share": 0.01}
     )
-    lessons = prepare_targets(base, [adapter], {}, few, 0)
-    off_by = replace(lessons.ordinary, wanted=lessons.ordinary.wanted + 10.0)
+    targets = prepare_targets(base, [adapter], {}, few, 0)
+    off_by = replace(targets.prior, targets=targets.prior.targets + 10.0)
     plain, moved = (
-        distillation_loss(base, *batches(replace(lessons, ordinary=one), few, 0, 0))
-        for one in (lessons.ordinary, off_by)
+        distillation_loss(base, *batches(replace(targets, prior=one), few, 0, 0)) for one in (targets.prior, off_by)
     )
     assert moved > plain + 1
 
 
-def test_a_merge_that_is_not_for_these_adapters_is_refused_before_lessons_are_drawn(
+def test_a_merge_that_is_not_for_these_adapters_is_refused_before_teacher_images(
     pair: list[Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     seen: list[str] = []
@@ -301,7 +300,7 @@ def test_a_merge_that_is_not_for_these_adapters_is_refused_before_lessons_are_dr
     assert not seen and not (tmp_path / "fused").exists()
 
 
-def test_what_has_no_word_of_its_own_is_not_taught(pair: list[Path], tiny_base: Path) -> None:
+def test_what_has_no_token_is_not_distilled(pair: list[Path], tiny_base: Path) -> None:
     adapters = [load_adapter(file) for file in pair]
     adapters[1] = replace(adapters[1], token="", vectors={})
     base = load_base(str(tiny_base), "cpu")
@@ -311,18 +310,18 @@ def test_what_has_no_word_of_its_own_is_not_taught(pair: list[Path], tiny_base: 
     assert all(torch.equal(weight, before[name]) for name, weight in base.weights().items())
 
 
-def test_what_an_adapter_was_trained_on_top_of_is_taught_too(pair: list[Path], tiny_base: Path) -> None:
+def test_what_an_adapter_was_trained_on_top_of_is_distilled_too(pair: list[Path], tiny_base: Path) -> None:
     adapter = load_adapter(pair[0])
     adapter = replace(adapter, earlier={"<old>": adapter.vectors})
     base = load_base(str(tiny_base), "cpu")
     for token, vectors in adapter.tokens.items():
         base.add_token(token, vectors)
     few = SMALL.model_copy(update={"num_images": 2, "num_prior_images": 1, "noises_per_image": 1})
-    lessons = prepare_targets(base, [adapter], {}, few, 0).concepts
-    assert [lesson.prompts[0].split()[-1] for lesson in lessons] == ["<old>", adapter.token]
+    targets = prepare_targets(base, [adapter], {}, few, 0).concepts
+    assert [concept.prompts[0].split()[-1] for concept in targets] == ["<old>", adapter.token]
 
 
-def test_strengths_are_taught(pair: list[Path], tiny_base: Path) -> None:
+def test_scales_are_distilled(pair: list[Path], tiny_base: Path) -> None:
     adapter = load_adapter(pair[0])
     base = load_base(str(tiny_base), "cpu")
     for token, vectors in adapter.tokens.items():
@@ -332,10 +331,10 @@ def test_strengths_are_taught(pair: list[Path], tiny_base: Path) -> None:
         prepare_targets(base, [adapter], {adapter.name: strength}, few, 0).concepts[0] for strength in (1.0, 0.0)
     )
     plain = predict(base, none.prompts, none.noisy, none.timesteps)
-    assert torch.allclose(none.wanted, plain, atol=1e-6) and not torch.allclose(whole.wanted, none.wanted, atol=1e-3)
+    assert torch.allclose(none.targets, plain, atol=1e-6) and not torch.allclose(whole.targets, none.targets, atol=1e-3)
 
 
-def test_a_taught_folder_has_the_same_bits_again_and_after_unfusing(pair: list[Path], tmp_path: Path) -> None:
+def test_a_distilled_folder_has_the_same_bits_again_and_after_unfusing(pair: list[Path], tmp_path: Path) -> None:
     few = SMALL.model_copy(update={"steps": 3})
     folders = [tmp_path / name for name in ("one", "two", "alone", "rest")]
     for folder, files in zip(folders, (pair, pair[::-1], pair[:1]), strict=False):
@@ -353,8 +352,8 @@ def test_other_layers_learn_only_where_they_are_named(pair: list[Path], tiny_bas
     moved = {}
     for named in (None, "conv"):
         base = load_base(str(tiny_base), "cpu")
-        teaching = few.model_copy(update={"target_modules": named})
-        fuse_adapters(base, adapters, settings(pair, tmp_path, distill=teaching))
+        distilling = few.model_copy(update={"target_modules": named})
+        fuse_adapters(base, adapters, settings(pair, tmp_path, distill=distilling))
         now = {name: layer.weight for name, layer in find_targets(base.models, r"re:.*").items()}
         moved[named] = {name for name, weight in now.items() if not torch.equal(weight, before[name])}
     adapted = {layer for adapter in adapters for layer in adapter.layers}
@@ -364,7 +363,7 @@ def test_other_layers_learn_only_where_they_are_named(pair: list[Path], tiny_bas
         fuse_adapters(untouched, adapters, settings(pair, tmp_path, distill=misspelt))
 
 
-def test_a_taught_folder_is_opened_once_to_be_exported(
+def test_a_distilled_folder_is_opened_once_to_be_exported(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fuse_to_folder(settings(pair, tmp_path / "fused", distill=SMALL.model_copy(update={"steps": 2})))
@@ -385,7 +384,7 @@ def test_a_taught_folder_is_opened_once_to_be_exported(
     assert len(opened) == 2
 
 
-def test_what_cannot_be_done_with_a_taught_folder_is_told(pair: list[Path], tmp_path: Path) -> None:
+def test_what_cannot_be_done_with_a_distilled_folder_is_a_sentence(pair: list[Path], tmp_path: Path) -> None:
     few = SMALL.model_copy(update={"steps": 2})
     fuse_to_folder(settings(pair, tmp_path / "fused", distill=few))
     with pytest.raises(UserError, match="was distilled"):
