@@ -1,7 +1,7 @@
 """How soon a concept is learnt on the pocket base: a sweep of the preset on concepts that are not reported.
 
-The way goes from what the base draws for the class (0) to held-out views of the thing (1), as in the model card; the
-seconds are of the whole training, reading the photos and drawing ordinary pictures included, with nothing kept.
+The way goes from the base's pictures of the class (0) to held-out views of the thing (1), as in the model card; the
+seconds are of the whole training, reading the photos and making prior images included, with nothing kept.
 """
 
 from __future__ import annotations

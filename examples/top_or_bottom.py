@@ -27,8 +27,9 @@ def main() -> None:
     torch.set_num_threads(1)
     runs = [measure_language(seed, arguments.pretraining, arguments.steps) for seed in range(arguments.seeds)]
     untuned = statistics.mean(one["untuned"] - one["floor"] for one in runs)
-    ways = {row["way"]: {key: value for key, value in row.items() if key != "way"} for row in language_table(runs)}
-    print(json.dumps({"untuned_above_floor": round(untuned, 4), "ways": ways}, indent=1))
+    rows = language_table(runs)
+    methods = {row["method"]: {key: value for key, value in row.items() if key != "method"} for row in rows}
+    print(json.dumps({"untuned_above_floor": round(untuned, 4), "methods": methods}, indent=1))
     if arguments.plot:
         image = language_picture(runs, arguments.steps)
         if image is None:

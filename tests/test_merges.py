@@ -590,7 +590,7 @@ def test_staged_fusion_and_its_own_cache(three: list[Path], tmp_path: Path) -> N
         )
         assert any("MiB" in text for text in told)
         found.append((weights(tmp_path / str(index)), "calibrate" in stages))
-    assert same(found[0][0], found[1][0]) and not found[1][1]  # the second time nothing is watched again
+    assert same(found[0][0], found[1][0]) and not found[1][1]  # the second time nothing is recorded again
     assert not same(found[0][0], found[2][0]) and found[2][1]
 
 

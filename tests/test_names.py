@@ -13,7 +13,7 @@ from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.batch.concepts import trainings
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
-from spectral_diffusion.core.names import check_name, check_token, slug
+from spectral_diffusion.core.names import check_name, check_token, slug, with_article
 from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.inspection import slot_clashes_between
 from spectral_diffusion.models.loading import load_base
@@ -105,3 +105,9 @@ def test_a_token_acts_with_all_its_vectors_whatever_its_case(tmp_path: Path) -> 
     assert expanded == "a photo of <rex> <rex>_1 on the beach"
     ids = base.pipeline.tokenizer(expanded).input_ids
     assert len(set(ids) - set(base.pipeline.tokenizer("a photo of on the beach").input_ids)) == 2
+
+
+def test_nouns_have_the_article_of_their_sound() -> None:
+    given = {"dog": "a", "octopus": "an", "orange dog": "an", "unicorn": "a", "uniform": "a", "ukulele": "a"}
+    given |= {"umbrella": "an", "hourglass": "an", "house": "a", "euphonium": "a", "Owl": "an", "one-eyed cat": "a"}
+    assert {noun: with_article(noun) for noun in given} == {noun: f"{a} {noun}" for noun, a in given.items()}

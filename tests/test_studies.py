@@ -36,6 +36,7 @@ from spectral_diffusion.studies.fusion import (
     changes_for,
     family_rate,
     measured_cells,
+    prior_subjects,
 )
 from spectral_diffusion.studies.narrow import narrow_jobs
 from spectral_diffusion.studies.rank import lowest, weight_of_full_rank
@@ -43,7 +44,6 @@ from spectral_diffusion.studies.recipes import (
     MOST,
     TRIALS,
     FusionVariant,
-    things,
     verdict,
     worth_reporting,
     worth_showing,
@@ -216,7 +216,7 @@ def test_the_preset_for_many_concepts_is_the_recipe_that_the_study_measures() ->
     [measured] = [r for r in TRIALS if r.kind == "whole U-Net distilled, 900 steps"]
     given = read_yaml(preset("pocket-distilled"))["fuse"]
     files = {"adapters": ["a"], "output": "b"}
-    distilled = {**(measured.distill or {}), "prior_subjects": things(StudyRunner(settings=study_settings()))}
+    distilled = {**(measured.distill or {}), "prior_subjects": prior_subjects(StudyRunner(settings=study_settings()))}
     assert build(FuseConfig, given, files) == build(FuseConfig, {**measured.merge, "distill": distilled}, files)
 
 

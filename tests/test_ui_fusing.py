@@ -128,7 +128,9 @@ def test_fuse_and_take_out_again(workspace: Workspace, merge: str, tmp_path: Pat
     assert one.fingerprint == other.fingerprint
 
 
-def test_a_fusion_is_taught_on_wish_and_stops_when_asked(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fusion_is_distilled_if_asked_and_stops_when_asked(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few = {"distill": {"num_images": 2, "num_prior_images": 2, "noises_per_image": 2, "batch_size": 4}}
     monkeypatch.setattr(fusing, "preset_part", lambda name, verb: few)
     seen: list[Event] = []
@@ -166,11 +168,11 @@ def test_the_page_fuses_as_the_command_line_does(workspace: Workspace, monkeypat
     monkeypatch.setattr(
         fusing, "read_adapter", lambda workspace, name: replace(read_adapter(workspace, name), base="pocket")
     )
-    [pocket, taught] = [read_yaml(preset(name))["fuse"] for name in ("pocket", "pocket-distilled")]
+    [pocket, distilled] = [read_yaml(preset(name))["fuse"] for name in ("pocket", "pocket-distilled")]
     assert wanted(distill_steps=300).distill == DistillConfig(**pocket["distill"], steps=300)
     whole = wanted(preset="pocket-distilled")
-    assert whole.distill == DistillConfig(**taught["distill"]) and whole.merge == taught["merge"]
-    assert whole.calibration == CalibrationConfig(**taught["calibration"])
+    assert whole.distill == DistillConfig(**distilled["distill"]) and whole.merge == distilled["merge"]
+    assert whole.calibration == CalibrationConfig(**distilled["calibration"])
     monkeypatch.undo()
     with pytest.raises(UserError, match="only on the pocket base"):
         wanted(preset="pocket-distilled")

@@ -13,7 +13,7 @@ import yaml
 
 from ..core.errors import UserError
 from ..core.files import write_text
-from ..core.names import check_token
+from ..core.names import check_token, with_article
 from ..data.folder import Concept, Photo, load_concept, read_about
 from ..data.sidecars import Files, find_caption
 from ..slots.ledger import LEDGER, ROWS, Ledger
@@ -186,7 +186,7 @@ def change_concept(workspace: Workspace, name: str | None, new: str, noun: str, 
         _write_about(folder, new, noun, token, None if repeats == 1 else repeats)
         if new != folder.name:
             folder.rename(workspace.concepts / new)
-    notes = [f"Saved: '{new}' is a {noun}, called {token} in prompts."]
+    notes = [f"Saved: '{new}' is {with_article(noun)}, called {token} in prompts."]
     if trained:
         notes.append(
             f"Its adapter '{trained[0].path.stem}' stays as it was trained: in prompts it is {trained[0].token}. "

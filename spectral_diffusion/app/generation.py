@@ -338,7 +338,10 @@ def may_fit(workspace: Workspace, base: str | None, name: str, listed: Collectio
 
     Two ``listed`` names are of two models. Others may be of one, such as a path and a hub id.
     """
-    return is_base(workspace, base, name) or not {(base or "pocket").strip(), name} <= {*listed}
+    if is_base(workspace, base, name):
+        return True
+    known = {base_path(workspace, other) for other in listed}
+    return not (name in known and (base or "pocket").strip() in listed)
 
 
 def chosen_base(workspace: Workspace, name: str) -> str:

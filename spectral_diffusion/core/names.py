@@ -14,6 +14,9 @@ LETTERS = {
     **{"θ": "th", "χ": "ch", "ψ": "ps"},
 }
 
+# How a noun begins where "an" precedes it, with the words whose first letter misleads.
+VOWEL_SOUND = re.compile(r"(?!uni[^mn]|uku|use|usa|uten|eu|ewe|one\b|once)[aeiou]|hour|honest|heir", re.IGNORECASE)
+
 
 def check_token(token: str) -> str:
     """The token in lower case, if it can be one.
@@ -77,5 +80,5 @@ def _spelled(sign: str) -> str:
 
 
 def with_article(noun: str) -> str:
-    """``a dog``, ``an octopus``."""
-    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+    """``a dog``, ``an octopus``, ``a unicorn``, ``an hourglass``."""
+    return f"{'an' if VOWEL_SOUND.match(noun) else 'a'} {noun}"

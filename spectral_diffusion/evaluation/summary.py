@@ -72,7 +72,7 @@ def short(encoder: str, others: Sequence[str] = ()) -> str:
 def kept_share(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Per concept the share of its identity alone that is left together, by the first encoder.
 
-    ``of alone`` is the ratio of identities, ``of the way`` that of the gains over the untouched base.
+    ``of alone`` is the ratio of identities, ``of the gain`` that of the gains over the untouched base.
     """
     if evaluation.together is None or ALONE not in evaluation.scored or evaluation.together not in evaluation.scored:
         return []
@@ -94,7 +94,7 @@ def kept_share(evaluation: Evaluation) -> list[dict[str, Any]]:
         if floor:
             gained = [value - low for value, low in zip(together, floor, strict=True)]
             whole = [value - low for value, low in zip(alone, floor, strict=True)]
-            row["of the way"] = share_text(gained, whole, concepts)
+            row["of the gain"] = share_text(gained, whole, concepts)
         rows.append(row)
     return rows
 

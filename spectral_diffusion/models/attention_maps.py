@@ -66,7 +66,7 @@ class AttentionMaps:
 
 @contextmanager
 def capture_attention_maps(unet: nn.Module, wanted: bool, largest: int = LARGEST) -> Iterator[AttentionMaps | None]:
-    """Watch a U-Net's cross-attention, or leave it as it is and yield None."""
+    """Capture a U-Net's cross-attention, or leave it as it is and yield None."""
     if not wanted:
         yield None
         return

@@ -61,7 +61,7 @@ def attended(query: Tensor, keys: Tensor) -> Tensor:
 
 @contextmanager
 def capture_token_maps(denoiser: Denoiser, cells: int, words: int) -> Iterator[AttentionMaps]:
-    """Watch the layers in which both kinds of tokens attend to each other, for the first picture of a batch.
+    """Capture the layers in which both kinds of tokens attend to each other, for the first picture of a batch.
 
     Args:
         cells: the picture's tokens.

@@ -13,7 +13,9 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.apply import put_adapters
+from ..config.evaluate import GENERIC_SUBJECTS
 from ..config.fuse import FuseConfig
+from ..config.train import generic_subject
 from ..core.hooks import Hooks
 from ..data.image_grid import image_grid, labelled_grid
 from ..merging.fuse import fuse_adapters
@@ -176,6 +178,7 @@ def trained_with(
 
 def fused_cell(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[str], seed: int) -> Figures:
     """One fusion: per concept the identity and the text match, and the drift of generic prompts."""
+    settings = merge_settings(lab, cell.merge)
 
     def compute() -> Figures:
         lab.untouched_images(seed)  # before another base is loaded: there may be room for one
@@ -187,7 +190,8 @@ def fused_cell(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[
         else:
             adapters = [adapter for adapter, _ in adapters_of(lab, cell.family, rate, names, seed, cell.rank)]
             files = [Path(f"{name}.safetensors") for name in names]
-            config = FuseConfig(adapters=files, output=Path("fused"), seed=seed, **MERGES[cell.merge])
+            precision = lab.settings["train"]["mixed_precision"]
+            config = FuseConfig(adapters=files, output=Path("fused"), seed=seed, mixed_precision=precision, **settings)
             begun = time.monotonic()
             fuse_adapters(base, adapters, config, Hooks(progress=lab.progress))
         seconds = time.monotonic() - begun
@@ -202,11 +206,26 @@ def fused_cell(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[
         }
 
     key: dict[str, Any] = {"family": cell.family, "change": FAMILIES[cell.family]}
-    key |= {"merge": MERGES.get(cell.merge, {"merge": cell.merge})}
+    key |= {"merge": settings}
     key |= {"rate": rate, "names": list(names)}
     key |= {} if cell.rank == RANK else {"rank": cell.rank}
     # The strength stays in the key, so that cells of earlier runs are found again.
     return lab.cell("fused", {**key, "seed": seed, "scales": 1.0}, compute)
+
+
+def merge_settings(lab: StudyRunner, merge: str) -> dict[str, Any]:
+    """The settings of a merge by its label; a distillation learns no prompt that drift is measured on."""
+    settings = dict(MERGES.get(merge, {"merge": merge}))
+    if "distill" in settings:
+        settings["distill"] = {**settings["distill"], "prior_subjects": prior_subjects(lab)}
+    return settings
+
+
+def prior_subjects(lab: StudyRunner) -> list[str]:
+    """The settings' nouns in their colors, without the subjects of the prompts that drift is measured on."""
+    prior = lab.settings["train"]["prior"]
+    subjects = [generic_subject(color, noun) for color in prior["adjectives"] for noun in prior["nouns"]]
+    return [subject for subject in subjects if subject not in GENERIC_SUBJECTS]
 
 
 def drift_of(lab: StudyRunner, base: Base, seed: int) -> float:

@@ -15,12 +15,10 @@ from PIL import Image
 
 from ..adapters.adapter import Adapter
 from ..adapters.apply import put_adapters
-from ..config.evaluate import GENERIC_SUBJECTS
 from ..config.fuse import DistillConfig
-from ..config.train import generic_subject
 from ..metrics.statistics import leading, mean_text, share_text
 from ..models.base import Base
-from .fusion import NARROW, NOTHING, RANK, change_for, drift_of, family_rate
+from .fusion import NARROW, NOTHING, RANK, change_for, drift_of, family_rate, prior_subjects
 from .fusion import sheet_of as tiles
 from .registry import Findings, Row, Table, study
 from .runner import MANY, SEEDS, TEST_CONCEPTS, TUNING_CONCEPTS, Figures, StudyRunner, TimeOver, scaled
@@ -183,15 +181,8 @@ def fused_by(lab: StudyRunner, variant: FusionVariant, adapters: Sequence[Adapte
     """The one model that a variant makes of the adapters."""
     more = {"scales": variant_scales(variant, adapters), "seed": seed, **variant.merge}
     if variant.distill:
-        more["distill"] = DistillConfig(prior_subjects=things(lab), **variant.distill)
+        more["distill"] = DistillConfig(prior_subjects=prior_subjects(lab), **variant.distill)
     return lab.fused(adapters, **more)
-
-
-def things(lab: StudyRunner) -> list[str]:
-    """Subjects of generic prompts: the settings' nouns and colors, without the prompts that drift is measured on."""
-    prior = lab.settings["train"]["prior"]
-    subjects = [generic_subject(color, noun) for color in prior["adjectives"] for noun in prior["nouns"]]
-    return [thing for thing in subjects if thing not in GENERIC_SUBJECTS]
 
 
 def variant_cell(lab: StudyRunner, variant: FusionVariant, names: Sequence[str], seed: int, quick: bool) -> Figures:

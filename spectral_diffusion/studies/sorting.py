@@ -57,7 +57,7 @@ def variant_images(lab: StudyRunner, variant: tuple[str, str], names: Sequence[s
     """
     family, merge = variant
     rate, _ = family_rate(lab, family, quick)
-    key = cell_key([family, merge, MERGES.get(merge), rate, list(names), lab.fingerprint, lab.settings])
+    key = cell_key([family, MERGES.get(merge, merge), rate, list(names), lab.fingerprint, lab.settings])
     folder = lab.folder / "sorting" / key
     random = Random(f"sorting/{key}")
     shown = [Shown(variant, name, folder / f"{name}-{index}.png") for name in names for index in range(EACH)]

@@ -35,7 +35,7 @@ class TrainingStatus(BaseModel):
     """The content of ``status.json``. ``lost`` is never written: :func:`read_status` gives it to a dead run."""
 
     state: State = "starting"
-    stage: str = ""  # of the work: encode, draw, train …
+    stage: str = ""  # of the work: encode, prior images, train …
     step: int = 0  # of the stage
     steps: int = 0
     loss: float | None = None

@@ -23,6 +23,7 @@ from spectral_diffusion.config.scene import Scene
 from spectral_diffusion.config.settings import build
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.assets import concepts as concept_folder
+from spectral_diffusion.core.names import with_article
 from spectral_diffusion.data.folder import load_concept, open_photo
 from spectral_diffusion.metrics.classifiers import classify_images, load_classifier
 from spectral_diffusion.metrics.identity import IdentityEncoder, embed, identity_score, load_identity_encoder
@@ -228,7 +229,7 @@ def concept_learnt(
         def pictures(base: Base, what: str) -> list[Image.Image]:
             return sample(base, [f"a photo of {what} {place}" for place in places], list(range(6)), config)
 
-        generic = float(identity_score(encoder, pictures(base, f"a {concept.noun}"), references).mean())
+        generic = float(identity_score(encoder, pictures(base, with_article(concept.noun)), references).mean())
         held = [
             picture.image
             for picture in views(renderer, CONCEPTS[name], Random(f"report/{name}"), 12, base.denoiser.size)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...core.hub import is_repository
+from ...core.names import with_article
 
 WORDS = "The words need their embedding files: `pipe.load_textual_inversion(…)`, or your program's `embeddings` folder."
 TERMS = {  # of what is published, by the beginnings of their lines
@@ -37,7 +38,8 @@ def model_card(
         words: what the trigger words need.
     """
     trigger_words = (
-        ", ".join(f"`{token}` (a {noun})" if noun else f"`{token}`" for token, noun in tokens.items()) or "none"
+        ", ".join(f"`{token}` ({with_article(noun)})" if noun else f"`{token}`" for token, noun in tokens.items())
+        or "none"
     )
     front = ["---", *([f"base_model: {base}"] if is_repository(base) or not license else [])]  # the hub checks it
     front += [f"library_name: {library}", f"tags: [text-to-image, lora, {MARK}]"]
