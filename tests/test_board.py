@@ -21,7 +21,7 @@ from spectral_diffusion.board.painters import Shot
 from spectral_diffusion.board.stock import without_alpha
 from spectral_diffusion.board.suite import BoardSuite, read_suite
 from spectral_diffusion.cli import app
-from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.fuse import DistillConfig, FuseConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.data.image_io import open_photo
 from spectral_diffusion.merging.export import export
@@ -91,6 +91,14 @@ def test_the_shipped_suite_and_entries_are_whole() -> None:
         "stock:svd",
     } <= merges
     assert any(entry.joint for entry in entries) and any(entry.distill.steps for entry in entries)
+
+
+def test_a_distilled_entry_learns_no_prompt_that_drift_is_measured_on(suite: BoardSuite, lab: StudyRunner) -> None:
+    entry = read_entry(Path("docs/board/entries/spectral-distilled.yaml"))
+    subjects = Contestant(entry, suite, lab).distillation.prior_subjects
+    assert "a green dog" in subjects and not any(s in prompt for s in subjects for prompt in suite.generic)
+    chosen = entry.model_copy(update={"distill": DistillConfig(steps=3, prior_subjects=["a dog"])})
+    assert Contestant(chosen, suite, lab).distillation.prior_subjects == ["a dog"]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from ..adapters.apply import put_adapters
 from ..adapters.formats.import_lora import import_lora
 from ..adapters.formats.native import load_adapter
 from ..adapters.formats.reading import is_foreign, lora_file
-from ..config.fuse import MergeConfig
+from ..config.fuse import DistillConfig, MergeConfig
 from ..config.scene import Scene
 from ..config.settings import build
 from ..core.errors import Fix, UserError
@@ -27,6 +27,7 @@ from ..core.files import read_tensors
 from ..core.hooks import Hooks
 from ..merging.export import ExportOptions, export
 from ..merging.fuse import fuse_adapters
+from ..merging.teacher_targets import generic_subjects
 from ..models.base import Base, base_of
 from ..models.loading import load_base, quiet_loading
 from ..models.split_linear import fused_layers
@@ -196,13 +197,23 @@ class Contestant:
         put_adapters(base, [(joint, self.entry.scale)])
         return BasePainter(base, self.scene, seconds, HALF * joint.count())
 
+    @property
+    def distillation(self) -> DistillConfig:
+        """The entry's distillation, by default without the subjects of the prompts that drift is measured on."""
+        asked = self.entry.distill
+        if not asked.steps or asked.prior_subjects:
+            return asked
+        kept = [s for s in generic_subjects(asked) if not any(s in prompt for prompt in self.suite.generic)]
+        return asked.model_copy(update={"prior_subjects": kept})
+
     def _merged(self, names: Sequence[str]) -> BasePainter:
         """One of this program's merges."""
         adapters = [self.adapter(name) for name in names]
         base, entry = self.lab.fresh(), self.entry
         config = MergeConfig(
-            merge=entry.merge, options=entry.options, calibration=entry.calibration, distill=entry.distill,
+            merge=entry.merge, options=entry.options, calibration=entry.calibration, distill=self.distillation,
             scales={adapter.name: self.scale(names) for adapter in adapters}, seed=self.suite.seed,
+            mixed_precision=self.lab.settings["train"]["mixed_precision"],
         )  # fmt: skip
         begun = time.monotonic()
         factors = fuse_adapters(base, adapters, config, Hooks(progress=self.lab.progress, notify=self.lab.note))
