@@ -106,3 +106,9 @@ def test_files_are_shown_in_their_order_and_not_all_of_too_many(tmp_path: Path) 
     assert sheet.size == (2 * 32 + 6, 2 * (32 + STRIP) + 6)
     assert sheet.getpixel((0, STRIP)) == (255, 0, 0) and sheet.getpixel((38, 47)) == (0, 128, 0)
     assert sheet.getpixel((0, 53 + STRIP + 1)) == (0, 0, 255) and sheet.getpixel((69, 90)) == WHITE
+
+
+def test_the_last_row_is_as_high_as_its_pictures() -> None:
+    tall, low = Image.new("RGB", (10, 40)), Image.new("RGB", (10, 8))
+    assert image_grid([tall, low], 1, gap=2).size == (10, 50)
+    assert image_grid([low, tall], 1, gap=2).size == (10, 82)

@@ -14,7 +14,10 @@ FONT = ImageFont.load_default(size=12)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Pictures in rows on white, in a square if ``columns`` is not given; smaller ones are at the top left."""
+    """Pictures in rows on white, in a square if ``columns`` is not given; smaller ones are at the top left.
+
+    All rows but the last are as high as the highest picture.
+    """
     from diffusers.utils import make_image_grid  # here: pages and --help wait for no diffusers
 
     columns = columns or math.ceil(math.sqrt(len(images)))
@@ -23,7 +26,8 @@ def image_grid(images: Sequence[Image.Image], columns: int | None = None, gap: i
     tiles = [ImageOps.expand(i.convert("RGB"), (0, 0, width - i.width, height - i.height), "white") for i in images]
     tiles += [Image.new("RGB", (width, height), "white")] * (rows * columns - len(images))
     sheet: Image.Image = make_image_grid(tiles, rows, columns)
-    return sheet.crop((0, 0, sheet.width - gap, sheet.height - gap))
+    below = height - max(image.height for image in images[(rows - 1) * columns :])
+    return sheet.crop((0, 0, sheet.width - gap, sheet.height - below))
 
 
 def labelled(image: Image.Image, text: str) -> Image.Image:
