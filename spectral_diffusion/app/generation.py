@@ -333,15 +333,17 @@ def is_base(workspace: Workspace, base: str | None, name: str) -> bool:
         return False
 
 
-def may_fit(workspace: Workspace, base: str | None, name: str, listed: Collection[str]) -> bool:
+def may_fit(workspace: Workspace, base: str | None, name: str, distinct: Collection[str]) -> bool:
     """Whether adapters of the base ``name`` may fit a base by its name on the page.
 
-    Two ``listed`` names are of two models. Others may be of one, such as a path and a hub id.
+    Args:
+        distinct: names and paths of different models. Others may be of one model, such as a path and a hub id.
     """
-    if is_base(workspace, base, name):
+    try:
+        path = base_path(workspace, base)
+    except UserError:  # reported on generating
         return True
-    known = {base_path(workspace, other) for other in listed}
-    return not (name in known and (base or "pocket").strip() in listed)
+    return path == name or not (path in distinct and name in distinct)
 
 
 def chosen_base(workspace: Workspace, name: str) -> str:

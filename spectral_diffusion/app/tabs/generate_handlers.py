@@ -21,7 +21,7 @@ from ..arranging import prompt_naming, side_by_side
 from ..base_cache import BaseCache
 from ..canvas import Canvas, ink_of_drawing, read_canvas, read_regions
 from ..first_run import first_scene
-from ..fusing import base_choices
+from ..fusing import base_choices, base_path
 from ..generation import GeneratedPictures, GenerateRequest
 from ..page import Handed, asked, errors_as_toast, plain_html
 from ..presets import suited_bases
@@ -81,8 +81,8 @@ class GenerateHandlers:
         except UserError:  # reported on generating
             inside = {}
         every = adapter_rows(self.workspace)[0]
-        listed = base_choices(self.workspace, self.suited_bases)
-        fits = generation.is_base if inside else partial(generation.may_fit, listed=listed)
+        distinct = {base_path(self.workspace, choice) for choice in base_choices(self.workspace, self.suited_bases)}
+        fits = generation.is_base if inside else partial(generation.may_fit, distinct=distinct)
         rows = [row[:3] for row in every if fits(self.workspace, base, row[-1])]
         names = [row[0] for row in rows]
         available = [
