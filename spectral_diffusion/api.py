@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .adapters import adapter as core
 from .adapters import apply
-from .adapters.attach import remove_adapters as detach
+from .adapters.attach import has_adapters
 from .adapters.formats.native import load_adapter, save_adapter
+from .adapters.snapshot import copy_tokenizers, snapshot
 from .config.fuse import MergeConfig
 from .config.presets import preset_settings, settings_for
 from .config.scene import Box, ControlImage
@@ -28,25 +29,34 @@ from .config.scene import Region as SceneRegion
 from .config.scene import Scene as SceneSettings
 from .config.settings import build
 from .config.train import TrainConfig
-from .core.errors import Fix, UserError
+from .core.errors import Cancelled, Fix, UserError
 from .core.files import write_text
 from .core.hooks import QUIET, Event, Hooks
 from .core.hub import hub_problem
-from .data.folder import load_concept, open_photo
+from .data.folder import describe, load_concept, open_photo
 from .hub import ADAPTER_FILE, CARD, adapter_card, publish
 from .linalg import Factors
 from .merging.export import ExportOptions
 from .merging.export import export as export_file
-from .merging.fuse import fuse_adapters
+from .merging.fuse import device_for, fuse_adapters
 from .metrics.encoders import load_encoder
 from .models.base import Base, base_of
+from .models.fingerprint import Fingerprint
 from .models.loading import load_base
 from .scenes.auto_regions import AutoConcept, concepts_named
 from .scenes.control import read_control_image
 from .scenes.sampling import sample
 from .training.run import train_to_file
 
-LOADED = "_spectral_diffusion_loaded"  # the attribute of a pipeline that says what to restore
+LOADED = "_spectral_diffusion_loaded"  # the attribute of a pipeline that has a LoadedAdapters
+
+
+@dataclass(frozen=True)
+class LoadedAdapters:
+    """What a pipeline was before :func:`load_adapters`: its fingerprint, and how to restore it."""
+
+    fingerprint: Fingerprint
+    restore: Callable[[], None]
 
 
 class Adapter(core.Adapter):
@@ -161,13 +171,14 @@ def train(
         output: an adapter file to write; without it, nothing is written.
         config: a preset by name or a YAML file; default: the preset of the base.
         callbacks: called after every training step with an :class:`Event`.
-        hooks: progress, messages, and whether to stop: the state is then saved beside ``output``, for ``resume=True``.
+        hooks: progress, messages, and whether to stop: the state is then saved beside ``output``, for ``resume=True``;
+            without an ``output`` nothing is kept.
         settings: any other of :class:`TrainConfig`, such as ``method``, ``rank``, ``steps`` or ``prior={…}``; also
             ``resume`` and ``force``. ``slot`` may be a :class:`Slot`; ``next`` is the first free one of the
             ``ledger``, a file that is ``slots.json`` beside the output by default, and without one the first.
 
     Raises:
-        UserError: one sentence on what is wrong.
+        UserError: one sentence on what is wrong, such as adapters that are loaded on the pipeline.
         Cancelled: ``hooks.should_stop`` said so.
     """
 
@@ -184,7 +195,8 @@ def train(
         named = {"concept": photos, "base": base, "output": "any.safetensors"}
         loading = settings_for(TrainConfig, "train", named, settings, config=chosen).model_dump(include=set(LOADING))
     with _borrowed(base, loading) as loaded, tempfile.TemporaryDirectory() as scratch:
-        name = settings.get("name") or load_concept(Path(photos), None, None, class_noun).name
+        _check_no_adapters(loaded)
+        name = settings.get("name") or describe(Path(photos)).name
         given = {
             "concept": photos, "base": loaded.name, "class_noun": class_noun,
             "output": str(output or Path(scratch) / f"{name}.safetensors"),
@@ -192,7 +204,12 @@ def train(
         given = {key: value for key, value in given.items() if value is not None}
         resolved = settings_for(TrainConfig, "train", given, settings, config=chosen)
         every = replace(hooks, progress=show)
-        return Adapter.of(train_to_file(resolved, hooks=every, base=loaded, **run))
+        try:
+            return Adapter.of(train_to_file(resolved, hooks=every, base=loaded, **run))
+        except Cancelled as stopped:
+            if output is not None:
+                raise
+            raise Cancelled("Stopped; nothing is kept, as no output was given to keep it beside.") from stopped
 
 
 def load_adapters(pipeline: Pipeline, adapters: Scales, allow_base: bool = False) -> list[str]:
@@ -201,12 +218,10 @@ def load_adapters(pipeline: Pipeline, adapters: Scales, allow_base: bool = False
     Raises:
         UserError: an adapter is of another base, two share a token, or some are loaded already.
     """
-    if hasattr(pipeline, LOADED):
-        raise UserError("Adapters are loaded on this pipeline already; call unload_adapters first.")
     base = base_of(pipeline)
-    setattr(pipeline, LOADED, (_tokens_of(base), getattr(pipeline, base.family.text_part)))
+    _check_no_adapters(base)
+    setattr(pipeline, LOADED, LoadedAdapters(base.fingerprint, snapshot(base)))
     try:
-        _own_tokenizers(base)  # the user's own stay as they are
         return apply.put_adapters(base, list(_scales(adapters).items()), allow_base)
     except BaseException:
         unload_adapters(pipeline)
@@ -215,17 +230,11 @@ def load_adapters(pipeline: Pipeline, adapters: Scales, allow_base: bool = False
 
 def unload_adapters(pipeline: Pipeline) -> None:
     """Remove every adapter and its tokens; the pipeline is as it was before :func:`load_adapters`."""
-    kept = getattr(pipeline, LOADED, None)
-    base = base_of(pipeline)
-    detach(base.models)
-    if kept is None:
+    loaded: LoadedAdapters | None = getattr(pipeline, LOADED, None)
+    if loaded is None:
         return
-    tokens, text_part = kept
-    setattr(pipeline, base.family.text_part, text_part)
-    base.family.release(pipeline)
-    for encoder, (attribute, tokenizer, embedding) in tokens.items():
-        setattr(pipeline, attribute, tokenizer)
-        getattr(pipeline, encoder).set_input_embeddings(embedding)
+    loaded.restore()
+    base_of(pipeline).family.release(pipeline)
     delattr(pipeline, LOADED)
 
 
@@ -247,21 +256,29 @@ def fuse(
         settings: any other of :class:`.config.fuse.MergeConfig`, such as ``options={…}`` or ``calibration={…}``.
 
     Raises:
-        UserError: see :func:`.merging.fuse.fuse_adapters`.
+        UserError: adapters are loaded on the pipeline, or see :func:`.merging.fuse.fuse_adapters`.
     """
     scales = _scales(adapters)
-    with _borrowed(pipeline) as source:
-        name, copied = source.name, copy.deepcopy(source.pipeline)
-    layer = preset_settings(name, "fuse")
     given: dict[str, Any] = {"scales": {adapter.name: scale for adapter, scale in scales.items()}}
     if method:
         given["merge"] = method
     if distill_steps:
         given["distill"] = {"steps": distill_steps}
-    config = build(MergeConfig, layer, given, settings)
-    base = base_of(copied, name)
+
+    def resolved(name: str) -> MergeConfig:
+        return build(MergeConfig, preset_settings(name, "fuse"), given, settings)
+
+    if isinstance(pipeline, str):
+        config = resolved(pipeline)
+        base = load_base(pipeline, device_for(config))
+    else:
+        with _borrowed(pipeline) as source:
+            _check_no_adapters(source)
+            base = base_of(copy.deepcopy(source.pipeline), source.name)
+        config = resolved(base.name)
     for adapter in scales:
-        core.check_base(adapter, base, config.allow_base)
+        if warning := core.check_base(adapter, base, config.allow_base):
+            hooks.notify(warning)
     fuse_adapters(base, list(scales), config, hooks)
     base.family.release(base.pipeline)
     return base.pipeline
@@ -330,6 +347,9 @@ def generate(
         config = build(SceneSettings, preset_settings(base.name, "generate"), dict(scene.settings), settings, layer)
         drawings = [read_control_image(control) for control in config.controls]
         by_token = {adapter.token: adapter for pairs in bound for adapter, _ in pairs}
+        for adapter in by_token.values():
+            if warning := core.check_base(adapter, base, config.allow_base):
+                hooks.notify(warning)
         base = _with_tokens(base, list(by_token.values()))
         concepts = [AutoConcept(token) for token in concepts_named(base, config, {}).values()]
         inputs = {"controls": drawings, "bound": bound, "concepts": concepts}
@@ -383,6 +403,9 @@ def _base(pipeline: Pipeline | str, settings: Mapping[str, Any]) -> Base:
 def _borrowed(pipeline: Pipeline | str, settings: Mapping[str, Any] = MappingProxyType({})) -> Iterator[Base]:
     """The base that a pipeline is, for a while; without loaded adapters the pipeline is as before afterwards."""
     base = _base(pipeline, settings)
+    loaded: LoadedAdapters | None = getattr(base.pipeline, LOADED, None)
+    if loaded:
+        base.fingerprint = loaded.fingerprint  # of the weights without the adapters
     try:
         yield base
     finally:
@@ -390,27 +413,20 @@ def _borrowed(pipeline: Pipeline | str, settings: Mapping[str, Any] = MappingPro
             base.family.release(base.pipeline)
 
 
+def _check_no_adapters(base: Base) -> None:
+    """Refuse a pipeline with adapters on it: they would be trained on top of, or fused without a word.
+
+    Raises:
+        UserError: there are some.
+    """
+    if hasattr(base.pipeline, LOADED):
+        raise UserError("Adapters are loaded on this pipeline already; call unload_adapters first.")
+    if has_adapters(base.models):
+        raise UserError("A LoRA is loaded on this pipeline; call its unload_lora_weights() first.")
+
+
 def _scales(adapters: Scales) -> dict[core.Adapter, float]:
     return dict(adapters) if isinstance(adapters, Mapping) else dict.fromkeys(adapters, 1.0)
-
-
-def _tokens_of(base: Base) -> dict[str, tuple[str, Any, Any]]:
-    """By text encoder: the pipeline's attribute of the tokenizer, the tokenizer, and the embedding."""
-    names = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-    return {
-        encoder: (names[encoder], tokenizer, base.models[encoder].get_input_embeddings())  # type: ignore[operator]
-        for encoder, tokenizer in base.tokenizers.items()
-    }
-
-
-def _own_tokenizers(base: Base) -> None:
-    """Give the pipeline copies of its tokenizers and embeddings, which tokens can be added to."""
-    if not base.tokenizers:  # its tokenizer keeps the words that stand for tokens
-        part = base.family.text_part
-        setattr(base.pipeline, part, copy.deepcopy(getattr(base.pipeline, part)))
-    for encoder, (attribute, tokenizer, embedding) in _tokens_of(base).items():
-        setattr(base.pipeline, attribute, copy.deepcopy(tokenizer))
-        base.models[encoder].set_input_embeddings(copy.deepcopy(embedding))  # type: ignore[operator]
 
 
 def _with_tokens(base: Base, adapters: Sequence[core.Adapter]) -> Base:
@@ -422,8 +438,7 @@ def _with_tokens(base: Base, adapters: Sequence[core.Adapter]) -> Base:
     for encoder in other.tokenizers:
         setattr(pipeline, encoder, copy.deepcopy(getattr(pipeline, encoder)))
     other = base_of(pipeline, base.name)
-    _own_tokenizers(other)
+    copy_tokenizers(other)
     for adapter in adapters:
-        core.check_base(adapter, base, True)
         apply.install_tokens(other, adapter)
     return other

@@ -67,10 +67,10 @@ def run_demo(
         hooks.notify(warning)
     hooks.notify(f"Fused into {fused}/.")
 
-    draw = {"base": str(fused), "output": output / "together.png"}
+    changes = {"base": str(fused), "output": output / "together.png"}
     if steps:
-        draw["num_inference_steps"] = min(max(steps, FEWEST), 20)
-    settings = build(Scene, preset_settings("pocket", "generate"), draw)
+        changes["num_inference_steps"] = min(max(steps, FEWEST), 20)
+    settings = build(Scene, preset_settings("pocket", "generate"), changes)
 
     def pictures(base: Base, name: str) -> list[Image.Image]:
         prompts = [f"a photo of {concepts[name].token} {location}" for location in PLACES]

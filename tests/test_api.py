@@ -87,6 +87,63 @@ def test_adapters_act_while_they_are_loaded(pipe: Any, two: list[sd.Adapter]) ->
     sd.unload_adapters(pipe)  # nothing to do
 
 
+def test_an_unloaded_pipeline_is_saved_as_it_was(pipe: Any, two: list[sd.Adapter], tmp_path: Path) -> None:
+    plain, size = drawn(pipe), pipe.text_encoder.config.vocab_size
+    sd.load_adapters(pipe, two)
+    sd.unload_adapters(pipe)
+    assert pipe.text_encoder.config.vocab_size == size
+    pipe.save_pretrained(tmp_path / "copy")
+    assert drawn(StableDiffusionPipeline.from_pretrained(str(tmp_path / "copy"))) == plain
+
+
+def test_layer_wise_tokens_are_unloaded_whole(pipe: Any, photos: Path) -> None:
+    adapter = sd.train(pipe, photos, class_noun="dog", per_layer_tokens=True, **QUICK)
+    plain, kinds = drawn(pipe), [type(p) for p in pipe.unet.attn_processors.values()]
+    sd.load_adapters(pipe, [adapter])
+    sd.unload_adapters(pipe)
+    assert [type(p) for p in pipe.unet.attn_processors.values()] == kinds and drawn(pipe) == plain
+    assert not pipe.text_encoder._forward_pre_hooks and not pipe.text_encoder._forward_hooks
+
+
+def test_nothing_is_trained_or_fused_on_top_of_loaded_adapters(
+    pipe: Any, two: list[sd.Adapter], photos: Path, tmp_path: Path
+) -> None:
+    plain = drawn(pipe)
+    sd.load_adapters(pipe, two)
+    for attempt in (lambda: sd.train(pipe, photos, class_noun="dog", **QUICK), lambda: sd.fuse(pipe, two)):
+        with pytest.raises(sd.UserError, match="unload_adapters"):
+            attempt()
+    sd.unload_adapters(pipe)
+    assert drawn(pipe) == plain
+    lora = two[0].export(tmp_path / "lora.safetensors", format="diffusers")[0]
+    pipe.load_lora_weights(str(lora.parent), weight_name=lora.name)
+    with_lora = drawn(pipe)
+    assert with_lora != plain
+    for attempt in (lambda: sd.train(pipe, photos, class_noun="dog", **QUICK), lambda: sd.load_adapters(pipe, two)):
+        with pytest.raises(sd.UserError, match="unload_lora_weights"):
+            attempt()
+    sd.unload_adapters(pipe)  # none of ours is loaded, so the other program's stays
+    assert drawn(pipe) == with_lora
+
+
+def test_a_region_takes_no_adapter_of_another_base(pipe: Any, two: list[sd.Adapter]) -> None:
+    size = {"num_inference_steps": 1, "width": 32, "height": 16}
+    scene = sd.Scene("a beach", [sd.Region((0, 0, 0.5, 1), two[0])])
+    sd.load_adapters(pipe, [two[1]])
+    assert len(sd.generate(pipe, scene, **size)) == 1  # the fingerprint is that of the base below the adapters
+    sd.unload_adapters(pipe)
+    with torch.no_grad():
+        for weight in pipe.unet.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    with pytest.raises(sd.UserError, match="does not fit the base"):
+        sd.generate(pipe, scene, **size)
+
+
+def test_a_training_that_is_stopped_without_an_output_says_that_nothing_is_kept(pipe: Any, photos: Path) -> None:
+    with pytest.raises(sd.Cancelled, match="nothing is kept"):
+        sd.train(pipe, photos, class_noun="dog", hooks=sd.Hooks(should_stop=lambda: True), **QUICK)
+
+
 def test_a_fusion_is_a_new_pipeline(pipe: Any, two: list[sd.Adapter], tmp_path: Path) -> None:
     plain = drawn(pipe)
     settings: dict[str, Any] = {"num_images": 1, "num_inference_steps": 1}

@@ -137,7 +137,7 @@ def test_adapters_from_files_to_a_report_and_again(pair: Path, tmp_path: Path) -
     assert found_in(tmp_path / "out")["measures"] == found["measures"]
     evaluate(words[0], *SMALL, "-o", tmp_path / "out", "guidance_scale=1.5", "noun_baseline=false")
     anew = {path for path, before in files.items() if path.stat().st_mtime_ns > before}
-    kept = {path for path in files if "-rex-" not in f"-{path.name}" and "ordinary" not in path.name}
+    kept = {path for path in files if "-rex-" not in f"-{path.name}" and "generic" not in path.name}
     assert anew and not anew & kept and {path for path in files if path.match("alone/rex-*")} <= anew
 
 

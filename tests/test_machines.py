@@ -195,7 +195,7 @@ def test_memory_is_computed_without_taking_any(tiny_base: Path) -> None:
     assert checked.phases["training"] < 0.7 * plain.phases["training"]
     numbers = sum(get_method("spectral-additive").count(*matrix_shape(weight), 4) for weight in base.weights().values())
     assert twice.adapter - plain.adapter == numbers * (16 + 4 - 8)
-    assert set(plain.phases) == {"encoding photos", "training"} and "drawing samples" in twice.phases
+    assert set(plain.phases) == {"encoding photos", "training"} and "generating samples" in twice.phases
     assert before == {name: list(model.state_dict()) for name, model in base.models.items()}
     parameters = [p for model in (*base.models.values(), base.pipeline.vae) for p in model.parameters()]
     assert plain.weights == sum(4 * p.numel() for p in parameters)

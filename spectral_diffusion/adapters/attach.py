@@ -230,12 +230,18 @@ def set_adapters(models: dict[str, nn.Module], names: list[str]) -> None:
                 module.set_adapter(names, inference_mode=True)
 
 
+def has_adapters(models: Mapping[str, nn.Module]) -> bool:
+    """Whether any adapter, of this or another program, is on the models."""
+    return any(isinstance(module, BaseTunerLayer) for model in models.values() for module in model.modules())
+
+
 def remove_adapters(models: dict[str, nn.Module]) -> None:
     """Take every adapter off again; the models are the base's own modules afterwards."""
     for model in models.values():
-        for name, module in list(model.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                parent, _, child = name.rpartition(".")
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        for name, module in layers.items():
+            parent, _, child = name.rpartition(".")
+            if parent not in layers:  # of layers inside one another the outermost gives the base's own module
                 setattr(model.get_submodule(parent), child, module.get_base_layer())
         for handle in hooks_of(model).values():
             handle.remove()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from ..config.settings import Quantization
 
@@ -45,6 +44,7 @@ class BaseCache:
         """
         import torch
 
+        from ..adapters.snapshot import snapshot
         from ..models.loading import load_base
 
         with self._lock:
@@ -56,12 +56,12 @@ class BaseCache:
             entry, base = self._entry, self._entry[1]
             self._entry = None  # after an error a half-changed base must not be lent again
             move(base, base.device)
-            take_off = snapshot(base)
+            restore = snapshot(base)
             try:
                 with _fitting_threads(base):
                     yield base
             finally:
-                take_off()
+                restore()
                 move(base, torch.device("cpu"))
                 self._entry = entry
 
@@ -107,36 +107,6 @@ def _fitting_threads(base: Base) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def snapshot(base: Base) -> Callable[[], None]:
-    """Record a base's state; the returned function restores it bit for bit, without later adapters and tokens."""
-    from torch import nn
-
-    from ..adapters.attach import remove_adapters
-    from ..models.base import ENCODERS
-    from ..models.tokens import embedding_of
-
-    tables = {name: embedding_of(base.models[name]) for name in base.tokenizers}
-    configs: dict[str, Any] = {name: base.models[name].config for name in tables}
-    sizes = {name: config.vocab_size for name, config in configs.items()}
-    names = [name for name in ENCODERS.values() if getattr(base.pipeline, name, None) is not None]
-    tokenizers = {name: getattr(base.pipeline, name) for name in names}
-    for name, tokenizer in tokenizers.items():
-        setattr(base.pipeline, name, copy.deepcopy(tokenizer))
-    precision = base.pipeline.vae.dtype
-
-    def take_off() -> None:
-        remove_adapters(base.models)
-        if base.pipeline.vae.dtype != precision:  # a pipeline was stopped while decoding in float32
-            nn.Module.to(base.pipeline.vae, precision)
-        for name, table in tables.items():
-            cast(Any, base.models[name]).set_input_embeddings(table)
-            configs[name].vocab_size = sizes[name]
-        for name, tokenizer in tokenizers.items():
-            setattr(base.pipeline, name, tokenizer)
-
-    return take_off
 
 
 def _state_of(name: str) -> tuple[tuple[str, int, int], ...]:

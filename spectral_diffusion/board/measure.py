@@ -190,7 +190,7 @@ class Board:
         }
 
     def pair_alone(self, alone: Mapping[str, Figures], pair: Sequence[str]) -> list[list[str]] | None:
-        """What would become of two concepts if each were in its place as its own adapter draws it."""
+        """What would become of two concepts if each were in its place as its own adapter generates it."""
         rows = [alone[name]["cosines"] for name in pair]
         if any(row is None for row in rows):
             return None

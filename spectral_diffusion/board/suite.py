@@ -40,7 +40,7 @@ class BoardSuite(Settings):
     seed: int = Field(0, ge=0, lt=2**20, description="Seed of everything random.")
     train: dict[str, Any] = Field({}, description="Training settings of entries that the board trains.")
     generate: dict[str, Any] = Field({}, description="Settings of every picture.")
-    loading: dict[str, Any] = Field({}, description="How the base is loaded to draw and merge: device, dtype …")
+    loading: dict[str, Any] = Field({}, description="How the base is loaded to generate and merge: device, dtype …")
     hours: str = Field("", description="How long an entry takes, and on what.")
 
     @model_validator(mode="after")

@@ -74,7 +74,7 @@ def evaluate(
         try:
             evaluation = evaluate_to_folder(settings, Hooks(progress=progress, notify=echo, should_stop=should_stop))
         except Cancelled as stopped:
-            echo("Stopped; what is drawn is kept, run it again to go on.")
+            echo("Stopped; finished pictures are kept, run it again to go on.")
             raise typer.Exit(130) from stopped
     print_tables(evaluation)
     echo(f"Wrote {settings.output}/evaluation.html, with .md, .json and a contact sheet (.png) beside it.")

@@ -117,7 +117,7 @@ def generate(
         try:
             paths = generate_to_file(settings, hooks, resume=resume, expected=scene.made_from)
         except Cancelled as stopped:
-            echo("Stopped; what is drawn is kept, --resume goes on from there.")
+            echo("Stopped; finished pictures are kept, --resume goes on from there.")
             raise typer.Exit(130) from stopped
     if not own:
         write_settings(beside, heading() + to_yaml(settings))

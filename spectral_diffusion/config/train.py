@@ -39,7 +39,7 @@ def generic_subject(adjective: str, noun: str) -> str:
 
 
 class PriorPreservationConfig(Settings):
-    """Prior preservation (DreamBooth, Ruiz et al. 2023): generic images must stay as the base draws them."""
+    """Prior preservation (DreamBooth, Ruiz et al. 2023): generic images must stay as the base generates them."""
 
     loss_weight: float = Field(0.0, ge=0, description="Weight of the prior preservation loss; 0 turns it off.")
     batch_size: int = Field(2, ge=1, le=1024, description="Prior images per step.")

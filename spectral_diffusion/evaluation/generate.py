@@ -44,7 +44,7 @@ class EvaluationImages:
     def folder(self) -> Path:
         return self.config.output / PICTURES
 
-    def draw(
+    def generate(
         self, base: Base, setting: str, name: str, prompts: Sequence[str], scales: Mapping[Path, Strength], of: str
     ) -> list[Path]:
         """Images of prompts on a base with its adapters enabled; ``of`` is the base's name."""
@@ -78,7 +78,7 @@ class EvaluationImages:
         if adapter.is_style:
             what = "a dog" if setting == FLOOR else in_style("a dog", adapter.token)
         prompts = [prompt.replace("{}", what) for prompt in self.config.prompts]
-        paths = self.draw(base, setting, adapter.name, prompts, scales, of)
+        paths = self.generate(base, setting, adapter.name, prompts, scales, of)
         tokens = {adapter.token: (adapter.name, adapter.noun)}
         return [
             View(adapter.name, path, spoken(prompts[i // self.config.num_images], tokens))
@@ -136,7 +136,7 @@ def generate_adapters(images: EvaluationImages, inputs: EvaluationInputs, hooks:
     generated.base = base.fingerprint.exact
     for adapter in inputs.adapters.values():
         install_tokens(base, adapter)
-    before = images.draw(base, FLOOR, "ordinary", config.prior_prompts, {}, inputs.base)
+    before = images.generate(base, FLOOR, "generic", config.prior_prompts, {}, inputs.base)
     if config.noun_baseline:
         generated.shown[FLOOR] = [
             v for a in inputs.adapters.values() for v in images.portraits(base, FLOOR, a, {}, inputs.base)
@@ -154,5 +154,5 @@ def generate_adapters(images: EvaluationImages, inputs: EvaluationInputs, hooks:
             generated.shown[setting] = [
                 v for a in inputs.adapters.values() for v in images.portraits(base, setting, a, acts, of)
             ]
-        generated.generic_images = before, images.draw(base, setting, "ordinary", config.prior_prompts, acts, of)
+        generated.generic_images = before, images.generate(base, setting, "generic", config.prior_prompts, acts, of)
     return generated

@@ -199,7 +199,7 @@ def overlaps(adapters: list[Adapter]) -> list[str]:
     ]
 
 
-def device_for(config: FuseConfig) -> str:
+def device_for(config: MergeConfig) -> str:
     """The device to fuse on: the CPU by default if no network has to run, since float32 may not fit a GPU."""
     runs = get_merge(config.merge).needs_activations or config.distill.steps > 0
     return config.device if runs or config.device != "auto" else "cpu"

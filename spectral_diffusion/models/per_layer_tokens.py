@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..core.errors import UserError
 from .base import Base
@@ -99,6 +100,7 @@ class LongForm:
     def __init__(self, length: int, end: int) -> None:
         self.length, self.end = length, end
         self.place: Tensor | None = None
+        self.handles: list[RemovableHandle] = []
 
     def before(self, encoder: Any, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Replace ids by those of all layers."""
@@ -136,13 +138,22 @@ class LongForm:
         return output
 
 
-def lengthen(base: Base, encoder: str) -> list[Any]:
+def long_forms(encoder: nn.Module) -> list[LongForm]:
+    """The hooks of this kind that a text encoder has."""
+    owners = [getattr(hook, "__self__", None) for hook in encoder._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, LongForm)]
+
+
+def lengthen(base: Base, encoder: str) -> list[RemovableHandle]:
     """Hook a text encoder once; returns the handles of the hooks that are new."""
     model, tokenizer = base.models[encoder], base.tokenizers[encoder]
-    if any(isinstance(getattr(hook, "__self__", None), LongForm) for hook in model._forward_pre_hooks.values()):
+    if long_forms(model):
         return []
     form = LongForm(tokenizer.model_max_length, tokenizer.eos_token_id)
-    return [model.register_forward_pre_hook(form.before, with_kwargs=True), model.register_forward_hook(form.after)]
+    form.handles = [
+        model.register_forward_pre_hook(form.before, with_kwargs=True), model.register_forward_hook(form.after)
+    ]  # fmt: skip
+    return form.handles
 
 
 @contextmanager
@@ -188,6 +199,20 @@ def install_per_layer(base: Base, token: str, vectors: Mapping[str, Tensor]) -> 
         table.register_buffer("ladder", ladder if earlier is None else torch.cat([earlier, ladder]), persistent=False)
         lengthen(base, encoder)
     unet.set_attn_processor(wrapped(unet, base.pipeline.tokenizer.model_max_length))
+
+
+def remove_per_layer(base: Base) -> None:
+    """Take off what :func:`install_per_layer` put on the U-Net and the text encoders."""
+    for encoder in base.tokenizers:
+        for form in long_forms(base.models[encoder]):
+            for handle in form.handles:
+                handle.remove()
+    network = base.denoiser.network
+    processors = dict(getattr(network, "attn_processors", {}))
+    if any(isinstance(processor, PerLayerAttention) for processor in processors.values()):
+        network.set_attn_processor(
+            {name: p.inner if isinstance(p, PerLayerAttention) else p for name, p in processors.items()}
+        )
 
 
 def use_means(base: Base) -> None:

@@ -232,7 +232,7 @@ def scene_cell(lab: StudyRunner, variant: str, names: Sequence[str], count: int,
 
 
 def alone_rate(lab: StudyRunner, names: Sequence[str]) -> float:
-    """The collapse rate that these concepts would have if each were in its place as its own adapter draws it alone."""
+    """The collapse rate of these concepts if each were in its place as its own adapter generates it alone."""
 
     def cosines_of(name: str) -> Figures:
         def compute() -> Figures:

@@ -219,13 +219,13 @@ class TrainingPhases:
         config = self.config
         peaks = {"encoding photos": self.peak_of(self.encode_photos)}
         if config.prior.loss_weight and not config.data.class_images_dir:
-            peaks["drawing prior images"] = self.peak_of(self.draw_prior_images)
+            peaks["generating prior images"] = self.peak_of(self.generate_prior_images)
         whole = self.dtype == torch.float32 and not config.layer_offload
         if whole and halves(self.device, self.precision, get_method(config.method)):
             self.halve()
             peaks = {name: peak + self.halved for name, peak in peaks.items()}
         if config.validation.every:
-            peaks["drawing samples"] = self.peak_of(self.draw_samples)
+            peaks["generating samples"] = self.peak_of(self.generate_samples)
         peaks["training"] = self.peak_of(self.train_step)
         return peaks
 
@@ -251,12 +251,12 @@ class TrainingPhases:
         vae.encode(encoder_input(vae, torch.empty(crops, 3, self.size, self.size, dtype=next(vae.parameters()).dtype)))
 
     @torch.no_grad()
-    def draw_prior_images(self) -> None:
+    def generate_prior_images(self) -> None:
         """Predict for the prior images of one chunk, with and without guidance."""
         self.predict(2 * min(PICTURES_AT_ONCE, self.config.prior.num_images))
 
     @torch.no_grad()
-    def draw_samples(self) -> None:
+    def generate_samples(self) -> None:
         """Predict for the validation prompts, with and without guidance, and decode one picture."""
         self.predict(2 * len(self.config.validation.prompts))
         vae = self.working_vae() if self.denoiser.decodes_latents else self.vae  # as diffusers' pipelines do

@@ -157,7 +157,7 @@ def cached_prior_latents(
     whole = [*decides, scheduler, list(requests), seed, size, guidance, STEPS, CHUNK]
     key = hashlib.sha256(json.dumps(whole, default=str).encode()).hexdigest()
     latents, _ = cached_latents(
-        cache_folder() / "ordinary",
+        cache_folder() / "prior-images",
         key,
         lambda: (sample_prior_latents(base, requests, seed, size, guidance, on_done), None),
     )

@@ -32,7 +32,7 @@ class GradientOptions(Settings):
 
 @register_accumulator(
     "gradient",
-    "Gradient Fusion in closed form: every concept as its own adapter draws it",
+    "Gradient Fusion in closed form: every concept as its own adapter generates it",
     options=GradientOptions,
     paper="Gu et al. 2023 (Mix-of-Show), arXiv:2305.18292",
 )

@@ -1,4 +1,4 @@
-"""Preservation: what else the base draws stays put while one concept is learnt."""
+"""Preservation: what else the base generates stays while one concept is trained."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spectral_diffusion.data.folder import load_concept
 from spectral_diffusion.models.base import Base
 from spectral_diffusion.models.loading import load_base
 from spectral_diffusion.models.prompt_encoder import PromptEncoder
-from spectral_diffusion.training import prior_images as ordinary_module
+from spectral_diffusion.training import prior_images as prior_images_module
 from spectral_diffusion.training.batch import Batch
 from spectral_diffusion.training.prior_images import PriorImages, make_prior_images, prior_prompts
 from spectral_diffusion.training.prior_preservation import (
@@ -39,13 +39,15 @@ def settings(photos: Path, base: Path, output: Path, **more: object) -> TrainCon
 
 
 @torch.no_grad()
-def drift(base: Base, encode: PromptEncoder, anchors: PriorTargets) -> float:
+def drift(base: Base, encode: PromptEncoder, targets: PriorTargets) -> float:
     """How far the networks, as they are, predict from what the untouched base predicted."""
-    predicted = base.denoiser.predict(anchors.noisy, anchors.timesteps, encode(anchors.prompts))
-    return float((predicted - anchors.targets).square().mean())
+    predicted = base.denoiser.predict(targets.noisy, targets.timesteps, encode(targets.prompts))
+    return float((predicted - targets.targets).square().mean())
 
 
-def test_preservation_holds_the_base_while_a_concept_is_learnt(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_prior_preservation_keeps_the_base_while_a_concept_is_trained(
+    photos: Path, tiny_base: Path, tmp_path: Path
+) -> None:
     drifts = {}
     for weight in (0.0, 3.0):
         keep = KEEP.model_copy(update={"loss_weight": weight})
@@ -55,13 +57,13 @@ def test_preservation_holds_the_base_while_a_concept_is_learnt(photos: Path, tin
         assert adapter.norm() > 0
         base = load_base(str(tiny_base), "cpu")
         others = config.model_copy(update={"seed": 5})  # pictures and words that training did not see
-        ordinary = make_prior_images(base, others, ["dog"], base.size)
+        prior_images = make_prior_images(base, others, ["dog"], base.size)
         with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size, OTHER_TOKENS) as encode:
-            anchors = predict_prior_targets(ordinary, base.denoiser, others, encode)
-            assert drift(base, encode, anchors) < 1e-9
+            targets = predict_prior_targets(prior_images, base.denoiser, others, encode)
+            assert drift(base, encode, targets) < 1e-9
         put_adapters(base, [(load_adapter(output), 1.0)])
         with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size, OTHER_TOKENS) as encode:
-            drifts[weight] = drift(base, encode, anchors)
+            drifts[weight] = drift(base, encode, targets)
     assert drifts[3.0] < 0.5 * drifts[0.0]
 
 
@@ -88,17 +90,17 @@ def test_a_stopped_run_with_preservation_resumes_bit_for_bit(
     assert any(not torch.equal(whole.parameters[n], plain.parameters[n]) for n in whole.parameters)
 
 
-def test_drawn_pictures_are_kept_and_those_of_other_classes_shared(
+def test_prior_images_are_cached_and_those_of_other_classes_shared(
     photos: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path / "cache"))
     config = settings(photos, tiny_base, tmp_path / "a.safetensors", prior=KEEP)
     base, calls = load_base(str(tiny_base), "cpu"), []
-    draw = ordinary_module.sample_prior_latents
+    sample = prior_images_module.sample_prior_latents
     monkeypatch.setattr(
-        ordinary_module,
+        prior_images_module,
         "sample_prior_latents",
-        lambda base, asked, *more: calls.append(asked) or draw(base, asked, *more),
+        lambda base, asked, *more: calls.append(asked) or sample(base, asked, *more),
     )
     seen: list[Event] = []
     first = make_prior_images(base, config, ["dog"], 16, Hooks(seen.append))
@@ -107,14 +109,14 @@ def test_drawn_pictures_are_kept_and_those_of_other_classes_shared(
     again = make_prior_images(base, config, ["dog"], 16)
     assert len(calls) == 2 and torch.equal(first.latents, again.latents)
     other = make_prior_images(base, config, ["cat"], 16)
-    assert [len(asked) for asked in calls] == [2, 2, 2], "only those of the concept's own class are drawn anew"
+    assert [len(asked) for asked in calls] == [2, 2, 2], "only those of the concept's own class are generated anew"
     assert torch.equal(first.latents[1:3], other.latents[1:3]) and not torch.equal(first.latents[0], other.latents[0])
-    for file in (tmp_path / "cache" / "ordinary").iterdir():
+    for file in (tmp_path / "cache" / "prior-images").iterdir():
         file.write_bytes(b"damaged")
     assert torch.equal(make_prior_images(base, config, ["dog"], 16).latents, first.latents) and len(calls) == 5
 
 
-def test_the_drawing_of_ordinary_pictures_stops_when_asked(
+def test_the_generation_of_prior_images_stops_when_asked(
     photos: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECTRAL_DIFFUSION_CACHE", str(tmp_path / "cache"))
@@ -135,22 +137,22 @@ def test_two_concepts_at_one_seed_begin_with_different_words(tiny_base: Path, tm
     assert torch.nn.functional.cosine_similarity(first["rex"], first["brew"], dim=0).abs() < 0.7
 
 
-def test_ordinary_prompts_hold_the_concepts_own_class_and_others() -> None:
+def test_prior_prompts_have_the_concepts_own_class_and_others() -> None:
     things, prompts = prior_prompts(PriorPreservationConfig(num_images=30), ["octopus"], seed=0)
     assert sum("octopus" in thing for thing in things) == 10
     assert all(thing in prompt for thing, prompt in zip(things, prompts, strict=True))
     assert len(set(prompts)) > 20
 
 
-def test_cut_mix_puts_photo_and_ordinary_picture_side_by_side() -> None:
+def test_cut_mix_puts_photo_and_prior_image_side_by_side() -> None:
     photos = Batch(
         torch.ones(4, 2, 3, 3), torch.zeros(4, 2, 3, 3), torch.tensor([1, 2, 3, 4]), ["x"] * 4, tokens=["<rex>"] * 4
     )
-    ordinary = PriorImages(torch.zeros(5, 2, 3, 3), [f"a thing{i}" for i in range(5)], ["p"] * 5)
+    prior_images = PriorImages(torch.zeros(5, 2, 3, 3), [f"a thing{i}" for i in range(5)], ["p"] * 5)
     config = TrainConfig(concept=Path("c"), output=Path("o"))
     sides = set()
     for step in range(6):
-        mixed = cut_mix(photos, ordinary, step, config)
+        mixed = cut_mix(photos, prior_images, step, config)
         assert mixed.latents.shape == (2, 2, 3, 6) and torch.equal(mixed.timesteps, torch.tensor([1, 2]))
         for latents, prompt in zip(mixed.latents, mixed.prompts, strict=True):
             left = bool(latents[..., :3].all())
@@ -160,16 +162,16 @@ def test_cut_mix_puts_photo_and_ordinary_picture_side_by_side() -> None:
     assert sides == {True, False}
 
 
-def test_class_images_take_the_place_of_drawn_pictures(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_class_images_take_the_place_of_generated_ones(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     dogs = make_photos(tmp_path / "dogs", 6, seed=7)
     (dogs / "2.txt").write_text("<TOK> on the grass")
     (dogs / "3.txt").write_text("a sleeping dog")
     config = settings(photos, tiny_base, tmp_path / "a.safetensors", prior=KEEP, data={"class_images_dir": dogs})
     base = load_base(str(tiny_base), "cpu")
-    ordinary, again = (make_prior_images(base, config, ["dog"], 16) for _ in range(2))
-    assert ordinary.latents.shape == (4, 4, 8, 8) and torch.equal(ordinary.latents, again.latents)
-    assert set(ordinary.subjects) == {"a dog"} and len(ordinary.prompts) == 4
-    assert set(ordinary.prompts) <= {"a photo of a dog", "a dog on the grass", "a sleeping dog"}
+    prior_images, again = (make_prior_images(base, config, ["dog"], 16) for _ in range(2))
+    assert prior_images.latents.shape == (4, 4, 8, 8) and torch.equal(prior_images.latents, again.latents)
+    assert set(prior_images.subjects) == {"a dog"} and len(prior_images.prompts) == 4
+    assert set(prior_images.prompts) <= {"a photo of a dog", "a dog on the grass", "a sleeping dog"}
     every = config.model_copy(update={"prior": KEEP.model_copy(update={"num_images": 50})})
     assert sorted(make_prior_images(base, every, ["dog"], 16).prompts)[:2] == [
         "a dog on the grass",
@@ -184,7 +186,7 @@ def test_class_images_take_the_place_of_drawn_pictures(photos: Path, tiny_base: 
     one = config.model_copy(update={"data": DataConfig(class_images_dir=tmp_path / "one")})
     assert torch.allclose(make_prior_images(base, one, ["dog"], 16).latents, black, atol=1e-5)
     drawn = make_prior_images(base, config.model_copy(update={"data": DataConfig()}), ["dog"], 16)
-    assert not torch.equal(drawn.latents, ordinary.latents)
+    assert not torch.equal(drawn.latents, prior_images.latents)
     (tmp_path / "empty").mkdir()
     empty = config.model_copy(update={"data": DataConfig(class_images_dir=tmp_path / "empty")})
     with pytest.raises(UserError, match="empty holds no readable photo"):
@@ -192,36 +194,36 @@ def test_class_images_take_the_place_of_drawn_pictures(photos: Path, tiny_base: 
     assert train_to_file(config).norm() > 0
 
 
-def test_anchors_of_another_shape_are_predicted_apart(photos: Path, tiny_base: Path) -> None:
+def test_targets_of_another_shape_are_predicted_apart(photos: Path, tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu")
     wide = Batch(torch.randn(2, 4, 4, 12), torch.randn(2, 4, 4, 12), torch.tensor([3, 500]), ["a dog", "<some>"])
     square = Batch(torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([3, 500]), ["a dog", "<some>"])
-    anchors = PriorTargets(torch.randn(1, 4, 8, 8), torch.tensor([9]), ["a cat"], torch.randn(1, 4, 8, 8))
+    targets = PriorTargets(torch.randn(1, 4, 8, 8), torch.tensor([9]), ["a cat"], torch.randn(1, 4, 8, 8))
     denoiser = base.denoiser
     with PromptEncoder(base, load_concept(photos, name="some"), 5, base.size) as encode, torch.no_grad():
         for samples in (wide, square):
-            photo, held = predict_both(denoiser, encode, samples.latents, samples, anchors)
+            photo, held = predict_both(denoiser, encode, samples.latents, samples, targets)
             alone, none = predict_both(denoiser, encode, samples.latents, samples, None)
             assert held is not None and none is None and photo.shape == samples.latents.shape
             assert torch.allclose(photo, alone, atol=1e-5)
-            want = denoiser.predict(anchors.noisy, anchors.timesteps, encode(anchors.prompts))
+            want = denoiser.predict(targets.noisy, targets.timesteps, encode(targets.prompts))
             assert torch.allclose(held, want, atol=1e-5)
 
 
 def test_cut_mix_weighs_the_photos_side_by_its_mask_and_fits_other_shapes() -> None:
-    tall, ordinary = torch.ones(2, 4, 10, 6), PriorImages(torch.zeros(1, 4, 8, 8), ["a cup"], ["a cup"])
+    tall, prior_images = torch.ones(2, 4, 10, 6), PriorImages(torch.zeros(1, 4, 8, 8), ["a cup"], ["a cup"])
     tall[:, :, 8:] = 7  # the foot of the photo, which is cut off
     config = TrainConfig(concept=Path("c"), output=Path("o"))
     weights = torch.full((2, 1, 10, 6), 0.25)
     samples = Batch(tall, torch.zeros_like(tall), torch.tensor([1, 2]), ["x"] * 2, weights, tokens=["<rex>"] * 2)
     for step in range(6):
-        mixed = cut_mix(samples, ordinary, step, config)
+        mixed = cut_mix(samples, prior_images, step, config)
         assert mixed.latents.shape == mixed.noise.shape == (1, 4, 8, 14)
         assert mixed.weights is not None and mixed.weights.shape == (1, 1, 8, 14)
         assert torch.equal(mixed.weights == 0.25, mixed.latents[:, :1] == 1)
         assert torch.equal(mixed.weights == 1, mixed.latents[:, :1] == 0)
     samples.weights = None
-    assert cut_mix(samples, ordinary, 0, config).weights is None
+    assert cut_mix(samples, prior_images, 0, config).weights is None
 
 
 def test_prior_prompts_say_a_or_an() -> None:
