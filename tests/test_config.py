@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from spectral_diffusion import cli
 from spectral_diffusion.cli.support import resolve
@@ -17,6 +18,7 @@ from spectral_diffusion.config.settings import build, parse_overrides, read_yaml
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.assets import configs
 from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.files import write_tensors
 from spectral_diffusion.training import run
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -125,6 +127,33 @@ def test_rates_that_nobody_set_are_the_defaults_times_the_methods_scale() -> Non
     assert rates(method="adalora", learning_rate=0.5) == (0.5, 3e-5, 1e-3)
     once = with_rates(TrainConfig(concept=Path("a"), output=Path("a.safetensors"), method="vera"))
     assert with_rates(once) == once
+
+
+def test_a_strength_may_be_of_one_network_or_of_a_name_with_a_dot() -> None:
+    words = ["scales.rex=0.8", "scales.rex.unet=0.5", "scales.v1.2=1", "distill.steps=3"]
+    assert parse_overrides(words) == {
+        "scales": {"rex": 0.8, "rex.unet": 0.5, "v1.2": 1}, "distill": {"steps": 3},
+    }  # fmt: skip
+
+
+def test_going_on_from_an_adapter_takes_the_rates_of_its_method(tmp_path: Path) -> None:
+    start, file = tmp_path / "rex.safetensors", tmp_path / "more.yaml"
+    write_tensors(start, {"x": torch.zeros(1)}, {"spectral.method": "spectral-rotation"})
+    file.write_text(f"init_from_adapter: {start}\n")
+    given = {"concept": "a", "output": "a.safetensors", "base": "pocket"}
+    wanted = settings_for(TrainConfig, "train", given, {"method": "spectral-rotation"})
+    for config in (
+        settings_for(TrainConfig, "train", given, {"init_from_adapter": str(start)}),
+        settings_for(TrainConfig, "train", {**given, "method": "spectral-rotation"}, config=str(file)),
+    ):
+        assert config.method == "spectral-rotation"
+    assert settings_for(TrainConfig, "train", given, {"init_from_adapter": str(start)}).learning_rate == (
+        wanted.learning_rate
+    )
+    from_file = settings_for(TrainConfig, "train", given, config=str(file))
+    assert from_file.learning_rate == with_rates(TrainConfig(**given, method="spectral-rotation")).learning_rate
+    missing = settings_for(TrainConfig, "train", given, {"init_from_adapter": str(tmp_path / "none.safetensors")})
+    assert missing.method == TrainConfig(**given).method  # the training reports it
 
 
 @pytest.mark.parametrize("preset", [path.stem for path in configs().glob("*.yaml") if read_yaml(path).get("train")])

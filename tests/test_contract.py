@@ -16,6 +16,7 @@ from torch import nn
 
 from spectral_diffusion.adapters.adapter import Adapter, check_base
 from spectral_diffusion.adapters.apply import install_tokens, put_adapters
+from spectral_diffusion.adapters.attach import AdapterSpec, inject_adapter
 from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.config.fuse import CalibrationConfig, FuseConfig
 from spectral_diffusion.config.scene import Scene
@@ -121,6 +122,19 @@ def test_adalora_really_takes_values_away(photos: Path, tiny_base: Path, tmp_pat
     adapter = train_to_file(config)
     values = torch.cat([value.flatten() for name, value in adapter.parameters.items() if name.endswith(".E")])
     assert int((values == 0).sum()) == len(values) // 2  # target_r is half of the rank
+
+
+def test_a_skipped_step_leaves_no_trace_in_adaloras_scores(tiny_base: Path) -> None:
+    """A float16 step that overflows is skipped, and its gradients are not finite."""
+    base = load_base(str(tiny_base), "cpu")
+    on = inject_adapter(base.models, AdapterSpec(get_method("adalora"), 4, steps=10), "concept")
+    for step in (1, 2):
+        for _, parameter in on.named_parameters():
+            parameter.requires_grad_(True)
+            parameter.grad = torch.full_like(parameter, float("nan") if step == 1 else 1.0)
+        on.on_step(step)
+    state, _ = on.extra_state()
+    assert state and all(bool(torch.isfinite(value).all()) for value in state.values())
 
 
 def test_rows_of_the_orthogonal_basis_are_distinct_and_have_their_own_ledger(

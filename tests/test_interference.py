@@ -192,6 +192,15 @@ def test_side_by_side_there_are_none_to_keep_off(
     assert stop.value.code == 2 and "--jobs 1 is needed" in capsys.readouterr().err
 
 
+def test_settings_that_would_do_nothing_are_refused(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    output = tmp_path / "a.safetensors"
+    earlier = {"earlier_adapters": [tmp_path / "b.safetensors"]}
+    with pytest.raises(UserError, match="does nothing without the penalty"):
+        train_to_file(settings(photos, tiny_base, output, interference=earlier))
+    with pytest.raises(UserError, match="no columns to scale the rate by"):
+        train_to_file(settings(photos, tiny_base, output, method="lora", slot_lr_power=1.0))
+
+
 def test_without_others_the_penalty_says_that_it_does_nothing(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     said: list[str] = []
     config = settings(photos, tiny_base, tmp_path / "a.safetensors", steps=1, interference={"overlap_weight": 1.0})

@@ -162,6 +162,13 @@ def test_cut_mix_puts_photo_and_prior_image_side_by_side() -> None:
     assert sides == {True, False}
 
 
+def test_class_images_need_no_masks(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
+    dogs = make_photos(tmp_path / "dogs", 2, seed=7)
+    config = settings(photos, tiny_base, tmp_path / "a.safetensors", prior=KEEP, data={"class_images_dir": dogs},
+                      objective={"attention_loss_weight": 0.1})  # fmt: skip
+    assert len(make_prior_images(load_base(str(tiny_base), "cpu"), config, ["dog"], 16).prompts) == 2
+
+
 def test_class_images_take_the_place_of_generated_ones(photos: Path, tiny_base: Path, tmp_path: Path) -> None:
     dogs = make_photos(tmp_path / "dogs", 6, seed=7)
     (dogs / "2.txt").write_text("<TOK> on the grass")

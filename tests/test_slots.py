@@ -217,6 +217,9 @@ def test_policies(ledger: Ledger) -> None:
     bottom = ledger.reserve("base", "c", SlotRequest(4, "bottom", 16))
     assert bottom.columns == (-4, -3, -2, -1) and str(bottom) == "-4:0" and read_columns("-4:0") == bottom
     assert ledger.reserve("base", "d", SlotRequest(2, "bottom", 16)).columns == (-6, -5)
+    ledger.release("c")
+    assert ledger.reserve("base", "d", SlotRequest(2, "bottom", 16)).columns == (-6, -5), "it keeps its slot"
+    assert ledger.reserve("base", "c", SlotRequest(4, "bottom", 16)) == bottom
     with pytest.raises(UserError, match="overlaps the columns -4:0 of 'c'"):
         ledger.reserve("base", "e", SlotRequest(2, "12:14", 16))  # the same columns, counted from the other end
     random = ledger.reserve("other", "f", SlotRequest(4, "random", 16, seed=7))

@@ -81,10 +81,6 @@ def train(
     strange = [folder for folder in folders if not (folder.is_dir() or is_dataset(folder))]
     if len(folders) > 1 and strange:
         raise UserError(f"'{strange[0]}' is neither a photo folder nor a setting; settings are written key=value.")
-    if "init_from_adapter" in flags and "method" not in flags:
-        from ..adapters.formats.native import load_adapter
-
-        flags["method"] = load_adapter(flags["init_from_adapter"]).method.name  # whose learning rates they are
     if joint:
         flags["joint_concepts"] = [str(folder) for folder in folders[1:]]
     if len(folders) > 1 and not joint:

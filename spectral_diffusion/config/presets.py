@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from ..core.assets import preset, preset_of
 from ..core.errors import Fix, UserError
+from ..core.files import read_header
 from .settings import Model, build, read_yaml
 from .train import TrainConfig
 
@@ -46,6 +48,15 @@ def rates_for(settings: dict[str, Any], method: Any) -> dict[str, Any]:
         except (KeyError, TypeError, ValueError):
             continue  # missing or not a number: reported when the settings are checked
     return {**settings, **scaled}
+
+
+def method_of_start(*layers: Mapping[str, Any]) -> str | None:
+    """The method of the adapter that training starts from, whose rates it then needs; None without a readable one."""
+    start = next((layer["init_from_adapter"] for layer in reversed(layers) if layer.get("init_from_adapter")), None)
+    try:
+        return None if start is None else read_header(Path(str(start)))[1].get("spectral.method")
+    except (UserError, OSError, ValueError):
+        return None  # the training reports it
 
 
 def with_rates(config: TrainConfig) -> TrainConfig:
@@ -116,5 +127,7 @@ def settings_for(
     if verb != "train":
         return build(model, layer, *last, file=config or "")
     method = next((change["method"] for change in reversed(last) if change.get("method")), None)
+    if method is None and (method := method_of_start(layer, *last)):
+        last.append({"method": method})
     settings = build(model, rates_for(layer, method), *last, file=config or "")
     return cast(Model, with_rates(cast(TrainConfig, settings)))

@@ -110,6 +110,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
+WHOLE = ("scales.",)  # what follows is one name, such as rex.unet
+
+
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     """``["steps=10", "scales.rex=0.8"]`` to a mapping; values are read as YAML scalars.
 
@@ -126,7 +129,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
         except UNREAD:
             value = text
         target = out
-        *path, last = key.split(".")
+        *path, last = key.split(".") if not key.startswith(WHOLE) else key.split(".", 1)
         for part in path:
             target = target.setdefault(part, {})
             if not isinstance(target, dict):

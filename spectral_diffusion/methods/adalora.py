@@ -59,8 +59,12 @@ class RankSchedule:
         """Score all parameters, and remove singular values; those of the last phase stay removed."""
         last = self.config.total_step - self.config.tfinal
         for name, parameter in self.network.named_parameters():
-            if self.name in name and parameter.requires_grad and parameter.grad is None:
+            if self.name not in name or not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)  # a layer that nothing went through scores nothing
+            # A float16 step that overflowed was skipped; in the averages its NaN would stay for good.
+            torch.nan_to_num_(parameter.grad, nan=0.0, posinf=0.0, neginf=0.0)
         if step < last:
             self.allocator.update_and_allocate(self.network, step)
         elif step == last:

@@ -234,8 +234,8 @@ class Ledger:
     ) -> dict[str, Slot]:
         """Take slots for several concepts in order, under one lock: all of them or none.
 
-        Retraining a concept with ``next`` and the same rank keeps its slot. Where every concept has the slot that it
-        asks for, the ledger is only read.
+        Retraining a concept with ``next`` (or from the bottom with ``bottom``) and the same rank keeps its slot. Where
+        every concept has the slot that it asks for, the ledger is only read.
 
         Args:
             base: the base's fingerprint.
@@ -300,7 +300,7 @@ class TakenColumns:
             UserError: it is taken, or past the capacity.
         """
         mine = self.taken.get(name)
-        if policy.kind == "next" and _keeps(mine, policy, request):
+        if policy.kind in ("next", "bottom") and _keeps(mine, policy, request):
             assert mine is not None
             slot = mine
         else:
@@ -341,7 +341,7 @@ def _keeps(mine: Slot | None, policy: Policy, request: SlotRequest) -> bool:
     """Whether a concept has the slot that it asks for."""
     if mine is None or mine.rank != request.rank or not mine.fits(request.capacity):
         return False
-    return policy.kind == "next" or mine == policy.slot
+    return policy.kind == "next" or mine == policy.slot or (policy.kind == "bottom" and mine.bottom > 0)
 
 
 def alike(base: str, hashes: Mapping[str, Sequence[str]]) -> set[str]:

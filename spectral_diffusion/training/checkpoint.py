@@ -261,6 +261,9 @@ class TrainingState:
                 Fix(causes[0], written(old), "to go on as it was"),
                 ANEW,
             )
+        before, now = (hashes.get("processes", "1") for hashes in (meta.get("belongs", {}), fixed))
+        if before != now:  # the batches of all processes together are another batch
+            raise UserError(f"{self.path} was made by {before} processes, not {now}; as many can go on from it.", ANEW)
         if fixed.get("earlier") != meta.get("belongs", {}).get("earlier"):
             raise UserError(f"{self.path} was made with other adapters to keep off, which could be put back.", ANEW)
         if self._other_concept(meta):

@@ -220,7 +220,10 @@ class ControlTrainer:
     def save(self, step: int) -> None:
         """Save everything that the training needs to go on exactly here."""
         self.read()
-        meta = {"step": step, "config": comparable_control_settings(self.config), "belongs": self.belongs}
+        meta = {
+            "step": step, "config": comparable_control_settings(self.config), "belongs": self.belongs,
+            "scaler": self.scaler.state_dict(),
+        }  # fmt: skip
         save_state(self.state, self.trained, self.optimizer, meta)
 
     def restore(self) -> int:
@@ -240,6 +243,8 @@ class ControlTrainer:
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 parameter.copy_(tensors[name])
+        if meta.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(meta["scaler"])
         return int(meta["step"])
 
 

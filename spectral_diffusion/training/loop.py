@@ -239,6 +239,7 @@ class Trainer:
             "start": start_hash(job.start_from),
             "concept": self.concept.digest(),
             **({"revision": str(revision)} if revision > 1 else {}),
+            **({"processes": str(self.world.count)} if self.world.count > 1 else {}),
             **({"earlier": " ".join(map(content_hash, job.earlier))} if job.earlier else {}),
         }
 
@@ -301,7 +302,7 @@ class Trainer:
                 return cut_mix(batch, self.prior_images, step, self.whole, things), None
         if self.other_prompts:
             batch = erase(batch, self.other_prompts, step, self.whole)
-        return batch, self.prior_targets.batch(step, self.whole) if self.prior_targets else None
+        return batch, self.prior_targets.batch(step, self.whole, self.base.device) if self.prior_targets else None
 
     def forward_backward_step(self, batch: Batch, prior: PriorTargets | None) -> Tensor:
         """Gradients of the whole batch, in parts; returns its loss, over all processes."""

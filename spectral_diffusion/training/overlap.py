@@ -93,10 +93,16 @@ def earlier_adapters(
     training without given ones takes those that it began with.
 
     Raises:
-        UserError: a given one is damaged or of another base, or one that the training began with is missing.
+        UserError: some are given without a penalty, one of them is damaged or of another base, or one that the training
+            began with is missing.
     """
     options = config.interference
     if not options.overlap_weight:
+        if options.earlier_adapters:
+            raise UserError(
+                "interference.earlier_adapters does nothing without the penalty.",
+                Fix("interference.overlap_weight", "0.1"),
+            )
         return []
     if options.earlier_adapters:
         adapters = [load_adapter(path) for path in options.earlier_adapters]

@@ -75,7 +75,9 @@ def read_class_images(
     chosen = torch.randperm(len(pictures.photos), generator=keyed_generator(config.seed, "class"))
     photos = [pictures.photos[int(index)] for index in chosen[: config.prior.num_images]]
     without_variation = DataConfig(latents_cache_dir=config.data.latents_cache_dir)
-    settings = config.model_copy(update={"crops_per_image": 1, "data": without_variation})
+    without_masks = config.objective.model_copy(update={"attention_loss_weight": 0.0})
+    changes = {"crops_per_image": 1, "data": without_variation, "objective": without_masks}
+    settings = config.model_copy(update=changes)
     crops = PhotoCrops(replace(pictures, photos=tuple(photos)), base, settings, size)
     latents, _ = crops.take([(index, 0) for index in range(len(photos))])
     subject = with_article(noun)

@@ -36,19 +36,20 @@ OTHER_TOKENS = tuple(f"<other-{index}>" for index in range(64))  # tokens that s
 
 @dataclass
 class PriorTargets:
-    """Targets of the adapted networks: n noised images with the base's predictions."""
+    """Targets of the adapted networks: n noised images with the base's predictions. All are on the CPU but a batch."""
 
     noisy: Tensor
     timesteps: Tensor
     prompts: list[str]
     targets: Tensor
 
-    def batch(self, step: int, config: TrainConfig) -> PriorTargets:
-        """A few of them for one step."""
+    def batch(self, step: int, config: TrainConfig, device: torch.device) -> PriorTargets:
+        """A few of them for one step, on a device."""
         generator = keyed_generator(config.seed, "anchors", step)
         chosen = torch.randint(len(self.prompts), (config.prior.batch_size,), generator=generator)
         prompts = [self.prompts[int(index)] for index in chosen]
-        return PriorTargets(self.noisy[chosen], self.timesteps[chosen], prompts, self.targets[chosen])
+        noisy, timesteps, targets = (part[chosen].to(device) for part in (self.noisy, self.timesteps, self.targets))
+        return PriorTargets(noisy, timesteps, prompts, targets)
 
 
 @torch.no_grad()
@@ -59,28 +60,36 @@ def predict_prior_targets(
     encode: PromptEncoder,
     hooks: Hooks = QUIET,
 ) -> PriorTargets:
-    """Noise the prior images and predict with the unchanged base."""
-    noises, times, prompts = [], [], []
-    for index in range(len(prior_images.prompts) * DRAWS):
-        generator = keyed_generator(config.seed, "anchor", index)
-        picture = index % len(prior_images.prompts)
-        times.append(denoiser.sample_timestep(generator, config.timestep_power, config.objective))
-        noises.append(torch.randn(prior_images.latents.shape[1:], generator=generator))
-        prompt = prior_images.prompts[picture]
-        if float(torch.rand((), generator=generator)) < config.prior.other_token_prob:
-            word = OTHER_TOKENS[int(torch.randint(len(OTHER_TOKENS), (), generator=generator))]
-            subject = prior_images.subjects[picture]
-            prompt = prompt.replace(subject, f"{word} {subject.split()[-1]}")
-        prompts.append(prompt)
-    latents = prior_images.latents.repeat(DRAWS, 1, 1, 1)
-    timesteps = torch.stack(times).to(latents.device)
-    noisy = denoiser.add_noise(latents, torch.stack(noises).to(latents), timesteps)
-    targets = []
-    for start in range(0, len(prompts), CHUNK):
-        part = slice(start, start + CHUNK)
-        targets.append(denoiser.predict(noisy[part], timesteps[part], encode(prompts[part], noisy.shape[-2:])))
-        hooks.progress(Event("predict", min(start + CHUNK, len(prompts)), len(prompts)))
-    return PriorTargets(noisy, timesteps, prompts, torch.cat(targets))
+    """Noise the prior images and predict with the unchanged base, a chunk at a time: there may be thousands."""
+    latents, total = prior_images.latents, len(prior_images.prompts) * DRAWS
+    prompts: list[str] = []
+    chunks: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start in range(0, total, CHUNK):
+        samples = [noised_prompt(prior_images, denoiser, config, i) for i in range(start, min(start + CHUNK, total))]
+        pictures, noises, times, texts = zip(*samples, strict=True)
+        timesteps = torch.stack(times).to(latents.device)
+        noisy = denoiser.add_noise(latents[list(pictures)], torch.stack(noises).to(latents), timesteps)
+        targets = denoiser.predict(noisy, timesteps, encode(list(texts), noisy.shape[-2:]))
+        chunks.append((noisy.cpu(), timesteps.cpu(), targets.cpu()))
+        prompts += texts
+        hooks.progress(Event("predict", len(prompts), total))
+    noisy, timesteps, targets = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return PriorTargets(noisy, timesteps, prompts, targets)
+
+
+def noised_prompt(
+    images: PriorImages, denoiser: Denoiser, config: TrainConfig, index: int
+) -> tuple[int, Tensor, Tensor, str]:
+    """The prior image, noise (c, h, w), timestep and prompt of one target, all keyed by its index."""
+    generator, picture = keyed_generator(config.seed, "anchor", index), index % len(images.prompts)
+    timestep = denoiser.sample_timestep(generator, config.timestep_power, config.objective)
+    noise = torch.randn(images.latents.shape[1:], generator=generator)
+    prompt = images.prompts[picture]
+    if float(torch.rand((), generator=generator)) < config.prior.other_token_prob:
+        word = OTHER_TOKENS[int(torch.randint(len(OTHER_TOKENS), (), generator=generator))]
+        subject = images.subjects[picture]
+        prompt = prompt.replace(subject, f"{word} {subject.split()[-1]}")
+    return picture, noise, timestep, prompt
 
 
 def predict_both(

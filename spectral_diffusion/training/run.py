@@ -110,6 +110,8 @@ def train_on(
     method = get_method(config.method)
     if config.normalize and not method.normalizable:
         raise UserError(f"The method {method.name} has no columns that could be normalized.", Fix("normalize", "false"))
+    if config.slot_lr_power and method.builds_on != "columns":
+        raise UserError(f"The method {method.name} has no columns to scale the rate by.", Fix("slot_lr_power", "0"))
     check_optimizer(config, method)
     check_weights(base, method)
     size = config.resolution or base.size
