@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,19 @@ import pytest
 import torch
 from conftest import make_photos, make_tiny_base
 from families import make_tiny_sdxl
+from PIL import Image
 
 from spectral_diffusion.adapters.adapter import Adapter
 from spectral_diffusion.adapters.apply import install_tokens
+from spectral_diffusion.config.fuse import FuseConfig
 from spectral_diffusion.config.scene import Region, Scene
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.hooks import Hooks
+from spectral_diffusion.merging.fuse import fuse_to_folder
 from spectral_diffusion.models.base import Base
 from spectral_diffusion.models.loading import load_base
+from spectral_diffusion.scenes import generate as generate_module
 from spectral_diffusion.scenes import sampling
 from spectral_diffusion.scenes.auto_regions import AutoConcept, columns_of, disjoint, own_prompt
 from spectral_diffusion.scenes.found_regions import FoundRegions
@@ -221,6 +227,45 @@ def test_an_adapter_that_the_prompt_does_not_name_acts_everywhere(pair: tuple[Pa
     named = dict(zip(map(str, pair[1]), adapters, strict=True))
     assert concepts_named(base, scene(pair[0]), named) == dict(zip(map(str, pair[1]), ("<rex>", "<mug>"), strict=True))
     assert concepts_named(base, scene(pair[0], prompt="<rex> at sea"), named) == {}
+
+
+def test_no_regions_are_found_beside_layer_wise_vectors(pair: tuple[Path, list[Path]]) -> None:
+    """Its words make every encoding longer than the maps are."""
+    from spectral_diffusion.scenes.auto_regions import concepts_named
+
+    base, adapters = loaded(*pair)
+    layers = {name: rows[None] for name, rows in adapters[1].vectors.items()}
+    layerwise = replace(adapters[1], name="ann", per_layer_vectors=layers)
+    named = {**dict(zip(map(str, pair[1]), adapters, strict=True)), "ann.safetensors": layerwise}
+    assert concepts_named(base, scene(pair[0]), named) == {}
+    with pytest.raises(UserError, match="'ann' has layer-wise vectors"):
+        concepts_named(base, scene(pair[0], auto_regions=True), named)
+
+
+def test_an_adapter_may_act_everywhere_and_more_in_a_region(pair: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base, (rex, mug) = pair
+    region = Region(box=(0, 0, 0.5, 1), prompt="<rex>", adapters={str(rex): 0.9})
+    more: dict[str, Any] = {"regions": [region], "output": tmp_path / "a.png"}
+    generate_to_file(scene(base, adapters={str(rex): 0.1}, **more))
+    fused, said = tmp_path / "fused", list[str]()
+    fuse_to_folder(FuseConfig(adapters=[rex, mug], output=fused, device="cpu"))
+    more["output"] = tmp_path / "b.png"
+    generate_to_file(scene(fused, **more), Hooks(notify=said.append))
+    assert any("<rex> is in the base already" in text for text in said)
+
+
+def test_batches_share_one_sampler(
+    pair: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It loads control networks and encodes regions, and the pictures are those of a batch at a time."""
+    made: list[Any] = []
+    sampler = generate_module.SceneSampler
+    monkeypatch.setattr(generate_module, "SceneSampler", lambda *given: made.append(sampler(*given)) or made[-1])
+    many = scene(pair[0], seeds=[0, 1, 2], batch_size=1, output=tmp_path / "a.png")
+    several = [path for path in generate_to_file(many) if path != many.output]
+    assert len(made) == 1 and len(several) == 3
+    [one] = generate_to_file(scene(pair[0], seeds=[2], output=tmp_path / "one.png"))
+    assert Image.open(one).tobytes() == Image.open(several[2]).tobytes()
 
 
 def test_a_fused_base_finds_regions_for_its_tokens(pair: tuple[Path, list[Path]]) -> None:

@@ -16,7 +16,7 @@ from spectral_diffusion.adapters.formats.native import load_adapter
 from spectral_diffusion.cli import app
 from spectral_diffusion.config.fuse import DistillConfig, FuseConfig
 from spectral_diffusion.config.train import TrainConfig
-from spectral_diffusion.core.errors import UserError
+from spectral_diffusion.core.errors import Cancelled, UserError
 from spectral_diffusion.core.files import read_tensors
 from spectral_diffusion.core.hooks import Event, Hooks
 from spectral_diffusion.core.precision import MixedPrecision
@@ -298,6 +298,15 @@ def test_a_merge_that_is_not_for_these_adapters_is_refused_before_teacher_images
             wanted, Hooks(progress=lambda event: seen.append(event.stage)), base=load_base(str(tiny_base), "cpu")
         )
     assert not seen and not (tmp_path / "fused").exists()
+
+
+@pytest.mark.parametrize("stage", ["teacher images", "calibrate", "distill"])
+def test_a_fusion_stops_when_asked_and_writes_nothing(pair: list[Path], tmp_path: Path, stage: str) -> None:
+    seen: list[str] = []
+    wanted = settings(pair, tmp_path / "fused", merge="gradient", distill=SMALL)
+    with pytest.raises(Cancelled):
+        fuse_to_folder(wanted, Hooks(lambda event: seen.append(event.stage), should_stop=lambda: stage in seen))
+    assert seen.count(stage) == 1 and not (tmp_path / "fused").exists()
 
 
 def test_what_has_no_token_is_not_distilled(pair: list[Path], tiny_base: Path) -> None:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from spectral_diffusion.adapters.apply import install_tokens
 from spectral_diffusion.adapters.formats.native import load_adapter, save_adapter
 from spectral_diffusion.cli import app
-from spectral_diffusion.config.fuse import DistillConfig, FuseConfig
+from spectral_diffusion.config.fuse import DistillConfig, FuseConfig, MergeConfig
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.core.files import read_tensors, write_tensors
@@ -378,12 +378,25 @@ def test_in_ties_the_strengths_vote() -> None:
     assert torch.equal(combined("ties", [one, against]), combined("ties", [one, other]))
 
 
+def test_a_layer_that_nothing_changes_is_no_trouble_for_ssr() -> None:
+    """SDXL reads its first text encoder before the last layer, whose adapters stay zero."""
+    contributions, prior = problem(20)
+    none = [replace(c, parameters={n: torch.zeros_like(v) for n, v in c.parameters.items()}) for c in contributions]
+    merge = get_merge("ssr")
+    context = MergeContext(merge.settings({}), 0, prior, 1.0)
+    delta = dense(merge.combine(none, context))
+    assert delta.shape == (OUT, IN) and not delta.any()
+
+
 def test_fedavg_of_nothing_is_nothing() -> None:
     contributions, _ = problem(60)
     none = [replace(one, inputs=None, scale=0.0) for one in contributions]
     assert not combined("fedavg", none).any()
+    adapters: Any = [SimpleNamespace(name=name, layers=["unet.a"]) for name in ("dog", "mug")]
+    check = get_merge("fedavg").check
+    check(adapters, MergeConfig(scales={"dog": 0.0, "mug": 0.0}))
     with pytest.raises(UserError, match="fedavg divides by the sum"):
-        combined("fedavg", [replace(none[0], scale=-1.0)])
+        check(adapters, MergeConfig(scales={"dog": -1.0}))
 
 
 def test_activations_do_not_depend_on_how_they_came() -> None:
@@ -465,6 +478,20 @@ def test_every_merge_fuses_any_mix_and_unfuses_to_the_same_bits(three: list[Path
     assert same(weights(tmp_path / "again"), weights(whole))
     recipe = read_manifest(tmp_path / "rest")
     assert recipe and set(recipe["concepts"]) == {"dog", "mug"} and recipe["merge"] == merge
+
+
+def test_a_removed_style_is_no_option_any_more(three: list[Path], tmp_path: Path) -> None:
+    def fuse(files: list[Path], name: str, styles: list[str]) -> Path:
+        config = FuseConfig(adapters=files, output=tmp_path / name, merge="np-lora", device="cpu",
+                            options={"styles": styles})  # fmt: skip
+        fuse_to_folder(config)
+        return tmp_path / name
+
+    whole = fuse(three, "whole", ["dog", "mug"])
+    unfuse(whole, ["mug"], tmp_path / "rest")
+    assert same(weights(tmp_path / "rest"), weights(fuse([three[0], three[2]], "fresh", ["dog"])))
+    with pytest.raises(UserError, match="Without dog, mug the rest cannot be fused by np-lora"):
+        unfuse(whole, ["dog", "mug"], tmp_path / "none")
 
 
 def test_removing_everything_gives_the_base(three: list[Path], tiny_base: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 from conftest import make_photos
 from test_merges import IN, OUT, RANK, combined, problem
 
-from spectral_diffusion.config.fuse import FuseConfig
+from spectral_diffusion.config.fuse import FuseConfig, MergeConfig
 from spectral_diffusion.config.train import TrainConfig
 from spectral_diffusion.core.errors import UserError
 from spectral_diffusion.linalg import top_band
 from spectral_diffusion.merging.fuse import fuse_to_folder
+from spectral_diffusion.merging.merges import get_merge
 from spectral_diffusion.merging.merges.orthofuse import rotation_log, rotation_mean
 from spectral_diffusion.merging.merges.registry import Contribution
 from spectral_diffusion.methods import get_method
@@ -72,10 +74,12 @@ def test_np_lora_takes_styles_by_their_class_or_by_name() -> None:
     contributions, _ = problem(4)
     marked = [contributions[0], replace(contributions[1], is_style=True), contributions[2]]
     assert torch.equal(combined("np-lora", marked), combined("np-lora", contributions, {"styles": ["c1"]}))
+    adapters: Any = [SimpleNamespace(name=f"c{index}", is_style=False) for index in range(3)]
+    check = get_merge("np-lora").check
     with pytest.raises(UserError, match="needs a style"):
-        combined("np-lora", contributions)
+        check(adapters, MergeConfig())
     with pytest.raises(UserError, match="names 'ink', but the adapters are c0, c1, c2"):
-        combined("np-lora", contributions, {"styles": ["ink"]})
+        check(adapters, MergeConfig(options={"styles": ["ink"]}))
 
 
 def test_knots_is_ties_in_the_common_basis() -> None:
@@ -168,8 +172,9 @@ def test_contrastive_is_where_its_objective_is_smallest() -> None:
     assert found.grad is not None and float(found.grad.abs().max()) < 1e-5 * scale
     none = combined("contrastive", contributions, {"repulsion": 0.0}, prior, 2.0)
     assert torch.allclose(none, combined("gradient", contributions, {}, prior, 2.0), atol=1e-9)
+    adapters: Any = [SimpleNamespace(name=name, layers=["unet.a"]) for name in ("dog", "mug")]
     with pytest.raises(UserError, match="negative or 0 together"):
-        combined("orthofuse", [turned(0, {}, 1.0), turned(1, {}, -0.5)])
+        get_merge("orthofuse").check(adapters, MergeConfig(scales={"mug": -0.5}))
 
 
 @pytest.mark.parametrize("method", ["spectral-rotation", "oft"])

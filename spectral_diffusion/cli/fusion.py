@@ -12,13 +12,13 @@ import typer
 from ..config.fuse import FuseConfig
 from ..core.errors import UserError
 from ..core.files import is_folder
-from ..core.hooks import Hooks
 from .executors import (
     ClusterOption,
     ExecutorOption,
     Executors,
     ParallelOption,
     cluster_of,
+    job_hooks,
     submit_batch,
 )
 from .options import settings_flags
@@ -32,7 +32,6 @@ from .support import (
     importing,
     named_base,
     numbers,
-    progress_bar,
     resolve,
 )
 
@@ -75,11 +74,11 @@ def fuse(
     if executor:
         submit_parts(settings, executor, jobs, cluster)
         return
-    with progress_bar() as progress:
+    with job_hooks() as hooks:
         if part:
-            compute_parts(settings, part, Hooks(progress=progress, notify=echo))
+            compute_parts(settings, part, hooks)
             return
-        for warning in fuse_to_folder(settings, Hooks(progress=progress, notify=echo)):
+        for warning in fuse_to_folder(settings, hooks):
             echo(f"Note: {warning}")
     echo(f"Wrote {settings.output}/; open it with --base {settings.output} or DiffusionPipeline.from_pretrained.")
 
@@ -172,8 +171,8 @@ def tune(
 
     loaded = [adapter for file in files for adapter in adapters_in_fusion(Path(file))]
     base = load_base(settings.base or loaded[0].base, settings.device, settings.dtype)
-    with progress_bar() as progress:
-        candidates = search_scales(base, loaded, settings, tries[0], tries[1], Hooks(progress=progress))
+    with job_hooks() as hooks:
+        candidates = search_scales(base, loaded, settings, tries[0], tries[1], hooks)
     if as_json:
         typer.echo(json.dumps([{**vars(candidate), "score": candidate.score} for candidate in candidates], indent=2))
         return
@@ -203,6 +202,6 @@ def unfuse(
     """Take concepts out of a fused folder again: the same bits as if they had never been in."""
     from ..merging.unfuse import unfuse as take_out
 
-    with progress_bar() as progress:
-        take_out(folder, remove, output, subtract, base, device, Hooks(progress, echo))
+    with job_hooks() as hooks:
+        take_out(folder, remove, output, subtract, base, device, hooks)
     echo(f"Wrote {output}/.")

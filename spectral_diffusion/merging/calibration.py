@@ -118,6 +118,7 @@ def calibrate(
     with record_activations(layers, config.tokens_per_call, seed) as take:
 
         def fold(step: int, latents: Tensor) -> None:
+            hooks.raise_if_stopped()
             for name, rows in take().items():
                 grams[name].add(rows)
 

@@ -47,6 +47,7 @@ def distill(
 
     Raises:
         NotFiniteError: the loss is NaN or infinity.
+        Cancelled: ``hooks.should_stop`` said so.
     """
     base = student.base
     with (
@@ -59,6 +60,7 @@ def distill(
         scaler = loss_scaler(base.device, precision, base.dtype)
         lr_factor = lr_schedule("linear", config.steps)
         for step in range(config.steps):
+            hooks.raise_if_stopped()
             for group, (_, rate) in zip(optimizer.param_groups, groups, strict=True):
                 group["lr"] = rate * lr_factor(step)
             optimizer.zero_grad()

@@ -20,7 +20,7 @@ from ..core.errors import Fix, UserError, nearest
 from ..core.files import atomic_folder, check_writable, write_json, write_text
 from ..core.hooks import QUIET, Hooks
 from ..core.machine import heading
-from ..core.precision import precision_note, resolve_mixed_precision, tf32
+from ..core.precision import MixedPrecision, precision_note, resolve_mixed_precision, tf32
 from ..linalg import Factors
 from ..models.base import Base
 from ..models.loading import load_base
@@ -97,14 +97,16 @@ def fuse_adapters(
         UserError: two adapters share a name or a token, a strength names none of them, the merge is not for them,
             an adapter without a token or unknown targets in the distillation.
         NotFiniteError: the distillation met NaN or infinity.
+        Cancelled: ``hooks.should_stop`` said so; the base is then half changed.
     """
     adapters = sorted(adapters, key=lambda adapter: adapter.name)
     check_fusion(base, adapters, config)
     targets = open_base(base, adapters, install)
     trainable_layers = {**targets, **extra_modules(base, config, targets)}
-    precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
     teacher_targets = None
+    precision: MixedPrecision = "no"
     if config.distill.steps:  # before anything is fused: the base is one of the teachers
+        precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
         if is_large(base):
             hooks.notify(check_distillation_memory(base, trainable_layers, config.distill, precision))
         scales = scales_of(config, adapters)
@@ -140,7 +142,7 @@ def check_fusion(base: Base, adapters: list[Adapter], config: MergeConfig) -> No
     check_together(adapters, config.scales)
     merge = get_merge(config.merge)
     merge.settings(config.options)
-    merge.check(adapters)
+    merge.check(adapters, config)
     if config.distill.steps:
         base.check_side(config.distill.resolution or base.size, "distill.resolution")
         check_words(adapters)
@@ -246,8 +248,9 @@ def fuse_to_folder(
     output = config.output
     check_fusion_output(output)
     base, adapters = read_inputs(config, hooks, base)
-    precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
+    precision: MixedPrecision = "no"  # as nothing but a distillation is computed in another
     if config.distill.steps:
+        precision = resolve_mixed_precision(config.mixed_precision, base.device, base.dtype)
         precision_note(config.mixed_precision, precision, base.device, config.allow_tf32, hooks.notify)
     config = config.model_copy(update={"mixed_precision": precision})
     fingerprint = base.fingerprint.exact

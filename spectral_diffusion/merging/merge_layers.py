@@ -44,6 +44,7 @@ def merge_layers(
             if isinstance(change, Factors):
                 merged[layer] = Factors(*(part.cpu() for part in change))
             done += 1
+            hooks.raise_if_stopped()
             hooks.progress(Event("fuse", done, len(layers), {"layer": layer}))
     return merged if len(merged) == len(layers) else None
 

@@ -88,6 +88,7 @@ def compute_parts(config: FuseConfig, wanted: Sequence[str], hooks: Hooks = QUIE
                 generic_targets(base, cached, config.seed)
         if get_merge(config.merge).needs_activations:
             calibrate_part(base, adapters, mine, targets, config, hooks)
+        hooks.raise_if_stopped()
         hooks.progress(Event("part", index + 1, len(wanted)))
 
 

@@ -121,7 +121,7 @@ def search_scales(
         UserError: an adapter does not belong on this base, two share a name or a token, or the merge is not for them.
     """
     check_together(adapters, config.scales)
-    get_merge(config.merge).check(adapters)
+    get_merge(config.merge).check(adapters, config)
     config = config.model_copy(update={"distill": DistillConfig()})  # merges are compared, before any distillation
     for adapter in adapters:
         check_base(adapter, base, config.allow_base)
@@ -145,5 +145,6 @@ def search_scales(
         own = [max(reference.effect, 1e-12) for reference in references[:-1]]
         concepts = sum(a / b for a, b in zip(errors[:-1], own, strict=True)) / len(adapters)
         tried.append(Candidate(scale, prior_weight, concepts, errors[-1] / max(effect, 1e-12)))
+        hooks.raise_if_stopped()
         hooks.progress(Event("tune", index, len(grid), {"score": tried[-1].score}))
     return sorted(tried, key=lambda candidate: candidate.score)

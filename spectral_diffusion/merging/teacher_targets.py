@@ -65,15 +65,16 @@ def prepare_targets(
 
     Raises:
         UserError: an adapter has no token.
+        Cancelled: ``hooks.should_stop`` said so.
     """
     check_words(adapters)
     # Also the tokens of what an adapter was trained on top of.
     count = sum(len(adapter.tokens) for adapter in adapters) + 1
     concepts: list[TeacherTargets] = []
     for adapter in adapters:
-        concepts += adapter_targets(base, adapter, strengths.get(adapter.name, 1.0), config, seed)
+        concepts += adapter_targets(base, adapter, strengths.get(adapter.name, 1.0), config, seed, hooks)
         hooks.progress(Event("teacher images", len(concepts), count))
-    prior = generic_targets(base, config, seed)
+    prior = generic_targets(base, config, seed, hooks)
     hooks.progress(Event("teacher images", count, count))
     return DistillTargets(concepts, prior)
 
@@ -94,7 +95,7 @@ def check_words(adapters: Sequence[Adapter]) -> None:
 
 
 def adapter_targets(
-    base: Base, adapter: Adapter, strength: Strength, config: DistillConfig, seed: int
+    base: Base, adapter: Adapter, strength: Strength, config: DistillConfig, seed: int, hooks: Hooks = QUIET
 ) -> list[TeacherTargets]:
     """The targets of each of an adapter's tokens; other adapters make no difference to them."""
     out = []
@@ -103,14 +104,15 @@ def adapter_targets(
         if token in adapter.styles:
             random = keyed_random("styled", token, seed)
             subjects = [in_style(random.choice(generic_subjects(config)), token) for _ in subjects]
-        out.append(cached_targets(base, adapter, subjects, config, seed, strength))
+        out.append(cached_targets(base, adapter, subjects, config, seed, strength, hooks))
     return out
 
 
-def generic_targets(base: Base, config: DistillConfig, seed: int) -> TeacherTargets:
+def generic_targets(base: Base, config: DistillConfig, seed: int, hooks: Hooks = QUIET) -> TeacherTargets:
     """The targets of the untouched base, on generic subjects."""
     random, subjects = keyed_random("ordinary", seed), generic_subjects(config)
-    return cached_targets(base, None, [random.choice(subjects) for _ in range(config.num_prior_images)], config, seed)
+    chosen = [random.choice(subjects) for _ in range(config.num_prior_images)]
+    return cached_targets(base, None, chosen, config, seed, hooks=hooks)
 
 
 def generic_subjects(config: DistillConfig) -> list[str]:
@@ -125,11 +127,12 @@ def cached_targets(
     config: DistillConfig,
     seed: int,
     strength: Strength = 1.0,
+    hooks: Hooks = QUIET,
 ) -> TeacherTargets:
     """:func:`targets_of`, cached under a hash of all that decides it if ``config.cache`` says so."""
 
     def make() -> TeacherTargets:
-        return targets_of(base, adapter, subjects, config, seed, strength)
+        return targets_of(base, adapter, subjects, config, seed, strength, hooks)
 
     if not config.cache:
         return make()
@@ -174,6 +177,7 @@ def targets_of(
     config: DistillConfig,
     seed: int,
     strength: Strength = 1.0,
+    hooks: Hooks = QUIET,
 ) -> TeacherTargets:
     """Images by an adapter (None: the base alone) of each subject, noised, with the targets to predict there."""
     who, denoiser = adapter.name if adapter else "ordinary", base.denoiser
@@ -181,7 +185,7 @@ def targets_of(
     prompts = [base.spell(next(templates).replace("{}", subject)) for subject in subjects]
     active, together = [(adapter, strength)] if adapter else [], min(CHUNK, config.batch_size)
     with enabled_adapters(base, active):
-        latents = sample_latents(base, prompts, who, config, seed).repeat_interleave(config.noises_per_image, 0)
+        latents = sample_latents(base, prompts, who, config, seed, hooks).repeat_interleave(config.noises_per_image, 0)
     random, generator = keyed_random("lesson", who, seed), keyed_generator("noise", who, seed)
     empty = 0.0 if adapter else config.empty_prompt_prob
     repeated = [prompt for prompt in prompts for _ in range(config.noises_per_image)]
@@ -213,12 +217,20 @@ def predict(base: Base, prompts: Sequence[str], noisy: Tensor, timesteps: Tensor
     return denoiser.predict(noisy.to(base.device), timesteps.to(base.device), conditioning)
 
 
-def sample_latents(base: Base, prompts: list[str], who: str, config: DistillConfig, seed: int) -> Tensor:
+def sample_latents(
+    base: Base, prompts: list[str], who: str, config: DistillConfig, seed: int, hooks: Hooks = QUIET
+) -> Tensor:
     """The latents (n, c, h, w) of an image for each prompt, on the CPU."""
+
+    def check(step: int, latents: Tensor) -> None:
+        hooks.raise_if_stopped()
+
     out, together = [], min(CHUNK, config.batch_size)
     for start in range(0, len(prompts), together):
         chunk = prompts[start : start + together]
         generators = [keyed_generator("lesson", who, seed, start + i) for i in range(len(chunk))]
-        latents = base.denoiser.sample_latents(chunk, generators, STEPS, config.guidance_scale, config.resolution)
+        latents = base.denoiser.sample_latents(
+            chunk, generators, STEPS, config.guidance_scale, config.resolution, on_step=check
+        )
         out.append(latents.cpu())
     return torch.cat(out)

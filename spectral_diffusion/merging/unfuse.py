@@ -79,8 +79,21 @@ def unfuse(
     check_fusion_output(output)
     kept = [adapter for adapter in adapters if adapter.name not in remove]
     left = {key: value for key, value in config.scales.items() if owner(key, names)[0] not in remove}
-    config = config.model_copy(update={"scales": left})
+    merge = get_merge(config.merge)
+    options = {
+        key: [name for name in value if name not in remove] if key in merge.name_options else value
+        for key, value in config.options.items()
+    }
+    config = config.model_copy(update={"scales": left, "options": options})
     check_not_base(output, str(base_name or config.base))
+    if kept:
+        try:
+            merge.check(kept, config)
+        except UserError as error:
+            raise UserError(
+                f"Without {', '.join(remove)} the rest cannot be fused by {config.merge}; fuse the adapters that are "
+                f"left in {folder}/{ADAPTERS} by another merge."
+            ) from error
     if subtract:
         _subtract(folder, list(remove), config, hooks)
         return

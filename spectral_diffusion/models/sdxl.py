@@ -24,6 +24,7 @@ class SDXLDenoiser(SDDenoiser):
         "sketch": "TencentARC/t2i-adapter-sketch-sdxl-1.0",
         "keypose": "TencentARC/t2i-adapter-openpose-sdxl-1.0",
     }
+    architecture: ClassVar[str] = "stable-diffusion-xl-v1-base"
     decodes_latents: ClassVar[bool] = True
     adapter_pipeline_class: ClassVar[Any] = StableDiffusionXLAdapterPipeline
 

@@ -60,10 +60,15 @@ def concepts_named(base: Base, scene: Scene, adapters: Mapping[str, Adapter]) ->
     reference = bool(scene.controls) and base.family.controls == "reference"
     if wanted is False or (not wanted and (scene.regions or reference)):
         return {}
+    without = Fix("auto_regions", "false")
+    if layerwise := next((adapter for adapter in adapters.values() if adapter.per_layer_vectors), None):
+        if wanted:
+            raise UserError(f"'{layerwise.name}' has layer-wise vectors, beside which no regions are found.", without)
+        return {}  # its words make every encoding longer
     named: dict[str, str] = {}
     for path, adapter in adapters.items():
         own = [token for token in adapter.tokens if token.lower() in prompt]
-        is_one_thing = len(own) == 1 and not (adapter.is_style or adapter.per_layer_vectors)
+        is_one_thing = len(own) == 1 and not adapter.is_style
         if is_one_thing and (wanted or is_bindable(base, adapter)):
             named[path] = own[0]
     if wanted and len(named) < 2:  # else a picture that records what was found by default would be made otherwise again
@@ -74,7 +79,6 @@ def concepts_named(base: Base, scene: Scene, adapters: Mapping[str, Adapter]) ->
         return named
     if not wanted:
         return {}
-    without = Fix("auto_regions", "false")
     if scene.regions:
         raise UserError("The scene has regions, so none have to be found.", without, Fix("regions", so="left empty"))
     if reference:

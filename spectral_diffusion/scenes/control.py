@@ -205,7 +205,7 @@ def control_network(base: Base, controls: Sequence[ControlMap], size: tuple[int,
             Fix("controls", so="with one of them"),
         )
     [control] = controls
-    control.network = load_controlnet(base, control.adapter)
+    control.network = control.network or load_controlnet(base, control.adapter)  # it may be of the coarse pictures
     token = base.denoiser.token_side
     control.grid = (size[1] // token, size[0] // token)
     return control.network, {"controlnet_conditioning_scale": control.weight}
@@ -220,7 +220,7 @@ def adapter_of(
         UserError: an adapter cannot be loaded, or does not fit the base, the picture's size or the others.
     """
     for control in controls:
-        control.network = load_t2i_adapter(base, control.adapter, control.kind)
+        control.network = control.network or load_t2i_adapter(base, control.adapter, control.kind)
         _check_features(base, control, control.network)
         if any(side % control.network.config["downscale_factor"] for side in size):
             raise UserError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from .auto_regions import AutoConcept, Box, concepts_named
 from .control import ControlMap, read_control_image
 from .png_metadata import BASE, is_our_png, is_same, save_png, sources_of
 from .prompts import foreign_syntax, prompts_in, tokens_in
-from .sampling import Bound, Preview, SceneInputs, sample_in_turn
+from .sampling import Bound, Preview, SceneInputs, SceneSampler
 from .scene import adapter_files
 
 
@@ -48,23 +47,37 @@ def load_foreign(scene: Scene, base: Base, own: Mapping[str, Adapter]) -> dict[s
     return {name: import_lora(Path(name), None, base.name, base=base) for name in others}
 
 
-def bind(base: Base, scene: Scene, loaded: Mapping[str, Adapter], hooks: Hooks) -> list[Bound]:
+def bind(
+    base: Base, scene: Scene, loaded: Mapping[str, Adapter], hooks: Hooks, fused: Collection[str] = ()
+) -> list[Bound]:
     """Check every region's adapters against the base, and put their tokens in.
+
+    Args:
+        fused: the tokens that the base brings along, in lower case; their concepts act by them alone.
 
     Raises:
         UserError: an adapter does not belong on this base, or two different ones share a token.
     """
     owners: dict[str, str] = {}
+    acting: set[str] = set()
     for path in dict.fromkeys(path for region in scene.regions for path in region.adapters):
         adapter = loaded[path]
+        if adapter.token.lower() in fused:
+            hooks.notify(f"Note: {adapter.token} is in the base already; {path} acts by that token alone.")
+            continue
+        acting.add(path)
         if warning := check_base(adapter, base, scene.allow_base):
             hooks.notify(warning)
         for token in adapter.tokens:
             if other := owners.get(token.lower()):  # tokenizers ignore case
                 raise UserError(f"{path} and {other} share the token {token}; train one with another.")
             owners[token.lower()] = path
-        install_tokens(base, adapter)
-    return [[(loaded[path], strength) for path, strength in region.adapters.items()] for region in scene.regions]
+        if path not in scene.adapters:  # else it acts everywhere too, and its tokens are there
+            install_tokens(base, adapter)
+    return [
+        [(loaded[path], strength) for path, strength in region.adapters.items() if path in acting]
+        for region in scene.regions
+    ]
 
 
 def place(base: Base, scene: Scene, loaded: Mapping[str, Adapter], hooks: Hooks) -> list[AutoConcept]:
@@ -156,9 +169,10 @@ def generate_to_file(
             what = f"The base {scene.base}" if name == BASE else name
             hooks.notify(f"Note: {what} has changed since that picture was made; this one will differ.")
     loaded = {**own, **load_foreign(scene, base, own)}
+    fused = {token.lower() for token in base.known_tokens}
     concepts = place(base, scene, loaded, hooks)
     scene = scene.model_copy(update={"auto_regions": bool(concepts)})  # settled, for the picture made again
-    bound = bind(base, scene, loaded, hooks)
+    bound = bind(base, scene, loaded, hooks, fused)
     for text in remarks(base, scene, controls):
         hooks.notify(text)
 
@@ -202,6 +216,8 @@ def write_images(
     if scene.only_seed is not None:  # the batch decides its last bits, so its neighbors are generated again too
         batches = [batch for batch in batches if scene.only_seed in batch]
     written: list[Path] = []
+    places: list[dict[str, Box]] = []
+    sampler: SceneSampler | None = None  # one for all batches: it loads control networks and encodes the regions
     for batch in batches:
         embedded = {
             seed: scene.model_copy(update={"seeds": batch, "only_seed": seed, "seed": seed, "num_images": 1})
@@ -209,10 +225,9 @@ def write_images(
         }
         paths = {seed: files[seed] for seed in batch if scene.only_seed in (None, seed)}
         if not (resume and all(is_same(path, embedded[seed], sources) for seed, path in paths.items())):
-            places: list[dict[str, Box]] = []
-            capturing = replace(inputs, on_found=places.append)
-            with closing(sample_in_turn(base, [scene.prompt] * len(batch), batch, scene, hooks, capturing)) as turn:
-                images = next(turn)
+            places.clear()
+            sampler = sampler or SceneSampler(base, scene, replace(inputs, on_found=places.append), hooks)
+            images = sampler.batch([scene.prompt] * len(batch), batch, 0, 1)
             for seed, image, found in zip(batch, images, places or [{}] * len(batch), strict=True):
                 if seed in paths:
                     save_png(image, paths[seed], embedded[seed], sources, found)

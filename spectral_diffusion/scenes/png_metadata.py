@@ -186,8 +186,12 @@ def _digest(name: str | Path) -> str | None:
 
 
 def hash_file(path: Path) -> str:
-    """A hash of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    """A hash of a file's bytes, which may be many gigabytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:32]
 
 
 def is_our_png(path: Path) -> bool:

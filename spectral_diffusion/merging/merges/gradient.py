@@ -9,6 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ...adapters.adapter import Adapter
+from ...config.fuse import MergeConfig
 from ...config.settings import Settings
 from ...core.errors import Fix, UserError
 from ...linalg import Factors
@@ -30,10 +32,25 @@ class GradientOptions(Settings):
     )
 
 
+def solver_fits_prior(adapters: Sequence[Adapter], config: MergeConfig) -> None:
+    """Only the closed form has a prior term.
+
+    Raises:
+        UserError: Mix-of-Show's own solver with a prior.
+    """
+    if GradientOptions(**config.options).solver == "lbfgs" and config.calibration.prior_weight > 0:
+        raise UserError(
+            "Mix-of-Show's own solver knows no prior on generic prompts.",
+            Fix("calibration.prior_weight", "0"),
+            Fix("options.solver", "closed"),
+        )
+
+
 @register_accumulator(
     "gradient",
     "Gradient Fusion in closed form: every concept as its own adapter generates it",
     options=GradientOptions,
+    check=solver_fits_prior,
     paper="Gu et al. 2023 (Mix-of-Show), arXiv:2305.18292",
 )
 class GradientFusion(Accumulator):
@@ -50,12 +67,6 @@ class GradientFusion(Accumulator):
     def __init__(self, contributions: Sequence[Contribution], context: MergeContext) -> None:
         parts = [contribution.factors() for contribution in contributions]
         self.options = context.get(GradientOptions)
-        if self.options.solver == "lbfgs" and context.prior_weight > 0:
-            raise UserError(
-                "Mix-of-Show's own solver knows no prior on generic prompts.",
-                Fix("calibration.prior_weight", "0"),
-                Fix("options.solver", "closed"),
-            )
         self.up = torch.cat([part.up for part in parts], 1)
         self.downs = [c.scale * part.down for c, part in zip(contributions, parts, strict=True)]
         self.prior = context.prior if context.prior_weight > 0 else None

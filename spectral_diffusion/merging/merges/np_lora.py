@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 
+from ...adapters.adapter import Adapter
+from ...config.fuse import MergeConfig
 from ...config.settings import Settings
 from ...core.errors import Fix, UserError
 from ...linalg import Factors, row_space, to_float64
@@ -25,10 +27,28 @@ class NullSpaceOptions(Settings):
     )
 
 
+def has_style(adapters: Sequence[Adapter], config: MergeConfig) -> None:
+    """Only adapters with a style among them.
+
+    Raises:
+        UserError: no adapter is a style, or a named one is none of these.
+    """
+    styles, names = NullSpaceOptions(**config.options).styles, [adapter.name for adapter in adapters]
+    if unknown := [name for name in styles if name not in names]:
+        raise UserError(f"options.styles names '{unknown[0]}', but the adapters are {', '.join(names)}.")
+    if not styles and not any(adapter.is_style for adapter in adapters):
+        raise UserError(
+            "np-lora needs a style: an adapter with the class noun style, or one that is named.",
+            Fix("options.styles", so="to name it"),
+        )
+
+
 @register_merge(
     "np-lora",
     "NP-LoRA: contents keep off the strongest directions of styles, which stay whole",
     options=NullSpaceOptions,
+    check=has_style,
+    name_options=("styles",),
     paper="Chen et al. 2025, arXiv:2511.11051",
 )
 def np_lora(contributions: Sequence[Contribution], context: MergeContext) -> Factors:
@@ -36,20 +56,9 @@ def np_lora(contributions: Sequence[Contribution], context: MergeContext) -> Fac
 
     V (in, k) are the strongest right singular vectors of the styles' sum. ΔW_c (I + μ V Vᵀ)⁻¹ minimizes
     |X − ΔW_c|² + μ |X V|²: μ = 0 is the sum, μ → ∞ the projection on the style's null space.
-
-    Raises:
-        UserError: no adapter is a style, or a named one is none of these.
     """
     options = context.get(NullSpaceOptions)
-    names = [contribution.name for contribution in contributions]
-    if unknown := [name for name in options.styles if name not in names]:
-        raise UserError(f"options.styles names '{unknown[0]}', but the adapters are {', '.join(names)}.")
     is_style = [c.name in options.styles if options.styles else c.is_style for c in contributions]
-    if not any(is_style):
-        raise UserError(
-            "np-lora needs a style: an adapter with the class noun style, or one that is named.",
-            Fix("options.styles", so="to name it"),
-        )
     whole = weighted_sum(contributions, [c.scale for c in contributions])
     styles = [c for c, style in zip(contributions, is_style, strict=True) if style]
     V = strongest_inputs(weighted_sum(styles, [c.scale for c in styles]), options.directions)

@@ -11,10 +11,11 @@ from scipy.linalg import schur
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
+from ...config.fuse import MergeConfig
 from ...config.settings import Settings
 from ...core.errors import Fix, UserError
 from ...linalg import Factors, to_float64
-from .registry import Contribution, MergeContext, register_merge
+from .registry import Contribution, MergeContext, register_merge, scales_by_component
 
 ROTATIONS = ("spectral-rotation", "oft")
 CLOSE, MOST = 1e-12, 100  # of the mean: the length of the last step, and how many there are
@@ -28,12 +29,17 @@ class GeodesicOptions(Settings):
     )
 
 
-def rotations_of_one_frame(adapters: Sequence[Adapter]) -> None:
-    """Only rotations of the same columns, or oft with the same blocks.
+def rotations_of_one_frame(adapters: Sequence[Adapter], config: MergeConfig) -> None:
+    """Only rotations of the same columns, or oft with the same blocks, at scales that can weigh them.
 
     Raises:
-        UserError: an adapter of another method, or of other columns.
+        UserError: an adapter of another method, or of other columns; a negative scale, or all 0.
     """
+    if any(min(scales) < 0 or sum(scales) <= 0 for scales in scales_by_component(adapters, config)):
+        raise UserError(
+            "orthofuse weighs rotations by their scales, which are negative or 0 together.",
+            Fix("scales", so="positive"),
+        )
     first = adapters[0]
     for adapter in adapters:
         if adapter.method.name not in ROTATIONS:
@@ -62,18 +68,9 @@ def orthofuse(contributions: Sequence[Contribution], context: MergeContext) -> F
 
     For two it is the point on the geodesic between them, R_1 exp(t log(R_1ᵀ R_2)). With ``restore`` the angles of the
     mean are stretched to the adapters' mean size. An adapter without the layer is no rotation.
-
-    Raises:
-        UserError: a scale is negative, or all are 0.
     """
-    scales = [contribution.scale for contribution in contributions]
-    total = sum(scales)
+    total = sum(contribution.scale for contribution in contributions)
     acting = [contribution for contribution in contributions if not contribution.absent]
-    if min(scales) < 0 or total <= 0:
-        raise UserError(
-            "orthofuse weighs rotations by their scales, which are negative or 0 together.",
-            Fix("scales", so="positive"),
-        )
     frozen, method = acting[0].frozen, acting[0].method
     prepare = method.prepare
     assert prepare is not None

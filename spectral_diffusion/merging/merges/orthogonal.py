@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Sequence
 
 from ...adapters.adapter import Adapter, shared_columns
+from ...config.fuse import MergeConfig
 from ...core.errors import UserError
 from ...linalg import Factors
 from .registry import Contribution, MergeContext, register_merge, weighted_sum
 
 
-def distinct_rows(adapters: Sequence[Adapter]) -> None:
+def distinct_rows(adapters: Sequence[Adapter], config: MergeConfig) -> None:
     """Only Orthogonal Adaptation's own adapters, each with rows of its own.
 
     Raises:

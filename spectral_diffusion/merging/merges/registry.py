@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...adapters.adapter import Adapter
+from ...config.fuse import MergeConfig
 from ...config.settings import Settings, build
 from ...core.machine import CPU
 from ...core.registry import Registry
@@ -18,6 +19,7 @@ from ...linalg import Factors, to_float64
 from ...methods import Method
 from ...slots.ledger import Slot
 from ..activations import GramAccumulator
+from ..scales import scales_of
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,14 @@ class KeptInputs(Accumulator):
         return self.combine(self.contributions, self.context)
 
 
-def _no_check(adapters: Sequence[Adapter]) -> None:
-    """Any adapters will do."""
+def _no_check(adapters: Sequence[Adapter], config: MergeConfig) -> None:
+    """Any adapters and settings will do."""
+
+
+def scales_by_component(adapters: Sequence[Adapter], config: MergeConfig) -> list[list[float]]:
+    """The adapters' λ in each component, such as the U-Net."""
+    scales = list(scales_of(config, adapters).values())
+    return [list(of_one) for of_one in zip(*(of_adapter.values() for of_adapter in scales), strict=True)]
 
 
 def _no_sum(options: Settings) -> bool:
@@ -129,7 +137,9 @@ class Merge:
         options: the model of its own settings, ``options.NAME`` in YAML and on the command line.
         needs_activations: whether it needs what layers see.
         accumulator: takes what layers see adapter by adapter, where the merge can; see :func:`register_accumulator`.
-        check: what has to hold of the adapters, asked before anything is generated or changed; it raises UserError.
+        check: what has to hold of the adapters and the settings of the fusion; asked before anything is generated or
+            changed, it raises UserError.
+        name_options: options that name adapters, which ``unfuse`` takes the removed ones out of.
         is_sum: whether, with these options, every concept is one summand, which can be subtracted again.
         advice: by the least number of adapters, what the studies recommend for that number.
         paper: where it is from.
@@ -141,7 +151,8 @@ class Merge:
     options: type[Settings] = NoOptions
     needs_activations: bool = False
     accumulator: type[Accumulator] | None = None
-    check: Callable[[Sequence[Adapter]], None] = _no_check
+    check: Callable[[Sequence[Adapter], MergeConfig], None] = _no_check
+    name_options: tuple[str, ...] = ()
     is_sum: Callable[[Settings], bool] = _no_sum
     advice: Mapping[int, str] = field(default_factory=dict)
     paper: str = ""

@@ -8,9 +8,12 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from ...adapters.adapter import Adapter
+from ...config.fuse import MergeConfig
 from ...config.settings import Settings
 from ...core.errors import Fix, UserError
 from ...linalg import Factors
+from ...methods import Method
 from .registry import Contribution, MergeContext, register_merge, weighted_sum
 
 ADVICE = {  # docs/evidence/fusion.md, identity kept as a share of each adapter alone
@@ -27,10 +30,30 @@ class SpectralOptions(Settings):
     form: Literal["sum", "mean", "paper"] = Field("sum", description="Sum, mean, or the form of the paper.")
 
 
+def fits_form(adapters: Sequence[Adapter], config: MergeConfig) -> None:
+    """Only spectral-additive adapters in the paper's form.
+
+    Raises:
+        UserError: ``paper`` with an adapter of another method.
+    """
+    if SpectralOptions(**config.options).form != "paper":
+        return
+    for adapter in adapters:
+        if set(adapter.method.shapes(2, 2, 1)) != {"A_U", "A_V"}:
+            raise _not_additive(adapter.name, adapter.method)
+
+
+def _not_additive(name: str, method: Method) -> UserError:
+    return UserError(
+        f"The form paper needs spectral-additive adapters; '{name}' is {method.name}.", Fix("options.form", "sum")
+    )
+
+
 @register_merge(
     "spectral",
     "spectral fusion: sum, mean or the paper's form",
     options=SpectralOptions,
+    check=fits_form,
     advice=ADVICE,
     is_sum=lambda options: isinstance(options, SpectralOptions) and options.form == "sum",
     paper="Zhang & Pilanci 2024, arXiv:2405.13952, sec. 4.2",
@@ -59,10 +82,7 @@ def _paper(all_contributions: Sequence[Contribution]) -> Factors:
         name, parameters = contribution.name, contribution.parameters
         additive = set(parameters) == {"A_U", "A_V"} and parameters["A_U"].shape == contribution.frozen["U"].shape
         if not additive or contribution.slot is None:
-            raise UserError(
-                f"The form paper needs spectral-additive adapters; '{name}' is {contribution.method.name}.",
-                Fix("options.form", "sum"),
-            )
+            raise _not_additive(name, contribution.method)
     columns = sorted({c for contribution in contributions if contribution.slot for c in contribution.slot.columns})
     position = {column: index for index, column in enumerate(columns)}
     first = contributions[0].frozen

@@ -53,6 +53,8 @@ class SubspaceRouting(Accumulator):
         self.diagonal += mean_diagonal([(inputs, 1.0)])
 
     def result(self) -> Factors:
+        if not len(self.down):  # nothing changes this layer, as the last one of an encoder that is read before it
+            return Factors(self.up, self.down)
         total, prior = self.total, self.context.prior
         if prior is not None and self.context.prior_weight > 0:
             weight = self.context.prior_weight * self.count / len(self.scales) / max(prior.count, 1)
