@@ -496,7 +496,7 @@ def test_gallery_pages_download_and_delete(workspace: Workspace, trained: tuple[
     assert "tom.safetensors, jim.safetensors" in text and str(workspace.root) not in text
 
     pictures.delete(workspace, name)
-    assert not path.exists() and not packed.exists()
+    assert not path.exists() and not packed.exists() and list(workspace.trash.rglob(path.name))
     assert len(list((workspace.pictures / "sketches").iterdir())) == 2  # the other picture needs them
     pictures.delete(workspace, drawn.pictures[1].stem)
     assert list((workspace.pictures / "sketches").iterdir()) == []

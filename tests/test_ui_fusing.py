@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from spectral_diffusion import pocket
 from spectral_diffusion.adapters.formats.import_lora import import_lora
-from spectral_diffusion.app import comparing, downloads, fusing, speeds
+from spectral_diffusion.app import comparing, downloads, fusing, presets, speeds
 from spectral_diffusion.app.adapters import read_adapter
 from spectral_diffusion.app.sentences import in_app
 from spectral_diffusion.app.streaming import cancellable
@@ -170,12 +170,16 @@ def test_the_page_fuses_as_the_command_line_does(workspace: Workspace, monkeypat
     )
     [pocket, distilled] = [read_yaml(preset(name))["fuse"] for name in ("pocket", "pocket-distilled")]
     assert wanted(distill_steps=300).distill == DistillConfig(**pocket["distill"], steps=300)
+    untouched = pytest.importorskip("spectral_diffusion.app.tabs.fuse").changes_for("gradient", 0, "", None)
+    assert wanted(**untouched).calibration == CalibrationConfig(**pocket["calibration"])
     whole = wanted(preset="pocket-distilled")
     assert whole.distill == DistillConfig(**distilled["distill"]) and whole.merge == distilled["merge"]
     assert whole.calibration == CalibrationConfig(**distilled["calibration"])
     monkeypatch.undo()
     with pytest.raises(UserError, match="only on the pocket base"):
         wanted(preset="pocket-distilled")
+    monkeypatch.setattr(presets, "preset_of_base", lambda workspace, base: "sdxl-12gb")
+    assert wanted().dtype == read_yaml(preset("sdxl-12gb"))["fuse"]["dtype"] == "float16"
 
 
 def test_while_one_runs_the_other_waits(workspace: Workspace) -> None:

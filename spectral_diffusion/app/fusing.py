@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import pocket
 from ..config.fuse import FuseConfig
-from ..config.presets import preset_part, preset_settings
+from ..config.presets import preset_part
 from ..config.settings import Settings, build, parse_overrides
 from ..core import assets as resources
 from ..core.errors import UserError, nearest
@@ -149,10 +149,13 @@ def fuse_settings(
     inner |= {} if steps is None else {"distill": {"steps": steps}}
     inner |= {} if options is None else {"options": parse_overrides(options.replace(",", " ").split())}
     preset = given.pop("preset", None)
+    from .presets import preset_of_base  # which imports this module
+
     base = next(iter(adapters.values())).base
     if preset and resources.preset_of(base) != "pocket":
         raise UserError("All of the U-Net is distilled only on the pocket base here; choose fewer layers.")
-    layer = preset_part(preset, "fuse") if preset else preset_settings(base, "fuse") or preset_part(SPARING, "fuse")
+    own = preset or preset_of_base(workspace, base)
+    layer = (preset_part(own, "fuse") if own else {}) or preset_part(SPARING, "fuse")
     return build(FuseConfig, layer, given, inner, {"adapters": files, "output": output, "scales": by_concept})
 
 

@@ -24,6 +24,7 @@ from .canvas import MOST_SIDE, as_url, png_of
 from .fusing import FUSED, fused_folders
 from .generation import SKETCHES
 from .sentences import rendered
+from .trash import discard
 from .workspace import Workspace, visible
 
 PAGE = 24
@@ -316,22 +317,19 @@ def download_picture(workspace: Workspace, name: str | None) -> tuple[Path, Path
 
 
 def delete(workspace: Workspace, name: str | None) -> str:
-    """Delete a listed picture, and its control images if no other picture uses them; returns a message.
+    """Move a listed picture to the trash, with its control images if no other picture uses them; returns a message.
 
     Raises:
-        UserError: there is none of that name, or it cannot be deleted.
+        UserError: there is none of that name, or it cannot be moved.
     """
     path = picture_file(workspace, name)
     run = "-".join(path.stem.split("-")[:3])  # day, time and thousandths; a seed may follow
-    try:
-        path.unlink(missing_ok=True)
-        (workspace.pictures / SCENES / f"{path.stem}.zip").unlink(missing_ok=True)
-        if not any(other == run or other.startswith(f"{run}-") for other in picture_files(workspace)):
-            for file in (f"{run}.png", f"{run}-keypose.png"):
-                (workspace.pictures / SKETCHES / file).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"Cannot delete {path.name}: {error.strerror or error}.") from error
-    return f"Deleted {path.stem}."
+    discard(workspace, path.stem, [path, workspace.pictures / SCENES / f"{path.stem}.zip"])
+    if not any(other == run or other.startswith(f"{run}-") for other in picture_files(workspace)):
+        files = [workspace.pictures / SKETCHES / file for file in (f"{run}.png", f"{run}-keypose.png")]
+        if any(file.exists() for file in files):
+            discard(workspace, f"{run}-sketches", files)
+    return f"Moved {path.stem} to the trash."
 
 
 def _kept_drawing(workspace: Workspace, file: Path) -> bytes:

@@ -144,8 +144,19 @@
     });
     title.append(select);
   }
+  // --- what screen readers are to say when it changes
+  const SPOKEN = [
+    "generate-status", "train-said", "concepts-added", "concepts-result", "fuse-result", "fuse-saved-result",
+  ];
+  function speak() {
+    for (const id of SPOKEN) {
+      const line = document.getElementById(id);
+      if (line && line.getAttribute("role") !== "status") line.setAttribute("role", "status");
+    }
+  }
   function changed(changes) {
     offer();
+    speak();
     if (language === "en") return;
     for (const change of changes) {
       if (change.type === "attributes") showAttributes(change.target);
@@ -158,6 +169,7 @@
       childList: true, subtree: true, characterData: true, attributes: true, attributeFilter: ATTRIBUTES,
     });
     offer();
+    speak();
     if (language !== "en") show(document.body);
   }
   if (document.body) begin();

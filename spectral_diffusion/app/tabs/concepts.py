@@ -97,7 +97,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     asking, really = trash_line.asked, trash_line.really
     trash_line.ask.click(lambda: gr.Row(visible=True), None, asking, **PRIVATE)
     trash_line.keep.click(lambda: gr.Row(visible=False), None, asking, **PRIVATE)
-    again(really.click(handlers.empty_trash, None, [asking, trash_line.line], **PRIVATE))
+    really.click(handlers.empty_trash, None, [asking, trash_line.line], **PRIVATE)
 
 
 # --- wiring ---------------------------------------------------------------------------------------------
@@ -134,7 +134,6 @@ class ConceptHandlers:
 
     def __init__(self, page: Page) -> None:
         self.workspace = page.workspace
-        self.emptied = ""  # what was last said on emptying the trash
 
     def overview(self, chosen: str | None) -> list[Any]:
         """The guide, problems, cards and slot map."""
@@ -157,15 +156,13 @@ class ConceptHandlers:
 
     def trash(self) -> list[Any]:
         """The line on the trash, from which old deletions are first deleted for good."""
-        self.emptied = trash.empty(self.workspace) or self.emptied
-        line = trash.contents(self.workspace).line()
-        return [gr.Column(visible=bool(line or self.emptied)), plain_html(f"{line} {self.emptied}".strip())]
+        emptied, line = trash.empty(self.workspace), trash.contents(self.workspace).line()
+        return [gr.Column(visible=bool(line or emptied)), plain_html(f"{line} {emptied}".strip())]
 
     def empty_trash(self) -> list[Any]:
         """Delete everything in the trash for good."""
         with errors_as_toast():
-            self.emptied = trash.empty(self.workspace, older_than=0)
-        return [gr.Row(visible=False), plain_html(self.emptied)]
+            return [gr.Row(visible=False), plain_html(trash.empty(self.workspace, older_than=0))]
 
     def first(self) -> tuple[Handed, Any]:
         """Take the ready-made adapters, and lead to the pictures, where the first one is drawn."""

@@ -92,12 +92,13 @@ def _wire_bench(bench: Bench, handlers: FuseHandlers, page: Page, lists: dict[st
     page.blocks.unload(handlers.left)
     page.gone.append(handlers.gone)
     bench.name.change(handlers.taken, bench.name, bench.replace, **PRIVATE)
+    page.blocks.load(handlers.taken, bench.name, bench.replace, **PRIVATE)
     afterwards(saving, handlers.taken, bench.name, bench.replace, **PRIVATE)
     bench.use.click(handlers.generate_with, bench.saved, [page.base, page.tabs], **PRIVATE)
 
 
 def _wire_saved(saved: Saved, handlers: FuseHandlers, page: Page, lists: dict[str, Any]) -> None:
-    saved.which.change(handlers.show, saved.which, [saved.about, saved.concept, saved.file], **PRIVATE)
+    saved.which.change(handlers.show, saved.which, [saved.about, saved.concept, saved.file, saved.sure], **PRIVATE)
     saved.use.click(handlers.generate_with, saved.which, [page.base, page.tabs], **PRIVATE)
     taking = saved.take.click(
         handlers.take_out, [saved.which, saved.concept, saved.new], [saved.result, saved.which],
@@ -189,10 +190,11 @@ class FuseHandlers:
 
     def taken(self, name: str) -> Any:
         """The checkbox for replacing a fusion, if the name is taken."""
+        name = name.strip() or DEFAULT_NAME
         with errors_as_toast():
-            exists = name.strip() in fusing.fused_names(self.workspace)
+            exists = name in fusing.fused_names(self.workspace)
         return gr.Checkbox(
-            label=f"Replace the fusion '{name.strip()}' (the old one goes to the trash)", value=False, visible=exists
+            label=f"Replace the fusion '{name}' (the old one goes to the trash)", value=False, visible=exists
         )
 
     def begin_compare(self, request: gr.Request) -> list[Any]:
@@ -326,6 +328,7 @@ class FuseHandlers:
             self._about(which),
             gr.Dropdown(inside, value=inside[-1] if inside else None),
             gr.File(value=None, visible=False),
+            False,  # what was ticked was of the fusion before
         ]
 
     def generate_with(self, which: str | None) -> tuple[Handed, Any]:

@@ -72,8 +72,9 @@ class Bench:
                 label="Merge options", placeholder="density=0.3", max_lines=1, elem_id="fuse-options",
                 info=description(FuseConfig, "options"),
             )  # fmt: skip
-            self.prior_weight = gr.Slider(
-                0, 8, 1, step=0.5, label="Prior weight of gradient and ssr", elem_id="fuse-prior-weight",
+            self.prior_weight = gr.Number(
+                None, minimum=0, placeholder="the preset's", label="Prior weight of gradient and ssr",
+                elem_id="fuse-prior-weight",
                 info=description(FuseConfig, "calibration.prior_weight"),
             )  # fmt: skip
             self.seed = gr.Number(

@@ -101,7 +101,7 @@ class Gallery:
         return self.choose(names[index] if 0 <= index < len(names) else None)
 
     def remove(self, name: str | None) -> list[Any]:
-        """Delete the chosen picture."""
+        """Move the chosen picture to the trash."""
         with errors_as_toast():
             gr.Info(plain_html(pictures.delete(self.workspace, name)), duration=4)
         return self.choose(None)

@@ -278,6 +278,7 @@ def build(page: Page, tab: gr.Tab) -> None:
     ask, asked, really, no = delete
     ask.click(lambda: gr.Column(visible=True), None, asked, **PRIVATE)
     no.click(lambda: gr.Column(visible=False), None, asked, **PRIVATE)
+    shelf.chosen.change(lambda: gr.Column(visible=False), None, asked, **PRIVATE)  # it was asked about another
     really.click(handlers.delete, [shelf.chosen], [adapters_said, asked], **PRIVATE).success(**look)
 
     for fn, name in ((handlers.api_train, "train"), (handlers.api_jobs, "jobs"), (handlers.api_stop, "stop")):
