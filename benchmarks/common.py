@@ -23,7 +23,7 @@ def put(name: str, models: dict[str, nn.Module], targets: str, rank: int = RANK)
     weights = {layer: module.weight.detach() for layer, module in find_targets(models, targets).items()}
     allowed = method.ranks([matrix_shape(weight) for weight in weights.values()])
     rank = rank if rank in allowed else allowed[0]
-    if method.builds_on == "band":
+    if method.builds_on == "columns":
         frozen = {
             layer: {
                 "U": torch.linalg.qr(torch.randn(len(w), rank)).Q,

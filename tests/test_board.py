@@ -189,6 +189,35 @@ def test_a_run_from_entries_to_the_page_and_again(tmp_path: Path) -> None:
     assert other["counts"]["2"]["figures"]["concepts"] != result["counts"]["2"]["figures"]["concepts"]
 
 
+def test_names_that_begin_alike_have_files_of_their_own() -> None:
+    long = "Spectral, narrow own slots, gradient fusion"
+    first, second = (BoardEntry(name=name, train={}).slug for name in (long, f"{long}, distilled"))
+    assert first != second and max(len(first), len(second)) <= 40
+    assert BoardEntry(name="A sum", train={}).slug == "a-sum"
+
+
+def test_results_of_others_bring_no_markup_and_no_other_tasks_into_the_page(tmp_path: Path) -> None:
+    entries: dict[str, dict[str, object]] = {
+        name: {"name": name, "train": {"method": "lora"}} for name in ("one", "two", "three")
+    }
+    assert run_board(tmp_path, entries).exit_code == 0
+    results = tmp_path / "out" / "results"
+    sent = json.loads((results / "tiny-one.json").read_text())
+    sent["entry"] |= {"name": "A|B", "notes": "<img src=x onerror=alert(1)>"}
+    (results / "tiny-sent.json").write_text(json.dumps(sent))
+    other = json.loads((results / "tiny-two.json").read_text())
+    other["counts"]["2"]["tasks"] = "another base"
+    (results / "tiny-two.json").write_text(json.dumps(other))
+    page = ["board", "page", "--suite", str(tmp_path / "tiny.yaml"), "-o", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, page).exit_code == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "<img" not in text and "| A\\|B |" in text and "| two |" not in text
+    assert "Left out, as measured on another base, photos or settings: two." in text
+    sent["entry"]["name"] = "another"
+    (results / "tiny-one.json").write_text(json.dumps(sent))
+    assert "has the results of 'another'" in run_board(tmp_path, {"one": entries["one"]}).output
+
+
 def test_what_an_entry_changes_is_what_is_trained(suite: BoardSuite, lab: StudyRunner) -> None:
     plain = Contestant(BoardEntry(name="a", train={"method": "lora"}), suite, lab).training("rex")
     assert plain["learning_rate"] == 0.05 and plain["seed"] == 0 and "slot" not in plain

@@ -14,6 +14,7 @@ from spectral_diffusion.metrics.statistics import difference_text, interval, lea
 from spectral_diffusion.studies.registry import Findings, all_studies, get_study
 from spectral_diffusion.studies.report import (
     markdown,
+    measured_on,
     page_name,
     read_record,
     read_records,
@@ -28,8 +29,9 @@ def test_intervals_hold_the_mean_and_shrink_with_more_values() -> None:
     few, many = [0.0, 1.0, 0.4, 0.6], [0.0, 1.0, 0.4, 0.6] * 25
     low, high = interval(few)
     assert low < 0.5 < high and interval(many)[1] - interval(many)[0] < high - low
-    assert mean_text([0.5, 0.5]) == "0.50 [0.50, 0.50]"
-    assert share_text([1.0, 2.0], [2.0, 4.0]) == "0.50 [0.50, 0.50]" and share_text([1.0], [-1.0]) == "—"
+    assert mean_text([0.5] * 5) == "0.50 [0.50, 0.50]" and mean_text([0.2, 0.6]) == "0.40 (0.20 to 0.60)"
+    assert mean_text([0.5]) == "0.50" and share_text([1.0, 0.0], [2.0, 0.0]) == "—"
+    assert share_text([1.0, 2.0], [2.0, 4.0]) == "0.50 (0.50 to 0.50)" and share_text([1.0], [-1.0]) == "—"
     assert leading("0.50 [0.40, 0.60]") == 0.5 and leading(share_text([1.0], [-1.0])) == float("-inf")
 
 
@@ -40,14 +42,16 @@ def test_what_is_of_one_concept_is_drawn_together() -> None:
     assert clustered[1] - clustered[0] > 1.4 * (plain[1] - plain[0])
     assert interval(values, ["rex"]) == plain  # one concept alone: between its pictures
     assert interval([0.2, 0.5, 0.8], names) == interval([0.2, 0.5, 0.8])
-    assert share_text([0.1, 0.4, 0.4] * 3, [0.2, 0.5, 0.8] * 3, names).startswith("0.60 [0.50, ")
+    assert share_text([0.1, 0.4, 0.4] * 3, [0.2, 0.5, 0.8] * 3, names) == "0.60 (0.50 to 0.80)"
+    five = ("rex", "brew", "posy", "inky", "bolt")
+    assert share_text([0.1, 0.4, 0.4, 0.3, 0.2] * 3, [0.2, 0.5, 0.8, 0.6, 0.4] * 3, five).startswith("0.56 [0.50, 0.")
 
 
 def test_differences_are_paired() -> None:
     """What all share with a concept cancels out."""
     base = [0.2, 0.5, 0.8]
-    assert difference_text([value + 0.1 for value in base], base) == "+0.10 [0.10, 0.10]"
-    assert difference_text(base, [0.8, 0.5, 0.2]) == "+0.00 [-0.60, 0.60]"
+    assert difference_text([value + 0.1 for value in base], base) == "+0.10 (0.10 to 0.10)"
+    assert difference_text(base, [0.8, 0.5, 0.2]) == "+0.00 (-0.60 to 0.60)"
 
 
 def test_a_page_is_never_replaced_by_one_that_says_less(tmp_path: Path) -> None:
@@ -96,6 +100,8 @@ def test_what_a_page_rests_on_is_read_from_its_record(tmp_path: Path) -> None:
         folder=tmp_path / "there", settings=study_settings(quick=True), most=-1.0, known=read_records(tmp_path)
     )
     assert elsewhere.cell("one", {"a": 1}, lambda: {}) == {"x": 0.25} and elsewhere.used == lab.used
+    [used] = lab.used.values()
+    assert used["made"]["cpu"] and used["made"]["date"] and len(measured_on(lab.used)) == 1
     with pytest.raises(UserError, match="run it again"):  # of another recipe, so another cell
         StudyRunner(folder=tmp_path / "there", most=-1.0, known=lab.used).cell("one", {"a": 1}, lambda: {})
     with pytest.raises(UserError, match="run it again"):  # of another machine

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from spectral_diffusion.board.entry import read_entry
@@ -21,7 +22,7 @@ from spectral_diffusion.core.files import write_json
 from spectral_diffusion.core.machine import record_provenance
 from spectral_diffusion.merging.merges.registry import all_merges
 from spectral_diffusion.methods import all_methods
-from spectral_diffusion.studies import fusion
+from spectral_diffusion.studies import continual, fusion, scenes, sorting
 from spectral_diffusion.studies.capacity import jobs
 from spectral_diffusion.studies.fusion import (
     FAMILIES,
@@ -48,7 +49,7 @@ from spectral_diffusion.studies.recipes import (
     worth_reporting,
     worth_showing,
 )
-from spectral_diffusion.studies.registry import all_studies, not_allowed
+from spectral_diffusion.studies.registry import all_studies, get_study, not_allowed
 from spectral_diffusion.studies.repeat import repeat
 from spectral_diffusion.studies.report import write_record
 from spectral_diffusion.studies.runner import (
@@ -58,6 +59,7 @@ from spectral_diffusion.studies.runner import (
     TUNING_CONCEPTS,
     WIDER,
     StudyRunner,
+    TimeOver,
     study_settings,
     widened,
     without_paths,
@@ -344,3 +346,46 @@ def test_scenes_without_sketches_have_keys_of_their_own() -> None:
     assert set(layout(GROUPS["2"])) == {"width", "height", "rows", "puppets"}  # as in older records
     assert isolation_of(lab) == 1.0
     assert layout(scenes_of(lab, False)["2"]) == {**layout(GROUPS["2"]), "sketched": False, "isolation": 1.0}
+
+
+def test_a_time_limit_never_ends_a_study_without_its_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is measured beside a cell is over with the time too."""
+
+    def over(*given: object, **more: object) -> None:
+        raise TimeOver("over")
+
+    lab = StudyRunner(folder=tmp_path, settings=study_settings(None, True, "pocket"))
+    for module, name, cell in ((scenes, "alone_rate", "scene_cell"), (continual, None, "chain_cell")):
+        monkeypatch.setattr(module, cell, lambda *given, **more: {})
+        if name:
+            monkeypatch.setattr(module, name, over)
+    monkeypatch.setattr(StudyRunner, "noun_baseline", over)
+    monkeypatch.setattr(continual, "rotation_rate", lambda *given: 1.0)
+    for study in ("scenes", "continual"):
+        assert get_study(study).run(lab, True).missing
+
+
+def test_answers_are_for_the_very_pictures_that_were_sorted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def images(folder: str) -> Callable[..., list[sorting.Shown]]:
+        def found(lab: StudyRunner, variant: tuple[str, str], names: list[str], quick: bool) -> list[sorting.Shown]:
+            out = []
+            for number, name in enumerate(names):
+                file = tmp_path / folder / f"{variant[1]}-{name}.png"
+                file.parent.mkdir(exist_ok=True)
+                Image.new("RGB", (16, 16), (40 * number, 9, 9)).save(file)
+                out.append(sorting.Shown(variant, name, file))
+            return out
+
+        return found
+
+    lab = StudyRunner(folder=tmp_path / "lab", settings=study_settings(None, False, "pocket"))
+    monkeypatch.setattr(sorting, "variant_images", images("first"))
+    assert sorting.run(lab, False).missing
+    [place] = (tmp_path / "lab" / "sorting").iterdir()
+    count = len(sorting.VARIANTS) * len(TEST_CONCEPTS)
+    (place / "answers.txt").write_text("".join(f"{number} rex\n" for number in range(1, count + 1)))
+    assert not sorting.run(lab, False).missing
+    monkeypatch.setattr(sorting, "variant_images", images("second"))
+    assert sorting.run(lab, False).missing
+    quick = sorting.run(lab, True)
+    assert not quick.missing and all(row["right by eye"] is None for row in quick.tables[0].rows)

@@ -173,7 +173,7 @@ class Contestant:
     def _opened(self, names: Sequence[str]) -> BasePainter:
         """What was merged elsewhere."""
         assert self.entry.fused is not None
-        path, begun = self.entry.path(self.entry.fused, n=len(names)), time.monotonic()
+        path = self.entry.path(self.entry.fused, n=len(names))
         if path.is_dir() and (path / "model_index.json").is_file():
             base = load_base(str(path), **self.lab.loading)
         else:
@@ -184,7 +184,7 @@ class Contestant:
                 for name, word in self.words(names).items():
                     stock.load_word(base.pipeline, self._embedding(name), word)
         files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
-        return BasePainter(base, self.scene, time.monotonic() - begun, sum(file.stat().st_size for file in files))
+        return BasePainter(base, self.scene, None, sum(file.stat().st_size for file in files))
 
     def _joint(self, names: Sequence[str]) -> BasePainter:
         """One adapter of all concepts: their ranks and steps together."""
@@ -210,8 +210,10 @@ class Contestant:
         """One of this program's merges."""
         adapters = [self.adapter(name) for name in names]
         base, entry = self.lab.fresh(), self.entry
+        # What layers see is recorded anew, so that the seconds of a merge do not depend on which was measured first.
+        calibration = entry.calibration.model_copy(update={"cache": False})
         config = MergeConfig(
-            merge=entry.merge, options=entry.options, calibration=entry.calibration, distill=self.distillation,
+            merge=entry.merge, options=entry.options, calibration=calibration, distill=self.distillation,
             scales={adapter.name: self.scale(names) for adapter in adapters}, seed=self.suite.seed,
             mixed_precision=self.lab.settings["train"]["mixed_precision"],
         )  # fmt: skip

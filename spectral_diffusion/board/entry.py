@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..core.names import slug
 from ..core.paths import without_folders
 from ..merging.merges.registry import all_merges
 
+CUT = 39  # letters of a name as a file's from which on it may have been cut
 PEFT_KINDS = ("ties", "dare_linear", "dare_ties", "cat", "svd")
 STOCK = {
     "stock:set_adapters": "diffusers' set_adapters: all adapters act at once, nothing is merged",
@@ -75,8 +77,10 @@ class BoardEntry(Settings):
 
     @property
     def slug(self) -> str:
-        """Its name as a file's."""
-        return slug(self.name).lower()
+        """Its name as a file's; names that begin alike and are cut differ by a hash."""
+        short = slug(self.name).lower()
+        digest = hashlib.sha256(self.name.encode()).hexdigest()[:6]
+        return short if len(short) < CUT else f"{short[: CUT - 7].rstrip('-')}-{digest}"
 
     def beside(self, text: str) -> Path:
         """A path as the entry's file sees it."""

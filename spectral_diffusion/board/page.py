@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,21 +54,43 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def write_result(
-    folder: Path, entry: BoardEntry, suite: BoardSuite, count: int, found: Mapping[str, Any], sheet: Path
+    folder: Path,
+    entry: BoardEntry,
+    suite: BoardSuite,
+    count: int,
+    found: Mapping[str, Any],
+    sheet: Path,
+    files: Callable[[int], str],
 ) -> tuple[Path, list[int]]:
     """Write an entry's figures for a number of concepts beside those for other numbers, and the sheet of the largest.
 
     Args:
-        found: ``figures``, and the ``key`` that says on what tasks and of what entry they are.
+        found: ``figures``, the ``key`` that says on what tasks and of what entry they are, and ``tasks``, a hash of the
+            former alone.
+        files: a hash of what the entry's files are now, by number of concepts.
 
     Returns:
-        The file, and the numbers whose earlier figures were of other tasks or another entry and are left out.
+        The file, and the numbers whose earlier figures were of other tasks, files or another entry and are left out.
+
+    Raises:
+        UserError: the file has the results of an entry of another name.
     """
     path = result_file(folder, entry, suite)
-    before: dict[int, Any] = read_result(path)["counts"] if path.is_file() else {}
-    kept = {n: old for n, old in before.items() if n != count and old.get("key") == found["key"]}
+    before: dict[int, Any] = {}
+    if path.is_file():
+        earlier = read_result(path)
+        if earlier["entry"]["name"] != entry.name:
+            raise UserError(
+                f"{path} has the results of '{earlier['entry']['name']}'; give '{entry.name}' another name."
+            )
+        before = earlier["counts"]
+    kept = {
+        n: old
+        for n, old in before.items()
+        if n != count and old.get("key") == found["key"] and old.get("files") == files(n)
+    }
     dropped = sorted(before.keys() - kept.keys() - {count})
-    counts = {**kept, count: {**found, "provenance": record_provenance()}}
+    counts = {**kept, count: {**found, "files": files(count), "provenance": record_provenance()}}
     shown = max(counts)
     ordered = {str(n): counts[n] for n in sorted(counts)}
     write_json(path, {"entry": entry.shared(), "suite": suite.name, "counts": ordered, "sheet": shown})
@@ -82,17 +106,49 @@ def key_of(entry: BoardEntry, suite: BoardSuite, given: str) -> str:
     return cell_key([entry.model_dump(mode="json", exclude=ABOUT), tasks, given])
 
 
+def tasks_key(suite: BoardSuite, given: str) -> str:
+    """A hash of a suite's tasks, whatever the entry; ``given`` is that of base and photos."""
+    return cell_key([suite.model_dump(mode="json", exclude={"hours", "counts", "folder", "base"}), given])
+
+
+def comparable(found: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The results on the tasks that most of them are on, and the names of entries with results on others."""
+    tasks = Counter(str(of.get("tasks")) for result in found for of in result["counts"].values())
+    chosen, others = tasks.most_common(1)[0][0], []
+    kept = []
+    for result in found:
+        own = {n: of for n, of in result["counts"].items() if str(of.get("tasks")) == chosen}
+        others += [result["entry"]["name"]] if len(own) < len(result["counts"]) else []
+        if own:
+            kept.append({**result, "rows": {n: row for n, row in result["rows"].items() if n in own}})
+    return kept, others
+
+
+def safe(text: object) -> str:
+    """A text that somebody sent, for a page: no tags, no columns of its own."""
+    return html.escape(str(text), quote=False).replace("|", "\\|").replace("\n", " ")
+
+
 def write_page(folder: Path, suite: BoardSuite) -> Path:
-    """``README.md`` of a folder of results: a table per number of concepts, the best first, and every sheet."""
+    """``README.md`` of a folder of results: a table per number of concepts, the best first, and every sheet.
+
+    Raises:
+        UserError: there are none.
+    """
     own = f"{slug(suite.name).lower()}-"
     found = [read_result(path) for path in sorted((folder / RESULTS).glob(f"{own}*.json"))]
     found = [result for result in found if result["suite"] == suite.name]
     if not found:
         raise UserError(f"{folder / RESULTS} has no results of the suite {suite.name}; make some with board run.")
+    found, others = comparable(found)
     lines = [f"# Board: {suite.name}", "", explanation(suite), ""]
+    if others:
+        lines += [f"Left out, as measured on another base, photos or settings: {', '.join(map(safe, others))}.", ""]
     for count in sorted({count for result in found for count in result["rows"]}):
         rows = [
-            {"entry": result["entry"]["name"], **result["rows"][count]} for result in found if count in result["rows"]
+            {"entry": safe(result["entry"]["name"]), **result["rows"][count]}
+            for result in found
+            if count in result["rows"]
         ]
         rows.sort(key=lambda row: -leading(row["identity"]))
         shown = [{key: value for key, value in row.items() if key != "concepts"} for row in rows]
@@ -100,15 +156,15 @@ def write_page(folder: Path, suite: BoardSuite) -> Path:
     lines += ["## Entries", ""]
     for result in found:
         entry = result["entry"]
-        who = " ".join(str(part) for part in (entry.get("author", ""), entry.get("url", "")) if part)
-        lines.append(f"- **{entry['name']}**{f' ({who})' if who else ''}: {described(entry)}")
-        lines += [f"  {entry['notes']}"] if entry.get("notes") else []
+        who = " ".join(safe(part) for part in (entry.get("author", ""), entry.get("url", "")) if part)
+        lines.append(f"- **{safe(entry['name'])}**{f' ({who})' if who else ''}: {safe(described(entry))}")
+        lines += [f"  {safe(entry['notes'])}"] if entry.get("notes") else []
     lines += ["", "## Pictures", ""]
     for result in found:
         if (folder / RESULTS / f"{result['file']}.png").is_file():
-            name = result["entry"]["name"]
+            name = safe(result["entry"]["name"])
             lines += [f"**{name}**, {result['sheet']} concepts", "", f"![{name}]({RESULTS}/{result['file']}.png)", ""]
-    lines += ["", f"Made on {'; '.join(sorted(set().union(*(result['machines'] for result in found))))}."]
+    lines += ["", f"Made on {safe('; '.join(sorted(set().union(*(result['machines'] for result in found)))))}."]
     path = folder / "README.md"
     write_text(path, "\n".join(lines).replace("\n\n\n", "\n\n") + "\n")
     return path
@@ -125,7 +181,8 @@ def explanation(suite: BoardSuite) -> str:
         "are nearest to their own of the N. Collapse: of two concepts in one picture, without regions, the share that "
         "are not themselves (Subject Collapse Rate, arXiv 2603.26078), and what became of them in MultiBind's words "
         "(arXiv 2603.21937); collapse alone is the same for pictures of each concept by its own adapter, the best that "
-        "can be. Intervals: 95 %, bootstrap over concepts, over pairs for collapse."
+        "can be. In brackets: 95 % intervals, a bootstrap over concepts, over pairs for collapse; in parentheses: the "
+        "range of fewer than five."
     )
 
 

@@ -39,8 +39,9 @@ def board_run(
     """Measure entries and write their results and the page."""
     from ..board.contestant import Contestant
     from ..board.entry import read_entry
-    from ..board.measure import Board, row_of
-    from ..board.page import key_of, write_page, write_result
+    from ..board.measure import Board
+    from ..board.page import write_page
+    from ..board.run import measure_to_file
     from ..board.suite import read_suite
     from ..studies.runner import StudyRunner, TimeOver
 
@@ -67,7 +68,7 @@ def board_run(
             for count in [c for c in tasks.counts if c in (contestant.entry.counts or tasks.counts)]:
                 name = f"{contestant.entry.name}, {count} concepts"
                 try:
-                    figures = board.measure(contestant, count)
+                    result = measure_to_file(board, contestant, count, output)
                 except TimeOver:
                     echo(f"{name}: the time is over; run it again to go on here.")
                     continue
@@ -75,19 +76,14 @@ def board_run(
                     echo(f"{name}: {error}")
                     failed.append(error)
                     break
-                sheet = board.sheet_of(contestant, tasks.concepts[:count])
-                found = {"key": key_of(contestant.entry, tasks, board.given), "figures": figures}
-                path, dropped = write_result(output, contestant.entry, tasks, count, found, sheet)
-                row = row_of(figures)
+                row = result.row
                 echo(
                     f"{name}: identity {row['identity']}, kept {row['kept']}, drift {row['drift of others']:.3f}, "
-                    f"collapse {row['collapse rate']} ({path})"
+                    f"collapse {row['collapse rate']} ({result.file})"
                 )
-                if dropped:
-                    numbers = ", ".join(map(str, dropped))
-                    echo(
-                        f"Note: earlier figures for {numbers} concepts were of other tasks or another entry; left out."
-                    )
+                if result.dropped:
+                    numbers = ", ".join(map(str, result.dropped))
+                    echo(f"Note: earlier figures for {numbers} concepts were of other tasks, files or another entry.")
     if len(failed) < len(entries) or list((output / "results").glob("*.json")):
         echo(f"Wrote {write_page(output, tasks)}.")
     if failed:

@@ -39,6 +39,7 @@ def experiment(
 ) -> None:
     """Regenerate a study of the paper: its table, its verdict, its pictures."""
     from ..studies.registry import all_studies, get_study
+    from ..studies.report import read_records, write_findings
     from ..studies.runner import StudyRunner, study_settings
 
     if name is None and not repeat:
@@ -59,27 +60,34 @@ def experiment(
     if executor:
         _submit(name, [study.name for study in studies], output, executor, cluster, jobs)
         return
-    from ..studies.report import read_records, write_findings
-
+    failed: list[str] = []
     for study in studies:
         expected = brief_duration(60 * study.minutes[1 if quick else 0])
         echo(f"{study.name}: about {expected} with nothing cached, {hours:g} h at most; parts are cached.")
-        with progress_bar() as progress:
-            lab = StudyRunner(
-                base,
-                settings=settings,
-                encoder_name=encoder,
-                progress=progress,
-                note=echo,
-                most=hours * 3600,
-                known=read_records(output) if from_record else {},
-                recipe=recipe,
-            )
-            if work is not None:
-                lab.folder = work
-            how = _command(study.name, base, recipe, encoder, quick)
-            page = write_findings(study, study.run(lab, quick), lab, output, quick, how)
-        echo(f"Wrote {page}.")
+        try:
+            with progress_bar() as progress:
+                lab = StudyRunner(
+                    base,
+                    settings=settings,
+                    encoder_name=encoder,
+                    progress=progress,
+                    note=echo,
+                    most=hours * 3600,
+                    known=read_records(output) if from_record else {},
+                    recipe=recipe,
+                )
+                if work is not None:
+                    lab.folder = work
+                how = _command(study.name, base, recipe, encoder, quick)
+                page = write_findings(study, study.run(lab, quick), lab, output, quick, how)
+            echo(f"Wrote {page}.")
+        except UserError as error:  # the other studies can still be measured
+            if len(studies) == 1:
+                raise
+            echo(f"{study.name}: {error}")
+            failed.append(study.name)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(studies)} studies ended early: {', '.join(failed)}, as said above.")
 
 
 def _command(study: str, base: str, recipe: Path | None, encoder: str, quick: bool) -> str:

@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import date
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -84,15 +85,26 @@ def provenance() -> dict[str, str]:
     return versions | {name: str(value) for name, value in machine_properties().items()}
 
 
-def record_provenance() -> dict[str, str]:
-    """The provenance of a record of figures: also the day, and the commit of a checkout (a wheel has its version)."""
+@cache
+def _commit() -> str:
+    """The checkout's commit when it is first asked for, which the running code is of; empty without a checkout."""
     root = Path(__file__).parent.parent.parent
-    commit = ""
     if (root / ".git").exists():
         with suppress(OSError, subprocess.SubprocessError):
             command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-            commit = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()[:12]
+            return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()[:12]
+    return ""
+
+
+def record_provenance() -> dict[str, str]:
+    """The provenance of a record of figures: also the day, and the commit of a checkout (a wheel has its version)."""
+    commit = _commit()
     return {**provenance(), "date": date.today().isoformat(), **({"commit": commit} if commit else {})}
+
+
+def cell_provenance() -> dict[str, str]:
+    """What a single figure says of where it was measured: processor, threads, day and commit."""
+    return {name: value for name, value in record_provenance().items() if name in ("cpu", "threads", "date", "commit")}
 
 
 def made_on(made_with: Mapping[str, str]) -> str:

@@ -1,7 +1,8 @@
 """Means, shares and paired differences with bootstrap intervals.
 
 Pictures, seeds or trainings of one concept are not independent draws: what varies is the concept. So where values come
-in clusters, whole clusters are resampled with replacement (cluster bootstrap), all values of one together.
+in clusters, whole clusters are resampled with replacement (cluster bootstrap), all values of one together. A bootstrap
+of two or three clusters covers far less than it says, so of few the range is shown, in parentheses.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+FEW = 5  # clusters below which the range is shown
 Clusters = Sequence[str] | None  # what each value is of; shorter than the values it starts again; None: each is its own
 
 
@@ -23,23 +25,24 @@ def interval(values: Sequence[float], clusters: Clusters = None) -> tuple[float,
 
 
 def mean_text(values: Sequence[float], clusters: Clusters = None, digits: int = 2) -> str:
-    """``0.71 [0.65, 0.77]``: the mean and its interval."""
-    return _text(float(np.mean(values)), interval(values, clusters), digits)
+    """``0.71 [0.65, 0.77]``: the mean and its interval; ``0.71 (0.65 to 0.77)``: the mean and range of few clusters."""
+    array = np.asarray(values, float)
+    return f"{array.mean():.{digits}f}{_spread_text(array, np.ones_like(array), clusters, digits)}"
 
 
 def difference_text(first: Sequence[float], second: Sequence[float], clusters: Clusters = None, digits: int = 2) -> str:
-    """``+0.05 [0.01, 0.09]``: the mean of first − second, value by value, and its interval."""
-    gaps = [a - b for a, b in zip(first, second, strict=True)]
-    return f"{float(np.mean(gaps)):+.{digits}f} {_text(0.0, interval(gaps, clusters), digits).partition(' ')[2]}"
+    """``+0.05 [0.01, 0.09]``: the mean of first − second, value by value, and its interval or range."""
+    gaps = np.asarray([a - b for a, b in zip(first, second, strict=True)], float)
+    return f"{gaps.mean():+.{digits}f}{_spread_text(gaps, np.ones_like(gaps), clusters, digits)}"
 
 
 def share_text(parts: Sequence[float], wholes: Sequence[float], clusters: Clusters = None, digits: int = 2) -> str:
-    """Σ parts / Σ wholes and its interval, pairs resampled together; a dash where a whole may be 0."""
+    """Σ parts / Σ wholes and its interval or range, pairs kept together; a dash where a whole may be 0."""
     part, whole = np.asarray(parts, float), np.asarray(wholes, float)
     if whole.sum() <= 0:
         return "—"
-    ends = _ratio_interval(part, whole, clusters)
-    return _text(float(part.sum() / whole.sum()), ends, digits) if np.isfinite(ends).all() else "—"
+    spread = _spread_text(part, whole, clusters, digits)
+    return "—" if spread is None else f"{part.sum() / whole.sum():.{digits}f}{spread}"
 
 
 def leading(text: object) -> float:
@@ -79,5 +82,18 @@ def _sums(values: np.ndarray, clusters: Clusters) -> np.ndarray:
     )
 
 
-def _text(value: float, ends: tuple[float, float], digits: int) -> str:
-    return f"{value:.{digits}f} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+def _spread_text(parts: np.ndarray, wholes: np.ndarray, clusters: Clusters, digits: int) -> str | None:
+    """The interval of Σ parts / Σ wholes in brackets, the range of few clusters in parentheses, nothing of one.
+
+    None where a share of it is not finite.
+    """
+    part, whole = _sums(parts, clusters), _sums(wholes, clusters)
+    if len(part) < 2:
+        return ""
+    if len(part) >= FEW:
+        low, high = _ratio_interval(parts, wholes, clusters)
+        return f" [{low:.{digits}f}, {high:.{digits}f}]" if np.isfinite((low, high)).all() else None
+    if (whole <= 0).any():
+        return None
+    shares = part / whole
+    return f" ({shares.min():.{digits}f} to {shares.max():.{digits}f})"

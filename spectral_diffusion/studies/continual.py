@@ -106,10 +106,10 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
                 cell = summed_cell(lab, names, seed)
             else:
                 cell = chain_cell(lab, variant, names, rotation_rate(lab, quick), seed)
+            floor = {name: lab.noun_baseline(name, seed)["identity"] for name in names}
         except TimeOver:
             missing.append(f"{variant}, {length} concepts, seed {seed}")
             continue
-        floor = {name: lab.noun_baseline(name, seed)["identity"] for name in names}
         cells_of.setdefault((variant, length), []).append({**cell, "floor": floor, "seed": seed})
         lab.note(f"{variant}, seed {seed}: {', '.join(f'{n} {v:.2f}' for n, v in cell['identity'].items())}")
     rows = [

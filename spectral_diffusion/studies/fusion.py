@@ -202,7 +202,7 @@ def fused_cell(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[
         return {
             "concepts": concepts,
             "drift": drift_of(lab, base, seed),
-            "seconds": seconds,
+            "seconds": seconds,  # the first merge of these adapters also records what layers see: for no table
         }
 
     key: dict[str, Any] = {"family": cell.family, "change": FAMILIES[cell.family]}
@@ -242,7 +242,7 @@ def drift_of(lab: StudyRunner, base: Base, seed: int) -> float:
     (270, 0.25),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
-    """Identity alone and fused, text match, drift and seconds, for every family and merge."""
+    """Identity alone and fused, text match and drift, for every family and merge."""
     sizes, seeds = ((2,), (0,)) if quick else ((2, 4, 8), SEEDS)
     families = ("spectral, own slots", "lora") if quick else tuple(TRIED)
     merges = {family: ("sum", "fedavg", JOINT) if quick else TRIED[family] for family in families}
@@ -327,7 +327,7 @@ def not_measured(late: Mapping[FusionCell, Sequence[int]]) -> list[str]:
 
 def fusion_row(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[str], seeds: Sequence[int]) -> Row:
     """One row of the table: means over concepts and seeds with their 95 % intervals, a bootstrap over concepts."""
-    alone, fused, floor, text, drifts, seconds = [], [], [], [], [], []
+    alone, fused, floor, text, drifts = [], [], [], [], []
     for seed in seeds:
         measured = fused_cell(lab, cell, rate, names, seed)
         changes = changes_for(lab, cell.family, rate, names, seed, cell.rank)
@@ -336,9 +336,8 @@ def fusion_row(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[
         floor += [lab.noun_baseline(name, seed)["identity"] for name in names]
         text += [measured["concepts"][name]["text"] for name in names]
         drifts.append(measured["drift"])
-        seconds.append(measured["seconds"])
     return {
-        "seeds": len(seconds),
+        "seeds": len(seeds),
         "identity alone": mean_text(alone, names),
         "fused": mean_text(fused, names),
         "of alone": share_text(fused, alone, names),
@@ -346,7 +345,6 @@ def fusion_row(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[
         "of the gain": share_text([f - g for f, g in zip(fused, floor)], [a - g for a, g in zip(alone, floor)], names),
         "text match": mean_text(text, names),
         "drift": mean_text(drifts),
-        "seconds": sum(seconds) / len(seconds),
     }
 
 

@@ -191,7 +191,7 @@ def variant_cell(lab: StudyRunner, variant: FusionVariant, names: Sequence[str],
     def compute() -> Figures:
         lab.untouched_images(seed)  # before another base is loaded: there may be room for one
         adapters = adapters_for(lab, variant, names, seed, quick)
-        begun = time.monotonic()
+        begun = time.monotonic()  # distillation takes nearly all of it
         base = lab.fresh() if variant.routed else fused_by(lab, variant, adapters, seed)
         seconds = time.monotonic() - begun
         moved = 0.0 if variant.routed else drift_of(lab, base, seed)

@@ -24,12 +24,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Findings:
-    """A study's results: tables, a verdict that follows from them, pictures by name, what is still missing."""
+    """A study's results: tables, a verdict that follows from them, pictures by name, what is missing, remarks."""
 
     tables: Sequence[Table]
     verdict: str
     pictures: Mapping[str, Image.Image] = field(default_factory=dict)
     missing: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -56,13 +56,14 @@ def repeat(folder: Path, lab: StudyRunner, count: int) -> Path:
     for name, cell in cells_to_repeat(folder, lab, count).items():
         key, there = cell["key"], cell["figures"]
         here = lab.alone(key["concept"], **key["change"])
+        made = cell.get("made")
         change = {k: v for k, v in key["change"].items() if not k.endswith("learning_rate")}
         rows.append(
             {
                 "cell": name,
                 "concept": key["concept"],
                 "change": json.dumps(change, sort_keys=True),
-                "recorded on": recorded,
+                "recorded on": made_on(made) if made else recorded,
                 "machine": machine,
                 "identity in the record": there["identity"],
                 "identity here": here["identity"],

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..core.errors import UserError
 from ..core.files import atomic, parse_json, read_text, write_json, write_text
-from ..core.machine import record_provenance
+from ..core.machine import made_on, record_provenance
 from ..evaluation.tables import markdown
 from .registry import Findings, Study
 from .runner import Figures, StudyRunner
@@ -31,6 +31,8 @@ def page(study: Study, findings: Findings, quick: bool, title: str, how: str) ->
     ]
     if findings.missing:
         parts.append(f"**Not measured yet:** {'; '.join(findings.missing)}.")
+    if findings.notes:
+        parts.append(f"**Note:** {'; '.join(findings.notes)}.")
     for table in findings.tables:
         parts += [f"## {table.title}", markdown(table.rows)]
     parts += [f"![{name}]({title}-{name}.png)" for name in findings.pictures]
@@ -53,7 +55,11 @@ def read_record(path: Path) -> dict[str, Figures]:
         return {}
     try:
         cells = parse_json(read_text(path))
-        return {name: {part: cell[part] for part in ("of", "key", "figures")} for name, cell in cells.items()}
+        return {
+            name: {part: cell[part] for part in ("of", "key", "figures")}
+            | ({"made": cell["made"]} if "made" in cell else {})
+            for name, cell in cells.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a record of measured cells; remove it to measure them again.") from error
 
@@ -76,6 +82,12 @@ def write_record(path: Path, used: Mapping[str, Figures], whole: bool) -> None:
     cells = {name: cell for name, cell in read_record(path).items() if cell["of"] not in now} | dict(used)
     lines = (f"{json.dumps(name)}: {json.dumps(cells[name], ensure_ascii=False)}" for name in sorted(cells))
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def measured_on(used: Mapping[str, Figures]) -> list[str]:
+    """Where, when and at which commit the cells of a page were measured, as far as they say."""
+    made = [cell["made"] for cell in used.values() if "made" in cell]
+    return sorted({", ".join(filter(None, (made_on(one), one.get("date"), one.get("commit")))) for one in made})
 
 
 def page_name(study: Study, findings: Findings, folder: Path, quick: bool) -> str:
@@ -102,7 +114,7 @@ def write_findings(study: Study, findings: Findings, lab: StudyRunner, folder: P
     Args:
         how: the command that makes the page.
     """
-    findings = replace(findings, missing=[*findings.missing, *dict.fromkeys(lab.edges)])
+    findings = replace(findings, notes=[*findings.notes, *dict.fromkeys(lab.edges)])
     title = page_name(study, findings, folder, quick)
     for name, picture in findings.pictures.items():
         with atomic(folder / f"{title}-{name}.png") as temporary:
@@ -115,8 +127,10 @@ def write_findings(study: Study, findings: Findings, lab: StudyRunner, folder: P
         "base": lab.fingerprint,
         "recipe": lab.settings,
         "provenance": record_provenance(),
+        "measured": measured_on(lab.used),
         "verdict": findings.verdict,
         "missing": list(findings.missing),
+        "notes": list(findings.notes),
         "tables": tables,
     }
     write_json(folder / f"{title}.json", record)

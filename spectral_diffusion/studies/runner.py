@@ -28,7 +28,7 @@ from ..core.errors import NotFiniteError, UserError
 from ..core.files import parse_json, read_text, write_json
 from ..core.hooks import Hooks, Progress, silent
 from ..core.locks import locked
-from ..core.machine import parse_device
+from ..core.machine import cell_provenance, parse_device
 from ..core.names import with_article
 from ..core.precision import resolve_mixed_precision
 from ..data.folder import Concept, load_concept, open_photo
@@ -95,12 +95,13 @@ TRAINING = 4 * 3600.0  # seconds that another process's training of the same ada
 WIDER = 3  # rates that are tried beyond an edge at most
 
 
-def kept_figures(path: Path) -> Figures | None:
-    """The figures in a cell's file; None if it is missing or damaged (the log reports damage)."""
+def kept_cell(path: Path) -> Figures | None:
+    """A cell's figures and where they were made, from its file; None if missing or damaged (the log reports damage)."""
     if not path.is_file():
         return None
     try:
-        return dict(parse_json(read_text(path))["figures"])
+        cell = parse_json(read_text(path))
+        return {"figures": dict(cell["figures"]), **({"made": dict(cell["made"])} if "made" in cell else {})}
     except (OSError, ValueError, LookupError, TypeError):
         log.warning("%s is damaged; it is measured again.", path)
         return None
@@ -231,15 +232,16 @@ class StudyRunner:
         whole = {"kind": kind, "cells": CELLS, **self.terms, **key}
         name = f"{kind}-{cell_key(whole)}"
         path = self.folder / "cells" / f"{name}.json"
-        figures = kept_figures(path)
-        if figures is None and name in self.known and not timed:
-            figures = self.known[name]["figures"]
-        if figures is None:
+        cell = kept_cell(path)
+        if cell is None and name in self.known and not timed:
+            cell = self.known[name]
+        if cell is None:
             self.check_time()
-            figures = compute()
-            write_json(path, {"key": whole, "figures": figures})
-        self.used[name] = {"of": cell_key(self.terms), "key": dict(key), "figures": figures}
-        return figures
+            cell = {"figures": compute(), "made": cell_provenance()}
+            write_json(path, {"key": whole, **cell})
+        made = {"made": cell["made"]} if "made" in cell else {}
+        self.used[name] = {"of": cell_key(self.terms), "key": dict(key), "figures": cell["figures"], **made}
+        return dict(cell["figures"])
 
     def train_config(self, concept: str, change: Mapping[str, Any], output: Path) -> TrainConfig:
         """The study's training settings with some of them changed."""

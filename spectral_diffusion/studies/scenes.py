@@ -278,10 +278,10 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
         for variant in variants if group.is_usual else LARGE:
             try:
                 cells = [scene_cell(lab, variant, n, group.pictures // len(group.scenes), group) for n in group.scenes]
+                alone = [alone_rate(lab, names) for names in group.scenes]
             except TimeOver:
                 missing.append(f"{number} by {variant}")
                 continue
-            alone = [alone_rate(lab, names) for names in group.scenes]
             row = {**scene_row(cells, group), "collapse alone": sum(alone) / len(alone)}
             rows.append({"subjects": number, "variant": variant, **row})
             matrices += [

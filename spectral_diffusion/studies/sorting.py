@@ -123,11 +123,12 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     vectors = lab.encoder.embed(pictures)
     likeness = {name: (vectors @ vectors_of.mT).mean(1).tolist() for name, vectors_of in references.items()}
     machine = [max(names, key=lambda name: likeness[name][index]) for index in range(len(shown))]
-    sheets(lab, shown, names)
-    answers_path = lab.folder / "sorting" / "answers.txt"
-    seen = machine if quick else read_answers(answers_path, len(shown), names)  # the quick form asks nobody
-    if seen is None:
-        missing.append(f"{answers_path.name}, sorted by eye, beside the sheets in the lab's folder 'sorting'")
+    # Answers are for exactly these pictures.
+    folder = lab.folder / "sorting" / cell_key([f"{image.file.parent.name}/{image.file.name}" for image in shown])
+    sheets(lab, folder, shown, names)
+    seen = None if quick else read_answers(folder / "answers.txt", len(shown), names)  # the quick form asks nobody
+    if seen is None and not quick:
+        missing.append(f"answers.txt, sorted by eye, beside the sheets in sorting/{folder.name} of the cache")
     rows: list[Row] = []
     for variant in dict.fromkeys(image.variant for image in shown):
         mine = [index for index, image in enumerate(shown) if image.variant == variant]
@@ -148,9 +149,8 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
     return Findings([Table("Unlabelled pictures, sorted by concept", rows)], verdict(rows), missing=missing)
 
 
-def sheets(lab: StudyRunner, shown: Sequence[Shown], names: Sequence[str]) -> None:
-    """Write the numbered sheets, the concepts' photos and their names into the runner's folder."""
-    folder = lab.folder / "sorting"
+def sheets(lab: StudyRunner, folder: Path, shown: Sequence[Shown], names: Sequence[str]) -> None:
+    """Write the numbered sheets, the concepts' photos and their names into a folder."""
     for start in range(0, len(shown), SHEET):
         part = shown[start : start + SHEET]
         numbers = [str(start + index + 1) for index in range(len(part))]
