@@ -1,6 +1,6 @@
 """The top singular vector finds the ideal neuron: the toy of the paper's section 3.2 (Fig. 3), with a plot.
 
-What it does stands in ``spectral_diffusion/experiments/alignment.py``; this is the study without a laboratory.
+The study is ``spectral_diffusion/studies/alignment.py``; this runs it alone, without the cache.
 
     python examples/alignment.py --plot docs/figures/alignment.png
 """

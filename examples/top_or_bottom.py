@@ -1,6 +1,6 @@
 """Top, bottom or random columns, or LoRA? The paper's Appendix F.3 as a small honest experiment on a CPU.
 
-What it does stands in ``spectral_diffusion/experiments/language.py``; this is the study without a laboratory.
+The study is ``spectral_diffusion/studies/language.py``; this runs it alone, without the cache.
 
     python examples/top_or_bottom.py --plot docs/figures/top-or-bottom.png
 """

@@ -27,9 +27,10 @@ VERBS: dict[str, type[BaseModel]] = {
 }
 HEAD = """# Settings
 
-Every setting of every verb. Write them as flags (`--batch-size 4`), as `key=value` (`prior.loss_weight=1`), in a YAML
-file or preset given by `--config`, or as keyword arguments in Python. The defaults below are those of the settings
-themselves; the preset of a base changes some of them (`configs/`). `python -m tools.settings_page` writes this page.
+Every setting of every verb. Write them as `key=value` (`prior.loss_weight=1`), those without a dot also as flags
+(`--batch-size 4`), in a YAML file or preset given by `--config`, or as keyword arguments in Python. The defaults
+below are those of the settings themselves; the preset of a base changes some of them (`configs/`).
+`python -m tools.settings_page` writes this page.
 """
 
 
