@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..adapters.apply import put_adapters
 from ..methods import get_method
-from .fusion import NOTHING, FusionCell, change_for, measured_cells
+from ..metrics.statistics import mean_text
+from .fusion import NOTHING, FusionCell, adapters_of, change_for, drift_of, family_rate, measured_cells
 from .registry import Findings, Row, Table, study
-from .runner import SEEDS, TEST_CONCEPTS, StudyRunner
+from .runner import SEEDS, TEST_CONCEPTS, Figures, StudyRunner, TimeOver
 
 FAMILIES = ("spectral, own slots", "spectral, same slot", "lora")  # sampled ones: at rank 2, in the study ``narrow``
 MERGES = ("sum", "fedavg", "gradient, prior term")
@@ -55,9 +58,50 @@ def slot_jobs(quick: bool) -> list[FusionCell]:
     (90, 0.2),
 )
 def run(lab: StudyRunner, quick: bool) -> Findings:
-    """Identity alone and fused by the position of the columns, for every merge."""
+    """Identity alone and fused by the position of the columns, for every merge; what drift is to be compared with."""
     jobs = slot_jobs(quick)
-    return compared(lab, jobs, quick, {job.family for job in jobs}, [jobs[0].size])
+    findings = compared(lab, jobs, quick, {job.family for job in jobs}, [jobs[0].size])
+    try:
+        scale = Table("What a drift is to be compared with", drift_scale(lab, quick))
+    except TimeOver:
+        return replace(findings, missing=[*findings.missing, "the drift of single adapters"])
+    return replace(findings, tables=[*findings.tables, scale])
+
+
+def drift_scale(lab: StudyRunner, quick: bool, seed: int = 0) -> list[Row]:
+    """The drift between two seeds of the untouched base, and that of single adapters.
+
+    Raises:
+        TimeOver: the time limit is reached.
+    """
+    names = TEST_CONCEPTS[:2] if quick else TEST_CONCEPTS
+
+    def between_seeds() -> Figures:
+        first, second = (lab.encoder.embed(lab.untouched_images(one)) for one in (seed, seed + 1))
+        return {"drift": float((1 - (first * second).sum(1)).mean())}
+
+    rows: list[Row] = [
+        {
+            "pictures of generic prompts": "of the untouched base, with another seed",
+            "drift": mean_text([lab.cell("seed-drift", {"seed": seed}, between_seeds)["drift"]]),
+        }
+    ]
+    for family in (FAMILIES[0], FAMILIES[-1]):
+        rate, _ = family_rate(lab, family, quick)
+
+        def of_each(family: str = family, rate: float = rate) -> Figures:
+            drifts = {}
+            for adapter, _ in adapters_of(lab, family, rate, names, seed):
+                base = lab.fresh()
+                put_adapters(base, [(adapter, 1.0)])
+                drifts[adapter.name] = drift_of(lab, base, seed)
+            return {"drifts": drifts}
+
+        key = {"family": family, "rate": rate, "names": list(names), "seed": seed}
+        drifts = lab.cell("alone-drift", key, of_each)["drifts"]
+        what = f"with a single adapter ({family})"
+        rows.append({"pictures of generic prompts": what, "drift": mean_text(list(drifts.values()), list(drifts))})
+    return rows
 
 
 def compared(
