@@ -35,8 +35,8 @@ def put(name: str, models: dict[str, nn.Module], targets: str, rank: int = RANK)
     else:
         slot = Slot.interval(0, rank) if method.slot else None
         frozen = frozen_tensors(method, {layer: w.float() for layer, w in weights.items()}, rank, slot)
-    attachment = inject_adapter(models, AdapterSpec(method, rank, targets, steps=100), frozen=frozen)
+    injected = inject_adapter(models, AdapterSpec(method, rank, targets, steps=100), frozen=frozen)
     with torch.no_grad():
-        for _, parameter in attachment.named_parameters():
+        for _, parameter in injected.named_parameters():
             parameter += 0.01 * torch.randn(parameter.shape)
-    return attachment
+    return injected

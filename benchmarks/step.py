@@ -44,9 +44,9 @@ def main() -> None:
     for name in ["frozen", *names]:
         unet = build()
         if name != "frozen":
-            attachment = put(name, {"unet": unet}, "unet-attention", arguments.rank)
-            parameters = [p for _, p in attachment.named_parameters()]
-            trained[name] = attachment.count()
+            injected = put(name, {"unet": unet}, "unet-attention", arguments.rank)
+            parameters = [p for _, p in injected.named_parameters()]
+            trained[name] = injected.count()
             steps[name] = (unet, torch.optim.AdamW(parameters, lr=1e-4))
         inputs = latents.clone().requires_grad_(), text.clone().requires_grad_()
         kept[name] = saved_bytes(unet, lambda unet=unet, inputs=inputs: forward(unet, *inputs))

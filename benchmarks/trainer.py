@@ -1,7 +1,7 @@
 """Steps a second of our trainer against a loop as diffusers' DreamBooth-LoRA example has it.
 
 Both train the same LoRA (PEFT's own for theirs) of the U-Net's and text encoder's attention on one Stable Diffusion
-1.5 with random weights, from the same photos, batch, precision and optimiser; reading the photo, the VAE and the text
+1.5 with random weights, from the same photos, batch, precision and optimizer; reading the photo, the VAE and the text
 encoder count on both sides. Ours once with no cache, as the example has none, and once with its caches. The three take
 turns after every step, each on modules of its own over the same weights, so that a drifting machine disturbs all alike.
 """

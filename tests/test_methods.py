@@ -60,10 +60,10 @@ def put(
     return inject_adapter(base.models, AdapterSpec(kind, rank, targets, seed=3, steps=steps), name, frozen)
 
 
-def stir(attachment: InjectedAdapter, scale: float = 0.3) -> None:
+def stir(injected: InjectedAdapter, scale: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for _, parameter in attachment.named_parameters():
+        for _, parameter in injected.named_parameters():
             parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
@@ -88,13 +88,13 @@ def test_identity_at_init_to_the_last_bit_and_after_detach(
 ) -> None:
     base = load_base(str(tiny_base), "cpu", dtype)
     before = outputs(base)
-    attachment = put(base, method, targets=targets)
+    injected = put(base, method, targets=targets)
     if get_method(method).peft:  # PEFT's DoRA divides by a norm and multiplies by it again
         near = 1e-5 if dtype == "float32" else 0.1
         assert all(torch.allclose(a, b, atol=near) for a, b in zip(outputs(base), before, strict=True))
     else:
         assert same(outputs(base), before)
-    stir(attachment)
+    stir(injected)
     assert not same(outputs(base), before)
     with disabled_adapters(base.models):
         assert same(outputs(base), before)
@@ -105,16 +105,16 @@ def test_identity_at_init_to_the_last_bit_and_after_detach(
 @pytest.mark.parametrize("targets", seldom(["attention", EVERYTHING], {EVERYTHING}))
 @pytest.mark.parametrize("method", NAMES)
 def test_the_forward_is_the_one_delta(base: Base, method: str, targets: str) -> None:
-    attachment = put(base, method, targets=targets)
-    stir(attachment)
+    injected = put(base, method, targets=targets)
+    stir(injected)
     adapted = outputs(base)
     weights = {layer: weight.clone() for layer, weight in base.weights(targets).items()}
-    kind, trained = get_method(method), attachment.state_dict()
-    slot = Slot.interval(0, attachment.rank) if kind.slot else None
-    frozen = frozen_tensors(kind, weights, attachment.rank, slot)
+    kind, trained = get_method(method), injected.state_dict()
+    slot = Slot.interval(0, injected.rank) if kind.slot else None
+    frozen = frozen_tensors(kind, weights, injected.rank, slot)
     deltas = {}
     for layer, weight in weights.items():
-        names = kind.shapes(*matrix_shape(weight), attachment.rank)
+        names = kind.shapes(*matrix_shape(weight), injected.rank)
         built_on = with_weight(kind, frozen[layer], weight)
         deltas[layer] = kind.delta({name: trained[f"{layer}.{name}"] for name in names}, built_on).delta()
     remove_adapters(base.models)
@@ -166,10 +166,10 @@ def test_merging_gives_what_the_adapter_gives(tiny_base: Path, method: str, dtyp
 
 @pytest.mark.parametrize("method", NAMES)
 def test_only_the_adapter_gets_gradients(base: Base, method: str) -> None:
-    attachment = put(base, method)
+    injected = put(base, method)
     text = base.pipeline.text_encoder(torch.arange(32)[None])[0]
     base.pipeline.unet(torch.randn(1, 4, 8, 8), 10, text).sample.square().mean().backward()
-    trainable = {id(p) for _, p in attachment.named_parameters()}
+    trainable = {id(p) for _, p in injected.named_parameters()}
     for model in base.models.values():
         for parameter in model.parameters():
             assert (parameter.grad is not None) == (id(parameter) in trainable)
@@ -217,13 +217,13 @@ def test_two_adapters_of_disjoint_slots_stack_into_the_sum(base: Base) -> None:
 
 
 def test_strength_scales_the_delta(base: Base) -> None:
-    attachment = put(base, "spectral-additive")
-    stir(attachment)
-    layer = next(iter(attachment.layers.values()))
+    injected = put(base, "spectral-additive")
+    stir(injected)
+    layer = next(iter(injected.layers.values()))
     full = layer.get_delta_weight("one")
-    attachment.set_scale(0.25)
+    injected.set_scale(0.25)
     assert torch.allclose(layer.get_delta_weight("one"), 0.25 * full, rtol=1e-6)
-    attachment.set_scale(0.0)
+    injected.set_scale(0.0)
     with disabled_adapters(base.models):
         before = outputs(base)
     assert same(outputs(base), before)
@@ -235,12 +235,12 @@ def test_peft_and_diffusers_operations_work_on_our_tuner(base: Base) -> None:
     before = outputs(base)
     text, latents = before[0], torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     plain = unet(latents, 10, text[:1]).sample
-    attachment = put(base, "spectral-additive")
-    stir(attachment)
+    injected = put(base, "spectral-additive")
+    stir(injected)
     adapted = outputs(base)
 
     state = get_peft_model_state_dict(unet, adapter_name="one")
-    expected = {f"{n[5:]}" for n, _ in attachment.named_parameters() if n.startswith("unet.")}
+    expected = {f"{n[5:]}" for n, _ in injected.named_parameters() if n.startswith("unet.")}
     assert expected <= {key.replace("spectral_delta.", "") for key in state}
 
     unet.disable_lora()
@@ -266,8 +266,8 @@ def test_peft_and_diffusers_operations_work_on_our_tuner(base: Base) -> None:
 def test_gradient_checkpointing_gives_the_same_gradients(base: Base, method: str, dtype: torch.dtype) -> None:
     for model in base.models.values():
         model.to(dtype)
-    attachment = put(base, method)
-    stir(attachment)
+    injected = put(base, method)
+    stir(injected)
     ids = torch.arange(32)[None]
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
     networks = [base.pipeline.unet, base.pipeline.text_encoder]
@@ -277,7 +277,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(base: Base, method: str
             network.zero_grad()
         text = base.pipeline.text_encoder(ids)[0]
         base.pipeline.unet(latents, 10, text).sample.float().square().mean().backward()
-        return {name: p.grad.clone() for name, p in attachment.named_parameters()}
+        return {name: p.grad.clone() for name, p in injected.named_parameters()}
 
     plain = gradients()
     base.pipeline.unet.enable_gradient_checkpointing()
@@ -316,15 +316,13 @@ def test_frozen_columns_change_no_trained_gradient(base: Base) -> None:
     gradients = []
     for frozen in (True, False):
         method = replace(get_method("spectral-additive"), frozen_up=frozen)
-        attachment = inject_adapter(
-            base.models, AdapterSpec(get_method("spectral-additive"), 2), "one", bands_for(base)
-        )
-        for layer in attachment.layers.values():
+        injected = inject_adapter(base.models, AdapterSpec(get_method("spectral-additive"), 2), "one", bands_for(base))
+        for layer in injected.layers.values():
             layer.spectral_method["one"] = method
-        stir(attachment)
+        stir(injected)
         text = base.pipeline.text_encoder(torch.arange(32)[None])[0]
         base.pipeline.unet(torch.ones(1, 4, 8, 8), 10, text).sample.square().mean().backward()
-        gradients.append({name: parameter.grad.clone() for name, parameter in attachment.named_parameters()})
+        gradients.append({name: parameter.grad.clone() for name, parameter in injected.named_parameters()})
         remove_adapters(base.models)
     for name, gradient in gradients[0].items():
         assert gradient.abs().sum() > 0
@@ -336,18 +334,18 @@ def bands_for(base: Base) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def test_autocast_and_half_bases_keep_float32_parameters(base: Base) -> None:
-    attachment = put(base, "spectral-additive")
+    injected = put(base, "spectral-additive")
     with torch.autocast("cpu", torch.bfloat16):
-        layer = next(iter(attachment.layers.values()))
+        layer = next(iter(injected.layers.values()))
         assert layer(torch.randn(3, layer.in_features)).dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 for _, p in attachment.named_parameters())
+    assert all(p.dtype == torch.float32 for _, p in injected.named_parameters())
 
 
 def test_adapters_on_a_half_precision_base_stay_float32(tiny_base: Path) -> None:
     base = load_base(str(tiny_base), "cpu", "bfloat16")
     for method in NAMES:
-        attachment = put(base, method, method)
-        assert {p.dtype for _, p in attachment.named_parameters()} == {torch.float32}
+        injected = put(base, method, method)
+        assert {p.dtype for _, p in injected.named_parameters()} == {torch.float32}
 
 
 def test_additive_on_the_top_slot_is_pissas_function_class(base: Base) -> None:
@@ -374,9 +372,9 @@ def test_the_method_of_the_contributing_guide_works(base: Base) -> None:
         exec(code, {"__package__": "spectral_diffusion.methods", "__name__": "example"})
         assert set(METHODS.entries) - set(known) == {"band-scale"}
         before = outputs(base)
-        attachment = put(base, "band-scale")
+        injected = put(base, "band-scale")
         assert same(outputs(base), before)
-        stir(attachment)
+        stir(injected)
         assert not same(outputs(base), before)
     finally:
         METHODS.entries.clear()

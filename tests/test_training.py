@@ -197,7 +197,7 @@ def test_an_edited_config_goes_on_only_by_force(photos: Path, tiny_base: Path, t
     averaged = edited.model_copy(update={"weight_decay": 0.0})
     state_path(config.output).write_bytes(kept)
     other = train_to_file(averaged, resume=True, base=base, force=True)
-    # The new settings count, not those that the optimiser was saved with.
+    # The new settings count, not those that the optimizer was saved with.
     assert not same(plain, forced) and not same(forced, other)
 
 

@@ -97,19 +97,21 @@ def resolve(
     config: str | None,
     flags: dict[str, Any],
     overrides: list[str] | None,
-    held: dict[str, Any] | None = None,
+    scene_settings: dict[str, Any] | None = None,
     source: str = "",
     base: str = "pocket",
 ) -> Any:
-    """Preset or file, then a scene's settings (``held``, read from ``source``), then flags, then key=value.
+    """Preset or file, then a scene's settings (read from ``source``), then flags, then key=value.
 
-    See :func:`..config.settings_for`; ``base`` is the default base.
+    See :func:`..config.presets.settings_for`; ``base`` is the default base.
     """
     from ..config.presets import settings_for
     from ..config.settings import parse_overrides
 
     changes = parse_overrides(overrides or [])
-    return settings_for(model, verb, flags, changes, config=config, scene_settings=held, source=source, base=base)
+    return settings_for(
+        model, verb, flags, changes, config=config, scene_settings=scene_settings, source=source, base=base
+    )
 
 
 def named_base(files: list[str], overrides: list[str] | None = None) -> str:

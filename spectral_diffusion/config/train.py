@@ -170,7 +170,7 @@ class ValidationConfig(Settings):
 class TrainConfig(Settings):
     """Train one concept into one adapter. The defaults are the paper's fusion settings for Stable Diffusion 1.5.
 
-    The command line and :func:`..presets.settings_for` lay the preset of the base over them.
+    The command line and :func:`.presets.settings_for` lay the preset of the base over them.
     """
 
     concept: Path = Field(description="Folder with the concept's photos.")

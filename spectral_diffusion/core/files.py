@@ -193,7 +193,7 @@ def refuse_overwriting_settings(path: Path) -> None:
 
 
 def write_settings(path: Path, text: str) -> None:
-    """Write resolved settings, in YAML, so that :func:`check_settings` knows them again."""
+    """Write resolved settings, in YAML; :func:`refuse_overwriting_settings` knows them by their first line."""
     write_text(path, RESOLVED + text)
 
 

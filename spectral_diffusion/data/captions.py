@@ -83,8 +83,8 @@ def read_caption(file: Path) -> str | None:
 def vary(caption: str, token: str, config: DataConfig, *key: int | str) -> str:
     """A caption as one sample sees it: parts shuffled, parts left out, or nothing at all.
 
-    The first ``keep`` of its comma-separated parts stay where they are, and what holds the token is never left out.
-    The result depends on nothing but the key.
+    The first ``config.keep_tokens`` of its comma-separated parts stay where they are, and what has the token in it is
+    never left out. The result depends on nothing but the key.
     """
     if not (config.shuffle_caption or config.tag_dropout or config.caption_dropout):
         return caption

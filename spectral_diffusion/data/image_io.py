@@ -83,11 +83,11 @@ def in_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
 
-def on_ground(image: Image.Image, colour: str) -> Image.Image:
+def on_ground(image: Image.Image, color: str) -> Image.Image:
     """An image as RGB, what is transparent in it shown on a color."""
     if image.mode != "RGBA":
         return image.convert("RGB")
-    return Image.alpha_composite(Image.new("RGBA", image.size, colour), image).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", image.size, color), image).convert("RGB")
 
 
 def open_photo(path: Path) -> Image.Image:

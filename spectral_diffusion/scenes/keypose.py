@@ -35,15 +35,15 @@ def draw_keypose(people: Sequence[np.ndarray], width: int, height: int, thicknes
     image = Image.new("RGB", (width * factor, height * factor))
     draw = ImageDraw.Draw(image)
 
-    def dot(x: float, y: float, radius: float, colour: tuple[int, int, int]) -> None:
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    def dot(x: float, y: float, radius: float, color: tuple[int, int, int]) -> None:
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=color)
 
     for person in people:
         points = np.asarray(person, dtype=float) * factor
         for index, (a, b) in enumerate(LIMBS):
             if np.isfinite(points[[a, b]]).all():
-                colour = tuple(int(0.6 * c) for c in COLORS[index])
-                draw.line((*points[a], *points[b]), fill=colour, width=round(thick))
+                color = tuple(int(0.6 * c) for c in COLORS[index])
+                draw.line((*points[a], *points[b]), fill=color, width=round(thick))
         for index, (x, y) in enumerate(points[:POINTS]):
             if np.isfinite(x + y):
                 dot(x, y, thick * 0.7, COLORS[index])

@@ -113,9 +113,9 @@ def prepare_method(subject: CostSubject, name: str) -> MethodCost:
     begun = time.perf_counter()
     frozen = frozen_tensors(method, weights, rank, Slot.interval(0, rank) if method.slot else None, cached=False)
     seconds = time.perf_counter() - begun
-    attachment = inject_adapter({"unet": subject.unet}, AdapterSpec(method, rank, TARGETS, steps=100), frozen=frozen)
-    kept, trained = kept_bytes(subject), attachment.state_dict()
-    count = attachment.count()
+    injected = inject_adapter({"unet": subject.unet}, AdapterSpec(method, rank, TARGETS, steps=100), frozen=frozen)
+    kept, trained = kept_bytes(subject), injected.state_dict()
+    count = injected.count()
     remove_adapters({"unet": subject.unet})
     stored = sum(t.numel() for tensors in stored_part(method, frozen).values() for t in tensors.values())
     begun = time.perf_counter()
@@ -136,8 +136,8 @@ def prepare_method(subject: CostSubject, name: str) -> MethodCost:
 def timed_step(subject: CostSubject, name: str, cost: MethodCost) -> float:
     """Seconds of forward, backward and AdamW after one warm-up step; the method is injected and removed again."""
     spec = AdapterSpec(get_method(name), cost.rank, TARGETS, steps=100)
-    attachment = inject_adapter({"unet": subject.unet}, spec, frozen=cost.frozen)
-    optimizer = torch.optim.AdamW([p for _, p in attachment.named_parameters()], lr=1e-4)
+    injected = inject_adapter({"unet": subject.unet}, spec, frozen=cost.frozen)
+    optimizer = torch.optim.AdamW([p for _, p in injected.named_parameters()], lr=1e-4)
     seconds = 0.0
     for _ in range(2):
         begun = time.perf_counter()

@@ -101,8 +101,8 @@ def inject_change(model: nn.Module, change: str, seed: int) -> list[nn.Parameter
     models: dict[str, nn.Module] = {"model": model}
     weights = {layer: module.weight.detach() for layer, module in find_targets(models, TARGETS).items()}
     frozen = frozen_tensors(method, weights, rank, slot, cached=False)
-    attachment = inject_adapter(models, AdapterSpec(method, rank, TARGETS, seed), frozen=frozen)
-    return [parameter for _, parameter in attachment.named_parameters()]
+    injected = inject_adapter(models, AdapterSpec(method, rank, TARGETS, seed), frozen=frozen)
+    return [parameter for _, parameter in injected.named_parameters()]
 
 
 def measure_language(seed: int, pretraining: int, steps: int, rates: Sequence[float] = RATES) -> Figures:

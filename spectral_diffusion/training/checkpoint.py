@@ -186,11 +186,11 @@ class TrainingState:
     path: Path
     config: TrainConfig
     parameters: Mapping[str, nn.Parameter]
-    optimiser: Stateful
-    attachment: InjectedAdapter
+    optimizer: Stateful
+    injected: InjectedAdapter
     average: EMA
     scaler: torch.amp.GradScaler
-    watcher: Validator
+    validator: Validator
     belongs: Mapping[str, str]
     writes: bool = True  # of several processes one does
 
@@ -198,7 +198,7 @@ class TrainingState:
         """Save everything that the run needs to go on exactly here."""
         if not self.writes:
             return
-        extra, patterns = self.attachment.extra_state()
+        extra, patterns = self.injected.extra_state()
         tensors = {
             **self.parameters,
             **{f"{EXTRA}{name}": value for name, value in extra.items()},
@@ -210,9 +210,9 @@ class TrainingState:
             "extra": patterns,
             "belongs": dict(self.belongs),
             "scaler": self.scaler.state_dict(),
-            "validation": self.watcher.state(),
+            "validation": self.validator.state(),
         }
-        save_state(self.path, tensors, self.optimiser, meta)
+        save_state(self.path, tensors, self.optimizer, meta)
 
     def restore(self, force: bool = False, hooks: Hooks = QUIET) -> int:
         """Load the saved state into place; returns the step to go on with.
@@ -227,9 +227,9 @@ class TrainingState:
         changed = differences(meta.get("config", {}), comparable_settings(self.config))
         self._check_fitting(tensors, meta, changed)
         self._check_wanted(meta, changed, force, hooks)
-        built = [dict(group) for group in self.optimiser.param_groups]
-        load_state(self.path, self.optimiser)
-        for group, fresh in zip(self.optimiser.param_groups, built, strict=True):
+        built = [dict(group) for group in self.optimizer.param_groups]
+        load_state(self.path, self.optimizer)
+        for group, fresh in zip(self.optimizer.param_groups, built, strict=True):
             group.update({key: fresh[key] for key in KEPT if key in fresh})
         try:
             self._take(tensors, meta)
@@ -249,7 +249,7 @@ class TrainingState:
         if (
             {key: value for key, value in meta.get("belongs", {}).items() if key != "concept"} == fixed
             and own == {name: parameter.shape for name, parameter in self.parameters.items()}
-            and groups == [len(group["params"]) for group in self.optimiser.state_dict()["param_groups"]]
+            and groups == [len(group["params"]) for group in self.optimizer.state_dict()["param_groups"]]
             and "optimizer.name" not in changed
         ):
             return
@@ -322,7 +322,7 @@ class TrainingState:
         averages = {name.removeprefix(AVERAGE): value for name, value in tensors.items() if name.startswith(AVERAGE)}
         self.average.load(averages or own)  # force may enable an average that the run had not
         extra = {name.removeprefix(EXTRA): value for name, value in tensors.items() if name.startswith(EXTRA)}
-        self.attachment.load_extra_state(extra, meta.get("extra", {}))
+        self.injected.load_extra_state(extra, meta.get("extra", {}))
         if meta.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(meta["scaler"])
-        self.watcher.load_state(meta.get("validation", {}))
+        self.validator.load_state(meta.get("validation", {}))

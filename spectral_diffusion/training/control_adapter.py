@@ -55,7 +55,7 @@ def train_control(
     k steps, a stop and ``resume`` give the same bits as an unbroken run on a CPU.
 
     Args:
-        read: opens a condition; give what generating will open it with. Default: :func:`open_condition`.
+        read: opens a control image; give what generating will open it with. Default: :func:`open_control_image`.
 
     Raises:
         Cancelled: ``should_stop`` said so; the state is saved.

@@ -35,7 +35,7 @@ from .half_weights import halvable, halves
 from .prior_images import CHUNK as PICTURES_AT_ONCE
 
 SMALL = 50_000_000  # parameters of a base below which the memory is not reported
-STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # bytes of an optimiser's own numbers per trained one
+STATES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16}  # bytes of an optimizer's own numbers per trained one
 MARGIN = 1.1  # what allocators lose between blocks
 CONTEXT = {"cuda": 600 * 2**20, "cpu": 700 * 2**20}  # bytes of CUDA itself; of Python with its libraries
 
@@ -59,7 +59,7 @@ class Estimate:
     def summary(self) -> str:
         """The parts, for a person."""
         phases = ", ".join(f"{gib(size)} at most while {name}" for name, size in self.phases.items())
-        return f"{gib(self.weights)} of weights, {gib(self.adapter)} of what learns and its optimiser, {phases}"
+        return f"{gib(self.weights)} of weights, {gib(self.adapter)} of what learns and its optimizer, {phases}"
 
 
 def gib(size: float) -> str:

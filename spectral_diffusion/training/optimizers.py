@@ -112,7 +112,7 @@ def check_optimizer(config: TrainConfig, method: Method) -> None:
 
 
 def build_optimizer(
-    attachment: InjectedAdapter, condition: PromptEncoder, config: TrainConfig, factors: Mapping[str, float]
+    injected: InjectedAdapter, encoder: PromptEncoder, config: TrainConfig, factors: Mapping[str, float]
 ) -> tuple[Optimizer, list[float]]:
     """An optimizer with a group per component and learning-rate factor; returns it and the groups' initial rates.
 
@@ -124,13 +124,13 @@ def build_optimizer(
     """
     name = config.optimizer.name
     groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
-    for layer in attachment.layers:
+    for layer in injected.layers:
         component = layer.split(".", 1)[0]
         of_text = component.startswith("text_encoder")
         rate = config.text_encoder_learning_rate if of_text else config.learning_rate
         rate *= factors.get(layer, 1.0)
-        for parameter_name, parameter in attachment.parameters(layer).items():
-            decay = 0.0 if parameter_name in attachment.method.neutral else config.weight_decay
+        for parameter_name, parameter in injected.parameters(layer).items():
+            decay = 0.0 if parameter_name in injected.method.neutral else config.weight_decay
             # Components of one rate are one group, except where Prodigy finds a rate for each.
             own_group = component if name == "prodigy" else ""
             ratio = config.optimizer.loraplus_lr_ratio if parameter_name == "B" else 1.0
@@ -138,7 +138,7 @@ def build_optimizer(
     listed: Groups = [
         {"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay, _), parameters in groups.items()
     ]
-    rows = list(condition.named_parameters().values())
+    rows = list(encoder.named_parameters().values())
     if not any(rate > 0 for rate in (*(group["lr"] for group in listed), config.embedding_learning_rate)):
         raise UserError(
             "Every learning rate is 0, so nothing would be trained; set learning_rate, text_encoder_learning_rate or "
@@ -159,17 +159,17 @@ def build_optimizer(
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise UserError("8-bit AdamW needs bitsandbytes: pip install 'spectral-diffusion[optim]'.") from error
-        return build_adam(AdamW8bit, listed, attachment, config), [group["lr"] for group in listed]
+        return build_adam(AdamW8bit, listed, injected, config), [group["lr"] for group in listed]
     fused = all(row.device.type == "cuda" for group in listed for row in group["params"])  # one kernel for all
-    return build_adam(torch.optim.AdamW, listed, attachment, config, fused=fused), [group["lr"] for group in listed]
+    return build_adam(torch.optim.AdamW, listed, injected, config, fused=fused), [group["lr"] for group in listed]
 
 
 def build_adam(
-    kind: type[torch.optim.Optimizer], groups: Groups, attachment: InjectedAdapter, config: TrainConfig, **options: Any
+    kind: type[torch.optim.Optimizer], groups: Groups, injected: InjectedAdapter, config: TrainConfig, **options: Any
 ) -> torch.optim.Optimizer:
     """An Adam of these groups, with PEFT's preconditioner of LoRA's gradients if it is asked for."""
     damping = config.optimizer.riemannian_reg
-    return preconditioned(kind, groups, attachment, damping, **options) if damping else kind(groups, **options)
+    return preconditioned(kind, groups, injected, damping, **options) if damping else kind(groups, **options)
 
 
 def lr_schedule(name: str, steps: int, warmup_steps: int = 0) -> Callable[[int], float]:

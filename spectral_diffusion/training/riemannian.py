@@ -17,7 +17,7 @@ Groups = list[dict[str, Any]]
 
 
 def preconditioned(
-    kind: type[torch.optim.Optimizer], groups: Groups, attachment: InjectedAdapter, damping: float, **options: Any
+    kind: type[torch.optim.Optimizer], groups: Groups, injected: InjectedAdapter, damping: float, **options: Any
 ) -> torch.optim.Optimizer:
     """An optimizer of these groups that preconditions the factors of Linear layers; convolutions stay as they are.
 
@@ -33,5 +33,5 @@ def preconditioned(
         def __init__(self, parameters: Any, lr: float) -> None:
             super().__init__(groups, lr=lr, **options)
 
-    layers = nn.ModuleList(attachment.layers.values())  # PEFT finds pairs by the names lora_A and lora_B
+    layers = nn.ModuleList(injected.layers.values())  # PEFT finds pairs by the names lora_A and lora_B
     return create_riemannian_optimizer(layers, Grouped, lr=1.0, reg=damping)

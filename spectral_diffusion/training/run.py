@@ -46,8 +46,8 @@ def train_to_file(
 ) -> Adapter:
     """Train the config's concept and write ``output`` and ``output.yaml`` (the resolved settings).
 
-    The settings are taken as they are; :func:`..config.settings_for` gives those of the command line. The concept's
-    slot is reserved in the ledger beside the output before training starts. Of several processes, as
+    The settings are taken as they are; :func:`..config.presets.settings_for` gives those of the command line. The
+    concept's slot is reserved in the ledger beside the output before training starts. Of several processes, as
     ``accelerate launch`` starts them, the main one alone writes and notifies.
 
     Args:

@@ -195,7 +195,7 @@ class Reporter:
 def reporting(
     path: Path | None, progress: Progress = silent, note: Callable[[str], None] = lambda text: None
 ) -> Iterator[Reporter]:
-    """A reporter that says how the block ended: done, stopped (by :class:`.state.Stopped` or Ctrl-C) or failed."""
+    """A reporter that says how the block ended: done, failed, or stopped (:class:`..core.errors.Cancelled`, Ctrl-C)."""
     reporter = Reporter(path, progress, note)
     try:
         yield reporter

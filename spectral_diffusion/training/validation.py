@@ -41,14 +41,14 @@ def samples_folder(output: Path) -> Path:
 
 
 @contextmanager
-def at_strength(attachment: InjectedAdapter, strength: float) -> Iterator[None]:
+def at_strength(injected: InjectedAdapter, strength: float) -> Iterator[None]:
     """Scale ΔW by λ, whatever the method: the difference of each layer's output from its base's is scaled."""
 
     def scale(layer: Any, inputs: Any, keywords: Any, output: Tensor) -> Tensor:
         unchanged: Tensor = layer.get_base_layer()(*inputs, **keywords)
         return unchanged + strength * (output - unchanged)
 
-    layers: list[Any] = [] if strength == 1 else list(attachment.layers.values())
+    layers: list[Any] = [] if strength == 1 else list(injected.layers.values())
     handles = [layer.register_forward_hook(scale, with_kwargs=True) for layer in layers]
     try:
         yield
@@ -59,8 +59,8 @@ def at_strength(attachment: InjectedAdapter, strength: float) -> Iterator[None]:
 
 def validation_images(
     base: Base,
-    condition: PromptEncoder,
-    attachment: InjectedAdapter,
+    encoder: PromptEncoder,
+    injected: InjectedAdapter,
     subject: str,
     config: ValidationConfig,
     precision: MixedPrecision = "no",
@@ -76,11 +76,11 @@ def validation_images(
     prompts = [prompt.replace("{}", subject) for prompt in config.prompts]
     columns = []
     for strength in config.scales:
-        with torch.no_grad(), torch.random.fork_rng([]), at_strength(attachment, strength):
-            options = denoiser.embedding_options(condition(prompts), condition([""] * len(prompts)))
+        with torch.no_grad(), torch.random.fork_rng([]), at_strength(injected, strength):
+            options = denoiser.embedding_options(encoder(prompts), encoder([""] * len(prompts)))
             with network_autocast(denoiser, precision), denoiser.sampling():
                 images = pipe(
-                    width=condition.size, height=condition.size, num_inference_steps=config.num_inference_steps,
+                    width=encoder.size, height=encoder.size, num_inference_steps=config.num_inference_steps,
                     generator=[torch.Generator("cpu").manual_seed(config.seed + row) for row in range(len(prompts))],
                     **options, **denoiser.guidance_options(config.guidance_scale),
                 ).images  # fmt: skip
@@ -155,7 +155,7 @@ class Validator:
         return bool(every) and (step % every == 0 or step == self.config.steps)
 
     def __call__(
-        self, step: int, loss: float, rate: float, condition: PromptEncoder, attachment: InjectedAdapter, average: EMA
+        self, step: int, loss: float, rate: float, encoder: PromptEncoder, injected: InjectedAdapter, average: EMA
     ) -> dict[str, Any]:
         """Look at the networks after a step; returns the figures to show."""
         figures: dict[str, Any] = {"loss": loss}
@@ -164,9 +164,9 @@ class Validator:
         self._stride = add_point(self.curve, step, loss, self._stride)
         if self.is_due(step):
             with average.applied():
-                attachment.prune()
+                injected.prune()
                 rows = validation_images(
-                    self.base, condition, attachment, self.concept.subject, self.config.validation, self.precision
+                    self.base, encoder, injected, self.concept.subject, self.config.validation, self.precision
                 )
             figures |= self._keep(step, rows)
         if self.tracker:

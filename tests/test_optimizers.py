@@ -1,4 +1,4 @@
-"""Objectives, optimisers, precision: each does what it says and resumes bit for bit."""
+"""Objectives, optimizers, precision: each does what it says and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def apart(one: Adapter, two: Adapter) -> float:
     return (difference / sum(float(value.square().sum()) for value in one.parameters.values())) ** 0.5
 
 
-# --- optimisers ----------------------------------------------------------------------------------------------
+# --- optimizers ----------------------------------------------------------------------------------------------
 
 KINDS = {
     "schedule": {
@@ -88,13 +88,13 @@ def test_every_kind_of_step_resumes_bit_for_bit(photos: Path, tiny_base: Path, t
 
 
 def test_tensors_that_parameters_share_are_kept_for_each(tmp_path: Path) -> None:
-    """As the eight-bit optimiser's maps are, which any two large parameters have in common."""
+    """As the eight-bit optimizer's maps are, which any two large parameters have in common."""
     shared = torch.arange(8.0)
     weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
-    optimiser = torch.optim.SGD(weights, lr=0.1)
+    optimizer = torch.optim.SGD(weights, lr=0.1)
     for weight in weights:
-        optimiser.state[weight] = {"qmap1": shared}
-    save_state(tmp_path / "a.state.safetensors", {"weight": weights[0]}, optimiser, {"step": 1})
+        optimizer.state[weight] = {"qmap1": shared}
+    save_state(tmp_path / "a.state.safetensors", {"weight": weights[0]}, optimizer, {"step": 1})
     fresh = torch.optim.SGD(weights, lr=0.1)
     load_state(tmp_path / "a.state.safetensors", fresh)
     assert all(torch.equal(fresh.state[weight]["qmap1"], shared) for weight in weights)
@@ -110,12 +110,12 @@ def test_weight_decay_leaves_what_is_neutral_elsewhere(photos: Path, tiny_base: 
     with PromptEncoder(base, load_concept(photos), 0, 16) as condition, unloading(base.models):
         frozen = frozen_tensors(method, weights, rank, slot, cached=False)
         on = inject_adapter(base.models, AdapterSpec(method, rank, only=set(weights), steps=10), frozen=frozen)
-        optimiser, _ = build_optimizer(on, condition, config, {})
+        optimizer, _ = build_optimizer(on, condition, config, {})
         parameters = {**condition.named_parameters(), **dict(on.named_parameters())}
         for parameter in parameters.values():
             parameter.requires_grad_(True).grad = torch.zeros_like(parameter)
         before = {n: p.detach().clone() for n, p in parameters.items()}
-        optimiser.step()
+        optimizer.step()
         for parameter_name, parameter in parameters.items():
             fixed = parameter_name.startswith("token.") or parameter_name.rpartition(".")[2] in method.neutral
             factor = 1.0 if fixed else 1 - 0.1 * 0.5
