@@ -72,6 +72,7 @@ KEY_VALUE_ONLY = {"target_modules": "key-value"}  # only the layers that read th
 MORE_IMAGES = {"num_images": 48, "num_prior_images": 480}
 WHOLE_UNET = {"target_modules": r"re:unet\..*"}
 FROM_16 = calibrated(prior_weight=16.0, **OWN_PROMPTS)
+SSR_16 = calibrated("ssr", prior_weight=16.0, **OWN_PROMPTS)
 FROM_4 = calibrated(prior_weight=4.0, **OWN_PROMPTS)
 TRIALS: tuple[FusionVariant, ...] = (
     *(FusionVariant("sum", f"λ = {s}", scale=s) for s in (0.5, 1.0)),
@@ -113,6 +114,16 @@ TRIALS: tuple[FusionVariant, ...] = (
             distill=distilled(n, prior_share=0.5, **WHOLE_UNET, **MORE_IMAGES),
         )
         for n in (900, 1800)
+    ),
+    # SSR changes generic prompts less than gradient fusion, and what it loses of the concepts can be distilled.
+    *(
+        FusionVariant(
+            f"whole U-Net distilled from SSR, {n:,} steps",
+            "more images",
+            SSR_16,
+            distill=distilled(n, **WHOLE_UNET, **MORE_IMAGES),
+        )
+        for n in (900, 2700)
     ),
     FusionVariant("routed by prompt, not fused", "", routed=True),
 )
