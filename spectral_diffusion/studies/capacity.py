@@ -7,6 +7,7 @@ from math import isfinite
 
 from PIL import Image
 
+from ..core.errors import NotFiniteError
 from ..metrics.statistics import leading
 from .charts import WANTED, curves
 from .fusion import FusionCell, family_rate, fusion_row
@@ -57,6 +58,10 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             row = fusion_row(lab, job, rates[kind], EVERY[: job.size], SEED)
         except TimeOver:
             missing.append(str(job))
+            continue
+        except NotFiniteError as error:  # a rank's rate may be too high for another
+            lab.note(f"{job}: {error}")
+            missing.append(f"{job}, which met NaN or infinity")
             continue
         rows.append({"family": job.family, "merge": job.merge, "K": job.size, "rank": job.rank, **row})
         lab.note(f"{job}: {row['of alone']} of alone at drift {row['drift']}")

@@ -16,6 +16,7 @@ from ..adapters.apply import put_adapters
 from ..config.evaluate import GENERIC_SUBJECTS
 from ..config.fuse import FuseConfig
 from ..config.train import generic_subject
+from ..core.errors import NotFiniteError
 from ..core.hooks import Hooks
 from ..data.image_grid import image_grid, labelled_grid
 from ..merging.fuse import fuse_adapters
@@ -278,6 +279,10 @@ def measured_cells(
                 sweeps += [{**here, "rate": t["rate"], "identity, tuning concepts": t["identity"]} for t in trials]
             fusion_row(lab, job, rates[kind], MANY[: job.size], [seed])  # measures what it needs
         except TimeOver:
+            late.setdefault(job, []).append(seed)
+            continue
+        except NotFiniteError as error:  # a rate that others do best at may be too high for one of these
+            lab.note(f"{job}, seed {seed}: {error}")
             late.setdefault(job, []).append(seed)
             continue
         lab.note(f"{job}, seed {seed}")
