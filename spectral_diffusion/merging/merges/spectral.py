@@ -16,11 +16,11 @@ from ...linalg import Factors
 from ...methods import Method
 from .registry import Contribution, MergeContext, register_merge, weighted_sum
 
-ADVICE = {  # docs/evidence/fusion.md, identity kept as a share of each adapter alone
-    2: "On the pocket base the merge ties keeps more of two to four concepts than this sum (0.90 against 0.82, 0.72 "
-    "against 0.57, 0.75 against 0.63); the sum is exact and exports as one LoRA.",
-    5: "On the pocket base the merge gradient keeps more of eight concepts than this sum (0.80 against 0.45), and "
-    "distillation after it nearly all (0.97).",
+ADVICE = {  # docs/evidence/slots.md, identity kept as a share of each adapter alone
+    2: "On the pocket base the merge gradient keeps more of two and four concepts than this sum (0.83 against 0.78, "
+    "0.80 against 0.58); the sum is exact and exports as one LoRA.",
+    5: "On the pocket base the merge gradient keeps more of eight concepts than this sum (0.80 against 0.37), and "
+    "distillation after it brings generic prompts closer to the base.",
 }
 
 
