@@ -250,7 +250,7 @@ def test_what_does_not_fit_is_watched_in_passes_with_the_same_bits(
 def test_merges_advise_by_how_many_are_fused() -> None:
     sum_of_slots = get_merge("spectral")
     assert sum_of_slots.advise(1) is None
-    assert "ties" in str(sum_of_slots.advise(3)) and "gradient" in str(sum_of_slots.advise(8))
+    assert "four" in str(sum_of_slots.advise(3)) and "gradient" in str(sum_of_slots.advise(8))
     assert get_merge("gradient").advise(8) is None
 
 
