@@ -16,7 +16,7 @@ from spectral_diffusion.models.loading import parse_dtype, quiet_loading
 from spectral_diffusion.models.targets import find_targets
 from spectral_diffusion.training.memory import Estimate, estimate
 
-TRAINING = ("encoding photos", "drawing prior images", "drawing samples", "training")
+TRAINING = ("encoding photos", "generating prior images", "generating samples", "training")
 SIDES = {"sd15": 512, "sdxl": 1024}
 CASES: dict[str, list[dict[str, Any]]] = {
     "sd15": [

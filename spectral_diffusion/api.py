@@ -38,7 +38,7 @@ from .hub import ADAPTER_FILE, CARD, adapter_card, publish
 from .linalg import Factors
 from .merging.export import ExportOptions
 from .merging.export import export as export_file
-from .merging.fuse import device_for, fuse_adapters
+from .merging.fuse import fuse_adapters
 from .metrics.encoders import load_encoder
 from .models.base import Base, base_of
 from .models.fingerprint import Fingerprint
@@ -270,7 +270,7 @@ def fuse(
 
     if isinstance(pipeline, str):
         config = resolved(pipeline)
-        base = load_base(pipeline, device_for(config))
+        base = load_base(pipeline, config.device)
     else:
         with _borrowed(pipeline) as source:
             _check_no_adapters(source)

@@ -763,6 +763,14 @@ def test_a_fusion_that_is_added_to_keeps_its_strengths(three: list[Path], tmp_pa
         "calibration.num_images=2",
         "calibration.num_inference_steps=2",
     )
+    tune = ["tune", str(three[0]), str(three[1]), "--strengths", "1", "--json", "--merge", "gradient"]
+    tune += ["calibration.num_images=1", "calibration.num_inference_steps=1"]
+    tuned = CliRunner().invoke(app, tune)
+    assert [candidate["scale"] for candidate in json.loads(tuned.stdout)] == [1.0]
+    wrong = CliRunner().invoke(app, [*tune, "options.density=0.3"])
+    assert isinstance(wrong.exception, UserError) and "options.density" in str(wrong.exception)
+    without = CliRunner().invoke(app, [*tune, "options.solver=lbfgs", "--prior-weights", "0"])
+    assert without.exit_code == 0, without.output  # it is the candidates' settings that have to fit
     broken = json.loads((tmp_path / "all" / "manifest.json").read_text())
     del broken["base"]
     (tmp_path / "all" / "manifest.json").write_text(json.dumps(broken))

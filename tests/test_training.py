@@ -34,6 +34,7 @@ from spectral_diffusion.models.tokens import add_token_rows, collapse, embedding
 from spectral_diffusion.scenes.control import ControlMap
 from spectral_diffusion.scenes.sampling import sample
 from spectral_diffusion.slots.ledger import Ledger
+from spectral_diffusion.training.loop import Trainer
 from spectral_diffusion.training.run import state_path, train_to_file
 
 
@@ -199,6 +200,21 @@ def test_an_edited_config_goes_on_only_by_force(photos: Path, tiny_base: Path, t
     other = train_to_file(averaged, resume=True, base=base, force=True)
     # The new settings count, not those that the optimizer was saved with.
     assert not same(plain, forced) and not same(forced, other)
+
+
+def test_a_training_goes_on_with_other_batches_a_step_only_if_that_is_forced(
+    photos: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with another number of processes, whose batches together decide the photos of a step."""
+    config, asked, notes = settings(photos, tiny_base, tmp_path / "rex.safetensors"), iter(range(100)), list[str]()
+    with pytest.raises(Cancelled):
+        train_to_file(config, hooks=Hooks(should_stop=lambda: next(asked) >= 2))
+    own = Trainer._belongs
+    monkeypatch.setattr(Trainer, "_belongs", lambda self: {**own(self), "parts": "4"})
+    with pytest.raises(UserError, match=r"made with 1 batches a step over all processes, now it is 4; as many .*force"):
+        train_to_file(config, resume=True)
+    assert train_to_file(config, resume=True, force=True, hooks=Hooks(notify=notes.append)).norm() > 0
+    assert any("now it is 4; going on because force is set" in note for note in notes)
 
 
 def test_nan_stops_with_a_word_and_keeps_the_last_good_state(photos: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -28,10 +28,12 @@ def snapshot(base: Base) -> Callable[[], None]:
     def restore() -> None:
         remove_adapters(base.models)
         remove_per_layer(base)
-        if base.pipeline.vae.dtype != precision:  # a pipeline was stopped while decoding in float32
+        # A pipeline may have been stopped while decoding in float32; one that was moved stays as it is.
+        if base.pipeline.vae.dtype != precision and base.denoiser.network.dtype == base.dtype:
             nn.Module.to(base.pipeline.vae, precision)
         for name, table in tables.items():
-            cast(Any, base.models[name]).set_input_embeddings(table)
+            now = embedding_of(base.models[name]).weight  # the pipeline may have been moved
+            cast(Any, base.models[name]).set_input_embeddings(table.to(now.device, now.dtype))
             configs[name].vocab_size = sizes[name]
         for name, tokenizer in tokenizers.items():
             setattr(base.pipeline, name, tokenizer)

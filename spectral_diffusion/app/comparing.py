@@ -167,7 +167,7 @@ def _before_and_after(
 
     adapters = list(load_chosen(workspace, chosen).values())
     check_together(adapters, settings.scales)
-    get_merge(settings.merge).check(adapters, settings)
+    get_merge(settings.merge).accept(adapters, settings)
     base = load_base(settings.base or adapters[0].base, settings.device, settings.dtype)
     scene = build(
         Scene,

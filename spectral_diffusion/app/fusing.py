@@ -195,7 +195,7 @@ def fuse_chosen(
         with _kept(workspace, name), measured(workspace, speed_key(settings), len(chosen)):
             notes += [
                 f"Note: {warning}"
-                for warning in fuse_to_folder(settings, Hooks(progress=hooks.progress, notify=notes.append))
+                for warning in fuse_to_folder(settings, Hooks(hooks.progress, notes.append, hooks.should_stop))
             ]
     messages = [in_app(note, workspace) for note in notes]
     return "\n".join([*messages, f"Saved '{name}' with {' and '.join(chosen)}. Generate with it in step 4."])

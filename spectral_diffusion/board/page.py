@@ -6,6 +6,7 @@ import html
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,20 @@ def read_result(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no result of a board; make it again with board run.") from error
 
 
+def earlier_counts(path: Path, entry: BoardEntry) -> dict[int, Any]:
+    """What an entry's file has already, by number of concepts.
+
+    Raises:
+        UserError: it has the results of an entry of another name.
+    """
+    if not path.is_file():
+        return {}
+    earlier = read_result(path)
+    if earlier["entry"]["name"] != entry.name:
+        raise UserError(f"{path} has the results of '{earlier['entry']['name']}'; give '{entry.name}' another name.")
+    return dict(earlier["counts"])
+
+
 def write_result(
     folder: Path,
     entry: BoardEntry,
@@ -76,19 +91,14 @@ def write_result(
         UserError: the file has the results of an entry of another name.
     """
     path = result_file(folder, entry, suite)
-    before: dict[int, Any] = {}
-    if path.is_file():
-        earlier = read_result(path)
-        if earlier["entry"]["name"] != entry.name:
-            raise UserError(
-                f"{path} has the results of '{earlier['entry']['name']}'; give '{entry.name}' another name."
-            )
-        before = earlier["counts"]
-    kept = {
-        n: old
-        for n, old in before.items()
-        if n != count and old.get("key") == found["key"] and old.get("files") == files(n)
-    }
+    before = earlier_counts(path, entry)
+
+    def same_files(number: int, old: Mapping[str, Any]) -> bool:
+        with suppress(UserError):  # what is gone cannot be compared
+            return bool(old.get("files") == files(number))
+        return True
+
+    kept = {n: old for n, old in before.items() if n != count and old.get("key") == found["key"] and same_files(n, old)}
     dropped = sorted(before.keys() - kept.keys() - {count})
     counts = {**kept, count: {**found, "files": files(count), "provenance": record_provenance()}}
     shown = max(counts)
@@ -111,10 +121,10 @@ def tasks_key(suite: BoardSuite, given: str) -> str:
     return cell_key([suite.model_dump(mode="json", exclude={"hours", "counts", "folder", "base"}), given])
 
 
-def comparable(found: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The results on the tasks that most of them are on, and the names of entries with results on others."""
-    tasks = Counter(str(of.get("tasks")) for result in found for of in result["counts"].values())
-    chosen, others = tasks.most_common(1)[0][0], []
+def comparable(found: Sequence[dict[str, Any]], tasks: str = "") -> tuple[list[dict[str, Any]], list[str]]:
+    """The results on these tasks (default: those that most are on), and the names of entries with results on others."""
+    count = Counter(str(of.get("tasks")) for result in found for of in result["counts"].values())
+    chosen, others = tasks or count.most_common(1)[0][0], []
     kept = []
     for result in found:
         own = {n: of for n, of in result["counts"].items() if str(of.get("tasks")) == chosen}
@@ -129,8 +139,11 @@ def safe(text: object) -> str:
     return html.escape(str(text), quote=False).replace("|", "\\|").replace("\n", " ")
 
 
-def write_page(folder: Path, suite: BoardSuite) -> Path:
+def write_page(folder: Path, suite: BoardSuite, tasks: str = "") -> Path:
     """``README.md`` of a folder of results: a table per number of concepts, the best first, and every sheet.
+
+    Args:
+        tasks: the hash of the tasks whose results are shown; default: that of most results.
 
     Raises:
         UserError: there are none.
@@ -140,7 +153,7 @@ def write_page(folder: Path, suite: BoardSuite) -> Path:
     found = [result for result in found if result["suite"] == suite.name]
     if not found:
         raise UserError(f"{folder / RESULTS} has no results of the suite {suite.name}; make some with board run.")
-    found, others = comparable(found)
+    found, others = comparable(found, tasks)
     lines = [f"# Board: {suite.name}", "", explanation(suite), ""]
     if others:
         lines += [f"Left out, as measured on another base, photos or settings: {', '.join(map(safe, others))}.", ""]

@@ -9,7 +9,7 @@ from typing import Any
 from ..studies.runner import cell_key
 from .contestant import Contestant
 from .measure import Board, row_of
-from .page import key_of, tasks_key, write_result
+from .page import earlier_counts, key_of, result_file, tasks_key, write_result
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ def measure_to_file(board: Board, contestant: Contestant, count: int, folder: Pa
         UserError: the entry cannot be measured.
     """
     suite, entry = board.suite, contestant.entry
+    earlier_counts(result_file(folder, entry, suite), entry)  # refuses another entry's file before hours of work
     figures = board.measure(contestant, count)
     sheet = board.sheet_of(contestant, suite.concepts[:count])
     found = {"key": key_of(entry, suite, board.given), "tasks": tasks_key(suite, board.given), "figures": figures}

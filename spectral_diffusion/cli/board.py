@@ -40,7 +40,7 @@ def board_run(
     from ..board.contestant import Contestant
     from ..board.entry import read_entry
     from ..board.measure import Board
-    from ..board.page import write_page
+    from ..board.page import tasks_key, write_page
     from ..board.run import measure_to_file
     from ..board.suite import read_suite
     from ..studies.runner import StudyRunner, TimeOver
@@ -85,7 +85,7 @@ def board_run(
                     numbers = ", ".join(map(str, result.dropped))
                     echo(f"Note: earlier figures for {numbers} concepts were of other tasks, files or another entry.")
     if len(failed) < len(entries) or list((output / "results").glob("*.json")):
-        echo(f"Wrote {write_page(output, tasks)}.")
+        echo(f"Wrote {write_page(output, tasks, tasks_key(tasks, board.given))}.")
     if failed:
         raise UserError(f"{len(failed)} of {len(entries)} entries could not be measured to their end, as said above.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from ..config.fuse import FuseConfig
 from ..core.errors import UserError
 from ..core.files import is_folder
+from ..core.hooks import ignore
 from .executors import (
     ClusterOption,
     ExecutorOption,
@@ -172,7 +174,8 @@ def tune(
     loaded = [adapter for file in files for adapter in adapters_in_fusion(Path(file))]
     base = load_base(settings.base or loaded[0].base, settings.device, settings.dtype)
     with job_hooks() as hooks:
-        candidates = search_scales(base, loaded, settings, tries[0], tries[1], hooks)
+        quiet = replace(hooks, notify=ignore)  # what a fusion notes would be said of every candidate, and in the JSON
+        candidates = search_scales(base, loaded, settings, tries[0], tries[1], quiet)
     if as_json:
         typer.echo(json.dumps([{**vars(candidate), "score": candidate.score} for candidate in candidates], indent=2))
         return

@@ -14,7 +14,7 @@ from ..core.hooks import QUIET, Event, Hooks
 from ..data.folder import Concept
 from ..metrics.binding import binding_counts, binding_of, collapse_rate, collapsed_pictures
 from ..metrics.encoders import Encoder
-from ..metrics.statistics import interval
+from ..metrics.statistics import spread
 from ..metrics.text import text_match
 from ..metrics.views import View, embed_references, embed_views
 
@@ -48,20 +48,24 @@ class Scored:
 
 
 def figure(values: Sequence[float | None], clusters: Sequence[str] | None = None) -> Figure | None:
-    """The mean of the values that are not None, with its interval; ``clusters`` is the concept of each."""
+    """The mean of the values that are not None, with its interval; ``clusters`` is the concept of each.
+
+    Of few concepts it is the range of their means instead, and ``range`` is true.
+    """
     present = [index for index, value in enumerate(values) if value is not None]
     numbers = [float(values[index] or 0.0) for index in present]
     if not numbers:
         return None
-    low, high = interval(numbers, [clusters[index] for index in present] if clusters else None)
-    return {"mean": float(np.mean(numbers)), "low": low, "high": high, "n": len(numbers)}
+    low, high, is_range = spread(numbers, [clusters[index] for index in present] if clusters else None)
+    return {"mean": float(np.mean(numbers)), "low": low, "high": high, "n": len(numbers), "range": is_range}
 
 
 def with_interval(figure: Figure | None, digits: int = 2) -> str | None:
-    """``0.71 [0.65, 0.77]``."""
+    """``0.71 [0.65, 0.77]``; a range ``0.71 (0.65 to 0.77)``."""
     if figure is None:
         return None
-    return f"{figure['mean']:.{digits}f} [{figure['low']:.{digits}f}, {figure['high']:.{digits}f}]"
+    mean, low, high = (f"{figure[name]:.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})" if figure["range"] else f"{mean} [{low}, {high}]"
 
 
 def with_photos(shown: Mapping[str, Sequence[View]], concepts: Mapping[str, Concept]) -> dict[str, list[View]]:

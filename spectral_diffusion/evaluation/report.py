@@ -67,12 +67,18 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
+INTERVALS = (
+    "In brackets 95 % intervals of the mean, a bootstrap over concepts (of a single concept over its pictures); in "
+    "parentheses the range of fewer than five."
+)
+
+
 def made_of(evaluation: Evaluation) -> str:
     """Base, encoders and intervals in sentences."""
     base = evaluation.about.get("base") or {}
     base_text = f" Base: {base['name']}, fingerprint {base['fingerprint'][:12]}." if base else ""
     encoders = ", ".join(short(result, evaluation.encoders) for result in evaluation.encoders)
-    return f"Encoders: {encoders}. In brackets 95 % intervals of the mean, a bootstrap over concepts.{base_text}"
+    return f"Encoders: {encoders}. {INTERVALS}{base_text}"
 
 
 def as_html(evaluation: Evaluation, folder: Path) -> str:

@@ -140,9 +140,7 @@ def check_fusion(base: Base, adapters: list[Adapter], config: MergeConfig) -> No
             base, or weights that half precision would keep from learning.
     """
     check_together(adapters, config.scales)
-    merge = get_merge(config.merge)
-    merge.settings(config.options)
-    merge.check(adapters, config)
+    get_merge(config.merge).accept(adapters, config)
     if config.distill.steps:
         base.check_side(config.distill.resolution or base.size, "distill.resolution")
         check_words(adapters)

@@ -83,9 +83,9 @@ def compute_parts(config: FuseConfig, wanted: Sequence[str], hooks: Hooks = QUIE
         if config.distill.steps:
             cached = config.distill.model_copy(update={"cache": True})
             if mine:
-                adapter_targets(base, mine, scales_of(config, adapters).get(name, 1.0), cached, config.seed)
+                adapter_targets(base, mine, scales_of(config, adapters).get(name, 1.0), cached, config.seed, hooks)
             else:
-                generic_targets(base, cached, config.seed)
+                generic_targets(base, cached, config.seed, hooks)
         if get_merge(config.merge).needs_activations:
             calibrate_part(base, adapters, mine, targets, config, hooks)
         hooks.raise_if_stopped()

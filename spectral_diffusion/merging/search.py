@@ -104,6 +104,13 @@ def untouched(base: Base, adapters: Sequence[Adapter]) -> Iterator[None]:
                 layer.weight.copy_(originals[name])
 
 
+def changed_by(config: MergeConfig, adapters: Sequence[Adapter], scale: float, prior_weight: float) -> MergeConfig:
+    """The settings of one candidate."""
+    each = {adapter.name: scale * config.scales.get(adapter.name, 1.0) for adapter in adapters}
+    calibration = config.calibration.model_copy(update={"prior_weight": prior_weight})
+    return config.model_copy(update={"scales": {**config.scales, **each}, "calibration": calibration})
+
+
 def search_scales(
     base: Base,
     adapters: list[Adapter],
@@ -121,8 +128,13 @@ def search_scales(
         UserError: an adapter does not belong on this base, two share a name or a token, or the merge is not for them.
     """
     check_together(adapters, config.scales)
-    get_merge(config.merge).check(adapters, config)
     config = config.model_copy(update={"distill": DistillConfig()})  # merges are compared, before any distillation
+    grid = [
+        (scale, prior_weight, changed_by(config, adapters, scale, prior_weight))
+        for scale, prior_weight in itertools.product(scales, prior_weights or (config.calibration.prior_weight,))
+    ]
+    for _, _, changed in grid:
+        get_merge(config.merge).accept(adapters, changed)
     for adapter in adapters:
         check_base(adapter, base, config.allow_base)
     for adapter in adapters:
@@ -130,11 +142,7 @@ def search_scales(
     references = [make_reference(base, adapter, config) for adapter in (*adapters, None)]
     effect = sum(reference.effect for reference in references[:-1]) / len(adapters)
     tried = []
-    grid = list(itertools.product(scales, prior_weights or (config.calibration.prior_weight,)))
-    for index, (scale, prior_weight) in enumerate(grid, 1):
-        each = {adapter.name: scale * config.scales.get(adapter.name, 1.0) for adapter in adapters}
-        calibration = config.calibration.model_copy(update={"prior_weight": prior_weight})
-        changed = config.model_copy(update={"scales": {**config.scales, **each}, "calibration": calibration})
+    for index, (scale, prior_weight, changed) in enumerate(grid, 1):
         with untouched(base, adapters):
             fuse_adapters(base, adapters, changed, install=False, hooks=hooks)
             with torch.no_grad():

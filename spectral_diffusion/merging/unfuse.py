@@ -88,7 +88,7 @@ def unfuse(
     check_not_base(output, str(base_name or config.base))
     if kept:
         try:
-            merge.check(kept, config)
+            merge.accept(kept, config)
         except UserError as error:
             raise UserError(
                 f"Without {', '.join(remove)} the rest cannot be fused by {config.merge}; fuse the adapters that are "

@@ -24,6 +24,16 @@ def interval(values: Sequence[float], clusters: Clusters = None) -> tuple[float,
     return _ratio_interval(array, np.ones_like(array), clusters)
 
 
+def spread(values: Sequence[float], clusters: Clusters = None) -> tuple[float, float, bool]:
+    """The interval of the mean of ``values`` (n,); of few clusters the range of their means, and True."""
+    array = np.asarray(values, float)
+    sums, counts = _sums(array, clusters), _sums(np.ones_like(array), clusters)
+    if len(sums) >= FEW:
+        return (*interval(values, clusters), False)
+    means = sums / counts
+    return float(means.min()), float(means.max()), True
+
+
 def mean_text(values: Sequence[float], clusters: Clusters = None, digits: int = 2) -> str:
     """``0.71 [0.65, 0.77]``: the mean and its interval; ``0.71 (0.65 to 0.77)``: the mean and range of few clusters."""
     array = np.asarray(values, float)

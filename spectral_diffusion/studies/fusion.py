@@ -270,8 +270,12 @@ def measured_cells(
     rates: dict[tuple[str, int], float] = {}
     sweeps: list[Row] = []
     late: dict[FusionCell, list[int]] = {}
+    diverged: dict[tuple[str, int, int], str] = {}  # family, rank and seed of a training that did
     for seed, job in itertools.product(seeds, jobs):
         kind = job.family, job.rank
+        if (*kind, seed) in diverged and job.merge != JOINT:
+            late.setdefault(job, []).append(seed)
+            continue
         try:
             if kind not in rates:
                 rates[kind], trials = family_rate(lab, job.family, quick, job.rank)
@@ -283,6 +287,7 @@ def measured_cells(
             continue
         except NotFiniteError as error:  # a rate that others do best at may be too high for one of these
             lab.note(f"{job}, seed {seed}: {error}")
+            diverged[(*kind, seed)] = f"{job.family}, rank {job.rank}, seed {seed}, met NaN or infinity"
             late.setdefault(job, []).append(seed)
             continue
         lab.note(f"{job}, seed {seed}")
@@ -294,7 +299,7 @@ def measured_cells(
             rows.append(
                 {"family": job.family, "merge": job.merge, "K": job.size, "rank": job.rank, **measured, GAP: gap}
             )
-    return rows, sweeps, not_measured(late)
+    return rows, sweeps, [*not_measured(late), *diverged.values()]
 
 
 def minus_sum(

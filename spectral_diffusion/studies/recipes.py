@@ -119,11 +119,11 @@ TRIALS: tuple[FusionVariant, ...] = (
     *(
         FusionVariant(
             f"whole U-Net distilled from SSR, {n:,} steps",
-            "more images",
+            f"more images, learning rate {rate:g}",
             SSR_16,
-            distill=distilled(n, **WHOLE_UNET, **MORE_IMAGES),
+            distill=distilled(n, learning_rate=rate, **WHOLE_UNET, **MORE_IMAGES),
         )
-        for n in (900, 2700)
+        for n, rate in ((900, 1e-4), (900, 2e-4), (900, 4e-4), (2700, 2e-4))
     ),
     FusionVariant("routed by prompt, not fused", "", routed=True),
 )

@@ -114,6 +114,8 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             shown += variant_images(lab, variant, names, quick)
         except TimeOver:
             missing.append(f"{variant[1]} of {variant[0]}")
+    if not shown:
+        return Findings([], verdict([]), missing=missing)
     Random("sorting").shuffle(shown)
     pictures = []
     for shown_image in shown:

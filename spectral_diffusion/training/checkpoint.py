@@ -244,10 +244,11 @@ class TrainingState:
             UserError: it is of another base, slot, method, optimizer …; the sentence names the setting.
         """
         own = {name: value.shape for name, value in tensors.items() if not name.startswith((EXTRA, AVERAGE))}
-        fixed = {key: value for key, value in self.belongs.items() if key != "concept"}
+        free = ("concept", "parts")  # :meth:`_check_wanted` looks at these
+        fixed = {key: value for key, value in self.belongs.items() if key not in free}
         groups = [len(group["params"]) for group in header_of(self.path)["groups"]]
         if (
-            {key: value for key, value in meta.get("belongs", {}).items() if key != "concept"} == fixed
+            {key: value for key, value in meta.get("belongs", {}).items() if key not in free} == fixed
             and own == {name: parameter.shape for name, parameter in self.parameters.items()}
             and groups == [len(group["params"]) for group in self.optimizer.state_dict()["param_groups"]]
             and "optimizer.name" not in changed
@@ -261,9 +262,6 @@ class TrainingState:
                 Fix(causes[0], written(old), "to go on as it was"),
                 ANEW,
             )
-        before, now = (hashes.get("processes", "1") for hashes in (meta.get("belongs", {}), fixed))
-        if before != now:  # the batches of all processes together are another batch
-            raise UserError(f"{self.path} was made by {before} processes, not {now}; as many can go on from it.", ANEW)
         if fixed.get("earlier") != meta.get("belongs", {}).get("earlier"):
             raise UserError(f"{self.path} was made with other adapters to keep off, which could be put back.", ANEW)
         if self._other_concept(meta):
@@ -300,6 +298,18 @@ class TrainingState:
                 Fix("force", "true", "to go on with the new settings"),
                 ANEW,
             )
+        parts = [hashes.get("parts", "1") for hashes in (meta.get("belongs", {}), self.belongs)]
+        if parts[0] != parts[1] and "optimizer.gradient_accumulation_steps" not in changed:
+            batches = (
+                f"{self.path.name} was made with {parts[0]} batches a step over all processes, now it is {parts[1]}"
+            )
+            if not force:
+                raise UserError(
+                    f"{batches}; as many processes go on as it was.",
+                    Fix("force", "true", "to go on with these"),
+                    ANEW,
+                )
+            hooks.notify(f"Note: {batches}; going on because force is set.")
         other = self._other_concept(meta)
         if other and not force:
             raise UserError(

@@ -239,7 +239,8 @@ class Trainer:
             "start": start_hash(job.start_from),
             "concept": self.concept.digest(),
             **({"revision": str(revision)} if revision > 1 else {}),
-            **({"processes": str(self.world.count)} if self.world.count > 1 else {}),
+            # Batches of all processes in all accumulations together, which decide the photos of a step.
+            "parts": str(self.world.count * self.config.optimizer.gradient_accumulation_steps),
             **({"earlier": " ".join(map(content_hash, job.earlier))} if job.earlier else {}),
         }
 

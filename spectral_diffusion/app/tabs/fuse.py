@@ -9,7 +9,8 @@ from typing import Any
 
 import gradio as gr
 
-from ...core.hooks import Hooks, Progress
+from ...core.errors import Cancelled, UserError
+from ...core.hooks import Hooks
 from ...core.templates import render
 from .. import comparing, downloads, fusing, temporary
 from ..adapters import adapter_rows
@@ -228,10 +229,12 @@ class FuseHandlers:
         self.compares.stop(session)
 
     @contextmanager
-    def _run(self, runs: CancelTokens, ticket: str, stop: threading.Event, progress: gr.Progress) -> Iterator[Progress]:
-        """The progress of a run that its browser can stop."""
+    def _run(self, runs: CancelTokens, ticket: str, stop: threading.Event, progress: gr.Progress) -> Iterator[Hooks]:
+        """The hooks of a run that its browser can stop."""
         try:
-            yield cancellable(stop, teller(progress), STOPPED)
+            yield Hooks(progress=cancellable(stop, teller(progress), STOPPED), should_stop=stop.is_set)
+        except Cancelled as stopped:
+            raise UserError(STOPPED) from stopped
         finally:
             runs.end(ticket)
 
@@ -254,10 +257,8 @@ class FuseHandlers:
         with errors_as_toast():
             progress(0, desc="Loading the base")
             changes = changes_for(merge, distill, options, prior_weight)
-            with self._run(self.compares, ticket, stop, progress) as tell:
-                pictures = comparing.compare(
-                    self.workspace, chosen, strengths or {}, int(seed or 0), Hooks(progress=tell), **changes
-                )
+            with self._run(self.compares, ticket, stop, progress) as hooks:
+                pictures = comparing.compare(self.workspace, chosen, strengths or {}, int(seed or 0), hooks, **changes)
             sheet = temporary.new_file("before-and-after.png")
             comparing.sheet_of(pictures).save(sheet)
         message = "Nothing is saved yet; press Save to keep this fusion."
@@ -285,10 +286,8 @@ class FuseHandlers:
         with errors_as_toast():
             progress(0, desc="Loading the adapters and their base")
             changes = {**changes_for(merge, distill, options, prior_weight), "seed": seed}
-            with self._run(self.saves, ticket, stop, progress) as tell:
-                message = fusing.fuse_chosen(
-                    self.workspace, chosen, name, strengths or {}, Hooks(progress=tell), replace, **changes
-                )
+            with self._run(self.saves, ticket, stop, progress) as hooks:
+                message = fusing.fuse_chosen(self.workspace, chosen, name, strengths or {}, hooks, replace, **changes)
         return message, hand(fusing.FUSED + name), name, gr.Button(visible=True)
 
     @asked

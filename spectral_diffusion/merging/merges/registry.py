@@ -165,6 +165,15 @@ class Merge:
         """
         return build(self.options, dict(given), prefix="options.")
 
+    def accept(self, adapters: Sequence[Adapter], config: MergeConfig) -> None:
+        """Refuse a fusion that this merge cannot do, before any work.
+
+        Raises:
+            UserError: wrong settings of the merge's own, or adapters and settings that do not fit it.
+        """
+        self.settings(config.options)
+        self.check(adapters, config)
+
     def accumulate(self, contributions: Sequence[Contribution], context: MergeContext) -> Accumulator:
         """Begin to merge one weight whose activations come adapter by adapter."""
         if self.accumulator:
