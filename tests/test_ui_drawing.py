@@ -25,7 +25,7 @@ from processes import client_of
 
 from spectral_diffusion import pocket
 from spectral_diffusion.app import base_cache as keeper_module
-from spectral_diffusion.app import canvas, fusing, poses, presets
+from spectral_diffusion.app import bases, canvas, poses, presets
 from spectral_diffusion.app import gallery as pictures
 from spectral_diffusion.app import generation as drawing
 from spectral_diffusion.app.base_cache import BaseCache
@@ -292,7 +292,7 @@ def test_a_base_is_loaded_as_this_computer_needs_it(
     klein, z_image = "black-forest-labs/FLUX.2-klein-base-4B", "Tongyi-MAI/Z-Image"
     assert drawing.as_loaded(workspace, klein) == {"dtype": "float32"}  # no GPU here
     monkeypatch.setattr("spectral_diffusion.doctor.this_computer", lambda: ("a card", ["klein-12gb", "z-image-12gb"]))
-    assert fusing.base_choices(workspace, list(suited_bases())) == [*pocket.BASES, klein, z_image]
+    assert bases.base_choices(workspace, list(suited_bases())) == [*pocket.BASES, klein, z_image]
     assert drawing.as_loaded(workspace, klein) == {"dtype": "bfloat16"}
     assert drawing.as_loaded(workspace, z_image) == {"dtype": "bfloat16", "quantization": "int8"}
     assert drawing.sampling_of(workspace, klein, (20, 2.0, 1.0)) == (50, 4.0, 0.0)

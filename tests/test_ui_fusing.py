@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from spectral_diffusion import pocket
 from spectral_diffusion.adapters.formats.import_lora import import_lora
-from spectral_diffusion.app import comparing, downloads, fusing, presets, speeds
+from spectral_diffusion.app import bases, comparing, downloads, fusing, speeds
 from spectral_diffusion.app.adapters import read_adapter
 from spectral_diffusion.app.sentences import in_app
 from spectral_diffusion.app.streaming import cancellable
@@ -118,7 +118,7 @@ def test_one_unreadable_adapter_hides_no_other(workspace: Workspace) -> None:
 @pytest.mark.parametrize("merge", ["spectral", "fedavg", "ties"])
 def test_fuse_and_take_out_again(workspace: Workspace, merge: str, tmp_path: Path) -> None:
     told = fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH, merge=merge)
-    assert "Saved 'pair'" in told and fusing.base_choices(workspace) == [*pocket.BASES, "fused/pair"]
+    assert "Saved 'pair'" in told and bases.base_choices(workspace) == [*pocket.BASES, "fused/pair"]
     [saved] = fusing.fusions(workspace)
     assert (saved.name, dict(saved.concepts), saved.merge) == ("pair", {"mug": 0.5, "rex": 1.0}, merge)
     fusing.take_out(workspace, "pair", "mug", "rest")
@@ -154,7 +154,7 @@ def test_a_fusion_is_distilled_if_asked_and_stops_when_asked(
             Hooks(progress=cancellable(stop, watched, "Stopped; nothing was saved.")),
             distill_steps=9,
         )
-    assert fusing.fused_names(workspace) == ["clever"]
+    assert bases.fused_names(workspace) == ["clever"]
 
 
 def test_the_page_fuses_as_the_command_line_does(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_the_page_fuses_as_the_command_line_does(workspace: Workspace, monkeypat
     monkeypatch.undo()
     with pytest.raises(UserError, match="only on the pocket base"):
         wanted(preset="pocket-distilled")
-    monkeypatch.setattr(presets, "preset_of_base", lambda workspace, base: "sdxl-12gb")
+    monkeypatch.setattr(fusing, "preset_of_base", lambda workspace, base: "sdxl-12gb")
     assert wanted().dtype == read_yaml(preset("sdxl-12gb"))["fuse"]["dtype"] == "float16"
 
 
@@ -315,7 +315,7 @@ def test_a_full_disk_is_a_sentence(workspace: Workspace, monkeypatch: pytest.Mon
     ):
         with pytest.raises(UserError, match=f"folder {folder}: No space left on device; free some space there"):
             call()
-    assert fusing.fused_names(workspace) == ["pair"]
+    assert bases.fused_names(workspace) == ["pair"]
     assert [path for path in workspace.pictures.rglob("*") if path.is_file()] == []
 
 
@@ -353,7 +353,7 @@ def test_pages_wait_for_no_torch() -> None:
     modules = ", ".join(f"spectral_diffusion.app.{name}" for name in ("fusing", "comparing", "downloads", "tabs.fuse"))
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=300).returncode == 0
-    assert fusing.MANIFEST == MANIFEST and {"gradient", "ties"} <= fusing.merge_summaries().keys()
+    assert bases.MANIFEST == MANIFEST and {"gradient", "ties"} <= fusing.merge_summaries().keys()
 
 
 def test_bad_wishes_and_damaged_files_are_sentences(workspace: Workspace) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from ..core.errors import UserError
 from ..core.files import atomic
 from ..core.hooks import Hooks
+from .bases import fused_folder
 from .device import giving_back
-from .fusing import exports_of, fused_folder
+from .fusing import exports_of
 from .sentences import errors_in_app, in_app
 from .workspace import Workspace
 

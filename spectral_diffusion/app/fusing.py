@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import pocket
 from ..config.fuse import FuseConfig
 from ..config.presets import preset_part
 from ..config.settings import Settings, build, parse_overrides
@@ -20,20 +19,18 @@ from ..core import assets as resources
 from ..core.errors import UserError, nearest
 from ..core.hooks import QUIET, Hooks
 from .adapters import adapter_file, read_adapter
+from .bases import fused_folder, fused_folders
 from .device import giving_back
+from .presets import preset_of_base
 from .sentences import errors_in_app, in_app
 from .speeds import expected, line, measured
-from .workspace import Workspace, filled, pick, safe_name, sentence_of, visible
+from .workspace import Workspace, filled, safe_name, sentence_of
 
 if TYPE_CHECKING:
     from ..adapters.adapter import Adapter
 
-FUSED = "fused/"  # marks a fused folder of the workspace among the bases
 SPACE = "\0"  # replaces a space inside a name
 SPARING = "sd15-12gb"  # the preset for a base without its own
-MANIFEST = (
-    "manifest.json"  # the library's own name for it is in a module that brings torch, which no page has to wait for
-)
 
 
 @dataclass(frozen=True)
@@ -45,40 +42,6 @@ class Fusion:
     merge: str
     distill_steps: int = 0  # steps
     problem: str = ""
-
-
-def fused_folders(workspace: Workspace) -> dict[str, Path]:
-    """The fused folders by name, damaged ones too."""
-    return {path.name: path for path in visible(workspace.fused) if (path / MANIFEST).is_file()}
-
-
-def fused_names(workspace: Workspace) -> list[str]:
-    """The names of the fused folders."""
-    return list(fused_folders(workspace))
-
-
-def fused_folder(workspace: Workspace, name: str | None) -> Path:
-    """The folder of a listed fusion.
-
-    Raises:
-        UserError: there is none of that name.
-    """
-    return pick(name, fused_folders(workspace), "fused folder", "fuse adapters in step 3")
-
-
-def base_choices(workspace: Workspace, suited: Sequence[str] = ()) -> list[str]:
-    """The pocket bases, the fused folders as ``fused/<name>``, then those that suit this computer."""
-    return list(dict.fromkeys([*pocket.BASES, *(FUSED + name for name in fused_names(workspace)), *suited]))
-
-
-def base_path(workspace: Workspace, base: str | None) -> str:
-    """The base to load for a choice: a fused folder of the workspace, or any other text as it is.
-
-    Raises:
-        UserError: no such fused folder.
-    """
-    base = (base or "pocket").strip()
-    return str(fused_folder(workspace, base.removeprefix(FUSED))) if base.startswith(FUSED) else base
 
 
 def parse_strengths(text: str | None, names: Sequence[str]) -> dict[str, float]:
@@ -149,8 +112,6 @@ def fuse_settings(
     inner |= {} if steps is None else {"distill": {"steps": steps}}
     inner |= {} if options is None else {"options": parse_overrides(options.replace(",", " ").split())}
     preset = given.pop("preset", None)
-    from .presets import preset_of_base  # which imports this module
-
     base = next(iter(adapters.values())).base
     if preset and resources.preset_of(base) != "pocket":
         raise UserError("All of the U-Net is distilled only on the pocket base here; choose fewer layers.")

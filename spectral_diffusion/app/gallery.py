@@ -20,8 +20,8 @@ from ..config.settings import build
 from ..core.errors import UserError
 from ..core.files import write_bytes
 from .adapters import read_adapter, workspace_adapters
+from .bases import FUSED, fused_folders
 from .canvas import MOST_SIDE, as_url, png_of
-from .fusing import FUSED, fused_folders
 from .generation import SKETCHES
 from .sentences import rendered
 from .trash import discard

@@ -22,9 +22,10 @@ from ..core.files import write_bytes
 from ..core.hooks import QUIET, Event, Hooks, Progress
 from .adapters import adapter_file, read_adapter, workspace_adapters
 from .base_cache import BaseCache
+from .bases import FUSED, base_path, fused_names
 from .canvas import Canvas, CanvasRegion
 from .concepts import known_concepts
-from .fusing import FUSED, SPARING, base_path, fused_names, parse_strengths
+from .fusing import SPARING, parse_strengths
 from .presets import generate_parts, preset_of_base
 from .sentences import errors_in_app, in_app
 from .speeds import expected, line, measured, work_of_pictures

@@ -14,8 +14,8 @@ from ..config.settings import build, read_yaml
 from ..config.train import TrainConfig
 from ..core import assets as resources
 from ..core.errors import UserError, nearest
+from .bases import base_path
 from .concepts import concept_folder
-from .fusing import base_path
 from .workspace import Workspace, filled
 
 GRIDS = 4  # sample grids during a training, the last at the end

@@ -12,7 +12,7 @@ import gradio as gr
 from ...core.errors import Cancelled, UserError
 from ...core.hooks import Hooks
 from ...core.templates import render
-from .. import comparing, downloads, fusing, temporary
+from .. import bases, comparing, downloads, fusing, temporary
 from ..adapters import adapter_rows
 from ..page import DEVICE, PRIVATE, Handed, Page, afterwards, asked, errors_as_toast, hand, plain_html, teller
 from ..streaming import CancelTokens, cancellable
@@ -193,7 +193,7 @@ class FuseHandlers:
         """The checkbox for replacing a fusion, if the name is taken."""
         name = name.strip() or DEFAULT_NAME
         with errors_as_toast():
-            exists = name in fusing.fused_names(self.workspace)
+            exists = name in bases.fused_names(self.workspace)
         return gr.Checkbox(
             label=f"Replace the fusion '{name}' (the old one goes to the trash)", value=False, visible=exists
         )
@@ -288,7 +288,7 @@ class FuseHandlers:
             changes = {**changes_for(merge, distill, options, prior_weight), "seed": seed}
             with self._run(self.saves, ticket, stop, progress) as hooks:
                 message = fusing.fuse_chosen(self.workspace, chosen, name, strengths or {}, hooks, replace, **changes)
-        return message, hand(fusing.FUSED + name), name, gr.Button(visible=True)
+        return message, hand(bases.FUSED + name), name, gr.Button(visible=True)
 
     @asked
     def fuse(
@@ -333,8 +333,8 @@ class FuseHandlers:
     def generate_with(self, which: str | None) -> tuple[Handed, Any]:
         """Hand the chosen fusion to the pictures."""
         with errors_as_toast():
-            fusing.fused_folder(self.workspace, which)
-        return hand(f"{fusing.FUSED}{which}"), gr.Tabs(selected="generate")
+            bases.fused_folder(self.workspace, which)
+        return hand(f"{bases.FUSED}{which}"), gr.Tabs(selected="generate")
 
     def take_out(
         self,
@@ -347,7 +347,7 @@ class FuseHandlers:
         with errors_as_toast():
             progress(0, desc="Fusing the rest")
             message = fusing.take_out(self.workspace, which, concept, new, Hooks(progress=teller(progress)))
-        return message, gr.Dropdown(fusing.fused_names(self.workspace), value=new.strip())
+        return message, gr.Dropdown(bases.fused_names(self.workspace), value=new.strip())
 
     def download(
         self,

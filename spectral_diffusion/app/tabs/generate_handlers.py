@@ -19,9 +19,9 @@ from .. import generation
 from ..adapters import adapter_rows, read_adapter
 from ..arranging import prompt_naming, side_by_side
 from ..base_cache import BaseCache
+from ..bases import base_choices, base_path
 from ..canvas import Canvas, ink_of_drawing, read_canvas, read_regions
 from ..first_run import first_scene
-from ..fusing import base_choices, base_path
 from ..generation import GeneratedPictures, GenerateRequest
 from ..page import Handed, asked, errors_as_toast, plain_html
 from ..presets import suited_bases

@@ -13,7 +13,7 @@ from ...core.errors import UserError
 from ...core.hooks import Hooks
 from ..adapters import adapter_rows
 from ..base_cache import BaseCache
-from ..fusing import base_choices
+from ..bases import base_choices
 from ..generation import GenerateRequest
 from ..page import PRIVATE, Page, errors_as_toast, plain_html
 from ..pairs import Pair, generate_both, other_request
