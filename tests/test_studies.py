@@ -215,7 +215,8 @@ def test_the_sheet_shows_what_fuses_best_and_what_only_merges_best() -> None:
 
 
 def test_the_preset_for_many_concepts_is_the_recipe_that_the_study_measures() -> None:
-    [measured] = [r for r in TRIALS if r.kind == "whole U-Net distilled, 900 steps"]
+    kind = "whole U-Net distilled from SSR, 900 steps"
+    [measured] = [r for r in TRIALS if r.kind == kind and r.setting.endswith("0.0002")]
     given = read_yaml(preset("pocket-distilled"))["fuse"]
     files = {"adapters": ["a"], "output": "b"}
     distilled = {**(measured.distill or {}), "prior_subjects": prior_subjects(StudyRunner(settings=study_settings()))}

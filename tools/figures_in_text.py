@@ -51,7 +51,7 @@ def merges_table() -> str:
         ("`ties`", kept("ties"), "instant"),
         ("`gradient`", kept("gradient, prior term"), "uses the layers' activations; seconds to minutes"),
         (
-            "`gradient`, then distilled (`--config pocket-distilled`)",
+            "`gradient`, then distilled",
             ["", "", mean(distilled["of alone"])],
             f"{minutes} minutes of one core; generic prompts change little ([recipes](docs/evidence/recipes.md))",
         ),
