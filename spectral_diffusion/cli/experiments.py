@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..core.errors import UserError
-from ..core.hooks import brief_duration
+from ..core.hooks import Event, brief_duration
 from ..core.paths import without_folders
 from .executors import ClusterOption, ExecutorOption, Executors, ParallelOption, submit_jobs, this_command
 from .support import echo, progress_bar
+
+if TYPE_CHECKING:  # it brings torch
+    from ..studies.runner import StudyRunner
 
 
 def experiment(
@@ -40,7 +44,7 @@ def experiment(
     """Regenerate a study of the paper: its table, its verdict, its pictures."""
     from ..studies.registry import all_studies, get_study
     from ..studies.report import read_records, write_findings
-    from ..studies.runner import StudyRunner, study_settings
+    from ..studies.runner import study_settings
 
     if name is None and not repeat:
         for study in all_studies().values():
@@ -66,18 +70,8 @@ def experiment(
         echo(f"{study.name}: about {expected} with nothing cached, {hours:g} h at most; parts are cached.")
         try:
             with progress_bar() as progress:
-                lab = StudyRunner(
-                    base,
-                    settings=settings,
-                    encoder_name=encoder,
-                    progress=progress,
-                    note=echo,
-                    most=hours * 3600,
-                    known=read_records(output) if from_record else {},
-                    recipe=recipe,
-                )
-                if work is not None:
-                    lab.folder = work
+                lab = _runner(base, settings, recipe, encoder, work, hours, progress)
+                lab.known = read_records(output) if from_record else {}
                 how = _command(study.name, base, recipe, encoder, quick)
                 page = write_findings(study, study.run(lab, quick), lab, output, quick, how)
             echo(f"Wrote {page}.")
@@ -88,6 +82,21 @@ def experiment(
             failed.append(study.name)
     if failed:
         raise UserError(f"{len(failed)} of {len(studies)} studies ended early: {', '.join(failed)}, as said above.")
+
+
+def _runner(
+    base: str, settings: dict[str, Any], recipe: Path | None, encoder: str, work: Path | None, hours: float,
+    progress: Callable[[Event], None],
+) -> StudyRunner:  # fmt: skip
+    """What a study measures with, from the command line's options."""
+    from ..studies.runner import StudyRunner
+
+    lab = StudyRunner(
+        base, settings=settings, encoder_name=encoder, progress=progress, note=echo, most=hours * 3600, recipe=recipe
+    )
+    if work is not None:
+        lab.folder = work
+    return lab
 
 
 def _command(study: str, base: str, recipe: Path | None, encoder: str, quick: bool) -> str:
@@ -114,14 +123,9 @@ def _repeat(
 ) -> None:
     """Measure some recorded cells again."""
     from ..studies.repeat import repeat
-    from ..studies.runner import StudyRunner, study_settings
+    from ..studies.runner import study_settings
 
     with progress_bar() as progress:
-        settings = study_settings(recipe, base=base)
-        lab = StudyRunner(
-            base, settings=settings, encoder_name=encoder, progress=progress, note=echo, most=hours * 3600
-        )
-        if work is not None:
-            lab.folder = work
+        lab = _runner(base, study_settings(recipe, base=base), recipe, encoder, work, hours, progress)
         page = repeat(output, lab, count)
     echo(f"Wrote {page}.")

@@ -50,6 +50,32 @@ def settings_of(folder: Path, adapters: Sequence[Path], output: Path, device: st
     return build(FuseConfig, manifest["settings"], changed, {"scales": manifest["scales"]}, file=f"{folder}/{MANIFEST}")
 
 
+def settings_without(config: FuseConfig, names: Sequence[str], remove: Sequence[str]) -> FuseConfig:
+    """The settings of a fusion of ``names`` without those of some of its concepts."""
+    named = get_merge(config.merge).name_options
+    scales = {key: value for key, value in config.scales.items() if owner(key, names)[0] not in remove}
+    options = {
+        key: [name for name in value if name not in remove] if key in named else value
+        for key, value in config.options.items()
+    }
+    return config.model_copy(update={"scales": scales, "options": options})
+
+
+def check_rest(folder: Path, kept: Sequence[Adapter], config: FuseConfig, remove: Sequence[str]) -> None:
+    """Refuse to take out what the fusion's merge cannot do without, such as np-lora's only style.
+
+    Raises:
+        UserError: the merge is not for the rest.
+    """
+    try:
+        get_merge(config.merge).accept(kept, config)
+    except UserError as error:
+        raise UserError(
+            f"Without {', '.join(remove)} the rest cannot be fused by {config.merge}; fuse the adapters that are "
+            f"left in {folder}/{ADAPTERS} by another merge."
+        ) from error
+
+
 def unfuse(
     folder: Path,
     remove: Sequence[str],
@@ -78,22 +104,10 @@ def unfuse(
         raise UserError(f"{folder} may hold the only copy of what is taken out.", ELSEWHERE)
     check_fusion_output(output)
     kept = [adapter for adapter in adapters if adapter.name not in remove]
-    left = {key: value for key, value in config.scales.items() if owner(key, names)[0] not in remove}
-    merge = get_merge(config.merge)
-    options = {
-        key: [name for name in value if name not in remove] if key in merge.name_options else value
-        for key, value in config.options.items()
-    }
-    config = config.model_copy(update={"scales": left, "options": options})
+    config = settings_without(config, names, remove)
     check_not_base(output, str(base_name or config.base))
     if kept:
-        try:
-            merge.accept(kept, config)
-        except UserError as error:
-            raise UserError(
-                f"Without {', '.join(remove)} the rest cannot be fused by {config.merge}; fuse the adapters that are "
-                f"left in {folder}/{ADAPTERS} by another merge."
-            ) from error
+        check_rest(folder, kept, config, remove)
     if subtract:
         _subtract(folder, list(remove), config, hooks)
         return

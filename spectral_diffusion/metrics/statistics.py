@@ -27,11 +27,7 @@ def interval(values: Sequence[float], clusters: Clusters = None) -> tuple[float,
 def spread(values: Sequence[float], clusters: Clusters = None) -> tuple[float, float, bool]:
     """The interval of the mean of ``values`` (n,); of few clusters the range of their means, and True."""
     array = np.asarray(values, float)
-    sums, counts = _sums(array, clusters), _sums(np.ones_like(array), clusters)
-    if len(sums) >= FEW:
-        return (*interval(values, clusters), False)
-    means = sums / counts
-    return float(means.min()), float(means.max()), True
+    return _spread(array, np.ones_like(array), clusters)
 
 
 def mean_text(values: Sequence[float], clusters: Clusters = None, digits: int = 2) -> str:
@@ -92,18 +88,20 @@ def _sums(values: np.ndarray, clusters: Clusters) -> np.ndarray:
     )
 
 
-def _spread_text(parts: np.ndarray, wholes: np.ndarray, clusters: Clusters, digits: int) -> str | None:
-    """The interval of Σ parts / Σ wholes in brackets, the range of few clusters in parentheses, nothing of one.
-
-    None where a share of it is not finite.
-    """
+def _spread(parts: np.ndarray, wholes: np.ndarray, clusters: Clusters) -> tuple[float, float, bool]:
+    """The interval of Σ parts / Σ wholes; of few clusters the range of their shares, and True. It may be infinite."""
     part, whole = _sums(parts, clusters), _sums(wholes, clusters)
-    if len(part) < 2:
-        return ""
     if len(part) >= FEW:
-        low, high = _ratio_interval(parts, wholes, clusters)
-        return f" [{low:.{digits}f}, {high:.{digits}f}]" if np.isfinite((low, high)).all() else None
-    if (whole <= 0).any():
+        return (*_ratio_interval(parts, wholes, clusters), False)
+    shares = np.divide(part, whole, out=np.full_like(part, np.inf), where=whole > 0)
+    return float(shares.min()), float(shares.max()), True
+
+
+def _spread_text(parts: np.ndarray, wholes: np.ndarray, clusters: Clusters, digits: int) -> str | None:
+    """The interval in brackets or the range in parentheses, nothing of one cluster; None where it is not finite."""
+    if len(_sums(parts, clusters)) < 2:
+        return ""
+    low, high, is_range = _spread(parts, wholes, clusters)
+    if not np.isfinite((low, high)).all():
         return None
-    shares = part / whole
-    return f" ({shares.min():.{digits}f} to {shares.max():.{digits}f})"
+    return f" ({low:.{digits}f} to {high:.{digits}f})" if is_range else f" [{low:.{digits}f}, {high:.{digits}f}]"

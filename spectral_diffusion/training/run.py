@@ -108,10 +108,7 @@ def train_on(
             note(f"Note: {start_from.token} has layer-wise vectors; what goes on from it keeps their mean.")
     config = with_rates(config)
     method = get_method(config.method)
-    if config.normalize and not method.normalizable:
-        raise UserError(f"The method {method.name} has no columns that could be normalized.", Fix("normalize", "false"))
-    if config.slot_lr_power and method.builds_on != "columns":
-        raise UserError(f"The method {method.name} has no columns to scale the rate by.", Fix("slot_lr_power", "0"))
+    check_columns(config, method)
     check_optimizer(config, method)
     check_weights(base, method)
     size = config.resolution or base.size
@@ -149,6 +146,18 @@ def train_on(
         write_settings(output.with_suffix(".yaml"), heading() + to_yaml(config))
         state_path(output).unlink(missing_ok=True)
     return adapter
+
+
+def check_columns(config: TrainConfig, method: Method) -> None:
+    """Refuse settings of columns for a method without them.
+
+    Raises:
+        UserError: there are such.
+    """
+    if config.normalize and not method.normalizable:
+        raise UserError(f"The method {method.name} has no columns that could be normalized.", Fix("normalize", "false"))
+    if config.slot_lr_power and method.builds_on != "columns":
+        raise UserError(f"The method {method.name} has no columns to scale the rate by.", Fix("slot_lr_power", "0"))
 
 
 def training_note(concept: Concept, method: Method, where: str, shapes: Sequence[tuple[int, int]], rank: int) -> str:
