@@ -117,8 +117,8 @@ def test_one_unreadable_adapter_hides_no_other(workspace: Workspace) -> None:
 
 @pytest.mark.parametrize("merge", ["spectral", "fedavg", "ties"])
 def test_fuse_and_take_out_again(workspace: Workspace, merge: str, tmp_path: Path) -> None:
-    told = fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH, merge=merge)
-    assert "Saved 'pair'" in told and bases.base_choices(workspace) == [*pocket.BASES, "fused/pair"]
+    message = fusing.fuse_chosen(workspace, ["rex", "mug"], "pair", BOTH, merge=merge)
+    assert "Saved 'pair'" in message and bases.base_choices(workspace) == [*pocket.BASES, "fused/pair"]
     [saved] = fusing.fusions(workspace)
     assert (saved.name, dict(saved.concepts), saved.merge) == ("pair", {"mug": 0.5, "rex": 1.0}, merge)
     fusing.take_out(workspace, "pair", "mug", "rest")

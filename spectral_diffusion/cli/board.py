@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..core.errors import UserError
 from .executors import ClusterOption, ExecutorOption, Executors, ParallelOption, submit_jobs, this_command
 from .support import echo, progress_bar
+
+if TYPE_CHECKING:  # they bring torch
+    from ..board.contestant import Contestant
+    from ..board.measure import Board
 
 board_app = typer.Typer(
     help="A board for several concepts: any trainer's LoRAs, any merger's result, any generator, on the same tasks.",
@@ -41,9 +45,8 @@ def board_run(
     from ..board.entry import read_entry
     from ..board.measure import Board
     from ..board.page import tasks_key, write_page
-    from ..board.run import measure_to_file
     from ..board.suite import read_suite
-    from ..studies.runner import StudyRunner, TimeOver
+    from ..studies.runner import StudyRunner
 
     tasks = read_suite(suite, base=base, folder=concepts, counts=_counts(n))
     entries = [read_entry(path) for path in entry]
@@ -65,29 +68,42 @@ def board_run(
         opened = [Contestant(one, tasks, lab, run_commands) for one in entries]
         board = Board(tasks, lab)
         for contestant in opened:
-            for count in [c for c in tasks.counts if c in (contestant.entry.counts or tasks.counts)]:
-                name = f"{contestant.entry.name}, {count} concepts"
-                try:
-                    result = measure_to_file(board, contestant, count, output)
-                except TimeOver:
-                    echo(f"{name}: the time is over; run it again to go on here.")
-                    continue
-                except UserError as error:  # the other entries can still be measured
-                    echo(f"{name}: {error}")
-                    failed.append(error)
-                    break
-                row = result.row
-                echo(
-                    f"{name}: identity {row['identity']}, kept {row['kept']}, drift {row['drift of others']:.3f}, "
-                    f"collapse {row['collapse rate']} ({result.file})"
-                )
-                if result.dropped:
-                    numbers = ", ".join(map(str, result.dropped))
-                    echo(f"Note: earlier figures for {numbers} concepts were of other tasks, files or another entry.")
+            try:
+                _measure(board, contestant, output)
+            except UserError as error:  # the other entries can still be measured
+                echo(f"{contestant.entry.name}: {error}")
+                failed.append(error)
     if len(failed) < len(entries) or list((output / "results").glob("*.json")):
         echo(f"Wrote {write_page(output, tasks, tasks_key(tasks, board.given))}.")
     if failed:
         raise UserError(f"{len(failed)} of {len(entries)} entries could not be measured to their end, as said above.")
+
+
+def _measure(board: Board, contestant: Contestant, output: Path) -> None:
+    """Measure an entry for every number of concepts that time allows, and say what was found.
+
+    Raises:
+        UserError: it cannot be measured; larger numbers are not tried.
+    """
+    from ..board.run import measure_to_file
+    from ..studies.runner import TimeOver
+
+    counts = board.suite.counts
+    for count in [c for c in counts if c in (contestant.entry.counts or counts)]:
+        name = f"{contestant.entry.name}, {count} concepts"
+        try:
+            result = measure_to_file(board, contestant, count, output)
+        except TimeOver:
+            echo(f"{name}: the time is over; run it again to go on here.")
+            continue
+        row = result.row
+        echo(
+            f"{name}: identity {row['identity']}, kept {row['kept']}, drift {row['drift of others']:.3f}, "
+            f"collapse {row['collapse rate']} ({result.file})"
+        )
+        if result.dropped:
+            numbers = ", ".join(map(str, result.dropped))
+            echo(f"Note: earlier figures for {numbers} concepts were of other tasks, files or another entry.")
 
 
 def submit_entries(
