@@ -384,9 +384,35 @@ def test_answers_are_for_the_very_pictures_that_were_sorted(monkeypatch: pytest.
     assert sorting.run(lab, False).missing
     [place] = (tmp_path / "lab" / "sorting").iterdir()
     count = len(sorting.VARIANTS) * len(TEST_CONCEPTS)
-    (place / "answers.txt").write_text("".join(f"{number} rex\n" for number in range(1, count + 1)))
+    (place / "answers-a.txt").write_text("".join(f"{number} rex 3\n" for number in range(1, count + 1)))
     assert not sorting.run(lab, False).missing
     monkeypatch.setattr(sorting, "variant_images", images("second"))
     assert sorting.run(lab, False).missing
     quick = sorting.run(lab, True)
     assert not quick.missing and all(row["right by eye"] is None for row in quick.tables[0].rows)
+
+
+def test_the_eye_and_the_encoder_are_compared_fusion_by_fusion() -> None:
+    shown = [sorting.Shown(variant, name, Path("x.png")) for variant in sorting.VARIANTS for name in TEST_CONCEPTS]
+    identity = [sorting.VARIANTS.index(image.variant) / 10 for image in shown]
+    names = [image.concept for image in shown]
+    same = sorting.Answers(names, [4 * score for score in identity])
+    assert "correlation of 1.00 [1.00, 1.00], as wanted" in sorting.verdict(shown, identity, [same])
+    other = sorting.Answers(names, [4 - 4 * score for score in identity])
+    assert "correlation of -1.00" in sorting.verdict(shown, identity, [other])
+    assert "agree with each other by 1.00" in sorting.verdict(shown, identity, [other, other])
+    wrong = sorting.Answers(["rex"] * len(shown), [4.0] * len(shown))  # a wrong name counts 0, whatever its grade
+    row = sorting.variant_row(sorting.VARIANTS[0], shown, identity, names, [wrong])
+    assert row["right by eye"] == 1 / 8 and row["likeness by eye"] == 0.5 and row["right by the encoder"] == 1
+
+
+@pytest.mark.parametrize("line", ["1 rex", "1 rex five", "1 rex 5", "1 rex nan", "one rex 3", "1 max 3", "1 rex 3 4"])
+def test_answers_in_another_form_name_the_file_and_the_line(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "answers-a.txt"
+    file.write_text(f"{line}\n\n")
+    with pytest.raises(UserError, match="answers-a.txt: '.*' is not a line such as '12 rex 3'"):
+        sorting.read_answers(file, 1, ["rex", "fido"])
+    file.write_text("1 rex 3.5\n")
+    with pytest.raises(UserError, match="no answer for picture 2"):
+        sorting.read_answers(file, 2, ["rex", "fido"])
+    assert sorting.read_answers(file, 1, ["rex", "fido"]).grades == [3.5]

@@ -7,6 +7,7 @@ of two or three clusters covers far less than it says, so of few the range is sh
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import cycle, islice
 
@@ -49,6 +50,29 @@ def share_text(parts: Sequence[float], wholes: Sequence[float], clusters: Cluste
         return "—"
     spread = _spread_text(part, whole, clusters, digits)
     return "—" if spread is None else f"{part.sum() / whole.sum():.{digits}f}{spread}"
+
+
+def rank_correlation_text(first: np.ndarray, second: np.ndarray, digits: int = 2) -> str:
+    """``0.91 [0.80, 0.98]``: Spearman's rank correlation of the rows' means of two (rows, clusters) arrays.
+
+    The interval resamples the clusters, the columns of both arrays together; of few clusters there is none.
+    """
+    from scipy.stats import spearmanr
+
+    def correlation(columns: np.ndarray) -> float:
+        return float(spearmanr(first[:, columns].mean(1), second[:, columns].mean(1)).statistic)
+
+    clusters = first.shape[1]
+    text = f"{correlation(np.arange(clusters)):.{digits}f}"
+    if clusters < FEW:
+        return text
+    draws = np.random.default_rng(0).integers(clusters, size=(RESAMPLES, clusters))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # rows that are all alike in a resample have no order
+        values = [correlation(columns) for columns in draws]
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.nanpercentile(values, [tail, 100 - tail])
+    return f"{text} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def leading(text: object) -> float:

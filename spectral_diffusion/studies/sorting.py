@@ -1,23 +1,27 @@
-"""Does the identity encoder agree with the eye? Unlabelled pictures of every merge, sorted by a person.
+"""Does the identity encoder agree with the eye? Unlabelled pictures of every merge, sorted and graded by people.
 
-The first run writes numbered sheets and the concepts' photos into the runner's folder. The person who sorts writes
-``answers.txt`` there, a line ``number name`` for each picture, from these alone; the next run compares.
+The first run writes numbered sheets, the concepts' photos and ``how.txt`` into the runner's folder. Every rater writes
+an ``answers-WHO.txt`` there, a line ``number name grade`` for each picture, from these alone; the next run compares.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from statistics import fmean
 
+import numpy as np
 from PIL import Image
 from scipy.stats import spearmanr
 
 from ..adapters.apply import put_adapters
 from ..core.errors import UserError
-from ..core.files import atomic, write_text
+from ..core.files import atomic, read_text, write_text
 from ..data.image_grid import labelled_sheet
+from ..metrics.statistics import leading, rank_correlation_text
 from .fusion import MERGES, RANK, adapters_of, family_rate
 from .registry import Findings, Row, Table, study
 from .runner import TEST_CONCEPTS, StudyRunner, TimeOver, cell_key
@@ -37,7 +41,19 @@ VARIANTS: tuple[tuple[str, str], ...] = (
 )
 EACH = 2  # pictures of a concept per variant
 SHEET = 40  # pictures a sheet
-WANTED = 0.8  # rank correlation
+WANTED = 0.9  # rank correlation
+GRADES = (
+    "nothing of it: a guess",
+    "a trace of its colors",
+    "its colors and a rough arrangement or outline, much damaged",
+    "clearly this individual, with visible damage to shape or pattern",
+    "this individual, shape and pattern right",
+)
+HOW = (
+    "Every picture of the sheets should show one of the things in photos.png. Write a line 'number name grade' for "
+    "each into a file answers-WHO.txt here, and look at nothing else. The grade says how much the thing is the very "
+    "one of the photos (halves are allowed):\n\n"
+)
 
 
 @dataclass(frozen=True)
@@ -76,26 +92,49 @@ def variant_images(lab: StudyRunner, variant: tuple[str, str], names: Sequence[s
     return shown
 
 
-def read_answers(path: Path, count: int, names: Sequence[str]) -> list[str] | None:
-    """The names in the order of the numbers; None if there is no such file yet.
+@dataclass(frozen=True)
+class Answers:
+    """One rater's names of the pictures and grades from 0 to 4, both in the order of their numbers."""
+
+    names: Sequence[str]
+    grades: Sequence[float]
+
+    def likeness(self, shown: Sequence[Shown]) -> list[float]:
+        """How much of its concept each picture shows: the grade, or 0 under another concept's name."""
+        answers = zip(self.names, self.grades, shown, strict=True)
+        return [grade if name == image.concept else 0.0 for name, grade, image in answers]
+
+
+def read_answers(path: Path, count: int, names: Sequence[str]) -> Answers:
+    """A rater's file.
 
     Raises:
-        UserError: a line is not ``number name``, a name is no concept's, or a number is missing.
+        UserError: a line is not ``number name grade``, a name is no concept's, or a number is missing.
     """
-    if not path.is_file():
-        return None
-    answers: dict[int, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        number, _, name = line.strip().partition(" ")
-        if not line.strip():
-            continue
-        if not number.isdigit() or name.strip() not in names:
-            raise UserError(f"{path}: '{line[:40]}' is not a line such as '12 {names[0]}'; names.txt lists the names.")
-        answers[int(number)] = name.strip()
+    answers: dict[int, tuple[str, float]] = {}
+    for line in filter(None, map(str.strip, read_text(path).splitlines())):
+        number, name, grade = parsed_line(line)
+        if number is None or name not in names or not 0 <= grade < len(GRADES):
+            raise UserError(
+                f"{path}: '{line[:40]}' is not a line such as '12 {names[0]} 3', with a name of names.txt and a "
+                f"grade from 0 to {len(GRADES) - 1}."
+            )
+        answers[number] = name, grade
     left = [number for number in range(1, count + 1) if number not in answers]
     if left:
         raise UserError(f"{path} has no answer for picture {left[0]}, nor for {len(left) - 1} others.")
-    return [answers[number] for number in range(1, count + 1)]
+    ordered = [answers[number] for number in range(1, count + 1)]
+    return Answers([name for name, _ in ordered], [grade for _, grade in ordered])
+
+
+def parsed_line(line: str) -> tuple[int | None, str, float]:
+    """The number, name and grade of an answer; the number is None if the line has another form."""
+    parts = line.split()
+    try:
+        number, name, grade = parts
+        return int(number), name, float(grade)
+    except ValueError:
+        return None, "", 0.0
 
 
 @study(
@@ -115,7 +154,7 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
         except TimeOver:
             missing.append(f"{variant[1]} of {variant[0]}")
     if not shown:
-        return Findings([], verdict([]), missing=missing)
+        return Findings([], "Nobody has sorted the pictures yet.", missing=missing)
     Random("sorting").shuffle(shown)
     pictures = []
     for shown_image in shown:
@@ -123,32 +162,49 @@ def run(lab: StudyRunner, quick: bool) -> Findings:
             pictures.append(image.convert("RGB"))
     references = {name: lab.encoder.embed(lab.references(name)) for name in names}
     vectors = lab.encoder.embed(pictures)
-    likeness = {name: (vectors @ vectors_of.mT).mean(1).tolist() for name, vectors_of in references.items()}
-    machine = [max(names, key=lambda name: likeness[name][index]) for index in range(len(shown))]
+    scores = {name: (vectors @ vectors_of.mT).mean(1).tolist() for name, vectors_of in references.items()}
     # Answers are for exactly these pictures.
     folder = lab.folder / "sorting" / cell_key([f"{image.file.parent.name}/{image.file.name}" for image in shown])
     sheets(lab, folder, shown, names)
-    seen = None if quick else read_answers(folder / "answers.txt", len(shown), names)  # the quick form asks nobody
-    if seen is None and not quick:
-        missing.append(f"answers.txt, sorted by eye, beside the sheets in sorting/{folder.name} of the cache")
-    rows: list[Row] = []
-    for variant in dict.fromkeys(image.variant for image in shown):
-        mine = [index for index, image in enumerate(shown) if image.variant == variant]
+    files = [] if quick else sorted(folder.glob("answers-*.txt"))  # the quick form asks nobody
+    raters = [read_answers(file, len(shown), names) for file in files]
+    if not raters and not quick:
+        missing.append(f"answers-WHO.txt, sorted by eye, beside the sheets in sorting/{folder.name} of the cache")
+    identity = [scores[image.concept][index] for index, image in enumerate(shown)]
+    called = [max(names, key=lambda name: scores[name][index]) for index in range(len(shown))]
+    rows = [variant_row(variant, shown, identity, called, raters) for variant in variants_of(shown)]
+    title = "Unlabelled pictures, sorted by concept and graded from 0 to 4"
+    return Findings([Table(title, rows)], verdict(shown, identity, raters), missing=missing)
 
-        def right(labels: Sequence[str] | None, mine: Sequence[int] = mine) -> float | None:
-            return None if labels is None else sum(labels[i] == shown[i].concept for i in mine) / len(mine)
 
-        rows.append(
-            {
-                "family": variant[0],
-                "merge": variant[1],
-                "pictures": len(mine),
-                "identity": sum(likeness[shown[i].concept][i] for i in mine) / len(mine),
-                "right by the encoder": right(machine),
-                "right by eye": right(seen),
-            }
-        )
-    return Findings([Table("Unlabelled pictures, sorted by concept", rows)], verdict(rows), missing=missing)
+def variants_of(shown: Sequence[Shown]) -> list[tuple[str, str]]:
+    """The variants of the pictures, in the order of the study."""
+    return [variant for variant in VARIANTS if any(image.variant == variant for image in shown)]
+
+
+def variant_row(
+    variant: tuple[str, str],
+    shown: Sequence[Shown],
+    identity: Sequence[float],
+    called: Sequence[str],
+    raters: Sequence[Answers],
+) -> Row:
+    """A variant's row: means over its pictures and the raters; ``called`` are the encoder's names of the pictures."""
+    mine = [index for index, image in enumerate(shown) if image.variant == variant]
+
+    def right(labels: Sequence[str]) -> float:
+        return fmean(labels[index] == shown[index].concept for index in mine)
+
+    likeness = [rater.likeness(shown) for rater in raters]
+    return {
+        "family": variant[0],
+        "merge": variant[1],
+        "pictures": len(mine),
+        "identity": fmean(identity[index] for index in mine),
+        "right by the encoder": right(called),
+        "right by eye": fmean(right(rater.names) for rater in raters) if raters else None,
+        "likeness by eye": fmean(grades[index] for grades in likeness for index in mine) if raters else None,
+    }
 
 
 def sheets(lab: StudyRunner, folder: Path, shown: Sequence[Shown], names: Sequence[str]) -> None:
@@ -162,18 +218,36 @@ def sheets(lab: StudyRunner, folder: Path, shown: Sequence[Shown], names: Sequen
     with atomic(folder / "photos.png") as temporary:
         labelled_sheet([path for path, _ in photos], [name for _, name in photos]).save(temporary, format="PNG")
     write_text(folder / "names.txt", "\n".join(names) + "\n")
+    grades = "\n".join(f"{number}  {meaning}" for number, meaning in enumerate(GRADES))
+    write_text(folder / "how.txt", HOW + grades + "\n")
 
 
-def verdict(rows: Sequence[Row]) -> str:
-    """Whether eye and encoder rank the variants alike."""
-    eye, encoder = [row["right by eye"] for row in rows], [row["identity"] for row in rows]
-    if None in eye or len(rows) < 3:
+def verdict(shown: Sequence[Shown], identity: Sequence[float], raters: Sequence[Answers]) -> str:
+    """Whether eye and encoder rank the variants alike, and two raters each other."""
+    count = len(variants_of(shown))
+    if not raters or count < 3:
         return "Nobody has sorted the pictures yet."
-    if len(set(eye)) == 1 or len(set(encoder)) == 1:
+    encoder, eyes = by_variant(shown, identity), [by_variant(shown, rater.likeness(shown)) for rater in raters]
+    eye = np.mean(eyes, axis=0)
+    if any(len(set(scores.mean(1))) == 1 for scores in (encoder, eye)):
         return "All fusions came out alike, so there is no order to compare."
-    agreed = float(spearmanr(eye, encoder).statistic)
-    word = "as" if agreed >= WANTED else "less than"
-    return (
-        f"Over {len(rows)} fusions, the share sorted right by eye and the encoder's identity have a rank "
-        f"correlation of {agreed:.2f}, {word} wanted (at least {WANTED})."
+    agreed = rank_correlation_text(encoder, eye)
+    word = "as" if leading(agreed) >= WANTED else "less than"
+    pictures = spearmanr(identity, np.mean([rater.likeness(shown) for rater in raters], axis=0)).statistic
+    text = (
+        f"Over {count} fusions, the likeness that the eye sees and the encoder's identity have a rank correlation of "
+        f"{agreed}, {word} wanted (at least {WANTED}); over the {len(shown)} single pictures {pictures:.2f}."
     )
+    pairs = [rank_correlation_text(first, second) for first, second in itertools.combinations(eyes, 2)]
+    return f"{text} Two raters agree with each other by {', '.join(pairs)}." if pairs else text
+
+
+def by_variant(shown: Sequence[Shown], values: Sequence[float]) -> np.ndarray:
+    """The mean value of each variant's pictures of each concept, (variants, concepts)."""
+    concepts = list(dict.fromkeys(image.concept for image in shown))
+    pairs = list(zip(shown, values, strict=True))
+
+    def mean(variant: tuple[str, str], concept: str) -> float:
+        return fmean(value for image, value in pairs if image.variant == variant and image.concept == concept)
+
+    return np.array([[mean(variant, concept) for concept in concepts] for variant in variants_of(shown)])
