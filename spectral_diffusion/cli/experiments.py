@@ -47,9 +47,7 @@ def experiment(
     from ..studies.runner import study_settings
 
     if name is None and not repeat:
-        for study in all_studies().values():
-            expected = brief_duration(60 * study.minutes[0])
-            echo(f"{study.name} ({study.paper}), about {expected} on two CPU cores: {study.claim}")
+        _list()
         return
     if hours <= 0:
         raise UserError("--hours must be more than 0.")
@@ -68,11 +66,11 @@ def experiment(
     for study in studies:
         expected = brief_duration(60 * study.minutes[1 if quick else 0])
         echo(f"{study.name}: about {expected} with nothing cached, {hours:g} h at most; parts are cached.")
+        how = _command(study.name, base, recipe, encoder, quick)
         try:
             with progress_bar() as progress:
                 lab = _runner(base, settings, recipe, encoder, work, hours, progress)
                 lab.known = read_records(output) if from_record else {}
-                how = _command(study.name, base, recipe, encoder, quick)
                 page = write_findings(study, study.run(lab, quick), lab, output, quick, how)
             echo(f"Wrote {page}.")
         except UserError as error:  # the other studies can still be measured
@@ -82,6 +80,15 @@ def experiment(
             failed.append(study.name)
     if failed:
         raise UserError(f"{len(failed)} of {len(studies)} studies ended early: {', '.join(failed)}, as said above.")
+
+
+def _list() -> None:
+    """Print every study with what it takes."""
+    from ..studies.registry import all_studies
+
+    for study in all_studies().values():
+        expected = brief_duration(60 * study.minutes[0])
+        echo(f"{study.name} ({study.paper}), about {expected} on two CPU cores: {study.claim}")
 
 
 def _runner(

@@ -16,8 +16,9 @@ from spectral_diffusion.metrics.identity import SIZE, auc, embed
 
 from . import puppets
 from .art import PRETRAINING
+from .backdrops import backdrop_canvas
 from .concepts import CONCEPTS, PATTERNS, Look, drawn, place_view, views
-from .render import Renderer, backdrop_canvas
+from .render import Renderer
 from .world import CLASSES, PLAIN, SETTINGS
 
 AnyLook = Look | puppets.Look

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from random import Random
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter
 
 from . import puppets
 from .art import PRETRAINING, IconSet
+from .backdrops import backdrop_canvas
 from .world import CLASSES, COLOURS, PLAIN, SETTINGS, Backdrop, Thing, caption
 
 Array = np.ndarray
@@ -83,93 +83,6 @@ def tint(sprite: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
     detail = ((light < 0.16) & (saturation < 0.25))[..., None]
     out = np.where(detail, rgb, shaded) * 255
     return Image.fromarray(np.concatenate([out, alpha], -1).round().astype(np.uint8), "RGBA")
-
-
-@lru_cache(maxsize=2048)
-def backdrop_canvas(setting: str | None, colour: str | None, width: int, height: int, variant: int) -> Array:
-    """One of many drawn variants of a backdrop, (height, width, 3) float32 in 0…255."""
-    random = Random(f"{setting}/{colour}/{width}/{height}/{variant}")
-    noise = np.random.default_rng(random.getrandbits(32))
-    if setting is None:
-        assert colour
-        base = np.array(PLAIN[colour], dtype=np.float32)
-        ramp = np.linspace(1.06, 0.94, height, dtype=np.float32)[:, None, None]
-        return np.clip(np.broadcast_to(base, (height, width, 3)) * ramp, 0, 255)
-    big = 4
-    image = Image.new("RGB", (width * big, height * big))
-    draw = ImageDraw.Draw(image)
-    w, h = image.size
-
-    def jitter(rgb: tuple[int, int, int], by: int = 10) -> tuple[int, int, int]:
-        shift = random.randint(-by, by)
-        r, g, b = (min(255, max(0, c + shift)) for c in rgb)
-        return r, g, b
-
-    def fill(top: tuple[int, int, int], bottom: tuple[int, int, int], y0: float, y1: float) -> None:
-        a, b = np.array(jitter(top)), np.array(jitter(bottom))
-        for y in range(round(y0 * h), round(y1 * h)):
-            mix = (y - y0 * h) / max((y1 - y0) * h, 1)
-            draw.line((0, y, w, y), fill=tuple((a + (b - a) * mix).astype(int).tolist()))
-
-    def dots(count: int, size: tuple[float, float], rgb: tuple[int, int, int], y0: float, y1: float) -> None:
-        for _ in range(count):
-            x, y, s = random.random() * w, (y0 + random.random() * (y1 - y0)) * h, random.uniform(*size) * h
-            draw.ellipse((x - s, y - s, x + s, y + s), fill=jitter(rgb, 14))
-
-    line = random.uniform(0.48, 0.62)
-    if setting == "grass":
-        fill((150, 205, 245), (205, 232, 250), 0, line)
-        fill((120, 200, 90), (60, 140, 50), line, 1)
-        for _ in range(90 * width // height):
-            x, y = random.random() * w, random.uniform(line, 1) * h
-            draw.line(
-                (x, y, x + random.uniform(-4, 4), y - random.uniform(6, 16)), fill=jitter((60, 150, 60), 25), width=3
-            )
-    elif setting == "beach":
-        fill((140, 205, 250), (190, 228, 250), 0, line * 0.75)
-        fill((50, 150, 205), (90, 190, 215), line * 0.75, line)
-        fill((245, 225, 165), (230, 200, 135), line, 1)
-        dots(50 * width // height, (0.004, 0.01), (215, 185, 120), line, 1)
-    elif setting == "sky":
-        fill((80, 160, 240), (170, 215, 250), 0, 1)
-        for _ in range(3 * width // height + 1):
-            x, y = random.random() * w, random.uniform(0.1, 0.9) * h
-            for _ in range(5):
-                s = random.uniform(0.05, 0.1) * h
-                dx, dy = random.uniform(-0.13, 0.13) * h, random.uniform(-0.03, 0.03) * h
-                draw.ellipse((x + dx - s * 1.4, y + dy - s, x + dx + s * 1.4, y + dy + s), fill=(250, 252, 255))
-    elif setting == "sea":
-        fill((165, 215, 245), (200, 230, 250), 0, 0.25)
-        fill((40, 120, 190), (15, 60, 130), 0.25, 1)
-        for _ in range(16 * width // height):
-            x, y, s = random.random() * w, random.uniform(0.3, 1) * h, random.uniform(0.05, 0.12) * h
-            draw.arc((x - s, y - s / 3, x + s, y + s / 3), 180, 360, fill=jitter((150, 205, 235)), width=4)
-    elif setting == "night":
-        fill((12, 14, 50), (35, 35, 90), 0, 0.8)
-        fill((22, 30, 40), (12, 18, 26), 0.8, 1)
-        dots(22 * width // height, (0.005, 0.012), (245, 240, 200), 0, 0.75)
-        x, y, s = random.uniform(0.08, 0.92) * w, random.uniform(0.1, 0.2) * h, 0.07 * h
-        draw.ellipse((x - s, y - s, x + s, y + s), fill=(250, 245, 205))
-    elif setting == "snow":
-        fill((170, 190, 215), (205, 218, 232), 0, line)
-        fill((246, 249, 253), (222, 230, 242), line, 1)
-        dots(45 * width // height, (0.007, 0.016), (252, 253, 255), 0, 1)
-    elif setting == "table":
-        fill((226, 212, 190), (208, 192, 168), 0, line)
-        fill((165, 105, 60), (125, 75, 40), line, 1)
-        for step in range(4):
-            y = (line + (step + random.random()) * (1 - line) / 4) * h
-            draw.line((0, y, w, y + random.uniform(-3, 3)), fill=jitter((110, 66, 36)), width=3)
-    elif setting == "desert":
-        fill((250, 200, 130), (252, 226, 170), 0, line)
-        fill((225, 160, 85), (195, 125, 60), line, 1)
-        for _ in range(3):
-            x, s = random.random() * w, random.uniform(0.3, 0.6) * h
-            draw.ellipse((x - s * 1.5, line * h + 8, x + s * 1.5, line * h + s), fill=jitter((215, 148, 76)))
-    else:
-        raise ValueError(f"no such setting: {setting}")
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BOX), dtype=np.float32)
-    return np.clip(pixels + noise.normal(0, 1.5, (height, width, 1)).astype(np.float32), 0, 255)
 
 
 def outline(alpha: Array, light: Array) -> Array:
