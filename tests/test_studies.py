@@ -239,6 +239,14 @@ def test_a_row_of_which_time_left_a_part_unmeasured_is_told_as_missing(work: Pat
     assert measured_cells(lab, [job], (0,), True) == ([], [], ["spectral, own slots, K = 2, rank 8, seed 0: sum"])
 
 
+def test_extras_have_one_seed_and_joint_loras_a_rate_that_fits_their_rank() -> None:
+    joint, plain = FusionCell("lora", JOINT, 4), FusionCell("lora", "sum", 4)
+    assert fusion.seeds_of(joint, (0, 1)) == (0,) and fusion.seeds_of(plain, (0, 1)) == (0, 1)
+    assert fusion.seeds_of(FusionCell("lora, overlap penalty", "sum", 4), (0, 1)) == (0,)
+    assert fusion.joint_rate(joint, 2.0) == 1.0
+    assert fusion.joint_rate(FusionCell("spectral, own slots", JOINT, 4), 2.0) == 2.0
+
+
 def test_tuned_columns_reach_twice_as_far_down_in_rank() -> None:
     assert lowest(weight_of_full_rank(), 3) == (34, 37)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -164,9 +165,18 @@ def changes_for(
     return changes
 
 
+def joint_rate(cell: FusionCell, rate: float) -> float:
+    """The factor on the learning rates of a joint training, whose rank is K times a single one's.
+
+    What a LoRA adds grows with the root of its rank (rsLoRA, arXiv 2312.03732): at the rate of single ones a joint LoRA
+    of eight concepts diverges. Columns of a spectral adapter are orthonormal, however many there are.
+    """
+    return rate / math.sqrt(cell.size) if FAMILIES[cell.family]["method"] == "lora" else rate
+
+
 def joint_adapter(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[str], seed: int) -> Adapter:
     """One adapter of all concepts: the rank and the steps of single ones times their number."""
-    change = trained_with(lab, cell.family, rate, 0, seed, cell.rank * len(names))
+    change = trained_with(lab, cell.family, joint_rate(cell, rate), 0, seed, cell.rank * len(names))
     train = lab.train_config(names[0], change, Path("adapter.safetensors"))
     further = [str(lab.concepts / name) for name in names[1:]]
     return lab.trained(names[0], **change, joint_concepts=further, steps=train.steps * len(names))[0]
@@ -212,6 +222,8 @@ def fused_cell(lab: StudyRunner, cell: FusionCell, rate: float, names: Sequence[
     key |= {"merge": settings}
     key |= {"rate": rate, "names": list(names)}
     key |= {} if cell.rank == RANK else {"rank": cell.rank}
+    if cell.merge == JOINT and joint_rate(cell, rate) != rate:
+        key["joint_rate"] = joint_rate(cell, rate)
     # The strength stays in the key, so that cells of earlier runs are found again.
     return lab.cell("fused", {**key, "seed": seed, "scales": 1.0}, compute)
 
