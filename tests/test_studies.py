@@ -418,7 +418,7 @@ def test_the_eye_and_the_encoder_are_compared_fusion_by_fusion() -> None:
 def test_answers_in_another_form_name_the_file_and_the_line(line: str, tmp_path: Path) -> None:
     file = tmp_path / "answers-a.txt"
     file.write_text(f"{line}\n\n")
-    with pytest.raises(UserError, match="answers-a.txt: '.*' is not a line such as '12 rex 3'"):
+    with pytest.raises(UserError, match=r"answers-a.txt: '.*' is not a line such as '12 rex 3'"):
         sorting.read_answers(file, 1, ["rex", "fido"])
     file.write_text("1 rex 3.5\n")
     with pytest.raises(UserError, match="no answer for picture 2"):
